@@ -1,0 +1,138 @@
+"""Reads photos by reference: a header check for the cost of two small reads, pixels only when a model wants them.
+
+The stored pixels count: EXIF orientation is never applied, because masks refer to the pixels as stored.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline import files
+from schemas.errors import BadRecord
+from schemas.reasons import Reason
+from schemas.records import Blob, ImageRecord
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO")
+"""What is decoded, by Pillow's names; MPO is the JPEG with previews that some cameras write."""
+
+_HEADER_BYTES = 64 << 10
+_TAIL_BYTES = 64
+_ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+class Header(NamedTuple):
+    """What a photo says of itself: format in lower case, width and height in pixels."""
+
+    format: str
+    width: int
+    height: int
+
+
+def probe(photo: Blob, max_pixels: int) -> Header:
+    """Read a photo's header and its last bytes, not its pixels.
+
+    Raises:
+        BadRecord: PHOTO_MISSING, PHOTO_UNREADABLE (no image, or cut short) or PHOTO_TOO_LARGE.
+    """
+    head = _fetch(photo, 0, _HEADER_BYTES)
+    header = _parse(photo, head, max_pixels, whole=len(head) < _HEADER_BYTES)
+    ending = _ENDINGS.get(header.format.upper())
+    if ending is not None:
+        tail = (
+            head
+            if len(head) < _HEADER_BYTES
+            else _fetch(photo, max(0, files.size_of(photo) - _TAIL_BYTES), None)
+        )
+        if ending not in tail[-_TAIL_BYTES:].rstrip(b"\0") and ending not in tail:
+            raise BadRecord(
+                Reason.PHOTO_UNREADABLE, f"{photo}: cut short (no end marker); fetch the file again"
+            )
+    return header
+
+
+def read_pixels(image: ImageRecord, max_pixels: int = 200_000_000) -> np.ndarray:
+    """Decode an image's photo.
+
+    Returns:
+        (H, W, 3) uint8 RGB as stored. Grey is repeated, CMYK and palettes converted, 16 bits scaled to 8.
+
+    Raises:
+        BadRecord: as `probe`, or SIZE_MISMATCH if the pixels are not `image.width` x `image.height`.
+    """
+    assert image.photo is not None, (
+        f"{image.key}: an image without a photo is dropped before its pixels are read"
+    )
+    pixels = decode(image.photo, _fetch(image.photo, 0, None), max_pixels)
+    if pixels.shape[:2] != (image.height, image.width):
+        found = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise BadRecord(
+            Reason.SIZE_MISMATCH, f"{image.photo}: photo is {found}, annotation {image.width}x{image.height}"
+        )
+    return pixels
+
+
+def decode(photo: Blob, data: bytes, max_pixels: int) -> np.ndarray:
+    """Decode a photo's bytes to (H, W, 3) uint8 RGB; `photo` is only for messages. Raises as `probe`."""
+    from PIL import Image
+
+    _parse(photo, data, max_pixels, whole=True)
+    try:
+        with _quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            opened.load()
+            return _to_rgb(opened)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}; fetch the file again") from error
+
+
+def _to_rgb(opened: Any) -> np.ndarray:
+    if opened.mode.startswith("I;16") or opened.mode == "I":
+        grey = np.clip(np.asarray(opened).astype(np.int64), 0, 65_535) >> 8
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if opened.mode == "P" and "transparency" in opened.info:
+        opened = opened.convert("RGBA")
+    return np.array(opened.convert("RGB"))
+
+
+def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
+    from PIL import Image
+
+    try:
+        with _quiet(), Image.open(io.BytesIO(head), formats=FORMATS) as opened:
+            header = Header((opened.format or "").lower().replace("mpo", "jpeg"), *opened.size)
+    except Image.DecompressionBombError as error:
+        raise BadRecord(Reason.PHOTO_TOO_LARGE, f"{photo}: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if not whole:  # a header that is longer than the first read (large EXIF or ICC blocks)
+            return _parse(photo, _fetch(photo, 0, None), max_pixels, whole=True)
+        kind = "empty file" if not head else "not an image that we read (" + ", ".join(FORMATS) + ")"
+        raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {kind}") from error
+    if header.width * header.height > max_pixels:
+        detail = f"{photo}: {header.width}x{header.height} pixels; limits.max_pixels is {max_pixels}"
+        raise BadRecord(Reason.PHOTO_TOO_LARGE, detail)
+    return header
+
+
+def _fetch(photo: Blob, start: int, length: int | None) -> bytes:
+    try:
+        return files.read(photo, start, length)
+    except FileNotFoundError as error:
+        raise BadRecord(
+            Reason.PHOTO_MISSING, f"{photo}: no such file; put it there or mend `photos`"
+        ) from error
+    except OSError as error:
+        raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}") from error
+
+
+class _quiet(warnings.catch_warnings):
+    """Pillow's warnings about odd metadata and large images: our own limit decides, not Pillow's."""
+
+    def __enter__(self) -> None:
+        from PIL import Image
+
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        Image.MAX_IMAGE_PIXELS = None

@@ -1,0 +1,168 @@
+"""The configuration of a build: one flat YAML file, checked before anything starts. An unknown key is an error.
+
+Paths may be local or any fsspec URL (`s3://...`, `http://...`), except `out`, which is a folder that every node of
+the cluster mounts. Relative paths are relative to the configuration file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CoconutSource(_Strict):
+    """One release in the COCONut layouts: COCO-panoptic JSON with a PNG folder, or Parquet rows with embedded PNGs."""
+
+    layout: Literal["panoptic", "parquet"] = "panoptic"
+    annotations: list[str] = Field(description="panoptic JSON files, or Parquet files; globs allowed")
+    labels: str | None = Field(None, description="folder of the label PNGs; needed for `panoptic`")
+    photos: list[str] = Field(description="folders searched for the photo by its file name, in order")
+    categories: str | None = Field(
+        None, description="category list (JSON); default: the JSON's own, or COCO's 133"
+    )
+    licence: str = Field("unknown", description="shown in the dataset card")
+
+    @model_validator(mode="after")
+    def _labels_given(self) -> CoconutSource:
+        if self.layout == "panoptic" and self.labels is None:
+            raise ValueError("layout 'panoptic' needs `labels`, the folder of the label PNGs")
+        return self
+
+
+class Sa1bSource(_Strict):
+    """One part of SA-1B: tars of photo + JSON pairs, read in place by offset, or a folder of such pairs."""
+
+    paths: list[str] = Field(description="sa_*.tar files or folders of pairs; globs allowed")
+    licence: str = Field("unknown", description="shown in the dataset card")
+
+
+class Limits(_Strict):
+    """What input may look like before it is refused."""
+
+    max_pixels: PositiveInt = Field(
+        200_000_000, description="decompression bombs; SA-1B's originals have 8 M"
+    )
+    max_masks: PositiveInt = Field(2_000, description="per image; SA-1B's largest has about 700")
+    max_record_bytes: PositiveInt = Field(
+        64 << 20, description="one image's annotation; SA-1B's largest is < 1 MB"
+    )
+
+
+class Masks(_Strict):
+    """Thresholds of the mask filters. Shares are between 0 and 1, areas in pixels of the stored photo."""
+
+    min_area_px: int = Field(256, ge=0, description="16 x 16: one patch of the vision tower")
+    duplicate_iou: float = Field(
+        0.9, ge=0, le=1, description="at least this IoU with an earlier mask: the same object"
+    )
+    min_visible_share: float = Field(
+        0.0, ge=0, lt=1, description="occluded if no more than this is visible; 0: only if nothing at all is"
+    )
+    part_container_share: float = Field(
+        0.9, ge=0, le=1, description="at least this much inside a larger mask: a part"
+    )
+    part_max_area_ratio: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="a part is at most this share of its container; above, it is the same object",
+    )
+    container_max_image_share: float = Field(
+        0.7, ge=0, le=1, description="a mask covering more of the image is a scene, not an object with parts"
+    )
+
+
+class Text(_Strict):
+    """Rules for captions. Counts are words (runs of letters or digits) and characters."""
+
+    min_words: int = Field(5, ge=0, description="shorter says no more than the category")
+    max_words: int = Field(160, ge=1, description="the model's 4096-token context holds 6 regions")
+    min_chars: int = Field(20, ge=0, description="guards languages and strings without word breaks")
+    max_chars: int = Field(1_200, ge=1, description="likewise")
+    max_repeat_share: float = Field(
+        0.4, ge=0, le=1, description="of 4-grams; labelled loops start at 0.46, natural parallels end at 0.33"
+    )
+    max_phrase_loops: int = Field(
+        3, ge=1, description="the same phrase this many times back to back is natural"
+    )
+    max_list_items: int = Field(
+        15, ge=2, description="comma-separated items in one sentence; above: runaway list"
+    )
+    max_same_sentence: int = Field(1, ge=1, description="times that one sentence may occur")
+
+
+class Backend(_Strict):
+    """A model behind one of the three protocols, and the resources of its actors.
+
+    `name` is one of ours (`classical`, `lexical`, `grabcut`, ...) or `package.module:Class` of your own.
+    """
+
+    name: str
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="given to the backend; part of the evidence digest"
+    )
+    num_gpus: float = Field(0, ge=0, description="per actor")
+    num_cpus: float = Field(1, ge=0, description="per actor")
+    concurrency: tuple[int, int] = Field(
+        (1, 1), description="actors: (min, max); Ray Data scales between them"
+    )
+    batch_images: PositiveInt = Field(
+        64, description="images given to the backend at once; a failing batch is bisected"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Backend:
+        low, high = self.concurrency
+        if not 1 <= low <= high:
+            raise ValueError(f"concurrency is (min, max) with 1 <= min <= max, not {self.concurrency}")
+        return self
+
+
+class Failures(_Strict):
+    """What is tried again, how often, and when the build gives up."""
+
+    unit_retries: int = Field(
+        2, ge=0, description="a unit on which every image fails is tried again this often"
+    )
+    crash_attempts: PositiveInt = Field(
+        3, description="an image alone in its batch may kill its worker this often"
+    )
+    stop_after_units: PositiveInt = Field(
+        3, description="units in a row on which a stage fails entirely: stop"
+    )
+    stall_s: float = Field(
+        1_800, gt=0, description="no stage reports anything for this long: stop with the stacks"
+    )
+    min_free_gb: float = Field(
+        1, ge=0, description="free space on top of the estimate, checked before the start"
+    )
+
+
+class BuildConfig(_Strict):
+    """Everything that decides what is built. The resolved form is written into the output."""
+
+    out: str = Field(description="folder of the corpus, on a file system that all nodes mount")
+    coconut: list[CoconutSource] = Field(default_factory=list)
+    sa1b: list[Sa1bSource] = Field(default_factory=list)
+    images_per_shard: PositiveInt = Field(512, description="a unit; about 100 MB of COCO photos per shard")
+    limits: Limits = Limits()
+    masks: Masks = Masks()
+    min_iou: float = Field(
+        0.5, ge=0, le=1, description="with the segmenter's mask; the same object, loosely outlined"
+    )
+    text: Text = Text()
+    captioner: Backend = Backend(name="classical")
+    judge: Backend = Backend(name="lexical")
+    segmenter: Backend = Backend(name="grabcut")
+    failures: Failures = Failures()
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> BuildConfig:
+        if not self.coconut and not self.sa1b:
+            raise ValueError("name at least one source under `coconut` or `sa1b`")
+        return self

@@ -1,0 +1,63 @@
+"""Every error the project raises on purpose. The type says what the caller can do about it.
+
+| type | whose fault | what happens |
+| --- | --- | --- |
+| `ConfigError` | the user's | shown as one line: file, record, mend; nothing has started |
+| `BadRecord` | one record's | the record is dropped with `reason`, the rest goes on |
+| `Retryable` | the machine's | tried again, then a drop (one record) or `StageFailed` (all of them) |
+| `StageFailed` | the model's or the set-up's | the build stops; what is committed stays |
+| `IntegrityError` | the disk's or ours | what was written is not what was promised |
+"""
+
+from __future__ import annotations
+
+from schemas.reasons import Reason
+
+
+class ParaCaptionError(Exception):
+    """Base of all errors below; the command line prints its message without a traceback."""
+
+
+class ConfigError(ParaCaptionError, ValueError):
+    """The user's input cannot work: a wrong config, an unreadable annotation file, a missing folder."""
+
+
+class BadRecord(ParaCaptionError):
+    """One record is unusable. Raised by whoever finds out, turned into a `Drop` by the stage that called it.
+
+    Args:
+        reason: why, from the closed list of reasons.
+        detail: names the file and the record, and the mend where there is one.
+    """
+
+    def __init__(self, reason: Reason, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+class Retryable(ParaCaptionError):
+    """The same call may succeed later or elsewhere."""
+
+
+class EngineLost(Retryable):
+    """The model's engine died or stopped answering."""
+
+
+class OutOfMemory(Retryable):
+    """A batch did not fit; a smaller one may."""
+
+
+class StageFailed(ParaCaptionError):
+    """A stage fails on everything it is given: the model or its set-up is broken, not the data."""
+
+
+class StageStalled(StageFailed):
+    """A stage made no progress for the configured time; the message carries the worker's stack."""
+
+
+class IntegrityError(ParaCaptionError):
+    """Committed data does not match its manifest, or a resume would mix two plans."""

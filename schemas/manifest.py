@@ -1,0 +1,55 @@
+"""The commit record of a unit. A shard exists if and only if its manifest does."""
+
+from __future__ import annotations
+
+import msgspec
+
+from schemas.reasons import Reason
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """A committed file: path relative to the subset's folder, size in bytes, SHA-256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a unit holds. Equal for two runs on the same evidence: no times, hosts or attempts.
+
+    Attributes:
+        unit: name of the unit, "coconut-000000".
+        subset: "coconut" or "sa1b".
+        plan: content hash of the plan the unit belongs to.
+        recipe: digest of everything that decided: stages, thresholds, the models' evidence digests.
+        shard: the tar; None if no image of the unit kept a region.
+        ledger: the Parquet file with every region of the unit, kept or dropped.
+        images: key of every image of the unit, in order, with its number of kept regions.
+        regions_in: regions that the source declared; `kept` plus the sum of `dropped` always equals it.
+        kept: regions in the shard.
+        dropped: number of dropped regions by "stage/reason".
+        images_dropped: number of images dropped as a whole by reason.
+    """
+
+    unit: str
+    subset: str
+    plan: str
+    recipe: str
+    shard: FileEntry | None
+    ledger: FileEntry
+    images: dict[str, int]
+    regions_in: int
+    kept: int
+    dropped: dict[str, int]
+    images_dropped: dict[Reason, int]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """JSON with sorted keys and a final newline: equal manifests are equal bytes."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1) + b"\n"
+
+
+def decode(data: bytes) -> Manifest:
+    """Read a manifest; raises `msgspec.ValidationError` on anything else."""
+    return msgspec.json.decode(data, type=Manifest)

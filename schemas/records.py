@@ -1,0 +1,140 @@
+"""What flows through the pipeline: images by reference, regions as COCO RLE, drops with their reasons.
+
+All structs are msgspec structs: typed, compact, and encoded to msgpack or JSON in one call.
+Pixels are (row, column) from the top left of the *stored* photo; EXIF orientation is never applied.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from schemas.reasons import Reason
+
+
+class Blob(msgspec.Struct, frozen=True):
+    """Bytes by reference: a whole file, or a member of a tar by offset.
+
+    Attributes:
+        url: local path or fsspec URL of the file.
+        offset: first byte; 0 for a whole file.
+        length: number of bytes; None for a whole file.
+    """
+
+    url: str
+    offset: int = 0
+    length: int | None = None
+
+    def __str__(self) -> str:
+        return self.url if self.length is None else f"{self.url}@{self.offset}+{self.length}"
+
+
+class Rle(msgspec.Struct, frozen=True):
+    """A mask in COCO's compressed run-length encoding (column-major, as pycocotools writes it).
+
+    Attributes:
+        size: (height, width) in pixels.
+        counts: the compressed counts, ASCII.
+    """
+
+    size: tuple[int, int]
+    counts: str
+
+
+class Drop(msgspec.Struct, frozen=True):
+    """Why a region or image is not in the corpus.
+
+    Attributes:
+        stage: name of the stage that decided ("source", "usable_masks", "verify_category", ...).
+        reason: from the closed list.
+        detail: numbers and names a person needs to check the decision; no times, hosts or process ids.
+    """
+
+    stage: str
+    reason: Reason
+    detail: str = ""
+
+
+class Region(msgspec.Struct):
+    """One mask with what is known of it.
+
+    Attributes:
+        id: position in the source's list of this image; unique within the image and stable.
+        rle: the mask; None only if the source's mask could not be read (then `drop` is set).
+        bbox: (x, y, width, height) of the mask in pixels, exclusive at the far edge, computed from the mask.
+        area: number of mask pixels, computed from the mask.
+        source_id: the publisher's annotation or segment id.
+        category: plain category name from the annotation ("tree", not "tree-merged"); None for SA-1B.
+        category_id: the publisher's category id.
+        is_thing: thing or stuff, from the category list.
+        source_scores: the publisher's numbers kept as they are (predicted_iou, stability_score).
+        crop_box: SA-1B's crop the mask was found in (x, y, w, h).
+        point_coords: SA-1B's prompt points [(x, y), ...].
+        caption: the captioner's text.
+        core_category: the category that the judge named from the caption.
+        scores: evidence numbers by name (see `SCORES`), written by stages and filters.
+        drop: set by the first stage that rejects the region; later stages pass it by.
+    """
+
+    id: int
+    rle: Rle | None
+    bbox: tuple[int, int, int, int] = (0, 0, 0, 0)
+    area: int = 0
+    source_id: int | None = None
+    category: str | None = None
+    category_id: int | None = None
+    is_thing: bool | None = None
+    source_scores: dict[str, float] = {}
+    crop_box: list[float] | None = None
+    point_coords: list[list[float]] | None = None
+    caption: str | None = None
+    core_category: str | None = None
+    scores: dict[str, float] = {}
+    drop: Drop | None = None
+
+
+class ImageRecord(msgspec.Struct):
+    """One image with its regions.
+
+    Attributes:
+        key: unique within the subset; only `[A-Za-z0-9_-]`, so that it can name a shard member.
+        subset: "coconut" or "sa1b".
+        photo: where the photo's bytes are; None if it was not found (then `drop` is set).
+        width, height: size of the stored photo in pixels.
+        photo_format: sniffed from the bytes ("jpeg", "png", ...), whatever the file is called.
+        file_name: the publisher's name of the photo, for people.
+        regions: every region the annotation declares, dropped ones included.
+        drop: set if the image as a whole is unusable; then every region is dropped with it.
+    """
+
+    key: str
+    subset: str
+    photo: Blob | None
+    width: int
+    height: int
+    photo_format: str = ""
+    file_name: str = ""
+    regions: list[Region] = []
+    drop: Drop | None = None
+
+    def live(self) -> list[Region]:
+        """The regions that no stage has rejected yet, in order."""
+        return [] if self.drop else [region for region in self.regions if region.drop is None]
+
+    def reject(self, drop: Drop) -> None:
+        """Drop the image and every region of it that is still live."""
+        for region in self.live():
+            region.drop = drop
+        self.drop = drop
+
+
+SCORES = {
+    "visible_share": "share of the mask still visible once the masks on top of it are painted, 0..1",
+    "container_share": "largest share of the mask inside one larger mask, 0..1",
+    "duplicate_iou": "largest IoU with a mask kept before it, 0..1",
+    "verdict_margin": "how sure the judge is of its verdict; above 0 speaks for the category",
+    "iou": "IoU of the segmenter's best mask with the original, 0..1",
+    "segmenter_score": "the segmenter's own score of that mask",
+    "num_words": "words in the caption",
+    "repeat_share": "share of the caption's 4-grams that occurred before in it, 0..1",
+}
+"""Names and meanings of the evidence numbers; each is a column of the ledger and of the index."""
