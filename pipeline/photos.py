@@ -1,4 +1,4 @@
-"""Reads photos by reference: a header check for the cost of two small reads, pixels only when a model wants them.
+"""Reads photos by reference: a header check for two small reads, pixels only when a model wants them.
 
 The stored pixels count: EXIF orientation is never applied, because masks refer to the pixels as stored.
 """
@@ -6,7 +6,11 @@ The stored pixels count: EXIF orientation is never applied, because masks refer 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,17 +23,22 @@ from schemas.records import Blob, ImageRecord
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO")
 """What is decoded, by Pillow's names; MPO is the JPEG with previews that some cameras write."""
 
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError)
+BROKEN += (AttributeError, MemoryError, struct.error, zlib.error)
+"""What Pillow raises on files that are broken in one way or another."""
+
 _HEADER_BYTES = 64 << 10
 _TAIL_BYTES = 64
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
 class Header(NamedTuple):
-    """What a photo says of itself: format in lower case, width and height in pixels."""
+    """What a photo says of itself: format in lower case, size in pixels, EXIF orientation (1: upright)."""
 
     format: str
     width: int
     height: int
+    orientation: int = 1
 
 
 def probe(photo: Blob, max_pixels: int) -> Header:
@@ -81,10 +90,10 @@ def decode(photo: Blob, data: bytes, max_pixels: int) -> np.ndarray:
 
     _parse(photo, data, max_pixels, whole=True)
     try:
-        with _quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.load()
             return _to_rgb(opened)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except BROKEN as error:
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}; fetch the file again") from error
 
 
@@ -101,11 +110,12 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
     from PIL import Image
 
     try:
-        with _quiet(), Image.open(io.BytesIO(head), formats=FORMATS) as opened:
-            header = Header((opened.format or "").lower().replace("mpo", "jpeg"), *opened.size)
+        with quiet(), Image.open(io.BytesIO(head), formats=FORMATS) as opened:
+            kind = (opened.format or "").lower().replace("mpo", "jpeg")
+            header = Header(kind, *opened.size, _orientation(opened))
     except Image.DecompressionBombError as error:
         raise BadRecord(Reason.PHOTO_TOO_LARGE, f"{photo}: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except BROKEN as error:
         if not whole:  # a header that is longer than the first read (large EXIF or ICC blocks)
             return _parse(photo, _fetch(photo, 0, None), max_pixels, whole=True)
         kind = "empty file" if not head else "not an image that we read (" + ", ".join(FORMATS) + ")"
@@ -114,6 +124,15 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
         detail = f"{photo}: {header.width}x{header.height} pixels; limits.max_pixels is {max_pixels}"
         raise BadRecord(Reason.PHOTO_TOO_LARGE, detail)
     return header
+
+
+def _orientation(opened: Any) -> int:
+    if "exif" not in opened.info:  # Pillow would decode a whole PNG to look for it
+        return 1
+    try:
+        return int(opened.getexif().get(0x0112, 1))
+    except BROKEN:
+        return 1  # broken metadata; the pixels are read as stored all the same
 
 
 def _fetch(photo: Blob, start: int, length: int | None) -> bytes:
@@ -127,12 +146,12 @@ def _fetch(photo: Blob, start: int, length: int | None) -> bytes:
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}") from error
 
 
-class _quiet(warnings.catch_warnings):
-    """Pillow's warnings about odd metadata and large images: our own limit decides, not Pillow's."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Open images without Pillow's warnings and pixel limit: our own limits decide."""
+    from PIL import Image
 
-    def __enter__(self) -> None:
-        from PIL import Image
-
-        super().__enter__()
+    Image.MAX_IMAGE_PIXELS = None
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Image.MAX_IMAGE_PIXELS = None
+        yield

@@ -1,16 +1,19 @@
 """Masks as COCO run-length encodings: made from label maps in one pass, checked without trusting their bytes.
 
-A mask's *counts* are the lengths of its runs of 0 and 1 in turn, first 0, down the columns. COCO packs them into
-ASCII: from the fourth on each is the difference to the one before the last, in groups of 5 bits, low ones first; bit
-0x20 says that more follow, bit 0x10 of the last is the sign, and 48 is added to each. Only one string is canonical: no run of length 0 but
-the first, and no more groups than needed. pycocotools writes that form, and so do all functions here.
+A mask's *counts* are the lengths of its runs of 0 and 1 in turn, first 0, down the columns. COCO packs them
+into ASCII: from the fourth on each is the difference to the one before the last, in groups of 5 bits, low ones
+first; bit 0x20 says that more follow, bit 0x10 of the last is the sign, and 48 is added to each. Only one string
+is canonical: no run of length 0 but the first, and no more groups than needed. pycocotools writes that form,
+and so do all functions here.
 
-pycocotools' own decoder believes what it is given (it reads past strings that are cut, and allocates what they ask
-for), so that foreign RLEs go through `check` before they reach it.
+pycocotools' own decoder believes what it is given (it reads past strings that are cut, and allocates what
+they ask for), so foreign RLEs go through `check` before they reach it.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,14 +96,15 @@ def check_all(segmentations: Sequence[Any], height: int, width: int) -> list[Mas
     """Validate the foreign masks of one image, all at once, and measure them.
 
     Args:
-        segmentations: `{"counts", "size": [height, width]}` with counts compressed (str or bytes) or a list of
-            run lengths, or polygons as lists of x, y in turn.
-        height, width: size that every mask must have, in pixels.
+        segmentations: `{"counts", "size": [height, width]}` with counts compressed (str or bytes) or a list
+            of run lengths, or polygons as lists of x, y in turn.
+        height: of every mask, in pixels.
+        width: likewise.
 
     Returns:
-        One entry per segmentation, in order: the mask, canonical (a canonical string is returned unchanged), or
-        the error to raise for it: MASK_UNDECODABLE, SIZE_MISMATCH or MASK_EMPTY. Details name no file: the caller
-        knows it.
+        One entry per segmentation, in order: the mask, canonical (a canonical string is returned unchanged),
+        or the error to raise for it: MASK_UNDECODABLE, SIZE_MISMATCH or MASK_EMPTY. Details name no file: the
+        caller knows it.
     """
     found: list[Mask | BadRecord] = [_undecodable("no mask")] * len(segmentations)
     packed: list[tuple[int, bytes]] = []
@@ -139,9 +143,7 @@ def to_coco(rle: Rle) -> dict[str, Any]:
 
 def decode(rle: Rle) -> np.ndarray:
     """The mask of a checked RLE: (H, W) uint8, 0 or 1."""
-    from pycocotools import mask as coco
-
-    return coco.decode(to_coco(rle))
+    return _coco().decode(to_coco(rle))
 
 
 def iou(masks: Sequence[Rle], others: Sequence[Rle], over_first: bool = False) -> np.ndarray:
@@ -155,12 +157,10 @@ def iou(masks: Sequence[Rle], others: Sequence[Rle], over_first: bool = False) -
     Returns:
         (N, M) float64 in 0..1.
     """
-    from pycocotools import mask as coco
-
     if not masks or not others:
         return np.zeros((len(masks), len(others)))
     crowd = [int(over_first)] * len(others)
-    return coco.iou([to_coco(rle) for rle in masks], [to_coco(rle) for rle in others], crowd)
+    return _coco().iou([to_coco(rle) for rle in masks], [to_coco(rle) for rle in others], crowd)
 
 
 def _counts_of(segmentation: Any, height: int, width: int) -> bytes | np.ndarray:
@@ -202,8 +202,6 @@ def _integers(counts: list[Any], pixels: int) -> np.ndarray:
 
 def _polygons(rings: list[Any], height: int, width: int) -> bytes:
     """Polygons through pycocotools, which allocates by coordinate: none may lie outside the image."""
-    from pycocotools import mask as coco
-
     rings = [rings] if rings and not isinstance(rings[0], list) else rings
     for ring in rings:
         if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2 or len(ring) > 100_000:
@@ -215,9 +213,13 @@ def _polygons(rings: list[Any], height: int, width: int) -> bytes:
             raise _undecodable("a polygon leaves its image")
     if not rings:
         raise _undecodable("a list of no polygons")
-    parts = coco.frPyObjects(rings, height, width)
-    counts = coco.merge(parts)["counts"]
+    parts = _coco().frPyObjects(rings, height, width)
+    counts = _coco().merge(parts)["counts"]
     return counts if isinstance(counts, bytes) else counts.encode()
+
+
+def _coco() -> Any:
+    return importlib.import_module("pycocotools.mask")
 
 
 def _undecodable(detail: str) -> BadRecord:
@@ -233,7 +235,8 @@ def _measure(
         counts: (C,) int64, run lengths of all masks after one another.
         lengths: (S,) number of counts of each mask.
         broken: (S,) masks whose string did not decode.
-        height, width: of the image.
+        height: of the image.
+        width: of the image.
     """
     pixels = height * width
     owner = np.repeat(np.arange(lengths.size), lengths)
@@ -279,10 +282,11 @@ def _from_runs(
     """Masks from their runs of 1.
 
     Args:
-        firsts, ends: (R,) first pixel of each run and the pixel after its last, column-major; ascending within a mask,
-            with at least one pixel between two runs.
+        firsts: (R,) first pixel of each run, column-major; ascending within a mask.
+        ends: (R,) the pixel after each run's last; before the first of the mask's next run.
         heads: (S,) position of each mask's first run.
-        height, width: of the image.
+        height: of the image.
+        width: of the image.
     """
     if not heads.size:
         return []
@@ -290,7 +294,7 @@ def _from_runs(
     tails = np.append(heads[1:], firsts.size) - 1
     areas = np.add.reduceat(ends - firsts, heads, dtype=np.int64)
 
-    # Counts: for each run the zeros before it and its length, and after a mask's last run the zeros left, if any.
+    # For each run the zeros before it and its length; after a mask's last run the zeros left, if any.
     before = firsts.copy()
     before[1:] -= ends[:-1]
     before[heads] = firsts[heads]
@@ -344,7 +348,7 @@ def _pack(counts: np.ndarray, lengths: np.ndarray) -> list[str]:
         characters[:, group] += np.where(num_groups > group + 1, 48 + 32, 48).astype(np.uint8)
     text = characters[np.arange(most) < num_groups[:, None]].tobytes().decode("ascii")
     cuts = np.append(0, np.cumsum(_sums(np.cumsum(num_groups), lengths))).tolist()
-    return [text[start:end] for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def _pack_one(counts: Iterable[int]) -> str:
@@ -356,7 +360,8 @@ def _unpack(strings: list[bytes], pixels: int) -> tuple[np.ndarray, np.ndarray, 
     """The counts of S strings.
 
     Returns:
-        counts (C,) int64, number of counts of each string (S,), and which strings are no RLE (S,); those have counts of 0.
+        counts (C,) int64, number of counts of each string (S,), and which strings are no RLE (S,); those have
+        counts of 0.
     """
     sizes = np.array([len(data) for data in strings])
     codes = np.frombuffer(b"".join(strings), np.uint8).astype(np.int64) - 48
