@@ -1,9 +1,9 @@
 """Masks as COCO run-length encodings: made from label maps in one pass, checked without trusting their bytes.
 
 A mask's *counts* are the lengths of its runs of 0 and 1 in turn, first 0, down the columns. COCO packs them
-into ASCII: from the fourth on each is the difference to the one before the last, in groups of 5 bits, low ones
-first; bit 0x20 says that more follow, bit 0x10 of the last is the sign, and 48 is added to each. Only one string
-is canonical: no run of length 0 but the first, and no more groups than needed. pycocotools writes that form,
+into ASCII: from the fourth on each is the difference to the one before the last, in groups of 5 bits, low
+ones first; bit 0x20 says that more follow, 0x10 of the last is the sign, and 48 is added to each. Only one
+string is canonical: no run of length 0 but the first, no more groups than needed. pycocotools writes it,
 and so do all functions here.
 
 pycocotools' own decoder believes what it is given (it reads past strings that are cut, and allocates what
