@@ -136,7 +136,7 @@ def measure(photo: np.ndarray, rle: Rle) -> Appearance | None:
     centre_x, centre_y = points.mean(axis=0) + np.array([left + scale_x / 2, top + scale_y / 2])
     touches = {"left": x == 0, "top": y == 0, "right": x + width == full_w, "bottom": y + height == full_h}
     return Appearance(
-        colours=name_colours(lab[inside]),
+        colours=name_colours(pixels[inside]),
         lightness=float(lab[inside][:, 0].mean()),
         image_share=area / (full_h * full_w),
         elongation=elongation,
@@ -157,20 +157,15 @@ def measure(photo: np.ndarray, rle: Rle) -> Appearance | None:
     )
 
 
-def name_colours(lab: np.ndarray) -> list[Colour]:
+def name_colours(rgb: np.ndarray) -> list[Colour]:
     """Share of each colour family among pixels, largest first; families under a hundredth are left out.
 
     Args:
-        lab: (N, 3) float CIELAB, N at least 1.
+        rgb: (N, 3) uint8, N at least 1.
     """
-    names, samples, owner = _palette()
-    if len(lab) > 6_000:  # about 1 ms; more pixels move no share by a percent
-        lab = lab[:: -(-len(lab) // 6_000)]
-    distance = ((lab[:, None, :] - samples[None]) ** 2).sum(axis=2)
-    chosen = owner[distance.argmin(axis=1)]
-    greyish = np.hypot(lab[:, 1], lab[:, 2]) < GREY_CHROMA
-    levels = np.array(list(GREYS.values()))
-    chosen[greyish] = np.abs(lab[greyish, :1] - levels).argmin(axis=1)  # the greys come first in `names`
+    names = [*GREYS, *HUES]
+    cell = (rgb >> 3).astype(np.int32)
+    chosen = _colour_table()[cell[:, 0] << 10 | cell[:, 1] << 5 | cell[:, 2]]
     counts = np.bincount(chosen, minlength=len(names))
     families: dict[str, dict[str, int]] = {}
     for name, count in zip(names, counts.tolist(), strict=True):
@@ -179,23 +174,25 @@ def name_colours(lab: np.ndarray) -> list[Colour]:
     for family, shades in families.items():
         total = sum(shades.values())
         main = max(shades, key=lambda name: shades[name])
-        both = min(shades.get(f"{shade} {family}", 0) for shade in ("dark", "light")) >= 0.25 * total > 0
-        name = main if shades[main] >= 0.6 * total else f"dark and light {family}" if both else family
+        name = main if shades[main] >= 0.6 * total else family
         found.append(Colour(name, family, total / len(chosen)))
     found.sort(key=lambda colour: -colour.share)
     return [colour for index, colour in enumerate(found) if index == 0 or colour.share >= 0.01]
 
 
 @functools.cache
-def _palette() -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names (greys first), (K, 3) CIELAB samples, and (K,) the index of each sample's name."""
-    names = [*GREYS, *HUES]
-    greys = np.array([[level, 0.0, 0.0] for level in GREYS.values()])
-    rgb = np.array([sample for samples in HUES.values() for sample in samples], np.uint8)
-    owner = list(range(len(GREYS)))
-    for index, samples in enumerate(HUES.values()):
-        owner += [len(GREYS) + index] * len(samples)
-    return names, np.concatenate([greys, _to_lab(rgb[None])[0]]), np.array(owner)
+def _colour_table() -> np.ndarray:
+    """(32768,) index into the names, greys first, for each RGB cell of 8 x 8 x 8 levels (red is the slowest)."""
+    levels = np.arange(4, 256, 8, dtype=np.uint8)
+    cells = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(1, -1, 3)
+    lab = _to_lab(cells)[0]
+    samples = _to_lab(np.array([[sample for samples in HUES.values() for sample in samples]], np.uint8))[0]
+    owner = np.array([i for i, samples in enumerate(HUES.values()) for _ in samples], np.uint8)
+    distance = (lab**2).sum(axis=1)[:, None] - 2 * lab @ samples.T + (samples**2).sum(axis=1)
+    table = owner[distance.argmin(axis=1)] + np.uint8(len(GREYS))
+    greyish = np.hypot(lab[:, 1], lab[:, 2]) < GREY_CHROMA
+    table[greyish] = np.abs(lab[greyish, :1] - np.array(list(GREYS.values()))).argmin(axis=1)
+    return table
 
 
 def _to_lab(rgb: np.ndarray) -> np.ndarray:
