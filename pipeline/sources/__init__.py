@@ -12,7 +12,8 @@ from typing import Protocol
 
 import msgspec
 
-from schemas.config import Limits
+from schemas.config import BuildConfig, Limits
+from schemas.errors import ConfigError
 from schemas.records import Blob, Drop, ImageRecord
 
 
@@ -38,10 +39,36 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     drop: Drop | None = None
 
 
+class Note(msgspec.Struct, frozen=True):
+    """Something odd that drops nothing; `audit` reports it.
+
+    Attributes:
+        kind: "undeclared_ids", "area_differs", ...
+        detail: names the file and the record.
+        region: position of the region; None if it is about the image or a file.
+    """
+
+    kind: str
+    detail: str
+    region: int | None = None
+
+
 class Source(Protocol):
     """One subset's sources together (all entries of the config's list)."""
 
     subset: str
+    notes: list[Note]
+    """What the last complete `catalog` saw that is no image's problem: label maps without a record, other files."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """The annotation files, tars and folders by URL, each with a string that changes when it does.
+
+        Cheap: no file is opened. Of a folder it covers the names in it, not what the files hold.
+
+        Raises:
+            ConfigError: as `catalog`.
+        """
+        ...
 
     def catalog(self) -> Iterator[CatalogEntry]:
         """Every image of the subset exactly once, in a stable order.
@@ -51,10 +78,33 @@ class Source(Protocol):
         """
         ...
 
-    def read(self, entry: CatalogEntry, limits: Limits) -> ImageRecord:
-        """The image with every declared region, unusable ones dropped. Never raises for bad data."""
+    def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:
+        """The image with every declared region, unusable ones dropped. Never raises for bad data.
+
+        Args:
+            entry: from `catalog`; needs nothing else that `catalog` learned, so a worker can open the source anew.
+            limits: what is refused.
+            notes: what is odd but usable is appended to it.
+        """
         ...
 
 
 SOURCE_STAGE = "source"
 """Name of the stage under which sources drop."""
+
+
+def open_source(config: BuildConfig, subset: str) -> Source:
+    """The source of a subset; reads nothing yet.
+
+    Raises:
+        ConfigError: the config has no such subset.
+    """
+    if subset == "coconut" and config.coconut:
+        from pipeline.sources.coconut import Coconut
+
+        return Coconut(config.coconut)
+    if subset == "sa1b" and config.sa1b:
+        from pipeline.sources.sa1b import Sa1b
+
+        return Sa1b(config.sa1b)
+    raise ConfigError(f"the config has no source under {subset!r}; add one, or build another subset")

@@ -1,0 +1,116 @@
+"""Category lists, and the plain words that their names become in a prompt."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from importlib import resources
+from typing import Any
+
+import msgspec
+
+from pipeline import files
+from schemas.errors import ConfigError
+from schemas.records import Blob
+
+_PLAIN = {
+    "floor-wood": "wooden floor",
+    "wall-brick": "brick wall",
+    "wall-stone": "stone wall",
+    "wall-tile": "tiled wall",
+    "wall-wood": "wooden wall",
+    "window-blind": "window blind",
+    "playingfield": "playing field",
+    "moniter/tv": "monitor or tv",
+    "bakset": "basket",
+    "ballon": "balloon",
+    "hotair ballon": "hot air balloon",
+    "dinning table": "dining table",
+    "billards": "billiards",
+    "extention cord": "extension cord",
+    "mushroon": "mushroom",
+    "campel": "camel",
+    "buttefly": "butterfly",
+    "noddles": "noodles",
+    "tape measur/ ruler": "tape measure or ruler",
+    "table teniis paddle": "table tennis paddle",
+    "trash bin can": "trash can",
+    "hair drier": "hair dryer",
+}
+"""Names whose plain form no rule finds: COCO's materials, and Objects365's misspellings."""
+
+_SUFFIX = re.compile(r"(-other)?(-merged)$|-(other|stuff)$")
+
+
+class Category(msgspec.Struct, frozen=True, array_like=True):
+    """A category: the publisher's id, the plain name, thing (countable) or stuff."""
+
+    id: int
+    name: str
+    is_thing: bool
+
+
+def plain(name: str) -> str:
+    """The name as a person would say it: "tree-merged" is a tree, "wall-brick" a brick wall.
+
+    Lower case; suffixes of merged classes gone; `/` is "or"; hyphens and underscores are spaces.
+    """
+    low = " ".join(name.lower().split())
+    if low in _PLAIN:
+        return _PLAIN[low]
+    low = _SUFFIX.sub("", low)
+    low = re.sub(r"\s*\([^)]*\)", "", low) or low
+    low = re.sub(r"\s*/\s*", " or ", low)
+    return " ".join(re.sub(r"[-_]+", " ", low).split())
+
+
+class Table:
+    """A category list, by id and by name."""
+
+    def __init__(self, categories: list[Category]):
+        self.by_id = {category.id: category for category in categories}
+        self._by_name = {category.name: category for category in reversed(categories)}
+
+    def find(self, number: int | None, name: str | None) -> Category | None:
+        """The category of an id; of a name (in any spelling that becomes the same plain one) without an id."""
+        if number is not None:
+            return self.by_id.get(number)
+        return None if name is None else self._by_name.get(plain(name))
+
+
+def table_of(raw: Any, where: str) -> Table:
+    """A table from a list of {id, name, isthing}; `isthing` is taken as true where it is not given.
+
+    Raises:
+        ConfigError: not such a list; `where` names it.
+    """
+    categories = []
+    rows = raw if isinstance(raw, list) else []
+    for place, row in enumerate(rows):
+        match row:
+            case {"id": int(number), "name": str(name)}:
+                categories.append(Category(number, plain(name), bool(row.get("isthing", 1))))
+            case _:
+                detail = json.dumps(row)[:80]
+                raise ConfigError(f'{where}: category {place} is not {{"id", "name", "isthing"}}: {detail}')
+    if not categories:
+        raise ConfigError(f"{where}: no categories; give a list of id, name and isthing")
+    return Table(categories)
+
+
+@functools.lru_cache(maxsize=16)
+def load(url: str | None) -> Table:
+    """The category list of a JSON file: a list, or an object with `categories`. Without one, COCO's 133.
+
+    Raises:
+        ConfigError: missing or no such list.
+    """
+    if url is None:
+        text = resources.files("pipeline.sources").joinpath("coco_panoptic_133.json").read_text("utf-8")
+        return table_of(json.loads(text), "coco_panoptic_133.json")
+    try:
+        raw = json.loads(files.read(Blob(url)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"coconut.categories: {url}: {error}; give a JSON list of categories") from error
+    return table_of(raw.get("categories") if isinstance(raw, dict) else raw, url)

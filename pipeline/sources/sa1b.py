@@ -1,0 +1,321 @@
+"""SA-1B: photo + JSON pairs in tars, which are read in place by offset and never extracted, or in folders."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pipeline import files, photos, rle
+from pipeline.sources import CatalogEntry, Note, documents, names
+from pipeline.sources.checks import drop, photo_notes
+from schemas.config import Limits, Sa1bSource
+from schemas.errors import BadRecord, ConfigError
+from schemas.reasons import Reason
+from schemas.records import Blob, Drop, ImageRecord, Region
+
+
+class _Size(msgspec.Struct):
+    width: int | None = None
+    height: int | None = None
+
+
+class _Annotation(msgspec.Struct):
+    segmentation: Any = None
+    id: int | None = None
+    area: int | float | None = None
+    predicted_iou: float | None = None
+    stability_score: float | None = None
+    crop_box: list[float] | None = None
+    point_coords: list[list[float]] | None = None
+
+
+class _Pair(msgspec.Struct):
+    image: _Size = msgspec.field(default_factory=_Size)
+    annotations: list[_Annotation] = []
+
+
+_PAIR = msgspec.json.Decoder(_Pair)
+
+
+class _Member(NamedTuple):
+    """A file of a tar or folder; `drop` says why it cannot be used."""
+
+    name: str
+    blob: Blob | None
+    drop: Drop | None = None
+
+
+class Sa1b:
+    """The SA-1B subset: all its tars and folders, in the config's order."""
+
+    subset = "sa1b"
+
+    def __init__(self, sources: list[Sa1bSource]):
+        self.sources = sources
+        self.notes: list[Note] = []
+
+    def fingerprint(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for source in self.sources:
+            for url in names.expand_all(source.paths, "sa1b.paths"):
+                listed = names.list_folder(url, "sa1b.paths").digest() if files.is_folder(url) else None
+                found[url] = listed or files.version(url)
+        return found
+
+    def catalog(self) -> Iterator[CatalogEntry]:
+        """Tars and folders in the config's order; in each, pairs by their first member."""
+        self.notes = []
+        keys = names.Keys()
+        for place, source in enumerate(self.sources):
+            for url in names.expand_all(source.paths, "sa1b.paths"):
+                members = self._folder(url) if files.is_folder(url) else self._tar(url)
+                yield from self._pairs(place, url, members, keys)
+
+    def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:
+        image = ImageRecord(entry.key, self.subset, entry.photo, 0, 0, file_name=entry.file_name)
+        try:
+            self._fill(image, entry, limits, [] if notes is None else notes)
+        except BadRecord as error:
+            image.reject(drop(error.reason, error.detail))
+        return image
+
+    # The catalog.
+
+    def _folder(self, folder: str) -> Iterator[_Member]:
+        for name in names.list_folder(folder, "sa1b.paths").names or ():
+            yield _Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
+
+    def _tar(self, url: str) -> Iterator[_Member]:
+        """The members of a tar, from its headers alone. What is cut or broken becomes a member with a drop.
+
+        Raises:
+            ConfigError: nothing in it can be read.
+        """
+        try:
+            with files.open_url(url) as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                archive = tarfile.open(fileobj=file, mode="r:", errorlevel=0)
+                found = 0
+                while (member := _next(archive)) is not None:
+                    vars(archive)["members"].clear()  # a tar of SA-1B has 22,000, which tarfile would keep
+                    found += 1
+                    if not member.isdir():
+                        yield _checked(member, url, size)
+                broken = _broken_at(archive, file, size)
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise ConfigError(f"{url}: not a readable tar ({error}); fetch it again") from error
+        if broken is not None:
+            if not found:
+                raise ConfigError(f"{url}: broken at byte {broken}, no member can be read; fetch it again")
+            detail = f"{url}: broken at byte {broken}; what follows cannot be read; fetch the tar again"
+            yield _Member(
+                f"{names.stem(url)}-from-byte-{broken}.json", None, drop(Reason.ANNOTATION_UNREADABLE, detail)
+            )
+
+    def _pairs(
+        self, place: int, url: str, members: Iterator[_Member], keys: names.Keys
+    ) -> Iterator[CatalogEntry]:
+        groups: dict[str, tuple[list[_Member], list[_Member]]] = {}
+        for member in members:
+            ending = names.ending(member.name)
+            if ending == ".json":
+                groups.setdefault(names.stem(member.name), ([], []))[1].append(member)
+            elif ending in names.PHOTO_ENDINGS:
+                groups.setdefault(names.stem(member.name), ([], []))[0].append(member)
+            else:
+                self.notes.append(Note("other_file", f"{url}: {member.name}: neither photo nor JSON"))
+        for stem, (pictures, texts) in groups.items():
+            for picture, text in _matched(pictures, texts):
+                key, again = keys.claim(stem)
+                yield _entry(place, url, key, again, picture, text)
+
+    # One image.
+
+    def _fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
+        if entry.annotation is None:
+            assert entry.drop is not None, "an image without an annotation has a drop"
+            image.reject(entry.drop)
+            return
+        where = f"{entry.annotation}"
+        size, annotations = _read_pair(entry.annotation, limits, where)
+        image.width, image.height = size.width or 0, size.height or 0
+        image.regions = [_region(number, found, where) for number, found in enumerate(annotations)]
+        problem = entry.drop
+        if problem is None and len(annotations) > limits.max_masks:
+            detail = f"{where}: {len(annotations)} masks; limits.max_masks is {limits.max_masks}"
+            problem = drop(Reason.TOO_MANY_MASKS, detail)
+        if problem is not None:
+            image.reject(problem)
+            return
+        assert entry.photo is not None, "an image without a photo has a drop"
+        header = photos.probe(entry.photo, limits.max_pixels)
+        image.photo_format = header.format
+        image.width, image.height = header.width, header.height
+        notes += photo_notes(entry.photo, entry.file_name, header)
+        declared = (size.width or header.width, size.height or header.height)
+        if declared != (header.width, header.height):
+            detail = f"photo is {header.width}x{header.height}, annotation says {declared[0]}x{declared[1]}"
+            raise BadRecord(Reason.SIZE_MISMATCH, f"{where}: {detail}")
+        _place_masks(image, annotations, where, notes)
+
+
+def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next header; None where headers end or break, which `_broken_at` tells apart."""
+    try:
+        return archive.next()
+    except tarfile.ReadError:
+        return None
+
+
+def _broken_at(archive: tarfile.TarFile, file: Any, size: int) -> int | None:
+    """Where a tar stops being one; None if it ends as it should, in zeros.
+
+    Also None if the data of its last member is cut: that member has its own drop by then.
+    """
+    file.seek(archive.offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) == tarfile.BLOCKSIZE and not block.strip(b"\0"):
+        return None
+    return None if archive.offset > size else archive.offset
+
+
+def _checked(member: tarfile.TarInfo, url: str, size: int) -> _Member:
+    name = member.name
+    while name.startswith("./"):
+        name = name[2:]
+    where = f"{url}: member {name!r}"
+    reason = Reason.ANNOTATION_UNREADABLE if names.ending(name) == ".json" else Reason.PHOTO_UNREADABLE
+    if not names.is_safe(name):
+        return _Member(name, None, drop(Reason.UNSAFE_NAME, f"{where}: outside its folder; not opened"))
+    if member.issym() or member.islnk():
+        return _Member(name, None, drop(Reason.UNSAFE_NAME, f"{where}: a link, not a file; not followed"))
+    if not member.isreg() or member.sparse is not None:
+        return _Member(name, None, drop(reason, f"{where}: not a plain file"))
+    if member.offset_data + member.size > size:
+        detail = f"cut short at byte {size} of the tar, {member.offset_data + member.size} needed"
+        return _Member(name, None, drop(reason, f"{where}: {detail}; fetch the tar again"))
+    return _Member(name, Blob(url, member.offset_data, member.size))
+
+
+def _matched(
+    pictures: list[_Member], texts: list[_Member]
+) -> Iterator[tuple[_Member | None, _Member | None]]:
+    """Photos with their annotations: those of the same folder, then the rest in order."""
+    if len(pictures) == len(texts) == 1:
+        yield pictures[0], texts[0]
+        return
+    left = list(texts)
+    alone = []
+    for picture in pictures:
+        folder = picture.name.rpartition("/")[0]
+        match = next((text for text in left if text.name.rpartition("/")[0] == folder), None)
+        if match is None:
+            alone.append(picture)
+        else:
+            left.remove(match)
+            yield picture, match
+    for place in range(max(len(alone), len(left))):
+        yield alone[place] if place < len(alone) else None, left[place] if place < len(left) else None
+
+
+def _entry(
+    place: int, url: str, key: str, again: bool, picture: _Member | None, text: _Member | None
+) -> CatalogEntry:
+    photo = None if picture is None else picture.blob
+    annotation = None if text is None else text.blob
+    problems = [member.drop for member in (text, picture) if member is not None and member.drop is not None]
+    name = picture.name if picture is not None else text.name if text is not None else key
+    if problems:
+        dropped = problems[0]
+    elif again:
+        dropped = drop(Reason.DUPLICATE_KEY, f"{url}: {name}: seen before; the first one counts")
+    elif picture is None:
+        dropped = drop(Reason.PHOTO_MISSING, f"{url}: {name}: no photo of this name beside it")
+    elif text is None:
+        dropped = drop(Reason.ANNOTATION_MISSING, f"{url}: {name}: no JSON of this name beside it")
+    else:
+        dropped = None
+    return CatalogEntry(key, place, photo, annotation, b"", name, dropped)
+
+
+def _read_pair(annotation: Blob, limits: Limits, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
+    try:
+        length = files.size_of(annotation)
+        if length > limits.max_record_bytes:
+            detail = f"{where}: {length} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
+            raise BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
+        data = files.read(annotation)
+    except OSError as error:
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: {error}") from error
+    try:
+        pair = _PAIR.decode(data)
+        return pair.image, list(pair.annotations)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return _read_tolerantly(data, where)
+
+
+def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
+    """Annotations one by one, where something is wrong with one of them."""
+    try:
+        raw = documents.loads(data)
+    except ValueError as error:
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: not JSON: {error}") from error
+    values = raw.get("annotations") if isinstance(raw, dict) else None
+    if not isinstance(values, list):
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: no list `annotations`")
+    image = documents.as_image(raw.get("image"))
+    found: list[_Annotation | BadRecord] = []
+    for number, value in enumerate(values):
+        problem = documents.problem_of(value)
+        if not problem:
+            try:
+                found.append(msgspec.convert(value, _Annotation))
+                continue
+            except msgspec.ValidationError as error:
+                problem = str(error)
+        found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: annotation {number}: {problem}"))
+    return _Size(image.width, image.height), found
+
+
+def _region(number: int, annotation: _Annotation | BadRecord, where: str) -> Region:
+    if isinstance(annotation, BadRecord):
+        return Region(number, None, drop=drop(annotation.reason, annotation.detail))
+    scores = {
+        name: value
+        for name, value in (
+            ("predicted_iou", annotation.predicted_iou),
+            ("stability_score", annotation.stability_score),
+        )
+        if value is not None
+    }
+    return Region(
+        number,
+        None,
+        source_id=annotation.id,
+        source_scores=scores,
+        crop_box=annotation.crop_box,
+        point_coords=annotation.point_coords,
+    )
+
+
+def _place_masks(
+    image: ImageRecord, annotations: list[_Annotation | BadRecord], where: str, notes: list[Note]
+) -> None:
+    good = [
+        (region, annotation)
+        for region, annotation in zip(image.regions, annotations, strict=True)
+        if isinstance(annotation, _Annotation)
+    ]
+    masks = rle.check_all([annotation.segmentation for _, annotation in good], image.height, image.width)
+    for (region, annotation), mask in zip(good, masks, strict=True):
+        if isinstance(mask, BadRecord):
+            region.drop = drop(mask.reason, f"{where}: annotation {region.source_id}: {mask.detail}")
+            continue
+        region.rle, region.area, region.bbox = mask
+        if annotation.area is not None and annotation.area != region.area:
+            detail = f"{where}: annotation {region.source_id}: declared {annotation.area:g}"
+            notes.append(Note("area_differs", f"{detail}, mask has {region.area}", region.id))
