@@ -1,11 +1,12 @@
 """The plan of a subset: its images in a stable order, cut into units. Same sources and config, same plan.
 
-`OUT/<subset>/plan/plan.parquet` has a row per image and a row group per unit, so that a worker reads its own unit and
-nothing else. `plan.json` has the content hash, which every manifest names, and the fingerprint of the source files:
-while that is unchanged, a resume does not parse the sources again.
+`OUT/<subset>/plan/plan.parquet` has a row per image and a row group per unit, so that a worker reads its own
+unit and nothing else. `plan.json` has the content hash, which every manifest names, and the fingerprint of
+the source
+files: while that is unchanged, a resume does not parse the sources again.
 
-The hash covers what the sources declare: keys, names, annotations, lengths, lasting problems. It leaves out where
-files lie and what was missing, so that a photo that is found later does not make another plan.
+The hash covers what the sources declare: keys, names, annotations, lengths, lasting problems. It leaves out
+where files lie and what was missing, so that a photo that is found later does not make another plan.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
         photo_bytes: of all photos together, estimated from a sample.
         fingerprint: version of every annotation file, tar and folder, by URL.
         version: of this format.
+        folder: where this plan was read from; not part of it.
     """
 
     subset: str
@@ -56,6 +58,7 @@ class Plan(msgspec.Struct, frozen=True):
     photo_bytes: int
     fingerprint: dict[str, str]
     version: int = _VERSION
+    folder: str = ""
 
     def unit_name(self, index: int) -> str:
         """Name of a unit, which sorts by its index."""
@@ -65,6 +68,10 @@ class Plan(msgspec.Struct, frozen=True):
         """All units in order."""
         return [self.unit_name(index) for index in range(self.num_units)]
 
+    def read_unit(self, index: int) -> list[CatalogEntry]:
+        """The images of a unit; see the function `read_unit`."""
+        return read_unit(Path(self.folder) / TABLE, index)
+
 
 def make_plan(source: Source, config: BuildConfig, folder: Path, limit: int | None = None) -> Plan:
     """Plan a subset, or find that the plan that is there still holds.
@@ -72,7 +79,7 @@ def make_plan(source: Source, config: BuildConfig, folder: Path, limit: int | No
     Args:
         source: of the subset.
         config: of the build; `images_per_shard` cuts the units.
-        folder: of the subset, `OUT/<subset>`; the plan is written to `plan/` in it.
+        folder: of the subset, `OUT/<subset>`; the plan goes to `plan/` in it.
         limit: plan only this many images, the first ones.
 
     Returns:
@@ -101,7 +108,7 @@ def make_plan(source: Source, config: BuildConfig, folder: Path, limit: int | No
         fresh.unlink(missing_ok=True)
     with files.write_atomic(folder / SUMMARY) as file:
         file.write(msgspec.json.format(msgspec.json.encode(plan, order="sorted"), indent=1) + b"\n")
-    return plan
+    return msgspec.structs.replace(plan, folder=str(folder))
 
 
 def load_plan(folder: Path) -> Plan:
@@ -119,7 +126,7 @@ def load_plan(folder: Path) -> Plan:
         raise IntegrityError(f"{path}: not a plan ({error}); delete it and build again") from error
     if plan.version != _VERSION:
         raise IntegrityError(f"{path}: plan of version {plan.version}, expected {_VERSION}; use a new `out`")
-    return plan
+    return msgspec.structs.replace(plan, folder=str(path.parent))
 
 
 def read_unit(path: str | Path, index: int) -> list[CatalogEntry]:
@@ -165,7 +172,7 @@ def pending(plan: Plan, manifests_folder: str | Path, recipe: str) -> list[int]:
         found = _read_manifest(folder / name)
         if found.plan != plan.digest:
             raise IntegrityError(
-                f"{folder / name}: of plan {found.plan[:12]}, this build's is {plan.digest[:12]}; use a new `out`"
+                f"{folder / name}: of plan {found.plan[:12]}, not {plan.digest[:12]}; use a new `out`"
             )
         if found.recipe != recipe:
             left.append(index)
@@ -239,12 +246,9 @@ def _write_table(
     sample: list[Blob] = []
     step = 1
     schema = _schema()
-    # One file handle of ours, so that the bytes are durable before the rename.
     with (
         open(path, "wb") as file,
-        pq.ParquetWriter(
-            file, schema, compression="zstd", compression_level=1, use_dictionary=_COLUMNS[1:2]
-        ) as writer,
+        pq.ParquetWriter(file, schema, compression="zstd", compression_level=1) as writer,
     ):
         while unit := list(islice(entries, size)):
             contents = [_content(entry) for entry in unit]
@@ -261,16 +265,17 @@ def _write_table(
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=size)
             num_units += 1
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # what was written, whoever wrote it
     total = _photo_bytes(sample, num_images)
     return Plan(subset, digest.hexdigest(), num_images, num_units, size, total, fingerprint)
 
 
 def _content(entry: CatalogEntry) -> bytes:
     """What an image is to the plan: 16 bytes. Not where its files lie, nor what a second look may turn."""
-    lasting = entry.drop.reason.value if entry.drop is not None and entry.drop.reason not in ERRORS else ""
+    reason = None if entry.drop is None else entry.drop.reason
+    lasting = "" if reason is None or reason in ERRORS else reason.value
     parts = (entry.key, str(entry.source), entry.file_name, lasting)
-    # Lengths say that a tar's member is another one. Those of missing members are not known, hence not covered.
+    # A length tells that a tar's member is another one now; whole files have none here.
     annotation = "" if entry.annotation is None else str(entry.annotation.length)
     text = "\0".join((*parts, annotation)).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text + b"\0" + entry.record, digest_size=16).digest()

@@ -1,8 +1,9 @@
 """Sources: read a subset's images and masks from where the publisher put them, whatever state they are in.
 
 A source does its work in two steps. `catalog` runs once, on the driver, over lists and JSON only: it yields a
-`CatalogEntry` per image in a stable order. `read` runs on the workers, per image: it opens the annotation, makes the
-masks, checks the photo's header, and returns an `ImageRecord` in which everything unusable is dropped with a reason.
+`CatalogEntry` per image in a stable order. `read` runs on the workers, per image: it opens the annotation,
+makes the masks, checks the photo's header, and returns an `ImageRecord` in which everything unusable is
+dropped with a reason.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class CatalogEntry(msgspec.Struct, frozen=True):
         source: index of the source in the config's list.
         photo: the photo; None if no folder or tar has it.
         annotation: where the masks are: the label PNG (COCONut) or the JSON (SA-1B); None if missing.
-        record: the annotation's own JSON of this image (COCONut: image and segments), as bytes; empty for SA-1B.
+        record: the annotation's own JSON of this image (COCONut: size and segments); empty for SA-1B.
         file_name: the publisher's name of the photo.
         drop: a problem that the lists alone show (duplicate key, unsafe name, missing partner).
     """
@@ -58,7 +59,7 @@ class Source(Protocol):
 
     subset: str
     notes: list[Note]
-    """What the last complete `catalog` saw that is no image's problem: label maps without a record, other files."""
+    """What the last complete `catalog` saw that is no image's problem, as label maps without a record."""
 
     def fingerprint(self) -> dict[str, str]:
         """The annotation files, tars and folders by URL, each with a string that changes when it does.
@@ -82,7 +83,8 @@ class Source(Protocol):
         """The image with every declared region, unusable ones dropped. Never raises for bad data.
 
         Args:
-            entry: from `catalog`; needs nothing else that `catalog` learned, so a worker can open the source anew.
+            entry: from `catalog`; nothing else that `catalog` learned is needed: a worker opens the source
+            anew.
             limits: what is refused.
             notes: what is odd but usable is appended to it.
         """

@@ -73,7 +73,7 @@ class Table:
         self._by_name = {category.name: category for category in reversed(categories)}
 
     def find(self, number: int | None, name: str | None) -> Category | None:
-        """The category of an id; of a name (in any spelling that becomes the same plain one) without an id."""
+        """The category of an id; without one, of a name in any spelling that becomes the same plain one."""
         if number is not None:
             return self.by_id.get(number)
         return None if name is None else self._by_name.get(plain(name))

@@ -1,7 +1,7 @@
 """COCONut and everything in COCO's panoptic layout: a label map per image, and a JSON record of its segments.
 
-Two layouts. `panoptic`: JSON files (or a folder with one JSON per image, as `panseg_info/`), a folder of label PNGs.
-`parquet`: the hub's rows with the PNG inside. Photos are found by name in the photo folders.
+Two layouts. `panoptic`: JSON files (or a folder with one JSON per image, as `panseg_info/`), a folder of
+label PNGs. `parquet`: the hub's rows with the PNG inside. Photos are found by name in the photo folders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from schemas.records import Blob, ImageRecord, Region
 
 
 class Record(msgspec.Struct, omit_defaults=True):
-    """One image's annotation as the plan keeps it: all that a worker needs besides the label map and the photo.
+    """One image's annotation as the plan keeps it: what a worker needs besides label map and photo.
 
     Attributes:
         width: that the annotation declares, in pixels.
@@ -199,7 +199,7 @@ class Coconut:
     ) -> Iterator[CatalogEntry]:
         stems = {names.stem(_photo_name(row)) for row in rows}
         listings = [self._list(folder, "coconut.photos") for folder in source.photos]
-        find_photo = names.Finder(listings, stems, names.PHOTO_ENDINGS).find
+        find_photo = names.Finder(listings, stems, names.PHOTO_ENDINGS, source.labels).find
         label_listing = None
         find_label = None
         if source.layout == "panoptic" and source.labels is not None:
@@ -263,7 +263,7 @@ class Coconut:
     # One image.
 
     def _fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
-        where = f"annotation of {entry.file_name or entry.key}"
+        where = f"annotation of {entry.file_name or entry.key} ({entry.annotation or 'no label map'})"
         record = _read_record(entry.record, limits, where)
         table = Table(record.categories)
         if record.info is not None:
@@ -483,7 +483,7 @@ def _label_bytes(annotation: Blob, row: tuple[int, int] | None) -> tuple[str, by
 
 @functools.lru_cache(maxsize=2)
 def _masks_of_group(url: str, group: int) -> Any:
-    """The `mask` column of a row group. Images of a unit follow one another, so that each group is read once."""
+    """The `mask` column of a row group. Images of a unit follow one another: each group is read once."""
     import pyarrow.parquet as pq
 
     with files.open_url(url) as file:

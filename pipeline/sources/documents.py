@@ -1,7 +1,9 @@
-"""JSON as publishers ship it: fast when it is clean, and otherwise tolerant, so that one bad record costs only itself.
+"""JSON as publishers ship it: fast when it is clean, otherwise tolerant, so that a bad record costs only
+itself.
 
-A COCO-panoptic document is parsed by msgspec with each image's segments left as bytes. If msgspec refuses anything,
-the document is read again element by element, and what is not clean JSON is kept to be reported by whoever reads it.
+A COCO-panoptic document is parsed by msgspec with each image's segments left as bytes. If msgspec refuses
+anything, the document is read again element by element, and what is not clean JSON is kept to be reported by
+whoever reads it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Image(msgspec.Struct):
 
 
 class Annotation(msgspec.Struct):
-    """An element of `annotations`: one image's label map and segments. `problem` says what is wrong with it."""
+    """An element of `annotations`: one image's label map and segments, and what is wrong with it."""
 
     file_name: str | None = None
     image_id: int | str | None = None
@@ -38,7 +40,7 @@ class Annotation(msgspec.Struct):
 
 
 class Document(msgspec.Struct):
-    """A COCO-panoptic JSON file, or one image's own `panseg_info` file, which has `segments_info` at the top."""
+    """A COCO-panoptic JSON file, or one image's own `panseg_info` file with `segments_info` at the top."""
 
     images: list[Image] | None = None
     annotations: list[Annotation] | None = None
@@ -52,7 +54,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def read_document(url: str) -> Document:
-    """Parse an annotation file. Local files are mapped, not read: its segments stay on the disk until asked for.
+    """Parse an annotation file. Local files are mapped: segments stay on the disk until asked for.
 
     Raises:
         ConfigError: it cannot be read, is not JSON, or is no such document; names file, place and mend.
@@ -143,7 +145,7 @@ _NOTHING = object()
 
 
 def _members(text: str, lists: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """The members of the top object as (name, value); those of the named lists one by one (`_NOTHING` if empty)."""
+    """The top object's members as (name, value), the named lists' elements one by one or `_NOTHING`."""
     decoder = json.JSONDecoder()
 
     def blank(at: int) -> int:

@@ -34,8 +34,8 @@ def decode(data: bytes, name: str, largest: int) -> np.ndarray:
     """Decode a label map.
 
     Args:
-        data: the file. RGB and RGBA mean COCO's panoptic ids, R + 256 G + 65536 B; one channel is the id itself.
-            A palette image is either: its colours count if the ids that are declared exceed 255.
+        data: the file. RGB and RGBA mean COCO's panoptic ids, R + 256 G + 65536 B; one channel is the id
+            itself. A palette image is either: its colours count if the ids that are declared exceed 255.
         name: for messages.
         largest: the largest id that is declared.
 

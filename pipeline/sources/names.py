@@ -43,7 +43,7 @@ def ending(name: str) -> str:
 
 
 def key_of(name: str) -> str:
-    """The key that a name makes: itself if it can be one, else what is allowed of it and a hash of all of it."""
+    """The key that a name makes: itself if it can be one, else its allowed characters and a hash of it."""
     if name and len(name) <= _LONGEST_KEY and not _ODD.search(name) and not _LIKE_DUPLICATE.search(name):
         return name
     mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
@@ -103,9 +103,12 @@ class Finder:
         listings: the folders in the order in which they are searched.
         stems: stems of all names that will be asked for.
         endings: of files that count.
+        without: a folder whose files never count, though it may lie inside the others.
     """
 
-    def __init__(self, listings: list[Listing], stems: set[str], endings: tuple[str, ...]):
+    def __init__(
+        self, listings: list[Listing], stems: set[str], endings: tuple[str, ...], without: str | None = None
+    ):
         self._folders = [listing.url.rstrip("/") for listing in listings]
         self._unlisted = next((place for place, found in enumerate(listings) if found.names is None), None)
         self._by_stem: dict[str, list[tuple[int, str]]] = {}
@@ -113,6 +116,8 @@ class Finder:
             for name in listing.names or ():
                 key = stem(name)
                 if key in stems and name.lower().endswith(endings):
+                    if without and f"{self._folders[place]}/{name}".startswith(without.rstrip("/") + "/"):
+                        continue
                     self._by_stem.setdefault(key, []).append((place, name))
 
     def find(self, name: str) -> str | None:
