@@ -58,13 +58,13 @@ class Masks(_Strict):
 
     min_area_px: int = Field(256, ge=0, description="16 x 16: one patch of the vision tower")
     duplicate_iou: float = Field(
-        0.9, ge=0, le=1, description="at least this IoU with an earlier mask: the same object"
+        0.9, gt=0, le=1, description="at least this IoU with a better mask: the same object"
     )
     min_visible_share: float = Field(
         0.0, ge=0, lt=1, description="occluded if no more than this is visible; 0: only if nothing at all is"
     )
     part_container_share: float = Field(
-        0.9, ge=0, le=1, description="at least this much inside a larger mask: a part"
+        0.9, gt=0, le=1, description="at least this much inside a larger mask: a part"
     )
     part_max_area_ratio: float = Field(
         0.8,
@@ -123,6 +123,13 @@ class Backend(_Strict):
         return self
 
 
+class Io(_Strict):
+    """The actors that read sources and write shards. They hold no model; two pools of this size run beside the models."""
+
+    num_cpus: float = Field(0.5, gt=0, description="per actor; reading waits for the disk half of the time")
+    concurrency: tuple[int, int] = Field((1, 4), description="actors: (min, max)")
+
+
 class Failures(_Strict):
     """What is tried again, how often, and when the build gives up."""
 
@@ -159,10 +166,17 @@ class BuildConfig(_Strict):
     captioner: Backend = Backend(name="classical")
     judge: Backend = Backend(name="lexical")
     segmenter: Backend = Backend(name="grabcut")
+    io: Io = Io()
     failures: Failures = Failures()
+    audit_images: int = Field(256, ge=0, description="read before the start: a wrong folder costs seconds, not a night")
 
     @model_validator(mode="after")
     def _has_a_source(self) -> BuildConfig:
         if not self.coconut and not self.sa1b:
             raise ValueError("name at least one source under `coconut` or `sa1b`")
         return self
+
+    @property
+    def subsets(self) -> list[str]:
+        """The configured subsets, in the order in which they are built."""
+        return [name for name in ("coconut", "sa1b") if getattr(self, name)]

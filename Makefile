@@ -1,0 +1,42 @@
+# The README's commands. Everything is set up on first use, in .venv, at the versions of requirements.lock.
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
+BIN := .venv/bin
+
+.PHONY: demo test test-fast bench lint lock clean
+
+demo: .venv/base  ## build both subsets of the bundled sample, then look at them
+	$(BIN)/paracaption demo
+
+test: .venv/dev  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: .venv/dev  ## without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: .venv/dev  ## every measurement of docs/benchmarks.md, as ratios
+	$(BIN)/python -m benchmarks
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+lock:  ## resolve requirements.lock anew
+	$(UV) pip compile pyproject.toml --extra models --extra remote --group dev --universal --python-version 3.11 \
+		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
+
+.venv/bin/python:
+	command -v uv >/dev/null || { $(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet uv; }
+	test -x .venv/bin/python || uv venv --quiet --python $(PYTHON) .venv
+
+.venv/base: pyproject.toml requirements.lock | .venv/bin/python
+	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable .
+	touch $@
+
+.venv/dev: .venv/base
+	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable . --group dev
+	touch $@
+
+clean:
+	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis

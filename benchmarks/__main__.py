@@ -1,0 +1,13 @@
+"""Runs every measurement in a process of its own and prints what it prints."""
+
+import subprocess
+import sys
+
+NAMES = ("stream", "mask_filters", "planning", "memory")
+
+if __name__ == "__main__":
+    status = 0
+    for name in sys.argv[1:] or NAMES:
+        print(f"== {name}", flush=True)
+        status |= subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode
+    raise SystemExit(status)

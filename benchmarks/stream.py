@@ -1,0 +1,117 @@
+"""Regions per second of the whole stream with instant models, against a bare loop that does the same reading and writing.
+
+    python -m benchmarks.stream [--images 2000]
+
+The bare loop is one process: it reads the same PNGs and JSON, makes RLEs with pycocotools one segment at a time, and
+writes the same tar members. The stream does that on Ray, with captions, verdicts, evidence, ledgers, checksums and
+manifests on top. Both are given as regions per second and core; Ray's start is counted apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+import flows  # noqa: F401 - switches telemetry off
+from pipeline import stream
+from pipeline.events import EventReader
+from tests.building import build, config_of
+from tests.synthetic import write_coconut
+
+
+def bare_loop(source: dict, target: Path) -> int:
+    """The same photos, masks and records, with nothing around it. Returns the number of regions."""
+    content = json.loads(Path(source["annotations"][0]).read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    photos = {image["id"]: image for image in content["images"]}
+    regions = 0
+    with tarfile.open(target, "w") as tar:
+        for annotation in content["annotations"]:
+            image = photos[annotation["image_id"]]
+            rgb = np.array(Image.open(Path(source["labels"]) / annotation["file_name"]), dtype=np.uint32)
+            labels = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+            record = {
+                "key": image["file_name"][:-4],
+                "width": image["width"],
+                "height": image["height"],
+                "regions": [],
+            }
+            for segment in annotation["segments_info"]:
+                rle = coco.encode(np.asfortranarray(labels == segment["id"]))
+                record["regions"].append(
+                    {
+                        "rle": {"size": rle["size"], "counts": rle["counts"].decode()},
+                        "bbox": coco.toBbox(rle).tolist(),
+                        "area": int(coco.area(rle)),
+                        "category": names[segment["category_id"]],
+                    }
+                )
+                regions += 1
+            photo = (Path(source["photos"][0]) / image["file_name"]).read_bytes()
+            for ending, data in (("jpg", photo), ("json", json.dumps(record).encode())):
+                info = tarfile.TarInfo(f"{record['key']}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return regions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--masks", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    ratios, whole_ratios = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        source = write_coconut(root / "source", arguments.images, arguments.masks, size=(480, 640))
+        start = time.perf_counter()
+        config = config_of(
+            root / "out",
+            coconut=source,
+            images_per_shard=100,
+            io={"num_cpus": 0.1, "concurrency": [cores, cores]},
+        )
+        stream.start_ray(None, config, ["coconut"])
+        print(f"Ray's start: {time.perf_counter() - start:.1f} s")
+        for repeat in range(arguments.repeats):
+            start = time.perf_counter()
+            regions = bare_loop(source, root / "bare.tar")
+            bare = regions / (time.perf_counter() - start)
+            out = root / f"out{repeat}"
+            fresh = config.model_copy(update={"out": str(out)})
+            start = time.perf_counter()
+            done = build(fresh)["coconut"]
+            whole_s = time.perf_counter() - start
+            assert done.kept == regions, f"the stream kept {done.kept} of {regions} regions"
+            steady = regions / busy_seconds(out) / cores
+            ratios.append(steady / bare)
+            whole_ratios.append(regions / whole_s / cores / bare)
+            print(
+                f"bare loop {bare:,.0f} regions/s on one core; stream {steady:,.0f} regions/s and core on {cores} cores: "
+                f"ratio {ratios[-1]:.2f}; with the actors' start ({whole_s - busy_seconds(out):.1f} s) {whole_ratios[-1]:.2f}"
+            )
+    print(f"(a) stream / bare loop, per core: median {statistics.median(ratios):.2f} (at least 1)")
+
+
+def busy_seconds(out: Path) -> float:
+    """From the first unit that a worker took up to the last commit."""
+    events = [event for run in (out / "events").iterdir() for event in EventReader(run).new()]
+    units = [event for event in events if event.what == "unit"]
+    return max(event.time_s for event in events) - min(event.time_s - event.seconds for event in units)
+
+
+if __name__ == "__main__":
+    main()

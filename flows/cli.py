@@ -1,0 +1,256 @@
+"""The command line: thin over the flows. Only this file prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import flows  # noqa: F401 - switches telemetry off before prefect and ray are imported
+from schemas.errors import ConfigError, ParaCaptionError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipeline.stream import Progress
+    from schemas.config import BuildConfig
+
+app = typer.Typer(
+    name="paracaption",
+    help="Masks in, verified region captions out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[
+    Path, typer.Argument(help="The YAML file; `paracaption config` prints every key.", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)]
+RayAddress = Annotated[
+    str | None, typer.Option(help="'auto', host:port or ray://host:port; none: this machine alone.")
+]
+
+
+@app.command()
+def build(
+    config: Config,
+    ray_address: RayAddress = None,
+    limit_images: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N images of each subset.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option(help="Also build units again that hold drops by error.")
+    ] = False,
+) -> None:
+    """Build the corpus, or resume it: whatever is committed is not built again."""
+    from pipeline.config_file import load_config
+
+    _build(load_config(config), ray_address, limit_images, retry_failed)
+
+
+@app.command()
+def audit(
+    config: Config,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Where the full list goes [default: OUT/audit.parquet].")
+    ] = None,
+) -> None:
+    """Read the sources without any model and report every problem."""
+    from pipeline import audit as auditing
+    from pipeline import sources
+    from pipeline.config_file import load_config
+
+    loaded = load_config(config)
+    for subset in loaded.subsets:
+        report = auditing.audit(sources.open_source(loaded, subset), loaded.limits)
+        target = parquet or Path(loaded.out) / subset / "audit.parquet"
+        report.write(target)
+        print(report.text())
+        print(f"full list: {target}")
+
+
+@app.command()
+def verify(out: Out) -> None:
+    """Check every promise that a corpus makes; exit code 1 names what is broken."""
+    from pipeline import verify as verifying
+
+    report = verifying.verify(out)
+    print(report.text())
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def inspect(out: Out) -> None:
+    """Show the funnel, and samples of what was kept and of what was dropped and why."""
+    from rich.console import Console
+
+    from pipeline import inspect as inspecting
+
+    Console().print(inspecting.inspect(out))
+
+
+@app.command()
+def show(out: Out, key: str, picture: Annotated[Path, typer.Option("--out", help="PNG to write.")]) -> None:
+    """Draw one image with its masks and captions."""
+    from pipeline import draw
+
+    draw.show(out, key, picture)
+    print(picture)
+
+
+@app.command()
+def export(
+    out: Out,
+    format: Annotated[str, typer.Option(help="perceptiondlm-json, coco or parquet.")],
+    to: Annotated[Path, typer.Option(help="Folder for the export.")],
+) -> None:
+    """Write the corpus in another format; photos as files where the format names them by path."""
+    from pipeline import export as exporting
+
+    for path in exporting.export(out, format, to):
+        print(path)
+
+
+@app.command()
+def merge(config: Config) -> None:
+    """Make index, statistics, plots and dataset card anew from the committed units; `build` does it at its end."""
+    from pipeline import corpus, stream
+    from pipeline.config_file import load_config
+
+    loaded = load_config(config)
+    with stream.locked(Path(loaded.out)):
+        corpus.merge(Path(loaded.out), loaded)
+    print(Path(loaded.out) / "index.parquet")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the corpus goes.")] = Path("out/demo"),
+) -> None:
+    """Build both subsets of the bundled sample and draw a contact sheet."""
+    from pipeline import draw
+    from pipeline.config_file import load_config
+
+    sample = Path(__file__).resolve().parent.parent / "samples" / "build.yaml"
+    loaded = load_config(sample).model_copy(update={"out": str(out.resolve())})
+    _build(loaded)
+    sheet = out / "contact-sheet.png"
+    draw.contact_sheet(out, sheet)
+    print(
+        f"""
+Every image with its masks and captions:  {sheet}
+What next:
+  paracaption inspect {out}          the funnel and samples, again
+  paracaption verify {out}           every promise of the corpus, checked
+  paracaption config                      every key of a configuration of your own
+  open {out}/README.md               the dataset card"""
+    )
+
+
+@app.command()
+def config() -> None:
+    """Print every key of the configuration with its default and the reason for it."""
+    from pipeline.config_file import describe
+
+    print(describe())
+
+
+@app.command()
+def deploy(
+    name: Annotated[str, typer.Option(help="Name of the deployment.")] = "corpus",
+) -> None:
+    """Serve the flows to a Prefect server (PREFECT_API_URL), so that builds are launched there with checked parameters."""
+    if not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
+    from flows.build import build_corpus
+
+    build_corpus.serve(name=name)
+
+
+def _build(
+    loaded: BuildConfig,
+    ray_address: str | None = None,
+    limit_images: int | None = None,
+    retry_failed: bool = False,
+) -> None:
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    from flows import build as flow
+
+    with _LiveView() as view:
+        flow.watcher.set(view.show)
+        flow.build_corpus(loaded, ray_address, limit_images, retry_failed)
+    inspect(Path(loaded.out))
+
+
+class _LiveView:
+    """One live table a subset: units, regions, kept, dropped by reason, regions per second and stage, time left."""
+
+    def __enter__(self) -> _LiveView:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=2, transient=True)
+        self.live.start()
+        self.printed_s = 0.0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Draw; on a log file instead of a terminal, a line every 30 seconds."""
+        if self.console.is_terminal:
+            self.live.update(self._table(progress))
+        elif time.monotonic() - self.printed_s > 30 or progress.done == progress.pending:
+            self.printed_s = time.monotonic()
+            self.console.print(_title(progress))
+
+    def _table(self, progress: Progress) -> Table:
+        from rich.table import Table
+
+        table = Table(title=_title(progress), title_justify="left")
+        for column in ("stage", "units", "regions", "asked", "regions/s", "dropped"):
+            table.add_column(column, justify="left" if column in ("stage", "dropped") else "right")
+        for name, stage in progress.stages.items():
+            reasons = [
+                f"{key.partition('/')[2]} {count:,}"
+                for key, count in progress.dropped.most_common()
+                if key.partition("/")[0] == name
+            ]
+            rate = f"{stage.regions / progress.seconds:,.1f}" if progress.seconds else ""
+            cells = (f"{stage.units:,}", f"{stage.regions:,}", f"{stage.asked:,}" if stage.asked else "")
+            table.add_row(name, *cells, rate, ", ".join(reasons))
+        return table
+
+
+def _title(progress: Progress) -> str:
+    left = "" if progress.seconds_left is None else f", about {_duration(progress.seconds_left)} left"
+    return (
+        f"{progress.subset}: {progress.done:,} of {progress.pending:,} units, {progress.regions:,} regions, "
+        f"{progress.kept:,} kept, {_duration(progress.seconds)}{left}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def main() -> None:
+    """Entry point: errors of ours are one clear line and exit code 2, anything else is a traceback."""
+    try:
+        app()
+    except ParaCaptionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,433 @@
+"""Lays a recipe's stages out on Ray Data and commits what comes out.
+
+    plan -> [source + mask filters] -> [captioner] -> [judge] -> [segmenter] -> [text filter + write] -> commit
+                 actors                 actors       actors       actors            actors            driver
+
+A row is a unit, so nothing re-blocks it; every bracket is an actor pool with the resources its backend asks for, all
+alive at the same time. Ray Data gives streaming, backpressure, autoscaling between the pool's bounds, and restarts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import queue
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline import shards
+from pipeline import plan as plans
+from pipeline.events import EventLog, EventReader
+from pipeline.shards import Draft
+from pipeline.sources import SOURCE_STAGE
+from pipeline.stages import RECIPES, FilterStage, ModelStage, Stage, recipe_digest
+from pipeline.workers import Job, Worker
+from schemas.config import BuildConfig
+from schemas.errors import ConfigError, ParaCaptionError, StageFailed, StageStalled
+from schemas.reasons import ERRORS
+
+log = logging.getLogger(__name__)
+
+Steps = list[list[FilterStage | ModelStage | str]]
+
+
+class StageProgress(msgspec.Struct):
+    """What a stage has done in this run: units, regions it looked at, regions a model was asked about, seconds."""
+
+    units: int = 0
+    regions: int = 0
+    asked: int = 0
+    seconds: float = 0.0
+
+
+class Progress(msgspec.Struct):
+    """The live view of one subset's build. `pending` units are this run's; `done` of them are committed.
+
+    Attributes:
+        seconds: since the stream started.
+        dropped: regions by "stage/reason", of this run's units.
+        stages: by stage name, in recipe order.
+    """
+
+    subset: str
+    pending: int
+    done: int = 0
+    images: int = 0
+    regions: int = 0
+    kept: int = 0
+    seconds: float = 0.0
+    dropped: Counter[str] = msgspec.field(default_factory=Counter)
+    stages: dict[str, StageProgress] = {}
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate so far; None before the first commit."""
+        return None if not self.done else self.seconds / self.done * (self.pending - self.done)
+
+
+def steps_of(stages: list[Stage]) -> Steps:
+    """Group a recipe into the operators of the stream: each model starts its own, filters ride along."""
+    steps: Steps = [[SOURCE_STAGE]]
+    for stage in stages:
+        if isinstance(stage, ModelStage):
+            steps.append([stage])
+        elif isinstance(steps[-1][-1], ModelStage) and stage is stages[-1]:
+            steps.append([stage])
+        else:
+            steps[-1].append(stage)
+    if isinstance(steps[-1][-1], ModelStage):
+        steps.append([])
+    steps[-1].append(shards.WRITE_STAGE)
+    return steps
+
+
+def resources_of(step: list[FilterStage | ModelStage | str], config: BuildConfig) -> dict[str, Any]:
+    """Ray arguments of a step's actors: its model's, or the configured share of a CPU for reading and writing."""
+    model = next((stage for stage in step if isinstance(stage, ModelStage)), None)
+    if model is None:
+        return {"num_cpus": config.io.num_cpus, "num_gpus": 0, "concurrency": config.io.concurrency}
+    backend = model.backend
+    return {"num_cpus": backend.num_cpus, "num_gpus": backend.num_gpus, "concurrency": backend.concurrency}
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output folder: one driver commits at a time. The lock ends with the process, however it ends.
+
+    Raises:
+        ConfigError: another build holds it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{out}: another build is writing here; wait for it or choose another `out`"
+            ) from error
+        yield
+
+
+def run(
+    config: BuildConfig,
+    subset: str,
+    plan: plans.Plan,
+    units: list[int],
+    run_folder: Path,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Progress:
+    """Build and commit the given units of a plan. Ray is initialised by the caller, who also holds the lock.
+
+    Args:
+        config: the resolved configuration.
+        subset: "coconut" or "sa1b".
+        plan: the subset's plan.
+        units: indices of the units to build.
+        run_folder: OUT/events/<run>; exists.
+        on_progress: called about twice a second from this thread.
+
+    Raises:
+        StageFailed: a stage fails on everything, a backend cannot start, or the disk is full. What is committed stays.
+        StageStalled: nothing moved for `failures.stall_s`; the message has the stacks of the workers that hang.
+    """
+    folder = Path(config.out) / subset
+    stages = RECIPES[subset](config)
+    job = Job(config, subset, str(folder), plan.digest, recipe_digest(stages, config), str(run_folder))
+    steps = steps_of(stages)
+    progress = Progress(subset, pending=len(units))
+    progress.stages = {
+        name: StageProgress() for name in [SOURCE_STAGE, *(s.name for s in stages), shards.WRITE_STAGE]
+    }
+    if not units:
+        return progress
+    check_resources(steps, config)
+    rows = _Stream(_dataset(job, steps, plan, units))
+    events = EventLog(run_folder, "driver")
+    watch = _Watch(EventReader(run_folder), progress, config.failures.stall_s, run_folder)
+    committer = _Committer(folder, config.failures.stop_after_units, progress, events)
+    try:
+        while (draft := rows.next(timeout_s=0.5)) is not _END:
+            watch.look(moved=draft is not None)
+            if draft is not None:
+                committer.take(draft)
+            on_progress(progress)
+        committer.finish()
+    except BaseException:
+        committer.abandon()
+        raise
+    watch.look(moved=True)
+    on_progress(progress)
+    for stack in run_folder.glob("stack-*.txt"):
+        stack.unlink()
+    shutil.rmtree(folder / "journal", ignore_errors=True)
+    return progress
+
+
+def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = [{"unit": plan.unit_name(index), "index": index} for index in units]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for step in steps:
+        asked = resources_of(step, job.config)
+        low, high = asked["concurrency"]
+        dataset = dataset.map(
+            Worker,
+            fn_constructor_args=(job, step),
+            num_cpus=asked["num_cpus"],
+            num_gpus=asked["num_gpus"] or None,
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+    return dataset
+
+
+_END = object()
+
+
+class _Stream:
+    """Pulls drafts from Ray Data in a thread, so that the driver can watch the clock meanwhile."""
+
+    def __init__(self, dataset: Any):
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._thread = threading.Thread(target=self._pull, args=(dataset,), daemon=True, name="stream")
+        self._thread.start()
+
+    def _pull(self, dataset: Any) -> None:
+        try:
+            for row in dataset.iter_rows():
+                self._queue.put(msgspec.msgpack.decode(row["draft"], type=Draft))
+            self._queue.put(_END)
+        except BaseException as error:  # noqa: BLE001 - handed to the driver's thread, whatever it is
+            self._queue.put(error)
+
+    def next(self, timeout_s: float) -> Any:
+        """A draft, `_END`, or None if nothing came in time; raises what the stream raised, unwrapped."""
+        try:
+            item = self._queue.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            raise unwrap(item)
+        return item
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The error of ours inside what Ray wrapped around it; other errors become a `StageFailed` with one line."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ParaCaptionError) and type(seen).__module__ == "schemas.errors":
+            return type(seen)(*seen.args)
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return error
+    failed = StageFailed(f"the stream broke: {type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+    failed.__cause__ = error
+    return failed
+
+
+class _Committer:
+    """Commits drafts as they come. Units on which a stage failed entirely wait until the stage is proven right."""
+
+    def __init__(self, folder: Path, stop_after: int, progress: Progress, events: EventLog):
+        self.folder = folder
+        self.stop_after = stop_after
+        self.progress = progress
+        self.events = events
+        self.suspects: list[Draft] = []
+
+    def take(self, draft: Draft) -> None:
+        if draft.failures:
+            self.suspects.append(draft)
+            if len(self.suspects) >= self.stop_after:
+                stage, error = next(iter(draft.failures.items()))
+                raise StageFailed(
+                    f"{stage}: failed on every image of {len(self.suspects)} units in a row, last on "
+                    f"{draft.manifest.unit}: {error}. What is committed stays; mend the cause and run the same command again"
+                )
+            return
+        self._release()
+        self._commit(draft)
+
+    def finish(self) -> None:
+        self._release()
+
+    def abandon(self) -> None:
+        for draft in self.suspects:
+            shards.discard(draft)
+        self.suspects = []
+
+    def _release(self) -> None:
+        for draft in self.suspects:
+            log.warning(
+                "%s: %s; its regions are dropped, `--retry-failed` runs them again",
+                draft.manifest.unit,
+                "; ".join(f"{stage} failed: {why}" for stage, why in draft.failures.items()),
+            )
+            self._commit(draft)
+        self.suspects = []
+
+    def _commit(self, draft: Draft) -> None:
+        start = time.perf_counter()
+        shards.commit(self.folder, draft)
+        record = draft.manifest
+        self.events.emit(
+            "committed",
+            unit=record.unit,
+            images=len(record.images),
+            regions=record.regions_in,
+            seconds=time.perf_counter() - start,
+        )
+        self.progress.done += 1
+        self.progress.images += len(record.images)
+        self.progress.regions += record.regions_in
+        self.progress.kept += record.kept
+        self.progress.dropped.update(record.dropped)
+
+
+class _Watch:
+    """Reads the workers' events into the progress view, and notices when nothing moves."""
+
+    def __init__(self, reader: EventReader, progress: Progress, stall_s: float, run_folder: Path):
+        self.reader = reader
+        self.progress = progress
+        self.stall_s = stall_s
+        self.run_folder = run_folder
+        self.started = self.moved = time.monotonic()
+
+    def look(self, moved: bool) -> None:
+        for event in self.reader.new():
+            moved = True
+            if event.what == "unit" and event.stage in self.progress.stages:
+                stage = self.progress.stages[event.stage]
+                stage.units += 1
+                stage.regions += event.regions
+                stage.asked += event.asked
+                stage.seconds += event.seconds
+        now = time.monotonic()
+        self.progress.seconds = now - self.started
+        if moved:
+            self.moved = now
+        elif now - self.moved > self.stall_s + STALL_GRACE_S:
+            raise StageStalled(self._message())
+
+    def _message(self) -> str:
+        stacks = [path.read_text() for path in sorted(self.run_folder.glob("stack-*.txt"))]
+        hanging = [text for text in stacks if "most recent call first" in text]
+        where = (
+            "\n\n".join(hanging) or "No worker is inside a call: Ray could not place them; see `ray status`."
+        )
+        return f"no progress for {self.stall_s:.0f} s (failures.stall_s). Committed units are safe.\n{where}"
+
+
+STALL_GRACE_S = 5.0
+"""The workers dump their stacks at `stall_s`; the driver looks a little later."""
+
+
+def check_resources(steps: Steps, config: BuildConfig) -> None:
+    """Whether the cluster can hold the smallest pool of every step at once; if not, the stream would wait forever.
+
+    Raises:
+        ConfigError: names what is asked for and what there is. Not raised on a cluster that scales itself.
+    """
+    import ray
+
+    needed = needed_resources(steps, config)
+    there = ray.cluster_resources()
+    for name, amount in needed.items():
+        if amount > there.get(name, 0) + 1e-6 and not os.environ.get("RAY_AUTOSCALER"):
+            asked = ", ".join(
+                f"{_title(step)}: {resources_of(step, config)['concurrency'][0]} x "
+                f"{resources_of(step, config)['num_' + name.lower() + 's']:g}"
+                for step in steps
+            )
+            raise ConfigError(
+                f"the stages need {amount:g} {name} at once ({asked}), the cluster has {there.get(name, 0):g}: "
+                "lower `concurrency` or the resources per actor, or add nodes"
+            )
+
+
+def needed_resources(steps: Steps, config: BuildConfig) -> dict[str, float]:
+    """CPUs and GPUs that the smallest pools of all steps hold at once."""
+    asked = [resources_of(step, config) for step in steps]
+    return {
+        "CPU": sum(a["num_cpus"] * a["concurrency"][0] for a in asked),
+        "GPU": sum(a["num_gpus"] * a["concurrency"][0] for a in asked),
+    }
+
+
+def _title(step: list[FilterStage | ModelStage | str]) -> str:
+    return " + ".join(stage if isinstance(stage, str) else stage.name for stage in step)
+
+
+def start_ray(address: str | None, config: BuildConfig, subsets: list[str]) -> None:
+    """Connect to a cluster, or start a local one that is large enough for the smallest pools.
+
+    On a machine of its own the logical CPUs only admit actors, the kernel shares the real ones: a laptop with two
+    cores runs the whole recipe.
+
+    Args:
+        address: "auto", "host:port" or "ray://host:port"; None starts Ray on this machine.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False, "ignore_reinit_error": True}
+    if address is not None:
+        ray.init(address=address, **quiet)
+        return
+    needed = max(needed_resources(steps_of(RECIPES[s](config)), config)["CPU"] for s in subsets)
+    ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(needed)), include_dashboard=False, **quiet)
+
+
+def failed_units(folder: Path, plan: plans.Plan) -> list[int]:
+    """Indices of the committed units with a drop that another attempt may turn: for `--retry-failed`.
+
+    Args:
+        folder: OUT/<subset>.
+        plan: the subset's plan.
+
+    Raises:
+        IntegrityError: a manifest does not parse.
+    """
+    failed = []
+    for index in range(plan.num_units):
+        try:
+            record = shards.read_manifest(folder / "manifests" / f"{plan.unit_name(index)}.json")
+        except FileNotFoundError:
+            continue
+        reasons = {key.partition("/")[2] for key in record.dropped} | set(record.images_dropped)
+        if reasons & ERRORS:
+            failed.append(index)
+    return failed
+
+
+def check_disk(config: BuildConfig, subset: str, units: list[int], plan: plans.Plan) -> None:
+    """Free space for what the pending units will write: their photos, by a sample of their sizes, and a tenth on top.
+
+    Raises:
+        ConfigError: not enough; names how much is missing.
+    """
+    photos = plan.photo_bytes * len(units) / max(1, plan.num_units)
+    needed = 1.1 * photos + config.failures.min_free_gb * 1e9
+    free = shutil.disk_usage(config.out).free
+    if free < needed:
+        raise ConfigError(
+            f"{config.out}: {subset} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "free space, or lower failures.min_free_gb if the estimate is wrong"
+        )

@@ -1,0 +1,435 @@
+"""What runs in a Ray actor: one step of the stream, with its model, for one unit after another.
+
+How failures are contained, from the inside out:
+
+1. A record that fails is found by bisecting its batch and dropped with its error.
+2. A unit on which every record fails is tried again with a fresh model; then it travels on, marked, and the driver
+   decides whether the stage is broken (see `stream.py`).
+3. A record that kills the whole process is found through the journal: before each batch the worker notes what it is
+   about to do. Whoever gets the unit next finds the note, runs the noted images one by one, and after
+   `crash_attempts` deaths alone drops the image. A worker that dies for another reason costs nothing but time.
+4. A call that hangs leaves its stack in the run's folder, where the driver finds it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from pipeline import models, plan, shards, sources
+from pipeline.events import EventLog
+from pipeline.evidence import EvidenceStore
+from pipeline.sources import SOURCE_STAGE, CatalogEntry
+from pipeline.stages import FilterStage, ModelStage, only
+from schemas.config import BuildConfig
+from schemas.errors import BadRecord, ConfigError, StageFailed
+from schemas.reasons import Reason
+from schemas.records import Drop, ImageRecord
+
+GIVE_UP_AFTER = 8
+"""Images that fail alone, in a row and without one success, before the rest of the unit is not tried one by one."""
+
+READ_BATCH = 64
+"""Images that a source reads between two notes in the journal."""
+
+SAVE_EVERY_S = 60.0
+"""Evidence of an unfinished unit is written at least this often, so that a crash late in a long unit is cheap."""
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What every worker of a build knows.
+
+    Attributes:
+        config: the whole configuration.
+        subset: "coconut" or "sa1b".
+        folder: OUT/<subset>.
+        plan: content hash of the plan.
+        recipe: digest of the recipe.
+        run: folder of this run's events and stacks.
+    """
+
+    config: BuildConfig
+    subset: str
+    folder: str
+    plan: str
+    recipe: str
+    run: str
+
+
+class Unit(msgspec.Struct):
+    """A unit on its way: a row of the stream."""
+
+    name: str
+    images: list[ImageRecord]
+    failures: dict[str, str] = {}
+
+
+class Worker:
+    """A Ray Data actor class: `row -> row`, where a row is a unit.
+
+    Args:
+        job: what is built.
+        steps: names of the stages this worker runs, in order; "source" and "write" are the ends.
+    """
+
+    def __init__(self, job: Job, stages: list[FilterStage | ModelStage | str]):
+        self.job = job
+        self.folder = Path(job.folder)
+        self.stages = stages
+        self.name = _name(stages)
+        self.events = EventLog(Path(job.run), self.name)
+        self._crash_attempts = job.config.failures.crash_attempts
+        self._stack = open(Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt", "w")
+        self.source = sources.open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
+        self.model: Any = None
+        self._broken: str | None = None
+        try:
+            self._load_model()
+        except Exception as error:  # noqa: BLE001 - told to the driver by the first unit, as one clear line
+            self._broken = f"{type(error).__name__}: {error}"
+
+    def _load_model(self) -> None:
+        for stage in self.stages:
+            if isinstance(stage, ModelStage):
+                start = time.perf_counter()
+                self.model = None
+                self.model = models.load(stage.protocol, stage.backend)
+                self.events.emit("started", stage=stage.name, seconds=time.perf_counter() - start)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Run this worker's stages on one unit.
+
+        Raises:
+            StageFailed: the model cannot be loaded, or the output cannot be written.
+        """
+        if self._broken is not None:
+            raise StageFailed(f"{self.name}: the backend cannot start: {self._broken}")
+        unit = (
+            Unit(row["unit"], []) if "state" not in row else msgspec.msgpack.decode(row["state"], type=Unit)
+        )
+        for stage in self.stages:
+            start = time.perf_counter()
+            regions = sum(len(image.live()) for image in unit.images)
+            asked = 0
+            if stage == SOURCE_STAGE:
+                self._read(unit, row["index"])
+                regions = sum(len(image.regions) for image in unit.images)
+            elif stage == shards.WRITE_STAGE:
+                return {"draft": self._write(unit, start)}
+            elif isinstance(stage, ModelStage):
+                asked = self._ask(stage, unit)
+            else:
+                assert isinstance(stage, FilterStage)
+                self._each(stage.name, unit, stage.run)
+            self.events.emit(
+                "unit",
+                stage=stage if isinstance(stage, str) else stage.name,
+                unit=unit.name,
+                images=len(unit.images),
+                regions=regions,
+                asked=asked,
+                seconds=time.perf_counter() - start,
+            )
+        return {"unit": unit.name, "state": msgspec.msgpack.encode(unit)}
+
+    # The ends.
+
+    def _read(self, unit: Unit, index: int) -> None:
+        assert self.source is not None
+        source, limits = self.source, self.job.config.limits
+        entries = plan.read_unit(self.folder / "plan" / "plan.parquet", index)
+        read: dict[str, ImageRecord] = {}
+        with Journal(self.folder / "journal" / SOURCE_STAGE, unit.name, self._crash_attempts) as journal:
+            for batch in journal.split(entries, READ_BATCH):
+                with journal.batch([entry.key for entry in batch]), self._watched(batch[0].key):
+                    for entry in batch:
+                        read[entry.key] = (
+                            _empty(self.job.subset, entry, Reason.WORKER_CRASHED, journal.verdict(entry.key))
+                            if journal.is_poison(entry.key)
+                            else self._read_one(source, entry, limits)
+                        )
+        unit.images = [read[entry.key] for entry in entries]
+
+    def _read_one(self, source: Any, entry: CatalogEntry, limits: Any) -> ImageRecord:
+        try:
+            return source.read(entry, limits)
+        except BadRecord as bad:
+            return _empty(self.job.subset, entry, bad.reason, bad.detail)
+        except Exception as error:  # noqa: BLE001 - a record the source did not foresee is a drop, not the end
+            detail = f"{entry.annotation}: {type(error).__name__}: {error}"
+            return _empty(self.job.subset, entry, Reason.ANNOTATION_UNREADABLE, detail)
+
+    def _write(self, unit: Unit, start: float) -> bytes:
+        job = self.job
+        draft = shards.write_unit(self.folder, unit.name, unit.images, job.plan, job.recipe)
+        draft.failures = unit.failures
+        self.events.emit(
+            "unit",
+            stage=shards.WRITE_STAGE,
+            unit=unit.name,
+            images=len(unit.images),
+            regions=draft.manifest.kept,
+            seconds=time.perf_counter() - start,
+        )
+        return msgspec.msgpack.encode(draft)
+
+    # Filters: one image at a time.
+
+    def _each(self, name: str, unit: Unit, run: Callable[[ImageRecord], None]) -> None:
+        for image in unit.images:
+            try:
+                run(image)
+            except Exception as error:  # noqa: BLE001 - one image that a filter trips over is a drop
+                image.reject(Drop(name, Reason.MODEL_ERROR, f"{type(error).__name__}: {error}"))
+
+    # Models: whole units, in batches.
+
+    def _ask(self, stage: ModelStage, unit: Unit) -> int:
+        """Get the evidence the stage lacks, record it, decide. Returns how many regions the model was asked about."""
+        store = EvidenceStore(
+            self.folder / "evidence" / f"{stage.name}-{stage.evidence_digest}", stage.evidence
+        )
+        known = store.load(unit.name)
+        questions = {
+            (image.key, region.id): stage.fingerprint(region)
+            for image in unit.images
+            for region in image.live()
+        }
+        owed: list[ImageRecord] = []
+        for image in unit.images:
+            missing = [
+                region
+                for region in image.live()
+                if (image.key, region.id) not in known
+                or known[image.key, region.id][0] != questions[image.key, region.id]
+            ]
+            if missing:
+                owed.append(only(image, missing))
+        asked = sum(len(image.regions) for image in owed)
+        errors: dict[str, tuple[Reason, str]] = {}
+        if owed:
+            kept = sum(len(image.live()) for image in unit.images) - asked
+            errors = self._answer(stage, unit, owed, store, known, questions)
+            failed = [message for reason, message in errors.values() if reason is Reason.MODEL_ERROR]
+            if len(failed) == len(owed) and not kept:
+                unit.failures[stage.name] = failed[-1]
+        for image in unit.images:
+            for region in image.live():
+                found = known.get((image.key, region.id))
+                if found is not None and found[0] == questions[image.key, region.id]:
+                    stage.mark(region, found[1])
+                else:
+                    region.drop = Drop(stage.name, *errors[image.key])
+        return asked
+
+    def _answer(
+        self,
+        stage: ModelStage,
+        unit: Unit,
+        owed: list[ImageRecord],
+        store: EvidenceStore,
+        known: dict,
+        questions: dict,
+    ) -> dict[str, tuple[Reason, str]]:
+        """Fill `known` for the owed images; returns the error of each image that got none."""
+        errors: dict[str, tuple[Reason, str]] = {}
+        saved = time.monotonic()
+        remaining = owed
+        folder = self.folder / "journal" / f"{stage.name}-{stage.evidence_digest}"
+        with Journal(folder, unit.name, self._crash_attempts) as journal:
+            for attempt in range(self.job.config.failures.unit_retries + 1):
+                if attempt:
+                    self.events.emit(
+                        "failed", stage=stage.name, unit=unit.name, detail=str(errors[remaining[0].key])
+                    )
+                    self._reload(stage)
+                errors = {}
+                bisect = _Bisection(lambda batch: stage.ask(self.model, batch), journal, self._watched)
+                for batch in journal.split(remaining, stage.backend.batch_images):
+                    for image, outcome in bisect.run(batch):
+                        if isinstance(outcome, tuple):
+                            errors[image.key] = outcome
+                            continue
+                        for region, answer in zip(image.regions, outcome, strict=True):
+                            where = (image.key, region.id)
+                            known[where] = (questions[where], answer)
+                    self.events.emit("batch", stage=stage.name, unit=unit.name, images=len(batch))
+                    if time.monotonic() - saved > SAVE_EVERY_S:
+                        self._save(store, unit.name, known)
+                        saved = time.monotonic()
+                whole = len(errors) == len(remaining)
+                if not whole or all(reason is not Reason.MODEL_ERROR for reason, _ in errors.values()):
+                    break
+            if len(errors) < len(owed):
+                self._save(store, unit.name, known)
+        return errors
+
+    def _reload(self, stage: ModelStage) -> None:
+        try:
+            self._load_model()
+        except Exception as error:  # noqa: BLE001 - whatever a backend raises on its way up means the same
+            raise StageFailed(f"{stage.name}: the backend cannot start again: {error}") from error
+
+    def _save(self, store: EvidenceStore, unit: str, known: dict) -> None:
+        try:
+            store.save(unit, known)
+        except OSError as error:
+            raise shards.write_failed(self.folder, error) from error
+
+    @contextmanager
+    def _watched(self, what: str) -> Iterator[None]:
+        """Leave this process's stack in the run's folder if the block takes longer than the stall time."""
+        self._stack.seek(0)
+        self._stack.truncate()
+        self._stack.write(f"{self.name}, at {what}\n")
+        self._stack.flush()
+        faulthandler.dump_traceback_later(self.job.config.failures.stall_s, file=self._stack)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _name(stages: list[FilterStage | ModelStage | str]) -> str:
+    """A worker is known by its model stage, or by the first of its stages."""
+    model = next((stage for stage in stages if isinstance(stage, ModelStage)), stages[0])
+    if stages[-1] == shards.WRITE_STAGE:
+        return shards.WRITE_STAGE
+    return model if isinstance(model, str) else model.name
+
+
+def _empty(subset: str, entry: CatalogEntry, reason: Reason, detail: str) -> ImageRecord:
+    image = ImageRecord(entry.key, subset, entry.photo, 0, 0, file_name=entry.file_name)
+    image.drop = Drop(SOURCE_STAGE, reason, detail)
+    return image
+
+
+class _Bisection:
+    """Asks a model about a batch; on an error, about its halves, down to the image that fails."""
+
+    def __init__(
+        self, ask: Callable[[list[ImageRecord]], list[list[Any]]], journal: Journal, watched: Callable
+    ):
+        self.ask = ask
+        self.journal = journal
+        self.watched = watched
+        self.lonely_failures = 0
+        self.successes = 0
+        self.last: tuple[Reason, str] | None = None
+
+    def run(self, batch: list[ImageRecord]) -> Iterator[tuple[ImageRecord, list[Any] | tuple[Reason, str]]]:
+        """(image, answers or error) for each image of the batch."""
+        poison = [image for image in batch if self.journal.is_poison(image.key)]
+        for image in poison:
+            yield image, (Reason.WORKER_CRASHED, self.journal.verdict(image.key))
+        batch = [image for image in batch if not self.journal.is_poison(image.key)]
+        if not batch:
+            return
+        if not self.successes and self.lonely_failures >= GIVE_UP_AFTER and self.last is not None:
+            yield from ((image, self.last) for image in batch)
+            return
+        try:
+            with self.journal.batch([image.key for image in batch]), self.watched(batch[0].key):
+                answers = self.ask(batch)
+            _check(batch, answers)
+        except (ConfigError, StageFailed):
+            raise
+        except Exception as error:  # noqa: BLE001 - a model may raise anything; the record that caused it is found
+            if len(batch) == 1:
+                yield batch[0], self._error(error)
+                return
+        else:
+            self.successes += len(batch)
+            yield from zip(batch, answers, strict=True)
+            return
+        middle = len(batch) // 2
+        yield from self.run(batch[:middle])
+        yield from self.run(batch[middle:])
+
+    def _error(self, error: Exception) -> tuple[Reason, str]:
+        if isinstance(error, BadRecord):
+            return (error.reason, error.detail)
+        self.lonely_failures += 1
+        self.last = (Reason.MODEL_ERROR, f"{type(error).__name__}: {error}")
+        return self.last
+
+
+def _check(batch: list[ImageRecord], answers: list[list[Any]]) -> None:
+    """A backend that answers another number of questions than it was asked is broken: never match by luck."""
+    expected = [len(image.live()) for image in batch]
+    got = [len(answer) for answer in answers]
+    if expected != got:
+        raise ValueError(f"asked about {expected} regions of {len(batch)} images, answered {got}")
+
+
+Keyed = TypeVar("Keyed", ImageRecord, CatalogEntry)
+
+
+class Journal:
+    """Remembers, across the death of a worker, which images it was working on.
+
+    One small file per unit, written before each batch and removed when the unit is through. Not durable on purpose:
+    a lost note costs one more crash.
+
+    Args:
+        folder: OUT/<subset>/journal/<stage>.
+        unit: name of the unit.
+        attempts: deaths alone in a batch after which an image is poison.
+    """
+
+    def __init__(self, folder: Path, unit: str, attempts: int):
+        self.path = folder / f"{unit}.json"
+        self.attempts = attempts
+        self.deaths: dict[str, int] = {}
+
+    def __enter__(self) -> Journal:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            note = msgspec.json.decode(self.path.read_bytes(), type=dict[str, Any])
+        except (FileNotFoundError, msgspec.DecodeError):
+            return self
+        self.deaths = dict(note.get("deaths", {}))
+        working = note.get("working", [])
+        for key in working:
+            self.deaths[key] = self.deaths.get(key, 0) + (1 if len(working) == 1 else 0)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.path.unlink(missing_ok=True)
+
+    def is_poison(self, key: str) -> bool:
+        """Whether the image killed its worker too often."""
+        return self.deaths.get(key, 0) >= self.attempts
+
+    def verdict(self, key: str) -> str:
+        """The drop's detail for a poison image."""
+        return f"the worker died {self.deaths[key]} times on this image alone"
+
+    def split(self, images: list[Keyed], size: int) -> Iterator[list[Keyed]]:
+        """Batches of `size`; images that were in flight when a worker died come one by one."""
+        calm = [image for image in images if image.key not in self.deaths]
+        for start in range(0, len(calm), size):
+            yield calm[start : start + size]
+        for image in images:
+            if image.key in self.deaths:
+                yield [image]
+
+    @contextmanager
+    def batch(self, keys: list[str]) -> Iterator[None]:
+        """Note that these images are being worked on; the note stays if the process dies in the block."""
+        self._note(keys)
+        try:
+            yield
+        finally:
+            self._note([])
+
+    def _note(self, working: list[str]) -> None:
+        self.path.write_bytes(msgspec.json.encode({"deaths": self.deaths, "working": working}))

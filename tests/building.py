@@ -1,0 +1,99 @@
+"""Builds small corpora in tests: the flow's steps without Prefect, so that a test sees the stream alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline import plan, shards, sources, stages, stream
+from schemas.config import BuildConfig
+
+BACKENDS = {"captioner": "InstantCaptioner", "judge": "InstantJudge", "segmenter": "InstantSegmenter"}
+
+
+def config_of(out: Path, *, coconut: Any = None, sa1b: Any = None, **changes: Any) -> BuildConfig:
+    """A configuration with the test backends; `captioner={...}` and the like are their options."""
+    values: dict[str, Any] = {
+        "out": str(out),
+        "images_per_shard": 4,
+        "masks": {"min_area_px": 16},
+        "io": {"num_cpus": 0.1, "concurrency": [1, 1]},
+        "failures": {"min_free_gb": 0, "stall_s": 120},
+    }
+    for protocol, name in BACKENDS.items():
+        given = changes.pop(protocol, {})
+        values[protocol] = {
+            "name": f"tests.backends:{name}",
+            "num_cpus": 0.1,
+            "batch_images": given.pop("batch_images", 64),
+            "concurrency": given.pop("concurrency", [1, 1]),
+            "options": {"log": str(out.parent / f"{protocol}.log"), **given},
+        }
+    for key, value in changes.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    if coconut:
+        values["coconut"] = [coconut]
+    if sa1b:
+        values["sa1b"] = [sa1b]
+    return BuildConfig.model_validate(values)
+
+
+def build(config: BuildConfig, retry_failed: bool = False) -> dict[str, stream.Progress]:
+    """Build every subset of the configuration on the Ray cluster this process is connected to."""
+    done = {}
+    with stream.locked(Path(config.out)):
+        for subset in config.subsets:
+            folder = Path(config.out) / subset
+            shards.prepare(folder)
+            shards.sweep(folder)
+            planned = plan.make_plan(sources.open_source(config, subset), config, folder)
+            recipe = stages.recipe_digest(stages.RECIPES[subset](config), config)
+            failed = stream.failed_units(folder, planned) if retry_failed else []
+            units = sorted({*plan.pending(planned, folder / "manifests", recipe), *failed})
+            runs = Path(config.out) / "events"
+            run_folder = runs / f"{len(list(runs.iterdir())) if runs.exists() else 0:03d}-{subset}"
+            run_folder.mkdir(parents=True)
+            done[subset] = stream.run(config, subset, planned, units, run_folder)
+    return done
+
+
+def committed(out: Path) -> dict[str, str]:
+    """SHA-256 of every committed file by its path below `out`: what two builds are compared by."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for subset in ("coconut", "sa1b")
+        for folder in shards.FOLDERS
+        for path in sorted((out / subset / folder).glob("*"))
+    }
+
+
+def calls(log: Path) -> list[str]:
+    """What a test backend was asked, one line a region, over all processes and runs."""
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def drops(out: Path, subset: str) -> dict[tuple[str, int], tuple[str, str, str]]:
+    """(key, region) -> (stage, reason, detail) of every dropped region, from the ledgers."""
+    import pyarrow.parquet as pq
+
+    found = {}
+    for path in sorted((out / subset / "ledger").glob(f"{subset}-*.parquet")):
+        for row in pq.read_table(path).to_pylist():
+            if row["drop_reason"]:
+                found[row["key"], row["region"]] = (row["drop_stage"], row["drop_reason"], row["drop_detail"])
+    return found
+
+
+def main() -> None:
+    """Build from a JSON configuration file: `python -m tests.building CONFIG [RAY_ADDRESS]`, for tests that kill it."""
+    config = BuildConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
+    stream.start_ray(sys.argv[2] if len(sys.argv) > 2 else None, config, config.subsets)
+    build(config)
+    print("built", flush=True)
+
+
+if __name__ == "__main__":
+    main()
