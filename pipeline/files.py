@@ -74,12 +74,12 @@ def size_of(blob: Blob) -> int:
     return int(fs.size(path))
 
 
-def open_url(url: str) -> IO[bytes]:
-    """A seekable binary file."""
+def open_url(url: str, block_bytes: int | None = None) -> IO[bytes]:
+    """A seekable binary file; `block_bytes` is read at a time where reading is a request."""
     if not is_url(url):
         return open(local(url), "rb")
     fs, path = file_system(url)
-    return fs.open(path, "rb")
+    return fs.open(path, "rb", block_size=block_bytes)
 
 
 def expand(pattern: str) -> list[str]:

@@ -84,6 +84,7 @@ class Coconut:
         self.sources = sources
         self.notes: list[Note] = []
         self._listings: dict[str, names.Listing] = {}
+        self._labelled: dict[str, set[str]] = {}
 
     def fingerprint(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -103,6 +104,7 @@ class Coconut:
     def catalog(self) -> Iterator[CatalogEntry]:
         """Annotations in the order of their files, then the images of these files that have none."""
         self.notes = []
+        self._labelled.clear()
         keys = names.Keys()
         for place, source in enumerate(self.sources):
             for url in names.expand_all(source.annotations, "coconut.annotations"):
@@ -113,6 +115,7 @@ class Coconut:
                 else:
                     rows, leftover = self._document_rows(url, source)
                 yield from self._entries(place, source, rows, leftover, keys)
+        self._note_strays()
         self._listings.clear()
 
     def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:
@@ -200,13 +203,12 @@ class Coconut:
         stems = {names.stem(_photo_name(row)) for row in rows}
         listings = [self._list(folder, "coconut.photos") for folder in source.photos]
         find_photo = names.Finder(listings, stems, names.PHOTO_ENDINGS, source.labels).find
-        label_listing = None
         find_label = None
         if source.layout == "panoptic" and source.labels is not None:
             label_listing = self._list(source.labels, "coconut.labels")
             wanted = {names.stem(row.annotation.file_name or _photo_name(row)) for row in rows}
             find_label = names.Finder([label_listing], wanted, names.LABEL_ENDINGS).find
-            self._note_strays(label_listing, wanted)
+            self._labelled.setdefault(source.labels, set()).update(wanted)
         for number, row in enumerate(rows):
             yield self._entry(place, number, row, find_photo, find_label, keys)
         for image in leftover:
@@ -255,10 +257,12 @@ class Coconut:
         record = msgspec.json.encode(row.record)
         return CatalogEntry(key, place, photo, annotation, record, photo_name, dropped)
 
-    def _note_strays(self, listing: names.Listing, wanted: set[str]) -> None:
-        known = listing.names or ()
-        strays = [name for name in known if name.lower().endswith(".png") and names.stem(name) not in wanted]
-        self.notes += [Note("label_map_without_record", f"{listing.url}/{name}") for name in strays]
+    def _note_strays(self) -> None:
+        for folder, wanted in self._labelled.items():
+            for name in self._list(folder, "coconut.labels").names or ():
+                if name.lower().endswith(".png") and names.stem(name) not in wanted:
+                    self.notes.append(Note("label_map_without_record", f"{folder}/{name}"))
+        self._labelled.clear()
 
     # One image.
 

@@ -37,6 +37,9 @@ class _Pair(msgspec.Struct):
     annotations: list[_Annotation] = []
 
 
+_HEADER_BLOCK = 16 << 10
+"""Bytes asked of an object store for a tar's header; the next one is a photo away."""
+
 _PAIR = msgspec.json.Decoder(_Pair)
 
 
@@ -95,7 +98,7 @@ class Sa1b:
             ConfigError: nothing in it can be read.
         """
         try:
-            with files.open_url(url) as file:
+            with files.open_url(url, _HEADER_BLOCK) as file:
                 size = file.seek(0, 2)
                 file.seek(0)
                 archive = tarfile.open(fileobj=file, mode="r:", errorlevel=0)
@@ -106,7 +109,10 @@ class Sa1b:
                     if not member.isdir():
                         yield _checked(member, url, size)
                 broken = _broken_at(archive, file, size)
-        except (tarfile.TarError, OSError, ValueError) as error:
+                if archive.offset == size:
+                    detail = f"{url}: ends at byte {size} without an end mark"
+                    self.notes.append(Note("tar_without_end", detail))
+        except (tarfile.TarError, OSError) as error:
             raise ConfigError(f"{url}: not a readable tar ({error}); fetch it again") from error
         if broken is not None:
             if not found:
@@ -167,7 +173,7 @@ def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     """The next header; None where headers end or break, which `_broken_at` tells apart."""
     try:
         return archive.next()
-    except tarfile.ReadError:
+    except (tarfile.TarError, ValueError, EOFError, OverflowError):
         return None
 
 
@@ -180,7 +186,7 @@ def _broken_at(archive: tarfile.TarFile, file: Any, size: int) -> int | None:
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) == tarfile.BLOCKSIZE and not block.strip(b"\0"):
         return None
-    return None if archive.offset > size else archive.offset
+    return None if archive.offset >= size else archive.offset
 
 
 def _checked(member: tarfile.TarInfo, url: str, size: int) -> _Member:
