@@ -184,7 +184,7 @@ def sample(source: Source, config: BuildConfig) -> AuditReport:
 
 
 def audit_unit(source: Source, entries: list[CatalogEntry], limits: Limits) -> Found:
-    """Read some images; a region dropped for its image's reason is counted there, without a row of its own."""
+    """Read some images; regions dropped for their image's reason are counted there and have no row."""
     found = Found()
     for entry in entries:
         notes: list[Note] = []

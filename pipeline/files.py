@@ -1,4 +1,4 @@
-"""Reading bytes from local paths and fsspec URLs, and writing local files so that they exist whole or not at all."""
+"""Reads bytes from local paths and fsspec URLs, and writes local files that exist whole or not at all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def read(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
-    """Bytes `[start, start + length)` of a blob, to its end if `length` is None. Short at the end of the blob.
+    """Bytes `[start, start + length)` of a blob, to its end if `length` is None. Short at its end.
 
     Raises:
         OSError: as the file system has it (`FileNotFoundError` if it is not there).
@@ -102,7 +102,7 @@ def is_folder(url: str) -> bool:
 
 
 def walk(folder: str) -> Iterator[tuple[str, str]]:
-    """Every file below a folder as (URL, path relative to the folder), in the file system's order: sort it."""
+    """Every file below a folder as (URL, path relative to the folder), in no order: sort it."""
     if not is_url(folder):
         root = local(folder)
         stack = [""]

@@ -151,7 +151,7 @@ class Coconut:
         return rows, [image for image in images if id(image) not in used]
 
     def _table_of(self, document: documents.Document, url: str, source: CoconutSource) -> Table:
-        if source.categories is not None or not document.categories:
+        if source.categories is not None or bytes(document.categories).strip() in (b"", b"[]", b"null"):
             return categories.load(source.categories)
         try:
             return categories.table_of(documents.loads(bytes(document.categories)), url)
