@@ -15,14 +15,13 @@ LABEL_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 
 _LONGEST_KEY = 120
 _ODD = re.compile(r"[^A-Za-z0-9_-]")
+_UNSAFE = re.compile(r"^[/\\]|^.:|[\x00-\x1f]|(^|[/\\])\.\.([/\\]|$)")
 _LIKE_DUPLICATE = re.compile(r"-dup\d+$")
 
 
 def is_safe(name: str) -> bool:
     """Whether a name stays in its folder: relative, no `..`, no drive, no control characters."""
-    if not name or name[0] in "/\\" or name[1:2] == ":" or any(ord(character) < 32 for character in name):
-        return False
-    return ".." not in re.split(r"[/\\]", name)
+    return bool(name) and not _UNSAFE.search(name)
 
 
 def base(name: str) -> str:
