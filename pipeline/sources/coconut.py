@@ -7,7 +7,7 @@ label PNGs. `parquet`: the hub's rows with the PNG inside. Photos are found by n
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -62,11 +62,11 @@ class _Categorised(msgspec.Struct):
 
 
 class _Row(NamedTuple):
-    """One annotation on its way into the catalog."""
+    """One annotation on its way into the catalog; its record is made when its turn comes, to save memory."""
 
     image: Image | None
     annotation: Annotation
-    record: Record
+    record: Callable[[], Record]
     home: str
 
 
@@ -138,16 +138,19 @@ class Coconut:
         table = self._table_of(document, url, source)
         images = document.images or []
         by_id = {image.id: image for image in reversed(images) if image.id is not None}
-        by_stem = {names.stem(image.file_name): image for image in reversed(images) if image.file_name}
+        by_stem: dict[str, Image] | None = None
         used: set[int] = set()
         rows = []
         for annotation in document.annotations or ():
             image = by_id.get(annotation.image_id) if annotation.image_id is not None else None
             if image is None and annotation.file_name:  # rows without an id are joined by their name
+                if by_stem is None:
+                    named = [image for image in reversed(images) if image.file_name]
+                    by_stem = {names.stem(image.file_name or ""): image for image in named}
                 image = by_stem.get(names.stem(annotation.file_name))
             if image is not None:
                 used.add(id(image))
-            rows.append(_Row(image, annotation, _record(image, annotation, table), url))
+            rows.append(_Row(image, annotation, functools.partial(_record, image, annotation, table), url))
         return rows, [image for image in images if id(image) not in used]
 
     def _table_of(self, document: documents.Document, url: str, source: CoconutSource) -> Table:
@@ -165,7 +168,7 @@ class Coconut:
             if name.endswith(".json"):
                 url = f"{folder.rstrip('/')}/{name}"
                 label = name.removesuffix(".json") + ".png"
-                rows.append(_Row(None, Annotation(label), Record(info=url), url))
+                rows.append(_Row(None, Annotation(label), functools.partial(Record, info=url), url))
         if not rows:
             raise ConfigError(f"coconut.annotations: {folder}: no .json file in it")
         return rows
@@ -191,8 +194,7 @@ class Coconut:
                         annotation = documents.as_annotation(cells.get("segments_info"))
                         info = cells.get("image_info")
                         image = None if info is None else documents.as_image(info)
-                        record = _record(image, annotation, table)
-                        record.row = (group, row)
+                        record = functools.partial(_record, image, annotation, table, (group, row))
                         yield _Row(image, annotation, record, url)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise ConfigError(f"{url}: not a readable Parquet file: {error}; fetch it again") from error
@@ -254,7 +256,7 @@ class Coconut:
                 dropped = drop(
                     Reason.LABELS_UNREADABLE, f"{label_name}: not in the label folder; put it there"
                 )
-        record = msgspec.json.encode(row.record)
+        record = msgspec.json.encode(row.record())
         return CatalogEntry(key, place, photo, annotation, record, photo_name, dropped)
 
     def _note_strays(self) -> None:
@@ -306,10 +308,13 @@ def _photo_name(row: _Row) -> str:
     return names.stem(row.annotation.file_name) + ".jpg" if row.annotation.file_name else ""
 
 
-def _record(image: Image | None, annotation: Annotation, table: Table) -> Record:
+def _record(
+    image: Image | None, annotation: Annotation, table: Table, row: tuple[int, int] | None = None
+) -> Record:
     record = Record(segments=annotation.segments_info) if annotation.segments_info else Record()
     if image is not None:
         record.width, record.height = image.width, image.height
+    record.row = row
     record.categories = _categories(record.segments, table)
     return record
 
