@@ -173,7 +173,7 @@ def test_an_annotation_that_is_none_costs_only_its_image(release, bad):
     ],
 )
 def test_json_that_is_no_document_is_one_line_with_the_file(release, text):
-    with pytest.raises(ConfigError, match="p.json") as caught:
+    with pytest.raises(ConfigError, match=r"p\.json") as caught:
         list(release.source(text).catalog())
     assert "\n" not in str(caught.value)
 
@@ -399,7 +399,7 @@ def test_a_parquet_file_that_is_none_is_one_line(release, content):
     path = release.root / "rows.parquet"
     write_parquet(path, [{"x": 1}]) if content is None else path.write_bytes(content)
     source = open_coconut(layout="parquet", annotations=[str(path)], photos=[str(release.root / "photos")])
-    with pytest.raises(ConfigError, match="rows.parquet"):
+    with pytest.raises(ConfigError, match=r"rows\.parquet"):
         list(source.catalog())
 
 
