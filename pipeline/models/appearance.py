@@ -182,7 +182,7 @@ def name_colours(rgb: np.ndarray) -> list[Colour]:
 
 @functools.cache
 def _colour_table() -> np.ndarray:
-    """(32768,) index into the names, greys first, for each RGB cell of 8 x 8 x 8 levels (red is the slowest)."""
+    """(32768,) index into the names, greys first, for each RGB cell of 8 x 8 x 8 levels, red slowest."""
     levels = np.arange(4, 256, 8, dtype=np.uint8)
     cells = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(1, -1, 3)
     lab = _to_lab(cells)[0]

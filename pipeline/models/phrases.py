@@ -42,7 +42,7 @@ _BREAKS = frozenset(
     "features feature shows show wears wear holds hold lies lie rests rest hangs hang looks look "
     "consists consist includes include contains contain displays display depicts depict exhibits "
     "exhibit occupies covers fills reads takes runs leans faces extends stretches showcases boasts "
-    "comes belongs serves reaches captures there here now".split()
+    "comes belongs serves reaches captures there here now sorry i'm".split()
 )
 _VERBS_ING = frozenset(
     "wearing holding featuring showing displaying carrying riding eating using playing having "
