@@ -14,16 +14,16 @@ from schemas.records import ImageRecord
 
 VERSION = "1"
 
-_CAPITALS = {"tv": "TV", "suv": "SUV", "cd": "CD", "french fries": "French fries"}
+_CAPITALS = {"tv": "TV", "suv": "SUV", "cd": "CD", "french": "French", "american": "American"}
 _MASS = frozenset(
     "broccoli cardboard dirt food fruit grass gravel paper sand snow water bread rice cheese pasta luggage "
     "lettuce garlic asparagus corn sushi soap steak toiletry french soccer tape tissue".split()
-) | {"ice cream", "toilet paper", "table tennis", "tennis", "canned", "candy", "playing field"}
+) | {"ice cream", "toilet paper", "table tennis", "tennis", "canned", "candy"}
 _UNIQUE = frozenset({"sky", "sea"})  # there is one of it: "the sky"
 _SINGULAR_IN_S = frozenset(
     "bus grass gas glass lens tennis canvas compass dress cactus asparagus french".split()
 )
-_PLURAL = frozenset({"people", "men", "women", "children"})
+_PLURAL = frozenset({"people", "men", "women", "children", "skis"})
 _VOWEL_SOUND = re.compile(r"(?!uni|use|eu|one\b|u\b)[aeiou]|hour|honest|suv\b|x-ray", re.IGNORECASE)
 
 _FRACTIONS = [
@@ -105,7 +105,7 @@ def noun_for(category: str | None) -> Noun:
         head.endswith("s") and not head.endswith(("ss", "us", "is")) and head not in _SINGULAR_IN_S
     )
     article = "the" if text in _UNIQUE else "" if plural or text in _MASS or head in _MASS else "a"
-    return Noun(_CAPITALS.get(text, text), plural, article)
+    return Noun(" ".join(_CAPITALS.get(word, word) for word in text.split()), plural, article)
 
 
 def describe(seen: Appearance, category: str | None, choice: int = 0) -> str:

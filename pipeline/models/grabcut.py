@@ -1,7 +1,7 @@
 """The `grabcut` segmenter: OpenCV's GrabCut inside a region's box, by colour alone.
 
-It does not read the phrase: it separates what fills the box from what surrounds it. So it confirms that a mask
-has edges where the photo has them, not that the mask shows what the phrase says.
+It does not read the phrase: it separates what fills the box from what surrounds it. So it confirms that a
+mask has edges where the photo has them, not that the mask shows what the phrase says.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class GrabCutSegmenter:
     """Predicts one mask per box. Deterministic; a region's answer does not depend on the others'.
 
     Args:
-        max_side: pixels on the longer side that the crop around a box is reduced to; cost grows with its square.
+        max_side: pixels on the longer side that the crop of a box is reduced to; cost grows with its square.
         iterations: rounds of colour model and cut.
         margin: context around the box, as a share of its longer side; the background's colours come from it.
     """

@@ -164,8 +164,8 @@ def _is_known(phrase: Phrase) -> bool:
 
 @functools.lru_cache(maxsize=10_000)
 def _category(category: str) -> _Category:
-    """The category's names and words, as lemma phrases. "cabinet/shelf" is either."""
-    names = [part for part in category.lower().split("/") if part.strip()]
+    """The category's names and words, as lemma phrases. "cabinet/shelf" and "cabinet or shelf" are either."""
+    names = category.lower().replace(" or ", "/").split("/")
     own = frozenset(" ".join(phrases.lemmas(name.replace("-", " "))) for name in names) - {""}
     rows = [row for row in _rows() if row.names & own]
     return _Category(own.union(*(row.names for row in rows)), frozenset().union(*(row.words for row in rows)))
