@@ -265,7 +265,7 @@ def _lines(problems: list[Problem], num_examples: int) -> list[str]:
             shown.append(f"      {place + ': ' if place else ''}{problem.detail}")
     lines = []
     for reason, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
-        what = f"{count:,} times" if not regions[reason] else f"{count:,} times, {regions[reason]:,} regions"
+        what = f"{count:,} x" + (f", {regions[reason]:,} regions" if regions[reason] else "")
         lines += [f"  {reason}: {what} ({MENDS.get(reason, 'see the list')})", *examples[reason]]
         if count > num_examples:
             lines.append(f"      ... and {count - num_examples:,} more")
