@@ -1,10 +1,11 @@
-"""The dataset card, `OUT/README.md`, in the form that hubs read, from the statistics and the configuration."""
+"""The dataset card, `OUT/README.md`, in the form that hubs read: from the statistics and the config."""
 
 from __future__ import annotations
 
 import hashlib
 import html
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def _front_matter(summary: CorpusSummary) -> str:
     size = next((name for limit, name in _SIZES if summary.images_captioned < limit), "n>100M")
     filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
     files = [
-        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/shards/*.tar"}]}
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/shards/{name}-*.tar"}]}
         for name in filled
     ]
     values = {
@@ -110,7 +111,7 @@ def _subset(name: str, subset: SubsetSummary) -> str:
         shown = ", ".join(
             f"{category or '(none)'} {number:,}" for category, number in subset.categories[:_SHOWN_CATEGORIES]
         )
-        text.append(f"{subset.num_categories:,} categories; most frequent: {_plain(shown)}.\n")
+        text.append(f"Categories: {subset.num_categories:,}; most frequent: {_plain(shown)}.\n")
     words, each = subset.caption_words, subset.regions_per_image
     if words.total:
         text.append(
@@ -133,8 +134,8 @@ def _licences(config: BuildConfig) -> str:
         for where in [", ".join(getattr(source, "annotations", None) or getattr(source, "paths", []))]
     ]
     return (
-        "## Licences\n\nPhotos and masks stay under the licences of their publishers; captions are the output of "
-        "the models named in the configuration, under their terms.\n\n"
+        "## Licences\n\nPhotos and masks stay under the licences of their publishers; captions are what the "
+        "models named in the configuration said, under the terms of those.\n\n"
         + _table(("subset", "source", "licence"), rows)
     )
 
@@ -146,21 +147,21 @@ def _reading(summary: CorpusSummary) -> str:
 ## Reading it
 
 Each shard is a plain tar in WebDataset form. `<key>.jpg` holds the publisher's photo bytes (always called
-`.jpg`; `photo_format` says what they are), `<key>.json` the image's regions with `rle` (COCO's compressed RLE),
-`bbox` (x, y, width, height), `area`, `category`, `core_category` and `caption`.
+`.jpg`; `photo_format` says what they are), `<key>.json` the image's regions with `rle` (COCO's compressed
+RLE), `bbox` (x, y, width, height), `area`, `category`, `core_category` and `caption`.
 
 ```python
 import glob, json
 import webdataset as wds
 
-for sample in wds.WebDataset(sorted(glob.glob("{name}/shards/*.tar")), shardshuffle=False):
+for sample in wds.WebDataset(sorted(glob.glob("{name}/shards/{name}-*.tar")), shardshuffle=False):
     photo, record = sample["jpg"], json.loads(sample["json"])
 ```
 
 ```python
 from datasets import load_dataset
 
-data = load_dataset("webdataset", data_files="{name}/shards/*.tar", split="train", streaming=True)
+data = load_dataset("webdataset", data_files="{name}/shards/{name}-*.tar", split="train", streaming=True)
 ```
 
 ```python
@@ -198,7 +199,7 @@ def _config(config: BuildConfig, summary: CorpusSummary) -> str:
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     numeric = [all(isinstance(row[i], int) for row in rows) and bool(rows) for i in range(len(header))]
     lines = [header, tuple("---:" if right else "---" for right in numeric)]
     lines += [tuple(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row) for row in rows]

@@ -1,6 +1,4 @@
-"""The dataset card's pictures, drawn from the corpus's statistics alone; the same statistics give the same
-bytes.
-"""
+"""The dataset card's pictures, drawn from the statistics alone: the same statistics give the same bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ DECLARED = "#BBBBBB"
 INK = "#333333"
 QUIET = "#777777"
 
-_STYLE = {
+_STYLE: Any = {
     "figure.dpi": 120,
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -147,7 +145,7 @@ def _draw_histogram(kept: Histogram, declared: Histogram | None, axes: Any, unit
         _nothing(axes)
         return
     last = shown.edges[-1]
-    # The longest one in a thousand would squeeze all others into a corner.
+    # The largest one in a thousand would squeeze all others into a corner.
     limit = max(shown.quantile(0.999), kept.quantile(0.999)) + 1
     width = max(1, -(-limit // _SEVERAL))
     if declared is not None:
@@ -155,7 +153,7 @@ def _draw_histogram(kept: Histogram, declared: Histogram | None, axes: Any, unit
     _bars(kept, width, limit, axes, KEPT, f"kept (mean {kept.mean:.1f})")
     axes.set_xlim(-0.5 if width == 1 else 0, limit + width)
     axes.set_xlabel(
-        unit if last <= limit + width else f"{unit} (the longest 0.1% not shown, up to {last - 1:,})"
+        unit if last <= limit + width else f"{unit} (the largest 0.1% not shown, up to {last - 1:,})"
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes, "captions" if declared is None else "images")
@@ -169,6 +167,9 @@ def _bars(histogram: Histogram, width: int, limit: int, axes: Any, color: str, l
     shift = 0.0 if width == 1 else width / 2
     places = [place * width + shift for place in joined]
     axes.bar(places, list(joined.values()), width=width * 0.9, color=color, label=label)
+    if color == DECLARED:  # its outline stays visible where the bars of what is kept are higher
+        edges = [(place + (0.0 if width > 1 else -0.5)) * width for place in joined]
+        axes.stairs(list(joined.values()), [*edges, edges[-1] + width], color=QUIET, linewidth=1, zorder=3)
 
 
 def _draw_areas(kept: Histogram, declared: Histogram, axes: Any) -> None:

@@ -25,9 +25,7 @@ PHOTO_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "ti
 
 
 class Found(NamedTuple):
-    """An image of the corpus: its subset, and its rows of the ledger as dictionaries, in order of the
-    regions.
-    """
+    """An image of the corpus: its subset, and its ledger rows as dictionaries, in order of the regions."""
 
     subset: str
     rows: list[dict[str, Any]]

@@ -1,0 +1,92 @@
+"""A small committed corpus without the stream: real sources, plan and writer; captions and drops by hand."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+from filters import text
+from pipeline import plan, shards, sources
+from pipeline.config_file import dump_config
+from pipeline.stages import mark
+from schemas.config import BuildConfig
+from schemas.reasons import Reason
+from schemas.records import Drop, ImageRecord, Region
+from tests.building import config_of
+from tests.synthetic import write_coconut, write_sa1b
+
+RECIPE = "recipe-of-the-tests"
+PLACES = ("on the left", "near the top", "beside the others", "at the bottom")
+
+
+def decide(images: list[ImageRecord], config: BuildConfig) -> None:
+    """Captions for all, and drops of each kind: by the photo, the category, the segmenter, the text."""
+    for image in images:
+        number = int(image.key.rpartition("_")[2])
+        if number == 2:
+            image.reject(Drop("source", Reason.PHOTO_UNREADABLE, f"{image.file_name}: cut short"))
+        for region in image.live():
+            _describe(region, number, config)
+            if number == 8:
+                region.drop = Drop("caption", Reason.CAPTION_NONE, "the captioner returned nothing")
+
+
+def _describe(region: Region, number: int, config: BuildConfig) -> None:
+    what = region.category or "block"
+    region.caption = f"A plain {what} with sharp edges, {PLACES[region.id % 4]} of picture number {number}."
+    region.core_category = None if region.category else "block"
+    if (number + region.id) % 5 == 0:
+        region.scores = {"verdict_margin": -0.4}
+        stage = "verify_category" if region.category else "agree_with_segmenter"
+        reason = Reason.CATEGORY_WRONG if region.category else Reason.IOU_LOW
+        region.drop = Drop(stage, reason, "0.12 is too little")
+        return
+    region.scores = {"verdict_margin": 0.9}
+    if (number + region.id) % 7 == 3:
+        region.caption = "A thing."
+    mark(region, "clean_text", text.clean(region.caption, config.text))
+
+
+def write(
+    out: Path,
+    num_coconut: int = 9,
+    num_sa1b: int = 3,
+    decide: Callable[[list[ImageRecord], BuildConfig], None] = decide,
+) -> BuildConfig:
+    """Commit a corpus under `out`, sources beside it. Units have 4 images; COCONut's third has no shard."""
+    config = config_of(
+        out,
+        coconut=write_coconut(out.parent / "coconut-source", num_coconut) | {"licence": "CC BY 4.0 | test"},
+        sa1b=write_sa1b(out.parent / "sa1b-source", num_sa1b) | {"licence": "none: synthetic"},
+    )
+    for subset in config.subsets:
+        folder = out / subset
+        shards.prepare(folder)
+        source = sources.open_source(config, subset)
+        planned = plan.make_plan(source, config, folder)
+        for index in range(planned.num_units):
+            images = [source.read(entry, config.limits) for entry in planned.read_unit(index)]
+            decide(images, config)
+            draft = shards.write_unit(folder, planned.unit_name(index), images, planned.digest, RECIPE)
+            shards.commit(folder, draft)
+    (out / "config.yaml").write_text(dump_config(config))
+    return config
+
+
+@cache
+def _original() -> Path:
+    from pipeline import corpus
+
+    out = Path(mkdtemp(prefix="paracaption-committed-")) / "out"
+    write(out)
+    corpus.merge(out)
+    return out
+
+
+def merged(out: Path) -> Path:
+    """A copy of the same merged corpus under `out`, to look at or to break."""
+    shutil.copytree(_original(), out)
+    return out
