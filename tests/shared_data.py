@@ -1,4 +1,4 @@
-"""Finds the published data that some tests read. It is no part of the repository; without it they are skipped."""
+"""Finds the published data that some tests read; it is no part of the repository."""
 
 from __future__ import annotations
 

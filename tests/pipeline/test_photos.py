@@ -106,7 +106,10 @@ def test_damaged_files_never_raise_anything_but_a_bad_record(tmp_path):
             data = whole.copy()
             data[random.integers(0, min(data.size, 600), 4)] = random.integers(0, 256, 4)
             path.write_bytes(data.tobytes())
-            for call in (lambda b=blob: photos.probe(b, LIMIT), lambda b=blob, d=data: photos.decode(b, d.tobytes(), LIMIT)):
+            for call in (
+                lambda b=blob: photos.probe(b, LIMIT),
+                lambda b=blob, d=data: photos.decode(b, d.tobytes(), LIMIT),
+            ):
                 try:
                     call()
                 except BadRecord as error:
