@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.rle import decode, to_coco
 from schemas.records import Rle
 
 MAX_SIDE = 192
@@ -114,16 +115,16 @@ def measure(photo: np.ndarray, rle: Rle) -> Appearance | None:
     """
     from pycocotools import mask as coco
 
-    encoded = {"size": list(rle.size), "counts": rle.counts.encode()}
-    area = int(coco.area(encoded))  # pyright: ignore[reportArgumentType]
+    encoded = to_coco(rle)
+    area = int(coco.area(encoded))
     if area == 0:
         return None
-    x, y, width, height = (int(value) for value in coco.toBbox(encoded))  # pyright: ignore[reportArgumentType]
+    x, y, width, height = (int(value) for value in coco.toBbox(encoded))
     full_h, full_w = rle.size
     ring = max(2, round(0.06 * max(width, height)))
     left, top = max(0, x - ring), max(0, y - ring)
     right, bottom = min(full_w, x + width + ring), min(full_h, y + height + ring)
-    mask = coco.decode(encoded)[top:bottom, left:right]  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    mask = decode(rle)[top:bottom, left:right]
     pixels, mask = _shrink(photo[top:bottom, left:right], mask)
     inside = mask.astype(bool)
     lab = _to_lab(pixels)

@@ -112,9 +112,10 @@ def core_category(caption: str) -> str:
         if len(words) >= length and compound in _vocabulary():
             return compound
     head = words[-1] if words else ""
-    plain = head.replace("-", "").isalpha() and len(head) > 1
+    if len(head) < 2 or not head.replace("-", "").isalpha():
+        return ""
     noun = head in _vocabulary() or (phrases.is_english(head) and not phrases.is_adjective(head))
-    return head if plain and noun else ""
+    return head if noun else ""
 
 
 def _match(phrase: Phrase, wanted: _Category) -> float:

@@ -1,0 +1,12 @@
+"""The sample corpus of the repository."""
+
+from pathlib import Path
+
+from pipeline.config_file import load_config
+from schemas.config import BuildConfig
+
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+
+
+def sample_config() -> BuildConfig:
+    return load_config(SAMPLES / "build.yaml")
