@@ -116,10 +116,10 @@ def measure(photo: np.ndarray, rle: Rle) -> Appearance | None:
     from pycocotools import mask as coco
 
     encoded = to_coco(rle)
-    area = int(coco.area(encoded))
+    area = int(coco.area(encoded))  # pyright: ignore[reportArgumentType]
     if area == 0:
         return None
-    x, y, width, height = (int(value) for value in coco.toBbox(encoded))
+    x, y, width, height = (int(value) for value in coco.toBbox(encoded))  # pyright: ignore[reportArgumentType]
     full_h, full_w = rle.size
     ring = max(2, round(0.06 * max(width, height)))
     left, top = max(0, x - ring), max(0, y - ring)
