@@ -4,7 +4,8 @@
                  actors                 actors       actors       actors            actors            driver
 
 A row is a unit, so nothing re-blocks it; every bracket is an actor pool with the resources its backend asks for, all
-alive at the same time. Ray Data gives streaming, backpressure, autoscaling between the pool's bounds, and restarts.
+alive at the same time. Neighbours without a GPU that ask for the same resources share their actors, so on a laptop the
+whole line is one pool. Ray Data gives streaming, backpressure, autoscaling between the pool's bounds, and restarts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import math
 import os
 import queue
+import re
 import shutil
 import threading
 import time
@@ -32,6 +34,7 @@ from pipeline.shards import Draft
 from pipeline.sources import SOURCE_STAGE
 from pipeline.stages import RECIPES, FilterStage, ModelStage, Stage, recipe_digest
 from pipeline.workers import Job, Worker
+from schemas import errors
 from schemas.config import BuildConfig
 from schemas.errors import ConfigError, ParaCaptionError, StageFailed, StageStalled
 from schemas.reasons import ERRORS
@@ -75,29 +78,37 @@ class Progress(msgspec.Struct):
         return None if not self.done else self.seconds / self.done * (self.pending - self.done)
 
 
-def steps_of(stages: list[Stage]) -> Steps:
-    """Group a recipe into the operators of the stream: each model starts its own, filters ride along."""
-    steps: Steps = [[SOURCE_STAGE]]
-    for stage in stages:
-        if isinstance(stage, ModelStage):
-            steps.append([stage])
-        elif isinstance(steps[-1][-1], ModelStage) and stage is stages[-1]:
-            steps.append([stage])
+def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:
+    """Group a recipe into the operators of the stream.
+
+    Each model starts its own, filters ride along. Neighbours without a GPU that ask for the same resources share their
+    actors: on CPUs alone a unit then runs through all stages in one process, and nothing is sent between them.
+    """
+    apart: Steps = [[SOURCE_STAGE]]
+    for stage in [*stages, shards.WRITE_STAGE]:
+        if isinstance(stage, ModelStage) or (isinstance(apart[-1][-1], ModelStage)):
+            apart.append([stage])
         else:
-            steps[-1].append(stage)
-    if isinstance(steps[-1][-1], ModelStage):
-        steps.append([])
-    steps[-1].append(shards.WRITE_STAGE)
+            apart[-1].append(stage)
+    steps: Steps = []
+    for step in apart:
+        asked = resources_of(step, config)
+        if steps and not asked["num_gpus"] and asked == resources_of(steps[-1], config):
+            steps[-1] += step
+        else:
+            steps.append(step)
     return steps
 
 
 def resources_of(step: list[FilterStage | ModelStage | str], config: BuildConfig) -> dict[str, Any]:
-    """Ray arguments of a step's actors: its model's, or the configured share of a CPU for reading and writing."""
+    """Ray arguments of a step's actors: its model's, or those for reading and writing."""
     model = next((stage for stage in step if isinstance(stage, ModelStage)), None)
-    if model is None:
-        return {"num_cpus": config.io.num_cpus, "num_gpus": 0, "concurrency": config.io.concurrency}
-    backend = model.backend
-    return {"num_cpus": backend.num_cpus, "num_gpus": backend.num_gpus, "concurrency": backend.concurrency}
+    asks = config.io if model is None else model.backend
+    return {
+        "num_cpus": asks.num_cpus,
+        "num_gpus": getattr(asks, "num_gpus", 0),
+        "concurrency": tuple(asks.concurrency),
+    }
 
 
 @contextmanager
@@ -143,7 +154,7 @@ def run(
     folder = Path(config.out) / subset
     stages = RECIPES[subset](config)
     job = Job(config, subset, str(folder), plan.digest, recipe_digest(stages, config), str(run_folder))
-    steps = steps_of(stages)
+    steps = steps_of(stages, config)
     progress = Progress(subset, pending=len(units))
     progress.stages = {
         name: StageProgress() for name in [SOURCE_STAGE, *(s.name for s in stages), shards.WRITE_STAGE]
@@ -163,6 +174,7 @@ def run(
             on_progress(progress)
         committer.finish()
     except BaseException:
+        rows.stop()
         committer.abandon()
         raise
     watch.look(moved=True)
@@ -190,8 +202,8 @@ def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
             num_cpus=asked["num_cpus"],
             num_gpus=asked["num_gpus"] or None,
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
-            max_restarts=-1,
-            max_task_retries=-1,
+            max_restarts=-1,  # a worker that dies is replaced, and its unit runs again: the journal in
+            max_task_retries=-1,  # `workers.py` sees to it that no record can kill workers forever
         )
     return dataset
 
@@ -204,38 +216,45 @@ class _Stream:
 
     def __init__(self, dataset: Any):
         self._queue: queue.Queue[Any] = queue.Queue()
+        self._stopped = False
         self._thread = threading.Thread(target=self._pull, args=(dataset,), daemon=True, name="stream")
         self._thread.start()
 
     def _pull(self, dataset: Any) -> None:
         try:
             for row in dataset.iter_rows():
+                if self._stopped:
+                    return  # closes the iterator, which ends the actors
+                if "failed" in row:
+                    kind, _, message = row["failed"].partition(": ")
+                    raise getattr(errors, kind)(message)
                 self._queue.put(msgspec.msgpack.decode(row["draft"], type=Draft))
             self._queue.put(_END)
         except BaseException as error:  # noqa: BLE001 - handed to the driver's thread, whatever it is
             self._queue.put(error)
 
+    def stop(self) -> None:
+        """Let go of the stream after the unit it waits for."""
+        self._stopped = True
+
     def next(self, timeout_s: float) -> Any:
-        """A draft, `_END`, or None if nothing came in time; raises what the stream raised, unwrapped."""
+        """A draft, `_END`, or None if nothing came in time; raises what the stream raised."""
         try:
             item = self._queue.get(timeout=timeout_s)
         except queue.Empty:
             return None
         if isinstance(item, BaseException):
-            raise unwrap(item)
+            raise _one_line(item)
         return item
 
 
-def unwrap(error: BaseException) -> BaseException:
-    """The error of ours inside what Ray wrapped around it; other errors become a `StageFailed` with one line."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ParaCaptionError) and type(seen).__module__ == "schemas.errors":
-            return type(seen)(*seen.args)
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    if isinstance(error, KeyboardInterrupt | SystemExit):
+def _one_line(error: BaseException) -> BaseException:
+    """Errors of ours as they are; what Ray wraps in pages of traceback as a `StageFailed` that says what happened."""
+    if isinstance(error, ParaCaptionError | KeyboardInterrupt | SystemExit):
         return error
-    failed = StageFailed(f"the stream broke: {type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*:", line)]
+    failed = StageFailed(f"the stream broke: {type(error).__name__}: {(told or lines or [''])[-1]}")
     failed.__cause__ = error
     return failed
 
@@ -391,7 +410,7 @@ def start_ray(address: str | None, config: BuildConfig, subsets: list[str]) -> N
     if address is not None:
         ray.init(address=address, **quiet)
         return
-    needed = max(needed_resources(steps_of(RECIPES[s](config)), config)["CPU"] for s in subsets)
+    needed = max(needed_resources(steps_of(RECIPES[s](config), config), config)["CPU"] for s in subsets)
     ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(needed)), include_dashboard=False, **quiet)
 
 

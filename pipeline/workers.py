@@ -29,7 +29,7 @@ from pipeline.evidence import EvidenceStore
 from pipeline.sources import SOURCE_STAGE, CatalogEntry
 from pipeline.stages import FilterStage, ModelStage, only
 from schemas.config import BuildConfig
-from schemas.errors import BadRecord, ConfigError, StageFailed
+from schemas.errors import BadRecord, ConfigError, ParaCaptionError, StageFailed
 from schemas.reasons import Reason
 from schemas.records import Drop, ImageRecord
 
@@ -88,29 +88,37 @@ class Worker:
         self._crash_attempts = job.config.failures.crash_attempts
         self._stack = open(Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt", "w")
         self.source = sources.open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
-        self.model: Any = None
+        self.models: dict[str, Any] = {}
         self._broken: str | None = None
-        try:
-            self._load_model()
-        except Exception as error:  # noqa: BLE001 - told to the driver by the first unit, as one clear line
-            self._broken = f"{type(error).__name__}: {error}"
+        for stage in stages:
+            if isinstance(stage, ModelStage) and self._broken is None:
+                try:
+                    self._load(stage)
+                except Exception as error:  # noqa: BLE001 - told to the driver by the first unit, as one clear line
+                    self._broken = f"{stage.name}: the backend cannot start: {type(error).__name__}: {error}"
 
-    def _load_model(self) -> None:
-        for stage in self.stages:
-            if isinstance(stage, ModelStage):
-                start = time.perf_counter()
-                self.model = None
-                self.model = models.load(stage.protocol, stage.backend)
-                self.events.emit("started", stage=stage.name, seconds=time.perf_counter() - start)
+    def _load(self, stage: ModelStage) -> None:
+        start = time.perf_counter()
+        self.models.pop(stage.name, None)  # free the old one's memory first
+        self.models[stage.name] = models.load(stage.protocol, stage.backend)
+        self.events.emit("started", stage=stage.name, seconds=time.perf_counter() - start)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Run this worker's stages on one unit.
 
-        Raises:
-            StageFailed: the model cannot be loaded, or the output cannot be written.
+        An error that ends the build (a model that cannot be loaded, a full disk) travels to the driver as a row of
+        its own, because Ray keeps only the text of an exception, not its type.
         """
-        if self._broken is not None:
-            raise StageFailed(f"{self.name}: the backend cannot start: {self._broken}")
+        if "failed" in row:
+            return row
+        try:
+            if self._broken is not None:
+                raise StageFailed(self._broken)
+            return self._run(row)
+        except ParaCaptionError as error:
+            return {"unit": row["unit"], "failed": f"{type(error).__name__}: {error}"}
+
+    def _run(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = (
             Unit(row["unit"], []) if "state" not in row else msgspec.msgpack.decode(row["state"], type=Unit)
         )
@@ -148,7 +156,10 @@ class Worker:
         read: dict[str, ImageRecord] = {}
         with Journal(self.folder / "journal" / SOURCE_STAGE, unit.name, self._crash_attempts) as journal:
             for batch in journal.split(entries, READ_BATCH):
-                with journal.batch([entry.key for entry in batch]), self._watched(batch[0].key):
+                with (
+                    journal.batch([entry.key for entry in batch]),
+                    self._watched(f"{SOURCE_STAGE}, at {batch[0].key}"),
+                ):
                     for entry in batch:
                         read[entry.key] = (
                             _empty(self.job.subset, entry, Reason.WORKER_CRASHED, journal.verdict(entry.key))
@@ -251,7 +262,7 @@ class Worker:
                     )
                     self._reload(stage)
                 errors = {}
-                bisect = _Bisection(lambda batch: stage.ask(self.model, batch), journal, self._watched)
+                bisect = _Bisection(self._asking(stage), journal)
                 for batch in journal.split(remaining, stage.backend.batch_images):
                     for image, outcome in bisect.run(batch):
                         if isinstance(outcome, tuple):
@@ -271,9 +282,16 @@ class Worker:
                 self._save(store, unit.name, known)
         return errors
 
+    def _asking(self, stage: ModelStage) -> Callable[[list[ImageRecord]], list[list[Any]]]:
+        def ask(batch: list[ImageRecord]) -> list[list[Any]]:
+            with self._watched(f"{stage.name}, at {batch[0].key}"):
+                return stage.ask(self.models[stage.name], batch)
+
+        return ask
+
     def _reload(self, stage: ModelStage) -> None:
         try:
-            self._load_model()
+            self._load(stage)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises on its way up means the same
             raise StageFailed(f"{stage.name}: the backend cannot start again: {error}") from error
 
@@ -288,7 +306,7 @@ class Worker:
         """Leave this process's stack in the run's folder if the block takes longer than the stall time."""
         self._stack.seek(0)
         self._stack.truncate()
-        self._stack.write(f"{self.name}, at {what}\n")
+        self._stack.write(f"{what}\n")
         self._stack.flush()
         faulthandler.dump_traceback_later(self.job.config.failures.stall_s, file=self._stack)
         try:
@@ -298,11 +316,9 @@ class Worker:
 
 
 def _name(stages: list[FilterStage | ModelStage | str]) -> str:
-    """A worker is known by its model stage, or by the first of its stages."""
-    model = next((stage for stage in stages if isinstance(stage, ModelStage)), stages[0])
-    if stages[-1] == shards.WRITE_STAGE:
-        return shards.WRITE_STAGE
-    return model if isinstance(model, str) else model.name
+    """A worker is known by its model stages, or else by what it does at the end of the stream."""
+    names = [stage.name for stage in stages if isinstance(stage, ModelStage)]
+    return "+".join(names) or (SOURCE_STAGE if SOURCE_STAGE in stages else shards.WRITE_STAGE)
 
 
 def _empty(subset: str, entry: CatalogEntry, reason: Reason, detail: str) -> ImageRecord:
@@ -314,12 +330,9 @@ def _empty(subset: str, entry: CatalogEntry, reason: Reason, detail: str) -> Ima
 class _Bisection:
     """Asks a model about a batch; on an error, about its halves, down to the image that fails."""
 
-    def __init__(
-        self, ask: Callable[[list[ImageRecord]], list[list[Any]]], journal: Journal, watched: Callable
-    ):
+    def __init__(self, ask: Callable[[list[ImageRecord]], list[list[Any]]], journal: Journal):
         self.ask = ask
         self.journal = journal
-        self.watched = watched
         self.lonely_failures = 0
         self.successes = 0
         self.last: tuple[Reason, str] | None = None
@@ -336,7 +349,7 @@ class _Bisection:
             yield from ((image, self.last) for image in batch)
             return
         try:
-            with self.journal.batch([image.key for image in batch]), self.watched(batch[0].key):
+            with self.journal.batch([image.key for image in batch]):
                 answers = self.ask(batch)
             _check(batch, answers)
         except (ConfigError, StageFailed):

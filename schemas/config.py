@@ -78,20 +78,35 @@ class Masks(_Strict):
 
 
 class Text(_Strict):
-    """Rules for captions. Counts are words (runs of letters or digits) and characters."""
+    """Rules for captions. Words are runs of letters or digits; in Chinese and Japanese, single characters."""
 
     min_words: int = Field(5, ge=0, description="shorter says no more than the category")
     max_words: int = Field(160, ge=1, description="the model's 4096-token context holds 6 regions")
-    min_chars: int = Field(20, ge=0, description="guards languages and strings without word breaks")
-    max_chars: int = Field(1_200, ge=1, description="likewise")
+    min_chars: int = Field(12, ge=0, description="five words of one letter are no caption either")
+    max_chars: int = Field(1_200, ge=1, description="likewise; 160 English words have about 950")
+    min_letter_share: float = Field(
+        0.5, ge=0, le=1, description="of visible characters; prose with prices and dates has 0.6"
+    )
+    min_content_words: int = Field(
+        2, ge=0, description="besides function words and 'the image shows'; one is no more than the category"
+    )
     max_repeat_share: float = Field(
         0.4, ge=0, le=1, description="of 4-grams; labelled loops start at 0.46, natural parallels end at 0.33"
     )
     max_phrase_loops: int = Field(
-        3, ge=1, description="the same phrase this many times back to back is natural"
+        3, ge=1, description="the same short phrase this many times back to back is natural"
+    )
+    max_loop_words: int = Field(
+        3, ge=0, description="of a short phrase; a longer one stands back to back only in loops"
+    )
+    max_copied_words: int = Field(
+        15, ge=4, description="longest phrase that may occur twice; natural parallels share up to 11 words"
+    )
+    max_doubled: int = Field(
+        0, ge=0, description="'the the', ',,': none in 776 good captions; how diffusion decoding fails"
     )
     max_list_items: int = Field(
-        15, ge=2, description="comma-separated items in one sentence; above: runaway list"
+        15, ge=2, description="short items in a row, or numbers counting up; above: runaway list"
     )
     max_same_sentence: int = Field(1, ge=1, description="times that one sentence may occur")
 
@@ -126,8 +141,8 @@ class Backend(_Strict):
 class Io(_Strict):
     """The actors that read sources and write shards. They hold no model; two pools of this size run beside the models."""
 
-    num_cpus: float = Field(0.5, gt=0, description="per actor; reading waits for the disk half of the time")
-    concurrency: tuple[int, int] = Field((1, 4), description="actors: (min, max)")
+    num_cpus: float = Field(1, gt=0, description="per actor")
+    concurrency: tuple[int, int] = Field((1, 8), description="actors: (min, max)")
 
 
 class Failures(_Strict):

@@ -129,8 +129,8 @@ class ImageRecord(msgspec.Struct):
 
 SCORES = {
     "visible_share": "share of the mask still visible once the masks on top of it are painted, 0..1",
-    "container_share": "largest share of the mask inside one larger mask, 0..1",
-    "duplicate_iou": "largest IoU with a mask kept before it, 0..1",
+    "container_share": "largest share of the mask inside one larger object's mask, 0..1",
+    "duplicate_iou": "largest IoU with a better mask that was kept, 0..1",
     "verdict_margin": "how sure the judge is of its verdict; above 0 speaks for the category",
     "iou": "IoU of the segmenter's best mask with the original, 0..1",
     "segmenter_score": "the segmenter's own score of that mask",

@@ -29,12 +29,18 @@ def _note(log: str | None, lines: list[str]) -> None:
 
 
 class _Options:
-    def __init__(self, log: str | None = None, misbehave: dict[str, str] | None = None, delay_s: float = 0.0):
+    def __init__(
+        self,
+        log: str | None = None,
+        misbehave: dict[str, str] | None = None,
+        delay_s: float = 0.0,
+        version: str = "1",
+    ):
         self.log, self.misbehave, self.delay_s = log, misbehave or {}, delay_s
 
     @classmethod
-    def identity(cls, **_: Any) -> dict[str, str]:
-        return {"version": "1"}
+    def identity(cls, version: str = "1", **_: Any) -> dict[str, str]:
+        return {"version": version}
 
 
 class InstantCaptioner(_Options):
@@ -67,13 +73,13 @@ class InstantCaptioner(_Options):
 
 
 class InstantJudge(_Options):
-    """Says yes, and names the category "thing"."""
+    """Says yes, and names the category "box"."""
 
     def ask(self, questions: list[Question]) -> list[Answer]:
         _note(self.log, [f"{question.kind} {question.caption}" for question in questions])
         time.sleep(self.delay_s)
         return [
-            Answer("yes", 1.0) if question.kind == "verify" else Answer("thing") for question in questions
+            Answer("yes", 1.0) if question.kind == "verify" else Answer("box") for question in questions
         ]
 
 

@@ -14,8 +14,13 @@ from schemas.config import BuildConfig
 BACKENDS = {"captioner": "InstantCaptioner", "judge": "InstantJudge", "segmenter": "InstantSegmenter"}
 
 
-def config_of(out: Path, *, coconut: Any = None, sa1b: Any = None, **changes: Any) -> BuildConfig:
-    """A configuration with the test backends; `captioner={...}` and the like are their options."""
+def config_of(
+    out: Path, *, coconut: Any = None, sa1b: Any = None, apart: bool = False, **changes: Any
+) -> BuildConfig:
+    """A configuration with the test backends; `captioner={...}` and the like are their options.
+
+    All stages share one actor, unless `apart`: then each model has its own, as models on GPUs have.
+    """
     values: dict[str, Any] = {
         "out": str(out),
         "images_per_shard": 4,
@@ -23,11 +28,11 @@ def config_of(out: Path, *, coconut: Any = None, sa1b: Any = None, **changes: An
         "io": {"num_cpus": 0.1, "concurrency": [1, 1]},
         "failures": {"min_free_gb": 0, "stall_s": 120},
     }
-    for protocol, name in BACKENDS.items():
+    for number, (protocol, name) in enumerate(BACKENDS.items(), start=1):
         given = changes.pop(protocol, {})
         values[protocol] = {
             "name": f"tests.backends:{name}",
-            "num_cpus": 0.1,
+            "num_cpus": 0.1 + 0.01 * number * apart,
             "batch_images": given.pop("batch_images", 64),
             "concurrency": given.pop("concurrency", [1, 1]),
             "options": {"log": str(out.parent / f"{protocol}.log"), **given},

@@ -91,8 +91,8 @@ def find(protocol: str, backend: Backend) -> type[Any]:
 
     A backend's constructor takes the config's `options` as keywords. Its class method
     `identity(**options) -> dict[str, str]` names what its answers depend on (versions, weights, prompts) without
-    loading any of it; it becomes part of the evidence digest. A class without one is known by its options and its
-    `version` attribute.
+    loading any of it; it becomes part of the evidence digest, so options that change no answer (batch sizes, devices)
+    stay out of it. A class without one is known by all its options and its `version` attribute.
 
     Args:
         protocol: "captioner", "judge" or "segmenter".
@@ -119,12 +119,9 @@ def load(protocol: str, backend: Backend) -> Any:
 
 
 def identity(protocol: str, backend: Backend) -> dict[str, str]:
-    """What the backend's answers depend on, for the evidence digest."""
+    """What the backend's answers depend on, for the evidence digest: what its class says, or else all its options."""
     cls = find(protocol, backend)
-    own = (
-        cls.identity(**backend.options)
-        if hasattr(cls, "identity")
-        else {"version": str(getattr(cls, "version", 0))}
-    )
+    if hasattr(cls, "identity"):
+        return {"backend": backend.name, **cls.identity(**backend.options)}
     options = msgspec.json.encode(backend.options, order="deterministic").decode()
-    return {"backend": backend.name, "options": options, **own}
+    return {"backend": backend.name, "options": options, "version": str(getattr(cls, "version", 0))}

@@ -324,6 +324,23 @@ def test_photos_are_found_in_nested_folders_and_by_their_stem(release):
     assert len(nested.live()) == len(renamed.live()) == 2
 
 
+def test_a_stem_that_several_files_share_is_not_guessed(release):
+    release.add("a")
+    (release.root / "photos" / "a.jpg").rename(release.root / "photos" / "a.png")
+    (release.root / "photos" / "deep").mkdir()
+    (release.root / "photos" / "deep" / "a.webp").write_bytes(b"")
+    assert len(release.read()[0].live()) == 2
+    (release.root / "photos" / "a.webp").write_bytes(b"")
+    assert release.read()[0].drop.reason == Reason.PHOTO_MISSING
+
+
+def test_a_category_whose_name_is_not_utf8_is_unknown(release):
+    names = json.dumps([{"id": 1, "name": "caf\ud800"}, {"id": 184, "name": "tree-merged"}])
+    (release.root / "names.json").write_text(names)
+    (image,) = release.add().read(categories=str(release.root / "names.json"))
+    assert reasons(image) == [Reason.UNKNOWN_CATEGORY, None]
+
+
 def test_the_first_photo_folder_wins(release):
     (release.root / "more").mkdir()
     (release.root / "more" / "a.jpg").write_bytes(photo_jpeg())

@@ -37,7 +37,7 @@ def sa1b(tmp_path_factory):
 
 
 def test_every_region_is_kept_or_dropped_and_asked_about_once(tmp_path, coconut, sa1b):
-    config = config_of(tmp_path / "out", coconut=coconut, sa1b=sa1b)
+    config = config_of(tmp_path / "out", coconut=coconut, sa1b=sa1b, apart=True)
     done = build(config)
     assert done["coconut"].regions == 40 == done["coconut"].kept + sum(done["coconut"].dropped.values())
     assert done["sa1b"].regions == 24
@@ -79,7 +79,7 @@ def test_a_changed_threshold_rebuilds_the_shards_and_asks_no_model(tmp_path, sa1
 def test_another_model_is_asked_anew_and_the_old_evidence_stays(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
     build(config)
-    other = config.captioner.model_copy(update={"options": {**config.captioner.options, "delay_s": 0.001}})
+    other = config.captioner.model_copy(update={"options": {**config.captioner.options, "version": "2"}})
     build(config.model_copy(update={"captioner": other}))
     assert len(calls(tmp_path / "captioner.log")) == 80
     folders = {path.name.partition("-")[0] for path in (tmp_path / "out" / "coconut" / "evidence").iterdir()}
@@ -204,13 +204,13 @@ def test_temporary_files_are_swept(tmp_path, coconut):
 
 def test_too_few_resources_are_an_error_before_the_start(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut, captioner={"concurrency": [1000, 1000]})
-    with pytest.raises(ConfigError, match=r"need 100\.3 CPU at once .*caption: 1000 x 0.1.*the cluster has 4"):
+    with pytest.raises(ConfigError, match=r"need 100\.2 CPU at once .*caption: 1000 x 0.1.*the cluster has 4"):
         build(config)
 
 
 def test_each_model_has_its_own_operator_and_filters_ride_along(tmp_path, sa1b):
-    config = config_of(tmp_path / "out", sa1b=sa1b)
-    steps = steps_of(stages.sa1b(config))
+    config = config_of(tmp_path / "out", sa1b=sa1b, apart=True)
+    steps = steps_of(stages.sa1b(config), config)
     assert [[s if isinstance(s, str) else s.name for s in step] for step in steps] == [
         ["source", "usable_masks", "whole_objects"],
         ["caption"],
@@ -219,3 +219,10 @@ def test_each_model_has_its_own_operator_and_filters_ride_along(tmp_path, sa1b):
         ["clean_text", "write"],
     ]
     assert sum(isinstance(stage, ModelStage) for step in steps for stage in step) == 3
+
+
+def test_models_on_cpus_share_their_actors_and_models_on_gpus_do_not(tmp_path, sa1b):
+    config = config_of(tmp_path / "out", sa1b=sa1b)
+    assert len(steps_of(stages.sa1b(config), config)) == 1
+    gpu = config.model_copy(update={"judge": config.judge.model_copy(update={"num_gpus": 1})})
+    assert len(steps_of(stages.sa1b(gpu), gpu)) == 3

@@ -1,0 +1,184 @@
+"""kill -9 at random moments: the corpus comes out equal to the last byte, and nothing committed is paid for twice.
+
+PARACAPTION_KILLS sets how often each kind of process is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.evidence import EvidenceStore
+from pipeline.stages import RECIPES, ModelStage
+from tests.building import calls, committed, config_of
+from tests.synthetic import write_coconut, write_sa1b
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+KILLS = int(os.environ.get("PARACAPTION_KILLS", "20"))
+NUM_IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    root = tmp_path_factory.mktemp("source")
+    return {
+        "coconut": write_coconut(root / "coconut", NUM_IMAGES),
+        "sa1b": write_sa1b(root / "sa1b", NUM_IMAGES // 2),
+    }
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """A cluster that outlives the drivers: `ray start --head` in effect, with room for nodes to come and go."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, head, tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert _drive(_slow(root, source), head.address).wait(300) == 0
+    return committed(root / "out")
+
+
+def _slow(root: Path, source: dict, apart: bool = False):
+    """Backends that take their time, so that a kill finds them at work."""
+    return config_of(
+        root / "out",
+        **source,
+        apart=apart,
+        images_per_shard=3,
+        captioner={"delay_s": 0.03, "batch_images": 2},
+        judge={"delay_s": 0.02},
+        segmenter={"delay_s": 0.02},
+    )
+
+
+def _drive(config, address: str) -> subprocess.Popen:
+    """A driver in a process of its own."""
+    path = Path(config.out).parent / "config.json"
+    path.write_text(config.model_dump_json())
+    log = open(path.with_suffix(".log"), "ab")
+    return subprocess.Popen([sys.executable, "-m", "tests.building", str(path), address], stdout=log, stderr=log)
+
+
+def _evidence_rows(config) -> set[tuple[str, str, int]]:
+    """(stage, key, region) of everything committed to the evidence store."""
+    rows = set()
+    for subset in config.subsets:
+        for stage in RECIPES[subset](config):
+            if isinstance(stage, ModelStage):
+                folder = Path(config.out) / subset / "evidence" / f"{stage.name}-{stage.evidence_digest}"
+                store = EvidenceStore(folder, stage.evidence)
+                for path in folder.glob(f"{subset}-*.parquet"):
+                    rows |= {(f"{subset}/{stage.name}", *where) for where in store.load(path.stem)}
+    return rows
+
+
+def _captions_paid(root: Path) -> Counter[str]:
+    return Counter(calls(root / "captioner.log"))
+
+
+def test_the_driver_killed_at_random_moments(tmp_path, source, head, undisturbed):
+    config = _slow(tmp_path, source)
+    rng = random.Random(7)
+    kills = 0
+    while kills < KILLS:
+        before, paid = _evidence_rows(config), _captions_paid(tmp_path)
+        driver = _drive(config, head.address)
+        moment = rng.uniform(3.0, 9.0)
+        try:
+            driver.wait(moment)
+        except subprocess.TimeoutExpired:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+            kills += 1
+        else:
+            assert driver.returncode == 0, (tmp_path / "config.log").read_text()[-3000:]
+            assert committed(tmp_path / "out") == undisturbed
+            _forget(config, rng)
+        again = {key for key in (_captions_paid(tmp_path) - paid)}
+        known = {f"{key}/{region}" for stage, key, region in before if stage.endswith("/caption")}
+        assert not again & known, "a caption that was committed as evidence was paid for again"
+    assert _drive(config, head.address).wait(300) == 0, (tmp_path / "config.log").read_text()[-3000:]
+    assert committed(tmp_path / "out") == undisturbed
+
+
+def _forget(config, rng: random.Random) -> None:
+    """The build finished before all kills were spent: undo some units, evidence and all, so that there is more to do."""
+    for subset in config.subsets:
+        manifests = sorted((Path(config.out) / subset / "manifests").glob("*.json"))
+        for path in rng.sample(manifests, len(manifests) // 2):
+            path.unlink()
+            for evidence in (Path(config.out) / subset / "evidence").glob(f"*/{path.stem}.parquet"):
+                evidence.unlink()
+
+
+def test_stage_actors_killed_at_random_moments(tmp_path, source, head, undisturbed):
+    config = _slow(tmp_path, source, apart=True)
+    rng = random.Random(11)
+    kills: Counter[str] = Counter()
+    driver = _drive(config, head.address)
+    while sum(kills.values()) < KILLS:
+        if driver.poll() is not None:
+            assert driver.returncode == 0, (tmp_path / "config.log").read_text()[-3000:]
+            assert committed(tmp_path / "out") == undisturbed
+            _forget(config, rng)
+            driver = _drive(config, head.address)
+        time.sleep(rng.uniform(0.2, 4.0))
+        actors = _actors(config)
+        if actors:
+            pid, step = rng.choice(actors)
+            os.kill(pid, signal.SIGKILL)
+            kills[step] += 1
+    assert driver.wait(300) == 0, (tmp_path / "config.log").read_text()[-3000:]
+    assert committed(tmp_path / "out") == undisturbed
+    assert len(kills) > 1, "the kills fell on one kind of actor only"
+
+
+def _actors(config) -> list[tuple[int, str]]:
+    """(process id, step) of the stage actors that are at work: each has an event file of its own."""
+    found = []
+    for path in (Path(config.out) / "events").glob("*/*.jsonl"):
+        step, _, pid = path.stem.rpartition("-")
+        if not step.startswith("driver") and psutil.pid_exists(int(pid)):
+            found.append((int(pid), step))
+    return found
+
+
+def test_raylets_killed_at_random_moments(tmp_path, source, head, undisturbed):
+    """The second node dies with everything on it, and another one joins."""
+    config = _slow(tmp_path, source)
+    rng = random.Random(13)
+    kills = 0
+    driver = _drive(config, head.address)
+    while kills < KILLS:
+        if driver.poll() is not None:
+            assert driver.returncode == 0, (tmp_path / "config.log").read_text()[-3000:]
+            assert committed(tmp_path / "out") == undisturbed
+            _forget(config, rng)
+            driver = _drive(config, head.address)
+        node = head.add_node(num_cpus=2)
+        time.sleep(rng.uniform(0.5, 4.0))
+        head.remove_node(node, allow_graceful=False)
+        kills += 1
+    assert driver.wait(300) == 0, (tmp_path / "config.log").read_text()[-3000:]
+    assert committed(tmp_path / "out") == undisturbed
+
+
+def test_the_undisturbed_build_is_complete(tmp_path, source, undisturbed):
+    names = [name for name in undisturbed if "/manifests/" in name]
+    assert len(names) == NUM_IMAGES // 3 + NUM_IMAGES // 6
