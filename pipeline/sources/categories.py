@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from pipeline import files
+from pipeline.sources import documents
 from schemas.errors import ConfigError
 from schemas.records import Blob
 
@@ -82,6 +83,8 @@ class Table:
 def table_of(raw: Any, where: str) -> Table:
     """A table from a list of {id, name, isthing}; `isthing` is taken as true where it is not given.
 
+    A name that is not UTF-8 is left out: its segments are then of an unknown category.
+
     Raises:
         ConfigError: not such a list; `where` names it.
     """
@@ -90,7 +93,8 @@ def table_of(raw: Any, where: str) -> Table:
     for place, row in enumerate(rows):
         match row:
             case {"id": int(number), "name": str(name)}:
-                categories.append(Category(number, plain(name), bool(row.get("isthing", 1))))
+                if not documents.problem_of(name):
+                    categories.append(Category(number, plain(name), bool(row.get("isthing", 1))))
             case _:
                 detail = json.dumps(row)[:80]
                 raise ConfigError(f'{where}: category {place} is not {{"id", "name", "isthing"}}: {detail}')

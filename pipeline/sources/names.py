@@ -131,8 +131,9 @@ class Finder:
         for place, found in candidates:
             if base(found) == wanted:
                 return f"{self._folders[place]}/{found}"
-        if len(candidates) == 1:
-            place, found = candidates[0]
+        depths = [found.count("/") for _, found in candidates]
+        if depths and depths.count(min(depths)) == 1:
+            place, found = candidates[depths.index(min(depths))]
             return f"{self._folders[place]}/{found}"
         return None if self._unlisted is None else f"{self._folders[self._unlisted]}/{name}"
 
