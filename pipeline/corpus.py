@@ -21,7 +21,7 @@ from pipeline import files, ledger, reader
 from pipeline.sources import SOURCE_STAGE
 from schemas.config import BuildConfig
 from schemas.errors import ConfigError, IntegrityError
-from schemas.manifest import Manifest
+from schemas.manifest import FileEntry, Manifest
 from schemas.records import SCORES
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ class CorpusSummary(msgspec.Struct):
     images_captioned: int
     regions: int
     kept: int
+    index: FileEntry
     subsets: dict[str, SubsetSummary]
 
 
@@ -169,7 +170,7 @@ def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
         name: sum(getattr(summary.counts, name) for summary in summaries.values())
         for name in ("images", "images_captioned", "regions", "kept")
     }
-    summary = CorpusSummary(**totals, subsets=summaries)
+    summary = CorpusSummary(**totals, index=_entry(out / reader.INDEX), subsets=summaries)
     with files.write_atomic(out / STATS) as file:
         file.write(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
     plots.write(summary, out / PLOTS)
@@ -363,6 +364,12 @@ def _write_index(out: Path, subsets: Iterable[str]) -> dict[str, SubsetSummary]:
             summaries[subset] = measuring.result(counting.result())
         _flush(writer, waiting)
     return summaries
+
+
+def _entry(path: Path) -> FileEntry:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return FileEntry(path.name, path.stat().st_size, digest.hexdigest())
 
 
 def _flush(writer: Any, waiting: list[pa.Table]) -> None:
