@@ -411,13 +411,13 @@ RULES: tuple[tuple[Reason, Callable[[Prose, Text], str | None]], ...] = (
     (Reason.TEXT_JUNK, junk),
     (Reason.TEXT_REFUSAL, refusal),
     (Reason.TEXT_TOO_SHORT, too_short),
-    (Reason.TEXT_BOILERPLATE, boilerplate),
     (Reason.TEXT_REPEATS, repeats),
     (Reason.TEXT_REPEATS, doubled),
     (Reason.TEXT_ENUMERATES, enumerates),
+    (Reason.TEXT_BOILERPLATE, boilerplate),
     (Reason.TEXT_TOO_LONG, too_long),
 )
-"""In the order in which they are asked. Length comes last, so that a loop is called a loop."""
+"""In the order in which they are asked. Loops come before what they also are: without content, and too long."""
 
 
 def _shorter(count: int, least: int, unit: str) -> str | None:

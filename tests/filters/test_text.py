@@ -87,6 +87,7 @@ DROPPED = {
     Reason.TEXT_REPEATS: [
         "a man with a hat on top of a hat on top of a hat on top of a hat on",
         "A dog on grass, dog, dog, dog, DOG.",
+        "red red red red red red red red red red red",
         "A brown dog lies on the grass. It has a red collar. A brown dog lies on the grass.",
         "The dog, which is brown, lies on the lawn. It sleeps. The dog, which is brown, lies on",
         "A cat sitting on a cat sitting on a cat in the yard of a house.",
