@@ -417,7 +417,7 @@ RULES: tuple[tuple[Reason, Callable[[Prose, Text], str | None]], ...] = (
     (Reason.TEXT_BOILERPLATE, boilerplate),
     (Reason.TEXT_TOO_LONG, too_long),
 )
-"""In the order in which they are asked. Loops come before what they also are: without content, and too long."""
+"""In the order in which they are asked. Loops come before what they also are: empty of content, too long."""
 
 
 def _shorter(count: int, least: int, unit: str) -> str | None:
