@@ -1,9 +1,8 @@
-"""Draws masks and captions on photos: the one way to do it, for the terminal, the card, the demo and the
-explorer.
+"""Draws masks and captions on photos: the one way to do it, for terminal, card, demo and explorer.
 
-A region has a colour, a number at a point well inside it, and the same number before its caption in the
-legend. The colours are Okabe and Ito's and Tol's, which colour-blind eyes tell apart; the number tells more
-regions apart than there are colours, and an outline with a light and a dark line stands out on any photo.
+A region has a colour, a number at a point well inside it, and the same number before its caption in the legend.
+The colours are told apart by colour-blind eyes, too; the numbers tell more regions apart than there are colours,
+and an outline with a light and a dark line stands out on any photo.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ if TYPE_CHECKING:
 PALETTE = (
     (0, 114, 178),  # blue
     (230, 159, 0),  # orange
-    (0, 158, 115),  # green
-    (204, 121, 167),  # pink
     (86, 180, 233),  # sky
     (213, 94, 0),  # vermilion
+    (204, 121, 167),  # pink
+    (0, 158, 115),  # green
     (240, 228, 66),  # yellow
-    (136, 34, 85),  # wine
-    (68, 170, 153),  # teal
+    (102, 51, 51),  # brown
     (51, 34, 136),  # indigo
-    (153, 153, 51),  # olive
     (221, 221, 221),  # pale grey
+    (170, 51, 119),  # purple
+    (20, 20, 20),  # black
 )
-"""In the order of use: neighbours in the list differ most."""
+"""Okabe and Ito's seven, then five far from them and from each other in every kind of colour vision."""
 
 _FILL = 0.38
 _FILL_SCENE = 0.24
@@ -302,7 +301,9 @@ def _wrap(text: str, face: FreeTypeFont, room: int) -> list[str]:
     line = ""
     for word in " ".join(text.split()).split(" "):
         while face.getlength(word) > room:
-            cut = next(i for i in range(len(word), 0, -1) if i == 1 or face.getlength(word[:i]) <= room)
+            cut = 1
+            while face.getlength(word[: cut + 1]) <= room:
+                cut += 1
             if line:
                 lines.append(line)
                 line = ""
@@ -339,6 +340,8 @@ def show(out: str | Path, key: str, path: str | Path) -> None:
         raise ConfigError(f"{found.subset}/{key}: no region of this image was kept: {why[:500]}")
     dropped = len(found.rows) - len(kept)
     title = f"{found.subset} / {kept[0]['key']}   {len(kept)} kept, {dropped} dropped"
+    if len(kept) > _MAX_DRAWN:
+        title += f", the first {_MAX_DRAWN} drawn"
     save(draw_image(*_read(out, kept), title=title), path)
 
 

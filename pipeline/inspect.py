@@ -139,7 +139,6 @@ def _funnel(counts: corpus.Counts) -> Any:
 
 def _samples(title: str, shown: list[Sample]) -> Any:
     """Captions come from models, keys and categories from strangers: as text, never as markup."""
-    from rich.padding import Padding
     from rich.text import Text
 
     lines = Text(title, "bold" if title == "kept" else "yellow")
@@ -152,7 +151,7 @@ def _samples(title: str, shown: list[Sample]) -> Any:
             lines.append(f"  {_plain(sample.caption)}", "not bold default")
         if sample.detail:
             lines.append(f"  ({_plain(sample.detail)})", "italic dim")
-    return Padding(lines, (0, 0, 0, 0))
+    return lines
 
 
 def _words(name: str) -> str:
