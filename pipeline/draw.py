@@ -1,8 +1,8 @@
 """Draws masks and captions on photos: the one way to do it, for terminal, card, demo and explorer.
 
-A region has a colour, a number at a point well inside it, and the same number before its caption in the legend.
-The colours are told apart by colour-blind eyes, too; the numbers tell more regions apart than there are colours,
-and an outline with a light and a dark line stands out on any photo.
+A region has a colour, a number at a point well inside it, and the same number before its caption in the
+legend. The colours are told apart by colour-blind eyes, too; the numbers tell more regions apart than there
+are colours, and an outline with a light and a dark line stands out on any photo.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ _TEXT = 17
 _LINE = 1.32
 _COLUMN = 420
 _MAX_DRAWN = 200
-_SHEET_TEXT = 110
+_SHEET_TEXT = 150
+_SHEET_CAPTIONS = 6
 _WIDE = 1.9
 """From this ratio of width to height on, captions stand below the photo instead of beside it."""
 _TALL = 1.3
@@ -339,7 +340,7 @@ def show(out: str | Path, key: str, path: str | Path) -> None:
         why = "; ".join(sorted({f"{row['drop_reason']} ({row['drop_detail']})" for row in found.rows}))
         raise ConfigError(f"{found.subset}/{key}: no region of this image was kept: {why[:500]}")
     dropped = len(found.rows) - len(kept)
-    title = f"{found.subset} / {kept[0]['key']}   {len(kept)} kept, {dropped} dropped"
+    title = f"{found.subset} / {kept[0]['key']}: {len(kept)} kept, {dropped} dropped"
     if len(kept) > _MAX_DRAWN:
         title += f", the first {_MAX_DRAWN} drawn"
     save(draw_image(*_read(out, kept), title=title), path)
@@ -387,7 +388,9 @@ def contact_sheet(out: str | Path, path: str | Path, num_images: int = 9, width:
 
 def _cell(photo: np.ndarray, marks: Sequence[Mark], width: int, title: str) -> Image:
     """One picture of the sheet: the photo, its longer side as wide as the column, above its legend."""
-    return _below(draw_masks(photo, marks, width), marks, width, title)
+    if len(marks) > _SHEET_CAPTIONS:
+        title += f", {_SHEET_CAPTIONS} of its {len(marks)} captions"
+    return _below(draw_masks(photo, marks, width), marks[:_SHEET_CAPTIONS], width, title)
 
 
 def save(picture: Image, path: str | Path) -> None:
