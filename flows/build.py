@@ -63,9 +63,9 @@ def build_corpus(
 def build_subset(
     config: BuildConfig, subset: str, limit_images: int | None = None, retry_failed: bool = False
 ) -> None:
-    """One subset: look at the source, plan its units, stream the pending ones. The caller holds the lock."""
-    audit_source(config, subset)
+    """One subset: plan its units, look at a sample, stream what is pending. The caller holds the lock."""
     planned = make_plan(config, subset, limit_images)
+    audit_source(config, subset)
     units = find_pending(config, subset, planned, retry_failed)
     stream_units(config, subset, planned, units)
 

@@ -197,7 +197,7 @@ class _LiveView:
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
         self.live.start()
-        self.printed_s = 0.0
+        self.printed = ("", -1, 0.0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -207,8 +207,11 @@ class _LiveView:
         """Draw; on a log file instead of a terminal, a line every 30 seconds."""
         if self.console.is_terminal:
             self.live.update(self._table(progress))
-        elif time.monotonic() - self.printed_s > 30 or progress.done == progress.pending:
-            self.printed_s = time.monotonic()
+            return
+        subset, done, printed_s = self.printed
+        news = (subset, done) != (progress.subset, progress.done)
+        if news and (progress.done == progress.pending or time.monotonic() - printed_s > 30):
+            self.printed = (progress.subset, progress.done, time.monotonic())
             self.console.print(_title(progress))
 
     def _table(self, progress: Progress) -> Table:
@@ -230,7 +233,7 @@ class _LiveView:
 
 
 def _title(progress: Progress) -> str:
-    left = "" if progress.seconds_left is None else f", about {_duration(progress.seconds_left)} left"
+    left = "" if not progress.seconds_left else f", about {_duration(progress.seconds_left)} left"
     return (
         f"{progress.subset}: {progress.done:,} of {progress.pending:,} units, {progress.regions:,} regions, "
         f"{progress.kept:,} kept, {_duration(progress.seconds)}{left}"

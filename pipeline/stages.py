@@ -216,11 +216,21 @@ def recipe_digest(stages: list[Stage], config: BuildConfig) -> str:
 
 
 def _usable(settings: Any, image: ImageRecord) -> list[Verdict]:
-    return masks.usable(image.live(), (image.height, image.width), settings)
+    return masks.usable(image.live(), (image.height, image.width), settings, _overlaps(image))
 
 
 def _whole(settings: Any, image: ImageRecord) -> list[Verdict]:
-    return masks.whole_objects(image.live(), (image.height, image.width), settings)
+    return masks.whole_objects(image.live(), (image.height, image.width), settings, _overlaps(image))
+
+
+_measured: list[tuple[ImageRecord, masks.Overlaps]] = []
+
+
+def _overlaps(image: ImageRecord) -> masks.Overlaps:
+    """How the image's masks overlap, counted once for the stages that follow each other on one image."""
+    if not _measured or _measured[0][0] is not image:
+        _measured[:] = [(image, masks.measure(image.live()))]
+    return _measured[0][1]
 
 
 def _clean(settings: Any, image: ImageRecord) -> list[Verdict]:

@@ -191,7 +191,10 @@ def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     rows = [{"unit": plan.unit_name(index), "index": index} for index in units]
+    # A worker that dies is replaced and its unit runs again, without limit: that is Ray Data's default for actors.
+    # The journal in `workers.py` sees to it that no record can kill workers forever.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for step in steps:
         asked = resources_of(step, job.config)
@@ -202,8 +205,6 @@ def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
             num_cpus=asked["num_cpus"],
             num_gpus=asked["num_gpus"] or None,
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
-            max_restarts=-1,  # a worker that dies is replaced, and its unit runs again: the journal in
-            max_task_retries=-1,  # `workers.py` sees to it that no record can kill workers forever
         )
     return dataset
 

@@ -14,8 +14,10 @@ How failures are contained, from the inside out:
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,30 +124,34 @@ class Worker:
         unit = (
             Unit(row["unit"], []) if "state" not in row else msgspec.msgpack.decode(row["state"], type=Unit)
         )
-        for stage in self.stages:
-            start = time.perf_counter()
-            regions = sum(len(image.live()) for image in unit.images)
-            asked = 0
-            if stage == SOURCE_STAGE:
-                self._read(unit, row["index"])
-                regions = sum(len(image.regions) for image in unit.images)
-            elif stage == shards.WRITE_STAGE:
-                return {"draft": self._write(unit, start)}
-            elif isinstance(stage, ModelStage):
-                asked = self._ask(stage, unit)
-            else:
-                assert isinstance(stage, FilterStage)
-                self._each(stage.name, unit, stage.run)
-            self.events.emit(
-                "unit",
-                stage=stage if isinstance(stage, str) else stage.name,
-                unit=unit.name,
-                images=len(unit.images),
-                regions=regions,
-                asked=asked,
-                seconds=time.perf_counter() - start,
-            )
+        for is_filter, group in itertools.groupby(self.stages, lambda stage: isinstance(stage, FilterStage)):
+            if is_filter:
+                self._filter(unit, [stage for stage in group if isinstance(stage, FilterStage)])
+                continue
+            for stage in group:
+                start = time.perf_counter()
+                regions, asked = _live(unit), 0
+                if stage == SOURCE_STAGE:
+                    self._read(unit, row["index"])
+                    regions = sum(len(image.regions) for image in unit.images)
+                elif stage == shards.WRITE_STAGE:
+                    return {"draft": self._write(unit, start)}
+                elif isinstance(stage, ModelStage):
+                    asked = self._ask(stage, unit)
+                name = stage if isinstance(stage, str) else stage.name
+                self._done(name, unit, regions, time.perf_counter() - start, asked)
         return {"unit": unit.name, "state": msgspec.msgpack.encode(unit)}
+
+    def _done(self, stage: str, unit: Unit, regions: int, seconds: float, asked: int = 0) -> None:
+        self.events.emit(
+            "unit",
+            stage=stage,
+            unit=unit.name,
+            images=len(unit.images),
+            regions=regions,
+            asked=asked,
+            seconds=seconds,
+        )
 
     # The ends.
 
@@ -181,24 +187,24 @@ class Worker:
         job = self.job
         draft = shards.write_unit(self.folder, unit.name, unit.images, job.plan, job.recipe)
         draft.failures = unit.failures
-        self.events.emit(
-            "unit",
-            stage=shards.WRITE_STAGE,
-            unit=unit.name,
-            images=len(unit.images),
-            regions=draft.manifest.kept,
-            seconds=time.perf_counter() - start,
-        )
+        self._done(shards.WRITE_STAGE, unit, draft.manifest.kept, time.perf_counter() - start)
         return msgspec.msgpack.encode(draft)
 
-    # Filters: one image at a time.
+    # Filters: one image after the other through all of them, because neighbours share what they measure.
 
-    def _each(self, name: str, unit: Unit, run: Callable[[ImageRecord], None]) -> None:
+    def _filter(self, unit: Unit, stages: list[FilterStage]) -> None:
+        regions, seconds = Counter[str](), Counter[str]()
         for image in unit.images:
-            try:
-                run(image)
-            except Exception as error:  # noqa: BLE001 - one image that a filter trips over is a drop
-                image.reject(Drop(name, Reason.MODEL_ERROR, f"{type(error).__name__}: {error}"))
+            for stage in stages:
+                start = time.perf_counter()
+                regions[stage.name] += len(image.live())
+                try:
+                    stage.run(image)
+                except Exception as error:  # noqa: BLE001 - one image that a filter trips over is a drop
+                    image.reject(Drop(stage.name, Reason.MODEL_ERROR, f"{type(error).__name__}: {error}"))
+                seconds[stage.name] += time.perf_counter() - start
+        for stage in stages:
+            self._done(stage.name, unit, regions[stage.name], seconds[stage.name])
 
     # Models: whole units, in batches.
 
@@ -319,6 +325,10 @@ def _name(stages: list[FilterStage | ModelStage | str]) -> str:
     """A worker is known by its model stages, or else by what it does at the end of the stream."""
     names = [stage.name for stage in stages if isinstance(stage, ModelStage)]
     return "+".join(names) or (SOURCE_STAGE if SOURCE_STAGE in stages else shards.WRITE_STAGE)
+
+
+def _live(unit: Unit) -> int:
+    return sum(len(image.live()) for image in unit.images)
 
 
 def _empty(subset: str, entry: CatalogEntry, reason: Reason, detail: str) -> ImageRecord:

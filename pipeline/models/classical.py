@@ -1,6 +1,6 @@
 """The `classical` captioner: measures the pixels under each mask and says what it measured in plain English.
 
-It needs no weights and never guesses: what a region is comes from the annotation; without one it is "object".
+It needs no weights and never guesses: what a region is comes from the annotation; without one it is named by its shape.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def describe(seen: Appearance, category: str | None, choice: int = 0) -> str:
         category: plain category name, or None.
         choice: any number; picks between equivalent wordings, so that captions do not all read alike.
     """
-    noun = noun_for(category)
+    noun = noun_for(category or shape_noun(seen))
     words = [*filter(None, [_size(seen)]), *_adjectives(seen)]
     start = _with_article(" ".join([", ".join(words), _colour_words(seen), noun.text]).strip(), noun)
     outline, surface, place = _outline_words(seen), _surface_words(seen), _place(seen)
@@ -136,6 +136,14 @@ def describe(seen: Appearance, category: str | None, choice: int = 0) -> str:
         rest = [[_surface_clause(seen, noun), contrast], [_colour_clause(seen, noun), _fills(seen, noun)]]
     details = [_sentence(clauses, noun) for clauses in [*rest, _parts(seen, noun)]]
     return " ".join([first, *filter(None, details)])
+
+
+def shape_noun(seen: Appearance) -> str:
+    """What a region without a category is called: its shape, which is measured, never a guess at what it is."""
+    if seen.elongation >= 4 and seen.pieces == 1:
+        return "strip"
+    outline = _outline_words(seen)
+    return {"round": "disc", "oval": "disc", "square": "block", "rectangular": "block"}.get(outline, "patch")
 
 
 def _sentence(clauses: list[str], noun: Noun) -> str:

@@ -80,7 +80,7 @@ def test_two_colours_are_told_with_their_shares():
 
 def test_shape_size_and_place_are_those_of_the_mask():
     upright = caption_of(painted((200, 0, 0), m := box_mask(100, 200, 10, 20, 16, 80)), m)
-    assert "long, narrow, upright red object" in upright and "rectangular" in upright and "left" in upright
+    assert "long, narrow, upright red strip" in upright and "rectangular" in upright and "left" in upright
     level = caption_of(painted((200, 0, 0), m := box_mask(100, 200, 20, 90, 180, 96)), m)
     assert "horizontal" in level and "at the bottom" in level
     ball = caption_of(painted((255, 255, 255), m := disc(100, 200, 175, 20, 12)), m, "ball")
@@ -104,7 +104,7 @@ def test_stripes_are_found_with_their_direction():
 
 def test_without_a_category_it_never_guesses_one():
     mask = disc(80, 80, 40, 40, 20)
-    assert " object " in caption_of(painted((250, 220, 60), mask), mask)
+    assert "A yellow disc " in caption_of(painted((250, 220, 60), mask), mask)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_hair_in_a_huge_photo_does_not_vanish():
         ("bus", "A red bus"),
         ("tv", "A red TV"),
         ("cabinet or shelf", "A red cabinet or shelf"),
-        (None, "A red object"),
+        (None, "A red disc"),
     ],
 )
 def test_articles_fit_the_noun(category, start):
@@ -166,7 +166,7 @@ def test_articles_fit_the_noun(category, start):
 
 def test_articles_fit_the_sound_of_the_next_word():
     mask = disc(60, 60, 30, 30, 12)
-    assert caption_of(painted((240, 140, 40), mask), mask).startswith("An orange object ")
+    assert caption_of(painted((240, 140, 40), mask), mask).startswith("An orange disc ")
 
 
 def test_plural_categories_get_plural_verbs():
