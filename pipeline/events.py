@@ -6,14 +6,18 @@ decide what to build, so a lost line costs a number on a screen and no more.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import msgspec
+
+log = logging.getLogger(__name__)
 
 
 class Event(msgspec.Struct, omit_defaults=True):
@@ -21,7 +25,7 @@ class Event(msgspec.Struct, omit_defaults=True):
 
     Attributes:
         time_s: seconds since the epoch, the worker's clock.
-        what: "started" (a model was loaded), "batch", "unit", "failed", "committed".
+        what: "started" (a model was loaded), "ready" (a worker), "batch", "unit", "failed", "committed".
         stage: name of the step or stage.
         unit: name of the unit.
         images, regions: how many it was about.
@@ -42,15 +46,31 @@ class Event(msgspec.Struct, omit_defaults=True):
 
 
 class EventLog:
-    """Appends events to one file; each line is one write, so a killed process leaves whole lines."""
+    """Appends events to one file; each line is one write, so a killed process leaves whole lines.
+
+    Events decide nothing, so a disk that takes no more of them is a warning, once: whoever writes what matters fails
+    with a clear error, and a line cut short is ended before the next one.
+    """
 
     def __init__(self, folder: Path, who: str):
         self.path = folder / f"{who}-{socket.gethostname()}-{os.getpid()}.jsonl"
-        self._file = open(self.path, "ab", buffering=0)
+        self._file: IO[bytes] | None = None
+        self._cut_short = False
+        self._complained = False
 
-    def emit(self, what: str, **fields: object) -> None:
-        """Append one event, stamped now."""
-        self._file.write(msgspec.json.encode(Event(time.time(), what, **fields)) + b"\n")  # type: ignore[arg-type]
+    def emit(self, what: str, **fields: Any) -> None:
+        """Append one event, stamped now. Never raises an `OSError`."""
+        line = msgspec.json.encode(Event(time.time(), what, **fields)) + b"\n"
+        if self._cut_short:
+            line = b"\n" + line
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)
+            self._cut_short = (self._file.write(line) or 0) < len(line)
+        except OSError as error:
+            if not self._complained:
+                log.warning("%s: %s; events are lost, the build goes on", self.path, error)
+                self._complained = True
 
 
 class EventReader:
@@ -69,4 +89,7 @@ class EventReader:
             whole = data.rfind(b"\n") + 1
             self._read[path] += whole
             for line in data[:whole].splitlines():
-                yield msgspec.json.decode(line, type=Event)
+                try:
+                    yield msgspec.json.decode(line, type=Event)
+                except (msgspec.MsgspecError, UnicodeError):
+                    log.debug("%s: not an event: %r", path, line)  # cut short by a full disk

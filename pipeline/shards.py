@@ -12,6 +12,7 @@ import os
 import tarfile
 import uuid
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -77,10 +78,11 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
         places, written = _write_tar(shard, images)
         table = ledger_table(unit, images, places)
         recorded = _write_ledger(ledger, table)
-    except OSError as error:
-        for path in (shard, ledger):
-            path.unlink(missing_ok=True)
-        raise write_failed(folder, error) from error
+    except BaseException as error:
+        _remove(shard, ledger)
+        if isinstance(error, OSError):
+            raise write_failed(folder, error) from error
+        raise
     regions_in = sum(len(image.regions) for image in images)
     kept = sum(len(image.live()) for image in images)
     dropped = Counter(f"{r.drop.stage}/{r.drop.reason}" for image in images for r in image.regions if r.drop)
@@ -120,11 +122,11 @@ def _write_tar(path: Path, images: list[ImageRecord]) -> tuple[dict[str, Place],
             assert image.photo is not None, f"{image.key}: live without a photo"
             try:
                 photo = files.read(image.photo)
-            except OSError as error:
-                reason = (
-                    Reason.PHOTO_MISSING if isinstance(error, FileNotFoundError) else Reason.PHOTO_UNREADABLE
-                )
-                image.reject(Drop(WRITE_STAGE, reason, f"{image.photo}: {error.strerror or error}"))
+            except Exception as error:  # noqa: BLE001 - a remote file system may raise anything
+                missing = isinstance(error, FileNotFoundError)
+                reason = Reason.PHOTO_MISSING if missing else Reason.PHOTO_UNREADABLE
+                why = getattr(error, "strerror", None) or error
+                image.reject(Drop(WRITE_STAGE, reason, f"{image.photo}: {why}"))
                 continue
             record = msgspec.json.encode(to_sample(image))
             photo_at = tar.member(f"{image.key}.{PHOTO_ENDING}", photo)
@@ -196,7 +198,7 @@ def commit(folder: Path, draft: Draft) -> None:
     moment a manifest speaks of other files than those beside it. Only the driver that holds the lock calls this.
 
     Raises:
-        StageFailed: the disk is full or the folder cannot be written; the unit is not committed.
+        StageFailed: the disk is full or the folder cannot be written; nothing of the unit is left behind.
     """
     record = draft.manifest
     target = folder / "manifests" / f"{record.unit}.json"
@@ -216,14 +218,22 @@ def commit(folder: Path, draft: Draft) -> None:
         with files.write_atomic(target) as file:
             file.write(data)
     except OSError as error:
+        _remove(target)
+        if not target.exists():
+            _remove(shard, folder / record.ledger.path)
+        discard(draft)
         raise write_failed(folder, error) from error
 
 
 def discard(draft: Draft) -> None:
-    """Remove a draft's temporary files."""
-    for path in (draft.shard_temporary, draft.ledger_temporary):
-        if path:
-            Path(path).unlink(missing_ok=True)
+    """Remove a draft's temporary files; what cannot be removed is left to `sweep`."""
+    _remove(*(Path(path) for path in (draft.shard_temporary, draft.ledger_temporary) if path))
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
 
 
 def prepare(folder: Path) -> None:
@@ -236,10 +246,23 @@ def prepare(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> int:
-    """Remove what crashed runs left under a subset's folder. Returns how many files. Call only with the lock."""
+    """Remove what crashed runs left under a subset's folder: temporary files, and files of units without a manifest.
+
+    Returns how many files. Call only with the lock.
+
+    Raises:
+        StageFailed: the folder cannot be written.
+    """
     leftovers = [path for path in folder.rglob(f"{files.TEMPORARY}*") if path.is_file()]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
+    committed = {path.stem for path in (folder / "manifests").glob("*.json")}
+    for name in ("shards/*.tar", "ledger/*.parquet"):
+        found = (path for path in folder.glob(name) if not path.name.startswith(files.TEMPORARY))
+        leftovers += [path for path in found if path.stem not in committed]
+    try:
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_failed(folder, error) from error
     return len(leftovers)
 
 
@@ -251,7 +274,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         return manifests.decode(path.read_bytes())
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise IntegrityError(
             f"{path}: not a manifest ({error}); delete it and run the build again, which rebuilds the unit"
         ) from error

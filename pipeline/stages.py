@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -265,9 +266,12 @@ def _ask_judge(kind: str, model: models.Judge, images: list[ImageRecord]) -> lis
         for image in images
         for region in image.live()
     ]
-    answers = iter(model.ask(questions))
+    answers = model.ask(questions)
+    if len(answers) != len(questions):
+        raise ValueError(f"asked {len(questions)} questions, answered {len(answers)}")
+    rest = iter(answers)
     return [
-        [Judged(answer.text, answer.margin) for _, answer in zip(image.live(), answers)] for image in images
+        [Judged(answer.text, answer.margin) for answer in islice(rest, len(image.live()))] for image in images
     ]
 
 

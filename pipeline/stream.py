@@ -117,9 +117,14 @@ def locked(out: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another build holds it.
+        StageFailed: the folder cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a+") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a+")
+    except OSError as error:
+        raise shards.write_failed(out, error) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -13,15 +13,17 @@ How failures are contained, from the inside out:
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import itertools
+import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import msgspec
 
@@ -31,9 +33,11 @@ from pipeline.evidence import EvidenceStore
 from pipeline.sources import SOURCE_STAGE, CatalogEntry
 from pipeline.stages import FilterStage, ModelStage, only
 from schemas.config import BuildConfig
-from schemas.errors import BadRecord, ConfigError, ParaCaptionError, StageFailed
+from schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
 from schemas.reasons import Reason
 from schemas.records import Drop, ImageRecord
+
+log = logging.getLogger(__name__)
 
 GIVE_UP_AFTER = 8
 """Images that fail alone, in a row and without one success, before the rest of the unit is not tried one by one."""
@@ -82,22 +86,26 @@ class Worker:
     """
 
     def __init__(self, job: Job, stages: list[FilterStage | ModelStage | str]):
+        keep_freed_memory()
         self.job = job
         self.folder = Path(job.folder)
         self.stages = stages
         self.name = _name(stages)
         self.events = EventLog(Path(job.run), self.name)
         self._crash_attempts = job.config.failures.crash_attempts
-        self._stack = open(Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt", "w")
+        self._stack = _open_stack(Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt")
         self.source = sources.open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         self.models: dict[str, Any] = {}
+        started = time.perf_counter()
         self._broken: str | None = None
         for stage in stages:
             if isinstance(stage, ModelStage) and self._broken is None:
                 try:
                     self._load(stage)
-                except Exception as error:  # noqa: BLE001 - told to the driver by the first unit, as one clear line
+                except Exception as error:
                     self._broken = f"{stage.name}: the backend cannot start: {type(error).__name__}: {error}"
+
+        self.events.emit("ready", stage=self.name, seconds=time.perf_counter() - started)
 
     def _load(self, stage: ModelStage) -> None:
         start = time.perf_counter()
@@ -119,6 +127,9 @@ class Worker:
             return self._run(row)
         except ParaCaptionError as error:
             return {"unit": row["unit"], "failed": f"{type(error).__name__}: {error}"}
+        except OSError as error:  # of the output folder: the sources' and the models' own are drops by now
+            failed = shards.write_failed(self.folder, error)
+            return {"unit": row["unit"], "failed": f"{type(failed).__name__}: {failed}"}
 
     def _run(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = (
@@ -179,7 +190,7 @@ class Worker:
             return source.read(entry, limits)
         except BadRecord as bad:
             return _empty(self.job.subset, entry, bad.reason, bad.detail)
-        except Exception as error:  # noqa: BLE001 - a record the source did not foresee is a drop, not the end
+        except Exception as error:
             detail = f"{entry.annotation}: {type(error).__name__}: {error}"
             return _empty(self.job.subset, entry, Reason.ANNOTATION_UNREADABLE, detail)
 
@@ -193,14 +204,15 @@ class Worker:
     # Filters: one image after the other through all of them, because neighbours share what they measure.
 
     def _filter(self, unit: Unit, stages: list[FilterStage]) -> None:
-        regions, seconds = Counter[str](), Counter[str]()
+        regions = Counter[str]()
+        seconds = dict.fromkeys((stage.name for stage in stages), 0.0)
         for image in unit.images:
             for stage in stages:
                 start = time.perf_counter()
                 regions[stage.name] += len(image.live())
                 try:
                     stage.run(image)
-                except Exception as error:  # noqa: BLE001 - one image that a filter trips over is a drop
+                except Exception as error:
                     image.reject(Drop(stage.name, Reason.MODEL_ERROR, f"{type(error).__name__}: {error}"))
                 seconds[stage.name] += time.perf_counter() - start
         for stage in stages:
@@ -234,8 +246,8 @@ class Worker:
         if owed:
             kept = sum(len(image.live()) for image in unit.images) - asked
             errors = self._answer(stage, unit, owed, store, known, questions)
-            failed = [message for reason, message in errors.values() if reason is Reason.MODEL_ERROR]
-            if len(failed) == len(owed) and not kept:
+            failed = [message for reason, message in errors.values() if reason in _MODEL_TO_BLAME]
+            if failed and len(errors) == len(owed) and not kept:
                 unit.failures[stage.name] = failed[-1]
         for image in unit.images:
             for region in image.live():
@@ -290,15 +302,23 @@ class Worker:
 
     def _asking(self, stage: ModelStage) -> Callable[[list[ImageRecord]], list[list[Any]]]:
         def ask(batch: list[ImageRecord]) -> list[list[Any]]:
-            with self._watched(f"{stage.name}, at {batch[0].key}"):
-                return stage.ask(self.models[stage.name], batch)
+            if stage.name not in self.models:
+                self._reload(stage)
+            try:
+                with self._watched(f"{stage.name}, at {batch[0].key}"):
+                    return stage.ask(self.models[stage.name], batch)
+            except EngineLost:
+                del self.models[
+                    stage.name
+                ]  # a dead engine fails on every image: the next call gets a fresh one
+                raise
 
         return ask
 
     def _reload(self, stage: ModelStage) -> None:
         try:
             self._load(stage)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises on its way up means the same
+        except Exception as error:
             raise StageFailed(f"{stage.name}: the backend cannot start again: {error}") from error
 
     def _save(self, store: EvidenceStore, unit: str, known: dict) -> None:
@@ -310,15 +330,42 @@ class Worker:
     @contextmanager
     def _watched(self, what: str) -> Iterator[None]:
         """Leave this process's stack in the run's folder if the block takes longer than the stall time."""
-        self._stack.seek(0)
-        self._stack.truncate()
-        self._stack.write(f"{what}\n")
-        self._stack.flush()
+        try:
+            self._stack.seek(0)
+            self._stack.truncate()
+            self._stack.write(f"{what}\n".encode())
+        except OSError:  # a full disk is told by whoever writes what matters
+            log.debug("no room for a stack", exc_info=True)
         faulthandler.dump_traceback_later(self.job.config.failures.stall_s, file=self._stack)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _open_stack(path: Path) -> IO[bytes]:
+    """Where a worker leaves its stack; nowhere if the disk is full: the unit's own writing will say so."""
+    try:
+        return open(path, "wb", buffering=0)
+    except OSError as error:
+        log.warning("%s: %s; a stall will show no stack", path, error)
+        return open(os.devnull, "wb", buffering=0)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse freed image buffers instead of giving them back to the kernel and faulting them in anew.
+
+    By default every buffer above 128 KB goes back at once: 40% of a worker's CPU time was spent on page faults. Up to
+    half a gigabyte of freed memory then stays with the process. Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc accepts
+        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
+        mallopt(_M_TOP_PAD, 16 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def _name(stages: list[FilterStage | ModelStage | str]) -> str:
@@ -335,6 +382,10 @@ def _empty(subset: str, entry: CatalogEntry, reason: Reason, detail: str) -> Ima
     image = ImageRecord(entry.key, subset, entry.photo, 0, 0, file_name=entry.file_name)
     image.drop = Drop(SOURCE_STAGE, reason, detail)
     return image
+
+
+_MODEL_TO_BLAME = {Reason.MODEL_ERROR, Reason.WORKER_CRASHED}
+"""Errors that speak against the stage if nothing of the unit succeeds; the others are the data's."""
 
 
 class _Bisection:
@@ -364,7 +415,7 @@ class _Bisection:
             _check(batch, answers)
         except (ConfigError, StageFailed):
             raise
-        except Exception as error:  # noqa: BLE001 - a model may raise anything; the record that caused it is found
+        except Exception as error:
             if len(batch) == 1:
                 yield batch[0], self._error(error)
                 return
@@ -395,11 +446,19 @@ def _check(batch: list[ImageRecord], answers: list[list[Any]]) -> None:
 Keyed = TypeVar("Keyed", ImageRecord, CatalogEntry)
 
 
+class Note(msgspec.Struct):
+    """What a journal remembers: deaths alone in a batch by image key, and the images in flight."""
+
+    deaths: dict[str, int] = {}
+    working: list[str] = []
+
+
 class Journal:
     """Remembers, across the death of a worker, which images it was working on.
 
     One small file per unit, written before each batch and removed when the unit is through. Not durable on purpose:
-    a lost note costs one more crash.
+    a lost note costs one more crash. For the same reason a disk that takes no notes is a warning, not an error: whoever
+    writes the evidence or the shard next says it clearly.
 
     Args:
         folder: OUT/<subset>/journal/<stage>.
@@ -411,22 +470,28 @@ class Journal:
         self.path = folder / f"{unit}.json"
         self.attempts = attempts
         self.deaths: dict[str, int] = {}
+        self._complained = False
 
     def __enter__(self) -> Journal:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            note = msgspec.json.decode(self.path.read_bytes(), type=dict[str, Any])
-        except (FileNotFoundError, msgspec.DecodeError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            note = msgspec.json.decode(self.path.read_bytes(), type=Note)
+        except FileNotFoundError:
             return self
-        self.deaths = dict(note.get("deaths", {}))
-        working = note.get("working", [])
-        for key in working:
-            self.deaths[key] = self.deaths.get(key, 0) + (1 if len(working) == 1 else 0)
+        except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+            log.warning("%s: unreadable note (%s); it counts as none", self.path, error)
+            return self
+        self.deaths = note.deaths
+        for key in note.working:
+            self.deaths[key] = self.deaths.get(key, 0) + (len(note.working) == 1)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            self.path.unlink(missing_ok=True)
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                self._complain(error)
 
     def is_poison(self, key: str) -> bool:
         """Whether the image killed its worker too often."""
@@ -455,4 +520,12 @@ class Journal:
             self._note([])
 
     def _note(self, working: list[str]) -> None:
-        self.path.write_bytes(msgspec.json.encode({"deaths": self.deaths, "working": working}))
+        try:
+            self.path.write_bytes(msgspec.json.encode(Note(self.deaths, working)))
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            log.warning("%s: %s; an image that kills its worker now is not found", self.path, error)
+            self._complained = True
