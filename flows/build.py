@@ -1,7 +1,7 @@
 """Build a subset, build the corpus: the paper's figure as Prefect flows.
 
-Prefect is the front desk: a build is a handful of task runs, retried cheaply because a retry resumes. What is done is
-known from the manifests alone.
+Prefect is the front desk: a build is a handful of task runs, retried cheaply because a retry resumes. What is
+done is known from the manifests alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def build_corpus(
     Args:
         config: what to build and where to.
         ray_address: "auto", "host:port" or "ray://host:port"; None starts Ray on this machine.
-        limit_images: build from the first so many images of each subset (a pilot run; use an `out` of its own).
+        limit_images: build from the first so many images of each subset (a pilot; use an `out` of its own).
         retry_failed: also build committed units again that hold drops by error.
 
     Returns:
@@ -53,21 +53,24 @@ def build_corpus(
     """
     with stream.locked(Path(config.out)):
         write_config(config)
-        stream.start_ray(ray_address, config, config.subsets)
         for subset in config.subsets:
-            build_subset(config, subset, limit_images, retry_failed)
+            build_subset(config, subset, ray_address, limit_images, retry_failed)
         return merge_corpus(config)
 
 
 @flow(name="build-subset", log_prints=False)
 def build_subset(
-    config: BuildConfig, subset: str, limit_images: int | None = None, retry_failed: bool = False
+    config: BuildConfig,
+    subset: str,
+    ray_address: str | None = None,
+    limit_images: int | None = None,
+    retry_failed: bool = False,
 ) -> None:
     """One subset: plan its units, look at a sample, stream what is pending. The caller holds the lock."""
     planned = make_plan(config, subset, limit_images)
     audit_source(config, subset)
     units = find_pending(config, subset, planned, retry_failed)
-    stream_units(config, subset, planned, units)
+    stream_units(config, subset, planned, units, ray_address)
 
 
 def _can_retry(_task: Any, _run: Any, state: Any) -> bool:
@@ -112,9 +115,13 @@ def find_pending(config: BuildConfig, subset: str, planned: plan.Plan, retry_fai
 
 
 @_step
-def stream_units(config: BuildConfig, subset: str, planned: plan.Plan, units: list[int]) -> None:
-    """Send the pending units through the stages and commit them."""
+def stream_units(
+    config: BuildConfig, subset: str, planned: plan.Plan, units: list[int], ray_address: str | None
+) -> None:
+    """Send the pending units through the stages and commit them. Without any, Ray is not started."""
     stream.check_disk(config, subset, units, planned)
+    if units:
+        stream.start_ray(ray_address, config, config.subsets)
     run_folder = (
         Path(config.out) / "events" / f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
     )

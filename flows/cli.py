@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,12 +69,15 @@ def audit(
     from pipeline.config_file import load_config
 
     loaded = load_config(config)
+    total = auditing.Found()
     for subset in loaded.subsets:
-        report = auditing.audit(sources.open_source(loaded, subset), loaded.limits)
-        target = parquet or Path(loaded.out) / subset / "audit.parquet"
-        report.write(target)
+        with _counting(f"{subset}: images read") as progress:
+            report = auditing.audit(sources.open_source(loaded, subset), loaded.limits, progress=progress)
+        total.add(report.found)
         print(report.text())
-        print(f"full list: {target}")
+    target = parquet or Path(loaded.out) / "audit.parquet"
+    auditing.AuditReport("all", total).write(target)
+    print(f"full list: {target}")
 
 
 @app.command()
@@ -118,7 +124,7 @@ def export(
 
 @app.command()
 def merge(config: Config) -> None:
-    """Make index, statistics, plots and dataset card anew from the committed units; `build` does it at its end."""
+    """Make index, statistics, plots and dataset card anew; `build` does it at its end."""
     from pipeline import corpus, stream
     from pipeline.config_file import load_config
 
@@ -164,7 +170,7 @@ def config() -> None:
 def deploy(
     name: Annotated[str, typer.Option(help="Name of the deployment.")] = "corpus",
 ) -> None:
-    """Serve the flows to a Prefect server (PREFECT_API_URL), so that builds are launched there with checked parameters."""
+    """Serve the build to a Prefect server (PREFECT_API_URL): launched there, its parameters checked."""
     if not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
     from flows.build import build_corpus
@@ -181,14 +187,42 @@ def _build(
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     from flows import build as flow
 
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_is_news)
     with _LiveView() as view:
         flow.watcher.set(view.show)
         flow.build_corpus(loaded, ray_address, limit_images, retry_failed)
     inspect(Path(loaded.out))
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Prefect says more than that an error is on its way to `main`, which prints it."""
+    if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
+        return False
+    return "Finished in state Failed" not in record.getMessage()
+
+
+@contextmanager
+def _counting(title: str) -> Iterator[Callable[[int], None]]:
+    """A line on the terminal with a number that grows, and its rate; nothing on a log file."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description} {task.completed:,}"), TimeElapsedColumn())
+    rate = TextColumn("{task.fields[rate]}")
+    console = Console(stderr=True)
+    start = time.monotonic()
+    with Progress(*columns, rate, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, rate="")
+
+        def show(done: int) -> None:
+            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - start + 1e-9):,.0f}/s")
+
+        yield show
+
+
 class _LiveView:
-    """One live table a subset: units, regions, kept, dropped by reason, regions per second and stage, time left."""
+    """One live table a subset: units, regions, kept, drops by reason, regions per second and stage."""
 
     def __enter__(self) -> _LiveView:
         from rich.console import Console

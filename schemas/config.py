@@ -18,7 +18,9 @@ class _Strict(BaseModel):
 class CoconutSource(_Strict):
     """One release in the COCONut layouts: COCO-panoptic JSON with a PNG folder, or Parquet rows with embedded PNGs."""
 
-    layout: Literal["panoptic", "parquet"] = "panoptic"
+    layout: Literal["panoptic", "parquet"] = Field(
+        "panoptic", description="JSON and a folder of PNGs, or `parquet`: the hub's rows with the PNG inside"
+    )
     annotations: list[str] = Field(description="panoptic JSON files, or Parquet files; globs allowed")
     labels: str | None = Field(None, description="folder of the label PNGs; needed for `panoptic`")
     photos: list[str] = Field(description="folders searched for the photo by its file name, in order")

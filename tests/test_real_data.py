@@ -1,5 +1,5 @@
-"""Published annotations through the whole stream with the embedded backends: every region is accounted for, every
-mask is the source's to the last pixel.
+"""Published annotations through the whole stream with the embedded backends: every region is accounted for,
+every mask is the source's to the last pixel.
 """
 
 from __future__ import annotations

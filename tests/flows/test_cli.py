@@ -1,0 +1,226 @@
+"""The command line: every command on real files, and errors as one line with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from flows.cli import app
+from schemas.config import Backend, BuildConfig
+from tests.synthetic import write_coconut
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = "build audit verify inspect show export merge demo config deploy".split()
+runner = CliRunner()
+
+
+def paracaption(home: Path, *args: object) -> subprocess.CompletedProcess:
+    """The command in a process of its own, with Prefect's files under `home`."""
+    env = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "COLUMNS": "200"}
+    env.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "flows.cli", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A tiny release and the values of a configuration for it."""
+    return {"out": "out", "coconut": [write_coconut(tmp_path / "source", num_images=2)]}
+
+
+def written(folder: Path, values: object) -> Path:
+    path = folder / "build.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_help_names_every_command_with_its_purpose():
+    text = runner.invoke(app, ["--help"], env={"COLUMNS": "160"}).output
+    for command in COMMANDS:
+        assert f" {command} " in text
+        own = runner.invoke(app, [command, "--help"])
+        assert own.exit_code == 0 and "Usage" in own.output
+
+
+def test_the_printed_configuration_is_yaml_with_every_key():
+    text = runner.invoke(app, ["config"]).output
+    values = yaml.safe_load(text)
+    assert list(values) == list(BuildConfig.model_fields)
+    for name in ("limits", "masks", "text", "io", "failures"):
+        assert list(values[name]) == list(BuildConfig.model_fields[name].default.model_fields_set) or set(
+            values[name]
+        ) == set(type(BuildConfig.model_fields[name].default).model_fields)
+    for key in Backend.model_fields:
+        assert f"#   {key}:" in text
+
+
+def test_every_key_of_the_printed_configuration_has_a_reason():
+    lines = runner.invoke(app, ["config"]).output.splitlines()
+    plain = [line for line in lines if line.strip() and not line.startswith("#") and "  # " not in line]
+    assert plain == []
+
+
+def test_audit_prints_a_summary_and_writes_every_problem_as_parquet(tmp_path):
+    target = tmp_path / "audit.parquet"
+    done = runner.invoke(app, ["audit", str(ROOT / "samples" / "build.yaml"), "--parquet", str(target)])
+    assert done.exit_code == 0, done.output
+    assert "coconut: 6 of 6 images" in done.output
+    assert "sa1b: " in done.output and "regions are usable" in done.output
+    assert "reason" in pq.read_schema(target).names
+
+
+def test_audit_writes_its_list_into_the_output_by_default(tmp_path, release):
+    done = runner.invoke(app, ["audit", str(written(tmp_path, release))])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "audit.parquet").exists()
+
+
+def test_audit_of_two_subsets_into_one_file_keeps_both(tmp_path, release):
+    here = str(tmp_path)
+    broken = {**release["coconut"][0], "labels": here, "photos": [here]}
+    (tmp_path / "sa_1.json").write_text("not json")
+    values = {**release, "coconut": [broken], "sa1b": [{"paths": [str(tmp_path)]}]}
+    target = tmp_path / "audit.parquet"
+    done = runner.invoke(app, ["audit", str(written(tmp_path, values)), "--parquet", str(target)])
+    assert done.exit_code == 0, done.output
+    assert set(pq.read_table(target)["subset"].to_pylist()) == {"coconut", "sa1b"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"min_iuo": 0.5}, "min_iuo: unknown key"),
+        ({"min_iou": "half"}, "min_iou: Input should be a valid number"),
+        ({"text": {"min_wrods": 5}}, "text.min_wrods: unknown key"),
+        ({"captioner": {"name": "classical", "concurrency": [2, 1]}}, "captioner: "),
+        ({"coconut": []}, "name at least one source"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line_with_file_and_key(tmp_path, release, change, told):
+    path = written(tmp_path, {**release, **change})
+    done = paracaption(tmp_path, "build", path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {path}: ") and told in line
+
+
+def test_a_missing_configuration_is_one_line_with_its_name(tmp_path):
+    done = paracaption(tmp_path, "build", tmp_path / "none.yaml")
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/none.yaml: no such file\n")
+
+
+def test_a_folder_that_is_no_corpus_is_one_line(tmp_path):
+    done = paracaption(tmp_path, "verify", tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}: no corpus here")
+
+
+def test_deploy_without_a_server_says_how_to_start_one(tmp_path):
+    done = runner.invoke(app, ["deploy"], env={"PREFECT_API_URL": ""})
+    assert "prefect server start" in str(done.exception)
+
+
+@pytest.mark.slow
+def test_annotations_that_are_no_json_are_one_line_and_start_no_cluster(tmp_path, release):
+    path = Path(release["coconut"][0]["annotations"][0])
+    path.write_text('{"images": [')
+    done = paracaption(tmp_path, "build", written(tmp_path, release))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "docket" not in line and line.startswith("error")]
+    assert line.startswith(f"error: {path}: not JSON: ")
+    assert "Traceback" not in done.stderr.partition("error: ")[2]
+    assert "ConfigError" not in done.stderr
+    assert not (tmp_path / "out" / "events").exists()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The corpus of the bundled sample, built by the command."""
+    home = tmp_path_factory.mktemp("demo")
+    done = paracaption(home, "demo", "--out", home / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home / "out", done
+
+
+@pytest.mark.slow
+def test_the_demo_draws_a_contact_sheet_and_says_what_next(demo):
+    out, done = demo
+    assert Image.open(out / "contact-sheet.png").width > 500
+    assert f"paracaption inspect {out}" in done.stdout
+    assert "Traceback" not in done.stderr
+    for subset in ("coconut", "sa1b"):
+        assert f"{subset}: " in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_verifies(demo):
+    done = runner.invoke(app, ["verify", str(demo[0])])
+    assert done.exit_code == 0, done.output
+    assert "every promise holds" in done.output
+
+
+@pytest.mark.slow
+def test_inspect_shows_the_funnel(demo):
+    done = runner.invoke(app, ["inspect", str(demo[0])])
+    assert done.exit_code == 0
+    assert "COCONut  2 units, 6 images" in done.output and "SA-1B  2 units" in done.output
+
+
+@pytest.mark.slow
+def test_show_draws_an_image_and_an_unknown_key_is_an_error_with_its_name(demo, tmp_path):
+    out, _ = demo
+    key = pq.read_table(out / "index.parquet", columns=["subset", "key"]).to_pylist()[0]
+    name = f"{key['subset']}/{key['key']}"
+    done = runner.invoke(app, ["show", str(out), name, "--out", str(tmp_path / "one.png")])
+    assert done.exit_code == 0, done.output
+    assert Image.open(tmp_path / "one.png").height > 100
+    none = paracaption(tmp_path, "show", out, "nothing", "--out", tmp_path / "two.png")
+    assert none.returncode == 2 and "no image nothing is committed" in none.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["perceptiondlm-json", "coco", "parquet"])
+def test_every_export_lists_its_files_and_an_unknown_one_is_an_error(demo, tmp_path, form):
+    out, _ = demo
+    done = runner.invoke(app, ["export", str(out), "--format", form, "--to", str(tmp_path / "export")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    listed = [Path(line) for line in done.output.split()]
+    assert listed and all(path.exists() for path in listed)
+    if form == "perceptiondlm-json":
+        rows = [row for path in listed if path.suffix == ".json" for row in json.loads(path.read_text())]
+        assert sum(len(row["captions"]) for row in rows) == pq.read_metadata(out / "index.parquet").num_rows
+    assert runner.invoke(app, ["export", str(out), "--format", "yaml", "--to", str(tmp_path)]).exit_code != 0
+
+
+@pytest.mark.slow
+def test_verify_of_a_damaged_corpus_exits_with_1_and_names_the_file(demo, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(demo[0], copy)
+    shard = next((copy / "coconut" / "shards").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 255
+    shard.write_bytes(data)
+    done = runner.invoke(app, ["verify", str(copy)])
+    assert done.exit_code == 1
+    assert f"coconut/shards/{shard.name}" in done.output
+
+
+@pytest.mark.slow
+def test_merge_renews_what_was_lost_and_a_second_build_commits_nothing(demo, tmp_path):
+    out, _ = demo
+    before = (out / "index.parquet").read_bytes()
+    (out / "index.parquet").unlink()
+    done = runner.invoke(app, ["merge", str(out / "config.yaml")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert (out / "index.parquet").read_bytes() == before
