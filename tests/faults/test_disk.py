@@ -1,0 +1,205 @@
+"""A disk that is full, and one that takes no writes, for real: a small tmpfs is mounted as the output folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pipeline import files, plan, shards, sources, stages, stream
+from pipeline.events import EventLog, EventReader
+from pipeline.evidence import Captioned, EvidenceStore
+from pipeline.shards import Draft
+from pipeline.workers import Job, Worker
+from schemas.errors import StageFailed
+from tests.building import build, calls, committed, config_of
+from tests.synthetic import write_coconut
+
+NUM_IMAGES = 24
+
+
+def mount(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 1 MB; `resize` and `read_only` change it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    mounted = mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def coconut(tmp_path_factory):
+    return write_coconut(tmp_path_factory.mktemp("source") / "coconut", NUM_IMAGES, size=(192, 256))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(coconut, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    build_alone(config(out, coconut))
+    return committed(out)
+
+
+def config(out: Path, source: dict):
+    return config_of(out, coconut=source, captioner={"log": str(out.parent / "captioner.log")})
+
+
+def build_alone(config) -> None:
+    """What `tests.building.build` does, in this process: one worker, then the commit of each unit."""
+    with stream.locked(Path(config.out)):
+        folder = Path(config.out) / "coconut"
+        shards.prepare(folder)
+        shards.sweep(folder)
+        planned = plan.make_plan(sources.open_source(config, "coconut"), config, folder)
+        steps = stages.coconut(config)
+        recipe = stages.recipe_digest(steps, config)
+        run = Path(config.out) / "events" / "run"
+        run.mkdir(parents=True, exist_ok=True)
+        job = Job(config, "coconut", str(folder), planned.digest, recipe, str(run))
+        worker = Worker(job, ["source", *steps, "write"])
+        for index in plan.pending(planned, folder / "manifests", recipe):
+            row = worker({"unit": planned.unit_name(index), "index": index})
+            if "failed" in row:
+                raise StageFailed(row["failed"])
+            shards.commit(folder, msgspec.msgpack.decode(row["draft"], type=Draft))
+
+
+def fill(disk: Path, free_bytes: int) -> Path:
+    """Leave this much room."""
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - free_bytes)))
+    return ballast
+
+
+def resize(disk: Path, size: str) -> None:
+    assert mount("-o", f"remount,size={size}", str(disk)).returncode == 0
+
+
+def temporary_files(out: Path) -> list[Path]:
+    return list(out.rglob(f"{files.TEMPORARY}*"))
+
+
+def assert_valid(out: Path) -> int:
+    """What is committed is whole; returns how many units that are."""
+    manifests = sorted((out / "coconut" / "manifests").glob("*.json"))
+    for path in manifests:
+        record = shards.read_manifest(path)
+        found = {name.partition("/")[2]: digest for name, digest in committed(out).items()}
+        assert record.shard is not None
+        assert found[record.shard.path] == record.shard.sha256
+        assert found[record.ledger.path] == record.ledger.sha256
+    assert len(list((out / "coconut" / "shards").glob("*.tar"))) == len(manifests)
+    return len(manifests)
+
+
+def test_a_full_disk_stops_the_build_and_a_larger_one_ends_it_as_if_nothing_had_been(
+    disk, coconut, undisturbed
+):
+    wanted = config(disk / "out", coconut)
+    resize(disk, "400k")
+    with pytest.raises(
+        StageFailed, match=r"disk full; free space and run the same command again, it resumes"
+    ):
+        build_alone(wanted)
+    done = assert_valid(disk / "out")
+    assert 0 < done < NUM_IMAGES // 4
+    assert temporary_files(disk / "out") == []
+    resize(disk, "64m")
+    build_alone(wanted)
+    assert committed(disk / "out") == undisturbed
+
+
+@pytest.mark.parametrize("free_kb", range(0, 160, 8))
+def test_a_disk_that_is_full_at_any_point_drops_no_record(disk, coconut, undisturbed, free_kb):
+    wanted = config(disk / "out", coconut)
+    (disk / "out").mkdir()
+    shards.prepare(disk / "out" / "coconut")
+    plan.make_plan(sources.open_source(wanted, "coconut"), wanted, disk / "out" / "coconut")
+    ballast = fill(disk, free_kb * 1024)
+    with pytest.raises(StageFailed, match="disk full"):
+        build_alone(wanted)
+    assert_valid(disk / "out")
+    assert temporary_files(disk / "out") == []
+    ballast.unlink()
+    resize(disk, "64m")
+    build_alone(wanted)
+    assert committed(disk / "out") == undisturbed
+
+
+def test_evidence_that_does_not_fit_leaves_the_old_evidence(disk):
+    store = EvidenceStore(disk / "caption-0", Captioned)
+    store.save("unit", {("a", 0): ("x", Captioned("old"))})
+    fill(disk, 0)
+    rows = {(os.urandom(20).hex(), i): ("x", Captioned(os.urandom(40).hex())) for i in range(500)}
+    with pytest.raises(OSError, match="No space left"):
+        store.save("unit", rows)
+    assert store.load("unit") == {("a", 0): ("x", Captioned("old"))}
+    assert temporary_files(disk) == []
+
+
+def test_events_are_lost_with_one_warning_and_come_back_whole(disk, caplog):
+    events = EventLog(disk, "worker")
+    events.emit("started", stage="caption")
+    ballast = fill(disk, 0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(200):
+            events.emit("batch", detail="x" * 100)
+    assert len([line for line in caplog.messages if "events are lost" in line]) == 1
+    ballast.unlink()
+    events.emit("unit", stage="caption")
+    found = [event.what for event in EventReader(disk).new()]
+    assert (found[0], found[-1]) == ("started", "unit")
+    assert found.count("batch") < 200
+
+
+def test_a_read_only_folder_is_one_clear_error(disk, coconut):
+    wanted = config(disk / "out", coconut)
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    with pytest.raises(StageFailed, match=r"cannot write \(Read-only file system\); mend the permissions"):
+        build_alone(wanted)
+    assert calls(disk.parent / "captioner.log") == []
+
+
+def test_a_folder_that_turns_read_only_is_one_clear_error_and_resumes(disk, coconut, undisturbed):
+    resize(disk, "64m")
+    wanted = config(disk / "out", coconut)
+    build_alone(wanted)
+    for name in ("coconut-000002", "coconut-000004"):
+        (disk / "out" / "coconut" / "manifests" / f"{name}.json").unlink()
+    assert mount("-o", "remount,ro", str(disk)).returncode == 0
+    with pytest.raises(StageFailed, match=r"cannot write \(Read-only file system\)"):
+        build_alone(wanted)
+    assert mount("-o", "remount,rw", str(disk)).returncode == 0
+    build_alone(wanted)
+    assert committed(disk / "out") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_ray_is_the_same_clear_error(disk, coconut, undisturbed):
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        resize(disk, "400k")
+        wanted = config(disk / "out", coconut)
+        with pytest.raises(StageFailed, match="disk full"):
+            build(wanted)
+        assert_valid(disk / "out")
+        resize(disk, "64m")
+        build(wanted)
+    finally:
+        ray.shutdown()
+    assert committed(disk / "out") == undisturbed
