@@ -1,0 +1,163 @@
+"""The Prefect flow end to end, with the embedded server and test backends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline import verify
+from schemas.errors import ConfigError, EngineLost, IntegrityError
+from tests.building import calls, committed, config_of
+from tests.synthetic import write_coconut, write_sa1b
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machinery():
+    """Prefect's embedded server on a database of its own, and one local Ray."""
+    import ray
+    from prefect.testing.utilities import prefect_test_harness
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("source")
+    return {"coconut": write_coconut(root / "coconut", 8), "sa1b": write_sa1b(root / "sa1b", 4)}
+
+
+@pytest.fixture(scope="module")
+def built(sources, tmp_path_factory):
+    """A configuration whose corpus the flow has built, and what the flow returned."""
+    from flows.build import build_corpus
+
+    config = config_of(tmp_path_factory.mktemp("built") / "out", **sources)
+    return config, build_corpus(config)
+
+
+def artifacts(key: str) -> list:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+        return client.read_artifacts(artifact_filter=wanted)
+
+
+def test_the_flow_builds_merges_and_returns_the_statistics(built, tmp_path):
+    from pathlib import Path
+
+    config, summary = built
+    out = Path(config.out)
+    assert verify.verify(out).ok, verify.verify(out).text()
+    assert json.loads((out / "stats.json").read_text()) == json.loads(json.dumps(summary))
+    assert (out / "README.md").exists() and (out / "config.yaml").exists()
+
+
+def test_the_live_view_and_the_card_are_artifacts(built):
+    for subset, units in (("coconut", 2), ("sa1b", 1)):
+        progress = artifacts(f"{subset}-units")
+        assert progress and progress[0].type == "progress" and float(progress[0].data) == 100.0
+        rows = json.loads(artifacts(f"{subset}-stages")[0].data)
+        assert rows[0]["stage"] == "source" and rows[-1]["stage"] == "write"
+        assert {row["units"] for row in rows} == {units}
+    assert "coconut" in artifacts("dataset-card")[0].data
+
+
+def test_a_second_run_has_nothing_to_do(built):
+    from pathlib import Path
+
+    from flows.build import build_corpus
+
+    config, _ = built
+    out = Path(config.out)
+    before, paid = committed(out), len(calls(out.parent / "captioner.log"))
+    build_corpus(config)
+    assert committed(out) == before
+    assert len(calls(out.parent / "captioner.log")) == paid
+
+
+def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbers(tmp_path, sources):
+    from flows.build import build_corpus
+
+    config = config_of(tmp_path / "out", coconut=sources["coconut"])
+    build_corpus(config, limit_images=3)
+    manifest = json.loads((tmp_path / "out/coconut/manifests/coconut-000000.json").read_text())
+    assert len(manifest["images"]) == 3
+    assert len(calls(tmp_path / "captioner.log")) == 12
+    before = committed(tmp_path / "out")
+    with pytest.raises((ConfigError, IntegrityError), match=r"(?s)limit.*3|3.*limit") as told:
+        build_corpus(config, limit_images=5)
+    assert "5" in str(told.value)
+    assert committed(tmp_path / "out") == before
+
+
+def test_retry_failed_builds_units_with_errors_again(tmp_path, sources):
+    from flows.build import build_corpus
+
+    mend = tmp_path / "mend"
+    misbehave = {"000000000005": f"raise-unless:{mend}"}
+    config = config_of(tmp_path / "out", coconut=sources["coconut"], captioner={"misbehave": misbehave})
+    first = build_corpus(config)
+    assert first["subsets"]["coconut"]["counts"]["kept"] == 28
+    mend.touch()
+    assert build_corpus(config)["subsets"]["coconut"]["counts"]["kept"] == 28
+    again = build_corpus(config, retry_failed=True)
+    assert again["subsets"]["coconut"]["counts"]["kept"] == 32
+    assert len(calls(tmp_path / "captioner.log")) == 28 + 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"limit_imags": 3},
+        {"limit_images": "many"},
+        {"retry_failed": "perhaps"},
+        {"config": {"out": "x", "coconut": [], "min_iuo": 1}},
+        {"config": "build.yaml"},
+    ],
+)
+def test_wrong_parameters_are_refused_before_the_run(tmp_path, sources, wrong):
+    from flows.build import build_corpus
+
+    config = config_of(tmp_path / "out", **sources)
+    right = {"config": config.model_dump(mode="json")}
+    build_corpus.validate_parameters(right)
+    with pytest.raises(Exception, match=r"(?i)valid|unexpected|permitted|parameter"):
+        build_corpus.validate_parameters({**right, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (ConfigError("no such folder"), 1),
+        (IntegrityError("another plan"), 1),
+        (EngineLost("the engine died"), 3),
+        (OSError("the file system is away"), 3),
+    ],
+)
+def test_what_a_retry_can_mend_is_tried_three_times_and_a_mistake_once(error, attempts):
+    from prefect import flow
+
+    from flows.build import _step
+
+    tried = []
+
+    @_step
+    def step():
+        tried.append(1)
+        raise error
+
+    @flow
+    def trial():
+        step.with_options(retry_delay_seconds=0)()
+
+    with pytest.raises(type(error)):
+        trial()
+    assert len(tried) == attempts
