@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks` runs all, `python -m benchmarks.<name>` one. Never part of the tests."""
+"""Measurements: `python -m benchmarks` runs all, `python -m benchmarks.<name>` one. Never a test."""

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory [--images 2000 20000]
 
-Each size is built in a process of its own. Memory is what a process holds for itself (USS), sampled five times a
-second; for the workers it is the sum over all actor processes at its highest.
+Each size is built in a process of its own. Memory is what a process holds for itself (USS), sampled five
+times a second; for the workers it is the sum over all actor processes at its highest.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.planning [--share 1.0]
 
-The time and the memory to find out what is left, when the plan is there (a resume) and when it is not (a first run).
-The sources are real in layout and empty in content: planning reads lists and headers only.
+The time and the memory to find out what is left, when the plan is there (a resume) and when it is not (a
+first run). The sources are real in layout and empty in content: planning reads lists and headers only.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.planning", "--config", config.model_dump_json()]
         for title in ("first planning", "(c) resume with 90% committed (under 10 s and 1 GB)"):
             print(
-                f"{title}: {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
+                f"{title}: "
+                f"{subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
             )
             commit_most(config)
 

@@ -19,7 +19,7 @@ def load_config(path: str | Path) -> BuildConfig:
     """Read a build configuration; relative paths in it become absolute, seen from its folder.
 
     Raises:
-        ConfigError: no such file, no YAML, an unknown key or a wrong value; one line for each, with its place.
+        ConfigError: no such file, no YAML, an unknown key or a wrong value; a line for each, with its place.
     """
     path = Path(path)
     try:
@@ -87,7 +87,8 @@ def _describe(model: type[BaseModel], indent: str, lines: list[str]) -> None:
         if isinstance(field.default, BaseModel):
             if type(field.default) is Backend:
                 lines.append(
-                    f"{indent}{name}: {{name: {field.default.name}}}  # {_summary(Backend)}; its keys are below"
+                    f"{indent}{name}: {{name: {field.default.name}}}"
+                    f"  # {_summary(Backend)}; its keys are below"
                 )
                 continue
             lines.append(f"{indent}{name}:  # {_summary(type(field.default))}")

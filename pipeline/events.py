@@ -1,7 +1,7 @@
-"""The event log: who did what when. Feeds the progress view, the stall watch, the capacity plan and the reports.
+"""The event log: who did what when. Feeds the progress view, the stall watch, the capacity plan, the reports.
 
-Every worker appends to a file of its own under OUT/events/<run>/, one JSON object a line; nothing reads it back to
-decide what to build, so a lost line costs a number on a screen and no more.
+Every worker appends to a file of its own under OUT/events/<run>/, one JSON object a line; nothing reads it
+back to decide what to build, so a lost line costs a number on a screen and no more.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Event(msgspec.Struct, omit_defaults=True):
 class EventLog:
     """Appends events to one file; each line is one write, so a killed process leaves whole lines.
 
-    Events decide nothing, so a disk that takes no more of them is a warning, once: whoever writes what matters fails
-    with a clear error, and a line cut short is ended before the next one.
+    Events decide nothing, so a disk that takes no more of them is a warning, once: whoever writes what
+    matters fails with a clear error, and a line cut short is ended before the next one.
     """
 
     def __init__(self, folder: Path, who: str):

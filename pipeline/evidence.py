@@ -1,9 +1,9 @@
 """What models said, kept per stage and unit, so that it is paid for once.
 
-`evidence/<stage>-<digest>/<unit>.parquet` holds a row per region. The digest covers everything the answer depends on
-(backend, weights, prompt, settings, and the stages before it that used a model), so evidence of another model is
-never taken for this one's. Each row also carries a fingerprint of what exactly was asked (the mask, the caption, the
-phrase): a row whose question has changed counts as missing.
+`evidence/<stage>-<digest>/<unit>.parquet` holds a row per region. The digest covers everything the answer
+depends on (backend, weights, prompt, settings, and the stages before it that used a model), so evidence of
+another model is never taken for this one's. Each row also carries a fingerprint of what exactly was asked
+(the mask, the caption, the phrase): a row whose question has changed counts as missing.
 
 Files appear whole (temporary name, then rename). Two workers may write the same unit; either result is right.
 """
@@ -77,7 +77,7 @@ class EvidenceStore(Generic[E]):
         return self.folder / f"{unit}.parquet"
 
     def load(self, unit: str) -> Evidence[E]:
-        """All evidence of a unit; empty if there is none. An unreadable file counts as none, with a warning."""
+        """All evidence of a unit, empty if there is none; an unreadable file is none, with a warning."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -116,7 +116,7 @@ class EvidenceStore(Generic[E]):
     def _names(self) -> list[str]:
         return ["key", "region", "asked", *self.kind.__struct_fields__]
 
-    def _schema(self):  # noqa: ANN202 - pyarrow is imported late
+    def _schema(self):
         import pyarrow as pa
 
         types = ["string", "int64", "string"] + [

@@ -1,7 +1,7 @@
 """Writes a unit as a shard and a ledger under temporary names, and commits it; the manifest comes last.
 
-Two writers may write the same unit at once (a task that ran twice): their temporary names differ, their bytes do
-not, and only the driver commits. A crash leaves nothing but temporary files, which `sweep` removes.
+Two writers may write the same unit at once (a task that ran twice): their temporary names differ, their bytes
+do not, and only the driver commits. A crash leaves nothing but temporary files, which `sweep` removes.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 class Draft(msgspec.Struct):
     """A unit that is written but not committed: its manifest, and where its files lie until then.
 
-    `failures` names the stages that failed on every image of the unit, with the last error: the driver holds such a
-    unit back until it knows whether the stage or the data is to blame.
+    `failures` names the stages that failed on every image of the unit, with the last error: the driver holds
+    such a unit back until it knows whether the stage or the data is to blame.
     """
 
     manifest: Manifest
@@ -58,8 +58,8 @@ class _Written(NamedTuple):
 def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, recipe: str) -> Draft:
     """Write a unit's tar and ledger beside their final places. Photos that fail now are dropped here.
 
-    The tar is the same to the last byte for the same images: members sorted by key, no times, no owners; photo
-    bytes are copied, never re-encoded. A unit without a kept region has a ledger but no shard.
+    The tar is the same to the last byte for the same images: members sorted by key, no times, no owners;
+    photo bytes are copied, never re-encoded. A unit without a kept region has a ledger but no shard.
 
     Args:
         folder: OUT/<subset>; its `shards` and `ledger` exist.
@@ -194,8 +194,9 @@ def _write_ledger(path: Path, table: object) -> _Written:
 def commit(folder: Path, draft: Draft) -> None:
     """Make a written unit exist: move its files into place, then write its manifest.
 
-    A unit that is replaced (changed thresholds, a retry of failed records) loses its manifest first, so that at no
-    moment a manifest speaks of other files than those beside it. Only the driver that holds the lock calls this.
+    A unit that is replaced (changed thresholds, a retry of failed records) loses its manifest first, so that
+    at no moment a manifest speaks of other files than those beside it. Only the driver that holds the lock
+    calls this.
 
     Raises:
         StageFailed: the disk is full or the folder cannot be written; nothing of the unit is left behind.
@@ -246,7 +247,7 @@ def prepare(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> int:
-    """Remove what crashed runs left under a subset's folder: temporary files, and files of units without a manifest.
+    """Remove what crashed runs left: temporary files, and the files of units without a manifest.
 
     Returns how many files. Call only with the lock.
 

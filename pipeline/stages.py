@@ -1,8 +1,8 @@
 """Stages: each takes the images of a unit and marks regions; none deletes one.
 
-A filter stage decides from what it sees. A model stage asks a model for the evidence it lacks, records it, and
-lets a filter decide from evidence alone. What a stage is depends on the configuration only, so it travels to the
-workers as it is; the model is built there.
+A filter stage decides from what it sees. A model stage asks a model for the evidence it lacks, records it,
+and lets a filter decide from evidence alone. What a stage is depends on the configuration only, so it travels
+to the workers as it is; the model is built there.
 """
 
 from __future__ import annotations
@@ -320,5 +320,5 @@ def _decide_iou(min_iou: float, region: Region, evidence: Resegmented) -> Verdic
 
 
 def only(image: ImageRecord, regions: list[Region]) -> ImageRecord:
-    """The same image with some of its live regions: what a model is shown when it owes evidence for these alone."""
+    """The same image with some of its live regions: those for which a model owes evidence."""
     return msgspec.structs.replace(image, regions=regions)

@@ -1,11 +1,12 @@
 """Lays a recipe's stages out on Ray Data and commits what comes out.
 
-    plan -> [source + mask filters] -> [captioner] -> [judge] -> [segmenter] -> [text filter + write] -> commit
-                 actors                 actors       actors       actors            actors            driver
+    plan -> [source + mask filters] -> [captioner] -> [judge] -> [segmenter] -> [text + write] -> commit
+                 actors                 actors       actors       actors         actors         driver
 
-A row is a unit, so nothing re-blocks it; every bracket is an actor pool with the resources its backend asks for, all
-alive at the same time. Neighbours without a GPU that ask for the same resources share their actors, so on a laptop the
-whole line is one pool. Ray Data gives streaming, backpressure, autoscaling between the pool's bounds, and restarts.
+A row is a unit, so nothing re-blocks it; every bracket is an actor pool with the resources its backend asks
+for, all alive at the same time. Neighbours without a GPU that ask for the same resources share their actors,
+so on a laptop the whole line is one pool. Ray Data gives streaming, backpressure, autoscaling between the
+pool's bounds, and restarts.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from typing import Any
 
 import msgspec
 
-from pipeline import shards
 from pipeline import plan as plans
+from pipeline import shards
 from pipeline.events import EventLog, EventReader
 from pipeline.shards import Draft
 from pipeline.sources import SOURCE_STAGE
@@ -45,7 +46,7 @@ Steps = list[list[FilterStage | ModelStage | str]]
 
 
 class StageProgress(msgspec.Struct):
-    """What a stage has done in this run: units, regions it looked at, regions a model was asked about, seconds."""
+    """What a stage has done in this run: units, regions seen, regions a model was asked about, seconds."""
 
     units: int = 0
     regions: int = 0
@@ -81,8 +82,9 @@ class Progress(msgspec.Struct):
 def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:
     """Group a recipe into the operators of the stream.
 
-    Each model starts its own, filters ride along. Neighbours without a GPU that ask for the same resources share their
-    actors: on CPUs alone a unit then runs through all stages in one process, and nothing is sent between them.
+    Each model starts its own, filters ride along. Neighbours without a GPU that ask for the same resources
+    share their actors: on CPUs alone a unit then runs through all stages in one process, and nothing is sent
+    between them.
     """
     apart: Steps = [[SOURCE_STAGE]]
     for stage in [*stages, shards.WRITE_STAGE]:
@@ -153,8 +155,8 @@ def run(
         on_progress: called about twice a second from this thread.
 
     Raises:
-        StageFailed: a stage fails on everything, a backend cannot start, or the disk is full. What is committed stays.
-        StageStalled: nothing moved for `failures.stall_s`; the message has the stacks of the workers that hang.
+        StageFailed: a stage fails on everything, a backend cannot start, or the disk is full.
+        StageStalled: nothing moved for `failures.stall_s`; the message has the hanging stacks.
     """
     folder = Path(config.out) / subset
     stages = RECIPES[subset](config)
@@ -198,14 +200,14 @@ def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     rows = [{"unit": plan.unit_name(index), "index": index} for index in units]
-    # A worker that dies is replaced and its unit runs again, without limit: that is Ray Data's default for actors.
+    # A worker that dies is replaced and its unit runs again, without limit: Ray Data's default for actors.
     # The journal in `workers.py` sees to it that no record can kill workers forever.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for step in steps:
         asked = resources_of(step, job.config)
         low, high = asked["concurrency"]
         dataset = dataset.map(
-            Worker,
+            Worker,  # pyright: ignore[reportArgumentType] - Ray builds the class in its actors
             fn_constructor_args=(job, step),
             num_cpus=asked["num_cpus"],
             num_gpus=asked["num_gpus"] or None,
@@ -255,7 +257,7 @@ class _Stream:
 
 
 def _one_line(error: BaseException) -> BaseException:
-    """Errors of ours as they are; what Ray wraps in pages of traceback as a `StageFailed` that says what happened."""
+    """Errors of ours as they are; what Ray wraps in pages of traceback as a `StageFailed` of one line."""
     if isinstance(error, ParaCaptionError | KeyboardInterrupt | SystemExit):
         return error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -266,7 +268,7 @@ def _one_line(error: BaseException) -> BaseException:
 
 
 class _Committer:
-    """Commits drafts as they come. Units on which a stage failed entirely wait until the stage is proven right."""
+    """Commits drafts as they come. Units on which a stage failed wait until the stage is proven right."""
 
     def __init__(self, folder: Path, stop_after: int, progress: Progress, events: EventLog):
         self.folder = folder
@@ -282,7 +284,8 @@ class _Committer:
                 stage, error = next(iter(draft.failures.items()))
                 raise StageFailed(
                     f"{stage}: failed on every image of {len(self.suspects)} units in a row, last on "
-                    f"{draft.manifest.unit}: {error}. What is committed stays; mend the cause and run the same command again"
+                    f"{draft.manifest.unit}: {error}. "
+                    "What is committed stays; mend the cause and run the same command again"
                 )
             return
         self._release()
@@ -364,7 +367,7 @@ STALL_GRACE_S = 5.0
 
 
 def check_resources(steps: Steps, config: BuildConfig) -> None:
-    """Whether the cluster can hold the smallest pool of every step at once; if not, the stream would wait forever.
+    """Whether the cluster holds the smallest pool of every step at once; else the stream waits forever.
 
     Raises:
         ConfigError: names what is asked for and what there is. Not raised on a cluster that scales itself.
@@ -381,7 +384,8 @@ def check_resources(steps: Steps, config: BuildConfig) -> None:
                 for step in steps
             )
             raise ConfigError(
-                f"the stages need {amount:g} {name} at once ({asked}), the cluster has {there.get(name, 0):g}: "
+                f"the stages need {amount:g} {name} at once ({asked}), "
+                f"the cluster has {there.get(name, 0):g}: "
                 "lower `concurrency` or the resources per actor, or add nodes"
             )
 
@@ -402,11 +406,13 @@ def _title(step: list[FilterStage | ModelStage | str]) -> str:
 def start_ray(address: str | None, config: BuildConfig, subsets: list[str]) -> None:
     """Connect to a cluster, or start a local one that is large enough for the smallest pools.
 
-    On a machine of its own the logical CPUs only admit actors, the kernel shares the real ones: a laptop with two
-    cores runs the whole recipe.
+    On a machine of its own the logical CPUs only admit actors, the kernel shares the real ones: a laptop with
+    two cores runs the whole recipe.
 
     Args:
         address: "auto", "host:port" or "ray://host:port"; None starts Ray on this machine.
+        config: asks for the resources.
+        subsets: those that will be built.
     """
     import ray
 
@@ -443,7 +449,7 @@ def failed_units(folder: Path, plan: plans.Plan) -> list[int]:
 
 
 def check_disk(config: BuildConfig, subset: str, units: list[int], plan: plans.Plan) -> None:
-    """Free space for what the pending units will write: their photos, by a sample of their sizes, and a tenth on top.
+    """Free space for what the pending units write: their photos, by a sample of sizes, and a tenth on top.
 
     Raises:
         ConfigError: not enough; names how much is missing.

@@ -3,11 +3,12 @@
 How failures are contained, from the inside out:
 
 1. A record that fails is found by bisecting its batch and dropped with its error.
-2. A unit on which every record fails is tried again with a fresh model; then it travels on, marked, and the driver
-   decides whether the stage is broken (see `stream.py`).
-3. A record that kills the whole process is found through the journal: before each batch the worker notes what it is
-   about to do. Whoever gets the unit next finds the note, runs the noted images one by one, and after
-   `crash_attempts` deaths alone drops the image. A worker that dies for another reason costs nothing but time.
+2. A unit on which every record fails is tried again with a fresh model; then it travels on, marked, and the
+   driver decides whether the stage is broken (see `stream.py`).
+3. A record that kills the whole process is found through the journal: before each batch the worker notes what
+   it is about to do. Whoever gets the unit next finds the note, runs the noted images one by one, and after
+   `crash_attempts` deaths alone drops the image. A worker that dies for another reason costs nothing but
+   time.
 4. A call that hangs leaves its stack in the run's folder, where the driver finds it.
 """
 
@@ -40,13 +41,13 @@ from schemas.records import Drop, ImageRecord
 log = logging.getLogger(__name__)
 
 GIVE_UP_AFTER = 8
-"""Images that fail alone, in a row and without one success, before the rest of the unit is not tried one by one."""
+"""Images that fail alone, without one success, before the rest of the unit is given up."""
 
 READ_BATCH = 64
 """Images that a source reads between two notes in the journal."""
 
 SAVE_EVERY_S = 60.0
-"""Evidence of an unfinished unit is written at least this often, so that a crash late in a long unit is cheap."""
+"""Evidence of an unfinished unit is written at least this often: a crash late in a long unit is cheap."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -102,7 +103,7 @@ class Worker:
             if isinstance(stage, ModelStage) and self._broken is None:
                 try:
                     self._load(stage)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - told to the driver by the first unit, as one line
                     self._broken = f"{stage.name}: the backend cannot start: {type(error).__name__}: {error}"
 
         self.events.emit("ready", stage=self.name, seconds=time.perf_counter() - started)
@@ -116,8 +117,8 @@ class Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Run this worker's stages on one unit.
 
-        An error that ends the build (a model that cannot be loaded, a full disk) travels to the driver as a row of
-        its own, because Ray keeps only the text of an exception, not its type.
+        An error that ends the build (a model that cannot be loaded, a full disk) travels to the driver as a
+        row of its own, because Ray keeps only the text of an exception, not its type.
         """
         if "failed" in row:
             return row
@@ -190,7 +191,7 @@ class Worker:
             return source.read(entry, limits)
         except BadRecord as bad:
             return _empty(self.job.subset, entry, bad.reason, bad.detail)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a record not foreseen is a drop, not the end
             detail = f"{entry.annotation}: {type(error).__name__}: {error}"
             return _empty(self.job.subset, entry, Reason.ANNOTATION_UNREADABLE, detail)
 
@@ -212,7 +213,7 @@ class Worker:
                 regions[stage.name] += len(image.live())
                 try:
                     stage.run(image)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - an image that a filter trips over is a drop
                     image.reject(Drop(stage.name, Reason.MODEL_ERROR, f"{type(error).__name__}: {error}"))
                 seconds[stage.name] += time.perf_counter() - start
         for stage in stages:
@@ -221,7 +222,7 @@ class Worker:
     # Models: whole units, in batches.
 
     def _ask(self, stage: ModelStage, unit: Unit) -> int:
-        """Get the evidence the stage lacks, record it, decide. Returns how many regions the model was asked about."""
+        """Get the evidence the stage lacks, record it, decide. Returns how many regions were asked about."""
         store = EvidenceStore(
             self.folder / "evidence" / f"{stage.name}-{stage.evidence_digest}", stage.evidence
         )
@@ -353,10 +354,11 @@ def _open_stack(path: Path) -> IO[bytes]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed image buffers instead of giving them back to the kernel and faulting them in anew.
+    """Tell glibc to reuse freed image buffers instead of giving them back and faulting them in anew.
 
-    By default every buffer above 128 KB goes back at once: 40% of a worker's CPU time was spent on page faults. Up to
-    half a gigabyte of freed memory then stays with the process. Does nothing where there is no glibc.
+    By default every buffer above 128 KB goes back at once: 40% of a worker's CPU time was spent on page
+    faults. Up to half a gigabyte of freed memory then stays with the process. Does nothing where there is no
+    glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -415,7 +417,7 @@ class _Bisection:
             _check(batch, answers)
         except (ConfigError, StageFailed):
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a model may raise anything
             if len(batch) == 1:
                 yield batch[0], self._error(error)
                 return
@@ -456,9 +458,9 @@ class Note(msgspec.Struct):
 class Journal:
     """Remembers, across the death of a worker, which images it was working on.
 
-    One small file per unit, written before each batch and removed when the unit is through. Not durable on purpose:
-    a lost note costs one more crash. For the same reason a disk that takes no notes is a warning, not an error: whoever
-    writes the evidence or the shard next says it clearly.
+    One small file per unit, written before each batch and removed when the unit is through. Not durable on
+    purpose: a lost note costs one more crash. For the same reason a disk that takes no notes is a warning,
+    not an error: whoever writes the evidence or the shard next says it clearly.
 
     Args:
         folder: OUT/<subset>/journal/<stage>.

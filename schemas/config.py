@@ -1,7 +1,7 @@
-"""The configuration of a build: one flat YAML file, checked before anything starts. An unknown key is an error.
+"""The configuration of a build: one flat YAML file, checked before the start. An unknown key is an error.
 
-Paths may be local or any fsspec URL (`s3://...`, `http://...`), except `out`, which is a folder that every node of
-the cluster mounts. Relative paths are relative to the configuration file.
+Paths may be local or any fsspec URL (`s3://...`, `http://...`), except `out`, which is a folder that every
+node of the cluster mounts. Relative paths are relative to the configuration file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ class _Strict(BaseModel):
 
 
 class CoconutSource(_Strict):
-    """One release in the COCONut layouts: COCO-panoptic JSON with a PNG folder, or Parquet rows with embedded PNGs."""
+    """One release in the COCONut layouts: COCO-panoptic JSON and PNGs, or Parquet with embedded PNGs."""
 
     layout: Literal["panoptic", "parquet"] = Field(
         "panoptic", description="JSON and a folder of PNGs, or `parquet`: the hub's rows with the PNG inside"
     )
     annotations: list[str] = Field(description="panoptic JSON files, or Parquet files; globs allowed")
-    labels: str | None = Field(None, description="folder of the label PNGs; needed for `panoptic`")
+    labels: str | None = Field(default=None, description="folder of the label PNGs; needed for `panoptic`")
     photos: list[str] = Field(description="folders searched for the photo by its file name, in order")
     categories: str | None = Field(
-        None, description="category list (JSON); default: the JSON's own, or COCO's 133"
+        default=None, description="category list (JSON); default: the JSON's own, or COCO's 133"
     )
     licence: str = Field("unknown", description="shown in the dataset card")
 
@@ -47,70 +47,85 @@ class Limits(_Strict):
     """What input may look like before it is refused."""
 
     max_pixels: PositiveInt = Field(
-        200_000_000, description="decompression bombs; SA-1B's originals have 8 M"
+        default=200_000_000, description="decompression bombs; SA-1B's originals have 8 M"
     )
-    max_masks: PositiveInt = Field(2_000, description="per image; SA-1B's largest has about 700")
+    max_masks: PositiveInt = Field(default=2_000, description="per image; SA-1B's largest has about 700")
     max_record_bytes: PositiveInt = Field(
-        64 << 20, description="one image's annotation; SA-1B's largest is < 1 MB"
+        default=64 << 20, description="one image's annotation; SA-1B's largest is < 1 MB"
     )
 
 
 class Masks(_Strict):
     """Thresholds of the mask filters. Shares are between 0 and 1, areas in pixels of the stored photo."""
 
-    min_area_px: int = Field(256, ge=0, description="16 x 16: one patch of the vision tower")
+    min_area_px: int = Field(default=256, ge=0, description="16 x 16: one patch of the vision tower")
     duplicate_iou: float = Field(
-        0.9, gt=0, le=1, description="at least this IoU with a better mask: the same object"
+        default=0.9, gt=0, le=1, description="at least this IoU with a better mask: the same object"
     )
     min_visible_share: float = Field(
-        0.0, ge=0, lt=1, description="occluded if no more than this is visible; 0: only if nothing at all is"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="occluded if no more than this is visible; 0: only if nothing at all is",
     )
     part_container_share: float = Field(
-        0.9, gt=0, le=1, description="at least this much inside a larger mask: a part"
+        default=0.9, gt=0, le=1, description="at least this much inside a larger mask: a part"
     )
     part_max_area_ratio: float = Field(
-        0.8,
+        default=0.8,
         ge=0,
         le=1,
         description="a part is at most this share of its container; above, it is the same object",
     )
     container_max_image_share: float = Field(
-        0.7, ge=0, le=1, description="a mask covering more of the image is a scene, not an object with parts"
+        default=0.7,
+        ge=0,
+        le=1,
+        description="a mask covering more of the image is a scene, not an object with parts",
     )
 
 
 class Text(_Strict):
     """Rules for captions. Words are runs of letters or digits; in Chinese and Japanese, single characters."""
 
-    min_words: int = Field(5, ge=0, description="shorter says no more than the category")
-    max_words: int = Field(160, ge=1, description="the model's 4096-token context holds 6 regions")
-    min_chars: int = Field(12, ge=0, description="five words of one letter are no caption either")
-    max_chars: int = Field(1_200, ge=1, description="likewise; 160 English words have about 950")
+    min_words: int = Field(default=5, ge=0, description="shorter says no more than the category")
+    max_words: int = Field(default=160, ge=1, description="the model's 4096-token context holds 6 regions")
+    min_chars: int = Field(default=12, ge=0, description="five words of one letter are no caption either")
+    max_chars: int = Field(default=1_200, ge=1, description="likewise; 160 English words have about 950")
     min_letter_share: float = Field(
-        0.5, ge=0, le=1, description="of visible characters; prose with prices and dates has 0.6"
+        default=0.5, ge=0, le=1, description="of visible characters; prose with prices and dates has 0.6"
     )
     min_content_words: int = Field(
-        2, ge=0, description="besides function words and 'the image shows'; one is no more than the category"
+        default=2,
+        ge=0,
+        description="besides function words and 'the image shows'; one is no more than the category",
     )
     max_repeat_share: float = Field(
-        0.4, ge=0, le=1, description="of 4-grams; labelled loops start at 0.46, natural parallels end at 0.33"
+        default=0.4,
+        ge=0,
+        le=1,
+        description="of 4-grams; labelled loops start at 0.46, natural parallels end at 0.33",
     )
     max_phrase_loops: int = Field(
-        3, ge=1, description="the same short phrase this many times back to back is natural"
+        default=3, ge=1, description="the same short phrase this many times back to back is natural"
     )
     max_loop_words: int = Field(
-        3, ge=0, description="of a short phrase; a longer one stands back to back only in loops"
+        default=3, ge=0, description="of a short phrase; a longer one stands back to back only in loops"
     )
     max_copied_words: int = Field(
-        15, ge=4, description="longest phrase that may occur twice; natural parallels share up to 11 words"
+        default=15,
+        ge=4,
+        description="longest phrase that may occur twice; natural parallels share up to 11 words",
     )
     max_doubled: int = Field(
-        0, ge=0, description="'the the', ',,': none in 776 good captions; how diffusion decoding fails"
+        default=0,
+        ge=0,
+        description="'the the', ',,': none in 776 good captions; how diffusion decoding fails",
     )
     max_list_items: int = Field(
-        15, ge=2, description="short items in a row, or numbers counting up; above: runaway list"
+        default=15, ge=2, description="short items in a row, or numbers counting up; above: runaway list"
     )
-    max_same_sentence: int = Field(1, ge=1, description="times that one sentence may occur")
+    max_same_sentence: int = Field(default=1, ge=1, description="times that one sentence may occur")
 
 
 class Backend(_Strict):
@@ -123,13 +138,13 @@ class Backend(_Strict):
     options: dict[str, Any] = Field(
         default_factory=dict, description="given to the backend; part of the evidence digest"
     )
-    num_gpus: float = Field(0, ge=0, description="per actor")
-    num_cpus: float = Field(1, ge=0, description="per actor")
+    num_gpus: float = Field(default=0, ge=0, description="per actor")
+    num_cpus: float = Field(default=1, ge=0, description="per actor")
     concurrency: tuple[int, int] = Field(
-        (1, 1), description="actors: (min, max); Ray Data scales between them"
+        default=(1, 1), description="actors: (min, max); Ray Data scales between them"
     )
     batch_images: PositiveInt = Field(
-        64, description="images given to the backend at once; a failing batch is bisected"
+        default=64, description="images given to the backend at once; a failing batch is bisected"
     )
 
     @model_validator(mode="after")
@@ -141,29 +156,29 @@ class Backend(_Strict):
 
 
 class Io(_Strict):
-    """The actors that read sources and write shards. They hold no model; two pools of this size run beside the models."""
+    """The actors that read sources and write shards; two pools of this size run beside the models."""
 
-    num_cpus: float = Field(1, gt=0, description="per actor")
-    concurrency: tuple[int, int] = Field((1, 8), description="actors: (min, max)")
+    num_cpus: float = Field(default=1, gt=0, description="per actor")
+    concurrency: tuple[int, int] = Field(default=(1, 8), description="actors: (min, max)")
 
 
 class Failures(_Strict):
     """What is tried again, how often, and when the build gives up."""
 
     unit_retries: int = Field(
-        2, ge=0, description="a unit on which every image fails is tried again this often"
+        default=2, ge=0, description="a unit on which every image fails is tried again this often"
     )
     crash_attempts: PositiveInt = Field(
-        3, description="an image alone in its batch may kill its worker this often"
+        default=3, description="an image alone in its batch may kill its worker this often"
     )
     stop_after_units: PositiveInt = Field(
-        3, description="units in a row on which a stage fails entirely: stop"
+        default=3, description="units in a row on which a stage fails entirely: stop"
     )
     stall_s: float = Field(
-        1_800, gt=0, description="no stage reports anything for this long: stop with the stacks"
+        default=1_800, gt=0, description="no stage reports anything for this long: stop with the stacks"
     )
     min_free_gb: float = Field(
-        1, ge=0, description="free space on top of the estimate, checked before the start"
+        default=1, ge=0, description="free space on top of the estimate, checked before the start"
     )
 
 
@@ -173,11 +188,13 @@ class BuildConfig(_Strict):
     out: str = Field(description="folder of the corpus, on a file system that all nodes mount")
     coconut: list[CoconutSource] = Field(default_factory=list)
     sa1b: list[Sa1bSource] = Field(default_factory=list)
-    images_per_shard: PositiveInt = Field(512, description="a unit; about 100 MB of COCO photos per shard")
+    images_per_shard: PositiveInt = Field(
+        default=512, description="a unit; about 100 MB of COCO photos per shard"
+    )
     limits: Limits = Limits()
     masks: Masks = Masks()
     min_iou: float = Field(
-        0.5, ge=0, le=1, description="with the segmenter's mask; the same object, loosely outlined"
+        default=0.5, ge=0, le=1, description="with the segmenter's mask; the same object, loosely outlined"
     )
     text: Text = Text()
     captioner: Backend = Backend(name="classical")
@@ -185,7 +202,9 @@ class BuildConfig(_Strict):
     segmenter: Backend = Backend(name="grabcut")
     io: Io = Io()
     failures: Failures = Failures()
-    audit_images: int = Field(256, ge=0, description="read before the start: a wrong folder costs seconds, not a night")
+    audit_images: int = Field(
+        default=256, ge=0, description="read before the start: a wrong folder costs seconds, not a night"
+    )
 
     @model_validator(mode="after")
     def _has_a_source(self) -> BuildConfig:

@@ -21,7 +21,7 @@ class SampleRle(msgspec.Struct):
 
 
 class SampleRegion(msgspec.Struct):
-    """A kept region. Fields that the subset does not have are empty, never absent: one schema for all samples."""
+    """A kept region. Fields that the subset lacks are empty, never absent: one schema for all samples."""
 
     id: int
     rle: SampleRle

@@ -78,9 +78,7 @@ class InstantJudge(_Options):
     def ask(self, questions: list[Question]) -> list[Answer]:
         _note(self.log, [f"{question.kind} {question.caption}" for question in questions])
         time.sleep(self.delay_s)
-        return [
-            Answer("yes", 1.0) if question.kind == "verify" else Answer("box") for question in questions
-        ]
+        return [Answer("yes", 1.0) if question.kind == "verify" else Answer("box") for question in questions]
 
 
 class InstantSegmenter(_Options):

@@ -93,11 +93,11 @@ def drops(out: Path, subset: str) -> dict[tuple[str, int], tuple[str, str, str]]
 
 
 def main() -> None:
-    """Build from a JSON configuration file: `python -m tests.building CONFIG [RAY_ADDRESS]`, for tests that kill it."""
+    """Build from a JSON file, for tests that kill it: `python -m tests.building CONFIG [RAY_ADDRESS]`."""
     config = BuildConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
     stream.start_ray(sys.argv[2] if len(sys.argv) > 2 else None, config, config.subsets)
     build(config)
-    print("built", flush=True)
+    sys.stdout.write("built\n")
 
 
 if __name__ == "__main__":

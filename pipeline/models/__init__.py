@@ -46,7 +46,7 @@ class Captioner(Protocol):
     """Describes regions. Sees many images at once, so that it can keep its engine full."""
 
     def caption(self, images: list[ImageRecord]) -> list[list[str | None]]:
-        """One caption per live region of each image, in the order of `image.live()`; None for "nothing to say".
+        """One caption per live region of each image, in the order of `live()`; None for "nothing to say".
 
         Raises:
             BadRecord: an image cannot be read. Any other exception is bisected down to the image.
@@ -89,13 +89,14 @@ BACKENDS = {
 def find(protocol: str, backend: Backend) -> type[Any]:
     """The backend's class, imported but not built.
 
-    A backend's constructor takes the config's `options` as keywords. Its class method
-    `identity(**options) -> dict[str, str]` names what its answers depend on (versions, weights, prompts) without
-    loading any of it; it becomes part of the evidence digest, so options that change no answer (batch sizes, devices)
-    stay out of it. A class without one is known by all its options and its `version` attribute.
+    A backend's constructor takes the config's `options` as keywords. Its class method `identity(**options) ->
+    dict[str, str]` names what its answers depend on (versions, weights, prompts) without loading any of it;
+    it becomes part of the evidence digest, so options that change no answer (batch sizes, devices) stay out
+    of it. A class without one is known by all its options and its `version` attribute.
 
     Args:
         protocol: "captioner", "judge" or "segmenter".
+        backend: its name is looked up, its options are not.
 
     Raises:
         ConfigError: no such backend, or it cannot be imported; the message lists the choices.
@@ -119,7 +120,7 @@ def load(protocol: str, backend: Backend) -> Any:
 
 
 def identity(protocol: str, backend: Backend) -> dict[str, str]:
-    """What the backend's answers depend on, for the evidence digest: what its class says, or else all its options."""
+    """What the backend's answers depend on, for the evidence digest: by its class, or else all options."""
     cls = find(protocol, backend)
     if hasattr(cls, "identity"):
         return {"backend": backend.name, **cls.identity(**backend.options)}

@@ -1,6 +1,7 @@
 """The `classical` captioner: measures the pixels under each mask and says what it measured in plain English.
 
-It needs no weights and never guesses: what a region is comes from the annotation; without one it is named by its shape.
+It needs no weights and never guesses: what a region is comes from the annotation; without one it is named by
+its shape.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def describe(seen: Appearance, category: str | None, choice: int = 0) -> str:
 
 
 def shape_noun(seen: Appearance) -> str:
-    """What a region without a category is called: its shape, which is measured, never a guess at what it is."""
+    """What a region without a category is called: its shape, which is measured; never a guess."""
     if seen.elongation >= 4 and seen.pieces == 1:
         return "strip"
     outline = _outline_words(seen)

@@ -1,4 +1,4 @@
-"""A disk that is full, and one that takes no writes, for real: a small tmpfs is mounted as the output folder."""
+"""A disk that is full, and one that takes no writes: a small tmpfs is mounted as the output folder."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def assert_valid(out: Path) -> int:
         assert record.shard is not None
         assert found[record.shard.path] == record.shard.sha256
         assert found[record.ledger.path] == record.ledger.sha256
-    assert len(list((out / "coconut" / "shards").glob("*.tar"))) == len(manifests)
+    assert len(list((out / "coconut" / "shards").glob("coconut-*.tar"))) == len(manifests)
     return len(manifests)
 
 

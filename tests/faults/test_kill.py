@@ -1,4 +1,4 @@
-"""kill -9 at random moments: the corpus comes out equal to the last byte, and nothing committed is paid for twice.
+"""kill -9 at random moments: the corpus is equal to the last byte, nothing committed is paid for twice.
 
 PARACAPTION_KILLS sets how often each kind of process is killed.
 """
@@ -39,7 +39,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A cluster that outlives the drivers: `ray start --head` in effect, with room for nodes to come and go."""
+    """A cluster that outlives the drivers: `ray start --head` in effect; nodes come and go."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
@@ -72,7 +72,9 @@ def _drive(config, address: str) -> subprocess.Popen:
     path = Path(config.out).parent / "config.json"
     path.write_text(config.model_dump_json())
     log = open(path.with_suffix(".log"), "ab")
-    return subprocess.Popen([sys.executable, "-m", "tests.building", str(path), address], stdout=log, stderr=log)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.building", str(path), address], stdout=log, stderr=log
+    )
 
 
 def _evidence_rows(config) -> set[tuple[str, str, int]]:
@@ -118,7 +120,7 @@ def test_the_driver_killed_at_random_moments(tmp_path, source, head, undisturbed
 
 
 def _forget(config, rng: random.Random) -> None:
-    """The build finished before all kills were spent: undo some units, evidence and all, so that there is more to do."""
+    """The build finished before all kills were spent: undo some units, evidence and all."""
     for subset in config.subsets:
         manifests = sorted((Path(config.out) / subset / "manifests").glob("*.json"))
         for path in rng.sample(manifests, len(manifests) // 2):

@@ -89,7 +89,7 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path, content, told):
 
 
 def test_no_file_is_said_so(tmp_path):
-    with pytest.raises(ConfigError, match="none.yaml: no such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
         load_config(tmp_path / "none.yaml")
 
 

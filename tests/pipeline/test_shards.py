@@ -63,7 +63,7 @@ WHOLE = {f"shards/{UNIT}.tar", f"ledger/{UNIT}.parquet", f"manifests/{UNIT}.json
 
 
 def assert_consistent(folder: Path) -> None:
-    """A shard exists if and only if its manifest does, and the manifest speaks of the bytes that are there."""
+    """A shard exists if and only if its manifest does, which speaks of the bytes that are there."""
     assert names(folder) in (set(), WHOLE)
     if names(folder):
         record = shards.read_manifest(folder / f"manifests/{UNIT}.json")
@@ -174,7 +174,7 @@ def test_an_error_of_the_disk_says_what_to_do(number, told):
     with_name = OSError(number, os.strerror(number), "/out/x.tar")
     with pytest.raises(StageFailed, match=f"^/out/x.tar: {told}"):
         raise shards.write_failed(Path("/out"), with_name)
-    with pytest.raises(StageFailed, match="^/out: "):
+    with pytest.raises(StageFailed, match=r"^/out: "):
         raise shards.write_failed(Path("/out"), OSError(number, os.strerror(number)))
 
 
@@ -197,7 +197,7 @@ def test_a_unit_that_loses_its_last_region_loses_its_shard(folder, tmp_path):
 
 
 def interrupt(monkeypatch, at: int, error: BaseException) -> list[str]:
-    """Raise before the `at`-th rename or removal of a file in its final place; returns what was done until then."""
+    """Raise before the `at`-th rename or removal of a final file; returns what was done until then."""
     done: list[str] = []
 
     def before(name, plain):

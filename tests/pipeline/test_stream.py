@@ -69,7 +69,9 @@ def test_a_changed_threshold_rebuilds_the_shards_and_asks_no_model(tmp_path, sa1
     paid = {name: len(calls(tmp_path / f"{name}.log")) for name in ("captioner", "judge", "segmenter")}
     assert paid == {"captioner": 24, "judge": 24, "segmenter": 24}
     loose_files = committed(out)
-    strict = loose.model_copy(update={"min_iou": 1.0, "text": loose.text.model_copy(update={"min_words": 60})})
+    strict = loose.model_copy(
+        update={"min_iou": 1.0, "text": loose.text.model_copy(update={"min_words": 60})}
+    )
     assert build(strict)["sa1b"].dropped == {"clean_text/text_too_short": 24}
     assert {name: len(calls(tmp_path / f"{name}.log")) for name in paid} == paid
     build(loose)
@@ -104,7 +106,9 @@ def test_a_bad_record_keeps_its_own_reason(tmp_path, coconut):
 def test_retry_failed_builds_only_units_with_errors_and_asks_only_about_those(tmp_path, coconut):
     out = tmp_path / "out"
     mark = tmp_path / "mend"
-    config = config_of(out, coconut=coconut, captioner={"misbehave": {"000000000005": f"raise-unless:{mark}"}})
+    config = config_of(
+        out, coconut=coconut, captioner={"misbehave": {"000000000005": f"raise-unless:{mark}"}}
+    )
     assert build(config)["coconut"].dropped == {"caption/model_error": 4}
     paid = len(calls(tmp_path / "captioner.log"))
     mark.touch()
@@ -118,20 +122,25 @@ def test_an_image_that_kills_its_worker_is_dropped_and_the_rest_finishes(tmp_pat
     config = config_of(tmp_path / "out", coconut=coconut, captioner={"misbehave": {"000000000005": "die"}})
     done = build(config)["coconut"]
     assert done.dropped == {"caption/worker_crashed": 4}
-    assert drops(tmp_path / "out", "coconut")["000000000005", 0][2] == "the worker died 3 times on this image alone"
+    detail = drops(tmp_path / "out", "coconut")["000000000005", 0][2]
+    assert detail == "the worker died 3 times on this image alone"
     assert not (tmp_path / "out" / "coconut" / "journal").exists()
 
 
 def test_a_worker_that_dies_once_costs_no_record(tmp_path, coconut):
     mark = tmp_path / "died"
-    config = config_of(tmp_path / "out", coconut=coconut, captioner={"misbehave": {"000000000005": f"once:{mark}"}})
+    config = config_of(
+        tmp_path / "out", coconut=coconut, captioner={"misbehave": {"000000000005": f"once:{mark}"}}
+    )
     assert build(config)["coconut"].kept == 40
     assert mark.exists()
 
 
 def test_a_stage_that_always_fails_stops_the_build_and_commits_nothing_of_it(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut, captioner={"misbehave": {"*": "raise"}})
-    with pytest.raises(StageFailed, match=r"caption: failed on every image of 3 units in a row.*cannot caption"):
+    with pytest.raises(
+        StageFailed, match=r"caption: failed on every image of 3 units in a row.*cannot caption"
+    ):
         build(config)
     assert committed(tmp_path / "out") == {}
 
@@ -204,7 +213,9 @@ def test_temporary_files_are_swept(tmp_path, coconut):
 
 def test_too_few_resources_are_an_error_before_the_start(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut, captioner={"concurrency": [1000, 1000]})
-    with pytest.raises(ConfigError, match=r"need 100\.2 CPU at once .*caption: 1000 x 0.1.*the cluster has 4"):
+    with pytest.raises(
+        ConfigError, match=r"need 100\.2 CPU at once .*caption: 1000 x 0.1.*the cluster has 4"
+    ):
         build(config)
 
 
