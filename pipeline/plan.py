@@ -342,7 +342,7 @@ def _photo_bytes(sample: list[Blob], num_images: int) -> int:
     ]:
         try:
             known.append(files.size_of(photo))
-        except OSError:
+        except (OSError, ValueError):  # a name with a NUL in it is a ValueError
             continue  # gone since it was listed; its reader will say so
     return sum(known) * num_images // len(known) if known else 0
 
