@@ -1,11 +1,11 @@
-"""Regions per second of the whole stream with instant models, against a bare loop that does the same reading and writing.
+"""Regions per second of the whole stream with instant models, against a bare loop of the same I/O.
 
     python -m benchmarks.stream [--images 2000]
 
-The bare loop is one process: it reads the same PNGs and JSON, makes RLEs with pycocotools one segment at a time, and
-writes the same tar members. The stream does that on Ray, with captions, verdicts, evidence, ledgers, checksums and
-manifests on top. Both are given as regions per second and core, the stream's from the moment all its actors are up;
-the start of Ray and of the actors is counted apart.
+The bare loop is one process: it reads the same PNGs and JSON, makes RLEs with pycocotools one segment at a
+time, and writes the same tar members. The stream does that on Ray, with captions, verdicts, evidence,
+ledgers, checksums and manifests on top. Both are given as regions per second and core, the stream's from the
+moment all its actors are up; the start of Ray and of the actors is counted apart.
 """
 
 from __future__ import annotations
@@ -105,9 +105,11 @@ def main() -> None:
             ratios.append(steady / cores / bare)
             cpu_ratios.append(num_regions / meter.seconds / bare_cpu)
             print(
-                f"bare loop {bare:,.0f} regions/s; stream {steady / cores:,.0f} regions/s and core on {cores} cores: "
+                f"bare loop {bare:,.0f} regions/s; "
+                f"stream {steady / cores:,.0f} regions/s and core on {cores} cores: "
                 f"ratio {ratios[-1]:.2f}; per CPU second of all processes {cpu_ratios[-1]:.2f}; "
-                f"the actors' start counted in ({whole_s:.1f} s in all): {regions / whole_s / cores / bare:.2f}"
+                f"the actors' start counted in ({whole_s:.1f} s in all): "
+                f"{regions / whole_s / cores / bare:.2f}"
             )
     print(
         f"(a) stream / bare loop, per core: median {statistics.median(ratios):.2f} by the clock, "
