@@ -2,14 +2,13 @@
 
 Prefect is the front desk: a build is a handful of task runs, retried cheaply because a retry resumes. What is
 done is known from the manifests alone.
-"""
 
-from __future__ import annotations
+Annotations are evaluated (no `from __future__ import annotations`): a served flow is pickled by value, and
+the process that runs it needs `BuildConfig` itself, not its name, to check the parameters.
+"""
 
 import time
 import uuid
-from collections.abc import Callable
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,11 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
+from flows import watch
 from pipeline import audit, card, corpus, files, plan, shards, sources, stages, stream
 from pipeline.config_file import dump_config
 from schemas.config import BuildConfig
 from schemas.errors import ParaCaptionError, Retryable
-
-watcher: ContextVar[Callable[[stream.Progress], None]] = ContextVar("watcher", default=lambda _: None)
-"""Called about twice a second with the progress of the subset being built; the command line draws it."""
 
 ARTIFACT_EVERY_S = 10.0
 
@@ -127,7 +124,7 @@ def stream_units(
     )
     run_folder.mkdir(parents=True)
     published = _Artifacts(subset)
-    draw = watcher.get()
+    draw = watch.watcher.get()
 
     def on_progress(progress: stream.Progress) -> None:
         draw(progress)

@@ -186,11 +186,12 @@ def _build(
 ) -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     from flows import build as flow
+    from flows import watch
 
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_is_news)
     with _LiveView() as view:
-        flow.watcher.set(view.show)
+        watch.watcher.set(view.show)
         flow.build_corpus(loaded, ray_address, limit_images, retry_failed)
     inspect(Path(loaded.out))
 

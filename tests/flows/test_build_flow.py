@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,8 @@ from pipeline import verify
 from schemas.errors import ConfigError, EngineLost, IntegrityError
 from tests.building import calls, committed, config_of
 from tests.synthetic import write_coconut, write_sa1b
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -51,8 +56,6 @@ def artifacts(key: str) -> list:
 
 
 def test_the_flow_builds_merges_and_returns_the_statistics(built, tmp_path):
-    from pathlib import Path
-
     config, summary = built
     out = Path(config.out)
     assert verify.verify(out).ok, verify.verify(out).text()
@@ -71,8 +74,6 @@ def test_the_live_view_and_the_card_are_artifacts(built):
 
 
 def test_a_second_run_has_nothing_to_do(built):
-    from pathlib import Path
-
     from flows.build import build_corpus
 
     config, _ = built
@@ -131,6 +132,26 @@ def test_wrong_parameters_are_refused_before_the_run(tmp_path, sources, wrong):
     build_corpus.validate_parameters(right)
     with pytest.raises(Exception, match=r"(?i)valid|unexpected|permitted|parameter"):
         build_corpus.validate_parameters({**right, **wrong})
+
+
+def test_a_served_flow_checks_its_parameters_in_a_process_of_its_own(tmp_path, sources):
+    """`serve` pickles the flow for the process of each run; what it does not take along is missing there."""
+    import cloudpickle
+
+    from flows.build import build_corpus
+
+    config = config_of(tmp_path / "out", **sources)
+    parameters = {"config": config.model_dump(mode="json"), "limit_images": "3"}
+    (tmp_path / "flow.pickle").write_bytes(cloudpickle.dumps((build_corpus, parameters)))
+    script = """
+import pickle, sys
+flow, parameters = pickle.load(open(sys.argv[1], "rb"))
+checked = flow.validate_parameters(parameters)
+print(type(checked["config"]).__name__, checked["limit_images"])
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "flow.pickle")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["BuildConfig", "3"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,13 @@
+"""Who watches a build in this process. Apart from the flows, which Prefect pickles by value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.stream import Progress
+
+watcher: ContextVar[Callable[[Progress], None]] = ContextVar("watcher", default=lambda _: None)
+"""Called about twice a second with the progress of the subset being built; the command line draws it."""
