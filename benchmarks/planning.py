@@ -101,7 +101,7 @@ def commit_most(config: BuildConfig) -> None:
 
 
 def peak_gb() -> float:
-    """This program's peak of resident memory, mapped files included. (`ru_maxrss` would include its parent's.)"""
+    """This program's peak of resident memory, mapped files included; `ru_maxrss` has its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1e6
 
