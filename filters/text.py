@@ -325,6 +325,7 @@ def doubled(prose: Prose, config: Text) -> str | None:
 _PART = re.compile(
     rf"(?P<word>{_WORD.pattern})|(?P<comma>[,;、\uff0c\uff1b•|])|(?P<end>{_SENTENCE_END.pattern})"
 )
+_BREAKS = ",;、\uff0c\uff1b•|.!?。\uff01\uff1f\n"  # with n of what ends an item there are at most n + 1 items
 _ITEM_WORDS = 8  # a list's items are short; a clause between commas is not
 _UNITS = """
     first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth
@@ -338,7 +339,10 @@ _ORDINALS |= {word[:-1] + "ieth": value for word, value in _TENS_VALUE.items()}
 
 def enumerates(prose: Prose, config: Text) -> str | None:
     """A runaway list: of short items, of sentences that begin alike, or of numbers that count up."""
-    longest = max(_longest_list(prose.text), _longest_count(prose.words))
+    breaks = sum(map(prose.text.count, _BREAKS)) + prose.words.count("and") + prose.words.count("or")
+    longest = max(
+        _longest_list(prose.text) if breaks >= config.max_list_items else 0, _longest_count(prose.words)
+    )
     if longest > config.max_list_items:
         return f"{longest} items, at most {config.max_list_items} may be"
     return None
