@@ -203,7 +203,7 @@ def messy_sa1b(root: Path) -> dict:
     pair("sa_declared", text=record(size=(HEIGHT, WIDTH + 2)))
     pair("other/sa_good")
     pair("../../sa_escape")
-    pair("/tmp/sa_absolute")
+    pair("/outside/sa_absolute")
     put("sa_orphan.jpg", GOOD)
     put("sa_alone.json", record())
     link = tarfile.TarInfo("sa_link.jpg")
@@ -353,7 +353,7 @@ def test_masks_of_unusual_photos_refer_to_the_stored_pixels(messy, name):
 def test_nothing_was_written_outside_the_output(messy):
     root = messy[0].parent
     assert {path.name for path in root.iterdir()} == {"coconut", "sa1b", "out"}
-    assert not Path("/tmp/sa_absolute.jpg").exists()
+    assert not Path("/outside/sa_absolute.jpg").exists()
 
 
 def test_annotations_that_are_no_json_are_one_line_with_the_file(tmp_path):

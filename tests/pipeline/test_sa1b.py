@@ -130,7 +130,7 @@ def test_orphans_are_listed_with_what_they_miss(tmp_path):
     assert reasons(images["sa_2"]) == [Reason.PHOTO_MISSING]
 
 
-@pytest.mark.parametrize("name", ["../sa_1", "/tmp/sa_1", "x/../../sa_1"])
+@pytest.mark.parametrize("name", ["../sa_1", "/outside/sa_1", "x/../../sa_1"])
 def test_member_names_that_leave_their_folder_are_never_used(tmp_path, name):
     source = open_sa1b(write_tar(tmp_path / "sa_0.tar", pair(name)))
     (entry,) = source.catalog()

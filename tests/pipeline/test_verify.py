@@ -263,7 +263,7 @@ def test_a_json_member_of_another_key_is_named(out):
 
 
 def test_a_photo_that_is_none_is_named(out):
-    edit_shard(out, b"\xff\xd8\xff\xe0", b"XXXX")
+    edit_shard(out, b"\xff\xd8\xff\xe0", b"none")
     named(out, "000000000000.jpg", "photo_unreadable")
 
 
