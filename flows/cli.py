@@ -147,15 +147,16 @@ def demo(
     _build(loaded)
     sheet = out / "contact-sheet.png"
     draw.contact_sheet(out, sheet)
-    print(
-        f"""
-Every image with its masks and captions:  {sheet}
-What next:
-  paracaption inspect {out}          the funnel and samples, again
-  paracaption verify {out}           every promise of the corpus, checked
-  paracaption config                      every key of a configuration of your own
-  open {out}/README.md               the dataset card"""
-    )
+    rows = [
+        (f"paracaption inspect {out}", "the funnel and samples, again"),
+        (f"paracaption verify {out}", "every promise of the corpus, checked"),
+        ("paracaption config", "every key of a configuration of your own"),
+        (f"{out}/README.md", "the dataset card"),
+    ]
+    print(f"\nEvery image with its masks and captions: {sheet}")
+    print("What next (`source .venv/bin/activate` puts paracaption on the path):")
+    for what, why in rows:
+        print(f"  {what:<40} {why}")
 
 
 @app.command()

@@ -25,7 +25,7 @@ class Manifest(msgspec.Struct, frozen=True):
         recipe: digest of everything that decided: stages, thresholds, the models' evidence digests.
         shard: the tar; None if no image of the unit kept a region.
         ledger: the Parquet file with every region of the unit, kept or dropped.
-        images: key of every image of the unit, in order, with its number of kept regions.
+        images: key of every image of the unit with its number of kept regions; on disk sorted by key.
         regions_in: regions that the source declared; `kept` plus the sum of `dropped` always equals it.
         kept: regions in the shard.
         dropped: number of dropped regions by "stage/reason".
