@@ -41,7 +41,7 @@ def build_corpus(
 
     Args:
         config: what to build and where to.
-        ray_address: "auto", "host:port" or "ray://host:port"; None starts Ray on this machine.
+        ray_address: "auto" or "host:port"; None starts Ray on this machine.
         limit_images: build from the first so many images of each subset (a pilot; use an `out` of its own).
         retry_failed: also build committed units again that hold drops by error.
 

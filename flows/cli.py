@@ -35,7 +35,8 @@ Config = Annotated[
 ]
 Out = Annotated[Path, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)]
 RayAddress = Annotated[
-    str | None, typer.Option(help="'auto', host:port or ray://host:port; none: this machine alone.")
+    str | None,
+    typer.Option(help="'auto' or host:port, from a node of the cluster; none: this machine alone."),
 ]
 
 

@@ -410,10 +410,18 @@ def start_ray(address: str | None, config: BuildConfig, subsets: list[str]) -> N
     two cores runs the whole recipe.
 
     Args:
-        address: "auto", "host:port" or "ray://host:port"; None starts Ray on this machine.
+        address: "auto" or "host:port"; None starts Ray on this machine.
         config: asks for the resources.
         subsets: those that will be built.
+
+    Raises:
+        ConfigError: a ray:// address; Ray Data 2.60 does not run through Ray's client.
     """
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"--ray-address {address}: Ray Data does not run through Ray's client; give host:port from a node "
+            "of the cluster, or submit the command with `ray job submit` (docs/cluster.md)"
+        )
     import ray
 
     if ray.is_initialized():

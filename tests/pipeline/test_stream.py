@@ -237,3 +237,9 @@ def test_models_on_cpus_share_their_actors_and_models_on_gpus_do_not(tmp_path, s
     assert len(steps_of(stages.sa1b(config), config)) == 1
     gpu = config.model_copy(update={"judge": config.judge.model_copy(update={"num_gpus": 1})})
     assert len(steps_of(stages.sa1b(gpu), gpu)) == 3
+
+
+def test_a_client_address_is_refused_with_the_way_that_works(tmp_path, coconut):
+    config = config_of(tmp_path / "out", coconut=coconut)
+    with pytest.raises(ConfigError, match=r"ray://head:10001.*ray job submit"):
+        stream.start_ray("ray://head:10001", config, ["coconut"])
