@@ -8,8 +8,12 @@ BIN := .venv/bin
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
 
-test: .venv/dev  ## all tests
-	$(BIN)/python -m pytest
+test: .venv/dev  ## all tests; a process each for those that start Ray clusters of their own
+	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/flows tests/test_*.py
+	$(BIN)/python -m pytest tests/pipeline/test_stream.py
+	$(BIN)/python -m pytest tests --ignore tests/faults --ignore tests/flows --ignore tests/pipeline/test_stream.py \
+		$(patsubst %,--ignore %,$(wildcard tests/test_*.py))
 
 test-fast: .venv/dev  ## without the slow ones
 	$(BIN)/python -m pytest -m "not slow"

@@ -419,8 +419,8 @@ def start_ray(address: str | None, config: BuildConfig, subsets: list[str]) -> N
     """
     if address is not None and address.startswith("ray://"):
         raise ConfigError(
-            f"--ray-address {address}: Ray Data does not run through Ray's client; give host:port from a node "
-            "of the cluster, or submit the command with `ray job submit` (docs/cluster.md)"
+            f"--ray-address {address}: Ray Data does not run through Ray's client; give host:port from a "
+            "node of the cluster, or submit the command with `ray job submit` (docs/cluster.md)"
         )
     import ray
 
