@@ -46,7 +46,7 @@ class Cluster:
         for name in ("PREFECT_API_URL", "RAY_ADDRESS"):
             self.env.pop(name, None)
         self.log = open(folder / "nodes.log", "wb")
-        self.temporary = tempfile.mkdtemp(prefix="rc-", dir="/tmp")  # sockets' paths must be short
+        self.temporary = tempfile.mkdtemp(prefix="rc-")  # sockets' paths must be short
         head = ["--head", "--port", self.port]
         self.nodes = [self._node(*head, "--temp-dir", self.temporary, "--include-dashboard", "false")]
         self._wait_for(1)
