@@ -10,7 +10,8 @@ demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 
 test: .venv/dev  ## all tests; a process each for those that start Ray clusters of their own
 	$(BIN)/python -m pytest tests/faults
-	$(BIN)/python -m pytest tests/flows tests/test_*.py
+	$(BIN)/python -m pytest tests/flows
+	$(BIN)/python -m pytest tests/test_*.py
 	$(BIN)/python -m pytest tests/pipeline/test_stream.py
 	$(BIN)/python -m pytest tests --ignore tests/faults --ignore tests/flows --ignore tests/pipeline/test_stream.py \
 		$(patsubst %,--ignore %,$(wildcard tests/test_*.py))
