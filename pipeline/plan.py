@@ -355,6 +355,9 @@ def _difference(old_path: Path, new_path: Path, old: Plan, new: Plan) -> str:
     mend = "; restore them, or use a new `out`"
     if old.images_per_shard != new.images_per_shard:
         return f"{head}images_per_shard was {old.images_per_shard}, is {new.images_per_shard}{mend}"
+    limits = [plan.fingerprint.get("limit", "none") for plan in (old, new)]
+    if limits[0] != limits[1]:
+        head += f"the limit of images was {limits[0]}, is {limits[1]}: "
     tables = [pq.read_table(path, columns=["key", "content"]) for path in (old_path, new_path)]
     before, after = (
         dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables

@@ -93,9 +93,8 @@ def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbe
     assert len(manifest["images"]) == 3
     assert len(calls(tmp_path / "captioner.log")) == 12
     before = committed(tmp_path / "out")
-    with pytest.raises((ConfigError, IntegrityError), match=r"(?s)limit.*3|3.*limit") as told:
+    with pytest.raises((ConfigError, IntegrityError), match="limit of images was 3, is 5: 2 images added"):
         build_corpus(config, limit_images=5)
-    assert "5" in str(told.value)
     assert committed(tmp_path / "out") == before
 
 
