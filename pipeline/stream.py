@@ -186,6 +186,7 @@ def run(
         raise
     watch.look(moved=True)
     on_progress(progress)
+    shards.sweep(folder)  # what a worker of an earlier, broken run was still writing when this one began
     for stack in run_folder.glob("stack-*.txt"):
         stack.unlink()
     shutil.rmtree(folder / "journal", ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,11 @@ def config_of(
     return BuildConfig.model_validate(values)
 
 
-def build(config: BuildConfig, retry_failed: bool = False) -> dict[str, stream.Progress]:
+def build(
+    config: BuildConfig,
+    retry_failed: bool = False,
+    on_progress: Callable[[stream.Progress], None] = lambda _: None,
+) -> dict[str, stream.Progress]:
     """Build every subset of the configuration on the Ray cluster this process is connected to."""
     done = {}
     with stream.locked(Path(config.out)):
@@ -61,7 +66,7 @@ def build(config: BuildConfig, retry_failed: bool = False) -> dict[str, stream.P
             runs = Path(config.out) / "events"
             run_folder = runs / f"{len(list(runs.iterdir())) if runs.exists() else 0:03d}-{subset}"
             run_folder.mkdir(parents=True)
-            done[subset] = stream.run(config, subset, planned, units, run_folder)
+            done[subset] = stream.run(config, subset, planned, units, run_folder, on_progress)
     return done
 
 

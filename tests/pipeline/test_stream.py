@@ -207,8 +207,10 @@ def test_temporary_files_are_swept(tmp_path, coconut):
     shards.prepare(tmp_path / "out" / "coconut")
     stray = tmp_path / "out" / "coconut" / "shards" / ".tmp-coconut-000000-dead.tar"
     stray.write_bytes(b"half a shard")
-    build(config)
+    late = stray.with_name(".tmp-coconut-000001-late.tar")  # by a dying worker of the run before
+    build(config, on_progress=lambda _: late.write_bytes(b"half a shard"))
     assert not stray.exists()
+    assert not late.exists()
 
 
 def test_too_few_resources_are_an_error_before_the_start(tmp_path, coconut):
