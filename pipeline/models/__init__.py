@@ -80,9 +80,21 @@ class Segmenter(Protocol):
 
 
 BACKENDS = {
-    "captioner": {"classical": "pipeline.models.classical:ClassicalCaptioner"},
-    "judge": {"lexical": "pipeline.models.lexical:LexicalJudge"},
-    "segmenter": {"grabcut": "pipeline.models.grabcut:GrabCutSegmenter"},
+    "captioner": {
+        "classical": "pipeline.models.classical:ClassicalCaptioner",
+        "gar": "pipeline.models.gar.captioner:GarCaptioner",
+        "openai": "pipeline.models.openai_compatible:OpenAICaptioner",
+    },
+    "judge": {
+        "lexical": "pipeline.models.lexical:LexicalJudge",
+        "openai": "pipeline.models.openai_compatible:OpenAIJudge",
+        "vllm": "pipeline.models.vllm_judge:VllmJudge",
+    },
+    "segmenter": {
+        "grabcut": "pipeline.models.grabcut:GrabCutSegmenter",
+        "sam": "pipeline.models.sam:SamSegmenter",
+        "sam3": "pipeline.models.sam3:Sam3Segmenter",
+    },
 }
 
 

