@@ -42,6 +42,20 @@ class Candidate(msgspec.Struct, frozen=True):
     score: float
 
 
+class Checked(msgspec.Struct, frozen=True):
+    """What `paracaption doctor` learns of a backend without loading it.
+
+    Attributes:
+        what: the model in a few words, such as "GAR: vision 47 x 1536, language model 32 x 4096".
+        weight_bytes: memory of the weights on the device, in the dtype they will have there.
+        notes: what is worth knowing and no error.
+    """
+
+    what: str
+    weight_bytes: int = 0
+    notes: list[str] = []
+
+
 class Captioner(Protocol):
     """Describes regions. Sees many images at once, so that it can keep its engine full."""
 
