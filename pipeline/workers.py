@@ -398,6 +398,7 @@ class _Bisection:
         self.journal = journal
         self.lonely_failures = 0
         self.successes = 0
+        self.engines_lost = Counter[str]()
         self.last: tuple[Reason, str] | None = None
 
     def run(self, batch: list[ImageRecord]) -> Iterator[tuple[ImageRecord, list[Any] | tuple[Reason, str]]]:
@@ -418,16 +419,21 @@ class _Bisection:
         except (ConfigError, StageFailed):
             raise
         except Exception as error:  # noqa: BLE001 - a model may raise anything
-            if len(batch) == 1:
+            if len(batch) == 1 and not (isinstance(error, EngineLost) and self._may_try_again(batch[0])):
                 yield batch[0], self._error(error)
                 return
         else:
             self.successes += len(batch)
             yield from zip(batch, answers, strict=True)
             return
-        middle = len(batch) // 2
+        middle = len(batch) // 2  # 0 for an image alone that may try again
         yield from self.run(batch[:middle])
         yield from self.run(batch[middle:])
+
+    def _may_try_again(self, image: ImageRecord) -> bool:
+        """Whether the engine's death may be chance: it has not yet died so often on this image alone."""
+        self.engines_lost[image.key] += 1
+        return self.engines_lost[image.key] < self.journal.attempts
 
     def _error(self, error: Exception) -> tuple[Reason, str]:
         if isinstance(error, BadRecord):

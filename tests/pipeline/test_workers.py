@@ -330,6 +330,26 @@ def test_an_engine_that_is_lost_is_started_anew_and_costs_no_record(tmp_path, co
     assert (draft.manifest.kept, loads.count("caption")) == (24, 2)
 
 
+def test_an_engine_lost_on_an_image_alone_is_tried_again_before_the_image_is_dropped(
+    tmp_path, coconut, monkeypatch
+):
+    bench = Bench(tmp_path, coconut, captioner={"batch_images": 1})
+    worker = bench.worker()
+    caption = type(worker.models["caption"]).caption
+    left = {FIFTH: 2, "000000000001": 99}
+
+    def dies(self, images):
+        if left.get(images[0].key, 0) > 0:
+            left[images[0].key] -= 1
+            raise EngineLost("gone")
+        return caption(self, images)
+
+    monkeypatch.setattr(type(worker.models["caption"]), "caption", dies)
+    draft = msgspec.msgpack.decode(worker(bench.row)["draft"], type=Draft)
+    assert (draft.manifest.kept, draft.manifest.dropped) == (20, {"caption/model_error": 4})
+    assert left == {FIFTH: 0, "000000000001": 96}
+
+
 def test_a_backend_that_cannot_start_again_fails_this_unit_and_the_next(tmp_path, coconut, monkeypatch):
     bench = Bench(tmp_path, coconut, captioner={"misbehave": {"*": "raise"}})
     worker = bench.worker()
