@@ -34,18 +34,21 @@ def judge_verdict(answer: str, margin: float | None = None, min_margin: float | 
     Args:
         answer: "yes" or "no", in any case, with or without a full stop or quotes.
         margin: how sure the judge is that it is a yes; None if it has no such number.
-        min_margin: a yes with a smaller margin is a no; None to take the judge's word.
+        min_margin: if given, a margin decides: at least this is a yes, whatever the word. None to take the
+            judge's word.
     """
     scores = {} if margin is None or math.isnan(margin) else {"verdict_margin": margin}
     word = _plain(answer)
     if word not in ("yes", "no"):
         return Verdict(Reason.ANSWER_INVALID, f"neither yes nor no: {answer[:60]!a}", scores)
-    if word == "no":
-        return Verdict(Reason.CATEGORY_WRONG, "the judge says no", scores)
-    if min_margin is not None and "verdict_margin" in scores and scores["verdict_margin"] < min_margin:
+    if min_margin is not None and scores:
+        if scores["verdict_margin"] >= min_margin:
+            return Verdict(scores=scores)
         return Verdict(
             Reason.CATEGORY_WRONG, f"margin {margin:.3f} of the yes, at least {min_margin:g} needed", scores
         )
+    if word == "no":
+        return Verdict(Reason.CATEGORY_WRONG, "the judge says no", scores)
     return Verdict(scores=scores)
 
 

@@ -139,11 +139,11 @@ def verify_category(config: BuildConfig, captioned: ModelStage) -> ModelStage:
         protocol="judge",
         backend=config.judge,
         evidence=Judged,
-        settings=None,
+        settings=config.min_verdict_margin,
         after=(captioned.evidence_digest,),
         asks=_asks_verdict,
         ask=partial(_ask_judge, "verify"),
-        decide=_decide_verdict,
+        decide=partial(_decide_verdict, config.min_verdict_margin),
     )
 
 
@@ -275,8 +275,8 @@ def _ask_judge(kind: str, model: models.Judge, images: list[ImageRecord]) -> lis
     ]
 
 
-def _decide_verdict(region: Region, evidence: Judged) -> Verdict:
-    return category.judge_verdict(evidence.answer, evidence.margin)
+def _decide_verdict(min_margin: float | None, region: Region, evidence: Judged) -> Verdict:
+    return category.judge_verdict(evidence.answer, evidence.margin, min_margin)
 
 
 def _decide_category(region: Region, evidence: Judged) -> Verdict:

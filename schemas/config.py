@@ -196,6 +196,10 @@ class BuildConfig(_Strict):
     min_iou: float = Field(
         default=0.5, ge=0, le=1, description="with the segmenter's mask; the same object, loosely outlined"
     )
+    min_verdict_margin: float | None = Field(
+        default=None,
+        description="a verdict whose margin (see docs/judges.md) is at least this is a yes; none: the judge's word",
+    )
     text: Text = Text()
     captioner: Backend = Backend(name="classical")
     judge: Backend = Backend(name="lexical")

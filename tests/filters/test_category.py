@@ -53,6 +53,13 @@ def test_an_unsure_yes_is_a_no_if_a_least_margin_is_set():
     assert category.judge_verdict("yes", 0.5, min_margin=0.5).keep
 
 
+def test_a_least_margin_decides_whatever_the_word_and_only_where_there_is_a_margin():
+    assert category.judge_verdict("no", -1.0, min_margin=-2.0).keep
+    assert category.judge_verdict("no", -3.0, min_margin=-2.0).reason is Reason.CATEGORY_WRONG
+    assert category.judge_verdict("no", None, min_margin=-2.0).reason is Reason.CATEGORY_WRONG
+    assert category.judge_verdict("perhaps", 9.0, min_margin=-2.0).reason is Reason.ANSWER_INVALID
+
+
 @pytest.mark.parametrize(
     ("answer", "phrase"),
     [
