@@ -198,7 +198,7 @@ class BuildConfig(_Strict):
     )
     min_verdict_margin: float | None = Field(
         default=None,
-        description="a verdict whose margin (see docs/judges.md) is at least this is a yes; none: the judge's word",
+        description="margins (docs/judges.md) from here on are a yes; none: the judge decides",
     )
     text: Text = Text()
     captioner: Backend = Backend(name="classical")
