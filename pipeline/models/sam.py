@@ -167,12 +167,12 @@ class SamSegmenter:
         side = self.model.image_encoder.img_size
         scale = side / max(height, width)
         # A photo that is all but a line keeps one pixel of its short side.
-        inner = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
-        resized = Image.fromarray(photo).resize(inner[::-1], Image.Resampling.BILINEAR)
+        rows, columns = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        resized = Image.fromarray(photo).resize((columns, rows), Image.Resampling.BILINEAR)
         pixels = torch.tensor(np.asarray(resized), device=self.device).permute(2, 0, 1)[None]
         with products_in(self.device, self.dtype):
             features = self.model.image_encoder(self.model.preprocess(pixels))
-        return features.float(), inner
+        return features.float(), (rows, columns)
 
     def _find(
         self,
@@ -231,7 +231,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path}: a pickle with more than tensors in it, which could run code; it was not loaded. "
-            "Take the publisher's file, or save the model's state_dict() alone with torch.save where you trust it"
+            "Take the publisher's file, or save the model's state_dict() alone where you trust the pickle"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ConfigError(

@@ -75,10 +75,10 @@ class Sam3Segmenter:
         self.device, self.dtype = find_device(self.options.device, self.options.dtype)
         _check_tensors(folder)
         self.processor = _processor(folder)
-        model = Sam3Model.from_pretrained(
+        model: Any = Sam3Model.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-        self.model = model.to(self.device).eval()  # pyright: ignore[reportArgumentType] - decorated
+        self.model = model.to(self.device).eval()
         self._max_tokens = self.model.config.text_config.max_position_embeddings
         self._texts: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self._photo = Batches(1, "sam3: the vision encoder")

@@ -111,6 +111,6 @@ def to_rles(masks: torch.Tensor) -> list[Rle | None]:
             continue
         counts = np.diff(edges, prepend=0, append=height * width)
         runs = {"size": [height, width], "counts": (counts if counts[-1] else counts[:-1]).tolist()}
-        encoded: Any = coco.frPyObjects(runs, height, width)  # pyright: ignore[reportArgumentType]
+        encoded: Any = coco.frPyObjects(runs, height, width)  # pyright: ignore
         found.append(Rle((height, width), encoded["counts"].decode()))
     return found

@@ -28,10 +28,22 @@ def write_sam(folder: Path, embed_dim: int = 32, depth: int = 2, grid: int = 8, 
         The file. Its name says `vit_b`, which it is not: a reader that trusts names is wrong.
     """
     import torch
-    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
     torch.manual_seed(seed)
-    sam = Sam(
+    sam = plain_sam(embed_dim, depth, grid)
+    _widen(sam, 0.3)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sam_vit_b_01ec64.pth"
+    torch.save(sam.state_dict(), path)
+    return path
+
+
+def plain_sam(embed_dim: int = 32, depth: int = 2, grid: int = 8) -> Any:
+    """The publisher's classes at this size, put together by hand, with whatever weights they start with."""
+    import torch
+    from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    return Sam(
         image_encoder=ImageEncoderViT(
             depth=depth,
             embed_dim=embed_dim,
@@ -57,11 +69,6 @@ def write_sam(folder: Path, embed_dim: int = 32, depth: int = 2, grid: int = 8, 
             iou_head_hidden_dim=32,
         ),
     )  # fmt: skip
-    _widen(sam, 0.3)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "sam_vit_b_01ec64.pth"
-    torch.save(sam.state_dict(), path)
-    return path
 
 
 def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False) -> Path:
@@ -83,7 +90,7 @@ def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False) -> Path
     vocabulary = _write_tokenizer(folder)
     config = Sam3Config(**_sam3_shapes(vocabulary))
     torch.manual_seed(seed)
-    model = Sam3Model(config).eval()
+    model: Any = Sam3Model(config).eval()
     _widen(model, 0.35)
     with torch.no_grad():  # so that some queries pass a threshold, and masks are not saturated
         model.detr_decoder.presence_head.layer2.bias.fill_(2.0)
@@ -159,7 +166,8 @@ def _write_tokenizer(folder: Path) -> int:
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=32).save_pretrained(folder)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=32)  # pyright: ignore
+    tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     return len(words)
