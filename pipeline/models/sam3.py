@@ -73,8 +73,7 @@ class Sam3Segmenter:
         self.options = read_options(Sam3Options, options)
         folder = _folder(self.options.model)
         self.device, self.dtype = find_device(self.options.device, self.options.dtype)
-        _check_tensors(folder)
-        self.processor = _processor(folder)
+        self.processor = _processor(folder, _check_tensors(folder).config)
         model: Any = Sam3Model.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
@@ -108,7 +107,7 @@ class Sam3Segmenter:
         given = read_options(Sam3Options, options)
         folder = _folder(given.model)
         model = _check_tensors(folder)
-        processor = _processor(folder)
+        processor = _processor(folder, model.config)
         tower = model.config.vision_config.backbone_config
         size = processor.image_processor.size
         what = (
@@ -232,11 +231,15 @@ def _folder(path: str) -> Path:
     return folder
 
 
-def _processor(folder: Path) -> Any:
+def _processor(folder: Path, config: Any) -> Any:
     from transformers import Sam3Processor
 
     try:
-        return Sam3Processor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = Sam3Processor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        words, known = config.text_config.vocab_size, len(processor.tokenizer)
+        if words != known:  # without its files transformers makes an empty one, without a word
+            raise ValueError(f"the tokenizer knows {known} words, the text encoder {words}")
+        return processor
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder}: processor or tokenizer do not load ({_first_line(error)}); processor_config.json, "
