@@ -289,5 +289,5 @@ def test_a_device_that_is_not_here_is_named(checkpoint):
     with pytest.raises(ConfigError, match="'abacus': name auto, cpu or cuda"):
         SamSegmenter(model=str(checkpoint), device="abacus")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="sees no GPU; set segmenter.num_gpus to 1"):
+        with pytest.raises(ConfigError, match=r"sees no GPU; set segmenter\.num_gpus to 1"):
             SamSegmenter(model=str(checkpoint), device="cuda")

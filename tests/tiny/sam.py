@@ -71,13 +71,14 @@ def plain_sam(embed_dim: int = 32, depth: int = 2, grid: int = 8) -> Any:
     )  # fmt: skip
 
 
-def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False) -> Path:
+def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False, published: bool = False) -> Path:
     """A tiny `facebook/sam3` folder: configuration and names of a video model, with some of its tracker.
 
     Args:
         folder: made if absent.
         seed: of the weights.
         detector_only: as `Sam3Model.save_pretrained` writes it, without the video model around it.
+        published: the published size, 3.4 GB, for measurements; its weights are as transformers draws them.
 
     Returns:
         The folder.
@@ -87,11 +88,12 @@ def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False) -> Path
     from transformers import Sam3Config, Sam3Model, Sam3VideoConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _write_tokenizer(folder)
-    config = Sam3Config(**_sam3_shapes(vocabulary))
+    vocabulary = _write_tokenizer(folder, 49408 if published else 0)
+    config = Sam3Config(**({} if published else _sam3_shapes(vocabulary)))
     torch.manual_seed(seed)
     model: Any = Sam3Model(config).eval()
-    _widen(model, 0.35)
+    if not published:
+        _widen(model, 0.35)
     with torch.no_grad():  # so that some queries pass a threshold, and masks are not saturated
         model.detr_decoder.presence_head.layer2.bias.fill_(2.0)
         model.mask_decoder.instance_projection.weight.mul_(0.01)
@@ -107,17 +109,18 @@ def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False) -> Path
         tensors["tracker_model.no_memory_embedding"] = torch.zeros(1, 1, 32)
         tensors["tracker_neck.fpn_layers.0.proj1.bias"] = torch.zeros(32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    side = {"height": SAM3_IMAGE_PX, "width": SAM3_IMAGE_PX}
+    side_px = 1008 if published else SAM3_IMAGE_PX
+    side = {"height": side_px, "width": side_px}
     processor = {
         "image_processor": {
             "image_processor_type": "Sam3ImageProcessorFast",
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
             "size": side,
-            "mask_size": {"height": SAM3_IMAGE_PX // 14 * 4, "width": SAM3_IMAGE_PX // 14 * 4},
+            "mask_size": {"height": side_px // 14 * 4, "width": side_px // 14 * 4},
         },
         "processor_class": "Sam3VideoProcessor",
-        "target_size": SAM3_IMAGE_PX,
+        "target_size": side_px,
     }
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
     return folder
@@ -156,14 +159,18 @@ def _sam3_shapes(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path) -> int:
-    """CLIP's byte-level tokenizer with two merges, in the published files; returns the vocabulary's size."""
+def _write_tokenizer(folder: Path, size: int = 0) -> int:
+    """CLIP's byte-level tokenizer with two merges, in the published files; returns the vocabulary's size.
+
+    Words that no text has fill it up to `size`.
+    """
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
     merges = [("c", "a"), ("ca", "t</w>")]
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    words += [f"<|filler {number}|>" for number in range(len(words) + 2, size)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=32)  # pyright: ignore
