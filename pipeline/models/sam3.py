@@ -39,7 +39,7 @@ class Sam3Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         model: folder of the checkpoint, in transformers' layout with safetensors.
-        threshold: candidates must score more; 0.5 is the publisher's, lower finds more and worse ones.
+        threshold: candidates must score more; 0.5 is what the published video model detects with.
         mask_threshold: a pixel is in the mask above this probability.
         device: "auto", "cpu" or "cuda".
         dtype: of matrix products; "auto" is bfloat16 on a GPU and float32 on a CPU.

@@ -104,6 +104,15 @@ def test_masks_of_narrow_photos_have_the_photos_size(checkpoint, size):
     assert [candidate.rle.size for candidate in found[0]] in ([size], [size] * 2, [size] * 3)
 
 
+def test_a_photo_that_is_all_but_a_line_fails_in_the_publishers_resizing_alone(checkpoint):
+    from segment_anything import SamPredictor
+
+    line = photo(1, 2000)
+    with pytest.raises(ValueError):
+        SamPredictor(plain_sam()).set_image(line)
+    assert segment(checkpoint, line, np.array([[0, 0, 2000, 1]], np.float32), multimask=True)[0]
+
+
 def test_a_box_with_nothing_in_it_finds_nothing_and_the_others_are_not_shifted(checkpoint):
     empty = [[20, 20, 20, 30], [95, 5, 99, 9], [30, 30, 20, 20], [np.nan, 0, 5, 5], [-9, -9, 0, 0]]
     boxes = np.array([BOXES[0], *empty, BOXES[1]], np.float32)

@@ -56,3 +56,31 @@ def test_masks_that_do_not_fit_together_are_enlarged_in_halves():
     found = to_candidates(masks, torch.arange(7) / 10, (4, 4), enlarge)
     assert found == to_candidates(masks, torch.arange(7) / 10, (4, 4), lambda low: low > 0.5)
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1] or max(sizes[2:]) <= 2, sizes
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_a_cpu_finds(tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    from pipeline import rle
+    from pipeline.models.sam import SamSegmenter
+    from pipeline.models.sam3 import Sam3Segmenter
+    from tests.synthetic import scene
+    from tests.tiny.sam import write_sam, write_sam3
+
+    photo, boxes = scene(0)[0], np.array([[0, 0, 128, 96], [10, 12, 60, 80]], np.float32)
+    for make, options in (
+        (SamSegmenter, {"model": str(write_sam(tmp_path / "sam"))}),
+        (Sam3Segmenter, {"model": str(write_sam3(tmp_path / "sam3")), "threshold": 0.35}),
+    ):
+        exact, single, half = (
+            make(device=device, dtype=dtype, **options).segment(photo, ["cat", "a red car"], boxes)
+            for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "auto"))
+        )
+        for one, two, three in zip(exact, single, half, strict=True):
+            assert one
+            assert one[0].score == pytest.approx(two[0].score, abs=1e-3)
+            assert rle.iou([one[0].rle], [c.rle for c in two]).max() > 0.98
+            assert rle.iou([one[0].rle], [c.rle for c in three]).max() > 0.8
