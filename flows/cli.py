@@ -255,7 +255,7 @@ class _LiveView:
         from rich.table import Table
 
         table = Table(title=_title(progress), title_justify="left")
-        for column in ("stage", "units", "regions", "asked", "regions/s", "dropped"):
+        for column in ("stage", "units", "regions", "asked", "regions/s", "busy", "dropped"):
             table.add_column(column, justify="left" if column in ("stage", "dropped") else "right")
         for name, stage in progress.stages.items():
             reasons = [
@@ -265,7 +265,9 @@ class _LiveView:
             ]
             rate = f"{stage.regions / progress.seconds:,.1f}" if progress.seconds else ""
             cells = (f"{stage.units:,}", f"{stage.regions:,}", f"{stage.asked:,}" if stage.asked else "")
-            table.add_row(name, *cells, rate, ", ".join(reasons))
+            activity = progress.activity.get(name)
+            share = None if activity is None else activity.busy_share
+            table.add_row(name, *cells, rate, "" if share is None else f"{share:.0%}", ", ".join(reasons))
         return table
 
 
