@@ -263,7 +263,7 @@ def allocate(
     elif rest:
         held = sum(pools[i].num_cpus * actors[i] for i in on_gpus)
         smallest = sum(pools[i].num_cpus * least[i] for i in rest)
-        wanted = sum(pools[i].num_cpus * most[i] for i in rest)
+        wanted = sum(pools[i].num_cpus * pools[i].high for i in rest)
         # Like Ray on one machine, which admits the smallest pools whatever its cores are.
         budget = wanted if cpus is None else max(smallest, cpus - held)
         found = _balance(rest, work, [pool.num_cpus for pool in pools], budget, least, most)
@@ -302,7 +302,8 @@ def balance(
         work: seconds of one actor, by pool.
         cost: GPUs (or CPUs) of one actor.
         budget: of all together.
-        least, most: actors; default: 1 to as many as the budget buys.
+        least: actors of each; default: 1.
+        most: actors of each; default: as many as the budget buys.
 
     Returns:
         Counts; None if the budget does not hold `least`.
@@ -377,7 +378,9 @@ def doubts(config: BuildConfig, rates: Rates, sizes: dict[str, Size], pilot: Bui
     """What makes this plan less sure than it looks.
 
     Args:
-        config, rates, sizes: of the plan.
+        config: of the plan.
+        rates: of the plan.
+        sizes: of the plan.
         pilot: the configuration that the rates were measured with, if it is known.
     """
     said = []
@@ -400,14 +403,11 @@ def doubts(config: BuildConfig, rates: Rates, sizes: dict[str, Size], pilot: Bui
         for protocol in _EMBEDDED:
             then, now = (_what(getattr(each, protocol)) for each in (pilot, config))
             if then != now:
-                said.append(f"{protocol}: the pilot ran another one ({pilot_name(pilot, protocol)})")
+                said.append(
+                    f"{protocol}: the pilot ran {then[0]} (num_gpus {then[2]:g}, num_cpus {then[3]:g}), the "
+                    f"plan is for {now[0]} ({now[2]:g}, {now[3]:g}){'; other options' * (then[1] != now[1])}"
+                )
     return said
-
-
-def pilot_name(config: BuildConfig, protocol: str) -> str:
-    """The backend's name and what decides its speed, in a few words."""
-    backend: Backend = getattr(config, protocol)
-    return f"{backend.name}, num_gpus {backend.num_gpus:g}, num_cpus {backend.num_cpus:g}, {backend.options}"
 
 
 def _what(backend: Backend) -> tuple:

@@ -1,4 +1,4 @@
-"""What a region costs in each stage: measured from a pilot's event log and files, kept in a small YAML file."""
+"""What a region costs in each stage: measured from a pilot's events and files, kept in a small YAML file."""
 
 from __future__ import annotations
 
