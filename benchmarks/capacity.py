@@ -3,7 +3,7 @@
     python -m benchmarks.capacity [--images 200]
 
 Both are the real command in a process of its own: both subsets, the embedded backends, a Ray of its own. The
-pilot builds the first tenth (`--limit-images`). Compared are the streams (Ray's start, that of actors and models,
+pilot builds the first tenth (`--limit-images`). Compared are the streams (the start of Ray, actors and models,
 all units) and the whole commands; the second prediction adds what the pilot's command took besides its
 streams (imports, Prefect's server, planning, merging).
 """
