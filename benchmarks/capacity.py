@@ -3,7 +3,7 @@
     python -m benchmarks.capacity [--images 200]
 
 Both are the real command in a process of its own: both subsets, the embedded backends, a Ray of its own. The
-pilot builds the first tenth (`--limit-images`). Compared are the streams (the start of Ray, actors and models,
+pilot builds the first tenth (`--limit-images`). Compared are the streams (start of Ray, actors and models,
 all units) and the whole commands; the second prediction adds what the pilot's command took besides its
 streams (imports, Prefect's server, planning, merging).
 """
@@ -57,6 +57,19 @@ def streamed(out: Path) -> float:
     return total
 
 
+def cpu(out: Path) -> tuple[float, float]:
+    """CPU seconds of all stages, and wall seconds in them for each: above 1 if others wanted the cores."""
+    units = [
+        event
+        for subset in SUBSETS
+        for run in run_folders(out, subset)
+        for event in EventReader(run).new()
+        if event.what == "unit"
+    ]
+    used = sum(event.cpu for event in units)
+    return used, sum(event.seconds for event in units) / used
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=200, help="of each subset; the pilot builds a tenth")
@@ -99,6 +112,12 @@ def main() -> None:
             f"ratio {planned.wall_s / actual:.2f} (0.75 to 1.25)"
         )
         whole = planned.wall_s + besides
+        (used, waited), (_, pilot_waited) = cpu(full), cpu(pilot)
+        expected = sum(subset.cpu_s for subset in planned.subsets)
+        print(
+            f"    CPU seconds of the stages: predicted {expected:.1f}, took {used:.1f}: ratio "
+            f"{expected / used:.2f}; wall seconds for each: pilot {pilot_waited:.2f}, build {waited:.2f}"
+        )
         print(f"    whole command: predicted {whole:.1f} s, took {full_s:.1f} s: ratio {whole / full_s:.2f}")
 
 
