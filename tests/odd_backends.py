@@ -13,11 +13,11 @@ from tests.backends import InstantCaptioner, InstantJudge
 
 def _noted(path: str) -> None:
     with open(path, "a") as file:
-        file.write(f"{os.getpid()} {os.environ.get('ONLY_HERE', '')}\n")
+        file.write(f"{os.getpid()} {os.environ.get('ONLY_HERE')} {os.environ.get('BY_PYTHON')}\n")
 
 
 class WhereCaptioner(InstantCaptioner):
-    """Writes down its process and the variable ONLY_HERE."""
+    """Writes down its process and the variables ONLY_HERE and BY_PYTHON."""
 
     def __init__(self, where: str, **options: Any):
         super().__init__(**options)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 
 import pytest
@@ -262,7 +263,11 @@ def test_an_environment_is_of_its_stage_alone_and_changes_no_evidence(tmp_path, 
     )
     judge = ("judge", "tests.odd_backends:WhereJudge", {"where": str(tmp_path / "judge.where")})
     plain = with_backend(plain, *judge)
-    apart = with_backend(plain, *judge, runtime_env={"env_vars": {"ONLY_HERE": "yes"}})
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nBY_PYTHON=yes exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    own = {"env_vars": {"ONLY_HERE": "yes"}, "py_executable": str(python)}
+    apart = with_backend(plain, *judge, runtime_env=own)
     assert [len(steps_of(stages.coconut(config), config)) for config in (plain, apart)] == [1, 3]
     digests = [[s.digest() for s in stages.coconut(config)] for config in (plain, apart)]
     assert digests[0] == digests[1]
@@ -271,7 +276,8 @@ def test_an_environment_is_of_its_stage_alone_and_changes_no_evidence(tmp_path, 
         [line.split(" ") for line in (tmp_path / f"{name}.where").read_text().splitlines()]
         for name in ("captioner", "judge")
     )
-    assert (captioner[1], judge[1]) == ("", "yes") and captioner[0] != judge[0]
+    assert captioner[1:] == ["None", "None"] and judge[1:] == ["yes", "yes"]
+    assert captioner[0] != judge[0]
 
 
 def test_the_run_tells_its_actors_their_start_and_their_share_of_time_in_calls(tmp_path, coconut):
