@@ -22,7 +22,7 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 
 from flows import watch
-from pipeline import audit, card, corpus, files, plan, shards, sources, stages, stream
+from pipeline import activity, audit, card, corpus, events, files, plan, shards, sources, stages, stream
 from pipeline.config_file import dump_config
 from schemas.config import BuildConfig
 from schemas.errors import ParaCaptionError, Retryable
@@ -117,12 +117,16 @@ def stream_units(
 ) -> None:
     """Send the pending units through the stages and commit them. Without any, Ray is not started."""
     stream.check_disk(config, subset, units, planned)
-    if units:
-        stream.start_ray(ray_address, config, config.subsets)
     run_folder = (
         Path(config.out) / "events" / f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
     )
-    run_folder.mkdir(parents=True)
+    if units:
+        start = time.perf_counter()
+        stream.start_ray(ray_address, config, config.subsets)
+        run_folder.mkdir(parents=True)
+        events.EventLog(run_folder, "driver").emit("ray", seconds=time.perf_counter() - start)
+    else:
+        run_folder.mkdir(parents=True)
     published = _Artifacts(subset)
     draw = watch.watcher.get()
 
@@ -167,9 +171,23 @@ class _Artifacts:
                 "asked": stage.asked,
                 "seconds": round(stage.seconds, 1),
                 "dropped": sum(n for key, n in progress.dropped.items() if key.partition("/")[0] == name),
+                **_activity(progress.activity.get(name)),
             }
             for name, stage in progress.stages.items()
         ]
         create_table_artifact(
             key=f"{self.subset}-stages", table=rows, description=f"{self.subset}: this run by stage"
         )
+
+
+def _activity(stage: activity.StageActivity | None) -> dict[str, Any]:
+    """A model stage's actors in the table: start-up, share of time in calls, the backend's own numbers."""
+    if stage is None:
+        return {}
+    return {
+        "actors": stage.actors,
+        "start-up s": round(stage.startup_s, 1),
+        "busy": None if stage.busy_share is None else round(stage.busy_share, 3),
+        "GPU in calls": None if stage.gpu is None else round(stage.gpu, 3),
+        **{name: round(value, 3) for name, value in stage.report.items()},
+    }

@@ -111,6 +111,72 @@ def show(out: Out, key: str, picture: Annotated[Path, typer.Option("--out", help
 
 
 @app.command()
+def doctor(config: Config, ray_address: RayAddress = None) -> None:
+    """Check packages, GPUs, memory, models, sources and the output before a build; exit code 1 on a FAIL."""
+    from rich.console import Console
+
+    from pipeline import doctor as examining
+    from pipeline.config_file import load_config
+
+    findings = examining.examine(load_config(config), ray_address)
+    Console().print(examining.render(findings))
+    raise typer.Exit(1 if any(finding.state == examining.FAIL for finding in findings) else 0)
+
+
+@app.command()
+def plan(
+    config: Config,
+    run: Annotated[
+        Path | None, typer.Option(help="The corpus of a pilot [default: the configuration's `out`].")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="Seconds a region, as --write-rates prints them.")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="Of the cluster.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=1, help="Cores of the cluster.")] = None,
+    images: Annotated[
+        list[str] | None, typer.Option(help="SUBSET=IMAGES or SUBSET=IMAGES/MASKS; default: the paper's.")
+    ] = None,
+    corpus: Annotated[bool, typer.Option(help="The configured sources' own images.")] = False,
+    write_rates: Annotated[bool, typer.Option(help="Print the measured rates as YAML, and no plan.")] = False,
+) -> None:
+    """Plan a build from a pilot: GPU-hours, wall time, the bottleneck, GPUs per stage, bytes."""
+    from rich.console import Console
+
+    from pipeline import plan_view
+    from pipeline import rates as measuring
+    from pipeline.config_file import load_config
+
+    loaded = load_config(config)
+    pilot = run or Path(loaded.out)
+    measured = measuring.read(rates) if rates else measuring.measure(pilot)
+    if write_rates:
+        print(measuring.dump(measured), end="")
+        return
+    known = None if rates or not (pilot / "config.yaml").exists() else load_config(pilot / "config.yaml")
+    sizes = plan_view.sizes_of(loaded, measured, images or [], corpus)
+    Console().print(plan_view.render(loaded, measured, sizes, gpus, cpus, known))
+
+
+models = typer.Typer(help="Make checkpoints ready for the models that need it.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+
+@models.command()
+def prepare(
+    model: Annotated[str, typer.Argument(help="gar.")],
+    path: Annotated[Path, typer.Argument(help="The published checkpoint's folder.")],
+    to: Annotated[Path | None, typer.Option(help="Folder of the export [default: beside it].")] = None,
+) -> None:
+    """Export a checkpoint's language model once, for vLLM; nothing to do if it is there."""
+    if model != "gar":
+        raise ConfigError(f"models prepare: {model!r} needs no preparation; only gar does")
+    from pipeline.models import gar
+
+    print(gar.prepare(path, to))
+
+
+@app.command()
 def export(
     out: Out,
     format: Annotated[str, typer.Option(help="perceptiondlm-json, coco or parquet.")],
@@ -255,7 +321,7 @@ class _LiveView:
         from rich.table import Table
 
         table = Table(title=_title(progress), title_justify="left")
-        for column in ("stage", "units", "regions", "asked", "regions/s", "dropped"):
+        for column in ("stage", "units", "regions", "asked", "regions/s", "busy", "dropped"):
             table.add_column(column, justify="left" if column in ("stage", "dropped") else "right")
         for name, stage in progress.stages.items():
             reasons = [
@@ -265,7 +331,9 @@ class _LiveView:
             ]
             rate = f"{stage.regions / progress.seconds:,.1f}" if progress.seconds else ""
             cells = (f"{stage.units:,}", f"{stage.regions:,}", f"{stage.asked:,}" if stage.asked else "")
-            table.add_row(name, *cells, rate, ", ".join(reasons))
+            activity = progress.activity.get(name)
+            share = None if activity is None else activity.busy_share
+            table.add_row(name, *cells, rate, "" if share is None else f"{share:.0%}", ", ".join(reasons))
         return table
 
 

@@ -25,13 +25,18 @@ class Event(msgspec.Struct, omit_defaults=True):
 
     Attributes:
         time_s: seconds since the epoch, the worker's clock.
-        what: "started" (a model was loaded), "ready" (a worker), "batch", "unit", "failed", "committed".
+        what: "started" (a model was loaded), "ready" (a worker), "batch", "unit", "failed", "committed";
+            of the driver also "ray" (it is up), "begun" and "ended" (the stream).
         stage: name of the step or stage.
         unit: name of the unit.
         images, regions: how many it was about.
         asked: regions the model was asked about (evidence that was lacking).
         seconds: how long it took.
         detail: for people.
+        cpu: seconds of CPU time that the worker's process took meanwhile.
+        busy: of `seconds`, those inside calls to the model.
+        gpu: the GPU's mean utilisation during these, 0..1; None if it is not known.
+        report: the backend's own numbers, such as a cache's hit rate.
     """
 
     time_s: float
@@ -43,6 +48,10 @@ class Event(msgspec.Struct, omit_defaults=True):
     asked: int = 0
     seconds: float = 0.0
     detail: str = ""
+    cpu: float = 0.0
+    busy: float = 0.0
+    gpu: float | None = None
+    report: dict[str, float] = {}
 
 
 class EventLog:
@@ -82,6 +91,11 @@ class EventReader:
 
     def new(self) -> Iterator[Event]:
         """Events since the last call, file by file."""
+        for _, event in self.named():
+            yield event
+
+    def named(self) -> Iterator[tuple[str, Event]]:
+        """(worker, event) since the last call; a worker is known by the name of its file."""
         for path in sorted(self.folder.glob("*.jsonl")):
             with open(path, "rb") as file:
                 file.seek(self._read[path])
@@ -90,6 +104,8 @@ class EventReader:
             self._read[path] += whole
             for line in data[:whole].splitlines():
                 try:
-                    yield msgspec.json.decode(line, type=Event)
+                    event = msgspec.json.decode(line, type=Event)
                 except (msgspec.MsgspecError, UnicodeError):
                     log.debug("%s: not an event: %r", path, line)  # cut short by a full disk
+                else:
+                    yield path.stem, event

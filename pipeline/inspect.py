@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import corpus, plots, reader
+from pipeline import activity, corpus, plots, reader
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,6 +54,9 @@ def inspect(out: str | Path, num_kept: int = 5, num_dropped: int = 2) -> Rendera
         counts = corpus.count(out, subset)
         parts += _head(subset, counts)
         parts.append(_funnel(counts))
+        busy = activity.of_runs(out, subset)
+        if busy:
+            parts += ["", activity_table(busy)]
         kept, dropped = samples(out, subset, num_kept, num_dropped)
         if kept:
             parts += ["", _samples("kept", kept)]
@@ -134,6 +137,24 @@ def _funnel(counts: corpus.Counts) -> Any:
         why = ", ".join(f"{_words(reason)} {number:,}" for reason, number in step.reasons.items())
         dropped = f"{step.dropped:,}" if step.dropped else ""
         table.add_row(_words(step.stage), f"{left:,}", f"{left / total:.0%}", bar, dropped, Text(why))
+    return table
+
+
+def activity_table(stages: dict[str, activity.StageActivity]) -> Any:
+    """A line per model stage: its actors, how fast they were, and how much of their time they had work."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("model stage", no_wrap=True)
+    for title in ("actors", "start-up s", "regions", "regions/s each", "busy", "GPU in calls"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("backend")
+    for name, stage in stages.items():
+        speed = "" if stage.regions_per_s is None else f"{stage.regions_per_s:,.1f}"
+        numbers = (f"{stage.actors:,}", f"{stage.startup_s:,.1f}", f"{stage.asked:,}", speed)
+        shares = ("" if share is None else f"{share:.0%}" for share in (stage.busy_share, stage.gpu))
+        report = ", ".join(f"{_words(key)} {value:.4g}" for key, value in stage.report.items())
+        table.add_row(_words(name), *numbers, *shares, report)
     return table
 
 

@@ -30,6 +30,7 @@ import msgspec
 
 from pipeline import plan as plans
 from pipeline import shards
+from pipeline.activity import Activity, StageActivity
 from pipeline.events import EventLog, EventReader
 from pipeline.shards import Draft
 from pipeline.sources import SOURCE_STAGE
@@ -61,6 +62,7 @@ class Progress(msgspec.Struct):
         seconds: since the stream started.
         dropped: regions by "stage/reason", of this run's units.
         stages: by stage name, in recipe order.
+        activity: of the model stages whose actors are up: start-up seconds, share of time in calls.
     """
 
     subset: str
@@ -72,6 +74,7 @@ class Progress(msgspec.Struct):
     seconds: float = 0.0
     dropped: Counter[str] = msgspec.field(default_factory=Counter)
     stages: dict[str, StageProgress] = {}
+    activity: dict[str, StageActivity] = {}
 
     @property
     def seconds_left(self) -> float | None:
@@ -83,8 +86,8 @@ def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:
     """Group a recipe into the operators of the stream.
 
     Each model starts its own, filters ride along. Neighbours without a GPU that ask for the same resources
-    share their actors: on CPUs alone a unit then runs through all stages in one process, and nothing is sent
-    between them.
+    and the same environment share their actors: on CPUs alone a unit then runs through all stages in one
+    process, and nothing is sent between them.
     """
     apart: Steps = [[SOURCE_STAGE]]
     for stage in [*stages, shards.WRITE_STAGE]:
@@ -107,6 +110,7 @@ def resources_of(step: list[FilterStage | ModelStage | str], config: BuildConfig
     model = next((stage for stage in step if isinstance(stage, ModelStage)), None)
     asks = config.io if model is None else model.backend
     return {
+        "runtime_env": getattr(asks, "runtime_env", {}),
         "num_cpus": asks.num_cpus,
         "num_gpus": getattr(asks, "num_gpus", 0),
         "concurrency": tuple(asks.concurrency),
@@ -169,8 +173,9 @@ def run(
     if not units:
         return progress
     check_resources(steps, config)
-    rows = _Stream(_dataset(job, steps, plan, units))
     events = EventLog(run_folder, "driver")
+    events.emit("begun")
+    rows = _Stream(_dataset(job, steps, plan, units))
     watch = _Watch(EventReader(run_folder), progress, config.failures.stall_s, run_folder)
     committer = _Committer(folder, config.failures.stop_after_units, progress, events)
     try:
@@ -184,6 +189,7 @@ def run(
         rows.stop()
         committer.abandon()
         raise
+    events.emit("ended")
     watch.look(moved=True)
     on_progress(progress)
     shards.sweep(folder)  # what a worker of an earlier, broken run was still writing when this one began
@@ -212,6 +218,7 @@ def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
             fn_constructor_args=(job, step),
             num_cpus=asked["num_cpus"],
             num_gpus=asked["num_gpus"] or None,
+            runtime_env=asked["runtime_env"] or None,
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
         )
     return dataset
@@ -336,11 +343,13 @@ class _Watch:
         self.progress = progress
         self.stall_s = stall_s
         self.run_folder = run_folder
+        self.activity = Activity()
         self.started = self.moved = time.monotonic()
 
     def look(self, moved: bool) -> None:
-        for event in self.reader.new():
+        for worker, event in self.reader.named():
             moved = True
+            self.activity.add(worker, event)
             if event.what == "unit" and event.stage in self.progress.stages:
                 stage = self.progress.stages[event.stage]
                 stage.units += 1
@@ -349,6 +358,7 @@ class _Watch:
                 stage.seconds += event.seconds
         now = time.monotonic()
         self.progress.seconds = now - self.started
+        self.progress.activity = self.activity.stages(time.time())
         if moved:
             self.moved = now
         elif now - self.moved > self.stall_s + STALL_GRACE_S:

@@ -28,7 +28,7 @@ from typing import IO, Any, TypeVar
 
 import msgspec
 
-from pipeline import models, plan, shards, sources
+from pipeline import gpus, models, plan, shards, sources
 from pipeline.events import EventLog
 from pipeline.evidence import EvidenceStore
 from pipeline.sources import SOURCE_STAGE, CatalogEntry
@@ -97,6 +97,11 @@ class Worker:
         self._stack = _open_stack(Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt")
         self.source = sources.open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         self.models: dict[str, Any] = {}
+        self.meters = {
+            stage.name: gpus.Meter(has_gpu=stage.backend.num_gpus > 0)
+            for stage in stages
+            if isinstance(stage, ModelStage)
+        }
         started = time.perf_counter()
         self._broken: str | None = None
         for stage in stages:
@@ -141,29 +146,43 @@ class Worker:
                 self._filter(unit, [stage for stage in group if isinstance(stage, FilterStage)])
                 continue
             for stage in group:
-                start = time.perf_counter()
-                regions, asked = _live(unit), 0
+                start, start_cpu = time.perf_counter(), time.process_time()
+                regions, told = _live(unit), {}
                 if stage == SOURCE_STAGE:
                     self._read(unit, row["index"])
                     regions = sum(len(image.regions) for image in unit.images)
                 elif stage == shards.WRITE_STAGE:
-                    return {"draft": self._write(unit, start)}
+                    return {"draft": self._write(unit, start, start_cpu)}
                 elif isinstance(stage, ModelStage):
-                    asked = self._ask(stage, unit)
+                    told = {"asked": self._ask(stage, unit), **self._spent(stage)}
                 name = stage if isinstance(stage, str) else stage.name
-                self._done(name, unit, regions, time.perf_counter() - start, asked)
+                cpu = time.process_time() - start_cpu
+                self._done(name, unit, regions, time.perf_counter() - start, cpu, **told)
         return {"unit": unit.name, "state": msgspec.msgpack.encode(unit)}
 
-    def _done(self, stage: str, unit: Unit, regions: int, seconds: float, asked: int = 0) -> None:
+    def _done(self, stage: str, unit: Unit, regions: int, seconds: float, cpu: float, **told: Any) -> None:
         self.events.emit(
             "unit",
             stage=stage,
             unit=unit.name,
             images=len(unit.images),
             regions=regions,
-            asked=asked,
             seconds=seconds,
+            cpu=cpu,
+            **told,
         )
+
+    def _spent(self, stage: ModelStage) -> dict[str, Any]:
+        """For the event: time inside the model, its GPU's utilisation, and what the backend reports."""
+        spent = self.meters[stage.name].take()
+        told: dict[str, Any] = {"busy": spent.busy_s, "gpu": spent.gpu}
+        report = getattr(self.models.get(stage.name), "report", None)
+        if report is not None:
+            try:
+                told["report"] = {str(name): float(value) for name, value in report().items()}
+            except Exception:  # a number on a screen is not worth a unit
+                log.warning("%s: its report cannot be had", stage.name, exc_info=True)
+        return told
 
     # The ends.
 
@@ -195,11 +214,12 @@ class Worker:
             detail = f"{entry.annotation}: {type(error).__name__}: {error}"
             return _empty(self.job.subset, entry, Reason.ANNOTATION_UNREADABLE, detail)
 
-    def _write(self, unit: Unit, start: float) -> bytes:
+    def _write(self, unit: Unit, start: float, start_cpu: float) -> bytes:
         job = self.job
         draft = shards.write_unit(self.folder, unit.name, unit.images, job.plan, job.recipe)
         draft.failures = unit.failures
-        self._done(shards.WRITE_STAGE, unit, draft.manifest.kept, time.perf_counter() - start)
+        cpu = time.process_time() - start_cpu
+        self._done(shards.WRITE_STAGE, unit, draft.manifest.kept, time.perf_counter() - start, cpu)
         return msgspec.msgpack.encode(draft)
 
     # Filters: one image after the other through all of them, because neighbours share what they measure.
@@ -207,17 +227,19 @@ class Worker:
     def _filter(self, unit: Unit, stages: list[FilterStage]) -> None:
         regions = Counter[str]()
         seconds = dict.fromkeys((stage.name for stage in stages), 0.0)
+        cpu = dict(seconds)
         for image in unit.images:
             for stage in stages:
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 regions[stage.name] += len(image.live())
                 try:
                     stage.run(image)
                 except Exception as error:  # noqa: BLE001 - an image that a filter trips over is a drop
                     image.reject(Drop(stage.name, Reason.MODEL_ERROR, f"{type(error).__name__}: {error}"))
                 seconds[stage.name] += time.perf_counter() - start
+                cpu[stage.name] += time.process_time() - start_cpu
         for stage in stages:
-            self._done(stage.name, unit, regions[stage.name], seconds[stage.name])
+            self._done(stage.name, unit, regions[stage.name], seconds[stage.name], cpu[stage.name])
 
     # Models: whole units, in batches.
 
@@ -306,7 +328,7 @@ class Worker:
             if stage.name not in self.models:
                 self._reload(stage)
             try:
-                with self._watched(f"{stage.name}, at {batch[0].key}"):
+                with self._watched(f"{stage.name}, at {batch[0].key}"), self.meters[stage.name].call():
                     return stage.ask(self.models[stage.name], batch)
             except EngineLost:
                 del self.models[

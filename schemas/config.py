@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 
 class _Strict(BaseModel):
@@ -147,12 +147,31 @@ class Backend(_Strict):
         default=64, description="images given to the backend at once; a failing batch is bisected"
     )
 
+    runtime_env: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Ray's, for the actors: py_executable, env_vars, ...; decides no answer",
+    )
+
+    @field_validator("runtime_env")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value.get("env_vars") or {}:
+            if _SECRET & set(name.upper().split("_")):
+                raise ValueError(
+                    f"{name} looks like a secret, and the configuration is published with the corpus; "
+                    "set it in the nodes' environment"
+                )
+        return value
+
     @model_validator(mode="after")
     def _ordered(self) -> Backend:
         low, high = self.concurrency
         if not 1 <= low <= high:
             raise ValueError(f"concurrency is (min, max) with 1 <= min <= max, not {self.concurrency}")
         return self
+
+
+_SECRET = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
 
 
 class Io(_Strict):

@@ -20,7 +20,7 @@ from schemas.config import Backend, BuildConfig
 from tests.synthetic import write_coconut
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = "build audit verify inspect show export merge demo config deploy".split()
+COMMANDS = "build audit verify inspect show doctor plan models export merge demo config deploy".split()
 runner = CliRunner()
 
 
@@ -224,3 +224,30 @@ def test_merge_renews_what_was_lost_and_a_second_build_commits_nothing(demo, tmp
     done = runner.invoke(app, ["merge", str(out / "config.yaml")])
     assert done.exit_code == 0, (done.output, done.exception)
     assert (out / "index.parquet").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_build_is_planned_from_the_demo_and_again_from_its_written_rates(demo, tmp_path):
+    out, _ = demo
+    config = tmp_path / "build.yaml"
+    config.write_text((out / "config.yaml").read_text())
+    env = {"COLUMNS": "160"}
+    done = runner.invoke(app, ["plan", str(config)], env=env)
+    assert done.exit_code == 0, done.output
+    assert "334,000 images, 3,400,000 regions" in done.output and "83,000 images" in done.output
+    assert "bottleneck: " in done.output and "measured regions stand for" in done.output
+    rates = tmp_path / "rates.yaml"
+    rates.write_text(runner.invoke(app, ["plan", str(config), "--write-rates"]).output)
+    again = runner.invoke(
+        app, ["plan", str(config), "--rates", str(rates), "--images", "coconut=600"], env=env
+    )
+    assert again.exit_code == 0, again.output
+    assert "coconut: 600 images" in again.output
+    own = runner.invoke(app, ["plan", str(config), "--corpus"], env=env)
+    assert "coconut: 6 images" in own.output
+
+
+@pytest.mark.slow
+def test_inspect_shows_how_busy_the_models_were(demo):
+    text = runner.invoke(app, ["inspect", str(demo[0])], env={"COLUMNS": "160"}).output
+    assert "start-up s" in text and "agree with segmenter" in text

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import sys
 import time
 
 import pytest
 
-from pipeline import shards, stages, stream
+from pipeline import activity, shards, stages, stream
+from pipeline.events import EventReader
 from pipeline.stages import ModelStage
 from pipeline.stream import steps_of
 from schemas.errors import ConfigError, IntegrityError, StageFailed, StageStalled
@@ -245,3 +247,47 @@ def test_a_client_address_is_refused_with_the_way_that_works(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
     with pytest.raises(ConfigError, match=r"ray://head:10001.*ray job submit"):
         stream.start_ray("ray://head:10001", config, ["coconut"])
+
+
+def with_backend(config, protocol, name, options, **changes):
+    backend = getattr(config, protocol).model_copy(update={"name": name, "options": options, **changes})
+    return config.model_copy(update={protocol: backend})
+
+
+def test_an_environment_is_of_its_stage_alone_and_changes_no_evidence(tmp_path, coconut):
+    plain = with_backend(
+        config_of(tmp_path / "out", coconut=coconut),
+        "captioner",
+        "tests.odd_backends:WhereCaptioner",
+        {"where": str(tmp_path / "captioner.where")},
+    )
+    judge = ("judge", "tests.odd_backends:WhereJudge", {"where": str(tmp_path / "judge.where")})
+    plain = with_backend(plain, *judge)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nBY_PYTHON=yes exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    own = {"env_vars": {"ONLY_HERE": "yes"}, "py_executable": str(python)}
+    apart = with_backend(plain, *judge, runtime_env=own)
+    assert [len(steps_of(stages.coconut(config), config)) for config in (plain, apart)] == [1, 3]
+    digests = [[s.digest() for s in stages.coconut(config)] for config in (plain, apart)]
+    assert digests[0] == digests[1]
+    build(apart)
+    (captioner,), (judge,) = (
+        [line.split(" ") for line in (tmp_path / f"{name}.where").read_text().splitlines()]
+        for name in ("captioner", "judge")
+    )
+    assert captioner[1:] == ["None", "None"] and judge[1:] == ["yes", "yes"]
+    assert captioner[0] != judge[0]
+
+
+def test_the_run_tells_its_actors_their_start_and_their_share_of_time_in_calls(tmp_path, coconut):
+    config = config_of(tmp_path / "out", coconut=coconut, apart=True, captioner={"delay_s": 0.1})
+    done = build(config)["coconut"]
+    caption, judge = done.activity["caption"], done.activity["verify_category"]
+    assert (caption.actors, judge.actors, caption.asked) == (1, 1, 40)
+    assert caption.busy_s >= 1.0 > judge.busy_s
+    assert caption.busy_share and judge.busy_share and judge.busy_share < caption.busy_share <= 1
+    assert activity.of_runs(tmp_path / "out", "coconut")["caption"].asked == 40
+    (run,) = activity.run_folders(tmp_path / "out", "coconut")
+    driver = [event.what for event in EventReader(run).new() if event.what in ("begun", "ended")]
+    assert driver == ["begun", "ended"]

@@ -1,0 +1,76 @@
+"""Test backends with one property each: an environment, too little memory, a report, a check."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pipeline.models import Answer, Checked, Question
+from schemas.errors import ConfigError, OutOfMemory
+from schemas.records import ImageRecord
+from tests.backends import InstantCaptioner, InstantJudge
+
+
+def _noted(path: str) -> None:
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()} {os.environ.get('ONLY_HERE')} {os.environ.get('BY_PYTHON')}\n")
+
+
+class WhereCaptioner(InstantCaptioner):
+    """Writes down its process and the variables ONLY_HERE and BY_PYTHON."""
+
+    def __init__(self, where: str, **options: Any):
+        super().__init__(**options)
+        _noted(where)
+
+
+class WhereJudge(InstantJudge):
+    def __init__(self, where: str, **options: Any):
+        super().__init__(**options)
+        _noted(where)
+
+
+class SmallCaptioner(InstantCaptioner):
+    """Has memory for `room` regions at once."""
+
+    def __init__(self, room: int, log: str | None = None):
+        super().__init__(log)
+        self.room = room
+
+    def caption(self, images: list[ImageRecord]) -> list[list[str | None]]:
+        wanted = sum(len(image.live()) for image in images)
+        if wanted > self.room:
+            raise OutOfMemory(f"{wanted} regions, room for {self.room}")
+        return super().caption(images)
+
+
+class ReportingJudge(InstantJudge):
+    """Counts its questions."""
+
+    def __init__(self, broken: bool = False, log: str | None = None):
+        super().__init__(log)
+        self.asked, self.broken = 0, broken
+
+    def ask(self, questions: list[Question]) -> list[Answer]:
+        self.asked += len(questions)
+        return super().ask(questions)
+
+    def report(self) -> dict[str, float]:
+        if self.broken:
+            raise RuntimeError("no numbers today")
+        return {"questions": float(self.asked)}
+
+
+class WeighedCaptioner(InstantCaptioner):
+    """Its check knows a weight, finds a folder, or does not."""
+
+    def __init__(self, weight_gb: float = 1.0, path: str = "", gpu_memory_utilization: float | None = None):
+        super().__init__()
+
+    @classmethod
+    def check(
+        cls, weight_gb: float = 1.0, path: str = "", gpu_memory_utilization: float | None = None
+    ) -> Checked:
+        if path and not os.path.isdir(path):
+            raise ConfigError(f"captioner.options.path: {path}: no such folder; download it")
+        return Checked("a weighed captioner", int(weight_gb * 1e9), ["its weights are made up"])
