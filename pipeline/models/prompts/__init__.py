@@ -91,7 +91,9 @@ def parse(name: str, text: str) -> Prompt:
     answer = raw["answer"] if isinstance(raw["answer"], dict) else {}
     choices, pattern = tuple(answer.get("choice", ())), answer.get("pattern", "")
     if any(a != b and b.startswith(a) for a in choices for b in choices):
-        raise ValueError(f"{name}.yaml: one of the choices {choices} begins another: their ends decide nothing")
+        raise ValueError(
+            f"{name}.yaml: one of the choices {choices} begins another: their ends decide nothing"
+        )
     system, user = raw["system"].strip(), raw["user"].strip()
     return Prompt(
         name=name,
