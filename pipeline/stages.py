@@ -279,7 +279,7 @@ def _ask_judge(kind: str, model: models.Judge, images: list[ImageRecord]) -> lis
 
 
 def _judged(kind: str, answer: models.Answer | BadRecord) -> Judged | BadRecord:
-    """An answer as evidence. One outside its schema is none: it is not kept, so that it can be asked again."""
+    """An answer as evidence; one outside its schema is not kept, so that it can be asked again."""
     if isinstance(answer, BadRecord):
         return answer
     decide = category.judge_verdict if kind == "verify" else lambda text: category.core_category(text)[1]

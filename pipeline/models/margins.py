@@ -75,8 +75,8 @@ def margin_of_text(
 ) -> float | None:
     """The margin of the first choice at one position, from the token texts that a server lists there.
 
-    A choice that is not listed is less likely than all that are: it counts as the least likely of them, so the
-    margin is then a lower bound of its size.
+    A choice that is not listed is less likely than all that are: it counts as the least likely of them, and
+    the margin is then a lower bound of its size.
 
     Args:
         choices: two texts; neither begins the other.

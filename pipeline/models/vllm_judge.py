@@ -99,7 +99,7 @@ class VllmJudge:
 
     @classmethod
     def identity(cls, **options: Any) -> dict[str, str]:
-        """Weights, prompts with their schemas, what of the engine's arguments changes answers, vLLM's release."""
+        """Weights, prompts with their schemas, arguments of the engine that change answers, vLLM's release."""
         import importlib.metadata
 
         given = _read(options)
@@ -141,7 +141,7 @@ class VllmJudge:
         return _check_tensors(folder, given, notes)
 
     def ask(self, questions: list[Question]) -> list[Answer | BadRecord]:
-        """One answer per question, in order; a `BadRecord` for one that is too long or stays outside its schema.
+        """One answer per question, in order; a `BadRecord` for one too long, or always outside its schema.
 
         Raises:
             ValueError: a question of a kind that is not known; a bug of the caller.
@@ -168,7 +168,7 @@ class VllmJudge:
         return [answers[index] for index in range(len(questions))]
 
     def report(self) -> dict[str, float]:
-        """Share of the prompts' tokens that the prefix cache had, and questions asked again, since the start."""
+        """Share of the prompts' tokens that the prefix cache had, and questions asked again."""
         hits, queries = self.engine.prefix_cache()
         return {
             "prefix_cache_hit_share": hits / queries if queries else 0.0,
@@ -194,7 +194,7 @@ class VllmJudge:
             tokens = self._prompt_tokens(question)
             if len(tokens) + prompt.max_tokens > self.max_model_len:
                 detail = (
-                    f"a caption of {len(question.caption)} characters makes a question of {len(tokens)} tokens, "
+                    f"a caption of {len(question.caption)} characters: a question of {len(tokens)} tokens, "
                     f"{self.max_model_len - prompt.max_tokens} fit; raise judge.options.engine.max_model_len"
                 )
                 answers[index] = BadRecord(Reason.MODEL_ERROR, detail)
@@ -289,7 +289,8 @@ def _tokenizer(folder: Path) -> Any:
         raise ConfigError(f"{folder}: its tokenizer does not load: {error}; download it again") from error
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{folder / 'tokenizer_config.json'}: no chat template; the judge needs a chat model such as Qwen3-8B"
+            f"{folder / 'tokenizer_config.json'}: no chat template; "
+            "the judge needs a chat model such as Qwen3-8B"
         )
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""A tiny random Qwen3 in the published layout, with a byte-level tokenizer and a chat template like Qwen3's."""
+"""A tiny random Qwen3 in the published layout, with a byte-level tokenizer and a chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ TEMPLATE = """\
 """
 """What Qwen3's own does for messages without tools: an empty thought if thinking is off."""
 
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 """Qwen's pre-tokenizer."""
 
 

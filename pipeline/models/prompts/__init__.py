@@ -1,4 +1,4 @@
-"""The prompts: one YAML file each, versioned. Whoever changes one raises its version; the digest covers all of it.
+"""The prompts: one YAML file each. Whoever changes one raises its version; the digest covers all of it.
 
 What every question shares comes first (the system text) and what differs comes last, so that an engine's
 prefix cache holds the instructions once.
