@@ -99,7 +99,7 @@ class VllmJudge:
 
     @classmethod
     def identity(cls, **options: Any) -> dict[str, str]:
-        """Weights, prompts with their schemas, arguments of the engine that change answers, vLLM's release."""
+        """Weights, prompts with their schemas, the engine's arguments that change answers, its release."""
         import importlib.metadata
 
         given = _read(options)
