@@ -20,6 +20,8 @@ from filters.verdict import Verdict
 from pipeline import models
 from pipeline.evidence import Captioned, Judged, Resegmented, digest, fingerprint
 from schemas.config import Backend, BuildConfig
+from schemas.errors import BadRecord
+from schemas.reasons import Reason
 from schemas.records import Drop, ImageRecord, Region
 
 
@@ -61,7 +63,7 @@ class ModelStage:
         settings: what the decision (not the evidence) depends on.
         after: digests of the model stages before this one, whose answers this one's questions contain.
         asks: what is asked about a region; a change makes stored evidence stale.
-        ask: evidence for every live region of every image.
+        ask: evidence for every live region of every image, or the `BadRecord` of a region that has none.
         decide: the verdict on a region's evidence; also writes what the region gains (caption, category).
     """
 
@@ -243,8 +245,11 @@ def _asks_caption(region: Region) -> tuple:
     return (region.rle.counts, region.category)
 
 
-def _ask_captions(model: models.Captioner, images: list[ImageRecord]) -> list[list[Captioned]]:
-    return [[Captioned(words) for words in captions] for captions in model.caption(images)]
+def _ask_captions(model: models.Captioner, images: list[ImageRecord]) -> list[list[Captioned | BadRecord]]:
+    return [
+        [words if isinstance(words, BadRecord) else Captioned(words) for words in captions]
+        for captions in model.caption(images)
+    ]
 
 
 def _decide_caption(region: Region, evidence: Captioned) -> Verdict:
@@ -260,7 +265,7 @@ def _asks_category(region: Region) -> tuple:
     return ("extract", region.caption)
 
 
-def _ask_judge(kind: str, model: models.Judge, images: list[ImageRecord]) -> list[list[Judged]]:
+def _ask_judge(kind: str, model: models.Judge, images: list[ImageRecord]) -> list[list[Judged | BadRecord]]:
     questions = [
         models.Question(kind, region.caption or "", region.category if kind == "verify" else None)
         for image in images
@@ -270,9 +275,18 @@ def _ask_judge(kind: str, model: models.Judge, images: list[ImageRecord]) -> lis
     if len(answers) != len(questions):
         raise ValueError(f"asked {len(questions)} questions, answered {len(answers)}")
     rest = iter(answers)
-    return [
-        [Judged(answer.text, answer.margin) for answer in islice(rest, len(image.live()))] for image in images
-    ]
+    return [[_judged(kind, answer) for answer in islice(rest, len(image.live()))] for image in images]
+
+
+def _judged(kind: str, answer: models.Answer | BadRecord) -> Judged | BadRecord:
+    """An answer as evidence; one outside its schema is not kept, so that it can be asked again."""
+    if isinstance(answer, BadRecord):
+        return answer
+    decide = category.judge_verdict if kind == "verify" else lambda text: category.core_category(text)[1]
+    verdict = decide(answer.text)
+    if verdict.reason is Reason.ANSWER_INVALID:
+        return BadRecord(verdict.reason, verdict.detail)
+    return Judged(answer.text, answer.margin)
 
 
 def _decide_verdict(min_margin: float | None, region: Region, evidence: Judged) -> Verdict:

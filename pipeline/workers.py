@@ -266,11 +266,17 @@ class Worker:
                 owed.append(only(image, missing))
         asked = sum(len(image.regions) for image in owed)
         errors: dict[str, tuple[Reason, str]] = {}
+        refused: dict[tuple[str, int], tuple[Reason, str]] = {}
         if owed:
             kept = sum(len(image.live()) for image in unit.images) - asked
-            errors = self._answer(stage, unit, owed, store, known, questions)
-            failed = [message for reason, message in errors.values() if reason in _MODEL_TO_BLAME]
-            if failed and len(errors) == len(owed) and not kept:
+            errors = self._answer(stage, unit, owed, store, known, questions, refused)
+            failed = [
+                message
+                for reason, message in [*errors.values(), *refused.values()]
+                if reason in _MODEL_TO_BLAME
+            ]
+            silent = sum(len(image.regions) for image in owed if image.key in errors) + len(refused)
+            if failed and silent == asked and not kept:
                 unit.failures[stage.name] = failed[-1]
         for image in unit.images:
             for region in image.live():
@@ -278,7 +284,8 @@ class Worker:
                 if found is not None and found[0] == questions[image.key, region.id]:
                     stage.mark(region, found[1])
                 else:
-                    region.drop = Drop(stage.name, *errors[image.key])
+                    error = refused.get((image.key, region.id)) or errors[image.key]
+                    region.drop = Drop(stage.name, *error)
         return asked
 
     def _answer(
@@ -289,8 +296,9 @@ class Worker:
         store: EvidenceStore,
         known: dict,
         questions: dict,
+        refused: dict[tuple[str, int], tuple[Reason, str]],
     ) -> dict[str, tuple[Reason, str]]:
-        """Fill `known` for the owed images; returns the error of each image that got none."""
+        """Fill `known`, and `refused` for single regions; returns the error of each image that got none."""
         errors: dict[str, tuple[Reason, str]] = {}
         saved = time.monotonic()
         remaining = owed
@@ -311,7 +319,10 @@ class Worker:
                             continue
                         for region, answer in zip(image.regions, outcome, strict=True):
                             where = (image.key, region.id)
-                            known[where] = (questions[where], answer)
+                            if isinstance(answer, BadRecord):
+                                refused[where] = (answer.reason, answer.detail)
+                            else:
+                                known[where] = (questions[where], answer)
                     self.events.emit("batch", stage=stage.name, unit=unit.name, images=len(batch))
                     if time.monotonic() - saved > SAVE_EVERY_S:
                         self._save(store, unit.name, known)
@@ -408,7 +419,7 @@ def _empty(subset: str, entry: CatalogEntry, reason: Reason, detail: str) -> Ima
     return image
 
 
-_MODEL_TO_BLAME = {Reason.MODEL_ERROR, Reason.WORKER_CRASHED}
+_MODEL_TO_BLAME = {Reason.MODEL_ERROR, Reason.ANSWER_INVALID, Reason.WORKER_CRASHED}
 """Errors that speak against the stage if nothing of the unit succeeds; the others are the data's."""
 
 

@@ -47,7 +47,7 @@ class Reason(StrEnum):
     TEXT_JUNK = "text_junk"  # not prose: markup, tokens, symbols, broken encoding
     # Things that went wrong while asking.
     MODEL_ERROR = "model_error"  # the backend raised on this record alone
-    ANSWER_INVALID = "answer_invalid"  # the judge answered outside its schema, after retries
+    ANSWER_INVALID = "answer_invalid"  # the model answered outside its schema, after retries
     WORKER_CRASHED = "worker_crashed"  # the worker process died each time it was given this record
 
 

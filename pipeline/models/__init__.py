@@ -1,4 +1,9 @@
-"""Models behind three small protocols. `load` finds a backend by its name without importing the others."""
+"""Models behind three small protocols. `load` finds a backend by its name without importing the others.
+
+A backend may have a method `report() -> dict[str, float]`: numbers since its start that are worth an event
+(the share of a prefix cache's hits, requests tried again). It may return a `BadRecord` in the place of one
+region's answer: that region is dropped with its reason, nothing is stored for it, and the others stand.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import msgspec
 import numpy as np
 
 from schemas.config import Backend
-from schemas.errors import ConfigError
+from schemas.errors import BadRecord, ConfigError
 from schemas.records import ImageRecord, Rle
 
 
@@ -59,7 +64,7 @@ class Checked(msgspec.Struct, frozen=True):
 class Captioner(Protocol):
     """Describes regions. Sees many images at once, so that it can keep its engine full."""
 
-    def caption(self, images: list[ImageRecord]) -> list[list[str | None]]:
+    def caption(self, images: list[ImageRecord]) -> list[list[str | BadRecord | None]]:
         """One caption per live region of each image, in the order of `live()`; None for "nothing to say".
 
         Raises:
@@ -71,8 +76,8 @@ class Captioner(Protocol):
 class Judge(Protocol):
     """Answers questions about captions."""
 
-    def ask(self, questions: list[Question]) -> list[Answer]:
-        """One answer per question, in order."""
+    def ask(self, questions: list[Question]) -> list[Answer | BadRecord]:
+        """One answer per question, in order; a `BadRecord` for one that has no answer."""
         ...
 
 

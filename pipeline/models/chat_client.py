@@ -1,0 +1,373 @@
+"""Asks an OpenAI-compatible server many things at once: bounded, patient, and silent about the key.
+
+| the server says | happens |
+| --- | --- |
+| 429, 5xx, no answer in time, no connection | again, with a growing wait or as `Retry-After` has it |
+| the same after all retries, but it lists its models | `BadRecord(MODEL_ERROR)`: this request's fault |
+| the same after all retries, 429 or no list | `StageFailed`: the build stops, nothing is dropped for it |
+| 401, 403, 404 | `StageFailed` at once: the set-up's fault |
+| 400, 413, 422 and the like | `BadRecord(MODEL_ERROR)` at once: this request's fault |
+| an answer outside its schema | again, less greedily, twice; then `BadRecord(ANSWER_INVALID)` |
+
+The key is read from the environment when a batch starts and lives in the connection's header only; whatever a
+server or a library says is cleared of it before it goes into an error or a log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import itertools
+import json
+import logging
+import os
+import random
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from schemas.errors import BadRecord, ConfigError, StageFailed
+from schemas.reasons import Reason
+
+if TYPE_CHECKING:
+    import httpx
+
+log = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 60.0
+"""Between two tries, whatever `Retry-After` asks for."""
+
+INVALID_RETRIES = 2
+RETRY_TEMPERATURE = 0.7
+"""After an answer outside its schema: the same request again would get the same answer."""
+
+_TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_SETUP = frozenset({401, 403, 404, 405})
+_MAX_TEXT = 200
+_MAX_BYTES = 16 << 20
+
+
+class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The options of both `openai` backends.
+
+    Attributes:
+        model: the name under which the server has the model.
+        base_url: of the server's API, such as "http://host:8000/v1".
+        revision: yours to raise when the model behind the name has changed; part of the evidence digest.
+        api_key_env: environment variable with the key, on every node; without it none is sent.
+        max_concurrency: requests at once.
+        timeout_s: for one request.
+        max_retries: of one request.
+        backoff_s: wait before the first retry; it doubles with each one, half of it by chance.
+        max_tokens: of an answer; None takes the prompt's.
+        temperature: 0 is greedy.
+        extra_body: more keys of the request, such as {chat_template_kwargs: {enable_thinking: false}}; null
+            takes one of ours out.
+    """
+
+    model: Annotated[str, Meta(min_length=1)]
+    base_url: str
+    revision: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    max_concurrency: Annotated[int, Meta(ge=1)] = 32
+    timeout_s: Annotated[float, Meta(gt=0)] = 120.0
+    max_retries: Annotated[int, Meta(ge=0)] = 6
+    backoff_s: Annotated[float, Meta(ge=0)] = 1.0
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    extra_body: dict[str, Any] = {}
+
+    def identity(self) -> dict[str, str]:
+        """What of these options changes answers."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "generation": f"temperature {self.temperature:g}, max_tokens {self.max_tokens}",
+            "extra_body": msgspec.json.encode(self.extra_body, order="deterministic").decode(),
+        }
+
+
+def validate(options: ServerOptions, where: str) -> None:
+    """Refuse what would write a key down or cannot be a server. No message shows the value.
+
+    Raises:
+        ConfigError: names the option and the mend.
+    """
+    try:
+        url = urlsplit(options.base_url)
+        usable = url.scheme in ("http", "https") and bool(url.hostname)
+    except ValueError:
+        raise ConfigError(f"{where}.base_url: not a URL; name one such as http://host:8000/v1") from None
+    if url.username or url.password or url.query:
+        raise ConfigError(
+            f"{where}.base_url: holds a name, a password or a query, which would end up in the output; "
+            f"put the key into the environment and its name into {where}.api_key_env"
+        )
+    if not usable:
+        raise ConfigError(f"{where}.base_url: not an http(s) URL; name one such as http://host:8000/v1")
+    if not options.api_key_env.replace("_", "a").isalnum() or options.api_key_env[:1].isdigit():
+        raise ConfigError(
+            f"{where}.api_key_env: is no name of an environment variable; a key itself must not stand here"
+        )
+    if any("key" in name.lower() or "auth" in name.lower() for name in options.extra_body):
+        raise ConfigError(f"{where}.extra_body: a key must not stand here; it belongs into the environment")
+
+
+class Ask(NamedTuple):
+    """One request: what it is about, and its body without the model's name."""
+
+    index: int
+    body: dict[str, Any]
+
+
+class ChatClient:
+    """One server and one model. Cheap to build; opens its connections per batch.
+
+    Args:
+        options: validated.
+        where: what messages call the options, such as "judge.options".
+    """
+
+    def __init__(self, options: ServerOptions, where: str):
+        self.options = options
+        self.where = where
+        self.url = options.base_url.rstrip("/")
+        self.num_retries = 0
+        self.num_requests = 0
+
+    def run(self, asks: Iterator[Ask], read: Any) -> dict[int, Any]:
+        """Ask everything, at most `max_concurrency` at once.
+
+        Args:
+            asks: drawn one at a time in a thread of its own, only while a place is free.
+            read: `choice -> result` for the first choice of an answer; it may raise `BadRecord` for an answer
+                outside its schema, which is asked for again.
+
+        Returns:
+            By index: the result, or the `BadRecord` of a request that has none.
+
+        Raises:
+            StageFailed: the server is down, refuses the key or does not know the model.
+        """
+        return asyncio.run(self._run(asks, read))
+
+    def models(self, timeout_s: float = 10.0) -> list[str]:
+        """Names of the server's models, by `GET /models`.
+
+        Raises:
+            ConfigError: it does not answer, refuses the key, or answers something else.
+        """
+        return asyncio.run(self._models(timeout_s))
+
+    async def _run(self, asks: Iterator[Ask], read: Any) -> dict[int, Any]:
+        results: dict[int, Any] = {}
+        drawing = threading.Lock()
+
+        def draw() -> Ask | None:
+            with drawing:  # a generator runs in one thread at a time
+                return next(asks, None)
+
+        async def work(client: httpx.AsyncClient) -> None:
+            while (ask := await asyncio.to_thread(draw)) is not None:
+                try:
+                    results[ask.index] = await self._one(client, ask, read)
+                except BadRecord as bad:
+                    results[ask.index] = bad
+
+        async with self._open(self.options.timeout_s) as client:
+            workers = [asyncio.create_task(work(client)) for _ in range(self.options.max_concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return results
+
+    async def _one(self, client: httpx.AsyncClient, ask: Ask, read: Any) -> Any:
+        body = {"model": self.options.model, "temperature": self.options.temperature, **ask.body}
+        body = {key: value for key, value in {**body, **self.options.extra_body}.items() if value is not None}
+        num_invalid = 0
+        for attempt in itertools.count():
+            request_id = f"paracaption-{uuid.uuid4().hex[:16]}"
+            outcome = await self._post(client, body, request_id, read)
+            if not isinstance(outcome, _Failure):
+                return outcome
+            if outcome.final is not None:
+                raise outcome.final
+            log.warning(
+                "%s: request %s, attempt %d of %d: %s",
+                self.where,
+                outcome.request_id,
+                attempt + 1,
+                self.options.max_retries + 1,
+                outcome.detail,
+            )
+            if failed_by_answer := outcome.reason is not Reason.MODEL_ERROR:
+                num_invalid += 1
+                body |= {"temperature": max(RETRY_TEMPERATURE, self.options.temperature)}
+            if attempt >= self.options.max_retries or num_invalid > INVALID_RETRIES:
+                await self._give_up(client, outcome)
+            self.num_retries += 1
+            if failed_by_answer:
+                continue
+            grown = min(LONGEST_WAIT_S, self.options.backoff_s * 2**attempt)
+            wait = grown * (0.5 + random.random() / 2) if outcome.wait_s is None else outcome.wait_s
+            await asyncio.sleep(min(LONGEST_WAIT_S, wait))
+        raise AssertionError("unreachable")
+
+    async def _post(self, client: httpx.AsyncClient, body: dict, request_id: str, read: Any) -> Any:
+        import httpx
+
+        self.num_requests += 1
+        try:
+            response = await client.post(
+                f"{self.url}/chat/completions", json=body, headers={"X-Request-Id": request_id}
+            )
+        except httpx.TimeoutException:
+            return _Failure(request_id, f"no answer within {self.options.timeout_s:g} s")
+        except httpx.HTTPError as error:
+            return _Failure(request_id, f"{type(error).__name__}: {self._clean(str(error))}")
+        request_id = self._clean(response.headers.get("x-request-id") or request_id)
+        if response.status_code >= 300:
+            return self._refused(response, request_id)
+        log.debug("%s: request %s answered", self.where, request_id)
+        try:
+            choice = response.json()["choices"][0]
+            assert isinstance(choice["message"], dict)
+        except (ValueError, LookupError, TypeError, AssertionError):
+            return _Failure(request_id, f"answered no chat completion: {self._excerpt(response)}")
+        try:
+            return read(choice)
+        except BadRecord as bad:
+            return _Failure(request_id, self._clean(bad.detail), bad.reason)
+
+    def _refused(self, response: httpx.Response, request_id: str) -> _Failure:
+        status, said = response.status_code, self._excerpt(response)
+        detail = f"HTTP {status}: {said}"
+        if status in _SETUP or 300 <= status < 400:
+            return _Failure(
+                request_id, detail, final=StageFailed(f"{self.where}: {self._mend(status, said)}")
+            )
+        if status in _TRY_AGAIN or status >= 500:
+            return _Failure(request_id, detail, wait_s=_retry_after(response), busy=status == 429)
+        log.warning("%s: request %s refused: %s", self.where, request_id, detail)
+        return _Failure(
+            request_id, detail, final=BadRecord(Reason.MODEL_ERROR, f"the server refuses it: {detail}")
+        )
+
+    async def _give_up(self, client: httpx.AsyncClient, failure: _Failure) -> None:
+        """Whose fault it was: the record's if the server is alive, else the server's."""
+        import httpx
+
+        if failure.reason is not Reason.MODEL_ERROR:
+            raise BadRecord(failure.reason, failure.detail)
+        alive = False
+        if not failure.busy:
+            try:
+                alive = (await client.get(f"{self.url}/models", timeout=10.0)).status_code < 500
+            except httpx.HTTPError:
+                alive = False
+        times = self.options.max_retries + 1
+        if alive:
+            raise BadRecord(Reason.MODEL_ERROR, f"failed {times} times: {failure.detail}")
+        mend = (
+            f"it is asked too much: lower {self.where}.max_concurrency, or look at your quota"
+            if failure.busy
+            else f"start it, or mend {self.where}.base_url, then run the same command again"
+        )
+        raise StageFailed(f"{self.where}: {self.url} failed {times} times: {failure.detail}; {mend}")
+
+    def _mend(self, status: int, said: str) -> str:
+        if status in (401, 403):
+            given = "refuses" if os.environ.get(self.options.api_key_env) else "asks for"
+            return (
+                f"{self.url} {given} the key (HTTP {status}: {said}); "
+                f"set {self.options.api_key_env} on every node"
+            )
+        return (
+            f"{self.url} has no such address or no model {self.options.model!r} (HTTP {status}: {said}); "
+            f"look at {self.url}/models, then mend {self.where}.base_url or {self.where}.model"
+        )
+
+    async def _models(self, timeout_s: float) -> list[str]:
+        import httpx
+
+        try:
+            async with self._open(timeout_s) as client:
+                response = await client.get(f"{self.url}/models")
+        except httpx.HTTPError as error:
+            raise ConfigError(
+                f"{self.where}.base_url: {self.url}/models does not answer "
+                f"({type(error).__name__}: {self._clean(str(error))}); start the server or mend the URL"
+            ) from None
+        if response.status_code >= 300:
+            raise ConfigError(f"{self.where}: {self._mend(response.status_code, self._excerpt(response))}")
+        try:
+            return [str(entry["id"]) for entry in response.json()["data"]]
+        except (ValueError, LookupError, TypeError):
+            raise ConfigError(
+                f"{self.where}.base_url: {self.url}/models is no list of models: {self._excerpt(response)}"
+            ) from None
+
+    def _open(self, timeout_s: float) -> httpx.AsyncClient:
+        import httpx
+
+        key = os.environ.get(self.options.api_key_env, "").strip()
+        try:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            key.encode("ascii")
+        except UnicodeEncodeError:
+            raise ConfigError(f"{self.options.api_key_env}: a key has ASCII characters only") from None
+        limit = self.options.max_concurrency
+        return httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            limits=httpx.Limits(max_connections=limit, max_keepalive_connections=limit),
+        )
+
+    def _excerpt(self, response: httpx.Response) -> str:
+        """What a server says, shortly: the message of an error, or the start of the body."""
+        text = response.content[:_MAX_BYTES].decode("utf-8", "replace")
+        try:
+            error = json.loads(text)
+            error = error.get("error", error) if isinstance(error, dict) else error
+            text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+        except ValueError:
+            pass
+        return self._clean(" ".join(text.split()))[:_MAX_TEXT]
+
+    def _clean(self, text: str) -> str:
+        """The text without the key."""
+        key = os.environ.get(self.options.api_key_env, "").strip()
+        return text.replace(key, "[key]") if key else text
+
+
+class _Failure(NamedTuple):
+    """A try that failed; `final` if another one cannot help, `wait_s` if the server says how long to wait."""
+
+    request_id: str
+    detail: str
+    reason: Reason = Reason.MODEL_ERROR
+    final: Exception | None = None
+    wait_s: float | None = None
+    busy: bool = False
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds that the server asks to wait, from a number or a date."""
+    value = response.headers.get("retry-after", "").strip()
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
