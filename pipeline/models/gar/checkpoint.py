@@ -128,7 +128,7 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
     unknown = sorted(set(arguments) - _MODEL_ARGS)
     if unknown:
         raise ConfigError(
-            f"{path}: vision_config.model_args has {unknown}, which would change what the tower computes, and "
+            f"{path}: vision_config.model_args has {unknown}, which would change what is computed, and "
             f"we only know {sorted(_MODEL_ARGS)}; use a published GAR checkpoint, or extend {__name__}"
         )
     processor_path = folder / "preprocessor_config.json"
@@ -291,7 +291,11 @@ def _shapes(config: GarConfig, found: Mapping[str, Header]) -> dict[str, tuple[i
     inner = text["intermediate_size"]
     layer = {"self_attn.q_proj": (query, hidden), "self_attn.k_proj": (key, hidden)}
     layer |= {"self_attn.v_proj": (key, hidden), "self_attn.o_proj": (hidden, query)}
-    layer |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    layer |= {
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
     layer |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
     for index in range(text["num_hidden_layers"]):
         shapes |= {f"{LANGUAGE}layers.{index}.{name}.weight": size for name, size in layer.items()}

@@ -45,7 +45,9 @@ def tile_grid(width: int, height: int, tile_px: int, max_tiles: int) -> tuple[in
     if aspect >= 1:
         nearest = max(ratio for ratio in groups if ratio <= aspect)
         return max(groups[nearest])
-    nearest = min((ratio for ratio in groups if ratio > aspect), key=lambda ratio: abs(1 / ratio - 1 / aspect))
+    nearest = min(
+        (ratio for ratio in groups if ratio > aspect), key=lambda ratio: abs(1 / ratio - 1 / aspect)
+    )
     return max(groups[nearest], key=lambda grid: grid[1])
 
 
@@ -70,7 +72,12 @@ def cut_photo(pixels: np.ndarray, tile_px: int, grid: tuple[int, int]) -> torch.
 
 
 def cut_mask(
-    mask: np.ndarray, tile_px: int, grid: tuple[int, int], resample: str = "nearest", prompt: int = 1, ids: int = 5
+    mask: np.ndarray,
+    tile_px: int,
+    grid: tuple[int, int],
+    resample: str = "nearest",
+    prompt: int = 1,
+    ids: int = 5,
 ) -> torch.Tensor:
     """Thumbnail and tiles of a mask.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -57,7 +56,8 @@ class Prompts:
         image = self._token("<|image|>")
         if image != config.image_token:
             raise ConfigError(
-                f"{config.folder}: <|image|> is token {image} in tokenizer.json, {config.image_token} in config.json"
+                f"{config.folder}: <|image|> is token {image} in tokenizer.json, config.json says "
+                f"{config.image_token}; take both files from one checkpoint"
             )
         for k, crop in enumerate(config.crop_tokens):
             for name, wanted in ((f"<Prompt{k}>", None), (f"<|reserved_special_token_{k + 2}|>", crop)):
@@ -81,8 +81,12 @@ class Prompts:
         The template's text begins with the token of the beginning, and the tokenizer puts another one in
         front of it. The published model is asked like that.
         """
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self._text(prompt)}]}
+        message = {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": self._text(prompt)}],
+        }
         text = self.tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        assert isinstance(text, str)
         short = self.tokenizer(text)["input_ids"]
         crop_id, per_tile = self.config.crop_tokens[prompt], self.config.side**2
         if short.count(self.config.image_token) != 1 or short.count(crop_id) != 1:
@@ -110,17 +114,15 @@ class Prompts:
                 text = text.replace(loose, tight)
         return text.strip()
 
-    def digest(self) -> str:
-        """Identifies the prompt as the model sees it, for a photo of one tile."""
-        return hashlib.sha256(json.dumps(self.write(2).ids).encode()).hexdigest()[:16]
-
     def _text(self, prompt: int) -> str:
         return TEMPLATE.format(k=prompt, crop=prompt + 2)
 
     def _token(self, name: str) -> int:
         found = self.tokenizer.get_vocab().get(name)
         if found is None:
-            raise ConfigError(f"{self.config.folder / 'tokenizer.json'}: no token {name}; not a GAR tokenizer")
+            raise ConfigError(
+                f"{self.config.folder / 'tokenizer.json'}: no token {name}; not a GAR tokenizer"
+            )
         return found
 
 
@@ -136,5 +138,7 @@ def _load(config: GarConfig) -> PreTrainedTokenizerFast:
     except Exception as error:
         raise ConfigError(f"{config.folder / 'tokenizer.json'}: {error}; download it again") from error
     if tokenizer.chat_template is None:
-        raise ConfigError(f"{config.folder / 'chat_template.jinja'}: not there; download the whole checkpoint")
+        raise ConfigError(
+            f"{config.folder / 'chat_template.jinja'}: not there; download the whole checkpoint"
+        )
     return tokenizer

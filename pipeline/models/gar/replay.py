@@ -29,11 +29,12 @@ def window(grid: tuple[int, int], side: int) -> tuple[int, int]:
     return min(rows, down * side), min(columns, across * side)
 
 
-def replay(tiles_rtsh: Tensor, grid: tuple[int, int], boxes: Sequence[Box], side: int) -> Tensor:
+def replay(tiles_tsh: Sequence[Tensor], grid: tuple[int, int], boxes: Sequence[Box], side: int) -> Tensor:
     """Replayed features of several regions of one photo.
 
     Args:
-        tiles_rtsh: (R, across * down, side * side, H): the tiles' features, row by row, without the thumbnail.
+        tiles_tsh: for each of R regions (across * down, side * side, H): features of the tiles row by row,
+            without the thumbnail.
         grid: tiles across and down.
         boxes: R boxes as `image.box_of` gives them.
         side: tokens along a tile's side.
@@ -46,8 +47,10 @@ def replay(tiles_rtsh: Tensor, grid: tuple[int, int], boxes: Sequence[Box], side
     across, down = grid
     rows, columns = window(grid, side)
     need_down, need_across = math.ceil(rows / side), math.ceil(columns / side)
-    tiles = tiles_rtsh.unflatten(1, (down, across))[:, :need_down, :need_across].unflatten(3, (side, side))
-    cells = tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # R, H, rows, columns
+    reached = [tiles.unflatten(0, (down, across))[:need_down, :need_across] for tiles in tiles_tsh]
+    cells = (
+        torch.stack(reached).unflatten(3, (side, side)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    )  # R, H, rows, columns
     cells = cells[:, :, :rows, :columns].float().contiguous()
     width, height = across * side, down * side
     scaled = [
@@ -56,4 +59,4 @@ def replay(tiles_rtsh: Tensor, grid: tuple[int, int], boxes: Sequence[Box], side
     ]
     rois = torch.tensor(scaled, dtype=torch.float64).to(cells.device, torch.float32)
     crops = roi_align(cells, rois, (side, side), spatial_scale=SCALE, sampling_ratio=2, aligned=True)
-    return crops.flatten(2).transpose(1, 2).to(tiles_rtsh.dtype)
+    return crops.flatten(2).transpose(1, 2).to(tiles_tsh[0].dtype)

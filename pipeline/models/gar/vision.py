@@ -140,7 +140,7 @@ class Vision(nn.Module):
 
 
 def rope_tables(config: GarConfig) -> tuple[Tensor, Tensor]:
-    """(cos, sin), (P, k) float32: column angles in the first half of the channels, row angles in the second."""
+    """(cos, sin), (P, k) float32: of columns in the first half of the channels, of rows in the second."""
     bands = config.width // config.heads // 4
     frequency = 1.0 / 10_000.0 ** (torch.arange(bands, dtype=torch.float32) / bands)
     place = torch.arange(config.grid, dtype=torch.float32) + config.rope_offset
