@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("stream", "mask_filters", "planning", "memory", "capacity")
+NAMES = ("stream", "mask_filters", "planning", "memory", "capacity", "segmenters", "gar")
 
 if __name__ == "__main__":
     status = 0

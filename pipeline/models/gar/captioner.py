@@ -1,0 +1,268 @@
+"""The `gar` captioner: regions are encoded here and decode together in vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from pipeline.models import Checked, weights
+from pipeline.models.gar import checkpoint, export
+from pipeline.models.gar.ahead import ahead
+from pipeline.models.gar.checkpoint import GarConfig
+from pipeline.models.gar.prompt import TEMPLATE, Prompts
+from schemas.errors import ConfigError
+from schemas.records import ImageRecord, Region
+
+log = logging.getLogger(__name__)
+
+VERSION = "1"
+"""Of everything between the pixels and the text; part of the evidence digest."""
+
+_OURS = {"model", "dtype", "enable_prompt_embeds", "skip_tokenizer_init", "trust_remote_code", "load_format"}
+_SAME_ANSWERS = {"gpu_memory_utilization", "max_model_len", "enforce_eager", "max_num_seqs", "block_size"}
+_SAME_ANSWERS |= {"max_num_batched_tokens", "disable_log_stats", "own_process", "compilation_config"}
+"""vLLM's arguments that decide on speed and memory only; all others are part of the identity."""
+
+
+class GarOptions(BaseModel):
+    """The options of the `gar` captioner."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="folder of the published checkpoint")
+    language_model: str | None = Field(
+        default=None,
+        description="folder of its export for vLLM, made if it is not there; default: MODEL-vllm",
+    )
+    max_tokens: PositiveInt = Field(
+        default=512,
+        description="of an answer. What is longer has over 160 words, and `text.max_words` drops it; the "
+        "original's 1,024 only pays for longer loops",
+    )
+    max_in_flight: PositiveInt = Field(default=256, description="regions in vLLM at once; its own limit too")
+    in_flight_gb: PositiveFloat = Field(
+        default=8.0, description="host memory of their prompts: 22 MB each with GAR-8B, 19 MB with GAR-1B"
+    )
+    device: str | None = Field(default=None, description="of the vision tower; default: cuda, else cpu")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="default: the checkpoint's on a GPU, float32 on a CPU"
+    )
+    mask_resample: Literal["nearest", "bicubic"] = Field(
+        default="nearest", description="how masks are resized; see docs/gar.md"
+    )
+    tiles_per_batch: PositiveInt = Field(
+        default=32, description="tiles in the vision tower at once; halved when memory runs out"
+    )
+    read_ahead: int | None = Field(
+        default=None, ge=0, description="regions prepared ahead in a thread; default: 32 on a GPU, else 0"
+    )
+    max_pixels: PositiveInt = Field(default=200_000_000, description="larger photos are refused")
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM's arguments, such as gpu_memory_utilization (0.8) or max_num_seqs",
+    )
+
+
+class GarCaptioner:
+    """Describes regions with GAR. One engine, kept full by a plain loop: later regions are encoded while
+    earlier ones decode, and all images of a call flow through the same loop.
+
+    Args:
+        options: see `GarOptions`; `model` is needed.
+
+    Raises:
+        ConfigError: a wrong option, or a checkpoint that does not fit; names the file and the mend.
+    """
+
+    version = VERSION
+
+    def __init__(self, **options: Any):
+        self.options = _parse(options)
+        self.config, self.prompts = _read(self.options)
+        checkpoint.check_tensors(self.config)
+        language = export.prepare(self.options.model, self.options.language_model)
+        import torch
+
+        from pipeline.models.gar.encoder import Encoder
+        from pipeline.models.gar.vision import load_vision
+
+        device = self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = self.options.dtype or ("float32" if device == "cpu" else self.config.dtype)
+        kind = getattr(torch, self.dtype)
+        # The tower comes first: vLLM then sees how much memory is left.
+        vision = load_vision(self.config, kind, device)
+        embed = checkpoint.tensor(self.config, f"{checkpoint.LANGUAGE}embed_tokens.weight", kind, device)
+        self.encoder = Encoder(
+            self.config,
+            self.prompts,
+            vision,
+            embed,
+            self.options.tiles_per_batch,
+            self.options.mask_resample,
+            self.options.max_pixels,
+        )
+        on_cpu = device == "cpu"
+        self._ahead = self.options.read_ahead if self.options.read_ahead is not None else 0 if on_cpu else 32
+        self.engine = _start(self.options, self.config, self.prompts, language, self.dtype, on_cpu)
+        self._kept: dict[tuple, str | None] = {}
+
+    @classmethod
+    def identity(cls, **options: Any) -> dict[str, str]:
+        """The checkpoint's digest, the prompt, how masks are resized, and the generation."""
+        given = _parse(options)
+        folder = weights.folder(given.model, "captioner.options.model")
+        engine = {key: value for key, value in sorted(given.engine.items()) if key not in _SAME_ANSWERS}
+        return {
+            "version": VERSION,
+            "weights": weights.identity(folder),
+            "prompt": hashlib.sha256(TEMPLATE.encode()).hexdigest()[:16],
+            "generation": f"greedy, at most {given.max_tokens} tokens",
+            "mask_resample": given.mask_resample,
+            "dtype": given.dtype or "the device's",
+            "engine": repr(engine),
+        }
+
+    @classmethod
+    def check(cls, **options: Any) -> Checked:
+        """Everything that can be wrong with options and checkpoint, without loading the weights."""
+        given = _parse(options)
+        config, prompts = _read(given)
+        _model_len(given, config, prompts)
+        found = checkpoint.check_tensors(config)
+        each = {"float32": 4}.get(given.dtype or "", 2) if given.dtype else 0
+        num_bytes = 0
+        for name, head in found.items():
+            size = each or checkpoint.BYTES[head.dtype]
+            for side in head.shape:
+                size *= side
+            twice = name == f"{checkpoint.LANGUAGE}embed_tokens.weight"  # beside the tower, and in vLLM
+            num_bytes += size * (1 + twice)
+        target = Path(given.language_model) if given.language_model else export.default_folder(given.model)
+        notes = list(config.notes)
+        if not export.is_done(target, export.record_of(config)):
+            notes.append(
+                f"the language model will be exported to {target} on first use, or now with "
+                f"`paracaption models prepare gar {given.model}`"
+            )
+        what = (
+            f"GAR: vision {config.depth} x {config.width}, language model "
+            f"{config.text['num_hidden_layers']} x {config.hidden}, up to {config.max_tiles} tiles, "
+            f"prompts of up to {prompts.longest()} tokens"
+        )
+        return Checked(what, num_bytes, notes)
+
+    def caption(self, images: list[ImageRecord]) -> list[list[str | None]]:
+        """One caption per live region, in the order of `image.live()`; None for an empty mask or answer.
+
+        Answers that were finished when a call failed are kept for the calls about its halves.
+
+        Raises:
+            BadRecord: a photo cannot be read.
+            OutOfMemory: one tile, or the engine, does not fit.
+            EngineLost: the engine died.
+        """
+        max_bytes = int(self.options.in_flight_gb * 1e9)
+        with closing(self._requests(images)) as requests:
+            for (number, place), answer in self.engine.run(requests, self.options.max_in_flight, max_bytes):
+                image = images[number]
+                text = self.prompts.read(list(answer.token_ids))
+                self._kept[_question(image, image.live()[place])] = text or None
+        return [
+            [self._kept.pop(_question(image, region), None) for region in image.live()] for image in images
+        ]
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
+
+    def _requests(self, images: list[ImageRecord]) -> Generator[Any]:
+        from vllm import SamplingParams
+
+        from pipeline.models.engine import Request
+
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=self.options.max_tokens,
+            ignore_eos=True,  # the Llama's other end tokens are ordinary here, as published
+            stop_token_ids=[self.prompts.stop],
+            detokenize=False,
+        )
+        works = self.encoder.prepare(images, lambda image, region: _question(image, region) not in self._kept)
+        with closing(ahead(works, self._ahead)) as works:
+            for key, prompt in self.encoder.run(works):
+                yield Request(key, {"prompt_embeds": prompt}, params, prompt.nbytes)
+
+
+def _question(image: ImageRecord, region: Region) -> tuple:
+    return (image.subset, image.key, region.id, region.rle)
+
+
+def _parse(options: dict[str, Any]) -> GarOptions:
+    try:
+        found = GarOptions(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"captioner.options.{name}: {first['msg']}; the options of `gar` are "
+            f"{', '.join(GarOptions.model_fields)}"
+        ) from error
+    ours = sorted(_OURS & set(found.engine))
+    if ours:
+        raise ConfigError(f"captioner.options.engine: {ours[0]} is not for the config to set; remove it")
+    return found
+
+
+def _read(options: GarOptions) -> tuple[GarConfig, Prompts]:
+    config = checkpoint.read_config(options.model)
+    return config, Prompts(config)
+
+
+def _model_len(options: GarOptions, config: GarConfig, prompts: Prompts) -> int:
+    """The longest prompt with its answer.
+
+    Raises:
+        ConfigError: longer than the model or the given `max_model_len` allows.
+    """
+    needed = prompts.longest() + options.max_tokens
+    most = config.text.get("max_position_embeddings", needed)
+    if needed > most:
+        raise ConfigError(
+            f"captioner.options.max_tokens: prompts of up to {prompts.longest()} tokens and answers of "
+            f"{options.max_tokens} are over the model's {most}; at most {most - prompts.longest()} fit"
+        )
+    given = options.engine.get("max_model_len", needed)
+    if given < needed:
+        raise ConfigError(
+            f"captioner.options.engine.max_model_len: {given} is too short for prompts of up to "
+            f"{prompts.longest()} tokens and answers of {options.max_tokens}; at least {needed}"
+        )
+    return needed
+
+
+def _start(
+    options: GarOptions, config: GarConfig, prompts: Prompts, language: Path, dtype: str, on_cpu: bool
+) -> Any:
+    """The engine on the exported language model, fed with embeddings only."""
+    from pipeline.models.engine import Engine
+
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": _model_len(options, config, prompts),
+        "max_num_seqs": options.max_in_flight,
+        "enable_prefix_caching": False,  # prompts differ from their first image token on
+        "enforce_eager": on_cpu,  # compiling for a CPU takes minutes
+    }
+    if not on_cpu:
+        settings["gpu_memory_utilization"] = 0.8  # the tower works in the rest
+    settings |= options.engine
+    try:
+        return Engine(language, enable_prompt_embeds=True, skip_tokenizer_init=True, **settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"captioner.options.engine: vLLM refuses {settings}: {error}") from error

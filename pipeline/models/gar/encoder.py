@@ -1,0 +1,232 @@
+"""From images to prompts: every photo is read, cut and encoded once, then only what each mask touches.
+
+Tiles do not see each other in the vision tower and the mask's embedding has no bias, so a tile without a mask
+pixel has exactly the features of the photo without a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline import rle
+from pipeline.models.gar import image as cutting
+from pipeline.models.gar.checkpoint import GarConfig
+from pipeline.models.gar.prompt import PROMPT, Prompts
+from pipeline.models.gar.replay import Box, replay
+from pipeline.models.gar.vision import Vision
+from pipeline.models.memory import Batches
+from pipeline.photos import read_pixels
+from schemas.records import ImageRecord, Region
+
+
+class Photo:
+    """A photo on its way.
+
+    Attributes:
+        grid: tiles across and down.
+        tiles: (1 + tiles, 3, T, T) uint8, the thumbnail first.
+        plain: features (side * side, H) of the tiles encoded without a mask so far, by tile.
+    """
+
+    def __init__(self, pixels, config: GarConfig):
+        height, width = pixels.shape[:2]
+        self.grid = cutting.tile_grid(width, height, config.tile_px, config.max_tiles)
+        self.tiles = cutting.cut_photo(pixels, config.tile_px, self.grid)
+        self.plain: dict[int, Tensor] = {}
+
+
+class Work(NamedTuple):
+    """Tiles of one photo to encode: those that a region's mask touches, or some without a mask.
+
+    Attributes:
+        photo: whose tiles.
+        key: the region's, None for tiles without a mask.
+        tiles: their numbers, ascending.
+        masks: (len(tiles), T, T) bool; None without.
+        box: the region's, as `image.box_of` gives it.
+    """
+
+    photo: Photo
+    key: tuple[int, int] | None
+    tiles: list[int]
+    masks: Tensor | None = None
+    box: Box = (0.0, 0.0, 0.0, 0.0)
+
+
+class Counts(NamedTuple):
+    """What was done since the start.
+
+    Attributes:
+        regions: given a prompt.
+        tiles: encoded.
+        tiles_one_by_one: that would have been encoded with all of a photo's tiles for each region.
+    """
+
+    regions: int = 0
+    tiles: int = 0
+    tiles_one_by_one: int = 0
+
+
+class Encoder:
+    """Makes the prompts of regions.
+
+    Args:
+        config: of the checkpoint.
+        prompts: its tokenizer.
+        vision: its vision side.
+        embed: (V, H) the language model's embedding, where `vision` is.
+        tiles_per_batch: tiles encoded at once, of as many regions and photos as it takes.
+        mask_resample: "nearest" or "bicubic".
+        max_pixels: photos above this number of pixels are refused.
+    """
+
+    def __init__(
+        self,
+        config: GarConfig,
+        prompts: Prompts,
+        vision: Vision,
+        embed: Tensor,
+        tiles_per_batch: int = 32,
+        mask_resample: str = "nearest",
+        max_pixels: int = 200_000_000,
+    ):
+        self.config, self.prompts, self.vision, self.embed = config, prompts, vision, embed
+        self.mask_resample, self.max_pixels = mask_resample, max_pixels
+        self.batches = Batches(tiles_per_batch, "captioner: tiles in the vision tower")
+        self.counts = Counts()
+
+    def prepare(
+        self, images: Iterable[ImageRecord], wanted: Callable[[ImageRecord, Region], bool] = lambda *_: True
+    ) -> Iterator[Work]:
+        """What there is to encode, in order; touches no model, so it may run ahead in a thread of its own.
+
+        Tiles without a mask come right before the first region that does not touch them. An empty mask has
+        no work.
+
+        Args:
+            images: a region's key is (place of the image here, place of the region among the live ones).
+            wanted: whether a region is.
+
+        Raises:
+            BadRecord: a photo cannot be read.
+        """
+        for number, record in enumerate(images):
+            photo = None
+            planned: set[int] = set()
+            for place, region in enumerate(record.live()):
+                assert region.rle is not None, "a live region has a mask"
+                if not wanted(record, region):
+                    continue
+                mask = rle.decode(region.rle)
+                if not mask.any():
+                    continue
+                if photo is None:
+                    photo = Photo(read_pixels(record, self.max_pixels), self.config)
+                masks = cutting.cut_mask(
+                    mask,
+                    self.config.tile_px,
+                    photo.grid,
+                    self.mask_resample,
+                    PROMPT,
+                    self.config.prompt_numbers,
+                )
+                touched = masks.flatten(1).any(1).nonzero().flatten().tolist()
+                missing = sorted(set(range(len(masks))) - set(touched) - planned)
+                if missing:
+                    planned.update(missing)
+                    yield Work(photo, None, missing)
+                yield Work(photo, (number, place), touched, masks[touched], cutting.box_of(mask))
+
+    def run(self, works: Iterable[Work]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """(key, prompt (tokens, H) in host memory) of every region, in order.
+
+        Raises:
+            OutOfMemory: one tile alone does not fit.
+        """
+        for pack in self._packs(works):
+            features = self._encode(pack)
+            start = 0
+            regions: list[tuple[Work, Tensor]] = []
+            for work in pack:
+                own = features[start : start + len(work.tiles)]
+                start += len(work.tiles)
+                if work.key is None:  # copied: a view would keep the whole pack's features
+                    work.photo.plain.update({tile: own[i].clone() for i, tile in enumerate(work.tiles)})
+                    continue
+                if regions and regions[0][0].photo is not work.photo:
+                    yield from self._write(regions)
+                    regions = []
+                regions.append((work, own))
+            if regions:
+                yield from self._write(regions)
+
+    def _packs(self, works: Iterable[Work]) -> Iterator[list[Work]]:
+        """Works that fill a batch together."""
+        pack: list[Work] = []
+        num_tiles = 0
+        for work in works:
+            if pack and num_tiles + len(work.tiles) > self.batches.size:
+                yield pack
+                pack, num_tiles = [], 0
+            pack.append(work)
+            num_tiles += len(work.tiles)
+        if pack:
+            yield pack
+
+    def _encode(self, pack: list[Work]) -> Tensor:
+        """(all tiles of the pack, side * side, H)."""
+        tiles = torch.cat([work.photo.tiles[work.tiles] for work in pack])
+        blank = tiles.shape[-2:]
+        parts = [
+            work.masks if work.masks is not None else torch.zeros(len(work.tiles), *blank, dtype=torch.bool)
+            for work in pack
+        ]
+        masks = torch.cat(parts)
+
+        def encode(batch) -> list[Tensor]:
+            rows = slice(batch[0], batch[-1] + 1)
+            return list(self.vision(tiles[rows], masks[rows]).unbind())
+
+        features = self.batches.run(range(len(tiles)), encode)
+        self._count(tiles=len(tiles))
+        if not features:
+            return self.embed.new_zeros(0, self.config.side**2, self.config.hidden)
+        return torch.stack(features)
+
+    @torch.inference_mode()
+    def _write(self, regions: list[tuple[Work, Tensor]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """The prompts of several regions of one photo."""
+        photo = regions[0][0].photo
+        num_tiles = len(photo.tiles)
+        layout = self.prompts.write(num_tiles)
+        all_tiles = [self._features(work, own) for work, own in regions]
+        boxes = [work.box for work, _ in regions]
+        crops = replay([tiles[1:] for tiles in all_tiles], photo.grid, boxes, self.config.side)
+        ids = torch.tensor(layout.ids, device=self.embed.device)
+        (image, image_end), (crop, crop_end) = layout.image, layout.crop
+        head, middle, tail = (
+            self.embed[ids[:image]],
+            self.embed[ids[image_end:crop]],
+            self.embed[ids[crop_end:]],
+        )
+        for (work, _), tiles, replayed in zip(regions, all_tiles, crops, strict=True):
+            assert work.key is not None
+            prompt = torch.cat([head, tiles.flatten(0, 1), middle, replayed, tail])
+            self._count(regions=1, tiles_one_by_one=num_tiles)
+            yield work.key, prompt.cpu()
+
+    def _features(self, work: Work, own: Tensor) -> Tensor:
+        """(1 + tiles, side * side, H): the region's own tiles, the photo's plain ones elsewhere."""
+        mine = dict(zip(work.tiles, own, strict=True))
+        plain = work.photo.plain
+        return torch.stack(
+            [mine[tile] if tile in mine else plain[tile] for tile in range(len(work.photo.tiles))]
+        )
+
+    def _count(self, **more: int) -> None:
+        counts = self.counts._asdict()
+        self.counts = Counts(**{name: counts[name] + more.get(name, 0) for name in counts})
