@@ -4,7 +4,8 @@
     python -m benchmarks.gar --shapes 8b --device cuda [--photos N] [--max-tokens N]
 
 Without `--shapes`: a tiny random checkpoint, float32, one thread on each side, three photos of `samples/`
-with 16 regions each (the annotated masks, then pieces cut from them), 64 new tokens. One at a time means: for each
+with 16 regions each (the annotated masks, then pieces cut from them), 64 new tokens. One at a time means:
+for each
 region the photo is read, cut and encoded whole, and transformers' `generate` continues one prompt; what the
 tokens are compared with. The machine may be shared: ratios of CPU seconds are printed beside those of the
 clock. A tiny model is all overhead, so none of this says what real weights on a GPU gain; that is what
