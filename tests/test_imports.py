@@ -23,12 +23,14 @@ def test_the_libraries_are_imported_in_half_a_second_without_torch_or_ray():
     assert statistics.median(seconds for seconds, _ in runs) < 0.5
 
 
-def test_every_module_of_the_libraries_leaves_torch_and_ray_alone():
+def test_every_module_but_the_networks_themselves_leaves_torch_and_ray_alone():
     script = """
 import importlib, pkgutil, sys
+networks = {f"pipeline.models.gar.{name}" for name in ("encoder", "replay", "vision")}  # torch modules
 for package in ("schemas", "filters", "pipeline"):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
-        importlib.import_module(module.name)
+        if module.name not in networks:
+            importlib.import_module(module.name)
 print(*sorted({"torch", "ray", "vllm", "transformers", "cv2", "prefect"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
