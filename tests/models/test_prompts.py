@@ -16,7 +16,10 @@ def rendered(name: str) -> str:
     prompt = prompts.load(name)
     messages = prompt.messages(**{field: FIELDS[field] for field in prompts.fields(prompt)})
     parts = [f"<{message['role']}>\n{message['content']}\n" for message in messages]
-    return "".join(parts) + f"<answer>\n{prompt.choices or prompt.pattern or 'text'}, {prompt.max_tokens} tokens\n"
+    return (
+        "".join(parts)
+        + f"<answer>\n{prompt.choices or prompt.pattern or 'text'}, {prompt.max_tokens} tokens\n"
+    )
 
 
 @pytest.mark.parametrize("name", prompts.NAMES)
