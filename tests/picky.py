@@ -12,7 +12,7 @@ from tests.backends import InstantCaptioner, InstantJudge
 
 
 class PickyJudge(InstantJudge):
-    """Has no answer for captions with one of `refuse`, until the file `mended` exists; says `says` otherwise."""
+    """Has no answer (or says `says`) for captions with `refuse` in them, until the file `mended` exists."""
 
     def __init__(self, refuse: str, mended: str, says: str = "", **options):
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""Prompts are versioned: a changed one without a new version is found, and a new one has a new golden file."""
+"""Prompts are versioned: a changed one without a new version is found; a new one has a new golden file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The judge in a real vLLM engine, with a tiny random Qwen3: answers in the schema, margins as the model has them."""
+"""The judge in a real vLLM engine, with a tiny random Qwen3: answers in the schema, the model's margins."""
 
 import json
 import math
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(folder, tmp
     wrong = shutil.copytree(folder, tmp_path / "wrong")
     config = json.loads((wrong / "config.json").read_text())
     (wrong / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
-    with pytest.raises(ConfigError, match="mlp.gate_proj.weight has shape"):
+    with pytest.raises(ConfigError, match=r"mlp\.gate_proj\.weight has shape"):
         VllmJudge.check(model=str(wrong), engine={"max_model_len": 3072})
 
 
