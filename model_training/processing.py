@@ -1,0 +1,1 @@
+"""From photos, masks and captions to a batch: tiles, marks, boxes, prompt text, groups. Interface first; see below."""
