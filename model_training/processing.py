@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from model_training.attention import HIDDEN, SHARED
 from model_training.batch import PADDING, Batch
@@ -401,3 +401,6 @@ class _Text:
 def _ragged(rows: list[list[NDArray]]) -> Tensor:
     joined = [torch.from_numpy(np.concatenate(row)) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=PADDING)
+
+
+AutoProcessor.register(PerceptionDLMConfig, PerceptionDLMProcessor, exist_ok=True)
