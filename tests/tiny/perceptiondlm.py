@@ -1,4 +1,4 @@
-"""Random PerceptionDLMs made from nothing: a tiny one for tests and the mid-size one of the speed comparison."""
+"""Random PerceptionDLMs made from nothing: a tiny one, and the mid-size one of the speed comparison."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def config(layout: str = "corrected", **options: Any) -> PerceptionDLMConfig:
 
 
 def mid_size_config(layout: str = "corrected", vocab_size: int = 8192, **options: Any) -> PerceptionDLMConfig:
-    """The sizes of the speed comparison (golden/perceptiondlm/BENCH.md): tiles of 512 px, 256 tokens a tile."""
+    """The sizes of the speed comparison (golden BENCH.md): tiles of 512 px, 256 tokens a tile."""
     vision = {
         "hidden_size": 384,
         "intermediate_size": 1536,
