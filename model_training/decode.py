@@ -544,7 +544,7 @@ def _predict(
 
 def _draw(logits_XV: Tensor, temperature: float, top_p: float, uniform_X: Tensor) -> Tensor:
     """Sample by inversion, X1: one draw per slot, whatever else is in the batch."""
-    ordered_XV, id_XV = (logits_XV / temperature).sort(-1, descending=True, stable=True)
+    ordered_XV, id_XV = (logits_XV / temperature).sort(dim=-1, descending=True, stable=True)
     share_XV = ordered_XV.softmax(-1)
     below_XV = share_XV.cumsum(-1)
     # The token that crosses top_p still belongs; at least one does.
