@@ -83,8 +83,8 @@ def block_mask(queries: Structure, keys: Structure, isolate_prefix: bool, block:
     """The rule as a BlockMask, without the Q x L mask in between.
 
     A block of positions holds few distinct codes (document and region). Which codes may attend to which is a
-    small table; whether two blocks have any allowed pair, or no forbidden one, follows from the table and from
-    which codes each block holds, as two matrix products.
+    small table; whether two blocks have any allowed pair, or no forbidden one, follows from the table and
+    from which codes each block holds, as two matrix products.
     """
     codes_C2, codes_BQ, codes_BL = _codes(queries, keys)
     allowed_CC = may_attend(

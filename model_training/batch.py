@@ -21,7 +21,7 @@ class Batch:
     sequences; places are flat, row * L + position.
 
     Attributes:
-        pixels_TCSS: normalised tiles, each sequence's real tiles row by row and then its thumbnail.
+        pixels_TCSS: tiles, each sequence's real ones row by row and then its thumbnail. uint8.
         prompts_TPK: how many regions mark patch P with prompt K. uint8.
         grids: (columns, rows) of real tiles for each of the M sequences.
         regions: number of regions of each of the M sequences.
@@ -30,9 +30,10 @@ class Batch:
         region_ids_BL, documents_BL: who may attend to whom, see `attention.Structure`.
         positions_BL: for the rotary embedding.
         image_at_I: where image features go. replay_at_R: where replayed features go (empty without replay).
-        slots_BS: position of every caption slot within its row, region by region; PADDING after the last.
-        slot_regions_BS: the slot's region, as an index into the batch's N; PADDING after the last.
-        origins: for each of the N regions, (image, mask) as the caller numbered them.
+        slots_BS: position of every caption slot within its row, in order; PADDING after the last.
+        slot_regions_BS: the slot's answer, as an index into `origins`; PADDING after the last.
+        origins: for each answer of the batch, (image, mask) as the caller numbered them. An answer belongs to a
+            region, but for images without one, which have one answer with mask -1.
         labels_BL: token to predict, -100 elsewhere; with captions only.
     """
 

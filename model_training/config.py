@@ -16,7 +16,7 @@ its effect can be measured apart from the others.
 | `caption_end` | `last`: newlines between captions, one end of text after all | `each`: one in every block |
 | `block_positions` | `running`: positions 0..L-1 | `running`; `restart`: all blocks start at the same one |
 
-`overlap`: a region marks the patches that it covers by half or more, and always the one that it covers most.
+`overlap`: a region marks the patches that it covers at least half as much as the one it covers most.
 """
 
 from __future__ import annotations

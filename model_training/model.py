@@ -8,7 +8,7 @@ Legend of shape suffixes:
     B rows           L positions of a row    Q positions that are computed   O of these, the wanted ones
     T tiles          S tile side, pixels     P patches of a tile             U tokens of a tile, projected
     N regions        K region prompts        I image tokens                  R replayed tokens
-    C vision width   D model width           V vocabulary                    H heads  G key heads  E head width
+    C vision width   D model width           V vocabulary                    H heads, G for keys, width E
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from model_training import attention
 from model_training.attention import Mask
 from model_training.batch import Batch
 from model_training.config import LladaConfig, PerceptionDLMConfig
+
+
+def normalise(pixels_TCSS: Tensor, dtype: torch.dtype) -> Tensor:
+    """8-bit pixels to -1..1, as SigLIP takes them."""
+    return ((pixels_TCSS.float() / 255 - 0.5) / 0.5).to(dtype)
 
 
 class VisionTower(nn.Module):
@@ -128,8 +133,8 @@ class Cache:
     """Keys and values of whole rows, per layer, for calls that compute only some positions. For inference.
 
     Fill it by a call without `rows_BQ`; later calls write the positions they compute in place and attend to
-    all. With `isolate_prefix` the prefix's entries stay exact while captions change; without, they age, and the
-    next full call refreshes them.
+    all. With `isolate_prefix` the prefix's entries stay exact while captions change; without, they age, and
+    the next full call refreshes them.
     """
 
     def __init__(self) -> None:
@@ -250,8 +255,8 @@ class Language(nn.Module):
             positions_BQ: their places for the rotary embedding.
             mask: queries Q against all L keys, from `PerceptionDLM.mask`.
             cache: filled if `rows_BQ` is None, else read and written at these rows.
-            rows_BQ: which positions x_BQD are; None: all, in order. A row that has fewer repeats one of its own.
-            out_BO: which of the Q are wanted, as indices into Q; the last block computes no others. None: all.
+            rows_BQ: which positions x_BQD are; None: all, in order. A row that has fewer repeats one of its.
+            out_BO: the wanted ones, as indices into Q; the last block computes no others. None: all.
             out_mask: queries O against all keys; goes with `out_BO`.
         """
         head_width = self.config.hidden_size // self.config.num_attention_heads
@@ -300,7 +305,7 @@ class PerceptionDLM(PreTrainedModel):
 
     def image_features(self, pixels_TCSS: Tensor, prompts_TPK: Tensor) -> Tensor:
         """Tokens of every tile at the language model's width, TUD."""
-        x_TPC = self.vision(pixels_TCSS.to(self.dtype), self.marks(prompts_TPK))
+        x_TPC = self.vision(normalise(pixels_TCSS, self.dtype), self.marks(prompts_TPK))
         return self.projector(unshuffle(x_TPC))
 
     def replay(self, features_TUD: Tensor, batch: Batch) -> Tensor:
