@@ -30,10 +30,10 @@ class Batch:
         region_ids_BL, documents_BL: who may attend to whom, see `attention.Structure`.
         positions_BL: for the rotary embedding.
         image_at_I: where image features go. replay_at_R: where replayed features go (empty without replay).
-        slots_BS: position of every caption slot within its row, in order; PADDING after the last.
+        slots_BS: places of the caption slots within each row, in order; PADDING after them.
         slot_regions_BS: the slot's answer, as an index into `origins`; PADDING after the last.
-        origins: for each answer of the batch, (image, mask) as the caller numbered them. An answer belongs to a
-            region, but for images without one, which have one answer with mask -1.
+        origins: for each answer of the batch, (image, mask) as the caller numbered them. Answers belong to
+            regions; an image without regions has one answer, with mask -1.
         labels_BL: token to predict, -100 elsewhere; with captions only.
     """
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, SiglipVisionConfig
+from transformers import AutoConfig, PreTrainedConfig, SiglipVisionConfig
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "reference": {
@@ -186,3 +186,6 @@ def _vision(given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
         "patch_size": 16,
     }
     return SiglipVisionConfig(**(so400m | (given or {})))
+
+
+AutoConfig.register("perceptiondlm", PerceptionDLMConfig, exist_ok=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from torchvision.ops import roi_align
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
@@ -363,3 +363,6 @@ class PerceptionDLM(PreTrainedModel):
 def take(x_BQ___: Tensor, at_BO: Tensor) -> Tensor:
     """Rows `at_BO` of axis 1."""
     return x_BQ___[torch.arange(len(at_BO), device=at_BO.device)[:, None], at_BO]
+
+
+AutoModel.register(PerceptionDLMConfig, PerceptionDLM, exist_ok=True)

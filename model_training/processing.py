@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from model_training.attention import HIDDEN, SHARED
 from model_training.batch import PADDING, Batch
@@ -97,7 +97,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> PerceptionDLMProcessor:  # pyright: ignore
         """From a model's folder or hub name: its config.json and its tokenizer."""
         config = PerceptionDLMConfig.from_pretrained(folder, **kwargs)
-        return cls(AutoTokenizer.from_pretrained(folder, **kwargs), config)
+        return cls(PreTrainedTokenizerFast.from_pretrained(folder, **kwargs), config)
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:  # pyright: ignore
         """Beside the model: the tokenizer; the layout is in the model's config.json, which is written too."""
@@ -144,8 +144,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             image: the photo as it is displayed.
             masks: HW, nonzero inside. None of them: one answer about the whole image.
             captions: of each mask, for training; then there are labels. Without: slots to fill.
-            length: slots per caption (default: the config's). With captions: they are padded with ends of text
-                to this length; None: natural length.
+            length: slots per caption (default: the config's). With captions: these are padded to it with ends
+                of text (`caption_end: each`); None: natural length.
             prompts: the region prompt of each mask of a group, by rank (largest first); default 0, 1, 2...
             instruction: default: the config's.
             image_index: what `origins` calls the image.
@@ -401,3 +401,6 @@ class _Text:
 def _ragged(rows: list[list[NDArray]]) -> Tensor:
     joined = [torch.from_numpy(np.concatenate(row)) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=PADDING)
+
+
+AutoProcessor.register(PerceptionDLMConfig, PerceptionDLMProcessor, exist_ok=True)
