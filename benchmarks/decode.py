@@ -35,10 +35,10 @@ from model_training.model import PerceptionDLM
 from tests.model_training import made
 
 MID_VISION = {
-    "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 7, "num_attention_heads": 6,
+    "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6,
     "image_size": 512, "patch_size": 16,
 }  # fmt: skip
-"""Six layers run: the last one is not built."""
+"""Five layers run, in the loop too: the last one is not read."""
 MID_TEXT = {
     "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
     "num_key_value_heads": 8,

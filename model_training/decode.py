@@ -145,13 +145,15 @@ class Decoded:
     """What a decode wrote, and what it took.
 
     Attributes:
-        tokens: token ids of each of the batch's N regions, whole slots, end of text and what follows included.
+        ids_BS: token ids in the slots.
+        tokens: those of each of the batch's N regions, whole slots, end of text and what follows included.
         forwards: passes of the language model.
         tokens_per_forward: slots written over the passes that their sequence took part in.
         stale_agreement: `approximate` alone: over all refreshes, the share of open slots where the kept keys and
             values led to the same token as fresh ones, in the same state. None: nothing was refreshed.
     """
 
+    ids_BS: Tensor
     tokens: list[list[int]]
     forwards: int
     tokens_per_forward: float
@@ -171,8 +173,9 @@ def decode(model: PerceptionDLM, batch: Batch, how: Decoding = Decoding()) -> De
     by_region: list[list[int]] = [[] for _ in range(slots.num_regions)]
     for region, token in zip(slots.region_BS[at].tolist(), ids_BS[at].tolist(), strict=True):
         by_region[region].append(token)
-    agreed, compared = forward.agreed
+    agreed, compared = forward.agreed.tolist()
     return Decoded(
+        ids_BS,
         by_region,
         passes,
         sum(map(len, by_region)) / max(forward.sequence_passes, 1),
