@@ -5,12 +5,11 @@
 
 Without `--shapes`: a tiny random checkpoint, float32, one thread on each side, three photos of `samples/`
 with 16 regions each (the annotated masks, then pieces cut from them), 64 new tokens. One at a time means:
-for each
-region the photo is read, cut and encoded whole, and transformers' `generate` continues one prompt; what the
-tokens are compared with. The machine may be shared: ratios of CPU seconds are printed beside those of the
-clock. A tiny model is all overhead, so none of this says what real weights on a GPU gain; that is what
-`--shapes` measures, with random weights of the published shapes: regions per second, and the GPU-days that
-5.7 million regions would take.
+for each region the photo is read, cut and encoded whole, and transformers' `generate` continues one prompt;
+its tokens are what ours are compared with. The machine may be shared: ratios of CPU seconds are printed
+beside those of the clock. A tiny model is all overhead, so none of this says what real weights on a GPU
+gain; that is what `--shapes` measures, with random weights of the published shapes: regions per second, and
+the GPU-days that 5.7 million regions would take.
 """
 
 from __future__ import annotations
