@@ -239,14 +239,14 @@ class ChatClient:
             return self._refused(response, request_id)
         log.debug("%s: request %s answered", self.where, request_id)
         try:
-            choice = response.json()["choices"][0]
+            choice = json.loads(self._clean(response.text))["choices"][0]
             assert isinstance(choice["message"], dict)
         except (ValueError, LookupError, TypeError, AssertionError):
             return _Failure(request_id, f"answered no chat completion: {self._excerpt(response)}")
         try:
             return read(choice)
         except BadRecord as bad:
-            return _Failure(request_id, self._clean(bad.detail), bad.reason)
+            return _Failure(request_id, bad.detail, bad.reason)
 
     def _refused(self, response: httpx.Response, request_id: str) -> _Failure:
         status, said = response.status_code, self._excerpt(response)
@@ -319,6 +319,7 @@ class ChatClient:
     def _open(self, timeout_s: float) -> httpx.AsyncClient:
         import httpx
 
+        logging.getLogger("httpcore").setLevel(logging.INFO)  # at DEBUG it writes headers down
         key = os.environ.get(self.options.api_key_env, "").strip()
         try:
             headers = {"Authorization": f"Bearer {key}"} if key else {}
