@@ -33,16 +33,6 @@ def reference(qwen3):
     return Qwen3ForCausalLM.from_pretrained(qwen3, dtype=torch.float32).eval()
 
 
-def assert_greedy(judge, reference, questions: list[Question]) -> list[str]:
-    """Every verdict and margin is that of transformers' model; returns the verdicts."""
-    answers = judge.ask(questions)
-    for question, answer in zip(questions, answers, strict=True):
-        choices = judge.prompts[question.kind].choices
-        side, margin = greedy(reference, judge.tokenizer, judge._prompt_tokens(question), choices)
-        assert answer.text == choices[side] and answer.margin == pytest.approx(margin, abs=2e-4)
-    return [answer.text for answer in answers]
-
-
 @pytest.mark.slow
 def test_every_answer_is_in_its_schema(vllm_judge):
     verdicts = vllm_judge.ask([Question("verify", caption, "dog") for caption in CAPTIONS])
@@ -53,23 +43,25 @@ def test_every_answer_is_in_its_schema(vllm_judge):
 
 
 @pytest.mark.slow
-def test_margins_are_those_of_the_model_when_choices_tokenise_differently(vllm_judge, reference):
-    assert [len(vllm_judge.tokenizer.encode(word)) for word in ("yes", "no")] == [1, 2]
-    said = assert_greedy(vllm_judge, reference, [Question("verify", caption, "dog") for caption in CAPTIONS])
-    assert set(said) == {"yes", "no"}
-
-
-@pytest.mark.slow
-def test_margins_are_those_of_the_model_when_choices_share_their_first_token(vllm_judge, reference):
-    text = (
-        "version: 1\nsystem: Judge.\nuser: '{caption}'\nanswer: {choice: [agree, against]}\nmax_tokens: 9\n"
-    )
-    vllm_judge.prompts["side"] = parse("side", text)
-    vllm_judge.choices["side"] = ChoiceTokens(("agree", "against"), vllm_judge.tokenizer.get_vocab())
+@pytest.mark.parametrize(
+    "choices", [("yes", "no"), ("no", "yes"), ("agree", "against"), ("against", "agree")]
+)
+def test_verdicts_and_margins_are_those_of_the_model(vllm_judge, reference, choices):
+    """One token and two tokens, either way round; and choices that share their first token."""
+    tokenizer = vllm_judge.tokenizer
+    assert [len(tokenizer.encode(word)) for word in ("yes", "no", "ag")] == [1, 2, 1]
+    text = "version: 1\nsystem: Judge.\nuser: '{caption}'\nanswer: {choice: ['%s', '%s']}\nmax_tokens: 9\n"
+    vllm_judge.prompts["side"] = parse("side", text % choices)
+    vllm_judge.choices["side"] = ChoiceTokens(choices, tokenizer.get_vocab())
+    questions = [Question("side", caption) for caption in CAPTIONS]
     try:
-        assert_greedy(vllm_judge, reference, [Question("side", caption) for caption in CAPTIONS])
+        answers = vllm_judge.ask(questions)
+        prompts = [vllm_judge._prompt_tokens(question) for question in questions]
     finally:
         del vllm_judge.prompts["side"], vllm_judge.choices["side"]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        side, margin = greedy(reference, tokenizer, prompt, choices)
+        assert answer.text == choices[side] and answer.margin == pytest.approx(margin, abs=2e-4)
 
 
 @pytest.mark.slow
