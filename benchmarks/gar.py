@@ -251,7 +251,7 @@ def run_ours(captioner: Any, images: list[ImageRecord], sync: bool = False) -> t
 
 def run_language_model(captioner: Any, images: list[ImageRecord]) -> Took:
     """The engine alone on prompts made before."""
-    requests = list(captioner._requests(images))
+    requests = list(captioner.requests(images))
     watch = Watch()
     with watch.on("all"):
         done = list(captioner.engine.run(requests))

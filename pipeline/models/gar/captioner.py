@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -19,7 +18,10 @@ from pipeline.models.gar.prompt import TEMPLATE, Prompts
 from schemas.errors import ConfigError
 from schemas.records import ImageRecord, Region
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+    from pipeline.models.engine import Request
 
 VERSION = "1"
 """Of everything between the pixels and the text; part of the evidence digest."""
@@ -168,7 +170,7 @@ class GarCaptioner:
             EngineLost: the engine died.
         """
         max_bytes = int(self.options.in_flight_gb * 1e9)
-        with closing(self._requests(images)) as requests:
+        with closing(self.requests(images)) as requests:
             for (number, place), answer in self.engine.run(requests, self.options.max_in_flight, max_bytes):
                 image = images[number]
                 text = self.prompts.read(list(answer.token_ids))
@@ -177,22 +179,27 @@ class GarCaptioner:
             [self._kept.pop(_question(image, region), None) for region in image.live()] for image in images
         ]
 
-    def close(self) -> None:
-        """Stop the engine."""
-        self.engine.close()
-
-    def _requests(self, images: list[ImageRecord]) -> Generator[Any]:
+    def sampling(self) -> SamplingParams:
+        """Greedy, to the end of the turn or `max_tokens`."""
         from vllm import SamplingParams
 
-        from pipeline.models.engine import Request
-
-        params = SamplingParams(
+        return SamplingParams(
             temperature=0,
             max_tokens=self.options.max_tokens,
             ignore_eos=True,  # the Llama's other end tokens are ordinary here, as published
             stop_token_ids=[self.prompts.stop],
             detokenize=False,
         )
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
+
+    def requests(self, images: list[ImageRecord]) -> Generator[Request]:
+        """What the engine is asked about the live regions, each made when it is drawn."""
+        from pipeline.models.engine import Request
+
+        params = self.sampling()
         works = self.encoder.prepare(images, lambda image, region: _question(image, region) not in self._kept)
         with closing(ahead(works, self._ahead)) as works:
             for key, prompt in self.encoder.run(works):
