@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline import rle
 from pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
 from schemas.records import Blob, ImageRecord, Region
+from tests.models.gar_parts import load_parts
 from tests.shared_data import recorded
 
 pytestmark = pytest.mark.slow
@@ -70,16 +71,7 @@ def captioner(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parts():
     """Config, tokenizer, vision side and embedding of the recorded checkpoint, without an engine."""
-    import torch
-
-    from pipeline.models.gar import checkpoint
-    from pipeline.models.gar.prompt import Prompts
-    from pipeline.models.gar.vision import load_vision
-
-    config = checkpoint.read_config(recorded("gar/checkpoint"))
-    checkpoint.check_tensors(config)
-    embed = checkpoint.tensor(config, f"{checkpoint.LANGUAGE}embed_tokens.weight", torch.float32, "cpu")
-    return config, Prompts(config), load_vision(config, torch.float32, "cpu"), embed
+    return load_parts(recorded("gar/checkpoint"))
 
 
 def encode(parts, which: Golden, **options):

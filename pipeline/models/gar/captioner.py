@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,7 @@ from schemas.records import ImageRecord, Region
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from pipeline.models.engine import Request
+    from pipeline.models.engine import Engine, Request
 
 VERSION = "1"
 """Of everything between the pixels and the text; part of the evidence digest."""
@@ -30,6 +31,9 @@ _OURS = {"model", "dtype", "enable_prompt_embeds", "skip_tokenizer_init", "trust
 _SAME_ANSWERS = {"gpu_memory_utilization", "max_model_len", "enforce_eager", "max_num_seqs", "block_size"}
 _SAME_ANSWERS |= {"max_num_batched_tokens", "disable_log_stats", "own_process", "compilation_config"}
 """vLLM's arguments that decide on speed and memory only; all others are part of the identity."""
+
+
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class GarOptions(BaseModel):
@@ -87,6 +91,7 @@ class GarCaptioner:
     def __init__(self, **options: Any):
         self.options = _parse(options)
         self.config, self.prompts = _read(self.options)
+        max_len = _model_len(self.options, self.config, self.prompts)
         checkpoint.check_tensors(self.config)
         language = export.prepare(self.options.model, self.options.language_model)
         import torch
@@ -111,7 +116,7 @@ class GarCaptioner:
         )
         on_cpu = device == "cpu"
         self._ahead = self.options.read_ahead if self.options.read_ahead is not None else 0 if on_cpu else 32
-        self.engine = _start(self.options, self.config, self.prompts, language, self.dtype, on_cpu)
+        self.engine = _start(self.options, language, max_len, self.dtype, on_cpu)
         self._kept: dict[tuple, str | None] = {}
 
     @classmethod
@@ -137,14 +142,11 @@ class GarCaptioner:
         config, prompts = _read(given)
         _model_len(given, config, prompts)
         found = checkpoint.check_tensors(config)
-        each = {"float32": 4}.get(given.dtype or "", 2) if given.dtype else 0
         num_bytes = 0
         for name, head in found.items():
-            size = each or checkpoint.BYTES[head.dtype]
-            for side in head.shape:
-                size *= side
             twice = name == f"{checkpoint.LANGUAGE}embed_tokens.weight"  # beside the tower, and in vLLM
-            num_bytes += size * (1 + twice)
+            size = _SIZES[given.dtype] if given.dtype else checkpoint.BYTES[head.dtype]
+            num_bytes += math.prod(head.shape) * size * (1 + twice)
         target = Path(given.language_model) if given.language_model else export.default_folder(given.model)
         notes = list(config.notes)
         if not export.is_done(target, export.record_of(config)):
@@ -253,15 +255,13 @@ def _model_len(options: GarOptions, config: GarConfig, prompts: Prompts) -> int:
     return needed
 
 
-def _start(
-    options: GarOptions, config: GarConfig, prompts: Prompts, language: Path, dtype: str, on_cpu: bool
-) -> Any:
+def _start(options: GarOptions, language: Path, max_len: int, dtype: str, on_cpu: bool) -> Engine:
     """The engine on the exported language model, fed with embeddings only."""
     from pipeline.models.engine import Engine
 
     settings: dict[str, Any] = {
         "dtype": dtype,
-        "max_model_len": _model_len(options, config, prompts),
+        "max_model_len": max_len,
         "max_num_seqs": options.max_in_flight,
         "enable_prefix_caching": False,  # prompts differ from their first image token on
         "enforce_eager": on_cpu,  # compiling for a CPU takes minutes
