@@ -1,4 +1,4 @@
-"""GAR's options, checkpoint and export: what is wrong is named before it is loaded, and nothing is half made."""
+"""GAR's options, checkpoint and export: mistakes are named before it loads, and nothing is half made."""
 
 import json
 import os
