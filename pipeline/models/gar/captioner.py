@@ -115,7 +115,8 @@ class GarCaptioner:
             self.options.max_pixels,
         )
         on_cpu = device == "cpu"
-        self._ahead = self.options.read_ahead if self.options.read_ahead is not None else 0 if on_cpu else 32
+        given = self.options.read_ahead
+        self._ahead = given if given is not None else (0 if on_cpu else 32)
         self.engine = _start(self.options, language, max_len, self.dtype, on_cpu)
         self._kept: dict[tuple, str | None] = {}
 

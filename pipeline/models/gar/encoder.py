@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Photo:
         plain: features (side * side, H) of the tiles encoded without a mask so far, by tile.
     """
 
-    def __init__(self, pixels, config: GarConfig):
+    def __init__(self, pixels: np.ndarray, config: GarConfig):
         height, width = pixels.shape[:2]
         self.grid = cutting.tile_grid(width, height, config.tile_px, config.max_tiles)
         self.tiles = cutting.cut_photo(pixels, config.tile_px, self.grid)
