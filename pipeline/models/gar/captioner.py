@@ -33,6 +33,9 @@ _SAME_ANSWERS |= {"max_num_batched_tokens", "disable_log_stats", "own_process", 
 """vLLM's arguments that decide on speed and memory only; all others are part of the identity."""
 
 
+_STEP_TOKENS = 8192
+"""Of a step of the engine: several prompts at once. vLLM's own default, 2,048, splits every prompt."""
+
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -62,8 +65,10 @@ class GarOptions(BaseModel):
     mask_resample: Literal["nearest", "bicubic"] = Field(
         default="nearest", description="how masks are resized; see docs/gar.md"
     )
-    tiles_per_batch: PositiveInt = Field(
-        default=32, description="tiles in the vision tower at once; halved when memory runs out"
+    tiles_per_batch: PositiveInt | None = Field(
+        default=None,
+        description="tiles in the vision tower at once; halved when memory runs out; default: 32 on a GPU, "
+        "4 on a CPU, whose caches hold no more",
     )
     read_ahead: int | None = Field(
         default=None, ge=0, description="regions prepared ahead in a thread; default: 32 on a GPU, else 0"
@@ -100,7 +105,8 @@ class GarCaptioner:
         from pipeline.models.gar.vision import load_vision
 
         device = self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = self.options.dtype or ("float32" if device == "cpu" else self.config.dtype)
+        on_cpu = device == "cpu"
+        self.dtype = self.options.dtype or ("float32" if on_cpu else self.config.dtype)
         kind = getattr(torch, self.dtype)
         # The tower comes first: vLLM then sees how much memory is left.
         vision = load_vision(self.config, kind, device)
@@ -110,11 +116,10 @@ class GarCaptioner:
             self.prompts,
             vision,
             embed,
-            self.options.tiles_per_batch,
+            self.options.tiles_per_batch or (4 if on_cpu else 32),
             self.options.mask_resample,
             self.options.max_pixels,
         )
-        on_cpu = device == "cpu"
         given = self.options.read_ahead
         self._ahead = given if given is not None else (0 if on_cpu else 32)
         self.engine = _start(self.options, language, max_len, self.dtype, on_cpu)
@@ -185,6 +190,7 @@ class GarCaptioner:
     def sampling(self) -> SamplingParams:
         """Greedy, to the end of the turn or `max_tokens`."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
             temperature=0,
@@ -192,6 +198,7 @@ class GarCaptioner:
             ignore_eos=True,  # the Llama's other end tokens are ordinary here, as published
             stop_token_ids=[self.prompts.stop],
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def close(self) -> None:
@@ -264,6 +271,7 @@ def _start(options: GarOptions, language: Path, max_len: int, dtype: str, on_cpu
         "dtype": dtype,
         "max_model_len": max_len,
         "max_num_seqs": options.max_in_flight,
+        "max_num_batched_tokens": max(_STEP_TOKENS, max_len),
         "enable_prefix_caching": False,  # prompts differ from their first image token on
         "enforce_eager": on_cpu,  # compiling for a CPU takes minutes
     }
