@@ -33,9 +33,6 @@ _SAME_ANSWERS |= {"max_num_batched_tokens", "disable_log_stats", "own_process", 
 """vLLM's arguments that decide on speed and memory only; all others are part of the identity."""
 
 
-_STEP_TOKENS = 8192
-"""Of a step of the engine: several prompts at once. vLLM's own default, 2,048, splits every prompt."""
-
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -271,7 +268,6 @@ def _start(options: GarOptions, language: Path, max_len: int, dtype: str, on_cpu
         "dtype": dtype,
         "max_model_len": max_len,
         "max_num_seqs": options.max_in_flight,
-        "max_num_batched_tokens": max(_STEP_TOKENS, max_len),
         "enable_prefix_caching": False,  # prompts differ from their first image token on
         "enforce_eager": on_cpu,  # compiling for a CPU takes minutes
     }
