@@ -171,9 +171,9 @@ def prepare(
     """Export a checkpoint's language model once, for vLLM; nothing to do if it is there."""
     if model != "gar":
         raise ConfigError(f"models prepare: {model!r} needs no preparation; only gar does")
-    from pipeline.models import gar
+    from pipeline.models.gar import export as language_model
 
-    print(gar.prepare(path, to))
+    print(language_model.prepare(path, to))
 
 
 @app.command()

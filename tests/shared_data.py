@@ -1,4 +1,4 @@
-"""Finds the published data that some tests read; it is no part of the repository."""
+"""Finds the published data and the recorded numbers that some tests read; no part of the repository."""
 
 from __future__ import annotations
 
@@ -18,4 +18,15 @@ def shared_data(name: str) -> Path:
     home = Path(os.environ.get("PARACAPTION_SHARED_DATA") or _ROOT.parent / "shared" / "data")
     if not (home / name).exists():
         pytest.skip(f"no {home / name}; set PARACAPTION_SHARED_DATA to the folder of the published data")
+    return home / name
+
+
+def recorded(name: str) -> Path:
+    """A folder or file of the numbers recorded from the original models; skips the test where it is absent.
+
+    Looked for in $PARACAPTION_GOLDEN, else in `../shared/golden` beside the repository.
+    """
+    home = Path(os.environ.get("PARACAPTION_GOLDEN") or _ROOT.parent / "shared" / "golden")
+    if not (home / name).exists():
+        pytest.skip(f"no {home / name}; set PARACAPTION_GOLDEN to the folder of the recorded numbers")
     return home / name

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import math
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -19,7 +19,10 @@ from pipeline.models.gar.prompt import TEMPLATE, Prompts
 from schemas.errors import ConfigError
 from schemas.records import ImageRecord, Region
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+    from pipeline.models.engine import Engine, Request
 
 VERSION = "1"
 """Of everything between the pixels and the text; part of the evidence digest."""
@@ -28,6 +31,9 @@ _OURS = {"model", "dtype", "enable_prompt_embeds", "skip_tokenizer_init", "trust
 _SAME_ANSWERS = {"gpu_memory_utilization", "max_model_len", "enforce_eager", "max_num_seqs", "block_size"}
 _SAME_ANSWERS |= {"max_num_batched_tokens", "disable_log_stats", "own_process", "compilation_config"}
 """vLLM's arguments that decide on speed and memory only; all others are part of the identity."""
+
+
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class GarOptions(BaseModel):
@@ -56,8 +62,10 @@ class GarOptions(BaseModel):
     mask_resample: Literal["nearest", "bicubic"] = Field(
         default="nearest", description="how masks are resized; see docs/gar.md"
     )
-    tiles_per_batch: PositiveInt = Field(
-        default=32, description="tiles in the vision tower at once; halved when memory runs out"
+    tiles_per_batch: PositiveInt | None = Field(
+        default=None,
+        description="tiles in the vision tower at once; halved when memory runs out; default: 32 on a GPU, "
+        "4 on a CPU, whose caches hold no more",
     )
     read_ahead: int | None = Field(
         default=None, ge=0, description="regions prepared ahead in a thread; default: 32 on a GPU, else 0"
@@ -85,6 +93,7 @@ class GarCaptioner:
     def __init__(self, **options: Any):
         self.options = _parse(options)
         self.config, self.prompts = _read(self.options)
+        max_len = _model_len(self.options, self.config, self.prompts)
         checkpoint.check_tensors(self.config)
         language = export.prepare(self.options.model, self.options.language_model)
         import torch
@@ -93,7 +102,8 @@ class GarCaptioner:
         from pipeline.models.gar.vision import load_vision
 
         device = self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = self.options.dtype or ("float32" if device == "cpu" else self.config.dtype)
+        on_cpu = device == "cpu"
+        self.dtype = self.options.dtype or ("float32" if on_cpu else self.config.dtype)
         kind = getattr(torch, self.dtype)
         # The tower comes first: vLLM then sees how much memory is left.
         vision = load_vision(self.config, kind, device)
@@ -103,13 +113,13 @@ class GarCaptioner:
             self.prompts,
             vision,
             embed,
-            self.options.tiles_per_batch,
+            self.options.tiles_per_batch or (4 if on_cpu else 32),
             self.options.mask_resample,
             self.options.max_pixels,
         )
-        on_cpu = device == "cpu"
-        self._ahead = self.options.read_ahead if self.options.read_ahead is not None else 0 if on_cpu else 32
-        self.engine = _start(self.options, self.config, self.prompts, language, self.dtype, on_cpu)
+        given = self.options.read_ahead
+        self._ahead = given if given is not None else (0 if on_cpu else 32)
+        self.engine = _start(self.options, language, max_len, self.dtype, on_cpu)
         self._kept: dict[tuple, str | None] = {}
 
     @classmethod
@@ -135,14 +145,11 @@ class GarCaptioner:
         config, prompts = _read(given)
         _model_len(given, config, prompts)
         found = checkpoint.check_tensors(config)
-        each = {"float32": 4}.get(given.dtype or "", 2) if given.dtype else 0
         num_bytes = 0
         for name, head in found.items():
-            size = each or checkpoint.BYTES[head.dtype]
-            for side in head.shape:
-                size *= side
             twice = name == f"{checkpoint.LANGUAGE}embed_tokens.weight"  # beside the tower, and in vLLM
-            num_bytes += size * (1 + twice)
+            size = _SIZES[given.dtype] if given.dtype else checkpoint.BYTES[head.dtype]
+            num_bytes += math.prod(head.shape) * size * (1 + twice)
         target = Path(given.language_model) if given.language_model else export.default_folder(given.model)
         notes = list(config.notes)
         if not export.is_done(target, export.record_of(config)):
@@ -168,7 +175,7 @@ class GarCaptioner:
             EngineLost: the engine died.
         """
         max_bytes = int(self.options.in_flight_gb * 1e9)
-        with closing(self._requests(images)) as requests:
+        with closing(self.requests(images)) as requests:
             for (number, place), answer in self.engine.run(requests, self.options.max_in_flight, max_bytes):
                 image = images[number]
                 text = self.prompts.read(list(answer.token_ids))
@@ -177,22 +184,29 @@ class GarCaptioner:
             [self._kept.pop(_question(image, region), None) for region in image.live()] for image in images
         ]
 
-    def close(self) -> None:
-        """Stop the engine."""
-        self.engine.close()
-
-    def _requests(self, images: list[ImageRecord]) -> Generator[Any]:
+    def sampling(self) -> SamplingParams:
+        """Greedy, to the end of the turn or `max_tokens`."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        from pipeline.models.engine import Request
-
-        params = SamplingParams(
+        return SamplingParams(
             temperature=0,
             max_tokens=self.options.max_tokens,
             ignore_eos=True,  # the Llama's other end tokens are ordinary here, as published
             stop_token_ids=[self.prompts.stop],
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
+
+    def requests(self, images: list[ImageRecord]) -> Generator[Request]:
+        """What the engine is asked about the live regions, each made when it is drawn."""
+        from pipeline.models.engine import Request
+
+        params = self.sampling()
         works = self.encoder.prepare(images, lambda image, region: _question(image, region) not in self._kept)
         with closing(ahead(works, self._ahead)) as works:
             for key, prompt in self.encoder.run(works):
@@ -246,15 +260,13 @@ def _model_len(options: GarOptions, config: GarConfig, prompts: Prompts) -> int:
     return needed
 
 
-def _start(
-    options: GarOptions, config: GarConfig, prompts: Prompts, language: Path, dtype: str, on_cpu: bool
-) -> Any:
+def _start(options: GarOptions, language: Path, max_len: int, dtype: str, on_cpu: bool) -> Engine:
     """The engine on the exported language model, fed with embeddings only."""
     from pipeline.models.engine import Engine
 
     settings: dict[str, Any] = {
         "dtype": dtype,
-        "max_model_len": _model_len(options, config, prompts),
+        "max_model_len": max_len,
         "max_num_seqs": options.max_in_flight,
         "enable_prefix_caching": False,  # prompts differ from their first image token on
         "enforce_eager": on_cpu,  # compiling for a CPU takes minutes

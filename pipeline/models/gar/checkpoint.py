@@ -152,29 +152,7 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
         dtype=_dtype(config, text),
         notes=tuple(f"{path.name}: {field} is not used" for field in sorted(set(config) - _GAR_FIELDS)),
     )
-    grid = [found.grid, found.grid]
-    _agree(path, "vision_config.model_args.img_size", arguments.get("img_size", [tile, tile]), [tile, tile])
-    _agree(path, "vision_config.model_args.ref_feat_shape", arguments.get("ref_feat_shape", grid), grid)
-    _agree(path, "vision_config.model_args.global_pool", arguments.get("global_pool", ""), "")
-    norm = arguments.get("use_post_transformer_norm", False)
-    _agree(path, "vision_config.model_args.use_post_transformer_norm", norm, False)
-    _agree(path, "mllm_config.vision_use_cls_token", mllm.get("vision_use_cls_token"), tower.class_token)
-    _agree(path, "kernel_size", config.get("kernel_size", [_PATCH, _PATCH]), [_PATCH, _PATCH])
-    _agree(path, "text_config.model_type", text.get("model_type"), "llama")
-    _agree(path, "text_config.hidden_act", text.get("hidden_act", "silu"), "silu")
-    for bias in ("attention_bias", "mlp_bias"):
-        _agree(path, f"text_config.{bias}", bool(text.get(bias, False)), False)
-    fixed = {"vision_input_type": "thumb+tile", "resample": 3, "do_center_crop": False}
-    fixed |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    for field, only in fixed.items():
-        _agree(processor_path, field, processor.get(field, only), only)
-    if tile % (_PATCH * found.pooling) or found.width % (4 * found.heads):
-        raise ConfigError(
-            f"{path}: a tile of {tile} px is not a whole number of {found.pooling} x {_PATCH} px, or "
-            f"width {found.width} not a multiple of 4 x {found.heads} heads"
-        )
-    if len(found.crop_tokens) != found.prompt_numbers:
-        raise ConfigError(f"{path}: {len(found.crop_tokens)} crop_tokens_ids, {found.prompt_numbers} prompts")
+    _refuse_others(found, config, processor)
     return found
 
 
@@ -258,6 +236,37 @@ def tensor(config: GarConfig, name: str, dtype: Any, device: str) -> torch.Tenso
     """One tensor of the checkpoint by its full name."""
     found = [tensor for found, tensor in weights.read(config.folder, name) if found == name]
     return found[0].to(device=device, dtype=dtype)
+
+
+def _refuse_others(found: GarConfig, config: dict[str, Any], processor: dict[str, Any]) -> None:
+    """Raise ConfigError where the files ask for something other than what the published models compute."""
+    path, processor_path = found.folder / "config.json", found.folder / "preprocessor_config.json"
+    mllm = config["mllm_config"]
+    text, arguments = found.text, mllm["vision_config"].get("model_args") or {}
+    tile = found.tile_px
+    grid = [found.grid, found.grid]
+    _agree(path, "vision_config.model_args.img_size", arguments.get("img_size", [tile, tile]), [tile, tile])
+    _agree(path, "vision_config.model_args.ref_feat_shape", arguments.get("ref_feat_shape", grid), grid)
+    _agree(path, "vision_config.model_args.global_pool", arguments.get("global_pool", ""), "")
+    norm = arguments.get("use_post_transformer_norm", False)
+    _agree(path, "vision_config.model_args.use_post_transformer_norm", norm, False)
+    _agree(path, "mllm_config.vision_use_cls_token", mllm.get("vision_use_cls_token"), found.class_token)
+    _agree(path, "kernel_size", config.get("kernel_size", [_PATCH, _PATCH]), [_PATCH, _PATCH])
+    _agree(path, "text_config.model_type", text.get("model_type"), "llama")
+    _agree(path, "text_config.hidden_act", text.get("hidden_act", "silu"), "silu")
+    for bias in ("attention_bias", "mlp_bias"):
+        _agree(path, f"text_config.{bias}", bool(text.get(bias, False)), False)
+    fixed = {"vision_input_type": "thumb+tile", "resample": 3, "do_center_crop": False}
+    fixed |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for field, only in fixed.items():
+        _agree(processor_path, field, processor.get(field, only), only)
+    if tile % (_PATCH * found.pooling) or found.width % (4 * found.heads):
+        raise ConfigError(
+            f"{path}: a tile of {tile} px is not a whole number of {found.pooling} x {_PATCH} px, or "
+            f"width {found.width} not a multiple of 4 x {found.heads} heads"
+        )
+    if len(found.crop_tokens) != found.prompt_numbers:
+        raise ConfigError(f"{path}: {len(found.crop_tokens)} crop_tokens_ids, {found.prompt_numbers} prompts")
 
 
 def _shapes(config: GarConfig, found: Mapping[str, Header]) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class Photo:
         plain: features (side * side, H) of the tiles encoded without a mask so far, by tile.
     """
 
-    def __init__(self, pixels, config: GarConfig):
+    def __init__(self, pixels: np.ndarray, config: GarConfig):
         height, width = pixels.shape[:2]
         self.grid = cutting.tile_grid(width, height, config.tile_px, config.max_tiles)
         self.tiles = cutting.cut_photo(pixels, config.tile_px, self.grid)
@@ -82,6 +83,7 @@ class Encoder:
         tiles_per_batch: tiles encoded at once, of as many regions and photos as it takes.
         mask_resample: "nearest" or "bicubic".
         max_pixels: photos above this number of pixels are refused.
+        prompt: number of the prompt token that stands for the region.
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class Encoder:
         tiles_per_batch: int = 32,
         mask_resample: str = "nearest",
         max_pixels: int = 200_000_000,
+        prompt: int = PROMPT,
     ):
         self.config, self.prompts, self.vision, self.embed = config, prompts, vision, embed
-        self.mask_resample, self.max_pixels = mask_resample, max_pixels
+        self.mask_resample, self.max_pixels, self.prompt = mask_resample, max_pixels, prompt
         self.batches = Batches(tiles_per_batch, "captioner: tiles in the vision tower")
         self.counts = Counts()
 
@@ -131,7 +134,7 @@ class Encoder:
                     self.config.tile_px,
                     photo.grid,
                     self.mask_resample,
-                    PROMPT,
+                    self.prompt,
                     self.config.prompt_numbers,
                 )
                 touched = masks.flatten(1).any(1).nonzero().flatten().tolist()
@@ -202,7 +205,7 @@ class Encoder:
         """The prompts of several regions of one photo."""
         photo = regions[0][0].photo
         num_tiles = len(photo.tiles)
-        layout = self.prompts.write(num_tiles)
+        layout = self.prompts.write(num_tiles, self.prompt)
         all_tiles = [self._features(work, own) for work, own in regions]
         boxes = [work.box for work, _ in regions]
         crops = replay([tiles[1:] for tiles in all_tiles], photo.grid, boxes, self.config.side)

@@ -126,7 +126,12 @@ def _export(config: GarConfig, target: Path, record: dict[str, Any]) -> None:
 
 
 def _swap(partial: Path, target: Path, record: dict[str, Any]) -> None:
-    """Give the folder its name. A stale export goes out of the way first: a folder cannot be replaced."""
+    """Give the folder its name, unless another node was first.
+
+    A stale export goes out of the way before: a folder cannot be replaced.
+    """
+    if is_done(target, record):
+        return
     if target.exists():
         stale = target.parent / f"{partial.name.removesuffix('.partial')}.stale.partial"
         shutil.rmtree(stale, ignore_errors=True)
@@ -135,7 +140,7 @@ def _swap(partial: Path, target: Path, record: dict[str, Any]) -> None:
     try:
         partial.rename(target)
     except OSError:
-        if not is_done(target, record):  # else another node was first
+        if not is_done(target, record):  # another node came between
             raise
 
 

@@ -131,7 +131,7 @@ class Vision(nn.Module):
             (N, side * side, H) in the weights' dtype.
         """
         weight = self.mask.weight
-        pixels = (tiles_nct.to(weight.device, torch.float32) - 127.5) / 127.5
+        pixels = tiles_nct.to(weight.device, torch.float32).sub_(127.5).div_(127.5)
         mask_npd = None
         if masks_nt is not None:
             masks = masks_nt.to(weight.device, weight.dtype)[:, None].expand(-1, 3, -1, -1)
