@@ -1,9 +1,11 @@
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
+from pipeline import models
 from pipeline.config_file import describe, dump_config, load_config
 from schemas.config import Backend, BuildConfig, CoconutSource, Sa1bSource
 from schemas.errors import ConfigError
@@ -123,3 +125,11 @@ def test_every_key_with_a_number_says_why():
     for line in describe().splitlines():
         if re.search(r": [\d.]+\b", line.partition("#")[0]):
             assert "# " in line, line
+
+
+def test_the_recipe_for_gpus_names_backends_and_keys_that_exist():
+    config = load_config(Path(__file__).resolve().parents[2] / "configs/gpu.yaml")
+    names = {part: getattr(config, part).name for part in models.BACKENDS}
+    assert names == {"captioner": "gar", "judge": "vllm", "segmenter": "sam3"}
+    for part in names:
+        assert models.find(part, getattr(config, part))
