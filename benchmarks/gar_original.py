@@ -12,6 +12,7 @@ its number. Prints one line of JSON: versions, wall and CPU seconds, and the tok
 import json
 import sys
 import time
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -23,8 +24,8 @@ def main(folder: str, file: str, attention: str, max_tokens: str, stop: str) -> 
     torch.set_num_threads(1)
     found = safetensors.torch.load_file(file)
     prompts = [found[str(number)] for number in range(len(found))]
-    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
-    model = model.to(prompts[0].dtype)
+    model: Any = LlamaForCausalLM.from_pretrained(folder, attn_implementation=attention)
+    model.to(prompts[0].dtype).eval()
 
     def ask(prompt: torch.Tensor) -> list[int]:
         with torch.inference_mode():
