@@ -1,12 +1,14 @@
 """The GAR captioner against the same weights one region at a time, as the original works.
 
-    python -m benchmarks.gar [--runs N]
+    python -m benchmarks.gar [--runs N] [--original PYTHON]
     python -m benchmarks.gar --shapes 8b --device cuda [--photos N] [--max-tokens N]
 
 Without `--shapes`: a tiny random checkpoint, float32, one thread on each side, three photos of `samples/`
 with 16 regions each (the annotated masks, then pieces cut from them), 64 new tokens. One at a time means:
 for each region the photo is read, cut and encoded whole, and transformers' `generate` continues one prompt;
-its tokens are what ours are compared with, once with each of transformers' attentions. The machine may be
+its tokens are what ours are compared with, once with each of transformers' attentions. With `--original`,
+`generate` runs once more in that interpreter, whose transformers should be the one that the original pins
+(4.56.2; docs/gar.md says how to make it); the original's other steps are as measured here. The machine may be
 shared: ratios of CPU seconds are printed beside those of the clock. A tiny model is all overhead, so none of
 this says what real weights on a GPU gain; that is what `--shapes` measures, with random weights of the
 published shapes: regions per second, and the GPU-days that 5.7 million regions would take.
@@ -20,6 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import argparse
+import json
+import subprocess
 import tempfile
 import time
 from collections import defaultdict
@@ -42,7 +46,7 @@ REGIONS = 16
 END_TO_END, LANGUAGE_MODEL, TILES = 5, 8, 0.65
 CORPUS = 5_700_000
 ATTENTIONS = ("eager", "sdpa")
-"""Of transformers: what the original falls back to without a GPU, and the default of today's releases."""
+"""Of transformers: what the original's code sets without flash-attention, and the library's own default."""
 
 
 class Took(NamedTuple):
@@ -116,6 +120,7 @@ def main() -> int:
     parser.add_argument("--photos", type=int, default=0, help="of a run with --shapes; default 48")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=2, help="of ours; the best counts")
+    parser.add_argument("--original", help="a Python that has the original's transformers")
     parser.add_argument("--one-by-one", type=int, default=8, help="regions of the other side with --shapes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -148,6 +153,7 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
     print(f"ours {total(ours)}; the language model alone {language}")
     show(ours)
     missed = tiles > TILES * tiles_one_by_one
+    file = save_prompts(captioner, images, folder) if options.original else None
     for attention in ATTENTIONS:
         theirs, baseline = run_one_by_one(captioner, images, options.max_tokens, attention)
         same = sum(mine == yours for mine, yours in zip(answers, baseline, strict=True))
@@ -159,7 +165,40 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
         show(theirs)
         missed |= total(theirs).cpu < END_TO_END * total(ours).cpu
         missed |= generate.cpu < LANGUAGE_MODEL * language.cpu or same < len(answers)
+        if file is not None:
+            original = run_original(options.original, captioner, file, attention, options.max_tokens)
+            generate, rest = Took(original["wall"], original["cpu"]), total(theirs)
+            own = theirs.seconds["generate"]
+            whole = Took(rest.wall - own.wall + generate.wall, rest.cpu - own.cpu + generate.cpu)
+            same = sum(mine == yours for mine, yours in zip(answers, original["answers"], strict=True))
+            print(f"generate in transformers {original['transformers']}, {attention} attention: {generate}")
+            print(f"  end to end, its other steps as above: ours is faster {whole / total(ours)}")
+            print(f"  language model: {generate / language}")
+            print(f"  same tokens: {same} of {len(answers)}")
+            missed |= same < len(answers)
     return int(missed)
+
+
+def save_prompts(captioner: Any, images: list[ImageRecord], folder: Path) -> Path:
+    """Our prompts as a file, for `run_original`."""
+    from safetensors.torch import save_file
+
+    prompts = [request.prompt["prompt_embeds"].contiguous() for request in captioner.requests(images)]
+    file = folder / "prompts.safetensors"
+    save_file({str(number): prompt for number, prompt in enumerate(prompts)}, file)
+    return file
+
+
+def run_original(python: str, captioner: Any, file: Path, attention: str, max_tokens: int) -> dict[str, Any]:
+    """What `gar_original.py` prints in another interpreter, which sees nothing of this environment's path."""
+    from pipeline.models.gar import export
+
+    language = str(export.default_folder(captioner.options.model))
+    script = str(Path(__file__).with_name("gar_original.py"))
+    command = [python, script, language, str(file), attention, str(max_tokens), str(captioner.prompts.stop)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def show(watch: Watch) -> None:
