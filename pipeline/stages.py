@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ import msgspec
 from filters import agreement, category, masks, text
 from filters.verdict import Verdict
 from pipeline import models
-from pipeline.evidence import Captioned, Judged, Resegmented, digest, fingerprint
+from pipeline.evidence import Captioned, EvidenceStore, Judged, Resegmented, digest, fingerprint
 from schemas.config import Backend, BuildConfig
 from schemas.errors import BadRecord
 from schemas.reasons import Reason
@@ -81,6 +82,10 @@ class ModelStage:
     def evidence_digest(self) -> str:
         """Identifies everything the stage's evidence depends on: the folder's name."""
         return digest(self.name, models.identity(self.protocol, self.backend), self.after)
+
+    def store(self, folder: Path) -> EvidenceStore:
+        """Where the stage's evidence lies in a subset's folder."""
+        return EvidenceStore(folder / "evidence" / f"{self.name}-{self.evidence_digest}", self.evidence)
 
     def digest(self) -> str:
         """Identifies evidence and decision."""

@@ -164,7 +164,20 @@ def run(
     """
     folder = Path(config.out) / subset
     stages = RECIPES[subset](config)
-    job = Job(config, subset, str(folder), plan.digest, recipe_digest(stages, config), str(run_folder))
+    names = [plan.unit_name(index) for index in units]
+    job = Job(
+        config,
+        subset,
+        str(folder),
+        plan.digest,
+        recipe_digest(stages, config),
+        str(run_folder),
+        idle=[
+            stage.name
+            for stage in stages
+            if isinstance(stage, ModelStage) and _answered(stage, folder, names)
+        ],
+    )
     steps = steps_of(stages, config)
     progress = Progress(subset, pending=len(units))
     progress.stages = {
@@ -197,6 +210,12 @@ def run(
         stack.unlink()
     shutil.rmtree(folder / "journal", ignore_errors=True)
     return progress
+
+
+def _answered(stage: ModelStage, folder: Path, units: list[str]) -> bool:
+    """Whether a stage has evidence of all these units, so that its model need not be loaded beforehand."""
+    store = stage.store(folder)
+    return all(store.path(unit).exists() for unit in units)
 
 
 def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:

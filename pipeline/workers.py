@@ -60,6 +60,8 @@ class Job(msgspec.Struct, frozen=True):
         plan: content hash of the plan.
         recipe: digest of the recipe.
         run: folder of this run's events and stacks.
+        idle: model stages that have evidence of every unit already: loaded only if that turns out not to be
+            enough.
     """
 
     config: BuildConfig
@@ -68,6 +70,7 @@ class Job(msgspec.Struct, frozen=True):
     plan: str
     recipe: str
     run: str
+    idle: list[str] = []
 
 
 class Unit(msgspec.Struct):
@@ -105,7 +108,7 @@ class Worker:
         started = time.perf_counter()
         self._broken: str | None = None
         for stage in stages:
-            if isinstance(stage, ModelStage) and self._broken is None:
+            if isinstance(stage, ModelStage) and stage.name not in job.idle and self._broken is None:
                 try:
                     self._load(stage)
                 except Exception as error:  # noqa: BLE001 - told to the driver by the first unit, as one line
@@ -245,9 +248,7 @@ class Worker:
 
     def _ask(self, stage: ModelStage, unit: Unit) -> int:
         """Get the evidence the stage lacks, record it, decide. Returns how many regions were asked about."""
-        store = EvidenceStore(
-            self.folder / "evidence" / f"{stage.name}-{stage.evidence_digest}", stage.evidence
-        )
+        store = stage.store(self.folder)
         known = store.load(unit.name)
         questions = {
             (image.key, region.id): stage.fingerprint(region)
@@ -353,7 +354,9 @@ class Worker:
         try:
             self._load(stage)
         except Exception as error:
-            raise StageFailed(f"{stage.name}: the backend cannot start again: {error}") from error
+            raise StageFailed(
+                f"{stage.name}: the backend cannot start: {type(error).__name__}: {error}"
+            ) from error
 
     def _save(self, store: EvidenceStore, unit: str, known: dict) -> None:
         try:

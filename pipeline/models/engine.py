@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +63,8 @@ class Engine:
         }
         self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(model), **settings))
         self._numbers = 0
+        if own_process:
+            _wake_when_it_dies(self.engine.engine_core)
 
     def run(
         self, requests: Iterable[Request], max_in_flight: int = 256, max_bytes: int = 1 << 62
@@ -118,6 +122,22 @@ class Engine:
     def close(self) -> None:
         """Stop the engine and free its memory."""
         self.engine.engine_core.shutdown()
+
+
+def _wake_when_it_dies(core: Any) -> None:
+    """End the wait for an engine's output when its process ends.
+
+    vLLM 0.32 notices that a process was killed, but never tells whoever waits in `get_output` then.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    sentinels, outputs = core.resources.engine_manager.sentinels(), core.outputs_queue
+
+    def watch() -> None:
+        connection.wait(sentinels)
+        outputs.put_nowait(EngineDeadError())
+
+    threading.Thread(target=watch, name="engine-dies", daemon=True).start()
 
 
 class _translated:  # noqa: N801 - a context manager

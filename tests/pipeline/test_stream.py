@@ -64,7 +64,15 @@ def test_a_second_build_has_nothing_to_do(tmp_path, coconut):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_changed_threshold_rebuilds_the_shards_and_asks_no_model(tmp_path, sa1b):
+def started(out):
+    """The models that were loaded in each run."""
+    return [
+        {event.stage for event in EventReader(run).new() if event.what == "started"}
+        for run in sorted((out / "events").iterdir())
+    ]
+
+
+def test_a_changed_threshold_rebuilds_the_shards_and_loads_no_model(tmp_path, sa1b):
     out = tmp_path / "out"
     loose = config_of(out, sa1b=sa1b, min_iou=0.5)
     build(loose)
@@ -75,6 +83,7 @@ def test_a_changed_threshold_rebuilds_the_shards_and_asks_no_model(tmp_path, sa1
         update={"min_iou": 1.0, "text": loose.text.model_copy(update={"min_words": 60})}
     )
     assert build(strict)["sa1b"].dropped == {"clean_text/text_too_short": 24}
+    assert started(out) == [{"caption", "extract_category", "agree_with_segmenter"}, set()]
     assert {name: len(calls(tmp_path / f"{name}.log")) for name in paid} == paid
     build(loose)
     assert committed(out) == loose_files
