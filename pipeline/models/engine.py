@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 from pathlib import Path
@@ -125,17 +126,23 @@ class Engine:
 
 
 def _wake_when_it_dies(core: Any) -> None:
-    """End the wait for an engine's output when its process ends.
+    """End every wait for an engine when its process ends.
 
-    vLLM 0.32 notices that a process was killed, but never tells whoever waits in `get_output` then.
+    vLLM 0.32 notices that a process was killed, and refuses calls from then on; but who waits for output or
+    for the answer to a call at that moment is never told.
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    sentinels, outputs = core.resources.engine_manager.sentinels(), core.outputs_queue
+    resources, outputs, calls = core.resources, core.outputs_queue, core.utility_results
 
     def watch() -> None:
-        connection.wait(sentinels)
+        connection.wait(resources.engine_manager.sentinels())
+        while not resources.engine_dead:  # vLLM's own monitor is about to say so; then no new wait begins
+            time.sleep(0.01)
         outputs.put_nowait(EngineDeadError())
+        for call in list(calls.values()):
+            if not call.done():
+                call.set_exception(EngineDeadError())
 
     threading.Thread(target=watch, name="engine-dies", daemon=True).start()
 
