@@ -1,0 +1,150 @@
+"""Who may attend to whom: one pure function of what each token is, in the form that each kernel wants.
+
+Shape suffixes: B batch, Q queries, K keys, L tokens, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SHARED, HIDDEN = 0, -1
+"""Region codes besides 1, 2, ...: what every caption sees, and what no caption sees."""
+
+PADDING = -1
+"""The sample of tokens that only fill up a batch. They see each other, so that no row of scores is empty."""
+
+
+class Structure(NamedTuple):
+    """What the tokens are.
+
+    Attributes:
+        sample_BL: which sequence a token belongs to; samples packed in one row do not see each other.
+        region_BL: SHARED, HIDDEN, or 1 + the region whose replay or caption the token belongs to.
+        caption_BL: whether the token belongs to a caption.
+    """
+
+    sample_BL: Tensor
+    region_BL: Tensor
+    caption_BL: Tensor
+
+    def at(self, tokens: Any) -> Structure:
+        """The structure of some tokens, by an index into (B, L)."""
+        return Structure(*(field[tokens] for field in self))
+
+    def replay_BL(self) -> Tensor:
+        """Where regions' features are replayed."""
+        return (self.region_BL > SHARED) & ~self.caption_BL
+
+
+def join(*parts: Structure) -> Structure:
+    """One after the other along the tokens."""
+    return Structure(*(torch.cat(fields, dim=1) for fields in zip(*parts, strict=True)))
+
+
+def may_attend(
+    query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor], isolate_prefix: bool
+) -> Tensor:
+    """Whether a query may attend to a key, each given as (sample, region, caption); broadcasts.
+
+    A caption sees what is shared, the replay of its own region and itself. Everything else sees all of its
+    sample, or, with `isolate_prefix`, all but captions.
+    """
+    q_sample, q_region, q_caption = query
+    k_sample, k_region, k_caption = key
+    of_caption = (k_region == SHARED) | (k_region == q_region)
+    of_prefix = ~k_caption if isolate_prefix else torch.ones_like(k_caption)
+    return (q_sample == k_sample) & ((q_caption & of_caption) | (~q_caption & of_prefix))
+
+
+def dense_mask(queries: Structure, keys: Structure, isolate_prefix: bool) -> Tensor:
+    """The pattern as (B, Q, K) bool."""
+    query = tuple(field[:, :, None] for field in queries)
+    key = tuple(field[:, None, :] for field in keys)
+    return may_attend(query, key, isolate_prefix)  # type: ignore[arg-type]
+
+
+def mask_mod(queries: Structure, keys: Structure, isolate_prefix: bool) -> Callable[..., Tensor]:
+    """The pattern as FlexAttention asks for it, one pair at a time."""
+
+    def mod(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        query = (queries.sample_BL[b, q], queries.region_BL[b, q], queries.caption_BL[b, q])
+        key = (keys.sample_BL[b, k], keys.region_BL[b, k], keys.caption_BL[b, k])
+        return may_attend(query, key, isolate_prefix)
+
+    return mod
+
+
+class Pattern:
+    """A pattern made ready once for all layers and heads; calling it attends.
+
+    Args:
+        queries: structure of the queries.
+        keys: structure of the keys.
+        isolate_prefix: see `may_attend`.
+        kernel: "sdpa": a bool mask of (B, 1, Q, K), or none at all where everything is allowed.
+            "flex_attention": blocks of 128 x 128; compiled on a GPU, where no (Q, K) tensor comes to be.
+    """
+
+    def __init__(self, queries: Structure, keys: Structure, isolate_prefix: bool, kernel: str = "sdpa"):
+        self.queries, self.keys, self.isolate_prefix, self.kernel = queries, keys, isolate_prefix, kernel
+        if kernel == "flex_attention":
+            self.mask = _block_mask(queries, keys, isolate_prefix)
+        elif kernel == "sdpa":
+            mask = dense_mask(queries, keys, isolate_prefix)[:, None]
+            self.mask = None if bool(mask.all()) else mask
+        else:
+            raise ValueError(f"attention kernel {kernel!r}: take 'sdpa' or 'flex_attention'")
+
+    def of(self, tokens: slice) -> Pattern:
+        """The pattern of some of the queries."""
+        rows = self.queries.at((slice(None), tokens))
+        if self.kernel == "flex_attention":
+            return Pattern(rows, self.keys, self.isolate_prefix, self.kernel)
+        part = object.__new__(Pattern)
+        part.queries, part.keys, part.isolate_prefix, part.kernel = (
+            rows,
+            self.keys,
+            self.isolate_prefix,
+            self.kernel,
+        )
+        part.mask = None if self.mask is None else self.mask[:, :, tokens]
+        return part
+
+    def __call__(self, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
+        """Attend; fewer heads of keys than of queries are shared evenly. Returns (B, H, Q, D)."""
+        grouped = q_BHQD.shape[1] != k_BHKD.shape[1]
+        if self.kernel == "flex_attention":
+            attend = _flex(q_BHQD.device.type)
+            return attend(q_BHQD, k_BHKD, v_BHKD, block_mask=self.mask, enable_gqa=grouped)
+        return functional.scaled_dot_product_attention(
+            q_BHQD, k_BHKD, v_BHKD, attn_mask=self.mask, enable_gqa=grouped
+        )
+
+
+def _block_mask(queries: Structure, keys: Structure, isolate_prefix: bool) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, num_queries = queries.sample_BL.shape
+    device = queries.sample_BL.device
+    return create_block_mask(
+        mask_mod(queries, keys, isolate_prefix),
+        batch,
+        None,
+        num_queries,
+        keys.sample_BL.shape[1],
+        device=device,
+        _compile=device.type == "cuda",
+    )
+
+
+@cache
+def _flex(device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
