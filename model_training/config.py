@@ -18,8 +18,8 @@ class PerceptionDLMConfig(PreTrainedConfig):
     bidirectional.
 
     Attributes:
-        vision_select_layer: which hidden state leaves the vision tower, counted after each block: -2 is the last
-            but one block, -1 the last with the tower's final norm.
+        vision_select_layer: which hidden state leaves the vision tower, counted after each block: -2 is the
+            last but one block, -1 the last with the tower's final norm.
         num_prompts: regions that one sequence can hold: each is marked in the image by a prompt of its own.
         replay_size: a region's features are replayed as this many squared vectors.
         max_tiles: of an image, without the thumbnail.

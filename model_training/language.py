@@ -124,7 +124,7 @@ class Layer(GradientCheckpointingLayer):
         wanted: slice,
         kept: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
-        """The tokens `wanted` of the result. `pattern` is theirs; `kept` puts what is kept before the keys."""
+        """The tokens `wanted` of the result; `pattern` is theirs, `kept` adds keys to their own."""
         normed = self.input_layernorm(x_BLD)
         keys, values = self.self_attn.keys_and_values(normed, cos_BLK, sin_BLK)
         if kept is not None:

@@ -11,7 +11,9 @@ regions, W replayed tokens of a region, B batch, L tokens of a sequence, V vocab
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,15 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, Sigli
 from model_training.attention import Pattern, Structure
 from model_training.config import PerceptionDLMConfig
 from model_training.language import LanguageModel
+from schemas.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from model_training.captioning import Snapshot
+    from model_training.decode import DecodeOptions
+    from model_training.processing import PerceptionDLMProcessor
 
 
 class Images(NamedTuple):
@@ -95,8 +106,8 @@ class VisionTower(nn.Module):
 class PerceptionDLM(PreTrainedModel):
     """The whole model.
 
-    `forward` is one denoising step: logits of a sequence in which some tokens are masked. `see` encodes images,
-    once for all steps.
+    `forward` is one denoising step: logits of a sequence in which some tokens are masked. `see` encodes
+    images, once for all steps.
     """
 
     config_class = PerceptionDLMConfig
@@ -110,6 +121,7 @@ class PerceptionDLM(PreTrainedModel):
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__(config)
         self.layout = config.resolved_layout()
+        self._processor: PerceptionDLMProcessor | None = None
         vision, text = config.vision_config, config.text_config
         vision._attn_implementation = "sdpa"
         self.region_prompts = nn.Embedding(config.num_prompts, vision.hidden_size)
@@ -215,6 +227,64 @@ class PerceptionDLM(PreTrainedModel):
             x_BLD = self.embed(tokens, *(self.see(images) if images is not None else ()))
         pattern = self.pattern(tokens.structure, tokens.structure)
         return self.lm_head(self.language_model(x_BLD, tokens.position_BL, pattern))
+
+    def caption(
+        self,
+        image: np.ndarray | Image,
+        masks: Sequence[np.ndarray],
+        processor: PerceptionDLMProcessor | None = None,
+        regions_per_call: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Caption regions of an image, all at once; one caption a mask, in the same order.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, or a Pillow image.
+            masks: (H, W) bool, of the image's size, none empty.
+            processor: None: the one in the folder that the model was loaded from.
+            regions_per_call: regions of a sequence at most; 1 captions one by one.
+            options: see `decode.DecodeOptions`.
+
+        Raises:
+            ConfigError: a mask that does not fit, or an option that does not suit the model.
+        """
+        from model_training import captioning
+
+        processor, decoding = self._ready(processor, options)
+        pairs = [(image, masks)]
+        results = captioning.caption_images(
+            self, processor, pairs, decoding, regions_per_call=regions_per_call
+        )
+        return results[0].captions
+
+    def caption_stream(
+        self,
+        image: np.ndarray | Image,
+        masks: Sequence[np.ndarray],
+        processor: PerceptionDLMProcessor | None = None,
+        regions_per_call: int | None = None,
+        **options: Any,
+    ) -> Iterator[Snapshot]:
+        """As `caption`, giving all captions before the first step and after every one."""
+        from model_training import captioning
+
+        processor, decoding = self._ready(processor, options)
+        return captioning.caption_steps(self, processor, image, masks, decoding, regions_per_call)
+
+    def _ready(
+        self, processor: PerceptionDLMProcessor | None, options: dict[str, Any]
+    ) -> tuple[PerceptionDLMProcessor, DecodeOptions]:
+        from model_training.decode import DecodeOptions
+        from model_training.processing import PerceptionDLMProcessor
+
+        known = {field.name for field in dataclasses.fields(DecodeOptions)}
+        if unknown := sorted(options.keys() - known):
+            raise ConfigError(
+                f"{', '.join(unknown)}: no option of the decoder; it has {', '.join(sorted(known))}"
+            )
+        if processor is None and self._processor is None:
+            self._processor = PerceptionDLMProcessor.from_pretrained(self.name_or_path)
+        return processor or self._processor, DecodeOptions(**options)
 
     def get_input_embeddings(self) -> nn.Module:
         """Of the language model."""
