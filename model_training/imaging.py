@@ -17,6 +17,9 @@ from model_training.layout import Layout
 _BLANK = 255
 """What the original paints where no region is; it tells the two apart by this value alone."""
 
+_ROUNDING = 1e-5
+"""Of shares, which are float32."""
+
 
 @lru_cache(maxsize=4096)
 def tile_grid(width: int, height: int, tile_px: int, max_tiles: int) -> tuple[int, int]:
@@ -85,14 +88,10 @@ def active_patches(
             painted = paint(mask, prompt, (across * tile_px, down * tile_px))
             shown = painted[::patch_px, ::patch_px] != _BLANK
         else:
-            share = np.asarray(
-                Image.fromarray(mask.astype(np.float32)).resize(
-                    (across * side, down * side), Image.Resampling.BOX
-                )
-            )
-            shown = share >= layout.min_patch_share
+            share = _shares(mask, across * side, down * side)
+            shown = share >= layout.min_patch_share * (1 - _ROUNDING)
             if not shown.any() and mask.any():
-                shown = share == share.max()
+                shown = share >= share.max() * (1 - _ROUNDING)
         views.append(_cut(shown, (across, down)).reshape(across * down, side * side))
     return np.concatenate(views)
 
@@ -136,6 +135,23 @@ def _stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
         (width, height), Image.Resampling.BICUBIC
     )
+
+
+def _shares(mask: np.ndarray, across: int, down: int) -> np.ndarray:
+    """How much of each cell of a grid a mask covers, (down, across).
+
+    Pillow's box filter gives a pixel to one cell whole, or to none where its middle is on the edge of two.
+    """
+    height, width = mask.shape
+    return _parts(height, down) @ mask.astype(np.float32) @ _parts(width, across).T
+
+
+def _parts(size: int, cells: int) -> np.ndarray:
+    """How much of each of equal cells each pixel of a line is, (cells, size)."""
+    edges = np.arange(cells + 1)[:, None] * size / cells
+    pixels = np.arange(size)
+    common = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
+    return (common.clip(min=0) * cells / size).astype(np.float32)
 
 
 def _cut(canvas: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
