@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperCommand
 
 import flows  # noqa: F401 - switches telemetry off before prefect and ray are imported
 from schemas.errors import ConfigError, ParaCaptionError
@@ -174,6 +175,89 @@ def prepare(
     from pipeline.models.gar import export as language_model
 
     print(language_model.prepare(path, to))
+
+
+class _ManyMasks(TyperCommand):
+    """Lets `--masks` be followed by any number of paths, as a shell's `*.png` gives them."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        listing = False
+        for arg in args:
+            if arg.startswith("-") and arg != "-":
+                listing = arg == "--masks" or arg.startswith("--masks=")
+                spread.append(arg)
+            else:
+                spread += ["--masks", arg] if listing and spread[-1] != "--masks" else [arg]
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_ManyMasks)
+def caption(
+    model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
+    masks: Annotated[
+        list[str],
+        typer.Option(
+            help="Any number: mask images, folders of them, a JSON of COCO or SA-1B; or a corpus and --key.",
+            show_default=False,
+        ),
+    ],
+    image: Annotated[Path | None, typer.Option(help="The photo; a corpus has its own.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Which image of a corpus, or of a JSON if the name differs."),
+    ] = None,
+    json: Annotated[str | None, typer.Option(help="File for the record, or - to print only that.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG, JPEG or WebP: masks, numbers, captions.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="GIF or HTML: every step of the decoder.")] = None,
+    strategy: Annotated[
+        str, typer.Option(help="remask, per-region, threshold, sequential or left-to-right.")
+    ] = "remask",
+    steps: Annotated[int, typer.Option(help="Of the decoder; fewer are faster and worse.")] = 32,
+    length: Annotated[int, typer.Option(help="Slots of a caption, in tokens.")] = 32,
+    threshold: Annotated[float, typer.Option(help="Confidence that is enough, for `threshold`.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    cache: Annotated[str, typer.Option(help="auto, none, exact or approximate.")] = "auto",
+    refresh_every: Annotated[int, typer.Option(help="Steps between passes that renew `approximate`.")] = 4,
+    compare: Annotated[bool, typer.Option(help="Also decode without `approximate`, and compare.")] = False,
+    regions_per_call: Annotated[
+        int | None, typer.Option(help="Regions captioned together; by default the most that it can.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Caption the regions of a photo, all in parallel."""
+    from rich.console import Console
+
+    from model_training import describe, regions
+    from model_training import trace as tracing
+
+    options = {"strategy": strategy, "steps": steps, "length": length, "threshold": threshold}
+    options |= {"temperature": temperature, "top_p": top_p, "seed": seed, "cache": cache}
+    options |= {"refresh_every": refresh_every, "compare": compare}
+    describe.check_outputs(picture, trace, json)
+    scene = regions.read(image, masks, key)
+    notices = Console(stderr=True)
+    for line in scene.left_out:
+        notices.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
+    with notices.status("loading the model"):
+        loaded = describe.load(model, device, dtype)
+    with notices.status(f"captioning {len(scene.regions)} regions"):
+        answer = describe.describe(loaded, scene, options, regions_per_call)
+        if trace is not None:
+            tracing.write(describe.trace_of(loaded, answer, regions_per_call), trace)
+    if picture is not None:
+        describe.write_picture(answer, picture)
+    if json == "-":
+        print(describe.to_json(answer), end="")
+        return
+    if json is not None:
+        describe.write_record(answer, json)
+    Console().print(describe.render(answer))
+    for path in filter(None, (json, picture, trace)):
+        print(path)
 
 
 @app.command()

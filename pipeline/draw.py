@@ -120,7 +120,7 @@ def draw_masks(photo: np.ndarray, marks: Sequence[Mark], side: int = 900) -> Ima
             visible = masks[i] & (top == i)
             x, y = _inside(visible if visible.any() else masks[i], taken, 2 * radius, cv2)
             taken.append((x, y))
-            _disc(picture, (x, y), radius, i + 1, color_of(marks[i], i))
+            disc(picture, (x, y), radius, i + 1, color_of(marks[i], i))
     return picture
 
 
@@ -195,7 +195,7 @@ def draw_legend(marks: Sequence[Mark], width: int, title: str = "", columns: int
         x, y = _MARGIN + place * each, top
         for entry in column:
             color = color_of(entry.mark, entry.number - 1)
-            _disc(canvas, (x + radius, y + radius), radius, entry.number, color)
+            disc(canvas, (x + radius, y + radius), radius, entry.number, color)
             for i, (line, face) in enumerate(entry.lines):
                 pen.text((x + indent, y + i * step), line, _INK, face)
             y += entry.height
@@ -231,7 +231,7 @@ def _scaled(mask: Rle, shape: tuple[int, int], size: tuple[int, int]) -> np.ndar
 
 def _outline(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, ...], cv2: Any) -> None:
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    halo = (255, 255, 255) if _is_dark(color) else (0, 0, 0)
+    halo = (255, 255, 255) if is_dark(color) else (0, 0, 0)
     cv2.drawContours(canvas, contours, -1, halo, 4, cv2.LINE_AA)
     cv2.drawContours(canvas, contours, -1, color, 2, cv2.LINE_AA)
 
@@ -249,7 +249,7 @@ def _inside(mask: np.ndarray, taken: list[tuple[int, int]], apart: int, cv2: Any
     return int(x), int(y)
 
 
-def _disc(
+def disc(
     canvas: Image, center: tuple[int, int], radius: int, number: int, color: tuple[int, int, int]
 ) -> None:
     """A numbered disc: drawn large and shrunk, because Pillow's circles have no soft edge."""
@@ -260,7 +260,7 @@ def _disc(
     times = 4
     large = Image.new("RGBA", (2 * half * times, 2 * radius * times), (0, 0, 0, 0))
     on = ImageDraw.Draw(large)
-    dark = _is_dark(color)
+    dark = is_dark(color)
     edge = (255, 255, 255) if dark else (0, 0, 0)
     box = (0, 0, large.width - 1, large.height - 1)
     on.rounded_rectangle(box, radius * times, fill=edge)
@@ -274,7 +274,7 @@ def _disc(
     canvas.paste(small, (x, y), small)
 
 
-def _is_dark(color: Sequence[int]) -> bool:
+def is_dark(color: Sequence[int]) -> bool:
     """Whether white is read better on it than black (relative luminance, WCAG's crossing at 0.18)."""
     linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.25
