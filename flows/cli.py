@@ -177,6 +177,36 @@ def prepare(
     print(language_model.prepare(path, to))
 
 
+@models.command()
+def convert(
+    to: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
+    path: Annotated[
+        Path | None,
+        typer.Argument(help="A PerceptionDLM: published, or ours. The other is made.", show_default=False),
+    ] = None,
+    language: Annotated[Path | None, typer.Option(help="LLaDA's folder, for a new model.")] = None,
+    vision: Annotated[
+        Path | None, typer.Option(help="SigLIP 2's folder: for a new model, or where unused/ is missing.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="corrected [default: new model] or reference [default: published].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights that are drawn.")] = 0,
+) -> None:
+    """Convert a PerceptionDLM between the published layout and ours, or make a new one of its parts."""
+    from model_training import convert as converting
+
+    if (path is None) == (language is None):
+        raise ConfigError("models convert: name a PerceptionDLM's folder, or LLaDA's with --language")
+    if path is not None:
+        report = converting.convert(path, to, vision=vision, layout=layout, seed=seed)
+    elif vision is None:
+        raise ConfigError("models convert: --language needs a SigLIP 2 too: --vision DIR")
+    else:
+        report = converting.from_parts(language, vision, to, layout or "corrected", seed)
+    print(report.text())
+
+
 class _ManyMasks(TyperCommand):
     """Lets `--masks` be followed by any number of paths, as a shell's `*.png` gives them."""
 
