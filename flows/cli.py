@@ -189,7 +189,7 @@ def convert(
         Path | None, typer.Option(help="SigLIP 2's folder: for a new model, or where unused/ is missing.")
     ] = None,
     layout: Annotated[
-        str | None, typer.Option(help="corrected [default: new model] or reference [default: published].")
+        str | None, typer.Option(help="corrected (default of a new model) or reference (of a published one).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights that are drawn.")] = 0,
 ) -> None:
