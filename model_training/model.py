@@ -185,8 +185,9 @@ class PerceptionDLM(PreTrainedModel):
             regions = regions.to(out_RWD.device)
             boxes = images.boxes_R4[regions].float() * cells.to(out_RWD.device)
             rois = torch.cat([place[:, None].to(boxes), boxes], dim=1)
+            maps = maps if maps.dtype == torch.float64 else maps.float()
             sampled = roi_align(
-                maps.float(), rois, size, self.layout.replay_scale, sampling_ratio=2, aligned=True
+                maps, rois.to(maps), size, self.layout.replay_scale, sampling_ratio=2, aligned=True
             )
             out_RWD[regions] = sampled.flatten(2).transpose(1, 2).to(out_RWD.dtype)
         return out_RWD

@@ -86,7 +86,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
             prompts: which prompt marks the largest region, the second largest, ...; default 0, 1, ...
 
         Raises:
-            ConfigError: too many regions, an empty mask, or one of another size than the image.
+            ConfigError: too many regions, an empty mask, or one of another size than the image; not a caption
+                and a prompt of its own for each.
         """
         config, tower = self.config, self.config.vision_config
         height, width = pixels.shape[:2]
@@ -94,6 +95,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
         grid = imaging.tile_grid(width, height, tower.image_size, config.max_tiles)
         order = imaging.by_area(masks)
         prompts = list(range(len(masks)) if prompts is None else prompts)
+        if len(set(prompts)) != len(masks) or not set(prompts) <= set(range(config.num_prompts)):
+            raise ConfigError(
+                f"prompts {prompts}: give each of {len(masks)} masks its own below {config.num_prompts}"
+            )
+        if not isinstance(captions, int) and len(captions) != len(masks):
+            raise ConfigError(f"{len(captions)} captions for {len(masks)} masks")
         active = np.zeros((imaging.num_views(grid), config.num_prompts, config.patches_per_side**2), bool)
         for place, number in enumerate(order):
             prompt = prompts[place]
@@ -203,8 +210,12 @@ def collate(examples: Sequence[Example]) -> Batch:
         views_N3SS=torch.from_numpy(np.concatenate([example.views for example in examples])),
         prompts_NPQ=torch.from_numpy(np.concatenate([example.prompts for example in examples])),
         grids_I2=torch.tensor([example.grid for example in examples]),
-        boxes_R4=torch.tensor([box for example in examples for box in example.boxes]).reshape(-1, 4),
-        image_R=torch.tensor([i for i, example in enumerate(examples) for _ in example.boxes]),
+        boxes_R4=torch.tensor(
+            [box for example in examples for box in example.boxes], dtype=torch.float32
+        ).reshape(-1, 4),
+        image_R=torch.tensor(
+            [i for i, example in enumerate(examples) for _ in example.boxes], dtype=torch.int64
+        ),
     )
     prefix = _pad([example.prefix for example in examples], caption=False)
     return Batch(images, prefix, _pad([example.captions for example in examples], caption=True))
