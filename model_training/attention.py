@@ -5,6 +5,7 @@ Shape suffixes: B batch, Q queries, K keys, L tokens, H heads, D head width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ class Pattern:
         queries: structure of the queries.
         keys: structure of the keys.
         isolate_prefix: see `may_attend`.
-        kernel: "sdpa": a bool mask of (B, 1, Q, K), or none at all where everything is allowed.
+        kernel: "sdpa": a mask of (B, 1, Q, K) that is added, or none at all where everything is allowed.
             "flex_attention": blocks of 128 x 128; compiled on a GPU, where no (Q, K) tensor comes to be.
     """
 
@@ -103,17 +104,12 @@ class Pattern:
 
     def of(self, tokens: slice) -> Pattern:
         """The pattern of some of the queries."""
-        rows = self.queries.at((slice(None), tokens))
+        part = copy.copy(self)
+        part.queries = self.queries.at((slice(None), tokens))
         if self.kernel == "flex_attention":
-            return Pattern(rows, self.keys, self.isolate_prefix, self.kernel)
-        part = object.__new__(Pattern)
-        part.queries, part.keys, part.isolate_prefix, part.kernel = (
-            rows,
-            self.keys,
-            self.isolate_prefix,
-            self.kernel,
-        )
-        part.mask = None if self.mask is None else self.mask[:, :, tokens]
+            part.mask = _block_mask(part.queries, self.keys, self.isolate_prefix)
+        elif self.mask is not None:
+            part.mask = self.mask[:, :, tokens]
         return part
 
     def __call__(self, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
@@ -122,6 +118,8 @@ class Pattern:
         if self.kernel == "flex_attention":
             attend = _flex(q_BHQD.device.type)
             return attend(q_BHQD, k_BHKD, v_BHKD, block_mask=self.mask, enable_gqa=grouped)
+        if self.mask is not None and self.mask.dtype != q_BHQD.dtype:  # once, instead of in every layer
+            self.mask = torch.zeros_like(self.mask, dtype=q_BHQD.dtype).masked_fill_(~self.mask, -torch.inf)
         return functional.scaled_dot_product_attention(
             q_BHQD, k_BHKD, v_BHKD, attn_mask=self.mask, enable_gqa=grouped
         )

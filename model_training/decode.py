@@ -26,8 +26,11 @@ from schemas.errors import ConfigError
 Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
 Cache = Literal["auto", "none", "exact", "approximate"]
 
-_LOGITS_AT_ONCE = 1 << 26
-"""Numbers: a quarter of a GB. More slots than that are given to the head one part after the other."""
+_LOGITS_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
+"""Numbers: 4 MB, which a core's cache holds, and a quarter of a GB."""
+
+_FEWEST_LOGITS = 1024
+"""Of a part of the vocabulary: below, the product is slower than what the cache saves."""
 
 
 @dataclass(frozen=True)
@@ -359,28 +362,56 @@ class _Run:
         return uniform_NS[: self.open_BNS.shape[1]].to(self.model.device)
 
     def _predict(self, hidden_KD: Tensor, uniform_K: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Guess and confidence of slots, a part of them at a time."""
-        at_once = max(1, _LOGITS_AT_ONCE // self.model.config.text_config.vocab_size)
-        parts = []
-        for start in range(0, len(hidden_KD), at_once):
-            part = slice(start, start + at_once)
-            logits_KV = self.model.lm_head(hidden_KD[part]).to(_wide(hidden_KD))
-            if suppressed := _suppressed(self.model, self.options):
-                logits_KV[:, suppressed] = -torch.inf
-            drawn_K = None if uniform_K is None else uniform_K[part]
-            parts.append(_guess(logits_KV, self.options, drawn_K))
-        guess, confidence = zip(*parts, strict=True)
-        return torch.cat(guess), torch.cat(confidence)
+        """Guess and confidence of slots."""
+        weight_VD, suppressed = self.model.lm_head.weight, _suppressed(self.model, self.options)
+        if uniform_K is None:
+            return _likeliest(hidden_KD, weight_VD, suppressed)
+        return _drawn(hidden_KD, weight_VD, suppressed, self.options, uniform_K)
 
 
-def _guess(logits_KV: Tensor, options: DecodeOptions, uniform_K: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens, or drawn ones, and their probabilities at temperature 1; spoils the logits."""
-    top_K, guess_K = logits_KV.max(dim=-1)
-    if uniform_K is not None:
-        guess_K = _draw(logits_KV, options, uniform_K)
-    chosen_K = logits_KV.gather(1, guess_K[:, None])[:, 0] - top_K
-    total_K = logits_KV.sub_(top_K[:, None]).exp_().sum(dim=-1)
-    return guess_K, chosen_K.exp() / total_K
+def _likeliest(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens and their probabilities, in one pass over parts of the vocabulary.
+
+    A part's logits are small enough to stay in a CPU's cache, and all of them are never there at once.
+    """
+    size = _LOGITS_AT_ONCE["cpu" if hidden_KD.is_cpu else "gpu"] // max(1, len(hidden_KD))
+    top_K = hidden_KD.new_full(hidden_KD.shape[:1], -torch.inf, dtype=_wide(hidden_KD))
+    total_K, guess_K = torch.zeros_like(top_K), torch.zeros_like(top_K, dtype=torch.int64)
+    for start in range(0, len(weight_VD), max(_FEWEST_LOGITS, size)):
+        part_VD = weight_VD[start : start + max(_FEWEST_LOGITS, size)]
+        logits_KV = _logits(
+            hidden_KD, part_VD, [i - start for i in suppressed if 0 <= i - start < len(part_VD)]
+        )
+        part_top_K, place_K = logits_KV.max(dim=-1)
+        guess_K = torch.where(part_top_K > top_K, place_K + start, guess_K)
+        new_top_K = torch.maximum(top_K, part_top_K)
+        part_total_K = logits_KV.sub_(new_top_K[:, None]).exp_().sum(dim=-1)
+        total_K = total_K * (top_K - new_top_K).exp() + part_total_K
+        top_K = new_top_K
+    return guess_K, 1 / total_K
+
+
+def _drawn(
+    hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int], options: DecodeOptions, uniform_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Drawn tokens and their probabilities at temperature 1, a part of the slots at a time."""
+    at_once = max(1, _LOGITS_AT_ONCE["gpu"] // len(weight_VD))
+    parts = []
+    for start in range(0, len(hidden_KD), at_once):
+        rows = slice(start, start + at_once)
+        logits_KV = _logits(hidden_KD[rows], weight_VD, suppressed)
+        guess_K = _draw(logits_KV, options, uniform_K[rows])
+        log_probability_KV = logits_KV.log_softmax(dim=-1)
+        parts.append((guess_K, log_probability_KV.gather(1, guess_K[:, None])[:, 0].exp()))
+    guess, confidence = zip(*parts, strict=True)
+    return torch.cat(guess), torch.cat(confidence)
+
+
+def _logits(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> Tensor:
+    logits_KV = (hidden_KD @ weight_VD.T).to(_wide(hidden_KD))
+    if suppressed:
+        logits_KV[:, suppressed] = -torch.inf
+    return logits_KV
 
 
 def _draw(logits_KV: Tensor, options: DecodeOptions, uniform_K: Tensor) -> Tensor:
