@@ -3,7 +3,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 BIN := .venv/bin
 
-.PHONY: demo test test-fast bench lint lock clean
+.PHONY: demo test test-fast models bench lint lock clean
 
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
@@ -18,6 +18,8 @@ test: .venv/dev  ## all tests; a process each for those that start Ray clusters 
 
 test-fast: .venv/dev  ## without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
+
+models: .venv/models  ## what `paracaption caption` and `models` need besides: torch, transformers
 
 bench: .venv/dev  ## every measurement of docs/benchmarks.md, as ratios
 	$(BIN)/python -m benchmarks
@@ -39,6 +41,10 @@ lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
 
 .venv/base: pyproject.toml requirements.lock | .venv/bin/python
 	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable .
+	touch $@
+
+.venv/models: .venv/base
+	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[models]'
 	touch $@
 
 .venv/dev: .venv/base
