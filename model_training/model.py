@@ -11,6 +11,7 @@ regions, W replayed tokens of a region, B batch, L tokens of a sequence, V vocab
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,7 +85,8 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__()
-        tower, select = config.vision_config, config.vision_select_layer
+        tower, select = copy.deepcopy(config.vision_config), config.vision_select_layer
+        tower._attn_implementation = "sdpa"  # of its own: the model's kernel is for patterns
         depth = tower.num_hidden_layers
         if not -depth <= select <= -1:
             raise ValueError(f"vision_select_layer: {select}; of {depth} layers, take -{depth} to -1")
@@ -123,7 +125,6 @@ class PerceptionDLM(PreTrainedModel):
         self.layout = config.resolved_layout()
         self._processor: PerceptionDLMProcessor | None = None
         vision, text = config.vision_config, config.text_config
-        vision._attn_implementation = "sdpa"
         self.region_prompts = nn.Embedding(config.num_prompts, vision.hidden_size)
         self.vision_tower = VisionTower(config)
         self.projector = nn.Sequential(
@@ -214,20 +215,26 @@ class PerceptionDLM(PreTrainedModel):
         return Pattern(queries, keys, self.layout.isolate_prefix, kernel)
 
     def forward(
-        self, tokens: Tokens, images: Images | None = None, inputs_embeds: Tensor | None = None, **_: Any
+        self,
+        tokens: Tokens,
+        images: Images | None = None,
+        inputs_embeds: Tensor | None = None,
+        wanted_BL: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, L, V) of a batch.
+        """Logits (B, L, V) of a batch, or (K, V) of some of its tokens.
 
         Args:
             tokens: the sequences, masked slots among them.
             images: what they show; None: they show nothing.
-            inputs_embeds: (B, L, D) instead of `tokens.ids_BL` and `images`, for a loss on noise.
+            inputs_embeds: (B, L, D) instead of `tokens.ids_BL` and `images`.
+            wanted_BL: bool, the K tokens whose logits are asked for; None: all.
         """
         x_BLD = inputs_embeds
         if x_BLD is None:
             x_BLD = self.embed(tokens, *(self.see(images) if images is not None else ()))
         pattern = self.pattern(tokens.structure, tokens.structure)
-        return self.lm_head(self.language_model(x_BLD, tokens.position_BL, pattern))
+        x_BLD = self.language_model(x_BLD, tokens.position_BL, pattern)
+        return self.lm_head(x_BLD if wanted_BL is None else x_BLD[wanted_BL])
 
     def caption(
         self,
