@@ -253,9 +253,8 @@ class _Run:
         self.confidence_BNS = torch.full(
             self.tokens_BNS.shape, torch.nan, dtype=_wide(self.x_BLD), device=model.device
         )
-        self.changed_BN = self.exists_BN.clone()
+        self.stale_BN = self.exists_BN.clone()  # regions of which a guess would be another one now
         self.forwards_B = torch.zeros_like(self.kept_rows_B)
-        self.passes_since_refresh = 0
 
     def state(self) -> State:
         parts = (self.forwards_B, self.tokens_BNS, self.open_BNS, self.guess_BNS, self.confidence_BNS)
@@ -264,17 +263,14 @@ class _Run:
     def guess(self, step: int) -> None:
         """Guess what this step's choice looks at and is not known already."""
         wanted_BN = self._wanted(step)
-        full = self.kept is None
-        if self.cache == "approximate":
-            full = full or self.passes_since_refresh >= self.options.refresh_every
-        if full:  # everything before the captions depends on every caption, or is not known yet
-            changed_B = (self.changed_BN | (self.cache == "approximate")).any(1, keepdim=True)
-            wanted_BN = wanted_BN & changed_B
-        else:
-            wanted_BN = wanted_BN & self.changed_BN
+        refresh = self.cache == "approximate" and step % self.options.refresh_every == 0
+        if self.options.temperature == 0 and not refresh:
+            wanted_BN = wanted_BN & self.stale_BN
+        if not bool(wanted_BN.any()) and not refresh:
+            return
+        hidden_MSD = self._full(wanted_BN) if refresh or self.kept is None else self._captions(wanted_BN)
         if not bool(wanted_BN.any()):
             return
-        hidden_MSD = self._full(wanted_BN) if full else self._captions(wanted_BN)
         at_BNS = wanted_BN[..., None] & (self.open_BNS | (self.options.strategy == "remask"))
         at_MS = at_BNS[wanted_BN]
         uniform_BNS = self._uniform(step)
@@ -282,8 +278,7 @@ class _Run:
         guess_K, confidence_K = self._predict(hidden_MSD[at_MS], drawn_K)
         self.guess_BNS[at_BNS] = guess_K
         self.confidence_BNS[at_BNS] = confidence_K
-        self.changed_BN &= ~wanted_BN
-        self.forwards_B += wanted_BN.any(1)
+        self.stale_BN &= ~wanted_BN
 
     def write(self, tokens_BNS: Tensor) -> None:
         """Put the choice into the sequences; end the captions that have ended."""
@@ -291,7 +286,10 @@ class _Run:
         if self.options.early_exit and self.options.strategy != "remask":
             tokens_BNS = self._end(tokens_BNS)
         tokens_BNS = tokens_BNS.masked_fill(self.open_BNS, config.mask_token_id)
-        self.changed_BN |= (tokens_BNS != self.tokens_BNS).any(-1)
+        changed_BN = (tokens_BNS != self.tokens_BNS).any(-1)
+        if self.cache == "none" and not self.model.layout.isolate_prefix:  # every caption sees every other
+            changed_BN = changed_BN.any(1, keepdim=True) & self.exists_BN
+        self.stale_BN |= changed_BN
         self.tokens_BNS = tokens_BNS
         self.ids_BNL[..., 1:-1] = tokens_BNS
 
@@ -317,6 +315,7 @@ class _Run:
         """A pass over the whole sequences of the images that are wanted: (M, S, D)."""
         cached = self.cache != "none"
         rows_B = (self.open_BNS.any((1, 2)) if cached else wanted_BN.any(1)).nonzero().flatten()
+        self.forwards_B[rows_B] += 1
         captions = (part[rows_B].flatten(1, 2) for part in (self.ids_BNL, self.position_BNL, *self.structure))
         ids_BL, position_BL, *structure = captions
         structure = join(self.prefix.structure.at(rows_B), Structure(*structure))
@@ -326,7 +325,7 @@ class _Run:
         pattern = self.model.pattern(structure, structure)
         x_BLD = self.model.language_model(x_BLD, position_BL, pattern, slice(self.prefix_len, None), kept)
         if kept is not None:
-            self.kept, self.kept_rows_B, self.passes_since_refresh = kept, rows_B, 1
+            self.kept, self.kept_rows_B = kept, rows_B
         hidden_BNSD = x_BLD.unflatten(1, self.ids_BNL.shape[1:])[:, :, 1:-1]
         return hidden_BNSD[wanted_BN[rows_B]]
 
@@ -336,6 +335,7 @@ class _Run:
         if int(going_B.sum()) <= len(going_B) // 2:  # worth moving what is kept together
             self.kept, self.kept_rows_B = self.kept.rows(going_B), self.kept_rows_B[going_B]
         rows_B = self.kept_rows_B
+        self.forwards_B += wanted_BN.any(1)
         wanted_BN = wanted_BN[rows_B]
         most = int(wanted_BN.sum(1).max())
         pick_BM = wanted_BN.int().argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -349,7 +349,6 @@ class _Run:
         pattern = self.model.pattern(structure, keys)
         x_BLD = self.model.language_model.embed_tokens(ids.flatten(1))
         x_BLD = self.model.language_model(x_BLD, position.flatten(1), pattern, kept=self.kept)
-        self.passes_since_refresh += 1
         return x_BLD.unflatten(1, (most, -1))[:, :, 1:-1][real_BM]
 
     def _uniform(self, step: int) -> Tensor | None:
@@ -441,8 +440,8 @@ def _cache_for(model: PerceptionDLM, options: DecodeOptions) -> str:
     isolated = model.layout.isolate_prefix
     if options.cache == "exact" and not isolated:
         raise ConfigError(
-            "cache 'exact' needs a layout that isolates the prefix; here captions change what is before them: "
-            "take 'approximate' or 'none'"
+            "cache 'exact' needs a layout that isolates the prefix; here captions change what is before "
+            "them: take 'approximate' or 'none'"
         )
     if options.cache == "auto":
         return "exact" if isolated else "none"

@@ -14,14 +14,13 @@ SIZES = [(32, 32), (90, 40), (40, 90), (100, 30), (50, 50), (64, 64), (31, 97)]
 
 
 def lively(
-    seed: int = 0, dtype: torch.dtype = torch.float64, eot: float = 1.0, **changes: Any
+    seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
 ) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
     """The smallest model, with weights so large that every token matters to every other.
 
     Args:
         seed: of the weights.
         dtype: of the weights; float64, so that the order of a sum decides nothing.
-        eot: how much more than others the end of text is favoured.
         changes: fields of the config.
     """
     model, processor = tiny_model(seed, torch.float64, **(SMALLEST | changes))
@@ -33,7 +32,6 @@ def lively(
                 parameter.copy_(drawn * 1.5 / parameter.shape[1] ** 0.5)
         drawn = torch.randn(model.lm_head.weight.shape, generator=generator, dtype=torch.float64)
         model.lm_head.weight.copy_(drawn * 0.5)
-        model.lm_head.weight[model.config.eot_token_id] *= eot
     return model.to(dtype), processor
 
 
