@@ -10,7 +10,7 @@ import numpy as np
 
 from model_training.decode import DecodeOptions, State, decode, steps
 from model_training.model import PerceptionDLM
-from model_training.processing import Example, PerceptionDLMProcessor, collate
+from model_training.processing import Example, PerceptionDLMProcessor, check_masks, collate
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def _groups(
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ConfigError(f"image {number}: {pixels.shape} {pixels.dtype}; give (H, W, 3) uint8 RGB")
     masks = [np.asarray(mask).astype(bool) for mask in masks]
+    check_masks(masks, pixels.shape[:2], len(masks))
     most = min(model.config.num_prompts, regions_per_call or model.config.num_prompts)
     parts = -(-len(masks) // most)
     for regions in np.array_split(np.arange(len(masks)), parts) if parts else ():
@@ -158,16 +159,20 @@ def _decode(
     decoded = decode(model, collate([group.example for group in groups]), options)
     seconds = (time.perf_counter() - start) / len(groups)
     for row, group in enumerate(groups):
-        result = results[group.image]
+        result, filled = results[group.image], len(group.regions) * options.length
         for region, caption in zip(
             group.regions, _read(processor, group, decoded.tokens_BNS[row]), strict=True
         ):
             result.captions[region] = caption
+        agreement = None
+        if decoded.agreement_B is not None:
+            before = (result.agreement or 0.0) * result.tokens
+            agreement = (before + float(decoded.agreement_B[row]) * filled) / (result.tokens + filled)
         results[group.image] = result._replace(
             forwards=result.forwards + int(decoded.forwards_B[row]),
-            tokens=result.tokens + len(group.regions) * options.length,
+            tokens=result.tokens + filled,
             seconds=result.seconds + seconds,
-            agreement=decoded.agreement,
+            agreement=agreement,
         )
 
 

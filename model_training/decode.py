@@ -115,13 +115,13 @@ class Decoded(NamedTuple):
         tokens_BNS: also of the regions that an image has fewer than others; `exists_BN` says which are real.
         exists_BN: which regions there are.
         forwards_B: passes of the language model for each image.
-        agreement: share of tokens equal to those without a cache, if `compare` was asked for.
+        agreement_B: share of an image's tokens equal to those without a cache, if `compare` was asked for.
     """
 
     tokens_BNS: Tensor
     exists_BN: Tensor
     forwards_B: Tensor
-    agreement: float | None = None
+    agreement_B: Tensor | None = None
 
 
 def decode(model: PerceptionDLM, batch: Batch, options: DecodeOptions | None = None) -> Decoded:
@@ -132,12 +132,13 @@ def decode(model: PerceptionDLM, batch: Batch, options: DecodeOptions | None = N
     """
     options = options or DecodeOptions()
     *_, last = steps(model, batch, options)
-    exists_BN = _blocks(batch, options.length)[2].sample_BL[..., 0] != PADDING
-    agreement = None
+    exists_BN = (_blocks(batch, options.length)[2].sample_BL[..., 0] != PADDING).cpu()
+    agreement_B = None
     if options.compare and options.cache == "approximate":
         *_, exact = steps(model, batch, replace(options, cache="none"))
-        agreement = float((exact.tokens_BNS == last.tokens_BNS)[exists_BN.cpu()].double().mean())
-    return Decoded(last.tokens_BNS, exists_BN.cpu(), last.forwards_B, agreement)
+        same_BN = (exact.tokens_BNS == last.tokens_BNS).double().mean(-1)
+        agreement_B = (same_BN * exists_BN).sum(1) / exists_BN.sum(1)
+    return Decoded(last.tokens_BNS, exists_BN, last.forwards_B, agreement_B)
 
 
 @torch.inference_mode()

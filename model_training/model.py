@@ -291,6 +291,8 @@ class PerceptionDLM(PreTrainedModel):
                 f"{', '.join(unknown)}: no option of the decoder; it has {', '.join(sorted(known))}"
             )
         if processor is None and self._processor is None:
+            if not self.name_or_path:
+                raise ConfigError("the model was not loaded from a folder: give its processor")
             self._processor = PerceptionDLMProcessor.from_pretrained(self.name_or_path)
         return processor or self._processor, DecodeOptions(**options)
 

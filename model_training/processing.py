@@ -91,7 +91,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """
         config, tower = self.config, self.config.vision_config
         height, width = pixels.shape[:2]
-        _check(masks, (height, width), config.num_prompts)
+        check_masks(masks, (height, width), config.num_prompts)
         grid = imaging.tile_grid(width, height, tower.image_size, config.max_tiles)
         order = imaging.by_area(masks)
         prompts = list(range(len(masks)) if prompts is None else prompts)
@@ -254,7 +254,8 @@ def _pad(parts: Sequence[np.ndarray], caption: bool) -> Tokens:
     return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), structure)
 
 
-def _check(masks: Sequence[np.ndarray], size: tuple[int, int], most: int) -> None:
+def check_masks(masks: Sequence[np.ndarray], size: tuple[int, int], most: int) -> None:
+    """Raise ConfigError for the first mask that cannot be captioned, by its number, or for too many."""
     if len(masks) > most:
         raise ConfigError(f"{len(masks)} masks, but the model has {most} region prompts: make groups of them")
     for number, mask in enumerate(masks):

@@ -130,7 +130,7 @@ def test_an_approximate_cache_renewed_at_every_step_is_none(strategy):
     often = options_of(strategy, cache="approximate", refresh_every=1, compare=True, **changes)
     found = decode(model, batch, often)
     assert torch.equal(found.tokens_BNS, plain.tokens_BNS)
-    assert found.agreement == 1.0
+    assert found.agreement_B.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_an_approximate_cache_says_how_much_it_changed():
@@ -139,10 +139,15 @@ def test_an_approximate_cache_says_how_much_it_changed():
     seldom = options_of("per-region", cache="approximate", refresh_every=100, compare=True, steps=5)
     found = decode(model, batch, seldom)
     plain = decode(model, batch, options_of("per-region", cache="none", steps=5))
-    same = (found.tokens_BNS == plain.tokens_BNS)[found.exists_BN]
-    assert found.agreement == pytest.approx(float(same.double().mean()))
-    assert 0 < found.agreement < 1
-    assert decode(model, batch, options_of("per-region", cache="approximate")).agreement is None
+    shares = [
+        float((found.tokens_BNS[row, :regions] == plain.tokens_BNS[row, :regions]).double().mean())
+        for row, regions in enumerate([3, 1, 5])
+    ]
+    assert found.agreement_B.tolist() == pytest.approx(shares)
+    assert len(set(shares)) == 3
+    assert 0 < min(shares)
+    assert max(shares) < 1
+    assert decode(model, batch, options_of("per-region", cache="approximate")).agreement_B is None
 
 
 def test_an_exact_cache_needs_a_layout_that_isolates_the_prefix():
