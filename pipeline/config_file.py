@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -11,6 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pipeline import files
 from schemas.config import Backend, BuildConfig
 from schemas.errors import ConfigError
+from schemas.training import TrainConfig
+
+_Config = TypeVar("_Config", BuildConfig, TrainConfig)
 
 _PATHS = {"coconut": ("annotations", "photos", "labels", "categories"), "sa1b": ("paths",)}
 
@@ -21,7 +24,29 @@ def load_config(path: str | Path) -> BuildConfig:
     Raises:
         ConfigError: no such file, no YAML, an unknown key or a wrong value; a line for each, with its place.
     """
-    path = Path(path)
+    return absolute(_read(Path(path), BuildConfig), Path(path).parent.resolve())
+
+
+def load_training(path: str | Path) -> TrainConfig:
+    """Read a training configuration, likewise."""
+    config, root = _read(Path(path), TrainConfig), Path(path).parent.resolve()
+    values = config.model_dump()
+    values["out"] = _absolute(values["out"], root)
+    model = values["model"]
+    model["path"] = _absolute(model["path"], root)
+    if model["tokenizer"] not in (None, "toy"):
+        model["tokenizer"] = _absolute(model["tokenizer"], root)
+    for source in values["corpora"]:
+        source["out"] = _absolute(source["out"], root)
+    for source in values["conversations"]:
+        source["path"] = _absolute(source["path"], root)
+        source["images"] = _absolute(source["images"] or None, root) or ""
+    values["data"]["cache"] = _absolute(values["data"]["cache"], root)
+    _refuse_url(values["out"])
+    return TrainConfig.model_validate(values)
+
+
+def _read(path: Path, kind: type[_Config]) -> _Config:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -31,11 +56,13 @@ def load_config(path: str | Path) -> BuildConfig:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
     try:
-        config = BuildConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'config'}: {_mend(e)}" for e in error.errors()]
+        shown = "paracaption config" + (" --training" if kind is TrainConfig else "")
+        lines = [
+            f"{path}: {'.'.join(map(str, e['loc'])) or 'config'}: {_mend(e, shown)}" for e in error.errors()
+        ]
         raise ConfigError("\n".join(lines)) from error
-    return absolute(config, path.parent.resolve())
 
 
 def absolute(config: BuildConfig, root: Path) -> BuildConfig:
@@ -51,8 +78,7 @@ def absolute(config: BuildConfig, root: Path) -> BuildConfig:
                     if isinstance(given, list | tuple)
                     else _absolute(given, root)
                 )
-    if files.is_url(values["out"]):
-        raise ConfigError(f"out: {values['out']} is a URL; name a folder that every node mounts")
+    _refuse_url(values["out"])
     return BuildConfig.model_validate(values)
 
 
@@ -67,17 +93,22 @@ def _absolute(path: Any, root: Path) -> Any:
     return str((root / Path(files.local(path)).expanduser()).resolve())
 
 
-def _mend(error: Any) -> str:
+def _refuse_url(out: str) -> None:
+    if files.is_url(out):
+        raise ConfigError(f"out: {out} is a URL; name a folder that every node mounts")
+
+
+def _mend(error: Any, shown: str) -> str:
     if error["type"] == "extra_forbidden":
-        return "unknown key; see `paracaption config` for all keys"
+        return f"unknown key; see `{shown}` for all keys"
     given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
     return f"{error['msg']}{given}"
 
 
-def describe() -> str:
+def describe(kind: type[BaseModel] = BuildConfig) -> str:
     """Every key with its default and its reason, as a commented YAML file."""
     lines: list[str] = []
-    _describe(BuildConfig, "", lines)
+    _describe(kind, "", lines)
     return "\n".join(lines)
 
 
