@@ -298,6 +298,16 @@ def test_draws_depend_on_the_seed_and_on_nothing_else():
     assert torch.equal(drawn(regions=(3, 1, 9, 4))[0, :3], drawn()[0])
 
 
+@pytest.mark.parametrize("cache", ["none", "exact"])
+def test_each_step_draws_anew_also_where_nothing_has_changed(cache):
+    states = trajectory("corrected", "per-region", regions=[1], steps=4 * SLOTS, temperature=9.0, cache=cache)
+    still = [pair for pair in pairwise(states[1:]) if torch.equal(pair[0].tokens_BNS, pair[1].tokens_BNS)]
+    assert len(still) > SLOTS
+    for before, after in still:
+        assert not torch.equal(before.guess_BNS[before.open_BNS], after.guess_BNS[before.open_BNS])
+    assert [int(state.forwards_B) for state in states] == list(range(len(states)))
+
+
 def test_slots_of_an_image_are_drawn_apart_from_each_other():
     tokens = [drawn(regions=(9,), seed=seed, temperature=50.0, steps=1) for seed in range(4)]
     assert torch.stack(tokens).unique().numel() > 0.3 * 4 * 9 * SLOTS

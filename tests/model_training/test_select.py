@@ -118,6 +118,12 @@ def test_only_the_likeliest_that_hold_enough_together_are_drawn(top_p, likeliest
     assert (found - expected / expected.sum()).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("top_p", "likeliest"), [(0.499, 2), (0.5, 2), (0.501, 3), (0.25, 1), (0.251, 2)])
+def test_the_last_token_that_is_needed_to_hold_enough_is_the_last_that_is_drawn(top_p, likeliest):
+    found = draws([0.0] * 4, temperature=1.0, top_p=top_p)
+    assert found.tolist() == pytest.approx([1 / likeliest] * likeliest + [0.0] * (4 - likeliest), abs=1e-3)
+
+
 def test_the_ends_of_the_unit_interval_draw_tokens_that_are_possible():
     logits = torch.tensor([LOGITS, LOGITS])
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
