@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -33,6 +33,9 @@ app = typer.Typer(
 
 Config = Annotated[
     Path, typer.Argument(help="The YAML file; `paracaption config` prints every key.", show_default=False)
+]
+TrainingConfig = Annotated[
+    Path, typer.Argument(help="The YAML file; configs/train has some for each stage.", show_default=False)
 ]
 Out = Annotated[Path, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)]
 RayAddress = Annotated[
@@ -207,6 +210,18 @@ def convert(
     print(report.text())
 
 
+@app.command()
+def train(config: TrainingConfig, ray_address: RayAddress = None) -> None:
+    """Train a model, or go on from the last checkpoint; `config` with --training prints every key."""
+    from model_training import launch
+    from pipeline.config_file import load_training
+
+    loaded = load_training(config)
+    view = _TrainingView(loaded.log.every)
+    outcome = launch.train(loaded, ray_address, view.show)
+    print(f"{outcome.steps:,} steps, {outcome.skipped:,} of them skipped: {outcome.model}")
+
+
 class _ManyMasks(TyperCommand):
     """Lets `--masks` be followed by any number of paths, as a shell's `*.png` gives them."""
 
@@ -341,11 +356,15 @@ def demo(
 
 
 @app.command()
-def config() -> None:
+def config(
+    training: Annotated[bool, typer.Option("--training", help="Of `train` instead of `build`.")] = False,
+) -> None:
     """Print every key of the configuration with its default and the reason for it."""
     from pipeline.config_file import describe
+    from schemas.config import BuildConfig
+    from schemas.training import TrainConfig
 
-    print(describe())
+    print(describe(TrainConfig if training else BuildConfig))
 
 
 @app.command()
@@ -402,6 +421,31 @@ def _counting(title: str) -> Iterator[Callable[[int], None]]:
             bar.update(task, completed=done, rate=f"{done / (time.monotonic() - start + 1e-9):,.0f}/s")
 
         yield show
+
+
+class _TrainingView:
+    """A line on the terminal every so many steps, and for each step that was skipped."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self.start: tuple[int, float] | None = None
+
+    def show(self, record: dict[str, Any]) -> None:
+        """A step's record."""
+        step, steps = record["step"], record["steps"]
+        self.start = self.start or (step - 1, time.monotonic() - float(record["seconds"]))
+        if "why" in record:
+            print(f"step {step:,} skipped: {record['why']}; {', '.join(record['samples'])}", file=sys.stderr)
+        if step % self.every and step != steps:
+            return
+        rate = (time.monotonic() - self.start[1]) / (step - self.start[0])
+        print(
+            f"step {step:,} of {steps:,}  loss {float(record['loss']):.3f}  norm {float(record['norm']):.2f}  "
+            f"{record['tokens_per_s']:,.0f} tokens/s  {record['regions_per_s']:,.1f} regions/s  "
+            f"MFU {record['mfu']:.0%}  data wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  "
+            f"skipped {record['skipped']:,}  {_duration(rate * (steps - step))} left",
+            file=sys.stderr,
+        )
 
 
 class _LiveView:

@@ -79,8 +79,7 @@ class Checkpoints:
             writing.result()
 
     def close(self) -> None:
-        """After the last one."""
-        self.finish()
+        """Let the one that is being written be finished, whatever has happened to the training."""
         self.pool.shutdown()
 
     def _write(self, step: int, state: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -157,6 +156,9 @@ def load(
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
+    settings = [
+        {key: value for key, value in each.items() if key != "params"} for each in optimizer.param_groups
+    ]
     try:
         state = state_of(model, optimizer, average)
         with warnings.catch_warnings():
@@ -169,6 +171,8 @@ def load(
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)  # rates and the like are the configuration's, not the checkpoint's
         return json.loads((path / PROGRESS).read_text())
     except Exception as error:  # torch reports damage and mismatch by many types
         raise IntegrityError(

@@ -26,11 +26,11 @@ from schemas.errors import ConfigError
 Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
 Cache = Literal["auto", "none", "exact", "approximate"]
 
-_LOGITS_AT_ONCE = {"cpu": 1 << 20, "gpu": 1 << 26}
-"""Numbers: 4 MB, which a core's cache holds, and a quarter of a GB."""
+_LOGITS_AT_ONCE = {"cpu": (256, 2048), "gpu": (4096, 16384)}
+"""Slots and tokens whose logits are there at once: 2 MB, which the cores' caches hold; a quarter of a GB."""
 
-_FEWEST_LOGITS = 1024
-"""Of a part of the vocabulary: below, the product is slower than what the cache saves."""
+_DRAWN_AT_ONCE = 256
+"""Slots whose tokens are drawn at once, which takes all their logits: 130 MB at LLaDA's vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -374,14 +374,15 @@ def _likeliest(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> t
 
     A part's logits are small enough to stay in a CPU's cache, and all of them are never there at once.
     """
-    size = _LOGITS_AT_ONCE["cpu" if hidden_KD.is_cpu else "gpu"] // max(1, len(hidden_KD))
+    num_slots, num_tokens = _LOGITS_AT_ONCE["cpu" if hidden_KD.is_cpu else "gpu"]
+    if len(hidden_KD) > num_slots:
+        parts = [_likeliest(part, weight_VD, suppressed) for part in hidden_KD.split(num_slots)]
+        return torch.cat([guess for guess, _ in parts]), torch.cat([confidence for _, confidence in parts])
     top_K = hidden_KD.new_full(hidden_KD.shape[:1], -torch.inf, dtype=_wide(hidden_KD))
     total_K, guess_K = torch.zeros_like(top_K), torch.zeros_like(top_K, dtype=torch.int64)
-    for start in range(0, len(weight_VD), max(_FEWEST_LOGITS, size)):
-        part_VD = weight_VD[start : start + max(_FEWEST_LOGITS, size)]
-        logits_KV = _logits(
-            hidden_KD, part_VD, [i - start for i in suppressed if 0 <= i - start < len(part_VD)]
-        )
+    for start in range(0, len(weight_VD), num_tokens):
+        never = [i - start for i in suppressed if start <= i < min(start + num_tokens, len(weight_VD))]
+        logits_KV = _logits(hidden_KD, weight_VD[start : start + num_tokens], never)
         part_top_K, place_K = logits_KV.max(dim=-1)
         guess_K = torch.where(part_top_K > top_K, place_K + start, guess_K)
         new_top_K = torch.maximum(top_K, part_top_K)
@@ -395,12 +396,12 @@ def _drawn(
     hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int], options: DecodeOptions, uniform_K: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Drawn tokens and their probabilities at temperature 1, a part of the slots at a time."""
-    at_once = max(1, _LOGITS_AT_ONCE["gpu"] // len(weight_VD))
     parts = []
-    for start in range(0, len(hidden_KD), at_once):
-        rows = slice(start, start + at_once)
-        logits_KV = _logits(hidden_KD[rows], weight_VD, suppressed)
-        guess_K = _draw(logits_KV, options, uniform_K[rows])
+    for hidden_kD, uniform_k in zip(
+        hidden_KD.split(_DRAWN_AT_ONCE), uniform_K.split(_DRAWN_AT_ONCE), strict=True
+    ):
+        logits_KV = _logits(hidden_kD, weight_VD, suppressed)
+        guess_K = _draw(logits_KV, options, uniform_k)
         log_probability_KV = logits_KV.log_softmax(dim=-1)
         parts.append((guess_K, log_probability_KV.gather(1, guess_K[:, None])[:, 0].exp()))
     guess, confidence = zip(*parts, strict=True)

@@ -36,11 +36,11 @@ def export(
         The folder of the model.
     """
     weights = _whole(model)
-    averaged = None if average is None else {name: _gathered(each) for name, each in average.items()}
+    averaged = _gathered(average, team)
     folder = Path(config.out)
     if team.rank == 0:
         _write(folder / MODEL, weights, model, processor, config, team)
-        if averaged is not None:
+        if averaged:
             _write(folder / AVERAGE, weights | averaged, model, processor, config, team)
     team.wait()
     return folder / MODEL
@@ -53,10 +53,16 @@ def _whole(model: PerceptionDLM) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def _gathered(average: dict[str, Tensor] | None, team: Team) -> dict[str, Tensor]:
+    """The average on the CPU of rank 0; nothing on other ranks, which help to gather it."""
     from torch.distributed.tensor import DTensor
 
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    found = {}
+    for name, each in (average or {}).items():
+        whole = each.full_tensor() if isinstance(each, DTensor) else each
+        if team.rank == 0:
+            found[name] = whole.cpu()
+    return found
 
 
 def _write(

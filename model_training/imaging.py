@@ -7,6 +7,7 @@ S side of a tile in pixels, Q patches of a tile, P region prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
@@ -19,6 +20,55 @@ _BLANK = 255
 
 _ROUNDING = 1e-5
 """Of shares, which are float32."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A mask as its runs, for functions here that take (H, W) masks: the same results without the pixels.
+
+    Attributes:
+        shape: (H, W) of the image.
+        counts: (R,) lengths of the runs of 0 and 1 in turn down the columns, first 0, filling the image.
+        area: pixels of the mask.
+        bbox: (x, y, width, height) of the mask, exclusive at the far edge.
+    """
+
+    shape: tuple[int, int]
+    counts: np.ndarray
+    area: int
+    bbox: tuple[int, int, int, int]
+
+    def any(self) -> bool:
+        """Whether there is a pixel."""
+        return self.area > 0
+
+    def dense(self) -> np.ndarray:
+        """(H, W) bool."""
+        height, width = self.shape
+        return np.repeat(np.arange(len(self.counts)) % 2 == 1, self.counts).reshape(width, height).T
+
+    def shares(self, across: int, down: int) -> np.ndarray:
+        """How much of each cell of a grid it covers, (down, across).
+
+        The number of its pixels before a place in the order of its runs is linear between their ends, so
+        cells take as many look-ups as their edges, and their parts of pixels are exact.
+        """
+        (height, width), (x, y, w, h) = self.shape, self.bbox
+        first, last = y * down // height, -(-(y + h) * down // height)
+        ends = np.concatenate([[0], np.cumsum(self.counts)])
+        ones = np.concatenate([[0], np.cumsum(self.counts * (np.arange(len(self.counts)) % 2))])
+        rows = np.arange(first, last + 1) * height / down
+        places = np.arange(x, x + w)[:, None] * height + rows
+        skip = int(self.counts[0] == 0)  # a run of nothing would be two ends at one place
+        before = np.interp(places, ends[skip:], ones[skip:])
+        running = np.zeros((w + 1, last - first))
+        np.cumsum(np.diff(before, axis=1), axis=0, out=running[1:])
+        columns = (np.arange(across + 1) * width / across - x).clip(0, w)
+        whole = np.minimum(columns.astype(np.int64), w - 1)
+        left, right = running[whole], running[whole + 1]
+        cells = np.zeros((down, across))
+        cells[first:last] = np.diff(left + (columns - whole)[:, None] * (right - left), axis=0).T
+        return cells * (across * down / (height * width))
 
 
 @lru_cache(maxsize=4096)
@@ -43,29 +93,43 @@ def num_views(grid: tuple[int, int]) -> int:
     return tiles + (tiles > 1)
 
 
-def cut_image(pixels: np.ndarray, tile_px: int, grid: tuple[int, int]) -> np.ndarray:
+def cut_image(pixels: np.ndarray | Image.Image, tile_px: int, grid: tuple[int, int]) -> np.ndarray:
     """Stretch an image to its grid of tiles, and once more to a thumbnail.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB.
+        pixels: (H, W, 3) uint8 RGB, or an RGB image of Pillow's.
         tile_px: S.
         grid: tiles across and down.
 
     Returns:
         (T, 3, S, S) uint8.
     """
-    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
     across, down = grid
-    canvas = np.asarray(_stretch(image, (across * tile_px, down * tile_px)))
-    views = _cut(canvas, grid)
+    views = np.empty((num_views(grid), 3, tile_px, tile_px), np.uint8)
+    tiles = views[: across * down].reshape(down, across, 3, tile_px, tile_px)
+    canvas = _stretch(image, (across * tile_px, down * tile_px))
+    for channel, plane in enumerate(canvas.split()):  # planes copy by whole rows, pixels byte by byte
+        cut = _pixels(plane).reshape(down, tile_px, across, tile_px)
+        tiles[:, :, channel] = cut.swapaxes(1, 2)
     if across * down > 1:
-        thumbnail = np.asarray(_stretch(image, (tile_px, tile_px)))
-        views = np.concatenate([views, thumbnail[None]])
-    return np.ascontiguousarray(views.transpose(0, 3, 1, 2))
+        for channel, plane in enumerate(_stretch(image, (tile_px, tile_px)).split()):
+            views[-1, channel] = _pixels(plane)
+    return views
+
+
+def _pixels(plane: Image.Image) -> np.ndarray:
+    """(H, W) of one channel; without a copy by way of Arrow, as Pillow gives numpy two."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(plane).to_numpy().reshape(plane.height, plane.width)
+    except ValueError:  # larger than Pillow's blocks of memory
+        return np.asarray(plane)
 
 
 def active_patches(
-    mask: np.ndarray, prompt: int, tile_px: int, patch_px: int, grid: tuple[int, int], layout: Layout
+    mask: np.ndarray | Runs, prompt: int, tile_px: int, patch_px: int, grid: tuple[int, int], layout: Layout
 ) -> np.ndarray:
     """The patches that show a region.
 
@@ -81,6 +145,8 @@ def active_patches(
         (T, Q) bool.
     """
     side = tile_px // patch_px
+    if isinstance(mask, Runs) and layout.mask_resample == "bicubic":
+        mask = mask.dense()
     sizes = [(grid[0], grid[1])] + ([(1, 1)] if grid[0] * grid[1] > 1 else [])
     views = []
     for across, down in sizes:
@@ -88,12 +154,17 @@ def active_patches(
             painted = paint(mask, prompt, (across * tile_px, down * tile_px))
             shown = painted[::patch_px, ::patch_px] != _BLANK
         else:
-            share = _shares(mask, across * side, down * side)
-            shown = share >= layout.min_patch_share * (1 - _ROUNDING)
-            if not shown.any() and mask.any():
-                shown = share >= share.max() * (1 - _ROUNDING)
+            shown = shown_cells(_shares(mask, across * side, down * side), layout.min_patch_share)
         views.append(_cut(shown, (across, down)).reshape(across * down, side * side))
     return np.concatenate(views)
+
+
+def shown_cells(share: np.ndarray, least: float) -> np.ndarray:
+    """Which cells show a region that covers such shares of them; the fullest if none holds `least`."""
+    shown = share >= least * (1 - _ROUNDING)
+    if not shown.any() and share.any():
+        shown = share >= share.max() * (1 - _ROUNDING)
+    return shown
 
 
 def paint(mask: np.ndarray, prompt: int, size: tuple[int, int]) -> np.ndarray:
@@ -102,7 +173,7 @@ def paint(mask: np.ndarray, prompt: int, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(_stretch(Image.fromarray(painted), size))
 
 
-def box_of(mask: np.ndarray, inclusive: bool) -> tuple[float, float, float, float]:
+def box_of(mask: np.ndarray | Runs, inclusive: bool) -> tuple[float, float, float, float]:
     """The region's box (x1, y1, x2, y2) as shares of width and height; the mask is not empty.
 
     Args:
@@ -110,19 +181,18 @@ def box_of(mask: np.ndarray, inclusive: bool) -> tuple[float, float, float, floa
         inclusive: ends at the near edge of the last pixel, which gives a region of one pixel no area.
     """
     height, width = mask.shape
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    beyond = 0 if inclusive else 1
-    return (
-        columns[0] / width,
-        rows[0] / height,
-        (columns[-1] + beyond) / width,
-        (rows[-1] + beyond) / height,
-    )
+    less = 1 if inclusive else 0
+    if isinstance(mask, Runs):
+        x, y, w, h = mask.bbox
+    else:
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        x, y, w, h = columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
+    return (x / width, y / height, (x + w - less) / width, (y + h - less) / height)
 
 
-def by_area(masks: Sequence[np.ndarray]) -> list[int]:
+def by_area(masks: Sequence[np.ndarray | Runs]) -> list[int]:
     """Positions of the masks, the largest first; of equals, the later one first, as the original has it."""
-    areas = [int(np.count_nonzero(mask)) for mask in masks]
+    areas = [mask.area if isinstance(mask, Runs) else int(np.count_nonzero(mask)) for mask in masks]
     return sorted(range(len(masks)), key=lambda i: (areas[i], i), reverse=True)
 
 
@@ -137,11 +207,13 @@ def _stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     )
 
 
-def _shares(mask: np.ndarray, across: int, down: int) -> np.ndarray:
+def _shares(mask: np.ndarray | Runs, across: int, down: int) -> np.ndarray:
     """How much of each cell of a grid a mask covers, (down, across).
 
     Pillow's box filter gives a pixel to one cell whole, or to none where its middle is on the edge of two.
     """
+    if isinstance(mask, Runs):
+        return mask.shares(across, down)
     height, width = mask.shape
     return _parts(height, down) @ mask.astype(np.float32) @ _parts(width, across).T
 

@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from model_training.data.order import key_of
 from pipeline import files
 from schemas.errors import ConfigError
 
@@ -149,10 +151,40 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
 
 
+def last_step(folder: Path) -> int:
+    """That there is a record of; 0: none."""
+    return max((record["step"] for record in read(folder)), default=0)
+
+
+def follow(folder: Path, seen: int, ended: Event, every_s: float = 0.5) -> Iterator[dict[str, Any]]:
+    """The records of steps after `seen` that a run adds, as it adds them, until it has ended; each step once.
+
+    A run that starts anew writes the file anew: then it is read again from its beginning.
+    """
+    path, place, file = folder / METRICS, 0, -1
+    last = False
+    while not last:
+        last = ended.wait(every_s)
+        if not path.exists():
+            continue
+        with open(path, "rb") as lines:
+            number = os.fstat(lines.fileno()).st_ino
+            place, file = (place if number == file else 0), number
+            lines.seek(place)
+            whole, _, _ = lines.read().rpartition(b"\n")
+        place += len(whole) + bool(whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            if record["step"] > seen:
+                seen = record["step"]
+                yield record
+
+
 def measure_peak_flops(team: Team) -> float:
     """Operations a second of a large matrix product on this rank's device: what a model can hope for."""
     side = 4096 if team.device.type == "cuda" else 512
-    left = torch.randn(side, side, device=team.device, dtype=team.dtype)
+    dice = torch.Generator(team.device)  # of its own: what training draws stays the same
+    left = torch.randn(side, side, generator=dice, device=team.device, dtype=team.dtype)
     best = math.inf
     for _ in range(5):
         start = _now(team.device)
@@ -196,14 +228,9 @@ def _wandb(folder: Path, config: TrainConfig) -> Any:
         raise ConfigError(
             "log.wandb: wandb is not installed; `pip install wandb`, or leave it out"
         ) from error
-    run = wandb.init(
-        project=config.log.wandb,
-        dir=str(folder),
-        config=config.model_dump(mode="json"),
-        id=folder.name,
-        resume="allow",
-    )
-    return run
+    name = f"{folder.name}-{key_of(str(folder.absolute())):016x}"
+    options = {"config": config.model_dump(mode="json"), "dir": str(folder)}
+    return wandb.init(project=config.log.wandb, id=name, name=folder.name, resume="allow", **options)
 
 
 def attended_pairs(batch: TrainBatch) -> int:

@@ -67,7 +67,7 @@ def _saved(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMP
     saved = PerceptionDLMConfig.from_pretrained(folder)
     if fixed := sorted(chosen.config.keys() & {"vision_config", "text_config"}):
         raise ConfigError(f"model.config.{fixed[0]}: the saved model's sizes are what they are; leave it out")
-    config = _config(saved.to_dict() | chosen.config, "model.config")
+    config = _config(saved.to_dict(), chosen.config)
     model = PerceptionDLM.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation=attention
     )
@@ -75,14 +75,11 @@ def _saved(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMP
 
 
 def _new(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
-    tokenizer = _tokenizer(chosen.tokenizer or "")
-    fields = dict(chosen.config)
-    prompts = fields.get("num_prompts", 6)
-    fields["text_config"] = {"vocab_size": vocabulary.num_ids(tokenizer)} | dict(
-        fields.get("text_config", {})
-    )
-    fields |= vocabulary.token_ids(tokenizer, prompts, Path(chosen.tokenizer or ""))
-    config = _config(fields, "model.config")
+    folder = chosen.tokenizer or ""
+    tokenizer = _tokenizer(folder)
+    text = {"vocab_size": vocabulary.num_ids(tokenizer)} | dict(chosen.config.get("text_config", {}))
+    special = vocabulary.token_ids(tokenizer, chosen.config.get("num_prompts", 6), Path(folder))
+    config = _config(special, chosen.config | {"text_config": text})
     model = PerceptionDLM._from_config(config, dtype=torch.float32, attn_implementation=attention)
     return model, PerceptionDLMProcessor(tokenizer, config)
 
@@ -97,16 +94,16 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _config(fields: Mapping[str, Any], where: str) -> PerceptionDLMConfig:
-    known = set(PerceptionDLMConfig().to_dict())
-    if unknown := sorted(fields.keys() - known):
-        raise ConfigError(f"{where}.{unknown[0]}: the model's config has no such field")
+def _config(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> PerceptionDLMConfig:
+    known = PerceptionDLMConfig().to_dict()
+    if unknown := sorted(changes.keys() - known.keys()):
+        raise ConfigError(f"model.config.{unknown[0]}: the model's config has no such field")
     try:
-        return PerceptionDLMConfig(**fields)
+        return PerceptionDLMConfig(**(dict(fields) | dict(changes)))
     except ConfigError:
         raise
     except Exception as error:  # the strict dataclass's own, of several types
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"model.config: {' '.join(str(error).split())}") from error
 
 
 def freeze(model: PerceptionDLM, config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from model_training import imaging
@@ -19,11 +20,11 @@ from schemas.errors import ConfigError
 SPECIAL = ("<IMG_CONTEXT>", "<img>", "</img>", *(f"<|Mask_Cap_{i}|>" for i in range(16)))
 """Tokens that the model adds to LLaDA's, in this order."""
 
-_HEAD = (
+HEAD = (
     "<|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>\n"
     "<|start_header_id|>user<|end_header_id|>\n"
 )
-_ANSWER = "<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
+ANSWER = "<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
 
 
 class Example(NamedTuple):
@@ -72,16 +73,17 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def example(
         self,
-        pixels: np.ndarray,
-        masks: Sequence[np.ndarray],
+        pixels: np.ndarray | Image.Image,
+        masks: Sequence[np.ndarray | imaging.Runs],
         captions: Sequence[Sequence[int]] | int,
         prompts: Sequence[int] | None = None,
     ) -> Example:
         """Lay out one image.
 
         Args:
-            pixels: (H, W, 3) uint8 RGB, as stored (an EXIF rotation would turn it away from its masks).
-            masks: of its regions, (H, W) bool, none empty, at most `num_prompts`.
+            pixels: (H, W, 3) uint8 RGB or a Pillow image in RGB, as stored (an EXIF rotation would turn it
+                away from its masks).
+            masks: of its regions, (H, W) bool or their runs, none empty, at most `num_prompts`.
             captions: the tokens of each mask's caption without what closes it, or a number of slots to fill.
             prompts: which prompt marks the largest region, the second largest, ...; default 0, 1, ...
 
@@ -90,7 +92,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 and a prompt of its own for each.
         """
         config, tower = self.config, self.config.vision_config
-        height, width = pixels.shape[:2]
+        width, height = pixels.size if isinstance(pixels, Image.Image) else pixels.shape[1::-1]
         check_masks(masks, (height, width), config.num_prompts)
         grid = imaging.tile_grid(width, height, tower.image_size, config.max_tiles)
         order = imaging.by_area(masks)
@@ -126,7 +128,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def prefix(self, views: int, regions: int) -> np.ndarray:
         """(3, L): ids, positions and region codes of all that comes before the captions of an image."""
         config, layout = self.config, self.layout
-        ids: list[int] = self.ids(f"{_HEAD}<img>")
+        ids: list[int] = self.ids(f"{HEAD}<img>")
         ids += [self._id("image")] * (views * config.tokens_per_tile)
         ids += self.ids("</img>")
         codes = [SHARED] * len(ids)
@@ -134,7 +136,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             ids += [self._ids("region", region)] * config.replay_tokens + [self._id("newline")]
             between = region < regions - 1 and layout.hidden_newlines
             codes += [1 + region] * config.replay_tokens + [HIDDEN if between else SHARED]
-        ids += self.ids(f"{layout.instruction}{_ANSWER}")
+        ids += self.ids(f"{layout.instruction}{ANSWER}")
         codes += [SHARED] * (len(ids) - len(codes))
         return np.array([ids, range(len(ids)), codes], np.int64)
 
@@ -206,24 +208,27 @@ class Batch(NamedTuple):
 
 def collate(examples: Sequence[Example]) -> Batch:
     """A batch, one example a row."""
-    images = Images(
-        views_N3SS=torch.from_numpy(np.concatenate([example.views for example in examples])),
+    prefix = _pad([example.prefix for example in examples], caption=False)
+    captions = _pad([example.captions for example in examples], caption=True)
+    return Batch(images_of(examples), prefix, captions)
+
+
+def images_of(examples: Sequence[Example]) -> Images:
+    """What examples show, one after the other."""
+    owners = [i for i, example in enumerate(examples) for _ in example.boxes]
+    boxes = [box for example in examples for box in example.boxes]
+    views = [example.views for example in examples]
+    return Images(
+        views_N3SS=torch.from_numpy(views[0] if len(views) == 1 else np.concatenate(views)),
         prompts_NPQ=torch.from_numpy(np.concatenate([example.prompts for example in examples])),
         grids_I2=torch.tensor([example.grid for example in examples]),
-        boxes_R4=torch.tensor(
-            [box for example in examples for box in example.boxes], dtype=torch.float32
-        ).reshape(-1, 4),
-        image_R=torch.tensor(
-            [i for i, example in enumerate(examples) for _ in example.boxes], dtype=torch.int64
-        ),
+        boxes_R4=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        image_R=torch.tensor(owners, dtype=torch.int64),
     )
-    prefix = _pad([example.prefix for example in examples], caption=False)
-    return Batch(images, prefix, _pad([example.captions for example in examples], caption=True))
 
 
 def pack(examples: Sequence[Example]) -> tuple[Images, Tokens]:
     """The same in one row without padding."""
-    batch = collate(examples)
     parts = [np.concatenate([example.prefix, example.captions], axis=1) for example in examples]
     ids, positions, codes = torch.from_numpy(np.concatenate(parts, axis=1))[:, None].unbind()
     sample = torch.cat([torch.full((part.shape[1],), i) for i, part in enumerate(parts)])[None]
@@ -233,7 +238,7 @@ def pack(examples: Sequence[Example]) -> tuple[Images, Tokens]:
             for part, example in zip(parts, examples, strict=True)
         ]
     )[None]
-    return batch.images, Tokens(ids, positions, Structure(sample, codes, caption))
+    return images_of(examples), Tokens(ids, positions, Structure(sample, codes, caption))
 
 
 def join_tokens(*parts: Tokens) -> Tokens:
@@ -254,7 +259,7 @@ def _pad(parts: Sequence[np.ndarray], caption: bool) -> Tokens:
     return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), structure)
 
 
-def check_masks(masks: Sequence[np.ndarray], size: tuple[int, int], most: int) -> None:
+def check_masks(masks: Sequence[np.ndarray | imaging.Runs], size: tuple[int, int], most: int) -> None:
     """Raise ConfigError for the first mask that cannot be captioned, by its number, or for too many."""
     if len(masks) > most:
         raise ConfigError(f"{len(masks)} masks, but the model has {most} region prompts: make groups of them")

@@ -81,7 +81,7 @@ def spread(model: nn.Module, layers: Iterable[nn.Module], team: Team, config: Tr
     Weights and their sums stay in float32. Sharded, each layer's are gathered in the computing type while it
     runs; gradients are summed in float32.
     """
-    model.to(team.device).train()
+    model.train()
     layers = list(layers)
     if config.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -89,6 +89,7 @@ def spread(model: nn.Module, layers: Iterable[nn.Module], team: Team, config: Tr
         for layer in layers:
             layer.compile(dynamic=True)
     if not team.sharded:
+        model.to(team.device)
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -99,11 +100,13 @@ def spread(model: nn.Module, layers: Iterable[nn.Module], team: Team, config: Tr
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # boxes need their bits; embeddings have the weights' type
     )
-    for module in [*layers, model]:
+    for module in [*layers, model]:  # moves one to the device after the other
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # a sum: losses are divided by the weight of all ranks
+            # A sum, not a mean: losses are divided by the weight of all ranks. In a form that gloo knows too.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def computing(team: Team) -> Any:

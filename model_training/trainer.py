@@ -13,6 +13,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ class Run:
     Attributes:
         num_steps: of the whole run.
         step: that is done.
+        saved: the last one of which a checkpoint was begun.
         skipped: steps so far that were not taken.
         norms: of the gradient, of the last steps that were taken.
         skipped_now: batches of the steps that were skipped since one was taken last.
@@ -71,8 +73,7 @@ class Run:
         self.optimizer = parts.make_optimizer(self.model, config)
         self.loader = open_loader(config, self.processor, team)
         self.average = _copies(self.trained) if config.average else None
-        self.num_steps = config.steps or _steps_of_epochs(self.loader, config)
-        self.step = self.skipped = 0
+        self.step = self.saved = self.skipped = 0
         self.norms: list[float] = []
         self.skipped_now: list[str] = []
         self.folder = Path(config.out)
@@ -82,11 +83,13 @@ class Run:
         found = checkpoints.latest(self.checkpoints.folder)
         if found:
             self._resume(found)
+        self.num_steps = config.steps or self.step + _steps_left(self.loader, config)
 
     def _resume(self, path: Path) -> None:
         progress = checkpoints.load(path, self.model, self.optimizer, self.average, self.team)
         self.loader.load_state_dict(progress["loader"])
-        self.step, self.skipped, self.norms = progress["step"], progress["skipped"], progress["norms"]
+        self.step = self.saved = progress["step"]
+        self.skipped, self.norms = progress["skipped"], progress["norms"]
         self.skipped_now = progress["skipped_now"]
         checkpoints.restore_random(progress["random"], self.team)
         _compare(progress, self.config, self.team)
@@ -106,6 +109,7 @@ class Run:
         }
         state = checkpoints.state_of(self.model, self.optimizer, self.average)
         self.checkpoints.save(self.step, state, progress)
+        self.saved = self.step
 
     def batches(self) -> Iterator[TrainBatch]:
         """What is left of the run's epochs; without end if it has steps instead."""
@@ -135,7 +139,8 @@ def fit(config: TrainConfig, rank: int = 0, world_size: int = 1, report: Report 
     team = Team(config, rank, world_size)
     run = Run(config, team)
     try:
-        _train(run, report)
+        with closing(_open_journal(run)) if rank == 0 else nullcontext() as log:
+            _train(run, log, report)
         run.checkpoints.finish()
         folder = export.export(run.model, run.processor, run.average, config, team)
         return Outcome(run.step, run.skipped, folder)
@@ -144,9 +149,8 @@ def fit(config: TrainConfig, rank: int = 0, world_size: int = 1, report: Report 
         team.close()
 
 
-def _train(run: Run, report: Report | None) -> None:
+def _train(run: Run, log: Journal | None, report: Report | None) -> None:
     config, team = run.config, run.team
-    log = _open_journal(run) if team.rank == 0 else None
     peak = config.log.peak_tflops * 1e12 if config.log.peak_tflops else journal.measure_peak_flops(team)
     stream = run.batches()
     while run.step < run.num_steps:
@@ -154,6 +158,8 @@ def _train(run: Run, report: Report | None) -> None:
         # 1. The step's batches, and what their examples weigh over all ranks.
         with meter.waiting():
             batches = list(islice(stream, config.accumulation))
+        if not batches:
+            break
         weight = float(team.sum(sum(batch.weight_E.double().sum() for batch in batches))) or 1.0
         # 2. Gradients, batch after batch, then over all ranks.
         for number, batch in enumerate(batches):
@@ -172,21 +178,17 @@ def _train(run: Run, report: Report | None) -> None:
         run.step += 1
         # 4. What became of it.
         record = journal.record_of(run.step, loss, norm, meter, total, team, peak) | rates
-        keys = _names(batches, team) if why or config.log.samples else []
-        _count(run, why, keys)
-        record |= (
-            {"skipped": run.skipped} | ({"why": why} if why else {}) | ({"samples": keys} if keys else {})
-        )
+        record |= _verdict(run, why, batches)
         if log is not None:
             log.write(record)
             if report is not None:
                 report(record)
-        if why and len(run.skipped_now) >= config.spike.stop_after:
-            _stop(run, why)
-        if run.step % config.checkpoint.every == 0 or run.step == run.num_steps:
+        if len(run.skipped_now) >= config.spike.stop_after:
+            _stop(run)
+        if run.step % config.checkpoint.every == 0:
             run.save()
-    if log is not None:
-        log.close()
+    if run.saved != run.step:
+        run.save()
 
 
 def _backward(run: Run, batch: TrainBatch, number: int, weight: float) -> diffusion.Loss:
@@ -249,16 +251,23 @@ def _set_rates(run: Run) -> dict[str, float]:
     return rates
 
 
-def _count(run: Run, why: str | None, keys: list[str]) -> None:
+def _verdict(run: Run, why: str | None, batches: list[TrainBatch]) -> dict[str, Any]:
+    """Count a step, and what there is to say of it."""
+    found: dict[str, Any] = {"steps": run.num_steps}
+    if why or run.config.log.samples:
+        found["samples"] = _names(batches, run.team)
     run.skipped += why is not None
-    run.skipped_now = [*run.skipped_now, f"step {run.step}: {', '.join(keys)}"] if why else []
+    run.skipped_now = (
+        [*run.skipped_now, f"step {run.step}, {why}: {', '.join(found['samples'])}"] if why else []
+    )
+    return found | {"skipped": run.skipped} | ({"why": why} if why else {})
 
 
-def _stop(run: Run, why: str) -> None:
+def _stop(run: Run) -> None:
     lines = "\n".join(run.skipped_now)
     raise StageFailed(
-        f"{len(run.skipped_now)} steps in a row were skipped, the last for {why}; their examples:\n{lines}\n"
-        f"The last checkpoint is from before; leave the examples out, or lower the learning rate, and go on"
+        f"{len(run.skipped_now)} steps in a row were skipped:\n{lines}\nThe last checkpoint is from before "
+        "them or among them: leave these examples out, or lower the learning rate, and run again"
     )
 
 
@@ -288,9 +297,10 @@ def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, team: Te
     return loader
 
 
-def _steps_of_epochs(loader: Loader, config: TrainConfig) -> int:
-    batches = sum(loader.num_steps(epoch) for epoch in range(config.epochs or 0))
-    return -(-batches // config.accumulation)
+def _steps_left(loader: Loader, config: TrainConfig) -> int:
+    """Of the run's epochs; the last one takes what there is."""
+    batches = sum(loader.num_steps(epoch) for epoch in range(loader.epoch, config.epochs or 0))
+    return -(-(batches - loader.position // loader.world_size) // config.accumulation)
 
 
 def _flops(model: PerceptionDLM, batch: TrainBatch, num_logits: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -125,7 +125,8 @@ def _describe(model: type[BaseModel], indent: str, lines: list[str]) -> None:
             lines.append(f"{indent}{name}:  # {_summary(type(field.default))}")
             _describe(type(field.default), indent + "  ", lines)
         elif nested is not None:
-            lines.append(f"{indent}{name}:  # a list; {_summary(nested)}")
+            kind = _KINDS.get(get_origin(field.annotation) or BaseModel, "or none")
+            lines.append(f"{indent}{name}:  # {kind + '; ' if kind else ''}{_summary(nested)}")
             _describe(nested, indent + "  ", lines)
         else:
             default = (
@@ -143,9 +144,13 @@ def _plain(field: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+_KINDS = {list: "a list", BaseModel: ""}
+"""How a nested model is announced; one that can be left out is neither."""
+
+
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    inner = get_args(annotation)
-    return inner[0] if inner and isinstance(inner[0], type) and issubclass(inner[0], BaseModel) else None
+    inner = (get_args(annotation) or (annotation,))[0]
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def _summary(model: type[BaseModel]) -> str:

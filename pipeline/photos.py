@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from pipeline import files
 from schemas.errors import BadRecord
 from schemas.reasons import Reason
 from schemas.records import Blob, ImageRecord
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO")
 """What is decoded, by Pillow's names; MPO is the JPEG with previews that some cameras write."""
@@ -86,6 +89,11 @@ def read_pixels(image: ImageRecord, max_pixels: int = 200_000_000) -> np.ndarray
 
 def decode(photo: Blob, data: bytes, max_pixels: int) -> np.ndarray:
     """Decode a photo's bytes to (H, W, 3) uint8 RGB; `photo` is only for messages. Raises as `probe`."""
+    return np.array(decode_image(photo, data, max_pixels))
+
+
+def decode_image(photo: Blob, data: bytes, max_pixels: int) -> Image.Image:
+    """The same as Pillow's RGB image, which resizes without a copy."""
     from PIL import Image
 
     _parse(photo, data, max_pixels, whole=True)
@@ -97,13 +105,15 @@ def decode(photo: Blob, data: bytes, max_pixels: int) -> np.ndarray:
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}; fetch the file again") from error
 
 
-def _to_rgb(opened: Any) -> np.ndarray:
+def _to_rgb(opened: Image.Image) -> Image.Image:
+    from PIL import Image
+
     if opened.mode.startswith("I;16") or opened.mode == "I":
         grey = np.clip(np.asarray(opened).astype(np.int64), 0, 65_535) >> 8
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if opened.mode == "P" and "transparency" in opened.info:
         opened = opened.convert("RGBA")
-    return np.array(opened.convert("RGB"))
+    return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
@@ -126,7 +136,7 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
     return header
 
 
-def _orientation(opened: Any) -> int:
+def _orientation(opened: Image.Image) -> int:
     if "exif" not in opened.info:  # Pillow would decode a whole PNG to look for it
         return 1
     try:

@@ -61,3 +61,20 @@ class StageStalled(StageFailed):
 
 class IntegrityError(ParaCaptionError):
     """Committed data does not match its manifest, or a resume would mix two plans."""
+
+
+class BadSample(IntegrityError):
+    """One sample to train on is unusable: its shard, its photo or a mask of it is damaged, or it is too long.
+
+    Args:
+        reason: a word to count by.
+        detail: names the file and the record, and the mend.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"

@@ -20,7 +20,9 @@ from schemas.config import Backend, BuildConfig
 from tests.synthetic import write_coconut
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = "build audit verify inspect show doctor plan models caption export merge demo config deploy".split()
+COMMANDS = (
+    "build audit verify inspect show doctor plan models caption export merge demo config deploy".split()
+)
 runner = CliRunner()
 
 

@@ -1,0 +1,323 @@
+"""Questions and answers on whole images, in the form of LLaVA's data, as items beside those of a corpus.
+
+The records are copied once to a table in the cache, with photos that are embedded in Parquet, because a row
+of neither JSON nor Parquet can be read by itself; photos in files stay where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from model_training import imaging
+from model_training.attention import SHARED
+from model_training.data.corpus import token_lists, tokenizer_digest, views_of
+from model_training.data.options import ConversationSource
+from model_training.data.table import Table, Writer, cached
+from model_training.processing import ANSWER, HEAD, Example
+from pipeline import files, photos
+from schemas.errors import BadRecord, BadSample, ConfigError
+from schemas.records import Blob
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from model_training.processing import PerceptionDLMProcessor
+
+IMAGE = "<image>"
+_NEXT = "\n<|start_header_id|>user<|end_header_id|>\n"
+_VERSION = 1
+_ROW = np.dtype(
+    [
+        *(("record", "u8"), ("record_bytes", "u4"), ("photo", "u8"), ("photo_bytes", "u4")),
+        *(("prefix", "u4"), ("answer", "u4")),
+    ]
+)
+"""`photo_bytes` 0: the photo is a file, or there is none."""
+
+_AT_ONCE = 1024
+_PROBES = 16
+_FROM = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+
+class Turn(msgspec.Struct):
+    """What one side says."""
+
+    speaker: str = msgspec.field(name="from")
+    value: str = ""
+
+
+class Record(msgspec.Struct):
+    """One conversation; `image` is the photo's path, None if it is embedded."""
+
+    conversations: list[Turn]
+    id: str | int | None = None
+    image: str | None = None
+
+
+class Said(NamedTuple):
+    """A conversation as tokens: those before the first answer, those after, and which of these are learnt."""
+
+    prefix: list[int]
+    answer: list[int]
+    labels: list[bool]
+
+
+class Conversations:
+    """The conversations of one file; each is an item."""
+
+    def __init__(self, table: Table, source: ConversationSource):
+        self.table, self.source = table, source
+
+    @property
+    def num_items(self) -> int:
+        """Conversations."""
+        return len(self.table.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the items do."""
+        return self.table.about["digest"]
+
+    def lengths(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of items before the first answer, and from it on: both (N,) int64."""
+        rows = self.table.rows[items]
+        return rows["prefix"].astype(np.int64), rows["answer"].astype(np.int64)
+
+    def read(self, item: int, max_pixels: int) -> tuple[Record, Image.Image, str]:
+        """A record, its photo, and a name for messages.
+
+        Raises:
+            BadSample: there is no photo, or it is missing or broken.
+        """
+        row = self.table.rows[item]
+        data = self.table.bytes_at(int(row["record"]), int(row["record_bytes"]))
+        record = msgspec.json.decode(data, type=Record)
+        name = f"{self.source.path}: {item if record.id is None else record.id}"
+        if not row["photo_bytes"] and not record.image:
+            raise BadSample("conversation_without_image", f"{name}: text alone is not read; leave it out")
+        try:
+            if row["photo_bytes"]:
+                photo, blob = self.table.bytes_at(int(row["photo"]), int(row["photo_bytes"])), Blob(name)
+            else:
+                blob = Blob(_path(self.source, record))
+                photo = files.read(blob)
+            return record, photos.decode_image(blob, photo, max_pixels), name
+        except OSError as error:
+            detail = f"{name}: {blob}: {error.strerror or error}; put it there or mend `images`"
+            raise BadSample("photo_missing", detail) from error
+        except BadRecord as error:
+            raise BadSample(str(error.reason), f"{name}: {error.detail}") from error
+
+
+def open_conversations(
+    source: ConversationSource, processor: PerceptionDLMProcessor, cache: Path
+) -> Conversations:
+    """A file of conversations, through its table in the cache.
+
+    Raises:
+        ConfigError: the file is missing, or not of a form that is read.
+    """
+    try:
+        version = files.version(source.path)
+    except OSError as error:
+        raise ConfigError(
+            f"{source.path}: {error.strerror or error}; give a file of conversations"
+        ) from error
+    config = processor.config
+    facts = (_VERSION, source.path, source.images, version, tokenizer_digest(processor))
+    facts += (config.vision_config.image_size, config.tokens_per_tile, config.max_tiles)
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    folder = cached(cache, f"conversations-{name}", lambda folder: _write(folder, source, processor))
+    return Conversations(Table(folder, _ROW), source)
+
+
+def say(
+    record: Record,
+    views: int,
+    processor: PerceptionDLMProcessor,
+    encode: Callable[[str], list[int]],
+    name: str,
+) -> Said:
+    """A conversation as tokens. All answers are labelled, with the eot after each.
+
+    Args:
+        record: human and gpt in turn.
+        views: of its photo.
+        processor: the model's.
+        encode: tokens of a text, in which nothing is special.
+        name: for messages.
+
+    Raises:
+        BadSample: turns out of order, or an image that the photo does not explain.
+    """
+    turns = record.conversations
+    speakers = [_FROM.get(turn.speaker) for turn in turns]
+    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
+        raise BadSample(
+            "conversation_unusable", f"{name}: human and gpt have to speak in turn; mend the record"
+        )
+    places = [turn.value.count(IMAGE) for turn in turns]
+    if sum(places) > 1 or sum(places) != places[0]:
+        raise BadSample("conversation_unusable", f"{name}: {IMAGE} once, in the first turn; mend the record")
+    config = processor.config
+    shown = [*processor.ids("<img>"), *[config.image_token_id] * (views * config.tokens_per_tile)]
+    shown += processor.ids("</img>")
+    before, _, after = turns[0].value.partition(IMAGE) if places[0] else ("", "", turns[0].value)
+    said = Said(
+        [*processor.ids(HEAD), *encode(before), *shown, *encode(after), *processor.ids(ANSWER)], [], []
+    )
+    for number in range(1, len(turns), 2):
+        if number > 1:
+            asked = [*processor.ids(_NEXT), *encode(turns[number - 1].value), *processor.ids(ANSWER)]
+            said.answer.extend(asked)
+            said.labels.extend([False] * len(asked))
+        answer = [*encode(turns[number].value), config.eot_token_id]
+        said.answer.extend(answer)
+        said.labels.extend([True] * len(answer))
+    return said
+
+
+def lay_out(
+    record: Record, photo: Image.Image, processor: PerceptionDLMProcessor, name: str
+) -> tuple[Example, np.ndarray]:
+    """An example without regions, and (L,) bool, which tokens of its captions are labelled.
+
+    Raises:
+        BadSample: as `say`.
+    """
+    config = processor.config
+    tower = config.vision_config
+    grid = imaging.tile_grid(*photo.size, tower.image_size, config.max_tiles)
+    views = imaging.num_views(grid)
+    said = say(record, views, processor, lambda text: token_lists(processor, [text])[0], name)
+    example = Example(
+        views=imaging.cut_image(photo, tower.image_size, grid),
+        prompts=np.zeros((views, config.num_prompts, config.patches_per_side**2), bool),
+        grid=grid,
+        boxes=[],
+        order=[],
+        prefix=_shared(said.prefix, 0),
+        captions=_shared(said.answer, len(said.prefix)),
+    )
+    return example, np.array(said.labels)
+
+
+def _shared(ids: list[int], start: int) -> np.ndarray:
+    return np.array([ids, range(start, start + len(ids)), [SHARED] * len(ids)], np.int64)
+
+
+def _path(source: ConversationSource, record: Record) -> str:
+    name = record.image or ""
+    if name.startswith("/") or "://" in name or ".." in name.split("/"):
+        raise BadSample(
+            "unsafe_name", f"{source.path}: {record.id}: {name}: leaves `images`; mend the record"
+        )
+    return f"{source.images.rstrip('/')}/{name}" if source.images else name
+
+
+def _write(folder: Path, source: ConversationSource, processor: PerceptionDLMProcessor) -> None:
+    writer, digest = Writer(folder), hashlib.sha256()
+    records = _records(source)
+    most = imaging.num_views((processor.config.max_tiles, 1))
+    with ThreadPoolExecutor(_PROBES) as pool:
+        while some := list(itertools.islice(records, _AT_ONCE)):
+            sizes = list(pool.map(lambda each: _size(source, *each), some))
+            known = np.array([size for size in sizes if size], np.int64).reshape(-1, 2)
+            views = iter(views_of(known, processor).tolist() if len(known) else [])
+            counts = [next(views) if size else most for size in sizes]
+            rows = _rows(some, counts, processor, writer)
+            digest.update(rows.tobytes() + b"".join(msgspec.json.encode(record) for record, _ in some))
+            writer.add(rows)
+    if not writer.num_rows:
+        raise ConfigError(f"{source.path}: no conversation in it; give a file that has some")
+    writer.close({"digest": digest.hexdigest()})
+
+
+def _rows(
+    records: list[tuple[Record, bytes]], views: list[int], processor: PerceptionDLMProcessor, writer: Writer
+) -> np.ndarray:
+    texts = [
+        part for record, _ in records for turn in record.conversations for part in turn.value.split(IMAGE)
+    ]
+    texts = list({text: None for text in [*texts, ""]})
+    tokens = dict(zip(texts, token_lists(processor, texts), strict=True))
+    rows = np.zeros(len(records), _ROW)
+    for row, (record, photo), count in zip(rows, records, views, strict=True):
+        try:
+            said = say(record, count, processor, tokens.__getitem__, "")
+            row["prefix"], row["answer"] = len(said.prefix), len(said.answer)
+        except BadSample:
+            row["prefix"] = 1  # said again, with its name, when it is its turn
+        data = msgspec.json.encode(record)
+        row["record"], row["record_bytes"] = writer.put(data), len(data)
+        row["photo"], row["photo_bytes"] = writer.put(photo), len(photo)
+    return rows
+
+
+def _size(source: ConversationSource, record: Record, photo: bytes) -> tuple[int, int] | None:
+    """Width and height of a record's photo; None if it cannot be read."""
+    from PIL import Image
+
+    try:
+        if photo:
+            with photos.quiet(), Image.open(io.BytesIO(photo), formats=photos.FORMATS) as opened:
+                return opened.size
+        header = photos.probe(Blob(_path(source, record)), 1 << 40)
+        return header.width, header.height
+    except (BadRecord, BadSample, *photos.BROKEN):
+        return None
+
+
+def _records(source: ConversationSource) -> Iterator[tuple[Record, bytes]]:
+    """Every record with its embedded photo."""
+    read = {".json": _from_json, ".jsonl": _from_lines, ".parquet": _from_parquet}
+    ending = Path(source.path).suffix.lower()
+    if ending not in read:
+        raise ConfigError(f"{source.path}: conversations are a .json, .jsonl or .parquet")
+    number = 0
+    try:
+        for number, each in enumerate(read[ending](source.path), start=1):  # noqa: B007 - for the message
+            yield each
+    except (OSError, msgspec.MsgspecError, UnicodeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{source.path}: after record {number}: {error}; mend it there") from error
+
+
+def _from_json(path: str) -> Iterator[tuple[Record, bytes]]:
+    for raw in msgspec.json.decode(files.read(Blob(path)), type=list[msgspec.Raw]):
+        yield msgspec.json.decode(raw, type=Record), b""
+
+
+def _from_lines(path: str) -> Iterator[tuple[Record, bytes]]:
+    with files.open_url(path, 8 << 20) as file:
+        for line in file:
+            if line.strip():
+                yield msgspec.json.decode(line, type=Record), b""
+
+
+def _from_parquet(path: str) -> Iterator[tuple[Record, bytes]]:
+    import pyarrow.parquet as pq
+
+    with files.open_url(path, 8 << 20) as file:
+        opened = pq.ParquetFile(file)
+        columns = [name for name in ("id", "image", "conversations") if name in opened.schema_arrow.names]
+        for batch in opened.iter_batches(64, columns=columns, use_threads=False):
+            for row in batch.to_pylist():
+                yield _from_row(row)
+
+
+def _from_row(row: dict[str, Any]) -> tuple[Record, bytes]:
+    image, said = row.pop("image", None), row["conversations"]
+    if isinstance(said, str):
+        row["conversations"] = msgspec.json.decode(said)
+    photo = image.get("bytes") if isinstance(image, dict) else image if isinstance(image, bytes) else None
+    path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+    return msgspec.convert({**row, "image": None if photo else path}, Record), photo or b""

@@ -1,0 +1,230 @@
+"""The loader: every item once an epoch over all ranks, in an order that neither ranks nor workers change."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from model_training.data.conversations import open_conversations
+from model_training.data.corpus import open_corpus
+from model_training.data.options import ConversationSource, CorpusSource, DataOptions, Workers
+from model_training.data.plan import Mixture, Pick, Plan
+from model_training.data.samples import BatchMaker, TrainBatch
+from model_training.data.table import default_cache
+from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+
+if TYPE_CHECKING:
+    from model_training.processing import PerceptionDLMProcessor
+
+
+class Loader:
+    """Batches of one rank; iterating gives what is left of the current epoch, and the next one after it.
+
+    All ranks have the same number of steps: a last round that has not a batch for every rank is filled up
+    with fillers, whose weight is 0. What a rank gets at a step follows from the epoch, the number of batches
+    that all ranks together have had, and the number of ranks; so a resume is immediate, and may have more
+    ranks or fewer.
+
+    Attributes:
+        epoch: the current one, from 0.
+        position: batches of the epoch that all ranks together have had.
+        skipped: samples and captions that this rank has left out since it was made, by reason.
+        fingerprint: of the data and what orders it; trainers compare it over ranks before they start.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[CorpusSource | ConversationSource],
+        processor: PerceptionDLMProcessor,
+        options: DataOptions = DataOptions(),
+        rank: int = 0,
+        world_size: int = 1,
+        workers: Workers = Workers(),
+        cache: str | Path | None = None,
+    ):
+        """Open the sources. The first to open them writes their tables to the cache, the others wait for it.
+
+        Args:
+            sources: at least one.
+            processor: the model's.
+            options: what batches are.
+            rank: of this process.
+            world_size: number of ranks.
+            workers: processes that read ahead.
+            cache: a local folder for tables; default: `~/.cache/paracaption/training`.
+
+        Raises:
+            ConfigError: a source is missing, empty or not of a form that is read; an option that cannot be.
+            IntegrityError: a corpus is damaged.
+        """
+        _check(sources, options, processor, rank, world_size)
+        folder = Path(cache) if cache is not None else default_cache()
+        opened = [
+            open_corpus(source, processor, options, folder)
+            if isinstance(source, CorpusSource)
+            else open_conversations(source, processor, folder)
+            for source in sources
+        ]
+        self.options, self.rank, self.world_size, self.workers = options, rank, world_size, workers
+        self.mixture = Mixture(opened, [source.weight for source in sources], options.seed)
+        self.make = BatchMaker(opened, processor, options)
+        self.epoch = self.position = 0
+        self.skipped: Counter[str] = Counter()
+        facts = [(source.fingerprint, str(weight)) for source, weight in _pairs(self.mixture)]
+        self.fingerprint = hashlib.sha256(repr((facts, options)).encode()).hexdigest()[:16]
+        self._plan: Plan | None = None
+        self._batches: DataLoader[Any] | None = None
+
+    def __len__(self) -> int:
+        """Steps of the current epoch, from its beginning."""
+        return self.num_steps(self.epoch)
+
+    def num_steps(self, epoch: int) -> int:
+        """Steps of an epoch; counting them takes about a second for a million items."""
+        return -(-self._plan_of(epoch).num_batches // self.world_size)
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        """The rest of the epoch.
+
+        Raises:
+            BadSample: a sample is damaged or too long, and the options say that this is an error.
+        """
+        self._begin()
+        for made in self._loading():
+            if isinstance(made, Failed):
+                raise made.error
+            self.skipped.update(each.reason for each in made.skipped)
+            self.position += self.world_size
+            yield made
+        self._begin()
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Where the loader is: after the batch that it gave last. The same on every rank."""
+        self._begin()
+        return {"epoch": self.epoch, "position": self.position, "data": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Go on where a state was taken, with any number of ranks.
+
+        Raises:
+            IntegrityError: the state is of other data, or of other options of it.
+        """
+        if state["data"] != self.fingerprint:
+            raise IntegrityError(
+                f"the checkpoint's data are {state['data']}, these {self.fingerprint}: sources, seed or "
+                "batches have changed, so samples would come twice or never; start a new run from its weights"
+            )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._batches = None
+
+    def _begin(self) -> None:
+        """Go to the next epoch if this one is over."""
+        if self.position and self.position >= self._plan_of(self.epoch).num_batches:
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def _plan_of(self, epoch: int) -> Plan:
+        if self._plan is None or self._plan.epoch != epoch:
+            self._plan = Plan(self.mixture, self.options, epoch)
+        return self._plan
+
+    def _loading(self) -> DataLoader[Any]:
+        if self._batches is None:
+            several = self.workers.number > 0
+            self._batches = DataLoader(
+                _Made(self.make),
+                batch_size=None,
+                sampler=_Requests(self),
+                num_workers=self.workers.number,
+                collate_fn=_as_it_is,
+                pin_memory=self.workers.pin_memory and torch.cuda.is_available(),
+                prefetch_factor=self.workers.prefetch if several else None,
+                persistent_workers=several,
+                multiprocessing_context=_context(self.workers.start_method) if several else None,
+                worker_init_fn=_quiet_tokenizers,
+                generator=torch.Generator(),  # else each epoch would draw from the trainer's own
+            )
+        return self._batches
+
+
+class Failed(NamedTuple):
+    """An error in a worker, to be raised where the trainer sees it as it is."""
+
+    error: ParaCaptionError
+
+
+class _Requests:
+    """The picks of this rank's batches from where the loader is; none where the epoch has no more."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[list[Pick]]:
+        loader = self.loader
+        plan = loader._plan_of(loader.epoch)
+        for first in range(loader.position, plan.num_batches, loader.world_size):
+            number = first + loader.rank
+            yield plan.batch(number) if number < plan.num_batches else []
+
+
+class _Made(Dataset[Any]):
+    """What workers hold: picks to a batch."""
+
+    def __init__(self, make: BatchMaker):
+        self.make = make
+
+    def __getitem__(self, picks: list[Pick]) -> TrainBatch | Failed:
+        try:
+            return self.make(picks)
+        except ParaCaptionError as error:
+            return Failed(error)
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _quiet_tokenizers(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has one core, and texts come a few at a time
+
+
+def _context(method: str) -> Any:
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":  # imports once what every worker needs
+        context.set_forkserver_preload(["model_training.data.samples"])
+    return context
+
+
+def _pairs(mixture: Mixture) -> Iterator[tuple[Any, Any]]:
+    return zip(mixture.sources, mixture.weights, strict=True)
+
+
+def _check(
+    sources: Sequence[CorpusSource | ConversationSource],
+    options: DataOptions,
+    processor: PerceptionDLMProcessor,
+    rank: int,
+    world_size: int,
+) -> None:
+    if not sources:
+        raise ConfigError("no sources; give a corpus to train on")
+    for source in sources:
+        if not source.weight > 0:
+            raise ConfigError(f"{source}: weight has to be above 0; leave the source out instead")
+    most = processor.config.num_prompts
+    if not 1 <= options.regions_per_group <= most:
+        raise ConfigError(
+            f"regions_per_group: {options.regions_per_group}; take 1 to {most}, the model's prompts"
+        )
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} of {world_size}")

@@ -1,0 +1,77 @@
+"""Random orders that are computed, not stored: a permutation of any size, and shuffles by a key.
+
+All are functions of their keys alone: the same on every machine, with every number of workers, and after a
+resume; and cost no memory that grows with the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+_ROUNDS = 4
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def key_of(*parts: object) -> int:
+    """64 bits of a hash of numbers and strings."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+class Permutation:
+    """A random permutation of 0 .. size - 1.
+
+    A Feistel network permutes the next power of two; what falls outside is permuted again until it is inside.
+    """
+
+    def __init__(self, size: int, key: int):
+        bits = max(2, (size - 1).bit_length())
+        self.size = size
+        self.low_bits = np.uint64(bits // 2)
+        self.low, self.high = (np.uint64((1 << count) - 1) for count in (bits // 2, bits - bits // 2))
+        self.keys = _mix(np.arange(1, 2 * _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN) ^ np.uint64(key))
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Where positions (N,) go: (N,) int64."""
+        found = self._once(positions.astype(np.uint64))
+        while (outside := np.flatnonzero(found >= self.size)).size:
+            found[outside] = self._once(found[outside])
+        return found.astype(np.int64)
+
+    def _once(self, x: np.ndarray) -> np.ndarray:
+        left, right = x >> self.low_bits, x & self.low
+        for first, second in self.keys.reshape(-1, 2):
+            left = left ^ (_mix(right ^ first) & self.high)
+            right = right ^ (_mix(left ^ second) & self.low)
+        return (left << self.low_bits) | right
+
+
+def shuffled(size: int, *key: object) -> np.ndarray:
+    """0 .. size - 1 in the order of a key; for small sizes."""
+    numbers = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return np.argsort(_mix(numbers + np.uint64(key_of(*key))), kind="stable")
+
+
+def num_groups(regions: np.ndarray, regions_per_group: float) -> np.ndarray:
+    """How often images with so many regions are visited."""
+    return np.ceil(regions / regions_per_group).astype(np.int64)
+
+
+def group_size(regions: np.ndarray, groups: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Regions of an image's group: sizes differ by one at most, larger ones first."""
+    return regions // groups + (group < regions % groups)
+
+
+def members(regions: int, groups: int, group: int, *key: object) -> list[int]:
+    """The regions of a group; all groups together have each region once."""
+    size, larger = divmod(regions, groups)
+    start = group * size + min(group, larger)
+    return shuffled(regions, *key)[start : start + size + (group < larger)].tolist()
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

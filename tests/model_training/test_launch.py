@@ -1,0 +1,73 @@
+"""Ray Train's workers: a killed one is started anew, and the run goes on from its last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model_training import checkpoints, journal, launch
+from schemas.errors import ConfigError
+from tests.model_training.toy_corpus import config_of, write_corpus
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def ray():
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    import ray
+
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def workers() -> list[psutil.Process]:
+    """The processes that train on this machine, ours only."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def kill_one_after_a_checkpoint(run: Path, killed: list[int]) -> None:
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        if checkpoints.latest(run / "checkpoints") and (found := workers()):
+            killed.append(journal.read(run)[-1]["step"])
+            found[-1].kill()
+            return
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint(ray, tmp_path):
+    corpus, run = write_corpus(tmp_path / "world"), tmp_path / "run"
+    workers_of = {"workers": 2, "gpus": 0, "cpus": 1, "max_failures": 2}
+    config = config_of(run, corpus, steps=300, checkpoint={"every": 20}, ray=workers_of)
+    killed: list[int] = []
+    shown: list[int] = []
+    killer = threading.Thread(target=kill_one_after_a_checkpoint, args=(run, killed))
+    killer.start()
+    outcome = launch.train(config, report=lambda record: shown.append(record["step"]))
+    killer.join()
+    assert killed and killed[0] < 300
+    assert outcome.steps == 300 and (outcome.model / "model.safetensors").exists()
+    records = journal.read(run)
+    assert [record["step"] for record in records] == list(range(1, 301))
+    assert shown == list(range(1, 301))
+
+
+def test_an_error_in_a_worker_is_shown_as_it_is(ray, tmp_path):
+    corpus = write_corpus(tmp_path / "world", 12)
+    changes = {"model": {"path": "/nowhere"}, "ray": {"workers": 1, "gpus": 0, "cpus": 1, "max_failures": 0}}
+    with pytest.raises(ConfigError, match="/nowhere: no saved model"):
+        launch.train(config_of(tmp_path / "run", corpus, **changes))
