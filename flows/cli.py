@@ -440,7 +440,8 @@ class _TrainingView:
             return
         rate = (time.monotonic() - self.start[1]) / (step - self.start[0])
         print(
-            f"step {step:,} of {steps:,}  loss {float(record['loss']):.3f}  norm {float(record['norm']):.2f}  "
+            f"step {step:,} of {steps:,}  loss {float(record['loss']):.3f}  "
+            f"norm {float(record['norm']):.2f}  "
             f"{record['tokens_per_s']:,.0f} tokens/s  {record['regions_per_s']:,.1f} regions/s  "
             f"MFU {record['mfu']:.0%}  data wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  "
             f"skipped {record['skipped']:,}  {_duration(rate * (steps - step))} left",

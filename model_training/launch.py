@@ -114,7 +114,8 @@ def _cause(error: Exception, config: TrainConfig) -> ParaCaptionError:
         if isinstance(raised, ParaCaptionError):
             return raised
     return StageFailed(
-        f"training stopped after {config.ray.max_failures} restarts (ray.max_failures): {error}; run the same "
+        f"training stopped after {config.ray.max_failures} restarts (ray.max_failures): {error}; "
+        f"run the same "
         "command again to go on from the last checkpoint"
     )
 

@@ -1,8 +1,8 @@
 """How an image and its regions become a sequence.
 
 A layout is data, because published weights were trained with quirks. `REFERENCE` is the original to the last
-quirk, and what published weights need. `CORRECTED` is the same architecture doing what its paper says, and the
-default for new training. Each difference is an option of its own, so that it can be measured by itself.
+quirk, and what published weights need. `CORRECTED` is the same architecture doing what its paper says, and
+the default for new training. Each difference is an option of its own, so that it can be measured by itself.
 """
 
 from __future__ import annotations

@@ -318,8 +318,8 @@ def test_many_slots_and_words_are_looked_at_in_parts(monkeypatch):
     from model_training import decode as module
 
     whole = [drawn(temperature=temperature) for temperature in (0.0, 1.0)]
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", {"cpu": 700, "gpu": 700})
-    monkeypatch.setattr(module, "_FEWEST_LOGITS", 3)
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", {"cpu": (5, 70), "gpu": (5, 70)})
+    monkeypatch.setattr(module, "_DRAWN_AT_ONCE", 5)
     parts = [drawn(temperature=temperature) for temperature in (0.0, 1.0)]
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)

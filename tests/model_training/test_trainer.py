@@ -389,7 +389,7 @@ def test_the_command_trains_and_says_where_the_model_is(corpus, tmp_path):
         "step 4 of 8",
         "step 8 of 8",
     ]
-    with pytest.raises(ConfigError, match="set ray.workers"):
+    with pytest.raises(ConfigError, match=r"set ray\.workers"):
         CliRunner().invoke(
             app, ["train", str(tmp_path / "train.yaml"), "--ray-address", "auto"], catch_exceptions=False
         )
