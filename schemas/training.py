@@ -47,7 +47,7 @@ class Conversation(_Strict):
     """Questions and answers on whole images, in the form of LLaVA's data."""
 
     path: str = Field(description=".json, .jsonl or .parquet")
-    images: str = Field("", description="the folder of the photos; none: they are in the Parquet")
+    images: str = Field(default="", description="the folder of the photos; none: they are in the Parquet")
     weight: float = Field(default=1.0, gt=0, description="passes over it in an epoch")
 
 
@@ -61,15 +61,15 @@ class Data(_Strict):
         default=3.5, ge=1, description="regions of an example on average; the original's"
     )
     caption_length: Literal["natural", "fixed"] = Field(
-        "natural", description="the original's; `fixed` fills up with eot, as decoding sees captions"
+        default="natural", description="the original's; `fixed` fills up with eot, as decoding sees captions"
     )
     caption_slots: PositiveInt = Field(default=32, description="of a fixed caption; the original decodes 32")
     max_caption_tokens: PositiveInt | None = Field(default=None, description="longer ones are too long")
     labels: Literal["answer", "captions"] = Field(
-        "answer", description="the original's: also the tokens that open and close captions"
+        default="answer", description="the original's: also the tokens that open and close captions"
     )
-    on_too_long: Literal["error", "skip"] = Field("error", description="`skip` counts them")
-    on_bad_sample: Literal["error", "skip"] = Field("error", description="likewise")
+    on_too_long: Literal["error", "skip"] = Field(default="error", description="`skip` counts them")
+    on_bad_sample: Literal["error", "skip"] = Field(default="error", description="likewise")
     max_pixels: PositiveInt = Field(default=200_000_000, description="of a photo: decompression bombs")
     workers: int = Field(default=4, ge=0, description="processes that make batches, for each rank")
     prefetch: PositiveInt = Field(default=2, description="batches that each of them makes ahead")
@@ -79,10 +79,14 @@ class Data(_Strict):
 class Noise(_Strict):
     """How captions are masked."""
 
-    level: Literal["example", "region"] = Field("example", description="one level for each; the original's")
+    level: Literal["example", "region"] = Field(
+        default="example", description="one level for each; the original's"
+    )
     lowest: float = Field(default=1e-3, gt=0, lt=1, description="the original's, as LLaDA's")
     stratified: bool = Field(default=False, description="levels of a batch are spread evenly: less noise")
-    weighting: Literal["inverse", "none"] = Field("inverse", description="the original's: 1 / probability")
+    weighting: Literal["inverse", "none"] = Field(
+        default="inverse", description="the original's: 1 / probability"
+    )
 
 
 class LearningRate(_Strict):
@@ -174,22 +178,24 @@ class TrainConfig(_Strict):
     lora: Lora | None = Field(default=None, description="none: the matrices themselves are trained")
     spike: Spike = Spike()
     seed: int = Field(default=0, ge=0, description="of weights, order, groups, prompts and noise")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="`auto`: a GPU where there is one"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of computing; `auto`: bfloat16 on GPUs. Weights are kept in float32"
+        default="auto", description="of computing; `auto`: bfloat16 on GPUs. Weights are kept in float32"
     )
     shard: Literal["auto", "full", "none"] = Field(
-        "auto", description="`full`: FSDP2. `auto`: on GPUs; on CPUs each rank has the whole model"
+        default="auto", description="`full`: FSDP2. `auto`: on GPUs; on CPUs each rank has the whole model"
     )
     attention: Literal["auto", "sdpa", "flex_attention"] = Field(
-        "auto", description="`auto`: flex_attention on GPUs, which needs no L x L mask"
+        default="auto", description="`auto`: flex_attention on GPUs, which needs no L x L mask"
     )
     recompute: bool = Field(default=True, description="activations of layers, in backward: memory for time")
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="layers, by torch.compile; `auto`: on GPUs"
+        default="auto", description="layers, by torch.compile; `auto`: on GPUs"
     )
     export_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of the trained model's file; `auto`: as computed"
+        default="auto", description="of the trained model's file; `auto`: as computed"
     )
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
