@@ -95,15 +95,25 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _config(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> PerceptionDLMConfig:
-    known = PerceptionDLMConfig().to_dict()
-    if unknown := sorted(changes.keys() - known.keys()):
-        raise ConfigError(f"model.config.{unknown[0]}: the model's config has no such field")
+    _check(changes, PerceptionDLMConfig().to_dict(), "model.config")
     try:
         return PerceptionDLMConfig(**(dict(fields) | dict(changes)))
     except ConfigError:
         raise
     except Exception as error:  # the strict dataclass's own, of several types
         raise ConfigError(f"model.config: {' '.join(str(error).split())}") from error
+
+
+def _check(changes: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """Names and types; a misspelt size would be ignored, and a model of 8B weights be made."""
+    for name, value in changes.items():
+        if name not in known:
+            raise ConfigError(f"{where}.{name}: the model's config has no such field")
+        kind = type(known[name])
+        if name in ("vision_config", "text_config") and isinstance(value, Mapping):
+            _check(value, known[name], f"{where}.{name}")
+        elif known[name] is not None and not (type(value) is kind or (kind is float and type(value) is int)):
+            raise ConfigError(f"{where}.{name}: {value!r}; it takes {kind.__name__}")
 
 
 def freeze(model: PerceptionDLM, config: TrainConfig) -> None:
