@@ -71,13 +71,13 @@ def slowly(structure, isolate_prefix):
     return allowed
 
 
-@settings(PROPERTY, max_examples=20)
+@settings(PROPERTY, max_examples=15)
 @given(structures(), st.booleans())
 def test_the_dense_mask_is_the_rules_pair_by_pair(structure, isolate_prefix):
     assert torch.equal(dense_mask(structure, structure, isolate_prefix), slowly(structure, isolate_prefix))
 
 
-@settings(PROPERTY, max_examples=20)
+@settings(PROPERTY, max_examples=15)
 @given(structures(), structures(), st.booleans())
 def test_the_mask_of_pairs_equals_the_dense_mask(queries, keys, isolate_prefix):
     rows = min(len(queries.sample_BL), len(keys.sample_BL))
@@ -89,7 +89,7 @@ def test_the_mask_of_pairs_equals_the_dense_mask(queries, keys, isolate_prefix):
     assert torch.equal(pairs, dense)
 
 
-@settings(PROPERTY, max_examples=20)
+@settings(PROPERTY, max_examples=15)
 @given(structures(), st.booleans())
 def test_every_token_sees_itself_so_that_no_row_of_scores_is_empty(structure, isolate_prefix):
     assert dense_mask(structure, structure, isolate_prefix).diagonal(dim1=1, dim2=2).all()
@@ -117,7 +117,7 @@ def plainly(q, k, v, allowed):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(PROPERTY, max_examples=8)
+@settings(PROPERTY, max_examples=5)
 @given(structure=structures(), isolate_prefix=st.booleans(), heads=st.sampled_from([(2, 2), (4, 2), (4, 1)]))
 def test_each_kernel_attends_as_written_out(kernel, structure, isolate_prefix, heads):
     found, (q, k, v), _ = attended(structure, isolate_prefix, kernel, heads=heads)

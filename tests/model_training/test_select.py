@@ -43,7 +43,7 @@ def steps(draw):
     return options, step, regions, *map(torch.from_numpy, (tokens, opens, guesses, confidences))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=120)
 @given(steps())
 def test_each_strategy_chooses_as_stated_slot_by_slot(drawn):
     options, step, regions, *state = drawn
@@ -61,7 +61,7 @@ def test_each_strategy_chooses_as_stated_slot_by_slot(drawn):
         assert not opens[image, count:].any(), "a region that is not there has no slots"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(steps())
 def test_what_is_written_stays_but_for_remasking(drawn):
     options, step, _, tokens, opens, guesses, confidences = drawn
