@@ -26,8 +26,8 @@ from schemas.errors import ConfigError
 Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
 Cache = Literal["auto", "none", "exact", "approximate"]
 
-_LOGITS_AT_ONCE = {"cpu": (256, 2048), "gpu": (4096, 16384)}
-"""Slots and tokens whose logits are there at once: 2 MB, which the cores' caches hold; a quarter of a GB."""
+_LOGITS_AT_ONCE = {"cpu": (256, 1024), "gpu": (4096, 16384)}
+"""Slots and tokens whose logits are there at once: 1 MB, which the cores' caches hold; a quarter of a GB."""
 
 _DRAWN_AT_ONCE = 256
 """Slots whose tokens are drawn at once, which takes all their logits: 130 MB at LLaDA's vocabulary."""
