@@ -28,7 +28,7 @@ from benchmarks.decoder import SPECIAL
 from model_training import imaging
 from model_training.config import PerceptionDLMConfig
 from model_training.data import CorpusSource, DataOptions, Loader
-from model_training.data.plan import Mixture, Plan
+from model_training.data.plan import Mixture, Plan, count_batches
 from model_training.processing import PerceptionDLMProcessor
 from pipeline import rle, shards
 from schemas.records import Blob, ImageRecord, Region
@@ -162,7 +162,8 @@ def plan(images: int) -> None:
     process = psutil.Process()
     before = process.memory_info().rss
     start = time.perf_counter()
-    found = Plan(Mixture([Source()], [1.0], 0), DataOptions(), 0)
+    mixture = Mixture([Source()], [1.0], 0)
+    found = Plan(mixture, DataOptions(), 0, count_batches(mixture, DataOptions(), 0))
     spent = time.perf_counter() - start
     grown = (process.memory_info().rss - before - images) / 1e6
     start = time.perf_counter()

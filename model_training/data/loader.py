@@ -10,15 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from model_training.data.conversations import open_conversations
 from model_training.data.corpus import open_corpus
 from model_training.data.options import ConversationSource, CorpusSource, DataOptions, Workers
-from model_training.data.plan import Mixture, Pick, Plan
+from model_training.data.plan import Mixture, Pick, Plan, count_batches
 from model_training.data.samples import BatchMaker, TrainBatch
-from model_training.data.table import default_cache
+from model_training.data.table import cached, default_cache
 from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 
 if TYPE_CHECKING:
@@ -66,11 +67,11 @@ class Loader:
             IntegrityError: a corpus is damaged.
         """
         _check(sources, options, processor, rank, world_size)
-        folder = Path(cache) if cache is not None else default_cache()
+        self.cache = Path(cache) if cache is not None else default_cache()
         opened = [
-            open_corpus(source, processor, options, folder)
+            open_corpus(source, processor, options, self.cache)
             if isinstance(source, CorpusSource)
-            else open_conversations(source, processor, folder)
+            else open_conversations(source, processor, self.cache)
             for source in sources
         ]
         self.options, self.rank, self.world_size, self.workers = options, rank, world_size, workers
@@ -88,7 +89,7 @@ class Loader:
         return self.num_steps(self.epoch)
 
     def num_steps(self, epoch: int) -> int:
-        """Steps of an epoch; counting them takes about a second for a million items."""
+        """Steps of an epoch; counting them takes a second for a million items, but only once for a cache."""
         return -(-self._plan_of(epoch).num_batches // self.world_size)
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -135,8 +136,14 @@ class Loader:
 
     def _plan_of(self, epoch: int) -> Plan:
         if self._plan is None or self._plan.epoch != epoch:
-            self._plan = Plan(self.mixture, self.options, epoch)
+            self._plan = Plan(self.mixture, self.options, epoch, self._counts(epoch))
         return self._plan
+
+    def _counts(self, epoch: int) -> np.ndarray:
+        def write(folder: Path) -> None:
+            np.save(folder / "counts.npy", count_batches(self.mixture, self.options, epoch))
+
+        return np.load(cached(self.cache, f"plan-{self.fingerprint}-{epoch}", write) / "counts.npy")
 
     def _loading(self) -> DataLoader[Any]:
         if self._batches is None:

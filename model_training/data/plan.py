@@ -89,6 +89,16 @@ class Mixture:
         return prefix, captions
 
 
+def count_batches(mixture: Mixture, options: DataOptions, epoch: int) -> np.ndarray:
+    """Batches of each window of an epoch; about a second for a million items."""
+    num_items = sum(mixture.sizes(epoch))
+    counts = [np.zeros(0, np.int64)]
+    for start in range(0, num_items, _AT_ONCE * WINDOW):
+        positions = range(start, min(start + _AT_ONCE * WINDOW, num_items))
+        counts.append(_cut(mixture, options, epoch, positions)[1].max(axis=1) + 1)
+    return np.concatenate(counts)
+
+
 class Plan:
     """The batches of one epoch.
 
@@ -97,14 +107,11 @@ class Plan:
         num_batches: likewise.
     """
 
-    def __init__(self, mixture: Mixture, options: DataOptions, epoch: int):
+    def __init__(self, mixture: Mixture, options: DataOptions, epoch: int, counts: np.ndarray):
+        """`counts` are those of `count_batches`."""
         self.mixture, self.options, self.epoch = mixture, options, epoch
         self.num_items = sum(mixture.sizes(epoch))
-        counts = [
-            self._cut(range(start, min(start + _AT_ONCE * WINDOW, self.num_items)))[1].max(axis=1) + 1
-            for start in range(0, self.num_items, _AT_ONCE * WINDOW)
-        ]
-        self.starts = np.cumsum(np.concatenate([[0], *counts]))
+        self.starts = np.append(0, np.cumsum(counts))
         self.num_batches = int(self.starts[-1])
         self._window, self._batches = -1, []
 
@@ -117,20 +124,24 @@ class Plan:
 
     def _batches_of(self, window: int) -> list[list[Pick]]:
         start = window * WINDOW
-        picks, bins = self._cut(range(start, min(start + WINDOW, self.num_items)))
+        positions = range(start, min(start + WINDOW, self.num_items))
+        picks, bins = _cut(self.mixture, self.options, self.epoch, positions)
         order = shuffled(int(bins.max()) + 1, self.mixture.seed, "batches", self.epoch, window)
         return [[Pick(*pick) for pick in picks[bins[0, : len(picks)] == number].tolist()] for number in order]
 
-    def _cut(self, positions: range) -> tuple[np.ndarray, np.ndarray]:
-        """Picks (N, 3) of whole windows, and each one's batch in its window, (W, WINDOW); -1 past the end."""
-        picks = self.mixture.locate(self.epoch, np.arange(positions.start, positions.stop))
-        windows = -(-len(picks) // WINDOW)
-        lengths = np.zeros((2, windows * WINDOW), np.int64)
-        lengths[:, : len(picks)] = self.mixture.lengths(picks)
-        prefix, captions = lengths.reshape(2, windows, WINDOW)
-        cut = cut_packed if self.options.packed else cut_padded
-        bins = cut(prefix, captions, self.options.max_tokens, self.options.max_examples or WINDOW)
-        return picks, np.where(prefix > 0, bins, -1)
+
+def _cut(
+    mixture: Mixture, options: DataOptions, epoch: int, positions: range
+) -> tuple[np.ndarray, np.ndarray]:
+    """Picks (N, 3) of whole windows, and each one's batch in its window, (W, WINDOW); -1 past the end."""
+    picks = mixture.locate(epoch, np.arange(positions.start, positions.stop))
+    windows = -(-len(picks) // WINDOW)
+    lengths = np.zeros((2, windows * WINDOW), np.int64)
+    lengths[:, : len(picks)] = mixture.lengths(picks)
+    prefix, captions = lengths.reshape(2, windows, WINDOW)
+    cut = cut_packed if options.packed else cut_padded
+    bins = cut(prefix, captions, options.max_tokens, options.max_examples or WINDOW)
+    return picks, np.where(prefix > 0, bins, -1)
 
 
 def cut_packed(prefix: np.ndarray, captions: np.ndarray, budget: int, most: int) -> np.ndarray:

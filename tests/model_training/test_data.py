@@ -22,8 +22,9 @@ from model_training.data.order import Permutation, members, num_groups
 from model_training.data.plan import cut_packed, cut_padded
 from model_training.processing import PerceptionDLMProcessor
 from pipeline import reader
+from pipeline.corpus import merge
+from schemas.config import BuildConfig
 from schemas.errors import BadSample, ConfigError, IntegrityError
-from tests import committed
 from tests.model_training.corpora import (
     loader,
     masks_of,
@@ -197,6 +198,12 @@ def test_a_state_is_a_few_numbers_and_the_end_of_an_epoch_is_the_start_of_the_ne
     assert states[-1] == {"epoch": 1, "position": 0, "data": ours.fingerprint}
 
 
+def test_the_count_of_batches_is_kept_for_the_next_start(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    steps = len(loader(corpus, seed=5))
+    monkeypatch.setattr("model_training.data.loader.count_batches", None)
+    assert len(loader(corpus, seed=5)) == steps
+
+
 def test_a_state_of_other_data_or_options_is_refused(corpus: Path):
     state = loader(corpus).state_dict()
     for options in ({"seed": 1}, {"packed": False}, {"regions_per_group": 2.0}):
@@ -363,44 +370,51 @@ def test_errors_and_counts_of_workers_are_the_trainers(corpus: Path, tmp_path: P
     assert ours.skipped == {reason: math.ceil(9 / 3.5)}
 
 
-def test_index_and_ledgers_lead_to_the_same_batches_and_a_stale_index_is_passed_by(tmp_path: Path, caplog):
-    out = committed.merged(tmp_path / "out")
-    by_index = loader(out, max_tokens=4096)
+@pytest.fixture
+def merged(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the corpus with its index, but without plots and a card."""
+    out = copy(corpus, tmp_path)
+    monkeypatch.setattr("pipeline.plots.write", lambda *_: None)
+    monkeypatch.setattr("pipeline.card.render", lambda *_: "")
+    merge(out, BuildConfig.model_construct())
+    return out
+
+
+def test_index_and_ledgers_lead_to_the_same_batches(merged: Path, caplog: pytest.LogCaptureFixture):
+    by_index = loader(merged)
     assert "no index" not in caplog.text
-    shutil.rmtree(tmp_path / "cache")
-    (out / "index.parquet").unlink()
-    by_ledgers = loader(out, max_tokens=4096)
+    shutil.rmtree(merged.parent / "cache")
+    (merged / "index.parquet").unlink()
+    by_ledgers = loader(merged)
     assert "paracaption merge" in caplog.text
+    assert by_ledgers.fingerprint == by_index.fingerprint
     assert_equal(list(by_ledgers), list(by_index))
 
-    stale = committed.merged(tmp_path / "more" / "out")
-    write_unit(stale, 777, [3, 2])
-    found = regions_of(loader(stale, max_tokens=4096))
-    assert found - regions_of(loader(out, max_tokens=4096)) == dict.fromkeys(
-        [f"coconut/image_{777000 + i}#{region}" for i, n in enumerate([3, 2]) for region in range(1, n + 1)],
-        1,
-    )
-    manifest = next((stale / "coconut" / "manifests").glob("*000000.json"))
-    lost = {key for key, kept in json.loads(manifest.read_text())["images"].items() if kept}
-    manifest.unlink()  # and with it its shard
-    without = regions_of(loader(stale, max_tokens=4096))
-    assert {name.split("#")[0] for name in found - without} == {f"coconut/{key}" for key in lost}
+
+def test_a_stale_index_is_passed_by_and_a_shard_without_manifest_too(merged: Path):
+    before = regions_of(loader(merged))
+    write_unit(merged, 777, [3, 2])
+    found = regions_of(loader(merged))
+    new = {f"coconut/image_{777000 + i}#{region}" for i, n in enumerate([3, 2]) for region in range(1, n + 1)}
+    assert found - before == dict.fromkeys(new, 1)
+    (merged / "coconut" / "manifests" / "coconut-000000.json").unlink()
+    without = regions_of(loader(merged))
+    assert {name.split("#")[0] for name in found - without} == {f"coconut/image_{i}" for i in (0, 1, 2, 4)}
 
 
-def test_a_damaged_index_or_ledger_says_what_mends_it(tmp_path: Path):
-    out = committed.merged(tmp_path / "out")
-    size = (out / "index.parquet").stat().st_size
-    (out / "index.parquet").write_bytes(b"\0" * size)
+def test_a_damaged_index_or_ledger_says_what_mends_it(merged: Path):
+    size = (merged / "index.parquet").stat().st_size
+    (merged / "index.parquet").write_bytes(b"\0" * size)
     with pytest.raises(IntegrityError, match="paracaption merge"):
-        loader(out)
-    (out / "index.parquet").unlink()
-    ledger = next((out / "coconut" / "ledger").glob("*.parquet"))
+        loader(merged)
+    (merged / "index.parquet").unlink()
+    ledger = next((merged / "coconut" / "ledger").glob("*.parquet"))
     ledger.write_bytes(ledger.read_bytes()[:100])
     with pytest.raises(IntegrityError, match=rf"{ledger.name}.*run the build again"):
-        loader(out)
-    next((out / "coconut" / "manifests").glob("*.json")).write_text("{")
+        loader(merged)
+    next((merged / "coconut" / "manifests").glob("*.json")).write_text("{")
     with pytest.raises(IntegrityError, match="not a manifest"):
-        loader(out)
+        loader(merged)
 
 
 def test_no_corpus_no_regions_and_impossible_options_are_said_so(corpus: Path, tmp_path: Path):
