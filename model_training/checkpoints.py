@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline import files
-from schemas.errors import IntegrityError
+from schemas.errors import IntegrityError, StageFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,10 +73,23 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, on all ranks; raises what went wrong with it."""
+        """Wait for the checkpoint that is being written, on all ranks.
+
+        Raises:
+            StageFailed: it cannot be written.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException
+
         writing, self.writing = self.writing, None
-        if writing is not None:
+        if writing is None:
+            return
+        try:
             writing.result()
+        except (OSError, CheckpointException) as error:
+            raise StageFailed(
+                f"{self.folder}: the checkpoint cannot be written ({_short(error)}); make room and run "
+                "again: training goes on from the one before"
+            ) from error
 
     def close(self) -> None:
         """Let the one that is being written be finished, whatever has happened to the training."""
@@ -154,6 +167,7 @@ def load(
         IntegrityError: the checkpoint is damaged, or of another model.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     settings = [
@@ -174,9 +188,9 @@ def load(
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)  # rates and the like are the configuration's, not the checkpoint's
         return json.loads((path / PROGRESS).read_text())
-    except Exception as error:  # torch reports damage and mismatch by many types
+    except (Exception, CheckpointException) as error:  # torch reports damage and mismatch by many types
         raise IntegrityError(
-            f"{path}: does not load ({' '.join(str(error).split())[:300]}); if `model`, `lora`, `average` or "
+            f"{path}: does not load ({_short(error)}); if `model`, `lora`, `average` or "
             "frozen parts have changed, start a run in another `out` from this one's model; if the file is "
             "damaged, remove this checkpoint: the one before it is taken"
         ) from error
@@ -197,6 +211,11 @@ def restore_random(states: list[dict[str, str]], team: Team) -> None:
         torch.set_rng_state(_bytes(own["cpu"]))
         if team.device.type == "cuda" and "cuda" in own:
             torch.cuda.set_rng_state(_bytes(own["cuda"]), team.device)
+
+
+def _short(error: BaseException) -> str:
+    """The end of what torch says, which is the cause, without the stacks before it."""
+    return " ".join(str(error).split())[-300:]
 
 
 def _text(state: Tensor) -> str:

@@ -59,7 +59,7 @@ class Meter:
     def add(self, batch: TrainBatch, found: Loss, flops: float) -> None:
         """A batch and its loss; nothing is fetched from a GPU."""
         real = sum(weight > 0 for weight in batch.weight_E.tolist())
-        self.counts["tokens"] += batch.tokens.ids_BL.numel()
+        self.counts["tokens"] += batch.tokens.ids_BL.numel() if real else 0
         self.counts["regions"] += len(batch.images.boxes_R4) if real else 0
         self.counts["examples"] += real
         self.counts["dropped"] += len(batch.skipped)

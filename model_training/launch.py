@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import ConfigError, ParaCaptionError, StageFailed
+from schemas.errors import ConfigError, Diverged, ParaCaptionError, StageFailed
 from schemas.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def train(config: TrainConfig, ray_address: str | None = None, report: Report | 
     Raises:
         ConfigError: something in the configuration cannot be.
         IntegrityError: a checkpoint or the data are damaged.
-        StageFailed: step after step was skipped; or workers were lost more often than is allowed.
+        Diverged: step after step was skipped.
+        StageFailed: a checkpoint cannot be written; or workers were lost more often than is allowed.
     """
     if not config.ray.workers:
         if ray_address is not None:
@@ -85,7 +86,7 @@ def _fit_on_ray(config: TrainConfig) -> Outcome:
     except TrainingFailedError as error:
         raise _cause(error, config) from error
     if "error" in result:
-        raise StageFailed(result["error"])
+        raise Diverged(result["error"])
     from model_training.trainer import Outcome
 
     return Outcome(result["steps"], result["skipped"], Path(result["model"]))
@@ -102,7 +103,7 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
         done = fit(
             TrainConfig.model_validate(loop["config"]), context.get_world_rank(), context.get_world_size()
         )
-    except StageFailed as error:  # on every rank at once; starting anew would end the same way
+    except Diverged as error:  # returned: what is raised, Ray tries again
         return {"error": str(error)}
     return {"steps": done.steps, "skipped": done.skipped, "model": str(done.model)}
 

@@ -25,14 +25,22 @@ from torch import Tensor
 from model_training import checkpoints, diffusion, export, journal, parts
 from model_training import team as teams
 from model_training.checkpoints import Checkpoints
-from model_training.data import ConversationSource, CorpusSource, DataOptions, Loader, TrainBatch, Workers
+from model_training.data import (
+    FILLER,
+    ConversationSource,
+    CorpusSource,
+    DataOptions,
+    Loader,
+    TrainBatch,
+    Workers,
+)
 from model_training.data.order import key_of
 from model_training.journal import Journal, Meter
 from model_training.model import PerceptionDLM
 from model_training.processing import PerceptionDLMProcessor
 from model_training.team import Team
 from pipeline import files
-from schemas.errors import StageFailed
+from schemas.errors import Diverged, StageFailed
 from schemas.training import Spike, TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -111,10 +119,15 @@ class Run:
         self.checkpoints.save(self.step, state, progress)
         self.saved = self.step
 
-    def batches(self) -> Iterator[TrainBatch]:
-        """What is left of the run's epochs; without end if it has steps instead."""
+    def batches(self) -> Iterator[list[TrainBatch]]:
+        """Of each step that is left of the run's epochs; without end if it has steps instead.
+
+        No step spans two epochs: where two ranks have a batch and a filler, one rank has a batch.
+        """
         while self.config.epochs is None or self.loader.state_dict()["epoch"] < self.config.epochs:
-            yield from self.loader
+            epoch = iter(self.loader)
+            while found := list(islice(epoch, self.config.accumulation)):
+                yield found
 
     def close(self) -> None:
         """Stop what runs beside."""
@@ -134,7 +147,8 @@ def fit(config: TrainConfig, rank: int = 0, world_size: int = 1, report: Report 
     Raises:
         ConfigError: something in the configuration cannot be.
         IntegrityError: the checkpoint is damaged, or of other data.
-        StageFailed: step after step was skipped; names the examples.
+        Diverged: step after step was skipped; names the examples.
+        StageFailed: a checkpoint cannot be written, or ranks see different data.
     """
     team = Team(config, rank, world_size)
     run = Run(config, team)
@@ -157,8 +171,8 @@ def _train(run: Run, log: Journal | None, report: Report | None) -> None:
         meter = Meter(team.device)
         # 1. The step's batches, and what their examples weigh over all ranks.
         with meter.waiting():
-            batches = list(islice(stream, config.accumulation))
-        if not batches:
+            batches = next(stream, None)
+        if batches is None:
             break
         weight = float(team.sum(sum(batch.weight_E.double().sum() for batch in batches))) or 1.0
         # 2. Gradients, batch after batch, then over all ranks.
@@ -265,7 +279,7 @@ def _verdict(run: Run, why: str | None, batches: list[TrainBatch]) -> dict[str, 
 
 def _stop(run: Run) -> None:
     lines = "\n".join(run.skipped_now)
-    raise StageFailed(
+    raise Diverged(
         f"{len(run.skipped_now)} steps in a row were skipped:\n{lines}\nThe last checkpoint is from before "
         "them or among them: leave these examples out, or lower the learning rate, and run again"
     )
@@ -275,7 +289,7 @@ def _names(batches: list[TrainBatch], team: Team) -> list[str]:
     """Of all ranks' examples, in the order of the batches over all ranks."""
     own = [batch.keys for batch in batches]
     rounds = zip(*team.gather(own), strict=True)
-    return [key for each in rounds for keys in each for key in keys]
+    return [key for each in rounds for keys in each for key in keys if key != FILLER]
 
 
 def noise_of(config: TrainConfig) -> diffusion.Noise:
@@ -298,9 +312,11 @@ def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, team: Te
 
 
 def _steps_left(loader: Loader, config: TrainConfig) -> int:
-    """Of the run's epochs; the last one takes what there is."""
-    batches = sum(loader.num_steps(epoch) for epoch in range(loader.epoch, config.epochs or 0))
-    return -(-(batches - loader.position // loader.world_size) // config.accumulation)
+    """Of the run's epochs; the last one of each takes what there is."""
+    rounds = [loader.num_steps(epoch) for epoch in range(loader.epoch, config.epochs or 0)]
+    if rounds:
+        rounds[0] -= loader.position // loader.world_size
+    return sum(-(-each // config.accumulation) for each in rounds)
 
 
 def _flops(model: PerceptionDLM, batch: TrainBatch, num_logits: int) -> float:

@@ -55,6 +55,10 @@ class StageFailed(ParaCaptionError):
     """A stage fails on everything it is given: the model or its set-up is broken, not the data."""
 
 
+class Diverged(StageFailed):
+    """Step after step of a training run was not taken, on all ranks; starting anew would end the same way."""
+
+
 class StageStalled(StageFailed):
     """A stage made no progress for the configured time; the message carries the worker's stack."""
 

@@ -52,18 +52,18 @@ def kill_one_after_a_checkpoint(run: Path, killed: list[int]) -> None:
 def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint(ray, tmp_path):
     corpus, run = write_corpus(tmp_path / "world"), tmp_path / "run"
     workers_of = {"workers": 2, "gpus": 0, "cpus": 1, "max_failures": 2}
-    config = config_of(run, corpus, steps=300, checkpoint={"every": 20}, ray=workers_of)
+    config = config_of(run, corpus, steps=120, checkpoint={"every": 20}, ray=workers_of)
     killed: list[int] = []
     shown: list[int] = []
     killer = threading.Thread(target=kill_one_after_a_checkpoint, args=(run, killed))
     killer.start()
     outcome = launch.train(config, report=lambda record: shown.append(record["step"]))
     killer.join()
-    assert killed and killed[0] < 300
-    assert outcome.steps == 300 and (outcome.model / "model.safetensors").exists()
+    assert killed and killed[0] < 120
+    assert outcome.steps == 120 and (outcome.model / "model.safetensors").exists()
     records = journal.read(run)
-    assert [record["step"] for record in records] == list(range(1, 301))
-    assert shown == list(range(1, 301))
+    assert [record["step"] for record in records] == list(range(1, 121))
+    assert shown == list(range(1, 121))
 
 
 def test_an_error_in_a_worker_is_shown_as_it_is(ray, tmp_path):
