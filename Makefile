@@ -3,7 +3,9 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 BIN := .venv/bin
 
-.PHONY: demo test test-fast models bench lint lock clean
+TRAINER := $(addprefix tests/model_training/,test_checkpoints.py test_trainer.py test_launch.py)
+
+.PHONY: demo test test-training test-fast models bench lint lock clean
 
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
@@ -14,7 +16,11 @@ test: .venv/dev  ## all tests; a process each for those that start Ray clusters 
 	$(BIN)/python -m pytest tests/test_*.py
 	$(BIN)/python -m pytest tests/pipeline/test_stream.py
 	$(BIN)/python -m pytest tests --ignore tests/faults --ignore tests/flows --ignore tests/pipeline/test_stream.py \
-		$(patsubst %,--ignore %,$(wildcard tests/test_*.py))
+		--ignore tests/model_training $(patsubst %,--ignore %,$(wildcard tests/test_*.py))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/model_training $(patsubst %,--ignore %,$(TRAINER))
+
+test-training: .venv/dev  ## the trainer's, which kill processes and are still too slow for `make test`
+	$(BIN)/python -m pytest $(TRAINER)
 
 test-fast: .venv/dev  ## without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
