@@ -189,6 +189,8 @@ def main() -> int:
     sets: dict[str, Any] = {}
     if arguments.photos:
         found = sorted(arguments.photos.rglob("*.jpg"))[:24]
+        if not found:
+            parser.error(f"{arguments.photos}: no *.jpg in it")
         pairs = [(path.read_bytes(), draw(Image.open(path).size, 12, i)[1]) for i, path in enumerate(found)]
         sets[str(arguments.photos)] = pairs
     else:

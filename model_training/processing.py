@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,15 +129,15 @@ class PerceptionDLMProcessor(ProcessorMixin):
     def prefix(self, views: int, regions: int) -> np.ndarray:
         """(3, L): ids, positions and region codes of all that comes before the captions of an image."""
         config, layout = self.config, self.layout
-        ids: list[int] = self.ids(f"{HEAD}<img>")
+        ids = list(_fixed(self.tokenizer, f"{HEAD}<img>"))
         ids += [self._id("image")] * (views * config.tokens_per_tile)
-        ids += self.ids("</img>")
+        ids += _fixed(self.tokenizer, "</img>")
         codes = [SHARED] * len(ids)
         for region in range(regions):
             ids += [self._ids("region", region)] * config.replay_tokens + [self._id("newline")]
             between = region < regions - 1 and layout.hidden_newlines
             codes += [1 + region] * config.replay_tokens + [HIDDEN if between else SHARED]
-        ids += self.ids(f"{layout.instruction}{ANSWER}")
+        ids += _fixed(self.tokenizer, f"{layout.instruction}{ANSWER}")
         codes += [SHARED] * (len(ids) - len(codes))
         return np.array([ids, range(len(ids)), codes], np.int64)
 
@@ -182,6 +183,12 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     def _ids(self, what: str, region: int) -> int:
         return getattr(self.config, f"{what}_token_ids")[region]
+
+
+@lru_cache(maxsize=64)
+def _fixed(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Tokens of a text that every example has: a call of a tokenizer costs as much as a mask."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class Batch(NamedTuple):

@@ -113,6 +113,8 @@ def test_each_region_once_an_epoch_and_equal_steps_on_any_number_of_ranks(
                 assert {len(own) for own in batches} == steps
                 assert regions_of(batch for own in batches for batch in own) == wanted
                 assert all(each.state_dict()["epoch"] == epoch + 1 for each in ranks)
+            for each in ranks:
+                each.close()
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
