@@ -112,14 +112,20 @@ class Pattern:
             part.mask = self.mask[:, :, tokens]
         return part
 
+    def ready(self, dtype: torch.dtype) -> None:
+        """Make the mask what is added to scores of a type, once for all layers.
+
+        Not within a layer: one that is compiled and recomputed would not find again what it did.
+        """
+        if self.kernel == "sdpa" and self.mask is not None and self.mask.dtype == torch.bool:
+            self.mask = torch.zeros_like(self.mask, dtype=dtype).masked_fill_(~self.mask, -torch.inf)
+
     def __call__(self, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
         """Attend; fewer heads of keys than of queries are shared evenly. Returns (B, H, Q, D)."""
         grouped = q_BHQD.shape[1] != k_BHKD.shape[1]
         if self.kernel == "flex_attention":
             attend = _flex(q_BHQD.device.type)
             return attend(q_BHQD, k_BHKD, v_BHKD, block_mask=self.mask, enable_gqa=grouped)
-        if self.mask is not None and self.mask.dtype != q_BHQD.dtype:  # once, instead of in every layer
-            self.mask = torch.zeros_like(self.mask, dtype=q_BHQD.dtype).masked_fill_(~self.mask, -torch.inf)
         return functional.scaled_dot_product_attention(
             q_BHQD, k_BHKD, v_BHKD, attn_mask=self.mask, enable_gqa=grouped
         )

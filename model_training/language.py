@@ -164,6 +164,7 @@ class LanguageModel(nn.Module):
         Returns:
             (B, wanted, D).
         """
+        pattern.ready(x_BLD.dtype)
         cos_BLK, sin_BLK = rope(position_BL, self.theta, self.head, x_BLD.dtype)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):

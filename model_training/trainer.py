@@ -40,7 +40,7 @@ from model_training.model import PerceptionDLM
 from model_training.processing import PerceptionDLMProcessor
 from model_training.team import Team
 from pipeline import files
-from schemas.errors import Diverged, StageFailed
+from schemas.errors import ConfigError, Diverged, StageFailed
 from schemas.training import Spike, TrainConfig
 
 _log = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class Run:
         attention = (
             ("flex_attention" if on_gpu else "sdpa") if config.attention == "auto" else config.attention
         )
+        if attention == "flex_attention" and not on_gpu:
+            raise ConfigError("attention: flex_attention has no gradients on CPUs; take sdpa, or auto")
         self.config, self.team = config, team
         self.model, self.processor = parts.open_model(config, attention)
         layers = [*self.model.vision_tower.layers, *self.model.language_model.layers]

@@ -293,6 +293,15 @@ def test_low_precision_and_recomputing_train_too(corpus, tmp_path):
     assert load_file(tmp_path / "both/model/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
+def test_compiled_layers_that_are_recomputed_learn_the_same(corpus, tmp_path):
+    fit(config_of(tmp_path / "plain", corpus, steps=3))
+    fit(config_of(tmp_path / "compiled", corpus, steps=3, compile="on", recompute=True))
+    plain, compiled = journal.read(tmp_path / "plain"), journal.read(tmp_path / "compiled")
+    for one, other in zip(plain, compiled, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
 # The configuration.
 
 
@@ -331,6 +340,7 @@ def test_a_mistake_in_the_file_is_named_by_its_key(corpus, tmp_path, changes, sa
         ),
         ({"lora": {"targets": ["qproj"]}}, r"lora\.targets: 'qproj' is none; take some of .*q_proj"),
         ({"corpora": [{"out": "/nowhere"}]}, "/nowhere: no corpus here"),
+        ({"attention": "flex_attention"}, "attention: flex_attention has no gradients on CPUs"),
         ({"log": {"wandb": "project", "peak_tflops": 1}}, r"log\.wandb: wandb is not installed"),
     ],
 )
