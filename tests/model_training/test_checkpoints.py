@@ -84,6 +84,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(corpus, stra
     assert not list((run / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_change_nothing(corpus, straight, tmp_path):
     run, dice = tmp_path / "run", random.Random(0)
     config = config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 2, "keep": 2})
