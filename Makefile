@@ -3,24 +3,28 @@ PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 BIN := .venv/bin
 
+# Tests by the process they run in: engines, clusters and mocked services do not share one. Longest first.
 TRAINER := $(addprefix tests/model_training/,test_checkpoints.py test_trainer.py test_launch.py)
+TESTS_faults := tests/faults
+TESTS_commands := tests/test_*.py
+TESTS_model := tests/model_training $(addprefix --ignore ,$(TRAINER))
+TESTS_flows := tests/flows
+TESTS_models := tests/models
+TESTS_pipeline := tests/pipeline tests/filters tests/schemas --ignore tests/pipeline/test_stream.py
+TESTS_trainer := $(TRAINER)
+TESTS_stream := tests/pipeline/test_stream.py
+SUITES := faults commands model flows models pipeline trainer stream
 
-.PHONY: demo test test-training test-fast models bench lint lock clean
+.PHONY: demo test $(addprefix test-,$(SUITES)) test-fast models bench lint lock clean
 
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
 
-test: .venv/dev  ## all tests; a process each for those that start Ray clusters of their own
-	$(BIN)/python -m pytest tests/faults
-	$(BIN)/python -m pytest tests/flows
-	$(BIN)/python -m pytest tests/test_*.py
-	$(BIN)/python -m pytest tests/pipeline/test_stream.py
-	$(BIN)/python -m pytest tests --ignore tests/faults --ignore tests/flows --ignore tests/pipeline/test_stream.py \
-		--ignore tests/model_training $(patsubst %,--ignore %,$(wildcard tests/test_*.py))
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/model_training $(patsubst %,--ignore %,$(TRAINER))
+test: .venv/dev  ## all tests, two groups at a time; `make test-SUITE` runs one
+	$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target $(addprefix test-,$(SUITES))
 
-test-training: .venv/dev  ## the trainer's, which kill processes and are still too slow for `make test`
-	$(BIN)/python -m pytest $(TRAINER)
+$(addprefix test-,$(SUITES)): test-%: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS_$*)
 
 test-fast: .venv/dev  ## without the slow ones
 	$(BIN)/python -m pytest -m "not slow"

@@ -285,7 +285,7 @@ def messy(tmp_path_factory):
             "failures": {"min_free_gb": 0, "stall_s": 120},
         }
     )
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         build(config)
     finally:

@@ -191,7 +191,7 @@ def test_a_folder_that_turns_read_only_is_one_clear_error_and_resumes(disk, coco
 def test_a_full_disk_under_ray_is_the_same_clear_error(disk, coconut, undisturbed):
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         resize(disk, "400k")
         wanted = config(disk / "out", coconut)

@@ -25,7 +25,7 @@ def machinery():
     import ray
     from prefect.testing.utilities import prefect_test_harness
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with prefect_test_harness(server_startup_timeout=120):
         yield
     ray.shutdown()

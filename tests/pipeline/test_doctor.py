@@ -235,7 +235,7 @@ def test_on_a_cluster_stages_are_looked_at_in_their_environment_and_the_folder_f
 ):
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         (node,) = doctor._nodes()
         assert node.host == socket.gethostname() and len(node.gpus) == len(gpus.seen())
