@@ -88,9 +88,7 @@ def test_masks_are_those_of_transformers_one_phrase_at_a_time(tmp_path, size, de
         scores = [float(expected["scores"][i]) for i in order if expected["masks"][i].any()]
         found_masks = [rle.decode(candidate.rle) for candidate in candidates]
         assert len(found_masks) == len(masks)
-        for mask, other in zip(
-            found_masks, masks, strict=True
-        ):  # a pixel at the threshold may round otherwise
+        for mask, other in zip(found_masks, masks, strict=True):  # but at the threshold
             assert mask.shape == other.shape and (mask != other).mean() < 1e-3
         assert scores_of([candidates]) == pytest.approx(scores, abs=1e-5)
 
