@@ -12,20 +12,19 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
-from prefect.cache_policies import NO_CACHE
 
 from flows import watch
+from flows.steps import step
 from pipeline import activity, audit, card, corpus, events, files, plan, shards, sources, stages, stream
 from pipeline.config_file import dump_config
 from schemas.config import BuildConfig
-from schemas.errors import ParaCaptionError, Retryable
 
 ARTIFACT_EVERY_S = 10.0
 
@@ -70,30 +69,21 @@ def build_subset(
     stream_units(config, subset, planned, units, ray_address)
 
 
-def _can_retry(_task: Any, _run: Any, state: Any) -> bool:
-    """A mistake in the config does not mend itself; a lost engine, node or file system may."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, Retryable) or not isinstance(error, ParaCaptionError)
-
-
-_step = task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 60], retry_condition_fn=_can_retry)
-
-
-@_step
+@step
 def write_config(config: BuildConfig) -> None:
     """Keep the resolved configuration beside what it builds."""
     with files.write_atomic(Path(config.out) / "config.yaml") as file:
         file.write(dump_config(config).encode())
 
 
-@_step
+@step
 def audit_source(config: BuildConfig, subset: str) -> None:
     """Read a sample of the source without any model; refuse to go on if none of it is usable."""
     report = audit.sample(sources.open_source(config, subset), config)
     get_run_logger().info("%s", report.text())
 
 
-@_step
+@step
 def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> plan.Plan:
     """Cut the subset into units, or take the plan that is there if the source is still the same."""
     folder = Path(config.out) / subset
@@ -102,7 +92,7 @@ def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> pla
     return plan.make_plan(sources.open_source(config, subset), config, folder, limit_images)
 
 
-@_step
+@step
 def find_pending(config: BuildConfig, subset: str, planned: plan.Plan, retry_failed: bool) -> list[int]:
     """Indices of the units without a manifest of this recipe; with `retry_failed` also those with errors."""
     folder = Path(config.out) / subset
@@ -111,7 +101,7 @@ def find_pending(config: BuildConfig, subset: str, planned: plan.Plan, retry_fai
     return sorted({*plan.pending(planned, folder / "manifests", recipe), *failed})
 
 
-@_step
+@step
 def stream_units(
     config: BuildConfig, subset: str, planned: plan.Plan, units: list[int], ray_address: str | None
 ) -> None:
@@ -138,7 +128,7 @@ def stream_units(
     published.finish(done)
 
 
-@_step
+@step
 def merge_corpus(config: BuildConfig) -> dict[str, Any]:
     """One index, statistics, plots and the dataset card over all committed units."""
     summary = corpus.merge(Path(config.out), config)

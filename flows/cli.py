@@ -1,26 +1,21 @@
-"""The command line: thin over the flows. Only this file prints."""
+"""The command line: thin over the flows. Only this file and `views` print."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperCommand
 
 import flows  # noqa: F401 - switches telemetry off before prefect and ray are imported
+from flows import views
 from schemas.errors import ConfigError, ParaCaptionError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from pipeline.stream import Progress
     from schemas.config import BuildConfig
 
 app = typer.Typer(
@@ -76,7 +71,7 @@ def audit(
     loaded = load_config(config)
     total = auditing.Found()
     for subset in loaded.subsets:
-        with _counting(f"{subset}: images read") as progress:
+        with views.counting(f"{subset}: images read") as progress:
             report = auditing.audit(sources.open_source(loaded, subset), loaded.limits, progress=progress)
         total.add(report.found)
         print(report.text())
@@ -211,15 +206,31 @@ def convert(
 
 
 @app.command()
-def train(config: TrainingConfig, ray_address: RayAddress = None) -> None:
+def train(
+    config: TrainingConfig,
+    ray_address: RayAddress = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until the corpora are built; else what is committed is taken.")
+    ] = False,
+) -> None:
     """Train a model, or go on from the last checkpoint; `config` with --training prints every key."""
-    from model_training import launch
     from pipeline.config_file import load_training
 
     loaded = load_training(config)
-    view = _TrainingView(loaded.log.every)
-    outcome = launch.train(loaded, ray_address, view.show)
-    print(f"{outcome.steps:,} steps, {outcome.skipped:,} of them skipped: {outcome.model}")
+    _quiet_prefect()
+    from flows import train as flow
+    from flows import watch
+
+    watch.trainer.set(views.TrainingView(loaded.log.every).show)
+    done = flow.train_captioner(loaded, ray_address, wait)
+    print(f"{done['steps']:,} steps, {done['skipped']:,} of them skipped: {done['model']}")
+    if found := done.get("evaluation"):
+        print(
+            f"{found['regions']:,} regions of {found['images']:,} images: {Path(loaded.out) / 'evaluation'}"
+        )
+        print(
+            f"{found['exact']:.1%} as the corpus has them, {found['tokens_per_forward']:.1f} tokens a forward"
+        )
 
 
 class _ManyMasks(TyperCommand):
@@ -371,12 +382,15 @@ def config(
 def deploy(
     name: Annotated[str, typer.Option(help="Name of the deployment.")] = "corpus",
 ) -> None:
-    """Serve the build to a Prefect server (PREFECT_API_URL): launched there, its parameters checked."""
+    """Serve build and training to a Prefect server (PREFECT_API_URL): launched there, parameters checked."""
     if not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
-    from flows.build import build_corpus
+    from prefect import serve
 
-    build_corpus.serve(name=name)
+    from flows.build import build_corpus
+    from flows.train import train_captioner
+
+    serve(build_corpus.to_deployment(name), train_captioner.to_deployment(name))
 
 
 def _build(
@@ -385,16 +399,22 @@ def _build(
     limit_images: int | None = None,
     retry_failed: bool = False,
 ) -> None:
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    _quiet_prefect()
     from flows import build as flow
     from flows import watch
 
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_is_news)
-    with _LiveView() as view:
+    with views.BuildView() as view:
         watch.watcher.set(view.show)
         flow.build_corpus(loaded, ray_address, limit_images, retry_failed)
     inspect(Path(loaded.out))
+
+
+def _quiet_prefect() -> None:
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    import prefect  # noqa: F401 - sets its loggers up
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -402,112 +422,6 @@ def _is_news(record: logging.LogRecord) -> bool:
     if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
         return False
     return "Finished in state Failed" not in record.getMessage()
-
-
-@contextmanager
-def _counting(title: str) -> Iterator[Callable[[int], None]]:
-    """A line on the terminal with a number that grows, and its rate; nothing on a log file."""
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description} {task.completed:,}"), TimeElapsedColumn())
-    rate = TextColumn("{task.fields[rate]}")
-    console = Console(stderr=True)
-    start = time.monotonic()
-    with Progress(*columns, rate, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None, rate="")
-
-        def show(done: int) -> None:
-            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - start + 1e-9):,.0f}/s")
-
-        yield show
-
-
-class _TrainingView:
-    """A line on the terminal every so many steps, and for each step that was skipped."""
-
-    def __init__(self, every: int):
-        self.every = every
-        self.start: tuple[int, float] | None = None
-
-    def show(self, record: dict[str, Any]) -> None:
-        """A step's record."""
-        step, steps = record["step"], record["steps"]
-        self.start = self.start or (step - 1, time.monotonic() - float(record["seconds"]))
-        if "why" in record:
-            print(f"step {step:,} skipped: {record['why']}; {', '.join(record['samples'])}", file=sys.stderr)
-        if step % self.every and step != steps:
-            return
-        rate = (time.monotonic() - self.start[1]) / (step - self.start[0])
-        print(
-            f"step {step:,} of {steps:,}  loss {float(record['loss']):.3f}  "
-            f"norm {float(record['norm']):.2f}  "
-            f"{record['tokens_per_s']:,.0f} tokens/s  {record['regions_per_s']:,.1f} regions/s  "
-            f"MFU {record['mfu']:.0%}  data wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  "
-            f"skipped {record['skipped']:,}  {_duration(rate * (steps - step))} left",
-            file=sys.stderr,
-        )
-
-
-class _LiveView:
-    """One live table a subset: units, regions, kept, drops by reason, regions per second and stage."""
-
-    def __enter__(self) -> _LiveView:
-        from rich.console import Console
-        from rich.live import Live
-
-        self.console = Console(stderr=True)
-        self.live = Live(console=self.console, refresh_per_second=2, transient=True)
-        self.live.start()
-        self.printed = ("", -1, 0.0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
-
-    def show(self, progress: Progress) -> None:
-        """Draw; on a log file instead of a terminal, a line every 30 seconds."""
-        if self.console.is_terminal:
-            self.live.update(self._table(progress))
-            return
-        subset, done, printed_s = self.printed
-        news = (subset, done) != (progress.subset, progress.done)
-        if news and (progress.done == progress.pending or time.monotonic() - printed_s > 30):
-            self.printed = (progress.subset, progress.done, time.monotonic())
-            self.console.print(_title(progress))
-
-    def _table(self, progress: Progress) -> Table:
-        from rich.table import Table
-
-        table = Table(title=_title(progress), title_justify="left")
-        for column in ("stage", "units", "regions", "asked", "regions/s", "busy", "dropped"):
-            table.add_column(column, justify="left" if column in ("stage", "dropped") else "right")
-        for name, stage in progress.stages.items():
-            reasons = [
-                f"{key.partition('/')[2]} {count:,}"
-                for key, count in progress.dropped.most_common()
-                if key.partition("/")[0] == name
-            ]
-            rate = f"{stage.regions / progress.seconds:,.1f}" if progress.seconds else ""
-            cells = (f"{stage.units:,}", f"{stage.regions:,}", f"{stage.asked:,}" if stage.asked else "")
-            activity = progress.activity.get(name)
-            share = None if activity is None else activity.busy_share
-            table.add_row(name, *cells, rate, "" if share is None else f"{share:.0%}", ", ".join(reasons))
-        return table
-
-
-def _title(progress: Progress) -> str:
-    left = "" if not progress.seconds_left else f", about {_duration(progress.seconds_left)} left"
-    return (
-        f"{progress.subset}: {progress.done:,} of {progress.pending:,} units, {progress.regions:,} regions, "
-        f"{progress.kept:,} kept, {_duration(progress.seconds)}{left}"
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
-"""Who watches a build in this process. Apart from the flows, which Prefect pickles by value."""
+"""Who watches what runs in this process. Apart from the flows, which Prefect pickles by value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.stream import Progress
 
 watcher: ContextVar[Callable[[Progress], None]] = ContextVar("watcher", default=lambda _: None)
 """Called about twice a second with the progress of the subset being built; the command line draws it."""
+
+trainer: ContextVar[Callable[[dict[str, Any]], None]] = ContextVar("trainer", default=lambda _: None)
+"""Called with each step's record of the training."""

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from model_training import mask_images
-from pipeline import files, photos, reader, rle
+from pipeline import export, files, photos, reader, rle
 from pipeline.sources import CatalogEntry, categories, names
 from schemas.config import CoconutSource, Limits
 from schemas.errors import BadRecord, ConfigError
@@ -155,8 +155,20 @@ def _is_corpus(path: str) -> bool:
 def _from_corpus(path: str, key: str | None) -> Scene:
     if not key:
         raise ConfigError(f"{path}: which image? Say its key, as in `{path}#KEY`")
-    sample, data = _sample(path, key)
-    name = f"{path}#{key}"
+    return _of_sample(f"{path}#{key}", *_sample(path, key))
+
+
+def scenes(out: str | Path) -> Iterator[Scene]:
+    """Every image of a corpus with its kept regions, in the order of its shards.
+
+    Raises:
+        IntegrityError: the corpus is damaged.
+    """
+    for _, sample, data in export.iter_samples(Path(out), reader.subsets(out)):
+        yield _of_sample(f"{out}#{sample.key}", sample, data)
+
+
+def _of_sample(name: str, sample: Sample, data: bytes) -> Scene:
     try:
         pixels = photos.decode(Blob(name), data, Limits().max_pixels)
         regions = [

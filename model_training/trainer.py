@@ -339,7 +339,8 @@ def _open_journal(run: Run) -> Journal:
     return log
 
 
-_HARMLESS = {"out", "checkpoint", "log", "ray", "device", "shard", "attention", "recompute", "compile"}
+_HARMLESS = {"out", "checkpoint", "log", "evaluation", "ray"}
+_HARMLESS |= {"device", "shard", "attention", "recompute", "compile"}
 
 
 def _compare(progress: dict[str, Any], config: TrainConfig, team: Team) -> None:

@@ -41,6 +41,8 @@ def load_training(path: str | Path) -> TrainConfig:
     for source in values["conversations"]:
         source["path"] = _absolute(source["path"], root)
         source["images"] = _absolute(source["images"] or None, root) or ""
+    if values["evaluation"]:
+        values["evaluation"]["out"] = _absolute(values["evaluation"]["out"], root)
     values["data"]["cache"] = _absolute(values["data"]["cache"], root)
     _refuse_url(values["out"])
     return TrainConfig.model_validate(values)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,28 +80,40 @@ def title_of(subset: str) -> str:
     return _TITLES.get(subset, subset)
 
 
-def _figure(
-    summary: CorpusSummary, draw: Callable[[SubsetSummary, Any], None], title: str, tall: bool
-) -> bytes:
+def figure(panels: Mapping[str, Callable[[Any], None]], heights: Sequence[float]) -> bytes:
+    """A PNG of panels, one below the other.
+
+    Args:
+        panels: what draws on a panel's axes, by its title.
+        heights: of the panels, in inches; spare ones are not used.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Fonts that are not there are Matplotlib's to replace, not the user's to read about.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    heights = heights[: len(panels)]
+    with matplotlib.rc_context(_STYLE):
+        made = Figure(figsize=(8, sum(heights)), layout="constrained")
+        FigureCanvasAgg(made)
+        grid = made.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+        for axes, (title, draw) in zip(grid[:, 0], panels.items(), strict=True):
+            axes.set_title(title)
+            draw(axes)
+        made.get_layout_engine().set(h_pad=0.15, w_pad=0.15)  # type: ignore[union-attr]
+        buffer = io.BytesIO()
+        made.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def _figure(
+    summary: CorpusSummary, draw: Callable[[SubsetSummary, Any], None], title: str, tall: bool
+) -> bytes:
     subsets = summary.subsets
     heights = [0.45 * len(s.counts.funnel) + 1.1 if tall else 2.7 for s in subsets.values()]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8, sum(heights)), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.subplots(len(subsets), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
-        for axes, (name, subset) in zip(grid[:, 0], subsets.items(), strict=True):
-            axes.set_title(title.format(title_of(name)))
-            draw(subset, axes)
-        figure.get_layout_engine().set(h_pad=0.15, w_pad=0.15)  # type: ignore[union-attr]
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
+    panels = {title.format(title_of(name)): partial(draw, subset) for name, subset in subsets.items()}
+    return figure(panels, heights)
 
 
 def _draw_funnel(subset: SubsetSummary, axes: Any) -> None:

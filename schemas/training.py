@@ -154,6 +154,21 @@ class Ray(_Strict):
     max_failures: int = Field(default=3, ge=-1, description="restarts from the last checkpoint; -1: no end")
 
 
+class Evaluation(_Strict):
+    """Captions of images that were not trained on, when the model is there."""
+
+    out: str = Field(description="`out` of a build with images that `corpora` does not have")
+    images: PositiveInt | None = Field(default=200, description="of it, the first ones; none: all")
+    pictures: int = Field(default=8, ge=0, description="of them that are drawn with their captions")
+    strategy: str = Field(default="remask", description="of the decoder, as `paracaption caption` has it")
+    length: PositiveInt = Field(default=32, description="slots of a caption")
+    steps: PositiveInt = Field(default=32, description="of the decoder")
+    batch_size: PositiveInt = Field(default=8, description="groups of regions decoded at once")
+    regions_per_call: PositiveInt | None = Field(
+        default=None, description="captioned together; 1: one by one; none: the most that the model can"
+    )
+
+
 class TrainConfig(_Strict):
     """Everything that decides what is trained. The resolved form is written into the output."""
 
@@ -199,6 +214,7 @@ class TrainConfig(_Strict):
     )
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    evaluation: Evaluation | None = Field(default=None, description="none: the model is not looked at")
     ray: Ray = Ray()
 
     @model_validator(mode="after")

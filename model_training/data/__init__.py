@@ -6,6 +6,7 @@ for batch in loader:  # one epoch
     checkpoint = {"loader": loader.state_dict(), ...}
 """
 
+from model_training.data.corpus import unfinished
 from model_training.data.loader import Loader
 from model_training.data.options import ConversationSource, CorpusSource, DataOptions, Workers
 from model_training.data.samples import FILLER, Skipped, TrainBatch
@@ -19,4 +20,5 @@ __all__ = [
     "Skipped",
     "TrainBatch",
     "Workers",
+    "unfinished",
 ]

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
+import yaml
+from pydantic import ValidationError
 
 from model_training import imaging
 from model_training.data.options import CorpusSource, DataOptions
 from model_training.data.order import group_size, num_groups
 from model_training.data.table import Table, Writer, cached
-from pipeline import corpus, files, reader
+from pipeline import corpus, files, plan, reader
 from schemas import manifest as manifests
+from schemas.config import BuildConfig
 from schemas.errors import BadSample, ConfigError, IntegrityError
 from schemas.manifest import Manifest
 from schemas.records import Blob
@@ -170,6 +175,37 @@ def open_corpus(
 
     folder = cached(cache, f"corpus-{name}", write)
     return Corpus(Table(folder, _IMAGE), source.out.rstrip("/"), options, processor)
+
+
+def unfinished(source: CorpusSource) -> str:
+    """What a build has still to do before the corpus is whole; "" if nothing.
+
+    Raises:
+        IntegrityError: a file of the corpus is damaged.
+    """
+    out = source.out.rstrip("/")
+    try:
+        built = BuildConfig.model_validate(yaml.safe_load(files.read(Blob(f"{out}/config.yaml"))))
+        names = source.subsets or tuple(built.subsets)
+        planned = {name: _num_units(f"{out}/{name}/plan/{plan.SUMMARY}") for name in names}
+        units, _, fresh = _committed(replace(source, subsets=names))
+    except FileNotFoundError as error:
+        return f"{error.filename or error}: not there yet"
+    except ConfigError as error:
+        return str(error)
+    except (yaml.YAMLError, ValidationError) as error:
+        raise IntegrityError(f"{out}/config.yaml: not a build's ({error}); run the build again") from error
+    done = Counter(unit.manifest.subset for unit in units)
+    left = [f"{number - done[name]:,} units of {name}" for name, number in planned.items()]
+    missing = [text for text, name in zip(left, planned, strict=True) if done[name] < planned[name]]
+    return ", ".join(missing) or ("" if fresh else "the index, which `paracaption merge` writes")
+
+
+def _num_units(path: str) -> int:
+    try:
+        return msgspec.json.decode(files.read(Blob(path)))["num_units"]
+    except (msgspec.MsgspecError, UnicodeError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path}: not a plan ({error}); run the build again") from error
 
 
 def tokenizer_digest(processor: PerceptionDLMProcessor) -> str:

@@ -1,0 +1,107 @@
+"""From a corpus to a model: wait for the shards, train, export, evaluate.
+
+Annotations are evaluated, as in `build`.
+"""
+
+import base64
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from flows import watch
+from flows.steps import step
+from schemas.training import TrainConfig
+
+_LOOK_EVERY_S = 30.0
+
+
+@flow(name="train-captioner", log_prints=False)
+def train_captioner(
+    config: TrainConfig, ray_address: str | None = None, wait: bool = False
+) -> dict[str, Any]:
+    """A corpus in, a captioner out.
+
+    Args:
+        config: of the run.
+        ray_address: "auto" or "host:port"; None starts Ray on this machine, if there are workers.
+        wait: until all corpora are built; without, whatever of them is committed is trained on.
+
+    Returns:
+        `steps`, `skipped`, `model` (its folder), and `evaluation` if the configuration has one.
+    """
+    if wait:
+        wait_for_corpora(config)
+    done = train(config, ray_address)
+    publish_curves(config)
+    if config.evaluation:
+        done["evaluation"] = evaluate(config, done["model"])
+    return done
+
+
+@step
+def wait_for_corpora(config: TrainConfig) -> None:
+    """Look until every unit of every corpus is committed and merged."""
+    from model_training.data import CorpusSource, unfinished
+
+    sources = [CorpusSource(each.out, subsets=each.subsets) for each in config.corpora]
+    sources += [CorpusSource(config.evaluation.out)] if config.evaluation else []
+    for source in sources:
+        told = ""
+        while missing := unfinished(source):
+            if missing != told:
+                get_run_logger().warning("waiting for %s: %s", source.out, missing)
+                told = missing
+            time.sleep(_LOOK_EVERY_S)
+
+
+@step
+def train(config: TrainConfig, ray_address: str | None) -> dict[str, Any]:
+    """Train from the last checkpoint on, and write the model."""
+    from model_training import launch
+
+    outcome = launch.train(config, ray_address, watch.trainer.get())
+    return {"steps": outcome.steps, "skipped": outcome.skipped, "model": str(outcome.model)}
+
+
+@step
+def publish_curves(config: TrainConfig) -> None:
+    """The loss as a picture, OUT/loss.png, and the last steps in numbers."""
+    from model_training import curves, journal
+
+    out = Path(config.out)
+    curves.draw({out.name: out}, out / "loss.png")
+    create_markdown_artifact(key="training-loss", markdown=f"# {out}\n\n{_embedded(out / 'loss.png')}\n")
+    rows = [
+        {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
+        for record in journal.read(out)[-1:]
+    ]
+    create_table_artifact(key="training-last-step", table=rows, description=f"{out}: the last step")
+
+
+@step
+def evaluate(config: TrainConfig, model: str) -> dict[str, Any]:
+    """Caption images that were not trained on; pictures and numbers in OUT/evaluation."""
+    from model_training import evaluation
+
+    assert config.evaluation
+    summary = evaluation.evaluate(Path(model), config.evaluation, Path(config.out), config.device)
+    folder = Path(config.out) / evaluation.FOLDER
+    pictures = sorted((folder / "pictures").iterdir())
+    lines = [f"# {model}", "", "| | |", "| --- | --- |"]
+    lines += [
+        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in summary._asdict().items()
+    ]
+    lines += ["", *(_embedded(picture) for picture in pictures)]
+    create_markdown_artifact(key="sample-captions", markdown="\n".join(lines))
+    return summary._asdict()
+
+
+def _embedded(picture: Path) -> str:
+    """A picture in Markdown that needs no server of files."""
+    kind = "jpeg" if picture.suffix == ".jpg" else "png"
+    data = base64.b64encode(picture.read_bytes()).decode()
+    return f"![{picture.stem}](data:image/{kind};base64,{data})"

@@ -1,0 +1,120 @@
+"""What the command line shows while something runs: on stderr, so that stdout has the results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipeline.stream import Progress
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int], None]]:
+    """A line on the terminal with a number that grows, and its rate; nothing on a log file."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description} {task.completed:,}"), TimeElapsedColumn())
+    rate = TextColumn("{task.fields[rate]}")
+    console = Console(stderr=True)
+    start = time.monotonic()
+    with Progress(*columns, rate, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, rate="")
+
+        def show(done: int) -> None:
+            bar.update(task, completed=done, rate=f"{done / (time.monotonic() - start + 1e-9):,.0f}/s")
+
+        yield show
+
+
+class TrainingView:
+    """A line on the terminal every so many steps, and for each step that was skipped."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self.start: tuple[int, float] | None = None
+
+    def show(self, record: dict[str, Any]) -> None:
+        """A step's record."""
+        step, steps = record["step"], record["steps"]
+        self.start = self.start or (step - 1, time.monotonic() - float(record["seconds"]))
+        if "why" in record:
+            print(f"step {step:,} skipped: {record['why']}; {', '.join(record['samples'])}", file=sys.stderr)
+        if step % self.every and step != steps:
+            return
+        rate = (time.monotonic() - self.start[1]) / (step - self.start[0])
+        print(
+            f"step {step:,} of {steps:,}  loss {float(record['loss']):.3f}  "
+            f"norm {float(record['norm']):.2f}  "
+            f"{record['tokens_per_s']:,.0f} tokens/s  {record['regions_per_s']:,.1f} regions/s  "
+            f"MFU {record['mfu']:.0%}  data wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  "
+            f"skipped {record['skipped']:,}  {_duration(rate * (steps - step))} left",
+            file=sys.stderr,
+        )
+
+
+class BuildView:
+    """One live table a subset: units, regions, kept, drops by reason, regions per second and stage."""
+
+    def __enter__(self) -> BuildView:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=2, transient=True)
+        self.live.start()
+        self.printed = ("", -1, 0.0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Draw; on a log file instead of a terminal, a line every 30 seconds."""
+        if self.console.is_terminal:
+            self.live.update(self._table(progress))
+            return
+        subset, done, printed_s = self.printed
+        news = (subset, done) != (progress.subset, progress.done)
+        if news and (progress.done == progress.pending or time.monotonic() - printed_s > 30):
+            self.printed = (progress.subset, progress.done, time.monotonic())
+            self.console.print(_title(progress))
+
+    def _table(self, progress: Progress) -> Table:
+        from rich.table import Table
+
+        table = Table(title=_title(progress), title_justify="left")
+        for column in ("stage", "units", "regions", "asked", "regions/s", "busy", "dropped"):
+            table.add_column(column, justify="left" if column in ("stage", "dropped") else "right")
+        for name, stage in progress.stages.items():
+            reasons = [
+                f"{key.partition('/')[2]} {count:,}"
+                for key, count in progress.dropped.most_common()
+                if key.partition("/")[0] == name
+            ]
+            rate = f"{stage.regions / progress.seconds:,.1f}" if progress.seconds else ""
+            cells = (f"{stage.units:,}", f"{stage.regions:,}", f"{stage.asked:,}" if stage.asked else "")
+            activity = progress.activity.get(name)
+            share = None if activity is None else activity.busy_share
+            table.add_row(name, *cells, rate, "" if share is None else f"{share:.0%}", ", ".join(reasons))
+        return table
+
+
+def _title(progress: Progress) -> str:
+    left = "" if not progress.seconds_left else f", about {_duration(progress.seconds_left)} left"
+    return (
+        f"{progress.subset}: {progress.done:,} of {progress.pending:,} units, {progress.regions:,} regions, "
+        f"{progress.kept:,} kept, {_duration(progress.seconds)}{left}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
