@@ -34,6 +34,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         newline_token_id: the line break by itself.
         region_token_ids: stand for the replayed features of region 0, 1, ...
         caption_token_ids: open the caption of region 0, 1, ...
+        region_prompt_std: of new prompts. The original's 1 drowns the patches of an untrained tower.
     """
 
     model_type = "perceptiondlm"
@@ -56,6 +57,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
     region_token_ids: list[int] | None = None
     caption_token_ids: list[int] | None = None
     initializer_range: float = 0.02
+    region_prompt_std: float = 1.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

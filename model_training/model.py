@@ -137,10 +137,10 @@ class PerceptionDLM(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """LLaDA's and SigLIP's own scale; region prompts from N(0, 1), as the original starts them."""
+        """LLaDA's and SigLIP's own scale; region prompts from N(0, 1) by default, as the original's."""
         super()._init_weights(module)
         if module is self.region_prompts:
-            init.normal_(module.weight)
+            init.normal_(module.weight, std=self.config.region_prompt_std)
 
     def see(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Encode images and replay their regions.

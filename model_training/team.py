@@ -85,7 +85,7 @@ def spread(model: nn.Module, layers: Iterable[nn.Module], team: Team, config: Tr
     layers = list(layers)
     if config.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.compile == "on" or (config.compile == "auto" and team.device.type == "cuda"):
+    if config.compile == "always" or (config.compile == "auto" and team.device.type == "cuda"):
         for layer in layers:
             layer.compile(dynamic=True)
     if not team.sharded:

@@ -22,6 +22,7 @@ class Marks(NamedTuple):
     Attributes:
         regions: how many there were.
         exact: share of captions that say the whole truth and nothing else.
+        exact_small: the same of small things; 0 if there are none.
         wrong: for each attribute, the share of captions that have it wrong.
         leaked: share of all attributes that are wrong here and right for another region of the image.
         leaked_by_chance: what that share would be if wrong attributes were drawn from all wrong values.
@@ -32,6 +33,7 @@ class Marks(NamedTuple):
 
     regions: int
     exact: float
+    exact_small: float
     wrong: dict[str, float]
     leaked: float
     leaked_by_chance: float
@@ -59,6 +61,7 @@ def examine(
     inputs = ((scene.pixels, [region.dense() for region in scene.regions]) for scene in scenes)
     captioned = caption_images(model, processor, inputs, options, regions_per_call=regions_per_call)
     wrong: Counter[str] = Counter()
+    small: list[bool] = []
     regions = exact = leaked = attributes = 0
     by_chance = 0.0
     for scene, found in zip(scenes, captioned, strict=True):
@@ -66,12 +69,14 @@ def examine(
         for number, caption in enumerate(found.captions):
             score = toy.score(caption, truths[number], truths[:number] + truths[number + 1 :])
             regions, exact = regions + 1, exact + score.exact
+            small += [score.exact] if " small " in truths[number] else []
             leaked, by_chance = leaked + len(score.leaked), by_chance + score.by_chance
             attributes += sum(map(bool, toy.parse(truths[number]) or ()))
             wrong.update(score.wrong)
     return Marks(
         regions=regions,
         exact=exact / regions,
+        exact_small=sum(small) / max(1, len(small)),
         wrong={name: wrong[name] / regions for name in toy.VALUES if wrong[name]},
         leaked=leaked / attributes,
         leaked_by_chance=by_chance / attributes,

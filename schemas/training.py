@@ -206,7 +206,7 @@ class TrainConfig(_Strict):
         default="auto", description="`auto`: flex_attention on GPUs, which needs no L x L mask"
     )
     recompute: bool = Field(default=True, description="activations of layers, in backward: memory for time")
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Literal["auto", "always", "never"] = Field(
         default="auto", description="layers, by torch.compile; `auto`: on GPUs"
     )
     export_dtype: Literal["auto", "float32", "bfloat16"] = Field(

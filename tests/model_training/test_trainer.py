@@ -296,7 +296,7 @@ def test_low_precision_and_recomputing_train_too(corpus, tmp_path):
 @pytest.mark.slow
 def test_compiled_layers_that_are_recomputed_learn_the_same(corpus, tmp_path):
     fit(config_of(tmp_path / "plain", corpus, steps=3))
-    fit(config_of(tmp_path / "compiled", corpus, steps=3, compile="on", recompute=True))
+    fit(config_of(tmp_path / "compiled", corpus, steps=3, compile="always", recompute=True))
     plain, compiled = journal.read(tmp_path / "plain"), journal.read(tmp_path / "compiled")
     for one, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)

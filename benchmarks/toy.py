@@ -1,0 +1,136 @@
+"""Learning from random weights on the toy world: configs/train/tiny.yaml, its ablations, and their worth.
+
+    python -m benchmarks.toy                      # worlds, corpora, all variants one by one, the table
+    python -m benchmarks.toy recipe reference     # some variants
+    python -m benchmarks.toy --steps 1200         # another budget than the recipe's, for all of them
+    python -m benchmarks.toy --table              # the table and the plot of what has been run
+
+Worlds are built by `paracaption build` with a captioner that knows the truth, and trained on by
+`paracaption train`, each in a process of its own. Held-out scenes hold what no scene of the training
+holds. "parallel" captions up to six regions at once, "one by one" the same regions in sequences of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from model_training import curves, describe, journal, regions, toy
+from model_training.decode import DecodeOptions
+from model_training.toy_marks import examine
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "configs/train/tiny.yaml"
+FOLDER = ROOT / "out/toy"
+TRAINED, HELD_OUT = 6000, 250
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "no region prompts": {"region_prompting": False},
+    "no feature replay": {"feature_replay": False},
+    "neither": {"region_prompting": False, "feature_replay": False},
+    "prefix sees captions": {"layout_options": {"isolate_prefix": False}},
+    "reference": {"layout": "reference"},
+}
+"""Fields of the model's config that differ from the recipe's."""
+
+
+def world(name: str, images: int) -> Path:
+    """Draw a split and build its corpus, unless it is there. Returns `out`."""
+    folder = FOLDER / name
+    if not (folder / "corpus" / "stats.json").exists():
+        if not (folder / "build.yaml").exists():
+            toy.write_world(folder, images, seed=0, options=toy.EASY, split=name)
+        _run("build", folder / "build.yaml")
+    return folder / "corpus"
+
+
+def train(variant: str, steps: int | None) -> Path:
+    """Train a variant of the recipe, or go on with it. Returns the run's folder."""
+    config = yaml.safe_load(RECIPE.read_text())
+    folder = FOLDER / f"run-{variant.replace(' ', '-')}" if variant != "recipe" or steps else FOLDER / "run"
+    config["out"] = str(folder)
+    config["corpora"] = [{"out": str(FOLDER / "train/corpus")}]
+    config.pop("evaluation", None)
+    config["model"]["config"] |= VARIANTS[variant]
+    config["steps"] = steps or config["steps"]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    _run("train", path)
+    return folder
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "flows.cli", *map(str, command)], check=True)
+
+
+def marks(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any]:
+    """A trained model's marks in parallel and one by one."""
+    model, processor = describe.load(folder / "model", "cpu")
+    scenes = list(regions.scenes(held_out))
+    found = {"parallel": examine(model, processor, scenes, options)}
+    found["one by one"] = examine(model, processor, scenes, options, 1)
+    return {name: {**each._asdict(), "predicted": each.predicted[:6]} for name, each in found.items()}
+
+
+def report(results: dict[str, dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    head = "| variant | steps | minutes | exact | of small things | one by one | leaked (by chance) | wrong |"
+    lines = [head, "| --- |" + " ---: |" * 6 + " --- |"]
+    for name, result in results.items():
+        together, alone = (result["marks"][key] for key in ("parallel", "one by one"))
+        wrong = ", ".join(f"{key} {value:.1%}" for key, value in together["wrong"].items())
+        lines.append(
+            f"| {name} | {result['steps']:,} | {result['minutes']:.1f} | {together['exact']:.1%} | "
+            f"{together['exact_small']:.1%} | {alone['exact']:.1%} | "
+            f"{together['leaked']:.2%} ({together['leaked_by_chance']:.2%}) | {wrong} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is asked for, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("variants", nargs="*", choices=[*VARIANTS, []], help="default: all")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    done = FOLDER / ("results.json" if args.steps is None else f"results-{args.steps}.json")
+    results = json.loads(done.read_text()) if done.exists() else {}
+    if not args.table:
+        world("train", TRAINED)
+        held_out = world("heldout", HELD_OUT)
+        length = yaml.safe_load(RECIPE.read_text())["data"]["caption_slots"]
+        for variant in args.variants or VARIANTS:
+            start = time.monotonic()
+            folder = train(variant, args.steps)
+            found = marks(folder, held_out, DecodeOptions(length=length, steps=length))
+            records = journal.read(folder)
+            results[variant] = {
+                "folder": str(folder),
+                "steps": records[-1]["step"],
+                "minutes": sum(record["seconds"] for record in records) / 60,
+                "with_start_and_marks": (time.monotonic() - start) / 60,
+                "marks": found,
+            }
+            done.write_text(json.dumps(results, indent=1))
+            print(report({variant: results[variant]}), flush=True)
+    print(report(results))
+    runs = {name: Path(result["folder"]) for name, result in results.items()}
+    curves.draw(runs, done.with_suffix(".png"))
+    print(done.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
