@@ -35,6 +35,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
         region_token_ids: stand for the replayed features of region 0, 1, ...
         caption_token_ids: open the caption of region 0, 1, ...
         region_prompt_std: of new prompts. The original's 1 drowns the patches of an untrained tower.
+        position_std: of an untrained tower's positions; None: SigLIP's, one over the root of the width.
     """
 
     model_type = "perceptiondlm"
@@ -58,6 +59,7 @@ class PerceptionDLMConfig(PreTrainedConfig):
     caption_token_ids: list[int] | None = None
     initializer_range: float = 0.02
     region_prompt_std: float = 1.0
+    position_std: float | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

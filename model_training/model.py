@@ -141,6 +141,8 @@ class PerceptionDLM(PreTrainedModel):
         super()._init_weights(module)
         if module is self.region_prompts:
             init.normal_(module.weight, std=self.config.region_prompt_std)
+        if module is self.vision_tower.embeddings.position_embedding and self.config.position_std is not None:
+            init.normal_(module.weight, std=self.config.position_std)
 
     def see(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Encode images and replay their regions.

@@ -13,7 +13,7 @@ from model_training.config import PerceptionDLMConfig
 from model_training.model import Images, PerceptionDLM, pixel_unshuffle
 from model_training.processing import PerceptionDLMProcessor, collate, pack
 from tests.model_training.parts import examples, lively, photo
-from tests.tiny.perceptiondlm_model import SMALLEST, tiny_model
+from tests.tiny.perceptiondlm_model import SMALLEST, byte_tokenizer, tiny_config, tiny_model
 
 LAYOUTS = ["corrected", "reference"]
 
@@ -333,3 +333,17 @@ def test_moving_a_batch_leaves_the_grids_on_the_cpu():
     others = [*(part for part in batch.images if part is not batch.images.grids_I2), *batch.tokens()[:2]]
     assert {part.device.type for part in [*others, *batch.tokens().structure]} == {"meta"}
     assert isinstance(batch.images, Images)
+
+
+def test_an_untrained_model_starts_at_the_scales_of_its_config():
+    config = tiny_config(byte_tokenizer(), region_prompt_std=0.05, position_std=0.7)
+    model = PerceptionDLM(config)
+    positions = model.vision_tower.embeddings.position_embedding.weight
+    assert 0.03 < float(model.region_prompts.weight.std()) < 0.07
+    assert 0.6 < float(positions.std()) < 0.8
+    default = PerceptionDLM(tiny_config(byte_tokenizer()))
+    assert 0.7 < float(default.region_prompts.weight.std()) < 1.3
+    width = config.vision_config.hidden_size
+    assert float(default.vision_tower.embeddings.position_embedding.weight.std()) == pytest.approx(
+        width**-0.5, rel=0.2
+    )
