@@ -141,8 +141,9 @@ class PerceptionDLM(PreTrainedModel):
         super()._init_weights(module)
         if module is self.region_prompts:
             init.normal_(module.weight, std=self.config.region_prompt_std)
-        if module is self.vision_tower.embeddings.position_embedding and self.config.position_std is not None:
-            init.normal_(module.weight, std=self.config.position_std)
+        if module is self.vision_tower.embeddings.position_embedding:
+            std = self.config.position_std
+            init.normal_(module.weight, std=module.embedding_dim**-0.5 if std is None else std)
 
     def see(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Encode images and replay their regions.
