@@ -1,7 +1,7 @@
 """Learning from random weights on the toy world: configs/train/tiny.yaml, its ablations, and their worth.
 
     python -m benchmarks.toy                      # worlds, corpora, all variants one by one, the table
-    python -m benchmarks.toy recipe reference     # some variants
+    python -m benchmarks.toy recipe neither       # some variants
     python -m benchmarks.toy --steps 1200         # another budget than the recipe's, for all of them
     python -m benchmarks.toy --table              # the table and the plot of what has been run
 
@@ -38,9 +38,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no feature replay": {"feature_replay": False},
     "neither": {"region_prompting": False, "feature_replay": False},
     "prefix sees captions": {"layout_options": {"isolate_prefix": False}},
-    "reference": {"layout": "reference"},
+    "reference layout": {"layout": "reference", "layout_options": {"cut": "block"}},
 }
-"""Fields of the model's config that differ from the recipe's."""
+"""Fields of the model's config that differ from the recipe's. With the reference's own `cut`, captions end at
+the first eot of the whole answer; here captions are filled up with it, so that only the first would be left."""
 
 
 def world(name: str, images: int) -> Path:
@@ -100,11 +101,13 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is asked for, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("variants", nargs="*", choices=[*VARIANTS, []], help="default: all")
+    parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; default: all")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if unknown := [variant for variant in args.variants if variant not in VARIANTS]:
+        parser.error(f"{unknown[0]!r} is no variant")
     torch.set_num_threads(args.threads)
     done = FOLDER / ("results.json" if args.steps is None else f"results-{args.steps}.json")
     results = json.loads(done.read_text()) if done.exists() else {}
