@@ -40,8 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prefix sees captions": {"layout_options": {"isolate_prefix": False}},
     "reference layout": {"layout": "reference", "layout_options": {"cut": "block"}},
 }
-"""Fields of the model's config that differ from the recipe's. With the reference's own `cut`, captions end at
-the first eot of the whole answer; here captions are filled up with it, so that only the first would be left."""
+"""Fields of the model's config that differ from the recipe's. With the reference's own `cut`, captions end
+at the first eot of the whole answer; here they are filled up with it, so that only the first would be left."""
 
 
 def world(name: str, images: int) -> Path:
