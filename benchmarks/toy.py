@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reference layout": {"layout": "reference", "layout_options": {"cut": "block"}},
 }
 """Fields of the model's config that differ from the recipe's. With the reference's own `cut`, captions end
-at the first eot of the whole answer; here they are filled up with it, so that only the first would be left."""
+at the first eot of the whole answer; here they are filled up with it, and only the first would be left."""
 
 
 def world(name: str, images: int) -> Path:
