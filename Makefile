@@ -2,6 +2,8 @@
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 BIN := .venv/bin
+# Every process imports its packages anew; where bytecode is not kept, it compiles them anew, too: twice the start-up.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests by the process they run in: engines, clusters and mocked services do not share one. Two lanes side by side;
 # what starts Ray clusters of its own is in one of them, since Ray gives up when a node takes 30 s to start.
