@@ -165,18 +165,18 @@ print(type(checked["config"]).__name__, checked["limit_images"])
 def test_what_a_retry_can_mend_is_tried_three_times_and_a_mistake_once(error, attempts):
     from prefect import flow
 
-    from flows.build import _step
+    from flows.steps import step
 
     tried = []
 
-    @_step
-    def step():
+    @step
+    def failing():
         tried.append(1)
         raise error
 
     @flow
     def trial():
-        step.with_options(retry_delay_seconds=0)()
+        failing.with_options(retry_delay_seconds=0)()
 
     with pytest.raises(type(error)):
         trial()
