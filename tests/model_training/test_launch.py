@@ -14,7 +14,7 @@ from model_training import checkpoints, journal, launch
 from schemas.errors import ConfigError
 from tests.model_training.toy_corpus import config_of, write_corpus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,8 @@ def workers() -> list[psutil.Process]:
     return found
 
 
-def kill_one_after_a_checkpoint(run: Path, killed: list[int]) -> None:
-    end = time.monotonic() + 200
-    while time.monotonic() < end:
+def kill_one_after_a_checkpoint(run: Path, killed: list[int], ended: threading.Event) -> None:
+    while not ended.is_set():
         if checkpoints.latest(run / "checkpoints") and (found := workers()):
             killed.append(journal.read(run)[-1]["step"])
             found[-1].kill()
@@ -55,10 +54,14 @@ def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint
     config = config_of(run, corpus, steps=120, checkpoint={"every": 20}, ray=workers_of)
     killed: list[int] = []
     shown: list[int] = []
-    killer = threading.Thread(target=kill_one_after_a_checkpoint, args=(run, killed))
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_one_after_a_checkpoint, args=(run, killed, ended))
     killer.start()
-    outcome = launch.train(config, report=lambda record: shown.append(record["step"]))
-    killer.join()
+    try:
+        outcome = launch.train(config, report=lambda record: shown.append(record["step"]))
+    finally:
+        ended.set()
+        killer.join()
     assert killed and killed[0] < 120
     assert outcome.steps == 120 and (outcome.model / "model.safetensors").exists()
     records = journal.read(run)
