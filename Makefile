@@ -5,20 +5,19 @@ BIN := .venv/bin
 # Every process imports its packages anew; where bytecode is not kept, it compiles them anew, too: twice the start-up.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests by the process they run in: engines, clusters and mocked services do not share one. Two lanes side by side;
-# what starts Ray clusters of its own is in one of them, since Ray gives up when a node takes 30 s to start.
+# Tests by the process they run in: engines, clusters and mocked services do not share one. Suites follow one another,
+# since Ray gives up when a node takes 30 s to start; those without clusters use both cores by themselves.
 TRAINER := $(addprefix tests/model_training/,test_checkpoints.py test_trainer.py test_launch.py test_evaluation.py)
+BOTH := --numprocesses 2 --dist loadfile
 TESTS_faults := tests/faults
 TESTS_commands := tests/test_*.py
 TESTS_flows := tests/flows
-TESTS_model := tests/model_training $(addprefix --ignore ,$(TRAINER))
-TESTS_models := tests/models
-TESTS_pipeline := tests/pipeline tests/filters tests/schemas --ignore tests/pipeline/test_stream.py
 TESTS_stream := tests/pipeline/test_stream.py
+TESTS_models := tests/models
+TESTS_pipeline := $(BOTH) tests/pipeline tests/filters tests/schemas --ignore tests/pipeline/test_stream.py
+TESTS_model := $(BOTH) tests/model_training $(addprefix --ignore ,$(TRAINER))
 TESTS_trainer := $(TRAINER)
-LANE_clusters := faults commands flows
-LANE_rest := model models pipeline stream trainer
-SUITES := $(LANE_clusters) $(LANE_rest)
+SUITES := faults commands flows stream models pipeline model trainer
 
 .PHONY: demo test $(addprefix test-,$(SUITES)) test-fast models bench lint lock clean
 
@@ -26,13 +25,10 @@ demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
 
 test: .venv/dev  ## all tests; `make test-SUITE` runs one suite
-	$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target lane-clusters lane-rest
-
-lane-%:
-	status=0; for suite in $(LANE_$*); do $(MAKE) --no-print-directory test-$$suite || status=1; done; exit $$status
+	$(MAKE) --no-print-directory --keep-going --jobs 1 $(addprefix test-,$(SUITES))
 
 $(addprefix test-,$(SUITES)): test-%: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS_$*)
+	$(if $(findstring $(BOTH),$(TESTS_$*)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(TESTS_$*)
 
 test-fast: .venv/dev  ## without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
