@@ -16,11 +16,9 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from model_training import curves, describe, journal, regions, toy
@@ -57,7 +55,8 @@ def world(name: str, images: int) -> Path:
 def train(variant: str, steps: int | None) -> Path:
     """Train a variant of the recipe, or go on with it. Returns the run's folder."""
     config = yaml.safe_load(RECIPE.read_text())
-    folder = FOLDER / f"run-{variant.replace(' ', '-')}" if variant != "recipe" or steps else FOLDER / "run"
+    names = ["run", *([] if variant == "recipe" else variant.split()), *([str(steps)] if steps else [])]
+    folder = FOLDER / "-".join(names)  # a run of another budget has another schedule
     config["out"] = str(folder)
     config["corpora"] = [{"out": str(FOLDER / "train/corpus")}]
     config.pop("evaluation", None)
@@ -104,11 +103,9 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; default: all")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     if unknown := [variant for variant in args.variants if variant not in VARIANTS]:
         parser.error(f"{unknown[0]!r} is no variant")
-    torch.set_num_threads(args.threads)
     done = FOLDER / ("results.json" if args.steps is None else f"results-{args.steps}.json")
     results = json.loads(done.read_text()) if done.exists() else {}
     if not args.table:
@@ -116,7 +113,6 @@ def main() -> None:
         held_out = world("heldout", HELD_OUT)
         length = yaml.safe_load(RECIPE.read_text())["data"]["caption_slots"]
         for variant in args.variants or VARIANTS:
-            start = time.monotonic()
             folder = train(variant, args.steps)
             found = marks(folder, held_out, DecodeOptions(length=length, steps=length))
             records = journal.read(folder)
@@ -124,7 +120,6 @@ def main() -> None:
                 "folder": str(folder),
                 "steps": records[-1]["step"],
                 "minutes": sum(record["seconds"] for record in records) / 60,
-                "with_start_and_marks": (time.monotonic() - start) / 60,
                 "marks": found,
             }
             done.write_text(json.dumps(results, indent=1))

@@ -65,14 +65,14 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
     folder = out / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "pictures").mkdir(parents=True)
-    captioned: list[tuple[Scene, Captioned]] = []
+    records = []
     with files.write_atomic(folder / "captions.jsonl") as file:
-        for scene, found in _caption(loaded, config, options):
-            file.write(json.dumps(_record(scene, found), ensure_ascii=False).encode() + b"\n")
-            if len(captioned) < config.pictures:
-                _draw(scene, found.captions, folder / "pictures" / f"{len(captioned):03d}.jpg")
-            captioned.append((scene._replace(pixels=scene.pixels[:0]), found))
-    summary = _summary(captioned, str(loaded.model.device))
+        for number, (scene, found) in enumerate(_caption(loaded, config, options)):
+            records.append(_record(scene, found))
+            file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
+            if number < config.pictures:
+                _draw(scene, found.captions, folder / "pictures" / f"{number:03d}.jpg")
+    summary = _summary(records, str(loaded.model.device))
     with files.write_atomic(folder / "summary.json") as file:
         file.write(json.dumps(summary._asdict(), indent=1).encode() + b"\n")
     return summary
@@ -81,7 +81,7 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
 def _caption(
     loaded: describe.Loaded, config: Evaluation, options: DecodeOptions
 ) -> Iterator[tuple[Scene, Captioned]]:
-    """Some images at a time: a batch is full, and memory is flat."""
+    """Some images at a time: batches are full, and few photos are in memory."""
     scenes = islice(regions.scenes(config.out), config.images)
     while some := list(islice(scenes, 8 * config.batch_size)):
         inputs = ((scene.pixels, [region.dense() for region in scene.regions]) for scene in some)
@@ -111,22 +111,24 @@ def _draw(scene: Scene, captions: list[str], path: Path) -> None:
     draw.save(draw.draw_image(scene.pixels, marks, title=Path(scene.photo).name), path)
 
 
-def _summary(captioned: list[tuple[Scene, Captioned]], device: str) -> Summary:
+def _summary(records: list[dict[str, Any]], device: str) -> Summary:
     pairs = [
-        (caption, region.caption)
-        for scene, found in captioned
-        for region, caption in zip(scene.regions, found.captions, strict=True)
+        (region["caption"].strip(), region["corpus_caption"].strip())
+        for record in records
+        for region in record["regions"]
     ]
-    images, num_regions = max(1, len(captioned)), max(1, len(pairs))
-    forwards = sum(found.forwards for _, found in captioned)
+    images, num_regions = max(1, len(records)), max(1, len(pairs))
+    forwards, tokens, seconds = (
+        sum(record[name] for record in records) for name in ("forwards", "tokens", "seconds")
+    )
     return Summary(
-        images=len(captioned),
+        images=len(records),
         regions=len(pairs),
-        exact=sum(caption.strip() == wanted.strip() for caption, wanted in pairs) / num_regions,
+        exact=sum(caption == wanted for caption, wanted in pairs) / num_regions,
         words=sum(len(caption.split()) for caption, _ in pairs) / num_regions,
-        empty=sum(not caption.strip() for caption, _ in pairs) / num_regions,
+        empty=sum(not caption for caption, _ in pairs) / num_regions,
         forwards=forwards / images,
-        tokens_per_forward=sum(found.tokens for _, found in captioned) / max(1, forwards),
-        seconds=sum(found.seconds for _, found in captioned) / images,
+        tokens_per_forward=tokens / max(1, forwards),
+        seconds=seconds / images,
         device=device,
     )

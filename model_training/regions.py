@@ -162,6 +162,7 @@ def scenes(out: str | Path) -> Iterator[Scene]:
     """Every image of a corpus with its kept regions, in the order of its shards.
 
     Raises:
+        ConfigError: no corpus, or a photo or mask that cannot be decoded; names the image.
         IntegrityError: the corpus is damaged.
     """
     for _, sample, data in export.iter_samples(Path(out), reader.subsets(out)):

@@ -43,7 +43,7 @@ EASY = Options(
     turn_deg=10.0,
     noise=3.0,
 )
-"""What a tiny model learns from nothing in half an hour on two cores (configs/train/tiny.yaml)."""
+"""The world of configs/train/tiny.yaml: few kinds of things, on photos of few patches."""
 
 CATEGORIES = [{"id": number, "name": shape, "isthing": 1} for number, shape in enumerate(SHAPES, 1)]
 

@@ -1,6 +1,7 @@
 """What a model's captions of a toy world's corpus are worth: how many say the truth, and what the rest says.
 
-marks = examine(model, processor, "toy/heldout/corpus", DecodeOptions(length=16, steps=16))
+scenes = list(regions.scenes("out/toy/heldout/corpus"))
+marks = examine(model, processor, scenes, DecodeOptions(length=12, steps=12))
 """
 
 from __future__ import annotations
