@@ -108,6 +108,38 @@ def show(out: Out, key: str, picture: Annotated[Path, typer.Option("--out", help
     draw.show(out, key, picture)
     print(picture)
 
+@app.command()
+def explore(
+    out: Out,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8080,
+    host: Annotated[
+        str, typer.Option(help="To bind to; beyond this machine a token is asked for.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option(help="Asked of every request [default: a random one beyond this machine].")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="The `out` of a training run, to show too.")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Folder or URL of the shards, if they are not in OUT.")
+    ] = None,
+) -> None:
+    """Look at a corpus in the browser: the funnel, images with masks, other thresholds, reviews."""
+    from pipeline.explorer.serve import serve
+
+    serve(out, host, port, token, run, shards, on_ready=lambda url: print(f"{url} (Ctrl-C ends it)", flush=True))
+
+
+@app.command()
+def report(
+    out: Out,
+    to: Annotated[Path | None, typer.Option(help="HTML file to write [default: OUT/report.html].")] = None,
+) -> None:
+    """Write the overview and samples of each drop reason as one HTML file, to send to someone."""
+    from pipeline.explorer import report as reporting
+
+    print(reporting.write(out, to))
+
+
 
 @app.command()
 def doctor(config: Config, ray_address: RayAddress = None) -> None:

@@ -70,21 +70,24 @@ class Mark(NamedTuple):
         caption: for the legend.
         label: a few words before the caption, as the category; "" for none.
         color: RGB; None takes the palette's by position.
+        number: in the disc; None counts from 1.
     """
 
     rle: Rle
     caption: str
     label: str = ""
     color: tuple[int, int, int] | None = None
+    number: int | None = None
 
 
-def draw_masks(photo: np.ndarray, marks: Sequence[Mark], side: int = 900) -> Image:
+def draw_masks(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, radius: int | None = None) -> Image:
     """The photo with its masks and their numbers, without the legend.
 
     Args:
         photo: (H, W, 3) uint8 RGB.
         marks: regions; the first is number 1. Smaller masks are painted over larger ones.
         side: the picture's longer side in pixels; the photo is scaled to it before anything is drawn.
+        radius: of the numbers' discs in pixels; None for one that suits the side.
 
     Raises:
         ValueError: a mask is not of the photo's size.
@@ -98,30 +101,63 @@ def draw_masks(photo: np.ndarray, marks: Sequence[Mark], side: int = 900) -> Ima
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     canvas = cv2.resize(np.ascontiguousarray(photo), size, interpolation=way)
     masks = [_scaled(mark.rle, (height, width), size) for mark in marks]
-    areas = [int(mask.sum()) for mask in masks]
-    order = sorted(range(len(marks)), key=lambda i: -areas[i])
-    top = np.full(canvas.shape[:2], -1, np.int32)
-    for i in order:
-        top[masks[i]] = i
+    order, top = stack(masks, canvas.shape[:2])
     colors = np.array([color_of(mark, i) for i, mark in enumerate(marks)] or [(0, 0, 0)], np.float32)
     painted = top >= 0
-    fills = np.array(
-        [_FILL_SCENE if area > _SCENE * top.size else _FILL for area in areas] or [0], np.float32
-    )
+    fills = np.array([opacity(int(mask.sum()), top.size) for mask in masks] or [0], np.float32)
     fill = fills[top[painted]][:, None]
     canvas[painted] = (canvas[painted] * (1 - fill) + colors[top[painted]] * fill).astype(np.uint8)
     for i in order:
         _outline(canvas, masks[i], tuple(map(int, colors[i])), cv2)
     picture = Image.fromarray(canvas)
-    radius = max(9, round(side / 75))
-    taken: list[tuple[int, int]] = []
-    for i in reversed(order):
-        if areas[i]:
-            visible = masks[i] & (top == i)
-            x, y = _inside(visible if visible.any() else masks[i], taken, 2 * radius, cv2)
-            taken.append((x, y))
-            disc(picture, (x, y), radius, i + 1, color_of(marks[i], i))
+    radius = radius or max(9, round(side / 75))
+    for i, place in number_places(masks, order, top, 2 * radius).items():
+        number = marks[i].number
+        disc(picture, place, radius, i + 1 if number is None else number, color_of(marks[i], i))
     return picture
+
+
+def stack(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[list[int], np.ndarray]:
+    """How masks lie on each other.
+
+    Args:
+        masks: (H, W) bool each.
+        shape: (H, W).
+
+    Returns:
+        Their positions, the largest mask first, in which order they are painted; and (H, W) int32, the
+        position of the mask that is on top at a pixel, -1 where there is none.
+    """
+    order = sorted(range(len(masks)), key=lambda i: -int(masks[i].sum()))
+    top = np.full(shape, -1, np.int32)
+    for i in order:
+        top[masks[i]] = i
+    return order, top
+
+
+def opacity(area_px: int, photo_px: int) -> float:
+    """Of a mask's paint, 0..1."""
+    return _FILL_SCENE if area_px > _SCENE * photo_px else _FILL
+
+
+def number_places(
+    masks: Sequence[np.ndarray], order: Sequence[int], top: np.ndarray, apart: int
+) -> dict[int, tuple[int, int]]:
+    """(x, y) for the number of each mask that has a pixel, well inside of what is visible of it.
+
+    Args:
+        masks: (H, W) bool each.
+        order: their positions, the largest first; see `stack`.
+        top: (H, W) the position of the mask on top.
+        apart: pixels between two numbers, where there is room.
+    """
+    cv2: Any = importlib.import_module("cv2")
+    found: dict[int, tuple[int, int]] = {}
+    for i in reversed(order):
+        if masks[i].any():
+            visible = masks[i] & (top == i)
+            found[i] = _inside(visible if visible.any() else masks[i], list(found.values()), apart, cv2)
+    return found
 
 
 def draw_image(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, title: str = "") -> Image:

@@ -1,0 +1,329 @@
+"""The committed ledgers of a corpus as one table, asked through DuckDB: pages of millions of rows, none of
+them loaded.
+
+Manifests say which ledgers there are, so answers are right while a build runs. In the corpus's order a page
+reads the ledgers around its place and no others; an order by a score is one pass over two columns.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import duckdb
+
+from pipeline import corpus, reader
+from pipeline.explorer.query import CATEGORY, Query
+from schemas.errors import ConfigError, IntegrityError
+
+T = TypeVar("T")
+
+PAGE = 24
+"""Images on a page: whole rows of two, three, four or six."""
+
+_MEMORY = "400MB"
+_WINDOW = 8
+"""Ledgers that are read first from a place on; four times as many each time that they are not enough."""
+_AHEAD = 20
+"""Pages of an order by score that are kept when one is asked for: each costs a pass."""
+_PLACES = 100_000
+
+
+class Unit(NamedTuple):
+    """A committed unit: its subset, its name, and the path of its ledger."""
+
+    subset: str
+    name: str
+    ledger: str
+
+
+class Place(NamedTuple):
+    """An image in a result.
+
+    Attributes:
+        subset, unit, key: which.
+        row: of its first matching region in the unit's ledger.
+        num_regions: that match.
+        rank: what the result is sorted by; 0 in the corpus's order.
+    """
+
+    subset: str
+    unit: str
+    key: str
+    row: int
+    num_regions: int
+    rank: float = 0.0
+
+    @property
+    def cursor(self) -> str:
+        """The place as a URL has it; see `Catalog.place_of`."""
+        return f"{self.unit}:{self.row}:{self.key}:{self.rank!r}"
+
+
+class Page(NamedTuple):
+    """Some images in order, and whether there are others before and after."""
+
+    images: list[Place]
+    before: bool
+    after: bool
+
+
+class Catalog:
+    """Answers questions about a corpus; for any number of threads.
+
+    Args:
+        out: the corpus.
+
+    Raises:
+        ConfigError: the folder is no corpus.
+    """
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out).absolute()
+        reader.subsets(self.out)
+        self._lock = threading.Lock()
+        self._units: dict[str, Unit] = {}
+        self._version: tuple[Any, ...] = ()
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._places: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._db = duckdb.connect(
+            config={"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+        )
+        self._db.execute(f"SET threads={min(4, len(os.sched_getaffinity(0)))}")
+        self._db.execute(f"SET memory_limit='{_MEMORY}'")
+        self._db.execute("SET parquet_metadata_cache=true")
+        self._db.execute("SET allowed_directories=$folders", {"folders": [f"{self.out}/"]})
+        self._db.execute("SET enable_external_access=false")  # nothing outside of the corpus
+        self._db.execute("SET lock_configuration=true")
+
+    def units(self, subset: str = "") -> list[Unit]:
+        """The committed units in order, of one subset or of all; listed anew when there are other ones."""
+        self._refresh()
+        return [unit for unit in self._units.values() if subset in ("", unit.subset)]
+
+    @property
+    def version(self) -> tuple[Any, ...]:
+        """Another one when other units are committed."""
+        self._refresh()
+        return self._version
+
+    def _refresh(self) -> None:
+        names = reader.subsets(self.out)
+        version = tuple((name, (self.out / name / "manifests").stat().st_mtime_ns) for name in names)
+        with self._lock:
+            if version == self._version:
+                return
+            self._units = {
+                path.stem: Unit(name, path.stem, str(self.out / name / "ledger" / f"{path.stem}.parquet"))
+                for name in names
+                for path in reader.manifest_paths(self.out, name)
+            }
+            self._version = version
+            self._kept.clear()
+
+    def subsets(self) -> list[str]:
+        """Names of the subsets, sorted."""
+        return [name for name, _ in self.version]
+
+    def counts(self, subset: str) -> corpus.Counts:
+        """Funnel and counts, as the terminal shows them."""
+        return self.remember(("counts", subset), lambda: corpus.count(self.out, subset))
+
+    def remember(self, what: Any, make: Callable[[], T], most: int = 256) -> T:
+        """What `make` returns, kept until other units are committed."""
+        name = (self.version, what)
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+                return self._kept[name]
+        made = make()
+        with self._lock:
+            self._kept[name] = made
+            while len(self._kept) > most:
+                self._kept.popitem(last=False)
+        return made
+
+    def select(
+        self, sql: str, args: dict[str, Any] | None = None, subset: str = "", units: list[Unit] | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Rows of a query on the ledgers, which it calls LEDGERS; values come as named parameters.
+
+        Raises:
+            IntegrityError: a ledger is damaged or gone.
+        """
+        units = self.units(subset) if units is None else units
+        if not units:
+            return []
+        table = "read_parquet($ledgers, union_by_name=true, file_row_number=true)"
+        values = {**(args or {}), "ledgers": [unit.ledger for unit in units]}
+        try:
+            return self._db.cursor().execute(sql.replace("LEDGERS", table), values).fetchall()
+        except (duckdb.IOException, duckdb.InvalidInputException, duckdb.BinderException) as error:
+            raise IntegrityError(f"{self.out}: {str(error)[:300]}; run `paracaption verify`") from error
+
+    # Pages.
+
+    def page(
+        self, query: Query, after: Place | None = None, before: Place | None = None, limit: int = PAGE
+    ) -> Page:
+        """Images with a region that the query chooses, from the beginning, after a place or before one."""
+        forward = before is None
+        edge = after if forward else before
+        find = self._by_measure if query.sort else self._in_order
+        found = find(query, edge, forward, limit + 1)
+        more, found = len(found) > limit, found[:limit]
+        if not forward:
+            found.reverse()
+        for place in found:
+            self._learn(place.subset, place.key, place.unit)
+        return Page(found, edge is not None if forward else more, more if forward else True)
+
+    def place_of(self, cursor: str) -> Place | None:
+        """The place that a cursor names; None for "".
+
+        Raises:
+            ConfigError: it names none.
+        """
+        if not cursor:
+            return None
+        try:
+            unit, row, key, rank = cursor.split(":")
+            self._refresh()
+            return Place(self._units[unit].subset, unit, key, int(row), 0, float(rank))
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"{cursor[:60]!r}: no place in this corpus; start from the first page"
+            ) from error
+
+    def _in_order(self, query: Query, edge: Place | None, forward: bool, limit: int) -> list[Place]:
+        units = self.units(query.subset)
+        if not forward:
+            units.reverse()
+        names = [unit.name for unit in units]
+        start = names.index(edge.unit) if edge and edge.unit in names else 0
+        found: list[Place] = []
+        size = _WINDOW
+        while start < len(units) and len(found) < limit:
+            window = units[start : start + size]
+            found += self._places_in(window, query, edge, forward, limit - len(found))
+            start, size = start + size, size * 4
+        return found
+
+    def _by_measure(self, query: Query, edge: Place | None, forward: bool, limit: int) -> list[Place]:
+        ahead = self.remember(
+            ("sorted", query),
+            lambda: self._places_in(self.units(query.subset), query, None, True, PAGE * _AHEAD),
+            64,
+        )
+        there = {place.key + place.unit: number for number, place in enumerate(ahead)}
+        at = -1 if edge is None else there.get(edge.key + edge.unit)
+        if at is not None and not forward:
+            return ahead[max(0, at - limit) : at][::-1]
+        if at is not None and (at + limit < len(ahead) or len(ahead) < PAGE * _AHEAD):
+            return ahead[at + 1 : at + 1 + limit]
+        return self._places_in(self.units(query.subset), query, edge, forward, limit)
+
+    def _places_in(
+        self, units: list[Unit], query: Query, edge: Place | None, forward: bool, limit: int
+    ) -> list[Place]:
+        where, args = query.where()
+        measure = query.sort.removeprefix("-")
+        falling = query.sort.startswith("-")
+        rank = f"{'max' if falling else 'min'}({measure})" if measure else "0"
+        if measure:
+            where += f" AND {measure} IS NOT NULL"
+        edge_sql = "true"
+        if edge is not None:
+            side, ranked = (">" if forward else "<"), ("<" if forward == falling else ">")
+            edge_sql = (
+                f"NOT (key = $edge_key AND unit = $edge_unit) "
+                f"AND (rank {ranked} $edge_rank OR (rank = $edge_rank AND "
+                f"(unit {side} $edge_unit OR (unit = $edge_unit AND row {side} $edge_row))))"
+            )
+            args |= {
+                "edge_key": edge.key,
+                "edge_rank": edge.rank,
+                "edge_unit": edge.unit,
+                "edge_row": edge.row,
+            }
+        down, rank_down = ("" if forward else "DESC"), ("DESC" if forward == falling else "")
+        sql = f"""
+            SELECT subset, unit, key, min(file_row_number) AS row, count(*), ({rank})::DOUBLE AS rank
+            FROM LEDGERS WHERE {where} GROUP BY subset, unit, key HAVING {edge_sql}
+            ORDER BY rank {rank_down}, unit {down}, row {down} LIMIT {limit:d}"""
+        return [Place(*row) for row in self.select(sql, args, units=units)]
+
+    def total(self, query: Query) -> tuple[int, int]:
+        """(regions, images) that the query chooses."""
+        where, args = query.where()
+        sql = f"""
+            SELECT coalesce(sum(regions), 0)::BIGINT, count(*)
+            FROM (SELECT count(region) AS regions FROM LEDGERS WHERE {where} GROUP BY subset, unit, key)"""
+
+        def counted() -> tuple[int, int]:
+            rows = self.select(sql, args, query.subset)
+            return rows[0] if rows else (0, 0)  # type: ignore[return-value]
+
+        return self.remember(("total", where, tuple(args.items()), query.subset), counted)
+
+    def categories(self, most: int = 200) -> list[str]:
+        """The most frequent ones."""
+        sql = f"""
+            SELECT {CATEGORY} AS name, count(*) FROM LEDGERS WHERE name IS NOT NULL
+            GROUP BY name ORDER BY 2 DESC, 1"""
+        return self.remember(
+            ("categories", most), lambda: [name for name, _ in self.select(f"{sql} LIMIT {most:d}")]
+        )
+
+    # Images.
+
+    def image(self, subset: str, key: str) -> list[dict[str, Any]]:
+        """An image's rows of the ledger, masks included, in the order of its regions.
+
+        Raises:
+            ConfigError: no committed unit has it.
+        """
+        unit = self._unit_of(subset, key)
+        names = [name for name, *_ in self.select("DESCRIBE SELECT * FROM LEDGERS", units=[unit])]
+        sql = "SELECT * FROM LEDGERS WHERE key = $key AND subset = $subset ORDER BY file_row_number"
+        rows = self.select(sql, {"key": key, "subset": subset}, units=[unit])
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def matching(self, places: list[Place], query: Query, most: int) -> Iterator[list[dict[str, Any]]]:
+        """Of each place the first rows that the query chooses, without masks."""
+        names = ("key", "region", "kept", "drop_stage", "drop_reason", "drop_detail", CATEGORY, "caption")
+        where, args = query.where()
+        args["keys"] = [place.key for place in places]
+        sql = f"""
+            SELECT unit, {", ".join(names)}, {query.sort.removeprefix("-") or "NULL"} FROM LEDGERS
+            WHERE {where} AND key IN (SELECT unnest($keys)) ORDER BY unit, file_row_number"""
+        units = [self._units[name] for name in dict.fromkeys(place.unit for place in places)]
+        columns = ("unit", *names[:6], "category", "caption", "measure")
+        by_image: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in self.select(sql, args, units=units):
+            by_image.setdefault((row[0], row[1]), []).append(dict(zip(columns, row, strict=True)))
+        for place in places:
+            yield by_image.get((place.unit, place.key), [])[:most]
+
+    def _unit_of(self, subset: str, key: str) -> Unit:
+        self._refresh()
+        with self._lock:
+            unit = self._units.get(self._places.get((subset, key), ""))
+        if unit is not None:
+            return unit
+        sql = "SELECT unit FROM LEDGERS WHERE key = $key AND subset = $subset LIMIT 1"
+        found = self.select(sql, {"key": key, "subset": subset}, subset) if subset in self.subsets() else []
+        if not found:
+            raise ConfigError(f"{subset[:40]}/{key[:80]}: no such image is committed")
+        self._learn(subset, key, found[0][0])
+        return self._units[found[0][0]]
+
+    def _learn(self, subset: str, key: str, unit: str) -> None:
+        with self._lock:
+            self._places[subset, key] = unit
+            while len(self._places) > _PLACES:
+                self._places.popitem(last=False)

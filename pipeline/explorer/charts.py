@@ -1,0 +1,267 @@
+"""Distributions and curves as geometry that the templates draw as SVG: no script, no picture to load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pipeline import plots
+from pipeline.explorer.catalog import Catalog
+from pipeline.explorer.query import plain
+from pipeline.explorer.whatif import THRESHOLDS
+from schemas.config import BuildConfig
+
+WIDTH, HEIGHT = 420, 150
+"""Of a chart's area, in SVG units; labels stand outside."""
+
+_BINS = 40
+
+
+class Bin(NamedTuple):
+    """`low <= value < high`: kept and dropped regions (or images); of the last bin `high` is included."""
+
+    low: float
+    high: float
+    kept: int
+    dropped: int
+
+
+class Line(NamedTuple):
+    """A threshold of the configuration."""
+
+    key: str
+    value: float
+
+
+class Distribution(NamedTuple):
+    """Of a number over the regions of a subset that have it.
+
+    Attributes:
+        name: column of the ledger, or "regions_per_image".
+        title: for people, with the unit.
+        bins: without gaps, in order.
+        lines: the thresholds that decide on it.
+        octaves: whether each bin spans a factor of two.
+    """
+
+    name: str
+    title: str
+    bins: list[Bin]
+    lines: list[Line]
+    octaves: bool = False
+
+    @property
+    def total(self) -> int:
+        return sum(each.kept + each.dropped for each in self.bins)
+
+
+_SHOWN = {
+    "num_words": ("words in a caption", ("text.min_words", "text.max_words")),
+    "regions_per_image": ("regions of an image", ()),
+    "area": ("mask area in pixels", ("masks.min_area_px",)),
+    "iou": ("IoU with the segmenter's mask", ("min_iou",)),
+    "verdict_margin": ("margin of the judge's verdict", ("min_verdict_margin",)),
+    "repeat_share": ("share of repeated 4-grams", ("text.max_repeat_share",)),
+}
+
+
+def distributions(catalog: Catalog, subset: str, config: BuildConfig) -> list[Distribution]:
+    """The distributions of a subset that has the numbers, with the thresholds of `config`."""
+    found = catalog.remember(
+        ("distributions", subset), lambda: {name: _bins(catalog, subset, name) for name in _SHOWN}
+    )
+    return [
+        Distribution(name, title, found[name], _lines(config, keys), name == "area")
+        for name, (title, keys) in _SHOWN.items()
+        if found[name]
+    ]
+
+
+def _lines(config: BuildConfig, keys: Sequence[str]) -> list[Line]:
+    values = {
+        key: config.masks.min_area_px if key == "masks.min_area_px" else THRESHOLDS[key].now(config)
+        for key in keys
+    }
+    return [Line(key, value) for key, value in values.items() if value is not None]
+
+
+def _bins(catalog: Catalog, subset: str, name: str) -> list[Bin]:
+    if name == "regions_per_image":
+        return _per_image(catalog, subset)
+    if name == "area":
+        rows = catalog.select(_counting("floor(log2(greatest(area, 1)))", "area"), subset=subset)
+        return _filled(rows, lambda i: 2.0**i)
+    low, high = 0.0, 1.0
+    if name in ("num_words", "verdict_margin"):
+        sql = f"SELECT min({name}), max({name}) FROM LEDGERS WHERE isfinite({name})"
+        low, high = catalog.select(sql, subset=subset)[0]
+        if low is None:
+            return []
+    whole = name == "num_words"
+    low = 0.0 if whole else math.floor(low)
+    step = max(1.0, math.ceil((high + 1 - low) / _BINS)) if whole else (max(1, math.ceil(high) - low)) / _BINS
+    last = math.ceil((high + whole - low) / step - 1e-9) - 1
+    place = f"least(floor(({name} - $low) / $step), $last)"
+    rows = catalog.select(_counting(place, name), {"low": low, "step": step, "last": last}, subset)
+    return _filled([*rows, (0, 0, 0), (last, 0, 0)] if rows else [], lambda i: low + i * step)
+
+
+def _counting(place: str, name: str) -> str:
+    """SQL for (bin, kept, not kept); what is no number is in no bin."""
+    return f"""
+        SELECT ({place})::BIGINT AS bin, count(*) FILTER (kept), count(*) FILTER (NOT kept)
+        FROM LEDGERS WHERE isfinite({name}::DOUBLE) GROUP BY bin ORDER BY bin"""
+
+
+def _per_image(catalog: Catalog, subset: str) -> list[Bin]:
+    """Images by their regions: kept ones, of those that have some; the rest is images that lost all."""
+    sql = """
+        SELECT declared, count(*) FILTER (kept > 0), count(*) FILTER (kept = 0) FROM (
+            SELECT count(region) AS declared, count(*) FILTER (kept) AS kept FROM LEDGERS GROUP BY unit, key
+        ) GROUP BY declared ORDER BY declared"""
+    rows = catalog.select(sql, subset=subset)
+    width = max(1, math.ceil((rows[-1][0] + 1) / _BINS)) if rows else 1
+    joined: dict[int, list[int]] = {}
+    for declared, kept, lost in rows:
+        tally = joined.setdefault(declared // width, [0, 0])
+        tally[0] += kept
+        tally[1] += lost
+    return _filled([(place, *counts) for place, counts in joined.items()], lambda i: float(i * width))
+
+
+def _filled(rows: Sequence[tuple[Any, ...]], edge: Any) -> list[Bin]:
+    if not rows:
+        return []
+    counts: dict[int, tuple[int, int]] = {}
+    for place, kept, dropped in rows:
+        counts.setdefault(place, (kept, dropped))
+    return [Bin(edge(i), edge(i + 1), *counts.get(i, (0, 0))) for i in range(min(counts), max(counts) + 1)]
+
+
+# Geometry.
+
+
+class Bar(NamedTuple):
+    """Rectangles of a bin, and what it says when it is pointed at."""
+
+    x: float
+    width: float
+    kept_y: float
+    kept_height: float
+    dropped_y: float
+    dropped_height: float
+    says: str
+
+
+class Tick(NamedTuple):
+    """A label at a place on the x axis."""
+
+    x: float
+    text: str
+
+
+class Chart(NamedTuple):
+    """A distribution, drawn. `most` is the count that the area is high."""
+
+    title: str
+    says: str
+    bars: list[Bar]
+    ticks: list[Tick]
+    lines: list[Tick]
+    most: int
+
+
+def chart(distribution: Distribution) -> Chart:
+    """Bars of kept below dropped, ticks, and the thresholds' lines where they are in the picture."""
+    bins = distribution.bins
+    most = max(each.kept + each.dropped for each in bins)
+    width = WIDTH / len(bins)
+    noun = "images" if distribution.name == "regions_per_image" else "regions"
+    bars = []
+    for number, (low, high, kept, dropped) in enumerate(bins):
+        up, down = HEIGHT * kept / most, HEIGHT * dropped / most
+        span = (
+            plain(low)
+            if high - low == 1 and low >= 0 and not distribution.octaves
+            else f"{_short(low)} to {_short(high)}"
+        )
+        says = f"{span}: {kept:,} {noun} kept, {dropped:,} dropped"
+        bars.append(Bar(number * width, max(1.0, width - 1), HEIGHT - up, up, HEIGHT - up - down, down, says))
+    every = max(1, math.ceil(len(bins) / 6))
+    edges = [*(each.low for each in bins), bins[-1].high]
+    ticks = [Tick(i * width, _short(edges[i])) for i in range(0, len(edges), every)]
+    lines = [
+        Tick(_place(bins, line.value, distribution.octaves) * WIDTH, f"{line.key} {plain(line.value)}")
+        for line in distribution.lines
+        if bins[0].low <= line.value <= bins[-1].high
+    ]
+    total = distribution.total
+    kept = sum(each.kept for each in bins)
+    ends = f"from {_short(edges[0])} to {_short(edges[-1])}"
+    says = f"{distribution.title}: {total:,} {noun}, {kept:,} of them kept, {ends}"
+    return Chart(distribution.title, says, bars, ticks, lines, most)
+
+
+def _place(bins: list[Bin], value: float, octaves: bool) -> float:
+    low, high = bins[0].low, bins[-1].high
+    if octaves:
+        return math.log2(max(value, 1) / low) / math.log2(high / low)
+    return (value - low) / (high - low)
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
+        if value >= size and value % size == 0:
+            return f"{value / size:g}{unit}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+class Curve(NamedTuple):
+    """A line over the steps of a run: SVG points, a colour, and where its axes begin and end."""
+
+    title: str
+    series: list[tuple[str, str, str]]
+    low: str
+    high: str
+    first: str
+    last: str
+    says: str
+
+
+def curve(title: str, series: dict[str, tuple[list[float], list[float]]], log: bool = False) -> Curve | None:
+    """Some series over steps, as (steps, values) by name; None if there is no number in them.
+
+    Args:
+        title: with the unit.
+        series: their names go into the legend.
+        log: a logarithmic axis; values that are not above 0 are left out.
+    """
+    clean = {
+        name: [
+            (step, value)
+            for step, value in zip(*pair, strict=True)
+            if math.isfinite(value) and (value > 0 or not log)
+        ]
+        for name, pair in series.items()
+    }
+    points = [point for pairs in clean.values() for point in pairs]
+    if not points:
+        return None
+    first, last = min(step for step, _ in points), max(step for step, _ in points)
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    scaled = math.log if log else float
+    spread = (scaled(high) - scaled(low)) or 1.0
+    drawn = []
+    for number, (name, pairs) in enumerate(clean.items()):
+        across = (WIDTH * (step - first) / ((last - first) or 1) for step, _ in pairs)
+        down = (HEIGHT * (1 - (scaled(value) - scaled(low)) / spread) for _, value in pairs)
+        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+        drawn.append((name, CURVES[number % len(CURVES)], places))
+    ends = ", ".join(f"{name} {pairs[-1][1]:.4g}" for name, pairs in clean.items() if pairs)
+    says = f"{title}, steps {first:,.0f} to {last:,.0f}; last: {ends}"
+    return Curve(title, drawn, f"{low:.3g}", f"{high:.3g}", f"{first:,.0f}", f"{last:,.0f}", says)
+
+
+CURVES = (plots.KEPT, "#D55E00", "#009E73", "#CC79A7", "#555555", "#56B4E9")
+"""Colours of curves, told apart by colour-blind eyes, too."""

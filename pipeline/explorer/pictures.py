@@ -1,0 +1,215 @@
+"""Photos of a corpus for the browser, drawn as everywhere: by `draw`, or as SVG with its colours and numbers.
+
+A photo is decoded and encoded anew, so what a browser gets is a JPEG of ours whatever the publisher's file
+holds, as stored: browsers would turn a photo by its EXIF orientation, and masks would not fit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline import draw, files, photos, plan, rle
+from pipeline.draw import Mark
+from pipeline.explorer.catalog import Catalog
+from schemas.errors import BadRecord, ParaCaptionError
+from schemas.reasons import Reason
+from schemas.records import Blob, Rle
+
+PHOTO_SIDE = 1600
+THUMB_SIDE = 480
+MOST_DRAWN = 12
+"""Masks on a thumbnail; more would hide the photo."""
+
+_KEPT_THUMBS = 400
+_THUMB_DISC = 14
+"""Radius in pixels; thumbnails are shown at about 300."""
+
+_SMALL = 400
+"""Side of the picture in which the places of numbers are looked for, in pixels."""
+
+
+class Layer(NamedTuple):
+    """A mask for the browser, in the photo's pixels.
+
+    Attributes:
+        region: its id.
+        path: outlines with their holes as an SVG path, for the even-odd rule.
+        color, halo: "#rrggbb" of the paint, and of the line around it that stands out from it.
+        opacity: of the paint.
+        x, y: centre of the number; None for an empty mask.
+    """
+
+    region: int
+    path: str
+    color: str
+    halo: str
+    opacity: float
+    x: int | None
+    y: int | None
+
+
+class Pictures:
+    """Photos and thumbnails of a corpus; for any number of threads, two of which decode at a time.
+
+    Args:
+        catalog: of the corpus.
+        shards: folder or fsspec URL that holds `<subset>/shards/`; default: the corpus.
+        max_pixels: larger photos are not decoded.
+    """
+
+    def __init__(self, catalog: Catalog, shards: str | None = None, max_pixels: int = 200_000_000):
+        self.catalog = catalog
+        self.shards = (shards or str(catalog.out)).rstrip("/")
+        self.max_pixels = max_pixels
+        self._decoding = threading.Semaphore(2)
+        self._thumb = lru_cache(_KEPT_THUMBS)(self._draw_thumb)
+
+    def photo(self, subset: str, key: str) -> bytes:
+        """The photo as a JPEG, at most `PHOTO_SIDE` pixels wide and high.
+
+        Raises:
+            ConfigError: there is no such image.
+            BadRecord: its photo is not there, or is none.
+        """
+        from PIL import Image
+
+        rows = self.catalog.image(subset, key)
+        with self._decoding:
+            picture = Image.fromarray(self.pixels(rows))
+            picture.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
+            return _jpeg(picture, 88)
+
+    def thumb(self, subset: str, key: str, regions: Sequence[int]) -> bytes:
+        """The photo with some of its masks as a JPEG, `THUMB_SIDE` pixels wide or high. Raises as `photo`."""
+        return self._thumb(self.catalog.version, subset, key, tuple(regions)[:MOST_DRAWN])
+
+    def _draw_thumb(self, _: object, subset: str, key: str, regions: tuple[int, ...]) -> bytes:
+        rows = self.catalog.image(subset, key)
+        with self._decoding:
+            pixels = self.pixels(rows)
+            wanted = [row for row in rows if row["region"] in regions and row["rle_counts"]]
+            marks = [mark for row in wanted if (mark := _mark(row)).rle.size == pixels.shape[:2]]
+            return _jpeg(draw.draw_masks(pixels, marks, THUMB_SIDE, _THUMB_DISC), 80)
+
+    def pixels(self, rows: list[dict[str, Any]]) -> np.ndarray:
+        """(H, W, 3) uint8 RGB of the image that some ledger rows are of.
+
+        Raises:
+            BadRecord: as `photo`.
+        """
+        blob = self._blob(rows)
+        try:
+            data = files.read(blob)
+        except OSError as error:
+            raise BadRecord(Reason.PHOTO_MISSING, f"{blob}: {error}") from error
+        return photos.decode(blob, data, self.max_pixels)
+
+    def _blob(self, rows: list[dict[str, Any]]) -> Blob:
+        """In the shard if a region of the image was kept, else where the plan found it."""
+        first = rows[0]
+        kept = next((row for row in rows if row["shard"]), None)
+        if kept is not None:
+            where = f"{self.shards}/{first['subset']}/{kept['shard']}"
+            return Blob(where, kept["photo_offset"], kept["photo_length"])
+        folder = self.catalog.out / first["subset"]
+        try:
+            entries = plan.load_plan(folder).read_unit(int(first["unit"].rpartition("-")[2]))
+        except (ParaCaptionError, ValueError) as error:
+            raise BadRecord(Reason.PHOTO_MISSING, f"{first['key']}: {error}") from error
+        found = next((entry.photo for entry in entries if entry.key == first["key"] and entry.photo), None)
+        if found is None:
+            raise BadRecord(Reason.PHOTO_MISSING, f"{first['key']}: no photo was found for it")
+        return found
+
+
+def layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
+    """The masks of one image as SVG, the largest first, so that smaller ones are painted over it.
+
+    Args:
+        regions: (id, mask); all of the same size. A mask has its id's colour, as on thumbnails.
+
+    Raises:
+        BadRecord: a mask cannot be read.
+    """
+    cv2: Any = importlib.import_module("cv2")
+    if not regions:
+        return []
+    height, width = regions[0][1].size
+    scale = min(1.0, _SMALL / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    paths: list[str] = []
+    areas: list[int] = []
+    small: list[np.ndarray] = []
+    for _, code in regions:
+        mask = rle.check(code.counts, code.size)
+        dense = rle.decode(mask.rle)
+        paths.append(_path(dense, mask.bbox, cv2))
+        areas.append(mask.area)
+        small.append(cv2.resize(dense * np.uint8(255), size, interpolation=cv2.INTER_AREA) > 127)
+    order, top = draw.stack(small, (size[1], size[0]))
+    places = draw.number_places(small, order, top, round(_SMALL / 20))
+    found = []
+    for i in sorted(range(len(regions)), key=lambda i: -areas[i]):
+        color = color_of(regions[i][0])
+        fill = draw.opacity(areas[i], height * width)
+        x, y = (round(v / scale) for v in places[i]) if i in places else _first_point(paths[i])
+        found.append(Layer(regions[i][0], paths[i], hexadecimal(color), halo_of(color), fill, x, y))
+    return found
+
+
+def color_of(region: int) -> tuple[int, int, int]:
+    """A region's colour on every page."""
+    return draw.PALETTE[region % len(draw.PALETTE)]
+
+
+def halo_of(color: tuple[int, int, int]) -> str:
+    """White or black, whichever stands out from the colour."""
+    return "#ffffff" if draw.is_dark(color) else "#000000"
+
+
+def hexadecimal(color: tuple[int, int, int]) -> str:
+    """As CSS has it: "#rrggbb"."""
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def outline(code: Rle) -> str:
+    """A mask as an SVG path. Raises as `layers`."""
+    mask = rle.check(code.counts, code.size)
+    return _path(rle.decode(mask.rle), mask.bbox, importlib.import_module("cv2"))
+
+
+def _path(dense: np.ndarray, bbox: tuple[int, int, int, int], cv2: Any) -> str:
+    x, y, w, h = bbox
+    crop = np.ascontiguousarray(dense[y : y + h, x : x + w])
+    contours, _ = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(x, y))
+    off_by = max(dense.shape) / PHOTO_SIDE  # of a pixel on the screen
+    parts = []
+    for contour in contours:
+        points = cv2.approxPolyDP(contour, off_by / 2, closed=True)[:, 0].tolist()
+        parts.append("M" + "L".join(f"{px}.5 {py}.5" for px, py in points) + "Z")
+    return "".join(parts)
+
+
+def _first_point(path: str) -> tuple[int | None, int | None]:
+    if not path:
+        return None, None
+    x, y = path[1:].partition("L")[0].removesuffix("Z").split(" ")
+    return int(float(x)), int(float(y))
+
+
+def _mark(row: dict[str, Any]) -> Mark:
+    code = rle.check(row["rle_counts"], (row["image_height"], row["image_width"])).rle
+    return Mark(code, "", color=color_of(row["region"]), number=row["region"])
+
+
+def _jpeg(picture: Any, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

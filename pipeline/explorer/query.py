@@ -1,0 +1,148 @@
+"""Which regions a page asks for: parsed from a URL, checked, and turned into a condition with parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlencode
+
+from schemas.errors import ConfigError
+from schemas.records import SCORES
+
+MEASURES = {
+    "area": "pixels of the mask",
+    "predicted_iou": "the publisher's estimate of the mask's quality, 0..1",
+    "stability_score": "the publisher's measure of the mask's stability, 0..1",
+    **SCORES,
+}
+"""Columns that can be filtered and sorted by, with their meanings."""
+
+OUTCOMES = ("", "kept", "dropped")
+CATEGORY = "coalesce(category, core_category)"
+"""The annotation's category, else the one named from the caption; as in `corpus`."""
+
+_TEXTS = ("subset", "category", "text", "outcome", "stage", "reason", "sort")
+_MAX_TEXT = 200
+_MAX_TERMS = 10
+_TERM = re.compile(r'"([^"]+)"|(\S+)')
+
+
+@dataclass(frozen=True)
+class Query:
+    """A choice of regions and an order of their images.
+
+    Attributes:
+        subset, category, stage, reason: equal to this; "" for any. Stage and reason are those of the drop.
+        text: terms that all occur in the caption, upper and lower case alike; "in quotes" for a phrase.
+        outcome: "kept", "dropped" or "" for both.
+        ranges: (measure, least, most), both inclusive, either may be None; a region without the number is
+            out.
+        sort: "" for the corpus's order; a measure for the lowest first, "-measure" for the highest first.
+    """
+
+    subset: str = ""
+    category: str = ""
+    text: str = ""
+    outcome: str = ""
+    stage: str = ""
+    reason: str = ""
+    ranges: tuple[tuple[str, float | None, float | None], ...] = ()
+    sort: str = ""
+
+    @classmethod
+    def parse(cls, params: Mapping[str, str]) -> Query:
+        """From a URL's parameters; others than ours are ignored.
+
+        Raises:
+            ConfigError: a value that no such field has.
+        """
+        values = {name: params.get(name, "").strip()[:_MAX_TEXT] for name in _TEXTS}
+        if values["outcome"] not in OUTCOMES:
+            raise ConfigError(f"outcome: {values['outcome']!r}; there are kept and dropped")
+        if values["sort"] and values["sort"].removeprefix("-") not in MEASURES:
+            raise ConfigError(
+                f"sort: {values['sort']!r}; there are {', '.join(MEASURES)}, or with a - before"
+            )
+        ranges = []
+        for name in MEASURES:
+            least, most = (_number(params, f"{name}.{end}") for end in ("min", "max"))
+            if least is not None or most is not None:
+                ranges.append((name, least, most))
+        return cls(**values, ranges=tuple(ranges))
+
+    def params(self) -> dict[str, str]:
+        """The URL's parameters that give this query."""
+        found = {name: getattr(self, name) for name in _TEXTS}
+        for name, least, most in self.ranges:
+            found |= {f"{name}.min": plain(least), f"{name}.max": plain(most)}
+        return {name: value for name, value in found.items() if value}
+
+    def url(self, **changes: str) -> str:
+        """The parameters as a URL has them, with some changed or added."""
+        return urlencode({name: value for name, value in {**self.params(), **changes}.items() if value})
+
+    def without(self, name: str) -> Query:
+        """The query with one field, or one measure's range, left out."""
+        if name in MEASURES:
+            return replace(self, ranges=tuple(each for each in self.ranges if each[0] != name))
+        return replace(self, **{name: ""})
+
+    def chips(self) -> list[tuple[str, str]]:
+        """(field, what it asks for) of every field that narrows the choice; for people."""
+        shown = [(name, f"{name}: {getattr(self, name)}") for name in _TEXTS[:-1] if getattr(self, name)]
+        for name, least, most in self.ranges:
+            low, high = plain(least), plain(most)
+            bounds = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
+            shown.append((name, f"{name.replace('_', ' ')}: {bounds}"))
+        return shown
+
+    def where(self) -> tuple[str, dict[str, Any]]:
+        """The condition on a ledger's rows in SQL, and its named parameters. The subset is not in it."""
+        terms, args = ["true"], {}
+        if self.category:
+            terms.append(f"lower({CATEGORY}) = lower($category)")
+            args["category"] = self.category
+        for number, term in enumerate(self.terms()):
+            terms.append(f"contains(lower(caption), lower($text{number}))")
+            args[f"text{number}"] = term
+        if self.outcome == "kept":
+            terms.append("kept")
+        elif self.outcome == "dropped":
+            terms.append("drop_reason IS NOT NULL")
+        for name in ("stage", "reason"):
+            if value := getattr(self, name):
+                terms.append(f"drop_{name} = ${name}")
+                args[name] = value
+        for name, least, most in self.ranges:
+            for sign, end, value in ((">=", "min", least), ("<=", "max", most)):
+                if value is not None:
+                    terms.append(f"{name} {sign} ${name}_{end}")
+                    args[f"{name}_{end}"] = value
+        return " AND ".join(terms), args
+
+    def terms(self) -> list[str]:
+        """The words and phrases of `text`."""
+        return [phrase or word for phrase, word in _TERM.findall(self.text)][:_MAX_TERMS]
+
+
+def plain(value: float | None) -> str:
+    """The shortest text that reads back as the same number; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+def _number(params: Mapping[str, str], name: str) -> float | None:
+    text = params.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigError(f"{name}: {text[:40]!r} is no number") from None
+    if not math.isfinite(value):
+        raise ConfigError(f"{name}: {text[:40]!r} is no number")
+    return value

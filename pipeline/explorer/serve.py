@@ -1,0 +1,55 @@
+"""Starts the explorer's server."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from pipeline.explorer.access import is_loopback
+from pipeline.explorer.server import Explorer, make_app
+from schemas.errors import ConfigError
+
+
+def serve(
+    out: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    token: str | None = None,
+    run: str | Path | None = None,
+    shards: str | None = None,
+    on_ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve the pages of a corpus until interrupted.
+
+    Args:
+        out: the corpus.
+        host: to bind to. Others than this machine's own need a token.
+        port: 0 for any that is free.
+        token: asked of every request; default: none on loopback, a random one elsewhere.
+        run: folder of a training run to show.
+        shards: folder or fsspec URL of the shards, if they are not in the corpus.
+        on_ready: called with the address to open, token included, when the server accepts connections.
+
+    Raises:
+        ConfigError: no corpus or run, or the port is taken.
+    """
+    if token is None and not is_loopback(host):
+        token = secrets.token_urlsafe(24)
+    if token is not None and len(token) < 8:
+        raise ConfigError("--token: give 8 characters or more, or leave it out to have one made")
+    app = make_app(Explorer(out, run, shards), token)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host.strip("[]"), port), family=family)
+    except OSError as error:
+        raise ConfigError(f"{host}:{port}: {error.strerror or error}; choose another --port") from error
+    with listening:
+        name = f"[{host.strip('[]')}]" if family == socket.AF_INET6 else host
+        query = "" if token is None else f"?token={token}"
+        on_ready(f"http://{name}:{listening.getsockname()[1]}/{query}")
+        config = uvicorn.Config(app, log_level="warning", server_header=False, access_log=False)
+        uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,335 @@
+"""The pages. Each is HTML that works without a script; `explorer.js` makes it quicker to use."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import jinja2
+from fastapi import FastAPI, Form, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+
+from pipeline import activity, corpus, plots
+from pipeline.explorer import charts, evidence, training, whatif
+from pipeline.explorer.access import Guard
+from pipeline.explorer.catalog import PAGE, Catalog, Place
+from pipeline.explorer.marks import KEPT, Marks, decision_of
+from pipeline.explorer.pictures import MOST_DRAWN, Pictures, color_of, halo_of, hexadecimal, layers, outline
+from pipeline.explorer.query import MEASURES, Query, plain
+from schemas.config import BuildConfig
+from schemas.errors import BadRecord, ConfigError, ParaCaptionError
+from schemas.records import Rle
+
+STATIC = {"explorer.css": "text/css", "explorer.js": "text/javascript", "icon.svg": "image/svg+xml"}
+_CACHE = {"Cache-Control": "private, max-age=300"}
+_PROTOCOLS = {
+    "caption": "captioner",
+    "verify_category": "judge",
+    "extract_category": "judge",
+    "agree_with_segmenter": "segmenter",
+}
+
+
+class Explorer:
+    """What the pages are made of.
+
+    Args:
+        out: the corpus.
+        run: folder of a training run, for its page.
+        shards: folder or fsspec URL of the shards, if they are not in the corpus.
+
+    Raises:
+        ConfigError: there is no corpus, or no run.
+    """
+
+    def __init__(self, out: str | Path, run: str | Path | None = None, shards: str | None = None):
+        self.catalog = Catalog(out)
+        self.config = corpus.read_config(out)
+        self.pictures = Pictures(self.catalog, shards, self.config.limits.max_pixels)
+        self.marks = Marks(self.catalog)
+        self.run = None if run is None else Path(run)
+        if self.run is not None:
+            training.read(self.run)
+        self.templates = templates()
+        self.templates.globals.update(explorer=self, subsets=self.catalog.subsets)
+
+    def html(self, template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
+        """A page."""
+        return HTMLResponse(self.templates.get_template(template).render(request=request, **values), status)
+
+    def overview(self) -> list[dict[str, Any]]:
+        """Of each subset its counts, the activity of its stages and its distributions."""
+        return [self.summary(name) for name in self.catalog.subsets()]
+
+    def summary(self, subset: str) -> dict[str, Any]:
+        """Of one subset."""
+        shown = charts.distributions(self.catalog, subset, self.config)
+        return {
+            "name": subset,
+            "counts": self.catalog.counts(subset),
+            "stages": stage_costs(self.catalog.out, subset, self.config),
+            "charts": [charts.chart(each) for each in shown],
+        }
+
+    def decisions(self, subset: str) -> list[tuple[str, int]]:
+        """The word "kept" and each "stage/reason" of a subset, with its regions."""
+        counts = self.catalog.counts(subset)
+        dropped = [(f"{s.stage}/{reason}", n) for s in counts.funnel for reason, n in s.reasons.items()]
+        return [(KEPT, counts.kept), *dropped]
+
+
+def templates() -> jinja2.Environment:
+    """Everything is escaped: captions and names come from models and strangers."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.explorer"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    made.filters |= {
+        "words": lambda name: str(name).replace("_", " "),
+        "number": lambda value: f"{value:,}",
+        "share": lambda part, whole: f"{part / whole:.1%}" if whole else "",
+        "score": lambda value: (
+            "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+        ),
+        "plain": plain,
+        "segment": lambda text: quote(str(text), safe=""),
+        "subset_title": plots.title_of,
+        "color": lambda region: hexadecimal(color_of(region)),
+        "halo": lambda region: halo_of(color_of(region)),
+        "decision": decision_of,
+    }
+    made.globals.update(
+        kept_color=plots.KEPT, dropped_color=plots.DROPPED, width=charts.WIDTH, height=charts.HEIGHT
+    )
+    return made
+
+
+def stage_costs(out: Path, subset: str, config: BuildConfig) -> list[dict[str, Any]]:
+    """What the event log says of each model stage: speed, and GPU seconds held and used."""
+    rows = []
+    for name, stage in activity.of_runs(out, subset).items():
+        protocol = _PROTOCOLS.get(name)
+        gpus = getattr(config, protocol).num_gpus if protocol else 0.0
+        rows.append(
+            {
+                "name": name,
+                "stage": stage,
+                "gpu_held_s": stage.alive_s * gpus,
+                "gpu_busy_s": stage.busy_s * gpus,
+            }
+        )
+    return rows
+
+
+def make_app(explorer: Explorer, token: str | None = None) -> Guard:
+    """The server's application, for uvicorn."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    catalog = explorer.catalog
+    static = {
+        name: resources.files("pipeline.explorer").joinpath("static", name).read_bytes() for name in STATIC
+    }
+
+    @app.exception_handler(ParaCaptionError)
+    def failed(request: Request, error: ParaCaptionError) -> HTMLResponse:
+        status = 404 if isinstance(error, ConfigError | BadRecord) else 500
+        return explorer.html("error.html", request, status, message=str(error))
+
+    @app.get("/")
+    def overview(request: Request) -> HTMLResponse:
+        return explorer.html("overview.html", request, parts=explorer.overview(), report=False)
+
+    @app.get("/static/{name}")
+    def fixed(name: str) -> Response:
+        if name not in static:
+            raise ConfigError("no such file")
+        return Response(static[name], media_type=STATIC[name], headers=_CACHE)
+
+    @app.get("/browse")
+    def browse(request: Request) -> HTMLResponse:
+        query = Query.parse(request.query_params)
+        after, before = (catalog.place_of(request.query_params.get(name, "")) for name in ("after", "before"))
+        page = catalog.page(query, after, before)
+        cards = [
+            (place, rows, thumb_url(place, rows))
+            for place, rows in zip(page.images, catalog.matching(page.images, query, MOST_DRAWN), strict=True)
+        ]
+        funnels = {name: catalog.counts(name).funnel for name in catalog.subsets()}
+        return explorer.html(
+            "browse.html",
+            request,
+            query=query,
+            page=page,
+            cards=cards,
+            funnels=funnels,
+            measures=MEASURES,
+            categories=catalog.categories(),
+            size=PAGE,
+        )
+
+    @app.get("/total")
+    def total(request: Request) -> PlainTextResponse:
+        regions, images = catalog.total(Query.parse(request.query_params))
+        return PlainTextResponse(f"{regions:,} regions of {images:,} images")
+
+    @app.get("/image/{subset}/{key}")
+    def image(request: Request, subset: str, key: str) -> HTMLResponse:
+        rows = catalog.image(subset, key)
+        query = Query.parse(request.query_params)
+        here = catalog.place_of(request.query_params.get("at", ""))
+        if here is None or here.key != key:
+            query = Query()
+            here = Place(subset, rows[0]["unit"], key, rows[0]["file_row_number"], 0)
+        earlier = catalog.page(query, before=here, limit=1).images
+        later = catalog.page(query, after=here, limit=1).images
+        size = (rows[0]["image_height"], rows[0]["image_width"])
+        masks = [(row["region"], Rle(size, row["rle_counts"])) for row in rows if row["rle_counts"]]
+        said = evidence.of_image(catalog.out, subset, rows)
+        drawn: list[Any] = []
+        predicted: dict[int, str] = {}
+        with contextlib.suppress(BadRecord):  # masks that cannot be read are listed without being drawn
+            drawn = layers(masks)
+            predicted = {region: outline(each.mask) for region, each in said.items() if each.mask}
+        return explorer.html(
+            "image.html",
+            request,
+            subset=subset,
+            key=key,
+            rows=rows,
+            query=query,
+            here=here,
+            earlier=earlier[0] if earlier else None,
+            later=later[0] if later else None,
+            layers=drawn,
+            numbers={layer.region: layer for layer in drawn},
+            evidence=said,
+            predicted=predicted,
+            marks=explorer.marks.of(subset, key),
+            measures=MEASURES,
+        )
+
+    @app.get("/photo/{subset}/{key}")
+    def photo(subset: str, key: str) -> Response:
+        return picture(lambda: explorer.pictures.photo(subset, key))
+
+    @app.get("/thumb/{subset}/{key}")
+    def thumb(subset: str, key: str, r: str = "") -> Response:
+        regions = [int(text) for text in r.split(",")[:MOST_DRAWN] if text.isdecimal() and len(text) < 10]
+        return picture(lambda: explorer.pictures.thumb(subset, key, regions))
+
+    @app.get("/whatif")
+    def what_if(request: Request) -> HTMLResponse:
+        return explorer.html("whatif.html", request, **compared(explorer, request))
+
+    @app.get("/whatif/result")
+    def what_if_result(request: Request) -> HTMLResponse:
+        return explorer.html("whatif_result.html", request, **compared(explorer, request))
+
+    @app.get("/review")
+    def review(request: Request) -> HTMLResponse:
+        return explorer.html("review.html", request, **reviewed(explorer, request))
+
+    @app.post("/marks")
+    def mark(
+        subset: str = Form(),
+        key: str = Form(),
+        region: int = Form(),
+        right: str = Form(),
+        back: str = Form(""),
+    ) -> Response:
+        words = {"right": True, "wrong": False, "none": None}
+        if right not in words:
+            raise ConfigError("a mark is right, wrong or none")
+        explorer.marks.set(subset, key, region, words[right])
+        if back == "":
+            return Response(status_code=204)
+        if back == "image":
+            return RedirectResponse(f"/image/{quote(subset, safe='')}/{quote(key, safe='')}", 303)
+        return RedirectResponse(f"/review?{urlencode({'subset': subset, 'decision': back})}", 303)
+
+    @app.get("/train")
+    def train(request: Request) -> HTMLResponse:
+        found = None if explorer.run is None else training.read(explorer.run)
+        return explorer.html("train.html", request, run=found)
+
+    @app.get("/train/picture/{number}")
+    def train_picture(number: int) -> Response:
+        if explorer.run is None:
+            raise ConfigError("no training run is given; see --run")
+        return Response(training.picture(explorer.run, number), media_type="image/jpeg", headers=_CACHE)
+
+    return Guard(app, token)
+
+
+def picture(make: Any) -> Response:
+    """A JPEG, or a line that says why there is none."""
+    try:
+        return Response(make(), media_type="image/jpeg", headers=_CACHE)
+    except ParaCaptionError as error:
+        return PlainTextResponse(f"{error}\n", 404)
+
+
+def thumb_url(place: Place, rows: list[dict[str, Any]]) -> str:
+    """Of a card: the photo with the regions that the query chose."""
+    regions = ",".join(str(row["region"]) for row in rows if row["region"] is not None)
+    return f"/thumb/{quote(place.subset, safe='')}/{quote(place.key, safe='')}?r={regions}"
+
+
+def compared(explorer: Explorer, request: Request) -> dict[str, Any]:
+    """What the thresholds in a URL do to each subset."""
+    given = {key: request.query_params.get(key, "").strip() for key in whatif.THRESHOLDS}
+    try:
+        values = {key: float(text) for key, text in given.items() if text}
+    except ValueError as error:
+        raise ConfigError(f"a threshold is a number: {error}") from error
+    wanted = whatif.change_config(explorer.config, values)
+    exact = "exact" in request.query_params
+    changes = {
+        name: whatif.compare(explorer.catalog, name, explorer.config, wanted, exact)
+        for name in explorer.catalog.subsets()
+    }
+    return {
+        "config": explorer.config,
+        "wanted": wanted,
+        "thresholds": whatif.THRESHOLDS,
+        "changes": changes,
+        "lines": whatif.lines(explorer.config, wanted),
+        "mixed": [
+            name for name in explorer.catalog.subsets() if len(explorer.catalog.counts(name).recipes) > 1
+        ],
+        "exact_url": "/whatif?" + urlencode({**{k: v for k, v in given.items() if v}, "exact": "1"}),
+    }
+
+
+def reviewed(explorer: Explorer, request: Request) -> dict[str, Any]:
+    """The next region to look at, and the precision so far."""
+    names = explorer.catalog.subsets()
+    subset = request.query_params.get("subset", names[0])
+    if subset not in names:
+        raise ConfigError(f"{subset[:40]!r}: no such subset")
+    decision = request.query_params.get("decision", KEPT)
+    skip_text = request.query_params.get("skip", "0")
+    skip = int(skip_text) if skip_text.isdecimal() and len(skip_text) < 7 else 0
+    found = explorer.marks.next_unmarked(subset, decision, skip)
+    row, near = None, []
+    if found is not None:
+        rows = explorer.catalog.image(subset, found[0])
+        row = next(row for row in rows if row["region"] == found[1])
+        near = evidence.of_image(explorer.catalog.out, subset, [row])
+    precisions, void = explorer.marks.precision()
+    return {
+        "subset": subset,
+        "decision": decision,
+        "decisions": {name: explorer.decisions(name) for name in names},
+        "row": row,
+        "evidence": near,
+        "skip": skip,
+        "precisions": precisions,
+        "void": void,
+        "measures": MEASURES,
+    }
