@@ -28,7 +28,7 @@ from model_training.toy_marks import examine
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs/train/tiny.yaml"
 FOLDER = ROOT / "out/toy"
-TRAINED, HELD_OUT = 6000, 250
+TRAINED, HELD_OUT = 10_000, 250
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},

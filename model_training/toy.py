@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 EASY = Options(
     canvas=((96, 96),),
-    unit_px=13.0,
-    shapes=("circle", "triangle", "cross", "ring", "bar"),
+    unit_px=16.0,
+    shapes=("circle", "triangle", "ring", "bar"),
     textures=("plain", "striped", "dotted"),
     turn_deg=10.0,
     noise=3.0,

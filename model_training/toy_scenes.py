@@ -38,8 +38,8 @@ _FRETTED = ("star", "cross", "heart")
 
 SPLITS = ("train", "heldout")
 
-_SPANS = {"small": (1.2, 1.45), "large": (2.4, 3.2)}
-_BAR_SPANS = {"small": (1.5, 1.85), "large": (3.2, 4.0)}
+_SPANS = {"small": (1.2, 1.45), "large": (2.1, 2.7)}
+_BAR_SPANS = {"small": (1.5, 1.85), "large": (2.8, 3.4)}
 """Across, in units. Nothing is drawn between small and large."""
 _BAND = 0.36  # thickness of rings and bars, in units
 _PERIOD = 0.4  # of a texture, in units
@@ -60,8 +60,8 @@ class Options:
 
     Attributes:
         canvas: (width, height) of the images in pixels; each image takes one of them.
-        unit_px: what sizes are measured in. A small thing is 1.2 to 1.45 units across, a large one 2.4 to
-            3.2, a bar or a ring is 0.36 thick.
+        unit_px: what sizes are measured in. A small thing is 1.2 to 1.45 units across, a large one 2.1 to
+            2.7, a bar or a ring is 0.36 thick.
         regions: fewest and most things in an image.
         sizes, textures, colours, shapes: those that occur.
         places: captions say in which ninth of the image the thing is.

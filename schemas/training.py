@@ -58,7 +58,10 @@ class Data(_Strict):
     max_tokens: PositiveInt = Field(default=4096, description="of a batch; the original's sequence length")
     max_examples: PositiveInt | None = Field(default=None, description="of a batch; none: what fits")
     regions_per_group: float = Field(
-        default=3.5, ge=1, description="regions of an example on average; the original's"
+        default=3.5, ge=1, description="an image with m regions is visited at most ceil(m / this) times"
+    )
+    group_sizes: Literal["varied", "even"] = Field(
+        default="varied", description="1 to 6 regions a visit; the original's are `even`: no more than 4"
     )
     caption_length: Literal["natural", "fixed"] = Field(
         default="natural", description="the original's; `fixed` fills up with eot, as decoding sees captions"

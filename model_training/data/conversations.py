@@ -87,7 +87,7 @@ class Conversations:
         """Changes when the items do."""
         return self.table.about["digest"]
 
-    def lengths(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def lengths(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of items before the first answer, and from it on: both (N,) int64."""
         rows = self.table.rows[items]
         return rows["prefix"].astype(np.int64), rows["answer"].astype(np.int64)

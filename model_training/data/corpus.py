@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from model_training import imaging
 from model_training.data.options import CorpusSource, DataOptions
-from model_training.data.order import group_size, num_groups
+from model_training.data.order import even_groups, keys_of, num_groups, varied_groups
 from model_training.data.table import Table, Writer, cached
 from pipeline import corpus, files, plan, reader
 from schemas import manifest as manifests
@@ -65,12 +65,21 @@ class _Unit(NamedTuple):
     manifest: Manifest
 
 
+class Place(NamedTuple):
+    """An item's image, which of its groups it is, and which of the image's shuffled regions are in it."""
+
+    image: int
+    group: int
+    regions: slice
+
+
 class Corpus:
     """The images of a corpus, and its items: groups of an image's regions, image after image."""
 
     def __init__(self, table: Table, out: str, options: DataOptions, processor: PerceptionDLMProcessor):
         self.table, self.out, self.options = table, out, options
         config = processor.config
+        self.num_prompts = config.num_prompts
         self.prefix_tokens = processor.prefix(0, 0).shape[1]
         self.view_tokens, self.region_tokens = config.tokens_per_tile, config.replay_tokens + 1
         self.item_image = np.memmap(table.folder / "item_image.bin", np.uint32, "r")
@@ -89,12 +98,25 @@ class Corpus:
         """Changes when the items do."""
         return self.table.folder.name
 
-    def lengths(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of items before their captions, and at most of the captions: both (N,) int64."""
-        image = self.table.rows[self.item_image[items]]
-        regions = image["regions"].astype(np.int64)
+    def groups(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where items' groups begin among their images' shuffled regions, and their sizes: both (N,) int64.
+
+        Args:
+            items: (N,); a group may be empty.
+            turns: (N,) the how manieth pass over the corpus it is.
+        """
+        image, group = self.item_image[items], self.item_group[items].astype(np.int64)
+        regions = self.table.rows["regions"][image].astype(np.int64)
         groups = num_groups(regions, self.options.regions_per_group)
-        size = group_size(regions, groups, self.item_group[items])
+        if self.options.group_sizes == "even":
+            return even_groups(regions, groups, group)
+        keys = keys_of(image, turns, self.options.seed, "groups")
+        return varied_groups(regions, groups, group, self.num_prompts, keys)
+
+    def lengths(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of items before their captions, and at most of the captions: both (N,) int64; 0 if empty."""
+        image = self.table.rows[self.item_image[items]]
+        _, size = self.groups(items, turns)
         views = image["views"].astype(np.int64)
         prefix = self.prefix_tokens + views * self.view_tokens + size * self.region_tokens
         longest, limit = image["longest"].astype(np.int64), self.options.caption_limit()
@@ -102,14 +124,12 @@ class Corpus:
             longest = np.full_like(longest, self.options.caption_slots)
         elif limit is not None:
             longest = np.minimum(longest, limit)
-        return prefix, size * (2 + longest)
+        return np.where(size > 0, prefix, 0), size * (2 + longest)
 
-    def place(self, item: int) -> tuple[int, int, int]:
-        """An item's image, which of its groups it is, and of how many."""
-        image = int(self.item_image[item])
-        regions = self.table.rows[image]["regions"]
-        groups = num_groups(np.asarray(regions, np.int64), self.options.regions_per_group)
-        return image, int(self.item_group[item]), int(groups)
+    def place(self, item: int, turn: int) -> Place:
+        """What an item is in some pass over the corpus."""
+        (start,), (size,) = self.groups(np.array([item]), np.array([turn]))
+        return Place(int(self.item_image[item]), int(self.item_group[item]), slice(start, start + size))
 
     def name(self, image: int) -> tuple[str, str]:
         """The image's shard, and its key."""

@@ -46,8 +46,11 @@ class DataOptions:
         packed: examples of a batch follow one another in one row, instead of a padded row each.
         max_tokens: of a batch, padding included.
         max_examples: of a batch; None: as many as fit.
-        regions_per_group: an image with m regions is visited ceil(m / this) times with about as many regions
-            each; 3.5 is the original's.
+        regions_per_group: an image with m regions is visited at most ceil(m / this) times; 3.5 is the
+            original's.
+        group_sizes: "varied": each visit has any number of regions, up to the model's prompts; or "even":
+            about as many each, as the original has it. A model captions no more regions together than it has
+            seen together, and with 3.5 an even group has at most 4.
         caption_length: "natural", as the original trains; or "fixed": filled up with eot to `caption_slots`,
             which is what decoding in slots of fixed length sees.
         caption_slots: of a caption, if fixed.
@@ -64,6 +67,7 @@ class DataOptions:
     max_tokens: int = 4096
     max_examples: int | None = None
     regions_per_group: float = 3.5
+    group_sizes: Literal["varied", "even"] = "varied"
     caption_length: Literal["natural", "fixed"] = "natural"
     caption_slots: int = 32
     max_caption_tokens: int | None = None

@@ -12,6 +12,7 @@ import numpy as np
 
 _ROUNDS = 4
 _GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
 
 
 def key_of(*parts: object) -> int:
@@ -54,20 +55,50 @@ def shuffled(size: int, *key: object) -> np.ndarray:
 
 
 def num_groups(regions: np.ndarray, regions_per_group: float) -> np.ndarray:
-    """How often images with so many regions are visited."""
+    """How often images with so many regions are visited, at most."""
     return np.ceil(regions / regions_per_group).astype(np.int64)
 
 
-def group_size(regions: np.ndarray, groups: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Regions of an image's group: sizes differ by one at most, larger ones first."""
-    return regions // groups + (group < regions % groups)
+def even_groups(regions: np.ndarray, groups: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where an image's group begins among its shuffled regions, and its size: (N,) each.
+
+    Sizes of an image differ by one at most, larger ones first.
+    """
+    size, larger = np.divmod(regions, groups)
+    return group * size + np.minimum(group, larger), size + (group < larger)
 
 
-def members(regions: int, groups: int, group: int, *key: object) -> list[int]:
-    """The regions of a group; all groups together have each region once."""
-    size, larger = divmod(regions, groups)
-    start = group * size + min(group, larger)
-    return shuffled(regions, *key)[start : start + size + (group < larger)].tolist()
+def varied_groups(
+    regions: np.ndarray, groups: np.ndarray, group: np.ndarray, most: int, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `even_groups`, but each group has any size from 1 to `most` that leaves enough for the others.
+
+    The regions may be used up before the last group: then it is empty.
+
+    Args:
+        regions: (N,) of each image; at most `most * groups`.
+        groups: (N,) into which they go.
+        group: (N,) which of them is asked for.
+        most: regions of a group.
+        keys: (N,) uint64, the same for all groups of an image.
+    """
+    start, size = np.zeros_like(regions), np.zeros_like(regions)
+    at = np.arange(len(regions))
+    for number in range(int(group.max(initial=-1)) + 1):
+        at = at[group[at] >= number]
+        start[at] += size[at]
+        left = regions[at] - start[at]
+        least = np.maximum(np.minimum(left, 1), left - most * (groups[at] - number - 1))
+        drawn = _mix(keys[at] + np.uint64((number + 1) * _GOLDEN & _MASK)) >> np.uint64(32)
+        choices = (np.minimum(left, most) - least + 1).astype(np.uint64)
+        size[at] = least + (drawn * choices >> np.uint64(32)).astype(np.int64)
+    return start, size
+
+
+def keys_of(numbers: np.ndarray, turns: np.ndarray, *key: object) -> np.ndarray:
+    """64 bits of a hash for each pair of numbers (N,): (N,) uint64."""
+    turned = _mix(turns.astype(np.uint64) + np.uint64(key_of(*key)))
+    return _mix(numbers.astype(np.uint64) * np.uint64(_GOLDEN) ^ turned)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def lengths(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def lengths(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Pick(NamedTuple):
@@ -81,11 +81,11 @@ class Mixture:
         return found
 
     def lengths(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens before the captions and at most of the captions: (N, 3) to two of (N,)."""
+        """Tokens before the captions and at most of them: (N, 3) to two of (N,); 0 for empty items."""
         prefix, captions = np.empty(len(picks), np.int64), np.empty(len(picks), np.int64)
         for number, source in enumerate(self.sources):
             here = np.flatnonzero(picks[:, 0] == number)
-            prefix[here], captions[here] = source.lengths(picks[here, 2])
+            prefix[here], captions[here] = source.lengths(picks[here, 2], picks[here, 1])
         return prefix, captions
 
 
@@ -133,7 +133,7 @@ class Plan:
 def _cut(
     mixture: Mixture, options: DataOptions, epoch: int, positions: range
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Picks (N, 3) of whole windows, and each one's batch in its window, (W, WINDOW); -1 past the end."""
+    """Picks (N, 3) of whole windows, and each one's batch in its window, (W, WINDOW); -1 if it is empty."""
     picks = mixture.locate(epoch, np.arange(positions.start, positions.stop))
     windows = -(-len(picks) // WINDOW)
     lengths = np.zeros((2, windows * WINDOW), np.int64)

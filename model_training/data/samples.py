@@ -13,7 +13,7 @@ from model_training.data import conversations
 from model_training.data.conversations import Conversations
 from model_training.data.corpus import Corpus, token_lists
 from model_training.data.options import DataOptions
-from model_training.data.order import members, shuffled
+from model_training.data.order import shuffled
 from model_training.data.plan import Pick
 from model_training.imaging import Runs
 from model_training.model import Images, Tokens
@@ -134,12 +134,12 @@ class BatchMaker:
 
     def _group(self, source: Corpus, pick: Pick, skipped: list[Skipped]) -> Sample | None:
         """A group of an image's regions; None if every caption of it is too long."""
-        image, group, groups = source.place(pick.item)
+        image, group, chosen = source.place(pick.item, pick.turn)
         sample, data = source.read(image)
         shard, key = source.name(image)
         seeds = (self.options.seed, pick.source, pick.turn, sample.subset, key)
-        chosen = members(len(sample.regions), groups, group, *seeds)
-        regions = [sample.regions[number] for number in chosen]
+        order = shuffled(len(sample.regions), *seeds)
+        regions = [sample.regions[number] for number in order[chosen]]
         captions = token_lists(self.processor, [region.caption for region in regions])
         kept = self._short_enough(regions, captions, f"{shard}: {key}", skipped)
         if not kept:

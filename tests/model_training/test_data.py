@@ -18,7 +18,7 @@ from PIL import Image
 from model_training.convert import convert
 from model_training.data import CorpusSource, TrainBatch, Workers
 from model_training.data.corpus import token_lists
-from model_training.data.order import Permutation, members, num_groups
+from model_training.data.order import Permutation, even_groups, keys_of, num_groups, varied_groups
 from model_training.data.plan import cut_packed, cut_padded
 from model_training.processing import PerceptionDLMProcessor
 from pipeline import reader
@@ -61,13 +61,36 @@ def test_a_permutation_has_each_number_once(size: int, key: int):
 
 
 @given(regions=st.integers(1, 200), per_group=st.sampled_from([1, 2, 3.5, 5, 6]), key=st.integers(0, 99))
-def test_groups_have_each_region_once_and_even_sizes(regions: int, per_group: float, key: int):
-    groups = int(num_groups(np.array(regions), per_group))
-    parts = [members(regions, groups, group, key) for group in range(groups)]
-    sizes = [len(part) for part in parts]
-    assert groups == math.ceil(regions / per_group)
-    assert sorted(each for part in parts for each in part) == list(range(regions))
-    assert max(sizes) - min(sizes) <= 1 and 1 <= min(sizes) and max(sizes) <= 6
+def test_groups_have_each_region_once(regions: int, per_group: float, key: int):
+    total = math.ceil(regions / per_group)
+    every, groups = np.full(total, regions), num_groups(np.full(total, regions), per_group)
+    numbers = np.arange(total)
+    keys = keys_of(np.full(total, 7), np.full(total, key), "a")
+    assert groups[0] == total
+    for start, size in (
+        even_groups(every, groups, numbers),
+        varied_groups(every, groups, numbers, 6, keys),
+    ):
+        parts = zip(start.tolist(), size.tolist(), strict=True)
+        assert [each for first, many in parts for each in range(first, first + many)] == list(range(regions))
+        assert max(size) <= 6
+    _, size = even_groups(every, groups, numbers)
+    assert max(size) - min(size) <= 1 and min(size) >= 1
+
+
+def test_varied_groups_have_every_size_and_are_others_in_every_pass():
+    images = np.repeat(np.arange(500), 2)
+    number = np.tile([0, 1], 500)
+    seen = []
+    for turn in (0, 1):
+        keys = keys_of(images, np.full(1000, turn), 3)
+        start, size = varied_groups(np.full(1000, 6), np.full(1000, 2), number, 6, keys)
+        first, second = size.reshape(-1, 2).T
+        assert (first + second == 6).all() and (start[1::2] == first).all()
+        counts = np.bincount(first, minlength=7)
+        assert counts[0] == 0 and counts[1:].min() > 50
+        seen.append(first)
+    assert (seen[0] != seen[1]).mean() > 0.7
 
 
 @given(
@@ -208,7 +231,7 @@ def test_the_count_of_batches_is_kept_for_the_next_start(corpus: Path, monkeypat
 
 def test_a_state_of_other_data_or_options_is_refused(corpus: Path):
     state = loader(corpus).state_dict()
-    for options in ({"seed": 1}, {"packed": False}, {"regions_per_group": 2.0}):
+    for options in ({"seed": 1}, {"packed": False}, {"regions_per_group": 2.0}, {"group_sizes": "even"}):
         with pytest.raises(IntegrityError, match="start a new run"):
             loader(corpus, **options).load_state_dict(state)
 
@@ -290,7 +313,7 @@ def test_captions_of_fixed_length_fill_their_slots_with_eot(corpus: Path):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_batches_keep_to_the_budget(corpus: Path, packed: bool):
-    for budget in (250, 600, 2000):
+    for budget in (300, 600, 2000):
         batches = list(loader(corpus, packed=packed, max_tokens=budget))
         assert all(batch.tokens.ids_BL.numel() <= budget for batch in batches)
     assert max(len(batch.keys) for batch in batches) > 3
