@@ -1,8 +1,7 @@
-"""The command line: thin over the flows. Only this file and `views` print."""
+"""The command line: thin over the flows. Only this file, `cli_evaluate` and `views` print."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 import flows  # noqa: F401 - switches telemetry off before prefect and ray are imported
-from flows import views
+from flows import cli_evaluate, views
 from schemas.errors import ConfigError, ParaCaptionError
 
 if TYPE_CHECKING:
@@ -108,6 +107,7 @@ def show(out: Out, key: str, picture: Annotated[Path, typer.Option("--out", help
     draw.show(out, key, picture)
     print(picture)
 
+
 @app.command()
 def explore(
     out: Out,
@@ -138,7 +138,6 @@ def report(
     from pipeline.explorer import report as reporting
 
     print(reporting.write(out, to))
-
 
 
 @app.command()
@@ -249,7 +248,7 @@ def train(
     from pipeline.config_file import load_training
 
     loaded = load_training(config)
-    _quiet_prefect()
+    views.quiet_prefect()
     from flows import train as flow
     from flows import watch
 
@@ -348,6 +347,11 @@ def caption(
         print(path)
 
 
+app.command()(cli_evaluate.evaluate)
+app.command()(cli_evaluate.profile)
+app.add_typer(cli_evaluate.benchmark, name="benchmark")
+
+
 @app.command()
 def export(
     out: Out,
@@ -401,28 +405,35 @@ def demo(
 @app.command()
 def config(
     training: Annotated[bool, typer.Option("--training", help="Of `train` instead of `build`.")] = False,
+    evaluation: Annotated[bool, typer.Option("--evaluation", help="Of `evaluate`.")] = False,
 ) -> None:
     """Print every key of the configuration with its default and the reason for it."""
     from pipeline.config_file import describe
     from schemas.config import BuildConfig
+    from schemas.evaluation import EvaluateConfig
     from schemas.training import TrainConfig
 
-    print(describe(TrainConfig if training else BuildConfig))
+    if training and evaluation:
+        raise ConfigError("config: either --training or --evaluation")
+    kind = TrainConfig if training else EvaluateConfig if evaluation else BuildConfig
+    print(describe(kind))
 
 
 @app.command()
 def deploy(
     name: Annotated[str, typer.Option(help="Name of the deployment.")] = "corpus",
 ) -> None:
-    """Serve build and training to a Prefect server (PREFECT_API_URL): launched there, parameters checked."""
+    """Serve the flows to a Prefect server (PREFECT_API_URL): launched there, parameters checked."""
     if not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
     from prefect import serve
 
     from flows.build import build_corpus
+    from flows.evaluate import evaluate_captioner
     from flows.train import train_captioner
 
-    serve(build_corpus.to_deployment(name), train_captioner.to_deployment(name))
+    all_flows = (build_corpus, train_captioner, evaluate_captioner)
+    serve(*(flow.to_deployment(name) for flow in all_flows))
 
 
 def _build(
@@ -431,7 +442,7 @@ def _build(
     limit_images: int | None = None,
     retry_failed: bool = False,
 ) -> None:
-    _quiet_prefect()
+    views.quiet_prefect()
     from flows import build as flow
     from flows import watch
 
@@ -439,21 +450,6 @@ def _build(
         watch.watcher.set(view.show)
         flow.build_corpus(loaded, ray_address, limit_images, retry_failed)
     inspect(Path(loaded.out))
-
-
-def _quiet_prefect() -> None:
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-    import prefect  # noqa: F401 - sets its loggers up
-
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether Prefect says more than that an error is on its way to `main`, which prints it."""
-    if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
-        return False
-    return "Finished in state Failed" not in record.getMessage()
 
 
 def main() -> None:

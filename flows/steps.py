@@ -1,5 +1,7 @@
 """A task of our flows: nothing is cached, since what is done is known from files, and a retry resumes."""
 
+import base64
+from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -15,3 +17,10 @@ def _can_retry(_task: Any, _run: Any, state: Any) -> bool:
 
 
 step = task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 60], retry_condition_fn=_can_retry)
+
+
+def embedded(picture: Path) -> str:
+    """A picture in Markdown that needs no server of files."""
+    kind = "jpeg" if picture.suffix == ".jpg" else "png"
+    data = base64.b64encode(picture.read_bytes()).decode()
+    return f"![{picture.stem}](data:image/{kind};base64,{data})"

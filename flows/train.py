@@ -3,7 +3,6 @@
 Annotations are evaluated, as in `build`.
 """
 
-import base64
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows import watch
-from flows.steps import step
+from flows.steps import embedded, step
 from schemas.training import TrainConfig
 
 _LOOK_EVERY_S = 30.0
@@ -73,7 +72,7 @@ def publish_curves(config: TrainConfig) -> None:
 
     out = Path(config.out)
     curves.draw({out.name: out}, out / "loss.png")
-    create_markdown_artifact(key="training-loss", markdown=f"# {out}\n\n{_embedded(out / 'loss.png')}\n")
+    create_markdown_artifact(key="training-loss", markdown=f"# {out}\n\n{embedded(out / 'loss.png')}\n")
     rows = [
         {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
         for record in journal.read(out)[-1:]
@@ -95,13 +94,6 @@ def evaluate(config: TrainConfig, model: str) -> dict[str, Any]:
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in summary._asdict().items()
     ]
-    lines += ["", *(_embedded(picture) for picture in pictures)]
+    lines += ["", *(embedded(picture) for picture in pictures)]
     create_markdown_artifact(key="sample-captions", markdown="\n".join(lines))
     return summary._asdict()
-
-
-def _embedded(picture: Path) -> str:
-    """A picture in Markdown that needs no server of files."""
-    kind = "jpeg" if picture.suffix == ".jpg" else "png"
-    data = base64.b64encode(picture.read_bytes()).decode()
-    return f"![{picture.stem}](data:image/{kind};base64,{data})"

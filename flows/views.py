@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from schemas.errors import ParaCaptionError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +35,50 @@ def counting(title: str) -> Iterator[Callable[[int], None]]:
             bar.update(task, completed=done, rate=f"{done / (time.monotonic() - start + 1e-9):,.0f}/s")
 
         yield show
+
+
+@contextmanager
+def counting_parts() -> Iterator[Callable[[str, int, int], None]]:
+    """A line on the terminal for each kind of work: how much of how much is done; nothing on a log file."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def show_row(row: Any) -> None:
+    """A measurement of `profile`, as soon as it is there."""
+    print(
+        f"{row.study:<12} {row.mode:<10} regions {row.regions}  length {row.length}  steps {row.steps}  "
+        f"forwards {row.forwards:.1f}  tokens/forward {row.tokens_per_forward:.1f}  {row.seconds:.4f} s",
+        file=sys.stderr,
+    )
+
+
+def quiet_prefect() -> None:
+    """Prefect says what goes wrong; what a command prints anyway it says to nobody."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    import prefect  # noqa: F401 - sets its loggers up
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Prefect says more than that an error is on its way to `main`, which prints it."""
+    if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
+        return False
+    return "Finished in state Failed" not in record.getMessage()
 
 
 class TrainingView:

@@ -14,3 +14,6 @@ watcher: ContextVar[Callable[[Progress], None]] = ContextVar("watcher", default=
 
 trainer: ContextVar[Callable[[dict[str, Any]], None]] = ContextVar("trainer", default=lambda _: None)
 """Called with each step's record of the training."""
+
+counter: ContextVar[Callable[[str, int, int], None]] = ContextVar("counter", default=lambda *_: None)
+"""Called with what is being done, how much of it is done, and of how much."""

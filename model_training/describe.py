@@ -92,7 +92,7 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
     Raises:
         ConfigError: no such model, device or type, or torch is not installed.
     """
-    _check_folder(Path(folder))
+    check_folder(Path(folder))
     try:
         import torch
         from transformers.utils import logging
@@ -119,7 +119,12 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
     return Loaded(model.to(place).eval(), processor)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse what is not the folder of a saved model.
+
+    Raises:
+        ConfigError: names the file and the mend.
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"{config}: no such file; give the folder of a saved model")

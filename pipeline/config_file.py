@@ -11,9 +11,13 @@ from pydantic import BaseModel, ValidationError
 from pipeline import files
 from schemas.config import Backend, BuildConfig
 from schemas.errors import ConfigError
+from schemas.evaluation import EvaluateConfig, Judge
 from schemas.training import TrainConfig
 
-_Config = TypeVar("_Config", BuildConfig, TrainConfig)
+_Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
+
+_FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " --evaluation"}
+"""Of the command that prints a configuration's keys."""
 
 _PATHS = {"coconut": ("annotations", "photos", "labels", "categories"), "sa1b": ("paths",)}
 
@@ -48,6 +52,37 @@ def load_training(path: str | Path) -> TrainConfig:
     return TrainConfig.model_validate(values)
 
 
+def load_evaluation(path: str | Path) -> EvaluateConfig:
+    """Read the configuration of an evaluation, likewise; `model` and `path` among options are paths, too."""
+    config, root = _read(Path(path), EvaluateConfig), Path(path).parent.resolve()
+    values = config.model_dump()
+    values["out"] = _absolute(values["out"], root)
+    for bench in values["benchmarks"]:
+        bench["folder"] = _absolute(bench["folder"], root)
+        bench["photos"] = _absolute(bench["photos"], root)
+    values["toy"] = _absolute(values["toy"], root)
+    if values["profile"]:
+        values["profile"]["scenes"] = _absolute(values["profile"]["scenes"], root)
+    values["captioner"]["options"] = _local_options(values["captioner"], root)
+    if values["judge"]:
+        values["judge"]["options"] = _local_options(values["judge"], root)
+    _refuse_url(values["out"])
+    return EvaluateConfig.model_validate(values)
+
+
+def load_judge(path: str | Path) -> Judge:
+    """Read a judge's `name` and `options` from a file of their own, likewise."""
+    judge, root = _read(Path(path), Judge), Path(path).parent.resolve()
+    return judge.model_copy(update={"options": _local_options(judge.model_dump(), root)})
+
+
+def _local_options(backend: dict[str, Any], root: Path) -> dict[str, Any]:
+    """A backend's options with their paths seen from `root`; a server's model is a name, and no path."""
+    paths = () if backend["name"] == "openai" else ("model", "path")
+    options = backend["options"]
+    return options | {name: _absolute(options[name], root) for name in paths if name in options}
+
+
 def _read(path: Path, kind: type[_Config]) -> _Config:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -60,7 +95,7 @@ def _read(path: Path, kind: type[_Config]) -> _Config:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        shown = "paracaption config" + (" --training" if kind is TrainConfig else "")
+        shown = "paracaption config" + _FLAGS.get(kind, "")
         lines = [
             f"{path}: {'.'.join(map(str, e['loc'])) or 'config'}: {_mend(e, shown)}" for e in error.errors()
         ]

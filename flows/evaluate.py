@@ -1,0 +1,148 @@
+"""A captioner in numbers: captions of the benchmarks, a judge's answers, marks, cost; and what came before.
+
+    OUT/
+        LABEL/BENCHMARK/     what model_training/benchmarks/examine.py writes, and page.html
+        LABEL/toy.json       exact captions and leakage on a toy world
+        LABEL/profile/       rows, table and plot of what captioning costs
+        history.jsonl        a line for each evaluation of each label
+
+Annotations are evaluated, as in `build`.
+"""
+
+import datetime
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from flows import watch
+from flows.steps import embedded, step
+from schemas.evaluation import Bench, EvaluateConfig
+
+HISTORY = "history.jsonl"
+
+
+@flow(name="evaluate-captioner", log_prints=False)
+def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
+    """A captioner in, its numbers out.
+
+    Args:
+        config: who is examined, by whom, and on what.
+
+    Returns:
+        The line that history.jsonl got.
+    """
+    found: dict[str, Any] = {"benchmarks": []}
+    for bench in config.benchmarks:
+        write_captions(config, bench)
+        if config.judge:
+            ask_judge(config, bench)
+        found["benchmarks"].append(mark(config, bench))
+    if config.toy:
+        found["toy"] = compare_with_truth(config)
+    if config.profile:
+        found["profile"] = measure_cost(config)
+    return remember(config, found)
+
+
+@step
+def write_captions(config: EvaluateConfig, bench: Bench) -> None:
+    """Caption the images that have no captions yet."""
+    from model_training.benchmarks import examine
+
+    examine.caption(bench, config.backend(), _folder(config, bench), watch.counter.get())
+
+
+@step
+def ask_judge(config: EvaluateConfig, bench: Bench) -> None:
+    """Have the questions answered that have no answer yet."""
+    from model_training.benchmarks import examine
+
+    assert config.judge
+    examine.judge(bench, config.judge, _folder(config, bench), watch.counter.get())
+
+
+@step
+def mark(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
+    """Score the answers; details, summary and page in the benchmark's folder."""
+    from model_training.benchmarks import examine, page
+
+    folder = _folder(config, bench)
+    result = examine.to_plain(examine.score(bench, config.judge, folder))
+    page.write(bench, config.label, folder)
+    rows = [{"number": name, "value": value} for name, value in _flat(result).items()]
+    create_table_artifact(key=_artifact("marks", config.label, bench.name), table=rows)
+    return result
+
+
+@step
+def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
+    """On a toy world's held-out scenes: captions that say the whole truth, and what is a neighbour's."""
+    from model_training import describe, regions, toy_marks
+    from model_training.benchmarks import captioners, lines
+
+    assert config.toy
+    model, processor = describe.load(config.captioner.options["model"])
+    options = captioners.decode_options(config.backend())
+    scenes = list(regions.scenes(config.toy))
+    found = {
+        name: toy_marks.examine(model, processor, scenes, options, together)._asdict()
+        for name, together in (("parallel", None), ("one by one", 1))
+    }
+    for each in found.values():
+        del each["predicted"]
+    out = Path(config.out) / config.label
+    out.mkdir(parents=True, exist_ok=True)
+    lines.write_json(out / "toy.json", found)
+    return found
+
+
+@step
+def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
+    """Latency against regions and all else that the paper's figures show."""
+    from model_training import profile
+
+    assert config.profile
+    folder = Path(config.out) / config.label / "profile"
+    rows = profile.profile(config.captioner.options["model"], config.profile, folder)
+    picture = embedded(folder / profile.PLOT)
+    markdown = f"# {config.label}\n\n{picture}\n\n{profile.table(rows)}"
+    create_markdown_artifact(key=_artifact("profile", config.label), markdown=markdown)
+    seconds = {f"{row.mode} {row.regions}": row.seconds for row in rows if row.study == "regions"}
+    return {"seconds": seconds, "device": rows[0].device}
+
+
+@step
+def remember(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """Add a line to the history; the model, the judge and the release are in it."""
+    from model_training.benchmarks import captioners, judges, lines
+    from schemas.config import Backend
+
+    judge = config.judge and judges.identity(Backend(name=config.judge.name, options=config.judge.options))
+    record = {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "label": config.label,
+        "release": importlib.metadata.version("paracaption"),
+        "captioner": captioners.identity(config.backend()),
+        "judge": judge,
+        **found,
+    }
+    with lines.appending(Path(config.out) / HISTORY) as file:
+        lines.append(file, record)
+    return record
+
+
+def _folder(config: EvaluateConfig, bench: Bench) -> Path:
+    return Path(config.out) / config.label / bench.name
+
+
+def _flat(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != "quality"} | result["quality"]
+
+
+def _artifact(*parts: str) -> str:
+    """A key as Prefect wants it: lower case, digits and dashes."""
+    text = "-".join(parts).lower()
+    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text)
