@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from model_training.benchmarks.protocol import MAX_TOKENS
@@ -23,6 +24,9 @@ from schemas.reasons import Reason
 
 if TYPE_CHECKING:
     from pipeline.models.engine import Engine
+
+COMPACT = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
+"""Of the engine: a small model that may put any white space into its JSON never comes to the end of it."""
 
 _LEAST_PX = 56
 """A region's box is taken to be at least so large before its surroundings are cut out with it."""
@@ -89,6 +93,7 @@ def load(backend: Backend) -> BenchJudge:
     if backend.name != "vllm":
         return ServedChat(backend)
     options = vllm_judge.read(backend.options)
+    options = msgspec.structs.replace(options, engine={**COMPACT, **options.engine})
     folder = weights.folder(options.model, "judge.options.model")
     return VllmChat(vllm_judge.start(folder, options), options.max_in_flight)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from model_training.benchmarks.judges import COMPACT
 from tests.tiny.qwen3 import write_qwen3
 
 ENGINE = {
@@ -12,6 +13,7 @@ ENGINE = {
     "max_num_seqs": 32,
     "block_size": 32,
     "max_model_len": 3072,
+    **COMPACT,
 }
 
 
