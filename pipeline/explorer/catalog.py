@@ -7,6 +7,7 @@ reads the ledgers around its place and no others; an order by a score is one pas
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -18,7 +19,7 @@ import duckdb
 
 from pipeline import corpus, reader
 from pipeline.explorer.query import CATEGORY, Query
-from schemas.errors import ConfigError, IntegrityError
+from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 
 T = TypeVar("T")
 
@@ -270,14 +271,19 @@ class Catalog:
 
         return self.remember(("total", where, tuple(args.items()), query.subset), counted)
 
-    def categories(self, most: int = 200) -> list[str]:
-        """The most frequent ones."""
-        sql = f"""
-            SELECT {CATEGORY} AS name, count(*) FROM LEDGERS WHERE name IS NOT NULL
-            GROUP BY name ORDER BY 2 DESC, 1"""
-        return self.remember(
-            ("categories", most), lambda: [name for name, _ in self.select(f"{sql} LIMIT {most:d}")]
-        )
+    def categories(self) -> list[str]:
+        """The most frequent ones of what is kept, as far as the corpus's statistics list them."""
+
+        def listed() -> list[str]:
+            with contextlib.suppress(ParaCaptionError):
+                subsets = corpus.read_summary(self.out).subsets.values()
+                ranked = sorted(
+                    (pair for each in subsets for pair in each.categories), key=lambda pair: -pair[1]
+                )
+                return list(dict.fromkeys(name for name, _ in ranked if name))
+            return []  # not merged yet
+
+        return self.remember("categories", listed)
 
     # Images.
 

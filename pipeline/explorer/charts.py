@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from pipeline import plots
 from pipeline.explorer.catalog import Catalog
@@ -68,13 +68,11 @@ _SHOWN = {
 
 def distributions(catalog: Catalog, subset: str, config: BuildConfig) -> list[Distribution]:
     """The distributions of a subset that has the numbers, with the thresholds of `config`."""
-    found = catalog.remember(
-        ("distributions", subset), lambda: {name: _bins(catalog, subset, name) for name in _SHOWN}
-    )
+    found = catalog.remember(("distributions", subset), lambda: _bins(catalog, subset))
     return [
         Distribution(name, title, found[name], _lines(config, keys), name == "area")
         for name, (title, keys) in _SHOWN.items()
-        if found[name]
+        if found.get(name)
     ]
 
 
@@ -86,57 +84,66 @@ def _lines(config: BuildConfig, keys: Sequence[str]) -> list[Line]:
     return [Line(key, value) for key, value in values.items() if value is not None]
 
 
-def _bins(catalog: Catalog, subset: str, name: str) -> list[Bin]:
-    if name == "regions_per_image":
-        return _per_image(catalog, subset)
-    if name == "area":
-        rows = catalog.select(_counting("floor(log2(greatest(area, 1)))", "area"), subset=subset)
-        return _filled(rows, lambda i: 2.0**i)
-    low, high = 0.0, 1.0
-    if name in ("num_words", "verdict_margin"):
-        sql = f"SELECT min({name}), max({name}) FROM LEDGERS WHERE isfinite({name})"
-        low, high = catalog.select(sql, subset=subset)[0]
-        if low is None:
-            return []
-    whole = name == "num_words"
-    low = 0.0 if whole else math.floor(low)
-    step = max(1.0, math.ceil((high + 1 - low) / _BINS)) if whole else (max(1, math.ceil(high) - low)) / _BINS
-    last = math.ceil((high + whole - low) / step - 1e-9) - 1
-    place = f"least(floor(({name} - $low) / $step), $last)"
-    rows = catalog.select(_counting(place, name), {"low": low, "step": step, "last": last}, subset)
-    return _filled([*rows, (0, 0, 0), (last, 0, 0)] if rows else [], lambda i: low + i * step)
+_FINE = {
+    "num_words": ("num_words", 1.0),
+    "area": ("log2(greatest(area, 1))", 1.0),
+    "iou": ("iou * 40", 0.025),
+    "repeat_share": ("repeat_share * 40", 0.025),
+    "verdict_margin": ("4 * greatest(-1000, least(1000, verdict_margin))", 0.25),
+}
+"""The number of a narrow bin in SQL, and its width; narrow bins are joined until there are few enough."""
+
+_SHARES = ("iou", "repeat_share")
+
+Tally = dict[int, tuple[int, int]]
+"""(kept, dropped) by bin."""
 
 
-def _counting(place: str, name: str) -> str:
-    """SQL for (bin, kept, not kept); what is no number is in no bin."""
-    return f"""
-        SELECT ({place})::BIGINT AS bin, count(*) FILTER (kept), count(*) FILTER (NOT kept)
-        FROM LEDGERS WHERE isfinite({name}::DOUBLE) GROUP BY bin ORDER BY bin"""
-
-
-def _per_image(catalog: Catalog, subset: str) -> list[Bin]:
-    """Images by their regions: kept ones, of those that have some; the rest is images that lost all."""
+def _bins(catalog: Catalog, subset: str) -> dict[str, list[Bin]]:
+    """All of a subset's, in one pass for the scores and one for the images."""
+    counted = ", ".join(
+        f"histogram(floor({place})::INT) FILTER (isfinite({name}::DOUBLE))"
+        for name, (place, _) in _FINE.items()
+    )
+    rows = catalog.select(f"SELECT kept, {counted} FROM LEDGERS GROUP BY kept", subset=subset)
+    found: dict[str, list[Bin]] = {}
+    for number, (name, (_, width)) in enumerate(_FINE.items(), 1):
+        kept, dropped = (
+            {place: n for row in rows if row[0] is side for place, n in (row[number] or {}).items()}
+            for side in (True, False)
+        )
+        tally = {place: (kept.get(place, 0), dropped.get(place, 0)) for place in {*kept, *dropped}}
+        if name in _SHARES and tally:
+            ones = tally.pop(40, (0, 0))  # 1 itself is in the last bin
+            last = tally.get(39, (0, 0))
+            tally |= {0: tally.get(0, (0, 0)), 39: (last[0] + ones[0], last[1] + ones[1])}
+        found[name] = _joined(tally, width) if name != "area" else _filled(tally, lambda i: 2.0**i)
     sql = """
         SELECT declared, count(*) FILTER (kept > 0), count(*) FILTER (kept = 0) FROM (
-            SELECT count(region) AS declared, count(*) FILTER (kept) AS kept FROM LEDGERS GROUP BY unit, key
-        ) GROUP BY declared ORDER BY declared"""
-    rows = catalog.select(sql, subset=subset)
-    width = max(1, math.ceil((rows[-1][0] + 1) / _BINS)) if rows else 1
-    joined: dict[int, list[int]] = {}
-    for declared, kept, lost in rows:
-        tally = joined.setdefault(declared // width, [0, 0])
-        tally[0] += kept
-        tally[1] += lost
-    return _filled([(place, *counts) for place, counts in joined.items()], lambda i: float(i * width))
+            SELECT count(region) AS declared, count(*) FILTER (kept) AS kept FROM LEDGERS GROUP BY key
+        ) GROUP BY declared"""
+    per_image = {declared: (kept, lost) for declared, kept, lost in catalog.select(sql, subset=subset)}
+    found["regions_per_image"] = _joined(per_image, 1.0)
+    return found
 
 
-def _filled(rows: Sequence[tuple[Any, ...]], edge: Any) -> list[Bin]:
-    if not rows:
+def _joined(tally: Tally, width: float) -> list[Bin]:
+    """No more than `_BINS` of them, from 0 on if none is below."""
+    if not tally:
         return []
-    counts: dict[int, tuple[int, int]] = {}
-    for place, kept, dropped in rows:
-        counts.setdefault(place, (kept, dropped))
-    return [Bin(edge(i), edge(i + 1), *counts.get(i, (0, 0))) for i in range(min(counts), max(counts) + 1)]
+    low = min(0, *tally)
+    times = -(-(max(tally) + 1 - low) // _BINS)
+    wide: Tally = {0: (0, 0)}
+    for place, (kept, dropped) in tally.items():
+        before = wide.get((place - low) // times, (0, 0))
+        wide[(place - low) // times] = (before[0] + kept, before[1] + dropped)
+    return _filled(wide, lambda i: (low + i * times) * width)
+
+
+def _filled(tally: Tally, edge: Callable[[int], float]) -> list[Bin]:
+    """With the empty ones between."""
+    places = range(min(tally), max(tally) + 1) if tally else ()
+    return [Bin(edge(i), edge(i + 1), *tally.get(i, (0, 0))) for i in places]
 
 
 # Geometry.
@@ -188,7 +195,7 @@ def chart(distribution: Distribution) -> Chart:
         )
         says = f"{span}: {kept:,} {noun} kept, {dropped:,} dropped"
         bars.append(Bar(number * width, max(1.0, width - 1), HEIGHT - up, up, HEIGHT - up - down, down, says))
-    every = max(1, math.ceil(len(bins) / 6))
+    every = max(1, round(len(bins) / 5))
     edges = [*(each.low for each in bins), bins[-1].high]
     ticks = [Tick(i * width, _short(edges[i])) for i in range(0, len(edges), every)]
     lines = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -266,12 +267,17 @@ def make_app(explorer: Explorer, token: str | None = None) -> Guard:
     return Guard(app, token)
 
 
-def picture(make: Any) -> Response:
-    """A JPEG, or a line that says why there is none."""
+_NO_PHOTO = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 300" width="400" height="300">
+<rect width="400" height="300" fill="#20262c"/><text x="200" y="155" fill="#fff" font-family="sans-serif"
+font-size="20" text-anchor="middle">the photo cannot be read</text></svg>"""
+
+
+def picture(make: Callable[[], bytes]) -> Response:
+    """A JPEG. Images that were dropped since their photo is missing or broken are shown, too, as such."""
     try:
         return Response(make(), media_type="image/jpeg", headers=_CACHE)
-    except ParaCaptionError as error:
-        return PlainTextResponse(f"{error}\n", 404)
+    except BadRecord:
+        return Response(_NO_PHOTO, media_type="image/svg+xml")
 
 
 def thumb_url(place: Place, rows: list[dict[str, Any]]) -> str:

@@ -143,6 +143,8 @@ def change_config(config: BuildConfig, values: Mapping[str, float]) -> BuildConf
     for key, value in values.items():
         if key not in THRESHOLDS:
             raise ConfigError(f"{key[:40]!r}: no threshold; there are {', '.join(THRESHOLDS)}")
+        if not math.isfinite(value):
+            raise ConfigError(f"{key}: {value} is no number")
         whole = THRESHOLDS[key].bounds[2] == 1
         first, _, rest = key.partition(".")
         place, name = (changed[first], rest) if rest else (changed, first)

@@ -1,0 +1,68 @@
+"""One corpus and one server for all tests of the explorer; a browser where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from pipeline import corpus as merged
+from pipeline.explorer.catalog import Catalog
+from pipeline.explorer.server import Explorer, make_app
+from tests.explorer import corpus, runs
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+
+
+@pytest.fixture(scope="session")
+def out(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("explorer")
+    config = corpus.config_of(root)
+    corpus.build(config)
+    merged.merge(root / "out", config)
+    return root / "out"
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    return runs.write(tmp_path_factory.mktemp("run") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def catalog(out) -> Catalog:
+    return Catalog(out)
+
+
+@pytest.fixture(scope="session")
+def explorer(out, run) -> Explorer:
+    return Explorer(out, run)
+
+
+@pytest.fixture(scope="session")
+def client(explorer) -> TestClient:
+    return TestClient(make_app(explorer), base_url="http://localhost:8080")
+
+
+@pytest.fixture(scope="session")
+def address(out, run):
+    """Of a server of its own, started by the command."""
+    command = [sys.executable, "-m", "flows.cli", "explore", str(out), "--port", "0", "--run", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().split("/ ")[0].removesuffix("/")
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"no browser at {CHROMIUM}; install Debian's chromium, or name one in $CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
