@@ -14,19 +14,21 @@ class _Strict(BaseModel):
 
 
 class Captioner(_Strict):
-    """Who is examined.
+    """Who is examined."""
 
-    `name` is `perceptiondlm`, `predictions` (a JSON of captions by key), or a captioner of the pipeline.
-    """
-
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict, description="as the captioner takes them")
+    name: str = Field(
+        description="`perceptiondlm`, `predictions` (a JSON of captions by key), or of the pipeline"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of perceptiondlm: model, device, dtype, regions_per_call, decode; of predictions: path",
+    )
 
 
 class Judge(_Strict):
-    """Who answers the questions: `vllm` in this process, or `openai` behind a server."""
+    """Who answers the questions."""
 
-    name: Literal["vllm", "openai"]
+    name: Literal["vllm", "openai"] = Field(description="in this process, or behind a server")
     options: dict[str, Any] = Field(default_factory=dict, description="as the pipeline's judge takes them")
 
 

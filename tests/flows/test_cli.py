@@ -21,8 +21,9 @@ from tests.synthetic import write_coconut
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    "build audit verify inspect show doctor plan models caption export merge demo config deploy".split()
-)
+    "build audit verify inspect show doctor plan models train caption evaluate profile benchmark export merge "
+    "demo config deploy"
+).split()
 runner = CliRunner()
 
 
@@ -66,8 +67,9 @@ def test_the_printed_configuration_is_yaml_with_every_key():
         assert f"#   {key}:" in text
 
 
-def test_every_key_of_the_printed_configuration_has_a_reason():
-    lines = runner.invoke(app, ["config"]).output.splitlines()
+@pytest.mark.parametrize("of", [[], ["--training"], ["--evaluation"]])
+def test_every_key_of_the_printed_configuration_has_a_reason(of):
+    lines = runner.invoke(app, ["config", *of]).output.splitlines()
     plain = [line for line in lines if line.strip() and not line.startswith("#") and "  # " not in line]
     assert plain == []
 
