@@ -39,7 +39,7 @@ _FRETTED = ("star", "cross", "heart")
 SPLITS = ("train", "heldout")
 
 _SPANS = {"small": (1.2, 1.45), "large": (2.1, 2.7)}
-_BAR_SPANS = {"small": (1.5, 1.85), "large": (2.8, 3.4)}
+_BAR_SPANS = {"small": (1.5, 1.85), "large": (3.2, 4.0)}
 """Across, in units. Nothing is drawn between small and large."""
 _BAND = 0.36  # thickness of rings and bars, in units
 _PERIOD = 0.4  # of a texture, in units

@@ -66,7 +66,7 @@ class Draft(msgspec.Struct):
 
 
 class _Region(NamedTuple):
-    """A region of a chosen image, and its image's other ones."""
+    """A chosen region, and what is said of its image's other chosen ones."""
 
     key: str
     name: str
@@ -125,7 +125,11 @@ def make(
 
 
 def _read(out: str | Path, chosen: select.Chosen) -> tuple[Sample, bytes]:
-    return reader.read_sample(out, chosen.rows[0])
+    """The image with its chosen regions, and its photo's bytes."""
+    sample, photo = reader.read_sample(out, chosen.rows[0])
+    taken = {row["region"] for row in chosen.rows}
+    regions = [region for region in sample.regions if region.id in taken]
+    return msgspec.structs.replace(sample, regions=regions), photo
 
 
 def _image_id(sample: Sample) -> str:

@@ -1,4 +1,4 @@
-"""Which images of a corpus are worth a benchmark: those whose regions are easily taken for one another."""
+"""Which regions of a corpus are worth a benchmark: those that are easily taken for another one."""
 
 from __future__ import annotations
 
@@ -24,34 +24,37 @@ _COLUMNS += ["photo_offset", "photo_length", "json_offset", "json_length"]
 
 
 class Chosen(NamedTuple):
-    """An image of a corpus, its rows of the index, and how easily its regions are confused, 0..1."""
+    """An image: how easily its regions are confused, 0..1, and the index's rows of 2 to 8 of them."""
 
     confusion: float
     rows: list[dict[str, Any]]
 
 
 def choose(out: str | Path, images: int) -> list[Chosen]:
-    """The images with 2 to 8 kept regions that are most easily confused; the most confusing first.
+    """The images whose regions are most easily confused, the most confusing first.
 
-    Reads the index a row group at a time, so memory does not grow with the corpus.
+    Of an image with more than 8 kept regions, the 8 that are most easily confused are taken. Reads the index
+    a row group at a time, so memory does not grow with the corpus.
 
     Raises:
-        ConfigError: no index, or no image has 2 to 8 regions.
+        ConfigError: no index, or no image has two regions.
         IntegrityError: the index is damaged.
     """
     best: list[tuple[float, int, Chosen]] = []
     for number, rows in enumerate(_images(Path(out))):
-        if FEWEST <= len(rows) <= MOST:
-            chosen = Chosen(confusion(rows), rows)
+        if len(rows) >= FEWEST:
+            each = confusion(rows)
+            taken = sorted(np.argsort(-each, kind="stable")[:MOST].tolist())
+            chosen = Chosen(float(each[taken].mean()), [rows[place] for place in taken])
             keep = heapq.heappush if len(best) < images else heapq.heappushpop
             keep(best, (chosen.confusion, -number, chosen))
     if not best:
-        raise ConfigError(f"{out}: no image has {FEWEST} to {MOST} kept regions")
+        raise ConfigError(f"{out}: no image has {FEWEST} kept regions that could be confused")
     return [chosen for _, _, chosen in sorted(best, reverse=True)]
 
 
-def confusion(rows: list[dict[str, Any]]) -> float:
-    """How easily an image's regions are confused: the mean over regions of their most confusing other one.
+def confusion(rows: list[dict[str, Any]]) -> np.ndarray:
+    """How easily each region of an image is taken for its most confusing other one: (N,), 0..1.
 
     Two regions are confused by being near, of one category, of one size, and called alike: a quarter each.
     """
@@ -68,7 +71,7 @@ def confusion(rows: list[dict[str, Any]]) -> float:
     alike = np.array([[len(a & b) / max(1, len(a | b)) for b in words] for a in words])
     total = (near + size + same + alike) / 4
     np.fill_diagonal(total, 0)
-    return float(total.max(axis=1).mean())
+    return total.max(axis=1)
 
 
 def name_of(row: dict[str, Any]) -> str:

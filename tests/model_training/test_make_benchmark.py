@@ -131,7 +131,7 @@ def test_regions_that_are_near_and_alike_are_confused():
     twins = [row("a", 0, 50, "dog", "a red dog"), row("a", 12, 50, "dog", "a red dog")]
     apart = [row("b", 0, 50, "dog", "a red dog"), row("b", 80, 50, "dog", "a red dog")]
     others = [row("c", 0, 50, "dog", "a red dog"), row("c", 80, 5, "sky", "pale clouds")]
-    scores = [select.confusion(rows) for rows in (twins, apart, others)]
+    scores = [select.confusion(rows).mean() for rows in (twins, apart, others)]
     assert scores[0] > scores[1] > scores[2] and scores[0] > 0.9 and scores[2] < 0.1
 
 
@@ -139,10 +139,13 @@ def test_images_are_chosen_by_confusion_and_number_of_regions(tmp_path):
     rows = [row("one", 0, 5, "dog", "a dog")]
     rows += [row("far", x, 50, "dog", "a dog") for x in (0, 80)]
     rows += [row("near", x, 50, "dog", "a dog") for x in (0, 12)]
-    rows += [row("many", x, 50, "dog", "a dog") for x in range(9)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / reader.INDEX, row_group_size=14)
-    assert [each.rows[0]["key"] for each in select.choose(tmp_path, 9)] == ["near", "far"]
+    many = [row("many", 9 * x, 50, "dog", f"a dog {x}") | {"region": x} for x in range(9)]
+    rows += [*many, row("many", 90, 1, "sky", "pale clouds") | {"region": 9}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / reader.INDEX, row_group_size=15)
+    found = select.choose(tmp_path, 9)
+    assert [each.rows[0]["key"] for each in found] == ["near", "many", "far"]
     assert [each.rows[0]["key"] for each in select.choose(tmp_path, 1)] == ["near"]
+    assert [row["region"] for row in found[1].rows] == list(range(8))
     with pytest.raises(ConfigError, match="no index"):
         select.choose(tmp_path / "nowhere", 1)
 
