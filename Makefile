@@ -14,10 +14,11 @@ TESTS_commands := tests/test_*.py
 TESTS_flows := tests/flows
 TESTS_stream := tests/pipeline/test_stream.py
 TESTS_models := tests/models
+TESTS_explorer := tests/explorer
 TESTS_pipeline := tests/pipeline tests/filters tests/schemas --ignore tests/pipeline/test_stream.py
 TESTS_model := $(BOTH) tests/model_training $(addprefix --ignore ,$(TRAINER))
 TESTS_trainer := $(TRAINER)
-SUITES := faults commands flows stream models pipeline model trainer
+SUITES := faults commands flows stream models pipeline explorer model trainer
 
 .PHONY: demo test $(addprefix test-,$(SUITES)) test-fast models bench lint lock clean
 

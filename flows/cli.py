@@ -126,7 +126,7 @@ def explore(
     """Look at a corpus in the browser: the funnel, images with masks, other thresholds, reviews."""
     from pipeline.explorer.serve import serve
 
-    serve(out, host, port, token, run, shards, on_ready=lambda url: print(f"{url} (Ctrl-C ends it)", flush=True))
+    serve(out, host, port, token, run, shards, lambda url: print(f"{url} (Ctrl-C ends it)", flush=True))
 
 
 @app.command()

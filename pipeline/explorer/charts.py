@@ -267,7 +267,7 @@ def curve(title: str, series: dict[str, tuple[list[float], list[float]]], log: b
         drawn.append((name, CURVES[number % len(CURVES)], places))
     ends = ", ".join(f"{name} {pairs[-1][1]:.4g}" for name, pairs in clean.items() if pairs)
     says = f"{title}, steps {first:,.0f} to {last:,.0f}; last: {ends}"
-    return Curve(title, drawn, f"{low:.3g}", f"{high:.3g}", f"{first:,.0f}", f"{last:,.0f}", says)
+    return Curve(title, drawn, _short(low), _short(high), f"{first:,.0f}", f"{last:,.0f}", says)
 
 
 CURVES = (plots.KEPT, "#D55E00", "#009E73", "#CC79A7", "#555555", "#56B4E9")

@@ -188,14 +188,7 @@ def make_app(explorer: Explorer, token: str | None = None) -> Guard:
             here = Place(subset, rows[0]["unit"], key, rows[0]["file_row_number"], 0)
         earlier = catalog.page(query, before=here, limit=1).images
         later = catalog.page(query, after=here, limit=1).images
-        size = (rows[0]["image_height"], rows[0]["image_width"])
-        masks = [(row["region"], Rle(size, row["rle_counts"])) for row in rows if row["rle_counts"]]
-        said = evidence.of_image(catalog.out, subset, rows)
-        drawn: list[Any] = []
-        predicted: dict[int, str] = {}
-        with contextlib.suppress(BadRecord):  # masks that cannot be read are listed without being drawn
-            drawn = layers(masks)
-            predicted = {region: outline(each.mask) for region, each in said.items() if each.mask}
+        shown = drawn(catalog.out, rows)
         return explorer.html(
             "image.html",
             request,
@@ -206,10 +199,8 @@ def make_app(explorer: Explorer, token: str | None = None) -> Guard:
             here=here,
             earlier=earlier[0] if earlier else None,
             later=later[0] if later else None,
-            layers=drawn,
-            numbers={layer.region: layer for layer in drawn},
-            evidence=said,
-            predicted=predicted,
+            numbers={layer.region for layer in shown["layers"]},
+            **shown,
             marks=explorer.marks.of(subset, key),
             measures=MEASURES,
         )
@@ -280,6 +271,18 @@ def picture(make: Callable[[], bytes]) -> Response:
         return Response(_NO_PHOTO, media_type="image/svg+xml")
 
 
+def drawn(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Evidence on some regions of one image, their masks, and those that the segmenter predicted, as SVG."""
+    said = evidence.of_image(out, rows[0]["subset"], rows)
+    found: dict[str, Any] = {"evidence": said, "layers": [], "predicted": {}}
+    size = (rows[0]["image_height"], rows[0]["image_width"])
+    with contextlib.suppress(BadRecord):  # masks that cannot be read are listed without being drawn
+        masks = [(row["region"], Rle(size, row["rle_counts"])) for row in rows if row["rle_counts"]]
+        found["layers"] = layers(masks)
+        found["predicted"] = {region: outline(each.mask) for region, each in said.items() if each.mask}
+    return found
+
+
 def thumb_url(place: Place, rows: list[dict[str, Any]]) -> str:
     """Of a card: the photo with the regions that the query chose."""
     regions = ",".join(str(row["region"]) for row in rows if row["region"] is not None)
@@ -322,18 +325,17 @@ def reviewed(explorer: Explorer, request: Request) -> dict[str, Any]:
     skip_text = request.query_params.get("skip", "0")
     skip = int(skip_text) if skip_text.isdecimal() and len(skip_text) < 7 else 0
     found = explorer.marks.next_unmarked(subset, decision, skip)
-    row, near = None, []
+    row, shown = None, {}
     if found is not None:
-        rows = explorer.catalog.image(subset, found[0])
-        row = next(row for row in rows if row["region"] == found[1])
-        near = evidence.of_image(explorer.catalog.out, subset, [row])
+        row = next(row for row in explorer.catalog.image(subset, found[0]) if row["region"] == found[1])
+        shown = drawn(explorer.catalog.out, [row])
     precisions, void = explorer.marks.precision()
     return {
         "subset": subset,
         "decision": decision,
         "decisions": {name: explorer.decisions(name) for name in names},
         "row": row,
-        "evidence": near,
+        **shown,
         "skip": skip,
         "precisions": precisions,
         "void": void,

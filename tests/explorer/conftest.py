@@ -1,6 +1,7 @@
 """One corpus and one server for all tests of the explorer; a browser where there is one."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,9 @@ def client(explorer) -> TestClient:
 
 
 @pytest.fixture(scope="session")
-def address(out, run):
-    """Of a server of its own, started by the command."""
+def address(out, run, tmp_path_factory):
+    """Of a server of its own on a corpus of its own, started by the command."""
+    out = shutil.copytree(out, tmp_path_factory.mktemp("served") / "out")
     command = [sys.executable, "-m", "flows.cli", "explore", str(out), "--port", "0", "--run", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

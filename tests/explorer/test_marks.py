@@ -17,7 +17,7 @@ from tests.explorer import corpus
 
 @pytest.fixture
 def copy(out, tmp_path):
-    return shutil.copytree(out, tmp_path / "copy")
+    return shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns("review"))
 
 
 def mark_some(out, numbers) -> None:

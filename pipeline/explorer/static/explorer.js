@@ -4,6 +4,11 @@ const one = (selector, from = document) => from.querySelector(selector);
 const typing = (event) => event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input:not([type=checkbox]), select, textarea");
 const follow = (rel) => one(`a[rel=${rel}]`)?.click();
 
+const predict = (box, visible) => {
+  box.checked = visible;
+  one(`[data-predicted="${box.dataset.predict}"]`).toggleAttribute("hidden", !visible);
+};
+
 function browse() {
   const line = one("[data-total]");
   fetch(line.dataset.total).then((answer) => answer.ok && answer.text().then((text) => { one(".total", line).textContent = text; }));
@@ -36,10 +41,6 @@ function image() {
   const show = (box, visible) => {
     box.checked = visible;
     for (const part of parts(box.dataset.mask)) part.classList.toggle("off", !visible);
-  };
-  const predict = (box, visible) => {
-    box.checked = visible;
-    one(`[data-predicted="${box.dataset.predict}"]`).toggleAttribute("hidden", !visible);
   };
 
   for (const box of boxes) box.addEventListener("change", () => show(box, box.checked));
@@ -133,11 +134,15 @@ function whatif() {
 function review() {
   const form = one("form.filters");
   form.elements.subset.addEventListener("change", () => { form.elements.decision.value = "kept"; form.submit(); });
+  const box = one("[data-predict]");
+  box?.addEventListener("change", () => predict(box, box.checked));
   document.addEventListener("keydown", (event) => {
     if (typing(event)) return;
     const word = { r: "right", w: "wrong" }[event.key];
     if (word) one(`form.marks button[value=${word}]`)?.click();
     if (event.key === "s") follow("next");
+    if (event.key === "x") one(".mask")?.classList.toggle("off");
+    if (event.key === "p" && box) predict(box, !box.checked);
   });
 }
 
