@@ -94,11 +94,11 @@ def make(
 
 
 def _table(found: dict[str, Any]) -> Table:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(
-        "benchmark", "average", "positive", "negative", "recognised", "regions", "tokens/forward", "seconds"
-    )
+    names = ("benchmark", "average", "positive", "negative", "recognised", "regions", "tok/fwd", "s")
+    table = Table(*names, box=SIMPLE, padding=(0, 1, 0, 0))
     for each in found["benchmarks"]:
         shares = (each[name] for name in ("average", "positive", "negative", "recognised"))
         cells = ["" if share is None else f"{share:.1%}" for share in shares]
