@@ -4,7 +4,8 @@
 
 100,000 images with 10 regions each in 196 units, COCONut's and SA-1B's columns; captions of 6 to 34 words of
 a vocabulary with Zipf's frequencies, so that there are rare words and common ones. Each time is that of the
-whole answer over HTTP, with nothing remembered of the question; "page turn" is the median of ten.
+whole answer over HTTP, with nothing remembered of the question; "page turn" is the median of ten. Beside it
+stand the CPU seconds that the server took, which a busy machine changes less.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from pipeline import ledger, rle
@@ -148,6 +150,13 @@ def _write_shard(path: Path, photo: bytes) -> int:
     return 512
 
 
+class Took(NamedTuple):
+    """Seconds by the clock, and of the server's CPU time."""
+
+    wall: float
+    cpu: float
+
+
 class Server:
     """The command in a process of its own."""
 
@@ -158,25 +167,32 @@ class Server:
         assert self.process.stdout is not None
         self.client = httpx.Client(base_url=self.process.stdout.readline().split()[0], timeout=600)
         self.start_s = time.perf_counter() - start
+        self.page = ""
 
-    def get(self, url: str) -> tuple[float, str]:
-        """(seconds, text)."""
-        start = time.perf_counter()
+    def cpu_s(self) -> float:
+        """That the server took so far."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    def get(self, url: str) -> Took:
+        """Fetch a page, and keep its text."""
+        before, start = self.cpu_s(), time.perf_counter()
         answer = self.client.get(url)
+        took = Took(time.perf_counter() - start, self.cpu_s() - before)
         answer.raise_for_status()
-        return time.perf_counter() - start, answer.text if "text" in answer.headers["content-type"] else ""
+        self.page = answer.text if "text" in answer.headers["content-type"] else ""
+        return took
 
-    def turn(self, url: str, times: int = 10) -> float:
-        """Median seconds of following the link to the next page."""
+    def turn(self, url: str, times: int = 10) -> Took:
+        """Medians of following the link to the next page."""
         found = []
-        _, page = self.get(url)
+        self.get(url)
         for _ in range(times):
-            link = re.search(r'rel="next" href="([^"]+)"', page)
+            link = re.search(r'rel="next" href="([^"]+)"', self.page)
             if link is None:
                 break
-            seconds, page = self.get(html.unescape(link[1]))
-            found.append(seconds)
-        return statistics.median(found)
+            found.append(self.get(html.unescape(link[1])))
+        return Took(*(statistics.median(each) for each in zip(*found, strict=True)))
 
     def memory_mb(self) -> float:
         """Most that was resident so far."""
@@ -189,19 +205,17 @@ class Server:
         self.process.wait()
 
 
-def measure(out: Path) -> list[tuple[str, str, str]]:
-    """(what, measured, wanted)."""
-    rows: list[tuple[str, str, str]] = []
+def measure(out: Path) -> None:
+    """Print what each page takes, and what is wanted."""
 
-    def add(what: str, seconds: float, wanted: str = "") -> None:
-        rows.append((what, f"{seconds:.2f} s", wanted))
-        print(f"{what:<56} {seconds:7.3f} s  {wanted}", flush=True)
+    def add(what: str, took: Took, wanted: str = "") -> None:
+        print(f"{what:<56} {took.wall:7.3f} s  {took.cpu:7.3f} s CPU  {wanted}", flush=True)
 
     for what, url in (("first page: overview", "/"), ("first page: browse", "/browse")):
         server = Server(out)
         if what.endswith("overview"):
-            add("start of the server, until it accepts connections", server.start_s)
-        add(f"{what}, of a server just started", server.get(url)[0], "< 1 s")
+            add("start of the server, until it accepts connections", Took(server.start_s, server.cpu_s()))
+        add(f"{what}, of a server just started", server.get(url), "< 1 s")
         server.close()
     server = Server(out)
     server.get("/browse")
@@ -210,25 +224,22 @@ def measure(out: Path) -> list[tuple[str, str, str]]:
         ("a word in most captions", "word1"),
         ("two words", "word40 word70"),
     ):
-        add(f"text search: {what}", server.get(f"/browse?text={text}")[0], "< 2 s")
-        add("  how many there are, counted after it", server.get(f"/total?text={text}")[0])
-    add("text search: no such word", server.get("/browse?text=nowhere")[0], "< 2 s")
+        add(f"text search: {what}", server.get(f"/browse?text={text}"), "< 2 s")
+        add("  how many there are, counted after it", server.get(f"/total?text={text}"))
+    add("text search: no such word", server.get("/browse?text=nowhere"), "< 2 s")
     add("page turn, in the corpus's order", server.turn("/browse"), "< 300 ms")
     add("page turn, of a search", server.turn("/browse?text=word40"), "< 300 ms")
     add("page turn, of drops for a reason", server.turn("/browse?reason=category_wrong"), "< 300 ms")
-    add("first page by a score", server.get("/browse?sort=iou&outcome=kept")[0], "< 2 s")
+    add("first page by a score", server.get("/browse?sort=iou&outcome=kept"), "< 2 s")
     add("page turn, by a score", server.turn("/browse?sort=iou&outcome=kept"), "< 300 ms")
-    add("image page", server.get("/image/sa1b/sa_51234")[0])
-    add("image page, again", server.get("/image/sa1b/sa_51234")[0])
-    add("thumbnail with 10 masks", server.get("/thumb/sa1b/sa_777?r=0,1,2,3,4,5,6,7,8,9")[0])
-    add("what if: higher IoU", server.get("/whatif/result?min_iou=0.7")[0])
-    add("what if: more words", server.get("/whatif/result?text.min_words=10")[0])
-    add("review: a region at random", server.get("/review?decision=kept")[0])
-    memory = server.memory_mb()
-    rows.append(("server's memory, most resident", f"{memory:.0f} MB", "< 1 GB"))
-    print(f"{rows[-1][0]:<56} {memory:7.0f} MB < 1 GB")
+    add("image page", server.get("/image/sa1b/sa_51234"))
+    add("image page, again", server.get("/image/sa1b/sa_51234"))
+    add("thumbnail with 10 masks", server.get("/thumb/sa1b/sa_777?r=0,1,2,3,4,5,6,7,8,9"))
+    add("what if: higher IoU", server.get("/whatif/result?min_iou=0.7"))
+    add("what if: more words", server.get("/whatif/result?text.min_words=10"))
+    add("review: a region at random", server.get("/review?decision=kept"))
+    print(f"{'memory of the server, the most that was resident':<56} {server.memory_mb():7.0f} MB  < 1 GB")
     server.close()
-    return rows
 
 
 def main() -> None:

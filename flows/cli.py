@@ -391,6 +391,7 @@ def demo(
     sheet = out / "contact-sheet.png"
     draw.contact_sheet(out, sheet)
     rows = [
+        (f"paracaption explore {out}", "a page for the browser: masks, captions, drops"),
         (f"paracaption inspect {out}", "the funnel and samples, again"),
         (f"paracaption verify {out}", "every promise of the corpus, checked"),
         ("paracaption config", "every key of a configuration of your own"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -32,6 +33,15 @@ _WINDOW = 8
 _AHEAD = 20
 """Pages of an order by score that are kept when one is asked for: each costs a pass."""
 _PLACES = 100_000
+
+
+_DAMAGED = (
+    duckdb.IOException,
+    duckdb.InvalidInputException,
+    duckdb.BinderException,
+    duckdb.ConversionException,
+)
+"""What DuckDB raises on files that are no ledgers."""
 
 
 class Unit(NamedTuple):
@@ -96,6 +106,8 @@ class Catalog:
         )
         self._db.execute(f"SET threads={min(4, len(os.sched_getaffinity(0)))}")
         self._db.execute(f"SET memory_limit='{_MEMORY}'")
+        self._spilled = tempfile.TemporaryDirectory(prefix="paracaption-explorer-")
+        self._db.execute("SET temp_directory=$folder", {"folder": self._spilled.name})
         self._db.execute("SET parquet_metadata_cache=true")
         self._db.execute("SET allowed_directories=$folders", {"folders": [f"{self.out}/"]})
         self._db.execute("SET enable_external_access=false")  # nothing outside of the corpus
@@ -163,7 +175,7 @@ class Catalog:
         values = {**(args or {}), "ledgers": [unit.ledger for unit in units]}
         try:
             return self._db.cursor().execute(sql.replace("LEDGERS", table), values).fetchall()
-        except (duckdb.IOException, duckdb.InvalidInputException, duckdb.BinderException) as error:
+        except _DAMAGED as error:
             raise IntegrityError(f"{self.out}: {str(error)[:300]}; run `paracaption verify`") from error
 
     # Pages.

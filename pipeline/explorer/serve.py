@@ -51,5 +51,7 @@ def serve(
         name = f"[{host.strip('[]')}]" if family == socket.AF_INET6 else host
         query = "" if token is None else f"?token={token}"
         on_ready(f"http://{name}:{listening.getsockname()[1]}/{query}")
-        config = uvicorn.Config(app, log_level="warning", server_header=False, access_log=False)
+        config = uvicorn.Config(
+            app, log_level="warning", server_header=False, access_log=False, proxy_headers=False
+        )
         uvicorn.Server(config).run(sockets=[listening])
