@@ -216,6 +216,8 @@ def measure(out: Path) -> None:
         if what.endswith("overview"):
             add("start of the server, until it accepts connections", Took(server.start_s, server.cpu_s()))
         add(f"{what}, of a server just started", server.get(url), "< 1 s")
+        if what.endswith("overview"):
+            add("  its distributions, which follow", server.get("/distributions/sa1b"))
         server.close()
     server = Server(out)
     server.get("/browse")

@@ -48,7 +48,7 @@ def write(out: str | Path, to: str | Path | None = None) -> Path:
 def render(explorer: Explorer) -> str:
     """The report's HTML."""
     css = resources.files("pipeline.explorer").joinpath("static", "explorer.css").read_text()
-    parts = [(part, _groups(explorer, part["name"])) for part in explorer.overview()]
+    parts = [(part, _groups(explorer, part["name"])) for part in explorer.overview(distributions=True)]
     return explorer.templates.get_template("report.html").render(css=css, parts=parts)
 
 

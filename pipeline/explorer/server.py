@@ -61,19 +61,27 @@ class Explorer:
         """A page."""
         return HTMLResponse(self.templates.get_template(template).render(request=request, **values), status)
 
-    def overview(self) -> list[dict[str, Any]]:
-        """Of each subset its counts, the activity of its stages and its distributions."""
-        return [self.summary(name) for name in self.catalog.subsets()]
+    def overview(self, distributions: bool) -> list[dict[str, Any]]:
+        """Of each subset its counts and the activity of its stages; its distributions take a pass more."""
+        return [
+            {
+                "name": name,
+                "counts": self.catalog.counts(name),
+                "stages": stage_costs(self.catalog.out, name, self.config),
+                "charts": self.charts(name) if distributions else None,
+            }
+            for name in self.catalog.subsets()
+        ]
 
-    def summary(self, subset: str) -> dict[str, Any]:
-        """Of one subset."""
-        shown = charts.distributions(self.catalog, subset, self.config)
-        return {
-            "name": subset,
-            "counts": self.catalog.counts(subset),
-            "stages": stage_costs(self.catalog.out, subset, self.config),
-            "charts": [charts.chart(each) for each in shown],
-        }
+    def charts(self, subset: str) -> list[charts.Chart]:
+        """The distributions of a subset, drawn.
+
+        Raises:
+            ConfigError: there is no such subset.
+        """
+        if subset not in self.catalog.subsets():
+            raise ConfigError(f"{subset[:40]!r}: no such subset")
+        return [charts.chart(each) for each in charts.distributions(self.catalog, subset, self.config)]
 
     def decisions(self, subset: str) -> list[tuple[str, int]]:
         """The word "kept" and each "stage/reason" of a subset, with its regions."""
@@ -143,7 +151,12 @@ def make_app(explorer: Explorer, token: str | None = None) -> Guard:
 
     @app.get("/")
     def overview(request: Request) -> HTMLResponse:
-        return explorer.html("overview.html", request, parts=explorer.overview(), report=False)
+        parts = explorer.overview(distributions="distributions" in request.query_params)
+        return explorer.html("overview.html", request, parts=parts)
+
+    @app.get("/distributions/{subset}")
+    def distributions(request: Request, subset: str) -> HTMLResponse:
+        return explorer.html("distributions.html", request, charts=explorer.charts(subset))
 
     @app.get("/static/{name}")
     def fixed(name: str) -> Response:

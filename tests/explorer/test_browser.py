@@ -55,6 +55,15 @@ def test_each_page_loads_without_errors_and_fits_the_screen(page, path, width):
     assert cut == []
 
 
+def test_distributions_follow_the_funnel_and_say_what_a_bar_is(page):
+    page.goto("/")
+    chart = page.get_by_role("img", name="IoU with the segmenter's mask").first
+    chart.wait_for()
+    assert "regions kept" in chart.locator("title").first.text_content()
+    page.get_by_role("link", name="iou low").click()
+    assert "reason=iou_low" in page.url and page.locator(".card").count() > 0
+
+
 def test_filters_narrow_the_grid(page, catalog):
     page.goto("/browse")
     page.get_by_label("Reason").select_option("iou_low")

@@ -21,8 +21,8 @@ from tests.synthetic import write_coconut
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    "build audit verify inspect show doctor plan models train caption evaluate profile benchmark "
-    "export merge demo config deploy"
+    "build audit verify inspect show explore report doctor plan models train caption evaluate profile "
+    "benchmark export merge demo config deploy"
 ).split()
 runner = CliRunner()
 

@@ -9,6 +9,19 @@ const predict = (box, visible) => {
   one(`[data-predicted="${box.dataset.predict}"]`).toggleAttribute("hidden", !visible);
 };
 
+// What replaces an element's content is a template of the server's, escaped there.
+const load = (element, url, options) => {
+  element.setAttribute("aria-busy", "true");
+  return fetch(url, options).then((answer) => answer.text().then((text) => {
+    if (answer.ok) element.innerHTML = text;
+    element.setAttribute("aria-busy", "false");
+  }));
+};
+
+function overview() {
+  for (const place of all("[data-load]")) load(place, place.dataset.load);
+}
+
 function browse() {
   const line = one("[data-total]");
   fetch(line.dataset.total).then((answer) => answer.ok && answer.text().then((text) => { one(".total", line).textContent = text; }));
@@ -109,12 +122,9 @@ function whatif() {
     asked?.abort();
     asked = new AbortController();
     const given = new URLSearchParams([...new FormData(form)].filter(([, value]) => value !== ""));
-    result.setAttribute("aria-busy", "true");
-    fetch(`/whatif/result?${given}`, { signal: asked.signal }).then((answer) => answer.text().then((text) => {
-      if (answer.ok) result.innerHTML = text; // the server's own template, escaped there
-      result.setAttribute("aria-busy", "false");
+    load(result, `/whatif/result?${given}`, { signal: asked.signal }).then(() => {
       history.replaceState(null, "", `/whatif?${given}`);
-    })).catch((error) => { if (error.name !== "AbortError") throw error; });
+    }).catch((error) => { if (error.name !== "AbortError") throw error; });
   };
   form.addEventListener("input", (event) => {
     const slider = event.target.dataset.for;
@@ -146,4 +156,4 @@ function review() {
   });
 }
 
-({ browse, image, whatif, review })[document.body.dataset.page]?.();
+({ overview, browse, image, whatif, review })[document.body.dataset.page]?.();
