@@ -231,6 +231,11 @@ def measure(out: Path) -> None:
     add("text search: no such word", server.get("/browse?text=nowhere"), "< 2 s")
     add("page turn, in the corpus's order", server.turn("/browse"), "< 300 ms")
     add("page turn, of a search", server.turn("/browse?text=word40"), "< 300 ms")
+    add(
+        "page turn, of a search for a word of some 500 regions",
+        server.turn("/browse?text=word4900"),
+        "< 300 ms",
+    )
     add("page turn, of drops for a reason", server.turn("/browse?reason=category_wrong"), "< 300 ms")
     add("first page by a score", server.get("/browse?sort=iou&outcome=kept"), "< 2 s")
     add("page turn, by a score", server.turn("/browse?sort=iou&outcome=kept"), "< 300 ms")

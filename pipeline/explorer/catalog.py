@@ -29,7 +29,7 @@ PAGE = 24
 
 _MEMORY = "400MB"
 _WINDOW = 8
-"""Ledgers that are read first from a place on; four times as many each time that they are not enough."""
+"""Ledgers that are read first from a place on; twice as many each time that they are not enough."""
 _AHEAD = 20
 """Pages of an order by score that are kept when one is asked for: each costs a pass."""
 _PLACES = 100_000
@@ -223,7 +223,7 @@ class Catalog:
         while start < len(units) and len(found) < limit:
             window = units[start : start + size]
             found += self._places_in(window, query, edge, forward, limit - len(found))
-            start, size = start + size, size * 4
+            start, size = start + size, size * 2
         return found
 
     def _by_measure(self, query: Query, edge: Place | None, forward: bool, limit: int) -> list[Place]:

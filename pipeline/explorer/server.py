@@ -48,7 +48,6 @@ class Explorer:
 
     def __init__(self, out: str | Path, run: str | Path | None = None, shards: str | None = None):
         self.catalog = Catalog(out)
-        self.config = corpus.read_config(out)
         self.pictures = Pictures(self.catalog, shards, self.config.limits.max_pixels)
         self.marks = Marks(self.catalog)
         self.run = None if run is None else Path(run)
@@ -56,6 +55,11 @@ class Explorer:
             training.read(self.run)
         self.templates = templates()
         self.templates.globals.update(explorer=self, subsets=self.catalog.subsets)
+
+    @property
+    def config(self) -> BuildConfig:
+        """That of the last build; read again when other units are committed."""
+        return self.catalog.remember("config", lambda: corpus.read_config(self.catalog.out))
 
     def html(self, template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
         """A page."""
@@ -321,9 +325,8 @@ def compared(explorer: Explorer, request: Request) -> dict[str, Any]:
         "thresholds": whatif.THRESHOLDS,
         "changes": changes,
         "lines": whatif.lines(explorer.config, wanted),
-        "mixed": [
-            name for name in explorer.catalog.subsets() if len(explorer.catalog.counts(name).recipes) > 1
-        ],
+        "mixed": [name for name in changes if len(explorer.catalog.counts(name).recipes) > 1],
+        "stale": [name for name in changes if whatif.contradicts(explorer.catalog, name, explorer.config)],
         "exact_url": "/whatif?" + urlencode({**{k: v for k, v in given.items() if v}, "exact": "1"}),
     }
 

@@ -203,6 +203,28 @@ def compare(
     return Change(kept, lost, gained, len(rows), candidates), examples
 
 
+def contradicts(catalog: Catalog, subset: str, config: BuildConfig) -> bool:
+    """Whether units were built with other thresholds than the configuration has: then no count is right.
+
+    Some region is kept that the configuration drops, or dropped by a model's threshold that it passes.
+    """
+    args: dict[str, Any] = {}
+    terms = []
+    for key, threshold in THRESHOLDS.items():
+        now = threshold.now(config)
+        if now is not None:
+            name = key.replace(".", "_")
+            args[name] = now
+            terms.append(f"kept AND {threshold.fails(name)}")
+            for reason in (reason for reason, of in _MODEL_STEPS.values() if of == key):
+                args[f"{name}_reason"] = reason.value
+                terms.append(f"drop_reason = ${name}_reason AND {threshold.score} >= ${name}")
+    where, args = _with_space(" OR ".join(terms), args)
+    sql = f"SELECT 1 FROM LEDGERS WHERE {where} LIMIT 1"
+    name = ("contradicts", sql, tuple(args.items()), subset)
+    return bool(catalog.remember(name, lambda: catalog.select(sql, args, subset)))
+
+
 _SHOWN = "key, region, coalesce(category, core_category, ''), caption"
 _ORDER = "ORDER BY hash(key, region), key, region"
 

@@ -73,6 +73,14 @@ def test_of_many_captions_a_sample_is_read_and_said_to_be_one(catalog, out, monk
     assert whole == exact
 
 
+def test_units_of_another_configuration_are_noticed(catalog, out):
+    config = merged.read_config(out)
+    assert not any(whatif.contradicts(catalog, subset, config) for subset in config.subsets)
+    for values in ({"min_iou": 0.6}, {"min_iou": 0.4}, {"text.min_words": 7}, {"text.max_chars": 90}):
+        other = whatif.change_config(config, values)
+        assert any(whatif.contradicts(catalog, subset, other) for subset in config.subsets), values
+
+
 def test_what_is_no_threshold_or_no_value_is_refused(out):
     config = merged.read_config(out)
     with pytest.raises(ConfigError, match="no threshold"):
