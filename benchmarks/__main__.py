@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 NAMES = ("stream", "mask_filters", "planning", "memory", "capacity", "segmenters", "gar", "judge")
-NAMES += ("decoder", "decoder_memory", "loader")
+NAMES += ("decoder", "decoder_memory", "loader", "explorer")
 
 if __name__ == "__main__":
     status = 0

@@ -91,7 +91,7 @@ class Guard:
         rest = urlencode([pair for pair in parse_qsl(request.url.query) if pair[0] != "token"])
         path = "/" + request.url.path.lstrip("/")  # "//host" would lead elsewhere
         answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
-        answer.set_cookie(COOKIE, self.token or "", httponly=True, samesite="strict", max_age=30 * 86_400)
+        answer.set_cookie(COOKIE, self.token or "", httponly=True, samesite="lax", max_age=30 * 86_400)
         return answer
 
 

@@ -143,7 +143,7 @@ def layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
         return []
     height, width = regions[0][1].size
     scale = min(1.0, _SMALL / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    sampled = np.ix_(_middles(height, scale), _middles(width, scale))
     paths: list[str] = []
     areas: list[int] = []
     small: list[np.ndarray] = []
@@ -152,14 +152,14 @@ def layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
         dense = rle.decode(mask.rle)
         paths.append(_path(dense, mask.bbox, cv2))
         areas.append(mask.area)
-        small.append(cv2.resize(dense * np.uint8(255), size, interpolation=cv2.INTER_AREA) > 127)
-    order, top = draw.stack(small, (size[1], size[0]))
+        small.append(dense[sampled].astype(bool))
+    order, top = draw.stack(small, small[0].shape)
     places = draw.number_places(small, order, top, round(_SMALL / 20))
     found = []
     for i in sorted(range(len(regions)), key=lambda i: -areas[i]):
         color = color_of(regions[i][0])
         fill = draw.opacity(areas[i], height * width)
-        x, y = (round(v / scale) for v in places[i]) if i in places else _first_point(paths[i])
+        x, y = (round((v + 0.5) / scale) for v in places[i]) if i in places else _first_point(paths[i])
         found.append(Layer(regions[i][0], paths[i], hexadecimal(color), halo_of(color), fill, x, y))
     return found
 
@@ -183,6 +183,12 @@ def outline(code: Rle) -> str:
     """A mask as an SVG path. Raises as `layers`."""
     mask = rle.check(code.counts, code.size)
     return _path(rle.decode(mask.rle), mask.bbox, importlib.import_module("cv2"))
+
+
+def _middles(length: int, scale: float) -> np.ndarray:
+    """Places of the pixels that stand for a line when it is shrunk: the middles of the shrunk ones."""
+    count = max(1, round(length * scale))
+    return ((np.arange(count) + 0.5) * length / count).astype(np.int64)
 
 
 def _path(dense: np.ndarray, bbox: tuple[int, int, int, int], cv2: Any) -> str:

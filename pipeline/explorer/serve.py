@@ -48,7 +48,8 @@ def serve(
     except OSError as error:
         raise ConfigError(f"{host}:{port}: {error.strerror or error}; choose another --port") from error
     with listening:
-        name = f"[{host.strip('[]')}]" if family == socket.AF_INET6 else host
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else host.strip("[]")
+        name = f"[{name}]" if ":" in name else name
         query = "" if token is None else f"?token={token}"
         on_ready(f"http://{name}:{listening.getsockname()[1]}/{query}")
         config = uvicorn.Config(

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,13 +48,8 @@ def client(explorer) -> TestClient:
 def address(out, run, tmp_path_factory):
     """Of a server of its own on a corpus of its own, started by the command."""
     out = shutil.copytree(out, tmp_path_factory.mktemp("served") / "out")
-    command = [sys.executable, "-m", "flows.cli", "explore", str(out), "--port", "0", "--run", str(run)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().split("/ ")[0].removesuffix("/")
-        finally:
-            process.terminate()
+    with corpus.serving(out, "--run", str(run)) as printed:
+        yield printed.removesuffix("/")
 
 
 @pytest.fixture(scope="session")

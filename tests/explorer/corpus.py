@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +146,18 @@ def rebuilt(out: Path, to: Path, wanted: BuildConfig) -> Path:
     shutil.copytree(out, to)
     build(wanted.model_copy(update={"out": str(to)}))
     return to
+
+
+@contextmanager
+def serving(out: Path, *options: str) -> Iterator[str]:
+    """The command in a process of its own, with the address that it prints."""
+    command = [sys.executable, "-m", "flows.cli", "explore", str(out), "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().split(" ")[0]
+        finally:
+            process.terminate()
 
 
 def regions(out: Path, subset: str) -> list[dict[str, Any]]:

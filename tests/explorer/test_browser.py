@@ -8,6 +8,7 @@ import pytest
 from pipeline import corpus as merged
 from pipeline.explorer import whatif
 from tests.explorer import corpus
+from tests.explorer.corpus import serving
 
 HOSTILE_IMAGE = "/image/coconut/000000000001"
 PAGES = [
@@ -211,6 +212,18 @@ def test_everything_can_be_reached_with_the_tab_key_and_shows_that_it_has_the_fo
             assert outline != "none", name
         seen.add(name)
     assert {"text", "category", "subset", "outcome", "stage", "reason", "sort", "Show", "Next →"} <= seen
+
+
+def test_beyond_this_machine_the_printed_address_opens_and_no_other_does(browser, out):
+    with serving(out, "--host", "0.0.0.0") as printed:
+        address, token = printed.split("/?token=")
+        context = browser.new_context(base_url=f"http://127.0.0.1:{address.rpartition(':')[2]}")
+        page = context.new_page()
+        assert page.goto("/").status == 401
+        assert page.goto(f"/?token={token}").status == 200 and "token" not in page.url
+        page.get_by_role("link", name="Browse").click()
+        page.locator(".card img").first.wait_for()
+        context.close()
 
 
 @pytest.mark.parametrize("path", PAGES)
