@@ -319,8 +319,20 @@ def compared(explorer: Explorer, request: Request) -> dict[str, Any]:
         name: whatif.compare(explorer.catalog, name, explorer.config, wanted, exact)
         for name in explorer.catalog.subsets()
     }
+    moved = {
+        key
+        for key in values
+        if whatif.THRESHOLDS[key].now(wanted) != whatif.THRESHOLDS[key].now(explorer.config)
+    }
+    shown = [
+        (name, charts.chart(each))
+        for name in changes
+        for each in (charts.distributions(explorer.catalog, name, wanted) if moved else [])
+        if moved & {line.key for line in each.lines}
+    ]
     return {
         "config": explorer.config,
+        "charts": shown,
         "wanted": wanted,
         "thresholds": whatif.THRESHOLDS,
         "changes": changes,

@@ -164,6 +164,7 @@ def test_what_if_counts_follow_the_slider(page, catalog, out):
     assert row.locator("[data-lost]").inner_text() == str(wanted.lost) != "0"
     assert row.locator("[data-then]").inner_text() == str(wanted.then)
     assert "min_iou=0.7" in page.url
+    assert page.locator("#result .threshold-text", has_text="min_iou 0.7").is_visible()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Copy").click()
     page.get_by_role("button", name="Copied").wait_for()
