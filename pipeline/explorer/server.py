@@ -17,7 +17,7 @@ from pipeline import activity, corpus, plots
 from pipeline.explorer import charts, evidence, training, whatif
 from pipeline.explorer.access import Guard
 from pipeline.explorer.catalog import PAGE, Catalog, Place
-from pipeline.explorer.marks import KEPT, Marks, decision_of
+from pipeline.explorer.marks import KEPT, Marks
 from pipeline.explorer.pictures import MOST_DRAWN, Pictures, color_of, halo_of, hexadecimal, layers, outline
 from pipeline.explorer.query import MEASURES, Query, plain
 from schemas.config import BuildConfig
@@ -71,11 +71,17 @@ class Explorer:
             {
                 "name": name,
                 "counts": self.catalog.counts(name),
-                "stages": stage_costs(self.catalog.out, name, self.config),
+                "stages": self.stages(name),
                 "charts": self.charts(name) if distributions else None,
             }
             for name in self.catalog.subsets()
         ]
+
+    def stages(self, subset: str) -> list[dict[str, Any]]:
+        """What the event log says of a subset's model stages: speed, and GPU seconds held and used."""
+        return self.catalog.remember(
+            ("stages", subset), lambda: stage_costs(self.catalog.out, subset, self.config)
+        )
 
     def charts(self, subset: str) -> list[charts.Chart]:
         """The distributions of a subset, drawn.
@@ -115,7 +121,6 @@ def templates() -> jinja2.Environment:
         "subset_title": plots.title_of,
         "color": lambda region: hexadecimal(color_of(region)),
         "halo": lambda region: halo_of(color_of(region)),
-        "decision": decision_of,
     }
     made.globals.update(
         kept_color=plots.KEPT, dropped_color=plots.DROPPED, width=charts.WIDTH, height=charts.HEIGHT
@@ -124,7 +129,7 @@ def templates() -> jinja2.Environment:
 
 
 def stage_costs(out: Path, subset: str, config: BuildConfig) -> list[dict[str, Any]]:
-    """What the event log says of each model stage: speed, and GPU seconds held and used."""
+    """See `Explorer.stages`. GPU seconds are those of the actors, with the configuration's GPUs for each."""
     rows = []
     for name, stage in activity.of_runs(out, subset).items():
         protocol = _PROTOCOLS.get(name)
