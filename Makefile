@@ -6,7 +6,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 # Tests by the process they run in: engines, clusters and mocked services do not share one. Suites follow one another,
-# since Ray gives up when a node takes 30 s to start; the one that starts nothing beside it uses both cores.
+# since Ray gives up when a node takes 30 s to start; those that start little or nothing beside them use both cores.
 TRAINER := $(addprefix tests/model_training/,test_checkpoints.py test_trainer.py test_launch.py test_evaluation.py)
 BOTH := --numprocesses 2 --dist loadfile
 TESTS_faults := tests/faults
@@ -15,7 +15,7 @@ TESTS_flows := tests/flows
 TESTS_stream := tests/pipeline/test_stream.py
 TESTS_models := tests/models
 TESTS_explorer := tests/explorer
-TESTS_pipeline := tests/pipeline tests/filters tests/schemas --ignore tests/pipeline/test_stream.py
+TESTS_pipeline := $(BOTH) tests/pipeline tests/filters tests/schemas --ignore tests/pipeline/test_stream.py
 TESTS_model := $(BOTH) tests/model_training $(addprefix --ignore ,$(TRAINER))
 TESTS_trainer := $(TRAINER)
 SUITES := faults commands flows stream models pipeline explorer model trainer
