@@ -3,6 +3,7 @@
     python -m benchmarks.toy                      # worlds, corpora, all variants one by one, the table
     python -m benchmarks.toy recipe neither       # some variants
     python -m benchmarks.toy --steps 1200         # another budget than the recipe's, for all of them
+    python -m benchmarks.toy --alone              # the same steps in one process: half as fast, on one core
     python -m benchmarks.toy --table              # the table and the plot of what has been run
 
 Worlds are built by `paracaption build` with a captioner that knows the truth, and trained on by
@@ -21,14 +22,15 @@ from typing import Any
 
 import yaml
 
-from model_training import curves, describe, journal, regions, toy
+from model_training import curves, describe, evaluation, journal, regions, toy
 from model_training.decode import DecodeOptions
 from model_training.toy_marks import examine
+from pipeline.config_file import load_training
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs/train/tiny.yaml"
 FOLDER = ROOT / "out/toy"
-TRAINED, HELD_OUT = 10_000, 250
+TRAINED, HELD_OUT = 8000, 250
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
@@ -52,7 +54,7 @@ def world(name: str, images: int) -> Path:
     return folder / "corpus"
 
 
-def train(variant: str, steps: int | None) -> Path:
+def train(variant: str, steps: int | None, alone: bool) -> Path:
     """Train a variant of the recipe, or go on with it. Returns the run's folder."""
     config = yaml.safe_load(RECIPE.read_text())
     names = ["run", *([] if variant == "recipe" else variant.split()), *([str(steps)] if steps else [])]
@@ -62,6 +64,8 @@ def train(variant: str, steps: int | None) -> Path:
     config.pop("evaluation", None)
     config["model"]["config"] |= VARIANTS[variant]
     config["steps"] = steps or config["steps"]
+    if alone:
+        config["accumulation"] *= config.pop("ray")["workers"]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -80,6 +84,10 @@ def marks(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any
     found = {"parallel": examine(model, processor, scenes, options)}
     found["one by one"] = examine(model, processor, scenes, options, 1)
     return {name: {**each._asdict(), "predicted": each.predicted[:6]} for name, each in found.items()}
+
+
+def _known(done: Path) -> dict[str, Any]:
+    return json.loads(done.read_text()) if done.exists() else {}
 
 
 def report(results: dict[str, dict[str, Any]]) -> str:
@@ -102,26 +110,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; default: all")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if unknown := [variant for variant in args.variants if variant not in VARIANTS]:
         parser.error(f"{unknown[0]!r} is no variant")
     done = FOLDER / ("results.json" if args.steps is None else f"results-{args.steps}.json")
-    results = json.loads(done.read_text()) if done.exists() else {}
+    results = _known(done)
     if not args.table:
         world("train", TRAINED)
         held_out = world("heldout", HELD_OUT)
-        length = yaml.safe_load(RECIPE.read_text())["data"]["caption_slots"]
+        options = evaluation.decoding(load_training(RECIPE).evaluation)
         for variant in args.variants or VARIANTS:
-            folder = train(variant, args.steps)
-            found = marks(folder, held_out, DecodeOptions(length=length, steps=length))
+            folder = train(variant, args.steps, args.alone)
+            found = marks(folder, held_out, options)
             records = journal.read(folder)
-            results[variant] = {
+            result = {
                 "folder": str(folder),
                 "steps": records[-1]["step"],
                 "minutes": sum(record["seconds"] for record in records) / 60,
                 "marks": found,
             }
+            results = _known(done) | {variant: result}  # another process may have added to them
             done.write_text(json.dumps(results, indent=1))
             print(report({variant: results[variant]}), flush=True)
     print(report(results))

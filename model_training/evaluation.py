@@ -61,7 +61,7 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
         ConfigError: no corpus, no model, or options that do not suit it.
     """
     loaded = describe.load(model, device)
-    options = DecodeOptions(strategy=config.strategy, length=config.length, steps=config.steps)
+    options = decoding(config)
     folder = out / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "pictures").mkdir(parents=True)
@@ -76,6 +76,15 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
     with files.write_atomic(folder / "summary.json") as file:
         file.write(json.dumps(summary._asdict(), indent=1).encode() + b"\n")
     return summary
+
+
+def decoding(config: Evaluation) -> DecodeOptions:
+    """How captions are decoded.
+
+    Raises:
+        ConfigError: no such strategy.
+    """
+    return DecodeOptions(config.strategy, config.length, config.steps, config.threshold)
 
 
 def _caption(

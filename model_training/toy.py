@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 EASY = Options(
     canvas=((96, 96),),
     unit_px=16.0,
-    shapes=("circle", "triangle", "ring", "bar"),
+    shapes=("circle", "triangle", "bar"),
     textures=("plain", "striped", "dotted"),
     turn_deg=10.0,
     noise=3.0,

@@ -164,6 +164,7 @@ class Evaluation(_Strict):
     images: PositiveInt | None = Field(default=200, description="of it, the first ones; none: all")
     pictures: int = Field(default=8, ge=0, description="of them that are drawn with their captions")
     strategy: str = Field(default="remask", description="of the decoder, as `paracaption caption` has it")
+    threshold: float = Field(default=0.9, gt=0, le=1, description="that is enough, for `threshold`")
     length: PositiveInt = Field(default=32, description="slots of a caption")
     steps: PositiveInt = Field(default=32, description="of the decoder")
     batch_size: PositiveInt = Field(default=8, description="groups of regions decoded at once")

@@ -167,7 +167,7 @@ def test_the_truth_can_be_told_from_the_masks_alone(options):
         for number, said in enumerate(truth(scene, options)):
             rows, columns = np.nonzero(masks[number])
             extent = max(np.ptp(rows), np.ptp(columns)) / options.unit_px
-            assert (said.size == "large") == (extent > 1.95)
+            assert (said.size == "large") == (extent > 1.87)
             assert bool(said.place) == options.places and bool(said.side) == options.relations
             if options.places:
                 x, y = (int(3 * each) for each in middles[number] / (width, height))
