@@ -80,7 +80,10 @@ class Loader:
         self.epoch = self.position = 0
         self.skipped: Counter[str] = Counter()
         facts = [(source.fingerprint, str(weight)) for source, weight in _pairs(self.mixture)]
-        self.fingerprint = hashlib.sha256(repr((facts, options)).encode()).hexdigest()[:16]
+        config = processor.config  # what decides how long samples are, and so which share a batch
+        lengths = (processor.prefix(0, 0).shape[1], config.tokens_per_tile, config.replay_tokens)
+        known = repr((facts, options, lengths, config.num_prompts))
+        self.fingerprint = hashlib.sha256(known.encode()).hexdigest()[:16]
         self._plan: Plan | None = None
         self._batches: DataLoader[Any] | None = None
 
