@@ -24,10 +24,10 @@ SIZES = [(32, 32), (60, 30), (40, 90), (24, 40)]
 
 
 @lru_cache(None)
-def processor(layout: str = "corrected") -> PerceptionDLMProcessor:
+def processor(layout: str = "corrected", **changes: Any) -> PerceptionDLMProcessor:
     """The smallest model's."""
     tokenizer = byte_tokenizer()
-    return PerceptionDLMProcessor(tokenizer, tiny_config(tokenizer, layout=layout, **SMALLEST))
+    return PerceptionDLMProcessor(tokenizer, tiny_config(tokenizer, layout=layout, **SMALLEST | changes))
 
 
 def masks_of(seed: int, regions: int, size: tuple[int, int]) -> list[np.ndarray]:

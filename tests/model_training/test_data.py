@@ -236,6 +236,12 @@ def test_a_state_of_other_data_or_options_is_refused(corpus: Path):
             loader(corpus, **options).load_state_dict(state)
 
 
+def test_a_plan_is_of_the_model_whose_tokens_it_counts(corpus: Path):
+    every = [loader(corpus, processor=processor(replay_size=size)) for size in (1, 4)]
+    assert every[0].fingerprint != every[1].fingerprint
+    assert [regions_of(ours) for ours in every] == [regions_of(loader(corpus))] * 2
+
+
 def test_a_corpus_may_be_moved_between_runs(corpus: Path, tmp_path: Path):
     assert loader(copy(corpus, tmp_path)).fingerprint == loader(corpus).fingerprint
 
