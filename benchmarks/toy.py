@@ -24,7 +24,7 @@ import yaml
 
 from model_training import curves, describe, evaluation, journal, regions, toy
 from model_training.decode import DecodeOptions
-from model_training.toy_marks import examine
+from model_training.toy_marks import compare
 from pipeline.config_file import load_training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,9 +80,7 @@ def _run(*command: str | Path) -> None:
 def marks(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any]:
     """A trained model's marks in parallel and one by one."""
     model, processor = describe.load(folder / "model", "cpu")
-    scenes = list(regions.scenes(held_out))
-    found = {"parallel": examine(model, processor, scenes, options)}
-    found["one by one"] = examine(model, processor, scenes, options, 1)
+    found = compare(model, processor, list(regions.scenes(held_out)), options)
     return {name: {**each._asdict(), "predicted": each.predicted[:6]} for name, each in found.items()}
 
 

@@ -80,19 +80,13 @@ def mark(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
 @step
 def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
     """On a toy world's held-out scenes: captions that say the whole truth, and what is a neighbour's."""
-    from model_training import describe, regions, toy_marks
+    from model_training import regions, toy_marks
     from model_training.benchmarks import captioners, lines
 
     assert config.toy
-    model, processor = describe.load(config.captioner.options["model"])
-    options = captioners.decode_options(config.backend())
-    scenes = list(regions.scenes(config.toy))
-    found = {
-        name: toy_marks.examine(model, processor, scenes, options, together)._asdict()
-        for name, together in (("parallel", None), ("one by one", 1))
-    }
-    for each in found.values():
-        del each["predicted"]
+    given = captioners.model_options(config.backend())
+    marks = toy_marks.compare(*given.load(), list(regions.scenes(config.toy)), given.decoding())
+    found = {name: each._replace(predicted=[])._asdict() for name, each in marks.items()}
     out = Path(config.out) / config.label
     out.mkdir(parents=True, exist_ok=True)
     lines.write_json(out / "toy.json", found)
@@ -103,10 +97,12 @@ def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
 def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
     """Latency against regions and all else that the paper's figures show."""
     from model_training import profile
+    from model_training.benchmarks import captioners
 
     assert config.profile
+    given = captioners.model_options(config.backend())
     folder = Path(config.out) / config.label / "profile"
-    rows = profile.profile(config.captioner.options["model"], config.profile, folder)
+    rows = profile.profile(given.model, config.profile, folder, given.device, given.dtype)
     picture = embedded(folder / profile.PLOT)
     markdown = f"# {config.label}\n\n{picture}\n\n{profile.table(rows)}"
     create_markdown_artifact(key=_artifact("profile", config.label), markdown=markdown)

@@ -15,6 +15,7 @@ from schemas.errors import ParaCaptionError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from model_training.profile import Row
     from pipeline.stream import Progress
 
 
@@ -56,7 +57,7 @@ def counting_parts() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def show_row(row: Any) -> None:
+def show_row(row: Row) -> None:
     """A measurement of `profile`, as soon as it is there."""
     print(
         f"{row.study:<12} {row.mode:<10} regions {row.regions}  length {row.length}  steps {row.steps}  "

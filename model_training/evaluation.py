@@ -84,7 +84,9 @@ def decoding(config: Evaluation) -> DecodeOptions:
     Raises:
         ConfigError: no such strategy.
     """
-    return DecodeOptions(config.strategy, config.length, config.steps, config.threshold)
+    return DecodeOptions(
+        strategy=config.strategy, length=config.length, steps=config.steps, threshold=config.threshold
+    )
 
 
 def _caption(

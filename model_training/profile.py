@@ -131,9 +131,8 @@ class _Bench:
         for count in config.regions:
             yield self._row("regions", "parallel", count, self.most)
             yield self._row("regions", "sequential", count, 1)
-        for together in sorted({1, 2, config.load, *range(1, config.load + 1)}):
-            if together <= min(self.most, config.load):
-                yield self._row("parallelism", str(together), config.load, together)
+        for together in range(1, min(self.most, config.load) + 1):
+            yield self._row("parallelism", str(together), config.load, together)
         for length in config.lengths:
             yield self._row("length", "parallel", config.load, self.most, length=length, steps=length)
         for steps in config.steps:
@@ -144,8 +143,7 @@ class _Bench:
         for threshold in config.thresholds:
             options = {"strategy": "threshold", "threshold": threshold}
             yield self._row("threshold", "parallel", config.load, self.most, **options)
-        isolated = self.processor.layout.isolate_prefix
-        for cache in ("none", "exact" if isolated else "approximate"):
+        for cache in ("none", "exact" if self.processor.layout.isolate_prefix else "approximate"):
             yield self._row("cache", "parallel", config.load, self.most, cache=cache)
         for batch in config.batches:
             yield self._row("batch", "parallel", config.load, self.most, batch=batch)

@@ -43,6 +43,16 @@ class Marks(NamedTuple):
     predicted: list[list[str]]
 
 
+def compare(
+    model: PerceptionDLM, processor: PerceptionDLMProcessor, scenes: list[Scene], options: DecodeOptions
+) -> dict[str, Marks]:
+    """The marks of the same regions decoded "parallel", as many as the model can, and "one by one"."""
+    return {
+        "parallel": examine(model, processor, scenes, options),
+        "one by one": examine(model, processor, scenes, options, 1),
+    }
+
+
 def examine(
     model: PerceptionDLM,
     processor: PerceptionDLMProcessor,

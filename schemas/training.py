@@ -61,7 +61,7 @@ class Data(_Strict):
         default=3.5, ge=1, description="an image with m regions is visited at most ceil(m / this) times"
     )
     group_sizes: Literal["varied", "even"] = Field(
-        default="varied", description="1 to 6 regions a visit; the original's are `even`: no more than 4"
+        default="varied", description="1 to as many regions as there are prompts; the original's are `even`"
     )
     caption_length: Literal["natural", "fixed"] = Field(
         default="natural", description="the original's; `fixed` fills up with eot, as decoding sees captions"

@@ -76,6 +76,26 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     regions_per_call: int | None = None
     decode: dict[str, Any] = {}
 
+    def decoding(self) -> DecodeOptions:
+        """What `decode` says.
+
+        Raises:
+            ConfigError: it has an unknown option, or a wrong one.
+        """
+        try:
+            return DecodeOptions(**self.decode)
+        except TypeError as error:
+            known = ", ".join(field.name for field in dataclasses.fields(DecodeOptions))
+            raise ConfigError(f"captioner.options.decode: {error}; it takes {known}") from error
+
+    def load(self) -> describe.Loaded:
+        """The model on its device.
+
+        Raises:
+            ConfigError: as `describe.load`.
+        """
+        return describe.load(self.model, self.device, self.dtype)
+
 
 class PredictionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The options of `predictions`: `path` of a JSON {key: caption}, as the original's scripts write it."""
@@ -90,10 +110,10 @@ def identity(backend: Backend) -> dict[str, str]:
         ConfigError: no such captioner, or an option is wrong.
     """
     if backend.name == PERCEPTIONDLM:
-        given = _read(ModelOptions, backend)
+        given = model_options(backend)
         shown = {
             name: str(value)
-            for name, value in dataclasses.asdict(_decoding(given)).items()
+            for name, value in dataclasses.asdict(given.decoding()).items()
             if name != "compare"
         }
         describe.check_folder(Path(given.model))
@@ -110,13 +130,13 @@ def identity(backend: Backend) -> dict[str, str]:
     return {"name": backend.name, **{name: str(value) for name, value in backend.options.items()}}
 
 
-def decode_options(backend: Backend) -> DecodeOptions:
-    """How a `perceptiondlm` decodes.
+def model_options(backend: Backend) -> ModelOptions:
+    """The options of a `perceptiondlm`.
 
     Raises:
-        ConfigError: an option is wrong.
+        ConfigError: one is unknown or wrong.
     """
-    return _decoding(_read(ModelOptions, backend))
+    return _read(ModelOptions, backend)
 
 
 def load(backend: Backend) -> BenchCaptioner:
@@ -126,7 +146,7 @@ def load(backend: Backend) -> BenchCaptioner:
         ConfigError: no such captioner, or an option is wrong.
     """
     if backend.name == PERCEPTIONDLM:
-        return _Model(_read(ModelOptions, backend))
+        return _Model(model_options(backend))
     if backend.name == PREDICTIONS:
         return _Predictions(_read(PredictionOptions, backend))
     return _Pipeline(models.load("captioner", backend))
@@ -137,7 +157,7 @@ class _Model:
 
     def __init__(self, options: ModelOptions):
         self.options = options
-        self.loaded = describe.load(options.model, options.device, options.dtype)
+        self.loaded = options.load()
 
     def caption(self, image: BenchImage) -> Captions:
         from model_training.captioning import caption_images
@@ -145,7 +165,7 @@ class _Model:
         model, processor = self.loaded
         inputs = [(image.pixels(), [region.dense() for region in image.regions])]
         (found,) = caption_images(
-            model, processor, inputs, _decoding(self.options), 1, self.options.regions_per_call
+            model, processor, inputs, self.options.decoding(), 1, self.options.regions_per_call
         )
         return Captions([*found.captions], found.seconds, found.forwards, found.tokens)
 
@@ -204,11 +224,3 @@ class _Predictions:
 
 def _read(kind: Any, backend: Backend) -> Any:
     return read_options(kind, backend.options, "captioner.options")
-
-
-def _decoding(options: ModelOptions) -> DecodeOptions:
-    try:
-        return DecodeOptions(**options.decode)
-    except TypeError as error:
-        known = ", ".join(field.name for field in dataclasses.fields(DecodeOptions))
-        raise ConfigError(f"captioner.options.decode: {error}; it takes {known}") from error

@@ -14,11 +14,9 @@ from model_training.data import CorpusSource, unfinished
 from model_training.decode import DecodeOptions
 from model_training.describe import load
 from model_training.trainer import fit
-from pipeline import corpus as corpora
-from pipeline.config_file import dump_config, load_config
 from schemas.errors import IntegrityError
 from schemas.training import Evaluation
-from tests.model_training.toy_corpus import config_of, write_corpus
+from tests.model_training.toy_corpus import config_of, write_merged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -26,12 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A corpus that is built: committed and merged."""
-    folder = tmp_path_factory.mktemp("toy") / "world"
-    out = write_corpus(folder, 12)
-    config = load_config(folder / "build.yaml")
-    (out / "config.yaml").write_text(dump_config(config))
-    corpora.merge(out, config)
-    return out
+    return write_merged(tmp_path_factory.mktemp("toy") / "world", 12)
 
 
 @pytest.fixture(scope="module")

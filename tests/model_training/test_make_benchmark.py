@@ -12,16 +12,17 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from model_training import profile, regions
+from flows.evaluate import evaluate_captioner
+from model_training import profile, regions, toy_marks
 from model_training.benchmarks import annotations, make, select
+from model_training.decode import DecodeOptions
+from model_training.describe import load
 from model_training.trainer import fit
-from pipeline import corpus as corpora
 from pipeline import reader
-from pipeline.config_file import dump_config, load_config
 from schemas.errors import ConfigError, StageFailed
-from schemas.evaluation import Judge, ProfileConfig
+from schemas.evaluation import EvaluateConfig, Judge, ProfileConfig
 from tests.model_training.bench import judge_of, served
-from tests.model_training.toy_corpus import config_of, write_corpus
+from tests.model_training.toy_corpus import config_of, write_merged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -29,12 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A corpus of twelve toy scenes, committed and merged."""
-    folder = tmp_path_factory.mktemp("toy") / "world"
-    out = write_corpus(folder, 12)
-    config = load_config(folder / "build.yaml")
-    (out / "config.yaml").write_text(dump_config(config))
-    corpora.merge(out, config)
-    return out
+    return write_merged(tmp_path_factory.mktemp("toy") / "world", 12)
 
 
 DRAFT = {
@@ -186,6 +182,26 @@ def test_a_profile_has_every_study_with_all_that_it_depends_on(world, trained, t
     assert text.count("\n") == len(rows) + 2 and "tokens per forward" in text
     assert len(json.loads((tmp_path / "profile.json").read_text())) == len(rows)
     assert (tmp_path / "profile.png").stat().st_size > 10_000
+
+
+def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, tmp_path):
+    options = {"model": str(trained), "device": "cpu", "decode": {"length": 10, "steps": 2}}
+    few = {"images": 1, "regions": (1,), "load": 1, "lengths": (4,), "steps": (4,), "repeats": 1}
+    config = EvaluateConfig(
+        out=str(tmp_path),
+        label="tiny",
+        captioner={"name": "perceptiondlm", "options": options},
+        toy=str(world),
+        profile={"scenes": str(world), "thresholds": (), "batches": (), **few},
+    )
+    found = evaluate_captioner(config)
+    loaded = load(trained, "cpu")
+    marks = toy_marks.compare(*loaded, list(regions.scenes(world)), DecodeOptions(length=10, steps=2))
+    for name, each in marks.items():
+        assert found["toy"][name]["wrong"] == each.wrong and found["toy"][name]["forwards"] == each.forwards
+    assert json.loads((tmp_path / "tiny" / "toy.json").read_text()).keys() == marks.keys()
+    assert found["profile"]["seconds"].keys() == {"parallel 1", "sequential 1"}
+    assert found["captioner"]["length"] == "10"
 
 
 def test_the_commands(world, trained, tmp_path):

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from model_training.toy import Options, TruthCaptioner, write_world
+from pipeline import corpus as corpora
 from pipeline import plan, shards, sources
-from pipeline.config_file import load_config
+from pipeline.config_file import dump_config, load_config
 from schemas.training import TrainConfig
 
 TINY = {
@@ -48,6 +49,15 @@ def write_corpus(folder: Path, num_images: int = 60) -> Path:
         draft = shards.write_unit(target, planned.unit_name(index), images, planned.digest, "toy")
         shards.commit(target, draft)
     return Path(config.out)
+
+
+def write_merged(folder: Path, num_images: int) -> Path:
+    """The same, merged: as a finished build leaves it."""
+    out = write_corpus(folder, num_images)
+    config = load_config(folder / "build.yaml")
+    (out / "config.yaml").write_text(dump_config(config))
+    corpora.merge(out, config)
+    return out
 
 
 def config_of(out: Path, corpus: Path, **changes: Any) -> TrainConfig:
