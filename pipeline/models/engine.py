@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
 log = logging.getLogger(__name__)
+
+_cores: dict[Any, bool] = {}
+"""The engine cores in this process that hold memory: True while open, False once closed."""
 
 
 class Request(NamedTuple):
@@ -62,10 +66,16 @@ class Engine:
             "disable_log_stats": False,  # else there is no prefix-cache count
             **arguments,
         }
-        self.engine = LLMEngine.from_engine_args(EngineArgs(model=str(model), **settings))
+        self._prefix_cache = Counter[str]()
+        self.engine = LLMEngine.from_engine_args(
+            EngineArgs(model=str(model), **settings), stat_loggers=[_prefix_cache_into(self._prefix_cache)]
+        )
         self._numbers = 0
+        self._own_process = own_process
         if own_process:
             _wake_when_it_dies(self.engine.engine_core)
+        else:
+            _cores[self.engine.engine_core] = True
 
     def run(
         self, requests: Iterable[Request], max_in_flight: int = 256, max_bytes: int = 1 << 62
@@ -117,12 +127,42 @@ class Engine:
 
     def prefix_cache(self) -> tuple[int, int]:
         """(hits, queries) in tokens since the start."""
-        counts = {metric.name: getattr(metric, "value", 0) for metric in self.engine.get_metrics()}
-        return int(counts.get("vllm:prefix_cache_hits", 0)), int(counts.get("vllm:prefix_cache_queries", 0))
+        return self._prefix_cache["hits"], self._prefix_cache["queries"]
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
-        self.engine.engine_core.shutdown()
+        """Stop the engine and free its memory.
+
+        Of several engines in this process, all are stopped when the last one is closed: vLLM's shutdown ends
+        the process groups that they share.
+        """
+        core = self.engine.engine_core
+        if self._own_process:
+            core.shutdown()
+        elif core in _cores:
+            _cores[core] = False
+            if not any(_cores.values()):
+                for closed in _cores:
+                    closed.shutdown()
+                _cores.clear()
+
+
+def _prefix_cache_into(counts: Counter[str]) -> Any:
+    """A stat logger of one engine: vLLM's `get_metrics` adds up, or forgets, those of one process."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class PrefixCache(StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0):
+            pass
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+            if scheduler_stats is not None:
+                counts["hits"] += scheduler_stats.prefix_cache_stats.hits
+                counts["queries"] += scheduler_stats.prefix_cache_stats.queries
+
+    return PrefixCache
 
 
 def _wake_when_it_dies(core: Any) -> None:

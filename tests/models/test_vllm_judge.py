@@ -13,6 +13,7 @@ from pipeline.models.vllm_judge import VllmJudge, defused
 from schemas.config import Backend
 from schemas.errors import BadRecord, ConfigError
 from schemas.reasons import Reason
+from tests.models.conftest import ENGINE
 from tests.models.greedy import greedy
 
 CAPTIONS = [
@@ -109,8 +110,11 @@ def test_thinking_is_off_and_a_caption_cannot_end_its_turn(vllm_judge):
 
 @pytest.mark.slow
 def test_the_shared_instructions_come_from_the_prefix_cache(vllm_judge):
+    before = vllm_judge.engine.prefix_cache()
     vllm_judge.ask([Question("verify", f"Caption number {number}.", "dog") for number in range(64)])
-    assert 0.5 < vllm_judge.report()["prefix_cache_hit_share"] < 1
+    hits, queries = (now - then for now, then in zip(vllm_judge.engine.prefix_cache(), before, strict=True))
+    assert 0.5 < hits / queries < 1
+    assert 0 < vllm_judge.report()["prefix_cache_hit_share"] < 1
 
 
 @pytest.mark.slow
@@ -148,6 +152,17 @@ def test_check_reads_shapes_and_not_weights(qwen3):
     checked = VllmJudge.check(model=str(qwen3), engine={"max_model_len": 3072})
     assert checked.what == "qwen3: 2 x 64, context 3072"
     assert 100_000 < checked.weight_bytes < 1_000_000 and len(checked.notes) == 2
+
+
+@pytest.mark.slow
+def test_another_engine_of_this_process_is_closed_without_harm(vllm_judge, qwen3):
+    """vLLM's own shutdown ends the process groups of both."""
+    other = VllmJudge(model=str(qwen3), engine=ENGINE)
+    question = Question("verify", CAPTIONS[0], "dog")
+    [expected] = vllm_judge.ask([question])
+    other.close()
+    other.close()
+    assert vllm_judge.ask([question]) == [expected]
 
 
 @pytest.mark.parametrize(
