@@ -114,9 +114,8 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
 def remember(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, Any]:
     """Add a line to the history; the model, the judge and the release are in it."""
     from model_training.benchmarks import captioners, judges, lines
-    from schemas.config import Backend
 
-    judge = config.judge and judges.identity(Backend(name=config.judge.name, options=config.judge.options))
+    judge = config.judge and judges.identity(config.judge)
     record = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "label": config.label,

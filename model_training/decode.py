@@ -241,7 +241,7 @@ class _Run:
     def __init__(self, model: PerceptionDLM, batch: Batch, options: DecodeOptions):
         self.model, self.options = model, options
         batch = batch.to(model.device)
-        self.cache = _cache_for(model, options)
+        self.cache = cache_for(model, options)
         self.prefix, self.prefix_len = batch.prefix, batch.prefix.ids_BL.shape[1]
         self.ids_BNL, self.position_BNL, self.structure = _blocks(batch, options.length)
         self.exists_BN = self.structure.sample_BL[..., 0] != PADDING
@@ -438,7 +438,12 @@ def _blocks(batch: Batch, length: int) -> tuple[Tensor, Tensor, Structure]:
     return ids.clone(), position, Structure(*structure)
 
 
-def _cache_for(model: PerceptionDLM, options: DecodeOptions) -> str:
+def cache_for(model: PerceptionDLM, options: DecodeOptions) -> str:
+    """The cache that a model decodes with: "none", "exact" or "approximate".
+
+    Raises:
+        ConfigError: "exact" is asked of a model whose prefix sees captions.
+    """
     isolated = model.layout.isolate_prefix
     if options.cache == "exact" and not isolated:
         raise ConfigError(

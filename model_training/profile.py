@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from model_training import describe, regions
-from model_training.decode import DecodeOptions
+from model_training.decode import DecodeOptions, cache_for
 from pipeline import files
 from schemas.errors import ConfigError
 from schemas.evaluation import ProfileConfig
@@ -164,7 +164,7 @@ class _Bench:
             options.length,
             options.steps,
             options.threshold if options.strategy == "threshold" else None,
-            options.cache,
+            cache_for(self.model, options),
             batch,
             len(photos),
             forwards / len(photos),

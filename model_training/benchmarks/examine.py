@@ -178,7 +178,7 @@ def judge(bench: Bench, config: Judge, folder: Path, progress: Progress | None =
     owed = [each for each in _questions(open_benchmark(bench), config, folder) if each.digest not in known]
     if not owed:
         return 0
-    speaker = judges.load(_backend(config))
+    speaker = judges.load(config)
     given = 0
     try:
         with lines.appending(path) as file:
@@ -196,7 +196,7 @@ def judge(bench: Bench, config: Judge, folder: Path, progress: Progress | None =
 def _questions(benchmark: Benchmark, config: Judge | None, folder: Path) -> Iterator[_Owed]:
     """Every question about every region that has a caption."""
     captions = _by_key(folder)
-    who = judges.identity(_backend(config)) if config else {}
+    who = judges.identity(config) if config else {}
     seen = bool(config and config.options.get("images"))
     for image in benchmark.images:
         for region in image.regions:
@@ -238,10 +238,6 @@ def _keep(file: IO[bytes], owed: _Owed, answer: str | BadRecord) -> bool:
 def _answers(path: Path) -> dict[str, str]:
     records = map(msgspec.json.decode, lines.read(path))
     return {record["digest"]: record["answer"] for record in records}
-
-
-def _backend(config: Judge) -> Backend:
-    return Backend(name=config.name, options=config.options)
 
 
 # Marks.

@@ -18,8 +18,8 @@ from model_training.benchmarks.protocol import MAX_TOKENS
 from pipeline.models import chat_client, vllm_judge, weights
 from pipeline.models.chat_client import Ask, ChatClient, ServerOptions
 from pipeline.models.options import read_options
-from schemas.config import Backend
-from schemas.errors import BadRecord, ConfigError
+from schemas.errors import BadRecord
+from schemas.evaluation import Judge
 from schemas.reasons import Reason
 
 if TYPE_CHECKING:
@@ -72,27 +72,27 @@ class ChatOptions(ServerOptions, frozen=True, forbid_unknown_fields=True, kw_onl
     images: bool = False
 
 
-def identity(backend: Backend) -> dict[str, str]:
+def identity(config: Judge) -> dict[str, str]:
     """What a judge's answers depend on, without loading it.
 
     Raises:
         ConfigError: no such judge, or an option is wrong.
     """
-    if backend.name == "vllm":
-        return {"name": "vllm", **vllm_judge.VllmJudge.identity(**backend.options)}
-    given = _chat_options(backend)
+    if config.name == "vllm":
+        return {"name": "vllm", **vllm_judge.VllmJudge.identity(**config.options)}
+    given = _chat_options(config)
     return {"name": "openai", "images": str(given.images), **given.identity()}
 
 
-def load(backend: Backend) -> BenchJudge:
+def load(config: Judge) -> BenchJudge:
     """Build a judge.
 
     Raises:
         ConfigError: no such judge, or an option is wrong.
     """
-    if backend.name != "vllm":
-        return ServedChat(backend)
-    options = vllm_judge.read(backend.options)
+    if config.name != "vllm":
+        return ServedChat(config)
+    options = vllm_judge.read(config.options)
     options = msgspec.structs.replace(options, engine={**COMPACT, **options.engine})
     folder = weights.folder(options.model, "judge.options.model")
     return VllmChat(vllm_judge.start(folder, options), options.max_in_flight)
@@ -156,8 +156,8 @@ def _params(asked: Asked) -> Any:
 class ServedChat:
     """A model behind a server that speaks OpenAI's chat completions."""
 
-    def __init__(self, backend: Backend):
-        self.options = _chat_options(backend)
+    def __init__(self, config: Judge):
+        self.options = _chat_options(config)
         self.sees_images = self.options.images
         self.client = ChatClient(self.options, "judge.options")
 
@@ -205,10 +205,8 @@ def _picture(data: bytes) -> dict[str, Any]:
     }
 
 
-def _chat_options(backend: Backend) -> ChatOptions:
-    if backend.name != "openai":
-        raise ConfigError(f"judge.name: {backend.name!r}; benchmarks are judged by vllm or openai")
-    given = read_options(ChatOptions, backend.options, "judge.options")
+def _chat_options(config: Judge) -> ChatOptions:
+    given = read_options(ChatOptions, config.options, "judge.options")
     chat_client.validate(given, "judge.options")
     return given
 

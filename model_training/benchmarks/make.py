@@ -12,8 +12,9 @@ and their worth are put around them as ParaDLC-Bench has them.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,9 @@ from model_training.benchmarks import annotations, judges, lines, page, select
 from model_training.benchmarks.judges import Asked
 from model_training.benchmarks.lines import Progress
 from pipeline import files, reader
-from schemas.config import Backend
 from schemas.errors import BadRecord, StageFailed
 from schemas.evaluation import Judge
-from schemas.sample import Sample
+from schemas.sample import Sample, SampleRegion
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +59,20 @@ class Drafted(msgspec.Struct):
 
 
 class Draft(msgspec.Struct):
-    """That, and of which region."""
+    """That, of which region, and a digest of the model and what it was asked."""
 
     key: str
+    digest: str
     drafted: Drafted
 
 
 class _Region(NamedTuple):
-    """A chosen region, and what is said of its image's other chosen ones."""
+    """A chosen region, and what the model is asked of it."""
 
     key: str
     name: str
-    caption: str
-    others: list[str]
+    prompt: str
+    digest: str
 
 
 class Made(NamedTuple):
@@ -90,7 +91,7 @@ def make(
 
     Args:
         out: a build's, merged.
-        to: folder of the benchmark; drafts that are there are taken as they are.
+        to: folder of the benchmark; what the same model drafted there on the same captions is taken as it is.
         config: the model that drafts.
         images: at most.
         progress: called as questions are drafted.
@@ -100,18 +101,18 @@ def make(
         StageFailed: no region got a question.
     """
     samples = [_read(out, chosen) for chosen in select.choose(out, images)]
-    regions = [region for sample, _ in samples for region in _regions(sample)]
+    regions = list(_regions((sample for sample, _ in samples), config))
     (to / "images").mkdir(parents=True, exist_ok=True)
     _draft(regions, config, to / DRAFTS, progress)
-    drafts = {draft.key: draft.drafted for draft in _drafts(to / DRAFTS)}
+    drafts = _drafts(to / DRAFTS)
     questions = {
         region.key: found
         for region in regions
-        if region.key in drafts and (found := list(_questions(region.name, drafts[region.key])))
+        if region.digest in drafts and (found := list(_questions(region.name, drafts[region.digest])))
     }
     if not questions:
         raise StageFailed(f"{to}: no region got a question; take a model that follows instructions")
-    kept = [pair for pair in samples if any(region.key in questions for region in _regions(pair[0]))]
+    kept = [pair for pair in samples if any(_key(pair[0], region) in questions for region in pair[0].regions)]
     for sample, photo in kept:
         with files.write_atomic(to / "images" / _photo_name(sample)) as file:
             file.write(photo)
@@ -140,12 +141,23 @@ def _photo_name(sample: Sample) -> str:
     return f"{_image_id(sample)}.{reader.PHOTO_SUFFIXES.get(sample.photo_format, 'jpg')}"
 
 
-def _regions(sample: Sample) -> Iterator[_Region]:
-    said = [f"{region.category or region.core_category}: {region.caption}" for region in sample.regions]
-    for number, region in enumerate(sample.regions):
-        name = region.category or region.core_category or "object"
-        others = said[:number] + said[number + 1 :]
-        yield _Region(f"{_image_id(sample)}_{region.id}", name, region.caption, others)
+def _key(sample: Sample, region: SampleRegion) -> str:
+    return f"{_image_id(sample)}_{region.id}"
+
+
+def _name(region: SampleRegion) -> str:
+    return region.category or region.core_category or "object"
+
+
+def _regions(samples: Iterable[Sample], config: Judge) -> Iterator[_Region]:
+    who, template = judges.identity(config), _prompt()
+    for sample in samples:
+        for region in sample.regions:
+            others = [f"- {_name(other)}: {other.caption}" for other in sample.regions if other is not region]
+            name = _name(region)
+            prompt = template["prompt"].format(name=name, caption=region.caption, others="\n".join(others))
+            asked = msgspec.json.encode([who, template["schema"], prompt])
+            yield _Region(_key(sample, region), name, prompt, hashlib.sha256(asked).hexdigest()[:24])
 
 
 # Drafts.
@@ -153,19 +165,19 @@ def _regions(sample: Sample) -> Iterator[_Region]:
 
 def _draft(regions: list[_Region], config: Judge, path: Path, progress: Progress | None) -> None:
     """Have the model draft for regions that have no draft yet."""
-    done = {draft.key for draft in _drafts(path)}
-    owed = [region for region in regions if region.key not in done]
+    done = _drafts(path)
+    owed = [region for region in regions if region.digest not in done]
     if not owed:
         return
-    prompt = _prompt()
-    drafter = judges.load(Backend(name=config.name, options=config.options))
+    schema = _prompt()["schema"]
+    drafter = judges.load(config)
     try:
         with lines.appending(path) as file:
             for start in range(0, len(owed), _AT_ONCE):
                 some = owed[start : start + _AT_ONCE]
-                asked = [Asked(_filled(prompt, region), (), prompt["schema"], _MAX_TOKENS) for region in some]
+                asked = [Asked(region.prompt, (), schema, _MAX_TOKENS) for region in some]
                 for place, answer in drafter.answer(asked):
-                    draft = _read_draft(some[place].key, answer)
+                    draft = _read_draft(some[place], answer)
                     if isinstance(draft, Draft):
                         lines.append(file, draft)
                     else:
@@ -176,24 +188,21 @@ def _draft(regions: list[_Region], config: Judge, path: Path, progress: Progress
         drafter.close()
 
 
-def _drafts(path: Path) -> list[Draft]:
-    return [msgspec.json.decode(line, type=Draft) for line in lines.read(path)]
+def _drafts(path: Path) -> dict[str, Drafted]:
+    """By digest of what was asked."""
+    drafts = (msgspec.json.decode(line, type=Draft) for line in lines.read(path))
+    return {draft.digest: draft.drafted for draft in drafts}
 
 
 def _prompt() -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("draft_questions.yaml").read_text("utf-8"))
 
 
-def _filled(prompt: dict[str, Any], region: _Region) -> str:
-    others = "\n".join(f"- {other}" for other in region.others)
-    return prompt["prompt"].format(name=region.name, caption=region.caption, others=others)
-
-
-def _read_draft(key: str, answer: str | BadRecord) -> Draft | str:
+def _read_draft(region: _Region, answer: str | BadRecord) -> Draft | str:
     if isinstance(answer, BadRecord):
         return answer.detail
     try:
-        return Draft(key, msgspec.json.decode(answer, type=Drafted))
+        return Draft(region.key, region.digest, msgspec.json.decode(answer, type=Drafted))
     except (msgspec.MsgspecError, UnicodeError) as error:
         return f"not as asked for ({error}): {answer[:60]!a}"
 
@@ -234,7 +243,7 @@ def _question(kind: str, *choices: tuple[str, float], subtype: str = "") -> dict
 
 
 def _annotated(sample: Sample, questions: dict[str, Any]) -> dict[str, Any]:
-    regions = [r for r in sample.regions if f"{_image_id(sample)}_{r.id}" in questions]
+    regions = [region for region in sample.regions if _key(sample, region) in questions]
     return {
         "file_name": _photo_name(sample),
         "height": sample.height,
@@ -243,7 +252,7 @@ def _annotated(sample: Sample, questions: dict[str, Any]) -> dict[str, Any]:
         "annotations": [
             {
                 "index": region.id,
-                "category_name": region.category or region.core_category,
+                "category_name": _name(region),
                 "bbox": [
                     region.bbox[0],
                     region.bbox[1],

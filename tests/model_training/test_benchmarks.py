@@ -18,7 +18,6 @@ from flows.evaluate import evaluate_captioner
 from model_training.benchmarks import annotations, examine, judges, page, protocol, quality
 from model_training.benchmarks.protocol import Choice, Question
 from pipeline.config_file import load_evaluation
-from schemas.config import Backend
 from schemas.errors import ConfigError, StageFailed
 from schemas.evaluation import Bench, EvaluateConfig, Judge
 from tests.model_training.bench import judge_of, predictions, served, write_bench
@@ -294,10 +293,11 @@ def test_a_photo_of_another_size_is_refused(tmp_path):
         run(config)
 
 
-@pytest.mark.parametrize("kind", ["lexical", "vllm"])
-def test_a_judge_that_cannot_is_refused(tmp_path, kind):
+def test_a_judge_that_cannot_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="judge"):
-        judges.load(Backend(name=kind, options={"model": str(tmp_path)} if kind == "vllm" else {}))
+        judges.load(Judge(name="vllm", options={"model": str(tmp_path)}))
+    with pytest.raises(ConfigError, match="no_such_option"):
+        judges.load(Judge(name="openai", options={"no_such_option": 1}))
 
 
 # Pictures.

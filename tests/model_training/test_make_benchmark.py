@@ -40,9 +40,9 @@ DRAFT = {
 }
 
 
-def made(world: Path, to: Path, answer: Callable[[str], str], images: int = 5):
+def made(world: Path, to: Path, answer: Callable[[str], str], images: int = 5, **options):
     with served(answer) as server:
-        judge = Judge(**judge_of(server))
+        judge = Judge(**judge_of(server, **options))
         return make.make(world, to, judge, images), server.requests
 
 
@@ -102,6 +102,8 @@ def test_what_is_drafted_is_not_drafted_again_and_nonsense_is_left_out(world, tm
     assert first.without == len(requests) // 2 and first.regions == len(requests) - first.without
     second, again = made(world, tmp_path / "bench", lambda _: json.dumps(DRAFT))
     assert len(again) == first.without and second.without == 0
+    other, asked = made(world, tmp_path / "bench", lambda _: json.dumps(DRAFT | {"absent": []}), model="other")
+    assert len(asked) == len(requests) and other.questions == 2 * other.regions
     with pytest.raises(StageFailed, match="no region got a question"):
         made(world, tmp_path / "other", lambda _: "{}")
 

@@ -56,7 +56,8 @@ def test_a_benchmark_is_judged_by_a_real_engine(judge, qwen3, tmp_path, monkeypa
 def test_drafts_follow_the_schema_whatever_the_model(judge):
     prompt = make._prompt()
     asked = [Asked(f"Draft {number}.", (), prompt["schema"], 900) for number in range(3)]
-    drafts = [make._read_draft("key", answer) for _, answer in judge.answer(asked)]
+    region = make._Region("key", "dog", "", "")
+    drafts = [make._read_draft(region, answer) for _, answer in judge.answer(asked)]
     assert all(isinstance(draft, make.Draft) for draft in drafts), drafts
     questions = [question for draft in drafts for question in make._questions("dog", draft.drafted)]
     assert {question["type"] for question in questions} == {"positive", "negative"}
