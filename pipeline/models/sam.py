@@ -20,7 +20,8 @@ from msgspec import Meta
 
 from pipeline.models import Candidate, Checked, weights
 from pipeline.models.memory import Batches
-from pipeline.models.segmenting import find_device, products_in, read_options, to_candidates
+from pipeline.models.options import read_options
+from pipeline.models.segmenting import find_device, products_in, to_candidates
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class SamSegmenter:
     """
 
     def __init__(self, **options: Any):
-        self.options = read_options(SamOptions, options)
+        self.options = read_options(SamOptions, options, "segmenter.options")
         self.device, self.dtype = find_device(self.options.device, self.options.dtype)
         path = Path(self.options.model)
         self.model = build(read_tensors(path), path).to(self.device).eval()
@@ -103,7 +104,7 @@ class SamSegmenter:
     @classmethod
     def identity(cls, **options: Any) -> dict[str, str]:
         """Weights, and what is asked of them."""
-        given = read_options(SamOptions, options)
+        given = read_options(SamOptions, options, "segmenter.options")
         return {
             "version": VERSION,
             "weights": weights.identity(_file(Path(given.model))),
@@ -119,7 +120,7 @@ class SamSegmenter:
         Raises:
             ConfigError: the file is no SAM checkpoint, or holds code; names the mend.
         """
-        given = read_options(SamOptions, options)
+        given = read_options(SamOptions, options, "segmenter.options")
         path = Path(given.model)
         tensors = read_tensors(path, "meta")
         shape = measure(tensors, path)

@@ -19,7 +19,8 @@ from msgspec import Meta
 
 from pipeline.models import Candidate, Checked, weights
 from pipeline.models.memory import Batches
-from pipeline.models.segmenting import find_device, products_in, read_options, to_candidates
+from pipeline.models.options import read_options
+from pipeline.models.segmenting import find_device, products_in, to_candidates
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Sam3Segmenter:
         import torch
         from transformers import Sam3Model
 
-        self.options = read_options(Sam3Options, options)
+        self.options = read_options(Sam3Options, options, "segmenter.options")
         folder = _folder(self.options.model)
         self.device, self.dtype = find_device(self.options.device, self.options.dtype)
         self.processor = _processor(folder, _check_tensors(folder).config)
@@ -87,7 +88,7 @@ class Sam3Segmenter:
     @classmethod
     def identity(cls, **options: Any) -> dict[str, str]:
         """Weights, thresholds, dtype, and the release of transformers, whose code computes the answers."""
-        given = read_options(Sam3Options, options)
+        given = read_options(Sam3Options, options, "segmenter.options")
         return {
             "version": VERSION,
             "weights": weights.identity(_folder(given.model)),
@@ -104,7 +105,7 @@ class Sam3Segmenter:
         Raises:
             ConfigError: something does not fit; names the file and the mend.
         """
-        given = read_options(Sam3Options, options)
+        given = read_options(Sam3Options, options, "segmenter.options")
         folder = _folder(given.model)
         model = _check_tensors(folder)
         processor = _processor(folder, model.config)

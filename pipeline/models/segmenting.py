@@ -1,4 +1,4 @@
-"""What the neural segmenters share: reading options, finding the device, and masks into RLEs.
+"""What the neural segmenters share: finding the device, and masks into RLEs.
 
 Shapes: N masks, H x W the photo, h x w the model's own mask size.
 """
@@ -6,9 +6,8 @@ Shapes: N masks, H x W the photo, h x w the model's own mask size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from pipeline.models import Candidate
@@ -21,21 +20,6 @@ if TYPE_CHECKING:
 
 CHUNK_PX = 64 << 20
 """Pixels of masks brought to the photo's size at once: 256 MB of float32, 19 masks of an SA-1B photo."""
-
-Options = TypeVar("Options", bound=msgspec.Struct)
-
-
-def read_options(kind: type[Options], options: dict[str, Any]) -> Options:
-    """The backend's options, checked.
-
-    Raises:
-        ConfigError: one is unknown, missing, of the wrong type or out of range; names it and the choices.
-    """
-    try:
-        return msgspec.convert(options, kind)
-    except msgspec.ValidationError as error:
-        choices = ", ".join(kind.__struct_fields__)
-        raise ConfigError(f"segmenter.options: {error}; the options are {choices}") from error
 
 
 def find_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

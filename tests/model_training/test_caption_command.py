@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 from typer.main import get_command
@@ -24,15 +23,6 @@ from tests.tiny.perceptiondlm_model import write_model
 BOXES = [(4, 4, 20, 16), (40, 8, 40, 50), (10, 40, 12, 12)]
 QUICK = ["--length", "6", "--steps", "3"]
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So that a tiny model does not wait for cores that others use."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,9 @@ from model_training import checkpoints, journal
 from model_training.trainer import fit
 from schemas.errors import IntegrityError
 from tests.model_training import ranks
-from tests.model_training.toy_corpus import config_of, write_corpus
+from tests.model_training.toy_corpus import config_of
 
 SAME = ("step", "loss", "norm", "samples", "tokens", "regions", "lr_language")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("toy") / "world")
 
 
 def course(run: Path) -> list[dict]:

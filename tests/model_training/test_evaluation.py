@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -16,15 +15,9 @@ from model_training.describe import load
 from model_training.trainer import fit
 from schemas.errors import IntegrityError
 from schemas.training import Evaluation
-from tests.model_training.toy_corpus import config_of, write_merged
+from tests.model_training.toy_corpus import config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A corpus that is built: committed and merged."""
-    return write_merged(tmp_path_factory.mktemp("toy") / "world", 12)
 
 
 @pytest.fixture(scope="module")

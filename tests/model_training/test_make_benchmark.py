@@ -22,15 +22,9 @@ from pipeline import reader
 from schemas.errors import ConfigError, StageFailed
 from schemas.evaluation import EvaluateConfig, Judge, ProfileConfig
 from tests.model_training.bench import judge_of, served
-from tests.model_training.toy_corpus import config_of, write_merged
+from tests.model_training.toy_corpus import config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A corpus of twelve toy scenes, committed and merged."""
-    return write_merged(tmp_path_factory.mktemp("toy") / "world", 12)
 
 
 DRAFT = {
@@ -102,7 +96,9 @@ def test_what_is_drafted_is_not_drafted_again_and_nonsense_is_left_out(world, tm
     assert first.without == len(requests) // 2 and first.regions == len(requests) - first.without
     second, again = made(world, tmp_path / "bench", lambda _: json.dumps(DRAFT))
     assert len(again) == first.without and second.without == 0
-    other, asked = made(world, tmp_path / "bench", lambda _: json.dumps(DRAFT | {"absent": []}), model="other")
+    other, asked = made(
+        world, tmp_path / "bench", lambda _: json.dumps(DRAFT | {"absent": []}), model="other"
+    )
     assert len(asked) == len(requests) and other.questions == 2 * other.regions
     with pytest.raises(StageFailed, match="no region got a question"):
         made(world, tmp_path / "other", lambda _: "{}")

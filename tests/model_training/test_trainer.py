@@ -24,23 +24,10 @@ from model_training.trainer import fit, judge, share_of_rate
 from pipeline.config_file import describe, load_training
 from schemas.errors import ConfigError, Diverged
 from schemas.training import Spike, TrainConfig
-from tests.model_training.toy_corpus import config_of, write_corpus
+from tests.model_training.toy_corpus import config_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/train"
 FROZEN = {"vision": 0.0, "projector": 1e-3, "language": 0.0, "prompts": 0.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("toy") / "world")
 
 
 def first_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
