@@ -155,7 +155,7 @@ def plan(images: int) -> None:
             self.num_items = 2 * images
             self.views = np.random.default_rng(0).integers(1, 8, images).astype(np.uint8)
 
-        def lengths(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def lengths(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             views = self.views[items // 2].astype(np.int64)
             return 120 + views * 256, np.full(len(items), 120)
 
@@ -188,10 +188,11 @@ def main() -> int:
         return 0
     sets: dict[str, Any] = {}
     if arguments.photos:
-        found = sorted(arguments.photos.rglob("*.jpg"))[:24]
+        sizes = {path: Image.open(path).size for path in sorted(arguments.photos.rglob("*.jpg"))}
+        found = [path for path, size in sizes.items() if min(size) >= 100][:24]
         if not found:
-            parser.error(f"{arguments.photos}: no *.jpg in it")
-        pairs = [(path.read_bytes(), draw(Image.open(path).size, 12, i)[1]) for i, path in enumerate(found)]
+            parser.error(f"{arguments.photos}: no *.jpg of 100 pixels or more a side in it")
+        pairs = [(path.read_bytes(), draw(sizes[path], 12, i)[1]) for i, path in enumerate(found)]
         sets[str(arguments.photos)] = pairs
     else:
         for name, size in SIZES.items():
