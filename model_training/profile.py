@@ -1,8 +1,8 @@
 """What captioning costs: latency against the number of regions, parallel and one by one, and what changes it.
 
 Every row carries all that it depends on: forwards, tokens a forward, seconds, batch, cache, threshold, device
-and versions. Seconds are of whole images (tower, projector, language model), the fastest of some repeats;
-reading files is not in them.
+and versions. Seconds are of whole images (tower, projector, language model), the fastest of some
+repeats, in turns with those of all other rows; reading files is not in them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,17 +95,36 @@ def profile(
         ConfigError: no such model or corpus, or a length or step count that does not suit the model.
     """
     bench = _Bench(describe.load(model, device, dtype), config)
+    cases = list(bench.cases())
+    for _ in range(config.repeats):  # all cases in turns, so that a machine that others use slows all alike
+        for case in cases:
+            bench.measure(case)
     rows = []
-    for row in bench.rows():
-        rows.append(row)
+    for case in cases:
+        bench.measure(case)
+        rows.append(bench.row(case))
         if report:
-            report(row)
+            report(rows[-1])
     out.mkdir(parents=True, exist_ok=True)
     for name, text in ((ROWS, msgspec.json.encode([row._asdict() for row in rows])), (TABLE, table(rows))):
         with files.write_atomic(out / name) as file:
             file.write(text if isinstance(text, bytes) else text.encode())
     plot(rows, out / PLOT)
     return rows
+
+
+@dataclass
+class _Case:
+    """What is measured, as in `Row`, and what was found; the first time has no seconds."""
+
+    study: str
+    mode: str
+    count: int
+    together: int
+    batch: int
+    options: DecodeOptions
+    found: list[Captioned] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
 
 class _Bench:
@@ -125,71 +145,73 @@ class _Bench:
         self.about = (name + threads, str(self.model.dtype).removeprefix("torch."), str(torch.__version__))
         self.first: dict[tuple[str, int], list[str]] = {}
 
-    def rows(self) -> Iterator[Row]:
-        """All measurements, study by study."""
+    def cases(self) -> Iterator[_Case]:
+        """All that is measured, study by study."""
         config = self.config
         for count in config.regions:
-            yield self._row("regions", "parallel", count, self.most)
-            yield self._row("regions", "sequential", count, 1)
+            yield self._case("regions", "parallel", count, self.most)
+            yield self._case("regions", "sequential", count, 1)
         for together in range(1, min(self.most, config.load) + 1):
-            yield self._row("parallelism", str(together), config.load, together)
+            yield self._case("parallelism", str(together), config.load, together)
         for length in config.lengths:
-            yield self._row("length", "parallel", config.load, self.most, length=length, steps=length)
+            yield self._case("length", "parallel", config.load, self.most, length=length, steps=length)
         for steps in config.steps:
             if steps <= max(config.lengths):
-                yield self._row(
+                yield self._case(
                     "steps", "parallel", config.load, self.most, length=max(config.lengths), steps=steps
                 )
         for threshold in config.thresholds:
             options = {"strategy": "threshold", "threshold": threshold}
-            yield self._row("threshold", "parallel", config.load, self.most, **options)
+            yield self._case("threshold", "parallel", config.load, self.most, **options)
         for cache in ("none", "exact" if self.processor.layout.isolate_prefix else "approximate"):
-            yield self._row("cache", "parallel", config.load, self.most, cache=cache)
+            yield self._case("cache", "parallel", config.load, self.most, cache=cache)
         for batch in config.batches:
-            yield self._row("batch", "parallel", config.load, self.most, batch=batch)
+            yield self._case("batch", "parallel", config.load, self.most, batch=batch)
 
-    def _row(self, study: str, mode: str, count: int, together: int, batch: int = 1, **given: Any) -> Row:
+    def _case(self, study: str, mode: str, count: int, together: int, batch: int = 1, **given: Any) -> _Case:
         options = DecodeOptions(**{"length": self.length, "steps": self.steps, **given})
-        photos = [_with_regions(photo, count) for photo in self.photos]
-        found, seconds = self._fastest(photos, options, batch, together)
-        captions = [caption for each in found for caption in each.captions]
-        before = self.first.setdefault((study, count), captions)
-        forwards, tokens = (sum(getattr(each, name) for each in found) for name in ("forwards", "tokens"))
+        return _Case(study, mode, count, together, batch, options)
+
+    def measure(self, case: _Case) -> None:
+        """Caption all photos once; the first time is a warm-up."""
+        from model_training.captioning import caption_images
+
+        photos = [_with_regions(photo, case.count) for photo in self.photos]
+        self._wait()
+        start = time.perf_counter()
+        found = caption_images(self.model, self.processor, photos, case.options, case.batch, case.together)
+        self._wait()
+        if case.found:
+            case.seconds.append(time.perf_counter() - start)
+        case.found = found
+
+    def row(self, case: _Case) -> Row:
+        """What was found; of its times the fastest."""
+        options, images, seconds = case.options, len(self.photos), min(case.seconds)
+        captions = [caption for each in case.found for caption in each.captions]
+        before = self.first.setdefault((case.study, case.count), captions)
+        forwards, tokens = (
+            sum(getattr(each, name) for each in case.found) for name in ("forwards", "tokens")
+        )
         return Row(
-            study,
-            mode,
-            count,
-            min(count, together),
+            case.study,
+            case.mode,
+            case.count,
+            min(case.count, case.together),
             options.strategy,
             options.length,
             options.steps,
             options.threshold if options.strategy == "threshold" else None,
             cache_for(self.model, options),
-            batch,
-            len(photos),
-            forwards / len(photos),
+            case.batch,
+            images,
+            forwards / images,
             tokens / forwards,
-            seconds / len(photos),
+            seconds / images,
             tokens / seconds,
             sum(a == b for a, b in zip(captions, before, strict=True)) / len(captions),
             *self.about,
         )
-
-    def _fastest(
-        self, photos: list[Photo], options: DecodeOptions, batch: int, together: int
-    ) -> tuple[list[Captioned], float]:
-        """Captions and seconds of the fastest repeat; one more goes first, unmeasured."""
-        from model_training.captioning import caption_images
-
-        best, found = float("inf"), []
-        for repeat in range(self.config.repeats + 1):
-            self._wait()
-            start = time.perf_counter()
-            found = caption_images(self.model, self.processor, photos, options, batch, together)
-            self._wait()
-            if repeat:
-                best = min(best, time.perf_counter() - start)
-        return found, best
 
     def _wait(self) -> None:
         import torch
