@@ -190,9 +190,8 @@ class _Bench:
         options, images, seconds = case.options, len(self.photos), min(case.seconds)
         captions = [caption for each in case.found for caption in each.captions]
         before = self.first.setdefault((case.study, case.count), captions)
-        forwards, tokens = (
-            sum(getattr(each, name) for each in case.found) for name in ("forwards", "tokens")
-        )
+        forwards = sum(each.forwards for each in case.found)
+        tokens = sum(each.tokens for each in case.found)
         return Row(
             case.study,
             case.mode,

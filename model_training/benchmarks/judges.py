@@ -76,7 +76,7 @@ def identity(config: Judge) -> dict[str, str]:
     """What a judge's answers depend on, without loading it.
 
     Raises:
-        ConfigError: no such judge, or an option is wrong.
+        ConfigError: an option is wrong.
     """
     if config.name == "vllm":
         return {"name": "vllm", **vllm_judge.VllmJudge.identity(**config.options)}
@@ -88,7 +88,7 @@ def load(config: Judge) -> BenchJudge:
     """Build a judge.
 
     Raises:
-        ConfigError: no such judge, or an option is wrong.
+        ConfigError: an option is wrong.
     """
     if config.name != "vllm":
         return ServedChat(config)

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_cores: dict[Any, bool] = {}
-"""The engine cores in this process that hold memory: True while open, False once closed."""
+_open: weakref.WeakSet[Any] = weakref.WeakSet()
+_closed: list[Any] = []
+"""vLLM's engine cores in this process: in use, and to be shut down together with the last of those."""
 
 
 class Request(NamedTuple):
@@ -75,7 +77,7 @@ class Engine:
         if own_process:
             _wake_when_it_dies(self.engine.engine_core)
         else:
-            _cores[self.engine.engine_core] = True
+            _open.add(self.engine.engine_core)
 
     def run(
         self, requests: Iterable[Request], max_in_flight: int = 256, max_bytes: int = 1 << 62
@@ -132,18 +134,17 @@ class Engine:
     def close(self) -> None:
         """Stop the engine and free its memory.
 
-        Of several engines in this process, all are stopped when the last one is closed: vLLM's shutdown ends
-        the process groups that they share.
+        Of several engines in this process, all are stopped, and their memory is freed, when the last one is
+        closed: vLLM's shutdown ends the process groups that they share.
         """
         core = self.engine.engine_core
         if self._own_process:
             core.shutdown()
-        elif core in _cores:
-            _cores[core] = False
-            if not any(_cores.values()):
-                for closed in _cores:
-                    closed.shutdown()
-                _cores.clear()
+        elif core in _open:
+            _open.remove(core)
+            _closed.append(core)
+            while _closed and not _open:
+                _closed.pop().shutdown()
 
 
 def _prefix_cache_into(counts: Counter[str]) -> Any:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 from flows.evaluate import evaluate_captioner
 from model_training.benchmarks import annotations, examine, judges, page, protocol, quality
@@ -296,6 +297,8 @@ def test_a_photo_of_another_size_is_refused(tmp_path):
 def test_a_judge_that_cannot_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="judge"):
         judges.load(Judge(name="vllm", options={"model": str(tmp_path)}))
+    with pytest.raises(ValidationError, match="'vllm' or 'openai'"):
+        Judge(name="lexical")  # pyright: ignore - a judge of the pipeline that answers no choices
     with pytest.raises(ConfigError, match="no_such_option"):
         judges.load(Judge(name="openai", options={"no_such_option": 1}))
 
