@@ -1,0 +1,109 @@
+"""What release 0.1.0 wrote is read, resumed and verified by this one, and no model is asked again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import export, plan, reader, sources, stages, verify
+from pipeline.config_file import load_config
+from pipeline.evidence import EvidenceStore
+from pipeline.explorer.catalog import Catalog
+from pipeline.explorer.marks import Marks
+from pipeline.stages import ModelStage
+
+HERE = Path(__file__).parent / "v0_1"
+SAMPLES = Path(__file__).resolve().parents[2] / "samples"
+REGIONS = {"coconut": 24, "sa1b": 16}
+
+EVIDENCE = {
+    "coconut": {"caption": "5cbf6a8695e844f9", "verify_category": "127d033c6a5e8790"},
+    "sa1b": {
+        "caption": "5cbf6a8695e844f9",
+        "extract_category": "266b56d61029a0bb",
+        "agree_with_segmenter": "87be0d78ce0c0f70",
+    },
+}
+"""Digests of the demo's model stages. They never change: evidence that was paid for is found by them."""
+
+RECIPES = {"coconut": "d1f1dad032c90c0b", "sa1b": "929a824ad1514a63"}
+"""Digests of the demo's recipes. They change only with `RECIPE_VERSION`, and units are then rebuilt."""
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """A copy that may be changed, at another place than where it was written."""
+    return shutil.copytree(HERE, tmp_path / "v0_1")
+
+
+def test_the_demos_recipe_and_evidence_digests_are_those_of_release_0_1():
+    config = load_config(SAMPLES / "build.yaml")
+    for subset in config.subsets:
+        recipe = stages.RECIPES[subset](config)
+        models = [stage for stage in recipe if isinstance(stage, ModelStage)]
+        assert {stage.name: stage.evidence_digest for stage in models} == EVIDENCE[subset]
+        assert stages.recipe_digest(recipe, config) == RECIPES[subset]
+
+
+def test_the_corpus_verifies(home):
+    report = verify.verify(home / "corpus")
+    assert report.ok, report.text()
+
+
+def test_every_region_of_the_ledgers_and_the_index_is_read():
+    for subset, regions in REGIONS.items():
+        found = list(reader.iter_committed(HERE / "corpus", subset))
+        assert len(found) == 2
+        ledgers = [reader.read_ledger(HERE / "corpus" / subset / each.ledger.path) for each, _ in found]
+        assert sum(each.num_rows for each in ledgers) == regions
+    assert pq.read_metadata(HERE / "corpus" / "index.parquet").num_rows == 40
+
+
+def test_evidence_is_read(home):
+    config = load_config(home / "build.yaml")
+    for subset in config.subsets:
+        for stage in stages.RECIPES[subset](config):
+            if isinstance(stage, ModelStage):
+                store = stage.store(home / "corpus" / subset)
+                assert isinstance(store, EvidenceStore)
+                found = store.load(f"{subset}-000000") | store.load(f"{subset}-000001")
+                assert len(found) == REGIONS[subset], stage.name
+
+
+def test_no_unit_is_pending_at_another_place(home):
+    config = load_config(home / "build.yaml")
+    for subset in config.subsets:
+        folder = home / "corpus" / subset
+        planned = plan.make_plan(sources.open_source(config, subset), config, folder)
+        recipe = stages.recipe_digest(stages.RECIPES[subset](config), config)
+        assert plan.pending(planned, folder / "manifests", recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "file"),
+    [("perceptiondlm-json", "annotations.json"), ("coco", "instances.json")],
+)
+def test_exports_hold_the_same_regions(home, tmp_path, form, file):
+    export.export(home / "corpus", form, tmp_path / "export")
+    then = json.loads((HERE / "exports" / form / file).read_text())
+    assert json.loads((tmp_path / "export" / file).read_text()) == then
+
+
+def test_an_export_to_parquet_holds_the_same_rows(home, tmp_path):
+    export.export(home / "corpus", "parquet", tmp_path / "export")
+    for path in (HERE / "exports" / "parquet" / "data").iterdir():
+        now = pq.read_table(tmp_path / "export" / "data" / path.name)
+        assert now.equals(pq.read_table(path))
+
+
+def test_reviews_are_read(home):
+    marks = Marks(Catalog(home / "corpus"))
+    assert [(mark.subset, mark.key, mark.region, mark.right) for mark in marks.read()] == [
+        ("coconut", "000000000000", 0, True),
+        ("sa1b", "sa_1", 2, False),
+    ]
+    assert marks.precision()[1] == 0  # none of them is void

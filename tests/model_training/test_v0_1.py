@@ -1,0 +1,36 @@
+"""A model, a configuration and a checkpoint of release 0.1.0 (tests/formats) are taken by this one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from model_training import describe, journal, regions
+from model_training.trainer import fit
+from pipeline.config_file import load_training
+
+HERE = Path(__file__).resolve().parents[1] / "formats" / "v0_1"
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    return shutil.copytree(HERE, tmp_path / "v0_1")
+
+
+def test_a_run_goes_on_from_its_checkpoint(home):
+    config = load_training(home / "train.yaml")
+    cache = config.data.model_copy(update={"cache": str(home / "cache")})
+    outcome = fit(config.model_copy(update={"steps": 6, "data": cache}))
+    assert outcome.steps == 6
+    records = journal.read(home / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("model", ["model", "run/model"])
+def test_a_saved_model_captions_the_corpus(home, model):
+    loaded = describe.load(home / model, "cpu", "float32")
+    photo = regions.read(None, [str(home / "corpus")], "coconut/000000000000")
+    answer = describe.describe(loaded, photo, {"length": 4, "steps": 2}, None)
+    assert len(answer.captioned.captions) == 4
