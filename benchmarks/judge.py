@@ -18,8 +18,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.words import captions
-from pipeline import stages, stream
+from pipeline import stages
 from pipeline.events import EventReader
+from pipeline.executor.ray_data import RayEngine
 from pipeline.models.vllm_judge import VllmJudge
 from schemas.records import ImageRecord
 from tests.building import build, config_of
@@ -61,8 +62,7 @@ def main() -> None:
         captioner = {"name": "benchmarks.judge:WordyCaptioner", "num_cpus": 0.1, "options": {}}
         config = type(config).model_validate({**config.model_dump(), "judge": judge, "captioner": captioner})
         print(VllmJudge.check(**judge["options"]).what)
-        stream.start_ray(None, config, ["coconut"])
-        build(config)
+        build(config, RayEngine())
         report(root / "out", stages.coconut(config)[2])
 
 

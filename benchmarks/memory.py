@@ -68,17 +68,18 @@ class Sampler(threading.Thread):
 
 def measure(num_images: int) -> None:
     """Build once and print the peaks as JSON."""
-    from pipeline import stream
+    from pipeline.executor.ray_data import RayEngine
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         source = source_of(root / "source", num_images)
         config = config_of(root / "out", coconut=source, images_per_shard=200)
-        stream.start_ray(None, config, ["coconut"])
+        engine = RayEngine()
+        engine.start(config)
         sampler = Sampler()
         sampler.start()
         start = time.perf_counter()
-        done = build(config)["coconut"]
+        done = build(config, engine)["coconut"]
         seconds = time.perf_counter() - start
         sampler.stopped.set()
         sampler.join()

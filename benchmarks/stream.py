@@ -27,8 +27,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import flows  # noqa: F401 - switches telemetry off
-from pipeline import stream
 from pipeline.events import EventReader
+from pipeline.executor.ray_data import RayEngine
 from tests.building import build, config_of
 from tests.synthetic import write_coconut
 
@@ -87,7 +87,8 @@ def main() -> None:
             images_per_shard=100,
             io={"num_cpus": 0.1, "concurrency": [cores, cores]},
         )
-        stream.start_ray(None, config, ["coconut"])
+        engine = RayEngine()
+        engine.start(config)
         print(f"Ray's start: {time.perf_counter() - start:.1f} s")
         for repeat in range(arguments.repeats):
             start, start_cpu = time.perf_counter(), time.process_time()
@@ -98,7 +99,7 @@ def main() -> None:
             fresh = config.model_copy(update={"out": str(out)})
             start = time.perf_counter()
             with CpuMeter(out / "events", cores) as meter:
-                done = build(fresh)["coconut"]
+                done = build(fresh, engine)["coconut"]
             whole_s = time.perf_counter() - start
             assert done.kept == regions, f"the stream kept {done.kept} of {regions} regions"
             steady, num_regions = steady_rate(out)

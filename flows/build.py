@@ -1,4 +1,4 @@
-"""Build a subset, build the corpus: the paper's figure as Prefect flows.
+"""Build the corpus: the driver's steps as Prefect tasks.
 
 Prefect is the front desk: a build is a handful of task runs, retried cheaply because a retry resumes. What is
 done is known from the manifests alone.
@@ -8,11 +8,11 @@ the process that runs it needs `BuildConfig` itself, not its name, to check the 
 """
 
 import time
-import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import flow
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -22,8 +22,9 @@ from prefect.artifacts import (
 
 from flows import watch
 from flows.steps import step
-from pipeline import activity, audit, card, corpus, events, files, plan, shards, sources, stages, stream
-from pipeline.config_file import dump_config
+from pipeline import activity, card
+from pipeline.executor import driver, ray_data
+from pipeline.executor.progress import Progress
 from schemas.config import BuildConfig
 
 ARTIFACT_EVERY_S = 10.0
@@ -47,93 +48,39 @@ def build_corpus(
     Returns:
         The corpus's statistics (OUT/stats.json).
     """
-    with stream.locked(Path(config.out)):
-        write_config(config)
-        for subset in config.subsets:
-            build_subset(config, subset, ray_address, limit_images, retry_failed)
-        return merge_corpus(config)
+    engine = watch.engine.get() or ray_data.RayEngine(ray_address)
+    show = watch.watcher.get()
+    published: dict[str, _Artifacts] = {}
 
+    def on_progress(progress: Progress) -> None:
+        show(progress)
+        if progress.subset not in published:
+            published[progress.subset] = _Artifacts(progress.subset)
+        published[progress.subset].update(progress)
 
-@flow(name="build-subset", log_prints=False)
-def build_subset(
-    config: BuildConfig,
-    subset: str,
-    ray_address: str | None = None,
-    limit_images: int | None = None,
-    retry_failed: bool = False,
-) -> None:
-    """One subset: plan its units, look at a sample, stream what is pending. The caller holds the lock."""
-    planned = make_plan(config, subset, limit_images)
-    audit_source(config, subset)
-    units = find_pending(config, subset, planned, retry_failed)
-    stream_units(config, subset, planned, units, ray_address)
-
-
-@step
-def write_config(config: BuildConfig) -> None:
-    """Keep the resolved configuration beside what it builds."""
-    with files.write_atomic(Path(config.out) / "config.yaml") as file:
-        file.write(dump_config(config).encode())
-
-
-@step
-def audit_source(config: BuildConfig, subset: str) -> None:
-    """Read a sample of the source without any model; refuse to go on if none of it is usable."""
-    report = audit.sample(sources.open_source(config, subset), config)
-    get_run_logger().info("%s", report.text())
-
-
-@step
-def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> plan.Plan:
-    """Cut the subset into units, or take the plan that is there if the source is still the same."""
-    folder = Path(config.out) / subset
-    shards.prepare(folder)
-    shards.sweep(folder)
-    return plan.make_plan(sources.open_source(config, subset), config, folder, limit_images)
-
-
-@step
-def find_pending(config: BuildConfig, subset: str, planned: plan.Plan, retry_failed: bool) -> list[int]:
-    """Indices of the units without a manifest of this recipe; with `retry_failed` also those with errors."""
-    folder = Path(config.out) / subset
-    recipe = stages.recipe_digest(stages.RECIPES[subset](config), config)
-    failed = stream.failed_units(folder, planned) if retry_failed else []
-    return sorted({*plan.pending(planned, folder / "manifests", recipe), *failed})
-
-
-@step
-def stream_units(
-    config: BuildConfig, subset: str, planned: plan.Plan, units: list[int], ray_address: str | None
-) -> None:
-    """Send the pending units through the stages and commit them. Without any, Ray is not started."""
-    stream.check_disk(config, subset, units, planned)
-    run_folder = (
-        Path(config.out) / "events" / f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
+    summary = driver.build(
+        config,
+        engine,
+        limit_images=limit_images,
+        retry_failed=retry_failed,
+        on_progress=on_progress,
+        step=_as_task,
     )
-    if units:
-        start = time.perf_counter()
-        stream.start_ray(ray_address, config, config.subsets)
-        run_folder.mkdir(parents=True)
-        events.EventLog(run_folder, "driver").emit("ray", seconds=time.perf_counter() - start)
-    else:
-        run_folder.mkdir(parents=True)
-    published = _Artifacts(subset)
-    draw = watch.watcher.get()
-
-    def on_progress(progress: stream.Progress) -> None:
-        draw(progress)
-        published.update(progress)
-
-    done = stream.run(config, subset, planned, units, run_folder, on_progress)
-    published.finish(done)
-
-
-@step
-def merge_corpus(config: BuildConfig) -> dict[str, Any]:
-    """One index, statistics, plots and the dataset card over all committed units."""
-    summary = corpus.merge(Path(config.out), config)
+    for artifacts in published.values():
+        artifacts.finish()
     create_markdown_artifact(key="dataset-card", markdown=card.render(Path(config.out), config))
     return summary
+
+
+def _as_task(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of the driver as a task, named after the subset that it is about."""
+
+    def run(*arguments: Any) -> Any:
+        about = next((each for each in arguments if isinstance(each, str)), None)
+        name = function.__name__.replace("_", " ")
+        return step(function).with_options(task_run_name=f"{about}: {name}" if about else name)(*arguments)
+
+    return run
 
 
 class _Artifacts:
@@ -146,12 +93,14 @@ class _Artifacts:
         )
         self.updated = time.monotonic()
 
-    def update(self, progress: stream.Progress) -> None:
+    def update(self, progress: Progress) -> None:
+        self.progress = progress
         if time.monotonic() - self.updated > ARTIFACT_EVERY_S and progress.pending:
             update_progress_artifact(self.id, progress=100.0 * progress.done / progress.pending)
             self.updated = time.monotonic()
 
-    def finish(self, progress: stream.Progress) -> None:
+    def finish(self) -> None:
+        progress = self.progress
         update_progress_artifact(self.id, progress=100.0)
         rows = [
             {

@@ -48,11 +48,17 @@ def build(
     retry_failed: Annotated[
         bool, typer.Option(help="Also build units again that hold drops by error.")
     ] = False,
+    local: Annotated[
+        bool,
+        typer.Option("--local", help="In this process, one unit after the other, without Ray and Prefect."),
+    ] = False,
 ) -> None:
     """Build the corpus, or resume it: whatever is committed is not built again."""
     from pipeline.config_file import load_config
 
-    _build(load_config(config), ray_address, limit_images, retry_failed)
+    if local and ray_address is not None:
+        raise ConfigError("build: choose --local or --ray-address; the local engine uses no cluster")
+    _build(load_config(config), local, ray_address, limit_images, retry_failed)
 
 
 @app.command()
@@ -368,11 +374,12 @@ def export(
 @app.command()
 def merge(config: Config) -> None:
     """Make index, statistics, plots and dataset card anew; `build` does it at its end."""
-    from pipeline import corpus, stream
+    from pipeline import corpus
     from pipeline.config_file import load_config
+    from pipeline.executor import driver
 
     loaded = load_config(config)
-    with stream.locked(Path(loaded.out)):
+    with driver.locked(Path(loaded.out)):
         corpus.merge(Path(loaded.out), loaded)
     print(Path(loaded.out) / "index.parquet")
 
@@ -439,17 +446,29 @@ def deploy(
 
 def _build(
     loaded: BuildConfig,
+    local: bool = False,
     ray_address: str | None = None,
     limit_images: int | None = None,
     retry_failed: bool = False,
 ) -> None:
-    views.quiet_prefect()
-    from flows import build as flow
-    from flows import watch
+    """Build, unless there is nothing to do; then the summary."""
+    from pipeline.executor import driver
+    from pipeline.executor.local import LocalEngine
+    from pipeline.executor.ray_data import RayEngine
 
-    with views.BuildView() as view:
-        watch.watcher.set(view.show)
-        flow.build_corpus(loaded, ray_address, limit_images, retry_failed)
+    engine = LocalEngine() if local else RayEngine(ray_address)
+    engine.check(loaded)
+    asked = {"limit_images": limit_images, "retry_failed": retry_failed}
+    if driver.is_finished(loaded, **asked):
+        print(f"nothing to do: every unit of {loaded.out} is committed and merged", file=sys.stderr)
+    elif isinstance(engine, LocalEngine):
+        with views.BuildView() as view:
+            driver.build(loaded, engine, on_progress=view.show, **asked)
+    else:
+        from flows import launch
+
+        with views.BuildView() as view:
+            launch.build(loaded, engine, view.show, **asked)
     inspect(Path(loaded.out))
 
 

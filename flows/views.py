@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from model_training.profile import Row
-    from pipeline.stream import Progress
+    from pipeline.executor.progress import Progress
 
 
 @contextmanager

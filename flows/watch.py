@@ -7,7 +7,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.stream import Progress
+    from pipeline.executor import Engine
+    from pipeline.executor.progress import Progress
 
 watcher: ContextVar[Callable[[Progress], None]] = ContextVar("watcher", default=lambda _: None)
 """Called about twice a second with the progress of the subset being built; the command line draws it."""
@@ -17,3 +18,6 @@ trainer: ContextVar[Callable[[dict[str, Any]], None]] = ContextVar("trainer", de
 
 counter: ContextVar[Callable[[str, int, int], None]] = ContextVar("counter", default=lambda *_: None)
 """Called with what is being done, how much of it is done, and of how much."""
+
+engine: ContextVar[Engine | None] = ContextVar("engine", default=None)
+"""What the command line has already started to build on; without one, the flow makes its own."""

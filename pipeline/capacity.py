@@ -1,7 +1,7 @@
 """The capacity plan: from what a region costs in each stage to GPU-hours, wall time and GPUs per stage.
 
 The model of a build is simple and stated here whole. Every operator of the stream is a pool of actors
-(`stream.steps_of`), all pools work at the same time, and a unit passes through them in order. So
+(`ray_data.steps_of`), all pools work at the same time, and a unit passes through them in order. So
 
     wall = start-up + the slowest pool's time + one unit through every other pool
 
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pipeline import stream
+from pipeline.executor import ray_data
 from pipeline.rates import Rates, StageRate, SubsetRates
 from pipeline.stages import RECIPES, ModelStage
 from schemas.config import Backend, BuildConfig
@@ -133,8 +133,8 @@ def pools_of(config: BuildConfig, subset: str) -> list[Pool]:
     }
     bare = config.model_copy(update=embedded)
     found = []
-    for step in stream.steps_of(RECIPES[subset](bare), bare):
-        asked = stream.resources_of(step, bare)
+    for step in ray_data.steps_of(RECIPES[subset](bare), bare):
+        asked = ray_data.resources_of(step, bare)
         names = tuple(stage if isinstance(stage, str) else stage.name for stage in step)
         models = [stage.name for stage in step if isinstance(stage, ModelStage)]
         low, high = asked["concurrency"]

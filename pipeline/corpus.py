@@ -204,6 +204,28 @@ def read_summary(out: str | Path) -> CorpusSummary:
         ) from error
 
 
+def is_merged(out: str | Path) -> bool:
+    """Whether index, statistics, plots and card are there, and of the units that are committed now.
+
+    Raises:
+        ConfigError: the folder is no corpus.
+        IntegrityError: a manifest or the statistics cannot be read.
+    """
+    out = Path(out)
+    try:
+        summary = read_summary(out)
+        index_bytes = (out / reader.INDEX).stat().st_size
+    except (ConfigError, OSError):
+        return False
+    if index_bytes != summary.index.bytes or not (out / "README.md").exists() or not (out / PLOTS).is_dir():
+        return False
+    if sorted(summary.subsets) != reader.subsets(out):
+        return False
+    return all(
+        count(out, name).manifests == found.counts.manifests for name, found in summary.subsets.items()
+    )
+
+
 def count(out: str | Path, subset: str) -> Counts:
     """The funnel and the counts of a subset from its manifests alone: cheap, and right while a build runs."""
     counting = _Counting(subset)

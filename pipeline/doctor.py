@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline import capacity, gpus, models, sources, stream
+from pipeline import capacity, gpus, models, sources
 from pipeline import plan as plans
+from pipeline.executor import driver, ray_data
 from pipeline.gpus import Gpu
 from schemas.config import Backend, BuildConfig
 from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
@@ -90,7 +91,7 @@ def examine(config: BuildConfig, ray_address: str | None = None) -> list[Finding
     nodes = [Node("", socket.gethostname(), gpus.seen())]
     if ray_address is not None:
         try:
-            stream.start_ray(ray_address, config, config.subsets)
+            ray_data.RayEngine(ray_address).start(config)
             nodes = _nodes()
             hosts = ", ".join(f"{node.host} ({len(node.gpus)} GPUs)" for node in nodes)
             findings.append(Finding("cluster", OK, f"{len(nodes)} nodes: {hosts}"))
@@ -432,7 +433,7 @@ def _room(config: BuildConfig) -> Iterator[Finding]:
     for subset in config.subsets:
         try:
             planned = plans.load_plan(Path(config.out) / subset)
-            stream.check_disk(config, subset, list(range(planned.num_units)), planned)
+            driver.check_disk(config, subset, list(range(planned.num_units)), planned)
         except IntegrityError:  # no plan yet
             continue
         except ConfigError as error:

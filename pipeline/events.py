@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,11 +57,14 @@ class Event(msgspec.Struct, omit_defaults=True):
 class EventLog:
     """Appends events to one file; each line is one write, so a killed process leaves whole lines.
 
+    `on_event` is called after each.
+
     Events decide nothing, so a disk that takes no more of them is a warning, once: whoever writes what
     matters fails with a clear error, and a line cut short is ended before the next one.
     """
 
-    def __init__(self, folder: Path, who: str):
+    def __init__(self, folder: Path, who: str, on_event: Callable[[], None] = lambda: None):
+        self.on_event = on_event
         self.path = folder / f"{who}-{socket.gethostname()}-{os.getpid()}.jsonl"
         self._file: IO[bytes] | None = None
         self._cut_short = False
@@ -80,6 +83,7 @@ class EventLog:
             if not self._complained:
                 log.warning("%s: %s; events are lost, the build goes on", self.path, error)
                 self._complained = True
+        self.on_event()
 
 
 class EventReader:

@@ -91,11 +91,9 @@ def make_plan(source: Source, config: BuildConfig, folder: Path, limit: int | No
     """
     folder = Path(folder) / "plan"
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = source.fingerprint()
-    if limit is not None:
-        fingerprint["limit"] = str(limit)
+    fingerprint = _fingerprint(source, limit)
     old = load_plan(folder.parent) if (folder / SUMMARY).exists() else None
-    if old is not None and old.fingerprint == fingerprint and old.images_per_shard == config.images_per_shard:
+    if old is not None and _holds(old, fingerprint, config):
         return old
     entries = islice(source.catalog(), limit)
     fresh = folder / f"{files.TEMPORARY}{TABLE}-{os.getpid()}"
@@ -109,6 +107,23 @@ def make_plan(source: Source, config: BuildConfig, folder: Path, limit: int | No
     with files.write_atomic(folder / SUMMARY) as file:
         file.write(msgspec.json.format(msgspec.json.encode(plan, order="sorted"), indent=1) + b"\n")
     return msgspec.structs.replace(plan, folder=str(folder))
+
+
+def holds(plan: Plan, source: Source, config: BuildConfig, limit: int | None = None) -> bool:
+    """Whether `make_plan` would return this plan without reading the sources anew.
+
+    Raises:
+        ConfigError: the sources are not where the configuration says.
+    """
+    return _holds(plan, _fingerprint(source, limit), config)
+
+
+def _fingerprint(source: Source, limit: int | None) -> dict[str, str]:
+    return source.fingerprint() | ({} if limit is None else {"limit": str(limit)})
+
+
+def _holds(plan: Plan, fingerprint: dict[str, str], config: BuildConfig) -> bool:
+    return plan.fingerprint == fingerprint and plan.images_per_shard == config.images_per_shard
 
 
 def load_plan(folder: Path) -> Plan:

@@ -1,10 +1,10 @@
-"""What runs in a Ray actor: one step of the stream, with its model, for one unit after another.
+"""What runs the stages: in a Ray actor those of one step, or all of them in the local engine's process.
 
 How failures are contained, from the inside out:
 
 1. A record that fails is found by bisecting its batch and dropped with its error.
 2. A unit on which every record fails is tried again with a fresh model; then it travels on, marked, and the
-   driver decides whether the stage is broken (see `stream.py`).
+   driver decides whether the stage is broken (see `executor/driver.py`).
 3. A record that kills the whole process is found through the journal: before each batch the worker notes what
    it is about to do. Whoever gets the unit next finds the note, runs the noted images one by one, and after
    `crash_attempts` deaths alone drops the image. A worker that dies for another reason costs nothing but
@@ -31,8 +31,10 @@ import msgspec
 from pipeline import gpus, models, plan, shards, sources
 from pipeline.events import EventLog
 from pipeline.evidence import EvidenceStore
+from pipeline.shards import Draft
 from pipeline.sources import SOURCE_STAGE, CatalogEntry
 from pipeline.stages import FilterStage, ModelStage, only
+from schemas import errors as error_types
 from schemas.config import BuildConfig
 from schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
 from schemas.reasons import Reason
@@ -45,6 +47,9 @@ GIVE_UP_AFTER = 8
 
 READ_BATCH = 64
 """Images that a source reads between two notes in the journal."""
+
+STACK_MARK = "most recent call first"
+"""Stands in a worker's stack file when a call took longer than `failures.stall_s`."""
 
 SAVE_EVERY_S = 60.0
 """Evidence of an unfinished unit is written at least this often: a crash late in a long unit is cheap."""
@@ -82,22 +87,29 @@ class Unit(msgspec.Struct):
 
 
 class Worker:
-    """A Ray Data actor class: `row -> row`, where a row is a unit.
+    """A Ray Data actor class: `row -> row`, where a row is a unit. Use it as a context to end its models.
 
     Args:
         job: what is built.
-        steps: names of the stages this worker runs, in order; "source" and "write" are the ends.
+        stages: those that this worker runs, in order; "source" and "write" are the ends.
+        on_event: called after each event that the worker logs.
     """
 
-    def __init__(self, job: Job, stages: list[FilterStage | ModelStage | str]):
+    def __init__(
+        self,
+        job: Job,
+        stages: list[FilterStage | ModelStage | str],
+        on_event: Callable[[], None] = lambda: None,
+    ):
         keep_freed_memory()
         self.job = job
         self.folder = Path(job.folder)
         self.stages = stages
         self.name = _name(stages)
-        self.events = EventLog(Path(job.run), self.name)
+        self.events = EventLog(Path(job.run), self.name, on_event)
         self._crash_attempts = job.config.failures.crash_attempts
-        self._stack = _open_stack(Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt")
+        self.stack_path = Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt"
+        self._stack = _open_stack(self.stack_path)
         self.source = sources.open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         self.models: dict[str, Any] = {}
         self.meters = {
@@ -115,6 +127,17 @@ class Worker:
                     self._broken = f"{stage.name}: the backend cannot start: {type(error).__name__}: {error}"
 
         self.events.emit("ready", stage=self.name, seconds=time.perf_counter() - started)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """End the models that hold more than memory, as engines do."""
+        while self.models:
+            _, model = self.models.popitem()
+            if hasattr(model, "close"):
+                model.close()
+        self._stack.close()
 
     def _load(self, stage: ModelStage) -> None:
         start = time.perf_counter()
@@ -378,6 +401,18 @@ class Worker:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def draft_of(row: dict[str, Any]) -> Draft:
+    """The written unit in a row that has passed through all stages.
+
+    Raises:
+        ParaCaptionError: the error that a worker put into the row, by its own type.
+    """
+    if "failed" in row:
+        kind, _, message = row["failed"].partition(": ")
+        raise getattr(error_types, kind)(message)
+    return msgspec.msgpack.decode(row["draft"], type=Draft)
 
 
 def _open_stack(path: Path) -> IO[bytes]:

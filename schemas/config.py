@@ -175,10 +175,13 @@ _SECRET = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL
 
 
 class Io(_Strict):
-    """The actors that read sources and write shards; two pools of this size run beside the models."""
+    """The actors that read sources and write shards; beside models on GPUs they are two pools."""
 
     num_cpus: float = Field(default=1, gt=0, description="per actor")
-    concurrency: tuple[int, int] = Field(default=(1, 8), description="actors: (min, max)")
+    concurrency: tuple[int, int] | None = Field(
+        default=None,
+        description="actors: (min, max); null: those of a neighboring model without a GPU, else (1, 8)",
+    )
 
 
 class Failures(_Strict):

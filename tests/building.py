@@ -1,4 +1,4 @@
-"""Builds small corpora in tests: the flow's steps without Prefect, so that a test sees the stream alone."""
+"""Builds small corpora in tests: the driver without Prefect, on the local engine unless a test needs Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import plan, shards, sources, stages, stream
+from pipeline import shards
+from pipeline.executor import Engine, driver
+from pipeline.executor.local import LocalEngine
+from pipeline.executor.progress import Progress
+from pipeline.executor.ray_data import RayEngine
 from schemas.config import BuildConfig
 
 BACKENDS = {"captioner": "InstantCaptioner", "judge": "InstantJudge", "segmenter": "InstantSegmenter"}
@@ -49,25 +53,27 @@ def config_of(
 
 def build(
     config: BuildConfig,
+    engine: Engine | None = None,
     retry_failed: bool = False,
-    on_progress: Callable[[stream.Progress], None] = lambda _: None,
-) -> dict[str, stream.Progress]:
-    """Build every subset of the configuration on the Ray cluster this process is connected to."""
-    done = {}
-    with stream.locked(Path(config.out)):
-        for subset in config.subsets:
-            folder = Path(config.out) / subset
-            shards.prepare(folder)
-            shards.sweep(folder)
-            planned = plan.make_plan(sources.open_source(config, subset), config, folder)
-            recipe = stages.recipe_digest(stages.RECIPES[subset](config), config)
-            failed = stream.failed_units(folder, planned) if retry_failed else []
-            units = sorted({*plan.pending(planned, folder / "manifests", recipe), *failed})
-            runs = Path(config.out) / "events"
-            run_folder = runs / f"{len(list(runs.iterdir())) if runs.exists() else 0:03d}-{subset}"
-            run_folder.mkdir(parents=True)
-            done[subset] = stream.run(config, subset, planned, units, run_folder, on_progress)
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, Progress]:
+    """Build every subset, by default with the local engine; the last progress of each, by its name.
+
+    A subset with nothing to do has none.
+    """
+    done: dict[str, Progress] = {}
+
+    def note(progress: Progress) -> None:
+        done[progress.subset] = progress
+        on_progress(progress)
+
+    driver.build(config, engine or LocalEngine(), retry_failed=retry_failed, on_progress=note, step=_unmerged)
     return done
+
+
+def _unmerged(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves out index, plots and card: most tests look at units."""
+    return (lambda config: {}) if step is driver.merge_corpus else step
 
 
 def committed(out: Path) -> dict[str, str]:
@@ -100,8 +106,7 @@ def drops(out: Path, subset: str) -> dict[tuple[str, int], tuple[str, str, str]]
 def main() -> None:
     """Build from a JSON file, for tests that kill it: `python -m tests.building CONFIG [RAY_ADDRESS]`."""
     config = BuildConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))
-    stream.start_ray(sys.argv[2] if len(sys.argv) > 2 else None, config, config.subsets)
-    build(config)
+    build(config, RayEngine(sys.argv[2]) if len(sys.argv) > 2 else LocalEngine())
     sys.stdout.write("built\n")
 
 

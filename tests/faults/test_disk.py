@@ -8,14 +8,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from pipeline import files, plan, shards, sources, stages, stream
+from pipeline import files, plan, shards, sources
 from pipeline.events import EventLog, EventReader
 from pipeline.evidence import Captioned, EvidenceStore
-from pipeline.shards import Draft
-from pipeline.workers import Job, Worker
 from schemas.errors import StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.synthetic import write_coconut
@@ -49,32 +46,12 @@ def coconut(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(coconut, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    build_alone(config(out, coconut))
+    build(config(out, coconut))
     return committed(out)
 
 
 def config(out: Path, source: dict):
     return config_of(out, coconut=source, captioner={"log": str(out.parent / "captioner.log")})
-
-
-def build_alone(config) -> None:
-    """What `tests.building.build` does, in this process: one worker, then the commit of each unit."""
-    with stream.locked(Path(config.out)):
-        folder = Path(config.out) / "coconut"
-        shards.prepare(folder)
-        shards.sweep(folder)
-        planned = plan.make_plan(sources.open_source(config, "coconut"), config, folder)
-        steps = stages.coconut(config)
-        recipe = stages.recipe_digest(steps, config)
-        run = Path(config.out) / "events" / "run"
-        run.mkdir(parents=True, exist_ok=True)
-        job = Job(config, "coconut", str(folder), planned.digest, recipe, str(run))
-        worker = Worker(job, ["source", *steps, "write"])
-        for index in plan.pending(planned, folder / "manifests", recipe):
-            row = worker({"unit": planned.unit_name(index), "index": index})
-            if "failed" in row:
-                raise StageFailed(row["failed"])
-            shards.commit(folder, msgspec.msgpack.decode(row["draft"], type=Draft))
 
 
 def fill(disk: Path, free_bytes: int) -> Path:
@@ -113,12 +90,12 @@ def test_a_full_disk_stops_the_build_and_a_larger_one_ends_it_as_if_nothing_had_
     with pytest.raises(
         StageFailed, match=r"disk full; free space and run the same command again, it resumes"
     ):
-        build_alone(wanted)
+        build(wanted)
     done = assert_valid(disk / "out")
     assert 0 < done < NUM_IMAGES // 4
     assert temporary_files(disk / "out") == []
     resize(disk, "64m")
-    build_alone(wanted)
+    build(wanted)
     assert committed(disk / "out") == undisturbed
 
 
@@ -130,12 +107,12 @@ def test_a_disk_that_is_full_at_any_point_drops_no_record(disk, coconut, undistu
     plan.make_plan(sources.open_source(wanted, "coconut"), wanted, disk / "out" / "coconut")
     ballast = fill(disk, free_kb * 1024)
     with pytest.raises(StageFailed, match="disk full"):
-        build_alone(wanted)
+        build(wanted)
     assert_valid(disk / "out")
     assert temporary_files(disk / "out") == []
     ballast.unlink()
     resize(disk, "64m")
-    build_alone(wanted)
+    build(wanted)
     assert committed(disk / "out") == undisturbed
 
 
@@ -169,21 +146,21 @@ def test_a_read_only_folder_is_one_clear_error(disk, coconut):
     wanted = config(disk / "out", coconut)
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     with pytest.raises(StageFailed, match=r"cannot write \(Read-only file system\); mend the permissions"):
-        build_alone(wanted)
+        build(wanted)
     assert calls(disk.parent / "captioner.log") == []
 
 
 def test_a_folder_that_turns_read_only_is_one_clear_error_and_resumes(disk, coconut, undisturbed):
     resize(disk, "64m")
     wanted = config(disk / "out", coconut)
-    build_alone(wanted)
+    build(wanted)
     for name in ("coconut-000002", "coconut-000004"):
         (disk / "out" / "coconut" / "manifests" / f"{name}.json").unlink()
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
     with pytest.raises(StageFailed, match=r"cannot write \(Read-only file system\)"):
-        build_alone(wanted)
+        build(wanted)
     assert mount("-o", "remount,rw", str(disk)).returncode == 0
-    build_alone(wanted)
+    build(wanted)
     assert committed(disk / "out") == undisturbed
 
 

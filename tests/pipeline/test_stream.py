@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from pipeline import activity, shards, stages, stream
+from pipeline import activity, shards, stages
 from pipeline.events import EventReader
+from pipeline.executor import driver, ray_data
+from pipeline.executor.ray_data import steps_of
 from pipeline.stages import ModelStage
-from pipeline.stream import steps_of
 from schemas.errors import ConfigError, IntegrityError, StageFailed, StageStalled
 from tests.building import build, calls, committed, config_of, drops
 from tests.synthetic import write_coconut, write_sa1b
@@ -187,7 +188,7 @@ def test_a_changed_source_is_refused_with_the_difference(tmp_path):
 
 def test_two_drivers_cannot_write_to_the_same_folder(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
-    with stream.locked(tmp_path / "out"), pytest.raises(ConfigError, match="another build"):
+    with driver.locked(tmp_path / "out"), pytest.raises(ConfigError, match="another build"):
         build(config)
 
 
@@ -255,7 +256,7 @@ def test_models_on_cpus_share_their_actors_and_models_on_gpus_do_not(tmp_path, s
 def test_a_client_address_is_refused_with_the_way_that_works(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
     with pytest.raises(ConfigError, match=r"ray://head:10001.*ray job submit"):
-        stream.start_ray("ray://head:10001", config, ["coconut"])
+        ray_data.RayEngine("ray://head:10001").check(config)
 
 
 def with_backend(config, protocol, name, options, **changes):

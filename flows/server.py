@@ -1,0 +1,143 @@
+"""Prefect's server for one command: in a process of its own, started early, and gone with its driver.
+
+    with PrefectServer() as server:     # returns at once; the server starts beside whatever comes next
+        ...                             # import prefect, start Ray
+        with server.ready():            # waits, and points Prefect at it
+            flow(...)
+
+Where PREFECT_API_URL names a server, none is started. The process watches a pipe that its driver holds open,
+so it ends when the driver does, however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from schemas.errors import StageFailed
+
+START_S = 120.0
+"""How long the server may take to answer. On two idle cores it takes under ten."""
+
+_QUIET = {
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT__SERVER_EPHEMERAL": "1",  # only the services that record runs
+    "PREFECT__SERVER_FINAL": "1",
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "0",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "0",  # and so nothing to vacuum
+}
+
+
+class PrefectServer:
+    """The server's process; nothing, if the environment names a server."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+        self._url = ""
+
+    def __enter__(self) -> PrefectServer:
+        if os.environ.get("PREFECT_API_URL"):
+            return self
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(128)
+            self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+            self._log = tempfile.TemporaryFile()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "flows.server", str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._log,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,  # a Ctrl-C at the terminal is the driver's to handle
+                env=os.environ | _QUIET,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the server go; it ends by itself, and nobody waits for it."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process = None
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Wait until the server answers; within the block, Prefect talks to it.
+
+        Raises:
+            StageFailed: it ended, or did not answer in time; names what it said.
+        """
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        if self._process is None or PREFECT_API_URL.value():  # Prefect's own configuration names one
+            self.__exit__()
+            yield
+            return
+        self._wait(self._process)
+        with temporary_settings({PREFECT_API_URL: self._url}):
+            yield
+            _flush()
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        import httpx
+
+        deadline = time.monotonic() + START_S
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{self._url}/health", timeout=5).is_success:
+                    return
+            except httpx.TransportError:  # it accepts, and answers when it is up
+                time.sleep(0.05)
+        how = "did not answer" if process.poll() is None else f"ended with code {process.returncode}"
+        raise StageFailed(
+            f"Prefect's server {how}: {self._last_words()}; run `paracaption build --local`, or set "
+            "PREFECT_API_URL to a server that runs"
+        )
+
+    def _last_words(self) -> str:
+        assert self._log is not None
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _flush() -> None:
+    """Send what Prefect still holds back, while there is a server."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=5)
+    EventsWorker.drain_all(timeout=5)
+
+
+def main() -> None:
+    """Serve on the socket that was inherited: `python -m flows.server FD`."""
+    import uvicorn
+
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    uvicorn.run(
+        "prefect.server.api.server:create_app",
+        factory=True,
+        fd=int(sys.argv[1]),
+        log_level="error",
+        lifespan="on",
+    )
+
+
+def _end_with_driver() -> None:
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Builds a corpus: the order of its steps, whichever engine runs the units.
+
+    work list -> sample audit -> pending units -> engine -> commit, for each subset; then the merge
+
+Only the driver commits, and only while it holds the folder's lock. A build that is run again resumes: what is
+committed is not built again, and a corpus with nothing to do is left as it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import msgspec
+
+from pipeline import audit, corpus, files, shards, sources
+from pipeline import plan as plans
+from pipeline.config_file import dump_config
+from pipeline.events import EventLog, EventReader
+from pipeline.executor import Engine
+from pipeline.executor.progress import Progress, StageProgress, Watch
+from pipeline.shards import Draft
+from pipeline.sources import SOURCE_STAGE
+from pipeline.stages import RECIPES, ModelStage, recipe_digest
+from pipeline.workers import Job
+from schemas.config import BuildConfig
+from schemas.errors import ConfigError, StageFailed
+from schemas.reasons import ERRORS
+
+log = logging.getLogger(__name__)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+OnProgress = Callable[[Progress], None]
+
+
+def _plain(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    return function
+
+
+def build(
+    config: BuildConfig,
+    engine: Engine,
+    *,
+    limit_images: int | None = None,
+    retry_failed: bool = False,
+    on_progress: OnProgress = lambda _: None,
+    step: Callable[[Callable[..., Any]], Callable[..., Any]] = _plain,
+) -> dict[str, Any]:
+    """Build every configured subset and merge them into one corpus, or resume where a build stopped.
+
+    Args:
+        config: what to build and where to; paths are absolute.
+        engine: runs the units.
+        limit_images: build from the first so many images of each subset (a pilot; use an `out` of its own).
+        retry_failed: also build committed units again that hold drops by error.
+        on_progress: called about twice a second, and after each unit, from this thread.
+        step: wraps each step, as Prefect's `task` does; by default a step is called as it is.
+
+    Returns:
+        What `OUT/stats.json` holds.
+
+    Raises:
+        ConfigError: the configuration cannot work here, or another build holds the folder.
+        IntegrityError: the sources are not those that the corpus was planned with.
+        StageFailed: a stage fails on everything, a backend cannot start, or the disk is full.
+        StageStalled: nothing moved for `failures.stall_s`.
+    """
+    engine.check(config)
+    with locked(Path(config.out)):
+        if is_finished(config, limit_images, retry_failed):
+            return msgspec.to_builtins(corpus.read_summary(config.out))
+        step(write_config)(config)
+        for subset in config.subsets:
+            plan = step(make_plan)(config, subset, limit_images)
+            if units := step(find_pending)(config, subset, plan, retry_failed):
+                step(audit_source)(config, subset)
+                step(build_units)(config, subset, plan, units, engine, on_progress)
+        return step(merge_corpus)(config)
+
+
+# The steps.
+
+
+def write_config(config: BuildConfig) -> None:
+    """Keep the resolved configuration beside what it builds."""
+    try:
+        with files.write_atomic(Path(config.out) / "config.yaml") as file:
+            file.write(dump_config(config).encode())
+    except OSError as error:
+        raise shards.write_failed(Path(config.out), error) from error
+
+
+def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> plans.Plan:
+    """Cut the subset into units, or take the plan that is there if the source is still the same."""
+    folder = Path(config.out) / subset
+    shards.prepare(folder)
+    shards.sweep(folder)
+    return plans.make_plan(sources.open_source(config, subset), config, folder, limit_images)
+
+
+def find_pending(config: BuildConfig, subset: str, plan: plans.Plan, retry_failed: bool) -> list[int]:
+    """Indices of the units without a manifest of this recipe; with `retry_failed` also those with errors."""
+    folder = Path(config.out) / subset
+    recipe = recipe_digest(RECIPES[subset](config), config)
+    failed = failed_units(folder, plan) if retry_failed else []
+    return sorted({*plans.pending(plan, folder / "manifests", recipe), *failed})
+
+
+def audit_source(config: BuildConfig, subset: str) -> None:
+    """Read a sample of the source without any model; refuse to go on if none of it is usable."""
+    log.info("%s", audit.sample(sources.open_source(config, subset), config).text())
+
+
+def build_units(
+    config: BuildConfig,
+    subset: str,
+    plan: plans.Plan,
+    units: list[int],
+    engine: Engine,
+    on_progress: OnProgress = lambda _: None,
+) -> Progress:
+    """Send units through the stages and commit them. The caller holds the lock.
+
+    Args:
+        config: the resolved configuration.
+        subset: one of the configured ones.
+        plan: the subset's.
+        units: indices of the units to build.
+        engine: runs them.
+        on_progress: called about twice a second, and after each unit, from this thread.
+
+    Raises:
+        StageFailed: a stage fails on everything, a backend cannot start, or the disk is full.
+        StageStalled: nothing moved for `failures.stall_s`; the message has the hanging stacks.
+    """
+    check_disk(config, subset, units, plan)
+    folder = Path(config.out) / subset
+    run_folder = _new_run(config, subset)
+    stages = RECIPES[subset](config)
+    names = [plan.unit_name(index) for index in units]
+    idle = [each.name for each in stages if isinstance(each, ModelStage) and _answered(each, folder, names)]
+    recipe = recipe_digest(stages, config)
+    job = Job(config, subset, str(folder), plan.digest, recipe, str(run_folder), idle)
+    progress = Progress(subset, pending=len(units))
+    steps = [SOURCE_STAGE, *(stage.name for stage in stages), shards.WRITE_STAGE]
+    progress.stages = {name: StageProgress() for name in steps}
+    events = EventLog(run_folder, "driver")
+    events.emit("begun")
+    watch = Watch(EventReader(run_folder), progress, config.failures.stall_s, run_folder)
+    committer = _Committer(folder, config.failures.stop_after_units, progress, events)
+
+    def tick(moved: bool = False) -> None:
+        watch.look(moved)
+        on_progress(progress)
+
+    try:
+        for draft in engine.drafts(job, stages, plan, units, tick):
+            committer.take(draft)
+            tick(moved=True)
+        committer.finish()
+    except BaseException:
+        committer.abandon()
+        raise
+    events.emit("ended")
+    tick(moved=True)
+    shards.sweep(folder)  # what a worker of an earlier, broken run was still writing when this one began
+    for stack in run_folder.glob("stack-*.txt"):
+        stack.unlink()
+    shutil.rmtree(folder / "journal", ignore_errors=True)
+    return progress
+
+
+def merge_corpus(config: BuildConfig) -> dict[str, Any]:
+    """One index, statistics, plots and the dataset card over all committed units."""
+    return corpus.merge(Path(config.out), config)
+
+
+# What the steps ask.
+
+
+def is_finished(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
+    """Whether a build would change nothing: all is committed and merged, by this very configuration.
+
+    Cheap: the sources' files are looked at, not read. Writes nothing.
+
+    Raises:
+        ConfigError: a source is not where the configuration says.
+        IntegrityError: a plan, a manifest or the statistics cannot be read.
+    """
+    out = Path(config.out)
+    try:
+        if (out / "config.yaml").read_text(encoding="utf-8") != dump_config(config):
+            return False
+    except (OSError, UnicodeError):
+        return False
+    for subset in config.subsets:
+        folder = out / subset
+        if not (folder / "plan" / plans.SUMMARY).exists():
+            return False
+        plan = plans.load_plan(folder)
+        if not plans.holds(plan, sources.open_source(config, subset), config, limit_images):
+            return False
+        if find_pending(config, subset, plan, retry_failed):
+            return False
+    return corpus.is_merged(out)
+
+
+def _new_run(config: BuildConfig, subset: str) -> Path:
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
+    folder = Path(config.out) / "events" / name
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise shards.write_failed(Path(config.out), error) from error
+    return folder
+
+
+def _answered(stage: ModelStage, folder: Path, units: list[str]) -> bool:
+    """Whether a stage has evidence of all these units, so that its model need not be loaded beforehand."""
+    store = stage.store(folder)
+    return all(store.path(unit).exists() for unit in units)
+
+
+def failed_units(folder: Path, plan: plans.Plan) -> list[int]:
+    """Indices of the committed units with a drop that another attempt may turn: for `--retry-failed`.
+
+    Args:
+        folder: OUT/<subset>.
+        plan: the subset's plan.
+
+    Raises:
+        IntegrityError: a manifest does not parse.
+    """
+    failed = []
+    for index in range(plan.num_units):
+        try:
+            record = shards.read_manifest(folder / "manifests" / f"{plan.unit_name(index)}.json")
+        except FileNotFoundError:
+            continue
+        reasons = {key.partition("/")[2] for key in record.dropped} | set(record.images_dropped)
+        if reasons & ERRORS:
+            failed.append(index)
+    return failed
+
+
+def check_disk(config: BuildConfig, subset: str, units: list[int], plan: plans.Plan) -> None:
+    """Free space for what the pending units write: their photos, by a sample of sizes, and a tenth on top.
+
+    Raises:
+        ConfigError: not enough; names how much is missing.
+    """
+    photos = plan.photo_bytes * len(units) / max(1, plan.num_units)
+    needed = 1.1 * photos + config.failures.min_free_gb * 1e9
+    free = shutil.disk_usage(config.out).free
+    if free < needed:
+        raise ConfigError(
+            f"{config.out}: {subset} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "free space, or lower failures.min_free_gb if the estimate is wrong"
+        )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output folder: one driver commits at a time. The lock ends with the process, however it ends.
+
+    Raises:
+        ConfigError: another build holds it.
+        StageFailed: the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "a+")
+    except OSError as error:
+        raise shards.write_failed(out, error) from error
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{out}: another build is writing here; wait for it or choose another `out`"
+            ) from error
+        yield
+
+
+class _Committer:
+    """Commits drafts as they come. Units on which a stage failed wait until the stage is proven right."""
+
+    def __init__(self, folder: Path, stop_after: int, progress: Progress, events: EventLog):
+        self.folder = folder
+        self.stop_after = stop_after
+        self.progress = progress
+        self.events = events
+        self.suspects: list[Draft] = []
+
+    def take(self, draft: Draft) -> None:
+        if draft.failures:
+            self.suspects.append(draft)
+            if len(self.suspects) >= self.stop_after:
+                stage, error = next(iter(draft.failures.items()))
+                raise StageFailed(
+                    f"{stage}: failed on every image of {len(self.suspects)} units in a row, last on "
+                    f"{draft.manifest.unit}: {error}. "
+                    "What is committed stays; mend the cause and run the same command again"
+                )
+            return
+        self._release()
+        self._commit(draft)
+
+    def finish(self) -> None:
+        self._release()
+
+    def abandon(self) -> None:
+        for draft in self.suspects:
+            shards.discard(draft)
+        self.suspects = []
+
+    def _release(self) -> None:
+        for draft in self.suspects:
+            log.warning(
+                "%s: %s; its regions are dropped, `--retry-failed` runs them again",
+                draft.manifest.unit,
+                "; ".join(f"{stage} failed: {why}" for stage, why in draft.failures.items()),
+            )
+            self._commit(draft)
+        self.suspects = []
+
+    def _commit(self, draft: Draft) -> None:
+        start = time.perf_counter()
+        shards.commit(self.folder, draft)
+        record = draft.manifest
+        self.events.emit(
+            "committed",
+            unit=record.unit,
+            images=len(record.images),
+            regions=record.regions_in,
+            seconds=time.perf_counter() - start,
+        )
+        self.progress.done += 1
+        self.progress.images += len(record.images)
+        self.progress.regions += record.regions_in
+        self.progress.kept += record.kept
+        self.progress.dropped.update(record.dropped)

@@ -1,0 +1,99 @@
+"""The engine in this process: the same worker, one unit after the other in a plain loop.
+
+For tests, for a debugger that stops inside a captioner of your own, and for a look at a few images. What Ray
+Data does beyond that, it does not:
+
+- One process: `concurrency` and `num_cpus` are ignored, and a stage with a `runtime_env` is refused.
+- One GPU at most, for all models together; they are loaded at the same time.
+- A backend that takes the process down takes the build down. The next run finds the note of what was in
+  flight, runs those images one by one, and drops the one that has killed it `failures.crash_attempts` times.
+- A call that hangs is not ended. After `failures.stall_s` its stack and its record are logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline import gpus, shards
+from pipeline import plan as plans
+from pipeline.shards import Draft
+from pipeline.sources import SOURCE_STAGE
+from pipeline.stages import RECIPES, ModelStage, Stage
+from pipeline.workers import STACK_MARK, Job, Worker, draft_of
+from schemas.config import BuildConfig
+from schemas.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class LocalEngine:
+    """Builds in this process, without Ray."""
+
+    def check(self, config: BuildConfig) -> None:
+        """Refuse what one process cannot do.
+
+        Raises:
+            ConfigError: a stage has a `runtime_env`, or the models ask for more than this machine's one GPU.
+        """
+        stages = [stage for subset in config.subsets for stage in RECIPES[subset](config)]
+        used = {stage.protocol: stage.backend for stage in stages if isinstance(stage, ModelStage)}
+        for protocol, backend in used.items():
+            if backend.runtime_env:
+                raise ConfigError(
+                    f"{protocol}.runtime_env: the local engine runs every stage in this process; remove it, "
+                    "or build without --local"
+                )
+        asked = sum(backend.num_gpus for backend in used.values())
+        there = min(1, len(gpus.seen())) if asked else 0
+        if asked > there:
+            wanted = ", ".join(f"{name} {backend.num_gpus:g}" for name, backend in used.items())
+            raise ConfigError(
+                f"the models ask for {asked:g} GPUs together ({wanted}), and the local engine has {there}; "
+                "lower `num_gpus` to shares of one GPU, or build without --local"
+            )
+
+    def drafts(
+        self, job: Job, stages: list[Stage], plan: plans.Plan, units: list[int], tick: Callable[[], None]
+    ) -> Iterator[Draft]:
+        """Written units, one after the other; `tick` is called after each event of the worker.
+
+        Raises:
+            StageFailed: a backend cannot start, or the output cannot be written.
+        """
+        with (
+            Worker(job, [SOURCE_STAGE, *stages, shards.WRITE_STAGE], on_event=tick) as worker,
+            _stalls_logged(worker.stack_path, job.config.failures.stall_s),
+        ):
+            for index in units:
+                yield draft_of(worker({"unit": plan.unit_name(index), "index": index}))
+
+
+@contextmanager
+def _stalls_logged(stack: Path, stall_s: float) -> Iterator[None]:
+    """Log the stack that a call leaves after `stall_s`; the worker writes it, and names the record in it."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        seen = ""
+        while not ended.wait(min(1.0, stall_s / 4)):
+            text = stack.read_text(errors="replace") if stack.exists() else ""
+            if STACK_MARK in text and text != seen:
+                log.error(
+                    "no answer for %.0f s (failures.stall_s); Ctrl-C ends the build, and what is committed "
+                    "stays.\n%s",
+                    stall_s,
+                    text,
+                )
+            seen = text
+
+    thread = threading.Thread(target=watch, daemon=True, name="stalls")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,277 @@
+"""The engine that builds on Ray Data: the default, and the only one that spreads over machines.
+
+    work list -> [source + mask filters] -> [captioner] -> [judge] -> [segmenter] -> [text + write] -> driver
+                      actors                 actors       actors       actors         actors
+
+A row is a unit, so nothing re-blocks it; every bracket is an actor pool with the resources its backend asks
+for, all alive at the same time. Neighbors without a GPU that ask for the same resources share their actors,
+so on a laptop the whole line is one pool. Ray Data gives streaming, backpressure, autoscaling between the
+pool's bounds, and restarts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import plan as plans
+from pipeline import shards
+from pipeline.events import EventLog
+from pipeline.shards import Draft
+from pipeline.sources import SOURCE_STAGE
+from pipeline.stages import RECIPES, FilterStage, ModelStage, Stage
+from pipeline.workers import Job, Worker, draft_of
+from schemas.config import BuildConfig
+from schemas.errors import ConfigError, ParaCaptionError, StageFailed
+
+Steps = list[list[FilterStage | ModelStage | str]]
+
+TICK_S = 0.5
+"""How often the driver looks at the clock and at the events while no unit comes."""
+
+
+class RayEngine:
+    """Builds on a Ray cluster, or on a Ray of its own on this machine.
+
+    Args:
+        address: "auto" or "host:port"; None starts Ray on this machine.
+    """
+
+    def __init__(self, address: str | None = None):
+        self.address = address
+        self._starting = threading.Lock()
+
+    def check(self, config: BuildConfig) -> None:
+        """Refuse an address that Ray Data cannot use.
+
+        Raises:
+            ConfigError: a ray:// address; Ray Data 2.60 does not run through Ray's client.
+        """
+        if self.address is not None and self.address.startswith("ray://"):
+            raise ConfigError(
+                f"--ray-address {self.address}: Ray Data does not run through Ray's client; give host:port "
+                "from a node of the cluster, or submit the command with `ray job submit` (docs/cluster.md)"
+            )
+
+    def start(self, config: BuildConfig) -> None:
+        """Connect to the cluster, or start a local one that is large enough for the smallest pools.
+
+        Safe to call again, and from another thread: who comes second waits for the first. On a machine of
+        its own the logical CPUs only admit actors, and the kernel shares the real ones: a laptop with two
+        cores runs the whole recipe.
+
+        Raises:
+            ConfigError: see `check`.
+        """
+        self.check(config)
+        with self._starting:
+            _connect(self.address, config)
+
+    def drafts(
+        self, job: Job, stages: list[Stage], plan: plans.Plan, units: list[int], tick: Callable[[], None]
+    ) -> Iterator[Draft]:
+        """Written units in the order in which they get ready; `tick` is called about twice a second.
+
+        Raises:
+            ConfigError: the cluster is too small for the smallest pools.
+            StageFailed: a backend cannot start, the output cannot be written, or Ray itself broke.
+        """
+        started = time.perf_counter()
+        self.start(job.config)
+        EventLog(Path(job.run), "driver").emit("ray", seconds=time.perf_counter() - started)
+        steps = steps_of(stages, job.config)
+        check_resources(steps, job.config)
+        rows = _Rows(_dataset(job, steps, plan, units))
+        try:
+            while (row := rows.next(TICK_S)) is not _END:
+                if row is not None:
+                    yield draft_of(row)
+                tick()
+        finally:
+            rows.stop()
+
+
+IO_CONCURRENCY = (1, 8)
+"""Actors that read and write beside models on GPUs, where `io.concurrency` says nothing."""
+
+
+def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:
+    """Group a recipe into the operators of the stream.
+
+    Each model starts its own, filters ride along. Neighbors without a GPU that ask for the same resources
+    and the same environment share their actors: on CPUs alone a unit then runs through all stages in one
+    process, and nothing is sent between them. Reading and writing take their neighbor's number of actors,
+    unless `io.concurrency` says how many they have.
+    """
+    apart: Steps = [[SOURCE_STAGE]]
+    for stage in [*stages, shards.WRITE_STAGE]:
+        if isinstance(stage, ModelStage) or (isinstance(apart[-1][-1], ModelStage)):
+            apart.append([stage])
+        else:
+            apart[-1].append(stage)
+    steps: Steps = []
+    for step in apart:
+        if steps and _shares_actors(steps[-1], step, config):
+            steps[-1] += step
+        else:
+            steps.append(step)
+    return steps
+
+
+def _shares_actors(
+    before: list[FilterStage | ModelStage | str],
+    after: list[FilterStage | ModelStage | str],
+    config: BuildConfig,
+) -> bool:
+    first, second = resources_of(before, config), resources_of(after, config)
+    if config.io.concurrency is None and not (_has_model(before) and _has_model(after)):
+        first = first | {"concurrency": second["concurrency"]}
+    return not second["num_gpus"] and first == second
+
+
+def _has_model(step: list[FilterStage | ModelStage | str]) -> bool:
+    return any(isinstance(stage, ModelStage) for stage in step)
+
+
+def resources_of(step: list[FilterStage | ModelStage | str], config: BuildConfig) -> dict[str, Any]:
+    """Ray arguments of a step's actors: its model's, or those for reading and writing."""
+    model = next((stage for stage in step if isinstance(stage, ModelStage)), None)
+    asks = config.io if model is None else model.backend
+    return {
+        "runtime_env": getattr(asks, "runtime_env", {}),
+        "num_cpus": asks.num_cpus,
+        "num_gpus": getattr(asks, "num_gpus", 0),
+        "concurrency": tuple(asks.concurrency or IO_CONCURRENCY),
+    }
+
+
+def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    rows = [{"unit": plan.unit_name(index), "index": index} for index in units]
+    # A worker that dies is replaced and its unit runs again, without limit: Ray Data's default for actors.
+    # The notes that `workers.py` keeps see to it that no record can kill workers forever.
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for step in steps:
+        asked = resources_of(step, job.config)
+        low, high = asked["concurrency"]
+        dataset = dataset.map(
+            Worker,  # pyright: ignore[reportArgumentType] - Ray builds the class in its actors
+            fn_constructor_args=(job, step),
+            num_cpus=asked["num_cpus"],
+            num_gpus=asked["num_gpus"] or None,
+            runtime_env=asked["runtime_env"] or None,
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
+        )
+    return dataset
+
+
+_END = object()
+
+
+class _Rows:
+    """Pulls rows from Ray Data in a thread, so that the driver can watch the clock meanwhile."""
+
+    def __init__(self, dataset: Any):
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._pull, args=(dataset,), daemon=True, name="stream")
+        self._thread.start()
+
+    def _pull(self, dataset: Any) -> None:
+        try:
+            for row in dataset.iter_rows():
+                if self._stopped:
+                    return  # closes the iterator, which ends the actors
+                self._queue.put(row)
+            self._queue.put(_END)
+        except BaseException as error:  # noqa: BLE001 - handed to the driver's thread, whatever it is
+            self._queue.put(error)
+
+    def stop(self) -> None:
+        """Let go of the stream after the unit it waits for."""
+        self._stopped = True
+
+    def next(self, timeout_s: float) -> Any:
+        """A row, `_END`, or None if nothing came in time; raises what the stream raised."""
+        try:
+            item = self._queue.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            raise _one_line(item)
+        return item
+
+
+def _one_line(error: BaseException) -> BaseException:
+    """Errors of ours as they are; what Ray wraps in pages of traceback as a `StageFailed` of one line."""
+    if isinstance(error, ParaCaptionError | KeyboardInterrupt | SystemExit):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*:", line)]
+    failed = StageFailed(f"the stream broke: {type(error).__name__}: {(told or lines or [''])[-1]}")
+    failed.__cause__ = error
+    return failed
+
+
+def check_resources(steps: Steps, config: BuildConfig) -> None:
+    """Whether the cluster holds the smallest pool of every step at once; else the stream waits forever.
+
+    Raises:
+        ConfigError: names what is asked for and what there is. Not raised on a cluster that scales itself.
+    """
+    import ray
+
+    needed = needed_resources(steps, config)
+    there = ray.cluster_resources()
+    for name, amount in needed.items():
+        if amount > there.get(name, 0) + 1e-6 and not os.environ.get("RAY_AUTOSCALER"):
+            asked = ", ".join(
+                f"{_title(step)}: {resources_of(step, config)['concurrency'][0]} x "
+                f"{resources_of(step, config)['num_' + name.lower() + 's']:g}"
+                for step in steps
+            )
+            raise ConfigError(
+                f"the stages need {amount:g} {name} at once ({asked}), "
+                f"the cluster has {there.get(name, 0):g}: "
+                "lower `concurrency` or the resources per actor, or add nodes"
+            )
+
+
+def needed_resources(steps: Steps, config: BuildConfig) -> dict[str, float]:
+    """CPUs and GPUs that the smallest pools of all steps hold at once."""
+    asked = [resources_of(step, config) for step in steps]
+    return {
+        "CPU": sum(a["num_cpus"] * a["concurrency"][0] for a in asked),
+        "GPU": sum(a["num_gpus"] * a["concurrency"][0] for a in asked),
+    }
+
+
+def _title(step: list[FilterStage | ModelStage | str]) -> str:
+    return " + ".join(stage if isinstance(stage, str) else stage.name for stage in step)
+
+
+def _connect(address: str | None, config: BuildConfig) -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False, "ignore_reinit_error": True}
+    if address is not None:
+        ray.init(address=address, **quiet)
+        return
+    recipes = [RECIPES[subset](config) for subset in config.subsets]
+    needed = max(needed_resources(steps_of(stages, config), config)["CPU"] for stages in recipes)
+    ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(needed)), include_dashboard=False, **quiet)
