@@ -147,16 +147,38 @@ def report(
 
 
 @app.command()
-def doctor(config: Config, ray_address: RayAddress = None) -> None:
-    """Check packages, GPUs, memory, models, sources and the output before a build; exit code 1 on a FAIL."""
+def doctor(
+    config: Config,
+    ray_address: RayAddress = None,
+    training: Annotated[bool, typer.Option("--training", help="CONFIG is one of `train`.")] = False,
+    evaluation: Annotated[bool, typer.Option("--evaluation", help="CONFIG is one of `evaluate`.")] = False,
+) -> None:
+    """Check packages, GPUs, models, inputs and the output before a run; exit code 1 on a FAIL."""
     from rich.console import Console
 
-    from pipeline import doctor as examining
-    from pipeline.config_file import load_config
+    from pipeline import config_file, findings
 
-    findings = examining.examine(load_config(config), ray_address)
-    Console().print(examining.render(findings))
-    raise typer.Exit(1 if any(finding.state == examining.FAIL for finding in findings) else 0)
+    _one_kind("doctor", training, evaluation)
+    if training:
+        from model_training import preflight
+
+        loaded = config_file.load_training(config)
+        found = list(preflight.training(loaded, on_cluster=ray_address is not None))
+    elif evaluation:
+        from model_training import preflight
+
+        found = list(preflight.evaluation(config_file.load_evaluation(config)))
+    else:
+        from pipeline import doctor as examining
+
+        found = examining.examine(config_file.load_config(config), ray_address)
+    Console().print(findings.render(found))
+    raise typer.Exit(1 if any(each.state == findings.FAIL for each in found) else 0)
+
+
+def _one_kind(command: str, training: bool, evaluation: bool) -> None:
+    if training and evaluation:
+        raise ConfigError(f"{command}: choose --training or --evaluation, not both")
 
 
 @app.command()
@@ -251,15 +273,14 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, or go on from the last checkpoint; `config` with --training prints every key."""
+    from flows import launch
+    from model_training import preflight
+    from pipeline import findings
     from pipeline.config_file import load_training
 
     loaded = load_training(config)
-    views.quiet_prefect()
-    from flows import train as flow
-    from flows import watch
-
-    watch.trainer.set(views.TrainingView(loaded.log.every).show)
-    done = flow.train_captioner(loaded, ray_address, wait)
+    findings.refuse(preflight.training(loaded, wait, on_cluster=ray_address is not None))
+    done = launch.train(loaded, ray_address, wait, views.TrainingView(loaded.log.every).show)
     print(f"{done['steps']:,} steps, {done['skipped']:,} of them skipped: {done['model']}")
     if found := done.get("evaluation"):
         print(
@@ -421,8 +442,7 @@ def config(
     from schemas.evaluation import EvaluateConfig
     from schemas.training import TrainConfig
 
-    if training and evaluation:
-        raise ConfigError("config: either --training or --evaluation")
+    _one_kind("config", training, evaluation)
     kind = TrainConfig if training else EvaluateConfig if evaluation else BuildConfig
     print(describe(kind))
 
@@ -452,16 +472,21 @@ def _build(
     retry_failed: bool = False,
 ) -> None:
     """Build, unless there is nothing to do; then the summary."""
+    from pipeline import findings, preflight
     from pipeline.executor import driver
     from pipeline.executor.local import LocalEngine
     from pipeline.executor.ray_data import RayEngine
 
     engine = LocalEngine() if local else RayEngine(ray_address)
-    engine.check(loaded)
     asked = {"limit_images": limit_images, "retry_failed": retry_failed}
     if driver.is_finished(loaded, **asked):
         print(f"nothing to do: every unit of {loaded.out} is committed and merged", file=sys.stderr)
-    elif isinstance(engine, LocalEngine):
+        inspect(Path(loaded.out))
+        return
+    findings.refuse(preflight.examine(loaded, on_cluster=ray_address is not None))
+    engine.check(loaded)
+    driver.prepare(loaded, **asked)
+    if isinstance(engine, LocalEngine):
         with views.BuildView() as view:
             driver.build(loaded, engine, on_progress=view.show, **asked)
     else:
@@ -478,6 +503,14 @@ def main() -> None:
         app()
     except ParaCaptionError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        from pipeline import findings
+
+        if error.name is None or error.name.partition(".")[0] not in findings.MODULES:
+            raise
+        name = error.name.partition(".")[0]
+        print(f"error: {name} is not installed; {findings.how_to_install(name)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -26,19 +26,19 @@ def evaluate(
     """Examine a captioner: benchmarks with a judge, toy world, cost. Goes on where it was interrupted."""
     from rich.console import Console
 
-    from flows import evaluate as flow
-    from flows import watch
+    from flows import launch
+    from model_training import preflight
+    from pipeline import findings
     from pipeline.config_file import load_evaluation
 
     loaded = load_evaluation(config)
-    views.quiet_prefect()
+    findings.refuse(preflight.evaluation(loaded))
     with views.counting_parts() as show:
-        watch.counter.set(show)
-        found = flow.evaluate_captioner(loaded)
+        found = launch.evaluate(loaded, show)
     Console().print(_table(found))
     for result in found["benchmarks"]:
         print(Path(loaded.out) / loaded.label / result["benchmark"] / "page.html")
-    print(Path(loaded.out) / flow.HISTORY)
+    print(Path(loaded.out) / "history.jsonl")
 
 
 def profile(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from flows import views, watch
@@ -13,6 +15,31 @@ if TYPE_CHECKING:
     from pipeline.executor.progress import Progress
     from pipeline.executor.ray_data import RayEngine
     from schemas.config import BuildConfig
+    from schemas.evaluation import EvaluateConfig
+    from schemas.training import TrainConfig
+
+
+@contextmanager
+def _prefect(module: str, beside: Callable[[], None] = lambda: None) -> Iterator[Any]:
+    """A flow's module, imported while Prefect's server starts; the server is there within the block.
+
+    Args:
+        module: of the flow.
+        beside: done meanwhile, in this thread.
+    """
+    with PrefectServer() as server:
+        importing = threading.Thread(target=_import_quietly, args=(module,), daemon=True)
+        importing.start()
+        beside()
+        importing.join()
+        found = importlib.import_module(module)
+        with server.ready():
+            yield found
+
+
+def _import_quietly(module: str) -> None:
+    views.quiet_prefect()
+    importlib.import_module(module)
 
 
 def build(
@@ -26,19 +53,23 @@ def build(
         on_progress: shows how it is going.
         asked: the flow's other parameters.
     """
-    with PrefectServer() as server:
-        importing = threading.Thread(target=_import_flow, daemon=True)
-        importing.start()
-        engine.start(config)
-        importing.join()
-        with server.ready():
-            from flows.build import build_corpus
-
-            watch.engine.set(engine)
-            watch.watcher.set(on_progress)
-            return build_corpus(config, engine.address, **asked)
+    with _prefect("flows.build", lambda: engine.start(config)) as flow:
+        watch.engine.set(engine)
+        watch.watcher.set(on_progress)
+        return flow.build_corpus(config, engine.address, **asked)
 
 
-def _import_flow() -> None:
-    views.quiet_prefect()
-    import flows.build  # noqa: F401 - takes seconds, and needs nothing that is not there yet
+def train(
+    config: TrainConfig, ray_address: str | None, wait: bool, report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run the flow `train-captioner`; `report` is called with each step's record."""
+    with _prefect("flows.train") as flow:
+        watch.trainer.set(report)
+        return flow.train_captioner(config, ray_address, wait)
+
+
+def evaluate(config: EvaluateConfig, count: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Run the flow `evaluate-captioner`; `count` is called with what is being done, and how much of it."""
+    with _prefect("flows.evaluate") as flow:
+        watch.counter.set(count)
+        return flow.evaluate_captioner(config)

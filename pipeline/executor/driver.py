@@ -116,7 +116,15 @@ def find_pending(config: BuildConfig, subset: str, plan: plans.Plan, retry_faile
 
 def audit_source(config: BuildConfig, subset: str) -> None:
     """Read a sample of the source without any model; refuse to go on if none of it is usable."""
-    log.info("%s", audit.sample(sources.open_source(config, subset), config).text())
+    source = sources.open_source(config, subset)
+    looked_at = (config.out, subset, tuple(source.fingerprint().items()))
+    if looked_at not in _audited:
+        log.info("%s", audit.sample(source, config).text())
+        _audited.add(looked_at)
+
+
+_audited: set[tuple] = set()
+"""Samples that this process has read: `prepare` and `build` need one look, not two."""
 
 
 def build_units(
@@ -184,6 +192,22 @@ def merge_corpus(config: BuildConfig) -> dict[str, Any]:
 
 
 # What the steps ask.
+
+
+def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> None:
+    """Plan every subset and read a sample of its source, so that a mistake is known before an engine starts.
+
+    `build` does the same, and finds it done.
+
+    Raises:
+        ConfigError: a source cannot be read, or nothing of the sample is usable.
+        IntegrityError: the sources are not those that the corpus was planned with.
+    """
+    with locked(Path(config.out)):
+        for subset in config.subsets:
+            plan = make_plan(config, subset, limit_images)
+            if find_pending(config, subset, plan, retry_failed):
+                audit_source(config, subset)
 
 
 def is_finished(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
