@@ -37,10 +37,14 @@ _QUIET = {
 
 
 class PrefectServer:
-    """The server's process; nothing, if the environment names a server."""
+    """The server's process.
+
+    Attributes:
+        process: None before the start and after the end, and if the environment names a server.
+    """
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._url = ""
 
@@ -52,7 +56,7 @@ class PrefectServer:
             listener.listen(128)
             self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._log = tempfile.TemporaryFile()
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "flows.server", str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
@@ -65,9 +69,9 @@ class PrefectServer:
 
     def __exit__(self, *_: object) -> None:
         """Let the server go; it ends by itself, and nobody waits for it."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            self._process = None
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+            self.process = None
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -78,11 +82,11 @@ class PrefectServer:
         """
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
-        if self._process is None or PREFECT_API_URL.value():  # Prefect's own configuration names one
+        if self.process is None or PREFECT_API_URL.value():  # Prefect's own configuration names one
             self.__exit__()
             yield
             return
-        self._wait(self._process)
+        self._wait(self.process)
         with temporary_settings({PREFECT_API_URL: self._url}):
             yield
             _flush()

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
-from pipeline import doctor, gpus
-from pipeline.doctor import FAIL, OK, WARN, Finding, Node
+from flows.cli import app
+from pipeline import doctor, findings, gpus, models
+from pipeline.doctor import Node
+from pipeline.findings import FAIL, OK, WARN, Finding
 from pipeline.gpus import Gpu
 from schemas.config import Backend, BuildConfig
 from tests.building import config_of
@@ -144,7 +147,7 @@ def test_a_missing_package_another_version_and_a_cpu_build_have_their_lines(monk
         return there[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(doctor.models, "find", lambda *_: object)
+    monkeypatch.setattr(models, "find", lambda *_: object)
     on_gpu = doctor.look("judge", Backend(name="vllm", num_gpus=1), [H200])
     said = {each.said: each for each in on_gpu}
     assert said["torch 2.13.0+cpu"].state == OK
@@ -187,7 +190,7 @@ def test_a_server_is_asked_whether_it_has_the_model():
 
 
 def test_a_python_that_the_project_does_not_know_is_a_fail():
-    (line,) = doctor._python(">=4")
+    (line,) = findings._python(">=4")
     assert line.state == FAIL and line.mend == "paracaption needs Python >=4"
 
 
@@ -198,15 +201,52 @@ def test_a_disk_without_room_is_a_fail(tmp_path, release):
 
 def test_an_environment_of_its_own_needs_a_cluster_to_be_looked_at(tmp_path, release):
     judge = {"name": "lexical", "runtime_env": {"py_executable": "/opt/vllm/bin/python"}}
-    findings = doctor.examine(config(tmp_path, release, judge=judge))
-    (line,) = [each for each in findings if each.what == "judge lexical"]
+    found = doctor.examine(config(tmp_path, release, judge=judge))
+    (line,) = [each for each in found if each.what == "judge lexical"]
     assert line.state == WARN and "--ray-address" in line.mend
+
+
+def test_nothing_is_left_behind_where_the_folders_above_out_are_missing_too(tmp_path, release):
+    found = doctor.examine(config(tmp_path / "a" / "b" / "out", release))
+    assert {each.state for each in found if each.what == "out"} == {OK}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_process_uses_meanwhile_is_left(tmp_path, release, monkeypatch):
+    def somebody_builds(_config):
+        (tmp_path / "a" / "out" / "config.yaml").touch()
+        yield Finding("disk", OK, "enough")
+
+    monkeypatch.setattr(doctor, "_room", somebody_builds)
+    doctor.examine(config(tmp_path / "a" / "out", release))
+    assert [path.name for path in (tmp_path / "a" / "out").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "line"),
+    [
+        (
+            "--training",
+            {"corpora": [{"out": "gone"}], "model": {"tokenizer": "toy"}, "steps": 1},
+            "corpora[0].out",
+        ),
+        ("--evaluation", {"label": "a", "captioner": {"name": "perceptiondlm"}, "toy": "gone"}, "toy"),
+    ],
+)
+def test_the_doctor_looks_at_training_and_evaluation_too(tmp_path, kind, values, line):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"out": "out"} | values))
+    done = CliRunner().invoke(app, ["doctor", str(path), kind], env={"COLUMNS": "300"})
+    assert done.exit_code == 1
+    failed = [text for text in done.output.splitlines() if text.startswith("FAIL")]
+    assert any(line in text and "no corpus at" in text for text in failed), done.output
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_report_is_a_table_with_a_count():
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(
-        doctor.render([Finding("a", OK, "[red]fine[/red]"), Finding("b", FAIL, "broken", "mend it")])
+        findings.render([Finding("a", OK, "[red]fine[/red]"), Finding("b", FAIL, "broken", "mend it")])
     )
     lines = console.export_text().splitlines()
     assert "[red]fine[/red]" in lines[1]

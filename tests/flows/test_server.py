@@ -1,0 +1,59 @@
+"""Prefect's server of one command: there when it is needed, gone with its driver however that ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from flows.server import PrefectServer
+from schemas.errors import StageFailed
+
+DRIVER = """
+import time
+from flows.server import PrefectServer
+with PrefectServer() as server:
+    print(server.process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def gone(pid: int, limit_s: float = 60.0) -> bool:
+    """Whether a process ends before the limit."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_server_ends_with_its_driver(how):
+    with subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        server = int(driver.stdout.readline())
+        assert psutil.pid_exists(server)
+        driver.send_signal(how)
+    assert gone(server)
+
+
+def test_no_server_is_started_where_the_environment_names_one(monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with PrefectServer() as server:
+        assert server.process is None
+
+
+def test_a_server_that_cannot_start_is_one_clear_error(monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with (
+        PrefectServer() as server,
+        pytest.raises(StageFailed, match=r"Prefect's server ended with code 1: .*--local"),
+        server.ready(),
+    ):
+        pass
