@@ -487,7 +487,7 @@ def _build(
     engine.check(loaded)
     driver.prepare(loaded, **asked)
     if isinstance(engine, LocalEngine):
-        with views.BuildView() as view:
+        with views.BuildView(live=False) as view:
             driver.build(loaded, engine, on_progress=view.show, **asked)
     else:
         from flows import launch

@@ -109,15 +109,24 @@ class TrainingView:
 
 
 class BuildView:
-    """One live table a subset: units, regions, kept, drops by reason, regions per second and stage."""
+    """One live table a subset: units, regions, kept, drops by reason, regions per second and stage.
+
+    Args:
+        live: redraw the table; without, a line now and then, which leaves the terminal to a debugger.
+    """
+
+    def __init__(self, live: bool = True):
+        self.wanted = live
 
     def __enter__(self) -> BuildView:
         from rich.console import Console
         from rich.live import Live
 
         self.console = Console(stderr=True)
+        self.drawn = self.wanted and self.console.is_terminal
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
-        self.live.start()
+        if self.drawn:
+            self.live.start()
         self.printed = ("", -1, 0.0)
         return self
 
@@ -126,7 +135,7 @@ class BuildView:
 
     def show(self, progress: Progress) -> None:
         """Draw; on a log file instead of a terminal, a line every 30 seconds."""
-        if self.console.is_terminal:
+        if self.drawn:
             self.live.update(self._table(progress))
             return
         subset, done, printed_s = self.printed

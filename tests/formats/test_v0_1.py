@@ -11,7 +11,10 @@ import pytest
 
 from pipeline import export, plan, reader, sources, stages, verify
 from pipeline.config_file import load_config
+from pipeline.events import EventReader
 from pipeline.evidence import EvidenceStore
+from pipeline.executor import driver
+from pipeline.executor.local import LocalEngine
 from pipeline.explorer.catalog import Catalog
 from pipeline.explorer.marks import Marks
 from pipeline.stages import ModelStage
@@ -81,6 +84,44 @@ def test_no_unit_is_pending_at_another_place(home):
         planned = plan.make_plan(sources.open_source(config, subset), config, folder)
         recipe = stages.recipe_digest(stages.RECIPES[subset](config), config)
         assert plan.pending(planned, folder / "manifests", recipe) == []
+
+
+def files(corpus: Path) -> dict[str, bytes]:
+    """Every committed file by its path, and the index."""
+    folders = [corpus / subset / name for subset in REGIONS for name in ("shards", "ledger", "manifests")]
+    found = [corpus / "index.parquet", *(path for folder in folders for path in folder.iterdir())]
+    return {str(path.relative_to(corpus)): path.read_bytes() for path in found}
+
+
+def models_started(corpus: Path) -> set[str]:
+    """The models that were loaded after the corpus was copied."""
+    runs = {run.name for run in (HERE / "corpus" / "events").iterdir()}
+    later = [run for run in (corpus / "events").iterdir() if run.name not in runs]
+    return {event.stage for run in later for event in EventReader(run).new() if event.what == "started"}
+
+
+def test_a_resume_changes_nothing_and_asks_no_model(home):
+    before = files(home / "corpus")
+    driver.build(load_config(home / "build.yaml"), LocalEngine())
+    assert files(home / "corpus") == before
+    assert models_started(home / "corpus") == set()
+
+
+def test_units_are_rebuilt_from_their_evidence_to_the_last_byte(home):
+    before = files(home / "corpus")
+    for path in (home / "corpus").glob("*/manifests/*-000001.json"):
+        path.unlink()
+    driver.build(load_config(home / "build.yaml"), LocalEngine())
+    assert files(home / "corpus") == before
+    assert models_started(home / "corpus") == set()
+
+
+def test_a_changed_threshold_drops_from_stored_evidence(home):
+    config = load_config(home / "build.yaml").model_copy(update={"min_iou": 1.0})
+    driver.build(config, LocalEngine())
+    assert models_started(home / "corpus") == set()
+    kept = reader.read_ledger(home / "corpus" / "sa1b" / "ledger" / "sa1b-000000.parquet")["kept"]
+    assert sum(kept.to_pylist()) < len(kept)
 
 
 @pytest.mark.parametrize(
