@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
@@ -26,6 +25,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, Sigli
 from model_training.attention import Pattern, Structure
 from model_training.config import PerceptionDLMConfig
 from model_training.language import LanguageModel
+from model_training.roi_align import roi_align
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -182,18 +182,15 @@ class PerceptionDLM(PreTrainedModel):
             same_I = (images.grids_I2 == grid).all(dim=1).nonzero().flatten()
             views = (starts_I[same_I, None] + torch.arange(across * down)).flatten()
             maps = features_NTD[views.to(features_NTD.device)].unflatten(1, (side, side))
-            maps = maps.unflatten(0, (-1, down, across)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+            maps = maps.unflatten(0, (-1, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
             regions = torch.isin(image_R, same_I).nonzero().flatten()
-            place = torch.searchsorted(same_I, image_R[regions])
+            place = torch.searchsorted(same_I, image_R[regions]).to(out_RWD.device)
             cells = torch.tensor([across, down, across, down], dtype=torch.float32) * side
             regions = regions.to(out_RWD.device)
             boxes = images.boxes_R4[regions].float() * cells.to(out_RWD.device)
-            rois = torch.cat([place[:, None].to(boxes), boxes], dim=1)
             maps = maps if maps.dtype == torch.float64 else maps.float()
-            sampled = roi_align(
-                maps, rois.to(maps), size, self.layout.replay_scale, sampling_ratio=2, aligned=True
-            )
-            out_RWD[regions] = sampled.flatten(2).transpose(1, 2).to(out_RWD.dtype)
+            sampled = roi_align(maps, boxes.to(maps), place, size, self.layout.replay_scale)
+            out_RWD[regions] = sampled.to(out_RWD.dtype)
         return out_RWD
 
     def embed(

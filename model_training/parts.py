@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from model_training import vocabulary
 from model_training.config import PerceptionDLMConfig
 from model_training.model import PerceptionDLM
 from model_training.processing import PerceptionDLMProcessor
@@ -75,6 +74,8 @@ def _saved(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMP
 
 
 def _new(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
+    from model_training import vocabulary
+
     folder = chosen.tokenizer or ""
     tokenizer = _tokenizer(folder)
     text = {"vocab_size": vocabulary.num_ids(tokenizer)} | dict(chosen.config.get("text_config", {}))
@@ -89,6 +90,8 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         from model_training.toy import make_tokenizer
 
         return make_tokenizer()
+    from model_training import vocabulary
+
     tokenizer = vocabulary.load(Path(name))
     vocabulary.add_special(tokenizer)
     return tokenizer

@@ -85,7 +85,7 @@ def forward(ours: Ours, case: str) -> dict[str, Any]:
 
 
 class RoiAlign:
-    """Within it, what the model hands to torchvision's roi_align is kept."""
+    """Within it, what the model hands to `roi_align` is kept, in the form that torchvision's takes it."""
 
     def __init__(self) -> None:
         self.maps: list[Tensor] = []
@@ -102,8 +102,8 @@ class RoiAlign:
     def __exit__(self, *_: Any) -> None:
         self.module.roi_align = self.original
 
-    def __call__(self, maps: Tensor, boxes: Tensor, size: int, scale: float, **options: Any) -> Tensor:
-        self.maps.append(maps)
-        self.boxes.append(boxes)
+    def __call__(self, maps: Tensor, boxes: Tensor, which: Tensor, size: int, scale: float) -> Tensor:
+        self.maps.append(maps.permute(0, 3, 1, 2))
+        self.boxes.append(torch.cat([which[:, None].to(boxes), boxes], dim=1))
         self.scales.append(scale)
-        return self.original(maps, boxes, size, scale, **options)
+        return self.original(maps, boxes, which, size, scale)
