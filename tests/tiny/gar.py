@@ -66,6 +66,7 @@ def write_gar(
     sizes: Sizes = Sizes(),
     shard_bytes: int | None = None,
     seed: int = 0,
+    hollow: bool = False,
 ) -> Path:
     """Write a checkpoint whose greedy answers are nonsense and differ between regions.
 
@@ -78,11 +79,20 @@ def write_gar(
         sizes: of the layers.
         shard_bytes: largest file.
         seed: of the weights.
+        hollow: the weights are zeros that take neither time nor room, see `hollow.py`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocab = _write_tokenizer(folder)
     sizes = sizes._replace(vocab=sizes.vocab or len(vocab))
     _write_configs(folder, kind, tile_px, max_tiles, dtype, sizes, vocab)
+    if hollow:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        from tests.tiny.hollow import write_hollow
+
+        with FakeTensorMode():
+            write_hollow(folder / "model.safetensors", _tensors(kind, tile_px, dtype, sizes, seed))
+        return folder
     default = 256 << 10 if kind == "8b" and sizes.hidden < 1024 else 4 << 30
     _write_weights(folder, _tensors(kind, tile_px, dtype, sizes, seed), shard_bytes or default)
     return folder

@@ -27,8 +27,25 @@ _SPLIT = (
 """Qwen's pre-tokenizer."""
 
 
+PUBLISHED_8B = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+}
+"""The sizes of Qwen3-8B."""
+
+
 def write_qwen3(
-    folder: Path, merges: list[tuple[str, str]] | None = None, seed: int = 0, max_positions: int = 4096
+    folder: Path,
+    merges: list[tuple[str, str]] | None = None,
+    seed: int = 0,
+    max_positions: int = 4096,
+    published: bool = False,
 ) -> Path:
     """Write the checkpoint.
 
@@ -37,6 +54,7 @@ def write_qwen3(
         merges: of the tokenizer, in order; None learns 700 from our own prompts, "yes" and "no" among them.
         seed: of the weights.
         max_positions: the model's own limit of its context.
+        published: the sizes of Qwen3-8B, with weights that are zeros and take no room, see `hollow.py`.
 
     Returns:
         The folder.
@@ -47,20 +65,24 @@ def write_qwen3(
     folder.mkdir(parents=True, exist_ok=True)
     size, ids = _write_tokenizer(folder, merges)
     torch.manual_seed(seed)
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tiny |= {"num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": max_positions}
     config = Qwen3Config(
-        vocab_size=-(-size // 64) * 64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=max_positions,
+        **(PUBLISHED_8B if published else tiny | {"vocab_size": -(-size // 64) * 64}),
         tie_word_embeddings=False,
         bos_token_id=ids["<|endoftext|>"],
         eos_token_id=ids["<|im_end|>"],
         pad_token_id=ids["<|endoftext|>"],
     )
+    if published:
+        from tests.tiny.hollow import write_hollow
+
+        with torch.device("meta"):
+            model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+        config.architectures, config.dtype = ["Qwen3ForCausalLM"], torch.bfloat16
+        config.save_pretrained(folder)
+        write_hollow(folder / "model.safetensors", model.state_dict().items())
+        return folder
     model = Qwen3ForCausalLM(config)
     for parameter in model.parameters():
         if parameter.ndim == 2:  # far enough from zero that answers depend on the question

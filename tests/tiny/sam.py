@@ -71,7 +71,9 @@ def plain_sam(embed_dim: int = 32, depth: int = 2, grid: int = 8) -> Any:
     )  # fmt: skip
 
 
-def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False, published: bool = False) -> Path:
+def write_sam3(
+    folder: Path, seed: int = 0, detector_only: bool = False, published: bool = False, hollow: bool = False
+) -> Path:
     """A tiny `facebook/sam3` folder: configuration and names of a video model, with some of its tracker.
 
     Args:
@@ -79,6 +81,7 @@ def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False, publish
         seed: of the weights.
         detector_only: as `Sam3Model.save_pretrained` writes it, without the video model around it.
         published: the published size, 3.4 GB, for measurements; its weights are as transformers draws them.
+        hollow: the weights are zeros that take neither time nor room, see `hollow.py`.
 
     Returns:
         The folder.
@@ -87,12 +90,15 @@ def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False, publish
     from safetensors.torch import save_file
     from transformers import Sam3Config, Sam3Model, Sam3VideoConfig
 
+    from tests.tiny.hollow import write_hollow
+
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = _write_tokenizer(folder, 49408 if published else 0)
-    config = Sam3Config(**({} if published else _sam3_shapes(vocabulary)))
+    config = Sam3Config(**({} if published else sam3_shapes(vocabulary)))
     torch.manual_seed(seed)
-    model: Any = Sam3Model(config).eval()
-    if not published:
+    with torch.device("meta" if hollow else "cpu"):
+        model: Any = Sam3Model(config).eval()
+    if not published and not hollow:
         _widen(model, 0.35)
     with torch.no_grad():  # so that some queries pass a threshold, and masks are not saturated
         model.detr_decoder.presence_head.layer2.bias.fill_(2.0)
@@ -108,7 +114,10 @@ def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False, publish
         tensors = {f"detector_model.{name}": tensor for name, tensor in tensors.items()}
         tensors["tracker_model.no_memory_embedding"] = torch.zeros(1, 1, 32)
         tensors["tracker_neck.fpn_layers.0.proj1.bias"] = torch.zeros(32)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if hollow:
+        write_hollow(folder / "model.safetensors", tensors.items())
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     side_px = 1008 if published else SAM3_IMAGE_PX
     side = {"height": side_px, "width": side_px}
     processor = {
@@ -126,7 +135,8 @@ def write_sam3(folder: Path, seed: int = 0, detector_only: bool = False, publish
     return folder
 
 
-def _sam3_shapes(vocabulary: int) -> dict[str, Any]:
+def sam3_shapes(vocabulary: int) -> dict[str, Any]:
+    """The arguments of a tiny `Sam3Config`."""
     small = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
     grid = SAM3_IMAGE_PX // 14
     return {

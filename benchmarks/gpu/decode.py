@@ -1,0 +1,192 @@
+"""PerceptionDLM at the published 8B shapes: what captions cost by number of regions, kernel and cache.
+
+Random weights in bfloat16, the layout for new training, images of 3 x 2 tiles and a thumbnail, 32 slots a
+region, 32 steps. The strategy is the published one, which takes all its steps whatever the weights are, so
+that random ones cost what trained ones do.
+
+The floor adds up, call by call, the slower of arithmetic and memory traffic: the vision tower, every pass of
+the language model with its weights and the keys and values it reads, and the head.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from benchmarks.decoder import LENGTH, Costs
+from benchmarks.gpu import perceptiondlm
+from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
+from benchmarks.gpu.rows import Measured, Rows
+from model_training import decode as decoder
+from model_training.decode import DecodeOptions
+from model_training.model import PerceptionDLM
+from model_training.processing import Batch, collate
+
+SIZE = (1536, 1024)
+STEPS, TINY_STEPS = 32, 4
+
+
+class Decoded(NamedTuple):
+    """One decode.
+
+    Attributes:
+        vision_s: until the images are encoded.
+        first_s: the first pass, over whole sequences.
+        step_s: median of the later ones.
+        seconds: of it all.
+        forwards: passes of the language model for each image.
+        tokens: of all images.
+        calls: its work.
+    """
+
+    vision_s: float
+    first_s: float
+    step_s: float
+    seconds: float
+    forwards: int
+    tokens: int
+    calls: list[Call]
+
+
+def run(rows: Rows, machine: Machine) -> None:
+    """A row for each number of regions, then without a cache, then with the kernel that needs a compiler."""
+    model = open_model(machine)
+    cases = [(regions, "exact", "sdpa") for regions in ((1, 6) if machine.tiny else (1, 2, 3, 4, 5, 6))]
+    cases += [(6, "none", "sdpa"), *((regions, "exact", "flex_attention") for regions in (1, 6))]
+    for regions, cache, kernel in cases:
+        name = f"{regions} region{'s' * (regions > 1)}, cache {cache}, {kernel}"
+        options = options_of(machine, cache)
+        rows.measure(
+            name, lambda r=regions, o=options, k=kernel: measure(model, machine, 1, r, o, k), needs_s=5
+        )
+
+
+def options_of(machine: Machine, cache: str) -> DecodeOptions:
+    """The published strategy and number of steps; a dry run takes fewer."""
+    steps = TINY_STEPS if machine.tiny else STEPS
+    return DecodeOptions(length=LENGTH, steps=steps, cache=cache, suppress_special=False)
+
+
+def open_model(machine: Machine) -> PerceptionDLM:
+    """Random weights, for decoding."""
+    config = perceptiondlm.config_of(machine.tiny)
+    model = perceptiondlm.make(config, machine, machine.dtype, "sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def measure(
+    model: PerceptionDLM, machine: Machine, images: int, regions: int, options: DecodeOptions, kernel: str
+) -> Measured:
+    """Decode once to warm up, then up to three times for five seconds; the fastest one is the row.
+
+    On a GPU the first decode compiles FlexAttention for new shapes; its seconds stand apart.
+    """
+    model.config._attn_implementation = kernel
+    batch = collate([perceptiondlm.example(model.config, SIZE, regions)] * images).to(machine.device)
+    first = decode(model, batch, options, machine)
+    forget_peak(machine.device)
+    found = [decode(model, batch, options, machine)]
+    while len(found) < 3 and sum(each.seconds for each in found) < 5:
+        found.append(decode(model, batch, options, machine))
+    best = min(found, key=lambda each: each.seconds)
+    roofline = machine.roofline(best.calls, best.seconds)
+    numbers = {
+        "images": images,
+        "regions": regions,
+        "positions": batch.prefix.ids_BL.shape[1] + batch.captions.ids_BL.shape[1],
+        "seconds_per_image": best.seconds / images,
+        "images_per_s": images / best.seconds,
+        "tokens_per_forward": best.tokens / images / best.forwards,
+        "tokens_per_s": best.tokens / best.seconds,
+        "ms_per_step": 1000 * best.step_s,
+        "vision_ms": 1000 * best.vision_s,
+        "first_pass_ms": 1000 * best.first_s,
+        "peak_gb": peak_gb(machine.device),
+        "warm_up_s": first.seconds,
+    }
+    headline = f"{numbers['tokens_per_s']:,.0f} tokens/s, {numbers['ms_per_step']:.1f} ms a step"
+    return Measured(f"{headline}, {numbers['tokens_per_forward']:.1f} tokens a forward", numbers, roofline)
+
+
+def decode(model: PerceptionDLM, batch: Batch, options: DecodeOptions, machine: Machine) -> Decoded:
+    """One decode with its times. Every state comes to the CPU, so the clock needs no further waiting."""
+    calls: list[Call] = []
+    with Recorder(model, calls):
+        times = [now(machine.device)]
+        for state in decoder.steps(model, batch, options):
+            times.append(now(machine.device))
+            last = state
+    spans = [end - start for start, end in itertools.pairwise(times)]
+    return Decoded(
+        vision_s=spans[0],
+        first_s=spans[1],
+        step_s=statistics.median(spans[2:] or spans[1:]),
+        seconds=times[-1] - times[0],
+        forwards=int(last.forwards_B.max()),
+        tokens=last.tokens_BNS.numel(),
+        calls=calls,
+    )
+
+
+class Recorder:
+    """Within it, each call of a model's vision tower, language model and head adds its work to a list."""
+
+    def __init__(self, model: PerceptionDLM, calls: list[Call]):
+        self.model, self.calls, self.costs = model, calls, Costs(model.config)
+        self.inside = False
+        text = model.config.text_config
+        size = model.lm_head.weight.element_size()
+        self.layer_bytes = _bytes_of(model.language_model.layers)
+        self.vision_bytes = _bytes_of(model.vision_tower) + _bytes_of(model.projector)
+        self.key_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size
+        self.patches = [
+            mock.patch.object(model, "see", self._watched(model.see, self._vision)),
+            mock.patch.object(
+                model.language_model, "forward", self._watched(model.language_model.forward, self._backbone)
+            ),
+            mock.patch.object(decoder, "_likeliest", self._watched(decoder._likeliest, self._head)),
+        ]
+
+    def __enter__(self) -> None:
+        for patch in self.patches:
+            patch.start()
+
+    def __exit__(self, *_: Any) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+    def _watched(self, function: Callable[..., Any], call_of: Callable[..., Call]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:  # the head calls itself for parts of many slots
+                return function(*args, **kwargs)
+            self.inside = True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self.inside = False
+            self.calls.append(call_of(result, *args, **kwargs))
+            return result
+
+        return watched
+
+    def _vision(self, result: Any, *args: Any) -> Call:
+        return Call(self.costs.vision(result, *args), self.vision_bytes)
+
+    def _backbone(
+        self, out: torch.Tensor, x: torch.Tensor, position: Any, pattern: Any, *rest: Any, **more: Any
+    ):
+        keys = pattern.keys.sample_BL.numel()
+        flop = self.costs.backbone(out, x, position, pattern, *rest, **more)
+        return Call(flop, self.layer_bytes + keys * self.key_bytes)
+
+    def _head(self, result: Any, hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Call:
+        return Call(self.costs.head(result, hidden, weight), weight.numel() * weight.element_size())
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
