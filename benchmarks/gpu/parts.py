@@ -32,15 +32,15 @@ PIPELINE = ("torch", "transformers", "PIL", "numpy", "yaml", "msgspec", "pydanti
 ENGINE = (*PIPELINE, "torchvision", "vllm")
 
 PARTS = (
-    Part("peak", "What the device gives: a large matrix product and a large copy", 25, ("torch",)),
-    Part("decode", "PerceptionDLM: regions of one image", 75),
-    Part("batch", "PerceptionDLM: images in a batch", 65),
-    Part("train", "PerceptionDLM: a training step with FSDP2", 95),
-    Part("gar", "GAR without an engine: vision tower and prefill", 30),
+    Part("peak", "What the device gives: a large matrix product and a large copy", 20, ("torch",)),
+    Part("decode", "PerceptionDLM: regions of one image", 70),
+    Part("batch", "PerceptionDLM: images in a batch", 60),
+    Part("train", "PerceptionDLM: a training step with FSDP2", 90),
+    Part("gar", "GAR without an engine: vision tower and prefill", 25),
     Part("gar-vllm", "GAR through vLLM: captions", 65, ENGINE),
     Part("judge", "Qwen3 through vLLM: verdicts", 45, ENGINE),
     Part("sam", "SAM 3: image encoder and segmenter", 25),
-    Part("build", "From photos to shards, with tiny models", 45, (*ENGINE, "ray", "pyarrow", "prefect")),
+    Part("build", "From photos to shards, with tiny models", 70, (*ENGINE, "ray", "pyarrow", "prefect")),
 )
 """In the order in which they run: the most wanted numbers first."""
 

@@ -93,7 +93,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         for name in roofs:
             value = row["roofline"].get(name)
             cells.append(f"{value:.1%}" if name.endswith("share") and value is not None else _cell(value))
-        lines.append(_line([row["row"], *cells]))
+        lines.append(_line([_cell(row["row"]), *cells]))
     others = [f"- {row['row']}: {row['status']}, {_cell(row['why'])}" for row in rows if row not in done]
     return [*lines, *([""] if done and others else []), *others]
 

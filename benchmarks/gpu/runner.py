@@ -104,8 +104,7 @@ def run(
     path = settings.out / f"{part.name}.jsonl"
     log = settings.out / f"{part.name}.log"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu.child", part.name, "--out", str(settings.out.absolute())]
-    command += ["--device", settings.device, "--size", settings.size, "--limit-s", str(limit_s - GRACE_S)]
+    command = command_of(part, settings, limit_s - GRACE_S)
     if settings.device == "cpu":
         environment = {**environment, **ON_CPU}
     start = time.monotonic()
@@ -126,9 +125,17 @@ def run(
             time.sleep(0.1)
     finally:  # also when the user interrupts
         _end(process)
-    seconds = time.monotonic() - start
-    status, why = _verdict(code, limit_s, log, seen)
-    return Result(part, status, why, seconds, limit_s, tuple(found))
+    found = rows.read(path)  # one more may have come before the end
+    for row in found[seen:]:
+        on_row(row)
+    status, why = _verdict(code, limit_s, log, len(found))
+    return Result(part, status, why, time.monotonic() - start, limit_s, tuple(found))
+
+
+def command_of(part: Part, settings: Settings, limit_s: float) -> list[str]:
+    """What runs a part, and tells it how long it may take."""
+    command = [sys.executable, "-m", "benchmarks.gpu.child", part.name, "--out", str(settings.out.absolute())]
+    return [*command, "--device", settings.device, "--size", settings.size, "--limit-s", str(limit_s)]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
