@@ -119,12 +119,12 @@ def cut_image(pixels: np.ndarray | Image.Image, tile_px: int, grid: tuple[int, i
 
 
 def _pixels(plane: Image.Image) -> np.ndarray:
-    """(H, W) of one channel; without a copy by way of Arrow, as Pillow gives numpy two."""
-    import pyarrow as pa
-
+    """(H, W) of one channel; without a copy by way of Arrow where it is installed, as Pillow gives numpy two."""
     try:
+        import pyarrow as pa
+
         return pa.array(plane).to_numpy().reshape(plane.height, plane.width)
-    except ValueError:  # larger than Pillow's blocks of memory
+    except (ImportError, ValueError):  # the latter: larger than Pillow's blocks of memory
         return np.asarray(plane)
 
 

@@ -142,6 +142,7 @@ def sam3_shapes(vocabulary: int) -> dict[str, Any]:
     return {
         "vision_config": {
             "backbone_config": {
+                "model_type": "sam3_vit_model",
                 **small,
                 "num_hidden_layers": 2,
                 "image_size": SAM3_IMAGE_PX,
