@@ -61,14 +61,16 @@ class Rows:
             self.skip(name, f"{max(0, self.left_s()):.0f} s left, about {needs_s:.0f} s needed")
             return False
         begun = time.monotonic()
+        found, why = None, ""
         try:
             found = work()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other rows are wanted
             traceback.print_exc()
             memory = "OutOfMemory" in type(error).__name__
             first = (str(error).strip().splitlines() or [""])[0]
-            self._add(name, FAILED, "out of memory" if memory else f"{type(error).__name__}: {first}"[:300])
-            del error
+            why = "out of memory" if memory else f"{type(error).__name__}: {first}"[:300]
+        if found is None:  # only here is what the error held no longer in use
+            self._add(name, FAILED, why)
             free()
             return False
         row = {"headline": found.headline, "numbers": found.numbers, "roofline": found.roofline}

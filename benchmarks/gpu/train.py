@@ -92,8 +92,8 @@ def run(rows: Rows, machine: Machine) -> None:
             rows.skip(case.name, "missing package: peft")
             continue
         rows.measure(case.name, lambda c=case: measure(machine, c), needs_s=2 if machine.tiny else 12)
+        torch.compiler.reset()  # compiled code keeps what it was compiled for
         free()
-        torch.compiler.reset()
 
 
 def _has_peft() -> bool:
