@@ -119,7 +119,7 @@ def cut_image(pixels: np.ndarray | Image.Image, tile_px: int, grid: tuple[int, i
 
 
 def _pixels(plane: Image.Image) -> np.ndarray:
-    """(H, W) of one channel; by way of Arrow without a copy, if it is installed, as Pillow gives numpy two."""
+    """(H, W) of one channel; by way of Arrow, if it is there, without the two copies of Pillow."""
     try:
         import pyarrow as pa
 
