@@ -16,7 +16,7 @@ TESTS_stream := tests/pipeline/test_stream.py
 TESTS_models := tests/models
 TESTS_explorer := tests/explorer
 TESTS_pipeline := $(BOTH) tests/pipeline tests/filters tests/schemas --ignore tests/pipeline/test_stream.py
-TESTS_model := $(BOTH) tests/model_training $(addprefix --ignore ,$(TRAINER))
+TESTS_model := $(BOTH) tests/model_training tests/benchmarks $(addprefix --ignore ,$(TRAINER))
 TESTS_trainer := $(TRAINER)
 SUITES := faults commands flows stream models pipeline explorer model trainer
 

@@ -25,11 +25,11 @@ def run(rows: Rows, machine: Machine) -> None:
     with tempfile.TemporaryDirectory() as folder:
         start_s, judge = seconds_of(lambda: start(Path(folder), machine), machine.device)
         judge.ask(_questions(0, 4))  # warm
-        for seed, number in enumerate((16,) if machine.tiny else (256, 4096), start=1):
+        for seed, number in enumerate((16,) if machine.tiny else (256, 2048), start=1):
             rows.measure(
                 f"{number:,} verdicts",
                 lambda seed=seed, number=number: _ask(judge, seed, number, machine, start_s),
-                needs_s=number / 300,
+                needs_s=number / 150,
             )
         judge.close()
 
