@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from importlib import metadata
 from typing import NamedTuple
 
 from schemas.errors import ConfigError
@@ -45,9 +46,19 @@ PARTS = (
 """In the order in which they run: the most wanted numbers first."""
 
 
+OLDEST = {"transformers": 5}
+"""Major release of a package before which our models do not load."""
+
+
 def missing(part: Part) -> list[str]:
-    """Packages that a part needs and this Python does not have."""
-    return [name for name in part.needs if importlib.util.find_spec(name) is None]
+    """Packages that a part needs and this Python does not have, or has in too old a release."""
+    found = []
+    for name in part.needs:
+        if importlib.util.find_spec(name) is None:
+            found.append(name)
+        elif name in OLDEST and int((version := metadata.version(name)).partition(".")[0]) < OLDEST[name]:
+            found.append(f"{name} {OLDEST[name]} or newer (here {version})")
+    return found
 
 
 def chosen(names: Sequence[str]) -> list[Part]:

@@ -235,6 +235,12 @@ def test_a_part_without_its_packages_is_skipped_and_they_are_named(tmp_path, cap
     assert "missing package: no_such_package, nor_this" in capsys.readouterr().out
 
 
+def test_too_old_a_release_is_missing_and_says_what_is_here(monkeypatch):
+    monkeypatch.setattr(parts.metadata, "version", lambda _: "4.57.1")
+    part = Part("models", "", 5, ("json", "transformers"))
+    assert parts.missing(part) == ["transformers 5 or newer (here 4.57.1)"]
+
+
 # The command and the report.
 
 
