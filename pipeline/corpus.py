@@ -209,15 +209,18 @@ def is_merged(out: str | Path) -> bool:
 
     Raises:
         ConfigError: the folder is no corpus.
-        IntegrityError: a manifest or the statistics cannot be read.
+        IntegrityError: a manifest cannot be read.
     """
+    from pipeline import plots
+
     out = Path(out)
     try:
         summary = read_summary(out)
         index_bytes = (out / reader.INDEX).stat().st_size
-    except (ConfigError, OSError):
+    except (ConfigError, IntegrityError, OSError):
         return False
-    if index_bytes != summary.index.bytes or not (out / "README.md").exists() or not (out / PLOTS).is_dir():
+    drawn = [out / "README.md", *(out / PLOTS / name for name in plots.NAMES)]
+    if index_bytes != summary.index.bytes or not all(path.is_file() for path in drawn):
         return False
     if sorted(summary.subsets) != reader.subsets(out):
         return False

@@ -38,6 +38,9 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "svg.hashsalt": "paracaption",
 }
+NAMES = ("funnel.png", "caption_words.png", "regions_per_image.png", "mask_area.png")
+"""The files that `write` writes."""
+
 _TITLES = {"coconut": "COCONut", "sa1b": "SA-1B"}
 _SEVERAL = 60
 """Bins above which a histogram's are joined, so that bars stay wider than the gaps between them."""

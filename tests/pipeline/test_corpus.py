@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import corpus, reader, shards, stages
+from pipeline import corpus, plots, reader, shards, stages
 from pipeline.sources import SOURCE_STAGE
 from schemas.errors import ConfigError, IntegrityError
 from tests import committed
@@ -243,3 +243,19 @@ def test_shards_read_with_hugging_face_datasets(out, tmp_path, streaming):
     assert first["jpg"].size == (first["json"]["width"], first["json"]["height"])
     assert first["json"]["regions"][0]["rle"]["size"] == [96, 128]
     assert shards.read_manifest(out / "coconut/manifests/coconut-000000.json").images[first["__key__"]] == 2
+
+
+@pytest.mark.parametrize(
+    "lost", ["index.parquet", "stats.json", "README.md", *(f"plots/{name}" for name in plots.NAMES)]
+)
+def test_a_corpus_that_lacks_one_of_its_files_is_not_merged(tmp_path, lost):
+    out = committed.merged(tmp_path / "out")
+    assert corpus.is_merged(out) and sorted(plots.NAMES) == sorted(p.name for p in (out / "plots").iterdir())
+    (out / lost).unlink()
+    assert not corpus.is_merged(out)
+
+
+def test_statistics_that_cannot_be_read_are_merged_anew(tmp_path):
+    out = committed.merged(tmp_path / "out")
+    (out / "stats.json").write_text("{")
+    assert not corpus.is_merged(out)
