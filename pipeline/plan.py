@@ -123,7 +123,8 @@ def _fingerprint(source: Source, limit: int | None) -> dict[str, str]:
 
 
 def _holds(plan: Plan, fingerprint: dict[str, str], config: BuildConfig) -> bool:
-    return plan.fingerprint == fingerprint and plan.images_per_shard == config.images_per_shard
+    same = plan.fingerprint == fingerprint and plan.images_per_shard == config.images_per_shard
+    return same and (Path(plan.folder) / TABLE).is_file()
 
 
 def load_plan(folder: Path) -> Plan:
@@ -373,6 +374,8 @@ def _difference(old_path: Path, new_path: Path, old: Plan, new: Plan) -> str:
     limits = [plan.fingerprint.get("limit", "none") for plan in (old, new)]
     if limits[0] != limits[1]:
         head += f"the limit of images was {limits[0]}, is {limits[1]}: "
+    if not old_path.is_file():
+        return f"{head}which images differ cannot be said, it is gone{mend}"
     tables = [pq.read_table(path, columns=["key", "content"]) for path in (old_path, new_path)]
     before, after = (
         dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables

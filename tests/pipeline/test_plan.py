@@ -95,6 +95,19 @@ def test_a_resume_with_unchanged_sources_does_not_list_them_again(tmp_path):
     assert source.times_listed == 1
 
 
+def test_a_plan_whose_table_is_gone_is_made_again_and_a_changed_source_is_still_refused(tmp_path):
+    first = plan.make_plan(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
+    table = tmp_path / "plan" / plan.TABLE
+    before = table.read_bytes()
+    table.unlink()
+    assert not plan.holds(first, FakeSource(entries_of("a", "b")), config_of(tmp_path))
+    assert plan.make_plan(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path) == first
+    assert table.read_bytes() == before
+    table.unlink()
+    with pytest.raises(IntegrityError, match="it is gone"):
+        plan.make_plan(FakeSource(entries_of("a", "c"), "2"), config_of(tmp_path), tmp_path)
+
+
 def test_touched_sources_with_the_same_content_go_on(tmp_path):
     first = plan.make_plan(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
     again = plan.make_plan(FakeSource(entries_of("a", "b"), "2"), config_of(tmp_path), tmp_path)
