@@ -78,7 +78,11 @@ def check(protocol: str, backend: Backend) -> models.Checked | None:
 
 def _fits(protocol: str, cls: type, backend: Backend) -> None:
     try:
-        inspect.signature(cls).bind(**backend.options)
+        signature = inspect.signature(cls)
+    except ValueError:  # a class of an extension module need not say what it takes
+        return
+    try:
+        signature.bind(**backend.options)
     except TypeError as error:
         raise ConfigError(f"{protocol}.options: {error}; correct the option") from error
 

@@ -72,3 +72,7 @@ class WeighedCaptioner(InstantCaptioner):
         if path and not os.path.isdir(path):
             raise ConfigError(f"captioner.options.path: {path}: no such folder; download it")
         return Checked("a weighed captioner", int(weight_gb * 1e9), ["its weights are made up"])
+
+
+class SilentCaptioner(dict):
+    """Does not say what it takes: `inspect` knows no signature of it, nor of an extension module's class."""

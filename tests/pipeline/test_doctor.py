@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from flows.cli import app
-from pipeline import doctor, findings, gpus, models
+from pipeline import doctor, findings, gpus, models, preflight
 from pipeline.doctor import Node
 from pipeline.findings import FAIL, OK, WARN, Finding
 from pipeline.gpus import Gpu
@@ -89,6 +89,12 @@ def test_a_checkpoint_that_its_backends_check_refuses_is_a_line_with_the_mend(tm
     found = failed(doctor.examine(config(tmp_path, release, captioner=weighed(0, path="/no/gar"))))
     line = found[f"captioner {WEIGHED}"]
     assert line.said == "captioner.options.path: /no/gar: no such folder" and line.mend == "download it"
+
+
+def test_a_backend_without_a_signature_is_not_refused():
+    backend = Backend(name="tests.odd_backends:SilentCaptioner", options={"any": 1})
+    assert preflight.check("captioner", backend) is None
+    assert preflight.backend_options("captioner", backend).state == OK
 
 
 def test_what_a_check_says_and_notes_is_shown():
