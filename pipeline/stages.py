@@ -251,10 +251,15 @@ def _asks_caption(region: Region) -> tuple:
 
 
 def _ask_captions(model: models.Captioner, images: list[ImageRecord]) -> list[list[Captioned | BadRecord]]:
-    return [
-        [words if isinstance(words, BadRecord) else Captioned(words) for words in captions]
-        for captions in model.caption(images)
-    ]
+    return [[_captioned(words) for words in captions] for captions in model.caption(images)]
+
+
+def _captioned(words: str | BadRecord | None) -> Captioned | BadRecord:
+    if words is None or isinstance(words, str):
+        return Captioned(words)
+    if isinstance(words, BadRecord):
+        return words
+    raise TypeError(f"a caption is a string or None, not {type(words).__name__}")
 
 
 def _decide_caption(region: Region, evidence: Captioned) -> Verdict:

@@ -225,6 +225,19 @@ def test_a_judge_with_a_wrong_number_of_answers_is_an_error(tmp_path, coconut, c
         judge.ask(Miscounting(), [image("i0", num_regions=2)])
 
 
+def test_a_caption_that_is_no_text_is_a_drop_and_not_the_end(tmp_path, coconut):
+    class Numbering:
+        def caption(self, images):
+            return [[7 if each.key == FIFTH else "a red thing" for _ in each.live()] for each in images]
+
+    bench = Bench(tmp_path, coconut, failures={"unit_retries": 0})
+    worker = bench.worker()
+    worker.models["caption"] = Numbering()
+    draft = msgspec.msgpack.decode(worker(bench.row)["draft"], type=Draft)
+    assert draft.manifest.dropped["caption/model_error"] >= 1 and draft.failures == {}
+    assert FIFTH not in bench.captioned() and len(bench.captioned()) == NUM_IMAGES - 1
+
+
 def test_a_bad_record_keeps_its_reason_and_speaks_not_against_the_model(tmp_path):
     bad = BadRecord(Reason.PHOTO_UNREADABLE, "cut short")
     ask = Asked(**{f"i{number}": bad for number in range(15)})
