@@ -471,7 +471,7 @@ def _build(
     limit_images: int | None = None,
     retry_failed: bool = False,
 ) -> None:
-    """Build, unless there is nothing to do; then the summary."""
+    """Build, starting nothing where there is nothing to do or only to merge; then the summary."""
     from pipeline import findings, preflight
     from pipeline.executor import driver
     from pipeline.executor.local import LocalEngine
@@ -481,6 +481,10 @@ def _build(
     asked = {"limit_images": limit_images, "retry_failed": retry_failed}
     if driver.is_finished(loaded, **asked):
         print(f"nothing to do: every unit of {loaded.out} is committed and merged", file=sys.stderr)
+        inspect(Path(loaded.out))
+        return
+    if driver.is_built(loaded, **asked):
+        driver.build(loaded, engine, **asked)
         inspect(Path(loaded.out))
         return
     findings.refuse(preflight.examine(loaded, on_cluster=ray_address is not None))

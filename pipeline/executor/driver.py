@@ -225,6 +225,15 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
             return False
     except (OSError, UnicodeError):
         return False
+    return is_built(config, limit_images, retry_failed) and corpus.is_merged(out)
+
+
+def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
+    """Whether every unit is committed, so that no engine is needed: `build` merges at most.
+
+    Cheap, writes nothing, and raises as `is_finished`.
+    """
+    out = Path(config.out)
     for subset in config.subsets:
         folder = out / subset
         if not (folder / "plan" / plans.SUMMARY).exists():
@@ -234,7 +243,7 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
             return False
         if find_pending(config, subset, plan, retry_failed):
             return False
-    return corpus.is_merged(out)
+    return True
 
 
 def _new_run(config: BuildConfig, subset: str) -> Path:

@@ -231,6 +231,27 @@ def test_merge_renews_what_was_lost_and_a_second_build_commits_nothing(demo, tmp
 
 
 @pytest.mark.slow
+def test_a_merge_alone_starts_no_engine_and_looks_at_no_model(demo, tmp_path, monkeypatch):
+    from flows import launch
+    from pipeline import preflight
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("started, or looked at")
+
+    monkeypatch.setattr(launch, "build", never)
+    monkeypatch.setattr(preflight, "examine", never)
+    out = tmp_path / "out"
+    shutil.copytree(demo[0], out)
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    values |= {"out": str(out), "coconut": [{**values["coconut"][0], "licence": "another one"}]}
+    (out / "index.parquet").unlink()
+    done = runner.invoke(app, ["build", str(written(tmp_path, values))])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert (out / "index.parquet").exists() and "another one" in (out / "README.md").read_text()
+    assert "nothing to do" in runner.invoke(app, ["build", str(tmp_path / "build.yaml")]).stderr
+
+
+@pytest.mark.slow
 def test_a_build_is_planned_from_the_demo_and_again_from_its_written_rates(demo, tmp_path):
     out, _ = demo
     config = tmp_path / "build.yaml"
