@@ -59,10 +59,10 @@ def evaluation(config: EvaluateConfig) -> Iterator[Finding]:
         yield _look(f"benchmark {bench.name}", lambda: _benchmark(bench, wanted))  # noqa: B023
     if config.toy:
         toy = config.toy
-        yield _look("toy", lambda: _corpus(toy, None, False))
+        yield _look("toy", lambda: _corpus(toy, None, None))
     if config.profile:
         scenes = config.profile.scenes
-        yield _look("profile.scenes", lambda: _corpus(scenes, None, False))
+        yield _look("profile.scenes", lambda: _corpus(scenes, None, None))
     yield output_folder(config.out)
 
 
@@ -117,7 +117,8 @@ def saved_model(folder: Path) -> None:
         raise ConfigError(f"{folder / 'tokenizer.json'}: no such file; convert the model again")
 
 
-def _corpus(out: str, subsets: tuple[str, ...] | None, wait: bool) -> str:
+def _corpus(out: str, subsets: tuple[str, ...] | None, wait: bool | None) -> str:
+    """What is there. `wait`: whether it is waited for; None where nothing can be waited for."""
     if files.is_url(out):
         return f"{out} is looked at when the run starts"
     try:
@@ -130,7 +131,10 @@ def _corpus(out: str, subsets: tuple[str, ...] | None, wait: bool) -> str:
     if wait:
         return f"{out} is waited for"
     what = f"the corpus {out} has no subset {missing[0]}" if there else f"no corpus at {out}"
-    raise ConfigError(f"{what}; build it first, name the `out` of a build, or wait for it with --wait")
+    others = ", name the `out` of a build, or wait for it with --wait"
+    if wait is None:
+        others = ", or name the `out` of a build"
+    raise ConfigError(f"{what}; build it first{others}")
 
 
 def _file(path: str) -> str:
