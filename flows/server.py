@@ -78,18 +78,29 @@ class PrefectServer:
         """Wait until the server answers; within the block, Prefect talks to it.
 
         Raises:
-            StageFailed: it ended, or did not answer in time; names what it said.
+            StageFailed: it ended, or did not answer in time; names what it said. Or the one that the
+                environment names is not there.
         """
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         if self.process is None or PREFECT_API_URL.value():  # Prefect's own configuration names one
             self.__exit__()
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if not str(error).startswith("Failed to reach API"):  # Prefect's words
+                    raise
+                raise StageFailed(
+                    f"Prefect: {error}; start that server, or unset PREFECT_API_URL (`prefect config view` "
+                    "says where it is set), or run `paracaption build --local`"
+                ) from error
             return
         self._wait(self.process)
         with temporary_settings({PREFECT_API_URL: self._url}):
-            yield
-            _flush()
+            try:
+                yield
+            finally:
+                _flush()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         import httpx

@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from flows import server
 from flows.server import PrefectServer
 from schemas.errors import StageFailed
 
@@ -57,3 +58,22 @@ def test_a_server_that_cannot_start_is_one_clear_error(monkeypatch):
         server.ready(),
     ):
         pass
+
+
+def test_what_prefect_holds_back_is_sent_when_a_flow_fails_too(monkeypatch):
+    sent = []
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(server, "_flush", lambda: sent.append("flushed"))
+    monkeypatch.setattr(PrefectServer, "_wait", lambda self, process: None)
+    with PrefectServer() as started, pytest.raises(KeyboardInterrupt), started.ready():
+        raise KeyboardInterrupt
+    assert sent == ["flushed"]
+
+
+def test_a_named_server_that_is_not_there_is_one_line_and_other_errors_stay(monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with PrefectServer() as named:
+        with pytest.raises(StageFailed, match=r"127\.0\.0\.1:9.*unset PREFECT_API_URL"), named.ready():
+            raise RuntimeError("Failed to reach API at http://127.0.0.1:9/api/")
+        with pytest.raises(RuntimeError, match=r"^something else$"), named.ready():
+            raise RuntimeError("something else")
