@@ -16,6 +16,7 @@ import math
 import os
 import queue
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from pipeline.sources import SOURCE_STAGE
 from pipeline.stages import RECIPES, FilterStage, ModelStage, Stage
 from pipeline.workers import Job, Worker, draft_of
 from schemas.config import BuildConfig
-from schemas.errors import ConfigError, ParaCaptionError, StageFailed
+from schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed
 
 Steps = list[list[FilterStage | ModelStage | str]]
 
@@ -50,16 +51,18 @@ class RayEngine:
         self._starting = threading.Lock()
 
     def check(self, config: BuildConfig) -> None:
-        """Refuse an address that Ray Data cannot use.
+        """Refuse an address that Ray Data cannot use, or where nobody answers.
 
         Raises:
-            ConfigError: a ray:// address; Ray Data 2.60 does not run through Ray's client.
+            ConfigError: a ray:// address; Ray Data 2.60 does not run through Ray's client. Or no cluster.
         """
         if self.address is not None and self.address.startswith("ray://"):
             raise ConfigError(
                 f"--ray-address {self.address}: Ray Data does not run through Ray's client; give host:port "
                 "from a node of the cluster, or submit the command with `ray job submit` (docs/cluster.md)"
             )
+        if self.address is not None:
+            _knock(self.address)
 
     def start(self, config: BuildConfig) -> None:
         """Connect to the cluster, or start a local one that is large enough for the smallest pools.
@@ -70,10 +73,18 @@ class RayEngine:
 
         Raises:
             ConfigError: see `check`.
+            Retryable: Ray does not start, or no cluster is found.
         """
         self.check(config)
         with self._starting:
-            _connect(self.address, config)
+            try:
+                _connect(self.address, config)
+            except Exception as error:
+                said = str(error).strip().partition("\n")[0]
+                mend = "run it again, or `paracaption build --local`"
+                if self.address is not None:
+                    mend = "start the cluster first, or name host:port of one (docs/cluster.md)"
+                raise Retryable(f"Ray cannot be had: {said}; {mend}") from error
 
     def drafts(
         self, job: Job, stages: list[Stage], plan: plans.Plan, units: list[int], tick: Callable[[], None]
@@ -203,6 +214,8 @@ class _Rows:
     def stop(self) -> None:
         """Let go of the stream after the unit it waits for."""
         self._stopped = True
+        if self._thread.is_alive():  # Ray may end before it: what it says of that then is no news
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
     def next(self, timeout_s: float) -> Any:
         """A row, `_END`, or None if nothing came in time; raises what the stream raised."""
@@ -261,6 +274,23 @@ def needed_resources(steps: Steps, config: BuildConfig) -> dict[str, float]:
 
 def _title(step: list[FilterStage | ModelStage | str]) -> str:
     return " + ".join(stage if isinstance(stage, str) else stage.name for stage in step)
+
+
+def _knock(address: str) -> None:
+    """Refuse host:port where nobody listens: Ray itself asks for a minute, and says it in its own words."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", and what else Ray may know
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--ray-address {address}: no cluster answers ({error}); `ray status` on a node of it says the "
+            "address (docs/cluster.md)"
+        ) from error
+
+
+_KNOCK_S = 10.0
 
 
 def _connect(address: str | None, config: BuildConfig) -> None:

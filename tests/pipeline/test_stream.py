@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 
@@ -13,7 +14,7 @@ from pipeline.events import EventReader
 from pipeline.executor import driver, ray_data
 from pipeline.executor.ray_data import steps_of
 from pipeline.stages import ModelStage
-from schemas.errors import ConfigError, IntegrityError, StageFailed, StageStalled
+from schemas.errors import ConfigError, IntegrityError, Retryable, StageFailed, StageStalled
 from tests.building import build, calls, committed, config_of, drops
 from tests.synthetic import write_coconut, write_sa1b
 
@@ -257,6 +258,29 @@ def test_a_client_address_is_refused_with_the_way_that_works(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
     with pytest.raises(ConfigError, match=r"ray://head:10001.*ray job submit"):
         ray_data.RayEngine("ray://head:10001").check(config)
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(tmp_path, coconut):
+    config = config_of(tmp_path / "out", coconut=coconut)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"{address}: no cluster answers"):
+            ray_data.RayEngine(address).check(config)
+        free.listen()
+        ray_data.RayEngine(address).check(config)
+    ray_data.RayEngine("auto").check(config)
+
+
+def test_a_ray_that_does_not_start_is_one_line(tmp_path, coconut, monkeypatch):
+    def fails(*_):
+        raise Exception("timed out during startup\nand more")
+
+    monkeypatch.setattr(ray_data, "_connect", fails)
+    with pytest.raises(
+        Retryable, match=r"^Ray cannot be had: timed out during startup; run it again.*--local"
+    ):
+        ray_data.RayEngine().start(config_of(tmp_path / "out", coconut=coconut))
 
 
 def with_backend(config, protocol, name, options, **changes):
