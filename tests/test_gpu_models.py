@@ -23,7 +23,7 @@ import pytest
 import webdataset as wds
 import yaml
 
-from pipeline import verify
+from pipeline import models, verify
 from pipeline.events import Event, EventReader
 from pipeline.executor import driver
 from pipeline.executor.local import LocalEngine
@@ -113,9 +113,16 @@ def start(home: Path, name: str, values: dict[str, Any]) -> tuple[Path, subproce
 @pytest.fixture(scope="module")
 def accepting(values, home):
     """A corpus under thresholds that accept all, by the local engine."""
+    load = models.load
+
+    def load_alone(*given: Any) -> Any:
+        with alone():
+            return load(*given)
+
     out = home / "accepting"
     given = {**values, **ACCEPT_ALL, **write_backends(home), "out": str(out)}
-    with alone():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", load_alone)
         driver.build(BuildConfig.model_validate(given), LocalEngine())
     return out
 
