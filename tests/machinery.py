@@ -48,14 +48,22 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory):
-    """The commands' own Prefect server on a database of its own; flows of this process talk to it."""
+def prefect_process(tmp_path_factory):
+    """The Prefect server that a command starts, on a database of its own."""
     from flows.server import PrefectServer
 
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as until_the_end:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        patch.delenv("PREFECT_API_URL", raising=False)
-        with alone():
+    with ExitStack() as until_the_end:
+        with pytest.MonkeyPatch.context() as patch, alone():
+            patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+            patch.delenv("PREFECT_API_URL", raising=False)
             server = until_the_end.enter_context(PrefectServer())
-            until_the_end.enter_context(server.ready())
+            with server.ready():
+                pass
+        yield server
+
+
+@pytest.fixture(scope="module")
+def prefect_server(prefect_process):
+    """Flows of this process talk to that server."""
+    with prefect_process.ready():
         yield
