@@ -5,34 +5,23 @@ BIN := .venv/bin
 # Every process imports its packages anew; where bytecode is not kept, it compiles them anew, too: twice the start-up.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests by the process they run in: engines, clusters and mocked services do not share one. Suites follow one another,
-# since Ray gives up when a node takes 30 s to start; those that start little or nothing beside them use both cores.
-TRAINER := $(addprefix tests/model_training/,test_checkpoints.py test_trainer.py test_launch.py test_evaluation.py)
-BOTH := --numprocesses 2 --dist loadfile
-TESTS_faults := tests/faults
-TESTS_commands := tests/test_*.py
-TESTS_flows := tests/flows
-TESTS_stream := tests/pipeline/test_stream.py
-TESTS_models := tests/models
-TESTS_explorer := tests/explorer
-TESTS_pipeline := $(BOTH) tests/pipeline tests/filters tests/schemas --ignore tests/pipeline/test_stream.py
-TESTS_model := $(BOTH) tests/model_training tests/benchmarks $(addprefix --ignore ,$(TRAINER))
-TESTS_trainer := $(TRAINER)
-SUITES := faults commands flows stream models pipeline explorer model trainer
+# One run on two cores: tests/groups.py says what shares a process, tests/budget.yaml what may take how long.
+PYTEST := $(BIN)/python -m pytest
+TWICE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test $(addprefix test-,$(SUITES)) test-fast models bench lint lock clean
+.PHONY: demo test test-fast soak models bench lint lock clean
 
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
 
-test: .venv/dev  ## all tests; `make test-SUITE` runs one suite
-	$(MAKE) --no-print-directory --keep-going --jobs 1 $(addprefix test-,$(SUITES))
-
-$(addprefix test-,$(SUITES)): test-%: .venv/dev
-	$(if $(findstring $(BOTH),$(TESTS_$*)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(TESTS_$*)
+test: .venv/dev  ## all tests but the soak, in under ten minutes; `make test ONLY=tests/flows` for a part
+	$(PYTEST) $(TWICE) $(ONLY)
 
 test-fast: .venv/dev  ## without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) $(TWICE) -m "not slow and not soak" $(ONLY)
+
+soak: .venv/dev  ## many kills, long and adversarial tests: before a release; PARACAPTION_KILLS says how many
+	$(PYTEST) -m soak $(ONLY)
 
 models: .venv/models  ## what `paracaption caption` and `models` need besides: torch, transformers
 

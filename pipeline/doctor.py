@@ -295,10 +295,20 @@ def _all_gpus() -> list[Gpu]:
 def _remotely(function: Callable, node: Node, runtime_env: dict[str, Any]) -> Callable:
     """The function as a Ray task on that node, which takes up nothing there."""
     import ray
+    from ray.exceptions import GetTimeoutError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(function).options(
         scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
         runtime_env=runtime_env or None,
     )
-    return lambda *given: ray.get(task.remote(*given), timeout=_LOOK_S)
+
+    def look_there(*given: Any) -> Any:
+        waiting = task.remote(*given)
+        try:
+            return ray.get(waiting, timeout=_LOOK_S)
+        except GetTimeoutError:
+            ray.cancel(waiting, force=True)  # else the cluster tries for as long as we are connected
+            raise
+
+    return look_there

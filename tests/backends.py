@@ -59,6 +59,8 @@ class InstantCaptioner(_Options):
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "hang":
                 time.sleep(3600)
+            if what and what.startswith("sleep:"):
+                time.sleep(float(what[6:]))
             if what and what.startswith("once:") and not Path(what[5:]).exists():
                 Path(what[5:]).touch()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -2,7 +2,12 @@
 
 import os
 
-import flows  # noqa: F401 - switches telemetry off
-
+# Two workers share two cores: a second thread of a small model only waits for its turn.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+
+import flows  # noqa: F401 - switches telemetry off
+
+pytest_plugins = ["tests.groups", "tests.machinery"]

@@ -1,8 +1,9 @@
-"""Test backends with one property each: an environment, too little memory, a report, a check."""
+"""Test backends with one property each: where they run, how they end, too little memory, a report."""
 
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from pipeline.models import Answer, Checked, Question
@@ -28,6 +29,35 @@ class WhereJudge(InstantJudge):
     def __init__(self, where: str, **options: Any):
         super().__init__(**options)
         _noted(where)
+
+
+class ThreadCaptioner(InstantCaptioner):
+    """Writes down in which process and thread each call runs."""
+
+    def __init__(self, where: str, **options: Any):
+        super().__init__(**options)
+        self.where = where
+
+    def caption(self, images: list[ImageRecord]) -> list[list[str | None]]:
+        with open(self.where, "a") as file:
+            file.write(f"{os.getpid()} {threading.get_ident()}\n")
+        return super().caption(images)
+
+
+class ClosedCaptioner(InstantCaptioner):
+    """Writes down when it is loaded and when it is closed."""
+
+    def __init__(self, seen: str, **options: Any):
+        super().__init__(**options)
+        self.seen = seen
+        self._note("opened")
+
+    def _note(self, what: str) -> None:
+        with open(self.seen, "a") as file:
+            file.write(f"{what}\n")
+
+    def close(self) -> None:
+        self._note("closed")
 
 
 class SmallCaptioner(InstantCaptioner):

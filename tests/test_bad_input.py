@@ -266,8 +266,6 @@ EXPECTED = [
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory):
     """The corpus of both sources: (its folder, ledger rows by subset and key)."""
-    import ray
-
     root = tmp_path_factory.mktemp("messy")
     out = root / "out"
     actors = {"num_cpus": 1, "concurrency": [1, 2]}
@@ -285,11 +283,7 @@ def messy(tmp_path_factory):
             "failures": {"min_free_gb": 0, "stall_s": 120},
         }
     )
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        build(config)
-    finally:
-        ray.shutdown()
+    build(config)
     (out / "config.yaml").write_text(dump_config(config))
     corpus.merge(out, config)
     rows: dict[tuple[str, str], list[dict]] = {}

@@ -18,9 +18,10 @@ import yaml
 
 from pipeline import verify
 from tests.building import calls, config_of
+from tests.machinery import alone
 from tests.synthetic import write_coconut
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 40
@@ -103,7 +104,8 @@ def _command(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    two = Cluster(tmp_path_factory.mktemp("cluster"))
+    with alone():
+        two = Cluster(tmp_path_factory.mktemp("cluster"))
     yield two
     two.stop()
 

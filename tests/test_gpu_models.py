@@ -1,6 +1,7 @@
 """Both recipes with `gar`, `vllm` and `sam3`: real engines, loading code and photographs, tiny random models.
 
-What such models say is nonsense; where it goes is what is tested.
+What such models say is nonsense; where it goes is what is tested. The local engine holds the three of them in
+one process. Under Ray each has its own, and engines and actors are killed: that is in the soak.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ import pytest
 import webdataset as wds
 import yaml
 
+from pipeline import models, verify
 from pipeline.events import Event, EventReader
+from pipeline.executor import driver
+from pipeline.executor.local import LocalEngine
 from pipeline.workers import Note
+from schemas.config import BuildConfig
+from tests.building import committed
+from tests.machinery import alone
 from tests.shared_data import shared_data
 from tests.tiny.backends import ACCEPT_ALL, write_backends
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 MODEL_STAGES = {
     "coconut": ["caption", "verify_category"],
     "sa1b": ["caption", "extract_category", "agree_with_segmenter"],
@@ -43,8 +50,9 @@ def paracaption(home: Path, *args: object) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
-def verify(home: Path, out: Path) -> None:
-    assert paracaption(home, "verify", out).wait() == 0, said(home)
+def assert_verified(out: Path) -> None:
+    report = verify.verify(out)
+    assert report.ok, report.text()
 
 
 def said(home: Path) -> str:
@@ -104,24 +112,23 @@ def start(home: Path, name: str, values: dict[str, Any]) -> tuple[Path, subproce
 
 @pytest.fixture(scope="module")
 def accepting(values, home):
-    """A corpus under thresholds that accept all; the sets of stages that had actors at the same moment."""
-    out, build = start(home, "accepting", {**values, **ACCEPT_ALL, **write_backends(home)})
-    together = set()
-    while build.poll() is None:
-        together.add(tuple(sorted(actors(out))))
-        time.sleep(0.5)
-    assert build.returncode == 0, said(home)
-    return out, together
+    """A corpus under thresholds that accept all, by the local engine."""
+    load = models.load
 
+    def load_alone(*given: Any) -> Any:
+        with alone():
+            return load(*given)
 
-def test_three_models_hold_their_actors_at_once(accepting):
-    _, together = accepting
-    assert ("agree_with_segmenter", "caption", "extract_category") in together
-    assert ("caption", "verify_category") in together
+    out = home / "accepting"
+    given = {**values, **ACCEPT_ALL, **write_backends(home), "out": str(out)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", load_alone)
+        driver.build(BuildConfig.model_validate(given), LocalEngine())
+    return out
 
 
 def test_a_configuration_that_accepts_all_keeps_every_region_that_was_captioned(accepting):
-    out, _ = accepting
+    out = accepting
     for subset, stages in MODEL_STAGES.items():
         rows = rows_of(out / subset / "ledger").values()
         lost = Counter((row["drop_stage"], row["drop_reason"]) for row in rows if row["drop_reason"])
@@ -136,15 +143,74 @@ def test_a_configuration_that_accepts_all_keeps_every_region_that_was_captioned(
         assert len(kept) >= 40
 
 
-def test_its_corpus_passes_verification(accepting, home):
-    verify(home, accepting[0])
+def test_its_corpus_passes_verification(accepting):
+    assert_verified(accepting)
 
 
 def test_the_engines_report_what_they_did(accepting):
-    units = [event for event in events(accepting[0]) if event.what == "unit" and event.asked]
+    units = [event for event in events(accepting) if event.what == "unit" and event.asked]
     assert {event.stage for event in units} >= {stage for stages in MODEL_STAGES.values() for stage in stages}
     told = {event.stage: event.report for event in units if event.report}
     assert told["verify_category"]["prefix_cache_hit_share"] > 0.3
+
+
+@pytest.fixture(scope="module")
+def as_configured(values, home, accepting):
+    """The same corpus built again under the default thresholds, and the events of that."""
+    out = home / "as-configured"
+    shutil.copytree(accepting, out)
+    before = len(events(out))
+    given = {**values, **write_backends(home), "out": str(out)}
+    driver.build(BuildConfig.model_validate(given), LocalEngine())
+    return out, events(out)[before:]
+
+
+def test_as_configured_more_is_dropped_each_with_its_reason(as_configured, accepting):
+    """Of SA-1B everything: no mask that the random SAM 3 draws is like the one it was asked for."""
+    out, _ = as_configured
+    assert all(row["drop_reason"] for row in rows_of(out / "sa1b" / "ledger").values())
+    for subset in MODEL_STAGES:
+        rows, before = rows_of(out / subset / "ledger"), rows_of(accepting / subset / "ledger")
+        assert rows.keys() == before.keys()
+        dropped = [row for row in rows.values() if row["drop_reason"]]
+        assert len(dropped) > sum(row["drop_reason"] is not None for row in before.values())
+        assert all(row["drop_stage"] and row["drop_reason"] and row["drop_detail"] for row in dropped)
+        assert not {"worker_crashed", "model_error"} & {row["drop_reason"] for row in dropped}
+    assert_verified(out)
+
+
+def test_other_thresholds_start_no_engine(as_configured):
+    _, happened = as_configured
+    assert {event.what for event in happened} >= {"ready", "unit", "committed"}
+    assert not [event for event in happened if event.what == "started" or event.asked]
+
+
+# Under Ray, each model in its own actors: in the soak.
+
+
+@pytest.fixture(scope="module")
+def under_ray(values, home):
+    """The same corpus as `accepting`; the sets of stages that had actors at the same moment."""
+    out, build = start(home, "under-ray", {**values, **ACCEPT_ALL, **write_backends(home)})
+    together = set()
+    while build.poll() is None:
+        together.add(tuple(sorted(actors(out))))
+        time.sleep(0.5)
+    assert build.returncode == 0, said(home)
+    return out, together
+
+
+@pytest.mark.soak
+def test_three_models_hold_their_actors_at_once(under_ray):
+    _, together = under_ray
+    assert ("agree_with_segmenter", "caption", "extract_category") in together
+    assert ("caption", "verify_category") in together
+
+
+@pytest.mark.soak
+def test_under_ray_the_engines_give_the_same_corpus_to_the_last_byte(under_ray, accepting):
+    assert committed(under_ray[0]) == committed(accepting)
+    assert_verified(under_ray[0])
 
 
 class Kills:
@@ -197,37 +263,6 @@ class Kills:
 
 
 @pytest.fixture(scope="module")
-def as_configured(values, home, accepting):
-    """The same corpus built again under the default thresholds, and the events of that."""
-    out = home / "as-configured"
-    shutil.copytree(accepting[0], out)
-    before = len(events(out))
-    _, build = start(home, out.name, {**values, **write_backends(home)})
-    assert build.wait() == 0, said(home)
-    return out, events(out)[before:]
-
-
-def test_as_configured_more_is_dropped_each_with_its_reason(as_configured, accepting, home):
-    """Of SA-1B everything: no mask that the random SAM 3 draws is like the one it was asked for."""
-    out, _ = as_configured
-    assert all(row["drop_reason"] for row in rows_of(out / "sa1b" / "ledger").values())
-    for subset in MODEL_STAGES:
-        rows, before = rows_of(out / subset / "ledger"), rows_of(accepting[0] / subset / "ledger")
-        assert rows.keys() == before.keys()
-        dropped = [row for row in rows.values() if row["drop_reason"]]
-        assert len(dropped) > sum(row["drop_reason"] is not None for row in before.values())
-        assert all(row["drop_stage"] and row["drop_reason"] and row["drop_detail"] for row in dropped)
-        assert not {"worker_crashed", "model_error"} & {row["drop_reason"] for row in dropped}
-    verify(home, out)
-
-
-def test_other_thresholds_start_no_engine(as_configured):
-    _, happened = as_configured
-    assert {event.what for event in happened} >= {"ready", "unit", "committed"}
-    assert not [event for event in happened if event.what == "started" or event.asked]
-
-
-@pytest.fixture(scope="module")
 def disturbed(values, home, accepting):
     """SA-1B once more, engines in processes of their own, and the kills."""
     values = {name: value for name, value in values.items() if name != "coconut"}
@@ -240,14 +275,16 @@ def disturbed(values, home, accepting):
     return out, kills
 
 
+@pytest.mark.soak
 def test_after_the_kill_of_engine_and_actor_no_answer_is_missing_and_none_differs(disturbed, accepting):
     out, kills = disturbed
     assert kills.killed.keys() == {"engine", "actor"}
     assert kills.killed["engine"] != kills.killed["actor"]
     (folder,) = (out / "sa1b" / "evidence").glob("caption-*")  # the digest is that of the undisturbed build
-    assert rows_of(folder) == rows_of(accepting[0] / "sa1b" / "evidence" / folder.name)
+    assert rows_of(folder) == rows_of(accepting / "sa1b" / "evidence" / folder.name)
 
 
+@pytest.mark.soak
 def test_evidence_that_was_committed_before_a_kill_is_not_written_again(disturbed):
     _, kills = disturbed
     assert any(path.parent.name.startswith("caption") for path in kills.before)
@@ -255,6 +292,7 @@ def test_evidence_that_was_committed_before_a_kill_is_not_written_again(disturbe
     assert {path: after[path] for path in kills.before} == kills.before
 
 
+@pytest.mark.soak
 def test_no_engine_outlives_its_actor(disturbed):
     _, kills = disturbed
     assert len(kills.engines) == 2

@@ -57,13 +57,7 @@ def real(tmp_path_factory):
             "failures": {"min_free_gb": 0, "stall_s": 120},
         }
     )
-    import ray
-
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        build(config)
-    finally:
-        ray.shutdown()
+    build(config)
     (out / "config.yaml").write_text(dump_config(config))
     corpus.merge(out, config)
     return out

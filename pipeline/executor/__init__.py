@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Engine(Protocol):
 
     def drafts(
         self, job: Job, stages: list[Stage], plan: Plan, units: list[int], tick: Callable[[], None]
-    ) -> Iterator[Draft]:
+    ) -> Generator[Draft]:
         """Units as they are written, in any order; the caller commits them.
 
         Args:

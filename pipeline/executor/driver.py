@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -170,9 +170,10 @@ def build_units(
         on_progress(progress)
 
     try:
-        for draft in engine.drafts(job, stages, plan, units, tick):
-            committer.take(draft)
-            tick(moved=True)
+        with closing(engine.drafts(job, stages, plan, units, tick)) as drafts:
+            for draft in drafts:
+                committer.take(draft)
+                tick(moved=True)
         committer.finish()
     except BaseException:
         committer.abandon()

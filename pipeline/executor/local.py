@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class LocalEngine:
 
     def drafts(
         self, job: Job, stages: list[Stage], plan: plans.Plan, units: list[int], tick: Callable[[], None]
-    ) -> Iterator[Draft]:
+    ) -> Generator[Draft]:
         """Written units, one after the other; `tick` is called after each event of the worker.
 
         Raises:

@@ -19,7 +19,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class RayEngine:
 
     def drafts(
         self, job: Job, stages: list[Stage], plan: plans.Plan, units: list[int], tick: Callable[[], None]
-    ) -> Iterator[Draft]:
+    ) -> Generator[Draft]:
         """Written units in the order in which they get ready; `tick` is called about twice a second.
 
         Raises:

@@ -52,8 +52,9 @@ def address(out, run, tmp_path_factory):
         yield printed.removesuffix("/")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """Ends with its file: while it runs, nothing else in this process can run an event loop."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no browser at {CHROMIUM}; install Debian's chromium, or name one in $CHROMIUM")

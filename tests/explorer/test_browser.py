@@ -21,6 +21,7 @@ PAGES = [
     "/train",
 ]
 WIDTHS = [1280, 390]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture

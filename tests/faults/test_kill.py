@@ -1,6 +1,7 @@
 """kill -9 at random moments: the corpus is equal to the last byte, nothing committed is paid for twice.
 
-PARACAPTION_KILLS sets how often each kind of process is killed.
+The driver of a local build dies a few times in every run of the tests. Under Ray, drivers, actors and nodes
+die in `make soak`; PARACAPTION_KILLS sets how often each of them does.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.events import EventReader
 from pipeline.evidence import EvidenceStore
 from pipeline.stages import RECIPES, ModelStage
-from tests.building import calls, committed, config_of
+from tests.building import build, calls, committed, config_of
+from tests.machinery import alone
 from tests.synthetic import write_coconut, write_sa1b
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KILLS = int(os.environ.get("PARACAPTION_KILLS", "20"))
 NUM_IMAGES = 24
@@ -42,15 +45,17 @@ def head(tmp_path_factory):
     """A cluster that outlives the drivers: `ray start --head` in effect; nodes come and go."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    with alone():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source, head, tmp_path_factory):
+def undisturbed(source, tmp_path_factory):
+    """What the local engine commits when nobody kills it."""
     root = tmp_path_factory.mktemp("undisturbed")
-    assert _drive(_slow(root, source), head.address).wait(300) == 0
+    build(_slow(root, source))
     return committed(root / "out")
 
 
@@ -67,13 +72,13 @@ def _slow(root: Path, source: dict, apart: bool = False):
     )
 
 
-def _drive(config, address: str) -> subprocess.Popen:
-    """A driver in a process of its own."""
+def _drive(config, *address: str) -> subprocess.Popen:
+    """A driver in a process of its own; the local engine's without an address."""
     path = Path(config.out).parent / "config.json"
     path.write_text(config.model_dump_json())
     log = open(path.with_suffix(".log"), "ab")
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.building", str(path), address], stdout=log, stderr=log
+        [sys.executable, "-m", "tests.building", str(path), *address], stdout=log, stderr=log
     )
 
 
@@ -94,29 +99,53 @@ def _captions_paid(root: Path) -> Counter[str]:
     return Counter(calls(root / "captioner.log"))
 
 
-def test_the_driver_killed_at_random_moments(tmp_path, source, head, undisturbed):
-    config = _slow(tmp_path, source)
-    rng = random.Random(7)
-    kills = 0
-    while kills < KILLS:
-        before, paid = _evidence_rows(config), _captions_paid(tmp_path)
-        driver = _drive(config, head.address)
-        moment = rng.uniform(3.0, 9.0)
-        try:
-            driver.wait(moment)
-        except subprocess.TimeoutExpired:
-            driver.send_signal(signal.SIGKILL)
-            driver.wait()
-            kills += 1
-        else:
-            assert driver.returncode == 0, (tmp_path / "config.log").read_text()[-3000:]
-            assert committed(tmp_path / "out") == undisturbed
+def _at_work(config, driver: subprocess.Popen) -> bool:
+    """Wait until a new run has a worker that is ready; False if the driver ends before."""
+    runs = Path(config.out) / "events"
+    before = set(runs.glob("*")) if runs.exists() else set()
+    while driver.poll() is None:
+        for run in set(runs.glob("*")) - before:
+            if any(event.what == "ready" for event in EventReader(run).new()):
+                return True
+        time.sleep(0.02)
+    return False
+
+
+def _kill_drivers(
+    config, undisturbed, kills: int, longest_s: float, rng: random.Random, *address: str
+) -> None:
+    """Kill so many drivers at random moments of their work, then let one finish; nothing is paid twice."""
+    root = Path(config.out).parent
+    killed = 0
+    while killed < kills:
+        before, paid = _evidence_rows(config), _captions_paid(root)
+        driver = _drive(config, *address)
+        if _at_work(config, driver):
+            try:
+                driver.wait(rng.uniform(0.0, longest_s))
+            except subprocess.TimeoutExpired:
+                driver.send_signal(signal.SIGKILL)
+                killed += driver.wait() == -signal.SIGKILL
+        if driver.wait() == 0:
+            assert committed(root / "out") == undisturbed
             _forget(config, rng)
-        again = {key for key in (_captions_paid(tmp_path) - paid)}
+        assert driver.returncode in (0, -signal.SIGKILL), (root / "config.log").read_text()[-3000:]
         known = {f"{key}/{region}" for stage, key, region in before if stage.endswith("/caption")}
+        again = (_captions_paid(root) - paid).keys()
         assert not again & known, "a caption that was committed as evidence was paid for again"
-    assert _drive(config, head.address).wait(300) == 0, (tmp_path / "config.log").read_text()[-3000:]
-    assert committed(tmp_path / "out") == undisturbed
+    assert _drive(config, *address).wait(300) == 0, (root / "config.log").read_text()[-3000:]
+    assert committed(root / "out") == undisturbed
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(KILLS, marks=pytest.mark.soak)])
+def test_the_driver_of_a_local_build_killed_at_random_moments(tmp_path, source, undisturbed, kills):
+    _kill_drivers(_slow(tmp_path, source), undisturbed, kills, 2.5, random.Random(5))
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_the_driver_killed_at_random_moments(tmp_path, source, head, undisturbed):
+    _kill_drivers(_slow(tmp_path, source), undisturbed, KILLS, 6.0, random.Random(7), head.address)
 
 
 def _forget(config, rng: random.Random) -> None:
@@ -129,6 +158,8 @@ def _forget(config, rng: random.Random) -> None:
                 evidence.unlink()
 
 
+@pytest.mark.soak
+@pytest.mark.ray
 def test_stage_actors_killed_at_random_moments(tmp_path, source, head, undisturbed):
     config = _slow(tmp_path, source, apart=True)
     rng = random.Random(11)
@@ -161,6 +192,8 @@ def _actors(config) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.mark.soak
+@pytest.mark.ray
 def test_raylets_killed_at_random_moments(tmp_path, source, head, undisturbed):
     """The second node dies with everything on it, and another one joins."""
     config = _slow(tmp_path, source)

@@ -10,25 +10,29 @@ from pathlib import Path
 import pytest
 
 from pipeline import verify
+from pipeline.executor.local import LocalEngine
 from schemas.errors import ConfigError, EngineLost, IntegrityError
 from tests.building import calls, committed, config_of
 from tests.synthetic import write_coconut, write_sa1b
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def machinery():
-    """Prefect's embedded server on a database of its own, and one local Ray."""
-    import ray
-    from prefect.testing.utilities import prefect_test_harness
+def machinery(prefect_server, ray_cluster):
+    """Prefect's server on a database of its own, and one local Ray."""
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-    ray.shutdown()
+
+@pytest.fixture
+def local_engine():
+    """The flow with the engine of this process, where Ray is not the point."""
+    from flows import watch
+
+    token = watch.engine.set(LocalEngine())
+    yield
+    watch.engine.reset(token)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,9 @@ def test_a_second_run_has_nothing_to_do(built):
     assert len(calls(out.parent / "captioner.log")) == paid
 
 
-def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbers(tmp_path, sources):
+def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbers(
+    tmp_path, sources, local_engine
+):
     from flows.build import build_corpus
 
     config = config_of(tmp_path / "out", coconut=sources["coconut"])
@@ -98,7 +104,7 @@ def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbe
     assert committed(tmp_path / "out") == before
 
 
-def test_retry_failed_builds_units_with_errors_again(tmp_path, sources):
+def test_retry_failed_builds_units_with_errors_again(tmp_path, sources, local_engine):
     from flows.build import build_corpus
 
     mend = tmp_path / "mend"
@@ -159,7 +165,8 @@ print(type(checked["config"]).__name__, checked["limit_images"])
         (ConfigError("no such folder"), 1),
         (IntegrityError("another plan"), 1),
         (EngineLost("the engine died"), 3),
-        (OSError("the file system is away"), 3),
+        (ConnectionError("the server is away"), 3),
+        (OSError("the file system is away"), 1),
     ],
 )
 def test_what_a_retry_can_mend_is_tried_three_times_and_a_mistake_once(error, attempts):

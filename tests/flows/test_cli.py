@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from schemas.config import Backend, BuildConfig
+from tests.machinery import alone
 from tests.synthetic import write_coconut
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +153,8 @@ def test_annotations_that_are_no_json_are_one_line_and_start_no_cluster(tmp_path
 def demo(tmp_path_factory):
     """The corpus of the bundled sample, built by the command."""
     home = tmp_path_factory.mktemp("demo")
-    done = paracaption(home, "demo", "--out", home / "out")
+    with alone():
+        done = paracaption(home, "demo", "--out", home / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     return home / "out", done
 

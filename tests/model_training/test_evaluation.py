@@ -112,9 +112,8 @@ def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
         unfinished(CorpusSource(str(tmp_path / "broken")))
 
 
-def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch):
-    from prefect.testing.utilities import prefect_test_harness
-
+@pytest.mark.ray
+def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefect_server):
     from flows import train, watch
 
     late, shown = tmp_path / "late", []
@@ -123,11 +122,10 @@ def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_LOOK_EVERY_S", 0.2)
     watch.trainer.set(shown.append)
     arrival = threading.Timer(3.0, late.symlink_to, [world])
-    with prefect_test_harness(server_startup_timeout=120):
-        arrival.start()
-        done = train.train_captioner(config, wait=True)
-        again = train.train_captioner(config)
-        found = {key: artifact(key) for key in ("training-loss", "training-last-step", "sample-captions")}
+    arrival.start()
+    done = train.train_captioner(config, wait=True)
+    again = train.train_captioner(config)
+    found = {key: artifact(key) for key in ("training-loss", "training-last-step", "sample-captions")}
     assert done["steps"] == again["steps"] == 3
     assert [record["step"] for record in shown] == [1, 2, 3] and len(journal.read(tmp_path / "run")) == 3
     assert done["evaluation"]["images"] == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -14,17 +13,7 @@ from model_training import checkpoints, journal, launch
 from schemas.errors import ConfigError
 from tests.model_training.toy_corpus import config_of, write_corpus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def ray():
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    import ray
-
-    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def workers() -> list[psutil.Process]:
@@ -48,7 +37,7 @@ def kill_one_after_a_checkpoint(run: Path, killed: list[int], ended: threading.E
         time.sleep(0.02)
 
 
-def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint(ray, tmp_path):
+def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint(ray_cluster, tmp_path):
     corpus, run = write_corpus(tmp_path / "world"), tmp_path / "run"
     workers_of = {"workers": 2, "gpus": 0, "cpus": 1, "max_failures": 2}
     config = config_of(run, corpus, steps=120, checkpoint={"every": 20}, ray=workers_of)
@@ -69,7 +58,7 @@ def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint
     assert shown == list(range(1, 121))
 
 
-def test_an_error_in_a_worker_is_shown_as_it_is(ray, tmp_path):
+def test_an_error_in_a_worker_is_shown_as_it_is(ray_cluster, tmp_path):
     corpus = write_corpus(tmp_path / "world", 12)
     changes = {"model": {"path": "/nowhere"}, "ray": {"workers": 1, "gpus": 0, "cpus": 1, "max_failures": 0}}
     with pytest.raises(ConfigError, match="/nowhere: no saved model"):

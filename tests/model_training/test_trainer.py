@@ -280,7 +280,7 @@ def test_low_precision_and_recomputing_train_too(corpus, tmp_path):
     assert load_file(tmp_path / "both/model/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compiled_layers_that_are_recomputed_learn_the_same(corpus, tmp_path):
     fit(config_of(tmp_path / "plain", corpus, steps=3))
     fit(config_of(tmp_path / "compiled", corpus, steps=3, compile="always", recompute=True))

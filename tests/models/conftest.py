@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from model_training.benchmarks.judges import COMPACT
+from tests.machinery import alone
 from tests.tiny.qwen3 import write_qwen3
 
 ENGINE = {
@@ -28,6 +29,7 @@ def vllm_judge(qwen3):
     """The judge on that checkpoint, in a real engine in this process."""
     from pipeline.models.vllm_judge import VllmJudge
 
-    judge = VllmJudge(model=str(qwen3), engine=ENGINE)
+    with alone():
+        judge = VllmJudge(model=str(qwen3), engine=ENGINE)
     yield judge
     judge.close()

@@ -11,7 +11,7 @@ from schemas.errors import BadRecord
 from schemas.evaluation import Bench, Judge
 from tests.model_training.bench import write_bench
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

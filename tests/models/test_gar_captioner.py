@@ -6,10 +6,11 @@ import pytest
 
 from schemas.errors import BadRecord, ConfigError
 from schemas.records import Blob
+from tests.machinery import alone
 from tests.models.gar_parts import TILE_PX, photo, with_boxes
 from tests.tiny.gar import write_gar
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 BOXES = [(5, 5, 60, 60), (400, 200, 40, 20), (0, 0, 448, 224), (100, 90, 40, 40), (330, 20, 30, 30)]
 NEW_TOKENS = 8
@@ -21,7 +22,8 @@ def captioner(tmp_path_factory):
     from pipeline.models.gar.captioner import GarCaptioner
 
     model = write_gar(tmp_path_factory.mktemp("gar") / "GAR", "8b", tile_px=TILE_PX, max_tiles=8)
-    found = GarCaptioner(model=str(model), max_tokens=NEW_TOKENS, device="cpu", max_in_flight=16)
+    with alone():
+        found = GarCaptioner(model=str(model), max_tokens=NEW_TOKENS, device="cpu", max_in_flight=16)
     yield found
     found.close()
 

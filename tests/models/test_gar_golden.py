@@ -11,10 +11,11 @@ from PIL import Image
 from pipeline import rle
 from pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
 from schemas.records import Blob, ImageRecord, Region
+from tests.machinery import alone
 from tests.models.gar_parts import load_parts
 from tests.shared_data import recorded
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 CASES = [("square", 0), ("wide", 0), ("multi", 0), ("multi", 1), ("multi", 2), ("multi", 3)]
 NEW_TOKENS = 12
@@ -61,9 +62,14 @@ def captioner(tmp_path_factory):
 
     model = recorded("gar/checkpoint")
     exported = tmp_path_factory.mktemp("gar") / "language"
-    found = GarCaptioner(
-        model=str(model), language_model=str(exported), max_tokens=NEW_TOKENS, device="cpu", max_in_flight=8
-    )
+    with alone():
+        found = GarCaptioner(
+            model=str(model),
+            language_model=str(exported),
+            max_tokens=NEW_TOKENS,
+            device="cpu",
+            max_in_flight=8,
+        )
     yield found
     found.close()
 

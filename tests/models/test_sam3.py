@@ -317,7 +317,6 @@ def test_wrong_options_are_named(options, told):
 @pytest.mark.slow
 def test_both_segmenters_evidence_and_scores_arrive_in_the_ledger(checkpoint, tmp_path):
     import pyarrow.parquet as pq
-    import ray
 
     from pipeline.evidence import EvidenceStore, Resegmented
     from schemas.config import Backend
@@ -330,37 +329,33 @@ def test_both_segmenters_evidence_and_scores_arrive_in_the_ledger(checkpoint, tm
         "sam": {"model": str(write_sam(tmp_path)), "multimask": True},
         "sam3": {"model": str(checkpoint), "threshold": 0.2},
     }
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        for name, options in chosen.items():
-            out = tmp_path / name
-            config = config_of(out, sa1b=source, min_iou=0)
-            backend = Backend(name=name, options={**options, "device": "cpu"}, num_cpus=0.1)
-            progress = build(config.model_copy(update={"segmenter": backend}))["sa1b"]
-            none_found = drops(out, "sa1b")
-            assert {reason for _, reason, _ in none_found.values()} <= {"segmenter_none"}
-            assert progress.regions == 24 == progress.kept + len(none_found)
-            assert progress.kept > 12
-            [folder] = (out / "sa1b" / "evidence").glob("agree_with_segmenter-*")
-            answers = {}
-            for path in sorted(folder.glob("*.parquet")):
-                answers |= EvidenceStore(folder, Resegmented).load(path.stem)
-            rows = [
-                row
-                for path in sorted((out / "sa1b" / "ledger").glob("sa1b-*.parquet"))
-                for row in pq.read_table(path).to_pylist()
-            ]
-            assert len(answers) == len(rows) == 24
-            for row in rows:
-                _, answer = answers[row["key"], row["region"]]
-                if (row["key"], row["region"]) in none_found:
-                    assert answer == Resegmented(0.0, 0.0, None, 0)
-                    continue
-                assert (row["iou"], row["segmenter_score"]) == (answer.iou, answer.score)
-                found = answer.rle((row["image_height"], row["image_width"]))
-                assert found is not None and rle.decode(found).any()
-                assert answer.num_candidates >= 1
-            assert len({row["segmenter_score"] for row in rows}) > 1
-            assert any(row["iou"] > 0 for row in rows)
-    finally:
-        ray.shutdown()
+    for name, options in chosen.items():
+        out = tmp_path / name
+        config = config_of(out, sa1b=source, min_iou=0)
+        backend = Backend(name=name, options={**options, "device": "cpu"}, num_cpus=0.1)
+        progress = build(config.model_copy(update={"segmenter": backend}))["sa1b"]
+        none_found = drops(out, "sa1b")
+        assert {reason for _, reason, _ in none_found.values()} <= {"segmenter_none"}
+        assert progress.regions == 24 == progress.kept + len(none_found)
+        assert progress.kept > 12
+        [folder] = (out / "sa1b" / "evidence").glob("agree_with_segmenter-*")
+        answers = {}
+        for path in sorted(folder.glob("*.parquet")):
+            answers |= EvidenceStore(folder, Resegmented).load(path.stem)
+        rows = [
+            row
+            for path in sorted((out / "sa1b" / "ledger").glob("sa1b-*.parquet"))
+            for row in pq.read_table(path).to_pylist()
+        ]
+        assert len(answers) == len(rows) == 24
+        for row in rows:
+            _, answer = answers[row["key"], row["region"]]
+            if (row["key"], row["region"]) in none_found:
+                assert answer == Resegmented(0.0, 0.0, None, 0)
+                continue
+            assert (row["iou"], row["segmenter_score"]) == (answer.iou, answer.score)
+            found = answer.rle((row["image_height"], row["image_width"]))
+            assert found is not None and rle.decode(found).any()
+            assert answer.num_candidates >= 1
+        assert len({row["segmenter_score"] for row in rows}) > 1
+        assert any(row["iou"] > 0 for row in rows)

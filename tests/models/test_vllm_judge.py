@@ -13,8 +13,11 @@ from pipeline.models.vllm_judge import VllmJudge, defused
 from schemas.config import Backend
 from schemas.errors import BadRecord, ConfigError
 from schemas.reasons import Reason
+from tests.machinery import alone
 from tests.models.conftest import ENGINE
 from tests.models.greedy import greedy
+
+pytestmark = pytest.mark.vllm  # all of the file: the checkpoint is written once
 
 CAPTIONS = [
     "A brown dog runs over the grass.",
@@ -70,8 +73,8 @@ def test_answers_do_not_depend_on_the_company(vllm_judge):
     questions = [Question("verify", caption, "dog") for caption in CAPTIONS]
     together = vllm_judge.ask([*questions, *(Question("extract", caption) for caption in CAPTIONS)])
     for question, answer in zip(questions, together, strict=False):
-        (alone,) = vllm_judge.ask([question])
-        assert alone.text == answer.text and alone.margin == pytest.approx(answer.margin, abs=2e-4)
+        (single,) = vllm_judge.ask([question])
+        assert single.text == answer.text and single.margin == pytest.approx(answer.margin, abs=2e-4)
 
 
 @pytest.mark.slow
@@ -157,7 +160,8 @@ def test_check_reads_shapes_and_not_weights(qwen3):
 @pytest.mark.slow
 def test_another_engine_of_this_process_is_closed_without_harm(vllm_judge, qwen3):
     """vLLM's own shutdown ends the process groups of both."""
-    other = VllmJudge(model=str(qwen3), engine=ENGINE)
+    with alone():
+        other = VllmJudge(model=str(qwen3), engine=ENGINE)
     question = Question("verify", CAPTIONS[0], "dog")
     [expected] = vllm_judge.ask([question])
     other.close()

@@ -276,40 +276,32 @@ def test_the_command_exits_with_1_on_a_fail_and_with_0_otherwise(tmp_path, relea
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_on_a_cluster_stages_are_looked_at_in_their_environment_and_the_folder_from_every_node(
-    tmp_path, release
+    tmp_path, release, ray_cluster, monkeypatch
 ):
-    import ray
-
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        (node,) = doctor._nodes()
-        assert node.host == socket.gethostname() and len(node.gpus) == len(gpus.seen())
-        values = config(
-            tmp_path / "out",
-            release,
-            captioner={"name": "classical", "num_cpus": 500},
-            judge={"name": "lexical", "runtime_env": {"env_vars": {"A": "b"}}},
-        )
-        findings = doctor.examine(values, "auto")
-        assert set(failed(findings)) == {"coconut CPUs"}
-        said = [each.said for each in findings]
-        assert "seen from 1 nodes" in said
-        assert [each.state for each in findings if each.what == "judge lexical"] == [OK, OK]
-        gone = json.loads(json.dumps(values.model_dump()))
-        gone["judge"]["runtime_env"] = {"py_executable": "/no/such/python"}
-        monkey = doctor._LOOK_S
-        doctor._LOOK_S = 20.0
-        try:
-            line = failed(doctor.examine(BuildConfig.model_validate(gone), "auto"))["judge lexical"]
-        finally:
-            doctor._LOOK_S = monkey
-        assert "runtime_env" in line.mend
-        blind = Node("0" * 56, "elsewhere", [])
-        folder = failed(list(doctor.output(values, [node, blind])))
-        assert "not the same folder on elsewhere" in folder["out"].said
-    finally:
-        ray.shutdown()
+    (node,) = doctor._nodes()
+    assert node.host == socket.gethostname() and len(node.gpus) == len(gpus.seen())
+    values = config(
+        tmp_path / "out",
+        release,
+        captioner={"name": "classical", "num_cpus": 500},
+        judge={"name": "lexical", "runtime_env": {"env_vars": {"A": "b"}}},
+    )
+    findings = doctor.examine(values, "auto")
+    assert set(failed(findings)) == {"coconut CPUs"}
+    said = [each.said for each in findings]
+    assert "seen from 1 nodes" in said
+    assert [each.state for each in findings if each.what == "judge lexical"] == [OK, OK]
+    gone = json.loads(json.dumps(values.model_dump()))
+    gone["judge"]["runtime_env"] = {"py_executable": "/no/such/python"}
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "_LOOK_S", 5.0)
+        line = failed(doctor.examine(BuildConfig.model_validate(gone), "auto"))["judge lexical"]
+    assert "runtime_env" in line.mend
+    blind = Node("0" * 56, "elsewhere", [])
+    folder = failed(list(doctor.output(values, [node, blind])))
+    assert "not the same folder on elsewhere" in folder["out"].said
 
 
 def test_a_cluster_that_does_not_answer_is_a_line_and_the_rest_is_still_checked(tmp_path, release):
