@@ -277,9 +277,11 @@ def train(
     from model_training import preflight
     from pipeline import findings
     from pipeline.config_file import load_training
+    from pipeline.executor import ray_data
 
     loaded = load_training(config)
     findings.refuse(preflight.training(loaded, wait, on_cluster=ray_address is not None))
+    ray_data.check_address(ray_address)
     done = launch.train(loaded, ray_address, wait, views.TrainingView(loaded.log.every).show)
     print(f"{done['steps']:,} steps, {done['skipped']:,} of them skipped: {done['model']}")
     if found := done.get("evaluation"):
@@ -487,9 +489,11 @@ def _build(
         driver.build(loaded, engine, **asked)
         inspect(Path(loaded.out))
         return
-    findings.refuse(preflight.examine(loaded, on_cluster=ray_address is not None))
+    findings.refuse(preflight.examine(loaded))
     engine.check(loaded)
-    driver.prepare(loaded, **asked)
+    models = driver.prepare(loaded, **asked)
+    if ray_address is None:
+        findings.refuse(preflight.packages(loaded, models))
     if isinstance(engine, LocalEngine):
         with views.BuildView(live=False) as view:
             driver.build(loaded, engine, on_progress=view.show, **asked)

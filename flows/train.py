@@ -60,7 +60,9 @@ def wait_for_corpora(config: TrainConfig) -> None:
 def train(config: TrainConfig, ray_address: str | None) -> dict[str, Any]:
     """Train from the last checkpoint on, and write the model."""
     from model_training import launch
+    from pipeline.executor import ray_data
 
+    ray_data.check_address(ray_address)
     outcome = launch.train(config, ray_address, watch.trainer.get())
     return {"steps": outcome.steps, "skipped": outcome.skipped, "model": str(outcome.model)}
 

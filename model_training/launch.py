@@ -47,8 +47,6 @@ def train(config: TrainConfig, ray_address: str | None = None, report: Report | 
 
 
 def _start(config: TrainConfig, address: str | None) -> None:
-    if address is not None and address.startswith("ray://"):
-        raise ConfigError(f"--ray-address {address}: give host:port from a node of the cluster")
     import ray
 
     if ray.is_initialized():

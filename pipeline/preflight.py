@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipeline import models, sources
@@ -18,20 +18,28 @@ from schemas.errors import ConfigError, ParaCaptionError
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
-def examine(config: BuildConfig, on_cluster: bool = False) -> Iterator[Finding]:
+def examine(config: BuildConfig) -> Iterator[Finding]:
     """What stands in the way of a build, and what does not. Never raises for what it looks at.
+
+    Whether the packages of its models are installed, `packages` says, once it is known which are asked.
+    """
+    for protocol in protocols(config):
+        yield backend_options(protocol, getattr(config, protocol))
+    yield from read_sources(config)
+    yield output_folder(config.out)
+
+
+def packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Finding]:
+    """Whether the models that will be asked find their packages on this machine.
 
     Args:
         config: of the build.
-        on_cluster: the stages run on other machines, whose packages cannot be seen from here.
+        asked: protocols of those models, as `driver.prepare` gives them.
     """
     for protocol in protocols(config):
         backend = getattr(config, protocol)
-        if not on_cluster and not backend.runtime_env:
+        if protocol in asked and not backend.runtime_env:
             yield from backend_packages(protocol, backend)
-        yield backend_options(protocol, backend)
-    yield from read_sources(config)
-    yield output_folder(config.out)
 
 
 def protocols(config: BuildConfig) -> list[str]:

@@ -195,20 +195,29 @@ def merge_corpus(config: BuildConfig) -> dict[str, Any]:
 # What the steps ask.
 
 
-def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> None:
+def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> set[str]:
     """Plan every subset and read a sample of its source, so that a mistake is known before an engine starts.
 
     `build` does the same, and finds it done.
+
+    Returns:
+        Protocols of the models that will be asked: those without evidence of every pending unit.
 
     Raises:
         ConfigError: a source cannot be read, or nothing of the sample is usable.
         IntegrityError: the sources are not those that the corpus was planned with.
     """
+    asked: set[str] = set()
     with locked(Path(config.out)):
         for subset in config.subsets:
             plan = make_plan(config, subset, limit_images)
-            if find_pending(config, subset, plan, retry_failed):
+            if units := find_pending(config, subset, plan, retry_failed):
                 audit_source(config, subset)
+                names = [plan.unit_name(index) for index in units]
+                folder = Path(config.out) / subset
+                models = [each for each in RECIPES[subset](config) if isinstance(each, ModelStage)]
+                asked |= {each.protocol for each in models if not _answered(each, folder, names)}
+    return asked
 
 
 def is_finished(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:

@@ -39,6 +39,22 @@ TICK_S = 0.5
 """How often the driver looks at the clock and at the events while no unit comes."""
 
 
+def check_address(address: str | None) -> None:
+    """Refuse an address that Ray Data and Ray Train cannot use, or where nobody answers; None is fine.
+
+    Raises:
+        ConfigError: a ray:// address; Ray 2.60 does not run these through its client. Or no cluster.
+    """
+    if address is None:
+        return
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"--ray-address {address}: Ray Data does not run through Ray's client; give host:port from a "
+            "node of the cluster, or submit the command with `ray job submit` (docs/cluster.md)"
+        )
+    _knock(address)
+
+
 class RayEngine:
     """Builds on a Ray cluster, or on a Ray of its own on this machine.
 
@@ -56,13 +72,7 @@ class RayEngine:
         Raises:
             ConfigError: a ray:// address; Ray Data 2.60 does not run through Ray's client. Or no cluster.
         """
-        if self.address is not None and self.address.startswith("ray://"):
-            raise ConfigError(
-                f"--ray-address {self.address}: Ray Data does not run through Ray's client; give host:port "
-                "from a node of the cluster, or submit the command with `ray job submit` (docs/cluster.md)"
-            )
-        if self.address is not None:
-            _knock(self.address)
+        check_address(self.address)
 
     def start(self, config: BuildConfig) -> None:
         """Connect to the cluster, or start a local one that is large enough for the smallest pools.

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from pipeline import shards
+from pipeline import findings, preflight, shards
 from pipeline.executor import driver
 from pipeline.executor.local import LocalEngine
 from schemas.errors import ConfigError, IntegrityError, StageFailed
@@ -151,3 +151,15 @@ def test_temporary_files_are_swept(tmp_path, coconut):
     build(config, on_progress=lambda _: late.write_bytes(b"half a shard"))
     assert not stray.exists()
     assert not late.exists()
+
+
+def test_only_models_that_will_be_asked_need_their_packages(tmp_path, coconut, monkeypatch):
+    config = config_of(tmp_path / "out", coconut=coconut)
+    assert driver.prepare(config) == {"captioner", "judge"}
+    build(config)
+    strict = config.model_copy(update={"text": config.text.model_copy(update={"min_words": 60})})
+    assert driver.prepare(strict) == set()
+    monkeypatch.setitem(findings.NEEDS, strict.judge.name, ("a-package-that-nobody-has",))
+    assert list(preflight.packages(strict, set())) == []
+    (line,) = preflight.packages(strict, {"judge"})
+    assert line.state == findings.FAIL and "a-package-that-nobody-has is not installed" in line.said
