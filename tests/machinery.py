@@ -64,6 +64,9 @@ def prefect_process(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prefect_server(prefect_process):
-    """Flows of this process talk to that server."""
-    with prefect_process.ready():
+    """Flows and commands of this process talk to that server, and start none."""
+    from prefect.settings import PREFECT_API_URL
+
+    with prefect_process.ready(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", PREFECT_API_URL.value())
         yield

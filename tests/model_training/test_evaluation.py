@@ -143,4 +143,4 @@ def artifact(key: str) -> str:
 
     with get_client(sync_client=True) as client:
         wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
-        return client.read_artifacts(artifact_filter=wanted)[-1].data
+        return max(client.read_artifacts(artifact_filter=wanted), key=lambda each: each.created).data

@@ -182,7 +182,8 @@ def test_a_profile_has_every_study_with_all_that_it_depends_on(world, trained, t
     assert (tmp_path / "profile.png").stat().st_size > 10_000
 
 
-def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, tmp_path):
+@pytest.mark.ray
+def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, tmp_path, prefect_server):
     options = {"model": str(trained), "device": "cpu", "decode": {"length": 10, "steps": 2}}
     few = {"images": 1, "regions": (1,), "load": 1, "lengths": (4,), "steps": (4,), "repeats": 1}
     config = EvaluateConfig(

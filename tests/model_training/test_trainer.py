@@ -383,7 +383,8 @@ def test_the_stages_have_the_originals_numbers():
     assert (regions.warmup, regions.accumulation, regions.data.max_tokens) == (0.03, 4, 4096)
 
 
-def test_the_command_trains_and_says_where_the_model_is(corpus, tmp_path):
+@pytest.mark.ray
+def test_the_command_trains_and_says_where_the_model_is(corpus, tmp_path, prefect_server):
     values = config_of(tmp_path / "run", corpus).model_dump(mode="json")
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values | {"log": {"every": 4, "peak_tflops": 1}}))
     done = CliRunner().invoke(app, ["train", str(tmp_path / "train.yaml")])

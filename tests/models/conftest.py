@@ -1,5 +1,6 @@
 """The engine that the tests of the judge share: one for the whole session, started when first asked for."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -32,4 +33,6 @@ def vllm_judge(qwen3):
     with alone():
         judge = VllmJudge(model=str(qwen3), engine=ENGINE)
     yield judge
+    gc.freeze()  # vLLM collects garbage twice for each engine, here in a process full of modules
     judge.close()
+    gc.unfreeze()
