@@ -44,7 +44,7 @@ lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
 	test -x .venv/bin/python || uv venv --quiet --python $(PYTHON) .venv
 
 .venv/base: pyproject.toml requirements.lock | .venv/bin/python
-	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable .
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.lock --editable .
 	touch $@
 
 .venv/models: .venv/base
