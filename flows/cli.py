@@ -485,16 +485,15 @@ def _build(
         print(f"nothing to do: every unit of {loaded.out} is committed and merged", file=sys.stderr)
         inspect(Path(loaded.out))
         return
-    if driver.is_built(loaded, **asked):
+    if not driver.is_built(loaded, **asked):
+        findings.refuse(preflight.examine(loaded))
+        engine.check(loaded)
+        models = driver.prepare(loaded, **asked)
+        if ray_address is None:
+            findings.refuse(preflight.packages(loaded, models))
+    if driver.is_built(loaded, **asked):  # perhaps from other places than it was planned with
         driver.build(loaded, engine, **asked)
-        inspect(Path(loaded.out))
-        return
-    findings.refuse(preflight.examine(loaded))
-    engine.check(loaded)
-    models = driver.prepare(loaded, **asked)
-    if ray_address is None:
-        findings.refuse(preflight.packages(loaded, models))
-    if isinstance(engine, LocalEngine):
+    elif isinstance(engine, LocalEngine):
         with views.BuildView(live=False) as view:
             driver.build(loaded, engine, on_progress=view.show, **asked)
     else:

@@ -56,7 +56,7 @@ def _start(config: TrainConfig, address: str | None) -> None:
         ray.init(address=address, **quiet)
     else:  # logical CPUs only admit workers, the kernel shares the real ones
         needed = int(config.ray.workers * config.ray.cpus) + 1
-        ray.init(num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
+        ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
 
 
 def _fit_on_ray(config: TrainConfig) -> Outcome:

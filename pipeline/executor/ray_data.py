@@ -314,4 +314,4 @@ def _connect(address: str | None, config: BuildConfig) -> None:
         return
     recipes = [RECIPES[subset](config) for subset in config.subsets]
     needed = max(needed_resources(steps_of(stages, config), config)["CPU"] for stages in recipes)
-    ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(needed)), include_dashboard=False, **quiet)
+    ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(needed)), include_dashboard=False, **quiet)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -105,6 +107,20 @@ def test_a_resume_changes_nothing_and_asks_no_model(home):
     driver.build(load_config(home / "build.yaml"), LocalEngine())
     assert files(home / "corpus") == before
     assert models_started(home / "corpus") == set()
+
+
+def test_the_command_needs_neither_ray_nor_prefect_to_resume_it(home):
+    script = """
+import sys
+from typer.testing import CliRunner
+from flows.cli import app
+done = CliRunner().invoke(app, ["build", sys.argv[1]])
+assert done.exit_code == 0, done.exception
+print(*sorted({"ray", "prefect", "torch"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", script, str(home / "build.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_units_are_rebuilt_from_their_evidence_to_the_last_byte(home):
