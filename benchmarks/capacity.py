@@ -20,11 +20,11 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import capacity, rates
-from pipeline.activity import run_folders
-from pipeline.capacity import Size
-from pipeline.config_file import load_config
-from pipeline.events import EventReader
+from paracaption.pipeline import capacity, rates
+from paracaption.pipeline.activity import run_folders
+from paracaption.pipeline.capacity import Size
+from paracaption.pipeline.config_file import load_config
+from paracaption.pipeline.events import EventReader
 from tests.synthetic import write_coconut, write_sa1b
 
 SHARE = 10
@@ -38,7 +38,7 @@ def command(folder: Path, config: dict, *options: str) -> float:
     env = {**os.environ, "PREFECT_HOME": str(folder / "prefect")}
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "flows.cli", "build", str(path), *options],
+        [sys.executable, "-m", "paracaption.flows.cli", "build", str(path), *options],
         env=env,
         check=True,
         stdout=subprocess.DEVNULL,

@@ -28,11 +28,11 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from pipeline import ledger, rle
-from pipeline.config_file import dump_config
-from schemas import manifest as manifests
-from schemas.config import BuildConfig
-from schemas.manifest import FileEntry, Manifest
+from paracaption.pipeline import ledger, rle
+from paracaption.pipeline.config_file import dump_config
+from paracaption.schemas import manifest as manifests
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.manifest import FileEntry, Manifest
 
 PER_IMAGE, PER_UNIT = 10, 512
 SIZE = (480, 640)
@@ -162,7 +162,7 @@ class Server:
 
     def __init__(self, out: Path):
         start = time.perf_counter()
-        command = [sys.executable, "-m", "flows.cli", "explore", str(out), "--port", "0"]
+        command = [sys.executable, "-m", "paracaption.flows.cli", "explore", str(out), "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.client = httpx.Client(base_url=self.process.stdout.readline().split()[0], timeout=600)

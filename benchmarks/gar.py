@@ -34,10 +34,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import rle, sources
-from pipeline.config_file import load_config
-from schemas.config import Limits
-from schemas.records import ImageRecord, Region
+from paracaption.pipeline import rle, sources
+from paracaption.pipeline.config_file import load_config
+from paracaption.schemas.config import Limits
+from paracaption.schemas.records import ImageRecord, Region
 from tests.tiny.gar import FULL, Sizes, write_gar
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples/build.yaml"
@@ -191,7 +191,7 @@ def save_prompts(captioner: Any, images: list[ImageRecord], folder: Path) -> Pat
 
 def run_original(python: str, captioner: Any, file: Path, attention: str, max_tokens: int) -> dict[str, Any]:
     """What `gar_original.py` prints in another interpreter, which sees nothing of this environment's path."""
-    from pipeline.models.gar import export
+    from paracaption.pipeline.models.gar import export
 
     language = str(export.default_folder(captioner.options.model))
     script = str(Path(__file__).with_name("gar_original.py"))
@@ -309,7 +309,7 @@ class OneByOne:
         import torch
         from transformers import LlamaForCausalLM
 
-        from pipeline.models.gar import export
+        from paracaption.pipeline.models.gar import export
 
         self.encoder, self.prompts = captioner.encoder, captioner.prompts
         self.max_tokens, self.watch = max_tokens, Watch()
@@ -321,9 +321,9 @@ class OneByOne:
 
     def caption(self, image: ImageRecord) -> list[list[int]]:
         """The tokens of each region."""
-        from pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
-        from pipeline.models.gar.replay import replay
-        from pipeline.photos import read_pixels
+        from paracaption.pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
+        from paracaption.pipeline.models.gar.replay import replay
+        from paracaption.pipeline.photos import read_pixels
 
         torch, config, encoder = self.torch, self.encoder.config, self.encoder
         answers = []
@@ -356,7 +356,7 @@ class OneByOne:
 
 
 def start(model: Path, max_tokens: int, device: str) -> Any:
-    from pipeline.models.gar.captioner import GarCaptioner
+    from paracaption.pipeline.models.gar.captioner import GarCaptioner
 
     return GarCaptioner(model=str(model), max_tokens=max_tokens, device=device)
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.words import captions
-from pipeline import stages
-from pipeline.events import EventReader
-from pipeline.executor.ray_data import RayEngine
-from pipeline.models.vllm_judge import VllmJudge
-from schemas.records import ImageRecord
+from paracaption.pipeline import stages
+from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.executor.ray_data import RayEngine
+from paracaption.pipeline.models.vllm_judge import VllmJudge
+from paracaption.schemas.records import ImageRecord
 from tests.building import build, config_of
 from tests.synthetic import write_coconut
 

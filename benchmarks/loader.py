@@ -25,13 +25,13 @@ import psutil
 from PIL import Image, ImageDraw
 
 from benchmarks.decoder import SPECIAL
-from model_training import imaging
-from model_training.config import PerceptionDLMConfig
-from model_training.data import CorpusSource, DataOptions, Loader
-from model_training.data.plan import Mixture, Plan, count_batches
-from model_training.processing import PerceptionDLMProcessor
-from pipeline import rle, shards
-from schemas.records import Blob, ImageRecord, Region
+from paracaption.model_training import imaging
+from paracaption.model_training.config import PerceptionDLMConfig
+from paracaption.model_training.data import CorpusSource, DataOptions, Loader
+from paracaption.model_training.data.plan import Mixture, Plan, count_batches
+from paracaption.model_training.processing import PerceptionDLMProcessor
+from paracaption.pipeline import rle, shards
+from paracaption.schemas.records import Blob, ImageRecord, Region
 
 SIZES = {"coco": (640, 480), "sa1b": (2250, 1500)}
 REGIONS = {"coco": 9, "sa1b": 40}

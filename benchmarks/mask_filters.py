@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco
 
-from filters import masks
-from filters.verdict import Verdict
-from schemas.config import Masks
-from schemas.reasons import Reason
-from schemas.records import Region, Rle
+from paracaption.filters import masks
+from paracaption.filters.verdict import Verdict
+from paracaption.schemas.config import Masks
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Region, Rle
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/sa1b_real/sa_226381.json"
 AT_LEAST = 300

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-import flows  # noqa: F401 - switches telemetry off
+import paracaption.flows  # noqa: F401 - switches telemetry off
 from tests.building import build, config_of
 from tests.synthetic import write_coconut
 
@@ -68,7 +68,7 @@ class Sampler(threading.Thread):
 
 def measure(num_images: int) -> None:
     """Build once and print the peaks as JSON."""
-    from pipeline.executor.ray_data import RayEngine
+    from paracaption.pipeline.executor.ray_data import RayEngine
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -18,10 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline import plan, shards, sources
-from schemas import manifest as manifests
-from schemas.config import BuildConfig
-from schemas.manifest import FileEntry, Manifest
+from paracaption.pipeline import plan, shards, sources
+from paracaption.schemas import manifest as manifests
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.manifest import FileEntry, Manifest
 
 COCONUT_IMAGES, SEGMENTS_EACH, SA1B_IMAGES, IMAGES_PER_TAR = 334_000, 10, 83_000, 11_186
 COMMITTED = 0.9

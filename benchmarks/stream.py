@@ -26,9 +26,9 @@ import psutil
 from PIL import Image
 from pycocotools import mask as coco
 
-import flows  # noqa: F401 - switches telemetry off
-from pipeline.events import EventReader
-from pipeline.executor.ray_data import RayEngine
+import paracaption.flows  # noqa: F401 - switches telemetry off
+from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.executor.ray_data import RayEngine
 from tests.building import build, config_of
 from tests.synthetic import write_coconut
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import yaml
 
-from model_training import curves, describe, evaluation, journal, regions, toy
-from model_training.decode import DecodeOptions
-from model_training.toy_marks import compare
-from pipeline.config_file import load_training
+from paracaption.model_training import curves, describe, evaluation, journal, regions, toy
+from paracaption.model_training.decode import DecodeOptions
+from paracaption.model_training.toy_marks import compare
+from paracaption.pipeline.config_file import load_training
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs/train/tiny.yaml"
@@ -74,7 +74,7 @@ def train(variant: str, steps: int | None, alone: bool) -> Path:
 
 
 def _run(*command: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "flows.cli", *map(str, command)], check=True)
+    subprocess.run([sys.executable, "-m", "paracaption.flows.cli", *map(str, command)], check=True)
 
 
 def marks(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from filters.verdict import Verdict
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
-from schemas.records import Rle
+from ..schemas.errors import BadRecord
+from ..schemas.reasons import Reason
+from ..schemas.records import Rle
+from .verdict import Verdict
 
 
 def best_candidate(candidates: Sequence[tuple[Rle, float]], original: Rle) -> tuple[int, float] | None:

@@ -6,8 +6,8 @@ import math
 import re
 import unicodedata
 
-from filters.verdict import Verdict
-from schemas.reasons import Reason
+from ..schemas.reasons import Reason
+from .verdict import Verdict
 
 MAX_CATEGORY_WORDS = 5
 """A core category is a short noun phrase ("wooden dining table"); more words are the judge rambling."""

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from filters.verdict import Verdict
-from schemas.config import Masks
-from schemas.reasons import Reason
-from schemas.records import Region
+from ..schemas.config import Masks
+from ..schemas.reasons import Reason
+from ..schemas.records import Region
+from .verdict import Verdict
 
 _ROWS = 16  # masks compared with the rest in one call: small enough to skip most of the rest by their boxes
 _AREAS = 255  # pycocotools 2.0.11 with numpy 2 raises OverflowError if asked for the areas of more masks

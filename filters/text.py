@@ -13,9 +13,9 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
-from filters.verdict import Verdict
-from schemas.config import Text
-from schemas.reasons import Reason
+from ..schemas.config import Text
+from ..schemas.reasons import Reason
+from .verdict import Verdict
 
 
 class Token(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from schemas.reasons import Reason
+from ..schemas.reasons import Reason
 
 
 class Verdict(NamedTuple):

@@ -20,12 +20,12 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows import watch
-from flows.steps import step
-from pipeline import activity, card
-from pipeline.executor import driver, ray_data
-from pipeline.executor.progress import Progress
-from schemas.config import BuildConfig
+from ..pipeline import activity, card
+from ..pipeline.executor import driver, ray_data
+from ..pipeline.executor.progress import Progress
+from ..schemas.config import BuildConfig
+from . import watch
+from .steps import step
 
 ARTIFACT_EVERY_S = 10.0
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import views
+from . import views
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,10 +26,10 @@ def evaluate(
     """Examine a captioner: benchmarks with a judge, toy world, cost. Goes on where it was interrupted."""
     from rich.console import Console
 
-    from flows import launch
-    from model_training import preflight
-    from pipeline import findings
-    from pipeline.config_file import load_evaluation
+    from ..model_training import preflight
+    from ..pipeline import findings
+    from ..pipeline.config_file import load_evaluation
+    from . import launch
 
     loaded = load_evaluation(config)
     findings.refuse(preflight.evaluation(loaded))
@@ -54,8 +54,8 @@ def profile(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Measure what captioning costs against regions, parallelism, lengths, steps, thresholds, caches."""
-    from model_training import profile as measuring
-    from schemas.evaluation import ProfileConfig
+    from ..model_training import profile as measuring
+    from ..schemas.evaluation import ProfileConfig
 
     given: dict[str, Any] = {"scenes": scenes, "images": images, "repeats": repeats}
     given |= {"regions": tuple(range(1, regions + 1))}
@@ -80,8 +80,8 @@ def make(
     images: Annotated[int, typer.Option(min=1, help="At most; the most easily confused first.")] = 100,
 ) -> None:
     """Make a benchmark of a corpus: regions easily confused, questions drafted, a page to review them."""
-    from model_training.benchmarks import make as making
-    from pipeline.config_file import load_judge
+    from ..model_training.benchmarks import make as making
+    from ..pipeline.config_file import load_judge
 
     with views.counting_parts() as show:
         made = making.make(corpus, to, load_judge(judge), images, show)

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from flows import views, watch
-from flows.server import PrefectServer
+from . import views, watch
+from .server import PrefectServer
 
 if TYPE_CHECKING:
-    from pipeline.executor.progress import Progress
-    from pipeline.executor.ray_data import RayEngine
-    from schemas.config import BuildConfig
-    from schemas.evaluation import EvaluateConfig
-    from schemas.training import TrainConfig
+    from ..pipeline.executor.progress import Progress
+    from ..pipeline.executor.ray_data import RayEngine
+    from ..schemas.config import BuildConfig
+    from ..schemas.evaluation import EvaluateConfig
+    from ..schemas.training import TrainConfig
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def build(
         on_progress: shows how it is going.
         asked: the flow's other parameters.
     """
-    with _prefect("flows.build", lambda: engine.start(config)) as flow:
+    with _prefect("paracaption.flows.build", lambda: engine.start(config)) as flow:
         watch.engine.set(engine)
         watch.watcher.set(on_progress)
         return flow.build_corpus(config, engine.address, **asked)
@@ -63,13 +63,13 @@ def train(
     config: TrainConfig, ray_address: str | None, wait: bool, report: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Run the flow `train-captioner`; `report` is called with each step's record."""
-    with _prefect("flows.train") as flow:
+    with _prefect("paracaption.flows.train") as flow:
         watch.trainer.set(report)
         return flow.train_captioner(config, ray_address, wait)
 
 
 def evaluate(config: EvaluateConfig, count: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Run the flow `evaluate-captioner`; `count` is called with what is being done, and how much of it."""
-    with _prefect("flows.evaluate") as flow:
+    with _prefect("paracaption.flows.evaluate") as flow:
         watch.counter.set(count)
         return flow.evaluate_captioner(config)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from schemas.errors import StageFailed
+from ..schemas.errors import StageFailed
 
 START_S = 120.0
 """How long the server may take to answer. On two idle cores it takes under ten."""
@@ -57,7 +57,7 @@ class PrefectServer:
             self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._log = tempfile.TemporaryFile()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "flows.server", str(listener.fileno())],
+                [sys.executable, "-m", "paracaption.flows.server", str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
@@ -135,7 +135,7 @@ def _flush() -> None:
 
 
 def main() -> None:
-    """Serve on the socket that was inherited: `python -m flows.server FD`."""
+    """Serve on the socket that was inherited: `python -m paracaption.flows.server FD`."""
     import uvicorn
 
     threading.Thread(target=_end_with_driver, daemon=True).start()

@@ -7,7 +7,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from schemas.errors import Retryable
+from ..schemas.errors import Retryable
 
 HELPED_BY_A_RETRY = (Retryable, ConnectionError, TimeoutError)
 """A lost engine, node or connection may come back. A mistake, ours or the user's, stays what it is."""

@@ -10,9 +10,9 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from flows import watch
-from flows.steps import embedded, step
-from schemas.training import TrainConfig
+from ..schemas.training import TrainConfig
+from . import watch
+from .steps import embedded, step
 
 _LOOK_EVERY_S = 30.0
 
@@ -43,7 +43,7 @@ def train_captioner(
 @step
 def wait_for_corpora(config: TrainConfig) -> None:
     """Look until every unit of every corpus is committed and merged."""
-    from model_training.data import CorpusSource, unfinished
+    from ..model_training.data import CorpusSource, unfinished
 
     sources = [CorpusSource(each.out, subsets=each.subsets) for each in config.corpora]
     sources += [CorpusSource(config.evaluation.out)] if config.evaluation else []
@@ -59,8 +59,8 @@ def wait_for_corpora(config: TrainConfig) -> None:
 @step
 def train(config: TrainConfig, ray_address: str | None) -> dict[str, Any]:
     """Train from the last checkpoint on, and write the model."""
-    from model_training import launch
-    from pipeline.executor import ray_data
+    from ..model_training import launch
+    from ..pipeline.executor import ray_data
 
     ray_data.check_address(ray_address)
     outcome = launch.train(config, ray_address, watch.trainer.get())
@@ -70,7 +70,7 @@ def train(config: TrainConfig, ray_address: str | None) -> dict[str, Any]:
 @step
 def publish_curves(config: TrainConfig) -> None:
     """The loss as a picture, OUT/loss.png, and the last steps in numbers."""
-    from model_training import curves, journal
+    from ..model_training import curves, journal
 
     out = Path(config.out)
     curves.draw({out.name: out}, out / "loss.png")
@@ -85,7 +85,7 @@ def publish_curves(config: TrainConfig) -> None:
 @step
 def evaluate(config: TrainConfig, model: str) -> dict[str, Any]:
     """Caption images that were not trained on; pictures and numbers in OUT/evaluation."""
-    from model_training import evaluation
+    from ..model_training import evaluation
 
     assert config.evaluation
     summary = evaluation.evaluate(Path(model), config.evaluation, Path(config.out), config.device)

@@ -7,8 +7,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.executor import Engine
-    from pipeline.executor.progress import Progress
+    from ..pipeline.executor import Engine
+    from ..pipeline.executor.progress import Progress
 
 watcher: ContextVar[Callable[[Progress], None]] = ContextVar("watcher", default=lambda _: None)
 """Called about twice a second with the progress of the subset being built; the command line draws it."""

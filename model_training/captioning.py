@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from model_training.decode import DecodeOptions, State, decode, steps
-from model_training.model import PerceptionDLM
-from model_training.processing import Example, PerceptionDLMProcessor, check_masks, collate
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from .decode import DecodeOptions, State, decode, steps
+from .model import PerceptionDLM
+from .processing import Example, PerceptionDLMProcessor, check_masks, collate
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline import files
-from schemas.errors import IntegrityError, StageFailed
+from ..pipeline import files
+from ..schemas.errors import IntegrityError, StageFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model_training.team import Team
+    from .team import Team
 
 PROGRESS = "progress.json"
 _NAME = re.compile(r"step-(\d{8})")

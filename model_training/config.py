@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 
-from model_training.layout import Layout, resolve
+from .layout import Layout, resolve
 
 
 @strict

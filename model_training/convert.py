@@ -22,11 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_training import published, shards, unused, vocabulary
-from model_training.config import PerceptionDLMConfig
-from model_training.shards import INDEX, SHARD_BYTES, Entry
-from pipeline.models import weights
-from schemas.errors import ConfigError
+from ..pipeline.models import weights
+from ..schemas.errors import ConfigError
+from . import published, shards, unused, vocabulary
+from .config import PerceptionDLMConfig
+from .shards import INDEX, SHARD_BYTES, Entry
 
 if TYPE_CHECKING:
     import torch
@@ -293,7 +293,7 @@ def shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model, by name. Raises ConfigError if the sizes make no model."""
     import torch
 
-    from model_training.model import PerceptionDLM
+    from .model import PerceptionDLM
 
     try:
         with torch.device("meta"):

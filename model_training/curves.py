@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from model_training import journal
-from pipeline import files, plots
+from ..pipeline import files, plots
+from . import journal
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 """Okabe and Ito's, which colour-blind eyes tell apart."""

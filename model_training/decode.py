@@ -17,11 +17,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from model_training.attention import PADDING, Structure, join
-from model_training.language import Kept
-from model_training.model import PerceptionDLM
-from model_training.processing import Batch
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from .attention import PADDING, Structure, join
+from .language import Kept
+from .model import PerceptionDLM
+from .processing import Batch
 
 Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
 Cache = Literal["auto", "none", "exact", "approximate"]

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model_training import regions, trace
-from pipeline import draw, files
-from schemas.errors import ConfigError
+from ..pipeline import draw, files
+from ..schemas.errors import ConfigError
+from . import regions, trace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from model_training.captioning import Captioned
-    from model_training.model import PerceptionDLM
-    from model_training.processing import PerceptionDLMProcessor
+    from .captioning import Captioned
+    from .model import PerceptionDLM
+    from .processing import PerceptionDLMProcessor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -97,8 +97,8 @@ def load(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Loade
         import torch
         from transformers.utils import logging
 
-        from model_training.model import PerceptionDLM
-        from model_training.processing import PerceptionDLMProcessor
+        from .model import PerceptionDLM
+        from .processing import PerceptionDLMProcessor
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is missing; {_INSTALL}") from error
     if dtype not in DTYPES:
@@ -153,8 +153,8 @@ def describe(
     Raises:
         ConfigError: an option that does not suit the model.
     """
-    from model_training.captioning import caption_images
-    from model_training.decode import DecodeOptions
+    from .captioning import caption_images
+    from .decode import DecodeOptions
 
     model, processor = loaded
     decoding = DecodeOptions(**options)

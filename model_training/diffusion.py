@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model_training.attention import SHARED
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from .attention import SHARED
 
 if TYPE_CHECKING:
-    from model_training.data import TrainBatch
-    from model_training.model import PerceptionDLM
+    from .data import TrainBatch
+    from .model import PerceptionDLM
 
 Level = Literal["example", "region"]
 Weighting = Literal["inverse", "none"]

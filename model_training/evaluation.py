@@ -13,12 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model_training import describe, regions
-from model_training.captioning import Captioned, caption_images
-from model_training.decode import DecodeOptions
-from model_training.regions import Scene
-from pipeline import draw, files
-from schemas.training import Evaluation
+from ..pipeline import draw, files
+from ..schemas.training import Evaluation
+from . import describe, regions
+from .captioning import Captioned, caption_images
+from .decode import DecodeOptions
+from .regions import Scene
 
 FOLDER = "evaluation"
 

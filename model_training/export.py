@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model_training import parts, unused
-from model_training.model import PerceptionDLM
-from pipeline import files
+from ..pipeline import files
+from . import parts, unused
+from .model import PerceptionDLM
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from model_training.processing import PerceptionDLMProcessor
-    from model_training.team import Team
-    from schemas.training import TrainConfig
+    from ..schemas.training import TrainConfig
+    from .processing import PerceptionDLMProcessor
+    from .team import Team
 
 MODEL, AVERAGE = "model", "model-average"
 

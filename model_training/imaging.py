@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image
 
-from model_training.layout import Layout
+from .layout import Layout
 
 _BLANK = 255
 """What the original paints where no region is; it tells the two apart by this value alone."""

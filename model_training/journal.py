@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model_training.data.order import key_of
-from pipeline import files
-from schemas.errors import ConfigError
+from ..pipeline import files
+from ..schemas.errors import ConfigError
+from .data.order import key_of
 
 if TYPE_CHECKING:
-    from model_training.data import TrainBatch
-    from model_training.diffusion import Loss
-    from model_training.team import Team
-    from schemas.training import TrainConfig
+    from ..schemas.training import TrainConfig
+    from .data import TrainBatch
+    from .diffusion import Loss
+    from .team import Team
 
 METRICS = "metrics.jsonl"
 NUM_LEVELS = 5

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model_training.attention import Pattern
+from .attention import Pattern
 
 
 class Kept:

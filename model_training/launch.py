@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.errors import ConfigError, Diverged, ParaCaptionError, StageFailed
-from schemas.training import TrainConfig
+from ..schemas.errors import ConfigError, Diverged, ParaCaptionError, StageFailed
+from ..schemas.training import TrainConfig
 
 if TYPE_CHECKING:
-    from model_training.trainer import Outcome, Report
+    from .trainer import Outcome, Report
 
 
 def train(config: TrainConfig, ray_address: str | None = None, report: Report | None = None) -> Outcome:
@@ -38,7 +38,7 @@ def train(config: TrainConfig, ray_address: str | None = None, report: Report | 
     if not config.ray.workers:
         if ray_address is not None:
             raise ConfigError("--ray-address: the configuration asks for no workers; set ray.workers")
-        from model_training.trainer import fit
+        from .trainer import fit
 
         return fit(config, report=report)
     _start(config, ray_address)
@@ -85,7 +85,7 @@ def _fit_on_ray(config: TrainConfig) -> Outcome:
         raise _cause(error, config) from error
     if "error" in result:
         raise Diverged(result["error"])
-    from model_training.trainer import Outcome
+    from .trainer import Outcome
 
     return Outcome(result["steps"], result["skipped"], Path(result["model"]))
 
@@ -94,7 +94,7 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
     """What each worker does."""
     import ray.train
 
-    from model_training.trainer import fit
+    from .trainer import fit
 
     context = ray.train.get_context()
     try:
@@ -125,7 +125,7 @@ def _following(out: Path, report: Report | None) -> Iterator[None]:
     if report is None:
         yield
         return
-    from model_training import journal
+    from . import journal
 
     ended, seen = threading.Event(), journal.last_step(out)
 

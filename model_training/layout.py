@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import files, photos
-from schemas.errors import ConfigError
-from schemas.records import Blob
+from ..pipeline import files, photos
+from ..schemas.errors import ConfigError
+from ..schemas.records import Blob
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _LOSSY = {"JPEG", "MPO", "WEBP"}

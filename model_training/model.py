@@ -22,19 +22,19 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
-from model_training.attention import Pattern, Structure
-from model_training.config import PerceptionDLMConfig
-from model_training.language import LanguageModel
-from model_training.roi_align import roi_align
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from .attention import Pattern, Structure
+from .config import PerceptionDLMConfig
+from .language import LanguageModel
+from .roi_align import roi_align
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from model_training.captioning import Snapshot
-    from model_training.decode import DecodeOptions
-    from model_training.processing import PerceptionDLMProcessor
+    from .captioning import Snapshot
+    from .decode import DecodeOptions
+    from .processing import PerceptionDLMProcessor
 
 
 class Images(NamedTuple):
@@ -256,7 +256,7 @@ class PerceptionDLM(PreTrainedModel):
         Raises:
             ConfigError: a mask that does not fit, or an option that does not suit the model.
         """
-        from model_training import captioning
+        from . import captioning
 
         processor, decoding = self._ready(processor, options)
         pairs = [(image, masks)]
@@ -274,7 +274,7 @@ class PerceptionDLM(PreTrainedModel):
         **options: Any,
     ) -> Iterator[Snapshot]:
         """As `caption`, giving all captions before the first step and after every one."""
-        from model_training import captioning
+        from . import captioning
 
         processor, decoding = self._ready(processor, options)
         return captioning.caption_steps(self, processor, image, masks, decoding, regions_per_call)
@@ -282,8 +282,8 @@ class PerceptionDLM(PreTrainedModel):
     def _ready(
         self, processor: PerceptionDLMProcessor | None, options: dict[str, Any]
     ) -> tuple[PerceptionDLMProcessor, DecodeOptions]:
-        from model_training.decode import DecodeOptions
-        from model_training.processing import PerceptionDLMProcessor
+        from .decode import DecodeOptions
+        from .processing import PerceptionDLMProcessor
 
         known = {field.name for field in dataclasses.fields(DecodeOptions)}
         if unknown := sorted(options.keys() - known):

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from model_training.config import PerceptionDLMConfig
-from model_training.model import PerceptionDLM
-from model_training.processing import PerceptionDLMProcessor
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from .config import PerceptionDLMConfig
+from .model import PerceptionDLM
+from .processing import PerceptionDLMProcessor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from schemas.training import Lora, Model, TrainConfig
+    from ..schemas.training import Lora, Model, TrainConfig
 
 PARTS = {
     "vision_tower": "vision",
@@ -74,7 +74,7 @@ def _saved(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMP
 
 
 def _new(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
-    from model_training import vocabulary
+    from . import vocabulary
 
     folder = chosen.tokenizer or ""
     tokenizer = _tokenizer(folder)
@@ -87,10 +87,10 @@ def _new(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMPro
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "toy":
-        from model_training.toy import make_tokenizer
+        from .toy import make_tokenizer
 
         return make_tokenizer()
-    from model_training import vocabulary
+    from . import vocabulary
 
     tokenizer = vocabulary.load(Path(name))
     vocabulary.add_special(tokenizer)

@@ -10,13 +10,13 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline import files, gpus, preflight, reader
-from pipeline.findings import FAIL, OK, Finding, how_to_install
-from pipeline.preflight import one_line, output_folder
-from schemas.config import Backend
-from schemas.errors import ConfigError, ParaCaptionError
-from schemas.evaluation import Bench, EvaluateConfig, Judge
-from schemas.training import Model, TrainConfig
+from ..pipeline import files, gpus, preflight, reader
+from ..pipeline.findings import FAIL, OK, Finding, how_to_install
+from ..pipeline.preflight import one_line, output_folder
+from ..schemas.config import Backend
+from ..schemas.errors import ConfigError, ParaCaptionError
+from ..schemas.evaluation import Bench, EvaluateConfig, Judge
+from ..schemas.training import Model, TrainConfig
 
 NETWORK = ("torch", "transformers")
 """Modules that PerceptionDLM needs beside those of the base package."""
@@ -101,7 +101,7 @@ def saved_model(folder: Path) -> None:
     Raises:
         ConfigError: a file is missing, or the config is not JSON of ours; names it.
     """
-    from pipeline.models import weights
+    from ..pipeline.models import weights
 
     path = folder / "config.json"
     if not path.is_file():
@@ -170,7 +170,7 @@ def _named_model(model: object) -> str:
 
 
 def _judge(judge: Judge) -> Iterator[Finding]:
-    from model_training.benchmarks import judges
+    from .benchmarks import judges
 
     backend = Backend(name=judge.name, options=judge.options)
     yield from preflight.backend_packages("judge", backend)
@@ -184,7 +184,7 @@ def _judge(judge: Judge) -> Iterator[Finding]:
 
 
 def _benchmark(bench: Bench, photos_wanted: bool) -> str:
-    from model_training.benchmarks import annotations
+    from .benchmarks import annotations
 
     read = annotations.read(bench.folder, bench.kind, bench.photos)
     if photos_wanted and bench.on_missing_photo == "error":

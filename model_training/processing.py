@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-from model_training import imaging
-from model_training.attention import HIDDEN, PADDING, SHARED, Structure, join
-from model_training.config import PerceptionDLMConfig
-from model_training.model import Images, Tokens
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from . import imaging
+from .attention import HIDDEN, PADDING, SHARED, Structure, join
+from .config import PerceptionDLMConfig
+from .model import Images, Tokens
 
 SPECIAL = ("<IMG_CONTEXT>", "<img>", "</img>", *(f"<|Mask_Cap_{i}|>" for i in range(16)))
 """Tokens that the model adds to LLaDA's, in this order."""

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from model_training import describe, regions
-from model_training.decode import DecodeOptions, cache_for
-from pipeline import files
-from schemas.errors import ConfigError
-from schemas.evaluation import ProfileConfig
+from ..pipeline import files
+from ..schemas.errors import ConfigError
+from ..schemas.evaluation import ProfileConfig
+from . import describe, regions
+from .decode import DecodeOptions, cache_for
 
 if TYPE_CHECKING:
-    from model_training.captioning import Captioned
+    from .captioning import Captioned
 
 ROWS, TABLE, PLOT = "profile.json", "profile.md", "profile.png"
 
@@ -174,7 +174,7 @@ class _Bench:
 
     def measure(self, case: _Case) -> None:
         """Caption all photos once; the first time is a warm-up."""
-        from model_training.captioning import caption_images
+        from .captioning import caption_images
 
         photos = [_with_regions(photo, case.count) for photo in self.photos]
         self._wait()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
 
 Parts = Sequence[tuple[str, str]]
 """(part of our name, part of theirs)."""

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from model_training import mask_images
-from pipeline import export, files, photos, reader, rle
-from pipeline.sources import CatalogEntry, categories, names
-from schemas.config import CoconutSource, Limits
-from schemas.errors import BadRecord, ConfigError
-from schemas.records import Blob, ImageRecord
-from schemas.sample import Sample
+from ..pipeline import export, files, photos, reader, rle
+from ..pipeline.sources import CatalogEntry, categories, names
+from ..schemas.config import CoconutSource, Limits
+from ..schemas.errors import BadRecord, ConfigError
+from ..schemas.records import Blob, ImageRecord
+from ..schemas.sample import Sample
+from . import mask_images
 
 
 class Region(NamedTuple):
@@ -276,14 +276,14 @@ def _usable(record: ImageRecord, path: str) -> _Found:
 
 
 def _sa1b(path: str, image: str) -> ImageRecord:
-    from pipeline.sources.sa1b import Sa1b
+    from ..pipeline.sources.sa1b import Sa1b
 
     entry = CatalogEntry(names.key_of(names.stem(image)), 0, Blob(image), Blob(path), file_name=image)
     return Sa1b([]).read(entry, Limits())
 
 
 def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRecord:
-    from pipeline.sources.coconut import Coconut, Record
+    from ..pipeline.sources.coconut import Coconut, Record
 
     described = _image_of(path, content, image, key)
     own = [each for each in content.annotations if str(each.image_id) == str(described.id)]

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.models import weights
-from schemas.errors import ConfigError
+from ..pipeline.models import weights
+from ..schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from schemas.training import TrainConfig
+    from ..schemas.training import TrainConfig
 
 
 class Team:

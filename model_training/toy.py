@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from model_training import toy_scenes
-from model_training.layout import CORRECTED
-from model_training.toy_scenes import COLOURS, PLACES, SHAPES, SIDES, SIZES, SPLITS, TEXTURES, Options, Scene
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from . import toy_scenes
+from .layout import CORRECTED
+from .toy_scenes import COLOURS, PLACES, SHAPES, SIDES, SIZES, SPLITS, TEXTURES, Options, Scene
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from schemas.records import ImageRecord
+    from ..schemas.records import ImageRecord
 
 EASY = Options(
     canvas=((96, 96),),
@@ -382,7 +382,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from model_training.processing import SPECIAL
+    from .processing import SPECIAL
 
     prompt = re.findall(r"\w+", _PROMPT)
     opening = ["system", "user", "assistant", "You", "Describe"]  # after a special token or a line break

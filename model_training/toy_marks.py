@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from model_training import toy
-from model_training.captioning import caption_images
-from model_training.decode import DecodeOptions
-from model_training.model import PerceptionDLM
-from model_training.processing import PerceptionDLMProcessor
-from model_training.regions import Scene
+from . import toy
+from .captioning import caption_images
+from .decode import DecodeOptions
+from .model import PerceptionDLM
+from .processing import PerceptionDLMProcessor
+from .regions import Scene
 
 
 class Marks(NamedTuple):

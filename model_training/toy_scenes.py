@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
 
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted", "checked")

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline import draw, files
-from schemas.errors import ConfigError
+from ..pipeline import draw, files
+from ..schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
 
-    from model_training.captioning import Slot, Snapshot
+    from .captioning import Slot, Snapshot
 
 ENDINGS = (".gif", ".html")
 OPEN, FRESH, KEPT, END, AFTER = "open", "fresh", "kept", "end", "after"
@@ -104,7 +104,7 @@ def write(trace: Trace, path: str | Path) -> None:
     Raises:
         ConfigError: as `check_path`.
     """
-    from model_training import trace_page
+    from . import trace_page
 
     check_path(path)
     data = gif(trace) if Path(path).suffix.lower() == ".gif" else trace_page.page(trace).encode()

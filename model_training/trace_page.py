@@ -14,10 +14,10 @@ import math
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from pipeline import draw
+from ..pipeline import draw
 
 if TYPE_CHECKING:
-    from model_training.trace import Piece, Trace
+    from .trace import Piece, Trace
 
 _SIDE, _QUALITY = 1000, 88
 _WIDE = 1.9

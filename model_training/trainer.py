@@ -22,10 +22,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from model_training import checkpoints, diffusion, export, journal, parts
-from model_training import team as teams
-from model_training.checkpoints import Checkpoints
-from model_training.data import (
+from ..pipeline import files
+from ..schemas.errors import ConfigError, Diverged, StageFailed
+from ..schemas.training import Spike, TrainConfig
+from . import checkpoints, diffusion, export, journal, parts
+from . import team as teams
+from .checkpoints import Checkpoints
+from .data import (
     FILLER,
     ConversationSource,
     CorpusSource,
@@ -34,14 +37,11 @@ from model_training.data import (
     TrainBatch,
     Workers,
 )
-from model_training.data.order import key_of
-from model_training.journal import Journal, Meter
-from model_training.model import PerceptionDLM
-from model_training.processing import PerceptionDLMProcessor
-from model_training.team import Team
-from pipeline import files
-from schemas.errors import ConfigError, Diverged, StageFailed
-from schemas.training import Spike, TrainConfig
+from .data.order import key_of
+from .journal import Journal, Meter
+from .model import PerceptionDLM
+from .processing import PerceptionDLMProcessor
+from .team import Team
 
 _log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_training import published, shards, vocabulary
-from model_training.config import PerceptionDLMConfig
-from model_training.shards import INDEX, Entry
-from pipeline.models import weights
-from schemas.errors import ConfigError
+from ..pipeline.models import weights
+from ..schemas.errors import ConfigError
+from . import published, shards, vocabulary
+from .config import PerceptionDLMConfig
+from .shards import INDEX, Entry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

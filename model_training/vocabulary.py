@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_training import shards
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from . import shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def add_special(tokenizer: PreTrainedTokenizerBase) -> int:
     """Add what LLaDA's tokenizer lacks, in the original's order; how many tokens that were."""
     from tokenizers import AddedToken
 
-    from model_training.processing import SPECIAL
+    from .processing import SPECIAL
 
     known = tokenizer.get_vocab()
     tokens = [AddedToken(token, normalized=False, special=True) for token in SPECIAL if token not in known]
@@ -73,7 +73,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: int, folder: Path) ->
     Raises:
         ConfigError: a token is missing, or a line break is not one token.
     """
-    from model_training.processing import SPECIAL
+    from .processing import SPECIAL
 
     known = tokenizer.get_vocab()
     regions, captions = ([each.format(i) for i in range(prompts)] for each in (REGION, CAPTION))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.events import Event, EventReader
+from .events import Event, EventReader
 
 
 class StageActivity(msgspec.Struct):

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline import files, plan
-from pipeline.sources import CatalogEntry, Note, Source
-from schemas.config import BuildConfig, Limits
-from schemas.errors import ConfigError, IntegrityError
-from schemas.reasons import Reason
+from ..schemas.config import BuildConfig, Limits
+from ..schemas.errors import ConfigError, IntegrityError
+from ..schemas.reasons import Reason
+from . import files, plan
+from .sources import CatalogEntry, Note, Source
 
 MENDS = {
     Reason.PHOTO_MISSING: "put the photos there, or add their folder to `photos`",

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pipeline.executor import ray_data
-from pipeline.rates import Rates, StageRate, SubsetRates
-from pipeline.stages import RECIPES, ModelStage
-from schemas.config import Backend, BuildConfig
-from schemas.errors import ConfigError
+from ..schemas.config import Backend, BuildConfig
+from ..schemas.errors import ConfigError
+from .executor import ray_data
+from .rates import Rates, StageRate, SubsetRates
+from .stages import RECIPES, ModelStage
 
 _EMBEDDED = {"captioner": "classical", "judge": "lexical", "segmenter": "grabcut"}
 

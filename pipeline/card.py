@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from pipeline import plots
-from pipeline.config_file import dump_config
-from schemas.config import BuildConfig
-from schemas.records import SCORES
+from ..schemas.config import BuildConfig
+from ..schemas.records import SCORES
+from . import plots
+from .config_file import dump_config
 
 if TYPE_CHECKING:
-    from pipeline.corpus import CorpusSummary, SubsetSummary
+    from .corpus import CorpusSummary, SubsetSummary
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _SIZES += ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
@@ -30,7 +30,7 @@ def render(out: str | Path, config: BuildConfig) -> str:
     Raises:
         ConfigError: the corpus is not merged.
     """
-    from pipeline.corpus import read_summary
+    from .corpus import read_summary
 
     summary = read_summary(out)
     parts = [

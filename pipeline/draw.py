@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline import files, photos, reader, rle
-from schemas.errors import BadRecord, ConfigError
-from schemas.records import Blob, Rle
+from ..schemas.errors import BadRecord, ConfigError
+from ..schemas.records import Blob, Rle
+from . import files, photos, reader, rle
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,8 +17,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from pipeline import files
-from schemas.records import Rle
+from ..schemas.records import Rle
+from . import files
 
 log = logging.getLogger(__name__)
 

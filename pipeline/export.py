@@ -23,9 +23,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline import files, reader
-from schemas.errors import ConfigError, IntegrityError
-from schemas.sample import Sample, SampleRegion, SampleRle
+from ..schemas.errors import ConfigError, IntegrityError
+from ..schemas.sample import Sample, SampleRegion, SampleRle
+from . import files, reader
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from schemas.records import Blob
+from ..schemas.records import Blob
 
 TEMPORARY = ".tmp-"
 """Prefix of every file that is not committed; readers ignore such names and the next run removes them."""

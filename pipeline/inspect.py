@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import activity, corpus, plots, reader
+from . import activity, corpus, plots, reader
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

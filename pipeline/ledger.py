@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from schemas.records import SCORES, ImageRecord, Region
+from ..schemas.records import SCORES, ImageRecord, Region
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline import files
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
-from schemas.records import Blob, ImageRecord
+from ..schemas.errors import BadRecord
+from ..schemas.reasons import Reason
+from ..schemas.records import Blob, ImageRecord
+from . import files
 
 if TYPE_CHECKING:
     from PIL import Image

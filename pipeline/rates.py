@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import yaml
 
-from pipeline import reader, shards
-from pipeline.activity import run_folders
-from pipeline.events import Event, EventReader
-from pipeline.sources import SOURCE_STAGE
-from pipeline.stages import RECIPES
-from schemas.errors import ConfigError
+from ..schemas.errors import ConfigError
+from . import reader, shards
+from .activity import run_folders
+from .events import Event, EventReader
+from .sources import SOURCE_STAGE
+from .stages import RECIPES
 
 _BY_IMAGE = {SOURCE_STAGE, shards.WRITE_STAGE}
 _MIN_UNITS = 8

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from pipeline import files, shards
-from schemas.errors import ConfigError, IntegrityError
-from schemas.manifest import Manifest
-from schemas.records import Blob
-from schemas.sample import PHOTO_ENDING, Sample
+from ..schemas.errors import ConfigError, IntegrityError
+from ..schemas.manifest import Manifest
+from ..schemas.records import Blob
+from ..schemas.sample import PHOTO_ENDING, Sample
+from . import files, shards
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
-from schemas.records import Rle
+from ..schemas.errors import BadRecord
+from ..schemas.reasons import Reason
+from ..schemas.records import Rle
 
 MAX_PIXELS = 1 << 31
 """More pixels than this do not fit pycocotools' 32-bit counts."""

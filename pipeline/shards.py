@@ -18,14 +18,14 @@ from typing import IO, NamedTuple
 
 import msgspec
 
-from pipeline import files
-from pipeline.ledger import Place, ledger_table, write_table
-from schemas import manifest as manifests
-from schemas.errors import IntegrityError, StageFailed
-from schemas.manifest import FileEntry, Manifest
-from schemas.reasons import Reason
-from schemas.records import Drop, ImageRecord
-from schemas.sample import PHOTO_ENDING, to_sample
+from ..schemas import manifest as manifests
+from ..schemas.errors import IntegrityError, StageFailed
+from ..schemas.manifest import FileEntry, Manifest
+from ..schemas.reasons import Reason
+from ..schemas.records import Drop, ImageRecord
+from ..schemas.sample import PHOTO_ENDING, to_sample
+from . import files
+from .ledger import Place, ledger_table, write_table
 
 WRITE_STAGE = "write"
 FOLDERS = ("shards", "ledger", "manifests")

@@ -16,14 +16,14 @@ from typing import Any
 
 import msgspec
 
-from filters import agreement, category, masks, text
-from filters.verdict import Verdict
-from pipeline import models
-from pipeline.evidence import Captioned, EvidenceStore, Judged, Resegmented, digest, fingerprint
-from schemas.config import Backend, BuildConfig
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
-from schemas.records import Drop, ImageRecord, Region
+from ..filters import agreement, category, masks, text
+from ..filters.verdict import Verdict
+from ..schemas.config import Backend, BuildConfig
+from ..schemas.errors import BadRecord
+from ..schemas.reasons import Reason
+from ..schemas.records import Drop, ImageRecord, Region
+from . import models
+from .evidence import Captioned, EvidenceStore, Judged, Resegmented, digest, fingerprint
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def _ask_segmenter(
 ) -> list[list[Resegmented]]:
     import numpy as np
 
-    from pipeline.photos import read_pixels
+    from .photos import read_pixels
 
     results = []
     for image in images:

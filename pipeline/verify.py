@@ -18,11 +18,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import corpus, files, plan, reader, shards
-from pipeline.plan import Plan
-from pipeline.verify_unit import EXAMPLES, MEND, Head, Problem, check_unit, difference, keys_digest, sha256_of
-from schemas.config import Text
-from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from ..schemas.config import Text
+from ..schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from . import corpus, files, plan, reader, shards
+from .plan import Plan
+from .verify_unit import EXAMPLES, MEND, Head, Problem, check_unit, difference, keys_digest, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

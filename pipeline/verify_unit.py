@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filters import text
-from pipeline import corpus, photos, reader, rle, shards
-from schemas.config import Text
-from schemas.errors import BadRecord, IntegrityError, ParaCaptionError
-from schemas.manifest import FileEntry, Manifest
-from schemas.records import Blob
-from schemas.sample import PHOTO_ENDING, Sample, SampleRegion
+from ..filters import text
+from ..schemas.config import Text
+from ..schemas.errors import BadRecord, IntegrityError, ParaCaptionError
+from ..schemas.manifest import FileEntry, Manifest
+from ..schemas.records import Blob
+from ..schemas.sample import PHOTO_ENDING, Sample, SampleRegion
+from . import corpus, photos, reader, rle, shards
 
 EXAMPLES = 20
 """Problems of one kind that are listed for one unit; the rest are counted."""

@@ -28,17 +28,17 @@ from typing import IO, Any, TypeVar
 
 import msgspec
 
-from pipeline import gpus, models, plan, shards, sources
-from pipeline.events import EventLog
-from pipeline.evidence import EvidenceStore
-from pipeline.shards import Draft
-from pipeline.sources import SOURCE_STAGE, CatalogEntry
-from pipeline.stages import FilterStage, ModelStage, only
-from schemas import errors as error_types
-from schemas.config import BuildConfig
-from schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
-from schemas.reasons import Reason
-from schemas.records import Drop, ImageRecord
+from ..schemas import errors as error_types
+from ..schemas.config import BuildConfig
+from ..schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
+from ..schemas.reasons import Reason
+from ..schemas.records import Drop, ImageRecord
+from . import gpus, models, plan, shards, sources
+from .events import EventLog
+from .evidence import EvidenceStore
+from .shards import Draft
+from .sources import SOURCE_STAGE, CatalogEntry
+from .stages import FilterStage, ModelStage, only
 
 log = logging.getLogger(__name__)
 

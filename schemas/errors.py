@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from schemas.reasons import Reason
+from .reasons import Reason
 
 
 class ParaCaptionError(Exception):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from schemas.config import Backend
+from .config import Backend
 
 
 class _Strict(BaseModel):

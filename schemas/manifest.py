@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from schemas.reasons import Reason
+from .reasons import Reason
 
 
 class FileEntry(msgspec.Struct, frozen=True):

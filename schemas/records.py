@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from schemas.reasons import Reason
+from .reasons import Reason
 
 
 class Blob(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from schemas.records import ImageRecord, Region
+from .records import ImageRecord, Region
 
 PHOTO_ENDING = "jpg"
 

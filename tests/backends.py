@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import rle
-from pipeline.models import Answer, Candidate, Question
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
-from schemas.records import ImageRecord
+from paracaption.pipeline import rle
+from paracaption.pipeline.models import Answer, Candidate, Question
+from paracaption.schemas.errors import BadRecord
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import ImageRecord
 
 
 def _note(log: str | None, lines: list[str]) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import shards
-from pipeline.executor import Engine, driver
-from pipeline.executor.local import LocalEngine
-from pipeline.executor.progress import Progress
-from pipeline.executor.ray_data import RayEngine
-from schemas.config import BuildConfig
+from paracaption.pipeline import shards
+from paracaption.pipeline.executor import Engine, driver
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.executor.progress import Progress
+from paracaption.pipeline.executor.ray_data import RayEngine
+from paracaption.schemas.config import BuildConfig
 
 BACKENDS = {"captioner": "InstantCaptioner", "judge": "InstantJudge", "segmenter": "InstantSegmenter"}
 

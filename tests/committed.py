@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from filters import text
-from pipeline import plan, shards, sources
-from pipeline.config_file import dump_config
-from pipeline.stages import mark
-from schemas.config import BuildConfig
-from schemas.reasons import Reason
-from schemas.records import Drop, ImageRecord, Region
+from paracaption.filters import text
+from paracaption.pipeline import plan, shards, sources
+from paracaption.pipeline.config_file import dump_config
+from paracaption.pipeline.stages import mark
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Drop, ImageRecord, Region
 from tests.building import config_of
 from tests.synthetic import write_coconut, write_sa1b
 
@@ -78,7 +78,7 @@ def write(
 
 @cache
 def _original() -> Path:
-    from pipeline import corpus
+    from paracaption.pipeline import corpus
 
     out = Path(mkdtemp(prefix="paracaption-committed-")) / "out"
     write(out)

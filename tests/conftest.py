@@ -8,6 +8,6 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 
-import flows  # noqa: F401 - switches telemetry off
+import paracaption.flows  # noqa: F401 - switches telemetry off
 
 pytest_plugins = ["tests.groups", "tests.machinery"]

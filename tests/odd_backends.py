@@ -6,9 +6,9 @@ import os
 import threading
 from typing import Any
 
-from pipeline.models import Answer, Checked, Question
-from schemas.errors import ConfigError, OutOfMemory
-from schemas.records import ImageRecord
+from paracaption.pipeline.models import Answer, Checked, Question
+from paracaption.schemas.errors import ConfigError, OutOfMemory
+from paracaption.schemas.records import ImageRecord
 from tests.backends import InstantCaptioner, InstantJudge
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.models import Answer, Question
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
-from schemas.records import ImageRecord
+from paracaption.pipeline.models import Answer, Question
+from paracaption.schemas.errors import BadRecord
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import ImageRecord
 from tests.backends import InstantCaptioner, InstantJudge
 
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from pipeline import corpus, sources, verify
-from pipeline.config_file import dump_config
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError
+from paracaption.pipeline import corpus, sources, verify
+from paracaption.pipeline.config_file import dump_config
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import ConfigError
 from tests.building import build
 from tests.synthetic import CATEGORIES, jpeg, scene
 

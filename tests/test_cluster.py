@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from pipeline import verify
+from paracaption.pipeline import verify
 from tests.building import calls, config_of
 from tests.machinery import alone
 from tests.synthetic import write_coconut
@@ -128,7 +128,7 @@ def build(cluster: Cluster, folder: Path, source: dict, address: str, delay_s: f
     )
     path = folder / "build.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "flows.cli", "build", str(path), "--ray-address", address]
+    command = [sys.executable, "-m", "paracaption.flows.cli", "build", str(path), "--ray-address", address]
     log = open(folder / "build.log", "wb")
     return subprocess.Popen(command, cwd=ROOT, env=cluster.env, stdout=log, stderr=log)
 

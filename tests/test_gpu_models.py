@@ -23,12 +23,12 @@ import pytest
 import webdataset as wds
 import yaml
 
-from pipeline import models, verify
-from pipeline.events import Event, EventReader
-from pipeline.executor import driver
-from pipeline.executor.local import LocalEngine
-from pipeline.workers import Note
-from schemas.config import BuildConfig
+from paracaption.pipeline import models, verify
+from paracaption.pipeline.events import Event, EventReader
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.workers import Note
+from paracaption.schemas.config import BuildConfig
 from tests.building import committed
 from tests.machinery import alone
 from tests.shared_data import shared_data
@@ -45,7 +45,7 @@ MODEL_STAGES = {
 def paracaption(home: Path, *args: object) -> subprocess.Popen:
     env = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "OMP_NUM_THREADS": "1"}
     env.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "flows.cli", *map(str, args)]
+    command = [sys.executable, "-m", "paracaption.flows.cli", *map(str, args)]
     with open(home / "log.txt", "ab") as log:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 

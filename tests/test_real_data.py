@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from pipeline import corpus, verify
-from pipeline.config_file import dump_config
-from schemas.config import BuildConfig
+from paracaption.pipeline import corpus, verify
+from paracaption.pipeline.config_file import dump_config
+from paracaption.schemas.config import BuildConfig
 from tests.building import build
 from tests.shared_data import shared_data
 

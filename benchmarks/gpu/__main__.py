@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.gpu import parts, report, runner
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.runner import Settings
-from schemas.errors import ConfigError
+from paracaption.schemas.errors import ConfigError
 
 WIDTH = 80
 

@@ -57,13 +57,13 @@ def config_of(folder: Path, machine: Machine) -> dict[str, Any]:
 def _build(folder: Path, machine: Machine) -> Measured:
     import yaml
 
-    from pipeline.activity import Activity
-    from pipeline.events import EventReader
+    from paracaption.pipeline.activity import Activity
+    from paracaption.pipeline.events import EventReader
 
     path = folder / "build.yaml"
     path.write_text(yaml.safe_dump(config_of(folder, machine)))
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "flows.cli", "build", str(path)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "paracaption.flows.cli", "build", str(path)], cwd=ROOT, check=True)
     seconds = time.perf_counter() - start
     out = folder / "out"
     activity = Activity()

@@ -51,8 +51,8 @@ def write(folder: Path, machine: Machine) -> Path:
 
 
 def _tower(machine: Machine, sizes: Sizes) -> Measured:
-    from pipeline.models.gar import checkpoint
-    from pipeline.models.gar.vision import load_vision
+    from paracaption.pipeline.models.gar import checkpoint
+    from paracaption.pipeline.models.gar.vision import load_vision
 
     with tempfile.TemporaryDirectory() as folder:
         config = checkpoint.read_config(write(Path(folder) / "GAR-8B", machine))

@@ -50,7 +50,7 @@ def run(rows: Rows, machine: Machine) -> None:
 
 def start(folder: Path, machine: Machine) -> Any:
     """The captioner, with random weights everywhere."""
-    from pipeline.models.gar.captioner import GarCaptioner
+    from paracaption.pipeline.models.gar.captioner import GarCaptioner
 
     model = write(folder / "GAR-8B", machine)
     with dummy_engine(), hollow_export(folder / "language"):
@@ -70,7 +70,7 @@ def start(folder: Path, machine: Machine) -> Any:
 @contextmanager
 def dummy_engine() -> Iterator[None]:
     """Within it, engines draw random weights on the device instead of reading files."""
-    from pipeline.models import engine
+    from paracaption.pipeline.models import engine
 
     with mock.patch.object(engine, "Engine", partial(engine.Engine, load_format="dummy")):
         yield
@@ -79,7 +79,7 @@ def dummy_engine() -> Iterator[None]:
 @contextmanager
 def hollow_export(folder: Path) -> Iterator[None]:
     """Within it, the export of a language model for vLLM is its configuration alone."""
-    from pipeline.models.gar import checkpoint, export
+    from paracaption.pipeline.models.gar import checkpoint, export
 
     def prepare(model: str, *_: Any) -> Path:
         config = checkpoint.read_config(model)
@@ -130,7 +130,7 @@ def _caption(captioner: Any, images: list[Any], machine: Machine, start_s: float
 
 
 def _prompt_len(captioner: Any, image: Any) -> int:
-    from pipeline.models.gar.image import tile_grid
+    from paracaption.pipeline.models.gar.image import tile_grid
 
     config = captioner.config
     across, down = tile_grid(image.width, image.height, config.tile_px, config.max_tiles)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NamedTuple
 
-from schemas.errors import ConfigError
+from paracaption.schemas.errors import ConfigError
 
 TOTAL_S = 470.0
 """Of all parts together: under 8 minutes, with room for the starts of their processes."""

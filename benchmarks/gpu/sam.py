@@ -79,7 +79,7 @@ def _segmenter(machine: Machine, flop: float) -> Measured:
     import msgspec
     import numpy as np
 
-    from pipeline.models.sam3 import Sam3Segmenter
+    from paracaption.pipeline.models.sam3 import Sam3Segmenter
     from tests.tiny.sam import write_sam3
 
     with tempfile.TemporaryDirectory() as folder:

@@ -23,10 +23,10 @@ from torch import Tensor
 from benchmarks.gpu import perceptiondlm
 from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
 from benchmarks.gpu.rows import Measured, Rows, free
-from model_training import diffusion, parts
-from model_training import team as teams
-from model_training.model import Images, PerceptionDLM, Tokens
-from model_training.processing import pack
+from paracaption.model_training import diffusion, parts
+from paracaption.model_training import team as teams
+from paracaption.model_training.model import Images, PerceptionDLM, Tokens
+from paracaption.model_training.processing import pack
 
 SIZE, IMAGES, REGIONS, WORDS = (1024, 512), 3, 6, 32
 STEPS = 5

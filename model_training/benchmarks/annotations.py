@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from model_training.benchmarks.protocol import LETTERS, Choice, Kind, Question, recognition
-from pipeline import files, photos, rle
-from schemas.config import Limits
-from schemas.errors import BadRecord, ConfigError
-from schemas.records import Blob
+from ...pipeline import files, photos, rle
+from ...schemas.config import Limits
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.records import Blob
+from .protocol import LETTERS, Choice, Kind, Question, recognition
 
 ANNOTATIONS, QUESTIONS, CLASSES = FILES = ("annotations.json", "qa.json", "class_names.json")
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from model_training import describe
-from model_training.benchmarks.annotations import BenchImage
-from model_training.decode import DecodeOptions
-from pipeline import models, photos
-from pipeline.models import weights
-from pipeline.models.options import read_options
-from schemas.config import Backend, Limits
-from schemas.errors import BadRecord, ConfigError
-from schemas.records import Blob, ImageRecord, Region
+from ...pipeline import models, photos
+from ...pipeline.models import weights
+from ...pipeline.models.options import read_options
+from ...schemas.config import Backend, Limits
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.records import Blob, ImageRecord, Region
+from .. import describe
+from ..decode import DecodeOptions
+from .annotations import BenchImage
 
 PERCEPTIONDLM, PREDICTIONS = "perceptiondlm", "predictions"
 
@@ -160,7 +160,7 @@ class _Model:
         self.loaded = options.load()
 
     def caption(self, image: BenchImage) -> Captions:
-        from model_training.captioning import caption_images
+        from ..captioning import caption_images
 
         model, processor = self.loaded
         inputs = [(image.pixels(), [region.dense() for region in image.regions])]

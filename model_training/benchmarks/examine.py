@@ -20,14 +20,14 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from model_training.benchmarks import annotations, captioners, judges, lines, protocol, quality
-from model_training.benchmarks.annotations import BenchImage, Benchmark, BenchRegion
-from model_training.benchmarks.judges import Asked
-from model_training.benchmarks.lines import Progress
-from pipeline import files
-from schemas.config import Backend
-from schemas.errors import BadRecord, ConfigError
-from schemas.evaluation import Bench, Judge
+from ...pipeline import files
+from ...schemas.config import Backend
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.evaluation import Bench, Judge
+from . import annotations, captioners, judges, lines, protocol, quality
+from .annotations import BenchImage, Benchmark, BenchRegion
+from .judges import Asked
+from .lines import Progress
 
 log = logging.getLogger(__name__)
 

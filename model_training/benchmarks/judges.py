@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from model_training.benchmarks.protocol import MAX_TOKENS
-from pipeline.models import chat_client, vllm_judge, weights
-from pipeline.models.chat_client import Ask, ChatClient, ServerOptions
-from pipeline.models.options import read_options
-from schemas.errors import BadRecord
-from schemas.evaluation import Judge
-from schemas.reasons import Reason
+from ...pipeline.models import chat_client, vllm_judge, weights
+from ...pipeline.models.chat_client import Ask, ChatClient, ServerOptions
+from ...pipeline.models.options import read_options
+from ...schemas.errors import BadRecord
+from ...schemas.evaluation import Judge
+from ...schemas.reasons import Reason
+from .protocol import MAX_TOKENS
 
 if TYPE_CHECKING:
-    from pipeline.models.engine import Engine
+    from ...pipeline.models.engine import Engine
 
 COMPACT = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 """Of the engine: a small model that may put any white space into its JSON never comes to the end of it."""
@@ -116,7 +116,7 @@ class VllmChat:
         """As `BenchJudge`."""
         from vllm import TokensPrompt
 
-        from pipeline.models.engine import Request
+        from ...pipeline.models.engine import Request
 
         most = self.engine.engine.model_config.max_model_len
         prompts = [self._tokens(each.prompt) for each in asked]

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import msgspec
 
-from pipeline import files
+from ...pipeline import files
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import msgspec
 import yaml
 
-from model_training.benchmarks import annotations, judges, lines, page, select
-from model_training.benchmarks.judges import Asked
-from model_training.benchmarks.lines import Progress
-from pipeline import files, reader
-from schemas.errors import BadRecord, StageFailed
-from schemas.evaluation import Judge
-from schemas.sample import Sample, SampleRegion
+from ...pipeline import files, reader
+from ...schemas.errors import BadRecord, StageFailed
+from ...schemas.evaluation import Judge
+from ...schemas.sample import Sample, SampleRegion
+from . import annotations, judges, lines, page, select
+from .judges import Asked
+from .lines import Progress
 
 log = logging.getLogger(__name__)
 

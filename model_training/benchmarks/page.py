@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from model_training.benchmarks import examine
-from model_training.benchmarks.annotations import BenchImage
-from pipeline import draw, files
-from schemas.errors import ConfigError
-from schemas.evaluation import Bench
+from ...pipeline import draw, files
+from ...schemas.errors import ConfigError
+from ...schemas.evaluation import Bench
+from . import examine
+from .annotations import BenchImage
 
 PAGE = "page.html"
 _SIDE_PX = 640

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from filters import text
-from pipeline.models import lexical
+from ...filters import text
+from ...pipeline.models import lexical
 
 
 class Quality(NamedTuple):

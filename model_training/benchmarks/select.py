@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import reader
-from schemas.errors import ConfigError, IntegrityError
+from ...pipeline import reader
+from ...schemas.errors import ConfigError, IntegrityError
 
 FEWEST, MOST = 2, 8
 """Regions of an image."""

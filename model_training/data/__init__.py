@@ -6,10 +6,10 @@ for batch in loader:  # one epoch
     checkpoint = {"loader": loader.state_dict(), ...}
 """
 
-from model_training.data.corpus import unfinished
-from model_training.data.loader import Loader
-from model_training.data.options import ConversationSource, CorpusSource, DataOptions, Workers
-from model_training.data.samples import FILLER, Skipped, TrainBatch
+from .corpus import unfinished
+from .loader import Loader
+from .options import ConversationSource, CorpusSource, DataOptions, Workers
+from .samples import FILLER, Skipped, TrainBatch
 
 __all__ = [
     "FILLER",

@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from model_training import imaging
-from model_training.attention import SHARED
-from model_training.data.corpus import token_lists, tokenizer_digest, views_of
-from model_training.data.options import ConversationSource
-from model_training.data.table import Table, Writer, cached
-from model_training.processing import ANSWER, HEAD, Example
-from pipeline import files, photos
-from schemas.errors import BadRecord, BadSample, ConfigError
-from schemas.records import Blob
+from ...pipeline import files, photos
+from ...schemas.errors import BadRecord, BadSample, ConfigError
+from ...schemas.records import Blob
+from .. import imaging
+from ..attention import SHARED
+from ..processing import ANSWER, HEAD, Example
+from .corpus import token_lists, tokenizer_digest, views_of
+from .options import ConversationSource
+from .table import Table, Writer, cached
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from model_training.processing import PerceptionDLMProcessor
+    from ..processing import PerceptionDLMProcessor
 
 IMAGE = "<image>"
 _NEXT = "\n<|start_header_id|>user<|end_header_id|>\n"

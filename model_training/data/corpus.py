@@ -19,22 +19,22 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
-from model_training import imaging
-from model_training.data.options import CorpusSource, DataOptions
-from model_training.data.order import even_groups, keys_of, num_groups, varied_groups
-from model_training.data.table import Table, Writer, cached
-from pipeline import corpus, files, plan, reader
-from schemas import manifest as manifests
-from schemas.config import BuildConfig
-from schemas.errors import BadSample, ConfigError, IntegrityError
-from schemas.manifest import Manifest
-from schemas.records import Blob
-from schemas.sample import Sample
+from ...pipeline import corpus, files, plan, reader
+from ...schemas import manifest as manifests
+from ...schemas.config import BuildConfig
+from ...schemas.errors import BadSample, ConfigError, IntegrityError
+from ...schemas.manifest import Manifest
+from ...schemas.records import Blob
+from ...schemas.sample import Sample
+from .. import imaging
+from .options import CorpusSource, DataOptions
+from .order import even_groups, keys_of, num_groups, varied_groups
+from .table import Table, Writer, cached
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from model_training.processing import PerceptionDLMProcessor
+    from ..processing import PerceptionDLMProcessor
 
 _log = logging.getLogger(__name__)
 

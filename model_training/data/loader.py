@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from model_training.data.conversations import open_conversations
-from model_training.data.corpus import open_corpus
-from model_training.data.options import ConversationSource, CorpusSource, DataOptions, Workers
-from model_training.data.plan import Mixture, Pick, Plan, count_batches
-from model_training.data.samples import BatchMaker, TrainBatch
-from model_training.data.table import cached, default_cache
-from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from .conversations import open_conversations
+from .corpus import open_corpus
+from .options import ConversationSource, CorpusSource, DataOptions, Workers
+from .plan import Mixture, Pick, Plan, count_batches
+from .samples import BatchMaker, TrainBatch
+from .table import cached, default_cache
 
 if TYPE_CHECKING:
-    from model_training.processing import PerceptionDLMProcessor
+    from ..processing import PerceptionDLMProcessor
 
 
 class Loader:
@@ -211,7 +211,7 @@ def _quiet_tokenizers(_: int) -> None:
 def _context(method: str) -> Any:
     context = multiprocessing.get_context(method)
     if method == "forkserver":  # imports once what every worker needs
-        context.set_forkserver_preload(["model_training.data.samples"])
+        context.set_forkserver_preload(["paracaption.model_training.data.samples"])
     return context
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from model_training.data.options import DataOptions
-from model_training.data.order import Permutation, key_of, shuffled
+from .options import DataOptions
+from .order import Permutation, key_of, shuffled
 
 WINDOW = 128
 _AT_ONCE = 512

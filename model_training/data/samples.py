@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model_training.data import conversations
-from model_training.data.conversations import Conversations
-from model_training.data.corpus import Corpus, token_lists
-from model_training.data.options import DataOptions
-from model_training.data.order import shuffled
-from model_training.data.plan import Pick
-from model_training.imaging import Runs
-from model_training.model import Images, Tokens
-from model_training.processing import Example, collate, pack
-from pipeline import photos, rle
-from schemas.errors import BadRecord, BadSample
-from schemas.records import Blob
-from schemas.sample import SampleRegion
+from ...pipeline import photos, rle
+from ...schemas.errors import BadRecord, BadSample
+from ...schemas.records import Blob
+from ...schemas.sample import SampleRegion
+from ..imaging import Runs
+from ..model import Images, Tokens
+from ..processing import Example, collate, pack
+from . import conversations
+from .conversations import Conversations
+from .corpus import Corpus, token_lists
+from .options import DataOptions
+from .order import shuffled
+from .plan import Pick
 
 if TYPE_CHECKING:
-    from model_training.processing import PerceptionDLMProcessor
+    from ..processing import PerceptionDLMProcessor
 
 FILLER = "filler"
 """The name of an example that only keeps all ranks at the same number of steps; its weight is 0."""

@@ -9,11 +9,11 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan
-    from pipeline.shards import Draft
-    from pipeline.stages import Stage
-    from pipeline.workers import Job
-    from schemas.config import BuildConfig
+    from ...schemas.config import BuildConfig
+    from ..plan import Plan
+    from ..shards import Draft
+    from ..stages import Stage
+    from ..workers import Job
 
 
 class Engine(Protocol):

@@ -20,19 +20,19 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from pipeline import audit, corpus, files, shards, sources
-from pipeline import plan as plans
-from pipeline.config_file import dump_config
-from pipeline.events import EventLog, EventReader
-from pipeline.executor import Engine
-from pipeline.executor.progress import Progress, StageProgress, Watch
-from pipeline.shards import Draft
-from pipeline.sources import SOURCE_STAGE
-from pipeline.stages import RECIPES, ModelStage, recipe_digest
-from pipeline.workers import Job
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError, StageFailed
-from schemas.reasons import ERRORS
+from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError, StageFailed
+from ...schemas.reasons import ERRORS
+from .. import audit, corpus, files, shards, sources
+from .. import plan as plans
+from ..config_file import dump_config
+from ..events import EventLog, EventReader
+from ..shards import Draft
+from ..sources import SOURCE_STAGE
+from ..stages import RECIPES, ModelStage, recipe_digest
+from ..workers import Job
+from . import Engine
+from .progress import Progress, StageProgress, Watch
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline import gpus, shards
-from pipeline import plan as plans
-from pipeline.shards import Draft
-from pipeline.sources import SOURCE_STAGE
-from pipeline.stages import RECIPES, ModelStage, Stage
-from pipeline.workers import STACK_MARK, Job, Worker, draft_of
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError
+from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError
+from .. import gpus, shards
+from .. import plan as plans
+from ..shards import Draft
+from ..sources import SOURCE_STAGE
+from ..stages import RECIPES, ModelStage, Stage
+from ..workers import STACK_MARK, Job, Worker, draft_of
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.activity import Activity, StageActivity
-from pipeline.events import EventReader
-from pipeline.workers import STACK_MARK
-from schemas.errors import StageStalled
+from ...schemas.errors import StageStalled
+from ..activity import Activity, StageActivity
+from ..events import EventReader
+from ..workers import STACK_MARK
 
 STALL_GRACE_S = 5.0
 """The workers dump their stacks at `stall_s`; the driver looks a little later."""

@@ -23,15 +23,15 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from pipeline import plan as plans
-from pipeline import shards
-from pipeline.events import EventLog
-from pipeline.shards import Draft
-from pipeline.sources import SOURCE_STAGE
-from pipeline.stages import RECIPES, FilterStage, ModelStage, Stage
-from pipeline.workers import Job, Worker, draft_of
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed
+from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed
+from .. import plan as plans
+from .. import shards
+from ..events import EventLog
+from ..shards import Draft
+from ..sources import SOURCE_STAGE
+from ..stages import RECIPES, FilterStage, ModelStage, Stage
+from ..workers import Job, Worker, draft_of
 
 Steps = list[list[FilterStage | ModelStage | str]]
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 
-from pipeline import corpus, reader
-from pipeline.explorer.query import CATEGORY, Query
-from schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from .. import corpus, reader
+from .query import CATEGORY, Query
 
 T = TypeVar("T")
 

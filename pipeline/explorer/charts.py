@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pipeline import plots
-from pipeline.explorer.catalog import Catalog
-from pipeline.explorer.query import plain
-from pipeline.explorer.whatif import THRESHOLDS
-from schemas.config import BuildConfig
+from ...schemas.config import BuildConfig
+from .. import plots
+from .catalog import Catalog
+from .query import plain
+from .whatif import THRESHOLDS
 
 WIDTH, HEIGHT = 420, 150
 """Of a chart's area, in SVG units; labels stand outside."""

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from filters import category
-from pipeline.evidence import Judged, Resegmented
-from schemas.records import Rle
+from ...filters import category
+from ...schemas.records import Rle
+from ..evidence import Judged, Resegmented
 
 _STAGES = {"verify_category": Judged, "extract_category": Judged, "agree_with_segmenter": Resegmented}
 

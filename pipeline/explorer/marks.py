@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import files
-from pipeline.explorer.catalog import Catalog
-from schemas.errors import ConfigError, IntegrityError
+from ...schemas.errors import ConfigError, IntegrityError
+from .. import files
+from .catalog import Catalog
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import draw, files, photos, plan, rle
-from pipeline.draw import Mark
-from pipeline.explorer.catalog import Catalog
-from schemas.errors import BadRecord, ParaCaptionError
-from schemas.reasons import Reason
-from schemas.records import Blob, Rle
+from ...schemas.errors import BadRecord, ParaCaptionError
+from ...schemas.reasons import Reason
+from ...schemas.records import Blob, Rle
+from .. import draw, files, photos, plan, rle
+from ..draw import Mark
+from .catalog import Catalog
 
 PHOTO_SIDE = 1600
 THUMB_SIDE = 480

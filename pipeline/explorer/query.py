@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlencode
 
-from schemas.errors import ConfigError
-from schemas.records import SCORES
+from ...schemas.errors import ConfigError
+from ...schemas.records import SCORES
 
 MEASURES = {
     "area": "pixels of the mask",

@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline import files, inspect
-from pipeline.explorer.marks import KEPT
-from pipeline.explorer.server import Explorer
-from schemas.errors import ConfigError, ParaCaptionError
+from ...schemas.errors import ConfigError, ParaCaptionError
+from .. import files, inspect
+from .marks import KEPT
+from .server import Explorer
 
 NAME = "report.html"
 
@@ -47,7 +47,7 @@ def write(out: str | Path, to: str | Path | None = None) -> Path:
 
 def render(explorer: Explorer) -> str:
     """The report's HTML."""
-    css = resources.files("pipeline.explorer").joinpath("static", "explorer.css").read_text()
+    css = resources.files("paracaption.pipeline.explorer").joinpath("static", "explorer.css").read_text()
     parts = [(part, _groups(explorer, part["name"])) for part in explorer.overview(distributions=True)]
     return explorer.templates.get_template("report.html").render(css=css, parts=parts)
 

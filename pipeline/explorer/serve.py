@@ -9,9 +9,9 @@ from pathlib import Path
 
 import uvicorn
 
-from pipeline.explorer.access import is_loopback
-from pipeline.explorer.server import Explorer, make_app
-from schemas.errors import ConfigError
+from ...schemas.errors import ConfigError
+from .access import is_loopback
+from .server import Explorer, make_app
 
 
 def serve(

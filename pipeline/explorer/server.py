@@ -13,16 +13,16 @@ import jinja2
 from fastapi import FastAPI, Form, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
-from pipeline import activity, corpus, plots
-from pipeline.explorer import charts, evidence, training, whatif
-from pipeline.explorer.access import Guard
-from pipeline.explorer.catalog import PAGE, Catalog, Place
-from pipeline.explorer.marks import KEPT, Marks
-from pipeline.explorer.pictures import MOST_DRAWN, Pictures, color_of, halo_of, hexadecimal, layers, outline
-from pipeline.explorer.query import MEASURES, Query, plain
-from schemas.config import BuildConfig
-from schemas.errors import BadRecord, ConfigError, ParaCaptionError
-from schemas.records import Rle
+from ...schemas.config import BuildConfig
+from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
+from ...schemas.records import Rle
+from .. import activity, corpus, plots
+from . import charts, evidence, training, whatif
+from .access import Guard
+from .catalog import PAGE, Catalog, Place
+from .marks import KEPT, Marks
+from .pictures import MOST_DRAWN, Pictures, color_of, halo_of, hexadecimal, layers, outline
+from .query import MEASURES, Query, plain
 
 STATIC = {"explorer.css": "text/css", "explorer.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _CACHE = {"Cache-Control": "private, max-age=300"}
@@ -103,7 +103,7 @@ class Explorer:
 def templates() -> jinja2.Environment:
     """Everything is escaped: captions and names come from models and strangers."""
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline.explorer"),
+        loader=jinja2.PackageLoader("paracaption.pipeline.explorer"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -150,7 +150,8 @@ def make_app(explorer: Explorer, token: str | None = None) -> Guard:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     catalog = explorer.catalog
     static = {
-        name: resources.files("pipeline.explorer").joinpath("static", name).read_bytes() for name in STATIC
+        name: resources.files("paracaption.pipeline.explorer").joinpath("static", name).read_bytes()
+        for name in STATIC
     }
 
     @app.exception_handler(ParaCaptionError)

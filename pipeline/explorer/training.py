@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.explorer.charts import Curve, curve
-from schemas.errors import ConfigError
+from ...schemas.errors import ConfigError
+from .charts import Curve, curve
 
 METRICS = "metrics.jsonl"
 CAPTIONS = "evaluation/captions.jsonl"

@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from filters import text
-from pipeline.explorer.catalog import Catalog
-from pipeline.explorer.query import plain
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError
-from schemas.reasons import Reason
+from ...filters import text
+from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError
+from ...schemas.reasons import Reason
+from .catalog import Catalog
+from .query import plain
 
 
 class Threshold(NamedTuple):

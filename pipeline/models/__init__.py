@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from schemas.config import Backend
-from schemas.errors import BadRecord, ConfigError
-from schemas.records import ImageRecord, Rle
+from ...schemas.config import Backend
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.records import ImageRecord, Rle
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -100,19 +100,19 @@ class Segmenter(Protocol):
 
 BACKENDS = {
     "captioner": {
-        "classical": "pipeline.models.classical:ClassicalCaptioner",
-        "gar": "pipeline.models.gar.captioner:GarCaptioner",
-        "openai": "pipeline.models.openai_compatible:OpenAICaptioner",
+        "classical": "paracaption.pipeline.models.classical:ClassicalCaptioner",
+        "gar": "paracaption.pipeline.models.gar.captioner:GarCaptioner",
+        "openai": "paracaption.pipeline.models.openai_compatible:OpenAICaptioner",
     },
     "judge": {
-        "lexical": "pipeline.models.lexical:LexicalJudge",
-        "openai": "pipeline.models.openai_compatible:OpenAIJudge",
-        "vllm": "pipeline.models.vllm_judge:VllmJudge",
+        "lexical": "paracaption.pipeline.models.lexical:LexicalJudge",
+        "openai": "paracaption.pipeline.models.openai_compatible:OpenAIJudge",
+        "vllm": "paracaption.pipeline.models.vllm_judge:VllmJudge",
     },
     "segmenter": {
-        "grabcut": "pipeline.models.grabcut:GrabCutSegmenter",
-        "sam": "pipeline.models.sam:SamSegmenter",
-        "sam3": "pipeline.models.sam3:Sam3Segmenter",
+        "grabcut": "paracaption.pipeline.models.grabcut:GrabCutSegmenter",
+        "sam": "paracaption.pipeline.models.sam:SamSegmenter",
+        "sam3": "paracaption.pipeline.models.sam3:Sam3Segmenter",
     },
 }
 

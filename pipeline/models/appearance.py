@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.rle import decode, to_coco
-from schemas.records import Rle
+from ...schemas.records import Rle
+from ..rle import decode, to_coco
 
 MAX_SIDE = 192
 """Longest side of the crop that is measured: enough for outlines and stripes, and about 2 ms a region."""

@@ -32,8 +32,8 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from schemas.errors import BadRecord, ConfigError, StageFailed
-from schemas.reasons import Reason
+from ...schemas.errors import BadRecord, ConfigError, StageFailed
+from ...schemas.reasons import Reason
 
 if TYPE_CHECKING:
     import httpx

@@ -10,8 +10,8 @@ import re
 import zlib
 from typing import NamedTuple
 
-from pipeline.models.appearance import Appearance, measure
-from schemas.records import ImageRecord
+from ...schemas.records import ImageRecord
+from .appearance import Appearance, measure
 
 VERSION = "1"
 
@@ -69,7 +69,7 @@ class ClassicalCaptioner:
         Raises:
             BadRecord: a photo cannot be read.
         """
-        from pipeline.photos import read_pixels
+        from ..photos import read_pixels
 
         captions: list[list[str | None]] = []
         for image in images:

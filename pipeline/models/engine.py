@@ -13,7 +13,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from schemas.errors import EngineLost, OutOfMemory
+from ...schemas.errors import EngineLost, OutOfMemory
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.models import Candidate
-from schemas.records import Rle
+from ...schemas.records import Rle
+from . import Candidate
 
 VERSION = "1"
 

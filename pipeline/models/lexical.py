@@ -17,8 +17,8 @@ import functools
 from importlib import resources
 from typing import NamedTuple
 
-from pipeline.models import Answer, Question, phrases
-from pipeline.models.phrases import Phrase
+from . import Answer, Question, phrases
+from .phrases import Phrase
 
 VERSION = "1"
 
@@ -193,4 +193,4 @@ def _phrases(text: str) -> frozenset[str]:
 
 
 def _table_text() -> str:
-    return resources.files("pipeline.models").joinpath("synonyms.txt").read_text(encoding="utf-8")
+    return resources.files("paracaption.pipeline.models").joinpath("synonyms.txt").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from schemas.errors import OutOfMemory
+from ...schemas.errors import OutOfMemory
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
-from pipeline import photos, rle
-from pipeline.models import Answer, Checked, Question, prompts
-from pipeline.models.chat_client import Ask, ChatClient, ServerOptions, validate
-from pipeline.models.margins import margin_of_text
-from pipeline.models.options import read_options
-from pipeline.models.vllm_judge import PROMPTS
-from schemas.errors import BadRecord, ConfigError
-from schemas.reasons import Reason
-from schemas.records import ImageRecord, Region
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.reasons import Reason
+from ...schemas.records import ImageRecord, Region
+from .. import photos, rle
+from . import Answer, Checked, Question, prompts
+from .chat_client import Ask, ChatClient, ServerOptions, validate
+from .margins import margin_of_text
+from .options import read_options
+from .vllm_judge import PROMPTS
 
 VERSION = "1"
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from schemas.errors import ConfigError
+from ...schemas.errors import ConfigError
 
 Options = TypeVar("Options", bound=msgspec.Struct)
 

@@ -17,11 +17,11 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pipeline.models import Candidate, Checked, weights
-from pipeline.models.memory import Batches
-from pipeline.models.options import read_options
-from pipeline.models.segmenting import find_device, products_in, to_candidates
-from schemas.errors import ConfigError
+from ...schemas.errors import ConfigError
+from . import Candidate, Checked, weights
+from .memory import Batches
+from .options import read_options
+from .segmenting import find_device, products_in, to_candidates
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.models import Candidate
-from pipeline.models.memory import Batches
-from schemas.errors import ConfigError
-from schemas.records import Rle
+from ...schemas.errors import ConfigError
+from ...schemas.records import Rle
+from . import Candidate
+from .memory import Batches
 
 if TYPE_CHECKING:
     import torch

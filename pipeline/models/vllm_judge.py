@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from pipeline.models import Answer, Checked, Question, prompts, weights
-from pipeline.models.margins import ChoiceTokens
-from pipeline.models.options import read_options
-from pipeline.models.prompts import Prompt
-from schemas.errors import BadRecord, ConfigError
-from schemas.reasons import Reason
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.reasons import Reason
+from . import Answer, Checked, Question, prompts, weights
+from .margins import ChoiceTokens
+from .options import read_options
+from .prompts import Prompt
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
-    from pipeline.models.engine import Engine, Request
+    from .engine import Engine, Request
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class VllmJudge:
         """Requests for the owed questions; one that does not fit gets its answer here."""
         from vllm import TokensPrompt
 
-        from pipeline.models.engine import Request
+        from .engine import Request
 
         params = {kind: self._params(kind, attempt) for kind in self.prompts}
         for index in owed:
@@ -278,7 +278,7 @@ def start(folder: Path, options: VllmOptions) -> Engine:
     Raises:
         ConfigError: vLLM does not take the model or its arguments.
     """
-    from pipeline.models.engine import Engine
+    from .engine import Engine
 
     settings = {"max_model_len": MAX_MODEL_LEN, "enable_prefix_caching": True, **options.engine}
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schemas.errors import ConfigError
+from ...schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -13,9 +13,9 @@ from typing import Protocol
 
 import msgspec
 
-from schemas.config import BuildConfig, Limits
-from schemas.errors import ConfigError
-from schemas.records import Blob, Drop, ImageRecord
+from ...schemas.config import BuildConfig, Limits
+from ...schemas.errors import ConfigError
+from ...schemas.records import Blob, Drop, ImageRecord
 
 
 class CatalogEntry(msgspec.Struct, frozen=True):
@@ -102,11 +102,11 @@ def open_source(config: BuildConfig, subset: str) -> Source:
         ConfigError: the config has no such subset.
     """
     if subset == "coconut" and config.coconut:
-        from pipeline.sources.coconut import Coconut
+        from .coconut import Coconut
 
         return Coconut(config.coconut)
     if subset == "sa1b" and config.sa1b:
-        from pipeline.sources.sa1b import Sa1b
+        from .sa1b import Sa1b
 
         return Sa1b(config.sa1b)
     raise ConfigError(f"the config has no source under {subset!r}; add one, or build another subset")

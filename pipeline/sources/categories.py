@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from pipeline import files
-from pipeline.sources import documents
-from schemas.errors import ConfigError
-from schemas.records import Blob
+from ...schemas.errors import ConfigError
+from ...schemas.records import Blob
+from .. import files
+from . import documents
 
 _PLAIN = {
     "floor-wood": "wooden floor",
@@ -111,7 +111,11 @@ def load(url: str | None) -> Table:
         ConfigError: missing or no such list.
     """
     if url is None:
-        text = resources.files("pipeline.sources").joinpath("coco_panoptic_133.json").read_text("utf-8")
+        text = (
+            resources.files("paracaption.pipeline.sources")
+            .joinpath("coco_panoptic_133.json")
+            .read_text("utf-8")
+        )
         return table_of(json.loads(text), "coco_panoptic_133.json")
     try:
         raw = json.loads(files.read(Blob(url)))

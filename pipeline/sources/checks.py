@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline import photos
-from pipeline.sources import SOURCE_STAGE, Note, names
-from schemas.reasons import Reason
-from schemas.records import Blob, Drop
+from ...schemas.reasons import Reason
+from ...schemas.records import Blob, Drop
+from .. import photos
+from . import SOURCE_STAGE, Note, names
 
 _FORMAT_OF = {".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff"}
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pipeline import files, photos, rle
-from pipeline.sources import CatalogEntry, Note, categories, documents, labels, names
-from pipeline.sources.categories import Category, Table
-from pipeline.sources.checks import drop, photo_notes
-from pipeline.sources.documents import Annotation, Image
-from schemas.config import CoconutSource, Limits
-from schemas.errors import BadRecord, ConfigError
-from schemas.reasons import Reason
-from schemas.records import Blob, ImageRecord, Region
+from ...schemas.config import CoconutSource, Limits
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.reasons import Reason
+from ...schemas.records import Blob, ImageRecord, Region
+from .. import files, photos, rle
+from . import CatalogEntry, Note, categories, documents, labels, names
+from .categories import Category, Table
+from .checks import drop, photo_notes
+from .documents import Annotation, Image
 
 
 class Record(msgspec.Struct, omit_defaults=True):

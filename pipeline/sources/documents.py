@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
-from pipeline import files
-from schemas.errors import ConfigError
-from schemas.records import Blob
+from ...schemas.errors import ConfigError
+from ...schemas.records import Blob
+from .. import files
 
 
 class Image(msgspec.Struct):

@@ -6,9 +6,9 @@ import io
 
 import numpy as np
 
-from pipeline import photos
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
+from ...schemas.errors import BadRecord
+from ...schemas.reasons import Reason
+from .. import photos
 
 _FORMATS = ("PNG", "TIFF", "BMP")
 _COLOURS = ("RGB", "RGBA")

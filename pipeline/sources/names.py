@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from pipeline import files
-from schemas.errors import ConfigError
+from ...schemas.errors import ConfigError
+from .. import files
 
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LABEL_ENDINGS = (".png", ".tif", ".tiff", ".bmp")

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pipeline import files, photos, rle
-from pipeline.sources import CatalogEntry, Note, documents, names
-from pipeline.sources.checks import drop, photo_notes
-from schemas.config import Limits, Sa1bSource
-from schemas.errors import BadRecord, ConfigError
-from schemas.reasons import Reason
-from schemas.records import Blob, Drop, ImageRecord, Region
+from ...schemas.config import Limits, Sa1bSource
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.reasons import Reason
+from ...schemas.records import Blob, Drop, ImageRecord, Region
+from .. import files, photos, rle
+from . import CatalogEntry, Note, documents, names
+from .checks import drop, photo_notes
 
 
 class _Size(msgspec.Struct):

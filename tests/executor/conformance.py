@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import verify
-from pipeline.config_file import load_config
-from pipeline.events import EventReader
-from pipeline.executor import Engine, driver
-from pipeline.executor.local import LocalEngine
-from pipeline.executor.progress import Progress
-from schemas.config import BuildConfig
-from schemas.errors import StageFailed
+from paracaption.pipeline import verify
+from paracaption.pipeline.config_file import load_config
+from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.executor import Engine, driver
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.executor.progress import Progress
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import StageFailed
 from tests.building import build, calls, committed, config_of, drops
 from tests.synthetic import write_coconut, write_sa1b
 

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from pipeline import findings, preflight, shards
-from pipeline.executor import driver
-from pipeline.executor.local import LocalEngine
-from schemas.errors import ConfigError, IntegrityError, StageFailed
+from paracaption.pipeline import findings, preflight, shards
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.schemas.errors import ConfigError, IntegrityError, StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.executor.conformance import started
 from tests.synthetic import write_coconut, write_sa1b

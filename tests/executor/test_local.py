@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import gpus
-from pipeline.executor.local import LocalEngine
-from pipeline.gpus import Gpu
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError
+from paracaption.pipeline import gpus
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.gpus import Gpu
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import ConfigError
 from tests.building import build, calls, committed, config_of, drops
 from tests.executor.conformance import Conformance, Interrupted
 from tests.synthetic import write_coconut, write_sa1b
@@ -53,9 +53,9 @@ def test_it_imports_no_ray(tmp_path, coconut):
     script = """
 import sys
 from pathlib import Path
-from pipeline.executor import driver
-from pipeline.executor.local import LocalEngine
-from schemas.config import BuildConfig
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.schemas.config import BuildConfig
 driver.build(BuildConfig.model_validate_json(Path(sys.argv[1]).read_text()), LocalEngine())
 print(*sorted({"ray", "prefect", "torch"} & set(sys.modules)))
 """

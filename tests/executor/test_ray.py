@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from pipeline import activity, stages
-from pipeline.events import EventReader
-from pipeline.executor import ray_data
-from pipeline.executor.ray_data import RayEngine, steps_of
-from pipeline.stages import ModelStage
-from schemas.errors import ConfigError, Retryable, StageStalled
+from paracaption.pipeline import activity, stages
+from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.executor import ray_data
+from paracaption.pipeline.executor.ray_data import RayEngine, steps_of
+from paracaption.pipeline.stages import ModelStage
+from paracaption.schemas.errors import ConfigError, Retryable, StageStalled
 from tests.building import build, calls, config_of, drops
 from tests.executor.conformance import Conformance
 from tests.synthetic import write_coconut, write_sa1b

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline import corpus as merged
-from pipeline.explorer.catalog import Catalog
-from pipeline.explorer.server import Explorer, make_app
+from paracaption.pipeline import corpus as merged
+from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.pipeline.explorer.server import Explorer, make_app
 from tests.explorer import corpus, runs
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")

@@ -15,13 +15,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pipeline import plan, rle, shards, sources, stages
-from pipeline.config_file import dump_config
-from pipeline.models import Answer, Candidate, Question
-from pipeline.shards import Draft
-from pipeline.workers import Job, Worker
-from schemas.config import BuildConfig
-from schemas.records import ImageRecord
+from paracaption.pipeline import plan, rle, shards, sources, stages
+from paracaption.pipeline.config_file import dump_config
+from paracaption.pipeline.models import Answer, Candidate, Question
+from paracaption.pipeline.shards import Draft
+from paracaption.pipeline.workers import Job, Worker
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.records import ImageRecord
 from tests.synthetic import write_coconut, write_sa1b
 
 HOSTILE = '<script>window.hacked = 1</script> & "x" <img src=q onerror="window.hacked=2">'
@@ -151,7 +151,7 @@ def rebuilt(out: Path, to: Path, wanted: BuildConfig) -> Path:
 @contextmanager
 def serving(out: Path, *options: str) -> Iterator[str]:
     """The command in a process of its own, with the address that it prints."""
-    command = [sys.executable, "-m", "flows.cli", "explore", str(out), "--port", "0", *options]
+    command = [sys.executable, "-m", "paracaption.flows.cli", "explore", str(out), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -7,9 +7,9 @@ from urllib.parse import quote
 import pytest
 from starlette.testclient import TestClient
 
-from pipeline.explorer import access
-from pipeline.explorer.marks import Marks
-from pipeline.explorer.server import Explorer, make_app
+from paracaption.pipeline.explorer import access
+from paracaption.pipeline.explorer.marks import Marks
+from paracaption.pipeline.explorer.server import Explorer, make_app
 from tests.explorer.corpus import HOSTILE
 
 TOKEN = "a token of the tests"
@@ -110,7 +110,7 @@ def test_only_marks_are_written_and_only_by_post(client):
     ],
 )
 def test_no_path_of_a_request_reaches_the_file_system(client, monkeypatch, path):
-    from pipeline import files
+    from paracaption.pipeline import files
 
     monkeypatch.setattr(files, "read", lambda *_: pytest.fail("a file was read"))
     assert client.get(path).status_code in (404, 422)

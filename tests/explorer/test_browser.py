@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import corpus as merged
-from pipeline.explorer import whatif
+from paracaption.pipeline import corpus as merged
+from paracaption.pipeline.explorer import whatif
 from tests.explorer import corpus
 from tests.explorer.corpus import serving
 
@@ -71,7 +71,7 @@ def test_filters_narrow_the_grid(page, catalog):
     page.get_by_label("Reason").select_option("iou_low")
     page.get_by_label("Caption contains").fill("red")
     page.get_by_role("button", name="Show").click()
-    from pipeline.explorer.query import Query
+    from paracaption.pipeline.explorer.query import Query
 
     regions, images = catalog.total(Query(reason="iou_low", text="red"))
     page.get_by_text(f"{regions} regions of {images} images").wait_for()

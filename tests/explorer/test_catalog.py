@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from pipeline.explorer.catalog import Catalog
-from pipeline.explorer.query import MEASURES, Query, plain
-from schemas.errors import ConfigError, IntegrityError
+from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.pipeline.explorer.query import MEASURES, Query, plain
+from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests.explorer import corpus
 
 QUERIES = {
@@ -95,7 +95,7 @@ def test_pages_hold_what_the_ledgers_hold(catalog, out, given):
 @pytest.mark.parametrize("sort", ["iou", "-iou", "-num_words", "area", "verdict_margin"])
 @pytest.mark.parametrize("ahead", [20, 0], ids=["kept ahead", "asked anew"])
 def test_an_order_by_a_score_goes_by_each_images_best_matching_region(catalog, out, monkeypatch, sort, ahead):
-    from pipeline.explorer import catalog as module
+    from paracaption.pipeline.explorer import catalog as module
 
     monkeypatch.setattr(module, "_AHEAD", ahead)
     query = Query.parse({"sort": sort, "outcome": "kept"})

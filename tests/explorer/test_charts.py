@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline import corpus as merged
-from pipeline.explorer import charts
+from paracaption.pipeline import corpus as merged
+from paracaption.pipeline.explorer import charts
 from tests.explorer import corpus
 
 

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import corpus as merged
-from pipeline.explorer import whatif
-from pipeline.explorer.catalog import Catalog
-from pipeline.explorer.marks import Marks, wilson
-from schemas.errors import ConfigError
+from paracaption.pipeline import corpus as merged
+from paracaption.pipeline.explorer import whatif
+from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.pipeline.explorer.marks import Marks, wilson
+from paracaption.schemas.errors import ConfigError
 from tests.explorer import corpus
 
 

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from flows.cli import app
-from pipeline import inspect, rle
-from pipeline.explorer import evidence, pictures, training
-from pipeline.explorer.pictures import Pictures
-from schemas.errors import ConfigError
-from schemas.records import Rle
+from paracaption.flows.cli import app
+from paracaption.pipeline import inspect, rle
+from paracaption.pipeline.explorer import evidence, pictures, training
+from paracaption.pipeline.explorer.pictures import Pictures
+from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.records import Rle
 from tests.explorer import corpus
 
 
@@ -32,7 +32,7 @@ def test_the_overview_has_the_funnel_of_the_terminal(client, catalog):
 
 
 def corpus_query(subset, stage, reason):
-    from pipeline.explorer.query import Query
+    from paracaption.pipeline.explorer.query import Query
 
     return Query(subset=subset, stage=stage, reason=reason)
 
@@ -94,7 +94,7 @@ def test_an_outline_encloses_its_mask_and_no_more():
 
 def test_outlines_stand_out_on_any_photo():
     """The two tones of an outline: whatever lies beneath, one of them has a contrast of 2 to it or more."""
-    from pipeline import draw
+    from paracaption.pipeline import draw
 
     def luminance(color) -> float:
         linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
@@ -208,6 +208,6 @@ def test_package_data_goes_with_the_package():
     root = Path(__file__).parents[2]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     folder = root / "pipeline" / "explorer"
-    shipped = {path for pattern in patterns["pipeline.explorer"] for path in folder.glob(pattern)}
+    shipped = {path for pattern in patterns["paracaption.pipeline.explorer"] for path in folder.glob(pattern)}
     there = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert shipped == there

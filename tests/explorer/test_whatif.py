@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from pipeline import corpus as merged
-from pipeline.explorer import whatif
-from pipeline.explorer.catalog import Catalog
-from schemas.errors import ConfigError
+from paracaption.pipeline import corpus as merged
+from paracaption.pipeline.explorer import whatif
+from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.schemas.errors import ConfigError
 from tests.explorer import corpus
 
 CASES = {

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files, plan, shards, sources
-from pipeline.events import EventLog, EventReader
-from pipeline.evidence import Captioned, EvidenceStore
-from pipeline.executor import driver
-from pipeline.executor.ray_data import RayEngine
-from schemas.errors import StageFailed
+from paracaption.pipeline import files, plan, shards, sources
+from paracaption.pipeline.events import EventLog, EventReader
+from paracaption.pipeline.evidence import Captioned, EvidenceStore
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.ray_data import RayEngine
+from paracaption.schemas.errors import StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.synthetic import write_coconut
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.events import EventReader
-from pipeline.evidence import EvidenceStore
-from pipeline.stages import RECIPES, ModelStage
+from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.evidence import EvidenceStore
+from paracaption.pipeline.stages import RECIPES, ModelStage
 from tests.building import build, calls, committed, config_of
 from tests.machinery import alone
 from tests.synthetic import write_coconut, write_sa1b

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
-from filters import agreement
-from filters.verdict import Verdict
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
-from schemas.records import Rle
+from paracaption.filters import agreement
+from paracaption.filters.verdict import Verdict
+from paracaption.schemas.errors import BadRecord
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Rle
 
 pixels = arrays(bool, (6, 7))
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from filters import category
-from filters.verdict import Verdict
-from schemas.reasons import ERRORS, Reason
+from paracaption.filters import category
+from paracaption.filters.verdict import Verdict
+from paracaption.schemas.reasons import ERRORS, Reason
 
 
 @pytest.mark.parametrize("caption", [None, "", " \n"])

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from filters import masks
-from filters.verdict import Verdict
-from schemas.config import Masks
-from schemas.reasons import Reason
-from schemas.records import Region, Rle
+from paracaption.filters import masks
+from paracaption.filters.verdict import Verdict
+from paracaption.schemas.config import Masks
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Region, Rle
 
 SIZE = (20, 30)
 ANY_SIZE = Masks(min_area_px=0)

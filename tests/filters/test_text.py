@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filters import text
-from schemas.config import Text
-from schemas.reasons import Reason
-from schemas.records import SCORES
+from paracaption.filters import text
+from paracaption.schemas.config import Text
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import SCORES
 from tests.shared_data import shared_data
 
 NATURAL = [

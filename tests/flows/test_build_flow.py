@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import verify
-from pipeline.executor.local import LocalEngine
-from schemas.errors import ConfigError, EngineLost, IntegrityError
+from paracaption.pipeline import verify
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.schemas.errors import ConfigError, EngineLost, IntegrityError
 from tests.building import calls, committed, config_of
 from tests.synthetic import write_coconut, write_sa1b
 
@@ -28,7 +28,7 @@ def machinery(prefect_server, ray_cluster):
 @pytest.fixture
 def local_engine():
     """The flow with the engine of this process, where Ray is not the point."""
-    from flows import watch
+    from paracaption.flows import watch
 
     token = watch.engine.set(LocalEngine())
     yield
@@ -44,7 +44,7 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(sources, tmp_path_factory):
     """A configuration whose corpus the flow has built, and what the flow returned."""
-    from flows.build import build_corpus
+    from paracaption.flows.build import build_corpus
 
     config = config_of(tmp_path_factory.mktemp("built") / "out", **sources)
     return config, build_corpus(config)
@@ -78,7 +78,7 @@ def test_the_live_view_and_the_card_are_artifacts(built):
 
 
 def test_a_second_run_has_nothing_to_do(built):
-    from flows.build import build_corpus
+    from paracaption.flows.build import build_corpus
 
     config, _ = built
     out = Path(config.out)
@@ -91,7 +91,7 @@ def test_a_second_run_has_nothing_to_do(built):
 def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbers(
     tmp_path, sources, local_engine
 ):
-    from flows.build import build_corpus
+    from paracaption.flows.build import build_corpus
 
     config = config_of(tmp_path / "out", coconut=sources["coconut"])
     build_corpus(config, limit_images=3)
@@ -105,7 +105,7 @@ def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbe
 
 
 def test_retry_failed_builds_units_with_errors_again(tmp_path, sources, local_engine):
-    from flows.build import build_corpus
+    from paracaption.flows.build import build_corpus
 
     mend = tmp_path / "mend"
     misbehave = {"000000000005": f"raise-unless:{mend}"}
@@ -130,7 +130,7 @@ def test_retry_failed_builds_units_with_errors_again(tmp_path, sources, local_en
     ],
 )
 def test_wrong_parameters_are_refused_before_the_run(tmp_path, sources, wrong):
-    from flows.build import build_corpus
+    from paracaption.flows.build import build_corpus
 
     config = config_of(tmp_path / "out", **sources)
     right = {"config": config.model_dump(mode="json")}
@@ -143,7 +143,7 @@ def test_a_served_flow_checks_its_parameters_in_a_process_of_its_own(tmp_path, s
     """`serve` pickles the flow for the process of each run; what it does not take along is missing there."""
     import cloudpickle
 
-    from flows.build import build_corpus
+    from paracaption.flows.build import build_corpus
 
     config = config_of(tmp_path / "out", **sources)
     parameters = {"config": config.model_dump(mode="json"), "limit_images": "3"}
@@ -172,7 +172,7 @@ print(type(checked["config"]).__name__, checked["limit_images"])
 def test_what_a_retry_can_mend_is_tried_three_times_and_a_mistake_once(error, attempts):
     from prefect import flow
 
-    from flows.steps import step
+    from paracaption.flows.steps import step
 
     tried = []
 

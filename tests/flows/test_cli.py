@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from flows.cli import app
-from schemas.config import Backend, BuildConfig
+from paracaption.flows.cli import app
+from paracaption.schemas.config import Backend, BuildConfig
 from tests.machinery import alone
 from tests.synthetic import write_coconut
 
@@ -32,7 +32,7 @@ def paracaption(home: Path, *args: object) -> subprocess.CompletedProcess:
     """The command in a process of its own, with Prefect's files under `home`."""
     env = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "COLUMNS": "200"}
     env.pop("PREFECT_API_URL", None)
-    command = [sys.executable, "-m", "flows.cli", *map(str, args)]
+    command = [sys.executable, "-m", "paracaption.flows.cli", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -234,8 +234,8 @@ def test_merge_renews_what_was_lost_and_a_second_build_commits_nothing(demo, tmp
 
 @pytest.mark.slow
 def test_a_merge_alone_starts_no_engine_and_looks_at_no_model(demo, tmp_path, monkeypatch):
-    from flows import launch
-    from pipeline import preflight
+    from paracaption.flows import launch
+    from paracaption.pipeline import preflight
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("started, or looked at")

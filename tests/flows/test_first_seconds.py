@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from pipeline import findings
-from pipeline.findings import FAIL, OK, Finding
-from schemas.errors import ConfigError
+from paracaption.pipeline import findings
+from paracaption.pipeline.findings import FAIL, OK, Finding
+from paracaption.schemas.errors import ConfigError
 
 SCRIPT = """
 import json, os, shutil, sys
@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from typer.testing import CliRunner
 from benchmarks.startup import ROOT, cases
-from flows.cli import app
+from paracaption.flows.cli import app
 
 root, rows = Path(sys.argv[1]), []
 for number, case in enumerate(cases(root)):

@@ -10,13 +10,13 @@ import time
 import psutil
 import pytest
 
-from flows import server
-from flows.server import PrefectServer
-from schemas.errors import StageFailed
+from paracaption.flows import server
+from paracaption.flows.server import PrefectServer
+from paracaption.schemas.errors import StageFailed
 
 DRIVER = """
 import time
-from flows.server import PrefectServer
+from paracaption.flows.server import PrefectServer
 with PrefectServer() as server:
     print(server.process.pid, flush=True)
     time.sleep(600)

@@ -11,15 +11,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import export, plan, reader, sources, stages, verify
-from pipeline.config_file import load_config
-from pipeline.events import EventReader
-from pipeline.evidence import EvidenceStore
-from pipeline.executor import driver
-from pipeline.executor.local import LocalEngine
-from pipeline.explorer.catalog import Catalog
-from pipeline.explorer.marks import Marks
-from pipeline.stages import ModelStage
+from paracaption.pipeline import export, plan, reader, sources, stages, verify
+from paracaption.pipeline.config_file import load_config
+from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.evidence import EvidenceStore
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.pipeline.explorer.marks import Marks
+from paracaption.pipeline.stages import ModelStage
 
 HERE = Path(__file__).parent / "v0_1"
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
@@ -113,7 +113,7 @@ def test_the_command_needs_neither_ray_nor_prefect_to_resume_it(home):
     script = """
 import sys
 from typer.testing import CliRunner
-from flows.cli import app
+from paracaption.flows.cli import app
 done = CliRunner().invoke(app, ["build", sys.argv[1]])
 assert done.exit_code == 0, done.exception
 print(*sorted({"ray", "prefect", "torch"} & set(sys.modules)))

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from model_training.data import FILLER, CorpusSource, DataOptions, Loader, TrainBatch
-from model_training.processing import PerceptionDLMProcessor
-from pipeline import rle, shards
-from schemas.reasons import Reason
-from schemas.records import Blob, Drop, ImageRecord, Region
+from paracaption.model_training.data import FILLER, CorpusSource, DataOptions, Loader, TrainBatch
+from paracaption.model_training.processing import PerceptionDLMProcessor
+from paracaption.pipeline import rle, shards
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, Drop, ImageRecord, Region
 from tests.tiny.perceptiondlm_model import SMALLEST, byte_tokenizer, tiny_config
 
 SIZES = [(32, 32), (60, 30), (40, 90), (24, 40)]

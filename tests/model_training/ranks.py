@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from model_training import checkpoints, trainer
-from schemas.training import TrainConfig
+from paracaption.model_training import checkpoints, trainer
+from paracaption.schemas.training import TrainConfig
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])  # torch is imported once

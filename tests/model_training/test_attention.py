@@ -5,8 +5,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_training.attention import HIDDEN, PADDING, SHARED, Pattern, Structure, dense_mask, join, mask_mod
-from model_training.processing import collate
+from paracaption.model_training.attention import (
+    HIDDEN,
+    PADDING,
+    SHARED,
+    Pattern,
+    Structure,
+    dense_mask,
+    join,
+    mask_mod,
+)
+from paracaption.model_training.processing import collate
 from tests.model_training.parts import examples, lively
 
 KERNELS = ["sdpa", "flex_attention"]

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from flows.evaluate import evaluate_captioner
-from model_training.benchmarks import annotations, examine, judges, page, protocol, quality
-from model_training.benchmarks.protocol import Choice, Question
-from pipeline.config_file import load_evaluation
-from schemas.errors import ConfigError, StageFailed
-from schemas.evaluation import Bench, EvaluateConfig, Judge
+from paracaption.flows.evaluate import evaluate_captioner
+from paracaption.model_training.benchmarks import annotations, examine, judges, page, protocol, quality
+from paracaption.model_training.benchmarks.protocol import Choice, Question
+from paracaption.pipeline.config_file import load_evaluation
+from paracaption.schemas.errors import ConfigError, StageFailed
+from paracaption.schemas.evaluation import Bench, EvaluateConfig, Judge
 from tests.model_training.bench import judge_of, predictions, served, write_bench
 from tests.shared_data import recorded, shared_data
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from flows.cli import app
-from model_training import describe, regions
-from model_training.captioning import Captioned
-from model_training.decode import DecodeOptions
-from schemas.errors import ConfigError
+from paracaption.flows.cli import app
+from paracaption.model_training import describe, regions
+from paracaption.model_training.captioning import Captioned
+from paracaption.model_training.decode import DecodeOptions
+from paracaption.schemas.errors import ConfigError
 from tests import committed
 from tests.tiny.perceptiondlm_model import write_model
 
@@ -211,7 +211,7 @@ def test_the_commands_help_needs_no_torch():
     script = """
 import sys
 from typer.testing import CliRunner
-from flows.cli import app
+from paracaption.flows.cli import app
 result = CliRunner().invoke(app, ["caption", "--help"])
 assert result.exit_code == 0 and "--masks" in result.output
 print(*sorted({"torch", "transformers", "ray", "prefect", "cv2"} & set(sys.modules)))

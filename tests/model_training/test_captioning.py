@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from model_training.captioning import caption_images, caption_steps
-from model_training.decode import DecodeOptions, decode
-from model_training.model import PerceptionDLM
-from model_training.processing import collate
-from schemas.errors import ConfigError
+from paracaption.model_training.captioning import caption_images, caption_steps
+from paracaption.model_training.decode import DecodeOptions, decode
+from paracaption.model_training.model import PerceptionDLM
+from paracaption.model_training.processing import collate
+from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import lively, photo
 
 OPTIONS = {"length": 4, "steps": 2, "strategy": "per-region"}

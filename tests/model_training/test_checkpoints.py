@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model_training import checkpoints, journal
-from model_training.trainer import fit
-from schemas.errors import IntegrityError
+from paracaption.model_training import checkpoints, journal
+from paracaption.model_training.trainer import fit
+from paracaption.schemas.errors import IntegrityError
 from tests.model_training import ranks
 from tests.model_training.toy_corpus import config_of
 

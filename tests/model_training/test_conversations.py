@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model_training.data import ConversationSource, CorpusSource
-from schemas.errors import BadSample, ConfigError
+from paracaption.model_training.data import ConversationSource, CorpusSource
+from paracaption.schemas.errors import BadSample, ConfigError
 from tests.model_training.corpora import loader, processor, visits, write
 
 UNITS = [[3, 9, 1, 0, 4], [0, 0], [7, 12, 2]]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 from typer.testing import CliRunner
 
-from flows.cli import app
-from model_training import convert, processing, shards, vocabulary
-from model_training.model import PerceptionDLM
-from schemas.errors import ConfigError
+from paracaption.flows.cli import app
+from paracaption.model_training import convert, processing, shards, vocabulary
+from paracaption.model_training.model import PerceptionDLM
+from paracaption.schemas.errors import ConfigError
 from tests.shared_data import recorded
 from tests.tiny import perceptiondlm as tiny
 
@@ -518,7 +518,7 @@ def test_the_commands_help_imports_nothing_heavy():
     script = """
 import sys
 from typer.testing import CliRunner
-from flows.cli import app
+from paracaption.flows.cli import app
 assert CliRunner().invoke(app, ["models", "convert", "--help"]).exit_code == 0
 print(*sorted({"torch", "ray", "prefect", "transformers"} & set(sys.modules)))
 """

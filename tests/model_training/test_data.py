@@ -15,16 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model_training.convert import convert
-from model_training.data import CorpusSource, TrainBatch, Workers
-from model_training.data.corpus import token_lists
-from model_training.data.order import Permutation, even_groups, keys_of, num_groups, varied_groups
-from model_training.data.plan import cut_packed, cut_padded
-from model_training.processing import PerceptionDLMProcessor
-from pipeline import reader
-from pipeline.corpus import merge
-from schemas.config import BuildConfig
-from schemas.errors import BadSample, ConfigError, IntegrityError
+from paracaption.model_training.convert import convert
+from paracaption.model_training.data import CorpusSource, TrainBatch, Workers
+from paracaption.model_training.data.corpus import token_lists
+from paracaption.model_training.data.order import Permutation, even_groups, keys_of, num_groups, varied_groups
+from paracaption.model_training.data.plan import cut_packed, cut_padded
+from paracaption.model_training.processing import PerceptionDLMProcessor
+from paracaption.pipeline import reader
+from paracaption.pipeline.corpus import merge
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import BadSample, ConfigError, IntegrityError
 from tests.model_training.corpora import (
     loader,
     masks_of,
@@ -225,7 +225,7 @@ def test_a_state_is_a_few_numbers_and_the_end_of_an_epoch_is_the_start_of_the_ne
 
 def test_the_count_of_batches_is_kept_for_the_next_start(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     steps = len(loader(corpus, seed=5))
-    monkeypatch.setattr("model_training.data.loader.count_batches", None)
+    monkeypatch.setattr("paracaption.model_training.data.loader.count_batches", None)
     assert len(loader(corpus, seed=5)) == steps
 
 
@@ -405,8 +405,8 @@ def test_errors_and_counts_of_workers_are_the_trainers(corpus: Path, tmp_path: P
 def merged(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the corpus with its index, but without plots and a card."""
     out = copy(corpus, tmp_path)
-    monkeypatch.setattr("pipeline.plots.write", lambda *_: None)
-    monkeypatch.setattr("pipeline.card.render", lambda *_: "")
+    monkeypatch.setattr("paracaption.pipeline.plots.write", lambda *_: None)
+    monkeypatch.setattr("paracaption.pipeline.card.render", lambda *_: "")
     merge(out, BuildConfig.model_construct())
     return out
 

@@ -7,9 +7,9 @@ from typing import get_args
 import pytest
 import torch
 
-from model_training.decode import DecodeOptions, Strategy, decode, steps
-from model_training.processing import collate
-from schemas.errors import ConfigError
+from paracaption.model_training.decode import DecodeOptions, Strategy, decode, steps
+from paracaption.model_training.processing import collate
+from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import examples, lively
 from tests.model_training.plain_decoder import decode_plainly
 
@@ -314,7 +314,7 @@ def test_slots_of_an_image_are_drawn_apart_from_each_other():
 
 
 def test_many_slots_and_words_are_looked_at_in_parts(monkeypatch):
-    from model_training import decode as module
+    from paracaption.model_training import decode as module
 
     whole = [drawn(temperature=temperature) for temperature in (0.0, 1.0)]
     monkeypatch.setattr(module, "_LOGITS_AT_ONCE", {"cpu": (5, 70), "gpu": (5, 70)})

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from model_training.convert import convert
-from model_training.data import TrainBatch
-from model_training.diffusion import Noise, Noised, draw, loss
-from model_training.model import PerceptionDLM
-from model_training.processing import PerceptionDLMProcessor, collate, pack
-from schemas.errors import ConfigError
+from paracaption.model_training.convert import convert
+from paracaption.model_training.data import TrainBatch
+from paracaption.model_training.diffusion import Noise, Noised, draw, loss
+from paracaption.model_training.model import PerceptionDLM
+from paracaption.model_training.processing import PerceptionDLMProcessor, collate, pack
+from paracaption.schemas.errors import ConfigError
 from tests.model_training.recorded_perceptiondlm import Ours, golden
 from tests.shared_data import recorded
 from tests.tiny.perceptiondlm_model import SMALLEST, tiny_model

@@ -8,13 +8,13 @@ import threading
 import pytest
 from PIL import Image
 
-from model_training import evaluation, journal, regions, toy_marks
-from model_training.data import CorpusSource, unfinished
-from model_training.decode import DecodeOptions
-from model_training.describe import load
-from model_training.trainer import fit
-from schemas.errors import IntegrityError
-from schemas.training import Evaluation
+from paracaption.model_training import evaluation, journal, regions, toy_marks
+from paracaption.model_training.data import CorpusSource, unfinished
+from paracaption.model_training.decode import DecodeOptions
+from paracaption.model_training.describe import load
+from paracaption.model_training.trainer import fit
+from paracaption.schemas.errors import IntegrityError
+from paracaption.schemas.training import Evaluation
 from tests.model_training.toy_corpus import config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -114,7 +114,7 @@ def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
 
 @pytest.mark.ray
 def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefect_server):
-    from flows import train, watch
+    from paracaption.flows import train, watch
 
     late, shown = tmp_path / "late", []
     asked = Evaluation(out=str(late), images=3, pictures=1, length=8, steps=4)

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from model_training import imaging
-from model_training.attention import dense_mask
-from model_training.convert import convert
-from model_training.decode import DecodeOptions, steps
-from model_training.model import Images, PerceptionDLM
-from model_training.processing import PerceptionDLMProcessor, collate
+from paracaption.model_training import imaging
+from paracaption.model_training.attention import dense_mask
+from paracaption.model_training.convert import convert
+from paracaption.model_training.decode import DecodeOptions, steps
+from paracaption.model_training.model import Images, PerceptionDLM
+from paracaption.model_training.processing import PerceptionDLMProcessor, collate
 from tests.model_training.recorded_perceptiondlm import Ours, RoiAlign, forward, golden
 from tests.shared_data import recorded
 
@@ -205,7 +205,7 @@ def test_captions_are_the_recorded_texts_cut_at_the_answers_first_end(ours, case
 
 
 def test_the_schedule_is_the_recorded_one():
-    from model_training.decode import _left_open
+    from paracaption.model_training.decode import _left_open
 
     table = json.loads((recorded("perceptiondlm") / "schedule_table.json").read_text())
     assert len(table) == 13

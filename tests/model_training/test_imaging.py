@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model_training import imaging
-from model_training.layout import CORRECTED, REFERENCE
+from paracaption.model_training import imaging
+from paracaption.model_training.layout import CORRECTED, REFERENCE
 
 TILE_PX, PATCH_PX, MAX_TILES = 64, 8, 6
 SIDE = TILE_PX // PATCH_PX

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from model_training import checkpoints, journal, launch
-from schemas.errors import ConfigError
+from paracaption.model_training import checkpoints, journal, launch
+from paracaption.schemas.errors import ConfigError
 from tests.model_training.toy_corpus import config_of, write_corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from model_training.attention import dense_mask
-from model_training.layout import CORRECTED, LAYOUTS, REFERENCE, Layout, resolve
-from model_training.model import Images
-from model_training.processing import collate
-from schemas.errors import ConfigError
+from paracaption.model_training.attention import dense_mask
+from paracaption.model_training.layout import CORRECTED, LAYOUTS, REFERENCE, Layout, resolve
+from paracaption.model_training.model import Images
+from paracaption.model_training.processing import collate
+from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import lively, photo
 
 SAME_LENGTH = Layout().instruction.replace("detail", "colour")
@@ -110,7 +110,7 @@ def test_an_unknown_layout_option_or_value_is_an_error_that_names_what_there_is(
 
 @pytest.mark.parametrize("changes", [{"layout": "none"}, {"layout_options": {"cut": "word"}}])
 def test_a_config_with_an_unsound_layout_cannot_be_made(changes):
-    from model_training.config import PerceptionDLMConfig
+    from paracaption.model_training.config import PerceptionDLMConfig
 
     with pytest.raises(ConfigError, match="layout"):
         PerceptionDLMConfig(**changes)

@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
-from flows.evaluate import evaluate_captioner
-from model_training import profile, regions, toy_marks
-from model_training.benchmarks import annotations, make, select
-from model_training.decode import DecodeOptions
-from model_training.describe import load
-from model_training.trainer import fit
-from pipeline import reader
-from schemas.errors import ConfigError, StageFailed
-from schemas.evaluation import EvaluateConfig, Judge, ProfileConfig
+from paracaption.flows.cli import app
+from paracaption.flows.evaluate import evaluate_captioner
+from paracaption.model_training import profile, regions, toy_marks
+from paracaption.model_training.benchmarks import annotations, make, select
+from paracaption.model_training.decode import DecodeOptions
+from paracaption.model_training.describe import load
+from paracaption.model_training.trainer import fit
+from paracaption.pipeline import reader
+from paracaption.schemas.errors import ConfigError, StageFailed
+from paracaption.schemas.evaluation import EvaluateConfig, Judge, ProfileConfig
 from tests.model_training.bench import judge_of, served
 from tests.model_training.toy_corpus import config_of
 

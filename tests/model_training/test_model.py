@@ -8,10 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_training.attention import PADDING
-from model_training.config import PerceptionDLMConfig
-from model_training.model import Images, PerceptionDLM, pixel_unshuffle
-from model_training.processing import PerceptionDLMProcessor, collate, pack
+from paracaption.model_training.attention import PADDING
+from paracaption.model_training.config import PerceptionDLMConfig
+from paracaption.model_training.model import Images, PerceptionDLM, pixel_unshuffle
+from paracaption.model_training.processing import PerceptionDLMProcessor, collate, pack
 from tests.model_training.parts import examples, lively, photo
 from tests.tiny.perceptiondlm_model import SMALLEST, byte_tokenizer, tiny_config, tiny_model
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from model_training import imaging
-from model_training.attention import HIDDEN, PADDING, SHARED
-from model_training.processing import collate, pack
-from schemas.errors import ConfigError
+from paracaption.model_training import imaging
+from paracaption.model_training.attention import HIDDEN, PADDING, SHARED
+from paracaption.model_training.processing import collate, pack
+from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import examples, lively, photo
 
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from model_training import regions
-from pipeline import reader, rle
-from schemas.errors import ConfigError
+from paracaption.model_training import regions
+from paracaption.pipeline import reader, rle
+from paracaption.schemas.errors import ConfigError
 from tests import committed
 from tests.shared_data import shared_data
 from tests.synthetic import write_sa1b

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from model_training.roi_align import roi_align
+from paracaption.model_training.roi_align import roi_align
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 32])

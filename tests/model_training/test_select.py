@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_training.decode import DecodeOptions, Strategy, _draw, _left_open, select
-from schemas.errors import ConfigError
+from paracaption.model_training.decode import DecodeOptions, Strategy, _draw, _left_open, select
+from paracaption.schemas.errors import ConfigError
 from tests.model_training.plain_decoder import choose, still_open
 
 STRATEGIES = get_args(Strategy)

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from filters import text
-from model_training import toy, toy_scenes, vocabulary
-from model_training.toy import VALUES, Attributes, Options, parse, say, score, truth, write_world
-from pipeline import config_file, plan, reader, rle, shards, sources, stages, workers
-from pipeline.models.lexical import describes
-from schemas.config import Text
-from schemas.errors import ConfigError
-from schemas.records import ImageRecord, Region, Rle
+from paracaption.filters import text
+from paracaption.model_training import toy, toy_scenes, vocabulary
+from paracaption.model_training.toy import VALUES, Attributes, Options, parse, say, score, truth, write_world
+from paracaption.pipeline import config_file, plan, reader, rle, shards, sources, stages, workers
+from paracaption.pipeline.models.lexical import describes
+from paracaption.schemas.config import Text
+from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.records import ImageRecord, Region, Rle
 
 RELATIONS = Options(relations=True, canvas=((192, 128), (128, 128)))
 BARE = Options(places=False, overlap=0.0)
@@ -370,7 +370,7 @@ def test_no_character_is_lost(tokenizer, text):
 
 
 def test_the_tokenizer_has_what_a_model_needs_and_the_prompt_is_words(tokenizer, tmp_path):
-    from model_training.processing import PerceptionDLMProcessor
+    from paracaption.model_training.processing import PerceptionDLMProcessor
     from tests.tiny.perceptiondlm_model import tiny_config
 
     numbers = vocabulary.token_ids(tokenizer, 6, tmp_path)

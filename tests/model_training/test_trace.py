@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model_training import trace, trace_page
-from model_training.captioning import Slot, Snapshot
-from pipeline import draw, rle
-from schemas.errors import ConfigError
+from paracaption.model_training import trace, trace_page
+from paracaption.model_training.captioning import Slot, Snapshot
+from paracaption.pipeline import draw, rle
+from paracaption.schemas.errors import ConfigError
 
 EOT = 1
 EVIL = " </script><script>alert(1)</script>&<b>"

@@ -15,15 +15,15 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from flows.cli import app
-from model_training import diffusion, journal, parts, trainer
-from model_training.diffusion import Noise, Noised
-from model_training.model import PerceptionDLM
-from model_training.team import Team
-from model_training.trainer import fit, judge, share_of_rate
-from pipeline.config_file import describe, load_training
-from schemas.errors import ConfigError, Diverged
-from schemas.training import Spike, TrainConfig
+from paracaption.flows.cli import app
+from paracaption.model_training import diffusion, journal, parts, trainer
+from paracaption.model_training.diffusion import Noise, Noised
+from paracaption.model_training.model import PerceptionDLM
+from paracaption.model_training.team import Team
+from paracaption.model_training.trainer import fit, judge, share_of_rate
+from paracaption.pipeline.config_file import describe, load_training
+from paracaption.schemas.errors import ConfigError, Diverged
+from paracaption.schemas.training import Spike, TrainConfig
 from tests.model_training.toy_corpus import config_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/train"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from model_training import describe, journal, regions
-from model_training.trainer import fit
-from pipeline.config_file import load_training
+from paracaption.model_training import describe, journal, regions
+from paracaption.model_training.trainer import fit
+from paracaption.pipeline.config_file import load_training
 
 HERE = Path(__file__).resolve().parents[1] / "formats" / "v0_1"
 

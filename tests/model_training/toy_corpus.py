@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from model_training.toy import Options, TruthCaptioner, write_world
-from pipeline import corpus as corpora
-from pipeline import plan, shards, sources
-from pipeline.config_file import dump_config, load_config
-from schemas.training import TrainConfig
+from paracaption.model_training.toy import Options, TruthCaptioner, write_world
+from paracaption.pipeline import corpus as corpora
+from paracaption.pipeline import plan, shards, sources
+from paracaption.pipeline.config_file import dump_config, load_config
+from paracaption.schemas.training import TrainConfig
 
 TINY = {
     "vision_config": {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model_training.benchmarks.judges import COMPACT
+from paracaption.model_training.benchmarks.judges import COMPACT
 from tests.machinery import alone
 from tests.tiny.qwen3 import write_qwen3
 
@@ -28,7 +28,7 @@ def qwen3(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def vllm_judge(qwen3):
     """The judge on that checkpoint, in a real engine in this process."""
-    from pipeline.models.vllm_judge import VllmJudge
+    from paracaption.pipeline.models.vllm_judge import VllmJudge
 
     with alone():
         judge = VllmJudge(model=str(qwen3), engine=ENGINE)

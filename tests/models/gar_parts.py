@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline import rle
-from schemas.records import Blob, ImageRecord, Region
+from paracaption.pipeline import rle
+from paracaption.schemas.records import Blob, ImageRecord, Region
 
 TILE_PX = 112
 """Small tiles make short prompts: 16 tokens each instead of 256."""
@@ -35,9 +35,9 @@ def load_parts(model: Path):
     """Config, tokenizer, vision side and embedding of a checkpoint."""
     import torch
 
-    from pipeline.models.gar import checkpoint
-    from pipeline.models.gar.prompt import Prompts
-    from pipeline.models.gar.vision import load_vision
+    from paracaption.pipeline.models.gar import checkpoint
+    from paracaption.pipeline.models.gar.prompt import Prompts
+    from paracaption.pipeline.models.gar.vision import load_vision
 
     config = checkpoint.read_config(model)
     checkpoint.check_tensors(config)

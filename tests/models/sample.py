@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.config_file import load_config
-from schemas.config import BuildConfig
+from paracaption.pipeline.config_file import load_config
+from paracaption.schemas.config import BuildConfig
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from model_training.benchmarks import examine, judges, make
-from model_training.benchmarks.judges import Asked, VllmChat
-from schemas.config import Backend
-from schemas.errors import BadRecord
-from schemas.evaluation import Bench, Judge
+from paracaption.model_training.benchmarks import examine, judges, make
+from paracaption.model_training.benchmarks.judges import Asked, VllmChat
+from paracaption.schemas.config import Backend
+from paracaption.schemas.errors import BadRecord
+from paracaption.schemas.evaluation import Bench, Judge
 from tests.model_training.bench import write_bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(300)]

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from filters.text import clean
-from pipeline import rle
-from pipeline.models.appearance import MAX_SIDE, measure, name_colours
-from pipeline.models.classical import ClassicalCaptioner, describe
-from pipeline.sources import categories, open_source
-from schemas.config import Limits, Text
-from schemas.reasons import Reason
-from schemas.records import Blob, Drop, ImageRecord, Region
+from paracaption.filters.text import clean
+from paracaption.pipeline import rle
+from paracaption.pipeline.models.appearance import MAX_SIDE, measure, name_colours
+from paracaption.pipeline.models.classical import ClassicalCaptioner, describe
+from paracaption.pipeline.sources import categories, open_source
+from paracaption.schemas.config import Limits, Text
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, Drop, ImageRecord, Region
 from tests.models.sample import sample_config
 from tests.shared_data import shared_data
 

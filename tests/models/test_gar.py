@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from pipeline.models.gar import checkpoint, export
-from pipeline.models.gar.captioner import GarCaptioner
-from schemas.errors import ConfigError
+from paracaption.pipeline.models.gar import checkpoint, export
+from paracaption.pipeline.models.gar.captioner import GarCaptioner
+from paracaption.schemas.errors import ConfigError
 from tests.models.gar_parts import TILE_PX
 from tests.tiny.gar import write_gar
 
@@ -266,7 +266,7 @@ def test_the_export_is_a_llama_with_the_same_weights(copy):
 def test_a_second_export_changes_nothing(copy):
     from typer.testing import CliRunner
 
-    from flows.cli import app
+    from paracaption.flows.cli import app
 
     for _ in range(2):
         done = CliRunner().invoke(app, ["models", "prepare", "gar", str(copy)])
@@ -305,7 +305,7 @@ def test_a_folder_of_someone_else_is_left_alone(copy, tmp_path):
 
 SCRIPT = """
 import os, signal, sys
-from pipeline.models.gar import export
+from paracaption.pipeline.models.gar import export
 if sys.argv[3] == "kill":
     export._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is named
 print(export.prepare(sys.argv[1], sys.argv[2]))

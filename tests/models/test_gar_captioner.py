@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from schemas.errors import BadRecord, ConfigError
-from schemas.records import Blob
+from paracaption.schemas.errors import BadRecord, ConfigError
+from paracaption.schemas.records import Blob
 from tests.machinery import alone
 from tests.models.gar_parts import TILE_PX, photo, with_boxes
 from tests.tiny.gar import write_gar
@@ -19,7 +19,7 @@ NEW_TOKENS = 8
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory):
     """Of the larger model's kind: no class token, a head of its own, weights in several files."""
-    from pipeline.models.gar.captioner import GarCaptioner
+    from paracaption.pipeline.models.gar.captioner import GarCaptioner
 
     model = write_gar(tmp_path_factory.mktemp("gar") / "GAR", "8b", tile_px=TILE_PX, max_tiles=8)
     with alone():
@@ -72,7 +72,7 @@ def test_captions_are_those_of_one_region_at_a_time_by_transformers(captioner, t
     import torch
     from transformers import LlamaForCausalLM
 
-    from pipeline.models.gar import export
+    from paracaption.pipeline.models.gar import export
 
     images = images_of(tmp_path)
     folder = export.default_folder(captioner.options.model)
@@ -157,7 +157,7 @@ def test_a_photo_that_cannot_be_read_fails_alone_and_finished_answers_are_kept(
 
 
 def test_engine_arguments_that_vllm_refuses_are_named(captioner):
-    from pipeline.models.gar.captioner import GarCaptioner
+    from paracaption.pipeline.models.gar.captioner import GarCaptioner
 
     with pytest.raises(ConfigError, match=r"captioner\.options\.engine: vLLM refuses .*no_such_argument"):
         GarCaptioner(

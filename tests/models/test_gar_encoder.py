@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.models.gar.ahead import ahead
-from pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
-from schemas.errors import BadRecord, OutOfMemory
-from schemas.records import Blob
+from paracaption.pipeline.models.gar.ahead import ahead
+from paracaption.pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
+from paracaption.schemas.errors import BadRecord, OutOfMemory
+from paracaption.schemas.records import Blob
 from tests.models.gar_parts import TILE_PX, load_parts, photo, with_boxes
 from tests.tiny.gar import write_gar
 
@@ -26,7 +26,7 @@ def parts(request, tmp_path_factory):
 
 
 def encoder_of(parts, **options):
-    from pipeline.models.gar.encoder import Encoder
+    from paracaption.pipeline.models.gar.encoder import Encoder
 
     return Encoder(*parts, **options)
 
@@ -39,9 +39,9 @@ def whole(parts, image, region):
     """The prompt of one region as the original makes it: every tile is encoded with its mask."""
     import torch
 
-    from pipeline import rle
-    from pipeline.models.gar.replay import replay
-    from pipeline.photos import read_pixels
+    from paracaption.pipeline import rle
+    from paracaption.pipeline.models.gar.replay import replay
+    from paracaption.pipeline.photos import read_pixels
 
     config, prompts, vision, embed = parts
     grid = tile_grid(image.width, image.height, config.tile_px, config.max_tiles)
@@ -63,7 +63,7 @@ def close(one, other):
 def test_a_tile_without_mask_has_the_unmasked_features_to_the_last_bit(parts, tmp_path):
     import torch
 
-    from pipeline.photos import read_pixels
+    from paracaption.pipeline.photos import read_pixels
 
     config, _, vision, _ = parts
     image = photo(tmp_path, "a")
@@ -102,7 +102,7 @@ def test_the_size_of_batches_changes_nothing(parts, tmp_path, tiles_per_batch):
 
 
 def test_only_touched_tiles_are_encoded_again_and_photos_are_cut_once(parts, tmp_path, monkeypatch):
-    from pipeline.models.gar import encoder as module
+    from paracaption.pipeline.models.gar import encoder as module
 
     counts = {"read": 0, "cut": 0}
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import rle
-from pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
-from schemas.records import Blob, ImageRecord, Region
+from paracaption.pipeline import rle
+from paracaption.pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
+from paracaption.schemas.records import Blob, ImageRecord, Region
 from tests.machinery import alone
 from tests.models.gar_parts import load_parts
 from tests.shared_data import recorded
@@ -58,7 +58,7 @@ def golden(case: str, number: int) -> Golden:
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory):
     """The only engine here: the published layout's checkpoint, exported and in vLLM."""
-    from pipeline.models.gar.captioner import GarCaptioner
+    from paracaption.pipeline.models.gar.captioner import GarCaptioner
 
     model = recorded("gar/checkpoint")
     exported = tmp_path_factory.mktemp("gar") / "language"
@@ -82,7 +82,7 @@ def parts():
 
 def encode(parts, which: Golden, **options):
     """The region's prompt as our encoder makes it."""
-    from pipeline.models.gar.encoder import Encoder
+    from paracaption.pipeline.models.gar.encoder import Encoder
 
     encoder = Encoder(*parts, prompt=which.prompt, **options)
     [(key, prompt)] = encoder.run(encoder.prepare([which.image]))
@@ -91,7 +91,7 @@ def encode(parts, which: Golden, **options):
 
 
 def tiles_of(config, which: Golden):
-    from pipeline.photos import read_pixels
+    from paracaption.pipeline.photos import read_pixels
 
     grid = tile_grid(which.image.width, which.image.height, config.tile_px, config.max_tiles)
     return grid, cut_photo(read_pixels(which.image), config.tile_px, grid)
@@ -162,7 +162,7 @@ def test_the_exported_language_model_has_the_same_logits(parts, captioner, case,
 
 def answers(captioner, prompts):
     """Tokens that vLLM continues the prompts with, all at once."""
-    from pipeline.models.engine import Request
+    from paracaption.pipeline.models.engine import Request
 
     params = captioner.sampling()
     requests = [Request(key, {"prompt_embeds": prompt}, params) for key, prompt in prompts.items()]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import rle
-from pipeline.models.grabcut import GrabCutSegmenter, place
+from paracaption.pipeline import rle
+from paracaption.pipeline.models.grabcut import GrabCutSegmenter, place
 from tests.shared_data import shared_data
 
 

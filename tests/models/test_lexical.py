@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.models import Question
-from pipeline.models.lexical import LexicalJudge, core_category, describes
-from pipeline.sources import categories
+from paracaption.pipeline.models import Question
+from paracaption.pipeline.models.lexical import LexicalJudge, core_category, describes
+from paracaption.pipeline.sources import categories
 from tests.shared_data import shared_data
 
 
@@ -148,6 +148,6 @@ def test_categories_judged_by_people_are_judged_alike():
 
 def test_its_identity_changes_with_the_synonyms(monkeypatch):
     before = LexicalJudge.identity()
-    monkeypatch.setattr("pipeline.models.lexical._table_text", lambda: "cat: moggy")
+    monkeypatch.setattr("paracaption.pipeline.models.lexical._table_text", lambda: "cat: moggy")
     assert LexicalJudge.identity()["synonyms"] != before["synonyms"]
     assert set(before) == {"version", "synonyms", "simplemma"}

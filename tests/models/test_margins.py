@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.models.margins import ChoiceTokens, margin_of_text
+from paracaption.pipeline.models.margins import ChoiceTokens, margin_of_text
 
 
 def logsum(*values: float) -> float:

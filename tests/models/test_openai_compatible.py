@@ -18,14 +18,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import models, rle
-from pipeline.models import Answer, Question
-from pipeline.models.openai_compatible import LINE_RGB, OpenAICaptioner, OpenAIJudge, outlined_crop
-from pipeline.models.prompts import load
-from schemas.config import Backend
-from schemas.errors import BadRecord, ConfigError, StageFailed
-from schemas.reasons import Reason
-from schemas.records import Blob, ImageRecord, Region
+from paracaption.pipeline import models, rle
+from paracaption.pipeline.models import Answer, Question
+from paracaption.pipeline.models.openai_compatible import (
+    LINE_RGB,
+    OpenAICaptioner,
+    OpenAIJudge,
+    outlined_crop,
+)
+from paracaption.pipeline.models.prompts import load
+from paracaption.schemas.config import Backend
+from paracaption.schemas.errors import BadRecord, ConfigError, StageFailed
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, ImageRecord, Region
 from tests.chat_server import Reply, serving
 from tests.machinery import alone
 from tests.models.greedy import greedy

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.models import prompts
+from paracaption.pipeline.models import prompts
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "prompts"
 
@@ -70,7 +70,7 @@ def test_answers_are_held_against_the_schema(name, answer, accepted):
 
 def test_the_longest_category_fits_its_tokens_and_the_filter():
     """One byte may be one token: nothing that matches is cut short, or called no phrase by the filter."""
-    from filters.category import core_category
+    from paracaption.filters.category import core_category
 
     prompt = prompts.load("extract_category")
     longest = " ".join(["a" * 19] * 4)

@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 
-from pipeline import rle
-from pipeline.models import sam, segmenting
-from pipeline.models.sam import SamSegmenter
-from schemas.errors import ConfigError, OutOfMemory
+from paracaption.pipeline import rle
+from paracaption.pipeline.models import sam, segmenting
+from paracaption.pipeline.models.sam import SamSegmenter
+from paracaption.schemas.errors import ConfigError, OutOfMemory
 from tests.synthetic import scene
 from tests.tiny.sam import plain_sam, write_sam
 

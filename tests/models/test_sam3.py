@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline import rle
-from pipeline.models import segmenting
-from pipeline.models.sam3 import Sam3Segmenter
-from schemas.errors import ConfigError, OutOfMemory
+from paracaption.pipeline import rle
+from paracaption.pipeline.models import segmenting
+from paracaption.pipeline.models.sam3 import Sam3Segmenter
+from paracaption.schemas.errors import ConfigError, OutOfMemory
 from tests.synthetic import scene
 from tests.tiny.sam import write_sam3
 
@@ -318,8 +318,8 @@ def test_wrong_options_are_named(options, told):
 def test_both_segmenters_evidence_and_scores_arrive_in_the_ledger(checkpoint, tmp_path):
     import pyarrow.parquet as pq
 
-    from pipeline.evidence import EvidenceStore, Resegmented
-    from schemas.config import Backend
+    from paracaption.pipeline.evidence import EvidenceStore, Resegmented
+    from paracaption.schemas.config import Backend
     from tests.building import build, config_of, drops
     from tests.synthetic import write_sa1b
     from tests.tiny.sam import write_sam

@@ -7,11 +7,11 @@ import tarfile
 
 import pytest
 
-from filters.masks import usable, whole_objects
-from pipeline import rle
-from pipeline.sources import open_source
-from schemas.config import Limits, Masks
-from schemas.records import Drop
+from paracaption.filters.masks import usable, whole_objects
+from paracaption.pipeline import rle
+from paracaption.pipeline.sources import open_source
+from paracaption.schemas.config import Limits, Masks
+from paracaption.schemas.records import Drop
 from tests.models.sample import SAMPLES, sample_config
 from tests.shared_data import shared_data
 

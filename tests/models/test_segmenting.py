@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from pipeline.models.segmenting import to_candidates, to_rles
+from paracaption.pipeline.models.segmenting import to_candidates, to_rles
 
 
 @settings(max_examples=200, deadline=None)
@@ -64,9 +64,9 @@ def test_a_gpu_finds_what_a_cpu_finds(tmp_path):
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    from pipeline import rle
-    from pipeline.models.sam import SamSegmenter
-    from pipeline.models.sam3 import Sam3Segmenter
+    from paracaption.pipeline import rle
+    from paracaption.pipeline.models.sam import SamSegmenter
+    from paracaption.pipeline.models.sam3 import Sam3Segmenter
     from tests.synthetic import scene
     from tests.tiny.sam import write_sam, write_sam3
 

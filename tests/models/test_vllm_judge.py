@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from pipeline import models
-from pipeline.models import Answer, Question
-from pipeline.models.margins import ChoiceTokens
-from pipeline.models.prompts import load, parse
-from pipeline.models.vllm_judge import VllmJudge, defused
-from schemas.config import Backend
-from schemas.errors import BadRecord, ConfigError
-from schemas.reasons import Reason
+from paracaption.pipeline import models
+from paracaption.pipeline.models import Answer, Question
+from paracaption.pipeline.models.margins import ChoiceTokens
+from paracaption.pipeline.models.prompts import load, parse
+from paracaption.pipeline.models.vllm_judge import VllmJudge, defused
+from paracaption.schemas.config import Backend
+from paracaption.schemas.errors import BadRecord, ConfigError
+from paracaption.schemas.reasons import Reason
 from tests.machinery import alone
 from tests.models.conftest import ENGINE
 from tests.models.greedy import greedy

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from pipeline import activity, gpus, stages
-from pipeline.activity import Activity
-from pipeline.events import Event, EventLog
+from paracaption.pipeline import activity, gpus, stages
+from paracaption.pipeline.activity import Activity
+from paracaption.pipeline.events import Event, EventLog
 from tests.building import config_of
 from tests.pipeline.test_workers import NUM_IMAGES, Bench
 from tests.synthetic import write_coconut

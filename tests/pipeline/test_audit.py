@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import audit, plan
-from pipeline.sources import open_source
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError
-from schemas.reasons import Reason
+from paracaption.pipeline import audit, plan
+from paracaption.pipeline.sources import open_source
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.reasons import Reason
 from tests import synthetic
 from tests.shared_data import shared_data
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from pipeline import capacity, plan_view, rates, shards
-from pipeline.capacity import Size, balance
-from pipeline.events import EventLog
-from pipeline.rates import Rates, StageRate, SubsetRates
-from schemas.config import BuildConfig
-from schemas.errors import ConfigError
+from paracaption.pipeline import capacity, plan_view, rates, shards
+from paracaption.pipeline.capacity import Size, balance
+from paracaption.pipeline.events import EventLog
+from paracaption.pipeline.rates import Rates, StageRate, SubsetRates
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import ConfigError
 
 COCONUT = ["source", "usable_masks", "caption", "verify_category", "clean_text", "write"]
 

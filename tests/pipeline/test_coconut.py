@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from pipeline import rle
-from pipeline.sources import open_source
-from pipeline.sources.categories import load, plain
-from schemas.config import BuildConfig, CoconutSource, Limits
-from schemas.errors import ConfigError
-from schemas.reasons import Reason
+from paracaption.pipeline import rle
+from paracaption.pipeline.sources import open_source
+from paracaption.pipeline.sources.categories import load, plain
+from paracaption.schemas.config import BuildConfig, CoconutSource, Limits
+from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.reasons import Reason
 from tests.shared_data import shared_data
 
 LIMITS = Limits()

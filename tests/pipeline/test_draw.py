@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import draw, rle
-from pipeline.draw import Mark
-from schemas.errors import ConfigError
-from schemas.records import Rle
+from paracaption.pipeline import draw, rle
+from paracaption.pipeline.draw import Mark
+from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.records import Rle
 from tests import committed
 
 PHOTO = np.full((120, 160, 3), 128, np.uint8)

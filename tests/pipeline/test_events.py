@@ -3,7 +3,7 @@ import logging
 import os
 import socket
 
-from pipeline.events import Event, EventLog, EventReader
+from paracaption.pipeline.events import Event, EventLog, EventReader
 
 
 def test_an_event_comes_back_as_it_was_emitted(tmp_path):

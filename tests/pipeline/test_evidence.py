@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.evidence import Captioned, EvidenceStore, Judged, Resegmented, digest, fingerprint
+from paracaption.pipeline.evidence import Captioned, EvidenceStore, Judged, Resegmented, digest, fingerprint
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
-from pipeline import export, files, reader
-from schemas.errors import ConfigError, IntegrityError
+from paracaption.pipeline import export, files, reader
+from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests import committed
 
 

@@ -1,9 +1,9 @@
 import pytest
 from rich.console import Console
 
-from pipeline import corpus, inspect, plots
-from pipeline.inspect import Sample
-from schemas.errors import ConfigError
+from paracaption.pipeline import corpus, inspect, plots
+from paracaption.pipeline.inspect import Sample
+from paracaption.schemas.errors import ConfigError
 from tests import committed
 
 

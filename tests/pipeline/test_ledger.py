@@ -2,9 +2,9 @@ import hashlib
 
 import pytest
 
-from pipeline.ledger import Place, index_schema, ledger_schema, ledger_table, write_table
-from schemas.reasons import Reason
-from schemas.records import SCORES, Blob, Drop, ImageRecord, Region, Rle
+from paracaption.pipeline.ledger import Place, index_schema, ledger_schema, ledger_table, write_table
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import SCORES, Blob, Drop, ImageRecord, Region, Rle
 
 
 def region(number: int, **changes) -> Region:

@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from pipeline import stages
-from pipeline.models.memory import Batches
-from pipeline.shards import Draft
-from schemas.errors import OutOfMemory
+from paracaption.pipeline import stages
+from paracaption.pipeline.models.memory import Batches
+from paracaption.pipeline.shards import Draft
+from paracaption.schemas.errors import OutOfMemory
 from tests.building import drops
 from tests.pipeline.test_workers import NUM_IMAGES, Bench
 from tests.synthetic import write_coconut
@@ -43,7 +43,7 @@ def test_an_image_that_does_not_fit_alone_is_dropped_with_the_reason(tmp_path):
     told = bench.worker([*bench.stages[1:], "write"])(row)
     draft = msgspec.msgpack.decode(told["draft"], type=Draft)
     assert draft.manifest.dropped == {"caption/model_error": 5}
-    from pipeline import shards
+    from paracaption.pipeline import shards
 
     shards.commit(bench.folder, draft)
     assert {why for _, _, why in drops(bench.out, "coconut").values()} == {

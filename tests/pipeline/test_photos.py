@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import photos
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
-from schemas.records import Blob, ImageRecord
+from paracaption.pipeline import photos
+from paracaption.schemas.errors import BadRecord
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, ImageRecord
 
 LIMIT = 1_000_000
 

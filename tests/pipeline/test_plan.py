@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import plan
-from pipeline.sources import CatalogEntry
-from schemas import manifest as manifests
-from schemas.config import BuildConfig, Sa1bSource
-from schemas.errors import IntegrityError
-from schemas.manifest import FileEntry, Manifest
-from schemas.reasons import Reason
-from schemas.records import Blob, Drop
+from paracaption.pipeline import plan
+from paracaption.pipeline.sources import CatalogEntry
+from paracaption.schemas import manifest as manifests
+from paracaption.schemas.config import BuildConfig, Sa1bSource
+from paracaption.schemas.errors import IntegrityError
+from paracaption.schemas.manifest import FileEntry, Manifest
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, Drop
 
 
 class FakeSource:

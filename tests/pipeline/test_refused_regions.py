@@ -3,11 +3,11 @@
 import msgspec
 import pytest
 
-from pipeline import plan, shards, sources, stages
-from pipeline.evidence import EvidenceStore
-from pipeline.shards import Draft
-from pipeline.workers import Job, Unit, Worker
-from schemas.reasons import ERRORS, Reason
+from paracaption.pipeline import plan, shards, sources, stages
+from paracaption.pipeline.evidence import EvidenceStore
+from paracaption.pipeline.shards import Draft
+from paracaption.pipeline.workers import Job, Unit, Worker
+from paracaption.schemas.reasons import ERRORS, Reason
 from tests.building import config_of
 from tests.synthetic import write_coconut
 

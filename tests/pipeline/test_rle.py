@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from pycocotools import mask as coco
 
-from pipeline import rle
-from schemas.errors import BadRecord
-from schemas.reasons import Reason
+from paracaption.pipeline import rle
+from paracaption.schemas.errors import BadRecord
+from paracaption.schemas.reasons import Reason
 from tests.shared_data import shared_data
 
 LABELS = st.sampled_from([0, 1, 2, 255, 256, 65_536, 2**24 - 1, 2**32 - 1])

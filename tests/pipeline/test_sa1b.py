@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import files, photos, rle
-from pipeline.sources import open_source
-from schemas.config import BuildConfig, Limits, Sa1bSource
-from schemas.errors import ConfigError
-from schemas.reasons import Reason
+from paracaption.pipeline import files, photos, rle
+from paracaption.pipeline.sources import open_source
+from paracaption.schemas.config import BuildConfig, Limits, Sa1bSource
+from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.reasons import Reason
 from tests.shared_data import shared_data
 
 LIMITS = Limits()

@@ -10,11 +10,11 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import files, shards
-from schemas.errors import IntegrityError, StageFailed
-from schemas.manifest import encode
-from schemas.reasons import Reason
-from schemas.records import Blob, Drop, ImageRecord, Region, Rle
+from paracaption.pipeline import files, shards
+from paracaption.schemas.errors import IntegrityError, StageFailed
+from paracaption.schemas.manifest import encode
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, Drop, ImageRecord, Region, Rle
 
 UNIT = "coconut-000000"
 DROP = Drop("verify_category", Reason.CATEGORY_WRONG, "margin -0.4")

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import corpus, plan, shards, verify
-from pipeline.ledger import write_table
-from schemas import manifest as manifests
-from schemas.errors import ConfigError
+from paracaption.pipeline import corpus, plan, shards, verify
+from paracaption.pipeline.ledger import write_table
+from paracaption.schemas import manifest as manifests
+from paracaption.schemas.errors import ConfigError
 from tests import committed
 
 UNIT = "coconut-000000"
@@ -359,7 +359,7 @@ def test_a_corpus_that_is_not_merged_yet_is_a_note(tmp_path):
 def test_many_problems_of_one_kind_are_counted_and_not_all_listed(out):
     edit_ledger(out, lambda row: row["rle_counts"] is not None, area=1)
     assert len([p for p in found(out) if "area says 1" in p]) == 16
-    from pipeline import verify_unit
+    from paracaption.pipeline import verify_unit
 
     unit = verify_unit._Unit(out, "coconut", out / "coconut/manifests/coconut-000000.json")
     for i in range(50):

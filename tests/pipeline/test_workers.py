@@ -6,15 +6,15 @@ import math
 import msgspec
 import pytest
 
-from pipeline import plan, shards, sources, stages
-from pipeline.events import EventLog, EventReader
-from pipeline.evidence import EvidenceStore
-from pipeline.shards import Draft
-from pipeline.stages import FilterStage
-from pipeline.workers import GIVE_UP_AFTER, Job, Journal, Unit, Worker, _Bisection
-from schemas.errors import BadRecord, EngineLost, StageFailed
-from schemas.reasons import Reason
-from schemas.records import Blob, ImageRecord, Region, Rle
+from paracaption.pipeline import plan, shards, sources, stages
+from paracaption.pipeline.events import EventLog, EventReader
+from paracaption.pipeline.evidence import EvidenceStore
+from paracaption.pipeline.shards import Draft
+from paracaption.pipeline.stages import FilterStage
+from paracaption.pipeline.workers import GIVE_UP_AFTER, Job, Journal, Unit, Worker, _Bisection
+from paracaption.schemas.errors import BadRecord, EngineLost, StageFailed
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, ImageRecord, Region, Rle
 from tests.building import calls, config_of
 from tests.synthetic import write_coconut
 
@@ -214,7 +214,7 @@ def test_a_wrong_number_of_answers_is_an_error_and_never_matched(tmp_path, answe
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_judge_with_a_wrong_number_of_answers_is_an_error(tmp_path, coconut, count):
-    from pipeline.models import Answer
+    from paracaption.pipeline.models import Answer
 
     class Miscounting:
         def ask(self, questions):
@@ -370,7 +370,7 @@ def test_a_backend_that_cannot_start_again_fails_this_unit_and_the_next(tmp_path
     def gone(*_):
         raise OSError("no such device")
 
-    monkeypatch.setattr("pipeline.models.load", gone)
+    monkeypatch.setattr("paracaption.pipeline.models.load", gone)
     for _ in range(2):
         told = worker(bench.row)["failed"]
         assert told == "StageFailed: caption: the backend cannot start: OSError: no such device"

@@ -3,8 +3,8 @@ import json
 import msgspec
 import pytest
 
-from schemas.manifest import FileEntry, Manifest, decode, encode
-from schemas.reasons import Reason
+from paracaption.schemas.manifest import FileEntry, Manifest, decode, encode
+from paracaption.schemas.reasons import Reason
 
 
 def manifest(**changes) -> Manifest:

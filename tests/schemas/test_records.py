@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.reasons import ERRORS, Reason
-from schemas.records import Blob, Drop, ImageRecord, Region, Rle
-from schemas.sample import Sample, to_sample
+from paracaption.schemas.reasons import ERRORS, Reason
+from paracaption.schemas.records import Blob, Drop, ImageRecord, Region, Rle
+from paracaption.schemas.sample import Sample, to_sample
 
 DROP = Drop("source", Reason.CROWD, "many")
 

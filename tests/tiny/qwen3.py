@@ -142,7 +142,7 @@ def _write_tokenizer(folder: Path, merges: list[tuple[str, str]] | None) -> tupl
 def _learned(alphabet: list[str]) -> list[tuple[str, str]]:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    from pipeline.models import prompts
+    from paracaption.pipeline.models import prompts
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

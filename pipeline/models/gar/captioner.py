@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from pipeline.models import Checked, weights
-from pipeline.models.gar import checkpoint, export
-from pipeline.models.gar.ahead import ahead
-from pipeline.models.gar.checkpoint import GarConfig
-from pipeline.models.gar.prompt import TEMPLATE, Prompts
-from schemas.errors import ConfigError
-from schemas.records import ImageRecord, Region
+from ....schemas.errors import ConfigError
+from ....schemas.records import ImageRecord, Region
+from .. import Checked, weights
+from . import checkpoint, export
+from .ahead import ahead
+from .checkpoint import GarConfig
+from .prompt import TEMPLATE, Prompts
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from pipeline.models.engine import Engine, Request
+    from ..engine import Engine, Request
 
 VERSION = "1"
 """Of everything between the pixels and the text; part of the evidence digest."""
@@ -98,8 +98,8 @@ class GarCaptioner:
         language = export.prepare(self.options.model, self.options.language_model)
         import torch
 
-        from pipeline.models.gar.encoder import Encoder
-        from pipeline.models.gar.vision import load_vision
+        from .encoder import Encoder
+        from .vision import load_vision
 
         device = self.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         on_cpu = device == "cpu"
@@ -204,7 +204,7 @@ class GarCaptioner:
 
     def requests(self, images: list[ImageRecord]) -> Generator[Request]:
         """What the engine is asked about the live regions, each made when it is drawn."""
-        from pipeline.models.engine import Request
+        from ..engine import Request
 
         params = self.sampling()
         works = self.encoder.prepare(images, lambda image, region: _question(image, region) not in self._kept)
@@ -262,7 +262,7 @@ def _model_len(options: GarOptions, config: GarConfig, prompts: Prompts) -> int:
 
 def _start(options: GarOptions, language: Path, max_len: int, dtype: str, on_cpu: bool) -> Engine:
     """The engine on the exported language model, fed with embeddings only."""
-    from pipeline.models.engine import Engine
+    from ..engine import Engine
 
     settings: dict[str, Any] = {
         "dtype": dtype,

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.models import weights
-from schemas.errors import ConfigError
+from ....schemas.errors import ConfigError
+from .. import weights
 
 if TYPE_CHECKING:
     import torch

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import rle
-from pipeline.models.gar import image as cutting
-from pipeline.models.gar.checkpoint import GarConfig
-from pipeline.models.gar.prompt import PROMPT, Prompts
-from pipeline.models.gar.replay import Box, replay
-from pipeline.models.gar.vision import Vision
-from pipeline.models.memory import Batches
-from pipeline.photos import read_pixels
-from schemas.records import ImageRecord, Region
+from ....schemas.records import ImageRecord, Region
+from ... import rle
+from ...photos import read_pixels
+from ..memory import Batches
+from . import image as cutting
+from .checkpoint import GarConfig
+from .prompt import PROMPT, Prompts
+from .replay import Box, replay
+from .vision import Vision
 
 
 class Photo:

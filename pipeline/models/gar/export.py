@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.models import weights
-from pipeline.models.gar import checkpoint
-from pipeline.models.gar.checkpoint import GarConfig
-from schemas.errors import ConfigError
+from ....schemas.errors import ConfigError
+from .. import weights
+from . import checkpoint
+from .checkpoint import GarConfig
 
 if TYPE_CHECKING:
     import torch

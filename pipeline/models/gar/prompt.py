@@ -6,8 +6,8 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.models.gar.checkpoint import GarConfig
-from schemas.errors import ConfigError
+from ....schemas.errors import ConfigError
+from .checkpoint import GarConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

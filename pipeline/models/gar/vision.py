@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.models.gar import checkpoint
-from pipeline.models.gar.checkpoint import GarConfig
+from . import checkpoint
+from .checkpoint import GarConfig
 
 _EPS = 1e-5
 

@@ -1,0 +1,1 @@
+"""Masks in, verified region captions out, and the parallel region captioner trained from them."""
