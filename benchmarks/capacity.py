@@ -20,11 +20,11 @@ from pathlib import Path
 
 import yaml
 
-from paracaption.pipeline import capacity, rates
-from paracaption.pipeline.activity import run_folders
-from paracaption.pipeline.capacity import Size
 from paracaption.pipeline.config_file import load_config
-from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.corpus.events import EventReader
+from paracaption.pipeline.corpus.utilization import run_folders
+from paracaption.pipeline.executor import estimate, estimate_rates
+from paracaption.pipeline.executor.estimate import Size
 from tests.synthetic import write_coconut, write_sa1b
 
 SHARE = 10
@@ -86,13 +86,13 @@ def main() -> None:
         tenth = arguments.images // SHARE
         pilot, full = folder / "pilot", folder / "full"
         pilot_s = command(folder, {**base, "out": str(pilot)}, "--limit-images", str(tenth))
-        measured = rates.measure(pilot)
+        measured = estimate_rates.measure(pilot)
         config = load_config(folder / "pilot.yaml")
         sizes = {
             subset: Size(arguments.images, measured.subsets[subset].regions * SHARE) for subset in SUBSETS
         }
         cores = len(os.sched_getaffinity(0))
-        planned = capacity.plan(config, measured, sizes, cpus=cores)
+        planned = estimate.plan(config, measured, sizes, cpus=cores)
         full_s = command(folder, {**base, "out": str(full)})
         if os.environ.get("KEEP"):
             subprocess.run(["cp", "-r", name, os.environ["KEEP"]], check=True)

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paracaption.model_training import decode as decoder
-from paracaption.model_training.attention import dense_mask
-from paracaption.model_training.config import PerceptionDLMConfig
-from paracaption.model_training.decode import DecodeOptions
-from paracaption.model_training.model import PerceptionDLM, pixel_unshuffle
-from paracaption.model_training.processing import Batch, PerceptionDLMProcessor, collate
+from paracaption.model_training.decoding import sampler as decoder
+from paracaption.model_training.decoding.sampler import DecodeOptions
+from paracaption.model_training.model.attention import dense_mask
+from paracaption.model_training.model.config import PerceptionDLMConfig
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM, pixel_unshuffle
+from paracaption.model_training.model.processor import Batch, PerceptionDLMProcessor, collate
 
 WIDTH, HEIGHT, REGIONS, LENGTH, STEPS = 1024, 512, 6, 32, 32
 WANTED = {("none", 126_464): 3.5, ("none", 8_192): 1.15, ("exact", 126_464): 9.0, ("exact", 8_192): 4.0}

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.decoder import SPECIAL, TEXT, VISION
-from paracaption.model_training.attention import Pattern, Structure
-from paracaption.model_training.config import PerceptionDLMConfig
-from paracaption.model_training.model import PerceptionDLM
+from paracaption.model_training.model.attention import Pattern, Structure
+from paracaption.model_training.model.config import PerceptionDLMConfig
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 
 LENGTH = 32
 

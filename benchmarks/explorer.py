@@ -28,8 +28,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from paracaption.pipeline import ledger, rle
+from paracaption.filters import rle
 from paracaption.pipeline.config_file import dump_config
+from paracaption.pipeline.corpus import ledger
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.manifest import FileEntry, Manifest

@@ -34,7 +34,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from paracaption.pipeline import rle, sources
+from paracaption.filters import rle
+from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import load_config
 from paracaption.schemas.config import Limits
 from paracaption.schemas.records import ImageRecord, Region
@@ -321,9 +322,9 @@ class OneByOne:
 
     def caption(self, image: ImageRecord) -> list[list[int]]:
         """The tokens of each region."""
+        from paracaption.pipeline.io.photos import read_pixels
         from paracaption.pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
-        from paracaption.pipeline.models.gar.replay import replay
-        from paracaption.pipeline.photos import read_pixels
+        from paracaption.pipeline.models.gar.roi_align import replay
 
         torch, config, encoder = self.torch, self.encoder.config, self.encoder
         answers = []

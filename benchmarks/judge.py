@@ -18,10 +18,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from benchmarks.words import captions
-from paracaption.pipeline import stages
-from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.models.vllm_judge import VllmJudge
+from paracaption.pipeline.stages import base
 from paracaption.schemas.records import ImageRecord
 from tests.building import build, config_of
 from tests.synthetic import write_coconut
@@ -63,10 +63,10 @@ def main() -> None:
         config = type(config).model_validate({**config.model_dump(), "judge": judge, "captioner": captioner})
         print(VllmJudge.check(**judge["options"]).what)
         build(config, RayEngine())
-        report(root / "out", stages.coconut(config)[2])
+        report(root / "out", base.coconut(config)[2])
 
 
-def report(out: Path, stage: stages.ModelStage) -> None:
+def report(out: Path, stage: base.ModelStage) -> None:
     """Print what the evidence and the events of the build say."""
     folder = out / "coconut" / "evidence" / f"{stage.name}-{stage.evidence_digest}"
     rows = [row for path in folder.glob("*.parquet") for row in pq.ParquetFile(path).read().to_pylist()]

@@ -25,12 +25,13 @@ import psutil
 from PIL import Image, ImageDraw
 
 from benchmarks.decoder import SPECIAL
-from paracaption.model_training import imaging
-from paracaption.model_training.config import PerceptionDLMConfig
+from paracaption.filters import rle
 from paracaption.model_training.data import CorpusSource, DataOptions, Loader
-from paracaption.model_training.data.plan import Mixture, Plan, count_batches
-from paracaption.model_training.processing import PerceptionDLMProcessor
-from paracaption.pipeline import rle, shards
+from paracaption.model_training.data.epoch_plan import Mixture, Plan, count_batches
+from paracaption.model_training.model import tiling
+from paracaption.model_training.model.config import PerceptionDLMConfig
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
+from paracaption.pipeline.corpus import writer
 from paracaption.schemas.records import Blob, ImageRecord, Region
 
 SIZES = {"coco": (640, 480), "sa1b": (2250, 1500)}
@@ -69,7 +70,7 @@ def draw(size: tuple[int, int], regions: int, seed: int) -> tuple[bytes, list[np
 def write(out: Path, photos: list[tuple[bytes, list[np.ndarray]]]) -> None:
     """Commit one unit with the pipeline's own writer."""
     folder = out / "coconut"
-    shards.prepare(folder)
+    writer.prepare(folder)
     (out / "photos").mkdir()
     images = []
     for number, (data, masks) in enumerate(photos):
@@ -84,13 +85,13 @@ def write(out: Path, photos: list[tuple[bytes, list[np.ndarray]]]) -> None:
             f"image_{number}", "coconut", Blob(str(path)), width, height, "jpeg", path.name, regions
         )
         images.append(image)
-    shards.commit(folder, shards.write_unit(folder, "coconut-000000", images, "plan", "recipe"))
+    writer.commit(folder, writer.write_unit(folder, "coconut-000000", images, "plan", "recipe"))
 
 
 def bare(data: bytes, tile: int, most: int) -> list[np.ndarray]:
     """Decode and stretch, no more."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    grid = imaging.tile_grid(*image.size, tile, most)
+    grid = tiling.tile_grid(*image.size, tile, most)
     sizes = [(grid[0] * tile, grid[1] * tile)] + [(tile, tile)] * (grid != (1, 1))
     return [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
 

@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from paracaption.pipeline import plan, shards, sources
+from paracaption.pipeline import sources
+from paracaption.pipeline.corpus import work_list, writer
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.manifest import FileEntry, Manifest
@@ -76,9 +77,9 @@ def pending(config: BuildConfig) -> tuple[int, int]:
     num_images = left = 0
     for subset in config.subsets:
         folder = Path(config.out) / subset
-        shards.prepare(folder)
-        planned = plan.make_plan(sources.open_source(config, subset), config, folder)
-        left += len(plan.pending(planned, folder / "manifests", "recipe"))
+        writer.prepare(folder)
+        planned = work_list.make_plan(sources.open_source(config, subset), config, folder)
+        left += len(work_list.pending(planned, folder / "manifests", "recipe"))
         num_images += planned.num_images
     return num_images, left
 
@@ -87,9 +88,9 @@ def commit_most(config: BuildConfig) -> None:
     """Write the manifests of nine units in ten."""
     for subset in config.subsets:
         folder = Path(config.out) / subset
-        planned = plan.load_plan(folder)
+        planned = work_list.load_plan(folder)
         for index in range(int(planned.num_units * COMMITTED)):
-            entries = plan.read_unit(folder / "plan" / plan.TABLE, index)
+            entries = work_list.read_unit(folder / "plan" / work_list.TABLE, index)
             unit = planned.unit_name(index)
             entry = FileEntry(f"ledger/{unit}.parquet", 1, "0" * 64)
             kept = {e.key: SEGMENTS_EACH for e in entries}

@@ -21,10 +21,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from paracaption.pipeline import rle
+from paracaption.filters import rle
+from paracaption.pipeline.models.masks import products_in
 from paracaption.pipeline.models.sam import SamSegmenter
 from paracaption.pipeline.models.sam3 import Sam3Segmenter
-from paracaption.pipeline.models.segmenting import products_in
 from paracaption.schemas.records import Rle
 from tests.synthetic import scene
 from tests.tiny.sam import write_sam, write_sam3

@@ -27,7 +27,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import paracaption.flows  # noqa: F401 - switches telemetry off
-from paracaption.pipeline.events import EventReader
+from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.executor.ray_data import RayEngine
 from tests.building import build, config_of
 from tests.synthetic import write_coconut

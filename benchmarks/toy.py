@@ -22,9 +22,12 @@ from typing import Any
 
 import yaml
 
-from paracaption.model_training import curves, describe, evaluation, journal, regions, toy
-from paracaption.model_training.decode import DecodeOptions
-from paracaption.model_training.toy_marks import compare
+from paracaption.model_training.decoding import caption_photo, read_regions
+from paracaption.model_training.decoding.sampler import DecodeOptions
+from paracaption.model_training.evaluation import held_out as evaluation
+from paracaption.model_training.toy import world as toy
+from paracaption.model_training.toy.scores import compare
+from paracaption.model_training.train import curves, metrics
 from paracaption.pipeline.config_file import load_training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,8 +82,8 @@ def _run(*command: str | Path) -> None:
 
 def marks(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any]:
     """A trained model's marks in parallel and one by one."""
-    model, processor = describe.load(folder / "model", "cpu")
-    found = compare(model, processor, list(regions.scenes(held_out)), options)
+    model, processor = caption_photo.load(folder / "model", "cpu")
+    found = compare(model, processor, list(read_regions.scenes(held_out)), options)
     return {name: {**each._asdict(), "predicted": each.predicted[:6]} for name, each in found.items()}
 
 
@@ -122,7 +125,7 @@ def main() -> None:
         for variant in args.variants or VARIANTS:
             folder = train(variant, args.steps, args.alone)
             found = marks(folder, held_out, options)
-            records = journal.read(folder)
+            records = metrics.read(folder)
             result = {
                 "folder": str(folder),
                 "steps": records[-1]["step"],

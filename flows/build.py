@@ -20,7 +20,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from ..pipeline import activity, card
+from ..pipeline.corpus import card, utilization
 from ..pipeline.executor import driver, ray_data
 from ..pipeline.executor.progress import Progress
 from ..schemas.config import BuildConfig
@@ -119,7 +119,7 @@ class _Artifacts:
         )
 
 
-def _activity(stage: activity.StageActivity | None) -> dict[str, Any]:
+def _activity(stage: utilization.StageActivity | None) -> dict[str, Any]:
     """A model stage's actors in the table: start-up, share of time in calls, the backend's own numbers."""
     if stage is None:
         return {}

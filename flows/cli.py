@@ -69,9 +69,9 @@ def audit(
     ] = None,
 ) -> None:
     """Read the sources without any model and report every problem."""
-    from ..pipeline import audit as auditing
     from ..pipeline import sources
     from ..pipeline.config_file import load_config
+    from ..pipeline.executor import audit as auditing
 
     loaded = load_config(config)
     total = auditing.Found()
@@ -88,7 +88,7 @@ def audit(
 @app.command()
 def verify(out: Out) -> None:
     """Check every promise that a corpus makes; exit code 1 names what is broken."""
-    from ..pipeline import verify as verifying
+    from ..pipeline.corpus import verify as verifying
 
     report = verifying.verify(out)
     print(report.text())
@@ -100,7 +100,7 @@ def inspect(out: Out) -> None:
     """Show the funnel, and samples of what was kept and of what was dropped and why."""
     from rich.console import Console
 
-    from ..pipeline import inspect as inspecting
+    from ..pipeline.corpus import inspect as inspecting
 
     Console().print(inspecting.inspect(out))
 
@@ -108,7 +108,7 @@ def inspect(out: Out) -> None:
 @app.command()
 def show(out: Out, key: str, picture: Annotated[Path, typer.Option("--out", help="PNG to write.")]) -> None:
     """Draw one image with its masks and captions."""
-    from ..pipeline import draw
+    from ..pipeline.io import draw
 
     draw.show(out, key, picture)
     print(picture)
@@ -156,20 +156,21 @@ def doctor(
     """Check packages, GPUs, models, inputs and the output before a run; exit code 1 on a FAIL."""
     from rich.console import Console
 
-    from ..pipeline import config_file, findings
+    from ..pipeline import config_file
+    from ..pipeline.executor import findings
 
     _one_kind("doctor", training, evaluation)
     if training:
-        from ..model_training import preflight
+        from . import preflight
 
         loaded = config_file.load_training(config)
         found = list(preflight.training(loaded, on_cluster=ray_address is not None))
     elif evaluation:
-        from ..model_training import preflight
+        from . import preflight
 
         found = list(preflight.evaluation(config_file.load_evaluation(config)))
     else:
-        from ..pipeline import doctor as examining
+        from ..pipeline.executor import doctor as examining
 
         found = examining.examine(config_file.load_config(config), ray_address)
     Console().print(findings.render(found))
@@ -201,9 +202,9 @@ def plan(
     """Plan a build from a pilot: GPU-hours, wall time, the bottleneck, GPUs per stage, bytes."""
     from rich.console import Console
 
-    from ..pipeline import plan_view
-    from ..pipeline import rates as measuring
     from ..pipeline.config_file import load_config
+    from ..pipeline.executor import estimate_rates as measuring
+    from ..pipeline.executor import estimate_view
 
     loaded = load_config(config)
     pilot = run or Path(loaded.out)
@@ -212,8 +213,8 @@ def plan(
         print(measuring.dump(measured), end="")
         return
     known = None if rates or not (pilot / "config.yaml").exists() else load_config(pilot / "config.yaml")
-    sizes = plan_view.sizes_of(loaded, measured, images or [], corpus)
-    Console().print(plan_view.render(loaded, measured, sizes, gpus, cpus, known))
+    sizes = estimate_view.sizes_of(loaded, measured, images or [], corpus)
+    Console().print(estimate_view.render(loaded, measured, sizes, gpus, cpus, known))
 
 
 models = typer.Typer(help="Make checkpoints ready for the models that need it.", no_args_is_help=True)
@@ -251,7 +252,7 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of weights that are drawn.")] = 0,
 ) -> None:
     """Convert a PerceptionDLM between the published layout and ours, or make a new one of its parts."""
-    from ..model_training import convert as converting
+    from ..model_training.convert import published as converting
 
     if (path is None) == (language is None):
         raise ConfigError("models convert: name a PerceptionDLM's folder, or LLaDA's with --language")
@@ -273,11 +274,9 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, or go on from the last checkpoint; `config` with --training prints every key."""
-    from ..model_training import preflight
-    from ..pipeline import findings
     from ..pipeline.config_file import load_training
-    from ..pipeline.executor import ray_data
-    from . import launch
+    from ..pipeline.executor import findings, ray_data
+    from . import launch, preflight
 
     loaded = load_training(config)
     findings.refuse(preflight.training(loaded, wait, on_cluster=ray_address is not None))
@@ -347,31 +346,31 @@ def caption(
     """Caption the regions of a photo, all in parallel."""
     from rich.console import Console
 
-    from ..model_training import describe, regions
-    from ..model_training import trace as tracing
+    from ..model_training.decoding import caption_photo, read_regions
+    from ..model_training.decoding import trace as tracing
 
     options = {"strategy": strategy, "steps": steps, "length": length, "threshold": threshold}
     options |= {"temperature": temperature, "top_p": top_p, "seed": seed, "cache": cache}
     options |= {"refresh_every": refresh_every, "compare": compare}
-    describe.check_outputs(picture, trace, json)
-    scene = regions.read(image, masks, key)
+    caption_photo.check_outputs(picture, trace, json)
+    scene = read_regions.read(image, masks, key)
     notices = Console(stderr=True)
     for line in scene.left_out:
         notices.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
     with notices.status("loading the model"):
-        loaded = describe.load(model, device, dtype)
+        loaded = caption_photo.load(model, device, dtype)
     with notices.status(f"captioning {len(scene.regions)} regions"):
-        answer = describe.describe(loaded, scene, options, regions_per_call)
+        answer = caption_photo.describe(loaded, scene, options, regions_per_call)
         if trace is not None:
-            tracing.write(describe.trace_of(loaded, answer, regions_per_call), trace)
+            tracing.write(caption_photo.trace_of(loaded, answer, regions_per_call), trace)
     if picture is not None:
-        describe.write_picture(answer, picture)
+        caption_photo.write_picture(answer, picture)
     if json == "-":
-        print(describe.to_json(answer), end="")
+        print(caption_photo.to_json(answer), end="")
         return
     if json is not None:
-        describe.write_record(answer, json)
-    Console().print(describe.render(answer))
+        caption_photo.write_record(answer, json)
+    Console().print(caption_photo.render(answer))
     for path in filter(None, (json, picture, trace)):
         print(path)
 
@@ -388,7 +387,7 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder for the export.")],
 ) -> None:
     """Write the corpus in another format; photos as files where the format names them by path."""
-    from ..pipeline import export as exporting
+    from ..pipeline.corpus import export as exporting
 
     for path in exporting.export(out, format, to):
         print(path)
@@ -397,8 +396,8 @@ def export(
 @app.command()
 def merge(config: Config) -> None:
     """Make index, statistics, plots and dataset card anew; `build` does it at its end."""
-    from ..pipeline import corpus
     from ..pipeline.config_file import load_config
+    from ..pipeline.corpus import merge as corpus
     from ..pipeline.executor import driver
 
     loaded = load_config(config)
@@ -412,8 +411,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the corpus goes.")] = Path("out/demo"),
 ) -> None:
     """Build both subsets of the bundled sample and draw a contact sheet."""
-    from ..pipeline import draw
     from ..pipeline.config_file import load_config
+    from ..pipeline.io import draw
 
     sample = Path(str(resources.files("paracaption") / "samples" / "build.yaml")).resolve()
     loaded = load_config(sample).model_copy(update={"out": str(out.resolve())})
@@ -474,8 +473,7 @@ def _build(
     retry_failed: bool = False,
 ) -> None:
     """Build, starting nothing where there is nothing to do or only to merge; then the summary."""
-    from ..pipeline import findings, preflight
-    from ..pipeline.executor import driver
+    from ..pipeline.executor import driver, findings, preflight
     from ..pipeline.executor.local import LocalEngine
     from ..pipeline.executor.ray_data import RayEngine
 
@@ -512,7 +510,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
-        from ..pipeline import findings
+        from ..pipeline.executor import findings
 
         if error.name is None or error.name.partition(".")[0] not in findings.MODULES:
             raise

@@ -26,10 +26,9 @@ def evaluate(
     """Examine a captioner: benchmarks with a judge, toy world, cost. Goes on where it was interrupted."""
     from rich.console import Console
 
-    from ..model_training import preflight
-    from ..pipeline import findings
     from ..pipeline.config_file import load_evaluation
-    from . import launch
+    from ..pipeline.executor import findings
+    from . import launch, preflight
 
     loaded = load_evaluation(config)
     findings.refuse(preflight.evaluation(loaded))
@@ -54,7 +53,7 @@ def profile(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Measure what captioning costs against regions, parallelism, lengths, steps, thresholds, caches."""
-    from ..model_training import profile as measuring
+    from ..model_training.evaluation import profile as measuring
     from ..schemas.evaluation import ProfileConfig
 
     given: dict[str, Any] = {"scenes": scenes, "images": images, "repeats": repeats}
@@ -80,7 +79,7 @@ def make(
     images: Annotated[int, typer.Option(min=1, help="At most; the most easily confused first.")] = 100,
 ) -> None:
     """Make a benchmark of a corpus: regions easily confused, questions drafted, a page to review them."""
-    from ..model_training.benchmarks import make as making
+    from ..model_training.evaluation import make as making
     from ..pipeline.config_file import load_judge
 
     with views.counting_parts() as show:

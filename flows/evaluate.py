@@ -50,7 +50,7 @@ def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
 @step
 def write_captions(config: EvaluateConfig, bench: Bench) -> None:
     """Caption the images that have no captions yet."""
-    from ..model_training.benchmarks import examine
+    from ..model_training.evaluation import examine
 
     examine.caption(bench, config.backend(), _folder(config, bench), watch.counter.get())
 
@@ -58,7 +58,7 @@ def write_captions(config: EvaluateConfig, bench: Bench) -> None:
 @step
 def ask_judge(config: EvaluateConfig, bench: Bench) -> None:
     """Have the questions answered that have no answer yet."""
-    from ..model_training.benchmarks import examine
+    from ..model_training.evaluation import examine
 
     assert config.judge
     examine.judge(bench, config.judge, _folder(config, bench), watch.counter.get())
@@ -67,7 +67,7 @@ def ask_judge(config: EvaluateConfig, bench: Bench) -> None:
 @step
 def mark(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
     """Score the answers; details, summary and page in the benchmark's folder."""
-    from ..model_training.benchmarks import examine, page
+    from ..model_training.evaluation import examine, page
 
     folder = _folder(config, bench)
     result = examine.to_plain(examine.score(bench, config.judge, folder))
@@ -80,12 +80,13 @@ def mark(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
 @step
 def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
     """On a toy world's held-out scenes: captions that say the whole truth, and what is a neighbour's."""
-    from ..model_training import regions, toy_marks
-    from ..model_training.benchmarks import captioners, lines
+    from ..model_training.decoding import read_regions
+    from ..model_training.evaluation import captioners, lines
+    from ..model_training.toy import scores
 
     assert config.toy
     given = captioners.model_options(config.backend())
-    marks = toy_marks.compare(*given.load(), list(regions.scenes(config.toy)), given.decoding())
+    marks = scores.compare(*given.load(), list(read_regions.scenes(config.toy)), given.decoding())
     found = {name: each._replace(predicted=[])._asdict() for name, each in marks.items()}
     out = Path(config.out) / config.label
     out.mkdir(parents=True, exist_ok=True)
@@ -96,8 +97,7 @@ def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
 @step
 def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
     """Latency against regions and all else that the paper's figures show."""
-    from ..model_training import profile
-    from ..model_training.benchmarks import captioners
+    from ..model_training.evaluation import captioners, profile
 
     assert config.profile
     given = captioners.model_options(config.backend())
@@ -113,7 +113,7 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
 @step
 def remember(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, Any]:
     """Add a line to the history; the model, the judge and the release are in it."""
-    from ..model_training.benchmarks import captioners, judges, lines
+    from ..model_training.evaluation import captioners, judges, lines
 
     judge = config.judge and judges.identity(config.judge)
     record = {

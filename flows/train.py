@@ -59,25 +59,25 @@ def wait_for_corpora(config: TrainConfig) -> None:
 @step
 def train(config: TrainConfig, ray_address: str | None) -> dict[str, Any]:
     """Train from the last checkpoint on, and write the model."""
-    from ..model_training import launch
+    from ..model_training.train import ray_train
     from ..pipeline.executor import ray_data
 
     ray_data.check_address(ray_address)
-    outcome = launch.train(config, ray_address, watch.trainer.get())
+    outcome = ray_train.train(config, ray_address, watch.trainer.get())
     return {"steps": outcome.steps, "skipped": outcome.skipped, "model": str(outcome.model)}
 
 
 @step
 def publish_curves(config: TrainConfig) -> None:
     """The loss as a picture, OUT/loss.png, and the last steps in numbers."""
-    from ..model_training import curves, journal
+    from ..model_training.train import curves, metrics
 
     out = Path(config.out)
     curves.draw({out.name: out}, out / "loss.png")
     create_markdown_artifact(key="training-loss", markdown=f"# {out}\n\n{embedded(out / 'loss.png')}\n")
     rows = [
         {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
-        for record in journal.read(out)[-1:]
+        for record in metrics.read(out)[-1:]
     ]
     create_table_artifact(key="training-last-step", table=rows, description=f"{out}: the last step")
 
@@ -85,11 +85,11 @@ def publish_curves(config: TrainConfig) -> None:
 @step
 def evaluate(config: TrainConfig, model: str) -> dict[str, Any]:
     """Caption images that were not trained on; pictures and numbers in OUT/evaluation."""
-    from ..model_training import evaluation
+    from ..model_training.evaluation import held_out
 
     assert config.evaluation
-    summary = evaluation.evaluate(Path(model), config.evaluation, Path(config.out), config.device)
-    folder = Path(config.out) / evaluation.FOLDER
+    summary = held_out.evaluate(Path(model), config.evaluation, Path(config.out), config.device)
+    folder = Path(config.out) / held_out.FOLDER
     pictures = sorted((folder / "pictures").iterdir())
     lines = [f"# {model}", "", "| | |", "| --- | --- |"]
     lines += [

@@ -15,7 +15,7 @@ from ..schemas.errors import ParaCaptionError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..model_training.profile import Row
+    from ..model_training.evaluation.profile import Row
     from ..pipeline.executor.progress import Progress
 
 

@@ -12,7 +12,7 @@ from ..schemas.config import Backend, BuildConfig
 from ..schemas.errors import ConfigError
 from ..schemas.evaluation import EvaluateConfig, Judge
 from ..schemas.training import TrainConfig
-from . import files
+from .io import files
 
 _Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
 

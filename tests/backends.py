@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from paracaption.pipeline import rle
+from paracaption.filters import rle
 from paracaption.pipeline.models import Answer, Candidate, Question
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.reasons import Reason

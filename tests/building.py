@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paracaption.pipeline import shards
+from paracaption.pipeline.corpus import writer
 from paracaption.pipeline.executor import Engine, driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.executor.progress import Progress
@@ -81,7 +81,7 @@ def committed(out: Path) -> dict[str, str]:
     return {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for subset in ("coconut", "sa1b")
-        for folder in shards.FOLDERS
+        for folder in writer.FOLDERS
         for path in sorted((out / subset / folder).glob("*"))
     }
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from paracaption.filters import text
-from paracaption.pipeline import plan, shards, sources
+from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import dump_config
-from paracaption.pipeline.stages import mark
+from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.stages.base import mark
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Drop, ImageRecord, Region
@@ -64,25 +65,25 @@ def write(
     )
     for subset in config.subsets:
         folder = out / subset
-        shards.prepare(folder)
+        writer.prepare(folder)
         source = sources.open_source(config, subset)
-        planned = plan.make_plan(source, config, folder)
+        planned = work_list.make_plan(source, config, folder)
         for index in range(planned.num_units):
             images = [source.read(entry, config.limits) for entry in planned.read_unit(index)]
             decide(images, config)
-            draft = shards.write_unit(folder, planned.unit_name(index), images, planned.digest, RECIPE)
-            shards.commit(folder, draft)
+            draft = writer.write_unit(folder, planned.unit_name(index), images, planned.digest, RECIPE)
+            writer.commit(folder, draft)
     (out / "config.yaml").write_text(dump_config(config))
     return config
 
 
 @cache
 def _original() -> Path:
-    from paracaption.pipeline import corpus
+    from paracaption.pipeline.corpus import merge
 
     out = Path(mkdtemp(prefix="paracaption-committed-")) / "out"
     write(out)
-    corpus.merge(out)
+    merge.merge(out)
     return out
 
 

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from paracaption.pipeline import corpus, sources, verify
+from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import dump_config
+from paracaption.pipeline.corpus import merge, verify
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 from tests.building import build
@@ -285,7 +286,7 @@ def messy(tmp_path_factory):
     )
     build(config)
     (out / "config.yaml").write_text(dump_config(config))
-    corpus.merge(out, config)
+    merge.merge(out, config)
     rows: dict[tuple[str, str], list[dict]] = {}
     for subset in config.subsets:
         for path in sorted((out / subset / "ledger").glob("*.parquet")):

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from paracaption.pipeline import verify
+from paracaption.pipeline.corpus import verify
 from tests.building import calls, config_of
 from tests.machinery import alone
 from tests.synthetic import write_coconut

@@ -23,11 +23,12 @@ import pytest
 import webdataset as wds
 import yaml
 
-from paracaption.pipeline import models, verify
-from paracaption.pipeline.events import Event, EventReader
+from paracaption.pipeline import models
+from paracaption.pipeline.corpus import verify
+from paracaption.pipeline.corpus.events import Event, EventReader
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
-from paracaption.pipeline.workers import Note
+from paracaption.pipeline.executor.worker import Note
 from paracaption.schemas.config import BuildConfig
 from tests.building import committed
 from tests.machinery import alone

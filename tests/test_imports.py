@@ -44,7 +44,7 @@ print(*[f"{file}: {sorted(found)}" for file, found in ours.items() if len(found)
 def test_every_module_but_the_networks_themselves_leaves_torch_and_ray_alone():
     script = """
 import importlib, pkgutil, sys
-networks = {f"paracaption.pipeline.models.gar.{name}" for name in ("encoder", "replay", "vision")}  # torch
+networks = {f"paracaption.pipeline.models.gar.{name}" for name in ("encoder", "roi_align", "vision")}  # torch
 for package in ("paracaption.schemas", "paracaption.filters", "paracaption.pipeline"):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
         if module.name not in networks:

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from paracaption.pipeline import corpus, verify
 from paracaption.pipeline.config_file import dump_config
+from paracaption.pipeline.corpus import merge, verify
 from paracaption.schemas.config import BuildConfig
 from tests.building import build
 from tests.shared_data import shared_data
@@ -59,7 +59,7 @@ def real(tmp_path_factory):
     )
     build(config)
     (out / "config.yaml").write_text(dump_config(config))
-    corpus.merge(out, config)
+    merge.merge(out, config)
     return out
 
 

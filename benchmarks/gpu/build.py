@@ -57,8 +57,8 @@ def config_of(folder: Path, machine: Machine) -> dict[str, Any]:
 def _build(folder: Path, machine: Machine) -> Measured:
     import yaml
 
-    from paracaption.pipeline.activity import Activity
-    from paracaption.pipeline.events import EventReader
+    from paracaption.pipeline.corpus.events import EventReader
+    from paracaption.pipeline.corpus.utilization import Activity
 
     path = folder / "build.yaml"
     path.write_text(yaml.safe_dump(config_of(folder, machine)))

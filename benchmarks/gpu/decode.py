@@ -22,10 +22,10 @@ from benchmarks.decoder import LENGTH, Costs
 from benchmarks.gpu import perceptiondlm
 from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
 from benchmarks.gpu.rows import Measured, Rows
-from paracaption.model_training import decode as decoder
-from paracaption.model_training.decode import DecodeOptions
-from paracaption.model_training.model import PerceptionDLM
-from paracaption.model_training.processing import Batch, collate
+from paracaption.model_training.decoding import sampler as decoder
+from paracaption.model_training.decoding.sampler import DecodeOptions
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM
+from paracaption.model_training.model.processor import Batch, collate
 
 SIZE = (1536, 1024)
 STEPS, TINY_STEPS = 32, 4

@@ -23,10 +23,10 @@ from torch import Tensor
 from benchmarks.gpu import perceptiondlm
 from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
 from benchmarks.gpu.rows import Measured, Rows, free
-from paracaption.model_training import diffusion, parts
-from paracaption.model_training import team as teams
-from paracaption.model_training.model import Images, PerceptionDLM, Tokens
-from paracaption.model_training.processing import pack
+from paracaption.model_training.model.perceptiondlm import Images, PerceptionDLM, Tokens
+from paracaption.model_training.model.processor import pack
+from paracaption.model_training.train import build, loss
+from paracaption.model_training.train import distributed as teams
 
 SIZE, IMAGES, REGIONS, WORDS = (1024, 512), 3, 6, 32
 STEPS = 5
@@ -120,16 +120,16 @@ def _model(machine: Machine, case: Case) -> PerceptionDLM:
     config = perceptiondlm.config_of(machine.tiny, case.layers)
     model = perceptiondlm.make(config, machine, torch.float32, case.attention)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parts.part_of(name) in case.trained)
+        parameter.requires_grad_(build.part_of(name) in case.trained)
     if case.lora:
-        parts.add_lora(model, LORA, seed=0)  # pyright: ignore[reportArgumentType]
+        build.add_lora(model, LORA, seed=0)  # pyright: ignore[reportArgumentType]
         model.to(machine.device)  # peft makes its matrices on the CPU
     return model
 
 
 def _steps(machine: Machine, case: Case, model: PerceptionDLM, team: teams.Team) -> Measured:
     batch = batch_of(model, machine.device)
-    trained = parts.trained(model)
+    trained = build.trained(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
     generator = torch.Generator().manual_seed(0)
     seconds, flops = [], []
@@ -173,9 +173,9 @@ def _step(
 ) -> int:
     """Noise, loss, gradients, clipping and a step, in the trainer's order; the number of masked tokens."""
     any_batch: Any = batch
-    noised = diffusion.draw(any_batch, diffusion.Noise(), generator)
+    noised = loss.draw(any_batch, loss.Noise(), generator)
     with teams.computing(team):
-        found = diffusion.loss(model, any_batch, noised)
+        found = loss.loss(model, any_batch, noised)
     (found.total / batch.weight_E.sum()).backward()
     norm = float(teams.total_norm(trained.values()))
     limit = torch.tensor(norm, device=team.device)
@@ -197,4 +197,4 @@ def batch_of(model: PerceptionDLM, device: torch.device) -> TrainBatch:
 def _flops(model: PerceptionDLM, batch: TrainBatch, num_logits: int) -> float:
     counts = torch.bincount(batch.tokens.structure.sample_BL.flatten())
     views, tokens = len(batch.images.views_N3SS), batch.tokens.ids_BL.numel()
-    return parts.step_flops(model, tokens, int((counts**2).sum()), views, num_logits)
+    return build.step_flops(model, tokens, int((counts**2).sum()), views, num_logits)

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from ...pipeline import files, photos
+from ...pipeline.io import files, photos
 from ...schemas.errors import BadRecord, BadSample, ConfigError
 from ...schemas.records import Blob
-from .. import imaging
-from ..attention import SHARED
-from ..processing import ANSWER, HEAD, Example
+from ..model import tiling
+from ..model.attention import SHARED
+from ..model.processor import ANSWER, HEAD, Example
 from .corpus import token_lists, tokenizer_digest, views_of
 from .options import ConversationSource
 from .table import Table, Writer, cached
@@ -30,7 +30,7 @@ from .table import Table, Writer, cached
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..processing import PerceptionDLMProcessor
+    from ..model.processor import PerceptionDLMProcessor
 
 IMAGE = "<image>"
 _NEXT = "\n<|start_header_id|>user<|end_header_id|>\n"
@@ -196,11 +196,11 @@ def lay_out(
     """
     config = processor.config
     tower = config.vision_config
-    grid = imaging.tile_grid(*photo.size, tower.image_size, config.max_tiles)
-    views = imaging.num_views(grid)
+    grid = tiling.tile_grid(*photo.size, tower.image_size, config.max_tiles)
+    views = tiling.num_views(grid)
     said = say(record, views, processor, lambda text: token_lists(processor, [text])[0], name)
     example = Example(
-        views=imaging.cut_image(photo, tower.image_size, grid),
+        views=tiling.cut_image(photo, tower.image_size, grid),
         prompts=np.zeros((views, config.num_prompts, config.patches_per_side**2), bool),
         grid=grid,
         boxes=[],
@@ -227,7 +227,7 @@ def _path(source: ConversationSource, record: Record) -> str:
 def _write(folder: Path, source: ConversationSource, processor: PerceptionDLMProcessor) -> None:
     writer, digest = Writer(folder), hashlib.sha256()
     records = _records(source)
-    most = imaging.num_views((processor.config.max_tiles, 1))
+    most = tiling.num_views((processor.config.max_tiles, 1))
     with ThreadPoolExecutor(_PROBES) as pool:
         while some := list(itertools.islice(records, _AT_ONCE)):
             sizes = list(pool.map(lambda each: _size(source, *each), some))

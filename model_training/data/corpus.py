@@ -19,14 +19,15 @@ import numpy as np
 import yaml
 from pydantic import ValidationError
 
-from ...pipeline import corpus, files, plan, reader
+from ...pipeline.corpus import merge, reader, work_list
+from ...pipeline.io import files
 from ...schemas import manifest as manifests
 from ...schemas.config import BuildConfig
 from ...schemas.errors import BadSample, ConfigError, IntegrityError
 from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import Sample
-from .. import imaging
+from ..model import tiling
 from .options import CorpusSource, DataOptions
 from .order import even_groups, keys_of, num_groups, varied_groups
 from .table import Table, Writer, cached
@@ -34,7 +35,7 @@ from .table import Table, Writer, cached
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ..processing import PerceptionDLMProcessor
+    from ..model.processor import PerceptionDLMProcessor
 
 _log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def unfinished(source: CorpusSource) -> str:
     try:
         built = BuildConfig.model_validate(yaml.safe_load(files.read(Blob(f"{out}/config.yaml"))))
         names = source.subsets or tuple(built.subsets)
-        planned = {name: _num_units(f"{out}/{name}/plan/{plan.SUMMARY}") for name in names}
+        planned = {name: _num_units(f"{out}/{name}/plan/{work_list.SUMMARY}") for name in names}
         units, _, fresh = _committed(replace(source, subsets=names))
     except FileNotFoundError as error:
         return f"{error.filename or error}: not there yet"
@@ -299,8 +300,8 @@ def _manifest(path: str, data: bytes) -> Manifest:
 def _is_fresh(out: str, digests: dict[str, str]) -> bool:
     """Whether the index was merged from these very manifests."""
     try:
-        stats = files.read(Blob(f"{out.rstrip('/')}/{corpus.STATS}"))
-        summary = msgspec.json.decode(stats, type=corpus.CorpusSummary)
+        stats = files.read(Blob(f"{out.rstrip('/')}/{merge.STATS}"))
+        summary = msgspec.json.decode(stats, type=merge.CorpusSummary)
         size = files.size_of(Blob(f"{out.rstrip('/')}/{reader.INDEX}"))
     except (OSError, msgspec.MsgspecError, UnicodeError):
         return False
@@ -414,7 +415,7 @@ def views_of(sizes: np.ndarray, processor: PerceptionDLMProcessor) -> np.ndarray
     """How many views images of such sizes have: (N, 2) width and height to (N,)."""
     tile, most = processor.config.vision_config.image_size, processor.config.max_tiles
     kinds, which = np.unique(sizes, axis=0, return_inverse=True)
-    views = [imaging.num_views(imaging.tile_grid(w, h, tile, most)) for w, h in kinds.tolist()]
+    views = [tiling.num_views(tiling.tile_grid(w, h, tile, most)) for w, h in kinds.tolist()]
     return np.array(views)[which.ravel()]
 
 

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from .conversations import open_conversations
 from .corpus import open_corpus
+from .epoch_plan import Mixture, Pick, Plan, count_batches
 from .options import ConversationSource, CorpusSource, DataOptions, Workers
-from .plan import Mixture, Pick, Plan, count_batches
 from .samples import BatchMaker, TrainBatch
 from .table import cached, default_cache
 
 if TYPE_CHECKING:
-    from ..processing import PerceptionDLMProcessor
+    from ..model.processor import PerceptionDLMProcessor
 
 
 class Loader:

@@ -9,22 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...pipeline import photos, rle
+from ...filters import rle
+from ...pipeline.io import photos
 from ...schemas.errors import BadRecord, BadSample
 from ...schemas.records import Blob
 from ...schemas.sample import SampleRegion
-from ..imaging import Runs
-from ..model import Images, Tokens
-from ..processing import Example, collate, pack
+from ..model.perceptiondlm import Images, Tokens
+from ..model.processor import Example, collate, pack
+from ..model.tiling import Runs
 from . import conversations
 from .conversations import Conversations
 from .corpus import Corpus, token_lists
+from .epoch_plan import Pick
 from .options import DataOptions
 from .order import shuffled
-from .plan import Pick
 
 if TYPE_CHECKING:
-    from ..processing import PerceptionDLMProcessor
+    from ..model.processor import PerceptionDLMProcessor
 
 FILLER = "filler"
 """The name of an example that only keeps all ranks at the same number of steps; its weight is 0."""

@@ -13,7 +13,7 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 
-from ...pipeline import files
+from ...pipeline.io import files
 
 _ROWS, _DATA, _ABOUT = "rows.bin", "data.bin", "about.json"
 

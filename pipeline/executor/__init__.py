@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from ...schemas.config import BuildConfig
-    from ..plan import Plan
-    from ..shards import Draft
-    from ..stages import Stage
-    from ..workers import Job
+    from ..corpus.work_list import Plan
+    from ..corpus.writer import Draft
+    from ..stages.base import Stage
+    from .worker import Job
 
 
 class Engine(Protocol):

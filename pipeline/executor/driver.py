@@ -23,16 +23,18 @@ import msgspec
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, StageFailed
 from ...schemas.reasons import ERRORS
-from .. import audit, corpus, files, shards, sources
-from .. import plan as plans
+from .. import sources
 from ..config_file import dump_config
-from ..events import EventLog, EventReader
-from ..shards import Draft
+from ..corpus import merge, writer
+from ..corpus import work_list as plans
+from ..corpus.events import EventLog, EventReader
+from ..corpus.writer import Draft
+from ..io import files
 from ..sources import SOURCE_STAGE
-from ..stages import RECIPES, ModelStage, recipe_digest
-from ..workers import Job
-from . import Engine
+from ..stages.base import RECIPES, ModelStage, recipe_digest
+from . import Engine, audit
 from .progress import Progress, StageProgress, Watch
+from .worker import Job
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def build(
     engine.check(config)
     with locked(Path(config.out)):
         if is_finished(config, limit_images, retry_failed):
-            return msgspec.to_builtins(corpus.read_summary(config.out))
+            return msgspec.to_builtins(merge.read_summary(config.out))
         step(write_config)(config)
         for subset in config.subsets:
             plan = step(make_plan)(config, subset, limit_images)
@@ -95,14 +97,14 @@ def write_config(config: BuildConfig) -> None:
         with files.write_atomic(Path(config.out) / "config.yaml") as file:
             file.write(dump_config(config).encode())
     except OSError as error:
-        raise shards.write_failed(Path(config.out), error) from error
+        raise writer.write_failed(Path(config.out), error) from error
 
 
 def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> plans.Plan:
     """Cut the subset into units, or take the plan that is there if the source is still the same."""
     folder = Path(config.out) / subset
-    shards.prepare(folder)
-    shards.sweep(folder)
+    writer.prepare(folder)
+    writer.sweep(folder)
     return plans.make_plan(sources.open_source(config, subset), config, folder, limit_images)
 
 
@@ -158,7 +160,7 @@ def build_units(
     recipe = recipe_digest(stages, config)
     job = Job(config, subset, str(folder), plan.digest, recipe, str(run_folder), idle)
     progress = Progress(subset, pending=len(units))
-    steps = [SOURCE_STAGE, *(stage.name for stage in stages), shards.WRITE_STAGE]
+    steps = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
     progress.stages = {name: StageProgress() for name in steps}
     events = EventLog(run_folder, "driver")
     events.emit("begun")
@@ -180,7 +182,7 @@ def build_units(
         raise
     events.emit("ended")
     tick(moved=True)
-    shards.sweep(folder)  # what a worker of an earlier, broken run was still writing when this one began
+    writer.sweep(folder)  # what a worker of an earlier, broken run was still writing when this one began
     for stack in run_folder.glob("stack-*.txt"):
         stack.unlink()
     shutil.rmtree(folder / "journal", ignore_errors=True)
@@ -189,7 +191,7 @@ def build_units(
 
 def merge_corpus(config: BuildConfig) -> dict[str, Any]:
     """One index, statistics, plots and the dataset card over all committed units."""
-    return corpus.merge(Path(config.out), config)
+    return merge.merge(Path(config.out), config)
 
 
 # What the steps ask.
@@ -235,7 +237,7 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
             return False
     except (OSError, UnicodeError):
         return False
-    return is_built(config, limit_images, retry_failed) and corpus.is_merged(out)
+    return is_built(config, limit_images, retry_failed) and merge.is_merged(out)
 
 
 def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
@@ -262,7 +264,7 @@ def _new_run(config: BuildConfig, subset: str) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise shards.write_failed(Path(config.out), error) from error
+        raise writer.write_failed(Path(config.out), error) from error
     return folder
 
 
@@ -285,7 +287,7 @@ def failed_units(folder: Path, plan: plans.Plan) -> list[int]:
     failed = []
     for index in range(plan.num_units):
         try:
-            record = shards.read_manifest(folder / "manifests" / f"{plan.unit_name(index)}.json")
+            record = writer.read_manifest(folder / "manifests" / f"{plan.unit_name(index)}.json")
         except FileNotFoundError:
             continue
         reasons = {key.partition("/")[2] for key in record.dropped} | set(record.images_dropped)
@@ -322,7 +324,7 @@ def locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a+")
     except OSError as error:
-        raise shards.write_failed(out, error) from error
+        raise writer.write_failed(out, error) from error
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -362,7 +364,7 @@ class _Committer:
 
     def abandon(self) -> None:
         for draft in self.suspects:
-            shards.discard(draft)
+            writer.discard(draft)
         self.suspects = []
 
     def _release(self) -> None:
@@ -377,7 +379,7 @@ class _Committer:
 
     def _commit(self, draft: Draft) -> None:
         start = time.perf_counter()
-        shards.commit(self.folder, draft)
+        writer.commit(self.folder, draft)
         record = draft.manifest
         self.events.emit(
             "committed",

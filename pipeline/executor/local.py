@@ -20,12 +20,13 @@ from pathlib import Path
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
-from .. import gpus, shards
-from .. import plan as plans
-from ..shards import Draft
+from ..corpus import work_list as plans
+from ..corpus import writer
+from ..corpus.writer import Draft
 from ..sources import SOURCE_STAGE
-from ..stages import RECIPES, ModelStage, Stage
-from ..workers import STACK_MARK, Job, Worker, draft_of
+from ..stages.base import RECIPES, ModelStage, Stage
+from . import gpus
+from .worker import STACK_MARK, Job, Worker, draft_of
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class LocalEngine:
             StageFailed: a backend cannot start, or the output cannot be written.
         """
         with (
-            Worker(job, [SOURCE_STAGE, *stages, shards.WRITE_STAGE], on_event=tick) as worker,
+            Worker(job, [SOURCE_STAGE, *stages, writer.WRITE_STAGE], on_event=tick) as worker,
             _stalls_logged(worker.stack_path, job.config.failures.stall_s),
         ):
             for index in units:

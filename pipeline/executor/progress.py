@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from ...schemas.errors import StageStalled
-from ..activity import Activity, StageActivity
-from ..events import EventReader
-from ..workers import STACK_MARK
+from ..corpus.events import EventReader
+from ..corpus.utilization import Activity, StageActivity
+from .worker import STACK_MARK
 
 STALL_GRACE_S = 5.0
 """The workers dump their stacks at `stall_s`; the driver looks a little later."""

@@ -25,13 +25,13 @@ from typing import Any
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed
-from .. import plan as plans
-from .. import shards
-from ..events import EventLog
-from ..shards import Draft
+from ..corpus import work_list as plans
+from ..corpus import writer
+from ..corpus.events import EventLog
+from ..corpus.writer import Draft
 from ..sources import SOURCE_STAGE
-from ..stages import RECIPES, FilterStage, ModelStage, Stage
-from ..workers import Job, Worker, draft_of
+from ..stages.base import RECIPES, FilterStage, ModelStage, Stage
+from .worker import Job, Worker, draft_of
 
 Steps = list[list[FilterStage | ModelStage | str]]
 
@@ -133,7 +133,7 @@ def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:
     unless `io.concurrency` says how many they have.
     """
     apart: Steps = [[SOURCE_STAGE]]
-    for stage in [*stages, shards.WRITE_STAGE]:
+    for stage in [*stages, writer.WRITE_STAGE]:
         if isinstance(stage, ModelStage) or (isinstance(apart[-1][-1], ModelStage)):
             apart.append([stage])
         else:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import duckdb
 
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
-from .. import corpus, reader
+from ..corpus import merge, reader
 from .query import CATEGORY, Query
 
 T = TypeVar("T")
@@ -142,9 +142,9 @@ class Catalog:
         """Names of the subsets, sorted."""
         return [name for name, _ in self.version]
 
-    def counts(self, subset: str) -> corpus.Counts:
+    def counts(self, subset: str) -> merge.Counts:
         """Funnel and counts, as the terminal shows them."""
-        return self.remember(("counts", subset), lambda: corpus.count(self.out, subset))
+        return self.remember(("counts", subset), lambda: merge.count(self.out, subset))
 
     def remember(self, what: Any, make: Callable[[], T], most: int = 256) -> T:
         """What `make` returns, kept until other units are committed."""
@@ -288,7 +288,7 @@ class Catalog:
 
         def listed() -> list[str]:
             with contextlib.suppress(ParaCaptionError):
-                subsets = corpus.read_summary(self.out).subsets.values()
+                subsets = merge.read_summary(self.out).subsets.values()
                 ranked = sorted(
                     (pair for each in subsets for pair in each.categories), key=lambda pair: -pair[1]
                 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ...schemas.config import BuildConfig
-from .. import plots
+from ..corpus import plots
 from .catalog import Catalog
 from .query import plain
 from .whatif import THRESHOLDS

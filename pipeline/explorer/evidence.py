@@ -13,7 +13,7 @@ import msgspec
 
 from ...filters import category
 from ...schemas.records import Rle
-from ..evidence import Judged, Resegmented
+from ..stages.evidence import Judged, Resegmented
 
 _STAGES = {"verify_category": Judged, "extract_category": Judged, "agree_with_segmenter": Resegmented}
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...filters import rle
 from ...schemas.errors import BadRecord, ParaCaptionError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Rle
-from .. import draw, files, photos, plan, rle
-from ..draw import Mark
+from ..corpus import work_list
+from ..io import draw, files, photos
+from ..io.draw import Mark
 from .catalog import Catalog
 
 PHOTO_SIDE = 1600
@@ -120,7 +122,7 @@ class Pictures:
             return Blob(where, kept["photo_offset"], kept["photo_length"])
         folder = self.catalog.out / first["subset"]
         try:
-            entries = plan.load_plan(folder).read_unit(int(first["unit"].rpartition("-")[2]))
+            entries = work_list.load_plan(folder).read_unit(int(first["unit"].rpartition("-")[2]))
         except (ParaCaptionError, ValueError) as error:
             raise BadRecord(Reason.PHOTO_MISSING, f"{first['key']}: {error}") from error
         found = next((entry.photo for entry in entries if entry.key == first["key"] and entry.photo), None)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...schemas.errors import ConfigError, ParaCaptionError
-from .. import files, inspect
-from .marks import KEPT
+from ..corpus import inspect
+from ..io import files
+from .reviews import KEPT
 from .server import Explorer
 
 NAME = "report.html"

@@ -16,13 +16,13 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse,
 from ...schemas.config import BuildConfig
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
 from ...schemas.records import Rle
-from .. import activity, corpus, plots
+from ..corpus import merge, plots, utilization
 from . import charts, evidence, training, whatif
 from .access import Guard
 from .catalog import PAGE, Catalog, Place
-from .marks import KEPT, Marks
 from .pictures import MOST_DRAWN, Pictures, color_of, halo_of, hexadecimal, layers, outline
 from .query import MEASURES, Query, plain
+from .reviews import KEPT, Marks
 
 STATIC = {"explorer.css": "text/css", "explorer.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _CACHE = {"Cache-Control": "private, max-age=300"}
@@ -59,7 +59,7 @@ class Explorer:
     @property
     def config(self) -> BuildConfig:
         """That of the last build; read again when other units are committed."""
-        return self.catalog.remember("config", lambda: corpus.read_config(self.catalog.out))
+        return self.catalog.remember("config", lambda: merge.read_config(self.catalog.out))
 
     def html(self, template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
         """A page."""
@@ -131,7 +131,7 @@ def templates() -> jinja2.Environment:
 def stage_costs(out: Path, subset: str, config: BuildConfig) -> list[dict[str, Any]]:
     """See `Explorer.stages`. GPU seconds are those of the actors, with the configuration's GPUs for each."""
     rows = []
-    for name, stage in activity.of_runs(out, subset).items():
+    for name, stage in utilization.of_runs(out, subset).items():
         protocol = _PROTOCOLS.get(name)
         gpus = getattr(config, protocol).num_gpus if protocol else 0.0
         rows.append(

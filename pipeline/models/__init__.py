@@ -100,17 +100,17 @@ class Segmenter(Protocol):
 
 BACKENDS = {
     "captioner": {
-        "classical": "paracaption.pipeline.models.classical:ClassicalCaptioner",
+        "classical": "paracaption.pipeline.models.embedded.classical:ClassicalCaptioner",
         "gar": "paracaption.pipeline.models.gar.captioner:GarCaptioner",
         "openai": "paracaption.pipeline.models.openai_compatible:OpenAICaptioner",
     },
     "judge": {
-        "lexical": "paracaption.pipeline.models.lexical:LexicalJudge",
+        "lexical": "paracaption.pipeline.models.embedded.lexical:LexicalJudge",
         "openai": "paracaption.pipeline.models.openai_compatible:OpenAIJudge",
         "vllm": "paracaption.pipeline.models.vllm_judge:VllmJudge",
     },
     "segmenter": {
-        "grabcut": "paracaption.pipeline.models.grabcut:GrabCutSegmenter",
+        "grabcut": "paracaption.pipeline.models.embedded.grabcut:GrabCutSegmenter",
         "sam": "paracaption.pipeline.models.sam:SamSegmenter",
         "sam3": "paracaption.pipeline.models.sam3:Sam3Segmenter",
     },

@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
+from ...filters import rle
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region
-from .. import photos, rle
+from ..io import photos
 from . import Answer, Checked, Question, prompts
 from .chat_client import Ask, ChatClient, ServerOptions, validate
-from .margins import margin_of_text
+from .logprob_margin import margin_of_text
 from .options import read_options
 from .vllm_judge import PROMPTS
 

@@ -19,10 +19,11 @@ import numpy as np
 from msgspec import Meta
 
 from ...schemas.errors import ConfigError
-from . import Candidate, Checked, weights
-from .memory import Batches
+from ..io import weights
+from . import Candidate, Checked
+from .batching import Batches
+from .masks import find_device, products_in, to_candidates
 from .options import read_options
-from .segmenting import find_device, products_in, to_candidates
 
 if TYPE_CHECKING:
     import torch

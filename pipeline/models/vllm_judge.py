@@ -22,8 +22,9 @@ from msgspec import Meta
 
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
-from . import Answer, Checked, Question, prompts, weights
-from .margins import ChoiceTokens
+from ..io import weights
+from . import Answer, Checked, Question, prompts
+from .logprob_margin import ChoiceTokens
 from .options import read_options
 from .prompts import Prompt
 

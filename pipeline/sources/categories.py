@@ -12,8 +12,8 @@ import msgspec
 
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
-from .. import files
-from . import documents
+from ..io import files
+from . import coco_json
 
 _PLAIN = {
     "floor-wood": "wooden floor",
@@ -93,7 +93,7 @@ def table_of(raw: Any, where: str) -> Table:
     for place, row in enumerate(rows):
         match row:
             case {"id": int(number), "name": str(name)}:
-                if not documents.problem_of(name):
+                if not coco_json.problem_of(name):
                     categories.append(Category(number, plain(name), bool(row.get("isthing", 1))))
             case _:
                 detail = json.dumps(row)[:80]

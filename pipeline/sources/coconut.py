@@ -12,15 +12,23 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ...filters import rle
 from ...schemas.config import CoconutSource, Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
-from .. import files, photos, rle
-from . import CatalogEntry, Note, categories, documents, labels, names
+from ..io import files, photos
+from . import (
+    CatalogEntry,
+    Note,
+    categories,
+    coco_json,
+    file_names,
+    label_maps,
+)
 from .categories import Category, Table
-from .checks import drop, photo_notes
-from .documents import Annotation, Image
+from .coco_json import Annotation, Image
+from .common import drop, photo_notes
 
 
 class Record(msgspec.Struct, omit_defaults=True):
@@ -83,13 +91,13 @@ class Coconut:
     def __init__(self, sources: list[CoconutSource]):
         self.sources = sources
         self.notes: list[Note] = []
-        self._listings: dict[str, names.Listing] = {}
+        self._listings: dict[str, file_names.Listing] = {}
         self._labelled: dict[str, set[str]] = {}
 
     def fingerprint(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for source in self.sources:
-            for url in names.expand_all(source.annotations, "coconut.annotations"):
+            for url in file_names.expand_all(source.annotations, "coconut.annotations"):
                 found[url] = (
                     self._list(url, "coconut.annotations").digest()
                     if files.is_folder(url)
@@ -105,9 +113,9 @@ class Coconut:
         """Annotations in the order of their files, then the images of these files that have none."""
         self.notes = []
         self._labelled.clear()
-        keys = names.Keys()
+        keys = file_names.Keys()
         for place, source in enumerate(self.sources):
-            for url in names.expand_all(source.annotations, "coconut.annotations"):
+            for url in file_names.expand_all(source.annotations, "coconut.annotations"):
                 if source.layout == "parquet":
                     rows, leftover = list(self._parquet_rows(url, source)), []
                 elif files.is_folder(url):
@@ -128,13 +136,13 @@ class Coconut:
 
     # The catalog.
 
-    def _list(self, folder: str, setting: str) -> names.Listing:
+    def _list(self, folder: str, setting: str) -> file_names.Listing:
         if folder not in self._listings:
-            self._listings[folder] = names.list_folder(folder, setting)
+            self._listings[folder] = file_names.list_folder(folder, setting)
         return self._listings[folder]
 
     def _document_rows(self, url: str, source: CoconutSource) -> tuple[list[_Row], list[Image]]:
-        document = documents.read_document(url)
+        document = coco_json.read_document(url)
         table = self._table_of(document, url, source)
         images = document.images or []
         by_id = {image.id: image for image in reversed(images) if image.id is not None}
@@ -146,18 +154,18 @@ class Coconut:
             if image is None and annotation.file_name:  # rows without an id are joined by their name
                 if by_stem is None:
                     named = [image for image in reversed(images) if image.file_name]
-                    by_stem = {names.stem(image.file_name or ""): image for image in named}
-                image = by_stem.get(names.stem(annotation.file_name))
+                    by_stem = {file_names.stem(image.file_name or ""): image for image in named}
+                image = by_stem.get(file_names.stem(annotation.file_name))
             if image is not None:
                 used.add(id(image))
             rows.append(_Row(image, annotation, functools.partial(_record, image, annotation, table), url))
         return rows, [image for image in images if id(image) not in used]
 
-    def _table_of(self, document: documents.Document, url: str, source: CoconutSource) -> Table:
+    def _table_of(self, document: coco_json.Document, url: str, source: CoconutSource) -> Table:
         if source.categories is not None or bytes(document.categories).strip() in (b"", b"[]", b"null"):
             return categories.load(source.categories)
         try:
-            return categories.table_of(documents.loads(bytes(document.categories)), url)
+            return categories.table_of(coco_json.loads(bytes(document.categories)), url)
         except ValueError as error:
             raise ConfigError(f"{url}: categories: {error}") from error
 
@@ -191,41 +199,46 @@ class Coconut:
                 ]
                 for group in range(parquet.num_row_groups):
                     for row, cells in enumerate(parquet.read_row_group(group, columns).to_pylist()):
-                        annotation = documents.as_annotation(cells.get("segments_info"))
+                        annotation = coco_json.as_annotation(cells.get("segments_info"))
                         info = cells.get("image_info")
-                        image = None if info is None else documents.as_image(info)
+                        image = None if info is None else coco_json.as_image(info)
                         record = functools.partial(_record, image, annotation, table, (group, row))
                         yield _Row(image, annotation, record, url)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise ConfigError(f"{url}: not a readable Parquet file: {error}; fetch it again") from error
 
     def _entries(
-        self, place: int, source: CoconutSource, rows: list[_Row], leftover: list[Image], keys: names.Keys
+        self,
+        place: int,
+        source: CoconutSource,
+        rows: list[_Row],
+        leftover: list[Image],
+        keys: file_names.Keys,
     ) -> Iterator[CatalogEntry]:
-        stems = {names.stem(_photo_name(row)) for row in rows}
+        stems = {file_names.stem(_photo_name(row)) for row in rows}
         listings = [self._list(folder, "coconut.photos") for folder in source.photos]
-        find_photo = names.Finder(listings, stems, names.PHOTO_ENDINGS, source.labels).find
+        find_photo = file_names.Finder(listings, stems, file_names.PHOTO_ENDINGS, source.labels).find
         find_label = None
         if source.layout == "panoptic" and source.labels is not None:
             label_listing = self._list(source.labels, "coconut.labels")
-            wanted = {names.stem(row.annotation.file_name or _photo_name(row)) for row in rows}
-            find_label = names.Finder([label_listing], wanted, names.LABEL_ENDINGS).find
+            wanted = {file_names.stem(row.annotation.file_name or _photo_name(row)) for row in rows}
+            find_label = file_names.Finder([label_listing], wanted, file_names.LABEL_ENDINGS).find
             self._labelled.setdefault(source.labels, set()).update(wanted)
         for number, row in enumerate(rows):
             yield self._entry(place, number, row, find_photo, find_label, keys)
         for image in leftover:
             name = image.file_name or str(image.id)
-            key, _ = keys.claim(names.stem(name))
+            key, _ = keys.claim(file_names.stem(name))
             dropped = drop(Reason.ANNOTATION_MISSING, f"{name}: listed under `images`, without an annotation")
             record = msgspec.json.encode(Record(image.width, image.height))
             yield CatalogEntry(key, place, None, None, record, name, dropped)
 
     def _entry(
-        self, place: int, number: int, row: _Row, find_photo: Any, find_label: Any, keys: names.Keys
+        self, place: int, number: int, row: _Row, find_photo: Any, find_label: Any, keys: file_names.Keys
     ) -> CatalogEntry:
         photo_name = _photo_name(row)
-        label_name = row.annotation.file_name or f"{names.stem(photo_name)}.png"
-        key, again = keys.claim(names.stem(photo_name) or f"{names.stem(row.home)}-{number}")
+        label_name = row.annotation.file_name or f"{file_names.stem(photo_name)}.png"
+        key, again = keys.claim(file_names.stem(photo_name) or f"{file_names.stem(row.home)}-{number}")
         photo = annotation = None
         dropped = None
         if row.annotation.problem:
@@ -234,7 +247,7 @@ class Coconut:
             )
         elif not photo_name:
             dropped = drop(Reason.ANNOTATION_UNREADABLE, f"{row.home}: annotation {number}: names no file")
-        elif not names.is_safe(photo_name) or not names.is_safe(label_name):
+        elif not file_names.is_safe(photo_name) or not file_names.is_safe(label_name):
             dropped = drop(
                 Reason.UNSAFE_NAME,
                 f"{row.home}: {photo_name!r}, {label_name!r}: outside its folder; not opened",
@@ -262,7 +275,7 @@ class Coconut:
     def _note_strays(self) -> None:
         for folder, wanted in self._labelled.items():
             for name in self._list(folder, "coconut.labels").names or ():
-                if name.lower().endswith(".png") and names.stem(name) not in wanted:
+                if name.lower().endswith(".png") and file_names.stem(name) not in wanted:
                     self.notes.append(Note("label_map_without_record", f"{folder}/{name}"))
         self._labelled.clear()
 
@@ -292,12 +305,12 @@ class Coconut:
         notes += photo_notes(entry.photo, entry.file_name, header)
 
         name, data = _label_bytes(entry.annotation, record.row)
-        size = labels.size_of(data, name)
+        size = label_maps.size_of(data, name)
         declared = (record.width or size[0], record.height or size[1])
         if not header[1:3] == size == declared:
             raise BadRecord(Reason.SIZE_MISMATCH, _sizes(header, size, record, where))
         largest = max((found.id for found in segments if isinstance(found, Segment)), default=0)
-        masks = rle.encode_label_map(labels.decode(data, name, largest))
+        masks = rle.encode_label_map(label_maps.decode(data, name, largest))
         _place_masks(regions, segments, masks, name)
         _note_segments(regions, segments, masks, name, notes)
 
@@ -305,7 +318,7 @@ class Coconut:
 def _photo_name(row: _Row) -> str:
     if row.image is not None and row.image.file_name:
         return row.image.file_name
-    return names.stem(row.annotation.file_name) + ".jpg" if row.annotation.file_name else ""
+    return file_names.stem(row.annotation.file_name) + ".jpg" if row.annotation.file_name else ""
 
 
 def _record(
@@ -338,8 +351,8 @@ def _read_record(data: bytes, limits: Limits, where: str) -> Record:
     try:
         return _RECORD.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        raw = documents.loads(data)  # NaN or a broken string inside the segments
-        segments = documents.as_raw(raw.pop("segments"))
+        raw = coco_json.loads(data)  # NaN or a broken string inside the segments
+        segments = coco_json.as_raw(raw.pop("segments"))
         record = msgspec.convert(raw, Record)
         record.segments = segments
         return record
@@ -355,12 +368,12 @@ def _read_info(url: str, limits: Limits) -> Record:
         detail = f"{url}: {len(data)} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
         raise BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
     try:
-        raw = documents.loads(data)
+        raw = coco_json.loads(data)
     except ValueError as error:
         raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{url}: not JSON: {error}") from error
     segments = raw.get("segments_info") if isinstance(raw, dict) else raw
-    size = documents.as_image(raw) if isinstance(raw, dict) else Image()
-    return Record(size.width, size.height, documents.as_raw(segments))
+    size = coco_json.as_image(raw) if isinstance(raw, dict) else Image()
+    return Record(size.width, size.height, coco_json.as_raw(segments))
 
 
 def _segments(raw: bytes, where: str) -> list[Segment | BadRecord]:
@@ -377,7 +390,7 @@ def _parsed_list(raw: bytes, where: str) -> list[Segment | BadRecord]:
         BadRecord: they are no list at all (only if `where` says what to name).
     """
     try:
-        values = documents.loads(raw)
+        values = coco_json.loads(raw)
     except ValueError:
         values = None
     if not isinstance(values, list):
@@ -386,7 +399,7 @@ def _parsed_list(raw: bytes, where: str) -> list[Segment | BadRecord]:
         return []
     found: list[Segment | BadRecord] = []
     for number, value in enumerate(values):
-        problem = documents.problem_of(value)
+        problem = coco_json.problem_of(value)
         if not problem:
             try:
                 found.append(msgspec.convert(value, Segment, strict=False))

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ...filters import rle
 from ...schemas.config import Limits, Sa1bSource
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Drop, ImageRecord, Region
-from .. import files, photos, rle
-from . import CatalogEntry, Note, documents, names
-from .checks import drop, photo_notes
+from ..io import files, photos
+from . import CatalogEntry, Note, coco_json, file_names
+from .common import drop, photo_notes
 
 
 class _Size(msgspec.Struct):
@@ -63,17 +64,17 @@ class Sa1b:
     def fingerprint(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for source in self.sources:
-            for url in names.expand_all(source.paths, "sa1b.paths"):
-                listed = names.list_folder(url, "sa1b.paths").digest() if files.is_folder(url) else None
+            for url in file_names.expand_all(source.paths, "sa1b.paths"):
+                listed = file_names.list_folder(url, "sa1b.paths").digest() if files.is_folder(url) else None
                 found[url] = listed or files.version(url)
         return found
 
     def catalog(self) -> Iterator[CatalogEntry]:
         """Tars and folders in the config's order; in each, pairs by their first member."""
         self.notes = []
-        keys = names.Keys()
+        keys = file_names.Keys()
         for place, source in enumerate(self.sources):
-            for url in names.expand_all(source.paths, "sa1b.paths"):
+            for url in file_names.expand_all(source.paths, "sa1b.paths"):
                 members = self._folder(url) if files.is_folder(url) else self._tar(url)
                 yield from self._pairs(place, url, members, keys)
 
@@ -88,7 +89,7 @@ class Sa1b:
     # The catalog.
 
     def _folder(self, folder: str) -> Iterator[_Member]:
-        for name in names.list_folder(folder, "sa1b.paths").names or ():
+        for name in file_names.list_folder(folder, "sa1b.paths").names or ():
             yield _Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
 
     def _tar(self, url: str) -> Iterator[_Member]:
@@ -119,19 +120,21 @@ class Sa1b:
                 raise ConfigError(f"{url}: broken at byte {broken}, no member can be read; fetch it again")
             detail = f"{url}: broken at byte {broken}; what follows cannot be read; fetch the tar again"
             yield _Member(
-                f"{names.stem(url)}-from-byte-{broken}.json", None, drop(Reason.ANNOTATION_UNREADABLE, detail)
+                f"{file_names.stem(url)}-from-byte-{broken}.json",
+                None,
+                drop(Reason.ANNOTATION_UNREADABLE, detail),
             )
 
     def _pairs(
-        self, place: int, url: str, members: Iterator[_Member], keys: names.Keys
+        self, place: int, url: str, members: Iterator[_Member], keys: file_names.Keys
     ) -> Iterator[CatalogEntry]:
         groups: dict[str, tuple[list[_Member], list[_Member]]] = {}
         for member in members:
-            ending = names.ending(member.name)
+            ending = file_names.ending(member.name)
             if ending == ".json":
-                groups.setdefault(names.stem(member.name), ([], []))[1].append(member)
-            elif ending in names.PHOTO_ENDINGS:
-                groups.setdefault(names.stem(member.name), ([], []))[0].append(member)
+                groups.setdefault(file_names.stem(member.name), ([], []))[1].append(member)
+            elif ending in file_names.PHOTO_ENDINGS:
+                groups.setdefault(file_names.stem(member.name), ([], []))[0].append(member)
             else:
                 self.notes.append(Note("other_file", f"{url}: {member.name}: neither photo nor JSON"))
         for stem, (pictures, texts) in groups.items():
@@ -194,8 +197,8 @@ def _checked(member: tarfile.TarInfo, url: str, size: int) -> _Member:
     while name.startswith("./"):
         name = name[2:]
     where = f"{url}: member {name!r}"
-    reason = Reason.ANNOTATION_UNREADABLE if names.ending(name) == ".json" else Reason.PHOTO_UNREADABLE
-    if not names.is_safe(name):
+    reason = Reason.ANNOTATION_UNREADABLE if file_names.ending(name) == ".json" else Reason.PHOTO_UNREADABLE
+    if not file_names.is_safe(name):
         return _Member(name, None, drop(Reason.UNSAFE_NAME, f"{where}: outside its folder; not opened"))
     if member.issym() or member.islnk():
         return _Member(name, None, drop(Reason.UNSAFE_NAME, f"{where}: a link, not a file; not followed"))
@@ -267,16 +270,16 @@ def _read_pair(annotation: Blob, limits: Limits, where: str) -> tuple[_Size, lis
 def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
     """Annotations one by one, where something is wrong with one of them."""
     try:
-        raw = documents.loads(data)
+        raw = coco_json.loads(data)
     except ValueError as error:
         raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: not JSON: {error}") from error
     values = raw.get("annotations") if isinstance(raw, dict) else None
     if not isinstance(values, list):
         raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: no list `annotations`")
-    image = documents.as_image(raw.get("image"))
+    image = coco_json.as_image(raw.get("image"))
     found: list[_Annotation | BadRecord] = []
     for number, value in enumerate(values):
-        problem = documents.problem_of(value)
+        problem = coco_json.problem_of(value)
         if not problem:
             try:
                 found.append(msgspec.convert(value, _Annotation))

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.pipeline import files, plan, shards, sources
-from paracaption.pipeline.events import EventLog, EventReader
-from paracaption.pipeline.evidence import Captioned, EvidenceStore
+from paracaption.pipeline import sources
+from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.corpus.events import EventLog, EventReader
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.ray_data import RayEngine
+from paracaption.pipeline.io import files
+from paracaption.pipeline.stages.evidence import Captioned, EvidenceStore
 from paracaption.schemas.errors import StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.synthetic import write_coconut
@@ -75,7 +77,7 @@ def assert_valid(out: Path) -> int:
     """What is committed is whole; returns how many units that are."""
     manifests = sorted((out / "coconut" / "manifests").glob("*.json"))
     for path in manifests:
-        record = shards.read_manifest(path)
+        record = writer.read_manifest(path)
         found = {name.partition("/")[2]: digest for name, digest in committed(out).items()}
         assert record.shard is not None
         assert found[record.shard.path] == record.shard.sha256
@@ -106,8 +108,8 @@ def test_a_disk_that_is_full_at_any_point_drops_no_record(disk, coconut, undistu
     monkeypatch.setattr(driver, "check_disk", lambda *_: None)  # there was room when the build began
     wanted = config(disk / "out", coconut)
     (disk / "out").mkdir()
-    shards.prepare(disk / "out" / "coconut")
-    plan.make_plan(sources.open_source(wanted, "coconut"), wanted, disk / "out" / "coconut")
+    writer.prepare(disk / "out" / "coconut")
+    work_list.make_plan(sources.open_source(wanted, "coconut"), wanted, disk / "out" / "coconut")
     ballast = fill(disk, free_kb * 1024)
     with pytest.raises(StageFailed, match="disk full"):
         build(wanted)

@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from paracaption.pipeline.events import EventReader
-from paracaption.pipeline.evidence import EvidenceStore
-from paracaption.pipeline.stages import RECIPES, ModelStage
+from paracaption.pipeline.corpus.events import EventReader
+from paracaption.pipeline.stages.base import RECIPES, ModelStage
+from paracaption.pipeline.stages.evidence import EvidenceStore
 from tests.building import build, calls, committed, config_of
 from tests.machinery import alone
 from tests.synthetic import write_coconut, write_sa1b

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.pipeline import verify
+from paracaption.pipeline.corpus import verify
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.schemas.errors import ConfigError, EngineLost, IntegrityError
 from tests.building import calls, committed, config_of

@@ -235,7 +235,7 @@ def test_merge_renews_what_was_lost_and_a_second_build_commits_nothing(demo, tmp
 @pytest.mark.slow
 def test_a_merge_alone_starts_no_engine_and_looks_at_no_model(demo, tmp_path, monkeypatch):
     from paracaption.flows import launch
-    from paracaption.pipeline import preflight
+    from paracaption.pipeline.executor import preflight
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("started, or looked at")

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from paracaption.pipeline import findings
-from paracaption.pipeline.findings import FAIL, OK, Finding
+from paracaption.pipeline.executor import findings
+from paracaption.pipeline.executor.findings import FAIL, OK, Finding
 from paracaption.schemas.errors import ConfigError
 
 SCRIPT = """

@@ -11,15 +11,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline import export, plan, reader, sources, stages, verify
+from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import load_config
-from paracaption.pipeline.events import EventReader
-from paracaption.pipeline.evidence import EvidenceStore
+from paracaption.pipeline.corpus import export, reader, verify, work_list
+from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.explorer.catalog import Catalog
-from paracaption.pipeline.explorer.marks import Marks
-from paracaption.pipeline.stages import ModelStage
+from paracaption.pipeline.explorer.reviews import Marks
+from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages.base import ModelStage
+from paracaption.pipeline.stages.evidence import EvidenceStore
 
 HERE = Path(__file__).parent / "v0_1"
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
@@ -48,10 +50,10 @@ def home(tmp_path) -> Path:
 def test_the_demos_recipe_and_evidence_digests_are_those_of_release_0_1():
     config = load_config(SAMPLES / "build.yaml")
     for subset in config.subsets:
-        recipe = stages.RECIPES[subset](config)
+        recipe = base.RECIPES[subset](config)
         models = [stage for stage in recipe if isinstance(stage, ModelStage)]
         assert {stage.name: stage.evidence_digest for stage in models} == EVIDENCE[subset]
-        assert stages.recipe_digest(recipe, config) == RECIPES[subset]
+        assert base.recipe_digest(recipe, config) == RECIPES[subset]
 
 
 def test_the_corpus_verifies(home):
@@ -71,7 +73,7 @@ def test_every_region_of_the_ledgers_and_the_index_is_read():
 def test_evidence_is_read(home):
     config = load_config(home / "build.yaml")
     for subset in config.subsets:
-        for stage in stages.RECIPES[subset](config):
+        for stage in base.RECIPES[subset](config):
             if isinstance(stage, ModelStage):
                 store = stage.store(home / "corpus" / subset)
                 assert isinstance(store, EvidenceStore)
@@ -83,9 +85,9 @@ def test_no_unit_is_pending_at_another_place(home):
     config = load_config(home / "build.yaml")
     for subset in config.subsets:
         folder = home / "corpus" / subset
-        planned = plan.make_plan(sources.open_source(config, subset), config, folder)
-        recipe = stages.recipe_digest(stages.RECIPES[subset](config), config)
-        assert plan.pending(planned, folder / "manifests", recipe) == []
+        planned = work_list.make_plan(sources.open_source(config, subset), config, folder)
+        recipe = base.recipe_digest(base.RECIPES[subset](config), config)
+        assert work_list.pending(planned, folder / "manifests", recipe) == []
 
 
 def files(corpus: Path) -> dict[str, bytes]:

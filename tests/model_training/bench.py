@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from paracaption.pipeline import rle
+from paracaption.filters import rle
 from tests.chat_server import ChatServer, Reply, serving
 
 WHICH = "Which of the following is applicable to the description?"

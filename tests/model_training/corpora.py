@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from paracaption.filters import rle
 from paracaption.model_training.data import FILLER, CorpusSource, DataOptions, Loader, TrainBatch
-from paracaption.model_training.processing import PerceptionDLMProcessor
-from paracaption.pipeline import rle, shards
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
+from paracaption.pipeline.corpus import writer
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Blob, Drop, ImageRecord, Region
 from tests.tiny.perceptiondlm_model import SMALLEST, byte_tokenizer, tiny_config
@@ -46,7 +47,7 @@ def write_unit(out: Path, number: int, counts: Sequence[int], subset: str = "coc
     """Commit a unit of images with so many kept regions, and a dropped one each; 0: none was kept."""
     photos = out.parent / "photos"
     photos.mkdir(parents=True, exist_ok=True)
-    shards.prepare(out / subset)
+    writer.prepare(out / subset)
     images = []
     for place, count in enumerate(counts):
         seed = 1000 * number + place
@@ -63,13 +64,13 @@ def write_unit(out: Path, number: int, counts: Sequence[int], subset: str = "coc
         images.append(
             ImageRecord(f"image_{seed}", subset, Blob(str(path)), *size, "jpeg", path.name, regions)
         )
-    draft = shards.write_unit(out / subset, f"{subset}-{number:06d}", images, "plan", "recipe")
-    shards.commit(out / subset, draft)
+    draft = writer.write_unit(out / subset, f"{subset}-{number:06d}", images, "plan", "recipe")
+    writer.commit(out / subset, draft)
 
 
 def write_photo(out: Path, pixels: np.ndarray, masks: Sequence[np.ndarray], captions: Sequence[str]) -> None:
     """Commit a unit of one photo without loss."""
-    shards.prepare(out / "coconut")
+    writer.prepare(out / "coconut")
     path = out.parent / "photo.png"
     Image.fromarray(pixels).save(path)
     found = [rle.from_mask(mask) for mask in masks]
@@ -79,8 +80,8 @@ def write_photo(out: Path, pixels: np.ndarray, masks: Sequence[np.ndarray], capt
     ]
     height, width = pixels.shape[:2]
     image = ImageRecord("photo", "coconut", Blob(str(path)), width, height, "png", path.name, regions)
-    draft = shards.write_unit(out / "coconut", "coconut-000000", [image], "plan", "recipe")
-    shards.commit(out / "coconut", draft)
+    draft = writer.write_unit(out / "coconut", "coconut-000000", [image], "plan", "recipe")
+    writer.commit(out / "coconut", draft)
 
 
 def write(out: Path, units: Sequence[Sequence[int]]) -> set[str]:

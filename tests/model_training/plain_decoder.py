@@ -6,9 +6,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from paracaption.model_training.decode import DecodeOptions
-from paracaption.model_training.model import PerceptionDLM
-from paracaption.model_training.processing import Example, collate
+from paracaption.model_training.decoding.sampler import DecodeOptions
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM
+from paracaption.model_training.model.processor import Example, collate
 
 Slots = list[list]
 """Of one image: something for each slot of each region."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from paracaption.model_training import checkpoints, trainer
+from paracaption.model_training.train import checkpoints, trainer
 from paracaption.schemas.training import TrainConfig
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paracaption.model_training.model import PerceptionDLM
-from paracaption.model_training.processing import Example, PerceptionDLMProcessor, collate
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM
+from paracaption.model_training.model.processor import Example, PerceptionDLMProcessor, collate
 from tests.shared_data import recorded
 
 
@@ -93,7 +93,7 @@ class RoiAlign:
         self.scales: list[float] = []
 
     def __enter__(self) -> "RoiAlign":
-        from paracaption.model_training import model
+        from paracaption.model_training.model import perceptiondlm as model
 
         self.module, self.original = model, model.roi_align
         model.roi_align = self

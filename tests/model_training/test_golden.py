@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from paracaption.model_training import imaging
-from paracaption.model_training.attention import dense_mask
-from paracaption.model_training.convert import convert
-from paracaption.model_training.decode import DecodeOptions, steps
-from paracaption.model_training.model import Images, PerceptionDLM
-from paracaption.model_training.processing import PerceptionDLMProcessor, collate
+from paracaption.model_training.convert.published import convert
+from paracaption.model_training.decoding.sampler import DecodeOptions, steps
+from paracaption.model_training.model import tiling
+from paracaption.model_training.model.attention import dense_mask
+from paracaption.model_training.model.perceptiondlm import Images, PerceptionDLM
+from paracaption.model_training.model.processor import PerceptionDLMProcessor, collate
 from tests.model_training.recorded_perceptiondlm import Ours, RoiAlign, forward, golden
 from tests.shared_data import recorded
 
@@ -51,7 +51,7 @@ def views_of(painted, grid):
 def test_tilings_are_the_recorded_ones():
     table = json.loads((recorded("perceptiondlm") / "grid_table.json").read_text())
     rows = table["rows_w_h_gridw_gridh"]
-    found = [[*imaging.tile_grid(w, h, table["image_size"], table["max_tiles"])] for w, h, _, _ in rows]
+    found = [[*tiling.tile_grid(w, h, table["image_size"], table["max_tiles"])] for w, h, _, _ in rows]
     assert len(rows) > 200
     assert found == [row[2:] for row in rows]
 
@@ -81,9 +81,9 @@ def test_prompts_are_painted_alike(ours, case):
     across, down = grid = ours.example(which).grid
     for rank, number in enumerate(which.numbers["mask_sort_order"].tolist()):
         mask = which.masks[number]
-        views = views_of(imaging.paint(mask, rank, (across * TILE_PX, down * TILE_PX)), grid)
+        views = views_of(tiling.paint(mask, rank, (across * TILE_PX, down * TILE_PX)), grid)
         if across * down > 1:
-            views.append(imaging.paint(mask, rank, (TILE_PX, TILE_PX)))
+            views.append(tiling.paint(mask, rank, (TILE_PX, TILE_PX)))
         np.testing.assert_array_equal(views, which.numbers["global_mask_values_u8"][rank].numpy())
 
 
@@ -205,7 +205,7 @@ def test_captions_are_the_recorded_texts_cut_at_the_answers_first_end(ours, case
 
 
 def test_the_schedule_is_the_recorded_one():
-    from paracaption.model_training.decode import _left_open
+    from paracaption.model_training.decoding.sampler import _left_open
 
     table = json.loads((recorded("perceptiondlm") / "schedule_table.json").read_text())
     assert len(table) == 13

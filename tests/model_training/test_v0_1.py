@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.model_training import describe, journal, regions
-from paracaption.model_training.trainer import fit
+from paracaption.model_training.decoding import caption_photo, read_regions
+from paracaption.model_training.train import metrics
+from paracaption.model_training.train.trainer import fit
 from paracaption.pipeline.config_file import load_training
 
 HERE = Path(__file__).resolve().parents[1] / "formats" / "v0_1"
@@ -24,13 +25,13 @@ def test_a_run_goes_on_from_its_checkpoint(home):
     cache = config.data.model_copy(update={"cache": str(home / "cache")})
     outcome = fit(config.model_copy(update={"steps": 6, "data": cache}))
     assert outcome.steps == 6
-    records = journal.read(home / "run")
+    records = metrics.read(home / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("model", ["model", "run/model"])
 def test_a_saved_model_captions_the_corpus(home, model):
-    loaded = describe.load(home / model, "cpu", "float32")
-    photo = regions.read(None, [str(home / "corpus")], "coconut/000000000000")
-    answer = describe.describe(loaded, photo, {"length": 4, "steps": 2}, None)
+    loaded = caption_photo.load(home / model, "cpu", "float32")
+    photo = read_regions.read(None, [str(home / "corpus")], "coconut/000000000000")
+    answer = caption_photo.describe(loaded, photo, {"length": 4, "steps": 2}, None)
     assert len(answer.captioned.captions) == 4

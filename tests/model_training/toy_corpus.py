@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from paracaption.model_training.toy import Options, TruthCaptioner, write_world
-from paracaption.pipeline import corpus as corpora
-from paracaption.pipeline import plan, shards, sources
+from paracaption.model_training.toy.world import Options, TruthCaptioner, write_world
+from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import dump_config, load_config
+from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.corpus.merge import merge as corpora
 from paracaption.schemas.training import TrainConfig
 
 TINY = {
@@ -38,16 +39,16 @@ def write_corpus(folder: Path, num_images: int = 60) -> Path:
     config = load_config(write_world(folder, num_images, 0, Options(places=False)))
     truth = TruthCaptioner(str(folder / "captions.json"))
     target = Path(config.out) / "coconut"
-    shards.prepare(target)
+    writer.prepare(target)
     source = sources.open_source(config, "coconut")
-    planned = plan.make_plan(source, config, target)
+    planned = work_list.make_plan(source, config, target)
     for index in range(planned.num_units):
         images = [source.read(entry, config.limits) for entry in planned.read_unit(index)]
         for image, captions in zip(images, truth.caption(images), strict=True):
             for region, caption in zip(image.live(), captions, strict=True):
                 region.caption = caption
-        draft = shards.write_unit(target, planned.unit_name(index), images, planned.digest, "toy")
-        shards.commit(target, draft)
+        draft = writer.write_unit(target, planned.unit_name(index), images, planned.digest, "toy")
+        writer.commit(target, draft)
     return Path(config.out)
 
 

@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from paracaption.model_training.config import PerceptionDLMConfig
-from paracaption.model_training.model import PerceptionDLM
-from paracaption.model_training.processing import SPECIAL, PerceptionDLMProcessor
+from paracaption.model_training.model.config import PerceptionDLMConfig
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM
+from paracaption.model_training.model.processor import SPECIAL, PerceptionDLMProcessor
 
 _LLADA = ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 _LLADA += ["<|mdm_mask|>"]

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from ....schemas.errors import ConfigError
 from ....schemas.records import ImageRecord, Region
-from .. import Checked, weights
+from ...io import weights
+from .. import Checked
 from . import checkpoint, export
-from .ahead import ahead
 from .checkpoint import GarConfig
+from .prefetch import ahead
 from .prompt import TEMPLATE, Prompts
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....schemas.errors import ConfigError
-from .. import weights
+from ...io import weights
 
 if TYPE_CHECKING:
     import torch

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ....filters import rle
 from ....schemas.records import ImageRecord, Region
-from ... import rle
-from ...photos import read_pixels
-from ..memory import Batches
+from ...io.photos import read_pixels
+from ..batching import Batches
 from . import image as cutting
 from .checkpoint import GarConfig
 from .prompt import PROMPT, Prompts
-from .replay import Box, replay
+from .roi_align import Box, replay
 from .vision import Vision
 
 

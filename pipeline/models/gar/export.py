@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....schemas.errors import ConfigError
-from .. import weights
+from ...io import weights
 from . import checkpoint
 from .checkpoint import GarConfig
 

@@ -1,0 +1,466 @@
+"""Checkpoints from and to the published layouts, tensor by tensor: neither side is ever whole in memory.
+
+| from | to | function |
+| --- | --- | --- |
+| published PerceptionDLM, or its Base | ours | `from_published` |
+| ours | published PerceptionDLM | `to_published` |
+| LLaDA and SigLIP 2 | ours, untrained between the two | `from_parts` |
+
+No code of a checkpoint is run: published folders carry some, and name it in config.json; it is copied as data
+into `unused/`, with all else that our model has no use for, so that the way back gives what was published.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...pipeline.io import weights
+from ...schemas.errors import ConfigError
+from ..model import tokenizer as vocabulary
+from ..model.config import PerceptionDLMConfig
+from . import leftovers as unused
+from . import state_dict_adapter, tensor_files
+from .tensor_files import INDEX, SHARD_BYTES, Entry
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+_EMBEDDING, _HEAD, _PROMPTS = "language_model.embed_tokens.weight", "lm_head.weight", "region_prompts.weight"
+
+
+@dataclass
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        source: what was read.
+        target: what was written.
+        layout: of the model.
+        seed: of what is drawn.
+        tensors: in the model that was written.
+        num_bytes: of these.
+        unused: tensors that our model has no use for: kept aside, or put back.
+        unused_bytes: of these.
+        drawn: tensors, or rows of them, that are new and random.
+        notes: what else one should know.
+        verbatim: whether config and tokenizer are the published files.
+    """
+
+    source: str
+    target: Path
+    layout: str
+    seed: int = 0
+    tensors: int = 0
+    num_bytes: int = 0
+    unused: int = 0
+    unused_bytes: int = 0
+    drawn: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    verbatim: bool = False
+
+    def text(self) -> str:
+        """For the terminal."""
+        lines = [
+            f"{self.source} -> {self.target} ({self.layout} layout)",
+            f"  tensors  {self.tensors:,} with {self.num_bytes:,} bytes",
+            f"  unused   {self.unused:,} with {self.unused_bytes:,} bytes",
+            f"  drawn    {', '.join(self.drawn)}, seed {self.seed}" if self.drawn else "  drawn    nothing",
+        ]
+        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+
+
+def convert(
+    path: str | Path,
+    to: str | Path,
+    *,
+    vision: str | Path | None = None,
+    layout: str | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Convert a folder into the other layout; which one it has, its config.json says.
+
+    Args:
+        path: a published PerceptionDLM, its Base, or a model of ours.
+        to: folder to write; it appears whole or not at all.
+        vision: see `to_published`.
+        layout: see `from_published`.
+        seed: see `from_published`.
+        shard_bytes: largest file.
+
+    Raises:
+        ConfigError: as the two, or it is neither.
+    """
+    folder = weights.folder(path, "models convert")
+    kind = tensor_files.read_json(folder / "config.json").get("model_type")
+    if kind in (state_dict_adapter.TYPE, state_dict_adapter.BASE_TYPE):
+        if vision is not None:
+            raise ConfigError(f"{folder}: is published, and has its vision model; leave out --vision")
+        return from_published(folder, to, layout or "reference", seed, shard_bytes)
+    if kind == PerceptionDLMConfig.model_type:
+        if layout is not None:
+            raise ConfigError(f"{folder}: published checkpoints carry no layout; leave out --layout")
+        return to_published(folder, to, vision, shard_bytes)
+    raise ConfigError(
+        f"{folder}: of type {kind!r}, neither a published PerceptionDLM ({state_dict_adapter.TYPE}, "
+        f"{state_dict_adapter.BASE_TYPE}) nor ours ({PerceptionDLMConfig.model_type}); a language model "
+        "goes with --language and --vision"
+    )
+
+
+def from_published(
+    path: str | Path,
+    to: str | Path,
+    layout: str = "reference",
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Make a published PerceptionDLM, or its Base, ours.
+
+    What it stores and never uses goes to `unused/`, its small files too. What the Base lacks is added as the
+    original adds it: region prompts from N(0, 1), and the tokens of regions, for which it has rows already.
+
+    Args:
+        path: the published folder.
+        to: folder to write.
+        layout: "reference", as which it was trained; another one is for training on.
+        seed: of what is drawn.
+        shard_bytes: largest file.
+
+    Raises:
+        ConfigError: it is partial, wrong or unsound, or the target is there. Nothing has been written.
+    """
+    folder, target = weights.folder(path, "models convert"), Path(to).absolute()
+    tensor_files.refuse_taken(target)
+    file = folder / "config.json"
+    found, raw = tensor_files.table(folder), tensor_files.read_json(file)
+    embedding = _entry(
+        found, state_dict_adapter.theirs(_EMBEDDING, state_dict_adapter.PERCEPTION_DLM), folder
+    )
+    fields = state_dict_adapter.fields_of(raw, file, embedding.shape[0])
+    fields |= {"layout": layout, "max_tiles": _max_tiles(folder)}
+    tokenizer = vocabulary.load(folder)
+    added = vocabulary.add_special(tokenizer) if raw["model_type"] == state_dict_adapter.BASE_TYPE else 0
+    config = _our_config(fields, tokenizer, folder, embedding.dtype)
+    report = Report(f"published {folder}", target, layout, seed)
+
+    ours_shapes = shapes(config)
+    names = {name: state_dict_adapter.theirs(name, state_dict_adapter.PERCEPTION_DLM) for name in ours_shapes}
+    wanted = {names[name]: shape for name, shape in ours_shapes.items()}
+    spare = unused.spare(raw["vision_model_config"], file, wanted, found)
+    drawn = {}
+    if names[_PROMPTS] not in found:
+        drawn[_PROMPTS] = _drawn(_PROMPTS, wanted.pop(names[_PROMPTS]), config, seed)
+        report.drawn.append(f"{_PROMPTS} from N(0, 1)")
+    tensor_files.match(folder, found, wanted, spare)
+    ours = {name: found[other] for name, other in names.items() if other in found} | drawn
+    ours = _grown(ours, config, tokenizer, report)
+    rest = {name: entry for name, entry in found.items() if name not in wanted}
+    if added:
+        report.notes.append(f"{added} tokens added to the tokenizer")
+    if absent := {name for name, shape in spare.items() if shape} - rest.keys():
+        report.notes.append(f"it lacks {len(absent)} tensors that the original loads and never uses")
+    report.unused, report.unused_bytes = len(rest), _size(rest)
+    with tensor_files.appearing(target, _size(ours, rest)) as room:
+        (room / unused.FOLDER).mkdir()
+        tensor_files.write(room / unused.FOLDER, rest, shard_bytes)
+        _copy(folder, room / unused.FOLDER)
+        _finish(room, ours, config, tokenizer, report, shard_bytes)
+    return report
+
+
+def to_published(
+    path: str | Path, to: str | Path, vision: str | Path | None = None, shard_bytes: int = SHARD_BYTES
+) -> Report:
+    """Make a model of ours one that the original loads.
+
+    With `unused/` from the way here, all tensors, the config and the tokenizer's files are what was published
+    (and of a Base what the original makes of it).
+
+    Args:
+        path: our folder.
+        to: folder to write.
+        vision: folder of the SigLIP 2 from which comes what the original stores and never uses; needed where
+            our folder has no `unused/`.
+        shard_bytes: largest file.
+
+    Raises:
+        ConfigError: it is partial, wrong or unsound, no model of the original's, lacks `unused/`, or the
+            target is there. Nothing has been written.
+    """
+    folder, target = weights.folder(path, "models convert"), Path(to).absolute()
+    tensor_files.refuse_taken(target)
+    found, config = tensor_files.table(folder), load_config(folder)
+    if not (config.region_prompting and config.feature_replay):
+        raise ConfigError(
+            f"{folder}: an ablation without region prompts or replay; the original has none such"
+        )
+    wanted = shapes(config)
+    tensor_files.match(folder, found, wanted, {})
+    names = {name: state_dict_adapter.theirs(name, state_dict_adapter.PERCEPTION_DLM) for name in wanted}
+    theirs = {names[name]: entry for name, entry in found.items()}
+    report = Report(str(folder), target, config.layout)
+    if config.layout != "reference" or config.layout_options:
+        report.notes.append("the original knows the reference layout only, and computes that")
+    tokenizer = vocabulary.load(folder)
+    if vision is None:
+        raw, rest, report.verbatim = unused.kept_aside(folder, config, theirs, tokenizer)
+    else:
+        raw, rest = unused.from_siglip(vision, config, theirs)
+    report.tensors, report.num_bytes = len(theirs) + len(rest), _size(theirs, rest)
+    report.unused, report.unused_bytes = len(rest), _size(rest)
+    if not report.verbatim:
+        report.notes.append("config.json and the tokenizer's files are made anew")
+    with tensor_files.appearing(target, report.num_bytes) as room:
+        tensor_files.write(room, theirs | rest, shard_bytes)
+        if vision is None:
+            _copy(folder / unused.FOLDER, room)
+        if not report.verbatim:
+            tokenizer.save_pretrained(room)
+            tensor_files.write_json(room / "config.json", raw)
+    return report
+
+
+def from_parts(
+    language: str | Path,
+    vision: str | Path,
+    to: str | Path,
+    layout: str = "corrected",
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+) -> Report:
+    """Join LLaDA and SigLIP 2 to a model that is ready to be trained.
+
+    Projector and region prompts are drawn. Tensors keep their types; the model is loaded in the language
+    model's. The tokens that the model needs are added to the tokenizer; the embedding grows only if they do
+    not fit.
+
+    Args:
+        language: folder of LLaDA, in its own naming or Llama's.
+        vision: folder of a SigLIP 2 of fixed resolution.
+        to: folder to write.
+        layout: of the model.
+        seed: of what is drawn.
+        shard_bytes: largest file.
+
+    Raises:
+        ConfigError: one of them is partial, wrong or unsound, or the target is there. Nothing has been
+            written.
+    """
+    text_folder, target = weights.folder(language, "--language"), Path(to).absolute()
+    tower_folder = weights.folder(vision, "--vision")
+    tensor_files.refuse_taken(target)
+    text, parts, text_fields = _language(text_folder)
+    tower, tower_fields, tower_spare = _siglip(tower_folder)
+    tokenizer = vocabulary.load(text_folder)
+    added = vocabulary.add_special(tokenizer)
+    fields = {"vision_config": tower_fields, "text_config": text_fields, "layout": layout}
+    config = _our_config(
+        fields, tokenizer, text_folder, text[state_dict_adapter.theirs(_EMBEDDING, parts)].dtype
+    )
+    _same_mask(text_folder, config)
+    report = Report(f"{text_folder} and {tower_folder}", target, layout, seed)
+
+    ours = _joined(shapes(config), (text_folder, text, parts), (tower_folder, tower, tower_spare))
+    for name, shape in shapes(config).items():
+        if name not in ours:
+            ours[name] = _drawn(name, shape, config, seed)
+    report.drawn += [f"projector from N(0, {config.initializer_range}^2)", f"{_PROMPTS} from N(0, 1)"]
+    ours = _grown(ours, config, tokenizer, report)
+    report.notes.append(f"{added} tokens added to the tokenizer")
+    report.notes.append(f"the way to the published layout needs --vision {tower_folder}")
+    with tensor_files.appearing(target, _size(ours)) as room:
+        _finish(room, ours, config, tokenizer, report, shard_bytes)
+    return report
+
+
+def load_config(folder: Path) -> PerceptionDLMConfig:
+    """Of a model of ours. Raises ConfigError if it is unsound."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return PerceptionDLMConfig.from_dict(tensor_files.read_json(folder / "config.json"))
+    except ConfigError:
+        raise
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+
+
+def shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model, by name. Raises ConfigError if the sizes make no model."""
+    import torch
+
+    from ..model.perceptiondlm import PerceptionDLM
+
+    try:
+        with torch.device("meta"):
+            model = PerceptionDLM(copy.deepcopy(config))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"config.json: its sizes make no model: {error}") from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _finish(
+    room: Path,
+    ours: Mapping[str, Entry],
+    config: PerceptionDLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report,
+    shard_bytes: int,
+) -> None:
+    report.tensors, report.num_bytes = len(ours), tensor_files.write(room, ours, shard_bytes)
+    config.save_pretrained(room)
+    tokenizer.save_pretrained(room)
+
+
+def _our_config(
+    fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
+) -> PerceptionDLMConfig:
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+
+    ids = vocabulary.token_ids(tokenizer, fields.get("num_prompts", PerceptionDLMConfig.num_prompts), folder)
+    try:
+        config = PerceptionDLMConfig(**fields, **ids)
+    except (StrictDataclassError, TypeError) as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+    config.architectures = ["PerceptionDLM"]
+    config.dtype = getattr(torch, tensor_files.FLOATS.get(dtype, "float32"))
+    return config
+
+
+def _drawn(name: str, shape: tuple[int, ...], config: PerceptionDLMConfig, seed: int) -> Entry:
+    """A new tensor, as the model initialises it. Its values depend on seed and name only."""
+    std = 1.0 if name == _PROMPTS else 0.0 if name.endswith(".bias") else config.initializer_range
+    dtype = next(
+        code
+        for code, torch_name in tensor_files.FLOATS.items()
+        if str(config.dtype).endswith(f".{torch_name}")
+    )
+    return Entry(dtype, shape, partial(_normal, name, shape, std, config.dtype, seed))
+
+
+def _normal(name: str, shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.randn(shape, generator=generator).mul_(std).to(dtype)
+
+
+def _grown(
+    ours: dict[str, Entry], config: PerceptionDLMConfig, tokenizer: PreTrainedTokenizerBase, report: Report
+) -> dict[str, Entry]:
+    """With more rows for words, a multiple of 64, if the tokenizer has more tokens than there are."""
+    rows, needed = config.text_config.vocab_size, vocabulary.num_ids(tokenizer)
+    if needed <= rows:
+        return ours
+    more = math.ceil(needed / 64) * 64 - rows
+    for name in (_EMBEDDING, _HEAD):
+        old = ours[name]
+        new = partial(
+            _normal, name, (more, old.shape[1]), config.initializer_range, config.dtype, report.seed
+        )
+        ours[name] = Entry(old.dtype, (rows + more, old.shape[1]), partial(_on_top, old.load, new))
+    config.text_config.vocab_size = rows + more
+    report.drawn.append(f"{more} rows of embedding and head from N(0, {config.initializer_range}^2)")
+    return ours
+
+
+def _on_top(old: Callable[[], torch.Tensor], new: Callable[[], torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    rows = old()
+    return torch.cat([rows, new().to(rows.dtype)])
+
+
+def _language(folder: Path) -> tuple[dict[str, Entry], state_dict_adapter.Parts, dict[str, Any]]:
+    """(tensors, naming, config in Llama's terms) of a LLaDA."""
+    found, file = tensor_files.table(folder), folder / "config.json"
+    raw = tensor_files.read_json(file)
+    own_naming = "d_model" in raw
+    parts = state_dict_adapter.LLADA if own_naming else state_dict_adapter.LLAMA
+    rows = _entry(found, state_dict_adapter.theirs(_EMBEDDING, parts), folder).shape[0]
+    return (
+        found,
+        parts,
+        (state_dict_adapter.llada_fields if own_naming else state_dict_adapter.llama_fields)(raw, file, rows),
+    )
+
+
+def _siglip(folder: Path) -> tuple[dict[str, Entry], dict[str, Any], dict[str, tuple[int, ...] | None]]:
+    """(tensors, sizes, what it may hold) of a SigLIP; the vision model's names bare."""
+    file = folder / "config.json"
+    raw, found = tensor_files.read_json(file), tensor_files.table(folder)
+    sizes, may = state_dict_adapter.vision_fields(raw, file), state_dict_adapter.siglip_shapes(raw, file)
+    spare = {**may, **unused.constants(found)}
+    bare = {name.removeprefix("vision_model."): entry for name, entry in found.items()}
+    return bare, sizes, {name.removeprefix("vision_model."): shape for name, shape in spare.items()}
+
+
+def _joined(
+    wanted: Mapping[str, tuple[int, ...]],
+    language: tuple[Path, dict[str, Entry], state_dict_adapter.Parts],
+    vision: tuple[Path, dict[str, Entry], dict[str, tuple[int, ...] | None]],
+) -> dict[str, Entry]:
+    """What our model takes from (folder, tensors, naming) and (folder, tensors, what it may hold)."""
+    text_folder, text, parts = language
+    tower_folder, tower, spare = vision
+    seen = {
+        name: state_dict_adapter.theirs(name, state_dict_adapter.SIGLIP)
+        for name in wanted
+        if name.startswith("vision")
+    }
+    heard = {
+        name: state_dict_adapter.theirs(name, parts)
+        for name in wanted
+        if name.startswith(("language_model.", "lm_head."))
+    }
+    tensor_files.match(
+        text_folder, text, {heard[name]: wanted[name] for name in heard}, unused.constants(text)
+    )
+    tensor_files.match(tower_folder, tower, {seen[name]: wanted[name] for name in seen}, spare)
+    return {name: text[heard[name]] for name in heard} | {name: tower[seen[name]] for name in seen}
+
+
+def _same_mask(folder: Path, config: PerceptionDLMConfig) -> None:
+    said = tensor_files.read_json(folder / "config.json").get("mask_token_id", config.mask_token_id)
+    if said != config.mask_token_id:
+        raise ConfigError(
+            f"{folder}: config.json says mask_token_id {said}, its tokenizer {config.mask_token_id}"
+        )
+
+
+def _max_tiles(folder: Path) -> int:
+    """Of an image; the original keeps it with its processor."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        said = tensor_files.read_json(folder / name).get("max_sub_img") if (folder / name).is_file() else None
+        if said:
+            return int(said)
+    return PerceptionDLMConfig.max_tiles
+
+
+def _entry(found: Mapping[str, Entry], name: str, folder: Path) -> Entry:
+    if name not in found or not found[name].shape:
+        raise ConfigError(f"{folder}: missing: {name}; download it again, or name the right model's folder")
+    return found[name]
+
+
+def _size(*tables: Mapping[str, Entry]) -> int:
+    return sum(entry.num_bytes for entries in tables for entry in entries.values())
+
+
+def _copy(source: Path, target: Path) -> None:
+    """All small files of a checkpoint: all but tensors, their index, and what is hidden."""
+    for file in sorted(source.iterdir()):
+        weighty = file.suffix == ".safetensors" or file.name == INDEX
+        if file.is_file() and not file.name.startswith(".") and not weighty:
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,1 @@
+"""From a trained model to captions: the sampler, the region captioner, and readers of regions."""

@@ -1,0 +1,172 @@
+"""Masks as people keep them in image files: which pixels of such a picture are the region.
+
+| the file | what counts |
+| --- | --- |
+| two values, without loss (1 bit, 0 and 1, 0 and 255, a palette of two colours) | the brighter one |
+| more values (JPEG's noise, soft edges, 16 bits) | brighter than half of the range |
+| alpha that differs between pixels | alpha, unless the opaque pixels are black and white |
+| colours | their brightest channel |
+
+Pixels are those stored: EXIF orientation is never applied.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+from ...pipeline.io import files, photos
+from ...schemas.errors import ConfigError
+from ...schemas.records import Blob
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_LOSSY = {"JPEG", "MPO", "WEBP"}
+_FORMATS = (*photos.FORMATS, "GIF")
+_MAX_UNCLEAR = 0.1
+"""Of the pixels: with more than this neither dark nor bright it is a photo or a label map."""
+_ASPECT = 0.03
+"""Width to height of a mask that is scaled differ from the photo's by no more than this share."""
+
+
+def read(path: str, size: tuple[int, int]) -> np.ndarray:
+    """Read a mask from an image file.
+
+    Args:
+        path: local path or fsspec URL.
+        size: (height, width) of its photo. A mask of another size is scaled to it if it has the same shape.
+
+    Returns:
+        (H, W) bool, at least one pixel of it true.
+
+    Raises:
+        ConfigError: no such file, no image, no mask, an empty one, or one of another shape than the photo.
+    """
+    mask = fit(decode(_bytes(path), path), size, path)
+    if not mask.any():
+        raise ConfigError(f"{path}: no pixel is left at the photo's {size[1]}x{size[0]}; leave the mask out")
+    return mask
+
+
+def decode(data: bytes, name: str) -> np.ndarray:
+    """The region of a mask image's bytes as (H, W) bool, at least one pixel true; `name` is for messages.
+
+    Raises:
+        ConfigError: no image, no mask, or an empty one.
+    """
+    from PIL import Image
+
+    try:
+        with photos.quiet(), Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+            opened.load()
+            lossy = opened.format in _LOSSY
+            values, most = _brightness(opened, name)
+    except ConfigError:
+        raise
+    except photos.BROKEN as error:
+        known = "not an image that we read, or cut short"
+        why = "empty file" if not data else known
+        raise ConfigError(f"{name}: {why}; give a PNG or JPEG of the mask") from error
+    return _bright(values, most, lossy, name)
+
+
+def fit(mask: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
+    """The mask at its photo's size (height, width), scaled to the nearest pixel if it has the same shape.
+
+    Raises:
+        ConfigError: it has another shape.
+    """
+    if mask.shape == size:
+        return mask
+    (height, width), (tall, wide) = mask.shape, size
+    rounding = min(abs(height - tall * width / wide), abs(tall - height * wide / width))
+    if rounding > 1 or abs(height * wide / (width * tall) - 1) > _ASPECT:
+        turned = " (it is turned: photos are read as stored, without EXIF's rotation)"
+        raise ConfigError(
+            f"{name}: the mask is {width}x{height}, the photo {wide}x{tall}"
+            f"{turned if (width, height) == (tall, wide) else ''}; give a mask of this photo"
+        )
+    rows = (np.arange(tall) + 0.5) * height // tall
+    columns = (np.arange(wide) + 0.5) * width // wide
+    return mask[rows.astype(np.intp)][:, columns.astype(np.intp)]
+
+
+def _bytes(path: str) -> bytes:
+    try:
+        return files.read(Blob(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; mend the path") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); mend the path") from error
+
+
+def _brightness(opened: Any, name: str) -> tuple[np.ndarray, float]:
+    """How bright each pixel is, (H, W), and the brightest that the format can say."""
+    if opened.mode == "P":
+        opened = opened.convert("RGBA" if "transparency" in opened.info else "RGB")
+    if opened.mode == "1":
+        return np.asarray(opened, np.uint8), 1
+    if opened.mode in ("L", "I", "F") or opened.mode.startswith("I;16"):
+        values = np.asarray(opened)
+        return values, _most(values, opened.mode)
+    if opened.mode in ("LA", "La", "PA", "RGBa"):
+        opened = opened.convert("RGBA")
+    if opened.mode != "RGBA":
+        return _brightest(np.asarray(opened.convert("RGB")), name), 255
+    pixels = np.asarray(opened)
+    alpha = pixels[..., 3]
+    if (alpha == alpha.flat[0]).all():
+        return _brightest(pixels[..., :3], name), 255
+    shown = pixels[..., :3].max(axis=2)
+    opaque = shown[alpha > 127]
+    both = opaque.size and opaque.min() < 64 and opaque.max() > 191
+    if both and _unclear(opaque, 255) <= _MAX_UNCLEAR and _grey(pixels[alpha > 127]):
+        return np.where(alpha > 127, shown, 0), 255  # black and white with a transparent margin
+    return alpha, 255
+
+
+def _most(values: np.ndarray, mode: str) -> float:
+    if mode == "L":
+        return 255
+    peak = float(values.max())
+    return next(most for most in (1, 255, 65_535, max(peak, 65_535)) if peak <= most)
+
+
+def _brightest(pixels: np.ndarray, name: str) -> np.ndarray:
+    """The brightest channel of (H, W, 3). Different colours that are equally bright would be one value."""
+    values = pixels.max(axis=2)
+    if values.min() == values.max() and (pixels != pixels[0, 0]).any():
+        raise ConfigError(f"{name}: its colours are equally bright; give the mask white on black")
+    return values
+
+
+def _bright(values: np.ndarray, most: float, lossy: bool, name: str) -> np.ndarray:
+    if not lossy:
+        low, high = values.min(), values.max()
+        if low == high:
+            if not high:
+                raise ConfigError(f"{name}: the mask is empty, there is nothing to caption; leave it out")
+            return np.ones(values.shape, bool)
+        if ((values == low) | (values == high)).all():
+            return values == high
+    if _unclear(values, most) > _MAX_UNCLEAR:
+        raise ConfigError(f"{name}: a picture, not a mask; give the region white on black, one file for each")
+    mask = values > most / 2
+    if not mask.any():
+        peak = f"{values.max():g} of {most:g}"
+        raise ConfigError(
+            f"{name}: the mask is empty (brightest pixel {peak}); a label map is not a mask: give one file "
+            "for each region, white on black"
+        )
+    return mask
+
+
+def _unclear(values: np.ndarray, most: float) -> float:
+    """Share of the pixels that are neither dark nor bright."""
+    return float(((values > most / 4) & (values < most * 3 / 4)).mean())
+
+
+def _grey(pixels: np.ndarray) -> bool:
+    channels = pixels[..., :3].astype(np.int16)
+    return bool((channels.max(axis=-1) - channels.min(axis=-1) < 32).mean() > 1 - _MAX_UNCLEAR)

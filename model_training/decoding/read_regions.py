@@ -1,0 +1,387 @@
+"""A photo and its regions for captioning, from masks in whatever form they are kept.
+
+| given | holds |
+| --- | --- |
+| an image, or a folder of images | a mask each, see `mask_images` |
+| a JSON | COCO instances, COCO panoptic with its PNGs, or one image of SA-1B: all regions of the photo |
+| a corpus or one of its shards, with a key | the photo itself and its kept regions |
+
+A mask image that cannot be used is an error: it was asked for by name. A record that cannot be used is left
+out and said so, as in the corpus.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from ...filters import rle
+from ...pipeline.corpus import export, reader
+from ...pipeline.io import files, photos
+from ...pipeline.sources import CatalogEntry, categories, file_names
+from ...schemas.config import CoconutSource, Limits
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.records import Blob, ImageRecord
+from ...schemas.sample import Sample
+from . import read_masks
+
+
+class Region(NamedTuple):
+    """A region to caption.
+
+    Attributes:
+        source: where it comes from: the mask's file, or the JSON and its record.
+        mask: of the photo's size, not empty.
+        label: the category as a plain name; "" if none is known.
+        caption: the one that a corpus has for it; "" elsewhere.
+    """
+
+    source: str
+    mask: rle.Mask
+    label: str = ""
+    caption: str = ""
+
+    def dense(self) -> np.ndarray:
+        """(H, W) bool."""
+        return rle.decode(self.mask.rle).astype(bool)
+
+
+class Scene(NamedTuple):
+    """A photo with its regions in the order in which they were given.
+
+    Attributes:
+        photo: its path, or the corpus and its key.
+        pixels: (H, W, 3) uint8 RGB, as stored.
+        regions: at least one.
+        left_out: records that cannot be used, each with its reason.
+    """
+
+    photo: str
+    pixels: np.ndarray
+    regions: list[Region]
+    left_out: list[str]
+
+
+class _Found(NamedTuple):
+    regions: list[Region]
+    left_out: list[str]
+
+
+def read(image: str | Path | None, masks: Sequence[str | Path], key: str | None = None) -> Scene:
+    """Read a photo and its regions.
+
+    Args:
+        image: the photo; None if `masks` is a corpus, which has it.
+        masks: files and folders in the order in which their regions are wanted; see the module. `PATH#KEY`
+            is the same as `PATH` with `key`.
+        key: which image of a corpus, or of a JSON that does not have it under the photo's name.
+
+    Raises:
+        ConfigError: something is missing, unreadable or empty; names file, record and mend.
+        IntegrityError: the corpus is damaged.
+    """
+    if not masks:
+        raise ConfigError("no masks; give mask images, an annotation file, or a corpus and a key")
+    split = [_split(str(path), key) for path in masks]
+    for path, chosen in split:
+        if _is_corpus(path):
+            if image is not None or len(split) > 1:
+                raise ConfigError(f"{path}: a corpus has its own photos; give it alone, without an image")
+            return _from_corpus(path, chosen)
+    for path, _ in split:
+        if not _exists(path):
+            raise ConfigError(f"{path}: no such file; mend the path")
+    if image is None:
+        raise ConfigError(f"{split[0][0]}: masks of which photo? Give the image, too")
+    pixels = _pixels(str(image))
+    found = [_from(path, str(image), pixels.shape[:2], chosen) for path, chosen in split]
+    regions = [region for each in found for region in each.regions]
+    return Scene(str(image), pixels, regions, [line for each in found for line in each.left_out])
+
+
+def _split(path: str, key: str | None) -> tuple[str, str | None]:
+    whole, mark, after = path.rpartition("#")
+    if mark and key is None and not _exists(path):
+        return whole, after
+    return path, key
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists() or bool(files.expand(path))
+
+
+def _pixels(image: str) -> np.ndarray:
+    try:
+        return photos.decode(Blob(image), files.read(Blob(image)), Limits().max_pixels)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{image}: no such photo; mend the path") from error
+    except OSError as error:
+        raise ConfigError(f"{image}: cannot be read ({error.strerror or error}); mend the path") from error
+    except BadRecord as error:
+        raise ConfigError(error.detail) from error
+
+
+def _from(path: str, image: str, size: tuple[int, int], key: str | None) -> _Found:
+    """The regions of one file or folder."""
+    if files.is_folder(path):
+        found = file_names.list_folder(path, "masks").names or []
+        inside = [f"{path.rstrip('/')}/{name}" for name in found if name.lower().endswith(read_masks.ENDINGS)]
+        if not inside:
+            raise ConfigError(f"{path}: no corpus and no mask images here; give the masks")
+        return _Found([_of_image(each, size) for each in inside], [])
+    if file_names.ending(path) == ".json":
+        return _from_json(path, image, size, key)
+    return _Found([_of_image(path, size)], [])
+
+
+def _of_image(path: str, size: tuple[int, int]) -> Region:
+    return Region(path, rle.from_mask(read_masks.read(path, size)))
+
+
+# A corpus.
+
+
+def _is_corpus(path: str) -> bool:
+    if files.is_folder(path):
+        return any(Path(path).glob("*/manifests"))
+    return file_names.ending(path) == ".tar" and Path(path).exists()
+
+
+def _from_corpus(path: str, key: str | None) -> Scene:
+    if not key:
+        raise ConfigError(f"{path}: which image? Say its key, as in `{path}#KEY`")
+    return _of_sample(f"{path}#{key}", *_sample(path, key))
+
+
+def scenes(out: str | Path) -> Iterator[Scene]:
+    """Every image of a corpus with its kept regions, in the order of its shards.
+
+    Raises:
+        ConfigError: no corpus, or a photo or mask that cannot be decoded; names the image.
+        IntegrityError: the corpus is damaged.
+    """
+    for _, sample, data in export.iter_samples(Path(out), reader.subsets(out)):
+        yield _of_sample(f"{out}#{sample.key}", sample, data)
+
+
+def _of_sample(name: str, sample: Sample, data: bytes) -> Scene:
+    try:
+        pixels = photos.decode(Blob(name), data, Limits().max_pixels)
+        regions = [
+            Region(
+                f"{name}: region {region.id}",
+                rle.check(region.rle.counts, region.rle.size),
+                region.category or region.core_category,
+                region.caption,
+            )
+            for region in sample.regions
+        ]
+    except BadRecord as error:
+        raise ConfigError(f"{name}: {error.detail}") from error
+    return Scene(name, pixels, regions, [])
+
+
+def _sample(path: str, key: str) -> tuple[Sample, bytes]:
+    if file_names.ending(path) == ".tar":
+        for sample, data in reader.iter_samples(path):
+            if sample.key == key:
+                return sample, data
+        raise ConfigError(f"{path}: no image {key} in this shard; `tar -tf` lists its keys")
+    rows = [row for row in reader.find_image(path, key).rows if row["kept"]]
+    if not rows:
+        raise ConfigError(f"{path}: no region of {key} was kept, so no shard has it; take another image")
+    return reader.read_sample(path, rows[0])
+
+
+# Annotation files.
+
+
+class _Image(msgspec.Struct):
+    id: int | str | None = None
+    file_name: str | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+class _Annotation(msgspec.Struct):
+    """An element of `annotations`: an instance, or all segments of an image."""
+
+    id: int | str | None = None
+    image_id: int | str | None = None
+    file_name: str | None = None
+    category_id: int | None = None
+    iscrowd: int | bool | None = None
+    segmentation: msgspec.Raw = msgspec.Raw()
+    segments_info: msgspec.Raw = msgspec.Raw()
+
+
+class _File(msgspec.Struct):
+    annotations: list[_Annotation]
+    image: msgspec.Raw = msgspec.Raw()
+    images: list[_Image] = []
+    categories: msgspec.Raw = msgspec.Raw()
+
+
+_KINDS = "COCO instances, COCO panoptic or SA-1B"
+
+
+def _from_json(path: str, image: str, size: tuple[int, int], key: str | None) -> _Found:
+    content = _parse(path)
+    if content.image:
+        found = _usable(_sa1b(path, image), path)
+    elif any(each.segments_info for each in content.annotations):
+        found = _usable(_panoptic(path, content, image, key), path)
+    elif any(each.segmentation for each in content.annotations):
+        found = _instances(path, content, image, size, key)
+    else:
+        raise ConfigError(f"{path}: no annotation has a mask; give a JSON of {_KINDS}")
+    if not found.regions:
+        why = "; ".join(found.left_out)[:500] or "it has none"
+        raise ConfigError(f"{path}: no usable region of {file_names.base(image)}: {why}")
+    return found
+
+
+def _parse(path: str) -> _File:
+    try:
+        data = files.read(Blob(path))
+        if data.lstrip()[:1] == b"[":  # results, and files that hold the annotations of one image alone
+            return _File(msgspec.json.decode(data, type=list[_Annotation]))
+        return msgspec.json.decode(data, type=_File)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; mend the path") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); mend the path") from error
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: no JSON of {_KINDS} ({error}); mend it there") from error
+
+
+def _usable(record: ImageRecord, path: str) -> _Found:
+    """The live regions of what one of the pipeline's sources read, and why the others are not."""
+    if record.drop is not None:
+        raise ConfigError(f"{record.drop.detail}; give the photo that {path} describes")
+    found = _Found([], [])
+    for region in record.regions:
+        if region.drop is not None:
+            found.left_out.append(f"{region.drop.reason}: {region.drop.detail}")
+        elif region.rle is not None:
+            name = f"{path}: annotation {region.id if region.source_id is None else region.source_id}"
+            mask = rle.Mask(region.rle, region.area, region.bbox)
+            found.regions.append(Region(name, mask, region.category or ""))
+    return found
+
+
+def _sa1b(path: str, image: str) -> ImageRecord:
+    from ...pipeline.sources.sa1b import Sa1b
+
+    entry = CatalogEntry(
+        file_names.key_of(file_names.stem(image)), 0, Blob(image), Blob(path), file_name=image
+    )
+    return Sa1b([]).read(entry, Limits())
+
+
+def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRecord:
+    from ...pipeline.sources.coconut import Coconut, Record
+
+    described = _image_of(path, content, image, key)
+    own = [each for each in content.annotations if str(each.image_id) == str(described.id)]
+    if not own:
+        raise ConfigError(f"{path}: no annotation of image {described.id}; give the JSON that has it")
+    annotation = own[0]
+    labels = _label_map(path, annotation.file_name or f"{file_names.stem(image)}.png", image)
+    raw = msgspec.json.decode(content.categories) if content.categories else None
+    table = categories.load(None) if raw is None else categories.table_of(raw, path)
+    record = Record(described.width, described.height, annotation.segments_info, list(table.by_id.values()))
+    entry = CatalogEntry("photo", 0, Blob(image), Blob(labels), msgspec.json.encode(record), image)
+    source = CoconutSource(annotations=[path], labels=str(Path(labels).parent), photos=[])
+    return Coconut([source]).read(entry, Limits())
+
+
+def _label_map(path: str, name: str, photo: str) -> str:
+    """The PNG of a panoptic JSON: in the folder of the JSON's name, or in the one folder beside it."""
+    home = Path(path).parent
+    if (named := home / file_names.stem(path) / name).exists():
+        return str(named)
+    beside = sorted(home.glob(f"*/{name}")) or [home / name]
+    found = [str(each) for each in beside if each.exists() and each.resolve() != Path(photo).resolve()]
+    if len(found) != 1:
+        what = "none" if not found else " or ".join(found)
+        raise ConfigError(f"{path}: label map {name} in a folder beside it: {what}; put one there")
+    return found[0]
+
+
+def _instances(path: str, content: _File, image: str, size: tuple[int, int], key: str | None) -> _Found:
+    described = _image_of(path, content, image, key)
+    declared = (described.height or size[0], described.width or size[1])
+    if declared != size:
+        raise ConfigError(
+            f"{path}: image {described.id} is {declared[1]}x{declared[0]}, {image} {size[1]}x{size[0]}; "
+            "give the photo that the file describes"
+        )
+    table = _table(path, content)
+    own = [
+        each for each in content.annotations if str(each.image_id) == str(described.id) and each.segmentation
+    ]
+    masks = rle.check_all([_loads(each.segmentation) for each in own], *size)
+    found = _Found([], [])
+    for annotation, mask in zip(own, masks, strict=True):
+        name = f"{path}: annotation {annotation.id}"
+        if annotation.iscrowd:
+            found.left_out.append(f"{name}: a crowd, many objects under one mask")
+        elif isinstance(mask, BadRecord):
+            found.left_out.append(f"{name}: {mask.detail}")
+        else:
+            category = table.find(annotation.category_id, None) if table else None
+            found.regions.append(Region(name, mask, category.name if category else ""))
+    return found
+
+
+def _table(path: str, content: _File) -> categories.Table | None:
+    raw = _loads(content.categories) if content.categories else None
+    return categories.table_of(raw, path) if raw else None
+
+
+def _loads(raw: msgspec.Raw) -> Any:
+    return msgspec.json.decode(raw)
+
+
+def _image_of(path: str, content: _File, image: str, key: str | None) -> _Image:
+    """The record of the photo: by its name, by a name of another ending, or by the key."""
+    wanted = key or file_names.base(image)
+    for same in _SAME:
+        found = [each for each in content.images if same(each, wanted)]
+        if len(found) > 1:
+            raise ConfigError(
+                f"{path}: {len(found)} images are called {wanted}; say the id of one with a key"
+            )
+        if found:
+            return found[0]
+    number = re.search(r"(\d+)$", key or file_names.stem(image))
+    if not content.images and number:  # a list of annotations without images: COCO's names hold the id
+        for annotation in content.annotations:
+            if str(annotation.image_id) == str(int(number[1])):
+                return _Image(annotation.image_id)
+    known = ", ".join(_known(content))
+    raise ConfigError(f"{path}: no image {wanted}; say which one with a key, it has {known}")
+
+
+_SAME = (
+    lambda each, wanted: str(each.id) == wanted,
+    lambda each, wanted: each.file_name is not None and each.file_name == wanted,
+    lambda each, wanted: each.file_name is not None and file_names.base(each.file_name) == wanted,
+    lambda each, wanted: (
+        each.file_name is not None and file_names.stem(each.file_name) == file_names.stem(wanted)
+    ),
+)
+
+
+def _known(content: _File) -> Iterator[str]:
+    listed = [each.file_name or str(each.id) for each in content.images]
+    listed = listed or sorted({str(each.image_id) for each in content.annotations})
+    yield from listed[:3]
+    if len(listed) > 3:
+        yield f"and {len(listed) - 3:,} more"

@@ -1,0 +1,474 @@
+"""The decoder: a pure `select`, and a plain loop that computes what `select` needs and nothing else.
+
+Every caption is a row of slots. A step guesses a token for every open slot, with its confidence, and `select`
+decides which of the guesses stay.
+
+Shape suffixes: B images of the batch (one sequence each), N regions of a sequence, S slots of a region, K any
+number of slots, M regions computed in a step, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ...schemas.errors import ConfigError
+from ..model.attention import PADDING, Structure, join
+from ..model.llada import Kept
+from ..model.perceptiondlm import PerceptionDLM
+from ..model.processor import Batch
+
+Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
+Cache = Literal["auto", "none", "exact", "approximate"]
+
+_LOGITS_AT_ONCE = {"cpu": (256, 1024), "gpu": (4096, 16384)}
+"""Slots and tokens whose logits are there at once: 1 MB, which the cores' caches hold; a quarter of a GB."""
+
+_DRAWN_AT_ONCE = 256
+"""Slots whose tokens are drawn at once, which takes all their logits: 130 MB at LLaDA's vocabulary."""
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How captions are filled.
+
+    Attributes:
+        strategy: which guesses stay after a step.
+            "remask", the original's: all are written, then the least confident of the whole image are masked
+            again, fewer at each step, those written earlier among them.
+            "per-region": each region keeps its most confident guesses, as many as its own schedule asks for.
+            "threshold": each region keeps every guess of at least `threshold`, and the best one in any case.
+            "sequential": as "per-region", one region after the other: `steps` for each.
+            "left-to-right": as "per-region", but from the left.
+        length: slots of a caption.
+        steps: of the schedule. With "threshold", at least `length / steps` guesses stay, so this is the most
+            steps that it takes.
+        threshold: confidence that is enough, for "threshold".
+        temperature: of the draw; 0 takes the likeliest token. Draws depend on `seed`, the step and the slot
+            alone: a batch gives what each image gives by itself.
+        top_p: draw only among the likeliest tokens that hold this much of the probability together.
+        seed: of the draws.
+        cache: what is kept of the tokens before the captions. "none": everything is computed at every step.
+            "exact": their keys and values, which do not change if the layout isolates the prefix.
+            "approximate": the same for other layouts, computed anew every `refresh_every` steps. "auto":
+            "exact" where it holds, else "none".
+        refresh_every: steps between two full passes of the "approximate" cache.
+        compare: with the "approximate" cache, decode once more without it and report the share of equal
+            tokens.
+        early_exit: a region whose caption has ended needs no more steps. Not for "remask", which may open a
+            written slot again.
+        suppress_special: never guess tokens that only stand for something (masked, image, region, caption);
+            None: unless the layout is the reference, which guesses them.
+    """
+
+    strategy: Strategy = "remask"
+    length: int = 32
+    steps: int = 32
+    threshold: float = 0.9
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    cache: Cache = "auto"
+    refresh_every: int = 4
+    compare: bool = False
+    early_exit: bool = True
+    suppress_special: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("strategy", get_args(Strategy)), ("cache", get_args(Cache))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}: {getattr(self, name)!r}; take one of {', '.join(choices)}")
+        for name in ("length", "steps", "refresh_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name)}; at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError("temperature is at least 0, top_p above 0 and at most 1")
+
+
+class State(NamedTuple):
+    """What a step has left.
+
+    Attributes:
+        forwards_B: passes of the language model for each image so far.
+        tokens_BNS: the slots; the mask token where open.
+        open_BNS: which are not decided.
+        guess_BNS: the latest guess of each slot that was computed.
+        confidence_BNS: its probability.
+    """
+
+    forwards_B: Tensor
+    tokens_BNS: Tensor
+    open_BNS: Tensor
+    guess_BNS: Tensor
+    confidence_BNS: Tensor
+
+
+class Decoded(NamedTuple):
+    """Filled slots.
+
+    Attributes:
+        tokens_BNS: also of the regions that an image has fewer than others; `exists_BN` says which are real.
+        exists_BN: which regions there are.
+        forwards_B: passes of the language model for each image.
+        agreement_B: share of an image's tokens equal to those without a cache, if `compare` was asked for.
+    """
+
+    tokens_BNS: Tensor
+    exists_BN: Tensor
+    forwards_B: Tensor
+    agreement_B: Tensor | None = None
+
+
+def decode(model: PerceptionDLM, batch: Batch, options: DecodeOptions | None = None) -> Decoded:
+    """Fill a batch's captions.
+
+    Raises:
+        ConfigError: the batch's slots are not `options.length`, or the cache does not suit the layout.
+    """
+    options = options or DecodeOptions()
+    *_, last = steps(model, batch, options)
+    exists_BN = (_blocks(batch, options.length)[2].sample_BL[..., 0] != PADDING).cpu()
+    agreement_B = None
+    if options.compare and options.cache == "approximate":
+        *_, exact = steps(model, batch, replace(options, cache="none"))
+        same_BN = (exact.tokens_BNS == last.tokens_BNS).double().mean(-1)
+        agreement_B = (same_BN * exists_BN).sum(1) / exists_BN.sum(1)
+    return Decoded(last.tokens_BNS, exists_BN, last.forwards_B, agreement_B)
+
+
+@torch.inference_mode()
+def steps(model: PerceptionDLM, batch: Batch, options: DecodeOptions) -> Iterator[State]:
+    """Decode, giving the state (on the CPU) before the first step and after every one.
+
+    Raises:
+        ConfigError: as `decode`.
+    """
+    run = _Run(model, batch, options)
+    yield run.state()
+    step = 0
+    while bool(run.open_BNS.any()):
+        run.guess(step)
+        choice = (run.tokens_BNS, run.open_BNS, run.guess_BNS, run.confidence_BNS)
+        tokens_BNS, run.open_BNS = select(options, step, *choice)
+        run.write(tokens_BNS)
+        yield run.state()
+        step += 1
+
+
+def select(
+    options: DecodeOptions,
+    step: int,
+    tokens_BNS: Tensor,
+    open_BNS: Tensor,
+    guess_BNS: Tensor,
+    confidence_BNS: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Which guesses stay.
+
+    Args:
+        options: the strategy and its schedule.
+        step: 0, 1, ...
+        tokens_BNS: what is written; only closed slots are looked at.
+        open_BNS: slots not decided; a region that an image lacks has none.
+        guess_BNS: a token for every open slot.
+        confidence_BNS: of the guesses; for "remask" of the latest guess at every slot.
+
+    Returns:
+        tokens_BNS with the guesses that stay, and the slots that are open now.
+    """
+    if options.strategy == "remask":
+        return _remask(options, step, tokens_BNS, open_BNS, guess_BNS, confidence_BNS)
+    length = open_BNS.shape[-1]
+    score_BNS = confidence_BNS
+    if options.strategy == "left-to-right":
+        score_BNS = -torch.arange(length, device=open_BNS.device).expand(open_BNS.shape).to(confidence_BNS)
+    rank_BNS = _rank(score_BNS.masked_fill(~open_BNS, -torch.inf))
+    if options.strategy == "threshold":
+        enough_BNS = (rank_BNS < math.ceil(length / options.steps)) | (confidence_BNS >= options.threshold)
+    else:
+        inner_N = torch.full(open_BNS.shape[1:2], step)
+        if options.strategy == "sequential":
+            inner_N = step - torch.arange(open_BNS.shape[1]) * options.steps
+        left_N = [_left_open(length, options.steps, inner) for inner in inner_N.tolist()]
+        left_BN = torch.tensor(left_N, device=open_BNS.device)
+        enough_BNS = rank_BNS < (open_BNS.sum(-1) - left_BN)[..., None]
+    stay_BNS = enough_BNS & open_BNS
+    return torch.where(stay_BNS, guess_BNS, tokens_BNS), open_BNS & ~stay_BNS
+
+
+def _remask(
+    options: DecodeOptions,
+    step: int,
+    tokens_BNS: Tensor,
+    open_BNS: Tensor,
+    guess_BNS: Tensor,
+    confidence_BNS: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write all open slots, then open the least confident of each image again, written ones among them."""
+    tokens_BNS = torch.where(open_BNS, guess_BNS, tokens_BNS)
+    exists_BNS = torch.isfinite(confidence_BNS) & open_BNS.any((1, 2), keepdim=True)
+    left_B = torch.tensor(
+        [_left_open(slots, options.steps, step) for slots in exists_BNS.sum((1, 2)).tolist()],
+        device=open_BNS.device,
+    )
+    doubt_BNS = (-confidence_BNS).masked_fill(~exists_BNS, -torch.inf)
+    rank_BNS = _rank(doubt_BNS.flatten(1)).view_as(doubt_BNS)
+    return tokens_BNS, (rank_BNS < left_B[:, None, None]) & exists_BNS
+
+
+def _left_open(slots: int, steps: int, step: int) -> int:
+    """Slots still open after a step of the linear schedule, rounded as the original rounds."""
+    if step < 0:
+        return slots
+    return 0 if step >= steps - 1 else int(slots * ((steps - 1 - step) / steps))
+
+
+def _rank(score: Tensor) -> Tensor:
+    """Place of each number in falling order along the last dimension; of equals, the first is first."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(score.shape[-1], device=score.device).expand(score.shape)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+class _Run:
+    """One batch on its way: the slots, and what is known of the tokens before them."""
+
+    def __init__(self, model: PerceptionDLM, batch: Batch, options: DecodeOptions):
+        self.model, self.options = model, options
+        batch = batch.to(model.device)
+        self.cache = cache_for(model, options)
+        self.prefix, self.prefix_len = batch.prefix, batch.prefix.ids_BL.shape[1]
+        self.ids_BNL, self.position_BNL, self.structure = _blocks(batch, options.length)
+        self.exists_BN = self.structure.sample_BL[..., 0] != PADDING
+        self.x_BLD = model.embed(batch.prefix, *model.see(batch.images))
+        self.kept: Kept | None = None
+        self.kept_rows_B = torch.arange(len(self.ids_BNL), device=model.device)
+        self.tokens_BNS = self.ids_BNL[..., 1:-1]
+        self.open_BNS = (self.tokens_BNS == model.config.mask_token_id) & self.exists_BN[..., None]
+        self.guess_BNS = self.tokens_BNS.clone()
+        self.confidence_BNS = torch.full(
+            self.tokens_BNS.shape, torch.nan, dtype=_wide(self.x_BLD), device=model.device
+        )
+        self.stale_BN = self.exists_BN.clone()  # regions of which a guess would be another one now
+        self.forwards_B = torch.zeros_like(self.kept_rows_B)
+
+    def state(self) -> State:
+        parts = (self.forwards_B, self.tokens_BNS, self.open_BNS, self.guess_BNS, self.confidence_BNS)
+        return State(*(part.cpu().clone() for part in parts))
+
+    def guess(self, step: int) -> None:
+        """Guess what this step's choice looks at and is not known already."""
+        wanted_BN = self._wanted(step)
+        refresh = self.cache == "approximate" and step % self.options.refresh_every == 0
+        if self.options.temperature == 0 and not refresh:
+            wanted_BN = wanted_BN & self.stale_BN
+        if not bool(wanted_BN.any()) and not refresh:
+            return
+        hidden_MSD = self._full(wanted_BN) if refresh or self.kept is None else self._captions(wanted_BN)
+        if not bool(wanted_BN.any()):
+            return
+        at_BNS = wanted_BN[..., None] & (self.open_BNS | (self.options.strategy == "remask"))
+        at_MS = at_BNS[wanted_BN]
+        uniform_BNS = self._uniform(step)
+        drawn_K = None if uniform_BNS is None else uniform_BNS.expand_as(at_BNS)[at_BNS]
+        guess_K, confidence_K = self._predict(hidden_MSD[at_MS], drawn_K)
+        self.guess_BNS[at_BNS] = guess_K
+        self.confidence_BNS[at_BNS] = confidence_K
+        self.stale_BN &= ~wanted_BN
+
+    def write(self, tokens_BNS: Tensor) -> None:
+        """Put the choice into the sequences; end the captions that have ended."""
+        config = self.model.config
+        if self.options.early_exit and self.options.strategy != "remask":
+            tokens_BNS = self._end(tokens_BNS)
+        tokens_BNS = tokens_BNS.masked_fill(self.open_BNS, config.mask_token_id)
+        changed_BN = (tokens_BNS != self.tokens_BNS).any(-1)
+        if self.cache == "none" and not self.model.layout.isolate_prefix:  # every caption sees every other
+            changed_BN = changed_BN.any(1, keepdim=True) & self.exists_BN
+        self.stale_BN |= changed_BN
+        self.tokens_BNS = tokens_BNS
+        self.ids_BNL[..., 1:-1] = tokens_BNS
+
+    def _end(self, tokens_BNS: Tensor) -> Tensor:
+        """Fill everything behind a region's first end of text, once nothing is open before it."""
+        eot = self.model.config.eot_token_id
+        undecided_BNS = self.open_BNS.cumsum(-1) > 0
+        ended_BNS = ((tokens_BNS == eot) & ~undecided_BNS).cumsum(-1) > 0
+        self.open_BNS = self.open_BNS & ~ended_BNS
+        return tokens_BNS.masked_fill(ended_BNS, eot)
+
+    def _wanted(self, step: int) -> Tensor:
+        """Regions whose slots this step chooses among."""
+        if self.options.strategy == "remask":
+            return self.exists_BN & self.open_BNS.any((1, 2))[:, None]
+        wanted_BN = self.open_BNS.any(-1)
+        if self.options.strategy == "sequential":
+            turn_N = torch.arange(wanted_BN.shape[1], device=wanted_BN.device)
+            wanted_BN = wanted_BN & (turn_N == step // self.options.steps)
+        return wanted_BN
+
+    def _full(self, wanted_BN: Tensor) -> Tensor:
+        """A pass over the whole sequences of the images that are wanted: (M, S, D)."""
+        cached = self.cache != "none"
+        rows_B = (self.open_BNS.any((1, 2)) if cached else wanted_BN.any(1)).nonzero().flatten()
+        self.forwards_B[rows_B] += 1
+        captions = (part[rows_B].flatten(1, 2) for part in (self.ids_BNL, self.position_BNL, *self.structure))
+        ids_BL, position_BL, *structure = captions
+        structure = join(self.prefix.structure.at(rows_B), Structure(*structure))
+        x_BLD = torch.cat([self.x_BLD[rows_B], self.model.language_model.embed_tokens(ids_BL)], dim=1)
+        position_BL = torch.cat([self.prefix.position_BL[rows_B], position_BL], dim=1)
+        kept = Kept(self.prefix_len, ids_BL.shape[1]) if cached else None
+        pattern = self.model.pattern(structure, structure)
+        x_BLD = self.model.language_model(x_BLD, position_BL, pattern, slice(self.prefix_len, None), kept)
+        if kept is not None:
+            self.kept, self.kept_rows_B = kept, rows_B
+        hidden_BNSD = x_BLD.unflatten(1, self.ids_BNL.shape[1:])[:, :, 1:-1]
+        return hidden_BNSD[wanted_BN[rows_B]]
+
+    def _captions(self, wanted_BN: Tensor) -> Tensor:
+        """A pass over the wanted regions alone, with what is kept before them: (M, S, D)."""
+        going_B = self.open_BNS.any((1, 2))[self.kept_rows_B]
+        if int(going_B.sum()) <= len(going_B) // 2:  # worth moving what is kept together
+            self.kept, self.kept_rows_B = self.kept.rows(going_B), self.kept_rows_B[going_B]
+        rows_B = self.kept_rows_B
+        self.forwards_B += wanted_BN.any(1)
+        wanted_BN = wanted_BN[rows_B]
+        most = int(wanted_BN.sum(1).max())
+        pick_BM = wanted_BN.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        real_BM = wanted_BN.gather(1, pick_BM)
+        row_B1 = rows_B[:, None]
+        parts = (part[row_B1, pick_BM] for part in (self.ids_BNL, self.position_BNL, *self.structure))
+        ids, position, sample, region, caption = parts
+        sample = sample.masked_fill(~real_BM[..., None], PADDING)
+        structure = Structure(sample.flatten(1), region.flatten(1), caption.flatten(1))
+        keys = join(self.prefix.structure.at(rows_B), structure)
+        pattern = self.model.pattern(structure, keys)
+        x_BLD = self.model.language_model.embed_tokens(ids.flatten(1))
+        x_BLD = self.model.language_model(x_BLD, position.flatten(1), pattern, kept=self.kept)
+        return x_BLD.unflatten(1, (most, -1))[:, :, 1:-1][real_BM]
+
+    def _uniform(self, step: int) -> Tensor | None:
+        """A draw for every slot: the same for every image, whatever is beside it."""
+        if self.options.temperature == 0:
+            return None
+        seed = self.options.seed * 1_000_003 + step
+        shape = (self.model.config.num_prompts, self.options.length)
+        uniform_NS = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return uniform_NS[: self.open_BNS.shape[1]].to(self.model.device)
+
+    def _predict(self, hidden_KD: Tensor, uniform_K: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Guess and confidence of slots."""
+        weight_VD, suppressed = self.model.lm_head.weight, _suppressed(self.model, self.options)
+        if uniform_K is None:
+            return _likeliest(hidden_KD, weight_VD, suppressed)
+        return _drawn(hidden_KD, weight_VD, suppressed, self.options, uniform_K)
+
+
+def _likeliest(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens and their probabilities, in one pass over parts of the vocabulary.
+
+    A part's logits are small enough to stay in a CPU's cache, and all of them are never there at once.
+    """
+    num_slots, num_tokens = _LOGITS_AT_ONCE["cpu" if hidden_KD.is_cpu else "gpu"]
+    if len(hidden_KD) > num_slots:
+        parts = [_likeliest(part, weight_VD, suppressed) for part in hidden_KD.split(num_slots)]
+        return torch.cat([guess for guess, _ in parts]), torch.cat([confidence for _, confidence in parts])
+    top_K = hidden_KD.new_full(hidden_KD.shape[:1], -torch.inf, dtype=_wide(hidden_KD))
+    total_K, guess_K = torch.zeros_like(top_K), torch.zeros_like(top_K, dtype=torch.int64)
+    for start in range(0, len(weight_VD), num_tokens):
+        never = [i - start for i in suppressed if start <= i < min(start + num_tokens, len(weight_VD))]
+        logits_KV = _logits(hidden_KD, weight_VD[start : start + num_tokens], never)
+        part_top_K, place_K = logits_KV.max(dim=-1)
+        guess_K = torch.where(part_top_K > top_K, place_K + start, guess_K)
+        new_top_K = torch.maximum(top_K, part_top_K)
+        part_total_K = logits_KV.sub_(new_top_K[:, None]).exp_().sum(dim=-1)
+        total_K = total_K * (top_K - new_top_K).exp() + part_total_K
+        top_K = new_top_K
+    return guess_K, 1 / total_K
+
+
+def _drawn(
+    hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int], options: DecodeOptions, uniform_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Drawn tokens and their probabilities at temperature 1, a part of the slots at a time."""
+    parts = []
+    for hidden_kD, uniform_k in zip(
+        hidden_KD.split(_DRAWN_AT_ONCE), uniform_K.split(_DRAWN_AT_ONCE), strict=True
+    ):
+        logits_KV = _logits(hidden_kD, weight_VD, suppressed)
+        guess_K = _draw(logits_KV, options, uniform_k)
+        log_probability_KV = logits_KV.log_softmax(dim=-1)
+        parts.append((guess_K, log_probability_KV.gather(1, guess_K[:, None])[:, 0].exp()))
+    guess, confidence = zip(*parts, strict=True)
+    return torch.cat(guess), torch.cat(confidence)
+
+
+def _logits(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> Tensor:
+    logits_KV = (hidden_KD @ weight_VD.T).to(_wide(hidden_KD))
+    if suppressed:
+        logits_KV[:, suppressed] = -torch.inf
+    return logits_KV
+
+
+def _draw(logits_KV: Tensor, options: DecodeOptions, uniform_K: Tensor) -> Tensor:
+    """Tokens by inverting the distribution function, the likeliest first, at `uniform_K` in [0, 1)."""
+    sorted_KV, order_KV = (
+        (logits_KV / options.temperature).double().sort(dim=-1, descending=True, stable=True)
+    )
+    sums_KV = sorted_KV.softmax(dim=-1).cumsum(dim=-1)
+    within_K = (sums_KV < options.top_p).sum(-1, keepdim=True).clamp(max=sums_KV.shape[-1] - 1)
+    total_K1 = sums_KV.gather(1, within_K)
+    place_K1 = torch.searchsorted(sums_KV, uniform_K[:, None] * total_K1, right=True)
+    return order_KV.gather(1, torch.minimum(place_K1, within_K))[:, 0]
+
+
+def _blocks(batch: Batch, length: int) -> tuple[Tensor, Tensor, Structure]:
+    """The captions' ids, positions and structure as (B, N, S + 2): opening token, slots, closing token."""
+    tokens = batch.captions
+    if tokens.ids_BL.shape[1] % (length + 2):
+        raise ConfigError(f"the batch's captions are not of {length} slots: lay it out with that number")
+    ids, position, *structure = (
+        part.unflatten(1, (-1, length + 2)) for part in (tokens.ids_BL, tokens.position_BL, *tokens.structure)
+    )
+    return ids.clone(), position, Structure(*structure)
+
+
+def cache_for(model: PerceptionDLM, options: DecodeOptions) -> str:
+    """The cache that a model decodes with: "none", "exact" or "approximate".
+
+    Raises:
+        ConfigError: "exact" is asked of a model whose prefix sees captions.
+    """
+    isolated = model.layout.isolate_prefix
+    if options.cache == "exact" and not isolated:
+        raise ConfigError(
+            "cache 'exact' needs a layout that isolates the prefix; here captions change what is before "
+            "them: take 'approximate' or 'none'"
+        )
+    if options.cache == "auto":
+        return "exact" if isolated else "none"
+    return "exact" if options.cache == "approximate" and isolated else options.cache
+
+
+def _suppressed(model: PerceptionDLM, options: DecodeOptions) -> list[int]:
+    config = model.config
+    suppress = options.suppress_special
+    if suppress is None:
+        suppress = config.layout != "reference"
+    if not suppress:
+        return []
+    return [
+        config.mask_token_id,
+        config.image_token_id,
+        *(config.region_token_ids or ()),
+        *(config.caption_token_ids or ()),
+    ]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,146 @@
+"""A trained model on photos that it has not seen: its captions beside the corpus's, in numbers and pictures.
+
+OUT/evaluation/ gets `captions.jsonl` (an image a line), `pictures/` and `summary.json`. The judged benchmarks
+are another matter; this is what a run says of itself when it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...pipeline.io import draw, files
+from ...schemas.training import Evaluation
+from ..decoding import caption_photo
+from ..decoding import read_regions as regions
+from ..decoding.read_regions import Scene
+from ..decoding.region_captioner import Captioned, caption_images
+from ..decoding.sampler import DecodeOptions
+
+FOLDER = "evaluation"
+
+
+class Summary(NamedTuple):
+    """Of a model's captions.
+
+    Attributes:
+        images, regions: how many were captioned.
+        exact: share of captions equal to the corpus's.
+        words: mean of a caption.
+        empty: share of captions without a word.
+        forwards: passes of the language model, an image.
+        tokens_per_forward: slots filled by a pass.
+        seconds: an image, on whatever it ran on.
+        device: that.
+    """
+
+    images: int
+    regions: int
+    exact: float
+    words: float
+    empty: float
+    forwards: float
+    tokens_per_forward: float
+    seconds: float
+    device: str
+
+
+def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -> Summary:
+    """Caption a corpus's images, and write what came of it to OUT/evaluation.
+
+    Args:
+        model: folder of a saved model.
+        config: which corpus, and how to decode.
+        out: folder of the run.
+        device: as torch names it, or "auto".
+
+    Raises:
+        ConfigError: no corpus, no model, or options that do not suit it.
+    """
+    loaded = caption_photo.load(model, device)
+    options = decoding(config)
+    folder = out / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "pictures").mkdir(parents=True)
+    records = []
+    with files.write_atomic(folder / "captions.jsonl") as file:
+        for number, (scene, found) in enumerate(_caption(loaded, config, options)):
+            records.append(_record(scene, found))
+            file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
+            if number < config.pictures:
+                _draw(scene, found.captions, folder / "pictures" / f"{number:03d}.jpg")
+    summary = _summary(records, str(loaded.model.device))
+    with files.write_atomic(folder / "summary.json") as file:
+        file.write(json.dumps(summary._asdict(), indent=1).encode() + b"\n")
+    return summary
+
+
+def decoding(config: Evaluation) -> DecodeOptions:
+    """How captions are decoded.
+
+    Raises:
+        ConfigError: no such strategy.
+    """
+    return DecodeOptions(
+        strategy=config.strategy, length=config.length, steps=config.steps, threshold=config.threshold
+    )
+
+
+def _caption(
+    loaded: caption_photo.Loaded, config: Evaluation, options: DecodeOptions
+) -> Iterator[tuple[Scene, Captioned]]:
+    """Some images at a time: batches are full, and few photos are in memory."""
+    scenes = islice(regions.scenes(config.out), config.images)
+    while some := list(islice(scenes, 8 * config.batch_size)):
+        inputs = ((scene.pixels, [region.dense() for region in scene.regions]) for scene in some)
+        found = caption_images(
+            loaded.model, loaded.processor, inputs, options, config.batch_size, config.regions_per_call
+        )
+        yield from zip(some, found, strict=True)
+
+
+def _record(scene: Scene, found: Captioned) -> dict[str, Any]:
+    rows = zip(scene.regions, found.captions, strict=True)
+    return {
+        "image": scene.photo,
+        "regions": [
+            {"source": region.source, "caption": caption, "corpus_caption": region.caption}
+            for region, caption in rows
+        ],
+        "forwards": found.forwards,
+        "tokens": found.tokens,
+        "seconds": round(found.seconds, 4),
+    }
+
+
+def _draw(scene: Scene, captions: list[str], path: Path) -> None:
+    rows = zip(scene.regions, captions, strict=True)
+    marks = [draw.Mark(region.mask.rle, caption, region.label) for region, caption in rows]
+    draw.save(draw.draw_image(scene.pixels, marks, title=Path(scene.photo).name), path)
+
+
+def _summary(records: list[dict[str, Any]], device: str) -> Summary:
+    pairs = [
+        (region["caption"].strip(), region["corpus_caption"].strip())
+        for record in records
+        for region in record["regions"]
+    ]
+    images, num_regions = max(1, len(records)), max(1, len(pairs))
+    forwards, tokens, seconds = (
+        sum(record[name] for record in records) for name in ("forwards", "tokens", "seconds")
+    )
+    return Summary(
+        images=len(records),
+        regions=len(pairs),
+        exact=sum(caption == wanted for caption, wanted in pairs) / num_regions,
+        words=sum(len(caption.split()) for caption, _ in pairs) / num_regions,
+        empty=sum(not caption for caption, _ in pairs) / num_regions,
+        forwards=forwards / images,
+        tokens_per_forward=tokens / max(1, forwards),
+        seconds=seconds / images,
+        device=device,
+    )

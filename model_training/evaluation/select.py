@@ -1,0 +1,106 @@
+"""Which regions of a corpus are worth a benchmark: those that are easily taken for another one."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...pipeline.corpus import reader
+from ...schemas.errors import ConfigError, IntegrityError
+
+FEWEST, MOST = 2, 8
+"""Regions of an image."""
+
+_NEAR = 0.1
+"""Gap between two boxes, as a share of the image's diagonal, from which on they are no neighbours."""
+
+_COLUMNS = ["subset", "key", "region", "category", "core_category", "caption", "image_width", "image_height"]
+_COLUMNS += ["bbox_x", "bbox_y", "bbox_w", "bbox_h", "area", "shard"]
+_COLUMNS += ["photo_offset", "photo_length", "json_offset", "json_length"]
+
+
+class Chosen(NamedTuple):
+    """An image: how easily its regions are confused, 0..1, and the index's rows of 2 to 8 of them."""
+
+    confusion: float
+    rows: list[dict[str, Any]]
+
+
+def choose(out: str | Path, images: int) -> list[Chosen]:
+    """The images whose regions are most easily confused, the most confusing first.
+
+    Of an image with more than 8 kept regions, the 8 that are most easily confused are taken. Reads the index
+    a row group at a time, so memory does not grow with the corpus.
+
+    Raises:
+        ConfigError: no index, or no image has two regions.
+        IntegrityError: the index is damaged.
+    """
+    best: list[tuple[float, int, Chosen]] = []
+    for number, rows in enumerate(_images(Path(out))):
+        if len(rows) >= FEWEST:
+            each = confusion(rows)
+            taken = sorted(np.argsort(-each, kind="stable")[:MOST].tolist())
+            chosen = Chosen(float(each[taken].mean()), [rows[place] for place in taken])
+            keep = heapq.heappush if len(best) < images else heapq.heappushpop
+            keep(best, (chosen.confusion, -number, chosen))
+    if not best:
+        raise ConfigError(f"{out}: no image has {FEWEST} kept regions that could be confused")
+    return [chosen for _, _, chosen in sorted(best, reverse=True)]
+
+
+def confusion(rows: list[dict[str, Any]]) -> np.ndarray:
+    """How easily each region of an image is taken for its most confusing other one: (N,), 0..1.
+
+    Two regions are confused by being near, of one category, of one size, and called alike: a quarter each.
+    """
+    boxes = np.array([[row[f"bbox_{name}"] for name in "xywh"] for row in rows], np.float64)
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    gaps = np.maximum(low[:, None] - high[None], low[None] - high[:, None]).clip(0)
+    diagonal = np.hypot(rows[0]["image_width"], rows[0]["image_height"])
+    near = (1 - np.hypot(gaps[..., 0], gaps[..., 1]) / diagonal / _NEAR).clip(0)
+    area = np.array([row["area"] for row in rows], np.float64)
+    size = np.minimum(area[:, None], area[None]) / np.maximum(area[:, None], area[None])
+    names = [name_of(row) for row in rows]
+    same = np.array([[bool(a) and a == b for b in names] for a in names], np.float64)
+    words = [set(str(row["caption"]).lower().split()) for row in rows]
+    alike = np.array([[len(a & b) / max(1, len(a | b)) for b in words] for a in words])
+    total = (near + size + same + alike) / 4
+    np.fill_diagonal(total, 0)
+    return total.max(axis=1)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What a region is: its category, or the one that the judge named."""
+    return row["category"] or row["core_category"] or ""
+
+
+def _images(out: Path) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each image. A row group holds whole units, and a unit whole images, one after the other."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = out / reader.INDEX
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                rows = file.read_row_group(group, columns=_COLUMNS).to_pylist()
+                start = 0
+                for end in range(1, len(rows) + 1):
+                    if end == len(rows) or _id(rows[end]) != _id(rows[start]):
+                        yield rows[start:end]
+                        start = end
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: no index; give the `out` of a build, or run `paracaption merge`"
+        ) from error
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge`") from error
+
+
+def _id(row: dict[str, Any]) -> tuple[str, str]:
+    return row["subset"], row["key"]

@@ -1,0 +1,317 @@
+"""PerceptionDLM: regions are marked in the image, seen once, replayed, and captioned all at once.
+
+SigLIP 2 sees the tiles with a prompt added to every patch of a region; two by two patches become a token of
+the language model; each region's features are replayed as a few more tokens; and LLaDA, which attends in both
+directions, fills the slots of all captions.
+
+Shape suffixes: N views (tiles and thumbnails of all images), S side of a view in pixels, P region prompts, Q
+patches of a view, C width of the vision tower, T tokens of a view, D width of the language model, I images, R
+regions, W replayed tokens of a region, B batch, L tokens of a sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+
+from ...schemas.errors import ConfigError
+from .attention import Pattern, Structure
+from .config import PerceptionDLMConfig
+from .llada import LanguageModel
+from .roi_align import roi_align
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from ..decoding.region_captioner import Snapshot
+    from ..decoding.sampler import DecodeOptions
+    from .processor import PerceptionDLMProcessor
+
+
+class Images(NamedTuple):
+    """What a batch shows.
+
+    Attributes:
+        views_N3SS: uint8 RGB, image after image, each with its tiles row by row and then its thumbnail.
+        prompts_NPQ: bool, which patch of which view belongs to the region that has which prompt.
+        grids_I2: int64 on the CPU, tiles across and down.
+        boxes_R4: float32, (x1, y1, x2, y2) of the regions as shares of their image, image after image.
+        image_R: int64, each region's image.
+    """
+
+    views_N3SS: Tensor
+    prompts_NPQ: Tensor
+    grids_I2: Tensor
+    boxes_R4: Tensor
+    image_R: Tensor
+
+    def to(self, device: torch.device | str) -> Images:
+        """On a device, but for the grids, which shapes are made of."""
+        return Images(
+            *(part if name == "grids_I2" else part.to(device) for name, part in self._asdict().items())
+        )
+
+
+class Tokens(NamedTuple):
+    """What a batch says; all (B, L).
+
+    Attributes:
+        ids_BL: int64; of image and replay, the tokens that stand for them.
+        position_BL: int64.
+        structure: who may attend to whom.
+    """
+
+    ids_BL: Tensor
+    position_BL: Tensor
+    structure: Structure
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """On a device."""
+        moved = Structure(*(field.to(device) for field in self.structure))
+        return Tokens(self.ids_BL.to(device), self.position_BL.to(device), moved)
+
+
+class VisionTower(nn.Module):
+    """SigLIP 2 up to the selected layer, with the regions' prompts added to its patches."""
+
+    def __init__(self, config: PerceptionDLMConfig):
+        super().__init__()
+        tower, select = copy.deepcopy(config.vision_config), config.vision_select_layer
+        tower._attn_implementation = "sdpa"  # of its own: the model's kernel is for patterns
+        depth = tower.num_hidden_layers
+        if not -depth <= select <= -1:
+            raise ValueError(f"vision_select_layer: {select}; of {depth} layers, take -{depth} to -1")
+        self.embeddings = SiglipVisionEmbeddings(tower)
+        self.layers = nn.ModuleList(SiglipEncoderLayer(tower) for _ in range(depth + 1 + select))
+        self.norm = nn.LayerNorm(tower.hidden_size, eps=tower.layer_norm_eps) if select == -1 else None
+
+    def forward(self, x_N3SS: Tensor, prompt_NQC: Tensor | None) -> Tensor:
+        """Returns (N, Q, C). Adding before or after the positions is the same sum."""
+        x_NQC = self.embeddings.patch_embedding(x_N3SS).flatten(2).transpose(1, 2)
+        if prompt_NQC is not None:
+            x_NQC = x_NQC + prompt_NQC
+        x_NQC = x_NQC + self.embeddings.position_embedding.weight
+        for layer in self.layers:
+            x_NQC = layer(x_NQC, None)
+        return x_NQC if self.norm is None else self.norm(x_NQC)
+
+
+class PerceptionDLM(PreTrainedModel):
+    """The whole model.
+
+    `forward` is one denoising step: logits of a sequence in which some tokens are masked. `see` encodes
+    images, once for all steps.
+    """
+
+    config_class = PerceptionDLMConfig
+    base_model_prefix = "model"
+    main_input_name = "tokens"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer", "Layer"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: PerceptionDLMConfig):
+        super().__init__(config)
+        self.layout = config.resolved_layout()
+        self._processor: PerceptionDLMProcessor | None = None
+        vision, text = config.vision_config, config.text_config
+        self.region_prompts = nn.Embedding(config.num_prompts, vision.hidden_size)
+        self.vision_tower = VisionTower(config)
+        self.projector = nn.Sequential(
+            nn.Linear(4 * vision.hidden_size, text.hidden_size),
+            nn.GELU(),
+            nn.Linear(text.hidden_size, text.hidden_size),
+        )
+        self.language_model = LanguageModel(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """LLaDA's and SigLIP's own scale; region prompts from N(0, 1) by default, as the original's."""
+        super()._init_weights(module)
+        if module is self.region_prompts:
+            init.normal_(module.weight, std=self.config.region_prompt_std)
+        if module is self.vision_tower.embeddings.position_embedding:
+            std = self.config.position_std
+            init.normal_(module.weight, std=module.embedding_dim**-0.5 if std is None else std)
+
+    def see(self, images: Images) -> tuple[Tensor, Tensor | None]:
+        """Encode images and replay their regions.
+
+        Returns:
+            features (N, T, D) of every view, and (R, W, D) of every region, or None without feature replay.
+        """
+        features_NTD = self.encode(images.views_N3SS, images.prompts_NPQ)
+        if not self.config.feature_replay:
+            return features_NTD, None
+        return features_NTD, self.replay(features_NTD, images)
+
+    def encode(self, views_N3SS: Tensor, prompts_NPQ: Tensor) -> Tensor:
+        """Features (N, T, D) of views: vision tower, two by two patches to a token, projector."""
+        weight = self.region_prompts.weight
+        pixels_N3SS = views_N3SS.to(weight.dtype).div(255).sub(0.5).div(0.5)
+        prompt_NQC = None
+        if self.config.region_prompting:
+            prompt_NQC = torch.einsum("npq,pc->nqc", prompts_NPQ.to(weight.dtype), weight)
+        x_NQC = self.vision_tower(pixels_N3SS, prompt_NQC)
+        return self.projector(pixel_unshuffle(x_NQC, self.config.patches_per_side))
+
+    def replay(self, features_NTD: Tensor, images: Images) -> Tensor:
+        """Each region's features, sampled from its image's map on a grid of its box: (R, W, D)."""
+        size, width = self.config.replay_size, features_NTD.shape[-1]
+        side = self.config.patches_per_side // 2
+        out_RWD = features_NTD.new_empty(len(images.boxes_R4), size * size, width)
+        tiles_I = images.grids_I2.prod(dim=1)
+        views_I = tiles_I + (tiles_I > 1)
+        starts_I = views_I.cumsum(0) - views_I
+        if self.layout.replay_map == "shifted":
+            starts_I = starts_I + (tiles_I > 1)
+        image_R = images.image_R.cpu()
+        for grid in images.grids_I2.unique(dim=0):  # maps of one shape at a time: 14 shapes at most
+            across, down = grid.tolist()
+            same_I = (images.grids_I2 == grid).all(dim=1).nonzero().flatten()
+            views = (starts_I[same_I, None] + torch.arange(across * down)).flatten()
+            maps = features_NTD[views.to(features_NTD.device)].unflatten(1, (side, side))
+            maps = maps.unflatten(0, (-1, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+            regions = torch.isin(image_R, same_I).nonzero().flatten()
+            place = torch.searchsorted(same_I, image_R[regions]).to(out_RWD.device)
+            cells = torch.tensor([across, down, across, down], dtype=torch.float32) * side
+            regions = regions.to(out_RWD.device)
+            boxes = images.boxes_R4[regions].float() * cells.to(out_RWD.device)
+            maps = maps if maps.dtype == torch.float64 else maps.float()
+            sampled = roi_align(maps, boxes.to(maps), place, size, self.layout.replay_scale)
+            out_RWD[regions] = sampled.to(out_RWD.dtype)
+        return out_RWD
+
+    def embed(
+        self, tokens: Tokens, features_NTD: Tensor | None = None, replay_RWD: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (B, L, D) of a batch, with the images' features and the regions' replay in their places.
+
+        Raises:
+            ValueError: the batch has not as many places for them as there are.
+        """
+        x_BLD = self.language_model.embed_tokens(tokens.ids_BL)
+        if features_NTD is not None:
+            here_BL = tokens.ids_BL == self.config.image_token_id
+            x_BLD = _put(x_BLD, here_BL, features_NTD.flatten(0, 1), "image")
+        if replay_RWD is not None:
+            x_BLD = _put(x_BLD, tokens.structure.replay_BL(), replay_RWD.flatten(0, 1), "replay")
+        return x_BLD
+
+    def pattern(self, queries: Structure, keys: Structure) -> Pattern:
+        """Who attends to whom, for the attention kernel that the model was loaded with."""
+        kernel = self.config._attn_implementation
+        return Pattern(queries, keys, self.layout.isolate_prefix, kernel)
+
+    def forward(
+        self,
+        tokens: Tokens,
+        images: Images | None = None,
+        inputs_embeds: Tensor | None = None,
+        wanted_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V) of a batch, or (K, V) of some of its tokens.
+
+        Args:
+            tokens: the sequences, masked slots among them.
+            images: what they show; None: they show nothing.
+            inputs_embeds: (B, L, D) instead of `tokens.ids_BL` and `images`.
+            wanted_BL: bool, the K tokens whose logits are asked for; None: all.
+        """
+        x_BLD = inputs_embeds
+        if x_BLD is None:
+            x_BLD = self.embed(tokens, *(self.see(images) if images is not None else ()))
+        pattern = self.pattern(tokens.structure, tokens.structure)
+        x_BLD = self.language_model(x_BLD, tokens.position_BL, pattern)
+        return self.lm_head(x_BLD if wanted_BL is None else x_BLD[wanted_BL])
+
+    def caption(
+        self,
+        image: np.ndarray | Image,
+        masks: Sequence[np.ndarray],
+        processor: PerceptionDLMProcessor | None = None,
+        regions_per_call: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Caption regions of an image, all at once; one caption a mask, in the same order.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, or a Pillow image.
+            masks: (H, W) bool, of the image's size, none empty.
+            processor: None: the one in the folder that the model was loaded from.
+            regions_per_call: regions of a sequence at most; 1 captions one by one.
+            options: see `decode.DecodeOptions`.
+
+        Raises:
+            ConfigError: a mask that does not fit, or an option that does not suit the model.
+        """
+        from ..decoding import region_captioner
+
+        processor, decoding = self._ready(processor, options)
+        pairs = [(image, masks)]
+        results = region_captioner.caption_images(
+            self, processor, pairs, decoding, regions_per_call=regions_per_call
+        )
+        return results[0].captions
+
+    def caption_stream(
+        self,
+        image: np.ndarray | Image,
+        masks: Sequence[np.ndarray],
+        processor: PerceptionDLMProcessor | None = None,
+        regions_per_call: int | None = None,
+        **options: Any,
+    ) -> Iterator[Snapshot]:
+        """As `caption`, giving all captions before the first step and after every one."""
+        from ..decoding import region_captioner
+
+        processor, decoding = self._ready(processor, options)
+        return region_captioner.caption_steps(self, processor, image, masks, decoding, regions_per_call)
+
+    def _ready(
+        self, processor: PerceptionDLMProcessor | None, options: dict[str, Any]
+    ) -> tuple[PerceptionDLMProcessor, DecodeOptions]:
+        from ..decoding.sampler import DecodeOptions
+        from .processor import PerceptionDLMProcessor
+
+        known = {field.name for field in dataclasses.fields(DecodeOptions)}
+        if unknown := sorted(options.keys() - known):
+            raise ConfigError(
+                f"{', '.join(unknown)}: no option of the decoder; it has {', '.join(sorted(known))}"
+            )
+        if processor is None and self._processor is None:
+            if not self.name_or_path:
+                raise ConfigError("the model was not loaded from a folder: give its processor")
+            self._processor = PerceptionDLMProcessor.from_pretrained(self.name_or_path)
+        return processor or self._processor, DecodeOptions(**options)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the language model."""
+        return self.language_model.embed_tokens
+
+
+def pixel_unshuffle(x_NQC: Tensor, side: int) -> Tensor:
+    """Two by two patches side by side: (N, Q, C) to (N, Q / 4, 4C), the lower right patch last."""
+    x = x_NQC.unflatten(1, (side // 2, 2, side // 2, 2))  # N, row, down, column, across, C
+    return x.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
+
+
+def _put(x_BLD: Tensor, here_BL: Tensor, values_KD: Tensor, what: str) -> Tensor:
+    if int(here_BL.sum()) != len(values_KD):
+        raise ValueError(f"{int(here_BL.sum())} places for {len(values_KD)} {what} tokens")
+    return x_BLD.masked_scatter(here_BL[..., None], values_KD.to(x_BLD.dtype))
+
+
+AutoConfig.register(PerceptionDLMConfig.model_type, PerceptionDLMConfig)
+AutoModel.register(PerceptionDLMConfig, PerceptionDLM)

@@ -1,0 +1,93 @@
+"""The trained model as a folder that `PerceptionDLM.from_pretrained` and `paracaption caption` take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...pipeline.io import files
+from ..convert import leftovers
+from ..model.perceptiondlm import PerceptionDLM
+from . import build
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...schemas.training import TrainConfig
+    from ..model.processor import PerceptionDLMProcessor
+    from .distributed import Team
+
+MODEL, AVERAGE = "model", "model-average"
+
+
+def export(
+    model: PerceptionDLM,
+    processor: PerceptionDLMProcessor,
+    average: dict[str, Tensor] | None,
+    config: TrainConfig,
+    team: Team,
+) -> Path:
+    """Write OUT/model, and OUT/model-average if there is one, over what is there. All ranks call it.
+
+    Returns:
+        The folder of the model.
+    """
+    weights = _whole(model)
+    averaged = _gathered(average, team)
+    folder = Path(config.out)
+    if team.rank == 0:
+        _write(folder / MODEL, weights, model, processor, config, team)
+        if averaged:
+            _write(folder / AVERAGE, weights | averaged, model, processor, config, team)
+    team.wait()
+    return folder / MODEL
+
+
+def _whole(model: PerceptionDLM) -> dict[str, Tensor]:
+    """All weights on the CPU of rank 0; on other ranks they may be missing."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _gathered(average: dict[str, Tensor] | None, team: Team) -> dict[str, Tensor]:
+    """The average on the CPU of rank 0; nothing on other ranks, which help to gather it."""
+    from torch.distributed.tensor import DTensor
+
+    found = {}
+    for name, each in (average or {}).items():
+        whole = each.full_tensor() if isinstance(each, DTensor) else each
+        if team.rank == 0:
+            found[name] = whole.cpu()
+    return found
+
+
+def _write(
+    target: Path,
+    weights: dict[str, Tensor],
+    model: PerceptionDLM,
+    processor: PerceptionDLMProcessor,
+    config: TrainConfig,
+    team: Team,
+) -> None:
+    dtype = team.dtype if config.export_dtype == "auto" else getattr(torch, config.export_dtype)
+    if config.lora:
+        weights = build.merge_lora(weights, config.lora)
+    with torch.device("meta"):
+        plain = PerceptionDLM(model.config)
+    plain.load_state_dict({name: each.to(dtype) for name, each in weights.items()}, assign=True)
+    plain.config.dtype = dtype
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    plain.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    aside = Path(config.model.path or "") / leftovers.FOLDER
+    if config.model.path and aside.is_dir():  # what the way back to the published layout needs
+        shutil.copytree(aside, partial / leftovers.FOLDER)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    files.sync_folder(target.parent)

@@ -1,0 +1,142 @@
+"""Training in this process, or on Ray Train's workers over a cluster.
+
+Ray starts workers, connects them, and starts them all anew when one is lost; what they do is `trainer.fit`,
+which goes on from the last whole checkpoint. So nothing of a run's state is Ray's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...schemas.errors import ConfigError, Diverged, ParaCaptionError, StageFailed
+from ...schemas.training import TrainConfig
+
+if TYPE_CHECKING:
+    from .trainer import Outcome, Report
+
+
+def train(config: TrainConfig, ray_address: str | None = None, report: Report | None = None) -> Outcome:
+    """Train, or go on where the last checkpoint is.
+
+    Args:
+        config: with `ray.workers`, Ray's workers train; without, this process does.
+        ray_address: "auto" or "host:port"; None starts Ray on this machine.
+        report: called with each step's record, more or less when it happens.
+
+    Raises:
+        ConfigError: something in the configuration cannot be.
+        IntegrityError: a checkpoint or the data are damaged.
+        Diverged: step after step was skipped.
+        StageFailed: a checkpoint cannot be written; or workers were lost more often than is allowed.
+    """
+    if not config.ray.workers:
+        if ray_address is not None:
+            raise ConfigError("--ray-address: the configuration asks for no workers; set ray.workers")
+        from .trainer import fit
+
+        return fit(config, report=report)
+    _start(config, ray_address)
+    with _following(Path(config.out), report):
+        return _fit_on_ray(config)
+
+
+def _start(config: TrainConfig, address: str | None) -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if address is not None:
+        ray.init(address=address, **quiet)
+    else:  # logical CPUs only admit workers, the kernel shares the real ones
+        needed = int(config.ray.workers * config.ray.cpus) + 1
+        ray.init("local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
+
+
+def _fit_on_ray(config: TrainConfig) -> Outcome:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    on_gpu = config.ray.gpus > 0 and config.device != "cpu"
+    resources = {"CPU": config.ray.cpus} | ({"GPU": config.ray.gpus} if on_gpu else {})
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"config": config.model_dump(mode="json")},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.ray.workers, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=config.out,
+            failure_config=FailureConfig(max_failures=config.ray.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _cause(error, config) from error
+    if "error" in result:
+        raise Diverged(result["error"])
+    from .trainer import Outcome
+
+    return Outcome(result["steps"], result["skipped"], Path(result["model"]))
+
+
+def _work(loop: dict[str, Any]) -> dict[str, Any]:
+    """What each worker does."""
+    import ray.train
+
+    from .trainer import fit
+
+    context = ray.train.get_context()
+    try:
+        done = fit(
+            TrainConfig.model_validate(loop["config"]), context.get_world_rank(), context.get_world_size()
+        )
+    except Diverged as error:  # returned: what is raised, Ray tries again
+        return {"error": str(error)}
+    return {"steps": done.steps, "skipped": done.skipped, "model": str(done.model)}
+
+
+def _cause(error: Exception, config: TrainConfig) -> ParaCaptionError:
+    """The error of ours that a worker raised, or what became of the workers."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        raised = getattr(failure, "_base_exc", failure)
+        if isinstance(raised, ParaCaptionError):
+            return raised
+    return StageFailed(
+        f"training stopped after {config.ray.max_failures} restarts (ray.max_failures): {error}; "
+        f"run the same "
+        "command again to go on from the last checkpoint"
+    )
+
+
+@contextmanager
+def _following(out: Path, report: Report | None) -> Iterator[None]:
+    """Report the lines that a worker adds to the metrics."""
+    if report is None:
+        yield
+        return
+    from . import metrics
+
+    ended, seen = threading.Event(), metrics.last_step(out)
+
+    def work() -> None:
+        for record in metrics.follow(out, seen, ended):
+            report(record)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

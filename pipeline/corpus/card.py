@@ -1,0 +1,216 @@
+"""The dataset card, `OUT/README.md`, in the form that hubs read: from the statistics and the config."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from ...schemas.config import BuildConfig
+from ...schemas.records import SCORES
+from ..config_file import dump_config
+from . import plots
+
+if TYPE_CHECKING:
+    from .merge import CorpusSummary, SubsetSummary
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_SIZES += ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
+_SHOWN_CATEGORIES = 20
+
+
+def render(out: str | Path, config: BuildConfig) -> str:
+    """The card of a merged corpus as Markdown. Equal statistics and configuration give an equal card.
+
+    Raises:
+        ConfigError: the corpus is not merged.
+    """
+    from .merge import read_summary
+
+    summary = read_summary(out)
+    parts = [
+        _front_matter(summary),
+        _head(summary),
+        *(_subset(name, subset) for name, subset in summary.subsets.items()),
+        _pictures(),
+        _licences(config),
+        _reading(summary),
+        _config(config, summary),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(summary: CorpusSummary) -> str:
+    size = next((name for limit, name in _SIZES if summary.images_captioned < limit), "n>100M")
+    filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
+    files = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/shards/{name}-*.tar"}]}
+        for name in filled
+    ]
+    values = {
+        "pretty_name": "Region captions",
+        "license": "other",
+        "license_name": "per-source",
+        "license_link": "#licences",
+        "language": ["en"],
+        "task_categories": ["image-to-text", "image-segmentation"],
+        "tags": ["region-captioning", "dense-captioning", "masks", "webdataset"],
+        "size_categories": [size],
+        "configs": files,
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+
+
+def _head(summary: CorpusSummary) -> str:
+    rows = [
+        (
+            plots.title_of(name),
+            subset.counts.units,
+            subset.counts.images,
+            subset.counts.images_captioned,
+            subset.counts.regions,
+            subset.counts.kept,
+            _share(subset.counts.kept, subset.counts.regions),
+        )
+        for name, subset in summary.subsets.items()
+    ]
+    if len(rows) > 1:
+        units = sum(subset.counts.units for subset in summary.subsets.values())
+        share = _share(summary.kept, summary.regions)
+        totals = (units, summary.images, summary.images_captioned, summary.regions, summary.kept, share)
+        rows.append(("together", *totals))
+    header = ("subset", "units", "images", "with captions", "regions declared", "kept", "share")
+    said = (
+        f"{summary.kept:,} regions of {summary.images_captioned:,} images, each with its mask and a checked "
+        "caption. Made with ParaCaption.\n"
+    )
+    return f"# Region captions\n\n{said}\n" + _table(header, rows)
+
+
+def _subset(name: str, subset: SubsetSummary) -> str:
+    counts = subset.counts
+    rows = []
+    for step in counts.funnel:
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in step.reasons.items())
+        left = step.regions_in - step.dropped
+        rows.append((step.stage, step.regions_in, step.dropped, left, _share(left, counts.regions), reasons))
+    text = [
+        f"\n## {plots.title_of(name)}\n",
+        "Every declared region is in the ledger, kept or dropped with its reason:\n",
+        _table(("step", "regions in", "dropped", "left", "of all", "reasons"), rows),
+    ]
+    if counts.images_dropped:
+        dropped = ", ".join(f"{reason} {number:,}" for reason, number in counts.images_dropped.items())
+        text.append(f"Images dropped as a whole: {dropped}.\n")
+    if subset.categories:
+        shown = ", ".join(
+            f"{category or '(none)'} {number:,}" for category, number in subset.categories[:_SHOWN_CATEGORIES]
+        )
+        text.append(f"Categories: {subset.num_categories:,}; most frequent: {_plain(shown)}.\n")
+    words, each = subset.caption_words, subset.regions_per_image
+    if words.total:
+        text.append(
+            f"Captions have {words.mean:.1f} words on average (median {words.quantile(0.5)}); "
+            f"images have {each.mean:.1f} regions.\n"
+        )
+    return "\n".join(text)
+
+
+def _pictures() -> str:
+    names = ("funnel", "caption_words", "regions_per_image", "mask_area")
+    return "\n" + "\n".join(f"![{name.replace('_', ' ')}](plots/{name}.png)\n" for name in names)
+
+
+def _licences(config: BuildConfig) -> str:
+    rows = [
+        (plots.title_of(subset), f"`{where}`", _plain(source.licence))
+        for subset, sources in (("coconut", config.coconut), ("sa1b", config.sa1b))
+        for source in sources
+        for where in [", ".join(getattr(source, "annotations", None) or getattr(source, "paths", []))]
+    ]
+    return (
+        "## Licences\n\nPhotos and masks stay under the licences of their publishers; captions are what the "
+        "models named in the configuration said, under the terms of those.\n\n"
+        + _table(("subset", "source", "licence"), rows)
+    )
+
+
+def _reading(summary: CorpusSummary) -> str:
+    name = next((n for n, subset in summary.subsets.items() if subset.counts.images_captioned), "coconut")
+    scores = "\n".join(f"- `{score}`: {meaning}" for score, meaning in SCORES.items())
+    return f"""
+## Reading it
+
+Each shard is a plain tar in WebDataset form. `<key>.jpg` holds the publisher's photo bytes (always called
+`.jpg`; `photo_format` says what they are), `<key>.json` the image's regions with `rle` (COCO's compressed
+RLE), `bbox` (x, y, width, height), `area`, `category`, `core_category` and `caption`.
+
+```python
+import glob, json
+import webdataset as wds
+
+for sample in wds.WebDataset(sorted(glob.glob("{name}/shards/{name}-*.tar")), shardshuffle=False):
+    photo, record = sample["jpg"], json.loads(sample["json"])
+```
+
+```python
+from datasets import load_dataset
+
+data = load_dataset("webdataset", data_files="{name}/shards/{name}-*.tar", split="train", streaming=True)
+```
+
+```python
+from pycocotools import mask
+
+pixels = mask.decode(record["regions"][0]["rle"])  # (height, width) of 0 and 1, for the photo as stored
+```
+
+| file | what it is |
+| --- | --- |
+| `index.parquet` | a row per kept region: caption, category, box, scores, where its sample lies |
+| `<subset>/shards/<unit>.tar` | the samples |
+| `<subset>/ledger/<unit>.parquet` | every declared region, kept or dropped and why, with mask and scores |
+| `<subset>/manifests/<unit>.json` | the commit record; a shard without one does not count |
+| `stats.json`, `plots/` | the numbers and pictures of this card |
+| `config.yaml` | the configuration below |
+
+A region that was looked at by a stage has that stage's numbers:
+
+{scores}
+"""
+
+
+def _config(config: BuildConfig, summary: CorpusSummary) -> str:
+    text = dump_config(config)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    rows = [
+        (plots.title_of(name), ", ".join(subset.counts.plans), ", ".join(subset.counts.recipes))
+        for name, subset in summary.subsets.items()
+    ]
+    return (
+        f"## Configuration\n\nSHA-256 of the configuration: `{digest}`\n\n"
+        + _table(("subset", "plan", "recipe"), rows)
+        + f"\n```yaml\n{text}```\n"
+    )
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
+    numeric = [all(isinstance(row[i], int) for row in rows) and bool(rows) for i in range(len(header))]
+    lines = [header, tuple("---:" if right else "---" for right in numeric)]
+    lines += [tuple(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row) for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _plain(text: str) -> str:
+    """Names come from models and strangers: nothing in them is Markdown or HTML."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_|\[\]])", r"\\\1", text)

@@ -1,0 +1,292 @@
+"""Writes a corpus in other formats, shard by shard, so that memory does not grow with it.
+
+| format | what comes out |
+| --- | --- |
+| `perceptiondlm-json` | `annotations.json`, a list of `{"image", "mask_rles", "captions"}`, and `images/` |
+| `coco` | `instances.json`, COCO instances with RLE masks and a `caption` each, and `images/` |
+| `parquet` | `data/<unit>.parquet`, a row per image with the photo's bytes and its regions as structs |
+
+Everything is written into a temporary folder beside the target and renamed at the end: an export is whole, or
+absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import msgspec
+
+from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.sample import Sample, SampleRegion, SampleRle
+from ..io import files
+from . import reader
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_ROWS_PER_GROUP = 100
+"""Photos are held in memory until their row group is written; 100 of SA-1B's are 150 MB."""
+
+
+def export(out: str | Path, format: str, to: str | Path) -> list[Path]:
+    """Write the committed units of a corpus in another format.
+
+    Args:
+        out: the corpus.
+        format: one of `FORMATS`.
+        to: a folder that does not exist yet, or is empty.
+
+    Returns:
+        What was written: the annotation file and the folder of photos, or the Parquet files.
+
+    Raises:
+        ConfigError: no such format, or the folder has something in it; nothing was written.
+        IntegrityError: the corpus is damaged; nothing was written.
+    """
+    write = FORMATS.get(format)
+    if write is None:
+        raise ConfigError(f"format {format!r}: no such format; there are {', '.join(FORMATS)}")
+    out, to = Path(out), Path(to)
+    subsets = reader.subsets(out)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"{to}: is there already; name a new folder, or remove it")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.with_name(f"{files.TEMPORARY}{to.name}-{uuid.uuid4().hex[:12]}")
+    temporary.mkdir()
+    try:
+        written = write(out, subsets, temporary)
+        for path in sorted({temporary, *(path if path.is_dir() else path.parent for path in written)}):
+            files.sync_folder(path)
+        if to.exists():
+            to.rmdir()
+        os.replace(temporary, to)
+        files.sync_folder(to.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return [to / path.relative_to(temporary) for path in written]
+
+
+def iter_samples(out: Path, subsets: Iterable[str]) -> Iterator[tuple[str, Sample, bytes]]:
+    """Every sample of the committed units with the name of its unit and its photo's bytes, in order."""
+    for subset in subsets:
+        for manifest, path in reader.iter_committed(out, subset):
+            if manifest.shard is None:
+                continue
+            shard = path.parent.parent / manifest.shard.path
+            for sample, photo in reader.iter_samples(shard):
+                if not _SAFE_KEY.fullmatch(sample.key) or sample.subset != subset:
+                    raise IntegrityError(
+                        f"{shard}: {sample.key!r}: not of this shard; run `paracaption verify`"
+                    )
+                yield manifest.unit, sample, photo
+
+
+def _write_json(out: Path, subsets: list[str], folder: Path) -> list[Path]:
+    """The list that PerceptionDLM's own trainer reads; paths are relative to the JSON."""
+    target = folder / "annotations.json"
+    with _JsonList(target) as records:
+        for _, sample, photo in iter_samples(out, subsets):
+            records.append(
+                {
+                    "image": _write_photo(folder, sample, photo),
+                    "mask_rles": [_coco_rle(region.rle) for region in sample.regions],
+                    "captions": [region.caption for region in sample.regions],
+                }
+            )
+    (folder / "images").mkdir(exist_ok=True)
+    return [target, folder / "images"]
+
+
+def _write_coco(out: Path, subsets: list[str], folder: Path) -> list[Path]:
+    """COCO instances. Ids count from 1; a region's category is the annotation's, else the caption's."""
+    target = folder / "instances.json"
+    categories: dict[str, int] = {}
+    spooled = folder / f"{files.TEMPORARY}annotations"
+    num_images = num_annotations = 0
+    with open(target, "xb") as file, open(spooled, "x+b") as annotations:
+        file.write(
+            b'{"info":{"description":"Region captions made with ParaCaption"},"licenses":[],"images":['
+        )
+        for num_images, (_, sample, photo) in enumerate(iter_samples(out, subsets), 1):
+            image = {
+                "id": num_images,
+                "file_name": _write_photo(folder, sample, photo).removeprefix("images/"),
+                "width": sample.width,
+                "height": sample.height,
+            }
+            file.write(_item(image, num_images == 1))
+            for region in sample.regions:
+                num_annotations += 1
+                name = region.category or region.core_category
+                category = categories.setdefault(name, len(categories) + 1)
+                annotation = _annotation(region, num_annotations, num_images, category)
+                annotations.write(_item(annotation, num_annotations == 1))
+        file.write(b'\n],"annotations":[')
+        annotations.seek(0)
+        shutil.copyfileobj(annotations, file)
+        file.write(b'\n],"categories":')
+        listed = [{"id": number, "name": name, "supercategory": ""} for name, number in categories.items()]
+        file.write(msgspec.json.encode(listed) + b"}\n")
+        _sync(file)
+    spooled.unlink()
+    (folder / "images").mkdir(exist_ok=True)
+    return [target, folder / "images"]
+
+
+def _annotation(region: SampleRegion, number: int, image: int, category: int) -> dict[str, Any]:
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "segmentation": _coco_rle(region.rle),
+        "bbox": region.bbox,
+        "area": region.area,
+        "iscrowd": 0,
+        "caption": region.caption,
+    }
+
+
+def _write_parquet(out: Path, subsets: list[str], folder: Path) -> list[Path]:
+    """A file per unit. The schema's note on the photo makes `datasets` decode it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "data").mkdir()
+    schema = _parquet_schema()
+    written: list[Path] = []
+    writer: pq.ParquetWriter | None = None
+    waiting: list[dict[str, Any]] = []
+
+    def flush() -> None:
+        if writer is not None and waiting:
+            writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
+            waiting.clear()
+
+    try:
+        for unit, sample, photo in iter_samples(out, subsets):
+            path = folder / "data" / f"{unit}.parquet"
+            if writer is None or written[-1] != path:
+                flush()
+                if writer is not None:
+                    writer.close()
+                writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
+                written.append(path)
+            waiting.append(_parquet_row(sample, photo))
+            if len(waiting) >= _ROWS_PER_GROUP:
+                flush()
+        flush()
+    finally:
+        if writer is not None:
+            writer.close()
+    return written
+
+
+def _parquet_row(sample: Sample, photo: bytes) -> dict[str, Any]:
+    row = msgspec.to_builtins(sample)
+    for region in row["regions"]:
+        region["rle_size"], region["rle_counts"] = region["rle"]["size"], region["rle"]["counts"]
+        del region["rle"]
+    return {"image": {"bytes": photo, "path": _photo_name(sample)}, **row}
+
+
+def _parquet_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    region = {
+        "id": pa.int32(),
+        "rle_size": pa.list_(pa.int32()),
+        "rle_counts": pa.string(),
+        "bbox": pa.list_(pa.int32()),
+        "area": pa.int64(),
+        "category": pa.string(),
+        "core_category": pa.string(),
+        "caption": pa.string(),
+    }
+    columns: dict[str, pa.DataType] = {
+        "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        "key": pa.string(),
+        "subset": pa.string(),
+        "file_name": pa.string(),
+        "photo_format": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "regions": pa.list_(pa.struct(list(region.items()))),
+    }
+    features = {name: _feature(kind) for name, kind in columns.items()}
+    features["image"] = {"_type": "Image"}
+    note = {"info": {"features": features}}
+    return pa.schema(list(columns.items()), metadata={"huggingface": json.dumps(note)})
+
+
+def _feature(kind: pa.DataType) -> Any:
+    """A column's type in the words of `datasets`."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    if pa.types.is_struct(kind):
+        return {field.name: _feature(field.type) for field in kind}
+    return {"dtype": str(kind), "_type": "Value"}
+
+
+def _photo_name(sample: Sample) -> str:
+    """A file name from key and sniffed format alone: the publisher's name is never used as a path."""
+    return f"{sample.key}.{reader.PHOTO_SUFFIXES.get(sample.photo_format, 'img')}"
+
+
+def _write_photo(folder: Path, sample: Sample, photo: bytes) -> str:
+    name = f"images/{sample.subset}/{_photo_name(sample)}"
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(photo)
+    return name
+
+
+def _coco_rle(rle: SampleRle) -> dict[str, Any]:
+    return {"size": rle.size, "counts": rle.counts}
+
+
+class _JsonList:
+    """A JSON list written item by item, one a line."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "xb")
+        self.first = True
+        self.file.write(b"[")
+
+    def append(self, item: Any) -> None:
+        self.file.write(_item(item, self.first))
+        self.first = False
+
+    def __enter__(self) -> _JsonList:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.write(b"\n]\n")
+        _sync(self.file)
+        self.file.close()
+
+
+def _item(item: Any, first: bool) -> bytes:
+    return (b"\n" if first else b",\n") + msgspec.json.encode(item)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+FORMATS: dict[str, Callable[[Path, list[str], Path], list[Path]]] = {
+    "perceptiondlm-json": _write_json,
+    "coco": _write_coco,
+    "parquet": _write_parquet,
+}

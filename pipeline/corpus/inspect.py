@@ -1,0 +1,185 @@
+"""What a corpus looks like in the terminal: the funnel of each subset, and samples of what was kept and
+dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import merge, plots, reader, utilization
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_COLUMNS = ["key", "region", "kept", "drop_stage", "drop_reason", "drop_detail", "category", "core_category"]
+_COLUMNS += ["caption", "file_name"]
+_UNITS = 32
+_BAR = 24
+_MAX_TEXT = 300
+
+
+class Sample(NamedTuple):
+    """A region to show: its image and number, its category, its caption, and the detail of its drop."""
+
+    key: str
+    region: int | None
+    category: str
+    caption: str
+    detail: str
+
+
+def inspect(out: str | Path, num_kept: int = 5, num_dropped: int = 2) -> RenderableType:
+    """The funnel, and samples of kept captions and of each reason, of every subset; for rich to print.
+
+    Counts come from the manifests, so they are right while a build runs. The samples are the same each time:
+    those with the smallest hashes of key and region, from units spread evenly over the subset.
+
+    Args:
+        out: the corpus.
+        num_kept: kept captions shown of each subset.
+        num_dropped: regions shown of each reason.
+
+    Raises:
+        ConfigError: the folder is no corpus.
+        IntegrityError: a manifest or ledger cannot be read.
+    """
+    from rich.console import Group
+
+    parts: list[Any] = []
+    for subset in reader.subsets(out):
+        counts = merge.count(out, subset)
+        parts += _head(subset, counts)
+        parts.append(_funnel(counts))
+        busy = utilization.of_runs(out, subset)
+        if busy:
+            parts += ["", activity_table(busy)]
+        kept, dropped = samples(out, subset, num_kept, num_dropped)
+        if kept:
+            parts += ["", _samples("kept", kept)]
+        order = [f"{step.stage}/{reason}" for step in counts.funnel for reason in step.reasons]
+        ranked = sorted(dropped, key=lambda name: order.index(name) if name in order else len(order))
+        parts += [_samples(f"dropped: {name}", dropped[name]) for name in ranked]
+        parts.append("")
+    return Group(*parts)
+
+
+def samples(
+    out: str | Path, subset: str, num_kept: int, num_dropped: int
+) -> tuple[list[Sample], dict[str, list[Sample]]]:
+    """Some kept regions, and some dropped ones by "stage/reason"; the same ones for the same corpus."""
+    paths = reader.manifest_paths(out, subset)
+    spread = [paths[i * len(paths) // _UNITS] for i in range(_UNITS)] if len(paths) > _UNITS else paths
+    groups: dict[str, list[tuple[int, Sample]]] = {}
+    for path in spread:
+        for name, rank, sample in _rows(Path(out) / subset / "ledger" / f"{path.stem}.parquet"):
+            wanted = num_dropped if name else num_kept
+            group = groups.setdefault(name, [])
+            if len(group) < wanted:
+                heapq.heappush(group, (-rank, sample))
+            elif wanted and -group[0][0] > rank:
+                heapq.heapreplace(group, (-rank, sample))
+    ranked = {
+        name: [s for _, s in sorted(group, key=lambda e: (-e[0], e[1]))] for name, group in groups.items()
+    }
+    return ranked.pop("", []), ranked
+
+
+def _rows(path: Path) -> Iterator[tuple[str, int, Sample]]:
+    table = reader.read_ledger(path, _COLUMNS)
+    columns = [table[name].to_pylist() for name in _COLUMNS]
+    for key, region, kept, stage, reason, detail, category, core, caption, _ in zip(*columns, strict=True):
+        if not kept and reason is None:
+            continue  # an image that declares no region
+        name = "" if kept else f"{stage}/{reason}"
+        number = -1 if region is None else region
+        rank = int.from_bytes(hashlib.blake2b(f"{key}/{number}".encode(), digest_size=8).digest())
+        yield name, rank, Sample(key, number, category or core or "", caption or "", detail or "")
+
+
+def _head(subset: str, counts: merge.Counts) -> list[Any]:
+    from rich.text import Text
+
+    said = (
+        f"{counts.units:,} units, {counts.images:,} images ({counts.images_captioned:,} with captions), "
+        f"{counts.regions:,} regions declared, {counts.kept:,} kept"
+    )
+    parts = [Text.assemble((plots.title_of(subset), "bold"), "  ", said)]
+    if counts.images_dropped:
+        dropped = ", ".join(
+            f"{_words(reason)} {number:,}" for reason, number in counts.images_dropped.items()
+        )
+        parts.append(Text(f"images dropped as a whole: {dropped}", "dim"))
+    if len(counts.recipes) > 1:
+        parts.append(Text("units of more than one recipe: build again to renew the old ones", "bold red"))
+    return parts
+
+
+def _funnel(counts: merge.Counts) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("step", no_wrap=True)
+    table.add_column("left", justify="right", no_wrap=True)
+    table.add_column("of all", justify="right", no_wrap=True)
+    table.add_column("", width=_BAR, no_wrap=True)
+    table.add_column("dropped", justify="right", no_wrap=True)
+    table.add_column("why")
+    total = max(1, counts.regions)
+    for step in counts.funnel:
+        left = step.regions_in - step.dropped
+        kept, lost = round(_BAR * left / total), round(_BAR * step.regions_in / total)
+        bar = Text.assemble(("█" * kept, "blue"), ("░" * (lost - kept), "yellow"))
+        why = ", ".join(f"{_words(reason)} {number:,}" for reason, number in step.reasons.items())
+        dropped = f"{step.dropped:,}" if step.dropped else ""
+        table.add_row(_words(step.stage), f"{left:,}", f"{left / total:.0%}", bar, dropped, Text(why))
+    return table
+
+
+def activity_table(stages: dict[str, utilization.StageActivity]) -> Any:
+    """A line per model stage: its actors, how fast they were, and how much of their time they had work."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("model stage", no_wrap=True)
+    for title in ("actors", "start-up s", "regions", "regions/s each", "busy", "GPU in calls"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("backend")
+    for name, stage in stages.items():
+        speed = "" if stage.regions_per_s is None else f"{stage.regions_per_s:,.1f}"
+        numbers = (f"{stage.actors:,}", f"{stage.startup_s:,.1f}", f"{stage.asked:,}", speed)
+        shares = ("" if share is None else f"{share:.0%}" for share in (stage.busy_share, stage.gpu))
+        report = ", ".join(f"{_words(key)} {value:.4g}" for key, value in stage.report.items())
+        table.add_row(_words(name), *numbers, *shares, report)
+    return table
+
+
+def _samples(title: str, shown: list[Sample]) -> Any:
+    """Captions come from models, keys and categories from strangers: as text, never as markup."""
+    from rich.text import Text
+
+    lines = Text(title, "bold" if title == "kept" else "yellow")
+    for sample in shown:
+        where = sample.key if sample.region == -1 else f"{sample.key} #{sample.region}"
+        lines.append(f"\n  {_plain(where)}", "dim")
+        if sample.category:
+            lines.append(f"  {_plain(sample.category)}", "cyan")
+        if sample.caption:
+            lines.append(f"  {_plain(sample.caption)}", "not bold default")
+        if sample.detail:
+            lines.append(f"  ({_plain(sample.detail)})", "italic dim")
+    return lines
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _plain(text: str) -> str:
+    """One shortened line, without control characters: they could move the cursor or recolour the terminal."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= _MAX_TEXT else line[: _MAX_TEXT - 4] + " ..."

@@ -1,0 +1,228 @@
+"""The ledger: a Parquet file per unit with a row for every region, kept or dropped, and what is known of it.
+
+An image that declares no region has one row too, with `region` null, so that every image of the plan is found
+here. Equal records give equal bytes. The corpus's index has the kept rows of all ledgers, without the masks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...schemas.records import SCORES, ImageRecord, Region
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+
+class Place(NamedTuple):
+    """Where an image's members are in its shard: offset of the first byte and length, in bytes."""
+
+    photo_offset: int
+    photo_length: int
+    json_offset: int
+    json_length: int
+
+
+SOURCE_SCORES = ("predicted_iou", "stability_score")
+"""The publisher's numbers that have a column; SA-1B has both, COCONut none."""
+
+_IMAGE_LEVEL = Region(id=-1, rle=None)
+_INT64 = range(-(1 << 63), 1 << 63)
+
+
+@cache
+def ledger_schema() -> pa.Schema:
+    """Columns of the ledger, in order."""
+    import pyarrow as pa
+
+    text, whole, number = pa.string(), pa.int64(), pa.float64()
+    return pa.schema(
+        [
+            pa.field("unit", text, False),
+            pa.field("subset", text, False),
+            pa.field("key", text, False),
+            ("region", pa.int32()),
+            pa.field("kept", pa.bool_(), False),
+            ("drop_stage", text),
+            ("drop_reason", text),
+            ("drop_detail", text),
+            ("source_id", whole),
+            ("category", text),
+            ("category_id", whole),
+            ("is_thing", pa.bool_()),
+            ("core_category", text),
+            ("caption", text),
+            ("file_name", text),
+            ("photo_format", text),
+            ("image_width", pa.int32()),
+            ("image_height", pa.int32()),
+            ("bbox_x", pa.int32()),
+            ("bbox_y", pa.int32()),
+            ("bbox_w", pa.int32()),
+            ("bbox_h", pa.int32()),
+            ("area", whole),
+            ("rle_counts", text),
+            *((name, number) for name in SOURCE_SCORES),
+            ("crop_box", pa.list_(number)),
+            ("point_coords", pa.list_(pa.list_(number))),
+            *((name, number) for name in SCORES),
+            ("shard", text),
+            ("photo_offset", whole),
+            ("photo_length", whole),
+            ("json_offset", whole),
+            ("json_length", whole),
+        ]
+    )
+
+
+NOT_IN_INDEX = frozenset({"kept", "drop_stage", "drop_reason", "drop_detail", "rle_counts"})
+"""Ledger columns that the index leaves out: what is the same for every kept region, and the masks."""
+
+
+@cache
+def index_schema() -> pa.Schema:
+    """Columns of `OUT/index.parquet`: those of the ledger that say something of a kept region."""
+    import pyarrow as pa
+
+    return pa.schema([field for field in ledger_schema() if field.name not in NOT_IN_INDEX])
+
+
+def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place]) -> pa.Table:
+    """Every region of a unit as a row, in the order of the images and their region ids.
+
+    Args:
+        unit: name of the unit.
+        images: every image of the unit, in plan order.
+        places: by key, where each image with a kept region lies in the unit's shard.
+
+    Returns:
+        A table of `ledger_schema()`. `shard`, offsets and lengths are null unless the region is kept; mask
+        columns are null if the mask could not be read. A number that is no 64-bit integer is null, and
+        characters that
+        are no Unicode are escaped: nothing that a source or a model says can keep a unit from its ledger.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    regions: list[Region] = []
+    counts: list[int] = []
+    for image in images:
+        own = image.regions or [_IMAGE_LEVEL]
+        if any(a.id >= b.id for a, b in itertools.pairwise(own)):
+            own = sorted(own, key=lambda region: region.id)
+        regions.extend(own)
+        counts.append(len(own))
+    image_of = np.repeat(np.arange(len(images)), counts)
+    drops = [region.drop for region in regions]
+    if any(image.drop for image in images):
+        drops = [own or images[i].drop for own, i in zip(drops, image_of.tolist(), strict=True)]
+    is_region = [region is not _IMAGE_LEVEL for region in regions]
+    kept = pa.array([drop is None and real for drop, real in zip(drops, is_region, strict=True)], pa.bool_())
+    located = _placed(unit, [image.key for image in images], places)
+    boxes = [region.bbox if region.rle is not None else (None,) * 4 for region in regions]
+
+    columns: dict[str, Any] = {
+        "unit": pa.repeat(unit, len(regions)),
+        **{name: values.take(pa.array(image_of)) for name, values in _of_images(images).items()},
+        "region": [region.id if real else None for region, real in zip(regions, is_region, strict=True)],
+        "kept": kept,
+        "drop_stage": [drop and drop.stage for drop in drops],
+        "drop_reason": [drop and drop.reason.value for drop in drops],
+        "drop_detail": [drop and drop.detail for drop in drops],
+        "source_id": [region.source_id for region in regions],
+        "category": [region.category for region in regions],
+        "category_id": [region.category_id for region in regions],
+        "is_thing": [region.is_thing for region in regions],
+        "core_category": [region.core_category for region in regions],
+        "caption": [region.caption for region in regions],
+        **{f"bbox_{name}": [box[i] for box in boxes] for i, name in enumerate("xywh")},
+        "area": [None if region.rle is None else region.area for region in regions],
+        "rle_counts": [None if region.rle is None else region.rle.counts for region in regions],
+        **{name: [region.source_scores.get(name) for region in regions] for name in SOURCE_SCORES},
+        "crop_box": [region.crop_box for region in regions],
+        "point_coords": [region.point_coords for region in regions],
+        **{name: [region.scores.get(name) for region in regions] for name in SCORES},
+        **{name: _where(kept, values, image_of, pc) for name, values in located.items()},
+    }
+    schema = ledger_schema()
+    assert columns.keys() == set(schema.names)
+    arrays = [_array(columns[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _of_images(images: list[ImageRecord]) -> dict[str, pa.Array]:
+    import pyarrow as pa
+
+    values = {
+        "subset": (image.subset for image in images),
+        "key": (image.key for image in images),
+        "file_name": (image.file_name for image in images),
+        "photo_format": (image.photo_format for image in images),
+        "image_width": (image.width for image in images),
+        "image_height": (image.height for image in images),
+    }
+    types = {name: pa.int32() if name.startswith("image_") else pa.string() for name in values}
+    return {name: _array(list(of_each), types[name]) for name, of_each in values.items()}
+
+
+def _placed(unit: str, keys: list[str], places: dict[str, Place]) -> dict[str, pa.Array]:
+    import pyarrow as pa
+
+    found = [places.get(key) for key in keys]
+    shard = pa.array([place and f"shards/{unit}.tar" for place in found], pa.string())
+    offsets = {name: [place and place[i] for place in found] for i, name in enumerate(Place._fields)}
+    return {"shard": shard, **{name: pa.array(values, pa.int64()) for name, values in offsets.items()}}
+
+
+def _where(kept: pa.Array, values: pa.Array, image_of: np.ndarray, pc: Any) -> pa.Array:
+    import pyarrow as pa
+
+    return pc.if_else(kept, values.take(pa.array(image_of)), pa.scalar(None, values.type))
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    import pyarrow as pa
+
+    if isinstance(values, pa.Array):
+        return values
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:
+        return pa.array(
+            [value and value.encode("utf-8", "backslashreplace").decode() for value in values], kind
+        )
+    except (OverflowError, pa.ArrowInvalid):
+        if not pa.types.is_int64(kind):
+            raise
+        return pa.array([value if value in _INT64 else None for value in values], kind)
+
+
+def write_table(table: pa.Table, path: str | Path) -> None:
+    """Write a ledger. Same rows, same bytes. Not atomic: the caller gives the file a temporary name."""
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, path, **writing_options())
+
+
+_REPEATS = ("unit", "subset", "key", "drop_stage", "drop_reason", "category", "core_category", "file_name")
+_REPEATS += ("photo_format", "shard")
+
+
+def writing_options() -> dict[str, Any]:
+    """How ledgers and the index are written: level 1 is half the time of level 3 and no larger on masks and
+    text.
+
+    Dictionaries only where values repeat. Page indices let a reader skip to a key.
+    """
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "version": "2.6",
+        "use_dictionary": list(_REPEATS),
+        "write_page_index": True,
+    }

@@ -1,0 +1,430 @@
+"""Merges the committed units into one corpus: index of the kept regions, statistics, plots, dataset card.
+
+Everything streams unit by unit, so memory does not grow with the corpus, and everything comes from committed
+units alone, so merging again gives the same bytes. Nothing here touches a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.manifest import FileEntry, Manifest
+from ...schemas.records import SCORES
+from ..io import files
+from ..sources import SOURCE_STAGE
+from . import ledger, reader
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STATS = "stats.json"
+PLOTS = "plots"
+TOP_CATEGORIES = 100
+
+STAGES = {
+    "coconut": (SOURCE_STAGE, "usable_masks", "caption", "verify_category", "clean_text"),
+    "sa1b": (
+        SOURCE_STAGE,
+        "usable_masks",
+        "whole_objects",
+        "caption",
+        "extract_category",
+        "agree_with_segmenter",
+        "clean_text",
+    ),
+}
+"""The funnel's steps by subset, in order. Writing is one more if it had to drop a photo that went away."""
+
+_ROWS_PER_GROUP = 131_072
+_CHARS_PER_BIN = 25
+
+
+class Step(msgspec.Struct):
+    """One step of the funnel: regions that reached it, how many it dropped, and why (most frequent first)."""
+
+    stage: str
+    regions_in: int
+    dropped: int
+    reasons: dict[str, int]
+
+
+class Counts(msgspec.Struct):
+    """What the manifests of a subset say together.
+
+    Attributes:
+        units: committed ones.
+        images: of all units.
+        images_captioned: with at least one kept region.
+        images_dropped: dropped as a whole, by reason.
+        regions: declared by the source.
+        kept: in the shards.
+        funnel: the steps in order; each step's `regions_in` less `dropped` is the next one's `regions_in`.
+        shard_bytes: of all shards.
+        plans, recipes: digests; more than one of either is a fault.
+        manifests: SHA-256 over all manifests in order: whether the index is of these units.
+    """
+
+    units: int
+    images: int
+    images_captioned: int
+    images_dropped: dict[str, int]
+    regions: int
+    kept: int
+    funnel: list[Step]
+    shard_bytes: int
+    plans: list[str]
+    recipes: list[str]
+    manifests: str
+
+
+class Histogram(msgspec.Struct):
+    """Counts of values by bin: `edges[i] <= value < edges[i + 1]`; `mean` is exact, of all values."""
+
+    edges: list[int]
+    counts: list[int]
+    mean: float
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> int:
+        """The lower edge of the bin that holds the given share's value; 0 if there is none."""
+        left = share * self.total
+        for edge, count in zip(self.edges, self.counts, strict=False):
+            left -= count
+            if left <= 0 and count:
+                return edge
+        return 0
+
+
+class SubsetSummary(msgspec.Struct):
+    """A subset's numbers. Distributions are of kept regions, except those that say `declared`.
+
+    Attributes:
+        counts: from the manifests.
+        categories: the most frequent ones, (name, regions); the annotation's, else the one named from the
+            caption.
+        num_categories: distinct ones.
+        caption_words, caption_chars: lengths.
+        regions_per_image: of images with at least one.
+        regions_per_image_declared: of all images.
+        area_px, area_px_declared: mask areas in octaves of pixels.
+    """
+
+    counts: Counts
+    categories: list[tuple[str, int]]
+    num_categories: int
+    caption_words: Histogram
+    caption_chars: Histogram
+    regions_per_image: Histogram
+    regions_per_image_declared: Histogram
+    area_px: Histogram
+    area_px_declared: Histogram
+
+
+class CorpusSummary(msgspec.Struct):
+    """`OUT/stats.json`: the same for the same committed units."""
+
+    images: int
+    images_captioned: int
+    regions: int
+    kept: int
+    index: FileEntry
+    subsets: dict[str, SubsetSummary]
+
+
+def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
+    """Write `index.parquet`, `stats.json`, `plots/` and `README.md` of a corpus, each whole or not at all.
+
+    The index has a row per kept region, sorted by subset, unit, image and region. Call it with the build's
+    lock, or when no build runs.
+
+    Args:
+        out: the corpus.
+        config: of the build; default: `OUT/config.yaml`.
+
+    Returns:
+        What `stats.json` holds.
+
+    Raises:
+        IntegrityError: a manifest or ledger cannot be read, or they disagree; `verify` says more.
+    """
+    from . import card, plots
+
+    out = Path(out)
+    config = config or read_config(out)
+    subsets = reader.subsets(out)
+    summaries = _write_index(out, subsets)
+    totals = {
+        name: sum(getattr(summary.counts, name) for summary in summaries.values())
+        for name in ("images", "images_captioned", "regions", "kept")
+    }
+    summary = CorpusSummary(**totals, index=_entry(out / reader.INDEX), subsets=summaries)
+    with files.write_atomic(out / STATS) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
+    plots.write(summary, out / PLOTS)
+    with files.write_atomic(out / "README.md") as file:
+        file.write(card.render(out, config).encode())
+    return msgspec.to_builtins(summary)
+
+
+def read_config(out: str | Path) -> BuildConfig:
+    """The resolved configuration that a corpus was built with."""
+    from ..config_file import load_config
+
+    return load_config(Path(out) / "config.yaml")
+
+
+def read_summary(out: str | Path) -> CorpusSummary:
+    """`stats.json` of a merged corpus.
+
+    Raises:
+        ConfigError: the corpus is not merged.
+        IntegrityError: the file is not what `merge` writes.
+    """
+    path = Path(out) / STATS
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=CorpusSummary)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; run `paracaption merge`") from error
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise IntegrityError(
+            f"{path}: not a corpus's statistics ({error}); run `paracaption merge`"
+        ) from error
+
+
+def is_merged(out: str | Path) -> bool:
+    """Whether index, statistics, plots and card are there, and of the units that are committed now.
+
+    Raises:
+        ConfigError: the folder is no corpus.
+        IntegrityError: a manifest cannot be read.
+    """
+    from . import plots
+
+    out = Path(out)
+    try:
+        summary = read_summary(out)
+        index_bytes = (out / reader.INDEX).stat().st_size
+    except (ConfigError, IntegrityError, OSError):
+        return False
+    drawn = [out / "README.md", *(out / PLOTS / name for name in plots.NAMES)]
+    if index_bytes != summary.index.bytes or not all(path.is_file() for path in drawn):
+        return False
+    if sorted(summary.subsets) != reader.subsets(out):
+        return False
+    return all(
+        count(out, name).manifests == found.counts.manifests for name, found in summary.subsets.items()
+    )
+
+
+def count(out: str | Path, subset: str) -> Counts:
+    """The funnel and the counts of a subset from its manifests alone: cheap, and right while a build runs."""
+    counting = _Counting(subset)
+    for manifest, path in reader.iter_committed(out, subset):
+        counting.add(manifest, path)
+    return counting.result()
+
+
+def funnel(subset: str, regions: int, dropped: dict[str, int]) -> list[Step]:
+    """The steps of a subset in order, from the number of declared regions and the drops by "stage/reason"."""
+    by_stage: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES.get(subset, ())}
+    for name in sorted(dropped):
+        stage, _, reason = name.partition("/")
+        by_stage.setdefault(stage, Counter())[reason] += dropped[name]
+    steps = []
+    for stage, reasons in by_stage.items():
+        ranked = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+        steps.append(Step(stage, regions, reasons.total(), ranked))
+        regions -= reasons.total()
+    return steps
+
+
+class _Counting:
+    """Adds manifests up."""
+
+    def __init__(self, subset: str):
+        self.subset = subset
+        self.numbers: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.images_dropped: Counter[str] = Counter()
+        self.plans: set[str] = set()
+        self.recipes: set[str] = set()
+        self.digest = hashlib.sha256()
+
+    def add(self, manifest: Manifest, path: Path) -> None:
+        self.digest.update(path.read_bytes())
+        self.numbers["units"] += 1
+        self.numbers["images"] += len(manifest.images)
+        self.numbers["images_captioned"] += sum(kept > 0 for kept in manifest.images.values())
+        self.numbers["regions"] += manifest.regions_in
+        self.numbers["kept"] += manifest.kept
+        self.numbers["shard_bytes"] += manifest.shard.bytes if manifest.shard else 0
+        self.dropped.update(manifest.dropped)
+        self.images_dropped.update({reason.value: n for reason, n in manifest.images_dropped.items()})
+        self.plans.add(manifest.plan)
+        self.recipes.add(manifest.recipe)
+
+    def result(self) -> Counts:
+        names = ("units", "images", "images_captioned", "regions", "kept", "shard_bytes")
+        numbers = {name: self.numbers[name] for name in names}
+        return Counts(
+            **numbers,
+            images_dropped=dict(sorted(self.images_dropped.items())),
+            funnel=funnel(self.subset, self.numbers["regions"], self.dropped),
+            plans=sorted(self.plans),
+            recipes=sorted(self.recipes),
+            manifests=self.digest.hexdigest(),
+        )
+
+
+class _Tally:
+    """A histogram of non-negative numbers that grows with its largest bin, not with the number of values."""
+
+    def __init__(self, width: int = 1, octaves: bool = False):
+        self.width = width
+        self.octaves = octaves
+        self.counts = np.zeros(1, np.int64)
+        self.sum = 0
+
+    def add(self, values: np.ndarray) -> None:
+        if not values.size:
+            return
+        values = values.astype(np.int64)
+        self.sum += int(values.sum())
+        bins = np.frexp(np.maximum(values, 1))[1] - 1 if self.octaves else values // self.width
+        fresh = np.bincount(bins, minlength=self.counts.size)
+        fresh[: self.counts.size] += self.counts
+        self.counts = fresh
+
+    def result(self) -> Histogram:
+        filled = np.flatnonzero(self.counts)
+        first = int(filled[0]) if self.octaves and filled.size else 0
+        last = int(filled[-1]) + 1 if filled.size else first
+        edges = [1 << i if self.octaves else i * self.width for i in range(first, last + 1)]
+        total = int(self.counts.sum())
+        mean = round(self.sum / total, 3) if total else math.nan
+        return Histogram(edges, self.counts[first:last].tolist(), mean if total else 0.0)
+
+
+class _Measuring:
+    """Adds ledgers up."""
+
+    def __init__(self) -> None:
+        self.categories: Counter[str] = Counter()
+        self.words = _Tally()
+        self.chars = _Tally(_CHARS_PER_BIN)
+        self.per_image = _Tally()
+        self.per_image_declared = _Tally()
+        self.area = _Tally(octaves=True)
+        self.area_declared = _Tally(octaves=True)
+
+    def add(self, table: pa.Table, kept: pa.Table) -> None:
+        pc: Any = importlib.import_module("pyarrow.compute")  # its functions are made when it is imported
+        named = pc.coalesce(kept["category"], kept["core_category"], "")
+        self.categories.update({each["values"]: each["counts"] for each in named.value_counts().to_pylist()})
+        self.words.add(_numbers(kept["num_words"]))
+        self.chars.add(_numbers(pc.utf8_length(kept["caption"])))
+        self.area.add(_numbers(kept["area"]))
+        self.area_declared.add(_numbers(table["area"]))
+        for tally, rows in ((self.per_image, kept), (self.per_image_declared, table)):
+            each = rows.group_by("key").aggregate([("region", "count")])
+            tally.add(_numbers(each["region_count"]))
+
+    def result(self, counts: Counts) -> SubsetSummary:
+        ranked = sorted(self.categories.items(), key=lambda item: (-item[1], item[0]))
+        return SubsetSummary(
+            counts=counts,
+            categories=ranked[:TOP_CATEGORIES],
+            num_categories=len(ranked),
+            caption_words=self.words.result(),
+            caption_chars=self.chars.result(),
+            regions_per_image=self.per_image.result(),
+            regions_per_image_declared=self.per_image_declared.result(),
+            area_px=self.area.result(),
+            area_px_declared=self.area_declared.result(),
+        )
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return column.drop_null().to_numpy()
+
+
+def _write_index(out: Path, subsets: Iterable[str]) -> dict[str, SubsetSummary]:
+    import pyarrow.parquet as pq
+
+    summaries: dict[str, SubsetSummary] = {}
+    schema = ledger.index_schema()
+    with (
+        files.write_atomic(out / reader.INDEX) as file,
+        pq.ParquetWriter(file, schema, **ledger.writing_options()) as writer,
+    ):
+        waiting: list[pa.Table] = []
+        for subset in subsets:
+            counting, measuring = _Counting(subset), _Measuring()
+            for manifest, path in reader.iter_committed(out, subset):
+                table = aligned(reader.read_ledger(out / subset / manifest.ledger.path))
+                kept = table.filter(table["kept"])
+                if kept.num_rows != manifest.kept:
+                    raise IntegrityError(
+                        f"{out / subset / manifest.ledger.path}: has {kept.num_rows} kept regions, its "
+                        f"manifest {manifest.kept}; run `paracaption verify`"
+                    )
+                counting.add(manifest, path)
+                measuring.add(table, kept)
+                waiting.append(kept.select(schema.names))
+                if sum(each.num_rows for each in waiting) >= _ROWS_PER_GROUP:
+                    _flush(writer, waiting)
+            summaries[subset] = measuring.result(counting.result())
+        _flush(writer, waiting)
+    return summaries
+
+
+def _entry(path: Path) -> FileEntry:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return FileEntry(path.name, path.stat().st_size, digest.hexdigest())
+
+
+def _flush(writer: Any, waiting: list[pa.Table]) -> None:
+    import pyarrow as pa
+
+    if waiting:
+        writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=1 << 30)
+        waiting.clear()
+
+
+def aligned(table: pa.Table) -> pa.Table:
+    """A ledger with today's columns: scores that it does not know yet are null.
+
+    Raises:
+        IntegrityError: it lacks another column, or one has another type.
+    """
+    import pyarrow as pa
+
+    schema = ledger.ledger_schema()
+    missing = set(schema.names) - set(table.schema.names)
+    if missing - SCORES.keys():
+        raise IntegrityError(
+            f"a ledger without the column {min(missing - SCORES.keys())}; build the unit again"
+        )
+    columns = [
+        pa.nulls(table.num_rows, field.type) if field.name in missing else table[field.name]
+        for field in schema
+    ]
+    try:
+        return pa.Table.from_arrays(columns, names=schema.names).cast(schema)
+    except (pa.ArrowException, ValueError) as error:
+        raise IntegrityError(f"not a ledger of this version ({error}); build the unit again") from error

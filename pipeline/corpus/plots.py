@@ -1,0 +1,228 @@
+"""The dataset card's pictures, drawn from the statistics alone: the same statistics give the same bytes."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..io import files
+
+if TYPE_CHECKING:
+    from .merge import CorpusSummary, Histogram, Step, SubsetSummary
+
+KEPT = "#0072B2"
+DROPPED = "#E69F00"
+DECLARED = "#BBBBBB"
+INK = "#333333"
+QUIET = "#777777"
+
+_STYLE: Any = {
+    "figure.dpi": 120,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "axes.axisbelow": True,
+    "svg.hashsalt": "paracaption",
+}
+NAMES = ("funnel.png", "caption_words.png", "regions_per_image.png", "mask_area.png")
+"""The files that `write` writes."""
+
+_TITLES = {"coconut": "COCONut", "sa1b": "SA-1B"}
+_SEVERAL = 60
+"""Bins above which a histogram's are joined, so that bars stay wider than the gaps between them."""
+
+
+def write(summary: CorpusSummary, folder: str | Path) -> list[Path]:
+    """Draw every plot into a folder.
+
+    Returns:
+        The PNG files: funnel, caption lengths, regions per image, mask areas.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "funnel": _draw_funnel,
+        "caption_words": lambda s, axes: _draw_histogram(s.caption_words, None, axes, "words"),
+        "regions_per_image": lambda s, axes: _draw_histogram(
+            s.regions_per_image, s.regions_per_image_declared, axes, "regions"
+        ),
+        "mask_area": lambda s, axes: _draw_areas(s.area_px, s.area_px_declared, axes),
+    }
+    titles = {
+        "funnel": "{}: regions left after each step",
+        "caption_words": "{}: words per caption",
+        "regions_per_image": "{}: regions per image",
+        "mask_area": "{}: area of a mask in pixels",
+    }
+    paths = []
+    for name, draw in drawn.items():
+        path = folder / f"{name}.png"
+        data = _figure(summary, draw, titles[name], tall=name == "funnel")
+        with files.write_atomic(path) as file:
+            file.write(data)
+        paths.append(path)
+    return paths
+
+
+def title_of(subset: str) -> str:
+    """The subset's name as its publisher writes it."""
+    return _TITLES.get(subset, subset)
+
+
+def figure(panels: Mapping[str, Callable[[Any], None]], heights: Sequence[float]) -> bytes:
+    """A PNG of panels, one below the other.
+
+    Args:
+        panels: what draws on a panel's axes, by its title.
+        heights: of the panels, in inches; spare ones are not used.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Fonts that are not there are Matplotlib's to replace, not the user's to read about.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    heights = heights[: len(panels)]
+    with matplotlib.rc_context(_STYLE):
+        made = Figure(figsize=(8, sum(heights)), layout="constrained")
+        FigureCanvasAgg(made)
+        grid = made.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+        for axes, (title, draw) in zip(grid[:, 0], panels.items(), strict=True):
+            axes.set_title(title)
+            draw(axes)
+        made.get_layout_engine().set(h_pad=0.15, w_pad=0.15)  # type: ignore[union-attr]
+        buffer = io.BytesIO()
+        made.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def _figure(
+    summary: CorpusSummary, draw: Callable[[SubsetSummary, Any], None], title: str, tall: bool
+) -> bytes:
+    subsets = summary.subsets
+    heights = [0.45 * len(s.counts.funnel) + 1.1 if tall else 2.7 for s in subsets.values()]
+    panels = {title.format(title_of(name)): partial(draw, subset) for name, subset in subsets.items()}
+    return figure(panels, heights)
+
+
+def _draw_funnel(subset: SubsetSummary, axes: Any) -> None:
+    steps = subset.counts.funnel
+    total = max(1, subset.counts.regions)
+    names = ["declared", *(step.stage for step in steps)]
+    left = [subset.counts.regions, *(step.regions_in - step.dropped for step in steps)]
+    dropped = [0, *(step.dropped for step in steps)]
+    places = range(len(names))
+    axes.barh(places, left, color=[DECLARED, *[KEPT] * len(steps)], height=0.62)
+    axes.barh(places, dropped, left=left, color=DROPPED, height=0.62)
+    axes.set_yticks(places, [name.replace("_", " ") for name in names], color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, total * 1.42)
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["bottom", "left"]].set_visible(False)
+    for place, kept, lost, step in zip(places, left, dropped, [None, *steps], strict=True):
+        text = f"{kept:,}" if step is None else f"{kept:,}  ({kept / total:.0%})"
+        axes.text(kept + lost + total * 0.012, place - (0.0 if not lost else 0.16), text, va="center")
+        if lost and step is not None:
+            axes.text(
+                kept + lost + total * 0.012,
+                place + 0.22,
+                f"-{lost:,}  {_main_reasons(step)}",
+                va="center",
+                fontsize=7.5,
+                color="#9A6700",
+            )
+
+
+def _main_reasons(step: Step) -> str:
+    names = [reason.replace("_", " ") for reason in step.reasons]
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _draw_histogram(kept: Histogram, declared: Histogram | None, axes: Any, unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    shown = kept if declared is None or declared.total == 0 else declared
+    if not shown.total:
+        _nothing(axes)
+        return
+    last = shown.edges[-1]
+    # The largest one in a thousand would squeeze all others into a corner.
+    limit = max(shown.quantile(0.999), kept.quantile(0.999)) + 1
+    width = max(1, -(-limit // _SEVERAL))
+    if declared is not None:
+        _bars(declared, width, limit, axes, DECLARED, f"declared (mean {declared.mean:.1f})")
+    _bars(kept, width, limit, axes, KEPT, f"kept (mean {kept.mean:.1f})")
+    axes.set_xlim(-0.5 if width == 1 else 0, limit + width)
+    axes.set_xlabel(
+        unit if last <= limit + width else f"{unit} (the largest 0.1% not shown, up to {last - 1:,})"
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(axes, "captions" if declared is None else "images")
+
+
+def _bars(histogram: Histogram, width: int, limit: int, axes: Any, color: str, label: str) -> None:
+    joined: dict[int, int] = {}
+    for edge, count in zip(histogram.edges, histogram.counts, strict=False):
+        if edge <= limit:
+            joined[edge // width] = joined.get(edge // width, 0) + count
+    shift = 0.0 if width == 1 else width / 2
+    places = [place * width + shift for place in joined]
+    axes.bar(places, list(joined.values()), width=width * 0.9, color=color, label=label)
+    if color == DECLARED:  # its outline stays visible where the bars of what is kept are higher
+        edges = [(place + (0.0 if width > 1 else -0.5)) * width for place in joined]
+        axes.stairs(list(joined.values()), [*edges, edges[-1] + width], color=QUIET, linewidth=1, zorder=3)
+
+
+def _draw_areas(kept: Histogram, declared: Histogram, axes: Any) -> None:
+    if not declared.total:
+        _nothing(axes)
+        return
+    for histogram, color, label in ((declared, DECLARED, "declared"), (kept, KEPT, "kept")):
+        places = [edge.bit_length() - 1 for edge in histogram.edges[:-1]]
+        text = f"{label} (mean {histogram.mean:,.0f} px)"
+        axes.bar([place + 0.5 for place in places], histogram.counts, width=0.9, color=color, label=text)
+    first, last = declared.edges[0].bit_length() - 1, declared.edges[-1].bit_length() - 1
+    step = 1 if last - first <= 12 else 2
+    axes.set_xticks(range(first, last + 1, step), [_pixels(1 << i) for i in range(first, last + 1, step)])
+    axes.set_xlabel("pixels; each bar spans a factor of two")
+    _finish(axes, "masks")
+
+
+def _pixels(count: int) -> str:
+    for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
+        if count >= size:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
+def _finish(axes: Any, unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.set_ylabel(unit)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(axis="y", color="#EEEEEE")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(frameon=False, fontsize=8.5)
+
+
+def _nothing(axes: Any) -> None:
+    axes.text(0.5, 0.5, "no regions", ha="center", va="center", transform=axes.transAxes, color=QUIET)
+    axes.set_xticks([])
+    axes.set_yticks([])

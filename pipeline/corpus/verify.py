@@ -1,0 +1,254 @@
+"""Checks every promise of a corpus, trusting nothing in it: files may be missing, cut, swapped or garbage.
+
+The promises: every image of the plan is in exactly one manifest; `regions_in == kept + dropped`; a manifest's
+files have its checksums; the ledger counts what the manifest counts; each sample of a shard is a kept row of
+the ledger and each kept row is where its offsets say; every RLE fills its image's size with the area and box
+that stand beside it; every caption obeys the text rules; all units are of one plan and one recipe; index and
+statistics are of these units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...schemas.config import Text
+from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from ..io import files
+from . import merge, reader, work_list, writer
+from .verify_unit import (
+    EXAMPLES,
+    MEND,
+    Head,
+    Problem,
+    check_unit,
+    difference,
+    keys_digest,
+    sha256_of,
+)
+from .work_list import Plan
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Report(NamedTuple):
+    """What `verify` found.
+
+    Attributes:
+        problems: broken promises, in the order of subsets and units.
+        notes: what breaks none.
+        units, regions: how many were looked at; regions are kept and dropped ones.
+    """
+
+    problems: list[Problem]
+    notes: list[Problem]
+    units: int
+    regions: int
+
+    @property
+    def ok(self) -> bool:
+        """No promise is broken."""
+        return not self.problems
+
+    def text(self) -> str:
+        """A line per problem and note, and a verdict."""
+        said = f"{self.units:,} units, {self.regions:,} regions checked"
+        verdict = f"{said}: every promise holds" if self.ok else f"{said}: {len(self.problems):,} problems"
+        return "\n".join([*map(str, self.notes), *map(str, self.problems), verdict])
+
+
+def verify(out: str | Path, deep: bool = True, workers: int = 1) -> Report:
+    """Check a corpus. Reads only; memory does not grow with the number of units.
+
+    Args:
+        out: the corpus.
+        deep: also read every shard: checksums, samples, offsets, photo headers, masks, captions. Without it
+            only manifests, file sizes, ledgers and the plan are checked.
+        workers: processes that look at units at the same time.
+
+    Raises:
+        ConfigError: the folder is no corpus.
+    """
+    out = Path(out)
+    problems: list[Problem] = []
+    rules = _text_rules(out, problems)
+    totals: Counter[str] = Counter()
+    for subset in reader.subsets(out):
+        paths = reader.manifest_paths(out, subset)
+        jobs = [(out, subset, path, rules, deep) for path in paths]
+        heads: dict[str, Head] = {}
+        for path, (head, found) in zip(paths, _each(jobs, workers), strict=True):
+            problems += found
+            totals["units"] += 1
+            if head:
+                heads[path.stem] = head
+                totals["regions"] += head.regions
+        problems += _check_plan(out, subset, heads)
+        problems += _check_strays(out, subset, {path.stem for path in paths})
+    problems += _check_merged(out, deep)
+    broken = [problem for problem in problems if not problem.note]
+    return Report(
+        broken, [problem for problem in problems if problem.note], totals["units"], totals["regions"]
+    )
+
+
+def _each(jobs: list[tuple], workers: int) -> Iterable[tuple[Head | None, list[Problem]]]:
+    if workers <= 1 or len(jobs) <= 1:
+        yield from (check_unit(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(check_unit, *zip(*jobs, strict=True))
+
+
+def _text_rules(out: Path, problems: list[Problem]) -> Text | None:
+    try:
+        return merge.read_config(out).text
+    except ConfigError as error:
+        problems.append(Problem("config.yaml", "", f"{error}; captions are not checked without it"))
+        return None
+
+
+# All units together.
+
+
+def _check_plan(out: Path, subset: str, heads: dict[str, Head]) -> list[Problem]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = f"{subset}/plan/{work_list.TABLE}"
+    try:
+        planned = work_list.load_plan(out / subset)
+        table = pq.ParquetFile(out / subset / "plan" / work_list.TABLE)
+    except (IntegrityError, OSError, pa.ArrowException) as error:
+        mend = "restore it, or delete `plan/` and build again"
+        return [
+            Problem(name, "", f"not readable, so nothing says which images must be there ({error}); {mend}")
+        ]
+    problems: list[Problem] = []
+    with table:
+        if table.num_row_groups != planned.num_units:
+            what = f"has {table.num_row_groups} units, plan.json says {planned.num_units}; restore them"
+            return [Problem(name, "", what)]
+        problems += _check_keys_once(table, name)
+        missing: list[str] = []
+        for index in range(planned.num_units):
+            unit = planned.unit_name(index)
+            head = heads.get(unit)
+            if head is None:
+                missing.append(unit)
+                continue
+            keys = table.read_row_group(index, columns=["key"])["key"].to_pylist()
+            if keys_digest(keys) != head.keys:
+                found = set(_images_of(out / subset / "manifests" / f"{unit}.json"))
+                what = f"{difference(found, set(keys), 'the plan')}; {MEND}"
+                problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        what = f"{len(missing)} of {planned.num_units} units are not committed ({shown}); run the build again"
+        problems.append(Problem(f"{subset}/manifests", "", what))
+    return problems + _check_one_recipe(subset, planned, heads)
+
+
+def _images_of(path: Path) -> dict[str, int]:
+    with suppress(ParaCaptionError, OSError):
+        return writer.read_manifest(path).images
+    return {}
+
+
+def _check_one_recipe(subset: str, planned: Plan, heads: dict[str, Head]) -> list[Problem]:
+    problems = []
+    expected = set(planned.unit_names())
+    for unit in sorted(heads.keys() - expected):
+        what = "of no unit of the plan; delete it if the plan is right"
+        problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
+    other = [unit for unit, head in heads.items() if head.plan != planned.digest and unit in expected]
+    if other:
+        shown = ", ".join(other[:3])
+        what = f"{len(other)} units are of another plan than plan.json's ({shown}); use a new `out`"
+        problems.append(Problem(f"{subset}/manifests", "", what))
+    recipes = Counter(head.recipe for head in heads.values())
+    if len(recipes) > 1:
+        counts = ", ".join(f"{recipe[:12]}: {count} units" for recipe, count in recipes.most_common())
+        what = f"{len(recipes)} recipes ({counts}); run the build again, which renews the units of the others"
+        problems.append(Problem(f"{subset}/manifests", "", what))
+    return problems
+
+
+def _check_keys_once(table: Any, name: str) -> list[Problem]:
+    """Each key once in the plan. Eight bytes of a hash per key decide, so that millions of images fit."""
+    import numpy as np
+
+    groups = range(table.num_row_groups)
+    hashes = [_hashes(table.read_row_group(index, columns=["key"])["key"]) for index in groups]
+    values, counts = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    if not suspects:
+        return []
+    found: Counter[str] = Counter()
+    for index, each in enumerate(hashes):
+        if suspects.intersection(each.tolist()):
+            found.update(table.read_row_group(index, columns=["key"])["key"].to_pylist())
+    twice = [key for key, count in found.items() if count > 1]
+    return [Problem(name, key, f"is planned {found[key]} times; use a new `out`") for key in twice[:EXAMPLES]]
+
+
+def _hashes(keys: pa.ChunkedArray) -> Any:
+    import numpy as np
+
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys.to_pylist())
+    return np.frombuffer(digests, np.uint64)
+
+
+def _check_strays(out: Path, subset: str, units: set[str]) -> list[Problem]:
+    problems = []
+    for folder, suffix in (("shards", ".tar"), ("ledger", ".parquet"), ("manifests", ".json")):
+        for path in sorted((out / subset / folder).glob("*")):
+            if path.name.startswith(files.TEMPORARY):
+                what = "left by a run that ended early, or a build is running; the next build removes it"
+            elif path.suffix != suffix or path.stem not in units:
+                what = "of no committed unit; readers ignore it, and the build replaces it"
+            else:
+                continue
+            problems.append(Problem(str(path.relative_to(out)), "", what, note=True))
+    return problems
+
+
+def _check_merged(out: Path, deep: bool) -> list[Problem]:
+    """Index and statistics, if there are any, are of the units that are committed now."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    mend = "run `paracaption merge`"
+    found = [name for name in (merge.STATS, reader.INDEX) if (out / name).exists()]
+    if not found:
+        return [Problem(reader.INDEX, "", f"not there: the corpus is not merged; {mend}", note=True)]
+    try:
+        summary = merge.read_summary(out)
+        with pq.ParquetFile(out / reader.INDEX) as index:
+            rows = index.metadata.num_rows
+    except (ParaCaptionError, OSError, pa.ArrowException) as error:
+        name = merge.STATS if isinstance(error, ParaCaptionError) else reader.INDEX
+        return [Problem(name, "", f"not readable ({error}); {mend}")]
+    problems: list[Problem] = []
+    kept = 0
+    for subset in reader.subsets(out):
+        try:
+            now = merge.count(out, subset)
+        except (IntegrityError, OSError):
+            return problems  # told above
+        kept += now.kept
+        then = summary.subsets.get(subset)
+        if then is None or then.counts != now:
+            problems.append(Problem(merge.STATS, subset, f"not of the units committed now; {mend}"))
+    if deep and sha256_of(out / reader.INDEX) != summary.index.sha256:
+        problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {merge.STATS}; {mend}"))
+    elif rows != kept:
+        problems.append(Problem(reader.INDEX, "", f"has {rows} rows, {kept} regions are kept; {mend}"))
+    return problems

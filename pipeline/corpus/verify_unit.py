@@ -1,0 +1,360 @@
+"""Checks one unit of a corpus: manifest, checksums, ledger, shard, masks, captions. Called by `verify`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...filters import rle, text
+from ...schemas.config import Text
+from ...schemas.errors import BadRecord, IntegrityError, ParaCaptionError
+from ...schemas.manifest import FileEntry, Manifest
+from ...schemas.records import Blob
+from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
+from ..io import photos
+from . import merge, reader, writer
+
+EXAMPLES = 20
+"""Problems of one kind that are listed for one unit; the rest are counted."""
+
+MEND = "delete its manifest and run the build again, which rebuilds the unit"
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_HEADER_PX = 1 << 31
+
+_Row = dict[str, Any]
+
+
+class Problem(NamedTuple):
+    """A broken promise, or (`note`) something that breaks none but is worth knowing.
+
+    Attributes:
+        file: path below the corpus.
+        record: key, key and region, unit or member; "" if it is about the file.
+        what: what is wrong, and the mend.
+        note: readers are not affected, as by a file that no manifest names.
+    """
+
+    file: str
+    record: str
+    what: str
+    note: bool = False
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.record}" if self.record else self.file
+        return f"{'note: ' if self.note else ''}{where}: {self.what}"
+
+
+class Head(NamedTuple):
+    """What is kept of a checked manifest: not its images, of which there may be millions."""
+
+    plan: str
+    recipe: str
+    keys: str
+    regions: int
+
+
+class _Unit:
+    """The checks of a unit; collects problems, a limited number of each kind."""
+
+    def __init__(self, out: Path, subset: str, path: Path):
+        self.out = out
+        self.folder = out / subset
+        self.subset = subset
+        self.path = path
+        self.problems: list[Problem] = []
+        self._seen: Counter[tuple[str, str]] = Counter()
+
+    def name(self, path: Path) -> str:
+        """The path below the corpus."""
+        return str(path.relative_to(self.out))
+
+    def say(self, path: Path, record: str, what: str, kind: str = "") -> None:
+        """Note a problem; of one kind in one file only the first ones."""
+        self._seen[self.name(path), kind] += 1
+        if not kind or self._seen[self.name(path), kind] <= EXAMPLES:
+            self.problems.append(Problem(self.name(path), record, what))
+
+    def finish(self) -> list[Problem]:
+        """The problems, with a line for those that were only counted."""
+        for (name, kind), count in self._seen.items():
+            if kind and count > EXAMPLES:
+                self.problems.append(Problem(name, "", f"{count - EXAMPLES} more of this kind: {kind}"))
+        return self.problems
+
+
+def check_unit(
+    out: Path, subset: str, path: Path, rules: Text | None, deep: bool
+) -> tuple[Head | None, list[Problem]]:
+    unit = _Unit(out, subset, path)
+    try:
+        manifest = writer.read_manifest(path)
+    except (IntegrityError, OSError) as error:
+        unit.say(path, "", f"not a manifest ({error.__cause__ or error}); {MEND}")
+        return None, unit.finish()
+    _check_manifest(unit, manifest)
+    ledger_ok = _check_file(unit, manifest.ledger, f"ledger/{path.stem}.parquet", deep)
+    shard_ok = manifest.shard and _check_file(unit, manifest.shard, f"shards/{path.stem}.tar", deep)
+    rows = _check_ledger(unit, manifest, deep) if ledger_ok else None
+    if rows is not None and deep:
+        _check_regions(unit, rows, rules)
+        if manifest.shard and shard_ok:
+            _check_shard(unit, manifest, rows)
+    keys = keys_digest(manifest.images)
+    head = Head(manifest.plan, manifest.recipe, keys, manifest.regions_in)
+    return head, unit.finish()
+
+
+def keys_digest(keys: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+
+
+def _check_manifest(unit: _Unit, manifest: Manifest) -> None:
+    if manifest.unit != unit.path.stem:
+        unit.say(unit.path, "", f"is of unit {manifest.unit}; {MEND}")
+    if manifest.subset != unit.subset:
+        unit.say(unit.path, "", f"is of subset {manifest.subset}; {MEND}")
+    dropped = sum(manifest.dropped.values())
+    if manifest.regions_in != manifest.kept + dropped:
+        what = f"regions_in {manifest.regions_in} is not kept {manifest.kept} + dropped {dropped}; {MEND}"
+        unit.say(unit.path, "", what)
+    if manifest.kept != sum(manifest.images.values()):
+        unit.say(unit.path, "", f"kept {manifest.kept} is not the sum over its images; {MEND}")
+    if (manifest.shard is None) != (manifest.kept == 0):
+        said = "no shard" if manifest.shard is None else "a shard"
+        unit.say(unit.path, "", f"has {said} with {manifest.kept} kept regions; {MEND}")
+
+
+def _check_file(unit: _Unit, entry: FileEntry, expected: str, deep: bool) -> bool:
+    """Whether the file is there and worth reading on; a wrong checksum is told, and what is in it as well."""
+    if entry.path != expected:  # never opened: a manifest is data
+        unit.say(unit.path, entry.path, f"names this file instead of {expected}; {MEND}")
+        return False
+    path = unit.folder / entry.path
+    try:
+        size = path.stat().st_size
+        digest = sha256_of(path) if deep else entry.sha256
+    except OSError as error:
+        unit.say(path, "", f"{error.strerror or error}; {MEND}")
+        return False
+    if size != entry.bytes:
+        unit.say(path, "", f"has {size} bytes, its manifest says {entry.bytes}; {MEND}")
+    elif digest != entry.sha256:
+        unit.say(path, "", f"its SHA-256 is not the manifest's; {MEND}")
+    return True
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_COUNTED = ["unit", "subset", "key", "region", "kept", "drop_stage", "drop_reason"]
+
+
+def _check_ledger(unit: _Unit, manifest: Manifest, deep: bool) -> list[_Row] | None:
+    path = unit.folder / manifest.ledger.path
+    try:
+        table = reader.read_ledger(path, None if deep else _COUNTED)
+        rows = (merge.aligned(table) if deep else table.select(_COUNTED)).to_pylist()
+    except (ParaCaptionError, KeyError, ValueError, OSError) as error:
+        unit.say(path, "", f"not a ledger ({error}); {MEND}")
+        return None
+    _compare_counts(unit, path, manifest, rows)
+    return rows
+
+
+def _compare_counts(unit: _Unit, path: Path, manifest: Manifest, rows: list[_Row]) -> None:
+    regions = [row for row in rows if row["region"] is not None]
+    kept = [row for row in regions if row["kept"]]
+    dropped = Counter(f"{row['drop_stage']}/{row['drop_reason']}" for row in regions if not row["kept"])
+    for name, said, counted in (
+        ("regions", manifest.regions_in, len(regions)),
+        ("kept regions", manifest.kept, len(kept)),
+        ("drops by reason", dict(manifest.dropped), dict(dropped)),
+    ):
+        if said != counted:
+            unit.say(path, "", f"{name}: {counted}, its manifest says {said}; {MEND}")
+    found = {row["key"] for row in rows}
+    if found != manifest.images.keys():
+        unit.say(path, "", f"{difference(found, set(manifest.images), 'the manifest')}; {MEND}")
+    by_key = Counter(row["key"] for row in kept)
+    for key, said in manifest.images.items():
+        if by_key[key] != said:
+            unit.say(
+                path, key, f"{by_key[key]} kept regions, its manifest says {said}; {MEND}", "kept per image"
+            )
+    twice = Counter((row["key"], row["region"]) for row in rows)
+    for (key, region), count in twice.items():
+        if count > 1:
+            unit.say(path, f"{key} #{region}", f"is there {count} times; {MEND}", "twice")
+    for row in rows:
+        if row["unit"] != manifest.unit or row["subset"] != unit.subset:
+            unit.say(path, row["key"], f"is of {row['subset']}, unit {row['unit']}; {MEND}", "other unit")
+        if row["region"] is not None and row["kept"] == (row["drop_reason"] is not None):
+            unit.say(path, _record(row), f"kept or with a reason, one of both; {MEND}", "verdict")
+
+
+def difference(found: set[str], expected: set[str], whose: str) -> str:
+    groups = {f"of {whose} missing": expected - found, f"not in {whose}": found - expected}
+    said = [f"images {what}: {len(k)} ({', '.join(sorted(k)[:3])})" for what, k in groups.items() if k]
+    return ", ".join(said) or f"the images differ from those of {whose}"
+
+
+def _record(row: _Row) -> str:
+    return row["key"] if row["region"] is None else f"{row['key']} #{row['region']}"
+
+
+def _check_regions(unit: _Unit, rows: list[_Row], rules: Text | None) -> None:
+    """Masks of all regions, captions of the kept ones, as the ledger has them."""
+    path = unit.folder / "ledger" / f"{unit.path.stem}.parquet"
+    by_size: dict[tuple[int, int], list[_Row]] = {}
+    for row in rows:
+        if not _KEY.fullmatch(row["key"] or ""):
+            unit.say(path, repr(row["key"]), f"not a key (letters, digits, _ and - only); {MEND}", "key")
+        if row["rle_counts"] is not None:
+            by_size.setdefault((row["image_height"] or 0, row["image_width"] or 0), []).append(row)
+        elif row["kept"]:
+            unit.say(path, _record(row), f"kept without a mask; {MEND}", "mask")
+        if row["kept"]:
+            _check_caption(unit, path, row, rules)
+    for (height, width), group in by_size.items():
+        masks = rle.check_all(
+            [{"counts": row["rle_counts"], "size": [height, width]} for row in group], height, width
+        )
+        for row, mask in zip(group, masks, strict=True):
+            what = _mask_fault(mask, row)
+            if what and (row["kept"] or not isinstance(mask, BadRecord)):
+                unit.say(path, _record(row), f"{what}; {MEND}", "mask")
+
+
+def _mask_fault(mask: rle.Mask | BadRecord, row: _Row) -> str | None:
+    if isinstance(mask, BadRecord):
+        return f"its RLE does not fill {row['image_width']}x{row['image_height']}: {mask.detail}"
+    bbox = tuple(row[f"bbox_{name}"] for name in "xywh")
+    if mask.area != row["area"]:
+        return f"its mask has {mask.area} pixels, area says {row['area']}"
+    if mask.bbox != bbox:
+        return f"its mask's box is {mask.bbox}, bbox says {bbox}"
+    return None
+
+
+def _check_caption(unit: _Unit, path: Path, row: _Row, rules: Text | None) -> None:
+    if not row["caption"]:
+        unit.say(path, _record(row), f"kept without a caption; {MEND}", "caption")
+    elif rules is not None:
+        verdict = text.clean(row["caption"], rules)
+        if verdict.reason is not None:
+            what = f"its caption breaks a text rule of config.yaml: {verdict.reason} ({verdict.detail})"
+            unit.say(path, _record(row), f"{what}; run the build again, which applies the rules", "caption")
+
+
+# The shard.
+
+
+def _check_shard(unit: _Unit, manifest: Manifest, rows: list[_Row]) -> None:
+    assert manifest.shard is not None
+    path = unit.folder / manifest.shard.path
+    kept: dict[str, list[_Row]] = {}
+    for row in rows:
+        if row["kept"]:
+            kept.setdefault(row["key"], []).append(row)
+    seen: list[str] = []
+    try:
+        for key, photo, record in _members(unit, path):
+            seen.append(key)
+            _check_sample(unit, path, key, photo, record, kept.get(key))
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+        unit.say(path, "", f"not a readable tar ({error}); {MEND}")
+        return
+    if seen != sorted(set(seen)):
+        unit.say(path, "", f"its samples are not in the order of their keys, each once; {MEND}")
+    for key in sorted(kept.keys() - set(seen)):
+        unit.say(path, key, f"has kept regions in the ledger and no sample; {MEND}", "no sample")
+
+
+_Part = tuple[tarfile.TarInfo, bytes]
+
+
+def _members(unit: _Unit, path: Path) -> Iterator[tuple[str, _Part, _Part]]:
+    """The shard's photo and JSON of each key; anything else in it is told."""
+    waiting: tuple[str, _Part] | None = None
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            key, _, ending = member.name.rpartition(".")
+            if not member.isreg() or not _KEY.fullmatch(key) or ending not in (PHOTO_ENDING, "json"):
+                unit.say(path, repr(member.name), f"not a member of a shard; {MEND}", "member")
+                continue
+            if (member.mtime, member.uid, member.gid, member.uname, member.gname) != (0, 0, 0, "", ""):
+                unit.say(
+                    path, member.name, f"has a time or an owner, so equal shards differ; {MEND}", "owner"
+                )
+            file = tar.extractfile(member)
+            part = (member, b"" if file is None else file.read())
+            if len(part[1]) != member.size:
+                raise tarfile.ReadError(f"{member.name} is cut short")
+            if ending == PHOTO_ENDING:
+                if waiting:
+                    unit.say(path, waiting[0], f"a photo without its JSON; {MEND}", "alone")
+                waiting = key, part
+            elif waiting and waiting[0] == key:
+                yield key, waiting[1], part
+                waiting = None
+            else:
+                unit.say(path, key, f"a JSON without its photo before it; {MEND}", "alone")
+    if waiting:
+        unit.say(path, waiting[0], f"a photo without its JSON; {MEND}", "alone")
+
+
+def _check_sample(
+    unit: _Unit, path: Path, key: str, photo: _Part, record: _Part, rows: list[_Row] | None
+) -> None:
+    try:
+        sample = reader.decode_sample(record[1], key)
+    except IntegrityError as error:
+        unit.say(path, f"{key}.json", f"not a sample ({error.__cause__}); {MEND}", "sample")
+        return
+    if sample.key != key or sample.subset != unit.subset:
+        unit.say(path, f"{key}.json", f"is of {sample.subset}/{sample.key}; {MEND}", "sample")
+    _check_photo(unit, path, sample, photo[0])
+    if rows is None:
+        unit.say(path, key, f"no row of the ledger is kept for this sample; {MEND}", "no row")
+        return
+    places = (photo[0].offset_data, photo[0].size, record[0].offset_data, record[0].size)
+    for row in rows:
+        said = (row["photo_offset"], row["photo_length"], row["json_offset"], row["json_length"])
+        if said != places or row["shard"] != f"shards/{path.name}":
+            what = f"the ledger says it lies in {row['shard']} at {said}; it lies at {places}"
+            unit.say(path, _record(row), f"{what}; {MEND}", "place")
+    if [_of_row(row) for row in rows] != [_of_sample(sample, region) for region in sample.regions]:
+        unit.say(path, key, f"its regions are not those that the ledger keeps; {MEND}", "regions")
+
+
+def _check_photo(unit: _Unit, path: Path, sample: Sample, member: tarfile.TarInfo) -> None:
+    record = member.name
+    try:
+        header = photos.probe(Blob(str(path), member.offset_data, member.size), _HEADER_PX)
+    except BadRecord as error:
+        unit.say(path, record, f"{error.reason}: {error.detail}; {MEND}", "photo")
+        return
+    if (header.format, header.width, header.height) != (sample.photo_format, sample.width, sample.height):
+        said = f"{sample.photo_format} {sample.width}x{sample.height}"
+        what = f"the photo is {header.format} {header.width}x{header.height}, its JSON says {said}"
+        unit.say(path, record, f"{what}; {MEND}", "photo")
+
+
+def _of_row(row: _Row) -> tuple:
+    size = (row["image_height"], row["image_width"])
+    bbox = tuple(row[f"bbox_{name}"] for name in "xywh")
+    names = (row["category"] or "", row["core_category"] or "", row["caption"], row["file_name"])
+    return (row["region"], size, row["rle_counts"], bbox, row["area"], *names)
+
+
+def _of_sample(sample: Sample, region: SampleRegion) -> tuple:
+    names = (region.category, region.core_category, region.caption, sample.file_name)
+    return (region.id, region.rle.size, region.rle.counts, region.bbox, region.area, *names)

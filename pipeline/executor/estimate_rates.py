@@ -1,0 +1,254 @@
+"""What a region costs in each stage: measured from a pilot's events and files, kept in a small YAML file."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import yaml
+
+from ...schemas.errors import ConfigError
+from ..corpus import reader, writer
+from ..corpus.events import Event, EventReader
+from ..corpus.utilization import run_folders
+from ..sources import SOURCE_STAGE
+from ..stages.base import RECIPES
+
+_BY_IMAGE = {SOURCE_STAGE, writer.WRITE_STAGE}
+_MIN_UNITS = 8
+_MIN_T = 3.0
+"""A share per image is told apart from one per region only if the fit is this many standard errors sure."""
+
+
+class StageRate(msgspec.Struct, forbid_unknown_fields=True):
+    """What one stage costs one actor.
+
+    Attributes:
+        reach: share of the source's regions that it works on.
+        image_s, region_s: seconds for each image, and for each region that it works on.
+        cpu_share: CPU seconds in a second of the stage; above 1 if it uses several cores.
+        load_s: seconds to load its model.
+        first_s: what an actor's first unit takes longer than the others.
+    """
+
+    reach: float
+    image_s: float
+    region_s: float
+    cpu_share: float = 0.0
+    load_s: float = 0.0
+    first_s: float = 0.0
+
+    def seconds(self, images: float, regions: float) -> float:
+        """For so many images with so many regions in the source."""
+        return self.image_s * images + self.region_s * self.reach * regions
+
+
+class SubsetRates(msgspec.Struct, forbid_unknown_fields=True):
+    """What a subset costs.
+
+    Attributes:
+        images, regions: how much was measured.
+        kept: share of the source's regions that end in the shards.
+        launch_s: from the start of the stream until the actors' processes are up, without loading models.
+        shard_bytes_per_image: of all images.
+        ledger_bytes_per_region, evidence_bytes_per_region: of the source's regions.
+        stages: by name, in the recipe's order.
+    """
+
+    images: int
+    regions: int
+    kept: float
+    launch_s: float
+    shard_bytes_per_image: float
+    ledger_bytes_per_region: float
+    evidence_bytes_per_region: float
+    stages: dict[str, StageRate]
+
+
+class Rates(msgspec.Struct, forbid_unknown_fields=True):
+    """The file of `plan --rates`: seconds to start Ray, and each subset's rates."""
+
+    ray_s: float
+    subsets: dict[str, SubsetRates]
+    version: int = 1
+
+
+class _Unit(msgspec.Struct):
+    """One unit in one stage: images, regions it worked on, seconds; whether it was its actor's first."""
+
+    images: float
+    regions: int
+    seconds: float
+    cpu: float
+    first: bool
+
+
+def measure(out: str | Path) -> Rates:
+    """The rates of a pilot, over all runs into its folder; what a stage did not ask is not counted.
+
+    Raises:
+        ConfigError: there are no events of a unit that was built.
+    """
+    out = Path(out)
+    ray_s: list[float] = []
+    subsets = {}
+    for subset in RECIPES:
+        runs = [list(EventReader(folder).named()) for folder in run_folders(out, subset)]
+        ray_s += [event.seconds for run in runs for _, event in run if event.what == "ray"]
+        if any(event.what == "unit" and event.images for run in runs for _, event in run):
+            subsets[subset] = _measure(out, subset, runs)
+    if not subsets:
+        raise ConfigError(
+            f"{out}/events: no events of a build; run a pilot there (`paracaption build --limit-images 500` "
+            "with an `out` of its own), or give measured seconds with --rates"
+        )
+    return Rates(_mean([seconds for seconds in ray_s if seconds > 0.5]), subsets)
+
+
+def read(path: str | Path) -> Rates:
+    """Rates as `dump` wrote them, or by hand.
+
+    Raises:
+        ConfigError: no such file, or not rates; names the key.
+    """
+    try:
+        return msgspec.convert(yaml.safe_load(Path(path).read_text()), Rates)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(
+            f"{path}: not rates: {told}; `paracaption plan CONFIG --run OUT --write-rates` prints the form"
+        ) from error
+
+
+def dump(rates: Rates) -> str:
+    """As YAML."""
+    return yaml.safe_dump(_rounded(msgspec.to_builtins(rates)), sort_keys=False)
+
+
+def _measure(out: Path, subset: str, runs: list[list[tuple[str, Event]]]) -> SubsetRates:
+    units: dict[str, list[_Unit]] = defaultdict(list)
+    reached: dict[str, dict[str, int]] = defaultdict(dict)
+    images: dict[str, int] = {}
+    loads: dict[str, list[float]] = defaultdict(list)
+    launches: list[float] = []
+    with_model = {event.stage for run in runs for _, event in run if event.what == "started"}
+    for run in runs:
+        met: set[tuple[str, str]] = set()
+        begun_s = next((event.time_s for _, event in run if event.what == "begun"), None)
+        ready_s: dict[str, float] = {}
+        for worker, event in sorted(run, key=lambda item: item[1].time_s):
+            if event.what == "started":
+                loads[event.stage].append(event.seconds)
+            elif event.what == "ready" and begun_s is not None:
+                ready_s.setdefault(event.stage, event.time_s - event.seconds - begun_s)
+            elif event.what == "unit":
+                reached[event.stage][event.unit] = event.regions
+                images[event.unit] = event.images
+                worked = _worked(event, event.stage in with_model)
+                if worked is not None:
+                    worked.first = (worker, event.stage) not in met
+                    met.add((worker, event.stage))
+                    units[event.stage].append(worked)
+        if ready_s:
+            launches.append(max(ready_s.values()))
+    declared = reached[SOURCE_STAGE]
+    regions = sum(declared.values())
+    stages = {}
+    for stage, seen in reached.items():
+        whole = sum(count for unit, count in declared.items() if unit in seen)
+        rate = _fit(units[stage], stage in _BY_IMAGE)
+        rate.reach = sum(seen[unit] for unit in declared if unit in seen) / whole if whole else 0.0
+        rate.load_s = _mean(loads[stage])
+        stages[stage] = rate
+    done = _committed(out, subset)
+    evidence = sum(path.stat().st_size for path in (out / subset / "evidence").glob("*/*.parquet"))
+    return SubsetRates(
+        images=sum(images.values()),
+        regions=regions,
+        kept=done["kept"] / max(1, done["regions"]),
+        launch_s=_mean(launches),
+        shard_bytes_per_image=done["shard"] / max(1, done["images"]),
+        ledger_bytes_per_region=done["ledger"] / max(1, done["regions"]),
+        evidence_bytes_per_region=evidence / max(1, regions),
+        stages=stages,
+    )
+
+
+def _worked(event: Event, is_model: bool) -> _Unit | None:
+    """What a stage did on a unit; None if a model had all its answers already."""
+    regions = event.asked if is_model else event.regions
+    if not regions and (is_model or event.stage not in _BY_IMAGE):
+        return None
+    share = regions / event.regions if is_model and event.regions else 1.0
+    return _Unit(event.images * share, regions, event.seconds, event.cpu, first=False)
+
+
+def _fit(units: list[_Unit], by_image: bool) -> StageRate:
+    """Seconds per image and per region: both, if the units differ enough to tell them apart, else one."""
+    later = [unit for unit in units if not unit.first]
+    counted = later if len(later) >= 2 else units
+    images = np.array([unit.images for unit in counted], float)
+    regions = np.array([unit.regions for unit in counted], float)
+    seconds = np.array([unit.seconds for unit in counted], float)
+    if not counted or not seconds.sum():
+        return StageRate(0.0, 0.0, 0.0)
+    rate = StageRate(0.0, 0.0, 0.0, cpu_share=sum(unit.cpu for unit in counted) / float(seconds.sum()))
+    if by_image and images.sum():
+        rate.image_s = float(seconds.sum() / images.sum())
+    elif regions.sum():
+        rate.region_s = float(seconds.sum() / regions.sum())
+    both = apart(images, regions, seconds)
+    if both is not None:
+        rate.image_s, rate.region_s = both
+    rate.reach = 1.0
+    if counted is later:
+        extra = [unit.seconds - rate.seconds(unit.images, unit.regions) for unit in units if unit.first]
+        rate.first_s = max(0.0, _mean(extra))
+    return rate
+
+
+def apart(images: np.ndarray, regions: np.ndarray, seconds: np.ndarray) -> tuple[float, float] | None:
+    """(seconds per image, seconds per region) by least squares; None where the units cannot tell.
+
+    The sum over all units is that of the measured seconds, exactly.
+    """
+    if len(seconds) < _MIN_UNITS:
+        return None
+    columns = np.stack([images, regions], axis=1)
+    (per_image, per_region), _, rank, _ = np.linalg.lstsq(columns, seconds, rcond=1e-6)
+    if rank < 2 or per_image <= 0 or per_region <= 0:
+        return None
+    noise = seconds - columns @ (per_image, per_region)
+    variance = float(noise @ noise) / (len(seconds) - 2)
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(columns.T @ columns)))
+    if min(per_image / max(errors[0], 1e-12), per_region / max(errors[1], 1e-12)) < _MIN_T:
+        return None
+    scale = seconds.sum() / (columns @ (per_image, per_region)).sum()
+    return float(per_image * scale), float(per_region * scale)
+
+
+def _committed(out: Path, subset: str) -> Counter[str]:
+    """Images, regions, kept regions, and the bytes of shards and ledgers of the committed units."""
+    total: Counter[str] = Counter()
+    for manifest, _ in reader.iter_committed(out, subset):
+        total["images"] += len(manifest.images)
+        total["regions"] += manifest.regions_in
+        total["kept"] += manifest.kept
+        total["shard"] += manifest.shard.bytes if manifest.shard else 0
+        total["ledger"] += manifest.ledger.bytes
+    return total
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _rounded(value: object) -> object:
+    """Four significant digits: more would claim what nobody measured."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value

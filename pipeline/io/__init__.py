@@ -1,0 +1,1 @@
+"""Reading and writing files: folders and URLs, photos, drawings, weights."""

@@ -1,0 +1,499 @@
+"""Draws masks and captions on photos: the one way to do it, for terminal, card, demo and explorer.
+
+A region has a colour, a number at a point well inside it, and the same number before its caption in the
+legend. The colours are told apart by colour-blind eyes, too; the numbers tell more regions apart than there
+are colours, and an outline with a light and a dark line stands out on any photo.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...filters import rle
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.records import Blob, Rle
+from ..corpus import reader
+from . import files, photos
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+
+PALETTE = (
+    (0, 114, 178),  # blue
+    (230, 159, 0),  # orange
+    (86, 180, 233),  # sky
+    (213, 94, 0),  # vermilion
+    (204, 121, 167),  # pink
+    (0, 158, 115),  # green
+    (240, 228, 66),  # yellow
+    (102, 51, 51),  # brown
+    (51, 34, 136),  # indigo
+    (221, 221, 221),  # pale grey
+    (170, 51, 119),  # purple
+    (20, 20, 20),  # black
+)
+"""Okabe and Ito's seven, then five far from them and from each other in every kind of colour vision."""
+
+_FILL = 0.38
+_FILL_SCENE = 0.24
+_SCENE = 0.3
+"""A mask over more of the picture than this is painted thinner: it would veil the photo."""
+
+_PAPER = (255, 255, 255)
+_INK = (34, 34, 34)
+_GREY = (110, 110, 110)
+_MARGIN = 16
+_TEXT = 17
+_LINE = 1.32
+_COLUMN = 420
+_MAX_DRAWN = 200
+_SHEET_TEXT = 150
+_SHEET_CAPTIONS = 6
+_WIDE = 1.9
+"""From this ratio of width to height on, captions stand below the photo instead of beside it."""
+_TALL = 1.3
+"""Likewise if beside the photo they were higher than it by this."""
+
+
+class Mark(NamedTuple):
+    """A region to draw.
+
+    Attributes:
+        rle: its mask, of the photo's size.
+        caption: for the legend.
+        label: a few words before the caption, as the category; "" for none.
+        color: RGB; None takes the palette's by position.
+        number: in the disc; None counts from 1.
+    """
+
+    rle: Rle
+    caption: str
+    label: str = ""
+    color: tuple[int, int, int] | None = None
+    number: int | None = None
+
+
+def draw_masks(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, radius: int | None = None) -> Image:
+    """The photo with its masks and their numbers, without the legend.
+
+    Args:
+        photo: (H, W, 3) uint8 RGB.
+        marks: regions; the first is number 1. Smaller masks are painted over larger ones.
+        side: the picture's longer side in pixels; the photo is scaled to it before anything is drawn.
+        radius: of the numbers' discs in pixels; None for one that suits the side.
+
+    Raises:
+        ValueError: a mask is not of the photo's size.
+    """
+    from PIL import Image
+
+    cv2: Any = importlib.import_module("cv2")
+    height, width = photo.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    canvas = cv2.resize(np.ascontiguousarray(photo), size, interpolation=way)
+    masks = [_scaled(mark.rle, (height, width), size) for mark in marks]
+    order, top = stack(masks, canvas.shape[:2])
+    colors = np.array([color_of(mark, i) for i, mark in enumerate(marks)] or [(0, 0, 0)], np.float32)
+    painted = top >= 0
+    fills = np.array([opacity(int(mask.sum()), top.size) for mask in masks] or [0], np.float32)
+    fill = fills[top[painted]][:, None]
+    canvas[painted] = (canvas[painted] * (1 - fill) + colors[top[painted]] * fill).astype(np.uint8)
+    for i in order:
+        _outline(canvas, masks[i], tuple(map(int, colors[i])), cv2)
+    picture = Image.fromarray(canvas)
+    radius = radius or max(9, round(side / 75))
+    for i, place in number_places(masks, order, top, 2 * radius).items():
+        number = marks[i].number
+        disc(picture, place, radius, i + 1 if number is None else number, color_of(marks[i], i))
+    return picture
+
+
+def stack(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[list[int], np.ndarray]:
+    """How masks lie on each other.
+
+    Args:
+        masks: (H, W) bool each.
+        shape: (H, W).
+
+    Returns:
+        Their positions, the largest mask first, in which order they are painted; and (H, W) int32, the
+        position of the mask that is on top at a pixel, -1 where there is none.
+    """
+    order = sorted(range(len(masks)), key=lambda i: -int(masks[i].sum()))
+    top = np.full(shape, -1, np.int32)
+    for i in order:
+        top[masks[i]] = i
+    return order, top
+
+
+def opacity(area_px: int, photo_px: int) -> float:
+    """Of a mask's paint, 0..1."""
+    return _FILL_SCENE if area_px > _SCENE * photo_px else _FILL
+
+
+def number_places(
+    masks: Sequence[np.ndarray], order: Sequence[int], top: np.ndarray, apart: int
+) -> dict[int, tuple[int, int]]:
+    """(x, y) for the number of each mask that has a pixel, well inside of what is visible of it.
+
+    Args:
+        masks: (H, W) bool each.
+        order: their positions, the largest first; see `stack`.
+        top: (H, W) the position of the mask on top.
+        apart: pixels between two numbers, where there is room.
+    """
+    cv2: Any = importlib.import_module("cv2")
+    found: dict[int, tuple[int, int]] = {}
+    for i in reversed(order):
+        if masks[i].any():
+            visible = masks[i] & (top == i)
+            found[i] = _inside(visible if visible.any() else masks[i], list(found.values()), apart, cv2)
+    return found
+
+
+def draw_image(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, title: str = "") -> Image:
+    """The photo with its masks, and the captions in a legend beside it, or below a wide photo.
+
+    Args:
+        photo: (H, W, 3) uint8 RGB.
+        marks: regions; the first is number 1.
+        side: the photo's longer side in the picture, in pixels.
+        title: a line above the legend, as the image's key.
+
+    Raises:
+        ValueError: a mask is not of the photo's size.
+    """
+    from PIL import Image
+
+    picture = draw_masks(photo, marks, side)
+    if picture.width < _WIDE * picture.height:
+        width = max(_COLUMN, round(side * 0.62))
+        legend = draw_legend(marks, width, title)
+        if legend.height <= _TALL * picture.height:
+            canvas = Image.new("RGB", (picture.width + width, max(picture.height, legend.height)), _PAPER)
+            canvas.paste(picture, (0, 0))
+            canvas.paste(legend, (picture.width, 0))
+            return canvas
+    return _below(picture, marks, picture.width, title)
+
+
+def _below(picture: Image, marks: Sequence[Mark], width: int, title: str) -> Image:
+    from PIL import Image
+
+    width = max(width, _COLUMN)
+    legend = draw_legend(marks, width, title, columns=min(len(marks), width // _COLUMN) or 1)
+    canvas = Image.new("RGB", (width, picture.height + legend.height), _PAPER)
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    canvas.paste(legend, (0, picture.height))
+    return canvas
+
+
+class _Entry(NamedTuple):
+    """A region's place in the legend: its number, and its lines with their fonts."""
+
+    number: int
+    mark: Mark
+    lines: list[tuple[str, FreeTypeFont]]
+    height: int
+
+
+def draw_legend(marks: Sequence[Mark], width: int, title: str = "", columns: int = 1) -> Image:
+    """Numbers and captions on white, in columns of equal width and about equal height."""
+    from PIL import Image, ImageDraw
+
+    normal, bold, small = font(_TEXT), font(_TEXT, bold=True), font(_TEXT - 3)
+    radius = round(_TEXT * 0.72)
+    step = round(_TEXT * _LINE)
+    each = (width - _MARGIN) // columns
+    indent = 2 * radius + 10
+    entries = []
+    for number, mark in enumerate(marks, 1):
+        lines = [(line, bold) for line in _wrap(mark.label, bold, each - indent - _MARGIN)]
+        lines += [(line, normal) for line in _wrap(mark.caption, normal, each - indent - _MARGIN)]
+        entries.append(_Entry(number, mark, lines, step * max(1, len(lines)) + 10))
+    filled = _columns(entries, columns)
+    top = _MARGIN + (step + 6 if title else 0)
+    height = top + max((sum(entry.height for entry in column) for column in filled), default=0) + _MARGIN - 10
+    canvas = Image.new("RGB", (width, max(height, 2 * _MARGIN)), _PAPER)
+    pen = ImageDraw.Draw(canvas)
+    if title:
+        pen.text((_MARGIN, _MARGIN), _wrap(title, small, width - 2 * _MARGIN)[0], _GREY, small)
+    for place, column in enumerate(filled):
+        x, y = _MARGIN + place * each, top
+        for entry in column:
+            color = color_of(entry.mark, entry.number - 1)
+            disc(canvas, (x + radius, y + radius), radius, entry.number, color)
+            for i, (line, face) in enumerate(entry.lines):
+                pen.text((x + indent, y + i * step), line, _INK, face)
+            y += entry.height
+    return canvas
+
+
+def _columns(entries: list[_Entry], columns: int) -> list[list[_Entry]]:
+    share = sum(entry.height for entry in entries) / columns
+    filled: list[list[_Entry]] = [[] for _ in range(columns)]
+    above = 0.0
+    for entry in entries:
+        filled[min(columns - 1, int((above + entry.height / 2) // share))].append(entry)
+        above += entry.height
+    return filled
+
+
+def color_of(mark: Mark, position: int) -> tuple[int, int, int]:
+    """The mark's own colour, or the palette's for its position."""
+    return mark.color or PALETTE[position % len(PALETTE)]
+
+
+def _scaled(mask: Rle, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    cv2: Any = importlib.import_module("cv2")
+    if tuple(mask.size) != shape:
+        raise ValueError(f"mask is {mask.size[1]}x{mask.size[0]}, photo {shape[1]}x{shape[0]}")
+    dense = rle.decode(mask)
+    small = cv2.resize(dense * np.uint8(255), size, interpolation=cv2.INTER_AREA) > 127
+    if not small.any() and dense.any():  # thinner than a pixel of the picture
+        y, x = np.argwhere(dense)[0]
+        small[y * size[1] // shape[0], x * size[0] // shape[1]] = True
+    return small
+
+
+def _outline(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, ...], cv2: Any) -> None:
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    halo = (255, 255, 255) if is_dark(color) else (0, 0, 0)
+    cv2.drawContours(canvas, contours, -1, halo, 4, cv2.LINE_AA)
+    cv2.drawContours(canvas, contours, -1, color, 2, cv2.LINE_AA)
+
+
+def _inside(mask: np.ndarray, taken: list[tuple[int, int]], apart: int, cv2: Any) -> tuple[int, int]:
+    """The point deepest inside a mask, or one almost as deep that is clear of the numbers so far."""
+    padded = np.pad(mask.astype(np.uint8), 1)  # the picture's edge is an edge of the mask, too
+    depth = cv2.distanceTransform(padded, cv2.DIST_L2, 3)[1:-1, 1:-1]
+    allowed = depth.copy()
+    for x, y in taken:
+        x0, y0 = max(0, x - apart), max(0, y - apart)
+        allowed[y0 : y + apart + 1, x0 : x + apart + 1] = 0
+    best = allowed if allowed.max() >= min(depth.max() * 0.35, apart / 2) and allowed.max() > 0 else depth
+    y, x = np.unravel_index(int(best.argmax()), best.shape)
+    return int(x), int(y)
+
+
+def disc(
+    canvas: Image, center: tuple[int, int], radius: int, number: int, color: tuple[int, int, int]
+) -> None:
+    """A numbered disc: drawn large and shrunk, because Pillow's circles have no soft edge."""
+    from PIL import Image, ImageDraw
+
+    text = str(number)
+    half = radius + (0 if len(text) < 3 else radius // 2)
+    times = 4
+    large = Image.new("RGBA", (2 * half * times, 2 * radius * times), (0, 0, 0, 0))
+    on = ImageDraw.Draw(large)
+    dark = is_dark(color)
+    edge = (255, 255, 255) if dark else (0, 0, 0)
+    box = (0, 0, large.width - 1, large.height - 1)
+    on.rounded_rectangle(box, radius * times, fill=edge)
+    inner = (times * 1.5, times * 1.5, large.width - 1 - times * 1.5, large.height - 1 - times * 1.5)
+    on.rounded_rectangle(inner, radius * times, fill=color)
+    face = font(round(radius * 1.15) * times, bold=True)
+    on.text((large.width / 2, large.height / 2), text, edge, face, anchor="mm")
+    small = large.resize((2 * half, 2 * radius), Image.Resampling.LANCZOS)
+    x = min(max(center[0] - half, 0), max(0, canvas.width - small.width))
+    y = min(max(center[1] - radius, 0), max(0, canvas.height - small.height))
+    canvas.paste(small, (x, y), small)
+
+
+def is_dark(color: Sequence[int]) -> bool:
+    """Whether white is read better on it than black (relative luminance, WCAG's crossing at 0.18)."""
+    linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.25
+
+
+@cache
+def font(size: int, bold: bool = False) -> FreeTypeFont:
+    """DejaVu Sans, which Matplotlib ships: Latin, Greek, Cyrillic and more. Else Pillow's own."""
+    import importlib.util
+
+    from PIL import ImageFont
+
+    found = importlib.util.find_spec("matplotlib")
+    if found and found.origin:
+        name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+        path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / name
+        if path.exists():
+            return ImageFont.truetype(str(path), size)
+    return ImageFont.load_default(size)  # type: ignore[return-value]
+
+
+def _wrap(text: str, face: FreeTypeFont, room: int) -> list[str]:
+    """Lines that fit; a word that does not fit alone is broken."""
+    lines: list[str] = []
+    line = ""
+    for word in " ".join(text.split()).split(" "):
+        while face.getlength(word) > room:
+            cut = 1
+            while face.getlength(word[: cut + 1]) <= room:
+                cut += 1
+            if line:
+                lines.append(line)
+                line = ""
+            lines.append(word[:cut])
+            word = word[cut:]
+        longer = f"{line} {word}" if line else word
+        if face.getlength(longer) <= room:
+            line = longer
+        else:
+            lines.append(line)
+            line = word
+    return [*lines, line] if line else lines
+
+
+# Pictures of a committed corpus.
+
+
+def show(out: str | Path, key: str, path: str | Path) -> None:
+    """Draw an image of a corpus with its kept regions and their captions, and write the picture.
+
+    Args:
+        out: the corpus.
+        key: the image's key, or "subset/key".
+        path: the picture; its ending says in which format (png, jpg, webp).
+
+    Raises:
+        ConfigError: no such image, none of its regions was kept, or no such picture format.
+        IntegrityError: the corpus is damaged.
+    """
+    found = reader.find_image(out, key)
+    kept = [row for row in found.rows if row["kept"]]
+    if not kept:
+        why = "; ".join(sorted({f"{row['drop_reason']} ({row['drop_detail']})" for row in found.rows}))
+        raise ConfigError(f"{found.subset}/{key}: no region of this image was kept: {why[:500]}")
+    dropped = len(found.rows) - len(kept)
+    title = f"{found.subset} / {kept[0]['key']}: {len(kept)} kept, {dropped} dropped"
+    if len(kept) > _MAX_DRAWN:
+        title += f", the first {_MAX_DRAWN} drawn"
+    save(draw_image(*_read(out, kept), title=title), path)
+
+
+def contact_sheet(out: str | Path, path: str | Path, num_images: int = 9, width: int = 1800) -> None:
+    """Draw several images of a corpus with masks and captions on one sheet, in columns, and write it.
+
+    The images are spread evenly over the subsets and their units, those with most kept regions of each unit
+    first.
+
+    Raises:
+        ConfigError: nothing was kept, or no such picture format.
+        IntegrityError: the corpus is damaged.
+    """
+    from PIL import Image
+
+    chosen = _choose(Path(out), num_images)
+    if not chosen:
+        raise ConfigError(
+            f"{out}: no kept region to draw; `paracaption inspect` says what was dropped and why"
+        )
+    columns = min(3, len(chosen))
+    gap = 24
+    each = (width - gap * (columns + 1)) // columns
+    cells: list[Any] = []
+    for subset, rows in chosen:
+        photo, marks = _read(out, rows)
+        marks = [
+            mark._replace(caption=textwrap.shorten(mark.caption, _SHEET_TEXT, placeholder=" ..."))
+            for mark in marks
+        ]
+        cells.append(_cell(photo, marks, each, f"{subset} / {rows[0]['key']}"))
+    heights = [gap] * columns
+    places = []
+    for cell in cells:
+        column = heights.index(min(heights))
+        places.append((gap + column * (each + gap), heights[column]))
+        heights[column] += cell.height + gap
+    sheet = Image.new("RGB", (width if columns > 1 else each + 2 * gap, max(heights)), (238, 238, 238))
+    for cell, place in zip(cells, places, strict=True):
+        sheet.paste(cell, place)
+    save(sheet, path)
+
+
+def _cell(photo: np.ndarray, marks: Sequence[Mark], width: int, title: str) -> Image:
+    """One picture of the sheet: the photo, its longer side as wide as the column, above its legend."""
+    if len(marks) > _SHEET_CAPTIONS:
+        title += f", {_SHEET_CAPTIONS} of its {len(marks)} captions"
+    return _below(draw_masks(photo, marks, width), marks[:_SHEET_CAPTIONS], width, title)
+
+
+def save(picture: Image, path: str | Path) -> None:
+    """Write a picture whole or not at all, in the format that its ending names.
+
+    Raises:
+        ConfigError: no such format or folder.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in {"PNG", "JPEG", "WEBP"}:
+        raise ConfigError(f"{path}: a picture's name ends in .png, .jpg or .webp")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: no such folder; make it first")
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **({"quality": 90} if kind != "PNG" else {}))
+    with files.write_atomic(path) as file:
+        file.write(buffer.getvalue())
+
+
+def _read(out: str | Path, rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[Mark]]:
+    sample, data = reader.read_sample(out, rows[0])
+    try:
+        photo = photos.decode(Blob(f"{rows[0]['shard']}: {sample.key}"), data, 1 << 30)
+    except BadRecord as error:
+        raise ConfigError(str(error)) from error
+    regions = sample.regions[:_MAX_DRAWN]
+    marks = []
+    for region in regions:
+        mask = rle.check(region.rle.counts, region.rle.size).rle
+        marks.append(Mark(mask, region.caption, region.category or region.core_category))
+    return photo, marks
+
+
+def _choose(out: Path, num_images: int) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Kept rows of some images, subsets in turn."""
+    streams = [_candidates(out, subset, num_images) for subset in reader.subsets(out)]
+    chosen: list[tuple[str, list[dict[str, Any]]]] = []
+    while streams and len(chosen) < num_images:
+        for stream in list(streams):
+            found = next(stream, None)
+            if found is None:
+                streams.remove(stream)
+            elif len(chosen) < num_images:
+                chosen.append(found)
+    return sorted(chosen, key=lambda each: (each[0], each[1][0]["key"]))
+
+
+def _candidates(out: Path, subset: str, wanted: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Images of a subset: the best one of each of some evenly spread units, then the second best ones, and so
+    on.
+    """
+    paths = reader.manifest_paths(out, subset)
+    spread = paths[:: max(1, len(paths) // wanted)][:wanted]
+    ranked: list[list[list[dict[str, Any]]]] = []
+    for path in spread:
+        table = reader.read_ledger(out / subset / "ledger" / f"{path.stem}.parquet")
+        by_key: dict[str, list[dict[str, Any]]] = {}
+        for row in table.filter(table["kept"]).to_pylist():
+            by_key.setdefault(row["key"], []).append(row)
+        best = sorted(by_key.values(), key=lambda rows: (-min(len(rows), 6), rows[0]["key"]))
+        ranked.append(best[:wanted])
+    for place in range(wanted):
+        for best in ranked:
+            if place < len(best):
+                yield subset, best[place]

@@ -1,0 +1,169 @@
+"""Reads bytes from local paths and fsspec URLs, and writes local files that exist whole or not at all."""
+
+from __future__ import annotations
+
+import glob as local_glob
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from ...schemas.records import Blob
+
+TEMPORARY = ".tmp-"
+"""Prefix of every file that is not committed; readers ignore such names and the next run removes them."""
+
+
+def is_url(path: str) -> bool:
+    """Whether the path names another file system than the local one."""
+    return "://" in path and not path.startswith("file://")
+
+
+def local(path: str) -> str:
+    """The plain local path of a path or file:// URL."""
+    return path.removeprefix("file://")
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. Options come from fsspec's own configuration."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
+
+
+def read(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
+    """Bytes `[start, start + length)` of a blob, to its end if `length` is None. Short at its end.
+
+    Raises:
+        OSError: as the file system has it (`FileNotFoundError` if it is not there).
+    """
+    if blob.length is not None:
+        room = max(0, blob.length - start)
+        length = room if length is None else min(length, room)
+    if not is_url(blob.url):
+        with open(local(blob.url), "rb", buffering=0) as file:
+            if blob.offset + start:
+                file.seek(blob.offset + start)
+            return file.read() if length is None else _read_exactly(file, length)
+    fs, path = file_system(blob.url)
+    first = blob.offset + start
+    return fs.cat_file(path, start=first or None, end=None if length is None else first + length)
+
+
+def _read_exactly(file: Any, length: int) -> bytes:
+    data = file.read(length)
+    if len(data) == length:
+        return data
+    parts = [data]
+    remaining = length - len(data)
+    while remaining and (data := file.read(remaining)):
+        parts.append(data)
+        remaining -= len(data)
+    return b"".join(parts)
+
+
+def size_of(blob: Blob) -> int:
+    """Number of bytes of a blob."""
+    if blob.length is not None:
+        return blob.length
+    if not is_url(blob.url):
+        return os.stat(local(blob.url)).st_size
+    fs, path = file_system(blob.url)
+    return int(fs.size(path))
+
+
+def open_url(url: str, block_bytes: int | None = None) -> IO[bytes]:
+    """A seekable binary file; `block_bytes` is read at a time where reading is a request."""
+    if not is_url(url):
+        return open(local(url), "rb")
+    fs, path = file_system(url)
+    return fs.open(path, "rb", block_size=block_bytes)
+
+
+def expand(pattern: str) -> list[str]:
+    """The files and folders a glob names, sorted; a plain path is returned as it is if it exists, else []."""
+    if not is_url(pattern):
+        found = local_glob.glob(local(pattern)) if local_glob.has_magic(pattern) else [local(pattern)]
+        return sorted(path for path in found if os.path.exists(path))
+    fs, path = file_system(pattern)
+    if local_glob.has_magic(path):
+        return sorted(fs.unstrip_protocol(found) for found in fs.glob(path))
+    return [pattern] if fs.exists(path) else []
+
+
+def is_folder(url: str) -> bool:
+    """Whether the URL names a folder."""
+    if not is_url(url):
+        return os.path.isdir(local(url))
+    fs, path = file_system(url)
+    return fs.isdir(path)
+
+
+def walk(folder: str) -> Iterator[tuple[str, str]]:
+    """Every file below a folder as (URL, path relative to the folder), in no order: sort it."""
+    if not is_url(folder):
+        root = local(folder)
+        stack = [""]
+        while stack:
+            below = stack.pop()
+            with os.scandir(os.path.join(root, below)) as entries:
+                for entry in entries:
+                    relative = f"{below}/{entry.name}" if below else entry.name
+                    if entry.is_dir():
+                        stack.append(relative)
+                    else:
+                        yield f"{root}/{relative}", relative
+        return
+    fs, path = file_system(folder)
+    root = path.rstrip("/")
+    for found in fs.find(path):
+        yield fs.unstrip_protocol(found), found[len(root) :].lstrip("/")
+
+
+def version(url: str) -> str:
+    """A string that changes when the file does: size and mtime locally, what the store reports elsewhere."""
+    if not is_url(url):
+        stat = os.stat(local(url))
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+    fs, path = file_system(url)
+    info = fs.info(path)
+    mark = next(
+        (
+            str(info[name])
+            for name in ("ETag", "etag", "md5", "LastModified", "mtime", "created")
+            if info.get(name)
+        ),
+        "",
+    )
+    return f"{info.get('size')}-{mark}"
+
+
+@contextmanager
+def write_atomic(path: str | Path) -> Iterator[IO[bytes]]:
+    """Write a local file that appears under its name whole and durable, or not at all.
+
+    A temporary file in the same folder, flushed to the disk, then renamed; removed if the block raises.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,225 @@
+"""JSON as publishers ship it: fast when it is clean, otherwise tolerant, so that a bad record costs only
+itself.
+
+A COCO-panoptic document is parsed by msgspec with each image's segments left as bytes. If msgspec refuses
+anything, the document is read again element by element, and what is not clean JSON is kept to be reported by
+whoever reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from ...schemas.errors import ConfigError
+from ...schemas.records import Blob
+from ..io import files
+
+
+class Image(msgspec.Struct):
+    """An element of `images`; sizes in pixels."""
+
+    id: int | str | None = None
+    file_name: str | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+class Annotation(msgspec.Struct):
+    """An element of `annotations`: one image's label map and segments, and what is wrong with it."""
+
+    file_name: str | None = None
+    image_id: int | str | None = None
+    segments_info: msgspec.Raw = msgspec.Raw()
+    problem: str = ""
+
+
+class Document(msgspec.Struct):
+    """A COCO-panoptic JSON file, or one image's own `panseg_info` file with `segments_info` at the top."""
+
+    images: list[Image] | None = None
+    annotations: list[Annotation] | None = None
+    categories: msgspec.Raw = msgspec.Raw()
+    segments_info: msgspec.Raw = msgspec.Raw()
+    file_name: str | None = None
+    image_id: int | str | None = None
+
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def read_document(url: str) -> Document:
+    """Parse an annotation file. Local files are mapped: segments stay on the disk until asked for.
+
+    Raises:
+        ConfigError: it cannot be read, is not JSON, or is no such document; names file, place and mend.
+    """
+    try:
+        data: Any = files.read(Blob(url)) if files.is_url(url) else _mapped(files.local(url))
+    except OSError as error:
+        raise ConfigError(f"{url}: cannot be read ({error.strerror or error}); mend the path") from error
+    try:
+        document = msgspec.json.decode(data, type=Document)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        document = _read_tolerantly(url, bytes(data))
+    if document.segments_info and document.annotations is None:
+        single = Annotation(document.file_name, document.image_id, document.segments_info)
+        document.annotations = [single]
+    if document.annotations is None:
+        raise ConfigError(f"{url}: no list `annotations`; give the panoptic JSON")
+    if document.annotations and not any(
+        found.segments_info or found.problem for found in document.annotations
+    ):
+        raise ConfigError(
+            f"{url}: annotations without `segments_info` (an instances file?); give the panoptic JSON"
+        )
+    return document
+
+
+def loads(data: bytes) -> Any:
+    """Parse JSON with NaN and broken UTF-8 let through (as lone surrogates); `clean` tells them.
+
+    Raises:
+        ValueError: not JSON even so; the message says where.
+    """
+    try:
+        return json.loads(data.decode("utf-8", "surrogateescape"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def problem_of(value: Any) -> str:
+    """What keeps a parsed value from being clean JSON: "" if nothing does."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return "text that is not UTF-8"
+    except ValueError:
+        return "NaN or infinity"
+    except RecursionError:
+        return "nested too deeply"
+    return ""
+
+
+def _mapped(path: str) -> Any:
+    with open(path, "rb") as file:
+        if not file.seek(0, 2):
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _read_tolerantly(url: str, data: bytes) -> Document:
+    """Read a document one element after the other; only one is held as Python objects at a time."""
+    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    document = Document()
+    images: list[Image] = []
+    annotations: list[Annotation] = []
+    try:
+        for name, value in _members(text, ("images", "annotations")):
+            if name == "images":
+                images.append(as_image(value))
+                document.images = images
+            elif name == "annotations":
+                if value is not _NOTHING:
+                    annotations.append(as_annotation(value))
+                document.annotations = annotations
+            elif name in ("categories", "segments_info"):
+                setattr(document, name, as_raw(value))
+            elif name in ("file_name", "image_id") and isinstance(value, str | int):
+                setattr(document, name, value)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        hint = "the file is empty" if not text.strip() else f"{error.msg} at {place}"
+        raise ConfigError(f"{url}: not JSON: {hint}; fetch it again or mend it there") from error
+    except RecursionError as error:
+        raise ConfigError(f"{url}: not an annotation file: nested too deeply") from error
+    return document
+
+
+_NOTHING = object()
+
+
+def _members(text: str, lists: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """The top object's members as (name, value), the named lists' elements one by one or `_NOTHING`."""
+    decoder = json.JSONDecoder()
+
+    def blank(at: int) -> int:
+        found = _BLANK.match(text, at)
+        return found.end() if found else at
+
+    def expect(at: int, choices: str) -> int:
+        at = blank(at)
+        if text[at : at + 1] not in tuple(choices):
+            raise json.JSONDecodeError(f"expected {' or '.join(choices)}", text, at)
+        return at + 1
+
+    at = blank(expect(0, "{"))
+    if text[at : at + 1] == "}":
+        return
+    while True:
+        name, at = decoder.raw_decode(text, blank(at))
+        if not isinstance(name, str):
+            raise json.JSONDecodeError("expected a name", text, at)
+        at = blank(expect(at, ":"))
+        if name in lists and text[at : at + 1] == "[":
+            at = blank(at + 1)
+            if text[at : at + 1] == "]":
+                yield name, _NOTHING
+                at += 1
+            else:
+                while True:
+                    value, at = decoder.raw_decode(text, blank(at))
+                    yield name, value
+                    at = expect(at, ",]")
+                    if text[at - 1] == "]":
+                        break
+        else:
+            value, at = decoder.raw_decode(text, at)
+            yield name, value
+        at = expect(at, ",}")
+        if text[at - 1] == "}":
+            break
+    if blank(at) != len(text):
+        raise json.JSONDecodeError("text after the end", text, blank(at))
+
+
+def as_image(value: Any) -> Image:
+    """An image as far as it is clean; what is not is left out, and its annotation then misses it."""
+    if not isinstance(value, dict):
+        return Image()
+    fields = {name: value.get(name) for name in Image.__struct_fields__ if not problem_of(value.get(name))}
+    try:
+        return msgspec.convert(fields, Image)
+    except msgspec.ValidationError:
+        kept = {name: field for name, field in fields.items() if isinstance(field, str)}
+        return Image(kept.get("id"), kept.get("file_name"))
+
+
+def as_annotation(value: Any) -> Annotation:
+    """An annotation as far as it is clean, with its problem."""
+    if not isinstance(value, dict):
+        return Annotation(problem="not an object")
+    name, image_id = value.get("file_name"), value.get("image_id")
+    found = Annotation(segments_info=as_raw(value.get("segments_info")))
+    if isinstance(image_id, str | int):
+        found.image_id = image_id
+    elif image_id is not None:
+        found.problem = "`image_id` is neither a number nor a text"
+    if isinstance(name, str):
+        found.file_name = name
+    elif name is not None:
+        found.problem = "`file_name` is not a text"
+    if problem_of([name, image_id]):
+        found.problem = problem_of([name, image_id])
+        found.file_name = None if name is None else str(name).encode("utf-8", "replace").decode()
+    return found
+
+
+def as_raw(value: Any) -> msgspec.Raw:
+    """The value as JSON text again: ASCII, with NaN and lone surrogates where it had them."""
+    return msgspec.Raw() if value is None else msgspec.Raw(json.dumps(value).encode())

@@ -1,0 +1,153 @@
+"""Names that publishers gave: which are safe, which key they make, and which file in a folder they mean."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ...schemas.errors import ConfigError
+from ..io import files
+
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+LABEL_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
+
+_LONGEST_KEY = 120
+_ODD = re.compile(r"[^A-Za-z0-9_-]")
+_UNSAFE = re.compile(r"^[/\\]|^.:|[\x00-\x1f]|(^|[/\\])\.\.([/\\]|$)")
+_LIKE_DUPLICATE = re.compile(r"-dup\d+$")
+
+
+def is_safe(name: str) -> bool:
+    """Whether a name stays in its folder: relative, no `..`, no drive, no control characters."""
+    return bool(name) and not _UNSAFE.search(name)
+
+
+def base(name: str) -> str:
+    """The last part of a path."""
+    return name.rsplit("/", 1)[-1]
+
+
+def stem(name: str) -> str:
+    """The last part of a path without its ending."""
+    last = base(name)
+    return last.rpartition(".")[0] or last
+
+
+def ending(name: str) -> str:
+    """The ending of a path in lower case, with its dot; "" if it has none."""
+    last = base(name)
+    return last[last.rindex(".") :].lower() if "." in last[1:] else ""
+
+
+def key_of(name: str) -> str:
+    """The key that a name makes: itself if it can be one, else its allowed characters and a hash of it."""
+    if name and len(name) <= _LONGEST_KEY and not _ODD.search(name) and not _LIKE_DUPLICATE.search(name):
+        return name
+    mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{_ODD.sub('_', name)[: _LONGEST_KEY - 13]}-{mark}"
+
+
+class Keys:
+    """Hands out keys, each once."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, int] = {}
+
+    def claim(self, name: str) -> tuple[str, bool]:
+        """The key for the next image of this name, and whether the name was claimed before."""
+        key = key_of(name)
+        times = self._times.get(key, 0) + 1
+        self._times[key] = times
+        return (key, False) if times == 1 else (f"{key}-dup{times}", True)
+
+
+class Listing(NamedTuple):
+    """The files of one folder.
+
+    Attributes:
+        url: the folder.
+        names: paths relative to it, sorted; None if it cannot be listed (plain HTTP).
+    """
+
+    url: str
+    names: list[str] | None
+
+    def digest(self) -> str:
+        """Changes when a file comes or goes, not when one is rewritten."""
+        if self.names is None:
+            return "not listed"
+        joined = "\n".join(self.names).encode("utf-8", "surrogateescape")
+        return f"{len(self.names)} files, sha256 {hashlib.sha256(joined).hexdigest()}"
+
+
+def list_folder(url: str, setting: str) -> Listing:
+    """List a folder.
+
+    Raises:
+        ConfigError: it is not there; `setting` is the config's name for it.
+    """
+    if url.startswith(("http://", "https://")):
+        return Listing(url, None)
+    if not files.is_folder(url):
+        raise ConfigError(f"{setting}: no folder {url}; mend the path")
+    return Listing(url, sorted(relative for _, relative in files.walk(url)))
+
+
+class Finder:
+    """Finds files by name in listed folders. Holds only the names it may be asked for.
+
+    Args:
+        listings: the folders in the order in which they are searched.
+        stems: stems of all names that will be asked for.
+        endings: of files that count.
+        without: a folder whose files never count, though it may lie inside the others.
+    """
+
+    def __init__(
+        self, listings: list[Listing], stems: set[str], endings: tuple[str, ...], without: str | None = None
+    ):
+        self._folders = [listing.url.rstrip("/") for listing in listings]
+        self._unlisted = next((place for place, found in enumerate(listings) if found.names is None), None)
+        self._by_stem: dict[str, list[tuple[int, str]]] = {}
+        for place, listing in enumerate(listings):
+            for name in listing.names or ():
+                key = stem(name)
+                if key in stems and name.lower().endswith(endings):
+                    if without and f"{self._folders[place]}/{name}".startswith(without.rstrip("/") + "/"):
+                        continue
+                    self._by_stem.setdefault(key, []).append((place, name))
+
+    def find(self, name: str) -> str | None:
+        """The URL of the file meant: of this very path, else of this name in any subfolder, else the only one
+        of this stem (publishers' lists say .jpg where the file is .png).
+        """
+        candidates = self._by_stem.get(stem(name), [])
+        wanted = base(name)
+        for place, found in candidates:
+            if found == name:
+                return f"{self._folders[place]}/{found}"
+        for place, found in candidates:
+            if base(found) == wanted:
+                return f"{self._folders[place]}/{found}"
+        depths = [found.count("/") for _, found in candidates]
+        if depths and depths.count(min(depths)) == 1:
+            place, found = candidates[depths.index(min(depths))]
+            return f"{self._folders[place]}/{found}"
+        return None if self._unlisted is None else f"{self._folders[self._unlisted]}/{name}"
+
+
+def expand_all(patterns: Iterable[str], setting: str) -> list[str]:
+    """The files and folders that patterns name, in order, each once.
+
+    Raises:
+        ConfigError: a pattern that names nothing.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matches = files.expand(pattern)
+        if not matches:
+            raise ConfigError(f"{setting}: nothing found at {pattern}; mend the path")
+        found.update(dict.fromkeys(matches))
+    return list(found)

@@ -1,0 +1,223 @@
+"""`paracaption caption` with a tiny random model: order of captions, the record, and errors before a load."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from paracaption.flows.cli import app
+from paracaption.model_training.decoding import caption_photo, read_regions
+from paracaption.model_training.decoding.region_captioner import Captioned
+from paracaption.model_training.decoding.sampler import DecodeOptions
+from paracaption.schemas.errors import ConfigError
+from tests import committed
+from tests.tiny.perceptiondlm_model import write_model
+
+BOXES = [(4, 4, 20, 16), (40, 8, 40, 50), (10, 40, 12, 12)]
+QUICK = ["--length", "6", "--steps", "3"]
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, a photo and three masks."""
+    folder = tmp_path_factory.mktemp("caption")
+    write_model(folder / "model")
+    noise = np.random.default_rng(0).integers(0, 255, (8, 12, 3), np.uint8)
+    Image.fromarray(noise).resize((96, 64), Image.Resampling.BICUBIC).save(folder / "photo.png")
+    for number, (x, y, width, height) in enumerate(BOXES):
+        mask = np.zeros((64, 96), bool)
+        mask[y : y + height, x : x + width] = True
+        Image.fromarray(mask).save(folder / f"mask{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(home):
+    return caption_photo.load(home / "model", device="cpu")
+
+
+def masks_of(home, *numbers):
+    return [home / f"mask{number}.png" for number in numbers]
+
+
+def caption(home, *args, model="model"):
+    """The command's result; errors of ours are raised."""
+    command = ["caption", "--model", home / model, "--image", home / "photo.png", "--device", "cpu", *args]
+    result = runner.invoke(app, list(map(str, command)), env={"COLUMNS": "200"})
+    if isinstance(result.exception, ConfigError):
+        raise result.exception
+    return result
+
+
+def record(home, *args):
+    return json.loads(caption(home, *QUICK, "--json", "-", *args).stdout)
+
+
+def test_captions_come_in_the_callers_order(home, loaded):
+    one = record(home, "--masks", *masks_of(home, 0, 1, 2))["regions"]
+    other = record(home, "--masks", *masks_of(home, 2, 0, 1))["regions"]
+    captions = [region["caption"] for region in one]
+    assert len(set(captions)) == 3
+    assert [region["caption"] for region in other] == [captions[2], captions[0], captions[1]]
+    assert [region["bbox"] for region in one] == [list(box) for box in BOXES]
+    scene = read_regions.read(home / "photo.png", masks_of(home, 0, 1, 2))
+    dense = [region.dense() for region in scene.regions]
+    assert captions == loaded.model.caption(scene.pixels, dense, loaded.processor, length=6, steps=3)
+
+
+def test_any_number_of_masks_follows_the_option_wherever_and_however_it_stands(home):
+    first, second, third = masks_of(home, 0, 1, 2)
+    ways = [
+        ["--masks", first, second, third],
+        ["--masks", first, "--masks", second, "--masks", third],
+        [f"--masks={first}", second, "--seed", 0, "--masks", third],
+    ]
+    sources = [[region["source"] for region in record(home, *way)["regions"]] for way in ways]
+    assert sources == [[str(first), str(second), str(third)]] * 3
+    assert "unexpected extra argument" in caption(home, "--seed", 0, first, "--masks", second).output
+
+
+def test_the_record_tells_areas_tokens_time_options_and_model(home, tmp_path):
+    path = tmp_path / "record.json"
+    given = ["--strategy", "per-region", "--cache", "none", "--json", path]
+    output = caption(home, *QUICK, *given, "--masks", *masks_of(home, 0, 1)).stdout
+    found = json.loads(path.read_text())
+    assert [region["area"] for region in found["regions"]] == [20 * 16, 40 * 50]
+    assert found["photo"] == str(home / "photo.png") and (found["width"], found["height"]) == (96, 64)
+    assert found["options"]["strategy"] == "per-region" and found["options"]["cache"] == "none"
+    assert set(found["options"]) == {field.name for field in dataclasses.fields(DecodeOptions)}
+    assert found["model"] | {"folder": ""} == {
+        "folder": "",
+        "layout": "corrected",
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    assert found["tokens"] == 2 * 6 and found["forwards"] == 3 and found["tokens_per_forward"] == 4
+    assert found["seconds"] > 0
+    for region in found["regions"]:
+        assert f" {region['number']} {region['caption']}" in output
+    assert "2 regions, 3 forwards, 4.0 tokens a forward" in output and str(path) in output
+
+
+def test_more_regions_than_the_model_has_prompts_are_captioned_in_groups(home):
+    found = record(home, "--masks", *masks_of(home, 0, 1, 2) * 3)
+    captions = [region["caption"] for region in found["regions"]]
+    assert len(captions) == 9 and all(captions)
+    alone = record(home, "--regions-per-call", 1, "--masks", *masks_of(home, 0, 1))
+    assert alone["forwards"] == 2 * 3 and found["forwards"] == 2 * 3
+
+
+def test_picture_and_traces_are_written(home, tmp_path):
+    outputs = ["--picture", tmp_path / "p.png", "--trace", tmp_path / "t.gif"]
+    caption(home, *QUICK, *outputs, "--masks", *masks_of(home, 0, 1))
+    assert Image.open(tmp_path / "p.png").width > 900
+    assert Image.open(tmp_path / "t.gif").n_frames == 1 + 3
+    found = record(home, "--trace", tmp_path / "t.html", "--masks", *masks_of(home, 0, 1))
+    page = (tmp_path / "t.html").read_text()
+    assert 'max="3"' in page and page.count('class="caption"') == 2
+    for region in found["regions"]:
+        assert region["caption"].split()[0] in page
+
+
+def test_a_corpus_and_a_key_need_no_photo(home, tmp_path):
+    corpus = tmp_path / "out"
+    committed.write(corpus, num_coconut=1, num_sa1b=0)
+    command = ["caption", "--model", str(home / "model"), "--masks", f"{corpus}#000000000000", *QUICK]
+    result = runner.invoke(app, [*command, "--json", "-", "--device", "cpu"])
+    found = json.loads(result.stdout)
+    assert found["photo"] == f"{corpus}#000000000000"
+    assert all(region["corpus_caption"] and region["label"] for region in found["regions"])
+
+
+def test_the_commands_defaults_are_the_decoders():
+    parameters = {each.name: each.default for each in get_command(app).commands["caption"].params}
+    for field in dataclasses.fields(DecodeOptions):
+        if field.name in parameters:
+            assert parameters[field.name] == field.default, field.name
+    assert {"strategy", "steps", "length", "threshold", "cache"} <= set(parameters)
+
+
+def test_a_caption_that_looks_like_markup_is_printed_as_it_is():
+    mask = np.zeros((4, 4), bool)
+    mask[1, 1] = True
+    scene = read_regions.Scene(
+        "photo",
+        np.zeros((4, 4, 3), np.uint8),
+        [read_regions.Region("m", read_regions.rle.from_mask(mask), "[b]")],
+        [],
+    )
+    answer = caption_photo.Answer(
+        scene,
+        Captioned(["[bold]a[/bold] <cup>"], 2, 8, 0.5),
+        [3],
+        {"strategy": "remask", "cache": "auto"},
+        {"device": "cpu"},
+    )
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console.print(caption_photo.render(answer))
+    text = console.export_text()
+    assert "[b]: [bold]a[/bold] <cup>" in text
+    assert "1 region, 2 forwards, 4.0 tokens a forward, 0.50 s on cpu" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--picture", "x.pdf"], "x.pdf: a picture's name ends in"),
+        (["--trace", "x.mp4"], "x.mp4: a trace's name ends in"),
+        (["--json", "no/such/x.json"], "no/such/x.json: no such folder"),
+        (["--masks", "nowhere.png"], "nowhere.png: no such file"),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_model_is_loaded(args, says, home):
+    with pytest.raises(ConfigError, match=says):
+        caption(home, "--masks", *masks_of(home, 0), *args, model="no-such-model")
+
+
+def test_a_folder_that_holds_no_model_of_ours_is_an_error(home, tmp_path):
+    with pytest.raises(ConfigError, match=r"config.json: no such file; give the folder of a saved model"):
+        caption_photo.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "pdmllm"}')
+    with pytest.raises(ConfigError, match="a model of type 'pdmllm', not 'perceptiondlm'; convert it"):
+        caption_photo.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json: not readable"):
+        caption_photo.load(tmp_path)
+    (tmp_path / "config.json").write_bytes((home / "model" / "config.json").read_bytes())
+    with pytest.raises(ConfigError, match=f"{tmp_path}: not readable"):
+        caption_photo.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--device", "gpu9"], "device: 'gpu9' cannot be used"),
+        (["--dtype", "int8"], "dtype: 'int8'; take one of"),
+        (["--strategy", "best"], "strategy: 'best'; take one of"),
+        (["--regions-per-call", "0"], "regions_per_call: 0"),
+    ],
+)
+def test_options_that_suit_nothing_are_errors(args, says, home):
+    with pytest.raises(ConfigError, match=says):
+        caption(home, "--masks", *masks_of(home, 0), *args)
+
+
+def test_the_commands_help_needs_no_torch():
+    script = """
+import sys
+from typer.testing import CliRunner
+from paracaption.flows.cli import app
+result = CliRunner().invoke(app, ["caption", "--help"])
+assert result.exit_code == 0 and "--masks" in result.output
+print(*sorted({"torch", "transformers", "ray", "prefect", "cv2"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,0 +1,219 @@
+"""Captions of any number of regions of any number of images, in the caller's order."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paracaption.model_training.decoding.region_captioner import caption_images, caption_steps
+from paracaption.model_training.decoding.sampler import DecodeOptions, decode
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM
+from paracaption.model_training.model.processor import collate
+from paracaption.schemas.errors import ConfigError
+from tests.model_training.parts import lively, photo
+
+OPTIONS = {"length": 4, "steps": 2, "strategy": "per-region"}
+
+
+@pytest.fixture(scope="module")
+def ready():
+    """A model for three regions at once, in float64."""
+    return lively(num_prompts=3)
+
+
+@pytest.fixture(scope="module")
+def caption(ready):
+    model, processor = ready
+
+    def given(pixels, masks, **changes):
+        return model.caption(pixels, masks, processor, **(OPTIONS | changes))
+
+    return given
+
+
+def groups(ready, pixels, masks, sizes):
+    """Captions of consecutive groups of so many masks, each decoded by itself."""
+    model, processor = ready
+    found, start = [], 0
+    for size in sizes:
+        example = processor.example(pixels, masks[start : start + size], OPTIONS["length"])
+        tokens = decode(model, collate([example]), DecodeOptions(**OPTIONS)).tokens_BNS[0].numpy()
+        found += processor.read(tokens, example.order)
+        start += size
+    assert start == len(masks)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("regions", "sizes"),
+    [(1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2]), (9, [3, 3, 3]), (10, [3, 3, 2, 2])],
+)
+def test_more_regions_than_prompts_are_split_evenly_and_come_back_in_order(ready, caption, regions, sizes):
+    pixels, masks = photo(1, regions)
+    found = caption(pixels, masks)
+    assert found == groups(ready, pixels, masks, sizes)
+    assert regions == 1 or len(set(found)) > 1, "an order shows"
+
+
+def test_captions_are_in_the_order_of_the_masks_whatever_their_areas(caption):
+    pixels, masks = photo(3, 3)
+    masks.sort(key=np.count_nonzero)
+    assert len({np.count_nonzero(mask) for mask in masks}) == 3, "ties are ordered by place"
+    captions = caption(pixels, masks)
+    assert len(set(captions)) == 3
+    for order in ([2, 1, 0], [1, 2, 0]):
+        assert caption(pixels, [masks[i] for i in order]) == [captions[i] for i in order]
+
+
+def test_no_regions_have_no_captions(ready, caption):
+    pixels, _ = photo(0, 0)
+    assert caption(pixels, []) == []
+    model, processor = ready
+    assert list(model.caption_stream(pixels, [], processor, **OPTIONS)) == []
+    assert caption_images(model, processor, []) == []
+    [nothing] = caption_images(model, processor, [(pixels, [])])
+    assert (nothing.captions, nothing.forwards, nothing.tokens) == ([], 0, 0)
+
+
+def test_one_region_per_call_captions_each_by_itself(ready, caption):
+    pixels, masks = photo(2, 4)
+    alone = [caption(pixels, [mask])[0] for mask in masks]
+    assert caption(pixels, masks, regions_per_call=1) == alone
+    assert caption(pixels, masks, regions_per_call=2) == groups(ready, pixels, masks, [2, 2])
+    assert caption(pixels, masks, regions_per_call=99) == caption(pixels, masks), "more than prompts: as many"
+    with pytest.raises(ConfigError, match="regions_per_call: 0; at least 1"):
+        caption(pixels, masks, regions_per_call=0)
+
+
+IMAGES = [photo(seed, regions) for seed, regions in ((0, 2), (1, 0), (2, 7), (3, 3), (4, 1), (5, 4))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_images_share_batches_and_results_do_not_depend_on_how(ready, caption, batch_size):
+    model, processor = ready
+    found = caption_images(model, processor, iter(IMAGES), DecodeOptions(**OPTIONS), batch_size)
+    assert [result.captions for result in found] == [caption(*image) for image in IMAGES]
+    assert [result.tokens for result in found] == [len(masks) * 4 for _, masks in IMAGES]
+    assert [result.forwards for result in found] == [2, 0, 6, 2, 2, 4]  # two steps for each group
+    assert [result.seconds > 0 for result in found] == [bool(masks) for _, masks in IMAGES]
+    assert all(result.agreement is None for result in found)
+
+
+def test_agreement_is_an_images_own_over_all_of_its_groups():
+    model, processor = lively(layout="reference", num_prompts=3)
+    options = DecodeOptions(**(OPTIONS | {"steps": 4}), cache="approximate", refresh_every=9, compare=True)
+    alone = [
+        caption_images(model, processor, [image], options, 1)[0].agreement for image in IMAGES if image[1]
+    ]
+    together = caption_images(model, processor, IMAGES, options, 3)
+    assert [result.agreement for result in together if result.captions] == pytest.approx(alone)
+    assert len(set(alone)) > 1
+    assert together[1].agreement is None
+    pixels, masks = IMAGES[2]
+    parts = [
+        caption_images(model, processor, [(pixels, masks[part])], options)[0].agreement for part in PARTS
+    ]
+    assert alone[1] == pytest.approx((3 * parts[0] + 2 * parts[1] + 2 * parts[2]) / 7)
+
+
+PARTS = [slice(3), slice(3, 5), slice(5, 7)]
+"""Groups of seven regions."""
+
+
+@pytest.mark.parametrize("regions", [1, 3, 5])
+@pytest.mark.parametrize("strategy", ["remask", "threshold", "sequential"])
+def test_a_stream_ends_with_what_caption_returns(ready, caption, strategy, regions):
+    model, processor = ready
+    pixels, masks = photo(3, regions)
+    options = OPTIONS | {"strategy": strategy}
+    shots = list(model.caption_stream(pixels, masks, processor, **options))
+    assert shots[-1].captions == caption(pixels, masks, **options)
+    first, last = shots[0], shots[-1]
+    assert first.forwards == 0
+    assert first.captions == [""] * regions
+    assert [[slot.text for slot in row] for row in first.slots] == [[None] * 4] * regions
+    assert {slot.token for row in first.slots for slot in row} == {model.config.mask_token_id}
+    for row in last.slots:
+        assert len(row) == 4
+        assert all(0 < slot.confidence <= 1 for slot in row)
+        for slot in row:
+            assert slot.text == processor.tokenizer.decode([slot.token])
+    assert [shot.forwards for shot in shots] == sorted(shot.forwards for shot in shots)
+
+
+def test_a_stream_shows_what_is_written_so_far(ready):
+    model, processor = ready
+    pixels, masks = photo(3, 2)
+    options = DecodeOptions(length=4, steps=4, strategy="left-to-right", early_exit=False)
+    for step, shot in enumerate(caption_steps(model, processor, pixels, masks, options)):
+        assert [[slot.text is not None for slot in row] for row in shot.slots] == [
+            [slot < step for slot in range(4)]
+        ] * 2
+
+
+def test_a_pillow_image_of_any_mode_is_as_its_pixels(caption):
+    pixels, masks = photo(1, 2)
+    expected = caption(pixels, masks)
+    picture = Image.fromarray(pixels)
+    assert caption(picture, masks) == expected
+    assert caption(picture.convert("RGBA"), masks) == expected
+    gray = picture.convert("L")
+    assert caption(gray, masks) == caption(np.repeat(np.asarray(gray)[..., None], 3, axis=2), masks)
+
+
+def test_masks_may_be_numbers_or_tensors(caption):
+    pixels, masks = photo(1, 2)
+    expected = caption(pixels, masks)
+    assert caption(pixels, [mask.astype(np.uint8) * 255 for mask in masks]) == expected
+    assert caption(pixels, [torch.from_numpy(mask) for mask in masks]) == expected
+    assert caption(pixels, np.stack(masks)) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mask: mask & False, "mask 4 is empty"),
+        (lambda mask: mask[1:], "mask 4 is"),
+        (lambda mask: mask[..., None], "mask 4 is"),
+    ],
+)
+def test_a_mask_that_cannot_be_captioned_is_named_by_the_callers_number(caption, change, message):
+    pixels, masks = photo(1, 5)
+    masks[4] = change(masks[4])
+    with pytest.raises(ConfigError, match=message):
+        caption(pixels, masks)
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.float32)]
+)
+def test_pixels_of_another_shape_or_type_are_an_error(caption, pixels):
+    with pytest.raises(ConfigError, match="uint8 RGB"):
+        caption(pixels, [np.ones((9, 9), bool)])
+
+
+def test_unknown_options_are_errors_that_say_what_there_is(ready, caption):
+    pixels, masks = photo(0, 1)
+    with pytest.raises(ConfigError, match=r"beams, speed: no option of the decoder; it has .*strategy"):
+        caption(pixels, masks, speed=2, beams=3)
+    with pytest.raises(ConfigError, match="strategy: 'best'"):
+        caption(pixels, masks, strategy="best")
+    model, processor = ready
+    with pytest.raises(ConfigError, match="no option"):
+        model.caption_stream(pixels, masks, processor, gen_length=32)
+
+
+def test_a_loaded_model_finds_its_processor_in_its_folder(tmp_path, ready, caption):
+    model, processor = ready
+    pixels, masks = photo(1, 2)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = PerceptionDLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert found.caption(pixels, masks, **OPTIONS) == caption(pixels, masks)
+    assert [*found.caption_stream(pixels, masks, **OPTIONS)][-1].captions == caption(pixels, masks)
+
+
+def test_a_model_that_was_not_loaded_asks_for_a_processor():
+    model, _ = lively()
+    with pytest.raises(ConfigError, match="processor"):
+        model.caption(*photo(0, 1), **OPTIONS)

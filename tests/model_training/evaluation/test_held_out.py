@@ -1,0 +1,149 @@
+"""What a run says of itself when it is done, and the flow from shards to that."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from PIL import Image
+
+from paracaption.model_training.data import CorpusSource, unfinished
+from paracaption.model_training.decoding import read_regions
+from paracaption.model_training.decoding.caption_photo import load
+from paracaption.model_training.decoding.sampler import DecodeOptions
+from paracaption.model_training.evaluation import held_out
+from paracaption.model_training.toy import scores
+from paracaption.model_training.train import metrics
+from paracaption.model_training.train.trainer import fit
+from paracaption.schemas.errors import IntegrityError
+from paracaption.schemas.training import Evaluation
+from tests.model_training.toy_corpus import config_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    return fit(config_of(tmp_path_factory.mktemp("run") / "run", world, steps=2)).model
+
+
+def test_scenes_are_the_corpus(world):
+    scenes = list(read_regions.scenes(world))
+    truth = json.loads((world.parent / "captions.json").read_text())
+    assert len(scenes) == len(truth) == 12
+    for scene in scenes:
+        assert [region.caption for region in scene.regions] == list(
+            truth[scene.photo.rpartition("#")[2]].values()
+        )
+        assert all(region.dense().shape == scene.pixels.shape[:2] for region in scene.regions)
+
+
+@pytest.mark.parametrize("together", [None, 1])
+def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, tmp_path, together):
+    asked = Evaluation(
+        out=str(world), images=9, pictures=2, length=8, steps=4, batch_size=1, regions_per_call=together
+    )
+    summary = held_out.evaluate(trained, asked, tmp_path, "cpu")
+    folder = tmp_path / "evaluation"
+    records = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert len(records) == summary.images == 9
+    loaded = load(trained, "cpu")
+    for scene, record in zip(read_regions.scenes(world), records, strict=False):
+        masks = [region.dense() for region in scene.regions]
+        captions = loaded.model.caption(
+            scene.pixels, masks, loaded.processor, together, length=8, steps=4, strategy="remask"
+        )
+        assert [region["caption"] for region in record["regions"]] == captions
+        assert [region["corpus_caption"] for region in record["regions"]] == [
+            r.caption for r in scene.regions
+        ]
+    assert summary.regions == sum(len(record["regions"]) for record in records)
+    assert summary.forwards == sum(record["forwards"] for record in records) / 9
+    assert json.loads((folder / "summary.json").read_text()) == summary._asdict()
+    assert len([Image.open(path).load() for path in (folder / "pictures").iterdir()]) == 2
+
+
+def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, monkeypatch):
+    asked = Evaluation(out=str(world), images=3, pictures=0, length=8, steps=4)
+    said = iter([True, False] * 50)
+
+    def captions(model, processor, inputs, *_):
+        for scene in list(read_regions.scenes(world))[: len(list(inputs))]:
+            yield held_out.Captioned(
+                [r.caption if next(said) else "a cat" for r in scene.regions], 4, 16, 1.0
+            )
+
+    monkeypatch.setattr(held_out, "caption_images", captions)
+    summary = held_out.evaluate(trained, asked, tmp_path, "cpu")
+    assert summary.exact == pytest.approx((summary.regions + 1) // 2 / summary.regions)
+    assert summary.tokens_per_forward == 4 and summary.empty == 0
+
+
+def test_marks_count_attributes_and_leaks(world, trained, monkeypatch):
+    scenes = [scene for scene in read_regions.scenes(world) if len(scene.regions) > 1][:4]
+    loaded = load(trained, "cpu")
+
+    def swapped(model, processor, inputs, options, regions_per_call):
+        """Every region is called what the next one of its image is."""
+        for scene in scenes:
+            truths = [region.caption for region in scene.regions]
+            yield held_out.Captioned(truths[1:] + truths[:1], 1, 1, 0.0)
+
+    monkeypatch.setattr(scores, "caption_images", lambda *a, **k: list(swapped(*a, **k)))
+    marks = scores.examine(loaded.model, loaded.processor, scenes, DecodeOptions())
+    assert marks.exact == 0 and set(marks.wrong) == {"size", "texture", "colour", "shape"}
+    assert marks.leaked == pytest.approx(sum(marks.wrong.values()) / 4)  # all that is wrong is a neighbour's
+    assert 0 < marks.leaked_by_chance < marks.leaked
+
+
+def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
+    source = CorpusSource(str(world))
+    assert unfinished(source) == ""
+    [manifest] = (world / "coconut" / "manifests").glob("*.json")
+    whole = manifest.read_bytes()
+    manifest.unlink()
+    assert "coconut" in unfinished(source)
+    manifest.write_bytes(whole.replace(b'"kept": ', b'"kept":  '))
+    assert "index" in unfinished(source)
+    manifest.write_bytes(whole)
+    assert unfinished(source) == ""
+    assert "not there yet" in unfinished(CorpusSource(str(tmp_path / "later")))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_text("outt: x")
+    with pytest.raises(IntegrityError, match=r"config\.yaml"):
+        unfinished(CorpusSource(str(tmp_path / "broken")))
+
+
+@pytest.mark.ray
+def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefect_server):
+    from paracaption.flows import train, watch
+
+    late, shown = tmp_path / "late", []
+    asked = Evaluation(out=str(late), images=3, pictures=1, length=8, steps=4)
+    config = config_of(tmp_path / "run", world, steps=3, evaluation=asked.model_dump())
+    monkeypatch.setattr(train, "_LOOK_EVERY_S", 0.2)
+    watch.trainer.set(shown.append)
+    arrival = threading.Timer(3.0, late.symlink_to, [world])
+    arrival.start()
+    done = train.train_captioner(config, wait=True)
+    again = train.train_captioner(config)
+    found = {key: artifact(key) for key in ("training-loss", "training-last-step", "sample-captions")}
+    assert done["steps"] == again["steps"] == 3
+    assert [record["step"] for record in shown] == [1, 2, 3] and len(metrics.read(tmp_path / "run")) == 3
+    assert done["evaluation"]["images"] == 3
+    assert done["evaluation"]["regions"] == again["evaluation"]["regions"]
+    assert "data:image/png;base64" in found["training-loss"]
+    assert "data:image/jpeg;base64" in found["sample-captions"]
+    assert json.loads(found["training-last-step"])[0]["step"] == 3
+    assert Image.open(tmp_path / "run" / "loss.png").width > 600
+
+
+def artifact(key: str) -> str:
+    """The latest one's content."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+        return max(client.read_artifacts(artifact_filter=wanted), key=lambda each: each.created).data

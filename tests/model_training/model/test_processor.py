@@ -1,0 +1,214 @@
+"""From an image and its masks to a sequence, from sequences to a batch, and from tokens to captions."""
+
+import numpy as np
+import pytest
+import torch
+
+from paracaption.model_training.model import tiling
+from paracaption.model_training.model.attention import HIDDEN, PADDING, SHARED
+from paracaption.model_training.model.processor import collate, pack
+from paracaption.schemas.errors import ConfigError
+from tests.model_training.parts import examples, lively, photo
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return lively()[1]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return lively(layout="reference")[1]
+
+
+def words(processor, text):
+    """A text's words as tokens; the tiny tokenizer itself writes bytes."""
+    return processor.tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in text.split()])
+
+
+def text_of(processor, ids):
+    return processor.tokenizer.decode(ids)
+
+
+HEAD = (
+    "<|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>\n"
+    "<|start_header_id|>user<|end_header_id|>\n<img>"
+)
+TAIL = "Describe each masked region in detail.<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
+
+
+@pytest.mark.parametrize("regions", [0, 1, 3, 6])
+def test_a_sequence_reads_as_the_papers_figure(processor, reference, regions):
+    pixels, masks = photo(1, regions)
+    for one, last in ((processor, "<|eot_id|>"), (reference, "\n")):
+        example = one.example(pixels, masks, [[65 + number] for number in range(regions)])
+        replay = [f"<|reserved_token_{i}|>" * 4 + "\n" for i in range(regions)]
+        image = "<IMG_CONTEXT>" * (4 * len(example.views)) + "</img>"
+        assert text_of(one, example.prefix[0]) == HEAD + image + "".join(replay) + TAIL
+        words = [text_of(one, [65 + number]) for number in example.order]
+        blocks = [f"<|Mask_Cap_{rank}|>{word}{last}" for rank, word in enumerate(words)]
+        answer = "".join(blocks)
+        if regions and last == "\n":
+            answer = answer[:-1] + "<|eot_id|>"
+        assert text_of(one, example.captions[0]) == answer
+
+
+def test_positions_count_on_from_the_prefix_to_the_last_caption(processor, reference):
+    for one in (processor, reference):
+        example = one.example(*photo(0, 3), 5)
+        length = example.prefix.shape[1]
+        assert example.prefix[1].tolist() == list(range(length))
+        assert example.captions[1].tolist() == list(range(length, length + 3 * 7))
+
+
+def test_positions_can_start_anew_for_each_caption():
+    _, processor = lively(layout_options={"restart_positions": True})
+    example = processor.example(*photo(0, 3), [[65], [66, 66], [67, 67, 67]])
+    length = example.prefix.shape[1]
+    expected = []
+    for number in example.order:
+        expected += range(length, length + 3 + number)
+    assert example.captions[1].tolist() == expected
+
+
+def test_line_breaks_between_regions_are_hidden_in_the_reference_and_shared_else(processor, reference):
+    newline = processor.config.newline_token_id
+    for one, between in ((processor, SHARED), (reference, HIDDEN)):
+        ids, _, codes = one.example(*photo(0, 3), 2).prefix
+        replay = np.flatnonzero(np.isin(ids, one.config.region_token_ids))
+        assert codes[replay].tolist() == [1] * 4 + [2] * 4 + [3] * 4
+        breaks = replay[3::4] + 1
+        assert (ids[breaks] == newline).all()
+        assert codes[breaks].tolist() == [between, between, SHARED]
+        rest = np.delete(codes, [*replay, *breaks])
+        assert (rest == SHARED).all()
+
+
+def test_regions_go_by_area_and_captions_prompts_and_boxes_with_them(processor):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    small, large, middle = (np.zeros((32, 32), bool) for _ in range(3))
+    small[:8, :8], large[8:], middle[:8, 16:] = True, True, True
+    example = processor.example(pixels, [small, large, middle], [[65], [66], [67]], prompts=[4, 0, 2])
+    assert example.order == [1, 2, 0]
+    assert example.captions[0].reshape(3, 3)[:, 1].tolist() == [66, 67, 65]
+    assert example.boxes == [(0, 0.25, 1, 1), (0.5, 0, 1, 0.25), (0, 0, 0.25, 0.25)]
+    shown = {prompt: example.prompts[0, prompt].sum() for prompt in range(6)}
+    assert shown == {4: 12, 0: 2, 2: 1, 1: 0, 3: 0, 5: 0}
+
+
+@pytest.mark.parametrize(
+    ("regions", "change", "message"),
+    [
+        (7, None, "7 masks, but the model has 6 region prompts"),
+        (3, ("empty", 1), "mask 1 is empty"),
+        (3, ("size", 2), "mask 2 is 32x31, the image 32x32"),
+        (3, ("turned", 0), "mask 0 is"),
+    ],
+)
+def test_masks_that_do_not_fit_are_errors_that_name_them(processor, regions, change, message):
+    pixels, masks = photo(0, regions)
+    if change:
+        what, number = change
+        other = {"empty": masks[number] & False, "size": masks[number][:-1], "turned": masks[number][None]}
+        masks[number] = other[what]
+    with pytest.raises(ConfigError) as error:
+        processor.example(pixels, masks, 4)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("captions", [[[65]], [[65], [66], [67]]])
+def test_captions_must_be_as_many_as_masks(processor, captions):
+    with pytest.raises(ConfigError, match="captions"):
+        processor.example(*photo(0, 2), captions)
+
+
+@pytest.mark.parametrize("prompts", [[0], [1, 1], [0, 6], [0, -1]])
+def test_each_region_needs_a_prompt_of_its_own(processor, prompts):
+    with pytest.raises(ConfigError, match="prompts"):
+        processor.example(*photo(0, 2), 4, prompts)
+
+
+def rows(tokens):
+    """Each sample's tokens of a batch, without padding: (ids, positions, codes, is caption), by sample."""
+    fields = (tokens.ids_BL, tokens.position_BL, tokens.structure.region_BL, tokens.structure.caption_BL)
+    samples = tokens.structure.sample_BL
+    found = sorted(set(samples.unique().tolist()) - {PADDING})
+    return [[field[samples == sample].tolist() for field in fields] for sample in found]
+
+
+def test_a_packed_row_holds_what_a_batch_holds(processor):
+    found = examples(processor, [2, 0, 6, 1])
+    batch, (images, packed) = collate(found), pack(found)
+    tokens = batch.tokens()
+    assert rows(packed) == rows(tokens)
+    assert PADDING not in packed.structure.sample_BL
+    assert packed.ids_BL.shape == (
+        1,
+        sum(example.prefix.shape[1] + example.captions.shape[1] for example in found),
+    )
+    assert [len(row[0]) for row in rows(tokens)] != [tokens.ids_BL.shape[1]] * 4, "there is padding"
+    for one, other in zip(images, batch.images, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_batch_is_each_example_in_a_row_with_padding_after_prefix_and_captions(processor):
+    found = examples(processor, [2, 0, 6])
+    batch = collate(found)
+    for row, example in enumerate(found):
+        for part, tokens in ((example.prefix, batch.prefix), (example.captions, batch.captions)):
+            length = part.shape[1]
+            assert tokens.ids_BL[row, :length].tolist() == part[0].tolist()
+            assert tokens.position_BL[row, :length].tolist() == part[1].tolist()
+            assert tokens.structure.region_BL[row, :length].tolist() == part[2].tolist()
+            assert (tokens.structure.sample_BL[row, :length] == row).all()
+            assert (tokens.structure.sample_BL[row, length:] == PADDING).all()
+            assert not tokens.structure.caption_BL[row, length:].any()
+    assert batch.captions.structure.caption_BL.sum() == 8 * 6
+    assert not batch.prefix.structure.caption_BL.any()
+
+
+def test_a_batchs_parts_have_their_types_also_without_any_region(processor):
+    for regions in ([2, 1], [0], [0, 0]):
+        images = collate(examples(processor, regions)).images
+        assert images.views_N3SS.dtype == torch.uint8
+        assert images.prompts_NPQ.dtype == torch.bool
+        assert images.boxes_R4.dtype == torch.float32
+        assert images.boxes_R4.shape == (sum(regions), 4)
+        assert images.grids_I2.dtype == images.image_R.dtype == torch.int64
+
+
+def test_reading_gives_captions_in_the_callers_order(processor):
+    eot = processor.config.eot_token_id
+    tokens = np.array([[*words(processor, "large dog"), eot, 65], words(processor, "red cat at by")])
+    assert processor.read(tokens, [1, 0]) == ["red cat at by", "large dog"]
+
+
+def test_a_caption_ends_at_its_own_end_or_the_answer_ends_with_it(processor, reference):
+    eot, [dog] = processor.config.eot_token_id, words(processor, "dog")
+    tokens = np.array([words(processor, "red cat at"), [dog, eot, dog], words(processor, "by near hat")])
+    assert processor.read(tokens, [2, 0, 1]) == ["dog", "by near hat", "red cat at"]
+    assert reference.read(tokens, [2, 0, 1]) == ["dog", "", "red cat at"]
+    assert reference.read(tokens[:1], [0]) == ["red cat at"]
+    assert processor.read(np.array([[eot, dog, dog]]), [0]) == [""]
+
+
+def test_special_tokens_within_a_caption_are_left_out(processor):
+    config, [red, cat] = processor.config, words(processor, "red cat")
+    special = [config.mask_token_id, config.caption_token_ids[3], config.region_token_ids[0]]
+    assert processor.read(np.array([[special[0], red, *special[1:], cat]]), [0]) == ["red cat"]
+
+
+def test_views_and_patches_of_an_example_are_those_of_imaging(processor):
+    pixels, masks = photo(1, 2)
+    example = processor.example(pixels, masks, 3)
+    np.testing.assert_array_equal(example.views, tiling.cut_image(pixels, 32, example.grid))
+    for place, number in enumerate(example.order):
+        expected = tiling.active_patches(masks[number], place, 32, 8, example.grid, processor.layout)
+        np.testing.assert_array_equal(example.prompts[:, place], expected)
+
+
+def test_without_replay_one_token_stands_for_each_region():
+    _, processor = lively(feature_replay=False)
+    ids = processor.example(*photo(0, 2), 3).prefix[0]
+    found = ids[np.isin(ids, processor.config.region_token_ids)]
+    assert found.tolist() == processor.config.region_token_ids[:2]

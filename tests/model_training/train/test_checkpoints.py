@@ -1,0 +1,168 @@
+"""Checkpoints are whole or not there; a run that is killed goes on from the last one to the last bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from paracaption.model_training.train import checkpoints, metrics
+from paracaption.model_training.train.trainer import fit
+from paracaption.schemas.errors import IntegrityError
+from tests.model_training import ranks
+from tests.model_training.toy_corpus import config_of
+
+SAME = ("step", "loss", "norm", "samples", "tokens", "regions", "lr_language")
+
+
+def course(run: Path) -> list[dict]:
+    return [{name: record[name] for name in SAME} for record in metrics.read(run)]
+
+
+def weights(run: Path, folder: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / folder / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path, folder: str = "model") -> None:
+    one, other = weights(first, folder), weights(second, folder)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    run = tmp_path_factory.mktemp("straight") / "run"
+    fit(config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 10, "keep": 2}))
+    return run
+
+
+def test_forty_steps_are_twenty_a_kill_and_twenty_more_to_the_last_bit(corpus, straight, tmp_path):
+    run = tmp_path / "run"
+    config = config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 10, "keep": 2})
+    assert ranks.run(config, after_step=27) == [ranks.KILLED]
+    assert names(run) == ["step-00000010", "step-00000020"]
+    assert [record["step"] for record in metrics.read(run)][-1] == 26  # more than was kept
+    fit(config)
+    assert course(run) == course(straight)
+    assert_same_weights(run, straight)
+    assert_same_weights(run, straight, "model-average")
+    assert names(run) == ["step-00000030", "step-00000040"]
+
+
+@pytest.mark.parametrize("at", ["files", "name"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(corpus, straight, tmp_path, at):
+    run = tmp_path / "run"
+    config = config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 10, "keep": 2})
+    assert ranks.run(config, in_step=20, at=at) == [ranks.KILLED]
+    assert names(run) == [".step-00000020.partial", "step-00000010"]
+    assert checkpoints.latest(run / "checkpoints") == run / "checkpoints/step-00000010"
+    fit(config)
+    assert course(run) == course(straight)
+    assert_same_weights(run, straight)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_change_nothing(corpus, straight, tmp_path):
+    run, dice = tmp_path / "run", random.Random(0)
+    config = config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 2, "keep": 2})
+    for _ in range(3):
+        (process,) = ranks.start(config)
+        seen = checkpoints.latest(run / "checkpoints")
+        end = time.monotonic() + 30
+        while process.is_alive() and checkpoints.latest(run / "checkpoints") == seen:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.4))
+        process.kill()
+        process.join()
+    fit(config)
+    assert course(run) == course(straight)
+    assert_same_weights(run, straight)
+
+
+@pytest.fixture(scope="module")
+def pair(corpus, tmp_path_factory):
+    """Two ranks, straight."""
+    run = tmp_path_factory.mktemp("pair") / "run"
+    assert ranks.run(config_of(run, corpus, steps=20), 2) == [0, 0]
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed_pair(corpus, tmp_path_factory):
+    """Two ranks, one of them killed after step 11; the last checkpoint is of step 8."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    codes = ranks.run(config_of(run, corpus, steps=20), 2, after_step=11)
+    assert codes[1] == ranks.KILLED and codes[0] != 0
+    assert names(run)[-1] == "step-00000008"
+    return run
+
+
+def test_two_ranks_go_on_after_a_kill_to_the_last_bit(corpus, pair, killed_pair, tmp_path):
+    run = shutil.copytree(killed_pair, tmp_path / "run")
+    assert ranks.run(config_of(run, corpus, steps=20), 2) == [0, 0]
+    assert course(run) == course(pair)
+    assert_same_weights(run, pair)
+
+
+def test_two_ranks_go_on_as_one_with_the_same_samples_and_losses(corpus, pair, killed_pair, tmp_path):
+    run = shutil.copytree(killed_pair, tmp_path / "run")
+    fit(config_of(run, corpus, steps=20, accumulation=2))
+    assert course(run) == course(pair)
+    assert_same_weights(run, pair)
+
+
+def test_sharded_ranks_learn_the_same_and_their_checkpoint_is_read_by_one(corpus, pair, tmp_path):
+    run = tmp_path / "run"
+    assert ranks.run(config_of(run, corpus, steps=12, shard="full", average=0.9), 2) == [0, 0]
+    for record, other in zip(course(run), course(pair)[:12], strict=True):
+        assert record["samples"] == other["samples"]
+    first = metrics.read(run)[0], metrics.read(pair)[0]
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
+    fit(config_of(run, corpus, steps=16, accumulation=2, average=0.9))
+    assert [record["step"] for record in metrics.read(run)] == list(range(1, 17))
+    assert [record["samples"] for record in metrics.read(run)] == [
+        record["samples"] for record in metrics.read(pair)[:16]
+    ]
+
+
+def test_only_the_last_ones_are_kept_and_only_whole_ones_are_found(straight, tmp_path):
+    assert names(straight) == ["step-00000030", "step-00000040"]
+    folder = tmp_path / "checkpoints"
+    assert checkpoints.latest(folder) is None
+    (folder / "step-00000007").mkdir(parents=True)
+    (folder / ".step-00000009.partial").mkdir()
+    assert checkpoints.latest(folder) is None
+
+
+def test_a_damaged_checkpoint_is_named_with_the_mend(corpus, straight, tmp_path):
+    run = shutil.copytree(straight, tmp_path / "run")
+    (newest,) = (run / "checkpoints/step-00000040").glob("*.distcp")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(IntegrityError, match=r"step-00000040: does not load .*remove this checkpoint"):
+        fit(config_of(run, corpus, steps=60, average=0.9))
+
+
+def test_a_checkpoint_of_another_model_or_other_data_is_refused(corpus, straight, tmp_path):
+    run = shutil.copytree(straight, tmp_path / "run")
+    with pytest.raises(IntegrityError, match="does not load"):
+        fit(config_of(run, corpus, steps=60, average=0.9, lora={"rank": 2}))
+    with pytest.raises(IntegrityError, match="the checkpoint's data are"):
+        fit(config_of(run, corpus, steps=60, average=0.9, seed=1))
+
+
+def test_what_changed_since_the_checkpoint_is_said(corpus, straight, tmp_path, caplog):
+    run = shutil.copytree(straight, tmp_path / "run")
+    fit(config_of(run, corpus, steps=41, average=0.9, clip=0.5, accumulation=2))
+    assert "since the checkpoint, steps, accumulation, clip changed" in caplog.text
+    assert "a step now has 2 batches, before 1" in caplog.text

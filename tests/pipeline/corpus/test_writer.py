@@ -1,0 +1,301 @@
+"""A unit on disk: its bytes, its commit, and what a crash between any two steps of it leaves."""
+
+import errno
+import hashlib
+import os
+import tarfile
+from pathlib import Path
+
+import msgspec
+import pyarrow.parquet as pq
+import pytest
+
+from paracaption.pipeline.corpus import writer
+from paracaption.pipeline.io import files
+from paracaption.schemas.errors import IntegrityError, StageFailed
+from paracaption.schemas.manifest import encode
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, Drop, ImageRecord, Region, Rle
+
+UNIT = "coconut-000000"
+DROP = Drop("verify_category", Reason.CATEGORY_WRONG, "margin -0.4")
+
+
+class Crash(BaseException):
+    """The process ends here: nobody cleans up."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    writer.prepare(tmp_path / "coconut")
+    return tmp_path / "coconut"
+
+
+def image(root: Path, key: str, drop: Drop | None = None) -> ImageRecord:
+    photo = root / f"{key}.photo"
+    photo.write_bytes(key.encode() * 300)
+    regions = [
+        Region(
+            id=i,
+            rle=Rle((4, 6), "0h0"),
+            bbox=(0, 0, 6, 4),
+            area=24,
+            caption="a cat on a mat",
+            drop=drop if i else None,
+        )
+        for i in range(2)
+    ]
+    return ImageRecord(key, "coconut", Blob(str(photo)), 6, 4, "jpeg", f"{key}.jpg", regions)
+
+
+def three(root: Path) -> list[ImageRecord]:
+    return [image(root, "b"), image(root, "a", DROP), image(root, "c")]
+
+
+def write(folder: Path, images: list[ImageRecord], recipe: str = "recipe"):
+    return writer.write_unit(folder, UNIT, images, "plan", recipe)
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+WHOLE = {f"shards/{UNIT}.tar", f"ledger/{UNIT}.parquet", f"manifests/{UNIT}.json"}
+
+
+def assert_consistent(folder: Path) -> None:
+    """A shard exists if and only if its manifest does, which speaks of the bytes that are there."""
+    assert names(folder) in (set(), WHOLE)
+    if names(folder):
+        record = writer.read_manifest(folder / f"manifests/{UNIT}.json")
+        for entry in (record.shard, record.ledger):
+            assert hashlib.sha256((folder / entry.path).read_bytes()).hexdigest() == entry.sha256
+
+
+# Writing.
+
+
+def test_two_writers_of_one_unit_write_the_same_bytes_under_different_names(folder, tmp_path):
+    first, second = write(folder, three(tmp_path)), write(folder, three(tmp_path)[::-1])
+    assert first.shard_temporary != second.shard_temporary
+    assert Path(first.shard_temporary).read_bytes() == Path(second.shard_temporary).read_bytes()
+    again = write(folder, three(tmp_path))
+    assert Path(first.ledger_temporary).read_bytes() == Path(again.ledger_temporary).read_bytes()
+    assert encode(first.manifest) == encode(again.manifest)
+
+
+def test_tarfile_reads_what_was_written_without_times_or_owners(folder, tmp_path):
+    draft = write(folder, three(tmp_path))
+    with tarfile.open(draft.shard_temporary) as tar:
+        members = tar.getmembers()
+        assert [member.name for member in members] == [f"{k}.{e}" for k in "abc" for e in ("jpg", "json")]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {
+            (0, 0, 0, "", "", 0o644)
+        }
+        assert tar.extractfile("b.jpg").read() == b"b" * 300
+        sample = msgspec.json.decode(tar.extractfile("a.json").read())
+    assert (sample["key"], [region["id"] for region in sample["regions"]]) == ("a", [0])
+    size = os.path.getsize(draft.shard_temporary)
+    assert (draft.manifest.shard.bytes, size % 10240) == (size, 0)
+
+
+def test_the_ledgers_offsets_lead_to_the_members(folder, tmp_path):
+    draft = write(folder, three(tmp_path))
+    data = Path(draft.shard_temporary).read_bytes()
+    rows = [row for row in pq.read_table(draft.ledger_temporary).to_pylist() if row["kept"]]
+    assert len(rows) == 5
+    for row in rows:
+        photo, record = (
+            data[row[f"{kind}_offset"] : row[f"{kind}_offset"] + row[f"{kind}_length"]]
+            for kind in ("photo", "json")
+        )
+        assert photo == row["key"].encode() * 300
+        assert msgspec.json.decode(record)["key"] == row["key"]
+
+
+def test_a_photo_that_is_gone_at_the_end_is_a_drop_and_the_counts_balance(folder, tmp_path):
+    images = three(tmp_path)
+    os.remove(tmp_path / "a.photo")
+    os.remove(tmp_path / "b.photo")
+    (tmp_path / "b.photo").mkdir()
+    record = write(folder, images).manifest
+    assert record.dropped == {
+        "verify_category/category_wrong": 1,
+        "write/photo_missing": 1,
+        "write/photo_unreadable": 2,
+    }
+    assert record.images_dropped == {Reason.PHOTO_MISSING: 1, Reason.PHOTO_UNREADABLE: 1}
+    assert (record.regions_in, record.kept, record.images) == (6, 2, {"a": 0, "b": 0, "c": 2})
+    assert str(tmp_path / "a.photo") in images[1].drop.detail
+
+
+def test_a_file_system_of_its_own_kind_of_error_is_a_drop(folder, tmp_path, monkeypatch):
+    def read(_):
+        raise RuntimeError("500 from the photo server")
+
+    monkeypatch.setattr(files, "read", read)
+    record = write(folder, three(tmp_path)).manifest
+    assert record.images_dropped == {Reason.PHOTO_UNREADABLE: 3}
+
+
+def test_a_unit_without_a_kept_region_has_a_ledger_and_no_shard(folder, tmp_path):
+    images = three(tmp_path)
+    for each in images:
+        each.reject(DROP)
+    draft = write(folder, images)
+    assert (draft.shard_temporary, draft.manifest.shard, draft.manifest.kept) == (None, None, 0)
+    writer.commit(folder, draft)
+    assert names(folder) == WHOLE - {f"shards/{UNIT}.tar"}
+
+
+def test_a_failed_write_leaves_no_temporary_file(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_table", fail)
+    with pytest.raises(StageFailed, match="disk full"):
+        write(folder, three(tmp_path))
+    assert names(folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, "disk full; free space and run the same command again"),
+        (errno.EDQUOT, "disk full"),
+        (
+            errno.EROFS,
+            r"cannot write \(Read-only file system\); mend the permissions or choose another `out`",
+        ),
+        (errno.EACCES, "cannot write"),
+        (errno.EIO, "writing failed"),
+    ],
+)
+def test_an_error_of_the_disk_says_what_to_do(number, told):
+    with_name = OSError(number, os.strerror(number), "/out/x.tar")
+    with pytest.raises(StageFailed, match=f"^/out/x.tar: {told}"):
+        raise writer.write_failed(Path("/out"), with_name)
+    with pytest.raises(StageFailed, match=r"^/out: "):
+        raise writer.write_failed(Path("/out"), OSError(number, os.strerror(number)))
+
+
+# Committing.
+
+
+def test_a_commit_puts_three_files_in_place_and_leaves_nothing_else(folder, tmp_path):
+    writer.commit(folder, write(folder, three(tmp_path)))
+    assert names(folder) == WHOLE
+    assert_consistent(folder)
+
+
+def test_a_unit_that_loses_its_last_region_loses_its_shard(folder, tmp_path):
+    writer.commit(folder, write(folder, three(tmp_path)))
+    images = three(tmp_path)
+    for each in images:
+        each.reject(DROP)
+    writer.commit(folder, write(folder, images))
+    assert names(folder) == WHOLE - {f"shards/{UNIT}.tar"}
+
+
+def interrupt(monkeypatch, at: int, error: BaseException) -> list[str]:
+    """Raise before the `at`-th rename or removal of a final file; returns what was done until then."""
+    done: list[str] = []
+
+    def before(name, plain):
+        def run(path, *rest, **options):
+            final = str(rest[0] if rest else path)
+            if files.TEMPORARY in final:
+                return plain(path, *rest, **options)
+            if len(done) == at:
+                monkeypatch.undo()
+                raise error
+            done.append(f"{name} {Path(final).name}")
+            return plain(path, *rest, **options)
+
+        return run
+
+    monkeypatch.setattr(os, "replace", before("replace", os.replace))
+    monkeypatch.setattr(Path, "unlink", before("unlink", Path.unlink))
+    return done
+
+
+STEPS = [f"unlink {UNIT}.json", f"replace {UNIT}.tar", f"replace {UNIT}.parquet", f"replace {UNIT}.json"]
+
+
+def test_the_manifest_goes_first_and_comes_last(folder, tmp_path, monkeypatch):
+    writer.commit(folder, write(folder, three(tmp_path)))
+    draft = write(folder, three(tmp_path)[:2], "other")
+    done = interrupt(monkeypatch, 99, Crash())
+    writer.commit(folder, draft)
+    assert done == STEPS
+
+
+@pytest.mark.parametrize(
+    ("replaced", "at"), [(False, 0), (False, 1), (False, 2), (True, 0), (True, 1), (True, 2), (True, 3)]
+)
+@pytest.mark.parametrize("error", [Crash(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_commit_that_ends_anywhere_is_all_or_nothing_and_can_be_done_again(
+    folder, tmp_path, monkeypatch, error, at, replaced
+):
+    if replaced:
+        writer.commit(folder, write(folder, three(tmp_path)[:2], "before"))
+    draft = write(folder, three(tmp_path))
+    interrupt(monkeypatch, at, error)
+    with pytest.raises((Crash, StageFailed)):
+        writer.commit(folder, draft)
+    monkeypatch.undo()
+    kept = names(folder)
+    if f"manifests/{UNIT}.json" in kept:
+        record = writer.read_manifest(folder / f"manifests/{UNIT}.json")
+        found = hashlib.sha256((folder / record.shard.path).read_bytes()).hexdigest()
+        assert found == record.shard.sha256, "a manifest speaks of other bytes"
+    if isinstance(error, Crash):
+        writer.sweep(folder)
+    assert_consistent(folder)
+    writer.commit(folder, write(folder, three(tmp_path)))
+    assert_consistent(folder)
+    assert writer.read_manifest(folder / f"manifests/{UNIT}.json").recipe == "recipe"
+
+
+def test_a_manifest_whose_folder_cannot_be_made_durable_is_taken_back(folder, tmp_path, monkeypatch):
+    draft = write(folder, three(tmp_path))
+    plain = files.sync_folder
+
+    def sync(path):
+        if path.name == "manifests":
+            raise OSError(errno.EIO, "Input/output error")
+        plain(path)
+
+    monkeypatch.setattr(files, "sync_folder", sync)
+    with pytest.raises(StageFailed, match="writing failed"):
+        writer.commit(folder, draft)
+    assert names(folder) == set()
+
+
+def test_a_sweep_removes_leftovers_and_nothing_that_is_committed(folder, tmp_path):
+    writer.commit(folder, write(folder, three(tmp_path)))
+    before = names(folder)
+    write(folder, three(tmp_path))
+    (folder / "shards" / "coconut-000007.tar").write_bytes(b"moved, but its manifest never came")
+    (folder / "ledger" / "coconut-000007.parquet").write_bytes(b"likewise")
+    (folder / "evidence" / "caption-0").mkdir(parents=True)
+    (folder / "evidence" / "caption-0" / f"{files.TEMPORARY}x").write_bytes(b"half")
+    (folder / "evidence" / "caption-0" / "coconut-000007.parquet").write_bytes(b"paid for")
+    assert writer.sweep(folder) == 5
+    assert names(folder) == before | {"evidence/caption-0/coconut-000007.parquet"}
+    assert writer.sweep(folder) == 0
+
+
+def test_a_discarded_draft_leaves_nothing_and_may_be_discarded_twice(folder, tmp_path):
+    draft = write(folder, three(tmp_path))
+    writer.discard(draft)
+    writer.discard(draft)
+    assert names(folder) == set()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{}", b"[]", b"\xff\xfe", b'{"unit": 3}', b'{"unit": "\xff"}'])
+def test_a_manifest_that_is_none_names_itself_and_the_mend(tmp_path, garbage):
+    path = tmp_path / "coconut-000000.json"
+    path.write_bytes(garbage)
+    with pytest.raises(IntegrityError, match=r"coconut-000000.json: not a manifest .*delete it and run"):
+        writer.read_manifest(path)

@@ -1,0 +1,188 @@
+"""The engine on Ray Data: what every engine does, and what only processes of their own can show."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from paracaption.pipeline.corpus import utilization
+from paracaption.pipeline.corpus.events import EventReader
+from paracaption.pipeline.executor import ray_data
+from paracaption.pipeline.executor.ray_data import RayEngine, steps_of
+from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages.base import ModelStage
+from paracaption.schemas.errors import ConfigError, Retryable, StageStalled
+from tests.building import build, calls, config_of, drops
+from tests.pipeline.executor.conformance import Conformance
+from tests.synthetic import write_coconut, write_sa1b
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+@pytest.fixture(scope="module")
+def engine(ray_cluster):
+    return RayEngine()
+
+
+class TestRay(Conformance):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls, ray_cluster):
+        return RayEngine()
+
+
+@pytest.fixture(scope="module")
+def coconut(tmp_path_factory):
+    return write_coconut(tmp_path_factory.mktemp("source") / "coconut", num_images=10)
+
+
+@pytest.fixture(scope="module")
+def sa1b(tmp_path_factory):
+    return write_sa1b(tmp_path_factory.mktemp("source") / "sa1b", num_images=6)
+
+
+# Deaths and a hang.
+
+
+def test_an_image_that_kills_its_worker_is_dropped_and_the_rest_finishes(engine, tmp_path, coconut):
+    config = config_of(tmp_path / "out", coconut=coconut, captioner={"misbehave": {"000000000005": "die"}})
+    done = build(config, engine)["coconut"]
+    assert done.dropped == {"caption/worker_crashed": 4}
+    detail = drops(tmp_path / "out", "coconut")["000000000005", 0][2]
+    assert detail == "the worker died 3 times on this image alone"
+    assert not (tmp_path / "out" / "coconut" / "journal").exists()
+
+
+def test_a_worker_that_dies_once_costs_no_record(engine, tmp_path, coconut):
+    mark = tmp_path / "died"
+    config = config_of(
+        tmp_path / "out", coconut=coconut, captioner={"misbehave": {"000000000005": f"once:{mark}"}}
+    )
+    assert build(config, engine)["coconut"].kept == 40
+    assert mark.exists()
+
+
+def test_a_stage_that_hangs_is_an_error_with_its_stack(engine, tmp_path, coconut):
+    config = config_of(
+        tmp_path / "out", coconut=coconut, captioner={"misbehave": {"*": "hang"}}, failures={"stall_s": 10.0}
+    )
+    with pytest.raises(StageStalled, match=r"(?s)no progress for 10 s.*caption, at \d{12}.*backends.py"):
+        build(config, engine)
+
+
+# Who shares an actor.
+
+
+def test_each_model_has_its_own_operator_and_filters_ride_along(tmp_path, sa1b):
+    config = config_of(tmp_path / "out", sa1b=sa1b, apart=True)
+    steps = steps_of(base.sa1b(config), config)
+    assert [[s if isinstance(s, str) else s.name for s in step] for step in steps] == [
+        ["source", "usable_masks", "whole_objects"],
+        ["caption"],
+        ["extract_category"],
+        ["agree_with_segmenter"],
+        ["clean_text", "write"],
+    ]
+    assert sum(isinstance(stage, ModelStage) for step in steps for stage in step) == 3
+
+
+def test_models_on_cpus_share_their_actors_and_models_on_gpus_do_not(tmp_path, sa1b):
+    config = config_of(tmp_path / "out", sa1b=sa1b)
+    assert len(steps_of(base.sa1b(config), config)) == 1
+    gpu = config.model_copy(update={"judge": config.judge.model_copy(update={"num_gpus": 1})})
+    assert len(steps_of(base.sa1b(gpu), gpu)) == 3
+
+
+def test_each_stage_in_its_own_actors_asks_once_and_tells_its_start_and_its_share_of_time_in_calls(
+    engine, tmp_path, sa1b
+):
+    config = config_of(tmp_path / "out", sa1b=sa1b, apart=True, captioner={"delay_s": 0.1})
+    done = build(config, engine)["sa1b"]
+    assert done.regions == 24 == done.kept + sum(done.dropped.values())
+    asked = calls(tmp_path / "captioner.log")
+    assert len(asked) == len(set(asked)) == 24
+    models = ("caption", "extract_category", "agree_with_segmenter")
+    caption, judge, segmenter = (done.activity[name] for name in models)
+    assert (caption.actors, judge.actors, segmenter.actors, caption.asked) == (1, 1, 1, 24)
+    assert caption.busy_s >= 6 * 0.1 > judge.busy_s
+    assert caption.busy_share and judge.busy_share and judge.busy_share < caption.busy_share <= 1
+    assert utilization.of_runs(tmp_path / "out", "sa1b")["caption"].asked == 24
+    (run,) = utilization.run_folders(tmp_path / "out", "sa1b")
+    driver = [event.what for event in EventReader(run).new() if event.what in ("begun", "ended")]
+    assert driver == ["begun", "ended"]
+    processes = {path.stem.rpartition("-")[2] for path in run.glob("*.jsonl")}
+    assert len(processes) == 1 + 5
+
+
+def with_backend(config, protocol, name, options, **changes):
+    backend = getattr(config, protocol).model_copy(update={"name": name, "options": options, **changes})
+    return config.model_copy(update={protocol: backend})
+
+
+def test_an_environment_is_of_its_stage_alone_and_changes_no_evidence(engine, tmp_path, coconut):
+    plain = with_backend(
+        config_of(tmp_path / "out", coconut=coconut),
+        "captioner",
+        "tests.odd_backends:WhereCaptioner",
+        {"where": str(tmp_path / "captioner.where")},
+    )
+    judge = ("judge", "tests.odd_backends:WhereJudge", {"where": str(tmp_path / "judge.where")})
+    plain = with_backend(plain, *judge)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nBY_PYTHON=yes exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    own = {"env_vars": {"ONLY_HERE": "yes"}, "py_executable": str(python)}
+    apart = with_backend(plain, *judge, runtime_env=own)
+    assert [len(steps_of(base.coconut(config), config)) for config in (plain, apart)] == [1, 3]
+    digests = [[s.digest() for s in base.coconut(config)] for config in (plain, apart)]
+    assert digests[0] == digests[1]
+    build(apart, engine)
+    (captioner,), (judge,) = (
+        [line.split(" ") for line in (tmp_path / f"{name}.where").read_text().splitlines()]
+        for name in ("captioner", "judge")
+    )
+    assert captioner[1:] == ["None", "None"] and judge[1:] == ["yes", "yes"]
+    assert captioner[0] != judge[0]
+
+
+# What is refused.
+
+
+def test_too_few_resources_are_an_error_before_the_start(engine, tmp_path, coconut):
+    config = config_of(tmp_path / "out", coconut=coconut, captioner={"concurrency": [1000, 1000]})
+    with pytest.raises(
+        ConfigError, match=r"need 100\.2 CPU at once .*caption: 1000 x 0.1.*the cluster has 4"
+    ):
+        build(config, engine)
+
+
+def test_a_client_address_is_refused_with_the_way_that_works(tmp_path, coconut):
+    config = config_of(tmp_path / "out", coconut=coconut)
+    with pytest.raises(ConfigError, match=r"ray://head:10001.*ray job submit"):
+        build(config, RayEngine("ray://head:10001"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(tmp_path, coconut):
+    config = config_of(tmp_path / "out", coconut=coconut)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"{address}: no cluster answers"):
+            RayEngine(address).check(config)
+        free.listen()
+        RayEngine(address).check(config)
+    RayEngine("auto").check(config)
+
+
+def test_a_ray_that_does_not_start_is_one_line(tmp_path, coconut, monkeypatch):
+    def fails(*_):
+        raise Exception("timed out during startup\nand more")
+
+    monkeypatch.setattr(ray_data, "_connect", fails)
+    with pytest.raises(
+        Retryable, match=r"^Ray cannot be had: timed out during startup; run it again.*--local"
+    ):
+        RayEngine().start(config_of(tmp_path / "out", coconut=coconut))

@@ -1,0 +1,515 @@
+"""One worker without Ray: what it notes, what it asks, what it drops, and what it tells the driver."""
+
+import logging
+import math
+
+import msgspec
+import pytest
+
+from paracaption.pipeline import sources
+from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.corpus.events import EventLog, EventReader
+from paracaption.pipeline.corpus.writer import Draft
+from paracaption.pipeline.executor.worker import GIVE_UP_AFTER, Job, Journal, Unit, Worker, _Bisection
+from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages.base import FilterStage
+from paracaption.pipeline.stages.evidence import EvidenceStore
+from paracaption.schemas.errors import BadRecord, EngineLost, StageFailed
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, ImageRecord, Region, Rle
+from tests.building import calls, config_of
+from tests.synthetic import write_coconut
+
+NUM_IMAGES = 6
+FIFTH = "000000000004"
+
+
+@pytest.fixture(scope="module")
+def coconut(tmp_path_factory):
+    return write_coconut(tmp_path_factory.mktemp("source") / "coconut", num_images=NUM_IMAGES)
+
+
+class Bench:
+    """A worker with all stages of COCONut, and the row of its only unit."""
+
+    def __init__(self, root, source, **changes):
+        self.root, self.out = root, root / "out"
+        self.config = config_of(self.out, coconut=source, images_per_shard=NUM_IMAGES, **changes)
+        self.folder = self.out / "coconut"
+        self.run = self.out / "events" / "000"
+        self.run.mkdir(parents=True, exist_ok=True)
+        writer.prepare(self.folder)
+        self.plan = work_list.make_plan(sources.open_source(self.config, "coconut"), self.config, self.folder)
+        self.stages = base.coconut(self.config)
+        self.row = {"unit": self.plan.unit_name(0), "index": 0}
+
+    def worker(self, steps=None) -> Worker:
+        job = Job(self.config, "coconut", str(self.folder), self.plan.digest, "recipe", str(self.run))
+        return Worker(job, steps or ["source", *self.stages, "write"])
+
+    def draft(self) -> Draft:
+        return msgspec.msgpack.decode(self.worker()(self.row)["draft"], type=Draft)
+
+    def failed(self) -> str:
+        return self.worker()(self.row)["failed"]
+
+    def note(self, stage: str, **content) -> None:
+        model = next(s for s in self.stages if s.name == stage)
+        path = self.folder / "journal" / f"{stage}-{model.evidence_digest}" / f"{self.row['unit']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.encode(content))
+
+    def captioned(self) -> set[str]:
+        """Images whose captions are in the evidence store."""
+        model = next(s for s in self.stages if s.name == "caption")
+        store = EvidenceStore(self.folder / "evidence" / f"caption-{model.evidence_digest}", model.evidence)
+        return {key for key, _ in store.load(self.row["unit"])}
+
+    def events(self, what: str):
+        return [event for event in EventReader(self.run).new() if event.what == what]
+
+
+def image(key: str, num_regions: int = 1) -> ImageRecord:
+    regions = [Region(id=i, rle=Rle((4, 6), "0h0")) for i in range(num_regions)]
+    return ImageRecord(key, "coconut", Blob("/a.jpg"), 6, 4, "jpeg", regions=regions)
+
+
+def images(count: int) -> list[ImageRecord]:
+    return [image(f"i{number}") for number in range(count)]
+
+
+def keys(batches) -> list[list[str]]:
+    return [[each.key for each in batch] for batch in batches]
+
+
+# The journal.
+
+
+def die(folder, working: list[str], attempts: int = 2, unit: str = "u") -> None:
+    """Leave what a worker leaves that dies while it works on these images."""
+    journal = Journal(folder, unit, attempts).__enter__()
+    with journal.batch(working):
+        note = journal.path.read_bytes()
+    journal.path.write_bytes(note)
+
+
+def test_without_a_note_images_run_in_full_batches_in_order(tmp_path):
+    with Journal(tmp_path, "u", 3) as journal:
+        assert keys(journal.split(images(5), 2)) == [["i0", "i1"], ["i2", "i3"], ["i4"]]
+
+
+def test_images_in_flight_at_a_death_run_alone_and_last_and_no_death_counts_yet(tmp_path):
+    die(tmp_path, ["i1", "i2"], attempts=1)
+    with Journal(tmp_path, "u", 1) as journal:
+        assert keys(journal.split(images(4), 4)) == [["i0", "i3"], ["i1"], ["i2"]]
+        assert not journal.is_poison("i1")
+
+
+def test_an_image_is_poison_after_its_deaths_alone_and_only_then(tmp_path):
+    die(tmp_path, ["i1"])
+    with Journal(tmp_path, "u", 2) as journal:
+        assert not journal.is_poison("i1")
+    die(tmp_path, ["i1"])
+    die(tmp_path, ["i1"])
+    with Journal(tmp_path, "u", 2) as journal:
+        assert journal.is_poison("i1") and not journal.is_poison("i0")
+        assert journal.verdict("i1") == "the worker died 2 times on this image alone"
+
+
+def test_deaths_of_one_image_are_remembered_while_others_work(tmp_path):
+    die(tmp_path, ["i1"])
+    with Journal(tmp_path, "u", 2) as journal, journal.batch(["i0"]):
+        note = msgspec.json.decode((tmp_path / "u.json").read_bytes())
+        assert note == {"deaths": {"i1": 1}, "working": ["i0"]}
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [b"", b'{"deaths": {"i1"', b"[1]", b'{"deaths": 3}', b'{"working": [1]}', b'{"deaths": {"\xff": 1}}'],
+)
+def test_a_torn_note_counts_as_none(tmp_path, torn):
+    (tmp_path / "u.json").write_bytes(torn)
+    with Journal(tmp_path, "u", 1) as journal:
+        assert keys(journal.split(images(2), 2)) == [["i0", "i1"]]
+
+
+def test_a_unit_that_is_through_leaves_no_note_and_one_that_failed_does(tmp_path):
+    with Journal(tmp_path, "u", 1) as journal, journal.batch(["i0"]):
+        assert (tmp_path / "u.json").exists()
+    assert not (tmp_path / "u.json").exists()
+    with pytest.raises(StageFailed), Journal(tmp_path, "u", 1) as journal, journal.batch(["i0"]):
+        raise StageFailed("over")
+    assert msgspec.json.decode((tmp_path / "u.json").read_bytes())["working"] == []
+
+
+def test_a_disk_that_takes_no_notes_is_one_warning_and_the_unit_goes_on(tmp_path, caplog):
+    (tmp_path / "u.json").mkdir()  # neither readable nor writable nor removable as a file
+    with caplog.at_level(logging.WARNING), Journal(tmp_path, "u", 1) as journal:
+        for batch in journal.split(images(4), 1):
+            with journal.batch([each.key for each in batch]):
+                pass
+    assert len([line for line in caplog.messages if "is not found" in line]) == 1
+
+
+# Bisection.
+
+
+class Asked:
+    """A model that fails on some images, and remembers which batches it saw."""
+
+    def __init__(self, **errors):
+        self.errors, self.batches = errors, []
+
+    def __call__(self, batch):
+        self.batches.append([each.key for each in batch])
+        for each in batch:
+            if each.key in self.errors:
+                raise self.errors[each.key]
+        return [[each.key] * len(each.live()) for each in batch]
+
+
+def bisect(ask, batch, folder):
+    with Journal(folder, "u", 3) as journal:
+        return {each.key: outcome for each, outcome in _Bisection(ask, journal).run(batch)}
+
+
+def test_a_failing_image_is_found_by_halves_and_the_others_are_answered(tmp_path):
+    ask = Asked(i1=RuntimeError("no"))
+    found = bisect(ask, images(4), tmp_path)
+    assert ask.batches == [["i0", "i1", "i2", "i3"], ["i0", "i1"], ["i0"], ["i1"], ["i2", "i3"]]
+    assert found == {"i0": ["i0"], "i1": (Reason.MODEL_ERROR, "RuntimeError: no"), "i2": ["i2"], "i3": ["i3"]}
+
+
+@pytest.mark.parametrize("where", [0, 63, 127])
+def test_one_failing_image_in_a_large_batch_costs_logarithmically_many_calls(tmp_path, where):
+    ask = Asked(**{f"i{where}": RuntimeError("no")})
+    found = bisect(ask, images(128), tmp_path)
+    assert len(ask.batches) <= 2 * math.log2(128) + 1
+    assert [key for key, outcome in found.items() if isinstance(outcome, tuple)] == [f"i{where}"]
+
+
+def test_a_model_that_never_succeeds_is_given_up_on_and_every_image_has_its_error(tmp_path):
+    everything = {f"i{number}": RuntimeError("no") for number in range(64)}
+    ask = Asked(**everything)
+    found = bisect(ask, images(64), tmp_path)
+    assert sum(len(batch) == 1 for batch in ask.batches) == GIVE_UP_AFTER
+    assert set(found) == set(everything)
+    assert set(found.values()) == {(Reason.MODEL_ERROR, "RuntimeError: no")}
+
+
+def test_a_model_that_succeeded_once_is_not_given_up_on(tmp_path):
+    most = {f"i{number}": RuntimeError("no") for number in range(1, 64)}
+    ask = Asked(**most)
+    found = bisect(ask, images(64), tmp_path)
+    assert sum(len(batch) == 1 for batch in ask.batches) == 64
+    assert found["i0"] == ["i0"]
+
+
+@pytest.mark.parametrize(
+    "answer", [[], [["a"]], [["a"], ["b"], ["c"]], [["a", "b"], []], [["a"], ["b", "c"]]]
+)
+def test_a_wrong_number_of_answers_is_an_error_and_never_matched(tmp_path, answer):
+    found = bisect(lambda batch: answer if len(batch) == 2 else [[]], images(2), tmp_path)
+    assert all(reason is Reason.MODEL_ERROR for reason, _ in found.values())
+    assert all("asked about [1] regions of 1 images" in detail for _, detail in found.values())
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_judge_with_a_wrong_number_of_answers_is_an_error(tmp_path, coconut, count):
+    from paracaption.pipeline.models import Answer
+
+    class Miscounting:
+        def ask(self, questions):
+            return [Answer("yes", 1.0)] * count
+
+    judge = next(s for s in Bench(tmp_path, coconut).stages if s.name == "verify_category")
+    with pytest.raises(ValueError, match=f"asked 2 questions, answered {count}"):
+        judge.ask(Miscounting(), [image("i0", num_regions=2)])
+
+
+def test_a_caption_that_is_no_text_is_a_drop_and_not_the_end(tmp_path, coconut):
+    class Numbering:
+        def caption(self, images):
+            return [[7 if each.key == FIFTH else "a red thing" for _ in each.live()] for each in images]
+
+    bench = Bench(tmp_path, coconut, failures={"unit_retries": 0})
+    worker = bench.worker()
+    worker.models["caption"] = Numbering()
+    draft = msgspec.msgpack.decode(worker(bench.row)["draft"], type=Draft)
+    assert draft.manifest.dropped["caption/model_error"] >= 1 and draft.failures == {}
+    assert FIFTH not in bench.captioned() and len(bench.captioned()) == NUM_IMAGES - 1
+
+
+def test_a_bad_record_keeps_its_reason_and_speaks_not_against_the_model(tmp_path):
+    bad = BadRecord(Reason.PHOTO_UNREADABLE, "cut short")
+    ask = Asked(**{f"i{number}": bad for number in range(15)})
+    found = bisect(ask, images(16), tmp_path)
+    assert found["i0"] == (Reason.PHOTO_UNREADABLE, "cut short")
+    assert found["i15"] == ["i15"], "bad records alone are no cause to give up"
+
+
+def test_a_poison_image_is_never_asked_about(tmp_path):
+    for _ in range(3):
+        die(tmp_path, ["i1"])
+    ask = Asked()
+    found = bisect(ask, images(3), tmp_path)
+    assert ask.batches == [["i0", "i2"]]
+    assert found["i1"] == (Reason.WORKER_CRASHED, "the worker died 3 times on this image alone")
+
+
+# A worker on a unit.
+
+
+def test_a_unit_becomes_a_draft_that_is_not_committed(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut)
+    draft = bench.draft()
+    assert (draft.manifest.regions_in, draft.manifest.kept, draft.failures) == (24, 24, {})
+    assert list((bench.folder / "manifests").iterdir()) == []
+    assert not list((bench.folder / "journal").rglob("*.json"))
+
+
+def test_a_failing_image_is_dropped_and_the_evidence_of_the_others_is_saved(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut, captioner={"misbehave": {FIFTH: "raise"}})
+    draft = bench.draft()
+    assert draft.manifest.dropped == {"caption/model_error": 4}
+    assert draft.failures == {}, "the unit is not to blame for one image"
+    assert len(bench.captioned()) == NUM_IMAGES - 1 and FIFTH not in bench.captioned()
+
+
+def test_saved_evidence_is_not_asked_for_again(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut)
+    first = bench.draft().manifest
+    paid = calls(tmp_path / "captioner.log")
+    assert bench.draft().manifest == first
+    assert calls(tmp_path / "captioner.log") == paid
+
+
+def test_a_unit_on_which_all_fails_is_tried_again_with_a_fresh_model(tmp_path, coconut, monkeypatch):
+    bench = Bench(tmp_path, coconut, captioner={"misbehave": {"*": "raise"}}, failures={"unit_retries": 2})
+    loads = []
+    monkeypatch.setattr(Worker, "_load", _counting(Worker._load, loads))
+    draft = bench.draft()
+    assert loads.count("caption") == 1 + 2
+    assert draft.failures["caption"].startswith("RuntimeError: cannot caption")
+    assert draft.manifest.dropped == {"caption/model_error": 24}
+    assert bench.captioned() == set()
+
+
+def test_a_retry_that_succeeds_leaves_no_failure(tmp_path, coconut, monkeypatch):
+    mark = tmp_path / "mended"
+    bench = Bench(tmp_path, coconut, captioner={"misbehave": {"*": f"raise-unless:{mark}"}})
+    loads = []
+
+    def load(self, stage, plain=Worker._load):
+        loads.append(stage.name)
+        if loads.count("caption") == 2:
+            mark.touch()
+        plain(self, stage)
+
+    monkeypatch.setattr(Worker, "_load", load)
+    draft = bench.draft()
+    assert (draft.manifest.kept, draft.failures, loads.count("caption")) == (24, {}, 2)
+
+
+def test_bad_records_alone_are_not_retried(tmp_path, coconut, monkeypatch):
+    bench = Bench(tmp_path, coconut, captioner={"misbehave": {"*": "bad"}})
+    loads = []
+    monkeypatch.setattr(Worker, "_load", _counting(Worker._load, loads))
+    draft = bench.draft()
+    assert (loads.count("caption"), draft.failures) == (1, {})
+    assert draft.manifest.dropped == {"caption/photo_unreadable": 24}
+
+
+def test_one_bad_photo_does_not_hide_a_broken_model(tmp_path, coconut):
+    misbehave = {"*": "raise", FIFTH: "bad"}
+    draft = Bench(tmp_path, coconut, captioner={"misbehave": misbehave}).draft()
+    assert draft.manifest.dropped == {"caption/model_error": 20, "caption/photo_unreadable": 4}
+    assert draft.failures["caption"].startswith("RuntimeError: cannot caption")
+
+
+def test_known_evidence_speaks_for_the_model(tmp_path, coconut):
+    Bench(tmp_path, coconut, captioner={"misbehave": {FIFTH: "raise"}}).draft()
+    again = Bench(tmp_path, coconut, captioner={"misbehave": {"*": "raise"}}).draft()
+    assert again.manifest.dropped == {"caption/model_error": 4}
+    assert again.failures == {}
+
+
+def test_an_engine_that_is_lost_is_started_anew_and_costs_no_record(tmp_path, coconut, monkeypatch):
+    bench = Bench(tmp_path, coconut, captioner={"batch_images": 2})
+    loads = []
+    monkeypatch.setattr(Worker, "_load", _counting(Worker._load, loads))
+    worker = bench.worker()
+    lost = worker.models["caption"]
+    monkeypatch.setattr(lost, "caption", lambda _: (_ for _ in ()).throw(EngineLost("gone")))
+    draft = msgspec.msgpack.decode(worker(bench.row)["draft"], type=Draft)
+    assert (draft.manifest.kept, loads.count("caption")) == (24, 2)
+
+
+def test_an_engine_lost_on_an_image_alone_is_tried_again_before_the_image_is_dropped(
+    tmp_path, coconut, monkeypatch
+):
+    bench = Bench(tmp_path, coconut, captioner={"batch_images": 1})
+    worker = bench.worker()
+    caption = type(worker.models["caption"]).caption
+    left = {FIFTH: 2, "000000000001": 99}
+
+    def dies(self, images):
+        if left.get(images[0].key, 0) > 0:
+            left[images[0].key] -= 1
+            raise EngineLost("gone")
+        return caption(self, images)
+
+    monkeypatch.setattr(type(worker.models["caption"]), "caption", dies)
+    draft = msgspec.msgpack.decode(worker(bench.row)["draft"], type=Draft)
+    assert (draft.manifest.kept, draft.manifest.dropped) == (20, {"caption/model_error": 4})
+    assert left == {FIFTH: 0, "000000000001": 96}
+
+
+def test_a_backend_that_cannot_start_again_fails_this_unit_and_the_next(tmp_path, coconut, monkeypatch):
+    bench = Bench(tmp_path, coconut, captioner={"misbehave": {"*": "raise"}})
+    worker = bench.worker()
+
+    def gone(*_):
+        raise OSError("no such device")
+
+    monkeypatch.setattr("paracaption.pipeline.models.load", gone)
+    for _ in range(2):
+        told = worker(bench.row)["failed"]
+        assert told == "StageFailed: caption: the backend cannot start: OSError: no such device"
+
+
+def test_a_backend_that_cannot_start_is_told_by_a_row_that_passes_through(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut, captioner={"no_such_option": 1})
+    row = bench.worker()(bench.row)
+    assert row["unit"] == bench.row["unit"]
+    assert row["failed"].startswith("StageFailed: caption: the backend cannot start: TypeError")
+    assert Bench(tmp_path / "sound", coconut).worker(["write"])(row) is row
+
+
+def test_an_image_that_killed_too_often_is_dropped_unasked(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut)
+    bench.note("caption", deaths={FIFTH: 2}, working=[FIFTH])
+    assert bench.draft().manifest.dropped == {"caption/worker_crashed": 4}
+    assert not [line for line in calls(tmp_path / "captioner.log") if line.startswith(FIFTH)]
+
+
+def test_a_unit_whose_every_image_kills_is_a_failure_of_the_stage(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut)
+    bench.note("caption", deaths={f"{number:012d}": 3 for number in range(NUM_IMAGES)}, working=[])
+    assert bench.draft().failures == {"caption": "the worker died 3 times on this image alone"}
+
+
+def test_a_record_that_kills_the_reader_is_dropped_as_an_image(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut)
+    for _ in range(3):
+        die(bench.folder / "journal" / "source", [FIFTH], attempts=3, unit=bench.row["unit"])
+    record = bench.draft().manifest
+    assert record.images_dropped == {Reason.WORKER_CRASHED: 1}
+    assert (record.regions_in, record.kept) == (20, 20)
+
+
+def test_a_record_that_the_source_trips_over_is_dropped_as_an_image(tmp_path, coconut, monkeypatch):
+    bench = Bench(tmp_path, coconut)
+    worker = bench.worker()
+    plain = worker.source.read
+
+    def read(entry, limits):
+        if entry.key == FIFTH:
+            raise ZeroDivisionError("unforeseen")
+        return plain(entry, limits)
+
+    monkeypatch.setattr(worker.source, "read", read)
+    record = msgspec.msgpack.decode(worker(bench.row)["draft"], type=Draft).manifest
+    assert record.images_dropped == {Reason.ANNOTATION_UNREADABLE: 1}
+    assert record.kept == 20
+
+
+def test_a_filter_that_raises_drops_its_image_alone(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut)
+
+    def decide(given):
+        if given.key == FIFTH:
+            raise KeyError("hole")
+        return base.usable_masks(bench.config).decide(given)
+
+    bench.stages[0] = FilterStage("usable_masks", None, decide)
+    record = bench.draft().manifest
+    assert record.dropped == {"usable_masks/model_error": 4}
+    assert (record.images_dropped, record.kept) == ({Reason.MODEL_ERROR: 1}, 20)
+
+
+def test_a_unit_travels_between_workers_as_it_is(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut)
+    whole = bench.draft().manifest
+    row = bench.worker(["source", bench.stages[0]])(bench.row)
+    assert len(msgspec.msgpack.decode(row["state"], type=Unit).images) == NUM_IMAGES
+    row = bench.worker(bench.stages[1:])(row)
+    draft = msgspec.msgpack.decode(bench.worker(["write"])(row)["draft"], type=Draft)
+    assert draft.manifest == whole
+
+
+def test_failures_travel_with_the_unit(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut, captioner={"misbehave": {"*": "raise"}})
+    row = bench.worker(["source", *bench.stages])(bench.row)
+    draft = msgspec.msgpack.decode(bench.worker(["write"])(row)["draft"], type=Draft)
+    assert set(draft.failures) == {"caption"}
+
+
+def test_every_stage_tells_what_it_did_and_asked(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut)
+    bench.draft()
+    told = [(event.stage, event.images, event.regions, event.asked) for event in bench.events("unit")]
+    assert told == [
+        ("source", 6, 24, 0),
+        ("usable_masks", 6, 24, 0),
+        ("caption", 6, 24, 24),
+        ("verify_category", 6, 24, 24),
+        ("clean_text", 6, 24, 0),
+        ("write", 6, 24, 0),
+    ]
+    assert [event.stage for event in bench.events("started")] == ["caption", "verify_category"]
+    assert {event.unit for event in bench.events("batch")} == {bench.row["unit"]}
+
+
+def test_a_retry_is_told_with_its_error(tmp_path, coconut):
+    bench = Bench(tmp_path, coconut, captioner={"misbehave": {"*": "raise"}}, failures={"unit_retries": 1})
+    bench.draft()
+    (event,) = bench.events("failed")
+    assert (event.stage, event.unit) == ("caption", bench.row["unit"])
+    assert "cannot caption" in event.detail
+
+
+def test_evidence_that_cannot_be_written_is_a_failed_row_that_names_the_disk(tmp_path, coconut, monkeypatch):
+    bench = Bench(tmp_path, coconut)
+
+    def save(*_):
+        raise OSError(28, "No space left on device", "/out/evidence")
+
+    monkeypatch.setattr(EvidenceStore, "save", save)
+    assert bench.failed().startswith("StageFailed: /out/evidence: disk full; free space")
+
+
+def test_a_worker_whose_events_cannot_be_written_does_its_work(tmp_path, coconut, monkeypatch):
+    bench = Bench(tmp_path, coconut)
+
+    class Full:
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    plain = EventLog.__init__
+
+    def start(self, *arguments):
+        plain(self, *arguments)
+        self._file = Full()
+
+    monkeypatch.setattr(EventLog, "__init__", start)
+    assert bench.draft().manifest.kept == 24
+    assert bench.events("unit") == []
+
+
+def _counting(plain, loads: list[str]):
+    def load(self, stage):
+        loads.append(stage.name)
+        plain(self, stage)
+
+    return load

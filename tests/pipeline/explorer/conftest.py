@@ -1,0 +1,64 @@
+"""One corpus and one server for all tests of the explorer; a browser where there is one."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from paracaption.pipeline.corpus import merge
+from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.pipeline.explorer.server import Explorer, make_app
+from tests.pipeline.explorer import corpus, runs
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+
+
+@pytest.fixture(scope="session")
+def out(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("explorer")
+    config = corpus.config_of(root)
+    corpus.build(config)
+    merge.merge(root / "out", config)
+    return root / "out"
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    return runs.write(tmp_path_factory.mktemp("run") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def catalog(out) -> Catalog:
+    return Catalog(out)
+
+
+@pytest.fixture(scope="session")
+def explorer(out, run) -> Explorer:
+    return Explorer(out, run)
+
+
+@pytest.fixture(scope="session")
+def client(explorer) -> TestClient:
+    return TestClient(make_app(explorer), base_url="http://localhost:8080")
+
+
+@pytest.fixture(scope="session")
+def address(out, run, tmp_path_factory):
+    """Of a server of its own on a corpus of its own, started by the command."""
+    out = shutil.copytree(out, tmp_path_factory.mktemp("served") / "out")
+    with corpus.serving(out, "--run", str(run)) as printed:
+        yield printed.removesuffix("/")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Ends with its file: while it runs, nothing else in this process can run an event loop."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"no browser at {CHROMIUM}; install Debian's chromium, or name one in $CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -1,0 +1,116 @@
+"""Photos: what is refused at the header, and what pixels come out."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paracaption.pipeline.io import photos
+from paracaption.schemas.errors import BadRecord
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Blob, ImageRecord
+
+LIMIT = 1_000_000
+
+
+def save(path, pixels, mode=None, **options):
+    image = Image.fromarray(pixels) if mode is None else Image.fromarray(pixels).convert(mode)
+    image.save(path, **options)
+    return Blob(str(path))
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def reason_of(call, *arguments):
+    with pytest.raises(BadRecord) as caught:
+        call(*arguments)
+    return caught.value.reason
+
+
+def test_a_header_says_format_and_size_whatever_the_file_is_called(tmp_path):
+    save(tmp_path / "a.jpg", noise(30, 40, 3))
+    (tmp_path / "a.jpg").rename(tmp_path / "a.png")
+    assert photos.probe(Blob(str(tmp_path / "a.png")), LIMIT) == ("jpeg", 40, 30, 1)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_truncated_photo_is_found_by_its_ending(tmp_path, ending):
+    blob = save(tmp_path / f"a.{ending}", noise(300, 400, 3))
+    data = (tmp_path / f"a.{ending}").read_bytes()
+    (tmp_path / f"a.{ending}").write_bytes(data[: len(data) // 2])
+    assert reason_of(photos.probe, blob, LIMIT) == Reason.PHOTO_UNREADABLE
+    assert reason_of(photos.decode, blob, data[: len(data) // 2], LIMIT) == Reason.PHOTO_UNREADABLE
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"BM"])
+def test_what_is_no_image_is_unreadable(tmp_path, data):
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert reason_of(photos.probe, Blob(str(tmp_path / "a.jpg")), LIMIT) == Reason.PHOTO_UNREADABLE
+
+
+def test_a_missing_photo_is_missing(tmp_path):
+    assert reason_of(photos.probe, Blob(str(tmp_path / "no.jpg")), LIMIT) == Reason.PHOTO_MISSING
+
+
+def test_a_decompression_bomb_is_refused_at_its_header(tmp_path):
+    Image.new("1", (2000, 2000)).save(tmp_path / "a.png")
+    assert reason_of(photos.probe, Blob(str(tmp_path / "a.png")), LIMIT) == Reason.PHOTO_TOO_LARGE
+
+
+def test_orientation_is_reported_and_never_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    blob = save(tmp_path / "a.jpg", noise(30, 40, 3), exif=exif)
+    assert photos.probe(blob, LIMIT) == ("jpeg", 40, 30, 6)
+    record = ImageRecord("a", "coconut", blob, 40, 30)
+    assert photos.read_pixels(record).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_every_jpeg_mode_becomes_rgb(tmp_path, mode):
+    blob = save(tmp_path / "a.jpg", noise(30, 40, 3), mode)
+    pixels = photos.read_pixels(ImageRecord("a", "coconut", blob, 40, 30))
+    assert pixels.shape == (30, 40, 3) and pixels.dtype == np.uint8
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = np.arange(0, 65_536, 64, dtype=np.uint16).reshape(32, 32)
+    blob = save(tmp_path / "a.png", values)
+    pixels = photos.read_pixels(ImageRecord("a", "coconut", blob, 32, 32))
+    assert (pixels[..., 0] == values >> 8).all()
+
+
+def test_a_photo_of_another_size_than_its_record_is_a_mismatch(tmp_path):
+    blob = save(tmp_path / "a.png", noise(30, 40, 3))
+    assert reason_of(photos.read_pixels, ImageRecord("a", "coconut", blob, 30, 40)) == Reason.SIZE_MISMATCH
+
+
+def test_a_photo_inside_a_tar_is_read_by_offset(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(noise(30, 40, 3)).save(buffer, "PNG")
+    (tmp_path / "a.tar").write_bytes(b"before" + buffer.getvalue() + b"after")
+    blob = Blob(str(tmp_path / "a.tar"), 6, len(buffer.getvalue()))
+    assert photos.probe(blob, LIMIT)[:3] == ("png", 40, 30)
+
+
+def test_damaged_files_never_raise_anything_but_a_bad_record(tmp_path):
+    random = np.random.default_rng(1)
+    for ending in ("jpg", "png", "webp", "bmp", "tiff"):
+        path = tmp_path / f"a.{ending}"
+        blob = save(path, noise(24, 32, 3))
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(150):
+            data = whole.copy()
+            data[random.integers(0, min(data.size, 600), 4)] = random.integers(0, 256, 4)
+            path.write_bytes(data.tobytes())
+            for call in (
+                lambda b=blob: photos.probe(b, LIMIT),
+                lambda b=blob, d=data: photos.decode(b, d.tobytes(), LIMIT),
+            ):
+                try:
+                    call()
+                except BadRecord as error:
+                    assert error.reason in (Reason.PHOTO_UNREADABLE, Reason.PHOTO_TOO_LARGE)

@@ -1,0 +1,86 @@
+"""Masks become RLEs as pycocotools writes them, best first, whatever the chunk."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco
+
+from paracaption.pipeline.models.masks import to_candidates, to_rles
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_rles_are_pycocotools_own_and_an_empty_mask_is_none(count, height, width, share, seed):
+    import torch
+
+    masks = np.random.default_rng(seed).random((count, height, width)) < share
+    for mask, found in zip(masks, to_rles(torch.from_numpy(masks)), strict=True):
+        if not mask.any():
+            assert found is None
+            continue
+        expected = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert found is not None
+        assert (list(found.size), found.counts.encode()) == (expected["size"], expected["counts"])
+
+
+def test_candidates_come_best_first_and_without_the_empty_ones():
+    import torch
+
+    masks = torch.zeros(4, 2, 3)
+    for number in (0, 1, 3):
+        masks[number, 0, : number + 1] = 1
+    found = to_candidates(masks, torch.tensor([0.2, 0.9, 0.95, 0.2]), (2, 3), lambda low: low > 0.5)
+    assert [candidate.score for candidate in found] == pytest.approx([0.9, 0.2, 0.2])
+    assert [int(coco.area({"size": [2, 3], "counts": c.rle.counts.encode()})) for c in found] == [2, 1, 3]
+
+
+def test_no_masks_are_no_candidates():
+    import torch
+
+    assert to_candidates(torch.zeros(0, 4, 4), torch.zeros(0), (9, 9), lambda low: low > 0) == []
+
+
+def test_masks_that_do_not_fit_together_are_enlarged_in_halves():
+    import torch
+
+    sizes = []
+
+    def enlarge(low):
+        sizes.append(len(low))
+        if len(low) > 2:
+            raise torch.OutOfMemoryError("too many")
+        return low > 0.5
+
+    masks = torch.rand(7, 4, 4)
+    found = to_candidates(masks, torch.arange(7) / 10, (4, 4), enlarge)
+    assert found == to_candidates(masks, torch.arange(7) / 10, (4, 4), lambda low: low > 0.5)
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1] or max(sizes[2:]) <= 2, sizes
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_a_cpu_finds(tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    from paracaption.filters import rle
+    from paracaption.pipeline.models.sam import SamSegmenter
+    from paracaption.pipeline.models.sam3 import Sam3Segmenter
+    from tests.synthetic import scene
+    from tests.tiny.sam import write_sam, write_sam3
+
+    photo, boxes = scene(0)[0], np.array([[0, 0, 128, 96], [10, 12, 60, 80]], np.float32)
+    for make, options in (
+        (SamSegmenter, {"model": str(write_sam(tmp_path / "sam"))}),
+        (Sam3Segmenter, {"model": str(write_sam3(tmp_path / "sam3")), "threshold": 0.35}),
+    ):
+        exact, single, half = (
+            make(device=device, dtype=dtype, **options).segment(photo, ["cat", "a red car"], boxes)
+            for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "auto"))
+        )
+        for one, two, three in zip(exact, single, half, strict=True):
+            assert one
+            assert one[0].score == pytest.approx(two[0].score, abs=1e-3)
+            assert rle.iou([one[0].rle], [c.rle for c in two]).max() > 0.98
+            assert rle.iou([one[0].rle], [c.rle for c in three]).max() > 0.8
