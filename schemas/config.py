@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from .strict import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CoconutSource(_Strict):
+class CoconutSource(Strict):
     """One release in the COCONut layouts: COCO-panoptic JSON and PNGs, or Parquet with embedded PNGs."""
 
     layout: Literal["panoptic", "parquet"] = Field(
@@ -27,7 +25,7 @@ class CoconutSource(_Strict):
     categories: str | None = Field(
         default=None, description="category list (JSON); default: the JSON's own, or COCO's 133"
     )
-    licence: str = Field("unknown", description="shown in the dataset card")
+    license: str = Field("unknown", description="shown in the dataset card")
 
     @model_validator(mode="after")
     def _labels_given(self) -> CoconutSource:
@@ -36,14 +34,14 @@ class CoconutSource(_Strict):
         return self
 
 
-class Sa1bSource(_Strict):
+class Sa1bSource(Strict):
     """One part of SA-1B: tars of photo + JSON pairs, read in place by offset, or a folder of such pairs."""
 
     paths: list[str] = Field(description="sa_*.tar files or folders of pairs; globs allowed")
-    licence: str = Field("unknown", description="shown in the dataset card")
+    license: str = Field("unknown", description="shown in the dataset card")
 
 
-class Limits(_Strict):
+class Limits(Strict):
     """What input may look like before it is refused."""
 
     max_pixels: PositiveInt = Field(
@@ -55,7 +53,7 @@ class Limits(_Strict):
     )
 
 
-class Masks(_Strict):
+class Masks(Strict):
     """Thresholds of the mask filters. Shares are between 0 and 1, areas in pixels of the stored photo."""
 
     min_area_px: int = Field(default=256, ge=0, description="16 x 16: one patch of the vision tower")
@@ -85,7 +83,7 @@ class Masks(_Strict):
     )
 
 
-class Text(_Strict):
+class Text(Strict):
     """Rules for captions. Words are runs of letters or digits; in Chinese and Japanese, single characters."""
 
     min_words: int = Field(default=5, ge=0, description="shorter says no more than the category")
@@ -128,7 +126,7 @@ class Text(_Strict):
     max_same_sentence: int = Field(default=1, ge=1, description="times that one sentence may occur")
 
 
-class Backend(_Strict):
+class Backend(Strict):
     """A model behind one of the three protocols, and the resources of its actors.
 
     `name` is one of ours (`classical`, `lexical`, `grabcut`, ...) or `package.module:Class` of your own.
@@ -174,7 +172,7 @@ class Backend(_Strict):
 _SECRET = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
 
 
-class Io(_Strict):
+class Io(Strict):
     """The actors that read sources and write shards; beside models on GPUs they are two pools."""
 
     num_cpus: float = Field(default=1, gt=0, description="per actor")
@@ -184,7 +182,7 @@ class Io(_Strict):
     )
 
 
-class Failures(_Strict):
+class Failures(Strict):
     """What is tried again, how often, and when the build gives up."""
 
     unit_retries: int = Field(
@@ -204,7 +202,7 @@ class Failures(_Strict):
     )
 
 
-class BuildConfig(_Strict):
+class BuildConfig(Strict):
     """Everything that decides what is built. The resolved form is written into the output."""
 
     out: str = Field(description="folder of the corpus, on a file system that all nodes mount")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from .config import Backend
+from .strict import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Captioner(_Strict):
+class Captioner(Strict):
     """Who is examined."""
 
     name: str = Field(
@@ -25,14 +22,14 @@ class Captioner(_Strict):
     )
 
 
-class Judge(_Strict):
+class Judge(Strict):
     """Who answers the questions."""
 
     name: Literal["vllm", "openai"] = Field(description="in this process, or behind a server")
     options: dict[str, Any] = Field(default_factory=dict, description="as the pipeline's judge takes them")
 
 
-class Bench(_Strict):
+class Bench(Strict):
     """A benchmark's files."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of its folder among the results")
@@ -45,7 +42,7 @@ class Bench(_Strict):
     )
 
 
-class ProfileConfig(_Strict):
+class ProfileConfig(Strict):
     """What `paracaption profile` measures: a PerceptionDLM's cost on one photo after another."""
 
     scenes: str = Field(description="a corpus, whose photos are captioned")
@@ -59,7 +56,7 @@ class ProfileConfig(_Strict):
     repeats: PositiveInt = Field(default=3, description="of each measurement; the fastest counts")
 
 
-class EvaluateConfig(_Strict):
+class EvaluateConfig(Strict):
     """Everything that `paracaption evaluate` does; results of all models gather in one folder."""
 
     out: str = Field(description="folder of the results, and of history.jsonl")

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
+
+from .strict import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(_Strict):
+class Model(Strict):
     """Where the weights come from: a saved model, or random ones for a new model."""
 
     path: str | None = Field(
@@ -35,7 +33,7 @@ class Model(_Strict):
         return self
 
 
-class Corpus(_Strict):
+class Corpus(Strict):
     """A corpus to train on."""
 
     out: str = Field(description="`out` of a build; a folder or an fsspec URL")
@@ -43,7 +41,7 @@ class Corpus(_Strict):
     subsets: tuple[str, ...] | None = Field(default=None, description="some of its subsets; none: all")
 
 
-class Conversation(_Strict):
+class Conversation(Strict):
     """Questions and answers on whole images, in the form of LLaVA's data."""
 
     path: str = Field(description=".json, .jsonl or .parquet")
@@ -51,7 +49,7 @@ class Conversation(_Strict):
     weight: float = Field(default=1.0, gt=0, description="passes over it in an epoch")
 
 
-class Data(_Strict):
+class Data(Strict):
     """How batches are made."""
 
     packed: bool = Field(default=True, description="examples share a row; no padding is computed")
@@ -79,7 +77,7 @@ class Data(_Strict):
     cache: str | None = Field(default=None, description="local; none: ~/.cache/paracaption/training")
 
 
-class Noise(_Strict):
+class Noise(Strict):
     """How captions are masked."""
 
     level: Literal["example", "region"] = Field(
@@ -92,7 +90,7 @@ class Noise(_Strict):
     )
 
 
-class LearningRate(_Strict):
+class LearningRate(Strict):
     """Highest learning rate of each part; 0: the part is frozen."""
 
     vision: float = Field(default=4e-5, ge=0, description="the original's, stages 2 to 4 and regions")
@@ -107,7 +105,7 @@ class LearningRate(_Strict):
         return self
 
 
-class Lora(_Strict):
+class Lora(Strict):
     """Train small additions to the language model's matrices instead of the matrices."""
 
     rank: PositiveInt = Field(default=16, description="of an addition")
@@ -119,7 +117,7 @@ class Lora(_Strict):
     )
 
 
-class Spike(_Strict):
+class Spike(Strict):
     """When a step is skipped instead of taken, and when the run stops."""
 
     factor: float | None = Field(
@@ -129,7 +127,7 @@ class Spike(_Strict):
     stop_after: PositiveInt = Field(default=3, description="skipped steps in a row: something is broken")
 
 
-class Checkpoint(_Strict):
+class Checkpoint(Strict):
     """What is kept to resume from."""
 
     every: PositiveInt = Field(default=500, description="steps; the last step is always kept")
@@ -137,7 +135,7 @@ class Checkpoint(_Strict):
     asynchronous: bool = Field(default=True, description="training goes on while it is written")
 
 
-class Log(_Strict):
+class Log(Strict):
     """Metrics: metrics.jsonl and TensorBoard always."""
 
     every: PositiveInt = Field(default=10, description="steps between lines on the terminal; files have all")
@@ -148,7 +146,7 @@ class Log(_Strict):
     wandb: str | None = Field(default=None, description="project in Weights & Biases; none: not used")
 
 
-class Ray(_Strict):
+class Ray(Strict):
     """Ray Train's workers."""
 
     workers: int = Field(default=0, ge=0, description="0: train in this process")
@@ -157,7 +155,7 @@ class Ray(_Strict):
     max_failures: int = Field(default=3, ge=-1, description="restarts from the last checkpoint; -1: no end")
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """Captions of images that were not trained on, when the model is there."""
 
     out: str = Field(description="`out` of a build with images that `corpora` does not have")
@@ -173,7 +171,7 @@ class Evaluation(_Strict):
     )
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """Everything that decides what is trained. The resolved form is written into the output."""
 
     out: str = Field(description="folder of checkpoints, metrics and the trained model")

@@ -60,8 +60,8 @@ def write(
     """Commit a corpus under `out`, sources beside it. Units have 4 images; COCONut's third has no shard."""
     config = config_of(
         out,
-        coconut=write_coconut(out.parent / "coconut-source", num_coconut) | {"licence": "CC BY 4.0 | test"},
-        sa1b=write_sa1b(out.parent / "sa1b-source", num_sa1b) | {"licence": "none: synthetic"},
+        coconut=write_coconut(out.parent / "coconut-source", num_coconut) | {"license": "CC BY 4.0 | test"},
+        sa1b=write_sa1b(out.parent / "sa1b-source", num_sa1b) | {"license": "none: synthetic"},
     )
     for subset in config.subsets:
         folder = out / subset

@@ -309,7 +309,7 @@ def _write_config(folder: Path, options: Options) -> Path:
         "annotations": ["panoptic.json"],
         "labels": "panoptic",
         "photos": ["photos"],
-        "licence": "CC0 (drawn by a program)",
+        "license": "CC0 (drawn by a program)",
     }
     config = {
         "out": "corpus",

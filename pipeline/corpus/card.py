@@ -128,7 +128,7 @@ def _pictures() -> str:
 
 def _licences(config: BuildConfig) -> str:
     rows = [
-        (plots.title_of(subset), f"`{where}`", _plain(source.licence))
+        (plots.title_of(subset), f"`{where}`", _plain(source.license))
         for subset, sources in (("coconut", config.coconut), ("sa1b", config.sa1b))
         for source in sources
         for where in [", ".join(getattr(source, "annotations", None) or getattr(source, "paths", []))]

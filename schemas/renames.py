@@ -1,0 +1,82 @@
+"""Every name that was changed, with the version from which the old one is no longer understood.
+
+An old name still works until then, and a warning says the new one. Names that lie on disk (columns, events,
+manifests, review files) and whatever enters a digest are a format: they are not renamed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class RenamedWarning(FutureWarning):
+    """An old name was used; the message says the new one."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """One renamed thing.
+
+    Attributes:
+        where: the class of the configuration that has the key, or "command" or "option".
+        old: the name until now; an option is written with its command, as `evaluate --scenes`.
+        new: the name to use.
+        until: the first version that does not know the old name.
+        values: old value -> new value, where values were renamed too.
+    """
+
+    where: str
+    old: str
+    new: str
+    until: str = "0.4"
+    values: dict[str, str] = field(default_factory=dict)
+
+
+RENAMED: tuple[Renamed, ...] = (
+    Renamed("CoconutSource", "licence", "license"),
+    Renamed("Sa1bSource", "licence", "license"),
+)
+
+
+def translate(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The mapping with its old keys replaced, and a `RenamedWarning` for each.
+
+    Args:
+        where: the class of the configuration that is being read.
+        values: keys and values as they were given.
+
+    Raises:
+        ValueError: a key is given under both names.
+    """
+    for each in _of(where):
+        if each.old not in values:
+            continue
+        if each.new != each.old and each.new in values:
+            raise ValueError(f"`{each.new}` and its old name `{each.old}` are both given; keep `{each.new}`")
+        value = values[each.old]
+        changed = each.values.get(value, value) if isinstance(value, str) else value
+        if each.new == each.old and changed == value:
+            continue
+        values = {(each.new if name == each.old else name): given for name, given in values.items()}
+        values[each.new] = changed
+        warn(each, value, changed)
+    return values
+
+
+def warn(renamed: Renamed, value: object = None, changed: object = None) -> None:
+    """Say the new name, and the new value if that has changed too."""
+    old, new = renamed.old, renamed.new
+    if value != changed:
+        old, new = f"{old}: {value}", f"{new}: {changed}"
+    warnings.warn(
+        f"`{old}` is now `{new}`; paracaption {renamed.until} will not know the old name",
+        RenamedWarning,
+        stacklevel=2,
+    )
+
+
+def _of(where: str) -> Iterator[Renamed]:
+    return (each for each in RENAMED if each.where == where)
