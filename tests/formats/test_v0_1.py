@@ -23,6 +23,9 @@ from paracaption.pipeline.stages import base
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.evidence import EvidenceStore
 
+# Its configuration has the names of its time.
+pytestmark = pytest.mark.filterwarnings("default::paracaption.schemas.renames.RenamedWarning")
+
 HERE = Path(__file__).parent / "v0_1"
 SAMPLES = Path(__file__).resolve().parents[2] / "samples"
 REGIONS = {"coconut": 24, "sa1b": 16}
