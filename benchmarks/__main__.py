@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("stream", "mask_filters", "planning", "memory", "capacity", "segmenters", "gar", "judge")
+NAMES = ("stream", "mask_filters", "planning", "memory", "estimate", "segmenters", "gar", "judge")
 NAMES += ("decoder", "decoder_memory", "loader", "explorer")
 
 if __name__ == "__main__":

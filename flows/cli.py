@@ -203,8 +203,8 @@ def plan(
     from rich.console import Console
 
     from ..pipeline.config_file import load_config
-    from ..pipeline.executor import estimate_rates as measuring
-    from ..pipeline.executor import estimate_view
+    from ..pipeline.executor.estimate import rates as measuring
+    from ..pipeline.executor.estimate import report as estimate_view
 
     loaded = load_config(config)
     pilot = run or Path(loaded.out)

@@ -21,7 +21,8 @@ import msgspec
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ..corpus import work_list as plans
-from . import driver, estimate, gpus, ray_data
+from . import driver, gpus, ray_data
+from .estimate import predict as estimate
 from .findings import (
     BACKEND_EXTRA,
     CPU_VLLM,

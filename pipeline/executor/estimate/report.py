@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...schemas.config import BuildConfig
-from ...schemas.errors import ConfigError, IntegrityError
-from .. import sources
-from ..corpus import work_list
-from . import estimate
-from .estimate import Plan, Size, SubsetPlan
-from .estimate_rates import Rates
+from ....schemas.config import BuildConfig
+from ....schemas.errors import ConfigError, IntegrityError
+from ... import sources
+from ...corpus import work_list
+from . import predict as estimate
+from .predict import Plan, Size, SubsetPlan
+from .rates import Rates
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,12 +9,12 @@ import msgspec
 import numpy as np
 import yaml
 
-from ...schemas.errors import ConfigError
-from ..corpus import reader, writer
-from ..corpus.events import Event, EventReader
-from ..corpus.utilization import run_folders
-from ..sources import SOURCE_STAGE
-from ..stages.base import RECIPES
+from ....schemas.errors import ConfigError
+from ...corpus import reader, writer
+from ...corpus.events import Event, EventReader
+from ...corpus.utilization import run_folders
+from ...sources import SOURCE_STAGE
+from ...stages.base import RECIPES
 
 _BY_IMAGE = {SOURCE_STAGE, writer.WRITE_STAGE}
 _MIN_UNITS = 8

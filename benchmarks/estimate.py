@@ -1,6 +1,6 @@
 """A build's time, predicted by `paracaption plan` from a pilot of one tenth, against the time it then takes.
 
-    python -m benchmarks.capacity [--images 200]
+    python -m benchmarks.estimate [--images 200]
 
 Both are the real command in a process of its own: both subsets, the embedded backends, a Ray of its own. The
 pilot builds the first tenth (`--limit-images`). Compared are the streams (start of Ray, actors and models,
@@ -23,8 +23,9 @@ import yaml
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.corpus.utilization import run_folders
-from paracaption.pipeline.executor import estimate, estimate_rates
-from paracaption.pipeline.executor.estimate import Size
+from paracaption.pipeline.executor.estimate import predict as estimate
+from paracaption.pipeline.executor.estimate import rates as estimate_rates
+from paracaption.pipeline.executor.estimate.predict import Size
 from tests.synthetic import write_coconut, write_sa1b
 
 SHARE = 10

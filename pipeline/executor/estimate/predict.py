@@ -17,11 +17,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ...schemas.config import Backend, BuildConfig
-from ...schemas.errors import ConfigError
-from ..stages.base import RECIPES, ModelStage
-from . import ray_data
-from .estimate_rates import Rates, StageRate, SubsetRates
+from ....schemas.config import Backend, BuildConfig
+from ....schemas.errors import ConfigError
+from ...stages.base import RECIPES, ModelStage
+from .. import ray_data
+from .rates import Rates, StageRate, SubsetRates
 
 _EMBEDDED = {"captioner": "classical", "judge": "lexical", "segmenter": "grabcut"}
 

@@ -14,13 +14,11 @@ from rich.console import Console
 
 from paracaption.pipeline.corpus import writer
 from paracaption.pipeline.corpus.events import EventLog
-from paracaption.pipeline.executor import (
-    estimate,
-    estimate_rates,
-    estimate_view,
-)
-from paracaption.pipeline.executor.estimate import Size, balance
-from paracaption.pipeline.executor.estimate_rates import Rates, StageRate, SubsetRates
+from paracaption.pipeline.executor.estimate import predict as estimate
+from paracaption.pipeline.executor.estimate import rates as estimate_rates
+from paracaption.pipeline.executor.estimate import report as estimate_view
+from paracaption.pipeline.executor.estimate.predict import Size, balance
+from paracaption.pipeline.executor.estimate.rates import Rates, StageRate, SubsetRates
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 
