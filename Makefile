@@ -31,6 +31,7 @@ bench: .venv/dev  ## every measurement of docs/benchmarks.md, as ratios
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright
 
 lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = {"torch", "ray", "vllm", "transformers", "cv2", "prefect", "pyarrow", "matplotlib"}
 
@@ -9,6 +10,7 @@ HEAVY = {"torch", "ray", "vllm", "transformers", "cv2", "prefect", "pyarrow", "m
 def test_the_libraries_import_nothing_heavy_and_few_modules():
     script = """
 import sys
+from pathlib import Path
 before = set(sys.modules)
 import paracaption.schemas, paracaption.filters, paracaption.pipeline
 print(*set(sys.modules) - before)
@@ -58,6 +60,7 @@ print(*sorted({"torch", "ray", "vllm", "transformers", "cv2", "prefect"} & set(s
 def test_the_command_lines_help_needs_neither_ray_nor_prefect():
     script = """
 import sys
+from pathlib import Path
 from typer.testing import CliRunner
 from paracaption.flows.cli import app
 assert CliRunner().invoke(app, ["--help"]).exit_code == 0
@@ -65,3 +68,16 @@ print(*sorted({"torch", "ray", "prefect", "cv2"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_import_rule_is_checked_for_every_file():
+    """`make lint` reads the package through its links: none may be skipped."""
+    import grimp
+
+    root = Path(__file__).parents[1]
+    folders = ("schemas", "filters", "pipeline", "model_training", "flows")
+    files = [
+        path.relative_to(root).with_suffix("") for each in folders for path in (root / each).rglob("*.py")
+    ]
+    modules = {".".join(("paracaption", *path.parts)).removesuffix(".__init__") for path in files}
+    assert grimp.build_graph("paracaption", cache_dir=None).modules == modules | {"paracaption"}
