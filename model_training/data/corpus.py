@@ -27,6 +27,7 @@ from ...schemas.errors import BadSample, ConfigError, IntegrityError
 from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import Sample
+from ...schemas.summary import CorpusSummary
 from ..model import tiling
 from .options import CorpusSource, DataOptions
 from .order import even_groups, keys_of, num_groups, varied_groups
@@ -301,7 +302,7 @@ def _is_fresh(out: str, digests: dict[str, str]) -> bool:
     """Whether the index was merged from these very manifests."""
     try:
         stats = files.read(Blob(f"{out.rstrip('/')}/{merge.STATS}"))
-        summary = msgspec.json.decode(stats, type=merge.CorpusSummary)
+        summary = msgspec.json.decode(stats, type=CorpusSummary)
         size = files.size_of(Blob(f"{out.rstrip('/')}/{reader.INDEX}"))
     except (OSError, msgspec.MsgspecError, UnicodeError):
         return False

@@ -17,7 +17,7 @@ from ..config_file import dump_config
 from . import plots
 
 if TYPE_CHECKING:
-    from .merge import CorpusSummary, SubsetSummary
+    from ...schemas.summary import CorpusSummary, SubsetSummary
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _SIZES += ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))

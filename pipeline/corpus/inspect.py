@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...schemas.summary import SubsetCounts
 from . import merge, plots, reader, utilization
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _rows(path: Path) -> Iterator[tuple[str, int, Sample]]:
         yield name, rank, Sample(key, number, category or core or "", caption or "", detail or "")
 
 
-def _head(subset: str, counts: merge.Counts) -> list[Any]:
+def _head(subset: str, counts: SubsetCounts) -> list[Any]:
     from rich.text import Text
 
     said = (
@@ -118,7 +119,7 @@ def _head(subset: str, counts: merge.Counts) -> list[Any]:
     return parts
 
 
-def _funnel(counts: merge.Counts) -> Any:
+def _funnel(counts: SubsetCounts) -> Any:
     from rich.table import Table
     from rich.text import Text
 

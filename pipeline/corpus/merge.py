@@ -21,6 +21,7 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import SCORES
+from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetCounts, SubsetSummary
 from ..io import files
 from ..sources import SOURCE_STAGE
 from . import ledger, reader
@@ -48,101 +49,6 @@ STAGES = {
 
 _ROWS_PER_GROUP = 131_072
 _CHARS_PER_BIN = 25
-
-
-class Step(msgspec.Struct):
-    """One step of the funnel: regions that reached it, how many it dropped, and why (most frequent first)."""
-
-    stage: str
-    regions_in: int
-    dropped: int
-    reasons: dict[str, int]
-
-
-class Counts(msgspec.Struct):
-    """What the manifests of a subset say together.
-
-    Attributes:
-        units: committed ones.
-        images: of all units.
-        images_captioned: with at least one kept region.
-        images_dropped: dropped as a whole, by reason.
-        regions: declared by the source.
-        kept: in the shards.
-        funnel: the steps in order; each step's `regions_in` less `dropped` is the next one's `regions_in`.
-        shard_bytes: of all shards.
-        plans, recipes: digests; more than one of either is a fault.
-        manifests: SHA-256 over all manifests in order: whether the index is of these units.
-    """
-
-    units: int
-    images: int
-    images_captioned: int
-    images_dropped: dict[str, int]
-    regions: int
-    kept: int
-    funnel: list[Step]
-    shard_bytes: int
-    plans: list[str]
-    recipes: list[str]
-    manifests: str
-
-
-class Histogram(msgspec.Struct):
-    """Counts of values by bin: `edges[i] <= value < edges[i + 1]`; `mean` is exact, of all values."""
-
-    edges: list[int]
-    counts: list[int]
-    mean: float
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts)
-
-    def quantile(self, share: float) -> int:
-        """The lower edge of the bin that holds the given share's value; 0 if there is none."""
-        left = share * self.total
-        for edge, count in zip(self.edges, self.counts, strict=False):
-            left -= count
-            if left <= 0 and count:
-                return edge
-        return 0
-
-
-class SubsetSummary(msgspec.Struct):
-    """A subset's numbers. Distributions are of kept regions, except those that say `declared`.
-
-    Attributes:
-        counts: from the manifests.
-        categories: the most frequent ones, (name, regions); the annotation's, else the one named from the
-            caption.
-        num_categories: distinct ones.
-        caption_words, caption_chars: lengths.
-        regions_per_image: of images with at least one.
-        regions_per_image_declared: of all images.
-        area_px, area_px_declared: mask areas in octaves of pixels.
-    """
-
-    counts: Counts
-    categories: list[tuple[str, int]]
-    num_categories: int
-    caption_words: Histogram
-    caption_chars: Histogram
-    regions_per_image: Histogram
-    regions_per_image_declared: Histogram
-    area_px: Histogram
-    area_px_declared: Histogram
-
-
-class CorpusSummary(msgspec.Struct):
-    """`OUT/stats.json`: the same for the same committed units."""
-
-    images: int
-    images_captioned: int
-    regions: int
-    kept: int
-    index: FileEntry
-    subsets: dict[str, SubsetSummary]
 
 
 def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
@@ -230,7 +136,7 @@ def is_merged(out: str | Path) -> bool:
     )
 
 
-def count(out: str | Path, subset: str) -> Counts:
+def count(out: str | Path, subset: str) -> SubsetCounts:
     """The funnel and the counts of a subset from its manifests alone: cheap, and right while a build runs."""
     counting = _Counting(subset)
     for manifest, path in reader.iter_committed(out, subset):
@@ -238,7 +144,7 @@ def count(out: str | Path, subset: str) -> Counts:
     return counting.result()
 
 
-def funnel(subset: str, regions: int, dropped: dict[str, int]) -> list[Step]:
+def funnel(subset: str, regions: int, dropped: dict[str, int]) -> list[FunnelStep]:
     """The steps of a subset in order, from the number of declared regions and the drops by "stage/reason"."""
     by_stage: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES.get(subset, ())}
     for name in sorted(dropped):
@@ -247,7 +153,7 @@ def funnel(subset: str, regions: int, dropped: dict[str, int]) -> list[Step]:
     steps = []
     for stage, reasons in by_stage.items():
         ranked = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
-        steps.append(Step(stage, regions, reasons.total(), ranked))
+        steps.append(FunnelStep(stage, regions, reasons.total(), ranked))
         regions -= reasons.total()
     return steps
 
@@ -277,10 +183,10 @@ class _Counting:
         self.plans.add(manifest.plan)
         self.recipes.add(manifest.recipe)
 
-    def result(self) -> Counts:
+    def result(self) -> SubsetCounts:
         names = ("units", "images", "images_captioned", "regions", "kept", "shard_bytes")
         numbers = {name: self.numbers[name] for name in names}
-        return Counts(
+        return SubsetCounts(
             **numbers,
             images_dropped=dict(sorted(self.images_dropped.items())),
             funnel=funnel(self.subset, self.numbers["regions"], self.dropped),
@@ -343,7 +249,7 @@ class _Measuring:
             each = rows.group_by("key").aggregate([("region", "count")])
             tally.add(_numbers(each["region_count"]))
 
-    def result(self, counts: Counts) -> SubsetSummary:
+    def result(self, counts: SubsetCounts) -> SubsetSummary:
         ranked = sorted(self.categories.items(), key=lambda item: (-item[1], item[0]))
         return SubsetSummary(
             counts=counts,

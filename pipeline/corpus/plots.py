@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..io import files
 
 if TYPE_CHECKING:
-    from .merge import CorpusSummary, Histogram, Step, SubsetSummary
+    from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetSummary
 
 KEPT = "#0072B2"
 DROPPED = "#E69F00"
@@ -148,7 +148,7 @@ def _draw_funnel(subset: SubsetSummary, axes: Any) -> None:
             )
 
 
-def _main_reasons(step: Step) -> str:
+def _main_reasons(step: FunnelStep) -> str:
     names = [reason.replace("_", " ") for reason in step.reasons]
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 

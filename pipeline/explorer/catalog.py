@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import duckdb
 
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from ...schemas.summary import SubsetCounts
 from ..corpus import merge, reader
 from .query import CATEGORY, Query
 
@@ -142,7 +143,7 @@ class Catalog:
         """Names of the subsets, sorted."""
         return [name for name, _ in self.version]
 
-    def counts(self, subset: str) -> merge.Counts:
+    def counts(self, subset: str) -> SubsetCounts:
         """Funnel and counts, as the terminal shows them."""
         return self.remember(("counts", subset), lambda: merge.count(self.out, subset))
 
