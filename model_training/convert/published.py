@@ -22,13 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipeline.io import weights
+from ...pipeline.io import tensor_files, weights
+from ...pipeline.io.tensor_files import INDEX, SHARD_BYTES, Entry
 from ...schemas.errors import ConfigError
 from ..model import tokenizer as vocabulary
 from ..model.config import PerceptionDLMConfig
 from . import leftovers as unused
-from . import state_dict_adapter, tensor_files
-from .tensor_files import INDEX, SHARD_BYTES, Entry
+from . import state_dict_adapter
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...pipeline.io import tensor_files
 from ...schemas.errors import ConfigError
-from ..convert import tensor_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
 from paracaption.model_training.convert import published as convert
-from paracaption.model_training.convert import tensor_files
 from paracaption.model_training.model import processor as processing
 from paracaption.model_training.model import tokenizer
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
+from paracaption.pipeline.io import tensor_files
 from paracaption.schemas.errors import ConfigError
 from tests.shared_data import recorded
 from tests.tiny import perceptiondlm as tiny

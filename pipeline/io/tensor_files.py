@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...pipeline.io import weights
 from ...schemas.errors import ConfigError
+from . import weights
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +235,7 @@ def _write_shard(path: Path, shard: Mapping[str, Entry]) -> None:
             tensor = shard[name].load()
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             assert flat.numel() == shard[name].num_bytes, name
-            file.write(memoryview(flat.numpy()))
+            file.write(flat.numpy().data)
             del tensor, flat
         file.flush()
         os.fsync(file.fileno())
