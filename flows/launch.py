@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from . import views, watch
+from . import watch
+from .cli import progress
 from .server import PrefectServer
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def _prefect(module: str, beside: Callable[[], None] = lambda: None) -> Iterator
 
 
 def _import_quietly(module: str) -> None:
-    views.quiet_prefect()
+    progress.quiet_prefect()
     importlib.import_module(module)
 
 

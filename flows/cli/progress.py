@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..schemas.errors import ParaCaptionError
+from ...schemas.errors import ParaCaptionError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..model_training.evaluation.profile import Row
-    from ..pipeline.executor.progress import Progress
+    from ...model_training.evaluation.profile import Row
+    from ...pipeline.executor.progress import Progress
 
 
 @contextmanager

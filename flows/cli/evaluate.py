@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import views
+from .progress import counting_parts, show_row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,13 +26,13 @@ def evaluate(
     """Examine a captioner: benchmarks with a judge, toy world, cost. Goes on where it was interrupted."""
     from rich.console import Console
 
-    from ..pipeline.config_file import load_evaluation
-    from ..pipeline.executor import findings
-    from . import launch, preflight
+    from ...pipeline.config_file import load_evaluation
+    from ...pipeline.executor import findings
+    from .. import launch, preflight
 
     loaded = load_evaluation(config)
     findings.refuse(preflight.evaluation(loaded))
-    with views.counting_parts() as show:
+    with counting_parts() as show:
         found = launch.evaluate(loaded, show)
     Console().print(_table(found))
     for result in found["benchmarks"]:
@@ -53,13 +53,13 @@ def profile(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Measure what captioning costs against regions, parallelism, lengths, steps, thresholds, caches."""
-    from ..model_training.evaluation import profile as measuring
-    from ..schemas.evaluation import ProfileConfig
+    from ...model_training.evaluation import profile as measuring
+    from ...schemas.evaluation import ProfileConfig
 
     given: dict[str, Any] = {"scenes": scenes, "images": images, "repeats": repeats}
     given |= {"regions": tuple(range(1, regions + 1))}
     given |= {name: tuple(value) for name, value in (("lengths", length), ("steps", steps)) if value}
-    rows = measuring.profile(model, ProfileConfig(**given), out, device, dtype, views.show_row)
+    rows = measuring.profile(model, ProfileConfig(**given), out, device, dtype, show_row)
     print(measuring.table(rows), end="")
     for name in (measuring.TABLE, measuring.ROWS, measuring.PLOT):
         print(out / name)
@@ -79,10 +79,10 @@ def make(
     images: Annotated[int, typer.Option(min=1, help="At most; the most easily confused first.")] = 100,
 ) -> None:
     """Make a benchmark of a corpus: regions easily confused, questions drafted, a page to review them."""
-    from ..model_training.evaluation import make as making
-    from ..pipeline.config_file import load_judge
+    from ...model_training.evaluation import make as making
+    from ...pipeline.config_file import load_judge
 
-    with views.counting_parts() as show:
+    with counting_parts() as show:
         made = making.make(corpus, to, load_judge(judge), images, show)
     print(
         f"{made.questions:,} questions about {made.regions:,} regions of {made.images:,} images, unverified"

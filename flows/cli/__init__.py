@@ -1,4 +1,4 @@
-"""The command line: thin over the flows. Only this file, `cli_evaluate` and `views` print."""
+"""The command line: thin over the flows. Only this package prints."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
-from ..schemas.errors import ConfigError, ParaCaptionError
-from . import cli_evaluate, views
+from ...schemas.errors import ConfigError, ParaCaptionError
+from .evaluate import benchmark, evaluate, profile
+from .progress import BuildView, TrainingView, counting
 
 if TYPE_CHECKING:
-    from ..schemas.config import BuildConfig
+    from ...schemas.config import BuildConfig
 
 app = typer.Typer(
     name="paracaption",
@@ -54,7 +55,7 @@ def build(
     ] = False,
 ) -> None:
     """Build the corpus, or resume it: whatever is committed is not built again."""
-    from ..pipeline.config_file import load_config
+    from ...pipeline.config_file import load_config
 
     if local and ray_address is not None:
         raise ConfigError("build: choose --local or --ray-address; the local engine uses no cluster")
@@ -69,14 +70,14 @@ def audit(
     ] = None,
 ) -> None:
     """Read the sources without any model and report every problem."""
-    from ..pipeline import sources
-    from ..pipeline.config_file import load_config
-    from ..pipeline.executor import audit as auditing
+    from ...pipeline import sources
+    from ...pipeline.config_file import load_config
+    from ...pipeline.executor import audit as auditing
 
     loaded = load_config(config)
     total = auditing.Found()
     for subset in loaded.subsets:
-        with views.counting(f"{subset}: images read") as progress:
+        with counting(f"{subset}: images read") as progress:
             report = auditing.audit(sources.open_source(loaded, subset), loaded.limits, progress=progress)
         total.add(report.found)
         print(report.text())
@@ -88,7 +89,7 @@ def audit(
 @app.command()
 def verify(out: Out) -> None:
     """Check every promise that a corpus makes; exit code 1 names what is broken."""
-    from ..pipeline.corpus import verify as verifying
+    from ...pipeline.corpus import verify as verifying
 
     report = verifying.verify(out)
     print(report.text())
@@ -100,7 +101,7 @@ def inspect(out: Out) -> None:
     """Show the funnel, and samples of what was kept and of what was dropped and why."""
     from rich.console import Console
 
-    from ..pipeline.corpus import inspect as inspecting
+    from ...pipeline.corpus import inspect as inspecting
 
     Console().print(inspecting.inspect(out))
 
@@ -108,7 +109,7 @@ def inspect(out: Out) -> None:
 @app.command()
 def show(out: Out, key: str, picture: Annotated[Path, typer.Option("--out", help="PNG to write.")]) -> None:
     """Draw one image with its masks and captions."""
-    from ..pipeline.io import draw
+    from ...pipeline.io import draw
 
     draw.show(out, key, picture)
     print(picture)
@@ -130,7 +131,7 @@ def explore(
     ] = None,
 ) -> None:
     """Look at a corpus in the browser: the funnel, images with masks, other thresholds, reviews."""
-    from ..pipeline.explorer.serve import serve
+    from ...pipeline.explorer.serve import serve
 
     serve(out, host, port, token, run, shards, lambda url: print(f"{url} (Ctrl-C ends it)", flush=True))
 
@@ -141,7 +142,7 @@ def report(
     to: Annotated[Path | None, typer.Option(help="HTML file to write [default: OUT/report.html].")] = None,
 ) -> None:
     """Write the overview and samples of each drop reason as one HTML file, to send to someone."""
-    from ..pipeline.explorer import report as reporting
+    from ...pipeline.explorer import report as reporting
 
     print(reporting.write(out, to))
 
@@ -156,21 +157,21 @@ def doctor(
     """Check packages, GPUs, models, inputs and the output before a run; exit code 1 on a FAIL."""
     from rich.console import Console
 
-    from ..pipeline import config_file
-    from ..pipeline.executor import findings
+    from ...pipeline import config_file
+    from ...pipeline.executor import findings
 
     _one_kind("doctor", training, evaluation)
     if training:
-        from . import preflight
+        from .. import preflight
 
         loaded = config_file.load_training(config)
         found = list(preflight.training(loaded, on_cluster=ray_address is not None))
     elif evaluation:
-        from . import preflight
+        from .. import preflight
 
         found = list(preflight.evaluation(config_file.load_evaluation(config)))
     else:
-        from ..pipeline.executor import doctor as examining
+        from ...pipeline.executor import doctor as examining
 
         found = examining.examine(config_file.load_config(config), ray_address)
     Console().print(findings.render(found))
@@ -202,9 +203,9 @@ def plan(
     """Plan a build from a pilot: GPU-hours, wall time, the bottleneck, GPUs per stage, bytes."""
     from rich.console import Console
 
-    from ..pipeline.config_file import load_config
-    from ..pipeline.executor.estimate import rates as measuring
-    from ..pipeline.executor.estimate import report as estimate_view
+    from ...pipeline.config_file import load_config
+    from ...pipeline.executor.estimate import rates as measuring
+    from ...pipeline.executor.estimate import report as estimate_view
 
     loaded = load_config(config)
     pilot = run or Path(loaded.out)
@@ -230,7 +231,7 @@ def prepare(
     """Export a checkpoint's language model once, for vLLM; nothing to do if it is there."""
     if model != "gar":
         raise ConfigError(f"models prepare: {model!r} needs no preparation; only gar does")
-    from ..pipeline.models.gar import export as language_model
+    from ...pipeline.models.gar import export as language_model
 
     print(language_model.prepare(path, to))
 
@@ -252,7 +253,7 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of weights that are drawn.")] = 0,
 ) -> None:
     """Convert a PerceptionDLM between the published layout and ours, or make a new one of its parts."""
-    from ..model_training.convert import published as converting
+    from ...model_training.convert import published as converting
 
     if (path is None) == (language is None):
         raise ConfigError("models convert: name a PerceptionDLM's folder, or LLaDA's with --language")
@@ -274,14 +275,14 @@ def train(
     ] = False,
 ) -> None:
     """Train a model, or go on from the last checkpoint; `config` with --training prints every key."""
-    from ..pipeline.config_file import load_training
-    from ..pipeline.executor import findings, ray_data
-    from . import launch, preflight
+    from ...pipeline.config_file import load_training
+    from ...pipeline.executor import findings, ray_data
+    from .. import launch, preflight
 
     loaded = load_training(config)
     findings.refuse(preflight.training(loaded, wait, on_cluster=ray_address is not None))
     ray_data.check_address(ray_address)
-    done = launch.train(loaded, ray_address, wait, views.TrainingView(loaded.log.every).show)
+    done = launch.train(loaded, ray_address, wait, TrainingView(loaded.log.every).show)
     print(f"{done['steps']:,} steps, {done['skipped']:,} of them skipped: {done['model']}")
     if found := done.get("evaluation"):
         print(
@@ -346,8 +347,8 @@ def caption(
     """Caption the regions of a photo, all in parallel."""
     from rich.console import Console
 
-    from ..model_training.decoding import caption_photo, read_regions
-    from ..model_training.decoding import trace as tracing
+    from ...model_training.decoding import caption_photo, read_regions
+    from ...model_training.decoding import trace as tracing
 
     options = {"strategy": strategy, "steps": steps, "length": length, "threshold": threshold}
     options |= {"temperature": temperature, "top_p": top_p, "seed": seed, "cache": cache}
@@ -375,9 +376,9 @@ def caption(
         print(path)
 
 
-app.command()(cli_evaluate.evaluate)
-app.command()(cli_evaluate.profile)
-app.add_typer(cli_evaluate.benchmark, name="benchmark")
+app.command()(evaluate)
+app.command()(profile)
+app.add_typer(benchmark, name="benchmark")
 
 
 @app.command()
@@ -387,7 +388,7 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder for the export.")],
 ) -> None:
     """Write the corpus in another format; photos as files where the format names them by path."""
-    from ..pipeline.corpus import export as exporting
+    from ...pipeline.corpus import export as exporting
 
     for path in exporting.export(out, format, to):
         print(path)
@@ -396,9 +397,9 @@ def export(
 @app.command()
 def merge(config: Config) -> None:
     """Make index, statistics, plots and dataset card anew; `build` does it at its end."""
-    from ..pipeline.config_file import load_config
-    from ..pipeline.corpus import merge as corpus
-    from ..pipeline.executor import driver
+    from ...pipeline.config_file import load_config
+    from ...pipeline.corpus import merge as corpus
+    from ...pipeline.executor import driver
 
     loaded = load_config(config)
     with driver.locked(Path(loaded.out)):
@@ -411,8 +412,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the corpus goes.")] = Path("out/demo"),
 ) -> None:
     """Build both subsets of the bundled sample and draw a contact sheet."""
-    from ..pipeline.config_file import load_config
-    from ..pipeline.io import draw
+    from ...pipeline.config_file import load_config
+    from ...pipeline.io import draw
 
     sample = Path(str(resources.files("paracaption") / "samples" / "build.yaml")).resolve()
     loaded = load_config(sample).model_copy(update={"out": str(out.resolve())})
@@ -438,10 +439,10 @@ def config(
     evaluation: Annotated[bool, typer.Option("--evaluation", help="Of `evaluate`.")] = False,
 ) -> None:
     """Print every key of the configuration with its default and the reason for it."""
-    from ..pipeline.config_file import describe
-    from ..schemas.config import BuildConfig
-    from ..schemas.evaluation import EvaluateConfig
-    from ..schemas.training import TrainConfig
+    from ...pipeline.config_file import describe
+    from ...schemas.config import BuildConfig
+    from ...schemas.evaluation import EvaluateConfig
+    from ...schemas.training import TrainConfig
 
     _one_kind("config", training, evaluation)
     kind = TrainConfig if training else EvaluateConfig if evaluation else BuildConfig
@@ -457,9 +458,9 @@ def deploy(
         raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
     from prefect import serve
 
-    from .build import build_corpus
-    from .evaluate import evaluate_captioner
-    from .train import train_captioner
+    from ..build import build_corpus
+    from ..evaluate import evaluate_captioner
+    from ..train import train_captioner
 
     all_flows = (build_corpus, train_captioner, evaluate_captioner)
     serve(*(flow.to_deployment(name) for flow in all_flows))
@@ -473,9 +474,9 @@ def _build(
     retry_failed: bool = False,
 ) -> None:
     """Build, starting nothing where there is nothing to do or only to merge; then the summary."""
-    from ..pipeline.executor import driver, findings, preflight
-    from ..pipeline.executor.local import LocalEngine
-    from ..pipeline.executor.ray_data import RayEngine
+    from ...pipeline.executor import driver, findings, preflight
+    from ...pipeline.executor.local import LocalEngine
+    from ...pipeline.executor.ray_data import RayEngine
 
     engine = LocalEngine() if local else RayEngine(ray_address)
     asked = {"limit_images": limit_images, "retry_failed": retry_failed}
@@ -492,12 +493,12 @@ def _build(
     if driver.is_built(loaded, **asked):  # perhaps from other places than it was planned with
         driver.build(loaded, engine, **asked)
     elif isinstance(engine, LocalEngine):
-        with views.BuildView(live=False) as view:
+        with BuildView(live=False) as view:
             driver.build(loaded, engine, on_progress=view.show, **asked)
     else:
-        from . import launch
+        from .. import launch
 
-        with views.BuildView() as view:
+        with BuildView() as view:
             launch.build(loaded, engine, view.show, **asked)
     inspect(Path(loaded.out))
 
@@ -510,7 +511,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
-        from ..pipeline.executor import findings
+        from ...pipeline.executor import findings
 
         if error.name is None or error.name.partition(".")[0] not in findings.MODULES:
             raise

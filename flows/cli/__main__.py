@@ -1,0 +1,5 @@
+"""`python -m paracaption.flows.cli`: the command line where no console script is installed."""
+
+from . import main
+
+main()
