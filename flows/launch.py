@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..schemas.errors import ParaCaptionError
 from . import watch
-from .cli import progress
 from .server import PrefectServer
 
 if TYPE_CHECKING:
@@ -39,8 +41,24 @@ def _prefect(module: str, beside: Callable[[], None] = lambda: None) -> Iterator
 
 
 def _import_quietly(module: str) -> None:
-    progress.quiet_prefect()
+    _quiet_prefect()
     importlib.import_module(module)
+
+
+def _quiet_prefect() -> None:
+    """Prefect says what goes wrong; what a command prints anyway it says to nobody."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    import prefect  # noqa: F401 - sets its loggers up
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether Prefect says more than that an error is on its way to `main`, which prints it."""
+    if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
+        return False
+    return "Finished in state Failed" not in record.getMessage()
 
 
 def build(

@@ -12,7 +12,7 @@ from .progress import counting_parts, show_row
 if TYPE_CHECKING:
     from rich.table import Table
 
-benchmark = typer.Typer(help="Benchmarks of regions' captions.", no_args_is_help=True)
+benchmarks = typer.Typer(help="Benchmarks of regions' captions.", no_args_is_help=True)
 
 
 def evaluate(
@@ -65,7 +65,7 @@ def profile(
         print(out / name)
 
 
-@benchmark.command()
+@benchmarks.command()
 def make(
     corpus: Annotated[Path, typer.Argument(help="The `out` of a build.", show_default=False)],
     to: Annotated[Path, typer.Option(help="Folder of the benchmark.", show_default=False)],

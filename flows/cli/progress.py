@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-from ...schemas.errors import ParaCaptionError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,22 +60,6 @@ def show_row(row: Row) -> None:
         f"forwards {row.forwards:.1f}  tokens/forward {row.tokens_per_forward:.1f}  {row.seconds:.4f} s",
         file=sys.stderr,
     )
-
-
-def quiet_prefect() -> None:
-    """Prefect says what goes wrong; what a command prints anyway it says to nobody."""
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-    import prefect  # noqa: F401 - sets its loggers up
-
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether Prefect says more than that an error is on its way to `main`, which prints it."""
-    if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
-        return False
-    return "Finished in state Failed" not in record.getMessage()
 
 
 class TrainingView:

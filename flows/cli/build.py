@@ -1,0 +1,131 @@
+"""The commands that write a corpus: `build`, `merge`, `demo`, `deploy`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...schemas.errors import ConfigError
+from .arguments import Config, RayAddress
+from .corpus import inspect
+from .progress import BuildView
+
+if TYPE_CHECKING:
+    from ...schemas.config import BuildConfig
+
+
+def build(
+    config: Config,
+    ray_address: RayAddress = None,
+    limit_images: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N images of each subset.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option(help="Also build units again that hold drops by error.")
+    ] = False,
+    local: Annotated[
+        bool,
+        typer.Option("--local", help="In this process, one unit after the other, without Ray and Prefect."),
+    ] = False,
+) -> None:
+    """Build the corpus, or resume it: whatever is committed is not built again."""
+    from ...pipeline.config_file import load_config
+
+    if local and ray_address is not None:
+        raise ConfigError("build: choose --local or --ray-address; the local engine uses no cluster")
+    _build(load_config(config), local, ray_address, limit_images, retry_failed)
+
+
+def _build(
+    loaded: BuildConfig,
+    local: bool = False,
+    ray_address: str | None = None,
+    limit_images: int | None = None,
+    retry_failed: bool = False,
+) -> None:
+    """Build, starting nothing where there is nothing to do or only to merge; then the summary."""
+    from ...pipeline.executor import driver, findings, preflight
+    from ...pipeline.executor.local import LocalEngine
+    from ...pipeline.executor.ray_data import RayEngine
+
+    engine = LocalEngine() if local else RayEngine(ray_address)
+    asked = {"limit_images": limit_images, "retry_failed": retry_failed}
+    if driver.is_finished(loaded, **asked):
+        print(f"nothing to do: every unit of {loaded.out} is committed and merged", file=sys.stderr)
+        inspect(Path(loaded.out))
+        return
+    if not driver.is_built(loaded, **asked):
+        findings.refuse(preflight.examine(loaded))
+        engine.check(loaded)
+        models = driver.prepare(loaded, **asked)
+        if ray_address is None:
+            findings.refuse(preflight.packages(loaded, models))
+    if driver.is_built(loaded, **asked):  # perhaps from other places than it was planned with
+        driver.build(loaded, engine, **asked)
+    elif isinstance(engine, LocalEngine):
+        with BuildView(live=False) as view:
+            driver.build(loaded, engine, on_progress=view.show, **asked)
+    else:
+        from .. import launch
+
+        with BuildView() as view:
+            launch.build(loaded, engine, view.show, **asked)
+    inspect(Path(loaded.out))
+
+
+def merge(config: Config) -> None:
+    """Rebuild the index, statistics, plots and dataset card; `build` does it at its end."""
+    from ...pipeline.config_file import load_config
+    from ...pipeline.corpus import merge as merging
+    from ...pipeline.executor import driver
+
+    loaded = load_config(config)
+    with driver.locked(Path(loaded.out)):
+        merging.merge(Path(loaded.out), loaded)
+    print(Path(loaded.out) / "index.parquet")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the corpus goes.")] = Path("out/demo"),
+) -> None:
+    """Build both subsets of the bundled sample and draw a contact sheet."""
+    from ...pipeline.config_file import load_config
+    from ...pipeline.io import draw
+
+    sample = Path(str(resources.files("paracaption") / "samples" / "build.yaml")).resolve()
+    loaded = load_config(sample).model_copy(update={"out": str(out.resolve())})
+    _build(loaded)
+    sheet = out / "contact-sheet.png"
+    draw.contact_sheet(out, sheet)
+    rows = [
+        (f"paracaption explore {out}", "a page for the browser: masks, captions, drops"),
+        (f"paracaption inspect {out}", "the funnel and samples, again"),
+        (f"paracaption verify {out}", "every promise of the corpus, checked"),
+        ("paracaption config", "every key of a configuration of your own"),
+        (f"{out}/README.md", "the dataset card"),
+    ]
+    print(f"\nEvery image with its masks and captions: {sheet}")
+    print("What next (`source .venv/bin/activate` puts paracaption on the path):")
+    for what, why in rows:
+        print(f"  {what:<40} {why}")
+
+
+def deploy(
+    name: Annotated[str, typer.Option(help="Name of the deployment.")] = "corpus",
+) -> None:
+    """Serve the flows to a Prefect server (PREFECT_API_URL): launched there, parameters checked."""
+    if not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
+    from prefect import serve
+
+    from ..build import build_corpus
+    from ..evaluate import evaluate_captioner
+    from ..train import train_captioner
+
+    all_flows = (build_corpus, train_captioner, evaluate_captioner)
+    serve(*(flow.to_deployment(name) for flow in all_flows))

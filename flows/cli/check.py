@@ -1,0 +1,119 @@
+"""The commands that look before a run: `config`, `audit`, `doctor`, `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...schemas.errors import ConfigError
+from .arguments import Config, RayAddress
+from .progress import counting
+
+
+def config(
+    training: Annotated[bool, typer.Option("--training", help="Of `train` instead of `build`.")] = False,
+    evaluation: Annotated[bool, typer.Option("--evaluation", help="Of `evaluate`.")] = False,
+) -> None:
+    """Print every key of the configuration with its default and the reason for it."""
+    from ...pipeline.config_file import describe
+    from ...schemas.config import BuildConfig
+    from ...schemas.evaluation import EvaluateConfig
+    from ...schemas.training import TrainConfig
+
+    _one_kind("config", training, evaluation)
+    kind = TrainConfig if training else EvaluateConfig if evaluation else BuildConfig
+    print(describe(kind))
+
+
+def _one_kind(command: str, training: bool, evaluation: bool) -> None:
+    if training and evaluation:
+        raise ConfigError(f"{command}: choose --training or --evaluation, not both")
+
+
+def audit(
+    config: Config,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Where the full list goes [default: OUT/audit.parquet].")
+    ] = None,
+) -> None:
+    """Read the sources without any model and report every problem."""
+    from ...pipeline import sources
+    from ...pipeline.config_file import load_config
+    from ...pipeline.executor import audit as auditing
+
+    loaded = load_config(config)
+    total = auditing.Found()
+    for subset in loaded.subsets:
+        with counting(f"{subset}: images read") as progress:
+            report = auditing.audit(sources.open_source(loaded, subset), loaded.limits, progress=progress)
+        total.add(report.found)
+        print(report.text())
+    target = parquet or Path(loaded.out) / "audit.parquet"
+    auditing.AuditReport("all", total).write(target)
+    print(f"full list: {target}")
+
+
+def doctor(
+    config: Config,
+    ray_address: RayAddress = None,
+    training: Annotated[bool, typer.Option("--training", help="CONFIG is one of `train`.")] = False,
+    evaluation: Annotated[bool, typer.Option("--evaluation", help="CONFIG is one of `evaluate`.")] = False,
+) -> None:
+    """Check packages, GPUs, models, inputs and the output before a run; exit code 1 on a FAIL."""
+    from rich.console import Console
+
+    from ...pipeline import config_file
+    from ...pipeline.executor import findings
+
+    _one_kind("doctor", training, evaluation)
+    if training:
+        from .. import preflight
+
+        loaded = config_file.load_training(config)
+        found = list(preflight.training(loaded, on_cluster=ray_address is not None))
+    elif evaluation:
+        from .. import preflight
+
+        found = list(preflight.evaluation(config_file.load_evaluation(config)))
+    else:
+        from ...pipeline.executor import doctor as examining
+
+        found = examining.examine(config_file.load_config(config), ray_address)
+    Console().print(findings.render(found))
+    raise typer.Exit(1 if any(each.state == findings.FAIL for each in found) else 0)
+
+
+def plan(
+    config: Config,
+    run: Annotated[
+        Path | None, typer.Option(help="The corpus of a pilot [default: the configuration's `out`].")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="Seconds a region, as --write-rates prints them.")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="Of the cluster.")] = None,
+    cpus: Annotated[float | None, typer.Option(min=1, help="Cores of the cluster.")] = None,
+    images: Annotated[
+        list[str] | None, typer.Option(help="SUBSET=IMAGES or SUBSET=IMAGES/MASKS; default: the paper's.")
+    ] = None,
+    corpus: Annotated[bool, typer.Option(help="The configured sources' own images.")] = False,
+    write_rates: Annotated[bool, typer.Option(help="Print the measured rates as YAML, and no plan.")] = False,
+) -> None:
+    """Plan a build from a pilot: GPU-hours, wall time, the bottleneck, GPUs per stage, bytes."""
+    from rich.console import Console
+
+    from ...pipeline.config_file import load_config
+    from ...pipeline.executor.estimate import rates as measuring
+    from ...pipeline.executor.estimate import report as estimate_view
+
+    loaded = load_config(config)
+    pilot = run or Path(loaded.out)
+    measured = measuring.read(rates) if rates else measuring.measure(pilot)
+    if write_rates:
+        print(measuring.dump(measured), end="")
+        return
+    known = None if rates or not (pilot / "config.yaml").exists() else load_config(pilot / "config.yaml")
+    sizes = estimate_view.sizes_of(loaded, measured, images or [], corpus)
+    Console().print(estimate_view.render(loaded, measured, sizes, gpus, cpus, known))

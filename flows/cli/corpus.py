@@ -1,0 +1,80 @@
+"""The commands that read a corpus: `verify`, `inspect`, `show`, `explore`, `report`, `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import Corpus
+
+
+def verify(corpus: Corpus) -> None:
+    """Check every promise that a corpus makes; exit code 1 names what is broken."""
+    from ...pipeline.corpus import verify as verifying
+
+    report = verifying.verify(corpus)
+    print(report.text())
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def inspect(corpus: Corpus) -> None:
+    """Show the funnel, and samples of what was kept and of what was dropped and why."""
+    from rich.console import Console
+
+    from ...pipeline.corpus import inspect as inspecting
+
+    Console().print(inspecting.inspect(corpus))
+
+
+def show(
+    corpus: Corpus, key: str, picture: Annotated[Path, typer.Option("--out", help="PNG to write.")]
+) -> None:
+    """Draw one image with its masks and captions."""
+    from ...pipeline.io import draw
+
+    draw.show(corpus, key, picture)
+    print(picture)
+
+
+def explore(
+    corpus: Corpus,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8080,
+    host: Annotated[
+        str, typer.Option(help="To bind to; beyond this machine a token is asked for.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option(help="Asked of every request [default: a random one beyond this machine].")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="The `out` of a training run, to show too.")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Folder or URL of the shards, if they are not in CORPUS.")
+    ] = None,
+) -> None:
+    """Look at a corpus in the browser: the funnel, images with masks, other thresholds, reviews."""
+    from ...pipeline.explorer.serve import serve
+
+    serve(corpus, host, port, token, run, shards, lambda url: print(f"{url} (Ctrl-C ends it)", flush=True))
+
+
+def report(
+    corpus: Corpus,
+    to: Annotated[Path | None, typer.Option(help="HTML file to write [default: CORPUS/report.html].")] = None,
+) -> None:
+    """Write the overview and samples of each drop reason as one HTML file, to send to someone."""
+    from ...pipeline.explorer import report as reporting
+
+    print(reporting.write(corpus, to))
+
+
+def export(
+    corpus: Corpus,
+    format: Annotated[str, typer.Option(help="perceptiondlm-json, coco or parquet.")],
+    to: Annotated[Path, typer.Option(help="Folder for the export.")],
+) -> None:
+    """Write the corpus in another format; photos as files where the format names them by path."""
+    from ...pipeline.corpus import export as exporting
+
+    for path in exporting.export(corpus, format, to):
+        print(path)

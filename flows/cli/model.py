@@ -1,0 +1,171 @@
+"""The commands that make and use models: `models prepare`, `models convert`, `train`, `caption`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from ...schemas.errors import ConfigError
+from .arguments import RayAddress
+from .progress import TrainingView
+
+TrainingConfig = Annotated[
+    Path, typer.Argument(help="The YAML file; configs/train has some for each stage.", show_default=False)
+]
+
+models = typer.Typer(help="Make checkpoints ready for the models that need it.", no_args_is_help=True)
+
+
+@models.command()
+def prepare(
+    model: Annotated[str, typer.Argument(help="gar.")],
+    path: Annotated[Path, typer.Argument(help="The published checkpoint's folder.")],
+    to: Annotated[Path | None, typer.Option(help="Folder of the export [default: beside it].")] = None,
+) -> None:
+    """Export a checkpoint's language model once, for vLLM; nothing to do if it is there."""
+    if model != "gar":
+        raise ConfigError(f"models prepare: {model!r} needs no preparation; only gar does")
+    from ...pipeline.models.gar import export as language_model
+
+    print(language_model.prepare(path, to))
+
+
+@models.command()
+def convert(
+    to: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
+    path: Annotated[
+        Path | None,
+        typer.Argument(help="A PerceptionDLM: published, or ours. The other is made.", show_default=False),
+    ] = None,
+    language: Annotated[Path | None, typer.Option(help="LLaDA's folder, for a new model.")] = None,
+    vision: Annotated[
+        Path | None, typer.Option(help="SigLIP 2's folder: for a new model, or where unused/ is missing.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="corrected (default of a new model) or reference (of a published one).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights that are drawn.")] = 0,
+) -> None:
+    """Convert a PerceptionDLM between the published layout and ours, or make a new one of its parts."""
+    from ...model_training.convert import published as converting
+
+    if (path is None) == (language is None):
+        raise ConfigError("models convert: name a PerceptionDLM's folder, or LLaDA's with --language")
+    if path is not None:
+        report = converting.convert(path, to, vision=vision, layout=layout, seed=seed)
+    elif vision is None:
+        raise ConfigError("models convert: --language needs a SigLIP 2 too: --vision DIR")
+    else:
+        report = converting.from_parts(language, vision, to, layout or "corrected", seed)
+    print(report.text())
+
+
+def train(
+    config: TrainingConfig,
+    ray_address: RayAddress = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until the corpora are built; else what is committed is taken.")
+    ] = False,
+) -> None:
+    """Train a model, or go on from the last checkpoint; `config` with --training prints every key."""
+    from ...pipeline.config_file import load_training
+    from ...pipeline.executor import findings, ray_data
+    from .. import launch, preflight
+
+    loaded = load_training(config)
+    findings.refuse(preflight.training(loaded, wait, on_cluster=ray_address is not None))
+    ray_data.check_address(ray_address)
+    done = launch.train(loaded, ray_address, wait, TrainingView(loaded.log.every).show)
+    print(f"{done['steps']:,} steps, {done['skipped']:,} of them skipped: {done['model']}")
+    if found := done.get("evaluation"):
+        print(
+            f"{found['regions']:,} regions of {found['images']:,} images: {Path(loaded.out) / 'evaluation'}"
+        )
+        print(
+            f"{found['exact']:.1%} as the corpus has them, {found['tokens_per_forward']:.1f} tokens a forward"
+        )
+
+
+class ManyMasks(TyperCommand):
+    """Lets `--masks` be followed by any number of paths, as a shell's `*.png` gives them."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        listing = False
+        for arg in args:
+            if arg.startswith("-") and arg != "-":
+                listing = arg == "--masks" or arg.startswith("--masks=")
+                spread.append(arg)
+            else:
+                spread += ["--masks", arg] if listing and spread[-1] != "--masks" else [arg]
+        return super().parse_args(ctx, spread)
+
+
+def caption(
+    model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
+    masks: Annotated[
+        list[str],
+        typer.Option(
+            help="Any number: mask images, folders of them, a JSON of COCO or SA-1B; or a corpus and --key.",
+            show_default=False,
+        ),
+    ],
+    image: Annotated[Path | None, typer.Option(help="The photo; a corpus has its own.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(help="Which image of a corpus, or of a JSON if the name differs."),
+    ] = None,
+    json: Annotated[str | None, typer.Option(help="File for the record, or - to print only that.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG, JPEG or WebP: masks, numbers, captions.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="GIF or HTML: every step of the decoder.")] = None,
+    strategy: Annotated[
+        str, typer.Option(help="remask, per-region, threshold, sequential or left-to-right.")
+    ] = "remask",
+    steps: Annotated[int, typer.Option(help="Of the decoder; fewer are faster and worse.")] = 32,
+    length: Annotated[int, typer.Option(help="Slots of a caption, in tokens.")] = 32,
+    threshold: Annotated[float, typer.Option(help="Confidence that is enough, for `threshold`.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    cache: Annotated[str, typer.Option(help="auto, none, exact or approximate.")] = "auto",
+    refresh_every: Annotated[int, typer.Option(help="Steps between passes that renew `approximate`.")] = 4,
+    compare: Annotated[bool, typer.Option(help="Also decode without `approximate`, and compare.")] = False,
+    regions_per_call: Annotated[
+        int | None, typer.Option(help="Regions captioned together; by default the most that it can.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Caption the regions of a photo, all in parallel."""
+    from rich.console import Console
+
+    from ...model_training.decoding import caption_photo, read_regions
+    from ...model_training.decoding import trace as tracing
+
+    options = {"strategy": strategy, "steps": steps, "length": length, "threshold": threshold}
+    options |= {"temperature": temperature, "top_p": top_p, "seed": seed, "cache": cache}
+    options |= {"refresh_every": refresh_every, "compare": compare}
+    caption_photo.check_outputs(picture, trace, json)
+    scene = read_regions.read(image, masks, key)
+    notices = Console(stderr=True)
+    for line in scene.left_out:
+        notices.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
+    with notices.status("loading the model"):
+        loaded = caption_photo.load(model, device, dtype)
+    with notices.status(f"captioning {len(scene.regions)} regions"):
+        answer = caption_photo.describe(loaded, scene, options, regions_per_call)
+        if trace is not None:
+            tracing.write(caption_photo.trace_of(loaded, answer, regions_per_call), trace)
+    if picture is not None:
+        caption_photo.write_picture(answer, picture)
+    if json == "-":
+        print(caption_photo.to_json(answer), end="")
+        return
+    if json is not None:
+        caption_photo.write_record(answer, json)
+    Console().print(caption_photo.render(answer))
+    for path in filter(None, (json, picture, trace)):
+        print(path)
