@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from paracaption.filters import rle
-from paracaption.pipeline.models import Answer, Candidate, Question
+from paracaption.pipeline.models.protocols import Answer, Candidate, Question
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import ImageRecord

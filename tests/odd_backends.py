@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Any
 
-from paracaption.pipeline.models import Answer, Checked, Question
+from paracaption.pipeline.models.protocols import Answer, Checked, Question
 from paracaption.schemas.errors import ConfigError, OutOfMemory
 from paracaption.schemas.records import ImageRecord
 from tests.backends import InstantCaptioner, InstantJudge

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paracaption.pipeline.models import Answer, Question
+from paracaption.pipeline.models.protocols import Answer, Question
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import ImageRecord

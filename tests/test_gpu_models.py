@@ -23,12 +23,12 @@ import pytest
 import webdataset as wds
 import yaml
 
-from paracaption.pipeline import models
 from paracaption.pipeline.corpus import verify
 from paracaption.pipeline.corpus.events import Event, EventReader
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.executor.worker import Note
+from paracaption.pipeline.models import registry
 from paracaption.schemas.config import BuildConfig
 from tests.building import committed
 from tests.machinery import alone
@@ -114,7 +114,7 @@ def start(home: Path, name: str, values: dict[str, Any]) -> tuple[Path, subproce
 @pytest.fixture(scope="module")
 def accepting(values, home):
     """A corpus under thresholds that accept all, by the local engine."""
-    load = models.load
+    load = registry.load_backend
 
     def load_alone(*given: Any) -> Any:
         with alone():
@@ -123,7 +123,7 @@ def accepting(values, home):
     out = home / "accepting"
     given = {**values, **ACCEPT_ALL, **write_backends(home), "out": str(out)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "load", load_alone)
+        patch.setattr(registry, "load_backend", load_alone)
         driver.build(BuildConfig.model_validate(given), LocalEngine())
     return out
 

@@ -48,7 +48,7 @@ def start(folder: Path, machine: Machine) -> Any:
 
 
 def _questions(seed: int, number: int) -> list[Any]:
-    from paracaption.pipeline.models import Question
+    from paracaption.pipeline.models.protocols import Question
 
     categories = itertools.cycle(["cat", "dog", "bench", "traffic light"])
     words = itertools.islice(captions(str(seed)), number)
@@ -56,7 +56,7 @@ def _questions(seed: int, number: int) -> list[Any]:
 
 
 def _ask(judge: Any, seed: int, number: int, machine: Machine, start_s: float) -> Measured:
-    from paracaption.pipeline.models import Answer
+    from paracaption.pipeline.models.protocols import Answer
 
     questions = _questions(seed, number)
     prompt_tokens = sum(len(judge._prompt_tokens(question)) for question in questions)

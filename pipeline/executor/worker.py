@@ -33,11 +33,12 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
-from .. import models, sources
+from .. import sources
 from ..corpus import work_list as plan
 from ..corpus import writer
 from ..corpus.events import EventLog
 from ..corpus.writer import Draft
+from ..models import registry
 from ..sources import SOURCE_STAGE, CatalogEntry
 from ..stages.base import FilterStage, ModelStage, only
 from ..stages.evidence import EvidenceStore
@@ -145,7 +146,7 @@ class Worker:
     def _load(self, stage: ModelStage) -> None:
         start = time.perf_counter()
         self.models.pop(stage.name, None)  # free the old one's memory first
-        self.models[stage.name] = models.load(stage.protocol, stage.backend)
+        self.models[stage.name] = registry.load_backend(stage.protocol, stage.backend)
         self.events.emit("started", stage=stage.name, seconds=time.perf_counter() - start)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

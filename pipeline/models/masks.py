@@ -12,8 +12,8 @@ import numpy as np
 
 from ...schemas.errors import ConfigError
 from ...schemas.records import Rle
-from . import Candidate
 from .batching import Batches
+from .protocols import Candidate
 
 if TYPE_CHECKING:
     import torch

@@ -21,10 +21,11 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region
 from ..io import photos
-from . import Answer, Checked, Question, prompts
+from . import prompts
 from .chat_client import Ask, ChatClient, ServerOptions, validate
 from .logprob_margin import margin_of_text
 from .options import read_options
+from .protocols import Answer, Checked, Question
 from .vllm_judge import PROMPTS
 
 VERSION = "1"

@@ -20,10 +20,10 @@ from msgspec import Meta
 
 from ...schemas.errors import ConfigError
 from ..io import weights
-from . import Candidate, Checked
 from .batching import Batches
 from .masks import find_device, products_in, to_candidates
 from .options import read_options
+from .protocols import Candidate, Checked
 
 if TYPE_CHECKING:
     import torch

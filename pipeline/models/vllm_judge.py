@@ -23,10 +23,11 @@ from msgspec import Meta
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ..io import weights
-from . import Answer, Checked, Question, prompts
+from . import prompts
 from .logprob_margin import ChoiceTokens
 from .options import read_options
 from .prompts import Prompt
+from .protocols import Answer, Checked, Question
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput

@@ -22,7 +22,8 @@ from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord, Region
-from .. import models
+from ..models.protocols import Answer, Candidate, Captioner, Judge, Question, Segmenter
+from ..models.registry import backend_identity
 from .evidence import Captioned, EvidenceStore, Judged, Resegmented, digest, fingerprint
 
 
@@ -81,7 +82,7 @@ class ModelStage:
     @cached_property
     def evidence_digest(self) -> str:
         """Identifies everything the stage's evidence depends on: the folder's name."""
-        return digest(self.name, models.identity(self.protocol, self.backend), self.after)
+        return digest(self.name, backend_identity(self.protocol, self.backend), self.after)
 
     def store(self, folder: Path) -> EvidenceStore:
         """Where the stage's evidence lies in a subset's folder."""
@@ -250,7 +251,7 @@ def _asks_caption(region: Region) -> tuple:
     return (region.rle.counts, region.category)
 
 
-def _ask_captions(model: models.Captioner, images: list[ImageRecord]) -> list[list[Captioned | BadRecord]]:
+def _ask_captions(model: Captioner, images: list[ImageRecord]) -> list[list[Captioned | BadRecord]]:
     return [[_captioned(words) for words in captions] for captions in model.caption(images)]
 
 
@@ -275,9 +276,9 @@ def _asks_category(region: Region) -> tuple:
     return ("extract", region.caption)
 
 
-def _ask_judge(kind: str, model: models.Judge, images: list[ImageRecord]) -> list[list[Judged | BadRecord]]:
+def _ask_judge(kind: str, model: Judge, images: list[ImageRecord]) -> list[list[Judged | BadRecord]]:
     questions = [
-        models.Question(kind, region.caption or "", region.category if kind == "verify" else None)
+        Question(kind, region.caption or "", region.category if kind == "verify" else None)
         for image in images
         for region in image.live()
     ]
@@ -288,7 +289,7 @@ def _ask_judge(kind: str, model: models.Judge, images: list[ImageRecord]) -> lis
     return [[_judged(kind, answer) for answer in islice(rest, len(image.live()))] for image in images]
 
 
-def _judged(kind: str, answer: models.Answer | BadRecord) -> Judged | BadRecord:
+def _judged(kind: str, answer: Answer | BadRecord) -> Judged | BadRecord:
     """An answer as evidence; one outside its schema is not kept, so that it can be asked again."""
     if isinstance(answer, BadRecord):
         return answer
@@ -313,9 +314,7 @@ def _asks_mask(region: Region) -> tuple:
     return (region.core_category, region.rle.counts)
 
 
-def _ask_segmenter(
-    max_pixels: int, model: models.Segmenter, images: list[ImageRecord]
-) -> list[list[Resegmented]]:
+def _ask_segmenter(max_pixels: int, model: Segmenter, images: list[ImageRecord]) -> list[list[Resegmented]]:
     import numpy as np
 
     from ..io.photos import read_pixels
@@ -330,7 +329,7 @@ def _ask_segmenter(
     return results
 
 
-def _best(region: Region, options: list[models.Candidate]) -> Resegmented:
+def _best(region: Region, options: list[Candidate]) -> Resegmented:
     assert region.rle is not None
     best = agreement.best_candidate([(option.rle, option.score) for option in options], region.rle)
     if best is None:

@@ -5,8 +5,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from paracaption.pipeline import models
 from paracaption.pipeline.config_file import describe, dump_config, load_config
+from paracaption.pipeline.models import registry
 from paracaption.schemas.config import Backend, BuildConfig, CoconutSource, Sa1bSource
 from paracaption.schemas.errors import ConfigError
 
@@ -129,7 +129,7 @@ def test_every_key_with_a_number_says_why():
 
 def test_the_recipe_for_gpus_names_backends_and_keys_that_exist():
     config = load_config(Path(__file__).resolve().parents[2] / "configs/gpu.yaml")
-    names = {part: getattr(config, part).name for part in models.BACKENDS}
+    names = {part: getattr(config, part).name for part in registry.BACKENDS}
     assert names == {"captioner": "gar", "judge": "vllm", "segmenter": "sam3"}
     for part in names:
-        assert models.find(part, getattr(config, part))
+        assert registry.find_backend(part, getattr(config, part))

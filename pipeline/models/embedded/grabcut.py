@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ....schemas.records import Rle
-from .. import Candidate
+from ..protocols import Candidate
 
 VERSION = "1"
 

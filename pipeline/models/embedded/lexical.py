@@ -17,7 +17,7 @@ import functools
 from importlib import resources
 from typing import NamedTuple
 
-from .. import Answer, Question
+from ..protocols import Answer, Question
 from . import phrases
 from .phrases import Phrase
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from ....schemas.errors import ConfigError
 from ....schemas.records import ImageRecord, Region
 from ...io import weights
-from .. import Checked
+from ..protocols import Checked
 from . import checkpoint, export
 from .checkpoint import GarConfig
 from .prefetch import ahead

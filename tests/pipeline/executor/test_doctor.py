@@ -16,11 +16,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
-from paracaption.pipeline import models
 from paracaption.pipeline.executor import doctor, findings, gpus, preflight
 from paracaption.pipeline.executor.doctor import Node
 from paracaption.pipeline.executor.findings import FAIL, OK, WARN, Finding
 from paracaption.pipeline.executor.gpus import Gpu
+from paracaption.pipeline.models import registry
 from paracaption.schemas.config import Backend, BuildConfig
 from tests.building import config_of
 from tests.chat_server import Reply, serving
@@ -154,7 +154,7 @@ def test_a_missing_package_another_version_and_a_cpu_build_have_their_lines(monk
         return there[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(models, "find", lambda *_: object)
+    monkeypatch.setattr(registry, "find_backend", lambda *_: object)
     on_gpu = doctor.look("judge", Backend(name="vllm", num_gpus=1), [H200])
     said = {each.said: each for each in on_gpu}
     assert said["torch 2.13.0+cpu"].state == OK

@@ -9,6 +9,7 @@ import pytest
 from paracaption.pipeline.corpus import writer
 from paracaption.pipeline.executor import driver, findings, preflight
 from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.models import registry
 from paracaption.schemas.errors import ConfigError, IntegrityError, StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.pipeline.executor.conformance import started
@@ -159,7 +160,8 @@ def test_only_models_that_will_be_asked_need_their_packages(tmp_path, coconut, m
     build(config)
     strict = config.model_copy(update={"text": config.text.model_copy(update={"min_words": 60})})
     assert driver.prepare(strict) == set()
-    monkeypatch.setitem(findings.NEEDS, strict.judge.name, ("a-package-that-nobody-has",))
+    rare = registry.Registered(strict.judge.name, ("a-package-that-nobody-has",))
+    monkeypatch.setitem(registry.BACKENDS["judge"], strict.judge.name, rare)
     assert list(preflight.packages(strict, set())) == []
     (line,) = preflight.packages(strict, {"judge"})
     assert line.state == findings.FAIL and "a-package-that-nobody-has is not installed" in line.said

@@ -216,7 +216,7 @@ def test_a_wrong_number_of_answers_is_an_error_and_never_matched(tmp_path, answe
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_judge_with_a_wrong_number_of_answers_is_an_error(tmp_path, coconut, count):
-    from paracaption.pipeline.models import Answer
+    from paracaption.pipeline.models.protocols import Answer
 
     class Miscounting:
         def ask(self, questions):
@@ -372,7 +372,7 @@ def test_a_backend_that_cannot_start_again_fails_this_unit_and_the_next(tmp_path
     def gone(*_):
         raise OSError("no such device")
 
-    monkeypatch.setattr("paracaption.pipeline.models.load", gone)
+    monkeypatch.setattr("paracaption.pipeline.models.registry.load_backend", gone)
     for _ in range(2):
         told = worker(bench.row)["failed"]
         assert told == "StageFailed: caption: the backend cannot start: OSError: no such device"

@@ -21,7 +21,7 @@ from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import Job, Worker
-from paracaption.pipeline.models import Answer, Candidate, Question
+from paracaption.pipeline.models.protocols import Answer, Candidate, Question
 from paracaption.pipeline.stages import base
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.records import ImageRecord

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paracaption.pipeline.models import Question
 from paracaption.pipeline.models.embedded.lexical import LexicalJudge, core_category, describes
+from paracaption.pipeline.models.protocols import Question
 from paracaption.pipeline.sources import categories
 from tests.shared_data import shared_data
 

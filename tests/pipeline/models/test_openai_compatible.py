@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 
 from paracaption.filters import rle
-from paracaption.pipeline import models
-from paracaption.pipeline.models import Answer, Question
+from paracaption.pipeline.models import registry
 from paracaption.pipeline.models.openai_compatible import (
     LINE_RGB,
     OpenAICaptioner,
@@ -28,6 +27,7 @@ from paracaption.pipeline.models.openai_compatible import (
     outlined_crop,
 )
 from paracaption.pipeline.models.prompts import load
+from paracaption.pipeline.models.protocols import Answer, Question
 from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import BadRecord, ConfigError, StageFailed
 from paracaption.schemas.reasons import Reason
@@ -272,7 +272,7 @@ def test_the_key_is_sent_and_appears_nowhere_else(monkeypatch, caplog):
         said += [repr(asked), repr(vars(asked)), repr(vars(asked.client))]
         chat.models_reply = Reply(f"no {KEY}", 401)
     options = {"model": "tiny", "base_url": chat.url, "api_key_env": "PARROT_KEY"}
-    said.append(str(models.identity("judge", Backend(name="openai", options=options))))
+    said.append(str(registry.backend_identity("judge", Backend(name="openai", options=options))))
     with serving(lambda *_: Reply()) as chat:
         chat.models_reply = Reply(f"no {KEY}", 401)
         with pytest.raises(ConfigError) as refused:
@@ -325,7 +325,7 @@ def test_a_key_in_the_configuration_is_refused_without_showing_it(options):
 def test_the_identity_holds_what_changes_answers():
     def identity(protocol, **options):
         options = {"model": "tiny", "base_url": "http://a/v1", **options}
-        return models.identity(protocol, Backend(name="openai", options=options))
+        return registry.backend_identity(protocol, Backend(name="openai", options=options))
 
     for protocol in ("judge", "captioner"):
         first = identity(protocol)

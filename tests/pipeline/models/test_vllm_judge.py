@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from paracaption.pipeline import models
-from paracaption.pipeline.models import Answer, Question
+from paracaption.pipeline.models import registry
 from paracaption.pipeline.models.logprob_margin import ChoiceTokens
 from paracaption.pipeline.models.prompts import load, parse
+from paracaption.pipeline.models.protocols import Answer, Question
 from paracaption.pipeline.models.vllm_judge import VllmJudge, defused
 from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import BadRecord, ConfigError
@@ -135,7 +135,7 @@ def test_text_without_control_tokens_stays_as_it_is():
 
 
 def identity(qwen3, **options) -> dict[str, str]:
-    return models.identity("judge", Backend(name="vllm", options={"model": str(qwen3), **options}))
+    return registry.backend_identity("judge", Backend(name="vllm", options={"model": str(qwen3), **options}))
 
 
 def test_the_identity_holds_weights_prompts_and_what_changes_answers(qwen3, tmp_path):
