@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paracaption.filters import rle
-from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import load_config
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import Limits
 from paracaption.schemas.records import ImageRecord, Region
 from tests.tiny.gar import FULL, Sizes, write_gar
@@ -369,7 +369,7 @@ def total(watch: Watch) -> Took:
 
 def record_of(subset: str, key: str) -> ImageRecord:
     """An image of the committed samples."""
-    source = sources.open_source(load_config(SAMPLES), subset)
+    source = open_source(load_config(SAMPLES), subset)
     return next(source.read(entry, Limits()) for entry in source.catalog() if entry.key == key)
 
 

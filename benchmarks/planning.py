@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from paracaption.pipeline import sources
 from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.manifest import FileEntry, Manifest
@@ -78,7 +78,7 @@ def pending(config: BuildConfig) -> tuple[int, int]:
     for subset in config.subsets:
         folder = Path(config.out) / subset
         writer.prepare(folder)
-        planned = work_list.make_plan(sources.open_source(config, subset), config, folder)
+        planned = work_list.make_plan(open_source(config, subset), config, folder)
         left += len(work_list.pending(planned, folder / "manifests", "recipe"))
         num_images += planned.num_images
     return num_images, left

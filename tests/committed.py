@@ -9,9 +9,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from paracaption.filters import text
-from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages.base import mark
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.reasons import Reason
@@ -66,7 +66,7 @@ def write(
     for subset in config.subsets:
         folder = out / subset
         writer.prepare(folder)
-        source = sources.open_source(config, subset)
+        source = open_source(config, subset)
         planned = work_list.make_plan(source, config, folder)
         for index in range(planned.num_units):
             images = [source.read(entry, config.limits) for entry in planned.read_unit(index)]

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import merge, verify
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 from tests.building import build
@@ -357,5 +357,5 @@ def test_annotations_that_are_no_json_are_one_line_with_the_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     config = BuildConfig.model_validate({"out": str(tmp_path / "out"), "coconut": [release]})
     with pytest.raises(ConfigError) as told:
-        list(sources.open_source(config, "coconut").catalog())
+        list(open_source(config, "coconut").catalog())
     assert str(told.value).startswith(f"{path}: not JSON: ") and "\n" not in str(told.value)

@@ -39,15 +39,15 @@ def audit(
     ] = None,
 ) -> None:
     """Read the sources without any model and report every problem."""
-    from ...pipeline import sources
     from ...pipeline.config_file import load_config
     from ...pipeline.executor import audit as auditing
+    from ...pipeline.sources.registry import open_source
 
     loaded = load_config(config)
     total = auditing.Found()
     for subset in loaded.subsets:
         with counting(f"{subset}: images read") as progress:
-            report = auditing.audit(sources.open_source(loaded, subset), loaded.limits, progress=progress)
+            report = auditing.audit(open_source(loaded, subset), loaded.limits, progress=progress)
         total.add(report.found)
         print(report.text())
     target = parquet or Path(loaded.out) / "audit.parquet"

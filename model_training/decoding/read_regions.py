@@ -23,7 +23,8 @@ import numpy as np
 from ...filters import rle
 from ...pipeline.corpus import export, reader
 from ...pipeline.io import files, photos
-from ...pipeline.sources import CatalogEntry, categories, file_names
+from ...pipeline.sources import categories, file_names
+from ...pipeline.sources.protocols import CatalogEntry
 from ...schemas.config import CoconutSource, Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob, ImageRecord

@@ -23,7 +23,7 @@ from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import SCORES
 from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetCounts, SubsetSummary
 from ..io import files
-from ..sources import SOURCE_STAGE
+from ..sources.protocols import SOURCE_STAGE
 from . import ledger, reader
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from ...schemas.errors import IntegrityError
 from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Drop
 from ..io import files
-from ..sources import CatalogEntry, Source
+from ..sources.protocols import CatalogEntry, Source
 
 TABLE = "plan.parquet"
 SUMMARY = "plan.json"

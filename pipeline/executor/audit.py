@@ -22,7 +22,7 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.reasons import Reason
 from ..corpus import work_list
 from ..io import files
-from ..sources import CatalogEntry, Note, Source
+from ..sources.protocols import CatalogEntry, Note, Source
 
 MENDS = {
     Reason.PHOTO_MISSING: "put the photos there, or add their folder to `photos`",

@@ -23,14 +23,14 @@ import msgspec
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, StageFailed
 from ...schemas.reasons import ERRORS
-from .. import sources
 from ..config_file import dump_config
 from ..corpus import merge, writer
 from ..corpus import work_list as plans
 from ..corpus.events import EventLog, EventReader
 from ..corpus.writer import Draft
 from ..io import files
-from ..sources import SOURCE_STAGE
+from ..sources.protocols import SOURCE_STAGE
+from ..sources.registry import open_source
 from ..stages.base import RECIPES, ModelStage, recipe_digest
 from . import Engine, audit
 from .progress import Progress, StageProgress, Watch
@@ -105,7 +105,7 @@ def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> pla
     folder = Path(config.out) / subset
     writer.prepare(folder)
     writer.sweep(folder)
-    return plans.make_plan(sources.open_source(config, subset), config, folder, limit_images)
+    return plans.make_plan(open_source(config, subset), config, folder, limit_images)
 
 
 def find_pending(config: BuildConfig, subset: str, plan: plans.Plan, retry_failed: bool) -> list[int]:
@@ -118,7 +118,7 @@ def find_pending(config: BuildConfig, subset: str, plan: plans.Plan, retry_faile
 
 def audit_source(config: BuildConfig, subset: str) -> None:
     """Read a sample of the source without any model; refuse to go on if none of it is usable."""
-    source = sources.open_source(config, subset)
+    source = open_source(config, subset)
     looked_at = (config.out, subset, tuple(source.fingerprint().items()))
     if looked_at not in _audited:
         log.info("%s", audit.sample(source, config).text())
@@ -251,7 +251,7 @@ def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed:
         if not (folder / "plan" / plans.SUMMARY).exists():
             return False
         plan = plans.load_plan(folder)
-        if not plans.holds(plan, sources.open_source(config, subset), config, limit_images):
+        if not plans.holds(plan, open_source(config, subset), config, limit_images):
             return False
         if find_pending(config, subset, plan, retry_failed):
             return False

@@ -23,7 +23,7 @@ from ...schemas.errors import ConfigError
 from ..corpus import work_list as plans
 from ..corpus import writer
 from ..corpus.writer import Draft
-from ..sources import SOURCE_STAGE
+from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import RECIPES, ModelStage, Stage
 from . import gpus
 from .worker import STACK_MARK, Job, Worker, draft_of

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, ParaCaptionError
-from .. import sources
 from ..models import registry
 from ..models.protocols import Checked
+from ..sources.registry import open_source
 from .findings import CPU_VLLM, FAIL, OK, Finding, built_for_gpus, installed
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -119,7 +119,7 @@ def read_sources(config: BuildConfig) -> Iterator[Finding]:
             alone = config.model_copy(update={subset: [entry]})
             title = f"{subset}[{index}]"
             try:
-                names = sources.open_source(alone, subset).fingerprint()
+                names = open_source(alone, subset).fingerprint()
                 yield Finding(title, OK, f"{len(names)} files and folders are there")
             except Exception as error:  # noqa: BLE001 - a store may raise anything
                 said, _, mend = one_line(error).partition("; ")

@@ -29,7 +29,7 @@ from ..corpus import work_list as plans
 from ..corpus import writer
 from ..corpus.events import EventLog
 from ..corpus.writer import Draft
-from ..sources import SOURCE_STAGE
+from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import RECIPES, FilterStage, ModelStage, Stage
 from .worker import Job, Worker, draft_of
 

@@ -33,13 +33,13 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
-from .. import sources
 from ..corpus import work_list as plan
 from ..corpus import writer
 from ..corpus.events import EventLog
 from ..corpus.writer import Draft
 from ..models import registry
-from ..sources import SOURCE_STAGE, CatalogEntry
+from ..sources.protocols import SOURCE_STAGE, CatalogEntry
+from ..sources.registry import open_source
 from ..stages.base import FilterStage, ModelStage, only
 from ..stages.evidence import EvidenceStore
 from . import gpus
@@ -114,7 +114,7 @@ class Worker:
         self._crash_attempts = job.config.failures.crash_attempts
         self.stack_path = Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt"
         self._stack = _open_stack(self.stack_path)
-        self.source = sources.open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
+        self.source = open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         self.models: dict[str, Any] = {}
         self.meters = {
             stage.name: gpus.Meter(has_gpu=stage.backend.num_gpus > 0)

@@ -18,17 +18,11 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
 from ..io import files, photos
-from . import (
-    CatalogEntry,
-    Note,
-    categories,
-    coco_json,
-    file_names,
-    label_maps,
-)
+from . import categories, coco_json, file_names, label_maps
 from .categories import Category, Table
 from .coco_json import Annotation, Image
 from .common import drop, photo_notes
+from .protocols import CatalogEntry, Note
 
 
 class Record(msgspec.Struct, omit_defaults=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Drop
 from ..io import photos
-from . import SOURCE_STAGE, Note, file_names
+from . import file_names
+from .protocols import SOURCE_STAGE, Note
 
 _FORMAT_OF = {".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff"}
 

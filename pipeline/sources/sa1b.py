@@ -14,8 +14,9 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Drop, ImageRecord, Region
 from ..io import files, photos
-from . import CatalogEntry, Note, coco_json, file_names
+from . import coco_json, file_names
 from .common import drop, photo_notes
+from .protocols import CatalogEntry, Note
 
 
 class _Size(msgspec.Struct):

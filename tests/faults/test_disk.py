@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.pipeline import sources
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.events import EventLog, EventReader
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.io import files
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages.evidence import Captioned, EvidenceStore
 from paracaption.schemas.errors import StageFailed
 from tests.building import build, calls, committed, config_of
@@ -109,7 +109,7 @@ def test_a_disk_that_is_full_at_any_point_drops_no_record(disk, coconut, undistu
     wanted = config(disk / "out", coconut)
     (disk / "out").mkdir()
     writer.prepare(disk / "out" / "coconut")
-    work_list.make_plan(sources.open_source(wanted, "coconut"), wanted, disk / "out" / "coconut")
+    work_list.make_plan(open_source(wanted, "coconut"), wanted, disk / "out" / "coconut")
     ballast = fill(disk, free_kb * 1024)
     with pytest.raises(StageFailed, match="disk full"):
         build(wanted)

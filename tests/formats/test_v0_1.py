@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import export, reader, verify, work_list
 from paracaption.pipeline.corpus.events import EventReader
@@ -19,6 +18,7 @@ from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.explorer.catalog import Catalog
 from paracaption.pipeline.explorer.reviews import Marks
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import base
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.evidence import EvidenceStore
@@ -88,7 +88,7 @@ def test_no_unit_is_pending_at_another_place(home):
     config = load_config(home / "build.yaml")
     for subset in config.subsets:
         folder = home / "corpus" / subset
-        planned = work_list.make_plan(sources.open_source(config, subset), config, folder)
+        planned = work_list.make_plan(open_source(config, subset), config, folder)
         recipe = base.recipe_digest(base.RECIPES[subset](config), config)
         assert work_list.pending(planned, folder / "manifests", recipe) == []
 

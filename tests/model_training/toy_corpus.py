@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from paracaption.model_training.toy.world import Options, TruthCaptioner, write_world
-from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import dump_config, load_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.merge import merge as corpora
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.training import TrainConfig
 
 TINY = {
@@ -40,7 +40,7 @@ def write_corpus(folder: Path, num_images: int = 60) -> Path:
     truth = TruthCaptioner(str(folder / "captions.json"))
     target = Path(config.out) / "coconut"
     writer.prepare(target)
-    source = sources.open_source(config, "coconut")
+    source = open_source(config, "coconut")
     planned = work_list.make_plan(source, config, target)
     for index in range(planned.num_units):
         images = [source.read(entry, config.limits) for entry in planned.read_unit(index)]

@@ -13,7 +13,7 @@ from ....schemas.errors import ConfigError
 from ...corpus import reader, writer
 from ...corpus.events import Event, EventReader
 from ...corpus.utilization import run_folders
-from ...sources import SOURCE_STAGE
+from ...sources.protocols import SOURCE_STAGE
 from ...stages.base import RECIPES
 
 _BY_IMAGE = {SOURCE_STAGE, writer.WRITE_STAGE}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ....schemas.config import BuildConfig
 from ....schemas.errors import ConfigError, IntegrityError
-from ... import sources
 from ...corpus import work_list
+from ...sources.registry import open_source
 from . import predict as estimate
 from .predict import Plan, Size, SubsetPlan
 from .rates import Rates
@@ -181,4 +181,4 @@ def _count(config: BuildConfig, subset: str) -> int:
             return there.num_images
     except IntegrityError:  # none yet
         pass
-    return sum(1 for _ in sources.open_source(config, subset).catalog())
+    return sum(1 for _ in open_source(config, subset).catalog())

@@ -29,10 +29,11 @@ from paracaption.model_training.toy.world import (
     truth,
     write_world,
 )
-from paracaption.pipeline import config_file, sources
+from paracaption.pipeline import config_file
 from paracaption.pipeline.corpus import reader, work_list, writer
 from paracaption.pipeline.executor import worker
 from paracaption.pipeline.models.embedded.lexical import describes
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import base
 from paracaption.schemas.config import Text
 from paracaption.schemas.errors import ConfigError
@@ -326,7 +327,7 @@ def build_here(config):
     folder, run = Path(config.out, "coconut"), Path(config.out, "events")
     run.mkdir(parents=True)
     writer.prepare(folder)
-    planned = work_list.make_plan(sources.open_source(config, "coconut"), config, folder)
+    planned = work_list.make_plan(open_source(config, "coconut"), config, folder)
     recipe = base.coconut(config)
     job = worker.Job(
         config, "coconut", str(folder), planned.digest, base.recipe_digest(recipe, config), str(run)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from paracaption.pipeline.corpus import merge, plots, reader, writer
-from paracaption.pipeline.sources import SOURCE_STAGE
+from paracaption.pipeline.sources.protocols import SOURCE_STAGE
 from paracaption.pipeline.stages import base
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests import committed

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paracaption.pipeline.corpus import work_list
-from paracaption.pipeline.sources import CatalogEntry
+from paracaption.pipeline.sources.protocols import CatalogEntry
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.config import BuildConfig, Sa1bSource
 from paracaption.schemas.errors import IntegrityError

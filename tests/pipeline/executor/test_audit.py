@@ -9,7 +9,7 @@ from PIL import Image
 
 from paracaption.pipeline.corpus import work_list
 from paracaption.pipeline.executor import audit
-from paracaption.pipeline.sources import open_source
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.reasons import Reason

@@ -6,11 +6,11 @@ import math
 import msgspec
 import pytest
 
-from paracaption.pipeline import sources
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.events import EventLog, EventReader
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import GIVE_UP_AFTER, Job, Journal, Unit, Worker, _Bisection
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import base
 from paracaption.pipeline.stages.base import FilterStage
 from paracaption.pipeline.stages.evidence import EvidenceStore
@@ -39,7 +39,7 @@ class Bench:
         self.run = self.out / "events" / "000"
         self.run.mkdir(parents=True, exist_ok=True)
         writer.prepare(self.folder)
-        self.plan = work_list.make_plan(sources.open_source(self.config, "coconut"), self.config, self.folder)
+        self.plan = work_list.make_plan(open_source(self.config, "coconut"), self.config, self.folder)
         self.stages = base.coconut(self.config)
         self.row = {"unit": self.plan.unit_name(0), "index": 0}
 

@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 
 from paracaption.filters import rle
-from paracaption.pipeline import sources
 from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import Job, Worker
 from paracaption.pipeline.models.protocols import Answer, Candidate, Question
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import base
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.records import ImageRecord
@@ -133,7 +133,7 @@ def build(config: BuildConfig) -> None:
     for subset in config.subsets:
         folder = out / subset
         writer.prepare(folder)
-        planned = work_list.make_plan(sources.open_source(config, subset), config, folder)
+        planned = work_list.make_plan(open_source(config, subset), config, folder)
         recipe = base.RECIPES[subset](config)
         run = out / "events" / f"000-{subset}"
         run.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ from paracaption.filters import rle
 from paracaption.filters.text import clean
 from paracaption.pipeline.models.embedded.appearance import MAX_SIDE, measure, name_colours
 from paracaption.pipeline.models.embedded.classical import ClassicalCaptioner, describe
-from paracaption.pipeline.sources import categories, open_source
+from paracaption.pipeline.sources import categories
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import Limits, Text
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Blob, Drop, ImageRecord, Region

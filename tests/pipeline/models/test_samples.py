@@ -9,7 +9,7 @@ import pytest
 
 from paracaption.filters import rle
 from paracaption.filters.masks import usable, whole_objects
-from paracaption.pipeline.sources import open_source
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import Limits, Masks
 from paracaption.schemas.records import Drop
 from tests.pipeline.models.sample import SAMPLES, sample_config

@@ -15,8 +15,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from paracaption.filters import rle
-from paracaption.pipeline.sources import open_source
 from paracaption.pipeline.sources.categories import load, plain
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import BuildConfig, CoconutSource, Limits
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.reasons import Reason

@@ -11,7 +11,7 @@ from PIL import Image
 
 from paracaption.filters import rle
 from paracaption.pipeline.io import files, photos
-from paracaption.pipeline.sources import open_source
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import BuildConfig, Limits, Sa1bSource
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.reasons import Reason

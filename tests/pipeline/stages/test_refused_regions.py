@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from paracaption.pipeline import sources
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import Job, Unit, Worker
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import base
 from paracaption.pipeline.stages.evidence import EvidenceStore
 from paracaption.schemas.reasons import ERRORS, Reason
@@ -27,7 +27,7 @@ class Bench:
         self.folder, self.run = root / "out" / "coconut", root / "out" / "events" / "000"
         self.run.mkdir(parents=True)
         writer.prepare(self.folder)
-        self.plan = work_list.make_plan(sources.open_source(self.config, "coconut"), self.config, self.folder)
+        self.plan = work_list.make_plan(open_source(self.config, "coconut"), self.config, self.folder)
         self.stages = base.coconut(self.config)
 
     def row(self, *ends: str) -> dict:
