@@ -10,7 +10,8 @@ the process that runs it needs `BuildConfig` itself, not its name, to check the 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow
 from prefect.artifacts import (
@@ -88,9 +89,10 @@ class _Artifacts:
 
     def __init__(self, subset: str):
         self.subset = subset
-        self.id = create_progress_artifact(
+        created = create_progress_artifact(
             progress=0.0, key=f"{subset}-units", description=f"{subset}: units committed"
         )
+        self.id = cast(UUID, created)  # a coroutine only where the caller is one
         self.updated = time.monotonic()
 
     def update(self, progress: Progress) -> None:

@@ -22,8 +22,8 @@ class Renamed:
 
     Attributes:
         where: the class of the configuration that has the key, or "command" or "option".
-        old: the name until now; an option is written with its command, as `evaluate --scenes`.
-        new: the name to use.
+        old: the name until now; an option is written with its command, as `profile --scenes`.
+        new: the name to use; of an option, with its command as well where that was renamed too.
         until: the first version that does not know the old name.
         values: old value -> new value, where values were renamed too.
     """
@@ -64,6 +64,31 @@ def translate(where: str, values: dict[str, Any]) -> dict[str, Any]:
         values[each.new] = changed
         warn(each, value, changed)
     return values
+
+
+def translate_command_line(words: list[str]) -> list[str]:
+    """A command line with its old commands and options replaced, and a `RenamedWarning` for each.
+
+    Args:
+        words: what follows `paracaption`.
+    """
+    given, words = words, list(words)
+    for each in _of("command"):
+        old = each.old.split()
+        if words[: len(old)] == old:
+            words[: len(old)] = each.new.split()
+            warn(each)
+    for each in _of("option"):
+        *command, old = each.old.split()
+        if command not in (given[: len(command)], words[: len(command)]):
+            continue
+        new = each.new.split()[-1]
+        found = [n for n, word in enumerate(words) if word.partition("=")[0] == old]
+        for n in found:
+            words[n] = new + words[n].removeprefix(old)
+        if found:
+            warn(each)
+    return words
 
 
 def warn(renamed: Renamed, value: object = None, changed: object = None) -> None:

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
+from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
 from . import build, check, corpus, evaluate, model
+
+
+class _Commands(TyperGroup):
+    """The commands and options, which also answer to the names they had before."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, renames.translate_command_line(args))
+
 
 MODEL = "Train, use and measure a model"
 
 app = typer.Typer(
     name="paracaption",
+    cls=_Commands,
     help="Masks in, verified region captions out.",
     no_args_is_help=True,
     add_completion=False,
@@ -38,6 +51,7 @@ app.add_typer(evaluate.benchmarks, name="benchmark", rich_help_panel=MODEL)
 
 def main() -> None:
     """Entry point: errors of ours are one clear line and exit code 2, anything else is a traceback."""
+    _show_old_names()
     try:
         app()
     except ParaCaptionError as error:
@@ -51,3 +65,19 @@ def main() -> None:
         name = error.name.partition(".")[0]
         print(f"error: {name} is not installed; {findings.how_to_install(name)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _show_old_names() -> None:
+    """Say each old name that was used in one line on stderr, instead of as Python shows a warning."""
+    shown: set[str] = set()
+    show_other = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if not issubclass(category, renames.RenamedWarning):
+            show_other(message, category, *where)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", renames.RenamedWarning)

@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -122,10 +122,12 @@ def deploy(
     if not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
     from prefect import serve
+    from prefect.deployments.runner import RunnerDeployment
 
     from ..build import build_corpus
     from ..evaluate import evaluate_captioner
     from ..train import train_captioner
 
     all_flows = (build_corpus, train_captioner, evaluate_captioner)
-    serve(*(flow.to_deployment(name) for flow in all_flows))
+    # In a synchronous caller Prefect's methods return what they promise, never a coroutine.
+    serve(*(cast(RunnerDeployment, flow.to_deployment(name)) for flow in all_flows))

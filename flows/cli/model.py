@@ -52,10 +52,10 @@ def convert(
     """Convert a PerceptionDLM between the published layout and ours, or make a new one of its parts."""
     from ...model_training.convert import published as converting
 
-    if (path is None) == (language is None):
-        raise ConfigError("models convert: name a PerceptionDLM's folder, or LLaDA's with --language")
-    if path is not None:
+    if path is not None and language is None:
         report = converting.convert(path, to, vision=vision, layout=layout, seed=seed)
+    elif path is not None or language is None:
+        raise ConfigError("models convert: name a PerceptionDLM's folder, or LLaDA's with --language")
     elif vision is None:
         raise ConfigError("models convert: --language needs a SigLIP 2 too: --vision DIR")
     else:
