@@ -26,13 +26,14 @@ from PIL import Image, ImageDraw
 
 from benchmarks.decoder import SPECIAL
 from paracaption.filters import rle
-from paracaption.model_training.data import CorpusSource, DataOptions, Loader
+from paracaption.model_training.data import Loader
 from paracaption.model_training.data.epoch_plan import Mixture, Plan, count_batches
 from paracaption.model_training.model import tiling
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.pipeline.corpus import writer
 from paracaption.schemas.records import Blob, ImageRecord, Region
+from paracaption.schemas.training import CorpusSource, DataOptions
 
 SIZES = {"coco": (640, 480), "sa1b": (2250, 1500)}
 REGIONS = {"coco": 9, "sa1b": 40}
@@ -102,9 +103,8 @@ def measure(photos: list[tuple[bytes, list[np.ndarray]]], most: int) -> dict[str
     tower = made.config.vision_config
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "out", photos)
-        loader = Loader(
-            [CorpusSource(f"{folder}/out")], made, DataOptions(max_tokens=8192), cache=f"{folder}/cache"
-        )
+        options = DataOptions(max_tokens=8192, workers=0, cache=f"{folder}/cache")
+        loader = Loader([CorpusSource(out=f"{folder}/out")], made, options)
         ratios, ours, theirs, samples, fill = [], 0.0, 0.0, 0, []
         start = time.process_time()
         for batch in itertools.chain.from_iterable(itertools.repeat(loader)):

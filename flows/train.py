@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from ..schemas.training import TrainConfig
+from ..schemas.training import CorpusSource, TrainConfig
 from . import watch
 from .steps import embedded, step
 
@@ -43,11 +43,10 @@ def train_captioner(
 @step
 def wait_for_corpora(config: TrainConfig) -> None:
     """Look until every unit of every corpus is committed and merged."""
-    from ..model_training.data import CorpusSource, unfinished
+    from ..model_training.data import unfinished
 
-    sources = [CorpusSource(each.out, subsets=each.subsets) for each in config.corpora]
-    sources += [CorpusSource(config.evaluation.out)] if config.evaluation else []
-    for source in sources:
+    held_out = [CorpusSource(out=config.evaluation.out)] if config.evaluation else []
+    for source in [*config.corpora, *held_out]:
         told = ""
         while missing := unfinished(source):
             if missing != told:

@@ -33,7 +33,7 @@ class Model(Strict):
         return self
 
 
-class Corpus(Strict):
+class CorpusSource(Strict):
     """A corpus to train on."""
 
     out: str = Field(description="`out` of a build; a folder or an fsspec URL")
@@ -41,15 +41,19 @@ class Corpus(Strict):
     subsets: tuple[str, ...] | None = Field(default=None, description="some of its subsets; none: all")
 
 
-class Conversation(Strict):
-    """Questions and answers on whole images, in the form of LLaVA's data."""
+class ConversationSource(Strict):
+    """Questions and answers on whole images, in the form of LLaVA's data.
+
+    The file holds records of {id, image, conversations: [{from, value}, ...]}. `image` is a path below
+    `images`, or in Parquet the photo's bytes, alone or as {bytes, path}.
+    """
 
     path: str = Field(description=".json, .jsonl or .parquet")
     images: str = Field(default="", description="the folder of the photos; none: they are in the Parquet")
     weight: float = Field(default=1.0, gt=0, description="passes over it in an epoch")
 
 
-class Data(Strict):
+class DataOptions(Strict):
     """How batches are made."""
 
     packed: bool = Field(default=True, description="examples share a row; no padding is computed")
@@ -76,8 +80,17 @@ class Data(Strict):
     prefetch: PositiveInt = Field(default=2, description="batches that each of them makes ahead")
     cache: str | None = Field(default=None, description="local; none: ~/.cache/paracaption/training")
 
+    def caption_limit(self) -> int | None:
+        """The most tokens that a caption may have; None if only its batch limits it."""
+        fixed = self.caption_slots if self.caption_length == "fixed" else None
+        limits = [limit for limit in (fixed, self.max_caption_tokens) if limit is not None]
+        return min(limits, default=None)
 
-class Noise(Strict):
+
+Weighting = Literal["inverse", "none"]
+
+
+class NoiseOptions(Strict):
     """How captions are masked."""
 
     level: Literal["example", "region"] = Field(
@@ -85,9 +98,7 @@ class Noise(Strict):
     )
     lowest: float = Field(default=1e-3, gt=0, lt=1, description="the original's, as LLaDA's")
     stratified: bool = Field(default=False, description="levels of a batch are spread evenly: less noise")
-    weighting: Literal["inverse", "none"] = Field(
-        default="inverse", description="the original's: 1 / probability"
-    )
+    weighting: Weighting = Field(default="inverse", description="the original's: 1 / probability")
 
 
 class LearningRate(Strict):
@@ -176,10 +187,10 @@ class TrainConfig(Strict):
 
     out: str = Field(description="folder of checkpoints, metrics and the trained model")
     model: Model
-    corpora: list[Corpus] = Field(default_factory=list)
-    conversations: list[Conversation] = Field(default_factory=list)
-    data: Data = Data()
-    noise: Noise = Noise()
+    corpora: list[CorpusSource] = Field(default_factory=list)
+    conversations: list[ConversationSource] = Field(default_factory=list)
+    data: DataOptions = DataOptions()
+    noise: NoiseOptions = NoiseOptions()
     steps: PositiveInt | None = Field(default=None, description="of the optimizer; or `epochs`")
     epochs: PositiveInt | None = Field(default=None, description="the original trains 1")
     accumulation: PositiveInt = Field(default=4, description="batches of a rank in a step; the original's")

@@ -27,6 +27,7 @@ from paracaption.model_training.model.perceptiondlm import Images, PerceptionDLM
 from paracaption.model_training.model.processor import pack
 from paracaption.model_training.train import build, loss
 from paracaption.model_training.train import distributed as teams
+from paracaption.schemas.training import NoiseOptions
 
 SIZE, IMAGES, REGIONS, WORDS = (1024, 512), 3, 6, 32
 STEPS = 5
@@ -173,7 +174,7 @@ def _step(
 ) -> int:
     """Noise, loss, gradients, clipping and a step, in the trainer's order; the number of masked tokens."""
     any_batch: Any = batch
-    noised = loss.draw(any_batch, loss.Noise(), generator)
+    noised = loss.draw(any_batch, NoiseOptions(), generator)
     with teams.computing(team):
         found = loss.loss(model, any_batch, noised)
     (found.total / batch.weight_E.sum()).backward()

@@ -20,11 +20,11 @@ import numpy as np
 from ...pipeline.io import files, photos
 from ...schemas.errors import BadRecord, BadSample, ConfigError
 from ...schemas.records import Blob
+from ...schemas.training import ConversationSource
 from ..model import tiling
 from ..model.attention import SHARED
 from ..model.processor import ANSWER, HEAD, Example
 from .corpus import token_lists, tokenizer_digest, views_of
-from .options import ConversationSource
 from .table import Table, Writer, cached
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,8 +27,8 @@ from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import Sample
 from ...schemas.summary import CorpusSummary
+from ...schemas.training import CorpusSource, DataOptions
 from ..model import tiling
-from .options import CorpusSource, DataOptions
 from .order import even_groups, keys_of, num_groups, varied_groups
 from .table import Table, Writer, cached
 
@@ -78,8 +77,10 @@ class Place(NamedTuple):
 class Corpus:
     """The images of a corpus, and its items: groups of an image's regions, image after image."""
 
-    def __init__(self, table: Table, out: str, options: DataOptions, processor: PerceptionDLMProcessor):
-        self.table, self.out, self.options = table, out, options
+    def __init__(
+        self, table: Table, out: str, options: DataOptions, seed: int, processor: PerceptionDLMProcessor
+    ):
+        self.table, self.out, self.options, self.seed = table, out, options, seed
         config = processor.config
         self.num_prompts = config.num_prompts
         self.prefix_tokens = processor.prefix(0, 0).shape[1]
@@ -112,7 +113,7 @@ class Corpus:
         groups = num_groups(regions, self.options.regions_per_group)
         if self.options.group_sizes == "even":
             return even_groups(regions, groups, group)
-        keys = keys_of(image, turns, self.options.seed, "groups")
+        keys = keys_of(image, turns, self.seed, "groups")
         return varied_groups(regions, groups, group, self.num_prompts, keys)
 
     def lengths(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +180,7 @@ def _reopen(table: Table, options: DataOptions, state: dict[str, Any]) -> Corpus
 
 
 def open_corpus(
-    source: CorpusSource, processor: PerceptionDLMProcessor, options: DataOptions, cache: Path
+    source: CorpusSource, processor: PerceptionDLMProcessor, options: DataOptions, seed: int, cache: Path
 ) -> Corpus:
     """A corpus, through the table in the cache that is of its manifests.
 
@@ -196,7 +197,7 @@ def open_corpus(
         _write(folder, source, units, fresh, processor, options)
 
     folder = cached(cache, f"corpus-{name}", write)
-    return Corpus(Table(folder, _IMAGE), source.out.rstrip("/"), options, processor)
+    return Corpus(Table(folder, _IMAGE), source.out.rstrip("/"), options, seed, processor)
 
 
 def unfinished(source: CorpusSource) -> str:
@@ -210,7 +211,7 @@ def unfinished(source: CorpusSource) -> str:
         built = BuildConfig.model_validate(yaml.safe_load(files.read(Blob(f"{out}/config.yaml"))))
         names = source.subsets or tuple(built.subsets)
         planned = {name: _num_units(f"{out}/{name}/plan/{work_list.SUMMARY}") for name in names}
-        units, _, fresh = _committed(replace(source, subsets=names))
+        units, _, fresh = _committed(source.model_copy(update={"subsets": names}))
     except FileNotFoundError as error:
         return f"{error.filename or error}: not there yet"
     except ConfigError as error:

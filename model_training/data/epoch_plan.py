@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .options import DataOptions
+from ...schemas.training import DataOptions
 from .order import Permutation, key_of, shuffled
 
 WINDOW = 128

@@ -8,19 +8,21 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from ...schemas.training import ConversationSource, CorpusSource, DataOptions
 from .conversations import open_conversations
 from .corpus import open_corpus
 from .epoch_plan import Mixture, Pick, Plan, count_batches
-from .options import ConversationSource, CorpusSource, DataOptions, Workers
 from .samples import BatchMaker, TrainBatch
 from .table import cached, default_cache
+
+StartMethod = Literal["forkserver", "spawn", "fork"]
 
 if TYPE_CHECKING:
     from ..model.processor import PerceptionDLMProcessor
@@ -46,43 +48,48 @@ class Loader:
         sources: Sequence[CorpusSource | ConversationSource],
         processor: PerceptionDLMProcessor,
         options: DataOptions = DataOptions(),
+        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        workers: Workers = Workers(),
-        cache: str | Path | None = None,
+        pin_memory: bool = False,
+        start_method: StartMethod = "forkserver",
     ):
         """Open the sources. The first to open them writes their tables to the cache, the others wait for it.
 
         Args:
             sources: at least one.
             processor: the model's.
-            options: what batches are.
-            rank: of this process.
+            options: the `data` part of a training configuration.
+            seed: decides the order, the groups and the prompts of regions.
+            rank: number of this process among all ranks.
             world_size: number of ranks.
-            workers: processes that read ahead.
-            cache: a local folder for tables; default: `~/.cache/paracaption/training`.
+            pin_memory: copy batches to page-locked memory, from which a GPU fetches them on its own.
+            start_method: how worker processes start. "forkserver" and "spawn" are safe beside threads, CUDA
+                and Ray, but import the main module anew (guard it with `if __name__ == "__main__"`); "fork"
+                starts faster.
 
         Raises:
             ConfigError: a source is missing, empty or not of a form that is read; an option that cannot be.
             IntegrityError: a corpus is damaged.
         """
         _check(sources, options, processor, rank, world_size)
-        self.cache = Path(cache) if cache is not None else default_cache()
+        self.cache = Path(options.cache) if options.cache is not None else default_cache()
         opened = [
-            open_corpus(source, processor, options, self.cache)
+            open_corpus(source, processor, options, seed, self.cache)
             if isinstance(source, CorpusSource)
             else open_conversations(source, processor, self.cache)
             for source in sources
         ]
-        self.options, self.rank, self.world_size, self.workers = options, rank, world_size, workers
-        self.mixture = Mixture(opened, [source.weight for source in sources], options.seed)
-        self.make = BatchMaker(opened, processor, options)
+        self.options, self.rank, self.world_size = options, rank, world_size
+        self.pin_memory, self.start_method = pin_memory, start_method
+        self.mixture = Mixture(opened, [source.weight for source in sources], seed)
+        self.make = BatchMaker(opened, processor, options, seed)
         self.epoch = self.position = 0
         self.skipped: Counter[str] = Counter()
         facts = [(source.fingerprint, str(weight)) for source, weight in _pairs(self.mixture)]
         config = processor.config  # what decides how long samples are, and so which share a batch
         lengths = (processor.prefix(0, 0).shape[1], config.tokens_per_tile, config.replay_tokens)
-        known = repr((facts, options, lengths, config.num_prompts))
+        known = f"({facts!r}, {recorded_options(options, seed)}, {lengths!r}, {config.num_prompts!r})"
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()[:16]
         self._plan: Plan | None = None
         self._batches: DataLoader[Any] | None = None
@@ -150,17 +157,17 @@ class Loader:
 
     def _loading(self) -> DataLoader[Any]:
         if self._batches is None:
-            several = self.workers.number > 0
+            several = self.options.workers > 0
             self._batches = DataLoader(
                 _Made(self.make),
                 batch_size=None,
                 sampler=_Requests(self),
-                num_workers=self.workers.number,
+                num_workers=self.options.workers,
                 collate_fn=_as_it_is,
-                pin_memory=self.workers.pin_memory and torch.cuda.is_available(),
-                prefetch_factor=self.workers.prefetch if several else None,
+                pin_memory=self.pin_memory and torch.cuda.is_available(),
+                prefetch_factor=self.options.prefetch if several else None,
                 persistent_workers=several,
-                multiprocessing_context=_context(self.workers.start_method) if several else None,
+                multiprocessing_context=_context(self.start_method) if several else None,
                 worker_init_fn=_quiet_tokenizers,
                 generator=torch.Generator(),  # else each epoch would draw from the trainer's own
             )
@@ -198,6 +205,22 @@ class _Made(Dataset[Any]):
             return self.make(picks)
         except ParaCaptionError as error:
             return Failed(error)
+
+
+_RECORDED = (
+    *("packed", "max_tokens", "max_examples", "regions_per_group", "group_sizes", "caption_length"),
+    *("caption_slots", "max_caption_tokens", "labels", "on_too_long", "on_bad_sample", "max_pixels"),
+)
+
+
+def recorded_options(options: DataOptions, seed: int) -> str:
+    """The options that decide what batches are, as fingerprints contain them since release 0.1.
+
+    Checkpoints and caches hold the fingerprint, so this text keeps its names and its order.
+    """
+    values = options.model_dump()
+    fields = ", ".join(f"{name}={values[name]!r}" for name in _RECORDED)
+    return f"DataOptions({fields}, seed={seed!r})"
 
 
 def _as_it_is(made: Any) -> Any:

@@ -14,6 +14,7 @@ from ...pipeline.io import photos
 from ...schemas.errors import BadRecord, BadSample
 from ...schemas.records import Blob
 from ...schemas.sample import SampleRegion
+from ...schemas.training import DataOptions
 from ..model.perceptiondlm import Images, Tokens
 from ..model.processor import Example, collate, pack
 from ..model.tiling import Runs
@@ -21,7 +22,6 @@ from . import conversations
 from .conversations import Conversations
 from .corpus import Corpus, token_lists
 from .epoch_plan import Pick
-from .options import DataOptions
 from .order import shuffled
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ class BatchMaker:
         sources: Sequence[Corpus | Conversations],
         processor: PerceptionDLMProcessor,
         options: DataOptions,
+        seed: int,
     ):
-        self.sources, self.processor, self.options = sources, processor, options
+        self.sources, self.processor, self.options, self.seed = sources, processor, options, seed
 
     def __call__(self, picks: Sequence[Pick]) -> TrainBatch:
         """The batch of some picks; no picks, or none that can be used: a filler.
@@ -138,7 +139,7 @@ class BatchMaker:
         image, group, chosen = source.place(pick.item, pick.turn)
         sample, data = source.read(image)
         shard, key = source.name(image)
-        seeds = (self.options.seed, pick.source, pick.turn, sample.subset, key)
+        seeds = (self.seed, pick.source, pick.turn, sample.subset, key)
         order = shuffled(len(sample.regions), *seeds)
         regions = [sample.regions[number] for number in order[chosen]]
         captions = token_lists(self.processor, [region.caption for region in regions])

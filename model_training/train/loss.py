@@ -5,48 +5,18 @@ Shape suffixes: B batch, L tokens, E examples (several can share a row), K maske
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...schemas.errors import ConfigError
+from ...schemas.training import NoiseOptions, Weighting
 from ..model.attention import SHARED
 
 if TYPE_CHECKING:
     from ..data import TrainBatch
     from ..model.perceptiondlm import PerceptionDLM
-
-Level = Literal["example", "region"]
-Weighting = Literal["inverse", "none"]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How captions are noised and the loss is weighed; the defaults are the original's.
-
-    Attributes:
-        level: one noise level for all captions of an "example", as LLaDA and the original draw it, or one for
-            each "region": decoding meets regions that are done beside others that are not.
-        lowest: probability of masking at level 0; above 0, so that a weight is finite.
-        stratified: the levels of a batch are spread evenly instead of drawn apart, which varies less.
-        weighting: "inverse": each masked token counts by one over its probability of masking, as the bound
-            on the likelihood has it. "none": each masked token counts alike.
-    """
-
-    level: Level = "example"
-    lowest: float = 1e-3
-    stratified: bool = False
-    weighting: Weighting = "inverse"
-
-    def __post_init__(self) -> None:
-        for name, choices in (("level", get_args(Level)), ("weighting", get_args(Weighting))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"noise.{name}: {getattr(self, name)!r}; take one of {', '.join(choices)}")
-        if not 0 < self.lowest < 1:
-            raise ConfigError(f"noise.lowest: {self.lowest}; between 0 and 1")
 
 
 class Noised(NamedTuple):
@@ -77,12 +47,12 @@ class Loss(NamedTuple):
         return self.total / self.weight.clamp(min=torch.finfo(self.weight.dtype).tiny)
 
 
-def draw(batch: TrainBatch, noise: Noise, generator: torch.Generator | None = None) -> Noised:
+def draw(batch: TrainBatch, noise: NoiseOptions, generator: torch.Generator | None = None) -> Noised:
     """Mask labelled tokens, each with the probability of its level.
 
     Args:
         batch: the clean sequences.
-        noise: the options.
+        noise: the `noise` part of a training configuration.
         generator: on the CPU, so that every device draws alike; None: torch's own.
     """
     sample_BL, region_BL = batch.tokens.structure.sample_BL, batch.tokens.structure.region_BL

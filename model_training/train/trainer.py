@@ -25,15 +25,7 @@ from torch import Tensor
 from ...pipeline.io import files
 from ...schemas.errors import ConfigError, Diverged, StageFailed
 from ...schemas.training import Spike, TrainConfig
-from ..data import (
-    FILLER,
-    ConversationSource,
-    CorpusSource,
-    DataOptions,
-    Loader,
-    TrainBatch,
-    Workers,
-)
+from ..data import FILLER, Loader, TrainBatch
 from ..data.order import key_of
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
@@ -214,7 +206,7 @@ def _backward(run: Run, batch: TrainBatch, number: int, weight: float) -> diffus
     place = number * team.world_size + team.rank
     generator = torch.Generator().manual_seed(key_of(config.seed, "noise", run.step, place) >> 1)
     batch = batch.to(team.device)
-    noised = diffusion.draw(batch, noise_of(config), generator)
+    noised = diffusion.draw(batch, config.noise, generator)
     with teams.computing(team):
         found = diffusion.loss(run.model, batch, noised, config.noise.weighting)
     (found.total / weight).backward()
@@ -295,20 +287,11 @@ def _names(batches: list[TrainBatch], team: Team) -> list[str]:
     return [key for each in rounds for keys in each for key in keys if key != FILLER]
 
 
-def noise_of(config: TrainConfig) -> diffusion.Noise:
-    """The options of the noise."""
-    return diffusion.Noise(**config.noise.model_dump())
-
-
 def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, team: Team) -> Loader:
     """The loader of this rank."""
-    options = config.data.model_dump()
-    workers = Workers(options.pop("workers"), options.pop("prefetch"), pin_memory=team.device.type == "cuda")
-    cache = options.pop("cache")
-    sources = [CorpusSource(each.out, each.weight, each.subsets) for each in config.corpora]
-    sources += [ConversationSource(each.path, each.images, each.weight) for each in config.conversations]
-    made = DataOptions(**options, seed=config.seed)
-    loader = Loader(sources, processor, made, team.rank, team.world_size, workers, cache)
+    sources = [*config.corpora, *config.conversations]
+    pin_memory = team.device.type == "cuda"
+    loader = Loader(sources, processor, config.data, config.seed, team.rank, team.world_size, pin_memory)
     if len(found := set(team.gather(loader.fingerprint))) > 1:
         raise StageFailed(f"the ranks do not see the same data: {', '.join(sorted(found))}")
     return loader

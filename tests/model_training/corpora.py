@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 
 from paracaption.filters import rle
-from paracaption.model_training.data import FILLER, CorpusSource, DataOptions, Loader, TrainBatch
+from paracaption.model_training.data import FILLER, Loader, TrainBatch
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.pipeline.corpus import writer
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Blob, Drop, ImageRecord, Region
+from paracaption.schemas.training import CorpusSource, DataOptions
 from tests.tiny.perceptiondlm_model import SMALLEST, byte_tokenizer, tiny_config
 
 SIZES = [(32, 32), (60, 30), (40, 90), (24, 40)]
@@ -98,12 +99,11 @@ def write(out: Path, units: Sequence[Sequence[int]]) -> set[str]:
 
 def loader(out: Path, rank: int = 0, world: int = 1, **options: Any) -> Loader:
     """Of one corpus, with its cache beside it; options of `Loader` and of `DataOptions`."""
-    given = {name: options.pop(name) for name in ("workers", "sources") if name in options}
-    sources = given.pop("sources", [CorpusSource(str(out))])
+    given = {name: options.pop(name) for name in ("seed", "start_method") if name in options}
+    sources = options.pop("sources", [CorpusSource(out=str(out))])
     made = options.pop("processor", None) or processor()
-    options = {"max_tokens": 600} | options
-    cache = out.parent / "cache"
-    return Loader(sources, made, DataOptions(**options), rank, world, cache=cache, **given)
+    options = {"max_tokens": 600, "workers": 0, "cache": str(out.parent / "cache")} | options
+    return Loader(sources, made, DataOptions(**options), rank=rank, world_size=world, **given)
 
 
 def regions_of(batches: Iterable[TrainBatch]) -> Counter[str]:

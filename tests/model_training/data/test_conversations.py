@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from paracaption.model_training.data import ConversationSource, CorpusSource
 from paracaption.schemas.errors import BadSample, ConfigError
+from paracaption.schemas.training import ConversationSource, CorpusSource
 from tests.model_training.corpora import loader, processor, visits, write
 
 UNITS = [[3, 9, 1, 0, 4], [0, 0], [7, 12, 2]]
@@ -47,7 +47,7 @@ def test_conversations_come_from_every_form_with_their_answers_labelled(tmp_path
         pq.write_table(pa.Table.from_pylist(rows), path)
         shutil.rmtree(tmp_path / "images")
     made = processor()
-    source = ConversationSource(str(path), str(tmp_path / "images"))
+    source = ConversationSource(path=str(path), images=str(tmp_path / "images"))
     batches = list(loader(tmp_path / "out", sources=[source], packed=False, max_examples=1))
     assert sorted(batch.keys[0] for batch in batches) == [f"{path}: q{number}" for number in range(5)]
     for batch in batches:
@@ -66,8 +66,8 @@ def test_a_mixture_passes_over_each_source_as_often_as_its_weight_says(tmp_path:
     write(corpus, UNITS)
     records, _ = conversations(tmp_path, 8)
     (tmp_path / "said.json").write_text(json.dumps(records))
-    said = ConversationSource(str(tmp_path / "said.json"), str(tmp_path / "images"), weight=0.5)
-    ours = loader(corpus, sources=[CorpusSource(str(corpus), weight=2), said])
+    said = ConversationSource(path=str(tmp_path / "said.json"), images=str(tmp_path / "images"), weight=0.5)
+    ours = loader(corpus, sources=[CorpusSource(out=str(corpus), weight=2), said])
     halves = []
     for _ in range(2):
         keys = [key for batch in ours for key in batch.keys]
@@ -87,7 +87,7 @@ def test_conversations_that_cannot_be_used_are_errors_or_counted(tmp_path: Path)
     (tmp_path / "images" / "4.png").write_bytes(b"no photo")
     path = tmp_path / "said.json"
     path.write_text(json.dumps(records))
-    source = ConversationSource(str(path), str(tmp_path / "images"))
+    source = ConversationSource(path=str(path), images=str(tmp_path / "images"))
     with pytest.raises(BadSample, match=r"said.json: q?\d"):
         list(loader(tmp_path / "out", sources=[source]))
     ours = loader(tmp_path / "out", sources=[source], on_bad_sample="skip")
@@ -98,4 +98,4 @@ def test_conversations_that_cannot_be_used_are_errors_or_counted(tmp_path: Path)
     with pytest.raises(ConfigError, match=r"said.json: after record 2: .*conversations"):
         loader(tmp_path / "out", sources=[source])
     with pytest.raises(ConfigError, match=r"absent\.json"):
-        loader(tmp_path / "out", sources=[ConversationSource(str(tmp_path / "absent.json"))])
+        loader(tmp_path / "out", sources=[ConversationSource(path=str(tmp_path / "absent.json"))])

@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from paracaption.model_training.convert.published import convert
-from paracaption.model_training.data import CorpusSource, TrainBatch, Workers
+from paracaption.model_training.data import TrainBatch
 from paracaption.model_training.data.corpus import token_lists
 from paracaption.model_training.data.epoch_plan import cut_packed, cut_padded
+from paracaption.model_training.data.loader import recorded_options
 from paracaption.model_training.data.order import Permutation, even_groups, keys_of, num_groups, varied_groups
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.corpus.merge import merge
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import BadSample, ConfigError, IntegrityError
+from paracaption.schemas.training import CorpusSource, DataOptions
 from tests.model_training.corpora import (
     loader,
     masks_of,
@@ -127,8 +129,8 @@ def test_each_region_once_an_epoch_and_equal_steps_on_any_number_of_ranks(
         out = Path(folder) / "out"
         wanted = Counter(write(out, units))
         for world in (1, 2, 3, 8):
-            ahead = Workers(workers if world == 3 else 0, start_method="fork")
-            options = {"packed": packed, "seed": seed, "workers": ahead}
+            ahead = {"workers": workers if world == 3 else 0, "start_method": "fork"}
+            options = {"packed": packed, "seed": seed} | ahead
             ranks = [loader(out, rank, world, **options) for rank in range(world)]
             for epoch in range(2 if world == 3 else 1):
                 steps = {len(each) for each in ranks}
@@ -142,7 +144,7 @@ def test_each_region_once_an_epoch_and_equal_steps_on_any_number_of_ranks(
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_workers_change_neither_batches_nor_their_order(corpus: Path, method: str):
-    made = loader(corpus, 1, 2, workers=Workers(2, start_method=method))
+    made = loader(corpus, 1, 2, workers=2, start_method=method)
     random = torch.get_rng_state()
     for _ in range(2):  # the workers stay for the next epoch
         alone = loader(corpus, 1, 2)
@@ -153,8 +155,7 @@ def test_workers_change_neither_batches_nor_their_order(corpus: Path, method: st
 
 
 def test_a_resume_with_workers_leaves_out_what_they_made_ahead(corpus: Path):
-    workers = Workers(2, prefetch=4, start_method="fork")
-    ours = loader(corpus, max_tokens=300, workers=workers)
+    ours = loader(corpus, max_tokens=300, workers=2, prefetch=4, start_method="fork")
     batches = iter(ours)
     seen = [next(batches) for _ in range(3)]
     state = ours.state_dict()
@@ -234,6 +235,28 @@ def test_a_state_of_other_data_or_options_is_refused(corpus: Path):
     for options in ({"seed": 1}, {"packed": False}, {"regions_per_group": 2.0}, {"group_sizes": "even"}):
         with pytest.raises(IntegrityError, match="start a new run"):
             loader(corpus, **options).load_state_dict(state)
+
+
+def test_a_fingerprint_has_the_options_in_the_words_of_release_0_1():
+    options = {
+        "packed": False,
+        "max_tokens": 900,
+        "max_examples": 5,
+        "regions_per_group": 2,
+        "group_sizes": "even",
+        "caption_length": "fixed",
+        "caption_slots": 40,
+        "max_caption_tokens": 18,
+        "labels": "captions",
+        "on_too_long": "skip",
+        "on_bad_sample": "skip",
+        "max_pixels": 1000,
+    }
+    assert recorded_options(DataOptions(**options, workers=9, prefetch=9, cache="elsewhere"), 7) == (
+        "DataOptions(packed=False, max_tokens=900, max_examples=5, regions_per_group=2.0, "
+        "group_sizes='even', caption_length='fixed', caption_slots=40, max_caption_tokens=18, "
+        "labels='captions', on_too_long='skip', on_bad_sample='skip', max_pixels=1000, seed=7)"
+    )
 
 
 def test_a_plan_is_of_the_model_whose_tokens_it_counts(corpus: Path):
@@ -393,10 +416,10 @@ def test_a_damaged_shard_is_an_error_with_shard_and_key_or_counted(corpus: Path,
 def test_errors_and_counts_of_workers_are_the_trainers(corpus: Path, tmp_path: Path):
     out = copy(corpus, tmp_path)
     reason = damage(out, "photo")
-    workers = Workers(2, start_method="fork")
+    workers = {"workers": 2, "start_method": "fork"}
     with pytest.raises(BadSample, match=r"^photo_unreadable: .*coconut-000000.tar: image_1"):
-        list(loader(out, workers=workers))
-    ours = loader(out, workers=workers, on_bad_sample="skip")
+        list(loader(out, **workers))
+    ours = loader(out, **workers, on_bad_sample="skip")
     list(ours)
     assert ours.skipped == {reason: math.ceil(9 / 3.5)}
 
@@ -452,7 +475,7 @@ def test_no_corpus_no_regions_and_impossible_options_are_said_so(corpus: Path, t
     with pytest.raises(ConfigError, match="no corpus here"):
         loader(tmp_path)
     with pytest.raises(ConfigError, match="nothing of sa1b"):
-        loader(corpus, sources=[CorpusSource(str(corpus), subsets=("sa1b",))])
+        loader(corpus, sources=[CorpusSource(out=str(corpus), subsets=("sa1b",))])
     write(tmp_path / "out", [[0, 0]])
     with pytest.raises(ConfigError, match="no region was kept"):
         loader(tmp_path / "out")
@@ -465,7 +488,7 @@ def test_a_corpus_in_a_store_is_read_as_one_on_a_disk(corpus: Path, tmp_path: Pa
     import fsspec
 
     fsspec.filesystem("memory").put(str(corpus), "/training/out", recursive=True)
-    ours = loader(tmp_path / "out", sources=[CorpusSource("memory://training/out")])
+    ours = loader(tmp_path / "out", sources=[CorpusSource(out="memory://training/out")])
     assert_equal(list(ours), list(loader(corpus)))
 
 

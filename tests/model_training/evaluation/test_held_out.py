@@ -8,7 +8,7 @@ import threading
 import pytest
 from PIL import Image
 
-from paracaption.model_training.data import CorpusSource, unfinished
+from paracaption.model_training.data import unfinished
 from paracaption.model_training.decoding import read_regions
 from paracaption.model_training.decoding.caption_photo import load
 from paracaption.model_training.decoding.sampler import DecodeOptions
@@ -17,7 +17,7 @@ from paracaption.model_training.toy import scores
 from paracaption.model_training.train import metrics
 from paracaption.model_training.train.trainer import fit
 from paracaption.schemas.errors import IntegrityError
-from paracaption.schemas.training import Evaluation
+from paracaption.schemas.training import CorpusSource, Evaluation
 from tests.model_training.toy_corpus import config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -98,7 +98,7 @@ def test_marks_count_attributes_and_leaks(world, trained, monkeypatch):
 
 
 def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
-    source = CorpusSource(str(world))
+    source = CorpusSource(out=str(world))
     assert unfinished(source) == ""
     [manifest] = (world / "coconut" / "manifests").glob("*.json")
     whole = manifest.read_bytes()
@@ -108,11 +108,11 @@ def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
     assert "index" in unfinished(source)
     manifest.write_bytes(whole)
     assert unfinished(source) == ""
-    assert "not there yet" in unfinished(CorpusSource(str(tmp_path / "later")))
+    assert "not there yet" in unfinished(CorpusSource(out=str(tmp_path / "later")))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("outt: x")
     with pytest.raises(IntegrityError, match=r"config\.yaml"):
-        unfinished(CorpusSource(str(tmp_path / "broken")))
+        unfinished(CorpusSource(out=str(tmp_path / "broken")))
 
 
 @pytest.mark.ray

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from paracaption.model_training.convert.published import convert
 from paracaption.model_training.data import TrainBatch
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.model.processor import PerceptionDLMProcessor, collate, pack
-from paracaption.model_training.train.loss import Noise, Noised, draw, loss
-from paracaption.schemas.errors import ConfigError
+from paracaption.model_training.train.loss import Noised, draw, loss
+from paracaption.schemas.training import NoiseOptions
 from tests.model_training.recorded_perceptiondlm import Ours, golden
 from tests.shared_data import recorded
 from tests.tiny.perceptiondlm_model import SMALLEST, tiny_model
@@ -46,7 +47,7 @@ def train_batch(*examples, packed=False) -> TrainBatch:
 @pytest.mark.parametrize("run", RUNS)
 def test_the_recorded_draws_mask_the_same_tokens_and_give_the_recorded_loss(ours, batch, run):
     meta = golden("train").meta["runs"][run]
-    noised = draw(batch, Noise(), torch.Generator().manual_seed(meta["seed"]))
+    noised = draw(batch, NoiseOptions(), torch.Generator().manual_seed(meta["seed"]))
     assert noised.masked_BL.sum() == meta["n_masked"]
     assert float(noised.probability_BL[0, 0]) == pytest.approx(meta["p_mask"], abs=1e-6)
     found = loss(ours.model, batch, noised)
@@ -60,7 +61,7 @@ def test_the_recorded_draws_mask_the_same_tokens_and_give_the_recorded_loss(ours
 @pytest.mark.parametrize("run", RUNS)
 def test_gradients_have_the_recorded_norms(ours, batch, run):
     meta = golden("train").meta["runs"][run]
-    noised = draw(batch, Noise(), torch.Generator().manual_seed(meta["seed"]))
+    noised = draw(batch, NoiseOptions(), torch.Generator().manual_seed(meta["seed"]))
     ours.model.zero_grad()
     loss(ours.model, batch, noised).mean.backward()
     norms = meta["grad_norms"]
@@ -100,7 +101,7 @@ def test_packed_padded_and_single_examples_have_the_same_loss(tiny):
     model, processor = tiny
     examples = scenes(processor, [3, 1, 5])
     packed, padded = train_batch(*examples, packed=True), train_batch(*examples)
-    noised = draw(packed, Noise(), torch.Generator().manual_seed(1))
+    noised = draw(packed, NoiseOptions(), torch.Generator().manual_seed(1))
     masked = torch.zeros_like(padded.label_BL)
     probability = torch.ones(padded.label_BL.shape)
     singles = 0.0
@@ -122,7 +123,7 @@ def test_only_labelled_tokens_are_masked_each_with_its_levels_probability(tiny):
     batch = train_batch(*scenes(processor, [2] * 40))
     rates = []
     for seed in range(200):
-        masked, probability = draw(batch, Noise(), torch.Generator().manual_seed(seed))
+        masked, probability = draw(batch, NoiseOptions(), torch.Generator().manual_seed(seed))
         assert not (masked & ~batch.label_BL).any()
         rates.append((masked[batch.label_BL].double() - probability[batch.label_BL]).mean())
     assert abs(float(torch.stack(rates).mean())) < 5e-3
@@ -131,7 +132,7 @@ def test_only_labelled_tokens_are_masked_each_with_its_levels_probability(tiny):
 def test_regions_can_have_levels_of_their_own(tiny):
     _, processor = tiny
     batch = train_batch(*scenes(processor, [4, 2]))
-    probability = draw(batch, Noise(level="region"), torch.Generator().manual_seed(0)).probability_BL
+    probability = draw(batch, NoiseOptions(level="region"), torch.Generator().manual_seed(0)).probability_BL
     region, caption = batch.tokens.structure.region_BL, batch.tokens.structure.caption_BL
     levels = [probability[0][caption[0] & (region[0] == code)].unique() for code in range(1, 5)]
     assert [len(level) for level in levels] == [1] * 4
@@ -141,7 +142,7 @@ def test_regions_can_have_levels_of_their_own(tiny):
 def test_stratified_levels_are_spread_evenly(tiny):
     _, processor = tiny
     batch = train_batch(*scenes(processor, [1] * 10))
-    probability = draw(batch, Noise(stratified=True), torch.Generator().manual_seed(3)).probability_BL
+    probability = draw(batch, NoiseOptions(stratified=True), torch.Generator().manual_seed(3)).probability_BL
     levels = probability[:, 0].sort().values
     np.testing.assert_allclose(np.diff(levels), 0.0999, atol=1e-4)
 
@@ -150,7 +151,7 @@ def test_a_filler_counts_nothing(tiny):
     model, processor = tiny
     examples = scenes(processor, [2, 3])
     both = train_batch(*examples)._replace(weight_E=torch.tensor([1.0, 0.0]))
-    noised = draw(both, Noise(), torch.Generator().manual_seed(4))
+    noised = draw(both, NoiseOptions(), torch.Generator().manual_seed(4))
     first = train_batch(examples[0])
     width = first.label_BL.shape[1]
     here = both.tokens.structure.sample_BL[0] == 0
@@ -162,7 +163,7 @@ def test_a_filler_counts_nothing(tiny):
 
 
 def test_an_unknown_option_is_an_error():
-    with pytest.raises(ConfigError, match=r"noise\.level: 'image'"):
-        Noise(level="image")
-    with pytest.raises(ConfigError, match="lowest"):
-        Noise(lowest=0.0)
+    with pytest.raises(ValidationError, match="level"):
+        NoiseOptions(level="image")
+    with pytest.raises(ValidationError, match="lowest"):
+        NoiseOptions(lowest=0.0)

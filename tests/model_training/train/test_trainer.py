@@ -20,11 +20,11 @@ from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.train import build, metrics, trainer
 from paracaption.model_training.train import loss as diffusion
 from paracaption.model_training.train.distributed import Team
-from paracaption.model_training.train.loss import Noise, Noised
+from paracaption.model_training.train.loss import Noised
 from paracaption.model_training.train.trainer import fit, judge, share_of_rate
 from paracaption.pipeline.config_file import describe, load_training
 from paracaption.schemas.errors import ConfigError, Diverged
-from paracaption.schemas.training import Spike, TrainConfig
+from paracaption.schemas.training import NoiseOptions, Spike, TrainConfig
 from tests.model_training.toy_corpus import config_of
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs/train"
@@ -74,7 +74,7 @@ def test_two_batches_accumulated_are_one_batch_of_both(corpus, tmp_path, monkeyp
     plan = run.loader._plan_of(0)
     picks = plan.batch(0), plan.batch(1)
     first, second, both = (run.loader.make(each) for each in (*picks, picks[0] + picks[1]))
-    drawn = diffusion.draw(both, Noise(), torch.Generator().manual_seed(0))
+    drawn = diffusion.draw(both, NoiseOptions(), torch.Generator().manual_seed(0))
     cut = first.label_BL.shape[1]
     draws = {
         (both.keys[0], len(both.keys)): drawn,
