@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from paracaption.model_training.decoding import sampler as decoder
-from paracaption.model_training.decoding.sampler import DecodeOptions
 from paracaption.model_training.model.attention import dense_mask
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM, pixel_unshuffle
 from paracaption.model_training.model.processor import Batch, PerceptionDLMProcessor, collate
+from paracaption.schemas.decoding import DecodeOptions
 
 WIDTH, HEIGHT, REGIONS, LENGTH, STEPS = 1024, 512, 6, 32, 32
 WANTED = {("none", 126_464): 3.5, ("none", 8_192): 1.15, ("exact", 126_464): 9.0, ("exact", 8_192): 4.0}
@@ -238,7 +238,7 @@ def compare(vocabulary: int, cache: str, rate: float) -> bool:
     """Print one row: ours and the original's loop on the same weights; whether it is as fast as wanted."""
     model = mid_size(vocabulary, "corrected" if cache == "exact" else "reference")
     batch, original = scene(model), Original(model)
-    options = DecodeOptions(length=LENGTH, steps=STEPS, cache=cache, suppress_special=False)
+    options = DecodeOptions(max_new_tokens=LENGTH, steps=STEPS, cache=cache, suppress_special=False)
     start = time.perf_counter()
     theirs = original.decode(batch, STEPS)
     original_s = time.perf_counter() - start

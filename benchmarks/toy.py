@@ -23,12 +23,12 @@ from typing import Any
 import yaml
 
 from paracaption.model_training.decoding import caption_photo, read_regions
-from paracaption.model_training.decoding.sampler import DecodeOptions
 from paracaption.model_training.evaluation import held_out as evaluation
 from paracaption.model_training.toy import world as toy
 from paracaption.model_training.toy.scores import compare
 from paracaption.model_training.train import curves, metrics
 from paracaption.pipeline.config_file import load_training
+from paracaption.schemas.decoding import DecodeOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs/train/tiny.yaml"

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ..schemas.config import Backend, BuildConfig
 from ..schemas.errors import ConfigError
 from ..schemas.evaluation import EvaluateConfig, Judge
+from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
 from .io import files
 
@@ -95,11 +96,8 @@ def _read(path: Path, kind: type[_Config]) -> _Config:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        shown = "paracaption config" + _FLAGS.get(kind, "")
-        lines = [
-            f"{path}: {'.'.join(map(str, e['loc'])) or 'config'}: {_mend(e, shown)}" for e in error.errors()
-        ]
-        raise ConfigError("\n".join(lines)) from error
+        keys = f"see `paracaption config{_FLAGS.get(kind, '')}` for all keys"
+        raise ConfigError(one_line_each(error, str(path), keys)) from error
 
 
 def absolute(config: BuildConfig, root: Path) -> BuildConfig:
@@ -133,13 +131,6 @@ def _absolute(path: Any, root: Path) -> Any:
 def _refuse_url(out: str) -> None:
     if files.is_url(out):
         raise ConfigError(f"out: {out} is a URL; name a folder that every node mounts")
-
-
-def _mend(error: Any, shown: str) -> str:
-    if error["type"] == "extra_forbidden":
-        return f"unknown key; see `{shown}` for all keys"
-    given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
-    return f"{error['msg']}{given}"
 
 
 def describe(kind: type[BaseModel] = BuildConfig) -> str:

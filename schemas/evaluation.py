@@ -49,7 +49,7 @@ class ProfileConfig(Strict):
     images: PositiveInt = Field(default=4, description="of it")
     regions: tuple[PositiveInt, ...] = Field(default=(1, 2, 3, 4, 5, 6, 7, 8), description="of an image")
     load: PositiveInt = Field(default=4, description="regions of an image while the parallelism varies")
-    lengths: tuple[PositiveInt, ...] = Field(default=(32, 64), description="slots of a caption")
+    max_new_tokens: tuple[PositiveInt, ...] = Field(default=(32, 64), description="tokens of a caption")
     steps: tuple[PositiveInt, ...] = Field(default=(8, 16, 32, 64), description="of the decoder")
     thresholds: tuple[float, ...] = Field(default=(0.5, 0.7, 0.9, 0.95), description="of `threshold`")
     batches: tuple[PositiveInt, ...] = Field(default=(1, 4, 8), description="images decoded at once")

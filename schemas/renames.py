@@ -38,6 +38,11 @@ class Renamed:
 RENAMED: tuple[Renamed, ...] = (
     Renamed("CoconutSource", "licence", "license"),
     Renamed("Sa1bSource", "licence", "license"),
+    Renamed("DecodeOptions", "length", "max_new_tokens"),
+    Renamed("Evaluation", "length", "max_new_tokens"),
+    Renamed("ProfileConfig", "lengths", "max_new_tokens"),
+    Renamed("option", "caption --length", "caption --max-new-tokens"),
+    Renamed("option", "profile --length", "profile --max-new-tokens"),
 )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from . import renames
+from .errors import ConfigError
 
 
 class Strict(BaseModel):
@@ -18,3 +20,38 @@ class Strict(BaseModel):
     @classmethod
     def _new_names(cls, values: Any) -> Any:
         return renames.translate(cls.__name__, values) if isinstance(values, dict) else values
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """An instance made of values that a user gave.
+
+        Args:
+            values: by key; a key that is not given has its default.
+            where: what the message says before the key, such as a file or `captioner.options`.
+
+        Raises:
+            ConfigError: a key is unknown or a value does not suit it; a line for each.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(
+                one_line_each(error, where, f"the keys are {', '.join(cls.model_fields)}")
+            ) from error
+
+
+def one_line_each(error: ValidationError, where: str, keys: str) -> str:
+    """What pydantic found wrong, a line for each mistake.
+
+    Args:
+        error: of a model's validation.
+        where: what stands before the key on each line; may be empty.
+        keys: what an unknown key's line says about those that are known.
+    """
+    lines = []
+    for each in error.errors():
+        place = ".".join(map(str, each["loc"])) or "config"
+        given = "" if each["type"] == "missing" else f" (given: {each['input']!r})"
+        wrong = f"unknown key; {keys}" if each["type"] == "extra_forbidden" else each["msg"] + given
+        lines.append(": ".join(filter(None, (where, place, wrong))))
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from .decoding import DecodeOptions
 from .strict import Strict
 
 
@@ -166,16 +167,12 @@ class Ray(Strict):
     max_failures: int = Field(default=3, ge=-1, description="restarts from the last checkpoint; -1: no end")
 
 
-class Evaluation(Strict):
+class Evaluation(DecodeOptions):
     """Captions of images that were not trained on, when the model is there."""
 
     out: str = Field(description="`out` of a build with images that `corpora` does not have")
     images: PositiveInt | None = Field(default=200, description="of it, the first ones; none: all")
     pictures: int = Field(default=8, ge=0, description="of them that are drawn with their captions")
-    strategy: str = Field(default="remask", description="of the decoder, as `paracaption caption` has it")
-    threshold: float = Field(default=0.9, gt=0, le=1, description="that is enough, for `threshold`")
-    length: PositiveInt = Field(default=32, description="slots of a caption")
-    steps: PositiveInt = Field(default=32, description="of the decoder")
     batch_size: PositiveInt = Field(default=8, description="groups of regions decoded at once")
     regions_per_call: PositiveInt | None = Field(
         default=None, description="captioned together; 1: one by one; none: the most that the model can"

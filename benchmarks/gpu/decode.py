@@ -23,9 +23,9 @@ from benchmarks.gpu import perceptiondlm
 from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
 from benchmarks.gpu.rows import Measured, Rows
 from paracaption.model_training.decoding import sampler as decoder
-from paracaption.model_training.decoding.sampler import DecodeOptions
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.model.processor import Batch, collate
+from paracaption.schemas.decoding import DecodeOptions
 
 SIZE = (1536, 1024)
 STEPS, TINY_STEPS = 32, 4
@@ -70,7 +70,7 @@ def run(rows: Rows, machine: Machine) -> None:
 def options_of(machine: Machine, cache: str) -> DecodeOptions:
     """The published strategy and number of steps; a dry run takes fewer."""
     steps = TINY_STEPS if machine.tiny else STEPS
-    return DecodeOptions(length=LENGTH, steps=steps, cache=cache, suppress_special=False)
+    return DecodeOptions(max_new_tokens=LENGTH, steps=steps, cache=cache, suppress_special=False)
 
 
 def open_model(machine: Machine) -> PerceptionDLM:

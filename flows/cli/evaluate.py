@@ -46,7 +46,9 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder for table, plot and rows.", show_default=False)],
     images: Annotated[int, typer.Option(min=1, help="Photos of the corpus.")] = 4,
     regions: Annotated[int, typer.Option(min=1, help="Up to so many regions an image.")] = 8,
-    length: Annotated[list[int] | None, typer.Option(help="Slots of a caption [default: 32, 64].")] = None,
+    max_new_tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a caption [default: 32, 64].")
+    ] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Of the decoder [default: 8, 16, 32, 64].")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -58,7 +60,8 @@ def profile(
 
     given: dict[str, Any] = {"scenes": scenes, "images": images, "repeats": repeats}
     given |= {"regions": tuple(range(1, regions + 1))}
-    given |= {name: tuple(value) for name, value in (("lengths", length), ("steps", steps)) if value}
+    lists = {"max_new_tokens": max_new_tokens, "steps": steps}
+    given |= {name: tuple(values) for name, values in lists.items() if values}
     rows = measuring.profile(model, ProfileConfig(**given), out, device, dtype, show_row)
     print(measuring.table(rows), end="")
     for name in (measuring.TABLE, measuring.ROWS, measuring.PLOT):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
-from .arguments import RayAddress
+from .arguments import RayAddress, options_of
 from .progress import TrainingView
 
 TrainingConfig = Annotated[
@@ -104,6 +105,7 @@ class ManyMasks(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
+@options_of(DecodeOptions)
 def caption(
     model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
     masks: Annotated[
@@ -121,23 +123,12 @@ def caption(
     json: Annotated[str | None, typer.Option(help="File for the record, or - to print only that.")] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG, JPEG or WebP: masks, numbers, captions.")] = None,
     trace: Annotated[Path | None, typer.Option(help="GIF or HTML: every step of the decoder.")] = None,
-    strategy: Annotated[
-        str, typer.Option(help="remask, per-region, threshold, sequential or left-to-right.")
-    ] = "remask",
-    steps: Annotated[int, typer.Option(help="Of the decoder; fewer are faster and worse.")] = 32,
-    length: Annotated[int, typer.Option(help="Slots of a caption, in tokens.")] = 32,
-    threshold: Annotated[float, typer.Option(help="Confidence that is enough, for `threshold`.")] = 0.9,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    cache: Annotated[str, typer.Option(help="auto, none, exact or approximate.")] = "auto",
-    refresh_every: Annotated[int, typer.Option(help="Steps between passes that renew `approximate`.")] = 4,
-    compare: Annotated[bool, typer.Option(help="Also decode without `approximate`, and compare.")] = False,
     regions_per_call: Annotated[
         int | None, typer.Option(help="Regions captioned together; by default the most that it can.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    **decoding: Any,
 ) -> None:
     """Caption the regions of a photo, all in parallel."""
     from rich.console import Console
@@ -145,9 +136,7 @@ def caption(
     from ...model_training.decoding import caption_photo, read_regions
     from ...model_training.decoding import trace as tracing
 
-    options = {"strategy": strategy, "steps": steps, "length": length, "threshold": threshold}
-    options |= {"temperature": temperature, "top_p": top_p, "seed": seed, "cache": cache}
-    options |= {"refresh_every": refresh_every, "compare": compare}
+    options = DecodeOptions.checked(decoding)
     caption_photo.check_outputs(picture, trace, json)
     scene = read_regions.read(image, masks, key)
     notices = Console(stderr=True)

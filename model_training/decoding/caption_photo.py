@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +13,7 @@ from . import read_regions, trace
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ...schemas.decoding import DecodeOptions
     from ..model.perceptiondlm import PerceptionDLM
     from ..model.processor import PerceptionDLMProcessor
     from .region_captioner import Captioned
@@ -38,14 +37,14 @@ class Answer(NamedTuple):
         scene: photo and regions.
         captioned: captions in the order of the regions, with passes, tokens and seconds.
         tokens: of each caption's text.
-        options: of the decoder, all of them.
+        options: of the decoder.
         model: the folder, the device and the type of the weights.
     """
 
     scene: read_regions.Scene
     captioned: Captioned
     tokens: list[int]
-    options: dict[str, Any]
+    options: DecodeOptions
     model: dict[str, str]
 
     @property
@@ -139,7 +138,7 @@ def check_folder(folder: Path) -> None:
 def describe(
     loaded: Loaded,
     scene: read_regions.Scene,
-    options: Mapping[str, Any],
+    options: DecodeOptions,
     regions_per_call: int | None = None,
 ) -> Answer:
     """Caption every region of a scene.
@@ -147,19 +146,17 @@ def describe(
     Args:
         loaded: from `load`.
         scene: from `regions.read`.
-        options: of the decoder, see `decode.DecodeOptions`; what is not given has its default.
+        options: of the decoder.
         regions_per_call: regions of a sequence at most.
 
     Raises:
         ConfigError: an option that does not suit the model.
     """
     from .region_captioner import caption_images
-    from .sampler import DecodeOptions
 
     model, processor = loaded
-    decoding = DecodeOptions(**options)
     pairs = [(scene.pixels, [region.dense() for region in scene.regions])]
-    captioned = caption_images(model, processor, pairs, decoding, regions_per_call=regions_per_call)[0]
+    captioned = caption_images(model, processor, pairs, options, regions_per_call=regions_per_call)[0]
     tokens = [len(processor.ids(caption)) for caption in captioned.captions]
     about = {
         "folder": str(model.name_or_path),
@@ -167,16 +164,16 @@ def describe(
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return Answer(scene, captioned, tokens, dataclasses.asdict(decoding), about)
+    return Answer(scene, captioned, tokens, options, about)
 
 
 def trace_of(loaded: Loaded, answer: Answer, regions_per_call: int | None = None) -> trace.Trace:
     """Decode an answer's scene once more and keep every step: the answer's seconds are not the trace's."""
+    from .region_captioner import caption_steps
+
     model, processor = loaded
     masks = [region.dense() for region in answer.scene.regions]
-    steps = model.caption_stream(
-        answer.scene.pixels, masks, processor, regions_per_call=regions_per_call, **answer.options
-    )
+    steps = caption_steps(model, processor, answer.scene.pixels, masks, answer.options, regions_per_call)
     return trace.Trace(
         answer.scene.pixels,
         answer.marks(),
@@ -216,7 +213,7 @@ def record(answer: Answer) -> dict[str, Any]:
         "width": answer.scene.pixels.shape[1],
         "height": answer.scene.pixels.shape[0],
         "model": answer.model,
-        "options": answer.options,
+        "options": answer.options.stored(),
         "regions": [
             {
                 "number": number,
@@ -265,7 +262,7 @@ def _cost(answer: Answer) -> str:
     line = (
         f"{num_regions} region{'s' * (num_regions != 1)}, {captioned.forwards} forwards, "
         f"{answer.tokens_per_forward:.1f} tokens a forward, {captioned.seconds:.2f} s on {device} "
-        f"({options['strategy']}, cache {options['cache']})"
+        f"({options.strategy}, cache {options.cache})"
     )
     if captioned.agreement is not None:
         line += f"; {captioned.agreement:.1%} of the tokens as without a cache"

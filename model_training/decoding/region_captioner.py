@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import Example, PerceptionDLMProcessor, check_masks, collate
-from .sampler import DecodeOptions, State, decode, steps
+from .sampler import State, decode, steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,7 +95,9 @@ def caption_images(
     waiting: list[_Group] = []
     for number, (photo, masks) in enumerate(images):
         results.append(Captioned([""] * len(masks), 0, 0, 0.0))
-        for group in _groups(model, processor, number, photo, masks, options.length, regions_per_call):
+        for group in _groups(
+            model, processor, number, photo, masks, options.max_new_tokens, regions_per_call
+        ):
             waiting.append(group)
             if len(waiting) == batch_size:
                 _decode(model, processor, waiting, options, results)
@@ -118,7 +121,7 @@ def caption_steps(
         ConfigError: as `caption_images`.
     """
     options = options or DecodeOptions()
-    groups = list(_groups(model, processor, 0, photo, masks, options.length, regions_per_call))
+    groups = list(_groups(model, processor, 0, photo, masks, options.max_new_tokens, regions_per_call))
     if groups:
         batch = collate([group.example for group in groups])
         for state in steps(model, batch, options):
@@ -131,7 +134,7 @@ def _groups(
     number: int,
     photo: np.ndarray | Image,
     masks: Sequence[np.ndarray],
-    length: int,
+    max_new_tokens: int,
     regions_per_call: int | None,
 ) -> Iterator[_Group]:
     if regions_per_call is not None and regions_per_call < 1:
@@ -145,7 +148,7 @@ def _groups(
     parts = -(-len(masks) // most)
     for regions in np.array_split(np.arange(len(masks)), parts) if parts else ():
         chosen = regions.tolist()
-        yield _Group(number, chosen, processor.example(pixels, [masks[i] for i in chosen], length))
+        yield _Group(number, chosen, processor.example(pixels, [masks[i] for i in chosen], max_new_tokens))
 
 
 def _decode(
@@ -159,7 +162,7 @@ def _decode(
     decoded = decode(model, collate([group.example for group in groups]), options)
     seconds = (time.perf_counter() - start) / len(groups)
     for row, group in enumerate(groups):
-        result, filled = results[group.image], len(group.regions) * options.length
+        result, filled = results[group.image], len(group.regions) * options.max_new_tokens
         for region, caption in zip(
             group.regions, _read(processor, group, decoded.tokens_BNS[row]), strict=True
         ):

@@ -11,83 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ..model.attention import PADDING, Structure, join
 from ..model.llada import Kept
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import Batch
 
-Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
-Cache = Literal["auto", "none", "exact", "approximate"]
-
 _LOGITS_AT_ONCE = {"cpu": (256, 1024), "gpu": (4096, 16384)}
 """Slots and tokens whose logits are there at once: 1 MB, which the cores' caches hold; a quarter of a GB."""
 
 _DRAWN_AT_ONCE = 256
 """Slots whose tokens are drawn at once, which takes all their logits: 130 MB at LLaDA's vocabulary."""
-
-
-@dataclass(frozen=True)
-class DecodeOptions:
-    """How captions are filled.
-
-    Attributes:
-        strategy: which guesses stay after a step.
-            "remask", the original's: all are written, then the least confident of the whole image are masked
-            again, fewer at each step, those written earlier among them.
-            "per-region": each region keeps its most confident guesses, as many as its own schedule asks for.
-            "threshold": each region keeps every guess of at least `threshold`, and the best one in any case.
-            "sequential": as "per-region", one region after the other: `steps` for each.
-            "left-to-right": as "per-region", but from the left.
-        length: slots of a caption.
-        steps: of the schedule. With "threshold", at least `length / steps` guesses stay, so this is the most
-            steps that it takes.
-        threshold: confidence that is enough, for "threshold".
-        temperature: of the draw; 0 takes the likeliest token. Draws depend on `seed`, the step and the slot
-            alone: a batch gives what each image gives by itself.
-        top_p: draw only among the likeliest tokens that hold this much of the probability together.
-        seed: of the draws.
-        cache: what is kept of the tokens before the captions. "none": everything is computed at every step.
-            "exact": their keys and values, which do not change if the layout isolates the prefix.
-            "approximate": the same for other layouts, computed anew every `refresh_every` steps. "auto":
-            "exact" where it holds, else "none".
-        refresh_every: steps between two full passes of the "approximate" cache.
-        compare: with the "approximate" cache, decode once more without it and report the share of equal
-            tokens.
-        early_exit: a region whose caption has ended needs no more steps. Not for "remask", which may open a
-            written slot again.
-        suppress_special: never guess tokens that only stand for something (masked, image, region, caption);
-            None: unless the layout is the reference, which guesses them.
-    """
-
-    strategy: Strategy = "remask"
-    length: int = 32
-    steps: int = 32
-    threshold: float = 0.9
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    cache: Cache = "auto"
-    refresh_every: int = 4
-    compare: bool = False
-    early_exit: bool = True
-    suppress_special: bool | None = None
-
-    def __post_init__(self) -> None:
-        for name, choices in (("strategy", get_args(Strategy)), ("cache", get_args(Cache))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: {getattr(self, name)!r}; take one of {', '.join(choices)}")
-        for name in ("length", "steps", "refresh_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: {getattr(self, name)}; at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError("temperature is at least 0, top_p above 0 and at most 1")
 
 
 class State(NamedTuple):
@@ -128,14 +68,14 @@ def decode(model: PerceptionDLM, batch: Batch, options: DecodeOptions | None = N
     """Fill a batch's captions.
 
     Raises:
-        ConfigError: the batch's slots are not `options.length`, or the cache does not suit the layout.
+        ConfigError: the batch has not `options.max_new_tokens` slots, or the cache does not suit the layout.
     """
     options = options or DecodeOptions()
     *_, last = steps(model, batch, options)
-    exists_BN = (_blocks(batch, options.length)[2].sample_BL[..., 0] != PADDING).cpu()
+    exists_BN = (_blocks(batch, options.max_new_tokens)[2].sample_BL[..., 0] != PADDING).cpu()
     agreement_B = None
     if options.compare and options.cache == "approximate":
-        *_, exact = steps(model, batch, replace(options, cache="none"))
+        *_, exact = steps(model, batch, options.model_copy(update={"cache": "none"}))
         same_BN = (exact.tokens_BNS == last.tokens_BNS).double().mean(-1)
         agreement_B = (same_BN * exists_BN).sum(1) / exists_BN.sum(1)
     return Decoded(last.tokens_BNS, exists_BN, last.forwards_B, agreement_B)
@@ -243,7 +183,7 @@ class _Run:
         batch = batch.to(model.device)
         self.cache = cache_for(model, options)
         self.prefix, self.prefix_len = batch.prefix, batch.prefix.ids_BL.shape[1]
-        self.ids_BNL, self.position_BNL, self.structure = _blocks(batch, options.length)
+        self.ids_BNL, self.position_BNL, self.structure = _blocks(batch, options.max_new_tokens)
         self.exists_BN = self.structure.sample_BL[..., 0] != PADDING
         self.x_BLD = model.embed(batch.prefix, *model.see(batch.images))
         self.kept: Kept | None = None
@@ -357,7 +297,7 @@ class _Run:
         if self.options.temperature == 0:
             return None
         seed = self.options.seed * 1_000_003 + step
-        shape = (self.model.config.num_prompts, self.options.length)
+        shape = (self.model.config.num_prompts, self.options.max_new_tokens)
         uniform_NS = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return uniform_NS[: self.open_BNS.shape[1]].to(self.model.device)
 

@@ -5,7 +5,6 @@ No captioner sees a region's class name: it is what the first question asks abou
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,10 +15,10 @@ from ...pipeline.io import photos, weights
 from ...pipeline.models import registry
 from ...pipeline.models.options import read_options
 from ...schemas.config import Backend, Limits
+from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob, ImageRecord, Region
 from ..decoding import caption_photo
-from ..decoding.sampler import DecodeOptions
 from .annotations import BenchImage
 
 PERCEPTIONDLM, PREDICTIONS = "perceptiondlm", "predictions"
@@ -67,7 +66,7 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         model: folder of a saved model.
         device, dtype: as `describe.load` takes them.
         regions_per_call: captioned together; 1: one by one; None: the most that the model can.
-        decode: of the decoder, as `DecodeOptions` names them.
+        decode: how captions are decoded, see `schemas.decoding.DecodeOptions`.
     """
 
     model: str
@@ -82,11 +81,7 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ConfigError: it has an unknown option, or a wrong one.
         """
-        try:
-            return DecodeOptions(**self.decode)
-        except TypeError as error:
-            known = ", ".join(field.name for field in dataclasses.fields(DecodeOptions))
-            raise ConfigError(f"captioner.options.decode: {error}; it takes {known}") from error
+        return DecodeOptions.checked(self.decode, "captioner.options.decode")
 
     def load(self) -> caption_photo.Loaded:
         """The model on its device.
@@ -111,11 +106,10 @@ def identity(backend: Backend) -> dict[str, str]:
     """
     if backend.name == PERCEPTIONDLM:
         given = model_options(backend)
-        shown = {
-            name: str(value)
-            for name, value in dataclasses.asdict(given.decoding()).items()
-            if name != "compare"
-        }
+        options = given.decoding().stored()
+        # A number counts as it was written: since release 0.1, `temperature: 1` and `1.0` are two identities.
+        options |= {name: value for name, value in given.decode.items() if name in options}
+        shown = {name: str(value) for name, value in options.items() if name != "compare"}
         caption_photo.check_folder(Path(given.model))
         together = {"regions_per_call": str(given.regions_per_call)}
         return {"name": backend.name, "weights": weights.identity(given.model), **together, **shown}

@@ -19,7 +19,6 @@ from ..decoding import caption_photo
 from ..decoding import read_regions as regions
 from ..decoding.read_regions import Scene
 from ..decoding.region_captioner import Captioned, caption_images
-from ..decoding.sampler import DecodeOptions
 
 FOLDER = "evaluation"
 
@@ -62,13 +61,12 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
         ConfigError: no corpus, no model, or options that do not suit it.
     """
     loaded = caption_photo.load(model, device)
-    options = decoding(config)
     folder = out / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "pictures").mkdir(parents=True)
     records = []
     with files.write_atomic(folder / "captions.jsonl") as file:
-        for number, (scene, found) in enumerate(_caption(loaded, config, options)):
+        for number, (scene, found) in enumerate(_caption(loaded, config)):
             records.append(_record(scene, found))
             file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
             if number < config.pictures:
@@ -79,26 +77,13 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
     return summary
 
 
-def decoding(config: Evaluation) -> DecodeOptions:
-    """How captions are decoded.
-
-    Raises:
-        ConfigError: no such strategy.
-    """
-    return DecodeOptions(
-        strategy=config.strategy, length=config.length, steps=config.steps, threshold=config.threshold
-    )
-
-
-def _caption(
-    loaded: caption_photo.Loaded, config: Evaluation, options: DecodeOptions
-) -> Iterator[tuple[Scene, Captioned]]:
+def _caption(loaded: caption_photo.Loaded, config: Evaluation) -> Iterator[tuple[Scene, Captioned]]:
     """Some images at a time: batches are full, and few photos are in memory."""
     scenes = islice(regions.scenes(config.out), config.images)
     while some := list(islice(scenes, 8 * config.batch_size)):
         inputs = ((scene.pixels, [region.dense() for region in scene.regions]) for scene in some)
         found = caption_images(
-            loaded.model, loaded.processor, inputs, options, config.batch_size, config.regions_per_call
+            loaded.model, loaded.processor, inputs, config, config.batch_size, config.regions_per_call
         )
         yield from zip(some, found, strict=True)
 

@@ -19,11 +19,12 @@ import msgspec
 import numpy as np
 
 from ...pipeline.io import files
+from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ...schemas.evaluation import ProfileConfig
 from ..decoding import caption_photo
 from ..decoding import read_regions as regions
-from ..decoding.sampler import DecodeOptions, cache_for
+from ..decoding.sampler import cache_for
 
 if TYPE_CHECKING:
     from ..decoding.region_captioner import Captioned
@@ -139,7 +140,7 @@ class _Bench:
             (scene.pixels, [region.dense() for region in scene.regions]) for scene in scenes
         ]
         self.most = self.model.config.num_prompts
-        self.length, self.steps = config.lengths[0], min(config.lengths[0], max(config.steps))
+        self.length, self.steps = config.max_new_tokens[0], min(config.max_new_tokens[0], max(config.steps))
         kind = self.model.device.type
         name = torch.cuda.get_device_name(self.model.device) if kind == "cuda" else f"cpu, {_processor()}"
         threads = "" if kind == "cuda" else f", {torch.get_num_threads()} threads"
@@ -154,13 +155,13 @@ class _Bench:
             yield self._case("regions", "sequential", count, 1)
         for together in range(1, min(self.most, config.load) + 1):
             yield self._case("parallelism", str(together), config.load, together)
-        for length in config.lengths:
-            yield self._case("length", "parallel", config.load, self.most, length=length, steps=length)
+        for length in config.max_new_tokens:
+            given = {"max_new_tokens": length, "steps": length}
+            yield self._case("length", "parallel", config.load, self.most, **given)
         for steps in config.steps:
-            if steps <= max(config.lengths):
-                yield self._case(
-                    "steps", "parallel", config.load, self.most, length=max(config.lengths), steps=steps
-                )
+            if steps <= max(config.max_new_tokens):
+                given = {"max_new_tokens": max(config.max_new_tokens), "steps": steps}
+                yield self._case("steps", "parallel", config.load, self.most, **given)
         for threshold in config.thresholds:
             options = {"strategy": "threshold", "threshold": threshold}
             yield self._case("threshold", "parallel", config.load, self.most, **options)
@@ -170,7 +171,7 @@ class _Bench:
             yield self._case("batch", "parallel", config.load, self.most, batch=batch)
 
     def _case(self, study: str, mode: str, count: int, together: int, batch: int = 1, **given: Any) -> _Case:
-        options = DecodeOptions(**{"length": self.length, "steps": self.steps, **given})
+        options = DecodeOptions(**{"max_new_tokens": self.length, "steps": self.steps, **given})
         return _Case(study, mode, count, together, batch, options)
 
     def measure(self, case: _Case) -> None:
@@ -199,7 +200,7 @@ class _Bench:
             case.count,
             min(case.count, case.together),
             options.strategy,
-            options.length,
+            options.max_new_tokens,
             options.steps,
             options.threshold if options.strategy == "threshold" else None,
             cache_for(self.model, options),

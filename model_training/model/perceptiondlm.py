@@ -12,7 +12,6 @@ regions, W replayed tokens of a region, B batch, L tokens of a sequence, V vocab
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
+from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .attention import Pattern, Structure
 from .config import PerceptionDLMConfig
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..decoding.region_captioner import Snapshot
-    from ..decoding.sampler import DecodeOptions
     from .processor import PerceptionDLMProcessor
 
 
@@ -251,7 +250,7 @@ class PerceptionDLM(PreTrainedModel):
             masks: (H, W) bool, of the image's size, none empty.
             processor: None: the one in the folder that the model was loaded from.
             regions_per_call: regions of a sequence at most; 1 captions one by one.
-            options: see `decode.DecodeOptions`.
+            options: see `schemas.decoding.DecodeOptions`.
 
         Raises:
             ConfigError: a mask that does not fit, or an option that does not suit the model.
@@ -282,19 +281,13 @@ class PerceptionDLM(PreTrainedModel):
     def _ready(
         self, processor: PerceptionDLMProcessor | None, options: dict[str, Any]
     ) -> tuple[PerceptionDLMProcessor, DecodeOptions]:
-        from ..decoding.sampler import DecodeOptions
         from .processor import PerceptionDLMProcessor
 
-        known = {field.name for field in dataclasses.fields(DecodeOptions)}
-        if unknown := sorted(options.keys() - known):
-            raise ConfigError(
-                f"{', '.join(unknown)}: no option of the decoder; it has {', '.join(sorted(known))}"
-            )
         if processor is None and self._processor is None:
             if not self.name_or_path:
                 raise ConfigError("the model was not loaded from a folder: give its processor")
             self._processor = PerceptionDLMProcessor.from_pretrained(self.name_or_path)
-        return processor or self._processor, DecodeOptions(**options)
+        return processor or self._processor, DecodeOptions.checked(options)
 
     def get_input_embeddings(self) -> nn.Module:
         """Of the language model."""

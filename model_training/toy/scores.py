@@ -1,7 +1,7 @@
 """What a model's captions of a toy world's corpus are worth: how many say the truth, and what the rest says.
 
 scenes = list(regions.scenes("out/toy/heldout/corpus"))
-marks = examine(model, processor, scenes, DecodeOptions(length=12, steps=12))
+marks = examine(model, processor, scenes, DecodeOptions(max_new_tokens=12, steps=12))
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
+from ...schemas.decoding import DecodeOptions
 from ..decoding.read_regions import Scene
 from ..decoding.region_captioner import caption_images
-from ..decoding.sampler import DecodeOptions
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
 from . import world

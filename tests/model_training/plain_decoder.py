@@ -6,9 +6,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from paracaption.model_training.decoding.sampler import DecodeOptions
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.model.processor import Example, collate
+from paracaption.schemas.decoding import DecodeOptions
 
 Slots = list[list]
 """Of one image: something for each slot of each region."""
@@ -19,7 +19,7 @@ def choose(
 ) -> tuple[Slots, Slots]:
     """Which guesses stay after a step: (tokens, what is open) of one image."""
     regions = range(len(tokens))
-    length = options.length
+    length = options.max_new_tokens
     tokens, opens = [list(row) for row in tokens], [list(row) for row in opens]
     if options.strategy == "remask":
         if not any(map(any, opens)):
@@ -76,7 +76,7 @@ def decode_plainly(
     model: PerceptionDLM, example: Example, options: DecodeOptions, suppressed: list[int]
 ) -> tuple[Slots, int]:
     """The tokens of an image's slots, and the passes whose outcome was not known beforehand."""
-    config, regions, length = model.config, range(len(example.order)), options.length
+    config, regions, length = model.config, range(len(example.order)), options.max_new_tokens
     batch = collate([example])
     tokens_of = batch.tokens()
     embeds_BLD = model.embed(tokens_of, *model.see(batch.images))

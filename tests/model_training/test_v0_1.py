@@ -11,6 +11,7 @@ from paracaption.model_training.decoding import caption_photo, read_regions
 from paracaption.model_training.train import metrics
 from paracaption.model_training.train.trainer import fit
 from paracaption.pipeline.config_file import load_training
+from paracaption.schemas.decoding import DecodeOptions
 
 HERE = Path(__file__).resolve().parents[1] / "formats" / "v0_1"
 
@@ -33,5 +34,5 @@ def test_a_run_goes_on_from_its_checkpoint(home):
 def test_a_saved_model_captions_the_corpus(home, model):
     loaded = caption_photo.load(home / model, "cpu", "float32")
     photo = read_regions.read(None, [str(home / "corpus")], "coconut/000000000000")
-    answer = caption_photo.describe(loaded, photo, {"length": 4, "steps": 2}, None)
+    answer = caption_photo.describe(loaded, photo, DecodeOptions(max_new_tokens=4, steps=2))
     assert len(answer.captioned.captions) == 4

@@ -1,6 +1,5 @@
 """`paracaption caption` with a tiny random model: order of captions, the record, and errors before a load."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,13 +14,14 @@ from typer.testing import CliRunner
 from paracaption.flows.cli import app
 from paracaption.model_training.decoding import caption_photo, read_regions
 from paracaption.model_training.decoding.region_captioner import Captioned
-from paracaption.model_training.decoding.sampler import DecodeOptions
+from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.renames import RenamedWarning
 from tests import committed
 from tests.tiny.perceptiondlm_model import write_model
 
 BOXES = [(4, 4, 20, 16), (40, 8, 40, 50), (10, 40, 12, 12)]
-QUICK = ["--length", "6", "--steps", "3"]
+QUICK = ["--max-new-tokens", "6", "--steps", "3"]
 runner = CliRunner()
 
 
@@ -70,7 +70,7 @@ def test_captions_come_in_the_callers_order(home, loaded):
     assert [region["bbox"] for region in one] == [list(box) for box in BOXES]
     scene = read_regions.read(home / "photo.png", masks_of(home, 0, 1, 2))
     dense = [region.dense() for region in scene.regions]
-    assert captions == loaded.model.caption(scene.pixels, dense, loaded.processor, length=6, steps=3)
+    assert captions == loaded.model.caption(scene.pixels, dense, loaded.processor, max_new_tokens=6, steps=3)
 
 
 def test_any_number_of_masks_follows_the_option_wherever_and_however_it_stands(home):
@@ -93,7 +93,8 @@ def test_the_record_tells_areas_tokens_time_options_and_model(home, tmp_path):
     assert [region["area"] for region in found["regions"]] == [20 * 16, 40 * 50]
     assert found["photo"] == str(home / "photo.png") and (found["width"], found["height"]) == (96, 64)
     assert found["options"]["strategy"] == "per-region" and found["options"]["cache"] == "none"
-    assert set(found["options"]) == {field.name for field in dataclasses.fields(DecodeOptions)}
+    assert found["options"]["length"] == 6, "the name that records have had from the start"
+    assert set(found["options"]) - {"length"} == set(DecodeOptions.model_fields) - {"max_new_tokens"}
     assert found["model"] | {"folder": ""} == {
         "folder": "",
         "layout": "corrected",
@@ -139,10 +140,16 @@ def test_a_corpus_and_a_key_need_no_photo(home, tmp_path):
 
 def test_the_commands_defaults_are_the_decoders():
     parameters = {each.name: each.default for each in get_command(app).commands["caption"].params}
-    for field in dataclasses.fields(DecodeOptions):
-        if field.name in parameters:
-            assert parameters[field.name] == field.default, field.name
-    assert {"strategy", "steps", "length", "threshold", "cache"} <= set(parameters)
+    for name, field in DecodeOptions.model_fields.items():
+        assert parameters[name] == field.default, name
+
+
+def test_the_old_name_of_an_option_still_works_and_a_warning_says_the_new_one(home):
+    new = record(home, "--masks", *masks_of(home, 0))
+    for old in (["--length", "6"], ["--length=6"]):
+        with pytest.warns(RenamedWarning, match="`caption --length` is now `caption --max-new-tokens`"):
+            result = caption(home, *old, "--steps", 3, "--json", "-", "--masks", *masks_of(home, 0))
+        assert json.loads(result.stdout)["regions"] == new["regions"]
 
 
 def test_a_caption_that_looks_like_markup_is_printed_as_it_is():
@@ -158,7 +165,7 @@ def test_a_caption_that_looks_like_markup_is_printed_as_it_is():
         scene,
         Captioned(["[bold]a[/bold] <cup>"], 2, 8, 0.5),
         [3],
-        {"strategy": "remask", "cache": "auto"},
+        DecodeOptions(),
         {"device": "cpu"},
     )
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
@@ -201,13 +208,19 @@ def test_a_folder_that_holds_no_model_of_ours_is_an_error(home, tmp_path):
     [
         (["--device", "gpu9"], "device: 'gpu9' cannot be used"),
         (["--dtype", "int8"], "dtype: 'int8'; take one of"),
-        (["--strategy", "best"], "strategy: 'best'; take one of"),
+        (["--top-p", "0"], "top_p: Input should be greater than 0"),
         (["--regions-per-call", "0"], "regions_per_call: 0"),
     ],
 )
 def test_options_that_suit_nothing_are_errors(args, says, home):
     with pytest.raises(ConfigError, match=says):
         caption(home, "--masks", *masks_of(home, 0), *args)
+
+
+def test_a_strategy_that_is_none_is_answered_with_those_that_are(home):
+    result = caption(home, "--masks", *masks_of(home, 0), "--strategy", "best")
+    assert result.exit_code == 2
+    assert "'best' is not one of" in result.output and "left-to-right" in result.output
 
 
 def test_the_commands_help_needs_no_torch():

@@ -6,13 +6,14 @@ import torch
 from PIL import Image
 
 from paracaption.model_training.decoding.region_captioner import caption_images, caption_steps
-from paracaption.model_training.decoding.sampler import DecodeOptions, decode
+from paracaption.model_training.decoding.sampler import decode
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.model.processor import collate
+from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import lively, photo
 
-OPTIONS = {"length": 4, "steps": 2, "strategy": "per-region"}
+OPTIONS = {"max_new_tokens": 4, "steps": 2, "strategy": "per-region"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def groups(ready, pixels, masks, sizes):
     model, processor = ready
     found, start = [], 0
     for size in sizes:
-        example = processor.example(pixels, masks[start : start + size], OPTIONS["length"])
+        example = processor.example(pixels, masks[start : start + size], OPTIONS["max_new_tokens"])
         tokens = decode(model, collate([example]), DecodeOptions(**OPTIONS)).tokens_BNS[0].numpy()
         found += processor.read(tokens, example.order)
         start += size
@@ -144,7 +145,7 @@ def test_a_stream_ends_with_what_caption_returns(ready, caption, strategy, regio
 def test_a_stream_shows_what_is_written_so_far(ready):
     model, processor = ready
     pixels, masks = photo(3, 2)
-    options = DecodeOptions(length=4, steps=4, strategy="left-to-right", early_exit=False)
+    options = DecodeOptions(max_new_tokens=4, steps=4, strategy="left-to-right", early_exit=False)
     for step, shot in enumerate(caption_steps(model, processor, pixels, masks, options)):
         assert [[slot.text is not None for slot in row] for row in shot.slots] == [
             [slot < step for slot in range(4)]
@@ -194,12 +195,12 @@ def test_pixels_of_another_shape_or_type_are_an_error(caption, pixels):
 
 def test_unknown_options_are_errors_that_say_what_there_is(ready, caption):
     pixels, masks = photo(0, 1)
-    with pytest.raises(ConfigError, match=r"beams, speed: no option of the decoder; it has .*strategy"):
+    with pytest.raises(ConfigError, match=r"(?s)speed: unknown key; the keys are strategy, .*beams: unknown"):
         caption(pixels, masks, speed=2, beams=3)
-    with pytest.raises(ConfigError, match="strategy: 'best'"):
+    with pytest.raises(ConfigError, match=r"strategy: Input should be 'remask'.*'best'"):
         caption(pixels, masks, strategy="best")
     model, processor = ready
-    with pytest.raises(ConfigError, match="no option"):
+    with pytest.raises(ConfigError, match="gen_length: unknown key"):
         model.caption_stream(pixels, masks, processor, gen_length=32)
 
 

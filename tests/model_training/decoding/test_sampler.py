@@ -7,8 +7,9 @@ from typing import get_args
 import pytest
 import torch
 
-from paracaption.model_training.decoding.sampler import DecodeOptions, Strategy, decode, steps
+from paracaption.model_training.decoding.sampler import decode, steps
 from paracaption.model_training.model.processor import collate
+from paracaption.schemas.decoding import DecodeOptions, Strategy
 from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import examples, lively
 from tests.model_training.plain_decoder import decode_plainly
@@ -29,7 +30,7 @@ def photos(layout, regions, seed=0):
 
 
 def options_of(strategy, **changes):
-    changes = {"length": SLOTS, "steps": 3, "threshold": 0.5} | changes
+    changes = {"max_new_tokens": SLOTS, "steps": 3, "threshold": 0.5} | changes
     return DecodeOptions(strategy=strategy, **changes)
 
 
@@ -161,7 +162,7 @@ def test_an_exact_cache_needs_a_layout_that_isolates_the_prefix():
 def test_a_batch_laid_out_for_another_number_of_slots_is_an_error():
     model, _ = ready("corrected")
     with pytest.raises(ConfigError, match="not of 6 slots"):
-        decode(model, collate(photos("corrected", [1, 2])), options_of("remask", length=6))
+        decode(model, collate(photos("corrected", [1, 2])), options_of("remask", max_new_tokens=6))
 
 
 def trajectory(layout, strategy, regions=(3, 1), **changes):
@@ -193,7 +194,7 @@ def test_each_region_goes_by_its_own_schedule():
 
 
 def test_a_threshold_writes_at_least_the_best_and_all_that_are_sure():
-    for threshold in (0.0, 0.3, 1.1):
+    for threshold in (0.0, 0.3, 1.0):
         states = trajectory("corrected", "threshold", steps=SLOTS, threshold=threshold, early_exit=False)
         for before, after in pairwise(states):
             written = before.open_BNS & ~after.open_BNS

@@ -11,11 +11,11 @@ from PIL import Image
 from paracaption.model_training.data import unfinished
 from paracaption.model_training.decoding import read_regions
 from paracaption.model_training.decoding.caption_photo import load
-from paracaption.model_training.decoding.sampler import DecodeOptions
 from paracaption.model_training.evaluation import held_out
 from paracaption.model_training.toy import scores
 from paracaption.model_training.train import metrics
 from paracaption.model_training.train.trainer import fit
+from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import IntegrityError
 from paracaption.schemas.training import CorpusSource, Evaluation
 from tests.model_training.toy_corpus import config_of
@@ -42,7 +42,13 @@ def test_scenes_are_the_corpus(world):
 @pytest.mark.parametrize("together", [None, 1])
 def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, tmp_path, together):
     asked = Evaluation(
-        out=str(world), images=9, pictures=2, length=8, steps=4, batch_size=1, regions_per_call=together
+        out=str(world),
+        images=9,
+        pictures=2,
+        max_new_tokens=8,
+        steps=4,
+        batch_size=1,
+        regions_per_call=together,
     )
     summary = held_out.evaluate(trained, asked, tmp_path, "cpu")
     folder = tmp_path / "evaluation"
@@ -52,7 +58,7 @@ def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, 
     for scene, record in zip(read_regions.scenes(world), records, strict=False):
         masks = [region.dense() for region in scene.regions]
         captions = loaded.model.caption(
-            scene.pixels, masks, loaded.processor, together, length=8, steps=4, strategy="remask"
+            scene.pixels, masks, loaded.processor, together, max_new_tokens=8, steps=4, strategy="remask"
         )
         assert [region["caption"] for region in record["regions"]] == captions
         assert [region["corpus_caption"] for region in record["regions"]] == [
@@ -65,7 +71,7 @@ def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, 
 
 
 def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, monkeypatch):
-    asked = Evaluation(out=str(world), images=3, pictures=0, length=8, steps=4)
+    asked = Evaluation(out=str(world), images=3, pictures=0, max_new_tokens=8, steps=4)
     said = iter([True, False] * 50)
 
     def captions(model, processor, inputs, *_):
@@ -120,7 +126,7 @@ def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefe
     from paracaption.flows import train, watch
 
     late, shown = tmp_path / "late", []
-    asked = Evaluation(out=str(late), images=3, pictures=1, length=8, steps=4)
+    asked = Evaluation(out=str(late), images=3, pictures=1, max_new_tokens=8, steps=4)
     config = config_of(tmp_path / "run", world, steps=3, evaluation=asked.model_dump())
     monkeypatch.setattr(train, "_LOOK_EVERY_S", 0.2)
     watch.trainer.set(shown.append)

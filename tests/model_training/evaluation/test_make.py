@@ -15,11 +15,11 @@ from paracaption.flows.cli import app
 from paracaption.flows.evaluate import evaluate_captioner
 from paracaption.model_training.decoding import read_regions
 from paracaption.model_training.decoding.caption_photo import load
-from paracaption.model_training.decoding.sampler import DecodeOptions
 from paracaption.model_training.evaluation import annotations, make, profile, select
 from paracaption.model_training.toy import scores as toy_marks
 from paracaption.model_training.train.trainer import fit
 from paracaption.pipeline.corpus import reader
+from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError, StageFailed
 from paracaption.schemas.evaluation import EvaluateConfig, Judge, ProfileConfig
 from tests.model_training.bench import judge_of, served
@@ -158,7 +158,7 @@ def test_a_profile_has_every_study_with_all_that_it_depends_on(world, trained, t
         scenes=str(world),
         images=2,
         regions=(1, 3, 7),
-        lengths=(4, 8),
+        max_new_tokens=(4, 8),
         steps=(4, 8),
         thresholds=(0.5,),
         repeats=1,
@@ -185,8 +185,8 @@ def test_a_profile_has_every_study_with_all_that_it_depends_on(world, trained, t
 
 @pytest.mark.ray
 def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, tmp_path, prefect_server):
-    options = {"model": str(trained), "device": "cpu", "decode": {"length": 10, "steps": 2}}
-    few = {"images": 1, "regions": (1,), "load": 1, "lengths": (4,), "steps": (4,), "repeats": 1}
+    options = {"model": str(trained), "device": "cpu", "decode": {"max_new_tokens": 10, "steps": 2}}
+    few = {"images": 1, "regions": (1,), "load": 1, "max_new_tokens": (4,), "steps": (4,), "repeats": 1}
     config = EvaluateConfig(
         out=str(tmp_path),
         label="tiny",
@@ -196,7 +196,9 @@ def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, t
     )
     found = evaluate_captioner(config)
     loaded = load(trained, "cpu")
-    marks = toy_marks.compare(*loaded, list(read_regions.scenes(world)), DecodeOptions(length=10, steps=2))
+    marks = toy_marks.compare(
+        *loaded, list(read_regions.scenes(world)), DecodeOptions(max_new_tokens=10, steps=2)
+    )
     for name, each in marks.items():
         assert found["toy"][name]["wrong"] == each.wrong and found["toy"][name]["forwards"] == each.forwards
     assert json.loads((tmp_path / "tiny" / "toy.json").read_text()).keys() == marks.keys()
@@ -207,7 +209,7 @@ def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, t
 def test_the_commands(world, trained, tmp_path):
     runner = CliRunner()
     asked = ["profile", "--model", trained, "--scenes", world, "--out", tmp_path / "profile"]
-    asked += ["--images", 1, "--regions", 2, "--length", 4, "--steps", 4, "--repeats", 1]
+    asked += ["--images", 1, "--regions", 2, "--max-new-tokens", 4, "--steps", 4, "--repeats", 1]
     done = runner.invoke(app, list(map(str, asked)))
     assert done.exit_code == 0, done.output
     assert "profile.png" in done.output

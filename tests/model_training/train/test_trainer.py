@@ -257,7 +257,7 @@ def test_the_model_is_a_folder_that_captions(corpus, tmp_path):
     model = PerceptionDLM.from_pretrained(outcome.model)
     mask = np.zeros((48, 64), bool)
     mask[10:30, 10:30] = True
-    captions = model.caption(np.zeros((48, 64, 3), np.uint8), [mask, ~mask], length=4, steps=2)
+    captions = model.caption(np.zeros((48, 64, 3), np.uint8), [mask, ~mask], max_new_tokens=4, steps=2)
     assert len(captions) == 2
     again = config_of(tmp_path / "again", corpus, steps=1, model={"path": str(outcome.model)})
     for name, each in first_weights(again).items():

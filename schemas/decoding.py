@@ -1,0 +1,86 @@
+"""How a model's captions are decoded: the options of the sampler, declared once.
+
+The sampler, `evaluation` in a training configuration, `captioner.options.decode` in an evaluation and the
+options of `paracaption caption` are all made from `DecodeOptions`. Nothing here needs torch: options are
+checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from .strict import Strict
+
+Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
+Cache = Literal["auto", "none", "exact", "approximate"]
+
+
+class DecodeOptions(Strict):
+    """How the masked tokens of captions are filled in.
+
+    Every caption starts as `max_new_tokens` mask tokens. A step predicts a token for each of them, and the
+    strategy decides which predictions stay:
+
+    - "remask", the strategy of PerceptionDLM's released code: all are written, then the least confident
+      tokens of the whole image are masked again, fewer at each step. Tokens that an earlier step wrote may
+      be among them.
+    - "per-region": each region keeps its most confident predictions, as many as its own schedule asks for.
+    - "threshold": each region keeps every prediction whose confidence is at least `threshold`, and in any
+      case its best `max_new_tokens / steps`, so that it ends after `steps`.
+    - "sequential": like "per-region", but one region after the other, with `steps` steps for each.
+    - "left-to-right": like "per-region", but the leftmost predictions stay, not the most confident ones.
+
+    The cache holds keys and values of the prompt, the image and the replayed regions, so that a step
+    computes the captions alone. "exact" changes no caption, and needs a layout that isolates the prefix.
+    "approximate" is for the other layouts, in which what comes before the captions depends on them: it is
+    computed again every `refresh_every` steps. "auto" is "exact" where the layout allows it, and "none"
+    elsewhere.
+    """
+
+    strategy: Strategy = Field(default="remask", description="Which predictions a step keeps.")
+    max_new_tokens: PositiveInt = Field(
+        default=32, description="Tokens of each caption, at most; the released code decodes 32."
+    )
+    steps: PositiveInt = Field(
+        default=32,
+        description="Decoding steps: fewer are faster and worse. `threshold` may need fewer than these.",
+    )
+    threshold: float = Field(
+        default=0.9, ge=0, le=1, description="Confidence from which the `threshold` strategy keeps a token."
+    )
+    temperature: float = Field(
+        default=0.0, ge=0, description="Temperature of sampling; 0 takes the likeliest token."
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Sample among the likeliest tokens of this probability.",
+    )
+    seed: int = Field(
+        default=0, description="Seed of sampling. Captions do not depend on what else is in the batch."
+    )
+    cache: Cache = Field(default="auto", description="KV cache of the tokens before the captions.")
+    refresh_every: PositiveInt = Field(
+        default=4, description="Steps after which the `approximate` cache is computed again."
+    )
+    compare: bool = Field(
+        default=False, description="Also decode without the `approximate` cache, and report the agreement."
+    )
+    early_exit: bool = Field(
+        default=True, description="Stop a region when its caption has ended; has no effect on `remask`."
+    )
+    suppress_special: bool | None = Field(
+        default=None,
+        description="Never predict special tokens (mask, image, region, caption). By default this is so in "
+        "all layouts but `reference`.",
+    )
+
+    def stored(self) -> dict[str, Any]:
+        """The options under their names in files on disk, where `max_new_tokens` is still `length`."""
+        return {_STORED_NAMES.get(name, name): value for name, value in self.model_dump().items()}
+
+
+_STORED_NAMES = {"max_new_tokens": "length"}
