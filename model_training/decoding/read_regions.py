@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from ...filters import rle
-from ...pipeline.corpus import export, reader
+from ...pipeline.corpus import reader
 from ...pipeline.io import files, photos
 from ...pipeline.sources import categories, file_names
 from ...pipeline.sources.protocols import CatalogEntry
@@ -166,7 +166,7 @@ def scenes(out: str | Path) -> Iterator[Scene]:
         ConfigError: no corpus, or a photo or mask that cannot be decoded; names the image.
         IntegrityError: the corpus is damaged.
     """
-    for _, sample, data in export.iter_samples(Path(out), reader.subsets(out)):
+    for _, sample, data in reader.iter_corpus(out, reader.subsets(out)):
         yield _of_sample(f"{out}#{sample.key}", sample, data)
 
 

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
-from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.errors import ConfigError
 from ...schemas.sample import Sample, SampleRegion, SampleRle
 from ..io import files
 from . import reader
@@ -31,7 +30,6 @@ from . import reader
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _ROWS_PER_GROUP = 100
 """Photos are held in memory until their row group is written; 100 of SA-1B's are 150 MB."""
 
@@ -75,26 +73,11 @@ def export(out: str | Path, format: str, to: str | Path) -> list[Path]:
     return [to / path.relative_to(temporary) for path in written]
 
 
-def iter_samples(out: Path, subsets: Iterable[str]) -> Iterator[tuple[str, Sample, bytes]]:
-    """Every sample of the committed units with the name of its unit and its photo's bytes, in order."""
-    for subset in subsets:
-        for manifest, path in reader.iter_committed(out, subset):
-            if manifest.shard is None:
-                continue
-            shard = path.parent.parent / manifest.shard.path
-            for sample, photo in reader.iter_samples(shard):
-                if not _SAFE_KEY.fullmatch(sample.key) or sample.subset != subset:
-                    raise IntegrityError(
-                        f"{shard}: {sample.key!r}: not of this shard; run `paracaption verify`"
-                    )
-                yield manifest.unit, sample, photo
-
-
 def _write_json(out: Path, subsets: list[str], folder: Path) -> list[Path]:
     """The list that PerceptionDLM's own trainer reads; paths are relative to the JSON."""
     target = folder / "annotations.json"
     with _JsonList(target) as records:
-        for _, sample, photo in iter_samples(out, subsets):
+        for _, sample, photo in reader.iter_corpus(out, subsets):
             records.append(
                 {
                     "image": _write_photo(folder, sample, photo),
@@ -116,7 +99,7 @@ def _write_coco(out: Path, subsets: list[str], folder: Path) -> list[Path]:
         file.write(
             b'{"info":{"description":"Region captions made with ParaCaption"},"licenses":[],"images":['
         )
-        for num_images, (_, sample, photo) in enumerate(iter_samples(out, subsets), 1):
+        for num_images, (_, sample, photo) in enumerate(reader.iter_corpus(out, subsets), 1):
             image = {
                 "id": num_images,
                 "file_name": _write_photo(folder, sample, photo).removeprefix("images/"),
@@ -172,7 +155,7 @@ def _write_parquet(out: Path, subsets: list[str], folder: Path) -> list[Path]:
             waiting.clear()
 
     try:
-        for unit, sample, photo in iter_samples(out, subsets):
+        for unit, sample, photo in reader.iter_corpus(out, subsets):
             path = folder / "data" / f"{unit}.parquet"
             if writer is None or written[-1] != path:
                 flush()

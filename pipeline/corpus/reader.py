@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,6 +104,26 @@ def iter_samples(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
         raise IntegrityError(f"{shard}: {min(photos)}: a photo without its JSON; {_REBUILD}")
 
 
+def iter_corpus(out: str | Path, subsets: Iterable[str]) -> Iterator[tuple[str, Sample, bytes]]:
+    """Every sample of the committed units with the name of its unit and its photo's bytes, in order.
+
+    Raises:
+        IntegrityError: a shard is damaged, or holds a sample of another subset or a key that is no file name.
+    """
+    for subset in subsets:
+        for manifest, path in iter_committed(out, subset):
+            if manifest.shard is None:
+                continue
+            shard = path.parent.parent / manifest.shard.path
+            for sample, photo in iter_samples(shard):
+                if not _SAFE_KEY.fullmatch(sample.key) or sample.subset != subset:
+                    raise IntegrityError(
+                        f"{shard}: {sample.key!r}: not of this shard; run `paracaption verify`"
+                    )
+                yield manifest.unit, sample, photo
+
+
+_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
 _SAMPLE = msgspec.json.Decoder(Sample)
 

@@ -21,7 +21,7 @@ def out(tmp_path_factory) -> Path:
 
 
 def samples(out: Path) -> list:
-    return [sample for _, sample, _ in export.iter_samples(out, reader.subsets(out))]
+    return [sample for _, sample, _ in reader.iter_corpus(out, reader.subsets(out))]
 
 
 def test_perceptiondlm_json_is_the_list_that_the_original_trainer_reads(out, tmp_path):
@@ -39,7 +39,7 @@ def test_perceptiondlm_json_is_the_list_that_the_original_trainer_reads(out, tmp
 
 def test_photos_are_the_publishers_bytes(out, tmp_path):
     export.export(out, "perceptiondlm-json", tmp_path / "to")
-    for _, sample, photo in export.iter_samples(out, ["coconut"]):
+    for _, sample, photo in reader.iter_corpus(out, ["coconut"]):
         assert (tmp_path / "to/images/coconut" / f"{sample.key}.jpg").read_bytes() == photo
 
 
