@@ -1,4 +1,4 @@
-"""A build's time, predicted by `paracaption plan` from a pilot of one tenth, against the time it then takes.
+"""A build's time as `paracaption estimate` predicts it from a pilot of one tenth, against the time it takes.
 
     python -m benchmarks.estimate [--images 200]
 
@@ -22,10 +22,10 @@ import yaml
 
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus.events import EventReader
-from paracaption.pipeline.corpus.utilization import run_folders
-from paracaption.pipeline.executor.estimate import predict as estimate
-from paracaption.pipeline.executor.estimate import rates as estimate_rates
-from paracaption.pipeline.executor.estimate.predict import Size
+from paracaption.pipeline.corpus.utilization import list_runs
+from paracaption.pipeline.executor.estimate.predict import estimate_build
+from paracaption.pipeline.executor.estimate.rates import measure_rates
+from paracaption.pipeline.executor.estimate.sizes import Size
 from tests.synthetic import write_coconut, write_sa1b
 
 SHARE = 10
@@ -51,7 +51,7 @@ def streamed(out: Path) -> float:
     """Seconds from the start of Ray and of the streams to their ends."""
     total = 0.0
     for subset in SUBSETS:
-        for run in run_folders(out, subset):
+        for run in list_runs(out)[subset]:
             events = {event.what: event for event in EventReader(run).new()}
             total += events["ended"].time_s - events["begun"].time_s
             total += events["ray"].seconds
@@ -63,7 +63,7 @@ def cpu(out: Path) -> tuple[float, float]:
     units = [
         event
         for subset in SUBSETS
-        for run in run_folders(out, subset)
+        for run in list_runs(out)[subset]
         for event in EventReader(run).new()
         if event.what == "unit"
     ]
@@ -87,13 +87,13 @@ def main() -> None:
         tenth = arguments.images // SHARE
         pilot, full = folder / "pilot", folder / "full"
         pilot_s = command(folder, {**base, "out": str(pilot)}, "--limit-images", str(tenth))
-        measured = estimate_rates.measure(pilot)
+        measured = measure_rates(pilot)
         config = load_config(folder / "pilot.yaml")
         sizes = {
             subset: Size(arguments.images, measured.subsets[subset].regions * SHARE) for subset in SUBSETS
         }
         cores = len(os.sched_getaffinity(0))
-        planned = estimate.plan(config, measured, sizes, cpus=cores)
+        estimated = estimate_build(config, measured, sizes, cpus=cores)
         full_s = command(folder, {**base, "out": str(full)})
         if os.environ.get("KEEP"):
             subprocess.run(["cp", "-r", name, os.environ["KEEP"]], check=True)
@@ -103,18 +103,18 @@ def main() -> None:
             f"pilot: {tenth} + {tenth} images, {pilot_s:.1f} s, of which {streamed(pilot):.1f} s in streams; "
             f"build: {arguments.images} + {arguments.images} images on {cores} cores"
         )
-        for subset in planned.subsets:
+        for subset in estimated.subsets:
             print(
                 f"  {subset.subset}: {subset.wall_s:.1f} s, start-up {subset.startup_s:.1f} s, "
                 f"bottleneck {subset.bottleneck}"
             )
         print(
-            f"(e) streams: predicted {planned.wall_s:.1f} s, took {actual:.1f} s: "
-            f"ratio {planned.wall_s / actual:.2f} (0.75 to 1.25)"
+            f"(e) streams: predicted {estimated.wall_s:.1f} s, took {actual:.1f} s: "
+            f"ratio {estimated.wall_s / actual:.2f} (0.75 to 1.25)"
         )
-        whole = planned.wall_s + besides
+        whole = estimated.wall_s + besides
         (used, waited), (_, pilot_waited) = cpu(full), cpu(pilot)
-        expected = sum(subset.cpu_s for subset in planned.subsets)
+        expected = sum(subset.cpu_s for subset in estimated.subsets)
         print(
             f"    CPU seconds of the stages: predicted {expected:.1f}, took {used:.1f}: ratio "
             f"{expected / used:.2f}; wall seconds for each: pilot {pilot_waited:.2f}, build {waited:.2f}"

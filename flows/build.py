@@ -112,7 +112,7 @@ class _Artifacts:
                 "asked": stage.asked,
                 "seconds": round(stage.seconds, 1),
                 "dropped": sum(n for key, n in progress.dropped.items() if key.partition("/")[0] == name),
-                **_activity(progress.activity.get(name)),
+                **_utilization(progress.utilization.get(name)),
             }
             for name, stage in progress.stages.items()
         ]
@@ -121,7 +121,7 @@ class _Artifacts:
         )
 
 
-def _activity(stage: utilization.StageActivity | None) -> dict[str, Any]:
+def _utilization(stage: utilization.StageUtilization | None) -> dict[str, Any]:
     """A model stage's actors in the table: start-up, share of time in calls, the backend's own numbers."""
     if stage is None:
         return {}

@@ -43,6 +43,8 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("ProfileConfig", "lengths", "max_new_tokens"),
     Renamed("option", "caption --length", "caption --max-new-tokens"),
     Renamed("option", "profile --length", "profile --max-new-tokens"),
+    Renamed("command", "plan", "estimate"),
+    Renamed("option", "plan --corpus", "estimate --sources"),
 )
 
 

@@ -58,7 +58,7 @@ def _build(folder: Path, machine: Machine) -> Measured:
     import yaml
 
     from paracaption.pipeline.corpus.events import EventReader
-    from paracaption.pipeline.corpus.utilization import Activity
+    from paracaption.pipeline.corpus.utilization import UtilizationCounter
 
     path = folder / "build.yaml"
     path.write_text(yaml.safe_dump(config_of(folder, machine)))
@@ -66,14 +66,14 @@ def _build(folder: Path, machine: Machine) -> Measured:
     subprocess.run([sys.executable, "-m", "paracaption.flows.cli", "build", str(path)], cwd=ROOT, check=True)
     seconds = time.perf_counter() - start
     out = folder / "out"
-    activity = Activity()
+    counter = UtilizationCounter()
     images = regions = 0
     for run_folder in sorted((out / "events").iterdir()):
         for worker, event in EventReader(run_folder).named():
-            activity.add(worker, event)
+            counter.add(worker, event)
             if event.what == "committed":
                 images, regions = images + event.images, regions + event.regions
-    stages = activity.stages()
+    stages = counter.stages()
     busy_s = {f"{name}_s": stage.busy_s for name, stage in stages.items()}
     floor_s = max([*busy_s.values(), 0.0])
     numbers = {

@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 for panel, commands in {
     "Build a corpus": (
-        *(build.demo, check.config, check.audit, check.doctor, check.plan),
+        *(build.demo, check.config, check.audit, check.doctor, check.estimate),
         *(build.build, build.merge, build.deploy),
     ),
     "Read a corpus": (

@@ -85,35 +85,39 @@ def doctor(
     raise typer.Exit(1 if any(each.state == findings.FAIL for each in found) else 0)
 
 
-def plan(
+def estimate(
     config: Config,
     run: Annotated[
         Path | None, typer.Option(help="The corpus of a pilot [default: the configuration's `out`].")
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option(help="Seconds a region, as --write-rates prints them.")
+        Path | None, typer.Option(help="Seconds per region, as --write-rates prints them.")
     ] = None,
-    gpus: Annotated[float | None, typer.Option(min=0, help="Of the cluster.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of the cluster.")] = None,
     cpus: Annotated[float | None, typer.Option(min=1, help="Cores of the cluster.")] = None,
     images: Annotated[
         list[str] | None, typer.Option(help="SUBSET=IMAGES or SUBSET=IMAGES/MASKS; default: the paper's.")
     ] = None,
-    corpus: Annotated[bool, typer.Option(help="The configured sources' own images.")] = False,
-    write_rates: Annotated[bool, typer.Option(help="Print the measured rates as YAML, and no plan.")] = False,
+    sources: Annotated[bool, typer.Option(help="Count the configured sources' own images.")] = False,
+    write_rates: Annotated[
+        bool, typer.Option(help="Print the measured rates as YAML, and no estimate.")
+    ] = False,
 ) -> None:
-    """Plan a build from a pilot: GPU-hours, wall time, the bottleneck, GPUs per stage, bytes."""
+    """Estimate a build from a pilot: GPU-hours, wall time, the bottleneck, GPUs per stage, bytes."""
     from rich.console import Console
 
     from ...pipeline.config_file import load_config
-    from ...pipeline.executor.estimate import rates as measuring
-    from ...pipeline.executor.estimate import report as estimate_view
+    from ...pipeline.executor.estimate.rates import format_rates, measure_rates, read_rates
+    from ...pipeline.executor.estimate.report import render_estimate
+    from ...pipeline.executor.estimate.sizes import choose_sizes
 
     loaded = load_config(config)
     pilot = run or Path(loaded.out)
-    measured = measuring.read(rates) if rates else measuring.measure(pilot)
+    known = read_rates(rates) if rates else measure_rates(pilot)
     if write_rates:
-        print(measuring.dump(measured), end="")
+        print(format_rates(known), end="")
         return
-    known = None if rates or not (pilot / "config.yaml").exists() else load_config(pilot / "config.yaml")
-    sizes = estimate_view.sizes_of(loaded, measured, images or [], corpus)
-    Console().print(estimate_view.render(loaded, measured, sizes, gpus, cpus, known))
+    sizes = choose_sizes(loaded, known, images or [], count_sources=sources)
+    has_config = not rates and (pilot / "config.yaml").exists()
+    pilot_config = load_config(pilot / "config.yaml") if has_config else None
+    Console().print(render_estimate(loaded, known, sizes, gpus, cpus, pilot_config))

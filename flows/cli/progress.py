@@ -138,8 +138,8 @@ class BuildView:
             ]
             rate = f"{stage.regions / progress.seconds:,.1f}" if progress.seconds else ""
             cells = (f"{stage.units:,}", f"{stage.regions:,}", f"{stage.asked:,}" if stage.asked else "")
-            activity = progress.activity.get(name)
-            share = None if activity is None else activity.busy_share
+            used = progress.utilization.get(name)
+            share = None if used is None else used.busy_share
             table.add_row(name, *cells, rate, "" if share is None else f"{share:.0%}", ", ".join(reasons))
         return table
 

@@ -1,4 +1,4 @@
-"""The event log: who did what when. Feeds the progress view, the stall watch, the capacity plan, the reports.
+"""The event log: who did what when. Feeds the progress view, the stall watch, the estimate, the reports.
 
 Every worker appends to a file of its own under OUT/events/<run>/, one JSON object a line; nothing reads it
 back to decide what to build, so a lost line costs a number on a screen and no more.

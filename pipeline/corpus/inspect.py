@@ -55,9 +55,9 @@ def inspect(out: str | Path, num_kept: int = 5, num_dropped: int = 2) -> Rendera
         counts = merge.count(out, subset)
         parts += _head(subset, counts)
         parts.append(_funnel(counts))
-        busy = utilization.of_runs(out, subset)
+        busy = utilization.read_utilization(out, subset)
         if busy:
-            parts += ["", activity_table(busy)]
+            parts += ["", utilization_table(busy)]
         kept, dropped = samples(out, subset, num_kept, num_dropped)
         if kept:
             parts += ["", _samples("kept", kept)]
@@ -141,7 +141,7 @@ def _funnel(counts: SubsetCounts) -> Any:
     return table
 
 
-def activity_table(stages: dict[str, utilization.StageActivity]) -> Any:
+def utilization_table(stages: dict[str, utilization.StageUtilization]) -> Any:
     """A line per model stage: its actors, how fast they were, and how much of their time they had work."""
     from rich.table import Table
 

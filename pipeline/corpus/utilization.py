@@ -10,17 +10,17 @@ import msgspec
 from .events import Event, EventReader
 
 
-class StageActivity(msgspec.Struct):
+class StageUtilization(msgspec.Struct):
     """One model stage of a run.
 
     Attributes:
-        actors: that came up with its model; one that replaces a dead one counts too.
+        actors: how many came up with its model; one that replaces a dead one counts too.
         startup_s: mean seconds to load the model.
         asked: regions the model was asked about.
-        busy_s: inside calls to the model, over all actors.
-        alive_s: from an actor's start-up to the end of the run, over all actors.
-        gpu: the GPU's mean utilisation during calls, 0..1; None if it is not known.
-        report: the backend's own numbers, the last of each actor, averaged.
+        busy_s: seconds inside calls to the model, summed over all actors.
+        alive_s: seconds from an actor's start-up to the end of the run, summed over all actors.
+        gpu: mean GPU utilization during calls, 0..1; None if it is not known.
+        report: the backend's own numbers: the last report of each actor, averaged.
     """
 
     actors: int = 0
@@ -33,17 +33,17 @@ class StageActivity(msgspec.Struct):
 
     @property
     def regions_per_s(self) -> float | None:
-        """Of one actor, while it is inside calls."""
+        """The rate of one actor while it is inside calls."""
         return self.asked / self.busy_s if self.asked and self.busy_s else None
 
     @property
     def busy_share(self) -> float | None:
-        """Of its actors' life while the stream ran."""
+        """The share of its actors' lifetime that they spend inside calls."""
         return min(1.0, self.busy_s / self.alive_s) if self.alive_s > 0 else None
 
 
-class Activity:
-    """Adds a run's events up."""
+class UtilizationCounter:
+    """Adds up the events of one run."""
 
     def __init__(self) -> None:
         self._ready: dict[str, tuple[float, tuple[str, ...]]] = {}
@@ -55,7 +55,7 @@ class Activity:
         self._last_s = 0.0
 
     def add(self, worker: str, event: Event) -> None:
-        """Count one event of a worker; workers are told apart by their files' names."""
+        """Count one event of a worker; a worker is known by the name of its event file."""
         self._last_s = max(self._last_s, event.time_s)
         if event.what == "ready":
             self._ready[worker] = (event.time_s, tuple(event.stage.split("+")))
@@ -69,11 +69,11 @@ class Activity:
             if event.report:
                 self._reports[event.stage][worker] = event.report
 
-    def stages(self, now_s: float | None = None) -> dict[str, StageActivity]:
-        """By model stage, in the order in which they came up.
+    def stages(self, now_s: float | None = None) -> dict[str, StageUtilization]:
+        """The model stages by name, in the order in which they came up.
 
         Args:
-            now_s: end of the run so far; default: its last event.
+            now_s: the end of the run so far, in seconds since the epoch; default: its last event.
         """
         end_s = self._last_s if now_s is None else now_s
         found = {}
@@ -81,7 +81,7 @@ class Activity:
             since = [ready_s for ready_s, stages in self._ready.values() if stage in stages]
             gpu = self._gpu[stage]
             weight = sum(busy for _, busy in gpu)
-            found[stage] = StageActivity(
+            found[stage] = StageUtilization(
                 actors=len(since),
                 startup_s=sum(loads) / len(loads),
                 asked=self._asked[stage],
@@ -93,27 +93,31 @@ class Activity:
         return found
 
 
-def of_runs(out: str | Path, subset: str) -> dict[str, StageActivity]:
+def read_utilization(out: str | Path, subset: str) -> dict[str, StageUtilization]:
     """The model stages of a subset over all runs into a corpus; empty if its events are gone."""
     runs = []
-    for folder in run_folders(out, subset):
-        activity = Activity()
+    for folder in list_runs(out).get(subset, []):
+        counter = UtilizationCounter()
         for worker, event in EventReader(folder).named():
-            activity.add(worker, event)
-        runs.append(activity.stages())
+            counter.add(worker, event)
+        runs.append(counter.stages())
     names = dict.fromkeys(name for run in runs for name in run)
     return {name: _joined([run[name] for run in runs if name in run]) for name in names}
 
 
-def run_folders(out: str | Path, subset: str) -> list[Path]:
-    """OUT/events/<run>/ of the subset's runs, in order."""
-    return sorted(path for path in (Path(out) / "events").glob("*") if subset in path.name.split("-"))
+def list_runs(out: str | Path) -> dict[str, list[Path]]:
+    """The folders OUT/events/<date>-<time>-<subset>-<random>/ by subset, the oldest first."""
+    runs: dict[str, list[Path]] = {}
+    for folder in sorted((Path(out) / "events").glob("*-*-*-*")):
+        subset = folder.name.split("-", 2)[2].rpartition("-")[0]
+        runs.setdefault(subset, []).append(folder)
+    return runs
 
 
-def _joined(runs: list[StageActivity]) -> StageActivity:
+def _joined(runs: list[StageUtilization]) -> StageUtilization:
     known = [(run.gpu, run.busy_s) for run in runs if run.gpu is not None]
     weight = sum(busy for _, busy in known)
-    return StageActivity(
+    return StageUtilization(
         actors=max(run.actors for run in runs),
         startup_s=sum(run.startup_s for run in runs) / len(runs),
         asked=sum(run.asked for run in runs),

@@ -22,7 +22,7 @@ from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ..corpus import work_list as plans
 from . import driver, gpus, ray_data
-from .estimate import predict as estimate
+from .estimate.pools import find_pools
 from .findings import (
     FAIL,
     OK,
@@ -83,12 +83,12 @@ def examine(config: BuildConfig, ray_address: str | None = None) -> list[Finding
 def resources(config: BuildConfig, nodes: list[Node], on_cluster: bool) -> Iterator[Finding]:
     """Whether the smallest pools of every subset fit at once."""
     for subset in config.subsets:
-        pools = estimate.pools_of(config, subset)
+        pools = find_pools(config, subset)
         for name, there in (
             ("GPU", _there("GPU", nodes, on_cluster)),
             ("CPU", _there("CPU", nodes, on_cluster)),
         ):
-            needed = sum(pool.low * getattr(pool, f"num_{name.lower()}s") for pool in pools)
+            needed = sum(pool.min_actors * getattr(pool, f"num_{name.lower()}s") for pool in pools)
             if not needed:
                 continue
             said = f"the smallest pools hold {needed:g} {name}s at once, there are {there:g}"

@@ -10,7 +10,7 @@ import msgspec
 
 from ...schemas.errors import StageStalled
 from ..corpus.events import EventReader
-from ..corpus.utilization import Activity, StageActivity
+from ..corpus.utilization import StageUtilization, UtilizationCounter
 from .worker import STACK_MARK
 
 STALL_GRACE_S = 5.0
@@ -33,7 +33,7 @@ class Progress(msgspec.Struct):
         seconds: since the stream started.
         dropped: regions by "stage/reason", of this run's units.
         stages: by stage name, in recipe order.
-        activity: of the model stages whose actors are up: start-up seconds, share of time in calls.
+        utilization: of the model stages whose actors are up: start-up seconds, share of time in calls.
     """
 
     subset: str
@@ -45,7 +45,7 @@ class Progress(msgspec.Struct):
     seconds: float = 0.0
     dropped: Counter[str] = msgspec.field(default_factory=Counter)
     stages: dict[str, StageProgress] = {}
-    activity: dict[str, StageActivity] = {}
+    utilization: dict[str, StageUtilization] = {}
 
     @property
     def seconds_left(self) -> float | None:
@@ -61,13 +61,13 @@ class Watch:
         self.progress = progress
         self.stall_s = stall_s
         self.run_folder = run_folder
-        self.activity = Activity()
+        self.counter = UtilizationCounter()
         self.started = self.moved = time.monotonic()
 
     def look(self, moved: bool) -> None:
         for worker, event in self.reader.named():
             moved = True
-            self.activity.add(worker, event)
+            self.counter.add(worker, event)
             if event.what == "unit" and event.stage in self.progress.stages:
                 stage = self.progress.stages[event.stage]
                 stage.units += 1
@@ -76,7 +76,7 @@ class Watch:
                 stage.seconds += event.seconds
         now = time.monotonic()
         self.progress.seconds = now - self.started
-        self.progress.activity = self.activity.stages(time.time())
+        self.progress.utilization = self.counter.stages(time.time())
         if moved:
             self.moved = now
         elif now - self.moved > self.stall_s + STALL_GRACE_S:

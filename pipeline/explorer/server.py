@@ -131,7 +131,7 @@ def templates() -> jinja2.Environment:
 def stage_costs(out: Path, subset: str, config: BuildConfig) -> list[dict[str, Any]]:
     """See `Explorer.stages`. GPU seconds are those of the actors, with the configuration's GPUs for each."""
     rows = []
-    for name, stage in utilization.of_runs(out, subset).items():
+    for name, stage in utilization.read_utilization(out, subset).items():
         protocol = _PROTOCOLS.get(name)
         gpus = getattr(config, protocol).num_gpus if protocol else 0.0
         rows.append(

@@ -22,7 +22,7 @@ from tests.synthetic import write_coconut
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    "build audit verify inspect show explore report doctor plan models train caption evaluate profile "
+    "build audit verify inspect show explore report doctor estimate models train caption evaluate profile "
     "benchmark export merge demo config deploy"
 ).split()
 runner = CliRunner()
@@ -259,18 +259,18 @@ def test_a_build_is_planned_from_the_demo_and_again_from_its_written_rates(demo,
     config = tmp_path / "build.yaml"
     config.write_text((out / "config.yaml").read_text())
     env = {"COLUMNS": "160"}
-    done = runner.invoke(app, ["plan", str(config)], env=env)
+    done = runner.invoke(app, ["estimate", str(config)], env=env)
     assert done.exit_code == 0, done.output
     assert "334,000 images, 3,400,000 regions" in done.output and "83,000 images" in done.output
     assert "bottleneck: " in done.output and "measured regions stand for" in done.output
     rates = tmp_path / "rates.yaml"
-    rates.write_text(runner.invoke(app, ["plan", str(config), "--write-rates"]).output)
+    rates.write_text(runner.invoke(app, ["estimate", str(config), "--write-rates"]).output)
     again = runner.invoke(
-        app, ["plan", str(config), "--rates", str(rates), "--images", "coconut=600"], env=env
+        app, ["estimate", str(config), "--rates", str(rates), "--images", "coconut=600"], env=env
     )
     assert again.exit_code == 0, again.output
     assert "coconut: 600 images" in again.output
-    own = runner.invoke(app, ["plan", str(config), "--corpus"], env=env)
+    own = runner.invoke(app, ["estimate", str(config), "--sources"], env=env)
     assert "coconut: 6 images" in own.output
 
 

@@ -1,5 +1,11 @@
-"""How long a build takes and on how many GPUs, estimated from a pilot: see docs/estimate.md.
+"""Estimates a build from a pilot: wall time, GPU-hours, the bottleneck, GPUs per stage, bytes written.
 
-`rates` measures what a region costs in each stage of a pilot, `allocate` shares out GPUs and cores among the
-pools, `predict` turns both into hours, and `report` prints them.
+    rates     what a region costs in each stage, measured from a pilot's events or read from a file
+    sizes     how many images and regions the build has
+    pools     the operators of the stream, and what each of their actors holds
+    allocate  shares out GPUs and cores among the pools
+    predict   rates, sizes and actors -> `Estimate`
+    report    an estimate as tables for the terminal
+
+`paracaption estimate` runs them in this order; docs/estimate.md explains the numbers.
 """

@@ -12,9 +12,8 @@ import yaml
 from ....schemas.errors import ConfigError
 from ...corpus import reader, writer
 from ...corpus.events import Event, EventReader
-from ...corpus.utilization import run_folders
+from ...corpus.utilization import list_runs
 from ...sources.protocols import SOURCE_STAGE
-from ...stages.base import RECIPES
 
 _BY_IMAGE = {SOURCE_STAGE, writer.WRITE_STAGE}
 _MIN_UNITS = 8
@@ -26,11 +25,12 @@ class StageRate(msgspec.Struct, forbid_unknown_fields=True):
     """What one stage costs one actor.
 
     Attributes:
-        reach: share of the source's regions that it works on.
-        image_s, region_s: seconds for each image, and for each region that it works on.
-        cpu_share: CPU seconds in a second of the stage; above 1 if it uses several cores.
+        reach: the share of the source's regions that it works on.
+        image_s: seconds per image.
+        region_s: seconds per region that it works on.
+        cpu_share: CPU seconds per second of the stage; above 1 if it uses several cores.
         load_s: seconds to load its model.
-        first_s: what an actor's first unit takes longer than the others.
+        first_s: how much longer an actor's first unit takes than the others, in seconds.
     """
 
     reach: float
@@ -41,7 +41,7 @@ class StageRate(msgspec.Struct, forbid_unknown_fields=True):
     first_s: float = 0.0
 
     def seconds(self, images: float, regions: float) -> float:
-        """For so many images with so many regions in the source."""
+        """Seconds of one actor for this many images, whose source declares this many regions."""
         return self.image_s * images + self.region_s * self.reach * regions
 
 
@@ -49,11 +49,12 @@ class SubsetRates(msgspec.Struct, forbid_unknown_fields=True):
     """What a subset costs.
 
     Attributes:
-        images, regions: how much was measured.
-        kept: share of the source's regions that end in the shards.
-        launch_s: from the start of the stream until the actors' processes are up, without loading models.
-        shard_bytes_per_image: of all images.
-        ledger_bytes_per_region, evidence_bytes_per_region: of the source's regions.
+        images, regions: how many were measured.
+        kept: the share of the source's regions that end in the shards.
+        launch_s: seconds from the start of the stream until the actors' processes are up, without the time
+            to load models.
+        shard_bytes_per_image: over all images.
+        ledger_bytes_per_region, evidence_bytes_per_region: over the source's regions.
         stages: by name, in the recipe's order.
     """
 
@@ -68,25 +69,17 @@ class SubsetRates(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Rates(msgspec.Struct, forbid_unknown_fields=True):
-    """The file of `plan --rates`: seconds to start Ray, and each subset's rates."""
+    """The file of `estimate --rates`: seconds to start Ray, and each subset's rates."""
 
     ray_s: float
     subsets: dict[str, SubsetRates]
     version: int = 1
 
 
-class _Unit(msgspec.Struct):
-    """One unit in one stage: images, regions it worked on, seconds; whether it was its actor's first."""
+def measure_rates(out: str | Path) -> Rates:
+    """Measure the rates of a pilot, over all runs into its folder.
 
-    images: float
-    regions: int
-    seconds: float
-    cpu: float
-    first: bool
-
-
-def measure(out: str | Path) -> Rates:
-    """The rates of a pilot, over all runs into its folder; what a stage did not ask is not counted.
+    A stage that found its answers in the evidence was not asked, and that unit does not count for it.
 
     Raises:
         ConfigError: there are no events of a unit that was built.
@@ -94,11 +87,11 @@ def measure(out: str | Path) -> Rates:
     out = Path(out)
     ray_s: list[float] = []
     subsets = {}
-    for subset in RECIPES:
-        runs = [list(EventReader(folder).named()) for folder in run_folders(out, subset)]
+    for subset, folders in list_runs(out).items():
+        runs = [list(EventReader(folder).named()) for folder in folders]
         ray_s += [event.seconds for run in runs for _, event in run if event.what == "ray"]
         if any(event.what == "unit" and event.images for run in runs for _, event in run):
-            subsets[subset] = _measure(out, subset, runs)
+            subsets[subset] = _measure_subset(out, subset, runs)
     if not subsets:
         raise ConfigError(
             f"{out}/events: no events of a build; run a pilot there (`paracaption build --limit-images 500` "
@@ -107,70 +100,97 @@ def measure(out: str | Path) -> Rates:
     return Rates(_mean([seconds for seconds in ray_s if seconds > 0.5]), subsets)
 
 
-def read(path: str | Path) -> Rates:
-    """Rates as `dump` wrote them, or by hand.
+def read_rates(path: str | Path) -> Rates:
+    """Read rates as `format_rates` gives them, or as somebody wrote them by hand.
 
     Raises:
-        ConfigError: no such file, or not rates; names the key.
+        ConfigError: there is no such file, or it does not hold rates; the message names the key.
     """
     try:
         return msgspec.convert(yaml.safe_load(Path(path).read_text()), Rates)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{path}: not rates: {told}; `paracaption plan CONFIG --run OUT --write-rates` prints the form"
+            f"{path}: not rates: {reason}; "
+            "`paracaption estimate CONFIG --run OUT --write-rates` prints the form"
         ) from error
 
 
-def dump(rates: Rates) -> str:
-    """As YAML."""
+def format_rates(rates: Rates) -> str:
+    """The rates as YAML, which `read_rates` reads."""
     return yaml.safe_dump(_rounded(msgspec.to_builtins(rates)), sort_keys=False)
 
 
-def _measure(out: Path, subset: str, runs: list[list[tuple[str, Event]]]) -> SubsetRates:
-    units: dict[str, list[_Unit]] = defaultdict(list)
-    reached: dict[str, dict[str, int]] = defaultdict(dict)
-    images: dict[str, int] = {}
-    loads: dict[str, list[float]] = defaultdict(list)
-    launches: list[float] = []
-    with_model = {event.stage for run in runs for _, event in run if event.what == "started"}
-    for run in runs:
+class _Unit(msgspec.Struct):
+    """One unit in one stage: its images, the regions worked on, seconds; whether it was its actor's first."""
+
+    images: float
+    regions: int
+    seconds: float
+    cpu: float
+    first: bool
+
+
+class _Tally:
+    """Collects what the events of a subset's runs say of its stages."""
+
+    def __init__(self) -> None:
+        self.units: dict[str, list[_Unit]] = defaultdict(list)
+        self.regions: dict[str, dict[str, int]] = defaultdict(dict)  # by stage, then by unit
+        self.images: dict[str, int] = {}  # by unit
+        self.load_s: dict[str, list[float]] = defaultdict(list)
+        self.launch_s: list[float] = []
+
+    def add_run(self, run: list[tuple[str, Event]], model_stages: set[str]) -> None:
+        """Count the events of one run, each with the name of its worker."""
         met: set[tuple[str, str]] = set()
         begun_s = next((event.time_s for _, event in run if event.what == "begun"), None)
         ready_s: dict[str, float] = {}
         for worker, event in sorted(run, key=lambda item: item[1].time_s):
             if event.what == "started":
-                loads[event.stage].append(event.seconds)
+                self.load_s[event.stage].append(event.seconds)
             elif event.what == "ready" and begun_s is not None:
                 ready_s.setdefault(event.stage, event.time_s - event.seconds - begun_s)
             elif event.what == "unit":
-                reached[event.stage][event.unit] = event.regions
-                images[event.unit] = event.images
-                worked = _worked(event, event.stage in with_model)
-                if worked is not None:
-                    worked.first = (worker, event.stage) not in met
+                self.regions[event.stage][event.unit] = event.regions
+                self.images[event.unit] = event.images
+                unit = _unit_of(event, event.stage in model_stages)
+                if unit is not None:
+                    unit.first = (worker, event.stage) not in met
                     met.add((worker, event.stage))
-                    units[event.stage].append(worked)
+                    self.units[event.stage].append(unit)
         if ready_s:
-            launches.append(max(ready_s.values()))
-    declared = reached[SOURCE_STAGE]
-    regions = sum(declared.values())
-    stages = {}
-    for stage, seen in reached.items():
-        whole = sum(count for unit, count in declared.items() if unit in seen)
-        rate = _fit(units[stage], stage in _BY_IMAGE)
-        rate.reach = sum(seen[unit] for unit in declared if unit in seen) / whole if whole else 0.0
-        rate.load_s = _mean(loads[stage])
-        stages[stage] = rate
-    done = _committed(out, subset)
+            self.launch_s.append(max(ready_s.values()))
+
+    def stage_rates(self) -> dict[str, StageRate]:
+        declared = self.regions[SOURCE_STAGE]
+        stages = {}
+        for stage, reached in self.regions.items():
+            shared = [unit for unit in declared if unit in reached]
+            total = sum(declared[unit] for unit in shared)
+            rate = _fit_rate(self.units[stage], stage in _BY_IMAGE)
+            rate.reach = sum(reached[unit] for unit in shared) / total if total else 0.0
+            rate.load_s = _mean(self.load_s[stage])
+            stages[stage] = rate
+        return stages
+
+
+def _measure_subset(out: Path, subset: str, runs: list[list[tuple[str, Event]]]) -> SubsetRates:
+    tally = _Tally()
+    model_stages = {event.stage for run in runs for _, event in run if event.what == "started"}
+    for run in runs:
+        tally.add_run(run, model_stages)
+    stages = tally.stage_rates()
+    regions = sum(tally.regions[SOURCE_STAGE].values())
+    done = _count_committed(out, subset)
     evidence = sum(path.stat().st_size for path in (out / subset / "evidence").glob("*/*.parquet"))
     return SubsetRates(
-        images=sum(images.values()),
+        images=sum(tally.images.values()),
         regions=regions,
         kept=done["kept"] / max(1, done["regions"]),
-        launch_s=_mean(launches),
+        launch_s=_mean(tally.launch_s),
         shard_bytes_per_image=done["shard"] / max(1, done["images"]),
         ledger_bytes_per_region=done["ledger"] / max(1, done["regions"]),
         evidence_bytes_per_region=evidence / max(1, regions),
@@ -178,7 +198,7 @@ def _measure(out: Path, subset: str, runs: list[list[tuple[str, Event]]]) -> Sub
     )
 
 
-def _worked(event: Event, is_model: bool) -> _Unit | None:
+def _unit_of(event: Event, is_model: bool) -> _Unit | None:
     """What a stage did on a unit; None if a model had all its answers already."""
     regions = event.asked if is_model else event.regions
     if not regions and (is_model or event.stage not in _BY_IMAGE):
@@ -187,7 +207,7 @@ def _worked(event: Event, is_model: bool) -> _Unit | None:
     return _Unit(event.images * share, regions, event.seconds, event.cpu, first=False)
 
 
-def _fit(units: list[_Unit], by_image: bool) -> StageRate:
+def _fit_rate(units: list[_Unit], by_image: bool) -> StageRate:
     """Seconds per image and per region: both, if the units differ enough to tell them apart, else one."""
     later = [unit for unit in units if not unit.first]
     counted = later if len(later) >= 2 else units
@@ -201,7 +221,7 @@ def _fit(units: list[_Unit], by_image: bool) -> StageRate:
         rate.image_s = float(seconds.sum() / images.sum())
     elif regions.sum():
         rate.region_s = float(seconds.sum() / regions.sum())
-    both = apart(images, regions, seconds)
+    both = fit_two_costs(images, regions, seconds)
     if both is not None:
         rate.image_s, rate.region_s = both
     rate.reach = 1.0
@@ -211,10 +231,10 @@ def _fit(units: list[_Unit], by_image: bool) -> StageRate:
     return rate
 
 
-def apart(images: np.ndarray, regions: np.ndarray, seconds: np.ndarray) -> tuple[float, float] | None:
-    """(seconds per image, seconds per region) by least squares; None where the units cannot tell.
+def fit_two_costs(images: np.ndarray, regions: np.ndarray, seconds: np.ndarray) -> tuple[float, float] | None:
+    """(seconds per image, seconds per region) by least squares; None where the units cannot tell them apart.
 
-    The sum over all units is that of the measured seconds, exactly.
+    The predictions for all units add up to the measured seconds.
     """
     if len(seconds) < _MIN_UNITS:
         return None
@@ -231,7 +251,7 @@ def apart(images: np.ndarray, regions: np.ndarray, seconds: np.ndarray) -> tuple
     return float(per_image * scale), float(per_region * scale)
 
 
-def _committed(out: Path, subset: str) -> Counter[str]:
+def _count_committed(out: Path, subset: str) -> Counter[str]:
     """Images, regions, kept regions, and the bytes of shards and ledgers of the committed units."""
     total: Counter[str] = Counter()
     for manifest, _ in reader.iter_committed(out, subset):

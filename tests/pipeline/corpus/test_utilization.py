@@ -7,7 +7,7 @@ import pytest
 
 from paracaption.pipeline.corpus import utilization
 from paracaption.pipeline.corpus.events import Event, EventLog
-from paracaption.pipeline.corpus.utilization import Activity
+from paracaption.pipeline.corpus.utilization import UtilizationCounter
 from paracaption.pipeline.executor import gpus
 from paracaption.pipeline.stages import base
 from tests.building import config_of
@@ -22,8 +22,8 @@ def coconut(tmp_path_factory):
     return write_coconut(tmp_path_factory.mktemp("source") / "coconut", num_images=NUM_IMAGES)
 
 
-def added(*events: tuple[str, Event]) -> Activity:
-    found = Activity()
+def added(*events: tuple[str, Event]) -> UtilizationCounter:
+    found = UtilizationCounter()
     for worker, event in events:
         found.add(worker, event)
     return found
@@ -70,16 +70,16 @@ def test_of_the_backends_numbers_the_last_of_each_actor_count():
 
 
 def test_runs_of_a_subset_are_added_up_and_those_of_another_left_out(tmp_path):
-    for run, seconds in (("20260101-coconut-a", 2.0), ("20260102-coconut-b", 4.0), ("20260103-sa1b-c", 9.0)):
+    for run, seconds in (("1-1-coconut-a", 2.0), ("2-1-coconut-b", 4.0), ("3-1-coconut-l-c", 9.0)):
         folder = tmp_path / "events" / run
         folder.mkdir(parents=True)
         log = EventLog(folder, "caption")
         log.emit("started", stage="caption", seconds=seconds)
         log.emit("ready", stage="caption")
         log.emit("unit", stage="caption", unit="u", asked=5, busy=seconds)
-    found = utilization.of_runs(tmp_path, "coconut")["caption"]
+    found = utilization.read_utilization(tmp_path, "coconut")["caption"]
     assert (found.asked, found.busy_s, found.startup_s, found.actors) == (10, 6.0, 3.0, 1)
-    assert utilization.of_runs(tmp_path / "none", "coconut") == {}
+    assert utilization.read_utilization(tmp_path / "none", "coconut") == {}
 
 
 def test_a_worker_tells_the_time_in_calls_the_cpu_time_and_what_its_backend_reports(tmp_path, coconut):

@@ -104,12 +104,12 @@ def test_each_stage_in_its_own_actors_asks_once_and_tells_its_start_and_its_shar
     asked = calls(tmp_path / "captioner.log")
     assert len(asked) == len(set(asked)) == 24
     models = ("caption", "extract_category", "agree_with_segmenter")
-    caption, judge, segmenter = (done.activity[name] for name in models)
+    caption, judge, segmenter = (done.utilization[name] for name in models)
     assert (caption.actors, judge.actors, segmenter.actors, caption.asked) == (1, 1, 1, 24)
     assert caption.busy_s >= 6 * 0.1 > judge.busy_s
     assert caption.busy_share and judge.busy_share and judge.busy_share < caption.busy_share <= 1
-    assert utilization.of_runs(tmp_path / "out", "sa1b")["caption"].asked == 24
-    (run,) = utilization.run_folders(tmp_path / "out", "sa1b")
+    assert utilization.read_utilization(tmp_path / "out", "sa1b")["caption"].asked == 24
+    (run,) = utilization.list_runs(tmp_path / "out")["sa1b"]
     driver = [event.what for event in EventReader(run).new() if event.what in ("begun", "ended")]
     assert driver == ["begun", "ended"]
     processes = {path.stem.rpartition("-")[2] for path in run.glob("*.jsonl")}

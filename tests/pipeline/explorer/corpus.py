@@ -135,7 +135,7 @@ def build(config: BuildConfig) -> None:
         writer.prepare(folder)
         planned = work_list.make_plan(open_source(config, subset), config, folder)
         recipe = base.RECIPES[subset](config)
-        run = out / "events" / f"000-{subset}"
+        run = out / "events" / f"20260101-000000-{subset}-0"
         run.mkdir(parents=True, exist_ok=True)
         digest = base.recipe_digest(recipe, config)
         job = Job(config, subset, str(folder), planned.digest, digest, str(run))

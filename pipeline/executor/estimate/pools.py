@@ -1,0 +1,59 @@
+"""The operators of the stream that builds a subset, known without weights or the packages of models."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ....schemas.config import BuildConfig
+from ...stages.base import RECIPES, ModelStage
+from .. import ray_data
+
+_EMBEDDED = {"captioner": "classical", "judge": "lexical", "segmenter": "grabcut"}
+"""The backends that stand in for the configured ones, because they have no weights to look at."""
+
+
+class Pool(msgspec.Struct, frozen=True):
+    """One operator of the stream: a pool of equal actors.
+
+    Attributes:
+        name: its model stages joined by "+", or else "source" or "write".
+        stages: the names of all its stages, in order.
+        protocols: the protocols of its model stages, in order.
+        num_gpus, num_cpus: what one actor holds.
+        min_actors, max_actors: bounds from the configuration.
+    """
+
+    name: str
+    stages: tuple[str, ...]
+    protocols: tuple[str, ...]
+    num_gpus: float
+    num_cpus: float
+    min_actors: int
+    max_actors: int
+
+
+def find_pools(config: BuildConfig, subset: str) -> list[Pool]:
+    """The pools that build a subset, in the stream's order."""
+    embedded = {
+        protocol: getattr(config, protocol).model_copy(update={"name": name, "options": {}})
+        for protocol, name in _EMBEDDED.items()
+    }
+    bare = config.model_copy(update=embedded)
+    pools = []
+    for step in ray_data.steps_of(RECIPES[subset](bare), bare):
+        resources = ray_data.resources_of(step, bare)
+        names = tuple(stage if isinstance(stage, str) else stage.name for stage in step)
+        models = [stage for stage in step if isinstance(stage, ModelStage)]
+        name = "+".join(stage.name for stage in models)
+        pools.append(
+            Pool(
+                name=name or (names[0] if names[0] == "source" else names[-1]),
+                stages=names,
+                protocols=tuple(stage.protocol for stage in models),
+                num_gpus=float(resources["num_gpus"]),
+                num_cpus=float(resources["num_cpus"]),
+                min_actors=resources["concurrency"][0],
+                max_actors=resources["concurrency"][1],
+            )
+        )
+    return pools
