@@ -72,17 +72,19 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("the wrong photos folder", "build", build(coconut=[coconut | {"photos": ["coconut/labels"]}]))
 
     model = {"path": str(ROOT / "tests" / "formats" / "v0_1" / "model")}
-    corpus = {"out": str(ROOT / "tests" / "formats" / "v0_1" / "corpus")}
+    corpus = {"corpus": str(ROOT / "tests" / "formats" / "v0_1" / "corpus")}
 
     def train(**changes: Any) -> dict[str, Any]:
         return {"out": "run", "model": model, "corpora": [corpus], "steps": 1, "device": "cpu"} | changes
 
-    yield Case("no corpus to train on", "train", train(corpora=[{"out": "nowhere"}]))
-    yield Case("the same, on Ray's workers", "train", train(corpora=[{"out": "nowhere"}], ray={"workers": 2}))
+    yield Case("no corpus to train on", "train", train(corpora=[{"corpus": "nowhere"}]))
+    yield Case(
+        "the same, on Ray's workers", "train", train(corpora=[{"corpus": "nowhere"}], ray={"workers": 2})
+    )
     yield Case("no model to train", "train", train(model={"path": "nowhere"}))
     yield Case("no tokenizer", "train", train(model={"tokenizer": "nowhere"}))
     yield Case("no conversations", "train", train(conversations=[{"path": "nowhere.json"}]))
-    yield Case("no corpus to evaluate on", "train", train(evaluation={"out": "nowhere"}))
+    yield Case("no corpus to evaluate on", "train", train(evaluation={"corpus": "nowhere"}))
     yield Case("an unknown key", "train", train(learning_rates={}))
 
     bench = {"name": "bench", "kind": "dlc", "folder": "nowhere"}

@@ -63,12 +63,12 @@ def train(variant: str, steps: int | None, alone: bool) -> Path:
     names = ["run", *([] if variant == "recipe" else variant.split()), *([str(steps)] if steps else [])]
     folder = FOLDER / "-".join(names)  # a run of another budget has another schedule
     config["out"] = str(folder)
-    config["corpora"] = [{"out": str(FOLDER / "train/corpus")}]
+    config["corpora"] = [{"corpus": str(FOLDER / "train/corpus")}]
     config.pop("evaluation", None)
     config["model"]["config"] |= VARIANTS[variant]
     config["steps"] = steps or config["steps"]
     if alone:
-        config["accumulation"] *= config.pop("ray")["workers"]
+        config["gradient_accumulation_steps"] *= config.pop("ray")["workers"]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

@@ -36,15 +36,15 @@ def training(config: TrainConfig, wait: bool = False, on_cluster: bool = False) 
     yield from modules(needed)
     yield _look("model", lambda: _model(config.model))
     for number, corpus in enumerate(config.corpora):
-        yield _look(f"corpora[{number}].out", lambda: _corpus(corpus.out, corpus.subsets, wait))  # noqa: B023
+        yield _look(f"corpora[{number}].corpus", lambda: _corpus(corpus.corpus, corpus.subsets, wait))  # noqa: B023
     for number, source in enumerate(config.conversations):
         where = f"conversations[{number}]"
         yield _look(f"{where}.path", lambda: _file(source.path))  # noqa: B023
         if source.images:
             yield _look(f"{where}.images", lambda: _folder(source.images))  # noqa: B023
     if config.evaluation:
-        out = config.evaluation.out
-        yield _look("evaluation.out", lambda: _corpus(out, None, wait))
+        held_out = config.evaluation.corpus
+        yield _look("evaluation.corpus", lambda: _corpus(held_out, None, wait))
     if config.device == "cuda" and not on_cluster and not gpus.seen():
         yield Finding("device", FAIL, "cuda is asked for, and this machine shows no GPU", "set device: auto")
     yield output_folder(config.out)

@@ -45,12 +45,12 @@ def wait_for_corpora(config: TrainConfig) -> None:
     """Look until every unit of every corpus is committed and merged."""
     from ..model_training.data import unfinished
 
-    held_out = [CorpusSource(out=config.evaluation.out)] if config.evaluation else []
+    held_out = [CorpusSource(corpus=config.evaluation.corpus)] if config.evaluation else []
     for source in [*config.corpora, *held_out]:
         told = ""
         while missing := unfinished(source):
             if missing != told:
-                get_run_logger().warning("waiting for %s: %s", source.out, missing)
+                get_run_logger().warning("waiting for %s: %s", source.corpus, missing)
                 told = missing
             time.sleep(_LOOK_EVERY_S)
 

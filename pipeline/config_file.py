@@ -42,12 +42,12 @@ def load_training(path: str | Path) -> TrainConfig:
     if model["tokenizer"] not in (None, "toy"):
         model["tokenizer"] = _absolute(model["tokenizer"], root)
     for source in values["corpora"]:
-        source["out"] = _absolute(source["out"], root)
+        source["corpus"] = _absolute(source["corpus"], root)
     for source in values["conversations"]:
         source["path"] = _absolute(source["path"], root)
         source["images"] = _absolute(source["images"] or None, root) or ""
     if values["evaluation"]:
-        values["evaluation"]["out"] = _absolute(values["evaluation"]["out"], root)
+        values["evaluation"]["corpus"] = _absolute(values["evaluation"]["corpus"], root)
     values["data"]["cache"] = _absolute(values["data"]["cache"], root)
     _refuse_url(values["out"])
     return TrainConfig.model_validate(values)

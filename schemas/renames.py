@@ -45,6 +45,17 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("option", "profile --length", "profile --max-new-tokens"),
     Renamed("command", "plan", "estimate"),
     Renamed("option", "plan --corpus", "estimate --sources"),
+    Renamed("TrainConfig", "accumulation", "gradient_accumulation_steps"),
+    Renamed("TrainConfig", "warmup", "warmup_ratio"),
+    Renamed("TrainConfig", "final_rate", "min_lr_ratio"),
+    Renamed("TrainConfig", "clip", "max_grad_norm"),
+    Renamed("TrainConfig", "average", "ema_decay"),
+    Renamed("TrainConfig", "recompute", "activation_checkpointing"),
+    Renamed("CorpusSource", "out", "corpus"),
+    Renamed("DataOptions", "caption_slots", "max_new_tokens"),
+    Renamed("NoiseOptions", "lowest", "eps"),
+    Renamed("NoiseOptions", "weighting", "loss_weighting", values={"inverse": "1/t"}),
+    Renamed("Evaluation", "out", "corpus"),
 )
 
 

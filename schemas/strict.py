@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -15,6 +16,19 @@ class Strict(BaseModel):
     """A part of a configuration file. It cannot be changed once it is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def from_stored(cls, values: Any) -> Self:
+        """Validate a configuration that a run has written into its output, possibly an earlier version's.
+
+        Old names are translated without a warning: nobody has to change a file that a run wrote.
+
+        Raises:
+            ValidationError: these are not a configuration's values, or are in words of a version too old.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", renames.RenamedWarning)
+            return cls.model_validate(values)
 
     @model_validator(mode="before")
     @classmethod

@@ -105,7 +105,9 @@ def _has_peft() -> bool:
 
 def measure(machine: Machine, case: Case) -> Measured:
     """The first step, which compiles, then some more; the median of those is the row."""
-    options = SimpleNamespace(precision="auto", shard=case.shard, device=machine.device.type, recompute=True)
+    options = SimpleNamespace(
+        precision="auto", shard=case.shard, device=machine.device.type, activation_checkpointing=True
+    )
     options.compile = "always" if case.compiled else "never"
     team = teams.Team(options, 0, 1)  # pyright: ignore[reportArgumentType]
     try:

@@ -124,7 +124,7 @@ class Corpus:
         prefix = self.prefix_tokens + views * self.view_tokens + size * self.region_tokens
         longest, limit = image["longest"].astype(np.int64), self.options.caption_limit()
         if self.options.caption_length == "fixed":
-            longest = np.full_like(longest, self.options.caption_slots)
+            longest = np.full_like(longest, self.options.max_new_tokens)
         elif limit is not None:
             longest = np.minimum(longest, limit)
         return np.where(size > 0, prefix, 0), size * (2 + longest)
@@ -197,7 +197,7 @@ def open_corpus(
         _write(folder, source, units, fresh, processor, options)
 
     folder = cached(cache, f"corpus-{name}", write)
-    return Corpus(Table(folder, _IMAGE), source.out.rstrip("/"), options, seed, processor)
+    return Corpus(Table(folder, _IMAGE), source.corpus.rstrip("/"), options, seed, processor)
 
 
 def unfinished(source: CorpusSource) -> str:
@@ -206,9 +206,9 @@ def unfinished(source: CorpusSource) -> str:
     Raises:
         IntegrityError: a file of the corpus is damaged.
     """
-    out = source.out.rstrip("/")
+    out = source.corpus.rstrip("/")
     try:
-        built = BuildConfig.model_validate(yaml.safe_load(files.read(Blob(f"{out}/config.yaml"))))
+        built = BuildConfig.from_stored(yaml.safe_load(files.read(Blob(f"{out}/config.yaml"))))
         names = source.subsets or tuple(built.subsets)
         planned = {name: _num_units(f"{out}/{name}/plan/{work_list.SUMMARY}") for name in names}
         units, _, fresh = _committed(source.model_copy(update={"subsets": names}))
@@ -249,7 +249,7 @@ def _committed(source: CorpusSource) -> tuple[list[_Unit], str, bool]:
     """Every committed unit in order, a digest of all manifests, and whether the index is of them."""
     paths = [
         path
-        for path in files.expand(f"{source.out.rstrip('/')}/*/manifests/*.json")
+        for path in files.expand(f"{source.corpus.rstrip('/')}/*/manifests/*.json")
         if not path.rpartition("/")[2].startswith(".")
     ]
     by_subset: dict[str, list[str]] = {}
@@ -258,10 +258,12 @@ def _committed(source: CorpusSource) -> tuple[list[_Unit], str, bool]:
     wanted = source.subsets or tuple(by_subset)
     if absent := [subset for subset in wanted if subset not in by_subset]:
         raise ConfigError(
-            f"{source.out}: nothing of {', '.join(absent)} is committed; it has {by_subset.keys()}"
+            f"{source.corpus}: nothing of {', '.join(absent)} is committed; it has {by_subset.keys()}"
         )
     if not by_subset:
-        raise ConfigError(f"{source.out}: no corpus here (no <subset>/manifests); give the `out` of a build")
+        raise ConfigError(
+            f"{source.corpus}: no corpus here (no <subset>/manifests); give the `out` of a build"
+        )
     units, digests = [], {}
     for subset in sorted(wanted):
         digest = hashlib.sha256()
@@ -269,7 +271,7 @@ def _committed(source: CorpusSource) -> tuple[list[_Unit], str, bool]:
             digest.update(data)
             units.append(_Unit(path.rpartition("/manifests/")[0], path, _manifest(path, data)))
         digests[subset] = digest.hexdigest()
-    return units, repr(sorted(digests.items())), _is_fresh(source.out, digests)
+    return units, repr(sorted(digests.items())), _is_fresh(source.corpus, digests)
 
 
 def _read_all(paths: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -323,8 +325,10 @@ def _write(
     shards = [f"{unit.manifest.subset}/{unit.manifest.shard.path}" for unit in units if unit.manifest.shard]
     numbers = {shard: number for number, shard in enumerate(shards)}
     if not fresh:
-        _log.warning("%s: no index of these manifests; the ledgers are read. `paracaption merge`", source.out)
-    tables = _index(source.out, by_unit) if fresh else _ledgers(units)
+        _log.warning(
+            "%s: no index of these manifests; the ledgers are read. `paracaption merge`", source.corpus
+        )
+    tables = _index(source.corpus, by_unit) if fresh else _ledgers(units)
     writer, seen = Writer(folder), 0
     with open(folder / "item_image.bin", "xb") as images, open(folder / "item_group.bin", "xb") as groups:
         for table in tables:
@@ -343,11 +347,11 @@ def _write(
     if seen != kept:
         what = "index" if fresh else "ledgers"
         raise IntegrityError(
-            f"{source.out}: {seen:,} kept regions in the {what}, {kept:,} in the manifests; "
+            f"{source.corpus}: {seen:,} kept regions in the {what}, {kept:,} in the manifests; "
             "run `paracaption verify`"
         )
     if not seen:
-        raise ConfigError(f"{source.out}: no region was kept; there is nothing to train on")
+        raise ConfigError(f"{source.corpus}: no region was kept; there is nothing to train on")
     writer.close({"shards": shards, "regions": seen})
 
 

@@ -218,7 +218,7 @@ def recorded_options(options: DataOptions, seed: int) -> str:
 
     Checkpoints and caches hold the fingerprint, so this text keeps its names and its order.
     """
-    values = options.model_dump()
+    values = options.model_dump() | {"caption_slots": options.max_new_tokens}
     fields = ", ".join(f"{name}={values[name]!r}" for name in _RECORDED)
     return f"DataOptions({fields}, seed={seed!r})"
 

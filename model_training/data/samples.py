@@ -179,7 +179,7 @@ class BatchMaker:
         """A caption in all of its slots, if their number is fixed."""
         if self.options.caption_length == "natural":
             return ids
-        return ids + [self.processor.config.eot_token_id] * (self.options.caption_slots - len(ids))
+        return ids + [self.processor.config.eot_token_id] * (self.options.max_new_tokens - len(ids))
 
     def _labels(self, example: Example) -> np.ndarray:
         """(L,) bool of the captions' tokens."""

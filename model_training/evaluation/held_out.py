@@ -79,7 +79,7 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
 
 def _caption(loaded: caption_photo.Loaded, config: Evaluation) -> Iterator[tuple[Scene, Captioned]]:
     """Some images at a time: batches are full, and few photos are in memory."""
-    scenes = islice(regions.scenes(config.out), config.images)
+    scenes = islice(regions.scenes(config.corpus), config.images)
     while some := list(islice(scenes, 8 * config.batch_size)):
         inputs = ((scene.pixels, [region.dense() for region in scene.regions]) for scene in some)
         found = caption_images(

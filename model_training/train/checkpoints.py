@@ -190,7 +190,7 @@ def load(
         return json.loads((path / PROGRESS).read_text())
     except (Exception, CheckpointException) as error:  # torch reports damage and mismatch by many types
         raise IntegrityError(
-            f"{path}: does not load ({_short(error)}); if `model`, `lora`, `average` or "
+            f"{path}: does not load ({_short(error)}); if `model`, `lora`, `ema_decay` or "
             "frozen parts have changed, start a run in another `out` from this one's model; if the file is "
             "damaged, remove this checkpoint: the one before it is taken"
         ) from error

@@ -83,7 +83,7 @@ def spread(model: nn.Module, layers: Iterable[nn.Module], team: Team, config: Tr
     """
     model.train()
     layers = list(layers)
-    if config.recompute:
+    if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile == "always" or (config.compile == "auto" and team.device.type == "cuda"):
         for layer in layers:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...schemas.training import NoiseOptions, Weighting
+from ...schemas.training import LossWeighting, NoiseOptions
 from ..model.attention import SHARED
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def draw(batch: TrainBatch, noise: NoiseOptions, generator: torch.Generator | No
     if noise.stratified:
         level = (level[:1] + torch.arange(len(level)) / len(level)) % 1
     # 2. The probability of masking a token is its level's.
-    probability = ((1 - noise.lowest) * level + noise.lowest).view(num_examples, regions).to(sample_BL.device)
+    probability = ((1 - noise.eps) * level + noise.eps).view(num_examples, regions).to(sample_BL.device)
     place_BL = region_BL.clamp(min=SHARED) if noise.level == "region" else torch.zeros_like(region_BL)
     probability_BL = probability[sample_BL.clamp(min=0), place_BL].masked_fill(sample_BL < 0, 1)
     # 3. A draw for every token; only labelled ones can be masked.
@@ -71,7 +71,7 @@ def draw(batch: TrainBatch, noise: NoiseOptions, generator: torch.Generator | No
     return Noised((uniform_BL < probability_BL) & batch.label_BL, probability_BL)
 
 
-def loss(model: PerceptionDLM, batch: TrainBatch, noised: Noised, weighting: Weighting = "inverse") -> Loss:
+def loss(model: PerceptionDLM, batch: TrainBatch, noised: Noised, weighting: LossWeighting = "1/t") -> Loss:
     """Guess what is masked, and count how badly.
 
     The mean over an example's labelled tokens of the cross-entropy of the masked ones, each over its
@@ -88,9 +88,9 @@ def loss(model: PerceptionDLM, batch: TrainBatch, noised: Noised, weighting: Wei
     # 4. One over the probability of masking, over the number of labelled tokens of the example.
     probability_K = probability_BL[masked_BL]
     example_K = tokens.structure.sample_BL[masked_BL]
-    labelled_BL = batch.label_BL if weighting == "inverse" else masked_BL
+    labelled_BL = batch.label_BL if weighting == "1/t" else masked_BL
     labelled_E = torch.bincount(tokens.structure.sample_BL[labelled_BL], minlength=len(batch.weight_E))
     share_K = batch.weight_E[example_K] / labelled_E[example_K]
-    if weighting == "inverse":
+    if weighting == "1/t":
         share_K = share_K / probability_K
     return Loss((ce_K * share_K).sum(), batch.weight_E.sum(), ce_K.detach(), probability_K)

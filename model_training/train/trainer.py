@@ -2,9 +2,9 @@
 
     fit(load_training("configs/train/tiny.yaml"))
 
-A step takes `accumulation` batches of every rank. Its loss is the sum over all their examples by weight, over
-the sum of their weights. Noise is drawn anew from (seed, step, number of the batch within the step), so that
-neither a resume nor the number of ranks changes what is drawn for a batch.
+A step takes `gradient_accumulation_steps` batches of every rank. Its loss is the weighted sum over all their
+examples, divided by the sum of the weights. Noise is drawn from (seed, step, number of the batch within the
+step), so that neither a resume nor the number of ranks changes what is drawn for a batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 
 from ...pipeline.io import files
@@ -75,7 +76,7 @@ class Run:
         self.trained = build.trained(self.model)
         self.optimizer = build.make_optimizer(self.model, config)
         self.loader = open_loader(config, self.processor, team)
-        self.average = _copies(self.trained) if config.average else None
+        self.average = _copies(self.trained) if config.ema_decay else None
         self.step = self.saved = self.skipped = 0
         self.norms: list[float] = []
         self.skipped_now: list[str] = []
@@ -107,7 +108,7 @@ class Run:
             "norms": self.norms,
             "skipped_now": self.skipped_now,
             "random": checkpoints.random_state(self.team),
-            "batches_per_step": self.config.accumulation * self.team.world_size,
+            "batches_per_step": self.config.gradient_accumulation_steps * self.team.world_size,
             "config": self.config.model_dump(mode="json"),
         }
         state = checkpoints.state_of(self.model, self.optimizer, self.average)
@@ -121,7 +122,7 @@ class Run:
         """
         while self.config.epochs is None or self.loader.state_dict()["epoch"] < self.config.epochs:
             epoch = iter(self.loader)
-            while found := list(islice(epoch, self.config.accumulation)):
+            while found := list(islice(epoch, self.config.gradient_accumulation_steps)):
                 yield found
 
     def close(self) -> None:
@@ -208,7 +209,7 @@ def _backward(run: Run, batch: TrainBatch, number: int, weight: float) -> diffus
     batch = batch.to(team.device)
     noised = diffusion.draw(batch, config.noise, generator)
     with teams.computing(team):
-        found = diffusion.loss(run.model, batch, noised, config.noise.weighting)
+        found = diffusion.loss(run.model, batch, noised, config.noise.loss_weighting)
     (found.total / weight).backward()
     return found
 
@@ -218,12 +219,14 @@ def _take(run: Run, norm: float) -> None:
     config, team = run.config, run.team
     parameters = run.trained.values()
     limit = torch.tensor(norm, device=team.device)
-    torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, limit)
+    torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, limit)
     run.optimizer.step()
     run.norms = [*run.norms, norm][-config.spike.window :]
     if run.average is not None:
         taken = run.step - run.skipped
-        decay = min(config.average or 0.0, (1 + taken) / (10 + taken))  # the first weights are soon forgotten
+        decay = min(
+            config.ema_decay or 0.0, (1 + taken) / (10 + taken)
+        )  # the first weights are soon forgotten
         with torch.no_grad():
             for name, parameter in run.trained.items():
                 run.average[name].lerp_(parameter, 1 - decay)
@@ -254,7 +257,7 @@ def share_of_rate(step: int, num_steps: int, warmup: float, final: float) -> flo
 def _set_rates(run: Run) -> dict[str, float]:
     """Of this step; they follow from its number alone."""
     config, rates = run.config, {}
-    share = share_of_rate(run.step, run.num_steps, config.warmup, config.final_rate)
+    share = share_of_rate(run.step, run.num_steps, config.warmup_ratio, config.min_lr_ratio)
     for group in run.optimizer.param_groups:
         group["lr"] = rates[f"lr_{group['part']}"] = group["highest"] * share
     return rates
@@ -302,7 +305,7 @@ def _steps_left(loader: Loader, config: TrainConfig) -> int:
     rounds = [loader.num_steps(epoch) for epoch in range(loader.epoch, config.epochs or 0)]
     if rounds:
         rounds[0] -= loader.position // loader.world_size
-    return sum(-(-each // config.accumulation) for each in rounds)
+    return sum(-(-each // config.gradient_accumulation_steps) for each in rounds)
 
 
 def _flops(model: PerceptionDLM, batch: TrainBatch, num_logits: int) -> float:
@@ -324,23 +327,31 @@ def _open_journal(run: Run) -> Journal:
 
 
 _HARMLESS = {"out", "checkpoint", "log", "evaluation", "ray"}
-_HARMLESS |= {"device", "shard", "attention", "recompute", "compile"}
+_HARMLESS |= {"device", "shard", "attention", "activation_checkpointing", "compile"}
+
+
+def _stored(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration under the names of today, as far as they are known."""
+    try:
+        return TrainConfig.from_stored(config).model_dump(mode="json")
+    except ValidationError:
+        return config
 
 
 def _compare(progress: dict[str, Any], config: TrainConfig, team: Team) -> None:
     """Warn of what differs from the run that wrote the checkpoint, and changes what is learnt."""
     if team.rank:
         return
-    before, now = progress["config"], config.model_dump(mode="json")
+    before, now = _stored(progress["config"]), config.model_dump(mode="json")
     changed = [key for key in now if key not in _HARMLESS and now[key] != before.get(key)]
     if changed:
         _log.warning(
             "since the checkpoint, %s changed; the run goes on with the new values", ", ".join(changed)
         )
-    batches = config.accumulation * team.world_size
+    batches = config.gradient_accumulation_steps * team.world_size
     if batches != progress["batches_per_step"]:
         _log.warning(
-            "a step now has %d batches, before %d; set accumulation so that they are equal",
+            "a step now has %d batches, before %d; set gradient_accumulation_steps so that they are equal",
             batches,
             progress["batches_per_step"],
         )

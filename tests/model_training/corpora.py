@@ -100,7 +100,7 @@ def write(out: Path, units: Sequence[Sequence[int]]) -> set[str]:
 def loader(out: Path, rank: int = 0, world: int = 1, **options: Any) -> Loader:
     """Of one corpus, with its cache beside it; options of `Loader` and of `DataOptions`."""
     given = {name: options.pop(name) for name in ("seed", "start_method") if name in options}
-    sources = options.pop("sources", [CorpusSource(out=str(out))])
+    sources = options.pop("sources", [CorpusSource(corpus=str(out))])
     made = options.pop("processor", None) or processor()
     options = {"max_tokens": 600, "workers": 0, "cache": str(out.parent / "cache")} | options
     return Loader(sources, made, DataOptions(**options), rank=rank, world_size=world, **given)

@@ -66,13 +66,13 @@ def config_of(out: Path, corpus: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "out": str(out),
         "model": {"tokenizer": "toy", "config": TINY},
-        "corpora": [{"out": str(corpus)}],
+        "corpora": [{"corpus": str(corpus)}],
         "data": {"max_tokens": 256, "workers": 0, "cache": str(corpus.parent / "cache")},
         "steps": 8,
-        "accumulation": 1,
+        "gradient_accumulation_steps": 1,
         "learning_rate": {"vision": 1e-3, "projector": 1e-3, "language": 1e-3, "prompts": 1e-3},
         "device": "cpu",
-        "recompute": False,
+        "activation_checkpointing": False,
         "checkpoint": {"every": 4, "keep": 2},
         "log": {"samples": True, "peak_tflops": 0.05},
     }

@@ -67,7 +67,7 @@ def test_a_mixture_passes_over_each_source_as_often_as_its_weight_says(tmp_path:
     records, _ = conversations(tmp_path, 8)
     (tmp_path / "said.json").write_text(json.dumps(records))
     said = ConversationSource(path=str(tmp_path / "said.json"), images=str(tmp_path / "images"), weight=0.5)
-    ours = loader(corpus, sources=[CorpusSource(out=str(corpus), weight=2), said])
+    ours = loader(corpus, sources=[CorpusSource(corpus=str(corpus), weight=2), said])
     halves = []
     for _ in range(2):
         keys = [key for batch in ours for key in batch.keys]

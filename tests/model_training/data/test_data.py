@@ -245,7 +245,7 @@ def test_a_fingerprint_has_the_options_in_the_words_of_release_0_1():
         "regions_per_group": 2,
         "group_sizes": "even",
         "caption_length": "fixed",
-        "caption_slots": 40,
+        "max_new_tokens": 40,
         "max_caption_tokens": 18,
         "labels": "captions",
         "on_too_long": "skip",
@@ -330,7 +330,7 @@ def test_labels_of_captions_alone_leave_out_what_opens_a_block(corpus: Path):
 def test_captions_of_fixed_length_fill_their_slots_with_eot(corpus: Path):
     made = processor()
     for packed in (True, False):
-        ours = loader(corpus, caption_length="fixed", caption_slots=40, max_tokens=900, packed=packed)
+        ours = loader(corpus, caption_length="fixed", max_new_tokens=40, max_tokens=900, packed=packed)
         for batch in ours:
             codes = batch.tokens.structure.region_BL[batch.tokens.structure.caption_BL]
             sample = batch.tokens.structure.sample_BL[batch.tokens.structure.caption_BL]
@@ -475,7 +475,7 @@ def test_no_corpus_no_regions_and_impossible_options_are_said_so(corpus: Path, t
     with pytest.raises(ConfigError, match="no corpus here"):
         loader(tmp_path)
     with pytest.raises(ConfigError, match="nothing of sa1b"):
-        loader(corpus, sources=[CorpusSource(out=str(corpus), subsets=("sa1b",))])
+        loader(corpus, sources=[CorpusSource(corpus=str(corpus), subsets=("sa1b",))])
     write(tmp_path / "out", [[0, 0]])
     with pytest.raises(ConfigError, match="no region was kept"):
         loader(tmp_path / "out")
@@ -488,7 +488,7 @@ def test_a_corpus_in_a_store_is_read_as_one_on_a_disk(corpus: Path, tmp_path: Pa
     import fsspec
 
     fsspec.filesystem("memory").put(str(corpus), "/training/out", recursive=True)
-    ours = loader(tmp_path / "out", sources=[CorpusSource(out="memory://training/out")])
+    ours = loader(tmp_path / "out", sources=[CorpusSource(corpus="memory://training/out")])
     assert_equal(list(ours), list(loader(corpus)))
 
 

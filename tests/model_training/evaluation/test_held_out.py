@@ -42,7 +42,7 @@ def test_scenes_are_the_corpus(world):
 @pytest.mark.parametrize("together", [None, 1])
 def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, tmp_path, together):
     asked = Evaluation(
-        out=str(world),
+        corpus=str(world),
         images=9,
         pictures=2,
         max_new_tokens=8,
@@ -71,7 +71,7 @@ def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, 
 
 
 def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, monkeypatch):
-    asked = Evaluation(out=str(world), images=3, pictures=0, max_new_tokens=8, steps=4)
+    asked = Evaluation(corpus=str(world), images=3, pictures=0, max_new_tokens=8, steps=4)
     said = iter([True, False] * 50)
 
     def captions(model, processor, inputs, *_):
@@ -104,7 +104,7 @@ def test_marks_count_attributes_and_leaks(world, trained, monkeypatch):
 
 
 def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
-    source = CorpusSource(out=str(world))
+    source = CorpusSource(corpus=str(world))
     assert unfinished(source) == ""
     [manifest] = (world / "coconut" / "manifests").glob("*.json")
     whole = manifest.read_bytes()
@@ -114,11 +114,11 @@ def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
     assert "index" in unfinished(source)
     manifest.write_bytes(whole)
     assert unfinished(source) == ""
-    assert "not there yet" in unfinished(CorpusSource(out=str(tmp_path / "later")))
+    assert "not there yet" in unfinished(CorpusSource(corpus=str(tmp_path / "later")))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("outt: x")
     with pytest.raises(IntegrityError, match=r"config\.yaml"):
-        unfinished(CorpusSource(out=str(tmp_path / "broken")))
+        unfinished(CorpusSource(corpus=str(tmp_path / "broken")))
 
 
 @pytest.mark.ray
@@ -126,7 +126,7 @@ def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefe
     from paracaption.flows import train, watch
 
     late, shown = tmp_path / "late", []
-    asked = Evaluation(out=str(late), images=3, pictures=1, max_new_tokens=8, steps=4)
+    asked = Evaluation(corpus=str(late), images=3, pictures=1, max_new_tokens=8, steps=4)
     config = config_of(tmp_path / "run", world, steps=3, evaluation=asked.model_dump())
     monkeypatch.setattr(train, "_LOOK_EVERY_S", 0.2)
     watch.trainer.set(shown.append)

@@ -41,13 +41,13 @@ def names(run: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def straight(corpus, tmp_path_factory):
     run = tmp_path_factory.mktemp("straight") / "run"
-    fit(config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 10, "keep": 2}))
+    fit(config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 10, "keep": 2}))
     return run
 
 
 def test_forty_steps_are_twenty_a_kill_and_twenty_more_to_the_last_bit(corpus, straight, tmp_path):
     run = tmp_path / "run"
-    config = config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 10, "keep": 2})
+    config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 10, "keep": 2})
     assert ranks.run(config, after_step=27) == [ranks.KILLED]
     assert names(run) == ["step-00000010", "step-00000020"]
     assert [record["step"] for record in metrics.read(run)][-1] == 26  # more than was kept
@@ -61,7 +61,7 @@ def test_forty_steps_are_twenty_a_kill_and_twenty_more_to_the_last_bit(corpus, s
 @pytest.mark.parametrize("at", ["files", "name"])
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(corpus, straight, tmp_path, at):
     run = tmp_path / "run"
-    config = config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 10, "keep": 2})
+    config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 10, "keep": 2})
     assert ranks.run(config, in_step=20, at=at) == [ranks.KILLED]
     assert names(run) == [".step-00000020.partial", "step-00000010"]
     assert checkpoints.latest(run / "checkpoints") == run / "checkpoints/step-00000010"
@@ -74,7 +74,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(corpus, stra
 @pytest.mark.slow
 def test_kills_at_any_moment_change_nothing(corpus, straight, tmp_path):
     run, dice = tmp_path / "run", random.Random(0)
-    config = config_of(run, corpus, steps=40, average=0.9, checkpoint={"every": 2, "keep": 2})
+    config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 2, "keep": 2})
     for _ in range(3):
         (process,) = ranks.start(config)
         seen = checkpoints.latest(run / "checkpoints")
@@ -117,19 +117,19 @@ def test_two_ranks_go_on_after_a_kill_to_the_last_bit(corpus, pair, killed_pair,
 
 def test_two_ranks_go_on_as_one_with_the_same_samples_and_losses(corpus, pair, killed_pair, tmp_path):
     run = shutil.copytree(killed_pair, tmp_path / "run")
-    fit(config_of(run, corpus, steps=20, accumulation=2))
+    fit(config_of(run, corpus, steps=20, gradient_accumulation_steps=2))
     assert course(run) == course(pair)
     assert_same_weights(run, pair)
 
 
 def test_sharded_ranks_learn_the_same_and_their_checkpoint_is_read_by_one(corpus, pair, tmp_path):
     run = tmp_path / "run"
-    assert ranks.run(config_of(run, corpus, steps=12, shard="full", average=0.9), 2) == [0, 0]
+    assert ranks.run(config_of(run, corpus, steps=12, shard="full", ema_decay=0.9), 2) == [0, 0]
     for record, other in zip(course(run), course(pair)[:12], strict=True):
         assert record["samples"] == other["samples"]
     first = metrics.read(run)[0], metrics.read(pair)[0]
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
-    fit(config_of(run, corpus, steps=16, accumulation=2, average=0.9))
+    fit(config_of(run, corpus, steps=16, gradient_accumulation_steps=2, ema_decay=0.9))
     assert [record["step"] for record in metrics.read(run)] == list(range(1, 17))
     assert [record["samples"] for record in metrics.read(run)] == [
         record["samples"] for record in metrics.read(pair)[:16]
@@ -150,19 +150,19 @@ def test_a_damaged_checkpoint_is_named_with_the_mend(corpus, straight, tmp_path)
     (newest,) = (run / "checkpoints/step-00000040").glob("*.distcp")
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(IntegrityError, match=r"step-00000040: does not load .*remove this checkpoint"):
-        fit(config_of(run, corpus, steps=60, average=0.9))
+        fit(config_of(run, corpus, steps=60, ema_decay=0.9))
 
 
 def test_a_checkpoint_of_another_model_or_other_data_is_refused(corpus, straight, tmp_path):
     run = shutil.copytree(straight, tmp_path / "run")
     with pytest.raises(IntegrityError, match="does not load"):
-        fit(config_of(run, corpus, steps=60, average=0.9, lora={"rank": 2}))
+        fit(config_of(run, corpus, steps=60, ema_decay=0.9, lora={"rank": 2}))
     with pytest.raises(IntegrityError, match="the checkpoint's data are"):
-        fit(config_of(run, corpus, steps=60, average=0.9, seed=1))
+        fit(config_of(run, corpus, steps=60, ema_decay=0.9, seed=1))
 
 
 def test_what_changed_since_the_checkpoint_is_said(corpus, straight, tmp_path, caplog):
     run = shutil.copytree(straight, tmp_path / "run")
-    fit(config_of(run, corpus, steps=41, average=0.9, clip=0.5, accumulation=2))
-    assert "since the checkpoint, steps, accumulation, clip changed" in caplog.text
+    fit(config_of(run, corpus, steps=41, ema_decay=0.9, max_grad_norm=0.5, gradient_accumulation_steps=2))
+    assert "since the checkpoint, steps, gradient_accumulation_steps, max_grad_norm changed" in caplog.text
     assert "a step now has 2 batches, before 1" in caplog.text

@@ -165,5 +165,5 @@ def test_a_filler_counts_nothing(tiny):
 def test_an_unknown_option_is_an_error():
     with pytest.raises(ValidationError, match="level"):
         NoiseOptions(level="image")
-    with pytest.raises(ValidationError, match="lowest"):
-        NoiseOptions(lowest=0.0)
+    with pytest.raises(ValidationError, match="eps"):
+        NoiseOptions(eps=0.0)

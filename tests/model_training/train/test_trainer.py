@@ -48,7 +48,7 @@ def moved(config: TrainConfig) -> set[str]:
 
 
 def test_the_loss_falls(corpus, tmp_path):
-    config = config_of(tmp_path, corpus, steps=60, noise={"weighting": "none", "stratified": True})
+    config = config_of(tmp_path, corpus, steps=60, noise={"loss_weighting": "none", "stratified": True})
     fit(config)
     losses = [record["loss"] for record in metrics.read(tmp_path)]
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
@@ -88,7 +88,7 @@ def test_two_batches_accumulated_are_one_batch_of_both(corpus, tmp_path, monkeyp
 
 
 def test_an_epoch_has_every_example_once_and_its_last_step_what_is_left(corpus, tmp_path):
-    config = config_of(tmp_path, corpus, steps=None, epochs=1, accumulation=3)
+    config = config_of(tmp_path, corpus, steps=None, epochs=1, gradient_accumulation_steps=3)
     outcome = fit(config)
     loader = trainer.Run(config, Team(config, 0, 1)).loader
     records = metrics.read(tmp_path)
@@ -137,7 +137,7 @@ def test_the_rate_rises_and_falls_along_a_cosine():
 
 
 def test_the_average_follows_the_weights(corpus, tmp_path):
-    config = config_of(tmp_path, corpus, steps=1, average=0.9)
+    config = config_of(tmp_path, corpus, steps=1, ema_decay=0.9)
     fit(config)
     before, after, average = (
         first_weights(config),
@@ -274,7 +274,7 @@ def test_a_saved_model_can_be_given_other_tiles(corpus, tmp_path):
 
 def test_low_precision_and_recomputing_train_too(corpus, tmp_path):
     fit(config_of(tmp_path / "plain", corpus, steps=3))
-    fit(config_of(tmp_path / "both", corpus, steps=3, precision="bfloat16", recompute=True))
+    fit(config_of(tmp_path / "both", corpus, steps=3, precision="bfloat16", activation_checkpointing=True))
     plain, both = metrics.read(tmp_path / "plain"), metrics.read(tmp_path / "both")
     for one, other in zip(plain, both, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=0.03)
@@ -284,7 +284,7 @@ def test_low_precision_and_recomputing_train_too(corpus, tmp_path):
 @pytest.mark.soak
 def test_compiled_layers_that_are_recomputed_learn_the_same(corpus, tmp_path):
     fit(config_of(tmp_path / "plain", corpus, steps=3))
-    fit(config_of(tmp_path / "compiled", corpus, steps=3, compile="always", recompute=True))
+    fit(config_of(tmp_path / "compiled", corpus, steps=3, compile="always", activation_checkpointing=True))
     plain, compiled = metrics.read(tmp_path / "plain"), metrics.read(tmp_path / "compiled")
     for one, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -302,7 +302,7 @@ def test_compiled_layers_that_are_recomputed_learn_the_same(corpus, tmp_path):
         ({"corpora": []}, "under `corpora` or `conversations`"),
         ({"model": {}}, "model: .*give `path`, or for a new model `tokenizer`"),
         ({"learning_rate": dict.fromkeys(FROZEN, 0)}, "learning_rate: .*every part is frozen"),
-        ({"clip": 0}, "clip: .*greater than 0"),
+        ({"max_grad_norm": 0}, "max_grad_norm: .*greater than 0"),
         ({"lora": {}, "learning_rate": FROZEN}, "learning_rate.language has to be above 0"),
     ],
 )
@@ -327,7 +327,7 @@ def test_a_mistake_in_the_file_is_named_by_its_key(corpus, tmp_path, changes, sa
             r"config\.text_config\.hidden: .*no such field",
         ),
         ({"lora": {"targets": ["qproj"]}}, r"lora\.targets: 'qproj' is none; take some of .*q_proj"),
-        ({"corpora": [{"out": "/nowhere"}]}, "/nowhere: no corpus here"),
+        ({"corpora": [{"corpus": "/nowhere"}]}, "/nowhere: no corpus here"),
         ({"attention": "flex_attention"}, "attention: flex_attention has no gradients on CPUs"),
         ({"log": {"wandb": "project", "peak_tflops": 1}}, r"log\.wandb: wandb is not installed"),
     ],
@@ -381,7 +381,11 @@ def test_the_stages_have_the_originals_numbers():
         assert set(stage.learning_rate.model_dump().values()) == {4e-5}
         assert stage.model.config["max_tiles"] == 6
     regions = load_training(CONFIGS / "regions.yaml")
-    assert (regions.warmup, regions.accumulation, regions.data.max_tokens) == (0.03, 4, 4096)
+    assert (regions.warmup_ratio, regions.gradient_accumulation_steps, regions.data.max_tokens) == (
+        0.03,
+        4,
+        4096,
+    )
 
 
 @pytest.mark.ray
@@ -403,4 +407,4 @@ def test_the_command_trains_and_says_where_the_model_is(corpus, tmp_path, prefec
 
 def test_a_configuration_does_not_change():
     with pytest.raises(ValidationError, match="frozen"):
-        TrainConfig(out="x", model={"path": "y"}, corpora=[{"out": "z"}], steps=1).steps = 2
+        TrainConfig(out="x", model={"path": "y"}, corpora=[{"corpus": "z"}], steps=1).steps = 2

@@ -234,8 +234,8 @@ def test_a_folder_that_another_process_uses_meanwhile_is_left(tmp_path, release,
     [
         (
             "--training",
-            {"corpora": [{"out": "gone"}], "model": {"tokenizer": "toy"}, "steps": 1},
-            "corpora[0].out",
+            {"corpora": [{"corpus": "gone"}], "model": {"tokenizer": "toy"}, "steps": 1},
+            "corpora[0].corpus",
         ),
         ("--evaluation", {"label": "a", "captioner": {"name": "perceptiondlm"}, "toy": "gone"}, "toy"),
     ],
