@@ -32,7 +32,7 @@ def test_options_that_make_no_sense_are_errors_that_name_them(wrong):
 
 
 def test_the_old_name_of_the_captions_length_still_works():
-    for schema, others in ((DecodeOptions, {}), (Evaluation, {"out": "corpus"})):
+    for schema, others in ((DecodeOptions, {}), (Evaluation, {"corpus": "corpus"})):
         with pytest.warns(RenamedWarning, match="`length` is now `max_new_tokens`"):
             assert schema.checked({"length": 7, **others}).max_new_tokens == 7
 
