@@ -21,7 +21,8 @@ from benchmarks.words import captions
 from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.models.vllm_judge import VllmJudge
-from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages.base import ModelStage
+from paracaption.pipeline.stages.recipes import recipe_of
 from paracaption.schemas.records import ImageRecord
 from tests.building import build, config_of
 from tests.synthetic import write_coconut
@@ -63,10 +64,12 @@ def main() -> None:
         config = type(config).model_validate({**config.model_dump(), "judge": judge, "captioner": captioner})
         print(VllmJudge.check(**judge["options"]).what)
         build(config, RayEngine())
-        report(root / "out", base.coconut(config)[2])
+        (judged,) = (each for each in recipe_of(config, "coconut") if each.name == "verify_category")
+        assert isinstance(judged, ModelStage)
+        report(root / "out", judged)
 
 
-def report(out: Path, stage: base.ModelStage) -> None:
+def report(out: Path, stage: ModelStage) -> None:
     """Print what the evidence and the events of the build say."""
     folder = out / "coconut" / "evidence" / f"{stage.name}-{stage.evidence_digest}"
     rows = [row for path in folder.glob("*.parquet") for row in pq.ParquetFile(path).read().to_pylist()]

@@ -12,7 +12,7 @@ from paracaption.filters import text
 from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.pipeline.stages.base import mark
+from paracaption.pipeline.stages.base import apply_verdict
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Drop, ImageRecord, Region
@@ -48,7 +48,7 @@ def _describe(region: Region, number: int, config: BuildConfig) -> None:
     region.scores = {"verdict_margin": 0.9}
     if (number + region.id) % 7 == 3:
         region.caption = "A thing."
-    mark(region, "clean_text", text.clean(region.caption, config.text))
+    apply_verdict(region, "clean_text", text.clean(region.caption, config.text))
 
 
 def write(

@@ -31,7 +31,8 @@ from ..corpus.writer import Draft
 from ..io import files
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import open_source
-from ..stages.base import RECIPES, ModelStage, recipe_digest
+from ..stages.base import ModelStage
+from ..stages.recipes import recipe_digest, recipe_of
 from . import Engine, audit
 from .progress import Progress, StageProgress, Watch
 from .worker import Job
@@ -111,7 +112,7 @@ def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> pla
 def find_pending(config: BuildConfig, subset: str, plan: plans.Plan, retry_failed: bool) -> list[int]:
     """Indices of the units without a manifest of this recipe; with `retry_failed` also those with errors."""
     folder = Path(config.out) / subset
-    recipe = recipe_digest(RECIPES[subset](config), config)
+    recipe = recipe_digest(recipe_of(config, subset), config)
     failed = failed_units(folder, plan) if retry_failed else []
     return sorted({*plans.pending(plan, folder / "manifests", recipe), *failed})
 
@@ -154,7 +155,7 @@ def build_units(
     check_disk(config, subset, units, plan)
     folder = Path(config.out) / subset
     run_folder = _new_run(config, subset)
-    stages = RECIPES[subset](config)
+    stages = recipe_of(config, subset)
     names = [plan.unit_name(index) for index in units]
     idle = [each.name for each in stages if isinstance(each, ModelStage) and _answered(each, folder, names)]
     recipe = recipe_digest(stages, config)
@@ -217,7 +218,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
                 audit_source(config, subset)
                 names = [plan.unit_name(index) for index in units]
                 folder = Path(config.out) / subset
-                models = [each for each in RECIPES[subset](config) if isinstance(each, ModelStage)]
+                models = [each for each in recipe_of(config, subset) if isinstance(each, ModelStage)]
                 asked |= {each.protocol for each in models if not _answered(each, folder, names)}
     return asked
 

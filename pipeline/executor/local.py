@@ -24,7 +24,8 @@ from ..corpus import work_list as plans
 from ..corpus import writer
 from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
-from ..stages.base import RECIPES, ModelStage, Stage
+from ..stages.base import ModelStage, Stage
+from ..stages.recipes import recipe_of
 from . import gpus
 from .worker import STACK_MARK, Job, Worker, draft_of
 
@@ -40,7 +41,7 @@ class LocalEngine:
         Raises:
             ConfigError: a stage has a `runtime_env`, or the models ask for more than this machine's one GPU.
         """
-        stages = [stage for subset in config.subsets for stage in RECIPES[subset](config)]
+        stages = [stage for subset in config.subsets for stage in recipe_of(config, subset)]
         used = {stage.protocol: stage.backend for stage in stages if isinstance(stage, ModelStage)}
         for protocol, backend in used.items():
             if backend.runtime_env:

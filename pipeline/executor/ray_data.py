@@ -30,10 +30,11 @@ from ..corpus import writer
 from ..corpus.events import EventLog
 from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
-from ..stages.base import RECIPES, FilterStage, ModelStage, Stage
+from ..stages.base import ModelStage, Stage
+from ..stages.recipes import recipe_of
 from .worker import Job, Worker, draft_of
 
-Steps = list[list[FilterStage | ModelStage | str]]
+Steps = list[list[Stage | str]]
 
 TICK_S = 0.5
 """How often the driver looks at the clock and at the events while no unit comes."""
@@ -148,8 +149,8 @@ def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:
 
 
 def _shares_actors(
-    before: list[FilterStage | ModelStage | str],
-    after: list[FilterStage | ModelStage | str],
+    before: list[Stage | str],
+    after: list[Stage | str],
     config: BuildConfig,
 ) -> bool:
     first, second = resources_of(before, config), resources_of(after, config)
@@ -158,11 +159,11 @@ def _shares_actors(
     return not second["num_gpus"] and first == second
 
 
-def _has_model(step: list[FilterStage | ModelStage | str]) -> bool:
+def _has_model(step: list[Stage | str]) -> bool:
     return any(isinstance(stage, ModelStage) for stage in step)
 
 
-def resources_of(step: list[FilterStage | ModelStage | str], config: BuildConfig) -> dict[str, Any]:
+def resources_of(step: list[Stage | str], config: BuildConfig) -> dict[str, Any]:
     """Ray arguments of a step's actors: its model's, or those for reading and writing."""
     model = next((stage for stage in step if isinstance(stage, ModelStage)), None)
     asks = config.io if model is None else model.backend
@@ -282,7 +283,7 @@ def needed_resources(steps: Steps, config: BuildConfig) -> dict[str, float]:
     }
 
 
-def _title(step: list[FilterStage | ModelStage | str]) -> str:
+def _title(step: list[Stage | str]) -> str:
     return " + ".join(stage if isinstance(stage, str) else stage.name for stage in step)
 
 
@@ -312,6 +313,6 @@ def _connect(address: str | None, config: BuildConfig) -> None:
     if address is not None:
         ray.init(address=address, **quiet)
         return
-    recipes = [RECIPES[subset](config) for subset in config.subsets]
+    recipes = [recipe_of(config, subset) for subset in config.subsets]
     needed = max(needed_resources(steps_of(stages, config), config)["CPU"] for stages in recipes)
     ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(needed)), include_dashboard=False, **quiet)

@@ -40,7 +40,7 @@ from ..corpus.writer import Draft
 from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..sources.registry import open_source
-from ..stages.base import FilterStage, ModelStage, only
+from ..stages.base import Failure, FilterStage, ModelStage, Stage, UnitAnswers
 from ..stages.evidence import EvidenceStore
 from . import gpus
 
@@ -102,7 +102,7 @@ class Worker:
     def __init__(
         self,
         job: Job,
-        stages: list[FilterStage | ModelStage | str],
+        stages: list[Stage | str],
         on_event: Callable[[], None] = lambda: None,
     ):
         keep_freed_memory()
@@ -274,93 +274,48 @@ class Worker:
     # Models: whole units, in batches.
 
     def _ask(self, stage: ModelStage, unit: Unit) -> int:
-        """Get the evidence the stage lacks, record it, decide. Returns how many regions were asked about."""
+        """Get the evidence the stage lacks and let it decide. Returns how many regions were asked about."""
         store = stage.store(self.folder)
-        known = store.load(unit.name)
-        questions = {
-            (image.key, region.id): stage.fingerprint(region)
-            for image in unit.images
-            for region in image.live()
-        }
-        owed: list[ImageRecord] = []
-        for image in unit.images:
-            missing = [
-                region
-                for region in image.live()
-                if (image.key, region.id) not in known
-                or known[image.key, region.id][0] != questions[image.key, region.id]
-            ]
-            if missing:
-                owed.append(only(image, missing))
-        asked = sum(len(image.regions) for image in owed)
-        errors: dict[str, tuple[Reason, str]] = {}
-        refused: dict[tuple[str, int], tuple[Reason, str]] = {}
-        if owed:
-            kept = sum(len(image.live()) for image in unit.images) - asked
-            errors = self._answer(stage, unit, owed, store, known, questions, refused)
-            failed = [
-                message
-                for reason, message in [*errors.values(), *refused.values()]
-                if reason in _MODEL_TO_BLAME
-            ]
-            silent = sum(len(image.regions) for image in owed if image.key in errors) + len(refused)
-            if failed and silent == asked and not kept:
-                unit.failures[stage.name] = failed[-1]
-        for image in unit.images:
-            for region in image.live():
-                found = known.get((image.key, region.id))
-                if found is not None and found[0] == questions[image.key, region.id]:
-                    stage.mark(region, found[1])
-                else:
-                    error = refused.get((image.key, region.id)) or errors[image.key]
-                    region.drop = Drop(stage.name, *error)
-        return asked
+        answers = UnitAnswers(stage, unit.images, store.load(unit.name))
+        if answers.missing:
+            self._answer(unit, answers, store)
+            failure = _blame(answers)
+            if failure is not None:
+                unit.failures[stage.name] = failure
+        answers.apply()
+        return answers.num_missing
 
-    def _answer(
-        self,
-        stage: ModelStage,
-        unit: Unit,
-        owed: list[ImageRecord],
-        store: EvidenceStore,
-        known: dict,
-        questions: dict,
-        refused: dict[tuple[str, int], tuple[Reason, str]],
-    ) -> dict[str, tuple[Reason, str]]:
-        """Fill `known`, and `refused` for single regions; returns the error of each image that got none."""
-        errors: dict[str, tuple[Reason, str]] = {}
+    def _answer(self, unit: Unit, answers: UnitAnswers, store: EvidenceStore) -> None:
+        """Ask about what is missing, in batches; if everything fails, again with a fresh model."""
+        stage, missing = answers.stage, answers.missing
         saved = time.monotonic()
-        remaining = owed
         folder = self.folder / "journal" / f"{stage.name}-{stage.evidence_digest}"
         with Journal(folder, unit.name, self._crash_attempts) as journal:
             for attempt in range(self.job.config.failures.unit_retries + 1):
                 if attempt:
+                    failure = answers.image_failures[missing[0].key]
                     self.events.emit(
-                        "failed", stage=stage.name, unit=unit.name, detail=str(errors[remaining[0].key])
+                        "failed",
+                        stage=stage.name,
+                        unit=unit.name,
+                        detail=f"{failure.reason}: {failure.detail}",
                     )
                     self._reload(stage)
-                errors = {}
+                answers.image_failures.clear()
                 bisect = _Bisection(self._asking(stage), journal)
-                for batch in journal.split(remaining, stage.backend.batch_images):
+                for batch in journal.split(missing, stage.backend.batch_images):
                     for image, outcome in bisect.run(batch):
-                        if isinstance(outcome, tuple):
-                            errors[image.key] = outcome
-                            continue
-                        for region, answer in zip(image.regions, outcome, strict=True):
-                            where = (image.key, region.id)
-                            if isinstance(answer, BadRecord):
-                                refused[where] = (answer.reason, answer.detail)
-                            else:
-                                known[where] = (questions[where], answer)
+                        answers.add(image, outcome)
                     self.events.emit("batch", stage=stage.name, unit=unit.name, images=len(batch))
                     if time.monotonic() - saved > SAVE_EVERY_S:
-                        self._save(store, unit.name, known)
+                        self._save(store, unit.name, answers.known)
                         saved = time.monotonic()
-                whole = len(errors) == len(remaining)
-                if not whole or all(reason is not Reason.MODEL_ERROR for reason, _ in errors.values()):
+                failures = answers.image_failures.values()
+                everything = len(failures) == len(missing)
+                if not everything or all(each.reason is not Reason.MODEL_ERROR for each in failures):
                     break
-            if len(errors) < len(owed):
-                self._save(store, unit.name, known)
-        return errors
+            if len(answers.image_failures) < len(missing):
+                self._save(store, unit.name, answers.known)
 
     def _asking(self, stage: ModelStage) -> Callable[[list[ImageRecord]], list[list[Any]]]:
         def ask(batch: list[ImageRecord]) -> list[list[Any]]:
@@ -445,7 +400,7 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
-def _name(stages: list[FilterStage | ModelStage | str]) -> str:
+def _name(stages: list[Stage | str]) -> str:
     """A worker is known by its model stages, or else by what it does at the end of the stream."""
     names = [stage.name for stage in stages if isinstance(stage, ModelStage)]
     return "+".join(names) or (SOURCE_STAGE if SOURCE_STAGE in stages else writer.WRITE_STAGE)
@@ -465,6 +420,19 @@ _MODEL_TO_BLAME = {Reason.MODEL_ERROR, Reason.ANSWER_INVALID, Reason.WORKER_CRAS
 """Errors that speak against the stage if nothing of the unit succeeds; the others are the data's."""
 
 
+def _blame(answers: UnitAnswers) -> str | None:
+    """The error that speaks against the stage; None if it succeeded on any region, now or before."""
+    failed = [
+        each.detail
+        for each in [*answers.image_failures.values(), *answers.region_failures.values()]
+        if each.reason in _MODEL_TO_BLAME
+    ]
+    silent = len(answers.region_failures) + sum(
+        len(image.regions) for image in answers.missing if image.key in answers.image_failures
+    )
+    return failed[-1] if failed and silent == answers.num_missing and not answers.num_known else None
+
+
 class _Bisection:
     """Asks a model about a batch; on an error, about its halves, down to the image that fails."""
 
@@ -474,13 +442,13 @@ class _Bisection:
         self.lonely_failures = 0
         self.successes = 0
         self.engines_lost = Counter[str]()
-        self.last: tuple[Reason, str] | None = None
+        self.last: Failure | None = None
 
-    def run(self, batch: list[ImageRecord]) -> Iterator[tuple[ImageRecord, list[Any] | tuple[Reason, str]]]:
+    def run(self, batch: list[ImageRecord]) -> Iterator[tuple[ImageRecord, list[Any] | Failure]]:
         """(image, answers or error) for each image of the batch."""
         poison = [image for image in batch if self.journal.is_poison(image.key)]
         for image in poison:
-            yield image, (Reason.WORKER_CRASHED, self.journal.verdict(image.key))
+            yield image, Failure(Reason.WORKER_CRASHED, self.journal.verdict(image.key))
         batch = [image for image in batch if not self.journal.is_poison(image.key)]
         if not batch:
             return
@@ -510,11 +478,11 @@ class _Bisection:
         self.engines_lost[image.key] += 1
         return self.engines_lost[image.key] < self.journal.attempts
 
-    def _error(self, error: Exception) -> tuple[Reason, str]:
+    def _error(self, error: Exception) -> Failure:
         if isinstance(error, BadRecord):
-            return (error.reason, error.detail)
+            return Failure(error.reason, error.detail)
         self.lonely_failures += 1
-        self.last = (Reason.MODEL_ERROR, f"{type(error).__name__}: {error}")
+        self.last = Failure(Reason.MODEL_ERROR, f"{type(error).__name__}: {error}")
         return self.last
 
 

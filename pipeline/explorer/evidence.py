@@ -13,7 +13,8 @@ import msgspec
 
 from ...filters import category
 from ...schemas.records import Rle
-from ..stages.evidence import Judged, Resegmented
+from ..stages.agreement import Resegmented
+from ..stages.category import Judged
 
 _STAGES = {"verify_category": Judged, "extract_category": Judged, "agree_with_segmenter": Resegmented}
 

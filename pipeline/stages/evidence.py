@@ -17,41 +17,11 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from ...schemas.records import Rle
 from ..io import files
 
 log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=msgspec.Struct)
-
-
-class Captioned(msgspec.Struct):
-    """What the captioner said."""
-
-    caption: str | None
-
-
-class Judged(msgspec.Struct):
-    """What the judge answered, and how sure it was."""
-
-    answer: str
-    margin: float | None
-
-
-class Resegmented(msgspec.Struct):
-    """The segmenter's best mask (the one with the largest IoU with the original).
-
-    `counts` is the mask's compressed RLE counts (its size is the image's); None if nothing was found.
-    """
-
-    iou: float
-    score: float
-    counts: str | None
-    num_candidates: int
-
-    def rle(self, size: tuple[int, int]) -> Rle | None:
-        """The predicted mask."""
-        return None if self.counts is None else Rle(size, self.counts)
 
 
 _COLUMNS = {"str": "string", "int": "int64", "float": "float64"}

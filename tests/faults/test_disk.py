@@ -16,7 +16,8 @@ from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.io import files
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.pipeline.stages.evidence import Captioned, EvidenceStore
+from paracaption.pipeline.stages.caption import Captioned
+from paracaption.pipeline.stages.evidence import EvidenceStore
 from paracaption.schemas.errors import StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.synthetic import write_coconut

@@ -19,8 +19,9 @@ import psutil
 import pytest
 
 from paracaption.pipeline.corpus.events import EventReader
-from paracaption.pipeline.stages.base import RECIPES, ModelStage
+from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.evidence import EvidenceStore
+from paracaption.pipeline.stages.recipes import recipe_of
 from tests.building import build, calls, committed, config_of
 from tests.machinery import alone
 from tests.synthetic import write_coconut, write_sa1b
@@ -86,7 +87,7 @@ def _evidence_rows(config) -> set[tuple[str, str, int]]:
     """(stage, key, region) of everything committed to the evidence store."""
     rows = set()
     for subset in config.subsets:
-        for stage in RECIPES[subset](config):
+        for stage in recipe_of(config, subset):
             if isinstance(stage, ModelStage):
                 folder = Path(config.out) / subset / "evidence" / f"{stage.name}-{stage.evidence_digest}"
                 store = EvidenceStore(folder, stage.evidence)

@@ -19,7 +19,7 @@ from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.explorer.catalog import Catalog
 from paracaption.pipeline.explorer.reviews import Marks
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages import recipes
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.evidence import EvidenceStore
 
@@ -53,10 +53,10 @@ def home(tmp_path) -> Path:
 def test_the_demos_recipe_and_evidence_digests_are_those_of_release_0_1():
     config = load_config(SAMPLES / "build.yaml")
     for subset in config.subsets:
-        recipe = base.RECIPES[subset](config)
+        recipe = recipes.recipe_of(config, subset)
         models = [stage for stage in recipe if isinstance(stage, ModelStage)]
         assert {stage.name: stage.evidence_digest for stage in models} == EVIDENCE[subset]
-        assert base.recipe_digest(recipe, config) == RECIPES[subset]
+        assert recipes.recipe_digest(recipe, config) == RECIPES[subset]
 
 
 def test_the_corpus_verifies(home):
@@ -76,7 +76,7 @@ def test_every_region_of_the_ledgers_and_the_index_is_read():
 def test_evidence_is_read(home):
     config = load_config(home / "build.yaml")
     for subset in config.subsets:
-        for stage in base.RECIPES[subset](config):
+        for stage in recipes.recipe_of(config, subset):
             if isinstance(stage, ModelStage):
                 store = stage.store(home / "corpus" / subset)
                 assert isinstance(store, EvidenceStore)
@@ -89,7 +89,7 @@ def test_no_unit_is_pending_at_another_place(home):
     for subset in config.subsets:
         folder = home / "corpus" / subset
         planned = work_list.make_plan(open_source(config, subset), config, folder)
-        recipe = base.recipe_digest(base.RECIPES[subset](config), config)
+        recipe = recipes.recipe_digest(recipes.recipe_of(config, subset), config)
         assert work_list.pending(planned, folder / "manifests", recipe) == []
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from ....schemas.config import BuildConfig
-from ...stages.base import RECIPES, ModelStage
+from ...stages.base import ModelStage
+from ...stages.recipes import recipe_of
 from .. import ray_data
-
-_EMBEDDED = {"captioner": "classical", "judge": "lexical", "segmenter": "grabcut"}
-"""The backends that stand in for the configured ones, because they have no weights to look at."""
 
 
 class Pool(msgspec.Struct, frozen=True):
@@ -34,14 +32,9 @@ class Pool(msgspec.Struct, frozen=True):
 
 def find_pools(config: BuildConfig, subset: str) -> list[Pool]:
     """The pools that build a subset, in the stream's order."""
-    embedded = {
-        protocol: getattr(config, protocol).model_copy(update={"name": name, "options": {}})
-        for protocol, name in _EMBEDDED.items()
-    }
-    bare = config.model_copy(update=embedded)
     pools = []
-    for step in ray_data.steps_of(RECIPES[subset](bare), bare):
-        resources = ray_data.resources_of(step, bare)
+    for step in ray_data.steps_of(recipe_of(config, subset), config):
+        resources = ray_data.resources_of(step, config)
         names = tuple(stage if isinstance(stage, str) else stage.name for stage in step)
         models = [stage for stage in step if isinstance(stage, ModelStage)]
         name = "+".join(stage.name for stage in models)

@@ -34,7 +34,7 @@ from paracaption.pipeline.corpus import reader, work_list, writer
 from paracaption.pipeline.executor import worker
 from paracaption.pipeline.models.embedded.lexical import describes
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages import recipes
 from paracaption.schemas.config import Text
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.records import ImageRecord, Region, Rle
@@ -328,9 +328,9 @@ def build_here(config):
     run.mkdir(parents=True)
     writer.prepare(folder)
     planned = work_list.make_plan(open_source(config, "coconut"), config, folder)
-    recipe = base.coconut(config)
+    recipe = recipes.recipe_of(config, "coconut")
     job = worker.Job(
-        config, "coconut", str(folder), planned.digest, base.recipe_digest(recipe, config), str(run)
+        config, "coconut", str(folder), planned.digest, recipes.recipe_digest(recipe, config), str(run)
     )
     done = worker.Worker(job, ["source", *recipe, "write"])({"unit": planned.unit_name(0), "index": 0})
     draft = msgspec.msgpack.decode(done["draft"], type=writer.Draft)

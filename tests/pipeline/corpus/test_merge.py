@@ -11,7 +11,7 @@ import yaml
 
 from paracaption.pipeline.corpus import merge, plots, reader, writer
 from paracaption.pipeline.sources.protocols import SOURCE_STAGE
-from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages import recipes
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests import committed
 
@@ -63,8 +63,9 @@ def test_each_step_of_the_funnel_takes_what_the_one_before_left(out):
 
 def test_the_funnel_has_the_stages_of_the_recipe_in_their_order(tmp_path):
     config = committed.write(tmp_path / "out")
-    for subset, recipe in base.RECIPES.items():
-        assert merge.STAGES[subset] == (SOURCE_STAGE, *(stage.name for stage in recipe(config)))
+    for subset in config.subsets:
+        stages = recipes.recipe_of(config, subset)
+        assert merge.STAGES[subset] == (SOURCE_STAGE, *(stage.name for stage in stages))
 
 
 def test_a_stage_that_the_recipe_does_not_have_is_shown_last():

@@ -9,7 +9,7 @@ from paracaption.pipeline.corpus import utilization
 from paracaption.pipeline.corpus.events import Event, EventLog
 from paracaption.pipeline.corpus.utilization import UtilizationCounter
 from paracaption.pipeline.executor import gpus
-from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages import recipes
 from tests.building import config_of
 from tests.pipeline.executor.test_worker import NUM_IMAGES, Bench
 from tests.synthetic import write_coconut
@@ -86,7 +86,7 @@ def test_a_worker_tells_the_time_in_calls_the_cpu_time_and_what_its_backend_repo
     bench = Bench(tmp_path, coconut, captioner={"delay_s": 0.05})
     judge = bench.config.judge.model_copy(update={"name": "tests.odd_backends:ReportingJudge", "options": {}})
     bench.config = bench.config.model_copy(update={"judge": judge})
-    bench.stages = base.coconut(bench.config)
+    bench.stages = recipes.recipe_of(bench.config, "coconut")
     bench.draft()
     told = {event.stage: event for event in bench.events("unit")}
     assert NUM_IMAGES * 0.05 <= told["caption"].busy <= told["caption"].seconds
@@ -102,7 +102,7 @@ def test_a_report_that_fails_costs_no_unit(tmp_path, coconut):
         update={"name": "tests.odd_backends:ReportingJudge", "options": {"broken": True}}
     )
     bench.config = bench.config.model_copy(update={"judge": judge})
-    bench.stages = base.coconut(bench.config)
+    bench.stages = recipes.recipe_of(bench.config, "coconut")
     assert bench.draft().manifest.kept == 24
 
 

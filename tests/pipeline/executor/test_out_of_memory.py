@@ -5,7 +5,7 @@ import pytest
 
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.models.batching import Batches
-from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages import recipes
 from paracaption.schemas.errors import OutOfMemory
 from tests.building import drops
 from tests.pipeline.executor.test_worker import NUM_IMAGES, Bench
@@ -23,7 +23,7 @@ def bench_with(root, source, room: int) -> Bench:
     bench.config = bench.config.model_copy(
         update={"captioner": bench.config.captioner.model_copy(update=small)}
     )
-    bench.stages = base.coconut(bench.config)
+    bench.stages = recipes.recipe_of(bench.config, "coconut")
     return bench
 
 

@@ -11,8 +11,8 @@ from paracaption.pipeline.corpus import utilization
 from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.executor import ray_data
 from paracaption.pipeline.executor.ray_data import RayEngine, steps_of
-from paracaption.pipeline.stages import base
 from paracaption.pipeline.stages.base import ModelStage
+from paracaption.pipeline.stages.recipes import recipe_of
 from paracaption.schemas.errors import ConfigError, Retryable, StageStalled
 from tests.building import build, calls, config_of, drops
 from tests.pipeline.executor.conformance import Conformance
@@ -77,7 +77,7 @@ def test_a_stage_that_hangs_is_an_error_with_its_stack(engine, tmp_path, coconut
 
 def test_each_model_has_its_own_operator_and_filters_ride_along(tmp_path, sa1b):
     config = config_of(tmp_path / "out", sa1b=sa1b, apart=True)
-    steps = steps_of(base.sa1b(config), config)
+    steps = steps_of(recipe_of(config, "sa1b"), config)
     assert [[s if isinstance(s, str) else s.name for s in step] for step in steps] == [
         ["source", "usable_masks", "whole_objects"],
         ["caption"],
@@ -90,9 +90,9 @@ def test_each_model_has_its_own_operator_and_filters_ride_along(tmp_path, sa1b):
 
 def test_models_on_cpus_share_their_actors_and_models_on_gpus_do_not(tmp_path, sa1b):
     config = config_of(tmp_path / "out", sa1b=sa1b)
-    assert len(steps_of(base.sa1b(config), config)) == 1
+    assert len(steps_of(recipe_of(config, "sa1b"), config)) == 1
     gpu = config.model_copy(update={"judge": config.judge.model_copy(update={"num_gpus": 1})})
-    assert len(steps_of(base.sa1b(gpu), gpu)) == 3
+    assert len(steps_of(recipe_of(gpu, "sa1b"), gpu)) == 3
 
 
 def test_each_stage_in_its_own_actors_asks_once_and_tells_its_start_and_its_share_of_time_in_calls(
@@ -135,8 +135,11 @@ def test_an_environment_is_of_its_stage_alone_and_changes_no_evidence(engine, tm
     python.chmod(0o755)
     own = {"env_vars": {"ONLY_HERE": "yes"}, "py_executable": str(python)}
     apart = with_backend(plain, *judge, runtime_env=own)
-    assert [len(steps_of(base.coconut(config), config)) for config in (plain, apart)] == [1, 3]
-    digests = [[s.digest() for s in base.coconut(config)] for config in (plain, apart)]
+    assert [len(steps_of(recipe_of(config, "coconut"), config)) for config in (plain, apart)] == [
+        1,
+        3,
+    ]
+    digests = [[s.digest() for s in recipe_of(config, "coconut")] for config in (plain, apart)]
     assert digests[0] == digests[1]
     build(apart, engine)
     (captioner,), (judge,) = (

@@ -11,9 +11,9 @@ from paracaption.pipeline.corpus.events import EventLog, EventReader
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import GIVE_UP_AFTER, Job, Journal, Unit, Worker, _Bisection
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.pipeline.stages import base
-from paracaption.pipeline.stages.base import FilterStage
+from paracaption.pipeline.stages import recipes
 from paracaption.pipeline.stages.evidence import EvidenceStore
+from paracaption.pipeline.stages.masks import UsableMasks
 from paracaption.schemas.errors import BadRecord, EngineLost, StageFailed
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Blob, ImageRecord, Region, Rle
@@ -40,7 +40,7 @@ class Bench:
         self.run.mkdir(parents=True, exist_ok=True)
         writer.prepare(self.folder)
         self.plan = work_list.make_plan(open_source(self.config, "coconut"), self.config, self.folder)
-        self.stages = base.coconut(self.config)
+        self.stages = recipes.recipe_of(self.config, "coconut")
         self.row = {"unit": self.plan.unit_name(0), "index": 0}
 
     def worker(self, steps=None) -> Worker:
@@ -427,12 +427,13 @@ def test_a_record_that_the_source_trips_over_is_dropped_as_an_image(tmp_path, co
 def test_a_filter_that_raises_drops_its_image_alone(tmp_path, coconut):
     bench = Bench(tmp_path, coconut)
 
-    def decide(given):
-        if given.key == FIFTH:
-            raise KeyError("hole")
-        return base.usable_masks(bench.config).decide(given)
+    class Tripping(UsableMasks):
+        def decide(self, image):
+            if image.key == FIFTH:
+                raise KeyError("hole")
+            return super().decide(image)
 
-    bench.stages[0] = FilterStage("usable_masks", None, decide)
+    bench.stages[0] = Tripping(bench.config)
     record = bench.draft().manifest
     assert record.dropped == {"usable_masks/model_error": 4}
     assert (record.images_dropped, record.kept) == ({Reason.MODEL_ERROR: 1}, 20)

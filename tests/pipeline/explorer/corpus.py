@@ -22,7 +22,7 @@ from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import Job, Worker
 from paracaption.pipeline.models.protocols import Answer, Candidate, Question
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages import recipes
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.records import ImageRecord
 from tests.synthetic import write_coconut, write_sa1b
@@ -134,10 +134,10 @@ def build(config: BuildConfig) -> None:
         folder = out / subset
         writer.prepare(folder)
         planned = work_list.make_plan(open_source(config, subset), config, folder)
-        recipe = base.RECIPES[subset](config)
+        recipe = recipes.recipe_of(config, subset)
         run = out / "events" / f"20260101-000000-{subset}-0"
         run.mkdir(parents=True, exist_ok=True)
-        digest = base.recipe_digest(recipe, config)
+        digest = recipes.recipe_digest(recipe, config)
         job = Job(config, subset, str(folder), planned.digest, digest, str(run))
         worker = Worker(job, ["source", *recipe, "write"])
         for index in range(planned.num_units):

@@ -318,7 +318,8 @@ def test_wrong_options_are_named(options, told):
 def test_both_segmenters_evidence_and_scores_arrive_in_the_ledger(checkpoint, tmp_path):
     import pyarrow.parquet as pq
 
-    from paracaption.pipeline.stages.evidence import EvidenceStore, Resegmented
+    from paracaption.pipeline.stages.agreement import Resegmented
+    from paracaption.pipeline.stages.evidence import EvidenceStore
     from paracaption.schemas.config import Backend
     from tests.building import build, config_of, drops
     from tests.synthetic import write_sa1b

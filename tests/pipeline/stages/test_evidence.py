@@ -1,13 +1,9 @@
 import pytest
 
-from paracaption.pipeline.stages.evidence import (
-    Captioned,
-    EvidenceStore,
-    Judged,
-    Resegmented,
-    digest,
-    fingerprint,
-)
+from paracaption.pipeline.stages.agreement import Resegmented
+from paracaption.pipeline.stages.caption import Captioned
+from paracaption.pipeline.stages.category import Judged
+from paracaption.pipeline.stages.evidence import EvidenceStore, digest, fingerprint
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import Job, Unit, Worker
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.pipeline.stages import base
+from paracaption.pipeline.stages import recipes
 from paracaption.pipeline.stages.evidence import EvidenceStore
 from paracaption.schemas.reasons import ERRORS, Reason
 from tests.building import config_of
@@ -28,7 +28,7 @@ class Bench:
         self.run.mkdir(parents=True)
         writer.prepare(self.folder)
         self.plan = work_list.make_plan(open_source(self.config, "coconut"), self.config, self.folder)
-        self.stages = base.coconut(self.config)
+        self.stages = recipes.recipe_of(self.config, "coconut")
 
     def row(self, *ends: str) -> dict:
         job = Job(self.config, "coconut", str(self.folder), self.plan.digest, "recipe", str(self.run))

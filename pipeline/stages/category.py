@@ -1,0 +1,116 @@
+"""Stages that ask the judge about captions: `verify_category` and `extract_category`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, ClassVar
+
+import msgspec
+
+from ...filters import category
+from ...filters.verdict import Verdict
+from ...schemas.errors import BadRecord
+from ...schemas.reasons import Reason
+from ...schemas.records import ImageRecord, Region
+from ..models.protocols import Answer, Judge, Question
+from .base import ModelStage, Threshold
+
+
+class Judged(msgspec.Struct):
+    """What the judge answered, and how sure it was; `margin` is None if it has no such number."""
+
+    answer: str
+    margin: float | None
+
+
+class _JudgeStage(ModelStage):
+    """What the two stages share: questions to the judge, and refusing answers outside their schema."""
+
+    protocol, evidence = "judge", Judged
+    reads = ("caption",)
+    kind: ClassVar[str]
+    """Of the question: "verify" or "extract"."""
+
+    def ask(self, model: Judge, images: list[ImageRecord]) -> list[list[Judged | BadRecord]]:
+        questions = [self._question_to_judge(region) for image in images for region in image.live()]
+        answers = model.ask(questions)
+        if len(answers) != len(questions):
+            raise ValueError(f"asked {len(questions)} questions, answered {len(answers)}")
+        rest = iter(answers)
+        return [[self._judged(answer) for answer in islice(rest, len(image.live()))] for image in images]
+
+    def _question_to_judge(self, region: Region) -> Question:
+        return Question(self.kind, region.caption or "")
+
+    def _judged(self, answer: Answer | BadRecord) -> Judged | BadRecord:
+        """An answer as evidence; one outside its schema is not kept, so that it can be asked for again."""
+        if isinstance(answer, BadRecord):
+            return answer
+        verdict = self._parse(answer.text)
+        if verdict.reason is Reason.ANSWER_INVALID:
+            return BadRecord(verdict.reason, verdict.detail)
+        return Judged(answer.text, answer.margin)
+
+    def _parse(self, answer: str) -> Verdict:
+        raise NotImplementedError
+
+
+class VerifyCategory(_JudgeStage):
+    """Asks whether the caption describes the annotated category."""
+
+    name, title = "verify_category", "verify category"
+    reasons = (Reason.CATEGORY_WRONG, Reason.ANSWER_INVALID)
+    scores = ("verdict_margin",)
+    thresholds = (
+        Threshold(
+            "min_verdict_margin",
+            "verdict_margin",
+            True,
+            Reason.CATEGORY_WRONG,
+            (-30, 30, 0.1),
+            "least margin of the judge's yes",
+        ),
+    )
+    kind = "verify"
+
+    @property
+    def settings(self) -> float | None:
+        return self.config.min_verdict_margin
+
+    def question(self, region: Region) -> tuple:
+        return (self.kind, region.caption, region.category)
+
+    def decide(self, region: Region, evidence: Judged) -> Verdict:
+        return category.judge_verdict(evidence.answer, evidence.margin, self.config.min_verdict_margin)
+
+    @classmethod
+    def matches(cls, evidence: Judged, row: dict[str, Any]) -> bool:
+        return evidence.margin == row["verdict_margin"]
+
+    def _question_to_judge(self, region: Region) -> Question:
+        return Question(self.kind, region.caption or "", region.category)
+
+    def _parse(self, answer: str) -> Verdict:
+        return category.judge_verdict(answer)
+
+
+class ExtractCategory(_JudgeStage):
+    """Asks which category the caption describes."""
+
+    name, title = "extract_category", "extract category"
+    reasons = (Reason.CATEGORY_NONE, Reason.ANSWER_INVALID)
+    kind = "extract"
+
+    def question(self, region: Region) -> tuple:
+        return (self.kind, region.caption)
+
+    def decide(self, region: Region, evidence: Judged) -> Verdict:
+        region.core_category, verdict = category.core_category(evidence.answer)
+        return verdict
+
+    @classmethod
+    def matches(cls, evidence: Judged, row: dict[str, Any]) -> bool:
+        return category.core_category(evidence.answer)[0] == row["core_category"]
+
+    def _parse(self, answer: str) -> Verdict:
+        return category.core_category(answer)[1]

@@ -1,0 +1,50 @@
+"""Recipes: ordered lists of stages, by name. `verify` and `identify` are the paper's two."""
+
+from __future__ import annotations
+
+from ...schemas.config import BuildConfig
+from .base import Stage
+from .evidence import digest
+from .registry import STAGES
+
+RECIPES: dict[str, tuple[str, ...]] = {
+    "verify": ("usable_masks", "caption", "verify_category", "clean_text"),
+    "identify": (
+        "usable_masks",
+        "whole_objects",
+        "caption",
+        "extract_category",
+        "agree_with_segmenter",
+        "clean_text",
+    ),
+}
+"""`verify` is for sources that annotate a category: the caption has to describe it. `identify` is for masks
+without one: only whole objects, the category is named from the caption, and a segmenter has to find it."""
+
+DEFAULT_RECIPES = {"coconut": "verify", "sa1b": "identify"}
+"""The recipe of each subset."""
+
+RECIPE_VERSION = 1
+"""Raised when a filter's or a writer's code changes what is kept; units of another version are rebuilt."""
+
+
+def build_recipe(name: str, config: BuildConfig) -> list[Stage]:
+    """The stages of a recipe, in order."""
+    stages: list[Stage] = []
+    for stage in RECIPES[name]:
+        stages.append(STAGES[stage](config, stages))
+    return stages
+
+
+def recipe_of(config: BuildConfig, subset: str) -> list[Stage]:
+    """The stages that a subset's units pass through, in order."""
+    return build_recipe(DEFAULT_RECIPES[subset], config)
+
+
+def recipe_digest(stages: list[Stage], config: BuildConfig) -> str:
+    """Identifies everything that decides what a unit's shard holds, apart from the source.
+
+    Raises:
+        ConfigError: a backend cannot be imported, or its options or its checkpoint do not fit.
+    """
+    return digest(RECIPE_VERSION, [stage.digest() for stage in stages], config.limits.model_dump())

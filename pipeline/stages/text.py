@@ -1,0 +1,50 @@
+"""The stage `clean_text`: length and anti-repetition rules for captions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...filters import text
+from ...filters.verdict import Verdict
+from ...schemas.reasons import Reason
+from ...schemas.records import ImageRecord
+from .base import FilterStage, Threshold
+
+_CHARS = "length(trim(caption, $space))"
+
+
+class CleanText(FilterStage):
+    """Drops captions that are too short or too long, repeat themselves, or are no prose."""
+
+    name, title = "clean_text", "clean text"
+    reasons = (
+        Reason.TEXT_TOO_SHORT,
+        Reason.TEXT_TOO_LONG,
+        Reason.TEXT_REPEATS,
+        Reason.TEXT_ENUMERATES,
+        Reason.TEXT_REFUSAL,
+        Reason.TEXT_BOILERPLATE,
+        Reason.TEXT_JUNK,
+    )
+    scores = ("num_words", "repeat_share")
+    thresholds = (
+        Threshold("text.min_words", "num_words", True, Reason.TEXT_TOO_SHORT, (0, 60, 1), "fewest words"),
+        Threshold("text.max_words", "num_words", False, Reason.TEXT_TOO_LONG, (1, 400, 1), "most words"),
+        Threshold("text.min_chars", _CHARS, True, Reason.TEXT_TOO_SHORT, (0, 300, 1), "fewest characters"),
+        Threshold("text.max_chars", _CHARS, False, Reason.TEXT_TOO_LONG, (1, 3000, 1), "most characters"),
+        Threshold(
+            "text.max_repeat_share",
+            "repeat_share",
+            False,
+            Reason.TEXT_REPEATS,
+            (0, 1, 0.01),
+            "largest share of repeated 4-grams",
+        ),
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config.text.model_dump()
+
+    def decide(self, image: ImageRecord) -> list[Verdict]:
+        return [text.clean(region.caption or "", self.config.text) for region in image.live()]
