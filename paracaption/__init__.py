@@ -1,1 +1,53 @@
-"""Masks in, verified region captions out, and the parallel region captioner trained from them."""
+"""Masks in, verified region captions out, and the parallel region captioner trained from them.
+
+The names below are the public Python API (docs/api.md). Each is imported when it is first used: `import paracaption`
+loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline.executor.build import build
+    from .schemas.config import BuildConfig
+    from .schemas.errors import BadRecord, ConfigError, IntegrityError, ParaCaptionError, StageFailed
+
+__all__ = [
+    "BadRecord",
+    "BuildConfig",
+    "ConfigError",
+    "IntegrityError",
+    "ParaCaptionError",
+    "StageFailed",
+    "__version__",
+    "build",
+]
+
+_HOMES = {
+    "build": ".pipeline.executor.build",
+    "BuildConfig": ".schemas.config",
+    **dict.fromkeys(
+        ("BadRecord", "ConfigError", "IntegrityError", "ParaCaptionError", "StageFailed"), ".schemas.errors"
+    ),
+}
+
+__version__: str
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        found: Any = metadata.version("paracaption")
+    elif name in _HOMES:
+        found = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -23,13 +24,21 @@ _FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " 
 _PATHS = {"coconut": ("annotations", "photos", "labels", "categories"), "sa1b": ("paths",)}
 
 
-def load_config(path: str | Path) -> BuildConfig:
-    """Read a build configuration; relative paths in it become absolute, seen from its folder.
+def load_config(config: str | Path | Mapping[str, Any] | BuildConfig) -> BuildConfig:
+    """A build configuration with absolute paths.
+
+    Args:
+        config: a YAML file, in which relative paths are seen from its folder; or the keys and values, or the
+            configuration itself, in which they are seen from the current folder.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key or a wrong value; a line for each, with its place.
     """
-    return absolute(_read(Path(path), BuildConfig), Path(path).parent.resolve())
+    if isinstance(config, str | Path):
+        return absolute(_read(Path(config), BuildConfig), Path(config).parent.resolve())
+    if isinstance(config, Mapping):
+        config = _check(dict(config), BuildConfig, "config")
+    return absolute(config, Path.cwd())
 
 
 def load_training(path: str | Path) -> TrainConfig:
@@ -93,11 +102,15 @@ def _read(path: Path, kind: type[_Config]) -> _Config:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    return _check(raw, kind, str(path))
+
+
+def _check(raw: dict[str, Any], kind: type[_Config], where: str) -> _Config:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         keys = f"see `paracaption config{_FLAGS.get(kind, '')}` for all keys"
-        raise ConfigError(one_line_each(error, str(path), keys)) from error
+        raise ConfigError(one_line_each(error, where, keys)) from error
 
 
 def absolute(config: BuildConfig, root: Path) -> BuildConfig:

@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,6 +16,8 @@ from .corpus import inspect
 from .progress import BuildView
 
 if TYPE_CHECKING:
+    from ...pipeline.executor.local import LocalEngine
+    from ...pipeline.executor.ray_data import RayEngine
     from ...schemas.config import BuildConfig
 
 
@@ -38,44 +40,33 @@ def build(
 
     if local and ray_address is not None:
         raise ConfigError("build: choose --local or --ray-address; the local engine uses no cluster")
-    _build(load_config(config), local, ray_address, limit_images, retry_failed)
+    _build(load_config(config), local, ray_address, limit_images=limit_images, retry_failed=retry_failed)
 
 
-def _build(
-    loaded: BuildConfig,
-    local: bool = False,
-    ray_address: str | None = None,
-    limit_images: int | None = None,
-    retry_failed: bool = False,
-) -> None:
-    """Build, starting nothing where there is nothing to do or only to merge; then the summary."""
-    from ...pipeline.executor import driver, findings, preflight
+def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = None, **asked: Any) -> None:
+    """Build with progress on stderr, then print the summary."""
+    from ...pipeline.executor.build import build_checked
     from ...pipeline.executor.local import LocalEngine
     from ...pipeline.executor.ray_data import RayEngine
 
     engine = LocalEngine() if local else RayEngine(ray_address)
-    asked = {"limit_images": limit_images, "retry_failed": retry_failed}
-    if driver.is_finished(loaded, **asked):
+    if not build_checked(loaded, engine, _run_in_view, **asked):
         print(f"nothing to do: every unit of {loaded.out} is committed and merged", file=sys.stderr)
-        inspect(Path(loaded.out))
-        return
-    if not driver.is_built(loaded, **asked):
-        findings.refuse(preflight.examine(loaded))
-        engine.check(loaded)
-        models = driver.prepare(loaded, **asked)
-        if ray_address is None:
-            findings.refuse(preflight.packages(loaded, models))
-    if driver.is_built(loaded, **asked):  # perhaps from other places than it was planned with
-        driver.build(loaded, engine, **asked)
-    elif isinstance(engine, LocalEngine):
+    inspect(Path(loaded.out))
+
+
+def _run_in_view(config: BuildConfig, engine: LocalEngine | RayEngine, **asked: Any) -> None:
+    from ...pipeline.executor import driver
+    from ...pipeline.executor.local import LocalEngine
+
+    if isinstance(engine, LocalEngine):
         with BuildView(live=False) as view:
-            driver.build(loaded, engine, on_progress=view.show, **asked)
+            driver.build(config, engine, on_progress=view.show, **asked)
     else:
         from .. import launch
 
         with BuildView() as view:
-            launch.build(loaded, engine, view.show, **asked)
-    inspect(Path(loaded.out))
+            launch.build(config, engine, view.show, **asked)
 
 
 def merge(config: Config) -> None:

@@ -56,7 +56,6 @@ class Engine:
 
     def __init__(self, model: str | Path, own_process: bool = False, **arguments: Any):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine

@@ -1,0 +1,80 @@
+"""The public Python API: which names there are, that they are imported late, and that `build` builds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import paracaption
+from paracaption.pipeline.corpus import verify
+
+SAMPLES = Path(__file__).resolve().parents[1] / "samples"
+HEAVY = {
+    "torch",
+    "ray",
+    "vllm",
+    "transformers",
+    "cv2",
+    "prefect",
+    "pyarrow",
+    "matplotlib",
+    "numpy",
+    "pydantic",
+}
+
+
+def test_the_public_names_are_these():
+    """Who removes or renames one breaks the programs that use it."""
+    assert set(paracaption.__all__) == {
+        "BadRecord",
+        "BuildConfig",
+        "ConfigError",
+        "IntegrityError",
+        "ParaCaptionError",
+        "StageFailed",
+        "__version__",
+        "build",
+    }
+
+
+@pytest.mark.parametrize("name", paracaption.__all__)
+def test_each_public_name_is_found_and_listed(name):
+    assert getattr(paracaption, name) is not None
+    assert name in dir(paracaption)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'biuld'"):
+        paracaption.biuld  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_else():
+    script = "import sys; import paracaption; dir(paracaption); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
+    assert [name for name in done.stdout.split() if name.startswith("paracaption.")] == []
+
+
+def test_a_corpus_is_built_from_keys_and_values_and_a_second_build_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(SAMPLES)  # from where relative paths are seen
+    config = {"out": str(tmp_path / "out"), "sa1b": [{"paths": ["sa1b/*.tar"]}]}
+    seen = []
+    out = paracaption.build(config, limit_images=2, on_progress=seen.append)
+    assert seen[-1].done == seen[-1].pending == 1
+    assert verify.verify(out).ok and pq.read_metadata(out / "index.parquet").num_rows > 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert paracaption.build(config, limit_images=2) == out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_wrong_key_is_a_config_error_that_names_it():
+    with pytest.raises(paracaption.ConfigError, match=r"config: min_iuo: unknown key"):
+        paracaption.build({"out": "out", "sa1b": [{"paths": ["a.tar"]}], "min_iuo": 0.5})
+
+
+def test_a_missing_source_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(paracaption.ConfigError, match="nothing found"):
+        paracaption.build({"out": str(tmp_path / "out"), "sa1b": [{"paths": [str(tmp_path / "none.tar")]}]})
+    assert not (tmp_path / "out").exists()
