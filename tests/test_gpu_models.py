@@ -26,8 +26,8 @@ import yaml
 from paracaption.pipeline.corpus import verify
 from paracaption.pipeline.corpus.events import Event, EventReader
 from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.in_flight import Note
 from paracaption.pipeline.executor.local import LocalEngine
-from paracaption.pipeline.executor.worker import Note
 from paracaption.pipeline.models import registry
 from paracaption.schemas.config import BuildConfig
 from tests.building import committed

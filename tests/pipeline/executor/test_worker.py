@@ -1,23 +1,20 @@
 """One worker without Ray: what it notes, what it asks, what it drops, and what it tells the driver."""
 
-import logging
-import math
-
 import msgspec
 import pytest
 
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.events import EventLog, EventReader
 from paracaption.pipeline.corpus.writer import Draft
-from paracaption.pipeline.executor.worker import GIVE_UP_AFTER, Job, Journal, Unit, Worker, _Bisection
+from paracaption.pipeline.executor.worker import Job, Unit, Worker
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import recipes
 from paracaption.pipeline.stages.evidence import EvidenceStore
 from paracaption.pipeline.stages.masks import UsableMasks
-from paracaption.schemas.errors import BadRecord, EngineLost, StageFailed
+from paracaption.schemas.errors import EngineLost
 from paracaption.schemas.reasons import Reason
-from paracaption.schemas.records import Blob, ImageRecord, Region, Rle
 from tests.building import calls, config_of
+from tests.pipeline.executor.images import die, image
 from tests.synthetic import write_coconut
 
 NUM_IMAGES = 6
@@ -69,151 +66,6 @@ class Bench:
         return [event for event in EventReader(self.run).new() if event.what == what]
 
 
-def image(key: str, num_regions: int = 1) -> ImageRecord:
-    regions = [Region(id=i, rle=Rle((4, 6), "0h0")) for i in range(num_regions)]
-    return ImageRecord(key, "coconut", Blob("/a.jpg"), 6, 4, "jpeg", regions=regions)
-
-
-def images(count: int) -> list[ImageRecord]:
-    return [image(f"i{number}") for number in range(count)]
-
-
-def keys(batches) -> list[list[str]]:
-    return [[each.key for each in batch] for batch in batches]
-
-
-# The journal.
-
-
-def die(folder, working: list[str], attempts: int = 2, unit: str = "u") -> None:
-    """Leave what a worker leaves that dies while it works on these images."""
-    journal = Journal(folder, unit, attempts).__enter__()
-    with journal.batch(working):
-        note = journal.path.read_bytes()
-    journal.path.write_bytes(note)
-
-
-def test_without_a_note_images_run_in_full_batches_in_order(tmp_path):
-    with Journal(tmp_path, "u", 3) as journal:
-        assert keys(journal.split(images(5), 2)) == [["i0", "i1"], ["i2", "i3"], ["i4"]]
-
-
-def test_images_in_flight_at_a_death_run_alone_and_last_and_no_death_counts_yet(tmp_path):
-    die(tmp_path, ["i1", "i2"], attempts=1)
-    with Journal(tmp_path, "u", 1) as journal:
-        assert keys(journal.split(images(4), 4)) == [["i0", "i3"], ["i1"], ["i2"]]
-        assert not journal.is_poison("i1")
-
-
-def test_an_image_is_poison_after_its_deaths_alone_and_only_then(tmp_path):
-    die(tmp_path, ["i1"])
-    with Journal(tmp_path, "u", 2) as journal:
-        assert not journal.is_poison("i1")
-    die(tmp_path, ["i1"])
-    die(tmp_path, ["i1"])
-    with Journal(tmp_path, "u", 2) as journal:
-        assert journal.is_poison("i1") and not journal.is_poison("i0")
-        assert journal.verdict("i1") == "the worker died 2 times on this image alone"
-
-
-def test_deaths_of_one_image_are_remembered_while_others_work(tmp_path):
-    die(tmp_path, ["i1"])
-    with Journal(tmp_path, "u", 2) as journal, journal.batch(["i0"]):
-        note = msgspec.json.decode((tmp_path / "u.json").read_bytes())
-        assert note == {"deaths": {"i1": 1}, "working": ["i0"]}
-
-
-@pytest.mark.parametrize(
-    "torn",
-    [b"", b'{"deaths": {"i1"', b"[1]", b'{"deaths": 3}', b'{"working": [1]}', b'{"deaths": {"\xff": 1}}'],
-)
-def test_a_torn_note_counts_as_none(tmp_path, torn):
-    (tmp_path / "u.json").write_bytes(torn)
-    with Journal(tmp_path, "u", 1) as journal:
-        assert keys(journal.split(images(2), 2)) == [["i0", "i1"]]
-
-
-def test_a_unit_that_is_through_leaves_no_note_and_one_that_failed_does(tmp_path):
-    with Journal(tmp_path, "u", 1) as journal, journal.batch(["i0"]):
-        assert (tmp_path / "u.json").exists()
-    assert not (tmp_path / "u.json").exists()
-    with pytest.raises(StageFailed), Journal(tmp_path, "u", 1) as journal, journal.batch(["i0"]):
-        raise StageFailed("over")
-    assert msgspec.json.decode((tmp_path / "u.json").read_bytes())["working"] == []
-
-
-def test_a_disk_that_takes_no_notes_is_one_warning_and_the_unit_goes_on(tmp_path, caplog):
-    (tmp_path / "u.json").mkdir()  # neither readable nor writable nor removable as a file
-    with caplog.at_level(logging.WARNING), Journal(tmp_path, "u", 1) as journal:
-        for batch in journal.split(images(4), 1):
-            with journal.batch([each.key for each in batch]):
-                pass
-    assert len([line for line in caplog.messages if "is not found" in line]) == 1
-
-
-# Bisection.
-
-
-class Asked:
-    """A model that fails on some images, and remembers which batches it saw."""
-
-    def __init__(self, **errors):
-        self.errors, self.batches = errors, []
-
-    def __call__(self, batch):
-        self.batches.append([each.key for each in batch])
-        for each in batch:
-            if each.key in self.errors:
-                raise self.errors[each.key]
-        return [[each.key] * len(each.live()) for each in batch]
-
-
-def bisect(ask, batch, folder):
-    with Journal(folder, "u", 3) as journal:
-        return {each.key: outcome for each, outcome in _Bisection(ask, journal).run(batch)}
-
-
-def test_a_failing_image_is_found_by_halves_and_the_others_are_answered(tmp_path):
-    ask = Asked(i1=RuntimeError("no"))
-    found = bisect(ask, images(4), tmp_path)
-    assert ask.batches == [["i0", "i1", "i2", "i3"], ["i0", "i1"], ["i0"], ["i1"], ["i2", "i3"]]
-    assert found == {"i0": ["i0"], "i1": (Reason.MODEL_ERROR, "RuntimeError: no"), "i2": ["i2"], "i3": ["i3"]}
-
-
-@pytest.mark.parametrize("where", [0, 63, 127])
-def test_one_failing_image_in_a_large_batch_costs_logarithmically_many_calls(tmp_path, where):
-    ask = Asked(**{f"i{where}": RuntimeError("no")})
-    found = bisect(ask, images(128), tmp_path)
-    assert len(ask.batches) <= 2 * math.log2(128) + 1
-    assert [key for key, outcome in found.items() if isinstance(outcome, tuple)] == [f"i{where}"]
-
-
-def test_a_model_that_never_succeeds_is_given_up_on_and_every_image_has_its_error(tmp_path):
-    everything = {f"i{number}": RuntimeError("no") for number in range(64)}
-    ask = Asked(**everything)
-    found = bisect(ask, images(64), tmp_path)
-    assert sum(len(batch) == 1 for batch in ask.batches) == GIVE_UP_AFTER
-    assert set(found) == set(everything)
-    assert set(found.values()) == {(Reason.MODEL_ERROR, "RuntimeError: no")}
-
-
-def test_a_model_that_succeeded_once_is_not_given_up_on(tmp_path):
-    most = {f"i{number}": RuntimeError("no") for number in range(1, 64)}
-    ask = Asked(**most)
-    found = bisect(ask, images(64), tmp_path)
-    assert sum(len(batch) == 1 for batch in ask.batches) == 64
-    assert found["i0"] == ["i0"]
-
-
-@pytest.mark.parametrize(
-    "answer", [[], [["a"]], [["a"], ["b"], ["c"]], [["a", "b"], []], [["a"], ["b", "c"]]]
-)
-def test_a_wrong_number_of_answers_is_an_error_and_never_matched(tmp_path, answer):
-    found = bisect(lambda batch: answer if len(batch) == 2 else [[]], images(2), tmp_path)
-    assert all(reason is Reason.MODEL_ERROR for reason, _ in found.values())
-    assert all("asked about [1] regions of 1 images" in detail for _, detail in found.values())
-
-
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_judge_with_a_wrong_number_of_answers_is_an_error(tmp_path, coconut, count):
     from paracaption.pipeline.models.protocols import Answer
@@ -238,26 +90,6 @@ def test_a_caption_that_is_no_text_is_a_drop_and_not_the_end(tmp_path, coconut):
     draft = msgspec.msgpack.decode(worker(bench.row)["draft"], type=Draft)
     assert draft.manifest.dropped["caption/model_error"] >= 1 and draft.failures == {}
     assert FIFTH not in bench.captioned() and len(bench.captioned()) == NUM_IMAGES - 1
-
-
-def test_a_bad_record_keeps_its_reason_and_speaks_not_against_the_model(tmp_path):
-    bad = BadRecord(Reason.PHOTO_UNREADABLE, "cut short")
-    ask = Asked(**{f"i{number}": bad for number in range(15)})
-    found = bisect(ask, images(16), tmp_path)
-    assert found["i0"] == (Reason.PHOTO_UNREADABLE, "cut short")
-    assert found["i15"] == ["i15"], "bad records alone are no cause to give up"
-
-
-def test_a_poison_image_is_never_asked_about(tmp_path):
-    for _ in range(3):
-        die(tmp_path, ["i1"])
-    ask = Asked()
-    found = bisect(ask, images(3), tmp_path)
-    assert ask.batches == [["i0", "i2"]]
-    assert found["i1"] == (Reason.WORKER_CRASHED, "the worker died 3 times on this image alone")
-
-
-# A worker on a unit.
 
 
 def test_a_unit_becomes_a_draft_that_is_not_committed(tmp_path, coconut):
