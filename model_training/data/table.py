@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -91,11 +89,6 @@ def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return target
-        temporary = cache / f"{files.TEMPORARY}{name}-{uuid.uuid4().hex[:12]}"
-        temporary.mkdir()
-        try:
-            write(temporary)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with files.write_folder_atomic(target) as folder:
+            write(folder)
     return target

@@ -17,6 +17,7 @@ import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,8 +99,11 @@ class Checkpoints:
     def _write(self, step: int, state: dict[str, Any], progress: dict[str, Any]) -> None:
         import torch.distributed.checkpoint as dcp
 
-        partial = self.folder / f".step-{step:08}.partial"
-        with warnings.catch_warnings():
+        target, partial = self.folder / f"step-{step:08}", self.folder / f".step-{step:08}.partial"
+        writing = nullcontext(partial)  # all ranks write into one folder, and rank 0 gives it its name
+        if self.team.rank == 0:  # `replace`: a run resumed from an older checkpoint comes here again
+            writing = files.write_folder_atomic(target, replace=True, temporary=partial)
+        with warnings.catch_warnings(), writing:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             # Returns on rank 0 when every rank has written and synchronised its files.
             dcp.save(
@@ -108,21 +112,14 @@ class Checkpoints:
                 process_group=self.group,
                 no_dist=self.group is None,
             )
+            if self.team.rank == 0:
+                (partial / PROGRESS).write_text(json.dumps({"step": step, **progress}))
         if self.team.rank == 0:
-            with files.write_atomic(partial / PROGRESS) as file:
-                file.write(json.dumps({"step": step, **progress}).encode())
-            target = self.folder / f"step-{step:08}"
-            if target.exists():  # a resume from an older one came here again
-                shutil.rmtree(target)
-            os.replace(partial, target)
-            files.sync_folder(self.folder)
             self._prune()
 
     def _prune(self) -> None:
         for old in whole(self.folder)[: -self.keep]:
-            hidden = old.with_name(
-                f".{old.name}.partial"
-            )  # so that a killed removal leaves none that looks whole
+            hidden = old.with_name(f".{old.name}.partial")  # a killed removal leaves none that looks whole
             os.replace(old, hidden)
             shutil.rmtree(hidden)
 

@@ -6,19 +6,16 @@
 | `coco` | `instances.json`, COCO instances with RLE masks and a `caption` each, and `images/` |
 | `parquet` | `data/<unit>.parquet`, a row per image with the photo's bytes and its regions as structs |
 
-Everything is written into a temporary folder beside the target and renamed at the end: an export is whole, or
-absent.
+An export is whole, or absent: everything is written into a temporary folder that gets its name at the end.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -54,22 +51,8 @@ def export(out: str | Path, format: str, to: str | Path) -> list[Path]:
         raise ConfigError(f"format {format!r}: no such format; there are {', '.join(FORMATS)}")
     out, to = Path(out), Path(to)
     subsets = reader.subsets(out)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"{to}: is there already; name a new folder, or remove it")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(f"{files.TEMPORARY}{to.name}-{uuid.uuid4().hex[:12]}")
-    temporary.mkdir()
-    try:
+    with files.write_folder_atomic(to) as temporary:
         written = write(out, subsets, temporary)
-        for path in sorted({temporary, *(path if path.is_dir() else path.parent for path in written)}):
-            files.sync_folder(path)
-        if to.exists():
-            to.rmdir()
-        os.replace(temporary, to)
-        files.sync_folder(to.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return [to / path.relative_to(temporary) for path in written]
 
 
@@ -119,7 +102,6 @@ def _write_coco(out: Path, subsets: list[str], folder: Path) -> list[Path]:
         file.write(b'\n],"categories":')
         listed = [{"id": number, "name": name, "supercategory": ""} for name, number in categories.items()]
         file.write(msgspec.json.encode(listed) + b"}\n")
-        _sync(file)
     spooled.unlink()
     (folder / "images").mkdir(exist_ok=True)
     return [target, folder / "images"]
@@ -255,17 +237,11 @@ class _JsonList:
 
     def __exit__(self, *_: object) -> None:
         self.file.write(b"\n]\n")
-        _sync(self.file)
         self.file.close()
 
 
 def _item(item: Any, first: bool) -> bytes:
     return (b"\n" if first else b",\n") + msgspec.json.encode(item)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 FORMATS: dict[str, Callable[[Path, list[str], Path], list[Path]]] = {

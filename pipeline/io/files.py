@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import glob as local_glob
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 
 TEMPORARY = ".tmp-"
 """Prefix of every file that is not committed; readers ignore such names and the next run removes them."""
+
+_ABANDONED_S = 6 * 3600
+"""A temporary folder that nobody has touched for this long is what a killed process left behind."""
 
 
 def is_url(path: str) -> bool:
@@ -160,9 +166,71 @@ def write_atomic(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextmanager
+def write_folder_atomic(
+    target: str | Path, *, replace: bool = False, temporary: Path | None = None
+) -> Iterator[Path]:
+    """Write a local folder that appears under its name whole and durable, or not at all.
+
+    The block fills a temporary folder beside the target. When the block ends, every file is flushed to the
+    disk and the folder gets its name; if the block raises, the temporary folder is removed. A killed process
+    leaves its temporary folder behind; the next writer of the same target removes it.
+
+    Args:
+        target: name that the folder gets. Parent folders are made.
+        replace: take the place of a folder that is there. Without it, only an empty folder is replaced.
+        temporary: name to write under, for a caller that knows to be the only writer of this target: whatever
+            lies there is removed at once. By default no two writers share a name, and what others left behind
+            is removed when nobody has touched it for six hours.
+
+    Raises:
+        ConfigError: the target is there and is not to be replaced.
+        OSError: as the file system has it.
+    """
+    target = Path(target)
+    if not replace:
+        refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if temporary is None:
+        _remove_abandoned(target)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+    old = temporary.with_name(f"{temporary.name.removesuffix('.partial')}.old.partial")
+    try:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(exist_ok=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if replace and target.exists():  # a folder cannot be renamed over one that is not empty
+            os.replace(target, old)
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    for left in target.parent.glob(f".{target.name}.*.partial"):
+        with suppress(FileNotFoundError):  # another process removes it too
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise ConfigError if there is something under this name, unless it is an empty folder."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target}: is there already; move it away, or name another folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

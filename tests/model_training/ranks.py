@@ -90,7 +90,7 @@ def _arm(after_step: int | None = None, in_step: int | None = None, at: str = ""
             if step == in_step and at == "files":
                 dcp.FileSystemWriter.finish = _die
             elif step == in_step:
-                checkpoints.os.replace = named
+                os.replace = named
             write(self, step, *rest)
 
         checkpoints.Checkpoints._write = written
