@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...pipeline.io import tensor_files, weights
-from ...pipeline.io.tensor_files import INDEX, Entry
+from ...pipeline.io.tensor_files import LazyTensor, check_tensors, list_tensors
 from ...schemas.errors import ConfigError
 from ..model import tokenizer as vocabulary
 from ..model.config import PerceptionDLMConfig
@@ -29,26 +29,26 @@ _CONSTANT = re.compile(r"(\.embeddings\.position_ids|\.rotary_emb\.inv_freq)$")
 
 
 def constants(found: Iterable[str]) -> dict[str, None]:
-    """Names of tensors that are no weights, for `shards.match`."""
+    """Names of tensors that are no weights, for `check_tensors`."""
     return dict.fromkeys(filter(_CONSTANT.search, found))
 
 
 def kept_aside(
     folder: Path,
     config: PerceptionDLMConfig,
-    theirs: Mapping[str, Entry],
+    theirs: Mapping[str, LazyTensor],
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[dict[str, Any], dict[str, Entry], bool]:
+) -> tuple[dict[str, Any], dict[str, LazyTensor], bool]:
     """(config.json, unused tensors, whether all small files are as published) from `unused/`."""
     aside = folder / FOLDER
     file = aside / "config.json"
-    if not (file.is_file() and (aside / INDEX).is_file()):
+    if not (file.is_file() and (aside / weights.INDEX).is_file()):
         raise ConfigError(
             f"{aside}: not there, or not whole; copy it from the converted checkpoint that training started "
             "from, or name a SigLIP 2 that has the tensors which the original loads and never uses: --vision "
             "SIGLIP2_DIR"
         )
-    raw, unused = tensor_files.read_json(file), tensor_files.table(aside)
+    raw, unused = weights.read_json(file), list_tensors(aside)
     fields, own = state_dict_adapter.fields_of(raw, file, config.text_config.vocab_size), _own_fields(config)
     is_base = raw["model_type"] == state_dict_adapter.BASE_TYPE
     for key, value in fields.items():
@@ -56,7 +56,7 @@ def kept_aside(
             raise ConfigError(
                 f"{file}: says {key} {value}, but the model has {own[key]}: it is another model's"
             )
-    tensor_files.match(aside, unused, {}, spare(raw["vision_model_config"], file, theirs, unused))
+    check_tensors(aside, unused, {}, spare(raw["vision_model_config"], file, theirs, unused))
     same_tokens = vocabulary.load(aside).get_vocab() == tokenizer.get_vocab()
     if is_base or not same_tokens:
         raw = state_dict_adapter.region_stage(raw, own) | {"image_token_id": config.image_token_id}
@@ -66,19 +66,19 @@ def kept_aside(
 
 
 def from_siglip(
-    vision: str | Path, config: PerceptionDLMConfig, theirs: Mapping[str, Entry]
-) -> tuple[dict[str, Any], dict[str, Entry]]:
+    vision: str | Path, config: PerceptionDLMConfig, theirs: Mapping[str, LazyTensor]
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """(config.json, unused tensors) with a SigLIP 2's."""
     folder = weights.folder(vision, "--vision")
     file = folder / "config.json"
-    raw, found, own = tensor_files.read_json(file), tensor_files.table(folder), _own_fields(config)
+    raw, found, own = weights.read_json(file), list_tensors(folder), _own_fields(config)
     if raw.get("model_type") == "siglip_vision_model":
         raise ConfigError(f"{folder}: has no text model, which the original loads too; name a whole SigLIP 2")
     sizes = state_dict_adapter.vision_fields(raw, file)
     if sizes != own["vision_config"]:
         raise ConfigError(f"{file}: has sizes {sizes}, but the model's tower {own['vision_config']}")
     fixed = constants(found)
-    tensor_files.match(folder, found, state_dict_adapter.siglip_shapes(raw, file), fixed)
+    check_tensors(folder, found, state_dict_adapter.siglip_shapes(raw, file), fixed)
     unused = {f"vision_model.{name}": entry for name, entry in found.items() if name not in fixed}
     unused = {name: entry for name, entry in unused.items() if name not in theirs}
     dtype = tensor_files.FLOATS[theirs["language_model.lm_head.weight"].dtype]

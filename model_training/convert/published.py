@@ -16,14 +16,15 @@ import copy
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipeline.io import tensor_files, weights
-from ...pipeline.io.tensor_files import INDEX, SHARD_BYTES, Entry
+from ...pipeline.io import files, tensor_files, weights
+from ...pipeline.io.tensor_files import SHARD_BYTES, LazyTensor, check_tensors, list_tensors, write_tensors
 from ...schemas.errors import ConfigError
 from ..model import tokenizer as vocabulary
 from ..model.config import PerceptionDLMConfig
@@ -101,7 +102,7 @@ def convert(
         ConfigError: as the two, or it is neither.
     """
     folder = weights.folder(path, "models convert")
-    kind = tensor_files.read_json(folder / "config.json").get("model_type")
+    kind = weights.read_json(folder / "config.json").get("model_type")
     if kind in (state_dict_adapter.TYPE, state_dict_adapter.BASE_TYPE):
         if vision is not None:
             raise ConfigError(f"{folder}: is published, and has its vision model; leave out --vision")
@@ -140,9 +141,9 @@ def from_published(
         ConfigError: it is partial, wrong or unsound, or the target is there. Nothing has been written.
     """
     folder, target = weights.folder(path, "models convert"), Path(to).absolute()
-    tensor_files.refuse_taken(target)
+    files.refuse_existing(target)
     file = folder / "config.json"
-    found, raw = tensor_files.table(folder), tensor_files.read_json(file)
+    found, raw = list_tensors(folder), weights.read_json(file)
     embedding = _entry(
         found, state_dict_adapter.theirs(_EMBEDDING, state_dict_adapter.PERCEPTION_DLM), folder
     )
@@ -161,7 +162,7 @@ def from_published(
     if names[_PROMPTS] not in found:
         drawn[_PROMPTS] = _drawn(_PROMPTS, wanted.pop(names[_PROMPTS]), config, seed)
         report.drawn.append(f"{_PROMPTS} from N(0, 1)")
-    tensor_files.match(folder, found, wanted, spare)
+    check_tensors(folder, found, wanted, spare)
     ours = {name: found[other] for name, other in names.items() if other in found} | drawn
     ours = _grown(ours, config, tokenizer, report)
     rest = {name: entry for name, entry in found.items() if name not in wanted}
@@ -170,9 +171,9 @@ def from_published(
     if absent := {name for name, shape in spare.items() if shape} - rest.keys():
         report.notes.append(f"it lacks {len(absent)} tensors that the original loads and never uses")
     report.unused, report.unused_bytes = len(rest), _size(rest)
-    with tensor_files.appearing(target, _size(ours, rest)) as room:
+    with _writing(target, _size(ours, rest)) as room:
         (room / unused.FOLDER).mkdir()
-        tensor_files.write(room / unused.FOLDER, rest, shard_bytes)
+        write_tensors(room / unused.FOLDER, rest, shard_bytes)
         _copy(folder, room / unused.FOLDER)
         _finish(room, ours, config, tokenizer, report, shard_bytes)
     return report
@@ -198,14 +199,14 @@ def to_published(
             target is there. Nothing has been written.
     """
     folder, target = weights.folder(path, "models convert"), Path(to).absolute()
-    tensor_files.refuse_taken(target)
-    found, config = tensor_files.table(folder), load_config(folder)
+    files.refuse_existing(target)
+    found, config = list_tensors(folder), load_config(folder)
     if not (config.region_prompting and config.feature_replay):
         raise ConfigError(
             f"{folder}: an ablation without region prompts or replay; the original has none such"
         )
     wanted = shapes(config)
-    tensor_files.match(folder, found, wanted, {})
+    check_tensors(folder, found, wanted)
     names = {name: state_dict_adapter.theirs(name, state_dict_adapter.PERCEPTION_DLM) for name in wanted}
     theirs = {names[name]: entry for name, entry in found.items()}
     report = Report(str(folder), target, config.layout)
@@ -220,13 +221,13 @@ def to_published(
     report.unused, report.unused_bytes = len(rest), _size(rest)
     if not report.verbatim:
         report.notes.append("config.json and the tokenizer's files are made anew")
-    with tensor_files.appearing(target, report.num_bytes) as room:
-        tensor_files.write(room, theirs | rest, shard_bytes)
+    with _writing(target, report.num_bytes) as room:
+        write_tensors(room, theirs | rest, shard_bytes)
         if vision is None:
             _copy(folder / unused.FOLDER, room)
         if not report.verbatim:
             tokenizer.save_pretrained(room)
-            tensor_files.write_json(room / "config.json", raw)
+            weights.write_json(room / "config.json", raw)
     return report
 
 
@@ -258,7 +259,7 @@ def from_parts(
     """
     text_folder, target = weights.folder(language, "--language"), Path(to).absolute()
     tower_folder = weights.folder(vision, "--vision")
-    tensor_files.refuse_taken(target)
+    files.refuse_existing(target)
     text, parts, text_fields = _language(text_folder)
     tower, tower_fields, tower_spare = _siglip(tower_folder)
     tokenizer = vocabulary.load(text_folder)
@@ -278,9 +279,26 @@ def from_parts(
     ours = _grown(ours, config, tokenizer, report)
     report.notes.append(f"{added} tokens added to the tokenizer")
     report.notes.append(f"the way to the published layout needs --vision {tower_folder}")
-    with tensor_files.appearing(target, _size(ours)) as room:
+    with _writing(target, _size(ours)) as room:
         _finish(room, ours, config, tokenizer, report, shard_bytes)
     return report
+
+
+@contextmanager
+def _writing(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A folder that gets the target's name when the block ends.
+
+    Raises:
+        ConfigError: the target exists, cannot be written, or its disk has less room than `num_bytes`.
+    """
+    try:
+        with files.write_folder_atomic(target) as folder:
+            free = shutil.disk_usage(folder).free
+            if free < num_bytes:
+                raise ConfigError(f"{target}: {num_bytes:,} bytes to write, but only {free:,} are free there")
+            yield folder
+    except OSError as error:
+        raise ConfigError(f"{target}: the checkpoint cannot be written there: {error}") from error
 
 
 def load_config(folder: Path) -> PerceptionDLMConfig:
@@ -288,7 +306,7 @@ def load_config(folder: Path) -> PerceptionDLMConfig:
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        return PerceptionDLMConfig.from_dict(tensor_files.read_json(folder / "config.json"))
+        return PerceptionDLMConfig.from_dict(weights.read_json(folder / "config.json"))
     except ConfigError:
         raise
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -311,13 +329,13 @@ def shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
 
 def _finish(
     room: Path,
-    ours: Mapping[str, Entry],
+    ours: Mapping[str, LazyTensor],
     config: PerceptionDLMConfig,
     tokenizer: PreTrainedTokenizerBase,
     report: Report,
     shard_bytes: int,
 ) -> None:
-    report.tensors, report.num_bytes = len(ours), tensor_files.write(room, ours, shard_bytes)
+    report.tensors, report.num_bytes = len(ours), write_tensors(room, ours, shard_bytes)
     config.save_pretrained(room)
     tokenizer.save_pretrained(room)
 
@@ -338,15 +356,11 @@ def _our_config(
     return config
 
 
-def _drawn(name: str, shape: tuple[int, ...], config: PerceptionDLMConfig, seed: int) -> Entry:
+def _drawn(name: str, shape: tuple[int, ...], config: PerceptionDLMConfig, seed: int) -> LazyTensor:
     """A new tensor, as the model initialises it. Its values depend on seed and name only."""
     std = 1.0 if name == _PROMPTS else 0.0 if name.endswith(".bias") else config.initializer_range
-    dtype = next(
-        code
-        for code, torch_name in tensor_files.FLOATS.items()
-        if str(config.dtype).endswith(f".{torch_name}")
-    )
-    return Entry(dtype, shape, partial(_normal, name, shape, std, config.dtype, seed))
+    dtype = tensor_files.dtype_name(config.dtype)
+    return LazyTensor(dtype, shape, partial(_normal, name, shape, std, config.dtype, seed))
 
 
 def _normal(name: str, shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -357,8 +371,11 @@ def _normal(name: str, shape: tuple[int, ...], std: float, dtype: torch.dtype, s
 
 
 def _grown(
-    ours: dict[str, Entry], config: PerceptionDLMConfig, tokenizer: PreTrainedTokenizerBase, report: Report
-) -> dict[str, Entry]:
+    ours: dict[str, LazyTensor],
+    config: PerceptionDLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report,
+) -> dict[str, LazyTensor]:
     """With more rows for words, a multiple of 64, if the tokenizer has more tokens than there are."""
     rows, needed = config.text_config.vocab_size, vocabulary.num_ids(tokenizer)
     if needed <= rows:
@@ -369,7 +386,7 @@ def _grown(
         new = partial(
             _normal, name, (more, old.shape[1]), config.initializer_range, config.dtype, report.seed
         )
-        ours[name] = Entry(old.dtype, (rows + more, old.shape[1]), partial(_on_top, old.load, new))
+        ours[name] = LazyTensor(old.dtype, (rows + more, old.shape[1]), partial(_on_top, old.load, new))
     config.text_config.vocab_size = rows + more
     report.drawn.append(f"{more} rows of embedding and head from N(0, {config.initializer_range}^2)")
     return ours
@@ -382,10 +399,10 @@ def _on_top(old: Callable[[], torch.Tensor], new: Callable[[], torch.Tensor]) ->
     return torch.cat([rows, new().to(rows.dtype)])
 
 
-def _language(folder: Path) -> tuple[dict[str, Entry], state_dict_adapter.Parts, dict[str, Any]]:
+def _language(folder: Path) -> tuple[dict[str, LazyTensor], state_dict_adapter.Parts, dict[str, Any]]:
     """(tensors, naming, config in Llama's terms) of a LLaDA."""
-    found, file = tensor_files.table(folder), folder / "config.json"
-    raw = tensor_files.read_json(file)
+    found, file = list_tensors(folder), folder / "config.json"
+    raw = weights.read_json(file)
     own_naming = "d_model" in raw
     parts = state_dict_adapter.LLADA if own_naming else state_dict_adapter.LLAMA
     rows = _entry(found, state_dict_adapter.theirs(_EMBEDDING, parts), folder).shape[0]
@@ -396,10 +413,10 @@ def _language(folder: Path) -> tuple[dict[str, Entry], state_dict_adapter.Parts,
     )
 
 
-def _siglip(folder: Path) -> tuple[dict[str, Entry], dict[str, Any], dict[str, tuple[int, ...] | None]]:
+def _siglip(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any], dict[str, tuple[int, ...] | None]]:
     """(tensors, sizes, what it may hold) of a SigLIP; the vision model's names bare."""
     file = folder / "config.json"
-    raw, found = tensor_files.read_json(file), tensor_files.table(folder)
+    raw, found = weights.read_json(file), list_tensors(folder)
     sizes, may = state_dict_adapter.vision_fields(raw, file), state_dict_adapter.siglip_shapes(raw, file)
     spare = {**may, **unused.constants(found)}
     bare = {name.removeprefix("vision_model."): entry for name, entry in found.items()}
@@ -408,9 +425,9 @@ def _siglip(folder: Path) -> tuple[dict[str, Entry], dict[str, Any], dict[str, t
 
 def _joined(
     wanted: Mapping[str, tuple[int, ...]],
-    language: tuple[Path, dict[str, Entry], state_dict_adapter.Parts],
-    vision: tuple[Path, dict[str, Entry], dict[str, tuple[int, ...] | None]],
-) -> dict[str, Entry]:
+    language: tuple[Path, dict[str, LazyTensor], state_dict_adapter.Parts],
+    vision: tuple[Path, dict[str, LazyTensor], dict[str, tuple[int, ...] | None]],
+) -> dict[str, LazyTensor]:
     """What our model takes from (folder, tensors, naming) and (folder, tensors, what it may hold)."""
     text_folder, text, parts = language
     tower_folder, tower, spare = vision
@@ -424,15 +441,13 @@ def _joined(
         for name in wanted
         if name.startswith(("language_model.", "lm_head."))
     }
-    tensor_files.match(
-        text_folder, text, {heard[name]: wanted[name] for name in heard}, unused.constants(text)
-    )
-    tensor_files.match(tower_folder, tower, {seen[name]: wanted[name] for name in seen}, spare)
+    check_tensors(text_folder, text, {heard[name]: wanted[name] for name in heard}, unused.constants(text))
+    check_tensors(tower_folder, tower, {seen[name]: wanted[name] for name in seen}, spare)
     return {name: text[heard[name]] for name in heard} | {name: tower[seen[name]] for name in seen}
 
 
 def _same_mask(folder: Path, config: PerceptionDLMConfig) -> None:
-    said = tensor_files.read_json(folder / "config.json").get("mask_token_id", config.mask_token_id)
+    said = weights.read_json(folder / "config.json").get("mask_token_id", config.mask_token_id)
     if said != config.mask_token_id:
         raise ConfigError(
             f"{folder}: config.json says mask_token_id {said}, its tokenizer {config.mask_token_id}"
@@ -442,25 +457,25 @@ def _same_mask(folder: Path, config: PerceptionDLMConfig) -> None:
 def _max_tiles(folder: Path) -> int:
     """Of an image; the original keeps it with its processor."""
     for name in ("processor_config.json", "preprocessor_config.json"):
-        said = tensor_files.read_json(folder / name).get("max_sub_img") if (folder / name).is_file() else None
+        said = weights.read_json(folder / name).get("max_sub_img") if (folder / name).is_file() else None
         if said:
             return int(said)
     return PerceptionDLMConfig.max_tiles
 
 
-def _entry(found: Mapping[str, Entry], name: str, folder: Path) -> Entry:
+def _entry(found: Mapping[str, LazyTensor], name: str, folder: Path) -> LazyTensor:
     if name not in found or not found[name].shape:
         raise ConfigError(f"{folder}: missing: {name}; download it again, or name the right model's folder")
     return found[name]
 
 
-def _size(*tables: Mapping[str, Entry]) -> int:
+def _size(*tables: Mapping[str, LazyTensor]) -> int:
     return sum(entry.num_bytes for entries in tables for entry in entries.values())
 
 
 def _copy(source: Path, target: Path) -> None:
     """All small files of a checkpoint: all but tensors, their index, and what is hidden."""
     for file in sorted(source.iterdir()):
-        weighty = file.suffix == ".safetensors" or file.name == INDEX
+        weighty = file.suffix == ".safetensors" or file.name == weights.INDEX
         if file.is_file() and not file.name.startswith(".") and not weighty:
             shutil.copyfile(file, target / file.name)

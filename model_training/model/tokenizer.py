@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipeline.io import tensor_files
+from ...pipeline.io import weights
 from ...schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
         for name in _FILES:
             if (folder / name).is_file():
                 Path(bare, name).symlink_to((folder / name).resolve())
-        settings = tensor_files.read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
+        settings = weights.read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
         kept = {key: value for key, value in settings.items() if key not in _CODE}
-        tensor_files.write_json(Path(bare, _SETTINGS), kept)
+        weights.write_json(Path(bare, _SETTINGS), kept)
         try:
             return PreTrainedTokenizerFast.from_pretrained(bare)
         except Exception as error:  # tokenizers raises bare Exceptions

@@ -1,14 +1,11 @@
-"""Checkpoints as tables of tensors: read one by one, written in bounded files, whole or not at all."""
+"""The tensors of checkpoints: listed, checked and written one at a time, so that none is whole in memory."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,37 +19,56 @@ if TYPE_CHECKING:
 SHARD_BYTES = 4 << 30
 """Largest file, unless a tensor alone is larger."""
 
-INDEX = "model.safetensors.index.json"
-
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of weights, as safetensors and torch call them."""
 
+_INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_ABANDONED_S = 6 * 3600
-"""A temporary folder untouched for this long belongs to nobody."""
+
+Shape = tuple[int, ...]
 
 
-class Entry(NamedTuple):
-    """A tensor that is not in memory.
+class LazyTensor(NamedTuple):
+    """A tensor that is not in memory yet.
 
     Attributes:
-        dtype: as safetensors calls it.
+        dtype: its type, as safetensors calls it.
         shape: its sizes.
         load: reads or makes it.
+        file: where it lies; None if it is made.
     """
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     load: Callable[[], torch.Tensor]
+    file: Path | None = None
 
     @property
     def num_bytes(self) -> int:
-        """On disk."""
+        """On disk.
+
+        Raises:
+            ConfigError: its type is not one that is copied.
+        """
+        if self.dtype not in _BYTES:
+            raise ConfigError(f"{self.file}: tensors are {self.dtype}; convert them to bfloat16 first")
         return math.prod(self.shape) * _BYTES[self.dtype]
 
 
-def table(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint's folder by name, by its index if it has one.
+def from_torch(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> LazyTensor:
+    """A tensor in memory as one to check or write; it is converted to `dtype` only when it is written."""
+    dtype = dtype or tensor.dtype
+    return LazyTensor(dtype_name(dtype), tuple(tensor.shape), lambda: tensor.to(dtype))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a type of torch."""
+    names = {f"torch.{torch_name}": name for name, torch_name in (FLOATS | _INTEGERS).items()}
+    return names[str(dtype)]
+
+
+def list_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """Every tensor of a checkpoint's folder by name, from the files' headers. An index is followed.
 
     Raises:
         ConfigError: a file is missing or broken, lacks a tensor that the index puts there, or holds one that
@@ -60,7 +76,7 @@ def table(folder: Path) -> dict[str, Entry]:
     """
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, Entry] = {}
+    found: dict[str, LazyTensor] = {}
     for path in weights.safetensors_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -68,163 +84,105 @@ def table(folder: Path) -> dict[str, Entry]:
                     if name in found:
                         raise ConfigError(f"{path}: {name} is in another file of the folder too; remove one")
                     part = file.get_slice(name)
-                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                    if dtype not in _BYTES:
-                        raise ConfigError(
-                            f"{path}: {name} is {dtype}; convert the checkpoint to bfloat16 first"
-                        )
-                    found[name] = Entry(dtype, shape, partial(_load, path, name))
+                    load = partial(_load, path, name)
+                    found[name] = LazyTensor(part.get_dtype(), tuple(part.get_shape()), load, path)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not a sound safetensors file ({error}); download it again") from error
-    index = folder / INDEX
-    promised = read_json(index)["weight_map"] if index.is_file() else found
+    index = folder / weights.INDEX
+    promised = weights.read_json(index)["weight_map"] if index.is_file() else found
     if absent := sorted(set(promised) - set(found)):
         raise ConfigError(f"{index}: names {_some(absent)}, which no file holds; download it again")
     return found
 
 
-def match(
-    folder: Path,
-    found: Mapping[str, Entry],
-    wanted: Mapping[str, tuple[int, ...]],
-    spare: Mapping[str, tuple[int, ...] | None],
+def check_tensors(
+    where: Path,
+    found: Mapping[str, LazyTensor],
+    wanted: Mapping[str, Shape],
+    allowed: Mapping[str, Shape | None] | None = None,
 ) -> None:
-    """Check that a folder holds every tensor that is wanted, and nothing unknown.
+    """Check that a checkpoint holds every tensor that its configuration asks for, and nothing unknown.
 
     Args:
-        folder: named in the error.
+        where: the checkpoint's folder or file, named in the error.
         found: its tensors.
-        wanted: what must be there, with shapes; floating point numbers.
-        spare: what may be there; None: in any shape.
+        wanted: name and shape of every tensor that must be there, in floating point numbers.
+        allowed: name and shape of what may be there too; a shape of None allows any.
 
     Raises:
-        ConfigError: names the missing, unexpected and unfit tensors.
+        ConfigError: names the missing and the unexpected tensors and those of a wrong shape or type, with
+            their files.
     """
-    problems = []
-    if missing := sorted(set(wanted) - set(found)):
-        problems.append(f"missing: {_some(missing)}")
-    if unexpected := sorted(set(found) - set(wanted) - set(spare)):
-        problems.append(f"unexpected: {_some(unexpected)}")
-    unfit = []
-    for name, entry in found.items():
-        shape = wanted.get(name) or spare.get(name)
-        if shape is not None and entry.shape != shape:
-            unfit.append(f"{name} is {_sizes(entry.shape)}, not {_sizes(shape)}")
-        elif name in wanted and entry.dtype not in FLOATS:
-            unfit.append(f"{name} is {entry.dtype}, not a floating point number")
-    if unfit:
-        problems.append(f"unfit: {_some(sorted(unfit))}")
-    if problems:
+    allowed = allowed or {}
+    unexpected, wrong = [], []
+    for name, tensor in sorted(found.items()):
+        place = f" ({tensor.file.name})" if tensor.file else ""
+        shape = wanted[name] if name in wanted else allowed.get(name)
+        if name not in wanted and name not in allowed:
+            unexpected.append(name + place)
+        elif shape is not None and tensor.shape != shape:
+            wrong.append(f"{name} is {_sizes(tensor.shape)}, not {_sizes(shape)}{place}")
+        elif name in wanted and tensor.dtype not in FLOATS:
+            wrong.append(f"{name} is {tensor.dtype}, not a floating point type{place}")
+    missing = sorted(set(wanted) - set(found))
+    problems = {"missing": missing, "unexpected": unexpected, "wrong": wrong}
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_some(names)}" for what, names in problems.items() if names)
         raise ConfigError(
-            f"{folder}: its tensors are not those of its config.json; {'; '.join(problems)}; download it "
-            "again, or name the folder of the right model"
+            f"{where}: its tensors are not those that its configuration describes; {listed}; download the "
+            "checkpoint again, or name the right one"
         )
 
 
-def write(folder: Path, entries: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES) -> int:
-    """Write tensors one at a time into numbered safetensors with an index; flushed to the disk.
+def write_tensors(
+    folder: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int = SHARD_BYTES, by_name: bool = False
+) -> int:
+    """Write tensors one at a time into numbered safetensors files with an index; flushed to the disk.
 
     Args:
-        folder: there already.
-        entries: by name, in this order.
-        shard_bytes: of a file at most, unless one tensor alone is larger.
+        folder: an existing one.
+        tensors: by name; files are filled in this order.
+        shard_bytes: largest file, unless one tensor alone is larger.
+        by_name: sort the tensors within a file by name, as safetensors' own writer does.
 
     Returns:
         Bytes of the tensors.
     """
-    shards: list[dict[str, Entry]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     held = 0
-    for name, entry in entries.items():
-        if shards[-1] and held + entry.num_bytes > shard_bytes:
+    for name, tensor in tensors.items():
+        if shards[-1] and held + tensor.num_bytes > shard_bytes:
             shards.append({})
             held = 0
-        shards[-1][name] = entry
-        held += entry.num_bytes
+        shards[-1][name] = tensor
+        held += tensor.num_bytes
     places = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, shard)
+        write_file(folder / file, dict(sorted(shard.items())) if by_name else shard)
         places |= dict.fromkeys(shard, file)
-    total = sum(entry.num_bytes for entry in entries.values())
-    write_json(
-        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    )
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    weights.write_json(folder / weights.INDEX, index)
     return total
 
 
-@contextmanager
-def appearing(target: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary folder that gets the target's name when the block ends; none is left if it fails.
+def write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write tensors one at a time into one safetensors file; flushed to the disk.
 
-    Args:
-        target: not there yet, or empty.
-        num_bytes: that will be written, more or less.
-
-    Raises:
-        ConfigError: the target is there, cannot be written, or its disk has not as much room.
+    The file is the length of the header, the header, and the tensors, in the given order but for their types:
+    the widest come first, so that all are aligned.
     """
-    refuse_taken(target)
-    partial_folder = target.parent / f".{target.name}.{os.uname().nodename}-{os.getpid()}.partial"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(target)
-        free = shutil.disk_usage(target.parent).free
-        if free < num_bytes:
-            raise ConfigError(f"{target}: {num_bytes:,} bytes to write, but only {free:,} are free there")
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir()
-        yield partial_folder
-        for path in [*partial_folder.rglob("*"), partial_folder]:
-            _sync(path)
-        partial_folder.rename(target)
-        _sync(target.parent)
-    except OSError as error:
-        raise ConfigError(f"{target}: the checkpoint cannot be written there: {error}") from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-
-
-def refuse_taken(target: Path) -> None:
-    """Raises ConfigError if there is something under this name already, but for an empty folder."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target}: is there already; move it away, or name another folder with --to")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ConfigError if the file is no sound JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not to be read as JSON: {error}; download it again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds no JSON object; download it again")
-    return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _load(path: Path, name: str) -> torch.Tensor:
-    """Opened for each tensor anew: what was mapped for the last one does not stay in memory."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
-
-
-def _write_shard(path: Path, shard: Mapping[str, Entry]) -> None:
-    """One file: length of the header, header, tensors. The widest types come first: all are then aligned."""
     import torch
 
-    order = sorted(shard, key=lambda name: -_BYTES[shard[name].dtype])
+    order = sorted(tensors, key=lambda name: -_BYTES[tensors[name].dtype])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        start, end = end, end + shard[name].num_bytes
+        start, end = end, end + tensors[name].num_bytes
         header[name] = {
-            "dtype": shard[name].dtype,
-            "shape": list(shard[name].shape),
+            "dtype": tensors[name].dtype,
+            "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -232,27 +190,21 @@ def _write_shard(path: Path, shard: Mapping[str, Entry]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = shard[name].load()
+            tensor = tensors[name].load()
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            assert flat.numel() == shard[name].num_bytes, name
+            assert flat.numel() == tensors[name].num_bytes, name
             file.write(flat.numpy().data)
             del tensor, flat
         file.flush()
         os.fsync(file.fileno())
 
 
-def _clear_abandoned(target: Path) -> None:
-    for left in target.parent.glob(f".{target.name}.*.partial"):
-        if time.time() - left.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(left, ignore_errors=True)
+def _load(path: Path, name: str) -> torch.Tensor:
+    """One tensor. The file is opened anew for each: what was mapped for the last one leaves the memory."""
+    from safetensors import safe_open
 
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _some(names: list[str]) -> str:
@@ -260,5 +212,5 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def _sizes(shape: tuple[int, ...]) -> str:
+def _sizes(shape: Shape) -> str:
     return "x".join(map(str, shape)) or "a scalar"

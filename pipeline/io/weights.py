@@ -1,20 +1,20 @@
-"""Checkpoints on disk: what they are called, that nothing in them is executed, and reading their tensors."""
+"""Checkpoints on disk: their folder, that nothing in them is executed, and what identifies them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...schemas.errors import ConfigError
 
-if TYPE_CHECKING:
-    import torch
-
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 """Endings of files whose usual reader runs code. The publisher's `training_args.bin` is one too."""
+
+INDEX = "model.safetensors.index.json"
+"""Says which tensor lies in which of a checkpoint's files."""
 
 _WHOLE_BYTES = 8 << 20
 _SAMPLES = 64
@@ -29,7 +29,7 @@ def folder(path: str | Path, what: str) -> Path:
         what: names the option in the error, such as "judge.options.model".
 
     Raises:
-        ConfigError: no such folder, no config.json, no safetensors, or a pickle; names the file and the mend.
+        ConfigError: no such folder, no config.json, no safetensors, or a pickle; names the file.
     """
     found = Path(path)
     if not (found / "config.json").is_file():
@@ -53,10 +53,9 @@ def safetensors_files(folder: Path) -> list[Path]:
     Raises:
         ConfigError: there is none, or one that the index names is missing.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        found = [folder / name for name in names]
+        found = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     else:
         found = sorted(folder.glob("*.safetensors"))
     missing = [path for path in found if not path.is_file()]
@@ -67,15 +66,26 @@ def safetensors_files(folder: Path) -> list[Path]:
     return found
 
 
-def read(folder: Path, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor whose name starts with `prefix`, mapped from the file, one at a time."""
-    from safetensors import safe_open
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint.
 
-    for path in safetensors_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name.startswith(prefix):
-                    yield name, file.get_tensor(name)
+    Raises:
+        ConfigError: it is missing, or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: not there; download the whole checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}; download it again") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a JSON object; download it again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any], sort_keys: bool = False) -> None:
+    """Write a JSON file of a checkpoint, indented for people."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
 def identity(path: str | Path) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import Meta
 
 from ...schemas.errors import ConfigError
-from ..io import weights
+from ..io import tensor_files, weights
 from .batching import Batches
 from .masks import find_device, products_in, to_candidates
 from .options import read_options
@@ -329,11 +329,10 @@ def build(tensors: Mapping[str, torch.Tensor], path: Path) -> Sam:
         )
     sam.pixel_mean = torch.tensor(PIXEL_MEAN).view(-1, 1, 1)
     sam.pixel_std = torch.tensor(PIXEL_STD).view(-1, 1, 1)
-    try:
-        sam.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        told = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{path}: does not fit SAM {shape.name}: {told}; download it again") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in sam.state_dict().items()}
+    found = {name: tensor_files.from_torch(tensor) for name, tensor in tensors.items()}
+    tensor_files.check_tensors(path, found, wanted)
+    sam.load_state_dict(tensors, assign=True)
     return sam
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import Meta
 
 from ...schemas.errors import ConfigError
-from ..io import weights
+from ..io import tensor_files, weights
 from .batching import Batches
 from .masks import find_device, products_in, to_candidates
 from .options import read_options
@@ -250,9 +250,8 @@ def _processor(folder: Path, config: Any) -> Any:
 
 
 def _check_tensors(folder: Path) -> Any:
-    """Compare the files' names and shapes with the configuration's; returns the model without weights."""
+    """Check the tensors that the image model needs; returns the model without weights."""
     import torch
-    from safetensors import SafetensorError, safe_open
     from transformers import Sam3Config, Sam3Model
 
     try:
@@ -261,22 +260,10 @@ def _check_tensors(folder: Path) -> Any:
             model = Sam3Model(config)
     except Exception as error:  # strict configurations raise errors of many types
         raise ConfigError(f"{folder / 'config.json'}: {_first_line(error)}; download it again") from error
-    there: dict[str, tuple[int, ...]] = {}
-    for path in weights.safetensors_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not whole ({error}); download it again") from error
-        there |= {name.removeprefix(PREFIX): shape for name, shape in names.items()}
-    for name, tensor in model.named_parameters():
-        shape = there.get(name)
-        if shape != tuple(tensor.shape):
-            has = "is missing" if shape is None else f"has shape {list(shape)}"
-            raise ConfigError(
-                f"{folder}: tensor {name} {has}, config.json asks for {list(tensor.shape)}; "
-                "the files are not of one checkpoint: download it again"
-            )
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    stored = tensor_files.list_tensors(folder)
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
+    tensor_files.check_tensors(folder, {name: found[name] for name in wanted if name in found}, wanted)
     return model
 
 

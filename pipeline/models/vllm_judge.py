@@ -22,7 +22,8 @@ from msgspec import Meta
 
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
-from ..io import weights
+from ..io import tensor_files, weights
+from ..io.tensor_files import LazyTensor
 from . import prompts
 from .logprob_margin import ChoiceTokens
 from .options import read_options
@@ -310,18 +311,10 @@ def _tokenizer(folder: Path) -> Any:
 def _check_tensors(folder: Path, given: VllmOptions, notes: list[str]) -> Checked:
     """Compare the files' tensors with the configuration's, without loading them."""
     import torch
-    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    there: dict[str, tuple[int, ...]] = {}
-    num_bytes = 0
-    for path in weights.safetensors_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                there |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            num_bytes += path.stat().st_size
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not whole ({error}); download it again") from error
+    stored = tensor_files.list_tensors(folder)
+    num_bytes = sum(file.stat().st_size for file in weights.safetensors_files(folder))
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -330,7 +323,7 @@ def _check_tensors(folder: Path, given: VllmOptions, notes: list[str]) -> Checke
         else:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            _compare(folder, model, there)
+            _compare(folder, model, stored)
             size = 4 if given.engine.get("dtype") == "float32" else 2
             num_bytes = size * sum(parameter.numel() for parameter in model.parameters())
     except ConfigError:
@@ -348,14 +341,10 @@ def _check_tensors(folder: Path, given: VllmOptions, notes: list[str]) -> Checke
     return Checked(what, num_bytes, notes)
 
 
-def _compare(folder: Path, model: Any, there: dict[str, tuple[int, ...]]) -> None:
+def _compare(folder: Path, model: Any, stored: dict[str, LazyTensor]) -> None:
+    """Check the tensors that the model needs. Tied ones may be missing; what it does not need is not read."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shape = there.get(name)
-        if shape == tuple(parameter.shape) or (shape is None and name in tied):
-            continue
-        has = "is missing" if shape is None else f"has shape {list(shape)}"
-        raise ConfigError(
-            f"{folder}: tensor {name} {has}, config.json asks for {list(parameter.shape)}; "
-            "the files are not of one checkpoint: download it again"
-        )
+    parameters = model.named_parameters(remove_duplicate=False)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
+    wanted = {name: shape for name, shape in shapes.items() if name in stored or name not in tied}
+    tensor_files.check_tensors(folder, {name: stored[name] for name in wanted if name in stored}, wanted)

@@ -147,10 +147,10 @@ class GarCaptioner:
         _model_len(given, config, prompts)
         found = checkpoint.check_tensors(config)
         num_bytes = 0
-        for name, head in found.items():
+        for name, tensor in found.items():
             twice = name == f"{checkpoint.LANGUAGE}embed_tokens.weight"  # beside the tower, and in vLLM
-            size = _SIZES[given.dtype] if given.dtype else checkpoint.BYTES[head.dtype]
-            num_bytes += math.prod(head.shape) * size * (1 + twice)
+            size = math.prod(tensor.shape) * _SIZES[given.dtype] if given.dtype else tensor.num_bytes
+            num_bytes += size * (1 + twice)
         target = Path(given.language_model) if given.language_model else export.default_folder(given.model)
         notes = list(config.notes)
         if not export.is_done(target, export.record_of(config)):

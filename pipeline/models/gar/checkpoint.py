@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....schemas.errors import ConfigError
-from ...io import weights
+from ...io import tensor_files, weights
+from ...io.tensor_files import LazyTensor
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +18,6 @@ PROJECTOR = "mllm.model.multi_modal_projector."
 LANGUAGE = "mllm.model.language_model."
 HEAD = "mllm.lm_head.weight"
 MASK_WEIGHT = "mask_patch_embedding.weight"
-
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes per number of the dtypes that safetensors headers name and a GAR checkpoint may have."""
 
 
 class _Tower(NamedTuple):
@@ -113,7 +110,7 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
     """
     folder = weights.folder(model, what)
     path = folder / "config.json"
-    config = _json(path)
+    config = weights.read_json(path)
     if config.get("model_type") != "GAR":
         raise ConfigError(
             f"{path}: model_type is {config.get('model_type')!r}, not 'GAR'; give {what} a GAR checkpoint, "
@@ -132,7 +129,7 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
             f"we only know {sorted(_MODEL_ARGS)}; use a published GAR checkpoint, or extend {__name__}"
         )
     processor_path = folder / "preprocessor_config.json"
-    processor = _json(processor_path)
+    processor = weights.read_json(processor_path)
     tile = int(_get(processor, "tile_size", processor_path))
     found = GarConfig(
         folder=folder,
@@ -156,86 +153,35 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
     return found
 
 
-class Header(NamedTuple):
-    """A tensor as the file's header describes it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-
-
-def headers(folder: Path) -> dict[str, Header]:
-    """Names, shapes and dtypes of all tensors, from the files' headers alone.
-
-    Raises:
-        ConfigError: a file is no safetensors file, or cut short.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    for path in weights.safetensors_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    tensor = file.get_slice(name)
-                    found[name] = Header(tuple(tensor.get_shape()), tensor.get_dtype(), path)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: {error}; download it again") from error
-    return found
-
-
-def check_tensors(config: GarConfig) -> dict[str, Header]:
-    """Every tensor is there in the shape that the config says, and no other one.
+def check_tensors(config: GarConfig) -> dict[str, LazyTensor]:
+    """Check that every tensor is there in the shape that the config says, and no other one.
 
     Returns:
-        The headers, without tables that we compute ourselves.
+        The tensors by name, without tables that we compute ourselves.
 
     Raises:
-        ConfigError: names the file, the tensor and the mend.
+        ConfigError: names the folder, the tensors and their files.
     """
-    found = {name: head for name, head in headers(config.folder).items() if not name.endswith(_BUFFERS)}
+    stored = tensor_files.list_tensors(config.folder)
+    found = {name: tensor for name, tensor in stored.items() if not name.endswith(_BUFFERS)}
     wanted = _shapes(config, found)
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        raise ConfigError(
-            f"{config.folder}: no tensor {missing[0]} ({len(missing)} of {len(wanted)} are missing) in "
-            f"{_names(found.values())}; download the checkpoint again"
-        )
-    unknown = sorted(set(found) - set(wanted) - {HEAD})
-    if unknown:
-        raise ConfigError(
-            f"{found[unknown[0]].file}: tensor {unknown[0]} ({len(unknown)} such) has no place in the model "
-            "that config.json describes; use the config.json that came with these weights"
-        )
-    for name, shape in wanted.items():
-        head = found[name]
-        if head.shape != shape:
-            raise ConfigError(
-                f"{head.file}: {name} has shape {list(head.shape)}, config.json says {list(shape)}; use the "
-                "config.json that came with these weights"
-            )
-        if head.dtype not in BYTES:
-            raise ConfigError(
-                f"{head.file}: {name} is stored as {head.dtype}, not one of {sorted(BYTES)}; "
-                "quantised weights are not supported"
-            )
+    tensor_files.check_tensors(config.folder, found, wanted, {HEAD: None})
     return found
 
 
 def load_into(module: torch.nn.Module, prefix: str, config: GarConfig, dtype: Any, device: str) -> None:
     """Fill a module built on the meta device with the checkpoint's tensors below `prefix`."""
     state = {
-        name.removeprefix(prefix): tensor.to(device=device, dtype=dtype)
-        for name, tensor in weights.read(config.folder, prefix)
-        if not name.endswith(_BUFFERS)
+        name.removeprefix(prefix): tensor.load().to(device=device, dtype=dtype)
+        for name, tensor in tensor_files.list_tensors(config.folder).items()
+        if name.startswith(prefix) and not name.endswith(_BUFFERS)
     }
     module.load_state_dict(state, strict=True, assign=True)
 
 
 def tensor(config: GarConfig, name: str, dtype: Any, device: str) -> torch.Tensor:
     """One tensor of the checkpoint by its full name."""
-    found = [tensor for found, tensor in weights.read(config.folder, name) if found == name]
-    return found[0].to(device=device, dtype=dtype)
+    return tensor_files.list_tensors(config.folder)[name].load().to(device=device, dtype=dtype)
 
 
 def _refuse_others(found: GarConfig, config: dict[str, Any], processor: dict[str, Any]) -> None:
@@ -269,7 +215,7 @@ def _refuse_others(found: GarConfig, config: dict[str, Any], processor: dict[str
         raise ConfigError(f"{path}: {len(found.crop_tokens)} crop_tokens_ids, {found.prompt_numbers} prompts")
 
 
-def _shapes(config: GarConfig, found: Mapping[str, Header]) -> dict[str, tuple[int, ...]]:
+def _shapes(config: GarConfig, found: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor. The width of the tower's MLP is nowhere in the config: block 0 decides."""
     width, hidden, text = config.width, config.hidden, config.text
     first = found.get(f"{TOWER}blocks.0.mlp.fc1.bias")
@@ -321,22 +267,6 @@ def _dtype(config: dict[str, Any], text: dict[str, Any]) -> str:
             if where.get(field):
                 return str(where[field])
     return "bfloat16"
-
-
-def _names(found: Iterable[Header]) -> str:
-    return ", ".join(sorted({head.file.name for head in found})) or "its files"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: not there; download the whole checkpoint") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: not a JSON object; download it again")
-    return found
 
 
 def _get(values: dict[str, Any], field: str, path: Path) -> Any:

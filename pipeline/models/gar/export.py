@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ....schemas.errors import ConfigError
-from ...io import weights
+from ...io import files, tensor_files, weights
+from ...io.tensor_files import LazyTensor
 from . import checkpoint
 from .checkpoint import GarConfig
-
-if TYPE_CHECKING:
-    import torch
 
 VERSION = 1
 """Of what is written; another one makes exports stale."""
 
 RECORD = "export.json"
 """Says what the folder was made from. Written into it before it gets its name, so it is never without."""
-
-SHARD_BYTES = 4 << 30
-"""Largest file; also about the memory that an export needs."""
-
-_ABANDONED_S = 6 * 3600
-"""A temporary folder untouched for this long belongs to nobody."""
 
 
 def default_folder(model: str | Path) -> Path:
@@ -105,88 +94,33 @@ def is_done(target: Path, record: dict[str, Any]) -> bool:
 
 
 def _export(config: GarConfig, target: Path, record: dict[str, Any]) -> None:
-    for left in target.parent.glob(f".{target.name}.*.partial"):
-        if time.time() - left.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(left, ignore_errors=True)
-    partial = target.parent / f".{target.name}.{os.uname().nodename}-{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    """Write the export, unless another node has done so meanwhile."""
     try:
-        tied = _write_weights(config, partial)
-        _write_json(partial / "config.json", _llama_config(config, tied))
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        _write_json(partial / RECORD, {**record, "files": sizes})
-        for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
-        _swap(partial, target, record)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(partial: Path, target: Path, record: dict[str, Any]) -> None:
-    """Give the folder its name, unless another node was first.
-
-    A stale export goes out of the way before: a folder cannot be replaced.
-    """
-    if is_done(target, record):
-        return
-    if target.exists():
-        stale = target.parent / f"{partial.name.removesuffix('.partial')}.stale.partial"
-        shutil.rmtree(stale, ignore_errors=True)
-        target.rename(stale)
-        shutil.rmtree(stale, ignore_errors=True)
-    try:
-        partial.rename(target)
+        with files.write_folder_atomic(target, replace=True) as folder:
+            tensors = _language_model(config)
+            tensor_files.write_tensors(folder, tensors, by_name=True)
+            llama = _llama_config(config, tied="lm_head.weight" not in tensors)
+            weights.write_json(folder / "config.json", llama, sort_keys=True)
+            sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+            weights.write_json(folder / RECORD, {**record, "files": sizes}, sort_keys=True)
+            if is_done(target, record):
+                raise FileExistsError(target)  # the folder in use there is not replaced
     except OSError:
-        if not is_done(target, record):  # another node came between
+        if not is_done(target, record):
             raise
 
 
-def _write_weights(config: GarConfig, folder: Path) -> bool:
-    """Write the tensors in files of at most `SHARD_BYTES`, or one tensor; whether the head is tied."""
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-    num_bytes = 0
-    total = 0
-    tied = True
-
-    def flush() -> None:
-        nonlocal num_bytes
-        shards.append(list(held))
-        save_file(held, folder / f"part-{len(shards):05d}.safetensors", metadata={"format": "pt"})
-        held.clear()
-        num_bytes = 0
-
-    for name, tensor in _tensors(config):
-        size = tensor.numel() * tensor.element_size()
-        if held and num_bytes + size > SHARD_BYTES:
-            flush()
-        held[name] = tensor
-        num_bytes += size
-        total += size
-        tied = tied and name != "lm_head.weight"
-    flush()
-    names = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{number:05d}.safetensors").rename(folder / file)
-        names |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
-    return tied
-
-
-def _tensors(config: GarConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name as Llama has it, tensor) of the language model."""
-    for name, tensor in weights.read(config.folder, checkpoint.LANGUAGE):
-        if "rotary_emb" not in name:
-            yield "model." + name.removeprefix(checkpoint.LANGUAGE), tensor
-    for _, tensor in weights.read(config.folder, checkpoint.HEAD):
-        yield "lm_head.weight", tensor
+def _language_model(config: GarConfig) -> dict[str, LazyTensor]:
+    """The language model's tensors under Llama's names."""
+    stored = tensor_files.list_tensors(config.folder)
+    found = {
+        "model." + name.removeprefix(checkpoint.LANGUAGE): tensor
+        for name, tensor in stored.items()
+        if name.startswith(checkpoint.LANGUAGE) and "rotary_emb" not in name
+    }
+    if checkpoint.HEAD in stored:
+        found["lm_head.weight"] = stored[checkpoint.HEAD]
+    return found
 
 
 def _llama_config(config: GarConfig, tied: bool) -> dict[str, Any]:
@@ -208,15 +142,3 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

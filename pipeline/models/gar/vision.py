@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...io import tensor_files
 from . import checkpoint
 from .checkpoint import GarConfig
 
@@ -154,7 +155,7 @@ def rope_tables(config: GarConfig) -> tuple[Tensor, Tensor]:
 def load_vision(config: GarConfig, dtype: torch.dtype, device: str) -> Vision:
     """The checkpoint's vision side, in `dtype` on `device`; its tensors were checked before."""
     with torch.device("meta"):
-        inner = checkpoint.headers(config.folder)[f"{checkpoint.TOWER}blocks.0.mlp.fc1.bias"].shape[0]
+        inner = tensor_files.list_tensors(config.folder)[f"{checkpoint.TOWER}blocks.0.mlp.fc1.bias"].shape[0]
         vision = Vision(config, inner)
     vision.cos_pk, vision.sin_pk = (table.to(device) for table in rope_tables(config))
     checkpoint.load_into(vision.tower, checkpoint.TOWER, config, dtype, device)

@@ -21,7 +21,7 @@ from paracaption.model_training.convert import published as convert
 from paracaption.model_training.model import processor as processing
 from paracaption.model_training.model import tokenizer
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.pipeline.io import tensor_files
+from paracaption.pipeline.io import tensor_files, weights
 from paracaption.schemas.errors import ConfigError
 from tests.shared_data import recorded
 from tests.tiny import perceptiondlm as tiny
@@ -50,7 +50,7 @@ def siglip(tmp_path_factory) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: entry.load() for name, entry in tensor_files.table(folder).items()}
+    return {name: entry.load() for name, entry in tensor_files.list_tensors(folder).items()}
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -264,11 +264,11 @@ def test_broken_files_are_errors_that_name_them(published, ours, tmp_path):
     parts = [shutil.copytree(ours, tmp_path / name) for name in ("shard", "promise", "twice")]
     (parts[0] / "model-00002-of-00004.safetensors").unlink()
     refused(parts[0], "model-00002-of-00004.safetensors: not there")
-    index = json.loads((parts[1] / tensor_files.INDEX).read_text())
+    index = json.loads((parts[1] / weights.INDEX).read_text())
     index["weight_map"]["lost.weight"] = "model-00001-of-00004.safetensors"
-    (parts[1] / tensor_files.INDEX).write_text(json.dumps(index))
+    (parts[1] / weights.INDEX).write_text(json.dumps(index))
     refused(parts[1], "names lost.weight, which no file holds")
-    (parts[2] / tensor_files.INDEX).unlink()
+    (parts[2] / weights.INDEX).unlink()
     shutil.copyfile(parts[2] / "model-00001-of-00004.safetensors", parts[2] / "model.safetensors")
     refused(parts[2], "is in another file of the folder too")
 
@@ -280,7 +280,7 @@ def test_broken_files_are_errors_that_name_them(published, ours, tmp_path):
     refused(pickled, "training_args.bin: a pickle")
     garbled = copied(published, tmp_path / "garbled")
     (garbled / "config.json").write_text("{")
-    refused(garbled, "config.json: not to be read as JSON")
+    refused(garbled, "config.json: cannot be read as JSON")
 
 
 def test_a_target_that_is_there_is_left_alone_unless_it_is_empty(published, tmp_path):
@@ -295,7 +295,7 @@ def test_a_target_that_is_there_is_left_alone_unless_it_is_empty(published, tmp_
 
 
 def test_a_disk_without_room_is_an_error_before_anything_is_written(published, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ConfigError, match="1,157,768 bytes to write, but only 1 are free"):
         convert.convert(published, tmp_path / "to")
     assert not list(tmp_path.iterdir())
@@ -366,7 +366,7 @@ def test_the_unused_folder_of_another_model_is_refused(ours, siglip, tmp_path):
     (model / "unused" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="it is another model's"):
         convert.convert(model, tmp_path / "back")
-    (model / "unused" / tensor_files.INDEX).unlink()
+    (model / "unused" / weights.INDEX).unlink()
     with pytest.raises(ConfigError, match="not there, or not whole"):
         convert.convert(model, tmp_path / "back")
 

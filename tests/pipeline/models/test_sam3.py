@@ -267,18 +267,16 @@ def test_a_missing_or_misshapen_tensor_is_named(copy):
     tensors = load_file(copy / "model.safetensors")
     name = "detector_model.detr_decoder.query_embed.weight"
     save_file({**tensors, name: torch.zeros(3, 32)}, copy / "model.safetensors")
-    refused(
-        copy, r"tensor detr_decoder.query_embed.weight has shape \[3, 32\], config.json asks for \[12, 32\]"
-    )
+    refused(copy, r"wrong: detr_decoder.query_embed.weight is 3x32, not 12x32 \(model.safetensors\)")
     del tensors[name]
     save_file(tensors, copy / "model.safetensors")
-    refused(copy, r"tensor detr_decoder.query_embed.weight is missing")
+    refused(copy, "missing: detr_decoder.query_embed.weight")
 
 
 def test_a_cut_file_is_named(copy):
     whole = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused(copy, "model.safetensors: not whole")
+    refused(copy, "model.safetensors: not a sound safetensors file")
 
 
 def test_another_models_folder_is_named(copy):
