@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .reasons import Reason
 
 
@@ -82,3 +84,16 @@ class BadSample(IntegrityError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line: ours as it is, any other with its type and the line of its text that says most.
+
+    Ray wraps the error of an actor in pages of traceback, in which the last line of the form `Error: ...` is
+    the error itself.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, ParaCaptionError):
+        return " ".join(lines)
+    causes = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*:", line)]
+    return f"{type(error).__name__}: {(causes or lines or [''])[-1]}"

@@ -58,12 +58,12 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
-        from ...pipeline.executor import findings
+        from ...pipeline.executor import packages
 
-        if error.name is None or error.name.partition(".")[0] not in findings.MODULES:
+        name = (error.name or "").partition(".")[0]
+        if not packages.is_optional(name):
             raise
-        name = error.name.partition(".")[0]
-        print(f"error: {name} is not installed; {findings.how_to_install(name)}", file=sys.stderr)
+        print(f"error: {name} is not installed; {packages.how_to_install(name)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

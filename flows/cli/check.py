@@ -1,4 +1,4 @@
-"""The commands that look before a run: `config`, `audit`, `doctor`, `plan`."""
+"""The commands that look before a run: `config`, `audit`, `doctor`, `estimate`."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ def doctor(
         from .. import preflight
 
         loaded = config_file.load_training(config)
-        found = list(preflight.training(loaded, on_cluster=ray_address is not None))
+        found = list(preflight.check_training(loaded, on_cluster=ray_address is not None))
     elif evaluation:
         from .. import preflight
 
-        found = list(preflight.evaluation(config_file.load_evaluation(config)))
+        found = list(preflight.check_evaluation(config_file.load_evaluation(config)))
     else:
-        from ...pipeline.executor import doctor as examining
+        from ...pipeline.executor.doctor import examine_build
 
-        found = examining.examine(config_file.load_config(config), ray_address)
-    Console().print(findings.render(found))
+        found = examine_build(config_file.load_config(config), ray_address)
+    Console().print(findings.render_findings(found))
     raise typer.Exit(1 if any(each.state == findings.FAIL for each in found) else 0)
 
 

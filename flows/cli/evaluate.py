@@ -27,11 +27,11 @@ def evaluate(
     from rich.console import Console
 
     from ...pipeline.config_file import load_evaluation
-    from ...pipeline.executor import findings
+    from ...pipeline.executor.findings import refuse_failures
     from .. import launch, preflight
 
     loaded = load_evaluation(config)
-    findings.refuse(preflight.evaluation(loaded))
+    refuse_failures(preflight.check_evaluation(loaded))
     with counting_parts() as show:
         found = launch.evaluate(loaded, show)
     Console().print(_table(found))

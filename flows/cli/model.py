@@ -73,11 +73,12 @@ def train(
 ) -> None:
     """Train a model, or go on from the last checkpoint; `config` with --training prints every key."""
     from ...pipeline.config_file import load_training
-    from ...pipeline.executor import findings, ray_data
+    from ...pipeline.executor import ray_data
+    from ...pipeline.executor.findings import refuse_failures
     from .. import launch, preflight
 
     loaded = load_training(config)
-    findings.refuse(preflight.training(loaded, wait, on_cluster=ray_address is not None))
+    refuse_failures(preflight.check_training(loaded, wait, on_cluster=ray_address is not None))
     ray_data.check_address(ray_address)
     done = launch.train(loaded, ray_address, wait, TrainingView(loaded.log.every).show)
     print(f"{done['steps']:,} steps, {done['skipped']:,} of them skipped: {done['model']}")

@@ -8,7 +8,8 @@ from typing import Any
 
 from ...schemas.config import BuildConfig
 from ..config_file import load_config
-from . import Engine, driver, findings, preflight
+from . import Engine, driver, preflight
+from .findings import refuse_failures
 from .local import LocalEngine
 from .progress import Progress
 from .ray_data import RayEngine
@@ -74,11 +75,11 @@ def build_checked(config: BuildConfig, engine: Engine, run: Callable[..., Any], 
     if driver.is_finished(config, **asked):
         return False
     if not driver.is_built(config, **asked):
-        findings.refuse(preflight.examine(config))
+        refuse_failures(preflight.check_build(config))
         engine.check(config)
         models = driver.prepare(config, **asked)
         if not isinstance(engine, RayEngine) or engine.address is None:
-            findings.refuse(preflight.packages(config, models))
+            refuse_failures(preflight.check_packages(config, models))
     if driver.is_built(config, **asked):  # perhaps from other places than it was planned with
         driver.build(config, engine, **asked)
     else:

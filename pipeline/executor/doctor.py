@@ -1,8 +1,8 @@
-"""Looks at everything that a build needs before it starts, and tells all problems at once with their mends.
+"""Checks everything that a build needs before it starts, and reports all problems at once with their fixes.
 
-Nothing is loaded and nothing is built: packages by their metadata, checkpoints by their headers, sources by
-their lists. With a cluster's address a stage is looked at where it will run: on a node with a GPU if it asks
-for one, in its own `runtime_env`.
+Nothing is loaded and nothing is built: packages are read from their metadata, checkpoints from their headers,
+sources from their lists. With a cluster's address a stage is checked where it will run: on a node with a GPU
+if it asks for one, and in its own `runtime_env`.
 """
 
 from __future__ import annotations
@@ -14,277 +14,271 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from ...schemas.config import Backend, BuildConfig
-from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
-from ..corpus import work_list as plans
+from ...schemas.errors import ConfigError, IntegrityError, one_line
+from ..corpus import work_list
 from . import driver, gpus, ray_data
 from .estimate.pools import find_pools
-from .findings import (
-    FAIL,
-    OK,
-    WARN,
-    Finding,
-    packages,
-)
+from .findings import FAIL, OK, WARN, Finding, failed
 from .gpus import Gpu
-from .preflight import backend_packages, check, one_line, protocols, read_sources
+from .packages import check_backend_packages, check_python_and_base
+from .preflight import check_sources, inspect_backend, used_protocols
 
-if TYPE_CHECKING:
-    pass
+_WORKING_SHARE = 0.1
+"""The share of its memory budget that a stage should have for activations and caches, beside its weights."""
 
-_TIGHT = 0.1
-"""Of its budget a stage should have this much beside its weights: activations, caches."""
-_LOOK_S = 300.0
+_REMOTE_CHECK_S = 300.0
+"""How long a check on a node may take; a `runtime_env` is made in this time."""
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A machine of the cluster, or this one (`id` is then empty)."""
+    """A machine of the cluster, or this one (its `id` is then "")."""
 
     id: str
     host: str
     gpus: list[Gpu]
 
 
-def examine(config: BuildConfig, ray_address: str | None = None) -> list[Finding]:
-    """Every check, in the order in which a build would trip over them. Never raises for what it looks at.
+def examine_build(config: BuildConfig, ray_address: str | None = None) -> list[Finding]:
+    """Run every check, in the order in which a build would fail on them. Never raises for what it checks.
 
     Args:
         config: of the build.
-        ray_address: "auto" or host:port of the cluster; None: this machine alone.
+        ray_address: "auto" or host:port of the cluster; None checks this machine alone.
     """
-    findings = [*packages()]
-    nodes = [Node("", socket.gethostname(), gpus.seen())]
+    findings = [*check_python_and_base()]
+    nodes = [Node("", socket.gethostname(), gpus.list_gpus())]
     if ray_address is not None:
         try:
             ray_data.RayEngine(ray_address).start(config)
-            nodes = _nodes()
+            nodes = _list_nodes()
             hosts = ", ".join(f"{node.host} ({len(node.gpus)} GPUs)" for node in nodes)
             findings.append(Finding("cluster", OK, f"{len(nodes)} nodes: {hosts}"))
-        except Exception as error:  # noqa: BLE001 - whatever Ray says, the other checks go on
-            told = one_line(error)
-            mend = "see docs/cluster.md; the other checks are of this machine"
-            findings.append(Finding("cluster", FAIL, f"{ray_address}: {told}", mend))
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises, the other checks go on
+            fix = "see docs/cluster.md; the other checks are of this machine"
+            findings.append(Finding("cluster", FAIL, f"{ray_address}: {one_line(error)}", fix))
             ray_address = None
-    findings += resources(config, nodes, ray_address is not None)
-    for protocol in protocols(config):
-        findings += _stage(protocol, getattr(config, protocol), nodes, ray_address is not None)
-    findings += read_sources(config)
-    findings += output(config, nodes if ray_address is not None else [])
+    on_cluster = ray_address is not None
+    findings += check_resources(config, nodes, on_cluster)
+    for protocol in used_protocols(config):
+        findings += _check_stage(protocol, getattr(config, protocol), nodes, on_cluster)
+    findings += check_sources(config)
+    findings += check_output_on_nodes(config, nodes if on_cluster else [])
     return findings
 
 
-# The machine's or the cluster's GPUs and CPUs.
+# GPUs and CPUs.
 
 
-def resources(config: BuildConfig, nodes: list[Node], on_cluster: bool) -> Iterator[Finding]:
-    """Whether the smallest pools of every subset fit at once."""
+def check_resources(config: BuildConfig, nodes: list[Node], on_cluster: bool) -> Iterator[Finding]:
+    """Check that the smallest pools of every subset fit at once."""
     for subset in config.subsets:
         pools = find_pools(config, subset)
-        for name, there in (
-            ("GPU", _there("GPU", nodes, on_cluster)),
-            ("CPU", _there("CPU", nodes, on_cluster)),
-        ):
-            needed = sum(pool.min_actors * getattr(pool, f"num_{name.lower()}s") for pool in pools)
+        for kind in ("GPU", "CPU"):
+            available = _available(kind, nodes, on_cluster)
+            needed = sum(pool.min_actors * getattr(pool, f"num_{kind.lower()}s") for pool in pools)
             if not needed:
                 continue
-            said = f"the smallest pools hold {needed:g} {name}s at once, there are {there:g}"
-            if needed <= there + 1e-6:
-                yield Finding(f"{subset} {name}s", OK, said)
-            elif name == "CPU" and not on_cluster:
-                yield Finding(f"{subset} CPUs", OK, f"{said}; on one machine they share")
+            subject = f"{subset} {kind}s"
+            found = f"the smallest pools hold {needed:g} {kind}s at once, {available:g} are available"
+            if needed <= available + 1e-6:
+                yield Finding(subject, OK, found)
+            elif kind == "CPU" and not on_cluster:
+                yield Finding(subject, OK, f"{found}; on one machine they share")
             else:
-                mend = "lower `concurrency` or the resources per actor, or add nodes"
-                if name == "GPU" and not on_cluster:
-                    mend += "; for a cluster run this with --ray-address"
-                yield Finding(f"{subset} {name}s", FAIL, said, mend)
+                fix = "lower `concurrency` or the resources per actor, or add nodes"
+                if kind == "GPU" and not on_cluster:
+                    fix += "; for a cluster run this with --ray-address"
+                yield Finding(subject, FAIL, found, fix)
 
 
-def _there(name: str, nodes: list[Node], on_cluster: bool) -> float:
+def _available(kind: str, nodes: list[Node], on_cluster: bool) -> float:
     if on_cluster:
         import ray
 
-        return float(ray.cluster_resources().get(name, 0))
-    return float(len(nodes[0].gpus) if name == "GPU" else len(os.sched_getaffinity(0)))
+        return float(ray.cluster_resources().get(kind, 0))
+    return float(len(nodes[0].gpus) if kind == "GPU" else len(os.sched_getaffinity(0)))
 
 
 # A stage's model.
 
 
-def _stage(protocol: str, backend: Backend, nodes: list[Node], on_cluster: bool) -> list[Finding]:
-    """Look at one backend where its actors will run."""
-    seen = [gpu for node in nodes for gpu in node.gpus]
-    title = f"{protocol} {backend.name}"
+def _check_stage(protocol: str, backend: Backend, nodes: list[Node], on_cluster: bool) -> list[Finding]:
+    """Check one backend where its actors will run."""
+    all_gpus = [gpu for node in nodes for gpu in node.gpus]
+    subject = f"{protocol} {backend.name}"
     if not on_cluster:
         if backend.runtime_env:
-            mend = "run this with --ray-address: the stage's runtime_env is made by Ray"
-            return [Finding(title, WARN, "not looked at: it has an environment of its own", mend)]
-        return look(protocol, backend, seen)
+            fix = "run this with --ray-address: Ray makes the stage's runtime_env"
+            return [Finding(subject, WARN, "not checked: it has an environment of its own", fix)]
+        return check_backend(protocol, backend, all_gpus)
     node = next((node for node in nodes if node.gpus), nodes[0]) if backend.num_gpus else nodes[0]
     try:
-        return _remotely(look, node, backend.runtime_env)(protocol, backend, seen)
+        return _on_node(check_backend, node, backend.runtime_env)(protocol, backend, all_gpus)
     except Exception as error:  # noqa: BLE001 - an environment that cannot be made is a finding
-        mend = (
-            "mend the stage's `runtime_env`: it needs this project, and Ray in this version"
+        fix = (
+            "correct the stage's `runtime_env`: it needs this project, and Ray in this version"
             if backend.runtime_env
             else "the node needs the same Python environment as this one"
         )
-        return [Finding(title, FAIL, f"on {node.host}: {one_line(error)}", mend)]
+        return [Finding(subject, FAIL, f"on {node.host}: {one_line(error)}", fix)]
 
 
-def look(protocol: str, backend: Backend, seen: list[Gpu]) -> list[Finding]:
-    """Packages, checkpoint and memory of one backend, in this process.
+def check_backend(protocol: str, backend: Backend, available: list[Gpu]) -> list[Finding]:
+    """Check the packages, the checkpoint and the memory of one backend, in this process.
 
     Args:
         protocol: "captioner", "judge" or "segmenter".
         backend: from the configuration.
-        seen: the GPUs that its actors will run on.
+        available: the GPUs that its actors will run on.
     """
-    title = f"{protocol} {backend.name}"
-    found = list(backend_packages(protocol, backend))
+    subject = f"{protocol} {backend.name}"
+    findings = [*check_backend_packages(protocol, backend)]
     try:
-        checked = check(protocol, backend)
+        checked = inspect_backend(protocol, backend)
     except Exception as error:  # noqa: BLE001 - a backend of the user's may raise anything
-        told = str(error) if isinstance(error, ParaCaptionError) else one_line(error)
-        said, _, mend = told.partition("; ")
-        return [*found, Finding(title, FAIL, said, mend or f"mend {protocol} in the configuration")]
+        return [*findings, failed(subject, error, f"correct `{protocol}` in the configuration")]
     if checked is None:
-        return [*found, Finding(title, OK, "its options fit; nothing else to check without loading it")]
-    found.append(Finding(title, OK, checked.what))
-    found += [Finding(title, OK, note) for note in checked.notes]
+        found = "its options fit; nothing else can be checked without loading it"
+        return [*findings, Finding(subject, OK, found)]
+    findings += [Finding(subject, OK, found) for found in (checked.what, *checked.notes)]
     if checked.weight_bytes:
-        found.append(memory(protocol, backend, checked.weight_bytes, seen))
-    return found
+        findings.append(check_memory(protocol, backend, checked.weight_bytes, available))
+    return findings
 
 
-def memory(protocol: str, backend: Backend, weight_bytes: int, seen: list[Gpu]) -> Finding:
-    """Whether an actor's weights fit into its share of the smallest GPU, with room to work.
+def check_memory(protocol: str, backend: Backend, weight_bytes: int, available: list[Gpu]) -> Finding:
+    """Check that an actor's weights fit into its share of the smallest GPU, with room to work.
 
     vLLM takes `options.engine.gpu_memory_utilization` of a whole GPU, whatever share of it the actor holds.
     """
-    title = f"{protocol} memory"
+    subject = f"{protocol} memory"
     weights = f"{weight_bytes / 1e9:.1f} GB of weights"
     if not backend.num_gpus:
-        import psutil
-
-        there = psutil.virtual_memory().total
-        needed = weight_bytes * backend.concurrency[0]
-        said = f"{weights} x {backend.concurrency[0]} actors in {there / 1e9:.0f} GB of main memory"
-        if needed > there:
-            return Finding(title, FAIL, said, f"lower {protocol}.concurrency, or give it a GPU")
-        return Finding(title, WARN if needed > 0.7 * there else OK, said)
-    if not seen:
-        mend = "run this on a GPU node, or with --ray-address"
-        return Finding(title, WARN, f"{weights}; no GPU is seen here to compare with", mend)
-    gpu = min(seen, key=lambda each: each.total_bytes)
+        return _check_main_memory(protocol, backend, weight_bytes)
+    if not available:
+        fix = "run this on a GPU node, or with --ray-address"
+        return Finding(subject, WARN, f"{weights}; there is no GPU here to compare with", fix)
+    gpu = min(available, key=lambda each: each.total_bytes)
     share = backend.options.get("engine", {}).get("gpu_memory_utilization")
-    whole = max(1.0, backend.num_gpus) * gpu.total_bytes
     if share is not None and share > min(1.0, backend.num_gpus) + 1e-6:
-        said = (
+        found = (
             f"gpu_memory_utilization {share:g} is more than its actors hold of a GPU ({backend.num_gpus:g}): "
             "whoever shares the GPU has no room"
         )
-        mend = (
+        fix = (
             f"lower {protocol}.options.engine.gpu_memory_utilization below {backend.num_gpus:g}, "
             "or raise num_gpus"
         )
-        return Finding(title, FAIL, said, mend)
-    budget = whole * share if share is not None else backend.num_gpus * gpu.total_bytes
-    said = f"{weights}, budget {budget / 1e9:.1f} GB of {gpu.name}"
+        return Finding(subject, FAIL, found, fix)
+    held = backend.num_gpus if share is None else max(1.0, backend.num_gpus) * share
+    budget = held * gpu.total_bytes
     left = budget - weight_bytes
+    found = f"{weights}, budget {budget / 1e9:.1f} GB of {gpu.name}"
     if left <= 0:
-        mend = f"raise {protocol}.num_gpus or gpu_memory_utilization, or use larger GPUs"
-        return Finding(title, FAIL, f"{said}: they do not fit", mend)
-    said += f", {left / 1e9:.1f} GB left for caches and activations"
-    if left < _TIGHT * budget:
-        return Finding(title, WARN, said, "tight: smaller batches, or a larger share of the GPU")
-    return Finding(title, OK, said)
+        fix = f"raise {protocol}.num_gpus or gpu_memory_utilization, or use larger GPUs"
+        return Finding(subject, FAIL, f"{found}: they do not fit", fix)
+    found += f", {left / 1e9:.1f} GB left for caches and activations"
+    if left < _WORKING_SHARE * budget:
+        return Finding(subject, WARN, found, "tight: smaller batches, or a larger share of the GPU")
+    return Finding(subject, OK, found)
 
 
-# Sources and output.
+def _check_main_memory(protocol: str, backend: Backend, weight_bytes: int) -> Finding:
+    import psutil
+
+    total = psutil.virtual_memory().total
+    actors = backend.concurrency[0]
+    found = f"{weight_bytes / 1e9:.1f} GB of weights x {actors} actors in {total / 1e9:.0f} GB of main memory"
+    if weight_bytes * actors > total:
+        fix = f"lower {protocol}.concurrency, or give it a GPU"
+        return Finding(f"{protocol} memory", FAIL, found, fix)
+    return Finding(f"{protocol} memory", WARN if weight_bytes * actors > 0.7 * total else OK, found)
 
 
-def output(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
-    """Whether `out` can be written, is seen by every node, and has room. Leaves nothing behind."""
+# The output.
+
+
+def check_output_on_nodes(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
+    """Check that `out` can be written, is the same folder on every node, and has room. It leaves no file."""
     out = Path(config.out)
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    mark = out / f".doctor-{uuid.uuid4().hex}"
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
+    probe = out / f".doctor-{uuid.uuid4().hex}"
     try:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            mark.write_text("seen")
+            probe.write_text("written by `paracaption doctor`, which removes it")
         except OSError as error:
             yield Finding("out", FAIL, f"{out}: {one_line(error)}", "name a folder that this user may write")
             return
         yield Finding("out", OK, f"{out} can be written")
-        blind = [node.host for node in nodes if not _sees(node, str(mark))]
+        blind = [node.host for node in nodes if not _has_file(node, str(probe))]
         if blind:
-            mend = "name a folder that every node mounts at this path"
-            yield Finding("out", FAIL, f"{out} is not the same folder on {', '.join(blind)}", mend)
+            fix = "name a folder that every node mounts at this path"
+            yield Finding("out", FAIL, f"{out} is not the same folder on {', '.join(blind)}", fix)
         elif nodes:
-            yield Finding("out", OK, f"seen from {len(nodes)} nodes")
-        yield from _room(config)
+            yield Finding("out", OK, f"the same folder on {len(nodes)} nodes")
+        yield from _check_disk(config)
     finally:
         with suppress(OSError):  # a folder that was not made, or that another process has used since
-            mark.unlink(missing_ok=True)
-            for folder in missing:
+            probe.unlink(missing_ok=True)
+            for folder in created:
                 folder.rmdir()
 
 
-def _sees(node: Node, path: str) -> bool:
+def _has_file(node: Node, path: str) -> bool:
     try:
-        return bool(_remotely(os.path.exists, node, {})(path))
-    except Exception:  # noqa: BLE001 - a node that does not answer sees nothing
+        return bool(_on_node(os.path.exists, node, {})(path))
+    except Exception:  # noqa: BLE001 - a node that does not answer has no file
         return False
 
 
-def _room(config: BuildConfig) -> Iterator[Finding]:
-    """Free space against what the plans say; where there is none yet, against `min_free_gb` alone."""
+def _check_disk(config: BuildConfig) -> Iterator[Finding]:
+    """Compare free space with what the work lists need; without a work list, with `min_free_gb` alone."""
     for subset in config.subsets:
         try:
-            planned = plans.load_plan(Path(config.out) / subset)
+            planned = work_list.load_plan(Path(config.out) / subset)
             driver.check_disk(config, subset, list(range(planned.num_units)), planned)
-        except IntegrityError:  # no plan yet
+        except IntegrityError:  # nothing is planned yet
             continue
         except ConfigError as error:
-            said, _, mend = str(error).partition("; ")
-            yield Finding("disk", FAIL, said, mend)
+            yield failed("disk", error, "free space")
             return
     free = shutil.disk_usage(config.out).free
-    said = f"{free / 1e9:.1f} GB free"
+    found = f"{free / 1e9:.1f} GB free"
     if free < config.failures.min_free_gb * 1e9:
-        yield Finding(
-            "disk", FAIL, f"{said}, failures.min_free_gb is {config.failures.min_free_gb:g}", "free space"
-        )
+        found += f", failures.min_free_gb is {config.failures.min_free_gb:g}"
+        yield Finding("disk", FAIL, found, "free space")
     else:
-        yield Finding("disk", OK, said)
+        yield Finding("disk", OK, found)
 
 
-# On the cluster.
+# The cluster.
 
 
-def _nodes() -> list[Node]:
+def _list_nodes() -> list[Node]:
     import ray
 
     found = []
     for node in ray.nodes():
         if node["Alive"]:
             bare = Node(node["NodeID"], node["NodeManagerHostname"], [])
-            found.append(Node(bare.id, bare.host, _remotely(_all_gpus, bare, {})()))
+            found.append(Node(bare.id, bare.host, _on_node(_list_all_gpus, bare, {})()))
     return found
 
 
-def _all_gpus() -> list[Gpu]:
-    """Of the node: Ray hides them from a task that asks for none."""
+def _list_all_gpus() -> list[Gpu]:
+    """All GPUs of the node, which Ray hides from a task that asks for none."""
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    return gpus.seen()
+    return gpus.list_gpus()
 
 
-def _remotely(function: Callable, node: Node, runtime_env: dict[str, Any]) -> Callable:
-    """The function as a Ray task on that node, which takes up nothing there."""
+def _on_node(function: Callable, node: Node, runtime_env: dict[str, Any]) -> Callable:
+    """The function as a Ray task on that node, which takes up no resources there."""
     import ray
     from ray.exceptions import GetTimeoutError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -294,12 +288,12 @@ def _remotely(function: Callable, node: Node, runtime_env: dict[str, Any]) -> Ca
         runtime_env=runtime_env or None,
     )
 
-    def look_there(*given: Any) -> Any:
-        waiting = task.remote(*given)
+    def call(*arguments: Any) -> Any:
+        result = task.remote(*arguments)
         try:
-            return ray.get(waiting, timeout=_LOOK_S)
+            return ray.get(result, timeout=_REMOTE_CHECK_S)
         except GetTimeoutError:
-            ray.cancel(waiting, force=True)  # else the cluster tries for as long as we are connected
+            ray.cancel(result, force=True)  # else the cluster tries for as long as we are connected
             raise
 
-    return look_there
+    return call

@@ -1,8 +1,7 @@
-"""GPUs as the driver's library sees them: which there are, and how busy they are while a model is asked."""
+"""This machine's GPUs as NVIDIA's library reports them, and how busy the calls of a model keep them."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import threading
@@ -16,11 +15,17 @@ import msgspec
 log = logging.getLogger(__name__)
 
 SAMPLE_EVERY_S = 1.0
-"""The driver averages over its last sixth of a second to second; asking more often says no more."""
+"""The driver itself averages over up to a second, so sampling more often would not tell more."""
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """One GPU of this machine: its name, its memory in bytes, and what of it nobody uses now."""
+    """One GPU of this machine.
+
+    Attributes:
+        name: as the driver reports it, such as "NVIDIA H200".
+        total_bytes: its memory.
+        free_bytes: the part of its memory that no process uses now.
+    """
 
     name: str
     total_bytes: int
@@ -28,44 +33,46 @@ class Gpu(msgspec.Struct, frozen=True):
 
 
 class Spent(msgspec.Struct, frozen=True):
-    """Seconds inside model calls, and the GPU's mean utilisation (0..1) meanwhile; None if nobody can say."""
+    """What the calls to a model have taken.
+
+    Attributes:
+        busy_s: seconds inside the calls.
+        gpu: mean GPU utilization during them, 0..1; None if it is not known.
+    """
 
     busy_s: float
     gpu: float | None
 
 
-def seen() -> list[Gpu]:
-    """The GPUs that this process may use; none without a driver."""
-    nvml = _nvml()
+def list_gpus() -> list[Gpu]:
+    """The GPUs that this process may use; an empty list without a driver."""
+    nvml = _start_nvml()
     found = []
-    for handle in _handles(nvml):
+    for handle in _device_handles(nvml):
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        name = nvml.nvmlDeviceGetName(handle)
-        found.append(
-            Gpu(name.decode() if isinstance(name, bytes) else name, int(memory.total), int(memory.free))
-        )
+        found.append(Gpu(nvml.nvmlDeviceGetName(handle), int(memory.total), int(memory.free)))
     return found
 
 
 class Meter:
-    """Adds up the time inside the calls to one model, and samples its GPUs once a second meanwhile.
+    """Adds up the time inside the calls to one model, and samples its GPUs once a second during them.
 
     Args:
-        has_gpu: whether the actor was given one; without, nothing is sampled and no thread runs.
+        has_gpu: whether the actor was given a GPU; if not, nothing is sampled and no thread runs.
     """
 
     def __init__(self, has_gpu: bool):
         self._busy_s = 0.0
         self._samples: list[float] = []
         self._inside = threading.Event()
-        self._nvml: Any = _nvml() if has_gpu else None
-        self._gpus = _handles(self._nvml)
+        self._nvml: Any = _start_nvml() if has_gpu else None
+        self._gpus = _device_handles(self._nvml)
         if self._gpus:
             threading.Thread(target=self._watch, daemon=True, name="gpu-meter").start()
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """The block is a call to the model."""
+        """Measure the block, which is a call to the model."""
         start = time.perf_counter()
         self._inside.set()
         try:
@@ -75,7 +82,7 @@ class Meter:
             self._busy_s += time.perf_counter() - start
 
     def take(self) -> Spent:
-        """What was spent since the last `take`."""
+        """What the calls since the last `take` have taken."""
         samples, self._samples = self._samples, []
         spent = Spent(self._busy_s, sum(samples) / len(samples) if samples else None)
         self._busy_s = 0.0
@@ -90,28 +97,24 @@ class Meter:
             try:
                 used = [self._nvml.nvmlDeviceGetUtilizationRates(gpu).gpu for gpu in self._gpus]
             except self._nvml.NVMLError as error:  # a slice of a GPU (MIG) has no such number
-                log.info("the GPU's utilisation is not known: %s", error)
+                log.info("the GPU's utilization is not known: %s", error)
                 return
             self._samples.append(sum(used) / len(used) / 100)
 
 
-def _nvml() -> Any:
-    """NVIDIA's management library, started; None without a driver. Ray carries a copy of the module."""
-    for name in ("pynvml", "ray._private.thirdparty.pynvml"):
-        try:
-            nvml = importlib.import_module(name)
-        except ImportError:
-            continue
-        try:
-            nvml.nvmlInit()
-            return nvml
-        except nvml.NVMLError:
-            return None
-    return None
+def _start_nvml() -> Any:
+    """NVIDIA's management library, started; None without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
 
 
-def _handles(nvml: Any) -> list[Any]:
-    """The devices named by CUDA_VISIBLE_DEVICES, which Ray sets for its actors; all without that."""
+def _device_handles(nvml: Any) -> list[Any]:
+    """The devices named by CUDA_VISIBLE_DEVICES, which Ray sets for its actors; all if it is not set."""
     if nvml is None:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

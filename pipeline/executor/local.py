@@ -49,12 +49,12 @@ class LocalEngine:
                     f"{protocol}.runtime_env: the local engine runs every stage in this process; remove it, "
                     "or build without --local"
                 )
-        asked = sum(backend.num_gpus for backend in used.values())
-        there = min(1, len(gpus.seen())) if asked else 0
-        if asked > there:
+        needed = sum(backend.num_gpus for backend in used.values())
+        available = min(1, len(gpus.list_gpus())) if needed else 0
+        if needed > available:
             wanted = ", ".join(f"{name} {backend.num_gpus:g}" for name, backend in used.items())
             raise ConfigError(
-                f"the models ask for {asked:g} GPUs together ({wanted}), and the local engine has {there}; "
+                f"the models ask for {needed:g} GPUs together ({wanted}), the local engine has {available}; "
                 "lower `num_gpus` to shares of one GPU, or build without --local"
             )
 

@@ -1,6 +1,7 @@
-"""What is known to fail before a build starts: a look of a second or so, without torch, Ray or a network.
+"""What is known to fail before a build starts, checked in about a second, without torch, Ray or a network.
 
-`doctor` looks closer, and on the nodes of a cluster.
+`doctor` checks more closely, and on the nodes of a cluster. `flows/preflight.py` checks training runs and
+evaluations.
 """
 
 from __future__ import annotations
@@ -11,69 +12,62 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ...schemas.config import Backend, BuildConfig
-from ...schemas.errors import ConfigError, ParaCaptionError
+from ...schemas.errors import ConfigError
 from ..models import registry
 from ..models.protocols import Checked
 from ..sources.registry import open_source
-from .findings import CPU_VLLM, FAIL, OK, Finding, built_for_gpus, installed
+from .findings import FAIL, OK, Finding, try_check
+from .packages import check_backend_packages
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
-def examine(config: BuildConfig) -> Iterator[Finding]:
-    """What stands in the way of a build, and what does not. Never raises for what it looks at.
+def check_build(config: BuildConfig) -> Iterator[Finding]:
+    """Check the options of a build's backends, its sources and its output. Never raises for what it checks.
 
-    Whether the packages of its models are installed, `packages` says, once it is known which are asked.
+    Packages are not checked here but by `check_packages`, once it is known which models will be asked.
     """
-    for protocol in protocols(config):
-        yield backend_options(protocol, getattr(config, protocol))
-    yield from read_sources(config)
-    yield output_folder(config.out)
+    for protocol in used_protocols(config):
+        yield check_backend(protocol, getattr(config, protocol))
+    yield from check_sources(config)
+    yield check_output(config.out)
 
 
-def packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Finding]:
-    """Whether the models that will be asked find their packages on this machine.
+def check_packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Finding]:
+    """Check that the models that will be asked find their packages on this machine.
 
     Args:
         config: of the build.
-        asked: protocols of those models, as `driver.prepare` gives them.
+        asked: the protocols of those models, as `driver.prepare` gives them.
     """
-    for protocol in protocols(config):
+    for protocol in used_protocols(config):
         backend = getattr(config, protocol)
         if protocol in asked and not backend.runtime_env:
-            yield from backend_packages(protocol, backend)
+            yield from check_backend_packages(protocol, backend)
 
 
-def protocols(config: BuildConfig) -> list[str]:
-    """Those that the configured subsets use."""
+def used_protocols(config: BuildConfig) -> list[str]:
+    """The protocols of the models that the configured subsets use."""
     return ["captioner", "judge", *(["segmenter"] if config.sa1b else [])]
 
 
-def backend_packages(protocol: str, backend: Backend) -> Iterator[Finding]:
-    """Whether what one of our backends imports is installed."""
-    registered = registry.find_registered(protocol, backend)
-    extra = CPU_VLLM if registered.extra == "vllm" and not backend.num_gpus else registered.extra
-    for name in registered.needs:
-        for each in [*installed(name, extra), *built_for_gpus(name, backend)]:
-            yield Finding(f"{protocol} {backend.name}", each.state, each.said, each.mend)
+def check_backend(protocol: str, backend: Backend) -> Finding:
+    """Check that the backend exists, takes its options and finds its checkpoint."""
+    fix = f"correct `{protocol}` in the configuration"
+    return try_check(f"{protocol} {backend.name}", fix, _check_options, protocol, backend)
 
 
-def backend_options(protocol: str, backend: Backend) -> Finding:
-    """Whether the backend exists, takes its options, and finds its checkpoint."""
-    title = f"{protocol} {backend.name}"
-    try:
-        cls = registry.find_backend(protocol, backend)
-        registry.backend_identity(protocol, backend)
-        if not hasattr(cls, "check"):
-            _fits(protocol, cls, backend)
-        tokenizer(protocol, backend)
-    except Exception as error:  # noqa: BLE001 - a backend of the user's may raise anything
-        return _failed(title, error, f"correct `{protocol}` in the configuration")
-    return Finding(title, OK, "its options fit")
+def _check_options(protocol: str, backend: Backend) -> str:
+    cls = registry.find_backend(protocol, backend)
+    registry.backend_identity(protocol, backend)
+    if not hasattr(cls, "check"):
+        _check_signature(protocol, cls, backend)
+    check_tokenizer(protocol, backend)
+    return "its options fit"
 
 
-def check(protocol: str, backend: Backend) -> Checked | None:
-    """What the backend's own check says; None if it has none and its options fit its constructor.
+def inspect_backend(protocol: str, backend: Backend) -> Checked | None:
+    """What the backend's own check reports; None if it has no check and its options fit its constructor.
 
     Raises:
         ConfigError: the backend or its checkpoint does not fit.
@@ -81,16 +75,16 @@ def check(protocol: str, backend: Backend) -> Checked | None:
     cls = registry.find_backend(protocol, backend)
     if hasattr(cls, "check"):
         return cls.check(**backend.options)
-    _fits(protocol, cls, backend)
+    _check_signature(protocol, cls, backend)
     if hasattr(cls, "identity"):
         cls.identity(**backend.options)
     return None
 
 
-def _fits(protocol: str, cls: type, backend: Backend) -> None:
+def _check_signature(protocol: str, cls: type, backend: Backend) -> None:
     try:
         signature = inspect.signature(cls)
-    except ValueError:  # a class of an extension module need not say what it takes
+    except ValueError:  # a class of an extension module may not have one
         return
     try:
         signature.bind(**backend.options)
@@ -98,13 +92,13 @@ def _fits(protocol: str, cls: type, backend: Backend) -> None:
         raise ConfigError(f"{protocol}.options: {error}; correct the option") from error
 
 
-def tokenizer(protocol: str, backend: Backend) -> None:
+def check_tokenizer(protocol: str, backend: Backend) -> None:
     """Refuse a language model's folder without its tokenizer.
 
     Raises:
-        ConfigError: names the file.
+        ConfigError: names the missing file.
     """
-    if registry.find_registered(protocol, backend).extra == "vllm" and "model" in backend.options:
+    if "vllm" in registry.find_registered(protocol, backend).needs and "model" in backend.options:
         folder = Path(str(backend.options["model"]))
         if not any((folder / name).is_file() for name in _TOKENIZERS):
             raise ConfigError(
@@ -112,39 +106,24 @@ def tokenizer(protocol: str, backend: Backend) -> None:
             )
 
 
-def read_sources(config: BuildConfig) -> Iterator[Finding]:
-    """Whether the lists of every source entry can be had; `paracaption audit` looks inside."""
+def check_sources(config: BuildConfig) -> Iterator[Finding]:
+    """Check that the lists of every source entry can be read; `paracaption audit` looks inside."""
     for subset in config.subsets:
         for index, entry in enumerate(getattr(config, subset)):
             alone = config.model_copy(update={subset: [entry]})
-            title = f"{subset}[{index}]"
-            try:
-                names = open_source(alone, subset).fingerprint()
-                yield Finding(title, OK, f"{len(names)} files and folders are there")
-            except Exception as error:  # noqa: BLE001 - a store may raise anything
-                said, _, mend = one_line(error).partition("; ")
-                yield Finding(title, FAIL, said, mend or "correct the path, or the store's credentials")
+            fix = "correct the path, or the store's credentials"
+            yield try_check(f"{subset}[{index}]", fix, _list_source, alone, subset)
 
 
-def output_folder(out: str) -> Finding:
-    """Whether the folder of the output, or the one that it will be made in, can be written."""
+def _list_source(config: BuildConfig, subset: str) -> str:
+    return f"{len(open_source(config, subset).fingerprint())} files and folders found"
+
+
+def check_output(out: str) -> Finding:
+    """Check that the output folder, or the nearest folder above it that exists, can be written."""
     path = Path(out)
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         return Finding("out", OK, f"{out} can be written")
-    what = "cannot be written" if there.is_dir() else "is a file"
-    return Finding("out", FAIL, f"{there} {what}", "name a folder that this user may write")
-
-
-def _failed(title: str, error: Exception, advice: str) -> Finding:
-    said, _, mend = (str(error) if isinstance(error, ParaCaptionError) else one_line(error)).partition("; ")
-    return Finding(title, FAIL, said, mend or advice)
-
-
-def one_line(error: BaseException) -> str:
-    """The error in one line; of what Ray wraps in a traceback, its last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = lines[-1] if lines else ""
-    if isinstance(error, ParaCaptionError):
-        return " ".join(lines)
-    return f"{type(error).__name__}: {told}"
+    problem = "cannot be written" if nearest.is_dir() else "is a file"
+    return Finding("out", FAIL, f"{nearest} {problem}", "name a folder that this user may write")

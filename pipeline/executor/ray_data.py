@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import queue
-import re
 import socket
 import threading
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.config import BuildConfig
-from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed
+from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed, one_line
 from ..corpus import work_list as plans
 from ..corpus import writer
 from ..corpus.events import EventLog
@@ -91,11 +90,11 @@ class RayEngine:
             try:
                 _connect(self.address, config)
             except Exception as error:
-                said = str(error).strip().partition("\n")[0]
-                mend = "run it again, or `paracaption build --local`"
+                reason = str(error).strip().partition("\n")[0]
+                fix = "run it again, or `paracaption build --local`"
                 if self.address is not None:
-                    mend = "start the cluster first, or name host:port of one (docs/cluster.md)"
-                raise Retryable(f"Ray cannot be had: {said}; {mend}") from error
+                    fix = "start the cluster first, or name host:port of one (docs/cluster.md)"
+                raise Retryable(f"Ray cannot be had: {reason}; {fix}") from error
 
     def drafts(
         self, job: Job, stages: list[Stage], plan: plans.Plan, units: list[int], tick: Callable[[], None]
@@ -235,17 +234,15 @@ class _Rows:
         except queue.Empty:
             return None
         if isinstance(item, BaseException):
-            raise _one_line(item)
+            raise _as_ours(item)
         return item
 
 
-def _one_line(error: BaseException) -> BaseException:
-    """Errors of ours as they are; what Ray wraps in pages of traceback as a `StageFailed` of one line."""
+def _as_ours(error: BaseException) -> BaseException:
+    """Errors of ours as they are; an error of Ray's as a `StageFailed` of one line."""
     if isinstance(error, ParaCaptionError | KeyboardInterrupt | SystemExit):
         return error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*:", line)]
-    failed = StageFailed(f"the stream broke: {type(error).__name__}: {(told or lines or [''])[-1]}")
+    failed = StageFailed(f"the stream broke: {one_line(error)}")
     failed.__cause__ = error
     return failed
 

@@ -241,7 +241,7 @@ def test_a_merge_alone_starts_no_engine_and_looks_at_no_model(demo, tmp_path, mo
         raise AssertionError("started, or looked at")
 
     monkeypatch.setattr(launch, "build", never)
-    monkeypatch.setattr(preflight, "examine", never)
+    monkeypatch.setattr(preflight, "check_build", never)
     out = tmp_path / "out"
     shutil.copytree(demo[0], out)
     values = yaml.safe_load((out / "config.yaml").read_text())

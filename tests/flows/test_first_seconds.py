@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from paracaption.pipeline.executor import findings
+from paracaption.pipeline.executor import findings, packages
 from paracaption.pipeline.executor.findings import FAIL, OK, Finding
 from paracaption.schemas.errors import ConfigError
 
@@ -66,8 +66,8 @@ def test_a_refusal_names_every_failure_and_no_success():
         Finding("c", FAIL, "x", "y"),
     ]
     with pytest.raises(ConfigError, match=r"^b: is gone; put it back\nc: x; y$"):
-        findings.refuse(seen)
-    findings.refuse(seen[:1])
+        findings.refuse_failures(seen)
+    findings.refuse_failures(seen[:1])
 
 
 @pytest.mark.parametrize(
@@ -80,4 +80,4 @@ def test_a_refusal_names_every_failure_and_no_success():
     ],
 )
 def test_a_missing_module_is_named_with_its_extra(module, words):
-    assert findings.how_to_install(module) == words
+    assert packages.how_to_install(module) == words

@@ -106,7 +106,7 @@ def test_a_report_that_fails_costs_no_unit(tmp_path, coconut):
     assert bench.draft().manifest.kept == 24
 
 
-# The GPU's utilisation.
+# The GPU's utilization.
 
 
 class Driver:
@@ -135,7 +135,7 @@ class Driver:
 
 
 def metered(monkeypatch, driver, visible, seconds=0.1):
-    monkeypatch.setattr(gpus, "_nvml", lambda: driver)
+    monkeypatch.setattr(gpus, "_start_nvml", lambda: driver)
     monkeypatch.setattr(gpus, "SAMPLE_EVERY_S", 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     meter = gpus.Meter(has_gpu=True)
@@ -144,7 +144,7 @@ def metered(monkeypatch, driver, visible, seconds=0.1):
     return meter.take()
 
 
-def test_utilisation_is_sampled_on_the_actors_own_gpus_during_calls(monkeypatch):
+def test_utilization_is_sampled_on_the_actors_own_gpus_during_calls(monkeypatch):
     driver = Driver(80)
     spent = metered(monkeypatch, driver, "2,GPU-7f")
     assert spent.gpu == pytest.approx(0.8) and spent.busy_s >= 0.1
@@ -159,7 +159,7 @@ def test_a_driver_that_does_not_know_is_asked_once_and_the_share_is_unknown(monk
 
 def test_between_calls_nothing_is_sampled_and_nothing_is_counted_twice(monkeypatch):
     driver = Driver(50)
-    monkeypatch.setattr(gpus, "_nvml", lambda: driver)
+    monkeypatch.setattr(gpus, "_start_nvml", lambda: driver)
     monkeypatch.setattr(gpus, "SAMPLE_EVERY_S", 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     meter = gpus.Meter(has_gpu=True)
@@ -173,7 +173,7 @@ def test_between_calls_nothing_is_sampled_and_nothing_is_counted_twice(monkeypat
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_without_a_driver_there_are_no_gpus_and_the_share_is_unknown():
-    assert gpus.seen() == []
+    assert gpus.list_gpus() == []
     meter = gpus.Meter(has_gpu=True)
     with meter.call():
         time.sleep(0.01)
@@ -186,7 +186,7 @@ def test_without_a_driver_there_are_no_gpus_and_the_share_is_unknown():
 def test_a_busy_gpu_is_seen_busy():
     import torch
 
-    (first, *_) = gpus.seen()
+    (first, *_) = gpus.list_gpus()
     assert first.total_bytes > 1e9
     meter = gpus.Meter(has_gpu=True)
     square = torch.ones(8192, 8192, device="cuda")

