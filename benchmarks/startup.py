@@ -101,7 +101,7 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("no benchmark", "evaluate", evaluate())
     missing = {"name": "perceptiondlm", "options": {"model": "nowhere"}}
     yield Case(
-        "no model to evaluate", "evaluate", evaluate(captioner=missing, benchmarks=[], toy=corpus["out"])
+        "no model to evaluate", "evaluate", evaluate(captioner=missing, benchmarks=[], toy=corpus["corpus"])
     )
     yield Case("an unknown captioner", "evaluate", evaluate(captioner={"name": "clasical"}))
     saved = {"name": "perceptiondlm", "options": {"model": model["path"]}}
