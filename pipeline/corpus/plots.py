@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io import files
+from ..stages.registry import stage_title
 
 if TYPE_CHECKING:
     from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetSummary
@@ -128,7 +129,7 @@ def _draw_funnel(subset: SubsetSummary, axes: Any) -> None:
     places = range(len(names))
     axes.barh(places, left, color=[DECLARED, *[KEPT] * len(steps)], height=0.62)
     axes.barh(places, dropped, left=left, color=DROPPED, height=0.62)
-    axes.set_yticks(places, [name.replace("_", " ") for name in names], color=INK)
+    axes.set_yticks(places, [stage_title(name) for name in names], color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, total * 1.42)
     axes.set_xticks([])

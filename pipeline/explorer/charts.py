@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from ...schemas.config import BuildConfig
 from ..corpus import plots
+from ..stages.registry import THRESHOLDS
 from .catalog import Catalog
 from .query import plain
-from .whatif import THRESHOLDS
 
 WIDTH, HEIGHT = 420, 150
 """Of a chart's area, in SVG units; labels stand outside."""
@@ -78,7 +78,7 @@ def distributions(catalog: Catalog, subset: str, config: BuildConfig) -> list[Di
 
 def _lines(config: BuildConfig, keys: Sequence[str]) -> list[Line]:
     values = {
-        key: config.masks.min_area_px if key == "masks.min_area_px" else THRESHOLDS[key].now(config)
+        key: config.masks.min_area_px if key == "masks.min_area_px" else THRESHOLDS[key].value(config)
         for key in keys
     }
     return [Line(key, value) for key, value in values.items() if value is not None]

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ...filters import category
 from ...schemas.records import Rle
 from ..stages.agreement import Resegmented
+from ..stages.base import ModelStage
 from ..stages.category import Judged
-
-_STAGES = {"verify_category": Judged, "extract_category": Judged, "agree_with_segmenter": Resegmented}
+from ..stages.registry import STAGES
 
 
 class Said(NamedTuple):
@@ -46,13 +45,15 @@ def of_image(out: Path, subset: str, rows: list[dict[str, Any]]) -> dict[int, Sa
     if not by_region:
         return found
     size = (rows[0]["image_height"], rows[0]["image_width"])
-    for stage, kind in _STAGES.items():
+    for stage in STAGES.values():
+        if not issubclass(stage, ModelStage) or stage.evidence not in (Judged, Resegmented):
+            continue
         seen: set[int] = set()
-        for folder in _newest_first(out / subset / "evidence", stage):
+        for folder in _newest_first(out / subset / "evidence", stage.name):
             path = folder / f"{rows[0]['unit']}.parquet"
-            for region, answer in _read(path, rows[0]["key"], kind):
+            for region, answer in _read(path, rows[0]["key"], stage.evidence):
                 row = by_region.get(region)
-                if row is None or region in seen or not _agrees(stage, answer, row):
+                if row is None or region in seen or not stage.matches(answer, row):
                     continue
                 seen.add(region)
                 if isinstance(answer, Judged):
@@ -81,12 +82,3 @@ def _read(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tuple[int, A
         return []  # gone, or being written anew: the page does without
     rows = zip(*(table[name].to_pylist() for name in ("region", *names)), strict=True)
     return [(region, kind(*answer)) for region, *answer in rows]
-
-
-def _agrees(stage: str, answer: Any, row: dict[str, Any]) -> bool:
-    """Whether the ledger's decision was taken on this answer."""
-    if stage == "agree_with_segmenter":
-        return row["iou"] is not None and answer.iou == row["iou"]
-    if stage == "verify_category":
-        return answer.margin == row["verdict_margin"]
-    return category.core_category(answer.answer)[0] == row["core_category"]

@@ -17,6 +17,8 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
 from ...schemas.records import Rle
 from ..corpus import merge, plots, utilization
+from ..stages.base import ModelStage, Stage
+from ..stages.registry import STAGES, THRESHOLDS, stage_title
 from . import charts, evidence, training, whatif
 from .access import Guard
 from .catalog import PAGE, Catalog, Place
@@ -26,12 +28,6 @@ from .reviews import KEPT, Marks
 
 STATIC = {"explorer.css": "text/css", "explorer.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _CACHE = {"Cache-Control": "private, max-age=300"}
-_PROTOCOLS = {
-    "caption": "captioner",
-    "verify_category": "judge",
-    "extract_category": "judge",
-    "agree_with_segmenter": "segmenter",
-}
 
 
 class Explorer:
@@ -111,6 +107,7 @@ def templates() -> jinja2.Environment:
     )
     made.filters |= {
         "words": lambda name: str(name).replace("_", " "),
+        "stage_title": stage_title,
         "number": lambda value: f"{value:,}",
         "share": lambda part, whole: f"{part / whole:.1%}" if whole else "",
         "score": lambda value: (
@@ -132,8 +129,8 @@ def stage_costs(out: Path, subset: str, config: BuildConfig) -> list[dict[str, A
     """See `Explorer.stages`. GPU seconds are those of the actors, with the configuration's GPUs for each."""
     rows = []
     for name, stage in utilization.read_utilization(out, subset).items():
-        protocol = _PROTOCOLS.get(name)
-        gpus = getattr(config, protocol).num_gpus if protocol else 0.0
+        kind = STAGES.get(name, Stage)
+        gpus = getattr(config, kind.protocol).num_gpus if issubclass(kind, ModelStage) else 0.0
         rows.append(
             {
                 "name": name,
@@ -314,7 +311,7 @@ def thumb_url(place: Place, rows: list[dict[str, Any]]) -> str:
 
 def compared(explorer: Explorer, request: Request) -> dict[str, Any]:
     """What the thresholds in a URL do to each subset."""
-    given = {key: request.query_params.get(key, "").strip() for key in whatif.THRESHOLDS}
+    given = {key: request.query_params.get(key, "").strip() for key in THRESHOLDS}
     try:
         values = {key: float(text) for key, text in given.items() if text}
     except ValueError as error:
@@ -325,11 +322,7 @@ def compared(explorer: Explorer, request: Request) -> dict[str, Any]:
         name: whatif.compare(explorer.catalog, name, explorer.config, wanted, exact)
         for name in explorer.catalog.subsets()
     }
-    moved = {
-        key
-        for key in values
-        if whatif.THRESHOLDS[key].now(wanted) != whatif.THRESHOLDS[key].now(explorer.config)
-    }
+    moved = {key for key in values if THRESHOLDS[key].value(wanted) != THRESHOLDS[key].value(explorer.config)}
     shown = [
         (name, charts.chart(each))
         for name in changes
@@ -340,7 +333,7 @@ def compared(explorer: Explorer, request: Request) -> dict[str, Any]:
         "config": explorer.config,
         "charts": shown,
         "wanted": wanted,
-        "thresholds": whatif.THRESHOLDS,
+        "thresholds": THRESHOLDS,
         "changes": changes,
         "lines": whatif.lines(explorer.config, wanted),
         "mixed": [name for name in changes if len(explorer.catalog.counts(name).recipes) > 1],

@@ -1,9 +1,10 @@
-"""What another threshold would keep: counted from stored scores, decided by the filters' own code.
+"""What other thresholds would keep: counted from stored scores, decided by the stages' own code.
 
-A region that passes now fails then if one of its scores does; that takes one pass over the scores. A region
-that fails now may pass then, and whatever comes after the step that dropped it has to be asked too: the text
-rules are run on its caption. The masks' thresholds are not here: which regions reach the captioner depends on
-them, and what it would have said of others is not known.
+The thresholds are those that the stages declare. A region that is kept now would be dropped if one of its
+scores fails; that takes one pass over the scores. A region that is dropped now may be kept, and then the
+stages after the one that dropped it decide too: filter stages are run on its caption. The thresholds of masks
+are not here, because they decide which regions reach the captioner, and what it would say about others is not
+known.
 """
 
 from __future__ import annotations
@@ -12,75 +13,18 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ...filters import text
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
-from ...schemas.reasons import Reason
+from ...schemas.records import ImageRecord, Region
+from ..stages.base import FilterStage, ModelStage, Stage, Threshold
+from ..stages.recipes import recipe_of
+from ..stages.registry import THRESHOLDS
 from .catalog import Catalog
 from .query import plain
 
-
-class Threshold(NamedTuple):
-    """A number of the configuration that decides on a score.
-
-    Attributes:
-        key: in the configuration, "text.min_words".
-        score: the score that it bounds, as SQL has it.
-        is_least: whether lower scores are dropped, or higher ones.
-        bounds: lowest and highest value, and the step, of the slider.
-        title: for people.
-    """
-
-    key: str
-    score: str
-    is_least: bool
-    bounds: tuple[float, float, float]
-    title: str
-
-    def now(self, config: BuildConfig) -> float | None:
-        """The configuration's value."""
-        first, _, rest = self.key.partition(".")
-        value = getattr(config, first)
-        return getattr(value, rest) if rest else value
-
-    def fails(self, name: str) -> str:
-        """SQL that is true of a score beyond the parameter `name`."""
-        return f"{self.score} {'<' if self.is_least else '>'} ${name}"
-
-
 _SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))
-_CHARS = "length(trim(caption, $space))"
-
-THRESHOLDS = {
-    each.key: each
-    for each in (
-        Threshold(
-            "min_iou", "nullif(iou, 'nan'::DOUBLE)", True, (0, 1, 0.01), "least IoU with the segmenter's mask"
-        ),
-        Threshold(
-            "min_verdict_margin", "verdict_margin", True, (-30, 30, 0.1), "least margin of the judge's yes"
-        ),
-        Threshold("text.min_words", "num_words", True, (0, 60, 1), "fewest words"),
-        Threshold("text.max_words", "num_words", False, (1, 400, 1), "most words"),
-        Threshold("text.min_chars", _CHARS, True, (0, 300, 1), "fewest characters"),
-        Threshold("text.max_chars", _CHARS, False, (1, 3000, 1), "most characters"),
-        Threshold(
-            "text.max_repeat_share", "repeat_share", False, (0, 1, 0.01), "largest share of repeated 4-grams"
-        ),
-    )
-}
-"""By key, in the order of the steps."""
-
-_MODEL_STEPS = {
-    "agree_with_segmenter": (Reason.IOU_LOW, "min_iou"),
-    "verify_category": (Reason.CATEGORY_WRONG, "min_verdict_margin"),
-}
-"""Steps before the text rules that have a threshold: the reason of their drops, and its key."""
-
-_TEXT_KEYS = [key for key in THRESHOLDS if key.startswith("text.")]
-_TEXT_REASONS = [Reason.TEXT_TOO_SHORT.value, Reason.TEXT_TOO_LONG.value, Reason.TEXT_REPEATS.value]
 _MOST_READ = 20_000
-"""Captions that are run through the text rules at once, about 2 s; of more, this many are a sample."""
+"""Captions that are run through the filters at once, about 2 s; of more, this many are a sample."""
 _EXAMPLES = 6
 
 
@@ -90,7 +34,7 @@ class Change(NamedTuple):
     Attributes:
         kept: regions now.
         lost, gained: regions that are kept now and not then, and the other way round.
-        checked: captions that were run through the text rules.
+        checked: captions that were run through the filters.
         candidates: captions that would have to be; if more, `gained` is an estimate from `checked` of them.
     """
 
@@ -159,8 +103,8 @@ def lines(config: BuildConfig, wanted: BuildConfig) -> str:
     """YAML of the thresholds that differ, to copy into the build's file; "" if none does."""
     top, inner = [], []
     for key, threshold in THRESHOLDS.items():
-        value = threshold.now(wanted)
-        if value is not None and value != threshold.now(config):
+        value = threshold.value(wanted)
+        if value is not None and value != threshold.value(config):
             name = key.partition(".")[2]
             (inner if name else top).append(f"{name or key}: {plain(value)}")
     return "\n".join([*top, *(["text:"] if inner else []), *(f"  {line}" for line in inner)])
@@ -182,22 +126,23 @@ def compare(
         The counts, and some regions of either side, the same ones each time.
     """
     kept = catalog.counts(subset).kept
-    failing, args = _fails(config, wanted)
-    if not failing or not kept:
+    recipe = recipe_of(wanted, subset)
+    failing = _failing(recipe, config, wanted)
+    if not failing.sql or not kept:
         lost, examples = 0, []
     else:
-        chosen = f"FROM LEDGERS WHERE kept AND ({failing})"
-        [(lost,)] = catalog.select(f"SELECT count(*) {chosen}", args, subset)
-        rows = catalog.select(f"SELECT {_SHOWN} {chosen} {_ORDER} LIMIT {_EXAMPLES}", args, subset)
+        chosen = f"FROM LEDGERS WHERE kept AND ({failing.sql})"
+        [(lost,)] = catalog.select(f"SELECT count(*) {chosen}", failing.args, subset)
+        rows = catalog.select(f"SELECT {_SHOWN} {chosen} {_ORDER} LIMIT {_EXAMPLES}", failing.args, subset)
         examples = [Example("lost", subset, *row) for row in rows]
-    passing, args = _may_pass(config, wanted)
-    if not passing or not catalog.units(subset):
+    passing = _may_pass(recipe, config, wanted)
+    if not passing.sql or not catalog.units(subset):
         return Change(kept, lost, 0, 0, 0), examples
-    chosen = f"FROM LEDGERS WHERE NOT kept AND caption IS NOT NULL AND ({passing})"
-    [(candidates,)] = catalog.select(f"SELECT count(*) {chosen}", args, subset)
+    chosen = f"FROM LEDGERS WHERE NOT kept AND caption IS NOT NULL AND ({passing.sql})"
+    [(candidates,)] = catalog.select(f"SELECT count(*) {chosen}", passing.args, subset)
     limit = candidates if exact else _MOST_READ
-    rows = catalog.select(f"SELECT {_SHOWN} {chosen} {_ORDER} LIMIT {limit:d}", args, subset)
-    passed = [row for row in rows if text.clean(row[3], wanted.text).keep]
+    rows = catalog.select(f"SELECT {_SHOWN} {chosen} {_ORDER} LIMIT {limit:d}", passing.args, subset)
+    passed = [row for row in rows if _passes_filters(recipe, row[3])]
     gained = round(len(passed) / max(1, len(rows)) * candidates)
     examples += [Example("gained", subset, *row) for row in passed[:_EXAMPLES]]
     return Change(kept, lost, gained, len(rows), candidates), examples
@@ -208,81 +153,100 @@ def contradicts(catalog: Catalog, subset: str, config: BuildConfig) -> bool:
 
     Some region is kept that the configuration drops, or dropped by a model's threshold that it passes.
     """
-    args: dict[str, Any] = {}
+    found = _Condition()
     terms = []
-    for key, threshold in THRESHOLDS.items():
-        now = threshold.now(config)
-        if now is not None:
-            name = key.replace(".", "_")
-            args[name] = now
-            terms.append(f"kept AND {threshold.fails(name)}")
-            for reason in (reason for reason, of in _MODEL_STEPS.values() if of == key):
-                args[f"{name}_reason"] = reason.value
-                terms.append(f"drop_reason = ${name}_reason AND {threshold.score} >= ${name}")
-    where, args = _with_space(" OR ".join(terms), args)
-    sql = f"SELECT 1 FROM LEDGERS WHERE {where} LIMIT 1"
-    name = ("contradicts", sql, tuple(args.items()), subset)
-    return bool(catalog.remember(name, lambda: catalog.select(sql, args, subset)))
+    for stage in recipe_of(config, subset):
+        for threshold in stage.thresholds:
+            now = threshold.value(config)
+            if now is not None:
+                terms.append(f"kept AND {found.fails(threshold, now)}")
+                if isinstance(stage, ModelStage):
+                    terms.append(f"{found.dropped_by(stage, threshold)} AND {found.passes(threshold, now)}")
+    sql = f"SELECT 1 FROM LEDGERS WHERE {' OR '.join(terms)} LIMIT 1"
+    name = ("contradicts", sql, tuple(found.args.items()), subset)
+    return bool(catalog.remember(name, lambda: catalog.select(sql, found.args, subset)))
 
 
 _SHOWN = "key, region, coalesce(category, core_category, ''), caption"
 _ORDER = "ORDER BY hash(key, region), key, region"
 
 
-def _fails(config: BuildConfig, wanted: BuildConfig) -> tuple[str, dict[str, Any]]:
-    """SQL that is true of kept regions that a changed threshold drops."""
-    args: dict[str, Any] = {}
-    terms = []
-    for key, threshold in THRESHOLDS.items():
-        now, then = threshold.now(config), threshold.now(wanted)
-        if then is not None and then != now:
-            name = key.replace(".", "_")
-            terms.append(f"coalesce({threshold.fails(name)}, false)")
-            args[name] = then
-    return _with_space(" OR ".join(terms), args)
+class _Condition:
+    """A condition on a row of the ledger, as SQL, and its parameters."""
+
+    def __init__(self) -> None:
+        self.sql = ""
+        self.args: dict[str, Any] = {}
+
+    def fails(self, threshold: Threshold, value: float) -> str:
+        """True of a score beyond the threshold; null without a score."""
+        return f"{self._score(threshold)} {'<' if threshold.is_least else '>'} {self._bind(value)}"
+
+    def passes(self, threshold: Threshold, value: float) -> str:
+        """True of a score within the threshold; null without a score."""
+        return f"{self._score(threshold)} {'>=' if threshold.is_least else '<='} {self._bind(value)}"
+
+    def dropped_by(self, stage: Stage, threshold: Threshold) -> str:
+        """True of a region that the stage dropped for the threshold's reason."""
+        return f"drop_stage = {self._bind(stage.name)} AND drop_reason = {self._bind(threshold.reason.value)}"
+
+    def _score(self, threshold: Threshold) -> str:
+        if "$space" in threshold.score:
+            self.args["space"] = _SPACE
+        return threshold.score
+
+    def _bind(self, value: Any) -> str:
+        name = f"value_{len(self.args)}"
+        self.args[name] = value
+        return f"${name}"
 
 
-def _with_space(sql: str, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    return sql, args | ({"space": _SPACE} if "$space" in sql else {})
+def _failing(recipe: list[Stage], config: BuildConfig, wanted: BuildConfig) -> _Condition:
+    """True of kept regions that a changed threshold would drop."""
+    found = _Condition()
+    changed = [each for stage in recipe for each in _changed(stage, config, wanted)]
+    found.sql = " OR ".join(f"coalesce({found.fails(*each)}, false)" for each in changed)
+    return found
 
 
-def _may_pass(config: BuildConfig, wanted: BuildConfig) -> tuple[str, dict[str, Any]]:
-    """SQL that is true of dropped regions which might be kept: their step lets them go, if the text rules do.
+def _may_pass(recipe: list[Stage], config: BuildConfig, wanted: BuildConfig) -> _Condition:
+    """True of dropped regions that might be kept: their stage would let them pass, and models before it too.
 
-    Of the text rules' own drops those are meant that are beyond a threshold which moved away from them.
-    Whether they are beyond another one, too, the rules themselves will say.
+    Whether the filters let them pass, the filters themselves say. A region that was dropped before a later
+    model stage does not count: what that model would say is not known.
     """
-    args: dict[str, Any] = {}
+    found = _Condition()
     terms = []
-    for stage, (reason, key) in _MODEL_STEPS.items():
-        threshold = THRESHOLDS[key]
-        now, then = threshold.now(config), threshold.now(wanted)
-        if then != now and then is not None:
-            name = key.replace(".", "_")
-            args |= {name: then, f"{name}_stage": stage, f"{name}_reason": reason.value}
-            terms.append(
-                f"drop_stage = ${name}_stage AND drop_reason = ${name}_reason "
-                f"AND {threshold.score} >= ${name}"
-            )
-    moved = []
-    for key in _TEXT_KEYS:
-        threshold = THRESHOLDS[key]
-        now, then = threshold.now(config), threshold.now(wanted)
-        assert now is not None and then is not None, "the text rules have a number for each"
-        if (then < now) if threshold.is_least else (then > now):
-            name = key.replace(".", "_")
-            args |= {f"{name}_now": now, f"{name}_then": then}
-            moved.append(f"({threshold.fails(f'{name}_now')} AND NOT {threshold.fails(f'{name}_then')})")
-    if moved:
-        args["reasons"] = _TEXT_REASONS
-        upstream = []
-        for key in ("min_iou", "min_verdict_margin"):  # a step before them may now drop what they dropped
-            threshold = THRESHOLDS[key]
-            now, then = threshold.now(config), threshold.now(wanted)
-            if then is not None and then != now:
-                name = key.replace(".", "_")
-                args[name] = then
-                upstream.append(f"NOT coalesce({threshold.fails(name)}, false)")
-        where = " AND ".join(["drop_stage = 'clean_text'", "list_contains($reasons, drop_reason)", *upstream])
-        terms.append(f"{where} AND ({' OR '.join(moved)})")
-    return _with_space(" OR ".join(f"({term})" for term in terms), args)
+    for number, stage in enumerate(recipe):
+        if any(isinstance(later, ModelStage) for later in recipe[number + 1 :]):
+            continue
+        for threshold, then in _changed(stage, config, wanted):
+            now = threshold.value(config)
+            looser = now is None or (then < now if threshold.is_least else then > now)
+            if looser:
+                parts = [found.dropped_by(stage, threshold), found.passes(threshold, then)]
+                if now is not None:
+                    parts.append(found.fails(threshold, now))
+                for earlier in recipe[:number]:
+                    if isinstance(earlier, ModelStage):
+                        changed = _changed(earlier, config, wanted)
+                        parts += [f"NOT coalesce({found.fails(*each)}, false)" for each in changed]
+                terms.append(f"({' AND '.join(parts)})")
+    found.sql = " OR ".join(terms)
+    return found
+
+
+def _changed(stage: Stage, config: BuildConfig, wanted: BuildConfig) -> list[tuple[Threshold, float]]:
+    """The stage's thresholds that differ, with their wanted values."""
+    values = [(each, each.value(config), each.value(wanted)) for each in stage.thresholds]
+    return [(each, then) for each, now, then in values if then is not None and then != now]
+
+
+def _passes_filters(recipe: list[Stage], caption: str) -> bool:
+    """Whether the filter stages that look at captions keep one."""
+    region = Region(0, None, caption=caption)
+    image = ImageRecord("", "", None, 0, 0, regions=[region])
+    for stage in recipe:
+        if isinstance(stage, FilterStage) and stage.thresholds:
+            stage.run(image)
+    return region.drop is None
