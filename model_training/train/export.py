@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ...pipeline.io import files
-from ..convert import leftovers
+from ...pipeline.io import files, tensor_files
+from ..convert import leftovers, published
 from ..model.perceptiondlm import PerceptionDLM
 from . import build
 
@@ -77,17 +77,15 @@ def _write(
     dtype = team.dtype if config.export_dtype == "auto" else getattr(torch, config.export_dtype)
     if config.lora:
         weights = build.merge_lora(weights, config.lora)
-    with torch.device("meta"):
-        plain = PerceptionDLM(model.config)
-    plain.load_state_dict({name: each.to(dtype) for name, each in weights.items()}, assign=True)
-    plain.config.dtype = dtype
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    plain.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    aside = Path(config.model.path or "") / leftovers.FOLDER
-    if config.model.path and aside.is_dir():  # what the way back to the published layout needs
-        shutil.copytree(aside, partial / leftovers.FOLDER)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    files.sync_folder(target.parent)
+    tensors = {name: tensor_files.from_torch(each, dtype) for name, each in sorted(weights.items())}
+    saved = copy.deepcopy(model.config)
+    saved.architectures, saved.dtype = ["PerceptionDLM"], dtype
+    tensor_files.check_tensors(target, tensors, published.shapes(saved))
+    temporary = target.with_name(f".{target.name}.partial")  # of rank 0, which alone writes here
+    with files.write_folder_atomic(target, replace=True, temporary=temporary) as folder:
+        tensor_files.write_file(folder / "model.safetensors", tensors)
+        processor.save_pretrained(folder)
+        saved.save_pretrained(folder)  # over the processor's, which may say another type
+        aside = Path(config.model.path or "") / leftovers.FOLDER
+        if config.model.path and aside.is_dir():  # what the way back to the published layout needs
+            shutil.copytree(aside, folder / leftovers.FOLDER)

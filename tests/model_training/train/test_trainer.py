@@ -148,6 +148,20 @@ def test_the_average_follows_the_weights(corpus, tmp_path):
         torch.testing.assert_close(average[name], before[name].lerp(after[name], 0.9))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_model_is_saved_as_transformers_saves_it_and_its_config_says_the_type(corpus, tmp_path, dtype):
+    fit(config_of(tmp_path / "first", corpus, steps=1, export_dtype="bfloat16"))
+    start = {"path": str(tmp_path / "first" / "model")}
+    fit(config_of(tmp_path / "run", corpus, steps=1, export_dtype=dtype, model=start))
+    saved = tmp_path / "run" / "model"
+    assert json.loads((saved / "config.json").read_text())["dtype"] == dtype
+    again = PerceptionDLM.from_pretrained(saved)
+    assert again.dtype == getattr(torch, dtype)
+    again.save_pretrained(tmp_path / "again")
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (saved, tmp_path / "again"))
+    assert first == second
+
+
 def test_only_additions_are_trained_and_they_are_merged_into_the_file(corpus, tmp_path):
     rates = {"vision": 0, "projector": 0, "language": 1e-2, "prompts": 0}
     config = config_of(
