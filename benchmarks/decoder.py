@@ -24,9 +24,10 @@ from torch import Tensor
 
 from paracaption.model_training.decoding import sampler as decoder
 from paracaption.model_training.model.attention import dense_mask
+from paracaption.model_training.model.batch import Batch, collate
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM, pixel_unshuffle
-from paracaption.model_training.model.processor import Batch, PerceptionDLMProcessor, collate
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.schemas.decoding import DecodeOptions
 
 WIDTH, HEIGHT, REGIONS, LENGTH, STEPS = 1024, 512, 6, 32, 32

@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from paracaption.model_training.decoding import caption_photo, read_regions
+from paracaption.model_training.decoding.read_regions import iter_photo_regions
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.evaluation import held_out as evaluation
 from paracaption.model_training.toy import world as toy
 from paracaption.model_training.toy.scores import compare
@@ -82,8 +83,8 @@ def _run(*command: str | Path) -> None:
 
 def marks(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any]:
     """A trained model's marks in parallel and one by one."""
-    model, processor = caption_photo.load(folder / "model", "cpu")
-    found = compare(model, processor, list(read_regions.scenes(held_out)), options)
+    captioner = RegionCaptioner.load(folder / "model", "cpu")
+    found = compare(captioner, list(iter_photo_regions(held_out)), options)
     return {name: {**each._asdict(), "predicted": each.predicted[:6]} for name, each in found.items()}
 
 

@@ -80,13 +80,13 @@ def mark(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
 @step
 def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
     """On a toy world's held-out scenes: captions that say the whole truth, and what is a neighbour's."""
-    from ..model_training.decoding import read_regions
+    from ..model_training.decoding.read_regions import iter_photo_regions
     from ..model_training.evaluation import captioners, lines
     from ..model_training.toy import scores
 
     assert config.toy
     given = captioners.model_options(config.backend())
-    marks = scores.compare(*given.load(), list(read_regions.scenes(config.toy)), given.decoding())
+    marks = scores.compare(given.load(), list(iter_photo_regions(config.toy)), given.decoding())
     found = {name: each._replace(predicted=[])._asdict() for name, each in marks.items()}
     out = Path(config.out) / config.label
     out.mkdir(parents=True, exist_ok=True)

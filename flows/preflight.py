@@ -5,11 +5,11 @@ Each function yields findings, as `paracaption doctor` shows them; `refuse_failu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..model_training.decoding.region_captioner import check_saved_model
 from ..pipeline.corpus import reader
 from ..pipeline.executor import gpus
 from ..pipeline.executor.findings import FAIL, Finding, try_check
@@ -96,23 +96,9 @@ def _find_model(chosen: Model) -> str:
 
 
 def _find_saved_model(name: object) -> str:
-    from ..pipeline.io import weights
-
     if not isinstance(name, str):
         raise ConfigError("not given; name the folder of a saved PerceptionDLM")
-    folder = Path(name)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; name a folder that `paracaption models convert` wrote")
-    try:
-        kind = json.loads(path.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: not the config of a model ({error}); convert the model again") from error
-    if kind != "perceptiondlm":
-        raise ConfigError(f"{path}: a {kind!r}; convert a published model with `paracaption models convert`")
-    weights.safetensors_files(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise ConfigError(f"{folder / 'tokenizer.json'}: no such file; convert the model again")
+    check_saved_model(Path(name))
     return f"{name} is a saved model"
 
 

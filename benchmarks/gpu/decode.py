@@ -23,8 +23,8 @@ from benchmarks.gpu import perceptiondlm
 from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
 from benchmarks.gpu.rows import Measured, Rows
 from paracaption.model_training.decoding import sampler as decoder
+from paracaption.model_training.model.batch import Batch, collate
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.model.processor import Batch, collate
 from paracaption.schemas.decoding import DecodeOptions
 
 SIZE = (1536, 1024)

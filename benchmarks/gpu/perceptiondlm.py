@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.decoder import LENGTH, SPECIAL, Processor
 from benchmarks.gpu.machine import Machine
+from paracaption.model_training.model.batch import Example
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.model.processor import Example
 
 TINY: dict[str, Any] = {
     "vision_config": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3}

@@ -23,8 +23,8 @@ from torch import Tensor
 from benchmarks.gpu import perceptiondlm
 from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
 from benchmarks.gpu.rows import Measured, Rows, free
-from paracaption.model_training.model.perceptiondlm import Images, PerceptionDLM, Tokens
-from paracaption.model_training.model.processor import pack
+from paracaption.model_training.model.batch import Images, Tokens, pack
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.train import build, loss
 from paracaption.model_training.train import distributed as teams
 from paracaption.schemas.training import NoiseOptions

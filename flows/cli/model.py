@@ -134,28 +134,29 @@ def caption(
     """Caption the regions of a photo, all in parallel."""
     from rich.console import Console
 
-    from ...model_training.decoding import caption_photo, read_regions
-    from ...model_training.decoding import trace as tracing
+    from ...model_training.decoding import caption_photo as captioning
+    from ...model_training.decoding.read_regions import read_photo_regions
+    from ...model_training.decoding.region_captioner import RegionCaptioner
 
     options = DecodeOptions.checked(decoding)
-    caption_photo.check_outputs(picture, trace, json)
-    scene = read_regions.read(image, masks, key)
+    captioning.check_outputs(picture, trace, json)
+    photo = read_photo_regions(image, masks, key)
     notices = Console(stderr=True)
-    for line in scene.left_out:
+    for line in photo.left_out:
         notices.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
     with notices.status("loading the model"):
-        loaded = caption_photo.load(model, device, dtype)
-    with notices.status(f"captioning {len(scene.regions)} regions"):
-        answer = caption_photo.describe(loaded, scene, options, regions_per_call)
+        captioner = RegionCaptioner.load(model, device, dtype)
+    with notices.status(f"captioning {len(photo.regions)} regions"):
+        captioned = captioning.caption_regions(captioner, photo, options, regions_per_call)
         if trace is not None:
-            tracing.write(caption_photo.trace_of(loaded, answer, regions_per_call), trace)
+            captioning.write_trace(captioning.trace_photo(captioner, captioned, regions_per_call), trace)
     if picture is not None:
-        caption_photo.write_picture(answer, picture)
+        captioning.write_picture(captioned, picture)
     if json == "-":
-        print(caption_photo.to_json(answer), end="")
+        print(captioning.to_json(captioned), end="")
         return
     if json is not None:
-        caption_photo.write_record(answer, json)
-    Console().print(caption_photo.render(answer))
+        captioning.write_record(captioned, json)
+    Console().print(captioning.render(captioned))
     for path in filter(None, (json, picture, trace)):
         print(path)

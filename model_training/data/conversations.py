@@ -23,7 +23,8 @@ from ...schemas.records import Blob
 from ...schemas.training import ConversationSource
 from ..model import tiling
 from ..model.attention import SHARED
-from ..model.processor import ANSWER, HEAD, Example
+from ..model.batch import Example
+from ..model.processor import ANSWER, HEAD
 from .corpus import token_lists, tokenizer_digest, views_of
 from .table import Table, Writer, cached
 

@@ -15,8 +15,7 @@ from ...schemas.errors import BadRecord, BadSample
 from ...schemas.records import Blob
 from ...schemas.sample import SampleRegion
 from ...schemas.training import DataOptions
-from ..model.perceptiondlm import Images, Tokens
-from ..model.processor import Example, collate, pack
+from ..model.batch import Example, Images, Tokens, collate, pack
 from ..model.tiling import Runs
 from . import conversations
 from .conversations import Conversations

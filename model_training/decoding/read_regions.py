@@ -52,17 +52,17 @@ class Region(NamedTuple):
         return rle.decode(self.mask.rle).astype(bool)
 
 
-class Scene(NamedTuple):
+class PhotoRegions(NamedTuple):
     """A photo with its regions in the order in which they were given.
 
     Attributes:
-        photo: its path, or the corpus and its key.
+        name: the photo's path, or the corpus's with the image's key.
         pixels: (H, W, 3) uint8 RGB, as stored.
         regions: at least one.
         left_out: records that cannot be used, each with its reason.
     """
 
-    photo: str
+    name: str
     pixels: np.ndarray
     regions: list[Region]
     left_out: list[str]
@@ -73,7 +73,9 @@ class _Found(NamedTuple):
     left_out: list[str]
 
 
-def read(image: str | Path | None, masks: Sequence[str | Path], key: str | None = None) -> Scene:
+def read_photo_regions(
+    image: str | Path | None, masks: Sequence[str | Path], key: str | None = None
+) -> PhotoRegions:
     """Read a photo and its regions.
 
     Args:
@@ -102,7 +104,7 @@ def read(image: str | Path | None, masks: Sequence[str | Path], key: str | None 
     pixels = _pixels(str(image))
     found = [_from(path, str(image), pixels.shape[:2], chosen) for path, chosen in split]
     regions = [region for each in found for region in each.regions]
-    return Scene(str(image), pixels, regions, [line for each in found for line in each.left_out])
+    return PhotoRegions(str(image), pixels, regions, [line for each in found for line in each.left_out])
 
 
 def _split(path: str, key: str | None) -> tuple[str, str | None]:
@@ -153,24 +155,24 @@ def _is_corpus(path: str) -> bool:
     return file_names.ending(path) == ".tar" and Path(path).exists()
 
 
-def _from_corpus(path: str, key: str | None) -> Scene:
+def _from_corpus(path: str, key: str | None) -> PhotoRegions:
     if not key:
         raise ConfigError(f"{path}: which image? Say its key, as in `{path}#KEY`")
     return _of_sample(f"{path}#{key}", *_sample(path, key))
 
 
-def scenes(out: str | Path) -> Iterator[Scene]:
+def iter_photo_regions(corpus: str | Path) -> Iterator[PhotoRegions]:
     """Every image of a corpus with its kept regions, in the order of its shards.
 
     Raises:
         ConfigError: no corpus, or a photo or mask that cannot be decoded; names the image.
         IntegrityError: the corpus is damaged.
     """
-    for _, sample, data in reader.iter_corpus(out, reader.subsets(out)):
-        yield _of_sample(f"{out}#{sample.key}", sample, data)
+    for _, sample, data in reader.iter_corpus(corpus, reader.subsets(corpus)):
+        yield _of_sample(f"{corpus}#{sample.key}", sample, data)
 
 
-def _of_sample(name: str, sample: Sample, data: bytes) -> Scene:
+def _of_sample(name: str, sample: Sample, data: bytes) -> PhotoRegions:
     try:
         pixels = photos.decode(Blob(name), data, Limits().max_pixels)
         regions = [
@@ -184,7 +186,7 @@ def _of_sample(name: str, sample: Sample, data: bytes) -> Scene:
         ]
     except BadRecord as error:
         raise ConfigError(f"{name}: {error.detail}") from error
-    return Scene(name, pixels, regions, [])
+    return PhotoRegions(name, pixels, regions, [])
 
 
 def _sample(path: str, key: str) -> tuple[Sample, bytes]:

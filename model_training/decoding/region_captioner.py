@@ -1,32 +1,42 @@
-"""Captions for any number of regions of any number of images, in the caller's order."""
+"""Captions of any number of regions of any number of photos, in the caller's order."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ...pipeline.io import weights
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
-from ..model.perceptiondlm import PerceptionDLM
-from ..model.processor import Example, PerceptionDLMProcessor, check_masks, collate
-from .sampler import State, decode, steps
+from ..model import tiling
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from PIL.Image import Image
+    from torch import Tensor
+
+    from ..model.batch import Example
+    from ..model.perceptiondlm import PerceptionDLM
+    from ..model.processor import PerceptionDLMProcessor
+    from .sampler import State
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Captioned(NamedTuple):
-    """What an image's regions were called, and at what price.
+class RegionCaptions(NamedTuple):
+    """The captions of one photo's regions, and what they cost.
 
     Attributes:
-        captions: one a mask, in the caller's order.
-        forwards: passes of the language model, summed over the image's groups.
-        tokens: slots filled.
-        seconds: of the batches that the image was in, by its share of their groups.
-        agreement: share of tokens equal to an uncached decode's, where `compare` asked for it.
+        captions: one for each mask, in the caller's order.
+        forwards: forward passes of the language model, summed over the photo's groups of regions.
+        tokens: tokens that were decoded, `max_new_tokens` for each region.
+        seconds: this photo's share of the time that its batches took.
+        agreement: share of tokens equal to those of a decode without a cache, where `compare` asks for it.
     """
 
     captions: list[str]
@@ -37,7 +47,13 @@ class Captioned(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One slot of a caption: its text, None while it is masked; its token; the latest guess's confidence."""
+    """The place of one token in a caption that is being decoded.
+
+    Attributes:
+        text: the token as text; None while it is masked.
+        token: its id.
+        confidence: probability of the latest prediction for this place; NaN before the first one.
+    """
 
     text: str | None
     token: int
@@ -45,12 +61,12 @@ class Slot(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """All captions of an image after a step.
+    """The captions of a photo between two decoding steps.
 
     Attributes:
-        forwards: passes of the language model so far, of the group with most.
-        slots: of each region, in the caller's order.
-        captions: as they read now, masked slots left out.
+        forwards: forward passes of the language model so far, of the group that has had most.
+        slots: for each region, in the caller's order, its tokens.
+        captions: the captions as they read now, without what is still masked.
     """
 
     forwards: int
@@ -59,142 +75,278 @@ class Snapshot(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Regions of an image that share a sequence: the image's number, theirs in it, and the sequence."""
+    """Regions that share a sequence: the number of their photo, their numbers in it, and the sequence."""
 
-    image: int
+    photo: int
     regions: list[int]
     example: Example
 
 
-def caption_images(
-    model: PerceptionDLM,
-    processor: PerceptionDLMProcessor,
-    images: Iterable[tuple[np.ndarray | Image, Sequence[np.ndarray]]],
-    options: DecodeOptions | None = None,
-    batch_size: int = 8,
-    regions_per_call: int | None = None,
-) -> list[Captioned]:
-    """Caption the regions of images.
+class RegionCaptioner:
+    """Describes regions of photos with a PerceptionDLM: all regions of a photo at once.
 
-    An image with more regions than the model has prompts is split into groups of about equal size. Groups
-    share batches across images; results do not depend on how.
+        captioner = RegionCaptioner.load("out/run/model")
+        captions = captioner.caption(photo, masks)
 
-    Args:
-        model: in eval mode, on its device.
-        processor: the model's.
-        images: (pixels (H, W, 3) uint8 RGB or a Pillow image, masks (H, W) bool) each.
-        options: of the decoder.
-        batch_size: groups decoded at once.
-        regions_per_call: regions of a group at most; 1 captions one by one.
+    How captions are decoded can be chosen in every call, with `DecodeOptions` or with fields of it:
+
+        captioner.caption(photo, masks, strategy="threshold", threshold=0.95, max_new_tokens=64)
+
+    Attributes:
+        model: the network, in eval mode and on its device.
+        processor: lays out photos and masks for this network, and turns its tokens into text.
+    """
+
+    def __init__(self, model: PerceptionDLM, processor: PerceptionDLMProcessor):
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> RegionCaptioner:
+        """Open a saved model.
+
+        Args:
+            folder: what training, `paracaption models convert` or `save_pretrained` wrote.
+            device: a device of torch, such as "cuda:1" or "cpu". "auto" takes a GPU where there is one.
+            dtype: the type that the model computes in: "float32", "bfloat16" or "float16". "auto" takes
+                bfloat16 on a GPU and float32 elsewhere.
+
+        Raises:
+            ConfigError: the folder holds no such model, the device or the type cannot be used, or torch is
+                not installed.
+        """
+        check_saved_model(Path(folder))
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype: unknown type {dtype!r}; choose one of {', '.join(DTYPES)}")
+        try:
+            import torch
+            from safetensors import SafetensorError
+            from transformers.utils import logging
+
+            from ..model.perceptiondlm import PerceptionDLM
+            from ..model.processor import PerceptionDLMProcessor
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{error.name} is not installed; install the models' packages: pip install "
+                "'paracaption[models]'"
+            ) from error
+        logging.disable_progress_bar()
+        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        try:
+            place = torch.device(chosen)
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).splitlines()[0]
+            raise ConfigError(f"device: {chosen!r} cannot be used ({why}); choose another one") from error
+        if dtype == "auto":
+            dtype = "bfloat16" if place.type == "cuda" else "float32"
+        try:
+            processor = PerceptionDLMProcessor.from_pretrained(folder)
+            model: PerceptionDLM = PerceptionDLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ConfigError(f"{folder}: not readable ({str(error)[:300]}); save the model again") from error
+        return cls(model.to(place).eval(), processor)
+
+    def caption(
+        self,
+        photo: np.ndarray | Image,
+        masks: Sequence[ArrayLike],
+        options: DecodeOptions | None = None,
+        *,
+        regions_per_call: int | None = None,
+        **fields: Any,
+    ) -> list[str]:
+        """Describe regions of one photo.
+
+        Args:
+            photo: (height, width, 3) uint8 RGB, or a Pillow image of any mode. It is taken as it is stored:
+                an EXIF rotation is not applied, since the masks would not follow it.
+            masks: one for each region, (height, width) of the photo's size; what is not zero is the region.
+                There may be any number of them, they may overlap, and none may be empty.
+            options: how captions are decoded; by default as `DecodeOptions()` says.
+            regions_per_call: the most regions that share a sequence. By default as many as the model has
+                region prompts; 1 describes them one after the other, none seeing another. More regions are
+                split into groups of about equal size.
+            fields: single fields of `DecodeOptions` that differ from `options`, such as `max_new_tokens=64`.
+
+        Returns:
+            One caption for each mask, in the order of the masks.
+
+        Raises:
+            ConfigError: the photo is not RGB; a mask is empty or has another size, and the message says its
+                number; or an option is unknown, or does not suit the model.
+        """
+        [found] = self.caption_photos([(photo, masks)], options, regions_per_call=regions_per_call, **fields)
+        return found.captions
+
+    def caption_photos(
+        self,
+        photos: Iterable[tuple[np.ndarray | Image, Sequence[ArrayLike]]],
+        options: DecodeOptions | None = None,
+        *,
+        batch_size: int = 8,
+        regions_per_call: int | None = None,
+        **fields: Any,
+    ) -> list[RegionCaptions]:
+        """Describe regions of many photos, with the cost of each.
+
+        Groups of regions share batches across photos. Captions do not depend on what else is in a batch.
+
+        Args:
+            photos: (photo, masks) as `caption` takes them. They are read one after the other, and only those
+                of one batch are in memory at once.
+            options: how captions are decoded; by default as `DecodeOptions()` says.
+            batch_size: groups that are decoded at once. More need more memory, and are faster on a GPU.
+            regions_per_call: as for `caption`.
+            fields: single fields of `DecodeOptions` that differ from `options`.
+
+        Returns:
+            One result for each photo, in the order of the photos.
+
+        Raises:
+            ConfigError: as `caption`.
+        """
+        options = _decode_options(options, fields)
+        results: list[RegionCaptions] = []
+        waiting: list[_Group] = []
+        for number, (photo, masks) in enumerate(photos):
+            results.append(RegionCaptions([""] * len(masks), 0, 0, 0.0))
+            for group in self._groups(number, photo, masks, options, regions_per_call):
+                waiting.append(group)
+                if len(waiting) == batch_size:
+                    self._decode(waiting, options, results)
+                    waiting = []
+        if waiting:
+            self._decode(waiting, options, results)
+        return results
+
+    def caption_steps(
+        self,
+        photo: np.ndarray | Image,
+        masks: Sequence[ArrayLike],
+        options: DecodeOptions | None = None,
+        *,
+        regions_per_call: int | None = None,
+        **fields: Any,
+    ) -> Iterator[Snapshot]:
+        """Describe regions of one photo, and show how the captions come to be.
+
+        Args:
+            photo: as for `caption`, as all that follows.
+            masks: one for each region.
+            options: how captions are decoded.
+            regions_per_call: the most regions that share a sequence.
+            fields: single fields of `DecodeOptions` that differ from `options`.
+
+        Yields:
+            All captions before the first step and after every one. The last are what `caption` returns.
+
+        Raises:
+            ConfigError: as `caption`, at once.
+        """
+        options = _decode_options(options, fields)
+        groups = list(self._groups(0, photo, masks, options, regions_per_call))
+        return self._snapshots(groups, options)
+
+    def _groups(
+        self,
+        number: int,
+        photo: np.ndarray | Image,
+        masks: Sequence[ArrayLike],
+        options: DecodeOptions,
+        regions_per_call: int | None,
+    ) -> Iterator[_Group]:
+        """A photo's regions, split evenly into groups that fit into a sequence."""
+        if regions_per_call is not None and regions_per_call < 1:
+            raise ConfigError(f"regions_per_call: {regions_per_call}; give at least 1")
+        pixels = np.asarray(photo if isinstance(photo, np.ndarray) else photo.convert("RGB"))
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+            raise ConfigError(f"photo {number}: {pixels.shape} {pixels.dtype}; give (H, W, 3) uint8 RGB")
+        dense = [np.asarray(mask).astype(bool) for mask in masks]
+        tiling.check_masks(dense, pixels.shape[:2], len(dense))
+        most = min(self.model.config.num_prompts, regions_per_call or self.model.config.num_prompts)
+        num_groups = -(-len(dense) // most)
+        for part in np.array_split(np.arange(len(dense)), num_groups) if num_groups else ():
+            regions = part.tolist()
+            chosen = [dense[region] for region in regions]
+            yield _Group(number, regions, self.processor.example(pixels, chosen, options.max_new_tokens))
+
+    def _decode(self, groups: list[_Group], options: DecodeOptions, results: list[RegionCaptions]) -> None:
+        """Decode one batch, and put captions and costs into their photos' results."""
+        from ..model.batch import collate
+        from .sampler import decode
+
+        start = time.perf_counter()
+        decoded = decode(self.model, collate([group.example for group in groups]), options)
+        seconds = (time.perf_counter() - start) / len(groups)
+        for row, group in enumerate(groups):
+            result, tokens = results[group.photo], len(group.regions) * options.max_new_tokens
+            captions = self._read(group, decoded.tokens_BNS[row])
+            for region, caption in zip(group.regions, captions, strict=True):
+                result.captions[region] = caption
+            agreement = None
+            if decoded.agreement_B is not None:
+                before = (result.agreement or 0.0) * result.tokens
+                agreement = (before + float(decoded.agreement_B[row]) * tokens) / (result.tokens + tokens)
+            results[group.photo] = result._replace(
+                forwards=result.forwards + int(decoded.forwards_B[row]),
+                tokens=result.tokens + tokens,
+                seconds=result.seconds + seconds,
+                agreement=agreement,
+            )
+
+    def _read(self, group: _Group, tokens_NS: Tensor) -> list[str]:
+        return self.processor.read(tokens_NS[: len(group.regions)].numpy(), group.example.order)
+
+    def _snapshots(self, groups: list[_Group], options: DecodeOptions) -> Iterator[Snapshot]:
+        from ..model.batch import collate
+        from .sampler import steps
+
+        if groups:
+            batch = collate([group.example for group in groups])
+            for state in steps(self.model, batch, options):
+                yield self._snapshot(groups, state)
+
+    def _snapshot(self, groups: list[_Group], state: State) -> Snapshot:
+        total = sum(len(group.regions) for group in groups)
+        slots: list[list[Slot]] = [[] for _ in range(total)]
+        captions = [""] * total
+        for row, group in enumerate(groups):
+            read = self._read(group, state.tokens_BNS[row])
+            for region, caption in zip(group.regions, read, strict=True):
+                captions[region] = caption
+            for place, number in enumerate(group.example.order):
+                parts = (state.tokens_BNS, state.open_BNS, state.confidence_BNS)
+                rows = zip(*(part[row, place].tolist() for part in parts), strict=True)
+                slots[group.regions[number]] = [
+                    Slot(None if masked else self.processor.tokenizer.decode([token]), token, confidence)
+                    for token, masked, confidence in rows
+                ]
+        return Snapshot(int(state.forwards_B.max()), slots, captions)
+
+
+def check_saved_model(folder: Path) -> None:
+    """Refuse a folder that does not hold a saved PerceptionDLM. Looks at files only; needs no torch.
 
     Raises:
-        ConfigError: a mask is empty or not of its image's size, or options that do not suit the model.
+        ConfigError: a file is missing, or the config is not that of a PerceptionDLM.
     """
-    options = options or DecodeOptions()
-    results: list[Captioned] = []
-    waiting: list[_Group] = []
-    for number, (photo, masks) in enumerate(images):
-        results.append(Captioned([""] * len(masks), 0, 0, 0.0))
-        for group in _groups(
-            model, processor, number, photo, masks, options.max_new_tokens, regions_per_call
-        ):
-            waiting.append(group)
-            if len(waiting) == batch_size:
-                _decode(model, processor, waiting, options, results)
-                waiting = []
-    if waiting:
-        _decode(model, processor, waiting, options, results)
-    return results
-
-
-def caption_steps(
-    model: PerceptionDLM,
-    processor: PerceptionDLMProcessor,
-    photo: np.ndarray | Image,
-    masks: Sequence[np.ndarray],
-    options: DecodeOptions | None = None,
-    regions_per_call: int | None = None,
-) -> Iterator[Snapshot]:
-    """Caption one image's regions, giving all captions before the first step and after every one.
-
-    Raises:
-        ConfigError: as `caption_images`.
-    """
-    options = options or DecodeOptions()
-    groups = list(_groups(model, processor, 0, photo, masks, options.max_new_tokens, regions_per_call))
-    if groups:
-        batch = collate([group.example for group in groups])
-        for state in steps(model, batch, options):
-            yield _snapshot(processor, groups, state)
-
-
-def _groups(
-    model: PerceptionDLM,
-    processor: PerceptionDLMProcessor,
-    number: int,
-    photo: np.ndarray | Image,
-    masks: Sequence[np.ndarray],
-    max_new_tokens: int,
-    regions_per_call: int | None,
-) -> Iterator[_Group]:
-    if regions_per_call is not None and regions_per_call < 1:
-        raise ConfigError(f"regions_per_call: {regions_per_call}; at least 1")
-    pixels = np.asarray(photo.convert("RGB") if hasattr(photo, "convert") else photo)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ConfigError(f"image {number}: {pixels.shape} {pixels.dtype}; give (H, W, 3) uint8 RGB")
-    masks = [np.asarray(mask).astype(bool) for mask in masks]
-    check_masks(masks, pixels.shape[:2], len(masks))
-    most = min(model.config.num_prompts, regions_per_call or model.config.num_prompts)
-    parts = -(-len(masks) // most)
-    for regions in np.array_split(np.arange(len(masks)), parts) if parts else ():
-        chosen = regions.tolist()
-        yield _Group(number, chosen, processor.example(pixels, [masks[i] for i in chosen], max_new_tokens))
-
-
-def _decode(
-    model: PerceptionDLM,
-    processor: PerceptionDLMProcessor,
-    groups: list[_Group],
-    options: DecodeOptions,
-    results: list[Captioned],
-) -> None:
-    start = time.perf_counter()
-    decoded = decode(model, collate([group.example for group in groups]), options)
-    seconds = (time.perf_counter() - start) / len(groups)
-    for row, group in enumerate(groups):
-        result, filled = results[group.image], len(group.regions) * options.max_new_tokens
-        for region, caption in zip(
-            group.regions, _read(processor, group, decoded.tokens_BNS[row]), strict=True
-        ):
-            result.captions[region] = caption
-        agreement = None
-        if decoded.agreement_B is not None:
-            before = (result.agreement or 0.0) * result.tokens
-            agreement = (before + float(decoded.agreement_B[row]) * filled) / (result.tokens + filled)
-        results[group.image] = result._replace(
-            forwards=result.forwards + int(decoded.forwards_B[row]),
-            tokens=result.tokens + filled,
-            seconds=result.seconds + seconds,
-            agreement=agreement,
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"{config}: no such file; give a folder that `paracaption models convert` wrote")
+    try:
+        kind = json.loads(config.read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{config}: not the config of a model ({error}); save the model again") from error
+    if kind != "perceptiondlm":
+        raise ConfigError(
+            f"{config}: a model of type {kind!r}, not 'perceptiondlm'; convert a published model with "
+            "`paracaption models convert`"
         )
+    weights.safetensors_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"{folder / 'tokenizer.json'}: no such file; save the model again")
 
 
-def _read(processor: PerceptionDLMProcessor, group: _Group, tokens_NS) -> list[str]:
-    return processor.read(tokens_NS[: len(group.regions)].numpy(), group.example.order)
-
-
-def _snapshot(processor: PerceptionDLMProcessor, groups: list[_Group], state: State) -> Snapshot:
-    total = sum(len(group.regions) for group in groups)
-    slots: list[list[Slot]] = [[] for _ in range(total)]
-    captions = [""] * total
-    for row, group in enumerate(groups):
-        tokens_NS = state.tokens_BNS[row]
-        for region, caption in zip(group.regions, _read(processor, group, tokens_NS), strict=True):
-            captions[region] = caption
-        for place, number in enumerate(group.example.order):
-            parts = (tokens_NS[place], state.open_BNS[row, place], state.confidence_BNS[row, place])
-            slots[group.regions[number]] = [
-                Slot(None if masked else processor.tokenizer.decode([token]), token, confidence)
-                for token, masked, confidence in zip(*(part.tolist() for part in parts), strict=True)
-            ]
-    return Snapshot(int(state.forwards_B.max()), slots, captions)
+def _decode_options(options: DecodeOptions | None, fields: dict[str, Any]) -> DecodeOptions:
+    options = options or DecodeOptions()
+    return DecodeOptions.checked({**options.model_dump(), **fields}) if fields else options

@@ -19,9 +19,9 @@ from torch import Tensor
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ..model.attention import PADDING, Structure, join
+from ..model.batch import Batch
 from ..model.llada import Kept
 from ..model.perceptiondlm import PerceptionDLM
-from ..model.processor import Batch
 
 _LOGITS_AT_ONCE = {"cpu": (256, 1024), "gpu": (4096, 16384)}
 """Slots and tokens whose logits are there at once: 1 MB, which the cores' caches hold; a quarter of a GB."""

@@ -12,18 +12,16 @@ import io
 import json
 import math
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...pipeline.io import draw
-
-if TYPE_CHECKING:
-    from .trace import Piece, Trace
+from .trace import Piece, Trace
 
 _SIDE, _QUALITY = 1000, 88
 _WIDE = 1.9
 
 
-def page(trace: Trace) -> str:
+def render_page(trace: Trace) -> str:
     """The page of a trace."""
     last = len(trace.snapshots) - 1
     picture = draw.draw_masks(trace.photo, trace.marks, _SIDE)
@@ -40,11 +38,11 @@ def page(trace: Trace) -> str:
         entries="\n".join(_entry(trace, number, pieces[number]) for number in range(len(trace.marks))),
         line=html.escape(trace.line(last)),
         last=last,
-        data=_in_script(data(trace)),
+        data=_in_script(playback(trace)),
     )
 
 
-def data(trace: Trace) -> dict[str, Any]:
+def playback(trace: Trace) -> dict[str, Any]:
     """What the page plays.
 
     Returns:

@@ -18,7 +18,7 @@ from ...schemas.config import Backend, Limits
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob, ImageRecord, Region
-from ..decoding import caption_photo
+from ..decoding.region_captioner import RegionCaptioner, check_saved_model
 from .annotations import BenchImage
 
 PERCEPTIONDLM, PREDICTIONS = "perceptiondlm", "predictions"
@@ -64,7 +64,7 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         model: folder of a saved model.
-        device, dtype: as `describe.load` takes them.
+        device, dtype: as `RegionCaptioner.load` takes them.
         regions_per_call: captioned together; 1: one by one; None: the most that the model can.
         decode: how captions are decoded, see `schemas.decoding.DecodeOptions`.
     """
@@ -83,13 +83,13 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         return DecodeOptions.checked(self.decode, "captioner.options.decode")
 
-    def load(self) -> caption_photo.Loaded:
+    def load(self) -> RegionCaptioner:
         """The model on its device.
 
         Raises:
-            ConfigError: as `describe.load`.
+            ConfigError: as `RegionCaptioner.load`.
         """
-        return caption_photo.load(self.model, self.device, self.dtype)
+        return RegionCaptioner.load(self.model, self.device, self.dtype)
 
 
 class PredictionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,7 +110,7 @@ def identity(backend: Backend) -> dict[str, str]:
         # A number counts as it was written: since release 0.1, `temperature: 1` and `1.0` are two identities.
         options |= {name: value for name, value in given.decode.items() if name in options}
         shown = {name: str(value) for name, value in options.items() if name != "compare"}
-        caption_photo.check_folder(Path(given.model))
+        check_saved_model(Path(given.model))
         together = {"regions_per_call": str(given.regions_per_call)}
         return {"name": backend.name, "weights": weights.identity(given.model), **together, **shown}
     if backend.name == PREDICTIONS:
@@ -151,15 +151,12 @@ class _Model:
 
     def __init__(self, options: ModelOptions):
         self.options = options
-        self.loaded = options.load()
+        self.captioner = options.load()
 
     def caption(self, image: BenchImage) -> Captions:
-        from ..decoding.region_captioner import caption_images
-
-        model, processor = self.loaded
         inputs = [(image.pixels(), [region.dense() for region in image.regions])]
-        (found,) = caption_images(
-            model, processor, inputs, self.options.decoding(), 1, self.options.regions_per_call
+        (found,) = self.captioner.caption_photos(
+            inputs, self.options.decoding(), regions_per_call=self.options.regions_per_call
         )
         return Captions([*found.captions], found.seconds, found.forwards, found.tokens)
 

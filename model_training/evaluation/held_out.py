@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 
 from ...pipeline.io import draw, files
 from ...schemas.training import Evaluation
-from ..decoding import caption_photo
-from ..decoding import read_regions as regions
-from ..decoding.read_regions import Scene
-from ..decoding.region_captioner import Captioned, caption_images
+from ..decoding.read_regions import PhotoRegions, iter_photo_regions
+from ..decoding.region_captioner import RegionCaptioner, RegionCaptions
 
 FOLDER = "evaluation"
 
@@ -60,38 +58,40 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
     Raises:
         ConfigError: no corpus, no model, or options that do not suit it.
     """
-    loaded = caption_photo.load(model, device)
+    captioner = RegionCaptioner.load(model, device)
     folder = out / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "pictures").mkdir(parents=True)
     records = []
     with files.write_atomic(folder / "captions.jsonl") as file:
-        for number, (scene, found) in enumerate(_caption(loaded, config)):
-            records.append(_record(scene, found))
+        for number, (photo, found) in enumerate(_caption(captioner, config)):
+            records.append(_record(photo, found))
             file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
             if number < config.pictures:
-                _draw(scene, found.captions, folder / "pictures" / f"{number:03d}.jpg")
-    summary = _summary(records, str(loaded.model.device))
+                _draw(photo, found.captions, folder / "pictures" / f"{number:03d}.jpg")
+    summary = _summary(records, str(captioner.model.device))
     with files.write_atomic(folder / "summary.json") as file:
         file.write(json.dumps(summary._asdict(), indent=1).encode() + b"\n")
     return summary
 
 
-def _caption(loaded: caption_photo.Loaded, config: Evaluation) -> Iterator[tuple[Scene, Captioned]]:
-    """Some images at a time: batches are full, and few photos are in memory."""
-    scenes = islice(regions.scenes(config.corpus), config.images)
-    while some := list(islice(scenes, 8 * config.batch_size)):
-        inputs = ((scene.pixels, [region.dense() for region in scene.regions]) for scene in some)
-        found = caption_images(
-            loaded.model, loaded.processor, inputs, config, config.batch_size, config.regions_per_call
+def _caption(captioner: RegionCaptioner, config: Evaluation) -> Iterator[tuple[PhotoRegions, RegionCaptions]]:
+    """Some photos at a time: batches are full, and few photos are in memory."""
+    photos = islice(iter_photo_regions(config.corpus), config.images)
+    while some := list(islice(photos, 8 * config.batch_size)):
+        found = captioner.caption_photos(
+            ((photo.pixels, [region.dense() for region in photo.regions]) for photo in some),
+            config,
+            batch_size=config.batch_size,
+            regions_per_call=config.regions_per_call,
         )
         yield from zip(some, found, strict=True)
 
 
-def _record(scene: Scene, found: Captioned) -> dict[str, Any]:
-    rows = zip(scene.regions, found.captions, strict=True)
+def _record(photo: PhotoRegions, found: RegionCaptions) -> dict[str, Any]:
+    rows = zip(photo.regions, found.captions, strict=True)
     return {
-        "image": scene.photo,
+        "image": photo.name,
         "regions": [
             {"source": region.source, "caption": caption, "corpus_caption": region.caption}
             for region, caption in rows
@@ -102,10 +102,10 @@ def _record(scene: Scene, found: Captioned) -> dict[str, Any]:
     }
 
 
-def _draw(scene: Scene, captions: list[str], path: Path) -> None:
-    rows = zip(scene.regions, captions, strict=True)
+def _draw(photo: PhotoRegions, captions: list[str], path: Path) -> None:
+    rows = zip(photo.regions, captions, strict=True)
     marks = [draw.Mark(region.mask.rle, caption, region.label) for region, caption in rows]
-    draw.save(draw.draw_image(scene.pixels, marks, title=Path(scene.photo).name), path)
+    draw.save(draw.draw_image(photo.pixels, marks, title=Path(photo.name).name), path)
 
 
 def _summary(records: list[dict[str, Any]], device: str) -> Summary:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,12 +22,9 @@ from ...pipeline.io import files
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ...schemas.evaluation import ProfileConfig
-from ..decoding import caption_photo
-from ..decoding import read_regions as regions
+from ..decoding.read_regions import iter_photo_regions
+from ..decoding.region_captioner import RegionCaptioner, RegionCaptions
 from ..decoding.sampler import cache_for
-
-if TYPE_CHECKING:
-    from ..decoding.region_captioner import Captioned
 
 ROWS, TABLE, PLOT = "profile.json", "profile.md", "profile.png"
 
@@ -89,14 +86,14 @@ def profile(
         model: folder of a saved model.
         config: what is varied.
         out: created.
-        device: as `describe.load` takes it.
+        device: as `RegionCaptioner.load` takes it.
         dtype: likewise.
         report: called with each row.
 
     Raises:
         ConfigError: no such model or corpus, or a length or step count that does not suit the model.
     """
-    bench = _Bench(caption_photo.load(model, device, dtype), config)
+    bench = _Bench(RegionCaptioner.load(model, device, dtype), config)
     cases = list(bench.cases())
     for _ in range(config.repeats):  # all cases in turns, so that a machine that others use slows all alike
         for case in cases:
@@ -125,19 +122,19 @@ class _Case:
     together: int
     batch: int
     options: DecodeOptions
-    found: list[Captioned] = field(default_factory=list)
+    found: list[RegionCaptions] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
 class _Bench:
-    def __init__(self, loaded: caption_photo.Loaded, config: ProfileConfig):
+    def __init__(self, captioner: RegionCaptioner, config: ProfileConfig):
         import torch
 
-        self.model, self.processor = loaded
+        self.captioner, self.model = captioner, captioner.model
         self.config = config
-        scenes = islice(regions.scenes(config.scenes), config.images)
+        photos = islice(iter_photo_regions(config.scenes), config.images)
         self.photos: list[Photo] = [
-            (scene.pixels, [region.dense() for region in scene.regions]) for scene in scenes
+            (photo.pixels, [region.dense() for region in photo.regions]) for photo in photos
         ]
         self.most = self.model.config.num_prompts
         self.length, self.steps = config.max_new_tokens[0], min(config.max_new_tokens[0], max(config.steps))
@@ -165,7 +162,7 @@ class _Bench:
         for threshold in config.thresholds:
             options = {"strategy": "threshold", "threshold": threshold}
             yield self._case("threshold", "parallel", config.load, self.most, **options)
-        for cache in ("none", "exact" if self.processor.layout.isolate_prefix else "approximate"):
+        for cache in ("none", "exact" if self.model.layout.isolate_prefix else "approximate"):
             yield self._case("cache", "parallel", config.load, self.most, cache=cache)
         for batch in config.batches:
             yield self._case("batch", "parallel", config.load, self.most, batch=batch)
@@ -176,12 +173,12 @@ class _Bench:
 
     def measure(self, case: _Case) -> None:
         """Caption all photos once; the first time is a warm-up."""
-        from ..decoding.region_captioner import caption_images
-
         photos = [_with_regions(photo, case.count) for photo in self.photos]
         self._wait()
         start = time.perf_counter()
-        found = caption_images(self.model, self.processor, photos, case.options, case.batch, case.together)
+        found = self.captioner.caption_photos(
+            photos, case.options, batch_size=case.batch, regions_per_call=case.together
+        )
         self._wait()
         if case.found:
             case.seconds.append(time.perf_counter() - start)

@@ -12,8 +12,6 @@ regions, W replayed tokens of a region, B batch, L tokens of a sequence, V vocab
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,62 +19,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
-from ...schemas.decoding import DecodeOptions
-from ...schemas.errors import ConfigError
 from .attention import Pattern, Structure
+from .batch import Images, Tokens
 from .config import PerceptionDLMConfig
 from .llada import LanguageModel
 from .roi_align import roi_align
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
-    from ..decoding.region_captioner import Snapshot
-    from .processor import PerceptionDLMProcessor
-
-
-class Images(NamedTuple):
-    """What a batch shows.
-
-    Attributes:
-        views_N3SS: uint8 RGB, image after image, each with its tiles row by row and then its thumbnail.
-        prompts_NPQ: bool, which patch of which view belongs to the region that has which prompt.
-        grids_I2: int64 on the CPU, tiles across and down.
-        boxes_R4: float32, (x1, y1, x2, y2) of the regions as shares of their image, image after image.
-        image_R: int64, each region's image.
-    """
-
-    views_N3SS: Tensor
-    prompts_NPQ: Tensor
-    grids_I2: Tensor
-    boxes_R4: Tensor
-    image_R: Tensor
-
-    def to(self, device: torch.device | str) -> Images:
-        """On a device, but for the grids, which shapes are made of."""
-        return Images(
-            *(part if name == "grids_I2" else part.to(device) for name, part in self._asdict().items())
-        )
-
-
-class Tokens(NamedTuple):
-    """What a batch says; all (B, L).
-
-    Attributes:
-        ids_BL: int64; of image and replay, the tokens that stand for them.
-        position_BL: int64.
-        structure: who may attend to whom.
-    """
-
-    ids_BL: Tensor
-    position_BL: Tensor
-    structure: Structure
-
-    def to(self, device: torch.device | str) -> Tokens:
-        """On a device."""
-        moved = Structure(*(field.to(device) for field in self.structure))
-        return Tokens(self.ids_BL.to(device), self.position_BL.to(device), moved)
 
 
 class VisionTower(nn.Module):
@@ -122,7 +69,6 @@ class PerceptionDLM(PreTrainedModel):
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__(config)
         self.layout = config.resolved_layout()
-        self._processor: PerceptionDLMProcessor | None = None
         vision, text = config.vision_config, config.text_config
         self.region_prompts = nn.Embedding(config.num_prompts, vision.hidden_size)
         self.vision_tower = VisionTower(config)
@@ -234,60 +180,6 @@ class PerceptionDLM(PreTrainedModel):
         pattern = self.pattern(tokens.structure, tokens.structure)
         x_BLD = self.language_model(x_BLD, tokens.position_BL, pattern)
         return self.lm_head(x_BLD if wanted_BL is None else x_BLD[wanted_BL])
-
-    def caption(
-        self,
-        image: np.ndarray | Image,
-        masks: Sequence[np.ndarray],
-        processor: PerceptionDLMProcessor | None = None,
-        regions_per_call: int | None = None,
-        **options: Any,
-    ) -> list[str]:
-        """Caption regions of an image, all at once; one caption a mask, in the same order.
-
-        Args:
-            image: (H, W, 3) uint8 RGB, or a Pillow image.
-            masks: (H, W) bool, of the image's size, none empty.
-            processor: None: the one in the folder that the model was loaded from.
-            regions_per_call: regions of a sequence at most; 1 captions one by one.
-            options: see `schemas.decoding.DecodeOptions`.
-
-        Raises:
-            ConfigError: a mask that does not fit, or an option that does not suit the model.
-        """
-        from ..decoding import region_captioner
-
-        processor, decoding = self._ready(processor, options)
-        pairs = [(image, masks)]
-        results = region_captioner.caption_images(
-            self, processor, pairs, decoding, regions_per_call=regions_per_call
-        )
-        return results[0].captions
-
-    def caption_stream(
-        self,
-        image: np.ndarray | Image,
-        masks: Sequence[np.ndarray],
-        processor: PerceptionDLMProcessor | None = None,
-        regions_per_call: int | None = None,
-        **options: Any,
-    ) -> Iterator[Snapshot]:
-        """As `caption`, giving all captions before the first step and after every one."""
-        from ..decoding import region_captioner
-
-        processor, decoding = self._ready(processor, options)
-        return region_captioner.caption_steps(self, processor, image, masks, decoding, regions_per_call)
-
-    def _ready(
-        self, processor: PerceptionDLMProcessor | None, options: dict[str, Any]
-    ) -> tuple[PerceptionDLMProcessor, DecodeOptions]:
-        from .processor import PerceptionDLMProcessor
-
-        if processor is None and self._processor is None:
-            if not self.name_or_path:
-                raise ConfigError("the model was not loaded from a folder: give its processor")
-            self._processor = PerceptionDLMProcessor.from_pretrained(self.name_or_path)
-        return processor or self._processor, DecodeOptions.checked(options)
 
     def get_input_embeddings(self) -> nn.Module:
         """Of the language model."""

@@ -5,49 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from ...schemas.errors import ConfigError
 from . import tiling
-from .attention import HIDDEN, PADDING, SHARED, Structure, join
+from .attention import HIDDEN, SHARED
+from .batch import Example
 from .config import PerceptionDLMConfig
-from .perceptiondlm import Images, Tokens
-
-SPECIAL = ("<IMG_CONTEXT>", "<img>", "</img>", *(f"<|Mask_Cap_{i}|>" for i in range(16)))
-"""Tokens that the model adds to LLaDA's, in this order."""
 
 HEAD = (
     "<|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>\n"
     "<|start_header_id|>user<|end_header_id|>\n"
 )
 ANSWER = "<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
-
-
-class Example(NamedTuple):
-    """One image with at most `num_prompts` regions, as a sequence; n regions, T views, L tokens.
-
-    Attributes:
-        views: (T, 3, S, S) uint8.
-        prompts: (T, P, Q) bool.
-        grid: tiles across and down.
-        boxes: n boxes as shares of the image.
-        order: for each place in the sequence, the caller's number of its region.
-        prefix: (ids, positions, region codes) of all that comes before the captions.
-        captions: the same of the captions, all blocks one after the other.
-    """
-
-    views: np.ndarray
-    prompts: np.ndarray
-    grid: tuple[int, int]
-    boxes: list[tuple[float, float, float, float]]
-    order: list[int]
-    prefix: np.ndarray
-    captions: np.ndarray
 
 
 class PerceptionDLMProcessor(ProcessorMixin):
@@ -94,7 +68,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """
         config, tower = self.config, self.config.vision_config
         width, height = pixels.size if isinstance(pixels, Image.Image) else pixels.shape[1::-1]
-        check_masks(masks, (height, width), config.num_prompts)
+        tiling.check_masks(masks, (height, width), config.num_prompts)
         grid = tiling.tile_grid(width, height, tower.image_size, config.max_tiles)
         order = tiling.by_area(masks)
         prompts = list(range(len(masks)) if prompts is None else prompts)
@@ -189,95 +163,6 @@ class PerceptionDLMProcessor(ProcessorMixin):
 def _fixed(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Tokens of a text that every example has: a call of a tokenizer costs as much as a mask."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-class Batch(NamedTuple):
-    """Examples side by side: all prefixes padded to one length, then all captions padded to one.
-
-    Attributes:
-        images: what they show.
-        prefix: tokens before the captions.
-        captions: tokens of the captions.
-    """
-
-    images: Images
-    prefix: Tokens
-    captions: Tokens
-
-    def to(self, device: torch.device | str) -> Batch:
-        """On a device."""
-        return Batch(*(part.to(device) for part in self))
-
-    def tokens(self) -> Tokens:
-        """Both parts, one after the other."""
-        return join_tokens(self.prefix, self.captions)
-
-
-def collate(examples: Sequence[Example]) -> Batch:
-    """A batch, one example a row."""
-    prefix = _pad([example.prefix for example in examples], caption=False)
-    captions = _pad([example.captions for example in examples], caption=True)
-    return Batch(images_of(examples), prefix, captions)
-
-
-def images_of(examples: Sequence[Example]) -> Images:
-    """What examples show, one after the other."""
-    owners = [i for i, example in enumerate(examples) for _ in example.boxes]
-    boxes = [box for example in examples for box in example.boxes]
-    views = [example.views for example in examples]
-    return Images(
-        views_N3SS=torch.from_numpy(views[0] if len(views) == 1 else np.concatenate(views)),
-        prompts_NPQ=torch.from_numpy(np.concatenate([example.prompts for example in examples])),
-        grids_I2=torch.tensor([example.grid for example in examples]),
-        boxes_R4=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        image_R=torch.tensor(owners, dtype=torch.int64),
-    )
-
-
-def pack(examples: Sequence[Example]) -> tuple[Images, Tokens]:
-    """The same in one row without padding."""
-    parts = [np.concatenate([example.prefix, example.captions], axis=1) for example in examples]
-    ids, positions, codes = torch.from_numpy(np.concatenate(parts, axis=1))[:, None].unbind()
-    sample = torch.cat([torch.full((part.shape[1],), i) for i, part in enumerate(parts)])[None]
-    caption = torch.cat(
-        [
-            torch.arange(part.shape[1]) >= example.prefix.shape[1]
-            for part, example in zip(parts, examples, strict=True)
-        ]
-    )[None]
-    return images_of(examples), Tokens(ids, positions, Structure(sample, codes, caption))
-
-
-def join_tokens(*parts: Tokens) -> Tokens:
-    """One after the other in each row."""
-    fields = [torch.cat([getattr(part, name) for part in parts], 1) for name in ("ids_BL", "position_BL")]
-    return Tokens(*fields, join(*(part.structure for part in parts)))
-
-
-def _pad(parts: Sequence[np.ndarray], caption: bool) -> Tokens:
-    """Examples' (3, L) parts, one a row, filled up on the right with tokens that only see each other."""
-    shape = (len(parts), max(part.shape[1] for part in parts))
-    ids, positions, codes, sample = (np.full(shape, fill, np.int64) for fill in (0, 0, SHARED, PADDING))
-    for row, part in enumerate(parts):
-        here = (row, slice(part.shape[1]))
-        ids[here], positions[here], codes[here] = part
-        sample[here] = row
-    structure = Structure(*map(torch.from_numpy, (sample, codes, (sample != PADDING) & caption)))
-    return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), structure)
-
-
-def check_masks(masks: Sequence[np.ndarray | tiling.Runs], size: tuple[int, int], most: int) -> None:
-    """Raise ConfigError for the first mask that cannot be captioned, by its number, or for too many."""
-    if len(masks) > most:
-        raise ConfigError(f"{len(masks)} masks, but the model has {most} region prompts: make groups of them")
-    for number, mask in enumerate(masks):
-        if mask.shape != size:
-            shown = "x".join(map(str, reversed(mask.shape)))
-            raise ConfigError(
-                f"mask {number} is {shown}, the image {size[1]}x{size[0]}: scale the mask to the image"
-            )
-        if not mask.any():
-            raise ConfigError(f"mask {number} is empty: there is nothing to caption; leave it out")
 
 
 AutoProcessor.register(PerceptionDLMConfig, PerceptionDLMProcessor)

@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image
 
+from ...schemas.errors import ConfigError
 from .layout import Layout
 
 _BLANK = 255
@@ -194,6 +195,20 @@ def by_area(masks: Sequence[np.ndarray | Runs]) -> list[int]:
     """Positions of the masks, the largest first; of equals, the later one first, as the original has it."""
     areas = [mask.area if isinstance(mask, Runs) else int(np.count_nonzero(mask)) for mask in masks]
     return sorted(range(len(masks)), key=lambda i: (areas[i], i), reverse=True)
+
+
+def check_masks(masks: Sequence[np.ndarray | Runs], size: tuple[int, int], most: int) -> None:
+    """Raise ConfigError for the first mask that cannot be captioned, by its number, or for too many."""
+    if len(masks) > most:
+        raise ConfigError(f"{len(masks)} masks, but the model has {most} region prompts: make groups of them")
+    for number, mask in enumerate(masks):
+        if mask.shape != size:
+            shown = "x".join(map(str, reversed(mask.shape)))
+            raise ConfigError(
+                f"mask {number} is {shown}, the image {size[1]}x{size[0]}: scale the mask to the image"
+            )
+        if not mask.any():
+            raise ConfigError(f"mask {number} is empty: there is nothing to caption; leave it out")
 
 
 def _stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:

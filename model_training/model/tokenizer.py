@@ -12,6 +12,9 @@ from ...schemas.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SPECIAL = ("<IMG_CONTEXT>", "<img>", "</img>", *(f"<|Mask_Cap_{i}|>" for i in range(16)))
+"""Tokens that the model adds to LLaDA's, in this order."""
+
 MASK, EOT, REGION, CAPTION = "<|mdm_mask|>", "<|eot_id|>", "<|reserved_token_{}|>", "<|Mask_Cap_{}|>"
 
 _SETTINGS = "tokenizer_config.json"
@@ -50,8 +53,6 @@ def add_special(tokenizer: PreTrainedTokenizerBase) -> int:
     """Add what LLaDA's tokenizer lacks, in the original's order; how many tokens that were."""
     from tokenizers import AddedToken
 
-    from .processor import SPECIAL
-
     known = tokenizer.get_vocab()
     tokens = [AddedToken(token, normalized=False, special=True) for token in SPECIAL if token not in known]
     return tokenizer.add_tokens(tokens, special_tokens=True)
@@ -73,8 +74,6 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: int, folder: Path) ->
     Raises:
         ConfigError: a token is missing, or a line break is not one token.
     """
-    from .processor import SPECIAL
-
     known = tokenizer.get_vocab()
     regions, captions = ([each.format(i) for i in range(prompts)] for each in (REGION, CAPTION))
     absent = [token for token in (*SPECIAL[:3], MASK, EOT, *regions, *captions) if token not in known]

@@ -1,7 +1,7 @@
 """What a model's captions of a toy world's corpus are worth: how many say the truth, and what the rest says.
 
-scenes = list(regions.scenes("out/toy/heldout/corpus"))
-marks = examine(model, processor, scenes, DecodeOptions(max_new_tokens=12, steps=12))
+photos = list(iter_photo_regions("out/toy/heldout/corpus"))
+marks = examine(captioner, photos, DecodeOptions(max_new_tokens=12, steps=12))
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from ...schemas.decoding import DecodeOptions
-from ..decoding.read_regions import Scene
-from ..decoding.region_captioner import caption_images
-from ..model.perceptiondlm import PerceptionDLM
-from ..model.processor import PerceptionDLMProcessor
+from ..decoding.read_regions import PhotoRegions
+from ..decoding.region_captioner import RegionCaptioner
 from . import world
 
 
@@ -44,39 +42,37 @@ class Marks(NamedTuple):
 
 
 def compare(
-    model: PerceptionDLM, processor: PerceptionDLMProcessor, scenes: list[Scene], options: DecodeOptions
+    captioner: RegionCaptioner, photos: list[PhotoRegions], options: DecodeOptions
 ) -> dict[str, Marks]:
     """The marks of the same regions decoded "parallel", as many as the model can, and "one by one"."""
     return {
-        "parallel": examine(model, processor, scenes, options),
-        "one by one": examine(model, processor, scenes, options, 1),
+        "parallel": examine(captioner, photos, options),
+        "one by one": examine(captioner, photos, options, 1),
     }
 
 
 def examine(
-    model: PerceptionDLM,
-    processor: PerceptionDLMProcessor,
-    scenes: list[Scene],
+    captioner: RegionCaptioner,
+    photos: list[PhotoRegions],
     options: DecodeOptions,
     regions_per_call: int | None = None,
 ) -> Marks:
-    """Caption every region of the scenes and compare with the truth, which is their regions' captions.
+    """Caption every region of the photos and compare with the truth, which is their regions' captions.
 
     Args:
-        model: in eval mode.
-        processor: the model's.
-        scenes: of a toy world's corpus.
-        options: of the decoder.
+        captioner: the model.
+        photos: of a toy world's corpus.
+        options: how captions are decoded.
         regions_per_call: 1 captions one by one.
     """
-    inputs = ((scene.pixels, [region.dense() for region in scene.regions]) for scene in scenes)
-    captioned = caption_images(model, processor, inputs, options, regions_per_call=regions_per_call)
+    inputs = ((photo.pixels, [region.dense() for region in photo.regions]) for photo in photos)
+    captioned = captioner.caption_photos(inputs, options, regions_per_call=regions_per_call)
     wrong: Counter[str] = Counter()
     small: list[bool] = []
     regions = exact = leaked = attributes = 0
     by_chance = 0.0
-    for scene, found in zip(scenes, captioned, strict=True):
-        truths = [region.caption for region in scene.regions]
+    for photo, found in zip(photos, captioned, strict=True):
+        truths = [region.caption for region in photo.regions]
         for number, caption in enumerate(found.captions):
             score = world.score(caption, truths[number], truths[:number] + truths[number + 1 :])
             regions, exact = regions + 1, exact + score.exact
@@ -91,7 +87,7 @@ def examine(
         wrong={name: wrong[name] / regions for name in world.VALUES if wrong[name]},
         leaked=leaked / attributes,
         leaked_by_chance=by_chance / attributes,
-        forwards=sum(found.forwards for found in captioned) / len(scenes),
-        seconds=sum(found.seconds for found in captioned) / len(scenes),
+        forwards=sum(found.forwards for found in captioned) / len(photos),
+        seconds=sum(found.seconds for found in captioned) / len(photos),
         predicted=[found.captions for found in captioned],
     )

@@ -382,7 +382,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from ..model.processor import SPECIAL
+    from ..model.tokenizer import SPECIAL
 
     prompt = re.findall(r"\w+", _PROMPT)
     opening = ["system", "user", "assistant", "You", "Describe"]  # after a special token or a line break

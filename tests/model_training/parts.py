@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from paracaption.model_training.model.batch import Example
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.model.processor import Example, PerceptionDLMProcessor
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from tests.tiny.perceptiondlm_model import SMALLEST, tiny_model
 
 SIZES = [(32, 32), (90, 40), (40, 90), (100, 30), (50, 50), (64, 64), (31, 97)]

@@ -6,8 +6,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from paracaption.model_training.model.batch import Example, collate
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.model.processor import Example, collate
 from paracaption.schemas.decoding import DecodeOptions
 
 Slots = list[list]

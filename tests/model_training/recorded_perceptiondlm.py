@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from paracaption.model_training.model.batch import Example, collate
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.model.processor import Example, PerceptionDLMProcessor, collate
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from tests.shared_data import recorded
 
 

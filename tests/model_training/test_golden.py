@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from paracaption.model_training.convert.published import convert
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.decoding.sampler import steps
 from paracaption.model_training.model import tiling
 from paracaption.model_training.model.attention import dense_mask
-from paracaption.model_training.model.perceptiondlm import Images, PerceptionDLM
-from paracaption.model_training.model.processor import PerceptionDLMProcessor, collate
+from paracaption.model_training.model.batch import Images, collate
+from paracaption.model_training.model.perceptiondlm import PerceptionDLM
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.schemas.decoding import DecodeOptions
 from tests.model_training.recorded_perceptiondlm import Ours, RoiAlign, forward, golden
 from tests.shared_data import recorded
@@ -199,9 +201,8 @@ def test_captions_are_the_recorded_texts_cut_at_the_answers_first_end(ours, case
             ends = [block.index(end) for end in ours.model.config.caption_token_ids if end in block]
             text = tokenizer.decode(block[: min(ends, default=None)], skip_special_tokens=True)
             expected[number] = text.strip()
-    captions = ours.model.caption(
-        which.pixels, which.masks, ours.processor, max_new_tokens=8, steps=num_steps
-    )
+    captioner = RegionCaptioner(ours.model, ours.processor)
+    captions = captioner.caption(which.pixels, which.masks, max_new_tokens=8, steps=num_steps)
     assert captions == expected
     if case == "c":  # all that comes after the first end of text is lost
         assert captions.count("") > 1

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from paracaption.model_training.decoding import caption_photo, read_regions
+from paracaption.model_training.decoding.caption_photo import caption_regions
+from paracaption.model_training.decoding.read_regions import read_photo_regions
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.train import metrics
 from paracaption.model_training.train.trainer import fit
 from paracaption.pipeline.config_file import load_training
@@ -54,7 +56,7 @@ def test_the_configuration_that_a_run_has_stored_is_read_without_a_warning(home)
 
 @pytest.mark.parametrize("model", ["model", "run/model"])
 def test_a_saved_model_captions_the_corpus(home, model):
-    loaded = caption_photo.load(home / model, "cpu", "float32")
-    photo = read_regions.read(None, [str(home / "corpus")], "coconut/000000000000")
-    answer = caption_photo.describe(loaded, photo, DecodeOptions(max_new_tokens=4, steps=2))
-    assert len(answer.captioned.captions) == 4
+    captioner = RegionCaptioner.load(home / model, "cpu", "float32")
+    photo = read_photo_regions(None, [str(home / "corpus")], "coconut/000000000000")
+    captioned = caption_regions(captioner, photo, DecodeOptions(max_new_tokens=4, steps=2))
+    assert len(captioned.found.captions) == 4

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.model.processor import SPECIAL, PerceptionDLMProcessor
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
+from paracaption.model_training.model.tokenizer import SPECIAL
 
 _LLADA = ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 _LLADA += ["<|mdm_mask|>"]

@@ -151,7 +151,7 @@ def base(published: Path, to: Path) -> Path:
         lambda c: {k: v for k, v in c.items() if k not in regional} | {"model_type": "dmllm"},
     )
     (folder / "special_tokens_map.json").unlink()
-    tiny.write_tokenizer(folder, processing.SPECIAL[:3])
+    tiny.write_tokenizer(folder, tokenizer.SPECIAL[:3])
     return folder
 
 
@@ -169,7 +169,7 @@ def test_the_base_gets_region_prompts_and_tokens_and_goes_back_as_the_originals_
     assert found["lm_head.weight"].shape[0] == 400
     known = AutoTokenizer.from_pretrained(tmp_path / "ours").get_vocab()
     first = known["<IMG_CONTEXT>"]
-    assert [known[token] for token in processing.SPECIAL] == list(range(first, first + 19))
+    assert [known[token] for token in tokenizer.SPECIAL] == list(range(first, first + 19))
 
     convert.convert(tmp_path / "ours", tmp_path / "back")
     back = tensors(tmp_path / "back")
@@ -399,7 +399,7 @@ def test_llada_in_either_naming_and_siglip_make_a_model(llada, siglip, tmp_path,
     assert model.config.layout == "corrected" and model.config.mask_token_id == tiny.MASK_ID
     assert model.config.text_config.vocab_size == 320
     processor = AutoProcessor.from_pretrained(tmp_path / "ours")
-    ids = [processor.tokenizer.convert_tokens_to_ids(token) for token in processing.SPECIAL]
+    ids = [processor.tokenizer.convert_tokens_to_ids(token) for token in tokenizer.SPECIAL]
     assert ids == list(range(tiny.WORDS + len(tiny.SPECIALS), tiny.WORDS + len(tiny.SPECIALS) + 19))
     assert processor.ids("<|Mask_Cap_1|>a\n") == [ids[4], *processor.ids("a"), model.config.newline_token_id]
     assert processor.tokenizer.decode([ids[3], 70], skip_special_tokens=True) == (

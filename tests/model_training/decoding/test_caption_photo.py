@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
 from paracaption.model_training.decoding import caption_photo, read_regions
-from paracaption.model_training.decoding.region_captioner import Captioned
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.renames import RenamedWarning
@@ -40,8 +40,8 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(home):
-    return caption_photo.load(home / "model", device="cpu")
+def captioner(home):
+    return RegionCaptioner.load(home / "model", device="cpu")
 
 
 def masks_of(home, *numbers):
@@ -61,16 +61,16 @@ def record(home, *args):
     return json.loads(caption(home, *QUICK, "--json", "-", *args).stdout)
 
 
-def test_captions_come_in_the_callers_order(home, loaded):
+def test_captions_come_in_the_callers_order(home, captioner):
     one = record(home, "--masks", *masks_of(home, 0, 1, 2))["regions"]
     other = record(home, "--masks", *masks_of(home, 2, 0, 1))["regions"]
     captions = [region["caption"] for region in one]
     assert len(set(captions)) == 3
     assert [region["caption"] for region in other] == [captions[2], captions[0], captions[1]]
     assert [region["bbox"] for region in one] == [list(box) for box in BOXES]
-    scene = read_regions.read(home / "photo.png", masks_of(home, 0, 1, 2))
+    scene = read_regions.read_photo_regions(home / "photo.png", masks_of(home, 0, 1, 2))
     dense = [region.dense() for region in scene.regions]
-    assert captions == loaded.model.caption(scene.pixels, dense, loaded.processor, max_new_tokens=6, steps=3)
+    assert captions == captioner.caption(scene.pixels, dense, max_new_tokens=6, steps=3)
 
 
 def test_any_number_of_masks_follows_the_option_wherever_and_however_it_stands(home):
@@ -155,15 +155,15 @@ def test_the_old_name_of_an_option_still_works_and_a_warning_says_the_new_one(ho
 def test_a_caption_that_looks_like_markup_is_printed_as_it_is():
     mask = np.zeros((4, 4), bool)
     mask[1, 1] = True
-    scene = read_regions.Scene(
+    scene = read_regions.PhotoRegions(
         "photo",
         np.zeros((4, 4, 3), np.uint8),
         [read_regions.Region("m", read_regions.rle.from_mask(mask), "[b]")],
         [],
     )
-    answer = caption_photo.Answer(
+    answer = caption_photo.CaptionedPhoto(
         scene,
-        Captioned(["[bold]a[/bold] <cup>"], 2, 8, 0.5),
+        RegionCaptions(["[bold]a[/bold] <cup>"], 2, 8, 0.5),
         [3],
         DecodeOptions(),
         {"device": "cpu"},
@@ -190,24 +190,31 @@ def test_what_cannot_work_is_said_before_a_model_is_loaded(args, says, home):
 
 
 def test_a_folder_that_holds_no_model_of_ours_is_an_error(home, tmp_path):
-    with pytest.raises(ConfigError, match=r"config.json: no such file; give the folder of a saved model"):
-        caption_photo.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"config.json: no such file; give a folder that"):
+        RegionCaptioner.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "pdmllm"}')
-    with pytest.raises(ConfigError, match="a model of type 'pdmllm', not 'perceptiondlm'; convert it"):
-        caption_photo.load(tmp_path)
+    with pytest.raises(ConfigError, match="a model of type 'pdmllm', not 'perceptiondlm'; convert"):
+        RegionCaptioner.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config.json: not readable"):
-        caption_photo.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"config.json: not the config of a model"):
+        RegionCaptioner.load(tmp_path)
     (tmp_path / "config.json").write_bytes((home / "model" / "config.json").read_bytes())
-    with pytest.raises(ConfigError, match=f"{tmp_path}: not readable"):
-        caption_photo.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"safetensors: not there"):
+        RegionCaptioner.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"tokenizer.json: no such file; save the model again"):
+        RegionCaptioner.load(tmp_path)
+    for tokenizer in ("{}", (home / "model" / "tokenizer.json").read_text()):
+        (tmp_path / "tokenizer.json").write_text(tokenizer)
+        with pytest.raises(ConfigError, match=f"{tmp_path}: not readable"):
+            RegionCaptioner.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         (["--device", "gpu9"], "device: 'gpu9' cannot be used"),
-        (["--dtype", "int8"], "dtype: 'int8'; take one of"),
+        (["--dtype", "int8"], "dtype: unknown type 'int8'; choose one of"),
         (["--top-p", "0"], "top_p: Input should be greater than 0"),
         (["--regions-per-call", "0"], "regions_per_call: 0"),
     ],

@@ -10,6 +10,7 @@ from pycocotools import mask as coco
 
 from paracaption.filters import rle
 from paracaption.model_training.decoding import read_regions
+from paracaption.model_training.decoding.read_regions import read_photo_regions
 from paracaption.pipeline.corpus import reader
 from paracaption.schemas.errors import ConfigError
 from tests import committed
@@ -82,7 +83,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mask_is_the_same_in_every_encoding(form, photo, tmp_path):
     path = saved(FORMS[form](rectangle()), tmp_path / "mask.png")
-    [region] = read_regions.read(photo, [path]).regions
+    [region] = read_photo_regions(photo, [path]).regions
     assert np.array_equal(region.dense(), rectangle())
     assert region.mask.bbox == (9, 5, 30, 21) and region.label == "" and region.source == str(path)
 
@@ -92,29 +93,29 @@ def test_a_jpeg_mask_with_noise_gives_the_same_area_as_its_png(quality, photo, t
     mask = Image.fromarray(rectangle() * np.uint8(255))
     path = saved(mask, tmp_path / "mask.jpg", quality=quality)
     assert (np.asarray(Image.open(path)) > 0).sum() > rectangle().sum(), "there is noise"
-    assert read_regions.read(photo, [path]).regions[0].mask.area == rectangle().sum()
+    assert read_photo_regions(photo, [path]).regions[0].mask.area == rectangle().sum()
 
 
 def test_soft_edges_are_cut_in_their_middle(photo, tmp_path):
     soft = np.zeros((HEIGHT, WIDTH), np.uint8)
     soft[:, 20:40] = 255
     soft[:, 19], soft[:, 40] = 100, 150
-    [region] = read_regions.read(photo, [saved(Image.fromarray(soft), tmp_path / "m.png")]).regions
+    [region] = read_photo_regions(photo, [saved(Image.fromarray(soft), tmp_path / "m.png")]).regions
     assert region.mask.bbox == (20, 0, 21, HEIGHT)
 
 
 def test_the_bytes_count_and_not_the_name(photo, tmp_path):
     path = tmp_path / "mask.png"
     Image.fromarray(rectangle() * np.uint8(255)).save(path, "JPEG")
-    assert read_regions.read(photo, [path]).regions[0].mask.area == rectangle().sum()
+    assert read_photo_regions(photo, [path]).regions[0].mask.area == rectangle().sum()
 
 
 def test_a_mask_of_the_same_shape_is_scaled_to_the_nearest_pixel(photo, tmp_path):
     half = rectangle(8, 4, 30, 20)[::2, ::2]
-    [region] = read_regions.read(photo, [saved(Image.fromarray(half), tmp_path / "half.png")]).regions
+    [region] = read_photo_regions(photo, [saved(Image.fromarray(half), tmp_path / "half.png")]).regions
     assert np.array_equal(region.dense(), rectangle(8, 4, 30, 20))
     double = np.kron(rectangle(), np.ones((2, 2), bool))
-    [region] = read_regions.read(photo, [saved(Image.fromarray(double), tmp_path / "double.png")]).regions
+    [region] = read_photo_regions(photo, [saved(Image.fromarray(double), tmp_path / "double.png")]).regions
     assert np.array_equal(region.dense(), rectangle())
 
 
@@ -125,7 +126,7 @@ def test_a_mask_of_the_same_shape_is_scaled_to_the_nearest_pixel(photo, tmp_path
 def test_a_mask_of_another_shape_is_an_error_with_both_sizes(size, says, photo, tmp_path):
     path = saved(Image.new("1", size, 1), tmp_path / "mask.png")
     with pytest.raises(ConfigError, match=r"mask\.png") as caught:
-        read_regions.read(photo, [path])
+        read_photo_regions(photo, [path])
     assert says in str(caught.value)
 
 
@@ -157,7 +158,7 @@ def test_what_is_no_mask_is_an_error_that_names_the_file(says, photo, tmp_path):
     path = tmp_path / "mask.png"
     BROKEN[says](path)
     with pytest.raises(ConfigError) as caught:
-        read_regions.read(photo, [path])
+        read_photo_regions(photo, [path])
     assert str(caught.value).startswith(str(path)) and says in str(caught.value)
 
 
@@ -166,7 +167,7 @@ def test_a_mask_that_scaling_loses_is_an_error(tmp_path):
     tiny = np.zeros((400, 400), bool)
     tiny[1, 1] = True
     with pytest.raises(ConfigError, match=r"mask\.png: no pixel is left at the photo's 4x4"):
-        read_regions.read(photo, [saved(Image.fromarray(tiny), tmp_path / "mask.png")])
+        read_photo_regions(photo, [saved(Image.fromarray(tiny), tmp_path / "mask.png")])
 
 
 def test_regions_come_in_the_order_of_the_arguments_and_folders_in_that_of_their_names(photo, tmp_path):
@@ -176,9 +177,11 @@ def test_regions_come_in_the_order_of_the_arguments_and_folders_in_that_of_their
     for shift, path in enumerate(paths):
         saved(Image.fromarray(rectangle(x=9 + shift)), path)
     (folder / "notes.txt").write_text("no mask")
-    given = read_regions.read(photo, paths).regions
+    given = read_photo_regions(photo, paths).regions
     assert [region.source for region in given] == [str(path) for path in paths]
-    assert [region.source for region in read_regions.read(photo, [folder]).regions] == sorted(map(str, paths))
+    assert [region.source for region in read_photo_regions(photo, [folder]).regions] == sorted(
+        map(str, paths)
+    )
 
 
 # Annotation files.
@@ -218,7 +221,7 @@ def instances(path, *annotations, **changes):
 def test_coco_instances_are_read_as_polygons_and_both_kinds_of_rle(photo, tmp_path):
     forms = polygon(), uncompressed(rectangle()), compressed(rectangle())
     path = instances(tmp_path / "i.json", *(instance(n, form) for n, form in enumerate(forms)))
-    scene = read_regions.read(photo, [path])
+    scene = read_photo_regions(photo, [path])
     for number, region in enumerate(scene.regions):
         assert np.array_equal(region.dense(), rectangle()), number
         assert region.label == "tree" and region.source == f"{path}: annotation {number}"
@@ -229,18 +232,18 @@ def test_records_that_cannot_be_used_are_left_out_and_said_so(photo, tmp_path):
     nothing = compressed(np.zeros((HEIGHT, WIDTH), bool))
     crowd = instance(2, uncompressed(rectangle()), iscrowd=1)
     path = instances(tmp_path / "i.json", instance(1, nothing), crowd, instance(3, polygon()))
-    scene = read_regions.read(photo, [path])
+    scene = read_photo_regions(photo, [path])
     assert [region.source[-12:] for region in scene.regions] == ["annotation 3"]
     assert "annotation 1: no foreground pixel" in scene.left_out[0]
     assert "annotation 2: a crowd" in scene.left_out[1]
     with pytest.raises(ConfigError, match=r"no usable region .* annotation 1: no foreground pixel"):
-        read_regions.read(photo, [instances(path, instance(1, nothing))])
+        read_photo_regions(photo, [instances(path, instance(1, nothing))])
 
 
 def test_a_list_of_annotations_is_matched_by_the_number_in_the_photos_name(photo, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([instance(1, polygon()), instance(2, polygon(), image_id=70)]))
-    [region] = read_regions.read(photo, [path]).regions
+    [region] = read_photo_regions(photo, [path]).regions
     assert region.source.endswith("annotation 1") and region.label == ""
 
 
@@ -250,16 +253,16 @@ def test_a_key_says_which_image_is_meant_where_the_photos_name_does_not(photo, t
     with pytest.raises(
         ConfigError, match=r"no image holiday\.png; .* val/000000000007\.jpg, 000000000008\.jpg"
     ):
-        read_regions.read(renamed, [path])
+        read_photo_regions(renamed, [path])
     for key in ("7", "000000000007", "000000000007.jpg"):
-        assert len(read_regions.read(renamed, [path], key).regions) == 1
-        assert len(read_regions.read(renamed, [f"{path}#{key}"]).regions) == 1
+        assert len(read_photo_regions(renamed, [path], key).regions) == 1
+        assert len(read_photo_regions(renamed, [f"{path}#{key}"]).regions) == 1
 
 
 def test_the_photo_of_another_size_than_the_json_says_is_an_error(photo, tmp_path):
     path = instances(tmp_path / "i.json", instance(1, polygon()))
     with pytest.raises(ConfigError, match=r"image 8 is 3x2, .* 64x48"):
-        read_regions.read(photo, [path], "8")
+        read_photo_regions(photo, [path], "8")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"annotations": 3}', '{"annotations": [{"id": 1}]}', "{}"])
@@ -267,11 +270,11 @@ def test_a_json_of_another_kind_is_an_error_that_names_the_kinds(text, photo, tm
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=rf"^{path}: .*COCO instances, COCO panoptic or SA-1B"):
-        read_regions.read(photo, [path])
+        read_photo_regions(photo, [path])
 
 
 def test_panoptic_annotations_find_their_label_map():
-    scene = read_regions.read(SAMPLES / "photos" / "coffee.jpg", [SAMPLES / "panoptic.json"])
+    scene = read_photo_regions(SAMPLES / "photos" / "coffee.jpg", [SAMPLES / "panoptic.json"])
     assert [region.label for region in scene.regions] == ["cup"]
     labels = np.asarray(Image.open(SAMPLES / "labels" / "coffee.png"))
     assert scene.regions[0].mask.area == np.count_nonzero(labels.any(axis=2))
@@ -281,7 +284,7 @@ def test_a_missing_label_map_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "panoptic.json"
     path.write_bytes((SAMPLES / "panoptic.json").read_bytes())
     with pytest.raises(ConfigError, match=r"label map coffee.png .*: none; put one there"):
-        read_regions.read(SAMPLES / "photos" / "coffee.jpg", [path])
+        read_photo_regions(SAMPLES / "photos" / "coffee.jpg", [path])
 
 
 def test_an_sa1b_json_gives_all_masks_of_its_photo(tmp_path):
@@ -292,7 +295,7 @@ def test_an_sa1b_json_gives_all_masks_of_its_photo(tmp_path):
         tar.extractall(tmp_path, filter="data")
     annotation, image = next(tmp_path.glob("*.json")), next(tmp_path.glob("*.jpg"))
     declared = json.loads(annotation.read_text())["annotations"]
-    found = read_regions.read(image, [annotation]).regions
+    found = read_photo_regions(image, [annotation]).regions
     assert [region.mask.area for region in found] == [each["area"] for each in declared]
 
 
@@ -316,11 +319,11 @@ def kept(corpus):
 
 def test_a_corpus_and_a_key_give_the_photo_and_its_kept_regions(corpus, kept):
     key, shard, rows = kept
-    scene = read_regions.read(None, [corpus], key)
+    scene = read_photo_regions(None, [corpus], key)
     assert [region.caption for region in scene.regions] == [row["caption"] for row in rows]
-    assert scene.pixels.shape == (96, 128, 3) and scene.photo == f"{corpus}#{key}"
+    assert scene.pixels.shape == (96, 128, 3) and scene.name == f"{corpus}#{key}"
     for given, chosen in ((f"{corpus}#{key}", None), (shard, key), (f"{shard}#{key}", None)):
-        again = read_regions.read(None, [given], chosen)
+        again = read_photo_regions(None, [given], chosen)
         assert [region.mask for region in again.regions] == [region.mask for region in scene.regions]
 
 
@@ -334,17 +337,17 @@ def test_a_corpus_and_a_key_give_the_photo_and_its_kept_regions(corpus, kept):
 )
 def test_a_corpus_without_what_is_needed_is_an_error(key, image, says, corpus):
     with pytest.raises(ConfigError, match=says):
-        read_regions.read(image, [corpus], key)
+        read_photo_regions(image, [corpus], key)
 
 
 def test_masks_without_a_photo_or_with_a_missing_one_are_errors(photo, tmp_path):
     mask = saved(Image.fromarray(rectangle()), tmp_path / "mask.png")
     with pytest.raises(ConfigError, match="masks of which photo"):
-        read_regions.read(None, [mask])
+        read_photo_regions(None, [mask])
     with pytest.raises(ConfigError, match=r"nowhere\.jpg: no such photo"):
-        read_regions.read(tmp_path / "nowhere.jpg", [mask])
+        read_photo_regions(tmp_path / "nowhere.jpg", [mask])
     with pytest.raises(ConfigError, match="no masks"):
-        read_regions.read(photo, [])
+        read_photo_regions(photo, [])
 
 
 # Published data.
@@ -362,14 +365,14 @@ def test_masks_without_a_photo_or_with_a_missing_one_are_errors(photo, tmp_path)
 )
 def test_published_demo_masks_are_read_whatever_their_encoding(photo, masks, boxes):
     home = shared_data("demo_masks")
-    [region] = read_regions.read(home / photo, [home / masks]).regions
+    [region] = read_photo_regions(home / photo, [home / masks]).regions
     assert region.mask.bbox == boxes
 
 
 def test_the_same_published_segments_are_read_from_labels_and_from_rle():
     home = shared_data("coco_panopticapi")
     photo = home / "images" / "000000142238.jpg"
-    labels = read_regions.read(photo, [home / "panoptic.json"])
-    runs = read_regions.read(photo, [home / "same_segments_as_rle.json"])
+    labels = read_photo_regions(photo, [home / "panoptic.json"])
+    runs = read_photo_regions(photo, [home / "same_segments_as_rle.json"])
     assert {(r.label, r.mask) for r in labels.regions} == {(r.label, r.mask) for r in runs.regions}
     assert len(labels.left_out) == len(runs.left_out) == 1 and "crowd" in labels.left_out[0]

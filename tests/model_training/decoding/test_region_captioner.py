@@ -1,14 +1,16 @@
 """Captions of any number of regions of any number of images, in the caller's order."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from paracaption.model_training.decoding.region_captioner import caption_images, caption_steps
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.decoding.sampler import decode
-from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.model.processor import collate
+from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import lively, photo
@@ -18,23 +20,21 @@ OPTIONS = {"max_new_tokens": 4, "steps": 2, "strategy": "per-region"}
 
 @pytest.fixture(scope="module")
 def ready():
-    """A model for three regions at once, in float64."""
-    return lively(num_prompts=3)
+    """A captioner for three regions at once, in float64."""
+    return RegionCaptioner(*lively(num_prompts=3))
 
 
 @pytest.fixture(scope="module")
 def caption(ready):
-    model, processor = ready
-
     def given(pixels, masks, **changes):
-        return model.caption(pixels, masks, processor, **(OPTIONS | changes))
+        return ready.caption(pixels, masks, **(OPTIONS | changes))
 
     return given
 
 
 def groups(ready, pixels, masks, sizes):
     """Captions of consecutive groups of so many masks, each decoded by itself."""
-    model, processor = ready
+    model, processor = ready.model, ready.processor
     found, start = [], 0
     for size in sizes:
         example = processor.example(pixels, masks[start : start + size], OPTIONS["max_new_tokens"])
@@ -69,10 +69,9 @@ def test_captions_are_in_the_order_of_the_masks_whatever_their_areas(caption):
 def test_no_regions_have_no_captions(ready, caption):
     pixels, _ = photo(0, 0)
     assert caption(pixels, []) == []
-    model, processor = ready
-    assert list(model.caption_stream(pixels, [], processor, **OPTIONS)) == []
-    assert caption_images(model, processor, []) == []
-    [nothing] = caption_images(model, processor, [(pixels, [])])
+    assert list(ready.caption_steps(pixels, [], **OPTIONS)) == []
+    assert ready.caption_photos([]) == []
+    [nothing] = ready.caption_photos([(pixels, [])])
     assert (nothing.captions, nothing.forwards, nothing.tokens) == ([], 0, 0)
 
 
@@ -82,7 +81,7 @@ def test_one_region_per_call_captions_each_by_itself(ready, caption):
     assert caption(pixels, masks, regions_per_call=1) == alone
     assert caption(pixels, masks, regions_per_call=2) == groups(ready, pixels, masks, [2, 2])
     assert caption(pixels, masks, regions_per_call=99) == caption(pixels, masks), "more than prompts: as many"
-    with pytest.raises(ConfigError, match="regions_per_call: 0; at least 1"):
+    with pytest.raises(ConfigError, match="regions_per_call: 0; give at least 1"):
         caption(pixels, masks, regions_per_call=0)
 
 
@@ -91,8 +90,7 @@ IMAGES = [photo(seed, regions) for seed, regions in ((0, 2), (1, 0), (2, 7), (3,
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 def test_images_share_batches_and_results_do_not_depend_on_how(ready, caption, batch_size):
-    model, processor = ready
-    found = caption_images(model, processor, iter(IMAGES), DecodeOptions(**OPTIONS), batch_size)
+    found = ready.caption_photos(iter(IMAGES), DecodeOptions(**OPTIONS), batch_size=batch_size)
     assert [result.captions for result in found] == [caption(*image) for image in IMAGES]
     assert [result.tokens for result in found] == [len(masks) * 4 for _, masks in IMAGES]
     assert [result.forwards for result in found] == [2, 0, 6, 2, 2, 4]  # two steps for each group
@@ -101,19 +99,17 @@ def test_images_share_batches_and_results_do_not_depend_on_how(ready, caption, b
 
 
 def test_agreement_is_an_images_own_over_all_of_its_groups():
-    model, processor = lively(layout="reference", num_prompts=3)
+    captioner = RegionCaptioner(*lively(layout="reference", num_prompts=3))
     options = DecodeOptions(**(OPTIONS | {"steps": 4}), cache="approximate", refresh_every=9, compare=True)
     alone = [
-        caption_images(model, processor, [image], options, 1)[0].agreement for image in IMAGES if image[1]
+        captioner.caption_photos([image], options, batch_size=1)[0].agreement for image in IMAGES if image[1]
     ]
-    together = caption_images(model, processor, IMAGES, options, 3)
+    together = captioner.caption_photos(IMAGES, options, batch_size=3)
     assert [result.agreement for result in together if result.captions] == pytest.approx(alone)
     assert len(set(alone)) > 1
     assert together[1].agreement is None
     pixels, masks = IMAGES[2]
-    parts = [
-        caption_images(model, processor, [(pixels, masks[part])], options)[0].agreement for part in PARTS
-    ]
+    parts = [captioner.caption_photos([(pixels, masks[part])], options)[0].agreement for part in PARTS]
     assert alone[1] == pytest.approx((3 * parts[0] + 2 * parts[1] + 2 * parts[2]) / 7)
 
 
@@ -124,10 +120,10 @@ PARTS = [slice(3), slice(3, 5), slice(5, 7)]
 @pytest.mark.parametrize("regions", [1, 3, 5])
 @pytest.mark.parametrize("strategy", ["remask", "threshold", "sequential"])
 def test_a_stream_ends_with_what_caption_returns(ready, caption, strategy, regions):
-    model, processor = ready
+    model, processor = ready.model, ready.processor
     pixels, masks = photo(3, regions)
     options = OPTIONS | {"strategy": strategy}
-    shots = list(model.caption_stream(pixels, masks, processor, **options))
+    shots = list(ready.caption_steps(pixels, masks, **options))
     assert shots[-1].captions == caption(pixels, masks, **options)
     first, last = shots[0], shots[-1]
     assert first.forwards == 0
@@ -143,10 +139,9 @@ def test_a_stream_ends_with_what_caption_returns(ready, caption, strategy, regio
 
 
 def test_a_stream_shows_what_is_written_so_far(ready):
-    model, processor = ready
     pixels, masks = photo(3, 2)
     options = DecodeOptions(max_new_tokens=4, steps=4, strategy="left-to-right", early_exit=False)
-    for step, shot in enumerate(caption_steps(model, processor, pixels, masks, options)):
+    for step, shot in enumerate(ready.caption_steps(pixels, masks, options)):
         assert [[slot.text is not None for slot in row] for row in shot.slots] == [
             [slot < step for slot in range(4)]
         ] * 2
@@ -199,22 +194,34 @@ def test_unknown_options_are_errors_that_say_what_there_is(ready, caption):
         caption(pixels, masks, speed=2, beams=3)
     with pytest.raises(ConfigError, match=r"strategy: Input should be 'remask'.*'best'"):
         caption(pixels, masks, strategy="best")
-    model, processor = ready
     with pytest.raises(ConfigError, match="gen_length: unknown key"):
-        model.caption_stream(pixels, masks, processor, gen_length=32)
+        ready.caption_steps(pixels, masks, gen_length=32)
 
 
-def test_a_loaded_model_finds_its_processor_in_its_folder(tmp_path, ready, caption):
-    model, processor = ready
+def test_fields_given_by_themselves_differ_from_the_options(ready, caption):
     pixels, masks = photo(1, 2)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    found = PerceptionDLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert found.caption(pixels, masks, **OPTIONS) == caption(pixels, masks)
-    assert [*found.caption_stream(pixels, masks, **OPTIONS)][-1].captions == caption(pixels, masks)
+    options = DecodeOptions(**OPTIONS)
+    assert ready.caption(pixels, masks, options) == caption(pixels, masks)
+    assert ready.caption(pixels, masks, options, steps=4) == caption(pixels, masks, steps=4)
 
 
-def test_a_model_that_was_not_loaded_asks_for_a_processor():
-    model, _ = lively()
-    with pytest.raises(ConfigError, match="processor"):
-        model.caption(*photo(0, 1), **OPTIONS)
+def test_a_saved_model_captions_as_it_did(tmp_path, ready, caption):
+    pixels, masks = photo(1, 2)
+    ready.model.save_pretrained(tmp_path)
+    ready.processor.save_pretrained(tmp_path)
+    saved = RegionCaptioner.load(tmp_path, "cpu", "float32")
+    expected = RegionCaptioner(*lively(num_prompts=3, dtype=torch.float32))
+    assert saved.caption(pixels, masks, **OPTIONS) == expected.caption(pixels, masks, **OPTIONS)
+    assert [*saved.caption_steps(pixels, masks, **OPTIONS)][-1].captions == saved.caption(
+        pixels, masks, **OPTIONS
+    )
+
+
+def test_the_captioner_is_imported_without_torch():
+    script = """
+import sys
+import paracaption.model_training.decoding.region_captioner
+print(*sorted({"torch", "transformers", "ray", "cv2"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paracaption.model_training.decoding.sampler import decode, steps
-from paracaption.model_training.model.processor import collate
+from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions, Strategy
 from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import examples, lively

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from paracaption.filters import rle
-from paracaption.model_training.decoding import trace, trace_page
+from paracaption.model_training.decoding import caption_photo, trace, trace_gif, trace_page
 from paracaption.model_training.decoding.region_captioner import Slot, Snapshot
 from paracaption.pipeline.io import draw
 from paracaption.schemas.errors import ConfigError
@@ -79,7 +79,7 @@ def test_the_line_counts_steps_and_tokens(short):
 
 
 def test_the_gif_has_a_frame_for_every_snapshot_and_rests_on_the_last(short):
-    opened = Image.open(io.BytesIO(trace.gif(short)))
+    opened = Image.open(io.BytesIO(trace_gif.render_gif(short)))
     durations = []
     for frame in range(opened.n_frames):
         opened.seek(frame)
@@ -93,7 +93,7 @@ def share_of(frame, color, left=0):
 
 
 def test_frames_show_grey_boxes_that_become_words_and_numbers_in_the_palettes_colours(short):
-    first, *_, last = list(trace.frames(short))
+    first, *_, last = list(trace_gif.render_frames(short))
     assert first.size == last.size
     assert share_of(first, (214, 214, 214)) > 3 * share_of(last, (214, 214, 214))
     assert share_of(first, (255, 224, 130)) == 0 < share_of(last, (255, 224, 130))
@@ -102,7 +102,7 @@ def test_frames_show_grey_boxes_that_become_words_and_numbers_in_the_palettes_co
 
 
 def test_the_gifs_paper_is_white_and_its_photo_does_not_flicker(short):
-    opened = Image.open(io.BytesIO(trace.gif(short)))
+    opened = Image.open(io.BytesIO(trace_gif.render_gif(short)))
     shown = []
     for frame in range(opened.n_frames):
         opened.seek(frame)
@@ -112,12 +112,12 @@ def test_the_gifs_paper_is_white_and_its_photo_does_not_flicker(short):
 
 
 def test_captions_stand_beside_a_photo_and_below_a_wide_one_or_where_there_are_many():
-    beside = next(trace.frames(a_trace([[MASKED] * 4])))
-    below = next(trace.frames(a_trace([[MASKED] * 4], size=(60, 200))))
+    beside = next(trace_gif.render_frames(a_trace([[MASKED] * 4])))
+    below = next(trace_gif.render_frames(a_trace([[MASKED] * 4], size=(60, 200))))
     assert beside.width > 640 and beside.height == round(640 * 60 / 90)
     assert below.width == 640 and below.height > round(640 * 60 / 200)
     many = a_trace([[MASKED] * 99] * 12, size=(60, 400), labels=[""] * 12)
-    assert next(trace.frames(many)).width == 1040
+    assert next(trace_gif.render_frames(many)).width == 1040
 
 
 def test_words_stay_together_and_lines_keep_to_their_room():
@@ -126,7 +126,7 @@ def test_words_stay_together_and_lines_keep_to_their_room():
     pieces = [trace.Piece(f" {text}", "kept") for text in texts if text]
     pieces[3] = pieces[3]._replace(text="wn")
     for room in (60, 100, 200):
-        flowed = list(trace._flow(pieces, face, room))
+        flowed = list(trace_gif._flow(pieces, face, room))
         assert all(x + width <= room for _, x, _, width in flowed)
         assert flowed[2][2] == flowed[3][2], "bro and wn are one word"
         assert [piece.text for piece, *_ in flowed] == [piece.text.strip() for piece in pieces]
@@ -156,7 +156,7 @@ class Page(HTMLParser):
 
 
 def test_a_caption_with_a_script_in_it_is_text_in_the_page(short):
-    page = Page(trace_page.page(short))
+    page = Page(trace_page.render_page(short))
     assert page.texts["p"] == ["a dogs\N{MIDDLE DOT}", f"the{EVIL}\N{MIDDLE DOT} x"]
     assert page.texts["h1"] == ["photo <1>.jpg"] and page.texts["h2"] == ["cup"]
     assert len(page.texts["script"]) == 2 and not any("alert(1)<" in text for text in page.texts["script"])
@@ -164,7 +164,7 @@ def test_a_caption_with_a_script_in_it_is_text_in_the_page(short):
 
 
 def test_the_page_loads_nothing_and_may_not(short):
-    text = trace_page.page(short)
+    text = trace_page.render_page(short)
     page = Page(text)
     assert not re.search(r"https?://|//cdn|@import|url\(", text)
     sources = [attrs[name] for _, attrs in page.tags for name in ("src", "href") if name in attrs]
@@ -173,7 +173,7 @@ def test_the_page_loads_nothing_and_may_not(short):
 
 
 def test_the_pages_slider_has_a_step_for_every_snapshot_and_every_control_has_a_name(short):
-    page = Page(trace_page.page(short))
+    page = Page(trace_page.render_page(short))
     [slider] = [attrs for tag, attrs in page.tags if tag == "input"]
     assert (slider["min"], slider["max"], slider["value"]) == ("0", "3", "3")
     assert ("label", {"for": slider["id"]}) in page.tags
@@ -182,13 +182,13 @@ def test_the_pages_slider_has_a_step_for_every_snapshot_and_every_control_has_a_
 
 
 def test_the_numbers_of_the_page_have_the_palettes_colours(short):
-    text = trace_page.page(short)
+    text = trace_page.render_page(short)
     assert f"background:rgb{draw.PALETTE[0]};color:#fff" in text
     assert f"background:rgb{draw.PALETTE[1]};color:#000" in text
 
 
 def test_what_the_page_plays_is_what_the_steps_were(short):
-    played = trace_page.data(short)
+    played = trace_page.playback(short)
     for step in range(len(short.snapshots)):
         for region, pieces in enumerate(short.pieces(step)):
             shown = [[each for each in slot if each[0] <= step][-1] for slot in played["regions"][region]]
@@ -199,7 +199,7 @@ def test_what_the_page_plays_is_what_the_steps_were(short):
 @pytest.mark.parametrize("name", ["a.png", "a", "no/such/folder.gif"])
 def test_a_trace_goes_into_a_gif_or_a_page_in_a_folder_that_exists(name, short, tmp_path):
     with pytest.raises(ConfigError, match=str(tmp_path / name)):
-        trace.write(short, tmp_path / name)
+        caption_photo.write_trace(short, tmp_path / name)
     for good, start in (("a.gif", b"GIF89a"), ("a.HTML", b"<!doctype html>")):
-        trace.write(short, tmp_path / good)
+        caption_photo.write_trace(short, tmp_path / good)
         assert (tmp_path / good).read_bytes().startswith(start)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from paracaption.model_training.data import unfinished
-from paracaption.model_training.decoding import read_regions
-from paracaption.model_training.decoding.caption_photo import load
+from paracaption.model_training.decoding.read_regions import iter_photo_regions
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
 from paracaption.model_training.evaluation import held_out
 from paracaption.model_training.toy import scores
 from paracaption.model_training.train import metrics
@@ -29,12 +29,12 @@ def trained(world, tmp_path_factory):
 
 
 def test_scenes_are_the_corpus(world):
-    scenes = list(read_regions.scenes(world))
+    scenes = list(iter_photo_regions(world))
     truth = json.loads((world.parent / "captions.json").read_text())
     assert len(scenes) == len(truth) == 12
     for scene in scenes:
         assert [region.caption for region in scene.regions] == list(
-            truth[scene.photo.rpartition("#")[2]].values()
+            truth[scene.name.rpartition("#")[2]].values()
         )
         assert all(region.dense().shape == scene.pixels.shape[:2] for region in scene.regions)
 
@@ -54,11 +54,11 @@ def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, 
     folder = tmp_path / "evaluation"
     records = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     assert len(records) == summary.images == 9
-    loaded = load(trained, "cpu")
-    for scene, record in zip(read_regions.scenes(world), records, strict=False):
+    captioner = RegionCaptioner.load(trained, "cpu")
+    for scene, record in zip(iter_photo_regions(world), records, strict=False):
         masks = [region.dense() for region in scene.regions]
-        captions = loaded.model.caption(
-            scene.pixels, masks, loaded.processor, together, max_new_tokens=8, steps=4, strategy="remask"
+        captions = captioner.caption(
+            scene.pixels, masks, regions_per_call=together, max_new_tokens=8, steps=4
         )
         assert [region["caption"] for region in record["regions"]] == captions
         assert [region["corpus_caption"] for region in record["regions"]] == [
@@ -74,30 +74,28 @@ def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, m
     asked = Evaluation(corpus=str(world), images=3, pictures=0, max_new_tokens=8, steps=4)
     said = iter([True, False] * 50)
 
-    def captions(model, processor, inputs, *_):
-        for scene in list(read_regions.scenes(world))[: len(list(inputs))]:
-            yield held_out.Captioned(
-                [r.caption if next(said) else "a cat" for r in scene.regions], 4, 16, 1.0
-            )
+    def captions(_, inputs, *args, **kwargs):
+        for scene in list(iter_photo_regions(world))[: len(list(inputs))]:
+            yield RegionCaptions([r.caption if next(said) else "a cat" for r in scene.regions], 4, 16, 1.0)
 
-    monkeypatch.setattr(held_out, "caption_images", captions)
+    monkeypatch.setattr(RegionCaptioner, "caption_photos", captions)
     summary = held_out.evaluate(trained, asked, tmp_path, "cpu")
     assert summary.exact == pytest.approx((summary.regions + 1) // 2 / summary.regions)
     assert summary.tokens_per_forward == 4 and summary.empty == 0
 
 
 def test_marks_count_attributes_and_leaks(world, trained, monkeypatch):
-    scenes = [scene for scene in read_regions.scenes(world) if len(scene.regions) > 1][:4]
-    loaded = load(trained, "cpu")
+    scenes = [scene for scene in iter_photo_regions(world) if len(scene.regions) > 1][:4]
+    captioner = RegionCaptioner.load(trained, "cpu")
 
-    def swapped(model, processor, inputs, options, regions_per_call):
+    def swapped(*_, **__):
         """Every region is called what the next one of its image is."""
         for scene in scenes:
             truths = [region.caption for region in scene.regions]
-            yield held_out.Captioned(truths[1:] + truths[:1], 1, 1, 0.0)
+            yield RegionCaptions(truths[1:] + truths[:1], 1, 1, 0.0)
 
-    monkeypatch.setattr(scores, "caption_images", lambda *a, **k: list(swapped(*a, **k)))
-    marks = scores.examine(loaded.model, loaded.processor, scenes, DecodeOptions())
+    monkeypatch.setattr(RegionCaptioner, "caption_photos", lambda *a, **k: list(swapped(*a, **k)))
+    marks = scores.examine(captioner, scenes, DecodeOptions())
     assert marks.exact == 0 and set(marks.wrong) == {"size", "texture", "colour", "shape"}
     assert marks.leaked == pytest.approx(sum(marks.wrong.values()) / 4)  # all that is wrong is a neighbour's
     assert 0 < marks.leaked_by_chance < marks.leaked

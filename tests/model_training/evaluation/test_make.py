@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
 from paracaption.flows.evaluate import evaluate_captioner
-from paracaption.model_training.decoding import read_regions
-from paracaption.model_training.decoding.caption_photo import load
+from paracaption.model_training.decoding.read_regions import iter_photo_regions
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.evaluation import annotations, make, profile, select
 from paracaption.model_training.toy import scores as toy_marks
 from paracaption.model_training.train.trainer import fit
@@ -54,7 +54,7 @@ def test_a_benchmark_is_made_of_a_corpus(world, tmp_path):
     assert len(requests) == len(every) and bench.unverified == 3 * len(every)
     schema = requests[0]["response_format"]["json_schema"]["schema"]
     assert schema["required"] == ["positive", "elsewhere", "absent"]
-    scenes = {scene.photo.rpartition("#")[2]: scene for scene in read_regions.scenes(world)}
+    scenes = {scene.name.rpartition("#")[2]: scene for scene in iter_photo_regions(world)}
     for image in bench.images:
         scene = scenes[Path(image.name).stem.removeprefix("coconut-")]
         assert (image.pixels() == scene.pixels).all()
@@ -195,9 +195,9 @@ def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, t
         profile={"scenes": str(world), "thresholds": (), "batches": (), **few},
     )
     found = evaluate_captioner(config)
-    loaded = load(trained, "cpu")
+    captioner = RegionCaptioner.load(trained, "cpu")
     marks = toy_marks.compare(
-        *loaded, list(read_regions.scenes(world)), DecodeOptions(max_new_tokens=10, steps=2)
+        captioner, list(iter_photo_regions(world)), DecodeOptions(max_new_tokens=10, steps=2)
     )
     for name, each in marks.items():
         assert found["toy"][name]["wrong"] == each.wrong and found["toy"][name]["forwards"] == each.forwards

@@ -15,7 +15,7 @@ from paracaption.model_training.model.attention import (
     join,
     mask_mod,
 )
-from paracaption.model_training.model.processor import collate
+from paracaption.model_training.model.batch import collate
 from tests.model_training.parts import examples, lively
 
 KERNELS = ["sdpa", "flex_attention"]

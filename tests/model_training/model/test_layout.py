@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paracaption.model_training.model.attention import dense_mask
+from paracaption.model_training.model.batch import Images, collate
 from paracaption.model_training.model.layout import (
     CORRECTED,
     LAYOUTS,
@@ -15,8 +16,6 @@ from paracaption.model_training.model.layout import (
     Layout,
     resolve,
 )
-from paracaption.model_training.model.perceptiondlm import Images
-from paracaption.model_training.model.processor import collate
 from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import lively, photo
 

@@ -6,7 +6,7 @@ import torch
 
 from paracaption.model_training.model import tiling
 from paracaption.model_training.model.attention import HIDDEN, PADDING, SHARED
-from paracaption.model_training.model.processor import collate, pack
+from paracaption.model_training.model.batch import collate, pack
 from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import examples, lively, photo
 

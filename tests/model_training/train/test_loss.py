@@ -7,8 +7,9 @@ from pydantic import ValidationError
 
 from paracaption.model_training.convert.published import convert
 from paracaption.model_training.data import TrainBatch
+from paracaption.model_training.model.batch import collate, pack
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.model.processor import PerceptionDLMProcessor, collate, pack
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.model_training.train.loss import Noised, draw, loss
 from paracaption.schemas.training import NoiseOptions
 from tests.model_training.recorded_perceptiondlm import Ours, golden

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.train import build, metrics, trainer
 from paracaption.model_training.train import loss as diffusion
@@ -268,10 +269,10 @@ def test_the_number_of_operations_is_six_a_weight_and_token_and_less_for_frozen_
 
 def test_the_model_is_a_folder_that_captions(corpus, tmp_path):
     outcome = fit(config_of(tmp_path, corpus, steps=2))
-    model = PerceptionDLM.from_pretrained(outcome.model)
+    captioner = RegionCaptioner.load(outcome.model, "cpu")
     mask = np.zeros((48, 64), bool)
     mask[10:30, 10:30] = True
-    captions = model.caption(np.zeros((48, 64, 3), np.uint8), [mask, ~mask], max_new_tokens=4, steps=2)
+    captions = captioner.caption(np.zeros((48, 64, 3), np.uint8), [mask, ~mask], max_new_tokens=4, steps=2)
     assert len(captions) == 2
     again = config_of(tmp_path / "again", corpus, steps=1, model={"path": str(outcome.model)})
     for name, each in first_weights(again).items():
