@@ -10,16 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .model_training.decoding.region_captioner import RegionCaptioner
     from .pipeline.executor.build import build
     from .schemas.config import BuildConfig
+    from .schemas.decoding import DecodeOptions
     from .schemas.errors import BadRecord, ConfigError, IntegrityError, ParaCaptionError, StageFailed
 
 __all__ = [
     "BadRecord",
     "BuildConfig",
     "ConfigError",
+    "DecodeOptions",
     "IntegrityError",
     "ParaCaptionError",
+    "RegionCaptioner",
     "StageFailed",
     "__version__",
     "build",
@@ -28,6 +32,8 @@ __all__ = [
 _HOMES = {
     "build": ".pipeline.executor.build",
     "BuildConfig": ".schemas.config",
+    "DecodeOptions": ".schemas.decoding",
+    "RegionCaptioner": ".model_training.decoding.region_captioner",
     **dict.fromkeys(
         ("BadRecord", "ConfigError", "IntegrityError", "ParaCaptionError", "StageFailed"), ".schemas.errors"
     ),
