@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..pipeline.executor import Engine
+    from ..pipeline.executor.engine import Engine
     from ..pipeline.executor.progress import Progress
 
 watcher: ContextVar[Callable[[Progress], None]] = ContextVar("watcher", default=lambda _: None)

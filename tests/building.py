@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from paracaption.pipeline.corpus import writer
-from paracaption.pipeline.executor import Engine, driver
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.engine import Engine
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.executor.progress import Progress
 from paracaption.pipeline.executor.ray_data import RayEngine

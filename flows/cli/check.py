@@ -40,18 +40,18 @@ def audit(
 ) -> None:
     """Read the sources without any model and report every problem."""
     from ...pipeline.config_file import load_config
-    from ...pipeline.executor import audit as auditing
+    from ...pipeline.executor.audit import AuditReport, AuditResult, audit_subset
     from ...pipeline.sources.registry import open_source
 
     loaded = load_config(config)
-    total = auditing.Found()
+    total = AuditResult()
     for subset in loaded.subsets:
         with counting(f"{subset}: images read") as progress:
-            report = auditing.audit(open_source(loaded, subset), loaded.limits, progress=progress)
-        total.add(report.found)
+            report = audit_subset(open_source(loaded, subset), loaded.limits, progress=progress)
+        total.add(report.result)
         print(report.text())
     target = parquet or Path(loaded.out) / "audit.parquet"
-    auditing.AuditReport("all", total).write(target)
+    AuditReport("all", total).write(target)
     print(f"full list: {target}")
 
 

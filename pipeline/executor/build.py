@@ -8,7 +8,8 @@ from typing import Any
 
 from ...schemas.config import BuildConfig
 from ..config_file import load_config
-from . import Engine, driver, preflight
+from . import driver, preflight
+from .engine import Engine
 from .findings import refuse_failures
 from .local import LocalEngine
 from .progress import Progress

@@ -24,16 +24,16 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, StageFailed
 from ...schemas.reasons import ERRORS
 from ..config_file import dump_config
-from ..corpus import merge, writer
-from ..corpus import work_list as plans
+from ..corpus import merge, work_list, writer
 from ..corpus.events import EventLog, EventReader
 from ..corpus.writer import Draft
 from ..io import files
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import open_source
-from ..stages.base import ModelStage
+from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_digest, recipe_of
-from . import Engine, audit
+from . import audit
+from .engine import Engine
 from .progress import Progress, StageProgress, Watch
 from .worker import Job
 
@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 OnProgress = Callable[[Progress], None]
 
 
-def _plain(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def _unwrapped(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     return function
 
 
@@ -55,17 +55,17 @@ def build(
     limit_images: int | None = None,
     retry_failed: bool = False,
     on_progress: OnProgress = lambda _: None,
-    step: Callable[[Callable[..., Any]], Callable[..., Any]] = _plain,
+    step: Callable[[Callable[..., Any]], Callable[..., Any]] = _unwrapped,
 ) -> dict[str, Any]:
     """Build every configured subset and merge them into one corpus, or resume where a build stopped.
 
     Args:
         config: what to build and where to; paths are absolute.
         engine: runs the units.
-        limit_images: build from the first so many images of each subset (a pilot; use an `out` of its own).
+        limit_images: build only the first N images of each subset (a pilot; give it an `out` of its own).
         retry_failed: also build committed units again that hold drops by error.
         on_progress: called about twice a second, and after each unit, from this thread.
-        step: wraps each step, as Prefect's `task` does; by default a step is called as it is.
+        step: wraps each step, as Prefect's `task` does; by default it returns the step unchanged.
 
     Returns:
         What `OUT/stats.json` holds.
@@ -93,7 +93,7 @@ def build(
 
 
 def write_config(config: BuildConfig) -> None:
-    """Keep the resolved configuration beside what it builds."""
+    """Write the resolved configuration beside what it builds."""
     try:
         with files.write_atomic(Path(config.out) / "config.yaml") as file:
             file.write(dump_config(config).encode())
@@ -101,39 +101,39 @@ def write_config(config: BuildConfig) -> None:
         raise writer.write_failed(Path(config.out), error) from error
 
 
-def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> plans.Plan:
-    """Cut the subset into units, or take the plan that is there if the source is still the same."""
+def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> work_list.Plan:
+    """Cut the subset into units, or take the existing work list if the source is still the same."""
     folder = Path(config.out) / subset
     writer.prepare(folder)
     writer.sweep(folder)
-    return plans.make_plan(open_source(config, subset), config, folder, limit_images)
+    return work_list.make_plan(open_source(config, subset), config, folder, limit_images)
 
 
-def find_pending(config: BuildConfig, subset: str, plan: plans.Plan, retry_failed: bool) -> list[int]:
+def find_pending(config: BuildConfig, subset: str, plan: work_list.Plan, retry_failed: bool) -> list[int]:
     """Indices of the units without a manifest of this recipe; with `retry_failed` also those with errors."""
     folder = Path(config.out) / subset
     recipe = recipe_digest(recipe_of(config, subset), config)
     failed = failed_units(folder, plan) if retry_failed else []
-    return sorted({*plans.pending(plan, folder / "manifests", recipe), *failed})
+    return sorted({*work_list.pending(plan, folder / "manifests", recipe), *failed})
 
 
 def audit_source(config: BuildConfig, subset: str) -> None:
     """Read a sample of the source without any model; refuse to go on if none of it is usable."""
     source = open_source(config, subset)
-    looked_at = (config.out, subset, tuple(source.fingerprint().items()))
-    if looked_at not in _audited:
-        log.info("%s", audit.sample(source, config).text())
-        _audited.add(looked_at)
+    identity = (config.out, subset, tuple(source.fingerprint().items()))
+    if identity not in _audited:
+        log.info("%s", audit.audit_sample(source, config).text())
+        _audited.add(identity)
 
 
 _audited: set[tuple] = set()
-"""Samples that this process has read: `prepare` and `build` need one look, not two."""
+"""Sources whose sample this process has read, so that `build` does not repeat what `prepare` did."""
 
 
 def build_units(
     config: BuildConfig,
     subset: str,
-    plan: plans.Plan,
+    plan: work_list.Plan,
     units: list[int],
     engine: Engine,
     on_progress: OnProgress = lambda _: None,
@@ -143,7 +143,7 @@ def build_units(
     Args:
         config: the resolved configuration.
         subset: one of the configured ones.
-        plan: the subset's.
+        plan: the subset's work list.
         units: indices of the units to build.
         engine: runs them.
         on_progress: called about twice a second, and after each unit, from this thread.
@@ -154,22 +154,26 @@ def build_units(
     """
     check_disk(config, subset, units, plan)
     folder = Path(config.out) / subset
-    run_folder = _new_run(config, subset)
+    run_folder = _make_run_folder(config, subset)
     stages = recipe_of(config, subset)
-    names = [plan.unit_name(index) for index in units]
-    idle = [each.name for each in stages if isinstance(each, ModelStage) and _answered(each, folder, names)]
-    recipe = recipe_digest(stages, config)
-    job = Job(config, subset, str(folder), plan.digest, recipe, str(run_folder), idle)
-    progress = Progress(subset, pending=len(units))
-    steps = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
-    progress.stages = {name: StageProgress() for name in steps}
+    job = Job(
+        config=config,
+        subset=subset,
+        folder=str(folder),
+        plan=plan.digest,
+        recipe=recipe_digest(stages, config),
+        run=str(run_folder),
+        idle=[stage.name for stage in stages if _has_all_evidence(stage, folder, plan, units)],
+    )
+    names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
+    progress = Progress(subset, pending=len(units), stages={name: StageProgress() for name in names})
     events = EventLog(run_folder, "driver")
     events.emit("begun")
     watch = Watch(EventReader(run_folder), progress, config.failures.stall_s, run_folder)
     committer = _Committer(folder, config.failures.stop_after_units, progress, events)
 
     def tick(moved: bool = False) -> None:
-        watch.look(moved)
+        watch.update(moved)
         on_progress(progress)
 
     try:
@@ -191,20 +195,20 @@ def build_units(
 
 
 def merge_corpus(config: BuildConfig) -> dict[str, Any]:
-    """One index, statistics, plots and the dataset card over all committed units."""
+    """Write one index, statistics, plots and the dataset card over all committed units."""
     return merge.merge(Path(config.out), config)
 
 
-# What the steps ask.
+# What is known before an engine starts.
 
 
 def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> set[str]:
-    """Plan every subset and read a sample of its source, so that a mistake is known before an engine starts.
+    """Plan every subset and read a sample of its source, so that a mistake is found before an engine starts.
 
-    `build` does the same, and finds it done.
+    `build` does the same, and then finds it done.
 
     Returns:
-        Protocols of the models that will be asked: those without evidence of every pending unit.
+        The protocols of the models that will be asked: those that lack evidence of a pending unit.
 
     Raises:
         ConfigError: a source cannot be read, or nothing of the sample is usable.
@@ -216,21 +220,22 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
             plan = make_plan(config, subset, limit_images)
             if units := find_pending(config, subset, plan, retry_failed):
                 audit_source(config, subset)
-                names = [plan.unit_name(index) for index in units]
                 folder = Path(config.out) / subset
                 models = [each for each in recipe_of(config, subset) if isinstance(each, ModelStage)]
-                asked |= {each.protocol for each in models if not _answered(each, folder, names)}
+                asked |= {
+                    each.protocol for each in models if not _has_all_evidence(each, folder, plan, units)
+                }
     return asked
 
 
 def is_finished(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
-    """Whether a build would change nothing: all is committed and merged, by this very configuration.
+    """Whether a build would change nothing, because all is committed and merged by this very configuration.
 
-    Cheap: the sources' files are looked at, not read. Writes nothing.
+    Cheap: the sources' files are listed and not read. Writes nothing.
 
     Raises:
         ConfigError: a source is not where the configuration says.
-        IntegrityError: a plan, a manifest or the statistics cannot be read.
+        IntegrityError: a work list, a manifest or the statistics cannot be read.
     """
     out = Path(config.out)
     try:
@@ -242,24 +247,24 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
 
 
 def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
-    """Whether every unit is committed, so that no engine is needed: `build` merges at most.
+    """Whether every unit is committed, so that no engine is needed and `build` merges at most.
 
-    Cheap, writes nothing, and raises as `is_finished`.
+    Cheap, writes nothing, and raises what `is_finished` raises.
     """
     out = Path(config.out)
     for subset in config.subsets:
         folder = out / subset
-        if not (folder / "plan" / plans.SUMMARY).exists():
+        if not (folder / "plan" / work_list.SUMMARY).exists():
             return False
-        plan = plans.load_plan(folder)
-        if not plans.holds(plan, open_source(config, subset), config, limit_images):
+        plan = work_list.load_plan(folder)
+        if not work_list.holds(plan, open_source(config, subset), config, limit_images):
             return False
         if find_pending(config, subset, plan, retry_failed):
             return False
     return True
 
 
-def _new_run(config: BuildConfig, subset: str) -> Path:
+def _make_run_folder(config: BuildConfig, subset: str) -> Path:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
     folder = Path(config.out) / "events" / name
     try:
@@ -269,18 +274,20 @@ def _new_run(config: BuildConfig, subset: str) -> Path:
     return folder
 
 
-def _answered(stage: ModelStage, folder: Path, units: list[str]) -> bool:
-    """Whether a stage has evidence of all these units, so that its model need not be loaded beforehand."""
+def _has_all_evidence(stage: Stage, folder: Path, plan: work_list.Plan, units: list[int]) -> bool:
+    """Whether a model stage has evidence of all these units, so that its model need not be loaded yet."""
+    if not isinstance(stage, ModelStage):
+        return False
     store = stage.store(folder)
-    return all(store.path(unit).exists() for unit in units)
+    return all(store.path(plan.unit_name(index)).exists() for index in units)
 
 
-def failed_units(folder: Path, plan: plans.Plan) -> list[int]:
-    """Indices of the committed units with a drop that another attempt may turn: for `--retry-failed`.
+def failed_units(folder: Path, plan: work_list.Plan) -> list[int]:
+    """Indices of the committed units that hold drops by error, for `--retry-failed`.
 
     Args:
         folder: OUT/<subset>.
-        plan: the subset's plan.
+        plan: the subset's work list.
 
     Raises:
         IntegrityError: a manifest does not parse.
@@ -297,11 +304,13 @@ def failed_units(folder: Path, plan: plans.Plan) -> list[int]:
     return failed
 
 
-def check_disk(config: BuildConfig, subset: str, units: list[int], plan: plans.Plan) -> None:
-    """Free space for what the pending units write: their photos, by a sample of sizes, and a tenth on top.
+def check_disk(config: BuildConfig, subset: str, units: list[int], plan: work_list.Plan) -> None:
+    """Refuse to start without space for what the pending units write: their photos and a tenth on top.
+
+    The size of the photos is estimated from a sample.
 
     Raises:
-        ConfigError: not enough; names how much is missing.
+        ConfigError: there is not enough; the message names both numbers.
     """
     photos = plan.photo_bytes * len(units) / max(1, plan.num_units)
     needed = 1.1 * photos + config.failures.min_free_gb * 1e9
@@ -315,7 +324,7 @@ def check_disk(config: BuildConfig, subset: str, units: list[int], plan: plans.P
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the output folder: one driver commits at a time. The lock ends with the process, however it ends.
+    """Lock the output folder, since only one driver may commit. The lock ends with the process in any case.
 
     Raises:
         ConfigError: another build holds it.
@@ -337,7 +346,11 @@ def locked(out: Path) -> Iterator[None]:
 
 
 class _Committer:
-    """Commits drafts as they come. Units on which a stage failed wait until the stage is proven right."""
+    """Commits drafts as they come.
+
+    A unit on which a stage failed everywhere waits for the next ones: if the stage works on one of them, the
+    failed unit is committed with its drops; if it fails on `stop_after` units in a row, the build stops.
+    """
 
     def __init__(self, folder: Path, stop_after: int, progress: Progress, events: EventLog):
         self.folder = folder
@@ -354,7 +367,7 @@ class _Committer:
                 raise StageFailed(
                     f"{stage}: failed on every image of {len(self.suspects)} units in a row, last on "
                     f"{draft.manifest.unit}: {error}. "
-                    "What is committed stays; mend the cause and run the same command again"
+                    "What is committed stays; fix the cause and run the same command again"
                 )
             return
         self._release()

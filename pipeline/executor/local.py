@@ -1,12 +1,12 @@
-"""The engine in this process: the same worker, one unit after the other in a plain loop.
+"""The engine that builds in this process: the same worker, one unit after the other in a plain loop.
 
-For tests, for a debugger that stops inside a captioner of your own, and for a look at a few images. What Ray
-Data does beyond that, it does not:
+It is for tests, for a debugger that stops inside a captioner of your own, and for a look at a few images. It
+lacks what Ray Data adds:
 
-- One process: `concurrency` and `num_cpus` are ignored, and a stage with a `runtime_env` is refused.
-- One GPU at most, for all models together; they are loaded at the same time.
-- A backend that takes the process down takes the build down. The next run finds the note of what was in
-  flight, runs those images one by one, and drops the one that has killed it `failures.crash_attempts` times.
+- There is one process: `concurrency` and `num_cpus` are ignored, and a stage with a `runtime_env` is refused.
+- All models share at most one GPU, and are loaded at the same time.
+- A backend that kills the process ends the build. The next run finds the note of the images that were in
+  flight, runs them one by one, and drops the one that has killed it `failures.crash_attempts` times.
 - A call that hangs is not ended. After `failures.stall_s` its stack and its record are logged.
 """
 
@@ -20,8 +20,7 @@ from pathlib import Path
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
-from ..corpus import work_list as plans
-from ..corpus import writer
+from ..corpus import work_list, writer
 from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
@@ -36,7 +35,7 @@ class LocalEngine:
     """Builds in this process, without Ray."""
 
     def check(self, config: BuildConfig) -> None:
-        """Refuse what one process cannot do.
+        """Refuse a configuration that one process cannot build.
 
         Raises:
             ConfigError: a stage has a `runtime_env`, or the models ask for more than this machine's one GPU.
@@ -59,9 +58,9 @@ class LocalEngine:
             )
 
     def drafts(
-        self, job: Job, stages: list[Stage], plan: plans.Plan, units: list[int], tick: Callable[[], None]
+        self, job: Job, stages: list[Stage], plan: work_list.Plan, units: list[int], tick: Callable[[], None]
     ) -> Generator[Draft]:
-        """Written units, one after the other; `tick` is called after each event of the worker.
+        """Run units one after the other; `tick` is called after each event of the worker.
 
         Raises:
             StageFailed: a backend cannot start, or the output cannot be written.
@@ -76,21 +75,21 @@ class LocalEngine:
 
 @contextmanager
 def _stalls_logged(stack: Path, stall_s: float) -> Iterator[None]:
-    """Log the stack that a call leaves after `stall_s`; the worker writes it, and names the record in it."""
+    """Log the stack that the worker writes when a call takes longer than `stall_s`; it names the record."""
     ended = threading.Event()
 
     def watch() -> None:
-        seen = ""
+        logged = ""
         while not ended.wait(min(1.0, stall_s / 4)):
             text = stack.read_text(errors="replace") if stack.exists() else ""
-            if STACK_MARK in text and text != seen:
+            if STACK_MARK in text and text != logged:
                 log.error(
                     "no answer for %.0f s (failures.stall_s); Ctrl-C ends the build, and what is committed "
                     "stays.\n%s",
                     stall_s,
                     text,
                 )
-            seen = text
+            logged = text
 
     thread = threading.Thread(target=watch, daemon=True, name="stalls")
     thread.start()

@@ -1,4 +1,4 @@
-"""How a build is going: what each stage has done, and whether anything still moves."""
+"""The progress of a build: what each stage has done, and whether anything still moves."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from ..corpus.utilization import StageUtilization, UtilizationCounter
 from .worker import STACK_MARK
 
 STALL_GRACE_S = 5.0
-"""The workers dump their stacks at `stall_s`; the driver looks a little later."""
+"""How much later than the workers, which write their stacks at `stall_s`, the driver looks for them."""
 
 
 class StageProgress(msgspec.Struct):
-    """What a stage has done in this run: units, regions seen, regions a model was asked about, seconds."""
+    """What a stage has done in this run.
+
+    Attributes:
+        units: that passed through it.
+        regions: that it worked on.
+        asked: regions that its model was asked about.
+        seconds: spent, summed over its actors.
+    """
 
     units: int = 0
     regions: int = 0
@@ -27,13 +34,17 @@ class StageProgress(msgspec.Struct):
 
 
 class Progress(msgspec.Struct):
-    """The live view of one subset's build. `pending` units are this run's; `done` of them are committed.
+    """The live view of one subset's build; all counts are of this run.
 
     Attributes:
+        subset: its name.
+        pending: units that this run has to build.
+        done: units of these that are committed.
+        images, regions, kept: of the committed units.
         seconds: since the stream started.
-        dropped: regions by "stage/reason", of this run's units.
-        stages: by stage name, in recipe order.
-        utilization: of the model stages whose actors are up: start-up seconds, share of time in calls.
+        dropped: regions of the committed units by "stage/reason".
+        stages: by name, in the recipe's order.
+        utilization: of the model stages whose actors are up.
     """
 
     subset: str
@@ -49,12 +60,19 @@ class Progress(msgspec.Struct):
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate so far; None before the first commit."""
+        """Seconds until all units are committed, at the rate so far; None before the first commit."""
         return None if not self.done else self.seconds / self.done * (self.pending - self.done)
 
 
 class Watch:
-    """Reads the workers' events into the progress view, and notices when nothing moves."""
+    """Reads the workers' events into the progress view, and notices when nothing moves.
+
+    Args:
+        reader: of the run's events.
+        progress: is updated.
+        stall_s: how long nothing may move.
+        run_folder: of the run's events and stacks.
+    """
 
     def __init__(self, reader: EventReader, progress: Progress, stall_s: float, run_folder: Path):
         self.reader = reader
@@ -64,7 +82,12 @@ class Watch:
         self.counter = UtilizationCounter()
         self.started = self.moved = time.monotonic()
 
-    def look(self, moved: bool) -> None:
+    def update(self, moved: bool) -> None:
+        """Read what is new. `moved` says that a unit was committed.
+
+        Raises:
+            StageStalled: nothing has moved for `stall_s`; the message has the stacks of the hanging calls.
+        """
         for worker, event in self.reader.named():
             moved = True
             self.counter.add(worker, event)

@@ -3,10 +3,10 @@
     work list -> [source + mask filters] -> [captioner] -> [judge] -> [segmenter] -> [text + write] -> driver
                       actors                 actors       actors       actors         actors
 
-A row is a unit, so nothing re-blocks it; every bracket is an actor pool with the resources its backend asks
-for, all alive at the same time. Neighbors without a GPU that ask for the same resources share their actors,
-so on a laptop the whole line is one pool. Ray Data gives streaming, backpressure, autoscaling between the
-pool's bounds, and restarts.
+A row is a unit, so Ray Data does not regroup rows. Every bracket is a pool of actors with the resources that
+its backend asks for, and all pools live at the same time. Neighbors without a GPU that ask for the same
+resources share their actors, so on a laptop the whole line is one pool. Ray Data provides streaming,
+backpressure, autoscaling between the pool's bounds, and restarts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from typing import Any
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed, one_line
-from ..corpus import work_list as plans
-from ..corpus import writer
+from ..corpus import work_list, writer
 from ..corpus.events import EventLog
 from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
@@ -36,14 +35,14 @@ from .worker import Job, Worker, draft_of
 Steps = list[list[Stage | str]]
 
 TICK_S = 0.5
-"""How often the driver looks at the clock and at the events while no unit comes."""
+"""How often the driver checks the clock and the events while no unit comes."""
 
 
 def check_address(address: str | None) -> None:
-    """Refuse an address that Ray Data and Ray Train cannot use, or where nobody answers; None is fine.
+    """Refuse an address that Ray Data and Ray Train cannot use, or where nobody answers; None is accepted.
 
     Raises:
-        ConfigError: a ray:// address; Ray 2.60 does not run these through its client. Or no cluster.
+        ConfigError: it is a ray:// address, through which Ray 2.60 runs neither, or no cluster answers.
     """
     if address is None:
         return
@@ -67,19 +66,15 @@ class RayEngine:
         self._starting = threading.Lock()
 
     def check(self, config: BuildConfig) -> None:
-        """Refuse an address that Ray Data cannot use, or where nobody answers.
-
-        Raises:
-            ConfigError: a ray:// address; Ray Data 2.60 does not run through Ray's client. Or no cluster.
-        """
+        """Refuse an address that Ray Data cannot use, or where nobody answers; see `check_address`."""
         check_address(self.address)
 
     def start(self, config: BuildConfig) -> None:
         """Connect to the cluster, or start a local one that is large enough for the smallest pools.
 
-        Safe to call again, and from another thread: who comes second waits for the first. On a machine of
-        its own the logical CPUs only admit actors, and the kernel shares the real ones: a laptop with two
-        cores runs the whole recipe.
+        It may be called again, and from another thread, which then waits for the first. On this machine Ray
+        is given as many logical CPUs as the pools ask for, and the kernel shares the real ones, so that a
+        laptop with two cores runs the whole recipe.
 
         Raises:
             ConfigError: see `check`.
@@ -97,9 +92,9 @@ class RayEngine:
                 raise Retryable(f"Ray cannot be had: {reason}; {fix}") from error
 
     def drafts(
-        self, job: Job, stages: list[Stage], plan: plans.Plan, units: list[int], tick: Callable[[], None]
+        self, job: Job, stages: list[Stage], plan: work_list.Plan, units: list[int], tick: Callable[[], None]
     ) -> Generator[Draft]:
-        """Written units in the order in which they get ready; `tick` is called about twice a second.
+        """Run units and yield them in the order in which they are ready; `tick` is called twice a second.
 
         Raises:
             ConfigError: the cluster is too small for the smallest pools.
@@ -127,10 +122,10 @@ IO_CONCURRENCY = (1, 8)
 def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:
     """Group a recipe into the operators of the stream.
 
-    Each model starts its own, filters ride along. Neighbors without a GPU that ask for the same resources
-    and the same environment share their actors: on CPUs alone a unit then runs through all stages in one
-    process, and nothing is sent between them. Reading and writing take their neighbor's number of actors,
-    unless `io.concurrency` says how many they have.
+    Each model stage starts an operator of its own, and filters join the one before them. Neighbors without a
+    GPU that ask for the same resources and the same environment share their actors: on CPUs alone a unit then
+    runs through all stages in one process, and nothing is sent between them. Reading and writing take the
+    number of actors of their neighbor, unless `io.concurrency` says how many they have.
     """
     apart: Steps = [[SOURCE_STAGE]]
     for stage in [*stages, writer.WRITE_STAGE]:
@@ -163,7 +158,7 @@ def _has_model(step: list[Stage | str]) -> bool:
 
 
 def resources_of(step: list[Stage | str], config: BuildConfig) -> dict[str, Any]:
-    """Ray arguments of a step's actors: its model's, or those for reading and writing."""
+    """Ray's arguments for the actors of a step: those of its model, or those for reading and writing."""
     model = next((stage for stage in step if isinstance(stage, ModelStage)), None)
     asks = config.io if model is None else model.backend
     return {
@@ -174,7 +169,7 @@ def resources_of(step: list[Stage | str], config: BuildConfig) -> dict[str, Any]
     }
 
 
-def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
+def _dataset(job: Job, steps: Steps, plan: work_list.Plan, units: list[int]) -> Any:
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -183,7 +178,7 @@ def _dataset(job: Job, steps: Steps, plan: plans.Plan, units: list[int]) -> Any:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     rows = [{"unit": plan.unit_name(index), "index": index} for index in units]
     # A worker that dies is replaced and its unit runs again, without limit: Ray Data's default for actors.
-    # The notes that `workers.py` keeps see to it that no record can kill workers forever.
+    # The notes that `in_flight.py` keeps make sure that no record can kill workers forever.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for step in steps:
         asked = resources_of(step, job.config)
@@ -203,7 +198,7 @@ _END = object()
 
 
 class _Rows:
-    """Pulls rows from Ray Data in a thread, so that the driver can watch the clock meanwhile."""
+    """Pulls rows from Ray Data in a thread, so that the driver can watch the clock while it waits."""
 
     def __init__(self, dataset: Any):
         self._queue: queue.Queue[Any] = queue.Queue()
@@ -222,13 +217,13 @@ class _Rows:
             self._queue.put(error)
 
     def stop(self) -> None:
-        """Let go of the stream after the unit it waits for."""
+        """End the stream after the unit that it waits for."""
         self._stopped = True
-        if self._thread.is_alive():  # Ray may end before it: what it says of that then is no news
+        if self._thread.is_alive():  # Ray may end before it, and would log that as an error
             logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
     def next(self, timeout_s: float) -> Any:
-        """A row, `_END`, or None if nothing came in time; raises what the stream raised."""
+        """A row, `_END` after the last one, or None if none came in time; raises what the stream raised."""
         try:
             item = self._queue.get(timeout=timeout_s)
         except queue.Empty:
@@ -248,17 +243,19 @@ def _as_ours(error: BaseException) -> BaseException:
 
 
 def check_resources(steps: Steps, config: BuildConfig) -> None:
-    """Whether the cluster holds the smallest pool of every step at once; else the stream waits forever.
+    """Refuse a cluster that does not hold the smallest pools of all steps at once: the stream would hang.
+
+    A cluster that scales itself is never refused.
 
     Raises:
-        ConfigError: names what is asked for and what there is. Not raised on a cluster that scales itself.
+        ConfigError: names what is asked for and what the cluster has.
     """
     import ray
 
     needed = needed_resources(steps, config)
-    there = ray.cluster_resources()
+    available = ray.cluster_resources()
     for name, amount in needed.items():
-        if amount > there.get(name, 0) + 1e-6 and not os.environ.get("RAY_AUTOSCALER"):
+        if amount > available.get(name, 0) + 1e-6 and not os.environ.get("RAY_AUTOSCALER"):
             asked = ", ".join(
                 f"{_title(step)}: {resources_of(step, config)['concurrency'][0]} x "
                 f"{resources_of(step, config)['num_' + name.lower() + 's']:g}"
@@ -266,7 +263,7 @@ def check_resources(steps: Steps, config: BuildConfig) -> None:
             )
             raise ConfigError(
                 f"the stages need {amount:g} {name} at once ({asked}), "
-                f"the cluster has {there.get(name, 0):g}: "
+                f"the cluster has {available.get(name, 0):g}: "
                 "lower `concurrency` or the resources per actor, or add nodes"
             )
 
@@ -285,10 +282,10 @@ def _title(step: list[Stage | str]) -> str:
 
 
 def _knock(address: str) -> None:
-    """Refuse host:port where nobody listens: Ray itself asks for a minute, and says it in its own words."""
+    """Refuse host:port where nobody listens; Ray itself would try for a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto", and what else Ray may know
+        return  # "auto", or a form that only Ray knows
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
     except (OSError, OverflowError) as error:

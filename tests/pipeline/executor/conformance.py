@@ -19,7 +19,8 @@ import pytest
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import verify
 from paracaption.pipeline.corpus.events import EventReader
-from paracaption.pipeline.executor import Engine, driver
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.engine import Engine
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.executor.progress import Progress
 from paracaption.schemas.config import BuildConfig

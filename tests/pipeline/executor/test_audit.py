@@ -1,4 +1,4 @@
-"""The audit: every problem is counted, shown with its mend, and written as a row."""
+"""The audit: every problem is counted, shown with its fix, and written as a row."""
 
 import json
 
@@ -9,6 +9,7 @@ from PIL import Image
 
 from paracaption.pipeline.corpus import work_list
 from paracaption.pipeline.executor import audit
+from paracaption.pipeline.executor.audit import audit_sample, audit_subset
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
@@ -33,9 +34,9 @@ def config(tmp_path):
     )
 
 
-def test_every_problem_is_counted_and_shown_with_its_mend(config):
-    report = audit.audit(open_source(config, "coconut"), config.limits)
-    found = report.found
+def test_every_problem_is_counted_and_shown_with_its_fix(config):
+    report = audit_subset(open_source(config, "coconut"), config.limits)
+    found = report.result
     assert (found.images, found.images_usable, found.regions, found.regions_usable) == (6, 4, 24, 15)
     counted = {(problem.reason, problem.drops, problem.regions) for problem in found.problems}
     assert {
@@ -51,37 +52,37 @@ def test_every_problem_is_counted_and_shown_with_its_mend(config):
 
 
 def test_the_report_is_a_parquet_file_with_a_row_per_problem(config, tmp_path):
-    report = audit.audit(open_source(config, "coconut"), config.limits)
+    report = audit_subset(open_source(config, "coconut"), config.limits)
     report.write(tmp_path / "deep" / "audit.parquet")
     rows = pq.read_table(tmp_path / "deep" / "audit.parquet").to_pylist()
-    assert len(rows) == len(report.found.problems)
+    assert len(rows) == len(report.result.problems)
     absent = next(row for row in rows if row["reason"] == "segment_absent")
     assert (absent["key"], absent["region"], absent["subset"]) == (f"{3:012d}", 1, "coconut")
 
 
 def test_processes_find_what_one_loop_finds(config):
-    alone = audit.audit(open_source(config, "coconut"), config.limits, jobs=1)
+    alone = audit_subset(open_source(config, "coconut"), config.limits, jobs=1)
     steps = []
-    together = audit.audit(open_source(config, "coconut"), config.limits, jobs=2, progress=steps.append)
+    together = audit_subset(open_source(config, "coconut"), config.limits, jobs=2, progress=steps.append)
     assert together == alone and steps[-1] == 6
 
 
 def test_an_audit_without_problems_is_one_line(tmp_path):
     source = synthetic.write_coconut(tmp_path / "source", 2)
     config = BuildConfig.model_validate({"out": str(tmp_path / "out"), "coconut": [source]})
-    report = audit.audit(open_source(config, "coconut"), config.limits)
-    assert [problem for problem in report.found.problems if problem.drops] == []
+    report = audit_subset(open_source(config, "coconut"), config.limits)
+    assert [problem for problem in report.result.problems if problem.drops] == []
     assert report.text().splitlines()[0] == "coconut: 2 of 2 images and 8 of 8 regions are usable"
 
 
 def test_a_sample_reads_no_more_than_it_was_asked_for(config, tmp_path):
     small = config.model_copy(update={"audit_images": 2})
-    first = audit.sample(open_source(small, "coconut"), small)
-    assert first.found.images == 2 and "sample" in first.text()
+    first = audit_sample(open_source(small, "coconut"), small)
+    assert first.result.images == 2 and "sample" in first.text()
     work_list.make_plan(open_source(small, "coconut"), small, tmp_path / "out" / "coconut")
-    spread = audit.sample(open_source(small, "coconut"), small)
-    keys = [problem.key for problem in spread.found.problems if problem.drops]
-    assert spread.found.images == 2 and keys == [f"{2:012d}"]
+    spread = audit_sample(open_source(small, "coconut"), small)
+    keys = [problem.key for problem in spread.result.problems if problem.drops]
+    assert spread.result.images == 2 and keys == [f"{2:012d}"]
 
 
 def test_a_source_of_which_nothing_is_usable_is_refused_before_the_build(config, tmp_path):
@@ -89,12 +90,12 @@ def test_a_source_of_which_nothing_is_usable_is_refused_before_the_build(config,
     wrong = config.coconut[0].model_copy(update={"photos": [str(tmp_path / "empty")]})
     config = config.model_copy(update={"coconut": [wrong]})
     with pytest.raises(ConfigError, match=r"no region of 6 images is usable") as caught:
-        audit.sample(open_source(config, "coconut"), config)
+        audit_sample(open_source(config, "coconut"), config)
     assert "photo_missing: 6 x, 24 regions" in str(caught.value)
 
 
-def test_every_reason_of_a_source_has_a_mend():
-    assert all(reason in audit.MENDS for reason in list(Reason)[: list(Reason).index(Reason.MASK_TOO_SMALL)])
+def test_every_reason_of_a_source_has_a_fix():
+    assert all(reason in audit.FIXES for reason in list(Reason)[: list(Reason).index(Reason.MASK_TOO_SMALL)])
 
 
 def test_the_published_traps_are_all_reported():
@@ -115,11 +116,13 @@ def test_the_published_traps_are_all_reported():
             ],
         }
     )
-    reports = {name: audit.audit(open_source(config, name), config.limits) for name in ("coconut", "sa1b")}
+    reports = {name: audit_subset(open_source(config, name), config.limits) for name in ("coconut", "sa1b")}
     declared = [
         len(each["segments_info"])
         for path in edge.glob("*.json")
         for each in json.loads(path.read_text())["annotations"]
     ]
-    assert reports["coconut"].found.regions == sum(declared) and reports["coconut"].found.regions_usable == 0
-    assert {p.reason for p in reports["sa1b"].found.problems} == {"size_mismatch", "annotation_missing"}
+    assert (
+        reports["coconut"].result.regions == sum(declared) and reports["coconut"].result.regions_usable == 0
+    )
+    assert {p.reason for p in reports["sa1b"].result.problems} == {"size_mismatch", "annotation_missing"}
