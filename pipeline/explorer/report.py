@@ -10,8 +10,8 @@ from typing import NamedTuple
 from ...schemas.errors import ConfigError, ParaCaptionError
 from ..corpus import inspect
 from ..io import files
+from .app import Explorer
 from .reviews import KEPT
-from .server import Explorer
 
 NAME = "report.html"
 

@@ -11,7 +11,7 @@ import uvicorn
 
 from ...schemas.errors import ConfigError
 from .access import is_loopback
-from .server import Explorer, make_app
+from .app import Explorer, make_app
 
 
 def serve(

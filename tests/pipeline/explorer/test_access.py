@@ -8,8 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from paracaption.pipeline.explorer import access
+from paracaption.pipeline.explorer.app import Explorer, make_app
 from paracaption.pipeline.explorer.reviews import Marks
-from paracaption.pipeline.explorer.server import Explorer, make_app
 from tests.pipeline.explorer.corpus import HOSTILE
 
 TOKEN = "a token of the tests"
