@@ -81,8 +81,9 @@ def mark(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
 def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
     """On a toy world's held-out scenes: captions that say the whole truth, and what is a neighbour's."""
     from ..model_training.decoding.read_regions import iter_photo_regions
-    from ..model_training.evaluation import captioners, lines
+    from ..model_training.evaluation import captioners
     from ..model_training.toy import scores
+    from ..pipeline.io import files
 
     assert config.toy
     given = captioners.model_options(config.backend())
@@ -90,7 +91,7 @@ def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
     found = {name: each._replace(predicted=[])._asdict() for name, each in marks.items()}
     out = Path(config.out) / config.label
     out.mkdir(parents=True, exist_ok=True)
-    lines.write_json(out / "toy.json", found)
+    files.write_json(out / "toy.json", found)
     return found
 
 
@@ -113,7 +114,8 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
 @step
 def remember(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, Any]:
     """Add a line to the history; the model, the judge and the release are in it."""
-    from ..model_training.evaluation import captioners, judges, lines
+    from ..model_training.evaluation import captioners, judges
+    from ..pipeline.io.json_lines import LineWriter
 
     judge = config.judge and judges.identity(config.judge)
     record = {
@@ -124,8 +126,8 @@ def remember(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, Any]:
         "judge": judge,
         **found,
     }
-    with lines.appending(Path(config.out) / HISTORY) as file:
-        lines.append(file, record)
+    with LineWriter(Path(config.out) / HISTORY) as lines:
+        lines.append(record)
     return record
 
 

@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from ...pipeline.io import files
+from ...pipeline.io.json_lines import LineWriter, read_lines
 from ...schemas.config import Backend
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.evaluation import Bench, Judge
-from . import annotations, captioners, judges, lines, protocol, quality
+from . import annotations, captioners, judges, protocol, quality
 from .annotations import BenchImage, Benchmark, BenchRegion
 from .judges import Asked
-from .lines import Progress
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,10 @@ CAPTIONS, PREDICTIONS, ANSWERS = "captions.jsonl", "predictions.json", "answers.
 DETAILS, SUMMARY = "details.json", "summary.json"
 _AT_ONCE = 256
 """Questions between two writes to the disk; as many can be lost when the process is killed."""
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
 
 
 class Result(NamedTuple):
@@ -109,9 +113,9 @@ def caption(bench: Bench, backend: Backend, folder: Path, progress: Progress | N
     whose = {"captioner": captioners.identity(backend), "benchmark": benchmark.digest}
     path = folder / CAPTIONS
     folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        with files.write_atomic(path) as file:
-            lines.append(file, whose)
+    if not read_lines(path):
+        with LineWriter(path) as lines:
+            lines.append(whose)
     done = {line.image for line in _captions(path, whose)}
     owed = [image for image in benchmark.images if image.name not in done]
     captioner = captioners.load(backend) if owed else None
@@ -123,14 +127,14 @@ def caption(bench: Bench, backend: Backend, folder: Path, progress: Progress | N
                 "folder in `photos`, or leave them out with on_missing_photo: skip"
             )
         owed = [image for image in owed if image.photo not in absent]
-    with lines.appending(path) as file:
+    with LineWriter(path) as lines:
         for number, image in enumerate(owed):
             assert captioner is not None
             found = captioner.caption(image)
-            lines.append(file, _line(image, found))
+            lines.append(_line(image, found))
             if progress:
                 progress("captions", number + 1, len(owed))
-    lines.write_json(folder / PREDICTIONS, _by_key(folder))
+    files.write_json(folder / PREDICTIONS, _by_key(folder))
     return len(owed)
 
 
@@ -140,7 +144,7 @@ def _line(image: BenchImage, found: captioners.Captions) -> _Line:
 
 
 def _captions(path: Path, whose: dict[str, Any] | None = None) -> list[_Line]:
-    first, *rest = lines.read(path) or [b"{}"]
+    first, *rest = read_lines(path) or [b"{}"]
     found = msgspec.json.decode(first)
     if whose is not None and found != whose:
         changed = [name for name in whose if found.get(name) != whose[name]]
@@ -181,11 +185,11 @@ def judge(bench: Bench, config: Judge, folder: Path, progress: Progress | None =
     speaker = judges.load(config)
     given = 0
     try:
-        with lines.appending(path) as file:
+        with LineWriter(path) as lines:
             for start in range(0, len(owed), _AT_ONCE):
                 some = owed[start : start + _AT_ONCE]
                 for place, answer in speaker.answer(_pictured(some, speaker.sees_images)):
-                    given += _keep(file, some[place], answer)
+                    given += _keep(lines, some[place], answer)
                 if progress:
                     progress("answers", min(start + _AT_ONCE, len(owed)), len(owed))
     finally:
@@ -225,18 +229,18 @@ def _pictured(owed: list[_Owed], sees_images: bool) -> list[Asked]:
     return found
 
 
-def _keep(file: IO[bytes], owed: _Owed, answer: str | BadRecord) -> bool:
+def _keep(lines: LineWriter, owed: _Owed, answer: str | BadRecord) -> bool:
     """Write an answer; one that is none is asked for again by the next run."""
     if isinstance(answer, BadRecord):
         log.warning("%s, question %d: no answer: %s", owed.region.key, owed.number, answer.detail)
         return False
     record = {"digest": owed.digest, "key": owed.region.key, "question": owed.number, "answer": answer}
-    lines.append(file, record)
+    lines.append(record)
     return True
 
 
 def _answers(path: Path) -> dict[str, str]:
-    records = map(msgspec.json.decode, lines.read(path))
+    records = map(msgspec.json.decode, read_lines(path))
     return {record["digest"]: record["answer"] for record in records}
 
 
@@ -293,8 +297,8 @@ def score(bench: Bench, config: Judge | None, folder: Path) -> Result:
         tokens_per_forward=tokens / max(1, forwards),
         quality=quality.measure(list(_described(benchmark, captions))),
     )
-    lines.write_json(folder / DETAILS, details)
-    lines.write_json(folder / SUMMARY, to_plain(result))
+    files.write_json(folder / DETAILS, details)
+    files.write_json(folder / SUMMARY, to_plain(result))
     return result
 
 

@@ -23,12 +23,13 @@ import yaml
 
 from ...pipeline.corpus import reader
 from ...pipeline.io import files
+from ...pipeline.io.json_lines import LineWriter, read_lines
 from ...schemas.errors import BadRecord, StageFailed
 from ...schemas.evaluation import Judge
 from ...schemas.sample import Sample, SampleRegion
-from . import annotations, judges, lines, page, select
+from . import annotations, judges, page, select
+from .examine import Progress
 from .judges import Asked
-from .lines import Progress
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +118,10 @@ def make(
     for sample, photo in kept:
         with files.write_atomic(to / "images" / _photo_name(sample)) as file:
             file.write(photo)
-    lines.write_json(to / annotations.ANNOTATIONS, [_annotated(sample, questions) for sample, _ in kept])
-    lines.write_json(to / annotations.QUESTIONS, questions)
+    files.write_json(to / annotations.ANNOTATIONS, [_annotated(sample, questions) for sample, _ in kept])
+    files.write_json(to / annotations.QUESTIONS, questions)
     names = {region.key: region.name for region in regions if region.key in questions}
-    lines.write_json(to / annotations.CLASSES, names)
+    files.write_json(to / annotations.CLASSES, names)
     _write_review(to)
     asked = sum(map(len, questions.values()))
     return Made(len(kept), len(questions), asked, len(regions) - len(questions))
@@ -173,14 +174,14 @@ def _draft(regions: list[_Region], config: Judge, path: Path, progress: Progress
     schema = _prompt()["schema"]
     drafter = judges.load(config)
     try:
-        with lines.appending(path) as file:
+        with LineWriter(path) as lines:
             for start in range(0, len(owed), _AT_ONCE):
                 some = owed[start : start + _AT_ONCE]
                 asked = [Asked(region.prompt, (), schema, _MAX_TOKENS) for region in some]
                 for place, answer in drafter.answer(asked):
                     draft = _read_draft(some[place], answer)
                     if isinstance(draft, Draft):
-                        lines.append(file, draft)
+                        lines.append(draft)
                     else:
                         log.warning("%s: no draft: %s", some[place].key, draft)
                 if progress:
@@ -191,7 +192,7 @@ def _draft(regions: list[_Region], config: Judge, path: Path, progress: Progress
 
 def _drafts(path: Path) -> dict[str, Drafted]:
     """By digest of what was asked."""
-    drafts = (msgspec.json.decode(line, type=Draft) for line in lines.read(path))
+    drafts = (msgspec.json.decode(line, type=Draft) for line in read_lines(path))
     return {draft.digest: draft.drafted for draft in drafts}
 
 

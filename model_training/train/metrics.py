@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...pipeline.io import files
+from ...pipeline.io.json_lines import LineReader, LineWriter, read_lines
 from ...schemas.errors import ConfigError
 from ..data.order import key_of
 
@@ -117,7 +118,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
         _forget(path, step)
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        self.lines = LineWriter(path, encode=lambda record: json.dumps(record).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -128,7 +129,7 @@ class Journal:
     def write(self, record: dict[str, Any]) -> None:
         """A step's."""
         shown = {name: value if _is_sound(value) else repr(value) for name, value in record.items()}
-        self.file.write(json.dumps(shown) + "\n")
+        self.lines.append(shown)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
             if name != "step":
@@ -138,7 +139,7 @@ class Journal:
 
     def close(self) -> None:
         """Flush all."""
-        self.file.close()
+        self.lines.close()
         self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
@@ -146,9 +147,7 @@ class Journal:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, by step."""
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut off
+    return [json.loads(line) for line in read_lines(folder / METRICS)]
 
 
 def last_step(folder: Path) -> int:
@@ -161,19 +160,10 @@ def follow(folder: Path, seen: int, ended: Event, every_s: float = 0.5) -> Itera
 
     A run that starts anew writes the file anew: then it is read again from its beginning.
     """
-    path, place, file = folder / METRICS, 0, -1
-    last = False
+    lines, last = LineReader(folder / METRICS), False
     while not last:
         last = ended.wait(every_s)
-        if not path.exists():
-            continue
-        with open(path, "rb") as lines:
-            number = os.fstat(lines.fileno()).st_ino
-            place, file = (place if number == file else 0), number
-            lines.seek(place)
-            whole, _, _ = lines.read().rpartition(b"\n")
-        place += len(whole) + bool(whole)
-        for line in whole.splitlines():
+        for line in lines.new():
             record = json.loads(line)
             if record["step"] > seen:
                 seen = record["step"]

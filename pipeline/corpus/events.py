@@ -10,12 +10,13 @@ import logging
 import os
 import socket
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
+
+from ..io.json_lines import LineReader, LineWriter
 
 log = logging.getLogger(__name__)
 
@@ -55,30 +56,29 @@ class Event(msgspec.Struct, omit_defaults=True):
 
 
 class EventLog:
-    """Appends events to one file; each line is one write, so a killed process leaves whole lines.
+    """Appends events to one file.
 
-    `on_event` is called after each.
+    Events decide nothing, so a disk that takes no more of them is one warning: whoever writes what matters
+    fails with a clear error.
 
-    Events decide nothing, so a disk that takes no more of them is a warning, once: whoever writes what
-    matters fails with a clear error, and a line cut short is ended before the next one.
+    Args:
+        folder: OUT/events/<run>.
+        who: the worker's name.
+        on_event: called after each event.
     """
 
     def __init__(self, folder: Path, who: str, on_event: Callable[[], None] = lambda: None):
         self.on_event = on_event
         self.path = folder / f"{who}-{socket.gethostname()}-{os.getpid()}.jsonl"
-        self._file: IO[bytes] | None = None
-        self._cut_short = False
+        self._lines: LineWriter | None = None
         self._complained = False
 
     def emit(self, what: str, **fields: Any) -> None:
         """Append one event, stamped now. Never raises an `OSError`."""
-        line = msgspec.json.encode(Event(time.time(), what, **fields)) + b"\n"
-        if self._cut_short:
-            line = b"\n" + line
         try:
-            if self._file is None:
-                self._file = open(self.path, "ab", buffering=0)
-            self._cut_short = (self._file.write(line) or 0) < len(line)
+            if self._lines is None:
+                self._lines = LineWriter(self.path)
+            self._lines.append(Event(time.time(), what, **fields))
         except OSError as error:
             if not self._complained:
                 log.warning("%s: %s; events are lost, the build goes on", self.path, error)
@@ -91,7 +91,7 @@ class EventReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._read: dict[Path, int] = defaultdict(int)
+        self._readers: dict[Path, LineReader] = {}
 
     def new(self) -> Iterator[Event]:
         """Events since the last call, file by file."""
@@ -101,12 +101,7 @@ class EventReader:
     def named(self) -> Iterator[tuple[str, Event]]:
         """(worker, event) since the last call; a worker is known by the name of its file."""
         for path in sorted(self.folder.glob("*.jsonl")):
-            with open(path, "rb") as file:
-                file.seek(self._read[path])
-                data = file.read()
-            whole = data.rfind(b"\n") + 1
-            self._read[path] += whole
-            for line in data[:whole].splitlines():
+            for line in self._readers.setdefault(path, LineReader(path)).new():
                 try:
                     event = msgspec.json.decode(line, type=Event)
                 except (msgspec.MsgspecError, UnicodeError):

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 
@@ -164,6 +166,12 @@ def write_atomic(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file for people to read, whole or not at all."""
+    with write_atomic(path) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
 
 
 @contextmanager

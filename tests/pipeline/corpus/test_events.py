@@ -4,6 +4,7 @@ import os
 import socket
 
 from paracaption.pipeline.corpus.events import Event, EventLog, EventReader
+from tests.pipeline.io.short_file import ShortFile
 
 
 def test_an_event_comes_back_as_it_was_emitted(tmp_path):
@@ -60,22 +61,15 @@ def test_a_line_cut_short_is_passed_over_and_the_next_one_read(tmp_path):
     assert [event.what for event in EventReader(tmp_path).new()] == ["unit"]
 
 
-def test_a_log_ends_a_line_that_the_disk_cut_short(tmp_path):
+def test_an_event_that_the_disk_cut_short_is_lost_and_the_next_one_is_whole(tmp_path, caplog):
     log = EventLog(tmp_path, "a")
     log.emit("started")
-
-    class Short:
-        def __init__(self, file):
-            self.file = file
-
-        def write(self, data):
-            return self.file.write(data[:9])
-
-    plain, log._file = log._file, Short(log._file)
+    plain, log._lines._file = log._lines._file, ShortFile(log._lines._file)
     log.emit("batch")
-    log._file = plain
+    log._lines._file = plain
     log.emit("unit")
     assert [event.what for event in EventReader(tmp_path).new()] == ["started", "unit"]
+    assert log.path.read_bytes().count(b"\n") == 2 and "events are lost" in caplog.text
 
 
 def test_a_folder_that_takes_no_events_is_one_warning(tmp_path, caplog):
