@@ -17,7 +17,7 @@ from paracaption.schemas.training import TrainConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "upgrading.md"
 CONFIGS = {"build": BuildConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
-OPTIONS = {"DecodeOptions": ("evaluate", "captioner.options.")}
+OPTIONS = {"DecodeOptions": ("`evaluate`", "captioner.options.decode.")}
 """Where the options of a backend stand, whose class the configuration does not name."""
 
 
