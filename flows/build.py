@@ -25,7 +25,7 @@ from ..pipeline.corpus import card, utilization
 from ..pipeline.executor import driver, ray_data
 from ..pipeline.executor.progress import Progress
 from ..schemas.config import BuildConfig
-from . import watch
+from . import callbacks
 from .steps import step
 
 ARTIFACT_EVERY_S = 10.0
@@ -49,8 +49,8 @@ def build_corpus(
     Returns:
         The corpus's statistics (OUT/stats.json).
     """
-    engine = watch.engine.get() or ray_data.RayEngine(ray_address)
-    show = watch.watcher.get()
+    engine = callbacks.engine.get() or ray_data.RayEngine(ray_address)
+    show = callbacks.watcher.get()
     published: dict[str, _Artifacts] = {}
 
     def on_progress(progress: Progress) -> None:

@@ -18,7 +18,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from ..schemas.evaluation import Bench, EvaluateConfig
-from . import watch
+from . import callbacks
 from .steps import embedded, step
 
 HISTORY = "history.jsonl"
@@ -52,7 +52,7 @@ def write_captions(config: EvaluateConfig, bench: Bench) -> None:
     """Caption the images that have no captions yet."""
     from ..model_training.evaluation import examine
 
-    examine.caption(bench, config.backend(), _folder(config, bench), watch.counter.get())
+    examine.caption(bench, config.backend(), _folder(config, bench), callbacks.counter.get())
 
 
 @step
@@ -61,7 +61,7 @@ def ask_judge(config: EvaluateConfig, bench: Bench) -> None:
     from ..model_training.evaluation import examine
 
     assert config.judge
-    examine.judge(bench, config.judge, _folder(config, bench), watch.counter.get())
+    examine.judge(bench, config.judge, _folder(config, bench), callbacks.counter.get())
 
 
 @step

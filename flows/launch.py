@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..schemas.errors import ParaCaptionError
-from . import watch
-from .server import PrefectServer
+from . import callbacks
+from .prefect_server import PrefectServer
 
 if TYPE_CHECKING:
     from ..pipeline.executor.progress import Progress
@@ -73,8 +73,8 @@ def build(
         asked: the flow's other parameters.
     """
     with _prefect("paracaption.flows.build", lambda: engine.start(config)) as flow:
-        watch.engine.set(engine)
-        watch.watcher.set(on_progress)
+        callbacks.engine.set(engine)
+        callbacks.watcher.set(on_progress)
         return flow.build_corpus(config, engine.address, **asked)
 
 
@@ -83,12 +83,12 @@ def train(
 ) -> dict[str, Any]:
     """Run the flow `train-captioner`; `report` is called with each step's record."""
     with _prefect("paracaption.flows.train") as flow:
-        watch.trainer.set(report)
+        callbacks.trainer.set(report)
         return flow.train_captioner(config, ray_address, wait)
 
 
 def evaluate(config: EvaluateConfig, count: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Run the flow `evaluate-captioner`; `count` is called with what is being done, and how much of it."""
     with _prefect("paracaption.flows.evaluate") as flow:
-        watch.counter.set(count)
+        callbacks.counter.set(count)
         return flow.evaluate_captioner(config)

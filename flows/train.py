@@ -11,7 +11,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from ..schemas.training import CorpusSource, TrainConfig
-from . import watch
+from . import callbacks
 from .steps import embedded, step
 
 _LOOK_EVERY_S = 30.0
@@ -62,7 +62,7 @@ def train(config: TrainConfig, ray_address: str | None) -> dict[str, Any]:
     from ..pipeline.executor import ray_data
 
     ray_data.check_address(ray_address)
-    outcome = ray_train.train(config, ray_address, watch.trainer.get())
+    outcome = ray_train.train(config, ray_address, callbacks.trainer.get())
     return {"steps": outcome.steps, "skipped": outcome.skipped, "model": str(outcome.model)}
 
 

@@ -50,7 +50,7 @@ def ray_cluster():
 @pytest.fixture(scope="session")
 def prefect_process(tmp_path_factory):
     """The Prefect server that a command starts, on a database of its own."""
-    from paracaption.flows.server import PrefectServer
+    from paracaption.flows.prefect_server import PrefectServer
 
     with ExitStack() as until_the_end:
         with pytest.MonkeyPatch.context() as patch, alone():

@@ -28,11 +28,11 @@ def machinery(prefect_server, ray_cluster):
 @pytest.fixture
 def local_engine():
     """The flow with the engine of this process, where Ray is not the point."""
-    from paracaption.flows import watch
+    from paracaption.flows import callbacks
 
-    token = watch.engine.set(LocalEngine())
+    token = callbacks.engine.set(LocalEngine())
     yield
-    watch.engine.reset(token)
+    callbacks.engine.reset(token)
 
 
 @pytest.fixture(scope="module")

@@ -121,13 +121,13 @@ def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
 
 @pytest.mark.ray
 def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefect_server):
-    from paracaption.flows import train, watch
+    from paracaption.flows import callbacks, train
 
     late, shown = tmp_path / "late", []
     asked = Evaluation(corpus=str(late), images=3, pictures=1, max_new_tokens=8, steps=4)
     config = config_of(tmp_path / "run", world, steps=3, evaluation=asked.model_dump())
     monkeypatch.setattr(train, "_LOOK_EVERY_S", 0.2)
-    watch.trainer.set(shown.append)
+    callbacks.trainer.set(shown.append)
     arrival = threading.Timer(3.0, late.symlink_to, [world])
     arrival.start()
     done = train.train_captioner(config, wait=True)

@@ -10,13 +10,13 @@ import time
 import psutil
 import pytest
 
-from paracaption.flows import server
-from paracaption.flows.server import PrefectServer
+from paracaption.flows import prefect_server
+from paracaption.flows.prefect_server import PrefectServer
 from paracaption.schemas.errors import StageFailed
 
 DRIVER = """
 import time
-from paracaption.flows.server import PrefectServer
+from paracaption.flows.prefect_server import PrefectServer
 with PrefectServer() as server:
     print(server.process.pid, flush=True)
     time.sleep(600)
@@ -63,7 +63,7 @@ def test_a_server_that_cannot_start_is_one_clear_error(monkeypatch):
 def test_what_prefect_holds_back_is_sent_when_a_flow_fails_too(monkeypatch):
     sent = []
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(server, "_flush", lambda: sent.append("flushed"))
+    monkeypatch.setattr(prefect_server, "_flush", lambda: sent.append("flushed"))
     monkeypatch.setattr(PrefectServer, "_wait", lambda self, process: None)
     with PrefectServer() as started, pytest.raises(KeyboardInterrupt), started.ready():
         raise KeyboardInterrupt

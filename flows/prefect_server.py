@@ -57,7 +57,7 @@ class PrefectServer:
             self._url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             self._log = tempfile.TemporaryFile()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "paracaption.flows.server", str(listener.fileno())],
+                [sys.executable, "-m", "paracaption.flows.prefect_server", str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
@@ -135,7 +135,7 @@ def _flush() -> None:
 
 
 def main() -> None:
-    """Serve on the socket that was inherited: `python -m paracaption.flows.server FD`."""
+    """Serve on the socket that was inherited: `python -m paracaption.flows.prefect_server FD`."""
     import uvicorn
 
     threading.Thread(target=_end_with_driver, daemon=True).start()
