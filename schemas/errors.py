@@ -89,11 +89,13 @@ class BadSample(IntegrityError):
 def one_line(error: BaseException) -> str:
     """An error as one line: ours as it is, any other with its type and the line of its text that says most.
 
-    Ray wraps the error of an actor in pages of traceback, in which the last line of the form `Error: ...` is
-    the error itself.
+    Ray and torch put pages of traceback into an error's text, in which the last line of the form `Error: ...`
+    is the error itself. Without a traceback, the first line says most.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, ParaCaptionError):
         return " ".join(lines)
     causes = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*:", line)]
+    if not causes and not any(line.startswith('File "') for line in lines):
+        lines = lines[:1]
     return f"{type(error).__name__}: {(causes or lines or [''])[-1]}"

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ...pipeline.io import files
-from ...schemas.errors import IntegrityError, StageFailed
+from ...schemas.errors import IntegrityError, StageFailed, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +88,7 @@ class Checkpoints:
             writing.result()
         except (OSError, CheckpointException) as error:
             raise StageFailed(
-                f"{self.folder}: the checkpoint cannot be written ({_short(error)}); make room and run "
+                f"{self.folder}: the checkpoint cannot be written ({one_line(error)}); make room and run "
                 "again: training goes on from the one before"
             ) from error
 
@@ -187,7 +187,7 @@ def load(
         return json.loads((path / PROGRESS).read_text())
     except (Exception, CheckpointException) as error:  # torch reports damage and mismatch by many types
         raise IntegrityError(
-            f"{path}: does not load ({_short(error)}); if `model`, `lora`, `ema_decay` or "
+            f"{path}: does not load ({one_line(error)}); if `model`, `lora`, `ema_decay` or "
             "frozen parts have changed, start a run in another `out` from this one's model; if the file is "
             "damaged, remove this checkpoint: the one before it is taken"
         ) from error
@@ -208,11 +208,6 @@ def restore_random(states: list[dict[str, str]], team: Team) -> None:
         torch.set_rng_state(_bytes(own["cpu"]))
         if team.device.type == "cuda" and "cuda" in own:
             torch.cuda.set_rng_state(_bytes(own["cuda"]), team.device)
-
-
-def _short(error: BaseException) -> str:
-    """The end of what torch says, which is the cause, without the stacks before it."""
-    return " ".join(str(error).split())[-300:]
 
 
 def _text(state: Tensor) -> str:

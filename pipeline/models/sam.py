@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from ...schemas.errors import ConfigError
+from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
 from .batching import Batches
 from .masks import find_device, products_in, to_candidates
@@ -236,9 +236,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
             "Take the publisher's file, or save the model's state_dict() alone where you trust the pickle"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); download it again"
-        ) from error
+        raise ConfigError(f"{path}: cannot be read ({one_line(error)}); download it again") from error
     if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         keys = f" with {', '.join(sorted(map(str, found))[:5])}" if isinstance(found, Mapping) else ""
         raise ConfigError(

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from ...schemas.errors import ConfigError
+from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
 from .batching import Batches
 from .masks import find_device, products_in, to_candidates
@@ -244,7 +244,7 @@ def _processor(folder: Path, config: Any) -> Any:
         return processor
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{folder}: processor or tokenizer do not load ({_first_line(error)}); processor_config.json, "
+            f"{folder}: processor or tokenizer do not load ({one_line(error)}); processor_config.json, "
             "tokenizer.json and tokenizer_config.json belong to the checkpoint: download it again"
         ) from error
 
@@ -259,13 +259,9 @@ def _check_tensors(folder: Path) -> Any:
         with torch.device("meta"):
             model = Sam3Model(config)
     except Exception as error:  # strict configurations raise errors of many types
-        raise ConfigError(f"{folder / 'config.json'}: {_first_line(error)}; download it again") from error
+        raise ConfigError(f"{folder / 'config.json'}: {one_line(error)}; download it again") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     stored = tensor_files.list_tensors(folder)
     found = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
     tensor_files.check_tensors(folder, {name: found[name] for name in wanted if name in found}, wanted)
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

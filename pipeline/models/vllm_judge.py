@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.errors import BadRecord, ConfigError, one_line
 from ...schemas.reasons import Reason
 from ..io import tensor_files, weights
 from ..io.tensor_files import LazyTensor
@@ -329,10 +329,7 @@ def _check_tensors(folder: Path, given: VllmOptions, notes: list[str]) -> Checke
     except ConfigError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"{folder / 'config.json'}: {type(error).__name__}: {first}; download it again"
-        ) from error
+        raise ConfigError(f"{folder / 'config.json'}: {one_line(error)}; download it again") from error
     limit = getattr(config, "max_position_embeddings", None)
     wanted = given.engine.get("max_model_len", MAX_MODEL_LEN)
     if limit is not None and wanted > limit:
