@@ -1,99 +1,76 @@
-"""Reads and writes the configuration file."""
+"""Reads configuration files, and describes their keys."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..schemas.config import Backend, BuildConfig
+from ..schemas.config import Backend, BuildConfig, written_place
 from ..schemas.errors import ConfigError
-from ..schemas.evaluation import EvaluateConfig, Judge
-from ..schemas.strict import one_line_each
+from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
+from ..schemas.strict import FileContext, one_line_each
 from ..schemas.training import TrainConfig
 from .io import files
+from .sources.registry import SOURCES, find_options, find_source
 
 _Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
 
-_FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " --evaluation"}
-"""Of the command that prints a configuration's keys."""
+_Backend = TypeVar("_Backend", Captioner, Judge)
 
-_PATHS = {"coconut": ("annotations", "photos", "labels", "categories"), "sa1b": ("paths",)}
+_FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " --evaluation"}
+"""Options of `paracaption config`, which prints the keys of a configuration."""
 
 
 def load_config(config: str | Path | Mapping[str, Any] | BuildConfig) -> BuildConfig:
-    """A build configuration with absolute paths.
+    """The configuration of a build, with absolute paths and every option of its sources.
 
     Args:
-        config: a YAML file, in which relative paths are seen from its folder; or the keys and values, or the
-            configuration itself, in which they are seen from the current folder.
+        config: a YAML file, in which relative paths start at its folder; or the keys and values, or the
+            configuration itself, in which they start at the current folder.
 
     Raises:
-        ConfigError: no such file, no YAML, an unknown key or a wrong value; a line for each, with its place.
+        ConfigError: there is no such file, it is not YAML, a key is unknown or a value does not suit it; a
+            line for each mistake, with its place.
     """
     if isinstance(config, str | Path):
-        return absolute(_read(Path(config), BuildConfig), Path(config).parent.resolve())
-    if isinstance(config, Mapping):
-        config = _check(dict(config), BuildConfig, "config")
-    return absolute(config, Path.cwd())
+        return _read_file(config, BuildConfig)
+    values = config.model_dump() if isinstance(config, BuildConfig) else dict(config)
+    return _check(values, BuildConfig, "config", Path.cwd())
 
 
 def load_training(path: str | Path) -> TrainConfig:
-    """Read a training configuration, likewise."""
-    config, root = _read(Path(path), TrainConfig), Path(path).parent.resolve()
-    values = config.model_dump()
-    values["out"] = _absolute(values["out"], root)
-    model = values["model"]
-    model["path"] = _absolute(model["path"], root)
-    if model["tokenizer"] not in (None, "toy"):
-        model["tokenizer"] = _absolute(model["tokenizer"], root)
-    for source in values["corpora"]:
-        source["corpus"] = _absolute(source["corpus"], root)
-    for source in values["conversations"]:
-        source["path"] = _absolute(source["path"], root)
-        source["images"] = _absolute(source["images"] or None, root) or ""
-    if values["evaluation"]:
-        values["evaluation"]["corpus"] = _absolute(values["evaluation"]["corpus"], root)
-    values["data"]["cache"] = _absolute(values["data"]["cache"], root)
-    _refuse_url(values["out"])
-    return TrainConfig.model_validate(values)
+    """Read the configuration of a training run; see `load_config`."""
+    return _read_file(path, TrainConfig)
 
 
 def load_evaluation(path: str | Path) -> EvaluateConfig:
-    """Read the configuration of an evaluation, likewise; `model` and `path` among options are paths, too."""
-    config, root = _read(Path(path), EvaluateConfig), Path(path).parent.resolve()
-    values = config.model_dump()
-    values["out"] = _absolute(values["out"], root)
-    for bench in values["benchmarks"]:
-        bench["folder"] = _absolute(bench["folder"], root)
-        bench["photos"] = _absolute(bench["photos"], root)
-    values["toy"] = _absolute(values["toy"], root)
-    if values["profile"]:
-        values["profile"]["scenes"] = _absolute(values["profile"]["scenes"], root)
-    values["captioner"]["options"] = _local_options(values["captioner"], root)
-    if values["judge"]:
-        values["judge"]["options"] = _local_options(values["judge"], root)
-    _refuse_url(values["out"])
-    return EvaluateConfig.model_validate(values)
+    """Read the configuration of an evaluation; see `load_config`. Options `model` and `path` are paths."""
+    config, root = _read_file(path, EvaluateConfig), Path(path).parent.resolve()
+    judge = config.judge and _with_absolute_options(config.judge, root)
+    captioner = _with_absolute_options(config.captioner, root)
+    return config.model_copy(update={"captioner": captioner, "judge": judge})
 
 
 def load_judge(path: str | Path) -> Judge:
-    """Read a judge's `name` and `options` from a file of their own, likewise."""
-    judge, root = _read(Path(path), Judge), Path(path).parent.resolve()
-    return judge.model_copy(update={"options": _local_options(judge.model_dump(), root)})
+    """Read a judge's `name` and `options` from a file of their own; see `load_evaluation`."""
+    return _with_absolute_options(_read_file(path, Judge), Path(path).parent.resolve())
 
 
-def _local_options(backend: dict[str, Any], root: Path) -> dict[str, Any]:
-    """A backend's options with their paths seen from `root`; a server's model is a name, and no path."""
-    paths = () if backend["name"] == "openai" else ("model", "path")
-    options = backend["options"]
-    return options | {name: _absolute(options[name], root) for name in paths if name in options}
+def _with_absolute_options(backend: _Backend, root: Path) -> _Backend:
+    """A backend whose options have their paths seen from `root`. A server's model is a name and no path."""
+    paths = () if backend.name == "openai" else ("model", "path")
+    given = backend.options
+    changed = {name: _absolute(root, given[name]) for name in paths if given.get(name)}
+    return backend.model_copy(update={"options": given | changed})
 
 
-def _read(path: Path, kind: type[_Config]) -> _Config:
+def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
+    path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -102,32 +79,26 @@ def _read(path: Path, kind: type[_Config]) -> _Config:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
-    return _check(raw, kind, str(path))
+    return _check(raw, kind, str(path), path.parent.resolve())
 
 
-def _check(raw: dict[str, Any], kind: type[_Config], where: str) -> _Config:
+def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) -> _Config:
+    context = FileContext(partial(_absolute, root), find_options)
     try:
-        return kind.model_validate(raw)
+        config = kind.model_validate(values, context=context)
     except ValidationError as error:
         keys = f"see `paracaption config{_FLAGS.get(kind, '')}` for all keys"
-        raise ConfigError(one_line_each(error, where, keys)) from error
+        place_of = partial(written_place, values=values) if kind is BuildConfig else tuple
+        raise ConfigError(one_line_each(error, where, keys, place_of)) from error
+    if not isinstance(config, Judge) and files.is_url(config.out):
+        raise ConfigError(f"{where}: out: {config.out} is a URL; name a folder that every node mounts")
+    return config
 
 
-def absolute(config: BuildConfig, root: Path) -> BuildConfig:
-    """The configuration with its relative paths seen from `root`."""
-    values = config.model_dump()
-    values["out"] = _absolute(values["out"], root)
-    for subset, names in _PATHS.items():
-        for source in values[subset]:
-            for name in names:
-                given = source[name]
-                source[name] = (
-                    [_absolute(p, root) for p in given]
-                    if isinstance(given, list | tuple)
-                    else _absolute(given, root)
-                )
-    _refuse_url(values["out"])
-    return BuildConfig.model_validate(values)
+def _absolute(root: Path, path: str) -> str:
+    if not path or files.is_url(path):
+        return path
+    return str((root / Path(files.local(path)).expanduser()).resolve())
 
 
 def dump_config(config: BuildConfig) -> str:
@@ -135,49 +106,41 @@ def dump_config(config: BuildConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _absolute(path: Any, root: Path) -> Any:
-    if path is None or files.is_url(path):
-        return path
-    return str((root / Path(files.local(path)).expanduser()).resolve())
-
-
-def _refuse_url(out: str) -> None:
-    if files.is_url(out):
-        raise ConfigError(f"out: {out} is a URL; name a folder that every node mounts")
-
-
 def describe(kind: type[BaseModel] = BuildConfig) -> str:
-    """Every key with its default and its reason, as a commented YAML file."""
+    """Every key with its default and its meaning, as a commented YAML file."""
     lines: list[str] = []
     _describe(kind, "", lines)
+    if kind is BuildConfig:
+        lines.append("# Keys of captioner, judge and segmenter:")
+        _describe(Backend, "#   ", lines)
+        for source in SOURCES:
+            lines.append(f"# Keys of a source of the kind {source}: {_summary(find_options(source))}")
+            lines.append(f"#   source: {source}  # The recipe is `{find_source(source).recipe}` by default.")
+            _describe(find_options(source), "#   ", lines)
     return "\n".join(lines)
 
 
 def _describe(model: type[BaseModel], indent: str, lines: list[str]) -> None:
     for name, field in model.model_fields.items():
-        nested = _model_of(field.annotation)
-        if isinstance(field.default, BaseModel):
-            if type(field.default) is Backend:
-                lines.append(
-                    f"{indent}{name}: {{name: {field.default.name}}}"
-                    f"  # {_summary(Backend)}; its keys are below"
-                )
-                continue
-            lines.append(f"{indent}{name}:  # {_summary(type(field.default))}")
-            _describe(type(field.default), indent + "  ", lines)
-        elif nested is not None:
-            kind = _KINDS.get(get_origin(field.annotation) or BaseModel, "or none")
-            lines.append(f"{indent}{name}:  # {kind + '; ' if kind else ''}{_summary(nested)}")
-            _describe(nested, indent + "  ", lines)
-        else:
+        nested, kind = _model_of(field.annotation), get_origin(field.annotation)
+        if type(field.default) is Backend:
+            lines.append(f"{indent}{name}: {{name: {field.default.name}}}  # {field.description}")
+        elif nested is None:
             default = (
                 "required" if field.is_required() else yaml.safe_dump(_plain(field), default_flow_style=True)
             )
             value = default.splitlines()[0]
             lines.append(f"{indent}{name}: {value}  # {field.description or ''}".rstrip(" #"))
-    if model is BuildConfig:
-        lines.append("# keys of captioner, judge and segmenter:")
-        _describe(Backend, "#   ", lines)
+        elif kind is dict:
+            lines += [f"{indent}{name}:  # {field.description}", f"{indent}  NAME:  # {_summary(nested)}"]
+            _describe(nested, indent + "    ", lines)
+        else:
+            said = field.description or ("null by default." if field.default is None else "")
+            lines.append(f"{indent}{name}:  # {_summary(nested)} {said}".rstrip())
+            at = len(lines)
+            _describe(nested, indent + ("    " if kind is list else "  "), lines)
+            if kind is list:
+                lines[at] = f"{indent}  - {lines[at].lstrip()}"
 
 
 def _plain(field: Any) -> Any:
@@ -185,14 +148,10 @@ def _plain(field: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-_KINDS = {list: "a list", BaseModel: ""}
-"""How a nested model is announced; one that can be left out is neither."""
-
-
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    inner = (get_args(annotation) or (annotation,))[0]
-    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    parts = get_args(annotation) or (annotation,)
+    return next((each for each in parts if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
 def _summary(model: type[BaseModel]) -> str:
-    return (model.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    return (model.__doc__ or "").strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""The configuration of a build: one flat YAML file, checked before the start. An unknown key is an error.
+"""The configuration of a build: one YAML file, checked before the start. An unknown key is an error.
 
 Paths may be local or any fsspec URL (`s3://...`, `http://...`), except `out`, which is a folder that every
 node of the cluster mounts. Relative paths are relative to the configuration file.
@@ -6,124 +6,206 @@ node of the cluster mounts. Relative paths are relative to the configuration fil
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, cast
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .strict import Strict
+from .strict import Location, Strict
+
+SHORTHANDS = ("coconut", "sa1b")
+"""Keys that stand for a subset of that name whose sources are of that kind: `sa1b: [{paths: ...}]`."""
+
+_RESERVED = ("README.md", "config.yaml", "events", "index.parquet", "plots", "review", "stats.json")
+"""What a corpus holds beside the folders of its subsets."""
 
 
-class CoconutSource(Strict):
-    """One release in the COCONut layouts: COCO-panoptic JSON and PNGs, or Parquet with embedded PNGs."""
+def _subset_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name in _RESERVED:
+        raise ValueError(
+            "a subset is a folder of the corpus; name it with at most 64 letters, digits, `.`, `_` and `-`, "
+            f"and not {', '.join(_RESERVED)}"
+        )
+    return name
 
-    layout: Literal["panoptic", "parquet"] = Field(
-        "panoptic", description="JSON and a folder of PNGs, or `parquet`: the hub's rows with the PNG inside"
+
+def _checked_source(entry: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """The entry with all options of its kind, if whoever reads the configuration knows the kinds."""
+    kind = entry.get("source")
+    if not isinstance(kind, str):
+        raise _mistakes(_mistake("source", kind, "name the kind of this source, as in `source: coconut`"))
+    if not info.context or info.context.options_of is None:
+        return entry
+    try:
+        options = info.context.options_of(kind)
+    except ValueError as error:
+        raise _mistakes(_mistake("source", kind, str(error))) from error
+    given = {name: value for name, value in entry.items() if name != "source"}
+    try:
+        return {"source": kind, **options.model_validate(given, context=info.context).model_dump()}
+    except ValidationError as error:
+        unknown = f"unknown option; `{kind}` takes {', '.join(sorted(options.model_fields))}"
+        raise _mistakes(
+            *(
+                _mistake(each["loc"][0], each["input"], unknown)
+                if each["type"] == "extra_forbidden"
+                else cast("InitErrorDetails", each)
+                for each in error.errors()
+            )
+        ) from error
+
+
+def _mistake(key: int | str, value: Any, message: str) -> InitErrorDetails:
+    error = PydanticCustomError("source", "{message}", {"message": message})
+    return InitErrorDetails(type=error, loc=(key,), input=value)
+
+
+def _mistakes(*mistakes: InitErrorDetails) -> ValidationError:
+    return ValidationError.from_exception_data("source", list(mistakes))
+
+
+class Subset(Strict):
+    """One named part of a corpus: its sources, and the recipe that makes captions of them."""
+
+    sources: list[Annotated[dict[str, Any], AfterValidator(_checked_source)]] = Field(
+        min_length=1,
+        description="Where images and masks come from. A single source needs no list. The keys are below.",
     )
-    annotations: list[str] = Field(description="panoptic JSON files, or Parquet files; globs allowed")
-    labels: str | None = Field(default=None, description="folder of the label PNGs; needed for `panoptic`")
-    photos: list[str] = Field(description="folders searched for the photo by its file name, in order")
-    categories: str | None = Field(
-        default=None, description="category list (JSON); default: the JSON's own, or COCO's 133"
+    recipe: str | None = Field(
+        default=None,
+        description="Recipe that makes the captions: `verify` if the sources name each region's category, "
+        "`identify` if they do not. null takes the default of the kind of source.",
     )
-    license: str = Field("unknown", description="shown in the dataset card")
 
-    @model_validator(mode="after")
-    def _labels_given(self) -> CoconutSource:
-        if self.layout == "panoptic" and self.labels is None:
-            raise ValueError("layout 'panoptic' needs `labels`, the folder of the label PNGs")
-        return self
-
-
-class Sa1bSource(Strict):
-    """One part of SA-1B: tars of photo + JSON pairs, read in place by offset, or a folder of such pairs."""
-
-    paths: list[str] = Field(description="sa_*.tar files or folders of pairs; globs allowed")
-    license: str = Field("unknown", description="shown in the dataset card")
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _one_needs_no_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
 
 
 class Limits(Strict):
-    """What input may look like before it is refused."""
+    """Limits of the input. What exceeds one is dropped and reported."""
 
     max_pixels: PositiveInt = Field(
-        default=200_000_000, description="decompression bombs; SA-1B's originals have 8 M"
+        default=200_000_000,
+        description="Largest photo in pixels, against decompression bombs. SA-1B's originals have 8 million.",
     )
-    max_masks: PositiveInt = Field(default=2_000, description="per image; SA-1B's largest has about 700")
+    max_masks: PositiveInt = Field(
+        default=2_000, description="Most masks of one image. SA-1B's largest image has about 700."
+    )
     max_record_bytes: PositiveInt = Field(
-        default=64 << 20, description="one image's annotation; SA-1B's largest is < 1 MB"
+        default=64 << 20, description="Longest annotation of one image. SA-1B's largest is below 1 MB."
     )
 
 
 class Masks(Strict):
     """Thresholds of the mask filters. Shares are between 0 and 1, areas in pixels of the stored photo."""
 
-    min_area_px: int = Field(default=256, ge=0, description="16 x 16: one patch of the vision tower")
+    min_area_px: int = Field(
+        default=256, ge=0, description="Smallest area. 256 is 16 x 16, one patch of the vision tower."
+    )
     duplicate_iou: float = Field(
-        default=0.9, gt=0, le=1, description="at least this IoU with a better mask: the same object"
+        default=0.9,
+        gt=0,
+        le=1,
+        description="A mask with at least this IoU with a better mask is the same object.",
     )
     min_visible_share: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="occluded if no more than this is visible; 0: only if nothing at all is",
+        description="A mask is occluded if no more than this share of it is visible. "
+        "0 drops only masks that are hidden completely.",
     )
     part_container_share: float = Field(
-        default=0.9, gt=0, le=1, description="at least this much inside a larger mask: a part"
+        default=0.9,
+        gt=0,
+        le=1,
+        description="A mask is a part if at least this share of it lies inside a larger mask.",
     )
     part_max_area_ratio: float = Field(
         default=0.8,
         ge=0,
         le=1,
-        description="a part is at most this share of its container; above, it is the same object",
+        description="A part has at most this share of its container's area. Above, both are the same object.",
     )
     container_max_image_share: float = Field(
         default=0.7,
         ge=0,
         le=1,
-        description="a mask covering more of the image is a scene, not an object with parts",
+        description="A mask that covers more of the image is a scene, not an object with parts.",
     )
 
 
 class Text(Strict):
     """Rules for captions. Words are runs of letters or digits; in Chinese and Japanese, single characters."""
 
-    min_words: int = Field(default=5, ge=0, description="shorter says no more than the category")
-    max_words: int = Field(default=160, ge=1, description="the model's 4096-token context holds 6 regions")
-    min_chars: int = Field(default=12, ge=0, description="five words of one letter are no caption either")
-    max_chars: int = Field(default=1_200, ge=1, description="likewise; 160 English words have about 950")
+    min_words: int = Field(
+        default=5, ge=0, description="Fewest words. Shorter captions say no more than the category."
+    )
+    max_words: int = Field(
+        default=160, ge=1, description="Most words. Six such captions fill the model's 4096-token context."
+    )
+    min_chars: int = Field(
+        default=12, ge=0, description="Fewest characters. Five words of one letter are no caption either."
+    )
+    max_chars: int = Field(
+        default=1_200, ge=1, description="Most characters. 160 English words have about 950."
+    )
     min_letter_share: float = Field(
-        default=0.5, ge=0, le=1, description="of visible characters; prose with prices and dates has 0.6"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Smallest share of letters among the visible characters. "
+        "Prose with prices and dates has 0.6.",
     )
     min_content_words: int = Field(
         default=2,
         ge=0,
-        description="besides function words and 'the image shows'; one is no more than the category",
+        description="Fewest words besides function words and phrases such as 'the image shows'. "
+        "A single one says no more than the category.",
     )
     max_repeat_share: float = Field(
         default=0.4,
         ge=0,
         le=1,
-        description="of 4-grams; labelled loops start at 0.46, natural parallels end at 0.33",
+        description="Largest share of repeated 4-grams. "
+        "Labeled loops start at 0.46, natural parallels end at 0.33.",
     )
     max_phrase_loops: int = Field(
-        default=3, ge=1, description="the same short phrase this many times back to back is natural"
+        default=3, ge=1, description="A short phrase may occur this many times back to back."
     )
     max_loop_words: int = Field(
-        default=3, ge=0, description="of a short phrase; a longer one stands back to back only in loops"
+        default=3,
+        ge=0,
+        description="Most words of a short phrase. Longer phrases stand back to back only in loops.",
     )
     max_copied_words: int = Field(
         default=15,
         ge=4,
-        description="longest phrase that may occur twice; natural parallels share up to 11 words",
+        description="Longest phrase in words that may occur twice. Natural parallels share up to 11 words.",
     )
     max_doubled: int = Field(
         default=0,
         ge=0,
-        description="'the the', ',,': none in 776 good captions; how diffusion decoding fails",
+        description="Most doubled tokens such as 'the the' or ',,'. "
+        "776 good captions have none; diffusion decoding fails this way.",
     )
     max_list_items: int = Field(
-        default=15, ge=2, description="short items in a row, or numbers counting up; above: runaway list"
+        default=15,
+        ge=2,
+        description="Most short items in a row, or numbers that count up. More are a runaway list.",
     )
-    max_same_sentence: int = Field(default=1, ge=1, description="times that one sentence may occur")
+    max_same_sentence: int = Field(default=1, ge=1, description="One sentence may occur this many times.")
 
 
 class Backend(Strict):
@@ -132,22 +214,24 @@ class Backend(Strict):
     `name` is one of ours (`classical`, `lexical`, `grabcut`, ...) or `package.module:Class` of your own.
     """
 
-    name: str
+    name: str = Field(description="Name of a backend, or `package.module:Class` of your own.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="given to the backend; part of the evidence digest"
+        default_factory=dict,
+        description="Options of the backend. Those that change its answers enter the evidence digest.",
     )
-    num_gpus: float = Field(default=0, ge=0, description="per actor")
-    num_cpus: float = Field(default=1, ge=0, description="per actor")
+    num_gpus: float = Field(default=0, ge=0, description="GPUs of one actor.")
+    num_cpus: float = Field(default=1, ge=0, description="CPU cores of one actor.")
     concurrency: tuple[int, int] = Field(
-        default=(1, 1), description="actors: (min, max); Ray Data scales between them"
+        default=(1, 1), description="Fewest and most actors. Ray Data scales between them."
     )
     batch_images: PositiveInt = Field(
-        default=64, description="images given to the backend at once; a failing batch is bisected"
+        default=64, description="Images that the backend gets at once. A batch that fails is bisected."
     )
 
     runtime_env: dict[str, Any] = Field(
         default_factory=dict,
-        description="Ray's, for the actors: py_executable, env_vars, ...; decides no answer",
+        description="Ray's runtime environment of the actors: py_executable, env_vars, ... "
+        "It does not enter any digest.",
     )
 
     @field_validator("runtime_env")
@@ -173,12 +257,13 @@ _SECRET = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL
 
 
 class Io(Strict):
-    """The actors that read sources and write shards; beside models on GPUs they are two pools."""
+    """The actors that read sources and write shards. Beside models on GPUs they are two pools."""
 
-    num_cpus: float = Field(default=1, gt=0, description="per actor")
+    num_cpus: float = Field(default=1, gt=0, description="CPU cores of one actor.")
     concurrency: tuple[int, int] | None = Field(
         default=None,
-        description="actors: (min, max); null: those of a neighboring model without a GPU, else (1, 8)",
+        description="Fewest and most actors. null takes those of a neighboring model without a GPU, "
+        "or else (1, 8).",
     )
 
 
@@ -186,57 +271,104 @@ class Failures(Strict):
     """What is tried again, how often, and when the build gives up."""
 
     unit_retries: int = Field(
-        default=2, ge=0, description="a unit on which every image fails is tried again this often"
+        default=2, ge=0, description="A unit on which every image fails is tried again this many times."
     )
     crash_attempts: PositiveInt = Field(
-        default=3, description="an image alone in its batch may kill its worker this often"
+        default=3, description="An image alone in its batch may kill its worker this many times."
     )
     stop_after_units: PositiveInt = Field(
-        default=3, description="units in a row on which a stage fails entirely: stop"
+        default=3,
+        description="The build stops when a stage fails entirely on this many units in a row.",
     )
     stall_s: float = Field(
-        default=1_800, gt=0, description="no stage reports anything for this long: stop with the stacks"
+        default=1_800,
+        gt=0,
+        description="The build stops, and shows the stacks, when no stage reports for this many seconds.",
     )
     min_free_gb: float = Field(
-        default=1, ge=0, description="free space on top of the estimate, checked before the start"
+        default=1,
+        ge=0,
+        description="Free space in GB that the build wants on top of what it will write. "
+        "It is checked before the start.",
     )
 
 
 class BuildConfig(Strict):
     """Everything that decides what is built. The resolved form is written into the output."""
 
-    out: str = Field(description="folder of the corpus, on a file system that all nodes mount")
-    coconut: list[CoconutSource] = Field(default_factory=list)
-    sa1b: list[Sa1bSource] = Field(default_factory=list)
+    out: Location = Field(description="Folder of the corpus, on a file system that all nodes mount.")
+    subsets: dict[Annotated[str, AfterValidator(_subset_name)], Subset] = Field(
+        description="Parts of the corpus by name, in the order in which they are built. The keys `coconut` "
+        "and `sa1b` beside it are short for a subset of that name: a list of such sources, without kind."
+    )
     images_per_shard: PositiveInt = Field(
-        default=512, description="a unit; about 100 MB of COCO photos per shard"
+        default=512,
+        description="Images of one unit. 512 of COCO's photos make a shard of about 100 MB.",
     )
     limits: Limits = Limits()
     masks: Masks = Masks()
     min_iou: float = Field(
-        default=0.5, ge=0, le=1, description="with the segmenter's mask; the same object, loosely outlined"
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Least IoU with the segmenter's mask. 0.5 is the same object, loosely outlined.",
     )
     min_verdict_margin: float | None = Field(
         default=None,
-        description="margins (docs/judges.md) from here on are a yes; none: the judge decides",
+        description="Accept a caption when log P(yes) - log P(no) is at least this (docs/judges.md). "
+        "null takes the judge's own answer.",
     )
     text: Text = Text()
-    captioner: Backend = Backend(name="classical")
-    judge: Backend = Backend(name="lexical")
-    segmenter: Backend = Backend(name="grabcut")
+    captioner: Backend = Field(
+        default=Backend(name="classical"),
+        description="The model that captions each region. See its keys below.",
+    )
+    judge: Backend = Field(
+        default=Backend(name="lexical"),
+        description="The model that compares a caption with a category, or names the category of a caption.",
+    )
+    segmenter: Backend = Field(
+        default=Backend(name="grabcut"),
+        description="The model that finds a region again from the category of its caption.",
+    )
     io: Io = Io()
     failures: Failures = Failures()
     audit_images: int = Field(
-        default=256, ge=0, description="read before the start: a wrong folder costs seconds, not a night"
+        default=256,
+        ge=0,
+        description="Images that are read before the start, so that a wrong folder costs only seconds.",
     )
 
-    @model_validator(mode="after")
-    def _has_a_source(self) -> BuildConfig:
-        if not self.coconut and not self.sa1b:
-            raise ValueError("name at least one source under `coconut` or `sa1b`")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _write_shorthands_out(cls, values: Any) -> Any:
+        """`sa1b: [...]` becomes `subsets: {sa1b: {sources: [{source: sa1b, ...}]}}`; subsets follow."""
+        if not isinstance(values, dict):
+            return values
+        given = {name: values[name] for name in SHORTHANDS if values.get(name)}
+        subsets = values.get("subsets") or {}
+        if not isinstance(subsets, dict):
+            return values
+        if twice := sorted(given.keys() & subsets.keys()):
+            raise ValueError(f"`{twice[0]}` is given twice; keep the one under `subsets`")
+        written = {name: {"sources": _with_kind(name, value)} for name, value in given.items()}
+        if not written and not subsets:
+            raise ValueError("name at least one source under `subsets`")
+        rest = {name: value for name, value in values.items() if name not in SHORTHANDS}
+        return rest | {"subsets": written | subsets}
 
-    @property
-    def subsets(self) -> list[str]:
-        """The configured subsets, in the order in which they are built."""
-        return [name for name in ("coconut", "sa1b") if getattr(self, name)]
+
+def _with_kind(kind: str, sources: Any) -> Any:
+    """The sources of a shorthand as `subsets` has them; what is no mapping is left for its error."""
+    listed = [sources] if isinstance(sources, dict) else sources
+    if not isinstance(listed, list):
+        return listed
+    return [{"source": kind, **each} if isinstance(each, dict) else each for each in listed]
+
+
+def written_place(place: tuple[int | str, ...], values: dict[str, Any]) -> tuple[int | str, ...]:
+    """Where the file has what is at a place of the configuration: a shorthand has its sources at the top."""
+    match place:
+        case ("subsets", str(name), "sources", *rest) if name in SHORTHANDS and name in values:
+            return (name, *rest)
+    return place

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .config import Backend
-from .strict import Strict
+from .strict import Location, Strict
 
 
 class Captioner(Strict):
@@ -34,8 +34,8 @@ class Bench(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of its folder among the results")
     kind: Literal["paradlc", "dlc"] = Field(description="whose layout and protocol it has")
-    folder: str = Field(description="with annotations.json, qa.json and class_names.json")
-    photos: str | None = Field(default=None, description="their folder; none: `images` in `folder`")
+    folder: Location = Field(description="with annotations.json, qa.json and class_names.json")
+    photos: Location | None = Field(default=None, description="their folder; none: `images` in `folder`")
     images: PositiveInt | None = Field(default=None, description="of it, the first ones; none: all")
     on_missing_photo: Literal["error", "skip"] = Field(
         default="error", description="`skip` leaves its regions out, and counts them"
@@ -45,7 +45,7 @@ class Bench(Strict):
 class ProfileConfig(Strict):
     """What `paracaption profile` measures: a PerceptionDLM's cost on one photo after another."""
 
-    scenes: str = Field(description="a corpus, whose photos are captioned")
+    scenes: Location = Field(description="a corpus, whose photos are captioned")
     images: PositiveInt = Field(default=4, description="of it")
     regions: tuple[PositiveInt, ...] = Field(default=(1, 2, 3, 4, 5, 6, 7, 8), description="of an image")
     load: PositiveInt = Field(default=4, description="regions of an image while the parallelism varies")
@@ -59,7 +59,7 @@ class ProfileConfig(Strict):
 class EvaluateConfig(Strict):
     """Everything that `paracaption evaluate` does; results of all models gather in one folder."""
 
-    out: str = Field(description="folder of the results, and of history.jsonl")
+    out: Location = Field(description="folder of the results, and of history.jsonl")
     label: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="the model's name; its results have a folder of it",
@@ -67,7 +67,7 @@ class EvaluateConfig(Strict):
     captioner: Captioner
     judge: Judge | None = Field(default=None, description="none: captions are written, and not judged")
     benchmarks: list[Bench] = Field(default_factory=list)
-    toy: str | None = Field(default=None, description="a toy world's corpus: exact captions and leakage")
+    toy: Location | None = Field(default=None, description="a toy world's corpus: exact captions and leakage")
     profile: ProfileConfig | None = Field(default=None, description="none: costs are not measured")
 
     @model_validator(mode="after")

@@ -36,8 +36,8 @@ class Renamed:
 
 
 RENAMED: tuple[Renamed, ...] = (
-    Renamed("CoconutSource", "licence", "license"),
-    Renamed("Sa1bSource", "licence", "license"),
+    Renamed("CoconutOptions", "licence", "license"),
+    Renamed("Sa1bOptions", "licence", "license"),
     Renamed("DecodeOptions", "length", "max_new_tokens"),
     Renamed("Evaluation", "length", "max_new_tokens"),
     Renamed("ProfileConfig", "lengths", "max_new_tokens"),
@@ -59,12 +59,13 @@ RENAMED: tuple[Renamed, ...] = (
 )
 
 
-def translate(where: str, values: dict[str, Any]) -> dict[str, Any]:
+def translate(where: str, values: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
     """The mapping with its old keys replaced, and a `RenamedWarning` for each.
 
     Args:
         where: the class of the configuration that is being read.
         values: keys and values as they were given.
+        quiet: give no warning.
 
     Raises:
         ValueError: a key is given under both names.
@@ -80,7 +81,8 @@ def translate(where: str, values: dict[str, Any]) -> dict[str, Any]:
             continue
         values = {(each.new if name == each.old else name): given for name, given in values.items()}
         values[each.new] = changed
-        warn(each, value, changed)
+        if not quiet:
+            warn(each, value, changed)
     return values
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from . import renames
 from .errors import ConfigError
+
+
+class FileContext(NamedTuple):
+    """What is known of the file that is read: `model_validate(values, context=FileContext(...))`.
+
+    Attributes:
+        absolute: makes a path of the file absolute.
+        options_of: the model of a source kind's options; raises ValueError for an unknown kind.
+        ours: whether ParaCaption wrote the file; then nobody is warned of its old names.
+    """
+
+    absolute: Callable[[str], str] = str
+    options_of: Callable[[str], type[Strict]] | None = None
+    ours: bool = False
 
 
 class Strict(BaseModel):
@@ -32,8 +46,10 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _new_names(cls, values: Any) -> Any:
-        return renames.translate(cls.__name__, values) if isinstance(values, dict) else values
+    def _new_names(cls, values: Any, info: ValidationInfo) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return renames.translate(cls.__name__, values, quiet=bool(info.context and info.context.ours))
 
     @classmethod
     def checked(cls, values: Mapping[str, Any], where: str = "") -> Self:
@@ -54,17 +70,31 @@ class Strict(BaseModel):
             ) from error
 
 
-def one_line_each(error: ValidationError, where: str, keys: str) -> str:
+def _absolute(path: str, info: ValidationInfo) -> str:
+    return info.context.absolute(path) if info.context else path
+
+
+Location = Annotated[str, AfterValidator(_absolute)]
+"""A path, or a URL that fsspec knows. A relative path starts at the folder of the configuration file."""
+
+
+def one_line_each(
+    error: ValidationError,
+    where: str,
+    keys: str,
+    place_of: Callable[[tuple[int | str, ...]], tuple[int | str, ...]] = tuple,
+) -> str:
     """What pydantic found wrong, a line for each mistake.
 
     Args:
         error: of a model's validation.
         where: what stands before the key on each line; may be empty.
         keys: what an unknown key's line says about those that are known.
+        place_of: where the user wrote what is at a place of the model.
     """
     lines = []
     for each in error.errors():
-        place = ".".join(map(str, each["loc"])) or "config"
+        place = ".".join(map(str, place_of(each["loc"]))) or "config"
         given = "" if each["type"] == "missing" else f" (given: {each['input']!r})"
         wrong = f"unknown key; {keys}" if each["type"] == "extra_forbidden" else each["msg"] + given
         lines.append(": ".join(filter(None, (where, place, wrong))))

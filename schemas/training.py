@@ -11,18 +11,19 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .decoding import DecodeOptions
-from .strict import Strict
+from .strict import Location, Strict
 
 
 class Model(Strict):
     """Where the weights come from: a saved model, or random ones for a new model."""
 
-    path: str | None = Field(
+    path: Location | None = Field(
         default=None,
         description="Folder of a saved PerceptionDLM, as `paracaption models convert` writes it.",
     )
-    tokenizer: str | None = Field(
+    tokenizer: Literal["toy"] | Location | None = Field(
         default=None,
+        union_mode="left_to_right",
         description="For a new model: the folder of its tokenizer, or `toy` for the toy world's words.",
     )
     config: dict[str, Any] = Field(
@@ -39,7 +40,7 @@ class Model(Strict):
 class CorpusSource(Strict):
     """A corpus to train on."""
 
-    corpus: str = Field(description="Folder or fsspec URL of a corpus, the `out` of its build.")
+    corpus: Location = Field(description="Folder or fsspec URL of a corpus, the `out` of its build.")
     weight: float = Field(
         default=1.0,
         gt=0,
@@ -57,8 +58,8 @@ class ConversationSource(Strict):
     `images`, or in Parquet the photo's bytes, alone or as {bytes, path}.
     """
 
-    path: str = Field(description="A .json, .jsonl or .parquet file, as a path or fsspec URL.")
-    images: str = Field(
+    path: Location = Field(description="A .json, .jsonl or .parquet file, as a path or fsspec URL.")
+    images: Location = Field(
         default="", description="Folder of the photos; leave it empty if the Parquet file holds them."
     )
     weight: float = Field(
@@ -133,7 +134,7 @@ class DataOptions(Strict):
         description="Batches each of these processes makes ahead; one of 4096 tokens takes up to 13 MB of "
         "/dev/shm.",
     )
-    cache: str | None = Field(
+    cache: Location | None = Field(
         default=None,
         description="Local folder for tables of the data; null means ~/.cache/paracaption/training.",
     )
@@ -274,7 +275,9 @@ class Ray(Strict):
 class Evaluation(DecodeOptions):
     """Captions of images that were not trained on, once the model is trained."""
 
-    corpus: str = Field(description="Folder or fsspec URL of a corpus whose images are in none of `corpora`.")
+    corpus: Location = Field(
+        description="Folder or fsspec URL of a corpus whose images are in none of `corpora`."
+    )
     images: PositiveInt | None = Field(
         default=200, description="Caption only the first N images; null captions all."
     )
@@ -292,7 +295,7 @@ class Evaluation(DecodeOptions):
 class TrainConfig(Strict):
     """Everything that decides what is trained. The resolved form is written into the output."""
 
-    out: str = Field(description="Folder of the checkpoints, the metrics and the trained model.")
+    out: Location = Field(description="Folder of the checkpoints, the metrics and the trained model.")
     model: Model
     corpora: list[CorpusSource] = Field(default_factory=list)
     conversations: list[ConversationSource] = Field(default_factory=list)

@@ -23,9 +23,10 @@ import numpy as np
 from ...filters import rle
 from ...pipeline.corpus import reader
 from ...pipeline.io import files, photos
-from ...pipeline.sources import categories, file_names
+from ...pipeline.sources import file_names
+from ...pipeline.sources.categories import CategoryTable, load_categories, make_table
 from ...pipeline.sources.protocols import CatalogEntry
-from ...schemas.config import CoconutSource, Limits
+from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob, ImageRecord
 from ...schemas.sample import Sample
@@ -245,7 +246,7 @@ def _from_json(path: str, image: str, size: tuple[int, int], key: str | None) ->
         raise ConfigError(f"{path}: no annotation has a mask; give a JSON of {_KINDS}")
     if not found.regions:
         why = "; ".join(found.left_out)[:500] or "it has none"
-        raise ConfigError(f"{path}: no usable region of {file_names.base(image)}: {why}")
+        raise ConfigError(f"{path}: no usable region of {file_names.base_name(image)}: {why}")
     return found
 
 
@@ -279,16 +280,16 @@ def _usable(record: ImageRecord, path: str) -> _Found:
 
 
 def _sa1b(path: str, image: str) -> ImageRecord:
-    from ...pipeline.sources.sa1b import Sa1b
+    from ...pipeline.sources.sa1b import Sa1b, Sa1bOptions
 
-    entry = CatalogEntry(
-        file_names.key_of(file_names.stem(image)), 0, Blob(image), Blob(path), file_name=image
-    )
-    return Sa1b([]).read(entry, Limits())
+    key = file_names.key_of(file_names.stem(image))
+    entry = CatalogEntry(key, Blob(image), Blob(path), file_name=image)
+    return Sa1b(Sa1bOptions(paths=[path])).read(entry, Limits())
 
 
 def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRecord:
-    from ...pipeline.sources.coconut import Coconut, Record
+    from ...pipeline.sources.coconut import Coconut, CoconutOptions
+    from ...pipeline.sources.panoptic import Record
 
     described = _image_of(path, content, image, key)
     own = [each for each in content.annotations if str(each.image_id) == str(described.id)]
@@ -297,11 +298,11 @@ def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRe
     annotation = own[0]
     labels = _label_map(path, annotation.file_name or f"{file_names.stem(image)}.png", image)
     raw = msgspec.json.decode(content.categories) if content.categories else None
-    table = categories.load(None) if raw is None else categories.table_of(raw, path)
+    table = load_categories(None) if raw is None else make_table(raw, path)
     record = Record(described.width, described.height, annotation.segments_info, list(table.by_id.values()))
-    entry = CatalogEntry("photo", 0, Blob(image), Blob(labels), msgspec.json.encode(record), image)
-    source = CoconutSource(annotations=[path], labels=str(Path(labels).parent), photos=[])
-    return Coconut([source]).read(entry, Limits())
+    entry = CatalogEntry("photo", Blob(image), Blob(labels), msgspec.json.encode(record), image)
+    options = CoconutOptions(annotations=[path], labels=str(Path(labels).parent), photos=[])
+    return Coconut(options).read(entry, Limits())
 
 
 def _label_map(path: str, name: str, photo: str) -> str:
@@ -343,9 +344,9 @@ def _instances(path: str, content: _File, image: str, size: tuple[int, int], key
     return found
 
 
-def _table(path: str, content: _File) -> categories.Table | None:
+def _table(path: str, content: _File) -> CategoryTable | None:
     raw = _loads(content.categories) if content.categories else None
-    return categories.table_of(raw, path) if raw else None
+    return make_table(raw, path) if raw else None
 
 
 def _loads(raw: msgspec.Raw) -> Any:
@@ -354,7 +355,7 @@ def _loads(raw: msgspec.Raw) -> Any:
 
 def _image_of(path: str, content: _File, image: str, key: str | None) -> _Image:
     """The record of the photo: by its name, by a name of another ending, or by the key."""
-    wanted = key or file_names.base(image)
+    wanted = key or file_names.base_name(image)
     for same in _SAME:
         found = [each for each in content.images if same(each, wanted)]
         if len(found) > 1:
@@ -375,7 +376,7 @@ def _image_of(path: str, content: _File, image: str, key: str | None) -> _Image:
 _SAME = (
     lambda each, wanted: str(each.id) == wanted,
     lambda each, wanted: each.file_name is not None and each.file_name == wanted,
-    lambda each, wanted: each.file_name is not None and file_names.base(each.file_name) == wanted,
+    lambda each, wanted: each.file_name is not None and file_names.base_name(each.file_name) == wanted,
     lambda each, wanted: (
         each.file_name is not None and file_names.stem(each.file_name) == file_names.stem(wanted)
     ),

@@ -14,7 +14,7 @@ import yaml
 from ...schemas.config import BuildConfig
 from ...schemas.records import SCORES
 from ..config_file import dump_config
-from . import plots
+from ..sources.registry import open_source, subset_title
 
 if TYPE_CHECKING:
     from ...schemas.summary import CorpusSummary, SubsetSummary
@@ -69,7 +69,7 @@ def _front_matter(summary: CorpusSummary) -> str:
 def _head(summary: CorpusSummary) -> str:
     rows = [
         (
-            plots.title_of(name),
+            subset_title(name),
             subset.counts.units,
             subset.counts.images,
             subset.counts.images_captioned,
@@ -100,7 +100,7 @@ def _subset(name: str, subset: SubsetSummary) -> str:
         left = step.regions_in - step.dropped
         rows.append((step.stage, step.regions_in, step.dropped, left, _share(left, counts.regions), reasons))
     text = [
-        f"\n## {plots.title_of(name)}\n",
+        f"\n## {subset_title(name)}\n",
         "Every declared region is in the ledger, kept or dropped with its reason:\n",
         _table(("step", "regions in", "dropped", "left", "of all", "reasons"), rows),
     ]
@@ -128,10 +128,9 @@ def _pictures() -> str:
 
 def _licences(config: BuildConfig) -> str:
     rows = [
-        (plots.title_of(subset), f"`{where}`", _plain(source.license))
-        for subset, sources in (("coconut", config.coconut), ("sa1b", config.sa1b))
-        for source in sources
-        for where in [", ".join(getattr(source, "annotations", None) or getattr(source, "paths", []))]
+        (subset_title(subset), f"`{', '.join(source.places())}`", _plain(source.options.license))
+        for subset in config.subsets
+        for source in open_source(config, subset).sources
     ]
     return (
         "## Licences\n\nPhotos and masks stay under the licences of their publishers; captions are what the "
@@ -141,7 +140,8 @@ def _licences(config: BuildConfig) -> str:
 
 
 def _reading(summary: CorpusSummary) -> str:
-    name = next((n for n, subset in summary.subsets.items() if subset.counts.images_captioned), "coconut")
+    filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
+    name = (filled or list(summary.subsets))[0]
     scores = "\n".join(f"- `{score}`: {meaning}" for score, meaning in SCORES.items())
     return f"""
 ## Reading it
@@ -189,7 +189,7 @@ def _config(config: BuildConfig, summary: CorpusSummary) -> str:
     text = dump_config(config)
     digest = hashlib.sha256(text.encode()).hexdigest()
     rows = [
-        (plots.title_of(name), ", ".join(subset.counts.plans), ", ".join(subset.counts.recipes))
+        (subset_title(name), ", ".join(subset.counts.plans), ", ".join(subset.counts.recipes))
         for name, subset in summary.subsets.items()
     ]
     return (

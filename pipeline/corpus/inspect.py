@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.summary import SubsetCounts
-from . import merge, plots, reader, utilization
+from ..sources.registry import subset_title
+from . import merge, reader, utilization
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -108,7 +109,7 @@ def _head(subset: str, counts: SubsetCounts) -> list[Any]:
         f"{counts.units:,} units, {counts.images:,} images ({counts.images_captioned:,} with captions), "
         f"{counts.regions:,} regions declared, {counts.kept:,} kept"
     )
-    parts = [Text.assemble((plots.title_of(subset), "bold"), "  ", said)]
+    parts = [Text.assemble((subset_title(subset), "bold"), "  ", said)]
     if counts.images_dropped:
         dropped = ", ".join(
             f"{_words(reason)} {number:,}" for reason, number in counts.images_dropped.items()

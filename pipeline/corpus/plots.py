@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io import files
+from ..sources.registry import subset_title
 from ..stages.registry import stage_title
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ _STYLE: Any = {
 NAMES = ("funnel.png", "caption_words.png", "regions_per_image.png", "mask_area.png")
 """The files that `write` writes."""
 
-_TITLES = {"coconut": "COCONut", "sa1b": "SA-1B"}
 _SEVERAL = 60
 """Bins above which a histogram's are joined, so that bars stay wider than the gaps between them."""
 
@@ -79,11 +79,6 @@ def write(summary: CorpusSummary, folder: str | Path) -> list[Path]:
     return paths
 
 
-def title_of(subset: str) -> str:
-    """The subset's name as its publisher writes it."""
-    return _TITLES.get(subset, subset)
-
-
 def figure(panels: Mapping[str, Callable[[Any], None]], heights: Sequence[float]) -> bytes:
     """A PNG of panels, one below the other.
 
@@ -116,7 +111,7 @@ def _figure(
 ) -> bytes:
     subsets = summary.subsets
     heights = [0.45 * len(s.counts.funnel) + 1.1 if tall else 2.7 for s in subsets.values()]
-    panels = {title.format(title_of(name)): partial(draw, subset) for name, subset in subsets.items()}
+    panels = {title.format(subset_title(name)): partial(draw, subset) for name, subset in subsets.items()}
     return figure(panels, heights)
 
 

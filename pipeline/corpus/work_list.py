@@ -25,7 +25,8 @@ from ...schemas.errors import IntegrityError
 from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Drop
 from ..io import files
-from ..sources.protocols import CatalogEntry, Source
+from ..sources.protocols import CatalogEntry
+from ..sources.registry import SubsetSource
 
 TABLE = "plan.parquet"
 SUMMARY = "plan.json"
@@ -39,7 +40,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What the driver knows of a plan; the images are in the table beside it.
 
     Attributes:
-        subset: "coconut" or "sa1b".
+        subset: name of the subset.
         digest: content hash over the ordered images and `images_per_shard`.
         num_images: in all units.
         num_units: units are `unit_name(0)` to `unit_name(num_units - 1)`.
@@ -73,7 +74,7 @@ class Plan(msgspec.Struct, frozen=True):
         return read_unit(Path(self.folder) / TABLE, index)
 
 
-def make_plan(source: Source, config: BuildConfig, folder: Path, limit: int | None = None) -> Plan:
+def make_plan(source: SubsetSource, config: BuildConfig, folder: Path, limit: int | None = None) -> Plan:
     """Plan a subset, or find that the plan that is there still holds.
 
     Args:
@@ -109,7 +110,7 @@ def make_plan(source: Source, config: BuildConfig, folder: Path, limit: int | No
     return msgspec.structs.replace(plan, folder=str(folder))
 
 
-def holds(plan: Plan, source: Source, config: BuildConfig, limit: int | None = None) -> bool:
+def holds(plan: Plan, source: SubsetSource, config: BuildConfig, limit: int | None = None) -> bool:
     """Whether `make_plan` would return this plan without reading the sources anew.
 
     Raises:
@@ -118,7 +119,7 @@ def holds(plan: Plan, source: Source, config: BuildConfig, limit: int | None = N
     return _holds(plan, _fingerprint(source, limit), config)
 
 
-def _fingerprint(source: Source, limit: int | None) -> dict[str, str]:
+def _fingerprint(source: SubsetSource, limit: int | None) -> dict[str, str]:
     return source.fingerprint() | ({} if limit is None else {"limit": str(limit)})
 
 
@@ -324,12 +325,12 @@ def _to_entries(table: Any) -> list[CatalogEntry]:
     return [
         CatalogEntry(
             key,
-            source,
             None if photo_url is None else Blob(photo_url, photo_offset, photo_length),
             None if url is None else Blob(url, offset, length),
             record,
             file_name,
             None if stage is None else Drop(stage, Reason(reason), detail),
+            source,
         )
         for (
             key,

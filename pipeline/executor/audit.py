@@ -21,36 +21,24 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.reasons import Reason
 from ..corpus import work_list
 from ..io import files
-from ..sources.protocols import CatalogEntry, Note, Source
+from ..sources.protocols import CatalogEntry, Note
+from ..sources.registry import SubsetSource
 
 FIXES = {
     Reason.PHOTO_MISSING: "put the photos there, or add their folder to `photos`",
     Reason.PHOTO_UNREADABLE: "fetch these photos again",
     Reason.PHOTO_TOO_LARGE: "raise limits.max_pixels if they are what they should be",
-    Reason.SIZE_MISMATCH: "photo, label map and annotation are of different releases; fetch matching ones",
+    Reason.SIZE_MISMATCH: "photo and annotation are of different releases; fetch matching ones",
     Reason.ANNOTATION_MISSING: "fetch their annotations, or leave them out",
     Reason.ANNOTATION_UNREADABLE: "fetch these annotations again, or correct them by hand",
     Reason.DUPLICATE_KEY: "the first one is kept; name each image once",
     Reason.UNSAFE_NAME: "rename them inside their folder; they are never opened",
-    Reason.UNKNOWN_CATEGORY: "give the release's category list as `categories`",
-    Reason.LABELS_UNREADABLE: "put the label maps there, or fetch them again",
-    Reason.SEGMENT_ABSENT: "known of COCONut; there is nothing to fix",
     Reason.TOO_MANY_MASKS: "raise limits.max_masks if they are what they should be",
     Reason.MASK_EMPTY: "known of real releases; there is nothing to fix",
     Reason.MASK_UNDECODABLE: "fetch these annotations again",
     Reason.CROWD: "by design: many objects under one mask",
-    Reason.VOID: "by design: id 0 is no segment",
-    "area_differs": "the mask's own area counts",
-    "area_missing": "the mask's own area counts",
-    "isthing_differs": "the category list counts",
-    "undeclared_ids": "pixels without a record are no region",
-    "photo_misnamed": "the bytes count, not the name",
-    "photo_rotated": "masks refer to the pixels as stored; viewers may turn the photo",
-    "label_map_without_record": "no annotation names them; they are not read",
-    "other_file": "not read",
-    "tar_without_end": "the tar may have been cut between two members; compare its size with the publisher's",
 }
-"""What to do about a problem, by its reason or by the kind of its note."""
+"""What to do about a drop of any source, by its reason. A source adds its own, and those of its notes."""
 
 _PART = 64
 """Images that a process reads at a time."""
@@ -105,11 +93,13 @@ class AuditReport(msgspec.Struct):
     Attributes:
         subset: its name.
         result: counts and problems.
+        fixes: what to do about a problem, by its reason or by the kind of its note.
         sampled: whether only a sample was read.
     """
 
     subset: str
     result: AuditResult
+    fixes: dict[str, str] = {}
     sampled: bool = False
 
     def text(self, num_examples: int = 3) -> str:
@@ -123,7 +113,7 @@ class AuditReport(msgspec.Struct):
         for drops, title in ((True, "dropped"), (False, "odd, but used")):
             problems = [problem for problem in result.problems if problem.drops is drops]
             if problems:
-                lines += ["", f"{title}:", *_lines(problems, num_examples)]
+                lines += ["", f"{title}:", *_lines(problems, self.fixes, num_examples)]
         return "\n".join(lines)
 
     def write(self, path: str | Path) -> None:
@@ -145,7 +135,10 @@ class AuditReport(msgspec.Struct):
 
 
 def audit_subset(
-    source: Source, limits: Limits, jobs: int | None = None, progress: Callable[[int], None] | None = None
+    source: SubsetSource,
+    limits: Limits,
+    jobs: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> AuditReport:
     """Read every image of a subset.
 
@@ -164,16 +157,16 @@ def audit_subset(
         if progress is not None:
             progress(total.images)
     total.problems += [_problem_of_note(source.subset, "", note) for note in source.notes]
-    return AuditReport(source.subset, total)
+    return AuditReport(source.subset, total, FIXES | source.fixes())
 
 
-def audit_sample(source: Source, config: BuildConfig) -> AuditReport:
+def audit_sample(source: SubsetSource, config: BuildConfig) -> AuditReport:
     """Read `config.audit_images` images: spread over the work list if there is one, otherwise the first ones.
 
     Raises:
         ConfigError: the source cannot be listed, has no image, or no region of the sample is usable.
     """
-    report = AuditReport(source.subset, AuditResult(), sampled=True)
+    report = AuditReport(source.subset, AuditResult(), FIXES | source.fixes(), sampled=True)
     if not config.audit_images:
         return report
     entries = _planned_entries(Path(config.out) / source.subset, config.audit_images)
@@ -186,7 +179,7 @@ def audit_sample(source: Source, config: BuildConfig) -> AuditReport:
     return report
 
 
-def audit_images(source: Source, entries: list[CatalogEntry], limits: Limits) -> AuditResult:
+def audit_images(source: SubsetSource, entries: list[CatalogEntry], limits: Limits) -> AuditResult:
     """Read some images. A region that is dropped for its image's reason is counted there and has no row."""
     result = AuditResult()
     for entry in entries:
@@ -213,7 +206,7 @@ def audit_images(source: Source, entries: list[CatalogEntry], limits: Limits) ->
 
 
 def _parts(
-    source: Source, limits: Limits, entries: Iterator[CatalogEntry], jobs: int | None
+    source: SubsetSource, limits: Limits, entries: Iterator[CatalogEntry], jobs: int | None
 ) -> Iterator[AuditResult]:
     """The result of each part of the catalog, in its order; only a few parts are read at a time."""
     first = list(islice(entries, _SMALL))
@@ -256,7 +249,7 @@ def _problem_of_note(subset: str, key: str, note: Note) -> Problem:
     return Problem(subset, key, note.region, note.kind, False, 0, note.detail)
 
 
-def _lines(problems: list[Problem], num_examples: int) -> list[str]:
+def _lines(problems: list[Problem], fixes: dict[str, str], num_examples: int) -> list[str]:
     counts = Counter(problem.reason for problem in problems)
     regions: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
@@ -269,7 +262,7 @@ def _lines(problems: list[Problem], num_examples: int) -> list[str]:
     lines = []
     for reason, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
         what = f"{count:,} x" + (f", {regions[reason]:,} regions" if regions[reason] else "")
-        lines += [f"  {reason}: {what} ({FIXES.get(reason, 'see the list')})", *examples[reason]]
+        lines += [f"  {reason}: {what} ({fixes.get(reason, 'see the list')})", *examples[reason]]
         if count > num_examples:
             lines.append(f"      ... and {count - num_examples:,} more")
     return lines

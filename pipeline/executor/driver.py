@@ -29,7 +29,7 @@ from ..corpus.events import EventLog, EventReader
 from ..corpus.writer import Draft
 from ..io import files
 from ..sources.protocols import SOURCE_STAGE
-from ..sources.registry import open_source
+from ..sources.registry import complete, open_source
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_digest, recipe_of
 from . import audit
@@ -76,6 +76,7 @@ def build(
         StageFailed: a stage fails on everything, a backend cannot start, or the disk is full.
         StageStalled: nothing moved for `failures.stall_s`.
     """
+    config = complete(config)
     engine.check(config)
     with locked(Path(config.out)):
         if is_finished(config, limit_images, retry_failed):

@@ -15,7 +15,8 @@ from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError
 from ..models import registry
 from ..models.protocols import Checked
-from ..sources.registry import open_source
+from ..sources.protocols import Catalog, Source
+from ..sources.registry import open_source, recipe_name
 from .findings import FAIL, OK, Finding, try_check
 from .packages import check_backend_packages
 
@@ -48,7 +49,8 @@ def check_packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Find
 
 def used_protocols(config: BuildConfig) -> list[str]:
     """The protocols of the models that the configured subsets use."""
-    return ["captioner", "judge", *(["segmenter"] if config.sa1b else [])]
+    identifies = any(recipe_name(config, subset) == "identify" for subset in config.subsets)
+    return ["captioner", "judge", *(["segmenter"] if identifies else [])]
 
 
 def check_backend(protocol: str, backend: Backend) -> Finding:
@@ -109,14 +111,13 @@ def check_tokenizer(protocol: str, backend: Backend) -> None:
 def check_sources(config: BuildConfig) -> Iterator[Finding]:
     """Check that the lists of every source entry can be read; `paracaption audit` looks inside."""
     for subset in config.subsets:
-        for index, entry in enumerate(getattr(config, subset)):
-            alone = config.model_copy(update={subset: [entry]})
+        for index, source in enumerate(open_source(config, subset).sources):
             fix = "correct the path, or the store's credentials"
-            yield try_check(f"{subset}[{index}]", fix, _list_source, alone, subset)
+            yield try_check(f"{subset}[{index}]", fix, _list_source, source)
 
 
-def _list_source(config: BuildConfig, subset: str) -> str:
-    return f"{len(open_source(config, subset).fingerprint())} files and folders found"
+def _list_source(source: Source) -> str:
+    return f"{len(source.fingerprint(Catalog()))} files and folders found"
 
 
 def check_output(out: str) -> Finding:

@@ -17,6 +17,7 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
 from ...schemas.records import Rle
 from ..corpus import merge, plots, utilization
+from ..sources.registry import subset_title
 from ..stages.base import ModelStage, Stage
 from ..stages.registry import STAGES, THRESHOLDS, stage_title
 from . import charts, evidence, training, whatif
@@ -115,7 +116,7 @@ def templates() -> jinja2.Environment:
         ),
         "plain": plain,
         "segment": lambda text: quote(str(text), safe=""),
-        "subset_title": plots.title_of,
+        "subset_title": subset_title,
         "color": lambda region: hexadecimal(color_of(region)),
         "halo": lambda region: halo_of(color_of(region)),
     }

@@ -13,7 +13,7 @@ import msgspec
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 from ..io import files
-from . import coco_json
+from .coco_json import problem_of
 
 _PLAIN = {
     "floor-wood": "wooden floor",
@@ -52,7 +52,7 @@ class Category(msgspec.Struct, frozen=True, array_like=True):
     is_thing: bool
 
 
-def plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name as a person would say it: "tree-merged" is a tree, "wall-brick" a brick wall.
 
     Lower case; suffixes of merged classes gone; `/` is "or"; hyphens and underscores are spaces.
@@ -66,7 +66,7 @@ def plain(name: str) -> str:
     return " ".join(re.sub(r"[-_]+", " ", low).split())
 
 
-class Table:
+class CategoryTable:
     """A category list, by id and by name."""
 
     def __init__(self, categories: list[Category]):
@@ -77,10 +77,10 @@ class Table:
         """The category of an id; without one, of a name in any spelling that becomes the same plain one."""
         if number is not None:
             return self.by_id.get(number)
-        return None if name is None else self._by_name.get(plain(name))
+        return None if name is None else self._by_name.get(plain_name(name))
 
 
-def table_of(raw: Any, where: str) -> Table:
+def make_table(raw: Any, where: str) -> CategoryTable:
     """A table from a list of {id, name, isthing}; `isthing` is taken as true where it is not given.
 
     A name that is not UTF-8 is left out: its segments are then of an unknown category.
@@ -93,18 +93,18 @@ def table_of(raw: Any, where: str) -> Table:
     for place, row in enumerate(rows):
         match row:
             case {"id": int(number), "name": str(name)}:
-                if not coco_json.problem_of(name):
-                    categories.append(Category(number, plain(name), bool(row.get("isthing", 1))))
+                if not problem_of(name):
+                    categories.append(Category(number, plain_name(name), bool(row.get("isthing", 1))))
             case _:
                 detail = json.dumps(row)[:80]
                 raise ConfigError(f'{where}: category {place} is not {{"id", "name", "isthing"}}: {detail}')
     if not categories:
         raise ConfigError(f"{where}: no categories; give a list of id, name and isthing")
-    return Table(categories)
+    return CategoryTable(categories)
 
 
 @functools.lru_cache(maxsize=16)
-def load(url: str | None) -> Table:
+def load_categories(url: str | None) -> CategoryTable:
     """The category list of a JSON file: a list, or an object with `categories`. Without one, COCO's 133.
 
     Raises:
@@ -116,9 +116,9 @@ def load(url: str | None) -> Table:
             .joinpath("coco_panoptic_133.json")
             .read_text("utf-8")
         )
-        return table_of(json.loads(text), "coco_panoptic_133.json")
+        return make_table(json.loads(text), "coco_panoptic_133.json")
     try:
         raw = json.loads(files.read(Blob(url)))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"coconut.categories: {url}: {error}; give a JSON list of categories") from error
-    return table_of(raw.get("categories") if isinstance(raw, dict) else raw, url)
+        raise ConfigError(f"{url}: not a category list ({error}); give a JSON list of categories") from error
+    return make_table(raw.get("categories") if isinstance(raw, dict) else raw, url)

@@ -57,12 +57,12 @@ def read_document(url: str) -> Document:
     """Parse an annotation file. Local files are mapped: segments stay on the disk until asked for.
 
     Raises:
-        ConfigError: it cannot be read, is not JSON, or is no such document; names file, place and mend.
+        ConfigError: it cannot be read, is not JSON, or is no such document; names file and place.
     """
     try:
         data: Any = files.read(Blob(url)) if files.is_url(url) else _mapped(files.local(url))
     except OSError as error:
-        raise ConfigError(f"{url}: cannot be read ({error.strerror or error}); mend the path") from error
+        raise ConfigError(f"{url}: cannot be read ({error.strerror or error}); correct the path") from error
     try:
         document = msgspec.json.decode(data, type=Document)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
@@ -81,8 +81,8 @@ def read_document(url: str) -> Document:
     return document
 
 
-def loads(data: bytes) -> Any:
-    """Parse JSON with NaN and broken UTF-8 let through (as lone surrogates); `clean` tells them.
+def parse_json(data: bytes) -> Any:
+    """Parse JSON with NaN and broken UTF-8 let through (as lone surrogates); `problem_of` finds them.
 
     Raises:
         ValueError: not JSON even so; the message says where.
@@ -135,7 +135,7 @@ def _read_tolerantly(url: str, data: bytes) -> Document:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         hint = "the file is empty" if not text.strip() else f"{error.msg} at {place}"
-        raise ConfigError(f"{url}: not JSON: {hint}; fetch it again or mend it there") from error
+        raise ConfigError(f"{url}: not JSON: {hint}; fetch it again or correct it there") from error
     except RecursionError as error:
         raise ConfigError(f"{url}: not an annotation file: nested too deeply") from error
     return document

@@ -1,23 +1,61 @@
-"""What both sources say in the same words."""
+"""What the sources check of an image, each in the same words."""
 
 from __future__ import annotations
 
+from ...schemas.config import Limits
+from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
-from ...schemas.records import Blob, Drop
+from ...schemas.records import Blob, ImageRecord
 from ..io import photos
 from . import file_names
-from .protocols import SOURCE_STAGE, Note
+from .protocols import CatalogEntry, Note
+
+PHOTO_FIXES = {
+    "photo_misnamed": "the bytes count, not the name",
+    "photo_rotated": "masks refer to the pixels as stored; viewers may turn the photo",
+}
+"""What to do about the notes of `read_header`."""
 
 _FORMAT_OF = {".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff"}
 
 
-def drop(reason: Reason, detail: str) -> Drop:
-    """A drop by a source."""
-    return Drop(SOURCE_STAGE, reason, detail)
+def refuse(
+    image: ImageRecord, entry: CatalogEntry, limits: Limits, where: str, regions: str = "masks"
+) -> None:
+    """Refuse an image that its lists dropped, or that has too many regions, before a mask is made.
+
+    Args:
+        image: with its regions.
+        entry: of the catalog.
+        limits: what is refused.
+        where: names the annotation.
+        regions: the publisher's word for them.
+
+    Raises:
+        BadRecord: it is refused.
+    """
+    if entry.drop is not None:
+        raise BadRecord(entry.drop.reason, entry.drop.detail)
+    if len(image.regions) > limits.max_masks:
+        detail = f"{where}: {len(image.regions)} {regions}; limits.max_masks is {limits.max_masks}"
+        raise BadRecord(Reason.TOO_MANY_MASKS, detail)
 
 
-def photo_notes(photo: Blob, file_name: str, header: photos.Header) -> list[Note]:
-    """What is odd about a photo that can be used."""
+def read_header(image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> photos.Header:
+    """Read the photo's header; the image gets its format and its size as stored.
+
+    Raises:
+        BadRecord: it is no photo, or too large.
+    """
+    assert entry.photo is not None, "an image without a photo has a drop"
+    header = photos.probe(entry.photo, limits.max_pixels)
+    image.photo_format = header.format
+    image.width, image.height = header.width, header.height
+    notes += _photo_notes(entry.photo, entry.file_name, header)
+    return header
+
+
+def _photo_notes(photo: Blob, file_name: str, header: photos.Header) -> list[Note]:
     notes = []
     ending = file_names.ending(file_name)
     if ending and _FORMAT_OF.get(ending, ending[1:]) != header.format:

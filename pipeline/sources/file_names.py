@@ -24,20 +24,20 @@ def is_safe(name: str) -> bool:
     return bool(name) and not _UNSAFE.search(name)
 
 
-def base(name: str) -> str:
+def base_name(name: str) -> str:
     """The last part of a path."""
     return name.rsplit("/", 1)[-1]
 
 
 def stem(name: str) -> str:
     """The last part of a path without its ending."""
-    last = base(name)
+    last = base_name(name)
     return last.rpartition(".")[0] or last
 
 
 def ending(name: str) -> str:
     """The ending of a path in lower case, with its dot; "" if it has none."""
-    last = base(name)
+    last = base_name(name)
     return last[last.rindex(".") :].lower() if "." in last[1:] else ""
 
 
@@ -47,20 +47,6 @@ def key_of(name: str) -> str:
         return name
     mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return f"{_ODD.sub('_', name)[: _LONGEST_KEY - 13]}-{mark}"
-
-
-class Keys:
-    """Hands out keys, each once."""
-
-    def __init__(self) -> None:
-        self._times: dict[str, int] = {}
-
-    def claim(self, name: str) -> tuple[str, bool]:
-        """The key for the next image of this name, and whether the name was claimed before."""
-        key = key_of(name)
-        times = self._times.get(key, 0) + 1
-        self._times[key] = times
-        return (key, False) if times == 1 else (f"{key}-dup{times}", True)
 
 
 class Listing(NamedTuple):
@@ -91,7 +77,7 @@ def list_folder(url: str, setting: str) -> Listing:
     if url.startswith(("http://", "https://")):
         return Listing(url, None)
     if not files.is_folder(url):
-        raise ConfigError(f"{setting}: no folder {url}; mend the path")
+        raise ConfigError(f"{setting}: no folder {url}; correct the path")
     return Listing(url, sorted(relative for _, relative in files.walk(url)))
 
 
@@ -124,12 +110,12 @@ class Finder:
         of this stem (publishers' lists say .jpg where the file is .png).
         """
         candidates = self._by_stem.get(stem(name), [])
-        wanted = base(name)
+        wanted = base_name(name)
         for place, found in candidates:
             if found == name:
                 return f"{self._folders[place]}/{found}"
         for place, found in candidates:
-            if base(found) == wanted:
+            if base_name(found) == wanted:
                 return f"{self._folders[place]}/{found}"
         depths = [found.count("/") for _, found in candidates]
         if depths and depths.count(min(depths)) == 1:
@@ -138,7 +124,7 @@ class Finder:
         return None if self._unlisted is None else f"{self._folders[self._unlisted]}/{name}"
 
 
-def expand_all(patterns: Iterable[str], setting: str) -> list[str]:
+def expand_paths(patterns: Iterable[str], setting: str) -> list[str]:
     """The files and folders that patterns name, in order, each once.
 
     Raises:
@@ -148,6 +134,6 @@ def expand_all(patterns: Iterable[str], setting: str) -> list[str]:
     for pattern in patterns:
         matches = files.expand(pattern)
         if not matches:
-            raise ConfigError(f"{setting}: nothing found at {pattern}; mend the path")
+            raise ConfigError(f"{setting}: nothing found at {pattern}; correct the path")
         found.update(dict.fromkeys(matches))
     return list(found)

@@ -11,11 +11,11 @@ from ...schemas.reasons import Reason
 from ..io import photos
 
 _FORMATS = ("PNG", "TIFF", "BMP")
-_COLOURS = ("RGB", "RGBA")
+_COLORS = ("RGB", "RGBA")
 _NUMBERS = ("L", "P", "1", "I")
 
 
-def size_of(data: bytes, name: str) -> tuple[int, int]:
+def label_map_size(data: bytes, name: str) -> tuple[int, int]:
     """(width, height) in pixels from a label map's header.
 
     Raises:
@@ -30,12 +30,12 @@ def size_of(data: bytes, name: str) -> tuple[int, int]:
         raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {_why(data, error)}") from error
 
 
-def decode(data: bytes, name: str, largest: int) -> np.ndarray:
+def decode_label_map(data: bytes, name: str, largest: int) -> np.ndarray:
     """Decode a label map.
 
     Args:
         data: the file. RGB and RGBA mean COCO's panoptic ids, R + 256 G + 65536 B; one channel is the id
-            itself. A palette image is either: its colours count if the ids that are declared exceed 255.
+            itself. A palette image is either: its colors count if the ids that are declared exceed 255.
         name: for messages.
         largest: the largest id that is declared.
 
@@ -51,7 +51,7 @@ def decode(data: bytes, name: str, largest: int) -> np.ndarray:
         with photos.quiet(), Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             opened.load()
             image = opened.convert("RGB") if opened.mode == "P" and largest > 255 else opened
-            if image.mode in _COLOURS:
+            if image.mode in _COLORS:
                 shape = (image.height, image.width)
                 packed = np.frombuffer(image.tobytes("raw", "RGBX" if image.mode == "RGB" else "RGBA"), "<u4")
                 return (packed & 0xFFFFFF).reshape(shape)

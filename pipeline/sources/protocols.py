@@ -1,4 +1,4 @@
-"""Sources: read a subset's images and masks from where the publisher put them, whatever state they are in.
+"""What a source is: the class that reads one entry of a subset's `sources`, and what it reads.
 
 A source does its work in two steps. `catalog` runs once, on the driver, over lists and JSON only: it yields a
 `CatalogEntry` per image in a stable order. `read` runs on the workers, per image: it opens the annotation,
@@ -8,35 +8,44 @@ dropped with a reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Generic, TypeVar
 
 import msgspec
+from pydantic import Field
 
 from ...schemas.config import Limits
+from ...schemas.errors import BadRecord
+from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Drop, ImageRecord
+from ...schemas.strict import Strict
+from . import file_names
+
+SOURCE_STAGE = "source"
+"""Name of the stage under which sources drop."""
 
 
 class CatalogEntry(msgspec.Struct, frozen=True):
-    """One image of a subset, as far as lists can tell; a row of the plan.
+    """One image of a subset, as far as lists can tell; a row of the work list.
 
     Attributes:
         key: unique in the subset, `[A-Za-z0-9_-]+`.
-        source: index of the source in the config's list.
         photo: the photo; None if no folder or tar has it.
-        annotation: where the masks are: the label PNG (COCONut) or the JSON (SA-1B); None if missing.
-        record: the annotation's own JSON of this image (COCONut: size and segments); empty for SA-1B.
+        annotation: where the masks are, such as a label PNG or a JSON file; None if missing.
+        record: what else a worker needs to read the image, as its source encodes it.
         file_name: the publisher's name of the photo.
         drop: a problem that the lists alone show (duplicate key, unsafe name, missing partner).
+        source: index of the source in the subset's list; `SubsetSource` sets it.
     """
 
     key: str
-    source: int
     photo: Blob | None
     annotation: Blob | None
     record: bytes = b""
     file_name: str = ""
     drop: Drop | None = None
+    source: int = 0
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -53,14 +62,93 @@ class Note(msgspec.Struct, frozen=True):
     region: int | None = None
 
 
-class Source(Protocol):
-    """One subset's sources together (all entries of the config's list)."""
+class Catalog:
+    """What the sources of one subset share while they list their images.
 
-    subset: str
-    notes: list[Note]
-    """What the last complete `catalog` saw that is no image's problem, as label maps without a record."""
+    Attributes:
+        notes: what was seen that is no image's problem, such as label maps without a record.
+    """
 
-    def fingerprint(self) -> dict[str, str]:
+    def __init__(self) -> None:
+        self.notes: list[Note] = []
+        self._times: dict[str, int] = {}
+        self._listings: dict[str, file_names.Listing] = {}
+        self._claimed: dict[tuple[str, str, str], set[str]] = {}
+
+    def claim_key(self, name: str) -> tuple[str, bool]:
+        """The key for the next image of this name, and whether the name was claimed before."""
+        key = file_names.key_of(name)
+        times = self._times.get(key, 0) + 1
+        self._times[key] = times
+        return (key, False) if times == 1 else (f"{key}-dup{times}", True)
+
+    def list_folder(self, url: str, setting: str) -> file_names.Listing:
+        """The files of a folder, listed once; see `file_names.list_folder`."""
+        if url not in self._listings:
+            self._listings[url] = file_names.list_folder(url, setting)
+        return self._listings[url]
+
+    def claim_files(self, folder: str, ending: str, stems: set[str], note: str) -> None:
+        """Say which files of a folder some annotation names; when all is listed, each other one is noted.
+
+        Args:
+            folder: as it was given to `list_folder`.
+            ending: of the files in question, as ".png".
+            stems: names without their ending.
+            note: kind of the note about a file that nobody claims.
+        """
+        self._claimed.setdefault((folder, ending, note), set()).update(stems)
+
+    def note_unclaimed_files(self) -> None:
+        """Note each file of the claimed folders that no source claims."""
+        for (folder, ending, note), stems in self._claimed.items():
+            for name in self.list_folder(folder, "").names or ():
+                if name.lower().endswith(ending) and file_names.stem(name) not in stems:
+                    self.notes.append(Note(note, f"{folder}/{name}"))
+
+
+class SourceOptions(Strict):
+    """Options of every kind of source."""
+
+    license: str = Field(
+        default="unknown", description="License of the photos and masks. The dataset card shows it."
+    )
+
+
+Options = TypeVar("Options", bound=SourceOptions)
+
+
+class Source(ABC, Generic[Options]):
+    """One kind of source; an instance reads one entry of a subset's list.
+
+    Attributes:
+        title: the kind's name for people.
+        options_type: the model of its options; `Location` is the type of those that are paths.
+        recipe: the recipe of a subset that names none.
+        fixes: what to do about a problem, by the reason of a drop or by the kind of a note.
+        paper_size: images and regions of this kind in the paper's corpus; None if it has none.
+
+    Args:
+        options: of this entry.
+        where: the entry's place in the configuration, for messages.
+    """
+
+    title: ClassVar[str]
+    options_type: ClassVar[type[SourceOptions]]
+    recipe: ClassVar[str]
+    fixes: ClassVar[Mapping[str, str]] = {}
+    paper_size: ClassVar[tuple[int, int] | None] = None
+
+    def __init__(self, options: Options, where: str = "source"):
+        self.options = options
+        self.where = where
+
+    @abstractmethod
+    def places(self) -> list[str]:
+        """The files or folders that the dataset card names as the source."""
+
+    @abstractmethod
+    def fingerprint(self, catalog: Catalog) -> dict[str, str]:
         """The annotation files, tars and folders by URL, each with a string that changes when it does.
 
         Cheap: no file is opened. Of a folder it covers the names in it, not what the files hold.
@@ -68,27 +156,44 @@ class Source(Protocol):
         Raises:
             ConfigError: as `catalog`.
         """
-        ...
 
-    def catalog(self) -> Iterator[CatalogEntry]:
-        """Every image of the subset exactly once, in a stable order.
-
-        Raises:
-            ConfigError: an annotation file or folder is missing or is not what the config says.
-        """
-        ...
-
-    def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:
-        """The image with every declared region, unusable ones dropped. Never raises for bad data.
+    @abstractmethod
+    def catalog(self, catalog: Catalog) -> Iterator[CatalogEntry]:
+        """Every image exactly once, in a stable order.
 
         Args:
-            entry: from `catalog`; nothing else that `catalog` learned is needed: a worker opens the source
-            anew.
+            catalog: gives out the keys; shared with the subset's other sources.
+
+        Raises:
+            ConfigError: an annotation file or folder is missing or is not what the configuration says.
+        """
+
+    @abstractmethod
+    def fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
+        """Add the size of the photo and every declared region to an image; drop regions that are unusable.
+
+        Args:
+            image: as far as the entry says what it is.
+            entry: from `catalog`. A worker has nothing else that `catalog` learned.
             limits: what is refused.
             notes: what is odd but usable is appended to it.
+
+        Raises:
+            BadRecord: the image is unusable; the regions that it has by then are dropped with it.
         """
-        ...
+
+    def read(
+        self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None, subset: str = ""
+    ) -> ImageRecord:
+        """The image with every declared region, unusable ones dropped. Never raises for bad data."""
+        image = ImageRecord(entry.key, subset, entry.photo, 0, 0, file_name=entry.file_name)
+        try:
+            self.fill(image, entry, limits, [] if notes is None else notes)
+        except BadRecord as error:
+            image.reject(drop(error.reason, error.detail))
+        return image
 
 
-SOURCE_STAGE = "source"
-"""Name of the stage under which sources drop."""
+def drop(reason: Reason, detail: str) -> Drop:
+    """A drop by a source."""
+    return Drop(SOURCE_STAGE, reason, detail)

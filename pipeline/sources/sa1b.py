@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgspec
+from pydantic import Field
 
 from ...filters import rle
-from ...schemas.config import Limits, Sa1bSource
+from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Drop, ImageRecord, Region
-from ..io import files, photos
+from ...schemas.strict import Location
+from ..io import files
 from . import coco_json, file_names
-from .common import drop, photo_notes
-from .protocols import CatalogEntry, Note
+from .common import PHOTO_FIXES, read_header, refuse
+from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 
 class _Size(msgspec.Struct):
@@ -53,124 +55,116 @@ class _Member(NamedTuple):
     drop: Drop | None = None
 
 
-class Sa1b:
-    """The SA-1B subset: all its tars and folders, in the config's order."""
+class Sa1bOptions(SourceOptions):
+    """One part of SA-1B: tars of photo + JSON pairs, read in place by offset, or a folder of such pairs."""
 
-    subset = "sa1b"
+    paths: list[Location] = Field(description="sa_*.tar files, or folders of pairs. Globs are allowed.")
 
-    def __init__(self, sources: list[Sa1bSource]):
-        self.sources = sources
-        self.notes: list[Note] = []
 
-    def fingerprint(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for source in self.sources:
-            for url in file_names.expand_all(source.paths, "sa1b.paths"):
-                listed = file_names.list_folder(url, "sa1b.paths").digest() if files.is_folder(url) else None
-                found[url] = listed or files.version(url)
-        return found
+class Sa1b(Source[Sa1bOptions]):
+    """Tars and folders of SA-1B."""
 
-    def catalog(self) -> Iterator[CatalogEntry]:
-        """Tars and folders in the config's order; in each, pairs by their first member."""
-        self.notes = []
-        keys = file_names.Keys()
-        for place, source in enumerate(self.sources):
-            for url in file_names.expand_all(source.paths, "sa1b.paths"):
-                members = self._folder(url) if files.is_folder(url) else self._tar(url)
-                yield from self._pairs(place, url, members, keys)
+    title = "SA-1B"
+    options_type = Sa1bOptions
+    recipe = "identify"
+    paper_size = (83_000, 2_300_000)
+    fixes = PHOTO_FIXES | {
+        "area_differs": "the mask's own area counts",
+        "other_file": "not read",
+        "tar_without_end": "the tar may have been cut between two members; "
+        "compare its size with the publisher's",
+    }
 
-    def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:
-        image = ImageRecord(entry.key, self.subset, entry.photo, 0, 0, file_name=entry.file_name)
-        try:
-            self._fill(image, entry, limits, [] if notes is None else notes)
-        except BadRecord as error:
-            image.reject(drop(error.reason, error.detail))
-        return image
+    def places(self) -> list[str]:
+        return self.options.paths
 
-    # The catalog.
+    def fingerprint(self, catalog: Catalog) -> dict[str, str]:
+        return {
+            url: self._list(catalog, url).digest() if files.is_folder(url) else files.version(url)
+            for url in self._paths()
+        }
 
-    def _folder(self, folder: str) -> Iterator[_Member]:
-        for name in file_names.list_folder(folder, "sa1b.paths").names or ():
-            yield _Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
+    def catalog(self, catalog: Catalog) -> Iterator[CatalogEntry]:
+        """Tars and folders in the configuration's order; in each, pairs by their first member."""
+        for url in self._paths():
+            members = self._folder(url, catalog) if files.is_folder(url) else _tar(url, catalog.notes)
+            yield from _pairs(url, members, catalog)
 
-    def _tar(self, url: str) -> Iterator[_Member]:
-        """The members of a tar, from its headers alone. What is cut or broken becomes a member with a drop.
-
-        Raises:
-            ConfigError: nothing in it can be read.
-        """
-        try:
-            with files.open_url(url, _HEADER_BLOCK) as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                archive = tarfile.open(fileobj=file, mode="r:", errorlevel=0)
-                found = 0
-                while (member := _next(archive)) is not None:
-                    vars(archive)["members"].clear()  # a tar of SA-1B has 22,000, which tarfile would keep
-                    found += 1
-                    if not member.isdir():
-                        yield _checked(member, url, size)
-                broken = _broken_at(archive, file, size)
-                if archive.offset == size:
-                    detail = f"{url}: ends at byte {size} without an end mark"
-                    self.notes.append(Note("tar_without_end", detail))
-        except (tarfile.TarError, OSError) as error:
-            raise ConfigError(f"{url}: not a readable tar ({error}); fetch it again") from error
-        if broken is not None:
-            if not found:
-                raise ConfigError(f"{url}: broken at byte {broken}, no member can be read; fetch it again")
-            detail = f"{url}: broken at byte {broken}; what follows cannot be read; fetch the tar again"
-            yield _Member(
-                f"{file_names.stem(url)}-from-byte-{broken}.json",
-                None,
-                drop(Reason.ANNOTATION_UNREADABLE, detail),
-            )
-
-    def _pairs(
-        self, place: int, url: str, members: Iterator[_Member], keys: file_names.Keys
-    ) -> Iterator[CatalogEntry]:
-        groups: dict[str, tuple[list[_Member], list[_Member]]] = {}
-        for member in members:
-            ending = file_names.ending(member.name)
-            if ending == ".json":
-                groups.setdefault(file_names.stem(member.name), ([], []))[1].append(member)
-            elif ending in file_names.PHOTO_ENDINGS:
-                groups.setdefault(file_names.stem(member.name), ([], []))[0].append(member)
-            else:
-                self.notes.append(Note("other_file", f"{url}: {member.name}: neither photo nor JSON"))
-        for stem, (pictures, texts) in groups.items():
-            for picture, text in _matched(pictures, texts):
-                key, again = keys.claim(stem)
-                yield _entry(place, url, key, again, picture, text)
-
-    # One image.
-
-    def _fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
+    def fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
         if entry.annotation is None:
             assert entry.drop is not None, "an image without an annotation has a drop"
-            image.reject(entry.drop)
-            return
+            raise BadRecord(entry.drop.reason, entry.drop.detail)
         where = f"{entry.annotation}"
         size, annotations = _read_pair(entry.annotation, limits, where)
         image.width, image.height = size.width or 0, size.height or 0
         image.regions = [_region(number, found, where) for number, found in enumerate(annotations)]
-        problem = entry.drop
-        if problem is None and len(annotations) > limits.max_masks:
-            detail = f"{where}: {len(annotations)} masks; limits.max_masks is {limits.max_masks}"
-            problem = drop(Reason.TOO_MANY_MASKS, detail)
-        if problem is not None:
-            image.reject(problem)
-            return
-        assert entry.photo is not None, "an image without a photo has a drop"
-        header = photos.probe(entry.photo, limits.max_pixels)
-        image.photo_format = header.format
-        image.width, image.height = header.width, header.height
-        notes += photo_notes(entry.photo, entry.file_name, header)
+        refuse(image, entry, limits, where)
+        header = read_header(image, entry, limits, notes)
         declared = (size.width or header.width, size.height or header.height)
         if declared != (header.width, header.height):
             detail = f"photo is {header.width}x{header.height}, annotation says {declared[0]}x{declared[1]}"
             raise BadRecord(Reason.SIZE_MISMATCH, f"{where}: {detail}")
         _place_masks(image, annotations, where, notes)
+
+    def _paths(self) -> list[str]:
+        return file_names.expand_paths(self.options.paths, f"{self.where}.paths")
+
+    def _list(self, catalog: Catalog, folder: str) -> file_names.Listing:
+        return catalog.list_folder(folder, f"{self.where}.paths")
+
+    def _folder(self, folder: str, catalog: Catalog) -> Iterator[_Member]:
+        for name in self._list(catalog, folder).names or ():
+            yield _Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
+
+
+def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
+    """The members of a tar, from its headers alone. What is cut or broken becomes a member with a drop.
+
+    Raises:
+        ConfigError: nothing in it can be read.
+    """
+    try:
+        with files.open_url(url, _HEADER_BLOCK) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            archive = tarfile.open(fileobj=file, mode="r:", errorlevel=0)
+            found = 0
+            while (member := _next(archive)) is not None:
+                vars(archive)["members"].clear()  # a tar of SA-1B has 22,000, which tarfile would keep
+                found += 1
+                if not member.isdir():
+                    yield _checked(member, url, size)
+            broken = _broken_at(archive, file, size)
+            if archive.offset == size:
+                detail = f"{url}: ends at byte {size} without an end mark"
+                notes.append(Note("tar_without_end", detail))
+    except (tarfile.TarError, OSError) as error:
+        raise ConfigError(f"{url}: not a readable tar ({error}); fetch it again") from error
+    if broken is not None:
+        if not found:
+            raise ConfigError(f"{url}: broken at byte {broken}, no member can be read; fetch it again")
+        detail = f"{url}: broken at byte {broken}; what follows cannot be read; fetch the tar again"
+        yield _Member(
+            f"{file_names.stem(url)}-from-byte-{broken}.json",
+            None,
+            drop(Reason.ANNOTATION_UNREADABLE, detail),
+        )
+
+
+def _pairs(url: str, members: Iterator[_Member], catalog: Catalog) -> Iterator[CatalogEntry]:
+    groups: dict[str, tuple[list[_Member], list[_Member]]] = {}
+    for member in members:
+        ending = file_names.ending(member.name)
+        if ending == ".json":
+            groups.setdefault(file_names.stem(member.name), ([], []))[1].append(member)
+        elif ending in file_names.PHOTO_ENDINGS:
+            groups.setdefault(file_names.stem(member.name), ([], []))[0].append(member)
+        else:
+            catalog.notes.append(Note("other_file", f"{url}: {member.name}: neither photo nor JSON"))
+    for stem, (pictures, texts) in groups.items():
+        for picture, text in _matched(pictures, texts):
+            key, again = catalog.claim_key(stem)
+            yield _entry(url, key, again, picture, text)
 
 
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
@@ -232,9 +226,7 @@ def _matched(
         yield alone[place] if place < len(alone) else None, left[place] if place < len(left) else None
 
 
-def _entry(
-    place: int, url: str, key: str, again: bool, picture: _Member | None, text: _Member | None
-) -> CatalogEntry:
+def _entry(url: str, key: str, again: bool, picture: _Member | None, text: _Member | None) -> CatalogEntry:
     photo = None if picture is None else picture.blob
     annotation = None if text is None else text.blob
     problems = [member.drop for member in (text, picture) if member is not None and member.drop is not None]
@@ -249,7 +241,7 @@ def _entry(
         dropped = drop(Reason.ANNOTATION_MISSING, f"{url}: {name}: no JSON of this name beside it")
     else:
         dropped = None
-    return CatalogEntry(key, place, photo, annotation, b"", name, dropped)
+    return CatalogEntry(key, photo, annotation, b"", name, dropped)
 
 
 def _read_pair(annotation: Blob, limits: Limits, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
@@ -271,7 +263,7 @@ def _read_pair(annotation: Blob, limits: Limits, where: str) -> tuple[_Size, lis
 def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
     """Annotations one by one, where something is wrong with one of them."""
     try:
-        raw = coco_json.loads(data)
+        raw = coco_json.parse_json(data)
     except ValueError as error:
         raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: not JSON: {error}") from error
     values = raw.get("annotations") if isinstance(raw, dict) else None

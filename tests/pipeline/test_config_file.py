@@ -7,7 +7,8 @@ from pydantic import BaseModel
 
 from paracaption.pipeline.config_file import describe, dump_config, load_config
 from paracaption.pipeline.models import registry
-from paracaption.schemas.config import Backend, BuildConfig, CoconutSource, Sa1bSource
+from paracaption.pipeline.sources.registry import SOURCES, find_options, open_source, recipe_name
+from paracaption.schemas.config import Backend, BuildConfig
 from paracaption.schemas.errors import ConfigError
 
 COCONUT = {"annotations": ["in/*.json"], "labels": "in/labels", "photos": ["in/a", "s3://bucket/b"]}
@@ -31,18 +32,18 @@ def test_relative_paths_are_seen_from_the_file_and_urls_stay(tmp_path, monkeypat
     config = load_config(write(tmp_path, coconut=[COCONUT]))
     root = tmp_path.resolve()
     assert config.out == f"{root}/out"
-    assert config.sa1b[0].paths == [f"{root}/in/sa_*.tar"]
-    source = config.coconut[0]
-    assert (source.annotations, source.labels) == ([f"{root}/in/*.json"], f"{root}/in/labels")
-    assert source.photos == [f"{root}/in/a", "s3://bucket/b"]
-    assert source.categories is None
+    assert config.subsets["sa1b"].sources[0]["paths"] == [f"{root}/in/sa_*.tar"]
+    source = config.subsets["coconut"].sources[0]
+    assert (source["annotations"], source["labels"]) == ([f"{root}/in/*.json"], f"{root}/in/labels")
+    assert source["photos"] == [f"{root}/in/a", "s3://bucket/b"]
+    assert source["categories"] is None
 
 
 def test_absolute_home_and_file_paths_are_taken_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     config = load_config(write(tmp_path, out="/data/out", sa1b=[{"paths": ["~/sa", "file:///mnt/sa"]}]))
     assert config.out == "/data/out"
-    assert config.sa1b[0].paths == ["/home/someone/sa", "/mnt/sa"]
+    assert config.subsets["sa1b"].sources[0]["paths"] == ["/home/someone/sa", "/mnt/sa"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,10 @@ def test_absolute_home_and_file_paths_are_taken_as_they_are(tmp_path, monkeypatc
     [
         ({"min_iuo": 0.5}, r"build.yaml: min_iuo: unknown key; see `paracaption config`"),
         ({"masks": {"min_area": 3}}, r"build.yaml: masks.min_area: unknown key"),
-        ({"sa1b": [{"paths": ["a"], "licens": "x"}]}, r"sa1b.0.licens: unknown key"),
+        (
+            {"sa1b": [{"paths": ["a"], "licens": "x"}]},
+            r"sa1b.0.licens: unknown option; `sa1b` takes license, paths",
+        ),
         ({"min_iou": 2}, r"min_iou: .*less than or equal to 1 \(given: 2\)"),
         ({"sa1b": [{}]}, r"sa1b.0.paths: Field required$"),
         ({"sa1b": []}, r"config: .*name at least one source"),
@@ -68,10 +72,99 @@ def test_a_mistake_is_one_line_that_names_its_place(tmp_path, changes, told):
     assert len(str(caught.value).splitlines()) == 1
 
 
+SHORT = {"coconut": [COCONUT, COCONUT], "sa1b": [{"paths": ["in/sa_*.tar"]}]}
+LONG = {
+    "coconut": {"sources": [{"source": "coconut", **COCONUT}, {"source": "coconut", **COCONUT}]},
+    "sa1b": {"sources": {"source": "sa1b", "paths": ["in/sa_*.tar"]}},
+}
+
+
+def read_values(folder, **values):
+    """The configuration of a file with these values alone."""
+    (folder / "build.yaml").write_text(yaml.safe_dump({"out": "out", **values}, sort_keys=False))
+    return load_config(folder / "build.yaml")
+
+
+def test_the_old_keys_are_short_for_subsets_of_their_name(tmp_path):
+    short = read_values(tmp_path, **SHORT)
+    assert short == read_values(tmp_path, subsets=LONG)
+    assert short == read_values(tmp_path, coconut=SHORT["coconut"], subsets={"sa1b": LONG["sa1b"]})
+    assert list(short.subsets) == ["coconut", "sa1b"]
+    assert list(read_values(tmp_path, sa1b=SHORT["sa1b"], coconut=COCONUT).subsets) == ["coconut", "sa1b"]
+
+
+def test_subsets_have_names_and_sources_of_ones_own_choice_and_are_built_in_their_order(tmp_path):
+    sources = LONG["coconut"]["sources"]
+    config = read_values(
+        tmp_path,
+        subsets={
+            "train-2": {"sources": sources[0]},
+            "all.masks": {"sources": [LONG["sa1b"]["sources"]]},
+            "coconut": {"sources": sources, "recipe": "identify"},
+        },
+    )
+    assert list(config.subsets) == ["train-2", "all.masks", "coconut"]
+    assert [recipe_name(config, name) for name in config.subsets] == ["verify", "identify", "identify"]
+    assert len(open_source(config, "coconut").sources) == 2
+
+
+def test_sources_of_kinds_with_different_recipes_need_one_that_is_named(tmp_path):
+    mixed = [*LONG["coconut"]["sources"], LONG["sa1b"]["sources"]]
+    with pytest.raises(ConfigError, match=r"subsets.mixed.recipe: its sources have the recipes identify and"):
+        recipe_name(read_values(tmp_path, subsets={"mixed": {"sources": mixed}}), "mixed")
+    config = read_values(tmp_path, subsets={"mixed": {"sources": mixed, "recipe": "identify"}})
+    assert recipe_name(config, "mixed") == "identify"
+
+
+SA1B = {"source": "sa1b", "paths": ["in/sa_*.tar"]}
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ({"source": "lvis"}, r"subsets.a.sources.0.source: unknown kind 'lvis'; choose from coconut, sa1b"),
+        (SA1B | {"path": "y"}, r"sources.0.path: unknown option; `sa1b` takes license, paths \(given: 'y'\)"),
+        (SA1B | {"paths": 3}, r"subsets.a.sources.0.paths: Input should be a valid list \(given: 3\)"),
+        ({"source": "coconut", "annotations": [], "photos": []}, r"subsets.a.sources.0: .*needs `labels`"),
+    ],
+)
+def test_a_mistake_in_a_source_is_the_same_line_from_a_file_and_from_a_program(tmp_path, source, told):
+    subsets = {"a": {"sources": source}}
+    with pytest.raises(ConfigError, match=told) as from_file:
+        read_values(tmp_path, subsets=subsets)
+    with pytest.raises(ConfigError) as from_program:
+        open_source(BuildConfig.model_validate({"out": "out", "subsets": subsets}), "a")
+    assert str(from_file.value) == f"{tmp_path}/build.yaml: {from_program.value}"
+    assert len(str(from_program.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("subsets", "told"),
+    [
+        ({"a": {"sources": {"paths": ["x"]}}}, r"subsets.a.sources.0.source: name the kind"),
+        ({"a": {"sources": []}}, r"subsets.a.sources: List should have at least 1 item"),
+        ({"a": {"sources": SA1B, "recipes": "x"}}, r"subsets.a.recipes: unknown key"),
+        ({"a/b": {"sources": SA1B}}, r"subsets.a/b.*a subset is a folder"),
+        ({"..": {"sources": SA1B}}, r"a subset is a folder"),
+        ({"plots": {"sources": SA1B}}, r"a subset is a folder.*not .*plots"),
+        ({}, r"config: .*name at least one source under `subsets`"),
+    ],
+)
+def test_a_mistake_in_a_subset_is_one_line(tmp_path, subsets, told):
+    with pytest.raises(ConfigError, match=told) as caught:
+        read_values(tmp_path, subsets=subsets)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_subset_that_is_given_twice_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="`sa1b` is given twice; keep the one under `subsets`"):
+        read_values(tmp_path, sa1b=SHORT["sa1b"], subsets=LONG)
+
+
 def test_every_mistake_has_its_line(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        load_config(write(tmp_path, min_iuo=0.5, min_iou=-1))
-    assert len(str(caught.value).splitlines()) == 2
+        load_config(write(tmp_path, min_iuo=0.5, min_iou=-1, sa1b=[{"paths": 1, "path": 2, "photos": 3}]))
+    assert len(str(caught.value).splitlines()) == 5
 
 
 @pytest.mark.parametrize(
@@ -110,12 +203,11 @@ def keys_of(model: type[BaseModel]) -> set[str]:
 
 
 def test_describe_names_every_key_once_a_level_and_parses_as_yaml():
-    described = re.findall(r"^[# ]*(\w+):", describe(), flags=re.MULTILINE)
+    described = re.findall(r"^[# -]*(\w+):", describe(), flags=re.MULTILINE)
     wanted = (
         keys_of(BuildConfig)
         | keys_of(Backend)
-        | set(CoconutSource.model_fields)
-        | set(Sa1bSource.model_fields)
+        | {name for kind in SOURCES for name in find_options(kind).model_fields}
     )
     assert wanted <= set(described)
     assert list(yaml.safe_load(describe())) == list(BuildConfig.model_fields)

@@ -8,20 +8,20 @@ import warnings
 import pytest
 from packaging.version import Version
 
+from paracaption.pipeline.sources.sa1b import Sa1bOptions
 from paracaption.schemas import renames
-from paracaption.schemas.config import Sa1bSource
 from paracaption.schemas.renames import Renamed
 
 
 def test_an_old_key_is_translated_with_a_warning_that_says_the_new_one():
     with pytest.warns(renames.RenamedWarning, match="`licence` is now `license`"):
-        source = Sa1bSource.model_validate({"paths": ["a.tar"], "licence": "CC0"})
+        source = Sa1bOptions.model_validate({"paths": ["a.tar"], "licence": "CC0"})
     assert source.license == "CC0"
 
 
 def test_both_names_at_once_are_an_error():
     with pytest.raises(ValueError, match="both given; keep `license`"):
-        Sa1bSource.model_validate({"paths": [], "licence": "a", "license": "b"})
+        Sa1bOptions.model_validate({"paths": [], "licence": "a", "license": "b"})
 
 
 TABLE = (
@@ -59,7 +59,7 @@ def test_the_command_line_says_an_old_name_in_one_line_and_goes_on(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     warning, error = done.stderr.splitlines()
     assert warning == "warning: `licence` is now `license`; paracaption 0.4 will not know the old name"
-    assert error.startswith("error: sa1b.paths: nothing found")
+    assert error.startswith("error: subsets.sa1b.sources.0.paths: nothing found")
 
 
 @pytest.mark.parametrize("each", renames.RENAMED, ids=lambda each: f"{each.where}.{each.old}")

@@ -1,7 +1,7 @@
 import pytest
 from rich.console import Console
 
-from paracaption.pipeline.corpus import inspect, merge, plots
+from paracaption.pipeline.corpus import inspect, merge
 from paracaption.pipeline.corpus.inspect import Sample
 from paracaption.schemas.errors import ConfigError
 from tests import committed
@@ -78,4 +78,3 @@ def test_plots_are_drawn_also_of_a_corpus_in_which_nothing_was_kept(tmp_path):
     assert names == {"funnel.png", "caption_words.png", "regions_per_image.png", "mask_area.png"}
     summary = merge.read_summary(tmp_path / "out")
     assert (summary.regions, summary.images) == (0, 12)
-    assert plots.title_of("coconut") == "COCONut"

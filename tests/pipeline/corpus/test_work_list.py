@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from paracaption.pipeline.corpus import work_list
 from paracaption.pipeline.sources.protocols import CatalogEntry
 from paracaption.schemas import manifest as manifests
-from paracaption.schemas.config import BuildConfig, Sa1bSource
+from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import IntegrityError
 from paracaption.schemas.manifest import FileEntry, Manifest
 from paracaption.schemas.reasons import Reason
@@ -38,12 +38,13 @@ class FakeSource:
 
 
 def config_of(tmp_path, images_per_shard=3):
-    return BuildConfig(out=str(tmp_path), sa1b=[Sa1bSource(paths=["x"])], images_per_shard=images_per_shard)
+    values = {"out": str(tmp_path), "sa1b": {"paths": ["x"]}, "images_per_shard": images_per_shard}
+    return BuildConfig.model_validate(values)
 
 
 def entries_of(*keys):
     return [
-        CatalogEntry(key, 0, Blob(f"/{key}.jpg"), Blob("/t.tar", 512, 9), b"{}", f"{key}.jpg") for key in keys
+        CatalogEntry(key, Blob(f"/{key}.jpg"), Blob("/t.tar", 512, 9), b"{}", f"{key}.jpg") for key in keys
     ]
 
 
@@ -54,12 +55,12 @@ drops = st.none() | st.builds(Drop, st.just("source"), st.sampled_from(Reason), 
 entries = st.builds(
     CatalogEntry,
     st.uuids().map(str),
-    st.integers(0, 9),
     blobs,
     blobs,
     st.binary(max_size=99),
     st.text(max_size=9),
     drops,
+    st.integers(0, 9),
 )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from paracaption.pipeline.corpus import work_list
 from paracaption.pipeline.executor import audit
 from paracaption.pipeline.executor.audit import audit_sample, audit_subset
-from paracaption.pipeline.sources.registry import open_source
+from paracaption.pipeline.sources.registry import SOURCES, find_source, open_source
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.reasons import Reason
@@ -87,15 +87,17 @@ def test_a_sample_reads_no_more_than_it_was_asked_for(config, tmp_path):
 
 def test_a_source_of_which_nothing_is_usable_is_refused_before_the_build(config, tmp_path):
     (tmp_path / "empty").mkdir()
-    wrong = config.coconut[0].model_copy(update={"photos": [str(tmp_path / "empty")]})
-    config = config.model_copy(update={"coconut": [wrong]})
+    values = config.model_dump()
+    values["subsets"]["coconut"]["sources"][0]["photos"] = [str(tmp_path / "empty")]
+    config = BuildConfig.model_validate(values)
     with pytest.raises(ConfigError, match=r"no region of 6 images is usable") as caught:
         audit_sample(open_source(config, "coconut"), config)
     assert "photo_missing: 6 x, 24 regions" in str(caught.value)
 
 
 def test_every_reason_of_a_source_has_a_fix():
-    assert all(reason in audit.FIXES for reason in list(Reason)[: list(Reason).index(Reason.MASK_TOO_SMALL)])
+    fixes = audit.FIXES | {reason: fix for kind in SOURCES for reason, fix in find_source(kind).fixes.items()}
+    assert all(reason in fixes for reason in list(Reason)[: list(Reason).index(Reason.MASK_TOO_SMALL)])
 
 
 def test_the_published_traps_are_all_reported():

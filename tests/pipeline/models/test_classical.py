@@ -11,7 +11,7 @@ from paracaption.filters import rle
 from paracaption.filters.text import clean
 from paracaption.pipeline.models.embedded.appearance import MAX_SIDE, measure, name_colours
 from paracaption.pipeline.models.embedded.classical import ClassicalCaptioner, describe
-from paracaption.pipeline.sources import categories
+from paracaption.pipeline.sources.categories import load_categories
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import Limits, Text
 from paracaption.schemas.reasons import Reason
@@ -179,7 +179,7 @@ def test_plural_categories_get_plural_verbs():
 def test_every_known_category_can_be_spoken_of():
     seen = measure(painted((200, 0, 0), m := disc(60, 60, 30, 30, 12)), rle.from_mask(m).rle)
     assert seen is not None
-    for category in categories.load(None).by_id.values():
+    for category in load_categories(None).by_id.values():
         assert clean(describe(seen, category.name), Text()).keep
 
 

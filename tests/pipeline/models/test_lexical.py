@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from paracaption.pipeline.models.embedded.lexical import LexicalJudge, core_category, describes
 from paracaption.pipeline.models.protocols import Question
-from paracaption.pipeline.sources import categories
+from paracaption.pipeline.sources.categories import load_categories
 from tests.shared_data import shared_data
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_kind_of_question_is_the_callers_bug():
 
 
 def test_every_coco_category_describes_itself_and_is_extracted_as_something():
-    for category in categories.load(None).by_id.values():
+    for category in load_categories(None).by_id.values():
         assert describes(f"A large {category.name} with a smooth surface.", category.name) == 1.0
         assert core_category(f"A large {category.name} with a smooth surface.")
 

@@ -15,9 +15,9 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from paracaption.filters import rle
-from paracaption.pipeline.sources.categories import load, plain
+from paracaption.pipeline.sources.categories import load_categories, plain_name
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.schemas.config import BuildConfig, CoconutSource, Limits
+from paracaption.schemas.config import BuildConfig, Limits
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.reasons import Reason
 from tests.shared_data import shared_data
@@ -90,7 +90,7 @@ def release(tmp_path):
 
 
 def open_coconut(**values):
-    return open_source(BuildConfig(out="out", coconut=[CoconutSource(**values)]), "coconut")
+    return open_source(BuildConfig.model_validate({"out": "out", "coconut": values}), "coconut")
 
 
 def reasons(image):
@@ -478,8 +478,8 @@ def test_category_names_are_plain_words():
         "Bakset": "basket",
         "hot dog": "hot dog",
     }
-    assert {name: plain(name) for name in spoken} == spoken
-    names = [category.name for category in load(None).by_id.values()]
+    assert {name: plain_name(name) for name in spoken} == spoken
+    names = [category.name for category in load_categories(None).by_id.values()]
     assert len(names) == 133 and not any("-" in name or "merged" in name for name in names)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from paracaption.filters import rle
 from paracaption.pipeline.io import files, photos
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.schemas.config import BuildConfig, Limits, Sa1bSource
+from paracaption.schemas.config import BuildConfig, Limits
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.reasons import Reason
 from tests.shared_data import shared_data
@@ -72,7 +72,8 @@ def pair(name, data=None):
 
 
 def open_sa1b(*paths):
-    return open_source(BuildConfig(out="out", sa1b=[Sa1bSource(paths=[str(path) for path in paths])]), "sa1b")
+    values = {"out": "out", "sa1b": {"paths": [str(path) for path in paths]}}
+    return open_source(BuildConfig.model_validate(values), "sa1b")
 
 
 def read(*paths, limits=LIMITS, notes=None):

@@ -1,0 +1,284 @@
+"""One image in COCO's panoptic layout: a label map, and a JSON record of its segments."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import msgspec
+
+from ...filters import rle
+from ...schemas.config import Limits
+from ...schemas.errors import BadRecord
+from ...schemas.reasons import Reason
+from ...schemas.records import Blob, ImageRecord, Region
+from ..io import files, photos
+from . import coco_json, label_maps
+from .categories import Category, CategoryTable, load_categories
+from .coco_json import Annotation, Image
+from .common import read_header, refuse
+from .protocols import CatalogEntry, Note, drop
+
+
+class Record(msgspec.Struct, omit_defaults=True):
+    """One image's annotation as the plan keeps it: what a worker needs besides label map and photo.
+
+    Attributes:
+        width, height: size that the annotation declares, in pixels.
+        segments: the publisher's own `segments_info`, as it was written.
+        categories: those that the segments name.
+        row: (row group, row in it) of the Parquet file that holds the label map.
+        info: URL of the image's own JSON, if `segments` are to be read from there.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    segments: msgspec.Raw = msgspec.Raw(b"[]")
+    categories: list[Category] = []
+    row: tuple[int, int] | None = None
+    info: str | None = None
+
+
+class Segment(msgspec.Struct):
+    """An element of `segments_info`. Only `id` is needed; a category may be named instead of numbered."""
+
+    id: int
+    category_id: int | None = None
+    iscrowd: bool | int | None = None
+    isthing: bool | int | None = None
+    area: int | float | None = None
+    category: str | None = None
+    category_name: str | None = None
+
+
+class _Categorized(msgspec.Struct):
+    category_id: int | None = None
+    category: str | None = None
+    category_name: str | None = None
+
+
+_SEGMENTS = msgspec.json.Decoder(list[Segment])
+_CATEGORIZED = msgspec.json.Decoder(list[_Categorized])
+_RECORD = msgspec.json.Decoder(Record)
+
+
+def fill_image(
+    image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note], categories: str | None
+) -> None:
+    """Add size, regions and masks to an image; `categories` is the list for a record that lies elsewhere.
+
+    See `Source.fill`.
+    """
+    where = f"annotation of {entry.file_name or entry.key} ({entry.annotation or 'no label map'})"
+    record = _read_record(entry.record, limits, where)
+    table = CategoryTable(record.categories)
+    if record.info is not None:
+        record = _read_info(record.info, limits)
+        table = load_categories(categories)
+    image.width, image.height = record.width or 0, record.height or 0
+    segments = _segments(bytes(record.segments), where)
+    image.regions = [_region(number, found, table, where) for number, found in enumerate(segments)]
+    refuse(image, entry, limits, where, "segments")
+    header = read_header(image, entry, limits, notes)
+    assert entry.annotation is not None, "an image without a label map has a drop"
+    name, data = _label_bytes(entry.annotation, record.row)
+    size = label_maps.label_map_size(data, name)
+    declared = (record.width or size[0], record.height or size[1])
+    if not header[1:3] == size == declared:
+        raise BadRecord(Reason.SIZE_MISMATCH, _sizes(header, size, record, where))
+    largest = max((found.id for found in segments if isinstance(found, Segment)), default=0)
+    masks = rle.encode_label_map(label_maps.decode_label_map(data, name, largest))
+    _place_masks(image.regions, segments, masks, name)
+    _note_segments(image.regions, segments, masks, name, notes)
+
+
+def make_record(
+    image: Image | None, annotation: Annotation, table: CategoryTable, row: tuple[int, int] | None = None
+) -> Record:
+    """The record of an annotation, with the categories of the table that its segments name."""
+    record = Record(segments=annotation.segments_info) if annotation.segments_info else Record()
+    if image is not None:
+        record.width, record.height = image.width, image.height
+    record.row = row
+    record.categories = _categories(record.segments, table)
+    return record
+
+
+def _categories(segments: msgspec.Raw, table: CategoryTable) -> list[Category]:
+    """The categories that segments name, so that a worker needs no category list."""
+    try:
+        found = _CATEGORIZED.decode(segments)
+        named = {(each.category_id, each.category or each.category_name) for each in found}
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        parsed = [each for each in _parsed_list(bytes(segments), "") if isinstance(each, Segment)]
+        named = {(each.category_id, each.category or each.category_name) for each in parsed}
+    known = {table.find(number, name) for number, name in named}
+    return sorted((category for category in known if category), key=lambda category: category.id)
+
+
+def _read_record(data: bytes, limits: Limits, where: str) -> Record:
+    if len(data) > limits.max_record_bytes:
+        detail = f"{where}: {len(data)} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
+    try:
+        return _RECORD.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raw = coco_json.parse_json(data)  # NaN or a broken string inside the segments
+        segments = coco_json.as_raw(raw.pop("segments"))
+        record = msgspec.convert(raw, Record)
+        record.segments = segments
+        return record
+
+
+def _read_info(url: str, limits: Limits) -> Record:
+    """An image's own `panseg_info` file."""
+    try:
+        data = files.read(Blob(url))
+    except OSError as error:
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{url}: {error}") from error
+    if len(data) > limits.max_record_bytes:
+        detail = f"{url}: {len(data)} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
+    try:
+        raw = coco_json.parse_json(data)
+    except ValueError as error:
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{url}: not JSON: {error}") from error
+    segments = raw.get("segments_info") if isinstance(raw, dict) else raw
+    size = coco_json.as_image(raw) if isinstance(raw, dict) else Image()
+    return Record(size.width, size.height, coco_json.as_raw(segments))
+
+
+def _segments(raw: bytes, where: str) -> list[Segment | BadRecord]:
+    try:
+        return list(_SEGMENTS.decode(raw))
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return _parsed_list(raw, where)
+
+
+def _parsed_list(raw: bytes, where: str) -> list[Segment | BadRecord]:
+    """Segments one by one, where something is wrong with one of them.
+
+    Raises:
+        BadRecord: they are no list at all (only if `where` says what to name).
+    """
+    try:
+        values = coco_json.parse_json(raw)
+    except ValueError:
+        values = None
+    if not isinstance(values, list):
+        if where:
+            raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: `segments_info` is no list")
+        return []
+    found: list[Segment | BadRecord] = []
+    for number, value in enumerate(values):
+        problem = coco_json.problem_of(value)
+        if not problem:
+            try:
+                found.append(msgspec.convert(value, Segment, strict=False))
+                continue
+            except msgspec.ValidationError as error:
+                problem = str(error)
+        found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: segment {number}: {problem}"))
+    return found
+
+
+def _region(number: int, segment: Segment | BadRecord, table: CategoryTable, where: str) -> Region:
+    region = Region(number, None)
+    if isinstance(segment, BadRecord):
+        region.drop = drop(segment.reason, segment.detail)
+        return region
+    region.source_id, region.category_id = segment.id, segment.category_id
+    name = segment.category or segment.category_name
+    category = table.find(segment.category_id, name)
+    if category is not None:
+        region.category, region.category_id = category.name, category.id
+        region.is_thing = category.is_thing
+    if segment.id == 0:
+        region.drop = drop(Reason.VOID, f"{where}: segment {number} is declared with id 0")
+    elif segment.iscrowd:
+        region.drop = drop(Reason.CROWD, f"{where}: segment {segment.id}")
+    elif category is None:
+        named = name if segment.category_id is None else segment.category_id
+        detail = f"{where}: segment {segment.id}: category {named} is not in the list; mend `categories`"
+        region.drop = drop(Reason.UNKNOWN_CATEGORY, detail)
+    return region
+
+
+def _place_masks(
+    regions: list[Region],
+    segments: list[Segment | BadRecord],
+    masks: dict[int, rle.Mask],
+    name: str,
+) -> None:
+    taken: set[int] = set()
+    for region, segment in zip(regions, segments, strict=True):
+        if isinstance(segment, BadRecord):
+            continue
+        mask = masks.get(segment.id)
+        if mask is not None:
+            region.rle, region.area, region.bbox = mask
+        if segment.id in taken and region.drop is None:
+            region.drop = drop(Reason.DUPLICATE_KEY, f"{name}: id {segment.id} is declared twice")
+        elif mask is None and region.drop is None:
+            region.drop = drop(Reason.SEGMENT_ABSENT, f"{name}: no pixel has id {segment.id}")
+        taken.add(segment.id)
+
+
+def _note_segments(
+    regions: list[Region],
+    segments: list[Segment | BadRecord],
+    masks: dict[int, rle.Mask],
+    name: str,
+    notes: list[Note],
+) -> None:
+    declared = {0}
+    for region, segment in zip(regions, segments, strict=True):
+        if isinstance(segment, BadRecord):
+            continue
+        declared.add(segment.id)
+        if segment.area is None:
+            notes.append(
+                Note("area_missing", f"{name}: segment {segment.id}: computed from the mask", region.id)
+            )
+        elif region.rle is not None and segment.area != region.area:
+            detail = f"{name}: segment {segment.id}: declared {segment.area:g}, mask has {region.area}"
+            notes.append(Note("area_differs", detail, region.id))
+        if None not in (segment.isthing, region.is_thing) and bool(segment.isthing) != region.is_thing:
+            detail = f"{name}: segment {segment.id} ({region.category}): isthing is {segment.isthing}"
+            notes.append(Note("isthing_differs", f"{detail}; the category list counts", region.id))
+    strays = [label for label in masks if label not in declared]
+    if strays:
+        pixels = sum(masks[label].area for label in strays)
+        detail = f"{name}: {len(strays)} ids on {pixels} pixels that no segment declares, as {strays[0]}"
+        notes.append(Note("undeclared_ids", detail))
+
+
+def _sizes(header: photos.Header, labels_size: tuple[int, int], record: Record, where: str) -> str:
+    declared = "no size" if not record.width or not record.height else f"{record.width}x{record.height}"
+    return (
+        f"{where}: photo is {header.width}x{header.height}, label map {labels_size[0]}x{labels_size[1]}, "
+        f"annotation says {declared}"
+    )
+
+
+def _label_bytes(annotation: Blob, row: tuple[int, int] | None) -> tuple[str, bytes]:
+    """The label map's name for messages, and its bytes."""
+    name = str(annotation) if row is None else f"{annotation}, row {row[1]} of row group {row[0]}"
+    try:
+        if row is None:
+            return name, files.read(annotation)
+        data = _masks_of_group(annotation.url, row[0])[row[1]].as_py()
+    except (OSError, IndexError, ValueError, KeyError) as error:
+        raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {error}; fetch it again") from error
+    if data is None or data.get("bytes") is None:
+        raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: no PNG in it")
+    return name, data["bytes"]
+
+
+@functools.lru_cache(maxsize=2)
+def _masks_of_group(url: str, group: int) -> Any:
+    """The `mask` column of a row group. Images of a unit follow one another: each group is read once."""
+    import pyarrow.parquet as pq
+
+    with files.open_url(url) as file:
+        return pq.ParquetFile(file).read_row_group(group, columns=["mask"])["mask"]
