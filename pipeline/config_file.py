@@ -17,6 +17,7 @@ from ..schemas.strict import FileContext, one_line_each
 from ..schemas.training import TrainConfig
 from .io import files
 from .sources.registry import SOURCES, find_options, find_source
+from .stages.recipes import recipe_of
 
 _Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
 
@@ -92,6 +93,12 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
         raise ConfigError(one_line_each(error, where, keys, place_of)) from error
     if not isinstance(config, Judge) and files.is_url(config.out):
         raise ConfigError(f"{where}: out: {config.out} is a URL; name a folder that every node mounts")
+    if isinstance(config, BuildConfig):
+        try:
+            for subset in config.subsets:
+                recipe_of(config, subset)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
     return config
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -40,9 +39,7 @@ class Strict(BaseModel):
         Raises:
             ValidationError: these are not a configuration's values, or are in words of a version too old.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", renames.RenamedWarning)
-            return cls.model_validate(values)
+        return cls.model_validate(values, context=FileContext(ours=True))
 
     @model_validator(mode="before")
     @classmethod

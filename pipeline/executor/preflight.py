@@ -16,7 +16,9 @@ from ...schemas.errors import ConfigError
 from ..models import registry
 from ..models.protocols import Checked
 from ..sources.protocols import Catalog, Source
-from ..sources.registry import open_source, recipe_name
+from ..sources.registry import open_source
+from ..stages.base import ModelStage
+from ..stages.recipes import recipe_of
 from .findings import FAIL, OK, Finding, try_check
 from .packages import check_backend_packages
 
@@ -48,9 +50,9 @@ def check_packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Find
 
 
 def used_protocols(config: BuildConfig) -> list[str]:
-    """The protocols of the models that the configured subsets use."""
-    identifies = any(recipe_name(config, subset) == "identify" for subset in config.subsets)
-    return ["captioner", "judge", *(["segmenter"] if identifies else [])]
+    """The protocols of the models that the recipes of the subsets ask, in the order of their stages."""
+    stages = [stage for subset in config.subsets for stage in recipe_of(config, subset)]
+    return list(dict.fromkeys(stage.protocol for stage in stages if isinstance(stage, ModelStage)))
 
 
 def check_backend(protocol: str, backend: Backend) -> Finding:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError
+from ..sources.registry import recipe_name
 from .base import Stage
 from .evidence import digest
 from .registry import STAGES
@@ -21,9 +23,6 @@ RECIPES: dict[str, tuple[str, ...]] = {
 """`verify` is for sources that annotate a category: the caption has to describe it. `identify` is for masks
 without one: only whole objects, the category is named from the caption, and a segmenter has to find it."""
 
-DEFAULT_RECIPES = {"coconut": "verify", "sa1b": "identify"}
-"""The recipe of each subset."""
-
 RECIPE_VERSION = 1
 """Raised when a filter's or a writer's code changes what is kept; units of another version are rebuilt."""
 
@@ -37,8 +36,17 @@ def build_recipe(name: str, config: BuildConfig) -> list[Stage]:
 
 
 def recipe_of(config: BuildConfig, subset: str) -> list[Stage]:
-    """The stages that a subset's units pass through, in order."""
-    return build_recipe(DEFAULT_RECIPES[subset], config)
+    """The stages that a subset's units pass through: those of its recipe, or its sources' default.
+
+    Raises:
+        ConfigError: there is no such recipe, or the sources have different defaults.
+    """
+    name = recipe_name(config, subset)
+    if name not in RECIPES:
+        raise ConfigError(
+            f"subsets.{subset}.recipe: unknown recipe {name!r}; choose from {', '.join(RECIPES)}"
+        )
+    return build_recipe(name, config)
 
 
 def recipe_digest(stages: list[Stage], config: BuildConfig) -> str:

@@ -108,12 +108,14 @@ def test_subsets_have_names_and_sources_of_ones_own_choice_and_are_built_in_thei
     assert len(open_source(config, "coconut").sources) == 2
 
 
-def test_sources_of_kinds_with_different_recipes_need_one_that_is_named(tmp_path):
+def test_a_recipe_is_a_known_one_and_kinds_with_different_recipes_need_one_that_is_named(tmp_path):
     mixed = [*LONG["coconut"]["sources"], LONG["sa1b"]["sources"]]
-    with pytest.raises(ConfigError, match=r"subsets.mixed.recipe: its sources have the recipes identify and"):
-        recipe_name(read_values(tmp_path, subsets={"mixed": {"sources": mixed}}), "mixed")
+    with pytest.raises(ConfigError, match=r"yaml: subsets.mixed.recipe: its sources have the recipes"):
+        read_values(tmp_path, subsets={"mixed": {"sources": mixed}})
     config = read_values(tmp_path, subsets={"mixed": {"sources": mixed, "recipe": "identify"}})
     assert recipe_name(config, "mixed") == "identify"
+    with pytest.raises(ConfigError, match=r"yaml: subsets.mixed.recipe: unknown recipe 'guess'; choose from"):
+        read_values(tmp_path, subsets={"mixed": {"sources": mixed, "recipe": "guess"}})
 
 
 SA1B = {"source": "sa1b", "paths": ["in/sa_*.tar"]}
