@@ -63,9 +63,9 @@ def report(
     to: Annotated[Path | None, typer.Option(help="HTML file to write [default: CORPUS/report.html].")] = None,
 ) -> None:
     """Write the overview and samples of each drop reason as one HTML file, to send to someone."""
-    from ...pipeline.explorer import report as reporting
+    from ...pipeline.explorer.report import write_report
 
-    print(reporting.write(corpus, to))
+    print(write_report(corpus, to))
 
 
 def export(

@@ -1,8 +1,7 @@
-"""The committed ledgers of a corpus as one table, asked through DuckDB: pages of millions of rows, none of
-them loaded.
+"""The committed ledgers of a corpus as one table, queried through DuckDB without loading them.
 
-Manifests say which ledgers there are, so answers are right while a build runs. In the corpus's order a page
-reads the ledgers around its place and no others; an order by a score is one pass over two columns.
+The manifests list the ledgers, so answers are right while a build runs. In the corpus's order a page reads
+only the ledgers around its place; an order by a score takes one pass over two columns.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ from .query import CATEGORY, Query
 T = TypeVar("T")
 
 PAGE = 24
-"""Images on a page: whole rows of two, three, four or six."""
+"""Images on a page: 24 fills rows of two, three, four or six."""
 
 _MEMORY = "400MB"
 _WINDOW = 8
-"""Ledgers that are read first from a place on; twice as many each time that they are not enough."""
-_AHEAD = 20
-"""Pages of an order by score that are kept when one is asked for: each costs a pass."""
-_PLACES = 100_000
+"""Ledgers that are read first from a place on; each time that they are not enough, twice as many are read."""
+_PAGES_AHEAD = 20
+"""Pages of an order by score that are kept when one is asked for, because each pass costs the same."""
+_MOST_LEARNED = 100_000
+"""Images whose unit is remembered."""
 
 
 _DAMAGED = (
@@ -42,7 +42,7 @@ _DAMAGED = (
     duckdb.BinderException,
     duckdb.ConversionException,
 )
-"""What DuckDB raises on files that are no ledgers."""
+"""What DuckDB raises for files that are not ledgers."""
 
 
 class Unit(NamedTuple):
@@ -53,14 +53,14 @@ class Unit(NamedTuple):
     ledger: str
 
 
-class Place(NamedTuple):
+class ImagePlace(NamedTuple):
     """An image in a result.
 
     Attributes:
-        subset, unit, key: which.
-        row: of its first matching region in the unit's ledger.
-        num_regions: that match.
-        rank: what the result is sorted by; 0 in the corpus's order.
+        subset, unit, key: which image.
+        row: the row of its first matching region in the unit's ledger.
+        num_regions: how many of its regions match.
+        rank: the value that the result is sorted by; 0 in the corpus's order.
     """
 
     subset: str
@@ -72,20 +72,20 @@ class Place(NamedTuple):
 
     @property
     def cursor(self) -> str:
-        """The place as a URL has it; see `Catalog.place_of`."""
+        """The place as a URL has it; see `Catalog.find_place`."""
         return f"{self.unit}:{self.row}:{self.key}:{self.rank!r}"
 
 
-class Page(NamedTuple):
-    """Some images in order, and whether there are others before and after."""
+class ResultPage(NamedTuple):
+    """Some images of a result in order, and whether others come before and after."""
 
-    images: list[Place]
+    images: list[ImagePlace]
     before: bool
     after: bool
 
 
 class Catalog:
-    """Answers questions about a corpus; for any number of threads.
+    """Answers questions about a corpus, from any number of threads.
 
     Args:
         out: the corpus.
@@ -115,13 +115,13 @@ class Catalog:
         self._db.execute("SET lock_configuration=true")
 
     def units(self, subset: str = "") -> list[Unit]:
-        """The committed units in order, of one subset or of all; listed anew when there are other ones."""
+        """The committed units in order, of one subset or of all (""); always up to date."""
         self._refresh()
         return [unit for unit in self._units.values() if subset in ("", unit.subset)]
 
     @property
     def version(self) -> tuple[Any, ...]:
-        """Another one when other units are committed."""
+        """Identifies the committed units: it changes when others are committed."""
         self._refresh()
         return self._version
 
@@ -143,12 +143,21 @@ class Catalog:
         """Names of the subsets, sorted."""
         return [name for name, _ in self.version]
 
+    def check_subset(self, name: str) -> None:
+        """Refuse a name that no subset has.
+
+        Raises:
+            ConfigError: there is no such subset.
+        """
+        if name not in self.subsets():
+            raise ConfigError(f"{name[:40]!r}: no such subset")
+
     def counts(self, subset: str) -> SubsetCounts:
-        """Funnel and counts, as the terminal shows them."""
+        """The funnel and the counts of a subset, as the terminal shows them."""
         return self.remember(("counts", subset), lambda: merge.count(self.out, subset))
 
     def remember(self, what: Any, make: Callable[[], T], most: int = 256) -> T:
-        """What `make` returns, kept until other units are committed."""
+        """What `make` returns, kept under `what` until other units are committed."""
         name = (self.version, what)
         with self._lock:
             if name in self._kept:
@@ -164,10 +173,10 @@ class Catalog:
     def select(
         self, sql: str, args: dict[str, Any] | None = None, subset: str = "", units: list[Unit] | None = None
     ) -> list[tuple[Any, ...]]:
-        """Rows of a query on the ledgers, which it calls LEDGERS; values come as named parameters.
+        """Rows of a query. It calls the ledgers' table LEDGERS, and takes values as named parameters.
 
         Raises:
-            IntegrityError: a ledger is damaged or gone.
+            IntegrityError: a ledger is damaged or missing.
         """
         units = self.units(subset) if units is None else units
         if not units:
@@ -182,9 +191,13 @@ class Catalog:
     # Pages.
 
     def page(
-        self, query: Query, after: Place | None = None, before: Place | None = None, limit: int = PAGE
-    ) -> Page:
-        """Images with a region that the query chooses, from the beginning, after a place or before one."""
+        self,
+        query: Query,
+        after: ImagePlace | None = None,
+        before: ImagePlace | None = None,
+        limit: int = PAGE,
+    ) -> ResultPage:
+        """Images with a region that the query chooses: the first, or those after or before a place."""
         forward = before is None
         edge = after if forward else before
         find = self._by_measure if query.sort else self._in_order
@@ -194,32 +207,32 @@ class Catalog:
             found.reverse()
         for place in found:
             self._learn(place.subset, place.key, place.unit)
-        return Page(found, edge is not None if forward else more, more if forward else True)
+        return ResultPage(found, edge is not None if forward else more, more if forward else True)
 
-    def place_of(self, cursor: str) -> Place | None:
+    def find_place(self, cursor: str) -> ImagePlace | None:
         """The place that a cursor names; None for "".
 
         Raises:
-            ConfigError: it names none.
+            ConfigError: this corpus has no such place.
         """
         if not cursor:
             return None
         try:
             unit, row, key, rank = cursor.split(":")
             self._refresh()
-            return Place(self._units[unit].subset, unit, key, int(row), 0, float(rank))
+            return ImagePlace(self._units[unit].subset, unit, key, int(row), 0, float(rank))
         except (KeyError, ValueError) as error:
             raise ConfigError(
                 f"{cursor[:60]!r}: no place in this corpus; start from the first page"
             ) from error
 
-    def _in_order(self, query: Query, edge: Place | None, forward: bool, limit: int) -> list[Place]:
+    def _in_order(self, query: Query, edge: ImagePlace | None, forward: bool, limit: int) -> list[ImagePlace]:
         units = self.units(query.subset)
         if not forward:
             units.reverse()
         names = [unit.name for unit in units]
         start = names.index(edge.unit) if edge and edge.unit in names else 0
-        found: list[Place] = []
+        found: list[ImagePlace] = []
         size = _WINDOW
         while start < len(units) and len(found) < limit:
             window = units[start : start + size]
@@ -227,23 +240,25 @@ class Catalog:
             start, size = start + size, size * 2
         return found
 
-    def _by_measure(self, query: Query, edge: Place | None, forward: bool, limit: int) -> list[Place]:
+    def _by_measure(
+        self, query: Query, edge: ImagePlace | None, forward: bool, limit: int
+    ) -> list[ImagePlace]:
         ahead = self.remember(
             ("sorted", query),
-            lambda: self._places_in(self.units(query.subset), query, None, True, PAGE * _AHEAD),
+            lambda: self._places_in(self.units(query.subset), query, None, True, PAGE * _PAGES_AHEAD),
             64,
         )
-        there = {place.key + place.unit: number for number, place in enumerate(ahead)}
-        at = -1 if edge is None else there.get(edge.key + edge.unit)
+        numbers = {place.key + place.unit: number for number, place in enumerate(ahead)}
+        at = -1 if edge is None else numbers.get(edge.key + edge.unit)
         if at is not None and not forward:
             return ahead[max(0, at - limit) : at][::-1]
-        if at is not None and (at + limit < len(ahead) or len(ahead) < PAGE * _AHEAD):
+        if at is not None and (at + limit < len(ahead) or len(ahead) < PAGE * _PAGES_AHEAD):
             return ahead[at + 1 : at + 1 + limit]
         return self._places_in(self.units(query.subset), query, edge, forward, limit)
 
     def _places_in(
-        self, units: list[Unit], query: Query, edge: Place | None, forward: bool, limit: int
-    ) -> list[Place]:
+        self, units: list[Unit], query: Query, edge: ImagePlace | None, forward: bool, limit: int
+    ) -> list[ImagePlace]:
         where, args = query.where()
         measure = query.sort.removeprefix("-")
         falling = query.sort.startswith("-")
@@ -269,10 +284,10 @@ class Catalog:
             SELECT subset, unit, key, min(file_row_number) AS row, count(*), ({rank})::DOUBLE AS rank
             FROM LEDGERS WHERE {where} GROUP BY subset, unit, key HAVING {edge_sql}
             ORDER BY rank {rank_down}, unit {down}, row {down} LIMIT {limit:d}"""
-        return [Place(*row) for row in self.select(sql, args, units=units)]
+        return [ImagePlace(*row) for row in self.select(sql, args, units=units)]
 
     def total(self, query: Query) -> tuple[int, int]:
-        """(regions, images) that the query chooses."""
+        """How many (regions, images) the query chooses."""
         where, args = query.where()
         sql = f"""
             SELECT coalesce(sum(regions), 0)::BIGINT, count(*)
@@ -285,7 +300,7 @@ class Catalog:
         return self.remember(("total", where, tuple(args.items()), query.subset), counted)
 
     def categories(self) -> list[str]:
-        """The most frequent ones of what is kept, as far as the corpus's statistics list them."""
+        """The most frequent categories of kept regions, as far as the corpus's statistics list them."""
 
         def listed() -> list[str]:
             with contextlib.suppress(ParaCaptionError):
@@ -304,7 +319,7 @@ class Catalog:
         """An image's rows of the ledger, masks included, in the order of its regions.
 
         Raises:
-            ConfigError: no committed unit has it.
+            ConfigError: no committed unit has the image.
         """
         unit = self._unit_of(subset, key)
         names = [name for name, *_ in self.select("DESCRIBE SELECT * FROM LEDGERS", units=[unit])]
@@ -312,8 +327,8 @@ class Catalog:
         rows = self.select(sql, {"key": key, "subset": subset}, units=[unit])
         return [dict(zip(names, row, strict=True)) for row in rows]
 
-    def matching(self, places: list[Place], query: Query, most: int) -> Iterator[list[dict[str, Any]]]:
-        """Of each place the first rows that the query chooses, without masks."""
+    def matching(self, places: list[ImagePlace], query: Query, most: int) -> Iterator[list[dict[str, Any]]]:
+        """For each place the first `most` rows that the query chooses, without masks."""
         names = ("key", "region", "kept", "drop_stage", "drop_reason", "drop_detail", CATEGORY, "caption")
         where, args = query.where()
         args["keys"] = [place.key for place in places]
@@ -344,5 +359,5 @@ class Catalog:
     def _learn(self, subset: str, key: str, unit: str) -> None:
         with self._lock:
             self._places[subset, key] = unit
-            while len(self._places) > _PLACES:
+            while len(self._places) > _MOST_LEARNED:
                 self._places.popitem(last=False)

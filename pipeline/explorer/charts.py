@@ -1,4 +1,4 @@
-"""Distributions and curves as geometry that the templates draw as SVG: no script, no picture to load."""
+"""Distributions and curves as geometry, which the templates draw as SVG."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ...schemas.config import BuildConfig
 from ..corpus import plots
 from ..stages.registry import THRESHOLDS
 from .catalog import Catalog
-from .query import plain
+from .query import format_number
 
 WIDTH, HEIGHT = 420, 150
-"""Of a chart's area, in SVG units; labels stand outside."""
+"""Size of a chart's area in SVG units; its labels are outside."""
 
 _BINS = 40
 
 
 class Bin(NamedTuple):
-    """`low <= value < high`: kept and dropped regions (or images); of the last bin `high` is included."""
+    """How many regions (or images) have `low <= value < high`; the last bin includes `high`."""
 
     low: float
     high: float
@@ -35,13 +35,13 @@ class Line(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """Of a number over the regions of a subset that have it.
+    """The distribution of a number over the regions of a subset that have it.
 
     Attributes:
         name: column of the ledger, or "regions_per_image".
-        title: for people, with the unit.
-        bins: without gaps, in order.
-        lines: the thresholds that decide on it.
+        title: what people read, with the unit.
+        bins: in order, without gaps.
+        lines: the thresholds that decide on the number.
         octaves: whether each bin spans a factor of two.
     """
 
@@ -66,8 +66,8 @@ _SHOWN = {
 }
 
 
-def distributions(catalog: Catalog, subset: str, config: BuildConfig) -> list[Distribution]:
-    """The distributions of a subset that has the numbers, with the thresholds of `config`."""
+def read_distributions(catalog: Catalog, subset: str, config: BuildConfig) -> list[Distribution]:
+    """The distributions of the numbers that a subset has, with the thresholds of `config`."""
     found = catalog.remember(("distributions", subset), lambda: _bins(catalog, subset))
     return [
         Distribution(name, title, found[name], _lines(config, keys), name == "area")
@@ -91,7 +91,7 @@ _FINE = {
     "repeat_share": ("repeat_share * 40", 0.025),
     "verdict_margin": ("4 * greatest(-1000, least(1000, verdict_margin))", 0.25),
 }
-"""The number of a narrow bin in SQL, and its width; narrow bins are joined until there are few enough."""
+"""Column -> the number of a narrow bin in SQL, and its width. Narrow bins are joined until they are few."""
 
 _SHARES = ("iou", "repeat_share")
 
@@ -100,7 +100,7 @@ Tally = dict[int, tuple[int, int]]
 
 
 def _bins(catalog: Catalog, subset: str) -> dict[str, list[Bin]]:
-    """All of a subset's, in one pass for the scores and one for the images."""
+    """The bins of each number: one pass for the scores, and one for the images."""
     counted = ", ".join(
         f"histogram(floor({place})::INT) FILTER (isfinite({name}::DOUBLE))"
         for name, (place, _) in _FINE.items()
@@ -128,7 +128,7 @@ def _bins(catalog: Catalog, subset: str) -> dict[str, list[Bin]]:
 
 
 def _joined(tally: Tally, width: float) -> list[Bin]:
-    """No more than `_BINS` of them, from 0 on if none is below."""
+    """At most `_BINS` bins, which begin at 0 if no value is below."""
     if not tally:
         return []
     low = min(0, *tally)
@@ -141,7 +141,7 @@ def _joined(tally: Tally, width: float) -> list[Bin]:
 
 
 def _filled(tally: Tally, edge: Callable[[int], float]) -> list[Bin]:
-    """With the empty ones between."""
+    """Bins from the first to the last, with the empty ones between."""
     places = range(min(tally), max(tally) + 1) if tally else ()
     return [Bin(edge(i), edge(i + 1), *tally.get(i, (0, 0))) for i in places]
 
@@ -150,7 +150,7 @@ def _filled(tally: Tally, edge: Callable[[int], float]) -> list[Bin]:
 
 
 class Bar(NamedTuple):
-    """Rectangles of a bin, and what it says when it is pointed at."""
+    """The rectangles of a bin, and its tooltip."""
 
     x: float
     width: float
@@ -158,7 +158,7 @@ class Bar(NamedTuple):
     kept_height: float
     dropped_y: float
     dropped_height: float
-    says: str
+    tooltip: str
 
 
 class Tick(NamedTuple):
@@ -169,18 +169,25 @@ class Tick(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A distribution, drawn. `most` is the count that the area is high."""
+    """A drawn distribution.
+
+    Attributes:
+        title: what people read.
+        description: for those who cannot see it.
+        bars, ticks, lines: its parts; a line is a threshold.
+        most: the count that is as high as the area.
+    """
 
     title: str
-    says: str
+    description: str
     bars: list[Bar]
     ticks: list[Tick]
     lines: list[Tick]
     most: int
 
 
-def chart(distribution: Distribution) -> Chart:
-    """Bars of kept below dropped, ticks, and the thresholds' lines where they are in the picture."""
+def draw_chart(distribution: Distribution) -> Chart:
+    """Bars of kept below dropped, ticks, and the lines of the thresholds that are within the picture."""
     bins = distribution.bins
     most = max(each.kept + each.dropped for each in bins)
     width = WIDTH / len(bins)
@@ -189,25 +196,29 @@ def chart(distribution: Distribution) -> Chart:
     for number, (low, high, kept, dropped) in enumerate(bins):
         up, down = HEIGHT * kept / most, HEIGHT * dropped / most
         span = (
-            plain(low)
+            format_number(low)
             if high - low == 1 and low >= 0 and not distribution.octaves
             else f"{_short(low)} to {_short(high)}"
         )
-        says = f"{span}: {kept:,} {noun} kept, {dropped:,} dropped"
-        bars.append(Bar(number * width, max(1.0, width - 1), HEIGHT - up, up, HEIGHT - up - down, down, says))
+        tooltip = f"{span}: {kept:,} {noun} kept, {dropped:,} dropped"
+        bars.append(
+            Bar(number * width, max(1.0, width - 1), HEIGHT - up, up, HEIGHT - up - down, down, tooltip)
+        )
     every = max(1, round(len(bins) / 5))
     edges = [*(each.low for each in bins), bins[-1].high]
     ticks = [Tick(i * width, _short(edges[i])) for i in range(0, len(edges), every)]
     lines = [
-        Tick(_place(bins, line.value, distribution.octaves) * WIDTH, f"{line.key} {plain(line.value)}")
+        Tick(
+            _place(bins, line.value, distribution.octaves) * WIDTH, f"{line.key} {format_number(line.value)}"
+        )
         for line in distribution.lines
         if bins[0].low <= line.value <= bins[-1].high
     ]
     total = distribution.total
     kept = sum(each.kept for each in bins)
     ends = f"from {_short(edges[0])} to {_short(edges[-1])}"
-    says = f"{distribution.title}: {total:,} {noun}, {kept:,} of them kept, {ends}"
-    return Chart(distribution.title, says, bars, ticks, lines, most)
+    description = f"{distribution.title}: {total:,} {noun}, {kept:,} of them kept, {ends}"
+    return Chart(distribution.title, description, bars, ticks, lines, most)
 
 
 def _place(bins: list[Bin], value: float, octaves: bool) -> float:
@@ -225,7 +236,15 @@ def _short(value: float) -> str:
 
 
 class Curve(NamedTuple):
-    """A line over the steps of a run: SVG points, a colour, and where its axes begin and end."""
+    """Lines over the steps of a run.
+
+    Attributes:
+        title: what people read, with the unit.
+        series: (name, color, SVG points) of each line.
+        low, high: the ends of the value axis.
+        first, last: the ends of the step axis.
+        description: for those who cannot see it.
+    """
 
     title: str
     series: list[tuple[str, str, str]]
@@ -233,16 +252,18 @@ class Curve(NamedTuple):
     high: str
     first: str
     last: str
-    says: str
+    description: str
 
 
-def curve(title: str, series: dict[str, tuple[list[float], list[float]]], log: bool = False) -> Curve | None:
-    """Some series over steps, as (steps, values) by name; None if there is no number in them.
+def draw_curve(
+    title: str, series: dict[str, tuple[list[float], list[float]]], log: bool = False
+) -> Curve | None:
+    """Draw some series over steps; None if they hold no number.
 
     Args:
         title: with the unit.
-        series: their names go into the legend.
-        log: a logarithmic axis; values that are not above 0 are left out.
+        series: (steps, values) by name; the names are shown in the legend.
+        log: whether the axis is logarithmic; values that are not above 0 are then left out.
     """
     clean = {
         name: [
@@ -266,9 +287,9 @@ def curve(title: str, series: dict[str, tuple[list[float], list[float]]], log: b
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
         drawn.append((name, CURVES[number % len(CURVES)], places))
     ends = ", ".join(f"{name} {pairs[-1][1]:.4g}" for name, pairs in clean.items() if pairs)
-    says = f"{title}, steps {first:,.0f} to {last:,.0f}; last: {ends}"
-    return Curve(title, drawn, _short(low), _short(high), f"{first:,.0f}", f"{last:,.0f}", says)
+    description = f"{title}, steps {first:,.0f} to {last:,.0f}; last: {ends}"
+    return Curve(title, drawn, _short(low), _short(high), f"{first:,.0f}", f"{last:,.0f}", description)
 
 
 CURVES = (plots.KEPT, "#D55E00", "#009E73", "#CC79A7", "#555555", "#56B4E9")
-"""Colours of curves, told apart by colour-blind eyes, too."""
+"""Colors of curves, which color-blind people can tell apart too."""

@@ -1,7 +1,7 @@
-"""Photos of a corpus for the browser, drawn as everywhere: by `draw`, or as SVG with its colours and numbers.
+"""Photos of a corpus for the browser, with masks drawn by `draw`, or as SVG with the same colors and numbers.
 
-A photo is decoded and encoded anew, so what a browser gets is a JPEG of ours whatever the publisher's file
-holds, as stored: browsers would turn a photo by its EXIF orientation, and masks would not fit.
+A photo is decoded and encoded anew, so the browser gets a JPEG of ours whatever the publisher's file holds.
+Its EXIF data are left out, because browsers would turn the photo by them, and masks would no longer fit.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .catalog import Catalog
 PHOTO_SIDE = 1600
 THUMB_SIDE = 480
 MOST_DRAWN = 12
-"""Masks on a thumbnail; more would hide the photo."""
+"""Masks on a thumbnail; more of them would hide the photo."""
 
 _KEPT_THUMBS = 400
 _THUMB_DISC = 14
-"""Radius in pixels; thumbnails are shown at about 300."""
+"""Radius of a number's disc in pixels; thumbnails are shown about 300 pixels wide."""
 
 _SMALL = 400
-"""Side of the picture in which the places of numbers are looked for, in pixels."""
+"""Side in pixels of the shrunk picture in which places for the numbers are found."""
 
 
 class Layer(NamedTuple):
@@ -42,10 +42,11 @@ class Layer(NamedTuple):
 
     Attributes:
         region: its id.
-        path: outlines with their holes as an SVG path, for the even-odd rule.
-        color, halo: "#rrggbb" of the paint, and of the line around it that stands out from it.
-        opacity: of the paint.
-        x, y: centre of the number; None for an empty mask.
+        path: the outlines and holes as an SVG path, for the even-odd rule.
+        color: "#rrggbb" of the mask.
+        halo: "#rrggbb" of the line around it, white or black.
+        opacity: of the mask's area.
+        x, y: center of the number; None for an empty mask.
     """
 
     region: int
@@ -58,12 +59,12 @@ class Layer(NamedTuple):
 
 
 class Pictures:
-    """Photos and thumbnails of a corpus; for any number of threads, two of which decode at a time.
+    """Photos and thumbnails of a corpus. Any number of threads may ask; two of them decode at a time.
 
     Args:
         catalog: of the corpus.
         shards: folder or fsspec URL that holds `<subset>/shards/`; default: the corpus.
-        max_pixels: larger photos are not decoded.
+        max_pixels: photos with more pixels are not decoded.
     """
 
     def __init__(self, catalog: Catalog, shards: str | None = None, max_pixels: int = 200_000_000):
@@ -78,7 +79,7 @@ class Pictures:
 
         Raises:
             ConfigError: there is no such image.
-            BadRecord: its photo is not there, or is none.
+            BadRecord: its photo is missing or cannot be read.
         """
         from PIL import Image
 
@@ -89,7 +90,7 @@ class Pictures:
             return _jpeg(picture, 88)
 
     def thumb(self, subset: str, key: str, regions: Sequence[int]) -> bytes:
-        """The photo with some of its masks as a JPEG, `THUMB_SIDE` pixels wide or high. Raises as `photo`."""
+        """The photo with some masks as a JPEG, `THUMB_SIDE` pixels wide or high. Raises what `photo` does."""
         return self._thumb(self.catalog.version, subset, key, tuple(regions)[:MOST_DRAWN])
 
     def _draw_thumb(self, _: object, subset: str, key: str, regions: tuple[int, ...]) -> bytes:
@@ -97,24 +98,24 @@ class Pictures:
         with self._decoding:
             pixels = self.pixels(rows)
             wanted = [row for row in rows if row["region"] in regions and row["rle_counts"]]
-            marks = [mark for row in wanted if (mark := _mark(row)).rle.size == pixels.shape[:2]]
-            return _jpeg(draw.draw_masks(pixels, marks, THUMB_SIDE, _THUMB_DISC), 80)
+            overlays = [each for row in wanted if (each := _overlay(row)).rle.size == pixels.shape[:2]]
+            return _jpeg(draw.draw_masks(pixels, overlays, THUMB_SIDE, _THUMB_DISC), 80)
 
     def pixels(self, rows: list[dict[str, Any]]) -> np.ndarray:
-        """(H, W, 3) uint8 RGB of the image that some ledger rows are of.
+        """The pixels of the image that some ledger rows belong to, as (H, W, 3) uint8 RGB.
 
         Raises:
-            BadRecord: as `photo`.
+            BadRecord: its photo is missing or cannot be read.
         """
-        blob = self._blob(rows)
+        blob = self._find_photo(rows)
         try:
             data = files.read(blob)
         except OSError as error:
             raise BadRecord(Reason.PHOTO_MISSING, f"{blob}: {error}") from error
         return photos.decode(blob, data, self.max_pixels)
 
-    def _blob(self, rows: list[dict[str, Any]]) -> Blob:
-        """In the shard if a region of the image was kept, else where the plan found it."""
+    def _find_photo(self, rows: list[dict[str, Any]]) -> Blob:
+        """In the shard if a region of the image was kept, otherwise where the work list has it."""
         first = rows[0]
         kept = next((row for row in rows if row["shard"]), None)
         if kept is not None:
@@ -131,11 +132,11 @@ class Pictures:
         return found
 
 
-def layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
+def draw_layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
     """The masks of one image as SVG, the largest first, so that smaller ones are painted over it.
 
     Args:
-        regions: (id, mask); all of the same size. A mask has its id's colour, as on thumbnails.
+        regions: pairs of id and mask; all masks have the same size. The color follows from the id.
 
     Raises:
         BadRecord: a mask cannot be read.
@@ -162,33 +163,37 @@ def layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
         color = color_of(regions[i][0])
         fill = draw.opacity(areas[i], height * width)
         x, y = (round((v + 0.5) / scale) for v in places[i]) if i in places else _first_point(paths[i])
-        found.append(Layer(regions[i][0], paths[i], hexadecimal(color), halo_of(color), fill, x, y))
+        found.append(Layer(regions[i][0], paths[i], css_color(color), halo_of(color), fill, x, y))
     return found
 
 
 def color_of(region: int) -> tuple[int, int, int]:
-    """A region's colour on every page."""
+    """The color of a region on every page, as RGB."""
     return draw.PALETTE[region % len(draw.PALETTE)]
 
 
 def halo_of(color: tuple[int, int, int]) -> str:
-    """White or black, whichever stands out from the colour."""
+    """White or black, whichever stands out from the color."""
     return "#ffffff" if draw.is_dark(color) else "#000000"
 
 
-def hexadecimal(color: tuple[int, int, int]) -> str:
-    """As CSS has it: "#rrggbb"."""
+def css_color(color: tuple[int, int, int]) -> str:
+    """A color in CSS: "#rrggbb"."""
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def outline(code: Rle) -> str:
-    """A mask as an SVG path. Raises as `layers`."""
+    """The outline of a mask as an SVG path.
+
+    Raises:
+        BadRecord: the mask cannot be read.
+    """
     mask = rle.check(code.counts, code.size)
     return _path(rle.decode(mask.rle), mask.bbox, importlib.import_module("cv2"))
 
 
 def _middles(length: int, scale: float) -> np.ndarray:
-    """Places of the pixels that stand for a line when it is shrunk: the middles of the shrunk ones."""
+    """Which pixels of a line are kept when it is shrunk: those in the middle of each shrunk pixel."""
     count = max(1, round(length * scale))
     return ((np.arange(count) + 0.5) * length / count).astype(np.int64)
 
@@ -197,10 +202,10 @@ def _path(dense: np.ndarray, bbox: tuple[int, int, int, int], cv2: Any) -> str:
     x, y, w, h = bbox
     crop = np.ascontiguousarray(dense[y : y + h, x : x + w])
     contours, _ = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(x, y))
-    off_by = max(dense.shape) / PHOTO_SIDE  # of a pixel on the screen
+    screen_pixel = max(dense.shape) / PHOTO_SIDE
     parts = []
     for contour in contours:
-        points = cv2.approxPolyDP(contour, off_by / 2, closed=True)[:, 0].tolist()
+        points = cv2.approxPolyDP(contour, screen_pixel / 2, closed=True)[:, 0].tolist()
         parts.append("M" + "L".join(f"{px}.5 {py}.5" for px, py in points) + "Z")
     return "".join(parts)
 
@@ -212,7 +217,7 @@ def _first_point(path: str) -> tuple[int | None, int | None]:
     return int(float(x)), int(float(y))
 
 
-def _mark(row: dict[str, Any]) -> Mark:
+def _overlay(row: dict[str, Any]) -> Mark:
     code = rle.check(row["rle_counts"], (row["image_height"], row["image_width"])).rle
     return Mark(code, "", color=color_of(row["region"]), number=row["region"])
 

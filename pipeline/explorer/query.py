@@ -1,4 +1,4 @@
-"""Which regions a page asks for: parsed from a URL, checked, and turned into a condition with parameters."""
+"""Which regions a page asks for: parsed from a URL, checked, and turned into SQL with parameters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MEASURES = {
     "stability_score": "the publisher's measure of the mask's stability, 0..1",
     **SCORES,
 }
-"""Columns that can be filtered and sorted by, with their meanings."""
+"""Columns of the ledger that can be filtered and sorted by, with their meanings."""
 
 OUTCOMES = ("", "kept", "dropped")
 CATEGORY = "coalesce(category, core_category)"
-"""The annotation's category, else the one named from the caption; as in `corpus`."""
+"""The annotation's category, or else the one that was taken from the caption, in SQL."""
 
 _TEXTS = ("subset", "category", "text", "outcome", "stage", "reason", "sort")
 _MAX_TEXT = 200
@@ -35,11 +35,11 @@ class Query:
     """A choice of regions and an order of their images.
 
     Attributes:
-        subset, category, stage, reason: equal to this; "" for any. Stage and reason are those of the drop.
-        text: terms that all occur in the caption, upper and lower case alike; "in quotes" for a phrase.
+        subset, category, stage, reason: must be equal; "" for any. Stage and reason are those of the drop.
+        text: terms that must all occur in the caption, in upper or lower case; "in quotes" for a phrase.
         outcome: "kept", "dropped" or "" for both.
-        ranges: (measure, least, most), both inclusive, either may be None; a region without the number is
-            out.
+        ranges: (measure, least, most); both bounds are inclusive, and None for no bound. A region that lacks
+            the number is not chosen.
         sort: "" for the corpus's order; a measure for the lowest first, "-measure" for the highest first.
     """
 
@@ -54,17 +54,17 @@ class Query:
 
     @classmethod
     def parse(cls, params: Mapping[str, str]) -> Query:
-        """From a URL's parameters; others than ours are ignored.
+        """The query in a URL's parameters; other parameters are ignored.
 
         Raises:
-            ConfigError: a value that no such field has.
+            ConfigError: a parameter has a value that is not possible.
         """
         values = {name: params.get(name, "").strip()[:_MAX_TEXT] for name in _TEXTS}
         if values["outcome"] not in OUTCOMES:
-            raise ConfigError(f"outcome: {values['outcome']!r}; there are kept and dropped")
+            raise ConfigError(f"outcome: unknown outcome {values['outcome']!r}; choose kept or dropped")
         if values["sort"] and values["sort"].removeprefix("-") not in MEASURES:
             raise ConfigError(
-                f"sort: {values['sort']!r}; there are {', '.join(MEASURES)}, or with a - before"
+                f"sort: unknown order {values['sort']!r}; choose {', '.join(MEASURES)}, or one after a -"
             )
         ranges = []
         for name in MEASURES:
@@ -77,7 +77,7 @@ class Query:
         """The URL's parameters that give this query."""
         found = {name: getattr(self, name) for name in _TEXTS}
         for name, least, most in self.ranges:
-            found |= {f"{name}.min": plain(least), f"{name}.max": plain(most)}
+            found |= {f"{name}.min": format_number(least), f"{name}.max": format_number(most)}
         return {name: value for name, value in found.items() if value}
 
     def url(self, **changes: str) -> str:
@@ -85,22 +85,22 @@ class Query:
         return urlencode({name: value for name, value in {**self.params(), **changes}.items() if value})
 
     def without(self, name: str) -> Query:
-        """The query with one field, or one measure's range, left out."""
+        """The query without one of its fields, or without the range of one measure."""
         if name in MEASURES:
             return replace(self, ranges=tuple(each for each in self.ranges if each[0] != name))
         return replace(self, **{name: ""})
 
     def chips(self) -> list[tuple[str, str]]:
-        """(field, what it asks for) of every field that narrows the choice; for people."""
+        """For people: (field, what it asks for) of every field that narrows the choice."""
         shown = [(name, f"{name}: {getattr(self, name)}") for name in _TEXTS[:-1] if getattr(self, name)]
         for name, least, most in self.ranges:
-            low, high = plain(least), plain(most)
+            low, high = format_number(least), format_number(most)
             bounds = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
             shown.append((name, f"{name.replace('_', ' ')}: {bounds}"))
         return shown
 
     def where(self) -> tuple[str, dict[str, Any]]:
-        """The condition on a ledger's rows in SQL, and its named parameters. The subset is not in it."""
+        """The condition on a row of the ledger in SQL, and its named parameters. The subset is left out."""
         terms, args = ["true"], {}
         if self.category:
             terms.append(f"lower({CATEGORY}) = lower($category)")
@@ -128,8 +128,8 @@ class Query:
         return [phrase or word for phrase, word in _TERM.findall(self.text)][:_MAX_TERMS]
 
 
-def plain(value: float | None) -> str:
-    """The shortest text that reads back as the same number; "" for None."""
+def format_number(value: float | None) -> str:
+    """The shortest text that reads as the same number; "" for None."""
     if value is None:
         return ""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)

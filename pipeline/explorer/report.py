@@ -1,4 +1,4 @@
-"""The overview and samples of each drop reason as one HTML file that needs nothing else."""
+"""The overview and samples of each drop reason as one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import NamedTuple
 from ...schemas.errors import ConfigError, ParaCaptionError
 from ..corpus import inspect
 from ..io import files
-from .app import Explorer
-from .reviews import KEPT
+from .context import Explorer
+from .pages.overview import summarize_subsets
+from .reviews import KEPT, list_decisions
 
 NAME = "report.html"
 
@@ -19,53 +20,55 @@ _KEPT_SHOWN = 6
 _DROPPED_SHOWN = 3
 
 
-class Shown(NamedTuple):
+class ShownSample(NamedTuple):
     """A sample with its picture as a data URL; "" if the photo cannot be shown."""
 
     sample: inspect.Sample
     picture: str
 
 
-def write(out: str | Path, to: str | Path | None = None) -> Path:
-    """Write the report of a corpus, whole or not at all. The samples are those of the terminal's `inspect`.
+def write_report(out: str | Path, to: str | Path | None = None) -> Path:
+    """Write the report of a corpus, completely or not at all. Its samples are those of `paracaption inspect`.
 
     Args:
         out: the corpus.
-        to: the file; default: `OUT/report.html`.
+        to: the file; by default `OUT/report.html`.
 
     Raises:
-        ConfigError: no corpus, or no folder for the file.
+        ConfigError: there is no corpus, or no folder for the file.
         IntegrityError: the corpus is damaged.
     """
     path = Path(out) / NAME if to is None else Path(to)
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: no such folder; make it first")
-    data = render(Explorer(out)).encode()
+    data = render_report(Explorer(out)).encode()
     with files.write_atomic(path) as file:
         file.write(data)
     return path
 
 
-def render(explorer: Explorer) -> str:
+def render_report(explorer: Explorer) -> str:
     """The report's HTML."""
     css = resources.files("paracaption.pipeline.explorer").joinpath("static", "explorer.css").read_text()
-    parts = [(part, _groups(explorer, part["name"])) for part in explorer.overview(distributions=True)]
+    parts = [
+        (part, _groups(explorer, part["name"])) for part in summarize_subsets(explorer, distributions=True)
+    ]
     return explorer.templates.get_template("report.html").render(css=css, parts=parts)
 
 
-def _groups(explorer: Explorer, subset: str) -> list[tuple[str, list[Shown]]]:
+def _groups(explorer: Explorer, subset: str) -> list[tuple[str, list[ShownSample]]]:
     """Samples by decision, in the funnel's order."""
     kept, dropped = inspect.samples(explorer.catalog.out, subset, _KEPT_SHOWN, _DROPPED_SHOWN)
     groups = {KEPT: kept, **dropped}
-    order = [name for name, _ in explorer.decisions(subset)]
+    order = [name for name, _ in list_decisions(explorer.catalog, subset)]
     ranked = sorted(groups, key=lambda name: order.index(name) if name in order else len(order))
     return [(name, [_shown(explorer, subset, sample) for sample in groups[name]]) for name in ranked]
 
 
-def _shown(explorer: Explorer, subset: str, sample: inspect.Sample) -> Shown:
+def _shown(explorer: Explorer, subset: str, sample: inspect.Sample) -> ShownSample:
     regions = [] if sample.region in (None, -1) else [sample.region]
     try:
         data = explorer.pictures.thumb(subset, sample.key, regions)
     except ParaCaptionError:
-        return Shown(sample, "")
-    return Shown(sample, f"data:image/jpeg;base64,{base64.b64encode(data).decode()}")
+        return ShownSample(sample, "")
+    return ShownSample(sample, f"data:image/jpeg;base64,{base64.b64encode(data).decode()}")

@@ -1,7 +1,8 @@
-"""What people say of decisions: right or wrong, kept beside the corpus, and the precision that follows.
+"""What people say about decisions: right or wrong. Kept beside the corpus, with the precision that follows.
 
-`OUT/review/marks.parquet` has a row per marked region with the decision that was looked at. It is written
-whole for each mark, under a lock, so two explorers of one corpus do not lose each other's.
+`OUT/review/marks.parquet` (its name in version 0.1) has a row for each reviewed region with the decision that
+was reviewed. The whole file is written for each review, under a lock, so that two explorers of one corpus do
+not lose each other's.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FOLDER = "review"
-MARKS = "marks.parquet"
+FILE = "marks.parquet"
 KEPT = "kept"
 
 _Z = 1.959964
-"""Of the normal distribution, for 95%."""
+"""The quantile of the normal distribution for a 95% interval."""
 
 
-class Mark(NamedTuple):
+class Review(NamedTuple):
     """A person's word on a region.
 
     Attributes:
-        subset, key, region: which.
-        decision: "kept", or "stage/reason" of the drop, when it was looked at.
+        subset, key, region: which region.
+        decision: "kept", or "stage/reason" of the drop, at the time of the review.
         right: whether that decision is right.
         time_s: seconds since the epoch.
     """
@@ -47,39 +48,39 @@ class Mark(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """How often a decision was right, of those marked.
+    """How often a decision was right, among the reviewed regions.
 
     Attributes:
-        subset, decision: of what.
-        right, marked: counts.
-        low, high: 95% interval by Wilson; it is the decision's as a whole if the marked ones were drawn at
-            random.
+        subset, decision: which decision.
+        right, reviewed: numbers of regions.
+        low, high: 95% interval by Wilson's score. It holds for all regions of the decision if the reviewed
+            ones were drawn at random.
     """
 
     subset: str
     decision: str
     right: int
-    marked: int
+    reviewed: int
     low: float
     high: float
 
     @property
     def share(self) -> float:
-        return self.right / self.marked
+        return self.right / self.reviewed
 
 
-class Marks:
-    """The marks of a corpus."""
+class Reviews:
+    """The reviews of a corpus."""
 
     def __init__(self, catalog: Catalog):
         self.catalog = catalog
-        self.path = catalog.out / FOLDER / MARKS
+        self.path = catalog.out / FOLDER / FILE
 
-    def read(self) -> list[Mark]:
-        """All of them.
+    def read_all(self) -> list[Review]:
+        """All reviews.
 
         Raises:
-            IntegrityError: the file is not readable.
+            IntegrityError: the file cannot be read.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -90,15 +91,17 @@ class Marks:
         except FileNotFoundError:
             return []
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
-            raise IntegrityError(f"{self.path}: no marks ({error}); move it away, and mark anew") from error
-        return [Mark(*row.values()) for row in table.to_pylist()]
+            raise IntegrityError(
+                f"{self.path}: no reviews ({error}); move it away, and review anew"
+            ) from error
+        return [Review(*row.values()) for row in table.to_pylist()]
 
-    def of(self, subset: str, key: str) -> dict[int, Mark]:
-        """By region, of an image."""
-        return {mark.region: mark for mark in self.read() if (mark.subset, mark.key) == (subset, key)}
+    def of_image(self, subset: str, key: str) -> dict[int, Review]:
+        """The reviews of an image by region."""
+        return {each.region: each for each in self.read_all() if (each.subset, each.key) == (subset, key)}
 
-    def set(self, subset: str, key: str, region: int, right: bool | None) -> None:
-        """Mark the present decision on a region; None takes the mark away.
+    def save(self, subset: str, key: str, region: int, right: bool | None) -> None:
+        """Save a review of the present decision on a region; None removes the review.
 
         Raises:
             ConfigError: there is no such region, or the corpus cannot be written.
@@ -107,55 +110,58 @@ class Marks:
         if row is None:
             raise ConfigError(f"{subset}/{key}: no region {region}")
         with self._locked():
-            marks = {mark[:3]: mark for mark in self.read()}
-            marks.pop((subset, key, region), None)
+            reviews = {each[:3]: each for each in self.read_all()}
+            reviews.pop((subset, key, region), None)
             if right is not None:
-                mark = Mark(subset, key, region, decision_of(row), right, round(time.time(), 3))
-                marks[mark[:3]] = mark
-            self._write(sorted(marks.values()))
+                review = Review(subset, key, region, decision_of(row), right, round(time.time(), 3))
+                reviews[review[:3]] = review
+            self._write(sorted(reviews.values()))
 
     def precision(self) -> tuple[list[Precision], int]:
-        """By subset and decision; and the number of marks that are void: a rebuild has decided otherwise."""
-        marks = self.read()
-        now = self._decisions(marks)
-        counts: dict[tuple[str, str], list[int]] = {}
-        for mark in marks:
-            if now.get(mark[:3]) == mark.decision:
-                tally = counts.setdefault((mark.subset, mark.decision), [0, 0])
-                tally[0] += mark.right
-                tally[1] += 1
-        found = [Precision(*name, right, n, *wilson(right, n)) for name, (right, n) in sorted(counts.items())]
-        return found, len(marks) - sum(each.marked for each in found)
+        """The precision by subset and decision, and the number of void reviews.
 
-    def _decisions(self, marks: list[Mark]) -> dict[tuple[str, str, int], str]:
-        """The present decision on each marked region that is still there."""
-        if not marks:
+        A review is void if a rebuild has decided otherwise since.
+        """
+        reviews = self.read_all()
+        present = self._present_decisions(reviews)
+        counts: dict[tuple[str, str], list[int]] = {}
+        for review in reviews:
+            if present.get(review[:3]) == review.decision:
+                count = counts.setdefault((review.subset, review.decision), [0, 0])
+                count[0] += review.right
+                count[1] += 1
+        found = [Precision(*name, right, n, *wilson(right, n)) for name, (right, n) in sorted(counts.items())]
+        return found, len(reviews) - sum(each.reviewed for each in found)
+
+    def _present_decisions(self, reviews: list[Review]) -> dict[tuple[str, str, int], str]:
+        """The present decision on each reviewed region that the corpus still has."""
+        if not reviews:
             return {}
         sql = f"SELECT subset, key, region, {DECISION} FROM LEDGERS WHERE key IN (SELECT unnest($keys))"
-        rows = self.catalog.select(sql, {"keys": sorted({mark.key for mark in marks})})
+        rows = self.catalog.select(sql, {"keys": sorted({review.key for review in reviews})})
         return {(subset, key, region): decision for subset, key, region, decision in rows}
 
-    def next_unmarked(self, subset: str, decision: str, skip: int = 0) -> tuple[str, int] | None:
-        """(key, region) of a decision's region without a mark: the same random order for everyone.
+    def next_unreviewed(self, subset: str, decision: str, skip: int = 0) -> tuple[str, int] | None:
+        """(key, region) of a region without a review, in a random order that is the same for everyone.
 
         Args:
             subset: of the corpus.
             decision: "kept" or "stage/reason".
-            skip: this many of them.
+            skip: how many of them to pass over.
         """
-        marked = {(mark.key, mark.region) for mark in self.read() if mark.subset == subset}
+        reviewed = {(each.key, each.region) for each in self.read_all() if each.subset == subset}
         sql = f"""
             SELECT key, region FROM LEDGERS WHERE region IS NOT NULL AND {DECISION} = $decision
-            ORDER BY hash(key, region), key, region LIMIT {len(marked) + skip + 1:d}"""
+            ORDER BY hash(key, region), key, region LIMIT {len(reviewed) + skip + 1:d}"""
         rows = self.catalog.select(sql, {"decision": decision}, subset)
-        left = [(key, region) for key, region in rows if (key, region) not in marked]
+        left = [(key, region) for key, region in rows if (key, region) not in reviewed]
         return left[skip] if skip < len(left) else None
 
-    def _write(self, marks: list[Mark]) -> None:
+    def _write(self, reviews: list[Review]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = [list(column) for column in zip(*marks, strict=True)] or [[] for _ in Mark._fields]
+        columns = [list(column) for column in zip(*reviews, strict=True)] or [[] for _ in Review._fields]
         arrays = [pa.array(column, kind) for column, kind in zip(columns, _schema().types, strict=True)]
         with files.write_atomic(self.path) as file:
             pq.write_table(pa.Table.from_arrays(arrays, schema=_schema()), file, compression="zstd")
@@ -169,27 +175,35 @@ class Marks:
                 yield
         except OSError as error:
             raise ConfigError(
-                f"{self.path}: cannot be written ({error}); marks are kept beside the corpus"
+                f"{self.path}: cannot be written ({error}); reviews are kept beside the corpus"
             ) from error
 
 
 DECISION = f"CASE WHEN kept THEN '{KEPT}' ELSE drop_stage || '/' || drop_reason END"
+"""The decision on a row of the ledger, in SQL; as `decision_of`."""
 
 
 def decision_of(row: dict[str, Any]) -> str:
-    """Of a ledger's row: "kept", or "stage/reason"."""
+    """The decision on a row of the ledger: "kept", or "stage/reason"."""
     return KEPT if row["kept"] else f"{row['drop_stage']}/{row['drop_reason']}"
 
 
-def wilson(right: int, marked: int) -> tuple[float, float]:
-    """95% interval of a share, by Wilson's score: sound for few marks and for shares of 0 and 1."""
-    centre = (right + _Z**2 / 2) / (marked + _Z**2)
-    half = _Z / (marked + _Z**2) * math.sqrt(right * (marked - right) / marked + _Z**2 / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def list_decisions(catalog: Catalog, subset: str) -> list[tuple[str, int]]:
+    """Each decision of a subset with its number of regions, in the funnel's order."""
+    counts = catalog.counts(subset)
+    dropped = [(f"{s.stage}/{reason}", n) for s in counts.funnel for reason, n in s.reasons.items()]
+    return [(KEPT, counts.kept), *dropped]
+
+
+def wilson(right: int, reviewed: int) -> tuple[float, float]:
+    """95% interval of a share by Wilson's score, which holds for few reviews and for shares of 0 and 1."""
+    center = (right + _Z**2 / 2) / (reviewed + _Z**2)
+    half = _Z / (reviewed + _Z**2) * math.sqrt(right * (reviewed - right) / reviewed + _Z**2 / 4)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _schema() -> pa.Schema:
     import pyarrow as pa
 
     kinds = (pa.string(), pa.string(), pa.int32(), pa.string(), pa.bool_(), pa.float64())
-    return pa.schema(list(zip(Mark._fields, kinds, strict=True)))
+    return pa.schema(list(zip(Review._fields, kinds, strict=True)))

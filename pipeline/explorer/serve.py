@@ -11,7 +11,8 @@ import uvicorn
 
 from ...schemas.errors import ConfigError
 from .access import is_loopback
-from .app import Explorer, make_app
+from .app import make_app
+from .context import Explorer
 
 
 def serve(
@@ -27,15 +28,15 @@ def serve(
 
     Args:
         out: the corpus.
-        host: to bind to. Others than this machine's own need a token.
-        port: 0 for any that is free.
-        token: asked of every request; default: none on loopback, a random one elsewhere.
+        host: to bind to. A host that other machines reach needs a token.
+        port: 0 for any free port.
+        token: asked of every request; by default none on loopback, and a random one elsewhere.
         run: folder of a training run to show.
         shards: folder or fsspec URL of the shards, if they are not in the corpus.
         on_ready: called with the address to open, token included, when the server accepts connections.
 
     Raises:
-        ConfigError: no corpus or run, or the port is taken.
+        ConfigError: there is no corpus or no run, or the port is taken.
     """
     if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(24)

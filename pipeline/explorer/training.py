@@ -1,7 +1,7 @@
-"""A training run's folder for the browser: its curves and sample captions, read from the files it writes.
+"""A training run for the browser: its curves and sample captions, read from the files that it writes.
 
-`metrics.jsonl` has a line per step, `evaluation/captions.jsonl` one per image, `evaluation/pictures/` some of
-them drawn. All may be missing, or end in a line that is not whole.
+`metrics.jsonl` has a line per step, `evaluation/captions.jsonl` one per image, and `evaluation/pictures/`
+some images with their captions drawn. Each may be missing, or end in a line that is not complete.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...schemas.errors import ConfigError
-from .charts import Curve, curve
+from .charts import Curve, draw_curve
 
 METRICS = "metrics.jsonl"
 CAPTIONS = "evaluation/captions.jsonl"
@@ -21,43 +21,43 @@ SUMMARY = "evaluation/summary.json"
 PICTURES = "evaluation/pictures"
 
 _POINTS = 200
-"""Of a curve; each is the mean of a stretch of steps."""
+"""Points of a curve; each is the mean of some consecutive steps."""
 _SAMPLES = 24
 _MAX_PICTURE = 8 << 20
 
 
-class Sample(NamedTuple):
-    """An image with its regions' captions: (source, the model's, the corpus's)."""
+class CaptionSample(NamedTuple):
+    """An evaluated image, and of each region its source, the model's caption and the corpus's."""
 
     image: str
     regions: list[tuple[str, str, str]]
 
 
-class Run(NamedTuple):
-    """What a run's files say.
+class TrainingRun(NamedTuple):
+    """What the files of a run hold.
 
     Attributes:
         steps: (done, planned); planned is None if the run does not say.
         last: the numbers of its last step.
-        curves: those of which there are numbers.
-        summary: of the evaluation, by name.
+        curves: one for each number that the run reports.
+        summary: the numbers of the evaluation, by name.
         samples: some images of the evaluation.
-        num_pictures: `picture(0)` and so on.
+        num_pictures: how many `read_picture` has.
     """
 
     steps: tuple[int, int | None]
     last: dict[str, Any]
     curves: list[Curve]
     summary: dict[str, Any]
-    samples: list[Sample]
+    samples: list[CaptionSample]
     num_pictures: int
 
 
-def read(folder: Path) -> Run:
+def read_run(folder: Path) -> TrainingRun:
     """The run in a folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder holds no run.
     """
     if not (folder / METRICS).is_file():
         raise ConfigError(f"{folder}: no training run here (no {METRICS}); give the `out` of a training")
@@ -65,35 +65,35 @@ def read(folder: Path) -> Run:
     last = records[-1] if records else {}
     planned = last.get("steps")
     summary = next(_records(folder / SUMMARY, whole=True), {})
-    return Run(
+    return TrainingRun(
         steps=(int(last.get("step", 0)), planned if isinstance(planned, int) else None),
         last=last,
         curves=_curves(records),
         summary=summary,
         samples=[_sample(record) for record in islice(_records(folder / CAPTIONS), _SAMPLES)],
-        num_pictures=len(pictures(folder)),
+        num_pictures=len(list_pictures(folder)),
     )
 
 
-def pictures(folder: Path) -> list[Path]:
+def list_pictures(folder: Path) -> list[Path]:
     """The drawn images of the evaluation, in order."""
     return sorted((folder / PICTURES).glob("*.jpg"))
 
 
-def picture(folder: Path, number: int) -> bytes:
-    """One of them, by its number.
+def read_picture(folder: Path, number: int) -> bytes:
+    """A drawn image of the evaluation, by its number from 0.
 
     Raises:
-        ConfigError: there is no such number.
+        ConfigError: there is no such picture.
     """
-    found = pictures(folder)
+    found = list_pictures(folder)
     if not 0 <= number < len(found) or found[number].stat().st_size > _MAX_PICTURE:
         raise ConfigError(f"the run has no picture {number}")
     return found[number].read_bytes()
 
 
 def _records(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
-    """The objects of a file, one a line or the whole file; what is none is passed over."""
+    """The JSON objects of a file, one per line or the whole file; whatever is not one is left out."""
     if not path.is_file():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -118,12 +118,14 @@ def _curves(records: list[dict[str, Any]]) -> list[Curve]:
         ("tokens per second", {"tokens": "tokens_per_s"}, False),
         ("memory in GB", {"memory": "memory_gb"}, False),
     ]
-    drawn = (curve(title, {s: _mean(records, n) for s, n in of.items()}, log) for title, of, log in wanted)
+    drawn = (
+        draw_curve(title, {s: _mean(records, n) for s, n in of.items()}, log) for title, of, log in wanted
+    )
     return [each for each in drawn if each is not None]
 
 
 def _mean(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """(steps, values): means over stretches of the run; NaN and infinities are strings and left out."""
+    """(steps, values), each the mean of consecutive steps; NaN and infinities are strings, and left out."""
     pairs = [
         (record["step"], record[name])
         for record in records
@@ -135,11 +137,11 @@ def _mean(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[f
     return steps, [sum(value for _, value in part) / len(part) for part in parts]
 
 
-def _sample(record: dict[str, Any]) -> Sample:
+def _sample(record: dict[str, Any]) -> CaptionSample:
     regions = record.get("regions")
     rows = [
         tuple(str(region.get(name) or "") for name in ("source", "caption", "corpus_caption"))
         for region in (regions if isinstance(regions, list) else [])
         if isinstance(region, dict)
     ]
-    return Sample(Path(str(record.get("image", ""))).name, rows)  # type: ignore[arg-type]
+    return CaptionSample(Path(str(record.get("image", ""))).name, rows)  # type: ignore[arg-type]

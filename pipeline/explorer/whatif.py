@@ -20,7 +20,7 @@ from ..stages.base import FilterStage, ModelStage, Stage, Threshold
 from ..stages.recipes import recipe_of
 from ..stages.registry import THRESHOLDS
 from .catalog import Catalog
-from .query import plain
+from .query import format_number
 
 _SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))
 _MOST_READ = 20_000
@@ -63,7 +63,7 @@ class Change(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A region that changes sides: `side` is "lost" or "gained", `score` the one that a threshold bounds."""
+    """A region that changes sides; `side` is "lost" or "gained"."""
 
     side: str
     subset: str
@@ -99,14 +99,14 @@ def change_config(config: BuildConfig, values: Mapping[str, float]) -> BuildConf
         raise ConfigError(str(error)[:300]) from error
 
 
-def lines(config: BuildConfig, wanted: BuildConfig) -> str:
+def changed_lines(config: BuildConfig, wanted: BuildConfig) -> str:
     """YAML of the thresholds that differ, to copy into the build's file; "" if none does."""
     top, inner = [], []
     for key, threshold in THRESHOLDS.items():
         value = threshold.value(wanted)
         if value is not None and value != threshold.value(config):
             name = key.partition(".")[2]
-            (inner if name else top).append(f"{name or key}: {plain(value)}")
+            (inner if name else top).append(f"{name or key}: {format_number(value)}")
     return "\n".join([*top, *(["text:"] if inner else []), *(f"  {line}" for line in inner)])
 
 

@@ -17,7 +17,7 @@ from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.explorer.catalog import Catalog
-from paracaption.pipeline.explorer.reviews import Marks
+from paracaption.pipeline.explorer.reviews import Reviews
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import recipes
 from paracaption.pipeline.stages.base import ModelStage
@@ -163,9 +163,9 @@ def test_an_export_to_parquet_holds_the_same_rows(home, tmp_path):
 
 
 def test_reviews_are_read(home):
-    marks = Marks(Catalog(home / "corpus"))
-    assert [(mark.subset, mark.key, mark.region, mark.right) for mark in marks.read()] == [
+    reviews = Reviews(Catalog(home / "corpus"))
+    assert [(each.subset, each.key, each.region, each.right) for each in reviews.read_all()] == [
         ("coconut", "000000000000", 0, True),
         ("sa1b", "sa_1", 2, False),
     ]
-    assert marks.precision()[1] == 0  # none of them is void
+    assert reviews.precision()[1] == 0  # none of them is void

@@ -73,7 +73,7 @@ function image() {
     row.addEventListener("click", () => choose(row.dataset.region, false));
     row.addEventListener("focusin", () => choose(row.dataset.region, false));
   }
-  for (const form of all("form.marks")) marked(form);
+  for (const form of all("form.reviews")) saveReview(form);
   document.addEventListener("keydown", (event) => {
     if (typing(event)) return;
     const at = regions.findIndex((row) => row.dataset.region === chosen);
@@ -93,13 +93,13 @@ function image() {
     const second = row && one("[data-predict]", row);
     if (event.key === "p" && second) predict(second, !second.checked);
     const word = { r: "right", w: "wrong" }[event.key];
-    if (word && row) one(`form.marks button[value=${word}]`, row).click();
+    if (word && row) one(`form.reviews button[value=${word}]`, row).click();
   });
   const asked = /^#region-(\d+)$/.exec(location.hash);
   if (asked) choose(asked[1], true);
 }
 
-function marked(form) {
+function saveReview(form) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const value = event.submitter.getAttribute("aria-pressed") === "true" ? "none" : event.submitter.value;
@@ -149,7 +149,7 @@ function review() {
   document.addEventListener("keydown", (event) => {
     if (typing(event)) return;
     const word = { r: "right", w: "wrong" }[event.key];
-    if (word) one(`form.marks button[value=${word}]`)?.click();
+    if (word) one(`form.reviews button[value=${word}]`)?.click();
     if (event.key === "s") follow("next");
     if (event.key === "x") one(".mask")?.classList.toggle("off");
     if (event.key === "p" && box) predict(box, !box.checked);

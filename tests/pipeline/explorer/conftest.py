@@ -8,8 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from paracaption.pipeline.corpus import merge
-from paracaption.pipeline.explorer.app import Explorer, make_app
+from paracaption.pipeline.explorer.app import make_app
 from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.pipeline.explorer.context import Explorer
 from tests.pipeline.explorer import corpus, runs
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")

@@ -9,11 +9,11 @@ from starlette.testclient import TestClient
 
 from paracaption.pipeline.explorer import access
 from paracaption.pipeline.explorer.app import Explorer, make_app
-from paracaption.pipeline.explorer.reviews import Marks
+from paracaption.pipeline.explorer.reviews import Reviews
 from tests.pipeline.explorer.corpus import HOSTILE
 
 TOKEN = "a token of the tests"
-MARK = {"subset": "sa1b", "key": "sa_1", "region": "2", "right": "right"}
+REVIEW = {"subset": "sa1b", "key": "sa_1", "region": "2", "right": "right"}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_with_a_token_every_request_needs_it(guarded):
         "/?token=wrong",
     ):
         assert guarded.get(path).status_code == 401, path
-    assert guarded.post("/marks", data=MARK).status_code == 401
+    assert guarded.post("/marks", data=REVIEW).status_code == 401
     assert guarded.get("/", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
     assert guarded.get("/", headers={"cookie": f"{access.COOKIE}=wrong"}).status_code == 401
 
@@ -77,19 +77,19 @@ def test_the_token_moves_from_the_address_into_a_cookie(guarded):
         {"origin": "http://localhost:8080", "sec-fetch-site": "none"},
     ],
 )
-def test_another_site_cannot_mark(client, out, headers):
-    before = Marks(Explorer(out).catalog).read()
-    assert client.post("/marks", data=MARK, headers=headers).status_code == 403
-    assert Marks(Explorer(out).catalog).read() == before
+def test_another_site_cannot_review(client, out, headers):
+    before = Reviews(Explorer(out).catalog).read_all()
+    assert client.post("/marks", data=REVIEW, headers=headers).status_code == 403
+    assert Reviews(Explorer(out).catalog).read_all() == before
 
 
-def test_only_marks_are_written_and_only_by_post(client):
-    assert client.get("/marks", params=MARK).status_code == 405
+def test_only_reviews_are_written_and_only_by_post(client):
+    assert client.get("/marks", params=REVIEW).status_code == 405
     for method in ("PUT", "DELETE", "PATCH", "POST"):
         for path in ("/", "/browse", "/image/sa1b/sa_1", "/photo/sa1b/sa_1"):
             assert client.request(method, path).status_code == 405, (method, path)
     for broken in ({"right": "maybe"}, {"region": "x"}, {"key": "../../etc/passwd"}, {"subset": ".."}):
-        assert client.post("/marks", data=MARK | broken).status_code in (404, 422), broken
+        assert client.post("/marks", data=REVIEW | broken).status_code in (404, 422), broken
 
 
 @pytest.mark.parametrize(

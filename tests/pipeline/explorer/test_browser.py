@@ -1,4 +1,4 @@
-"""The pages in a real browser: no error on any, filters, what-if, keys, marks, and use on a small screen."""
+"""The pages in a real browser: no error on any, filters, what-if, keys, reviews, and a small screen."""
 
 import os
 from pathlib import Path
@@ -187,7 +187,7 @@ def test_reviewing_with_keys_gives_a_precision(page):
     assert shown
 
 
-def test_a_mark_on_an_image_is_made_and_taken_back(page):
+def test_a_review_of_a_region_is_saved_and_removed(page):
     page.goto("/image/coconut/000000000003")
     button = page.locator("#region-1").get_by_role("button").first
     for state in ("true", "false"):

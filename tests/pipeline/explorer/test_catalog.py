@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from paracaption.pipeline.explorer.catalog import Catalog
-from paracaption.pipeline.explorer.query import MEASURES, Query, plain
+from paracaption.pipeline.explorer.query import MEASURES, Query, format_number
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests.pipeline.explorer import corpus
 
@@ -71,9 +71,9 @@ def walk(catalog: Catalog, query: Query, limit: int = 7) -> list:
     pages = [catalog.page(query, limit=limit)]
     while pages[-1].after:
         edge = pages[-1].images[-1]
-        assert catalog.place_of(edge.cursor)[:5] == (*edge[:4], 0)
-        pages.append(catalog.page(query, after=catalog.place_of(edge.cursor), limit=limit))
-        back = catalog.page(query, before=catalog.place_of(pages[-1].images[0].cursor), limit=limit)
+        assert catalog.find_place(edge.cursor)[:5] == (*edge[:4], 0)
+        pages.append(catalog.page(query, after=catalog.find_place(edge.cursor), limit=limit))
+        back = catalog.page(query, before=catalog.find_place(pages[-1].images[0].cursor), limit=limit)
         assert back.images == pages[-2].images and back.before == (len(pages) > 2)
     return [place for page in pages for place in page.images]
 
@@ -97,7 +97,7 @@ def test_pages_hold_what_the_ledgers_hold(catalog, out, given):
 def test_an_order_by_a_score_goes_by_each_images_best_matching_region(catalog, out, monkeypatch, sort, ahead):
     from paracaption.pipeline.explorer import catalog as module
 
-    monkeypatch.setattr(module, "_AHEAD", ahead)
+    monkeypatch.setattr(module, "_PAGES_AHEAD", ahead)
     query = Query.parse({"sort": sort, "outcome": "kept"})
     catalog._kept.clear()
     name, best = sort.removeprefix("-"), max if sort.startswith("-") else min
@@ -176,7 +176,7 @@ def test_what_is_no_query_is_refused(given):
 )
 def test_what_is_no_place_is_refused(catalog, cursor):
     with pytest.raises(ConfigError):
-        catalog.place_of(cursor)
+        catalog.find_place(cursor)
 
 
 def test_a_query_survives_its_own_address():
@@ -186,5 +186,5 @@ def test_a_query_survives_its_own_address():
     query = Query.parse({**given, "sort": "-area"})
     assert Query.parse(dict(parse_qsl(query.url()))) == query
     assert dict(parse_qsl(query.without("iou").url(after="1"))).keys() == {"text", "subset", "sort", "after"}
-    assert plain(3.0) == "3" and float(plain(0.1 + 0.2)) == 0.1 + 0.2
+    assert format_number(3.0) == "3" and float(format_number(0.1 + 0.2)) == 0.1 + 0.2
     assert all(name.isidentifier() for name in MEASURES), "they become a part of SQL"

@@ -10,7 +10,7 @@ from tests.pipeline.explorer import corpus
 @pytest.mark.parametrize("subset", ["coconut", "sa1b"])
 def test_distributions_count_what_the_statistics_count(catalog, out, subset):
     summary = merge.read_summary(out).subsets[subset]
-    shown = {each.name: each for each in charts.distributions(catalog, subset, merge.read_config(out))}
+    shown = {each.name: each for each in charts.read_distributions(catalog, subset, merge.read_config(out))}
     for name, histogram in (("num_words", summary.caption_words), ("area", summary.area_px)):
         exact = list(zip(histogram.edges, histogram.counts, strict=False))
         for low, high, kept, _ in shown[name].bins:
@@ -30,14 +30,16 @@ def test_distributions_count_what_the_statistics_count(catalog, out, subset):
 
 def test_active_thresholds_are_drawn_where_they_are(catalog, out):
     config = merge.read_config(out)
-    shown = {each.name: each for each in charts.distributions(catalog, "sa1b", config)}
-    [line] = charts.chart(shown["iou"]).lines
+    shown = {each.name: each for each in charts.read_distributions(catalog, "sa1b", config)}
+    [line] = charts.draw_chart(shown["iou"]).lines
     assert line.text == "min_iou 0.5" and line.x == pytest.approx(0.5 * charts.WIDTH)
-    bars = charts.chart(shown["iou"]).bars
+    bars = charts.draw_chart(shown["iou"]).bars
     assert max(bar.kept_height + bar.dropped_height for bar in bars) == pytest.approx(charts.HEIGHT)
 
 
 def test_a_curve_leaves_out_what_cannot_be_drawn():
-    drawn = charts.curve("loss", {"a": ([1, 2, 3], [4.0, float("nan"), 1.0]), "b": ([1.0], [-1.0])}, log=True)
+    drawn = charts.draw_curve(
+        "loss", {"a": ([1, 2, 3], [4.0, float("nan"), 1.0]), "b": ([1.0], [-1.0])}, log=True
+    )
     assert drawn is not None and drawn.series[0][2].count(",") == 2 and drawn.series[1][2] == ""
-    assert charts.curve("loss", {"a": ([], [])}) is None
+    assert charts.draw_curve("loss", {"a": ([], [])}) is None

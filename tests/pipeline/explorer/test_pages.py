@@ -40,13 +40,13 @@ def corpus_query(subset, stage, reason):
 
 def test_the_image_page_has_the_evidence_of_each_stage(client, out, catalog):
     [row] = [r for r in corpus.regions(out, "sa1b") if (r["iou"] or 0) > 0.5 and r["kept"]][:1]
-    said = evidence.of_image(out, "sa1b", catalog.image("sa1b", row["key"]))[row["region"]]
+    answers = evidence.read_evidence(out, "sa1b", catalog.image("sa1b", row["key"]))[row["region"]]
     size = (row["image_height"], row["image_width"])
-    assert said.mask is not None and said.num_candidates == 1
-    [[iou]] = rle.iou([said.mask], [Rle(size, row["rle_counts"])])
+    assert answers.mask is not None and answers.num_candidates == 1
+    [[iou]] = rle.iou([answers.mask], [Rle(size, row["rle_counts"])])
     assert iou == pytest.approx(row["iou"])
     page = client.get(f"/image/sa1b/{row['key']}").text
-    for text in (row["caption"], f"IoU {row['iou']:.3g}", f"Judge: {said.answer}", row["core_category"]):
+    for text in (row["caption"], f"IoU {row['iou']:.3g}", f"Judge: {answers.answer}", row["core_category"]):
         assert html.escape(text) in page
     assert f'data-predicted="{row["region"]}"' in page
 
@@ -71,8 +71,9 @@ def test_evidence_of_another_model_is_not_shown(out, tmp_path):
         table = pq.read_table(path)
         pq.write_table(table.set_column(3, "iou", pa.array([2.0] * len(table))), other / path.name)
     rows = [row for row in corpus.regions(out, "sa1b") if row["iou"]]
-    said = evidence.of_image(tmp_path / "out", "sa1b", [rows[0]])
-    assert said == evidence.of_image(out, "sa1b", [rows[0]]) and said[rows[0]["region"]].mask is not None
+    shown = evidence.read_evidence(tmp_path / "out", "sa1b", [rows[0]])
+    assert shown == evidence.read_evidence(out, "sa1b", [rows[0]])
+    assert shown[rows[0]["region"]].mask is not None
 
 
 def test_an_outline_encloses_its_mask_and_no_more():
@@ -89,8 +90,8 @@ def test_an_outline_encloses_its_mask_and_no_more():
         drawn ^= again
     both, either = (drawn & mask).sum(), (drawn | mask).sum()
     assert both / either > 0.96
-    [layer] = pictures.layers([(3, code)])
-    assert mask[layer.y, layer.x] and layer.color == pictures.hexadecimal(pictures.color_of(3))
+    [layer] = pictures.draw_layers([(3, code)])
+    assert mask[layer.y, layer.x] and layer.color == pictures.css_color(pictures.color_of(3))
 
 
 def test_outlines_stand_out_on_any_photo():
@@ -144,7 +145,7 @@ def test_a_thumbnail_shows_the_masks_that_are_asked_for(client):
     assert client.get("/thumb/sa1b/sa_3?r=1,99,x,-4").content == one
 
 
-def test_marks_are_made_from_the_pages(client):
+def test_reviews_are_made_from_the_pages(client):
     rows = {"subset": "sa1b", "key": "sa_5", "region": "4"}
     answer = client.post("/marks", data=rows | {"right": "wrong", "back": "image"}, follow_redirects=False)
     assert answer.status_code == 303 and answer.headers["location"] == "/image/sa1b/sa_5"
@@ -158,7 +159,7 @@ def test_marks_are_made_from_the_pages(client):
 
 
 def test_the_run_page_reads_what_a_run_writes(client, run):
-    found = training.read(run)
+    found = training.read_run(run)
     assert found.steps == (500, 1000) and found.num_pictures == 1
     assert [curve.title for curve in found.curves][:2] == ["loss", "cross-entropy of masked tokens, in nats"]
     assert found.samples[0].regions == [("0", corpus.HOSTILE, "A cup.")]
@@ -169,10 +170,10 @@ def test_the_run_page_reads_what_a_run_writes(client, run):
 
 def test_a_run_without_anything_but_steps_is_shown_and_no_run_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\nnot json\n[1]\n')
-    found = training.read(tmp_path)
+    found = training.read_run(tmp_path)
     assert found.steps == (1, None) and not found.samples and not found.summary
     with pytest.raises(ConfigError, match="no training run"):
-        training.read(tmp_path / "nowhere")
+        training.read_run(tmp_path / "nowhere")
 
 
 def test_the_report_is_one_file_with_samples_of_each_reason(out, tmp_path):

@@ -55,10 +55,10 @@ def test_the_lines_to_copy_give_the_configuration_that_was_counted(out):
     config = merge.read_config(out)
     for values in itertools.islice(CASES.values(), 0, None, 4):
         wanted = whatif.change_config(config, values)
-        copied = yaml.safe_load(whatif.lines(config, wanted))
+        copied = yaml.safe_load(whatif.changed_lines(config, wanted))
         text = {**config.text.model_dump(), **copied.pop("text", {})}
         assert config.model_validate({**config.model_dump(), **copied, "text": text}) == wanted
-    assert whatif.lines(config, config) == ""
+    assert whatif.changed_lines(config, config) == ""
 
 
 def test_of_many_captions_a_sample_is_read_and_said_to_be_one(catalog, out, monkeypatch):

@@ -1,0 +1,93 @@
+"""What every page can use: the corpus, its pictures and reviews, a training run, and the templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import jinja2
+from fastapi import Depends, Request
+from fastapi.responses import HTMLResponse
+
+from ...schemas.config import BuildConfig
+from ..corpus import merge, plots
+from ..sources.registry import subset_title
+from ..stages.registry import stage_title
+from . import charts, training
+from .catalog import Catalog
+from .pictures import Pictures, color_of, css_color, halo_of
+from .query import format_number
+from .reviews import Reviews
+
+CACHED = {"Cache-Control": "private, max-age=300"}
+"""Headers of what a browser may keep for some minutes."""
+
+
+class Explorer:
+    """A corpus that is shown.
+
+    Args:
+        out: the corpus.
+        run: folder of a training run, for its page.
+        shards: folder or fsspec URL of the shards, if they are not in the corpus.
+
+    Raises:
+        ConfigError: there is no corpus, or no run.
+    """
+
+    def __init__(self, out: str | Path, run: str | Path | None = None, shards: str | None = None):
+        self.catalog = Catalog(out)
+        self.pictures = Pictures(self.catalog, shards, self.config.limits.max_pixels)
+        self.reviews = Reviews(self.catalog)
+        self.run = None if run is None else Path(run)
+        if self.run is not None:
+            training.read_run(self.run)  # refuse a folder without a run now, and not when its page is opened
+        self.templates = load_templates()
+        self.templates.globals["explorer"] = self
+
+    @property
+    def config(self) -> BuildConfig:
+        """The configuration of the last build; it is read again when other units are committed."""
+        return self.catalog.remember("config", lambda: merge.read_config(self.catalog.out))
+
+    def html(self, template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
+        """The page that a template makes of some values."""
+        return HTMLResponse(self.templates.get_template(template).render(request=request, **values), status)
+
+
+def _explorer_of(request: Request) -> Explorer:
+    return request.app.state.explorer
+
+
+CurrentExplorer = Annotated[Explorer, Depends(_explorer_of)]
+"""The type of a route's parameter that is given the explorer."""
+
+
+def load_templates() -> jinja2.Environment:
+    """The templates, which escape everything: captions and names come from models and strangers."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("paracaption.pipeline.explorer"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    templates.filters |= {
+        "words": lambda name: str(name).replace("_", " "),
+        "stage_title": stage_title,
+        "number": lambda value: f"{value:,}",
+        "share": lambda part, whole: f"{part / whole:.1%}" if whole else "",
+        "score": lambda value: (
+            "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+        ),
+        "plain": format_number,
+        "segment": lambda text: quote(str(text), safe=""),
+        "subset_title": subset_title,
+        "color": lambda region: css_color(color_of(region)),
+        "halo": lambda region: halo_of(color_of(region)),
+    }
+    templates.globals.update(
+        kept_color=plots.KEPT, dropped_color=plots.DROPPED, width=charts.WIDTH, height=charts.HEIGHT
+    )
+    return templates

@@ -1,0 +1,96 @@
+"""An image: its photo, every mask, and what each stage said about each region."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, Response
+
+from ....schemas.errors import BadRecord
+from ....schemas.records import Rle
+from ..catalog import ImagePlace
+from ..context import CACHED, CurrentExplorer
+from ..evidence import read_evidence
+from ..pictures import MOST_DRAWN, draw_layers, outline
+from ..query import MEASURES, Query
+
+LINK = None
+router = APIRouter()
+
+
+@router.get("/image/{subset}/{key}")
+def show_image(request: Request, explorer: CurrentExplorer, subset: str, key: str) -> HTMLResponse:
+    catalog = explorer.catalog
+    rows = catalog.image(subset, key)
+    query = Query.parse(request.query_params)
+    here = catalog.find_place(request.query_params.get("at", ""))
+    if here is None or here.key != key:
+        query = Query()
+        here = ImagePlace(subset, rows[0]["unit"], key, rows[0]["file_row_number"], 0)
+    earlier = catalog.page(query, before=here, limit=1).images
+    later = catalog.page(query, after=here, limit=1).images
+    drawn = draw_regions(catalog.out, rows)
+    return explorer.html(
+        "image.html",
+        request,
+        subset=subset,
+        key=key,
+        rows=rows,
+        query=query,
+        earlier=earlier[0] if earlier else None,
+        later=later[0] if later else None,
+        numbers={layer.region for layer in drawn["layers"]},
+        **drawn,
+        reviews=explorer.reviews.of_image(subset, key),
+        measures=MEASURES,
+    )
+
+
+@router.get("/photo/{subset}/{key}")
+def send_photo(explorer: CurrentExplorer, subset: str, key: str) -> Response:
+    return _picture(lambda: explorer.pictures.photo(subset, key))
+
+
+@router.get("/thumb/{subset}/{key}")
+def send_thumb(explorer: CurrentExplorer, subset: str, key: str, r: str = "") -> Response:
+    regions = [int(text) for text in r.split(",")[:MOST_DRAWN] if text.isdecimal() and len(text) < 10]
+    return _picture(lambda: explorer.pictures.thumb(subset, key, regions))
+
+
+def draw_regions(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a template needs to show some regions of one image.
+
+    Args:
+        out: the corpus.
+        rows: of the ledger, all of one image.
+
+    Returns:
+        `evidence` by region, `layers` (their masks as SVG), and `predicted` (the segmenter's masks as SVG
+        paths, by region).
+    """
+    evidence = read_evidence(out, rows[0]["subset"], rows)
+    drawn: dict[str, Any] = {"evidence": evidence, "layers": [], "predicted": {}}
+    size = (rows[0]["image_height"], rows[0]["image_width"])
+    with contextlib.suppress(BadRecord):  # masks that cannot be read are listed without being drawn
+        drawn["layers"] = draw_layers(
+            [(row["region"], Rle(size, row["rle_counts"])) for row in rows if row["rle_counts"]]
+        )
+        drawn["predicted"] = {region: outline(each.mask) for region, each in evidence.items() if each.mask}
+    return drawn
+
+
+_NO_PHOTO = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 300" width="400" height="300">
+<rect width="400" height="300" fill="#20262c"/><text x="200" y="155" fill="#fff" font-family="sans-serif"
+font-size="20" text-anchor="middle">the photo cannot be read</text></svg>"""
+
+
+def _picture(make: Callable[[], bytes]) -> Response:
+    """A JPEG; for an image whose photo is missing or broken, a drawing that says so."""
+    try:
+        return Response(make(), media_type="image/jpeg", headers=CACHED)
+    except BadRecord:
+        return Response(_NO_PHOTO, media_type="image/svg+xml")
