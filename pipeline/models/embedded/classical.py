@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 import zlib
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from msgspec import Meta
 
 from ....schemas.records import ImageRecord
+from ..options import BackendOptions, read_options
 from .appearance import Appearance, measure
 
 VERSION = "1"
@@ -44,21 +47,35 @@ _NUMBERS = ["no", "one", "two", "three", "four", "five"]
 _SURFACES = [(0.5, "busy, detailed"), (0.22, "textured"), (0.05, "lightly textured")]
 
 
+class ClassicalOptions(BackendOptions, frozen=True):
+    """The options of `classical`.
+
+    Attributes:
+        max_pixels: photos with more pixels are refused.
+    """
+
+    max_pixels: Annotated[int, Meta(ge=1)] = 200_000_000
+
+
 class ClassicalCaptioner:
-    """Describes regions by measured colour, size, shape, surface and place. Deterministic; keeps no state.
+    """Describes regions by measured color, size, shape, surface and place. Deterministic; keeps no state.
 
     Args:
-        max_pixels: photos above this number of pixels are refused, as in `read_pixels`.
+        options: see `ClassicalOptions`.
+
+    Raises:
+        ConfigError: an option is wrong.
     """
 
     version = VERSION
 
-    def __init__(self, max_pixels: int = 200_000_000):
-        self.max_pixels = max_pixels
+    def __init__(self, **options: Any):
+        self.options = read_options(ClassicalOptions, options, "captioner.options")
 
     @classmethod
-    def identity(cls, **options: object) -> dict[str, str]:
+    def identity(cls, **options: Any) -> dict[str, str]:
         """Version of the wording and the measurements, and the OpenCV release they are made with."""
+        read_options(ClassicalOptions, options, "captioner.options")
         import cv2
 
         return {"version": VERSION, "opencv": ".".join(cv2.__version__.split(".")[:2])}
@@ -74,7 +91,7 @@ class ClassicalCaptioner:
         captions: list[list[str | None]] = []
         for image in images:
             regions = image.live()
-            pixels = read_pixels(image, self.max_pixels) if regions else None
+            pixels = read_pixels(image, self.options.max_pixels) if regions else None
             row: list[str | None] = []
             for region in regions:
                 assert pixels is not None and region.rle is not None, "a live region has a mask"

@@ -6,11 +6,13 @@ mask has edges where the photo has them, not that the mask shows what the phrase
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
 from ....schemas.records import Rle
+from ..options import BackendOptions, read_options
 from ..protocols import Candidate
 
 VERSION = "1"
@@ -22,28 +24,39 @@ CORE = 0.3
 """Then the middle of the box, up to this share of its radius, counts as object for certain."""
 
 
+class GrabCutOptions(BackendOptions, frozen=True):
+    """The options of `grabcut`.
+
+    Attributes:
+        max_side: pixels on the longer side that the crop of a box is reduced to; cost grows with its square.
+        iterations: rounds of color model and cut.
+        margin: context around the box, as a share of its longer side; the background's colors come from it.
+    """
+
+    max_side: Annotated[int, Meta(ge=16)] = 128
+    iterations: Annotated[int, Meta(ge=1)] = 3
+    margin: Annotated[float, Meta(ge=0)] = 0.3
+
+
 class GrabCutSegmenter:
     """Predicts one mask per box. Deterministic; a region's answer does not depend on the others'.
 
     Args:
-        max_side: pixels on the longer side that the crop of a box is reduced to; cost grows with its square.
-        iterations: rounds of colour model and cut.
-        margin: context around the box, as a share of its longer side; the background's colours come from it.
+        options: see `GrabCutOptions`.
+
+    Raises:
+        ConfigError: an option is wrong.
     """
 
     version = VERSION
 
-    def __init__(self, max_side: int = 128, iterations: int = 3, margin: float = 0.3):
-        if max_side < 16 or iterations < 1 or margin < 0:
-            raise ValueError(
-                "grabcut needs max_side >= 16, iterations >= 1 and margin >= 0, "
-                f"not {max_side}, {iterations}, {margin}"
-            )
-        self.max_side, self.iterations, self.margin = max_side, iterations, margin
+    def __init__(self, **options: Any):
+        self.options = read_options(GrabCutOptions, options, "segmenter.options")
 
     @classmethod
-    def identity(cls, **options: object) -> dict[str, str]:
+    def identity(cls, **options: Any) -> dict[str, str]:
         """Version of our part and the OpenCV release, whose cuts may differ."""
+        read_options(GrabCutOptions, options, "segmenter.options")
         import cv2
 
         return {"version": VERSION, "opencv": ".".join(cv2.__version__.split(".")[:2])}
@@ -70,11 +83,11 @@ class GrabCutSegmenter:
         x2, y2 = np.clip(np.ceil(box[2:]), 0, [width, height]).astype(int).tolist()
         if x2 <= x1 or y2 <= y1:
             return []
-        margin = max(4, round(self.margin * max(x2 - x1, y2 - y1)))
+        margin = max(4, round(self.options.margin * max(x2 - x1, y2 - y1)))
         left, top = max(0, x1 - margin), max(0, y1 - margin)
         right, bottom = min(width, x2 + margin), min(height, y2 + margin)
         crop = np.ascontiguousarray(photo[top:bottom, left:right, ::-1])
-        factor = min(1.0, self.max_side / max(crop.shape[:2]))
+        factor = min(1.0, self.options.max_side / max(crop.shape[:2]))
         size = (max(1, round(crop.shape[1] * factor)), max(1, round(crop.shape[0] * factor)))
         small = cv2.resize(crop, size, interpolation=cv2.INTER_AREA) if factor < 1 else crop
         scale_x, scale_y = size[0] / crop.shape[1], size[1] / crop.shape[0]
@@ -84,7 +97,7 @@ class GrabCutSegmenter:
             round((x2 - left) * scale_x),
             round((y2 - top) * scale_y),
         )
-        found = _cut(small, inner, self.iterations)
+        found = _cut(small, inner, self.options.iterations)
         if not found.any():
             return []
         score = _separation(small, found)

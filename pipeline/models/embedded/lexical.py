@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import functools
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ..options import BackendOptions, read_options
 from ..protocols import Answer, Question
 from . import phrases
 from .phrases import Phrase
@@ -47,14 +48,22 @@ class _Category(NamedTuple):
     words: frozenset[str]
 
 
+class LexicalOptions(BackendOptions, frozen=True):
+    """`lexical` takes no options."""
+
+
 class LexicalJudge:
     """Answers by rules on words. Deterministic; any text gets an answer, never an error."""
 
     version = VERSION
 
+    def __init__(self, **options: Any):
+        read_options(LexicalOptions, options, "judge.options")
+
     @classmethod
-    def identity(cls, **options: object) -> dict[str, str]:
+    def identity(cls, **options: Any) -> dict[str, str]:
         """Version of the rules, digest of the synonyms, and the release of the lemma list."""
+        read_options(LexicalOptions, options, "judge.options")
         import hashlib
         from importlib.metadata import version
 

@@ -7,13 +7,14 @@ import math
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from msgspec import Meta
 
 from ....schemas.errors import ConfigError
 from ....schemas.records import ImageRecord, Region
 from ...io import weights
+from ..options import BackendOptions, read_options
 from ..protocols import Checked
 from . import checkpoint, export
 from .checkpoint import GarConfig
@@ -37,45 +38,46 @@ _SAME_ANSWERS |= {"max_num_batched_tokens", "disable_log_stats", "own_process", 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class GarOptions(BaseModel):
-    """The options of the `gar` captioner."""
+_Positive = Annotated[int, Meta(ge=1)]
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="folder of the published checkpoint")
-    language_model: str | None = Field(
-        default=None,
-        description="folder of its export for vLLM, made if it is not there; default: MODEL-vllm",
-    )
-    max_tokens: PositiveInt = Field(
-        default=512,
-        description="of an answer. What is longer has over 160 words, and `text.max_words` drops it; the "
-        "original's 1,024 only pays for longer loops",
-    )
-    max_in_flight: PositiveInt = Field(default=256, description="regions in vLLM at once; its own limit too")
-    in_flight_gb: PositiveFloat = Field(
-        default=8.0, description="host memory of their prompts: 22 MB each with GAR-8B, 19 MB with GAR-1B"
-    )
-    device: str | None = Field(default=None, description="of the vision tower; default: cuda, else cpu")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="default: the checkpoint's on a GPU, float32 on a CPU"
-    )
-    mask_resample: Literal["nearest", "bicubic"] = Field(
-        default="nearest", description="how masks are resized; see docs/gar.md"
-    )
-    tiles_per_batch: PositiveInt | None = Field(
-        default=None,
-        description="tiles in the vision tower at once; halved when memory runs out; default: 32 on a GPU, "
-        "4 on a CPU, whose caches hold no more",
-    )
-    read_ahead: int | None = Field(
-        default=None, ge=0, description="regions prepared ahead in a thread; default: 32 on a GPU, else 0"
-    )
-    max_pixels: PositiveInt = Field(default=200_000_000, description="larger photos are refused")
-    engine: dict[str, Any] = Field(
-        default_factory=dict,
-        description="vLLM's arguments, such as gpu_memory_utilization (0.8) or max_num_seqs",
-    )
+class GarOptions(BackendOptions, frozen=True):
+    """The options of `gar`.
+
+    Attributes:
+        model: folder of the published checkpoint.
+        language_model: folder of its export for vLLM, made if it does not exist; None for MODEL-vllm.
+        max_tokens: of an answer. A longer one has over 160 words, and `text.max_words` drops it; the 1,024 of
+            the released code only pay for longer loops.
+        max_in_flight: regions in vLLM at once; vLLM's own limit as well.
+        in_flight_gb: host memory of their prompts: 22 MB each with GAR-8B, 19 MB with GAR-1B.
+        device: of the vision tower; None for cuda if there is a GPU, else cpu.
+        dtype: None for the checkpoint's on a GPU and float32 on a CPU.
+        mask_resample: how masks are resized; see docs/gar.md.
+        tiles_per_batch: tiles in the vision tower at once, halved when memory runs out; None for 32 on a GPU
+            and 4 on a CPU, whose caches hold no more.
+        read_ahead: regions prepared ahead in a thread; None for 32 on a GPU and 0 on a CPU.
+        max_pixels: larger photos are refused.
+        engine: vLLM's arguments, such as gpu_memory_utilization (0.8) or max_num_seqs.
+    """
+
+    model: str
+    language_model: str | None = None
+    max_tokens: _Positive = 512
+    max_in_flight: _Positive = 256
+    in_flight_gb: Annotated[float, Meta(gt=0)] = 8.0
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    mask_resample: Literal["nearest", "bicubic"] = "nearest"
+    tiles_per_batch: _Positive | None = None
+    read_ahead: Annotated[int, Meta(ge=0)] | None = None
+    max_pixels: _Positive = 200_000_000
+    engine: dict[str, Any] = {}
+
+    def check(self, where: str) -> None:
+        ours = sorted(_OURS & set(self.engine))
+        if ours:
+            raise ConfigError(f"{where}.engine: {ours[0]} is not for the config to set; remove it")
 
 
 class GarCaptioner:
@@ -92,7 +94,7 @@ class GarCaptioner:
     version = VERSION
 
     def __init__(self, **options: Any):
-        self.options = _parse(options)
+        self.options = read_options(GarOptions, options, "captioner.options")
         self.config, self.prompts = _read(self.options)
         max_len = _model_len(self.options, self.config, self.prompts)
         checkpoint.check_tensors(self.config)
@@ -126,7 +128,7 @@ class GarCaptioner:
     @classmethod
     def identity(cls, **options: Any) -> dict[str, str]:
         """The checkpoint's digest, the prompt, how masks are resized, and the generation."""
-        given = _parse(options)
+        given = read_options(GarOptions, options, "captioner.options")
         folder = weights.folder(given.model, "captioner.options.model")
         engine = {key: value for key, value in sorted(given.engine.items()) if key not in _SAME_ANSWERS}
         return {
@@ -142,7 +144,7 @@ class GarCaptioner:
     @classmethod
     def check(cls, **options: Any) -> Checked:
         """Everything that can be wrong with options and checkpoint, without loading the weights."""
-        given = _parse(options)
+        given = read_options(GarOptions, options, "captioner.options")
         config, prompts = _read(given)
         _model_len(given, config, prompts)
         found = checkpoint.check_tensors(config)
@@ -216,22 +218,6 @@ class GarCaptioner:
 
 def _question(image: ImageRecord, region: Region) -> tuple:
     return (image.subset, image.key, region.id, region.rle)
-
-
-def _parse(options: dict[str, Any]) -> GarOptions:
-    try:
-        found = GarOptions(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(
-            f"captioner.options.{name}: {first['msg']}; the options of `gar` are "
-            f"{', '.join(GarOptions.model_fields)}"
-        ) from error
-    ours = sorted(_OURS & set(found.engine))
-    if ours:
-        raise ConfigError(f"captioner.options.engine: {ours[0]} is not for the config to set; remove it")
-    return found
 
 
 def _read(options: GarOptions) -> tuple[GarConfig, Prompts]:

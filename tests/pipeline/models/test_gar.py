@@ -47,10 +47,10 @@ def edit(path, **fields):
     [
         (
             {"modle": "x", "model": "x"},
-            r"captioner\.options\.modle: Extra inputs .* the options of `gar` are model",
+            r"captioner\.options: .*unknown field `modle`; the options are model, language_model",
         ),
-        ({}, r"captioner\.options\.model: Field required"),
-        ({"model": "x", "max_tokens": 0}, r"captioner\.options\.max_tokens: .*greater than 0"),
+        ({}, r"captioner\.options: .*missing required field `model`"),
+        ({"model": "x", "max_tokens": 0}, r"captioner\.options\.max_tokens: .*>= 1"),
         ({"model": "x", "mask_resample": "linear"}, r"captioner\.options\.mask_resample: .*nearest"),
         ({"model": "x", "dtype": "half"}, r"captioner\.options\.dtype: .*bfloat16"),
         ({"model": "x", "read_ahead": -1}, r"captioner\.options\.read_ahead"),

@@ -299,7 +299,10 @@ def test_a_folder_without_processor_or_tokenizer_is_named(copy, names):
         ({}, "missing required field `model`"),
         ({"model": "x", "threshold": 1.5}, r"threshold"),
         ({"model": "x", "phrases_at_once": 0}, r"phrases_at_once"),
-        ({"model": "x", "dtype": "half"}, r"dtype"),
+        (
+            {"model": "x", "dtype": "half"},
+            r"options\.dtype: choose from auto, float32, bfloat16; the options",
+        ),
         ({"model": "no/such/folder"}, "segmenter.options.model: no/such/folder is no checkpoint folder"),
     ],
 )
