@@ -109,15 +109,7 @@ def usable(
     swap = rank[first] > rank[second]
     better, worse = np.where(swap, second, first), np.where(swap, first, second)
     iou = shared_px / (area[first] + area[second] - shared_px)
-
-    original: dict[int, tuple[float, int]] = {}
-    close = np.flatnonzero(iou >= config.duplicate_iou)
-    for pair in close[np.lexsort((rank[better[close]], rank[worse[close]]))].tolist():
-        if int(better[pair]) in original:
-            continue  # was dropped itself, hence repeats nothing
-        found = original.setdefault(int(worse[pair]), (float(iou[pair]), int(better[pair])))
-        if iou[pair] > found[0]:
-            original[int(worse[pair])] = (float(iou[pair]), int(better[pair]))
+    original = _originals(rank, better, worse, iou, config.duplicate_iou)
 
     kept = np.ones(len(regions), bool)
     kept[list(original)] = False
@@ -126,19 +118,41 @@ def usable(
 
     verdicts = []
     for i in range(len(regions)):
+        scores = {"duplicate_iou": float(highest[i])}
         if not large[i]:
-            verdicts.append(
-                Verdict(Reason.MASK_TOO_SMALL, f"{area[i]} px, at least {config.min_area_px} needed")
-            )
+            detail = f"{area[i]} px, at least {config.min_area_px} needed"
+            verdicts.append(Verdict(Reason.MASK_TOO_SMALL, detail))
         elif i in original:
             share, other = original[i]
-            detail = (
-                f"IoU {share:.3f} with region {regions[other].id}, less than {config.duplicate_iou:g} needed"
-            )
-            verdicts.append(Verdict(Reason.MASK_DUPLICATE, detail, {"duplicate_iou": float(highest[i])}))
+            limit = f"less than {config.duplicate_iou:g} needed"
+            detail = f"IoU {share:.3f} with region {regions[other].id}, {limit}"
+            verdicts.append(Verdict(Reason.MASK_DUPLICATE, detail, scores))
         else:
-            verdicts.append(Verdict(scores={"duplicate_iou": float(highest[i])}))
+            verdicts.append(Verdict(scores=scores))
     return verdicts
+
+
+def _originals(
+    rank: np.ndarray, better: np.ndarray, worse: np.ndarray, iou: np.ndarray, duplicate_iou: float
+) -> dict[int, tuple[float, int]]:
+    """The masks to drop as duplicates -> (IoU, the mask that they repeat most, which is kept).
+
+    Args:
+        rank: (N,) 0 is the best mask.
+        better: (P,) the better mask of each overlapping pair.
+        worse: (P,) the other one.
+        iou: (P,) of the pair.
+        duplicate_iou: pairs below it are no duplicates.
+    """
+    original: dict[int, tuple[float, int]] = {}
+    close = np.flatnonzero(iou >= duplicate_iou)
+    for pair in close[np.lexsort((rank[better[close]], rank[worse[close]]))].tolist():
+        if int(better[pair]) in original:
+            continue  # was dropped itself, hence repeats nothing
+        found = original.setdefault(int(worse[pair]), (float(iou[pair]), int(better[pair])))
+        if iou[pair] > found[0]:
+            original[int(worse[pair])] = (float(iou[pair]), int(better[pair]))
+    return original
 
 
 def whole_objects(
@@ -184,12 +198,7 @@ def whole_objects(
     contained &= area[top] <= config.part_max_area_ratio * area[below]
     contained &= area[below] <= config.container_max_image_share * height * width
     inside = np.where(contained, shared_px / np.maximum(area[top], 1), 0)
-    share = np.zeros(len(regions))
-    np.maximum.at(share, top, inside)
-    container: dict[int, int] = {}
-    for pair in np.flatnonzero(contained & (inside == share[top])).tolist():
-        part, other = int(top[pair]), regions[int(below[pair])].id
-        container[part] = min(other, container.get(part, other))
+    share, container = _find_containers(ids, top[contained], below[contained], inside[contained])
 
     verdicts = []
     for i in range(len(regions)):
@@ -206,6 +215,29 @@ def whole_objects(
         else:
             verdicts.append(Verdict(scores=scores))
     return verdicts
+
+
+def _find_containers(
+    ids: np.ndarray, top: np.ndarray, below: np.ndarray, inside: np.ndarray
+) -> tuple[np.ndarray, dict[int, int]]:
+    """The largest share of each mask inside one container, and which that is (of several, the lowest id).
+
+    Args:
+        ids: (N,) ids of the regions.
+        top: (P,) a mask.
+        below: (P,) its possible container.
+        inside: (P,) share of the mask inside the container.
+
+    Returns:
+        (N,) shares, 0 without a container; and mask -> id of its container.
+    """
+    share = np.zeros(len(ids))
+    np.maximum.at(share, top, inside)
+    container: dict[int, int] = {}
+    for pair in np.flatnonzero(inside == share[top]).tolist():
+        part, other = int(top[pair]), int(ids[below[pair]])
+        container[part] = min(other, container.get(part, other))
+    return share, container
 
 
 def _covered_px(
