@@ -1,7 +1,7 @@
 """A captioner in numbers: captions of the benchmarks, a judge's answers, marks, cost; and what came before.
 
     OUT/
-        LABEL/BENCHMARK/     what model_training/benchmarks/examine.py writes, and page.html
+        LABEL/BENCHMARK/     what model_training/benchmarks/run_benchmark.py writes, and page.html
         LABEL/toy.json       exact captions and leakage on a toy world
         LABEL/profile/       rows, table and plot of what captioning costs
         history.jsonl        a line for each evaluation of each label
@@ -50,28 +50,28 @@ def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
 @step
 def write_captions(config: EvaluateConfig, bench: Bench) -> None:
     """Caption the images that have no captions yet."""
-    from ..model_training.evaluation import examine
+    from ..model_training.evaluation import run_benchmark
 
-    examine.caption(bench, config.backend(), _folder(config, bench), callbacks.counter.get())
+    run_benchmark.caption(bench, config.backend(), _folder(config, bench), callbacks.counter.get())
 
 
 @step
 def ask_judge(config: EvaluateConfig, bench: Bench) -> None:
     """Have the questions answered that have no answer yet."""
-    from ..model_training.evaluation import examine
+    from ..model_training.evaluation import run_benchmark
 
     assert config.judge
-    examine.judge(bench, config.judge, _folder(config, bench), callbacks.counter.get())
+    run_benchmark.judge(bench, config.judge, _folder(config, bench), callbacks.counter.get())
 
 
 @step
 def mark(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
     """Score the answers; details, summary and page in the benchmark's folder."""
-    from ..model_training.evaluation import examine, page
+    from ..model_training.evaluation import results_page, run_benchmark
 
     folder = _folder(config, bench)
-    result = examine.to_plain(examine.score(bench, config.judge, folder))
-    page.write(bench, config.label, folder)
+    result = run_benchmark.to_plain(run_benchmark.score(bench, config.judge, folder))
+    results_page.write(bench, config.label, folder)
     rows = [{"number": name, "value": value} for name, value in _flat(result).items()]
     create_table_artifact(key=_artifact("marks", config.label, bench.name), table=rows)
     return result

@@ -82,7 +82,7 @@ def make(
     images: Annotated[int, typer.Option(min=1, help="At most; the most easily confused first.")] = 100,
 ) -> None:
     """Make a benchmark of a corpus: regions easily confused, questions drafted, a page to review them."""
-    from ...model_training.evaluation import make as making
+    from ...model_training.evaluation import make_benchmark as making
     from ...pipeline.config_file import load_judge
 
     with counting_parts() as show:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paracaption.model_training.evaluation import examine, judges, make
+from paracaption.model_training.evaluation import judges, make_benchmark, run_benchmark
 from paracaption.model_training.evaluation.judges import Asked, VllmChat
 from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import BadRecord
@@ -41,23 +41,23 @@ def test_a_caption_cannot_end_its_turn(judge):
 def test_a_benchmark_is_judged_by_a_real_engine(judge, qwen3, tmp_path, monkeypatch):
     folder = write_bench(tmp_path / "bench")
     bench = Bench(name="ours", kind="paradlc", folder=str(folder))
-    examine.caption(bench, Backend(name="classical"), tmp_path)
+    run_benchmark.caption(bench, Backend(name="classical"), tmp_path)
     monkeypatch.setattr(judges, "load", lambda _: judge)
     monkeypatch.setattr(judge, "close", lambda: None)
     config = Judge(name="vllm", options={"model": str(qwen3)})
-    assert examine.judge(bench, config, tmp_path) == 12
-    found = examine.score(bench, config, tmp_path)
+    assert run_benchmark.judge(bench, config, tmp_path) == 12
+    found = run_benchmark.score(bench, config, tmp_path)
     assert (found.questions, found.unanswered, found.regions) == (12, 0, 4)
     assert -1 <= found.average <= 1
-    assert examine.judge(bench, config, tmp_path) == 0
+    assert run_benchmark.judge(bench, config, tmp_path) == 0
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 12
 
 
 def test_drafts_follow_the_schema_whatever_the_model(judge):
-    prompt = make._prompt()
+    prompt = make_benchmark._prompt()
     asked = [Asked(f"Draft {number}.", (), prompt["schema"], 900) for number in range(3)]
-    region = make._Region("key", "dog", "", "")
-    drafts = [make._read_draft(region, answer) for _, answer in judge.answer(asked)]
-    assert all(isinstance(draft, make.Draft) for draft in drafts), drafts
-    questions = [question for draft in drafts for question in make._questions("dog", draft.drafted)]
+    region = make_benchmark._Region("key", "dog", "", "")
+    drafts = [make_benchmark._read_draft(region, answer) for _, answer in judge.answer(asked)]
+    assert all(isinstance(draft, make_benchmark.Draft) for draft in drafts), drafts
+    questions = [question for draft in drafts for question in make_benchmark._questions("dog", draft.drafted)]
     assert {question["type"] for question in questions} == {"positive", "negative"}

@@ -27,9 +27,9 @@ from ...pipeline.io.json_lines import LineWriter, read_lines
 from ...schemas.errors import BadRecord, StageFailed
 from ...schemas.evaluation import Judge
 from ...schemas.sample import Sample, SampleRegion
-from . import annotations, judges, page, select
-from .examine import Progress
+from . import annotations, judges, results_page, select_images
 from .judges import Asked
+from .run_benchmark import Progress
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def make(
         ConfigError: no corpus, none of its images is fit, or the drafter's options are wrong.
         StageFailed: no region got a question.
     """
-    samples = [_read(out, chosen) for chosen in select.choose(out, images)]
+    samples = [_read(out, chosen) for chosen in select_images.choose(out, images)]
     regions = list(_regions((sample for sample, _ in samples), config))
     (to / "images").mkdir(parents=True, exist_ok=True)
     _draft(regions, config, to / DRAFTS, progress)
@@ -127,7 +127,7 @@ def make(
     return Made(len(kept), len(questions), asked, len(regions) - len(questions))
 
 
-def _read(out: str | Path, chosen: select.Chosen) -> tuple[Sample, bytes]:
+def _read(out: str | Path, chosen: select_images.Chosen) -> tuple[Sample, bytes]:
     """The image with its chosen regions, and its photo's bytes."""
     sample, photo = reader.read_sample(out, chosen.rows[0])
     taken = {row["region"] for row in chosen.rows}
@@ -275,11 +275,11 @@ def _write_review(to: Path) -> None:
     photos = (
         {
             "name": image.name,
-            "picture": page.picture_of(image, {}),
+            "picture": results_page.picture_of(image, {}),
             "regions": [(region.key, region.class_name, raw[region.key]) for region in image.regions],
         }
         for image in found.images
     )
     with files.write_atomic(to / REVIEW) as file:
-        rendered = page.template(REVIEW).generate(photos=photos, total=sum(map(len, raw.values())))
+        rendered = results_page.template(REVIEW).generate(photos=photos, total=sum(map(len, raw.values())))
         file.writelines(part.encode() for part in rendered)

@@ -16,7 +16,14 @@ from PIL import Image
 from pydantic import ValidationError
 
 from paracaption.flows.evaluate import evaluate_captioner
-from paracaption.model_training.evaluation import annotations, examine, judges, page, protocol, quality
+from paracaption.model_training.evaluation import (
+    annotations,
+    judges,
+    protocol,
+    quality,
+    results_page,
+    run_benchmark,
+)
 from paracaption.model_training.evaluation.protocol import Choice, Question
 from paracaption.pipeline.config_file import load_evaluation
 from paracaption.schemas.errors import ConfigError, StageFailed
@@ -150,12 +157,12 @@ def config_of(tmp_path: Path, captioner: dict, judge: dict | None, kind: str = "
     )
 
 
-def run(config: EvaluateConfig) -> examine.Result:
+def run(config: EvaluateConfig) -> run_benchmark.Result:
     bench, folder = config.benchmarks[0], Path(config.out) / config.label / "ours"
-    examine.caption(bench, config.backend(), folder)
+    run_benchmark.caption(bench, config.backend(), folder)
     if config.judge:
-        examine.judge(bench, config.judge, folder)
-    return examine.score(bench, config.judge, folder)
+        run_benchmark.judge(bench, config.judge, folder)
+    return run_benchmark.score(bench, config.judge, folder)
 
 
 SAID = {"0_0": "A red cat.", "0_1": "Two dogs by a tree.", "1_0": "A tree.", "1_1": "Dogs."}
@@ -193,7 +200,7 @@ def test_to_score_again_asks_nothing(tmp_path):
     with served(honest) as server:
         config = config_of(tmp_path, predictions(tmp_path, SAID), judge_of(server))
         first = run(config)
-        assert examine.caption(config.benchmarks[0], config.backend(), _folder(config)) == 0
+        assert run_benchmark.caption(config.benchmarks[0], config.backend(), _folder(config)) == 0
         assert run(config) == first and len(server.requests) == 12
     assert run(config) == first  # the server is gone
 
@@ -203,7 +210,7 @@ def _folder(config: EvaluateConfig) -> Path:
 
 
 def test_a_judge_that_goes_away_is_asked_for_the_rest_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(examine, "_AT_ONCE", 4)
+    monkeypatch.setattr(run_benchmark, "_AT_ONCE", 4)
     asked: Counter[str] = Counter()
 
     def answer(prompt: str) -> str:
@@ -223,7 +230,7 @@ def test_a_judge_that_goes_away_is_asked_for_the_rest_only(tmp_path, monkeypatch
         monkeypatch.setattr(judges.ServedChat, "answer", failing)
         with pytest.raises(StageFailed):
             run(config)
-        part = examine.score(config.benchmarks[0], config.judge, _folder(config))
+        part = run_benchmark.score(config.benchmarks[0], config.judge, _folder(config))
         assert (part.questions, part.unanswered) == (12, 4)
         with open(_folder(config) / "answers.jsonl", "ab") as file:
             file.write(b'{"digest": "cut off')
@@ -353,7 +360,7 @@ def test_the_page_shows_all_and_runs_nothing_of_it(tmp_path):
     with served(lambda prompt: nasty if "tree is" in prompt else honest(prompt)) as server:
         config = config_of(tmp_path, predictions(tmp_path, SAID | {"0_0": nasty}), judge_of(server))
         run(config)
-    text = page.write(config.benchmarks[0], "<b>it</b>", _folder(config)).read_text()
+    text = results_page.write(config.benchmarks[0], "<b>it</b>", _folder(config)).read_text()
     assert nasty not in text and "<b>it</b>" not in text
     assert text.count("&lt;script&gt;") >= 5 and text.count("data:image/jpeg") == 2
     assert "http" not in text.replace("http-equiv", "")
@@ -413,11 +420,11 @@ def test_quality_is_counted():
 def test_bench_takes_some_of_its_images(tmp_path):
     folder = write_bench(tmp_path / "bench", images=3)
     bench = Bench(name="some", kind="paradlc", folder=str(folder), images=2)
-    assert [image.name for image in examine.open_benchmark(bench).images] == ["0.png", "1.png"]
+    assert [image.name for image in run_benchmark.open_benchmark(bench).images] == ["0.png", "1.png"]
 
 
 def test_a_judge_without_captions_says_so(tmp_path):
     bench = Bench(name="some", kind="paradlc", folder=str(write_bench(tmp_path / "bench")))
     judge = Judge(name="openai", options={"model": "m", "base_url": "http://127.0.0.1:9/v1"})
     with pytest.raises(ConfigError, match="no captions yet"):
-        examine.judge(bench, judge, tmp_path)
+        run_benchmark.judge(bench, judge, tmp_path)

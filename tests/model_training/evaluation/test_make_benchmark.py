@@ -15,7 +15,7 @@ from paracaption.flows.cli import app
 from paracaption.flows.evaluate import evaluate_captioner
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
-from paracaption.model_training.evaluation import annotations, make, profile, select
+from paracaption.model_training.evaluation import annotations, make_benchmark, profile, select_images
 from paracaption.model_training.toy import scores as toy_marks
 from paracaption.model_training.train.trainer import fit
 from paracaption.pipeline.corpus import reader
@@ -38,7 +38,7 @@ DRAFT = {
 def made(world: Path, to: Path, answer: Callable[[str], str], images: int = 5, **options):
     with served(answer) as server:
         judge = Judge(**judge_of(server, **options))
-        return make.make(world, to, judge, images), server.requests
+        return make_benchmark.make(world, to, judge, images), server.requests
 
 
 def test_a_benchmark_is_made_of_a_corpus(world, tmp_path):
@@ -115,7 +115,7 @@ def test_the_review_page_has_every_question_and_runs_nothing_of_it(world, tmp_pa
 
 def row(key: str, x: int, area: int, category: str, caption: str) -> dict:
     return {
-        **dict.fromkeys(select._COLUMNS, 0),
+        **dict.fromkeys(select_images._COLUMNS, 0),
         **{"subset": "coconut", "key": key, "category": category, "core_category": None, "caption": caption},
         **{"image_width": 100, "image_height": 100, "bbox_x": x, "bbox_w": 10, "bbox_h": 10, "area": area},
         "shard": "a.tar",
@@ -126,7 +126,7 @@ def test_regions_that_are_near_and_alike_are_confused():
     twins = [row("a", 0, 50, "dog", "a red dog"), row("a", 12, 50, "dog", "a red dog")]
     apart = [row("b", 0, 50, "dog", "a red dog"), row("b", 80, 50, "dog", "a red dog")]
     others = [row("c", 0, 50, "dog", "a red dog"), row("c", 80, 5, "sky", "pale clouds")]
-    scores = [select.confusion(rows).mean() for rows in (twins, apart, others)]
+    scores = [select_images.confusion(rows).mean() for rows in (twins, apart, others)]
     assert scores[0] > scores[1] > scores[2] and scores[0] > 0.9 and scores[2] < 0.1
 
 
@@ -137,12 +137,12 @@ def test_images_are_chosen_by_confusion_and_number_of_regions(tmp_path):
     many = [row("many", 9 * x, 50, "dog", f"a dog {x}") | {"region": x} for x in range(9)]
     rows += [*many, row("many", 90, 1, "sky", "pale clouds") | {"region": 9}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / reader.INDEX, row_group_size=15)
-    found = select.choose(tmp_path, 9)
+    found = select_images.choose(tmp_path, 9)
     assert [each.rows[0]["key"] for each in found] == ["near", "many", "far"]
-    assert [each.rows[0]["key"] for each in select.choose(tmp_path, 1)] == ["near"]
+    assert [each.rows[0]["key"] for each in select_images.choose(tmp_path, 1)] == ["near"]
     assert [row["region"] for row in found[1].rows] == list(range(8))
     with pytest.raises(ConfigError, match="no index"):
-        select.choose(tmp_path / "nowhere", 1)
+        select_images.choose(tmp_path / "nowhere", 1)
 
 
 # Cost.

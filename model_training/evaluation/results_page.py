@@ -13,7 +13,7 @@ import msgspec
 from ...pipeline.io import draw, files
 from ...schemas.errors import ConfigError
 from ...schemas.evaluation import Bench
-from . import examine
+from . import run_benchmark
 from .annotations import BenchImage
 
 PAGE = "page.html"
@@ -29,7 +29,7 @@ class _Photo(NamedTuple):
 
 
 def write(bench: Bench, label: str, folder: Path) -> Path:
-    """Write the page of what `examine.score` left in a folder.
+    """Write the page of what `run_benchmark.score` left in a folder.
 
     Args:
         bench: the benchmark.
@@ -39,11 +39,11 @@ def write(bench: Bench, label: str, folder: Path) -> Path:
     Raises:
         ConfigError: it has not been scored.
     """
-    if not (folder / examine.DETAILS).exists():
-        raise ConfigError(f"{folder / examine.DETAILS}: not there yet; score before you look")
-    details = msgspec.json.decode((folder / examine.DETAILS).read_bytes())
-    summary = msgspec.json.decode((folder / examine.SUMMARY).read_bytes())
-    photos = _photos(examine.open_benchmark(bench).images, details)
+    if not (folder / run_benchmark.DETAILS).exists():
+        raise ConfigError(f"{folder / run_benchmark.DETAILS}: not there yet; score before you look")
+    details = msgspec.json.decode((folder / run_benchmark.DETAILS).read_bytes())
+    summary = msgspec.json.decode((folder / run_benchmark.SUMMARY).read_bytes())
+    photos = _photos(run_benchmark.open_benchmark(bench).images, details)
     page = template("page.html").generate(label=label, summary=summary, photos=photos)
     path = folder / PAGE
     with files.write_atomic(path) as file:
