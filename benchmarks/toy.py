@@ -126,7 +126,7 @@ def main() -> None:
         for variant in args.variants or VARIANTS:
             folder = train(variant, args.steps, args.alone)
             found = marks(folder, held_out, options)
-            records = metrics.read(folder)
+            records = metrics.read_metrics(folder)
             result = {
                 "folder": str(folder),
                 "steps": records[-1]["step"],
@@ -138,7 +138,7 @@ def main() -> None:
             print(report({variant: results[variant]}), flush=True)
     print(report(results))
     runs = {name: Path(result["folder"]) for name, result in results.items()}
-    curves.draw(runs, done.with_suffix(".png"))
+    curves.draw_loss_curves(runs, done.with_suffix(".png"))
     print(done.with_suffix(".png"))
 
 

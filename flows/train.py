@@ -42,16 +42,16 @@ def train_captioner(
 
 @step
 def wait_for_corpora(config: TrainConfig) -> None:
-    """Look until every unit of every corpus is committed and merged."""
+    """Wait until every unit of every corpus is committed and merged."""
     from ..model_training.data import unfinished
 
     held_out = [CorpusSource(corpus=config.evaluation.corpus)] if config.evaluation else []
     for source in [*config.corpora, *held_out]:
-        told = ""
+        reported = ""
         while missing := unfinished(source):
-            if missing != told:
+            if missing != reported:
                 get_run_logger().warning("waiting for %s: %s", source.corpus, missing)
-                told = missing
+                reported = missing
             time.sleep(_LOOK_EVERY_S)
 
 
@@ -72,11 +72,11 @@ def publish_curves(config: TrainConfig) -> None:
     from ..model_training.train import curves, metrics
 
     out = Path(config.out)
-    curves.draw({out.name: out}, out / "loss.png")
+    curves.draw_loss_curves({out.name: out}, out / "loss.png")
     create_markdown_artifact(key="training-loss", markdown=f"# {out}\n\n{embedded(out / 'loss.png')}\n")
     rows = [
         {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
-        for record in metrics.read(out)[-1:]
+        for record in metrics.read_metrics(out)[-1:]
     ]
     create_table_artifact(key="training-last-step", table=rows, description=f"{out}: the last step")
 

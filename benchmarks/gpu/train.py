@@ -25,8 +25,8 @@ from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
 from benchmarks.gpu.rows import Measured, Rows, free
 from paracaption.model_training.model.batch import Images, Tokens, pack
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.train import build, loss
-from paracaption.model_training.train import distributed as teams
+from paracaption.model_training.train import build, distributed, loss
+from paracaption.model_training.train.distributed import DistributedGroup
 from paracaption.schemas.training import NoiseOptions
 
 SIZE, IMAGES, REGIONS, WORDS = (1024, 512), 3, 6, 32
@@ -109,14 +109,14 @@ def measure(machine: Machine, case: Case) -> Measured:
         precision="auto", shard=case.shard, device=machine.device.type, activation_checkpointing=True
     )
     options.compile = "always" if case.compiled else "never"
-    team = teams.Team(options, 0, 1)  # pyright: ignore[reportArgumentType]
+    group = DistributedGroup(options, 0, 1)  # pyright: ignore[reportArgumentType]
     try:
         model = _model(machine, case)
         layers = [*model.vision_tower.layers, *model.language_model.layers]
-        teams.spread(model, layers, team, options)  # pyright: ignore[reportArgumentType]
-        return _steps(machine, case, model, team)
+        distributed.parallelize(model, layers, group, options)  # pyright: ignore[reportArgumentType]
+        return _steps(machine, case, model, group)
     finally:
-        team.close()
+        group.close()
 
 
 def _model(machine: Machine, case: Case) -> PerceptionDLM:
@@ -130,9 +130,9 @@ def _model(machine: Machine, case: Case) -> PerceptionDLM:
     return model
 
 
-def _steps(machine: Machine, case: Case, model: PerceptionDLM, team: teams.Team) -> Measured:
+def _steps(machine: Machine, case: Case, model: PerceptionDLM, group: DistributedGroup) -> Measured:
     batch = batch_of(model, machine.device)
-    trained = build.trained(model)
+    trained = build.trainable_parameters(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
     generator = torch.Generator().manual_seed(0)
     seconds, flops = [], []
@@ -140,7 +140,7 @@ def _steps(machine: Machine, case: Case, model: PerceptionDLM, team: teams.Team)
         if number == 1:
             forget_peak(machine.device)
         start = now(machine.device)
-        num_logits = _step(model, batch, trained, optimizer, team, generator)
+        num_logits = _step(model, batch, trained, optimizer, group, generator)
         seconds.append(now(machine.device) - start)
         flops.append(_flops(model, batch, num_logits))
     step_s, flop = statistics.median(seconds[1:]), statistics.median(flops[1:])
@@ -159,7 +159,7 @@ def _steps(machine: Machine, case: Case, model: PerceptionDLM, team: teams.Team)
         "peak_gb": peak_gb(machine.device),
         "first_step_s": seconds[0],
         "kernel": case.attention,
-        "fsdp2": team.sharded,
+        "fsdp2": group.sharded,
     }
     return Measured(
         f"{step_s:.3f} s a step, {tokens / step_s:,.0f} tokens/s, MFU {mfu:.0%}", numbers, roofline
@@ -171,17 +171,17 @@ def _step(
     batch: TrainBatch,
     trained: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    team: teams.Team,
+    group: DistributedGroup,
     generator: torch.Generator,
 ) -> int:
     """Noise, loss, gradients, clipping and a step, in the trainer's order; the number of masked tokens."""
     any_batch: Any = batch
-    noised = loss.draw(any_batch, NoiseOptions(), generator)
-    with teams.computing(team):
-        found = loss.loss(model, any_batch, noised)
+    noise = loss.draw_noise(any_batch, NoiseOptions(), generator)
+    with distributed.autocast(group):
+        found = loss.diffusion_loss(model, any_batch, noise)
     (found.total / batch.weight_E.sum()).backward()
-    norm = float(teams.total_norm(trained.values()))
-    limit = torch.tensor(norm, device=team.device)
+    norm = float(distributed.total_norm(trained.values()))
+    limit = torch.tensor(norm, device=group.device)
     torch.nn.utils.clip_grads_with_norm_(trained.values(), 1.0, limit)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

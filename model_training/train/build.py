@@ -1,4 +1,4 @@
-"""What is trained: a saved or a new model, its parts with their learning rates, and LoRA."""
+"""Builds what is trained: a saved or a new model, the optimizer with a learning rate per part, and LoRA."""
 
 from __future__ import annotations
 
@@ -27,35 +27,39 @@ PARTS = {
     "lm_head": "language",
     "region_prompts": "prompts",
 }
-"""The part of each of the model's modules; `learning_rate` has a rate for each."""
+"""The part that each of the model's modules belongs to; `learning_rate` has a rate for each part."""
 
-ADDED = "additions"
-"""LoRA's name for its matrices within a layer."""
+ADAPTER = "additions"
+"""Name of LoRA's adapter. It is part of the names of weights in checkpoints, so it stays."""
 
 
 def part_of(name: str) -> str:
-    """Which part a parameter belongs to, by its name."""
+    """The part that a parameter belongs to, by the parameter's name."""
     return PARTS[name.partition(".")[0]]
 
 
 def open_model(config: TrainConfig, attention: str = "sdpa") -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
-    """The model to start from, in float32 on the CPU, and its processor.
+    """The model that a run starts from, in float32 on the CPU, and its processor.
+
+    Args:
+        config: the run's configuration. Parts with a learning rate of 0 are frozen, and LoRA is added.
+        attention: the attention kernel, as transformers names it.
 
     Raises:
-        ConfigError: no model in the folder, or a field of its config that it does not take.
+        ConfigError: the folder has no model, or `model.config` has a field or value that does not suit it.
     """
     torch.manual_seed(config.seed)
     if config.model.path is not None:
-        model, processor = _saved(config.model, attention)
+        model, processor = _load_saved_model(config.model, attention)
     else:
-        model, processor = _new(config.model, attention)
+        model, processor = _make_new_model(config.model, attention)
     freeze(model, config)
     if config.lora:
         add_lora(model, config.lora, config.seed)
     return model, processor
 
 
-def _saved(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
+def _load_saved_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
     from transformers import AutoTokenizer
 
     folder = Path(chosen.path or "")
@@ -66,39 +70,39 @@ def _saved(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMP
     saved = PerceptionDLMConfig.from_pretrained(folder)
     if fixed := sorted(chosen.config.keys() & {"vision_config", "text_config"}):
         raise ConfigError(f"model.config.{fixed[0]}: the saved model's sizes are what they are; leave it out")
-    config = _config(saved.to_dict(), chosen.config)
+    config = _changed_config(saved.to_dict(), chosen.config)
     model = PerceptionDLM.from_pretrained(
         folder, config=config, dtype=torch.float32, attn_implementation=attention
     )
     return model, PerceptionDLMProcessor(AutoTokenizer.from_pretrained(folder), config)
 
 
-def _new(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
-    from ..model import tokenizer as vocabulary
+def _make_new_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
+    from ..model.tokenizer import num_ids, token_ids
 
     folder = chosen.tokenizer or ""
-    tokenizer = _tokenizer(folder)
-    text = {"vocab_size": vocabulary.num_ids(tokenizer)} | dict(chosen.config.get("text_config", {}))
-    special = vocabulary.token_ids(tokenizer, chosen.config.get("num_prompts", 6), Path(folder))
-    config = _config(special, chosen.config | {"text_config": text})
+    tokenizer = _load_tokenizer(folder)
+    text = {"vocab_size": num_ids(tokenizer)} | dict(chosen.config.get("text_config", {}))
+    special = token_ids(tokenizer, chosen.config.get("num_prompts", 6), Path(folder))
+    config = _changed_config(special, chosen.config | {"text_config": text})
     model = PerceptionDLM._from_config(config, dtype=torch.float32, attn_implementation=attention)
     return model, PerceptionDLMProcessor(tokenizer, config)
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name == "toy":
         from ..toy.world import make_tokenizer
 
         return make_tokenizer()
-    from ..model import tokenizer as vocabulary
+    from ..model import tokenizer as tokenizers
 
-    tokenizer = vocabulary.load(Path(name))
-    vocabulary.add_special(tokenizer)
+    tokenizer = tokenizers.load(Path(name))
+    tokenizers.add_special(tokenizer)
     return tokenizer
 
 
-def _config(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> PerceptionDLMConfig:
-    _check(changes, PerceptionDLMConfig().to_dict(), "model.config")
+def _changed_config(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> PerceptionDLMConfig:
+    _check_fields(changes, PerceptionDLMConfig().to_dict(), "model.config")
     try:
         return PerceptionDLMConfig(**(dict(fields) | dict(changes)))
     except ConfigError:
@@ -107,20 +111,20 @@ def _config(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> Perception
         raise ConfigError(f"model.config: {' '.join(str(error).split())}") from error
 
 
-def _check(changes: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    """Names and types; a misspelt size would be ignored, and a model of 8B weights be made."""
+def _check_fields(changes: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """Check names and types. A misspelt size would be ignored, and a model with 8B weights be made."""
     for name, value in changes.items():
         if name not in known:
             raise ConfigError(f"{where}.{name}: the model's config has no such field")
         kind = type(known[name])
         if name in ("vision_config", "text_config") and isinstance(value, Mapping):
-            _check(value, known[name], f"{where}.{name}")
+            _check_fields(value, known[name], f"{where}.{name}")
         elif known[name] is not None and not (type(value) is kind or (kind is float and type(value) is int)):
             raise ConfigError(f"{where}.{name}: {value!r}; it takes {kind.__name__}")
 
 
 def freeze(model: PerceptionDLM, config: TrainConfig) -> None:
-    """Parts whose rate is 0 stay as they are, and so does what the model does not use."""
+    """Freeze the parts whose learning rate is 0, and the prompts of a model that does not use them."""
     rates = config.learning_rate.model_dump()
     for name, parameter in model.named_parameters():
         used = model.config.region_prompting or part_of(name) != "prompts"
@@ -129,22 +133,22 @@ def freeze(model: PerceptionDLM, config: TrainConfig) -> None:
         raise ConfigError("learning_rate: only prompts are trained, which the model does not use")
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, what the optimizer moves."""
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a group for each part, matrices apart from vectors, which do not decay."""
+    """AdamW with two parameter groups for each part: matrices, and vectors, which have no weight decay."""
     rates, groups = config.learning_rate.model_dump(), {}
-    for name, parameter in trained(model).items():
+    for name, parameter in trainable_parameters(model).items():
         groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
                 "lr": rates[part],
-                "highest": rates[part],
+                "highest": rates[part],  # like "part" a name in checkpoints
                 "part": part,
                 "weight_decay": config.weight_decay if decays else 0.0,
             }
@@ -158,10 +162,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def add_lora(model: PerceptionDLM, lora: Lora, seed: int) -> None:
-    """Freeze the language model, and add small trainable matrices to its layers, in place.
+    """Freeze the language model, and add trainable low-rank matrices to its layers, in place.
 
     Raises:
-        ConfigError: peft is not installed, or no layer has such a name.
+        ConfigError: peft is not installed, or no layer has the name of a target.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -171,23 +175,31 @@ def add_lora(model: PerceptionDLM, lora: Lora, seed: int) -> None:
     model.lm_head.requires_grad_(False)
     names = {name.rpartition(".")[2] for name, each in model.language_model.named_modules() if _linear(each)}
     if absent := [name for name in lora.targets if name not in names]:
-        raise ConfigError(f"lora.targets: {absent[0]!r} is none; take some of {', '.join(sorted(names))}")
+        raise ConfigError(
+            f"lora.targets: unknown layer {absent[0]!r}; choose from {', '.join(sorted(names))}"
+        )
     torch.manual_seed(seed)
-    options = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+    alpha: Any = lora.alpha  # peft declares an int, and takes a float
+    options = LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets))
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    inject_adapter_in_model(options, model.language_model, ADDED)
-    for name, parameter in model.named_parameters():  # peft freezes and thaws at its own will
-        parameter.requires_grad_(f".{ADDED}." in name or frozen.get(name, False))
+    inject_adapter_in_model(options, model.language_model, ADAPTER)
+    for name, parameter in model.named_parameters():  # peft freezes and thaws parameters
+        parameter.requires_grad_(f".{ADAPTER}." in name or frozen.get(name, False))
 
 
 def merge_lora(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """Weights of the model without additions: each is added to its matrix, in float32."""
-    merged = {name: each for name, each in weights.items() if f".{ADDED}." not in name}
+    """The weights of a model without LoRA: each addition is merged into its matrix, in float32.
+
+    Args:
+        weights: the weights of a model with LoRA, by name.
+        lora: the options that the additions were trained with.
+    """
+    merged = {name: each for name, each in weights.items() if f".{ADAPTER}." not in name}
     for name in [name for name in merged if ".base_layer." in name]:
         matrix, plain = merged.pop(name), name.replace(".base_layer.", ".")
-        first = name.replace("base_layer", f"lora_A.{ADDED}")
+        first = name.replace("base_layer", f"lora_A.{ADAPTER}")
         if first in weights:
-            second = weights[name.replace("base_layer", f"lora_B.{ADDED}")]
+            second = weights[name.replace("base_layer", f"lora_B.{ADAPTER}")]
             matrix = matrix + (lora.alpha / lora.rank) * (second @ weights[first])
         merged[plain] = matrix
     return merged
@@ -197,20 +209,22 @@ def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-# How much there is to compute.
+# The cost of a step.
 
 
 def step_flops(
     model: PerceptionDLM, num_tokens: int, num_pairs: int, num_views: int, num_logits: int
 ) -> float:
-    """Floating-point operations of a batch's forward and backward pass, recomputing left out, as MFU has it.
+    """Floating-point operations of a batch's forward and backward pass.
+
+    As is usual for MFU, activations that are computed twice count once.
 
     Args:
-        model: tells which parts are trained.
-        num_tokens: of the language model.
-        num_pairs: of tokens that attend to each other.
-        num_views: that the vision tower encodes.
-        num_logits: tokens for which the head is computed.
+        model: its shapes count, and which of its parts are trained.
+        num_tokens: tokens in the language model.
+        num_pairs: pairs of tokens that attend to each other.
+        num_views: views that the vision tower encodes.
+        num_logits: tokens for which the head computes logits.
     """
     vision, text = model.config.vision_config, model.config.text_config
     patches = num_views * model.config.patches_per_side**2
@@ -236,7 +250,7 @@ def step_flops(
 
 
 def _passes(model: PerceptionDLM) -> Iterator[tuple[str, float]]:
-    """For each module, in forward passes: 1; 2 if gradients go through it; 3 if it is trained too."""
+    """The cost of each module in forward passes: 1; 2 if gradients pass through it; 3 if it is trained."""
     below = any(parameter.requires_grad for parameter in model.region_prompts.parameters())
     for name in ("vision_tower", "projector", "language_model", "lm_head"):
         own = [parameter for parameter in getattr(model, name).parameters() if parameter.requires_grad]

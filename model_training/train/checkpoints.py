@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: whole or not there, written while training goes on, for any number of ranks.
+"""Checkpoints of a training run: complete or absent, written while training goes on, for any number of ranks.
 
-    OUT/checkpoints/step-00000500/       weights, optimizer and average, by torch's distributed checkpoint
+    OUT/checkpoints/step-00000500/       weights, optimizer and EMA, by torch's distributed checkpoint
     OUT/checkpoints/step-00000500/progress.json    step, loader, random numbers, configuration
     OUT/checkpoints/.step-00001000.partial/        being written, or left by a run that was killed
 
-A folder gets its name when all of it is on the disk. Frozen weights are not in it: they come from the model
-that the run started from. Its files are pickles: resume from your own.
+A folder gets its name when all of its files are on the disk. Frozen weights are not in it: they come from the
+model that the run started from. Its files are pickles: resume from your own.
 """
 
 from __future__ import annotations
@@ -31,41 +31,45 @@ from ...schemas.errors import IntegrityError, StageFailed, one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .distributed import Team
+    from .distributed import DistributedGroup
 
 PROGRESS = "progress.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 
 class Checkpoints:
-    """The checkpoints of a folder. All ranks call the same methods in the same order.
+    """The checkpoints in a folder. All ranks call the same methods in the same order.
 
     Args:
-        folder: on a file system that all ranks share.
-        team: the ranks.
-        keep: how many are kept.
-        asynchronous: `save` returns when a copy is in memory; at most one is being written.
+        folder: lies on a file system that all ranks share.
+        group: the ranks.
+        keep: number of checkpoints that are kept.
+        asynchronous: `save` returns when it has copied the state to memory. At most one checkpoint is being
+            written at a time.
     """
 
-    def __init__(self, folder: Path, team: Team, keep: int = 3, asynchronous: bool = True):
-        self.folder, self.team, self.keep, self.asynchronous = folder, team, keep, asynchronous
-        # The writing thread's messages must not meet the trainer's.
-        self.group = dist.new_group(backend="gloo") if team.grouped else None
+    def __init__(self, folder: Path, group: DistributedGroup, keep: int = 3, asynchronous: bool = True):
+        self.folder, self.group, self.keep, self.asynchronous = folder, group, keep, asynchronous
+        self.process_group: dist.ProcessGroup | None = None
+        if group.has_process_group:  # the writing thread's messages must not meet the trainer's
+            made = dist.new_group(backend="gloo")
+            assert isinstance(made, dist.ProcessGroup)
+            self.process_group = made
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
-        if team.rank == 0:
+        if group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".step-*.partial"):
-                shutil.rmtree(left)
-        team.wait()
+            for partial in folder.glob(".step-*.partial"):
+                shutil.rmtree(partial)
+        group.barrier()
 
     def save(self, step: int, state: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Write a checkpoint, and remove the oldest if there are too many.
+        """Write a checkpoint, and remove the oldest one if there are more than `keep`.
 
         Args:
-            step: that is done.
-            state: see `state_of`.
-            progress: JSON; the same on all ranks.
+            step: the last step that is done.
+            state: what `training_state` returns.
+            progress: goes to progress.json as JSON; the same on all ranks.
         """
         self.finish()
         staged = _copied(state)
@@ -93,39 +97,41 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Let the one that is being written be finished, whatever has happened to the training."""
+        """Let the checkpoint that is being written be finished, whatever has happened to the training."""
         self.pool.shutdown()
 
     def _write(self, step: int, state: dict[str, Any], progress: dict[str, Any]) -> None:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         target, partial = self.folder / f"step-{step:08}", self.folder / f".step-{step:08}.partial"
         writing = nullcontext(partial)  # all ranks write into one folder, and rank 0 gives it its name
-        if self.team.rank == 0:  # `replace`: a run resumed from an older checkpoint comes here again
+        if self.group.rank == 0:  # `replace`: a run resumed from an older checkpoint comes here again
             writing = files.write_folder_atomic(target, replace=True, temporary=partial)
         with warnings.catch_warnings(), writing:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            # Returns on rank 0 when every rank has written and synchronised its files.
-            dcp.save(
+            # Returns on rank 0 when every rank has written and synchronized its files.
+            save(
                 state,
-                storage_writer=dcp.FileSystemWriter(partial),
-                process_group=self.group,
-                no_dist=self.group is None,
+                storage_writer=FileSystemWriter(partial),
+                process_group=self.process_group,
+                no_dist=self.process_group is None,
             )
-            if self.team.rank == 0:
+            if self.group.rank == 0:
                 (partial / PROGRESS).write_text(json.dumps({"step": step, **progress}))
-        if self.team.rank == 0:
+        if self.group.rank == 0:
             self._prune()
 
     def _prune(self) -> None:
-        for old in whole(self.folder)[: -self.keep]:
-            hidden = old.with_name(f".{old.name}.partial")  # a killed removal leaves none that looks whole
+        for old in complete_checkpoints(self.folder)[: -self.keep]:
+            # Renamed first, so that a killed removal leaves no folder that looks complete.
+            hidden = old.with_name(f".{old.name}.partial")
             os.replace(old, hidden)
             shutil.rmtree(hidden)
 
 
-def whole(folder: Path) -> list[Path]:
-    """All that are complete, oldest first."""
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -133,48 +139,52 @@ def whole(folder: Path) -> list[Path]:
     )
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest that is complete."""
-    found = whole(folder)
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder; None if there is none."""
+    found = complete_checkpoints(folder)
     return found[-1] if found else None
 
 
-def state_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor] | None
 ) -> dict[str, Any]:
-    """What is saved, as it is now and where it is now."""
+    """The tensors of a checkpoint, as they are now: they are not copied."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    state = {"model": weights, "optimizer": moments}
-    return state if average is None else state | {"average": average}
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    return state if ema is None else state | {"average": ema}
 
 
-def load(
+def load_checkpoint(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor] | None,
-    team: Team,
+    ema: dict[str, Tensor] | None,
+    group: DistributedGroup,
 ) -> dict[str, Any]:
-    """Fill model, optimizer and average from a checkpoint; returns its progress.
+    """Fill the model, the optimizer and the EMA from a checkpoint, in place.
+
+    Returns:
+        The checkpoint's progress.json.
 
     Raises:
-        IntegrityError: the checkpoint is damaged, or of another model.
+        IntegrityError: the checkpoint is damaged, or belongs to another model.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    settings = [
+    configured = [
         {key: value for key, value in each.items() if key != "params"} for each in optimizer.param_groups
     ]
     try:
-        state = state_of(model, optimizer, average)
+        state = training_state(model, optimizer, ema)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=not team.grouped)
+            load(state, storage_reader=FileSystemReader(path), no_dist=not group.has_process_group)
         set_state_dict(
             model,
             optimizer,
@@ -182,8 +192,8 @@ def load(
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update(own)  # rates and the like are the configuration's, not the checkpoint's
+        for param_group, own in zip(optimizer.param_groups, configured, strict=True):
+            param_group.update(own)  # rates and the like are the configuration's, not the checkpoint's
         return json.loads((path / PROGRESS).read_text())
     except (Exception, CheckpointException) as error:  # torch reports damage and mismatch by many types
         raise IntegrityError(
@@ -193,21 +203,24 @@ def load(
         ) from error
 
 
-def random_state(team: Team) -> list[dict[str, str]]:
-    """Of torch's generators, on every rank."""
+def get_rng_states(group: DistributedGroup) -> list[dict[str, str]]:
+    """The states of torch's random number generators on every rank, in base64."""
     own = {"cpu": _text(torch.get_rng_state())}
-    if team.device.type == "cuda":
-        own["cuda"] = _text(torch.cuda.get_rng_state(team.device))
-    return team.gather(own)
+    if group.device.type == "cuda":
+        own["cuda"] = _text(torch.cuda.get_rng_state(group.device))
+    return group.all_gather(own)
 
 
-def restore_random(states: list[dict[str, str]], team: Team) -> None:
-    """Set torch's generators; with another number of ranks than then, those that are new stay as they are."""
-    if team.rank < len(states):
-        own = states[team.rank]
+def set_rng_states(states: list[dict[str, str]], group: DistributedGroup) -> None:
+    """Set torch's random number generators of this rank.
+
+    If there are more ranks now than when the states were taken, those of the new ranks stay as they are.
+    """
+    if group.rank < len(states):
+        own = states[group.rank]
         torch.set_rng_state(_bytes(own["cpu"]))
-        if team.device.type == "cuda" and "cuda" in own:
-            torch.cuda.set_rng_state(_bytes(own["cuda"]), team.device)
+        if group.device.type == "cuda" and "cuda" in own:
+            torch.cuda.set_rng_state(_bytes(own["cuda"]), group.device)
 
 
 def _text(state: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""The loss of runs as a picture, from their metrics."""
+"""Loss curves: a picture of the loss of runs, drawn from their metrics."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ...pipeline.corpus import plots
 from ...pipeline.io import files
 from . import metrics
 
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which colour-blind eyes tell apart."""
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which color-blind eyes tell apart."""
 
 
-def draw(runs: Mapping[str, Path], path: Path) -> None:
-    """Draw the loss of each run, and of a single one also the cross-entropy by its level of noise.
+def draw_loss_curves(runs: Mapping[str, Path], path: Path) -> None:
+    """Draw the loss of each run. If there is only one, draw its cross-entropy by noise level below.
 
     Args:
-        runs: `out` of each by the name in the legend.
-        path: of the PNG.
+        runs: output folder of each run by its name in the legend.
+        path: where the PNG is written.
     """
-    records = {name: metrics.read(folder) for name, folder in runs.items()}
+    records = {name: metrics.read_metrics(folder) for name, folder in runs.items()}
 
     def loss(axes: Any) -> None:
-        for (name, lines), colour in zip(records.items(), _COLOURS * len(records), strict=False):
-            axes.plot(*_smooth(lines, "loss"), color=colour, label=name, linewidth=1.4)
+        for (name, lines), color in zip(records.items(), _COLORS * len(records), strict=False):
+            axes.plot(*_smooth(lines, "loss"), color=color, label=name, linewidth=1.4)
 
     def levels(axes: Any) -> None:
         [lines] = records.values()
         names = sorted({key for line in lines for key in line if key.startswith("ce_")})
-        for name, colour in zip(names, _COLOURS, strict=False):
+        for name, color in zip(names, _COLORS, strict=False):
             label = f"up to {float(name[3:]):.0%} masked"
-            axes.plot(*_smooth(lines, name), color=colour, label=label, linewidth=1.4)
+            axes.plot(*_smooth(lines, name), color=color, label=label, linewidth=1.4)
 
     panels = {"Loss": loss}
     if len(records) == 1:
@@ -56,7 +56,7 @@ def _framed(panel: Any) -> Any:
 
 
 def _smooth(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, means over about a hundredth of the run)."""
+    """A metric over the steps that have it: steps, and means over about a hundredth of the run."""
     pairs = [(line["step"], line[name]) for line in records if isinstance(line.get(name), int | float)]
     if not pairs:
         return np.zeros(0), np.zeros(0)

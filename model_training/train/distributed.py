@@ -1,4 +1,4 @@
-"""The ranks that train together: what they add up, tell each other, and how the model is spread over them.
+"""The group of ranks that train together: its collectives, and how the model is spread over it.
 
 One rank by itself needs no process group, unless the model is sharded: then it has one of its own.
 """
@@ -6,7 +6,7 @@ One rank by itself needs no process group, unless the model is sharded: then it 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,83 +20,94 @@ if TYPE_CHECKING:
     from ...schemas.training import TrainConfig
 
 
-class Team:
-    """This rank and the others.
+class DistributedGroup:
+    """This rank, and what it does together with the others.
 
     Attributes:
-        rank: of this process.
+        rank: number of this process.
         world_size: number of ranks.
-        device: of this rank's model.
-        dtype: in which it computes.
-        sharded: whether each rank holds a part of the weights (FSDP2), or all of them.
+        device: device of this rank's model.
+        dtype: type in which the model computes.
+        sharded: whether each rank holds a part of the weights (FSDP2) or all of them.
+        has_process_group: whether torch's process group exists; one unsharded rank has none.
     """
 
     def __init__(self, config: TrainConfig, rank: int, world_size: int):
-        """Join, with a process group that is there already if there is more than one rank.
+        """Join the group. With more than one rank, torch's process group must have been initialized.
 
         Raises:
-            ConfigError: a device that is not there.
+            ConfigError: the configuration asks for a GPU, and torch sees none.
         """
         self.rank, self.world_size = rank, world_size
-        self.device = _device(config)
+        self.device = _choose_device(config)
         on_gpu = self.device.type == "cuda"
         low = config.precision == "bfloat16" or (config.precision == "auto" and on_gpu)
         self.dtype = torch.bfloat16 if low else torch.float32
         self.sharded = config.shard == "full" or (config.shard == "auto" and on_gpu)
-        self.owns_group = False
+        self._owns_process_group = False
         if self.sharded and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            self.owns_group = True
-        self.grouped = dist.is_initialized()
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            self._owns_process_group = True
+        self.has_process_group = dist.is_initialized()
 
     def close(self) -> None:
-        """Leave a process group of its own."""
-        if self.owns_group:
+        """Destroy the process group if it was made here."""
+        if self._owns_process_group:
             dist.destroy_process_group()
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Of all ranks, in place."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in the order of the ranks. A value can be anything that pickles."""
         if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
-    def wait(self) -> None:
-        """For all ranks."""
+    def barrier(self) -> None:
+        """Wait until all ranks have come here."""
         if self.world_size > 1:
             dist.barrier()
 
 
-def spread(model: nn.Module, layers: Iterable[nn.Module], team: Team, config: TrainConfig) -> None:
-    """Make a model in float32 ready to train on this rank's device, in place.
+def parallelize(
+    model: nn.Module, layers: Iterable[nn.Module], group: DistributedGroup, config: TrainConfig
+) -> None:
+    """Prepare a float32 model for training on this rank's device, in place.
 
-    Weights and their sums stay in float32. Sharded, each layer's are gathered in the computing type while it
-    runs; gradients are summed in float32.
+    Weights and sums of gradients stay in float32. If the model is sharded, a layer's weights are gathered in
+    the computing type while it runs.
+
+    Args:
+        model: the whole model; it is put in training mode.
+        layers: the modules that are compiled and sharded one by one.
+        group: the ranks to shard over.
+        config: says whether to checkpoint activations and whether to compile.
     """
     model.train()
     layers = list(layers)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.compile == "always" or (config.compile == "auto" and team.device.type == "cuda"):
+        enable: Any = model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile == "always" or (config.compile == "auto" and group.device.type == "cuda"):
         for layer in layers:
             layer.compile(dynamic=True)
-    if not team.sharded:
-        model.to(team.device)
+    if not group.sharded:
+        model.to(group.device)
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(team.device.type, (team.world_size,))
+    mesh = init_device_mesh(group.device.type, (group.world_size,))
     policy = MixedPrecisionPolicy(
-        param_dtype=team.dtype,
+        param_dtype=group.dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # boxes need their bits; embeddings have the weights' type
     )
@@ -109,15 +120,15 @@ def spread(model: nn.Module, layers: Iterable[nn.Module], team: Team, config: Tr
             module.set_force_sum_reduction_for_comms(True)
 
 
-def computing(team: Team) -> Any:
-    """The context of forward passes: in the computing type if the weights are not gathered in it."""
-    cast = team.dtype != torch.float32 and not team.sharded
-    return torch.autocast(team.device.type, team.dtype, enabled=cast)
+def autocast(group: DistributedGroup) -> torch.autocast:
+    """The context of forward passes: casts to the computing type, unless FSDP2 gathers weights in it."""
+    cast_here = group.dtype != torch.float32 and not group.sharded
+    return torch.autocast(group.device.type, group.dtype, enabled=cast_here)
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], team: Team) -> None:
-    """Over all ranks, in one message; FSDP2 has done it already."""
-    if team.sharded or team.world_size == 1:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: DistributedGroup) -> None:
+    """Sum gradients over all ranks, in one message. Does nothing with FSDP2, which has summed them."""
+    if group.sharded or group.world_size == 1:
         return
     gradients = [_gradient(parameter) for parameter in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -128,7 +139,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], team: Team) -> None:
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Of all gradients of all ranks, after they are summed."""
+    """The norm of all summed gradients, over all ranks if they are sharded."""
     from torch.distributed.tensor import DTensor
 
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -139,14 +150,14 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:  # a rank whose batches do not use it sums with those whose do
         parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+    return cast(Tensor, parameter.grad)
 
 
-def _device(config: TrainConfig) -> torch.device:
-    there = torch.cuda.is_available()
-    if config.device == "cuda" and not there:
+def _choose_device(config: TrainConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
         raise ConfigError("device: cuda, but torch sees no GPU here; set device: cpu, or ray.gpus: 1")
-    if config.device == "cpu" or not there:
+    if config.device == "cpu" or not available:
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     torch.cuda.set_device(number)

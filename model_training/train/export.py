@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from ...pipeline.io import files, tensor_files
 from ..convert import leftovers, published
+from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from . import build
 
@@ -19,49 +20,57 @@ if TYPE_CHECKING:
 
     from ...schemas.training import TrainConfig
     from ..model.processor import PerceptionDLMProcessor
-    from .distributed import Team
+    from .distributed import DistributedGroup
 
-MODEL, AVERAGE = "model", "model-average"
+MODEL, EMA = "model", "model-average"
 
 
-def export(
+def export_model(
     model: PerceptionDLM,
     processor: PerceptionDLMProcessor,
-    average: dict[str, Tensor] | None,
+    ema: dict[str, Tensor] | None,
     config: TrainConfig,
-    team: Team,
+    group: DistributedGroup,
 ) -> Path:
-    """Write OUT/model, and OUT/model-average if there is one, over what is there. All ranks call it.
+    """Write OUT/model, and OUT/model-average if there is an EMA, in place of older ones. All ranks call this.
+
+    Args:
+        model: the trained model, sharded or not.
+        processor: the model's processor, which is saved beside it.
+        ema: the moving average of the trained weights by name, or None.
+        config: the run's configuration.
+        group: the ranks; rank 0 writes.
 
     Returns:
         The folder of the model.
     """
-    weights = _whole(model)
-    averaged = _gathered(average, team)
+    weights = _full_weights(model)
+    averaged = _gathered(ema, group)
     folder = Path(config.out)
-    if team.rank == 0:
-        _write(folder / MODEL, weights, model, processor, config, team)
+    if group.rank == 0:
+        _write(folder / MODEL, weights, model, processor, config, group)
         if averaged:
-            _write(folder / AVERAGE, weights | averaged, model, processor, config, team)
-    team.wait()
+            _write(folder / EMA, weights | averaged, model, processor, config, group)
+    group.barrier()
     return folder / MODEL
 
 
-def _whole(model: PerceptionDLM) -> dict[str, Tensor]:
+def _full_weights(model: PerceptionDLM) -> dict[str, Tensor]:
     """All weights on the CPU of rank 0; on other ranks they may be missing."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
 
 
-def _gathered(average: dict[str, Tensor] | None, team: Team) -> dict[str, Tensor]:
-    """The average on the CPU of rank 0; nothing on other ranks, which help to gather it."""
+def _gathered(ema: dict[str, Tensor] | None, group: DistributedGroup) -> dict[str, Tensor]:
+    """The EMA on the CPU of rank 0; nothing on other ranks, which help to gather it."""
     from torch.distributed.tensor import DTensor
 
     found = {}
-    for name, each in (average or {}).items():
+    for name, each in (ema or {}).items():
         whole = each.full_tensor() if isinstance(each, DTensor) else each
-        if team.rank == 0:
+        if group.rank == 0:
             found[name] = whole.cpu()
     return found
 
@@ -72,13 +81,13 @@ def _write(
     model: PerceptionDLM,
     processor: PerceptionDLMProcessor,
     config: TrainConfig,
-    team: Team,
+    group: DistributedGroup,
 ) -> None:
-    dtype = team.dtype if config.export_dtype == "auto" else getattr(torch, config.export_dtype)
+    dtype = group.dtype if config.export_dtype == "auto" else getattr(torch, config.export_dtype)
     if config.lora:
         weights = build.merge_lora(weights, config.lora)
     tensors = {name: tensor_files.from_torch(each, dtype) for name, each in sorted(weights.items())}
-    saved = copy.deepcopy(model.config)
+    saved = cast(PerceptionDLMConfig, copy.deepcopy(model.config))
     saved.architectures, saved.dtype = ["PerceptionDLM"], dtype
     tensor_files.check_tensors(target, tensors, published.shapes(saved))
     temporary = target.with_name(f".{target.name}.partial")  # of rank 0, which alone writes here

@@ -1,8 +1,8 @@
-"""What a run tells of itself: metrics.jsonl and TensorBoard always, Weights & Biases if configured.
+"""The metrics of a run: always metrics.jsonl and TensorBoard, and Weights & Biases if it is configured.
 
-A line of metrics.jsonl is a step: `loss` and `norm` to the last bit, learning rates, throughput; `ce_0.2` is
-the mean cross-entropy of tokens masked with a probability up to 0.2, `ce_0.4` of those up to 0.4, and so on.
-A run that is resumed forgets the lines after its checkpoint: the file tells of one course of training.
+Each line of metrics.jsonl is a step: `loss` and `norm` to the last bit, learning rates, throughput. `ce_0.2`
+is the mean cross-entropy of tokens masked with a probability of at most 0.2, `ce_0.4` of those above 0.2 and
+up to 0.4, and so on. A resumed run removes the lines after its checkpoint, so that each step has one line.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from ..data.order import key_of
 if TYPE_CHECKING:
     from ...schemas.training import TrainConfig
     from ..data import TrainBatch
-    from .distributed import Team
+    from .distributed import DistributedGroup
     from .loss import Loss
 
 METRICS = "metrics.jsonl"
 NUM_LEVELS = 5
-"""Buckets of the probability of masking: up to 0.2, 0.4, ..."""
+"""Number of buckets of the probability of masking: up to 0.2, up to 0.4, and so on."""
 
 
-class Meter:
-    """Counts what the batches of one step are and cost, on this rank; then what all ranks' are.
+class StepMeter:
+    """Counts what one step consists of and costs: first this rank's batches, then all ranks' in `total`.
 
     Attributes:
-        waited_s: for data.
+        waited_s: seconds this rank has waited for data.
     """
 
     def __init__(self, device: torch.device):
@@ -52,13 +52,13 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time within is spent on waiting for data."""
+        """A context in which time counts as waiting for data."""
         start = time.perf_counter()
         yield
         self.waited_s += time.perf_counter() - start
 
     def add(self, batch: TrainBatch, found: Loss, flops: float) -> None:
-        """A batch and its loss; nothing is fetched from a GPU."""
+        """Count a batch and its loss. Fetches nothing from a GPU."""
         real = sum(weight > 0 for weight in batch.weight_E.tolist())
         self.counts["tokens"] += batch.tokens.ids_BL.numel() if real else 0
         self.counts["regions"] += len(batch.images.boxes_R4) if real else 0
@@ -70,22 +70,38 @@ class Meter:
         self.levels[0].index_add_(0, level, found.ce_K.double())
         self.levels[1].index_add_(0, level, torch.ones_like(found.ce_K, dtype=torch.float64))
 
-    def total(self, team: Team) -> dict[str, Any]:
-        """Of all ranks, in one message: loss sum, counts, loss by level, FLOPs, seconds waited."""
+    def total(self, group: DistributedGroup) -> dict[str, Any]:
+        """Sums over all ranks, in one message: loss, counts, FLOPs, seconds; and the loss by noise level."""
         names = ("tokens", "regions", "examples", "dropped")
         plain = [*(float(self.counts[name]) for name in names), self.flops, self.waited_s]
         own = torch.tensor(plain, dtype=torch.float64, device=self.loss.device)
-        every = team.sum(torch.cat([self.loss[None], self.levels.flatten(), own])).tolist()
+        every = group.all_reduce(torch.cat([self.loss[None], self.levels.flatten(), own])).tolist()
         loss, sums, numbers = every[0], every[1 : 1 + NUM_LEVELS], every[1 + NUM_LEVELS : 1 + 2 * NUM_LEVELS]
         rest = dict(zip((*names, "flops", "waited_s"), every[1 + 2 * NUM_LEVELS :], strict=True))
         by_level = [ce / count if count else None for ce, count in zip(sums, numbers, strict=True)]
         return {"loss": loss, "by_level": by_level, **rest}
 
 
-def record_of(
-    step: int, loss: float, norm: float, meter: Meter, total: dict[str, Any], team: Team, peak_flops: float
+def step_record(
+    step: int,
+    loss: float,
+    norm: float,
+    meter: StepMeter,
+    total: dict[str, Any],
+    group: DistributedGroup,
+    peak_flops: float,
 ) -> dict[str, Any]:
-    """The line of a step: everything but what the trainer alone knows."""
+    """A step's line of metrics.jsonl, without what only the trainer knows.
+
+    Args:
+        step: number of the step, from 1.
+        loss: the step's loss.
+        norm: norm of the step's gradient.
+        meter: this rank's counts.
+        total: sums over all ranks, from `meter.total`.
+        group: the ranks.
+        peak_flops: operations per second of one device, which MFU is a share of.
+    """
     seconds = time.perf_counter() - meter.start
     record: dict[str, Any] = {"step": step, "loss": loss, "norm": norm}
     record |= {name: int(total[name]) for name in ("tokens", "regions", "examples", "dropped")}
@@ -96,28 +112,28 @@ def record_of(
         "seconds": seconds,
         "tokens_per_s": total["tokens"] / seconds,
         "regions_per_s": total["regions"] / seconds,
-        "data_wait": total["waited_s"] / team.world_size / seconds,
-        "mfu": total["flops"] / team.world_size / seconds / peak_flops,
-        "memory_gb": _memory_gb(team.device),
+        "data_wait": total["waited_s"] / group.world_size / seconds,
+        "mfu": total["flops"] / group.world_size / seconds / peak_flops,
+        "memory_gb": _memory_gb(group.device),
     }
 
 
-class Journal:
-    """Writes records; on rank 0 only.
+class MetricsLogger:
+    """Writes the records of steps; only rank 0 has one.
 
     Args:
-        folder: `out`.
-        config: of the run.
-        step: that is done; later lines of the file are of a run that was killed.
+        folder: the run's output folder.
+        config: the run's configuration.
+        step: the last step that is done. Lines of later steps, which a killed run left, are removed.
 
     Raises:
-        ConfigError: TensorBoard, or W&B if configured, is not installed.
+        ConfigError: TensorBoard is not installed, or W&B is configured and not installed.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, step: int):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        _forget(path, step)
+        _drop_after(path, step)
         self.lines = LineWriter(path, encode=lambda record: json.dumps(record).encode())
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -127,8 +143,8 @@ class Journal:
         self.wandb = _wandb(folder, config) if config.log.wandb else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """A step's."""
-        shown = {name: value if _is_sound(value) else repr(value) for name, value in record.items()}
+        """Write the record of a step."""
+        shown = {name: value if _is_json(value) else repr(value) for name, value in record.items()}
         self.lines.append(shown)
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         for name, value in numbers.items():
@@ -138,27 +154,33 @@ class Journal:
             self.wandb.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """Flush all."""
+        """Flush and close all outputs."""
         self.lines.close()
         self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, by step."""
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run in the order of the steps; none if it has not begun. `folder` is its output."""
     return [json.loads(line) for line in read_lines(folder / METRICS)]
 
 
 def last_step(folder: Path) -> int:
-    """That there is a record of; 0: none."""
-    return max((record["step"] for record in read(folder)), default=0)
+    """The last step that has a record; 0 if none has."""
+    return max((record["step"] for record in read_metrics(folder)), default=0)
 
 
-def follow(folder: Path, seen: int, ended: Event, every_s: float = 0.5) -> Iterator[dict[str, Any]]:
-    """The records of steps after `seen` that a run adds, as it adds them, until it has ended; each step once.
+def follow_metrics(folder: Path, seen: int, ended: Event, every_s: float = 0.5) -> Iterator[dict[str, Any]]:
+    """The records that a run adds, while it adds them; each step once.
 
-    A run that starts anew writes the file anew: then it is read again from its beginning.
+    A run that is restarted writes the file again: then it is read from the beginning again.
+
+    Args:
+        folder: the run's output folder.
+        seen: records up to this step are left out.
+        ended: set when the run has ended; what it has written is still read.
+        every_s: seconds between two looks at the file.
     """
     lines, last = LineReader(folder / METRICS), False
     while not last:
@@ -170,16 +192,16 @@ def follow(folder: Path, seen: int, ended: Event, every_s: float = 0.5) -> Itera
                 yield record
 
 
-def measure_peak_flops(team: Team) -> float:
-    """Operations a second of a large matrix product on this rank's device: what a model can hope for."""
-    side = 4096 if team.device.type == "cuda" else 512
-    dice = torch.Generator(team.device)  # of its own: what training draws stays the same
-    left = torch.randn(side, side, generator=dice, device=team.device, dtype=team.dtype)
+def measure_peak_flops(group: DistributedGroup) -> float:
+    """Operations per second of a large matrix product on this rank's device, as an estimate of its peak."""
+    side = 4096 if group.device.type == "cuda" else 512
+    generator = torch.Generator(group.device)  # its own, so that training draws the same as without it
+    left = torch.randn(side, side, generator=generator, device=group.device, dtype=group.dtype)
     best = math.inf
     for _ in range(5):
-        start = _now(team.device)
-        left @ left
-        best = min(best, _now(team.device) - start)
+        start = _now(group.device)
+        torch.mm(left, left)
+        best = min(best, _now(group.device) - start)
     return 2 * side**3 / best
 
 
@@ -189,16 +211,16 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _is_sound(value: Any) -> bool:
-    """Whether JSON can say it; NaN and infinities are strings."""
+def _is_json(value: Any) -> bool:
+    """Whether JSON has such a number; NaN and infinities are written as strings."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _forget(path: Path, step: int) -> None:
-    """Leave the lines up to a step."""
+def _drop_after(path: Path, step: int) -> None:
+    """Keep only the lines up to a step."""
     if not path.exists():
         return
-    kept = [record for record in read(path.parent) if record["step"] <= step]
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
     with files.write_atomic(path) as file:
         file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
@@ -213,7 +235,7 @@ def _memory_gb(device: torch.device) -> float:
 
 def _wandb(folder: Path, config: TrainConfig) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             "log.wandb: wandb is not installed; `pip install wandb`, or leave it out"
@@ -224,7 +246,10 @@ def _wandb(folder: Path, config: TrainConfig) -> Any:
 
 
 def attended_pairs(batch: TrainBatch) -> int:
-    """Pairs of tokens of one sequence; what the pattern forbids within it is little and left in."""
+    """Number of pairs of tokens in the same sequence.
+
+    A few of these do not attend to each other and are counted all the same.
+    """
     sample_BL = batch.tokens.structure.sample_BL
     counts = torch.bincount(sample_BL[sample_BL >= 0], minlength=1)
     return int((counts**2).sum())

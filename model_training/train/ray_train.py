@@ -1,7 +1,7 @@
 """Training in this process, or on Ray Train's workers over a cluster.
 
-Ray starts workers, connects them, and starts them all anew when one is lost; what they do is `trainer.fit`,
-which goes on from the last whole checkpoint. So nothing of a run's state is Ray's.
+Ray starts the workers, connects them, and restarts all of them when one is lost. Each worker calls
+`trainer.fit`, which continues from the last complete checkpoint, so that Ray holds nothing of a run's state.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainConfig, ray_address: str | None = None, report: Report | None = None) -> Outcome:
-    """Train, or go on where the last checkpoint is.
+    """Train, or continue from the last checkpoint.
 
     Args:
-        config: with `ray.workers`, Ray's workers train; without, this process does.
-        ray_address: "auto" or "host:port"; None starts Ray on this machine.
-        report: called with each step's record, more or less when it happens.
+        config: the run's configuration. With `ray.workers`, Ray's workers train; without, this process does.
+        ray_address: "auto" or "host:port" of a running cluster; None starts Ray on this machine.
+        report: called with each step's record, soon after the step.
 
     Raises:
-        ConfigError: something in the configuration cannot be.
+        ConfigError: the configuration cannot be carried out.
         IntegrityError: a checkpoint or the data are damaged.
-        Diverged: step after step was skipped.
-        StageFailed: a checkpoint cannot be written; or workers were lost more often than is allowed.
+        Diverged: too many steps in a row were skipped.
+        StageFailed: a checkpoint cannot be written, or workers were lost more often than `ray.max_failures`.
     """
     if not config.ray.workers:
         if ray_address is not None:
@@ -80,7 +80,7 @@ def _fit_on_ray(config: TrainConfig) -> Outcome:
         ),
     )
     try:
-        result = trainer.fit().return_value
+        result: Any = trainer.fit().return_value
     except TrainingFailedError as error:
         raise _cause(error, config) from error
     if "error" in result:
@@ -91,7 +91,7 @@ def _fit_on_ray(config: TrainConfig) -> Outcome:
 
 
 def _work(loop: dict[str, Any]) -> dict[str, Any]:
-    """What each worker does."""
+    """Train in a worker; what it returns goes through Ray."""
     import ray.train
 
     from .trainer import fit
@@ -101,27 +101,26 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
         done = fit(
             TrainConfig.model_validate(loop["config"]), context.get_world_rank(), context.get_world_size()
         )
-    except Diverged as error:  # returned: what is raised, Ray tries again
+    except Diverged as error:  # returned, since Ray retries what is raised
         return {"error": str(error)}
     return {"steps": done.steps, "skipped": done.skipped, "model": str(done.model)}
 
 
 def _cause(error: Exception, config: TrainConfig) -> ParaCaptionError:
-    """The error of ours that a worker raised, or what became of the workers."""
+    """Our error that a worker raised; or, if it was none of ours, that the workers failed."""
     for failure in getattr(error, "worker_failures", {}).values():
         raised = getattr(failure, "_base_exc", failure)
         if isinstance(raised, ParaCaptionError):
             return raised
     return StageFailed(
         f"training stopped after {config.ray.max_failures} restarts (ray.max_failures): {error}; "
-        f"run the same "
-        "command again to go on from the last checkpoint"
+        "run the same command again to go on from the last checkpoint"
     )
 
 
 @contextmanager
 def _following(out: Path, report: Report | None) -> Iterator[None]:
-    """Report the lines that a worker adds to the metrics."""
+    """While the context lasts, report the records that a worker adds to the metrics."""
     if report is None:
         yield
         return
@@ -130,7 +129,7 @@ def _following(out: Path, report: Report | None) -> Iterator[None]:
     ended, seen = threading.Event(), metrics.last_step(out)
 
     def work() -> None:
-        for record in metrics.follow(out, seen, ended):
+        for record in metrics.follow_metrics(out, seen, ended):
             report(record)
 
     thread = threading.Thread(target=work, daemon=True)

@@ -1,4 +1,4 @@
-"""The training loop: fetch, noise, guess, step.
+"""The training loop: fetch a step's batches, draw noise, compute gradients, take the step.
 
     fit(load_training("configs/train/tiny.yaml"))
 
@@ -30,12 +30,11 @@ from ..data import FILLER, Loader, TrainBatch
 from ..data.order import key_of
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
-from . import build, checkpoints, export, metrics
-from . import distributed as teams
-from . import loss as diffusion
+from . import build, checkpoints, distributed, loss, metrics
 from .checkpoints import Checkpoints
-from .distributed import Team
-from .metrics import Journal, Meter
+from .distributed import DistributedGroup
+from .export import export_model
+from .metrics import MetricsLogger, StepMeter
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: its steps, how many of them were skipped, and the folder of the model."""
+    """What a run leaves: the number of its steps, how many of them were skipped, and the model's folder."""
 
     steps: int
     skipped: int
@@ -51,146 +50,149 @@ class Outcome(NamedTuple):
 
 
 class Run:
-    """All that a run consists of, as it is after `step` steps: new, or from the last whole checkpoint.
+    """Everything that a run consists of, as it is after `step` steps: new, or from the last checkpoint.
 
     Attributes:
-        num_steps: of the whole run.
-        step: that is done.
-        saved: the last one of which a checkpoint was begun.
-        skipped: steps so far that were not taken.
-        norms: of the gradient, of the last steps that were taken.
-        skipped_now: batches of the steps that were skipped since one was taken last.
+        num_steps: number of steps of the whole run.
+        step: number of steps that are done.
+        saved: the last step for which a checkpoint was begun.
+        skipped: number of steps so far that were not taken.
+        norms: gradient norms of the last steps that were taken.
+        skipped_now: a line for each step that was skipped since one was taken last, with its examples.
+        ema: moving average of the trained weights by name; None if the run keeps none.
     """
 
-    def __init__(self, config: TrainConfig, team: Team):
-        on_gpu = team.device.type == "cuda"
+    def __init__(self, config: TrainConfig, group: DistributedGroup):
+        on_gpu = group.device.type == "cuda"
         attention = (
             ("flex_attention" if on_gpu else "sdpa") if config.attention == "auto" else config.attention
         )
         if attention == "flex_attention" and not on_gpu:
             raise ConfigError("attention: flex_attention has no gradients on CPUs; take sdpa, or auto")
-        self.config, self.team = config, team
+        self.config, self.group = config, group
         self.model, self.processor = build.open_model(config, attention)
         layers = [*self.model.vision_tower.layers, *self.model.language_model.layers]
-        teams.spread(self.model, layers, team, config)
-        self.trained = build.trained(self.model)
+        distributed.parallelize(self.model, layers, group, config)
+        self.trained = build.trainable_parameters(self.model)
         self.optimizer = build.make_optimizer(self.model, config)
-        self.loader = open_loader(config, self.processor, team)
-        self.average = _copies(self.trained) if config.ema_decay else None
+        self.loader = open_loader(config, self.processor, group)
+        self.ema = _copies(self.trained) if config.ema_decay else None
         self.step = self.saved = self.skipped = 0
         self.norms: list[float] = []
         self.skipped_now: list[str] = []
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", team, config.checkpoint.keep, config.checkpoint.asynchronous
+            self.folder / "checkpoints", group, config.checkpoint.keep, config.checkpoint.asynchronous
         )
-        found = checkpoints.latest(self.checkpoints.folder)
+        found = checkpoints.latest_checkpoint(self.checkpoints.folder)
         if found:
             self._resume(found)
         self.num_steps = config.steps or self.step + _steps_left(self.loader, config)
 
     def _resume(self, path: Path) -> None:
-        progress = checkpoints.load(path, self.model, self.optimizer, self.average, self.team)
+        progress = checkpoints.load_checkpoint(path, self.model, self.optimizer, self.ema, self.group)
         self.loader.load_state_dict(progress["loader"])
         self.step = self.saved = progress["step"]
         self.skipped, self.norms = progress["skipped"], progress["norms"]
         self.skipped_now = progress["skipped_now"]
-        checkpoints.restore_random(progress["random"], self.team)
-        _compare(progress, self.config, self.team)
-        if self.team.rank == 0:
+        checkpoints.set_rng_states(progress["random"], self.group)
+        _warn_of_changes(progress, self.config, self.group)
+        if self.group.rank == 0:
             _log.info("resumed from %s", path)
 
     def save(self) -> None:
-        """Write a checkpoint of now."""
+        """Begin to write a checkpoint of the current state."""
         progress = {
             "loader": self.loader.state_dict(),
             "skipped": self.skipped,
             "norms": self.norms,
             "skipped_now": self.skipped_now,
-            "random": checkpoints.random_state(self.team),
-            "batches_per_step": self.config.gradient_accumulation_steps * self.team.world_size,
+            "random": checkpoints.get_rng_states(self.group),
+            "batches_per_step": self.config.gradient_accumulation_steps * self.group.world_size,
             "config": self.config.model_dump(mode="json"),
         }
-        state = checkpoints.state_of(self.model, self.optimizer, self.average)
+        state = checkpoints.training_state(self.model, self.optimizer, self.ema)
         self.checkpoints.save(self.step, state, progress)
         self.saved = self.step
 
     def batches(self) -> Iterator[list[TrainBatch]]:
-        """Of each step that is left of the run's epochs; without end if it has steps instead.
+        """This rank's batches of each step, for the epochs that are left, or without end if `steps` is given.
 
-        No step spans two epochs: where two ranks have a batch and a filler, one rank has a batch.
+        No step spans two epochs. Every rank has a batch for every step: where the last step of an epoch has
+        fewer batches than ranks, the other ranks have fillers.
         """
-        while self.config.epochs is None or self.loader.state_dict()["epoch"] < self.config.epochs:
+        while self.config.epochs is None or int(self.loader.state_dict()["epoch"]) < self.config.epochs:
             epoch = iter(self.loader)
             while found := list(islice(epoch, self.config.gradient_accumulation_steps)):
                 yield found
 
     def close(self) -> None:
-        """Stop what runs beside."""
+        """Stop the processes and threads that run beside the training."""
         self.loader.close()
         self.checkpoints.close()
 
 
 def fit(config: TrainConfig, rank: int = 0, world_size: int = 1, report: Report | None = None) -> Outcome:
-    """Train, or go on where the last checkpoint is, and write the model to OUT/model.
+    """Train, or continue from the last checkpoint, and write the model to OUT/model.
 
     Args:
-        config: of the run.
-        rank: of this process; with more than one rank, torch's process group has been initialised.
-        world_size: number of ranks; may be another than the checkpoint's.
+        config: the run's configuration.
+        rank: number of this process. With more than one rank, torch's process group must be initialized.
+        world_size: number of ranks; it may differ from the checkpoint's.
         report: called on rank 0 with each step's record.
 
     Raises:
-        ConfigError: something in the configuration cannot be.
-        IntegrityError: the checkpoint is damaged, or of other data.
-        Diverged: step after step was skipped; names the examples.
-        StageFailed: a checkpoint cannot be written, or ranks see different data.
+        ConfigError: the configuration cannot be carried out.
+        IntegrityError: the checkpoint is damaged, or belongs to other data.
+        Diverged: too many steps in a row were skipped; the message names their examples.
+        StageFailed: a checkpoint cannot be written, or the ranks see different data.
     """
-    team = Team(config, rank, world_size)
-    run = Run(config, team)
+    group = DistributedGroup(config, rank, world_size)
+    run = Run(config, group)
     try:
-        with closing(_open_journal(run)) if rank == 0 else nullcontext() as log:
-            _train(run, log, report)
+        with closing(_open_logger(run)) if rank == 0 else nullcontext() as logger:
+            _train(run, logger, report)
         run.checkpoints.finish()
-        folder = export.export(run.model, run.processor, run.average, config, team)
+        folder = export_model(run.model, run.processor, run.ema, config, group)
         return Outcome(run.step, run.skipped, folder)
     finally:
         run.close()
-        team.close()
+        group.close()
 
 
-def _train(run: Run, log: Journal | None, report: Report | None) -> None:
-    config, team = run.config, run.team
-    peak = config.log.peak_tflops * 1e12 if config.log.peak_tflops else metrics.measure_peak_flops(team)
+def _train(run: Run, logger: MetricsLogger | None, report: Report | None) -> None:
+    config, group = run.config, run.group
+    peak = config.log.peak_tflops * 1e12 if config.log.peak_tflops else metrics.measure_peak_flops(group)
     stream = run.batches()
     while run.step < run.num_steps:
-        meter = Meter(team.device)
-        # 1. The step's batches, and what their examples weigh over all ranks.
+        meter = StepMeter(group.device)
+        # 1. The step's batches, and the weight of their examples over all ranks.
         with meter.waiting():
             batches = next(stream, None)
         if batches is None:
             break
-        weight = float(team.sum(sum(batch.weight_E.double().sum() for batch in batches))) or 1.0
+        weights = torch.cat([batch.weight_E.double() for batch in batches])
+        weight = float(group.all_reduce(weights.sum())) or 1.0
         # 2. Gradients, batch after batch, then over all ranks.
         for number, batch in enumerate(batches):
             found = _backward(run, batch, number, weight)
             meter.add(batch, found, _flops(run.model, batch, len(found.ce_K)))
-        teams.sum_gradients(run.trained.values(), team)
-        norm = teams.total_norm(run.trained.values())
-        total = meter.total(team)
-        loss, norm = total["loss"] / weight, float(norm)
+        distributed.all_reduce_gradients(run.trained.values(), group)
+        norm = distributed.total_norm(run.trained.values())
+        total = meter.total(group)
+        mean, norm = total["loss"] / weight, float(norm)
         # 3. The step, unless something is wrong with it.
-        rates = _set_rates(run)
-        why = judge(loss, norm, run.norms, config.spike)
-        if why is None:
-            _take(run, norm)
+        rates = _set_learning_rates(run)
+        reason = reason_to_skip(mean, norm, run.norms, config.spike)
+        if reason is None:
+            _optimizer_step(run, norm)
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
-        # 4. What became of it.
-        record = metrics.record_of(run.step, loss, norm, meter, total, team, peak) | rates
-        record |= _verdict(run, why, batches)
-        if log is not None:
-            log.write(record)
+        # 4. The record of the step.
+        record = metrics.step_record(run.step, mean, norm, meter, total, group, peak) | rates
+        record |= _count_step(run, reason, batches)
+        if logger is not None:
+            logger.write(record)
             if report is not None:
                 report(record)
         if len(run.skipped_now) >= config.spike.stop_after:
@@ -201,78 +203,84 @@ def _train(run: Run, log: Journal | None, report: Report | None) -> None:
         run.save()
 
 
-def _backward(run: Run, batch: TrainBatch, number: int, weight: float) -> diffusion.Loss:
-    """A batch's share of the step's loss and gradient."""
-    config, team = run.config, run.team
-    place = number * team.world_size + team.rank
-    generator = torch.Generator().manual_seed(key_of(config.seed, "noise", run.step, place) >> 1)
-    batch = batch.to(team.device)
-    noised = diffusion.draw(batch, config.noise, generator)
-    with teams.computing(team):
-        found = diffusion.loss(run.model, batch, noised, config.noise.loss_weighting)
+def _backward(run: Run, batch: TrainBatch, number: int, weight: float) -> loss.Loss:
+    """Add a batch's share of the step's gradient, and return its loss."""
+    config, group = run.config, run.group
+    batch_in_step = number * group.world_size + group.rank
+    seed = key_of(config.seed, "noise", run.step, batch_in_step) >> 1
+    batch = batch.to(group.device)
+    noise = loss.draw_noise(batch, config.noise, torch.Generator().manual_seed(seed))
+    with distributed.autocast(group):
+        found = loss.diffusion_loss(run.model, batch, noise, config.noise.loss_weighting)
     (found.total / weight).backward()
     return found
 
 
-def _take(run: Run, norm: float) -> None:
-    """Clip, step, and move the average."""
-    config, team = run.config, run.team
+def _optimizer_step(run: Run, norm: float) -> None:
+    """Clip the gradients, take the step, and update the EMA."""
+    config = run.config
     parameters = run.trained.values()
-    limit = torch.tensor(norm, device=team.device)
-    torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, limit)
+    norm_on_device = torch.tensor(norm, device=run.group.device)
+    torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm_on_device)
     run.optimizer.step()
     run.norms = [*run.norms, norm][-config.spike.window :]
-    if run.average is not None:
+    if run.ema is not None:
         taken = run.step - run.skipped
-        decay = min(
-            config.ema_decay or 0.0, (1 + taken) / (10 + taken)
-        )  # the first weights are soon forgotten
+        # A smaller decay at the start, so that the first weights are soon forgotten.
+        decay = min(config.ema_decay or 0.0, (1 + taken) / (10 + taken))
         with torch.no_grad():
             for name, parameter in run.trained.items():
-                run.average[name].lerp_(parameter, 1 - decay)
+                run.ema[name].lerp_(parameter, 1 - decay)
 
 
-def judge(loss: float, norm: float, norms: list[float], spike: Spike) -> str | None:
-    """Why a step is not to be taken; None: take it."""
-    if not math.isfinite(loss):
-        return f"loss {loss}"
+def reason_to_skip(mean: float, norm: float, norms: list[float], spike: Spike) -> str | None:
+    """Why a step is not to be taken, for its record; None if it is to be taken.
+
+    Args:
+        mean: the step's loss.
+        norm: the norm of its gradient.
+        norms: norms of the last steps that were taken.
+        spike: the rule.
+    """
+    if not math.isfinite(mean):
+        return f"loss {mean}"
     if not math.isfinite(norm):
         return f"gradient {norm}"
     if spike.factor is not None and len(norms) >= spike.window:
-        middle = statistics.median(norms)
-        if norm > spike.factor * middle:
-            return f"gradient {norm:.3g}, {norm / middle:.0f} times the median"
+        median = statistics.median(norms)
+        if norm > spike.factor * median:
+            return f"gradient {norm:.3g}, {norm / median:.0f} times the median"
     return None
 
 
-def share_of_rate(step: int, num_steps: int, warmup: float, final: float) -> float:
-    """The schedule: up linearly, then down along a cosine; for the step after `step` steps."""
-    rising = math.ceil(warmup * num_steps)
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / max(1, num_steps - rising)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+def lr_factor(step: int, num_steps: int, warmup_ratio: float, min_lr_ratio: float) -> float:
+    """The learning rate after `step` steps, as a share of the highest: a linear warmup, then a cosine."""
+    warmup_steps = math.ceil(warmup_ratio * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _set_rates(run: Run) -> dict[str, float]:
-    """Of this step; they follow from its number alone."""
+def _set_learning_rates(run: Run) -> dict[str, float]:
+    """Set this step's learning rates, which follow from its number alone; returns them for the record."""
     config, rates = run.config, {}
-    share = share_of_rate(run.step, run.num_steps, config.warmup_ratio, config.min_lr_ratio)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rates[f"lr_{group['part']}"] = group["highest"] * share
+    factor = lr_factor(run.step, run.num_steps, config.warmup_ratio, config.min_lr_ratio)
+    for param_group in run.optimizer.param_groups:
+        param_group["lr"] = rates[f"lr_{param_group['part']}"] = param_group["highest"] * factor
     return rates
 
 
-def _verdict(run: Run, why: str | None, batches: list[TrainBatch]) -> dict[str, Any]:
-    """Count a step, and what there is to say of it."""
+def _count_step(run: Run, reason: str | None, batches: list[TrainBatch]) -> dict[str, Any]:
+    """Count a step as taken or skipped; returns the part of its record that the trainer knows."""
     found: dict[str, Any] = {"steps": run.num_steps}
-    if why or run.config.log.samples:
-        found["samples"] = _names(batches, run.team)
-    run.skipped += why is not None
+    if reason or run.config.log.samples:
+        found["samples"] = _example_names(batches, run.group)
+    run.skipped += reason is not None
     run.skipped_now = (
-        [*run.skipped_now, f"step {run.step}, {why}: {', '.join(found['samples'])}"] if why else []
+        [*run.skipped_now, f"step {run.step}, {reason}: {', '.join(found['samples'])}"] if reason else []
     )
-    return found | {"skipped": run.skipped} | ({"why": why} if why else {})
+    return found | {"skipped": run.skipped} | ({"why": reason} if reason else {})
 
 
 def _stop(run: Run) -> None:
@@ -283,25 +291,33 @@ def _stop(run: Run) -> None:
     )
 
 
-def _names(batches: list[TrainBatch], team: Team) -> list[str]:
-    """Of all ranks' examples, in the order of the batches over all ranks."""
+def _example_names(batches: list[TrainBatch], group: DistributedGroup) -> list[str]:
+    """The names of all ranks' examples, in the order of the batches over all ranks."""
     own = [batch.keys for batch in batches]
-    rounds = zip(*team.gather(own), strict=True)
+    rounds = zip(*group.all_gather(own), strict=True)
     return [key for each in rounds for keys in each for key in keys if key != FILLER]
 
 
-def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, team: Team) -> Loader:
-    """The loader of this rank."""
+def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, group: DistributedGroup) -> Loader:
+    """This rank's loader.
+
+    Raises:
+        ConfigError: a source is missing or empty.
+        IntegrityError: a corpus is damaged.
+        StageFailed: the ranks see different data.
+    """
     sources = [*config.corpora, *config.conversations]
-    pin_memory = team.device.type == "cuda"
-    loader = Loader(sources, processor, config.data, config.seed, team.rank, team.world_size, pin_memory)
-    if len(found := set(team.gather(loader.fingerprint))) > 1:
+    pin_memory = group.device.type == "cuda"
+    loader = Loader(
+        sources, processor, config.data, config.seed, group.rank, group.world_size, pin_memory=pin_memory
+    )
+    if len(found := set(group.all_gather(loader.fingerprint))) > 1:
         raise StageFailed(f"the ranks do not see the same data: {', '.join(sorted(found))}")
     return loader
 
 
 def _steps_left(loader: Loader, config: TrainConfig) -> int:
-    """Of the run's epochs; the last one of each takes what there is."""
+    """Number of steps in what is left of the run's epochs; the last step of an epoch may be smaller."""
     rounds = [loader.num_steps(epoch) for epoch in range(loader.epoch, config.epochs or 0)]
     if rounds:
         rounds[0] -= loader.position // loader.world_size
@@ -319,36 +335,37 @@ def _copies(trained: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
 
 
-def _open_journal(run: Run) -> Journal:
-    log = Journal(run.folder, run.config, run.step)
+def _open_logger(run: Run) -> MetricsLogger:
+    logger = MetricsLogger(run.folder, run.config, run.step)
     with files.write_atomic(run.folder / "config.yaml") as file:
         file.write(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False).encode())
-    return log
+    return logger
 
 
 _HARMLESS = {"out", "checkpoint", "log", "evaluation", "ray"}
 _HARMLESS |= {"device", "shard", "attention", "activation_checkpointing", "compile"}
+"""Keys that may change between a checkpoint and its resume without changing what is learned."""
 
 
-def _stored(config: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration under the names of today, as far as they are known."""
+def _stored_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration under today's names, if this version understands it."""
     try:
         return TrainConfig.from_stored(config).model_dump(mode="json")
     except ValidationError:
         return config
 
 
-def _compare(progress: dict[str, Any], config: TrainConfig, team: Team) -> None:
-    """Warn of what differs from the run that wrote the checkpoint, and changes what is learnt."""
-    if team.rank:
+def _warn_of_changes(progress: dict[str, Any], config: TrainConfig, group: DistributedGroup) -> None:
+    """Warn of what differs from the run that wrote the checkpoint and changes what is learned."""
+    if group.rank:
         return
-    before, now = _stored(progress["config"]), config.model_dump(mode="json")
+    before, now = _stored_config(progress["config"]), config.model_dump(mode="json")
     changed = [key for key in now if key not in _HARMLESS and now[key] != before.get(key)]
     if changed:
         _log.warning(
             "since the checkpoint, %s changed; the run goes on with the new values", ", ".join(changed)
         )
-    batches = config.gradient_accumulation_steps * team.world_size
+    batches = config.gradient_accumulation_steps * group.world_size
     if batches != progress["batches_per_step"]:
         _log.warning(
             "a step now has %d batches, before %d; set gradient_accumulation_steps so that they are equal",

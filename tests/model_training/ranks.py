@@ -69,15 +69,15 @@ def _rank(values: dict[str, Any], rank: int, world_size: int, store: str, dies: 
 
 def _arm(after_step: int | None = None, in_step: int | None = None, at: str = "") -> None:
     if after_step is not None:
-        verdict = trainer._verdict
+        count_step = trainer._count_step
 
-        def judged(run: trainer.Run, *rest: Any) -> dict[str, Any]:
+        def counted(run: trainer.Run, *rest: Any) -> dict[str, Any]:
             if run.step == after_step:
                 run.checkpoints.finish()  # so that it is known which checkpoint is the last
                 _die()
-            return verdict(run, *rest)
+            return count_step(run, *rest)
 
-        trainer._verdict = judged
+        trainer._count_step = counted
     if in_step is not None:
         write, replace = checkpoints.Checkpoints._write, os.replace
 

@@ -38,7 +38,7 @@ def test_a_run_goes_on_from_its_checkpoint(home, caplog):
     cache = config.data.model_copy(update={"cache": str(home / "cache")})
     outcome = fit(config.model_copy(update={"steps": 6, "data": cache}))
     assert outcome.steps == 6
-    records = metrics.read(home / "run")
+    records = metrics.read_metrics(home / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert (
         "since the checkpoint, model, corpora, data, steps changed" in caplog.text

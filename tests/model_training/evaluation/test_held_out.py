@@ -134,7 +134,8 @@ def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefe
     again = train.train_captioner(config)
     found = {key: artifact(key) for key in ("training-loss", "training-last-step", "sample-captions")}
     assert done["steps"] == again["steps"] == 3
-    assert [record["step"] for record in shown] == [1, 2, 3] and len(metrics.read(tmp_path / "run")) == 3
+    assert [record["step"] for record in shown] == [1, 2, 3]
+    assert len(metrics.read_metrics(tmp_path / "run")) == 3
     assert done["evaluation"]["images"] == 3
     assert done["evaluation"]["regions"] == again["evaluation"]["regions"]
     assert "data:image/png;base64" in found["training-loss"]

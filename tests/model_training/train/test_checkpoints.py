@@ -21,7 +21,7 @@ SAME = ("step", "loss", "norm", "samples", "tokens", "regions", "lr_language")
 
 
 def course(run: Path) -> list[dict]:
-    return [{name: record[name] for name in SAME} for record in metrics.read(run)]
+    return [{name: record[name] for name in SAME} for record in metrics.read_metrics(run)]
 
 
 def weights(run: Path, folder: str = "model") -> dict[str, torch.Tensor]:
@@ -50,7 +50,7 @@ def test_forty_steps_are_twenty_a_kill_and_twenty_more_to_the_last_bit(corpus, s
     config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 10, "keep": 2})
     assert ranks.run(config, after_step=27) == [ranks.KILLED]
     assert names(run) == ["step-00000010", "step-00000020"]
-    assert [record["step"] for record in metrics.read(run)][-1] == 26  # more than was kept
+    assert [record["step"] for record in metrics.read_metrics(run)][-1] == 26  # more than was kept
     fit(config)
     assert course(run) == course(straight)
     assert_same_weights(run, straight)
@@ -64,7 +64,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(corpus, stra
     config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 10, "keep": 2})
     assert ranks.run(config, in_step=20, at=at) == [ranks.KILLED]
     assert names(run) == [".step-00000020.partial", "step-00000010"]
-    assert checkpoints.latest(run / "checkpoints") == run / "checkpoints/step-00000010"
+    assert checkpoints.latest_checkpoint(run / "checkpoints") == run / "checkpoints/step-00000010"
     fit(config)
     assert course(run) == course(straight)
     assert_same_weights(run, straight)
@@ -77,9 +77,9 @@ def test_kills_at_any_moment_change_nothing(corpus, straight, tmp_path):
     config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 2, "keep": 2})
     for _ in range(3):
         (process,) = ranks.start(config)
-        seen = checkpoints.latest(run / "checkpoints")
+        seen = checkpoints.latest_checkpoint(run / "checkpoints")
         end = time.monotonic() + 30
-        while process.is_alive() and checkpoints.latest(run / "checkpoints") == seen:
+        while process.is_alive() and checkpoints.latest_checkpoint(run / "checkpoints") == seen:
             assert time.monotonic() < end
             time.sleep(0.01)
         time.sleep(dice.uniform(0, 0.4))
@@ -127,22 +127,22 @@ def test_sharded_ranks_learn_the_same_and_their_checkpoint_is_read_by_one(corpus
     assert ranks.run(config_of(run, corpus, steps=12, shard="full", ema_decay=0.9), 2) == [0, 0]
     for record, other in zip(course(run), course(pair)[:12], strict=True):
         assert record["samples"] == other["samples"]
-    first = metrics.read(run)[0], metrics.read(pair)[0]
+    first = metrics.read_metrics(run)[0], metrics.read_metrics(pair)[0]
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
     fit(config_of(run, corpus, steps=16, gradient_accumulation_steps=2, ema_decay=0.9))
-    assert [record["step"] for record in metrics.read(run)] == list(range(1, 17))
-    assert [record["samples"] for record in metrics.read(run)] == [
-        record["samples"] for record in metrics.read(pair)[:16]
+    assert [record["step"] for record in metrics.read_metrics(run)] == list(range(1, 17))
+    assert [record["samples"] for record in metrics.read_metrics(run)] == [
+        record["samples"] for record in metrics.read_metrics(pair)[:16]
     ]
 
 
 def test_only_the_last_ones_are_kept_and_only_whole_ones_are_found(straight, tmp_path):
     assert names(straight) == ["step-00000030", "step-00000040"]
     folder = tmp_path / "checkpoints"
-    assert checkpoints.latest(folder) is None
+    assert checkpoints.latest_checkpoint(folder) is None
     (folder / "step-00000007").mkdir(parents=True)
     (folder / ".step-00000009.partial").mkdir()
-    assert checkpoints.latest(folder) is None
+    assert checkpoints.latest_checkpoint(folder) is None
 
 
 def test_a_damaged_checkpoint_is_named_with_the_mend(corpus, straight, tmp_path):

@@ -10,7 +10,7 @@ from paracaption.model_training.data import TrainBatch
 from paracaption.model_training.model.batch import collate, pack
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
-from paracaption.model_training.train.loss import Noised, draw, loss
+from paracaption.model_training.train.loss import Noise, diffusion_loss, draw_noise
 from paracaption.schemas.training import NoiseOptions
 from tests.model_training.recorded_perceptiondlm import Ours, golden
 from tests.shared_data import recorded
@@ -48,23 +48,23 @@ def train_batch(*examples, packed=False) -> TrainBatch:
 @pytest.mark.parametrize("run", RUNS)
 def test_the_recorded_draws_mask_the_same_tokens_and_give_the_recorded_loss(ours, batch, run):
     meta = golden("train").meta["runs"][run]
-    noised = draw(batch, NoiseOptions(), torch.Generator().manual_seed(meta["seed"]))
-    assert noised.masked_BL.sum() == meta["n_masked"]
-    assert float(noised.probability_BL[0, 0]) == pytest.approx(meta["p_mask"], abs=1e-6)
-    found = loss(ours.model, batch, noised)
+    noise = draw_noise(batch, NoiseOptions(), torch.Generator().manual_seed(meta["seed"]))
+    assert noise.masked_BL.sum() == meta["n_masked"]
+    assert float(noise.probability_BL[0, 0]) == pytest.approx(meta["p_mask"], abs=1e-6)
+    found = diffusion_loss(ours.model, batch, noise)
     assert float(found.mean.detach()) == pytest.approx(meta["loss"], abs=1e-5)
     if meta["n_masked"]:
         numbers = golden("train").numbers
-        assert torch.equal(noised.masked_BL, numbers[f"{run}_masked"].bool())
+        assert torch.equal(noise.masked_BL, numbers[f"{run}_masked"].bool())
         np.testing.assert_allclose(found.ce_K, numbers[f"{run}_token_ce"], rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_gradients_have_the_recorded_norms(ours, batch, run):
     meta = golden("train").meta["runs"][run]
-    noised = draw(batch, NoiseOptions(), torch.Generator().manual_seed(meta["seed"]))
+    noise = draw_noise(batch, NoiseOptions(), torch.Generator().manual_seed(meta["seed"]))
     ours.model.zero_grad()
-    loss(ours.model, batch, noised).mean.backward()
+    diffusion_loss(ours.model, batch, noise).mean.backward()
     norms = meta["grad_norms"]
     pairs = {
         "language_model.lm_head.weight": ours.model.lm_head.weight,
@@ -102,19 +102,19 @@ def test_packed_padded_and_single_examples_have_the_same_loss(tiny):
     model, processor = tiny
     examples = scenes(processor, [3, 1, 5])
     packed, padded = train_batch(*examples, packed=True), train_batch(*examples)
-    noised = draw(packed, NoiseOptions(), torch.Generator().manual_seed(1))
+    noise = draw_noise(packed, NoiseOptions(), torch.Generator().manual_seed(1))
     masked = torch.zeros_like(padded.label_BL)
     probability = torch.ones(padded.label_BL.shape)
     singles = 0.0
     for row in range(3):
         here, there = packed.tokens.structure.sample_BL == row, padded.tokens.structure.sample_BL == row
-        masked[there], probability[there] = noised.masked_BL[here], noised.probability_BL[here]
+        masked[there], probability[there] = noise.masked_BL[here], noise.probability_BL[here]
         alone = train_batch(examples[row])
-        own = Noised(noised.masked_BL[here][None], noised.probability_BL[here][None])
-        singles += float(loss(model, alone, own).mean.detach()) / 3
-    together = float(loss(model, packed, noised).mean.detach())
+        own = Noise(noise.masked_BL[here][None], noise.probability_BL[here][None])
+        singles += float(diffusion_loss(model, alone, own).mean.detach()) / 3
+    together = float(diffusion_loss(model, packed, noise).mean.detach())
     assert together == pytest.approx(
-        float(loss(model, padded, Noised(masked, probability)).mean.detach()), 1e-9
+        float(diffusion_loss(model, padded, Noise(masked, probability)).mean.detach()), 1e-9
     )
     assert together == pytest.approx(singles, 1e-9)
 
@@ -124,7 +124,7 @@ def test_only_labelled_tokens_are_masked_each_with_its_levels_probability(tiny):
     batch = train_batch(*scenes(processor, [2] * 40))
     rates = []
     for seed in range(200):
-        masked, probability = draw(batch, NoiseOptions(), torch.Generator().manual_seed(seed))
+        masked, probability = draw_noise(batch, NoiseOptions(), torch.Generator().manual_seed(seed))
         assert not (masked & ~batch.label_BL).any()
         rates.append((masked[batch.label_BL].double() - probability[batch.label_BL]).mean())
     assert abs(float(torch.stack(rates).mean())) < 5e-3
@@ -133,7 +133,7 @@ def test_only_labelled_tokens_are_masked_each_with_its_levels_probability(tiny):
 def test_regions_can_have_levels_of_their_own(tiny):
     _, processor = tiny
     batch = train_batch(*scenes(processor, [4, 2]))
-    probability = draw(batch, NoiseOptions(level="region"), torch.Generator().manual_seed(0)).probability_BL
+    _, probability = draw_noise(batch, NoiseOptions(level="region"), torch.Generator().manual_seed(0))
     region, caption = batch.tokens.structure.region_BL, batch.tokens.structure.caption_BL
     levels = [probability[0][caption[0] & (region[0] == code)].unique() for code in range(1, 5)]
     assert [len(level) for level in levels] == [1] * 4
@@ -143,7 +143,7 @@ def test_regions_can_have_levels_of_their_own(tiny):
 def test_stratified_levels_are_spread_evenly(tiny):
     _, processor = tiny
     batch = train_batch(*scenes(processor, [1] * 10))
-    probability = draw(batch, NoiseOptions(stratified=True), torch.Generator().manual_seed(3)).probability_BL
+    _, probability = draw_noise(batch, NoiseOptions(stratified=True), torch.Generator().manual_seed(3))
     levels = probability[:, 0].sort().values
     np.testing.assert_allclose(np.diff(levels), 0.0999, atol=1e-4)
 
@@ -152,14 +152,14 @@ def test_a_filler_counts_nothing(tiny):
     model, processor = tiny
     examples = scenes(processor, [2, 3])
     both = train_batch(*examples)._replace(weight_E=torch.tensor([1.0, 0.0]))
-    noised = draw(both, NoiseOptions(), torch.Generator().manual_seed(4))
+    noise = draw_noise(both, NoiseOptions(), torch.Generator().manual_seed(4))
     first = train_batch(examples[0])
     width = first.label_BL.shape[1]
     here = both.tokens.structure.sample_BL[0] == 0
-    own = Noised(noised.masked_BL[:1, here], noised.probability_BL[:1, here])
+    own = Noise(noise.masked_BL[:1, here], noise.probability_BL[:1, here])
     assert own.masked_BL.shape[1] == width
-    assert float(loss(model, both, noised).mean.detach()) == pytest.approx(
-        float(loss(model, first, own).mean.detach()), 1e-9
+    assert float(diffusion_loss(model, both, noise).mean.detach()) == pytest.approx(
+        float(diffusion_loss(model, first, own).mean.detach()), 1e-9
     )
 
 

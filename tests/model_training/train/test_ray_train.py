@@ -30,8 +30,8 @@ def workers() -> list[psutil.Process]:
 
 def kill_one_after_a_checkpoint(run: Path, killed: list[int], ended: threading.Event) -> None:
     while not ended.is_set():
-        if checkpoints.latest(run / "checkpoints") and (found := workers()):
-            killed.append(metrics.read(run)[-1]["step"])
+        if checkpoints.latest_checkpoint(run / "checkpoints") and (found := workers()):
+            killed.append(metrics.read_metrics(run)[-1]["step"])
             found[-1].kill()
             return
         time.sleep(0.02)
@@ -53,7 +53,7 @@ def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint
         killer.join()
     assert killed and killed[0] < 120
     assert outcome.steps == 120 and (outcome.model / "model.safetensors").exists()
-    records = metrics.read(run)
+    records = metrics.read_metrics(run)
     assert [record["step"] for record in records] == list(range(1, 121))
     assert shown == list(range(1, 121))
 

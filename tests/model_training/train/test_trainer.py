@@ -18,11 +18,10 @@ from typer.testing import CliRunner
 from paracaption.flows.cli import app
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from paracaption.model_training.train import build, metrics, trainer
-from paracaption.model_training.train import loss as diffusion
-from paracaption.model_training.train.distributed import Team
-from paracaption.model_training.train.loss import Noised
-from paracaption.model_training.train.trainer import fit, judge, share_of_rate
+from paracaption.model_training.train import build, loss, metrics, trainer
+from paracaption.model_training.train.distributed import DistributedGroup
+from paracaption.model_training.train.loss import Noise
+from paracaption.model_training.train.trainer import fit, lr_factor, reason_to_skip
 from paracaption.pipeline.config_file import describe, load_training
 from paracaption.schemas.errors import ConfigError, Diverged
 from paracaption.schemas.training import NoiseOptions, Spike, TrainConfig
@@ -51,7 +50,7 @@ def moved(config: TrainConfig) -> set[str]:
 def test_the_loss_falls(corpus, tmp_path):
     config = config_of(tmp_path, corpus, steps=60, noise={"loss_weighting": "none", "stratified": True})
     fit(config)
-    losses = [record["loss"] for record in metrics.read(tmp_path)]
+    losses = [record["loss"] for record in metrics.read_metrics(tmp_path)]
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
 
 
@@ -59,8 +58,8 @@ def DATA(corpus: Path) -> dict:
     return {"max_tokens": 256, "workers": 0, "cache": str(corpus.parent / "cache")}
 
 
-def gradients(run: trainer.Run, batches: list, monkeypatch, draws: dict[str, Noised]) -> torch.Tensor:
-    monkeypatch.setattr(trainer.diffusion, "draw", lambda batch, *_: draws[batch.keys[0], len(batch.keys)])
+def gradients(run: trainer.Run, batches: list, monkeypatch, draws: dict[str, Noise]) -> torch.Tensor:
+    monkeypatch.setattr(trainer.loss, "draw_noise", lambda batch, *_: draws[batch.keys[0], len(batch.keys)])
     weight = float(sum(batch.weight_E.sum() for batch in batches))
     for number, batch in enumerate(batches):
         trainer._backward(run, batch, number, weight)
@@ -71,16 +70,16 @@ def gradients(run: trainer.Run, batches: list, monkeypatch, draws: dict[str, Noi
 
 def test_two_batches_accumulated_are_one_batch_of_both(corpus, tmp_path, monkeypatch):
     config = config_of(tmp_path, corpus)
-    run = trainer.Run(config, Team(config, 0, 1))
+    run = trainer.Run(config, DistributedGroup(config, 0, 1))
     plan = run.loader._plan_of(0)
     picks = plan.batch(0), plan.batch(1)
     first, second, both = (run.loader.make(each) for each in (*picks, picks[0] + picks[1]))
-    drawn = diffusion.draw(both, NoiseOptions(), torch.Generator().manual_seed(0))
+    drawn = loss.draw_noise(both, NoiseOptions(), torch.Generator().manual_seed(0))
     cut = first.label_BL.shape[1]
     draws = {
         (both.keys[0], len(both.keys)): drawn,
-        (first.keys[0], len(first.keys)): Noised(*(part[:, :cut] for part in drawn)),
-        (second.keys[0], len(second.keys)): Noised(*(part[:, cut:] for part in drawn)),
+        (first.keys[0], len(first.keys)): Noise(*(part[:, :cut] for part in drawn)),
+        (second.keys[0], len(second.keys)): Noise(*(part[:, cut:] for part in drawn)),
     }
     apart = gradients(run, [first, second], monkeypatch, draws)
     together = gradients(run, [both], monkeypatch, draws)
@@ -91,8 +90,8 @@ def test_two_batches_accumulated_are_one_batch_of_both(corpus, tmp_path, monkeyp
 def test_an_epoch_has_every_example_once_and_its_last_step_what_is_left(corpus, tmp_path):
     config = config_of(tmp_path, corpus, steps=None, epochs=1, gradient_accumulation_steps=3)
     outcome = fit(config)
-    loader = trainer.Run(config, Team(config, 0, 1)).loader
-    records = metrics.read(tmp_path)
+    loader = trainer.Run(config, DistributedGroup(config, 0, 1)).loader
+    records = metrics.read_metrics(tmp_path)
     assert outcome.steps == len(records) == math.ceil(loader.num_steps(0) / 3)
     counts = Counter(name for record in records for name in record["samples"])
     assert len(counts) <= loader.mixture.sizes(0)[0] and set(counts.values()) == {1}
@@ -126,12 +125,12 @@ def test_each_part_has_its_rate_and_vectors_do_not_decay(corpus, tmp_path):
     for group in optimizer.param_groups:
         assert {parameter.ndim > 1 for parameter in group["params"]} == {group["weight_decay"] > 0}
     fit(config)
-    record = metrics.read(tmp_path)[0]
+    record = metrics.read_metrics(tmp_path)[0]
     assert {record[f"lr_{part}"] for part in rates} == set(rates.values())  # warm-up is one step here
 
 
 def test_the_rate_rises_and_falls_along_a_cosine():
-    rates = [share_of_rate(step, 100, 0.03, 0.1) for step in range(100)]
+    rates = [lr_factor(step, 100, 0.03, 0.1) for step in range(100)]
     assert rates[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
     assert rates[3] == 1.0 and rates == rates[:3] + sorted(rates[3:], reverse=True)
     assert rates[51] == pytest.approx(0.55, abs=0.01) and rates[99] == pytest.approx(0.1, abs=0.001)
@@ -169,7 +168,7 @@ def test_only_additions_are_trained_and_they_are_merged_into_the_file(corpus, tm
         tmp_path, corpus, steps=4, lora={"rank": 2, "targets": ["q_proj"]}, learning_rate=rates
     )
     fit(config)
-    run = trainer.Run(config, Team(config, 0, 1))  # as it is after the last step
+    run = trainer.Run(config, DistributedGroup(config, 0, 1))  # as it is after the last step
     assert {name.split(".")[-3] for name in run.trained} == {"lora_A", "lora_B"}
     changed = {
         name
@@ -192,13 +191,13 @@ def test_only_additions_are_trained_and_they_are_merged_into_the_file(corpus, tm
 @pytest.fixture
 def poisoned(monkeypatch):
     """The loss of some batches is NaN, counted from 0."""
-    bad, real, count = set(), diffusion.loss, iter(range(10_000))
+    bad, real, count = set(), loss.diffusion_loss, iter(range(10_000))
 
-    def loss(*given, **options):
+    def sometimes_nan(*given, **options):
         found = real(*given, **options)
         return found._replace(total=found.total * math.nan) if next(count) in bad else found
 
-    monkeypatch.setattr(trainer.diffusion, "loss", loss)
+    monkeypatch.setattr(trainer.loss, "diffusion_loss", sometimes_nan)
     return bad
 
 
@@ -210,7 +209,7 @@ def test_a_step_whose_loss_is_nan_is_skipped_counted_and_shown(corpus, tmp_path,
     assert shown[3]["why"] == "loss nan" and shown[3]["samples"] and shown[3]["skipped"] == 1
     assert [record["skipped"] for record in shown] == [0, 0, 0, 1, 1, 1, 1, 1]
     assert all(math.isfinite(record["loss"]) for record in shown if "why" not in record)
-    assert metrics.read(tmp_path)[3]["loss"] == "nan"
+    assert metrics.read_metrics(tmp_path)[3]["loss"] == "nan"
     assert all(
         torch.isfinite(each).all() for each in load_file(tmp_path / "model/model.safetensors").values()
     )
@@ -227,19 +226,19 @@ def test_skipped_steps_in_a_row_stop_the_run_and_name_their_examples(corpus, tmp
     poisoned |= {2, 3, 4}
     with pytest.raises(Diverged, match=r"3 steps in a row were skipped:") as raised:
         fit(config_of(tmp_path, corpus))
-    for record in metrics.read(tmp_path)[2:5]:
+    for record in metrics.read_metrics(tmp_path)[2:5]:
         assert f"step {record['step']}, loss nan: {', '.join(record['samples'])}" in str(raised.value)
 
 
 def test_a_spike_is_a_norm_far_above_the_median_of_many():
     spike = Spike(factor=10, window=4)
     usual = [1.0, 2.0, 3.0, 4.0]
-    assert judge(1.0, 24.0, usual, spike) is None
-    assert judge(1.0, 26.0, usual, spike) == "gradient 26, 10 times the median"
-    assert judge(1.0, 1e6, usual[:3], spike) is None
-    assert judge(1.0, 1e6, usual, Spike(factor=None)) is None
-    assert judge(math.inf, 1.0, [], spike) == "loss inf"
-    assert judge(1.0, math.nan, [], spike) == "gradient nan"
+    assert reason_to_skip(1.0, 24.0, usual, spike) is None
+    assert reason_to_skip(1.0, 26.0, usual, spike) == "gradient 26, 10 times the median"
+    assert reason_to_skip(1.0, 1e6, usual[:3], spike) is None
+    assert reason_to_skip(1.0, 1e6, usual, Spike(factor=None)) is None
+    assert reason_to_skip(math.inf, 1.0, [], spike) == "loss inf"
+    assert reason_to_skip(1.0, math.nan, [], spike) == "gradient nan"
 
 
 # What is written.
@@ -247,7 +246,7 @@ def test_a_spike_is_a_norm_far_above_the_median_of_many():
 
 def test_records_have_what_a_run_is_judged_by(corpus, tmp_path):
     fit(config_of(tmp_path, corpus))
-    records = metrics.read(tmp_path)
+    records = metrics.read_metrics(tmp_path)
     for name in ("tokens_per_s", "regions_per_s", "mfu", "memory_gb", "seconds"):
         assert all(record[name] > 0 for record in records), name
     assert all(0 <= record["data_wait"] <= 1 for record in records)
@@ -290,7 +289,7 @@ def test_a_saved_model_can_be_given_other_tiles(corpus, tmp_path):
 def test_low_precision_and_recomputing_train_too(corpus, tmp_path):
     fit(config_of(tmp_path / "plain", corpus, steps=3))
     fit(config_of(tmp_path / "both", corpus, steps=3, precision="bfloat16", activation_checkpointing=True))
-    plain, both = metrics.read(tmp_path / "plain"), metrics.read(tmp_path / "both")
+    plain, both = metrics.read_metrics(tmp_path / "plain"), metrics.read_metrics(tmp_path / "both")
     for one, other in zip(plain, both, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=0.03)
     assert load_file(tmp_path / "both/model/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
@@ -300,7 +299,7 @@ def test_low_precision_and_recomputing_train_too(corpus, tmp_path):
 def test_compiled_layers_that_are_recomputed_learn_the_same(corpus, tmp_path):
     fit(config_of(tmp_path / "plain", corpus, steps=3))
     fit(config_of(tmp_path / "compiled", corpus, steps=3, compile="always", activation_checkpointing=True))
-    plain, compiled = metrics.read(tmp_path / "plain"), metrics.read(tmp_path / "compiled")
+    plain, compiled = metrics.read_metrics(tmp_path / "plain"), metrics.read_metrics(tmp_path / "compiled")
     for one, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
 
@@ -341,7 +340,7 @@ def test_a_mistake_in_the_file_is_named_by_its_key(corpus, tmp_path, changes, sa
             {"model": {"tokenizer": "toy", "config": {"text_config": {"hidden": 8}}}},
             r"config\.text_config\.hidden: .*no such field",
         ),
-        ({"lora": {"targets": ["qproj"]}}, r"lora\.targets: 'qproj' is none; take some of .*q_proj"),
+        ({"lora": {"targets": ["qproj"]}}, r"lora\.targets: unknown layer 'qproj'; choose from .*q_proj"),
         ({"corpora": [{"corpus": "/nowhere"}]}, "/nowhere: no corpus here"),
         ({"attention": "flex_attention"}, "attention: flex_attention has no gradients on CPUs"),
         ({"log": {"wandb": "project", "peak_tflops": 1}}, r"log\.wandb: wandb is not installed"),
@@ -350,13 +349,13 @@ def test_a_mistake_in_the_file_is_named_by_its_key(corpus, tmp_path, changes, sa
 def test_what_cannot_be_is_named_by_its_key_before_a_step(corpus, tmp_path, changes, said):
     with pytest.raises(ConfigError, match=said):
         fit(config_of(tmp_path, corpus, **changes))
-    assert not metrics.read(tmp_path)
+    assert not metrics.read_metrics(tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_an_error(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device: cuda, but torch sees no GPU"):
-        Team(config_of(tmp_path, corpus, device="cuda"), 0, 1)
+        DistributedGroup(config_of(tmp_path, corpus, device="cuda"), 0, 1)
 
 
 def test_every_key_is_described():
@@ -376,7 +375,7 @@ def test_each_recipe_takes_a_step_with_a_tiny_model_and_data(path, corpus, conve
     }
     local = {"workers": 0, "cache": DATA(corpus)["cache"]}
     fit(TrainConfig.model_validate(recipe | taken | sources | {"data": recipe["data"] | local}))
-    assert metrics.read(tmp_path)[0]["norm"] > 0
+    assert metrics.read_metrics(tmp_path)[0]["norm"] > 0
 
 
 @pytest.fixture(scope="module")
