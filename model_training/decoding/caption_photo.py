@@ -43,10 +43,10 @@ class CaptionedPhoto(NamedTuple):
         """Slots filled by a pass of the language model, over all regions."""
         return self.found.tokens / max(1, self.found.forwards)
 
-    def marks(self) -> list[draw.Mark]:
+    def overlays(self) -> list[draw.Overlay]:
         """The regions with their captions, to be drawn."""
         pairs = zip(self.photo.regions, self.found.captions, strict=True)
-        return [draw.Mark(region.mask.rle, caption, region.label) for region, caption in pairs]
+        return [draw.Overlay(region.mask.rle, caption, region.label) for region, caption in pairs]
 
 
 def check_outputs(
@@ -109,7 +109,7 @@ def trace_photo(
     masks = [region.dense() for region in photo.regions]
     steps = captioner.caption_steps(photo.pixels, masks, answer.options, regions_per_call=regions_per_call)
     eot = captioner.model.config.eot_token_id
-    return Trace(photo.pixels, answer.marks(), list(steps), eot, Path(photo.name).name)
+    return Trace(photo.pixels, answer.overlays(), list(steps), eot, Path(photo.name).name)
 
 
 def write_picture(answer: CaptionedPhoto, path: str | Path) -> None:
@@ -119,7 +119,7 @@ def write_picture(answer: CaptionedPhoto, path: str | Path) -> None:
         ConfigError: no such picture format or folder.
     """
     title = Path(answer.photo.name).name
-    draw.save(draw.draw_image(answer.photo.pixels, answer.marks(), title=title), path)
+    draw.save(draw.draw_image(answer.photo.pixels, answer.overlays(), title=title), path)
 
 
 def _check_trace(path: str | Path) -> None:
@@ -202,12 +202,12 @@ def render(answer: CaptionedPhoto) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right")
     table.add_column()
-    for number, mark in enumerate(answer.marks()):
-        red, green, blue = draw.color_of(mark, number)
+    for number, overlay in enumerate(answer.overlays()):
+        red, green, blue = draw.color_of(overlay, number)
         ink = "white" if draw.is_dark((red, green, blue)) else "black"
-        caption = Text(mark.caption or "(no caption)", style="" if mark.caption else "dim")
-        if mark.label:
-            caption = Text.assemble((f"{mark.label}: ", "bold"), caption)
+        caption = Text(overlay.caption or "(no caption)", style="" if overlay.caption else "dim")
+        if overlay.label:
+            caption = Text.assemble((f"{overlay.label}: ", "bold"), caption)
         table.add_row(Text(f" {number + 1} ", style=f"bold {ink} on rgb({red},{green},{blue})"), caption)
     return Group(table, Text(_cost(answer), style="dim"))
 

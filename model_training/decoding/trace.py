@@ -35,14 +35,14 @@ class Trace(NamedTuple):
 
     Attributes:
         photo: (H, W, 3) uint8 RGB.
-        marks: the regions; their captions are not looked at.
+        overlays: the regions; their captions are not looked at.
         snapshots: before the first step and after every one, at least one.
         eot: the token that ends a caption.
         title: a line above it all, as the photo's name.
     """
 
     photo: np.ndarray
-    marks: Sequence[draw.Mark]
+    overlays: Sequence[draw.Overlay]
     snapshots: Sequence[Snapshot]
     eot: int | None = None
     title: str = ""

@@ -87,18 +87,18 @@ class _Layout(NamedTuple):
     @classmethod
     def of(cls, trace: Trace) -> _Layout:
         """Captions stand beside the photo if there is room, else below it in columns."""
-        picture = draw.draw_masks(trace.photo, trace.marks, _SIDE)
+        picture = draw.draw_masks(trace.photo, trace.overlays, _SIDE)
         pieces = [trace.pieces(step) for step in range(len(trace.snapshots))]
         width, height = picture.size
         room = _COLUMN - 2 * _MARGIN - _INDENT
-        marks = trace.marks
-        tall = _HEADER + sum(_heights(pieces, marks, room))
+        overlays = trace.overlays
+        tall = _HEADER + sum(_heights(pieces, overlays, room))
         beside = width < _WIDE * height and tall <= _TALL * height
-        across = _COLUMN if beside else max(width, _COLUMN * min(2, len(marks)))
-        columns = 1 if beside else max(1, min(len(marks), across // _LEAST_COLUMN))
+        across = _COLUMN if beside else max(width, _COLUMN * min(2, len(overlays)))
+        columns = 1 if beside else max(1, min(len(overlays), across // _LEAST_COLUMN))
         room = across // columns - 2 * _MARGIN - _INDENT
         left, top = (width, 0) if beside else (0, height)
-        places, end = _columns(_heights(pieces, marks, room), columns, across // columns)
+        places, end = _columns(_heights(pieces, overlays, room), columns, across // columns)
         return cls(
             trace,
             pieces,
@@ -108,7 +108,7 @@ class _Layout(NamedTuple):
             header=(left + _MARGIN, top, left + across - _MARGIN),
             entries=[(left + _MARGIN + x, top + _HEADER + y) for x, y in places],
             room=room,
-            labels=[_shortened(mark.label, room) for mark in marks],
+            labels=[_shortened(overlay.label, room) for overlay in overlays],
         )
 
     def frames(self) -> Iterator[Image]:
@@ -121,7 +121,7 @@ class _Layout(NamedTuple):
             _draw_progress(pen, self.trace, step, self.header)
             for number, region in enumerate(pieces):
                 x, y = self.entries[number]
-                color = draw.color_of(self.trace.marks[number], number)
+                color = draw.color_of(self.trace.overlays[number], number)
                 draw.disc(canvas, (x + 12, y + 12), 12, number + 1, color)
                 if label := self.labels[number]:
                     pen.text((x + _INDENT, y + 2), label, _INK, draw.font(_TEXT, bold=True))
@@ -164,13 +164,13 @@ def _draw_pieces(pen: ImageDraw, pieces: list[Piece], corner: tuple[int, int], r
         pen.text((left, top + 2), piece.text, color, face)
 
 
-def _heights(every: list[list[list[Piece]]], marks: Sequence[draw.Mark], room: int) -> list[int]:
+def _heights(every: list[list[list[Piece]]], overlays: Sequence[draw.Overlay], room: int) -> list[int]:
     """Of each region's entry: what it needs at the step where it needs most, so that nothing jumps."""
     face = draw.font(_TEXT)
     heights = []
-    for mark, steps in zip(marks, zip(*every, strict=True), strict=True):
+    for overlay, steps in zip(overlays, zip(*every, strict=True), strict=True):
         most = max(max((line for _, _, line, _ in _flow(slots, face, room)), default=0) for slots in steps)
-        heights.append((1 + most + bool(mark.label)) * _STEP + _GAP)
+        heights.append((1 + most + bool(overlay.label)) * _STEP + _GAP)
     return heights
 
 

@@ -24,7 +24,7 @@ _WIDE = 1.9
 def render_page(trace: Trace) -> str:
     """The page of a trace."""
     last = len(trace.snapshots) - 1
-    picture = draw.draw_masks(trace.photo, trace.marks, _SIDE)
+    picture = draw.draw_masks(trace.photo, trace.overlays, _SIDE)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=_QUALITY)
     pieces = trace.pieces(last)
@@ -34,8 +34,8 @@ def render_page(trace: Trace) -> str:
         picture=base64.b64encode(buffer.getvalue()).decode(),
         width=picture.width,
         height=picture.height,
-        regions=len(trace.marks),
-        entries="\n".join(_entry(trace, number, pieces[number]) for number in range(len(trace.marks))),
+        regions=len(trace.overlays),
+        entries="\n".join(_entry(trace, number, pieces[number]) for number in range(len(trace.overlays))),
         line=html.escape(trace.line(last)),
         last=last,
         data=_in_script(playback(trace)),
@@ -50,7 +50,7 @@ def playback(trace: Trace) -> dict[str, Any]:
         regions: of each region and slot the changes, [step, text, state, confidence or None] each.
     """
     steps = []
-    regions: list[list[list[list[Any]]]] = [[] for _ in trace.marks]
+    regions: list[list[list[list[Any]]]] = [[] for _ in trace.overlays]
     for step in range(len(trace.snapshots)):
         written, total = trace.progress(step)
         steps.append([trace.line(step), round(written / max(1, total), 4)])
@@ -64,10 +64,10 @@ def playback(trace: Trace) -> dict[str, Any]:
 
 
 def _entry(trace: Trace, number: int, pieces: list[Piece]) -> str:
-    mark = trace.marks[number]
-    back = draw.color_of(mark, number)
+    overlay = trace.overlays[number]
+    back = draw.color_of(overlay, number)
     front = "#fff" if draw.is_dark(back) else "#000"
-    label = f"<h2>{html.escape(mark.label)}</h2>" if mark.label else ""
+    label = f"<h2>{html.escape(overlay.label)}</h2>" if overlay.label else ""
     words = "".join(map(_span, pieces))
     return (
         f'<li><span class="number" style="background:rgb{back};color:{front};border-color:{front}">'

@@ -65,9 +65,9 @@ def picture_of(image: BenchImage, captions: dict[str, str]) -> str:
     """The photo with its numbered masks as a data URL; "" if the photo is not there."""
     if not files.expand(image.photo):
         return ""
-    marks = [draw.Mark(region.mask.rle, captions.get(region.key, "")) for region in image.regions]
+    overlays = [draw.Overlay(region.mask.rle, captions.get(region.key, "")) for region in image.regions]
     drawn = io.BytesIO()
-    draw.draw_masks(image.pixels(), marks, _SIDE_PX).save(drawn, "JPEG", quality=80)
+    draw.draw_masks(image.pixels(), overlays, _SIDE_PX).save(drawn, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(drawn.getvalue()).decode()}"
 
 

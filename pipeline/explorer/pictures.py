@@ -21,7 +21,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Rle
 from ..corpus import work_list
 from ..io import draw, files, photos
-from ..io.draw import Mark
+from ..io.draw import Overlay
 from .catalog import Catalog
 
 PHOTO_SIDE = 1600
@@ -217,9 +217,9 @@ def _first_point(path: str) -> tuple[int | None, int | None]:
     return int(float(x)), int(float(y))
 
 
-def _overlay(row: dict[str, Any]) -> Mark:
+def _overlay(row: dict[str, Any]) -> Overlay:
     code = rle.check(row["rle_counts"], (row["image_height"], row["image_width"])).rle
-    return Mark(code, "", color=color_of(row["region"]), number=row["region"])
+    return Overlay(code, "", color=color_of(row["region"]), number=row["region"])
 
 
 def _jpeg(picture: Any, quality: int) -> bytes:

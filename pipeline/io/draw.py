@@ -1,8 +1,8 @@
 """Draws masks and captions on photos: the one way to do it, for terminal, card, demo and explorer.
 
-A region has a colour, a number at a point well inside it, and the same number before its caption in the
-legend. The colours are told apart by colour-blind eyes, too; the numbers tell more regions apart than there
-are colours, and an outline with a light and a dark line stands out on any photo.
+A region has a color, a number at a point well inside it, and the same number before its caption in the
+legend. The colors are told apart by color-blind eyes, too; the numbers tell more regions apart than there
+are colors, and an outline with a light and a dark line stands out on any photo.
 """
 
 from __future__ import annotations
@@ -41,16 +41,12 @@ PALETTE = (
     (170, 51, 119),  # purple
     (20, 20, 20),  # black
 )
-"""Okabe and Ito's seven, then five far from them and from each other in every kind of colour vision."""
+"""Okabe and Ito's seven, then five far from them and from each other in every kind of color vision."""
 
-_FILL = 0.38
-_FILL_SCENE = 0.24
-_SCENE = 0.3
+_FILL, _FILL_SCENE, _SCENE = 0.38, 0.24, 0.3
 """A mask over more of the picture than this is painted thinner: it would veil the photo."""
 
-_PAPER = (255, 255, 255)
-_INK = (34, 34, 34)
-_GREY = (110, 110, 110)
+_PAPER, _INK, _GREY = (255, 255, 255), (34, 34, 34), (110, 110, 110)
 _MARGIN = 16
 _TEXT = 17
 _LINE = 1.32
@@ -61,16 +57,16 @@ _SHEET_CAPTIONS = 6
 _WIDE = 1.9
 """From this ratio of width to height on, captions stand below the photo instead of beside it."""
 _TALL = 1.3
-"""Likewise if beside the photo they were higher than it by this."""
+"""So they do if they would be higher than the photo by this factor."""
 
 
-class Mark(NamedTuple):
+class Overlay(NamedTuple):
     """A region to draw.
 
     Attributes:
         rle: its mask, of the photo's size.
         caption: for the legend.
-        label: a few words before the caption, as the category; "" for none.
+        label: a few words before the caption, such as the category; "" for none.
         color: RGB; None takes the palette's by position.
         number: in the disc; None counts from 1.
     """
@@ -82,12 +78,14 @@ class Mark(NamedTuple):
     number: int | None = None
 
 
-def draw_masks(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, radius: int | None = None) -> Image:
+def draw_masks(
+    photo: np.ndarray, overlays: Sequence[Overlay], side: int = 900, radius: int | None = None
+) -> Image:
     """The photo with its masks and their numbers, without the legend.
 
     Args:
         photo: (H, W, 3) uint8 RGB.
-        marks: regions; the first is number 1. Smaller masks are painted over larger ones.
+        overlays: regions; the first is number 1. Smaller masks are painted over larger ones.
         side: the picture's longer side in pixels; the photo is scaled to it before anything is drawn.
         radius: of the numbers' discs in pixels; None for one that suits the side.
 
@@ -102,9 +100,9 @@ def draw_masks(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, radius
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     canvas = cv2.resize(np.ascontiguousarray(photo), size, interpolation=way)
-    masks = [_scaled(mark.rle, (height, width), size) for mark in marks]
+    masks = [_scaled(overlay.rle, (height, width), size) for overlay in overlays]
     order, top = stack(masks, canvas.shape[:2])
-    colors = np.array([color_of(mark, i) for i, mark in enumerate(marks)] or [(0, 0, 0)], np.float32)
+    colors = np.array([color_of(overlay, i) for i, overlay in enumerate(overlays)] or [(0, 0, 0)], np.float32)
     painted = top >= 0
     fills = np.array([opacity(int(mask.sum()), top.size) for mask in masks] or [0], np.float32)
     fill = fills[top[painted]][:, None]
@@ -114,8 +112,8 @@ def draw_masks(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, radius
     picture = Image.fromarray(canvas)
     radius = radius or max(9, round(side / 75))
     for i, place in number_places(masks, order, top, 2 * radius).items():
-        number = marks[i].number
-        disc(picture, place, radius, i + 1 if number is None else number, color_of(marks[i], i))
+        number = overlays[i].number
+        disc(picture, place, radius, i + 1 if number is None else number, color_of(overlays[i], i))
     return picture
 
 
@@ -162,12 +160,12 @@ def number_places(
     return found
 
 
-def draw_image(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, title: str = "") -> Image:
+def draw_image(photo: np.ndarray, overlays: Sequence[Overlay], side: int = 900, title: str = "") -> Image:
     """The photo with its masks, and the captions in a legend beside it, or below a wide photo.
 
     Args:
         photo: (H, W, 3) uint8 RGB.
-        marks: regions; the first is number 1.
+        overlays: regions; the first is number 1.
         side: the photo's longer side in the picture, in pixels.
         title: a line above the legend, as the image's key.
 
@@ -176,23 +174,23 @@ def draw_image(photo: np.ndarray, marks: Sequence[Mark], side: int = 900, title:
     """
     from PIL import Image
 
-    picture = draw_masks(photo, marks, side)
+    picture = draw_masks(photo, overlays, side)
     if picture.width < _WIDE * picture.height:
         width = max(_COLUMN, round(side * 0.62))
-        legend = draw_legend(marks, width, title)
+        legend = draw_legend(overlays, width, title)
         if legend.height <= _TALL * picture.height:
             canvas = Image.new("RGB", (picture.width + width, max(picture.height, legend.height)), _PAPER)
             canvas.paste(picture, (0, 0))
             canvas.paste(legend, (picture.width, 0))
             return canvas
-    return _below(picture, marks, picture.width, title)
+    return _below(picture, overlays, picture.width, title)
 
 
-def _below(picture: Image, marks: Sequence[Mark], width: int, title: str) -> Image:
+def _below(picture: Image, overlays: Sequence[Overlay], width: int, title: str) -> Image:
     from PIL import Image
 
     width = max(width, _COLUMN)
-    legend = draw_legend(marks, width, title, columns=min(len(marks), width // _COLUMN) or 1)
+    legend = draw_legend(overlays, width, title, columns=min(len(overlays), width // _COLUMN) or 1)
     canvas = Image.new("RGB", (width, picture.height + legend.height), _PAPER)
     canvas.paste(picture, ((width - picture.width) // 2, 0))
     canvas.paste(legend, (0, picture.height))
@@ -203,12 +201,12 @@ class _Entry(NamedTuple):
     """A region's place in the legend: its number, and its lines with their fonts."""
 
     number: int
-    mark: Mark
+    overlay: Overlay
     lines: list[tuple[str, FreeTypeFont]]
     height: int
 
 
-def draw_legend(marks: Sequence[Mark], width: int, title: str = "", columns: int = 1) -> Image:
+def draw_legend(overlays: Sequence[Overlay], width: int, title: str = "", columns: int = 1) -> Image:
     """Numbers and captions on white, in columns of equal width and about equal height."""
     from PIL import Image, ImageDraw
 
@@ -218,10 +216,10 @@ def draw_legend(marks: Sequence[Mark], width: int, title: str = "", columns: int
     each = (width - _MARGIN) // columns
     indent = 2 * radius + 10
     entries = []
-    for number, mark in enumerate(marks, 1):
-        lines = [(line, bold) for line in _wrap(mark.label, bold, each - indent - _MARGIN)]
-        lines += [(line, normal) for line in _wrap(mark.caption, normal, each - indent - _MARGIN)]
-        entries.append(_Entry(number, mark, lines, step * max(1, len(lines)) + 10))
+    for number, overlay in enumerate(overlays, 1):
+        lines = [(line, bold) for line in _wrap(overlay.label, bold, each - indent - _MARGIN)]
+        lines += [(line, normal) for line in _wrap(overlay.caption, normal, each - indent - _MARGIN)]
+        entries.append(_Entry(number, overlay, lines, step * max(1, len(lines)) + 10))
     filled = _columns(entries, columns)
     top = _MARGIN + (step + 6 if title else 0)
     height = top + max((sum(entry.height for entry in column) for column in filled), default=0) + _MARGIN - 10
@@ -232,7 +230,7 @@ def draw_legend(marks: Sequence[Mark], width: int, title: str = "", columns: int
     for place, column in enumerate(filled):
         x, y = _MARGIN + place * each, top
         for entry in column:
-            color = color_of(entry.mark, entry.number - 1)
+            color = color_of(entry.overlay, entry.number - 1)
             disc(canvas, (x + radius, y + radius), radius, entry.number, color)
             for i, (line, face) in enumerate(entry.lines):
                 pen.text((x + indent, y + i * step), line, _INK, face)
@@ -250,9 +248,9 @@ def _columns(entries: list[_Entry], columns: int) -> list[list[_Entry]]:
     return filled
 
 
-def color_of(mark: Mark, position: int) -> tuple[int, int, int]:
-    """The mark's own colour, or the palette's for its position."""
-    return mark.color or PALETTE[position % len(PALETTE)]
+def color_of(overlay: Overlay, position: int) -> tuple[int, int, int]:
+    """The overlay's own color, or the palette's for its position."""
+    return overlay.color or PALETTE[position % len(PALETTE)]
 
 
 def _scaled(mask: Rle, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
@@ -406,12 +404,12 @@ def contact_sheet(out: str | Path, path: str | Path, num_images: int = 9, width:
     each = (width - gap * (columns + 1)) // columns
     cells: list[Any] = []
     for subset, rows in chosen:
-        photo, marks = _read(out, rows)
-        marks = [
-            mark._replace(caption=textwrap.shorten(mark.caption, _SHEET_TEXT, placeholder=" ..."))
-            for mark in marks
+        photo, overlays = _read(out, rows)
+        overlays = [
+            overlay._replace(caption=textwrap.shorten(overlay.caption, _SHEET_TEXT, placeholder=" ..."))
+            for overlay in overlays
         ]
-        cells.append(_cell(photo, marks, each, f"{subset} / {rows[0]['key']}"))
+        cells.append(_cell(photo, overlays, each, f"{subset} / {rows[0]['key']}"))
     heights = [gap] * columns
     places = []
     for cell in cells:
@@ -424,11 +422,11 @@ def contact_sheet(out: str | Path, path: str | Path, num_images: int = 9, width:
     save(sheet, path)
 
 
-def _cell(photo: np.ndarray, marks: Sequence[Mark], width: int, title: str) -> Image:
+def _cell(photo: np.ndarray, overlays: Sequence[Overlay], width: int, title: str) -> Image:
     """One picture of the sheet: the photo, its longer side as wide as the column, above its legend."""
-    if len(marks) > _SHEET_CAPTIONS:
-        title += f", {_SHEET_CAPTIONS} of its {len(marks)} captions"
-    return _below(draw_masks(photo, marks, width), marks[:_SHEET_CAPTIONS], width, title)
+    if len(overlays) > _SHEET_CAPTIONS:
+        title += f", {_SHEET_CAPTIONS} of its {len(overlays)} captions"
+    return _below(draw_masks(photo, overlays, width), overlays[:_SHEET_CAPTIONS], width, title)
 
 
 def save(picture: Image, path: str | Path) -> None:
@@ -451,18 +449,18 @@ def save(picture: Image, path: str | Path) -> None:
         file.write(buffer.getvalue())
 
 
-def _read(out: str | Path, rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[Mark]]:
+def _read(out: str | Path, rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[Overlay]]:
     sample, data = reader.read_sample(out, rows[0])
     try:
         photo = photos.decode(Blob(f"{rows[0]['shard']}: {sample.key}"), data, 1 << 30)
     except BadRecord as error:
         raise ConfigError(str(error)) from error
     regions = sample.regions[:_MAX_DRAWN]
-    marks = []
+    overlays = []
     for region in regions:
         mask = rle.check(region.rle.counts, region.rle.size).rle
-        marks.append(Mark(mask, region.caption, region.category or region.core_category))
-    return photo, marks
+        overlays.append(Overlay(mask, region.caption, region.category or region.core_category))
+    return photo, overlays
 
 
 def _choose(out: Path, num_images: int) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -36,7 +36,7 @@ def a_trace(*steps, size=(60, 90), labels=("cup", "")):
         mask[10:50, 10 + 30 * number : 30 + 30 * number] = True
         masks.append(rle.from_mask(mask).rle)
     photo = np.full((*size, 3), (200, 40, 40), np.uint8)
-    marks = [draw.Mark(mask, "", label) for mask, label in zip(masks, labels, strict=False)]
+    marks = [draw.Overlay(mask, "", label) for mask, label in zip(masks, labels, strict=False)]
     snapshots = [Snapshot(n, list(slots), [""] * len(slots)) for n, slots in enumerate(steps)]
     return trace.Trace(photo, marks, snapshots, EOT, "photo <1>.jpg")
 

@@ -4,7 +4,7 @@ from PIL import Image
 
 from paracaption.filters import rle
 from paracaption.pipeline.io import draw
-from paracaption.pipeline.io.draw import Mark
+from paracaption.pipeline.io.draw import Overlay
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.records import Rle
 from tests import committed
@@ -19,7 +19,7 @@ def box(x: int, y: int, w: int, h: int, size: tuple[int, int] = (120, 160)) -> R
 
 
 def test_a_mask_is_painted_where_it_is_and_nowhere_else():
-    picture = np.asarray(draw.draw_masks(PHOTO, [Mark(box(20, 20, 60, 60), "a")], side=640))
+    picture = np.asarray(draw.draw_masks(PHOTO, [Overlay(box(20, 20, 60, 60), "a")], side=640))
     assert picture.shape == (480, 640, 3)
     assert (picture[400:, 500:] == 128).all()
     inside = picture[100, 100].astype(float)
@@ -29,8 +29,8 @@ def test_a_mask_is_painted_where_it_is_and_nowhere_else():
 
 def test_a_smaller_mask_is_painted_over_the_larger_one_whatever_the_order():
     marks = [
-        Mark(box(60, 40, 20, 20), "small", color=(255, 0, 0)),
-        Mark(box(0, 0, 100, 100), "large", color=(0, 0, 255)),
+        Overlay(box(60, 40, 20, 20), "small", color=(255, 0, 0)),
+        Overlay(box(0, 0, 100, 100), "large", color=(0, 0, 255)),
     ]
     pixel = np.asarray(draw.draw_masks(PHOTO, marks, side=640))[45 * 4, 65 * 4]
     assert pixel[0] > pixel[2]
@@ -49,28 +49,30 @@ def test_the_number_stands_inside_its_mask_even_of_a_ring():
 
 def test_a_mask_of_another_size_is_an_error_that_says_both():
     with pytest.raises(ValueError, match="mask is 100x100, photo 160x120"):
-        draw.draw_image(PHOTO, [Mark(box(0, 0, 5, 5, (100, 100)), "a")])
+        draw.draw_image(PHOTO, [Overlay(box(0, 0, 5, 5, (100, 100)), "a")])
 
 
-@pytest.mark.parametrize("marks", [[], [Mark(rle.from_mask(np.zeros((120, 160), bool)).rle, "nothing")]])
+@pytest.mark.parametrize("marks", [[], [Overlay(rle.from_mask(np.zeros((120, 160), bool)).rle, "nothing")]])
 def test_no_mask_and_an_empty_mask_are_drawn_as_the_photo_alone(marks):
     assert (np.asarray(draw.draw_masks(PHOTO, marks, side=160)) == 128).all()
 
 
 def test_a_mask_of_one_pixel_is_visible_on_a_photo_that_is_shrunk():
     photo = np.zeros((2000, 3000, 3), np.uint8)
-    picture = np.asarray(draw.draw_masks(photo, [Mark(box(1500, 1000, 1, 1, (2000, 3000)), "dot")], side=300))
+    picture = np.asarray(
+        draw.draw_masks(photo, [Overlay(box(1500, 1000, 1, 1, (2000, 3000)), "dot")], side=300)
+    )
     assert picture.any()
 
 
 def test_captions_stand_beside_the_photo_and_below_it_when_there_are_many():
-    few = draw.draw_image(PHOTO, [Mark(box(0, 0, 50, 50), "a cat")], side=600)
+    few = draw.draw_image(PHOTO, [Overlay(box(0, 0, 50, 50), "a cat")], side=600)
     assert few.width > 600 and few.height == 450
     many = draw.draw_image(
-        PHOTO, [Mark(box(i, 0, 5, 50), "a cat on a mat " * 9) for i in range(40)], side=900
+        PHOTO, [Overlay(box(i, 0, 5, 50), "a cat on a mat " * 9) for i in range(40)], side=900
     )
     assert many.width == 900 and many.height > 900
-    wide = draw.draw_image(PHOTO[:30], [Mark(box(0, 0, 5, 5, (30, 160)), "a cat")], side=900)
+    wide = draw.draw_image(PHOTO[:30], [Overlay(box(0, 0, 5, 5, (30, 160)), "a cat")], side=900)
     assert wide.width == 900
 
 
@@ -78,7 +80,7 @@ def test_captions_stand_beside_the_photo_and_below_it_when_there_are_many():
     "caption", ["", "word " * 400, "x" * 3000, "tabs\tand\nlines", "кошка 猫 🐈", "<b>&amp;"]
 )
 def test_any_caption_can_be_drawn(caption):
-    picture = draw.draw_image(PHOTO, [Mark(box(0, 0, 50, 50), caption, caption)], title=caption or "key")
+    picture = draw.draw_image(PHOTO, [Overlay(box(0, 0, 50, 50), caption, caption)], title=caption or "key")
     assert picture.height >= 100
 
 
@@ -108,7 +110,7 @@ def test_all_colours_differ_also_to_eyes_that_lack_a_cone():
 
 
 def test_the_same_image_is_drawn_the_same():
-    marks = [Mark(box(10 * i, 10, 30, 60), f"region {i}") for i in range(5)]
+    marks = [Overlay(box(10 * i, 10, 30, 60), f"region {i}") for i in range(5)]
     first, second = (draw.draw_image(PHOTO, marks).tobytes() for _ in range(2))
     assert first == second
 
