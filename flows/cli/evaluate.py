@@ -42,7 +42,7 @@ def evaluate(
 
 def profile(
     model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
-    scenes: Annotated[str, typer.Option(help="A corpus whose photos are captioned.", show_default=False)],
+    corpus: Annotated[str, typer.Option(help="Corpus whose photos are captioned.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for table, plot and rows.", show_default=False)],
     images: Annotated[int, typer.Option(min=1, help="Photos of the corpus.")] = 4,
     regions: Annotated[int, typer.Option(min=1, help="Up to so many regions an image.")] = 8,
@@ -58,7 +58,7 @@ def profile(
     from ...model_training.evaluation import profile as measuring
     from ...schemas.evaluation import ProfileConfig
 
-    given: dict[str, Any] = {"scenes": scenes, "images": images, "repeats": repeats}
+    given: dict[str, Any] = {"corpus": corpus, "images": images, "repeats": repeats}
     given |= {"regions": tuple(range(1, regions + 1))}
     lists = {"max_new_tokens": max_new_tokens, "steps": steps}
     given |= {name: tuple(values) for name, values in lists.items() if values}

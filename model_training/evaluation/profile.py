@@ -132,7 +132,7 @@ class _Bench:
 
         self.captioner, self.model = captioner, captioner.model
         self.config = config
-        photos = islice(iter_photo_regions(config.scenes), config.images)
+        photos = islice(iter_photo_regions(config.corpus), config.images)
         self.photos: list[Photo] = [
             (photo.pixels, [region.dense() for region in photo.regions]) for photo in photos
         ]

@@ -155,7 +155,7 @@ def trained(world, tmp_path_factory):
 
 def test_a_profile_has_every_study_with_all_that_it_depends_on(world, trained, tmp_path):
     config = ProfileConfig(
-        scenes=str(world),
+        corpus=str(world),
         images=2,
         regions=(1, 3, 7),
         max_new_tokens=(4, 8),
@@ -192,7 +192,7 @@ def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, t
         label="tiny",
         captioner={"name": "perceptiondlm", "options": options},
         toy=str(world),
-        profile={"scenes": str(world), "thresholds": (), "batches": (), **few},
+        profile={"corpus": str(world), "thresholds": (), "batches": (), **few},
     )
     found = evaluate_captioner(config)
     captioner = RegionCaptioner.load(trained, "cpu")
@@ -208,7 +208,7 @@ def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, t
 
 def test_the_commands(world, trained, tmp_path):
     runner = CliRunner()
-    asked = ["profile", "--model", trained, "--scenes", world, "--out", tmp_path / "profile"]
+    asked = ["profile", "--model", trained, "--corpus", world, "--out", tmp_path / "profile"]
     asked += ["--images", 1, "--regions", 2, "--max-new-tokens", 4, "--steps", 4, "--repeats", 1]
     done = runner.invoke(app, list(map(str, asked)))
     assert done.exit_code == 0, done.output
