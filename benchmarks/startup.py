@@ -49,19 +49,23 @@ class Outcome(NamedTuple):
 def cases(folder: Path) -> Iterator[Case]:
     """Twenty-four mistakes of `build`, `train` and `evaluate`."""
     sample = yaml.safe_load((ROOT / "samples" / "build.yaml").read_text())
-    coconut, sa1b = sample["coconut"][0], sample["sa1b"][0]
+    subsets = sample["subsets"]
 
     def build(**changes: Any) -> dict[str, Any]:
         return sample | {"out": "corpus"} | changes
+
+    def source(subset: str, **changes: Any) -> dict[str, Any]:
+        changed = {"sources": subsets[subset]["sources"] | changes}
+        return build(subsets=subsets | {subset: changed})
 
     def captioner(name: str, **options: Any) -> dict[str, Any]:
         return build(captioner={"name": name, "options": options})
 
     yield Case("an unknown key", "build", build(imges_per_shard=3))
-    yield Case("no photos folder", "build", build(coconut=[coconut | {"photos": ["nowhere"]}]))
-    yield Case("no annotations", "build", build(coconut=[coconut | {"annotations": ["nowhere.json"]}]))
-    yield Case("annotations are no JSON", "build", build(coconut=[coconut | {"annotations": ["README.md"]}]))
-    yield Case("no tar matches", "build", build(sa1b=[sa1b | {"paths": ["nowhere/sa_*.tar"]}]))
+    yield Case("no photos folder", "build", source("coconut", photos=["nowhere"]))
+    yield Case("no annotations", "build", source("coconut", annotations=["nowhere.json"]))
+    yield Case("annotations are no JSON", "build", source("coconut", annotations=["README.md"]))
+    yield Case("no tar matches", "build", source("sa1b", paths=["nowhere/sa_*.tar"]))
     yield Case("an unknown captioner", "build", captioner("clasical"))
     yield Case("a captioner that cannot be imported", "build", captioner("my_captioner:Mine"))
     yield Case("an unknown option of a captioner", "build", captioner("classical", colour="red"))
@@ -69,7 +73,7 @@ def cases(folder: Path) -> Iterator[Case]:
     judge = {"name": "vllm", "options": {"model": "empty-checkpoint"}}
     yield Case("a checkpoint without weights", "build", build(judge=judge))
     yield Case("`out` is a file", "build", build(out="README.md"))
-    yield Case("the wrong photos folder", "build", build(coconut=[coconut | {"photos": ["coconut/labels"]}]))
+    yield Case("the wrong photos folder", "build", source("coconut", photos=["coconut/labels"]))
 
     model = {"path": str(ROOT / "tests" / "formats" / "v0_1" / "model")}
     corpus = {"corpus": str(ROOT / "tests" / "formats" / "v0_1" / "corpus")}

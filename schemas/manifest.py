@@ -20,7 +20,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     Attributes:
         unit: name of the unit, "coconut-000000".
-        subset: "coconut" or "sa1b".
+        subset: name of the subset.
         plan: content hash of the plan the unit belongs to.
         recipe: digest of everything that decided: stages, thresholds, the models' evidence digests.
         shard: the tar; None if no image of the unit kept a region.

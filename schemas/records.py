@@ -97,7 +97,7 @@ class ImageRecord(msgspec.Struct):
 
     Attributes:
         key: unique within the subset; only `[A-Za-z0-9_-]`, so that it can name a shard member.
-        subset: "coconut" or "sa1b".
+        subset: name of the subset.
         photo: where the photo's bytes are; None if it was not found (then `drop` is set).
         width, height: size of the stored photo in pixels.
         photo_format: sniffed from the bytes ("jpeg", "png", ...), whatever the file is called.

@@ -38,9 +38,9 @@ def config_of(folder: Path, machine: Machine) -> dict[str, Any]:
     from tests.tiny.backends import ACCEPT_ALL, write_backends
 
     config = yaml.safe_load((ROOT / "samples/build.yaml").read_text())
-    del config["coconut"]
-    for source in config["sa1b"]:
-        source["paths"] = [str(ROOT / "samples" / path) for path in source["paths"]]
+    del config["subsets"]["coconut"]
+    source = config["subsets"]["sa1b"]["sources"]
+    source["paths"] = [str(ROOT / "samples" / path) for path in source["paths"]]
     backends = write_backends(folder)
     if machine.device.type == "cuda":
         for name, backend in backends.items():

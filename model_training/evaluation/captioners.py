@@ -176,7 +176,7 @@ class _Pipeline:
             for number, region in enumerate(image.regions)
         ]
         height, width = image.size
-        record = ImageRecord("image", "coconut", blob, width, height, header.format, image.name, regions)
+        record = ImageRecord("image", "benchmark", blob, width, height, header.format, image.name, regions)
         start = time.perf_counter()
         try:
             (answers,) = self.captioner.caption([record])

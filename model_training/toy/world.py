@@ -306,6 +306,7 @@ def _write_config(folder: Path, options: Options) -> Path:
         "options": {"captions": str(folder / "captions.json")},
     }
     source = {
+        "source": "coconut",
         "annotations": ["panoptic.json"],
         "labels": "panoptic",
         "photos": ["photos"],
@@ -313,7 +314,7 @@ def _write_config(folder: Path, options: Options) -> Path:
     }
     config = {
         "out": "corpus",
-        "coconut": [source],
+        "subsets": {"coconut": {"sources": source}},
         "masks": {"min_area_px": int(options.unit_px**2 / 4)},  # below the smallest thing
         "captioner": captioner,
         "judge": {"name": "lexical"},

@@ -248,7 +248,8 @@ def test_a_merge_alone_starts_no_engine_and_looks_at_no_model(demo, tmp_path, mo
     out = tmp_path / "out"
     shutil.copytree(demo[0], out)
     values = yaml.safe_load((out / "config.yaml").read_text())
-    values |= {"out": str(out), "coconut": [{**values["coconut"][0], "license": "another one"}]}
+    values["out"] = str(out)
+    values["subsets"]["coconut"]["sources"][0]["license"] = "another one"
     (out / "index.parquet").unlink()
     done = runner.invoke(app, ["build", str(written(tmp_path, values))])
     assert done.exit_code == 0, (done.output, done.exception)

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 from paracaption.flows.cli import app
+from paracaption.pipeline.sources.registry import SOURCES, find_options
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.evaluation import EvaluateConfig
 from paracaption.schemas.renames import RENAMED, Renamed
@@ -18,7 +19,8 @@ from paracaption.schemas.training import TrainConfig
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "upgrading.md"
 CONFIGS = {"build": BuildConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
 OPTIONS = {"DecodeOptions": ("`evaluate`", "captioner.options.decode.")}
-"""Where the options of a backend stand, whose class the configuration does not name."""
+"""Where the options of a backend or a source stand, whose class the configuration does not name."""
+OPTIONS |= {find_options(kind).__name__: ("`build`", f"{kind}[].") for kind in SOURCES}
 
 
 def models_of(annotation: object) -> Iterator[type[BaseModel]]:
@@ -68,6 +70,7 @@ def test_the_page_has_a_row_for_every_renamed_thing_and_no_other():
 
 def test_every_new_name_exists():
     fields = {where: kind.model_fields for each in CONFIGS.values() for where, _, kind in places(each)}
+    fields |= {find_options(kind).__name__: find_options(kind).model_fields for kind in SOURCES}
     for each in RENAMED:
         if each.where in fields:
             assert each.new in fields[each.where], each

@@ -10,7 +10,7 @@ import msgspec
 from ....schemas.config import BuildConfig
 from ....schemas.errors import ConfigError, IntegrityError
 from ...corpus import work_list
-from ...sources.registry import open_source
+from ...sources.registry import find_source, open_source
 from .rates import Rates
 
 
@@ -19,10 +19,6 @@ class Size(msgspec.Struct, frozen=True):
 
     images: int
     regions: int
-
-
-PAPER_SIZES = {"coconut": Size(334_000, 3_400_000), "sa1b": Size(83_000, 2_300_000)}
-"""The subsets of the published corpus."""
 
 
 def choose_sizes(config: BuildConfig, rates: Rates, given: list[str], count_sources: bool) -> dict[str, Size]:
@@ -41,11 +37,20 @@ def choose_sizes(config: BuildConfig, rates: Rates, given: list[str], count_sour
     if given:
         return dict(_parse_size(config, rates, text) for text in given)
     return {
-        subset: PAPER_SIZES[subset]
-        if subset in PAPER_SIZES and not count_sources
-        else _with_regions(rates, subset, _count_images(config, subset))
+        subset: (None if count_sources else paper_size(config, subset))
+        or _with_regions(rates, subset, _count_images(config, subset))
         for subset in config.subsets
     }
+
+
+def paper_size(config: BuildConfig, subset: str) -> Size | None:
+    """What the paper's corpus has of the kind of source that only this subset has; None if there is none."""
+    kinds = {name: {each["source"] for each in each.sources} for name, each in config.subsets.items()}
+    own = kinds.pop(subset)
+    if len(own) > 1 or any(own & others for others in kinds.values()):
+        return None
+    size = find_source(*own).paper_size
+    return None if size is None else Size(*size)
 
 
 def _parse_size(config: BuildConfig, rates: Rates, text: str) -> tuple[str, Size]:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from paracaption.pipeline.executor.estimate.rates import StageRate
 from paracaption.pipeline.executor.estimate.report import find_caveats, render_estimate
-from paracaption.pipeline.executor.estimate.sizes import PAPER_SIZES, Size
+from paracaption.pipeline.executor.estimate.sizes import Size, paper_size
 from tests.pipeline.executor.estimate.cases import config, measured
 
 
@@ -28,7 +28,7 @@ def test_the_report_names_the_bottleneck_the_gpus_and_the_bytes():
         caption=StageRate(1, 0, 0.5, load_s=60), verify_category=StageRate(0.9, 0, 0.05, load_s=90)
     )
     console = Console(width=160, record=True, file=open("/dev/null", "w"))
-    sizes = {"coconut": PAPER_SIZES["coconut"]}
+    sizes = {"coconut": paper_size(config(), "coconut")}
     console.print(render_estimate(config(), known, sizes, 8, None, None))
     text = console.export_text()
     assert "bottleneck: caption" in text and "coconut: captioner [7, 7], judge [1, 1]" in text
