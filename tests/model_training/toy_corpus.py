@@ -8,7 +8,7 @@ from typing import Any
 from paracaption.model_training.toy.world import Options, TruthCaptioner, write_world
 from paracaption.pipeline.config_file import dump_config, load_config
 from paracaption.pipeline.corpus import work_list, writer
-from paracaption.pipeline.corpus.merge import merge as corpora
+from paracaption.pipeline.corpus.merge import merge
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.training import TrainConfig
 
@@ -57,7 +57,7 @@ def write_merged(folder: Path, num_images: int) -> Path:
     out = write_corpus(folder, num_images)
     config = load_config(folder / "build.yaml")
     (out / "config.yaml").write_text(dump_config(config))
-    corpora.merge(out, config)
+    merge(out, config)
     return out
 
 
