@@ -157,15 +157,9 @@ def build_units(
     folder = Path(config.out) / subset
     run_folder = _make_run_folder(config, subset)
     stages = recipe_of(config, subset)
-    job = Job(
-        config=config,
-        subset=subset,
-        folder=str(folder),
-        plan=plan.digest,
-        recipe=recipe_digest(stages, config),
-        run=str(run_folder),
-        idle=[stage.name for stage in stages if _has_all_evidence(stage, folder, plan, units)],
-    )
+    idle = [stage.name for stage in stages if _has_all_evidence(stage, folder, plan, units)]
+    recipe = recipe_digest(stages, config)
+    job = Job(config, subset, str(folder), plan.digest, recipe, str(run_folder), idle)
     names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
     progress = Progress(subset, pending=len(units), stages={name: StageProgress() for name in names})
     events = EventLog(run_folder, "driver")

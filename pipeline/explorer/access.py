@@ -1,5 +1,7 @@
-"""Who may ask: a token where others can reach the server, names that a page of another site cannot borrow,
-and headers that let a page do nothing but show itself.
+"""Who may look: a token if others can reach the server, and protection against pages of other sites.
+
+Requests must be addressed to a name of this machine, POSTs must come from our own pages, and the headers
+allow a page to load nothing but our own files.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Guard:
 
     Args:
         app: the pages.
-        token: None for none.
+        token: asked of every request; None for none.
     """
 
     def __init__(self, app: App, token: str | None = None):
@@ -87,7 +89,7 @@ class Guard:
         return None
 
     def _welcome(self, request: Request) -> RedirectResponse:
-        """The same page without the token in its address, which would stay in the history."""
+        """Set the cookie, and go to the same page without the token, which the browser's history would keep."""
         rest = urlencode([pair for pair in parse_qsl(request.url.query) if pair[0] != "token"])
         path = "/" + request.url.path.lstrip("/")  # "//host" would lead elsewhere
         answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
@@ -96,7 +98,7 @@ class Guard:
 
 
 def _is_own(request: Request, host: str) -> bool:
-    """Browsers say where a POST comes from; a program that says nothing has no one's cookies to misuse."""
+    """Whether a POST comes from our pages, as browsers say; a program that says nothing holds no one's cookies."""
     site = request.headers.get("sec-fetch-site", "same-origin")
     origin = request.headers.get("origin")
     return site == "same-origin" and (origin is None or urlsplit(origin).netloc == host)

@@ -44,24 +44,14 @@ def allocate_actors(
     ]
     with_gpus = [i for i, pool in enumerate(pools) if pool.num_gpus]
     others = [i for i, pool in enumerate(pools) if not pool.num_gpus]
-    actors = list(least)
-
-    def share_out(which: list[int], cost: list[float], budget: float) -> bool:
-        def picked(values: list) -> list:
-            return [values[i] for i in which]
-
-        counts = balance(picked(work_s), picked(cost), budget, picked(least), picked(most))
-        if counts is None:
-            return False
-        for i, count in zip(which, counts, strict=True):
-            actors[i] = count
-        return True
-
+    actors = dict(enumerate(least))
     if with_gpus:
         budget = sum(pools[i].num_gpus * pools[i].max_actors for i in with_gpus) if gpus is None else gpus
-        if not share_out(with_gpus, [pool.num_gpus for pool in pools], budget):
+        found = _balance_some(with_gpus, work_s, [pool.num_gpus for pool in pools], budget, least, most)
+        if found is None:
             needed = ", ".join(f"{pools[i].name}: {least[i]} x {pools[i].num_gpus:g}" for i in with_gpus)
             raise ConfigError(f"{budget:g} GPUs do not hold the smallest pools ({needed}): add GPUs")
+        actors |= found
     if with_gpus and cpus is None:
         slowest_s = max(work_s[i] / actors[i] for i in with_gpus)
         for i in others:
@@ -73,8 +63,20 @@ def allocate_actors(
         wanted = sum(pools[i].num_cpus * pools[i].max_actors for i in others)
         # Ray on one machine admits the smallest pools however few cores it has; so does this.
         budget = wanted if cpus is None else max(smallest, cpus - held)
-        share_out(others, [pool.num_cpus for pool in pools], budget)
-    return actors
+        actors |= _balance_some(others, work_s, [pool.num_cpus for pool in pools], budget, least, most) or {}
+    return list(actors.values())
+
+
+def _balance_some(
+    which: list[int], work_s: list[float], cost: list[float], budget: float, least: list[int], most: list[int]
+) -> dict[int, int] | None:
+    """`balance` among some of the pools, by their numbers."""
+
+    def pick(values: list) -> list:
+        return [values[i] for i in which]
+
+    counts = balance(pick(work_s), pick(cost), budget, pick(least), pick(most))
+    return None if counts is None else dict(zip(which, counts, strict=True))
 
 
 def balance(

@@ -2,16 +2,20 @@
 
 import html
 import io
+from importlib import resources
 
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from paracaption.filters import rle
 from paracaption.flows.cli import app
 from paracaption.pipeline.corpus import inspect
 from paracaption.pipeline.explorer import evidence, pictures, training
+from paracaption.pipeline.explorer.app import PAGES, make_app
+from paracaption.pipeline.explorer.context import Explorer
 from paracaption.pipeline.explorer.pictures import Pictures
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.records import Rle
@@ -213,3 +217,16 @@ def test_package_data_goes_with_the_package():
     shipped = {path for pattern in patterns["paracaption.pipeline.explorer"] for path in folder.glob(pattern)}
     there = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert shipped == there
+
+
+def test_each_link_of_the_navigation_opens_its_page_and_each_page_has_its_template(client):
+    folder = resources.files("paracaption.pipeline.explorer").joinpath("templates")
+    for page in PAGES:
+        assert folder.joinpath(f"{page.__name__.rpartition('.')[2]}.html").is_file()
+    for path, title in (page.LINK for page in PAGES if page.LINK):
+        assert f'<a href="{path}" aria-current="page">{title}</a>' in client.get(path).text
+
+
+def test_without_a_run_the_navigation_has_no_link_to_it(out):
+    page = TestClient(make_app(Explorer(out)), base_url="http://localhost").get("/").text
+    assert ">Review</a>" in page and ">Train</a>" not in page
