@@ -89,7 +89,7 @@ class Guard:
         return None
 
     def _welcome(self, request: Request) -> RedirectResponse:
-        """Set the cookie, and go to the same page without the token, which the browser's history would keep."""
+        """Set the cookie, and go to the same page without the token, which the history would keep."""
         rest = urlencode([pair for pair in parse_qsl(request.url.query) if pair[0] != "token"])
         path = "/" + request.url.path.lstrip("/")  # "//host" would lead elsewhere
         answer = RedirectResponse(f"{path}?{rest}" if rest else path, 303)
@@ -98,7 +98,7 @@ class Guard:
 
 
 def _is_own(request: Request, host: str) -> bool:
-    """Whether a POST comes from our pages, as browsers say; a program that says nothing holds no one's cookies."""
+    """Whether a POST comes from our pages, as browsers say; a program that says nothing has no cookie."""
     site = request.headers.get("sec-fetch-site", "same-origin")
     origin = request.headers.get("origin")
     return site == "same-origin" and (origin is None or urlsplit(origin).netloc == host)
