@@ -1,7 +1,7 @@
-"""Build the corpus: the driver's steps as Prefect tasks.
+"""The flow that builds a corpus: the driver's steps as Prefect tasks.
 
-Prefect is the front desk: a build is a handful of task runs, retried cheaply because a retry resumes. What is
-done is known from the manifests alone.
+Prefect starts and shows a build, which is a handful of task runs. What is committed is known from the
+manifests alone, so that a retried task resumes where it stopped.
 
 Annotations are evaluated (no `from __future__ import annotations`): a served flow is pickled by value, and
 the process that runs it needs `BuildConfig` itself, not its name, to check the parameters.
@@ -43,14 +43,14 @@ def build_corpus(
     Args:
         config: what to build and where to.
         ray_address: "auto" or "host:port"; None starts Ray on this machine.
-        limit_images: build from the first so many images of each subset (a pilot; use an `out` of its own).
+        limit_images: build only the first N images of each subset (a pilot; give it an `out` of its own).
         retry_failed: also build committed units again that hold drops by error.
 
     Returns:
         The corpus's statistics (OUT/stats.json).
     """
     engine = callbacks.engine.get() or ray_data.RayEngine(ray_address)
-    show = callbacks.watcher.get()
+    show = callbacks.on_build_progress.get()
     published: dict[str, _Artifacts] = {}
 
     def on_progress(progress: Progress) -> None:
@@ -74,7 +74,7 @@ def build_corpus(
 
 
 def _as_task(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of the driver as a task, named after the subset that it is about."""
+    """A step of the driver as a task whose name says the subset."""
 
     def run(*arguments: Any) -> Any:
         about = next((each for each in arguments if isinstance(each, str)), None)

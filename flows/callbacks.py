@@ -1,4 +1,4 @@
-"""Who watches what runs in this process. Apart from the flows, which Prefect pickles by value."""
+"""Callbacks of a flow that runs in this process. Not in the flows' files, which Prefect pickles by value."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ if TYPE_CHECKING:
     from ..pipeline.executor.engine import Engine
     from ..pipeline.executor.progress import Progress
 
-watcher: ContextVar[Callable[[Progress], None]] = ContextVar("watcher", default=lambda _: None)
-"""Called about twice a second with the progress of the subset being built; the command line draws it."""
+on_build_progress: ContextVar[Callable[[Progress], None]] = ContextVar(
+    "on_build_progress", default=lambda _: None
+)
+"""Called about twice a second with the progress of the subset that is being built."""
 
-trainer: ContextVar[Callable[[dict[str, Any]], None]] = ContextVar("trainer", default=lambda _: None)
-"""Called with each step's record of the training."""
+on_training_step: ContextVar[Callable[[dict[str, Any]], None]] = ContextVar(
+    "on_training_step", default=lambda _: None
+)
+"""Called with the record of each training step."""
 
-counter: ContextVar[Callable[[str, int, int], None]] = ContextVar("counter", default=lambda *_: None)
-"""Called with what is being done, how much of it is done, and of how much."""
+on_evaluation_progress: ContextVar[Callable[[str, int, int], None]] = ContextVar(
+    "on_evaluation_progress", default=lambda *_: None
+)
+"""Called with the name of the work, how much of it is done, and its total."""
 
 engine: ContextVar[Engine | None] = ContextVar("engine", default=None)
-"""What the command line has already started to build on; without one, the flow makes its own."""
+"""The engine that the command line has already started. Without one, the flow starts its own."""

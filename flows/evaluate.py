@@ -1,7 +1,7 @@
-"""A captioner in numbers: captions of the benchmarks, a judge's answers, marks, cost; and what came before.
+"""The flow that evaluates a captioner: benchmarks with a judge, a toy world with known truth, cost.
 
     OUT/
-        LABEL/BENCHMARK/     what model_training/benchmarks/run_benchmark.py writes, and page.html
+        LABEL/BENCHMARK/     what model_training/evaluation/run_benchmark.py writes, and page.html
         LABEL/toy.json       exact captions and leakage on a toy world
         LABEL/profile/       rows, table and plot of what captioning costs
         history.jsonl        a line for each evaluation of each label
@@ -26,60 +26,62 @@ HISTORY = "history.jsonl"
 
 @flow(name="evaluate-captioner", log_prints=False)
 def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
-    """A captioner in, its numbers out.
+    """A captioner in, its scores out.
 
     Args:
-        config: who is examined, by whom, and on what.
+        config: the captioner, the judge, and the benchmarks.
 
     Returns:
-        The line that history.jsonl got.
+        The record that was appended to history.jsonl.
     """
     found: dict[str, Any] = {"benchmarks": []}
     for bench in config.benchmarks:
         write_captions(config, bench)
         if config.judge:
             ask_judge(config, bench)
-        found["benchmarks"].append(mark(config, bench))
+        found["benchmarks"].append(score(config, bench))
     if config.toy:
         found["toy"] = compare_with_truth(config)
     if config.profile:
         found["profile"] = measure_cost(config)
-    return remember(config, found)
+    return append_history(config, found)
 
 
 @step
 def write_captions(config: EvaluateConfig, bench: Bench) -> None:
-    """Caption the images that have no captions yet."""
+    """Caption the benchmark's images that have no captions yet."""
     from ..model_training.evaluation import run_benchmark
 
-    run_benchmark.caption(bench, config.backend(), _folder(config, bench), callbacks.counter.get())
+    run_benchmark.caption(
+        bench, config.backend(), _folder(config, bench), callbacks.on_evaluation_progress.get()
+    )
 
 
 @step
 def ask_judge(config: EvaluateConfig, bench: Bench) -> None:
-    """Have the questions answered that have no answer yet."""
+    """Ask the judge the questions that have no answer yet."""
     from ..model_training.evaluation import run_benchmark
 
     assert config.judge
-    run_benchmark.judge(bench, config.judge, _folder(config, bench), callbacks.counter.get())
+    run_benchmark.judge(bench, config.judge, _folder(config, bench), callbacks.on_evaluation_progress.get())
 
 
 @step
-def mark(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
-    """Score the answers; details, summary and page in the benchmark's folder."""
+def score(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
+    """Score the answers, and write details, summary and page into the benchmark's folder."""
     from ..model_training.evaluation import results_page, run_benchmark
 
     folder = _folder(config, bench)
     result = run_benchmark.to_plain(run_benchmark.score(bench, config.judge, folder))
     results_page.write(bench, config.label, folder)
     rows = [{"number": name, "value": value} for name, value in _flat(result).items()]
-    create_table_artifact(key=_artifact("marks", config.label, bench.name), table=rows)
+    create_table_artifact(key=_artifact("scores", config.label, bench.name), table=rows)
     return result
 
 
 @step
 def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
-    """On a toy world's held-out scenes: captions that say the whole truth, and what is a neighbour's."""
+    """Compare captions of a toy world's held-out scenes with the truth."""
     from ..model_training.decoding.read_regions import iter_photo_regions
     from ..model_training.evaluation import captioners
     from ..model_training.toy import scores
@@ -87,8 +89,8 @@ def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
 
     assert config.toy
     given = captioners.model_options(config.backend())
-    marks = scores.compare(given.load(), list(iter_photo_regions(config.toy)), given.decoding())
-    found = {name: each._replace(predicted=[])._asdict() for name, each in marks.items()}
+    by_mode = scores.compare(given.load(), list(iter_photo_regions(config.toy)), given.decoding())
+    found = {name: each._replace(predicted=[])._asdict() for name, each in by_mode.items()}
     out = Path(config.out) / config.label
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "toy.json", found)
@@ -97,7 +99,7 @@ def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
 
 @step
 def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
-    """Latency against regions and all else that the paper's figures show."""
+    """Measure latency and tokens per forward pass, as in the paper's figures."""
     from ..model_training.evaluation import captioners, profile
 
     assert config.profile
@@ -112,8 +114,8 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
 
 
 @step
-def remember(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, Any]:
-    """Add a line to the history; the model, the judge and the release are in it."""
+def append_history(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """Append the scores to the history, with the model, the judge and the release that made them."""
     from ..model_training.evaluation import captioners, judges
     from ..pipeline.io.json_lines import LineWriter
 

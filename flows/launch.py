@@ -1,4 +1,4 @@
-"""Runs a flow for the command line: Prefect's server, the imports and Ray start beside each other."""
+"""Runs a flow for the command line. Prefect's server, the imports and Ray start at the same time."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _prefect(module: str, beside: Callable[[], None] = lambda: None) -> Iterator[Any]:
-    """A flow's module, imported while Prefect's server starts; the server is there within the block.
+    """A flow's module, imported while Prefect's server starts. Within the block the server answers.
 
     Args:
-        module: of the flow.
-        beside: done meanwhile, in this thread.
+        module: name of the flow's module.
+        beside: called in this thread meanwhile.
     """
     with PrefectServer() as server:
         importing = threading.Thread(target=_import_quietly, args=(module,), daemon=True)
@@ -46,7 +46,7 @@ def _import_quietly(module: str) -> None:
 
 
 def _quiet_prefect() -> None:
-    """Prefect says what goes wrong; what a command prints anyway it says to nobody."""
+    """Let Prefect log only problems, and none that the command prints itself."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     import prefect  # noqa: F401 - sets its loggers up
 
@@ -55,7 +55,7 @@ def _quiet_prefect() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether Prefect says more than that an error is on its way to `main`, which prints it."""
+    """Whether a record says more than that an error was raised, which `main` prints."""
     if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
         return False
     return "Finished in state Failed" not in record.getMessage()
@@ -64,17 +64,17 @@ def _is_news(record: logging.LogRecord) -> bool:
 def build(
     config: BuildConfig, engine: RayEngine, on_progress: Callable[[Progress], None], **asked: Any
 ) -> dict[str, Any]:
-    """Run the flow `build-corpus` on an engine that starts meanwhile; returns what the flow returns.
+    """Run the flow `build-corpus`, and return what it returns.
 
     Args:
-        config: of the build.
-        engine: starts Ray, or connects to a cluster.
-        on_progress: shows how it is going.
+        config: the build.
+        engine: starts Ray, or connects to a cluster, while Prefect's server starts.
+        on_progress: called with the progress of the subset that is being built.
         asked: the flow's other parameters.
     """
     with _prefect("paracaption.flows.build", lambda: engine.start(config)) as flow:
         callbacks.engine.set(engine)
-        callbacks.watcher.set(on_progress)
+        callbacks.on_build_progress.set(on_progress)
         return flow.build_corpus(config, engine.address, **asked)
 
 
@@ -83,12 +83,12 @@ def train(
 ) -> dict[str, Any]:
     """Run the flow `train-captioner`; `report` is called with each step's record."""
     with _prefect("paracaption.flows.train") as flow:
-        callbacks.trainer.set(report)
+        callbacks.on_training_step.set(report)
         return flow.train_captioner(config, ray_address, wait)
 
 
 def evaluate(config: EvaluateConfig, count: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Run the flow `evaluate-captioner`; `count` is called with what is being done, and how much of it."""
     with _prefect("paracaption.flows.evaluate") as flow:
-        callbacks.counter.set(count)
+        callbacks.on_evaluation_progress.set(count)
         return flow.evaluate_captioner(config)

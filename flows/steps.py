@@ -1,4 +1,7 @@
-"""A task of our flows: nothing is cached, since what is done is known from files, and a retry resumes."""
+"""What the steps of all flows share.
+
+Prefect caches nothing: files say what is done, and a retried step resumes.
+"""
 
 import base64
 from pathlib import Path
@@ -10,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from ..schemas.errors import Retryable
 
 HELPED_BY_A_RETRY = (Retryable, ConnectionError, TimeoutError)
-"""A lost engine, node or connection may come back. A mistake, ours or the user's, stays what it is."""
+"""A lost engine, node or connection may come back. Any other error would only come again."""
 
 
 def _can_retry(_task: Any, _run: Any, state: Any) -> bool:
@@ -21,7 +24,7 @@ step = task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 60], retry
 
 
 def embedded(picture: Path) -> str:
-    """A picture in Markdown that needs no server of files."""
+    """A picture as Markdown that holds the picture's bytes, so that no server has to serve the file."""
     kind = "jpeg" if picture.suffix == ".jpg" else "png"
     data = base64.b64encode(picture.read_bytes()).decode()
     return f"![{picture.stem}](data:image/{kind};base64,{data})"

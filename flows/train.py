@@ -1,4 +1,4 @@
-"""From a corpus to a model: wait for the shards, train, export, evaluate.
+"""The flow that trains a captioner: wait for the corpora, train, export, evaluate.
 
 Annotations are evaluated, as in `build`.
 """
@@ -14,7 +14,7 @@ from ..schemas.training import CorpusSource, TrainConfig
 from . import callbacks
 from .steps import embedded, step
 
-_LOOK_EVERY_S = 30.0
+_CHECK_EVERY_S = 30.0
 
 
 @flow(name="train-captioner", log_prints=False)
@@ -24,12 +24,13 @@ def train_captioner(
     """A corpus in, a captioner out.
 
     Args:
-        config: of the run.
-        ray_address: "auto" or "host:port"; None starts Ray on this machine, if there are workers.
-        wait: until all corpora are built; without, whatever of them is committed is trained on.
+        config: the training run.
+        ray_address: "auto" or "host:port"; None starts Ray on this machine, if the run has workers.
+        wait: wait until all corpora are built. Otherwise the run trains on the units that are committed.
 
     Returns:
-        `steps`, `skipped`, `model` (its folder), and `evaluation` if the configuration has one.
+        `steps` and `skipped` (numbers of steps), `model` (the path of its folder), and `evaluation` if the
+        configuration has one.
     """
     if wait:
         wait_for_corpora(config)
@@ -47,28 +48,28 @@ def wait_for_corpora(config: TrainConfig) -> None:
 
     held_out = [CorpusSource(corpus=config.evaluation.corpus)] if config.evaluation else []
     for source in [*config.corpora, *held_out]:
-        reported = ""
+        logged = ""
         while missing := unfinished(source):
-            if missing != reported:
+            if missing != logged:
                 get_run_logger().warning("waiting for %s: %s", source.corpus, missing)
-                reported = missing
-            time.sleep(_LOOK_EVERY_S)
+                logged = missing
+            time.sleep(_CHECK_EVERY_S)
 
 
 @step
 def train(config: TrainConfig, ray_address: str | None) -> dict[str, Any]:
-    """Train from the last checkpoint on, and write the model."""
+    """Train from the last checkpoint, or from the start, and write the model."""
     from ..model_training.train import ray_train
     from ..pipeline.executor import ray_data
 
     ray_data.check_address(ray_address)
-    outcome = ray_train.train(config, ray_address, callbacks.trainer.get())
+    outcome = ray_train.train(config, ray_address, callbacks.on_training_step.get())
     return {"steps": outcome.steps, "skipped": outcome.skipped, "model": str(outcome.model)}
 
 
 @step
 def publish_curves(config: TrainConfig) -> None:
-    """The loss as a picture, OUT/loss.png, and the last steps in numbers."""
+    """Publish the loss curve, OUT/loss.png, and the numbers of the last step."""
     from ..model_training.train import curves, metrics
 
     out = Path(config.out)
@@ -83,7 +84,7 @@ def publish_curves(config: TrainConfig) -> None:
 
 @step
 def evaluate(config: TrainConfig, model: str) -> dict[str, Any]:
-    """Caption images that were not trained on; pictures and numbers in OUT/evaluation."""
+    """Caption images that were not trained on, and write pictures and scores to OUT/evaluation."""
     from ..model_training.evaluation import held_out
 
     assert config.evaluation

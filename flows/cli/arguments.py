@@ -20,6 +20,8 @@ RayAddress = Annotated[
     str | None,
     typer.Option(help="'auto' or host:port, from a node of the cluster; without it, this machine alone."),
 ]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="Type of the computation: auto, float32, bfloat16 or float16.")]
 
 
 def options_of(schema: type[BaseModel]) -> Callable[[_Command], _Command]:

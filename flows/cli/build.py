@@ -28,14 +28,14 @@ def build(
         int | None, typer.Option(min=1, help="Only the first N images of each subset.")
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option(help="Also build units again that hold drops by error.")
+        bool, typer.Option(help="Also rebuild units in which regions were dropped by an error.")
     ] = False,
     local: Annotated[
         bool,
-        typer.Option("--local", help="In this process, one unit after the other, without Ray and Prefect."),
+        typer.Option("--local", help="Build in this process, without Ray and Prefect."),
     ] = False,
 ) -> None:
-    """Build the corpus, or resume it: whatever is committed is not built again."""
+    """Build the corpus, or resume it: units that are committed are not built again."""
     from ...pipeline.config_file import load_config
 
     if local and ray_address is not None:
@@ -82,7 +82,7 @@ def merge(config: Config) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the corpus goes.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the corpus.")] = Path("out/demo"),
 ) -> None:
     """Build both subsets of the bundled sample and draw a contact sheet."""
     from ...pipeline.config_file import load_config
@@ -95,7 +95,7 @@ def demo(
     draw.contact_sheet(out, sheet)
     rows = [
         (f"paracaption explore {out}", "a page for the browser: masks, captions, drops"),
-        (f"paracaption inspect {out}", "the funnel and samples, again"),
+        (f"paracaption inspect {out}", "the funnel and samples again"),
         (f"paracaption verify {out}", "every promise of the corpus, checked"),
         ("paracaption config", "every key of a configuration of your own"),
         (f"{out}/README.md", "the dataset card"),

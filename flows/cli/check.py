@@ -1,4 +1,4 @@
-"""The commands that look before a run: `config`, `audit`, `doctor`, `estimate`."""
+"""The commands to use before a run: `config`, `audit`, `doctor`, `estimate`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .progress import counting
 
 
 def config(
-    training: Annotated[bool, typer.Option("--training", help="Of `train` instead of `build`.")] = False,
-    evaluation: Annotated[bool, typer.Option("--evaluation", help="Of `evaluate`.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="Print the keys of `train`.")] = False,
+    evaluation: Annotated[bool, typer.Option("--evaluation", help="Print the keys of `evaluate`.")] = False,
 ) -> None:
-    """Print every key of the configuration with its default and the reason for it."""
+    """Print every key of a configuration with its default and the reason for it."""
     from ...pipeline.config_file import describe
     from ...schemas.config import BuildConfig
     from ...schemas.evaluation import EvaluateConfig
@@ -35,10 +35,10 @@ def _one_kind(command: str, training: bool, evaluation: bool) -> None:
 def audit(
     config: Config,
     parquet: Annotated[
-        Path | None, typer.Option(help="Where the full list goes [default: OUT/audit.parquet].")
+        Path | None, typer.Option(help="File for the full list.", show_default="OUT/audit.parquet")
     ] = None,
 ) -> None:
-    """Read the sources without any model and report every problem."""
+    """Read the sources without asking a model, and report every problem."""
     from ...pipeline.config_file import load_config
     from ...pipeline.executor.audit import AuditReport, AuditResult, audit_subset
     from ...pipeline.sources.registry import open_source
@@ -58,10 +58,10 @@ def audit(
 def doctor(
     config: Config,
     ray_address: RayAddress = None,
-    training: Annotated[bool, typer.Option("--training", help="CONFIG is one of `train`.")] = False,
-    evaluation: Annotated[bool, typer.Option("--evaluation", help="CONFIG is one of `evaluate`.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="CONFIG is for `train`.")] = False,
+    evaluation: Annotated[bool, typer.Option("--evaluation", help="CONFIG is for `evaluate`.")] = False,
 ) -> None:
-    """Check packages, GPUs, models, inputs and the output before a run; exit code 1 on a FAIL."""
+    """Check packages, GPUs, models, inputs and output before a run; exit code 1 on a FAIL."""
     from rich.console import Console
 
     from ...pipeline import config_file
@@ -88,7 +88,7 @@ def doctor(
 def estimate(
     config: Config,
     run: Annotated[
-        Path | None, typer.Option(help="The corpus of a pilot [default: the configuration's `out`].")
+        Path | None, typer.Option(help="The corpus of a pilot.", show_default="the configuration's `out`")
     ] = None,
     rates: Annotated[
         Path | None, typer.Option(help="Seconds per region, as --write-rates prints them.")
@@ -96,7 +96,8 @@ def estimate(
     gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of the cluster.")] = None,
     cpus: Annotated[float | None, typer.Option(min=1, help="Cores of the cluster.")] = None,
     images: Annotated[
-        list[str] | None, typer.Option(help="SUBSET=IMAGES or SUBSET=IMAGES/MASKS; default: the paper's.")
+        list[str] | None,
+        typer.Option(help="SUBSET=IMAGES or SUBSET=IMAGES/MASKS.", show_default="the paper's"),
     ] = None,
     sources: Annotated[bool, typer.Option(help="Count the configured sources' own images.")] = False,
     write_rates: Annotated[

@@ -11,7 +11,7 @@ from .arguments import Corpus
 
 
 def verify(corpus: Corpus) -> None:
-    """Check every promise that a corpus makes; exit code 1 names what is broken."""
+    """Check that a corpus is complete and undamaged; exit code 1 if it is not."""
     from ...pipeline.corpus import verify as verifying
 
     report = verifying.verify(corpus)
@@ -20,7 +20,7 @@ def verify(corpus: Corpus) -> None:
 
 
 def inspect(corpus: Corpus) -> None:
-    """Show the funnel, and samples of what was kept and of what was dropped and why."""
+    """Print the funnel, with samples of what was kept and of what was dropped for each reason."""
     from rich.console import Console
 
     from ...pipeline.corpus import inspect as inspecting
@@ -40,19 +40,20 @@ def show(
 
 def explore(
     corpus: Corpus,
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes any that is free.")] = 8080,
     host: Annotated[
-        str, typer.Option(help="To bind to; beyond this machine a token is asked for.")
+        str, typer.Option(help="Address to bind to. Requests from other machines need a token.")
     ] = "127.0.0.1",
     token: Annotated[
-        str | None, typer.Option(help="Asked of every request [default: a random one beyond this machine].")
+        str | None,
+        typer.Option(help="Token that requests need.", show_default="a random one for other machines"),
     ] = None,
-    run: Annotated[Path | None, typer.Option(help="The `out` of a training run, to show too.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The `out` of a training run to show as well.")] = None,
     shards: Annotated[
         str | None, typer.Option(help="Folder or URL of the shards, if they are not in CORPUS.")
     ] = None,
 ) -> None:
-    """Look at a corpus in the browser: the funnel, images with masks, other thresholds, reviews."""
+    """Open a corpus in the browser: the funnel, images with masks, other thresholds, reviews."""
     from ...pipeline.explorer.serve import serve
 
     serve(corpus, host, port, token, run, shards, lambda url: print(f"{url} (Ctrl-C ends it)", flush=True))
@@ -60,9 +61,11 @@ def explore(
 
 def report(
     corpus: Corpus,
-    to: Annotated[Path | None, typer.Option(help="HTML file to write [default: CORPUS/report.html].")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="HTML file to write.", show_default="CORPUS/report.html")
+    ] = None,
 ) -> None:
-    """Write the overview and samples of each drop reason as one HTML file, to send to someone."""
+    """Write the overview and samples of each drop reason as one HTML file."""
     from ...pipeline.explorer.report import write_report
 
     print(write_report(corpus, to))
@@ -70,10 +73,10 @@ def report(
 
 def export(
     corpus: Corpus,
-    format: Annotated[str, typer.Option(help="perceptiondlm-json, coco or parquet.")],
-    to: Annotated[Path, typer.Option(help="Folder for the export.")],
+    format: Annotated[str, typer.Option(help="Format: perceptiondlm-json, coco or parquet.")],
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
-    """Write the corpus in another format; photos as files where the format names them by path."""
+    """Export the corpus in another format. Photos become files if the format names them by path."""
     from ...pipeline.corpus import export as exporting
 
     for path in exporting.export(corpus, format, to):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .arguments import Device, Dtype
 from .progress import counting_parts, show_row
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def evaluate(
         ),
     ],
 ) -> None:
-    """Examine a captioner: benchmarks with a judge, toy world, cost. Goes on where it was interrupted."""
+    """Evaluate a captioner: benchmarks with a judge, a toy world, cost. Resumes where it was interrupted."""
     from rich.console import Console
 
     from ...pipeline.config_file import load_evaluation
@@ -45,16 +46,18 @@ def profile(
     corpus: Annotated[str, typer.Option(help="Corpus whose photos are captioned.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for table, plot and rows.", show_default=False)],
     images: Annotated[int, typer.Option(min=1, help="Photos of the corpus.")] = 4,
-    regions: Annotated[int, typer.Option(min=1, help="Up to so many regions an image.")] = 8,
+    regions: Annotated[int, typer.Option(min=1, help="Measure 1 to N regions per image.")] = 8,
     max_new_tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a caption [default: 32, 64].")
+        list[int] | None, typer.Option(help="Tokens of each caption.", show_default="32, 64")
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Of the decoder [default: 8, 16, 32, 64].")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Decoding steps.", show_default="8, 16, 32, 64")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the fastest counts.")] = 3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
-    """Measure what captioning costs against regions, parallelism, lengths, steps, thresholds, caches."""
+    """Measure the cost of captioning for different regions, lengths, steps, thresholds and caches."""
     from ...model_training.evaluation import profile as measuring
     from ...schemas.evaluation import ProfileConfig
 
@@ -71,17 +74,22 @@ def profile(
 @benchmarks.command()
 def make(
     corpus: Annotated[Path, typer.Argument(help="The `out` of a build.", show_default=False)],
-    to: Annotated[Path, typer.Option(help="Folder of the benchmark.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     judge: Annotated[
         Path,
         typer.Option(
-            help="YAML with `name` and `options` of the model that drafts: vllm or openai.",
+            help="YAML file with `name` and `options` of the model that drafts: vllm or openai.",
             show_default=False,
         ),
     ],
-    images: Annotated[int, typer.Option(min=1, help="At most; the most easily confused first.")] = 100,
+    images: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Number of images, at most. Those with the most easily confused regions come first."
+        ),
+    ] = 100,
 ) -> None:
-    """Make a benchmark of a corpus: regions easily confused, questions drafted, a page to review them."""
+    """Make a benchmark from a corpus: easily confused regions, drafted questions, a page to review them."""
     from ...model_training.evaluation import make_benchmark as making
     from ...pipeline.config_file import load_judge
 
@@ -91,7 +99,7 @@ def make(
         f"{made.questions:,} questions about {made.regions:,} regions of {made.images:,} images, unverified"
     )
     if made.without:
-        print(f"{made.without:,} regions without a question: run it again, or take another model")
+        print(f"{made.without:,} regions have no question: run the command again, or choose another model")
     print(to / making.REVIEW)
 
 
@@ -99,7 +107,7 @@ def _table(found: dict[str, Any]) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    names = ("benchmark", "average", "positive", "negative", "recognised", "regions", "tok/fwd", "s")
+    names = ("benchmark", "average", "positive", "negative", "recognized", "regions", "tok/fwd", "s")
     table = Table(*names, box=SIMPLE, padding=(0, 1, 0, 0))
     for each in found["benchmarks"]:
         shares = (each[name] for name in ("average", "positive", "negative", "recognised"))
@@ -109,9 +117,7 @@ def _table(found: dict[str, Any]) -> Table:
         )
         per_forward = f"{each['tokens_per_forward']:.1f}" if each["forwards"] else ""
         table.add_row(each["benchmark"], *cells, regions, per_forward, f"{each['seconds']:.1f}")
-    for name, marks in found.get("toy", {}).items():
-        said = f"{marks['exact']:.1%} exact, {marks['leaked']:.1%} leaked"
-        table.add_row(
-            f"toy, {name}", said, "", "", "", f"{marks['regions']:,}", "", f"{marks['seconds']:.3f}"
-        )
+    for name, toy in found.get("toy", {}).items():
+        shares = f"{toy['exact']:.1%} exact, {toy['leaked']:.1%} leaked"
+        table.add_row(f"toy, {name}", shares, "", "", "", f"{toy['regions']:,}", "", f"{toy['seconds']:.3f}")
     return table

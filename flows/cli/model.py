@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
-from .arguments import RayAddress, options_of
+from .arguments import Device, Dtype, RayAddress, options_of
 from .progress import TrainingView
 
 TrainingConfig = Annotated[
@@ -22,11 +22,13 @@ models = typer.Typer(help="Make checkpoints ready for the models that need it.",
 
 @models.command()
 def prepare(
-    model: Annotated[str, typer.Argument(help="gar.")],
-    path: Annotated[Path, typer.Argument(help="The published checkpoint's folder.")],
-    to: Annotated[Path | None, typer.Option(help="Folder of the export [default: beside it].")] = None,
+    model: Annotated[str, typer.Argument(help="Kind of the model: gar.")],
+    path: Annotated[Path, typer.Argument(help="Folder of the published checkpoint.")],
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="beside the checkpoint")
+    ] = None,
 ) -> None:
-    """Export a checkpoint's language model once, for vLLM; nothing to do if it is there."""
+    """Export a checkpoint's language model for vLLM. Does nothing if that was done before."""
     if model != "gar":
         raise ConfigError(f"models prepare: {model!r} needs no preparation; only gar does")
     from ...pipeline.models.gar import export as language_model
@@ -36,21 +38,25 @@ def prepare(
 
 @models.command()
 def convert(
-    to: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
+    to: Annotated[Path, typer.Option(help="Folder to write. It appears when it is complete.")],
     path: Annotated[
         Path | None,
-        typer.Argument(help="A PerceptionDLM: published, or ours. The other is made.", show_default=False),
+        typer.Argument(
+            help="Folder of a PerceptionDLM, in the published layout or in ours. The other one is written.",
+            show_default=False,
+        ),
     ] = None,
-    language: Annotated[Path | None, typer.Option(help="LLaDA's folder, for a new model.")] = None,
+    language: Annotated[Path | None, typer.Option(help="Folder of LLaDA, for a new model.")] = None,
     vision: Annotated[
-        Path | None, typer.Option(help="SigLIP 2's folder: for a new model, or where unused/ is missing.")
+        Path | None, typer.Option(help="Folder of SigLIP 2, for a new model, or if the model has no unused/.")
     ] = None,
     layout: Annotated[
-        str | None, typer.Option(help="corrected (default of a new model) or reference (of a published one).")
+        str | None,
+        typer.Option(help="corrected (default of a new model) or reference (of a published one)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights that are initialized.")] = 0,
 ) -> None:
-    """Convert a PerceptionDLM between the published layout and ours, or make a new one of its parts."""
+    """Convert a PerceptionDLM between the published layout and ours, or make one of LLaDA and SigLIP 2."""
     from ...model_training.convert import published as converting
 
     if path is not None and language is None:
@@ -68,10 +74,13 @@ def train(
     config: TrainingConfig,
     ray_address: RayAddress = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Until the corpora are built; else what is committed is taken.")
+        bool,
+        typer.Option(
+            "--wait", help="Wait until the corpora are built. Otherwise, train on what is committed."
+        ),
     ] = False,
 ) -> None:
-    """Train a model, or go on from the last checkpoint; `config` with --training prints every key."""
+    """Train a model, or resume from the last checkpoint. `config --training` prints every key."""
     from ...pipeline.config_file import load_training
     from ...pipeline.executor import ray_data
     from ...pipeline.executor.findings import refuse_failures
@@ -87,12 +96,12 @@ def train(
             f"{found['regions']:,} regions of {found['images']:,} images: {Path(loaded.out) / 'evaluation'}"
         )
         print(
-            f"{found['exact']:.1%} as the corpus has them, {found['tokens_per_forward']:.1f} tokens a forward"
+            f"{found['exact']:.1%} equal to the corpus, {found['tokens_per_forward']:.1f} tokens per forward"
         )
 
 
 class ManyMasks(TyperCommand):
-    """Lets `--masks` be followed by any number of paths, as a shell's `*.png` gives them."""
+    """Takes any number of paths after `--masks`, such as a shell makes of `*.png`."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
@@ -112,23 +121,28 @@ def caption(
     masks: Annotated[
         list[str],
         typer.Option(
-            help="Any number: mask images, folders of them, a JSON of COCO or SA-1B; or a corpus and --key.",
+            help="Mask images, folders of them, a JSON of COCO or SA-1B; or a corpus, with --key.",
             show_default=False,
         ),
     ],
-    image: Annotated[Path | None, typer.Option(help="The photo; a corpus has its own.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The photo. Not needed with a corpus.")] = None,
     key: Annotated[
         str | None,
-        typer.Option(help="Which image of a corpus, or of a JSON if the name differs."),
+        typer.Option(help="Image of the corpus, or of a JSON that calls the photo by another name."),
     ] = None,
-    json: Annotated[str | None, typer.Option(help="File for the record, or - to print only that.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="PNG, JPEG or WebP: masks, numbers, captions.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="GIF or HTML: every step of the decoder.")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="JSON file to write, or - to print the JSON and nothing else.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG, JPEG or WebP file with masks, numbers and captions.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="GIF or HTML file with every decoding step.")] = None,
     regions_per_call: Annotated[
-        int | None, typer.Option(help="Regions captioned together; by default the most that it can.")
+        int | None,
+        typer.Option(help="Regions that share a sequence.", show_default="as many as the model takes"),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     **decoding: Any,
 ) -> None:
     """Caption the regions of a photo, all in parallel."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
@@ -54,6 +55,16 @@ def test_help_names_every_command_with_its_purpose():
         assert f" {command} " in text
         own = runner.invoke(app, [command, "--help"])
         assert own.exit_code == 0 and "Usage" in own.output
+
+
+def test_no_part_of_a_help_text_is_lost_as_markup():
+    """The help is drawn by rich, which swallows `[words]`."""
+    commands = [get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        for text in (command.help, *(getattr(each, "help", None) for each in command.params)):
+            assert "[" not in (text or ""), (command.name, text)
+    assert len(commands) > len(COMMANDS)
 
 
 def test_the_printed_configuration_is_yaml_with_every_key():

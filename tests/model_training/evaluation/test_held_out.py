@@ -126,8 +126,8 @@ def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefe
     late, shown = tmp_path / "late", []
     asked = Evaluation(corpus=str(late), images=3, pictures=1, max_new_tokens=8, steps=4)
     config = config_of(tmp_path / "run", world, steps=3, evaluation=asked.model_dump())
-    monkeypatch.setattr(train, "_LOOK_EVERY_S", 0.2)
-    callbacks.trainer.set(shown.append)
+    monkeypatch.setattr(train, "_CHECK_EVERY_S", 0.2)
+    callbacks.on_training_step.set(shown.append)
     arrival = threading.Timer(3.0, late.symlink_to, [world])
     arrival.start()
     done = train.train_captioner(config, wait=True)
