@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from benchmarks.decoder import SPECIAL
 from paracaption.filters import rle
 from paracaption.model_training.data import Loader
-from paracaption.model_training.data.epoch_plan import Mixture, Plan, count_batches
+from paracaption.model_training.data.epoch_plan import EpochPlan, Mixture, count_batches
 from paracaption.model_training.model import tiling
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
@@ -164,7 +164,7 @@ def plan(images: int) -> None:
     before = process.memory_info().rss
     start = time.perf_counter()
     mixture = Mixture([Source()], [1.0], 0)
-    found = Plan(mixture, DataOptions(), 0, count_batches(mixture, DataOptions(), 0))
+    found = EpochPlan(mixture, DataOptions(), 0, count_batches(mixture, DataOptions(), 0))
     spent = time.perf_counter() - start
     grown = (process.memory_info().rss - before - images) / 1e6
     start = time.perf_counter()

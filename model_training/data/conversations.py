@@ -1,7 +1,7 @@
 """Questions and answers on whole images, in the form of LLaVA's data, as items beside those of a corpus.
 
-The records are copied once to a table in the cache, with photos that are embedded in Parquet, because a row
-of neither JSON nor Parquet can be read by itself; photos in files stay where they are.
+The records are copied once into a table in the cache, because a single record can be read neither from JSON
+nor from Parquet. Photos that are embedded in Parquet are copied too; photos in files stay where they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..model.attention import SHARED
 from ..model.batch import Example
 from ..model.processor import ANSWER, HEAD
 from .corpus import token_lists, tokenizer_digest, views_of
-from .table import Table, Writer, cached
+from .table import Table, TableWriter, cached_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +42,7 @@ _ROW = np.dtype(
         *(("prefix", "u4"), ("answer", "u4")),
     ]
 )
-"""`photo_bytes` 0: the photo is a file, or there is none."""
+"""`photo_bytes` is 0 if the photo is a file or missing."""
 
 _AT_ONCE = 1024
 _PROBES = 16
@@ -50,22 +50,28 @@ _FROM = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 
 class Turn(msgspec.Struct):
-    """What one side says."""
+    """What one speaker says in one turn."""
 
     speaker: str = msgspec.field(name="from")
     value: str = ""
 
 
 class Record(msgspec.Struct):
-    """One conversation; `image` is the photo's path, None if it is embedded."""
+    """One conversation. `image` is the photo's path, or None if the photo is embedded."""
 
     conversations: list[Turn]
     id: str | int | None = None
     image: str | None = None
 
 
-class Said(NamedTuple):
-    """A conversation as tokens: those before the first answer, those after, and which of these are learnt."""
+class ConversationTokens(NamedTuple):
+    """A conversation as tokens.
+
+    Attributes:
+        prefix: tokens before the first answer.
+        answer: tokens from the first answer on, later questions included.
+        labels: for each of `answer`, whether it is learned.
+    """
 
     prefix: list[int]
     answer: list[int]
@@ -73,38 +79,45 @@ class Said(NamedTuple):
 
 
 class Conversations:
-    """The conversations of one file; each is an item."""
+    """The conversations of one file. Each conversation is an item."""
 
     def __init__(self, table: Table, source: ConversationSource):
         self.table, self.source = table, source
 
     @property
     def num_items(self) -> int:
-        """Conversations."""
+        """Number of conversations."""
         return len(self.table.rows)
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the items do."""
+        """Identifies the items: it changes when they do."""
         return self.table.about["digest"]
 
-    def lengths(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of items before the first answer, and from it on: both (N,) int64."""
+    def lengths(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of items before and from the first answer on: (N,) int64 each, the same in all passes."""
         rows = self.table.rows[items]
         return rows["prefix"].astype(np.int64), rows["answer"].astype(np.int64)
 
-    def read(self, item: int, max_pixels: int) -> tuple[Record, Image.Image, str]:
-        """A record, its photo, and a name for messages.
+    def read_record(self, item: int, max_pixels: int) -> tuple[Record, Image.Image, str]:
+        """An item's record, its photo, and its name for messages.
+
+        Args:
+            item: index of the item.
+            max_pixels: most pixels of a photo.
 
         Raises:
-            BadSample: there is no photo, or it is missing or broken.
+            BadSample: the record names no photo, or the photo is missing or broken.
         """
         row = self.table.rows[item]
         data = self.table.bytes_at(int(row["record"]), int(row["record_bytes"]))
         record = msgspec.json.decode(data, type=Record)
         name = f"{self.source.path}: {item if record.id is None else record.id}"
         if not row["photo_bytes"] and not record.image:
-            raise BadSample("conversation_without_image", f"{name}: text alone is not read; leave it out")
+            raise BadSample(
+                "conversation_without_image",
+                f"{name}: conversations without an image cannot be trained on; leave it out",
+            )
         try:
             if row["photo_bytes"]:
                 photo, blob = self.table.bytes_at(int(row["photo"]), int(row["photo_bytes"])), Blob(name)
@@ -113,7 +126,7 @@ class Conversations:
                 photo = files.read(blob)
             return record, photos.decode_image(blob, photo, max_pixels), name
         except OSError as error:
-            detail = f"{name}: {blob}: {error.strerror or error}; put it there or mend `images`"
+            detail = f"{name}: {blob}: {error.strerror or error}; put it there or correct `images`"
             raise BadSample("photo_missing", detail) from error
         except BadRecord as error:
             raise BadSample(str(error.reason), f"{name}: {error.detail}") from error
@@ -122,10 +135,15 @@ class Conversations:
 def open_conversations(
     source: ConversationSource, processor: PerceptionDLMProcessor, cache: Path
 ) -> Conversations:
-    """A file of conversations, through its table in the cache.
+    """Open a file of conversations through its table in the cache, which is written if it is missing.
+
+    Args:
+        source: the file, and the folder of its photos.
+        processor: the model's processor.
+        cache: local folder of the tables.
 
     Raises:
-        ConfigError: the file is missing, or not of a form that is read.
+        ConfigError: the file is missing, or its form is unknown.
     """
     try:
         version = files.version(source.path)
@@ -137,79 +155,85 @@ def open_conversations(
     facts = (_VERSION, source.path, source.images, version, tokenizer_digest(processor))
     facts += (config.vision_config.image_size, config.tokens_per_tile, config.max_tiles)
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    folder = cached(cache, f"conversations-{name}", lambda folder: _write(folder, source, processor))
+    folder = cached_folder(cache, f"conversations-{name}", lambda folder: _write(folder, source, processor))
     return Conversations(Table(folder, _ROW), source)
 
 
-def say(
+def tokenize_conversation(
     record: Record,
     views: int,
     processor: PerceptionDLMProcessor,
     encode: Callable[[str], list[int]],
     name: str,
-) -> Said:
-    """A conversation as tokens. All answers are labelled, with the eot after each.
+) -> ConversationTokens:
+    """A conversation as tokens. All answers are labeled, and so is the end token after each.
 
     Args:
-        record: human and gpt in turn.
-        views: of its photo.
-        processor: the model's.
-        encode: tokens of a text, in which nothing is special.
-        name: for messages.
+        record: human and gpt take turns in it.
+        views: number of views of the photo.
+        processor: the model's processor.
+        encode: turns a text into tokens, none of them special.
+        name: the record's name for messages.
 
     Raises:
-        BadSample: turns out of order, or an image that the photo does not explain.
+        BadSample: the turns are out of order, or the image is not exactly once in the first turn.
     """
     turns = record.conversations
     speakers = [_FROM.get(turn.speaker) for turn in turns]
     if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
         raise BadSample(
-            "conversation_unusable", f"{name}: human and gpt have to speak in turn; mend the record"
+            "conversation_unusable", f"{name}: human and gpt have to take turns; correct the record"
         )
-    places = [turn.value.count(IMAGE) for turn in turns]
-    if sum(places) > 1 or sum(places) != places[0]:
-        raise BadSample("conversation_unusable", f"{name}: {IMAGE} once, in the first turn; mend the record")
+    counts = [turn.value.count(IMAGE) for turn in turns]
+    if sum(counts) > 1 or sum(counts) != counts[0]:
+        detail = f"{name}: {IMAGE} may be given once, in the first turn; correct the record"
+        raise BadSample("conversation_unusable", detail)
     config = processor.config
     shown = [*processor.ids("<img>"), *[config.image_token_id] * (views * config.tokens_per_tile)]
     shown += processor.ids("</img>")
-    before, _, after = turns[0].value.partition(IMAGE) if places[0] else ("", "", turns[0].value)
-    said = Said(
+    before, _, after = turns[0].value.partition(IMAGE) if counts[0] else ("", "", turns[0].value)
+    tokens = ConversationTokens(
         [*processor.ids(HEAD), *encode(before), *shown, *encode(after), *processor.ids(ANSWER)], [], []
     )
     for number in range(1, len(turns), 2):
         if number > 1:
             asked = [*processor.ids(_NEXT), *encode(turns[number - 1].value), *processor.ids(ANSWER)]
-            said.answer.extend(asked)
-            said.labels.extend([False] * len(asked))
+            tokens.answer.extend(asked)
+            tokens.labels.extend([False] * len(asked))
         answer = [*encode(turns[number].value), config.eot_token_id]
-        said.answer.extend(answer)
-        said.labels.extend([True] * len(answer))
-    return said
+        tokens.answer.extend(answer)
+        tokens.labels.extend([True] * len(answer))
+    return tokens
 
 
-def lay_out(
+def make_conversation_example(
     record: Record, photo: Image.Image, processor: PerceptionDLMProcessor, name: str
 ) -> tuple[Example, np.ndarray]:
-    """An example without regions, and (L,) bool, which tokens of its captions are labelled.
+    """The training example of a conversation, which has no regions.
+
+    Returns:
+        The example, and (L,) bool, which of the tokens of its answers are labeled.
 
     Raises:
-        BadSample: as `say`.
+        BadSample: the record is not usable, as in `tokenize_conversation`.
     """
     config = processor.config
     tower = config.vision_config
     grid = tiling.tile_grid(*photo.size, tower.image_size, config.max_tiles)
     views = tiling.num_views(grid)
-    said = say(record, views, processor, lambda text: token_lists(processor, [text])[0], name)
+    tokens = tokenize_conversation(
+        record, views, processor, lambda text: token_lists(processor, [text])[0], name
+    )
     example = Example(
         views=tiling.cut_image(photo, tower.image_size, grid),
         prompts=np.zeros((views, config.num_prompts, config.patches_per_side**2), bool),
         grid=grid,
         boxes=[],
         order=[],
-        prefix=_shared(said.prefix, 0),
-        captions=_shared(said.answer, len(said.prefix)),
+        prefix=_shared(tokens.prefix, 0),
+        captions=_shared(tokens.answer, len(tokens.prefix)),
     )
-    return example, np.array(said.labels)
+    return example, np.array(tokens.labels)
 
 
 def _shared(ids: list[int], start: int) -> np.ndarray:
@@ -220,13 +244,13 @@ def _path(source: ConversationSource, record: Record) -> str:
     name = record.image or ""
     if name.startswith("/") or "://" in name or ".." in name.split("/"):
         raise BadSample(
-            "unsafe_name", f"{source.path}: {record.id}: {name}: leaves `images`; mend the record"
+            "unsafe_name", f"{source.path}: {record.id}: {name}: leads out of `images`; correct the record"
         )
     return f"{source.images.rstrip('/')}/{name}" if source.images else name
 
 
 def _write(folder: Path, source: ConversationSource, processor: PerceptionDLMProcessor) -> None:
-    writer, digest = Writer(folder), hashlib.sha256()
+    writer, digest = TableWriter(folder), hashlib.sha256()
     records = _records(source)
     most = tiling.num_views((processor.config.max_tiles, 1))
     with ThreadPoolExecutor(_PROBES) as pool:
@@ -239,12 +263,15 @@ def _write(folder: Path, source: ConversationSource, processor: PerceptionDLMPro
             digest.update(rows.tobytes() + b"".join(msgspec.json.encode(record) for record, _ in some))
             writer.add(rows)
     if not writer.num_rows:
-        raise ConfigError(f"{source.path}: no conversation in it; give a file that has some")
+        raise ConfigError(f"{source.path}: the file has no conversation; name another one")
     writer.close({"digest": digest.hexdigest()})
 
 
 def _rows(
-    records: list[tuple[Record, bytes]], views: list[int], processor: PerceptionDLMProcessor, writer: Writer
+    records: list[tuple[Record, bytes]],
+    views: list[int],
+    processor: PerceptionDLMProcessor,
+    writer: TableWriter,
 ) -> np.ndarray:
     texts = [
         part for record, _ in records for turn in record.conversations for part in turn.value.split(IMAGE)
@@ -254,10 +281,10 @@ def _rows(
     rows = np.zeros(len(records), _ROW)
     for row, (record, photo), count in zip(rows, records, views, strict=True):
         try:
-            said = say(record, count, processor, tokens.__getitem__, "")
-            row["prefix"], row["answer"] = len(said.prefix), len(said.answer)
+            made = tokenize_conversation(record, count, processor, tokens.__getitem__, "")
+            row["prefix"], row["answer"] = len(made.prefix), len(made.answer)
         except BadSample:
-            row["prefix"] = 1  # said again, with its name, when it is its turn
+            row["prefix"] = 1  # the error is raised, with the record's name, when the item is read
         data = msgspec.json.encode(record)
         row["record"], row["record_bytes"] = writer.put(data), len(data)
         row["photo"], row["photo_bytes"] = writer.put(photo), len(photo)
@@ -279,17 +306,17 @@ def _size(source: ConversationSource, record: Record, photo: bytes) -> tuple[int
 
 
 def _records(source: ConversationSource) -> Iterator[tuple[Record, bytes]]:
-    """Every record with its embedded photo."""
+    """Every record with its embedded photo, empty if it has none."""
     read = {".json": _from_json, ".jsonl": _from_lines, ".parquet": _from_parquet}
     ending = Path(source.path).suffix.lower()
     if ending not in read:
-        raise ConfigError(f"{source.path}: conversations are a .json, .jsonl or .parquet")
+        raise ConfigError(f"{source.path}: conversations have to be a .json, .jsonl or .parquet file")
     number = 0
     try:
         for number, each in enumerate(read[ending](source.path), start=1):  # noqa: B007 - for the message
             yield each
     except (OSError, msgspec.MsgspecError, UnicodeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{source.path}: after record {number}: {error}; mend it there") from error
+        raise ConfigError(f"{source.path}: after record {number}: {error}; correct the file there") from error
 
 
 def _from_json(path: str) -> Iterator[tuple[Record, bytes]]:
@@ -316,9 +343,9 @@ def _from_parquet(path: str) -> Iterator[tuple[Record, bytes]]:
 
 
 def _from_row(row: dict[str, Any]) -> tuple[Record, bytes]:
-    image, said = row.pop("image", None), row["conversations"]
-    if isinstance(said, str):
-        row["conversations"] = msgspec.json.decode(said)
+    image, turns = row.pop("image", None), row["conversations"]
+    if isinstance(turns, str):
+        row["conversations"] = msgspec.json.decode(turns)
     photo = image.get("bytes") if isinstance(image, dict) else image if isinstance(image, bytes) else None
     path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
     return msgspec.convert({**row, "image": None if photo else path}, Record), photo or b""

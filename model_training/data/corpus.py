@@ -30,7 +30,7 @@ from ...schemas.summary import CorpusSummary
 from ...schemas.training import CorpusSource, DataOptions
 from ..model import tiling
 from .order import even_groups, keys_of, num_groups, varied_groups
-from .table import Table, Writer, cached
+from .table import Table, TableWriter, cached_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,25 +101,25 @@ class Corpus:
         """Changes when the items do."""
         return self.table.folder.name
 
-    def groups(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def groups(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where items' groups begin among their images' shuffled regions, and their sizes: both (N,) int64.
 
         Args:
             items: (N,); a group may be empty.
-            turns: (N,) the how manieth pass over the corpus it is.
+            passes: (N,) index of the pass over the corpus (0, 1, ...).
         """
         image, group = self.item_image[items], self.item_group[items].astype(np.int64)
         regions = self.table.rows["regions"][image].astype(np.int64)
         groups = num_groups(regions, self.options.regions_per_group)
         if self.options.group_sizes == "even":
             return even_groups(regions, groups, group)
-        keys = keys_of(image, turns, self.seed, "groups")
+        keys = keys_of(image, passes, self.seed, "groups")
         return varied_groups(regions, groups, group, self.num_prompts, keys)
 
-    def lengths(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def lengths(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of items before their captions, and at most of the captions: both (N,) int64; 0 if empty."""
         image = self.table.rows[self.item_image[items]]
-        _, size = self.groups(items, turns)
+        _, size = self.groups(items, passes)
         views = image["views"].astype(np.int64)
         prefix = self.prefix_tokens + views * self.view_tokens + size * self.region_tokens
         longest, limit = image["longest"].astype(np.int64), self.options.caption_limit()
@@ -196,7 +196,7 @@ def open_corpus(
     def write(folder: Path) -> None:
         _write(folder, source, units, fresh, processor, options)
 
-    folder = cached(cache, f"corpus-{name}", write)
+    folder = cached_folder(cache, f"corpus-{name}", write)
     return Corpus(Table(folder, _IMAGE), source.corpus.rstrip("/"), options, seed, processor)
 
 
@@ -329,7 +329,7 @@ def _write(
             "%s: no index of these manifests; the ledgers are read. `paracaption merge`", source.corpus
         )
     tables = _index(source.corpus, by_unit) if fresh else _ledgers(units)
-    writer, seen = Writer(folder), 0
+    writer, seen = TableWriter(folder), 0
     with open(folder / "item_image.bin", "xb") as images, open(folder / "item_group.bin", "xb") as groups:
         for table in tables:
             rows, firsts = _images(table, processor, writer)
@@ -396,7 +396,7 @@ def _ledgers(units: list[_Unit]) -> Iterator[pa.Table]:
 
 
 def _images(
-    table: pa.Table, processor: PerceptionDLMProcessor, writer: Writer
+    table: pa.Table, processor: PerceptionDLMProcessor, writer: TableWriter
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the images of a table with a row for each region, and the table's row where each begins."""
     import pyarrow.compute as pc

@@ -1,8 +1,8 @@
-"""Which items make up each batch of an epoch, as a function of its number.
+"""Which items make up each batch of an epoch, as a function of the batch's number.
 
-The order of an epoch is a permutation that is computed. It is cut into windows of 128 items, and each window
-into batches by the items' lengths, which are known without reading them. So batch number b is the same for
-any number of ranks and workers, and to find it takes no look at those before it but for a count a window.
+The order of an epoch is a permutation that is computed, not stored. It is cut into windows of 128 items, and
+each window into batches by the items' lengths, which are known without reading the items. So a batch is the
+same for any number of ranks and workers. To find it, only the number of batches of each window must be known.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ WINDOW = 128
 _AT_ONCE = 512
 
 
-class Source(Protocol):
-    """What a plan needs to know of items to train on."""
+class ItemSource(Protocol):
+    """What the plan of an epoch needs to know of a source of items to train on."""
 
     @property
     def num_items(self) -> int: ...
@@ -30,58 +30,80 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def lengths(self, items: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def lengths(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Pick(NamedTuple):
-    """An item of a batch: its source, the how manieth pass over the source this is, and the item."""
+    """An item of a batch.
+
+    Attributes:
+        source: index of the item's source.
+        pass_index: index of the pass over this source (0, 1, ...).
+        item: index of the item in its source.
+    """
 
     source: int
-    turn: int
+    pass_index: int
     item: int
 
 
 class Mixture:
-    """Several sources, each passed over `weight` times an epoch.
+    """Several sources, each passed over `weight` times in an epoch.
 
-    A source is an endless stream of passes, each in an order of its own, of which an epoch takes the next
-    piece: so each item comes once in a pass, whatever the weight.
+    A source is an endless stream of passes, each in its own order, and an epoch takes the next piece of the
+    stream. So each item comes once in a pass, whatever the weight is.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int):
+    def __init__(self, sources: Sequence[ItemSource], weights: Sequence[float], seed: int):
         self.sources, self.seed = sources, seed
         self.weights = [Fraction(str(weight)) for weight in weights]
 
-    def begins(self, epoch: int) -> list[int]:
-        """How much of each source's stream went before an epoch."""
+    def starts(self, epoch: int) -> list[int]:
+        """Where an epoch starts in each source's stream: the number of items in all epochs before it."""
         pairs = zip(self.weights, self.sources, strict=True)
         return [math.floor(epoch * weight * source.num_items) for weight, source in pairs]
 
     def sizes(self, epoch: int) -> list[int]:
-        """Items of an epoch from each source."""
-        return [end - begin for begin, end in zip(self.begins(epoch), self.begins(epoch + 1), strict=True)]
+        """Number of items that an epoch takes from each source."""
+        return [end - start for start, end in zip(self.starts(epoch), self.starts(epoch + 1), strict=True)]
 
     def locate(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """What is at positions (N,) of an epoch: (N, 3) int64, source, pass and item."""
+        """The items at some positions of an epoch.
+
+        Args:
+            epoch: index of the epoch.
+            positions: (N,) positions below the number of the epoch's items.
+
+        Returns:
+            (N, 3) int64: source, pass and item, as in `Pick`.
+        """
         sizes = self.sizes(epoch)
         ends = np.cumsum(sizes)
         spread = Permutation(int(ends[-1]), key_of(self.seed, "epoch", epoch))(positions)
         found = np.empty((len(positions), 3), np.int64)
         found[:, 0] = np.searchsorted(ends, spread, side="right")
-        for number, (source, begin) in enumerate(zip(self.sources, self.begins(epoch), strict=True)):
+        for number, (source, start) in enumerate(zip(self.sources, self.starts(epoch), strict=True)):
             here = np.flatnonzero(found[:, 0] == number)
-            places = spread[here] - (ends[number] - sizes[number]) + begin
-            turns, items = np.divmod(places, source.num_items)
+            in_stream = spread[here] - (ends[number] - sizes[number]) + start
+            passes, items = np.divmod(in_stream, source.num_items)
             whole = self.weights[number].denominator == 1  # then an epoch has all of each of its passes
-            for turn in () if whole else np.unique(turns).tolist():
-                same = np.flatnonzero(turns == turn)
-                order = Permutation(source.num_items, key_of(self.seed, "pass", number, turn))
+            for index in () if whole else np.unique(passes).tolist():
+                same = np.flatnonzero(passes == index)
+                order = Permutation(source.num_items, key_of(self.seed, "pass", number, index))
                 items[same] = order(items[same])
-            found[here, 1], found[here, 2] = turns, items
+            found[here, 1], found[here, 2] = passes, items
         return found
 
     def lengths(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens before the captions and at most of them: (N, 3) to two of (N,); 0 for empty items."""
+        """Lengths of items in tokens.
+
+        Args:
+            picks: (N, 3), from `locate`.
+
+        Returns:
+            Tokens before the captions, and the most tokens that the captions can have: (N,) int64 each. Both
+            are 0 for an empty item.
+        """
         prefix, captions = np.empty(len(picks), np.int64), np.empty(len(picks), np.int64)
         for number, source in enumerate(self.sources):
             here = np.flatnonzero(picks[:, 0] == number)
@@ -90,7 +112,7 @@ class Mixture:
 
 
 def count_batches(mixture: Mixture, options: DataOptions, epoch: int) -> np.ndarray:
-    """Batches of each window of an epoch; about a second for a million items."""
+    """Number of batches of each window of an epoch. Takes about a second for a million items."""
     num_items = sum(mixture.sizes(epoch))
     counts = [np.zeros(0, np.int64)]
     for start in range(0, num_items, _AT_ONCE * WINDOW):
@@ -99,16 +121,21 @@ def count_batches(mixture: Mixture, options: DataOptions, epoch: int) -> np.ndar
     return np.concatenate(counts)
 
 
-class Plan:
+class EpochPlan:
     """The batches of one epoch.
 
+    Args:
+        mixture: the sources.
+        options: how items are put together into batches.
+        epoch: index of the epoch.
+        counts: number of batches of each window, from `count_batches`.
+
     Attributes:
-        num_items: of the epoch.
-        num_batches: likewise.
+        num_items: number of items in the epoch.
+        num_batches: number of batches in the epoch.
     """
 
     def __init__(self, mixture: Mixture, options: DataOptions, epoch: int, counts: np.ndarray):
-        """`counts` are those of `count_batches`."""
         self.mixture, self.options, self.epoch = mixture, options, epoch
         self.num_items = sum(mixture.sizes(epoch))
         self.starts = np.append(0, np.cumsum(counts))
@@ -133,7 +160,17 @@ class Plan:
 def _cut(
     mixture: Mixture, options: DataOptions, epoch: int, positions: range
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Picks (N, 3) of whole windows, and each one's batch in its window, (W, WINDOW); -1 if it is empty."""
+    """Cut whole windows into batches.
+
+    Args:
+        mixture: the sources.
+        options: how items are put together into batches.
+        epoch: index of the epoch.
+        positions: positions of the windows' items in the epoch.
+
+    Returns:
+        Picks (N, 3), and the number of each item's batch within its window (W, WINDOW); -1 for an empty item.
+    """
     picks = mixture.locate(epoch, np.arange(positions.start, positions.stop))
     windows = -(-len(picks) // WINDOW)
     lengths = np.zeros((2, windows * WINDOW), np.int64)
@@ -145,16 +182,18 @@ def _cut(
 
 
 def cut_packed(prefix: np.ndarray, captions: np.ndarray, budget: int, most: int) -> np.ndarray:
-    """First fit, longest first, in all windows at once; what is longer than the budget is a batch by itself.
+    """Pack items into batches: first fit, longest item first, in all windows at once.
+
+    An item that is longer than the budget is a batch by itself.
 
     Args:
-        prefix: (W, K) tokens.
-        captions: (W, K) tokens.
-        budget: tokens of a batch.
-        most: items of a batch.
+        prefix: (W, K) tokens before the captions.
+        captions: (W, K) tokens of the captions.
+        budget: most tokens of a batch.
+        most: most items of a batch.
 
     Returns:
-        (W, K) number of the batch within the window.
+        (W, K) number of each item's batch within its window.
     """
     sizes = np.minimum(prefix + captions, budget)
     order = np.argsort(-sizes, axis=1, kind="stable")
@@ -162,8 +201,8 @@ def cut_packed(prefix: np.ndarray, captions: np.ndarray, budget: int, most: int)
     room = np.full(sizes.shape, budget, np.int32)
     free = np.full(sizes.shape, most, np.int32)
     bins, opened = np.empty_like(order), 0
-    for place in range(every):
-        item = order[:, place]
+    for rank in range(every):
+        item = order[:, rank]
         size = sizes[windows, item]
         within = min(opened + 1, every)
         fits = (room[:, :within] >= size[:, None]) & (free[:, :within] > 0)
@@ -176,14 +215,17 @@ def cut_packed(prefix: np.ndarray, captions: np.ndarray, budget: int, most: int)
 
 
 def cut_padded(prefix: np.ndarray, captions: np.ndarray, budget: int, most: int) -> np.ndarray:
-    """Items of similar length side by side, prefixes and captions padded apart; as `cut_packed`."""
+    """Put items of similar length into padded batches; arguments and result are those of `cut_packed`.
+
+    Prefixes and captions are padded separately.
+    """
     order = np.argsort(-(prefix * (1 << 20) + captions), axis=1, kind="stable")
     windows = np.arange(len(prefix))
     bins = np.empty_like(order)
     rows = longest = longest_captions = np.zeros(len(prefix), np.int64)
     current = np.full(len(prefix), -1)
-    for place in range(prefix.shape[1]):
-        item = order[:, place]
+    for rank in range(prefix.shape[1]):
+        item = order[:, rank]
         own, own_captions = prefix[windows, item], captions[windows, item]
         both = np.maximum(longest, own) + np.maximum(longest_captions, own_captions)
         new = (rows == 0) | (rows >= most) | ((rows + 1) * both > budget)

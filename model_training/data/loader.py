@@ -1,4 +1,4 @@
-"""The loader: every item once an epoch over all ranks, in an order that neither ranks nor workers change."""
+"""The loader: gives every item once an epoch over all ranks. Ranks and workers do not change the order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.training import ConversationSource, CorpusSource, DataOptions
 from .conversations import open_conversations
 from .corpus import open_corpus
-from .epoch_plan import Mixture, Pick, Plan, count_batches
+from .epoch_plan import EpochPlan, Mixture, Pick, count_batches
 from .samples import BatchMaker, TrainBatch
-from .table import cached, default_cache
+from .table import cached_folder, default_cache
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 class Loader:
-    """Batches of one rank; iterating gives what is left of the current epoch, and the next one after it.
+    """The batches of one rank. Each iteration goes through the rest of the current epoch.
 
-    All ranks have the same number of steps: a last round that has not a batch for every rank is filled up
-    with fillers, whose weight is 0. What a rank gets at a step follows from the epoch, the number of batches
-    that all ranks together have had, and the number of ranks; so a resume is immediate, and may have more
-    ranks or fewer.
+    All ranks have the same number of steps: if the last round has fewer batches than ranks, the other ranks
+    get fillers, whose weight is 0. What a rank gets at a step depends only on the epoch, on the number of
+    batches that all ranks have had together, and on the number of ranks. So a resume costs no time, and may
+    have another number of ranks.
 
     Attributes:
-        epoch: the current one, from 0.
-        position: batches of the epoch that all ranks together have had.
-        skipped: samples and captions that this rank has left out since it was made, by reason.
-        fingerprint: of the data and what orders it; trainers compare it over ranks before they start.
+        epoch: index of the current epoch (0, 1, ...).
+        position: number of batches of the epoch that all ranks have had together.
+        skipped: number of samples and captions that this rank has left out since it was made, by reason.
+        fingerprint: identifies the data and their order; trainers compare it over the ranks at the start.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Loader:
         pin_memory: bool = False,
         start_method: StartMethod = "forkserver",
     ):
-        """Open the sources. The first to open them writes their tables to the cache, the others wait for it.
+        """Open the sources. The first process to do so writes their tables to the cache; others wait for it.
 
         Args:
-            sources: at least one.
-            processor: the model's.
+            sources: the corpora and conversations to train on; at least one.
+            processor: the model's processor.
             options: the `data` part of a training configuration.
             seed: decides the order, the groups and the prompts of regions.
             rank: number of this process among all ranks.
@@ -69,10 +69,11 @@ class Loader:
                 starts faster.
 
         Raises:
-            ConfigError: a source is missing, empty or not of a form that is read; an option that cannot be.
+            ConfigError: a source is missing, empty or of an unknown form, or an option does not suit the
+                model.
             IntegrityError: a corpus is damaged.
         """
-        _check(sources, options, processor, rank, world_size)
+        _check_options(sources, options, processor, rank, world_size)
         self.cache = Path(options.cache) if options.cache is not None else default_cache()
         opened = [
             open_corpus(source, processor, options, seed, self.cache)
@@ -86,31 +87,32 @@ class Loader:
         self.make = BatchMaker(opened, processor, options, seed)
         self.epoch = self.position = 0
         self.skipped: Counter[str] = Counter()
-        facts = [(source.fingerprint, str(weight)) for source, weight in _pairs(self.mixture)]
+        pairs = zip(self.mixture.sources, self.mixture.weights, strict=True)
+        facts = [(source.fingerprint, str(weight)) for source, weight in pairs]
         config = processor.config  # what decides how long samples are, and so which share a batch
         lengths = (processor.prefix(0, 0).shape[1], config.tokens_per_tile, config.replay_tokens)
         known = f"({facts!r}, {recorded_options(options, seed)}, {lengths!r}, {config.num_prompts!r})"
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()[:16]
-        self._plan: Plan | None = None
+        self._plan: EpochPlan | None = None
         self._batches: DataLoader[Any] | None = None
 
     def __len__(self) -> int:
-        """Steps of the current epoch, from its beginning."""
+        """Number of steps of the whole current epoch."""
         return self.num_steps(self.epoch)
 
     def num_steps(self, epoch: int) -> int:
-        """Steps of an epoch; counting them takes a second for a million items, but only once for a cache."""
+        """Number of steps of an epoch. Counting takes a second for a million items, and is cached."""
         return -(-self._plan_of(epoch).num_batches // self.world_size)
 
     def __iter__(self) -> Iterator[TrainBatch]:
-        """The rest of the epoch.
+        """The batches of the rest of the epoch.
 
         Raises:
             BadSample: a sample is damaged or too long, and the options say that this is an error.
         """
         self._begin()
         for made in self._loading():
-            if isinstance(made, Failed):
+            if isinstance(made, WorkerError):
                 raise made.error
             self.skipped.update(each.reason for each in made.skipped)
             self.position += self.world_size
@@ -118,15 +120,15 @@ class Loader:
         self._begin()
 
     def state_dict(self) -> dict[str, int | str]:
-        """Where the loader is: after the batch that it gave last. The same on every rank."""
+        """The position after the batch that was given last; it is the same on every rank."""
         self._begin()
         return {"epoch": self.epoch, "position": self.position, "data": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Go on where a state was taken, with any number of ranks.
+        """Continue from a position, with any number of ranks.
 
         Raises:
-            IntegrityError: the state is of other data, or of other options of it.
+            IntegrityError: the position is one in other data, or in the same data with other options.
         """
         if state["data"] != self.fingerprint:
             raise IntegrityError(
@@ -136,34 +138,34 @@ class Loader:
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the worker processes."""
         self._batches = None
 
     def _begin(self) -> None:
-        """Go to the next epoch if this one is over."""
+        """Move on to the next epoch if this one is over."""
         if self.position and self.position >= self._plan_of(self.epoch).num_batches:
             self.epoch, self.position = self.epoch + 1, 0
 
-    def _plan_of(self, epoch: int) -> Plan:
+    def _plan_of(self, epoch: int) -> EpochPlan:
         if self._plan is None or self._plan.epoch != epoch:
-            self._plan = Plan(self.mixture, self.options, epoch, self._counts(epoch))
+            self._plan = EpochPlan(self.mixture, self.options, epoch, self._counts(epoch))
         return self._plan
 
     def _counts(self, epoch: int) -> np.ndarray:
         def write(folder: Path) -> None:
             np.save(folder / "counts.npy", count_batches(self.mixture, self.options, epoch))
 
-        return np.load(cached(self.cache, f"plan-{self.fingerprint}-{epoch}", write) / "counts.npy")
+        return np.load(cached_folder(self.cache, f"plan-{self.fingerprint}-{epoch}", write) / "counts.npy")
 
     def _loading(self) -> DataLoader[Any]:
         if self._batches is None:
             several = self.options.workers > 0
             self._batches = DataLoader(
-                _Made(self.make),
+                _Batches(self.make),
                 batch_size=None,
-                sampler=_Requests(self),
+                sampler=_Picks(self),
                 num_workers=self.options.workers,
-                collate_fn=_as_it_is,
+                collate_fn=_unchanged,
                 pin_memory=self.pin_memory and torch.cuda.is_available(),
                 prefetch_factor=self.options.prefetch if several else None,
                 persistent_workers=several,
@@ -174,14 +176,14 @@ class Loader:
         return self._batches
 
 
-class Failed(NamedTuple):
-    """An error in a worker, to be raised where the trainer sees it as it is."""
+class WorkerError(NamedTuple):
+    """An error of a worker process, which the loader raises in the trainer's process as it is."""
 
     error: ParaCaptionError
 
 
-class _Requests:
-    """The picks of this rank's batches from where the loader is; none where the epoch has no more."""
+class _Picks:
+    """The picks of this rank's next batches; no picks if the epoch has no batch left for this rank."""
 
     def __init__(self, loader: Loader):
         self.loader = loader
@@ -194,17 +196,17 @@ class _Requests:
             yield plan.batch(number) if number < plan.num_batches else []
 
 
-class _Made(Dataset[Any]):
-    """What workers hold: picks to a batch."""
+class _Batches(Dataset[Any]):
+    """The dataset that workers hold: maps picks to a batch."""
 
     def __init__(self, make: BatchMaker):
         self.make = make
 
-    def __getitem__(self, picks: list[Pick]) -> TrainBatch | Failed:
+    def __getitem__(self, picks: list[Pick]) -> TrainBatch | WorkerError:
         try:
             return self.make(picks)
         except ParaCaptionError as error:
-            return Failed(error)
+            return WorkerError(error)
 
 
 _RECORDED = (
@@ -223,8 +225,8 @@ def recorded_options(options: DataOptions, seed: int) -> str:
     return f"DataOptions({fields}, seed={seed!r})"
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _quiet_tokenizers(_: int) -> None:
@@ -233,16 +235,12 @@ def _quiet_tokenizers(_: int) -> None:
 
 def _context(method: str) -> Any:
     context = multiprocessing.get_context(method)
-    if method == "forkserver":  # imports once what every worker needs
+    if method == "forkserver":  # so that what every worker needs is imported once
         context.set_forkserver_preload(["paracaption.model_training.data.samples"])
     return context
 
 
-def _pairs(mixture: Mixture) -> Iterator[tuple[Any, Any]]:
-    return zip(mixture.sources, mixture.weights, strict=True)
-
-
-def _check(
+def _check_options(
     sources: Sequence[CorpusSource | ConversationSource],
     options: DataOptions,
     processor: PerceptionDLMProcessor,
@@ -257,7 +255,7 @@ def _check(
     most = processor.config.num_prompts
     if not 1 <= options.regions_per_group <= most:
         raise ConfigError(
-            f"regions_per_group: {options.regions_per_group}; take 1 to {most}, the model's prompts"
+            f"regions_per_group: {options.regions_per_group}; choose 1 to {most}, the model's prompts"
         )
     if not 0 <= rank < world_size:
-        raise ConfigError(f"rank {rank} of {world_size}")
+        raise ConfigError(f"rank: {rank}; with {world_size} ranks it is 0 to {world_size - 1}")

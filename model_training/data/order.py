@@ -1,7 +1,7 @@
 """Random orders that are computed, not stored: a permutation of any size, and shuffles by a key.
 
-All are functions of their keys alone: the same on every machine, with every number of workers, and after a
-resume; and cost no memory that grows with the data.
+All of them are functions of their keys alone: they are the same on every machine, for any number of workers,
+and after a resume. They need no memory that grows with the data.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ _MASK = (1 << 64) - 1
 
 
 def key_of(*parts: object) -> int:
-    """64 bits of a hash of numbers and strings."""
+    """A 64-bit hash of numbers and strings."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 class Permutation:
     """A random permutation of 0 .. size - 1.
 
-    A Feistel network permutes the next power of two; what falls outside is permuted again until it is inside.
+    A Feistel network permutes the numbers below the next power of two; a number that falls outside of the
+    size is permuted again until it is inside.
     """
 
     def __init__(self, size: int, key: int):
@@ -34,7 +35,7 @@ class Permutation:
         self.keys = _mix(np.arange(1, 2 * _ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN) ^ np.uint64(key))
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Where positions (N,) go: (N,) int64."""
+        """The images of positions (N,) under the permutation: (N,) int64."""
         found = self._once(positions.astype(np.uint64))
         while (outside := np.flatnonzero(found >= self.size)).size:
             found[outside] = self._once(found[outside])
@@ -55,14 +56,20 @@ def shuffled(size: int, *key: object) -> np.ndarray:
 
 
 def num_groups(regions: np.ndarray, regions_per_group: float) -> np.ndarray:
-    """How often images with so many regions are visited, at most."""
+    """In how many groups images with (N,) regions are visited, at most: (N,) int64."""
     return np.ceil(regions / regions_per_group).astype(np.int64)
 
 
 def even_groups(regions: np.ndarray, groups: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where an image's group begins among its shuffled regions, and its size: (N,) each.
+    """Cut the shuffled regions of images into groups whose sizes differ by one at most, larger ones first.
 
-    Sizes of an image differ by one at most, larger ones first.
+    Args:
+        regions: (N,) number of regions of each image.
+        groups: (N,) number of groups they are cut into.
+        group: (N,) index of the group that is asked for.
+
+    Returns:
+        Where that group starts among the image's shuffled regions, and its size: (N,) each.
     """
     size, larger = np.divmod(regions, groups)
     return group * size + np.minimum(group, larger), size + (group < larger)
@@ -71,16 +78,20 @@ def even_groups(regions: np.ndarray, groups: np.ndarray, group: np.ndarray) -> t
 def varied_groups(
     regions: np.ndarray, groups: np.ndarray, group: np.ndarray, most: int, keys: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `even_groups`, but each group has any size from 1 to `most` that leaves enough for the others.
+    """Cut the shuffled regions of images into groups of random sizes.
 
-    The regions may be used up before the last group: then it is empty.
+    A group has any size from 1 to `most` that leaves enough room for the rest in the groups after it. The
+    regions may be used up before the last group; then that is empty.
 
     Args:
-        regions: (N,) of each image; at most `most * groups`.
-        groups: (N,) into which they go.
-        group: (N,) which of them is asked for.
-        most: regions of a group.
+        regions: (N,) number of regions of each image; at most `most * groups`.
+        groups: (N,) number of groups they are cut into.
+        group: (N,) index of the group that is asked for.
+        most: most regions of a group.
         keys: (N,) uint64, the same for all groups of an image.
+
+    Returns:
+        Where that group starts among the image's shuffled regions, and its size: (N,) each.
     """
     start, size = np.zeros_like(regions), np.zeros_like(regions)
     at = np.arange(len(regions))
@@ -95,10 +106,10 @@ def varied_groups(
     return start, size
 
 
-def keys_of(numbers: np.ndarray, turns: np.ndarray, *key: object) -> np.ndarray:
-    """64 bits of a hash for each pair of numbers (N,): (N,) uint64."""
-    turned = _mix(turns.astype(np.uint64) + np.uint64(key_of(*key)))
-    return _mix(numbers.astype(np.uint64) * np.uint64(_GOLDEN) ^ turned)
+def keys_of(numbers: np.ndarray, passes: np.ndarray, *key: object) -> np.ndarray:
+    """A 64-bit hash for each pair of (N,) numbers and (N,) passes: (N,) uint64."""
+    mixed = _mix(passes.astype(np.uint64) + np.uint64(key_of(*key)))
+    return _mix(numbers.astype(np.uint64) * np.uint64(_GOLDEN) ^ mixed)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

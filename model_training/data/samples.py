@@ -1,4 +1,4 @@
-"""From the picks of a plan to a batch: read, decoded and laid out."""
+"""From the picks of an epoch's plan to a batch: items are read, decoded and laid out as tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from ...schemas.sample import SampleRegion
 from ...schemas.training import DataOptions
 from ..model.batch import Example, Images, Tokens, collate, pack
 from ..model.tiling import Runs
-from . import conversations
-from .conversations import Conversations
+from .conversations import Conversations, make_conversation_example
 from .corpus import Corpus, token_lists
 from .epoch_plan import Pick
 from .order import shuffled
@@ -27,25 +26,25 @@ if TYPE_CHECKING:
     from ..model.processor import PerceptionDLMProcessor
 
 FILLER = "filler"
-"""The name of an example that only keeps all ranks at the same number of steps; its weight is 0."""
+"""The name of an example that only keeps all ranks at the same number of steps. Its weight is 0."""
 
 
 class Skipped(NamedTuple):
-    """What was left out, counted by `reason`; `detail` names file and record."""
+    """A sample or caption that was left out. It is counted by `reason`; `detail` names file and record."""
 
     reason: str
     detail: str
 
 
 class TrainBatch(NamedTuple):
-    """A batch to train on; E examples.
+    """A batch to train on, with E examples.
 
     Attributes:
-        images: what it shows.
+        images: the examples' images.
         tokens: the clean sequences; `structure.sample_BL` is the number of each token's example.
-        label_BL: bool, which tokens may be noised and are learnt.
-        weight_E: float32, each example's share in the loss; 0 for fillers.
-        keys: name of each example: "subset/key#region,region" or the conversation's file and id.
+        label_BL: bool, which tokens may be masked and are learned.
+        weight_E: float32, the weight of each example in the loss; 0 for fillers.
+        keys: name of each example: "subset/key#region,region", or the conversation's file and id.
         skipped: what was left out while this batch was made.
     """
 
@@ -57,13 +56,24 @@ class TrainBatch(NamedTuple):
     skipped: list[Skipped]
 
     def to(self, device: torch.device | str) -> TrainBatch:
-        """On a device."""
-        moved = (part.to(device) for part in (self.images, self.tokens, self.label_BL, self.weight_E))
-        return TrainBatch(*moved, self.keys, self.skipped)
+        """The batch with its tensors on a device."""
+        return self._replace(
+            images=self.images.to(device),
+            tokens=self.tokens.to(device),
+            label_BL=self.label_BL.to(device),
+            weight_E=self.weight_E.to(device),
+        )
 
 
-class Sample(NamedTuple):
-    """An example, which of its captions' tokens are labelled, and its name."""
+class LabeledExample(NamedTuple):
+    """An example of a batch.
+
+    Attributes:
+        example: the model's inputs.
+        labels: (L,) bool, which tokens of the captions are labeled.
+        name: the example's name, as in `TrainBatch.keys`.
+        weight: the example's weight in the loss.
+    """
 
     example: Example
     labels: np.ndarray
@@ -72,12 +82,19 @@ class Sample(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Of the sequence."""
+        """Length of the whole sequence."""
         return self.example.prefix.shape[1] + self.example.captions.shape[1]
 
 
 class BatchMaker:
-    """Makes batches; one in each worker."""
+    """Makes batches. Each worker process has one.
+
+    Args:
+        sources: the opened sources that picks refer to.
+        processor: the model's processor.
+        options: how batches are made.
+        seed: decides the order and the prompts of regions.
+    """
 
     def __init__(
         self,
@@ -89,36 +106,37 @@ class BatchMaker:
         self.sources, self.processor, self.options, self.seed = sources, processor, options, seed
 
     def __call__(self, picks: Sequence[Pick]) -> TrainBatch:
-        """The batch of some picks; no picks, or none that can be used: a filler.
+        """The batch of some picks. Without picks, or if none of them can be used, it is a filler.
 
         Raises:
             BadSample: a sample is damaged or too long, and the options say that this is an error.
         """
         skipped: list[Skipped] = []
-        samples = [sample for pick in picks if (sample := self._sample(pick, skipped))]
-        samples = samples or [self._filler()]
-        examples = [sample.example for sample in samples]
+        labeled = [made for pick in picks if (made := self._make(pick, skipped))] or [self._filler()]
+        examples = [each.example for each in labeled]
         if self.options.packed:
             images, tokens = pack(examples)
         else:
             batch = collate(examples)
             images, tokens = batch.images, batch.tokens()
         label = torch.zeros_like(tokens.structure.caption_BL)
-        label[tokens.structure.caption_BL] = torch.from_numpy(np.concatenate([s.labels for s in samples]))
-        weight = torch.tensor([sample.weight for sample in samples])
-        return TrainBatch(images, tokens, label, weight, [sample.name for sample in samples], skipped)
+        label[tokens.structure.caption_BL] = torch.from_numpy(
+            np.concatenate([each.labels for each in labeled])
+        )
+        weight = torch.tensor([each.weight for each in labeled])
+        return TrainBatch(images, tokens, label, weight, [each.name for each in labeled], skipped)
 
-    def _sample(self, pick: Pick, skipped: list[Skipped]) -> Sample | None:
+    def _make(self, pick: Pick, skipped: list[Skipped]) -> LabeledExample | None:
         source = self.sources[pick.source]
         try:
-            make = self._group if isinstance(source, Corpus) else self._conversation
-            sample = make(source, pick, skipped)
-            if sample and sample.num_tokens > self.options.max_tokens:
-                detail = (
-                    f"{sample.name}: {sample.num_tokens} tokens; raise max_tokens, or set on_too_long: skip"
-                )
+            if isinstance(source, Corpus):
+                made = self._region_group(source, pick, skipped)
+            else:
+                made = self._conversation(source, pick)
+            if made and made.num_tokens > self.options.max_tokens:
+                detail = f"{made.name}: {made.num_tokens} tokens; raise max_tokens, or set on_too_long: skip"
                 raise BadSample("sample_too_long", detail)
-            return sample
+            return made
         except BadSample as error:
             self._skip(error, skipped)
             return None
@@ -129,23 +147,24 @@ class BatchMaker:
             raise error
         skipped.append(Skipped(error.reason, error.detail))
 
-    def _conversation(self, source: Conversations, pick: Pick, _: list[Skipped]) -> Sample:
-        record, photo, name = source.read(pick.item, self.options.max_pixels)
-        return Sample(*conversations.lay_out(record, photo, self.processor, name), name)
+    def _conversation(self, source: Conversations, pick: Pick) -> LabeledExample:
+        record, photo, name = source.read_record(pick.item, self.options.max_pixels)
+        example, labels = make_conversation_example(record, photo, self.processor, name)
+        return LabeledExample(example, labels, name)
 
-    def _group(self, source: Corpus, pick: Pick, skipped: list[Skipped]) -> Sample | None:
-        """A group of an image's regions; None if every caption of it is too long."""
-        image, group, chosen = source.place(pick.item, pick.turn)
+    def _region_group(self, source: Corpus, pick: Pick, skipped: list[Skipped]) -> LabeledExample | None:
+        """The example of a group of an image's regions; None if all of their captions are too long."""
+        image, group, chosen = source.place(pick.item, pick.pass_index)
         sample, data = source.read(image)
         shard, key = source.name(image)
-        seeds = (self.seed, pick.source, pick.turn, sample.subset, key)
+        seeds = (self.seed, pick.source, pick.pass_index, sample.subset, key)
         order = shuffled(len(sample.regions), *seeds)
         regions = [sample.regions[number] for number in order[chosen]]
         captions = token_lists(self.processor, [region.caption for region in regions])
         kept = self._short_enough(regions, captions, f"{shard}: {key}", skipped)
         if not kept:
             return None
-        regions, captions = [regions[i] for i in kept], [self._filled(captions[i]) for i in kept]
+        regions, captions = [regions[i] for i in kept], [self._padded(captions[i]) for i in kept]
         where = Blob(f"{shard}: {key}")
         try:
             runs = _runs(regions, (sample.height, sample.width))
@@ -159,12 +178,12 @@ class BatchMaker:
         prompts = shuffled(self.processor.config.num_prompts, *seeds, group)[: len(regions)].tolist()
         example = self.processor.example(photo, runs, captions, prompts)
         name = f"{sample.subset}/{key}#{','.join(str(regions[number].id) for number in example.order)}"
-        return Sample(example, self._labels(example), name)
+        return LabeledExample(example, self._labels(example), name)
 
     def _short_enough(
         self, regions: list[SampleRegion], captions: list[list[int]], where: str, skipped: list[Skipped]
     ) -> list[int]:
-        """Which regions' captions are; the others are an error or skipped."""
+        """Indices of the regions whose captions are short enough; the others are an error or skipped."""
         limit, kept = self.options.caption_limit(), []
         for number, (region, ids) in enumerate(zip(regions, captions, strict=True)):
             if limit is None or len(ids) <= limit:
@@ -174,14 +193,14 @@ class BatchMaker:
             self._skip(BadSample("caption_too_long", f"{detail}; or set on_too_long: skip"), skipped)
         return kept
 
-    def _filled(self, ids: list[int]) -> list[int]:
-        """A caption in all of its slots, if their number is fixed."""
+    def _padded(self, ids: list[int]) -> list[int]:
+        """A caption, filled up to its fixed length if it has one."""
         if self.options.caption_length == "natural":
             return ids
         return ids + [self.processor.config.eot_token_id] * (self.options.max_new_tokens - len(ids))
 
     def _labels(self, example: Example) -> np.ndarray:
-        """(L,) bool of the captions' tokens."""
+        """Which tokens of the captions are labeled: (L,) bool."""
         ids = example.captions[0]
         labels = np.ones(len(ids), bool)
         if self.options.labels == "captions":
@@ -191,19 +210,19 @@ class BatchMaker:
                 labels[np.append(opens[1:], False)] = False
         return labels
 
-    def _filler(self) -> Sample:
-        """A grey photo and one region without a caption: as any other for the model, but it costs little."""
+    def _filler(self) -> LabeledExample:
+        """A gray photo with one region without a caption: a normal example for the model, but a cheap one."""
         side = self.processor.config.vision_config.image_size
         mask = np.ones((side, side), bool)
         example = self.processor.example(np.full((side, side, 3), 128, np.uint8), [mask], [[]])
-        return Sample(example, np.zeros(example.captions.shape[1], bool), FILLER, weight=0.0)
+        return LabeledExample(example, np.zeros(example.captions.shape[1], bool), FILLER, weight=0.0)
 
 
 def _runs(regions: list[SampleRegion], size: tuple[int, int]) -> list[Runs]:
-    """The masks of regions.
+    """The masks of regions in an image of `size` (height, width).
 
     Raises:
-        BadRecord: one does not decode, is empty or has another size.
+        BadRecord: a mask does not decode, is empty or has another size.
     """
     found = rle.check_all([{"counts": r.rle.counts, "size": list(r.rle.size)} for r in regions], *size)
     runs = []

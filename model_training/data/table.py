@@ -1,4 +1,4 @@
-"""Rows of fixed size and the bytes that they point to, in files that processes share by mapping them."""
+"""Tables on the disk: rows of fixed size and the bytes they point to. Processes share them by mapping."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _ROWS, _DATA, _ABOUT = "rows.bin", "data.bin", "about.json"
 
 
 def default_cache() -> Path:
-    """Where tables are kept unless the caller says."""
+    """The folder for tables if the configuration names none."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paracaption" / "training"
 
 
 class Table:
-    """A table on the disk. Its pages are the system's: memory does not grow with the rows or the processes.
+    """A table on the disk, mapped into memory: it takes none that grows with the rows or the processes.
 
     Attributes:
-        folder: of its files.
-        rows: (N,) structured.
-        about: what the writer said of it.
+        folder: the folder of its files.
+        rows: (N,) structured array.
+        about: facts that the writer gave in `close`.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype):
@@ -40,12 +40,12 @@ class Table:
         return type(self), (self.folder, self.dtype)
 
     def bytes_at(self, start: int, length: int) -> bytes:
-        """Some of the bytes that rows point to."""
+        """The bytes that a row points to."""
         return self.data[start : start + length].tobytes()
 
 
-class Writer:
-    """Writes a table in a folder; nothing of it is kept in memory."""
+class TableWriter:
+    """Writes a table into a folder without keeping it in memory."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -54,31 +54,31 @@ class Writer:
         self.data: IO[bytes] = open(folder / _DATA, "xb")
 
     def put(self, data: bytes) -> int:
-        """Append bytes; where they start."""
+        """Append bytes; returns where they start."""
         start = self.position
         self.data.write(data)
         self.position += len(data)
         return start
 
     def add(self, rows: np.ndarray) -> None:
-        """Append rows."""
+        """Append rows of the table's type."""
         rows.tofile(self.rows)
         self.num_rows += len(rows)
 
     def close(self, about: dict[str, Any]) -> None:
-        """Finish it."""
-        self.data.write(b"\0")  # none at all could not be mapped
+        """Finish the table; `about` goes to a JSON file beside it."""
+        self.data.write(b"\0")  # an empty file cannot be mapped
         self.rows.close()
         self.data.close()
         (self.folder / _ABOUT).write_bytes(msgspec.json.encode(about))
 
 
-def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """The folder of a name in the cache, written now if it is not there: once, however many processes ask.
+def cached_folder(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """A folder in the cache. If it is missing, one of the processes that ask for it writes it.
 
     Args:
-        cache: created if need be; local.
-        name: says all that the content depends on.
+        cache: a local folder, created if it is missing.
+        name: the folder's name, which identifies everything that its content depends on.
         write: fills an empty folder.
     """
     target = cache / name
