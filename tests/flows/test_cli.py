@@ -269,7 +269,7 @@ def test_a_merge_alone_starts_no_engine_and_looks_at_no_model(demo, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_a_build_is_planned_from_the_demo_and_again_from_its_written_rates(demo, tmp_path):
+def test_a_build_is_estimated_from_the_demo_and_again_from_its_written_rates(demo, tmp_path):
     out, _ = demo
     config = tmp_path / "build.yaml"
     config.write_text((out / "config.yaml").read_text())
