@@ -1,5 +1,6 @@
 """The public Python API: which names there are, that they are imported late, and that `build` builds."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,10 @@ def test_importing_the_package_imports_nothing_else():
 
 def test_a_corpus_is_built_from_keys_and_values_and_a_second_build_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(SAMPLES)  # from where relative paths are seen
-    config = {"out": str(tmp_path / "out"), "sa1b": [{"paths": ["sa1b/*.tar"]}]}
+    config = {
+        "out": str(tmp_path / "out"),
+        "subsets": {"sa1b": {"sources": [{"source": "sa1b", "paths": ["sa1b/*.tar"]}]}},
+    }
     seen = []
     out = paracaption.build(config, limit_images=2, on_progress=seen.append)
     assert seen[-1].done == seen[-1].pending == 1
@@ -80,3 +84,25 @@ def test_a_missing_source_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(paracaption.ConfigError, match="nothing found"):
         paracaption.build({"out": str(tmp_path / "out"), "sa1b": [{"paths": [str(tmp_path / "none.tar")]}]})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
+    """In one namespace and in order, but for those that need weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples").symlink_to(SAMPLES)
+    page = (SAMPLES.parent / "docs" / "api.md").read_text()
+    examples = re.findall(r"(<!-- needs weights -->\n)?```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    for needs_weights, code in examples:
+        compiled = compile(code, "docs/api.md", "exec")
+        if not needs_weights:
+            exec(compiled, names)
+    printed = [line for _, code in examples for line in re.findall(r"print\(.*\)  # (.*)", code)]
+    assert capsys.readouterr().out.splitlines() == printed
+    assert verify.verify(names["corpus"]).ok
+
+
+def test_the_page_lists_every_public_name():
+    page = (SAMPLES.parent / "docs" / "api.md").read_text()
+    listed = re.findall(r"^\| `(\w+)", page, re.MULTILINE)
+    assert sorted(listed) == sorted(paracaption.__all__)

@@ -1,0 +1,20 @@
+"""The documents name files that exist, and link to pages that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "samples" / "README.md"]
+FOLDERS = "schemas|filters|pipeline|model_training|flows|tests|benchmarks|configs|samples|docs"
+NAMED = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w/.-]*[\w/](?![\w/.*-])")
+LINKED = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_file_that_a_page_names_or_links_to_exists(page):
+    text = page.read_text()
+    named = {name for name in NAMED.findall(text) if not (ROOT / name).exists()}
+    linked = {name for name in LINKED.findall(text) if not (page.parent / name).exists()}
+    assert (named, linked) == (set(), set())
