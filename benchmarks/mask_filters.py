@@ -85,7 +85,7 @@ def timed(work: Callable[[], list[Verdict]], runs: int) -> tuple[list[Verdict], 
 
 def chain(regions: list[Region], size: tuple[int, int], config: Masks) -> list[Verdict]:
     """What the recipe's two mask stages decide."""
-    overlaps = masks.measure(regions)
+    overlaps = masks.measure_overlaps(regions)
     first = masks.usable(regions, size, config, overlaps)
     live = [region for region, verdict in zip(regions, first, strict=True) if verdict.keep]
     second = iter(masks.whole_objects(live, size, config, overlaps))

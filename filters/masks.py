@@ -1,8 +1,8 @@
 """Which masks of an image are worth a caption: large enough, seen once, visible, and whole objects.
 
 All masks of one image are judged together and stay run-length encoded. What decides are the pixels that two
-masks share; `measure` counts them for every pair that has any. The cost grows with the pairs whose boxes
-overlap, memory with the pairs that share a pixel.
+masks share; `measure_overlaps` counts them for every pair that has any. The cost grows with the pairs whose
+boxes overlap, memory with the pairs that share a pixel.
 
 Each filter judges the regions that it is given against each other and against nothing else, so give it the
 live ones: a mask that was dropped before is then no duplicate's original, no occluder and no container.
@@ -42,7 +42,7 @@ class Overlaps(NamedTuple):
     shared_px: np.ndarray
 
 
-def measure(regions: Sequence[Region]) -> Overlaps:
+def measure_overlaps(regions: Sequence[Region]) -> Overlaps:
     """Count the shared pixels of every pair. The masks must be of one size (an `assert` in the filters)."""
     coco = _coco()
     ids = np.array([region.id for region in regions], np.int64)
@@ -98,7 +98,7 @@ def usable(
     area = _areas(codes)
     large = area >= config.min_area_px
     if overlaps is None:
-        overlaps = measure([region for region, fits in zip(regions, large, strict=True) if fits])
+        overlaps = measure_overlaps([region for region, fits in zip(regions, large, strict=True) if fits])
     takes_part = [region.id if fits else None for region, fits in zip(regions, large, strict=True)]
     first, second, shared_px = _among(takes_part, overlaps)
 
@@ -183,7 +183,9 @@ def whole_objects(
     """
     codes = _codes(regions, size)
     area = _areas(codes)
-    first, second, shared_px = _among([region.id for region in regions], overlaps or measure(regions))
+    first, second, shared_px = _among(
+        [region.id for region in regions], overlaps or measure_overlaps(regions)
+    )
     ids = np.array([region.id for region in regions], np.int64)
     depth = np.empty(len(regions), np.int64)  # 0: on top
     depth[np.lexsort((-ids, area))] = np.arange(len(regions))

@@ -9,8 +9,8 @@
 | 400, 413, 422 and the like | `BadRecord(MODEL_ERROR)` at once: this request's fault |
 | an answer outside its schema | again, less greedily, twice; then `BadRecord(ANSWER_INVALID)` |
 
-The key is read from the environment when a batch starts and lives in the connection's header only; whatever a
-server or a library says is cleared of it before it goes into an error or a log.
+The key is read from the environment when a batch starts and lives in the connection's header only. It is
+removed from whatever a server or a library reports before that goes into an error or a log.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ class ServerOptions(BackendOptions, frozen=True, kw_only=True):
     Attributes:
         model: the name under which the server has the model.
         base_url: of the server's API, such as "http://host:8000/v1".
-        revision: yours to raise when the model behind the name has changed; part of the evidence digest.
-        api_key_env: environment variable with the key, on every node; without it none is sent.
+        revision: raise it when the model behind the name has changed; part of the evidence digest.
+        api_key_env: environment variable that holds the key, on every node; if it is unset, no key is sent.
         max_concurrency: requests at once.
-        timeout_s: for one request.
+        timeout_s: seconds for one request.
         max_retries: of one request.
-        backoff_s: wait before the first retry; it doubles with each one, half of it by chance.
-        max_tokens: of an answer; None takes the prompt's.
+        backoff_s: wait before the first retry; it doubles with each retry, and half of it is random.
+        max_tokens: of an answer; None for the prompt's own limit.
         temperature: 0 is greedy.
-        extra_body: more keys of the request, such as {chat_template_kwargs: {enable_thinking: false}}; null
-            takes one of ours out.
+        extra_body: more keys of the request, such as {chat_template_kwargs: {enable_thinking: false}}; a key
+            of ours is removed by null.
     """
 
     model: Annotated[str, Meta(min_length=1)]
@@ -86,7 +86,7 @@ class ServerOptions(BackendOptions, frozen=True, kw_only=True):
     extra_body: dict[str, Any] = {}
 
     def identity(self) -> dict[str, str]:
-        """What of these options changes answers."""
+        """The options that change answers."""
         return {
             "model": self.model,
             "revision": self.revision,
@@ -127,10 +127,10 @@ class Ask(NamedTuple):
 
 
 class ChatClient:
-    """One server and one model. Cheap to build; opens its connections per batch.
+    """One server and one model. Cheap to make: it opens its connections for each batch.
 
     Args:
-        options: validated.
+        options: of the server, checked.
         where: what messages call the options, such as "judge.options".
     """
 
@@ -249,11 +249,11 @@ class ChatClient:
             return _Failure(request_id, self._clean(bad.detail), bad.reason)
 
     def _refused(self, response: httpx.Response, request_id: str) -> _Failure:
-        status, said = response.status_code, self._excerpt(response)
-        detail = f"HTTP {status}: {said}"
+        status, message = response.status_code, self._excerpt(response)
+        detail = f"HTTP {status}: {message}"
         if status in _SETUP or 300 <= status < 400:
             return _Failure(
-                request_id, detail, final=StageFailed(f"{self.where}: {self._mend(status, said)}")
+                request_id, detail, final=StageFailed(f"{self.where}: {self._advice(status, message)}")
             )
         if status in _TRY_AGAIN or status >= 500:
             return _Failure(request_id, detail, wait_s=_retry_after(response), busy=status == 429)
@@ -277,23 +277,23 @@ class ChatClient:
         times = self.options.max_retries + 1
         if alive:
             raise BadRecord(Reason.MODEL_ERROR, f"failed {times} times: {failure.detail}")
-        mend = (
+        advice = (
             f"it is asked too much: lower {self.where}.max_concurrency, or look at your quota"
             if failure.busy
-            else f"start it, or mend {self.where}.base_url, then run the same command again"
+            else f"start it, or fix {self.where}.base_url, then run the same command again"
         )
-        raise StageFailed(f"{self.where}: {self.url} failed {times} times: {failure.detail}; {mend}")
+        raise StageFailed(f"{self.where}: {self.url} failed {times} times: {failure.detail}; {advice}")
 
-    def _mend(self, status: int, said: str) -> str:
+    def _advice(self, status: int, message: str) -> str:
         if status in (401, 403):
             given = "refuses" if self._key() else "asks for"
             return (
-                f"{self.url} {given} the key (HTTP {status}: {said}); "
+                f"{self.url} {given} the key (HTTP {status}: {message}); "
                 f"set {self.options.api_key_env} on every node"
             )
         return (
-            f"{self.url} has no such address or no model {self.options.model!r} (HTTP {status}: {said}); "
-            f"look at {self.url}/models, then mend {self.where}.base_url or {self.where}.model"
+            f"{self.url} has no such address or no model {self.options.model!r} (HTTP {status}: {message}); "
+            f"look at {self.url}/models, then fix {self.where}.base_url or {self.where}.model"
         )
 
     async def _models(self, timeout_s: float) -> list[str]:
@@ -305,10 +305,10 @@ class ChatClient:
         except httpx.HTTPError as error:
             raise ConfigError(
                 f"{self.where}.base_url: {self.url}/models does not answer "
-                f"({type(error).__name__}: {self._clean(str(error))}); start the server or mend the URL"
+                f"({type(error).__name__}: {self._clean(str(error))}); start the server or fix the URL"
             ) from None
         if response.status_code >= 300:
-            raise ConfigError(f"{self.where}: {self._mend(response.status_code, self._excerpt(response))}")
+            raise ConfigError(f"{self.where}: {self._advice(response.status_code, self._excerpt(response))}")
         try:
             return [str(entry["id"]) for entry in response.json()["data"]]
         except (ValueError, LookupError, TypeError):
@@ -350,7 +350,11 @@ class ChatClient:
         return text.replace(key, "[key]") if key else text
 
     def _without_secret(self, text: str) -> str:
-        """An answer without the key. A short one ("none", "EMPTY") is no secret, and may be a word of it."""
+        """An answer without the key.
+
+        Keys shorter than 8 characters (such as the placeholder "none") are not removed from answers, since
+        they may be ordinary words.
+        """
         return self._clean(text) if len(self._key()) >= _SECRET_LENGTH else text
 
     def _key(self) -> str:

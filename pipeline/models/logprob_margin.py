@@ -20,10 +20,10 @@ class ChoiceTokens:
 
     Args:
         choices: two texts of lower-case letters; neither begins the other.
-        vocab: token -> id; tokens of letters are spelt as they are, as byte-level vocabularies do.
+        vocab: token -> id; tokens of letters are spelled as they are, as byte-level vocabularies do.
 
     Raises:
-        ValueError: a choice cannot be spelt at all.
+        ValueError: a choice cannot be spelled at all.
     """
 
     def __init__(self, choices: Sequence[str], vocab: Mapping[str, int]):
@@ -31,10 +31,10 @@ class ChoiceTokens:
         self.after: dict[str, dict[int, str]] = {}
         for choice in choices:
             for start in range(len(choice)):
-                spelt = self.after.setdefault(choice[:start], {})
+                spelled = self.after.setdefault(choice[:start], {})
                 for end in range(start + 1, len(choice) + 1):
                     if choice[start:end] in vocab:
-                        spelt[vocab[choice[start:end]]] = choice[start:end]
+                        spelled[vocab[choice[start:end]]] = choice[start:end]
         for choice in choices:
             if not any(choice.startswith(text) for text in self.after[""].values()):
                 raise ValueError(f"no token of the vocabulary begins {choice!r}")

@@ -39,12 +39,12 @@ RIM_RGB = (255, 255, 255)
 
 
 class CaptionerOptions(ServerOptions, frozen=True, kw_only=True):
-    """The options of the `openai` captioner: those of the server, and
+    """The options of the `openai` captioner, beside those of the server.
 
     Attributes:
         image_side_px: longest side of both pictures; larger ones are scaled down.
-        context_px: pixels of the photo around the region's box in the crop, at least;
-        context_share: and at least this share of the box's longer side.
+        context_px: least margin around the region's box in the crop, in pixels of the photo.
+        context_share: least margin as a share of the box's longer side; the larger of the two counts.
         image_format: "jpeg", or "png" for no loss at five times the bytes.
         max_pixels: larger photos are refused.
     """
@@ -57,17 +57,17 @@ class CaptionerOptions(ServerOptions, frozen=True, kw_only=True):
 
 
 class JudgeOptions(ServerOptions, frozen=True, kw_only=True):
-    """The options of the `openai` judge: those of the server, and
+    """The options of the `openai` judge, beside those of the server.
 
     Attributes:
-        logprobs: ask for log-probabilities, from which margins come; off for servers that refuse them.
+        logprobs: whether to ask for log-probabilities, from which margins come; some servers refuse them.
     """
 
     logprobs: bool = True
 
 
 class _Served:
-    """What both backends share.
+    """What the captioner and the judge share.
 
     Args:
         options: see `CaptionerOptions` and `JudgeOptions`.
@@ -92,7 +92,12 @@ class _Served:
     def identity(cls, **options: Any) -> dict[str, str]:
         """Model, revision, prompts and generation settings; neither the server's address nor the key."""
         given = cls._read(options)
-        return {"version": VERSION, **given.identity(), **prompts.identity(cls.names), **cls._also(given)}
+        return {
+            "version": VERSION,
+            **given.identity(),
+            **prompts.prompts_identity(cls.names),
+            **cls._also(given),
+        }
 
     @classmethod
     def _also(cls, given: Any) -> dict[str, str]:
@@ -144,7 +149,7 @@ class OpenAICaptioner(_Served):
 
     def _asks(self, images: list[ImageRecord], unread: dict[int, BadRecord]) -> Iterator[Ask]:
         """A request per region. A photo is decoded once, when its first region's turn comes."""
-        prompt = prompts.load(CAPTION_PROMPT)
+        prompt = prompts.load_prompt(CAPTION_PROMPT)
         index = 0
         for image in images:
             live = image.live()
@@ -199,7 +204,7 @@ class OpenAIJudge(_Served):
             raise ValueError(f"questions of kind {sorted(unknown)}; known are {sorted(PROMPTS)}")
         answers: dict[int, Answer | BadRecord] = {}
         for kind in sorted({question.kind for question in questions}):
-            prompt = prompts.load(PROMPTS[kind])
+            prompt = prompts.load_prompt(PROMPTS[kind])
             asks = (
                 Ask(index, self._body(prompt, question))
                 for index, question in enumerate(questions)
@@ -270,7 +275,7 @@ def _margin(prompt: prompts.Prompt, answer: str, text: str, logprobs: Any) -> fl
                     return margin
             position = end
     except (LookupError, TypeError, ValueError, AttributeError):
-        return None  # servers differ in what they send; a margin is welcome and not owed
+        return None  # servers differ in what they send; a judge may have no margin
     return None
 
 

@@ -46,7 +46,7 @@ MAX_MODEL_LEN = 2048
 """Tokens of instructions, caption and answer: some 300, and a caption of up to about 1,000 words."""
 
 RETRY_TEMPERATURE = 0.7
-"""Of a question whose greedy answer was outside the schema: the same again would say the same."""
+"""For a question whose greedy answer was outside the schema: greedily, it would get the same answer again."""
 
 CHANGES_NO_ANSWER = frozenset(
     "max_model_len max_num_seqs max_num_batched_tokens gpu_memory_utilization enforce_eager block_size seed "
@@ -62,8 +62,8 @@ class VllmOptions(BackendOptions, frozen=True):
     Attributes:
         model: folder of the checkpoint, in the Hugging Face layout with safetensors.
         max_in_flight: questions inside the engine at once.
-        retries: how often a question is asked again whose answer is outside its schema.
-        own_process: the engine in a process of its own beside the actor's.
+        retries: how often a question is asked again if its answer is outside its schema.
+        own_process: whether the engine runs in a process of its own beside the actor's.
         engine: vLLM's own arguments, such as gpu_memory_utilization or dtype.
     """
 
@@ -86,7 +86,7 @@ class VllmJudge:
         options: see `VllmOptions`.
 
     Raises:
-        ConfigError: an option or the folder is wrong, or vLLM does not take them; names the mend.
+        ConfigError: an option or the folder is wrong, or vLLM refuses them; the message says what to do.
     """
 
     def __init__(self, **options: Any):
@@ -95,7 +95,7 @@ class VllmJudge:
         self.engine = start_engine(folder, self.options)
         self.tokenizer = self.engine.tokenizer
         self.max_model_len = self.engine.engine.model_config.max_model_len
-        self.prompts = {kind: prompts.load(name) for kind, name in PROMPTS.items()}
+        self.prompts = {kind: prompts.load_prompt(name) for kind, name in PROMPTS.items()}
         vocab = self.tokenizer.get_vocab()
         self.choices = {
             kind: ChoiceTokens(prompt.choices, vocab)
@@ -117,7 +117,7 @@ class VllmJudge:
         return {
             "version": VERSION,
             "weights": weights.identity(weights.folder(given.model, "judge.options.model")),
-            **prompts.identity(PROMPTS.values()),
+            **prompts.prompts_identity(PROMPTS.values()),
             "generation": f"greedy, then {given.retries} times at {RETRY_TEMPERATURE}; thinking off",
             "engine": msgspec.json.encode(engine, order="deterministic").decode(),
             "vllm": importlib.metadata.version(installed).split("+")[0] if installed else "none",
@@ -128,17 +128,17 @@ class VllmJudge:
         """Read configuration, tokenizer and tensor shapes, not the weights.
 
         Raises:
-            ConfigError: something does not fit; names the file and the mend.
+            ConfigError: something does not fit; names the file and what to do.
         """
         given = read_options(VllmOptions, options, "judge.options")
         folder = weights.folder(given.model, "judge.options.model")
         tokenizer = _tokenizer(folder)
         notes = []
         for name in PROMPTS.values():
-            prompt = prompts.load(name)
+            prompt = prompts.load_prompt(name)
             if prompt.choices:
                 ChoiceTokens(prompt.choices, tokenizer.get_vocab())
-            num_tokens = len(_tokens(tokenizer, prompt, dict.fromkeys(prompts.fields(prompt), "")))
+            num_tokens = len(_tokens(tokenizer, prompt, dict.fromkeys(prompts.field_names(prompt), "")))
             room = given.engine.get("max_model_len", MAX_MODEL_LEN) - num_tokens - prompt.max_tokens
             if room < 256:
                 raise ConfigError(
@@ -311,7 +311,7 @@ def _check_tensors(folder: Path, given: VllmOptions, notes: list[str]) -> Checke
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if "quantization_config" in raw:
-            notes.append("quantised: tensor shapes are not compared")
+            notes.append("quantized: tensor shapes are not compared")
         else:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -51,5 +51,5 @@ _measured: list[tuple[ImageRecord, masks.Overlaps]] = []
 def _measure_overlaps(image: ImageRecord) -> masks.Overlaps:
     """How the image's masks overlap, measured once for the stages that follow each other on one image."""
     if not _measured or _measured[0][0] is not image:
-        _measured[:] = [(image, masks.measure(image.live()))]
+        _measured[:] = [(image, masks.measure_overlaps(image.live()))]
     return _measured[0][1]

@@ -47,7 +47,7 @@ images = st.lists(st.tuples(boxes, boxes).map(lambda pair: pair[0] | pair[1]), m
 
 @given(images)
 def test_shared_pixels_are_those_of_the_boolean_masks(pixels):
-    overlaps = masks.measure(regions_of(*pixels))
+    overlaps = masks.measure_overlaps(regions_of(*pixels))
     found = {
         (min(a, b), max(a, b)): shared
         for a, b, shared in zip(*(values.tolist() for values in overlaps[1:]), strict=True)
@@ -128,7 +128,7 @@ def test_verdicts_do_not_depend_on_the_order_of_the_regions(pixels, random):
 @given(images)
 def test_overlaps_measured_once_on_all_masks_serve_the_whole_chain(pixels):
     regions = regions_of(*pixels)
-    overlaps = masks.measure(regions)
+    overlaps = masks.measure_overlaps(regions)
     first = masks.usable(regions, (12, 12), ANY_SIZE, overlaps)
     assert first == masks.usable(regions, (12, 12), ANY_SIZE)
     live = [r for r, verdict in zip(regions, first, strict=True) if verdict.keep]
@@ -245,7 +245,7 @@ def test_masks_of_another_size_than_the_image_are_a_bug_not_a_silent_minus_one()
 
 def test_overlaps_of_other_regions_are_refused():
     with pytest.raises(AssertionError, match="other regions"):
-        masks.usable(regions_of(box(0, 0, 9, 9)), SIZE, ANY_SIZE, masks.measure([]))
+        masks.usable(regions_of(box(0, 0, 9, 9)), SIZE, ANY_SIZE, masks.measure_overlaps([]))
 
 
 def test_two_thousand_masks_are_compared_in_bounded_memory():

@@ -154,6 +154,6 @@ def _learned(alphabet: list[str]) -> list[tuple[str, str]]:
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + 700, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
     )
-    text = [prompt.system + prompt.user for prompt in map(prompts.load, prompts.NAMES)]
+    text = [prompt.system + prompt.user for prompt in map(prompts.load_prompt, prompts.NAMES)]
     tokenizer.train_from_iterator([*text, *["yes\nno\n"] * 50], trainer)
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]

@@ -1,4 +1,4 @@
-"""What can be measured of a region without a model: colour, shape, surface and place of its pixels.
+"""What can be measured of a region without a model: color, shape, surface and place of its pixels.
 
 Everything is measured inside the mask's bounding box plus a narrow ring, reduced to at most `MAX_SIDE` pixels
 a side, so that the cost of a region does not grow with the photo.
@@ -17,11 +17,11 @@ from ....schemas.records import Rle
 MAX_SIDE = 192
 """Longest side of the crop that is measured: enough for outlines and stripes, and about 2 ms a region."""
 
-GREYS = {"black": 12.0, "dark grey": 34.0, "grey": 56.0, "light grey": 78.0, "white": 97.0}
+GRAYS = {"black": 12.0, "dark grey": 34.0, "grey": 56.0, "light grey": 78.0, "white": 97.0}
 """Lightness (CIELAB L) of the names for what has no hue; the nearest one counts."""
 
-GREY_CHROMA = 9.0
-"""CIELAB chroma below which people call a surface grey, black or white, whatever its hue."""
+GRAY_CHROMA = 9.0
+"""CIELAB chroma below which people call a surface gray, black or white, whatever its hue."""
 
 HUES = {
     "dark red": [(110, 20, 25), (80, 15, 20)],
@@ -45,14 +45,14 @@ HUES = {
     "light purple": [(190, 160, 225)],
     "magenta": [(190, 30, 120), (215, 50, 150)],
 }
-"""Colour names with a few sRGB samples each, chosen by eye; a pixel is named by the nearest one in CIELAB."""
+"""Color names with a few sRGB samples each, chosen by eye; a pixel is named by the nearest one in CIELAB."""
 
-FAMILY = {name: name.removeprefix("dark ").removeprefix("light ") for name in [*GREYS, *HUES]}
-"""Shades of one colour count together when the dominant colours are picked."""
+FAMILY = {name: name.removeprefix("dark ").removeprefix("light ") for name in [*GRAYS, *HUES]}
+"""Shades of one color count together when the dominant colors are picked."""
 
 
-class Colour(NamedTuple):
-    """A colour of the region: its name, the family it belongs to, and its share of the region, 0..1."""
+class Color(NamedTuple):
+    """A color of the region: its name, the family it belongs to, and its share of the region, 0..1."""
 
     name: str
     family: str
@@ -63,7 +63,7 @@ class Appearance(NamedTuple):
     """What was measured of one region.
 
     Attributes:
-        colours: families of colours by share, at least one, the largest first.
+        colors: families of colors by share, at least one, the largest first.
         lightness: mean CIELAB L of the region, 0..100.
         image_share: area of the mask over the area of the photo, 0..1.
         elongation: length over width of the ellipse with the mask's second moments; 1 is round.
@@ -73,17 +73,17 @@ class Appearance(NamedTuple):
         rectangularity: area over the area of the smallest turned rectangle around it, 0..1.
         pieces: separate pieces that hold at least a fiftieth of the mask each.
         holes: holes of at least a fiftieth of the mask each.
-        edge_share: share of the inside on which the grey values change sharply, 0..1.
+        edge_share: share of the inside on which the gray values change sharply, 0..1.
         coherence: how much the gradients of the inside agree on one direction, 0..1.
         stripe_angle: direction along which stripes would run, in degrees as `angle`.
         crossings: number of light-to-dark changes met across that direction.
         contrast: CIELAB distance between the rim of the mask and the ring around it; None without a ring.
-        centre: centroid in the photo (x, y), 0..1.
+        center: centroid in the photo (x, y), 0..1.
         span: width and height of the box over those of the photo, 0..1.
         borders: sides of the photo that the mask touches, of "left", "top", "right", "bottom".
     """
 
-    colours: list[Colour]
+    colors: list[Color]
     lightness: float
     image_share: float
     elongation: float
@@ -98,12 +98,12 @@ class Appearance(NamedTuple):
     stripe_angle: float
     crossings: int
     contrast: float | None
-    centre: tuple[float, float]
+    center: tuple[float, float]
     span: tuple[float, float]
     borders: list[str]
 
 
-def measure(photo: np.ndarray, rle: Rle) -> Appearance | None:
+def measure_region(photo: np.ndarray, rle: Rle) -> Appearance | None:
     """Measure one region.
 
     Args:
@@ -134,10 +134,10 @@ def measure(photo: np.ndarray, rle: Rle) -> Appearance | None:
     elongation, angle = _moments(points)
     solidity, roundness, rectangularity, pieces, holes = _outline(mask)
     edge_share, coherence, stripe_angle, crossings = _surface(lab[..., 0], mask)
-    centre_x, centre_y = points.mean(axis=0) + np.array([left + scale_x / 2, top + scale_y / 2])
+    center_x, center_y = points.mean(axis=0) + np.array([left + scale_x / 2, top + scale_y / 2])
     touches = {"left": x == 0, "top": y == 0, "right": x + width == full_w, "bottom": y + height == full_h}
     return Appearance(
-        colours=name_colours(pixels[inside]),
+        colors=name_colors(pixels[inside]),
         lightness=float(lab[inside][:, 0].mean()),
         image_share=area / (full_h * full_w),
         elongation=elongation,
@@ -152,21 +152,21 @@ def measure(photo: np.ndarray, rle: Rle) -> Appearance | None:
         stripe_angle=stripe_angle,
         crossings=crossings,
         contrast=_contrast(lab, mask),
-        centre=(float(centre_x) / full_w, float(centre_y) / full_h),
+        center=(float(center_x) / full_w, float(center_y) / full_h),
         span=(width / full_w, height / full_h),
         borders=[side for side, touched in touches.items() if touched],
     )
 
 
-def name_colours(rgb: np.ndarray) -> list[Colour]:
-    """Share of each colour family among pixels, largest first; families under a hundredth are left out.
+def name_colors(rgb: np.ndarray) -> list[Color]:
+    """Share of each color family among pixels, largest first; families under a hundredth are left out.
 
     Args:
         rgb: (N, 3) uint8, N at least 1.
     """
-    names = [*GREYS, *HUES]
+    names = [*GRAYS, *HUES]
     cell = (rgb >> 3).astype(np.int32)
-    chosen = _colour_table()[cell[:, 0] << 10 | cell[:, 1] << 5 | cell[:, 2]]
+    chosen = _color_table()[cell[:, 0] << 10 | cell[:, 1] << 5 | cell[:, 2]]
     counts = np.bincount(chosen, minlength=len(names))
     families: dict[str, dict[str, int]] = {}
     for name, count in zip(names, counts.tolist(), strict=True):
@@ -176,23 +176,23 @@ def name_colours(rgb: np.ndarray) -> list[Colour]:
         total = sum(shades.values())
         main = max(shades, key=lambda name: shades[name])
         name = main if shades[main] >= 0.6 * total else family
-        found.append(Colour(name, family, total / len(chosen)))
-    found.sort(key=lambda colour: -colour.share)
-    return [colour for index, colour in enumerate(found) if index == 0 or colour.share >= 0.01]
+        found.append(Color(name, family, total / len(chosen)))
+    found.sort(key=lambda color: -color.share)
+    return [color for index, color in enumerate(found) if index == 0 or color.share >= 0.01]
 
 
 @functools.cache
-def _colour_table() -> np.ndarray:
-    """(32768,) index into the names, greys first, for each RGB cell of 8 x 8 x 8 levels, red slowest."""
+def _color_table() -> np.ndarray:
+    """(32768,) index into the names, grays first, for each RGB cell of 8 x 8 x 8 levels, red slowest."""
     levels = np.arange(4, 256, 8, dtype=np.uint8)
     cells = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(1, -1, 3)
     lab = _to_lab(cells)[0]
     samples = _to_lab(np.array([[sample for samples in HUES.values() for sample in samples]], np.uint8))[0]
     owner = np.array([i for i, samples in enumerate(HUES.values()) for _ in samples], np.uint8)
     distance = (lab**2).sum(axis=1)[:, None] - 2 * lab @ samples.T + (samples**2).sum(axis=1)
-    table = owner[distance.argmin(axis=1)] + np.uint8(len(GREYS))
-    greyish = np.hypot(lab[:, 1], lab[:, 2]) < GREY_CHROMA
-    table[greyish] = np.abs(lab[greyish, :1] - np.array(list(GREYS.values()))).argmin(axis=1)
+    table = owner[distance.argmin(axis=1)] + np.uint8(len(GRAYS))
+    grayish = np.hypot(lab[:, 1], lab[:, 2]) < GRAY_CHROMA
+    table[grayish] = np.abs(lab[grayish, :1] - np.array(list(GRAYS.values()))).argmin(axis=1)
     return table
 
 
@@ -220,8 +220,8 @@ def _shrink(pixels: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _moments(points: np.ndarray) -> tuple[float, float]:
     """Elongation and angle of the long axis of (N, 2) points x, y."""
-    centred = points - points.mean(axis=0)
-    covariance = centred.T @ centred / len(points) + np.eye(2) / 12  # a pixel is a square, not a point
+    centered = points - points.mean(axis=0)
+    covariance = centered.T @ centered / len(points) + np.eye(2) / 12  # a pixel is a square, not a point
     values, vectors = np.linalg.eigh(covariance)
     along = vectors[:, 1]
     angle = float(np.degrees(np.arctan2(-along[1], along[0]))) % 180  # image rows grow downwards
@@ -243,7 +243,7 @@ def _outline(mask: np.ndarray) -> tuple[float, float, float, int, int]:
     contours, _ = cv2.findContours(padded, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     largest = max(contours, key=len)
     corners = np.concatenate(contours)
-    # Contours run through pixel centres: an n x n square measures (n - 1)^2, so add the half pixel around.
+    # Contours run through pixel centers: an n x n square measures (n - 1)^2, so add the half pixel around.
     hull = cv2.convexHull(corners)
     hull_area = cv2.contourArea(hull) + cv2.arcLength(hull, True) / 2 + 1
     (_, sides, _) = cv2.minAreaRect(corners)
@@ -285,7 +285,7 @@ def _surface(lightness: np.ndarray, mask: np.ndarray) -> tuple[float, float, flo
 
 
 def _contrast(lab: np.ndarray, mask: np.ndarray) -> float | None:
-    """Distance of the mean colours in a ring just outside and just inside of the outline."""
+    """Distance of the mean colors in a ring just outside and just inside of the outline."""
     import cv2
 
     kernel = np.ones((3, 3), np.uint8)

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from ....schemas.records import ImageRecord
 from ..options import BackendOptions, read_options
-from .appearance import Appearance, measure
+from .appearance import Appearance, measure_region
 
 VERSION = "1"
 
@@ -95,9 +95,9 @@ class ClassicalCaptioner:
             row: list[str | None] = []
             for region in regions:
                 assert pixels is not None and region.rle is not None, "a live region has a mask"
-                seen = measure(pixels, region.rle)
+                seen = measure_region(pixels, region.rle)
                 choice = zlib.crc32(f"{image.key}/{region.id}".encode())
-                row.append(None if seen is None else describe(seen, region.category, choice))
+                row.append(None if seen is None else describe_appearance(seen, region.category, choice))
             captions.append(row)
         return captions
 
@@ -126,7 +126,7 @@ def noun_for(category: str | None) -> Noun:
     return Noun(" ".join(_CAPITALS.get(word, word) for word in text.split()), plural, article)
 
 
-def describe(seen: Appearance, category: str | None, choice: int = 0) -> str:
+def describe_appearance(seen: Appearance, category: str | None, choice: int = 0) -> str:
     """Two to four sentences about one region.
 
     Args:
@@ -136,22 +136,22 @@ def describe(seen: Appearance, category: str | None, choice: int = 0) -> str:
     """
     noun = noun_for(category or shape_noun(seen))
     words = [*filter(None, [_size(seen)]), *_adjectives(seen)]
-    start = _with_article(" ".join([", ".join(words), _colour_words(seen), noun.text]).strip(), noun)
+    start = _with_article(" ".join([", ".join(words), _color_words(seen), noun.text]).strip(), noun)
     outline, surface, place = _outline_words(seen), _surface_words(seen), _place(seen)
     contrast = _contrast_words(seen, noun)
     if not outline or choice % 3 == 1:
         first = f"{start} with {_article(surface)} surface {place}."
         if outline:
             shape = f"{_have(noun)} {_article(outline)} shape"
-            rest = [[shape, _fills(seen, noun)], [_colour_clause(seen, noun), contrast]]
+            rest = [[shape, _fills(seen, noun)], [_color_clause(seen, noun), contrast]]
         else:
-            rest = [[_colour_clause(seen, noun), _fills(seen, noun)], [contrast]]
+            rest = [[_color_clause(seen, noun), _fills(seen, noun)], [contrast]]
     elif choice % 3 == 0:
         first = f"{start} with {_article(outline)} outline {place}."
-        rest = [[_colour_clause(seen, noun), _fills(seen, noun)], [_surface_clause(seen, noun), contrast]]
+        rest = [[_color_clause(seen, noun), _fills(seen, noun)], [_surface_clause(seen, noun), contrast]]
     else:
         first = f"{start} {place}, with {_article(outline)} outline."
-        rest = [[_surface_clause(seen, noun), contrast], [_colour_clause(seen, noun), _fills(seen, noun)]]
+        rest = [[_surface_clause(seen, noun), contrast], [_color_clause(seen, noun), _fills(seen, noun)]]
     details = [_sentence(clauses, noun) for clauses in [*rest, _parts(seen, noun)]]
     return " ".join([first, *filter(None, details)])
 
@@ -264,22 +264,22 @@ def _stripes(seen: Appearance) -> str:
     return "up and down" if level >= 65 else "across" if level <= 25 else "diagonally"
 
 
-def _colour_words(seen: Appearance) -> str:
-    """One colour, or two if the second covers a fifth."""
-    first, *others = seen.colours
+def _color_words(seen: Appearance) -> str:
+    """One color, or two if the second covers a fifth."""
+    first, *others = seen.colors
     return f"{first.name} and {others[0].name}" if others and others[0].share >= 0.2 else first.name
 
 
-def _colour_clause(seen: Appearance, noun: Noun) -> str:
-    """Shares of the colours: what the one or two colours at the start of the caption leave open."""
-    first, *others = seen.colours
+def _color_clause(seen: Appearance, noun: Noun) -> str:
+    """Shares of the colors: what the one or two colors at the start of the caption leave open."""
+    first, *others = seen.colors
     if first.share >= 0.93:
         return f"{_be(noun)} {first.name} almost all over"
     if others and others[0].share >= 0.2:
-        told = [colour for colour in others[:2] if colour.share >= 0.12]
-        parts = [f"{_share(colour.share).removeprefix('about ')} {colour.name}" for colour in told]
+        told = [color for color in others[:2] if color.share >= 0.12]
+        parts = [f"{_share(color.share).removeprefix('about ')} {color.name}" for color in told]
         return f"{_be(noun)} {_listed([f'{_share(first.share)} {first.name}', *parts])}"
-    names = [colour.name for colour in others if colour.share >= 0.06][:2]
+    names = [color.name for color in others if color.share >= 0.06][:2]
     if not names:
         return f"{_be(noun)} mainly {first.name}"
     much = "patches" if others[0].share >= 0.1 else "traces"
@@ -322,7 +322,7 @@ def _parts(seen: Appearance, noun: Noun) -> list[str]:
 def _place(seen: Appearance) -> str:
     """Where in the photo, on a grid of three by three, or how far it stretches."""
     wide, high = seen.span
-    x, y = seen.centre
+    x, y = seen.center
     if wide > 0.8 and high > 0.8:
         return "filling the photo" if seen.image_share > 0.6 else "stretching over most of the photo"
     column = "left" if x < 0.36 else "right" if x > 0.64 else ""

@@ -1,4 +1,4 @@
-"""The `grabcut` segmenter: OpenCV's GrabCut inside a region's box, by colour alone.
+"""The `grabcut` segmenter: OpenCV's GrabCut inside a region's box, by color alone.
 
 It does not read the phrase: it separates what fills the box from what surrounds it. So it confirms that a
 mask has edges where the photo has them, not that the mask shows what the phrase says.
@@ -107,10 +107,10 @@ class GrabCutSegmenter:
         mask = soft[y1 - top : y2 - top, x1 - left : x2 - left] > 0.5
         if not mask.any():
             return []
-        return [Candidate(place(mask, x1, y1, height, width), score)]
+        return [Candidate(place_mask(mask, x1, y1, height, width), score)]
 
 
-def place(mask: np.ndarray, x: int, y: int, height: int, width: int) -> Rle:
+def place_mask(mask: np.ndarray, x: int, y: int, height: int, width: int) -> Rle:
     """Encode a small mask as a part of a large image, without making the large one.
 
     Args:
@@ -118,7 +118,7 @@ def place(mask: np.ndarray, x: int, y: int, height: int, width: int) -> Rle:
         x: column of its left edge in the image.
         y: row of its top edge.
         height: of the image, in pixels.
-        width: likewise.
+        width: of the image, in pixels.
     """
     from pycocotools import mask as coco
 
@@ -167,11 +167,11 @@ def _grab(pixels: np.ndarray, labels: np.ndarray, iterations: int) -> np.ndarray
     inside = labels & 1 == 1  # GC_FGD and GC_PR_FGD are odd
     if min(int(inside.sum()), int((~inside).sum())) < 8:
         return np.zeros(labels.shape, np.uint8)
-    cv2.setRNGSeed(0)  # GrabCut starts its colour models by random k-means
+    cv2.setRNGSeed(0)  # GrabCut starts its color models by random k-means
     models = np.zeros((1, 65)), np.zeros((1, 65))
     try:
         cv2.grabCut(pixels, labels, None, *models, iterations, cv2.GC_INIT_WITH_MASK)  # pyright: ignore
-    except cv2.error:  # a colour model without a pixel: nothing is left to separate
+    except cv2.error:  # a color model without a pixel: nothing is left to separate
         return np.zeros(labels.shape, np.uint8)
     return labels & 1
 
@@ -191,7 +191,7 @@ def _without_specks(mask: np.ndarray) -> np.ndarray:
 
 
 def _separation(pixels: np.ndarray, mask: np.ndarray) -> float:
-    """How far the colours inside and around differ: Bhattacharyya distance of their histograms, 0..1."""
+    """How far the colors inside and around differ: Bhattacharyya distance of their histograms, 0..1."""
     import cv2
 
     if mask.all():

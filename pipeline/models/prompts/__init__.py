@@ -72,13 +72,13 @@ class Prompt(NamedTuple):
 
 
 @functools.cache
-def load(name: str) -> Prompt:
+def load_prompt(name: str) -> Prompt:
     """One of `NAMES`."""
     text = resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return parse(name, text)
+    return parse_prompt(name, text)
 
 
-def parse(name: str, text: str) -> Prompt:
+def parse_prompt(name: str, text: str) -> Prompt:
     """A prompt from its YAML.
 
     Raises:
@@ -107,14 +107,14 @@ def parse(name: str, text: str) -> Prompt:
     )
 
 
-def fields(prompt: Prompt) -> set[str]:
+def field_names(prompt: Prompt) -> set[str]:
     """Names of the template's fields."""
     return {name for _, name, _, _ in string.Formatter().parse(prompt.user) if name}
 
 
-def identity(names: Iterable[str]) -> dict[str, str]:
+def prompts_identity(names: Iterable[str]) -> dict[str, str]:
     """What the evidence digest has of these prompts."""
-    return {f"prompt:{name}": f"{load(name).version}-{load(name).digest}" for name in names}
+    return {f"prompt:{name}": f"{load_prompt(name).version}-{load_prompt(name).digest}" for name in names}
 
 
 def _digest(*parts: object) -> str:

@@ -193,7 +193,7 @@ def test_a_server_is_asked_whether_it_has_the_model():
             "name one that it has: tiny",
         )
     (line,) = failed(doctor.check_backend("judge", backend, [])).values()
-    assert "does not answer" in line.found and line.fix == "start the server or mend the URL"
+    assert "does not answer" in line.found and line.fix == "start the server or fix the URL"
 
 
 def test_a_python_that_the_project_does_not_know_is_a_fail():

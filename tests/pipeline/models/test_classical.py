@@ -9,8 +9,8 @@ from PIL import Image
 
 from paracaption.filters import rle
 from paracaption.filters.text import clean
-from paracaption.pipeline.models.embedded.appearance import MAX_SIDE, measure, name_colours
-from paracaption.pipeline.models.embedded.classical import ClassicalCaptioner, describe
+from paracaption.pipeline.models.embedded.appearance import MAX_SIDE, measure_region, name_colors
+from paracaption.pipeline.models.embedded.classical import ClassicalCaptioner, describe_appearance
 from paracaption.pipeline.sources.categories import load_categories
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import Limits, Text
@@ -39,9 +39,9 @@ def disc(height, width, x, y, radius):
 
 
 def caption_of(photo, mask, category=None, choice=0):
-    seen = measure(photo, rle.from_mask(mask).rle)
+    seen = measure_region(photo, rle.from_mask(mask).rle)
     assert seen is not None
-    return describe(seen, category, choice)
+    return describe_appearance(seen, category, choice)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def caption_of(photo, mask, category=None, choice=0):
     ],
 )
 def test_a_plain_colour_gets_its_everyday_name(rgb, name):
-    found = name_colours(np.full((50, 3), rgb, np.uint8))
+    found = name_colors(np.full((50, 3), rgb, np.uint8))
     assert [(colour.name, colour.share) for colour in found] == [(name, 1.0)]
 
 
 def test_a_grey_photo_is_described_in_greys_only():
     grey = np.random.default_rng(0).integers(0, 256, (3000, 1), np.uint8).repeat(3, axis=1)
-    assert {colour.family for colour in name_colours(grey)} <= {"black", "grey", "white"}
+    assert {colour.family for colour in name_colors(grey)} <= {"black", "grey", "white"}
 
 
 def test_two_colours_are_told_with_their_shares():
@@ -138,7 +138,7 @@ def test_any_mask_with_a_pixel_gets_a_caption(mask):
 
 
 def test_an_empty_mask_gets_none():
-    assert measure(np.zeros((5, 5, 3), np.uint8), rle.from_mask(np.zeros((5, 5), bool)).rle) is None
+    assert measure_region(np.zeros((5, 5, 3), np.uint8), rle.from_mask(np.zeros((5, 5), bool)).rle) is None
 
 
 def test_a_hair_in_a_huge_photo_does_not_vanish():
@@ -177,10 +177,10 @@ def test_plural_categories_get_plural_verbs():
 
 
 def test_every_known_category_can_be_spoken_of():
-    seen = measure(painted((200, 0, 0), m := disc(60, 60, 30, 30, 12)), rle.from_mask(m).rle)
+    seen = measure_region(painted((200, 0, 0), m := disc(60, 60, 30, 30, 12)), rle.from_mask(m).rle)
     assert seen is not None
     for category in load_categories(None).by_id.values():
-        assert clean(describe(seen, category.name), Text()).keep
+        assert clean(describe_appearance(seen, category.name), Text()).keep
 
 
 def test_live_regions_get_captions_in_their_order_and_dropped_ones_none(tmp_path):

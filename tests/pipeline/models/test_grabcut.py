@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from paracaption.filters import rle
-from paracaption.pipeline.models.embedded.grabcut import GrabCutSegmenter, place
+from paracaption.pipeline.models.embedded.grabcut import GrabCutSegmenter, place_mask
 from tests.shared_data import shared_data
 
 
@@ -127,7 +127,7 @@ def test_a_placed_mask_is_the_encoded_whole(seed):
     mask[0, 0] = True
     whole = np.zeros((height, width), bool)
     whole[y : y + h, x : x + w] = mask
-    assert place(mask, int(x), int(y), int(height), int(width)) == rle.from_mask(whole).rle
+    assert place_mask(mask, int(x), int(y), int(height), int(width)) == rle.from_mask(whole).rle
 
 
 def test_single_objects_of_real_photos_are_found_again():

@@ -26,7 +26,7 @@ from paracaption.pipeline.models.openai_compatible import (
     OpenAIJudge,
     outlined_crop,
 )
-from paracaption.pipeline.models.prompts import load
+from paracaption.pipeline.models.prompts import load_prompt
 from paracaption.pipeline.models.protocols import Answer, Question
 from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import BadRecord, ConfigError, StageFailed
@@ -464,12 +464,12 @@ def test_a_real_server_answers_in_the_schema_with_the_margins_of_the_model(serve
     verdicts = served_judge.ask(QUESTIONS)
     assert {answer.text for answer in verdicts} <= {"yes", "no"}
     found = served_judge.ask([Question("extract", question.caption) for question in QUESTIONS])
-    assert all(answer.text == "" or load("extract_category").accepts(answer.text) for answer in found)
+    assert all(answer.text == "" or load_prompt("extract_category").accepts(answer.text) for answer in found)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for question, answer in zip(QUESTIONS, verdicts, strict=True):
-        messages = load("verify_category").messages(caption=question.caption, category="dog")
+        messages = load_prompt("verify_category").messages(caption=question.caption, category="dog")
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
         )

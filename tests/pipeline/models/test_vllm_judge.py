@@ -7,7 +7,7 @@ import pytest
 
 from paracaption.pipeline.models import registry
 from paracaption.pipeline.models.logprob_margin import ChoiceTokens
-from paracaption.pipeline.models.prompts import load, parse
+from paracaption.pipeline.models.prompts import load_prompt, parse_prompt
 from paracaption.pipeline.models.protocols import Answer, Question
 from paracaption.pipeline.models.vllm_judge import VllmJudge, defused
 from paracaption.schemas.config import Backend
@@ -43,7 +43,7 @@ def test_every_answer_is_in_its_schema(vllm_judge):
     assert {answer.text for answer in verdicts} <= {"yes", "no"}
     assert all((answer.margin > 0) == (answer.text == "yes") for answer in verdicts)
     found = vllm_judge.ask([Question("extract", caption) for caption in CAPTIONS])
-    assert all(answer.text == "" or load("extract_category").accepts(answer.text) for answer in found)
+    assert all(answer.text == "" or load_prompt("extract_category").accepts(answer.text) for answer in found)
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_verdicts_and_margins_are_those_of_the_model(vllm_judge, reference, choi
     tokenizer = vllm_judge.tokenizer
     assert [len(tokenizer.encode(word)) for word in ("yes", "no", "ag")] == [1, 2, 1]
     text = "version: 1\nsystem: Judge.\nuser: '{caption}'\nanswer: {choice: ['%s', '%s']}\nmax_tokens: 9\n"
-    vllm_judge.prompts["side"] = parse("side", text % choices)
+    vllm_judge.prompts["side"] = parse_prompt("side", text % choices)
     vllm_judge.choices["side"] = ChoiceTokens(choices, tokenizer.get_vocab())
     questions = [Question("side", caption) for caption in CAPTIONS]
     try:
@@ -90,7 +90,7 @@ def test_a_caption_that_does_not_fit_is_refused_alone(vllm_judge):
 def test_an_answer_outside_its_schema_is_asked_again_and_then_refused_alone(vllm_judge):
     """Two tokens are too few for the pattern, so the engine cuts the answer short each time."""
     text = "version: 1\nsystem: S\nuser: '{caption}'\nanswer: {pattern: '[b-f]{9}'}\nmax_tokens: 2\n"
-    vllm_judge.prompts["cut"] = parse("cut", text)
+    vllm_judge.prompts["cut"] = parse_prompt("cut", text)
     before = vllm_judge.report()["questions_asked_again"]
     try:
         refused, answered = vllm_judge.ask([Question("cut", "A dog."), Question("verify", "A dog.", "dog")])
