@@ -9,7 +9,6 @@ the process that runs it needs `BuildConfig` itself, not its name, to check the 
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
@@ -22,6 +21,7 @@ from prefect.artifacts import (
 )
 
 from ..pipeline.corpus import card, utilization
+from ..pipeline.corpus.reader import open_corpus
 from ..pipeline.executor import driver, ray_data
 from ..pipeline.executor.progress import Progress
 from ..schemas.config import BuildConfig
@@ -69,7 +69,8 @@ def build_corpus(
     )
     for artifacts in published.values():
         artifacts.finish()
-    create_markdown_artifact(key="dataset-card", markdown=card.render(Path(config.out), config))
+    text = card.render(open_corpus(config.out).summary, config)
+    create_markdown_artifact(key="dataset-card", markdown=text)
     return summary
 
 

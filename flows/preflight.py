@@ -107,7 +107,7 @@ def _find_corpus(out: str, subsets: tuple[str, ...] | None, wait: bool | None) -
     if files.is_url(out):
         return f"{out} is checked when the run starts"
     try:
-        available = {each for each in reader.subsets(out) if reader.manifest_paths(out, each)}
+        available = {unit.subset for unit in reader.open_corpus(out).units()}
     except ConfigError:
         available = set()
     missing = sorted(set(subsets or ()) - available)

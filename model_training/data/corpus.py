@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 import numpy as np
-import yaml
-from pydantic import ValidationError
 
-from ...pipeline.corpus import merge, reader, work_list
-from ...pipeline.io import files
-from ...schemas import manifest as manifests
-from ...schemas.config import BuildConfig
+from ...pipeline.corpus import reader
 from ...schemas.errors import BadSample, ConfigError, IntegrityError
 from ...schemas.manifest import Manifest
-from ...schemas.records import Blob
 from ...schemas.sample import Sample
-from ...schemas.summary import CorpusSummary
 from ...schemas.training import CorpusSource, DataOptions
 from ..model import tiling
 from .order import even_groups, keys_of, num_groups, varied_groups
@@ -40,12 +32,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
-_GAP_BYTES = 1 << 16
-"""Bytes between photo and JSON that are read rather than asked for twice."""
-
 _VERSION = 1
 _PLACES = ("photo_offset", "photo_length", "json_offset", "json_length")
-_COLUMNS = ["unit", "key", "caption", "image_width", "image_height", "shard", *_PLACES]
+_COLUMNS = ["subset", "unit", "key", "caption", "image_width", "image_height", "shard", *_PLACES]
 _IMAGE = np.dtype(
     [
         ("shard", "u4"),
@@ -58,12 +47,6 @@ _IMAGE = np.dtype(
     + [(name, "u8" if name.endswith("offset") else "u4") for name in _PLACES]
 )
 """`longest` of its captions in tokens; `key` where it starts in the table's bytes."""
-
-
-class _Unit(NamedTuple):
-    folder: str
-    path: str
-    manifest: Manifest
 
 
 class Place(NamedTuple):
@@ -148,26 +131,16 @@ class Corpus:
         """
         row = self.table.rows[image]
         shard, key = self.name(image)
-        where = f"{shard}: {key}"
-        photo, photo_end, json, json_end = (int(row[name]) for name in _PLACES)
-        photo_end, json_end = photo + photo_end, json + json_end
+        subset, path = self.table.about["shards"][row["shard"]].split("/", 1)
+        places = {name: int(row[name]) for name in _PLACES}
         try:
-            if 0 <= json - photo_end < _GAP_BYTES:
-                span = files.read(Blob(shard, photo, json_end - photo))
-                data, record = span[: photo_end - photo], span[json - photo :]
-            else:
-                data = files.read(Blob(shard, photo, photo_end - photo))
-                record = files.read(Blob(shard, json, json_end - json))
-        except OSError as error:
-            raise BadSample("shard_unreadable", f"{where}: {error.strerror or error}; {_REBUILD}") from error
-        if len(data) < photo_end - photo or len(record) < json_end - json:
-            raise BadSample("shard_unreadable", f"{where}: the shard ends before it; {_REBUILD}")
-        try:
-            sample = reader.decode_sample(record, where)
+            corpus = reader.Corpus(self.out)
+            sample, data = corpus.read_sample({"subset": subset, "shard": path, "key": key} | places)
         except IntegrityError as error:
             raise BadSample("shard_unreadable", str(error)) from error
-        if sample.key != key or len(sample.regions) != row["regions"]:
-            raise BadSample("shard_unreadable", f"{where}: the shard has another image there; {_REBUILD}")
+        if len(sample.regions) != row["regions"]:
+            detail = f"{len(sample.regions)} regions, {row['regions']} are kept in the ledger; {_REBUILD}"
+            raise BadSample("shard_unreadable", f"{shard}: {key}: {detail}")
         return sample, data
 
 
@@ -186,18 +159,25 @@ def open_corpus(
 
     Raises:
         ConfigError: no corpus, or none of its regions was kept.
-        IntegrityError: a manifest or ledger is damaged; names the file and the mend.
+        IntegrityError: a manifest or ledger is damaged; names the file and what to do.
     """
-    units, digest, fresh = _committed(source)
+    corpus = reader.open_corpus(source.corpus)
+    committed = [name for name in corpus.subsets if corpus.units(name)]
+    if absent := [name for name in source.subsets or () if name not in committed]:
+        raise ConfigError(
+            f"{source.corpus}: nothing of {', '.join(absent)} is committed; it has {', '.join(committed)}"
+        )
+    digests = {name: corpus.digest(name) for name in sorted(source.subsets or committed)}
     tower = processor.config.vision_config
-    facts = [_VERSION, digest, tower.image_size, processor.config.max_tiles, options.regions_per_group]
-    name = hashlib.sha256(repr([*facts, tokenizer_digest(processor)]).encode()).hexdigest()[:16]
+    facts = [_VERSION, repr(sorted(digests.items())), tower.image_size, processor.config.max_tiles]
+    facts += [options.regions_per_group, tokenizer_digest(processor)]
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        _write(folder, source, units, fresh, processor, options)
+        _write_table(folder, corpus, digests, processor, options)
 
     folder = cached_folder(cache, f"corpus-{name}", write)
-    return Corpus(Table(folder, _IMAGE), source.corpus.rstrip("/"), options, seed, processor)
+    return Corpus(Table(folder, _IMAGE), corpus.path, options, seed, processor)
 
 
 def unfinished(source: CorpusSource) -> str:
@@ -206,29 +186,19 @@ def unfinished(source: CorpusSource) -> str:
     Raises:
         IntegrityError: a file of the corpus is damaged.
     """
-    out = source.corpus.rstrip("/")
+    corpus = reader.Corpus(source.corpus)
     try:
-        built = BuildConfig.from_stored(yaml.safe_load(files.read(Blob(f"{out}/config.yaml"))))
-        names = source.subsets or tuple(built.subsets)
-        planned = {name: _num_units(f"{out}/{name}/plan/{work_list.SUMMARY}") for name in names}
-        units, _, fresh = _committed(source.model_copy(update={"subsets": names}))
-    except FileNotFoundError as error:
-        return f"{error.filename or error}: not there yet"
+        names = source.subsets or tuple(corpus.config.subsets)
+    except ConfigError:
+        return f"{source.corpus}: not there yet"
+    try:
+        left = {name: corpus.num_planned_units(name) - len(corpus.units(name)) for name in names}
     except ConfigError as error:
         return str(error)
-    except (yaml.YAMLError, ValidationError) as error:
-        raise IntegrityError(f"{out}/config.yaml: not a build's ({error}); run the build again") from error
-    done = Counter(unit.manifest.subset for unit in units)
-    left = [f"{number - done[name]:,} units of {name}" for name, number in planned.items()]
-    missing = [text for text, name in zip(left, planned, strict=True) if done[name] < planned[name]]
-    return ", ".join(missing) or ("" if fresh else "the index, which `paracaption merge` writes")
-
-
-def _num_units(path: str) -> int:
-    try:
-        return msgspec.json.decode(files.read(Blob(path)))["num_units"]
-    except (msgspec.MsgspecError, UnicodeError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path}: not a plan ({error}); run the build again") from error
+    if missing := [f"{number:,} units of {name}" for name, number in left.items() if number > 0]:
+        return ", ".join(missing)
+    current = corpus.index_is_current({name: corpus.digest(name) for name in names})
+    return "" if current else "the index, which `paracaption merge` writes"
 
 
 def tokenizer_digest(processor: PerceptionDLMProcessor) -> str:
@@ -245,96 +215,26 @@ def token_lists(processor: PerceptionDLMProcessor, texts: list[str]) -> list[lis
     )["input_ids"]
 
 
-def _committed(source: CorpusSource) -> tuple[list[_Unit], str, bool]:
-    """Every committed unit in order, a digest of all manifests, and whether the index is of them."""
-    paths = [
-        path
-        for path in files.expand(f"{source.corpus.rstrip('/')}/*/manifests/*.json")
-        if not path.rpartition("/")[2].startswith(".")
-    ]
-    by_subset: dict[str, list[str]] = {}
-    for path in paths:
-        by_subset.setdefault(path.split("/")[-3], []).append(path)
-    wanted = source.subsets or tuple(by_subset)
-    if absent := [subset for subset in wanted if subset not in by_subset]:
-        raise ConfigError(
-            f"{source.corpus}: nothing of {', '.join(absent)} is committed; it has {by_subset.keys()}"
-        )
-    if not by_subset:
-        raise ConfigError(
-            f"{source.corpus}: no corpus here (no <subset>/manifests); give the `out` of a build"
-        )
-    units, digests = [], {}
-    for subset in sorted(wanted):
-        digest = hashlib.sha256()
-        for path, data in _read_all(sorted(by_subset[subset])):
-            digest.update(data)
-            units.append(_Unit(path.rpartition("/manifests/")[0], path, _manifest(path, data)))
-        digests[subset] = digest.hexdigest()
-    return units, repr(sorted(digests.items())), _is_fresh(source.corpus, digests)
-
-
-def _read_all(paths: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Small files one after the other; from a store many at a time."""
-    if not files.is_url(paths[0]):
-        for path in paths:
-            yield path, files.read(Blob(path))
-        return
-    fs, _ = files.file_system(paths[0])
-    for start in range(0, len(paths), 1024):
-        some = paths[start : start + 1024]
-        inside = [fs._strip_protocol(path) for path in some]
-        found = fs.cat(inside)
-        yield from (
-            ((path, found[name]) for path, name in zip(some, inside, strict=True))
-            if isinstance(found, dict)
-            else [(some[0], found)]
-        )
-
-
-def _manifest(path: str, data: bytes) -> Manifest:
-    try:
-        return manifests.decode(data)
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise IntegrityError(
-            f"{path}: not a manifest ({error}); delete it and run the build again, which rebuilds the unit"
-        ) from error
-
-
-def _is_fresh(out: str, digests: dict[str, str]) -> bool:
-    """Whether the index was merged from these very manifests."""
-    try:
-        stats = files.read(Blob(f"{out.rstrip('/')}/{merge.STATS}"))
-        summary = msgspec.json.decode(stats, type=CorpusSummary)
-        size = files.size_of(Blob(f"{out.rstrip('/')}/{reader.INDEX}"))
-    except (OSError, msgspec.MsgspecError, UnicodeError):
-        return False
-    merged = {subset: each.counts.manifests for subset, each in summary.subsets.items()}
-    return summary.index.bytes == size and digests.items() <= merged.items()
-
-
-def _write(
+def _write_table(
     folder: Path,
-    source: CorpusSource,
-    units: list[_Unit],
-    fresh: bool,
+    corpus: reader.Corpus,
+    digests: dict[str, str],
     processor: PerceptionDLMProcessor,
     options: DataOptions,
 ) -> None:
-    by_unit = {unit.manifest.unit: unit for unit in units}
-    shards = [f"{unit.manifest.subset}/{unit.manifest.shard.path}" for unit in units if unit.manifest.shard]
-    numbers = {shard: number for number, shard in enumerate(shards)}
-    if not fresh:
-        _log.warning(
-            "%s: no index of these manifests; the ledgers are read. `paracaption merge`", source.corpus
-        )
-    tables = _index(source.corpus, by_unit) if fresh else _ledgers(units)
+    current = corpus.index_is_current(digests)
+    if not current:
+        warning = "no index of these manifests, so the ledgers are read; `paracaption merge` writes one"
+        _log.warning("%s: %s", corpus.path, warning)
+    shards: list[str] = []
     writer, seen = TableWriter(folder), 0
     with open(folder / "item_image.bin", "xb") as images, open(folder / "item_group.bin", "xb") as groups:
-        for table in tables:
+        for units, table in _kept_regions(corpus, list(digests), current):
+            _compare(table, units)
             rows, firsts = _images(table, processor, writer)
-            rows["shard"] = _shard_numbers(table, firsts, by_unit, numbers)
-            _compare(table, by_unit)
+            numbers = {unit.name: len(shards) + number for number, (unit, _) in enumerate(units)}
+            shards += [f"{unit.subset}/shards/{unit.name}.tar" for unit, _ in units]
+            rows["shard"] = [numbers[name] for name in table["unit"].take(firsts).to_pylist()]
             counts = num_groups(rows["regions"], options.regions_per_group)
             np.repeat(np.arange(len(rows), dtype=np.uint32) + np.uint32(writer.num_rows), counts).tofile(
                 images
@@ -343,56 +243,33 @@ def _write(
             (np.arange(counts.sum()) - starts).astype(np.uint16).tofile(groups)
             writer.add(rows)
             seen += table.num_rows
-    kept = sum(unit.manifest.kept for unit in units)
-    if seen != kept:
-        what = "index" if fresh else "ledgers"
-        raise IntegrityError(
-            f"{source.corpus}: {seen:,} kept regions in the {what}, {kept:,} in the manifests; "
-            "run `paracaption verify`"
-        )
     if not seen:
-        raise ConfigError(f"{source.corpus}: no region was kept; there is nothing to train on")
+        raise ConfigError(f"{corpus.path}: no region was kept; there is nothing to train on")
     writer.close({"shards": shards, "regions": seen})
 
 
-def _index(out: str, by_unit: dict[str, _Unit]) -> Iterator[pa.Table]:
-    """The index's rows, whole units at a time, as it was written."""
+_Units = list[tuple[reader.Unit, Manifest]]
+
+
+def _kept_regions(
+    corpus: reader.Corpus, subsets: list[str], from_index: bool
+) -> Iterator[tuple[_Units, pa.Table]]:
+    """Rows of kept regions in the index's order, whole units at a time, with the manifests of the units."""
     import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    path = f"{out.rstrip('/')}/{reader.INDEX}"
-    wanted = pa.array(sorted(by_unit))
-    try:
-        with files.open_url(path, 8 << 20) as file:
-            opened = pq.ParquetFile(file)
-            for number in range(opened.num_row_groups):
-                table = opened.read_row_group(number, columns=_COLUMNS, use_threads=False)
-                table = table.filter(pc.is_in(table["unit"], wanted))
-                if table.num_rows:
-                    yield table.combine_chunks()
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge`") from error
-
-
-def _ledgers(units: list[_Unit]) -> Iterator[pa.Table]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for unit in units:
-        path = f"{unit.folder}/{unit.manifest.ledger.path}"
-        try:
-            with files.open_url(path, 1 << 20) as file:
-                table = pq.ParquetFile(file).read(columns=[*_COLUMNS, "kept"], use_threads=False)
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise IntegrityError(f"{path}: not readable ({error}); {_REBUILD}") from error
-        table = table.filter(table["kept"])
-        if table.num_rows != unit.manifest.kept:
-            raise IntegrityError(
-                f"{path}: has {table.num_rows} kept regions, its manifest {unit.manifest.kept}; {_REBUILD}"
-            )
+    units = ((unit, each) for subset in subsets for unit, each in corpus.manifests(subset) if each.kept)
+    if not from_index:
+        for unit, manifest in units:
+            table = reader.read_ledger(unit.ledger, [*_COLUMNS, "kept"])
+            yield [(unit, manifest)], table.filter(table["kept"]).combine_chunks()
+        return
+    for table in corpus.index(_COLUMNS):
+        table = table.filter(pa.array(np.isin(table["subset"].to_numpy(), subsets))).combine_chunks()
         if table.num_rows:
-            yield table.combine_chunks()
+            yield list(islice(units, len(table["unit"].unique()))), table
+    if missing := next(units, None):
+        index = f"{corpus.path}/{reader.INDEX}"
+        raise IntegrityError(f"{index}: the unit {missing[0].name} is not in it; run `paracaption merge`")
 
 
 def _images(
@@ -425,29 +302,19 @@ def views_of(sizes: np.ndarray, processor: PerceptionDLMProcessor) -> np.ndarray
     return np.array(views)[which.ravel()]
 
 
-def _shard_numbers(
-    table: pa.Table, firsts: np.ndarray, by_unit: dict[str, _Unit], numbers: dict[str, int]
-) -> list[int]:
-    units = table["unit"].take(firsts).to_pylist()
-    shards = table["shard"].take(firsts).to_pylist()
-    found = []
-    for unit, shard in zip(units, shards, strict=True):
-        entry = by_unit[unit].manifest.shard
-        if entry is None or entry.path != shard:
-            raise IntegrityError(
-                f"{by_unit[unit].path}: its ledger names {shard}, which it does not; {_REBUILD}"
-            )
-        found.append(numbers[f"{by_unit[unit].manifest.subset}/{shard}"])
-    return found
-
-
-def _compare(table: pa.Table, by_unit: dict[str, _Unit]) -> None:
-    """Every image has as many regions as its manifest says."""
+def _compare(table: pa.Table, units: _Units) -> None:
+    """Every image has as many regions as the manifest of its unit says."""
+    found: dict[str, dict[str, int]] = {unit.name: {} for unit, _ in units}
     counts = table.group_by(["unit", "key"]).aggregate([("caption", "count")]).to_pydict()
-    for unit, key, count in zip(*counts.values(), strict=True):
-        promised = by_unit[unit].manifest.images.get(key)
-        if promised != count:
+    for name, key, count in zip(*counts.values(), strict=True):
+        found.setdefault(name, {})[key] = count
+    for unit, manifest in units:
+        expected = {key: kept for key, kept in manifest.images.items() if kept}
+        if different := expected.items() ^ found.pop(unit.name).items():
+            key = min(different)[0]
             raise IntegrityError(
-                f"{by_unit[unit].path}: {key} has {promised} kept regions, {count} elsewhere; "
-                "run `paracaption merge`"
+                f"{unit.manifest}: {key} has {expected.get(key, 0)} kept regions, another number elsewhere; "
+                "run `paracaption verify`"
             )
+    if found:
+        raise IntegrityError(f"{min(found)}: not a committed unit, but in the index; run `paracaption merge`")

@@ -169,7 +169,7 @@ def iter_photo_regions(corpus: str | Path) -> Iterator[PhotoRegions]:
         ConfigError: no corpus, or a photo or mask that cannot be decoded; names the image.
         IntegrityError: the corpus is damaged.
     """
-    for _, sample, data in reader.iter_corpus(corpus, reader.subsets(corpus)):
+    for sample, data in reader.open_corpus(corpus).samples():
         yield _of_sample(f"{corpus}#{sample.key}", sample, data)
 
 
@@ -192,14 +192,15 @@ def _of_sample(name: str, sample: Sample, data: bytes) -> PhotoRegions:
 
 def _sample(path: str, key: str) -> tuple[Sample, bytes]:
     if file_names.ending(path) == ".tar":
-        for sample, data in reader.iter_samples(path):
+        for sample, data in reader.iter_shard(path):
             if sample.key == key:
                 return sample, data
         raise ConfigError(f"{path}: no image {key} in this shard; `tar -tf` lists its keys")
-    rows = [row for row in reader.find_image(path, key).rows if row["kept"]]
+    corpus = reader.open_corpus(path)
+    rows = [row for row in corpus.find_image(key).rows if row["kept"]]
     if not rows:
         raise ConfigError(f"{path}: no region of {key} was kept, so no shard has it; take another image")
-    return reader.read_sample(path, rows[0])
+    return corpus.read_sample(rows[0])
 
 
 # Annotation files.

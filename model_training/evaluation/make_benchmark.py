@@ -129,7 +129,7 @@ def make(
 
 def _read(out: str | Path, chosen: select_images.Chosen) -> tuple[Sample, bytes]:
     """The image with its chosen regions, and its photo's bytes."""
-    sample, photo = reader.read_sample(out, chosen.rows[0])
+    sample, photo = reader.Corpus(out).read_sample(chosen.rows[0])
     taken = {row["region"] for row in chosen.rows}
     regions = [region for region in sample.regions if region.id in taken]
     return msgspec.structs.replace(sample, regions=regions), photo

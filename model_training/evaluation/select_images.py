@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...pipeline.corpus import reader
-from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.errors import ConfigError
 
 FEWEST, MOST = 2, 8
 """Regions of an image."""
@@ -80,26 +81,10 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def _images(out: Path) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each image. A row group holds whole units, and a unit whole images, one after the other."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = out / reader.INDEX
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=_COLUMNS).to_pylist()
-                start = 0
-                for end in range(1, len(rows) + 1):
-                    if end == len(rows) or _id(rows[end]) != _id(rows[start]):
-                        yield rows[start:end]
-                        start = end
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path}: no index; give the `out` of a build, or run `paracaption merge`"
-        ) from error
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge`") from error
+    """The rows of each image. A part of the index holds whole units, and a unit whole images."""
+    for table in reader.Corpus(out).index(_COLUMNS):
+        for _, rows in groupby(table.to_pylist(), _id):
+            yield list(rows)
 
 
 def _id(row: dict[str, Any]) -> tuple[str, str]:

@@ -6,7 +6,6 @@ import hashlib
 import html
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -24,15 +23,8 @@ _SIZES += ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
 _SHOWN_CATEGORIES = 20
 
 
-def render(out: str | Path, config: BuildConfig) -> str:
-    """The card of a merged corpus as Markdown. Equal statistics and configuration give an equal card.
-
-    Raises:
-        ConfigError: the corpus is not merged.
-    """
-    from .merge import read_summary
-
-    summary = read_summary(out)
+def render(summary: CorpusSummary, config: BuildConfig) -> str:
+    """The card as Markdown, from a corpus's statistics and configuration. Equal ones give an equal card."""
     parts = [
         _front_matter(summary),
         _head(summary),

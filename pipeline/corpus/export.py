@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ...schemas.errors import ConfigError
 from ...schemas.sample import Sample, SampleRegion, SampleRle
 from ..io import files
 from . import reader
+from .reader import Corpus
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,11 +33,11 @@ _ROWS_PER_GROUP = 100
 """Photos are held in memory until their row group is written; 100 of SA-1B's are 150 MB."""
 
 
-def export(out: str | Path, format: str, to: str | Path) -> list[Path]:
+def export(corpus: str | Path, format: str, to: str | Path) -> list[Path]:
     """Write the committed units of a corpus in another format.
 
     Args:
-        out: the corpus.
+        corpus: path of the folder that a build wrote.
         format: one of `FORMATS`.
         to: a folder that does not exist yet, or is empty.
 
@@ -49,18 +51,17 @@ def export(out: str | Path, format: str, to: str | Path) -> list[Path]:
     write = FORMATS.get(format)
     if write is None:
         raise ConfigError(f"format {format!r}: no such format; there are {', '.join(FORMATS)}")
-    out, to = Path(out), Path(to)
-    subsets = reader.subsets(out)
+    opened, to = reader.open_corpus(corpus), Path(to)
     with files.write_folder_atomic(to) as temporary:
-        written = write(out, subsets, temporary)
+        written = write(opened, temporary)
     return [to / path.relative_to(temporary) for path in written]
 
 
-def _write_json(out: Path, subsets: list[str], folder: Path) -> list[Path]:
+def _write_json(corpus: Corpus, folder: Path) -> list[Path]:
     """The list that PerceptionDLM's own trainer reads; paths are relative to the JSON."""
     target = folder / "annotations.json"
     with _JsonList(target) as records:
-        for _, sample, photo in reader.iter_corpus(out, subsets):
+        for sample, photo in corpus.samples():
             records.append(
                 {
                     "image": _write_photo(folder, sample, photo),
@@ -72,7 +73,7 @@ def _write_json(out: Path, subsets: list[str], folder: Path) -> list[Path]:
     return [target, folder / "images"]
 
 
-def _write_coco(out: Path, subsets: list[str], folder: Path) -> list[Path]:
+def _write_coco(corpus: Corpus, folder: Path) -> list[Path]:
     """COCO instances. Ids count from 1; a region's category is the annotation's, else the caption's."""
     target = folder / "instances.json"
     categories: dict[str, int] = {}
@@ -82,7 +83,7 @@ def _write_coco(out: Path, subsets: list[str], folder: Path) -> list[Path]:
         file.write(
             b'{"info":{"description":"Region captions made with ParaCaption"},"licenses":[],"images":['
         )
-        for num_images, (_, sample, photo) in enumerate(reader.iter_corpus(out, subsets), 1):
+        for num_images, (sample, photo) in enumerate(corpus.samples(), 1):
             image = {
                 "id": num_images,
                 "file_name": _write_photo(folder, sample, photo).removeprefix("images/"),
@@ -120,39 +121,31 @@ def _annotation(region: SampleRegion, number: int, image: int, category: int) ->
     }
 
 
-def _write_parquet(out: Path, subsets: list[str], folder: Path) -> list[Path]:
-    """A file per unit. The schema's note on the photo makes `datasets` decode it."""
+def _write_parquet(corpus: Corpus, folder: Path) -> list[Path]:
+    """A file per unit with kept regions. The schema's note on the photo makes `datasets` decode it."""
+    (folder / "data").mkdir()
+    written = []
+    for unit in corpus.units():
+        path = folder / "data" / f"{unit.name}.parquet"
+        if _write_unit(corpus.unit_samples(unit), path):
+            written.append(path)
+    return written
+
+
+def _write_unit(samples: Iterator[tuple[Sample, bytes]], path: Path) -> bool:
+    """Write the samples of a unit, unless it has none; whether it has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    (folder / "data").mkdir()
+    rows = [_parquet_row(*pair) for pair in islice(samples, _ROWS_PER_GROUP)]
+    if not rows:
+        return False
     schema = _parquet_schema()
-    written: list[Path] = []
-    writer: pq.ParquetWriter | None = None
-    waiting: list[dict[str, Any]] = []
-
-    def flush() -> None:
-        if writer is not None and waiting:
-            writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
-            waiting.clear()
-
-    try:
-        for unit, sample, photo in reader.iter_corpus(out, subsets):
-            path = folder / "data" / f"{unit}.parquet"
-            if writer is None or written[-1] != path:
-                flush()
-                if writer is not None:
-                    writer.close()
-                writer = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
-                written.append(path)
-            waiting.append(_parquet_row(sample, photo))
-            if len(waiting) >= _ROWS_PER_GROUP:
-                flush()
-        flush()
-    finally:
-        if writer is not None:
-            writer.close()
-    return written
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        while rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            rows = [_parquet_row(*pair) for pair in islice(samples, _ROWS_PER_GROUP)]
+    return True
 
 
 def _parquet_row(sample: Sample, photo: bytes) -> dict[str, Any]:
@@ -244,7 +237,7 @@ def _item(item: Any, first: bool) -> bytes:
     return (b"\n" if first else b",\n") + msgspec.json.encode(item)
 
 
-FORMATS: dict[str, Callable[[Path, list[str], Path], list[Path]]] = {
+FORMATS: dict[str, Callable[[Corpus, Path], list[Path]]] = {
     "perceptiondlm-json": _write_json,
     "coco": _write_coco,
     "parquet": _write_parquet,

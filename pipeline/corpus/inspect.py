@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...schemas.summary import SubsetCounts
 from ..sources.registry import subset_title
 from . import merge, reader, utilization
+from .reader import Corpus
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,24 +25,32 @@ _BAR = 24
 _MAX_TEXT = 300
 
 
-class Sample(NamedTuple):
-    """A region to show: its image and number, its category, its caption, and the detail of its drop."""
+class ShownRegion(NamedTuple):
+    """A region to show.
+
+    Attributes:
+        key: of its image.
+        region: its id; -1 for an image without any region.
+        category: the annotated one, or else the one that the judge named; "" for none.
+        caption: "" for none.
+        detail: of its drop; "" if it was kept.
+    """
 
     key: str
-    region: int | None
+    region: int
     category: str
     caption: str
     detail: str
 
 
-def inspect(out: str | Path, num_kept: int = 5, num_dropped: int = 2) -> RenderableType:
+def inspect(corpus: str | Path, num_kept: int = 5, num_dropped: int = 2) -> RenderableType:
     """The funnel, and samples of kept captions and of each reason, of every subset; for rich to print.
 
     Counts come from the manifests, so they are right while a build runs. The samples are the same each time:
     those with the smallest hashes of key and region, from units spread evenly over the subset.
 
     Args:
-        out: the corpus.
+        corpus: path of the folder that a build wrote.
         num_kept: kept captions shown of each subset.
         num_dropped: regions shown of each reason.
 
@@ -52,14 +61,15 @@ def inspect(out: str | Path, num_kept: int = 5, num_dropped: int = 2) -> Rendera
     from rich.console import Group
 
     parts: list[Any] = []
-    for subset in reader.subsets(out):
-        counts = merge.count(out, subset)
+    opened = reader.open_corpus(corpus)
+    for subset in opened.subsets:
+        counts = merge.count_subset(opened, subset)
         parts += _head(subset, counts)
         parts.append(_funnel(counts))
-        busy = utilization.read_utilization(out, subset)
+        busy = utilization.read_utilization(corpus, subset)
         if busy:
             parts += ["", utilization_table(busy)]
-        kept, dropped = samples(out, subset, num_kept, num_dropped)
+        kept, dropped = sample_regions(opened, subset, num_kept, num_dropped)
         if kept:
             parts += ["", _samples("kept", kept)]
         order = [f"{step.stage}/{reason}" for step in counts.funnel for reason in step.reasons]
@@ -69,15 +79,15 @@ def inspect(out: str | Path, num_kept: int = 5, num_dropped: int = 2) -> Rendera
     return Group(*parts)
 
 
-def samples(
-    out: str | Path, subset: str, num_kept: int, num_dropped: int
-) -> tuple[list[Sample], dict[str, list[Sample]]]:
+def sample_regions(
+    corpus: Corpus, subset: str, num_kept: int, num_dropped: int
+) -> tuple[list[ShownRegion], dict[str, list[ShownRegion]]]:
     """Some kept regions, and some dropped ones by "stage/reason"; the same ones for the same corpus."""
-    paths = reader.manifest_paths(out, subset)
-    spread = [paths[i * len(paths) // _UNITS] for i in range(_UNITS)] if len(paths) > _UNITS else paths
-    groups: dict[str, list[tuple[int, Sample]]] = {}
-    for path in spread:
-        for name, rank, sample in _rows(Path(out) / subset / "ledger" / f"{path.stem}.parquet"):
+    units = corpus.units(subset)
+    spread = [units[i * len(units) // _UNITS] for i in range(_UNITS)] if len(units) > _UNITS else units
+    groups: dict[str, list[tuple[int, ShownRegion]]] = {}
+    for unit in spread:
+        for name, rank, sample in _rows(unit.ledger):
             wanted = num_dropped if name else num_kept
             group = groups.setdefault(name, [])
             if len(group) < wanted:
@@ -90,7 +100,7 @@ def samples(
     return ranked.pop("", []), ranked
 
 
-def _rows(path: Path) -> Iterator[tuple[str, int, Sample]]:
+def _rows(path: str) -> Iterator[tuple[str, int, ShownRegion]]:
     table = reader.read_ledger(path, _COLUMNS)
     columns = [table[name].to_pylist() for name in _COLUMNS]
     for key, region, kept, stage, reason, detail, category, core, caption, _ in zip(*columns, strict=True):
@@ -99,7 +109,7 @@ def _rows(path: Path) -> Iterator[tuple[str, int, Sample]]:
         name = "" if kept else f"{stage}/{reason}"
         number = -1 if region is None else region
         rank = int.from_bytes(hashlib.blake2b(f"{key}/{number}".encode(), digest_size=8).digest())
-        yield name, rank, Sample(key, number, category or core or "", caption or "", detail or "")
+        yield name, rank, ShownRegion(key, number, category or core or "", caption or "", detail or "")
 
 
 def _head(subset: str, counts: SubsetCounts) -> list[Any]:
@@ -160,7 +170,7 @@ def utilization_table(stages: dict[str, utilization.StageUtilization]) -> Any:
     return table
 
 
-def _samples(title: str, shown: list[Sample]) -> Any:
+def _samples(title: str, shown: list[ShownRegion]) -> Any:
     """Captions come from models, keys and categories from strangers: as text, never as markup."""
     from rich.text import Text
 

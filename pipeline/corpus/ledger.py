@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.records import SCORES, ImageRecord, Region
 
 if TYPE_CHECKING:
@@ -200,6 +201,40 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
         if not pa.types.is_int64(kind):
             raise
         return pa.array([value if value in _INT64 else None for value in values], kind)
+
+
+def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = None) -> pa.Table:
+    """A ledger of any release with today's columns, or some of them: scores that it does not know are null.
+
+    Args:
+        table: as it was read.
+        path: for the message.
+        columns: names of the columns to return; None for all.
+
+    Raises:
+        ConfigError: there is no such column.
+        IntegrityError: the ledger lacks a column that is no score, or one has another type.
+    """
+    import pyarrow as pa
+
+    schema = ledger_schema()
+    names = schema.names if columns is None else columns
+    if unknown := set(names) - set(schema.names):
+        raise ConfigError(f"{min(unknown)}: no such column; a ledger has {', '.join(schema.names)}")
+    schema = pa.schema([schema.field(name) for name in names])
+    missing = set(names) - set(table.schema.names)
+    if lost := missing - SCORES.keys():
+        raise IntegrityError(f"{path}: a ledger without the column {min(lost)}; build the unit again")
+    found = [
+        pa.nulls(table.num_rows, field.type) if field.name in missing else table[field.name]
+        for field in schema
+    ]
+    try:
+        return pa.Table.from_arrays(found, names=names).cast(schema)
+    except (pa.ArrowException, ValueError) as error:
+        raise IntegrityError(
+            f"{path}: not a ledger of this version ({error}); build the unit again"
+        ) from error
 
 
 def write_table(table: pa.Table, path: str | Path) -> None:

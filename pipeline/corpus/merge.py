@@ -10,7 +10,6 @@ import hashlib
 import importlib
 import math
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +17,17 @@ import msgspec
 import numpy as np
 
 from ...schemas.config import BuildConfig
-from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.errors import IntegrityError
 from ...schemas.manifest import FileEntry, Manifest
-from ...schemas.records import SCORES
 from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetCounts, SubsetSummary
 from ..io import files
 from ..sources.protocols import SOURCE_STAGE
 from . import ledger, reader
+from .reader import Corpus
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-STATS = "stats.json"
 PLOTS = "plots"
 TOP_CATEGORIES = 100
 
@@ -70,77 +68,44 @@ def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
     from . import card, plots
 
     out = Path(out)
-    config = config or read_config(out)
-    subsets = reader.subsets(out)
-    summaries = _write_index(out, subsets)
+    corpus = reader.open_corpus(out)
+    config = config or corpus.config
+    summaries = _write_index(corpus, out / reader.INDEX)
     totals = {
         name: sum(getattr(summary.counts, name) for summary in summaries.values())
         for name in ("images", "images_captioned", "regions", "kept")
     }
     summary = CorpusSummary(**totals, index=_entry(out / reader.INDEX), subsets=summaries)
-    with files.write_atomic(out / STATS) as file:
+    with files.write_atomic(out / reader.STATS) as file:
         file.write(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
     plots.write(summary, out / PLOTS)
     with files.write_atomic(out / "README.md") as file:
-        file.write(card.render(out, config).encode())
+        file.write(card.render(summary, config).encode())
     return msgspec.to_builtins(summary)
 
 
-def read_config(out: str | Path) -> BuildConfig:
-    """The resolved configuration that a corpus was built with."""
-    from ..config_file import load_config
-
-    return load_config(Path(out) / "config.yaml")
-
-
-def read_summary(out: str | Path) -> CorpusSummary:
-    """`stats.json` of a merged corpus.
-
-    Raises:
-        ConfigError: the corpus is not merged.
-        IntegrityError: the file is not what `merge` writes.
-    """
-    path = Path(out) / STATS
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=CorpusSummary)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; run `paracaption merge`") from error
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise IntegrityError(
-            f"{path}: not a corpus's statistics ({error}); run `paracaption merge`"
-        ) from error
-
-
 def is_merged(out: str | Path) -> bool:
-    """Whether index, statistics, plots and card are there, and of the units that are committed now.
+    """Whether index, statistics, plots and card exist and are of the units that are committed now.
 
     Raises:
-        ConfigError: the folder is no corpus.
-        IntegrityError: a manifest cannot be read.
+        ConfigError: there is no corpus at that path.
     """
     from . import plots
 
-    out = Path(out)
-    try:
-        summary = read_summary(out)
-        index_bytes = (out / reader.INDEX).stat().st_size
-    except (ConfigError, IntegrityError, OSError):
-        return False
-    drawn = [out / "README.md", *(out / PLOTS / name for name in plots.NAMES)]
-    if index_bytes != summary.index.bytes or not all(path.is_file() for path in drawn):
-        return False
-    if sorted(summary.subsets) != reader.subsets(out):
-        return False
-    return all(
-        count(out, name).manifests == found.counts.manifests for name, found in summary.subsets.items()
-    )
+    corpus = reader.open_corpus(out)
+    drawn = [Path(out) / "README.md", *(Path(out) / PLOTS / name for name in plots.NAMES)]
+    return all(path.is_file() for path in drawn) and corpus.index_is_current()
 
 
-def count(out: str | Path, subset: str) -> SubsetCounts:
-    """The funnel and the counts of a subset from its manifests alone: cheap, and right while a build runs."""
+def count_subset(corpus: Corpus, subset: str) -> SubsetCounts:
+    """The funnel and the counts of a subset from its manifests alone: cheap, and right while a build runs.
+
+    Raises:
+        IntegrityError: a manifest cannot be read.
+    """
     counting = _Counting(subset)
-    for manifest, path in reader.iter_committed(out, subset):
-        counting.add(manifest, path)
+    for unit, data in corpus.manifest_bytes(subset):
+        counting.add(reader.decode_manifest(data, unit.manifest), data)
     return counting.result()
 
 
@@ -170,8 +135,8 @@ class _Counting:
         self.recipes: set[str] = set()
         self.digest = hashlib.sha256()
 
-    def add(self, manifest: Manifest, path: Path) -> None:
-        self.digest.update(path.read_bytes())
+    def add(self, manifest: Manifest, data: bytes) -> None:
+        self.digest.update(data)
         self.numbers["units"] += 1
         self.numbers["images"] += len(manifest.images)
         self.numbers["images_captioned"] += sum(kept > 0 for kept in manifest.images.values())
@@ -268,27 +233,28 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return column.drop_null().to_numpy()
 
 
-def _write_index(out: Path, subsets: Iterable[str]) -> dict[str, SubsetSummary]:
+def _write_index(corpus: Corpus, path: Path) -> dict[str, SubsetSummary]:
     import pyarrow.parquet as pq
 
     summaries: dict[str, SubsetSummary] = {}
     schema = ledger.index_schema()
     with (
-        files.write_atomic(out / reader.INDEX) as file,
+        files.write_atomic(path) as file,
         pq.ParquetWriter(file, schema, **ledger.writing_options()) as writer,
     ):
         waiting: list[pa.Table] = []
-        for subset in subsets:
+        for subset in corpus.subsets:
             counting, measuring = _Counting(subset), _Measuring()
-            for manifest, path in reader.iter_committed(out, subset):
-                table = aligned(reader.read_ledger(out / subset / manifest.ledger.path))
+            for unit, data in corpus.manifest_bytes(subset):
+                manifest = reader.decode_manifest(data, unit.manifest)
+                table = reader.read_ledger(unit.ledger)
                 kept = table.filter(table["kept"])
                 if kept.num_rows != manifest.kept:
                     raise IntegrityError(
-                        f"{out / subset / manifest.ledger.path}: has {kept.num_rows} kept regions, its "
-                        f"manifest {manifest.kept}; run `paracaption verify`"
+                        f"{unit.ledger}: has {kept.num_rows} kept regions, its manifest {manifest.kept}; "
+                        "run `paracaption verify`"
                     )
-                counting.add(manifest, path)
+                counting.add(manifest, data)
                 measuring.add(table, kept)
                 waiting.append(kept.select(schema.names))
                 if sum(each.num_rows for each in waiting) >= _ROWS_PER_GROUP:
@@ -310,27 +276,3 @@ def _flush(writer: Any, waiting: list[pa.Table]) -> None:
     if waiting:
         writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=1 << 30)
         waiting.clear()
-
-
-def aligned(table: pa.Table) -> pa.Table:
-    """A ledger with today's columns: scores that it does not know yet are null.
-
-    Raises:
-        IntegrityError: it lacks another column, or one has another type.
-    """
-    import pyarrow as pa
-
-    schema = ledger.ledger_schema()
-    missing = set(schema.names) - set(table.schema.names)
-    if missing - SCORES.keys():
-        raise IntegrityError(
-            f"a ledger without the column {min(missing - SCORES.keys())}; build the unit again"
-        )
-    columns = [
-        pa.nulls(table.num_rows, field.type) if field.name in missing else table[field.name]
-        for field in schema
-    ]
-    try:
-        return pa.Table.from_arrays(columns, names=schema.names).cast(schema)
-    except (pa.ArrowException, ValueError) as error:
-        raise IntegrityError(f"not a ledger of this version ({error}); build the unit again") from error

@@ -1,93 +1,449 @@
-"""Reads what is committed, and only that: manifests first, then the shard and ledger that each one names."""
+"""Reads a corpus: what is committed, and only that. The one way to do it, in a folder and behind a URL.
+
+A unit is committed if its manifest exists. Everything else of a unit is found from there, so files that an
+interrupted build left behind are never read, and answers are right while a build runs.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+import yaml
+from pydantic import ValidationError
 
+from ...schemas import manifest as manifests
+from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample
+from ...schemas.summary import CorpusSummary
 from ..io import files
-from . import writer
+from .ledger import align_ledger
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CONFIG = "config.yaml"
 INDEX = "index.parquet"
+STATS = "stats.json"
 
 PHOTO_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "tiff": "tif"}
 """File name endings by the sniffed format of a photo."""
 
+_REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
+_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+"""What a key is made of: it names members of a tar, and files of an export."""
 
-class Found(NamedTuple):
-    """An image of the corpus: its subset, and its ledger rows as dictionaries, in order of the regions."""
+_GAP_BYTES = 1 << 16
+"""Up to this many bytes between a photo and its JSON are read and thrown away, instead of reading twice."""
+
+
+class Unit(NamedTuple):
+    """A committed unit, and where its files lie.
+
+    Attributes:
+        subset: name of the subset.
+        name: name of the unit, as `coconut-000000`. Names sort in the order of the work list.
+        folder: path or URL of the subset's folder.
+    """
+
+    subset: str
+    name: str
+    folder: str
+
+    @property
+    def manifest(self) -> str:
+        """Path or URL of the commit record."""
+        return f"{self.folder}/manifests/{self.name}.json"
+
+    @property
+    def ledger(self) -> str:
+        """Path or URL of the Parquet file with every region."""
+        return f"{self.folder}/ledger/{self.name}.parquet"
+
+    @property
+    def shard(self) -> str:
+        """Path or URL of the tar. It exists only if the unit kept a region: `manifest.shard` tells."""
+        return f"{self.folder}/shards/{self.name}.tar"
+
+
+class FoundImage(NamedTuple):
+    """An image of a corpus: its subset, and its rows of the ledger in the order of its regions."""
 
     subset: str
     rows: list[dict[str, Any]]
 
 
-def subsets(out: str | Path) -> list[str]:
-    """The subsets of a corpus, sorted.
+def open_corpus(path: str | Path) -> Corpus:
+    """Open the folder that a build wrote, to read what is committed in it.
+
+    A corpus can be opened while it is being built: each call below sees the units that are committed by then.
+
+        import io
+        import paracaption
+        import pyarrow.compute as pc
+        from PIL import Image
+        from pycocotools import mask
+
+        corpus = paracaption.open_corpus("out/demo")
+        print(corpus.subsets, corpus.summary.kept, corpus.config.min_iou)
+
+        for sample, photo in corpus.samples("coconut"):
+            image = Image.open(io.BytesIO(photo))
+            for region in sample.regions:
+                pixels = mask.decode({"size": region.rle.size, "counts": region.rle.counts})  # (H, W) of 0, 1
+                print(sample.key, region.id, region.bbox, region.caption)
+
+        for table in corpus.ledgers("coconut", ["key", "region", "drop_stage", "drop_reason", "drop_detail"]):
+            print(table.filter(pc.field("drop_reason") == "text_too_short"))  # a pyarrow.Table per unit
+
+        found = corpus.find_image("coconut/000000000139")
+        sample, photo = corpus.read_sample(next(row for row in found.rows if row["kept"]))
+
+    Args:
+        path: the `out` of a build: a folder, or an fsspec URL such as `s3://bucket/corpus`.
 
     Raises:
-        ConfigError: the folder is no corpus.
+        ConfigError: there is no corpus at that path.
     """
-    out = Path(out)
-    found = sorted(path.parent.name for path in out.glob("*/manifests") if path.is_dir())
+    corpus = Corpus(path)
+    try:
+        found = corpus.subsets
+    except OSError as error:
+        raise ConfigError(f"{corpus.path}: cannot be read ({error.strerror or error})") from error
     if not found:
-        raise ConfigError(f"{out}: no corpus here (no <subset>/manifests); give the `out` of a build")
-    return found
+        raise ConfigError(f"{corpus.path}: no corpus here (no <subset>/manifests); give the `out` of a build")
+    return corpus
 
 
-def manifest_paths(out: str | Path, subset: str) -> list[Path]:
-    """Manifests of a subset in the order of their units. Temporary files are none."""
-    folder = Path(out) / subset / "manifests"
-    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("."))
+class Corpus:
+    """A corpus on disk or in a store; see `open_corpus` for an example.
+
+    Nothing is held in memory but the names of the units that are being read: a sample, a ledger or a manifest
+    at a time. A `Corpus` may be pickled, and used by several threads.
+
+    Samples hold kept regions only. What was dropped, and why, is in the ledgers: a row for every region that
+    the source declared. The columns are listed in `docs/formats.md`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = files.local(str(path)).rstrip("/") or "/"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r})"
+
+    @property
+    def subsets(self) -> list[str]:
+        """Names of the subsets, sorted."""
+        names = files.list_names(self.path)
+        return [name for name in names if files.is_folder(f"{self.path}/{name}/manifests")]
+
+    @property
+    def config(self) -> BuildConfig:
+        """The resolved configuration that the corpus was built with; see `read_config`."""
+        return read_config(self.path)
+
+    @property
+    def summary(self) -> CorpusSummary:
+        """The statistics that the last merge wrote; see `read_summary`."""
+        return read_summary(self.path)
+
+    def units(self, subset: str | None = None) -> list[Unit]:
+        """The committed units in order, of one subset or of all.
+
+        Raises:
+            ConfigError: the corpus has no such subset.
+        """
+        found = []
+        for name in self.subsets if subset is None else [subset]:
+            folder = f"{self.path}/{name}"
+            listed = files.list_names(f"{folder}/manifests")
+            if not listed and subset is not None and subset not in (names := self.subsets):
+                raise ConfigError(f"{self.path}: no subset {subset}; it has {', '.join(names) or 'none'}")
+            found += [
+                Unit(name, each.removesuffix(".json"), folder)
+                for each in listed
+                if each.endswith(".json") and not each.startswith(".")
+            ]
+        return found
+
+    def manifests(self, subset: str | None = None) -> Iterator[tuple[Unit, Manifest]]:
+        """Every committed unit in order with its manifest, of one subset or of all.
+
+        Raises:
+            IntegrityError: a manifest cannot be read.
+        """
+        for unit, data in self.manifest_bytes(subset):
+            yield unit, decode_manifest(data, unit.manifest)
+
+    def manifest_bytes(self, subset: str | None = None) -> Iterator[tuple[Unit, bytes]]:
+        """Every committed unit in order with its manifest as it lies on the disk."""
+        units = self.units(subset)
+        yield from zip(units, files.read_many([unit.manifest for unit in units]), strict=True)
+
+    def digest(self, subset: str) -> str:
+        """SHA-256 over all manifests of a subset: it changes when what is committed does."""
+        digest = hashlib.sha256()
+        for _, data in self.manifest_bytes(subset):
+            digest.update(data)
+        return digest.hexdigest()
+
+    def samples(self, subset: str | None = None) -> Iterator[tuple[Sample, bytes]]:
+        """Every image with a kept region, and the bytes of its photo, of one subset or of all, in order.
+
+        Raises:
+            IntegrityError: a manifest or shard is damaged.
+        """
+        for unit, manifest in self.manifests(subset):
+            yield from _samples_of(unit, manifest)
+
+    def unit_samples(self, unit: Unit) -> Iterator[tuple[Sample, bytes]]:
+        """The same for one unit; none if no region of it was kept."""
+        yield from _samples_of(unit, read_manifest(unit.manifest))
+
+    def ledgers(self, subset: str | None = None, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The ledger of each unit in order, of one subset or of all: a row for every region, kept or dropped.
+
+        Args:
+            subset: name of a subset; None for all.
+            columns: names of the columns to read; None for all. Masks (`rle_counts`) are most of the bytes.
+
+        Raises:
+            IntegrityError: a ledger cannot be read, or there is no such column.
+        """
+        for unit in self.units(subset):
+            yield read_ledger(unit.ledger, columns)
+
+    def index(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """The index in parts of whole units: a row for every kept region, sorted by subset, unit and image.
+
+        It is that of the last merge: `index_is_current` says whether units were committed since.
+
+        Raises:
+            ConfigError: the corpus is not merged.
+            IntegrityError: the index cannot be read, or has no such column.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = f"{self.path}/{INDEX}"
+        try:
+            with files.open_url(path, 8 << 20) as file:
+                opened = pq.ParquetFile(file)
+                for number in range(opened.num_row_groups):
+                    table = opened.read_row_group(number, columns=columns, use_threads=False)
+                    yield table if columns is None else table.select(columns)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{path}: no index; give the `out` of a build, or run `paracaption merge`"
+            ) from error
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge`") from error
+
+    def index_is_current(self, digests: Mapping[str, str] | None = None) -> bool:
+        """Whether index and statistics are of the units that are committed now. Reads every manifest.
+
+        Args:
+            digests: what `digest` returned of each subset that matters; None for all subsets.
+        """
+        try:
+            summary, size = self.summary, files.size_of(Blob(f"{self.path}/{INDEX}"))
+        except (ConfigError, IntegrityError, OSError):
+            return False
+        if summary.index.bytes != size:
+            return False
+        merged = {name: each.counts.manifests for name, each in summary.subsets.items()}
+        if digests is not None:
+            return digests.items() <= merged.items()
+        names = self.subsets
+        return sorted(merged) == names and all(self.digest(name) == merged[name] for name in names)
+
+    def num_planned_units(self, subset: str) -> int:
+        """Number of units in the subset's work list, committed or not.
+
+        Raises:
+            ConfigError: there is no work list.
+            IntegrityError: it cannot be read.
+        """
+        path = f"{self.path}/{subset}/plan/plan.json"
+        try:
+            return msgspec.json.decode(files.read(Blob(path)))["num_units"]
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path}: no such file; run the build") from error
+        except (msgspec.MsgspecError, UnicodeError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{path}: not a work list ({error}); run the build again") from error
+
+    def find_image(self, key: str) -> FoundImage:
+        """An image by its key, or by "subset/key" if several subsets have that key.
+
+        The index leads to the image's unit. Without an index, manifests are read until one has the key.
+
+        Raises:
+            ConfigError: no committed unit has the image, or several subsets have one.
+            IntegrityError: a manifest or ledger cannot be read.
+        """
+        subset, slash, name = key.rpartition("/")
+        found = [
+            unit for each in ([subset] if slash else self.subsets) if (unit := self.find_unit(each, name))
+        ]
+        if not found:
+            raise ConfigError(
+                f"{self.path}: no image {key} is committed; keys are in the `key` column of the ledgers"
+            )
+        if len(found) > 1:
+            both = " or ".join(f"{unit.subset}/{name}" for unit in found)
+            raise ConfigError(f"{self.path}: more than one image is called {key}; say {both}")
+        table = read_ledger(found[0].ledger)
+        return FoundImage(found[0].subset, [row for row in table.to_pylist() if row["key"] == name])
+
+    def find_unit(self, subset: str, key: str) -> Unit | None:
+        """The committed unit that has an image; None if there is none."""
+        import pyarrow.parquet as pq
+
+        if not _SAFE_KEY.fullmatch(key):
+            return None
+        units = {unit.name: unit for unit in self.units(subset)}
+        if INDEX in files.list_names(self.path):
+            wanted = [("subset", "=", subset), ("key", "=", key)]
+            with files.open_url(f"{self.path}/{INDEX}", 8 << 20) as file:
+                names = pq.read_table(file, columns=["unit"], filters=wanted)["unit"].unique().to_pylist()
+            if names and names[0] in units:
+                return units[names[0]]
+        quoted = msgspec.json.encode(key)
+        for unit, data in self.manifest_bytes(subset):
+            if quoted in data and key in decode_manifest(data, unit.manifest).images:
+                return unit
+        return None
+
+    def read_sample(self, row: Mapping[str, Any]) -> tuple[Sample, bytes]:
+        """The sample that a kept row of a ledger or of the index belongs to, and the bytes of its photo.
+
+        Args:
+            row: with `subset`, `shard`, `key`, and offsets and lengths of photo and JSON.
+
+        Raises:
+            IntegrityError: the bytes there are not the sample of the row's key.
+        """
+        shard = f"{self.path}/{row['subset']}/{row['shard']}"
+        where = f"{shard}: {row['key']}"
+        photo = Blob(shard, row["photo_offset"], row["photo_length"])
+        record = Blob(shard, row["json_offset"], row["json_length"])
+        try:
+            data, text = _read_pair(photo, record)
+        except OSError as error:
+            raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {_REBUILD}") from error
+        if len(data) < row["photo_length"] or len(text) < row["json_length"]:
+            raise IntegrityError(f"{where}: the offsets lead behind the end; {_REBUILD}")
+        sample = decode_sample(text, where)
+        if sample.key != row["key"]:
+            raise IntegrityError(f"{where}: the offsets lead to another image; {_REBUILD}")
+        return sample, data
 
 
-def iter_committed(out: str | Path, subset: str) -> Iterator[tuple[Manifest, Path]]:
-    """Every committed unit of a subset in order, with the path of its manifest.
+def _read_pair(first: Blob, second: Blob) -> tuple[bytes, bytes]:
+    """Two parts of one file, by one read if the second follows the first closely."""
+    assert first.length is not None and second.length is not None
+    skipped = second.offset - first.offset - first.length
+    if not 0 <= skipped < _GAP_BYTES:
+        return files.read(first), files.read(second)
+    data = files.read(Blob(first.url, first.offset, first.length + skipped + second.length))
+    return data[: first.length], data[first.length + skipped :]
+
+
+def read_config(corpus: str | Path) -> BuildConfig:
+    """The resolved configuration that a corpus was built with, from its `config.yaml`.
 
     Raises:
-        IntegrityError: a manifest does not parse.
+        ConfigError: the file is missing.
+        IntegrityError: it is not what a build writes.
     """
-    for path in manifest_paths(out, subset):
-        yield writer.read_manifest(path), path
+    path = f"{corpus}/{CONFIG}"
+    try:
+        return BuildConfig.from_stored(yaml.safe_load(files.read(Blob(path))))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; give the `out` of a build") from error
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        what = str(error)
+        if isinstance(error, ValidationError):
+            what = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise IntegrityError(f"{path}: not what a build writes ({what}); run the build again") from error
+
+
+def read_summary(corpus: str | Path) -> CorpusSummary:
+    """The statistics of a merged corpus, from its `stats.json`.
+
+    Raises:
+        ConfigError: the corpus is not merged.
+        IntegrityError: the file is not what a merge writes.
+    """
+    path = f"{corpus}/{STATS}"
+    try:
+        return msgspec.json.decode(files.read(Blob(path)), type=CorpusSummary)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; run `paracaption merge`") from error
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise IntegrityError(
+            f"{path}: not a corpus's statistics ({error}); run `paracaption merge`"
+        ) from error
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The commit record of a unit.
+
+    Raises:
+        FileNotFoundError: the unit is not committed.
+        IntegrityError: the file is not a manifest.
+    """
+    return decode_manifest(files.read(Blob(str(path))), path)
+
+
+def decode_manifest(data: bytes, path: str | Path) -> Manifest:
+    """A manifest from its bytes; `path` is for the message.
+
+    Raises:
+        IntegrityError: the bytes are not a manifest.
+    """
+    try:
+        return manifests.decode(data)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise IntegrityError(
+            f"{path}: not a manifest ({error}); delete it and run the build again, which rebuilds the unit"
+        ) from error
 
 
 def read_ledger(path: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """A unit's ledger, or some of its columns.
+    """A unit's ledger, or some of its columns. Scores that an older release did not know are null.
 
     Raises:
-        IntegrityError: it is missing, unreadable or lacks a column.
+        IntegrityError: the file is missing, is not a ledger, or there is no such column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with open(path, "rb") as file:
-            return pq.ParquetFile(file).read(columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException, KeyError) as error:
-        mend = "delete the unit's manifest and run the build again, which rebuilds the unit"
-        raise IntegrityError(f"{path}: not readable ({error}); {mend}") from error
+        with files.open_url(str(path), 1 << 20) as file:
+            table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise IntegrityError(f"{path}: not readable ({error}); {_REBUILD}") from error
+    return align_ledger(table, path, columns)
 
 
-def iter_samples(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
-    """Every sample of a shard with its photo's bytes, in one pass.
+def iter_shard(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
+    """Every sample of a shard with the bytes of its photo, in one pass.
 
     Raises:
-        IntegrityError: the tar is damaged or a member is not what a shard holds.
+        IntegrityError: the tar is damaged, or a member is not what a shard holds.
     """
     photos: dict[str, bytes] = {}
     try:
-        with tarfile.open(shard, "r|") as tar:
+        with files.open_url(str(shard), 8 << 20) as opened, tarfile.open(fileobj=opened, mode="r|") as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 data = b"" if file is None else file.read()
@@ -104,27 +460,15 @@ def iter_samples(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
         raise IntegrityError(f"{shard}: {min(photos)}: a photo without its JSON; {_REBUILD}")
 
 
-def iter_corpus(out: str | Path, subsets: Iterable[str]) -> Iterator[tuple[str, Sample, bytes]]:
-    """Every sample of the committed units with the name of its unit and its photo's bytes, in order.
-
-    Raises:
-        IntegrityError: a shard is damaged, or holds a sample of another subset or a key that is no file name.
-    """
-    for subset in subsets:
-        for manifest, path in iter_committed(out, subset):
-            if manifest.shard is None:
-                continue
-            shard = path.parent.parent / manifest.shard.path
-            for sample, photo in iter_samples(shard):
-                if not _SAFE_KEY.fullmatch(sample.key) or sample.subset != subset:
-                    raise IntegrityError(
-                        f"{shard}: {sample.key!r}: not of this shard; run `paracaption verify`"
-                    )
-                yield manifest.unit, sample, photo
+def _samples_of(unit: Unit, manifest: Manifest) -> Iterator[tuple[Sample, bytes]]:
+    if manifest.shard is None:
+        return
+    for sample, photo in iter_shard(unit.shard):
+        if not _SAFE_KEY.fullmatch(sample.key) or sample.subset != unit.subset:
+            raise IntegrityError(f"{unit.shard}: {sample.key!r}: not of this shard; run `paracaption verify`")
+        yield sample, photo
 
 
-_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
 _SAMPLE = msgspec.json.Decoder(Sample)
 
 
@@ -132,69 +476,9 @@ def decode_sample(data: bytes, where: str) -> Sample:
     """A sample from its JSON member; `where` is for the message.
 
     Raises:
-        IntegrityError: it is none.
+        IntegrityError: the bytes are not a sample.
     """
     try:
         return _SAMPLE.decode(data)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise IntegrityError(f"{where}: not a sample ({error}); {_REBUILD}") from error
-
-
-def read_sample(out: str | Path, row: Mapping[str, Any]) -> tuple[Sample, bytes]:
-    """The sample of a kept row of a ledger or of the index, and its photo's bytes, by two reads into the
-    shard.
-
-    Raises:
-        IntegrityError: the bytes there are not the sample of the row's key.
-    """
-    shard = str(Path(out) / row["subset"] / row["shard"])
-    where = f"{shard}: {row['key']}"
-    try:
-        size = files.size_of(Blob(shard))
-        if max(row["photo_offset"] + row["photo_length"], row["json_offset"] + row["json_length"]) > size:
-            raise IntegrityError(f"{where}: the offsets lead behind the end; {_REBUILD}")
-        record = files.read(Blob(shard, row["json_offset"], row["json_length"]))
-        photo = files.read(Blob(shard, row["photo_offset"], row["photo_length"]))
-    except OSError as error:
-        raise IntegrityError(f"{where}: not readable ({error}); {_REBUILD}") from error
-    sample = decode_sample(record, where)
-    if sample.key != row["key"]:
-        raise IntegrityError(f"{where}: the offsets lead elsewhere; {_REBUILD}")
-    return sample, photo
-
-
-def find_image(out: str | Path, key: str) -> Found:
-    """An image by its key, or by "subset/key" if both subsets have the key.
-
-    The index leads to the unit if it is there; otherwise the manifests are read until one names the key.
-
-    Raises:
-        ConfigError: no committed unit has the key, or two subsets have it.
-    """
-    out = Path(out)
-    subset, slash, name = key.rpartition("/")
-    wanted = [subset] if slash else subsets(out)
-    found = [(each, unit) for each in wanted if (unit := _unit_of(out, each, name))]
-    if not found:
-        raise ConfigError(f"{out}: no image {key} is committed; keys are in the `key` column of the ledgers")
-    if len(found) > 1:
-        both = " or ".join(f"{each}/{name}" for each, _ in found)
-        raise ConfigError(f"{out}: more than one image is called {key}; say {both}")
-    (subset, unit), *_ = found
-    table = read_ledger(out / subset / "ledger" / f"{unit}.parquet")
-    return Found(subset, [row for row in table.to_pylist() if row["key"] == name])
-
-
-def _unit_of(out: Path, subset: str, key: str) -> str | None:
-    import pyarrow.parquet as pq
-
-    if (out / INDEX).exists():
-        wanted = [("subset", "=", subset), ("key", "=", key)]
-        units = pq.read_table(out / INDEX, columns=["unit"], filters=wanted)["unit"].unique().to_pylist()
-        if units and (out / subset / "manifests" / f"{units[0]}.json").exists():
-            return units[0]
-    quoted = msgspec.json.encode(key)
-    for path in manifest_paths(out, subset):
-        if quoted in path.read_bytes() and key in writer.read_manifest(path).images:
-            return path.stem
-    return None

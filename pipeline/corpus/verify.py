@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...schemas.config import Text
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
-from . import merge, reader, work_list, writer
+from . import merge, reader, work_list
+from .reader import Corpus
 from .verify_unit import (
     EXAMPLES,
     MEND,
@@ -64,11 +65,11 @@ class Report(NamedTuple):
         return "\n".join([*map(str, self.notes), *map(str, self.problems), verdict])
 
 
-def verify(out: str | Path, deep: bool = True, workers: int = 1) -> Report:
+def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> Report:
     """Check a corpus. Reads only; memory does not grow with the number of units.
 
     Args:
-        out: the corpus.
+        corpus: path of the folder that a build wrote.
         deep: also read every shard: checksums, samples, offsets, photo headers, masks, captions. Without it
             only manifests, file sizes, ledgers and the plan are checked.
         workers: processes that look at units at the same time.
@@ -76,23 +77,23 @@ def verify(out: str | Path, deep: bool = True, workers: int = 1) -> Report:
     Raises:
         ConfigError: the folder is no corpus.
     """
-    out = Path(out)
+    opened, out = reader.open_corpus(corpus), Path(corpus)
     problems: list[Problem] = []
-    rules = _text_rules(out, problems)
+    rules = _text_rules(opened, problems)
     totals: Counter[str] = Counter()
-    for subset in reader.subsets(out):
-        paths = reader.manifest_paths(out, subset)
-        jobs = [(out, subset, path, rules, deep) for path in paths]
+    for subset in opened.subsets:
+        units = opened.units(subset)
+        jobs = [(out, unit, rules, deep) for unit in units]
         heads: dict[str, Head] = {}
-        for path, (head, found) in zip(paths, _each(jobs, workers), strict=True):
+        for unit, (head, found) in zip(units, _each(jobs, workers), strict=True):
             problems += found
             totals["units"] += 1
             if head:
-                heads[path.stem] = head
+                heads[unit.name] = head
                 totals["regions"] += head.regions
         problems += _check_plan(out, subset, heads)
-        problems += _check_strays(out, subset, {path.stem for path in paths})
-    problems += _check_merged(out, deep)
+        problems += _check_strays(out, subset, {unit.name for unit in units})
+    problems += _check_merged(opened, deep)
     broken = [problem for problem in problems if not problem.note]
     return Report(
         broken, [problem for problem in problems if problem.note], totals["units"], totals["regions"]
@@ -107,11 +108,11 @@ def _each(jobs: list[tuple], workers: int) -> Iterable[tuple[Head | None, list[P
         yield from pool.map(check_unit, *zip(*jobs, strict=True))
 
 
-def _text_rules(out: Path, problems: list[Problem]) -> Text | None:
+def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
     try:
-        return merge.read_config(out).text
-    except ConfigError as error:
-        problems.append(Problem("config.yaml", "", f"{error}; captions are not checked without it"))
+        return corpus.config.text
+    except (ConfigError, IntegrityError) as error:
+        problems.append(Problem(reader.CONFIG, "", f"{error}; captions are not checked without it"))
         return None
 
 
@@ -158,7 +159,7 @@ def _check_plan(out: Path, subset: str, heads: dict[str, Head]) -> list[Problem]
 
 def _images_of(path: Path) -> dict[str, int]:
     with suppress(ParaCaptionError, OSError):
-        return writer.read_manifest(path).images
+        return reader.read_manifest(path).images
     return {}
 
 
@@ -220,35 +221,35 @@ def _check_strays(out: Path, subset: str, units: set[str]) -> list[Problem]:
     return problems
 
 
-def _check_merged(out: Path, deep: bool) -> list[Problem]:
+def _check_merged(corpus: Corpus, deep: bool) -> list[Problem]:
     """Index and statistics, if there are any, are of the units that are committed now."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    mend = "run `paracaption merge`"
-    found = [name for name in (merge.STATS, reader.INDEX) if (out / name).exists()]
+    mend, out = "run `paracaption merge`", Path(corpus.path)
+    found = [name for name in (reader.STATS, reader.INDEX) if (out / name).exists()]
     if not found:
         return [Problem(reader.INDEX, "", f"not there: the corpus is not merged; {mend}", note=True)]
     try:
-        summary = merge.read_summary(out)
+        summary = corpus.summary
         with pq.ParquetFile(out / reader.INDEX) as index:
             rows = index.metadata.num_rows
     except (ParaCaptionError, OSError, pa.ArrowException) as error:
-        name = merge.STATS if isinstance(error, ParaCaptionError) else reader.INDEX
+        name = reader.STATS if isinstance(error, ParaCaptionError) else reader.INDEX
         return [Problem(name, "", f"not readable ({error}); {mend}")]
     problems: list[Problem] = []
     kept = 0
-    for subset in reader.subsets(out):
+    for subset in corpus.subsets:
         try:
-            now = merge.count(out, subset)
+            now = merge.count_subset(corpus, subset)
         except (IntegrityError, OSError):
             return problems  # told above
         kept += now.kept
         then = summary.subsets.get(subset)
         if then is None or then.counts != now:
-            problems.append(Problem(merge.STATS, subset, f"not of the units committed now; {mend}"))
+            problems.append(Problem(reader.STATS, subset, f"not of the units committed now; {mend}"))
     if deep and sha256_of(out / reader.INDEX) != summary.index.sha256:
-        problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {merge.STATS}; {mend}"))
+        problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {reader.STATS}; {mend}"))
     elif rows != kept:
         problems.append(Problem(reader.INDEX, "", f"has {rows} rows, {kept} regions are kept; {mend}"))
     return problems

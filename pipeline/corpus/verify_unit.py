@@ -17,7 +17,8 @@ from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
 from ..io import photos
-from . import merge, reader, writer
+from . import reader
+from .reader import Unit
 
 EXAMPLES = 20
 """Problems of one kind that are listed for one unit; the rest are counted."""
@@ -62,11 +63,11 @@ class Head(NamedTuple):
 class _Unit:
     """The checks of a unit; collects problems, a limited number of each kind."""
 
-    def __init__(self, out: Path, subset: str, path: Path):
+    def __init__(self, out: Path, unit: Unit):
         self.out = out
-        self.folder = out / subset
-        self.subset = subset
-        self.path = path
+        self.folder = Path(unit.folder)
+        self.subset = unit.subset
+        self.path = Path(unit.manifest)
         self.problems: list[Problem] = []
         self._seen: Counter[tuple[str, str]] = Counter()
 
@@ -89,11 +90,12 @@ class _Unit:
 
 
 def check_unit(
-    out: Path, subset: str, path: Path, rules: Text | None, deep: bool
+    out: Path, committed: Unit, rules: Text | None, deep: bool
 ) -> tuple[Head | None, list[Problem]]:
-    unit = _Unit(out, subset, path)
+    unit = _Unit(out, committed)
+    path = unit.path
     try:
-        manifest = writer.read_manifest(path)
+        manifest = reader.read_manifest(path)
     except (IntegrityError, OSError) as error:
         unit.say(path, "", f"not a manifest ({error.__cause__ or error}); {MEND}")
         return None, unit.finish()
@@ -160,9 +162,8 @@ _COUNTED = ["unit", "subset", "key", "region", "kept", "drop_stage", "drop_reaso
 def _check_ledger(unit: _Unit, manifest: Manifest, deep: bool) -> list[_Row] | None:
     path = unit.folder / manifest.ledger.path
     try:
-        table = reader.read_ledger(path, None if deep else _COUNTED)
-        rows = (merge.aligned(table) if deep else table.select(_COUNTED)).to_pylist()
-    except (ParaCaptionError, KeyError, ValueError, OSError) as error:
+        rows = reader.read_ledger(path, None if deep else _COUNTED).to_pylist()
+    except ParaCaptionError as error:
         unit.say(path, "", f"not a ledger ({error}); {MEND}")
         return None
     _compare_counts(unit, path, manifest, rows)

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 import msgspec
 
 from ...schemas import manifest as manifests
-from ...schemas.errors import IntegrityError, StageFailed
+from ...schemas.errors import StageFailed
 from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
@@ -265,17 +265,3 @@ def sweep(folder: Path) -> int:
     except OSError as error:
         raise write_failed(folder, error) from error
     return len(leftovers)
-
-
-def read_manifest(path: Path) -> Manifest:
-    """One manifest.
-
-    Raises:
-        IntegrityError: it does not parse; names the file and the mend.
-    """
-    try:
-        return manifests.decode(path.read_bytes())
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise IntegrityError(
-            f"{path}: not a manifest ({error}); delete it and run the build again, which rebuilds the unit"
-        ) from error

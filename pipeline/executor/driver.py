@@ -24,7 +24,7 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, StageFailed
 from ...schemas.reasons import ERRORS
 from ..config_file import dump_config
-from ..corpus import merge, work_list, writer
+from ..corpus import merge, reader, work_list, writer
 from ..corpus.events import EventLog, EventReader
 from ..corpus.writer import Draft
 from ..io import files
@@ -80,7 +80,7 @@ def build(
     engine.check(config)
     with locked(Path(config.out)):
         if is_finished(config, limit_images, retry_failed):
-            return msgspec.to_builtins(merge.read_summary(config.out))
+            return msgspec.to_builtins(reader.read_summary(config.out))
         step(write_config)(config)
         for subset in config.subsets:
             plan = step(make_plan)(config, subset, limit_images)
@@ -290,7 +290,7 @@ def failed_units(folder: Path, plan: work_list.Plan) -> list[int]:
     failed = []
     for index in range(plan.num_units):
         try:
-            record = writer.read_manifest(folder / "manifests" / f"{plan.unit_name(index)}.json")
+            record = reader.read_manifest(folder / "manifests" / f"{plan.unit_name(index)}.json")
         except FileNotFoundError:
             continue
         reasons = {key.partition("/")[2] for key in record.dropped} | set(record.images_dropped)

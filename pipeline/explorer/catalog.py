@@ -20,6 +20,7 @@ import duckdb
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.summary import SubsetCounts
 from ..corpus import merge, reader
+from ..corpus.reader import Unit
 from .query import CATEGORY, Query
 
 T = TypeVar("T")
@@ -43,14 +44,6 @@ _DAMAGED = (
     duckdb.ConversionException,
 )
 """What DuckDB raises for files that are not ledgers."""
-
-
-class Unit(NamedTuple):
-    """A committed unit: its subset, its name, and the path of its ledger."""
-
-    subset: str
-    name: str
-    ledger: str
 
 
 class ImagePlace(NamedTuple):
@@ -96,7 +89,7 @@ class Catalog:
 
     def __init__(self, out: str | Path):
         self.out = Path(out).absolute()
-        reader.subsets(self.out)
+        self.corpus = reader.open_corpus(self.out)
         self._lock = threading.Lock()
         self._units: dict[str, Unit] = {}
         self._version: tuple[Any, ...] = ()
@@ -126,16 +119,12 @@ class Catalog:
         return self._version
 
     def _refresh(self) -> None:
-        names = reader.subsets(self.out)
+        names = self.corpus.subsets
         version = tuple((name, (self.out / name / "manifests").stat().st_mtime_ns) for name in names)
         with self._lock:
             if version == self._version:
                 return
-            self._units = {
-                path.stem: Unit(name, path.stem, str(self.out / name / "ledger" / f"{path.stem}.parquet"))
-                for name in names
-                for path in reader.manifest_paths(self.out, name)
-            }
+            self._units = {unit.name: unit for unit in self.corpus.units()}
             self._version = version
             self._kept.clear()
 
@@ -154,7 +143,7 @@ class Catalog:
 
     def counts(self, subset: str) -> SubsetCounts:
         """The funnel and the counts of a subset, as the terminal shows them."""
-        return self.remember(("counts", subset), lambda: merge.count(self.out, subset))
+        return self.remember(("counts", subset), lambda: merge.count_subset(self.corpus, subset))
 
     def remember(self, what: Any, make: Callable[[], T], most: int = 256) -> T:
         """What `make` returns, kept under `what` until other units are committed."""
@@ -304,7 +293,7 @@ class Catalog:
 
         def listed() -> list[str]:
             with contextlib.suppress(ParaCaptionError):
-                subsets = merge.read_summary(self.out).subsets.values()
+                subsets = self.corpus.summary.subsets.values()
                 ranked = sorted(
                     (pair for each in subsets for pair in each.categories), key=lambda pair: -pair[1]
                 )
@@ -349,12 +338,11 @@ class Catalog:
             unit = self._units.get(self._places.get((subset, key), ""))
         if unit is not None:
             return unit
-        sql = "SELECT unit FROM LEDGERS WHERE key = $key AND subset = $subset LIMIT 1"
-        found = self.select(sql, {"key": key, "subset": subset}, subset) if subset in self.subsets() else []
-        if not found:
+        unit = self.corpus.find_unit(subset, key) if subset in self.subsets() else None
+        if unit is None:
             raise ConfigError(f"{subset[:40]}/{key[:80]}: no such image is committed")
-        self._learn(subset, key, found[0][0])
-        return self._units[found[0][0]]
+        self._learn(subset, key, unit.name)
+        return unit
 
     def _learn(self, subset: str, key: str, unit: str) -> None:
         with self._lock:

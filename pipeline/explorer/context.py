@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse
 
 from ...schemas.config import BuildConfig
-from ..corpus import merge, plots
+from ..corpus import plots
 from ..sources.registry import subset_title
 from ..stages.registry import stage_title
 from . import charts, training
@@ -49,7 +49,7 @@ class Explorer:
     @property
     def config(self) -> BuildConfig:
         """The configuration of the last build; it is read again when other units are committed."""
-        return self.catalog.remember("config", lambda: merge.read_config(self.catalog.out))
+        return self.catalog.remember("config", lambda: self.catalog.corpus.config)
 
     def html(self, template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
         """The page that a template makes of some values."""

@@ -23,7 +23,7 @@ _DROPPED_SHOWN = 3
 class ShownSample(NamedTuple):
     """A sample with its picture as a data URL; "" if the photo cannot be shown."""
 
-    sample: inspect.Sample
+    sample: inspect.ShownRegion
     picture: str
 
 
@@ -58,15 +58,15 @@ def render_report(explorer: Explorer) -> str:
 
 def _groups(explorer: Explorer, subset: str) -> list[tuple[str, list[ShownSample]]]:
     """Samples by decision, in the funnel's order."""
-    kept, dropped = inspect.samples(explorer.catalog.out, subset, _KEPT_SHOWN, _DROPPED_SHOWN)
+    kept, dropped = inspect.sample_regions(explorer.catalog.corpus, subset, _KEPT_SHOWN, _DROPPED_SHOWN)
     groups = {KEPT: kept, **dropped}
     order = [name for name, _ in list_decisions(explorer.catalog, subset)]
     ranked = sorted(groups, key=lambda name: order.index(name) if name in order else len(order))
     return [(name, [_shown(explorer, subset, sample) for sample in groups[name]]) for name in ranked]
 
 
-def _shown(explorer: Explorer, subset: str, sample: inspect.Sample) -> ShownSample:
-    regions = [] if sample.region in (None, -1) else [sample.region]
+def _shown(explorer: Explorer, subset: str, sample: inspect.ShownRegion) -> ShownSample:
+    regions = [] if sample.region == -1 else [sample.region]
     try:
         data = explorer.pictures.thumb(subset, sample.key, regions)
     except ParaCaptionError:

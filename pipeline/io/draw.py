@@ -370,7 +370,7 @@ def show(out: str | Path, key: str, path: str | Path) -> None:
         ConfigError: no such image, none of its regions was kept, or no such picture format.
         IntegrityError: the corpus is damaged.
     """
-    found = reader.find_image(out, key)
+    found = reader.open_corpus(out).find_image(key)
     kept = [row for row in found.rows if row["kept"]]
     if not kept:
         why = "; ".join(sorted({f"{row['drop_reason']} ({row['drop_detail']})" for row in found.rows}))
@@ -450,7 +450,7 @@ def save(picture: Image, path: str | Path) -> None:
 
 
 def _read(out: str | Path, rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[Overlay]]:
-    sample, data = reader.read_sample(out, rows[0])
+    sample, data = reader.Corpus(out).read_sample(rows[0])
     try:
         photo = photos.decode(Blob(f"{rows[0]['shard']}: {sample.key}"), data, 1 << 30)
     except BadRecord as error:
@@ -465,7 +465,8 @@ def _read(out: str | Path, rows: list[dict[str, Any]]) -> tuple[np.ndarray, list
 
 def _choose(out: Path, num_images: int) -> list[tuple[str, list[dict[str, Any]]]]:
     """Kept rows of some images, subsets in turn."""
-    streams = [_candidates(out, subset, num_images) for subset in reader.subsets(out)]
+    corpus = reader.open_corpus(out)
+    streams = [_candidates(corpus, subset, num_images) for subset in corpus.subsets]
     chosen: list[tuple[str, list[dict[str, Any]]]] = []
     while streams and len(chosen) < num_images:
         for stream in list(streams):
@@ -477,15 +478,17 @@ def _choose(out: Path, num_images: int) -> list[tuple[str, list[dict[str, Any]]]
     return sorted(chosen, key=lambda each: (each[0], each[1][0]["key"]))
 
 
-def _candidates(out: Path, subset: str, wanted: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _candidates(
+    corpus: reader.Corpus, subset: str, wanted: int
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Images of a subset: the best one of each of some evenly spread units, then the second best ones, and so
     on.
     """
-    paths = reader.manifest_paths(out, subset)
-    spread = paths[:: max(1, len(paths) // wanted)][:wanted]
+    units = corpus.units(subset)
+    spread = units[:: max(1, len(units) // wanted)][:wanted]
     ranked: list[list[list[dict[str, Any]]]] = []
-    for path in spread:
-        table = reader.read_ledger(out / subset / "ledger" / f"{path.stem}.parquet")
+    for unit in spread:
+        table = reader.read_ledger(unit.ledger)
         by_key: dict[str, list[dict[str, Any]]] = {}
         for row in table.filter(table["kept"]).to_pylist():
             by_key.setdefault(row["key"], []).append(row)

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -54,13 +54,15 @@ def read(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
         with open(local(blob.url), "rb", buffering=0) as file:
             if blob.offset + start:
                 file.seek(blob.offset + start)
-            return file.read() if length is None else _read_exactly(file, length)
+            return file.read() if length is None else _read_up_to(file, length)
     fs, path = file_system(blob.url)
     first = blob.offset + start
     return fs.cat_file(path, start=first or None, end=None if length is None else first + length)
 
 
-def _read_exactly(file: Any, length: int) -> bytes:
+def _read_up_to(file: IO[bytes], length: int) -> bytes:
+    # A length may come from a damaged file, and `read` reserves what it is asked for.
+    length = max(0, min(length, os.fstat(file.fileno()).st_size - file.tell()))
     data = file.read(length)
     if len(data) == length:
         return data
@@ -70,6 +72,25 @@ def _read_exactly(file: Any, length: int) -> bytes:
         parts.append(data)
         remaining -= len(data)
     return b"".join(parts)
+
+
+_AT_ONCE = 1024
+
+
+def read_many(urls: Sequence[str]) -> Iterator[bytes]:
+    """The bytes of small files in the given order; a store is asked for many of them at a time.
+
+    Raises:
+        OSError: as the file system has it.
+    """
+    if not urls or not is_url(urls[0]):
+        yield from (read(Blob(url)) for url in urls)
+        return
+    fs, _ = file_system(urls[0])
+    for start in range(0, len(urls), _AT_ONCE):
+        paths = [fs._strip_protocol(url) for url in urls[start : start + _AT_ONCE]]
+        found = fs.cat(paths)
+        yield from (found[path] for path in paths) if isinstance(found, dict) else [found]
 
 
 def size_of(blob: Blob) -> int:
@@ -99,6 +120,22 @@ def expand(pattern: str) -> list[str]:
     if local_glob.has_magic(path):
         return sorted(fs.unstrip_protocol(found) for found in fs.glob(path))
     return [pattern] if fs.exists(path) else []
+
+
+def list_names(folder: str) -> list[str]:
+    """Names of the files and folders in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    try:
+        if not is_url(folder):
+            return sorted(os.listdir(local(folder)))
+        fs, path = file_system(folder)
+        fs.invalidate_cache(path)  # what others have written since the last call
+        return sorted(found.rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def is_folder(url: str) -> bool:

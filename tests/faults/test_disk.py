@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.corpus import reader, work_list, writer
 from paracaption.pipeline.corpus.events import EventLog, EventReader
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.ray_data import RayEngine
@@ -78,7 +78,7 @@ def assert_valid(out: Path) -> int:
     """What is committed is whole; returns how many units that are."""
     manifests = sorted((out / "coconut" / "manifests").glob("*.json"))
     for path in manifests:
-        record = writer.read_manifest(path)
+        record = reader.read_manifest(path)
         found = {name.partition("/")[2]: digest for name, digest in committed(out).items()}
         assert record.shard is not None
         assert found[record.shard.path] == record.shard.sha256

@@ -66,10 +66,9 @@ def test_the_corpus_verifies(home):
 
 def test_every_region_of_the_ledgers_and_the_index_is_read():
     for subset, regions in REGIONS.items():
-        found = list(reader.iter_committed(HERE / "corpus", subset))
-        assert len(found) == 2
-        ledgers = [reader.read_ledger(HERE / "corpus" / subset / each.ledger.path) for each, _ in found]
-        assert sum(each.num_rows for each in ledgers) == regions
+        corpus = reader.open_corpus(HERE / "corpus")
+        assert len(list(corpus.manifests(subset))) == 2
+        assert sum(each.num_rows for each in corpus.ledgers(subset)) == regions
     assert pq.read_metadata(HERE / "corpus" / "index.parquet").num_rows == 40
 
 

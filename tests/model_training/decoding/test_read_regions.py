@@ -313,7 +313,7 @@ def corpus(tmp_path_factory):
 def kept(corpus):
     """Key, shard and rows of an image of the corpus."""
     key = "000000000000"
-    rows = [row for row in reader.find_image(corpus, key).rows if row["kept"]]
+    rows = [row for row in reader.open_corpus(corpus).find_image(key).rows if row["kept"]]
     return key, corpus / "coconut" / rows[0]["shard"], rows
 
 

@@ -305,20 +305,19 @@ def test_the_build_keeps_every_region_and_gives_it_its_true_caption(world):
     manifest = build_here(config)
     assert manifest.regions_in == manifest.kept == sum(map(len, truths.values()))
     seen = set()
-    for manifest, _ in reader.iter_committed(config.out, "coconut"):
-        for sample, photo in reader.iter_samples(Path(config.out, "coconut", manifest.shard.path)):
-            seen.add(sample.key)
-            assert Image.open(io.BytesIO(photo)).size == (sample.width, sample.height)
-            labels = np.array(Image.open(world / "panoptic" / f"{sample.key}.png")).astype(int)
-            labels = labels @ (1, 256, 65536)
-            expected = truths[sample.key]
-            assert len(sample.regions) == len(expected)
-            for region in sample.regions:
-                mask = rle.decode(Rle(region.rle.size, region.rle.counts)).astype(bool)
-                (segment,) = np.unique(labels[mask])
-                assert mask.sum() == (labels == segment).sum()
-                assert region.caption == expected[str(segment)]
-                assert region.category == parse(region.caption).shape
+    for sample, photo in reader.open_corpus(config.out).samples("coconut"):
+        seen.add(sample.key)
+        assert Image.open(io.BytesIO(photo)).size == (sample.width, sample.height)
+        labels = np.array(Image.open(world / "panoptic" / f"{sample.key}.png")).astype(int)
+        labels = labels @ (1, 256, 65536)
+        expected = truths[sample.key]
+        assert len(sample.regions) == len(expected)
+        for region in sample.regions:
+            mask = rle.decode(Rle(region.rle.size, region.rle.counts)).astype(bool)
+            (segment,) = np.unique(labels[mask])
+            assert mask.sum() == (labels == segment).sum()
+            assert region.caption == expected[str(segment)]
+            assert region.category == parse(region.caption).shape
     assert seen == set(truths)
 
 

@@ -21,7 +21,7 @@ def out(tmp_path_factory) -> Path:
 
 
 def samples(out: Path) -> list:
-    return [sample for _, sample, _ in reader.iter_corpus(out, reader.subsets(out))]
+    return [sample for sample, _ in reader.open_corpus(out).samples()]
 
 
 def test_perceptiondlm_json_is_the_list_that_the_original_trainer_reads(out, tmp_path):
@@ -39,7 +39,7 @@ def test_perceptiondlm_json_is_the_list_that_the_original_trainer_reads(out, tmp
 
 def test_photos_are_the_publishers_bytes(out, tmp_path):
     export.export(out, "perceptiondlm-json", tmp_path / "to")
-    for _, sample, photo in reader.iter_corpus(out, ["coconut"]):
+    for sample, photo in reader.open_corpus(out).samples("coconut"):
         assert (tmp_path / "to/images/coconut" / f"{sample.key}.jpg").read_bytes() == photo
 
 
@@ -131,13 +131,13 @@ def test_a_corpus_without_kept_regions_exports_as_nothing(tmp_path, form):
 
 def test_keys_that_could_leave_the_folder_are_never_file_names(tmp_path, monkeypatch):
     out = committed.merged(tmp_path / "out")
-    real = reader.iter_samples
+    real = reader.iter_shard
 
     def hostile(shard):
         for sample, photo in real(shard):
             yield msgspec.structs.replace(sample, key="../../evil"), photo
 
-    monkeypatch.setattr(reader, "iter_samples", hostile)
+    monkeypatch.setattr(reader, "iter_shard", hostile)
     with pytest.raises(IntegrityError, match="evil"):
         export.export(out, "perceptiondlm-json", tmp_path / "to")
     assert not list(tmp_path.rglob("evil*")) and not list(tmp_path.glob(f"{files.TEMPORARY}*"))

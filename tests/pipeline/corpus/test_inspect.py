@@ -1,8 +1,8 @@
 import pytest
 from rich.console import Console
 
-from paracaption.pipeline.corpus import inspect, merge
-from paracaption.pipeline.corpus.inspect import Sample
+from paracaption.pipeline.corpus import inspect, merge, reader
+from paracaption.pipeline.corpus.inspect import ShownRegion
 from paracaption.schemas.errors import ConfigError
 from tests import committed
 
@@ -27,7 +27,7 @@ def test_the_funnel_shows_each_step_with_its_share_and_reasons(out):
 
 
 def test_samples_are_shown_of_what_was_kept_and_of_each_reason(out):
-    kept, dropped = inspect.samples(out, "coconut", 5, 2)
+    kept, dropped = inspect.sample_regions(reader.open_corpus(out), "coconut", 5, 2)
     assert len(kept) == 5 and all(sample.caption.startswith("A plain") for sample in kept)
     assert set(dropped) == {
         "source/photo_unreadable",
@@ -40,7 +40,7 @@ def test_samples_are_shown_of_what_was_kept_and_of_each_reason(out):
 
 
 def test_samples_are_the_same_each_time_and_fewer_are_a_part_of_more(out):
-    few, many = (inspect.samples(out, "coconut", n, 1)[0] for n in (2, 6))
+    few, many = (inspect.sample_regions(reader.open_corpus(out), "coconut", n, 1)[0] for n in (2, 6))
     assert few == many[:2]
     assert text_of(inspect.inspect(out)) == text_of(inspect.inspect(out))
 
@@ -52,7 +52,7 @@ def test_it_needs_no_merge_and_counts_committed_units_alone(tmp_path):
 
 
 def test_captions_are_text_and_neither_markup_nor_terminal_codes():
-    hostile = Sample("key", 0, "[bold]cat[/bold]", "[link=x]\x1b[2Ja\r\nb" + "c" * 900, "[/]")
+    hostile = ShownRegion("key", 0, "[bold]cat[/bold]", "[link=x]\x1b[2Ja\r\nb" + "c" * 900, "[/]")
     shown = text_of(inspect._samples("kept", [hostile]), width=2000)
     assert "[bold]cat[/bold]" in shown and "[link=x]" in shown and "\x1b[2J" not in shown
     assert len(shown) < 500
@@ -76,5 +76,5 @@ def test_plots_are_drawn_also_of_a_corpus_in_which_nothing_was_kept(tmp_path):
     merge.merge(tmp_path / "out")
     names = {path.name for path in (tmp_path / "out" / "plots").iterdir()}
     assert names == {"funnel.png", "caption_words.png", "regions_per_image.png", "mask_area.png"}
-    summary = merge.read_summary(tmp_path / "out")
+    summary = reader.read_summary(tmp_path / "out")
     assert (summary.regions, summary.images) == (0, 12)

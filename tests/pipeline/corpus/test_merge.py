@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from paracaption.pipeline.corpus import merge, plots, reader, writer
+from paracaption.pipeline.corpus import ledger, merge, plots, reader
 from paracaption.pipeline.sources.protocols import SOURCE_STAGE
 from paracaption.pipeline.stages import recipes
 from paracaption.schemas.errors import ConfigError, IntegrityError
@@ -37,7 +37,7 @@ def test_the_index_has_every_kept_region_sorted_by_subset_and_unit(out):
 
 def test_each_row_of_the_index_leads_to_its_sample(out):
     for row in pq.read_table(out / "index.parquet").to_pylist():
-        sample, photo = reader.read_sample(out, row)
+        sample, photo = reader.open_corpus(out).read_sample(row)
         region = next(region for region in sample.regions if region.id == row["region"])
         assert (region.caption, region.area) == (row["caption"], row["area"])
         assert photo.startswith(b"\xff\xd8")
@@ -47,11 +47,11 @@ def test_offsets_that_lead_elsewhere_are_an_error_naming_shard_and_key(out):
     row = pq.read_table(out / "index.parquet").to_pylist()[0]
     for change in ({"json_offset": row["json_offset"] - 512}, {"key": "other"}, {"photo_length": 1 << 40}):
         with pytest.raises(IntegrityError, match=r"coconut-000000\.tar"):
-            reader.read_sample(out, row | change)
+            reader.open_corpus(out).read_sample(row | change)
 
 
 def test_each_step_of_the_funnel_takes_what_the_one_before_left(out):
-    summary = merge.read_summary(out)
+    summary = reader.read_summary(out)
     for subset in summary.subsets.values():
         steps = subset.counts.funnel
         assert steps[0].regions_in == subset.counts.regions
@@ -88,7 +88,7 @@ def test_merging_again_gives_the_same_bytes(out):
 
 
 def test_statistics_count_captions_regions_and_areas_exactly(out):
-    summary = merge.read_summary(out)
+    summary = reader.read_summary(out)
     rows = [row for row in pq.read_table(out / "index.parquet").to_pylist() if row["subset"] == "coconut"]
     found = summary.subsets["coconut"]
     assert found.caption_words.total == found.area_px.total == len(rows)
@@ -148,10 +148,10 @@ def test_a_ledger_that_its_manifest_does_not_know_stops_the_merge_and_leaves_the
 
 def test_an_older_ledger_without_a_new_score_still_merges(tmp_path):
     table = pq.read_table(committed.merged(tmp_path / "out") / "sa1b/ledger/sa1b-000000.parquet")
-    aligned = merge.aligned(table.drop_columns(["repeat_share"]))
+    aligned = ledger.align_ledger(table.drop_columns(["repeat_share"]), "it")
     assert aligned["repeat_share"].null_count == table.num_rows
     with pytest.raises(IntegrityError, match="caption"):
-        merge.aligned(table.drop_columns(["caption"]))
+        ledger.align_ledger(table.drop_columns(["caption"]), "it")
 
 
 def test_the_card_shows_funnel_licences_and_configuration(out):
@@ -176,11 +176,11 @@ def test_names_in_the_card_are_no_markup():
 def test_an_image_is_found_by_its_key_with_and_without_an_index(tmp_path):
     out = committed.merged(tmp_path / "out")
     for _ in range(2):
-        found = reader.find_image(out, "000000000005")
+        found = reader.open_corpus(out).find_image("000000000005")
         assert found.subset == "coconut" and [row["region"] for row in found.rows] == [0, 1, 2, 3]
-        assert len(reader.find_image(out, "000000000002").rows) == 4  # nothing of it was kept
+        assert len(reader.open_corpus(out).find_image("000000000002").rows) == 4  # nothing of it was kept
         with pytest.raises(ConfigError, match="no image nothing"):
-            reader.find_image(out, "nothing")
+            reader.open_corpus(out).find_image("nothing")
         (out / "index.parquet").unlink(missing_ok=True)
 
 
@@ -192,15 +192,15 @@ def test_a_key_in_both_subsets_must_be_told_apart(tmp_path):
     record["images"]["000000000001"] = record["images"].pop("sa_1")
     path.write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="coconut/000000000001 or sa1b/000000000001"):
-        reader.find_image(out, "000000000001")
-    assert reader.find_image(out, "coconut/000000000001").subset == "coconut"
+        reader.open_corpus(out).find_image("000000000001")
+    assert reader.open_corpus(out).find_image("coconut/000000000001").subset == "coconut"
 
 
 def test_counts_come_from_the_manifests_alone(out):
-    counts = merge.count(out, "coconut")
+    counts = merge.count_subset(reader.open_corpus(out), "coconut")
     assert (counts.units, counts.images, counts.images_captioned, counts.regions) == (3, 9, 7, 36)
     assert counts.images_dropped == {"photo_unreadable": 1}
-    assert counts == merge.read_summary(out).subsets["coconut"].counts
+    assert counts == reader.read_summary(out).subsets["coconut"].counts
 
 
 def test_a_folder_that_is_no_corpus_is_a_clear_error(tmp_path):
@@ -212,10 +212,10 @@ def test_a_folder_that_is_no_corpus_is_a_clear_error(tmp_path):
 
 def test_statistics_that_do_not_parse_are_an_error_with_its_mend(tmp_path):
     with pytest.raises(ConfigError, match="paracaption merge"):
-        merge.read_summary(tmp_path)
+        reader.read_summary(tmp_path)
     (tmp_path / "stats.json").write_text("{}")
     with pytest.raises(IntegrityError, match="paracaption merge"):
-        merge.read_summary(tmp_path)
+        reader.read_summary(tmp_path)
 
 
 def test_shards_read_with_plain_webdataset(out):
@@ -223,7 +223,7 @@ def test_shards_read_with_plain_webdataset(out):
 
     names = sorted(str(path) for path in (out / "coconut" / "shards").glob("*.tar"))
     samples = list(wds.WebDataset(names, shardshuffle=False))
-    expected = [s for name in names for s, _ in reader.iter_samples(name)]
+    expected = [s for name in names for s, _ in reader.iter_shard(name)]
     assert [sample["__key__"] for sample in samples] == [each.key for each in expected]
     for sample, each in zip(samples, expected, strict=True):
         assert msgspec.json.decode(sample["json"], type=type(each)) == each
@@ -244,7 +244,7 @@ def test_shards_read_with_hugging_face_datasets(out, tmp_path, streaming):
     first = samples[0]
     assert first["jpg"].size == (first["json"]["width"], first["json"]["height"])
     assert first["json"]["regions"][0]["rle"]["size"] == [96, 128]
-    assert writer.read_manifest(out / "coconut/manifests/coconut-000000.json").images[first["__key__"]] == 2
+    assert reader.read_manifest(out / "coconut/manifests/coconut-000000.json").images[first["__key__"]] == 2
 
 
 @pytest.mark.parametrize(

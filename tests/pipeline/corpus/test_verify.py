@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline.corpus import merge, verify, work_list, writer
+from paracaption.pipeline.corpus import merge, reader, verify, work_list
 from paracaption.pipeline.corpus.ledger import write_table
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.errors import ConfigError
@@ -43,7 +43,7 @@ def edit_manifest(out: Path, unit: str = UNIT, **changes) -> None:
 
 
 def manifest_of(out: Path, unit: str = UNIT) -> manifests.Manifest:
-    return writer.read_manifest(out / unit.rpartition("-")[0] / "manifests" / f"{unit}.json")
+    return reader.read_manifest(out / unit.rpartition("-")[0] / "manifests" / f"{unit}.json")
 
 
 def sign(out: Path, name: str, unit: str = UNIT) -> None:
@@ -361,7 +361,7 @@ def test_many_problems_of_one_kind_are_counted_and_not_all_listed(out):
     assert len([p for p in found(out) if "area says 1" in p]) == 16
     from paracaption.pipeline.corpus import verify_unit
 
-    unit = verify_unit._Unit(out, "coconut", out / "coconut/manifests/coconut-000000.json")
+    unit = verify_unit._Unit(out, reader.open_corpus(out).units("coconut")[0])
     for i in range(50):
         unit.say(out / "a", str(i), "is wrong", "wrongness")
     assert len(unit.finish()) == 21 and "30 more of this kind" in unit.finish()[-1].what

@@ -10,7 +10,7 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline.corpus import writer
+from paracaption.pipeline.corpus import reader, writer
 from paracaption.pipeline.io import files
 from paracaption.schemas.errors import IntegrityError, StageFailed
 from paracaption.schemas.manifest import encode
@@ -67,7 +67,7 @@ def assert_consistent(folder: Path) -> None:
     """A shard exists if and only if its manifest does, which speaks of the bytes that are there."""
     assert names(folder) in (set(), WHOLE)
     if names(folder):
-        record = writer.read_manifest(folder / f"manifests/{UNIT}.json")
+        record = reader.read_manifest(folder / f"manifests/{UNIT}.json")
         for entry in (record.shard, record.ledger):
             assert hashlib.sha256((folder / entry.path).read_bytes()).hexdigest() == entry.sha256
 
@@ -246,7 +246,7 @@ def test_a_commit_that_ends_anywhere_is_all_or_nothing_and_can_be_done_again(
     monkeypatch.undo()
     kept = names(folder)
     if f"manifests/{UNIT}.json" in kept:
-        record = writer.read_manifest(folder / f"manifests/{UNIT}.json")
+        record = reader.read_manifest(folder / f"manifests/{UNIT}.json")
         found = hashlib.sha256((folder / record.shard.path).read_bytes()).hexdigest()
         assert found == record.shard.sha256, "a manifest speaks of other bytes"
     if isinstance(error, Crash):
@@ -254,7 +254,7 @@ def test_a_commit_that_ends_anywhere_is_all_or_nothing_and_can_be_done_again(
     assert_consistent(folder)
     writer.commit(folder, write(folder, three(tmp_path)))
     assert_consistent(folder)
-    assert writer.read_manifest(folder / f"manifests/{UNIT}.json").recipe == "recipe"
+    assert reader.read_manifest(folder / f"manifests/{UNIT}.json").recipe == "recipe"
 
 
 def test_a_manifest_whose_folder_cannot_be_made_durable_is_taken_back(folder, tmp_path, monkeypatch):
@@ -298,4 +298,4 @@ def test_a_manifest_that_is_none_names_itself_and_the_mend(tmp_path, garbage):
     path = tmp_path / "coconut-000000.json"
     path.write_bytes(garbage)
     with pytest.raises(IntegrityError, match=r"coconut-000000.json: not a manifest .*delete it and run"):
-        writer.read_manifest(path)
+        reader.read_manifest(path)

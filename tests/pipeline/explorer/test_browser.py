@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.pipeline.corpus import merge
+from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.explorer import whatif
 from tests.pipeline.explorer import corpus
 from tests.pipeline.explorer.corpus import serving
@@ -155,7 +155,7 @@ def test_walking_through_images_stays_within_the_result(page, out):
 
 
 def test_what_if_counts_follow_the_slider(page, catalog, out):
-    config = merge.read_config(out)
+    config = reader.read_config(out)
     page.goto("/whatif")
     slider = page.get_by_label("least IoU with the segmenter's mask, slider")
     slider.fill("0.7")

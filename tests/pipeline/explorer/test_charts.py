@@ -2,15 +2,15 @@
 
 import pytest
 
-from paracaption.pipeline.corpus import merge
+from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.explorer import charts
 from tests.pipeline.explorer import corpus
 
 
 @pytest.mark.parametrize("subset", ["coconut", "sa1b"])
 def test_distributions_count_what_the_statistics_count(catalog, out, subset):
-    summary = merge.read_summary(out).subsets[subset]
-    shown = {each.name: each for each in charts.read_distributions(catalog, subset, merge.read_config(out))}
+    summary = reader.read_summary(out).subsets[subset]
+    shown = {each.name: each for each in charts.read_distributions(catalog, subset, reader.read_config(out))}
     for name, histogram in (("num_words", summary.caption_words), ("area", summary.area_px)):
         exact = list(zip(histogram.edges, histogram.counts, strict=False))
         for low, high, kept, _ in shown[name].bins:
@@ -29,7 +29,7 @@ def test_distributions_count_what_the_statistics_count(catalog, out, subset):
 
 
 def test_active_thresholds_are_drawn_where_they_are(catalog, out):
-    config = merge.read_config(out)
+    config = reader.read_config(out)
     shown = {each.name: each for each in charts.read_distributions(catalog, "sa1b", config)}
     [line] = charts.draw_chart(shown["iou"]).lines
     assert line.text == "min_iou 0.5" and line.x == pytest.approx(0.5 * charts.WIDTH)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from paracaption.filters import rle
 from paracaption.flows.cli import app
-from paracaption.pipeline.corpus import inspect
+from paracaption.pipeline.corpus import inspect, reader
 from paracaption.pipeline.explorer import evidence, pictures, training
 from paracaption.pipeline.explorer.app import PAGES, make_app
 from paracaption.pipeline.explorer.context import Explorer
@@ -188,7 +188,7 @@ def test_the_report_is_one_file_with_samples_of_each_reason(out, tmp_path):
     assert "<script" not in page and 'src="/' not in page and "href=" not in page and "url(" not in page
     assert "data:image/jpeg;base64," in page
     for subset in ("coconut", "sa1b"):
-        _, dropped = inspect.samples(out, subset, 0, 3)
+        _, dropped = inspect.sample_regions(reader.open_corpus(out), subset, 0, 3)
         for name, samples in dropped.items():
             assert html.escape(name.replace("/", ": ").replace("_", " ")) in page
             assert all(sample.key in page for sample in samples)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline.corpus import merge
+from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.explorer import whatif
 from paracaption.pipeline.explorer.catalog import Catalog
 from paracaption.pipeline.explorer.reviews import Reviews, wilson
@@ -63,7 +63,7 @@ def test_precision_is_by_decision_and_reviews_of_a_changed_decision_are_void(cop
     right = sum(number % 4 != 0 for number in range(len(rows)))
     assert found[:4] == ("sa1b", "agree_with_segmenter/iou_low", right, len(rows)) and void == 0
     assert found.low < found.share < found.high
-    config = merge.read_config(copy)
+    config = reader.read_config(copy)
     again = corpus.rebuilt(copy, tmp_path / "again", whatif.change_config(config, {"min_iou": 0.3}))
     [found], void = Reviews(Catalog(again)).precision()
     assert void == len(turning) > 0 and found.reviewed == len(rows) - len(turning)

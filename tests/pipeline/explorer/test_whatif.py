@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from paracaption.pipeline.corpus import merge
+from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.explorer import whatif
 from paracaption.pipeline.explorer.catalog import Catalog
 from paracaption.schemas.errors import ConfigError
@@ -29,7 +29,7 @@ CASES = {
 
 @pytest.mark.parametrize("values", CASES.values(), ids=CASES)
 def test_counts_equal_those_of_a_rebuild_with_that_threshold(catalog, out, tmp_path, values):
-    config = merge.read_config(out)
+    config = reader.read_config(out)
     wanted = whatif.change_config(config, values)
     again = corpus.rebuilt(out, tmp_path / "again", wanted)
     moved = 0
@@ -52,7 +52,7 @@ def test_counts_equal_those_of_a_rebuild_with_that_threshold(catalog, out, tmp_p
 def test_the_lines_to_copy_give_the_configuration_that_was_counted(out):
     import yaml
 
-    config = merge.read_config(out)
+    config = reader.read_config(out)
     for values in itertools.islice(CASES.values(), 0, None, 4):
         wanted = whatif.change_config(config, values)
         copied = yaml.safe_load(whatif.changed_lines(config, wanted))
@@ -62,7 +62,7 @@ def test_the_lines_to_copy_give_the_configuration_that_was_counted(out):
 
 
 def test_of_many_captions_a_sample_is_read_and_said_to_be_one(catalog, out, monkeypatch):
-    config = merge.read_config(out)
+    config = reader.read_config(out)
     wanted = whatif.change_config(config, {"min_iou": 0.1})
     exact, _ = whatif.compare(catalog, "sa1b", config, wanted)
     monkeypatch.setattr(whatif, "_MOST_READ", exact.candidates // 2)
@@ -74,7 +74,7 @@ def test_of_many_captions_a_sample_is_read_and_said_to_be_one(catalog, out, monk
 
 
 def test_units_of_another_configuration_are_noticed(catalog, out):
-    config = merge.read_config(out)
+    config = reader.read_config(out)
     assert not any(whatif.contradicts(catalog, subset, config) for subset in config.subsets)
     for values in ({"min_iou": 0.6}, {"min_iou": 0.4}, {"text.min_words": 7}, {"text.max_chars": 90}):
         other = whatif.change_config(config, values)
@@ -82,7 +82,7 @@ def test_units_of_another_configuration_are_noticed(catalog, out):
 
 
 def test_what_is_no_threshold_or_no_value_is_refused(out):
-    config = merge.read_config(out)
+    config = reader.read_config(out)
     with pytest.raises(ConfigError, match="no threshold"):
         whatif.change_config(config, {"masks.min_area_px": 3})
     with pytest.raises(ConfigError, match="min_iou"):
