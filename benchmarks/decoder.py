@@ -14,7 +14,6 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -82,7 +81,7 @@ def scene(model: PerceptionDLM, images: int = 1, regions: int = REGIONS, length:
             mask = np.zeros((HEIGHT, WIDTH), bool)
             mask[top : top + random.integers(40, 200), left : left + random.integers(40, 300)] = True
             masks.append(mask)
-        examples.append(processor.example(pixels, masks, length))
+        examples.append(processor.make_example(pixels, masks, length))
     return collate(examples)
 
 
@@ -107,8 +106,8 @@ class Original:
         """The slots' tokens, (regions * length)."""
         model, tokens = self.model, batch.tokens()
         features = self._see(batch)
-        embeds = model.embed(tokens, features, model.replay(features, batch.images))
-        mask = dense_mask(tokens.structure, tokens.structure, model.layout.isolate_prefix)
+        embeds = model.embed(tokens, features, model.replay_regions(features, batch.images))
+        mask = dense_mask(tokens.roles, tokens.roles, model.layout.isolate_prefix)
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[:, None]
         ids = tokens.ids_BL.clone()
         is_slot = ids == model.config.mask_token_id
@@ -178,14 +177,14 @@ def measure(model: PerceptionDLM, batch: Batch, options: DecodeOptions) -> Measu
 
     costs = Costs(model.config)
     with (
-        mock.patch.object(model, "see", watched("vision", model.see, costs.vision)),
+        mock.patch.object(model, "encode_images", watched("vision", model.encode_images, costs.vision)),
         mock.patch.object(
             model.language_model, "forward", watched("backbone", model.language_model.forward, costs.backbone)
         ),
         mock.patch.object(decoder, "_likeliest", watched("head", decoder._likeliest, costs.head)),
     ):
         start = time.perf_counter()
-        *_, last = decoder.steps(model, batch, options)
+        *_, last = decoder.decode_steps(model, batch, options)
         seconds = time.perf_counter() - start
     parts["rest"] = seconds - sum(parts.values())
     return Measured(seconds, int(last.forwards_B.sum()), last.tokens_BNS.flatten(), dict(parts), dict(flop))
@@ -206,10 +205,10 @@ class Costs:
         project = 2 * self.config.tokens_per_tile * text.hidden_size * (4 * width + text.hidden_size)
         return len(images.views_N3SS) * (layers * layer + embed + project)
 
-    def backbone(self, out: Tensor, x: Tensor, _: Any, pattern: Any, *__: Any, **___: Any) -> float:
+    def backbone(self, out: Tensor, x: Tensor, _: Any, mask: Any, *__: Any, **___: Any) -> float:
         text = self.config.text_config
         width, inner = text.hidden_size, text.intermediate_size
-        keys = pattern.keys.sample_BL.shape[1]
+        keys = mask.keys.sample_BL.shape[1]
         num_all, num_out = x.shape[0] * x.shape[1], out.shape[0] * out.shape[1]
 
         def layer(queries: int) -> float:
@@ -246,7 +245,7 @@ def compare(vocabulary: int, cache: str, rate: float) -> bool:
     ours = measure(model, batch, options)
     uncached = ours
     if cache == "exact":
-        uncached = measure(model, batch, replace(options, cache="none"))
+        uncached = measure(model, batch, options.model_copy(update={"cache": "none"}))
     same = torch.equal(ours.tokens, uncached.tokens)
     ratio, wanted = original_s / ours.seconds, WANTED[cache, vocabulary]
     rate = max(rate, product_rate())  # the machine may have been busy a while ago

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.decoder import SPECIAL, TEXT, VISION
-from paracaption.model_training.model.attention import Pattern, Structure
+from paracaption.model_training.model.attention import AttentionMask, TokenRoles
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 
@@ -69,7 +69,7 @@ class Live(TorchDispatchMode):
         self.now -= self.seen.pop(key)
 
 
-def structure(views_tokens: int, regions: int, replay: int) -> Structure:
+def roles_of(views_tokens: int, regions: int, replay: int) -> TokenRoles:
     """One sequence of about the published length: prompt and image, replays, instruction, captions."""
     head, foot = 30 + views_tokens, 20
     codes = [0] * head
@@ -81,29 +81,29 @@ def structure(views_tokens: int, regions: int, replay: int) -> Structure:
         codes += [1 + region] * (LENGTH + 2)
     region_BL = torch.tensor([codes])
     caption_BL = (torch.arange(len(codes)) >= prefix)[None]
-    return Structure(torch.zeros_like(region_BL), region_BL, caption_BL)
+    return TokenRoles(torch.zeros_like(region_BL), region_BL, caption_BL)
 
 
 def forwards(model: PerceptionDLM, views: int, regions: int) -> dict[str, Callable[[], Any]]:
     """The passes of a decode, at one image of so many views: vision, whole sequence, head."""
     config = model.config
-    known = structure(views * config.tokens_per_tile, regions, config.replay_tokens)
+    known = roles_of(views * config.tokens_per_tile, regions, config.replay_tokens)
     length, dtype = known.region_BL.shape[1], model.dtype
     size = config.vision_config.image_size
 
     def vision() -> Any:
         images = torch.zeros(views, 3, size, size, dtype=torch.uint8)
         prompts = torch.zeros(views, config.num_prompts, config.patches_per_side**2, dtype=torch.bool)
-        return model.encode(images, prompts)
+        return model.encode_views(images, prompts)
 
     def sequence() -> Any:
         x_BLD = torch.zeros(1, length, config.text_config.hidden_size, dtype=dtype)
-        here = Structure(*(torch.zeros_like(field) for field in known))
-        pattern = object.__new__(Pattern)
-        pattern.queries = pattern.keys = here
-        pattern.isolate_prefix, pattern.kernel = True, "sdpa"
-        pattern.mask = torch.zeros(1, 1, length, length, dtype=dtype)
-        return model.language_model(x_BLD, torch.arange(length)[None], pattern)
+        here = TokenRoles(*(torch.zeros_like(field) for field in known))
+        mask = object.__new__(AttentionMask)
+        mask.queries = mask.keys = here
+        mask.isolate_prefix, mask.kernel = True, "sdpa"
+        mask.mask = torch.zeros(1, 1, length, length, dtype=dtype)
+        return model.language_model(x_BLD, torch.arange(length)[None], mask)
 
     def head() -> Any:
         hidden_KD = torch.zeros(regions * LENGTH, config.text_config.hidden_size, dtype=dtype)
@@ -169,7 +169,7 @@ def published_shapes() -> None:
         model = make(config, torch.bfloat16)
         weights = sum(parameter.numel() for parameter in model.parameters()) * 2
         text = config.text_config
-        length = structure(7 * config.tokens_per_tile, 6, config.replay_tokens).region_BL.shape[1]
+        length = roles_of(7 * config.tokens_per_tile, 6, config.replay_tokens).region_BL.shape[1]
         kept = 2 * 2 * text.num_hidden_layers * length * text.num_key_value_heads * text.head_dim
         print(
             f"8B, bfloat16: weights {weights / 1e9:.2f} GB; {length} positions; "
@@ -183,21 +183,21 @@ def flexible() -> bool:
     """Whether FlexAttention, compiled for the CPU, equals SDPA and never holds the scores of one head."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    known = structure(24 * 256, 6, 16)
+    known = roles_of(24 * 256, 6, 16)
     length = known.region_BL.shape[1]
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, length, 64) for _ in range(3))
     with Live(length) as made:
-        pattern = Pattern(known, known, True, "flex_attention")
+        mask = AttentionMask(known, known, True, "flex_attention")
     compiled = torch.compile(flex_attention)
     with torch.no_grad():
-        got = compiled(q, k, v, block_mask=pattern.mask)
-    grown = grown_peak(lambda: compiled(q, k, v, block_mask=pattern.mask))
-    difference = float((got - Pattern(known, known, True, "sdpa")(q, k, v)).abs().max())
+        got = compiled(q, k, v, block_mask=mask.mask)
+    grown = grown_peak(lambda: compiled(q, k, v, block_mask=mask.mask))
+    difference = float((got - AttentionMask(known, known, True, "sdpa").attend(q, k, v)).abs().max())
     print(
         f"FlexAttention, {length} positions: {difference:.0e} from SDPA; the process's peak grew by "
         f"{grown / 1e6:.1f} MB, where one head's scores are {4 * length**2 / 1e6:.0f} MB; float tensors of "
-        f"(L, L) for the pattern: {sorted(made.squares) or 'none'}"
+        f"(L, L) for the mask: {sorted(made.squares) or 'none'}"
     )
     return difference < 1e-4 and not made.squares and grown < length**2
 

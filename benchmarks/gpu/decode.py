@@ -119,7 +119,7 @@ def decode(model: PerceptionDLM, batch: Batch, options: DecodeOptions, machine: 
     calls: list[Call] = []
     with Recorder(model, calls):
         times = [now(machine.device)]
-        for state in decoder.steps(model, batch, options):
+        for state in decoder.decode_steps(model, batch, options):
             times.append(now(machine.device))
             last = state
     spans = [end - start for start, end in itertools.pairwise(times)]
@@ -146,7 +146,7 @@ class Recorder:
         self.vision_bytes = _bytes_of(model.vision_tower) + _bytes_of(model.projector)
         self.key_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * size
         self.patches = [
-            mock.patch.object(model, "see", self._watched(model.see, self._vision)),
+            mock.patch.object(model, "encode_images", self._watched(model.encode_images, self._vision)),
             mock.patch.object(
                 model.language_model, "forward", self._watched(model.language_model.forward, self._backbone)
             ),
@@ -179,10 +179,10 @@ class Recorder:
         return Call(self.costs.vision(result, *args), self.vision_bytes)
 
     def _backbone(
-        self, out: torch.Tensor, x: torch.Tensor, position: Any, pattern: Any, *rest: Any, **more: Any
+        self, out: torch.Tensor, x: torch.Tensor, position: Any, mask: Any, *rest: Any, **more: Any
     ):
-        keys = pattern.keys.sample_BL.numel()
-        flop = self.costs.backbone(out, x, position, pattern, *rest, **more)
+        keys = mask.keys.sample_BL.numel()
+        flop = self.costs.backbone(out, x, position, mask, *rest, **more)
         return Call(flop, self.layer_bytes + keys * self.key_bytes)
 
     def _head(self, result: Any, hidden: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Call:

@@ -69,6 +69,6 @@ def example(
         masks.append(mask)
     processor = Processor(config)
     if words is None:
-        return processor.example(pixels, masks, LENGTH)
+        return processor.make_example(pixels, masks, LENGTH)
     captions = random.integers(100, 150, (regions, words)).tolist()
-    return processor.example(pixels, masks, captions)
+    return processor.make_example(pixels, masks, captions)

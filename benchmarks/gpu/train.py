@@ -193,11 +193,11 @@ def batch_of(model: PerceptionDLM, device: torch.device) -> TrainBatch:
     example = perceptiondlm.example(model.config, SIZE, REGIONS, WORDS)
     images, tokens = pack([example] * IMAGES)
     weight_E = torch.ones(IMAGES)
-    label_BL = tokens.structure.caption_BL.clone()
+    label_BL = tokens.roles.caption_BL.clone()
     return TrainBatch(*(part.to(device) for part in (images, tokens, label_BL, weight_E)))  # type: ignore[arg-type]
 
 
 def _flops(model: PerceptionDLM, batch: TrainBatch, num_logits: int) -> float:
-    counts = torch.bincount(batch.tokens.structure.sample_BL.flatten())
+    counts = torch.bincount(batch.tokens.roles.sample_BL.flatten())
     views, tokens = len(batch.images.views_N3SS), batch.tokens.ids_BL.numel()
     return build.step_flops(model, tokens, int((counts**2).sum()), views, num_logits)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ...pipeline.io import tensor_files, weights
 from ...pipeline.io.tensor_files import LazyTensor, check_tensors, list_tensors
 from ...schemas.errors import ConfigError
-from ..model import tokenizer as vocabulary
 from ..model.config import PerceptionDLMConfig
+from ..model.tokenizer import load_tokenizer
 from . import state_dict_adapter
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def kept_aside(
                 f"{file}: says {key} {value}, but the model has {own[key]}: it is another model's"
             )
     check_tensors(aside, unused, {}, spare(raw["vision_model_config"], file, theirs, unused))
-    same_tokens = vocabulary.load(aside).get_vocab() == tokenizer.get_vocab()
+    same_tokens = load_tokenizer(aside).get_vocab() == tokenizer.get_vocab()
     if is_base or not same_tokens:
         raw = state_dict_adapter.region_stage(raw, own) | {"image_token_id": config.image_token_id}
         raw["language_model_config"] |= {"vocab_size": config.text_config.vocab_size}

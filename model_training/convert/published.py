@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from ...pipeline.io import files, tensor_files, weights
 from ...pipeline.io.tensor_files import SHARD_BYTES, LazyTensor, check_tensors, list_tensors, write_tensors
 from ...schemas.errors import ConfigError
-from ..model import tokenizer as vocabulary
 from ..model.config import PerceptionDLMConfig
+from ..model.tokenizer import add_special_tokens, load_tokenizer, num_rows, special_token_ids
 from . import leftovers as unused
 from . import state_dict_adapter
 
@@ -149,8 +149,8 @@ def from_published(
     )
     fields = state_dict_adapter.fields_of(raw, file, embedding.shape[0])
     fields |= {"layout": layout, "max_tiles": _max_tiles(folder)}
-    tokenizer = vocabulary.load(folder)
-    added = vocabulary.add_special(tokenizer) if raw["model_type"] == state_dict_adapter.BASE_TYPE else 0
+    tokenizer = load_tokenizer(folder)
+    added = add_special_tokens(tokenizer) if raw["model_type"] == state_dict_adapter.BASE_TYPE else 0
     config = _our_config(fields, tokenizer, folder, embedding.dtype)
     report = Report(f"published {folder}", target, layout, seed)
 
@@ -212,7 +212,7 @@ def to_published(
     report = Report(str(folder), target, config.layout)
     if config.layout != "reference" or config.layout_options:
         report.notes.append("the original knows the reference layout only, and computes that")
-    tokenizer = vocabulary.load(folder)
+    tokenizer = load_tokenizer(folder)
     if vision is None:
         raw, rest, report.verbatim = unused.kept_aside(folder, config, theirs, tokenizer)
     else:
@@ -262,8 +262,8 @@ def from_parts(
     files.refuse_existing(target)
     text, parts, text_fields = _language(text_folder)
     tower, tower_fields, tower_spare = _siglip(tower_folder)
-    tokenizer = vocabulary.load(text_folder)
-    added = vocabulary.add_special(tokenizer)
+    tokenizer = load_tokenizer(text_folder)
+    added = add_special_tokens(tokenizer)
     fields = {"vision_config": tower_fields, "text_config": text_fields, "layout": layout}
     config = _our_config(
         fields, tokenizer, text_folder, text[state_dict_adapter.theirs(_EMBEDDING, parts)].dtype
@@ -346,7 +346,7 @@ def _our_config(
     import torch
     from huggingface_hub.errors import StrictDataclassError
 
-    ids = vocabulary.token_ids(tokenizer, fields.get("num_prompts", PerceptionDLMConfig.num_prompts), folder)
+    ids = special_token_ids(tokenizer, fields.get("num_prompts", PerceptionDLMConfig.num_prompts), folder)
     try:
         config = PerceptionDLMConfig(**fields, **ids)
     except (StrictDataclassError, TypeError) as error:
@@ -377,7 +377,7 @@ def _grown(
     report: Report,
 ) -> dict[str, LazyTensor]:
     """With more rows for words, a multiple of 64, if the tokenizer has more tokens than there are."""
-    rows, needed = config.text_config.vocab_size, vocabulary.num_ids(tokenizer)
+    rows, needed = config.text_config.vocab_size, num_rows(tokenizer)
     if needed <= rows:
         return ours
     more = math.ceil(needed / 64) * 64 - rows

@@ -153,7 +153,7 @@ def open_conversations(
         ) from error
     config = processor.config
     facts = (_VERSION, source.path, source.images, version, tokenizer_digest(processor))
-    facts += (config.vision_config.image_size, config.tokens_per_tile, config.max_tiles)
+    facts += (config.tile_px, config.tokens_per_tile, config.max_tiles)
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     folder = cached_folder(cache, f"conversations-{name}", lambda folder: _write(folder, source, processor))
     return Conversations(Table(folder, _ROW), source)
@@ -189,15 +189,16 @@ def tokenize_conversation(
         detail = f"{name}: {IMAGE} may be given once, in the first turn; correct the record"
         raise BadSample("conversation_unusable", detail)
     config = processor.config
-    shown = [*processor.ids("<img>"), *[config.image_token_id] * (views * config.tokens_per_tile)]
-    shown += processor.ids("</img>")
+    tokenize = processor.tokenize
+    shown = [*tokenize("<img>"), *[config.image_token_id] * (views * config.tokens_per_tile)]
+    shown += tokenize("</img>")
     before, _, after = turns[0].value.partition(IMAGE) if counts[0] else ("", "", turns[0].value)
     tokens = ConversationTokens(
-        [*processor.ids(HEAD), *encode(before), *shown, *encode(after), *processor.ids(ANSWER)], [], []
+        [*tokenize(HEAD), *encode(before), *shown, *encode(after), *tokenize(ANSWER)], [], []
     )
     for number in range(1, len(turns), 2):
         if number > 1:
-            asked = [*processor.ids(_NEXT), *encode(turns[number - 1].value), *processor.ids(ANSWER)]
+            asked = [*tokenize(_NEXT), *encode(turns[number - 1].value), *tokenize(ANSWER)]
             tokens.answer.extend(asked)
             tokens.labels.extend([False] * len(asked))
         answer = [*encode(turns[number].value), config.eot_token_id]
@@ -218,14 +219,13 @@ def make_conversation_example(
         BadSample: the record is not usable, as in `tokenize_conversation`.
     """
     config = processor.config
-    tower = config.vision_config
-    grid = tiling.tile_grid(*photo.size, tower.image_size, config.max_tiles)
+    grid = tiling.tile_grid(*photo.size, config.tile_px, config.max_tiles)
     views = tiling.num_views(grid)
     tokens = tokenize_conversation(
         record, views, processor, lambda text: token_lists(processor, [text])[0], name
     )
     example = Example(
-        views=tiling.cut_image(photo, tower.image_size, grid),
+        views=tiling.cut_image(photo, config.tile_px, grid),
         prompts=np.zeros((views, config.num_prompts, config.patches_per_side**2), bool),
         grid=grid,
         boxes=[],

@@ -66,7 +66,7 @@ class Corpus:
         self.table, self.out, self.options, self.seed = table, out, options, seed
         config = processor.config
         self.num_prompts = config.num_prompts
-        self.prefix_tokens = processor.prefix(0, 0).shape[1]
+        self.prefix_tokens = processor.make_prefix(0, 0).shape[1]
         self.view_tokens, self.region_tokens = config.tokens_per_tile, config.replay_tokens + 1
         self.item_image = np.memmap(table.folder / "item_image.bin", np.uint32, "r")
         self.item_group = np.memmap(table.folder / "item_group.bin", np.uint16, "r")
@@ -168,8 +168,8 @@ def open_corpus(
             f"{source.corpus}: nothing of {', '.join(absent)} is committed; it has {', '.join(committed)}"
         )
     digests = {name: corpus.digest(name) for name in sorted(source.subsets or committed)}
-    tower = processor.config.vision_config
-    facts = [_VERSION, repr(sorted(digests.items())), tower.image_size, processor.config.max_tiles]
+    config = processor.config
+    facts = [_VERSION, repr(sorted(digests.items())), config.tile_px, config.max_tiles]
     facts += [options.regions_per_group, tokenizer_digest(processor)]
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -296,7 +296,7 @@ def _images(
 
 def views_of(sizes: np.ndarray, processor: PerceptionDLMProcessor) -> np.ndarray:
     """How many views images of such sizes have: (N, 2) width and height to (N,)."""
-    tile, most = processor.config.vision_config.image_size, processor.config.max_tiles
+    tile, most = processor.config.tile_px, processor.config.max_tiles
     kinds, which = np.unique(sizes, axis=0, return_inverse=True)
     views = [tiling.num_views(tiling.tile_grid(w, h, tile, most)) for w, h in kinds.tolist()]
     return np.array(views)[which.ravel()]

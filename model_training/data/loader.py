@@ -90,7 +90,7 @@ class Loader:
         pairs = zip(self.mixture.sources, self.mixture.weights, strict=True)
         facts = [(source.fingerprint, str(weight)) for source, weight in pairs]
         config = processor.config  # what decides how long samples are, and so which share a batch
-        lengths = (processor.prefix(0, 0).shape[1], config.tokens_per_tile, config.replay_tokens)
+        lengths = (processor.make_prefix(0, 0).shape[1], config.tokens_per_tile, config.replay_tokens)
         known = f"({facts!r}, {recorded_options(options, seed)}, {lengths!r}, {config.num_prompts!r})"
         self.fingerprint = hashlib.sha256(known.encode()).hexdigest()[:16]
         self._plan: EpochPlan | None = None

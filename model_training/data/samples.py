@@ -16,7 +16,7 @@ from ...schemas.records import Blob
 from ...schemas.sample import SampleRegion
 from ...schemas.training import DataOptions
 from ..model.batch import Example, Images, Tokens, collate, pack
-from ..model.tiling import Runs
+from ..model.tiling import MaskRuns
 from .conversations import Conversations, make_conversation_example
 from .corpus import Corpus, token_lists
 from .epoch_plan import Pick
@@ -119,10 +119,8 @@ class BatchMaker:
         else:
             batch = collate(examples)
             images, tokens = batch.images, batch.tokens()
-        label = torch.zeros_like(tokens.structure.caption_BL)
-        label[tokens.structure.caption_BL] = torch.from_numpy(
-            np.concatenate([each.labels for each in labeled])
-        )
+        label = torch.zeros_like(tokens.roles.caption_BL)
+        label[tokens.roles.caption_BL] = torch.from_numpy(np.concatenate([each.labels for each in labeled]))
         weight = torch.tensor([each.weight for each in labeled])
         return TrainBatch(images, tokens, label, weight, [each.name for each in labeled], skipped)
 
@@ -176,7 +174,7 @@ class BatchMaker:
             shown = f"{photo.width}x{photo.height}, its masks {sample.width}x{sample.height}"
             raise BadSample("size_mismatch", f"{where}: the photo is {shown}; build the unit again")
         prompts = shuffled(self.processor.config.num_prompts, *seeds, group)[: len(regions)].tolist()
-        example = self.processor.example(photo, runs, captions, prompts)
+        example = self.processor.make_example(photo, runs, captions, prompts)
         name = f"{sample.subset}/{key}#{','.join(str(regions[number].id) for number in example.order)}"
         return LabeledExample(example, self._labels(example), name)
 
@@ -212,13 +210,13 @@ class BatchMaker:
 
     def _filler(self) -> LabeledExample:
         """A gray photo with one region without a caption: a normal example for the model, but a cheap one."""
-        side = self.processor.config.vision_config.image_size
+        side = self.processor.config.tile_px
         mask = np.ones((side, side), bool)
-        example = self.processor.example(np.full((side, side, 3), 128, np.uint8), [mask], [[]])
+        example = self.processor.make_example(np.full((side, side, 3), 128, np.uint8), [mask], [[]])
         return LabeledExample(example, np.zeros(example.captions.shape[1], bool), FILLER, weight=0.0)
 
 
-def _runs(regions: list[SampleRegion], size: tuple[int, int]) -> list[Runs]:
+def _runs(regions: list[SampleRegion], size: tuple[int, int]) -> list[MaskRuns]:
     """The masks of regions in an image of `size` (height, width).
 
     Raises:
@@ -229,5 +227,5 @@ def _runs(regions: list[SampleRegion], size: tuple[int, int]) -> list[Runs]:
     for region, mask in zip(regions, found, strict=True):
         if isinstance(mask, BadRecord):
             raise BadRecord(mask.reason, f"region {region.id}: {mask.detail}")
-        runs.append(Runs(size, rle.to_counts(mask.rle), mask.area, mask.bbox))
+        runs.append(MaskRuns(size, rle.to_counts(mask.rle), mask.area, mask.bbox))
     return runs

@@ -91,7 +91,7 @@ def caption_regions(
     model = captioner.model
     masks = [region.dense() for region in photo.regions]
     [found] = captioner.caption_photos([(photo.pixels, masks)], options, regions_per_call=regions_per_call)
-    tokens = [len(captioner.processor.ids(caption)) for caption in found.captions]
+    tokens = [len(captioner.processor.tokenize(caption)) for caption in found.captions]
     about = {
         "folder": str(model.name_or_path),
         "layout": model.config.layout,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..model.batch import Example
     from ..model.perceptiondlm import PerceptionDLM
     from ..model.processor import PerceptionDLMProcessor
-    from .sampler import State
+    from .sampler import DecodeState
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -144,7 +144,8 @@ class RegionCaptioner:
             model: PerceptionDLM = PerceptionDLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ConfigError(f"{folder}: not readable ({str(error)[:300]}); save the model again") from error
-        return cls(model.to(place).eval(), processor)
+        model.to(place)  # pyright: ignore[reportArgumentType] - transformers' decorator hides the argument
+        return cls(model.eval(), processor)
 
     def caption(
         self,
@@ -268,15 +269,15 @@ class RegionCaptioner:
         for part in np.array_split(np.arange(len(dense)), num_groups) if num_groups else ():
             regions = part.tolist()
             chosen = [dense[region] for region in regions]
-            yield _Group(number, regions, self.processor.example(pixels, chosen, options.max_new_tokens))
+            yield _Group(number, regions, self.processor.make_example(pixels, chosen, options.max_new_tokens))
 
     def _decode(self, groups: list[_Group], options: DecodeOptions, results: list[RegionCaptions]) -> None:
         """Decode one batch, and put captions and costs into their photos' results."""
         from ..model.batch import collate
-        from .sampler import decode
+        from .sampler import decode_batch
 
         start = time.perf_counter()
-        decoded = decode(self.model, collate([group.example for group in groups]), options)
+        decoded = decode_batch(self.model, collate([group.example for group in groups]), options)
         seconds = (time.perf_counter() - start) / len(groups)
         for row, group in enumerate(groups):
             result, tokens = results[group.photo], len(group.regions) * options.max_new_tokens
@@ -295,18 +296,18 @@ class RegionCaptioner:
             )
 
     def _read(self, group: _Group, tokens_NS: Tensor) -> list[str]:
-        return self.processor.read(tokens_NS[: len(group.regions)].numpy(), group.example.order)
+        return self.processor.read_captions(tokens_NS[: len(group.regions)].numpy(), group.example.order)
 
     def _snapshots(self, groups: list[_Group], options: DecodeOptions) -> Iterator[Snapshot]:
         from ..model.batch import collate
-        from .sampler import steps
+        from .sampler import decode_steps
 
         if groups:
             batch = collate([group.example for group in groups])
-            for state in steps(self.model, batch, options):
+            for state in decode_steps(self.model, batch, options):
                 yield self._snapshot(groups, state)
 
-    def _snapshot(self, groups: list[_Group], state: State) -> Snapshot:
+    def _snapshot(self, groups: list[_Group], state: DecodeState) -> Snapshot:
         total = sum(len(group.regions) for group in groups)
         slots: list[list[Slot]] = [[] for _ in range(total)]
         captions = [""] * total

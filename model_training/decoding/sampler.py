@@ -1,7 +1,8 @@
-"""The decoder: a pure `select`, and a plain loop that computes what `select` needs and nothing else.
+"""The sampler: a pure function that selects predictions, and a loop that computes what it needs, nothing
+else.
 
-Every caption is a row of slots. A step guesses a token for every open slot, with its confidence, and `select`
-decides which of the guesses stay.
+Every caption is a row of slots, the places of its tokens. A step predicts a token for every open slot, with
+its confidence, and `select_predictions` decides which of the predictions stay.
 
 Shape suffixes: B images of the batch (one sequence each), N regions of a sequence, S slots of a region, K any
 number of slots, M regions computed in a step, D width, V vocabulary.
@@ -11,51 +12,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
-from ..model.attention import PADDING, Structure, join
+from ..model.attention import PADDING, TokenRoles, join_roles
 from ..model.batch import Batch
-from ..model.llada import Kept
+from ..model.llada import KVCache
 from ..model.perceptiondlm import PerceptionDLM
 
 _LOGITS_AT_ONCE = {"cpu": (256, 1024), "gpu": (4096, 16384)}
-"""Slots and tokens whose logits are there at once: 1 MB, which the cores' caches hold; a quarter of a GB."""
+"""Slots and tokens whose logits exist at once: 1 MB, which fits into a core's cache; a quarter of a GB."""
 
 _DRAWN_AT_ONCE = 256
-"""Slots whose tokens are drawn at once, which takes all their logits: 130 MB at LLaDA's vocabulary."""
+"""Slots whose tokens are drawn at once. Drawing needs all their logits: 130 MB at LLaDA's vocabulary."""
 
 
-class State(NamedTuple):
-    """What a step has left.
+class DecodeState(NamedTuple):
+    """All captions of a batch between two steps, on the CPU.
 
     Attributes:
-        forwards_B: passes of the language model for each image so far.
-        tokens_BNS: the slots; the mask token where open.
-        open_BNS: which are not decided.
-        guess_BNS: the latest guess of each slot that was computed.
-        confidence_BNS: its probability.
+        forwards_B: forward passes of the language model for each image so far.
+        tokens_BNS: the tokens; the mask token in open slots.
+        open_BNS: bool, the slots that are not decided.
+        predicted_BNS: the latest prediction for each slot.
+        confidence_BNS: the probability of that prediction; NaN before the first one.
     """
 
     forwards_B: Tensor
     tokens_BNS: Tensor
     open_BNS: Tensor
-    guess_BNS: Tensor
+    predicted_BNS: Tensor
     confidence_BNS: Tensor
 
 
-class Decoded(NamedTuple):
-    """Filled slots.
+class DecodedBatch(NamedTuple):
+    """The decoded captions of a batch, on the CPU.
 
     Attributes:
-        tokens_BNS: also of the regions that an image has fewer than others; `exists_BN` says which are real.
-        exists_BN: which regions there are.
-        forwards_B: passes of the language model for each image.
-        agreement_B: share of an image's tokens equal to those without a cache, if `compare` was asked for.
+        tokens_BNS: the tokens, with rows for regions that an image has fewer than others.
+        exists_BN: bool, which of the rows are regions.
+        forwards_B: forward passes of the language model for each image.
+        agreement_B: share of an image's tokens equal to those without a cache; None unless `compare` is set.
     """
 
     tokens_BNS: Tensor
@@ -64,81 +65,83 @@ class Decoded(NamedTuple):
     agreement_B: Tensor | None = None
 
 
-def decode(model: PerceptionDLM, batch: Batch, options: DecodeOptions | None = None) -> Decoded:
-    """Fill a batch's captions.
+def decode_batch(model: PerceptionDLM, batch: Batch, options: DecodeOptions | None = None) -> DecodedBatch:
+    """Decode the captions of a batch.
 
     Raises:
-        ConfigError: the batch has not `options.max_new_tokens` slots, or the cache does not suit the layout.
+        ConfigError: the captions have not `options.max_new_tokens` slots, or the cache does not suit the
+            layout.
     """
     options = options or DecodeOptions()
-    *_, last = steps(model, batch, options)
+    *_, last = decode_steps(model, batch, options)
     exists_BN = (_blocks(batch, options.max_new_tokens)[2].sample_BL[..., 0] != PADDING).cpu()
     agreement_B = None
     if options.compare and options.cache == "approximate":
-        *_, exact = steps(model, batch, options.model_copy(update={"cache": "none"}))
+        *_, exact = decode_steps(model, batch, options.model_copy(update={"cache": "none"}))
         same_BN = (exact.tokens_BNS == last.tokens_BNS).double().mean(-1)
         agreement_B = (same_BN * exists_BN).sum(1) / exists_BN.sum(1)
-    return Decoded(last.tokens_BNS, exists_BN, last.forwards_B, agreement_B)
+    return DecodedBatch(last.tokens_BNS, exists_BN, last.forwards_B, agreement_B)
 
 
 @torch.inference_mode()
-def steps(model: PerceptionDLM, batch: Batch, options: DecodeOptions) -> Iterator[State]:
-    """Decode, giving the state (on the CPU) before the first step and after every one.
+def decode_steps(model: PerceptionDLM, batch: Batch, options: DecodeOptions) -> Iterator[DecodeState]:
+    """Decode the captions of a batch, and give the state before the first step and after every one.
 
     Raises:
-        ConfigError: as `decode`.
+        ConfigError: as `decode_batch`.
     """
-    run = _Run(model, batch, options)
-    yield run.state()
+    decoder = _BatchDecoder(model, batch, options)
+    yield decoder.state()
     step = 0
-    while bool(run.open_BNS.any()):
-        run.guess(step)
-        choice = (run.tokens_BNS, run.open_BNS, run.guess_BNS, run.confidence_BNS)
-        tokens_BNS, run.open_BNS = select(options, step, *choice)
-        run.write(tokens_BNS)
-        yield run.state()
+    while bool(decoder.open_BNS.any()):
+        decoder.predict(step)
+        slots = (decoder.tokens_BNS, decoder.open_BNS, decoder.predicted_BNS, decoder.confidence_BNS)
+        tokens_BNS, decoder.open_BNS = select_predictions(options, step, *slots)
+        decoder.write(tokens_BNS)
+        yield decoder.state()
         step += 1
 
 
-def select(
+def select_predictions(
     options: DecodeOptions,
     step: int,
     tokens_BNS: Tensor,
     open_BNS: Tensor,
-    guess_BNS: Tensor,
+    predicted_BNS: Tensor,
     confidence_BNS: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Which guesses stay.
+    """Select the predictions that stay.
 
     Args:
         options: the strategy and its schedule.
         step: 0, 1, ...
-        tokens_BNS: what is written; only closed slots are looked at.
-        open_BNS: slots not decided; a region that an image lacks has none.
-        guess_BNS: a token for every open slot.
-        confidence_BNS: of the guesses; for "remask" of the latest guess at every slot.
+        tokens_BNS: the tokens so far; only those of closed slots are read.
+        open_BNS: the slots that are not decided. A region that an image does not have has none.
+        predicted_BNS: a token for every open slot.
+        confidence_BNS: of the predictions; for "remask", of the latest prediction at every slot.
 
     Returns:
-        tokens_BNS with the guesses that stay, and the slots that are open now.
+        tokens_BNS with the predictions that stay, and the slots that are open now.
     """
     if options.strategy == "remask":
-        return _remask(options, step, tokens_BNS, open_BNS, guess_BNS, confidence_BNS)
-    length = open_BNS.shape[-1]
+        return _remask(options, step, tokens_BNS, open_BNS, predicted_BNS, confidence_BNS)
+    num_slots = open_BNS.shape[-1]
     score_BNS = confidence_BNS
     if options.strategy == "left-to-right":
-        score_BNS = -torch.arange(length, device=open_BNS.device).expand(open_BNS.shape).to(confidence_BNS)
+        score_BNS = -torch.arange(num_slots, device=open_BNS.device).expand(open_BNS.shape).to(confidence_BNS)
     rank_BNS = _rank(score_BNS.masked_fill(~open_BNS, -torch.inf))
     if options.strategy == "threshold":
-        enough_BNS = (rank_BNS < math.ceil(length / options.steps)) | (confidence_BNS >= options.threshold)
+        least = math.ceil(num_slots / options.steps)
+        enough_BNS = (rank_BNS < least) | (confidence_BNS >= options.threshold)
     else:
-        inner_N = torch.full(open_BNS.shape[1:2], step)
+        region_step_N = torch.full(open_BNS.shape[1:2], step)
         if options.strategy == "sequential":
-            inner_N = step - torch.arange(open_BNS.shape[1]) * options.steps
-        left_N = [_left_open(length, options.steps, inner) for inner in inner_N.tolist()]
+            region_step_N = step - torch.arange(open_BNS.shape[1]) * options.steps
+        left_N = [_left_open(num_slots, options.steps, each) for each in region_step_N.tolist()]
         left_BN = torch.tensor(left_N, device=open_BNS.device)
         enough_BNS = rank_BNS < (open_BNS.sum(-1) - left_BN)[..., None]
     stay_BNS = enough_BNS & open_BNS
-    return torch.where(stay_BNS, guess_BNS, tokens_BNS), open_BNS & ~stay_BNS
+    return torch.where(stay_BNS, predicted_BNS, tokens_BNS), open_BNS & ~stay_BNS
 
 
 def _remask(
@@ -146,14 +149,14 @@ def _remask(
     step: int,
     tokens_BNS: Tensor,
     open_BNS: Tensor,
-    guess_BNS: Tensor,
+    predicted_BNS: Tensor,
     confidence_BNS: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Write all open slots, then open the least confident of each image again, written ones among them."""
-    tokens_BNS = torch.where(open_BNS, guess_BNS, tokens_BNS)
+    """Write all open slots, then open the least confident of each image again, whenever they were written."""
+    tokens_BNS = torch.where(open_BNS, predicted_BNS, tokens_BNS)
     exists_BNS = torch.isfinite(confidence_BNS) & open_BNS.any((1, 2), keepdim=True)
     left_B = torch.tensor(
-        [_left_open(slots, options.steps, step) for slots in exists_BNS.sum((1, 2)).tolist()],
+        [_left_open(num_slots, options.steps, step) for num_slots in exists_BNS.sum((1, 2)).tolist()],
         device=open_BNS.device,
     )
     doubt_BNS = (-confidence_BNS).masked_fill(~exists_BNS, -torch.inf)
@@ -161,68 +164,76 @@ def _remask(
     return tokens_BNS, (rank_BNS < left_B[:, None, None]) & exists_BNS
 
 
-def _left_open(slots: int, steps: int, step: int) -> int:
-    """Slots still open after a step of the linear schedule, rounded as the original rounds."""
+def _left_open(num_slots: int, steps: int, step: int) -> int:
+    """Slots still open after a step of the linear schedule, rounded as PerceptionDLM's released code does."""
     if step < 0:
-        return slots
-    return 0 if step >= steps - 1 else int(slots * ((steps - 1 - step) / steps))
+        return num_slots
+    return 0 if step >= steps - 1 else int(num_slots * ((steps - 1 - step) / steps))
 
 
 def _rank(score: Tensor) -> Tensor:
-    """Place of each number in falling order along the last dimension; of equals, the first is first."""
+    """Place of each number in falling order along the last dimension; equal ones stay in their order."""
     order = score.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(score.shape[-1], device=score.device).expand(score.shape)
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-class _Run:
-    """One batch on its way: the slots, and what is known of the tokens before them."""
+class _BatchDecoder:
+    """A batch while it is decoded: its slots, and what is known of the tokens before them."""
 
     def __init__(self, model: PerceptionDLM, batch: Batch, options: DecodeOptions):
         self.model, self.options = model, options
         batch = batch.to(model.device)
-        self.cache = cache_for(model, options)
+        self.cache = choose_cache(model, options)
         self.prefix, self.prefix_len = batch.prefix, batch.prefix.ids_BL.shape[1]
-        self.ids_BNL, self.position_BNL, self.structure = _blocks(batch, options.max_new_tokens)
-        self.exists_BN = self.structure.sample_BL[..., 0] != PADDING
-        self.x_BLD = model.embed(batch.prefix, *model.see(batch.images))
-        self.kept: Kept | None = None
-        self.kept_rows_B = torch.arange(len(self.ids_BNL), device=model.device)
+        self.ids_BNL, self.position_BNL, self.roles = _blocks(batch, options.max_new_tokens)
+        self.exists_BN = self.roles.sample_BL[..., 0] != PADDING
+        self.x_BLD = model.embed(batch.prefix, *model.encode_images(batch.images))
+        self.kv_cache: KVCache | None = None
+        self.cached_rows_B = torch.arange(len(self.ids_BNL), device=model.device)  # the images in the cache
         self.tokens_BNS = self.ids_BNL[..., 1:-1]
         self.open_BNS = (self.tokens_BNS == model.config.mask_token_id) & self.exists_BN[..., None]
-        self.guess_BNS = self.tokens_BNS.clone()
+        self.predicted_BNS = self.tokens_BNS.clone()
         self.confidence_BNS = torch.full(
             self.tokens_BNS.shape, torch.nan, dtype=_wide(self.x_BLD), device=model.device
         )
-        self.stale_BN = self.exists_BN.clone()  # regions of which a guess would be another one now
-        self.forwards_B = torch.zeros_like(self.kept_rows_B)
+        self.stale_BN = self.exists_BN.clone()  # where a new prediction could differ
+        self.forwards_B = torch.zeros_like(self.cached_rows_B)
 
-    def state(self) -> State:
-        parts = (self.forwards_B, self.tokens_BNS, self.open_BNS, self.guess_BNS, self.confidence_BNS)
-        return State(*(part.cpu().clone() for part in parts))
+    def state(self) -> DecodeState:
+        return DecodeState(
+            self.forwards_B.cpu().clone(),
+            self.tokens_BNS.cpu().clone(),
+            self.open_BNS.cpu().clone(),
+            self.predicted_BNS.cpu().clone(),
+            self.confidence_BNS.cpu().clone(),
+        )
 
-    def guess(self, step: int) -> None:
-        """Guess what this step's choice looks at and is not known already."""
+    def predict(self, step: int) -> None:
+        """Predict what this step selects from and is not known yet."""
         wanted_BN = self._wanted(step)
         refresh = self.cache == "approximate" and step % self.options.refresh_every == 0
         if self.options.temperature == 0 and not refresh:
             wanted_BN = wanted_BN & self.stale_BN
         if not bool(wanted_BN.any()) and not refresh:
             return
-        hidden_MSD = self._full(wanted_BN) if refresh or self.kept is None else self._captions(wanted_BN)
+        if refresh or self.kv_cache is None:
+            hidden_MSD = self._forward_all(wanted_BN)
+        else:
+            hidden_MSD = self._forward_captions(self.kv_cache, wanted_BN)
         if not bool(wanted_BN.any()):
             return
         at_BNS = wanted_BN[..., None] & (self.open_BNS | (self.options.strategy == "remask"))
         at_MS = at_BNS[wanted_BN]
         uniform_BNS = self._uniform(step)
-        drawn_K = None if uniform_BNS is None else uniform_BNS.expand_as(at_BNS)[at_BNS]
-        guess_K, confidence_K = self._predict(hidden_MSD[at_MS], drawn_K)
-        self.guess_BNS[at_BNS] = guess_K
+        uniform_K = None if uniform_BNS is None else uniform_BNS.expand_as(at_BNS)[at_BNS]
+        predicted_K, confidence_K = self._sample(hidden_MSD[at_MS], uniform_K)
+        self.predicted_BNS[at_BNS] = predicted_K
         self.confidence_BNS[at_BNS] = confidence_K
         self.stale_BN &= ~wanted_BN
 
     def write(self, tokens_BNS: Tensor) -> None:
-        """Put the choice into the sequences; end the captions that have ended."""
+        """Write the selected tokens into the sequences, and end the captions that have ended."""
         config = self.model.config
         if self.options.early_exit and self.options.strategy != "remask":
             tokens_BNS = self._end(tokens_BNS)
@@ -235,65 +246,67 @@ class _Run:
         self.ids_BNL[..., 1:-1] = tokens_BNS
 
     def _end(self, tokens_BNS: Tensor) -> Tensor:
-        """Fill everything behind a region's first end of text, once nothing is open before it."""
-        eot = self.model.config.eot_token_id
+        """Fill everything after a region's first end of text, once nothing before it is open."""
+        eot = cast(int, self.model.config.eot_token_id)
         undecided_BNS = self.open_BNS.cumsum(-1) > 0
         ended_BNS = ((tokens_BNS == eot) & ~undecided_BNS).cumsum(-1) > 0
         self.open_BNS = self.open_BNS & ~ended_BNS
         return tokens_BNS.masked_fill(ended_BNS, eot)
 
     def _wanted(self, step: int) -> Tensor:
-        """Regions whose slots this step chooses among."""
+        """The regions among whose slots this step selects."""
         if self.options.strategy == "remask":
             return self.exists_BN & self.open_BNS.any((1, 2))[:, None]
         wanted_BN = self.open_BNS.any(-1)
         if self.options.strategy == "sequential":
-            turn_N = torch.arange(wanted_BN.shape[1], device=wanted_BN.device)
-            wanted_BN = wanted_BN & (turn_N == step // self.options.steps)
+            region_N = torch.arange(wanted_BN.shape[1], device=wanted_BN.device)
+            wanted_BN = wanted_BN & (region_N == step // self.options.steps)
         return wanted_BN
 
-    def _full(self, wanted_BN: Tensor) -> Tensor:
-        """A pass over the whole sequences of the images that are wanted: (M, S, D)."""
+    def _forward_all(self, wanted_BN: Tensor) -> Tensor:
+        """Hidden states (M, S, D) of the wanted regions, from a pass over whole sequences."""
         cached = self.cache != "none"
         rows_B = (self.open_BNS.any((1, 2)) if cached else wanted_BN.any(1)).nonzero().flatten()
         self.forwards_B[rows_B] += 1
-        captions = (part[rows_B].flatten(1, 2) for part in (self.ids_BNL, self.position_BNL, *self.structure))
-        ids_BL, position_BL, *structure = captions
-        structure = join(self.prefix.structure.at(rows_B), Structure(*structure))
-        x_BLD = torch.cat([self.x_BLD[rows_B], self.model.language_model.embed_tokens(ids_BL)], dim=1)
-        position_BL = torch.cat([self.prefix.position_BL[rows_B], position_BL], dim=1)
-        kept = Kept(self.prefix_len, ids_BL.shape[1]) if cached else None
-        pattern = self.model.pattern(structure, structure)
-        x_BLD = self.model.language_model(x_BLD, position_BL, pattern, slice(self.prefix_len, None), kept)
-        if kept is not None:
-            self.kept, self.kept_rows_B = kept, rows_B
+        parts = (self.ids_BNL, self.position_BNL, *self.roles)
+        ids, position, sample, region, caption = (part[rows_B].flatten(1, 2) for part in parts)
+        roles = join_roles(self.prefix.roles.at(rows_B), TokenRoles(sample, region, caption))
+        x_BLD = torch.cat([self.x_BLD[rows_B], self.model.language_model.embed_tokens(ids)], dim=1)
+        position_BL = torch.cat([self.prefix.position_BL[rows_B], position], dim=1)
+        kv_cache = KVCache(self.prefix_len, ids.shape[1]) if cached else None
+        mask = self.model.attention_mask(roles, roles)
+        captions = slice(self.prefix_len, None)
+        x_BLD = self.model.language_model(x_BLD, position_BL, mask, captions, kv_cache)
+        if kv_cache is not None:
+            self.kv_cache, self.cached_rows_B = kv_cache, rows_B
         hidden_BNSD = x_BLD.unflatten(1, self.ids_BNL.shape[1:])[:, :, 1:-1]
         return hidden_BNSD[wanted_BN[rows_B]]
 
-    def _captions(self, wanted_BN: Tensor) -> Tensor:
-        """A pass over the wanted regions alone, with what is kept before them: (M, S, D)."""
-        going_B = self.open_BNS.any((1, 2))[self.kept_rows_B]
-        if int(going_B.sum()) <= len(going_B) // 2:  # worth moving what is kept together
-            self.kept, self.kept_rows_B = self.kept.rows(going_B), self.kept_rows_B[going_B]
-        rows_B = self.kept_rows_B
+    def _forward_captions(self, kv_cache: KVCache, wanted_BN: Tensor) -> Tensor:
+        """Hidden states (M, S, D) of the wanted regions, from a pass over their captions alone."""
+        going_B = self.open_BNS.any((1, 2))[self.cached_rows_B]
+        if int(going_B.sum()) <= len(going_B) // 2:  # worth the copy of what stays cached
+            self.kv_cache = kv_cache = kv_cache.for_sequences(going_B)
+            self.cached_rows_B = self.cached_rows_B[going_B]
+        rows_B = self.cached_rows_B
         self.forwards_B += wanted_BN.any(1)
         wanted_BN = wanted_BN[rows_B]
         most = int(wanted_BN.sum(1).max())
         pick_BM = wanted_BN.int().argsort(dim=1, descending=True, stable=True)[:, :most]
         real_BM = wanted_BN.gather(1, pick_BM)
         row_B1 = rows_B[:, None]
-        parts = (part[row_B1, pick_BM] for part in (self.ids_BNL, self.position_BNL, *self.structure))
+        parts = (part[row_B1, pick_BM] for part in (self.ids_BNL, self.position_BNL, *self.roles))
         ids, position, sample, region, caption = parts
         sample = sample.masked_fill(~real_BM[..., None], PADDING)
-        structure = Structure(sample.flatten(1), region.flatten(1), caption.flatten(1))
-        keys = join(self.prefix.structure.at(rows_B), structure)
-        pattern = self.model.pattern(structure, keys)
+        roles = TokenRoles(sample.flatten(1), region.flatten(1), caption.flatten(1))
+        keys = join_roles(self.prefix.roles.at(rows_B), roles)
+        mask = self.model.attention_mask(roles, keys)
         x_BLD = self.model.language_model.embed_tokens(ids.flatten(1))
-        x_BLD = self.model.language_model(x_BLD, position.flatten(1), pattern, kept=self.kept)
+        x_BLD = self.model.language_model(x_BLD, position.flatten(1), mask, cache=kv_cache)
         return x_BLD.unflatten(1, (most, -1))[:, :, 1:-1][real_BM]
 
     def _uniform(self, step: int) -> Tensor | None:
-        """A draw for every slot: the same for every image, whatever is beside it."""
+        """A random number for every slot, the same in every batch; None where nothing is drawn."""
         if self.options.temperature == 0:
             return None
         seed = self.options.seed * 1_000_003 + step
@@ -301,8 +314,8 @@ class _Run:
         uniform_NS = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return uniform_NS[: self.open_BNS.shape[1]].to(self.model.device)
 
-    def _predict(self, hidden_KD: Tensor, uniform_K: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Guess and confidence of slots."""
+    def _sample(self, hidden_KD: Tensor, uniform_K: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens for slots, and their probabilities."""
         weight_VD, suppressed = self.model.lm_head.weight, _suppressed(self.model, self.options)
         if uniform_K is None:
             return _likeliest(hidden_KD, weight_VD, suppressed)
@@ -312,24 +325,24 @@ class _Run:
 def _likeliest(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> tuple[Tensor, Tensor]:
     """The likeliest tokens and their probabilities, in one pass over parts of the vocabulary.
 
-    A part's logits are small enough to stay in a CPU's cache, and all of them are never there at once.
+    A part's logits are small enough to stay in a CPU's cache, and all logits never exist at once.
     """
     num_slots, num_tokens = _LOGITS_AT_ONCE["cpu" if hidden_KD.is_cpu else "gpu"]
     if len(hidden_KD) > num_slots:
         parts = [_likeliest(part, weight_VD, suppressed) for part in hidden_KD.split(num_slots)]
-        return torch.cat([guess for guess, _ in parts]), torch.cat([confidence for _, confidence in parts])
+        return torch.cat([token for token, _ in parts]), torch.cat([confidence for _, confidence in parts])
     top_K = hidden_KD.new_full(hidden_KD.shape[:1], -torch.inf, dtype=_wide(hidden_KD))
-    total_K, guess_K = torch.zeros_like(top_K), torch.zeros_like(top_K, dtype=torch.int64)
+    total_K, token_K = torch.zeros_like(top_K), torch.zeros_like(top_K, dtype=torch.int64)
     for start in range(0, len(weight_VD), num_tokens):
         never = [i - start for i in suppressed if start <= i < min(start + num_tokens, len(weight_VD))]
         logits_KV = _logits(hidden_KD, weight_VD[start : start + num_tokens], never)
         part_top_K, place_K = logits_KV.max(dim=-1)
-        guess_K = torch.where(part_top_K > top_K, place_K + start, guess_K)
+        token_K = torch.where(part_top_K > top_K, place_K + start, token_K)
         new_top_K = torch.maximum(top_K, part_top_K)
         part_total_K = logits_KV.sub_(new_top_K[:, None]).exp_().sum(dim=-1)
         total_K = total_K * (top_K - new_top_K).exp() + part_total_K
         top_K = new_top_K
-    return guess_K, 1 / total_K
+    return token_K, 1 / total_K
 
 
 def _drawn(
@@ -341,11 +354,11 @@ def _drawn(
         hidden_KD.split(_DRAWN_AT_ONCE), uniform_K.split(_DRAWN_AT_ONCE), strict=True
     ):
         logits_KV = _logits(hidden_kD, weight_VD, suppressed)
-        guess_K = _draw(logits_KV, options, uniform_k)
+        token_K = _draw(logits_KV, options, uniform_k)
         log_probability_KV = logits_KV.log_softmax(dim=-1)
-        parts.append((guess_K, log_probability_KV.gather(1, guess_K[:, None])[:, 0].exp()))
-    guess, confidence = zip(*parts, strict=True)
-    return torch.cat(guess), torch.cat(confidence)
+        parts.append((token_K, log_probability_KV.gather(1, token_K[:, None])[:, 0].exp()))
+    tokens, confidences = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(confidences)
 
 
 def _logits(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> Tensor:
@@ -367,28 +380,27 @@ def _draw(logits_KV: Tensor, options: DecodeOptions, uniform_K: Tensor) -> Tenso
     return order_KV.gather(1, torch.minimum(place_K1, within_K))[:, 0]
 
 
-def _blocks(batch: Batch, length: int) -> tuple[Tensor, Tensor, Structure]:
-    """The captions' ids, positions and structure as (B, N, S + 2): opening token, slots, closing token."""
+def _blocks(batch: Batch, num_slots: int) -> tuple[Tensor, Tensor, TokenRoles]:
+    """The captions' ids, positions and roles as (B, N, S + 2): opening token, slots, closing token."""
     tokens = batch.captions
-    if tokens.ids_BL.shape[1] % (length + 2):
-        raise ConfigError(f"the batch's captions are not of {length} slots: lay it out with that number")
-    ids, position, *structure = (
-        part.unflatten(1, (-1, length + 2)) for part in (tokens.ids_BL, tokens.position_BL, *tokens.structure)
-    )
-    return ids.clone(), position, Structure(*structure)
+    if tokens.ids_BL.shape[1] % (num_slots + 2):
+        raise ConfigError(f"the batch's captions are not of {num_slots} slots; lay it out with that number")
+    parts = (tokens.ids_BL, tokens.position_BL, *tokens.roles)
+    ids, position, sample, region, caption = (part.unflatten(1, (-1, num_slots + 2)) for part in parts)
+    return ids.clone(), position, TokenRoles(sample, region, caption)
 
 
-def cache_for(model: PerceptionDLM, options: DecodeOptions) -> str:
+def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
     """The cache that a model decodes with: "none", "exact" or "approximate".
 
     Raises:
-        ConfigError: "exact" is asked of a model whose prefix sees captions.
+        ConfigError: "exact" is asked for, and the prefix sees captions in this model's layout.
     """
     isolated = model.layout.isolate_prefix
     if options.cache == "exact" and not isolated:
         raise ConfigError(
-            "cache 'exact' needs a layout that isolates the prefix; here captions change what is before "
-            "them: take 'approximate' or 'none'"
+            "cache 'exact' needs a layout that isolates the prefix, and in this model captions change what "
+            "comes before them; choose 'approximate' or 'none'"
         )
     if options.cache == "auto":
         return "exact" if isolated else "none"
@@ -404,7 +416,7 @@ def _suppressed(model: PerceptionDLM, options: DecodeOptions) -> list[int]:
         return []
     return [
         config.mask_token_id,
-        config.image_token_id,
+        cast(int, config.image_token_id),
         *(config.region_token_ids or ()),
         *(config.caption_token_ids or ()),
     ]

@@ -31,13 +31,15 @@ _FRAME_MS, _LAST_MS, _LONGEST_MS = 220, 3000, 16_000
 
 def render_gif(trace: Trace) -> bytes:
     """A GIF with one frame for each snapshot; the last one stays longest, and the whole plays again."""
+    from PIL import Image
+
     layout = _Layout.of(trace)
     shown = list(layout.frames())
     palette = _palette(shown[-1])
-    still = layout.picture.quantize(palette=palette, dither=1)
+    still = layout.picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
     indexed = []
     for frame in shown:
-        flat = frame.quantize(palette=palette, dither=0)
+        flat = frame.quantize(palette=palette, dither=Image.Dither.NONE)
         flat.paste(still, layout.corner)  # the photo is dithered once: it does not flicker
         indexed.append(flat)
     each = min(_FRAME_MS, max(40, _LONGEST_MS // len(shown)))

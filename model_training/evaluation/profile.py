@@ -24,7 +24,7 @@ from ...schemas.errors import ConfigError
 from ...schemas.evaluation import ProfileConfig
 from ..decoding.read_regions import iter_photo_regions
 from ..decoding.region_captioner import RegionCaptioner, RegionCaptions
-from ..decoding.sampler import cache_for
+from ..decoding.sampler import choose_cache
 
 ROWS, TABLE, PLOT = "profile.json", "profile.md", "profile.png"
 
@@ -200,7 +200,7 @@ class _Bench:
             options.max_new_tokens,
             options.steps,
             options.threshold if options.strategy == "threshold" else None,
-            cache_for(self.model, options),
+            choose_cache(self.model, options),
             case.batch,
             images,
             forwards / images,

@@ -1,4 +1,4 @@
-"""Who may attend to whom: one pure function of what each token is, in the form that each kernel wants.
+"""Who may attend to whom: one pure function of the tokens' roles, in the form that each kernel wants.
 
 Shape suffixes: B batch, Q queries, K keys, L tokens, H heads, D head width.
 """
@@ -18,43 +18,46 @@ SHARED, HIDDEN = 0, -1
 """Region codes besides 1, 2, ...: what every caption sees, and what no caption sees."""
 
 PADDING = -1
-"""The sample of tokens that only fill up a batch. They see each other, so that no row of scores is empty."""
+"""Sample of the tokens that only fill up a batch. They see each other, so that no row of scores is empty."""
 
 
-class Structure(NamedTuple):
-    """What the tokens are.
+class TokenRoles(NamedTuple):
+    """What each token is; attention follows from this alone.
 
     Attributes:
-        sample_BL: which sequence a token belongs to; samples packed in one row do not see each other.
-        region_BL: SHARED, HIDDEN, or 1 + the region whose replay or caption the token belongs to.
-        caption_BL: whether the token belongs to a caption.
+        sample_BL: int64, the number of the token's sequence. Sequences packed in one row do not see each
+            other.
+        region_BL: int64, SHARED, HIDDEN, or 1 + the region whose replay or caption the token belongs to.
+        caption_BL: bool, whether the token belongs to a caption.
     """
 
     sample_BL: Tensor
     region_BL: Tensor
     caption_BL: Tensor
 
-    def at(self, tokens: Any) -> Structure:
-        """The structure of some tokens, by an index into (B, L)."""
-        return Structure(*(field[tokens] for field in self))
+    def at(self, index: Any) -> TokenRoles:
+        """The roles of some tokens, by an index into (B, L)."""
+        return TokenRoles(*(field[index] for field in self))
 
     def replay_BL(self) -> Tensor:
-        """Where regions' features are replayed."""
+        """Bool, where regions' features are replayed."""
         return (self.region_BL > SHARED) & ~self.caption_BL
 
 
-def join(*parts: Structure) -> Structure:
-    """One after the other along the tokens."""
-    return Structure(*(torch.cat(fields, dim=1) for fields in zip(*parts, strict=True)))
+def join_roles(*parts: TokenRoles) -> TokenRoles:
+    """The roles of sequences whose parts follow each other."""
+    sample, region, caption = (torch.cat(fields, dim=1) for fields in zip(*parts, strict=True))
+    return TokenRoles(sample, region, caption)
 
 
-def may_attend(
-    query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor], isolate_prefix: bool
-) -> Tensor:
-    """Whether a query may attend to a key, each given as (sample, region, caption); broadcasts.
+_Roles = tuple[Tensor, Tensor, Tensor]
 
-    A caption sees what is shared, the replay of its own region and itself. Everything else sees all of its
-    sample, or, with `isolate_prefix`, all but captions.
+
+def may_attend(query: _Roles, key: _Roles, isolate_prefix: bool) -> Tensor:
+    """Whether a query may attend to a key, each given as (sample, region, caption); the arguments broadcast.
+
+    A caption sees what is shared, the replay of its own region and itself. Every other token sees all of its
+    sequence, or, with `isolate_prefix`, all of it but the captions.
     """
     q_sample, q_region, q_caption = query
     k_sample, k_region, k_caption = key
@@ -63,15 +66,15 @@ def may_attend(
     return (q_sample == k_sample) & ((q_caption & of_caption) | (~q_caption & of_prefix))
 
 
-def dense_mask(queries: Structure, keys: Structure, isolate_prefix: bool) -> Tensor:
-    """The pattern as (B, Q, K) bool."""
-    query = tuple(field[:, :, None] for field in queries)
-    key = tuple(field[:, None, :] for field in keys)
-    return may_attend(query, key, isolate_prefix)  # type: ignore[arg-type]
+def dense_mask(queries: TokenRoles, keys: TokenRoles, isolate_prefix: bool) -> Tensor:
+    """The mask as (B, Q, K) bool."""
+    q_sample, q_region, q_caption = (field[:, :, None] for field in queries)
+    k_sample, k_region, k_caption = (field[:, None, :] for field in keys)
+    return may_attend((q_sample, q_region, q_caption), (k_sample, k_region, k_caption), isolate_prefix)
 
 
-def mask_mod(queries: Structure, keys: Structure, isolate_prefix: bool) -> Callable[..., Tensor]:
-    """The pattern as FlexAttention asks for it, one pair at a time."""
+def mask_mod(queries: TokenRoles, keys: TokenRoles, isolate_prefix: bool) -> Callable[..., Tensor]:
+    """The mask as FlexAttention asks for it, one pair of tokens at a time."""
 
     def mod(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         query = (queries.sample_BL[b, q], queries.region_BL[b, q], queries.caption_BL[b, q])
@@ -81,18 +84,18 @@ def mask_mod(queries: Structure, keys: Structure, isolate_prefix: bool) -> Calla
     return mod
 
 
-class Pattern:
-    """A pattern made ready once for all layers and heads; calling it attends.
+class AttentionMask:
+    """A mask in the form of one attention kernel, made once for all layers and heads.
 
     Args:
-        queries: structure of the queries.
-        keys: structure of the keys.
+        queries: roles of the queries.
+        keys: roles of the keys.
         isolate_prefix: see `may_attend`.
-        kernel: "sdpa": a mask of (B, 1, Q, K) that is added, or none at all where everything is allowed.
-            "flex_attention": blocks of 128 x 128; compiled on a GPU, where no (Q, K) tensor comes to be.
+        kernel: "sdpa": a mask of (B, 1, Q, K) that is added to the scores, or none where all may attend to
+            all. "flex_attention": blocks of 128 x 128, compiled on a GPU, where no (Q, K) tensor is made.
     """
 
-    def __init__(self, queries: Structure, keys: Structure, isolate_prefix: bool, kernel: str = "sdpa"):
+    def __init__(self, queries: TokenRoles, keys: TokenRoles, isolate_prefix: bool, kernel: str = "sdpa"):
         self.queries, self.keys, self.isolate_prefix, self.kernel = queries, keys, isolate_prefix, kernel
         if kernel == "flex_attention":
             self.mask = _block_mask(queries, keys, isolate_prefix)
@@ -100,10 +103,10 @@ class Pattern:
             mask = dense_mask(queries, keys, isolate_prefix)[:, None]
             self.mask = None if bool(mask.all()) else mask
         else:
-            raise ValueError(f"attention kernel {kernel!r}: take 'sdpa' or 'flex_attention'")
+            raise ValueError(f"unknown attention kernel {kernel!r}; choose 'sdpa' or 'flex_attention'")
 
-    def of(self, tokens: slice) -> Pattern:
-        """The pattern of some of the queries."""
+    def for_queries(self, tokens: slice) -> AttentionMask:
+        """The mask of some of the queries."""
         part = copy.copy(self)
         part.queries = self.queries.at((slice(None), tokens))
         if self.kernel == "flex_attention":
@@ -112,26 +115,27 @@ class Pattern:
             part.mask = self.mask[:, :, tokens]
         return part
 
-    def ready(self, dtype: torch.dtype) -> None:
-        """Make the mask what is added to scores of a type, once for all layers.
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Turn the mask into what is added to scores of a type, once for all layers.
 
-        Not within a layer: one that is compiled and recomputed would not find again what it did.
+        This cannot happen inside a layer: a compiled layer under activation checkpointing would find a
+        changed mask when it computes its forward pass again.
         """
         if self.kernel == "sdpa" and self.mask is not None and self.mask.dtype == torch.bool:
             self.mask = torch.zeros_like(self.mask, dtype=dtype).masked_fill_(~self.mask, -torch.inf)
 
-    def __call__(self, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
-        """Attend; fewer heads of keys than of queries are shared evenly. Returns (B, H, Q, D)."""
+    def attend(self, q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
+        """Attention under this mask: (B, H, Q, D). Fewer heads of keys than of queries are shared evenly."""
         grouped = q_BHQD.shape[1] != k_BHKD.shape[1]
         if self.kernel == "flex_attention":
-            attend = _flex(q_BHQD.device.type)
+            attend = _flex_attention(q_BHQD.device.type)
             return attend(q_BHQD, k_BHKD, v_BHKD, block_mask=self.mask, enable_gqa=grouped)
         return functional.scaled_dot_product_attention(
             q_BHQD, k_BHKD, v_BHKD, attn_mask=self.mask, enable_gqa=grouped
         )
 
 
-def _block_mask(queries: Structure, keys: Structure, isolate_prefix: bool) -> Any:
+def _block_mask(queries: TokenRoles, keys: TokenRoles, isolate_prefix: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, num_queries = queries.sample_BL.shape
@@ -148,7 +152,7 @@ def _block_mask(queries: Structure, keys: Structure, isolate_prefix: bool) -> An
 
 
 @cache
-def _flex(device: str) -> Callable[..., Tensor]:
+def _flex_attention(device: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention

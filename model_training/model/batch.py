@@ -1,4 +1,4 @@
-"""What the network reads: images and tokens of one batch, and how examples are put side by side in it.
+"""What the network reads: an example is one image as a sequence, a batch is many of them side by side.
 
 Shape suffixes: N views (tiles and thumbnails of all images), S side of a view in pixels, P region prompts, Q
 patches of a view, I images, R regions, B batch, L tokens of a sequence.
@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import PADDING, SHARED, Structure, join
+from .attention import PADDING, SHARED, TokenRoles, join_roles
 
 
 class Example(NamedTuple):
     """One image with at most `num_prompts` regions, as a sequence; n regions, T views, L tokens.
 
     Attributes:
-        views: (T, 3, S, S) uint8.
-        prompts: (T, P, Q) bool.
+        views: (T, 3, S, S) uint8 RGB: the tiles row by row, then the thumbnail if there is more than one
+            tile.
+        prompts: (T, P, Q) bool, which patches belong to the region that has which prompt.
         grid: tiles across and down.
-        boxes: n boxes as shares of the image.
-        order: for each place in the sequence, the caller's number of its region.
-        prefix: (ids, positions, region codes) of all that comes before the captions.
-        captions: the same of the captions, all blocks one after the other.
+        boxes: (x1, y1, x2, y2) of each region as shares of the image's width and height.
+        order: for each region in the order of the sequence, its number in the caller's order.
+        prefix: (3, L) int64: ids, positions and region codes of all tokens before the captions.
+        captions: (3, L) int64: the same of the captions, all blocks one after the other.
     """
 
     views: np.ndarray
@@ -39,14 +40,14 @@ class Example(NamedTuple):
 
 
 class Images(NamedTuple):
-    """What a batch shows.
+    """The images of a batch, and where their regions are.
 
     Attributes:
         views_N3SS: uint8 RGB, image after image, each with its tiles row by row and then its thumbnail.
-        prompts_NPQ: bool, which patch of which view belongs to the region that has which prompt.
+        prompts_NPQ: bool, which patches of which view belong to the region that has which prompt.
         grids_I2: int64 on the CPU, tiles across and down.
         boxes_R4: float32, (x1, y1, x2, y2) of the regions as shares of their image, image after image.
-        image_R: int64, each region's image.
+        image_R: int64, the image of each region.
     """
 
     views_N3SS: Tensor
@@ -56,38 +57,39 @@ class Images(NamedTuple):
     image_R: Tensor
 
     def to(self, device: torch.device | str) -> Images:
-        """On a device, but for the grids, which shapes are made of."""
+        """A copy on a device. The grids stay on the CPU, since they decide about shapes."""
         return Images(
             *(part if name == "grids_I2" else part.to(device) for name, part in self._asdict().items())
         )
 
 
 class Tokens(NamedTuple):
-    """What a batch says; all (B, L).
+    """The sequences of a batch.
 
     Attributes:
-        ids_BL: int64; of image and replay, the tokens that stand for them.
+        ids_BL: int64; placeholders where features of the image or replayed features stand.
         position_BL: int64.
-        structure: who may attend to whom.
+        roles: what each token is, from which attention follows.
     """
 
     ids_BL: Tensor
     position_BL: Tensor
-    structure: Structure
+    roles: TokenRoles
 
     def to(self, device: torch.device | str) -> Tokens:
-        """On a device."""
-        moved = Structure(*(field.to(device) for field in self.structure))
-        return Tokens(self.ids_BL.to(device), self.position_BL.to(device), moved)
+        """A copy on a device."""
+        sample_BL, region_BL, caption_BL = (field.to(device) for field in self.roles)
+        roles = TokenRoles(sample_BL, region_BL, caption_BL)
+        return Tokens(self.ids_BL.to(device), self.position_BL.to(device), roles)
 
 
 class Batch(NamedTuple):
-    """Examples side by side: all prefixes padded to one length, then all captions padded to one.
+    """Examples side by side: all prefixes padded to one length, then all captions padded to one length.
 
     Attributes:
-        images: what they show.
-        prefix: tokens before the captions.
-        captions: tokens of the captions.
+        images: the images.
+        prefix: the tokens before the captions.
+        captions: the tokens of the captions.
     """
 
     images: Images
@@ -95,23 +97,27 @@ class Batch(NamedTuple):
     captions: Tokens
 
     def to(self, device: torch.device | str) -> Batch:
-        """On a device."""
-        return Batch(*(part.to(device) for part in self))
+        """A copy on a device."""
+        return Batch(self.images.to(device), self.prefix.to(device), self.captions.to(device))
 
     def tokens(self) -> Tokens:
-        """Both parts, one after the other."""
-        return join_tokens(self.prefix, self.captions)
+        """The whole sequences: prefix, then captions."""
+        return Tokens(
+            torch.cat([self.prefix.ids_BL, self.captions.ids_BL], dim=1),
+            torch.cat([self.prefix.position_BL, self.captions.position_BL], dim=1),
+            join_roles(self.prefix.roles, self.captions.roles),
+        )
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """A batch, one example a row."""
+    """A batch with one example in each row."""
     prefix = _pad([example.prefix for example in examples], caption=False)
     captions = _pad([example.captions for example in examples], caption=True)
-    return Batch(images_of(examples), prefix, captions)
+    return Batch(collate_images(examples), prefix, captions)
 
 
-def images_of(examples: Sequence[Example]) -> Images:
-    """What examples show, one after the other."""
+def collate_images(examples: Sequence[Example]) -> Images:
+    """The images of examples, one after the other."""
     owners = [i for i, example in enumerate(examples) for _ in example.boxes]
     boxes = [box for example in examples for box in example.boxes]
     views = [example.views for example in examples]
@@ -125,7 +131,7 @@ def images_of(examples: Sequence[Example]) -> Images:
 
 
 def pack(examples: Sequence[Example]) -> tuple[Images, Tokens]:
-    """The same in one row without padding."""
+    """The images and tokens of examples, all in one row without padding."""
     parts = [np.concatenate([example.prefix, example.captions], axis=1) for example in examples]
     ids, positions, codes = torch.from_numpy(np.concatenate(parts, axis=1))[:, None].unbind()
     sample = torch.cat([torch.full((part.shape[1],), i) for i, part in enumerate(parts)])[None]
@@ -135,22 +141,17 @@ def pack(examples: Sequence[Example]) -> tuple[Images, Tokens]:
             for part, example in zip(parts, examples, strict=True)
         ]
     )[None]
-    return images_of(examples), Tokens(ids, positions, Structure(sample, codes, caption))
-
-
-def join_tokens(*parts: Tokens) -> Tokens:
-    """One after the other in each row."""
-    fields = [torch.cat([getattr(part, name) for part in parts], 1) for name in ("ids_BL", "position_BL")]
-    return Tokens(*fields, join(*(part.structure for part in parts)))
+    return collate_images(examples), Tokens(ids, positions, TokenRoles(sample, codes, caption))
 
 
 def _pad(parts: Sequence[np.ndarray], caption: bool) -> Tokens:
-    """Examples' (3, L) parts, one a row, filled up on the right with tokens that only see each other."""
+    """Examples' (3, L) parts, one a row, filled up on the right with tokens that see each other alone."""
     shape = (len(parts), max(part.shape[1] for part in parts))
     ids, positions, codes, sample = (np.full(shape, fill, np.int64) for fill in (0, 0, SHARED, PADDING))
     for row, part in enumerate(parts):
         here = (row, slice(part.shape[1]))
         ids[here], positions[here], codes[here] = part
         sample[here] = row
-    structure = Structure(*map(torch.from_numpy, (sample, codes, (sample != PADDING) & caption)))
-    return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), structure)
+    is_caption = torch.from_numpy((sample != PADDING) & caption)
+    roles = TokenRoles(torch.from_numpy(sample), torch.from_numpy(codes), is_caption)
+    return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), roles)

@@ -1,41 +1,45 @@
-"""The model's configuration, as transformers saves and loads it."""
+"""The model's config, as transformers saves and loads it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 
-from .layout import Layout, resolve
+from .layout import Layout, resolve_layout
 
 
 @strict
 class PerceptionDLMConfig(PreTrainedConfig):
     """Sizes, layout and special tokens of a PerceptionDLM.
 
-    The defaults are the published model's. `text_config` describes LLaDA in Llama's terms; the attention is
-    bidirectional.
+    The defaults are those of the published model. `text_config` describes LLaDA in Llama's terms; its
+    attention is bidirectional.
 
     Attributes:
-        vision_select_layer: which hidden state leaves the vision tower, counted after each block: -2 is the
-            last but one block, -1 the last with the tower's final norm.
-        num_prompts: regions that one sequence can hold: each is marked in the image by a prompt of its own.
-        replay_size: a region's features are replayed as this many squared vectors.
-        max_tiles: of an image, without the thumbnail.
-        region_prompting: whether regions are marked in the image; False is an ablation of the paper.
-        feature_replay: whether regions' features are replayed; False is an ablation of the paper: one learnt
-            token stands for each region.
+        vision_config: SigLIP's config, or its fields.
+        text_config: the language model's config, or its fields.
+        vision_select_layer: the hidden state that leaves the vision tower, counted after each block: -2 is
+            that of the last block but one, -1 that of the last one, after the tower's final norm.
+        num_prompts: how many regions one sequence can hold; each is marked in the image by its own prompt.
+        replay_size: a region's features are sampled on a grid of this many points along each side.
+        max_tiles: the most tiles that an image is cut into, not counting the thumbnail.
+        region_prompting: whether regions are marked in the image. False is an ablation of the paper.
+        feature_replay: whether regions' features are replayed. False is an ablation of the paper, in which
+            one learned token stands for each region.
         layout: "corrected" for new training, "reference" for published weights.
-        layout_options: options of the layout that differ from it, see `layout.Layout`.
-        image_token_id: stands for the image's features.
-        mask_token_id: a slot whose token is not decided yet.
-        eot_token_id: ends a caption.
-        newline_token_id: the line break by itself.
-        region_token_ids: stand for the replayed features of region 0, 1, ...
-        caption_token_ids: open the caption of region 0, 1, ...
-        region_prompt_std: of new prompts. The original's 1 drowns the patches of an untrained tower.
-        position_std: of an untrained tower's positions; None: SigLIP's, one over the root of the width.
+        layout_options: options in which the layout differs from the named one, see `layout.Layout`.
+        image_token_id: the token in whose place the image's features stand.
+        mask_token_id: a token that is not decided yet.
+        eot_token_id: the token that ends a caption.
+        newline_token_id: the line break.
+        region_token_ids: the tokens in whose place the replayed features of region 0, 1, ... stand.
+        caption_token_ids: the tokens that open the caption of region 0, 1, ...
+        region_prompt_std: standard deviation of new region prompts. The released code's 1 drowns the patches
+            of a tower that is not trained yet.
+        position_std: standard deviation of the positions of an untrained tower. None takes SigLIP's, which is
+            one over the root of the width.
     """
 
     model_type = "perceptiondlm"
@@ -70,31 +74,51 @@ class PerceptionDLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.resolved_layout()
 
+    @property
+    def vision(self) -> SiglipVisionConfig:
+        """`vision_config` as the constructor leaves it."""
+        return cast(SiglipVisionConfig, self.vision_config)
+
+    @property
+    def text(self) -> LlamaConfig:
+        """`text_config` as the constructor leaves it."""
+        return cast(LlamaConfig, self.text_config)
+
     def resolved_layout(self) -> Layout:
-        """The layout with its options.
+        """The named layout with the options in which it differs.
 
         Raises:
             ConfigError: an unknown layout or option.
         """
-        return resolve(self.layout, self.layout_options)
+        return resolve_layout(self.layout, self.layout_options)
+
+    @property
+    def tile_px(self) -> int:
+        """Side of a tile in pixels."""
+        return cast(int, self.vision.image_size)
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch in pixels."""
+        return cast(int, self.vision.patch_size)
 
     @property
     def patches_per_side(self) -> int:
-        """Of a tile."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+        """Patches along each side of a tile."""
+        return self.tile_px // self.patch_px
 
     @property
     def tokens_per_tile(self) -> int:
-        """Two by two patches make a token."""
+        """Tokens of a tile; two by two patches make one."""
         return (self.patches_per_side // 2) ** 2
 
     @property
     def replay_tokens(self) -> int:
-        """Positions that stand for a region before the captions."""
+        """Tokens that stand for a region before the captions."""
         return self.replay_size**2 if self.feature_replay else 1
 
 
-_SIGLIP2_SO400M_512 = {
+_SIGLIP2_SO400M_512: dict[str, Any] = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "num_hidden_layers": 27,
@@ -102,7 +126,7 @@ _SIGLIP2_SO400M_512 = {
     "image_size": 512,
     "patch_size": 16,
 }
-_LLADA_8B = {
+_LLADA_8B: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 12288,
     "num_hidden_layers": 32,

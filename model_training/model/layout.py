@@ -1,8 +1,9 @@
 """How an image and its regions become a sequence.
 
-A layout is data, because published weights were trained with quirks. `REFERENCE` is the original to the last
-quirk, and what published weights need. `CORRECTED` is the same architecture doing what its paper says, and
-the default for new training. Each difference is an option of its own, so that it can be measured by itself.
+A layout is data, because published weights were trained with quirks. `REFERENCE` follows PerceptionDLM's
+released code to the last quirk, and is what published weights need. `CORRECTED` is the same architecture
+doing what its paper says, and the default for new training. Each difference is an option of its own, so that
+its effect can be measured.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ class Layout:
     """The options; the defaults are the corrected layout.
 
     Attributes:
-        mask_resample: "area": a patch shows a region if it holds at least `min_patch_share` of it, and each
-            view of the image has at least one such patch for every region. "bicubic": the painted mask is
-            resized with bicubic ringing, one pixel decides for its patch, and a small region can vanish.
-        min_patch_share: of a patch that the region covers. A quarter keeps thin things connected.
-        replay_map: which of an image's views make up the map that replay samples: "tiles", or "shifted": all
-            views but the first, so that every place holds its right neighbour and the last the thumbnail.
-        replay_scale: factor on boxes that are already in cells of the map. The original scales twice: by 1/32
-            at inference, by 1/28 in training.
-        inclusive_boxes: a box ends at its last pixel's near edge instead of its far one.
-        hidden_newlines: captions do not see the line breaks between the replayed regions.
-        isolate_prefix: prompt, image and replay do not see captions. Then captions are independent of each
-            other, and keys and values of all that comes before them are the same at every step.
-        restart_positions: each caption starts at the same position, so that regions are exchangeable.
+        mask_resample: which patches show a region. "area": those it covers at least `min_patch_share` of, and
+            in each view of the image at least one. "bicubic": the painted mask is resized with bicubic
+            ringing, and one pixel decides for its patch, so that a small region can vanish.
+        min_patch_share: share of a patch that the region has to cover. A quarter keeps thin objects
+            connected.
+        replay_map: which of an image's views form the feature map that replay samples. "tiles": its tiles.
+            "shifted": all views but the first, so that every place holds its right neighbor and the last one
+            the thumbnail.
+        replay_scale: factor on boxes that are already in cells of the feature map. The released code scales
+            twice: by 1/32 at inference, by 1/28 in training.
+        inclusive_boxes: whether a box ends at the near edge of its last pixel instead of the far one.
+        hidden_newlines: whether captions do not see the line breaks between the replayed regions.
+        isolate_prefix: whether prompt, image and replay do not see captions. Then captions are independent of
+            each other, and keys and values of everything before them are the same at every step.
+        restart_positions: whether every caption starts at the same position, so that regions are
+            exchangeable.
         block_end: what closes each caption's block: "eot", or "newline" with one eot after the last block.
         cut: where a caption ends: at the first eot of its own "block", or of the whole "answer", which leaves
             the captions after it empty.
@@ -63,29 +67,31 @@ REFERENCE = Layout(
     block_end="newline",
     cut="answer",
 )
-"""The original (MSALab-PKU/PerceptionDLM) at inference."""
+"""PerceptionDLM's released code (MSALab-PKU/PerceptionDLM) at inference."""
 
 LAYOUTS = {"corrected": CORRECTED, "reference": REFERENCE}
 
 
-def resolve(name: str, options: dict[str, Any] | None = None) -> Layout:
-    """The named layout with some options set differently.
+def resolve_layout(name: str, options: dict[str, Any] | None = None) -> Layout:
+    """The named layout, with some options set differently.
 
     Raises:
         ConfigError: no such layout or option, or a value that the option does not take.
     """
     if name not in LAYOUTS:
-        raise ConfigError(f"layout: {name!r} is none; take one of {', '.join(sorted(LAYOUTS))}")
+        raise ConfigError(f"layout: unknown layout {name!r}; choose one of {', '.join(sorted(LAYOUTS))}")
     fields = {field.name: field for field in dataclasses.fields(Layout)}
     for option, value in (options or {}).items():
         if option not in fields:
-            raise ConfigError(f"layout_options: {option!r} is none; take some of {', '.join(fields)}")
+            raise ConfigError(
+                f"layout_options: unknown option {option!r}; the options are {', '.join(fields)}"
+            )
         kind = type(getattr(CORRECTED, option))
         choices = _CHOICES.get(option)
         fits = value in choices if choices else type(value) is kind or (kind is float and type(value) is int)
         if not fits:
             wanted = " or ".join(map(repr, choices)) if choices else kind.__name__
-            raise ConfigError(f"layout_options.{option}: {value!r}; it takes {wanted}")
+            raise ConfigError(f"layout_options.{option}: {value!r}; give {wanted}")
     return dataclasses.replace(LAYOUTS[name], **(options or {}))
 
 

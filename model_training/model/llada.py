@@ -1,13 +1,13 @@
-"""LLaDA: a Llama without causality.
+"""LLaDA: a Llama whose attention is not causal.
 
-Shape suffixes: B batch, L tokens, D width, H heads, G heads of keys and values, K width
-of a head.
+Shape suffixes: B batch, L tokens, D width, H heads, G heads of keys and values, K width of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,41 +15,47 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Pattern
+from .attention import AttentionMask
 
 
-class Kept:
-    """Keys and values of the first tokens of each sequence, layer by layer, with room for more after them.
+class KVCache:
+    """Keys and values of the first tokens of each sequence, layer by layer, with room for the tokens after
+    them.
 
-    The first pass, over whole sequences, fills it; every later one sees what is kept before its own tokens.
+    The first pass runs over whole sequences and fills the cache. Every later pass runs over tokens that
+    follow the cached ones, and attends to the cached ones and to its own.
 
     Args:
-        num_kept: tokens at the front whose keys and values are kept.
-        num_more: tokens of a later pass at most.
+        num_cached: tokens at the front of each sequence whose keys and values are kept.
+        num_following: tokens of a later pass, at most.
     """
 
-    def __init__(self, num_kept: int, num_more: int):
-        self.num_kept, self.num_more = num_kept, num_more
+    def __init__(self, num_cached: int, num_following: int):
+        self.num_cached, self.num_following = num_cached, num_following
         self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def see(self, layer: int, k_BGLK: Tensor, v_BGLK: Tensor) -> tuple[Tensor, Tensor]:
-        """What a pass attends to. Keys and values of a later pass are overwritten by the next one."""
+    def update(self, layer: int, k_BGLK: Tensor, v_BGLK: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that a layer attends to, given those of the tokens of this pass.
+
+        The first call of a layer keeps those of the front. A later one puts its own behind them, where the
+        next one overwrites them.
+        """
         if len(self.layers) == layer:
             batch, heads, _, width = k_BGLK.shape
-            shape = (batch, heads, self.num_kept + self.num_more, width)
+            shape = (batch, heads, self.num_cached + self.num_following, width)
             self.layers.append((k_BGLK.new_empty(shape), v_BGLK.new_empty(shape)))
-            for room, fresh in zip(self.layers[layer], (k_BGLK, v_BGLK), strict=True):
-                room[:, :, : self.num_kept] = fresh[:, :, : self.num_kept]
+            for cached, fresh in zip(self.layers[layer], (k_BGLK, v_BGLK), strict=True):
+                cached[:, :, : self.num_cached] = fresh[:, :, : self.num_cached]
             return k_BGLK, v_BGLK
-        end = self.num_kept + k_BGLK.shape[2]
+        end = self.num_cached + k_BGLK.shape[2]
         keys, values = self.layers[layer]
-        keys[:, :, self.num_kept : end] = k_BGLK
-        values[:, :, self.num_kept : end] = v_BGLK
+        keys[:, :, self.num_cached : end] = k_BGLK
+        values[:, :, self.num_cached : end] = v_BGLK
         return keys[:, :, :end], values[:, :, :end]
 
-    def rows(self, rows_B: Tensor) -> Kept:
-        """Of some of the sequences only."""
-        part = Kept(self.num_kept, self.num_more)
+    def for_sequences(self, rows_B: Tensor) -> KVCache:
+        """The cache of some of the sequences."""
+        part = KVCache(self.num_cached, self.num_following)
         part.layers = [(keys[rows_B], values[rows_B]) for keys, values in self.layers]
         return part
 
@@ -71,26 +77,27 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions. Queries may be fewer than keys: see `Layer`."""
+    """Self-attention with rotary positions. There may be fewer queries than keys, see `Layer`."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        width, head, bias = config.hidden_size, config.head_dim, config.attention_bias
+        width, head, bias = config.hidden_size, cast(int, config.head_dim), config.attention_bias
+        key_heads = config.num_key_value_heads or config.num_attention_heads
         self.head = head
         self.q_proj = nn.Linear(width, config.num_attention_heads * head, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head, bias=bias)
+        self.k_proj = nn.Linear(width, key_heads * head, bias=bias)
+        self.v_proj = nn.Linear(width, key_heads * head, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * head, width, bias=bias)
 
-    def keys_and_values(self, x_BLD: Tensor, cos_BLK: Tensor, sin_BLK: Tensor) -> tuple[Tensor, Tensor]:
-        k_BGLK = rotate(self._split(self.k_proj(x_BLD)), cos_BLK, sin_BLK)
-        return k_BGLK, self._split(self.v_proj(x_BLD))
+    def keys_and_values(self, x_BLD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens, (B, G, L, K) each."""
+        return apply_rope(self._split(self.k_proj(x_BLD)), *rope), self._split(self.v_proj(x_BLD))
 
     def forward(
-        self, x_BLD: Tensor, cos_BLK: Tensor, sin_BLK: Tensor, keys: Tensor, values: Tensor, pattern: Pattern
+        self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: AttentionMask
     ) -> Tensor:
-        q_BHLK = rotate(self._split(self.q_proj(x_BLD)), cos_BLK, sin_BLK)
-        return self.o_proj(pattern(q_BHLK, keys, values).transpose(1, 2).flatten(2))
+        q_BHLK = apply_rope(self._split(self.q_proj(x_BLD)), *rope)
+        return self.o_proj(mask.attend(q_BHLK, keys, values).transpose(1, 2).flatten(2))
 
     def _split(self, x_BLD: Tensor) -> Tensor:
         return x_BLD.unflatten(-1, (-1, self.head)).transpose(1, 2)
@@ -118,19 +125,27 @@ class Layer(GradientCheckpointingLayer):
     def forward(
         self,
         x_BLD: Tensor,
-        cos_BLK: Tensor,
-        sin_BLK: Tensor,
-        pattern: Pattern,
+        rope: tuple[Tensor, Tensor],
+        mask: AttentionMask,
         wanted: slice,
-        kept: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
-        """The tokens `wanted` of the result; `pattern` is theirs, `kept` adds keys to their own."""
+        """The result for some of the tokens.
+
+        Args:
+            x_BLD: hidden states.
+            rope: (cos, sin) of the tokens' positions.
+            mask: of the tokens `wanted`.
+            wanted: the tokens whose result is asked for.
+            update_cache: from the keys and values of these tokens to those that they attend to.
+        """
         normed = self.input_layernorm(x_BLD)
-        keys, values = self.self_attn.keys_and_values(normed, cos_BLK, sin_BLK)
-        if kept is not None:
-            keys, values = kept(keys, values)
-        turn = (cos_BLK[:, wanted], sin_BLK[:, wanted])
-        x_BLD = x_BLD[:, wanted] + self.self_attn(normed[:, wanted], *turn, keys, values, pattern)
+        keys, values = self.self_attn.keys_and_values(normed, rope)
+        if update_cache is not None:
+            keys, values = update_cache(keys, values)
+        cos_BLK, sin_BLK = rope
+        wanted_rope = (cos_BLK[:, wanted], sin_BLK[:, wanted])
+        x_BLD = x_BLD[:, wanted] + self.self_attn(normed[:, wanted], wanted_rope, keys, values, mask)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
 
@@ -142,49 +157,50 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.theta, self.head = config.rope_parameters["rope_theta"], config.head_dim
+        self.theta = cast(dict[str, float], config.rope_parameters)["rope_theta"]
+        self.head = cast(int, config.head_dim)
 
     def forward(
         self,
         x_BLD: Tensor,
         position_BL: Tensor,
-        pattern: Pattern,
+        mask: AttentionMask,
         wanted: slice = slice(None),
-        kept: Kept | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Run all layers.
 
         Args:
-            x_BLD: embeddings.
+            x_BLD: embeddings of the tokens of this pass.
             position_BL: their positions.
-            pattern: who of them attends to what they and `kept` hold.
-            wanted: tokens whose hidden states are asked for; the last layer computes no others.
-            kept: keys and values of an earlier pass; an empty one is filled.
+            mask: which of them attends to which of them, and to which tokens in the cache.
+            wanted: the tokens whose hidden states are asked for; the last layer computes no others.
+            cache: keys and values of an earlier pass; an empty cache is filled.
 
         Returns:
-            (B, wanted, D).
+            (B, number of tokens wanted, D).
         """
-        pattern.ready(x_BLD.dtype)
-        cos_BLK, sin_BLK = rope(position_BL, self.theta, self.head, x_BLD.dtype)
+        mask.prepare(x_BLD.dtype)
+        rope = rope_of(position_BL, self.theta, self.head, x_BLD.dtype)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             rows = wanted if number == last else slice(None)
-            see = None if kept is None else partial(kept.see, number)
-            shown = pattern if rows == slice(None) else pattern.of(rows)
-            x_BLD = layer(x_BLD, cos_BLK, sin_BLK, shown, rows, see)
+            rows_mask = mask if rows == slice(None) else mask.for_queries(rows)
+            update = None if cache is None else partial(cache.update, number)
+            x_BLD = layer(x_BLD, rope, rows_mask, rows, update)
         return self.norm(x_BLD)
 
 
-def rope(position_BL: Tensor, theta: float, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin), (B, L, K): angles in float32, cast to the model's type before use."""
+def rope_of(position_BL: Tensor, theta: float, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of rotary positions, (B, L, K) each, from angles in float32 and then in the model's type."""
     exponent = torch.arange(0, width, 2, dtype=torch.int64, device=position_BL.device).float() / width
     angle = position_BL[..., None].float() / theta**exponent
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x_BHLK: Tensor, cos_BLK: Tensor, sin_BLK: Tensor) -> Tensor:
-    """Turn each channel with its partner half a head away."""
+def apply_rope(x_BHLK: Tensor, cos_BLK: Tensor, sin_BLK: Tensor) -> Tensor:
+    """Rotate each channel together with its partner half a head away."""
     first, second = x_BHLK.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return x_BHLK * cos_BLK[:, None] + turned * sin_BLK[:, None]
+    rotated = torch.cat([-second, first], dim=-1)
+    return x_BHLK * cos_BLK[:, None] + rotated * sin_BLK[:, None]

@@ -1,8 +1,8 @@
-"""PerceptionDLM: regions are marked in the image, seen once, replayed, and captioned all at once.
+"""PerceptionDLM: regions are marked in the image, encoded once, replayed, and captioned all at once.
 
-SigLIP 2 sees the tiles with a prompt added to every patch of a region; two by two patches become a token of
-the language model; each region's features are replayed as a few more tokens; and LLaDA, which attends in both
-directions, fills the slots of all captions.
+SigLIP 2 encodes the tiles with a prompt added to every patch of a region; two by two patches become a token
+of the language model; each region's features are replayed as a few more tokens; and LLaDA, which attends in
+both directions, predicts the masked tokens of all captions.
 
 Shape suffixes: N views (tiles and thumbnails of all images), S side of a view in pixels, P region prompts, Q
 patches of a view, C width of the vision tower, T tokens of a view, D width of the language model, I images, R
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
-from .attention import Pattern, Structure
+from .attention import AttentionMask, TokenRoles
 from .batch import Images, Tokens
 from .config import PerceptionDLMConfig
 from .llada import LanguageModel
@@ -31,19 +31,19 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__()
-        tower, select = copy.deepcopy(config.vision_config), config.vision_select_layer
-        tower._attn_implementation = "sdpa"  # of its own: the model's kernel is for patterns
+        tower, select = copy.deepcopy(config.vision), config.vision_select_layer
+        tower._attn_implementation = "sdpa"  # the kernel that the model was loaded with is for our masks
         depth = tower.num_hidden_layers
         if not -depth <= select <= -1:
-            raise ValueError(f"vision_select_layer: {select}; of {depth} layers, take -{depth} to -1")
+            raise ValueError(f"vision_select_layer: {select}; the tower has {depth} layers: -{depth} to -1")
         self.embeddings = SiglipVisionEmbeddings(tower)
         self.layers = nn.ModuleList(SiglipEncoderLayer(tower) for _ in range(depth + 1 + select))
         self.norm = nn.LayerNorm(tower.hidden_size, eps=tower.layer_norm_eps) if select == -1 else None
 
     def forward(self, x_N3SS: Tensor, prompt_NQC: Tensor | None) -> Tensor:
-        """Returns (N, Q, C). Adding before or after the positions is the same sum."""
+        """Features (N, Q, C) of views, with what is added to each of their patches."""
         x_NQC = self.embeddings.patch_embedding(x_N3SS).flatten(2).transpose(1, 2)
-        if prompt_NQC is not None:
+        if prompt_NQC is not None:  # the released code adds it after the positions, which is the same sum
             x_NQC = x_NQC + prompt_NQC
         x_NQC = x_NQC + self.embeddings.position_embedding.weight
         for layer in self.layers:
@@ -52,12 +52,13 @@ class VisionTower(nn.Module):
 
 
 class PerceptionDLM(PreTrainedModel):
-    """The whole model.
+    """The network.
 
-    `forward` is one denoising step: logits of a sequence in which some tokens are masked. `see` encodes
-    images, once for all steps.
+    `encode_images` encodes images, once for all steps. `forward` is one denoising step: logits of sequences
+    in which some tokens are masked. `decoding.region_captioner.RegionCaptioner` makes captions of them.
     """
 
+    config: PerceptionDLMConfig
     config_class = PerceptionDLMConfig
     base_model_prefix = "model"
     main_input_name = "tokens"
@@ -69,7 +70,7 @@ class PerceptionDLM(PreTrainedModel):
     def __init__(self, config: PerceptionDLMConfig):
         super().__init__(config)
         self.layout = config.resolved_layout()
-        vision, text = config.vision_config, config.text_config
+        vision, text = config.vision, config.text
         self.region_prompts = nn.Embedding(config.num_prompts, vision.hidden_size)
         self.vision_tower = VisionTower(config)
         self.projector = nn.Sequential(
@@ -82,26 +83,27 @@ class PerceptionDLM(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """LLaDA's and SigLIP's own scale; region prompts from N(0, 1) by default, as the original's."""
+        """LLaDA's and SigLIP's own scales; region prompts from N(0, 1) by default, as released."""
         super()._init_weights(module)
         if module is self.region_prompts:
-            init.normal_(module.weight, std=self.config.region_prompt_std)
-        if module is self.vision_tower.embeddings.position_embedding:
+            init.normal_(self.region_prompts.weight, std=self.config.region_prompt_std)
+        positions = self.vision_tower.embeddings.position_embedding
+        if module is positions:
             std = self.config.position_std
-            init.normal_(module.weight, std=module.embedding_dim**-0.5 if std is None else std)
+            init.normal_(positions.weight, std=positions.embedding_dim**-0.5 if std is None else std)
 
-    def see(self, images: Images) -> tuple[Tensor, Tensor | None]:
+    def encode_images(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Encode images and replay their regions.
 
         Returns:
-            features (N, T, D) of every view, and (R, W, D) of every region, or None without feature replay.
+            Features (N, T, D) of every view, and (R, W, D) of every region; None without feature replay.
         """
-        features_NTD = self.encode(images.views_N3SS, images.prompts_NPQ)
+        features_NTD = self.encode_views(images.views_N3SS, images.prompts_NPQ)
         if not self.config.feature_replay:
             return features_NTD, None
-        return features_NTD, self.replay(features_NTD, images)
+        return features_NTD, self.replay_regions(features_NTD, images)
 
-    def encode(self, views_N3SS: Tensor, prompts_NPQ: Tensor) -> Tensor:
+    def encode_views(self, views_N3SS: Tensor, prompts_NPQ: Tensor) -> Tensor:
         """Features (N, T, D) of views: vision tower, two by two patches to a token, projector."""
         weight = self.region_prompts.weight
         pixels_N3SS = views_N3SS.to(weight.dtype).div(255).sub(0.5).div(0.5)
@@ -111,8 +113,8 @@ class PerceptionDLM(PreTrainedModel):
         x_NQC = self.vision_tower(pixels_N3SS, prompt_NQC)
         return self.projector(pixel_unshuffle(x_NQC, self.config.patches_per_side))
 
-    def replay(self, features_NTD: Tensor, images: Images) -> Tensor:
-        """Each region's features, sampled from its image's map on a grid of its box: (R, W, D)."""
+    def replay_regions(self, features_NTD: Tensor, images: Images) -> Tensor:
+        """Each region's features, sampled from its image's feature map on a grid over its box: (R, W, D)."""
         size, width = self.config.replay_size, features_NTD.shape[-1]
         side = self.config.patches_per_side // 2
         out_RWD = features_NTD.new_empty(len(images.boxes_R4), size * size, width)
@@ -144,20 +146,20 @@ class PerceptionDLM(PreTrainedModel):
         """Embeddings (B, L, D) of a batch, with the images' features and the regions' replay in their places.
 
         Raises:
-            ValueError: the batch has not as many places for them as there are.
+            ValueError: the batch has not as many places for them as there are features.
         """
         x_BLD = self.language_model.embed_tokens(tokens.ids_BL)
         if features_NTD is not None:
-            here_BL = tokens.ids_BL == self.config.image_token_id
-            x_BLD = _put(x_BLD, here_BL, features_NTD.flatten(0, 1), "image")
+            image_BL = tokens.ids_BL == self.config.image_token_id
+            x_BLD = _put(x_BLD, image_BL, features_NTD.flatten(0, 1), "image")
         if replay_RWD is not None:
-            x_BLD = _put(x_BLD, tokens.structure.replay_BL(), replay_RWD.flatten(0, 1), "replay")
+            x_BLD = _put(x_BLD, tokens.roles.replay_BL(), replay_RWD.flatten(0, 1), "replay")
         return x_BLD
 
-    def pattern(self, queries: Structure, keys: Structure) -> Pattern:
+    def attention_mask(self, queries: TokenRoles, keys: TokenRoles) -> AttentionMask:
         """Who attends to whom, for the attention kernel that the model was loaded with."""
-        kernel = self.config._attn_implementation
-        return Pattern(queries, keys, self.layout.isolate_prefix, kernel)
+        kernel = self.config._attn_implementation or "sdpa"
+        return AttentionMask(queries, keys, self.layout.isolate_prefix, kernel)
 
     def forward(
         self,
@@ -169,20 +171,20 @@ class PerceptionDLM(PreTrainedModel):
         """Logits (B, L, V) of a batch, or (K, V) of some of its tokens.
 
         Args:
-            tokens: the sequences, masked slots among them.
-            images: what they show; None: they show nothing.
-            inputs_embeds: (B, L, D) instead of `tokens.ids_BL` and `images`.
-            wanted_BL: bool, the K tokens whose logits are asked for; None: all.
+            tokens: the sequences, masked tokens among them.
+            images: what the sequences are about; None for text alone.
+            inputs_embeds: (B, L, D), in place of `tokens.ids_BL` and `images`.
+            wanted_BL: bool, the K tokens whose logits are asked for; None for all of them.
         """
         x_BLD = inputs_embeds
         if x_BLD is None:
-            x_BLD = self.embed(tokens, *(self.see(images) if images is not None else ()))
-        pattern = self.pattern(tokens.structure, tokens.structure)
-        x_BLD = self.language_model(x_BLD, tokens.position_BL, pattern)
+            x_BLD = self.embed(tokens, *(self.encode_images(images) if images is not None else ()))
+        mask = self.attention_mask(tokens.roles, tokens.roles)
+        x_BLD = self.language_model(x_BLD, tokens.position_BL, mask)
         return self.lm_head(x_BLD if wanted_BL is None else x_BLD[wanted_BL])
 
     def get_input_embeddings(self) -> nn.Module:
-        """Of the language model."""
+        """The embedding of the language model."""
         return self.language_model.embed_tokens
 
 
@@ -192,10 +194,10 @@ def pixel_unshuffle(x_NQC: Tensor, side: int) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
 
 
-def _put(x_BLD: Tensor, here_BL: Tensor, values_KD: Tensor, what: str) -> Tensor:
-    if int(here_BL.sum()) != len(values_KD):
-        raise ValueError(f"{int(here_BL.sum())} places for {len(values_KD)} {what} tokens")
-    return x_BLD.masked_scatter(here_BL[..., None], values_KD.to(x_BLD.dtype))
+def _put(x_BLD: Tensor, places_BL: Tensor, values_KD: Tensor, what: str) -> Tensor:
+    if int(places_BL.sum()) != len(values_KD):
+        raise ValueError(f"{int(places_BL.sum())} places for {len(values_KD)} {what} tokens")
+    return x_BLD.masked_scatter(places_BL[..., None], values_KD.to(x_BLD.dtype))
 
 
 AutoConfig.register(PerceptionDLMConfig.model_type, PerceptionDLMConfig)

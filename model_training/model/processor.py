@@ -25,7 +25,7 @@ ANSWER = "<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
 
 
 class PerceptionDLMProcessor(ProcessorMixin):
-    """Makes examples and batches, and reads captions. All it knows is the model's config and tokenizer."""
+    """Lays out images for a model, and reads its captions; it knows the model's config and tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PerceptionDLMConfig, **_: Any):
         self.config = config
@@ -34,7 +34,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> PerceptionDLMProcessor:
-        """Of a model's folder, or of its name on a hub."""
+        """The processor of a model, given its folder or its name on a hub."""
         from transformers import AutoTokenizer
 
         options = {key: value for key, value in options.items() if not key.startswith("_")}
@@ -42,35 +42,37 @@ class PerceptionDLMProcessor(ProcessorMixin):
         return cls(AutoTokenizer.from_pretrained(path, **options), config)
 
     def save_pretrained(self, path: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
-        """Write tokenizer and config, from which `from_pretrained` makes it again."""
+        """Write tokenizer and config, from which `from_pretrained` makes the processor again."""
         self.config.save_pretrained(path)
         return list(self.tokenizer.save_pretrained(path, push_to_hub=push_to_hub, **options))
 
-    def example(
+    def make_example(
         self,
         pixels: np.ndarray | Image.Image,
-        masks: Sequence[np.ndarray | tiling.Runs],
+        masks: Sequence[np.ndarray | tiling.MaskRuns],
         captions: Sequence[Sequence[int]] | int,
         prompts: Sequence[int] | None = None,
     ) -> Example:
-        """Lay out one image.
+        """Lay out one image with its regions as a sequence.
 
         Args:
-            pixels: (H, W, 3) uint8 RGB or a Pillow image in RGB, as stored (an EXIF rotation would turn it
-                away from its masks).
-            masks: of its regions, (H, W) bool or their runs, none empty, at most `num_prompts`.
-            captions: the tokens of each mask's caption without what closes it, or a number of slots to fill.
-            prompts: which prompt marks the largest region, the second largest, ...; default 0, 1, ...
+            pixels: (H, W, 3) uint8 RGB or a Pillow image in RGB, as it is stored. An EXIF rotation would turn
+                it away from its masks.
+            masks: one for each region, (H, W) bool or its runs. None is empty, and there are at most
+                `num_prompts`.
+            captions: the tokens of each region's caption without the one that closes it, or how many tokens
+                to leave masked in each caption.
+            prompts: the prompt that marks the largest region, the second largest, ...; by default 0, 1, ...
 
         Raises:
-            ConfigError: too many regions, an empty mask, or one of another size than the image; not a caption
-                and a prompt of its own for each.
+            ConfigError: there are too many masks, one is empty or not of the image's size, or not every mask
+                has a caption and a prompt of its own.
         """
-        config, tower = self.config, self.config.vision_config
+        config = self.config
         width, height = pixels.size if isinstance(pixels, Image.Image) else pixels.shape[1::-1]
         tiling.check_masks(masks, (height, width), config.num_prompts)
-        grid = tiling.tile_grid(width, height, tower.image_size, config.max_tiles)
-        order = tiling.by_area(masks)
+        grid = tiling.tile_grid(width, height, config.tile_px, config.max_tiles)
+        order = tiling.sort_by_area(masks)
         prompts = list(range(len(masks)) if prompts is None else prompts)
         if len(set(prompts)) != len(masks) or not set(prompts) <= set(range(config.num_prompts)):
             raise ConfigError(
@@ -82,26 +84,26 @@ class PerceptionDLMProcessor(ProcessorMixin):
         for place, number in enumerate(order):
             prompt = prompts[place]
             active[:, prompt] |= tiling.active_patches(
-                masks[number], prompt, tower.image_size, tower.patch_size, grid, self.layout
+                masks[number], prompt, config.tile_px, config.patch_px, grid, self.layout
             )
         texts = (
             [[config.mask_token_id] * captions for _ in order]
             if isinstance(captions, int)
             else ([list(captions[number]) for number in order])
         )
-        prefix = self.prefix(tiling.num_views(grid), len(masks))
+        prefix = self.make_prefix(tiling.num_views(grid), len(masks))
         return Example(
-            views=tiling.cut_image(pixels, tower.image_size, grid),
+            views=tiling.cut_image(pixels, config.tile_px, grid),
             prompts=active,
             grid=grid,
-            boxes=[tiling.box_of(masks[number], self.layout.inclusive_boxes) for number in order],
+            boxes=[tiling.mask_box(masks[number], self.layout.inclusive_boxes) for number in order],
             order=order,
             prefix=prefix,
-            captions=self.blocks(texts, prefix.shape[1]),
+            captions=self.make_captions(texts, prefix.shape[1]),
         )
 
-    def prefix(self, views: int, regions: int) -> np.ndarray:
-        """(3, L): ids, positions and region codes of all that comes before the captions of an image."""
+    def make_prefix(self, views: int, regions: int) -> np.ndarray:
+        """Ids, positions and region codes of all tokens before the captions of an image, (3, L)."""
         config, layout = self.config, self.layout
         ids = list(_fixed(self.tokenizer, f"{HEAD}<img>"))
         ids += [self._id("image")] * (views * config.tokens_per_tile)
@@ -115,8 +117,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
         codes += [SHARED] * (len(ids) - len(codes))
         return np.array([ids, range(len(ids)), codes], np.int64)
 
-    def blocks(self, texts: Sequence[Sequence[int]], start: int) -> np.ndarray:
-        """(3, L): ids, positions and region codes of the captions' blocks; the first starts at `start`."""
+    def make_captions(self, texts: Sequence[Sequence[int]], start: int) -> np.ndarray:
+        """Ids, positions and region codes of the captions' blocks, (3, L); the first starts at `start`."""
         ids: list[int] = []
         positions: list[int] = []
         codes: list[int] = []
@@ -129,15 +131,15 @@ class PerceptionDLMProcessor(ProcessorMixin):
             codes += [1 + region] * len(block)
         return np.array([ids, positions, codes], np.int64)
 
-    def read(self, tokens_RS: np.ndarray, order: Sequence[int]) -> list[str]:
-        """The captions in an example's filled slots, in the caller's order.
+    def read_captions(self, tokens_RS: np.ndarray, order: Sequence[int]) -> list[str]:
+        """The text of decoded captions, in the caller's order.
 
-        A caption ends at the first eot of its block; with the layout's `cut` "answer", at the first of the
-        whole answer, so that captions after it are empty. Special tokens within a caption are left out.
+        A caption ends at the first eot of its block. If the layout's `cut` is "answer", it ends at the first
+        eot of the whole answer, so that all captions after that are empty. Special tokens are left out.
 
         Args:
-            tokens_RS: (n, slots), in the order of the sequence.
-            order: the example's.
+            tokens_RS: (regions, tokens of a caption), in the order of the sequence.
+            order: the example's `order`.
         """
         captions = [""] * len(order)
         for row, number in zip(np.asarray(tokens_RS).tolist(), order, strict=True):
@@ -148,8 +150,8 @@ class PerceptionDLMProcessor(ProcessorMixin):
                 break
         return captions
 
-    def ids(self, text: str) -> list[int]:
-        """Tokens of a text, special ones in it included."""
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens in it are recognized."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _id(self, what: str) -> int:
@@ -161,7 +163,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
 
 @lru_cache(maxsize=64)
 def _fixed(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Tokens of a text that every example has: a call of a tokenizer costs as much as a mask."""
+    """Token ids of a text that every example has. A call of the tokenizer costs as much as a mask."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

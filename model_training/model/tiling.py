@@ -17,21 +17,21 @@ from ...schemas.errors import ConfigError
 from .layout import Layout
 
 _BLANK = 255
-"""What the original paints where no region is; it tells the two apart by this value alone."""
+"""What PerceptionDLM's released code paints where there is no region; the value alone says so."""
 
 _ROUNDING = 1e-5
-"""Of shares, which are float32."""
+"""Tolerance when shares, which are float32, are compared."""
 
 
 @dataclass(frozen=True)
-class Runs:
-    """A mask as its runs, for functions here that take (H, W) masks: the same results without the pixels.
+class MaskRuns:
+    """A mask as its run lengths. Functions here take it in place of (H, W) pixels, with the same results.
 
     Attributes:
         shape: (H, W) of the image.
-        counts: (R,) lengths of the runs of 0 and 1 in turn down the columns, first 0, filling the image.
-        area: pixels of the mask.
-        bbox: (x, y, width, height) of the mask, exclusive at the far edge.
+        counts: (R,) lengths of the runs of 0 and 1 in turn, first 0, down the columns of the whole image.
+        area: number of pixels in the mask.
+        bbox: (x, y, width, height) of the mask in pixels.
     """
 
     shape: tuple[int, int]
@@ -40,19 +40,19 @@ class Runs:
     bbox: tuple[int, int, int, int]
 
     def any(self) -> bool:
-        """Whether there is a pixel."""
+        """Whether the mask has a pixel."""
         return self.area > 0
 
     def dense(self) -> np.ndarray:
-        """(H, W) bool."""
+        """The mask as (H, W) bool."""
         height, width = self.shape
         return np.repeat(np.arange(len(self.counts)) % 2 == 1, self.counts).reshape(width, height).T
 
     def shares(self, across: int, down: int) -> np.ndarray:
-        """How much of each cell of a grid it covers, (down, across).
+        """How much of each cell of a grid the mask covers, (down, across).
 
-        The number of its pixels before a place in the order of its runs is linear between their ends, so
-        cells take as many look-ups as their edges, and their parts of pixels are exact.
+        In the order of the runs, the number of mask pixels before a place is linear between the ends of the
+        runs. So a cell takes as many look-ups as it has edges, and fractions of pixels are exact.
         """
         (height, width), (x, y, w, h) = self.shape, self.bbox
         first, last = y * down // height, -(-(y + h) * down // height)
@@ -74,9 +74,9 @@ class Runs:
 
 @lru_cache(maxsize=4096)
 def tile_grid(width: int, height: int, tile_px: int, max_tiles: int) -> tuple[int, int]:
-    """Tiles across and down: the grid whose aspect is nearest to the image's.
+    """Tiles across and down: the grid whose aspect ratio is nearest to the image's.
 
-    Of two equally near, the larger one if the image has more than half its pixels.
+    Of two that are equally near, the larger one if the image has more than half of its pixels.
     """
     aspect = width / height
     best, nearest = (1, 1), float("inf")
@@ -89,7 +89,7 @@ def tile_grid(width: int, height: int, tile_px: int, max_tiles: int) -> tuple[in
 
 
 def num_views(grid: tuple[int, int]) -> int:
-    """Tiles, and a thumbnail if there is more than one."""
+    """How many views a grid has: its tiles, and a thumbnail if there is more than one tile."""
     tiles = grid[0] * grid[1]
     return tiles + (tiles > 1)
 
@@ -98,8 +98,8 @@ def cut_image(pixels: np.ndarray | Image.Image, tile_px: int, grid: tuple[int, i
     """Stretch an image to its grid of tiles, and once more to a thumbnail.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB, or an RGB image of Pillow's.
-        tile_px: S.
+        pixels: (H, W, 3) uint8 RGB, or a Pillow image in RGB.
+        tile_px: S, the side of a tile in pixels.
         grid: tiles across and down.
 
     Returns:
@@ -120,39 +120,43 @@ def cut_image(pixels: np.ndarray | Image.Image, tile_px: int, grid: tuple[int, i
 
 
 def _pixels(plane: Image.Image) -> np.ndarray:
-    """(H, W) of one channel; by way of Arrow, if it is there, without the two copies of Pillow."""
+    """(H, W) of one channel; Arrow, if it is installed, saves the two copies that Pillow makes."""
     try:
         import pyarrow as pa
 
         return pa.array(plane).to_numpy().reshape(plane.height, plane.width)
-    except (ImportError, ValueError):  # the latter: larger than Pillow's blocks of memory
+    except (ImportError, ValueError):  # ValueError: larger than Pillow's blocks of memory
         return np.asarray(plane)
 
 
 def active_patches(
-    mask: np.ndarray | Runs, prompt: int, tile_px: int, patch_px: int, grid: tuple[int, int], layout: Layout
+    mask: np.ndarray | MaskRuns,
+    prompt: int,
+    tile_px: int,
+    patch_px: int,
+    grid: tuple[int, int],
+    layout: Layout,
 ) -> np.ndarray:
-    """The patches that show a region.
+    """Find the patches that show a region.
 
     Args:
         mask: (H, W) bool, of the image's size.
-        prompt: the region's prompt; the original paints it, and bicubic ringing depends on it.
-        tile_px: S.
-        patch_px: side of a patch.
+        prompt: number of the region's prompt. The released code paints it, and bicubic ringing depends on it.
+        tile_px: S, the side of a tile in pixels.
+        patch_px: side of a patch in pixels.
         grid: tiles across and down.
-        layout: says how.
+        layout: which patches count.
 
     Returns:
         (T, Q) bool.
     """
     side = tile_px // patch_px
-    if isinstance(mask, Runs) and layout.mask_resample == "bicubic":
-        mask = mask.dense()
     sizes = [(grid[0], grid[1])] + ([(1, 1)] if grid[0] * grid[1] > 1 else [])
     views = []
     for across, down in sizes:
         if layout.mask_resample == "bicubic":
-            painted = paint(mask, prompt, (across * tile_px, down * tile_px))
+            dense = mask.dense() if isinstance(mask, MaskRuns) else mask
+            painted = paint_prompt(dense, prompt, (across * tile_px, down * tile_px))
             shown = painted[::patch_px, ::patch_px] != _BLANK
         else:
             shown = shown_cells(_shares(mask, across * side, down * side), layout.min_patch_share)
@@ -161,29 +165,29 @@ def active_patches(
 
 
 def shown_cells(share: np.ndarray, least: float) -> np.ndarray:
-    """Which cells show a region that covers such shares of them; the fullest if none holds `least`."""
+    """Which cells show a region, given its share of each: those of at least `least`, else the fullest."""
     shown = share >= least * (1 - _ROUNDING)
     if not shown.any() and share.any():
         shown = share >= share.max() * (1 - _ROUNDING)
     return shown
 
 
-def paint(mask: np.ndarray, prompt: int, size: tuple[int, int]) -> np.ndarray:
-    """A region's prompt painted on a blank image, stretched to (width, height) as the original does it."""
+def paint_prompt(mask: np.ndarray, prompt: int, size: tuple[int, int]) -> np.ndarray:
+    """A region's prompt painted on a blank image and stretched to (width, height)."""
     painted = np.where(mask, np.uint8(prompt), np.uint8(_BLANK))
     return np.asarray(_stretch(Image.fromarray(painted), size))
 
 
-def box_of(mask: np.ndarray | Runs, inclusive: bool) -> tuple[float, float, float, float]:
-    """The region's box (x1, y1, x2, y2) as shares of width and height; the mask is not empty.
+def mask_box(mask: np.ndarray | MaskRuns, inclusive: bool) -> tuple[float, float, float, float]:
+    """The box (x1, y1, x2, y2) of a mask, as shares of the image's width and height.
 
     Args:
-        mask: (H, W) bool.
-        inclusive: ends at the near edge of the last pixel, which gives a region of one pixel no area.
+        mask: (H, W) bool, not empty.
+        inclusive: whether the box ends at the near edge of the last pixel, so that one pixel has no area.
     """
     height, width = mask.shape
     less = 1 if inclusive else 0
-    if isinstance(mask, Runs):
+    if isinstance(mask, MaskRuns):
         x, y, w, h = mask.bbox
     else:
         columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
@@ -191,14 +195,24 @@ def box_of(mask: np.ndarray | Runs, inclusive: bool) -> tuple[float, float, floa
     return (x / width, y / height, (x + w - less) / width, (y + h - less) / height)
 
 
-def by_area(masks: Sequence[np.ndarray | Runs]) -> list[int]:
-    """Positions of the masks, the largest first; of equals, the later one first, as the original has it."""
-    areas = [mask.area if isinstance(mask, Runs) else int(np.count_nonzero(mask)) for mask in masks]
+def sort_by_area(masks: Sequence[np.ndarray | MaskRuns]) -> list[int]:
+    """Numbers of the masks, the largest first; of equal ones the later one, as in the released code."""
+    areas = [mask.area if isinstance(mask, MaskRuns) else int(np.count_nonzero(mask)) for mask in masks]
     return sorted(range(len(masks)), key=lambda i: (areas[i], i), reverse=True)
 
 
-def check_masks(masks: Sequence[np.ndarray | Runs], size: tuple[int, int], most: int) -> None:
-    """Raise ConfigError for the first mask that cannot be captioned, by its number, or for too many."""
+def check_masks(masks: Sequence[np.ndarray | MaskRuns], size: tuple[int, int], most: int) -> None:
+    """Refuse masks that cannot be captioned.
+
+    Args:
+        masks: (H, W) bool, or their runs.
+        size: (height, width) of the image.
+        most: how many masks there may be.
+
+    Raises:
+        ConfigError: there are too many masks, or one is empty or of another size; the first is named by
+            number.
+    """
     if len(masks) > most:
         raise ConfigError(f"{len(masks)} masks, but the model has {most} region prompts: make groups of them")
     for number, mask in enumerate(masks):
@@ -212,9 +226,10 @@ def check_masks(masks: Sequence[np.ndarray | Runs], size: tuple[int, int], most:
 
 
 def _stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Bicubic, across and then down, rounded between: what weights were trained on, up to Pillow 12.
+    """Resize bicubically, first across and then down, rounded in between.
 
-    Pillow 13 takes the cheaper order, which moves pixels by up to 5 of 255.
+    This is what Pillow does up to version 12, and what weights were trained on. Pillow 13 takes the cheaper
+    order, which changes pixels by up to 5 of 255.
     """
     width, height = size
     return image.resize((width, image.height), Image.Resampling.BICUBIC).resize(
@@ -222,19 +237,20 @@ def _stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     )
 
 
-def _shares(mask: np.ndarray | Runs, across: int, down: int) -> np.ndarray:
+def _shares(mask: np.ndarray | MaskRuns, across: int, down: int) -> np.ndarray:
     """How much of each cell of a grid a mask covers, (down, across).
 
-    Pillow's box filter gives a pixel to one cell whole, or to none where its middle is on the edge of two.
+    Pillow's box filter would not do: it gives a pixel to one cell as a whole, or to none if its center lies
+    on an edge.
     """
-    if isinstance(mask, Runs):
+    if isinstance(mask, MaskRuns):
         return mask.shares(across, down)
     height, width = mask.shape
     return _parts(height, down) @ mask.astype(np.float32) @ _parts(width, across).T
 
 
 def _parts(size: int, cells: int) -> np.ndarray:
-    """How much of each of equal cells each pixel of a line is, (cells, size)."""
+    """For each of some equal cells along a line, the share of it that each pixel makes up, (cells, size)."""
     edges = np.arange(cells + 1)[:, None] * size / cells
     pixels = np.arange(size)
     common = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
@@ -251,6 +267,6 @@ def _cut(canvas: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 @cache
 def _grids(max_tiles: int) -> list[tuple[int, int]]:
-    """Every grid of at most `max_tiles`, smaller ones first."""
+    """Every grid of at most `max_tiles` tiles, smaller ones first."""
     grids = [(a, d) for a in range(1, max_tiles + 1) for d in range(1, max_tiles + 1) if a * d <= max_tiles]
     return sorted(grids, key=lambda grid: grid[0] * grid[1])

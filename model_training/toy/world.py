@@ -377,13 +377,13 @@ _PROMPT = f"system user assistant You are a helpful assistant. {CORRECTED.instru
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer for tiny models: this world's and the prompt's words are tokens, all else is bytes.
 
-    It has the special tokens of LLaDA and of the model; `vocabulary.num_ids` and `vocabulary.token_ids` say
-    what a model's config needs of it.
+    It has the special tokens of LLaDA and of the model; `model.tokenizer.num_rows` and `special_token_ids`
+    say what a model's config needs of it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from ..model.tokenizer import SPECIAL
+    from ..model.tokenizer import SPECIAL_TOKENS
 
     prompt = re.findall(r"\w+", _PROMPT)
     opening = ["system", "user", "assistant", "You", "Describe"]  # after a special token or a line break
@@ -394,7 +394,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=known, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*_LLADA, *SPECIAL])
+    tokenizer.add_special_tokens([*_LLADA, *SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|startoftext|>",

@@ -78,12 +78,12 @@ def _load_saved_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, Per
 
 
 def _make_new_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
-    from ..model.tokenizer import num_ids, token_ids
+    from ..model.tokenizer import num_rows, special_token_ids
 
     folder = chosen.tokenizer or ""
     tokenizer = _load_tokenizer(folder)
-    text = {"vocab_size": num_ids(tokenizer)} | dict(chosen.config.get("text_config", {}))
-    special = token_ids(tokenizer, chosen.config.get("num_prompts", 6), Path(folder))
+    text = {"vocab_size": num_rows(tokenizer)} | dict(chosen.config.get("text_config", {}))
+    special = special_token_ids(tokenizer, chosen.config.get("num_prompts", 6), Path(folder))
     config = _changed_config(special, chosen.config | {"text_config": text})
     model = PerceptionDLM._from_config(config, dtype=torch.float32, attn_implementation=attention)
     return model, PerceptionDLMProcessor(tokenizer, config)
@@ -94,10 +94,10 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         from ..toy.world import make_tokenizer
 
         return make_tokenizer()
-    from ..model import tokenizer as tokenizers
+    from ..model.tokenizer import add_special_tokens, load_tokenizer
 
-    tokenizer = tokenizers.load(Path(name))
-    tokenizers.add_special(tokenizer)
+    tokenizer = load_tokenizer(Path(name))
+    add_special_tokens(tokenizer)
     return tokenizer
 
 

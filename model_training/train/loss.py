@@ -60,7 +60,7 @@ def draw_noise(batch: TrainBatch, options: NoiseOptions, generator: torch.Genera
         options: the `noise` part of a training configuration.
         generator: a generator on the CPU, so that every device draws the same; None takes torch's own.
     """
-    sample_BL, region_BL = batch.tokens.structure.sample_BL, batch.tokens.structure.region_BL
+    sample_BL, region_BL = batch.tokens.roles.sample_BL, batch.tokens.roles.region_BL
     num_examples = len(batch.weight_E)
     # 1. A level for each example, or for each of its regions.
     regions = 1 + int(region_BL.max()) if options.level == "region" else 1
@@ -97,9 +97,9 @@ def diffusion_loss(
     ce_K = functional.cross_entropy(logits_KV, tokens.ids_BL[masked_BL], reduction="none")
     # 4. The share of each token in the loss.
     probability_K = probability_BL[masked_BL]
-    example_K = tokens.structure.sample_BL[masked_BL]
+    example_K = tokens.roles.sample_BL[masked_BL]
     counted_BL = batch.label_BL if weighting == "1/t" else masked_BL
-    counted_E = torch.bincount(tokens.structure.sample_BL[counted_BL], minlength=len(batch.weight_E))
+    counted_E = torch.bincount(tokens.roles.sample_BL[counted_BL], minlength=len(batch.weight_E))
     share_K = batch.weight_E[example_K] / counted_E[example_K]
     if weighting == "1/t":
         share_K = share_K / probability_K

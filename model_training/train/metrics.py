@@ -250,6 +250,6 @@ def attended_pairs(batch: TrainBatch) -> int:
 
     A few of these do not attend to each other and are counted all the same.
     """
-    sample_BL = batch.tokens.structure.sample_BL
+    sample_BL = batch.tokens.roles.sample_BL
     counts = torch.bincount(sample_BL[sample_BL >= 0], minlength=1)
     return int((counts**2).sum())

@@ -55,4 +55,6 @@ def examples(
     processor: PerceptionDLMProcessor, regions: list[int], slots: int = 4, seed: int = 0
 ) -> list[Example]:
     """Photos of different sizes with so many regions, laid out for so many slots."""
-    return [processor.example(*photo(seed + number, count), slots) for number, count in enumerate(regions)]
+    return [
+        processor.make_example(*photo(seed + number, count), slots) for number, count in enumerate(regions)
+    ]

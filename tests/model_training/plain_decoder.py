@@ -79,7 +79,7 @@ def decode_plainly(
     config, regions, length = model.config, range(len(example.order)), options.max_new_tokens
     batch = collate([example])
     tokens_of = batch.tokens()
-    embeds_BLD = model.embed(tokens_of, *model.see(batch.images))
+    embeds_BLD = model.embed(tokens_of, *model.encode_images(batch.images))
     first = batch.prefix.ids_BL.shape[1]
     place = [[first + region * (length + 2) + 1 + slot for slot in range(length)] for region in regions]
     tokens: Slots = [[config.mask_token_id] * length for _ in regions]

@@ -55,7 +55,7 @@ class Ours(NamedTuple):
         return Ours(model, PerceptionDLMProcessor(self.processor.tokenizer, config))
 
     def example(self, which: Golden, slots: int = 8) -> Example:
-        return self.processor.example(which.pixels, which.masks, slots)
+        return self.processor.make_example(which.pixels, which.masks, slots)
 
 
 @lru_cache(None)
@@ -76,7 +76,7 @@ def forward(ours: Ours, case: str) -> dict[str, Any]:
         ours.model.vision_tower.register_forward_hook(keep),
     ]
     with torch.inference_mode(), RoiAlign() as roi:
-        features, replay = ours.model.see(batch.images)
+        features, replay = ours.model.encode_images(batch.images)
         found |= {"vision_embeds": features, "replay": replay, "roi": roi}
         found["inputs_embeds"] = ours.model.embed(found["tokens"], features, replay)
         found["logits"] = ours.model(found["tokens"], batch.images)

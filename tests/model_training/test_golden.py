@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from paracaption.model_training.convert.published import convert
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
-from paracaption.model_training.decoding.sampler import steps
+from paracaption.model_training.decoding.sampler import decode_steps
 from paracaption.model_training.model import tiling
 from paracaption.model_training.model.attention import dense_mask
 from paracaption.model_training.model.batch import Images, collate
@@ -84,9 +84,9 @@ def test_prompts_are_painted_alike(ours, case):
     across, down = grid = ours.example(which).grid
     for rank, number in enumerate(which.numbers["mask_sort_order"].tolist()):
         mask = which.masks[number]
-        views = views_of(tiling.paint(mask, rank, (across * TILE_PX, down * TILE_PX)), grid)
+        views = views_of(tiling.paint_prompt(mask, rank, (across * TILE_PX, down * TILE_PX)), grid)
         if across * down > 1:
-            views.append(tiling.paint(mask, rank, (TILE_PX, TILE_PX)))
+            views.append(tiling.paint_prompt(mask, rank, (TILE_PX, TILE_PX)))
         np.testing.assert_array_equal(views, which.numbers["global_mask_values_u8"][rank].numpy())
 
 
@@ -111,11 +111,11 @@ def test_sequences_are_the_same_before_and_after_the_replay(ours, case):
     tokens = found["tokens"]
     assert torch.equal(tokens.ids_BL, numbers["input_ids_after"])
     assert torch.equal(tokens.position_BL, numbers["position_ids"])
-    replay = tokens.structure.replay_BL()[0]
-    starts = replay & ~(tokens.structure.region_BL[0] == tokens.structure.region_BL[0].roll(1))
+    replay = tokens.roles.replay_BL()[0]
+    starts = replay & ~(tokens.roles.region_BL[0] == tokens.roles.region_BL[0].roll(1))
     assert torch.equal(tokens.ids_BL[:, starts | ~replay], numbers["input_ids_before"])
     for region, start, end in numbers["reserved_spans"].tolist():
-        here = replay & (tokens.structure.region_BL[0] == 1 + region)
+        here = replay & (tokens.roles.region_BL[0] == 1 + region)
         assert here.nonzero().flatten().tolist() == list(range(start, end))
     slots = (tokens.ids_BL[0] == ours.model.config.mask_token_id).nonzero().flatten()
     assert torch.equal(slots, numbers["slot_positions"])
@@ -135,15 +135,15 @@ def test_the_replay_samples_the_same_boxes_of_the_same_map(ours, case):
 def test_embeddings_attention_and_logits_are_the_same(ours, case):
     numbers, found = golden(case).numbers, forward(ours, case)
     close(found["inputs_embeds"], numbers["inputs_embeds"], 1e-5)
-    structure = found["tokens"].structure
-    assert torch.equal(dense_mask(structure, structure, False)[0], numbers["attn_allowed"])
+    roles = found["tokens"].roles
+    assert torch.equal(dense_mask(roles, roles, False)[0], numbers["attn_allowed"])
     close(found["logits"], numbers["logits_all_masked"], 2e-4)
 
 
 @lru_cache(None)
 def trajectory(ours, case, num_steps):
     batch = collate([ours.example(golden(case))])
-    return list(steps(ours.model, batch, DecodeOptions(max_new_tokens=8, steps=num_steps)))
+    return list(decode_steps(ours.model, batch, DecodeOptions(max_new_tokens=8, steps=num_steps)))
 
 
 @pytest.mark.parametrize("num_steps", [8, 4])
@@ -160,7 +160,7 @@ def test_every_step_of_a_decode_is_the_same(ours, case, num_steps):
     assert [int(state.forwards_B[0]) for state in states] == list(range(forwards + 1))
     before = torch.stack([state.tokens_BNS.flatten() for state in states[:-1]])
     assert torch.equal(before, expected["state_before_step"])
-    guesses = torch.stack([state.guess_BNS.flatten() for state in states[1:]])
+    guesses = torch.stack([state.predicted_BNS.flatten() for state in states[1:]])
     assert torch.equal(guesses, expected["x0"])
     confidences = torch.stack([state.confidence_BNS.flatten() for state in states[1:]])
     close(confidences.double(), expected["confidence"], 2e-5)
@@ -238,7 +238,7 @@ def test_replay_from_maps_of_the_real_size_is_the_same(ours, grid, when, scale):
         image_R=torch.zeros(len(boxes), dtype=torch.int64),
     )
     with torch.inference_mode(), RoiAlign() as roi:
-        found = model.replay(features, images)
+        found = model.replay_regions(features, images)
     close(roi.boxes[0], numbers[f"{grid}_box_{when}"], 1e-5)
     close(found, numbers[f"{grid}_tokens_{when}"], 1e-5)
 
@@ -252,8 +252,8 @@ def trained(ours):
 def example(trained):
     which = golden("train")
     prompts = [int(token.removeprefix("<Prompt").rstrip(">")) for token in which.meta["prompt_tokens"]]
-    captions = [trained.processor.ids(text) for text in which.meta["captions_in"]]
-    return trained.processor.example(which.pixels, which.masks, captions, prompts)
+    captions = [trained.processor.tokenize(text) for text in which.meta["captions_in"]]
+    return trained.processor.make_example(which.pixels, which.masks, captions, prompts)
 
 
 @pytest.fixture(scope="module")
@@ -264,11 +264,11 @@ def batch(example):
 def test_training_sequences_and_what_is_to_be_learnt_are_the_same(batch):
     numbers, tokens = golden("train").numbers, batch.tokens()
     assert torch.equal(tokens.ids_BL, numbers["input_ids_after"])
-    labels = tokens.ids_BL.masked_fill(~tokens.structure.caption_BL, -100)
+    labels = tokens.ids_BL.masked_fill(~tokens.roles.caption_BL, -100)
     assert torch.equal(labels, numbers["labels_after"])
-    structure = tokens.structure
-    assert torch.equal(dense_mask(structure, structure, False)[0], numbers["attn_allowed"])
-    replay, region = structure.replay_BL()[0], structure.region_BL[0]
+    roles = tokens.roles
+    assert torch.equal(dense_mask(roles, roles, False)[0], numbers["attn_allowed"])
+    replay, region = roles.replay_BL()[0], roles.region_BL[0]
     keep = ~replay | ~(region == region.roll(1))
     assert torch.equal(tokens.ids_BL[:, keep], numbers["input_ids_before"])
     assert torch.equal(labels[:, keep], numbers["labels_before"])
@@ -290,7 +290,7 @@ def test_prompts_are_those_drawn_and_patches_and_boxes_the_same(example):
 def test_the_clean_embeddings_are_the_same(trained, batch):
     numbers = golden("train").numbers
     with torch.inference_mode(), RoiAlign() as roi:
-        features, replay = trained.model.see(batch.images)
+        features, replay = trained.model.encode_images(batch.images)
         embeds = trained.model.embed(batch.tokens(), features, replay)
     close(roi.boxes[0], numbers["roi_boxes_train"], 1e-5)
     close(replay, numbers["roi_features_train"].flatten(2).transpose(1, 2), 1e-5)
@@ -303,7 +303,7 @@ def test_logits_and_loss_of_recorded_noise_are_the_same(trained, batch, run):
     numbers = numbers | {
         name.removeprefix(f"{run}_"): numbers[name] for name in numbers if name.startswith(run)
     }
-    caption = tokens.structure.caption_BL
+    caption = tokens.roles.caption_BL
     masked = (numbers["uniform"] < numbers["p_mask"]) & caption
     assert torch.equal(masked, numbers["masked"])
     mask_embed = trained.model.get_input_embeddings().weight[trained.model.config.mask_token_id]
@@ -333,7 +333,7 @@ def moved(model, processor, images=None):
     far = []
     for case in CASES:
         which = golden(case)
-        example = processor.example(which.pixels, which.masks, 8)
+        example = processor.make_example(which.pixels, which.masks, 8)
         if images is not None:
             example = images(which, example)
         batch = collate([example])

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
-from paracaption.model_training.model.tokenizer import SPECIAL
+from paracaption.model_training.model.tokenizer import SPECIAL_TOKENS
 
 _LLADA = ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 _LLADA += ["<|mdm_mask|>"]
@@ -95,7 +95,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=known, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*_LLADA, *SPECIAL, *_RESERVED])
+    tokenizer.add_special_tokens([*_LLADA, *SPECIAL_TOKENS, *_RESERVED])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|startoftext|>",

@@ -151,7 +151,7 @@ def base(published: Path, to: Path) -> Path:
         lambda c: {k: v for k, v in c.items() if k not in regional} | {"model_type": "dmllm"},
     )
     (folder / "special_tokens_map.json").unlink()
-    tiny.write_tokenizer(folder, tokenizer.SPECIAL[:3])
+    tiny.write_tokenizer(folder, tokenizer.SPECIAL_TOKENS[:3])
     return folder
 
 
@@ -169,7 +169,7 @@ def test_the_base_gets_region_prompts_and_tokens_and_goes_back_as_the_originals_
     assert found["lm_head.weight"].shape[0] == 400
     known = AutoTokenizer.from_pretrained(tmp_path / "ours").get_vocab()
     first = known["<IMG_CONTEXT>"]
-    assert [known[token] for token in tokenizer.SPECIAL] == list(range(first, first + 19))
+    assert [known[token] for token in tokenizer.SPECIAL_TOKENS] == list(range(first, first + 19))
 
     convert.convert(tmp_path / "ours", tmp_path / "back")
     back = tensors(tmp_path / "back")
@@ -399,9 +399,13 @@ def test_llada_in_either_naming_and_siglip_make_a_model(llada, siglip, tmp_path,
     assert model.config.layout == "corrected" and model.config.mask_token_id == tiny.MASK_ID
     assert model.config.text_config.vocab_size == 320
     processor = AutoProcessor.from_pretrained(tmp_path / "ours")
-    ids = [processor.tokenizer.convert_tokens_to_ids(token) for token in tokenizer.SPECIAL]
+    ids = [processor.tokenizer.convert_tokens_to_ids(token) for token in tokenizer.SPECIAL_TOKENS]
     assert ids == list(range(tiny.WORDS + len(tiny.SPECIALS), tiny.WORDS + len(tiny.SPECIALS) + 19))
-    assert processor.ids("<|Mask_Cap_1|>a\n") == [ids[4], *processor.ids("a"), model.config.newline_token_id]
+    assert processor.tokenize("<|Mask_Cap_1|>a\n") == [
+        ids[4],
+        *processor.tokenize("a"),
+        model.config.newline_token_id,
+    ]
     assert processor.tokenizer.decode([ids[3], 70], skip_special_tokens=True) == (
         processor.tokenizer.decode([70])
     )
@@ -427,7 +431,7 @@ def test_the_embedding_grows_only_if_the_tokenizer_does_not_fit(siglip, tmp_path
     assert model.language_model.embed_tokens.weight.shape == model.lm_head.weight.shape == (320, 32)
     assert torch.equal(model.language_model.embed_tokens.weight[:rows], old)
     assert 0.01 < model.lm_head.weight[rows:].float().std() < 0.03
-    assert tokenizer.num_ids(AutoTokenizer.from_pretrained(tmp_path / "ours")) <= 320
+    assert tokenizer.num_rows(AutoTokenizer.from_pretrained(tmp_path / "ours")) <= 320
 
 
 def test_a_vision_model_alone_is_enough_to_start_and_not_to_publish(llada, siglip, tmp_path):
@@ -458,15 +462,15 @@ def test_parts_that_do_not_fit_are_refused(llada, siglip, tmp_path, which, key, 
 
 
 def test_another_tokenizer_and_another_layout_are_refused(published, llada, siglip, tmp_path):
-    with pytest.raises(ConfigError, match="layout: 'sideways' is none"):
+    with pytest.raises(ConfigError, match="layout: unknown layout 'sideways'"):
         convert.from_parts(llada, siglip, tmp_path / "ours", layout="sideways")
     folder = copied(published, tmp_path / "source")
     (folder / "special_tokens_map.json").unlink()
     tiny.write_tokenizer(folder)
-    with pytest.raises(ConfigError, match=r"its tokenizer lacks <IMG_CONTEXT>.* 9 in all"):
+    with pytest.raises(ConfigError, match=r"its tokenizer lacks 9 tokens, among them <IMG_CONTEXT>"):
         convert.convert(folder, tmp_path / "ours")
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer\.json: not there"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: no such file"):
         convert.convert(folder, tmp_path / "ours")
 
 

@@ -290,11 +290,13 @@ def test_a_sample_is_what_the_processor_makes_of_the_masks_themselves(corpus: Pa
         numbers = [int(region) for region in regions.split(",")][::-1]  # of equals, the later comes first
         texts = [f"number {i} of {seed}" + " very" * (i % 3) + " red" for i in numbers]
         active = batch.images.prompts_NPQ.any(dim=0).any(dim=1).nonzero().flatten()
-        wanted = made.example(pixels, [every[i] for i in numbers], [made.ids(text) for text in texts])
+        wanted = made.make_example(
+            pixels, [every[i] for i in numbers], [made.tokenize(text) for text in texts]
+        )
         assert torch.equal(batch.images.views_N3SS, torch.from_numpy(wanted.views))
         assert torch.equal(batch.images.boxes_R4, torch.tensor(wanted.boxes).float())
         tokens = np.concatenate([wanted.prefix, wanted.captions], axis=1)
-        found = (batch.tokens.ids_BL, batch.tokens.position_BL, batch.tokens.structure.region_BL)
+        found = (batch.tokens.ids_BL, batch.tokens.position_BL, batch.tokens.roles.region_BL)
         assert np.array_equal(torch.cat(found).numpy(), tokens)
         assert len(active) <= len(numbers)
         if layout == "corrected":  # a region's patches do not depend on its prompt
@@ -323,8 +325,8 @@ def test_labels_of_captions_alone_leave_out_what_opens_a_block(corpus: Path):
         opens = torch.isin(batch.tokens.ids_BL, torch.tensor(made.config.caption_token_ids))
         ends = batch.tokens.ids_BL == made.config.eot_token_id
         assert bool(batch.label_BL[opens].any()) is openers
-        assert batch.label_BL[ends & batch.tokens.structure.caption_BL].all()
-        assert not batch.label_BL[~batch.tokens.structure.caption_BL].any()
+        assert batch.label_BL[ends & batch.tokens.roles.caption_BL].all()
+        assert not batch.label_BL[~batch.tokens.roles.caption_BL].any()
 
 
 def test_captions_of_fixed_length_fill_their_slots_with_eot(corpus: Path):
@@ -332,8 +334,8 @@ def test_captions_of_fixed_length_fill_their_slots_with_eot(corpus: Path):
     for packed in (True, False):
         ours = loader(corpus, caption_length="fixed", max_new_tokens=40, max_tokens=900, packed=packed)
         for batch in ours:
-            codes = batch.tokens.structure.region_BL[batch.tokens.structure.caption_BL]
-            sample = batch.tokens.structure.sample_BL[batch.tokens.structure.caption_BL]
+            codes = batch.tokens.roles.region_BL[batch.tokens.roles.caption_BL]
+            sample = batch.tokens.roles.sample_BL[batch.tokens.roles.caption_BL]
             _, lengths = torch.stack([sample, codes]).unique_consecutive(dim=1, return_counts=True)
             assert lengths.unique().tolist() == [1 + 40 + 1]
             assert (batch.tokens.ids_BL == made.config.eot_token_id).sum() > 10
@@ -495,9 +497,9 @@ def test_a_corpus_in_a_store_is_read_as_one_on_a_disk(corpus: Path, tmp_path: Pa
 def test_captions_cannot_forge_special_tokens(tmp_path: Path):
     made = processor()
     (ids,) = token_lists(made, ["a <|eot_id|> <img>"])
-    assert not {made.config.eot_token_id, *made.ids("<img>")} & set(ids)
+    assert not {made.config.eot_token_id, *made.tokenize("<img>")} & set(ids)
     assert made.tokenizer.decode(ids) == "a <|eot_id|> <img>"
-    assert len(made.ids("<|eot_id|>")) == 1
+    assert len(made.tokenize("<|eot_id|>")) == 1
 
 
 def test_a_filler_is_one_grey_image_without_weight(corpus: Path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
-from paracaption.model_training.decoding.sampler import decode
+from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
@@ -37,9 +37,9 @@ def groups(ready, pixels, masks, sizes):
     model, processor = ready.model, ready.processor
     found, start = [], 0
     for size in sizes:
-        example = processor.example(pixels, masks[start : start + size], OPTIONS["max_new_tokens"])
-        tokens = decode(model, collate([example]), DecodeOptions(**OPTIONS)).tokens_BNS[0].numpy()
-        found += processor.read(tokens, example.order)
+        example = processor.make_example(pixels, masks[start : start + size], OPTIONS["max_new_tokens"])
+        tokens = decode_batch(model, collate([example]), DecodeOptions(**OPTIONS)).tokens_BNS[0].numpy()
+        found += processor.read_captions(tokens, example.order)
         start += size
     assert start == len(masks)
     return found

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from paracaption.model_training.decoding.sampler import decode, steps
+from paracaption.model_training.decoding.sampler import decode_batch, decode_steps
 from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions, Strategy
 from paracaption.schemas.errors import ConfigError
@@ -51,7 +51,7 @@ def test_tokens_and_passes_are_those_of_the_plain_decoder(layout, cache, strateg
         options = options_of(strategy, cache=cache, steps=num_steps, early_exit=early_exit)
         [example] = photos(layout, [regions], seed=1)
         expected, forwards = decode_plainly(model, example, options, suppressed)
-        found = decode(model, collate([example]), options)
+        found = decode_batch(model, collate([example]), options)
         assert found.tokens_BNS[0].tolist() == expected
         assert found.forwards_B.tolist() == [forwards]
 
@@ -66,10 +66,10 @@ def test_one_to_eight_images_of_one_to_nine_regions_together_are_as_each_by_itse
     model, _ = ready(layout)
     options = options_of(strategy, cache=cache, refresh_every=2, steps=2 if strategy == "sequential" else 3)
     found = photos(layout, RAGGED)
-    alone = [decode(model, collate([example]), options) for example in found]
+    alone = [decode_batch(model, collate([example]), options) for example in found]
     assert len({str(one.tokens_BNS[0, 0].tolist()) for one in alone}) > 1, "images matter"
     for images in BATCHES:
-        together = decode(model, collate([found[image] for image in images]), options)
+        together = decode_batch(model, collate([found[image] for image in images]), options)
         assert together.exists_BN.sum(1).tolist() == [RAGGED[image] for image in images]
         for row, image in enumerate(images):
             tokens = together.tokens_BNS[row, : RAGGED[image]]
@@ -81,13 +81,13 @@ def test_one_to_eight_images_of_one_to_nine_regions_together_are_as_each_by_itse
 def test_images_without_regions_take_no_part(strategy):
     model, _ = ready("corrected")
     found = photos("corrected", [0, 2, 0, 1])
-    together = decode(model, collate(found), options_of(strategy))
+    together = decode_batch(model, collate(found), options_of(strategy))
     for row in (1, 3):
-        alone = decode(model, collate([found[row]]), options_of(strategy))
+        alone = decode_batch(model, collate([found[row]]), options_of(strategy))
         tokens = together.tokens_BNS[row][together.exists_BN[row]]
         assert torch.equal(tokens, alone.tokens_BNS[0])
     assert together.forwards_B[[0, 2]].tolist() == [0, 0]
-    nothing = decode(model, collate(found[:1]), options_of(strategy))
+    nothing = decode_batch(model, collate(found[:1]), options_of(strategy))
     assert nothing.tokens_BNS.shape == (1, 0, SLOTS)
 
 
@@ -97,14 +97,14 @@ def test_what_is_kept_exactly_changes_nothing(strategy, num_steps, temperature):
     model, _ = ready("corrected")
     batch = collate(photos("corrected", [3, 1, 6]))
     changes = {"steps": num_steps, "temperature": temperature}
-    plain = list(steps(model, batch, options_of(strategy, cache="none", **changes)))
-    exact = list(steps(model, batch, options_of(strategy, cache="exact", **changes)))
+    plain = list(decode_steps(model, batch, options_of(strategy, cache="none", **changes)))
+    exact = list(decode_steps(model, batch, options_of(strategy, cache="exact", **changes)))
     assert len(plain) == len(exact)
     for one, other in zip(plain, exact, strict=True):
         assert torch.equal(one.tokens_BNS, other.tokens_BNS)
         assert torch.equal(one.open_BNS, other.open_BNS)
         assert torch.equal(one.forwards_B, other.forwards_B)
-    auto = decode(model, batch, options_of(strategy, cache="auto", **changes))
+    auto = decode_batch(model, batch, options_of(strategy, cache="auto", **changes))
     assert torch.equal(auto.tokens_BNS, exact[-1].tokens_BNS)
 
 
@@ -116,9 +116,9 @@ def test_a_decode_with_flex_attention_is_the_same(cache, monkeypatch):
     model, _ = ready("corrected")
     batch = collate(photos("corrected", [2, 1]))
     options = options_of("per-region", cache=cache)
-    plain = decode(model, batch, options)
+    plain = decode_batch(model, batch, options)
     monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
-    assert torch.equal(decode(model, batch, options).tokens_BNS, plain.tokens_BNS)
+    assert torch.equal(decode_batch(model, batch, options).tokens_BNS, plain.tokens_BNS)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -126,9 +126,9 @@ def test_an_approximate_cache_renewed_at_every_step_is_none(strategy):
     model, _ = ready("reference")
     batch = collate(photos("reference", [3, 1, 5]))
     changes = {"steps": 4, "temperature": 0.7}
-    plain = decode(model, batch, options_of(strategy, cache="none", **changes))
+    plain = decode_batch(model, batch, options_of(strategy, cache="none", **changes))
     often = options_of(strategy, cache="approximate", refresh_every=1, compare=True, **changes)
-    found = decode(model, batch, often)
+    found = decode_batch(model, batch, often)
     assert torch.equal(found.tokens_BNS, plain.tokens_BNS)
     assert found.agreement_B.tolist() == [1.0, 1.0, 1.0]
 
@@ -137,8 +137,8 @@ def test_an_approximate_cache_says_how_much_it_changed():
     model, _ = ready("reference")
     batch = collate(photos("reference", [3, 1, 5]))
     seldom = options_of("per-region", cache="approximate", refresh_every=100, compare=True, steps=5)
-    found = decode(model, batch, seldom)
-    plain = decode(model, batch, options_of("per-region", cache="none", steps=5))
+    found = decode_batch(model, batch, seldom)
+    plain = decode_batch(model, batch, options_of("per-region", cache="none", steps=5))
     shares = [
         float((found.tokens_BNS[row, :regions] == plain.tokens_BNS[row, :regions]).double().mean())
         for row, regions in enumerate([3, 1, 5])
@@ -147,27 +147,27 @@ def test_an_approximate_cache_says_how_much_it_changed():
     assert len(set(shares)) == 3
     assert 0 < min(shares)
     assert max(shares) < 1
-    assert decode(model, batch, options_of("per-region", cache="approximate")).agreement_B is None
+    assert decode_batch(model, batch, options_of("per-region", cache="approximate")).agreement_B is None
 
 
 def test_an_exact_cache_needs_a_layout_that_isolates_the_prefix():
     model, _ = ready("reference")
     batch = collate(photos("reference", [1]))
     with pytest.raises(ConfigError, match="isolates the prefix"):
-        decode(model, batch, options_of("remask", cache="exact"))
-    auto, none = (decode(model, batch, options_of("remask", cache=cache)) for cache in ("auto", "none"))
+        decode_batch(model, batch, options_of("remask", cache="exact"))
+    auto, none = (decode_batch(model, batch, options_of("remask", cache=cache)) for cache in ("auto", "none"))
     assert torch.equal(auto.tokens_BNS, none.tokens_BNS)
 
 
 def test_a_batch_laid_out_for_another_number_of_slots_is_an_error():
     model, _ = ready("corrected")
     with pytest.raises(ConfigError, match="not of 6 slots"):
-        decode(model, collate(photos("corrected", [1, 2])), options_of("remask", max_new_tokens=6))
+        decode_batch(model, collate(photos("corrected", [1, 2])), options_of("remask", max_new_tokens=6))
 
 
 def trajectory(layout, strategy, regions=(3, 1), **changes):
     model, _ = ready(layout)
-    return list(steps(model, collate(photos(layout, list(regions))), options_of(strategy, **changes)))
+    return list(decode_steps(model, collate(photos(layout, list(regions))), options_of(strategy, **changes)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -230,7 +230,7 @@ def ending():
     """A model that often says end of text where the other one says its commonest word, and nine regions."""
     model, processor = lively(num_prompts=9)
     [example] = photos("corrected", [9])
-    found = decode(model, collate([example]), options_of("per-region")).tokens_BNS
+    found = decode_batch(model, collate([example]), options_of("per-region")).tokens_BNS
     with torch.no_grad():
         model.lm_head.weight[model.config.eot_token_id] = (
             1.05 * model.lm_head.weight[int(found.mode().values.mode().values)]
@@ -243,10 +243,12 @@ def test_a_caption_that_has_ended_is_not_worked_on_and_reads_the_same(strategy):
     model, processor, example = ending()
     eot = model.config.eot_token_id
     early, full = (
-        decode(model, collate([example]), options_of(strategy, steps=SLOTS, early_exit=exits, threshold=0.99))
+        decode_batch(
+            model, collate([example]), options_of(strategy, steps=SLOTS, early_exit=exits, threshold=0.99)
+        )
         for exits in (True, False)
     )
-    texts = [processor.read(found.tokens_BNS[0].numpy(), example.order) for found in (early, full)]
+    texts = [processor.read_captions(found.tokens_BNS[0].numpy(), example.order) for found in (early, full)]
     assert texts[0] == texts[1]
     assert early.forwards_B <= full.forwards_B
     rest = [row[row.index(eot) :] for row in early.tokens_BNS[0].tolist() if eot in row[:-1]]
@@ -260,7 +262,8 @@ def test_a_caption_that_has_ended_is_not_worked_on_and_reads_the_same(strategy):
 def test_early_exit_is_not_for_remasking_which_may_open_a_written_slot_again():
     model, _, example = ending()
     early, full = (
-        decode(model, collate([example]), options_of("remask", early_exit=exits)) for exits in (True, False)
+        decode_batch(model, collate([example]), options_of("remask", early_exit=exits))
+        for exits in (True, False)
     )
     assert torch.equal(early.tokens_BNS, full.tokens_BNS)
     assert (early.tokens_BNS == model.config.eot_token_id).any()
@@ -274,7 +277,7 @@ def test_special_tokens_are_never_guessed_but_by_the_reference_or_if_asked_for()
             model.lm_head.weight[special(model.config)] *= 4
         found = {
             suppress: torch.isin(
-                decode(model, batch, options_of("per-region", suppress_special=suppress)).tokens_BNS,
+                decode_batch(model, batch, options_of("per-region", suppress_special=suppress)).tokens_BNS,
                 torch.tensor(special(model.config)),
             ).any()
             for suppress in (None, True, False)
@@ -286,7 +289,7 @@ def drawn(layout="corrected", regions=(3, 1), **changes):
     model, _ = ready(layout)
     changes = {"temperature": 1.0, "cache": "auto"} | changes
     batch = collate(photos(layout, list(regions)))
-    return decode(model, batch, options_of("per-region", **changes)).tokens_BNS
+    return decode_batch(model, batch, options_of("per-region", **changes)).tokens_BNS
 
 
 def test_draws_depend_on_the_seed_and_on_nothing_else():
@@ -304,7 +307,7 @@ def test_each_step_draws_anew_also_where_nothing_has_changed(cache):
     still = [pair for pair in pairwise(states[1:]) if torch.equal(pair[0].tokens_BNS, pair[1].tokens_BNS)]
     assert len(still) > SLOTS
     for before, after in still:
-        assert not torch.equal(before.guess_BNS[before.open_BNS], after.guess_BNS[before.open_BNS])
+        assert not torch.equal(before.predicted_BNS[before.open_BNS], after.predicted_BNS[before.open_BNS])
     assert [int(state.forwards_B) for state in states] == list(range(len(states)))
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paracaption.model_training.decoding.sampler import _draw, _left_open, select
+from paracaption.model_training.decoding.sampler import _draw, _left_open, select_predictions
 from paracaption.schemas.decoding import DecodeOptions, Strategy
 from tests.model_training.plain_decoder import choose, still_open
 
@@ -48,7 +48,7 @@ def steps(draw):
 def test_each_strategy_chooses_as_stated_slot_by_slot(drawn):
     options, step, regions, *state = drawn
     before = [part.clone() for part in state]
-    tokens, opens = select(options, step, *state)
+    tokens, opens = select_predictions(options, step, *state)
     for part, was in zip(state, before, strict=True):
         assert torch.equal(part.nan_to_num(), was.nan_to_num()), "nothing is changed in place"
     for image, count in enumerate(regions):
@@ -65,7 +65,7 @@ def test_each_strategy_chooses_as_stated_slot_by_slot(drawn):
 @given(steps())
 def test_what_is_written_stays_but_for_remasking(drawn):
     options, step, _, tokens, opens, guesses, confidences = drawn
-    after, still = select(options, step, tokens, opens, guesses, confidences)
+    after, still = select_predictions(options, step, tokens, opens, guesses, confidences)
     assert torch.equal(after[~opens], tokens[~opens])
     written = opens & ~still
     assert torch.equal(after[written], guesses[written])

@@ -14,7 +14,7 @@ from paracaption.model_training.model.layout import (
     LAYOUTS,
     REFERENCE,
     Layout,
-    resolve,
+    resolve_layout,
 )
 from paracaption.schemas.errors import ConfigError
 from tests.model_training.parts import lively, photo
@@ -40,16 +40,16 @@ def everything(**options):
     """All that a layout has a say in, by name, for one photo with three regions."""
     model, processor = lively(layout_options=options)
     pixels, masks = photo(1, 3)
-    example = processor.example(pixels, masks, [[65, 66], [67], [68, 69, 70]])
+    example = processor.make_example(pixels, masks, [[65, 66], [67], [68, 69, 70]])
     batch = collate([example])
-    structure = batch.tokens().structure
+    roles = batch.tokens().roles
     features = torch.randn(
         len(example.views), 4, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     eot = model.config.eot_token_id
     filled = np.array([[65, eot, 65], [66, 66, 66], [67, 67, eot]])
-    attention = dense_mask(structure, structure, model.layout.isolate_prefix)
-    assert torch.equal(attention, model.pattern(structure, structure).mask[:, 0])
+    attention = dense_mask(roles, roles, model.layout.isolate_prefix)
+    assert torch.equal(attention, model.attention_mask(roles, roles).mask[:, 0])
     return {
         "views": example.views,
         "prompts": example.prompts,
@@ -61,9 +61,9 @@ def everything(**options):
         "caption ids": example.captions[0],
         "caption positions": example.captions[1],
         "caption codes": example.captions[2],
-        "replay": model.replay(features, batch.images).detach().numpy(),
+        "replay": model.replay_regions(features, batch.images).detach().numpy(),
         "attention": attention.numpy(),
-        "text": processor.read(filled, example.order),
+        "text": processor.read_captions(filled, example.order),
     }
 
 
@@ -81,35 +81,35 @@ def test_an_option_changes_what_it_says_and_nothing_else(option, value, parts):
 
 
 def test_names_stand_for_layouts_and_options_for_differences():
-    assert resolve("corrected") == CORRECTED == Layout()
-    assert resolve("reference", {}) == REFERENCE
-    found = resolve("reference", {"replay_scale": 1, "cut": "block"})
+    assert resolve_layout("corrected") == CORRECTED == Layout()
+    assert resolve_layout("reference", {}) == REFERENCE
+    found = resolve_layout("reference", {"replay_scale": 1, "cut": "block"})
     assert found == dataclasses.replace(REFERENCE, replay_scale=1, cut="block")
     assert REFERENCE.replay_scale == 1 / 32, "the named layouts do not change"
     for name in LAYOUTS:
         for field in dataclasses.fields(Layout):  # each layout's own values are values that options take
             value = getattr(LAYOUTS[name], field.name)
-            assert getattr(resolve("corrected", {field.name: value}), field.name) == value
+            assert getattr(resolve_layout("corrected", {field.name: value}), field.name) == value
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("original", None, "'original' is none; take one of corrected, reference"),
-        ("corrected", {"replay": "tiles"}, "'replay' is none; take some of mask_resample"),
-        ("corrected", {"replay_map": "thumbnail"}, "replay_map: 'thumbnail'; it takes 'tiles' or 'shifted'"),
+        ("original", None, "unknown layout 'original'; choose one of corrected, reference"),
+        ("corrected", {"replay": "tiles"}, "unknown option 'replay'; the options are mask_resample"),
+        ("corrected", {"replay_map": "thumbnail"}, "replay_map: 'thumbnail'; give 'tiles' or 'shifted'"),
         ("corrected", {"mask_resample": None}, "mask_resample: None"),
         ("corrected", {"block_end": ["eot"]}, "block_end"),
-        ("corrected", {"isolate_prefix": "no"}, "isolate_prefix: 'no'; it takes bool"),
-        ("corrected", {"isolate_prefix": 1}, "isolate_prefix: 1; it takes bool"),
-        ("corrected", {"replay_scale": "1/32"}, "replay_scale: '1/32'; it takes float"),
-        ("corrected", {"replay_scale": True}, "replay_scale: True; it takes float"),
-        ("corrected", {"instruction": None}, "instruction: None; it takes str"),
+        ("corrected", {"isolate_prefix": "no"}, "isolate_prefix: 'no'; give bool"),
+        ("corrected", {"isolate_prefix": 1}, "isolate_prefix: 1; give bool"),
+        ("corrected", {"replay_scale": "1/32"}, "replay_scale: '1/32'; give float"),
+        ("corrected", {"replay_scale": True}, "replay_scale: True; give float"),
+        ("corrected", {"instruction": None}, "instruction: None; give str"),
     ],
 )
 def test_an_unknown_layout_option_or_value_is_an_error_that_names_what_there_is(name, options, message):
     with pytest.raises(ConfigError) as error:
-        resolve(name, options)
+        resolve_layout(name, options)
     assert message in str(error.value)
 
 
@@ -141,7 +141,7 @@ def replay_of_places(layout, grid, boxes, **options):
         boxes_R4=torch.tensor(boxes),
         image_R=torch.zeros(len(boxes), dtype=torch.int64),
     )
-    return model.replay(views, images)
+    return model.replay_regions(views, images)
 
 
 BOXES = [(0.5, 0.5, 0.75, 1.0), (0.4, 0.2, 0.9, 0.7), (0.25, 0.3, 0.65, 0.45), (0.3, 0.6, 0.5, 0.61)]

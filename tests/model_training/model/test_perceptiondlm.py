@@ -40,7 +40,7 @@ def forward(model, examples, packed=False):
     images, tokens = pack(examples) if packed else (collate(examples).images, collate(examples).tokens())
     with torch.inference_mode():
         logits = model(tokens, images)
-    samples = tokens.structure.sample_BL
+    samples = tokens.roles.sample_BL
     return [logits[samples == sample] for sample in range(len(examples))]
 
 
@@ -85,7 +85,10 @@ def test_auto_classes_load_it_without_code_from_the_folder(folder):
     processor = AutoProcessor.from_pretrained(folder)
     assert isinstance(processor, PerceptionDLMProcessor)
     assert processor.layout.cut == "block"
-    one, other = processor.example(*photo(0, 2), 4), lively(layout="reference")[1].example(*photo(0, 2), 4)
+    one, other = (
+        processor.make_example(*photo(0, 2), 4),
+        lively(layout="reference")[1].make_example(*photo(0, 2), 4),
+    )
     np.testing.assert_array_equal(one.prefix, other.prefix)
 
 
@@ -145,7 +148,7 @@ def test_what_padding_holds_does_not_matter(ready):
     model, processor = ready
     batch = collate(examples(processor, [1, 4]))
     tokens = batch.tokens()
-    padding = tokens.structure.sample_BL == PADDING
+    padding = tokens.roles.sample_BL == PADDING
     assert padding.any()
     other = tokens._replace(
         ids_BL=tokens.ids_BL.masked_fill(padding, 65),
@@ -194,15 +197,15 @@ def test_replay_of_several_grids_in_one_batch_equals_one_by_one(ready):
     alone, start = [], 0
     for example in found:
         end = start + len(example.views)
-        alone.append(model.replay(features[start:end], collate([example]).images))
+        alone.append(model.replay_regions(features[start:end], collate([example]).images))
         start = end
-    assert torch.equal(model.replay(features, together), torch.cat(alone))
+    assert torch.equal(model.replay_regions(features, together), torch.cat(alone))
 
 
 def test_too_few_or_too_many_features_are_an_error(ready):
     model, processor = ready
     batch = collate(examples(processor, [2], seed=1))
-    features, replay = model.see(batch.images)
+    features, replay = model.encode_images(batch.images)
     with pytest.raises(ValueError, match=r"places for \d+ image tokens"):
         model.embed(batch.tokens(), features[1:], replay)
     with pytest.raises(ValueError, match=r"places for \d+ replay tokens"):
@@ -228,7 +231,7 @@ def test_ablations_run_and_leave_out_what_they_say(ablation):
 def gradients(model, images, tokens):
     model.zero_grad()
     logits = model(tokens, images)
-    logits[tokens.structure.caption_BL].log_softmax(-1)[:, 65].sum().backward()
+    logits[tokens.roles.caption_BL].log_softmax(-1)[:, 65].sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -295,7 +298,7 @@ def test_the_last_layer_of_the_vision_tower_comes_with_its_norm():
 
 @pytest.mark.parametrize("layer", [0, 1, 3, -4])
 def test_a_layer_of_the_vision_tower_that_is_not_there_is_an_error(layer):
-    with pytest.raises(ValueError, match=f"vision_select_layer: {layer}; of 3 layers, take -3 to -1"):
+    with pytest.raises(ValueError, match=f"vision_select_layer: {layer}; the tower has 3 layers: -3 to -1"):
         lively(vision_select_layer=layer)
 
 
@@ -304,7 +307,7 @@ def test_pixels_are_scaled_to_minus_one_to_one():
     seen = []
     model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     views = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 32, 32)
-    model.encode(views, torch.zeros(1, 6, 16, dtype=torch.bool))
+    model.encode_views(views, torch.zeros(1, 6, 16, dtype=torch.bool))
     assert torch.allclose(seen[0][0, :, 0, 0], torch.tensor([-1.0, -0.6, 1.0], dtype=torch.float64))
 
 
@@ -320,7 +323,7 @@ def test_prompts_of_overlapping_regions_add_up_in_every_view():
     model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     prompts = torch.zeros(2, 6, 16, dtype=torch.bool)
     prompts[0, 1, 3] = prompts[0, 4, 3] = prompts[1, 4, 0] = True
-    model.encode(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), prompts)
+    model.encode_views(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), prompts)
     weight = model.region_prompts.weight
     assert torch.allclose(seen[0][0, 3], weight[1] + weight[4])
     assert torch.allclose(seen[0][1, 0], weight[4])
@@ -332,7 +335,7 @@ def test_moving_a_batch_leaves_the_grids_on_the_cpu():
     batch = collate(examples(processor, [2])).to("meta")
     assert batch.images.grids_I2.device.type == "cpu"
     others = [*(part for part in batch.images if part is not batch.images.grids_I2), *batch.tokens()[:2]]
-    assert {part.device.type for part in [*others, *batch.tokens().structure]} == {"meta"}
+    assert {part.device.type for part in [*others, *batch.tokens().roles]} == {"meta"}
     assert isinstance(batch.images, Images)
 
 

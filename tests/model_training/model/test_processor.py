@@ -41,7 +41,7 @@ TAIL = "Describe each masked region in detail.<|eot_id|>\n<|start_header_id|>ass
 def test_a_sequence_reads_as_the_papers_figure(processor, reference, regions):
     pixels, masks = photo(1, regions)
     for one, last in ((processor, "<|eot_id|>"), (reference, "\n")):
-        example = one.example(pixels, masks, [[65 + number] for number in range(regions)])
+        example = one.make_example(pixels, masks, [[65 + number] for number in range(regions)])
         replay = [f"<|reserved_token_{i}|>" * 4 + "\n" for i in range(regions)]
         image = "<IMG_CONTEXT>" * (4 * len(example.views)) + "</img>"
         assert text_of(one, example.prefix[0]) == HEAD + image + "".join(replay) + TAIL
@@ -55,7 +55,7 @@ def test_a_sequence_reads_as_the_papers_figure(processor, reference, regions):
 
 def test_positions_count_on_from_the_prefix_to_the_last_caption(processor, reference):
     for one in (processor, reference):
-        example = one.example(*photo(0, 3), 5)
+        example = one.make_example(*photo(0, 3), 5)
         length = example.prefix.shape[1]
         assert example.prefix[1].tolist() == list(range(length))
         assert example.captions[1].tolist() == list(range(length, length + 3 * 7))
@@ -63,7 +63,7 @@ def test_positions_count_on_from_the_prefix_to_the_last_caption(processor, refer
 
 def test_positions_can_start_anew_for_each_caption():
     _, processor = lively(layout_options={"restart_positions": True})
-    example = processor.example(*photo(0, 3), [[65], [66, 66], [67, 67, 67]])
+    example = processor.make_example(*photo(0, 3), [[65], [66, 66], [67, 67, 67]])
     length = example.prefix.shape[1]
     expected = []
     for number in example.order:
@@ -74,7 +74,7 @@ def test_positions_can_start_anew_for_each_caption():
 def test_line_breaks_between_regions_are_hidden_in_the_reference_and_shared_else(processor, reference):
     newline = processor.config.newline_token_id
     for one, between in ((processor, SHARED), (reference, HIDDEN)):
-        ids, _, codes = one.example(*photo(0, 3), 2).prefix
+        ids, _, codes = one.make_example(*photo(0, 3), 2).prefix
         replay = np.flatnonzero(np.isin(ids, one.config.region_token_ids))
         assert codes[replay].tolist() == [1] * 4 + [2] * 4 + [3] * 4
         breaks = replay[3::4] + 1
@@ -88,7 +88,7 @@ def test_regions_go_by_area_and_captions_prompts_and_boxes_with_them(processor):
     pixels = np.zeros((32, 32, 3), np.uint8)
     small, large, middle = (np.zeros((32, 32), bool) for _ in range(3))
     small[:8, :8], large[8:], middle[:8, 16:] = True, True, True
-    example = processor.example(pixels, [small, large, middle], [[65], [66], [67]], prompts=[4, 0, 2])
+    example = processor.make_example(pixels, [small, large, middle], [[65], [66], [67]], prompts=[4, 0, 2])
     assert example.order == [1, 2, 0]
     assert example.captions[0].reshape(3, 3)[:, 1].tolist() == [66, 67, 65]
     assert example.boxes == [(0, 0.25, 1, 1), (0.5, 0, 1, 0.25), (0, 0, 0.25, 0.25)]
@@ -112,26 +112,26 @@ def test_masks_that_do_not_fit_are_errors_that_name_them(processor, regions, cha
         other = {"empty": masks[number] & False, "size": masks[number][:-1], "turned": masks[number][None]}
         masks[number] = other[what]
     with pytest.raises(ConfigError) as error:
-        processor.example(pixels, masks, 4)
+        processor.make_example(pixels, masks, 4)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("captions", [[[65]], [[65], [66], [67]]])
 def test_captions_must_be_as_many_as_masks(processor, captions):
     with pytest.raises(ConfigError, match="captions"):
-        processor.example(*photo(0, 2), captions)
+        processor.make_example(*photo(0, 2), captions)
 
 
 @pytest.mark.parametrize("prompts", [[0], [1, 1], [0, 6], [0, -1]])
 def test_each_region_needs_a_prompt_of_its_own(processor, prompts):
     with pytest.raises(ConfigError, match="prompts"):
-        processor.example(*photo(0, 2), 4, prompts)
+        processor.make_example(*photo(0, 2), 4, prompts)
 
 
 def rows(tokens):
     """Each sample's tokens of a batch, without padding: (ids, positions, codes, is caption), by sample."""
-    fields = (tokens.ids_BL, tokens.position_BL, tokens.structure.region_BL, tokens.structure.caption_BL)
-    samples = tokens.structure.sample_BL
+    fields = (tokens.ids_BL, tokens.position_BL, tokens.roles.region_BL, tokens.roles.caption_BL)
+    samples = tokens.roles.sample_BL
     found = sorted(set(samples.unique().tolist()) - {PADDING})
     return [[field[samples == sample].tolist() for field in fields] for sample in found]
 
@@ -141,7 +141,7 @@ def test_a_packed_row_holds_what_a_batch_holds(processor):
     batch, (images, packed) = collate(found), pack(found)
     tokens = batch.tokens()
     assert rows(packed) == rows(tokens)
-    assert PADDING not in packed.structure.sample_BL
+    assert PADDING not in packed.roles.sample_BL
     assert packed.ids_BL.shape == (
         1,
         sum(example.prefix.shape[1] + example.captions.shape[1] for example in found),
@@ -159,12 +159,12 @@ def test_a_batch_is_each_example_in_a_row_with_padding_after_prefix_and_captions
             length = part.shape[1]
             assert tokens.ids_BL[row, :length].tolist() == part[0].tolist()
             assert tokens.position_BL[row, :length].tolist() == part[1].tolist()
-            assert tokens.structure.region_BL[row, :length].tolist() == part[2].tolist()
-            assert (tokens.structure.sample_BL[row, :length] == row).all()
-            assert (tokens.structure.sample_BL[row, length:] == PADDING).all()
-            assert not tokens.structure.caption_BL[row, length:].any()
-    assert batch.captions.structure.caption_BL.sum() == 8 * 6
-    assert not batch.prefix.structure.caption_BL.any()
+            assert tokens.roles.region_BL[row, :length].tolist() == part[2].tolist()
+            assert (tokens.roles.sample_BL[row, :length] == row).all()
+            assert (tokens.roles.sample_BL[row, length:] == PADDING).all()
+            assert not tokens.roles.caption_BL[row, length:].any()
+    assert batch.captions.roles.caption_BL.sum() == 8 * 6
+    assert not batch.prefix.roles.caption_BL.any()
 
 
 def test_a_batchs_parts_have_their_types_also_without_any_region(processor):
@@ -180,27 +180,27 @@ def test_a_batchs_parts_have_their_types_also_without_any_region(processor):
 def test_reading_gives_captions_in_the_callers_order(processor):
     eot = processor.config.eot_token_id
     tokens = np.array([[*words(processor, "large dog"), eot, 65], words(processor, "red cat at by")])
-    assert processor.read(tokens, [1, 0]) == ["red cat at by", "large dog"]
+    assert processor.read_captions(tokens, [1, 0]) == ["red cat at by", "large dog"]
 
 
 def test_a_caption_ends_at_its_own_end_or_the_answer_ends_with_it(processor, reference):
     eot, [dog] = processor.config.eot_token_id, words(processor, "dog")
     tokens = np.array([words(processor, "red cat at"), [dog, eot, dog], words(processor, "by near hat")])
-    assert processor.read(tokens, [2, 0, 1]) == ["dog", "by near hat", "red cat at"]
-    assert reference.read(tokens, [2, 0, 1]) == ["dog", "", "red cat at"]
-    assert reference.read(tokens[:1], [0]) == ["red cat at"]
-    assert processor.read(np.array([[eot, dog, dog]]), [0]) == [""]
+    assert processor.read_captions(tokens, [2, 0, 1]) == ["dog", "by near hat", "red cat at"]
+    assert reference.read_captions(tokens, [2, 0, 1]) == ["dog", "", "red cat at"]
+    assert reference.read_captions(tokens[:1], [0]) == ["red cat at"]
+    assert processor.read_captions(np.array([[eot, dog, dog]]), [0]) == [""]
 
 
 def test_special_tokens_within_a_caption_are_left_out(processor):
     config, [red, cat] = processor.config, words(processor, "red cat")
     special = [config.mask_token_id, config.caption_token_ids[3], config.region_token_ids[0]]
-    assert processor.read(np.array([[special[0], red, *special[1:], cat]]), [0]) == ["red cat"]
+    assert processor.read_captions(np.array([[special[0], red, *special[1:], cat]]), [0]) == ["red cat"]
 
 
 def test_views_and_patches_of_an_example_are_those_of_imaging(processor):
     pixels, masks = photo(1, 2)
-    example = processor.example(pixels, masks, 3)
+    example = processor.make_example(pixels, masks, 3)
     np.testing.assert_array_equal(example.views, tiling.cut_image(pixels, 32, example.grid))
     for place, number in enumerate(example.order):
         expected = tiling.active_patches(masks[number], place, 32, 8, example.grid, processor.layout)
@@ -209,6 +209,6 @@ def test_views_and_patches_of_an_example_are_those_of_imaging(processor):
 
 def test_without_replay_one_token_stands_for_each_region():
     _, processor = lively(feature_replay=False)
-    ids = processor.example(*photo(0, 2), 3).prefix[0]
+    ids = processor.make_example(*photo(0, 2), 3).prefix[0]
     found = ids[np.isin(ids, processor.config.region_token_ids)]
     assert found.tolist() == processor.config.region_token_ids[:2]

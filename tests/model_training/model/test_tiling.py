@@ -113,13 +113,13 @@ def test_pillows_order_of_passes_does_not_matter(monkeypatch):
 
     now = tiling.cut_image(pixels, TILE_PX, (6, 1))
     mask = pixels[..., 0] > 128
-    painted = tiling.paint(mask, 3, (6 * TILE_PX, TILE_PX))
+    painted = tiling.paint_prompt(mask, 3, (6 * TILE_PX, TILE_PX))
     one_call = np.asarray(Image.fromarray(pixels).resize((TILE_PX, TILE_PX), Image.Resampling.BICUBIC))
     monkeypatch.setattr(Image.Image, "resize", down_first)
     other = np.asarray(Image.fromarray(pixels).resize((TILE_PX, TILE_PX), Image.Resampling.BICUBIC))
     assert (one_call != other).any(), "the order shows in this image"
     np.testing.assert_array_equal(tiling.cut_image(pixels, TILE_PX, (6, 1)), now)
-    np.testing.assert_array_equal(tiling.paint(mask, 3, (6 * TILE_PX, TILE_PX)), painted)
+    np.testing.assert_array_equal(tiling.paint_prompt(mask, 3, (6 * TILE_PX, TILE_PX)), painted)
 
 
 def overlap(size, cells):
@@ -239,20 +239,20 @@ def test_boxes_end_beyond_the_last_pixel_or_at_it(found):
     rows, columns = np.nonzero(mask)
     near = (columns.min() / width, rows.min() / height)
     far = ((columns.max() + 1) / width, (rows.max() + 1) / height)
-    assert tiling.box_of(mask, inclusive=False) == (*near, *far)
-    assert tiling.box_of(mask, inclusive=True) == (*near, columns.max() / width, rows.max() / height)
+    assert tiling.mask_box(mask, inclusive=False) == (*near, *far)
+    assert tiling.mask_box(mask, inclusive=True) == (*near, columns.max() / width, rows.max() / height)
 
 
 def test_a_region_of_one_pixel_has_a_box_only_if_its_far_edge_counts():
     mask = np.zeros((10, 20), bool)
     mask[3, 5] = True
-    assert tiling.box_of(mask, inclusive=False) == (5 / 20, 3 / 10, 6 / 20, 4 / 10)
-    assert tiling.box_of(mask, inclusive=True) == (5 / 20, 3 / 10, 5 / 20, 3 / 10)
+    assert tiling.mask_box(mask, inclusive=False) == (5 / 20, 3 / 10, 6 / 20, 4 / 10)
+    assert tiling.mask_box(mask, inclusive=True) == (5 / 20, 3 / 10, 5 / 20, 3 / 10)
 
 
 def test_regions_are_sorted_by_area_and_of_equals_the_later_one_is_first():
     found = [np.zeros((6, 6), bool) for _ in range(5)]
     for mask, area in zip(found, (4, 9, 4, 36, 1), strict=True):
         mask.reshape(-1)[:area] = True
-    assert tiling.by_area(found) == [3, 1, 2, 0, 4]
-    assert tiling.by_area([]) == []
+    assert tiling.sort_by_area(found) == [3, 1, 2, 0, 4]
+    assert tiling.sort_by_area([]) == []

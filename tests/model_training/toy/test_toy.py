@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from paracaption.filters import rle, text
-from paracaption.model_training.model import tokenizer as vocabulary
+from paracaption.model_training.model.tokenizer import load_tokenizer, special_token_ids
 from paracaption.model_training.toy import scenes
 from paracaption.model_training.toy import world as toy
 from paracaption.model_training.toy.world import (
@@ -387,12 +387,12 @@ def test_the_tokenizer_has_what_a_model_needs_and_the_prompt_is_words(tokenizer,
     from paracaption.model_training.model.processor import PerceptionDLMProcessor
     from tests.tiny.perceptiondlm_model import tiny_config
 
-    numbers = vocabulary.token_ids(tokenizer, 6, tmp_path)
+    numbers = special_token_ids(tokenizer, 6, tmp_path)
     config = tiny_config(tokenizer)
     assert {name: getattr(config, name) for name in numbers} == numbers
-    prefix = PerceptionDLMProcessor(tokenizer, config).prefix(1, 2)[0]
+    prefix = PerceptionDLMProcessor(tokenizer, config).make_prefix(1, 2)[0]
     single = [token for token in tokenizer.convert_ids_to_tokens(prefix) if len(token) == 1]
     assert set(single) == {".", "\u010a"}  # U+010A is the line break
     tokenizer.save_pretrained(tmp_path)
-    assert vocabulary.load(tmp_path).get_vocab() == tokenizer.get_vocab()
-    assert ids(vocabulary.load(tmp_path), "a small dog\n") == ids(tokenizer, "a small dog\n")
+    assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+    assert ids(load_tokenizer(tmp_path), "a small dog\n") == ids(tokenizer, "a small dog\n")

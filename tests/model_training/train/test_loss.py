@@ -31,8 +31,8 @@ def ours(tmp_path_factory) -> Ours:
 def batch(ours) -> TrainBatch:
     which = golden("train")
     prompts = [int(token.removeprefix("<Prompt").rstrip(">")) for token in which.meta["prompt_tokens"]]
-    captions = [ours.processor.ids(text) for text in which.meta["captions_in"]]
-    return train_batch(ours.processor.example(which.pixels, which.masks, captions, prompts))
+    captions = [ours.processor.tokenize(text) for text in which.meta["captions_in"]]
+    return train_batch(ours.processor.make_example(which.pixels, which.masks, captions, prompts))
 
 
 def train_batch(*examples, packed=False) -> TrainBatch:
@@ -42,7 +42,7 @@ def train_batch(*examples, packed=False) -> TrainBatch:
         together = collate(examples)
         images, tokens = together.images, together.tokens()
     weight = torch.ones(len(examples))
-    return TrainBatch(images, tokens, tokens.structure.caption_BL, weight, ["?"] * len(examples), [])
+    return TrainBatch(images, tokens, tokens.roles.caption_BL, weight, ["?"] * len(examples), [])
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -94,7 +94,7 @@ def scenes(processor, counts):
             mask[5 * number : 5 * number + 9, 7 * number : 7 * number + 9] = True
         captions = [random.integers(30, 60, random.integers(1, 9)).tolist() for _ in masks]
         pixels = random.integers(0, 255, (40, 60, 3), dtype=np.uint8)
-        examples.append(processor.example(pixels, masks, captions))
+        examples.append(processor.make_example(pixels, masks, captions))
     return examples
 
 
@@ -107,7 +107,7 @@ def test_packed_padded_and_single_examples_have_the_same_loss(tiny):
     probability = torch.ones(padded.label_BL.shape)
     singles = 0.0
     for row in range(3):
-        here, there = packed.tokens.structure.sample_BL == row, padded.tokens.structure.sample_BL == row
+        here, there = packed.tokens.roles.sample_BL == row, padded.tokens.roles.sample_BL == row
         masked[there], probability[there] = noise.masked_BL[here], noise.probability_BL[here]
         alone = train_batch(examples[row])
         own = Noise(noise.masked_BL[here][None], noise.probability_BL[here][None])
@@ -134,7 +134,7 @@ def test_regions_can_have_levels_of_their_own(tiny):
     _, processor = tiny
     batch = train_batch(*scenes(processor, [4, 2]))
     _, probability = draw_noise(batch, NoiseOptions(level="region"), torch.Generator().manual_seed(0))
-    region, caption = batch.tokens.structure.region_BL, batch.tokens.structure.caption_BL
+    region, caption = batch.tokens.roles.region_BL, batch.tokens.roles.caption_BL
     levels = [probability[0][caption[0] & (region[0] == code)].unique() for code in range(1, 5)]
     assert [len(level) for level in levels] == [1] * 4
     assert len({float(level) for level in levels}) == 4
@@ -155,7 +155,7 @@ def test_a_filler_counts_nothing(tiny):
     noise = draw_noise(both, NoiseOptions(), torch.Generator().manual_seed(4))
     first = train_batch(examples[0])
     width = first.label_BL.shape[1]
-    here = both.tokens.structure.sample_BL[0] == 0
+    here = both.tokens.roles.sample_BL[0] == 0
     own = Noise(noise.masked_BL[:1, here], noise.probability_BL[:1, here])
     assert own.masked_BL.shape[1] == width
     assert float(diffusion_loss(model, both, noise).mean.detach()) == pytest.approx(
