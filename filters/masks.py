@@ -183,10 +183,8 @@ def whole_objects(
     """
     codes = _codes(regions, size)
     area = _areas(codes)
-    first, second, shared_px = _among(
-        [region.id for region in regions], overlaps or measure_overlaps(regions)
-    )
     ids = np.array([region.id for region in regions], np.int64)
+    first, second, shared_px = _among(ids.tolist(), overlaps or measure_overlaps(regions))
     depth = np.empty(len(regions), np.int64)  # 0: on top
     depth[np.lexsort((-ids, area))] = np.arange(len(regions))
     swap = depth[first] > depth[second]
