@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,13 @@ import msgspec
 import numpy as np
 
 from ...schemas.config import BuildConfig
-from ...schemas.errors import IntegrityError
+from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetCounts, SubsetSummary
 from ..io import files
 from ..sources.protocols import SOURCE_STAGE
+from ..stages.recipes import recipe_of
+from ..stages.registry import STAGES
 from . import ledger, reader
 from .reader import Corpus
 
@@ -30,20 +33,6 @@ if TYPE_CHECKING:
 
 PLOTS = "plots"
 TOP_CATEGORIES = 100
-
-STAGES = {
-    "coconut": (SOURCE_STAGE, "usable_masks", "caption", "verify_category", "clean_text"),
-    "sa1b": (
-        SOURCE_STAGE,
-        "usable_masks",
-        "whole_objects",
-        "caption",
-        "extract_category",
-        "agree_with_segmenter",
-        "clean_text",
-    ),
-}
-"""The funnel's steps by subset, in order. Writing is one more if it had to drop a photo that went away."""
 
 _ROWS_PER_GROUP = 131_072
 _CHARS_PER_BIN = 25
@@ -103,15 +92,31 @@ def count_subset(corpus: Corpus, subset: str) -> SubsetCounts:
     Raises:
         IntegrityError: a manifest cannot be read.
     """
-    counting = _Counting(subset)
+    counting = _Counting(_stage_names(corpus, subset))
     for unit, data in corpus.manifest_bytes(subset):
         counting.add(reader.decode_manifest(data, unit.manifest), data)
     return counting.result()
 
 
-def funnel(subset: str, regions: int, dropped: dict[str, int]) -> list[FunnelStep]:
-    """The steps of a subset in order, from the number of declared regions and the drops by "stage/reason"."""
-    by_stage: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES.get(subset, ())}
+def _stage_names(corpus: Corpus, subset: str) -> list[str]:
+    """The stages of a subset's recipe; every stage, if the configuration of the last build cannot tell."""
+    try:
+        return [stage.name for stage in recipe_of(corpus.config, subset)]
+    except (ConfigError, IntegrityError):
+        return list(STAGES)
+
+
+def count_funnel(stages: Sequence[str], regions: int, dropped: dict[str, int]) -> list[FunnelStep]:
+    """What each step of a recipe took away, in order.
+
+    The source is the first step. Writing is one more, at the end, if it had to drop a photo that disappeared.
+
+    Args:
+        stages: names of the recipe's stages, in order.
+        regions: declared by the source.
+        dropped: regions by "stage/reason".
+    """
+    by_stage: dict[str, Counter[str]] = {stage: Counter() for stage in (SOURCE_STAGE, *stages)}
     for name in sorted(dropped):
         stage, _, reason = name.partition("/")
         by_stage.setdefault(stage, Counter())[reason] += dropped[name]
@@ -126,8 +131,8 @@ def funnel(subset: str, regions: int, dropped: dict[str, int]) -> list[FunnelSte
 class _Counting:
     """Adds manifests up."""
 
-    def __init__(self, subset: str):
-        self.subset = subset
+    def __init__(self, stages: Sequence[str]):
+        self.stages = stages
         self.numbers: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.images_dropped: Counter[str] = Counter()
@@ -154,7 +159,7 @@ class _Counting:
         return SubsetCounts(
             **numbers,
             images_dropped=dict(sorted(self.images_dropped.items())),
-            funnel=funnel(self.subset, self.numbers["regions"], self.dropped),
+            funnel=count_funnel(self.stages, self.numbers["regions"], self.dropped),
             plans=sorted(self.plans),
             recipes=sorted(self.recipes),
             manifests=self.digest.hexdigest(),
@@ -244,7 +249,7 @@ def _write_index(corpus: Corpus, path: Path) -> dict[str, SubsetSummary]:
     ):
         waiting: list[pa.Table] = []
         for subset in corpus.subsets:
-            counting, measuring = _Counting(subset), _Measuring()
+            counting, measuring = _Counting(_stage_names(corpus, subset)), _Measuring()
             for unit, data in corpus.manifest_bytes(subset):
                 manifest = reader.decode_manifest(data, unit.manifest)
                 table = reader.read_ledger(unit.ledger)

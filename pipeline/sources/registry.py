@@ -63,9 +63,13 @@ def subset_title(subset: str) -> str:
 def recipe_name(config: BuildConfig, subset: str) -> str:
     """The recipe of a subset: the configured one, else the default of its kinds of source.
 
+    A subset that the configuration no longer has is taken to be of the kind that it is named after.
+
     Raises:
         ConfigError: its kinds have different defaults, or one is unknown.
     """
+    if subset not in config.subsets:
+        return find_source(subset).recipe
     chosen = config.subsets[subset].recipe
     if chosen is not None:
         return chosen

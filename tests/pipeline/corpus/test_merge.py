@@ -61,15 +61,26 @@ def test_each_step_of_the_funnel_takes_what_the_one_before_left(out):
     assert summary.kept == pq.read_metadata(out / "index.parquet").num_rows
 
 
-def test_the_funnel_has_the_stages_of_the_recipe_in_their_order(tmp_path):
-    config = committed.write(tmp_path / "out")
-    for subset in config.subsets:
+def test_the_funnel_has_the_stages_of_the_recipe_in_their_order(out):
+    config = reader.read_config(out)
+    for subset, summary in reader.read_summary(out).subsets.items():
         stages = recipes.recipe_of(config, subset)
-        assert merge.STAGES[subset] == (SOURCE_STAGE, *(stage.name for stage in stages))
+        steps = [step.stage for step in summary.counts.funnel]
+        assert steps == [SOURCE_STAGE, *(stage.name for stage in stages)]
+
+
+def test_a_subset_that_the_last_build_did_not_have_keeps_its_funnel(tmp_path):
+    out = committed.merged(tmp_path / "out")
+    corpus = reader.open_corpus(out)
+    before = merge.count_subset(corpus, "sa1b")
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    del config["subsets"]["sa1b"]
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    assert merge.count_subset(corpus, "sa1b") == before
 
 
 def test_a_stage_that_the_recipe_does_not_have_is_shown_last():
-    steps = merge.funnel("coconut", 10, {"write/photo_missing": 2, "source/crowd": 3})
+    steps = merge.count_funnel(["caption"], 10, {"write/photo_missing": 2, "source/crowd": 3})
     assert (steps[0].stage, steps[0].dropped) == ("source", 3)
     assert (steps[-1].stage, steps[-1].regions_in, steps[-1].dropped) == ("write", 7, 2)
 
