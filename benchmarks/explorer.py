@@ -29,10 +29,9 @@ import psutil
 import pyarrow as pa
 
 from paracaption.filters import rle
-from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import ledger
 from paracaption.schemas import manifest as manifests
-from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.config import BuildConfig, dump_config
 from paracaption.schemas.manifest import FileEntry, Manifest
 
 PER_IMAGE, PER_UNIT = 10, 512

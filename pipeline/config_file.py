@@ -108,11 +108,6 @@ def _absolute(root: Path, path: str) -> str:
     return str((root / Path(files.local(path)).expanduser()).resolve())
 
 
-def dump_config(config: BuildConfig) -> str:
-    """The resolved configuration as YAML, keys in the order of the model."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def describe(kind: type[BaseModel] = BuildConfig) -> str:
     """Every key with its default and its meaning, as a commented YAML file."""
     lines: list[str] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, cast
 
+import yaml
 from pydantic import (
     AfterValidator,
     Field,
@@ -364,6 +365,11 @@ def _with_kind(kind: str, sources: Any) -> Any:
     if not isinstance(listed, list):
         return listed
     return [{"source": kind, **each} if isinstance(each, dict) else each for each in listed]
+
+
+def dump_config(config: BuildConfig) -> str:
+    """The configuration as YAML, keys in the order of the model: what a build keeps as OUT/config.yaml."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def written_place(place: tuple[int | str, ...], values: dict[str, Any]) -> tuple[int | str, ...]:

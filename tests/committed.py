@@ -9,11 +9,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from paracaption.filters import text
-from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages.base import apply_verdict
-from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.config import BuildConfig, dump_config
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Drop, ImageRecord, Region
 from tests.building import config_of

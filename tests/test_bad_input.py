@@ -15,10 +15,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import merge, verify
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.config import BuildConfig, dump_config
 from paracaption.schemas.errors import ConfigError
 from tests.building import build
 from tests.synthetic import CATEGORIES, jpeg, scene

@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import merge, verify
-from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.config import BuildConfig, dump_config
 from tests.building import build
 from tests.shared_data import shared_data
 

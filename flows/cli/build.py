@@ -86,13 +86,13 @@ def demo(
 ) -> None:
     """Build both subsets of the bundled sample and draw a contact sheet."""
     from ...pipeline.config_file import load_config
-    from ...pipeline.io import draw
+    from ...pipeline.corpus.contact_sheet import draw_contact_sheet
 
     sample = Path(str(resources.files("paracaption") / "samples" / "build.yaml")).resolve()
     loaded = load_config(sample).model_copy(update={"out": str(out.resolve())})
     _build(loaded)
     sheet = out / "contact-sheet.png"
-    draw.contact_sheet(out, sheet)
+    draw_contact_sheet(out, sheet)
     rows = [
         (f"paracaption explore {out}", "a page for the browser: masks, captions, drops"),
         (f"paracaption inspect {out}", "the funnel and samples again"),

@@ -32,9 +32,9 @@ def show(
     corpus: Corpus, key: str, picture: Annotated[Path, typer.Option("--out", help="PNG to write.")]
 ) -> None:
     """Draw one image with its masks and captions."""
-    from ...pipeline.io import draw
+    from ...pipeline.corpus.contact_sheet import draw_corpus_image
 
-    draw.show(corpus, key, picture)
+    draw_corpus_image(corpus, key, picture)
     print(picture)
 
 

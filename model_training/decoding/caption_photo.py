@@ -119,7 +119,7 @@ def write_picture(answer: CaptionedPhoto, path: str | Path) -> None:
         ConfigError: no such picture format or folder.
     """
     title = Path(answer.photo.name).name
-    draw.save(draw.draw_image(answer.photo.pixels, answer.overlays(), title=title), path)
+    draw.save_picture(draw.draw_image(answer.photo.pixels, answer.overlays(), title=title), path)
 
 
 def _check_trace(path: str | Path) -> None:

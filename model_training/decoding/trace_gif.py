@@ -124,9 +124,9 @@ class _Layout(NamedTuple):
             for number, region in enumerate(pieces):
                 x, y = self.entries[number]
                 color = draw.color_of(self.trace.overlays[number], number)
-                draw.disc(canvas, (x + 12, y + 12), 12, number + 1, color)
+                draw.draw_disc(canvas, (x + 12, y + 12), 12, number + 1, color)
                 if label := self.labels[number]:
-                    pen.text((x + _INDENT, y + 2), label, _INK, draw.font(_TEXT, bold=True))
+                    pen.text((x + _INDENT, y + 2), label, _INK, draw.load_font(_TEXT, bold=True))
                     y += _STEP
                 _draw_pieces(pen, region, (x + _INDENT, y), self.room)
             yield canvas
@@ -147,14 +147,14 @@ def _columns(heights: list[int], columns: int, width: int) -> tuple[list[tuple[i
 def _draw_progress(pen: ImageDraw, trace: Trace, step: int, header: tuple[int, int, int]) -> None:
     left, top, right = header
     written, total = trace.progress(step)
-    pen.text((left, top + 14), trace.line(step), _DIM, draw.font(_TEXT - 2))
+    pen.text((left, top + 14), trace.line(step), _DIM, draw.load_font(_TEXT - 2))
     pen.rounded_rectangle((left, top + 40, right, top + 45), 2, fill=_BOX)
     if written:
         pen.rounded_rectangle((left, top + 40, left + (right - left) * written // total, top + 45), 2, _BAR)
 
 
 def _draw_pieces(pen: ImageDraw, pieces: list[Piece], corner: tuple[int, int], room: int) -> None:
-    face = draw.font(_TEXT)
+    face = draw.load_font(_TEXT)
     for piece, x, line, width in _flow(pieces, face, room):
         left, top = corner[0] + x, corner[1] + line * _STEP
         if piece.state == OPEN:
@@ -168,7 +168,7 @@ def _draw_pieces(pen: ImageDraw, pieces: list[Piece], corner: tuple[int, int], r
 
 def _heights(every: list[list[list[Piece]]], overlays: Sequence[draw.Overlay], room: int) -> list[int]:
     """Of each region's entry: what it needs at the step where it needs most, so that nothing jumps."""
-    face = draw.font(_TEXT)
+    face = draw.load_font(_TEXT)
     heights = []
     for overlay, steps in zip(overlays, zip(*every, strict=True), strict=True):
         most = max(max((line for _, _, line, _ in _flow(slots, face, room)), default=0) for slots in steps)
@@ -177,7 +177,7 @@ def _heights(every: list[list[list[Piece]]], overlays: Sequence[draw.Overlay], r
 
 
 def _shortened(label: str, room: int) -> str:
-    label, face = " ".join(label.split()), draw.font(_TEXT, bold=True)
+    label, face = " ".join(label.split()), draw.load_font(_TEXT, bold=True)
     if _length(label, face) <= room:
         return label
     while label and _length(f"{label}...", face) > room:

@@ -105,7 +105,7 @@ def _record(photo: PhotoRegions, found: RegionCaptions) -> dict[str, Any]:
 def _draw(photo: PhotoRegions, captions: list[str], path: Path) -> None:
     rows = zip(photo.regions, captions, strict=True)
     overlays = [draw.Overlay(region.mask.rle, caption, region.label) for region, caption in rows]
-    draw.save(draw.draw_image(photo.pixels, overlays, title=Path(photo.name).name), path)
+    draw.save_picture(draw.draw_image(photo.pixels, overlays, title=Path(photo.name).name), path)
 
 
 def _summary(records: list[dict[str, Any]], device: str) -> Summary:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...pipeline.corpus import plots
 from ...pipeline.io import files
+from ...pipeline.io.figure import draw_figure
 from . import metrics
 
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
@@ -40,7 +40,7 @@ def draw_loss_curves(runs: Mapping[str, Path], path: Path) -> None:
     if len(records) == 1:
         panels["Cross-entropy of masked tokens, in nats"] = levels
     with files.write_atomic(path) as file:
-        file.write(plots.figure({title: _framed(panel) for title, panel in panels.items()}, [3.0] * 2))
+        file.write(draw_figure({title: _framed(panel) for title, panel in panels.items()}, [3.0] * 2))
 
 
 def _framed(panel: Any) -> Any:

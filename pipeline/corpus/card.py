@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from ...schemas.config import BuildConfig
+from ...schemas.config import BuildConfig, dump_config
 from ...schemas.records import SCORES
-from ..config_file import dump_config
 from ..sources.registry import open_source, subset_title
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ _SIZES += ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
 _SHOWN_CATEGORIES = 20
 
 
-def render(summary: CorpusSummary, config: BuildConfig) -> str:
+def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
     """The card as Markdown, from a corpus's statistics and configuration. Equal ones give an equal card."""
     parts = [
         _front_matter(summary),

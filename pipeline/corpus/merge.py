@@ -25,7 +25,7 @@ from ..io import files
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.recipes import recipe_of
 from ..stages.registry import STAGES
-from . import ledger, reader
+from . import card, ledger, plots, reader
 from .reader import Corpus
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
     Raises:
         IntegrityError: a manifest or ledger cannot be read, or they disagree; `verify` says more.
     """
-    from . import card, plots
-
     out = Path(out)
     corpus = reader.open_corpus(out)
     config = config or corpus.config
@@ -67,9 +65,9 @@ def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
     summary = CorpusSummary(**totals, index=_entry(out / reader.INDEX), subsets=summaries)
     with files.write_atomic(out / reader.STATS) as file:
         file.write(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
-    plots.write(summary, out / PLOTS)
+    plots.write_plots(summary, out / PLOTS)
     with files.write_atomic(out / "README.md") as file:
-        file.write(card.render(summary, config).encode())
+        file.write(card.render_card(summary, config).encode())
     return msgspec.to_builtins(summary)
 
 
@@ -79,8 +77,6 @@ def is_merged(out: str | Path) -> bool:
     Raises:
         ConfigError: there is no corpus at that path.
     """
-    from . import plots
-
     corpus = reader.open_corpus(out)
     drawn = [Path(out) / "README.md", *(Path(out) / PLOTS / name for name in plots.NAMES)]
     return all(path.is_file() for path in drawn) and corpus.index_is_current()

@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..io import files
+from ..io.figure import DECLARED, DROPPED, INK, KEPT, QUIET, draw_figure
 from ..sources.registry import subset_title
 from ..stages.registry import stage_title
 
 if TYPE_CHECKING:
     from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetSummary
 
-KEPT = "#0072B2"
-DROPPED = "#E69F00"
-DECLARED = "#BBBBBB"
-INK = "#333333"
-QUIET = "#777777"
-
-_STYLE: Any = {
-    "figure.dpi": 120,
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "axes.axisbelow": True,
-    "svg.hashsalt": "paracaption",
-}
 NAMES = ("funnel.png", "caption_words.png", "regions_per_image.png", "mask_area.png")
-"""The files that `write` writes."""
+"""The files that `write_plots` writes."""
 
 _SEVERAL = 60
 """Bins above which a histogram's are joined, so that bars stay wider than the gaps between them."""
 
 
-def write(summary: CorpusSummary, folder: str | Path) -> list[Path]:
+def write_plots(summary: CorpusSummary, folder: str | Path) -> list[Path]:
     """Draw every plot into a folder.
 
     Returns:
@@ -72,47 +47,20 @@ def write(summary: CorpusSummary, folder: str | Path) -> list[Path]:
     paths = []
     for name, draw in drawn.items():
         path = folder / f"{name}.png"
-        data = _figure(summary, draw, titles[name], tall=name == "funnel")
+        data = _draw_panels(summary, draw, titles[name], tall=name == "funnel")
         with files.write_atomic(path) as file:
             file.write(data)
         paths.append(path)
     return paths
 
 
-def figure(panels: Mapping[str, Callable[[Any], None]], heights: Sequence[float]) -> bytes:
-    """A PNG of panels, one below the other.
-
-    Args:
-        panels: what draws on a panel's axes, by its title.
-        heights: of the panels, in inches; spare ones are not used.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Fonts that are not there are Matplotlib's to replace, not the user's to read about.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    heights = heights[: len(panels)]
-    with matplotlib.rc_context(_STYLE):
-        made = Figure(figsize=(8, sum(heights)), layout="constrained")
-        FigureCanvasAgg(made)
-        grid = made.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
-        for axes, (title, draw) in zip(grid[:, 0], panels.items(), strict=True):
-            axes.set_title(title)
-            draw(axes)
-        made.get_layout_engine().set(h_pad=0.15, w_pad=0.15)  # type: ignore[union-attr]
-        buffer = io.BytesIO()
-        made.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
-
-
-def _figure(
+def _draw_panels(
     summary: CorpusSummary, draw: Callable[[SubsetSummary, Any], None], title: str, tall: bool
 ) -> bytes:
     subsets = summary.subsets
     heights = [0.45 * len(s.counts.funnel) + 1.1 if tall else 2.7 for s in subsets.values()]
     panels = {title.format(subset_title(name)): partial(draw, subset) for name, subset in subsets.items()}
-    return figure(panels, heights)
+    return draw_figure(panels, heights)
 
 
 def _draw_funnel(subset: SubsetSummary, axes: Any) -> None:

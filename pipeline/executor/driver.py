@@ -20,10 +20,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from ...schemas.config import BuildConfig
+from ...schemas.config import BuildConfig, dump_config
 from ...schemas.errors import ConfigError, StageFailed
 from ...schemas.reasons import ERRORS
-from ..config_file import dump_config
 from ..corpus import merge, reader, work_list, writer
 from ..corpus.events import EventLog, EventReader
 from ..corpus.writer import Draft

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ...schemas.config import BuildConfig
-from ..corpus import plots
+from ..io import figure
 from ..stages.registry import THRESHOLDS
 from .catalog import Catalog
 from .query import format_number
@@ -291,5 +291,5 @@ def draw_curve(
     return Curve(title, drawn, _short(low), _short(high), f"{first:,.0f}", f"{last:,.0f}", description)
 
 
-CURVES = (plots.KEPT, "#D55E00", "#009E73", "#CC79A7", "#555555", "#56B4E9")
+CURVES = (figure.KEPT, "#D55E00", "#009E73", "#CC79A7", "#555555", "#56B4E9")
 """Colors of curves, which color-blind people can tell apart too."""

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse
 
 from ...schemas.config import BuildConfig
-from ..corpus import plots
+from ..io import figure
 from ..sources.registry import subset_title
 from ..stages.registry import stage_title
 from . import charts, training
@@ -88,6 +88,6 @@ def load_templates() -> jinja2.Environment:
         "halo": lambda region: halo_of(color_of(region)),
     }
     templates.globals.update(
-        kept_color=plots.KEPT, dropped_color=plots.DROPPED, width=charts.WIDTH, height=charts.HEIGHT
+        kept_color=figure.KEPT, dropped_color=figure.DROPPED, width=charts.WIDTH, height=charts.HEIGHT
     )
     return templates

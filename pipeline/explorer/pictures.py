@@ -156,12 +156,12 @@ def draw_layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
         paths.append(_path(dense, mask.bbox, cv2))
         areas.append(mask.area)
         small.append(dense[sampled].astype(bool))
-    order, top = draw.stack(small, small[0].shape)
+    order, top = draw.stack_masks(small, small[0].shape)
     places = draw.number_places(small, order, top, round(_SMALL / 20))
     found = []
     for i in sorted(range(len(regions)), key=lambda i: -areas[i]):
         color = color_of(regions[i][0])
-        fill = draw.opacity(areas[i], height * width)
+        fill = draw.mask_opacity(areas[i], height * width)
         x, y = (round((v + 0.5) / scale) for v in places[i]) if i in places else _first_point(paths[i])
         found.append(Layer(regions[i][0], paths[i], css_color(color), halo_of(color), fill, x, y))
     return found

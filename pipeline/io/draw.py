@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,10 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...filters import rle
-from ...schemas.errors import BadRecord, ConfigError
-from ...schemas.records import Blob, Rle
-from ..corpus import reader
-from . import files, photos
+from ...schemas.errors import ConfigError
+from ...schemas.records import Rle
+from . import files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,9 +49,6 @@ _MARGIN = 16
 _TEXT = 17
 _LINE = 1.32
 _COLUMN = 420
-_MAX_DRAWN = 200
-_SHEET_TEXT = 150
-_SHEET_CAPTIONS = 6
 _WIDE = 1.9
 """From this ratio of width to height on, captions stand below the photo instead of beside it."""
 _TALL = 1.3
@@ -101,10 +96,10 @@ def draw_masks(
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     canvas = cv2.resize(np.ascontiguousarray(photo), size, interpolation=way)
     masks = [_scaled(overlay.rle, (height, width), size) for overlay in overlays]
-    order, top = stack(masks, canvas.shape[:2])
+    order, top = stack_masks(masks, canvas.shape[:2])
     colors = np.array([color_of(overlay, i) for i, overlay in enumerate(overlays)] or [(0, 0, 0)], np.float32)
     painted = top >= 0
-    fills = np.array([opacity(int(mask.sum()), top.size) for mask in masks] or [0], np.float32)
+    fills = np.array([mask_opacity(int(mask.sum()), top.size) for mask in masks] or [0], np.float32)
     fill = fills[top[painted]][:, None]
     canvas[painted] = (canvas[painted] * (1 - fill) + colors[top[painted]] * fill).astype(np.uint8)
     for i in order:
@@ -113,11 +108,11 @@ def draw_masks(
     radius = radius or max(9, round(side / 75))
     for i, place in number_places(masks, order, top, 2 * radius).items():
         number = overlays[i].number
-        disc(picture, place, radius, i + 1 if number is None else number, color_of(overlays[i], i))
+        draw_disc(picture, place, radius, i + 1 if number is None else number, color_of(overlays[i], i))
     return picture
 
 
-def stack(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[list[int], np.ndarray]:
+def stack_masks(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[list[int], np.ndarray]:
     """How masks lie on each other.
 
     Args:
@@ -135,7 +130,7 @@ def stack(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> tuple[list[int
     return order, top
 
 
-def opacity(area_px: int, photo_px: int) -> float:
+def mask_opacity(area_px: int, photo_px: int) -> float:
     """Of a mask's paint, 0..1."""
     return _FILL_SCENE if area_px > _SCENE * photo_px else _FILL
 
@@ -147,7 +142,7 @@ def number_places(
 
     Args:
         masks: (H, W) bool each.
-        order: their positions, the largest first; see `stack`.
+        order: their positions, the largest first; see `stack_masks`.
         top: (H, W) the position of the mask on top.
         apart: pixels between two numbers, where there is room.
     """
@@ -183,10 +178,11 @@ def draw_image(photo: np.ndarray, overlays: Sequence[Overlay], side: int = 900, 
             canvas.paste(picture, (0, 0))
             canvas.paste(legend, (picture.width, 0))
             return canvas
-    return _below(picture, overlays, picture.width, title)
+    return draw_below(picture, overlays, picture.width, title)
 
 
-def _below(picture: Image, overlays: Sequence[Overlay], width: int, title: str) -> Image:
+def draw_below(picture: Image, overlays: Sequence[Overlay], width: int, title: str) -> Image:
+    """A picture above the legend of its regions, which has as many columns as fit the width."""
     from PIL import Image
 
     width = max(width, _COLUMN)
@@ -210,7 +206,7 @@ def draw_legend(overlays: Sequence[Overlay], width: int, title: str = "", column
     """Numbers and captions on white, in columns of equal width and about equal height."""
     from PIL import Image, ImageDraw
 
-    normal, bold, small = font(_TEXT), font(_TEXT, bold=True), font(_TEXT - 3)
+    normal, bold, small = load_font(_TEXT), load_font(_TEXT, bold=True), load_font(_TEXT - 3)
     radius = round(_TEXT * 0.72)
     step = round(_TEXT * _LINE)
     each = (width - _MARGIN) // columns
@@ -231,7 +227,7 @@ def draw_legend(overlays: Sequence[Overlay], width: int, title: str = "", column
         x, y = _MARGIN + place * each, top
         for entry in column:
             color = color_of(entry.overlay, entry.number - 1)
-            disc(canvas, (x + radius, y + radius), radius, entry.number, color)
+            draw_disc(canvas, (x + radius, y + radius), radius, entry.number, color)
             for i, (line, face) in enumerate(entry.lines):
                 pen.text((x + indent, y + i * step), line, _INK, face)
             y += entry.height
@@ -285,7 +281,7 @@ def _inside(mask: np.ndarray, taken: list[tuple[int, int]], apart: int, cv2: Any
     return int(x), int(y)
 
 
-def disc(
+def draw_disc(
     canvas: Image, center: tuple[int, int], radius: int, number: int, color: tuple[int, int, int]
 ) -> None:
     """A numbered disc: drawn large and shrunk, because Pillow's circles have no soft edge."""
@@ -302,7 +298,7 @@ def disc(
     on.rounded_rectangle(box, radius * times, fill=edge)
     inner = (times * 1.5, times * 1.5, large.width - 1 - times * 1.5, large.height - 1 - times * 1.5)
     on.rounded_rectangle(inner, radius * times, fill=color)
-    face = font(round(radius * 1.15) * times, bold=True)
+    face = load_font(round(radius * 1.15) * times, bold=True)
     on.text((large.width / 2, large.height / 2), text, edge, face, anchor="mm")
     small = large.resize((2 * half, 2 * radius), Image.Resampling.LANCZOS)
     x = min(max(center[0] - half, 0), max(0, canvas.width - small.width))
@@ -317,7 +313,7 @@ def is_dark(color: Sequence[int]) -> bool:
 
 
 @cache
-def font(size: int, bold: bool = False) -> FreeTypeFont:
+def load_font(size: int, bold: bool = False) -> FreeTypeFont:
     """DejaVu Sans, which Matplotlib ships: Latin, Greek, Cyrillic and more. Else Pillow's own."""
     import importlib.util
 
@@ -355,81 +351,7 @@ def _wrap(text: str, face: FreeTypeFont, room: int) -> list[str]:
     return [*lines, line] if line else lines
 
 
-# Pictures of a committed corpus.
-
-
-def show(out: str | Path, key: str, path: str | Path) -> None:
-    """Draw an image of a corpus with its kept regions and their captions, and write the picture.
-
-    Args:
-        out: the corpus.
-        key: the image's key, or "subset/key".
-        path: the picture; its ending says in which format (png, jpg, webp).
-
-    Raises:
-        ConfigError: no such image, none of its regions was kept, or no such picture format.
-        IntegrityError: the corpus is damaged.
-    """
-    found = reader.open_corpus(out).find_image(key)
-    kept = [row for row in found.rows if row["kept"]]
-    if not kept:
-        why = "; ".join(sorted({f"{row['drop_reason']} ({row['drop_detail']})" for row in found.rows}))
-        raise ConfigError(f"{found.subset}/{key}: no region of this image was kept: {why[:500]}")
-    dropped = len(found.rows) - len(kept)
-    title = f"{found.subset} / {kept[0]['key']}: {len(kept)} kept, {dropped} dropped"
-    if len(kept) > _MAX_DRAWN:
-        title += f", the first {_MAX_DRAWN} drawn"
-    save(draw_image(*_read(out, kept), title=title), path)
-
-
-def contact_sheet(out: str | Path, path: str | Path, num_images: int = 9, width: int = 1800) -> None:
-    """Draw several images of a corpus with masks and captions on one sheet, in columns, and write it.
-
-    The images are spread evenly over the subsets and their units, those with most kept regions of each unit
-    first.
-
-    Raises:
-        ConfigError: nothing was kept, or no such picture format.
-        IntegrityError: the corpus is damaged.
-    """
-    from PIL import Image
-
-    chosen = _choose(Path(out), num_images)
-    if not chosen:
-        raise ConfigError(
-            f"{out}: no kept region to draw; `paracaption inspect` says what was dropped and why"
-        )
-    columns = min(3, len(chosen))
-    gap = 24
-    each = (width - gap * (columns + 1)) // columns
-    cells: list[Any] = []
-    for subset, rows in chosen:
-        photo, overlays = _read(out, rows)
-        overlays = [
-            overlay._replace(caption=textwrap.shorten(overlay.caption, _SHEET_TEXT, placeholder=" ..."))
-            for overlay in overlays
-        ]
-        cells.append(_cell(photo, overlays, each, f"{subset} / {rows[0]['key']}"))
-    heights = [gap] * columns
-    places = []
-    for cell in cells:
-        column = heights.index(min(heights))
-        places.append((gap + column * (each + gap), heights[column]))
-        heights[column] += cell.height + gap
-    sheet = Image.new("RGB", (width if columns > 1 else each + 2 * gap, max(heights)), (238, 238, 238))
-    for cell, place in zip(cells, places, strict=True):
-        sheet.paste(cell, place)
-    save(sheet, path)
-
-
-def _cell(photo: np.ndarray, overlays: Sequence[Overlay], width: int, title: str) -> Image:
-    """One picture of the sheet: the photo, its longer side as wide as the column, above its legend."""
-    if len(overlays) > _SHEET_CAPTIONS:
-        title += f", {_SHEET_CAPTIONS} of its {len(overlays)} captions"
-    return _below(draw_masks(photo, overlays, width), overlays[:_SHEET_CAPTIONS], width, title)
-
-
-def save(picture: Image, path: str | Path) -> None:
+def save_picture(picture: Image, path: str | Path) -> None:
     """Write a picture whole or not at all, in the format that its ending names.
 
     Raises:
@@ -447,54 +369,3 @@ def save(picture: Image, path: str | Path) -> None:
     picture.save(buffer, kind, **({"quality": 90} if kind != "PNG" else {}))
     with files.write_atomic(path) as file:
         file.write(buffer.getvalue())
-
-
-def _read(out: str | Path, rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[Overlay]]:
-    sample, data = reader.Corpus(out).read_sample(rows[0])
-    try:
-        photo = photos.decode(Blob(f"{rows[0]['shard']}: {sample.key}"), data, 1 << 30)
-    except BadRecord as error:
-        raise ConfigError(str(error)) from error
-    regions = sample.regions[:_MAX_DRAWN]
-    overlays = []
-    for region in regions:
-        mask = rle.check(region.rle.counts, region.rle.size).rle
-        overlays.append(Overlay(mask, region.caption, region.category or region.core_category))
-    return photo, overlays
-
-
-def _choose(out: Path, num_images: int) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Kept rows of some images, subsets in turn."""
-    corpus = reader.open_corpus(out)
-    streams = [_candidates(corpus, subset, num_images) for subset in corpus.subsets]
-    chosen: list[tuple[str, list[dict[str, Any]]]] = []
-    while streams and len(chosen) < num_images:
-        for stream in list(streams):
-            found = next(stream, None)
-            if found is None:
-                streams.remove(stream)
-            elif len(chosen) < num_images:
-                chosen.append(found)
-    return sorted(chosen, key=lambda each: (each[0], each[1][0]["key"]))
-
-
-def _candidates(
-    corpus: reader.Corpus, subset: str, wanted: int
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Images of a subset: the best one of each of some evenly spread units, then the second best ones, and so
-    on.
-    """
-    units = corpus.units(subset)
-    spread = units[:: max(1, len(units) // wanted)][:wanted]
-    ranked: list[list[list[dict[str, Any]]]] = []
-    for unit in spread:
-        table = reader.read_ledger(unit.ledger)
-        by_key: dict[str, list[dict[str, Any]]] = {}
-        for row in table.filter(table["kept"]).to_pylist():
-            by_key.setdefault(row["key"], []).append(row)
-        best = sorted(by_key.values(), key=lambda rows: (-min(len(rows), 6), rows[0]["key"]))
-        ranked.append(best[:wanted])
-    for place in range(wanted):
-        for best in ranked:
-            if place < len(best):
-                yield subset, best[place]

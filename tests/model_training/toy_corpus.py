@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from paracaption.model_training.toy.world import Options, TruthCaptioner, write_world
-from paracaption.pipeline.config_file import dump_config, load_config
+from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.merge import merge
 from paracaption.pipeline.sources.registry import open_source
+from paracaption.schemas.config import dump_config
 from paracaption.schemas.training import TrainConfig
 
 TINY = {

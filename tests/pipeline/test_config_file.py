@@ -5,10 +5,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from paracaption.pipeline.config_file import describe, dump_config, load_config
+from paracaption.pipeline.config_file import describe, load_config
 from paracaption.pipeline.models import registry
 from paracaption.pipeline.sources.registry import SOURCES, find_options, open_source, recipe_name
-from paracaption.schemas.config import Backend, BuildConfig
+from paracaption.schemas.config import Backend, BuildConfig, dump_config
 from paracaption.schemas.errors import ConfigError
 
 COCONUT = {"annotations": ["in/*.json"], "labels": "in/labels", "photos": ["in/a", "s3://bucket/b"]}

@@ -121,7 +121,7 @@ def test_captions_stand_beside_a_photo_and_below_a_wide_one_or_where_there_are_m
 
 
 def test_words_stay_together_and_lines_keep_to_their_room():
-    face = draw.font(17)
+    face = draw.load_font(17)
     texts = " the quick bro wn fox jumps over".split(" ")
     pieces = [trace.Piece(f" {text}", "kept") for text in texts if text]
     pieces[3] = pieces[3]._replace(text="wn")

@@ -16,14 +16,13 @@ import msgspec
 import numpy as np
 
 from paracaption.filters import rle
-from paracaption.pipeline.config_file import dump_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import Job, Worker
 from paracaption.pipeline.models.protocols import Answer, Candidate, Question
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import recipes
-from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.config import BuildConfig, dump_config
 from paracaption.schemas.records import ImageRecord
 from tests.synthetic import write_coconut, write_sa1b
 

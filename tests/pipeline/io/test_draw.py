@@ -1,13 +1,10 @@
 import numpy as np
 import pytest
-from PIL import Image
 
 from paracaption.filters import rle
 from paracaption.pipeline.io import draw
 from paracaption.pipeline.io.draw import Overlay
-from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.records import Rle
-from tests import committed
 
 PHOTO = np.full((120, 160, 3), 128, np.uint8)
 
@@ -85,7 +82,7 @@ def test_any_caption_can_be_drawn(caption):
 
 
 def test_every_line_fits_its_room_and_no_word_is_lost():
-    face = draw.font(17)
+    face = draw.load_font(17)
     text = "a plain caption with a_very_long_name_that_fits_no_line_at_all_by_itself and an end"
     lines = draw._wrap(text, face, 200)
     assert all(face.getlength(line) <= 200 for line in lines)
@@ -113,41 +110,3 @@ def test_the_same_image_is_drawn_the_same():
     marks = [Overlay(box(10 * i, 10, 30, 60), f"region {i}") for i in range(5)]
     first, second = (draw.draw_image(PHOTO, marks).tobytes() for _ in range(2))
     assert first == second
-
-
-def test_show_draws_an_image_of_the_corpus_by_its_key(tmp_path):
-    out = committed.merged(tmp_path / "out")
-    draw.show(out, "000000000003", tmp_path / "picture.png")
-    with Image.open(tmp_path / "picture.png") as picture:
-        assert picture.width > 900 and picture.format == "PNG"
-    draw.show(out, "sa1b/sa_1", tmp_path / "picture.jpg")
-
-
-def test_show_says_why_an_image_cannot_be_drawn(tmp_path):
-    out = committed.merged(tmp_path / "out")
-    with pytest.raises(ConfigError, match="photo_unreadable"):
-        draw.show(out, "000000000002", tmp_path / "picture.png")
-    with pytest.raises(ConfigError, match="no image nothing"):
-        draw.show(out, "nothing", tmp_path / "picture.png")
-    with pytest.raises(ConfigError, match="ends in"):
-        draw.show(out, "000000000003", tmp_path / "picture.exe")
-    with pytest.raises(ConfigError, match="no such folder"):
-        draw.show(out, "000000000003", tmp_path / "nowhere" / "picture.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_contact_sheet_shows_both_subsets_and_is_the_same_each_time(tmp_path):
-    out = committed.merged(tmp_path / "out")
-    chosen = draw._choose(out, 4)
-    assert [subset for subset, _ in chosen] == ["coconut", "coconut", "sa1b", "sa1b"]
-    for name in ("a.png", "b.png"):
-        draw.contact_sheet(out, tmp_path / name, num_images=4)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_a_contact_sheet_of_nothing_is_a_clear_error(tmp_path):
-    out = committed.merged(tmp_path / "out")
-    for path in out.glob("*/manifests/*.json"):
-        path.unlink()
-    with pytest.raises(ConfigError, match="no kept region"):
-        draw.contact_sheet(out, tmp_path / "sheet.png")
