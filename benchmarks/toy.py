@@ -26,7 +26,7 @@ from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.evaluation import held_out as evaluation
 from paracaption.model_training.toy import world as toy
-from paracaption.model_training.toy.scores import compare
+from paracaption.model_training.toy.scores import compare_decoding
 from paracaption.model_training.train import curves, metrics
 from paracaption.pipeline.config_file import load_training
 from paracaption.schemas.decoding import DecodeOptions
@@ -81,10 +81,10 @@ def _run(*command: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "paracaption.flows.cli", *map(str, command)], check=True)
 
 
-def marks(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any]:
-    """A trained model's marks in parallel and one by one."""
+def scores_of(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any]:
+    """A trained model's scores, decoded in parallel and one by one."""
     captioner = RegionCaptioner.load(folder / "model", "cpu")
-    found = compare(captioner, list(iter_photo_regions(held_out)), options)
+    found = compare_decoding(captioner, list(iter_photo_regions(held_out)), options)
     return {name: {**each._asdict(), "predicted": each.predicted[:6]} for name, each in found.items()}
 
 
@@ -125,7 +125,7 @@ def main() -> None:
         options = evaluation.decoding(load_training(RECIPE).evaluation)
         for variant in args.variants or VARIANTS:
             folder = train(variant, args.steps, args.alone)
-            found = marks(folder, held_out, options)
+            found = scores_of(folder, held_out, options)
             records = metrics.read_metrics(folder)
             result = {
                 "folder": str(folder),

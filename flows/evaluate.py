@@ -89,7 +89,7 @@ def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
 
     assert config.toy
     given = captioners.model_options(config.backend())
-    by_mode = scores.compare(given.load(), list(iter_photo_regions(config.toy)), given.decoding())
+    by_mode = scores.compare_decoding(given.load(), list(iter_photo_regions(config.toy)), given.decoding())
     found = {name: each._replace(predicted=[])._asdict() for name, each in by_mode.items()}
     out = Path(config.out) / config.label
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,10 @@
-"""Procedural scenes with exact masks: flat shapes of a few colours, textures and sizes on a grey ground.
+"""Procedural scenes with exact masks: flat shapes of a few colors, textures and sizes on a gray ground.
 
-A scene is a function of (seed, number, options), and so are its pixels. What is said of a scene follows from
-what was drawn; whatever would make that ambiguous (an outline hidden too far, a place between two places, two
-nearest neighbours) is never drawn. All lengths are in units of `Options.unit_px`.
+A scene is a function of (seed, number, options), and so are its pixels. The captions of a scene follow from
+what was drawn. Whatever would make them ambiguous is never drawn: an outline that is hidden too far, a place
+between two places, two nearest neighbors. All lengths are in units of `WorldOptions.unit_px`.
+
+The attribute `colour` and the option `colours` keep their spelling, which files of worlds and results hold.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ...schemas.errors import ConfigError
 
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted", "checked")
-COLOURS = {
+COLORS = {
     "red": (215, 35, 35),
     "orange": (245, 140, 20),
     "yellow": (248, 225, 50),
@@ -40,37 +42,42 @@ SPLITS = ("train", "heldout")
 
 _SPANS = {"small": (1.2, 1.45), "large": (2.1, 2.7)}
 _BAR_SPANS = {"small": (1.5, 1.85), "large": (3.2, 4.0)}
-"""Across, in units. Nothing is drawn between small and large."""
+"""Extent in units, smallest and largest. Nothing is drawn between small and large."""
 _BAND = 0.36  # thickness of rings and bars, in units
 _PERIOD = 0.4  # of a texture, in units
-_DARK = {"red", "green", "blue", "purple"}  # their stripes, dots and checks are white, the others' black
+_DARK = {
+    "red",
+    "green",
+    "blue",
+    "purple",
+}  # their stripes, dots and checks are white, those of the others black
 _HELDOUT = 8  # one in this many contents is held out
-_THIRD_MARGIN = 0.05  # of the side: no centre is nearer to the line between two places
-_NEAREST_RATIO = 1.15  # the second nearest neighbour is at least this much farther away
+_THIRD_MARGIN = 0.05  # of the side: no center is nearer to the line between two places
+_NEAREST_RATIO = 1.15  # the second nearest neighbor is at least this much farther away
 _AXIS_RATIO = 1.5  # at least this much farther along one axis than along the other
 _GAP_PX = 2
 _OVERSAMPLED = 4
-_LAYOUTS = (64, 512, 2048)  # drawn at once, until one is fine
+_LAYOUTS = (64, 512, 2048)  # number of layouts drawn at once, until one is usable
 _ATTEMPTS = 3000
 
 
 @dataclass(frozen=True)
-class Options:
+class WorldOptions:
     """How hard the world is.
 
     Attributes:
         canvas: (width, height) of the images in pixels; each image takes one of them.
-        unit_px: what sizes are measured in. A small thing is 1.2 to 1.45 units across, a large one 2.1 to
-            2.7, a bar or a ring is 0.36 thick.
+        unit_px: the unit of all sizes, in pixels. A small thing is 1.2 to 1.45 units across, a large one 2.1
+            to 2.7; a bar or a ring is 0.36 thick.
         regions: fewest and most things in an image.
-        sizes, textures, colours, shapes: those that occur.
-        places: captions say in which ninth of the image the thing is.
-        relations: captions say what is nearest, and on which side of it the thing is.
-        lookalikes: share of things that differ from another one of the image in one attribute only.
-        overlap: largest share of a large thing that others hide; 0 keeps all apart.
-        turn_deg: things are turned by up to this; bars by any angle.
-        noise: standard deviation of the pixels' noise, of 255.
-        photo_format: of the written photos.
+        sizes, textures, colours, shapes: the values that occur.
+        places: whether captions say in which ninth of the image the thing is.
+        relations: whether captions say which thing is nearest, and on which side of it the thing is.
+        lookalikes: share of things that differ from another thing in the image in only one attribute.
+        overlap: largest share of a large thing that others may hide; 0 keeps all things apart.
+        turn_deg: largest angle by which things are turned; bars are turned by any angle.
+        noise: standard deviation of the pixels' noise; white is 255.
+        photo_format: format of the written photos.
     """
 
     canvas: tuple[tuple[int, int], ...] = ((128, 128),)
@@ -78,7 +85,7 @@ class Options:
     regions: tuple[int, int] = (2, 6)
     sizes: tuple[str, ...] = SIZES
     textures: tuple[str, ...] = TEXTURES
-    colours: tuple[str, ...] = tuple(COLOURS)
+    colours: tuple[str, ...] = tuple(COLORS)
     shapes: tuple[str, ...] = SHAPES
     places: bool = True
     relations: bool = False
@@ -92,22 +99,22 @@ class Options:
         for name, known in (
             ("sizes", SIZES),
             ("textures", TEXTURES),
-            ("colours", tuple(COLOURS)),
+            ("colours", tuple(COLORS)),
             ("shapes", SHAPES),
         ):
             if strange := [each for each in getattr(self, name) if each not in known]:
-                raise ConfigError(f"{name}: {strange[0]!r} is none; take some of {', '.join(known)}")
+                raise ConfigError(f"{name}: unknown {strange[0]!r}; choose from {', '.join(known)}")
         if not 1 <= self.regions[0] <= self.regions[1] <= 12:
-            raise ConfigError(f"regions: {self.regions}; it takes (fewest, most) from 1 to 12")
+            raise ConfigError(f"regions: {self.regions}; give (fewest, most), both from 1 to 12")
         if self.relations and self.regions[0] < 2:
-            raise ConfigError("relations: a thing alone has no neighbour; set `regions` to (2, ...)")
+            raise ConfigError("relations: a thing alone has no neighbor; set `regions` to (2, ...)")
         if not 0 <= self.lookalikes < 1:
-            raise ConfigError(f"lookalikes: {self.lookalikes}; it takes a share below 1")
+            raise ConfigError(f"lookalikes: {self.lookalikes}; give a share below 1")
         least = 5 * self.unit_px
         if any(min(size) < least for size in self.canvas):
-            raise ConfigError(f"canvas: {self.canvas}; both sides need 5 units, {least:g} pixels")
-        if not kinds(self):
-            raise ConfigError("textures: none of them shows on any of the shapes")
+            raise ConfigError(f"canvas: {self.canvas}; make both sides at least 5 units, {least:g} pixels")
+        if not possible_kinds(self):
+            raise ConfigError("textures: none of them can be seen on any of the shapes; add another one")
 
 
 class Kind(NamedTuple):
@@ -124,11 +131,11 @@ class Thing(NamedTuple):
 
     Attributes:
         kind: what it looks like.
-        center: x, y of its centre of area in pixels.
-        span_px: across.
-        turn: by which it is turned, in radians.
-        grain: direction (radians) and phase (two periods' shares) of its texture.
-        tint: added to its colour.
+        center: x and y of its center of area, in pixels.
+        span_px: extent in pixels.
+        turn: angle by which it is turned, in radians.
+        grain: direction of its texture in radians, and two phases as shares of a period.
+        tint: RGB added to its color.
     """
 
     kind: Kind
@@ -145,7 +152,7 @@ class Scene(NamedTuple):
     Attributes:
         size: (width, height) in pixels.
         things: in no particular order.
-        labels: (H, W) uint8, 0 for the ground, else 1 + position in `things`.
+        labels: (H, W) uint8, 0 for the ground, otherwise 1 + the thing's index in `things`.
     """
 
     size: tuple[int, int]
@@ -154,10 +161,10 @@ class Scene(NamedTuple):
 
 
 @cache
-def kinds(options: Options) -> dict[Kind, None]:
-    """Every look that the options allow, in a fixed order.
+def possible_kinds(options: WorldOptions) -> dict[Kind, None]:
+    """Every kind of thing that the options allow, in a fixed order.
 
-    Dots and checks do not show on thin shapes, and cannot be told apart on small ones with many corners.
+    Dots and checks cannot be seen on thin shapes, nor told apart on small shapes with many corners.
     """
     every = itertools.product(options.sizes, options.textures, options.colours, options.shapes)
     return dict.fromkeys(kind for kind in itertools.starmap(Kind, every) if _shows(kind))
@@ -168,37 +175,37 @@ def _shows(kind: Kind) -> bool:
     return not coarse or kind.texture in _COARSE
 
 
-def content(cast: Iterable[Kind]) -> str:
-    """What is in a scene, wherever it is: scenes count as the same if this is equal."""
+def scene_content(cast: Iterable[Kind]) -> str:
+    """The things in a scene as a text, without their places. Scenes with equal contents count as the same."""
     return "; ".join(sorted(" ".join(kind) for kind in cast))
 
 
 def split_of(text: str) -> str:
-    """The split to which scenes of this content belong, whatever their seed."""
+    """The split that scenes with this content belong to, whatever their seed is."""
     return SPLITS[hashlib.sha256(text.encode()).digest()[0] % _HELDOUT == 0]
 
 
-def draw_scene(seed: int, number: int, options: Options, split: str, taken: set[str]) -> Scene:
-    """A world's scene of a number: the first of its draws that is of the split and not taken; now it is.
+def draw_scene(seed: int, number: int, options: WorldOptions, split: str, taken: set[str]) -> Scene:
+    """Draw a scene of a world. Draws are repeated until the content is new and belongs to the split.
 
     Args:
-        seed: of the world.
-        number: of the scene.
-        options: of the world.
+        seed: seed of the world.
+        number: number of the scene.
+        options: options of the world.
         split: "train" or "heldout".
-        taken: contents that are in the world already.
+        taken: contents of the world's other scenes; this scene's is added.
 
     Raises:
-        ConfigError: after many draws there is none: the options allow too few scenes, or too crowded ones.
+        ConfigError: many draws gave no scene: the options allow too few, or only crowded ones.
     """
     rng = np.random.default_rng([seed, number])
     size = options.canvas[rng.integers(len(options.canvas))]
-    fewest, most = (min(each, len(kinds(options))) for each in options.regions)
+    fewest, most = (min(each, len(possible_kinds(options))) for each in options.regions)
     num_things = int(rng.integers(fewest, most + 1))  # before the draws, or crowded scenes would be rare
     for attempt in range(_ATTEMPTS):
         rng = np.random.default_rng([seed, number, 1 + attempt])
         cast = _cast(rng, num_things, options)
-        text = content(cast)
+        text = scene_content(cast)
         if text in taken or split_of(text) != split:
             continue
         scene = _arrange(rng, size, cast, options)
@@ -211,8 +218,8 @@ def draw_scene(seed: int, number: int, options: Options, split: str, taken: set[
     )
 
 
-def paint(scene: Scene, seed: int, number: int, options: Options) -> np.ndarray:
-    """The photo of a scene, (H, W, 3) uint8: grey ground with a soft gradient, the things, noise."""
+def paint_scene(scene: Scene, seed: int, number: int, options: WorldOptions) -> np.ndarray:
+    """The photo of a scene, (H, W, 3) uint8: gray ground with a soft gradient, the things, and noise."""
     rng = np.random.default_rng([seed, number, 1 + _ATTEMPTS])
     width, height = scene.size
     rows, columns = np.mgrid[0:height, 0:width] / max(scene.size)
@@ -221,16 +228,16 @@ def paint(scene: Scene, seed: int, number: int, options: Options) -> np.ndarray:
     photo = ground[:, :, None] + rng.uniform(-6, 6, 3)
     for thing in sorted(scene.things, key=_depth):
         here, fine = _stencil(thing, options.unit_px)
-        coverage, marks = _shares(fine), _shares(_marked(thing, here, fine, options.unit_px))
-        colour = np.clip(np.add(COLOURS[thing.kind.colour], thing.tint), 0, 255)
-        mark = 245 if thing.kind.colour in _DARK else 30
+        coverage, pattern = _shares(fine), _shares(_pattern(thing, here, fine, options.unit_px))
+        color = np.clip(np.add(COLORS[thing.kind.colour], thing.tint), 0, 255)
+        ink = 245 if thing.kind.colour in _DARK else 30
         photo[here] *= 1 - coverage[:, :, None]
-        photo[here] += (coverage - marks)[:, :, None] * colour + marks[:, :, None] * mark
+        photo[here] += (coverage - pattern)[:, :, None] * color + pattern[:, :, None] * ink
     photo += rng.normal(0, options.noise, photo.shape)
     return np.clip(np.rint(photo), 0, 255).astype(np.uint8)
 
 
-# What is said of a scene's arrangement.
+# What captions say about a scene's arrangement.
 
 PLACES = (
     ("at the top left", "at the top", "at the top right"),
@@ -240,16 +247,16 @@ PLACES = (
 SIDES = ("left of", "right of", "above", "below")
 
 
-def place(scene: Scene, number: int) -> str:
-    """In which ninth of the image a thing's centre is."""
+def place_of(scene: Scene, number: int) -> str:
+    """The ninth of the image that a thing's center is in, one of `PLACES`."""
     column, row = (
         min(int(3 * c / side), 2) for c, side in zip(scene.things[number].center, scene.size, strict=True)
     )
     return PLACES[row][column]
 
 
-def nearest(scene: Scene, number: int) -> tuple[str, int]:
-    """(side, other): the nearest thing by its centre, and on which side of it this thing is."""
+def nearest_thing(scene: Scene, number: int) -> tuple[str, int]:
+    """On which side of the nearest thing this thing is, and the index of that nearest thing."""
     centers = np.array([thing.center for thing in scene.things])
     away = centers[number] - centers
     distance = np.hypot(*away.T)
@@ -260,12 +267,12 @@ def nearest(scene: Scene, number: int) -> tuple[str, int]:
     return side, other
 
 
-# How a scene is made up.
+# How a scene is arranged.
 
 
-def _cast(rng: np.random.Generator, num_things: int, options: Options) -> list[Kind]:
-    """Different looks for one scene; some differ in one attribute only."""
-    known = list(kinds(options))
+def _cast(rng: np.random.Generator, num_things: int, options: WorldOptions) -> list[Kind]:
+    """Different kinds for the things of one scene; some differ in only one attribute."""
+    known = list(possible_kinds(options))
     chosen: list[Kind] = []
     while len(chosen) < num_things:
         kind = known[rng.integers(len(known))]
@@ -273,15 +280,15 @@ def _cast(rng: np.random.Generator, num_things: int, options: Options) -> list[K
             field = Kind._fields[rng.integers(4)]
             value = getattr(kind, field)
             kind = chosen[rng.integers(len(chosen))]._replace(**{field: value})
-        if kind in kinds(options) and kind not in chosen:
+        if kind in possible_kinds(options) and kind not in chosen:
             chosen.append(kind)
     return chosen
 
 
 def _arrange(
-    rng: np.random.Generator, size: tuple[int, int], cast: Sequence[Kind], options: Options
+    rng: np.random.Generator, size: tuple[int, int], cast: Sequence[Kind], options: WorldOptions
 ) -> Scene | None:
-    """The first of some random arrangements in which everything can be told; None if there is none."""
+    """The first of some random arrangements whose captions are unambiguous; None if there is none."""
     things = [_make(rng, kind, options) for kind in cast]
     reach = np.array([_reach(thing, options.unit_px) for thing in things]) + _GAP_PX
     free = np.array(size) - 2 * reach
@@ -289,7 +296,7 @@ def _arrange(
         return None
     for number in _LAYOUTS:
         centers = reach + rng.random((number, len(things), 2)) * free
-        for layout in _tellable(centers, things, size, options)[:8].tolist():
+        for layout in _unambiguous(centers, things, size, options)[:8].tolist():
             placed = [thing._replace(center=(x, y)) for thing, (x, y) in zip(things, layout, strict=True)]
             labels = _label(placed, size, options)
             if labels is not None:
@@ -297,20 +304,20 @@ def _arrange(
     return None
 
 
-def _make(rng: np.random.Generator, kind: Kind, options: Options) -> Thing:
+def _make(rng: np.random.Generator, kind: Kind, options: WorldOptions) -> Thing:
     low, high = (_BAR_SPANS if kind.shape == "bar" else _SPANS)[kind.size]
     span = rng.uniform(low, high) * options.unit_px
     turn = rng.uniform(0, np.pi) if kind.shape == "bar" else np.deg2rad(options.turn_deg) * rng.uniform(-1, 1)
-    tint = tuple(int(each) for each in rng.integers(-10, 11, 3))
+    red, green, blue = (int(each) for each in rng.integers(-10, 11, 3))
     angle = 0.0 if kind.shape == "bar" else rng.uniform(0, np.pi)  # a bar's stripes cross it
     grain = (float(angle), float(rng.random()), float(rng.random()))
-    return Thing(kind, (0.0, 0.0), float(span), float(turn), grain, tint)
+    return Thing(kind, (0.0, 0.0), float(span), float(turn), grain, (red, green, blue))
 
 
-def _tellable(
-    centers_KN2: np.ndarray, things: Sequence[Thing], size: tuple[int, int], options: Options
+def _unambiguous(
+    centers_KN2: np.ndarray, things: Sequence[Thing], size: tuple[int, int], options: WorldOptions
 ) -> np.ndarray:
-    """Those of K layouts whose things are apart, each in one place and with one nearest neighbour."""
+    """Those of K layouts whose things are apart, each in one place and with one nearest neighbor."""
     if options.places:
         from_line = np.abs((centers_KN2 / size)[..., None] - (1 / 3, 2 / 3))
         centers_KN2 = centers_KN2[(from_line >= _THIRD_MARGIN).all(axis=(1, 2, 3))]
@@ -330,15 +337,15 @@ def _tellable(
 
 
 def _distances(centers_KN2: np.ndarray) -> np.ndarray:
-    """(K, N, N), infinite from each to itself."""
+    """Distances between things, (K, N, N); that of a thing to itself is infinite."""
     x, y = np.moveaxis(centers_KN2[:, :, None] - centers_KN2[:, None], 3, 0)
     return np.hypot(x, y) + np.diag(np.full(centers_KN2.shape[1], np.inf))
 
 
-def _label(things: Sequence[Thing], size: tuple[int, int], options: Options) -> np.ndarray | None:
-    """The label map; None if a thing hides too much of another, or borders on one of its own colour.
+def _label(things: Sequence[Thing], size: tuple[int, int], options: WorldOptions) -> np.ndarray | None:
+    """The label map; None if a thing hides too much of another one, or touches one of its own color.
 
-    Nothing hides any of a small thing or of a thin one.
+    Small and thin things are never hidden, not even in part.
     """
     cv2: Any = importlib.import_module("cv2")
     labels = np.zeros((size[1], size[0]), np.uint8)
@@ -364,7 +371,7 @@ def _label(things: Sequence[Thing], size: tuple[int, int], options: Options) -> 
 
 
 def _depth(thing: Thing) -> float:
-    """Larger things lie below."""
+    """Sort key: larger things lie below smaller ones."""
     return -thing.span_px
 
 
@@ -372,7 +379,11 @@ def _depth(thing: Thing) -> float:
 
 
 def _stencil(thing: Thing, unit_px: float) -> tuple[tuple[slice, slice], np.ndarray]:
-    """(rows and columns of a window in the image, uint8 of the window, oversampled: 1 where the thing is)."""
+    """A window around the thing.
+
+    Returns:
+        Rows and columns of the window in the image, and the oversampled window, uint8: 1 where the thing is.
+    """
     cv2: Any = importlib.import_module("cv2")
     reach = _reach(thing, unit_px)
     low = np.floor(np.array(thing.center) - reach).astype(int)
@@ -383,26 +394,26 @@ def _stencil(thing: Thing, unit_px: float) -> tuple[tuple[slice, slice], np.ndar
     return (slice(low[1], low[1] + height), slice(low[0], low[0] + width)), fine
 
 
-def _marked(thing: Thing, here: tuple[slice, slice], fine: np.ndarray, unit_px: float) -> np.ndarray:
-    """The part of a stencil that is its texture's mark."""
-    marks = np.zeros_like(fine)
+def _pattern(thing: Thing, here: tuple[slice, slice], fine: np.ndarray, unit_px: float) -> np.ndarray:
+    """The part of a window from `_stencil` that the texture's pattern inks."""
+    pattern = np.zeros_like(fine)
     if thing.kind.texture != "plain":
         rows, columns = np.nonzero(fine)
         points = (np.stack([columns, rows], axis=1) + 0.5) / _OVERSAMPLED
         corner = np.array([here[1].start, here[0].start])
-        marks[rows, columns] = _is_mark(thing, points + (corner - thing.center), unit_px)
-    return marks
+        pattern[rows, columns] = _is_inked(thing, points + (corner - thing.center), unit_px)
+    return pattern
 
 
 def _shares(fine: np.ndarray) -> np.ndarray:
-    """Share of each pixel."""
+    """The share of each pixel that an oversampled window covers."""
     cv2: Any = importlib.import_module("cv2")
     size = (fine.shape[1] // _OVERSAMPLED, fine.shape[0] // _OVERSAMPLED)
     return cv2.resize(fine.astype(np.float32), size, interpolation=cv2.INTER_AREA)
 
 
-def _is_mark(thing: Thing, points: np.ndarray, unit_px: float) -> np.ndarray:
-    """(N,) bool: which points, from the centre and in pixels, are of the texture's mark."""
+def _is_inked(thing: Thing, points: np.ndarray, unit_px: float) -> np.ndarray:
+    """Which points (N, 2) the texture's pattern inks: (N,) bool. Points are in pixels from the center."""
     texture, period = thing.kind.texture, _PERIOD * unit_px
     angle, *phase = thing.grain
     if texture == "striped" and thing.kind.shape == "ring":  # spokes: parallel stripes hide in the band
@@ -417,12 +428,12 @@ def _is_mark(thing: Thing, points: np.ndarray, unit_px: float) -> np.ndarray:
 
 
 def _reach(thing: Thing, unit_px: float) -> np.ndarray:
-    """Farthest from the centre in x and y, in pixels, and one more."""
+    """How far the thing reaches from its center in x and y, in pixels, and one pixel more."""
     return np.abs(np.concatenate(_contours(thing, unit_px))).max(axis=0) + 1
 
 
 def _contours(thing: Thing, unit_px: float) -> list[np.ndarray]:
-    """Outline and hole in pixels from the centre, turned."""
+    """Outline and, if there is one, hole of the turned thing, in pixels from its center."""
     span, band, shape = thing.span_px, _BAND * unit_px, thing.kind.shape
     turn = _turned(thing.turn).T
     if shape == "bar":
@@ -438,7 +449,7 @@ def _turned(angle: float) -> np.ndarray:
 
 @cache
 def _outline(shape: str) -> np.ndarray:
-    """(N, 2) around the centre of area, about one across; y points down."""
+    """Outline of a shape about 1 across, (N, 2) points around its center of area; y points down."""
     around = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     if shape == "circle":
         points = np.stack([np.cos(around), np.sin(around)], axis=1) / 2

@@ -1,7 +1,7 @@
-"""What a model's captions of a toy world's corpus are worth: how many say the truth, and what the rest says.
+"""Scores of a model's captions of a toy world: how many say the truth, and what the others get wrong.
 
 photos = list(iter_photo_regions("out/toy/heldout/corpus"))
-marks = examine(captioner, photos, DecodeOptions(max_new_tokens=12, steps=12))
+scores = score_captioner(captioner, photos, DecodeOptions(max_new_tokens=12, steps=12))
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from ..decoding.region_captioner import RegionCaptioner
 from . import world
 
 
-class Marks(NamedTuple):
-    """Of all regions of some scenes.
+class ToyScores(NamedTuple):
+    """The scores of all regions of some photos.
 
     Attributes:
-        regions: how many there were.
+        regions: number of regions.
         exact: share of captions that say the whole truth and nothing else.
-        exact_small: the same of small things; 0 if there are none.
-        wrong: for each attribute, the share of captions that have it wrong.
-        leaked: share of all attributes that are wrong here and right for another region of the image.
-        leaked_by_chance: what that share would be if wrong attributes were drawn from all wrong values.
-        forwards: passes of the language model, an image.
-        seconds: an image, on whatever it ran on.
-        predicted: the captions, one list a scene.
+        exact_small: the same share of the captions of small things; 0 if there are none.
+        wrong: share of captions that have an attribute wrong, by attribute.
+        leaked: share of all attributes that are wrong and would be right for another region in the image.
+        leaked_by_chance: the share to expect if wrong attributes were drawn at random from all wrong values.
+        forwards: forward passes of the language model per image.
+        seconds: seconds per image, on the device that the captioner ran on.
+        predicted: the captions, a list per photo.
     """
 
     regions: int
@@ -41,29 +41,29 @@ class Marks(NamedTuple):
     predicted: list[list[str]]
 
 
-def compare(
+def compare_decoding(
     captioner: RegionCaptioner, photos: list[PhotoRegions], options: DecodeOptions
-) -> dict[str, Marks]:
-    """The marks of the same regions decoded "parallel", as many as the model can, and "one by one"."""
+) -> dict[str, ToyScores]:
+    """Score the same regions decoded in "parallel", as many as the model can at once, and "one by one"."""
     return {
-        "parallel": examine(captioner, photos, options),
-        "one by one": examine(captioner, photos, options, 1),
+        "parallel": score_captioner(captioner, photos, options),
+        "one by one": score_captioner(captioner, photos, options, 1),
     }
 
 
-def examine(
+def score_captioner(
     captioner: RegionCaptioner,
     photos: list[PhotoRegions],
     options: DecodeOptions,
     regions_per_call: int | None = None,
-) -> Marks:
-    """Caption every region of the photos and compare with the truth, which is their regions' captions.
+) -> ToyScores:
+    """Caption every region of some photos, and compare with the truth, which is the regions' own captions.
 
     Args:
-        captioner: the model.
-        photos: of a toy world's corpus.
+        captioner: the model to score.
+        photos: photos of a toy world's corpus.
         options: how captions are decoded.
-        regions_per_call: 1 captions one by one.
+        regions_per_call: regions captioned together; 1 captions them one by one, None as many as possible.
     """
     inputs = ((photo.pixels, [region.dense() for region in photo.regions]) for photo in photos)
     captioned = captioner.caption_photos(inputs, options, regions_per_call=regions_per_call)
@@ -74,13 +74,13 @@ def examine(
     for photo, found in zip(photos, captioned, strict=True):
         truths = [region.caption for region in photo.regions]
         for number, caption in enumerate(found.captions):
-            score = world.score(caption, truths[number], truths[:number] + truths[number + 1 :])
+            score = world.score_caption(caption, truths[number], truths[:number] + truths[number + 1 :])
             regions, exact = regions + 1, exact + score.exact
             small += [score.exact] if " small " in truths[number] else []
             leaked, by_chance = leaked + len(score.leaked), by_chance + score.by_chance
-            attributes += sum(map(bool, world.parse(truths[number]) or ()))
+            attributes += sum(map(bool, world.parse_caption(truths[number]) or ()))
             wrong.update(score.wrong)
-    return Marks(
+    return ToyScores(
         regions=regions,
         exact=exact / regions,
         exact_small=sum(small) / max(1, len(small)),

@@ -1,16 +1,17 @@
-"""A small world with known truth, in which learning can be proved on a CPU.
+"""A small world with known truth, in which learning can be shown on a CPU.
 
 `write_world` draws scenes and writes them as source data in COCONut's layout, with a `build.yaml` whose
-captioner knows the truth. So the whole way runs: sources, filters, shards, trainer, decoder, benchmark.
-What a model says is read by `parse` and judged by `score`, which tells an error from what is a neighbour's.
+captioner knows the truth. So all steps can be run: sources, filters, shards, trainer, decoder, benchmark.
+`parse_caption` reads a model's caption, and `score_caption` tells plain errors from a neighbor's attributes.
 
     write_world("toy/train", 4000, seed=0)
     write_world("toy/heldout", 200, seed=0, split="heldout")
     paracaption build toy/train/build.yaml
 
-A caption is "a small striped red circle", with `places` "... at the top left", and with `relations` also
-"..., right of an orange square": the nearest other thing. No two scenes of a world hold the same things, and
-none of one split holds exactly the things that one of the other split does, whatever their seeds and options.
+A caption is "a small striped red circle". With `places` it goes on "... at the top left", and with
+`relations` "..., right of an orange square", which is the nearest other thing. No two scenes of a world hold
+the same things. No scene of one split holds the same things as a scene of the other split, whatever their
+seeds and options are.
 """
 
 from __future__ import annotations
@@ -27,15 +28,28 @@ import numpy as np
 
 from ...schemas.errors import ConfigError
 from ..model.layout import CORRECTED
-from . import scenes as toy_scenes
-from .scenes import COLOURS, PLACES, SHAPES, SIDES, SIZES, SPLITS, TEXTURES, Options, Scene
+from .scenes import (
+    COLORS,
+    PLACES,
+    SHAPES,
+    SIDES,
+    SIZES,
+    SPLITS,
+    TEXTURES,
+    Scene,
+    WorldOptions,
+    draw_scene,
+    nearest_thing,
+    paint_scene,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from ...schemas.records import ImageRecord
 
-EASY = Options(
+EASY = WorldOptions(
     canvas=((96, 96),),
     unit_px=16.0,
     shapes=("circle", "triangle", "bar"),
@@ -43,19 +57,19 @@ EASY = Options(
     turn_deg=10.0,
     noise=3.0,
 )
-"""The world of configs/train/tiny.yaml: few kinds of things, on photos of few patches."""
+"""The world of configs/train/tiny.yaml: few kinds of things on small photos."""
 
 CATEGORIES = [{"id": number, "name": shape, "isthing": 1} for number, shape in enumerate(SHAPES, 1)]
 
 
 class Attributes(NamedTuple):
-    """What a caption says; "" for what it does not say.
+    """What a caption says about a thing. An attribute that it does not mention is "".
 
     Attributes:
-        size, texture, colour, shape: of the thing.
-        place: in which ninth of the image it is.
-        side: on which side of the nearest other thing it is.
-        near_colour, near_shape: of that other thing.
+        size, texture, colour, shape: what the thing looks like.
+        place: the ninth of the image that it is in.
+        side: the side of the nearest other thing that it is on.
+        near_colour, near_shape: what that other thing looks like.
     """
 
     size: str
@@ -71,25 +85,25 @@ class Attributes(NamedTuple):
 VALUES: dict[str, tuple[str, ...]] = {
     "size": SIZES,
     "texture": TEXTURES,
-    "colour": tuple(COLOURS),
+    "colour": tuple(COLORS),
     "shape": SHAPES,
     "place": tuple(place for row in PLACES for place in row),
     "side": SIDES,
-    "near_colour": tuple(COLOURS),
+    "near_colour": tuple(COLORS),
     "near_shape": SHAPES,
 }
-"""What each attribute can be."""
+"""The values of each attribute."""
 
 
-class Score(NamedTuple):
+class CaptionScore(NamedTuple):
     """How a caption compares with the truth.
 
     Attributes:
-        exact: it says all of the truth, and nothing else.
-        wrong: attributes that it has wrong or does not say.
-        leaked: those of them that are right for a neighbour.
-        by_chance: how many would be, if what it says wrongly were drawn from all wrong values; leakage is
-            what is above this.
+        exact: whether it says the whole truth and nothing else.
+        wrong: attributes that it has wrong or does not mention.
+        leaked: those of the wrong ones that are right for a neighbor.
+        by_chance: expected number of leaked attributes if wrong values were drawn at random from all wrong
+            values. Only leakage above this number shows confusion of regions.
     """
 
     exact: bool
@@ -98,31 +112,31 @@ class Score(NamedTuple):
     by_chance: float = 0.0
 
 
-def truth(scene: Scene, options: Options) -> list[Attributes]:
-    """What is true of each thing of a scene, as far as the options have it said."""
+def true_attributes(scene: Scene, options: WorldOptions) -> list[Attributes]:
+    """The true attributes of each thing in a scene, as far as the options let captions mention them."""
     found = []
     for number, thing in enumerate(scene.things):
         attributes = Attributes(*thing.kind)
         if options.places:
-            attributes = attributes._replace(place=toy_scenes.place(scene, number))
+            attributes = attributes._replace(place=place_of(scene, number))
         if options.relations:
-            side, other = toy_scenes.nearest(scene, number)
+            side, other = nearest_thing(scene, number)
             kind = scene.things[other].kind
             attributes = attributes._replace(side=side, near_colour=kind.colour, near_shape=kind.shape)
         found.append(attributes)
     return found
 
 
-def say(attributes: Attributes) -> str:
-    """The caption that says them; `parse` reads it."""
-    said = f"a {' '.join(attributes[:4])}"
+def format_caption(attributes: Attributes) -> str:
+    """The caption that mentions these attributes; `parse_caption` is the inverse."""
+    caption = f"a {' '.join(attributes[:4])}"
     if attributes.place:
-        said += f" {attributes.place}"
+        caption += f" {attributes.place}"
     if attributes.side:
         article = "an" if attributes.near_colour[:1] in "aeiou" else "a"
         near = f"{attributes.side} {article} {attributes.near_colour} {attributes.near_shape}"
-        said += f"{',' if attributes.place else ''} {near}"
-    return said
+        caption += f"{',' if attributes.place else ''} {near}"
+    return caption
 
 
 def _any(name: str, group: str | None = None) -> str:
@@ -136,33 +150,33 @@ _CAPTION = re.compile(
 _SIDE = re.compile(rf"\b{_any('side')}\b")
 
 
-def parse(caption: str) -> Attributes | None:
-    """What a caption says; None if it is none that `say` could have said."""
+def parse_caption(caption: str) -> Attributes | None:
+    """The attributes that a caption mentions; None if `format_caption` could not have written it."""
     found = _CAPTION.fullmatch(caption.strip())
     if not found:
         return None
     attributes = Attributes(**found.groupdict(default=""))
-    return attributes if say(attributes) == caption.strip() else None
+    return attributes if format_caption(attributes) == caption.strip() else None
 
 
-def score(predicted: str, truth: str, neighbours: Iterable[str]) -> Score:
-    """Compare a caption with the truth and with what is true of the other regions of its image.
+def score_caption(predicted: str, truth: str, neighbors: Iterable[str]) -> CaptionScore:
+    """Compare a caption with the truth, and with what is true of the other regions in its image.
 
     Args:
-        predicted: any text. One that does not parse is never exact, and read as far as it goes.
+        predicted: any text. A text that does not parse is never exact; attributes are searched in it.
         truth: the region's true caption.
-        neighbours: the true captions of the image's other regions.
+        neighbors: the true captions of the image's other regions.
 
     Raises:
         ValueError: a true caption does not parse.
     """
-    right, *others = (_parsed(caption) for caption in (truth, *neighbours))
-    said = parse(predicted)
-    if said == right:
-        return Score(True)
-    said = said or _read_loosely(predicted)
+    right, *others = (_parse_truth(caption) for caption in (truth, *neighbors))
+    found = parse_caption(predicted)
+    if found == right:
+        return CaptionScore(True)
+    found = found or _search_attributes(predicted)
     wrong, leaked, by_chance = [], [], 0.0
-    for name, each, correct in zip(Attributes._fields, said, right, strict=True):
+    for name, each, correct in zip(Attributes._fields, found, right, strict=True):
         if each == correct:
             continue
         wrong.append(name)
@@ -171,18 +185,18 @@ def score(predicted: str, truth: str, neighbours: Iterable[str]) -> Score:
             by_chance += len(theirs) / (len(VALUES[name]) - bool(correct))
         if each in theirs:
             leaked.append(name)
-    return Score(False, tuple(wrong), tuple(leaked), by_chance)
+    return CaptionScore(False, tuple(wrong), tuple(leaked), by_chance)
 
 
-def _parsed(caption: str) -> Attributes:
-    attributes = parse(caption)
+def _parse_truth(caption: str) -> Attributes:
+    attributes = parse_caption(caption)
     if attributes is None:
-        raise ValueError(f"{caption!r} is no true caption of this world")
+        raise ValueError(f"{caption!r} is no true caption of a toy world; give a toy world's corpus")
     return attributes
 
 
-def _read_loosely(caption: str) -> Attributes:
-    """The first word or phrase for each attribute; what follows the side is of the other thing."""
+def _search_attributes(caption: str) -> Attributes:
+    """The first word or phrase for each attribute. What follows the side belongs to the other thing."""
     spans = {
         place: found.span() for place in VALUES["place"] if (found := re.search(rf"\b{place}\b", caption))
     }
@@ -198,12 +212,20 @@ def _read_loosely(caption: str) -> Attributes:
         found = re.search(rf"\b{_any(name)}\b", text)
         return found[0] if found else ""
 
-    own = [first(name, head) for name in ("size", "texture", "colour", "shape")]
-    return Attributes(*own, place, side[0] if side else "", first("colour", tail), first("shape", tail))
+    return Attributes(
+        size=first("size", head),
+        texture=first("texture", head),
+        colour=first("colour", head),
+        shape=first("shape", head),
+        place=place,
+        side=side[0] if side else "",
+        near_colour=first("colour", tail),
+        near_shape=first("shape", tail),
+    )
 
 
-def words() -> list[str]:
-    """Every word of this world's captions, sorted; besides them there is the comma."""
+def caption_words() -> list[str]:
+    """All words of this world's captions, sorted. Captions hold nothing else but commas."""
     phrases = ["a", "an", *(value for values in VALUES.values() for value in values)]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
@@ -211,29 +233,29 @@ def words() -> list[str]:
 # A world as source data.
 
 
-def scenes(num_images: int, seed: int, options: Options, split: str = "train") -> Iterator[Scene]:
-    """The scenes of a world, one by one; the first of a longer world are those of a shorter one."""
+def draw_scenes(num_images: int, seed: int, options: WorldOptions, split: str = "train") -> Iterator[Scene]:
+    """Draw the scenes of a world, one by one. A longer world begins with the scenes of a shorter one."""
     if split not in SPLITS:
-        raise ConfigError(f"split: {split!r} is none; take {' or '.join(SPLITS)}")
+        raise ConfigError(f"split: unknown split {split!r}; choose {' or '.join(SPLITS)}")
     taken: set[str] = set()
     for number in range(num_images):
-        yield toy_scenes.draw_scene(seed, number, options, split, taken)
+        yield draw_scene(seed, number, options, split, taken)
 
 
 def write_world(
-    folder: str | Path, num_images: int, seed: int, options: Options | None = None, split: str = "train"
+    folder: str | Path, num_images: int, seed: int, options: WorldOptions | None = None, split: str = "train"
 ) -> Path:
-    """Write scenes with their truth as source data, and a configuration that builds a corpus from it.
+    """Write scenes with their truth as source data, and a configuration that builds a corpus from them.
 
-    The same arguments give the same bytes with the same releases of OpenCV and Pillow; but `build.yaml` names
-    the folder.
+    With the same releases of OpenCV and Pillow, the same arguments give the same bytes, except that
+    `build.yaml` holds the folder's path.
 
     Args:
-        folder: created. Gets `photos/`, `panoptic/`, `panoptic.json`, `captions.json` (true captions by image
-            key and segment id) and `build.yaml`, whose corpus goes into `corpus/`.
-        num_images: of the world.
-        seed: different seeds are different worlds; their scenes may coincide within a split.
-        options: how hard the world is.
+        folder: is created. It gets `photos/`, `panoptic/`, `panoptic.json`, `captions.json` (true captions by
+            image key and segment id) and `build.yaml`, whose corpus goes into `corpus/`.
+        num_images: number of scenes.
+        seed: different seeds give different worlds; some of their scenes may be equal within a split.
+        options: how hard the world is; None takes the defaults.
         split: "train" or "heldout".
 
     Returns:
@@ -242,24 +264,24 @@ def write_world(
     Raises:
         ConfigError: the folder is not empty, or the options allow too few scenes.
     """
-    folder, options = Path(folder).absolute(), options or Options()
+    folder, options = Path(folder).absolute(), options or WorldOptions()
     if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: not empty; name a new folder, or remove this one")
+        raise ConfigError(f"{folder}: the folder is not empty; name a new one, or remove this one")
     for name in ("photos", "panoptic"):
         (folder / name).mkdir(parents=True)
     images, annotations, captions = [], [], {}
-    for number, scene in enumerate(scenes(num_images, seed, options, split)):
+    for number, scene in enumerate(draw_scenes(num_images, seed, options, split)):
         key = f"{split}-{seed}-{number:06d}"
         photo = f"{key}.{'jpg' if options.photo_format == 'jpeg' else 'png'}"
-        pixels = toy_scenes.paint(scene, seed, number, options)
+        pixels = paint_scene(scene, seed, number, options)
         _write_photo(folder / "photos" / photo, pixels)
         ids = _segment_ids(number, len(scene.things))
         _write_labels(folder / "panoptic" / f"{key}.png", scene, ids)
         images.append({"id": number, "file_name": photo, "width": scene.size[0], "height": scene.size[1]})
         segments = _segments(scene, ids)
         annotations.append({"image_id": number, "file_name": f"{key}.png", "segments_info": segments})
-        said = map(say, truth(scene, options))
-        captions[key] = {str(segment): caption for segment, caption in zip(ids, said, strict=True)}
+        truths = map(format_caption, true_attributes(scene, options))
+        captions[key] = {str(segment): caption for segment, caption in zip(ids, truths, strict=True)}
     info = {"description": "toy world", "seed": seed, "split": split, "options": asdict(options)}
     document = {"info": info, "images": images, "annotations": annotations, "categories": CATEGORIES}
     (folder / "panoptic.json").write_text(json.dumps(document) + "\n")
@@ -287,18 +309,18 @@ def _segments(scene: Scene, ids: Sequence[int]) -> list[dict[str, Any]]:
 def _write_photo(path: Path, pixels: np.ndarray) -> None:
     from PIL import Image
 
-    options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
     Image.fromarray(pixels).save(path, **options)
 
 
 def _write_labels(path: Path, scene: Scene, ids: Sequence[int]) -> None:
     from PIL import Image
 
-    colour = np.array([(0, 0, 0), *((each & 255, each >> 8 & 255, each >> 16) for each in ids)], np.uint8)
-    Image.fromarray(colour[scene.labels]).save(path)
+    colors = np.array([(0, 0, 0), *((each & 255, each >> 8 & 255, each >> 16) for each in ids)], np.uint8)
+    Image.fromarray(colors[scene.labels]).save(path)
 
 
-def _write_config(folder: Path, options: Options) -> Path:
+def _write_config(folder: Path, options: WorldOptions) -> Path:
     import yaml
 
     captioner = {
@@ -325,7 +347,7 @@ def _write_config(folder: Path, options: Options) -> Path:
 
 
 class TruthCaptioner:
-    """A captioner that knows the truth.
+    """A captioner for builds that knows the truth.
 
     Args:
         captions: path of a world's `captions.json`.
@@ -337,10 +359,10 @@ class TruthCaptioner:
 
     @classmethod
     def identity(cls, captions: str) -> dict[str, str]:
-        """Digest of the captions.
+        """A digest of the captions, which is part of the evidence's identity.
 
         Raises:
-            ConfigError: no such file.
+            ConfigError: there is no such file.
         """
         try:
             return {"captions": hashlib.sha256(Path(captions).read_bytes()).hexdigest()}
@@ -348,10 +370,10 @@ class TruthCaptioner:
             raise ConfigError(f"captioner.options.captions: {captions}: {error.strerror}") from error
 
     def caption(self, images: list[ImageRecord]) -> list[list[str | None]]:
-        """The true caption of each live region, by the image's key and the region's segment id.
+        """The true captions of the live regions, found by the image's key and the region's segment id.
 
         Raises:
-            ConfigError: a region that the world does not have.
+            ConfigError: the world does not have such a region.
         """
         return [[self._of(image.key, region.source_id) for region in image.live()] for image in images]
 
@@ -359,10 +381,13 @@ class TruthCaptioner:
         try:
             return self.captions[key][str(segment)]
         except KeyError as error:
-            raise ConfigError(f"{self.path}: no caption of {key}/{segment}: it is another world's") from error
+            raise ConfigError(
+                f"{self.path}: no caption for {key}/{segment}, which is from another world; "
+                "name that world's captions.json"
+            ) from error
 
 
-# Words as tokens.
+# A tokenizer whose tokens are words.
 
 _LLADA = (
     *(
@@ -375,10 +400,10 @@ _PROMPT = f"system user assistant You are a helpful assistant. {CORRECTED.instru
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for tiny models: this world's and the prompt's words are tokens, all else is bytes.
+    """A tokenizer for tiny models. The words of this world and of the prompt are tokens; the rest is bytes.
 
-    It has the special tokens of LLaDA and of the model; `model.tokenizer.num_rows` and `special_token_ids`
-    say what a model's config needs of it.
+    It has the special tokens of LLaDA and of PerceptionDLM. `num_rows` and `special_token_ids` in
+    model/tokenizer.py give what a model's config needs to know about it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -387,7 +412,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
     prompt = re.findall(r"\w+", _PROMPT)
     opening = ["system", "user", "assistant", "You", "Describe"]  # after a special token or a line break
-    whole = dict.fromkeys([*opening, *(f"\u0120{word}" for word in (*words(), *prompt))])  # U+0120 is a space
+    whole = dict.fromkeys(
+        [*opening, *(f"\u0120{word}" for word in (*caption_words(), *prompt))]
+    )  # U+0120 is a space
     known = {
         token: number for number, token in enumerate((*sorted(pre_tokenizers.ByteLevel.alphabet()), *whole))
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from paracaption.model_training.toy.world import Options, TruthCaptioner, write_world
+from paracaption.model_training.toy.world import TruthCaptioner, WorldOptions, write_world
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.merge import merge
@@ -37,7 +37,7 @@ TINY = {
 
 def write_corpus(folder: Path, num_images: int = 60) -> Path:
     """Draw scenes and commit them with their true captions; returns `out` of the corpus."""
-    config = load_config(write_world(folder, num_images, 0, Options(places=False)))
+    config = load_config(write_world(folder, num_images, 0, WorldOptions(places=False)))
     truth = TruthCaptioner(str(folder / "captions.json"))
     target = Path(config.out) / "coconut"
     writer.prepare(target)

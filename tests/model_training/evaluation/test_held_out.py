@@ -84,7 +84,7 @@ def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, m
     assert summary.tokens_per_forward == 4 and summary.empty == 0
 
 
-def test_marks_count_attributes_and_leaks(world, trained, monkeypatch):
+def test_scores_count_attributes_and_leaks(world, trained, monkeypatch):
     scenes = [scene for scene in iter_photo_regions(world) if len(scene.regions) > 1][:4]
     captioner = RegionCaptioner.load(trained, "cpu")
 
@@ -95,10 +95,10 @@ def test_marks_count_attributes_and_leaks(world, trained, monkeypatch):
             yield RegionCaptions(truths[1:] + truths[:1], 1, 1, 0.0)
 
     monkeypatch.setattr(RegionCaptioner, "caption_photos", lambda *a, **k: list(swapped(*a, **k)))
-    marks = scores.examine(captioner, scenes, DecodeOptions())
-    assert marks.exact == 0 and set(marks.wrong) == {"size", "texture", "colour", "shape"}
-    assert marks.leaked == pytest.approx(sum(marks.wrong.values()) / 4)  # all that is wrong is a neighbour's
-    assert 0 < marks.leaked_by_chance < marks.leaked
+    found = scores.score_captioner(captioner, scenes, DecodeOptions())
+    assert found.exact == 0 and set(found.wrong) == {"size", "texture", "colour", "shape"}
+    assert found.leaked == pytest.approx(sum(found.wrong.values()) / 4)  # all that is wrong is a neighbour's
+    assert 0 < found.leaked_by_chance < found.leaked
 
 
 def test_what_a_build_has_still_to_do_is_said(world, tmp_path):

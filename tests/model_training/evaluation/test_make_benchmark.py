@@ -16,7 +16,7 @@ from paracaption.flows.evaluate import evaluate_captioner
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.evaluation import annotations, make_benchmark, profile, select_images
-from paracaption.model_training.toy import scores as toy_marks
+from paracaption.model_training.toy import scores
 from paracaption.model_training.train.trainer import fit
 from paracaption.pipeline.corpus import reader
 from paracaption.schemas.decoding import DecodeOptions
@@ -196,12 +196,12 @@ def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, t
     )
     found = evaluate_captioner(config)
     captioner = RegionCaptioner.load(trained, "cpu")
-    marks = toy_marks.compare(
+    by_mode = scores.compare_decoding(
         captioner, list(iter_photo_regions(world)), DecodeOptions(max_new_tokens=10, steps=2)
     )
-    for name, each in marks.items():
+    for name, each in by_mode.items():
         assert found["toy"][name]["wrong"] == each.wrong and found["toy"][name]["forwards"] == each.forwards
-    assert json.loads((tmp_path / "tiny" / "toy.json").read_text()).keys() == marks.keys()
+    assert json.loads((tmp_path / "tiny" / "toy.json").read_text()).keys() == by_mode.keys()
     assert found["profile"]["seconds"].keys() == {"parallel 1", "sequential 1"}
     assert found["captioner"]["length"] == "10"
 

@@ -22,11 +22,11 @@ from paracaption.model_training.toy import world as toy
 from paracaption.model_training.toy.world import (
     VALUES,
     Attributes,
-    Options,
-    parse,
-    say,
-    score,
-    truth,
+    WorldOptions,
+    format_caption,
+    parse_caption,
+    score_caption,
+    true_attributes,
     write_world,
 )
 from paracaption.pipeline import config_file
@@ -39,8 +39,8 @@ from paracaption.schemas.config import Text
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.records import ImageRecord, Region, Rle
 
-RELATIONS = Options(relations=True, canvas=((192, 128), (128, 128)))
-BARE = Options(places=False, overlap=0.0)
+RELATIONS = WorldOptions(relations=True, canvas=((192, 128), (128, 128)))
+BARE = WorldOptions(places=False, overlap=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +67,17 @@ every_attributes = st.builds(
 @settings(deadline=None)
 @given(every_attributes)
 def test_a_caption_is_read_back_to_what_it_says(attributes):
-    assert parse(say(attributes)) == attributes
-    assert parse(f" {say(attributes)}\n") == attributes
+    assert parse_caption(format_caption(attributes)) == attributes
+    assert parse_caption(f" {format_caption(attributes)}\n") == attributes
 
 
 @settings(deadline=None)
 @given(every_attributes)
 def test_every_caption_passes_the_text_rules_and_the_judge_and_is_of_the_worlds_words(attributes):
-    caption = say(attributes)
+    caption = format_caption(attributes)
     assert text.clean(caption, Text()).reason is None
     assert describes(caption, attributes.shape) > 0
-    assert set(caption.replace(",", "").split()) <= set(toy.words())
+    assert set(caption.replace(",", "").split()) <= set(toy.caption_words())
 
 
 @pytest.mark.parametrize("category", VALUES["shape"])
@@ -100,11 +100,11 @@ def test_the_judge_refuses_another_shape_even_if_it_is_named_as_a_neighbour(cate
     ],
 )
 def test_what_the_world_could_not_have_said_is_not_read(caption):
-    assert parse(caption) is None
+    assert parse_caption(caption) is None
 
 
 def test_the_vocabulary_is_small_and_without_repetition():
-    assert len(toy.words()) == len(set(toy.words())) == 36
+    assert len(toy.caption_words()) == len(set(toy.caption_words())) == 36
 
 
 # Scores.
@@ -114,28 +114,30 @@ OTHERS = ["a large plain blue star at the bottom, right of a red circle"]
 
 
 def test_the_truth_is_exact_and_nothing_else_is():
-    assert score(TRUE, TRUE, OTHERS) == (True, (), (), 0.0)
+    assert score_caption(TRUE, TRUE, OTHERS) == (True, (), (), 0.0)
     for name, values in VALUES.items():
         for value in values:
-            said = say(parse(TRUE)._replace(**{name: value}))
-            found = score(said, TRUE, OTHERS)
+            said = format_caption(parse_caption(TRUE)._replace(**{name: value}))
+            found = score_caption(said, TRUE, OTHERS)
             assert found.exact == (said == TRUE)
             assert found.wrong == (() if said == TRUE else (name,))
 
 
 def test_what_is_wrong_and_right_for_a_neighbour_has_leaked():
-    found = score("a small plain blue circle at the top, left of a blue star", TRUE, OTHERS)
+    found = score_caption("a small plain blue circle at the top, left of a blue star", TRUE, OTHERS)
     assert (found.wrong, found.leaked) == (("colour",), ("colour",))
-    found = score("a small plain green circle at the top, left of a blue star", TRUE, OTHERS)
+    found = score_caption("a small plain green circle at the top, left of a blue star", TRUE, OTHERS)
     assert (found.wrong, found.leaked) == (("colour",), ())
     assert found.by_chance == pytest.approx(1 / 7)  # blue, of seven wrong colours
-    whole = score(OTHERS[0], TRUE, OTHERS)
+    whole = score_caption(OTHERS[0], TRUE, OTHERS)
     assert len(whole.leaked) == 7 and "texture" not in whole.wrong
 
 
 def test_a_neighbour_that_is_alike_leaks_nothing():
     assert (
-        score("a small plain green circle", "a small plain red circle", ["a large plain red star"]).leaked
+        score_caption(
+            "a small plain green circle", "a small plain red circle", ["a large plain red star"]
+        ).leaked
         == ()
     )
 
@@ -152,34 +154,34 @@ def test_a_neighbour_that_is_alike_leaks_nothing():
     ],
 )
 def test_broken_captions_are_never_exact_and_read_as_far_as_they_go(said, wrong, leaked):
-    found = score(said, TRUE, OTHERS)
+    found = score_caption(said, TRUE, OTHERS)
     assert not found.exact
     assert (set(found.wrong), set(found.leaked)) == (wrong, leaked)
 
 
 @settings(deadline=None)
-@given(st.text(max_size=60) | every_attributes.map(say))
+@given(st.text(max_size=60) | every_attributes.map(format_caption))
 def test_any_text_can_be_scored(said):
-    found = score(said, TRUE, OTHERS)
+    found = score_caption(said, TRUE, OTHERS)
     assert set(found.leaked) <= set(found.wrong)
     assert found.exact == (said.strip() == TRUE)
 
 
 def test_a_truth_of_another_world_is_an_error():
     with pytest.raises(ValueError, match="no true caption"):
-        score(TRUE, TRUE, ["a dog"])
+        score_caption(TRUE, TRUE, ["a dog"])
 
 
 # Scenes.
 
 
-@pytest.mark.parametrize("options", [Options(), RELATIONS, BARE], ids=["places", "relations", "bare"])
+@pytest.mark.parametrize("options", [WorldOptions(), RELATIONS, BARE], ids=["places", "relations", "bare"])
 def test_the_truth_can_be_told_from_the_masks_alone(options):
-    for scene in toy.scenes(12, 1, options):
+    for scene in toy.draw_scenes(12, 1, options):
         width, height = scene.size
         masks = [scene.labels == number for number in range(1, len(scene.things) + 1)]
         middles = np.array([np.argwhere(mask).mean(axis=0)[::-1] for mask in masks])
-        for number, said in enumerate(truth(scene, options)):
+        for number, said in enumerate(true_attributes(scene, options)):
             rows, columns = np.nonzero(masks[number])
             extent = max(np.ptp(rows), np.ptp(columns)) / options.unit_px
             assert (said.size == "large") == (extent > 1.87)
@@ -201,11 +203,11 @@ def test_the_truth_can_be_told_from_the_masks_alone(options):
 
 
 def test_a_plain_things_pixels_have_its_colour_and_the_ground_is_grey():
-    options = Options(textures=("plain",), noise=0.0)
-    for number, scene in enumerate(toy.scenes(8, 2, options)):
-        photo = scenes.paint(scene, 2, number, options).astype(int)
+    options = WorldOptions(textures=("plain",), noise=0.0)
+    for number, scene in enumerate(toy.draw_scenes(8, 2, options)):
+        photo = scenes.paint_scene(scene, 2, number, options).astype(int)
         for label, thing in enumerate(scene.things, 1):
-            colour = np.clip(np.add(scenes.COLOURS[thing.kind.colour], thing.tint), 0, 255)
+            colour = np.clip(np.add(scenes.COLORS[thing.kind.colour], thing.tint), 0, 255)
             own = np.abs(photo - colour).max(axis=2)[scene.labels == label]
             assert np.median(own) == 0 and (own < 128).mean() > 0.97  # the rest is soft borders
         ground = cv2.erode((scene.labels == 0).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
@@ -213,12 +215,12 @@ def test_a_plain_things_pixels_have_its_colour_and_the_ground_is_grey():
 
 
 def test_nothing_hides_much_of_another_and_all_is_large_enough_for_the_build():
-    for scene in toy.scenes(20, 3, Options()):
+    for scene in toy.draw_scenes(20, 3, WorldOptions()):
         assert 2 <= len(scene.things) <= 6
         areas = np.bincount(scene.labels.ravel(), minlength=len(scene.things) + 1)[1:]
         assert (areas >= 16**2 / 4).all()
         for thing, area in zip(scene.things, areas, strict=True):
-            alone = scenes._label([thing], scene.size, Options())
+            alone = scenes._label([thing], scene.size, WorldOptions())
             assert area >= 0.9 * np.count_nonzero(alone)
 
 
@@ -226,22 +228,23 @@ def test_lookalikes_differ_in_one_attribute():
     def alike(options):
         pairs = [
             sum(a != b for a, b in zip(first.kind, second.kind, strict=True)) == 1
-            for scene in toy.scenes(25, 4, options)
+            for scene in toy.draw_scenes(25, 4, options)
             for first, second in combinations(scene.things, 2)
         ]
         return np.mean(pairs)
 
-    assert alike(Options(lookalikes=0.0)) < 0.1 < 0.3 < alike(Options(lookalikes=0.8))
+    assert alike(WorldOptions(lookalikes=0.0)) < 0.1 < 0.3 < alike(WorldOptions(lookalikes=0.8))
 
 
 def contents(number, seed, options, split):
     return [
-        scenes.content(t.kind for t in scene.things) for scene in toy.scenes(number, seed, options, split)
+        scenes.scene_content(t.kind for t in scene.things)
+        for scene in toy.draw_scenes(number, seed, options, split)
     ]
 
 
 def test_no_scene_occurs_twice_and_no_held_out_one_in_training():
-    few = Options(
+    few = WorldOptions(
         colours=("red", "blue"), textures=("plain",), shapes=("circle", "square", "star"), regions=(2, 3)
     )
     train = contents(80, 0, few, "train")
@@ -254,7 +257,7 @@ def test_no_scene_occurs_twice_and_no_held_out_one_in_training():
 
 
 def test_a_world_that_has_too_few_scenes_says_so():
-    tiny = Options(colours=("red",), textures=("plain",), shapes=("circle", "bar"), regions=(2, 2))
+    tiny = WorldOptions(colours=("red",), textures=("plain",), shapes=("circle", "bar"), regions=(2, 2))
     with pytest.raises(ConfigError, match="allow more shapes"):
         contents(9, 0, tiny, "train")
 
@@ -262,17 +265,17 @@ def test_a_world_that_has_too_few_scenes_says_so():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shapes": ("blob",)}, "'blob' is none"),
+        ({"shapes": ("blob",)}, "unknown 'blob'"),
         ({"regions": (4, 2)}, "fewest, most"),
-        ({"regions": (1, 2), "relations": True}, "no neighbour"),
+        ({"regions": (1, 2), "relations": True}, "no neighbor"),
         ({"canvas": ((64, 128),)}, "5 units"),
-        ({"shapes": ("bar",), "textures": ("dotted",)}, "none of them shows"),
+        ({"shapes": ("bar",), "textures": ("dotted",)}, "none of them can be seen"),
         ({"lookalikes": 1.0}, "share below 1"),
     ],
 )
 def test_options_without_a_world_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        Options(**changes)
+        WorldOptions(**changes)
 
 
 # Source data and its build.
@@ -317,7 +320,7 @@ def test_the_build_keeps_every_region_and_gives_it_its_true_caption(world):
             (segment,) = np.unique(labels[mask])
             assert mask.sum() == (labels == segment).sum()
             assert region.caption == expected[str(segment)]
-            assert region.category == parse(region.caption).shape
+            assert region.category == parse_caption(region.caption).shape
     assert seen == set(truths)
 
 
@@ -372,7 +375,7 @@ def ids(tokenizer, text):
 @settings(deadline=None)
 @given(attributes=every_attributes)
 def test_every_word_is_one_token(tokenizer, attributes):
-    caption = say(attributes)
+    caption = format_caption(attributes)
     assert len(ids(tokenizer, caption)) == len(caption.replace(",", " ,").split())
     assert tokenizer.decode(ids(tokenizer, caption)) == caption
 
