@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.summary import SubsetCounts
 from ..sources.registry import subset_title
+from ..stages.registry import stage_title
 from . import merge, reader, utilization
 from .reader import Corpus
 
@@ -148,7 +149,7 @@ def _funnel(counts: SubsetCounts) -> Any:
         bar = Text.assemble(("█" * kept, "blue"), ("░" * (lost - kept), "yellow"))
         why = ", ".join(f"{_words(reason)} {number:,}" for reason, number in step.reasons.items())
         dropped = f"{step.dropped:,}" if step.dropped else ""
-        table.add_row(_words(step.stage), f"{left:,}", f"{left / total:.0%}", bar, dropped, Text(why))
+        table.add_row(stage_title(step.stage), f"{left:,}", f"{left / total:.0%}", bar, dropped, Text(why))
     return table
 
 
@@ -166,7 +167,7 @@ def utilization_table(stages: dict[str, utilization.StageUtilization]) -> Any:
         numbers = (f"{stage.actors:,}", f"{stage.startup_s:,.1f}", f"{stage.asked:,}", speed)
         shares = ("" if share is None else f"{share:.0%}" for share in (stage.busy_share, stage.gpu))
         report = ", ".join(f"{_words(key)} {value:.4g}" for key, value in stage.report.items())
-        table.add_row(_words(name), *numbers, *shares, report)
+        table.add_row(stage_title(name), *numbers, *shares, report)
     return table
 
 
