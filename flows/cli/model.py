@@ -171,6 +171,6 @@ def caption(
         return
     if json is not None:
         captioning.write_record(captioned, json)
-    Console().print(captioning.render(captioned))
+    Console().print(captioning.render_captions(captioned))
     for path in filter(None, (json, picture, trace)):
         print(path)

@@ -1,4 +1,4 @@
-"""Captions the regions of one photo with a saved model; the answer as text, JSON, picture or trace."""
+"""The captions of one photo's regions, as text, JSON, picture or trace."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ class CaptionedPhoto(NamedTuple):
 
     @property
     def tokens_per_forward(self) -> float:
-        """Slots filled by a pass of the language model, over all regions."""
+        """Tokens that one forward pass of the language model decides, over all regions."""
         return self.found.tokens / max(1, self.found.forwards)
 
     def overlays(self) -> list[draw.Overlay]:
-        """The regions with their captions, to be drawn."""
+        """The regions with their captions, as they are drawn."""
         pairs = zip(self.photo.regions, self.found.captions, strict=True)
         return [draw.Overlay(region.mask.rle, caption, region.label) for region, caption in pairs]
 
 
 def check_outputs(
-    picture: str | Path | None = None, steps: str | Path | None = None, record: str | Path | None = None
+    picture: str | Path | None = None, trace: str | Path | None = None, record: str | Path | None = None
 ) -> None:
-    """Whether what is asked for can be written, before a model is loaded for it.
+    """Refuse outputs that cannot be written, before a model is loaded for them.
 
     Args:
-        picture: as `write_picture` takes it.
-        steps: as `write_trace` takes it.
-        record: of the JSON; "-" is none.
+        picture: path for `write_picture`.
+        trace: path for `write_trace`.
+        record: path for `write_record`; "-" stands for the terminal.
 
     Raises:
-        ConfigError: an ending of no known format, or a folder that does not exist.
+        ConfigError: a name ends in no known format, or a folder does not exist.
     """
-    if steps is not None:
-        _check_trace(steps)
+    if trace is not None:
+        _check_trace(trace)
     if picture is not None and Path(picture).suffix.lower() not in _PICTURES:
         raise ConfigError(f"{picture}: a picture's name ends in {', '.join(_PICTURES)}")
     for path in (picture, record):
@@ -89,8 +89,9 @@ def caption_regions(
         ConfigError: an option does not suit the model.
     """
     model = captioner.model
-    masks = [region.dense() for region in photo.regions]
-    [found] = captioner.caption_photos([(photo.pixels, masks)], options, regions_per_call=regions_per_call)
+    [found] = captioner.caption_photos(
+        [(photo.pixels, photo.masks())], options, regions_per_call=regions_per_call
+    )
     tokens = [len(captioner.processor.tokenize(caption)) for caption in found.captions]
     about = {
         "folder": str(model.name_or_path),
@@ -102,44 +103,32 @@ def caption_regions(
 
 
 def trace_photo(
-    captioner: RegionCaptioner, answer: CaptionedPhoto, regions_per_call: int | None = None
+    captioner: RegionCaptioner, captioned: CaptionedPhoto, regions_per_call: int | None = None
 ) -> Trace:
     """Decode a captioned photo once more and keep every step, which takes longer than the captions did."""
-    photo = answer.photo
-    masks = [region.dense() for region in photo.regions]
-    steps = captioner.caption_steps(photo.pixels, masks, answer.options, regions_per_call=regions_per_call)
+    photo = captioned.photo
+    steps = captioner.caption_steps(
+        photo.pixels, photo.masks(), captioned.options, regions_per_call=regions_per_call
+    )
     eot = captioner.model.config.eot_token_id
-    return Trace(photo.pixels, answer.overlays(), list(steps), eot, Path(photo.name).name)
+    return Trace(photo.pixels, captioned.overlays(), list(steps), eot, Path(photo.name).name)
 
 
-def write_picture(answer: CaptionedPhoto, path: str | Path) -> None:
-    """Draw the photo with masks and captions, and write it whole or not at all.
-
-    Raises:
-        ConfigError: no such picture format or folder.
-    """
-    title = Path(answer.photo.name).name
-    draw.save_picture(draw.draw_image(answer.photo.pixels, answer.overlays(), title=title), path)
-
-
-def _check_trace(path: str | Path) -> None:
-    """Whether a trace can be written there.
+def write_picture(captioned: CaptionedPhoto, path: str | Path) -> None:
+    """Draw the photo with masks and captions; the file appears whole or not at all.
 
     Raises:
-        ConfigError: its name ends in neither .gif nor .html, or its folder does not exist.
+        ConfigError: the name ends in no known format, or the folder does not exist.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _TRACES:
-        raise ConfigError(f"{path}: a trace's name ends in {' or '.join(_TRACES)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: no such folder; make it first")
+    title = Path(captioned.photo.name).name
+    draw.save_picture(draw.draw_image(captioned.photo.pixels, captioned.overlays(), title=title), path)
 
 
 def write_trace(trace: Trace, path: str | Path) -> None:
-    """Write a trace as a GIF or as a page, as the name's ending says, whole or not at all.
+    """Write a trace as a GIF or as a page, by the name's ending; the file appears whole or not at all.
 
     Raises:
-        ConfigError: its name ends in neither .gif nor .html, or its folder does not exist.
+        ConfigError: the name ends in neither .gif nor .html, or the folder does not exist.
     """
     from .trace_gif import render_gif
     from .trace_page import render_page
@@ -150,27 +139,35 @@ def write_trace(trace: Trace, path: str | Path) -> None:
         file.write(data)
 
 
-def write_record(answer: CaptionedPhoto, path: str | Path) -> None:
-    """Write `record` as a JSON file, whole or not at all."""
+def _check_trace(path: str | Path) -> None:
+    path = Path(path)
+    if path.suffix.lower() not in _TRACES:
+        raise ConfigError(f"{path}: a trace's name ends in {' or '.join(_TRACES)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: no such folder; make it first")
+
+
+def write_record(captioned: CaptionedPhoto, path: str | Path) -> None:
+    """Write the record as a JSON file, which appears whole or not at all."""
     with files.write_atomic(path) as file:
-        file.write(to_json(answer).encode())
+        file.write(to_json(captioned).encode())
 
 
-def to_json(answer: CaptionedPhoto) -> str:
-    """`record` as text."""
-    return json.dumps(record(answer), indent=2, ensure_ascii=False) + "\n"
+def to_json(captioned: CaptionedPhoto) -> str:
+    """The record as JSON text."""
+    return json.dumps(to_record(captioned), indent=2, ensure_ascii=False) + "\n"
 
 
-def record(answer: CaptionedPhoto) -> dict[str, Any]:
-    """Everything about an answer but its pixels and masks; `bbox` is x, y, width, height in pixels."""
-    found = answer.found
-    rows = zip(answer.photo.regions, found.captions, answer.tokens, strict=True)
+def to_record(captioned: CaptionedPhoto) -> dict[str, Any]:
+    """A captioned photo without its pixels and masks; `bbox` is x, y, width, height in pixels."""
+    found = captioned.found
+    rows = zip(captioned.photo.regions, found.captions, captioned.tokens, strict=True)
     return {
-        "photo": answer.photo.name,
-        "width": answer.photo.pixels.shape[1],
-        "height": answer.photo.pixels.shape[0],
-        "model": answer.model,
-        "options": answer.options.stored(),
+        "photo": captioned.photo.name,
+        "width": captioned.photo.pixels.shape[1],
+        "height": captioned.photo.pixels.shape[0],
+        "model": captioned.model,
+        "options": captioned.options.stored(),
         "regions": [
             {
                 "number": number,
@@ -184,16 +181,16 @@ def record(answer: CaptionedPhoto) -> dict[str, Any]:
             }
             for number, (region, caption, tokens) in enumerate(rows, 1)
         ],
-        "left_out": answer.photo.left_out,
+        "left_out": captioned.photo.left_out,
         "forwards": found.forwards,
         "tokens": found.tokens,
-        "tokens_per_forward": round(answer.tokens_per_forward, 3),
+        "tokens_per_forward": round(captioned.tokens_per_forward, 3),
         "seconds": round(found.seconds, 4),
         "agreement": found.agreement,
     }
 
 
-def render(answer: CaptionedPhoto) -> RenderableType:
+def render_captions(captioned: CaptionedPhoto) -> RenderableType:
     """The captions with their numbers, for a terminal, and a line of what they cost."""
     from rich.console import Group
     from rich.table import Table
@@ -202,23 +199,23 @@ def render(answer: CaptionedPhoto) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right")
     table.add_column()
-    for number, overlay in enumerate(answer.overlays()):
+    for number, overlay in enumerate(captioned.overlays()):
         red, green, blue = draw.color_of(overlay, number)
         ink = "white" if draw.is_dark((red, green, blue)) else "black"
         caption = Text(overlay.caption or "(no caption)", style="" if overlay.caption else "dim")
         if overlay.label:
             caption = Text.assemble((f"{overlay.label}: ", "bold"), caption)
         table.add_row(Text(f" {number + 1} ", style=f"bold {ink} on rgb({red},{green},{blue})"), caption)
-    return Group(table, Text(_cost(answer), style="dim"))
+    return Group(table, Text(_cost(captioned), style="dim"))
 
 
-def _cost(answer: CaptionedPhoto) -> str:
-    found, options = answer.found, answer.options
+def _cost(captioned: CaptionedPhoto) -> str:
+    found, options = captioned.found, captioned.options
     num_regions = len(found.captions)
-    device = answer.model["device"]
+    device = captioned.model["device"]
     line = (
         f"{num_regions} region{'s' * (num_regions != 1)}, {found.forwards} forwards, "
-        f"{answer.tokens_per_forward:.1f} tokens a forward, {found.seconds:.2f} s on {device} "
+        f"{captioned.tokens_per_forward:.1f} tokens a forward, {found.seconds:.2f} s on {device} "
         f"({options.strategy}, cache {options.cache})"
     )
     if found.agreement is not None:

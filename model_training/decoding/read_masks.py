@@ -1,11 +1,11 @@
-"""Masks as people keep them in image files: which pixels of such a picture are the region.
+"""Masks as people keep them in image files: which pixels of such an image are the region.
 
 | the file | what counts |
 | --- | --- |
-| two values, without loss (1 bit, 0 and 1, 0 and 255, a palette of two colours) | the brighter one |
+| two values, without loss (1 bit, 0 and 1, 0 and 255, a palette of two colors) | the brighter one |
 | more values (JPEG's noise, soft edges, 16 bits) | brighter than half of the range |
 | alpha that differs between pixels | alpha, unless the opaque pixels are black and white |
-| colours | their brightest channel |
+| colors | their brightest channel |
 
 Pixels are those stored: EXIF orientation is never applied.
 """
@@ -25,35 +25,41 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _LOSSY = {"JPEG", "MPO", "WEBP"}
 _FORMATS = (*photos.FORMATS, "GIF")
 _MAX_UNCLEAR = 0.1
-"""Of the pixels: with more than this neither dark nor bright it is a photo or a label map."""
+"""Share of pixels that may be neither dark nor bright; with more, it is a photo or a label map."""
 _ASPECT = 0.03
-"""Width to height of a mask that is scaled differ from the photo's by no more than this share."""
+"""A mask is scaled if its aspect ratio differs from the photo's by no more than this share."""
 
 
-def read(path: str, size: tuple[int, int]) -> np.ndarray:
+def read_mask_image(path: str, size: tuple[int, int]) -> np.ndarray:
     """Read a mask from an image file.
 
     Args:
-        path: local path or fsspec URL.
-        size: (height, width) of its photo. A mask of another size is scaled to it if it has the same shape.
+        path: a local path or an fsspec URL.
+        size: (height, width) of its photo. A mask of another size is scaled if its aspect ratio is the
+            photo's.
 
     Returns:
-        (H, W) bool, at least one pixel of it true.
+        (H, W) bool with at least one pixel.
 
     Raises:
-        ConfigError: no such file, no image, no mask, an empty one, or one of another shape than the photo.
+        ConfigError: the file is missing, or is no image; or the image is no mask, is empty, or has another
+            aspect ratio than the photo.
     """
-    mask = fit(decode(_bytes(path), path), size, path)
+    mask = fit_mask(decode_mask_image(_bytes(path), path), size, path)
     if not mask.any():
         raise ConfigError(f"{path}: no pixel is left at the photo's {size[1]}x{size[0]}; leave the mask out")
     return mask
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
-    """The region of a mask image's bytes as (H, W) bool, at least one pixel true; `name` is for messages.
+def decode_mask_image(data: bytes, name: str) -> np.ndarray:
+    """The region in the bytes of a mask image, as (H, W) bool with at least one pixel.
+
+    Args:
+        data: the bytes of an image file.
+        name: what messages call it.
 
     Raises:
-        ConfigError: no image, no mask, or an empty one.
+        ConfigError: the bytes are no image, or the image is no mask or an empty one.
     """
     from PIL import Image
 
@@ -65,27 +71,26 @@ def decode(data: bytes, name: str) -> np.ndarray:
     except ConfigError:
         raise
     except photos.BROKEN as error:
-        known = "not an image that we read, or cut short"
-        why = "empty file" if not data else known
+        why = "not an image that can be read, or cut short" if data else "empty file"
         raise ConfigError(f"{name}: {why}; give a PNG or JPEG of the mask") from error
-    return _bright(values, most, lossy, name)
+    return _threshold(values, most, lossy, name)
 
 
-def fit(mask: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
-    """The mask at its photo's size (height, width), scaled to the nearest pixel if it has the same shape.
+def fit_mask(mask: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
+    """The mask at its photo's size (height, width), scaled to the nearest pixel where it has another size.
 
     Raises:
-        ConfigError: it has another shape.
+        ConfigError: the mask has another aspect ratio than the photo.
     """
     if mask.shape == size:
         return mask
     (height, width), (tall, wide) = mask.shape, size
     rounding = min(abs(height - tall * width / wide), abs(tall - height * wide / width))
     if rounding > 1 or abs(height * wide / (width * tall) - 1) > _ASPECT:
-        turned = " (it is turned: photos are read as stored, without EXIF's rotation)"
+        rotated = " (it is rotated: photos are read as stored, without EXIF's rotation)"
         raise ConfigError(
             f"{name}: the mask is {width}x{height}, the photo {wide}x{tall}"
-            f"{turned if (width, height) == (tall, wide) else ''}; give a mask of this photo"
+            f"{rotated if (width, height) == (tall, wide) else ''}; give a mask of this photo"
         )
     rows = (np.arange(tall) + 0.5) * height // tall
     columns = (np.arange(wide) + 0.5) * width // wide
@@ -96,52 +101,52 @@ def _bytes(path: str) -> bytes:
     try:
         return files.read(Blob(path))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; mend the path") from error
+        raise ConfigError(f"{path}: no such file; correct the path") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); mend the path") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from error
 
 
 def _brightness(opened: Any, name: str) -> tuple[np.ndarray, float]:
-    """How bright each pixel is, (H, W), and the brightest that the format can say."""
+    """Brightness of each pixel, (H, W), and the brightest value that the format can hold."""
     if opened.mode == "P":
         opened = opened.convert("RGBA" if "transparency" in opened.info else "RGB")
     if opened.mode == "1":
         return np.asarray(opened, np.uint8), 1
     if opened.mode in ("L", "I", "F") or opened.mode.startswith("I;16"):
         values = np.asarray(opened)
-        return values, _most(values, opened.mode)
+        return values, _brightest_value(values, opened.mode)
     if opened.mode in ("LA", "La", "PA", "RGBa"):
         opened = opened.convert("RGBA")
     if opened.mode != "RGBA":
-        return _brightest(np.asarray(opened.convert("RGB")), name), 255
+        return _brightest_channel(np.asarray(opened.convert("RGB")), name), 255
     pixels = np.asarray(opened)
     alpha = pixels[..., 3]
     if (alpha == alpha.flat[0]).all():
-        return _brightest(pixels[..., :3], name), 255
+        return _brightest_channel(pixels[..., :3], name), 255
     shown = pixels[..., :3].max(axis=2)
     opaque = shown[alpha > 127]
     both = opaque.size and opaque.min() < 64 and opaque.max() > 191
-    if both and _unclear(opaque, 255) <= _MAX_UNCLEAR and _grey(pixels[alpha > 127]):
+    if both and _unclear(opaque, 255) <= _MAX_UNCLEAR and _gray(pixels[alpha > 127]):
         return np.where(alpha > 127, shown, 0), 255  # black and white with a transparent margin
     return alpha, 255
 
 
-def _most(values: np.ndarray, mode: str) -> float:
+def _brightest_value(values: np.ndarray, mode: str) -> float:
     if mode == "L":
         return 255
     peak = float(values.max())
     return next(most for most in (1, 255, 65_535, max(peak, 65_535)) if peak <= most)
 
 
-def _brightest(pixels: np.ndarray, name: str) -> np.ndarray:
-    """The brightest channel of (H, W, 3). Different colours that are equally bright would be one value."""
+def _brightest_channel(pixels: np.ndarray, name: str) -> np.ndarray:
+    """The brightest channel of (H, W, 3); different colors that are equally bright are refused."""
     values = pixels.max(axis=2)
     if values.min() == values.max() and (pixels != pixels[0, 0]).any():
-        raise ConfigError(f"{name}: its colours are equally bright; give the mask white on black")
+        raise ConfigError(f"{name}: its colors are equally bright; give the mask white on black")
     return values
 
 
-def _bright(values: np.ndarray, most: float, lossy: bool, name: str) -> np.ndarray:
+def _threshold(values: np.ndarray, most: float, lossy: bool, name: str) -> np.ndarray:
     if not lossy:
         low, high = values.min(), values.max()
         if low == high:
@@ -167,6 +172,6 @@ def _unclear(values: np.ndarray, most: float) -> float:
     return float(((values > most / 4) & (values < most * 3 / 4)).mean())
 
 
-def _grey(pixels: np.ndarray) -> bool:
+def _gray(pixels: np.ndarray) -> bool:
     channels = pixels[..., :3].astype(np.int16)
     return bool((channels.max(axis=-1) - channels.min(axis=-1) < 32).mean() > 1 - _MAX_UNCLEAR)

@@ -1,13 +1,13 @@
 """A photo and its regions for captioning, from masks in whatever form they are kept.
 
-| given | holds |
+| what is given | what it holds |
 | --- | --- |
-| an image, or a folder of images | a mask each, see `mask_images` |
+| an image, or a folder of images | one mask each, see `read_masks` |
 | a JSON | COCO instances, COCO panoptic with its PNGs, or one image of SA-1B: all regions of the photo |
 | a corpus or one of its shards, with a key | the photo itself and its kept regions |
 
-A mask image that cannot be used is an error: it was asked for by name. A record that cannot be used is left
-out and said so, as in the corpus.
+A mask image that cannot be used is an error, since it was named. A record of a JSON that cannot be used is
+left out, with its reason in `PhotoRegions.left_out`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Region(NamedTuple):
     """A region to caption.
 
     Attributes:
-        source: where it comes from: the mask's file, or the JSON and its record.
-        mask: of the photo's size, not empty.
-        label: the category as a plain name; "" if none is known.
-        caption: the one that a corpus has for it; "" elsewhere.
+        source: where the region comes from: the file of its mask, or the JSON and its record.
+        mask: the mask, of the photo's size and not empty.
+        label: name of the category; "" if it is not known.
+        caption: the caption that the corpus has for it; "" elsewhere.
     """
 
     source: str
@@ -49,7 +49,7 @@ class Region(NamedTuple):
     caption: str = ""
 
     def dense(self) -> np.ndarray:
-        """(H, W) bool."""
+        """The mask as (H, W) bool."""
         return rle.decode(self.mask.rle).astype(bool)
 
 
@@ -57,16 +57,20 @@ class PhotoRegions(NamedTuple):
     """A photo with its regions in the order in which they were given.
 
     Attributes:
-        name: the photo's path, or the corpus's with the image's key.
+        name: path of the photo, or path of the corpus and the image's key.
         pixels: (H, W, 3) uint8 RGB, as stored.
-        regions: at least one.
-        left_out: records that cannot be used, each with its reason.
+        regions: the regions, at least one.
+        left_out: a line for each record that cannot be used, with the reason.
     """
 
     name: str
     pixels: np.ndarray
     regions: list[Region]
     left_out: list[str]
+
+    def masks(self) -> list[np.ndarray]:
+        """The mask of each region as (H, W) bool."""
+        return [region.dense() for region in self.regions]
 
 
 class _Found(NamedTuple):
@@ -80,13 +84,13 @@ def read_photo_regions(
     """Read a photo and its regions.
 
     Args:
-        image: the photo; None if `masks` is a corpus, which has it.
-        masks: files and folders in the order in which their regions are wanted; see the module. `PATH#KEY`
-            is the same as `PATH` with `key`.
-        key: which image of a corpus, or of a JSON that does not have it under the photo's name.
+        image: path of the photo; None for a corpus, which has its own photos.
+        masks: files and folders in the order in which their regions are wanted, as in the table above.
+            `PATH#KEY` is the same as `PATH` with `key`.
+        key: key of the image in a corpus, or its name or id in a JSON that does not know the photo's name.
 
     Raises:
-        ConfigError: something is missing, unreadable or empty; names file, record and mend.
+        ConfigError: a file or record is missing, unreadable or empty, or does not fit the photo.
         IntegrityError: the corpus is damaged.
     """
     if not masks:
@@ -99,9 +103,9 @@ def read_photo_regions(
             return _from_corpus(path, chosen)
     for path, _ in split:
         if not _exists(path):
-            raise ConfigError(f"{path}: no such file; mend the path")
+            raise ConfigError(f"{path}: no such file; correct the path")
     if image is None:
-        raise ConfigError(f"{split[0][0]}: masks of which photo? Give the image, too")
+        raise ConfigError(f"{split[0][0]}: these masks need their photo; give the image too")
     pixels = _pixels(str(image))
     found = [_from(path, str(image), pixels.shape[:2], chosen) for path, chosen in split]
     regions = [region for each in found for region in each.regions]
@@ -123,9 +127,9 @@ def _pixels(image: str) -> np.ndarray:
     try:
         return photos.decode(Blob(image), files.read(Blob(image)), Limits().max_pixels)
     except FileNotFoundError as error:
-        raise ConfigError(f"{image}: no such photo; mend the path") from error
+        raise ConfigError(f"{image}: no such photo; correct the path") from error
     except OSError as error:
-        raise ConfigError(f"{image}: cannot be read ({error.strerror or error}); mend the path") from error
+        raise ConfigError(f"{image}: cannot be read ({error.strerror or error}); correct the path") from error
     except BadRecord as error:
         raise ConfigError(error.detail) from error
 
@@ -144,7 +148,7 @@ def _from(path: str, image: str, size: tuple[int, int], key: str | None) -> _Fou
 
 
 def _of_image(path: str, size: tuple[int, int]) -> Region:
-    return Region(path, rle.from_mask(read_masks.read(path, size)))
+    return Region(path, rle.from_mask(read_masks.read_mask_image(path, size)))
 
 
 # A corpus.
@@ -158,15 +162,15 @@ def _is_corpus(path: str) -> bool:
 
 def _from_corpus(path: str, key: str | None) -> PhotoRegions:
     if not key:
-        raise ConfigError(f"{path}: which image? Say its key, as in `{path}#KEY`")
+        raise ConfigError(f"{path}: which image? Give its key, as in `{path}#KEY`")
     return _of_sample(f"{path}#{key}", *_sample(path, key))
 
 
 def iter_photo_regions(corpus: str | Path) -> Iterator[PhotoRegions]:
-    """Every image of a corpus with its kept regions, in the order of its shards.
+    """Every image of a corpus with its kept regions, in the order of the shards.
 
     Raises:
-        ConfigError: no corpus, or a photo or mask that cannot be decoded; names the image.
+        ConfigError: the folder is no corpus, or a photo or a mask cannot be decoded.
         IntegrityError: the corpus is damaged.
     """
     for sample, data in reader.open_corpus(corpus).samples():
@@ -258,15 +262,15 @@ def _parse(path: str) -> _File:
             return _File(msgspec.json.decode(data, type=list[_Annotation]))
         return msgspec.json.decode(data, type=_File)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; mend the path") from error
+        raise ConfigError(f"{path}: no such file; correct the path") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); mend the path") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from error
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: no JSON of {_KINDS} ({error}); mend it there") from error
+        raise ConfigError(f"{path}: no JSON of {_KINDS} ({error}); correct the file") from error
 
 
 def _usable(record: ImageRecord, path: str) -> _Found:
-    """The live regions of what one of the pipeline's sources read, and why the others are not."""
+    """The live regions of a record that a source of the pipeline read, and why the others were dropped."""
     if record.drop is not None:
         raise ConfigError(f"{record.drop.detail}; give the photo that {path} describes")
     found = _Found([], [])
@@ -307,7 +311,7 @@ def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRe
 
 
 def _label_map(path: str, name: str, photo: str) -> str:
-    """The PNG of a panoptic JSON: in the folder of the JSON's name, or in the one folder beside it."""
+    """The PNG of a panoptic JSON: in the folder with the JSON's name, or in the only folder beside it."""
     home = Path(path).parent
     if (named := home / file_names.stem(path) / name).exists():
         return str(named)
@@ -361,7 +365,7 @@ def _image_of(path: str, content: _File, image: str, key: str | None) -> _Image:
         found = [each for each in content.images if same(each, wanted)]
         if len(found) > 1:
             raise ConfigError(
-                f"{path}: {len(found)} images are called {wanted}; say the id of one with a key"
+                f"{path}: {len(found)} images are called {wanted}; give the id of one with a key"
             )
         if found:
             return found[0]
@@ -371,7 +375,7 @@ def _image_of(path: str, content: _File, image: str, key: str | None) -> _Image:
             if str(annotation.image_id) == str(int(number[1])):
                 return _Image(annotation.image_id)
     known = ", ".join(_known(content))
-    raise ConfigError(f"{path}: no image {wanted}; say which one with a key, it has {known}")
+    raise ConfigError(f"{path}: no image {wanted}; give one with a key; the file has {known}")
 
 
 _SAME = (

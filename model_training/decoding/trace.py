@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     from .region_captioner import Slot, Snapshot
 
 OPEN, FRESH, KEPT, END, AFTER = "open", "fresh", "kept", "end", "after"
-"""What a slot is at a step: masked, written in it, written before, an end of text, behind the first end."""
+"""States of a slot: masked, written in this step, written before, an end of text, after the first end."""
 
 
 class Piece(NamedTuple):
-    """A slot as it is shown: its text, one of the states above, and the latest guess's confidence."""
+    """A slot as it is shown.
+
+    Attributes:
+        text: the text of its token; "" while it is masked.
+        state: one of the states above.
+        confidence: probability of the latest prediction; NaN before the first one.
+    """
 
     text: str
     state: str
@@ -31,14 +37,14 @@ class Piece(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A decode, ready to be shown.
+    """The captions of a photo over all decoding steps, ready to be shown.
 
     Attributes:
         photo: (H, W, 3) uint8 RGB.
-        overlays: the regions; their captions are not looked at.
-        snapshots: before the first step and after every one, at least one.
-        eot: the token that ends a caption.
-        title: a line above it all, as the photo's name.
+        overlays: the regions; their captions are not used.
+        snapshots: the captions before the first step and after every one.
+        eot: id of the token that ends a caption.
+        title: a line above everything, such as the name of the photo.
     """
 
     photo: np.ndarray
@@ -48,17 +54,17 @@ class Trace(NamedTuple):
     title: str = ""
 
     def pieces(self, step: int) -> list[list[Piece]]:
-        """Every region's slots as they are shown after a step; step 0 is before the first one."""
+        """For each region, its slots as they are shown after a step; step 0 is before the first one."""
         now, before = self.snapshots[step].slots, self.snapshots[max(0, step - 1)].slots
         return [list(_pieces(slots, earlier, self.eot)) for slots, earlier in zip(now, before, strict=True)]
 
     def progress(self, step: int) -> tuple[int, int]:
-        """Slots that are written after a step, and slots in all."""
+        """How many slots are written after a step, and how many there are."""
         slots = [slot for region in self.snapshots[step].slots for slot in region]
         return sum(slot.text is not None for slot in slots), len(slots)
 
     def line(self, step: int) -> str:
-        """Where the decode is, in words."""
+        """The progress after a step, in words."""
         written, total = self.progress(step)
         return f"step {step} of {len(self.snapshots) - 1}, {written} of {total} tokens"
 

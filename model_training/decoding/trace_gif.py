@@ -25,12 +25,12 @@ _INDENT, _HEADER = 34, 62
 _WIDE = 1.9
 """From this ratio of width to height on, captions stand below the photo instead of beside it."""
 _TALL = 1.5
-"""Likewise if beside the photo they were higher than it by this."""
+"""Captions also stand below if, beside the photo, they would be higher than it by more than this factor."""
 _FRAME_MS, _LAST_MS, _LONGEST_MS = 220, 3000, 16_000
 
 
 def render_gif(trace: Trace) -> bytes:
-    """A GIF with one frame for each snapshot; the last one stays longest, and the whole plays again."""
+    """A GIF with one frame for each snapshot. The last frame stays longest, and the GIF repeats."""
     from PIL import Image
 
     layout = _Layout.of(trace)
@@ -57,23 +57,23 @@ def render_gif(trace: Trace) -> bytes:
 
 
 def render_frames(trace: Trace) -> Iterator[Image]:
-    """A picture of every step: the photo with its masks, and the captions beside or below it."""
+    """The frames: for every snapshot the photo with its masks, and the captions beside or below it."""
     return _Layout.of(trace).frames()
 
 
 class _Layout(NamedTuple):
-    """Where things are in every frame.
+    """Where things are in every frame; all places and sizes are in pixels.
 
     Attributes:
         trace: what is shown.
-        pieces: of each step and region.
-        picture: the photo with its masks; its top left is at `corner`.
-        corner: in pixels, as all places.
-        size: of a frame.
-        header: left, top and right of the progress.
-        entries: top left of each region's number.
-        room: width of a caption's lines.
-        labels: of the regions, as far as they fit into a line.
+        pieces: the slots of each snapshot and region.
+        picture: the photo with its masks.
+        corner: top left corner of the picture.
+        size: (width, height) of a frame.
+        header: left, top and right of the progress bar.
+        entries: top left corner of each region's number.
+        room: width of the lines of a caption.
+        labels: the regions' labels, shortened to one line.
     """
 
     trace: Trace
@@ -88,7 +88,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, trace: Trace) -> _Layout:
-        """Captions stand beside the photo if there is room, else below it in columns."""
+        """The layout of a trace: captions beside the photo if there is room, else below it in columns."""
         picture = draw.draw_masks(trace.photo, trace.overlays, _SIDE)
         pieces = [trace.pieces(step) for step in range(len(trace.snapshots))]
         width, height = picture.size
@@ -133,7 +133,7 @@ class _Layout(NamedTuple):
 
 
 def _columns(heights: list[int], columns: int, width: int) -> tuple[list[tuple[int, int]], int]:
-    """Top left of each entry in columns of about equal height, and where the longest column ends."""
+    """Top left corner of each entry in columns of about equal height, and the end of the longest column."""
     share = max(1, sum(heights)) / columns
     places, ends, above = [], [0] * columns, 0.0
     for height in heights:
@@ -167,7 +167,7 @@ def _draw_pieces(pen: ImageDraw, pieces: list[Piece], corner: tuple[int, int], r
 
 
 def _heights(every: list[list[list[Piece]]], overlays: Sequence[draw.Overlay], room: int) -> list[int]:
-    """Of each region's entry: what it needs at the step where it needs most, so that nothing jumps."""
+    """Height of each region's entry at the step where it is highest, so that nothing moves between frames."""
     face = draw.load_font(_TEXT)
     heights = []
     for overlay, steps in zip(overlays, zip(*every, strict=True), strict=True):
@@ -227,9 +227,10 @@ def _length(text: str, face: FreeTypeFont) -> int:
 
 
 def _palette(frame: Image) -> Image:
-    """256 colours for all frames: those that text and boxes are made of, and the frame's own.
+    """The 256 colors of all frames: those of text and boxes, and the frame's own ones.
 
-    Of its own none that text could be taken for: paper would not be white.
+    Colors of the frame that are close to those of text and boxes are left out; else white paper would not
+    stay white.
     """
     from PIL import Image
 

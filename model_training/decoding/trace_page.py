@@ -1,7 +1,7 @@
-"""A trace as one HTML file: the picture inside it, a slider over the steps, and the captions as text.
+"""A trace as one HTML file: the picture, a slider over the steps, and the captions as text.
 
-Without scripts it shows the finished captions. It loads nothing, and its policy forbids it to. Whatever a
-model or a file says is escaped: as text in the page, and as JSON in which no `<` is left.
+Without scripts the page shows the finished captions. It loads nothing, and its content security policy
+forbids it to. Text of a model or a file is escaped: as HTML in the page, and as JSON in which no `<` is left.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WIDE = 1.9
 
 
 def render_page(trace: Trace) -> str:
-    """The page of a trace."""
+    """The HTML page of a trace."""
     last = len(trace.snapshots) - 1
     picture = draw.draw_masks(trace.photo, trace.overlays, _SIDE)
     buffer = io.BytesIO()
@@ -43,11 +43,12 @@ def render_page(trace: Trace) -> str:
 
 
 def playback(trace: Trace) -> dict[str, Any]:
-    """What the page plays.
+    """The data that the page plays.
 
     Returns:
-        steps: of each step its line and the share of slots that is written.
-        regions: of each region and slot the changes, [step, text, state, confidence or None] each.
+        `steps`: for each step, its line and the share of the slots that are written. `regions`: for each
+            region
+        and slot, its changes as [step, text, state, confidence or None].
     """
     steps = []
     regions: list[list[list[list[Any]]]] = [[] for _ in trace.overlays]
@@ -77,14 +78,14 @@ def _entry(trace: Trace, number: int, pieces: list[Piece]) -> str:
 
 
 def _span(piece: Piece) -> str:
-    """A slot; the space before a word stands outside, so that only the word is marked."""
+    """A slot as HTML. The space before a word stands outside, so that only the word is marked."""
     text = piece.text.lstrip(" ")
     space = " " * (len(piece.text) - len(text))
     return f'{space}<span class="{piece.state}">{html.escape(text)}</span>'
 
 
 def _in_script(value: Any) -> str:
-    """JSON that no HTML parser can mistake for the end of its script."""
+    """JSON in which no HTML parser can find the end of its script."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

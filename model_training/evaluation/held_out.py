@@ -80,7 +80,7 @@ def _caption(captioner: RegionCaptioner, config: Evaluation) -> Iterator[tuple[P
     photos = islice(iter_photo_regions(config.corpus), config.images)
     while some := list(islice(photos, 8 * config.batch_size)):
         found = captioner.caption_photos(
-            ((photo.pixels, [region.dense() for region in photo.regions]) for photo in some),
+            ((photo.pixels, photo.masks()) for photo in some),
             config,
             batch_size=config.batch_size,
             regions_per_call=config.regions_per_call,

@@ -133,9 +133,7 @@ class _Bench:
         self.captioner, self.model = captioner, captioner.model
         self.config = config
         photos = islice(iter_photo_regions(config.corpus), config.images)
-        self.photos: list[Photo] = [
-            (photo.pixels, [region.dense() for region in photo.regions]) for photo in photos
-        ]
+        self.photos: list[Photo] = [(photo.pixels, photo.masks()) for photo in photos]
         self.most = self.model.config.num_prompts
         self.length, self.steps = config.max_new_tokens[0], min(config.max_new_tokens[0], max(config.steps))
         kind = self.model.device.type

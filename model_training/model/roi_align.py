@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 SAMPLES = 2
-"""Sample points of a bin along each side, as PerceptionDLM and GAR have it."""
+"""Sample points of a bin along each side, as in PerceptionDLM and GAR."""
 
 
 def roi_align(maps_IYXD: Tensor, boxes_R4: Tensor, map_R: Tensor, size: int, scale: float = 1.0) -> Tensor:
-    """What `torchvision.ops.roi_align` computes with `sampling_ratio=2` and `aligned=True`.
+    """RoI-Align as `torchvision.ops.roi_align` computes it with `sampling_ratio=2` and `aligned=True`.
 
     Args:
         maps_IYXD: feature maps, channels last.
         boxes_R4: (x1, y1, x2, y2) within the map, in cells before scaling.
-        map_R: int64, the map of each region.
+        map_R: int64, the number of each region's map.
         size: bins along each side.
-        scale: the boxes are multiplied by it; at most 1.
+        scale: factor on the boxes, at most 1.
 
     Returns:
         (R, size * size, D), bins row by row.
@@ -42,7 +42,7 @@ def roi_align(maps_IYXD: Tensor, boxes_R4: Tensor, map_R: Tensor, size: int, sca
 
 
 def _neighbors(place_RP: Tensor, cells: int) -> list[tuple[Tensor, Tensor]]:
-    """The two cells around each place and their weights; a place beyond the first or last cell is on it."""
+    """The two cells around each place, with their weights. Places outside the map are moved onto its edge."""
     place_RP = place_RP.clamp(0, cells - 1)
     first_RP = place_RP.floor().clamp(max=max(cells - 2, 0))
     share_RP = place_RP - first_RP

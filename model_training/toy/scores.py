@@ -65,7 +65,7 @@ def score_captioner(
         options: how captions are decoded.
         regions_per_call: regions captioned together; 1 captions them one by one, None as many as possible.
     """
-    inputs = ((photo.pixels, [region.dense() for region in photo.regions]) for photo in photos)
+    inputs = ((photo.pixels, photo.masks()) for photo in photos)
     captioned = captioner.caption_photos(inputs, options, regions_per_call=regions_per_call)
     wrong: Counter[str] = Counter()
     small: list[bool] = []

@@ -69,8 +69,7 @@ def test_captions_come_in_the_callers_order(home, captioner):
     assert [region["caption"] for region in other] == [captions[2], captions[0], captions[1]]
     assert [region["bbox"] for region in one] == [list(box) for box in BOXES]
     scene = read_regions.read_photo_regions(home / "photo.png", masks_of(home, 0, 1, 2))
-    dense = [region.dense() for region in scene.regions]
-    assert captions == captioner.caption(scene.pixels, dense, max_new_tokens=6, steps=3)
+    assert captions == captioner.caption(scene.pixels, scene.masks(), max_new_tokens=6, steps=3)
 
 
 def test_any_number_of_masks_follows_the_option_wherever_and_however_it_stands(home):
@@ -169,7 +168,7 @@ def test_a_caption_that_looks_like_markup_is_printed_as_it_is():
         {"device": "cpu"},
     )
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
-    console.print(caption_photo.render(answer))
+    console.print(caption_photo.render_captions(answer))
     text = console.export_text()
     assert "[b]: [bold]a[/bold] <cup>" in text
     assert "1 region, 2 forwards, 4.0 tokens a forward, 0.50 s on cpu" in text

@@ -121,7 +121,7 @@ def test_a_mask_of_the_same_shape_is_scaled_to_the_nearest_pixel(photo, tmp_path
 
 @pytest.mark.parametrize(
     ("size", "says"),
-    [((64, 64), "64x64, the photo 64x48"), ((48, 64), "48x64, the photo 64x48 (it is turned")],
+    [((64, 64), "64x64, the photo 64x48"), ((48, 64), "48x64, the photo 64x48 (it is rotated")],
 )
 def test_a_mask_of_another_shape_is_an_error_with_both_sizes(size, says, photo, tmp_path):
     path = saved(Image.new("1", size, 1), tmp_path / "mask.png")
@@ -342,7 +342,7 @@ def test_a_corpus_without_what_is_needed_is_an_error(key, image, says, corpus):
 
 def test_masks_without_a_photo_or_with_a_missing_one_are_errors(photo, tmp_path):
     mask = saved(Image.fromarray(rectangle()), tmp_path / "mask.png")
-    with pytest.raises(ConfigError, match="masks of which photo"):
+    with pytest.raises(ConfigError, match="these masks need their photo"):
         read_photo_regions(None, [mask])
     with pytest.raises(ConfigError, match=r"nowhere\.jpg: no such photo"):
         read_photo_regions(tmp_path / "nowhere.jpg", [mask])

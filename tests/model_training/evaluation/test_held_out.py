@@ -56,7 +56,7 @@ def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, 
     assert len(records) == summary.images == 9
     captioner = RegionCaptioner.load(trained, "cpu")
     for scene, record in zip(iter_photo_regions(world), records, strict=False):
-        masks = [region.dense() for region in scene.regions]
+        masks = scene.masks()
         captions = captioner.caption(
             scene.pixels, masks, regions_per_call=together, max_new_tokens=8, steps=4
         )
