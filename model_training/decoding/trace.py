@@ -1,6 +1,6 @@
 """How captions came to be: what each place of each caption held after every decoding step.
 
-`trace_gif` and `trace_page` show a trace. In both, a masked place is a grey box, a token written in this
+`trace_gif` and `trace_page` show a trace. In both, a masked place is a gray box, a token written in this
 step is marked, and a dot is an end of text. What stands after the first end is pale: the caption does not
 have it.
 """

@@ -158,7 +158,7 @@ footer { color: var(--dim); font-size: 14px; padding: 0 20px 20px; max-width: 17
 $entries
 </ol>
 </main>
-<footer>A grey box is a masked slot, <span class="fresh">marked text</span> was written in this step, a dot
+<footer>A gray box is a masked slot, <span class="fresh">marked text</span> was written in this step, a dot
 ends a caption, and pale text behind it is no part of it. Keys: left and right step, space plays.</footer>
 <script type="application/json" id="data">$data</script>
 <script>
