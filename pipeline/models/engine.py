@@ -169,7 +169,7 @@ def _wake_when_it_dies(core: Any) -> None:
     """End every wait for an engine when its process ends.
 
     vLLM 0.32 notices that a process was killed, and refuses calls from then on; but who waits for output or
-    for the answer to a call at that moment is never told.
+    for the answer to a call at that moment never gets an error.
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 

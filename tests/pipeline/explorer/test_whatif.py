@@ -7,6 +7,7 @@ import pytest
 from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.explorer import whatif
 from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.pipeline.stages.registry import STAGES
 from paracaption.schemas.errors import ConfigError
 from tests.pipeline.explorer import corpus
 
@@ -89,3 +90,11 @@ def test_what_is_no_threshold_or_no_value_is_refused(out):
         whatif.change_config(config, {"min_iou": 7})
     with pytest.raises(ConfigError):
         whatif.change_config(config, {"text.min_words": float("nan")})
+
+
+def test_what_a_later_model_would_still_have_to_say_is_not_counted(out):
+    config = reader.read_config(out)
+    wanted = whatif.change_config(config, {"min_verdict_margin": -2.0, "min_iou": 0.1, "text.min_words": 1})
+    stages = [STAGES[name](config) for name in ("verify_category", "agree_with_segmenter", "clean_text")]
+    values = set(whatif._may_pass(stages, config, wanted).args.values())
+    assert {"agree_with_segmenter", "clean_text"} <= values and "verify_category" not in values
