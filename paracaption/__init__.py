@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .model_training.decoding.region_captioner import RegionCaptioner
+    from .pipeline.corpus.reader import Corpus, open_corpus
     from .pipeline.executor.build import build
     from .schemas.config import BuildConfig
     from .schemas.decoding import DecodeOptions
@@ -20,6 +21,7 @@ __all__ = [
     "BadRecord",
     "BuildConfig",
     "ConfigError",
+    "Corpus",
     "DecodeOptions",
     "IntegrityError",
     "ParaCaptionError",
@@ -27,10 +29,13 @@ __all__ = [
     "StageFailed",
     "__version__",
     "build",
+    "open_corpus",
 ]
 
 _HOMES = {
     "build": ".pipeline.executor.build",
+    "open_corpus": ".pipeline.corpus.reader",
+    "Corpus": ".pipeline.corpus.reader",
     "BuildConfig": ".schemas.config",
     "DecodeOptions": ".schemas.decoding",
     "RegionCaptioner": ".model_training.decoding.region_captioner",

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 import paracaption
@@ -32,6 +31,7 @@ def test_the_public_names_are_these():
         "BadRecord",
         "BuildConfig",
         "ConfigError",
+        "Corpus",
         "DecodeOptions",
         "IntegrityError",
         "ParaCaptionError",
@@ -39,6 +39,7 @@ def test_the_public_names_are_these():
         "StageFailed",
         "__version__",
         "build",
+        "open_corpus",
     }
 
 
@@ -67,11 +68,13 @@ def test_a_corpus_is_built_from_keys_and_values_and_a_second_build_changes_nothi
         "subsets": {"sa1b": {"sources": [{"source": "sa1b", "paths": ["sa1b/*.tar"]}]}},
     }
     seen = []
-    out = paracaption.build(config, limit_images=2, on_progress=seen.append)
+    corpus = paracaption.build(config, limit_images=2, on_progress=seen.append)
+    out = Path(corpus.path)
     assert seen[-1].done == seen[-1].pending == 1
-    assert verify.verify(out).ok and pq.read_metadata(out / "index.parquet").num_rows > 0
+    assert corpus.subsets == ["sa1b"] and corpus.summary.kept > 0
+    assert verify.verify(out).ok
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    assert paracaption.build(config, limit_images=2) == out
+    assert paracaption.build(config, limit_images=2).path == corpus.path
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -99,7 +102,7 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
             exec(compiled, names)
     printed = [line for _, code in examples for line in re.findall(r"print\(.*\)  # (.*)", code)]
     assert capsys.readouterr().out.splitlines() == printed
-    assert verify.verify(names["corpus"]).ok
+    assert verify.verify(tmp_path / "corpus").ok
 
 
 def test_the_page_lists_every_public_name():

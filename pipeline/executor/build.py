@@ -8,6 +8,7 @@ from typing import Any
 
 from ...schemas.config import BuildConfig
 from ..config_file import load_config
+from ..corpus.reader import Corpus, open_corpus
 from . import driver, preflight
 from .engine import Engine
 from .findings import refuse_failures
@@ -23,7 +24,7 @@ def build(
     limit_images: int | None = None,
     retry_failed: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
-) -> Path:
+) -> Corpus:
     """Build a corpus, or resume it: whatever is committed is not built again.
 
     Does what `paracaption build` does, without Prefect.
@@ -38,7 +39,7 @@ def build(
         on_progress: called about twice a second, and after each unit.
 
     Returns:
-        The corpus.
+        The corpus, opened for reading.
 
     Raises:
         ConfigError: the configuration cannot work here, or another build holds the folder.
@@ -55,7 +56,7 @@ def build(
         driver.build(config, engine, on_progress=on_progress, **asked)
 
     build_checked(loaded, engine, run, limit_images=limit_images, retry_failed=retry_failed)
-    return Path(loaded.out)
+    return open_corpus(loaded.out)
 
 
 def build_checked(config: BuildConfig, engine: Engine, run: Callable[..., Any], **asked: Any) -> bool:
