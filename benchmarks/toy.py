@@ -24,7 +24,6 @@ import yaml
 
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
-from paracaption.model_training.evaluation import held_out as evaluation
 from paracaption.model_training.toy import world as toy
 from paracaption.model_training.toy.scores import compare_decoding
 from paracaption.model_training.train import curves, metrics
@@ -122,7 +121,7 @@ def main() -> None:
     if not args.table:
         world("train", TRAINED)
         held_out = world("heldout", HELD_OUT)
-        options = evaluation.decoding(load_training(RECIPE).evaluation)
+        options = load_training(RECIPE).evaluation
         for variant in args.variants or VARIANTS:
             folder = train(variant, args.steps, args.alone)
             found = scores_of(folder, held_out, options)

@@ -52,7 +52,7 @@ def write_captions(config: EvaluateConfig, bench: Bench) -> None:
     """Caption the benchmark's images that have no captions yet."""
     from ..model_training.evaluation import run_benchmark
 
-    run_benchmark.caption(
+    run_benchmark.caption_images(
         bench, config.backend(), _folder(config, bench), callbacks.on_evaluation_progress.get()
     )
 
@@ -63,7 +63,9 @@ def ask_judge(config: EvaluateConfig, bench: Bench) -> None:
     from ..model_training.evaluation import run_benchmark
 
     assert config.judge
-    run_benchmark.judge(bench, config.judge, _folder(config, bench), callbacks.on_evaluation_progress.get())
+    run_benchmark.judge_captions(
+        bench, config.judge, _folder(config, bench), callbacks.on_evaluation_progress.get()
+    )
 
 
 @step
@@ -72,8 +74,8 @@ def score(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
     from ..model_training.evaluation import results_page, run_benchmark
 
     folder = _folder(config, bench)
-    result = run_benchmark.to_plain(run_benchmark.score(bench, config.judge, folder))
-    results_page.write(bench, config.label, folder)
+    result = run_benchmark.score_answers(bench, config.judge, folder).to_json()
+    results_page.write_page(bench, config.label, folder)
     rows = [{"number": name, "value": value} for name, value in _flat(result).items()]
     create_table_artifact(key=_artifact("scores", config.label, bench.name), table=rows)
     return result
@@ -89,7 +91,8 @@ def compare_with_truth(config: EvaluateConfig) -> dict[str, Any]:
 
     assert config.toy
     given = captioners.model_options(config.backend())
-    by_mode = scores.compare_decoding(given.load(), list(iter_photo_regions(config.toy)), given.decoding())
+    photos = list(iter_photo_regions(config.toy))
+    by_mode = scores.compare_decoding(given.load_model(), photos, given.decoding())
     found = {name: each._replace(predicted=[])._asdict() for name, each in by_mode.items()}
     out = Path(config.out) / config.label
     out.mkdir(parents=True, exist_ok=True)
@@ -105,9 +108,9 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
     assert config.profile
     given = captioners.model_options(config.backend())
     folder = Path(config.out) / config.label / "profile"
-    rows = profile.profile(given.model, config.profile, folder, given.device, given.dtype)
+    rows = profile.measure_costs(given.model, config.profile, folder, given.device, given.dtype)
     picture = embedded(folder / profile.PLOT)
-    markdown = f"# {config.label}\n\n{picture}\n\n{profile.table(rows)}"
+    markdown = f"# {config.label}\n\n{picture}\n\n{profile.markdown_table(rows)}"
     create_markdown_artifact(key=_artifact("profile", config.label), markdown=markdown)
     seconds = {f"{row.mode} {row.regions}": row.seconds for row in rows if row.study == "regions"}
     return {"seconds": seconds, "device": rows[0].device}

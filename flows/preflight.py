@@ -64,7 +64,7 @@ def check_evaluation(config: EvaluateConfig) -> Iterator[Finding]:
     if config.toy:
         yield _check("toy", _find_corpus, config.toy, None, None)
     if config.profile:
-        yield _check("profile.scenes", _find_corpus, config.profile.scenes, None, None)
+        yield _check("profile.corpus", _find_corpus, config.profile.corpus, None, None)
     yield check_output(config.out)
 
 
@@ -143,7 +143,7 @@ def _find_judge(judge: Judge, backend: Backend) -> str:
 def _find_benchmark(bench: Bench, needs_photos: bool) -> str:
     from ..model_training.evaluation import annotations
 
-    read = annotations.read(bench.folder, bench.kind, bench.photos)
+    read = annotations.read_benchmark(bench.folder, bench.kind, bench.photos)
     if needs_photos and bench.on_missing_photo == "error":
         named = {image.photo for image in read.images[: bench.images]}
         missing = [photo for photo in read.missing_photos() if photo in named]

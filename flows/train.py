@@ -88,7 +88,7 @@ def evaluate(config: TrainConfig, model: str) -> dict[str, Any]:
     from ..model_training.evaluation import held_out
 
     assert config.evaluation
-    summary = held_out.evaluate(Path(model), config.evaluation, Path(config.out), config.device)
+    summary = held_out.evaluate_held_out(Path(model), config.evaluation, Path(config.out), config.device)
     folder = Path(config.out) / held_out.FOLDER
     pictures = sorted((folder / "pictures").iterdir())
     lines = [f"# {model}", "", "| | |", "| --- | --- |"]

@@ -65,8 +65,8 @@ def profile(
     given |= {"regions": tuple(range(1, regions + 1))}
     lists = {"max_new_tokens": max_new_tokens, "steps": steps}
     given |= {name: tuple(values) for name, values in lists.items() if values}
-    rows = measuring.profile(model, ProfileConfig(**given), out, device, dtype, show_row)
-    print(measuring.table(rows), end="")
+    rows = measuring.measure_costs(model, ProfileConfig(**given), out, device, dtype, show_row)
+    print(measuring.markdown_table(rows), end="")
     for name in (measuring.TABLE, measuring.ROWS, measuring.PLOT):
         print(out / name)
 
@@ -94,7 +94,7 @@ def make(
     from ...pipeline.config_file import load_judge
 
     with counting_parts() as show:
-        made = making.make(corpus, to, load_judge(judge), images, show)
+        made = making.make_benchmark(corpus, to, load_judge(judge), images, show)
     print(
         f"{made.questions:,} questions about {made.regions:,} regions of {made.images:,} images, unverified"
     )

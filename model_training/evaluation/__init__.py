@@ -1,13 +1,15 @@
-"""ParaDLC-Bench and DLC-Bench: captions of regions, judged by multiple-choice questions on what they say.
+"""Measures captioners: on ParaDLC-Bench and DLC-Bench with a judge, on held-out photos, and their cost.
 
 | module | what |
 | --- | --- |
-| `annotations` | the published files: images, masks, questions |
-| `captioners` | who is examined: PerceptionDLM, the pipeline's captioners, a file of predictions |
-| `judges` | who answers the questions: a language model in this process, or behind a server |
-| `protocol` | what is asked, how an answer is read, and what it is worth |
-| `examine` | all of that for one captioner and one benchmark, resumable |
-| `quality` | what captions are worth without a judge |
-| `page` | the results to look at |
-| `make` | a benchmark of one's own images |
+| `annotations` | a benchmark's published files: images, masks, questions |
+| `captioners` | the captioners that are measured: PerceptionDLM, those of `build`, a file of predictions |
+| `judges` | the language models that answer questions about captions, in this process or behind a server |
+| `protocol` | the published prompts, how answers are read, and how they are scored |
+| `run_benchmark` | all of these for one captioner on one benchmark, resumable |
+| `results_page` | the results as an HTML page |
+| `quality` | measures of captions that need no judge |
+| `make_benchmark` | a benchmark of one's own images, which `select_images` selects |
+| `held_out` | what a training run says of its model: captions of held-out photos |
+| `profile` | latency and throughput |
 """

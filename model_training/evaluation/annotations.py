@@ -1,12 +1,12 @@
-"""The benchmarks' files: `annotations.json`, `qa.json` and `class_names.json` of a folder, and the photos.
+"""The files of a benchmark: `annotations.json`, `qa.json` and `class_names.json` in a folder, and the photos.
 
 | kind | annotations.json | a region's key |
 | --- | --- | --- |
 | `paradlc` | a list of images, each with its `annotations` and their `mask_rle` | IMAGE_INDEX |
 | `dlc` | COCO instances | the annotation's id |
 
-The regions are those that qa.json has questions for. Boxes and areas are computed from the masks: the files'
-own do not fit them.
+A benchmark's regions are those that qa.json has questions for. Boxes and areas are computed from the masks,
+since those in the files do not fit them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from ...pipeline.io import files, photos
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
-from .protocol import LETTERS, Choice, Kind, Question, recognition
+from .protocol import LETTERS, Choice, Kind, Question, recognition_question
 
 ANNOTATIONS, QUESTIONS, CLASSES = FILES = ("annotations.json", "qa.json", "class_names.json")
 
 
 class BenchRegion(NamedTuple):
-    """A region to caption, and what is asked of its caption.
+    """A region to caption, and the questions about its caption.
 
     Attributes:
         key: its name in all of the benchmark's files.
-        mask: of the photo's size, not empty.
-        class_name: what it is.
+        mask: its mask, of the photo's size and not empty.
+        class_name: its class; captioners do not see it.
         questions: the recognition first.
     """
 
@@ -46,7 +46,7 @@ class BenchRegion(NamedTuple):
     questions: tuple[Question, ...]
 
     def dense(self) -> np.ndarray:
-        """The mask: (H, W) bool."""
+        """The mask as (H, W) bool."""
         return rle.decode(self.mask.rle).astype(bool)
 
 
@@ -54,10 +54,10 @@ class BenchImage(NamedTuple):
     """A photo of a benchmark.
 
     Attributes:
-        name: of the file.
-        photo: where it is looked for.
+        name: name of its file.
+        photo: path or URL where it should be.
         size: (height, width) in pixels.
-        regions: in the order of the annotations; at least one.
+        regions: its regions in the order of the annotations; at least one.
     """
 
     name: str
@@ -66,10 +66,10 @@ class BenchImage(NamedTuple):
     regions: list[BenchRegion]
 
     def pixels(self) -> np.ndarray:
-        """(H, W, 3) uint8 RGB.
+        """Read the photo: (H, W, 3) uint8 RGB.
 
         Raises:
-            ConfigError: the photo is missing, broken, or not of the annotation's size.
+            ConfigError: the photo is missing or damaged, or does not have the annotation's size.
         """
         try:
             pixels = photos.decode(Blob(self.photo), files.read(Blob(self.photo)), Limits().max_pixels)
@@ -80,8 +80,8 @@ class BenchImage(NamedTuple):
         except BadRecord as error:
             raise ConfigError(error.detail) from error
         if pixels.shape[:2] != self.size:
-            shown = f"{pixels.shape[1]}x{pixels.shape[0]}, its annotation {self.size[1]}x{self.size[0]}"
-            raise ConfigError(f"{self.photo}: {shown}; take the photo that the benchmark was made of")
+            sizes = f"{pixels.shape[1]}x{pixels.shape[0]}, its annotation {self.size[1]}x{self.size[0]}"
+            raise ConfigError(f"{self.photo}: {sizes}; take the photo that the benchmark was made of")
         return pixels
 
 
@@ -89,10 +89,10 @@ class Benchmark(NamedTuple):
     """A benchmark.
 
     Attributes:
-        kind: whose protocol it has.
-        images: in the order of the annotations.
-        digest: changes when images, masks or questions do.
-        unverified: questions that nobody has looked at yet (see `make`).
+        kind: which protocol it follows.
+        images: its images in the order of the annotations.
+        digest: a digest of images, masks and questions.
+        unverified: number of questions that nobody has reviewed yet, see `make_benchmark`.
     """
 
     kind: Kind
@@ -101,99 +101,100 @@ class Benchmark(NamedTuple):
     unverified: int
 
     def regions(self) -> Iterator[BenchRegion]:
-        """Of all images."""
+        """The regions of all images."""
         return (region for image in self.images for region in image.regions)
 
     def missing_photos(self) -> list[str]:
-        """Photos that are not there."""
+        """Photos that do not exist."""
         return [image.photo for image in self.images if not files.expand(image.photo)]
 
 
-def read(folder: str | Path, kind: Kind, photo_folder: str | Path | None = None) -> Benchmark:
+def read_benchmark(folder: str | Path, kind: Kind, photo_folder: str | Path | None = None) -> Benchmark:
     """Read a benchmark's files.
 
     Args:
-        folder: with the three files.
-        kind: of the two.
-        photo_folder: None: `images` beside the files.
+        folder: folder with the three files.
+        kind: layout of annotations.json, and protocol.
+        photo_folder: folder or URL of the photos; by default `images` beside the files.
 
     Raises:
-        ConfigError: a file is missing or damaged, or names what another does not have; names file and key.
+        ConfigError: a file is missing or damaged, or refers to something that another file lacks. The message
+            names file and key.
     """
     folder = Path(folder)
-    raw = {name: _load(folder / name) for name in FILES}
-    places = _paradlc(raw[ANNOTATIONS], folder) if kind == "paradlc" else _dlc(raw[ANNOTATIONS], folder)
+    raw = {name: _read_json(folder / name) for name in FILES}
+    read_masks = _paradlc_masks if kind == "paradlc" else _dlc_masks
+    masks = read_masks(raw[ANNOTATIONS], folder)
     digest = hashlib.sha256()
     root = photo_folder or folder / "images"
     images: dict[str, BenchImage] = {}
     unverified = 0
     for key, asked in raw[QUESTIONS].items():
-        if key not in places:
+        if key not in masks:
             raise ConfigError(
-                f"{folder / ANNOTATIONS}: no region {key}, which {QUESTIONS} asks about; mend either"
+                f"{folder / ANNOTATIONS}: no region {key}, which {QUESTIONS} asks about; correct either file"
             )
         if key not in raw[CLASSES]:
             raise ConfigError(f"{folder / CLASSES}: no class name for {key}; add it")
-        place, class_name = places[key], raw[CLASSES][key]
-        questions = (recognition(kind, class_name), *_questions(asked, folder, key))
+        (name, mask), class_name = masks[key], raw[CLASSES][key]
+        questions = (recognition_question(kind, class_name), *_questions(asked, folder, key))
         unverified += sum(isinstance(each, dict) and each.get("verified") is False for each in asked)
-        digest.update(msgspec.json.encode([key, place.mask.rle, questions]))
-        image = images.setdefault(
-            place.name, BenchImage(place.name, f"{root}/{Path(place.name).name}", place.mask.rle.size, [])
-        )
-        image.regions.append(BenchRegion(key, place.mask, class_name, questions))
+        digest.update(msgspec.json.encode([key, mask.rle, questions]))
+        image = images.setdefault(name, BenchImage(name, f"{root}/{Path(name).name}", mask.rle.size, []))
+        image.regions.append(BenchRegion(key, mask, class_name, questions))
     if not images:
         raise ConfigError(f"{folder / QUESTIONS}: no questions")
-    order = {key: number for number, key in enumerate(places)}
+    order = {key: number for number, key in enumerate(masks)}
     ordered = sorted(images.values(), key=lambda image: min(order[region.key] for region in image.regions))
     for image in ordered:
         image.regions.sort(key=lambda region: order[region.key])
     return Benchmark(kind, ordered, digest.hexdigest()[:16], unverified)
 
 
-class _Place(NamedTuple):
-    name: str
-    mask: rle.Mask
+_Masks = dict[str, tuple[str, rle.Mask]]
+"""For each region's key, the name of its photo's file and its mask."""
 
 
-def _load(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     try:
         return msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; a benchmark is {', '.join(FILES)}") from error
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{path}: no JSON ({error}); fetch it again") from error
+        raise ConfigError(f"{path}: not JSON ({error}); download it again") from error
 
 
-def _paradlc(raw: Any, folder: Path) -> dict[str, _Place]:
-    found: dict[str, _Place] = {}
+def _paradlc_masks(raw: Any, folder: Path) -> _Masks:
+    found: _Masks = {}
     path = folder / ANNOTATIONS
-    for number, image in enumerate(raw if isinstance(raw, list) else _refuse(path, "no list of images")):
+    if not isinstance(raw, list):
+        raise ConfigError(f"{path}: not a list of images; name the other kind, or correct the file")
+    for number, image in enumerate(raw):
         with _named(path, f"image {number}"):
             size = (image["height"], image["width"])
             for annotation in image["annotations"]:
                 key = f"{image['image_id']}_{annotation['index']}"
-                found[key] = _Place(image["file_name"], _mask(annotation["mask_rle"], size, path, key))
+                found[key] = (image["file_name"], _check_mask(annotation["mask_rle"], size, path, key))
     return found
 
 
-def _dlc(raw: Any, folder: Path) -> dict[str, _Place]:
+def _dlc_masks(raw: Any, folder: Path) -> _Masks:
     path = folder / ANNOTATIONS
-    found: dict[str, _Place] = {}
-    with _named(path, "images"):
-        images = {image["id"]: image for image in raw["images"]}
-    for number, annotation in enumerate(raw["annotations"]):
+    found: _Masks = {}
+    with _named(path, "images and annotations"):
+        images, annotations = {image["id"]: image for image in raw["images"]}, raw["annotations"]
+    for number, annotation in enumerate(annotations):
         with _named(path, f"annotation {number}"):
             image, key = images[annotation["image_id"]], str(annotation["id"])
             size = (image["height"], image["width"])
-            found[key] = _Place(image["file_name"], _mask(annotation["segmentation"], size, path, key))
+            found[key] = (image["file_name"], _check_mask(annotation["segmentation"], size, path, key))
     return found
 
 
-def _mask(raw: Any, size: tuple[int, int], path: Path, key: str) -> rle.Mask:
+def _check_mask(raw: Any, size: tuple[int, int], path: Path, key: str) -> rle.Mask:
     (mask,) = rle.check_all([raw], *size)
     if isinstance(mask, BadRecord):
-        raise ConfigError(f"{path}: region {key}: {mask.detail}; mend it there")
+        raise ConfigError(f"{path}: region {key}: {mask.detail}; correct it there")
     return mask
 
 
@@ -208,14 +209,10 @@ def _questions(raw: Any, folder: Path, key: str) -> Iterator[Question]:
 
 @contextmanager
 def _named(path: Path, where: str) -> Iterator[None]:
-    """Says where a record is that has not the form it should have."""
+    """Name the file and the record in the error if a record does not have the published form."""
     try:
         yield
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: {where}: not as published ({error!r}); mend it") from error
-
-
-def _refuse(path: Path, why: str) -> Any:
-    raise ConfigError(f"{path}: {why}; name the other kind, or mend the file")
+        raise ConfigError(f"{path}: {where}: not in the published form ({error!r}); correct it") from error

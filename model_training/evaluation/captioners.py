@@ -1,6 +1,6 @@
-"""Who is examined: PerceptionDLM in every way of decoding, the pipeline's captioners, a file of predictions.
+"""The captioners that a benchmark measures: PerceptionDLM, the captioners of `build`, a file of predictions.
 
-No captioner sees a region's class name: it is what the first question asks about.
+No captioner sees a region's class name, since the first question asks about it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ PERCEPTIONDLM, PREDICTIONS = "perceptiondlm", "predictions"
 
 
 class Captions(NamedTuple):
-    """What an image's regions were called, and at what price.
+    """The captions of one image's regions, and what they cost.
 
     Attributes:
-        texts: in the order of the regions; None where there is none.
-        seconds: for the image, reading it not counted.
-        forwards, tokens: of the language model, and slots filled; 0 where nobody counts them.
-        problems: why there is no text, by the region's key.
+        texts: captions in the order of the regions; None where there is none.
+        seconds: time for the image, without reading it.
+        forwards: forward passes of the language model; 0 if the captioner does not count them.
+        tokens: tokens that were decoded; 0 if the captioner does not count them.
+        problems: for each region without a caption, by its key, the reason.
     """
 
     texts: list[str | None]
@@ -42,19 +43,19 @@ class Captions(NamedTuple):
 
 
 class BenchCaptioner(Protocol):
-    """Describes the regions of one image after another.
+    """A captioner that a benchmark measures. It describes one image after the other.
 
     Attributes:
-        needs_photos: whether it looks at them.
+        needs_photos: whether it reads the photos.
     """
 
     needs_photos: bool
 
     def caption(self, image: BenchImage) -> Captions:
-        """Of all regions of an image.
+        """Describe all regions of an image.
 
         Raises:
-            ConfigError: the photo is missing or not the annotation's.
+            ConfigError: the photo is missing or does not have the annotation's size.
         """
         ...
 
@@ -64,9 +65,10 @@ class ModelOptions(BackendOptions, frozen=True):
 
     Attributes:
         model: folder of a saved model.
-        device, dtype: as `RegionCaptioner.load` takes them.
-        regions_per_call: captioned together; 1: one by one; None: the most that the model can.
-        decode: how captions are decoded, see `schemas.decoding.DecodeOptions`.
+        device, dtype: see `RegionCaptioner.load`.
+        regions_per_call: the most regions that are captioned together; 1 captions them one by one, None
+            takes as many as the model can.
+        decode: fields of `schemas.decoding.DecodeOptions`.
     """
 
     model: str
@@ -76,33 +78,37 @@ class ModelOptions(BackendOptions, frozen=True):
     decode: dict[str, Any] = {}
 
     def decoding(self) -> DecodeOptions:
-        """What `decode` says.
+        """How captions are decoded.
 
         Raises:
-            ConfigError: it has an unknown option, or a wrong one.
+            ConfigError: `decode` has an unknown option or a wrong value.
         """
         return DecodeOptions.checked(self.decode, "captioner.options.decode")
 
-    def load(self) -> RegionCaptioner:
-        """The model on its device.
+    def load_model(self) -> RegionCaptioner:
+        """Open the model on its device.
 
         Raises:
-            ConfigError: as `RegionCaptioner.load`.
+            ConfigError: see `RegionCaptioner.load`.
         """
         return RegionCaptioner.load(self.model, self.device, self.dtype)
 
 
 class PredictionOptions(BackendOptions, frozen=True):
-    """The options of `predictions`: `path` of a JSON {key: caption}, as the original's scripts write it."""
+    """The options of `predictions`.
+
+    Attributes:
+        path: JSON file {key: caption}, as the benchmarks' published scripts write it.
+    """
 
     path: str
 
 
 def identity(backend: Backend) -> dict[str, str]:
-    """What a captioner's answers depend on, without loading it.
+    """Everything that a captioner's captions depend on. The captioner is not loaded.
 
     Raises:
-        ConfigError: no such captioner, or an option is wrong.
+        ConfigError: there is no such captioner, or an option is wrong.
     """
     if backend.name == PERCEPTIONDLM:
         given = model_options(backend)
@@ -114,9 +120,9 @@ def identity(backend: Backend) -> dict[str, str]:
         together = {"regions_per_call": str(given.regions_per_call)}
         return {"name": backend.name, "weights": weights.identity(given.model), **together, **shown}
     if backend.name == PREDICTIONS:
-        path = Path(_read(PredictionOptions, backend).path)
+        path = Path(_read_options(PredictionOptions, backend).path)
         if not path.is_file():
-            raise ConfigError(f"captioner.options.path: {path}: no such file")
+            raise ConfigError(f"captioner.options.path: {path}: no such file; name a JSON of captions by key")
         return {"name": backend.name, "predictions": weights.identity(path)}
     kind = registry.find_backend("captioner", backend)
     if hasattr(kind, "identity"):
@@ -125,33 +131,33 @@ def identity(backend: Backend) -> dict[str, str]:
 
 
 def model_options(backend: Backend) -> ModelOptions:
-    """The options of a `perceptiondlm`.
+    """Check the options of a `perceptiondlm`.
 
     Raises:
-        ConfigError: one is unknown or wrong.
+        ConfigError: an option is unknown or wrong.
     """
-    return _read(ModelOptions, backend)
+    return _read_options(ModelOptions, backend)
 
 
-def load(backend: Backend) -> BenchCaptioner:
-    """Build a captioner.
+def load_captioner(backend: Backend) -> BenchCaptioner:
+    """Build the captioner that a configuration names.
 
     Raises:
-        ConfigError: no such captioner, or an option is wrong.
+        ConfigError: there is no such captioner, or an option is wrong.
     """
     if backend.name == PERCEPTIONDLM:
-        return _Model(model_options(backend))
+        return _PerceptionDLM(model_options(backend))
     if backend.name == PREDICTIONS:
-        return _Predictions(_read(PredictionOptions, backend))
-    return _Pipeline(registry.load_backend("captioner", backend))
+        return _Predictions(_read_options(PredictionOptions, backend))
+    return _BuildCaptioner(registry.load_backend("captioner", backend))
 
 
-class _Model:
+class _PerceptionDLM:
     needs_photos = True
 
     def __init__(self, options: ModelOptions):
         self.options = options
-        self.captioner = options.load()
+        self.captioner = options.load_model()
 
     def caption(self, image: BenchImage) -> Captions:
         inputs = [(image.pixels(), [region.dense() for region in image.regions])]
@@ -161,7 +167,7 @@ class _Model:
         return Captions([*found.captions], found.seconds, found.forwards, found.tokens)
 
 
-class _Pipeline:
+class _BuildCaptioner:
     needs_photos = True
 
     def __init__(self, captioner: Any):
@@ -169,7 +175,7 @@ class _Pipeline:
 
     def caption(self, image: BenchImage) -> Captions:
         blob = Blob(image.photo)
-        image.pixels()  # a photo that is missing or another one's is said before the model is asked
+        image.pixels()  # a missing photo or one of another size is an error before the model is asked
         header = photos.probe(blob, Limits().max_pixels)
         regions = [
             Region(number, region.mask.rle, region.mask.bbox, region.mask.area)
@@ -200,7 +206,7 @@ class _Predictions:
         try:
             found = msgspec.json.decode(self.path.read_bytes(), type=dict[str, Any])
         except (OSError, msgspec.MsgspecError) as error:
-            raise ConfigError(f"{self.path}: no JSON of captions by key ({error}); mend it") from error
+            raise ConfigError(f"{self.path}: not a JSON of captions by key ({error}); correct it") from error
         self.captions = {key: text for key, text in found.items() if isinstance(text, str)}
 
     def caption(self, image: BenchImage) -> Captions:
@@ -213,5 +219,5 @@ class _Predictions:
         return Captions(texts, problems=absent)
 
 
-def _read(kind: Any, backend: Backend) -> Any:
+def _read_options(kind: Any, backend: Backend) -> Any:
     return read_options(kind, backend.options, "captioner.options")

@@ -1,7 +1,7 @@
-"""A trained model on photos that it has not seen: its captions beside the corpus's, in numbers and pictures.
+"""A trained model on held-out photos: its captions beside the corpus's, in numbers and pictures.
 
-OUT/evaluation/ gets `captions.jsonl` (an image a line), `pictures/` and `summary.json`. The judged benchmarks
-are another matter; this is what a run says of itself when it is done.
+A training run ends with this, and needs no judge for it. OUT/evaluation/ gets `captions.jsonl` (one line per
+image), `pictures/` and `summary.json`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ FOLDER = "evaluation"
 
 
 class Summary(NamedTuple):
-    """Of a model's captions.
+    """Numbers of a model's captions.
 
     Attributes:
-        images, regions: how many were captioned.
-        exact: share of captions equal to the corpus's.
-        words: mean of a caption.
+        images, regions: number of images and regions that were captioned.
+        exact: share of captions that equal the corpus's.
+        words: mean number of words in a caption.
         empty: share of captions without a word.
-        forwards: passes of the language model, an image.
-        tokens_per_forward: slots filled by a pass.
-        seconds: an image, on whatever it ran on.
-        device: that.
+        forwards: forward passes of the language model per image.
+        tokens_per_forward: tokens decoded by one forward pass.
+        seconds: time per image.
+        device: the device that it ran on.
     """
 
     images: int
@@ -46,17 +46,17 @@ class Summary(NamedTuple):
     device: str
 
 
-def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -> Summary:
-    """Caption a corpus's images, and write what came of it to OUT/evaluation.
+def evaluate_held_out(model: Path, config: Evaluation, out: Path, device: str = "auto") -> Summary:
+    """Caption the images of a held-out corpus, and write captions, pictures and numbers to OUT/evaluation.
 
     Args:
         model: folder of a saved model.
-        config: which corpus, and how to decode.
-        out: folder of the run.
-        device: as torch names it, or "auto".
+        config: the corpus, and how captions are decoded.
+        out: folder of the training run.
+        device: a device of torch, or "auto".
 
     Raises:
-        ConfigError: no corpus, no model, or options that do not suit it.
+        ConfigError: there is no corpus or no model, or an option does not suit the model.
     """
     captioner = RegionCaptioner.load(model, device)
     folder = out / FOLDER
@@ -76,7 +76,7 @@ def evaluate(model: Path, config: Evaluation, out: Path, device: str = "auto") -
 
 
 def _caption(captioner: RegionCaptioner, config: Evaluation) -> Iterator[tuple[PhotoRegions, RegionCaptions]]:
-    """Some photos at a time: batches are full, and few photos are in memory."""
+    """Caption a few batches of photos at a time, so that batches are full and few photos are in memory."""
     photos = islice(iter_photo_regions(config.corpus), config.images)
     while some := list(islice(photos, 8 * config.batch_size)):
         found = captioner.caption_photos(

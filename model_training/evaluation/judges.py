@@ -1,7 +1,7 @@
-"""Who answers the questions about captions: a language model in this process, or one behind a server.
+"""The judges that answer questions about captions: a language model in this process or behind a server.
 
-Both are asked as published: one user turn, greedy, at most 300 tokens, the answer free text that
-`protocol.parse` reads. A judge that sees images first gets a crop around the region and its mask.
+Both are asked as published: one user turn, greedy decoding, at most 300 tokens of free text, which
+`protocol.parse_answer` reads. A judge that sees images also gets a crop around the region and its mask.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from .protocol import MAX_TOKENS
 if TYPE_CHECKING:
     from ...pipeline.models.engine import Engine
 
-COMPACT = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
-"""Of the engine: a small model that may put any white space into its JSON never comes to the end of it."""
+COMPACT_JSON = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
+"""Settings of the engine. A small model that may put any white space into its JSON may never finish it."""
 
 _LEAST_PX = 56
-"""A region's box is taken to be at least so large before its surroundings are cut out with it."""
+"""Least side of a region's box in pixels; smaller ones are enlarged before their surroundings are cut out."""
 
 
-class Asked(NamedTuple):
-    """What a judge is asked.
+class JudgeRequest(NamedTuple):
+    """One request to a judge.
 
     Attributes:
-        prompt: the user's turn.
-        pictures: that it looks at, PNG bytes each: a crop and its mask, or none.
-        schema: JSON schema that constrains the answer; None: free text.
-        max_tokens: of the answer.
+        prompt: text of the user's turn.
+        pictures: PNG bytes of a crop and of its mask; empty for a judge that sees no images.
+        schema: JSON schema that the answer must follow; None for free text.
+        max_tokens: length of the answer, at most.
     """
 
     prompt: str
@@ -50,31 +50,31 @@ class Asked(NamedTuple):
 
 
 class BenchJudge(Protocol):
-    """Answers prompts in free text.
+    """Answers requests with text.
 
     Attributes:
-        sees_images: whether it wants pictures.
+        sees_images: whether it uses the pictures of a request.
     """
 
     sees_images: bool
 
-    def answer(self, asked: Sequence[Asked]) -> Iterator[tuple[int, str | BadRecord]]:
-        """(position, answer) of each, in whatever order they come; a `BadRecord` for one that has none."""
+    def answer(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, str | BadRecord]]:
+        """Yield (position, answer) of each request, in any order; a `BadRecord` where there is no answer."""
         ...
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the engine or the connection."""
         ...
 
 
 class ChatOptions(ServerOptions, frozen=True, kw_only=True):
-    """The options of `openai`: those of the server, and `images`: whether the model is shown pictures."""
+    """The options of `openai`: those of the server, and `images`, whether the model is shown pictures."""
 
     images: bool = False
 
 
 def identity(config: Judge) -> dict[str, str]:
-    """What a judge's answers depend on, without loading it.
+    """Everything that a judge's answers depend on. The judge is not loaded.
 
     Raises:
         ConfigError: an option is wrong.
@@ -85,8 +85,8 @@ def identity(config: Judge) -> dict[str, str]:
     return {"name": "openai", "images": str(given.images), **given.identity()}
 
 
-def load(config: Judge) -> BenchJudge:
-    """Build a judge.
+def load_judge(config: Judge) -> BenchJudge:
+    """Build the judge that a configuration names.
 
     Raises:
         ConfigError: an option is wrong.
@@ -94,17 +94,17 @@ def load(config: Judge) -> BenchJudge:
     if config.name != "vllm":
         return ServedChat(config)
     options = read_options(vllm_judge.VllmOptions, config.options, "judge.options")
-    options = msgspec.structs.replace(options, engine={**COMPACT, **options.engine})
+    options = msgspec.structs.replace(options, engine={**COMPACT_JSON, **options.engine})
     folder = weights.folder(options.model, "judge.options.model")
     return VllmChat(vllm_judge.start_engine(folder, options), options.max_in_flight)
 
 
 class VllmChat:
-    """A language model in this process; it sees no images.
+    """A language model in this process. It sees no images.
 
     Args:
-        engine: with a chat model.
-        max_in_flight: prompts inside the engine at once.
+        engine: engine of a chat model.
+        max_in_flight: number of prompts inside the engine at once.
     """
 
     sees_images = False
@@ -113,26 +113,25 @@ class VllmChat:
         self.engine, self.max_in_flight = engine, max_in_flight
         self._control = sorted(self.engine.tokenizer.get_added_vocab(), key=len, reverse=True)
 
-    def answer(self, asked: Sequence[Asked]) -> Iterator[tuple[int, str | BadRecord]]:
-        """As `BenchJudge`."""
+    def answer(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, str | BadRecord]]:
+        """See `BenchJudge.answer`."""
         from vllm import TokensPrompt
 
         from ...pipeline.models.engine import Request
 
-        most = self.engine.engine.model_config.max_model_len
-        prompts = [self._tokens(each.prompt) for each in asked]
-        fit = [len(tokens) + each.max_tokens <= most for tokens, each in zip(prompts, asked, strict=True)]
+        max_len = self.engine.engine.model_config.max_model_len
+        prompts = [self._tokens(request.prompt) for request in requests]
+        room = [max_len - request.max_tokens for request in requests]
         for number, tokens in enumerate(prompts):
-            if not fit[number]:
-                room = most - asked[number].max_tokens
-                detail = f"{len(tokens)} tokens, {room} fit; raise judge.options.engine.max_model_len"
+            if len(tokens) > room[number]:
+                detail = f"{len(tokens)} tokens, {room[number]} fit; raise judge.options.engine.max_model_len"
                 yield number, BadRecord(Reason.MODEL_ERROR, detail)
-        requests = (
-            Request(number, TokensPrompt(prompt_token_ids=tokens), _params(asked[number]))
+        fitting = (
+            Request(number, TokensPrompt(prompt_token_ids=tokens), _params(requests[number]))
             for number, tokens in enumerate(prompts)
-            if fit[number]
+            if len(tokens) <= room[number]
         )
-        for number, output in self.engine.run(requests, self.max_in_flight):
+        for number, output in self.engine.run(fitting, self.max_in_flight):
             yield number, output.text
 
     def close(self) -> None:
@@ -146,12 +145,12 @@ class VllmChat:
         )
 
 
-def _params(asked: Asked) -> Any:
+def _params(request: JudgeRequest) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    constraint = StructuredOutputsParams(json=asked.schema) if asked.schema else None
-    return SamplingParams(temperature=0.0, max_tokens=asked.max_tokens, structured_outputs=constraint)
+    constraint = StructuredOutputsParams(json=request.schema) if request.schema else None
+    return SamplingParams(temperature=0.0, max_tokens=request.max_tokens, structured_outputs=constraint)
 
 
 class ServedChat:
@@ -162,47 +161,47 @@ class ServedChat:
         self.sees_images = self.options.images
         self.client = ChatClient(self.options, "judge.options")
 
-    def answer(self, asked: Sequence[Asked]) -> Iterator[tuple[int, str | BadRecord]]:
-        """As `BenchJudge`.
+    def answer(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[int, str | BadRecord]]:
+        """See `BenchJudge.answer`.
 
         Raises:
             StageFailed: the server is down, refuses the key or does not know the model.
         """
-        bodies = (Ask(number, self._body(each)) for number, each in enumerate(asked))
-        yield from self.client.run(bodies, _text).items()
+        bodies = (Ask(number, self._body(request)) for number, request in enumerate(requests))
+        yield from self.client.run(bodies, _answer_of).items()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no connection is kept."""
 
-    def _body(self, asked: Asked) -> dict[str, Any]:
-        content: Any = asked.prompt
-        if asked.pictures:
-            pairs = zip(("The image:\n", "\nThe mask of the image:\n"), asked.pictures, strict=True)
-            content = [part for title, picture in pairs for part in (_said(title), _picture(picture))]
-            content.append(_said(f"\n{asked.prompt}\n"))
-        limit = self.options.max_tokens or asked.max_tokens
+    def _body(self, request: JudgeRequest) -> dict[str, Any]:
+        content: Any = request.prompt
+        if request.pictures:
+            pairs = zip(("The image:\n", "\nThe mask of the image:\n"), request.pictures, strict=True)
+            content = [part for title, png in pairs for part in (_text_part(title), _image_part(png))]
+            content.append(_text_part(f"\n{request.prompt}\n"))
+        limit = self.options.max_tokens or request.max_tokens
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": limit, "top_p": 1}
-        if asked.schema:
-            named = {"name": "answer", "strict": True, "schema": asked.schema}
+        if request.schema:
+            named = {"name": "answer", "strict": True, "schema": request.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": named}
         return body
 
 
-def _text(choice: dict[str, Any]) -> str:
+def _answer_of(choice: dict[str, Any]) -> str:
     text = choice["message"].get("content")
     if not isinstance(text, str):
         raise BadRecord(Reason.ANSWER_INVALID, f"the answer is no text: {str(text)[:60]!a}")
     return text
 
 
-def _said(text: str) -> dict[str, Any]:
+def _text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _picture(data: bytes) -> dict[str, Any]:
+def _image_part(png: bytes) -> dict[str, Any]:
     return {
         "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}"},
+        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"},
     }
 
 
@@ -210,15 +209,18 @@ def _chat_options(config: Judge) -> ChatOptions:
     return read_options(ChatOptions, config.options, "judge.options")
 
 
-def focal(pixels: np.ndarray, mask: np.ndarray) -> tuple[bytes, bytes]:
-    """What a judge sees of a region: the photo around it and the mask, as PNGs of three boxes a side.
+def crop_and_mask(pixels: np.ndarray, mask: np.ndarray) -> tuple[bytes, bytes]:
+    """The pictures of a region that a judge sees: the photo around it, and the mask cut out in the same way.
 
-    The box in the middle is the region's, grown to 56 pixels a side where it is smaller; what would lie
-    outside of the photo is cut off.
+    The crop has three times the height and the width of the region's box, which is in its middle and is
+    enlarged to at least 56 pixels a side. What would lie outside of the photo is cut off.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
         mask: (H, W) bool, not empty.
+
+    Returns:
+        PNG bytes of the crop and of the mask.
     """
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]

@@ -1,13 +1,13 @@
-"""A benchmark of one's own images: regions that are easily confused, questions that a language model drafts.
+"""Makes a benchmark of one's own images: regions that are easily confused, questions drafted by a model.
 
     TO/
         images/                                     the photos, as the corpus has them
-        annotations.json qa.json class_names.json   as ParaDLC-Bench's; each question says "verified": false
-        drafts.jsonl                                what the model drafted, a line a region: done is done
-        review.html                                 questions to accept or reject; gives a reviewed qa.json
+        annotations.json qa.json class_names.json   ParaDLC-Bench's files; each question has "verified": false
+        drafts.jsonl                                the model's drafts, one line per region; resumed from
+        review.html                                 page to accept or reject questions, and save qa.json
 
-The model names aspects and values, and things that a caption of this region must not speak of; the choices
-and their worth are put around them as ParaDLC-Bench has them.
+The model names aspects of a region with their values, and things that a caption of the region must not
+mention. Questions with choices and scores are made of them as in ParaDLC-Bench.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...schemas.errors import BadRecord, StageFailed
 from ...schemas.evaluation import Judge
 from ...schemas.sample import Sample, SampleRegion
 from . import annotations, judges, results_page, select_images
-from .judges import Asked
+from .judges import JudgeRequest
 from .run_benchmark import Progress
 
 log = logging.getLogger(__name__)
@@ -36,23 +36,23 @@ log = logging.getLogger(__name__)
 DRAFTS, REVIEW = "drafts.jsonl", "review.html"
 _WHICH = "Which of the following is applicable to the description?"
 _MAX_TOKENS = 600
-_AT_ONCE = 64
+_REGIONS_AT_ONCE = 64
 
 
 class Aspect(msgspec.Struct):
-    """Something to see of a region: "color of the shirt", "black"."""
+    """Something that can be seen of a region, such as "color of the shirt" with the value "black"."""
 
     aspect: str
     value: str
 
 
-class Drafted(msgspec.Struct):
-    """What a model drafted.
+class DraftContent(msgspec.Struct):
+    """What a model drafts for a region.
 
     Attributes:
         positive: what a caption should say.
-        elsewhere: things beside the region, which a caption of it should not speak of.
-        absent: parts that such a thing often has and this one has not.
+        elsewhere: things beside the region, which its caption should not mention.
+        absent: parts that such a thing often has and this one does not.
     """
 
     positive: list[Aspect]
@@ -61,15 +61,15 @@ class Drafted(msgspec.Struct):
 
 
 class Draft(msgspec.Struct):
-    """That, of which region, and a digest of the model and what it was asked."""
+    """A line of drafts.jsonl: region, digest of the model and its prompt, and what the model drafted."""
 
     key: str
     digest: str
-    drafted: Drafted
+    drafted: DraftContent
 
 
 class _Region(NamedTuple):
-    """A chosen region, and what the model is asked of it."""
+    """A chosen region, its prompt, and a digest of the model and the prompt."""
 
     key: str
     name: str
@@ -78,7 +78,12 @@ class _Region(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What was made: images, regions, questions, and regions for which the model drafted none."""
+    """Numbers of a new benchmark.
+
+    Attributes:
+        images, regions, questions: how many it has.
+        without: regions that were left out, since the model drafted no question for them.
+    """
 
     images: int
     regions: int
@@ -86,34 +91,34 @@ class Made(NamedTuple):
     without: int
 
 
-def make(
-    out: str | Path, to: Path, config: Judge, images: int = 100, progress: Progress | None = None
+def make_benchmark(
+    corpus: str | Path, to: Path, config: Judge, num_images: int = 100, progress: Progress | None = None
 ) -> Made:
     """Make a benchmark of a corpus.
 
     Args:
-        out: a build's, merged.
-        to: folder of the benchmark; what the same model drafted there on the same captions is taken as it is.
-        config: the model that drafts.
-        images: at most.
+        corpus: a merged corpus.
+        to: folder of the benchmark. Drafts of the same model for the same captions that lie there are used.
+        config: the model that drafts questions.
+        num_images: number of images, at most.
         progress: called as questions are drafted.
 
     Raises:
-        ConfigError: no corpus, none of its images is fit, or the drafter's options are wrong.
+        ConfigError: there is no corpus, none of its images is suitable, or the model's options are wrong.
         StageFailed: no region got a question.
     """
-    samples = [_read(out, chosen) for chosen in select_images.choose(out, images)]
+    samples = [_read_sample(corpus, chosen) for chosen in select_images.choose_images(corpus, num_images)]
     regions = list(_regions((sample for sample, _ in samples), config))
     (to / "images").mkdir(parents=True, exist_ok=True)
-    _draft(regions, config, to / DRAFTS, progress)
-    drafts = _drafts(to / DRAFTS)
+    _write_drafts(regions, config, to / DRAFTS, progress)
+    drafts = _read_drafts(to / DRAFTS)
     questions = {
         region.key: found
         for region in regions
         if region.digest in drafts and (found := list(_questions(region.name, drafts[region.digest])))
     }
     if not questions:
-        raise StageFailed(f"{to}: no region got a question; take a model that follows instructions")
+        raise StageFailed(f"{to}: no region got a question; choose a model that follows instructions")
     kept = [pair for pair in samples if any(_key(pair[0], region) in questions for region in pair[0].regions)]
     for sample, photo in kept:
         with files.write_atomic(to / "images" / _photo_name(sample)) as file:
@@ -123,15 +128,15 @@ def make(
     names = {region.key: region.name for region in regions if region.key in questions}
     files.write_json(to / annotations.CLASSES, names)
     _write_review(to)
-    asked = sum(map(len, questions.values()))
-    return Made(len(kept), len(questions), asked, len(regions) - len(questions))
+    num_questions = sum(map(len, questions.values()))
+    return Made(len(kept), len(questions), num_questions, len(regions) - len(questions))
 
 
-def _read(out: str | Path, chosen: select_images.Chosen) -> tuple[Sample, bytes]:
+def _read_sample(corpus: str | Path, image: select_images.ChosenImage) -> tuple[Sample, bytes]:
     """The image with its chosen regions, and its photo's bytes."""
-    sample, photo = reader.Corpus(out).read_sample(chosen.rows[0])
-    taken = {row["region"] for row in chosen.rows}
-    regions = [region for region in sample.regions if region.id in taken]
+    sample, photo = reader.Corpus(corpus).read_sample(image.rows[0])
+    chosen = {row["region"] for row in image.rows}
+    regions = [region for region in sample.regions if region.id in chosen]
     return msgspec.structs.replace(sample, regions=regions), photo
 
 
@@ -152,67 +157,69 @@ def _name(region: SampleRegion) -> str:
 
 
 def _regions(samples: Iterable[Sample], config: Judge) -> Iterator[_Region]:
-    who, template = judges.identity(config), _prompt()
+    identity, template = judges.identity(config), _read_template()
     for sample in samples:
         for region in sample.regions:
             others = [f"- {_name(other)}: {other.caption}" for other in sample.regions if other is not region]
             name = _name(region)
             prompt = template["prompt"].format(name=name, caption=region.caption, others="\n".join(others))
-            asked = msgspec.json.encode([who, template["schema"], prompt])
-            yield _Region(_key(sample, region), name, prompt, hashlib.sha256(asked).hexdigest()[:24])
+            request = msgspec.json.encode([identity, template["schema"], prompt])
+            yield _Region(_key(sample, region), name, prompt, hashlib.sha256(request).hexdigest()[:24])
 
 
 # Drafts.
 
 
-def _draft(regions: list[_Region], config: Judge, path: Path, progress: Progress | None) -> None:
-    """Have the model draft for regions that have no draft yet."""
-    done = _drafts(path)
-    owed = [region for region in regions if region.digest not in done]
-    if not owed:
+def _write_drafts(regions: list[_Region], config: Judge, path: Path, progress: Progress | None) -> None:
+    """Have the model draft for the regions that have no draft yet."""
+    done = _read_drafts(path)
+    missing = [region for region in regions if region.digest not in done]
+    if not missing:
         return
-    schema = _prompt()["schema"]
-    drafter = judges.load(config)
+    schema = _read_template()["schema"]
+    model = judges.load_judge(config)
     try:
         with LineWriter(path) as lines:
-            for start in range(0, len(owed), _AT_ONCE):
-                some = owed[start : start + _AT_ONCE]
-                asked = [Asked(region.prompt, (), schema, _MAX_TOKENS) for region in some]
-                for place, answer in drafter.answer(asked):
-                    draft = _read_draft(some[place], answer)
+            for start in range(0, len(missing), _REGIONS_AT_ONCE):
+                batch = missing[start : start + _REGIONS_AT_ONCE]
+                requests = [JudgeRequest(region.prompt, (), schema, _MAX_TOKENS) for region in batch]
+                for position, answer in model.answer(requests):
+                    draft = _parse_draft(batch[position], answer)
                     if isinstance(draft, Draft):
                         lines.append(draft)
                     else:
-                        log.warning("%s: no draft: %s", some[place].key, draft)
+                        log.warning("%s: no draft: %s", batch[position].key, draft)
                 if progress:
-                    progress("drafts", min(start + _AT_ONCE, len(owed)), len(owed))
+                    progress("drafts", start + len(batch), len(missing))
     finally:
-        drafter.close()
+        model.close()
 
 
-def _drafts(path: Path) -> dict[str, Drafted]:
-    """By digest of what was asked."""
+def _read_drafts(path: Path) -> dict[str, DraftContent]:
+    """Drafts by their digest."""
     drafts = (msgspec.json.decode(line, type=Draft) for line in read_lines(path))
     return {draft.digest: draft.drafted for draft in drafts}
 
 
-def _prompt() -> dict[str, Any]:
+def _read_template() -> dict[str, Any]:
+    """The prompt and the JSON schema of its answer."""
     return yaml.safe_load(Path(__file__).with_name("draft_questions.yaml").read_text("utf-8"))
 
 
-def _read_draft(region: _Region, answer: str | BadRecord) -> Draft | str:
+def _parse_draft(region: _Region, answer: str | BadRecord) -> Draft | str:
+    """The draft in an answer, or the reason why there is none."""
     if isinstance(answer, BadRecord):
         return answer.detail
     try:
-        return Draft(region.key, region.digest, msgspec.json.decode(answer, type=Drafted))
+        return Draft(region.key, region.digest, msgspec.json.decode(answer, type=DraftContent))
     except (msgspec.MsgspecError, UnicodeError) as error:
-        return f"not as asked for ({error}): {answer[:60]!a}"
+        return f"not in the form that was asked for ({error}): {answer[:60]!a}"
 
 
 # Questions.
 
 
-def _questions(name: str, draft: Drafted) -> Iterator[dict[str, Any]]:
+def _questions(name: str, draft: DraftContent) -> Iterator[dict[str, Any]]:
     for aspect in draft.positive:
         what, value = aspect.aspect.strip(), aspect.value.strip()
         yield _question(
@@ -255,12 +262,7 @@ def _annotated(sample: Sample, questions: dict[str, Any]) -> dict[str, Any]:
             {
                 "index": region.id,
                 "category_name": _name(region),
-                "bbox": [
-                    region.bbox[0],
-                    region.bbox[1],
-                    region.bbox[0] + region.bbox[2],
-                    region.bbox[1] + region.bbox[3],
-                ],
+                "bbox": _corners(region),
                 "mask_rle": {"size": region.rle.size, "counts": region.rle.counts},
             }
             for region in regions
@@ -268,18 +270,26 @@ def _annotated(sample: Sample, questions: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _corners(region: SampleRegion) -> list[int]:
+    """x1, y1, x2, y2, as ParaDLC-Bench has a box."""
+    x, y, width, height = region.bbox
+    return [x, y, x + width, y + height]
+
+
 def _write_review(to: Path) -> None:
-    """The page is made of the benchmark's own files: what it shows is what will be asked."""
+    """Write the page from the benchmark's own files, so that it shows what will be asked."""
     raw = msgspec.json.decode((to / annotations.QUESTIONS).read_bytes())
-    found = annotations.read(to, "paradlc")
+    found = annotations.read_benchmark(to, "paradlc")
     photos = (
         {
             "name": image.name,
-            "picture": results_page.picture_of(image, {}),
+            "picture": results_page.draw_regions(image),
             "regions": [(region.key, region.class_name, raw[region.key]) for region in image.regions],
         }
         for image in found.images
     )
     with files.write_atomic(to / REVIEW) as file:
-        rendered = results_page.template(REVIEW).generate(photos=photos, total=sum(map(len, raw.values())))
+        rendered = results_page.load_template(REVIEW).generate(
+            photos=photos, total=sum(map(len, raw.values()))
+        )
         file.writelines(part.encode() for part in rendered)

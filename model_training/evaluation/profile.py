@@ -1,8 +1,9 @@
-"""What captioning costs: latency against the number of regions, parallel and one by one, and what changes it.
+"""Measures what captioning costs: latency against regions, parallel and one by one, and against options.
 
-Every row carries all that it depends on: forwards, tokens a forward, seconds, batch, cache, threshold, device
-and versions. Seconds are of whole images (tower, projector, language model), the fastest of some
-repeats, in turns with those of all other rows; reading files is not in them.
+Every row carries everything that it depends on: forwards, tokens per forward, seconds, batch, cache,
+threshold, device and versions. Seconds are those of whole images (vision tower, projector, language model)
+without reading files. Each measurement is repeated, and the fastest counts; all of them take turns, so that
+other load on the machine slows all alike.
 """
 
 from __future__ import annotations
@@ -33,22 +34,24 @@ Photo = tuple[np.ndarray, list[np.ndarray]]
 
 
 class Row(NamedTuple):
-    """A measurement.
+    """A measurement. The names are those of profile.json.
 
     Attributes:
         study: what was varied: "regions", "parallelism", "length", "steps", "threshold", "cache", "batch".
-        mode: "parallel", "sequential", or how many regions share a sequence.
-        regions: of an image.
-        together: of them in one sequence, at most.
-        strategy, length, steps, threshold, cache: of the decoder; threshold None where it has no part.
-        batch: sequences decoded at once.
-        images: that were captioned.
-        forwards: passes of the language model, an image.
-        tokens_per_forward: slots filled by a pass.
-        seconds: an image.
-        tokens_per_s: slots filled.
-        same: share of captions equal to those of the study's first row with as many regions.
-        device, dtype, torch: that it ran on.
+        mode: "parallel", "sequential", or the number of regions in a sequence.
+        regions: number of regions in an image.
+        together: number of regions in one sequence, at most.
+        strategy, steps, cache: options of the decoder.
+        length: `max_new_tokens` of the decoder.
+        threshold: threshold of the decoder; None for a strategy without one.
+        batch: number of sequences decoded at once.
+        images: number of images that were captioned.
+        forwards: forward passes of the language model per image.
+        tokens_per_forward: tokens decoded by one forward pass.
+        seconds: time per image.
+        tokens_per_s: tokens decoded per second.
+        same: share of captions that equal those of the study's first row with the same number of regions.
+        device, dtype, torch: device, type of the computation, and version of torch.
     """
 
     study: str
@@ -72,7 +75,7 @@ class Row(NamedTuple):
     torch: str
 
 
-def profile(
+def measure_costs(
     model: str | Path,
     config: ProfileConfig,
     out: Path,
@@ -80,41 +83,45 @@ def profile(
     dtype: str = "auto",
     report: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Measure, and write table, plot and rows to a folder.
+    """Measure the cost of captioning, and write table, plot and rows to a folder.
 
     Args:
         model: folder of a saved model.
         config: what is varied.
-        out: created.
-        device: as `RegionCaptioner.load` takes it.
-        dtype: likewise.
-        report: called with each row.
+        out: folder of the results; created if need be.
+        device: see `RegionCaptioner.load`.
+        dtype: see `RegionCaptioner.load`.
+        report: called with each row once it has been measured.
 
     Raises:
-        ConfigError: no such model or corpus, or a length or step count that does not suit the model.
+        ConfigError: there is no such model or corpus, or an option does not suit the model.
     """
-    bench = _Bench(RegionCaptioner.load(model, device, dtype), config)
-    cases = list(bench.cases())
-    for _ in range(config.repeats):  # all cases in turns, so that a machine that others use slows all alike
+    profiler = _Profiler(RegionCaptioner.load(model, device, dtype), config)
+    cases = list(profiler.cases())
+    for _ in range(config.repeats):
         for case in cases:
-            bench.measure(case)
+            profiler.measure(case)
     rows = []
     for case in cases:
-        bench.measure(case)
-        rows.append(bench.row(case))
+        profiler.measure(case)
+        rows.append(profiler.row(case))
         if report:
             report(rows[-1])
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in ((ROWS, msgspec.json.encode([row._asdict() for row in rows])), (TABLE, table(rows))):
+    content = {
+        ROWS: msgspec.json.encode([row._asdict() for row in rows]),
+        TABLE: markdown_table(rows).encode(),
+    }
+    for name, data in content.items():
         with files.write_atomic(out / name) as file:
-            file.write(text if isinstance(text, bytes) else text.encode())
-    plot(rows, out / PLOT)
+            file.write(data)
+    plot_costs(rows, out / PLOT)
     return rows
 
 
 @dataclass
 class _Case:
-    """What is measured, as in `Row`, and what was found; the first time has no seconds."""
+    """What is measured, named as in `Row`, and what was found. The warm-up comes first and has no seconds."""
 
     study: str
     mode: str
@@ -126,7 +133,7 @@ class _Case:
     seconds: list[float] = field(default_factory=list)
 
 
-class _Bench:
+class _Profiler:
     def __init__(self, captioner: RegionCaptioner, config: ProfileConfig):
         import torch
 
@@ -143,7 +150,7 @@ class _Bench:
         self.first: dict[tuple[str, int], list[str]] = {}
 
     def cases(self) -> Iterator[_Case]:
-        """All that is measured, study by study."""
+        """Everything that is measured, study by study."""
         config = self.config
         for count in config.regions:
             yield self._case("regions", "parallel", count, self.most)
@@ -170,7 +177,7 @@ class _Bench:
         return _Case(study, mode, count, together, batch, options)
 
     def measure(self, case: _Case) -> None:
-        """Caption all photos once; the first time is a warm-up."""
+        """Caption all photos once. The first time is a warm-up, which is not timed."""
         photos = [_with_regions(photo, case.count) for photo in self.photos]
         self._wait()
         start = time.perf_counter()
@@ -183,7 +190,7 @@ class _Bench:
         case.found = found
 
     def row(self, case: _Case) -> Row:
-        """What was found; of its times the fastest."""
+        """The result of a case, with the fastest of its times."""
         options, images, seconds = case.options, len(self.photos), min(case.seconds)
         captions = [caption for each in case.found for caption in each.captions]
         before = self.first.setdefault((case.study, case.count), captions)
@@ -217,7 +224,7 @@ class _Bench:
 
 
 def _with_regions(photo: Photo, count: int) -> Photo:
-    """The photo with so many regions: its own, and where it has fewer, tiles of a grid."""
+    """The photo with `count` regions: its own, and tiles of a grid where it has fewer."""
     pixels, masks = photo
     height, width = pixels.shape[:2]
     side = int(np.ceil(np.sqrt(count)))
@@ -234,7 +241,7 @@ def _with_regions(photo: Photo, count: int) -> Photo:
 
 
 def _processor() -> str:
-    """What the processor calls itself."""
+    """The processor's name."""
     info = Path("/proc/cpuinfo")
     names = (
         [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
@@ -266,8 +273,8 @@ _COLUMNS = {
 }
 
 
-def table(rows: list[Row]) -> str:
-    """All rows in Markdown."""
+def markdown_table(rows: list[Row]) -> str:
+    """All rows as a Markdown table."""
     lines = [f"| {' | '.join(name.replace('_', ' ') for name in _COLUMNS)} |", "| --- " * len(_COLUMNS) + "|"]
     for row in rows:
         values = row._asdict()
@@ -276,11 +283,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """The paper's figures: latency against regions, tokens/s against parallelism, and against steps.
+def plot_costs(rows: list[Row], path: Path) -> None:
+    """Plot latency against regions, tokens/s against parallelism, and latency against steps, as in the paper.
 
     Raises:
-        ConfigError: nothing was measured.
+        ConfigError: there are no rows.
     """
     import matplotlib
 

@@ -1,13 +1,12 @@
-"""The published protocol: what a judge is asked of a caption, how its answer is read, and what it is worth.
+"""The published protocol: what a judge is asked about a caption, how answers are read and scored.
 
-Every region has a recognition question first (is it the right thing?), then positive ones (is what it says
-right?) and negative ones (does it keep to its region?). Each choice has a score from -1 to 1. If the wrong
-thing was recognised, no other answer scores above 0. An answer in which no choice is found scores 0.
+A region's first question is the recognition (is it the right thing?). Positive questions follow (is what the
+caption says right?), then negative ones (does it keep to its region?). Each choice has a score from -1 to 1.
+If the recognition fails, no other answer scores above 0. An answer that names no choice scores 0.
 
-Source: the evaluation scripts of PerceptionDLM (ParaDLC-Bench) and of Describe Anything (DLC-Bench). Where
-they stop or are of two minds, this goes on: an empty answer, a part of every choice for the former and an
-error for the latter, names none; nor does a letter beyond the choices; and a recognition that names no
-choice, an error for both, caps nothing and is counted.
+Source: the evaluation scripts of PerceptionDLM (ParaDLC-Bench) and of Describe Anything (DLC-Bench). They
+disagree, or stop with an error, in three cases. Here an empty answer names no choice, a letter beyond the
+choices names none, and a recognition whose answer names no choice caps no other score and is counted.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Kind = Literal["paradlc", "dlc"]
 
 LETTERS = "ABCDE"
 MAX_TOKENS = 300
-"""Of a judge's answer."""
+"""Length of a judge's answer, at most."""
 
 _RULES = """Answer the multiple-choice question based on the text description of an object in {where}. \
 You need to follow these rules:
@@ -38,7 +37,7 @@ _WHERE = {"paradlc": "this image", "dlc": "an image"}
 
 
 class Choice(NamedTuple):
-    """An answer that can be chosen, and its worth: "correct" or "incorrect" for a recognition."""
+    """An answer that can be chosen, and its score: "correct" or "incorrect" for a recognition."""
 
     text: str
     score: float | str
@@ -51,7 +50,7 @@ class Question(NamedTuple):
         text: the question.
         choices: at most five.
         type: "recognition", "positive" or "negative".
-        subtype: of negative ones; "" if none is given.
+        subtype: kind of a negative question; "" where the benchmark gives none.
     """
 
     text: str
@@ -60,15 +59,14 @@ class Question(NamedTuple):
     subtype: str = ""
 
 
-class Marks(NamedTuple):
-    """What the answers about one region are worth.
+class Scores(NamedTuple):
+    """The scores of one region.
 
     Attributes:
-        recognised: None if the answer named no choice.
-        positive, negative: means over the questions of that type; None if there is none.
-        score: mean over both types together.
-        worth: of each question in order, the recognition first; what it counts after the cap, and 1 or 0 for
-            the recognition.
+        recognised: whether the recognition succeeded; None if its answer named no choice.
+        positive, negative: mean score of the questions of that type; None if there are none.
+        score: mean score of both types together.
+        worth: score of each question in order, after the cap; of the recognition 1 or 0.
     """
 
     recognised: bool | None
@@ -78,8 +76,8 @@ class Marks(NamedTuple):
     worth: tuple[float, ...]
 
 
-def recognition(kind: Kind, class_name: str) -> Question:
-    """The question that comes first."""
+def recognition_question(kind: Kind, class_name: str) -> Question:
+    """The question that comes first: whether the caption describes an object of the region's class."""
     if kind == "paradlc":
         text = (
             f"The object in the image is {class_name}. Based on the image, is it likely that the object in "
@@ -106,47 +104,52 @@ def _english() -> Any:
     return inflect.engine()
 
 
-def prompt(kind: Kind, caption: str, question: Question) -> str:
-    """What the judge is sent, to the letter."""
+def judge_prompt(kind: Kind, caption: str, question: Question) -> str:
+    """The text that the judge is sent, exactly as published."""
     lines = [question.text, *(f"{LETTERS[i]}. {choice.text}" for i, choice in enumerate(question.choices))]
     return _RULES.format(where=_WHERE[kind], caption=caption, question="\n".join(lines).strip())
 
 
-def parse(answer: str, choices: Sequence[str]) -> int | None:
-    """Which choice an answer names; None if none is found. The rules, first to last:
+def parse_answer(answer: str, choices: Sequence[str]) -> int | None:
+    """Index of the choice that an answer names; None if it names none. The first rule that applies decides:
 
-    it is a choice, a letter, or a letter and its choice; it holds exactly one choice; it begins with a letter
-    and a full stop; of several choices that it holds, the one that begins last, of those the longest; it is
-    part of a choice, of those the longest; it begins with a letter and a line break.
+    1. The answer is a choice, a letter, or a letter and its choice.
+    2. It contains exactly one choice.
+    3. It begins with a letter and a full stop.
+    4. It contains several choices: the one that begins last, and of those the longest.
+    5. It is part of a choice: the longest such choice.
+    6. It begins with a letter and a line break.
     """
-    said = answer.strip().lower()
-    if not said:
+    text = answer.strip().lower()
+    if not text:
         return None
     texts = [choice.strip().lower() for choice in choices]
     letters = LETTERS.lower()[: len(texts)]
-    for index, text in enumerate(texts):
-        if said in (text, f"{letters[index]}. {text}", letters[index]):
+    for index, choice in enumerate(texts):
+        if text in (choice, f"{letters[index]}. {choice}", letters[index]):
             return index
-    held = [(said.index(text), len(text), -index) for index, text in enumerate(texts) if text in said]
-    if len(held) == 1:
-        return -held[0][2]
-    lettered = letters.find(said[0])
-    if lettered >= 0 and said[1:2] == ".":
+    contained = [
+        (text.index(choice), len(choice), -index) for index, choice in enumerate(texts) if choice in text
+    ]
+    if len(contained) == 1:
+        return -contained[0][2]
+    lettered = letters.find(text[0])
+    if lettered >= 0 and text[1:2] == ".":
         return lettered
-    if held:
-        return -max(held)[2]
-    parts = [(len(text), -index) for index, text in enumerate(texts) if said in text]
+    if contained:
+        return -max(contained)[2]
+    parts = [(len(choice), -index) for index, choice in enumerate(texts) if text in choice]
     if parts:
         return -max(parts)[1]
-    return lettered if lettered >= 0 and said[1:2] in ("", "\n") else None
+    return lettered if lettered >= 0 and text[1:2] in ("", "\n") else None
 
 
-def mark(questions: Sequence[Question], chosen: Sequence[int | None]) -> Marks:
-    """What the chosen answers are worth.
+def score_region(questions: Sequence[Question], chosen: Sequence[int | None]) -> Scores:
+    """Score the answers about one region.
 
     Args:
-        questions: of one region, the recognition first.
-        chosen: an index into each one's choices, or None.
+        questions: the region's questions, the recognition first.
+        chosen: for each question the index of the chosen choice; None if the answer named none.
 
     Raises:
         ValueError: the recognition does not come first.
@@ -164,7 +167,7 @@ def mark(questions: Sequence[Question], chosen: Sequence[int | None]) -> Marks:
         for kind in ("positive", "negative")
     }
     counted = by_type["positive"] + by_type["negative"]
-    return Marks(
+    return Scores(
         recognised,
         _mean(by_type["positive"]),
         _mean(by_type["negative"]),
@@ -174,17 +177,21 @@ def mark(questions: Sequence[Question], chosen: Sequence[int | None]) -> Marks:
 
 
 class Averages(NamedTuple):
-    """Of all regions: means of their means, and the mean of those two, the benchmark's number."""
+    """Means over all regions. `average`, the mean of the other two, is the benchmark's number."""
 
     positive: float
     negative: float
     average: float
 
 
-def average(marks: Sequence[Marks]) -> Averages:
-    """A region without negative questions is left out of their mean; one without positive ones counts 0."""
-    positive = _mean([each.positive or 0.0 for each in marks]) or 0.0
-    negative = _mean([each.negative for each in marks if each.negative is not None]) or 0.0
+def average_scores(regions: Sequence[Scores]) -> Averages:
+    """Average the scores of regions.
+
+    As in the published scripts, a region without positive questions counts as 0 in their mean, and one
+    without negative questions is left out of theirs.
+    """
+    positive = _mean([each.positive or 0.0 for each in regions]) or 0.0
+    negative = _mean([each.negative for each in regions if each.negative is not None]) or 0.0
     return Averages(positive, negative, (positive + negative) / 2)
 
 

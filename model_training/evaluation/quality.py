@@ -1,4 +1,4 @@
-"""What captions are worth without a judge: do they say something, do they repeat, do they name the thing."""
+"""Measures of captions that need no judge: emptiness, repetition, variety, naming the right thing."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from ...pipeline.models.embedded import lexical
 
 
 class Quality(NamedTuple):
-    """Of many captions.
+    """Measures of many captions.
 
     Attributes:
-        captions: how many there are.
-        empty: share without a word.
-        words: mean of those with words.
-        repeats: mean share of a caption's 4-grams that occurred before in it.
-        repetitive: share of captions in which more than a fifth of the 4-grams did.
-        distinct_1, distinct_2: different words and pairs of words, as a share of all of them.
-        same: share of captions that another region of the same image has, too.
-        names_it: share whose subject is the region's category, by the rules of the `lexical` judge; None if
-            no category is known.
+        captions: number of captions.
+        empty: share of captions without a word.
+        words: mean number of words of the others.
+        repeats: mean share of a caption's 4-grams that occurred earlier in it.
+        repetitive: share of captions in which more than a fifth of the 4-grams are repeats.
+        distinct_1, distinct_2: number of different words, and of different pairs of words, as a share of all.
+        same: share of captions that another region of the same image has as well.
+        names_it: share of captions whose subject is the region's category, by the rules of the `lexical`
+            judge; None if no category is known.
     """
 
     captions: int
@@ -35,8 +35,8 @@ class Quality(NamedTuple):
     names_it: float | None
 
 
-class Described(NamedTuple):
-    """The captions of one image, and what each region is; "" if that is not known."""
+class ImageCaptions(NamedTuple):
+    """The captions of one image's regions, and the regions' categories; "" where one is not known."""
 
     captions: Sequence[str]
     categories: Sequence[str]
@@ -45,7 +45,7 @@ class Described(NamedTuple):
 _REPETITIVE = 0.2
 
 
-def measure(images: Sequence[Described]) -> Quality:
+def measure_quality(images: Sequence[ImageCaptions]) -> Quality:
     """Measure the captions of images."""
     captions = [caption for image in images for caption in image.captions]
     prose = [text.read(caption) for caption in captions]

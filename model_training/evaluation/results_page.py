@@ -1,4 +1,4 @@
-"""A benchmark's results to look at: one file that needs no network, with all that was asked and answered."""
+"""The page of a benchmark's results: one HTML file that needs no network, with every question and answer."""
 
 from __future__ import annotations
 
@@ -21,38 +21,41 @@ _SIDE_PX = 640
 
 
 class _Photo(NamedTuple):
-    """An image as the page has it: its picture as a data URL, "" without a photo; its regions' details."""
+    """An image on the page: its picture as a data URL ("" without a photo), and its regions' details."""
 
     name: str
     picture: str
     regions: list[dict[str, Any]]
 
 
-def write(bench: Bench, label: str, folder: Path) -> Path:
-    """Write the page of what `run_benchmark.score` left in a folder.
+def write_page(bench: Bench, label: str, folder: Path) -> Path:
+    """Write the page of the results that `run_benchmark.score_answers` left in a folder.
 
     Args:
         bench: the benchmark.
-        label: the captioner's name.
-        folder: with details and summary; gets `page.html`.
+        label: name of the captioner.
+        folder: folder with details.json and summary.json; it gets `page.html`.
+
+    Returns:
+        The page's path.
 
     Raises:
-        ConfigError: it has not been scored.
+        ConfigError: the folder has no scores yet.
     """
     if not (folder / run_benchmark.DETAILS).exists():
-        raise ConfigError(f"{folder / run_benchmark.DETAILS}: not there yet; score before you look")
+        raise ConfigError(f"{folder / run_benchmark.DETAILS}: no such file; score the answers first")
     details = msgspec.json.decode((folder / run_benchmark.DETAILS).read_bytes())
     summary = msgspec.json.decode((folder / run_benchmark.SUMMARY).read_bytes())
     photos = _photos(run_benchmark.open_benchmark(bench).images, details)
-    page = template("page.html").generate(label=label, summary=summary, photos=photos)
+    page = load_template("page.html").generate(label=label, summary=summary, photos=photos)
     path = folder / PAGE
     with files.write_atomic(path) as file:
         file.writelines(part.encode() for part in page)
     return path
 
 
-def template(name: str) -> Any:
-    """A Jinja2 template of this package; everything that goes into it is escaped."""
+def load_template(name: str) -> Any:
+    """A Jinja2 template of this folder. Everything that is put into it is escaped."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -61,11 +64,11 @@ def template(name: str) -> Any:
     )
 
 
-def picture_of(image: BenchImage, captions: dict[str, str]) -> str:
-    """The photo with its numbered masks as a data URL; "" if the photo is not there."""
+def draw_regions(image: BenchImage) -> str:
+    """The photo with its numbered masks as a data URL; "" if the photo does not exist."""
     if not files.expand(image.photo):
         return ""
-    overlays = [draw.Overlay(region.mask.rle, captions.get(region.key, "")) for region in image.regions]
+    overlays = [draw.Overlay(region.mask.rle, "") for region in image.regions]
     drawn = io.BytesIO()
     draw.draw_masks(image.pixels(), overlays, _SIDE_PX).save(drawn, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(drawn.getvalue()).decode()}"
@@ -79,4 +82,4 @@ def _photos(images: list[BenchImage], details: dict[str, Any]) -> Iterator[_Phot
             if region.key in details
         ]
         if regions:
-            yield _Photo(image.name, picture_of(image, {}), regions)
+            yield _Photo(image.name, draw_regions(image), regions)

@@ -1,13 +1,13 @@
-"""One captioner on one benchmark: captions, answers, marks. Each step goes on where it was interrupted.
+"""Runs a captioner on a benchmark: captions, a judge's answers, scores. Each step resumes where it stopped.
 
     OUT/LABEL/BENCHMARK/
-        captions.jsonl       a line an image, behind a line that says whose captions they are
-        predictions.json     {key: caption}, as the original's scripts write and read it
-        answers.jsonl        a line a question: what the judge said, and a digest of what it was asked
-        details.json         a region: caption, questions, answers, what each is worth
+        captions.jsonl       one line per image, after a line that identifies the captioner and the benchmark
+        predictions.json     {key: caption}, as the published scripts write and read it
+        answers.jsonl        one line per question: the judge's answer, and a digest of what it was asked
+        details.json         for each region its caption, questions, answers and scores
         summary.json         the benchmark's numbers
 
-An answer counts as long as the judge, the prompt and the pictures are the same: to score again costs nothing.
+An answer is used again as long as judge, prompt and pictures are the same, so scoring again costs nothing.
 """
 
 from __future__ import annotations
@@ -27,34 +27,37 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.evaluation import Bench, Judge
 from . import annotations, captioners, judges, protocol, quality
 from .annotations import BenchImage, Benchmark, BenchRegion
-from .judges import Asked
+from .judges import JudgeRequest
 
 log = logging.getLogger(__name__)
 
 CAPTIONS, PREDICTIONS, ANSWERS = "captions.jsonl", "predictions.json", "answers.jsonl"
 DETAILS, SUMMARY = "details.json", "summary.json"
-_AT_ONCE = 256
-"""Questions between two writes to the disk; as many can be lost when the process is killed."""
 
+_QUESTIONS_AT_ONCE = 256
+"""Questions that the judge gets at once. Progress is reported after each such batch."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
+"""Called with the name of the step, the number of things that are done, and the number of all."""
 
 
 class Result(NamedTuple):
-    """A captioner's result on a benchmark.
+    """A captioner's result on a benchmark. The names are those of summary.json.
 
     Attributes:
-        benchmark, kind: which.
-        regions: with a caption, of so many.
-        without_caption: regions with none; they are in no mean.
-        positive, negative, average: the benchmark's numbers; None if it was not judged.
-        recognised: share of regions.
-        questions, unanswered, no_choice: asked; without an answer; with one that names no choice.
-        unverified: questions that nobody has looked at.
-        seconds: of captioning, all images.
-        forwards, tokens_per_forward: of the language model; 0 where nobody counts them.
-        quality: what the captions are worth without a judge.
+        benchmark, kind: name of the benchmark, and which protocol it follows.
+        regions: number of regions with a caption.
+        without_caption: number of regions without one; no mean counts them.
+        positive, negative, average: the benchmark's scores; None without a judge.
+        recognised: share of regions whose recognition succeeded; None without a judge.
+        questions: number of questions.
+        unanswered: questions to which the judge gave no answer.
+        no_choice: answers that name no choice.
+        unverified: questions that nobody has reviewed.
+        seconds: time of captioning all images.
+        forwards, tokens_per_forward: forward passes of the language model, and tokens decoded by one; 0 if
+            the captioner does not count them.
+        quality: measures that need no judge.
     """
 
     benchmark: str
@@ -74,22 +77,26 @@ class Result(NamedTuple):
     tokens_per_forward: float
     quality: quality.Quality
 
+    def to_json(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return self._asdict() | {"quality": self.quality._asdict()}
+
 
 def open_benchmark(bench: Bench) -> Benchmark:
-    """The benchmark that a configuration names, or its first images.
+    """The benchmark that a configuration names, or its first images if it says how many.
 
     Raises:
-        ConfigError: as `annotations.read`.
+        ConfigError: see `annotations.read_benchmark`.
     """
-    found = annotations.read(bench.folder, bench.kind, bench.photos)
+    found = annotations.read_benchmark(bench.folder, bench.kind, bench.photos)
     return found._replace(images=found.images[: bench.images])
 
 
 # Captions.
 
 
-class _Line(msgspec.Struct):
-    """An image's captions, as they are kept."""
+class _ImageLine(msgspec.Struct):
+    """A line of captions.jsonl: the captions of one image."""
 
     image: str
     keys: list[str]
@@ -100,65 +107,79 @@ class _Line(msgspec.Struct):
     problems: dict[str, str] = {}
 
 
-def caption(bench: Bench, backend: Backend, folder: Path, progress: Progress | None = None) -> int:
-    """Caption what has no captions yet. The captioner is loaded only if there is something to do.
+def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progress | None = None) -> int:
+    """Caption the images that have no captions yet. The captioner is loaded only if there are any.
+
+    Args:
+        bench: the benchmark.
+        backend: the captioner.
+        folder: folder of the results; created if need be.
+        progress: called after each image.
 
     Returns:
-        Images captioned by this call.
+        Number of images that this call captioned.
 
     Raises:
-        ConfigError: the captions there are another captioner's, or as the captioner has it.
+        ConfigError: the folder has captions of another captioner or another benchmark; a photo is missing; or
+            the captioner cannot be loaded.
     """
     benchmark = open_benchmark(bench)
-    whose = {"captioner": captioners.identity(backend), "benchmark": benchmark.digest}
+    header = {"captioner": captioners.identity(backend), "benchmark": benchmark.digest}
     path = folder / CAPTIONS
     folder.mkdir(parents=True, exist_ok=True)
     if not read_lines(path):
         with LineWriter(path) as lines:
-            lines.append(whose)
-    done = {line.image for line in _captions(path, whose)}
-    owed = [image for image in benchmark.images if image.name not in done]
-    captioner = captioners.load(backend) if owed else None
+            lines.append(header)
+    done = {line.image for line in _read_captions(path, header)}
+    missing = [image for image in benchmark.images if image.name not in done]
+    captioner = captioners.load_captioner(backend) if missing else None
     if captioner is not None and captioner.needs_photos:
-        absent = set(benchmark.missing_photos()) & {image.photo for image in owed}
+        absent = set(benchmark.missing_photos()) & {image.photo for image in missing}
         if absent and bench.on_missing_photo == "error":
             raise ConfigError(
                 f"{min(absent)}: no such photo, nor {len(absent) - 1:,} others; put them there, name their "
                 "folder in `photos`, or leave them out with on_missing_photo: skip"
             )
-        owed = [image for image in owed if image.photo not in absent]
+        missing = [image for image in missing if image.photo not in absent]
     with LineWriter(path) as lines:
-        for number, image in enumerate(owed):
+        for number, image in enumerate(missing):
             assert captioner is not None
-            found = captioner.caption(image)
-            lines.append(_line(image, found))
+            keys, found = [region.key for region in image.regions], captioner.caption(image)
+            costs = (found.seconds, found.forwards, found.tokens)
+            lines.append(_ImageLine(image.name, keys, found.texts, *costs, found.problems))
             if progress:
-                progress("captions", number + 1, len(owed))
-    files.write_json(folder / PREDICTIONS, _by_key(folder))
-    return len(owed)
+                progress("captions", number + 1, len(missing))
+    files.write_json(folder / PREDICTIONS, _captions_by_key(folder))
+    return len(missing)
 
 
-def _line(image: BenchImage, found: captioners.Captions) -> _Line:
-    keys = [region.key for region in image.regions]
-    return _Line(image.name, keys, found.texts, found.seconds, found.forwards, found.tokens, found.problems)
-
-
-def _captions(path: Path, whose: dict[str, Any] | None = None) -> list[_Line]:
+def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_ImageLine]:
     first, *rest = read_lines(path) or [b"{}"]
     found = msgspec.json.decode(first)
-    if whose is not None and found != whose:
-        changed = [name for name in whose if found.get(name) != whose[name]]
+    if header is not None and found != header:
+        changed = [name for name in header if found.get(name) != header[name]]
         raise ConfigError(
             f"{path}: of another {' and '.join(changed)}; take another label, or remove {path.parent}"
         )
-    return [msgspec.json.decode(line, type=_Line) for line in rest]
+    return [msgspec.json.decode(line, type=_ImageLine) for line in rest]
+
+
+def _captions_by_key(folder: Path) -> dict[str, str]:
+    if not (folder / CAPTIONS).exists():
+        raise ConfigError(f"{folder / CAPTIONS}: no captions yet; caption before you judge")
+    return {
+        key: text
+        for line in _read_captions(folder / CAPTIONS)
+        for key, text in zip(line.keys, line.captions, strict=True)
+        if text is not None
+    }
 
 
 # Answers.
 
 
-class _Owed(NamedTuple):
-    """A question: of which region, its number there, and a digest of the judge and all that it is shown."""
+class _Question(NamedTuple):
+    """A question about a region: its number there, its prompt, and a digest of judge, prompt and pictures."""
 
     image: BenchImage
     region: BenchRegion
@@ -167,193 +188,188 @@ class _Owed(NamedTuple):
     digest: str
 
 
-def judge(bench: Bench, config: Judge, folder: Path, progress: Progress | None = None) -> int:
-    """Have what has no answer yet answered. The judge is loaded only if there is something to ask.
+def judge_captions(bench: Bench, config: Judge, folder: Path, progress: Progress | None = None) -> int:
+    """Have the judge answer the questions that have no answer yet. It is loaded only if there are any.
+
+    Args:
+        bench: the benchmark.
+        config: the judge.
+        folder: folder with the captions.
+        progress: called after each batch of questions.
 
     Returns:
-        Answers given in this call.
+        Number of answers that the judge gave in this call.
 
     Raises:
-        ConfigError: no captions yet, or as the judge has it.
+        ConfigError: there are no captions yet, or the judge cannot be loaded.
         StageFailed: the judge's server is down.
     """
     path = folder / ANSWERS
-    known = _answers(path)
-    owed = [each for each in _questions(open_benchmark(bench), config, folder) if each.digest not in known]
-    if not owed:
+    answers = _read_answers(path)
+    questions = _questions(open_benchmark(bench), config, folder)
+    missing = [question for question in questions if question.digest not in answers]
+    if not missing:
         return 0
-    speaker = judges.load(config)
-    given = 0
+    judge = judges.load_judge(config)
+    num_answers = 0
     try:
         with LineWriter(path) as lines:
-            for start in range(0, len(owed), _AT_ONCE):
-                some = owed[start : start + _AT_ONCE]
-                for place, answer in speaker.answer(_pictured(some, speaker.sees_images)):
-                    given += _keep(lines, some[place], answer)
+            for start in range(0, len(missing), _QUESTIONS_AT_ONCE):
+                batch = missing[start : start + _QUESTIONS_AT_ONCE]
+                for position, answer in judge.answer(_requests(batch, judge.sees_images)):
+                    num_answers += _write_answer(lines, batch[position], answer)
                 if progress:
-                    progress("answers", min(start + _AT_ONCE, len(owed)), len(owed))
+                    progress("answers", start + len(batch), len(missing))
     finally:
-        speaker.close()
-    return given
+        judge.close()
+    return num_answers
 
 
-def _questions(benchmark: Benchmark, config: Judge | None, folder: Path) -> Iterator[_Owed]:
-    """Every question about every region that has a caption."""
-    captions = _by_key(folder)
-    who = judges.identity(config) if config else {}
-    seen = bool(config and config.options.get("images"))
+def _questions(benchmark: Benchmark, config: Judge | None, folder: Path) -> Iterator[_Question]:
+    """All questions about the regions that have a caption, in the order of images and regions."""
+    captions = _captions_by_key(folder)
+    identity = judges.identity(config) if config else {}
+    sees_images = bool(config and config.options.get("images"))
     for image in benchmark.images:
         for region in image.regions:
             caption = captions.get(region.key)
             if caption is None:
                 continue
             for number, question in enumerate(region.questions):
-                prompt = protocol.prompt(benchmark.kind, caption, question)
-                shown = [image.name, region.mask.rle] if seen else []
-                digest = hashlib.sha256(msgspec.json.encode([who, prompt, shown])).hexdigest()[:24]
-                yield _Owed(image, region, number, prompt, digest)
+                prompt = protocol.judge_prompt(benchmark.kind, caption, question)
+                pictures = [image.name, region.mask.rle] if sees_images else []
+                digest = hashlib.sha256(msgspec.json.encode([identity, prompt, pictures])).hexdigest()[:24]
+                yield _Question(image, region, number, prompt, digest)
 
 
-def _pictured(owed: list[_Owed], sees_images: bool) -> list[Asked]:
+def _requests(questions: list[_Question], sees_images: bool) -> list[JudgeRequest]:
     if not sees_images:
-        return [Asked(each.prompt) for each in owed]
-    found: list[Asked] = []
+        return [JudgeRequest(question.prompt) for question in questions]
+    requests: list[JudgeRequest] = []
     name, pixels, key, pictures = "", None, "", ()
-    for each in owed:  # in the order of images and regions
-        if each.image.name != name:
-            name, pixels = each.image.name, each.image.pixels()
-        if each.region.key != key:
+    for question in questions:  # those of one image, and of one region, follow each other
+        if question.image.name != name:
+            name, pixels = question.image.name, question.image.pixels()
+        if question.region.key != key:
             assert pixels is not None
-            key, pictures = each.region.key, judges.focal(pixels, each.region.dense())
-        found.append(Asked(each.prompt, pictures))
-    return found
+            key, pictures = question.region.key, judges.crop_and_mask(pixels, question.region.dense())
+        requests.append(JudgeRequest(question.prompt, pictures))
+    return requests
 
 
-def _keep(lines: LineWriter, owed: _Owed, answer: str | BadRecord) -> bool:
-    """Write an answer; one that is none is asked for again by the next run."""
+def _write_answer(lines: LineWriter, question: _Question, answer: str | BadRecord) -> bool:
+    """Write an answer. Where the judge gave none, nothing is written, and the next run asks again."""
+    key, number = question.region.key, question.number
     if isinstance(answer, BadRecord):
-        log.warning("%s, question %d: no answer: %s", owed.region.key, owed.number, answer.detail)
+        log.warning("%s, question %d: no answer: %s", key, number, answer.detail)
         return False
-    record = {"digest": owed.digest, "key": owed.region.key, "question": owed.number, "answer": answer}
-    lines.append(record)
+    lines.append({"digest": question.digest, "key": key, "question": number, "answer": answer})
     return True
 
 
-def _answers(path: Path) -> dict[str, str]:
+def _read_answers(path: Path) -> dict[str, str]:
     records = map(msgspec.json.decode, read_lines(path))
     return {record["digest"]: record["answer"] for record in records}
 
 
-# Marks.
+# Scores.
 
 
-def score(bench: Bench, config: Judge | None, folder: Path) -> Result:
-    """Mark what has been answered, and write details and summary.
+class _Scored(NamedTuple):
+    """A region with its caption, the answers to its questions, the choices that they name, and its scores."""
+
+    region: BenchRegion
+    caption: str
+    answers: list[str | None]
+    chosen: list[int | None]
+    scores: protocol.Scores
+
+
+def score_answers(bench: Bench, config: Judge | None, folder: Path) -> Result:
+    """Score the answers, and write details and summary.
 
     Args:
         bench: the benchmark.
-        config: whose answers; None: only the captions are looked at.
-        folder: of the captions and answers.
+        config: the judge whose answers are scored; None only measures the captions.
+        folder: folder with captions and answers.
 
     Raises:
-        ConfigError: no captions yet.
+        ConfigError: there are no captions yet.
     """
-    benchmark, captions, kept = open_benchmark(bench), _by_key(folder), _captions(folder / CAPTIONS)
-    answers = _answers(folder / ANSWERS) if config else {}
-    said: dict[str, list[str | None]] = {}
-    for owed in _questions(benchmark, config, folder):
-        said.setdefault(owed.region.key, []).append(answers.get(owed.digest))
-    details, marks, chosen = {}, [], []
-    for region in benchmark.regions():
-        if region.key not in captions:
-            continue
-        texts = said[region.key]
-        picked = [
-            None if text is None else protocol.parse(text, [choice.text for choice in question.choices])
-            for text, question in zip(texts, region.questions, strict=True)
-        ]
-        marked = protocol.mark(region.questions, picked)
-        marks.append(marked)
-        chosen += [index for index, text in zip(picked, texts, strict=True) if text is not None]
-        details[region.key] = _detail(region, captions[region.key], texts, picked, marked)
-    every = [text for texts in said.values() for text in texts]
-    averages = protocol.average(marks) if config and marks else None
-    tokens, forwards = (sum(getattr(line, name) for line in kept) for name in ("tokens", "forwards"))
+    benchmark, captions = open_benchmark(bench), _captions_by_key(folder)
+    known = _read_answers(folder / ANSWERS) if config else {}
+    answers: dict[str, list[str | None]] = {}
+    for question in _questions(benchmark, config, folder):
+        answers.setdefault(question.region.key, []).append(known.get(question.digest))
+    scored = [
+        _score(region, captions[region.key], answers[region.key])
+        for region in benchmark.regions()
+        if region.key in captions
+    ]
+    lines = _read_captions(folder / CAPTIONS)
+    tokens, forwards = (sum(getattr(line, name) for line in lines) for name in ("tokens", "forwards"))
+    pairs = [pair for each in scored for pair in zip(each.answers, each.chosen, strict=True)]
+    judged = [each.scores for each in scored] if config else []
+    averages = protocol.average_scores(judged) if judged else None
     result = Result(
         benchmark=bench.name,
         kind=bench.kind,
-        regions=len(details),
-        without_caption=sum(1 for _ in benchmark.regions()) - len(details),
+        regions=len(scored),
+        without_caption=sum(1 for _ in benchmark.regions()) - len(scored),
         positive=averages and averages.positive,
         negative=averages and averages.negative,
         average=averages and averages.average,
-        recognised=sum(bool(each.recognised) for each in marks) / len(marks) if config and marks else None,
-        questions=len(every) if config else 0,
-        unanswered=every.count(None) if config else 0,
-        no_choice=chosen.count(None),
+        recognised=sum(bool(each.recognised) for each in judged) / len(judged) if judged else None,
+        questions=len(pairs) if config else 0,
+        unanswered=sum(answer is None for answer, _ in pairs) if config else 0,
+        no_choice=sum(answer is not None and choice is None for answer, choice in pairs),
         unverified=benchmark.unverified,
-        seconds=sum(line.seconds for line in kept),
+        seconds=sum(line.seconds for line in lines),
         forwards=forwards,
         tokens_per_forward=tokens / max(1, forwards),
-        quality=quality.measure(list(_described(benchmark, captions))),
+        quality=quality.measure_quality(list(_image_captions(benchmark, captions))),
     )
-    files.write_json(folder / DETAILS, details)
-    files.write_json(folder / SUMMARY, to_plain(result))
+    files.write_json(folder / DETAILS, {each.region.key: _detail(each) for each in scored})
+    files.write_json(folder / SUMMARY, result.to_json())
     return result
 
 
-def _detail(
-    region: BenchRegion,
-    caption: str,
-    texts: list[str | None],
-    picked: list[int | None],
-    marked: protocol.Marks,
-) -> dict[str, Any]:
-    rows = zip(region.questions, texts, picked, marked.worth, strict=True)
+def _score(region: BenchRegion, caption: str, answers: list[str | None]) -> _Scored:
+    choices = ([choice.text for choice in question.choices] for question in region.questions)
+    pairs = zip(answers, choices, strict=True)
+    chosen = [None if answer is None else protocol.parse_answer(answer, texts) for answer, texts in pairs]
+    return _Scored(region, caption, answers, chosen, protocol.score_region(region.questions, chosen))
+
+
+def _detail(scored: _Scored) -> dict[str, Any]:
+    """What details.json says of a region."""
+    region, scores = scored.region, scored.scores
+    rows = zip(region.questions, scored.answers, scored.chosen, scores.worth, strict=True)
     return {
         "class_name": region.class_name,
-        "caption": caption,
-        "recognised": marked.recognised,
-        "positive": marked.positive,
-        "negative": marked.negative,
-        "score": marked.score,
+        "caption": scored.caption,
+        "recognised": scores.recognised,
+        "positive": scores.positive,
+        "negative": scores.negative,
+        "score": scores.score,
         "questions": [
             {
                 "type": question.type,
                 "subtype": question.subtype,
                 "question": question.text,
                 "choices": question.choices,
-                "answer": text,
-                "chosen": index,
+                "answer": answer,
+                "chosen": choice,
                 "worth": worth,
             }
-            for question, text, index, worth in rows
+            for question, answer, choice, worth in rows
         ],
     }
 
 
-def _described(benchmark: Benchmark, captions: dict[str, str]) -> Iterator[quality.Described]:
+def _image_captions(benchmark: Benchmark, captions: dict[str, str]) -> Iterator[quality.ImageCaptions]:
     for image in benchmark.images:
-        own = [region for region in image.regions if region.key in captions]
-        if own:
-            texts = [captions[region.key] for region in own]
-            yield quality.Described(texts, [region.class_name for region in own])
-
-
-def to_plain(result: Result) -> dict[str, Any]:
-    """As JSON has it."""
-    return result._asdict() | {"quality": result.quality._asdict()}
-
-
-# Files.
-
-
-def _by_key(folder: Path) -> dict[str, str]:
-    if not (folder / CAPTIONS).exists():
-        raise ConfigError(f"{folder / CAPTIONS}: no captions yet; caption before you judge")
-    return {
-        key: text
-        for line in _captions(folder / CAPTIONS)
-        for key, text in zip(line.keys, line.captions, strict=True)
-        if text is not None
-    }
+        captioned = [region for region in image.regions if region.key in captions]
+        if captioned:
+            texts = [captions[region.key] for region in captioned]
+            yield quality.ImageCaptions(texts, [region.class_name for region in captioned])

@@ -1,4 +1,4 @@
-"""Which regions of a corpus are worth a benchmark: those that are easily taken for another one."""
+"""Selects the images of a corpus for a benchmark: those whose regions are most easily confused."""
 
 from __future__ import annotations
 
@@ -14,50 +14,58 @@ from ...pipeline.corpus import reader
 from ...schemas.errors import ConfigError
 
 FEWEST, MOST = 2, 8
-"""Regions of an image."""
+"""Number of regions that are taken of an image."""
 
 _NEAR = 0.1
-"""Gap between two boxes, as a share of the image's diagonal, from which on they are no neighbours."""
+"""Gap between two boxes, as a share of the image's diagonal, from which they do not count as near."""
 
 _COLUMNS = ["subset", "key", "region", "category", "core_category", "caption", "image_width", "image_height"]
 _COLUMNS += ["bbox_x", "bbox_y", "bbox_w", "bbox_h", "area", "shard"]
 _COLUMNS += ["photo_offset", "photo_length", "json_offset", "json_length"]
 
 
-class Chosen(NamedTuple):
-    """An image: how easily its regions are confused, 0..1, and the index's rows of 2 to 8 of them."""
+class ChosenImage(NamedTuple):
+    """An image: how easily its regions are confused (0..1), and the rows of 2 to 8 of them in the index."""
 
     confusion: float
     rows: list[dict[str, Any]]
 
 
-def choose(out: str | Path, images: int) -> list[Chosen]:
+def choose_images(corpus: str | Path, num_images: int) -> list[ChosenImage]:
     """The images whose regions are most easily confused, the most confusing first.
 
-    Of an image with more than 8 kept regions, the 8 that are most easily confused are taken. Reads the index
-    a row group at a time, so memory does not grow with the corpus.
+    Of an image with more than 8 kept regions, the 8 that are most easily confused are taken. The index is
+    read one row group at a time, so memory does not grow with the corpus.
+
+    Args:
+        corpus: a merged corpus.
+        num_images: number of images, at most.
 
     Raises:
-        ConfigError: no index, or no image has two regions.
+        ConfigError: there is no index, or no image has two kept regions.
         IntegrityError: the index is damaged.
     """
-    best: list[tuple[float, int, Chosen]] = []
-    for number, rows in enumerate(_images(Path(out))):
+    best: list[tuple[float, int, ChosenImage]] = []
+    for number, rows in enumerate(_images(Path(corpus))):
         if len(rows) >= FEWEST:
             each = confusion(rows)
             taken = sorted(np.argsort(-each, kind="stable")[:MOST].tolist())
-            chosen = Chosen(float(each[taken].mean()), [rows[place] for place in taken])
-            keep = heapq.heappush if len(best) < images else heapq.heappushpop
+            chosen = ChosenImage(float(each[taken].mean()), [rows[place] for place in taken])
+            keep = heapq.heappush if len(best) < num_images else heapq.heappushpop
             keep(best, (chosen.confusion, -number, chosen))
     if not best:
-        raise ConfigError(f"{out}: no image has {FEWEST} kept regions that could be confused")
+        raise ConfigError(f"{corpus}: no image has {FEWEST} kept regions that could be confused")
     return [chosen for _, _, chosen in sorted(best, reverse=True)]
 
 
 def confusion(rows: list[dict[str, Any]]) -> np.ndarray:
-    """How easily each region of an image is taken for its most confusing other one: (N,), 0..1.
+    """How easily each region of an image is confused with the most similar other one: (N,), 0..1.
 
-    Two regions are confused by being near, of one category, of one size, and called alike: a quarter each.
+    Four similarities count a quarter each: being near, the same category, a similar size, and similar words
+    in the captions.
+
+    Args:
+        rows: rows of the index for the regions of one image.
     """
     boxes = np.array([[row[f"bbox_{name}"] for name in "xywh"] for row in rows], np.float64)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
@@ -76,13 +84,13 @@ def confusion(rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """What a region is: its category, or the one that the judge named."""
+    """A region's category: the source's, or else the one that the judge named."""
     return row["category"] or row["core_category"] or ""
 
 
-def _images(out: Path) -> Iterator[list[dict[str, Any]]]:
+def _images(corpus: Path) -> Iterator[list[dict[str, Any]]]:
     """The rows of each image. A part of the index holds whole units, and a unit whole images."""
-    for table in reader.Corpus(out).index(_COLUMNS):
+    for table in reader.Corpus(corpus).index(_COLUMNS):
         for _, rows in groupby(table.to_pylist(), _id):
             yield list(rows)
 

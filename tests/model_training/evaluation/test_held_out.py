@@ -50,7 +50,7 @@ def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, 
         batch_size=1,
         regions_per_call=together,
     )
-    summary = held_out.evaluate(trained, asked, tmp_path, "cpu")
+    summary = held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
     folder = tmp_path / "evaluation"
     records = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     assert len(records) == summary.images == 9
@@ -79,7 +79,7 @@ def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, m
             yield RegionCaptions([r.caption if next(said) else "a cat" for r in scene.regions], 4, 16, 1.0)
 
     monkeypatch.setattr(RegionCaptioner, "caption_photos", captions)
-    summary = held_out.evaluate(trained, asked, tmp_path, "cpu")
+    summary = held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
     assert summary.exact == pytest.approx((summary.regions + 1) // 2 / summary.regions)
     assert summary.tokens_per_forward == 4 and summary.empty == 0
 

@@ -38,12 +38,12 @@ DRAFT = {
 def made(world: Path, to: Path, answer: Callable[[str], str], images: int = 5, **options):
     with served(answer) as server:
         judge = Judge(**judge_of(server, **options))
-        return make_benchmark.make(world, to, judge, images), server.requests
+        return make_benchmark.make_benchmark(world, to, judge, images), server.requests
 
 
 def test_a_benchmark_is_made_of_a_corpus(world, tmp_path):
     found, requests = made(world, tmp_path / "bench", lambda _: json.dumps(DRAFT))
-    bench = annotations.read(tmp_path / "bench", "paradlc")
+    bench = annotations.read_benchmark(tmp_path / "bench", "paradlc")
     every = list(bench.regions())
     assert (found.images, found.regions, found.questions, found.without) == (
         5,
@@ -137,12 +137,12 @@ def test_images_are_chosen_by_confusion_and_number_of_regions(tmp_path):
     many = [row("many", 9 * x, 50, "dog", f"a dog {x}") | {"region": x} for x in range(9)]
     rows += [*many, row("many", 90, 1, "sky", "pale clouds") | {"region": 9}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / reader.INDEX, row_group_size=15)
-    found = select_images.choose(tmp_path, 9)
+    found = select_images.choose_images(tmp_path, 9)
     assert [each.rows[0]["key"] for each in found] == ["near", "many", "far"]
-    assert [each.rows[0]["key"] for each in select_images.choose(tmp_path, 1)] == ["near"]
+    assert [each.rows[0]["key"] for each in select_images.choose_images(tmp_path, 1)] == ["near"]
     assert [row["region"] for row in found[1].rows] == list(range(8))
     with pytest.raises(ConfigError, match="no index"):
-        select_images.choose(tmp_path / "nowhere", 1)
+        select_images.choose_images(tmp_path / "nowhere", 1)
 
 
 # Cost.
@@ -164,7 +164,7 @@ def test_a_profile_has_every_study_with_all_that_it_depends_on(world, trained, t
         repeats=1,
     )
     seen: list[profile.Row] = []
-    rows = profile.profile(trained, config, tmp_path, "cpu", report=seen.append)
+    rows = profile.measure_costs(trained, config, tmp_path, "cpu", report=seen.append)
     assert seen == rows
     assert {row.study for row in rows} == {
         *("regions", "parallelism", "length", "steps", "threshold", "cache", "batch")

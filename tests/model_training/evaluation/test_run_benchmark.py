@@ -44,11 +44,11 @@ def ask(kind: str, *scores: float) -> Question:
 @pytest.mark.parametrize("kind", ["dlc", "paradlc"])
 def test_answers_are_read_and_scored_as_the_published_scorers_do(kind):
     known = json.loads((recorded("benchmarks") / f"{kind}_scores.json").read_text())
-    marks = []
+    scores = []
     for case in known["cases"]:
         choices = [case["recognition_choices"], *(each["choices"] for each in case["questions"])]
         read = [
-            protocol.parse(answer, [text for text, _ in some])
+            protocol.parse_answer(answer, [text for text, _ in some])
             for answer, some in zip(case["responses"], choices, strict=True)
         ]
         assert read == case["parsed_index"]
@@ -57,54 +57,59 @@ def test_answers_are_read_and_scored_as_the_published_scorers_do(kind):
             Question("", tuple(Choice(*pair) for pair in each["choices"]), each["type"])
             for each in case["questions"]
         ]
-        found = protocol.mark(questions, read)
+        found = protocol.score_region(questions, read)
         assert (found.score, found.positive or 0, found.negative) == (
             case["score"],
             case["score_pos"],
             case["score_neg"],
         )
         assert found.recognised == case["recognition"]
-        marks.append(found)
-    averages = protocol.average(marks)
+        scores.append(found)
+    averages = protocol.average_scores(scores)
     assert averages == (known["avg_pos"], known["avg_neg"], known["avg"])
 
 
 def test_what_the_published_scorers_stop_at_is_no_choice():
-    assert protocol.parse("", ["Yes", "No"]) is None
-    assert protocol.parse("  \n", ["Yes", "No"]) is None
-    assert protocol.parse("E.", ["Yes", "No"]) is None
-    assert protocol.parse("b", ["Yes", "No"]) == 1
-    unclear = protocol.mark([RECOGNITION, ask("positive", 1, -1)], [None, 0])
+    assert protocol.parse_answer("", ["Yes", "No"]) is None
+    assert protocol.parse_answer("  \n", ["Yes", "No"]) is None
+    assert protocol.parse_answer("E.", ["Yes", "No"]) is None
+    assert protocol.parse_answer("b", ["Yes", "No"]) == 1
+    unclear = protocol.score_region([RECOGNITION, ask("positive", 1, -1)], [None, 0])
     assert (unclear.recognised, unclear.positive) == (None, 1)
 
 
 @given(answer=st.text(max_size=12), choices=st.lists(st.text(max_size=6), min_size=2, max_size=5))
 def test_any_answer_is_read(answer: str, choices: list[str]):
-    found = protocol.parse(answer, choices)
+    found = protocol.parse_answer(answer, choices)
     assert found is None or 0 <= found < len(choices)
 
 
 def test_a_wrong_recognition_caps_the_others_at_zero():
     questions = [RECOGNITION, ask("positive", 1, 0.5, -1), ask("negative", -1, 1), ask("negative", 1, -1)]
-    right, wrong = (protocol.mark(questions, [first, 0, 1, 1]) for first in (0, 1))
+    right, wrong = (protocol.score_region(questions, [first, 0, 1, 1]) for first in (0, 1))
     assert (right.positive, right.negative, right.score) == (1, 0, 1 / 3)
     assert (wrong.positive, wrong.negative, wrong.score) == (0, -0.5, -1 / 3)
     assert wrong.worth == (0, 0, 0, -1)
 
 
 def test_a_region_without_negative_questions_is_in_no_negative_mean():
-    both = protocol.mark([RECOGNITION, ask("positive", 1), ask("negative", -1)], [0, 0, 0])
-    one = protocol.mark([RECOGNITION, ask("positive", 0.5)], [0, 0])
-    assert protocol.average([both, one]) == (0.75, -1, -0.125)
+    both = protocol.score_region([RECOGNITION, ask("positive", 1), ask("negative", -1)], [0, 0, 0])
+    one = protocol.score_region([RECOGNITION, ask("positive", 0.5)], [0, 0])
+    assert protocol.average_scores([both, one]) == (0.75, -1, -0.125)
 
 
 def test_the_recognition_is_asked_as_published():
     assert "that the object in the description is an umbrella or an object" in (
-        protocol.recognition("dlc", "umbrella").text
+        protocol.recognition_question("dlc", "umbrella").text
     )
-    assert "the objects in the description are shoes or objects" in protocol.recognition("dlc", "shoes").text
-    assert "the object in the description is a bus or" in protocol.recognition("dlc", "bus").text
-    assert protocol.recognition("paradlc", "cat").text.startswith("The object in the image is cat. Based on")
+    assert (
+        "the objects in the description are shoes or objects"
+        in protocol.recognition_question("dlc", "shoes").text
+    )
+    assert "the object in the description is a bus or" in protocol.recognition_question("dlc", "bus").text
+    assert protocol.recognition_question("paradlc", "cat").text.startswith(
+        "The object in the image is cat. Based on"
+    )
 
 
 # Files.
@@ -114,7 +119,7 @@ def test_the_recognition_is_asked_as_published():
     ("kind", "images", "regions", "questions"), [("paradlc", 100, 299, 2345), ("dlc", 77, 100, 892)]
 )
 def test_the_published_files_are_read(kind, images, regions, questions):
-    found = annotations.read(shared_data("benchmarks") / kind, kind, "photos")
+    found = annotations.read_benchmark(shared_data("benchmarks") / kind, kind, "photos")
     every = list(found.regions())
     assert (len(found.images), len(every)) == (images, regions)
     assert sum(len(region.questions) - 1 for region in every) == questions
@@ -129,10 +134,14 @@ def test_the_published_files_are_read(kind, images, regions, questions):
     [
         ("qa", lambda raw: raw | {"9_9": raw["0_0"]}, "annotations.json: no region 9_9"),
         ("class_names", lambda raw: {"0_0": "cat"}, "class_names.json: no class name for 0_1"),
-        ("annotations", lambda raw: {"images": raw}, "annotations.json: no list of images"),
+        ("annotations", lambda raw: {"images": raw}, "annotations.json: not a list of images"),
         ("annotations", lambda raw: [{**raw[0], "height": 41}], "region 0_0: .*40"),
-        ("annotations", lambda raw: [{"annotations": raw[0]["annotations"]}], "image 0: not as published"),
-        ("qa", lambda raw: raw | {"0_0": [{"question": "?"}]}, "0_0, question 0: not as published"),
+        (
+            "annotations",
+            lambda raw: [{"annotations": raw[0]["annotations"]}],
+            "image 0: not in the published",
+        ),
+        ("qa", lambda raw: raw | {"0_0": [{"question": "?"}]}, "0_0, question 0: not in the published form"),
         ("qa", lambda raw: {}, "no questions"),
     ],
 )
@@ -141,10 +150,10 @@ def test_a_benchmark_that_is_damaged_says_where(tmp_path, file, change, said):
     path = folder / f"{file}.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ConfigError, match=said):
-        annotations.read(folder, "paradlc")
+        annotations.read_benchmark(folder, "paradlc")
 
 
-# Captions, answers, marks.
+# Captions, answers, scores.
 
 
 def config_of(tmp_path: Path, captioner: dict, judge: dict | None, kind: str = "paradlc") -> EvaluateConfig:
@@ -159,10 +168,10 @@ def config_of(tmp_path: Path, captioner: dict, judge: dict | None, kind: str = "
 
 def run(config: EvaluateConfig) -> run_benchmark.Result:
     bench, folder = config.benchmarks[0], Path(config.out) / config.label / "ours"
-    run_benchmark.caption(bench, config.backend(), folder)
+    run_benchmark.caption_images(bench, config.backend(), folder)
     if config.judge:
-        run_benchmark.judge(bench, config.judge, folder)
-    return run_benchmark.score(bench, config.judge, folder)
+        run_benchmark.judge_captions(bench, config.judge, folder)
+    return run_benchmark.score_answers(bench, config.judge, folder)
 
 
 SAID = {"0_0": "A red cat.", "0_1": "Two dogs by a tree.", "1_0": "A tree.", "1_1": "Dogs."}
@@ -200,7 +209,7 @@ def test_to_score_again_asks_nothing(tmp_path):
     with served(honest) as server:
         config = config_of(tmp_path, predictions(tmp_path, SAID), judge_of(server))
         first = run(config)
-        assert run_benchmark.caption(config.benchmarks[0], config.backend(), _folder(config)) == 0
+        assert run_benchmark.caption_images(config.benchmarks[0], config.backend(), _folder(config)) == 0
         assert run(config) == first and len(server.requests) == 12
     assert run(config) == first  # the server is gone
 
@@ -210,7 +219,7 @@ def _folder(config: EvaluateConfig) -> Path:
 
 
 def test_a_judge_that_goes_away_is_asked_for_the_rest_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_benchmark, "_AT_ONCE", 4)
+    monkeypatch.setattr(run_benchmark, "_QUESTIONS_AT_ONCE", 4)
     asked: Counter[str] = Counter()
 
     def answer(prompt: str) -> str:
@@ -230,7 +239,7 @@ def test_a_judge_that_goes_away_is_asked_for_the_rest_only(tmp_path, monkeypatch
         monkeypatch.setattr(judges.ServedChat, "answer", failing)
         with pytest.raises(StageFailed):
             run(config)
-        part = run_benchmark.score(config.benchmarks[0], config.judge, _folder(config))
+        part = run_benchmark.score_answers(config.benchmarks[0], config.judge, _folder(config))
         assert (part.questions, part.unanswered) == (12, 4)
         with open(_folder(config) / "answers.jsonl", "ab") as file:
             file.write(b'{"digest": "cut off')
@@ -303,11 +312,11 @@ def test_a_photo_of_another_size_is_refused(tmp_path):
 
 def test_a_judge_that_cannot_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="judge"):
-        judges.load(Judge(name="vllm", options={"model": str(tmp_path)}))
+        judges.load_judge(Judge(name="vllm", options={"model": str(tmp_path)}))
     with pytest.raises(ValidationError, match="'vllm' or 'openai'"):
         Judge(name="lexical")  # pyright: ignore - a judge of the pipeline that answers no choices
     with pytest.raises(ConfigError, match="no_such_option"):
-        judges.load(Judge(name="openai", options={"no_such_option": 1}))
+        judges.load_judge(Judge(name="openai", options={"no_such_option": 1}))
 
 
 # Pictures.
@@ -339,7 +348,7 @@ def test_the_crop_is_three_boxes_around_the_region(box):
     pixels = np.random.default_rng(0).integers(0, 255, (150, 200, 3), np.uint8)
     mask = np.zeros((150, 200), bool)
     mask[y : y + h, x : x + w] = True
-    photo, shown = (np.array(Image.open(io.BytesIO(data))) for data in judges.focal(pixels, mask))
+    photo, shown = (np.array(Image.open(io.BytesIO(data))) for data in judges.crop_and_mask(pixels, mask))
     w, h = min(w, 200 - x), min(h, 150 - y)
     center_x, center_y = x + w / 2, y + h / 2
     w, h = max(w, 56), max(h, 56)
@@ -360,7 +369,7 @@ def test_the_page_shows_all_and_runs_nothing_of_it(tmp_path):
     with served(lambda prompt: nasty if "tree is" in prompt else honest(prompt)) as server:
         config = config_of(tmp_path, predictions(tmp_path, SAID | {"0_0": nasty}), judge_of(server))
         run(config)
-    text = results_page.write(config.benchmarks[0], "<b>it</b>", _folder(config)).read_text()
+    text = results_page.write_page(config.benchmarks[0], "<b>it</b>", _folder(config)).read_text()
     assert nasty not in text and "<b>it</b>" not in text
     assert text.count("&lt;script&gt;") >= 5 and text.count("data:image/jpeg") == 2
     assert "http" not in text.replace("http-equiv", "")
@@ -407,14 +416,14 @@ def test_a_configuration_that_cannot_work_is_refused(tmp_path, change, said):
 
 def test_quality_is_counted():
     described = [
-        quality.Described(["a red dog", "a red dog", ""], ["dog", "cat", ""]),
-        quality.Described(["the tall man of the tall man of the tall man of"], ["person"]),
+        quality.ImageCaptions(["a red dog", "a red dog", ""], ["dog", "cat", ""]),
+        quality.ImageCaptions(["the tall man of the tall man of the tall man of"], ["person"]),
     ]
-    found = quality.measure(described)
+    found = quality.measure_quality(described)
     assert (found.captions, found.empty, found.words) == (4, 0.25, 18 / 3)
     assert found.distinct_1 == 7 / 18 and found.same == 0.5
     assert found.repetitive == 1 / 3 and found.names_it == 2 / 3
-    assert quality.measure([]).names_it is None
+    assert quality.measure_quality([]).names_it is None
 
 
 def test_bench_takes_some_of_its_images(tmp_path):
@@ -427,4 +436,4 @@ def test_a_judge_without_captions_says_so(tmp_path):
     bench = Bench(name="some", kind="paradlc", folder=str(write_bench(tmp_path / "bench")))
     judge = Judge(name="openai", options={"model": "m", "base_url": "http://127.0.0.1:9/v1"})
     with pytest.raises(ConfigError, match="no captions yet"):
-        run_benchmark.judge(bench, judge, tmp_path)
+        run_benchmark.judge_captions(bench, judge, tmp_path)

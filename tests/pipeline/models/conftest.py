@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.model_training.evaluation.judges import COMPACT
+from paracaption.model_training.evaluation.judges import COMPACT_JSON
 from tests.machinery import alone
 from tests.tiny.qwen3 import write_qwen3
 
@@ -15,7 +15,7 @@ ENGINE = {
     "max_num_seqs": 32,
     "block_size": 32,
     "max_model_len": 3072,
-    **COMPACT,
+    **COMPACT_JSON,
 }
 
 
