@@ -78,8 +78,8 @@ def pending(config: BuildConfig) -> tuple[int, int]:
     for subset in config.subsets:
         folder = Path(config.out) / subset
         writer.prepare(folder)
-        planned = work_list.make_plan(open_source(config, subset), config, folder)
-        left += len(work_list.pending(planned, folder / "manifests", "recipe"))
+        planned = work_list.make_work_list(open_source(config, subset), config, folder)
+        left += len(work_list.find_pending_units(planned, "recipe"))
         num_images += planned.num_images
     return num_images, left
 
@@ -88,9 +88,9 @@ def commit_most(config: BuildConfig) -> None:
     """Write the manifests of nine units in ten."""
     for subset in config.subsets:
         folder = Path(config.out) / subset
-        planned = work_list.load_plan(folder)
+        planned = work_list.load_work_list(folder)
         for index in range(int(planned.num_units * COMMITTED)):
-            entries = work_list.read_unit(folder / "plan" / work_list.TABLE, index)
+            entries = work_list.read_unit(folder, index)
             unit = planned.unit_name(index)
             entry = FileEntry(f"ledger/{unit}.parquet", 1, "0" * 64)
             kept = {e.key: SEGMENTS_EACH for e in entries}

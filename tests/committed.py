@@ -66,7 +66,7 @@ def write(
         folder = out / subset
         writer.prepare(folder)
         source = open_source(config, subset)
-        planned = work_list.make_plan(source, config, folder)
+        planned = work_list.make_work_list(source, config, folder)
         for index in range(planned.num_units):
             images = [source.read(entry, config.limits) for entry in planned.read_unit(index)]
             decide(images, config)

@@ -161,17 +161,11 @@ class Corpus:
         Raises:
             ConfigError: the corpus has no such subset.
         """
-        found = []
-        for name in self.subsets if subset is None else [subset]:
-            folder = f"{self.path}/{name}"
-            listed = files.list_names(f"{folder}/manifests")
-            if not listed and subset is not None and subset not in (names := self.subsets):
-                raise ConfigError(f"{self.path}: no subset {subset}; it has {', '.join(names) or 'none'}")
-            found += [
-                Unit(name, each.removesuffix(".json"), folder)
-                for each in listed
-                if each.endswith(".json") and not each.startswith(".")
-            ]
+        if subset is None:
+            return [unit for name in self.subsets for unit in list_units(f"{self.path}/{name}")]
+        found = list_units(f"{self.path}/{subset}")
+        if not found and subset not in (names := self.subsets):
+            raise ConfigError(f"{self.path}: no subset {subset}; it has {', '.join(names) or 'none'}")
         return found
 
     def manifests(self, subset: str | None = None) -> Iterator[tuple[Unit, Manifest]]:
@@ -355,6 +349,16 @@ def _read_pair(first: Blob, second: Blob) -> tuple[bytes, bytes]:
         return files.read(first), files.read(second)
     data = files.read(Blob(first.url, first.offset, first.length + skipped + second.length))
     return data[: first.length], data[first.length + skipped :]
+
+
+def list_units(folder: str) -> list[Unit]:
+    """The committed units in a subset's folder, in order. There is none if there is no such folder."""
+    subset = folder.rpartition("/")[2]
+    return [
+        Unit(subset, name.removesuffix(".json"), folder)
+        for name in files.list_names(f"{folder}/manifests")
+        if name.endswith(".json") and not name.startswith(".")
+    ]
 
 
 def read_config(corpus: str | Path) -> BuildConfig:

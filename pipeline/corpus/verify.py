@@ -33,7 +33,7 @@ from .verify_unit import (
     keys_digest,
     sha256_of,
 )
-from .work_list import Plan
+from .work_list import WorkList
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -125,8 +125,8 @@ def _check_plan(out: Path, subset: str, heads: dict[str, Head]) -> list[Problem]
 
     name = f"{subset}/plan/{work_list.TABLE}"
     try:
-        planned = work_list.load_plan(out / subset)
-        table = pq.ParquetFile(out / subset / "plan" / work_list.TABLE)
+        planned = work_list.load_work_list(out / subset)
+        table = pq.ParquetFile(work_list.table_path(out / subset))
     except (IntegrityError, OSError, pa.ArrowException) as error:
         mend = "restore it, or delete `plan/` and build again"
         return [
@@ -163,7 +163,7 @@ def _images_of(path: Path) -> dict[str, int]:
     return {}
 
 
-def _check_one_recipe(subset: str, planned: Plan, heads: dict[str, Head]) -> list[Problem]:
+def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, Head]) -> list[Problem]:
     problems = []
     expected = set(planned.unit_names())
     for unit in sorted(heads.keys() - expected):

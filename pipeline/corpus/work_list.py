@@ -1,12 +1,11 @@
-"""The plan of a subset: its images in a stable order, cut into units. Same sources and config, same plan.
+"""The work list of a subset: its images in a stable order, cut into units. Same input, same list.
 
-`OUT/<subset>/plan/plan.parquet` has a row per image and a row group per unit, so that a worker reads its own
-unit and nothing else. `plan.json` has the content hash, which every manifest names, and the fingerprint of
-the source
-files: while that is unchanged, a resume does not parse the sources again.
+It lies in `OUT/<subset>/plan/`. `plan.parquet` has a row per image and a row group per unit, so that a worker
+reads its own unit and nothing else. `plan.json` has a digest of the content, which every manifest names (as
+`plan`), and a fingerprint of the source files: while that is unchanged, a resume does not parse the sources.
 
-The hash covers what the sources declare: keys, names, annotations, lengths, lasting problems. It leaves out
-where files lie and what was missing, so that a photo that is found later does not make another plan.
+The digest covers what the sources declare: keys, names, annotations, lengths, lasting problems. It leaves out
+where files lie and which were missing, so that a photo that is found later does not change the list.
 """
 
 from __future__ import annotations
@@ -27,7 +26,9 @@ from ...schemas.records import Blob, Drop
 from ..io import files
 from ..sources.protocols import CatalogEntry
 from ..sources.registry import SubsetSource
+from .reader import list_units
 
+FOLDER = "plan"
 TABLE = "plan.parquet"
 SUMMARY = "plan.json"
 
@@ -36,19 +37,19 @@ _EXAMPLES = 5
 _SAMPLED_PHOTOS = 200
 
 
-class Plan(msgspec.Struct, frozen=True):
-    """What the driver knows of a plan; the images are in the table beside it.
+class WorkList(msgspec.Struct, frozen=True):
+    """What the driver knows of a work list. The images are in the table beside it.
 
     Attributes:
         subset: name of the subset.
-        digest: content hash over the ordered images and `images_per_shard`.
-        num_images: in all units.
-        num_units: units are `unit_name(0)` to `unit_name(num_units - 1)`.
-        images_per_shard: images of a unit; the last has what is left.
-        photo_bytes: of all photos together, estimated from a sample.
+        digest: of the images in their order and of `images_per_shard`.
+        num_images: number of images in all units.
+        num_units: number of units: `unit_name(0)` to `unit_name(num_units - 1)`.
+        images_per_shard: number of images in each unit but the last, which has what is left.
+        photo_bytes: size of all photos together, estimated from a sample.
         fingerprint: version of every annotation file, tar and folder, by URL.
         version: of this format.
-        folder: where this plan was read from; not part of it.
+        folder: the subset's folder that the list was read from. Empty on disk.
     """
 
     subset: str
@@ -62,95 +63,107 @@ class Plan(msgspec.Struct, frozen=True):
     folder: str = ""
 
     def unit_name(self, index: int) -> str:
-        """Name of a unit, which sorts by its index."""
+        """Name of a unit. Names sort by the index."""
         return f"{self.subset}-{index:06d}"
 
     def unit_names(self) -> list[str]:
-        """All units in order."""
+        """Names of all units in order."""
         return [self.unit_name(index) for index in range(self.num_units)]
 
     def read_unit(self, index: int) -> list[CatalogEntry]:
         """The images of a unit; see the function `read_unit`."""
-        return read_unit(Path(self.folder) / TABLE, index)
+        return read_unit(self.folder, index)
+
+    def is_current(self, source: SubsetSource, config: BuildConfig, limit: int | None = None) -> bool:
+        """Whether `make_work_list` would return this list without parsing the sources again.
+
+        Raises:
+            ConfigError: the sources are not where the configuration says.
+        """
+        return self._matches(_fingerprint(source, limit), config)
+
+    def _matches(self, fingerprint: dict[str, str], config: BuildConfig) -> bool:
+        same = self.fingerprint == fingerprint and self.images_per_shard == config.images_per_shard
+        return same and table_path(self.folder).is_file()
 
 
-def make_plan(source: SubsetSource, config: BuildConfig, folder: Path, limit: int | None = None) -> Plan:
-    """Plan a subset, or find that the plan that is there still holds.
+def table_path(folder: str | Path) -> Path:
+    """Where the table of the images lies in a subset's folder."""
+    return Path(folder) / FOLDER / TABLE
+
+
+def summary_path(folder: str | Path) -> Path:
+    """Where the work list itself lies in a subset's folder; it exists only once the table is complete."""
+    return Path(folder) / FOLDER / SUMMARY
+
+
+def make_work_list(
+    source: SubsetSource, config: BuildConfig, folder: str | Path, limit: int | None = None
+) -> WorkList:
+    """List a subset's images and cut them into units, or find that the list on disk is still current.
+
+    Calling it again, at any time, gives the same list.
 
     Args:
         source: of the subset.
         config: of the build; `images_per_shard` cuts the units.
-        folder: of the subset, `OUT/<subset>`; the plan goes to `plan/` in it.
-        limit: plan only this many images, the first ones.
-
-    Returns:
-        The plan on disk. Calling it again, at any time, gives the same one.
+        folder: of the subset, `OUT/<subset>`; the list goes to `plan/` in it.
+        limit: list only the first so many images; None lists all.
 
     Raises:
         ConfigError: the sources cannot be listed.
-        IntegrityError: a plan is there and the sources have changed since; names the difference.
+        IntegrityError: the sources have changed since the list on disk was made; says how.
     """
-    folder = Path(folder) / "plan"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    table = table_path(folder)
+    table.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(source, limit)
-    old = load_plan(folder.parent) if (folder / SUMMARY).exists() else None
-    if old is not None and _holds(old, fingerprint, config):
+    old = load_work_list(folder) if summary_path(folder).exists() else None
+    if old is not None and old._matches(fingerprint, config):
         return old
     entries = islice(source.catalog(), limit)
-    fresh = folder / f"{files.TEMPORARY}{TABLE}-{os.getpid()}"
+    fresh = table.with_name(f"{files.TEMPORARY}{TABLE}-{os.getpid()}")
     try:
-        plan = _write_table(entries, source.subset, config.images_per_shard, fingerprint, fresh)
-        if old is not None and old.digest != plan.digest:
-            raise IntegrityError(_difference(folder / TABLE, fresh, old, plan))
-        os.replace(fresh, folder / TABLE)
+        made = _write_table(entries, source.subset, config.images_per_shard, fingerprint, fresh)
+        if old is not None and old.digest != made.digest:
+            raise IntegrityError(_difference(table, fresh, old, made))
+        os.replace(fresh, table)
     finally:
         fresh.unlink(missing_ok=True)
-    with files.write_atomic(folder / SUMMARY) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(plan, order="sorted"), indent=1) + b"\n")
-    return msgspec.structs.replace(plan, folder=str(folder))
-
-
-def holds(plan: Plan, source: SubsetSource, config: BuildConfig, limit: int | None = None) -> bool:
-    """Whether `make_plan` would return this plan without reading the sources anew.
-
-    Raises:
-        ConfigError: the sources are not where the configuration says.
-    """
-    return _holds(plan, _fingerprint(source, limit), config)
+    with files.write_atomic(summary_path(folder)) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(made, order="sorted"), indent=1) + b"\n")
+    return msgspec.structs.replace(made, folder=str(folder))
 
 
 def _fingerprint(source: SubsetSource, limit: int | None) -> dict[str, str]:
     return source.fingerprint() | ({} if limit is None else {"limit": str(limit)})
 
 
-def _holds(plan: Plan, fingerprint: dict[str, str], config: BuildConfig) -> bool:
-    same = plan.fingerprint == fingerprint and plan.images_per_shard == config.images_per_shard
-    return same and (Path(plan.folder) / TABLE).is_file()
-
-
-def load_plan(folder: Path) -> Plan:
-    """The plan of a subset's folder.
+def load_work_list(folder: str | Path) -> WorkList:
+    """The work list in a subset's folder.
 
     Raises:
         IntegrityError: there is none, or it cannot be read.
     """
-    path = Path(folder) / "plan" / SUMMARY
+    path = summary_path(folder)
     try:
-        plan = msgspec.json.decode(path.read_bytes(), type=Plan)
+        found = msgspec.json.decode(path.read_bytes(), type=WorkList)
     except FileNotFoundError as error:
-        raise IntegrityError(f"{path}: no plan; run the build to make one") from error
+        raise IntegrityError(f"{path}: no work list; run the build to make one") from error
     except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        raise IntegrityError(f"{path}: not a plan ({error}); delete it and build again") from error
-    if plan.version != _VERSION:
-        raise IntegrityError(f"{path}: plan of version {plan.version}, expected {_VERSION}; use a new `out`")
-    return msgspec.structs.replace(plan, folder=str(path.parent))
+        raise IntegrityError(f"{path}: not a work list ({error}); delete it and build again") from error
+    if found.version != _VERSION:
+        raise IntegrityError(
+            f"{path}: work list of version {found.version}, expected {_VERSION}; use a new `out`"
+        )
+    return msgspec.structs.replace(found, folder=str(folder))
 
 
-def read_unit(path: str | Path, index: int) -> list[CatalogEntry]:
-    """The images of one unit, in order; reads only its own row group.
+def read_unit(folder: str | Path, index: int) -> list[CatalogEntry]:
+    """The images of one unit, in order; reads nothing of the other units.
 
     Args:
-        path: of `plan.parquet`.
+        folder: of the subset, `OUT/<subset>`.
         index: of the unit.
 
     Raises:
@@ -159,6 +172,7 @@ def read_unit(path: str | Path, index: int) -> list[CatalogEntry]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path = table_path(folder)
     try:
         with pq.ParquetFile(path) as table:
             if not 0 <= index < table.num_row_groups:
@@ -168,34 +182,33 @@ def read_unit(path: str | Path, index: int) -> list[CatalogEntry]:
         raise IntegrityError(f"{path}: not readable ({error}); delete `plan/` and build again") from error
 
 
-def pending(plan: Plan, manifests_folder: str | Path, recipe: str) -> list[int]:
-    """Indices of the units that have no manifest yet, or one of another recipe; in order.
+def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
+    """Indices of the units that are not committed, or were committed with another recipe; in order.
+
+    Args:
+        work_list: as it was read from a subset's folder.
+        recipe: digest of the recipe.
 
     Raises:
-        IntegrityError: a manifest cannot be read, is of another plan, or of no unit of this one.
+        IntegrityError: a manifest cannot be read, or is of another work list or of no unit of this one.
     """
-    folder = Path(manifests_folder)
-    try:
-        there = {name for name in os.listdir(folder) if name.endswith(".json") and name[0] != "."}
-    except FileNotFoundError:
-        return list(range(plan.num_units))
-    left = []
-    for index in range(plan.num_units):
-        name = f"{plan.unit_name(index)}.json"
-        if name not in there:
-            left.append(index)
+    committed = {unit.name: unit.manifest for unit in list_units(work_list.folder)}
+    pending = []
+    for index in range(work_list.num_units):
+        path = committed.pop(work_list.unit_name(index), None)
+        if path is None:
+            pending.append(index)
             continue
-        there.remove(name)
-        found = _read_manifest(folder / name)
-        if found.plan != plan.digest:
+        found = _read_head(Path(path))
+        if found.plan != work_list.digest:
             raise IntegrityError(
-                f"{folder / name}: of plan {found.plan[:12]}, not {plan.digest[:12]}; use a new `out`"
+                f"{path}: of work list {found.plan[:12]}, not {work_list.digest[:12]}; use a new `out`"
             )
         if found.recipe != recipe:
-            left.append(index)
-    if there:
-        raise IntegrityError(f"{folder / min(there)}: of no unit of this plan; use a new `out`")
-    return left
+            pending.append(index)
+    if committed:
+        raise IntegrityError(f"{min(committed.values())}: of no unit of this work list; use a new `out`")
+    return pending
 
 
 class _Head(msgspec.Struct):
@@ -209,10 +222,9 @@ class _Head(msgspec.Struct):
 _HEAD = msgspec.json.Decoder(_Head)
 
 
-def _read_manifest(path: Path) -> _Head:
+def _read_head(path: Path) -> _Head:
     try:
-        data = path.read_bytes()
-        head = _HEAD.decode(data)
+        head = _HEAD.decode(path.read_bytes())
         if head.unit != path.stem:
             raise msgspec.ValidationError(f"it is of unit {head.unit}")
         return head
@@ -254,7 +266,7 @@ def _schema() -> Any:
 
 def _write_table(
     entries: Iterator[CatalogEntry], subset: str, size: int, fingerprint: dict[str, str], path: Path
-) -> Plan:
+) -> WorkList:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -284,11 +296,11 @@ def _write_table(
     with open(path, "rb") as file:
         os.fsync(file.fileno())  # what was written, whoever wrote it
     total = _photo_bytes(sample, num_images)
-    return Plan(subset, digest.hexdigest(), num_images, num_units, size, total, fingerprint)
+    return WorkList(subset, digest.hexdigest(), num_images, num_units, size, total, fingerprint)
 
 
 def _content(entry: CatalogEntry) -> bytes:
-    """What an image is to the plan: 16 bytes. Not where its files lie, nor what a second look may turn."""
+    """16 bytes for an image's content: not where its files lie, nor a problem that may go away."""
     reason = None if entry.drop is None else entry.drop.reason
     lasting = "" if reason is None or reason in ERRORS else reason.value
     parts = (entry.key, str(entry.source), entry.file_name, lasting)
@@ -364,19 +376,19 @@ def _photo_bytes(sample: list[Blob], num_images: int) -> int:
     return sum(known) * num_images // len(known) if known else 0
 
 
-def _difference(old_path: Path, new_path: Path, old: Plan, new: Plan) -> str:
-    """The message that refuses a resume: what the plans disagree on, with examples."""
+def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList) -> str:
+    """The message that refuses a resume: in what the two lists differ, with examples."""
     import pyarrow.parquet as pq
 
-    head = f"{old_path}: the sources or the config are not those that this build was planned with: "
-    mend = "; restore them, or use a new `out`"
+    head = f"{old_path}: the sources or the config are not those that this work list was made from: "
+    fix = "; restore them, or use a new `out`"
     if old.images_per_shard != new.images_per_shard:
-        return f"{head}images_per_shard was {old.images_per_shard}, is {new.images_per_shard}{mend}"
-    limits = [plan.fingerprint.get("limit", "none") for plan in (old, new)]
+        return f"{head}images_per_shard was {old.images_per_shard}, is {new.images_per_shard}{fix}"
+    limits = [each.fingerprint.get("limit", "none") for each in (old, new)]
     if limits[0] != limits[1]:
         head += f"the limit of images was {limits[0]}, is {limits[1]}: "
     if not old_path.is_file():
-        return f"{head}which images differ cannot be said, it is gone{mend}"
+        return f"{head}which images differ cannot be said, it is gone{fix}"
     tables = [pq.read_table(path, columns=["key", "content"]) for path in (old_path, new_path)]
     before, after = (
         dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables
@@ -386,9 +398,9 @@ def _difference(old_path: Path, new_path: Path, old: Plan, new: Plan) -> str:
         "removed": [key for key in before if key not in after],
         "changed": [key for key, content in after.items() if key in before and before[key] != content],
     }
-    said = [
+    parts = [
         f"{len(keys)} images {what} ({', '.join(keys[:_EXAMPLES])}{', ...' if len(keys) > _EXAMPLES else ''})"
         for what, keys in groups.items()
         if keys
     ]
-    return head + (", ".join(said) or "the same images in another order") + mend
+    return head + (", ".join(parts) or "the same images in another order") + fix

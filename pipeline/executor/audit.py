@@ -19,7 +19,7 @@ import msgspec
 from ...schemas.config import BuildConfig, Limits
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.reasons import Reason
-from ..corpus import work_list
+from ..corpus.work_list import load_work_list
 from ..io import files
 from ..sources.protocols import CatalogEntry, Note
 from ..sources.registry import SubsetSource
@@ -236,11 +236,11 @@ def _take(first: list[CatalogEntry], rest: Iterator[CatalogEntry]) -> list[Catal
 def _planned_entries(folder: Path, count: int) -> list[CatalogEntry] | None:
     """Images spread over an existing work list; None if there is none."""
     try:
-        plan = work_list.load_plan(folder)
-        step = max(1, plan.num_units // 8)
-        units = range(0, plan.num_units, step)
+        work_list = load_work_list(folder)
+        step = max(1, work_list.num_units // 8)
+        units = range(0, work_list.num_units, step)
         share = -(-count // max(1, len(units)))
-        return [entry for index in units for entry in plan.read_unit(index)[:share]][:count]
+        return [entry for index in units for entry in work_list.read_unit(index)[:share]][:count]
     except IntegrityError:  # a damaged one is reported, or made anew, when the build plans
         return None
 

@@ -20,7 +20,7 @@ import msgspec
 
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, one_line
-from ..corpus import work_list
+from ..corpus.work_list import load_work_list
 from . import driver, gpus, ray_data
 from .estimate.pools import find_pools
 from .findings import FAIL, OK, WARN, Finding, failed
@@ -241,7 +241,7 @@ def _check_disk(config: BuildConfig) -> Iterator[Finding]:
     """Compare free space with what the work lists need; without a work list, with `min_free_gb` alone."""
     for subset in config.subsets:
         try:
-            planned = work_list.load_plan(Path(config.out) / subset)
+            planned = load_work_list(Path(config.out) / subset)
             driver.check_disk(config, subset, list(range(planned.num_units)), planned)
         except IntegrityError:  # nothing is planned yet
             continue

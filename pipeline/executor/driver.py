@@ -23,8 +23,15 @@ import msgspec
 from ...schemas.config import BuildConfig, dump_config
 from ...schemas.errors import ConfigError, StageFailed
 from ...schemas.reasons import ERRORS
-from ..corpus import merge, reader, work_list, writer
+from ..corpus import merge, reader, writer
 from ..corpus.events import EventLog, EventReader
+from ..corpus.work_list import (
+    WorkList,
+    find_pending_units,
+    load_work_list,
+    make_work_list,
+    summary_path,
+)
 from ..corpus.writer import Draft
 from ..io import files
 from ..sources.protocols import SOURCE_STAGE
@@ -82,10 +89,10 @@ def build(
             return msgspec.to_builtins(reader.read_summary(config.out))
         step(write_config)(config)
         for subset in config.subsets:
-            plan = step(make_plan)(config, subset, limit_images)
-            if units := step(find_pending)(config, subset, plan, retry_failed):
+            work_list = step(prepare_work_list)(config, subset, limit_images)
+            if units := step(find_pending)(config, subset, work_list, retry_failed):
                 step(audit_source)(config, subset)
-                step(build_units)(config, subset, plan, units, engine, on_progress)
+                step(build_units)(config, subset, work_list, units, engine, on_progress)
         return step(merge_corpus)(config)
 
 
@@ -101,20 +108,20 @@ def write_config(config: BuildConfig) -> None:
         raise writer.write_failed(Path(config.out), error) from error
 
 
-def make_plan(config: BuildConfig, subset: str, limit_images: int | None) -> work_list.Plan:
+def prepare_work_list(config: BuildConfig, subset: str, limit_images: int | None) -> WorkList:
     """Cut the subset into units, or take the existing work list if the source is still the same."""
     folder = Path(config.out) / subset
     writer.prepare(folder)
     writer.sweep(folder)
-    return work_list.make_plan(open_source(config, subset), config, folder, limit_images)
+    return make_work_list(open_source(config, subset), config, folder, limit_images)
 
 
-def find_pending(config: BuildConfig, subset: str, plan: work_list.Plan, retry_failed: bool) -> list[int]:
+def find_pending(config: BuildConfig, subset: str, work_list: WorkList, retry_failed: bool) -> list[int]:
     """Indices of the units without a manifest of this recipe; with `retry_failed` also those with errors."""
     folder = Path(config.out) / subset
     recipe = recipe_digest(recipe_of(config, subset), config)
-    failed = failed_units(folder, plan) if retry_failed else []
-    return sorted({*work_list.pending(plan, folder / "manifests", recipe), *failed})
+    failed = failed_units(folder, work_list) if retry_failed else []
+    return sorted({*find_pending_units(work_list, recipe), *failed})
 
 
 def audit_source(config: BuildConfig, subset: str) -> None:
@@ -133,7 +140,7 @@ _audited: set[tuple] = set()
 def build_units(
     config: BuildConfig,
     subset: str,
-    plan: work_list.Plan,
+    work_list: WorkList,
     units: list[int],
     engine: Engine,
     on_progress: OnProgress = lambda _: None,
@@ -143,7 +150,7 @@ def build_units(
     Args:
         config: the resolved configuration.
         subset: one of the configured ones.
-        plan: the subset's work list.
+        work_list: the subset's work list.
         units: indices of the units to build.
         engine: runs them.
         on_progress: called about twice a second, and after each unit, from this thread.
@@ -152,13 +159,13 @@ def build_units(
         StageFailed: a stage fails on everything, a backend cannot start, or the disk is full.
         StageStalled: nothing moved for `failures.stall_s`; the message has the hanging stacks.
     """
-    check_disk(config, subset, units, plan)
+    check_disk(config, subset, units, work_list)
     folder = Path(config.out) / subset
     run_folder = _make_run_folder(config, subset)
     stages = recipe_of(config, subset)
-    idle = [stage.name for stage in stages if _has_all_evidence(stage, folder, plan, units)]
+    idle = [stage.name for stage in stages if _has_all_evidence(stage, folder, work_list, units)]
     recipe = recipe_digest(stages, config)
-    job = Job(config, subset, str(folder), plan.digest, recipe, str(run_folder), idle)
+    job = Job(config, subset, str(folder), work_list.digest, recipe, str(run_folder), idle)
     names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
     progress = Progress(subset, pending=len(units), stages={name: StageProgress() for name in names})
     events = EventLog(run_folder, "driver")
@@ -171,7 +178,7 @@ def build_units(
         on_progress(progress)
 
     try:
-        with closing(engine.drafts(job, stages, plan, units, tick)) as drafts:
+        with closing(engine.drafts(job, stages, work_list, units, tick)) as drafts:
             for draft in drafts:
                 committer.take(draft)
                 tick(moved=True)
@@ -211,13 +218,13 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     asked: set[str] = set()
     with locked(Path(config.out)):
         for subset in config.subsets:
-            plan = make_plan(config, subset, limit_images)
-            if units := find_pending(config, subset, plan, retry_failed):
+            work_list = prepare_work_list(config, subset, limit_images)
+            if units := find_pending(config, subset, work_list, retry_failed):
                 audit_source(config, subset)
                 folder = Path(config.out) / subset
                 models = [each for each in recipe_of(config, subset) if isinstance(each, ModelStage)]
                 asked |= {
-                    each.protocol for each in models if not _has_all_evidence(each, folder, plan, units)
+                    each.protocol for each in models if not _has_all_evidence(each, folder, work_list, units)
                 }
     return asked
 
@@ -248,12 +255,12 @@ def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed:
     out = Path(config.out)
     for subset in config.subsets:
         folder = out / subset
-        if not (folder / "plan" / work_list.SUMMARY).exists():
+        if not summary_path(folder).exists():
             return False
-        plan = work_list.load_plan(folder)
-        if not work_list.holds(plan, open_source(config, subset), config, limit_images):
+        work_list = load_work_list(folder)
+        if not work_list.is_current(open_source(config, subset), config, limit_images):
             return False
-        if find_pending(config, subset, plan, retry_failed):
+        if find_pending(config, subset, work_list, retry_failed):
             return False
     return True
 
@@ -268,28 +275,28 @@ def _make_run_folder(config: BuildConfig, subset: str) -> Path:
     return folder
 
 
-def _has_all_evidence(stage: Stage, folder: Path, plan: work_list.Plan, units: list[int]) -> bool:
+def _has_all_evidence(stage: Stage, folder: Path, work_list: WorkList, units: list[int]) -> bool:
     """Whether a model stage has evidence of all these units, so that its model need not be loaded yet."""
     if not isinstance(stage, ModelStage):
         return False
     store = stage.store(folder)
-    return all(store.path(plan.unit_name(index)).exists() for index in units)
+    return all(store.path(work_list.unit_name(index)).exists() for index in units)
 
 
-def failed_units(folder: Path, plan: work_list.Plan) -> list[int]:
+def failed_units(folder: Path, work_list: WorkList) -> list[int]:
     """Indices of the committed units that hold drops by error, for `--retry-failed`.
 
     Args:
         folder: OUT/<subset>.
-        plan: the subset's work list.
+        work_list: the subset's work list.
 
     Raises:
         IntegrityError: a manifest does not parse.
     """
     failed = []
-    for index in range(plan.num_units):
+    for index in range(work_list.num_units):
         try:
-            record = reader.read_manifest(folder / "manifests" / f"{plan.unit_name(index)}.json")
+            record = reader.read_manifest(folder / "manifests" / f"{work_list.unit_name(index)}.json")
         except FileNotFoundError:
             continue
         reasons = {key.partition("/")[2] for key in record.dropped} | set(record.images_dropped)
@@ -298,7 +305,7 @@ def failed_units(folder: Path, plan: work_list.Plan) -> list[int]:
     return failed
 
 
-def check_disk(config: BuildConfig, subset: str, units: list[int], plan: work_list.Plan) -> None:
+def check_disk(config: BuildConfig, subset: str, units: list[int], work_list: WorkList) -> None:
     """Refuse to start without space for what the pending units write: their photos and a tenth on top.
 
     The size of the photos is estimated from a sample.
@@ -306,7 +313,7 @@ def check_disk(config: BuildConfig, subset: str, units: list[int], plan: work_li
     Raises:
         ConfigError: there is not enough; the message names both numbers.
     """
-    photos = plan.photo_bytes * len(units) / max(1, plan.num_units)
+    photos = work_list.photo_bytes * len(units) / max(1, work_list.num_units)
     needed = 1.1 * photos + config.failures.min_free_gb * 1e9
     free = shutil.disk_usage(config.out).free
     if free < needed:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from ...schemas.config import BuildConfig
-    from ..corpus.work_list import Plan
+    from ..corpus.work_list import WorkList
     from ..corpus.writer import Draft
     from ..stages.base import Stage
     from .worker import Job
@@ -25,14 +25,14 @@ class Engine(Protocol):
         ...
 
     def drafts(
-        self, job: Job, stages: list[Stage], plan: Plan, units: list[int], tick: Callable[[], None]
+        self, job: Job, stages: list[Stage], work_list: WorkList, units: list[int], tick: Callable[[], None]
     ) -> Generator[Draft]:
         """Run units and yield each when it is written, in any order; the caller commits it.
 
         Args:
             job: what every worker knows about the build.
             stages: of the recipe, in order.
-            plan: the subset's work list.
+            work_list: the subset's work list.
             units: indices of the units to run.
             tick: called now and then from the caller's thread, so that it can show progress and notice a
                 stall; an exception that it raises ends the run.

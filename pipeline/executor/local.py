@@ -20,7 +20,8 @@ from pathlib import Path
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
-from ..corpus import work_list, writer
+from ..corpus import writer
+from ..corpus.work_list import WorkList
 from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
@@ -58,7 +59,7 @@ class LocalEngine:
             )
 
     def drafts(
-        self, job: Job, stages: list[Stage], plan: work_list.Plan, units: list[int], tick: Callable[[], None]
+        self, job: Job, stages: list[Stage], work_list: WorkList, units: list[int], tick: Callable[[], None]
     ) -> Generator[Draft]:
         """Run units one after the other; `tick` is called after each event of the worker.
 
@@ -70,7 +71,7 @@ class LocalEngine:
             _stalls_logged(worker.stack_path, job.config.failures.stall_s),
         ):
             for index in units:
-                yield draft_of(worker({"unit": plan.unit_name(index), "index": index}))
+                yield draft_of(worker({"unit": work_list.unit_name(index), "index": index}))
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from typing import Any
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed, one_line
-from ..corpus import work_list, writer
+from ..corpus import writer
 from ..corpus.events import EventLog
+from ..corpus.work_list import WorkList
 from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
@@ -92,7 +93,7 @@ class RayEngine:
                 raise Retryable(f"Ray cannot be had: {reason}; {fix}") from error
 
     def drafts(
-        self, job: Job, stages: list[Stage], plan: work_list.Plan, units: list[int], tick: Callable[[], None]
+        self, job: Job, stages: list[Stage], work_list: WorkList, units: list[int], tick: Callable[[], None]
     ) -> Generator[Draft]:
         """Run units and yield them in the order in which they are ready; `tick` is called twice a second.
 
@@ -105,7 +106,7 @@ class RayEngine:
         EventLog(Path(job.run), "driver").emit("ray", seconds=time.perf_counter() - started)
         steps = steps_of(stages, job.config)
         check_resources(steps, job.config)
-        rows = _Rows(_dataset(job, steps, plan, units))
+        rows = _Rows(_dataset(job, steps, work_list, units))
         try:
             while (row := rows.next(TICK_S)) is not _END:
                 if row is not None:
@@ -169,14 +170,14 @@ def resources_of(step: list[Stage | str], config: BuildConfig) -> dict[str, Any]
     }
 
 
-def _dataset(job: Job, steps: Steps, plan: work_list.Plan, units: list[int]) -> Any:
+def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> Any:
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    rows = [{"unit": plan.unit_name(index), "index": index} for index in units]
+    rows = [{"unit": work_list.unit_name(index), "index": index} for index in units]
     # A worker that dies is replaced and its unit runs again, without limit: Ray Data's default for actors.
     # The notes that `in_flight.py` keeps make sure that no record can kill workers forever.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))

@@ -34,8 +34,9 @@ from ...schemas.config import BuildConfig, Limits
 from ...schemas.errors import BadRecord, EngineLost, ParaCaptionError, StageFailed
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
-from ..corpus import work_list, writer
+from ..corpus import writer
 from ..corpus.events import EventLog
+from ..corpus.work_list import read_unit
 from ..corpus.writer import Draft
 from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry, Source
@@ -229,7 +230,7 @@ class Worker:
     def _read(self, unit: Unit, index: int) -> None:
         assert self.source is not None
         source, limits = self.source, self.job.config.limits
-        entries = work_list.read_unit(self.folder / "plan" / "plan.parquet", index)
+        entries = read_unit(self.folder, index)
         read: dict[str, ImageRecord] = {}
         with self._in_flight(SOURCE_STAGE, unit) as in_flight:
             for batch in in_flight.split(entries, READ_BATCH):

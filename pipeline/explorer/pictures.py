@@ -19,7 +19,7 @@ from ...filters import rle
 from ...schemas.errors import BadRecord, ParaCaptionError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Rle
-from ..corpus import work_list
+from ..corpus.work_list import load_work_list
 from ..io import draw, files, photos
 from ..io.draw import Overlay
 from .catalog import Catalog
@@ -123,7 +123,7 @@ class Pictures:
             return Blob(where, kept["photo_offset"], kept["photo_length"])
         folder = self.catalog.out / first["subset"]
         try:
-            entries = work_list.load_plan(folder).read_unit(int(first["unit"].rpartition("-")[2]))
+            entries = load_work_list(folder).read_unit(int(first["unit"].rpartition("-")[2]))
         except (ParaCaptionError, ValueError) as error:
             raise BadRecord(Reason.PHOTO_MISSING, f"{first['key']}: {error}") from error
         found = next((entry.photo for entry in entries if entry.key == first["key"] and entry.photo), None)

@@ -110,7 +110,7 @@ def test_a_disk_that_is_full_at_any_point_drops_no_record(disk, coconut, undistu
     wanted = config(disk / "out", coconut)
     (disk / "out").mkdir()
     writer.prepare(disk / "out" / "coconut")
-    work_list.make_plan(open_source(wanted, "coconut"), wanted, disk / "out" / "coconut")
+    work_list.make_work_list(open_source(wanted, "coconut"), wanted, disk / "out" / "coconut")
     ballast = fill(disk, free_kb * 1024)
     with pytest.raises(StageFailed, match="disk full"):
         build(wanted)

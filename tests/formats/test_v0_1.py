@@ -87,9 +87,9 @@ def test_no_unit_is_pending_at_another_place(home):
     config = load_config(home / "build.yaml")
     for subset in config.subsets:
         folder = home / "corpus" / subset
-        planned = work_list.make_plan(open_source(config, subset), config, folder)
+        planned = work_list.make_work_list(open_source(config, subset), config, folder)
         recipe = recipes.recipe_digest(recipes.recipe_of(config, subset), config)
-        assert work_list.pending(planned, folder / "manifests", recipe) == []
+        assert work_list.find_pending_units(planned, recipe) == []
 
 
 def files(corpus: Path) -> dict[str, bytes]:

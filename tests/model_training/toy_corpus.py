@@ -42,7 +42,7 @@ def write_corpus(folder: Path, num_images: int = 60) -> Path:
     target = Path(config.out) / "coconut"
     writer.prepare(target)
     source = open_source(config, "coconut")
-    planned = work_list.make_plan(source, config, target)
+    planned = work_list.make_work_list(source, config, target)
     for index in range(planned.num_units):
         images = [source.read(entry, config.limits) for entry in planned.read_unit(index)]
         for image, captions in zip(images, truth.caption(images), strict=True):

@@ -9,7 +9,7 @@ import msgspec
 
 from ....schemas.config import BuildConfig
 from ....schemas.errors import ConfigError, IntegrityError
-from ...corpus import work_list
+from ...corpus.work_list import load_work_list
 from ...sources.registry import find_source, open_source
 from .rates import Rates
 
@@ -79,7 +79,7 @@ def _with_regions(rates: Rates, subset: str, images: int) -> Size:
 def _count_images(config: BuildConfig, subset: str) -> int:
     """From the work list if there is one of the whole source; otherwise the source is listed."""
     try:
-        planned = work_list.load_plan(Path(config.out) / subset)
+        planned = load_work_list(Path(config.out) / subset)
         if "limit" not in planned.fingerprint:
             return planned.num_images
     except IntegrityError:  # nothing is planned yet

@@ -329,7 +329,7 @@ def build_here(config):
     folder, run = Path(config.out, "coconut"), Path(config.out, "events")
     run.mkdir(parents=True)
     writer.prepare(folder)
-    planned = work_list.make_plan(open_source(config, "coconut"), config, folder)
+    planned = work_list.make_work_list(open_source(config, "coconut"), config, folder)
     recipe = recipes.recipe_of(config, "coconut")
     job = worker.Job(
         config, "coconut", str(folder), planned.digest, recipes.recipe_digest(recipe, config), str(run)

@@ -109,14 +109,14 @@ def test_a_manifest_of_no_unit_of_the_plan_is_named(out):
 
 
 def test_an_image_that_is_planned_twice_is_named(out):
-    path = out / "sa1b" / "plan" / work_list.TABLE
+    path = out / "sa1b" / work_list.FOLDER / work_list.TABLE
     table = pq.read_table(path)
     pq.write_table(pa.concat_tables([table, table.slice(1, 1)]), path, row_group_size=100)
     named(out, "sa1b/plan/plan.parquet: sa_1", "planned 2 times")
 
 
 def test_a_missing_or_damaged_plan_is_named(out):
-    path = out / "coconut" / "plan" / work_list.TABLE
+    path = out / "coconut" / work_list.FOLDER / work_list.TABLE
     path.write_bytes(b"PAR1 no more")
     named(out, "coconut/plan/plan.parquet", "not readable")
     path.unlink()

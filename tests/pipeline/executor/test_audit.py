@@ -79,7 +79,7 @@ def test_a_sample_reads_no_more_than_it_was_asked_for(config, tmp_path):
     small = config.model_copy(update={"audit_images": 2})
     first = audit_sample(open_source(small, "coconut"), small)
     assert first.result.images == 2 and "sample" in first.text()
-    work_list.make_plan(open_source(small, "coconut"), small, tmp_path / "out" / "coconut")
+    work_list.make_work_list(open_source(small, "coconut"), small, tmp_path / "out" / "coconut")
     spread = audit_sample(open_source(small, "coconut"), small)
     keys = [problem.key for problem in spread.result.problems if problem.drops]
     assert spread.result.images == 2 and keys == [f"{2:012d}"]

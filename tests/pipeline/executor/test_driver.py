@@ -50,7 +50,7 @@ def test_the_steps_come_in_their_order_for_each_subset_and_a_second_build_takes_
 
     config = config_of(tmp_path / "out", coconut=coconut, sa1b=sa1b)
     summary = driver.build(config, engine, step=step)
-    each = ["make_plan", "find_pending", "audit_source", "build_units"]
+    each = ["prepare_work_list", "find_pending", "audit_source", "build_units"]
     steps = [f"{name} {subset}" for subset in ("coconut", "sa1b") for name in each]
     assert taken == ["write_config", *steps, "merge_corpus"]
     assert engine.given == [[0, 1, 2], [0, 1]]

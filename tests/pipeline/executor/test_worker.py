@@ -36,7 +36,7 @@ class Bench:
         self.run = self.out / "events" / "000"
         self.run.mkdir(parents=True, exist_ok=True)
         writer.prepare(self.folder)
-        self.plan = work_list.make_plan(open_source(self.config, "coconut"), self.config, self.folder)
+        self.plan = work_list.make_work_list(open_source(self.config, "coconut"), self.config, self.folder)
         self.stages = recipes.recipe_of(self.config, "coconut")
         self.row = {"unit": self.plan.unit_name(0), "index": 0}
 

@@ -132,7 +132,7 @@ def build(config: BuildConfig) -> None:
     for subset in config.subsets:
         folder = out / subset
         writer.prepare(folder)
-        planned = work_list.make_plan(open_source(config, subset), config, folder)
+        planned = work_list.make_work_list(open_source(config, subset), config, folder)
         recipe = recipes.recipe_of(config, subset)
         run = out / "events" / f"20260101-000000-{subset}-0"
         run.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ class Bench:
         self.folder, self.run = root / "out" / "coconut", root / "out" / "events" / "000"
         self.run.mkdir(parents=True)
         writer.prepare(self.folder)
-        self.plan = work_list.make_plan(open_source(self.config, "coconut"), self.config, self.folder)
+        self.plan = work_list.make_work_list(open_source(self.config, "coconut"), self.config, self.folder)
         self.stages = recipes.recipe_of(self.config, "coconut")
 
     def row(self, *ends: str) -> dict:
