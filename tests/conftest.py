@@ -10,4 +10,4 @@ os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 
 import paracaption.flows  # noqa: F401 - switches telemetry off
 
-pytest_plugins = ["tests.groups", "tests.machinery"]
+pytest_plugins = ["tests.groups", "tests.machinery", "tests.vllm_judge"]

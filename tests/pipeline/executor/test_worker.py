@@ -4,9 +4,10 @@ import msgspec
 import pytest
 
 from paracaption.pipeline.corpus import work_list, writer
-from paracaption.pipeline.corpus.events import EventLog, EventReader
+from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import Job, Unit, Worker
+from paracaption.pipeline.io.json_lines import LineWriter
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import recipes
 from paracaption.pipeline.stages.evidence import EvidenceStore
@@ -325,17 +326,10 @@ def test_evidence_that_cannot_be_written_is_a_failed_row_that_names_the_disk(tmp
 def test_a_worker_whose_events_cannot_be_written_does_its_work(tmp_path, coconut, monkeypatch):
     bench = Bench(tmp_path, coconut)
 
-    class Full:
-        def write(self, _):
-            raise OSError(28, "No space left on device")
+    def append(self, _):
+        raise OSError(28, "No space left on device")
 
-    plain = EventLog.__init__
-
-    def start(self, *arguments):
-        plain(self, *arguments)
-        self._file = Full()
-
-    monkeypatch.setattr(EventLog, "__init__", start)
+    monkeypatch.setattr(LineWriter, "append", append)
     assert bench.draft().manifest.kept == 24
     assert bench.events("unit") == []
 

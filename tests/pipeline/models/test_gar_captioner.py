@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from paracaption.schemas.errors import BadRecord, ConfigError
@@ -31,7 +32,7 @@ def captioner(tmp_path_factory):
 @contextmanager
 def options(captioner, **changed):
     before = captioner.options
-    captioner.options = before.model_copy(update=changed)
+    captioner.options = msgspec.structs.replace(before, **changed)
     try:
         yield
     finally:

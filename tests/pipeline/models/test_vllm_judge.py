@@ -14,8 +14,8 @@ from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import BadRecord, ConfigError
 from paracaption.schemas.reasons import Reason
 from tests.machinery import alone
-from tests.pipeline.models.conftest import ENGINE
 from tests.pipeline.models.greedy import greedy
+from tests.vllm_judge import ENGINE
 
 pytestmark = pytest.mark.vllm  # all of the file: the checkpoint is written once
 
