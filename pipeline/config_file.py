@@ -13,10 +13,10 @@ from pydantic import BaseModel, ValidationError
 from ..schemas.config import Backend, BuildConfig, written_place
 from ..schemas.errors import ConfigError
 from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
-from ..schemas.strict import FileContext, one_line_each
+from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
 from .io import files
-from .sources.registry import SOURCES, find_options, find_source
+from .sources.registry import SOURCES, file_context, find_options, find_source
 from .stages.recipes import recipe_of
 
 _Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
@@ -84,9 +84,8 @@ def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
 
 
 def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) -> _Config:
-    context = FileContext(partial(_absolute, root), find_options)
     try:
-        config = kind.model_validate(values, context=context)
+        config = kind.model_validate(values, context=file_context(partial(_absolute, root)))
     except ValidationError as error:
         keys = f"see `paracaption config{_FLAGS.get(kind, '')}` for all keys"
         place_of = partial(written_place, values=values) if kind is BuildConfig else tuple

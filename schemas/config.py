@@ -49,6 +49,8 @@ def _checked_source(entry: dict[str, Any], info: ValidationInfo) -> dict[str, An
     try:
         options = info.context.options_of(kind)
     except ValueError as error:
+        if info.context.ours:
+            return entry
         raise _mistakes(_mistake("source", kind, str(error))) from error
     given = {name: value for name, value in entry.items() if name != "source"}
     try:
@@ -83,9 +85,23 @@ class Subset(Strict):
     )
     recipe: str | None = Field(
         default=None,
+        validate_default=True,
         description="Recipe that makes the captions: `verify` if the sources name each region's category, "
         "`identify` if they do not. null takes the default of the kind of source.",
     )
+
+    @field_validator("recipe")
+    @classmethod
+    def _default(cls, recipe: str | None, info: ValidationInfo) -> str | None:
+        sources = info.data.get("sources")
+        if recipe is not None or sources is None or not info.context or info.context.recipe_of is None:
+            return recipe
+        try:
+            return info.context.recipe_of({each["source"] for each in sources})
+        except ValueError:
+            if info.context.ours:
+                return None
+            raise
 
     @field_validator("sources", mode="before")
     @classmethod

@@ -17,11 +17,14 @@ class FileContext(NamedTuple):
     Attributes:
         absolute: makes a path of the file absolute.
         options_of: the model of a source kind's options; raises ValueError for an unknown kind.
-        ours: whether ParaCaption wrote the file; then nobody is warned of its old names.
+        recipe_of: the recipe of sources of these kinds; raises ValueError if none is the default of all.
+        ours: whether ParaCaption wrote the file. Then nobody is warned of its old names, and a source may be
+            of a kind that only whoever wrote the file knows.
     """
 
     absolute: Callable[[str], str] = str
     options_of: Callable[[str], type[Strict]] | None = None
+    recipe_of: Callable[[set[str]], str] | None = None
     ours: bool = False
 
 
@@ -92,7 +95,10 @@ def one_line_each(
     lines = []
     for each in error.errors():
         place = ".".join(map(str, place_of(each["loc"]))) or "config"
-        given = "" if each["type"] == "missing" else f" (given: {each['input']!r})"
-        wrong = f"unknown key; {keys}" if each["type"] == "extra_forbidden" else each["msg"] + given
+        if each["type"] == "extra_forbidden":
+            wrong = f"unknown key; {keys}"
+        else:
+            given = "" if each["type"] == "missing" else f" (given: {each['input']!r})"
+            wrong = each["msg"].removeprefix("Value error, ") + given
         lines.append(": ".join(filter(None, (where, place, wrong))))
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample
 from ...schemas.summary import CorpusSummary
 from ..io import files
+from ..sources.registry import file_context
 from .ledger import align_ledger
 
 if TYPE_CHECKING:
@@ -370,7 +371,8 @@ def read_config(corpus: str | Path) -> BuildConfig:
     """
     path = f"{corpus}/{CONFIG}"
     try:
-        return BuildConfig.from_stored(yaml.safe_load(files.read(Blob(path))))
+        values = yaml.safe_load(files.read(Blob(path)))
+        return BuildConfig.model_validate(values, context=file_context(ours=True))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; give the `out` of a build") from error
     except (OSError, yaml.YAMLError, ValidationError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -20,8 +20,6 @@ SOURCES = {
     "sa1b": "paracaption.pipeline.sources.sa1b:Sa1b",
 }
 """Kind, as the configuration names it, -> its class."""
-
-ALL_KEYS = "see `paracaption config` for all keys"
 
 
 def find_source(kind: str) -> type[Source[Any]]:
@@ -41,18 +39,35 @@ def find_options(kind: str) -> type[SourceOptions]:
     return find_source(kind).options_type
 
 
-def complete(config: BuildConfig) -> BuildConfig:
-    """The configuration with every option of its sources checked and written out.
+def default_recipe(kinds: set[str]) -> str:
+    """The recipe of a subset that names none, by the kinds of its sources.
 
-    One that comes from a file has been checked already; one that a program makes has not.
+    Raises:
+        ConfigError: a kind is unknown, or they have different recipes.
+    """
+    defaults = {find_source(kind).recipe for kind in kinds}
+    if len(defaults) > 1:
+        raise ConfigError(f"its sources have the recipes {' and '.join(sorted(defaults))}; name one of them")
+    return defaults.pop()
+
+
+def file_context(absolute: Callable[[str], str] = str, ours: bool = False) -> FileContext:
+    """What a build's configuration is read with, so that its sources are checked and completed."""
+    return FileContext(absolute, find_options, default_recipe, ours)
+
+
+def complete(config: BuildConfig) -> BuildConfig:
+    """The configuration with every option of its sources and every recipe written out.
+
+    One that comes from a file is complete already; one that a program makes need not be.
 
     Raises:
         ConfigError: a kind or an option is unknown, or a value does not suit it; a line for each.
     """
     try:
-        return BuildConfig.model_validate(config.model_dump(), context=FileContext(options_of=find_options))
+        return BuildConfig.model_validate(config.model_dump(), context=file_context())
     except ValidationError as error:
-        raise ConfigError(one_line_each(error, "", ALL_KEYS)) from error
+        raise ConfigError(one_line_each(error, "", "see `paracaption config` for all keys")) from error
 
 
 def subset_title(subset: str) -> str:
@@ -63,23 +78,16 @@ def subset_title(subset: str) -> str:
 def recipe_name(config: BuildConfig, subset: str) -> str:
     """The recipe of a subset: the configured one, else the default of its kinds of source.
 
-    A subset that the configuration no longer has is taken to be of the kind that it is named after.
-
     Raises:
         ConfigError: its kinds have different defaults, or one is unknown.
     """
-    if subset not in config.subsets:
-        return find_source(subset).recipe
-    chosen = config.subsets[subset].recipe
-    if chosen is not None:
-        return chosen
-    defaults = {find_source(each["source"]).recipe for each in config.subsets[subset].sources}
-    if len(defaults) > 1:
-        raise ConfigError(
-            f"subsets.{subset}.recipe: its sources have the recipes {' and '.join(sorted(defaults))}; "
-            "name one, or make two subsets"
-        )
-    return defaults.pop()
+    if subset not in config.subsets:  # a corpus keeps what an earlier configuration built
+        return default_recipe({subset})
+    found = config.subsets[subset]
+    try:
+        return found.recipe or default_recipe({each["source"] for each in found.sources})
+    except ConfigError as error:
+        raise ConfigError(f"subsets.{subset}.recipe: {error}") from error
 
 
 def open_source(config: BuildConfig, subset: str) -> SubsetSource:

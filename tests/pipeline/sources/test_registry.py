@@ -19,6 +19,7 @@ from paracaption.pipeline.sources import registry
 from paracaption.pipeline.sources.protocols import Catalog
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import Limits
+from paracaption.schemas.errors import ConfigError
 from tests.building import build, committed, config_of, drops
 from tests.synthetic import jpeg, scene, write_coconut, write_sa1b
 
@@ -54,7 +55,7 @@ def test_a_third_kind_is_audited_built_verified_and_shown(rectangles, tmp_path):
     config = load_config(tmp_path / "build.yaml")
     driver.build(config, LocalEngine())
     assert verify.verify(tmp_path / "out").ok
-    counts = merge.read_summary(tmp_path / "out").subsets["boxes"].counts
+    counts = reader.read_summary(tmp_path / "out").subsets["boxes"].counts
     assert (counts.images, counts.regions, counts.images_captioned) == (5, 10, 4)
     stages = ["source", "usable_masks", "caption", "verify_category", "clean_text"]
     assert [step.stage for step in counts.funnel] == stages
@@ -65,6 +66,19 @@ def test_a_third_kind_is_audited_built_verified_and_shown(rectangles, tmp_path):
     assert shown.exit_code == 0 and "boxes" in shown.output
     client = TestClient(make_app(Explorer(tmp_path / "out")), base_url="http://localhost:8080")
     assert "boxes" in client.get("/").text and client.get("/image/boxes/photo-1").status_code == 200
+
+
+def test_a_corpus_is_read_where_its_kind_of_source_is_not_registered(rectangles, tmp_path, monkeypatch):
+    values = config_of(tmp_path / "out", coconut=write_coconut(tmp_path / "source", 1)).model_dump()
+    values["subsets"] = {"boxes": {"sources": rectangles}}
+    driver.build(load_config(values), LocalEngine())
+    monkeypatch.delitem(registry.SOURCES, "rectangles")
+    corpus = reader.open_corpus(tmp_path / "out")
+    assert corpus.config.subsets["boxes"].sources == [{**rectangles, "license": "unknown"}]
+    assert verify.verify(tmp_path / "out").ok
+    assert len(merge.count_subset(corpus, "boxes").funnel) == 5
+    with pytest.raises(ConfigError, match="unknown kind 'rectangles'; choose from coconut, sa1b"):
+        open_source(corpus.config, "boxes")
 
 
 def test_a_third_kind_is_described_and_its_options_are_checked(rectangles, tmp_path):
@@ -107,12 +121,12 @@ def test_subsets_of_one_kind_are_built_beside_each_other_under_their_own_names(t
     values["subsets"] = {"train-1": {"sources": first}, "val.2": {"sources": second, "recipe": "identify"}}
     config = registry.complete(load_config(values))
     driver.build(config, LocalEngine())
-    assert reader.subsets(tmp_path / "out") == ["train-1", "val.2"]
+    assert reader.open_corpus(tmp_path / "out").subsets == ["train-1", "val.2"]
     assert [path.name for path in sorted((tmp_path / "out").glob("*/shards/*"))] == [
         "train-1-000000.tar",
         "val.2-000000.tar",
     ]
-    found = merge.read_summary(tmp_path / "out").subsets
+    found = reader.read_summary(tmp_path / "out").subsets
     assert [step.stage for step in found["val.2"].counts.funnel][3:6] == [
         "caption",
         "extract_category",
