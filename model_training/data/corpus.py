@@ -1,7 +1,8 @@
-"""A committed corpus for training: which image lies where, with how many kept regions, and one read for each.
+"""A committed corpus for training: where each image lies, how many regions it has, and one read for each.
 
-Manifests are the truth. `index.parquet` says where images lie if it is of these manifests; if it is stale or
-not there, the ledgers say it, one small file a unit. What they say is written to a table once, and mapped.
+Manifests are the truth. If `index.parquet` was merged from these manifests, it tells where images lie. If it
+is missing or outdated, the ledgers tell, one small file per unit. The answer is written once to a table, and
+the table is mapped into memory.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _log = logging.getLogger(__name__)
 
 _REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
 _VERSION = 1
-_PLACES = ("photo_offset", "photo_length", "json_offset", "json_length")
-_COLUMNS = ["subset", "unit", "key", "caption", "image_width", "image_height", "shard", *_PLACES]
+_OFFSETS = ("photo_offset", "photo_length", "json_offset", "json_length")
+_COLUMNS = ["subset", "unit", "key", "caption", "image_width", "image_height", "shard", *_OFFSETS]
 _IMAGE = np.dtype(
     [
         ("shard", "u4"),
@@ -44,26 +45,42 @@ _IMAGE = np.dtype(
         ("key_bytes", "u1"),
         ("key", "u8"),
     ]
-    + [(name, "u8" if name.endswith("offset") else "u4") for name in _PLACES]
+    + [(name, "u8" if name.endswith("offset") else "u4") for name in _OFFSETS]
 )
-"""`longest` of its captions in tokens; `key` where it starts in the table's bytes."""
+"""An image: `longest` is the length of its longest caption in tokens, and `key` the offset of its key in the
+table's bytes."""
 
 
-class Place(NamedTuple):
-    """An item's image, which of its groups it is, and which of the image's shuffled regions are in it."""
+class RegionGroup(NamedTuple):
+    """A group of an image's regions, which is an item to train on.
+
+    Attributes:
+        image: index of the image in the corpus.
+        group: index of the group among those of the image.
+        regions: which of the image's shuffled regions are in it.
+    """
 
     image: int
     group: int
     regions: slice
 
 
-class Corpus:
-    """The images of a corpus, and its items: groups of an image's regions, image after image."""
+class TrainingCorpus:
+    """The images of a corpus, and its items: groups of regions, those of one image after those of another.
+
+    Args:
+        table: the images, with the items beside them.
+        path: folder or URL of the corpus.
+        options: how images are cut into groups.
+        seed: decides the sizes of the groups.
+        processor: the model's processor, which decides the lengths of items.
+    """
 
     def __init__(
-        self, table: Table, out: str, options: DataOptions, seed: int, processor: PerceptionDLMProcessor
+        self, table: Table, path: str, options: DataOptions, seed: int, processor: PerceptionDLMProcessor
     ):
-        self.table, self.out, self.options, self.seed = table, out, options, seed
+        self.table, self.options, self.seed = table, options, seed
+        self.corpus = reader.Corpus(path)
         config = processor.config
         self.num_prompts = config.num_prompts
         self.prefix_tokens = processor.make_prefix(0, 0).shape[1]
@@ -76,20 +93,23 @@ class Corpus:
 
     @property
     def num_items(self) -> int:
-        """Groups of regions."""
+        """Number of groups of regions."""
         return len(self.item_image)
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the items do."""
+        """Identifies the items: it changes when they do."""
         return self.table.folder.name
 
     def groups(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where items' groups begin among their images' shuffled regions, and their sizes: both (N,) int64.
+        """The groups that items are in some passes over the corpus. A group may be empty.
 
         Args:
-            items: (N,); a group may be empty.
+            items: (N,) indices of items.
             passes: (N,) index of the pass over the corpus (0, 1, ...).
+
+        Returns:
+            Where each group starts among its image's shuffled regions, and its size: (N,) int64 each.
         """
         image, group = self.item_image[items], self.item_group[items].astype(np.int64)
         regions = self.table.rows["regions"][image].astype(np.int64)
@@ -100,7 +120,16 @@ class Corpus:
         return varied_groups(regions, groups, group, self.num_prompts, keys)
 
     def lengths(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of items before their captions, and at most of the captions: both (N,) int64; 0 if empty."""
+        """Lengths of items in tokens.
+
+        Args:
+            items: (N,) indices of items.
+            passes: (N,) index of the pass over the corpus (0, 1, ...).
+
+        Returns:
+            Tokens before the captions, and the most tokens that the captions can have: (N,) int64 each. Both
+            are 0 for an empty group.
+        """
         image = self.table.rows[self.item_image[items]]
         _, size = self.groups(items, passes)
         views = image["views"].astype(np.int64)
@@ -112,30 +141,30 @@ class Corpus:
             longest = np.minimum(longest, limit)
         return np.where(size > 0, prefix, 0), size * (2 + longest)
 
-    def place(self, item: int, turn: int) -> Place:
-        """What an item is in some pass over the corpus."""
-        (start,), (size,) = self.groups(np.array([item]), np.array([turn]))
-        return Place(int(self.item_image[item]), int(self.item_group[item]), slice(start, start + size))
+    def region_group(self, item: int, pass_index: int) -> RegionGroup:
+        """The group that an item is in a pass over the corpus."""
+        (start,), (size,) = self.groups(np.array([item]), np.array([pass_index]))
+        regions = slice(int(start), int(start + size))
+        return RegionGroup(int(self.item_image[item]), int(self.item_group[item]), regions)
 
-    def name(self, image: int) -> tuple[str, str]:
-        """The image's shard, and its key."""
+    def shard_and_key(self, image: int) -> tuple[str, str]:
+        """The path of an image's shard, and the image's key."""
         row = self.table.rows[image]
         key = self.table.bytes_at(int(row["key"]), int(row["key_bytes"])).decode()
-        return f"{self.out}/{self.table.about['shards'][row['shard']]}", key
+        return f"{self.corpus.path}/{self.table.about['shards'][row['shard']]}", key
 
-    def read(self, image: int) -> tuple[Sample, bytes]:
-        """An image's sample and its photo's bytes, by one read.
+    def read_sample(self, image: int) -> tuple[Sample, bytes]:
+        """An image's sample and the bytes of its photo, by one read.
 
         Raises:
-            BadSample: the bytes there are not this image's; names shard and key.
+            BadSample: the bytes there do not belong to this image; the message names shard and key.
         """
         row = self.table.rows[image]
-        shard, key = self.name(image)
+        shard, key = self.shard_and_key(image)
         subset, path = self.table.about["shards"][row["shard"]].split("/", 1)
-        places = {name: int(row[name]) for name in _PLACES}
+        offsets = {name: int(row[name]) for name in _OFFSETS}
         try:
-            corpus = reader.Corpus(self.out)
-            sample, data = corpus.read_sample({"subset": subset, "shard": path, "key": key} | places)
+            sample, data = self.corpus.read_sample({"subset": subset, "shard": path, "key": key} | offsets)
         except IntegrityError as error:
             raise BadSample("shard_unreadable", str(error)) from error
         if len(sample.regions) != row["regions"]:
@@ -144,22 +173,31 @@ class Corpus:
         return sample, data
 
 
-def _reopen(table: Table, options: DataOptions, state: dict[str, Any]) -> Corpus:
-    opened = Corpus.__new__(Corpus)
+def _reopen(table: Table, options: DataOptions, state: dict[str, Any]) -> TrainingCorpus:
+    opened = TrainingCorpus.__new__(TrainingCorpus)
     opened.__dict__.update(state)
     opened.item_image = np.memmap(table.folder / "item_image.bin", np.uint32, "r")
     opened.item_group = np.memmap(table.folder / "item_group.bin", np.uint16, "r")
     return opened
 
 
-def open_corpus(
+def open_training_corpus(
     source: CorpusSource, processor: PerceptionDLMProcessor, options: DataOptions, seed: int, cache: Path
-) -> Corpus:
-    """A corpus, through the table in the cache that is of its manifests.
+) -> TrainingCorpus:
+    """Open a corpus through its table in the cache, which is written if it is missing.
+
+    The table's name covers all manifests, so that another state of the corpus has another table.
+
+    Args:
+        source: the corpus, and which of its subsets to take.
+        processor: the model's processor.
+        options: how images are cut into groups.
+        seed: decides the sizes of the groups.
+        cache: local folder of the tables.
 
     Raises:
-        ConfigError: no corpus, or none of its regions was kept.
-        IntegrityError: a manifest or ledger is damaged; names the file and what to do.
+        ConfigError: there is no corpus, or none of its regions was kept.
+        IntegrityError: a manifest or ledger is damaged; the message names the file and what to do.
     """
     corpus = reader.open_corpus(source.corpus)
     committed = [name for name in corpus.subsets if corpus.units(name)]
@@ -177,11 +215,11 @@ def open_corpus(
         _write_table(folder, corpus, digests, processor, options)
 
     folder = cached_folder(cache, f"corpus-{name}", write)
-    return Corpus(Table(folder, _IMAGE), corpus.path, options, seed, processor)
+    return TrainingCorpus(Table(folder, _IMAGE), corpus.path, options, seed, processor)
 
 
 def unfinished(source: CorpusSource) -> str:
-    """What a build has still to do before the corpus is whole; "" if nothing.
+    """What a build still has to do before the corpus is complete, as a text; "" if it is complete.
 
     Raises:
         IntegrityError: a file of the corpus is damaged.
@@ -202,12 +240,12 @@ def unfinished(source: CorpusSource) -> str:
 
 
 def tokenizer_digest(processor: PerceptionDLMProcessor) -> str:
-    """Changes when texts have other tokens."""
+    """Identifies a tokenizer: it changes when a text could have other tokens."""
     return hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def token_lists(processor: PerceptionDLMProcessor, texts: list[str]) -> list[list[int]]:
-    """The tokens of texts; what is written like a special token is text."""
+    """The tokens of some texts. A text that looks like a special token is tokenized as text."""
     if not texts:
         return []
     return processor.tokenizer(
@@ -254,7 +292,7 @@ _Units = list[tuple[reader.Unit, Manifest]]
 def _kept_regions(
     corpus: reader.Corpus, subsets: list[str], from_index: bool
 ) -> Iterator[tuple[_Units, pa.Table]]:
-    """Rows of kept regions in the index's order, whole units at a time, with the manifests of the units."""
+    """Rows of kept regions in the index's order, some whole units at a time, with these units' manifests."""
     import pyarrow as pa
 
     units = ((unit, each) for subset in subsets for unit, each in corpus.manifests(subset) if each.kept)
@@ -275,27 +313,25 @@ def _kept_regions(
 def _images(
     table: pa.Table, processor: PerceptionDLMProcessor, writer: TableWriter
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the images of a table with a row for each region, and the table's row where each begins."""
-    import pyarrow.compute as pc
-
-    names = pc.binary_join_element_wise(table["unit"], table["key"], "/").to_numpy(zero_copy_only=False)
-    firsts = np.flatnonzero(np.append(True, names[1:] != names[:-1]))
+    """From a table with a row per region, the rows of the images, and in which row each image starts."""
+    units, keys = table["unit"].to_numpy(), table["key"].to_numpy()
+    firsts = np.flatnonzero(np.append(True, (units[1:] != units[:-1]) | (keys[1:] != keys[:-1])))
     rows = np.zeros(len(firsts), _IMAGE)
     rows["regions"] = np.diff(np.append(firsts, table.num_rows))
     tokens = [len(ids) for ids in token_lists(processor, table["caption"].to_pylist())]
     rows["longest"] = np.maximum.reduceat(np.minimum(tokens, 65_535), firsts)
-    for name in _PLACES:
+    for name in _OFFSETS:
         rows[name] = table[name].to_numpy()[firsts]
     sizes = np.stack([table[f"image_{side}"].to_numpy()[firsts] for side in ("width", "height")], axis=1)
     rows["views"] = views_of(sizes, processor)
-    keys = [key.encode() for key in table["key"].take(firsts).to_pylist()]
-    rows["key_bytes"] = lengths = np.array([len(key) for key in keys])
-    rows["key"] = writer.put(b"".join(keys)) + np.cumsum(lengths) - lengths
+    encoded = [key.encode() for key in keys[firsts]]
+    rows["key_bytes"] = lengths = np.array([len(key) for key in encoded])
+    rows["key"] = writer.put(b"".join(encoded)) + np.cumsum(lengths) - lengths
     return rows, firsts
 
 
 def views_of(sizes: np.ndarray, processor: PerceptionDLMProcessor) -> np.ndarray:
-    """How many views images of such sizes have: (N, 2) width and height to (N,)."""
+    """How many views images have: (N,) from their widths and heights (N, 2)."""
     tile, most = processor.config.tile_px, processor.config.max_tiles
     kinds, which = np.unique(sizes, axis=0, return_inverse=True)
     views = [tiling.num_views(tiling.tile_grid(w, h, tile, most)) for w, h in kinds.tolist()]
@@ -303,7 +339,7 @@ def views_of(sizes: np.ndarray, processor: PerceptionDLMProcessor) -> np.ndarray
 
 
 def _compare(table: pa.Table, units: _Units) -> None:
-    """Every image has as many regions as the manifest of its unit says."""
+    """Check that every image has as many regions as the manifest of its unit says."""
     found: dict[str, dict[str, int]] = {unit.name: {} for unit, _ in units}
     counts = table.group_by(["unit", "key"]).aggregate([("caption", "count")]).to_pydict()
     for name, key, count in zip(*counts.values(), strict=True):

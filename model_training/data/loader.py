@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.training import ConversationSource, CorpusSource, DataOptions
 from .conversations import open_conversations
-from .corpus import open_corpus
+from .corpus import open_training_corpus
 from .epoch_plan import EpochPlan, Mixture, Pick, count_batches
 from .samples import BatchMaker, TrainBatch
 from .table import cached_folder, default_cache
@@ -76,7 +76,7 @@ class Loader:
         _check_options(sources, options, processor, rank, world_size)
         self.cache = Path(options.cache) if options.cache is not None else default_cache()
         opened = [
-            open_corpus(source, processor, options, seed, self.cache)
+            open_training_corpus(source, processor, options, seed, self.cache)
             if isinstance(source, CorpusSource)
             else open_conversations(source, processor, self.cache)
             for source in sources

@@ -18,7 +18,7 @@ from ...schemas.training import DataOptions
 from ..model.batch import Example, Images, Tokens, collate, pack
 from ..model.tiling import MaskRuns
 from .conversations import Conversations, make_conversation_example
-from .corpus import Corpus, token_lists
+from .corpus import TrainingCorpus, token_lists
 from .epoch_plan import Pick
 from .order import shuffled
 
@@ -98,7 +98,7 @@ class BatchMaker:
 
     def __init__(
         self,
-        sources: Sequence[Corpus | Conversations],
+        sources: Sequence[TrainingCorpus | Conversations],
         processor: PerceptionDLMProcessor,
         options: DataOptions,
         seed: int,
@@ -127,7 +127,7 @@ class BatchMaker:
     def _make(self, pick: Pick, skipped: list[Skipped]) -> LabeledExample | None:
         source = self.sources[pick.source]
         try:
-            if isinstance(source, Corpus):
+            if isinstance(source, TrainingCorpus):
                 made = self._region_group(source, pick, skipped)
             else:
                 made = self._conversation(source, pick)
@@ -150,11 +150,13 @@ class BatchMaker:
         example, labels = make_conversation_example(record, photo, self.processor, name)
         return LabeledExample(example, labels, name)
 
-    def _region_group(self, source: Corpus, pick: Pick, skipped: list[Skipped]) -> LabeledExample | None:
+    def _region_group(
+        self, source: TrainingCorpus, pick: Pick, skipped: list[Skipped]
+    ) -> LabeledExample | None:
         """The example of a group of an image's regions; None if all of their captions are too long."""
-        image, group, chosen = source.place(pick.item, pick.pass_index)
-        sample, data = source.read(image)
-        shard, key = source.name(image)
+        image, group, chosen = source.region_group(pick.item, pick.pass_index)
+        sample, data = source.read_sample(image)
+        shard, key = source.shard_and_key(image)
         seeds = (self.seed, pick.source, pick.pass_index, sample.subset, key)
         order = shuffled(len(sample.regions), *seeds)
         regions = [sample.regions[number] for number in order[chosen]]
@@ -195,7 +197,9 @@ class BatchMaker:
         """A caption, filled up to its fixed length if it has one."""
         if self.options.caption_length == "natural":
             return ids
-        return ids + [self.processor.config.eot_token_id] * (self.options.max_new_tokens - len(ids))
+        eot = self.processor.config.eot_token_id
+        assert eot is not None
+        return ids + [eot] * (self.options.max_new_tokens - len(ids))
 
     def _labels(self, example: Example) -> np.ndarray:
         """Which tokens of the captions are labeled: (L,) bool."""

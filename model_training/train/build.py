@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ def step_flops(
         num_views: views that the vision tower encodes.
         num_logits: tokens for which the head computes logits.
     """
-    vision, text = model.config.vision_config, model.config.text_config
+    vision, text = model.config.vision, model.config.text
     patches = num_views * model.config.patches_per_side**2
     sizes = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
@@ -234,9 +234,10 @@ def step_flops(
             sizes[name.partition(".")[0]] += parameter.numel()
     depth = len(model.vision_tower.layers)
     passes = dict(_passes(model))
+    width = text.num_attention_heads * cast(int, text.head_dim)
     attention = {
         "vision_tower": 4 * depth * vision.hidden_size * patches * model.config.patches_per_side**2,
-        "language_model": 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * num_pairs,
+        "language_model": 4 * text.num_hidden_layers * width * num_pairs,
     }
     counts = {
         "vision_tower": patches,
