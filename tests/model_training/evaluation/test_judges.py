@@ -42,7 +42,7 @@ def test_a_benchmark_is_judged_by_a_real_engine(judge, qwen3, tmp_path, monkeypa
     folder = write_bench(tmp_path / "bench")
     bench = Bench(name="ours", kind="paradlc", folder=str(folder))
     run_benchmark.caption_images(bench, Backend(name="classical"), tmp_path)
-    monkeypatch.setattr(judges, "load", lambda _: judge)
+    monkeypatch.setattr(judges, "load_judge", lambda _: judge)
     monkeypatch.setattr(judge, "close", lambda: None)
     config = Judge(name="vllm", options={"model": str(qwen3)})
     assert run_benchmark.judge_captions(bench, config, tmp_path) == 12
