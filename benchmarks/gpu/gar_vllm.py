@@ -70,9 +70,9 @@ def start(folder: Path, machine: Machine) -> Any:
 @contextmanager
 def dummy_engine() -> Iterator[None]:
     """Within it, engines draw random weights on the device instead of reading files."""
-    from paracaption.pipeline.models import engine
+    from paracaption.pipeline.models import vllm_engine
 
-    with mock.patch.object(engine, "Engine", partial(engine.Engine, load_format="dummy")):
+    with mock.patch.object(vllm_engine, "Engine", partial(vllm_engine.Engine, load_format="dummy")):
         yield
 
 

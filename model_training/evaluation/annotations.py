@@ -25,7 +25,7 @@ from ...pipeline.io import files, photos
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
-from .protocol import LETTERS, Choice, Kind, Question, recognition_question
+from .scoring import LETTERS, Choice, Kind, Question, recognition_question
 
 ANNOTATIONS, QUESTIONS, CLASSES = FILES = ("annotations.json", "qa.json", "class_names.json")
 

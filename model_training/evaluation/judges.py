@@ -21,10 +21,10 @@ from ...pipeline.models.options import read_options
 from ...schemas.errors import BadRecord
 from ...schemas.evaluation import Judge
 from ...schemas.reasons import Reason
-from .protocol import MAX_TOKENS
+from .scoring import MAX_TOKENS
 
 if TYPE_CHECKING:
-    from ...pipeline.models.engine import Engine
+    from ...pipeline.models.vllm_engine import Engine
 
 COMPACT_JSON = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 """Settings of the engine. A small model that may put any white space into its JSON may never finish it."""
@@ -117,7 +117,7 @@ class VllmChat:
         """See `BenchJudge.answer`."""
         from vllm import TokensPrompt
 
-        from ...pipeline.models.engine import Request
+        from ...pipeline.models.vllm_engine import Request
 
         max_len = self.engine.engine.model_config.max_model_len
         prompts = [self._tokens(request.prompt) for request in requests]

@@ -25,7 +25,7 @@ from ...pipeline.io.json_lines import LineWriter, read_lines
 from ...schemas.config import Backend
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.evaluation import Bench, Judge
-from . import annotations, captioners, judges, protocol, quality
+from . import annotations, captioners, judges, quality, scoring
 from .annotations import BenchImage, Benchmark, BenchRegion
 from .judges import JudgeRequest
 
@@ -236,7 +236,7 @@ def _questions(benchmark: Benchmark, config: Judge | None, folder: Path) -> Iter
             if caption is None:
                 continue
             for number, question in enumerate(region.questions):
-                prompt = protocol.judge_prompt(benchmark.kind, caption, question)
+                prompt = scoring.judge_prompt(benchmark.kind, caption, question)
                 pictures = [image.name, region.mask.rle] if sees_images else []
                 digest = hashlib.sha256(msgspec.json.encode([identity, prompt, pictures])).hexdigest()[:24]
                 yield _Question(image, region, number, prompt, digest)
@@ -282,7 +282,7 @@ class _Scored(NamedTuple):
     caption: str
     answers: list[str | None]
     chosen: list[int | None]
-    scores: protocol.Scores
+    scores: scoring.Scores
 
 
 def score_answers(bench: Bench, config: Judge | None, folder: Path) -> Result:
@@ -310,7 +310,7 @@ def score_answers(bench: Bench, config: Judge | None, folder: Path) -> Result:
     tokens, forwards = (sum(getattr(line, name) for line in lines) for name in ("tokens", "forwards"))
     pairs = [pair for each in scored for pair in zip(each.answers, each.chosen, strict=True)]
     judged = [each.scores for each in scored] if config else []
-    averages = protocol.average_scores(judged) if judged else None
+    averages = scoring.average_scores(judged) if judged else None
     result = Result(
         benchmark=bench.name,
         kind=bench.kind,
@@ -337,8 +337,8 @@ def score_answers(bench: Bench, config: Judge | None, folder: Path) -> Result:
 def _score(region: BenchRegion, caption: str, answers: list[str | None]) -> _Scored:
     choices = ([choice.text for choice in question.choices] for question in region.questions)
     pairs = zip(answers, choices, strict=True)
-    chosen = [None if answer is None else protocol.parse_answer(answer, texts) for answer, texts in pairs]
-    return _Scored(region, caption, answers, chosen, protocol.score_region(region.questions, chosen))
+    chosen = [None if answer is None else scoring.parse_answer(answer, texts) for answer, texts in pairs]
+    return _Scored(region, caption, answers, chosen, scoring.score_region(region.questions, chosen))
 
 
 def _detail(scored: _Scored) -> dict[str, Any]:

@@ -44,8 +44,8 @@ from ..sources.registry import open_source
 from ..stages.base import FilterStage, ModelStage, Stage, UnitAnswers
 from ..stages.evidence import Evidence, EvidenceStore
 from . import gpus
+from .bisection import Bisection, model_failure, needs_fresh_model
 from .in_flight import InFlight
-from .retry import Bisection, model_failure, needs_fresh_model
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from .protocols import Answer, Checked, Question
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
-    from .engine import Engine, Request
+    from .vllm_engine import Engine, Request
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class VllmJudge:
         """Requests for the missing questions; one that does not fit gets its answer here."""
         from vllm import TokensPrompt
 
-        from .engine import Request
+        from .vllm_engine import Request
 
         params = {kind: self._params(kind, attempt) for kind in self.prompts}
         for index in missing:
@@ -273,7 +273,7 @@ def start_engine(folder: Path, options: VllmOptions) -> Engine:
     Raises:
         ConfigError: vLLM does not take the model or its arguments.
     """
-    from .engine import Engine
+    from .vllm_engine import Engine
 
     settings = {"max_model_len": MAX_MODEL_LEN, "enable_prefix_caching": True, **options.engine}
     try:

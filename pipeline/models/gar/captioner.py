@@ -24,7 +24,7 @@ from .prompt import TEMPLATE, Prompts
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-    from ..engine import Engine, Request
+    from ..vllm_engine import Engine, Request
 
 VERSION = "1"
 """Of everything between the pixels and the text; part of the evidence digest."""
@@ -207,7 +207,7 @@ class GarCaptioner:
 
     def requests(self, images: list[ImageRecord]) -> Generator[Request]:
         """What the engine is asked about the live regions, each made when it is drawn."""
-        from ..engine import Request
+        from ..vllm_engine import Request
 
         params = self.sampling()
         works = self.encoder.prepare(images, lambda image, region: _question(image, region) not in self._kept)
@@ -249,7 +249,7 @@ def _model_len(options: GarOptions, config: GarConfig, prompts: Prompts) -> int:
 
 def _start(options: GarOptions, language: Path, max_len: int, dtype: str, on_cpu: bool) -> Engine:
     """The engine on the exported language model, fed with embeddings only."""
-    from ..engine import Engine
+    from ..vllm_engine import Engine
 
     settings: dict[str, Any] = {
         "dtype": dtype,

@@ -19,12 +19,12 @@ from paracaption.flows.evaluate import evaluate_captioner
 from paracaption.model_training.evaluation import (
     annotations,
     judges,
-    protocol,
     quality,
     results_page,
     run_benchmark,
+    scoring,
 )
-from paracaption.model_training.evaluation.protocol import Choice, Question
+from paracaption.model_training.evaluation.scoring import Choice, Question
 from paracaption.pipeline.config_file import load_evaluation
 from paracaption.schemas.errors import ConfigError, StageFailed
 from paracaption.schemas.evaluation import Bench, EvaluateConfig, Judge
@@ -48,7 +48,7 @@ def test_answers_are_read_and_scored_as_the_published_scorers_do(kind):
     for case in known["cases"]:
         choices = [case["recognition_choices"], *(each["choices"] for each in case["questions"])]
         read = [
-            protocol.parse_answer(answer, [text for text, _ in some])
+            scoring.parse_answer(answer, [text for text, _ in some])
             for answer, some in zip(case["responses"], choices, strict=True)
         ]
         assert read == case["parsed_index"]
@@ -57,7 +57,7 @@ def test_answers_are_read_and_scored_as_the_published_scorers_do(kind):
             Question("", tuple(Choice(*pair) for pair in each["choices"]), each["type"])
             for each in case["questions"]
         ]
-        found = protocol.score_region(questions, read)
+        found = scoring.score_region(questions, read)
         assert (found.score, found.positive or 0, found.negative) == (
             case["score"],
             case["score_pos"],
@@ -65,49 +65,49 @@ def test_answers_are_read_and_scored_as_the_published_scorers_do(kind):
         )
         assert found.recognised == case["recognition"]
         scores.append(found)
-    averages = protocol.average_scores(scores)
+    averages = scoring.average_scores(scores)
     assert averages == (known["avg_pos"], known["avg_neg"], known["avg"])
 
 
 def test_what_the_published_scorers_stop_at_is_no_choice():
-    assert protocol.parse_answer("", ["Yes", "No"]) is None
-    assert protocol.parse_answer("  \n", ["Yes", "No"]) is None
-    assert protocol.parse_answer("E.", ["Yes", "No"]) is None
-    assert protocol.parse_answer("b", ["Yes", "No"]) == 1
-    unclear = protocol.score_region([RECOGNITION, ask("positive", 1, -1)], [None, 0])
+    assert scoring.parse_answer("", ["Yes", "No"]) is None
+    assert scoring.parse_answer("  \n", ["Yes", "No"]) is None
+    assert scoring.parse_answer("E.", ["Yes", "No"]) is None
+    assert scoring.parse_answer("b", ["Yes", "No"]) == 1
+    unclear = scoring.score_region([RECOGNITION, ask("positive", 1, -1)], [None, 0])
     assert (unclear.recognised, unclear.positive) == (None, 1)
 
 
 @given(answer=st.text(max_size=12), choices=st.lists(st.text(max_size=6), min_size=2, max_size=5))
 def test_any_answer_is_read(answer: str, choices: list[str]):
-    found = protocol.parse_answer(answer, choices)
+    found = scoring.parse_answer(answer, choices)
     assert found is None or 0 <= found < len(choices)
 
 
 def test_a_wrong_recognition_caps_the_others_at_zero():
     questions = [RECOGNITION, ask("positive", 1, 0.5, -1), ask("negative", -1, 1), ask("negative", 1, -1)]
-    right, wrong = (protocol.score_region(questions, [first, 0, 1, 1]) for first in (0, 1))
+    right, wrong = (scoring.score_region(questions, [first, 0, 1, 1]) for first in (0, 1))
     assert (right.positive, right.negative, right.score) == (1, 0, 1 / 3)
     assert (wrong.positive, wrong.negative, wrong.score) == (0, -0.5, -1 / 3)
     assert wrong.worth == (0, 0, 0, -1)
 
 
 def test_a_region_without_negative_questions_is_in_no_negative_mean():
-    both = protocol.score_region([RECOGNITION, ask("positive", 1), ask("negative", -1)], [0, 0, 0])
-    one = protocol.score_region([RECOGNITION, ask("positive", 0.5)], [0, 0])
-    assert protocol.average_scores([both, one]) == (0.75, -1, -0.125)
+    both = scoring.score_region([RECOGNITION, ask("positive", 1), ask("negative", -1)], [0, 0, 0])
+    one = scoring.score_region([RECOGNITION, ask("positive", 0.5)], [0, 0])
+    assert scoring.average_scores([both, one]) == (0.75, -1, -0.125)
 
 
 def test_the_recognition_is_asked_as_published():
     assert "that the object in the description is an umbrella or an object" in (
-        protocol.recognition_question("dlc", "umbrella").text
+        scoring.recognition_question("dlc", "umbrella").text
     )
     assert (
         "the objects in the description are shoes or objects"
-        in protocol.recognition_question("dlc", "shoes").text
+        in scoring.recognition_question("dlc", "shoes").text
     )
-    assert "the object in the description is a bus or" in protocol.recognition_question("dlc", "bus").text
-    assert protocol.recognition_question("paradlc", "cat").text.startswith(
+    assert "the object in the description is a bus or" in scoring.recognition_question("dlc", "bus").text
+    assert scoring.recognition_question("paradlc", "cat").text.startswith(
         "The object in the image is cat. Based on"
     )
 

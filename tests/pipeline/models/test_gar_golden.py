@@ -162,7 +162,7 @@ def test_the_exported_language_model_has_the_same_logits(parts, captioner, case,
 
 def answers(captioner, prompts):
     """Tokens that vLLM continues the prompts with, all at once."""
-    from paracaption.pipeline.models.engine import Request
+    from paracaption.pipeline.models.vllm_engine import Request
 
     params = captioner.sampling()
     requests = [Request(key, {"prompt_embeds": prompt}, params) for key, prompt in prompts.items()]

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from paracaption.pipeline.executor.bisection import GIVE_UP_AFTER, Bisection
 from paracaption.pipeline.executor.in_flight import InFlight
-from paracaption.pipeline.executor.retry import GIVE_UP_AFTER, Bisection
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.reasons import Reason
 from tests.pipeline.executor.images import die, images
