@@ -29,7 +29,7 @@ def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
         _head(summary),
         *(_subset(name, subset) for name, subset in summary.subsets.items()),
         _pictures(),
-        _licences(config),
+        _licenses(config),
         _reading(summary),
         _config(config, summary),
     ]
@@ -47,7 +47,7 @@ def _front_matter(summary: CorpusSummary) -> str:
         "pretty_name": "Region captions",
         "license": "other",
         "license_name": "per-source",
-        "license_link": "#licences",
+        "license_link": "#licenses",
         "language": ["en"],
         "task_categories": ["image-to-text", "image-segmentation"],
         "tags": ["region-captioning", "dense-captioning", "masks", "webdataset"],
@@ -117,16 +117,16 @@ def _pictures() -> str:
     return "\n" + "\n".join(f"![{name.replace('_', ' ')}](plots/{name}.png)\n" for name in names)
 
 
-def _licences(config: BuildConfig) -> str:
+def _licenses(config: BuildConfig) -> str:
     rows = [
         (subset_title(subset), f"`{', '.join(source.places())}`", _plain(source.options.license))
         for subset in config.subsets
         for source in open_source(config, subset).sources
     ]
     return (
-        "## Licences\n\nPhotos and masks stay under the licences of their publishers; captions are what the "
+        "## Licenses\n\nPhotos and masks stay under the licenses of their publishers; captions are what the "
         "models named in the configuration said, under the terms of those.\n\n"
-        + _table(("subset", "source", "licence"), rows)
+        + _table(("subset", "source", "license"), rows)
     )
 
 

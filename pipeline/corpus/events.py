@@ -36,7 +36,7 @@ class Event(msgspec.Struct, omit_defaults=True):
         detail: for people.
         cpu: seconds of CPU time that the worker's process took meanwhile.
         busy: of `seconds`, those inside calls to the model.
-        gpu: the GPU's mean utilisation during these, 0..1; None if it is not known.
+        gpu: the GPU's mean utilization during these, 0..1; None if it is not known.
         report: the backend's own numbers, such as a cache's hit rate.
     """
 

@@ -193,6 +193,6 @@ def _words(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """One shortened line, without control characters: they could move the cursor or recolour the terminal."""
+    """One shortened line, without control characters: they could move the cursor or recolor the terminal."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= _MAX_TEXT else line[: _MAX_TEXT - 4] + " ..."

@@ -15,7 +15,6 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.records import SCORES, ImageRecord, Region
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
 
 
@@ -102,39 +101,54 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
 
     Returns:
         A table of `ledger_schema()`. `shard`, offsets and lengths are null unless the region is kept; mask
-        columns are null if the mask could not be read. A number that is no 64-bit integer is null, and
-        characters that
-        are no Unicode are escaped: nothing that a source or a model says can keep a unit from its ledger.
+        columns are null if the mask could not be read. A number that does not fit 64 bits is null, and
+        characters that are not Unicode are escaped: nothing that a source or a model returns can keep a unit
+        from being written.
     """
-    import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    regions: list[Region] = []
-    counts: list[int] = []
-    for image in images:
-        own = image.regions or [_IMAGE_LEVEL]
-        if any(a.id >= b.id for a, b in itertools.pairwise(own)):
-            own = sorted(own, key=lambda region: region.id)
-        regions.extend(own)
-        counts.append(len(own))
-    image_of = np.repeat(np.arange(len(images)), counts)
-    drops = [region.drop for region in regions]
-    if any(image.drop for image in images):
-        drops = [own or images[i].drop for own, i in zip(drops, image_of.tolist(), strict=True)]
+    regions, image_of = _regions_of(images)
+    drops = [region.drop or images[i].drop for region, i in zip(regions, image_of, strict=True)]
     is_region = [region is not _IMAGE_LEVEL for region in regions]
     kept = pa.array([drop is None and real for drop, real in zip(drops, is_region, strict=True)], pa.bool_())
     located = _placed(unit, [image.key for image in images], places)
-    boxes = [region.bbox if region.rle is not None else (None,) * 4 for region in regions]
-
+    rows = pa.array(image_of, pa.int64())
     columns: dict[str, Any] = {
         "unit": pa.repeat(unit, len(regions)),
-        **{name: values.take(pa.array(image_of)) for name, values in _of_images(images).items()},
+        **{name: values.take(rows) for name, values in _of_images(images).items()},
         "region": [region.id if real else None for region, real in zip(regions, is_region, strict=True)],
         "kept": kept,
         "drop_stage": [drop and drop.stage for drop in drops],
         "drop_reason": [drop and drop.reason.value for drop in drops],
         "drop_detail": [drop and drop.detail for drop in drops],
+        **_of_regions(regions),
+        **{name: _where(kept, values.take(rows)) for name, values in located.items()},
+    }
+    schema = ledger_schema()
+    assert columns.keys() == set(schema.names)
+    arrays = [_array(columns[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _regions_of(images: list[ImageRecord]) -> tuple[list[Region], list[int]]:
+    """The regions of all images by their ids, and the position of each region's image.
+
+    An image without regions has one that stands for the image.
+    """
+    regions: list[Region] = []
+    image_of: list[int] = []
+    for place, image in enumerate(images):
+        own = image.regions or [_IMAGE_LEVEL]
+        if any(a.id >= b.id for a, b in itertools.pairwise(own)):
+            own = sorted(own, key=lambda region: region.id)
+        regions.extend(own)
+        image_of.extend([place] * len(own))
+    return regions, image_of
+
+
+def _of_regions(regions: list[Region]) -> dict[str, list[Any]]:
+    boxes = [region.bbox if region.rle is not None else (None,) * 4 for region in regions]
+    return {
         "source_id": [region.source_id for region in regions],
         "category": [region.category for region in regions],
         "category_id": [region.category_id for region in regions],
@@ -148,12 +162,7 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
         "crop_box": [region.crop_box for region in regions],
         "point_coords": [region.point_coords for region in regions],
         **{name: [region.scores.get(name) for region in regions] for name in SCORES},
-        **{name: _where(kept, values, image_of, pc) for name, values in located.items()},
     }
-    schema = ledger_schema()
-    assert columns.keys() == set(schema.names)
-    arrays = [_array(columns[field.name], field.type) for field in schema]
-    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _of_images(images: list[ImageRecord]) -> dict[str, pa.Array]:
@@ -180,10 +189,12 @@ def _placed(unit: str, keys: list[str], places: dict[str, Place]) -> dict[str, p
     return {"shard": shard, **{name: pa.array(values, pa.int64()) for name, values in offsets.items()}}
 
 
-def _where(kept: pa.Array, values: pa.Array, image_of: np.ndarray, pc: Any) -> pa.Array:
+def _where(kept: pa.Array, values: pa.Array) -> pa.Array:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    return pc.if_else(kept, values.take(pa.array(image_of)), pa.scalar(None, values.type))
+    choose: Any = getattr(pc, "if_else")  # noqa: B009 - made when pyarrow.compute is imported
+    return choose(kept, values, pa.scalar(None, values.type))
 
 
 def _array(values: Any, kind: pa.DataType) -> pa.Array:

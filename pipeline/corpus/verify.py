@@ -25,7 +25,7 @@ from . import merge, reader, work_list
 from .reader import Corpus
 from .verify_unit import (
     EXAMPLES,
-    MEND,
+    REBUILD,
     Head,
     Problem,
     check_unit,
@@ -128,9 +128,9 @@ def _check_plan(out: Path, subset: str, heads: dict[str, Head]) -> list[Problem]
         planned = work_list.load_work_list(out / subset)
         table = pq.ParquetFile(work_list.table_path(out / subset))
     except (IntegrityError, OSError, pa.ArrowException) as error:
-        mend = "restore it, or delete `plan/` and build again"
+        fix = "restore it, or delete `plan/` and build again"
         return [
-            Problem(name, "", f"not readable, so nothing says which images must be there ({error}); {mend}")
+            Problem(name, "", f"not readable, so nothing says which images must be there ({error}); {fix}")
         ]
     problems: list[Problem] = []
     with table:
@@ -148,7 +148,7 @@ def _check_plan(out: Path, subset: str, heads: dict[str, Head]) -> list[Problem]
             keys = table.read_row_group(index, columns=["key"])["key"].to_pylist()
             if keys_digest(keys) != head.keys:
                 found = set(_images_of(out / subset / "manifests" / f"{unit}.json"))
-                what = f"{difference(found, set(keys), 'the plan')}; {MEND}"
+                what = f"{difference(found, set(keys), 'the plan')}; {REBUILD}"
                 problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -226,17 +226,17 @@ def _check_merged(corpus: Corpus, deep: bool) -> list[Problem]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    mend, out = "run `paracaption merge`", Path(corpus.path)
+    fix, out = "run `paracaption merge`", Path(corpus.path)
     found = [name for name in (reader.STATS, reader.INDEX) if (out / name).exists()]
     if not found:
-        return [Problem(reader.INDEX, "", f"not there: the corpus is not merged; {mend}", note=True)]
+        return [Problem(reader.INDEX, "", f"not there: the corpus is not merged; {fix}", note=True)]
     try:
         summary = corpus.summary
         with pq.ParquetFile(out / reader.INDEX) as index:
             rows = index.metadata.num_rows
     except (ParaCaptionError, OSError, pa.ArrowException) as error:
         name = reader.STATS if isinstance(error, ParaCaptionError) else reader.INDEX
-        return [Problem(name, "", f"not readable ({error}); {mend}")]
+        return [Problem(name, "", f"not readable ({error}); {fix}")]
     problems: list[Problem] = []
     kept = 0
     for subset in corpus.subsets:
@@ -247,9 +247,9 @@ def _check_merged(corpus: Corpus, deep: bool) -> list[Problem]:
         kept += now.kept
         then = summary.subsets.get(subset)
         if then is None or then.counts != now:
-            problems.append(Problem(reader.STATS, subset, f"not of the units committed now; {mend}"))
+            problems.append(Problem(reader.STATS, subset, f"not of the units committed now; {fix}"))
     if deep and sha256_of(out / reader.INDEX) != summary.index.sha256:
-        problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {reader.STATS}; {mend}"))
+        problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {reader.STATS}; {fix}"))
     elif rows != kept:
-        problems.append(Problem(reader.INDEX, "", f"has {rows} rows, {kept} regions are kept; {mend}"))
+        problems.append(Problem(reader.INDEX, "", f"has {rows} rows, {kept} regions are kept; {fix}"))
     return problems

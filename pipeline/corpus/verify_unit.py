@@ -23,7 +23,7 @@ from .reader import Unit
 EXAMPLES = 20
 """Problems of one kind that are listed for one unit; the rest are counted."""
 
-MEND = "delete its manifest and run the build again, which rebuilds the unit"
+REBUILD = "delete its manifest and run the build again, which rebuilds the unit"
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _HEADER_PX = 1 << 31
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     Attributes:
         file: path below the corpus.
         record: key, key and region, unit or member; "" if it is about the file.
-        what: what is wrong, and the mend.
+        what: what is wrong, and what to do.
         note: readers are not affected, as by a file that no manifest names.
     """
 
@@ -97,7 +97,7 @@ def check_unit(
     try:
         manifest = reader.read_manifest(path)
     except (IntegrityError, OSError) as error:
-        unit.say(path, "", f"not a manifest ({error.__cause__ or error}); {MEND}")
+        unit.say(path, "", f"not a manifest ({error.__cause__ or error}); {REBUILD}")
         return None, unit.finish()
     _check_manifest(unit, manifest)
     ledger_ok = _check_file(unit, manifest.ledger, f"ledger/{path.stem}.parquet", deep)
@@ -118,36 +118,36 @@ def keys_digest(keys: Iterable[str]) -> str:
 
 def _check_manifest(unit: _Unit, manifest: Manifest) -> None:
     if manifest.unit != unit.path.stem:
-        unit.say(unit.path, "", f"is of unit {manifest.unit}; {MEND}")
+        unit.say(unit.path, "", f"is of unit {manifest.unit}; {REBUILD}")
     if manifest.subset != unit.subset:
-        unit.say(unit.path, "", f"is of subset {manifest.subset}; {MEND}")
+        unit.say(unit.path, "", f"is of subset {manifest.subset}; {REBUILD}")
     dropped = sum(manifest.dropped.values())
     if manifest.regions_in != manifest.kept + dropped:
-        what = f"regions_in {manifest.regions_in} is not kept {manifest.kept} + dropped {dropped}; {MEND}"
+        what = f"regions_in {manifest.regions_in} is not kept {manifest.kept} + dropped {dropped}; {REBUILD}"
         unit.say(unit.path, "", what)
     if manifest.kept != sum(manifest.images.values()):
-        unit.say(unit.path, "", f"kept {manifest.kept} is not the sum over its images; {MEND}")
+        unit.say(unit.path, "", f"kept {manifest.kept} is not the sum over its images; {REBUILD}")
     if (manifest.shard is None) != (manifest.kept == 0):
         said = "no shard" if manifest.shard is None else "a shard"
-        unit.say(unit.path, "", f"has {said} with {manifest.kept} kept regions; {MEND}")
+        unit.say(unit.path, "", f"has {said} with {manifest.kept} kept regions; {REBUILD}")
 
 
 def _check_file(unit: _Unit, entry: FileEntry, expected: str, deep: bool) -> bool:
     """Whether the file is there and worth reading on; a wrong checksum is told, and what is in it as well."""
     if entry.path != expected:  # never opened: a manifest is data
-        unit.say(unit.path, entry.path, f"names this file instead of {expected}; {MEND}")
+        unit.say(unit.path, entry.path, f"names this file instead of {expected}; {REBUILD}")
         return False
     path = unit.folder / entry.path
     try:
         size = path.stat().st_size
         digest = sha256_of(path) if deep else entry.sha256
     except OSError as error:
-        unit.say(path, "", f"{error.strerror or error}; {MEND}")
+        unit.say(path, "", f"{error.strerror or error}; {REBUILD}")
         return False
     if size != entry.bytes:
-        unit.say(path, "", f"has {size} bytes, its manifest says {entry.bytes}; {MEND}")
+        unit.say(path, "", f"has {size} bytes, its manifest says {entry.bytes}; {REBUILD}")
     elif digest != entry.sha256:
-        unit.say(path, "", f"its SHA-256 is not the manifest's; {MEND}")
+        unit.say(path, "", f"its SHA-256 is not the manifest's; {REBUILD}")
     return True
 
 
@@ -164,7 +164,7 @@ def _check_ledger(unit: _Unit, manifest: Manifest, deep: bool) -> list[_Row] | N
     try:
         rows = reader.read_ledger(path, None if deep else _COUNTED).to_pylist()
     except ParaCaptionError as error:
-        unit.say(path, "", f"not a ledger ({error}); {MEND}")
+        unit.say(path, "", f"not a ledger ({error}); {REBUILD}")
         return None
     _compare_counts(unit, path, manifest, rows)
     return rows
@@ -180,25 +180,28 @@ def _compare_counts(unit: _Unit, path: Path, manifest: Manifest, rows: list[_Row
         ("drops by reason", dict(manifest.dropped), dict(dropped)),
     ):
         if said != counted:
-            unit.say(path, "", f"{name}: {counted}, its manifest says {said}; {MEND}")
+            unit.say(path, "", f"{name}: {counted}, its manifest says {said}; {REBUILD}")
     found = {row["key"] for row in rows}
     if found != manifest.images.keys():
-        unit.say(path, "", f"{difference(found, set(manifest.images), 'the manifest')}; {MEND}")
+        unit.say(path, "", f"{difference(found, set(manifest.images), 'the manifest')}; {REBUILD}")
     by_key = Counter(row["key"] for row in kept)
     for key, said in manifest.images.items():
         if by_key[key] != said:
             unit.say(
-                path, key, f"{by_key[key]} kept regions, its manifest says {said}; {MEND}", "kept per image"
+                path,
+                key,
+                f"{by_key[key]} kept regions, its manifest says {said}; {REBUILD}",
+                "kept per image",
             )
     twice = Counter((row["key"], row["region"]) for row in rows)
     for (key, region), count in twice.items():
         if count > 1:
-            unit.say(path, f"{key} #{region}", f"is there {count} times; {MEND}", "twice")
+            unit.say(path, f"{key} #{region}", f"is there {count} times; {REBUILD}", "twice")
     for row in rows:
         if row["unit"] != manifest.unit or row["subset"] != unit.subset:
-            unit.say(path, row["key"], f"is of {row['subset']}, unit {row['unit']}; {MEND}", "other unit")
+            unit.say(path, row["key"], f"is of {row['subset']}, unit {row['unit']}; {REBUILD}", "other unit")
         if row["region"] is not None and row["kept"] == (row["drop_reason"] is not None):
-            unit.say(path, _record(row), f"kept or with a reason, one of both; {MEND}", "verdict")
+            unit.say(path, _record(row), f"kept or with a reason, one of both; {REBUILD}", "verdict")
 
 
 def difference(found: set[str], expected: set[str], whose: str) -> str:
@@ -217,11 +220,11 @@ def _check_regions(unit: _Unit, rows: list[_Row], rules: Text | None) -> None:
     by_size: dict[tuple[int, int], list[_Row]] = {}
     for row in rows:
         if not _KEY.fullmatch(row["key"] or ""):
-            unit.say(path, repr(row["key"]), f"not a key (letters, digits, _ and - only); {MEND}", "key")
+            unit.say(path, repr(row["key"]), f"not a key (letters, digits, _ and - only); {REBUILD}", "key")
         if row["rle_counts"] is not None:
             by_size.setdefault((row["image_height"] or 0, row["image_width"] or 0), []).append(row)
         elif row["kept"]:
-            unit.say(path, _record(row), f"kept without a mask; {MEND}", "mask")
+            unit.say(path, _record(row), f"kept without a mask; {REBUILD}", "mask")
         if row["kept"]:
             _check_caption(unit, path, row, rules)
     for (height, width), group in by_size.items():
@@ -231,7 +234,7 @@ def _check_regions(unit: _Unit, rows: list[_Row], rules: Text | None) -> None:
         for row, mask in zip(group, masks, strict=True):
             what = _mask_fault(mask, row)
             if what and (row["kept"] or not isinstance(mask, BadRecord)):
-                unit.say(path, _record(row), f"{what}; {MEND}", "mask")
+                unit.say(path, _record(row), f"{what}; {REBUILD}", "mask")
 
 
 def _mask_fault(mask: rle.Mask | BadRecord, row: _Row) -> str | None:
@@ -247,7 +250,7 @@ def _mask_fault(mask: rle.Mask | BadRecord, row: _Row) -> str | None:
 
 def _check_caption(unit: _Unit, path: Path, row: _Row, rules: Text | None) -> None:
     if not row["caption"]:
-        unit.say(path, _record(row), f"kept without a caption; {MEND}", "caption")
+        unit.say(path, _record(row), f"kept without a caption; {REBUILD}", "caption")
     elif rules is not None:
         verdict = text.clean(row["caption"], rules)
         if verdict.reason is not None:
@@ -271,12 +274,12 @@ def _check_shard(unit: _Unit, manifest: Manifest, rows: list[_Row]) -> None:
             seen.append(key)
             _check_sample(unit, path, key, photo, record, kept.get(key))
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-        unit.say(path, "", f"not a readable tar ({error}); {MEND}")
+        unit.say(path, "", f"not a readable tar ({error}); {REBUILD}")
         return
     if seen != sorted(set(seen)):
-        unit.say(path, "", f"its samples are not in the order of their keys, each once; {MEND}")
+        unit.say(path, "", f"its samples are not in the order of their keys, each once; {REBUILD}")
     for key in sorted(kept.keys() - set(seen)):
-        unit.say(path, key, f"has kept regions in the ledger and no sample; {MEND}", "no sample")
+        unit.say(path, key, f"has kept regions in the ledger and no sample; {REBUILD}", "no sample")
 
 
 _Part = tuple[tarfile.TarInfo, bytes]
@@ -289,11 +292,11 @@ def _members(unit: _Unit, path: Path) -> Iterator[tuple[str, _Part, _Part]]:
         for member in tar:
             key, _, ending = member.name.rpartition(".")
             if not member.isreg() or not _KEY.fullmatch(key) or ending not in (PHOTO_ENDING, "json"):
-                unit.say(path, repr(member.name), f"not a member of a shard; {MEND}", "member")
+                unit.say(path, repr(member.name), f"not a member of a shard; {REBUILD}", "member")
                 continue
             if (member.mtime, member.uid, member.gid, member.uname, member.gname) != (0, 0, 0, "", ""):
                 unit.say(
-                    path, member.name, f"has a time or an owner, so equal shards differ; {MEND}", "owner"
+                    path, member.name, f"has a time or an owner, so equal shards differ; {REBUILD}", "owner"
                 )
             file = tar.extractfile(member)
             part = (member, b"" if file is None else file.read())
@@ -301,15 +304,15 @@ def _members(unit: _Unit, path: Path) -> Iterator[tuple[str, _Part, _Part]]:
                 raise tarfile.ReadError(f"{member.name} is cut short")
             if ending == PHOTO_ENDING:
                 if waiting:
-                    unit.say(path, waiting[0], f"a photo without its JSON; {MEND}", "alone")
+                    unit.say(path, waiting[0], f"a photo without its JSON; {REBUILD}", "alone")
                 waiting = key, part
             elif waiting and waiting[0] == key:
                 yield key, waiting[1], part
                 waiting = None
             else:
-                unit.say(path, key, f"a JSON without its photo before it; {MEND}", "alone")
+                unit.say(path, key, f"a JSON without its photo before it; {REBUILD}", "alone")
     if waiting:
-        unit.say(path, waiting[0], f"a photo without its JSON; {MEND}", "alone")
+        unit.say(path, waiting[0], f"a photo without its JSON; {REBUILD}", "alone")
 
 
 def _check_sample(
@@ -318,22 +321,22 @@ def _check_sample(
     try:
         sample = reader.decode_sample(record[1], key)
     except IntegrityError as error:
-        unit.say(path, f"{key}.json", f"not a sample ({error.__cause__}); {MEND}", "sample")
+        unit.say(path, f"{key}.json", f"not a sample ({error.__cause__}); {REBUILD}", "sample")
         return
     if sample.key != key or sample.subset != unit.subset:
-        unit.say(path, f"{key}.json", f"is of {sample.subset}/{sample.key}; {MEND}", "sample")
+        unit.say(path, f"{key}.json", f"is of {sample.subset}/{sample.key}; {REBUILD}", "sample")
     _check_photo(unit, path, sample, photo[0])
     if rows is None:
-        unit.say(path, key, f"no row of the ledger is kept for this sample; {MEND}", "no row")
+        unit.say(path, key, f"no row of the ledger is kept for this sample; {REBUILD}", "no row")
         return
     places = (photo[0].offset_data, photo[0].size, record[0].offset_data, record[0].size)
     for row in rows:
         said = (row["photo_offset"], row["photo_length"], row["json_offset"], row["json_length"])
         if said != places or row["shard"] != f"shards/{path.name}":
             what = f"the ledger says it lies in {row['shard']} at {said}; it lies at {places}"
-            unit.say(path, _record(row), f"{what}; {MEND}", "place")
+            unit.say(path, _record(row), f"{what}; {REBUILD}", "place")
     if [_of_row(row) for row in rows] != [_of_sample(sample, region) for region in sample.regions]:
-        unit.say(path, key, f"its regions are not those that the ledger keeps; {MEND}", "regions")
+        unit.say(path, key, f"its regions are not those that the ledger keeps; {REBUILD}", "regions")
 
 
 def _check_photo(unit: _Unit, path: Path, sample: Sample, member: tarfile.TarInfo) -> None:
@@ -341,12 +344,12 @@ def _check_photo(unit: _Unit, path: Path, sample: Sample, member: tarfile.TarInf
     try:
         header = photos.probe(Blob(str(path), member.offset_data, member.size), _HEADER_PX)
     except BadRecord as error:
-        unit.say(path, record, f"{error.reason}: {error.detail}; {MEND}", "photo")
+        unit.say(path, record, f"{error.reason}: {error.detail}; {REBUILD}", "photo")
         return
     if (header.format, header.width, header.height) != (sample.photo_format, sample.width, sample.height):
         said = f"{sample.photo_format} {sample.width}x{sample.height}"
         what = f"the photo is {header.format} {header.width}x{header.height}, its JSON says {said}"
-        unit.say(path, record, f"{what}; {MEND}", "photo")
+        unit.say(path, record, f"{what}; {REBUILD}", "photo")
 
 
 def _of_row(row: _Row) -> tuple:

@@ -104,13 +104,13 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
 
 
 def write_failed(folder: Path, error: OSError) -> StageFailed:
-    """The error for an output folder that takes no more: what happened, and the mend."""
+    """The error for an output folder that takes no more: what happened, and what to do."""
     name = error.filename or folder
     if error.errno in _FULL:
         return StageFailed(f"{name}: disk full; free space and run the same command again, it resumes")
     if error.errno in _REFUSED:
         return StageFailed(
-            f"{name}: cannot write ({error.strerror}); mend the permissions or choose another `out`"
+            f"{name}: cannot write ({error.strerror}); fix the permissions or choose another `out`"
         )
     return StageFailed(f"{name}: writing failed: {error}; run the same command again, it resumes")
 

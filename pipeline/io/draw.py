@@ -35,7 +35,7 @@ PALETTE = (
     (240, 228, 66),  # yellow
     (102, 51, 51),  # brown
     (51, 34, 136),  # indigo
-    (221, 221, 221),  # pale grey
+    (221, 221, 221),  # pale gray
     (170, 51, 119),  # purple
     (20, 20, 20),  # black
 )
@@ -44,7 +44,7 @@ PALETTE = (
 _FILL, _FILL_SCENE, _SCENE = 0.38, 0.24, 0.3
 """A mask over more of the picture than this is painted thinner: it would veil the photo."""
 
-_PAPER, _INK, _GREY = (255, 255, 255), (34, 34, 34), (110, 110, 110)
+_PAPER, _INK, _GRAY = (255, 255, 255), (34, 34, 34), (110, 110, 110)
 _MARGIN = 16
 _TEXT = 17
 _LINE = 1.32
@@ -222,7 +222,7 @@ def draw_legend(overlays: Sequence[Overlay], width: int, title: str = "", column
     canvas = Image.new("RGB", (width, max(height, 2 * _MARGIN)), _PAPER)
     pen = ImageDraw.Draw(canvas)
     if title:
-        pen.text((_MARGIN, _MARGIN), _wrap(title, small, width - 2 * _MARGIN)[0], _GREY, small)
+        pen.text((_MARGIN, _MARGIN), _wrap(title, small, width - 2 * _MARGIN)[0], _GRAY, small)
     for place, column in enumerate(filled):
         x, y = _MARGIN + place * each, top
         for entry in column:

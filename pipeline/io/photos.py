@@ -70,7 +70,7 @@ def read_pixels(image: ImageRecord, max_pixels: int = 200_000_000) -> np.ndarray
     """Decode an image's photo.
 
     Returns:
-        (H, W, 3) uint8 RGB as stored. Grey is repeated, CMYK and palettes converted, 16 bits scaled to 8.
+        (H, W, 3) uint8 RGB as stored. Gray is repeated, CMYK and palettes converted, 16 bits scaled to 8.
 
     Raises:
         BadRecord: as `probe`, or SIZE_MISMATCH if the pixels are not `image.width` x `image.height`.
@@ -109,8 +109,8 @@ def _to_rgb(opened: Image.Image) -> Image.Image:
     from PIL import Image
 
     if opened.mode.startswith("I;16") or opened.mode == "I":
-        grey = np.clip(np.asarray(opened).astype(np.int64), 0, 65_535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        gray = np.clip(np.asarray(opened).astype(np.int64), 0, 65_535) >> 8
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if opened.mode == "P" and "transparency" in opened.info:
         opened = opened.convert("RGBA")
     return opened if opened.mode == "RGB" else opened.convert("RGB")
@@ -150,7 +150,7 @@ def _fetch(photo: Blob, start: int, length: int | None) -> bytes:
         return files.read(photo, start, length)
     except FileNotFoundError as error:
         raise BadRecord(
-            Reason.PHOTO_MISSING, f"{photo}: no such file; put it there or mend `photos`"
+            Reason.PHOTO_MISSING, f"{photo}: no such file; put it there or correct `photos`"
         ) from error
     except OSError as error:
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}") from error

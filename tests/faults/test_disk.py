@@ -151,7 +151,7 @@ def test_events_are_lost_with_one_warning_and_come_back_whole(disk, caplog):
 def test_a_read_only_folder_is_one_clear_error(disk, coconut):
     wanted = config(disk / "out", coconut)
     assert mount("-o", "remount,ro", str(disk)).returncode == 0
-    with pytest.raises(StageFailed, match=r"cannot write \(Read-only file system\); mend the permissions"):
+    with pytest.raises(StageFailed, match=r"cannot write \(Read-only file system\); fix the permissions"):
         build(wanted)
     assert calls(disk.parent / "captioner.log") == []
 

@@ -165,7 +165,7 @@ def test_a_failed_write_leaves_no_temporary_file(folder, tmp_path, monkeypatch):
         (errno.EDQUOT, "disk full"),
         (
             errno.EROFS,
-            r"cannot write \(Read-only file system\); mend the permissions or choose another `out`",
+            r"cannot write \(Read-only file system\); fix the permissions or choose another `out`",
         ),
         (errno.EACCES, "cannot write"),
         (errno.EIO, "writing failed"),
