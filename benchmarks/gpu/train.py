@@ -46,9 +46,9 @@ class Case(NamedTuple):
 
     Attributes:
         name: of the row.
-        trained: parts of the model, as `parts.part_of` names them.
+        trained: parts of the model, as `build.part_of` names them.
         layers: of the language model; None: all.
-        lora: whether the language model has trained additions.
+        lora: whether the language model has trained LoRA adapters.
         attention: the kernel.
         compiled: whether layers are compiled, as the trainer does on GPUs.
         shard: "full" is FSDP2, "none" is autocast.
