@@ -39,8 +39,8 @@ from ..corpus.events import EventLog
 from ..corpus.work_list import read_unit
 from ..corpus.writer import Draft
 from ..models import registry
-from ..sources.protocols import SOURCE_STAGE, CatalogEntry, Source
-from ..sources.registry import open_source
+from ..sources.protocols import SOURCE_STAGE, CatalogEntry
+from ..sources.registry import SubsetSource, open_source
 from ..stages.base import FilterStage, ModelStage, Stage, UnitAnswers
 from ..stages.evidence import Evidence, EvidenceStore
 from . import gpus
@@ -246,7 +246,7 @@ class Worker:
                             read[entry.key] = self._read_one(source, entry, limits)
         unit.images = [read[entry.key] for entry in entries]
 
-    def _read_one(self, source: Source, entry: CatalogEntry, limits: Limits) -> ImageRecord:
+    def _read_one(self, source: SubsetSource, entry: CatalogEntry, limits: Limits) -> ImageRecord:
         try:
             return source.read(entry, limits)
         except BadRecord as bad:

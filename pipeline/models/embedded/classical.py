@@ -276,8 +276,8 @@ def _color_clause(seen: Appearance, noun: Noun) -> str:
     if first.share >= 0.93:
         return f"{_be(noun)} {first.name} almost all over"
     if others and others[0].share >= 0.2:
-        told = [color for color in others[:2] if color.share >= 0.12]
-        parts = [f"{_share(color.share).removeprefix('about ')} {color.name}" for color in told]
+        shown = [color for color in others[:2] if color.share >= 0.12]
+        parts = [f"{_share(color.share).removeprefix('about ')} {color.name}" for color in shown]
         return f"{_be(noun)} {_listed([f'{_share(first.share)} {first.name}', *parts])}"
     names = [color.name for color in others if color.share >= 0.06][:2]
     if not names:
