@@ -99,7 +99,7 @@ def check_all(segmentations: Sequence[Any], height: int, width: int) -> list[Mas
         segmentations: `{"counts", "size": [height, width]}` with counts compressed (str or bytes) or a list
             of run lengths, or polygons as lists of x, y in turn.
         height: of every mask, in pixels.
-        width: likewise.
+        width: of every mask, in pixels.
 
     Returns:
         One entry per segmentation, in order: the mask, canonical (a canonical string is returned unchanged),

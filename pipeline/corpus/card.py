@@ -76,11 +76,11 @@ def _head(summary: CorpusSummary) -> str:
         totals = (units, summary.images, summary.images_captioned, summary.regions, summary.kept, share)
         rows.append(("together", *totals))
     header = ("subset", "units", "images", "with captions", "regions declared", "kept", "share")
-    said = (
+    summed_up = (
         f"{summary.kept:,} regions of {summary.images_captioned:,} images, each with its mask and a checked "
         "caption. Made with ParaCaption.\n"
     )
-    return f"# Region captions\n\n{said}\n" + _table(header, rows)
+    return f"# Region captions\n\n{summed_up}\n" + _table(header, rows)
 
 
 def _subset(name: str, subset: SubsetSummary) -> str:

@@ -116,11 +116,11 @@ def _rows(path: str) -> Iterator[tuple[str, int, ShownRegion]]:
 def _head(subset: str, counts: SubsetCounts) -> list[Any]:
     from rich.text import Text
 
-    said = (
+    summed_up = (
         f"{counts.units:,} units, {counts.images:,} images ({counts.images_captioned:,} with captions), "
         f"{counts.regions:,} regions declared, {counts.kept:,} kept"
     )
-    parts = [Text.assemble((subset_title(subset), "bold"), "  ", said)]
+    parts = [Text.assemble((subset_title(subset), "bold"), "  ", summed_up)]
     if counts.images_dropped:
         dropped = ", ".join(
             f"{_words(reason)} {number:,}" for reason, number in counts.images_dropped.items()

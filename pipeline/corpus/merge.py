@@ -88,10 +88,10 @@ def count_subset(corpus: Corpus, subset: str) -> SubsetCounts:
     Raises:
         IntegrityError: a manifest cannot be read.
     """
-    counting = _Counting(_stage_names(corpus, subset))
+    sums = _ManifestSums(_stage_names(corpus, subset))
     for unit, data in corpus.manifest_bytes(subset):
-        counting.add(reader.decode_manifest(data, unit.manifest), data)
-    return counting.result()
+        sums.add(reader.decode_manifest(data, unit.manifest), data)
+    return sums.result()
 
 
 def _stage_names(corpus: Corpus, subset: str) -> list[str]:
@@ -124,8 +124,8 @@ def count_funnel(stages: Sequence[str], regions: int, dropped: dict[str, int]) -
     return steps
 
 
-class _Counting:
-    """Adds manifests up."""
+class _ManifestSums:
+    """Adds up the manifests of a subset."""
 
     def __init__(self, stages: Sequence[str]):
         self.stages = stages
@@ -191,8 +191,8 @@ class _Tally:
         return Histogram(edges, self.counts[first:last].tolist(), mean if total else 0.0)
 
 
-class _Measuring:
-    """Adds ledgers up."""
+class _LedgerStatistics:
+    """Adds up what the ledgers of a subset say of its regions."""
 
     def __init__(self) -> None:
         self.categories: Counter[str] = Counter()
@@ -245,7 +245,7 @@ def _write_index(corpus: Corpus, path: Path) -> dict[str, SubsetSummary]:
     ):
         waiting: list[pa.Table] = []
         for subset in corpus.subsets:
-            counting, measuring = _Counting(_stage_names(corpus, subset)), _Measuring()
+            sums, statistics = _ManifestSums(_stage_names(corpus, subset)), _LedgerStatistics()
             for unit, data in corpus.manifest_bytes(subset):
                 manifest = reader.decode_manifest(data, unit.manifest)
                 table = reader.read_ledger(unit.ledger)
@@ -255,12 +255,12 @@ def _write_index(corpus: Corpus, path: Path) -> dict[str, SubsetSummary]:
                         f"{unit.ledger}: has {kept.num_rows} kept regions, its manifest {manifest.kept}; "
                         "run `paracaption verify`"
                     )
-                counting.add(manifest, data)
-                measuring.add(table, kept)
+                sums.add(manifest, data)
+                statistics.add(table, kept)
                 waiting.append(kept.select(schema.names))
                 if sum(each.num_rows for each in waiting) >= _ROWS_PER_GROUP:
                     _flush(writer, waiting)
-            summaries[subset] = measuring.result(counting.result())
+            summaries[subset] = statistics.result(sums.result())
         _flush(writer, waiting)
     return summaries
 

@@ -1,10 +1,12 @@
 """Checks every promise of a corpus, trusting nothing in it: files may be missing, cut, swapped or garbage.
 
-The promises: every image of the plan is in exactly one manifest; `regions_in == kept + dropped`; a manifest's
-files have its checksums; the ledger counts what the manifest counts; each sample of a shard is a kept row of
-the ledger and each kept row is where its offsets say; every RLE fills its image's size with the area and box
-that stand beside it; every caption obeys the text rules; all units are of one plan and one recipe; index and
-statistics are of these units.
+The promises:
+- every image of the work list is in exactly one manifest, and `regions_in == kept + dropped` in each;
+- a manifest's files have its checksums, and the ledger counts what the manifest counts;
+- each sample of a shard is a kept row of the ledger, and each kept row is where its offsets say;
+- every RLE fills its image, and has the area and the box that stand beside it;
+- every caption obeys the text rules;
+- all units are of one work list and one recipe, and index and statistics are of these units.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from .reader import Corpus
 from .verify_unit import (
     EXAMPLES,
     REBUILD,
-    Head,
     Problem,
+    UnitHead,
     check_unit,
-    difference,
+    describe_difference,
     keys_digest,
     sha256_of,
 )
@@ -39,13 +41,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-class Report(NamedTuple):
+class VerifyReport(NamedTuple):
     """What `verify` found.
 
     Attributes:
         problems: broken promises, in the order of subsets and units.
-        notes: what breaks none.
-        units, regions: how many were looked at; regions are kept and dropped ones.
+        notes: what breaks no promise.
+        units, regions: how many were checked. Dropped regions count, too.
     """
 
     problems: list[Problem]
@@ -59,23 +61,25 @@ class Report(NamedTuple):
         return not self.problems
 
     def text(self) -> str:
-        """A line per problem and note, and a verdict."""
-        said = f"{self.units:,} units, {self.regions:,} regions checked"
-        verdict = f"{said}: every promise holds" if self.ok else f"{said}: {len(self.problems):,} problems"
+        """A line for each note and problem, and a verdict."""
+        checked = f"{self.units:,} units, {self.regions:,} regions checked"
+        verdict = (
+            f"{checked}: every promise holds" if self.ok else f"{checked}: {len(self.problems):,} problems"
+        )
         return "\n".join([*map(str, self.notes), *map(str, self.problems), verdict])
 
 
-def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> Report:
+def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> VerifyReport:
     """Check a corpus. Reads only; memory does not grow with the number of units.
 
     Args:
         corpus: path of the folder that a build wrote.
         deep: also read every shard: checksums, samples, offsets, photo headers, masks, captions. Without it
-            only manifests, file sizes, ledgers and the plan are checked.
+            only manifests, file sizes, ledgers and the work list are checked.
         workers: processes that look at units at the same time.
 
     Raises:
-        ConfigError: the folder is no corpus.
+        ConfigError: there is no corpus at that path.
     """
     opened, out = reader.open_corpus(corpus), Path(corpus)
     problems: list[Problem] = []
@@ -84,23 +88,23 @@ def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> Report:
     for subset in opened.subsets:
         units = opened.units(subset)
         jobs = [(out, unit, rules, deep) for unit in units]
-        heads: dict[str, Head] = {}
-        for unit, (head, found) in zip(units, _each(jobs, workers), strict=True):
+        heads: dict[str, UnitHead] = {}
+        for unit, (head, found) in zip(units, _check_units(jobs, workers), strict=True):
             problems += found
             totals["units"] += 1
             if head:
                 heads[unit.name] = head
                 totals["regions"] += head.regions
-        problems += _check_plan(out, subset, heads)
+        problems += _check_work_list(out, subset, heads)
         problems += _check_strays(out, subset, {unit.name for unit in units})
     problems += _check_merged(opened, deep)
     broken = [problem for problem in problems if not problem.note]
-    return Report(
+    return VerifyReport(
         broken, [problem for problem in problems if problem.note], totals["units"], totals["regions"]
     )
 
 
-def _each(jobs: list[tuple], workers: int) -> Iterable[tuple[Head | None, list[Problem]]]:
+def _check_units(jobs: list[tuple], workers: int) -> Iterable[tuple[UnitHead | None, list[Problem]]]:
     if workers <= 1 or len(jobs) <= 1:
         yield from (check_unit(*job) for job in jobs)
         return
@@ -119,7 +123,7 @@ def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
 # All units together.
 
 
-def _check_plan(out: Path, subset: str, heads: dict[str, Head]) -> list[Problem]:
+def _check_work_list(out: Path, subset: str, heads: dict[str, UnitHead]) -> list[Problem]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -148,7 +152,7 @@ def _check_plan(out: Path, subset: str, heads: dict[str, Head]) -> list[Problem]
             keys = table.read_row_group(index, columns=["key"])["key"].to_pylist()
             if keys_digest(keys) != head.keys:
                 found = set(_images_of(out / subset / "manifests" / f"{unit}.json"))
-                what = f"{difference(found, set(keys), 'the plan')}; {REBUILD}"
+                what = f"{describe_difference(found, set(keys), 'the plan')}; {REBUILD}"
                 problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -163,7 +167,7 @@ def _images_of(path: Path) -> dict[str, int]:
     return {}
 
 
-def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, Head]) -> list[Problem]:
+def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, UnitHead]) -> list[Problem]:
     problems = []
     expected = set(planned.unit_names())
     for unit in sorted(heads.keys() - expected):
@@ -183,7 +187,7 @@ def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, Head]) ->
 
 
 def _check_keys_once(table: Any, name: str) -> list[Problem]:
-    """Each key once in the plan. Eight bytes of a hash per key decide, so that millions of images fit."""
+    """Whether each key is listed once. Only eight bytes of a hash per key are held: there may be millions."""
     import numpy as np
 
     groups = range(table.num_row_groups)
@@ -222,7 +226,7 @@ def _check_strays(out: Path, subset: str, units: set[str]) -> list[Problem]:
 
 
 def _check_merged(corpus: Corpus, deep: bool) -> list[Problem]:
-    """Index and statistics, if there are any, are of the units that are committed now."""
+    """Whether index and statistics, if there are any, are of the units that are committed now."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -243,7 +247,7 @@ def _check_merged(corpus: Corpus, deep: bool) -> list[Problem]:
         try:
             now = merge.count_subset(corpus, subset)
         except (IntegrityError, OSError):
-            return problems  # told above
+            return problems  # reported above
         kept += now.kept
         then = summary.subsets.get(subset)
         if then is None or then.counts != now:

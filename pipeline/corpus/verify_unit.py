@@ -38,7 +38,7 @@ class Problem(NamedTuple):
         file: path below the corpus.
         record: key, key and region, unit or member; "" if it is about the file.
         what: what is wrong, and what to do.
-        note: readers are not affected, as by a file that no manifest names.
+        note: readers are not affected, for example by a file that no manifest names.
     """
 
     file: str
@@ -51,8 +51,8 @@ class Problem(NamedTuple):
         return f"{'note: ' if self.note else ''}{where}: {self.what}"
 
 
-class Head(NamedTuple):
-    """What is kept of a checked manifest: not its images, of which there may be millions."""
+class UnitHead(NamedTuple):
+    """What `verify` remembers of a checked manifest. Its images are left out: there may be millions."""
 
     plan: str
     recipe: str
@@ -60,8 +60,8 @@ class Head(NamedTuple):
     regions: int
 
 
-class _Unit:
-    """The checks of a unit; collects problems, a limited number of each kind."""
+class _UnitCheck:
+    """Collects the problems of a unit, a limited number of each kind."""
 
     def __init__(self, out: Path, unit: Unit):
         self.out = out
@@ -75,14 +75,14 @@ class _Unit:
         """The path below the corpus."""
         return str(path.relative_to(self.out))
 
-    def say(self, path: Path, record: str, what: str, kind: str = "") -> None:
-        """Note a problem; of one kind in one file only the first ones."""
+    def report(self, path: Path, record: str, what: str, kind: str = "") -> None:
+        """Note a problem. Of one kind in one file only the first ones are listed, the others are counted."""
         self._seen[self.name(path), kind] += 1
         if not kind or self._seen[self.name(path), kind] <= EXAMPLES:
             self.problems.append(Problem(self.name(path), record, what))
 
     def finish(self) -> list[Problem]:
-        """The problems, with a line for those that were only counted."""
+        """The problems, and a line for those that were only counted."""
         for (name, kind), count in self._seen.items():
             if kind and count > EXAMPLES:
                 self.problems.append(Problem(name, "", f"{count - EXAMPLES} more of this kind: {kind}"))
@@ -91,13 +91,24 @@ class _Unit:
 
 def check_unit(
     out: Path, committed: Unit, rules: Text | None, deep: bool
-) -> tuple[Head | None, list[Problem]]:
-    unit = _Unit(out, committed)
+) -> tuple[UnitHead | None, list[Problem]]:
+    """Check one unit; see `verify`.
+
+    Args:
+        out: the corpus.
+        committed: the unit.
+        rules: for captions; None leaves captions unchecked.
+        deep: also check checksums, shard, photo headers, masks and captions.
+
+    Returns:
+        What to compare with the other units, None if the manifest cannot be read; and the problems.
+    """
+    unit = _UnitCheck(out, committed)
     path = unit.path
     try:
         manifest = reader.read_manifest(path)
     except (IntegrityError, OSError) as error:
-        unit.say(path, "", f"not a manifest ({error.__cause__ or error}); {REBUILD}")
+        unit.report(path, "", f"not a manifest ({error.__cause__ or error}); {REBUILD}")
         return None, unit.finish()
     _check_manifest(unit, manifest)
     ledger_ok = _check_file(unit, manifest.ledger, f"ledger/{path.stem}.parquet", deep)
@@ -108,7 +119,7 @@ def check_unit(
         if manifest.shard and shard_ok:
             _check_shard(unit, manifest, rows)
     keys = keys_digest(manifest.images)
-    head = Head(manifest.plan, manifest.recipe, keys, manifest.regions_in)
+    head = UnitHead(manifest.plan, manifest.recipe, keys, manifest.regions_in)
     return head, unit.finish()
 
 
@@ -116,38 +127,38 @@ def keys_digest(keys: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
-def _check_manifest(unit: _Unit, manifest: Manifest) -> None:
+def _check_manifest(unit: _UnitCheck, manifest: Manifest) -> None:
     if manifest.unit != unit.path.stem:
-        unit.say(unit.path, "", f"is of unit {manifest.unit}; {REBUILD}")
+        unit.report(unit.path, "", f"is of unit {manifest.unit}; {REBUILD}")
     if manifest.subset != unit.subset:
-        unit.say(unit.path, "", f"is of subset {manifest.subset}; {REBUILD}")
+        unit.report(unit.path, "", f"is of subset {manifest.subset}; {REBUILD}")
     dropped = sum(manifest.dropped.values())
     if manifest.regions_in != manifest.kept + dropped:
         what = f"regions_in {manifest.regions_in} is not kept {manifest.kept} + dropped {dropped}; {REBUILD}"
-        unit.say(unit.path, "", what)
+        unit.report(unit.path, "", what)
     if manifest.kept != sum(manifest.images.values()):
-        unit.say(unit.path, "", f"kept {manifest.kept} is not the sum over its images; {REBUILD}")
+        unit.report(unit.path, "", f"kept {manifest.kept} is not the sum over its images; {REBUILD}")
     if (manifest.shard is None) != (manifest.kept == 0):
-        said = "no shard" if manifest.shard is None else "a shard"
-        unit.say(unit.path, "", f"has {said} with {manifest.kept} kept regions; {REBUILD}")
+        has = "no shard" if manifest.shard is None else "a shard"
+        unit.report(unit.path, "", f"has {has} with {manifest.kept} kept regions; {REBUILD}")
 
 
-def _check_file(unit: _Unit, entry: FileEntry, expected: str, deep: bool) -> bool:
-    """Whether the file is there and worth reading on; a wrong checksum is told, and what is in it as well."""
+def _check_file(unit: _UnitCheck, entry: FileEntry, expected: str, deep: bool) -> bool:
+    """Whether the file can be read on; one with a wrong checksum is, so that what is in it is reported."""
     if entry.path != expected:  # never opened: a manifest is data
-        unit.say(unit.path, entry.path, f"names this file instead of {expected}; {REBUILD}")
+        unit.report(unit.path, entry.path, f"names this file instead of {expected}; {REBUILD}")
         return False
     path = unit.folder / entry.path
     try:
         size = path.stat().st_size
         digest = sha256_of(path) if deep else entry.sha256
     except OSError as error:
-        unit.say(path, "", f"{error.strerror or error}; {REBUILD}")
+        unit.report(path, "", f"{error.strerror or error}; {REBUILD}")
         return False
     if size != entry.bytes:
-        unit.say(path, "", f"has {size} bytes, its manifest says {entry.bytes}; {REBUILD}")
+        unit.report(path, "", f"has {size} bytes, its manifest says {entry.bytes}; {REBUILD}")
     elif digest != entry.sha256:
-        unit.say(path, "", f"its SHA-256 is not the manifest's; {REBUILD}")
+        unit.report(path, "", f"its SHA-256 is not the manifest's; {REBUILD}")
     return True
 
 
@@ -159,72 +170,74 @@ def sha256_of(path: Path) -> str:
 _COUNTED = ["unit", "subset", "key", "region", "kept", "drop_stage", "drop_reason"]
 
 
-def _check_ledger(unit: _Unit, manifest: Manifest, deep: bool) -> list[_Row] | None:
+def _check_ledger(unit: _UnitCheck, manifest: Manifest, deep: bool) -> list[_Row] | None:
     path = unit.folder / manifest.ledger.path
     try:
         rows = reader.read_ledger(path, None if deep else _COUNTED).to_pylist()
     except ParaCaptionError as error:
-        unit.say(path, "", f"not a ledger ({error}); {REBUILD}")
+        unit.report(path, "", f"not a ledger ({error}); {REBUILD}")
         return None
     _compare_counts(unit, path, manifest, rows)
     return rows
 
 
-def _compare_counts(unit: _Unit, path: Path, manifest: Manifest, rows: list[_Row]) -> None:
+def _compare_counts(unit: _UnitCheck, path: Path, manifest: Manifest, rows: list[_Row]) -> None:
     regions = [row for row in rows if row["region"] is not None]
     kept = [row for row in regions if row["kept"]]
     dropped = Counter(f"{row['drop_stage']}/{row['drop_reason']}" for row in regions if not row["kept"])
-    for name, said, counted in (
+    for name, expected, counted in (
         ("regions", manifest.regions_in, len(regions)),
         ("kept regions", manifest.kept, len(kept)),
         ("drops by reason", dict(manifest.dropped), dict(dropped)),
     ):
-        if said != counted:
-            unit.say(path, "", f"{name}: {counted}, its manifest says {said}; {REBUILD}")
+        if expected != counted:
+            unit.report(path, "", f"{name}: {counted}, its manifest says {expected}; {REBUILD}")
     found = {row["key"] for row in rows}
     if found != manifest.images.keys():
-        unit.say(path, "", f"{difference(found, set(manifest.images), 'the manifest')}; {REBUILD}")
+        unit.report(
+            path, "", f"{describe_difference(found, set(manifest.images), 'the manifest')}; {REBUILD}"
+        )
     by_key = Counter(row["key"] for row in kept)
-    for key, said in manifest.images.items():
-        if by_key[key] != said:
-            unit.say(
-                path,
-                key,
-                f"{by_key[key]} kept regions, its manifest says {said}; {REBUILD}",
-                "kept per image",
-            )
+    for key, expected in manifest.images.items():
+        if by_key[key] != expected:
+            what = f"{by_key[key]} kept regions, its manifest says {expected}; {REBUILD}"
+            unit.report(path, key, what, "kept per image")
     twice = Counter((row["key"], row["region"]) for row in rows)
     for (key, region), count in twice.items():
         if count > 1:
-            unit.say(path, f"{key} #{region}", f"is there {count} times; {REBUILD}", "twice")
+            unit.report(path, f"{key} #{region}", f"is there {count} times; {REBUILD}", "twice")
     for row in rows:
         if row["unit"] != manifest.unit or row["subset"] != unit.subset:
-            unit.say(path, row["key"], f"is of {row['subset']}, unit {row['unit']}; {REBUILD}", "other unit")
+            unit.report(
+                path, row["key"], f"is of {row['subset']}, unit {row['unit']}; {REBUILD}", "other unit"
+            )
         if row["region"] is not None and row["kept"] == (row["drop_reason"] is not None):
-            unit.say(path, _record(row), f"kept or with a reason, one of both; {REBUILD}", "verdict")
+            unit.report(path, _record(row), f"kept or with a reason, one of both; {REBUILD}", "verdict")
 
 
-def difference(found: set[str], expected: set[str], whose: str) -> str:
+def describe_difference(found: set[str], expected: set[str], whose: str) -> str:
     groups = {f"of {whose} missing": expected - found, f"not in {whose}": found - expected}
-    said = [f"images {what}: {len(k)} ({', '.join(sorted(k)[:3])})" for what, k in groups.items() if k]
-    return ", ".join(said) or f"the images differ from those of {whose}"
+    parts = [f"images {what}: {len(k)} ({', '.join(sorted(k)[:3])})" for what, k in groups.items() if k]
+    return ", ".join(parts) or f"the images differ from those of {whose}"
 
 
 def _record(row: _Row) -> str:
     return row["key"] if row["region"] is None else f"{row['key']} #{row['region']}"
 
 
-def _check_regions(unit: _Unit, rows: list[_Row], rules: Text | None) -> None:
+def _check_regions(unit: _UnitCheck, rows: list[_Row], rules: Text | None) -> None:
     """Masks of all regions, captions of the kept ones, as the ledger has them."""
     path = unit.folder / "ledger" / f"{unit.path.stem}.parquet"
     by_size: dict[tuple[int, int], list[_Row]] = {}
     for row in rows:
         if not _KEY.fullmatch(row["key"] or ""):
-            unit.say(path, repr(row["key"]), f"not a key (letters, digits, _ and - only); {REBUILD}", "key")
+            unit.report(
+                path, repr(row["key"]), f"not a key (letters, digits, _ and - only); {REBUILD}", "key"
+            )
         if row["rle_counts"] is not None:
             by_size.setdefault((row["image_height"] or 0, row["image_width"] or 0), []).append(row)
         elif row["kept"]:
-            unit.say(path, _record(row), f"kept without a mask; {REBUILD}", "mask")
+            unit.report(path, _record(row), f"kept without a mask; {REBUILD}", "mask")
         if row["kept"]:
             _check_caption(unit, path, row, rules)
     for (height, width), group in by_size.items():
@@ -234,7 +247,7 @@ def _check_regions(unit: _Unit, rows: list[_Row], rules: Text | None) -> None:
         for row, mask in zip(group, masks, strict=True):
             what = _mask_fault(mask, row)
             if what and (row["kept"] or not isinstance(mask, BadRecord)):
-                unit.say(path, _record(row), f"{what}; {REBUILD}", "mask")
+                unit.report(path, _record(row), f"{what}; {REBUILD}", "mask")
 
 
 def _mask_fault(mask: rle.Mask | BadRecord, row: _Row) -> str | None:
@@ -248,20 +261,22 @@ def _mask_fault(mask: rle.Mask | BadRecord, row: _Row) -> str | None:
     return None
 
 
-def _check_caption(unit: _Unit, path: Path, row: _Row, rules: Text | None) -> None:
+def _check_caption(unit: _UnitCheck, path: Path, row: _Row, rules: Text | None) -> None:
     if not row["caption"]:
-        unit.say(path, _record(row), f"kept without a caption; {REBUILD}", "caption")
+        unit.report(path, _record(row), f"kept without a caption; {REBUILD}", "caption")
     elif rules is not None:
         verdict = text.clean(row["caption"], rules)
         if verdict.reason is not None:
             what = f"its caption breaks a text rule of config.yaml: {verdict.reason} ({verdict.detail})"
-            unit.say(path, _record(row), f"{what}; run the build again, which applies the rules", "caption")
+            unit.report(
+                path, _record(row), f"{what}; run the build again, which applies the rules", "caption"
+            )
 
 
 # The shard.
 
 
-def _check_shard(unit: _Unit, manifest: Manifest, rows: list[_Row]) -> None:
+def _check_shard(unit: _UnitCheck, manifest: Manifest, rows: list[_Row]) -> None:
     assert manifest.shard is not None
     path = unit.folder / manifest.shard.path
     kept: dict[str, list[_Row]] = {}
@@ -274,28 +289,28 @@ def _check_shard(unit: _Unit, manifest: Manifest, rows: list[_Row]) -> None:
             seen.append(key)
             _check_sample(unit, path, key, photo, record, kept.get(key))
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-        unit.say(path, "", f"not a readable tar ({error}); {REBUILD}")
+        unit.report(path, "", f"not a readable tar ({error}); {REBUILD}")
         return
     if seen != sorted(set(seen)):
-        unit.say(path, "", f"its samples are not in the order of their keys, each once; {REBUILD}")
+        unit.report(path, "", f"its samples are not in the order of their keys, each once; {REBUILD}")
     for key in sorted(kept.keys() - set(seen)):
-        unit.say(path, key, f"has kept regions in the ledger and no sample; {REBUILD}", "no sample")
+        unit.report(path, key, f"has kept regions in the ledger and no sample; {REBUILD}", "no sample")
 
 
 _Part = tuple[tarfile.TarInfo, bytes]
 
 
-def _members(unit: _Unit, path: Path) -> Iterator[tuple[str, _Part, _Part]]:
-    """The shard's photo and JSON of each key; anything else in it is told."""
+def _members(unit: _UnitCheck, path: Path) -> Iterator[tuple[str, _Part, _Part]]:
+    """The photo and the JSON of each key of a shard. Anything else in the shard is reported."""
     waiting: tuple[str, _Part] | None = None
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             key, _, ending = member.name.rpartition(".")
             if not member.isreg() or not _KEY.fullmatch(key) or ending not in (PHOTO_ENDING, "json"):
-                unit.say(path, repr(member.name), f"not a member of a shard; {REBUILD}", "member")
+                unit.report(path, repr(member.name), f"not a member of a shard; {REBUILD}", "member")
                 continue
             if (member.mtime, member.uid, member.gid, member.uname, member.gname) != (0, 0, 0, "", ""):
-                unit.say(
+                unit.report(
                     path, member.name, f"has a time or an owner, so equal shards differ; {REBUILD}", "owner"
                 )
             file = tar.extractfile(member)
@@ -304,52 +319,52 @@ def _members(unit: _Unit, path: Path) -> Iterator[tuple[str, _Part, _Part]]:
                 raise tarfile.ReadError(f"{member.name} is cut short")
             if ending == PHOTO_ENDING:
                 if waiting:
-                    unit.say(path, waiting[0], f"a photo without its JSON; {REBUILD}", "alone")
+                    unit.report(path, waiting[0], f"a photo without its JSON; {REBUILD}", "alone")
                 waiting = key, part
             elif waiting and waiting[0] == key:
                 yield key, waiting[1], part
                 waiting = None
             else:
-                unit.say(path, key, f"a JSON without its photo before it; {REBUILD}", "alone")
+                unit.report(path, key, f"a JSON without its photo before it; {REBUILD}", "alone")
     if waiting:
-        unit.say(path, waiting[0], f"a photo without its JSON; {REBUILD}", "alone")
+        unit.report(path, waiting[0], f"a photo without its JSON; {REBUILD}", "alone")
 
 
 def _check_sample(
-    unit: _Unit, path: Path, key: str, photo: _Part, record: _Part, rows: list[_Row] | None
+    unit: _UnitCheck, path: Path, key: str, photo: _Part, record: _Part, rows: list[_Row] | None
 ) -> None:
     try:
         sample = reader.decode_sample(record[1], key)
     except IntegrityError as error:
-        unit.say(path, f"{key}.json", f"not a sample ({error.__cause__}); {REBUILD}", "sample")
+        unit.report(path, f"{key}.json", f"not a sample ({error.__cause__}); {REBUILD}", "sample")
         return
     if sample.key != key or sample.subset != unit.subset:
-        unit.say(path, f"{key}.json", f"is of {sample.subset}/{sample.key}; {REBUILD}", "sample")
+        unit.report(path, f"{key}.json", f"is of {sample.subset}/{sample.key}; {REBUILD}", "sample")
     _check_photo(unit, path, sample, photo[0])
     if rows is None:
-        unit.say(path, key, f"no row of the ledger is kept for this sample; {REBUILD}", "no row")
+        unit.report(path, key, f"no row of the ledger is kept for this sample; {REBUILD}", "no row")
         return
     places = (photo[0].offset_data, photo[0].size, record[0].offset_data, record[0].size)
     for row in rows:
-        said = (row["photo_offset"], row["photo_length"], row["json_offset"], row["json_length"])
-        if said != places or row["shard"] != f"shards/{path.name}":
-            what = f"the ledger says it lies in {row['shard']} at {said}; it lies at {places}"
-            unit.say(path, _record(row), f"{what}; {REBUILD}", "place")
+        listed = (row["photo_offset"], row["photo_length"], row["json_offset"], row["json_length"])
+        if listed != places or row["shard"] != f"shards/{path.name}":
+            what = f"the ledger says it lies in {row['shard']} at {listed}; it lies at {places}"
+            unit.report(path, _record(row), f"{what}; {REBUILD}", "place")
     if [_of_row(row) for row in rows] != [_of_sample(sample, region) for region in sample.regions]:
-        unit.say(path, key, f"its regions are not those that the ledger keeps; {REBUILD}", "regions")
+        unit.report(path, key, f"its regions are not those that the ledger keeps; {REBUILD}", "regions")
 
 
-def _check_photo(unit: _Unit, path: Path, sample: Sample, member: tarfile.TarInfo) -> None:
+def _check_photo(unit: _UnitCheck, path: Path, sample: Sample, member: tarfile.TarInfo) -> None:
     record = member.name
     try:
         header = photos.probe(Blob(str(path), member.offset_data, member.size), _HEADER_PX)
     except BadRecord as error:
-        unit.say(path, record, f"{error.reason}: {error.detail}; {REBUILD}", "photo")
+        unit.report(path, record, f"{error.reason}: {error.detail}; {REBUILD}", "photo")
         return
     if (header.format, header.width, header.height) != (sample.photo_format, sample.width, sample.height):
-        said = f"{sample.photo_format} {sample.width}x{sample.height}"
-        what = f"the photo is {header.format} {header.width}x{header.height}, its JSON says {said}"
-        unit.say(path, record, f"{what}; {REBUILD}", "photo")
+        listed = f"{sample.photo_format} {sample.width}x{sample.height}"
+        what = f"the photo is {header.format} {header.width}x{header.height}, its JSON says {listed}"
+        unit.report(path, record, f"{what}; {REBUILD}", "photo")
 
 
 def _of_row(row: _Row) -> tuple:

@@ -361,9 +361,9 @@ def test_many_problems_of_one_kind_are_counted_and_not_all_listed(out):
     assert len([p for p in found(out) if "area says 1" in p]) == 16
     from paracaption.pipeline.corpus import verify_unit
 
-    unit = verify_unit._Unit(out, reader.open_corpus(out).units("coconut")[0])
+    unit = verify_unit._UnitCheck(out, reader.open_corpus(out).units("coconut")[0])
     for i in range(50):
-        unit.say(out / "a", str(i), "is wrong", "wrongness")
+        unit.report(out / "a", str(i), "is wrong", "wrongness")
     assert len(unit.finish()) == 21 and "30 more of this kind" in unit.finish()[-1].what
 
 
