@@ -1,7 +1,7 @@
-"""What the original stores and never uses: SigLIP's text model, last block, final norm and pooling head.
+"""The tensors that published checkpoints store and never use: SigLIP's text model, last block, norm, head.
 
-Our model has no place for it. It is kept in a folder of its own, so that the way back is complete, or taken
-from a SigLIP 2 again.
+Our model has no place for them. They are kept in a folder of their own, so that a converted model can be
+converted back completely. Without that folder they are taken from a SigLIP 2.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLDER = "unused"
-"""Within ours. Holds the published folder's small files too."""
+"""Folder inside a converted model. It also holds the published folder's small files."""
 
 _CONSTANT = re.compile(r"(\.embeddings\.position_ids|\.rotary_emb\.inv_freq)$")
-"""Constants that old versions of transformers stored."""
+"""Names of constants that old versions of transformers stored."""
 
 
 def constants(found: Iterable[str]) -> dict[str, None]:
-    """Names of tensors that are no weights, for `check_tensors`."""
+    """The stored tensors that are constants, not weights; `check_tensors` allows them in any shape."""
     return dict.fromkeys(filter(_CONSTANT.search, found))
 
 
@@ -39,17 +39,25 @@ def kept_aside(
     theirs: Mapping[str, LazyTensor],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[dict[str, Any], dict[str, LazyTensor], bool]:
-    """(config.json, unused tensors, whether all small files are as published) from `unused/`."""
+    """Read `unused/`.
+
+    Returns:
+        The content of the published config.json, the unused tensors, and whether all small files are as
+        published.
+
+    Raises:
+        ConfigError: the folder is missing, not whole, or of another model.
+    """
     aside = folder / FOLDER
     file = aside / "config.json"
     if not (file.is_file() and (aside / weights.INDEX).is_file()):
         raise ConfigError(
             f"{aside}: not there, or not whole; copy it from the converted checkpoint that training started "
-            "from, or name a SigLIP 2 that has the tensors which the original loads and never uses: --vision "
-            "SIGLIP2_DIR"
+            "from, or name a SigLIP 2 that has the tensors which the released code loads and never uses: "
+            "--vision SIGLIP2_DIR"
         )
     raw, unused = weights.read_json(file), list_tensors(aside)
-    fields, own = state_dict_adapter.fields_of(raw, file, config.text_config.vocab_size), _own_fields(config)
+    fields, own = state_dict_adapter.fields_of(raw, file, config.text.vocab_size), _own_fields(config)
     is_base = raw["model_type"] == state_dict_adapter.BASE_TYPE
     for key, value in fields.items():
         if value != own[key] and not (is_base and key in ("num_prompts", "replay_size")):
@@ -59,8 +67,8 @@ def kept_aside(
     check_tensors(aside, unused, {}, spare(raw["vision_model_config"], file, theirs, unused))
     same_tokens = load_tokenizer(aside).get_vocab() == tokenizer.get_vocab()
     if is_base or not same_tokens:
-        raw = state_dict_adapter.region_stage(raw, own) | {"image_token_id": config.image_token_id}
-        raw["language_model_config"] |= {"vocab_size": config.text_config.vocab_size}
+        raw = {**state_dict_adapter.region_stage(raw, own), "image_token_id": config.image_token_id}
+        raw["language_model_config"] |= {"vocab_size": config.text.vocab_size}
         return raw, unused, False
     return raw, unused, True
 
@@ -68,12 +76,19 @@ def kept_aside(
 def from_siglip(
     vision: str | Path, config: PerceptionDLMConfig, theirs: Mapping[str, LazyTensor]
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """(config.json, unused tensors) with a SigLIP 2's."""
+    """Make up what `unused/` would hold from a SigLIP 2.
+
+    Returns:
+        The content of a published config.json, and the unused tensors.
+
+    Raises:
+        ConfigError: the folder is not a whole SigLIP 2, or its sizes are not those of the model's tower.
+    """
     folder = weights.folder(vision, "--vision")
     file = folder / "config.json"
     raw, found, own = weights.read_json(file), list_tensors(folder), _own_fields(config)
     if raw.get("model_type") == "siglip_vision_model":
-        raise ConfigError(f"{folder}: has no text model, which the original loads too; name a whole SigLIP 2")
+        raise ConfigError(f"{folder}: has no text model, which is published too; name a whole SigLIP 2")
     sizes = state_dict_adapter.vision_fields(raw, file)
     if sizes != own["vision_config"]:
         raise ConfigError(f"{file}: has sizes {sizes}, but the model's tower {own['vision_config']}")
@@ -81,6 +96,7 @@ def from_siglip(
     check_tensors(folder, found, state_dict_adapter.siglip_shapes(raw, file), fixed)
     unused = {f"vision_model.{name}": entry for name, entry in found.items() if name not in fixed}
     unused = {name: entry for name, entry in unused.items() if name not in theirs}
+    assert config.image_token_id is not None  # every saved model has it
     dtype = tensor_files.FLOATS[theirs["language_model.lm_head.weight"].dtype]
     return state_dict_adapter.published_config(own, raw, config.image_token_id, dtype), unused
 
@@ -88,7 +104,7 @@ def from_siglip(
 def spare(
     siglip: Mapping[str, Any], file: Path, used: Iterable[str], found: Iterable[str]
 ) -> dict[str, tuple[int, ...] | None]:
-    """What a published checkpoint may hold beside what our model uses, with shapes."""
+    """Names and shapes of the tensors that a published checkpoint may hold and our model does not use."""
     used = set(used)
     stored = {
         f"vision_model.{name}": shape
@@ -99,9 +115,9 @@ def spare(
 
 
 def _own_fields(config: PerceptionDLMConfig) -> dict[str, Any]:
-    """As `published.fields_of` gives them."""
-    vision, text = config.vision_config, config.text_config
-    llama = {**text.to_dict(), "rope_parameters": dict(text.rope_parameters)}
+    """The config of our model in the form of `state_dict_adapter.fields_of`."""
+    vision, text = config.vision, config.text
+    llama = {**text.to_dict(), "rope_parameters": dict(text.rope_parameters or {})}
     return {
         "vision_config": state_dict_adapter.vision_fields(vision.to_dict(), Path("config.json")),
         "text_config": state_dict_adapter.llama_fields(llama, Path("config.json"), text.vocab_size),

@@ -359,8 +359,16 @@ def _our_config(
 def _drawn(name: str, shape: tuple[int, ...], config: PerceptionDLMConfig, seed: int) -> LazyTensor:
     """A new tensor, as the model initialises it. Its values depend on seed and name only."""
     std = 1.0 if name == _PROMPTS else 0.0 if name.endswith(".bias") else config.initializer_range
-    dtype = tensor_files.dtype_name(config.dtype)
-    return LazyTensor(dtype, shape, partial(_normal, name, shape, std, config.dtype, seed))
+    dtype = _dtype_of(config)
+    load = partial(_normal, name, shape, std, dtype, seed)
+    return LazyTensor(tensor_files.dtype_name(dtype), shape, load)
+
+
+def _dtype_of(config: PerceptionDLMConfig) -> torch.dtype:
+    import torch
+
+    assert isinstance(config.dtype, torch.dtype)  # `_our_config` sets it
+    return config.dtype
 
 
 def _normal(name: str, shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -377,17 +385,16 @@ def _grown(
     report: Report,
 ) -> dict[str, LazyTensor]:
     """With more rows for words, a multiple of 64, if the tokenizer has more tokens than there are."""
-    rows, needed = config.text_config.vocab_size, num_rows(tokenizer)
+    rows, needed = config.text.vocab_size, num_rows(tokenizer)
     if needed <= rows:
         return ours
     more = math.ceil(needed / 64) * 64 - rows
     for name in (_EMBEDDING, _HEAD):
         old = ours[name]
-        new = partial(
-            _normal, name, (more, old.shape[1]), config.initializer_range, config.dtype, report.seed
-        )
+        shape = (more, old.shape[1])
+        new = partial(_normal, name, shape, config.initializer_range, _dtype_of(config), report.seed)
         ours[name] = LazyTensor(old.dtype, (rows + more, old.shape[1]), partial(_on_top, old.load, new))
-    config.text_config.vocab_size = rows + more
+    config.text.vocab_size = rows + more
     report.drawn.append(f"{more} rows of embedding and head from N(0, {config.initializer_range}^2)")
     return ours
 

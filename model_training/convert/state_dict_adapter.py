@@ -189,10 +189,12 @@ def siglip_shapes(config: Mapping[str, Any], file: Path) -> dict[str, tuple[int,
 
     whole = config["model_type"] == "siglip"
     with torch.device("meta"):
-        models = {"vision_model": SiglipVisionModel(SiglipVisionConfig(**vision_fields(config, file)))}
+        models: dict[str, Any] = {
+            "vision_model": SiglipVisionModel(SiglipVisionConfig(**vision_fields(config, file)))
+        }
         if whole:
-            said = _part(config, "text_config", file)
-            text = {key: said[key] for key in _TEXT if said.get(key) is not None}
+            given = _part(config, "text_config", file)
+            text = {key: given[key] for key in _TEXT if given.get(key) is not None}
             models["text_model"] = SiglipTextModel(
                 SiglipTextConfig(**text, bos_token_id=None, eos_token_id=None)
             )
