@@ -26,6 +26,7 @@ class Renamed:
         new: the name to use; of an option, with its command as well where that was renamed too.
         until: the first version that does not know the old name.
         values: old value -> new value, where values were renamed too.
+        place: where in the file the key stands, for a name that stands elsewhere, too, and stays there.
     """
 
     where: str
@@ -33,6 +34,7 @@ class Renamed:
     new: str
     until: str = "0.4"
     values: dict[str, str] = field(default_factory=dict)
+    place: str = ""
 
 
 RENAMED: tuple[Renamed, ...] = (
@@ -53,11 +55,11 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("TrainConfig", "clip", "max_grad_norm"),
     Renamed("TrainConfig", "average", "ema_decay"),
     Renamed("TrainConfig", "recompute", "activation_checkpointing"),
-    Renamed("CorpusSource", "out", "corpus"),
+    Renamed("CorpusSource", "out", "corpus", place="corpora"),
     Renamed("DataOptions", "caption_slots", "max_new_tokens"),
     Renamed("NoiseOptions", "lowest", "eps"),
     Renamed("NoiseOptions", "weighting", "loss_weighting", values={"inverse": "1/t"}),
-    Renamed("Evaluation", "out", "corpus"),
+    Renamed("Evaluation", "out", "corpus", place="evaluation"),
 )
 
 
@@ -118,8 +120,9 @@ def warn(renamed: Renamed, value: object = None, changed: object = None) -> None
     old, new = renamed.old, renamed.new
     if value != changed:
         old, new = f"{old}: {value}", f"{new}: {changed}"
+    inside = f"in `{renamed.place}`, " if renamed.place else ""
     warnings.warn(
-        f"`{old}` is now `{new}`; paracaption {renamed.until} will not know the old name",
+        f"{inside}`{old}` is now `{new}`; paracaption {renamed.until} will not know the old name",
         RenamedWarning,
         stacklevel=2,
     )

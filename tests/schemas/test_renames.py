@@ -19,6 +19,11 @@ def test_an_old_key_is_translated_with_a_warning_that_says_the_new_one():
     assert source.license == "CC0"
 
 
+def test_a_name_that_stays_elsewhere_is_said_with_its_place():
+    with pytest.warns(renames.RenamedWarning, match="in `corpora`, `out` is now `corpus`"):
+        assert renames.translate("CorpusSource", {"out": "a"}) == {"corpus": "a"}
+
+
 def test_both_names_at_once_are_an_error():
     with pytest.raises(ValueError, match="both given; keep `license`"):
         Sa1bOptions.model_validate({"paths": [], "licence": "a", "license": "b"})

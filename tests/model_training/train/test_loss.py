@@ -1,4 +1,4 @@
-"""The loss gives the numbers of PerceptionDLM's released code, and is the same however examples share a batch."""
+"""The loss equals that of PerceptionDLM's released code, and is the same however examples share a batch."""
 
 import numpy as np
 import pytest
