@@ -2,7 +2,7 @@
 
 | type | whose fault | what happens |
 | --- | --- | --- |
-| `ConfigError` | the user's | shown as one line: file, record, mend; nothing has started |
+| `ConfigError` | the user's | shown as one line: file, record, fix; nothing has started |
 | `BadRecord` | one record's | the record is dropped with `reason`, the rest goes on |
 | `Retryable` | the machine's | tried again, then a drop (one record) or `StageFailed` (all of them) |
 | `StageFailed` | the model's or the set-up's | the build stops; what is committed stays |
@@ -29,7 +29,7 @@ class BadRecord(ParaCaptionError):
 
     Args:
         reason: why, from the closed list of reasons.
-        detail: names the file and the record, and the mend where there is one.
+        detail: names the file and the record, and the fix where there is one.
     """
 
     def __init__(self, reason: Reason, detail: str):
@@ -74,7 +74,7 @@ class BadSample(IntegrityError):
 
     Args:
         reason: a word to count by.
-        detail: names the file and the record, and the mend.
+        detail: names the file and the record, and the fix.
     """
 
     def __init__(self, reason: str, detail: str):

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why a region is not in the corpus. `ERRORS` below are those that a mended input or a retry can turn."""
+    """Why a region is not in the corpus. `ERRORS` are those that corrected input or a retry can change."""
 
     # The photo.
     PHOTO_MISSING = "photo_missing"  # named by the annotation, not found in any photo folder or tar

@@ -169,7 +169,9 @@ def from_published(
     if added:
         report.notes.append(f"{added} tokens added to the tokenizer")
     if absent := {name for name, shape in spare.items() if shape} - rest.keys():
-        report.notes.append(f"it lacks {len(absent)} tensors that the original loads and never uses")
+        report.notes.append(
+            f"it lacks {len(absent)} tensors that the released code loads and never uses"
+        )
     report.unused, report.unused_bytes = len(rest), _size(rest)
     with _writing(target, _size(ours, rest)) as room:
         (room / unused.FOLDER).mkdir()
@@ -182,20 +184,20 @@ def from_published(
 def to_published(
     path: str | Path, to: str | Path, vision: str | Path | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Report:
-    """Make a model of ours one that the original loads.
+    """Make a model of ours one that PerceptionDLM's released code loads.
 
     With `unused/` from the way here, all tensors, the config and the tokenizer's files are what was published
-    (and of a Base what the original makes of it).
+    (and of a Base what the released code makes of it).
 
     Args:
         path: our folder.
         to: folder to write.
-        vision: folder of the SigLIP 2 from which comes what the original stores and never uses; needed where
-            our folder has no `unused/`.
+        vision: folder of the SigLIP 2 that has what the released code stores and never uses; needed
+            where our folder has no `unused/`.
         shard_bytes: largest file.
 
     Raises:
-        ConfigError: it is partial, wrong or unsound, no model of the original's, lacks `unused/`, or the
+        ConfigError: it is partial, wrong or unsound, no model of the released code, lacks `unused/`, or the
             target is there. Nothing has been written.
     """
     folder, target = weights.folder(path, "models convert"), Path(to).absolute()
@@ -203,7 +205,7 @@ def to_published(
     found, config = list_tensors(folder), load_config(folder)
     if not (config.region_prompting and config.feature_replay):
         raise ConfigError(
-            f"{folder}: an ablation without region prompts or replay; the original has none such"
+            f"{folder}: an ablation without region prompts or replay; the released code has none such"
         )
     wanted = shapes(config)
     check_tensors(folder, found, wanted)
@@ -211,7 +213,7 @@ def to_published(
     theirs = {names[name]: entry for name, entry in found.items()}
     report = Report(str(folder), target, config.layout)
     if config.layout != "reference" or config.layout_options:
-        report.notes.append("the original knows the reference layout only, and computes that")
+        report.notes.append("the released code knows the reference layout only, and computes that")
     tokenizer = load_tokenizer(folder)
     if vision is None:
         raw, rest, report.verbatim = unused.kept_aside(folder, config, theirs, tokenizer)
@@ -462,7 +464,7 @@ def _same_mask(folder: Path, config: PerceptionDLMConfig) -> None:
 
 
 def _max_tiles(folder: Path) -> int:
-    """Of an image; the original keeps it with its processor."""
+    """Of an image; the released code keeps it with its processor."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         said = weights.read_json(folder / name).get("max_sub_img") if (folder / name).is_file() else None
         if said:

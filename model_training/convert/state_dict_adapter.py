@@ -50,7 +50,7 @@ TYPE, BASE_TYPE = "pdmllm", "dmllm"
 """`model_type` of PerceptionDLM, and of PerceptionDLM-Base, which knows no regions yet."""
 
 REGION_STAGE = {"prompt_numbers": 6, "roi_output_size": 4}
-"""What the original adds to its Base."""
+"""What PerceptionDLM's released code adds to its Base."""
 
 _LLADA_8B, _SIGLIP2 = "MSALab/LLaDA-8B-Instruct-HF", "google/siglip2-so400m-patch16-512"
 """The original looks at the first name for "llada", and loads the second one before its own weights."""
@@ -228,7 +228,7 @@ def region_stage(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
 def published_config(
     fields: Mapping[str, Any], siglip: Mapping[str, Any], image_token: int, dtype: str
 ) -> dict[str, Any]:
-    """A config.json for the original, of a model that never had one."""
+    """A config.json for the released code, of a model that never had one."""
     vision, text = fields["vision_config"], dict(fields["text_config"])
     language = {
         **{key: value for key, value in text.items() if key != "rope_parameters"},
@@ -271,8 +271,8 @@ def _replay(size: Any, file: Path) -> int:
     side = sides.pop()
     if sides or not isinstance(side, int):
         raise ConfigError(
-            f"{file}: roi_output_size is {size!r}; without a number the original replays whole maps, which "
-            "our model does not"
+            f"{file}: roi_output_size is {size!r}; without a number the released code replays whole maps, "
+            "which our model does not"
         )
     return side
 

@@ -90,7 +90,7 @@ class SamSegmenter:
         options: see `SamOptions`.
 
     Raises:
-        ConfigError: an option, the file or the device is wrong; names the mend.
+        ConfigError: an option, the file or the device is wrong; the message names the fix.
     """
 
     def __init__(self, **options: Any):
@@ -118,7 +118,7 @@ class SamSegmenter:
         """Read names and shapes of the tensors, not the tensors.
 
         Raises:
-            ConfigError: the file is no SAM checkpoint, or holds code; names the mend.
+            ConfigError: the file is no SAM checkpoint, or holds code; the message names the fix.
         """
         given = read_options(SamOptions, options, "segmenter.options")
         path = Path(given.model)

@@ -64,7 +64,7 @@ class Sam3Segmenter:
         options: see `Sam3Options`.
 
     Raises:
-        ConfigError: an option, the folder or the device is wrong; names the mend.
+        ConfigError: an option, the folder or the device is wrong; the message names the fix.
     """
 
     def __init__(self, **options: Any):
@@ -103,7 +103,7 @@ class Sam3Segmenter:
         """Read configuration, tokenizer and tensor shapes, not the weights.
 
         Raises:
-            ConfigError: something does not fit; names the file and the mend.
+            ConfigError: something does not fit; the message names the file and the fix.
         """
         given = read_options(Sam3Options, options, "segmenter.options")
         folder = _folder(given.model)

@@ -88,7 +88,7 @@ class GarCaptioner:
         options: see `GarOptions`; `model` is needed.
 
     Raises:
-        ConfigError: a wrong option, or a checkpoint that does not fit; names the file and the mend.
+        ConfigError: an option is wrong or the checkpoint does not fit; the message names file and fix.
     """
 
     version = VERSION

@@ -106,7 +106,7 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
 
     Raises:
         ConfigError: not a checkpoint, a pickle in it, or a config that asks for what we do not compute; names
-            the file, the field and the mend.
+            the file, the field and the fix.
     """
     folder = weights.folder(model, what)
     path = folder / "config.json"
