@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def home(tmp_path) -> Path:
 def test_a_run_goes_on_from_its_checkpoint(home, caplog):
     with pytest.warns(RenamedWarning) as warned:
         config = load_training(home / "train.yaml")
-    new = {str(each.message).split("`")[3].partition(":")[0] for each in warned}
+    new = {re.search(r"is now `(\w+)", str(each.message))[1] for each in warned}
     assert new == {
         *("corpus", "gradient_accumulation_steps", "warmup_ratio", "min_lr_ratio", "max_grad_norm"),
         *("ema_decay", "activation_checkpointing", "eps", "loss_weighting"),
