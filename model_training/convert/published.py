@@ -169,9 +169,7 @@ def from_published(
     if added:
         report.notes.append(f"{added} tokens added to the tokenizer")
     if absent := {name for name, shape in spare.items() if shape} - rest.keys():
-        report.notes.append(
-            f"it lacks {len(absent)} tensors that the released code loads and never uses"
-        )
+        report.notes.append(f"it lacks {len(absent)} tensors that the released code loads and never uses")
     report.unused, report.unused_bytes = len(rest), _size(rest)
     with _writing(target, _size(ours, rest)) as room:
         (room / unused.FOLDER).mkdir()
