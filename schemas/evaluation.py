@@ -36,13 +36,14 @@ class Judge(Strict):
     )
 
 
+BenchmarkKind = Literal["paradlc", "dlc"]
+
+
 class Bench(Strict):
     """The files of one benchmark."""
 
     name: str = Field(pattern=_FOLDER_NAME, description="Name of the folder that its results get.")
-    kind: Literal["paradlc", "dlc"] = Field(
-        description="Layout and protocol: ParaDLC-Bench's or DLC-Bench's."
-    )
+    kind: BenchmarkKind = Field(description="Layout and protocol: ParaDLC-Bench's or DLC-Bench's.")
     folder: str = Field(description="Folder with annotations.json, qa.json and class_names.json.")
     photos: str | None = Field(
         default=None, description="Folder or URL of the photos; null takes `images` in `folder`."

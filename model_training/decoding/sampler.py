@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple, assert_never, cast
 
 import torch
 from torch import Tensor
@@ -133,13 +133,15 @@ def select_predictions(
     if options.strategy == "threshold":
         least = math.ceil(num_slots / options.steps)
         enough_BNS = (rank_BNS < least) | (confidence_BNS >= options.threshold)
-    else:
+    elif options.strategy in ("per-region", "sequential", "left-to-right"):
         region_step_N = torch.full(open_BNS.shape[1:2], step)
         if options.strategy == "sequential":
             region_step_N = step - torch.arange(open_BNS.shape[1]) * options.steps
         left_N = [_left_open(num_slots, options.steps, each) for each in region_step_N.tolist()]
         left_BN = torch.tensor(left_N, device=open_BNS.device)
         enough_BNS = rank_BNS < (open_BNS.sum(-1) - left_BN)[..., None]
+    else:
+        assert_never(options.strategy)
     stay_BNS = enough_BNS & open_BNS
     return torch.where(stay_BNS, predicted_BNS, tokens_BNS), open_BNS & ~stay_BNS
 

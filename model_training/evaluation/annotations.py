@@ -12,7 +12,7 @@ since those in the files do not fit them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ from ...filters import rle
 from ...pipeline.io import files, photos
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.evaluation import BenchmarkKind
 from ...schemas.records import Blob
-from .scoring import LETTERS, Choice, Kind, Question, recognition_question
+from .scoring import LETTERS, Choice, Question, recognition_question
 
 ANNOTATIONS, QUESTIONS, CLASSES = FILES = ("annotations.json", "qa.json", "class_names.json")
 
@@ -95,7 +96,7 @@ class Benchmark(NamedTuple):
         unverified: number of questions that nobody has reviewed yet, see `make_benchmark`.
     """
 
-    kind: Kind
+    kind: BenchmarkKind
     images: list[BenchImage]
     digest: str
     unverified: int
@@ -109,7 +110,9 @@ class Benchmark(NamedTuple):
         return [image.photo for image in self.images if not files.expand(image.photo)]
 
 
-def read_benchmark(folder: str | Path, kind: Kind, photo_folder: str | Path | None = None) -> Benchmark:
+def read_benchmark(
+    folder: str | Path, kind: BenchmarkKind, photo_folder: str | Path | None = None
+) -> Benchmark:
     """Read a benchmark's files.
 
     Args:
@@ -123,8 +126,11 @@ def read_benchmark(folder: str | Path, kind: Kind, photo_folder: str | Path | No
     """
     folder = Path(folder)
     raw = {name: _read_json(folder / name) for name in FILES}
-    read_masks = _paradlc_masks if kind == "paradlc" else _dlc_masks
-    masks = read_masks(raw[ANNOTATIONS], folder)
+    layouts: dict[BenchmarkKind, Callable[[Any, Path], _Masks]] = {
+        "paradlc": _paradlc_masks,
+        "dlc": _dlc_masks,
+    }
+    masks = layouts[kind](raw[ANNOTATIONS], folder)
     digest = hashlib.sha256()
     root = photo_folder or folder / "images"
     images: dict[str, BenchImage] = {}

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Kind = Literal["paradlc", "dlc"]
+from ...schemas.evaluation import BenchmarkKind
 
 LETTERS = "ABCDE"
 MAX_TOKENS = 300
@@ -33,7 +33,7 @@ The description is:
 From the description above, please answer the following question with one of the choices:
 {question}
 """
-_WHERE = {"paradlc": "this image", "dlc": "an image"}
+_WHERE: dict[BenchmarkKind, str] = {"paradlc": "this image", "dlc": "an image"}
 
 
 class Choice(NamedTuple):
@@ -76,7 +76,7 @@ class Scores(NamedTuple):
     worth: tuple[float, ...]
 
 
-def recognition_question(kind: Kind, class_name: str) -> Question:
+def recognition_question(kind: BenchmarkKind, class_name: str) -> Question:
     """The question that comes first: whether the caption describes an object of the region's class."""
     if kind == "paradlc":
         text = (
@@ -104,7 +104,7 @@ def _english() -> Any:
     return inflect.engine()
 
 
-def judge_prompt(kind: Kind, caption: str, question: Question) -> str:
+def judge_prompt(kind: BenchmarkKind, caption: str, question: Question) -> str:
     """The text that the judge is sent, exactly as published."""
     lines = [question.text, *(f"{LETTERS[i]}. {choice.text}" for i, choice in enumerate(question.choices))]
     return _RULES.format(where=_WHERE[kind], caption=caption, question="\n".join(lines).strip())

@@ -5,7 +5,7 @@ Shape suffixes: B batch, L tokens, E examples (several can share a row), K maske
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -98,7 +98,13 @@ def diffusion_loss(
     # 4. The share of each token in the loss.
     probability_K = probability_BL[masked_BL]
     example_K = tokens.roles.sample_BL[masked_BL]
-    counted_BL = batch.label_BL if weighting == "1/t" else masked_BL
+    match weighting:
+        case "1/t":
+            counted_BL = batch.label_BL
+        case "none":
+            counted_BL = masked_BL
+        case _:
+            assert_never(weighting)
     counted_E = torch.bincount(tokens.roles.sample_BL[counted_BL], minlength=len(batch.weight_E))
     share_K = batch.weight_E[example_K] / counted_E[example_K]
     if weighting == "1/t":

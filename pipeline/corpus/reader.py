@@ -131,7 +131,7 @@ class Corpus:
     at a time. A `Corpus` may be pickled, and used by several threads.
 
     Samples hold kept regions only. What was dropped, and why, is in the ledgers: a row for every region that
-    the source declared. The columns are listed in `docs/formats.md`.
+    the source declared. `corpus.ledger` names their columns.
     """
 
     def __init__(self, path: str | Path):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import duckdb
 
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from ...schemas.records import SCORES
 from ...schemas.summary import SubsetCounts
 from ..corpus import merge, reader
 from ..corpus.reader import Unit
@@ -314,7 +315,8 @@ class Catalog:
         names = [name for name, *_ in self.select("DESCRIBE SELECT * FROM LEDGERS", units=[unit])]
         sql = "SELECT * FROM LEDGERS WHERE key = $key AND subset = $subset ORDER BY file_row_number"
         rows = self.select(sql, {"key": key, "subset": subset}, units=[unit])
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        later = dict.fromkeys(SCORES)  # scores that the unit was built without
+        return [later | dict(zip(names, row, strict=True)) for row in rows]
 
     def matching(self, places: list[ImagePlace], query: Query, most: int) -> Iterator[list[dict[str, Any]]]:
         """For each place the first `most` rows that the query chooses, without masks."""

@@ -75,6 +75,10 @@ def find_registered(protocol: str, backend: Backend) -> Registered:
     return BACKENDS[protocol].get(backend.name, Registered(backend.name))
 
 
+_MOVED = {"model_training.toy:TruthCaptioner": "paracaption.model_training.toy.world:TruthCaptioner"}
+"""Where backends that version 0.1 wrote into configurations are now. Evidence digests keep their names."""
+
+
 def find_backend(protocol: str, backend: Backend) -> type[Any]:
     """The backend's class, imported but not instantiated; see `protocols` for what it has.
 
@@ -85,7 +89,8 @@ def find_backend(protocol: str, backend: Backend) -> type[Any]:
     Raises:
         ConfigError: there is no such backend, or it cannot be imported.
     """
-    module, _, name = find_registered(protocol, backend).path.partition(":")
+    path = find_registered(protocol, backend).path
+    module, _, name = _MOVED.get(path, path).partition(":")
     if not name:
         raise ConfigError(
             f"{protocol}.name: no backend {backend.name!r}; choose from {sorted(BACKENDS[protocol])} "

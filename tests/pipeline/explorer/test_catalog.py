@@ -148,6 +148,8 @@ def test_ledgers_of_before_a_score_existed_are_read_with_the_others(out, tmp_pat
     catalog = Catalog(tmp_path / "out")
     assert catalog.total(Query())[1] == 36
     assert 0 < catalog.total(Query.parse({"repeat_share.min": "0"}))[1] < 36
+    key = pq.read_table(tmp_path / "out/coconut/ledger/coconut-000000.parquet")["key"][0].as_py()
+    assert {row["repeat_share"] for row in catalog.image("coconut", key)} == {None}
 
 
 def test_the_database_reads_nothing_outside_of_the_corpus(catalog, tmp_path):

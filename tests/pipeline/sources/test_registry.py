@@ -163,7 +163,7 @@ def test_a_folder_of_two_sources_is_listed_once(tmp_path, monkeypatch):
         return listing(catalog, url, setting)
 
     monkeypatch.setattr(Catalog, "list_folder", list_folder)
-    work_list.make_plan(opened, config, tmp_path / "plan")
+    work_list.make_work_list(opened, config, tmp_path / "plan")
     assert sorted(listed) == sorted([source["labels"], *source["photos"]])
 
 
