@@ -110,6 +110,8 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("an unknown captioner", "evaluate", evaluate(captioner={"name": "clasical"}))
     saved = {"name": "perceptiondlm", "options": {"model": model["path"]}}
     yield Case("no toy world", "evaluate", evaluate(captioner=saved, benchmarks=[], toy="nowhere"))
+    unread = evaluate(captioner=saved, benchmarks=[], profile={"corpus": "nowhere"})
+    yield Case("no corpus to profile on", "evaluate", unread)
     wanting = evaluate(judge={"name": "vllm", "options": {"model": "nowhere"}})
     yield Case("no checkpoint of the judge", "evaluate", wanting)
 
