@@ -1,6 +1,7 @@
 """The documents name files that exist, and link to pages that exist."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,10 @@ def test_every_file_that_a_page_names_or_links_to_exists(page):
     named = {name for name in NAMED.findall(text) if not (ROOT / name).exists()}
     linked = {name for name in LINKED.findall(text) if not (page.parent / name).exists()}
     assert (named, linked) == (set(), set())
+
+
+def test_every_commit_that_blame_skips_is_one_of_ours():
+    lines = (ROOT / ".git-blame-ignore-revs").read_text().splitlines()
+    for commit in (line for line in lines if not line.startswith("#")):
+        command = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0, commit
