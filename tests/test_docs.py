@@ -23,6 +23,8 @@ def test_every_file_that_a_page_names_or_links_to_exists(page):
 
 
 def test_every_commit_that_blame_skips_is_one_of_ours():
+    if (ROOT / ".git" / "shallow").exists() or not (ROOT / ".git").exists():
+        pytest.skip("no history here")
     lines = (ROOT / ".git-blame-ignore-revs").read_text().splitlines()
     for commit in (line for line in lines if not line.startswith("#")):
         command = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
