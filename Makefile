@@ -71,4 +71,4 @@ lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
 	touch $@
 
 clean:
-	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist out .pytest_cache .ruff_cache .hypothesis

@@ -1,12 +1,12 @@
-"""Prefect's server for one command: in a process of its own, started early, and gone with its driver.
+"""Prefect's server for one command: a process that starts early and ends with the command.
 
     with PrefectServer() as server:     # returns at once; the server starts beside whatever comes next
         ...                             # import prefect, start Ray
         with server.ready():            # waits, and points Prefect at it
             flow(...)
 
-Where PREFECT_API_URL names a server, none is started. The process watches a pipe that its driver holds open,
-so it ends when the driver does, however that ends.
+If PREFECT_API_URL names a server, none is started. The process watches a pipe that the command holds open, so
+it ends with the command, even if that is killed.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _QUIET = {
 
 
 class PrefectServer:
-    """The server's process.
+    """A server in a process of its own, for the time of a `with` block.
 
     Attributes:
-        process: None before the start and after the end, and if the environment names a server.
+        process: the server; None outside the block, and if the environment names another server.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class PrefectServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the server go; it ends by itself, and nobody waits for it."""
+        """Let the server end, without waiting for it."""
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
             self.process = None
@@ -78,8 +78,8 @@ class PrefectServer:
         """Wait until the server answers; within the block, Prefect talks to it.
 
         Raises:
-            StageFailed: it ended, or did not answer in time; names what it said. Or the one that the
-                environment names is not there.
+            StageFailed: the server ended or did not answer in time, with its last line; or the server that
+                the environment names does not answer.
         """
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -122,11 +122,11 @@ class PrefectServer:
         assert self._log is not None
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _flush() -> None:
-    """Send what Prefect still holds back, while there is a server."""
+    """Send the events and logs that Prefect still holds back, while the server runs."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 

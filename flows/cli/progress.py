@@ -1,4 +1,4 @@
-"""What the command line shows while something runs: on stderr, so that stdout has the results."""
+"""What the command line shows while something runs. It goes to stderr, so that stdout has only results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def counting(title: str) -> Iterator[Callable[[int], None]]:
-    """A line on the terminal with a number that grows, and its rate; nothing on a log file."""
+    """Show a count and its rate on a terminal. Shows nothing if stderr is no terminal."""
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -36,7 +36,7 @@ def counting(title: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def counting_parts() -> Iterator[Callable[[str, int, int], None]]:
-    """A line on the terminal for each kind of work: how much of how much is done; nothing on a log file."""
+    """Show a progress bar for each kind of work on a terminal. Shows nothing if stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -54,7 +54,7 @@ def counting_parts() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def show_row(row: Row) -> None:
-    """A measurement of `profile`, as soon as it is there."""
+    """Print a measurement of `profile` when it is made."""
     print(
         f"{row.study:<12} {row.mode:<10} regions {row.regions}  length {row.length}  steps {row.steps}  "
         f"forwards {row.forwards:.1f}  tokens/forward {row.tokens_per_forward:.1f}  {row.seconds:.4f} s",
@@ -63,14 +63,14 @@ def show_row(row: Row) -> None:
 
 
 class TrainingView:
-    """A line on the terminal every so many steps, and for each step that was skipped."""
+    """Prints a line every `every` steps, and one for each step that was skipped."""
 
     def __init__(self, every: int):
         self.every = every
         self.start: tuple[int, float] | None = None
 
     def show(self, record: dict[str, Any]) -> None:
-        """A step's record."""
+        """Take the record of a step."""
         step, steps = record["step"], record["steps"]
         self.start = self.start or (step - 1, time.monotonic() - float(record["seconds"]))
         if "why" in record:
@@ -89,10 +89,10 @@ class TrainingView:
 
 
 class BuildView:
-    """One live table a subset: units, regions, kept, drops by reason, regions per second and stage.
+    """A live table of the subset that is being built: a row for each stage, with drops by reason and speed.
 
     Args:
-        live: redraw the table; without, a line now and then, which leaves the terminal to a debugger.
+        live: draw the table. Otherwise print a line now and then, which leaves the terminal to a debugger.
     """
 
     def __init__(self, live: bool = True):
@@ -114,7 +114,7 @@ class BuildView:
         self.live.stop()
 
     def show(self, progress: Progress) -> None:
-        """Draw; on a log file instead of a terminal, a line every 30 seconds."""
+        """Draw the table, or print a line at most every 30 seconds if there is no table."""
         if self.drawn:
             self.live.update(self._table(progress))
             return

@@ -107,12 +107,12 @@ def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbe
 def test_retry_failed_builds_units_with_errors_again(tmp_path, sources, local_engine):
     from paracaption.flows.build import build_corpus
 
-    mend = tmp_path / "mend"
-    misbehave = {"000000000005": f"raise-unless:{mend}"}
+    fixed = tmp_path / "fixed"
+    misbehave = {"000000000005": f"raise-unless:{fixed}"}
     config = config_of(tmp_path / "out", coconut=sources["coconut"], captioner={"misbehave": misbehave})
     first = build_corpus(config)
     assert first["subsets"]["coconut"]["counts"]["kept"] == 28
-    mend.touch()
+    fixed.touch()
     assert build_corpus(config)["subsets"]["coconut"]["counts"]["kept"] == 28
     again = build_corpus(config, retry_failed=True)
     assert again["subsets"]["coconut"]["counts"]["kept"] == 32

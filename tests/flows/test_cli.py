@@ -113,7 +113,7 @@ def test_audit_of_two_subsets_into_one_file_keeps_both(tmp_path, release):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"min_iuo": 0.5}, "min_iuo: unknown key"),
         ({"min_iou": "half"}, "min_iou: Input should be a valid number"),
@@ -122,12 +122,12 @@ def test_audit_of_two_subsets_into_one_file_keeps_both(tmp_path, release):
         ({"coconut": []}, "name at least one source"),
     ],
 )
-def test_a_wrong_configuration_is_one_line_with_file_and_key(tmp_path, release, change, told):
+def test_a_wrong_configuration_is_one_line_with_file_and_key(tmp_path, release, change, message):
     path = written(tmp_path, {**release, **change})
     done = paracaption(tmp_path, "build", path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {path}: ") and told in line
+    assert line.startswith(f"error: {path}: ") and message in line
 
 
 def test_a_missing_configuration_is_one_line_with_its_name(tmp_path):
