@@ -196,6 +196,8 @@ def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> A
 
 
 _END = object()
+_STOP_S = 10.0
+"""How long the end of a stream is waited for."""
 
 
 class _Rows:
@@ -204,6 +206,7 @@ class _Rows:
     def __init__(self, dataset: Any):
         self._queue: queue.Queue[Any] = queue.Queue()
         self._stopped = False
+        self._executors = _captured_executors(dataset)
         self._thread = threading.Thread(target=self._pull, args=(dataset,), daemon=True, name="stream")
         self._thread.start()
 
@@ -218,10 +221,16 @@ class _Rows:
             self._queue.put(error)
 
     def stop(self) -> None:
-        """End the stream after the unit that it waits for."""
+        """End the stream, its actors and its threads.
+
+        A thread of Ray Data that outlives Ray ends the whole process when it asks Ray for something.
+        """
         self._stopped = True
-        if self._thread.is_alive():  # Ray may end before it, and would log that as an error
-            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        if self._thread.is_alive():
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it would log that it was stopped
+            for executor in self._executors:
+                executor.shutdown(force=True)
+            self._thread.join(_STOP_S)
 
     def next(self, timeout_s: float) -> Any:
         """A row, `_END` after the last one, or None if none came in time; raises what the stream raised."""
@@ -232,6 +241,22 @@ class _Rows:
         if isinstance(item, BaseException):
             raise _as_ours(item)
         return item
+
+
+def _captured_executors(dataset: Any) -> list[Any]:
+    """Where the executors of the dataset appear when it creates them.
+
+    Ray 2.60 itself keeps a handle only once the first row is there, too late for a stage that hangs on it.
+    """
+    created: list[Any] = []
+    create = dataset._create_executor
+
+    def create_and_keep() -> Any:
+        created.append(create())
+        return created[-1]
+
+    dataset._create_executor = create_and_keep
+    return created
 
 
 def _as_ours(error: BaseException) -> BaseException:

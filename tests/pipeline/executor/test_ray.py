@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 
 import pytest
 
@@ -70,6 +71,8 @@ def test_a_stage_that_hangs_is_an_error_with_its_stack(engine, tmp_path, coconut
     )
     with pytest.raises(StageStalled, match=r"(?s)no progress for 10 s.*caption, at \d{12}.*backends.py"):
         build(config, engine)
+    # A thread of Ray Data that outlived Ray would end this process.
+    assert [t.name for t in threading.enumerate() if t.name.startswith(("StreamingExecutor", "stream"))] == []
 
 
 # Who shares an actor.
