@@ -108,6 +108,7 @@ def estimate(
     from rich.console import Console
 
     from ...pipeline.config_file import load_config
+    from ...pipeline.corpus.reader import read_config
     from ...pipeline.executor.estimate.rates import format_rates, measure_rates, read_rates
     from ...pipeline.executor.estimate.report import render_estimate
     from ...pipeline.executor.estimate.sizes import choose_sizes
@@ -120,5 +121,5 @@ def estimate(
         return
     sizes = choose_sizes(loaded, known, images or [], count_sources=sources)
     has_config = not rates and (pilot / "config.yaml").exists()
-    pilot_config = load_config(pilot / "config.yaml") if has_config else None
+    pilot_config = read_config(pilot) if has_config else None
     Console().print(render_estimate(loaded, known, sizes, gpus, cpus, pilot_config))

@@ -127,8 +127,8 @@ def from_published(
 ) -> Report:
     """Make a published PerceptionDLM, or its Base, ours.
 
-    What it stores and never uses goes to `unused/`, its small files too. What the Base lacks is added as the
-    original adds it: region prompts from N(0, 1), and the tokens of regions, for which it has rows already.
+    What it stores and never uses goes to `unused/`, its small files too. What the Base lacks is added as
+    the released code adds it: region prompts from N(0, 1), and the tokens of regions, whose rows exist.
 
     Args:
         path: the published folder.

@@ -25,6 +25,7 @@ from ...pipeline.corpus import reader
 from ...pipeline.io import files, photos
 from ...pipeline.sources import file_names
 from ...pipeline.sources.categories import CategoryTable, load_categories, make_table
+from ...pipeline.sources.coco_json import Image
 from ...pipeline.sources.protocols import CatalogEntry
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
@@ -210,13 +211,6 @@ def _sample(path: str, key: str) -> tuple[Sample, bytes]:
 # Annotation files.
 
 
-class _Image(msgspec.Struct):
-    id: int | str | None = None
-    file_name: str | None = None
-    width: int | None = None
-    height: int | None = None
-
-
 class _Annotation(msgspec.Struct):
     """An element of `annotations`: an instance, or all segments of an image."""
 
@@ -232,7 +226,7 @@ class _Annotation(msgspec.Struct):
 class _File(msgspec.Struct):
     annotations: list[_Annotation]
     image: msgspec.Raw = msgspec.Raw()
-    images: list[_Image] = []
+    images: list[Image] = []
     categories: msgspec.Raw = msgspec.Raw()
 
 
@@ -358,7 +352,7 @@ def _loads(raw: msgspec.Raw) -> Any:
     return msgspec.json.decode(raw)
 
 
-def _image_of(path: str, content: _File, image: str, key: str | None) -> _Image:
+def _image_of(path: str, content: _File, image: str, key: str | None) -> Image:
     """The record of the photo: by its name, by a name of another ending, or by the key."""
     wanted = key or file_names.base_name(image)
     for same in _SAME:
@@ -373,7 +367,7 @@ def _image_of(path: str, content: _File, image: str, key: str | None) -> _Image:
     if not content.images and number:  # a list of annotations without images: COCO's names hold the id
         for annotation in content.annotations:
             if str(annotation.image_id) == str(int(number[1])):
-                return _Image(annotation.image_id)
+                return Image(annotation.image_id)
     known = ", ".join(_known(content))
     raise ConfigError(f"{path}: no image {wanted}; give one with a key; the file has {known}")
 

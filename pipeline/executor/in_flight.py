@@ -34,10 +34,8 @@ class InFlight:
     """The images of one unit that are in flight, remembered across the death of a worker.
 
     One small file per unit, written before each batch and removed when the unit is through. It is not durable
-    on
-    purpose: a lost note costs one more crash. For the same reason a disk that takes no notes is a warning,
-        not an
-    error: whoever writes the evidence or the shard next says it clearly.
+    on purpose: a lost note costs one more crash. For the same reason a disk that takes no notes is a warning,
+    not an error: whoever writes the evidence or the shard next says it clearly.
 
     Args:
         folder: OUT/<subset>/journal/<stage>.

@@ -2,7 +2,7 @@
 
 How failures are contained, from the inside out:
 
-1. A record that fails is found by bisecting its batch (`retry.py`) and dropped with its error.
+1. A record that fails is found by bisecting its batch (`bisection.py`) and dropped with its error.
 2. A unit on which every record fails is tried again with a fresh model. If that fails too, the unit goes on
    with the error in `Unit.failures`, and the driver decides whether the stage is broken (`driver.py`).
 3. A record that kills the whole process is found by a note on disk (`in_flight.py`): before each batch the

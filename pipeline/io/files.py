@@ -241,8 +241,8 @@ def write_folder_atomic(
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
     old = temporary.with_name(f"{temporary.name.removesuffix('.partial')}.old.partial")
     try:
-        for left in (temporary, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(old, target)
         temporary.mkdir(exist_ok=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
@@ -251,16 +251,26 @@ def write_folder_atomic(
             os.replace(target, old)
         os.replace(temporary, target)
         sync_folder(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _put_back(old, target)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """Undo a replacement that stopped between its two renames; remove what one left behind."""
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_abandoned(target: Path) -> None:
     for left in target.parent.glob(f".{target.name}.*.partial"):
         with suppress(FileNotFoundError):  # another process removes it too
-            if time.time() - left.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(left, ignore_errors=True)
+            if time.time() - left.stat().st_mtime <= _ABANDONED_S:
+                continue
+            if left.name.endswith(".old.partial"):
+                _put_back(left, target)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def refuse_existing(target: Path) -> None:

@@ -8,6 +8,7 @@ belongs to one configuration and travels to the workers as it is; the model itse
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +52,7 @@ class Threshold(NamedTuple):
         return getattr(value, rest) if rest else value
 
 
-class Stage:
+class Stage(ABC):
     """One step of a recipe. A subclass is a `FilterStage` or a `ModelStage`.
 
     Args:
@@ -81,17 +82,17 @@ class Stage:
     def settings(self) -> Any:
         return None
 
+    @abstractmethod
     def digest(self) -> str:
         """Identifies everything that the stage decides from, apart from the records."""
-        raise NotImplementedError
 
 
 class FilterStage(Stage):
     """A stage that decides without a model."""
 
+    @abstractmethod
     def decide(self, image: ImageRecord) -> list[Verdict]:
         """A verdict for each live region of the image, in order."""
-        raise NotImplementedError
 
     def digest(self) -> str:
         return digest(self.name, self.settings)
@@ -123,10 +124,11 @@ class ModelStage(Stage):
         self.backend: Backend = getattr(config, self.protocol)
         self._read = [each for each in earlier if isinstance(each, ModelStage) and each.name in self.reads]
 
+    @abstractmethod
     def question(self, region: Region) -> tuple:
         """What is asked about a region; evidence of another question is stale."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ask(self, model: Any, images: list[ImageRecord]) -> list[list[Any]]:
         """Evidence for every live region of every image, in order; a `BadRecord` where a region has none.
 
@@ -134,16 +136,15 @@ class ModelStage(Stage):
             BadRecord: an image cannot be read.
             ValueError: the model answered another number of questions than it was asked.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decide(self, region: Region, evidence: Any) -> Verdict:
         """The verdict on a region's evidence; also writes what the region gains, such as its caption."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def matches(cls, evidence: Any, row: dict[str, Any]) -> bool:
         """Whether a row of the ledger can have been decided from this evidence, not from another model's."""
-        raise NotImplementedError
 
     @cached_property
     def evidence_digest(self) -> str:

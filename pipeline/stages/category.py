@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -51,8 +52,9 @@ class _JudgeStage(ModelStage):
             return BadRecord(verdict.reason, verdict.detail)
         return Judged(answer.text, answer.margin)
 
+    @abstractmethod
     def _parse(self, answer: str) -> Verdict:
-        raise NotImplementedError
+        """The verdict on an answer alone, to tell whether it is within its schema."""
 
 
 class VerifyCategory(_JudgeStage):

@@ -13,17 +13,7 @@ from paracaption.pipeline.models import registry
 from paracaption.schemas.errors import ConfigError, IntegrityError, StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.pipeline.executor.conformance import started
-from tests.synthetic import write_coconut, write_sa1b
-
-
-@pytest.fixture(scope="module")
-def coconut(tmp_path_factory):
-    return write_coconut(tmp_path_factory.mktemp("source") / "coconut", num_images=10)
-
-
-@pytest.fixture(scope="module")
-def sa1b(tmp_path_factory):
-    return write_sa1b(tmp_path_factory.mktemp("source") / "sa1b", num_images=6)
+from tests.synthetic import write_coconut
 
 
 class Recording(LocalEngine):

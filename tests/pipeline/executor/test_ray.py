@@ -17,7 +17,6 @@ from paracaption.pipeline.stages.recipes import recipe_of
 from paracaption.schemas.errors import ConfigError, Retryable, StageStalled
 from tests.building import build, calls, config_of, drops
 from tests.pipeline.executor.conformance import Conformance
-from tests.synthetic import write_coconut, write_sa1b
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -32,16 +31,6 @@ class TestRay(Conformance):
     @classmethod
     def engine(cls, ray_cluster):
         return RayEngine()
-
-
-@pytest.fixture(scope="module")
-def coconut(tmp_path_factory):
-    return write_coconut(tmp_path_factory.mktemp("source") / "coconut", num_images=10)
-
-
-@pytest.fixture(scope="module")
-def sa1b(tmp_path_factory):
-    return write_sa1b(tmp_path_factory.mktemp("source") / "sa1b", num_images=6)
 
 
 # Deaths and a hang.

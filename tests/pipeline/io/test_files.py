@@ -1,5 +1,6 @@
 """A folder appears whole and durable, or not at all, whatever ends its writer."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -114,3 +115,41 @@ def test_what_the_only_writer_of_a_target_left_is_removed_at_once(tmp_path):
         assert folder == temporary and content(folder) == {}
         (folder / "b").write_text("new")
     assert content(tmp_path / "target") == {"b": "new"} and hidden(tmp_path) == []
+
+
+def stop_between_renames(monkeypatch, what) -> None:
+    """Let the rename that gives the new folder its name do `what` instead."""
+    real = os.replace
+
+    def replace(source, target):
+        if Path(source).name == ".target.partial":
+            what()
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+
+
+def test_a_replacement_that_fails_between_its_renames_puts_the_old_folder_back(tmp_path, monkeypatch):
+    write(tmp_path / "target", "old")
+
+    def fail():
+        raise OSError(errno.EIO, "the disk is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        stop_between_renames(patch, fail)
+        write(tmp_path / "target", replace=True, temporary=tmp_path / ".target.partial")
+    assert content(tmp_path / "target") == {"a": "old", "in/b": "old"} and hidden(tmp_path) == []
+
+
+def test_the_next_writer_puts_back_what_one_killed_between_its_renames_had_moved_aside(tmp_path, monkeypatch):
+    write(tmp_path / "target", "old")
+    options = {"replace": True, "temporary": tmp_path / ".target.partial"}
+    child = os.fork()
+    if not child:
+        stop_between_renames(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        write(tmp_path / "target", **options)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not (tmp_path / "target").exists() and len(hidden(tmp_path)) == 2
+    with pytest.raises(KeyboardInterrupt), files.write_folder_atomic(tmp_path / "target", **options):
+        raise KeyboardInterrupt
+    assert content(tmp_path / "target") == {"a": "old", "in/b": "old"} and hidden(tmp_path) == []
