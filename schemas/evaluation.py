@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .config import Backend
-from .strict import Strict
+from .strict import Location, Strict
 
 _FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -44,8 +44,8 @@ class Bench(Strict):
 
     name: str = Field(pattern=_FOLDER_NAME, description="Name of the folder that its results get.")
     kind: BenchmarkKind = Field(description="Layout and protocol: ParaDLC-Bench's or DLC-Bench's.")
-    folder: str = Field(description="Folder with annotations.json, qa.json and class_names.json.")
-    photos: str | None = Field(
+    folder: Location = Field(description="Folder with annotations.json, qa.json and class_names.json.")
+    photos: Location | None = Field(
         default=None, description="Folder or URL of the photos; null takes `images` in `folder`."
     )
     images: PositiveInt | None = Field(
@@ -60,7 +60,7 @@ class Bench(Strict):
 class ProfileConfig(Strict):
     """What `paracaption profile` measures: the cost of captioning one photo after another."""
 
-    corpus: str = Field(description="Corpus whose photos are captioned.")
+    corpus: Location = Field(description="Corpus whose photos are captioned.")
     images: PositiveInt = Field(default=4, description="Number of photos.")
     regions: tuple[PositiveInt, ...] = Field(
         default=(1, 2, 3, 4, 5, 6, 7, 8), description="Numbers of regions in a photo to measure."
@@ -88,14 +88,14 @@ class ProfileConfig(Strict):
 class EvaluateConfig(Strict):
     """Everything that `paracaption evaluate` does. The results of all captioners gather in one folder."""
 
-    out: str = Field(description="Folder of the results and of history.jsonl.")
+    out: Location = Field(description="Folder of the results and of history.jsonl.")
     label: str = Field(pattern=_FOLDER_NAME, description="Name of the captioner, and of its folder in `out`.")
     captioner: Captioner
     judge: Judge | None = Field(
         default=None, description="Null writes captions and measures them without a judge."
     )
     benchmarks: list[Bench] = Field(default_factory=list)
-    toy: str | None = Field(
+    toy: Location | None = Field(
         default=None, description="Corpus of a toy world: measures exactly right captions, and leakage."
     )
     profile: ProfileConfig | None = Field(default=None, description="Null does not measure costs.")

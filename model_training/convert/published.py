@@ -28,8 +28,7 @@ from ...pipeline.io.tensor_files import SHARD_BYTES, LazyTensor, check_tensors, 
 from ...schemas.errors import ConfigError
 from ..model.config import PerceptionDLMConfig
 from ..model.tokenizer import add_special_tokens, load_tokenizer, num_rows, special_token_ids
-from . import leftovers as unused
-from . import state_dict_adapter
+from . import leftovers, state_dict_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +156,7 @@ def from_published(
     ours_shapes = shapes(config)
     names = {name: state_dict_adapter.theirs(name, state_dict_adapter.PERCEPTION_DLM) for name in ours_shapes}
     wanted = {names[name]: shape for name, shape in ours_shapes.items()}
-    spare = unused.spare(raw["vision_model_config"], file, wanted, found)
+    spare = leftovers.spare(raw["vision_model_config"], file, wanted, found)
     drawn = {}
     if names[_PROMPTS] not in found:
         drawn[_PROMPTS] = _drawn(_PROMPTS, wanted.pop(names[_PROMPTS]), config, seed)
@@ -172,9 +171,9 @@ def from_published(
         report.notes.append(f"it lacks {len(absent)} tensors that the released code loads and never uses")
     report.unused, report.unused_bytes = len(rest), _size(rest)
     with _writing(target, _size(ours, rest)) as room:
-        (room / unused.FOLDER).mkdir()
-        write_tensors(room / unused.FOLDER, rest, shard_bytes)
-        _copy(folder, room / unused.FOLDER)
+        (room / leftovers.FOLDER).mkdir()
+        write_tensors(room / leftovers.FOLDER, rest, shard_bytes)
+        _copy(folder, room / leftovers.FOLDER)
         _finish(room, ours, config, tokenizer, report, shard_bytes)
     return report
 
@@ -214,9 +213,9 @@ def to_published(
         report.notes.append("the released code knows the reference layout only, and computes that")
     tokenizer = load_tokenizer(folder)
     if vision is None:
-        raw, rest, report.verbatim = unused.kept_aside(folder, config, theirs, tokenizer)
+        raw, rest, report.verbatim = leftovers.kept_aside(folder, config, theirs, tokenizer)
     else:
-        raw, rest = unused.from_siglip(vision, config, theirs)
+        raw, rest = leftovers.from_siglip(vision, config, theirs)
     report.tensors, report.num_bytes = len(theirs) + len(rest), _size(theirs, rest)
     report.unused, report.unused_bytes = len(rest), _size(rest)
     if not report.verbatim:
@@ -224,7 +223,7 @@ def to_published(
     with _writing(target, report.num_bytes) as room:
         write_tensors(room, theirs | rest, shard_bytes)
         if vision is None:
-            _copy(folder / unused.FOLDER, room)
+            _copy(folder / leftovers.FOLDER, room)
         if not report.verbatim:
             tokenizer.save_pretrained(room)
             weights.write_json(room / "config.json", raw)
@@ -425,7 +424,7 @@ def _siglip(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any], dict[s
     file = folder / "config.json"
     raw, found = weights.read_json(file), list_tensors(folder)
     sizes, may = state_dict_adapter.vision_fields(raw, file), state_dict_adapter.siglip_shapes(raw, file)
-    spare = {**may, **unused.constants(found)}
+    spare = {**may, **leftovers.constants(found)}
     bare = {name.removeprefix("vision_model."): entry for name, entry in found.items()}
     return bare, sizes, {name.removeprefix("vision_model."): shape for name, shape in spare.items()}
 
@@ -448,7 +447,7 @@ def _joined(
         for name in wanted
         if name.startswith(("language_model.", "lm_head."))
     }
-    check_tensors(text_folder, text, {heard[name]: wanted[name] for name in heard}, unused.constants(text))
+    check_tensors(text_folder, text, {heard[name]: wanted[name] for name in heard}, leftovers.constants(text))
     check_tensors(tower_folder, tower, {seen[name]: wanted[name] for name in seen}, spare)
     return {name: text[heard[name]] for name in heard} | {name: tower[seen[name]] for name in seen}
 

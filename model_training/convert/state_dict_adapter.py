@@ -53,7 +53,7 @@ REGION_STAGE = {"prompt_numbers": 6, "roi_output_size": 4}
 """What PerceptionDLM's released code adds to its Base."""
 
 _LLADA_8B, _SIGLIP2 = "MSALab/LLaDA-8B-Instruct-HF", "google/siglip2-so400m-patch16-512"
-"""The original looks at the first name for "llada", and loads the second one before its own weights."""
+"""The released code looks at the first name for "llada", and loads the second one before its own weights."""
 
 _VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size")
 _VISION += ("patch_size", "num_channels", "hidden_act", "layer_norm_eps")

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
 _VERSION = 1
 _OFFSETS = ("photo_offset", "photo_length", "json_offset", "json_length")
 _COLUMNS = ["subset", "unit", "key", "caption", "image_width", "image_height", "shard", *_OFFSETS]
@@ -89,7 +88,7 @@ class TrainingCorpus:
         self.item_group = np.memmap(table.folder / "item_group.bin", np.uint16, "r")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.table, self.options, self.__dict__ | {"item_image": None, "item_group": None})
+        return _reopen, (self.table, self.__dict__ | {"item_image": None, "item_group": None})
 
     @property
     def num_items(self) -> int:
@@ -168,12 +167,14 @@ class TrainingCorpus:
         except IntegrityError as error:
             raise BadSample("shard_unreadable", str(error)) from error
         if len(sample.regions) != row["regions"]:
-            detail = f"{len(sample.regions)} regions, {row['regions']} are kept in the ledger; {_REBUILD}"
+            detail = (
+                f"{len(sample.regions)} regions, {row['regions']} are kept in the ledger; {reader.REBUILD}"
+            )
             raise BadSample("shard_unreadable", f"{shard}: {key}: {detail}")
         return sample, data
 
 
-def _reopen(table: Table, options: DataOptions, state: dict[str, Any]) -> TrainingCorpus:
+def _reopen(table: Table, state: dict[str, Any]) -> TrainingCorpus:
     opened = TrainingCorpus.__new__(TrainingCorpus)
     opened.__dict__.update(state)
     opened.item_image = np.memmap(table.folder / "item_image.bin", np.uint32, "r")
@@ -268,10 +269,10 @@ def _write_table(
     writer, seen = TableWriter(folder), 0
     with open(folder / "item_image.bin", "xb") as images, open(folder / "item_group.bin", "xb") as groups:
         for units, table in _kept_regions(corpus, list(digests), current):
-            _compare(table, units)
+            _compare(corpus, table, units)
             rows, firsts = _images(table, processor, writer)
             numbers = {unit.name: len(shards) + number for number, (unit, _) in enumerate(units)}
-            shards += [f"{unit.subset}/shards/{unit.name}.tar" for unit, _ in units]
+            shards += [f"{unit.subset}/{each.shard.path}" for unit, each in units if each.shard]
             rows["shard"] = [numbers[name] for name in table["unit"].take(firsts).to_pylist()]
             counts = num_groups(rows["regions"], options.regions_per_group)
             np.repeat(np.arange(len(rows), dtype=np.uint32) + np.uint32(writer.num_rows), counts).tofile(
@@ -338,8 +339,8 @@ def views_of(sizes: np.ndarray, processor: PerceptionDLMProcessor) -> np.ndarray
     return np.array(views)[which.ravel()]
 
 
-def _compare(table: pa.Table, units: _Units) -> None:
-    """Check that every image has as many regions as the manifest of its unit says."""
+def _compare(corpus: reader.Corpus, table: pa.Table, units: _Units) -> None:
+    """Check that every image has as many regions, and lies in the shard, as the manifest of its unit says."""
     found: dict[str, dict[str, int]] = {unit.name: {} for unit, _ in units}
     counts = table.group_by(["unit", "key"]).aggregate([("caption", "count")]).to_pydict()
     for name, key, count in zip(*counts.values(), strict=True):
@@ -353,4 +354,10 @@ def _compare(table: pa.Table, units: _Units) -> None:
                 "run `paracaption verify`"
             )
     if found:
-        raise IntegrityError(f"{min(found)}: not a committed unit, but in the index; run `paracaption merge`")
+        index = f"{corpus.path}/{reader.INDEX}"
+        raise IntegrityError(f"{index}: {min(found)} is not a committed unit; run `paracaption merge`")
+    known = {unit.name: (unit, manifest.shard and manifest.shard.path) for unit, manifest in units}
+    for row in table.group_by(["unit", "shard"]).aggregate([]).to_pylist():
+        (unit, path), shard = known[row["unit"]], row["shard"]
+        if shard != path:
+            raise IntegrityError(f"{unit.manifest}: its ledger names {shard}, it {path}; {reader.REBUILD}")

@@ -25,12 +25,23 @@ class ItemSource(Protocol):
     """What the plan of an epoch needs to know of a source of items to train on."""
 
     @property
-    def num_items(self) -> int: ...
+    def num_items(self) -> int:
+        """Number of items."""
+        ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Identifies the items: it changes when they do."""
+        ...
 
-    def lengths(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def lengths(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of items before the captions or the answer, and from there on at most: (N,) int64 each.
+
+        Args:
+            items: (N,) indices of items.
+            passes: (N,) index of the pass over the source (0, 1, ...).
+        """
+        ...
 
 
 class Pick(NamedTuple):

@@ -41,7 +41,7 @@ class TrainBatch(NamedTuple):
 
     Attributes:
         images: the examples' images.
-        tokens: the clean sequences; `structure.sample_BL` is the number of each token's example.
+        tokens: the clean sequences; `tokens.roles.sample_BL` is the number of each token's example.
         label_BL: bool, which tokens may be masked and are learned.
         weight_E: float32, the weight of each example in the loss; 0 for fillers.
         keys: name of each example: "subset/key#region,region", or the conversation's file and id.

@@ -46,9 +46,8 @@ def playback(trace: Trace) -> dict[str, Any]:
     """The data that the page plays.
 
     Returns:
-        `steps`: for each step, its line and the share of the slots that are written. `regions`: for each
-            region
-        and slot, its changes as [step, text, state, confidence or None].
+        `steps`: for each step, its line and the share of the slots that are written.
+        `regions`: for each region and slot, its changes as [step, text, state, confidence or None].
     """
     steps = []
     regions: list[list[list[list[Any]]]] = [[] for _ in trace.overlays]

@@ -5,7 +5,7 @@
 | `annotations` | a benchmark's published files: images, masks, questions |
 | `captioners` | the captioners that are measured: PerceptionDLM, those of `build`, a file of predictions |
 | `judges` | the language models that answer questions about captions, in this process or behind a server |
-| `protocol` | the published prompts, how answers are read, and how they are scored |
+| `scoring` | the published prompts, how answers are read, and how they are scored |
 | `run_benchmark` | all of these for one captioner on one benchmark, resumable |
 | `results_page` | the results as an HTML page |
 | `quality` | measures of captions that need no judge |

@@ -162,7 +162,7 @@ class _PerceptionDLM:
     def caption(self, image: BenchImage) -> Captions:
         inputs = [(image.pixels(), [region.dense() for region in image.regions])]
         (found,) = self.captioner.caption_photos(
-            inputs, self.options.decoding(), regions_per_call=self.options.regions_per_call
+            inputs, self.options.decoding(), batch_size=1, regions_per_call=self.options.regions_per_call
         )
         return Captions([*found.captions], found.seconds, found.forwards, found.tokens)
 

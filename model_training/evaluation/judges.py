@@ -1,7 +1,7 @@
 """The judges that answer questions about captions: a language model in this process or behind a server.
 
 Both are asked as published: one user turn, greedy decoding, at most 300 tokens of free text, which
-`protocol.parse_answer` reads. A judge that sees images also gets a crop around the region and its mask.
+`scoring.parse_answer` reads. A judge that sees images also gets a crop around the region and its mask.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def write_page(bench: Bench, label: str, folder: Path) -> Path:
     details = msgspec.json.decode((folder / run_benchmark.DETAILS).read_bytes())
     summary = msgspec.json.decode((folder / run_benchmark.SUMMARY).read_bytes())
     photos = _photos(run_benchmark.open_benchmark(bench).images, details)
-    page = load_template("page.html").generate(label=label, summary=summary, photos=photos)
+    page = load_template("results_page.html").generate(label=label, summary=summary, photos=photos)
     path = folder / PAGE
     with files.write_atomic(path) as file:
         file.writelines(part.encode() for part in page)

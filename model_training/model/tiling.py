@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -152,11 +153,12 @@ def active_patches(
     """
     side = tile_px // patch_px
     sizes = [(grid[0], grid[1])] + ([(1, 1)] if grid[0] * grid[1] > 1 else [])
+    bicubic = layout.mask_resample == "bicubic"
+    dense = mask.dense() if bicubic and isinstance(mask, MaskRuns) else mask
     views = []
     for across, down in sizes:
-        if layout.mask_resample == "bicubic":
-            dense = mask.dense() if isinstance(mask, MaskRuns) else mask
-            painted = paint_prompt(dense, prompt, (across * tile_px, down * tile_px))
+        if bicubic:
+            painted = paint_prompt(cast(np.ndarray, dense), prompt, (across * tile_px, down * tile_px))
             shown = painted[::patch_px, ::patch_px] != _BLANK
         else:
             shown = shown_cells(_shares(mask, across * side, down * side), layout.min_patch_share)

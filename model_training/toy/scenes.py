@@ -45,12 +45,9 @@ _BAR_SPANS = {"small": (1.5, 1.85), "large": (3.2, 4.0)}
 """Extent in units, smallest and largest. Nothing is drawn between small and large."""
 _BAND = 0.36  # thickness of rings and bars, in units
 _PERIOD = 0.4  # of a texture, in units
-_DARK = {
-    "red",
-    "green",
-    "blue",
-    "purple",
-}  # their stripes, dots and checks are white, those of the others black
+_DARK = {"red", "green", "blue", "purple"}
+"""Colors whose stripes, dots and checks are white; those of the others are black."""
+
 _HELDOUT = 8  # one in this many contents is held out
 _THIRD_MARGIN = 0.05  # of the side: no center is nearer to the line between two places
 _NEAREST_RATIO = 1.15  # the second nearest neighbor is at least this much farther away

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ...schemas.config import BuildConfig, dump_config
+from ...schemas.errors import ConfigError
 from ...schemas.records import SCORES
 from ..sources.registry import open_source, subset_title
 
@@ -118,16 +119,25 @@ def _pictures() -> str:
 
 
 def _licenses(config: BuildConfig) -> str:
-    rows = [
-        (subset_title(subset), f"`{', '.join(source.places())}`", _plain(source.options.license))
-        for subset in config.subsets
-        for source in open_source(config, subset).sources
-    ]
+    rows = []
+    for subset in config.subsets:
+        for places, license in _sources_of(config, subset):
+            rows.append((subset_title(subset), f"`{places}`", _plain(license)))
     return (
         "## Licenses\n\nPhotos and masks stay under the licenses of their publishers; captions are what the "
         "models named in the configuration said, under the terms of those.\n\n"
         + _table(("subset", "source", "license"), rows)
     )
+
+
+def _sources_of(config: BuildConfig, subset: str) -> list[tuple[str, str]]:
+    """Where each source of a subset lies, and its license; a kind that is not registered here says less."""
+    try:
+        found = open_source(config, subset).sources
+    except ConfigError:
+        entries = config.subsets[subset].sources
+        return [(entry["source"], str(entry.get("license", "unknown"))) for entry in entries]
+    return [(", ".join(source.places()), source.options.license) for source in found]
 
 
 def _reading(summary: CorpusSummary) -> str:

@@ -63,11 +63,11 @@ def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
         for name in ("images", "images_captioned", "regions", "kept")
     }
     summary = CorpusSummary(**totals, index=_entry(out / reader.INDEX), subsets=summaries)
-    with files.write_atomic(out / reader.STATS) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n")
+    text = card.render_card(summary, config)
+    files.write_json(out / reader.STATS, summary)
     plots.write_plots(summary, out / PLOTS)
     with files.write_atomic(out / "README.md") as file:
-        file.write(card.render_card(summary, config).encode())
+        file.write(text.encode())
     return msgspec.to_builtins(summary)
 
 

@@ -38,8 +38,10 @@ STATS = "stats.json"
 PHOTO_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "tiff": "tif"}
 """File name endings by the sniffed format of a photo."""
 
-_REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
-_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
+"""What to do about a damaged unit."""
+
+SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 """What a key is made of: it names members of a tar, and files of an export."""
 
 _GAP_BYTES = 1 << 16
@@ -211,7 +213,8 @@ class Corpus:
             columns: names of the columns to read; None for all. Masks (`rle_counts`) are most of the bytes.
 
         Raises:
-            IntegrityError: a ledger cannot be read, or there is no such column.
+            IntegrityError: a ledger cannot be read.
+            ConfigError: there is no such column.
         """
         for unit in self.units(subset):
             yield read_ledger(unit.ledger, columns)
@@ -300,15 +303,19 @@ class Corpus:
 
     def find_unit(self, subset: str, key: str) -> Unit | None:
         """The committed unit that has an image; None if there is none."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if not _SAFE_KEY.fullmatch(key):
+        if not SAFE_KEY.fullmatch(key):
             return None
         units = {unit.name: unit for unit in self.units(subset)}
         if INDEX in files.list_names(self.path):
             wanted = [("subset", "=", subset), ("key", "=", key)]
-            with files.open_url(f"{self.path}/{INDEX}", 8 << 20) as file:
-                names = pq.read_table(file, columns=["unit"], filters=wanted)["unit"].unique().to_pylist()
+            try:
+                with files.open_url(f"{self.path}/{INDEX}", 8 << 20) as file:
+                    names = pq.read_table(file, columns=["unit"], filters=wanted)["unit"].unique().to_pylist()
+            except (OSError, pa.ArrowException, KeyError):  # the manifests say it, too
+                names = []
             if names and names[0] in units:
                 return units[names[0]]
         quoted = msgspec.json.encode(key)
@@ -333,12 +340,12 @@ class Corpus:
         try:
             data, text = _read_pair(photo, record)
         except OSError as error:
-            raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {_REBUILD}") from error
+            raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {REBUILD}") from error
         if len(data) < row["photo_length"] or len(text) < row["json_length"]:
-            raise IntegrityError(f"{where}: the offsets lead behind the end; {_REBUILD}")
+            raise IntegrityError(f"{where}: the offsets lead behind the end; {REBUILD}")
         sample = decode_sample(text, where)
         if sample.key != row["key"]:
-            raise IntegrityError(f"{where}: the offsets lead to another image; {_REBUILD}")
+            raise IntegrityError(f"{where}: the offsets lead to another image; {REBUILD}")
         return sample, data
 
 
@@ -428,7 +435,8 @@ def read_ledger(path: str | Path, columns: list[str] | None = None) -> pa.Table:
     """A unit's ledger, or some of its columns. Scores that an older release did not know are null.
 
     Raises:
-        IntegrityError: the file is missing, is not a ledger, or there is no such column.
+        IntegrityError: the file is missing, or is not a ledger.
+        ConfigError: there is no such column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -437,7 +445,7 @@ def read_ledger(path: str | Path, columns: list[str] | None = None) -> pa.Table:
         with files.open_url(str(path), 1 << 20) as file:
             table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise IntegrityError(f"{path}: not readable ({error}); {_REBUILD}") from error
+        raise IntegrityError(f"{path}: not readable ({error}); {REBUILD}") from error
     return align_ledger(table, path, columns)
 
 
@@ -459,18 +467,18 @@ def iter_shard(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
                 elif ending == "json" and key in photos:
                     yield decode_sample(data, f"{shard}: {member.name}"), photos.pop(key)
                 else:
-                    raise IntegrityError(f"{shard}: {member.name}: not a member of a shard; {_REBUILD}")
+                    raise IntegrityError(f"{shard}: {member.name}: not a member of a shard; {REBUILD}")
     except (OSError, tarfile.TarError) as error:
-        raise IntegrityError(f"{shard}: not readable ({error}); {_REBUILD}") from error
+        raise IntegrityError(f"{shard}: not readable ({error}); {REBUILD}") from error
     if photos:
-        raise IntegrityError(f"{shard}: {min(photos)}: a photo without its JSON; {_REBUILD}")
+        raise IntegrityError(f"{shard}: {min(photos)}: a photo without its JSON; {REBUILD}")
 
 
 def _samples_of(unit: Unit, manifest: Manifest) -> Iterator[tuple[Sample, bytes]]:
     if manifest.shard is None:
         return
     for sample, photo in iter_shard(unit.shard):
-        if not _SAFE_KEY.fullmatch(sample.key) or sample.subset != unit.subset:
+        if not SAFE_KEY.fullmatch(sample.key) or sample.subset != unit.subset:
             raise IntegrityError(f"{unit.shard}: {sample.key!r}: not of this shard; run `paracaption verify`")
         yield sample, photo
 
@@ -487,4 +495,4 @@ def decode_sample(data: bytes, where: str) -> Sample:
     try:
         return _SAMPLE.decode(data)
     except (msgspec.MsgspecError, UnicodeError) as error:
-        raise IntegrityError(f"{where}: not a sample ({error}); {_REBUILD}") from error
+        raise IntegrityError(f"{where}: not a sample ({error}); {REBUILD}") from error

@@ -79,8 +79,10 @@ def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> VerifyRep
         workers: processes that look at units at the same time.
 
     Raises:
-        ConfigError: there is no corpus at that path.
+        ConfigError: there is no corpus at that path, or the path is a URL.
     """
+    if files.is_url(str(corpus)):
+        raise ConfigError(f"{corpus}: verify reads local files; mount the corpus, and name its folder")
     opened, out = reader.open_corpus(corpus), Path(corpus)
     problems: list[Problem] = []
     rules = _text_rules(opened, problems)

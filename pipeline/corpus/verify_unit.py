@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,14 +17,11 @@ from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
 from ..io import photos
 from . import reader
-from .reader import Unit
+from .reader import REBUILD, SAFE_KEY, Unit
 
 EXAMPLES = 20
 """Problems of one kind that are listed for one unit; the rest are counted."""
 
-REBUILD = "delete its manifest and run the build again, which rebuilds the unit"
-
-_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _HEADER_PX = 1 << 31
 
 _Row = dict[str, Any]
@@ -230,7 +226,7 @@ def _check_regions(unit: _UnitCheck, rows: list[_Row], rules: Text | None) -> No
     path = unit.folder / "ledger" / f"{unit.path.stem}.parquet"
     by_size: dict[tuple[int, int], list[_Row]] = {}
     for row in rows:
-        if not _KEY.fullmatch(row["key"] or ""):
+        if not SAFE_KEY.fullmatch(row["key"] or ""):
             unit.report(
                 path, repr(row["key"]), f"not a key (letters, digits, _ and - only); {REBUILD}", "key"
             )
@@ -306,7 +302,7 @@ def _members(unit: _UnitCheck, path: Path) -> Iterator[tuple[str, _Part, _Part]]
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             key, _, ending = member.name.rpartition(".")
-            if not member.isreg() or not _KEY.fullmatch(key) or ending not in (PHOTO_ENDING, "json"):
+            if not member.isreg() or not SAFE_KEY.fullmatch(key) or ending not in (PHOTO_ENDING, "json"):
                 unit.report(path, repr(member.name), f"not a member of a shard; {REBUILD}", "member")
                 continue
             if (member.mtime, member.uid, member.gid, member.uname, member.gname) != (0, 0, 0, "", ""):

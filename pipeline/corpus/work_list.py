@@ -108,7 +108,7 @@ def make_work_list(
         source: of the subset.
         config: of the build; `images_per_shard` cuts the units.
         folder: of the subset, `OUT/<subset>`; the list goes to `plan/` in it.
-        limit: list only the first so many images; None lists all.
+        limit: list only the first N images; None lists all.
 
     Raises:
         ConfigError: the sources cannot be listed.

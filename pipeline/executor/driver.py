@@ -236,7 +236,7 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
 
     Raises:
         ConfigError: a source is not where the configuration says.
-        IntegrityError: a work list, a manifest or the statistics cannot be read.
+        IntegrityError: a work list or a manifest cannot be read.
     """
     out = Path(config.out)
     try:

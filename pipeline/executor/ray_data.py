@@ -85,12 +85,13 @@ class RayEngine:
         with self._starting:
             try:
                 _connect(self.address, config)
+            except ParaCaptionError:
+                raise
             except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
                 fix = "run it again, or `paracaption build --local`"
                 if self.address is not None:
                     fix = "start the cluster first, or name host:port of one (docs/cluster.md)"
-                raise Retryable(f"Ray cannot be had: {reason}; {fix}") from error
+                raise Retryable(f"Ray does not start: {one_line(error)}; {fix}") from error
 
     def drafts(
         self, job: Job, stages: list[Stage], work_list: WorkList, units: list[int], tick: Callable[[], None]
@@ -99,11 +100,12 @@ class RayEngine:
 
         Raises:
             ConfigError: the cluster is too small for the smallest pools.
+            Retryable: Ray does not start, or no cluster is found.
             StageFailed: a backend cannot start, the output cannot be written, or Ray itself broke.
         """
         started = time.perf_counter()
         self.start(job.config)
-        EventLog(Path(job.run), "driver").emit("ray", seconds=time.perf_counter() - started)
+        EventLog(Path(job.run), "ray").emit("ray", seconds=time.perf_counter() - started)
         steps = steps_of(stages, job.config)
         check_resources(steps, job.config)
         rows = _Rows(_dataset(job, steps, work_list, units))
@@ -227,10 +229,13 @@ class _Rows:
         """
         self._stopped = True
         if self._thread.is_alive():
-            logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it would log that it was stopped
+            logger = logging.getLogger("ray.data")
+            level = logger.level
+            logger.setLevel(logging.CRITICAL)  # it would log that it was stopped
             for executor in self._executors:
                 executor.shutdown(force=True)
             self._thread.join(_STOP_S)
+            logger.setLevel(level)
 
     def next(self, timeout_s: float) -> Any:
         """A row, `_END` after the last one, or None if none came in time; raises what the stream raised."""

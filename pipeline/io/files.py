@@ -249,6 +249,7 @@ def write_folder_atomic(
             _sync(path)
         if replace and target.exists():  # a folder cannot be renamed over one that is not empty
             os.replace(target, old)
+            os.utime(old)  # it is not abandoned, however old it is
         os.replace(temporary, target)
         sync_folder(target.parent)
     finally:

@@ -21,7 +21,7 @@ from .protocols import CatalogEntry, Note, drop
 
 
 class Record(msgspec.Struct, omit_defaults=True):
-    """One image's annotation as the plan keeps it: what a worker needs besides label map and photo.
+    """One image's annotation as the work list keeps it: what a worker needs besides label map and photo.
 
     Attributes:
         width, height: size that the annotation declares, in pixels.

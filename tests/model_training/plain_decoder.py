@@ -48,7 +48,7 @@ def choose(
 
 
 def still_open(slots: int, steps: int, step: int) -> int:
-    """The linear schedule in exact numbers; the original's differ by one at times, but not for few slots."""
+    """The linear schedule in exact numbers. Those of the released code may differ by one for many slots."""
     return max(0, math.floor(slots * Fraction(steps - 1 - step, steps)))
 
 

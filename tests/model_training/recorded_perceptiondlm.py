@@ -1,4 +1,4 @@
-"""What was recorded from the original PerceptionDLM, and our model with the same weights."""
+"""What was recorded from PerceptionDLM's released code, and our model with the same weights."""
 
 import json
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""PerceptionDLM in the reference layout gives the original's numbers: every intermediate, and every step."""
+"""PerceptionDLM in the reference layout gives the released code's numbers at every step."""
 
 import json
 from functools import lru_cache
@@ -42,7 +42,7 @@ def close(found, expected, tolerance):
 
 
 def views_of(painted, grid):
-    """Cut a painted canvas into tiles, told apart from `imaging` by plain slicing."""
+    """Cut a painted canvas into tiles, told apart from `tiling` by plain slicing."""
     across, down = grid
     return [
         painted[row * TILE_PX : (row + 1) * TILE_PX, column * TILE_PX : (column + 1) * TILE_PX]

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from paracaption.pipeline.config_file import describe, load_config
+from paracaption.pipeline.config_file import describe, load_config, load_evaluation, load_training
 from paracaption.pipeline.models import registry
 from paracaption.pipeline.sources.registry import SOURCES, find_options, open_source, recipe_name
 from paracaption.schemas.config import Backend, BuildConfig, dump_config
@@ -37,6 +38,47 @@ def test_relative_paths_are_seen_from_the_file_and_urls_stay(tmp_path, monkeypat
     assert (source["annotations"], source["labels"]) == ([f"{root}/in/*.json"], f"{root}/in/labels")
     assert source["photos"] == [f"{root}/in/a", "s3://bucket/b"]
     assert source["categories"] is None
+
+
+def test_relative_paths_of_training_and_evaluation_are_seen_from_the_file_too(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    root = tmp_path.resolve()
+    benches = [{"name": "b", "kind": "dlc", "folder": "bench", "photos": "photos"}]
+    evaluation = {
+        "out": "out",
+        "label": "l",
+        "captioner": {"name": "perceptiondlm", "options": {"model": "model"}},
+        "judge": {"name": "vllm", "options": {"model": "judge"}},
+        "benchmarks": [*benches, {**benches[0], "name": "c", "photos": "s3://bucket/photos"}],
+        "toy": "toy",
+        "profile": {"corpus": "corpus"},
+    }
+    (tmp_path / "evaluate.yaml").write_text(json.dumps(evaluation))
+    read = load_evaluation(tmp_path / "evaluate.yaml")
+    assert (read.out, read.toy) == (f"{root}/out", f"{root}/toy")
+    assert read.profile is not None and read.profile.corpus == f"{root}/corpus"
+    assert [each.folder for each in read.benchmarks] == [f"{root}/bench"] * 2
+    assert [each.photos for each in read.benchmarks] == [f"{root}/photos", "s3://bucket/photos"]
+    assert read.captioner.options["model"] == f"{root}/model"
+    assert read.judge is not None and read.judge.options["model"] == f"{root}/judge"
+
+    training = {
+        "out": "run",
+        "model": {"path": "model"},
+        "steps": 1,
+        "corpora": [{"corpus": "corpus"}, {"corpus": "s3://bucket/corpus"}],
+        "conversations": [{"path": "a.json", "images": "photos"}],
+        "data": {"cache": "cache"},
+        "evaluation": {"corpus": "held"},
+    }
+    (tmp_path / "train.yaml").write_text(json.dumps(training))
+    trained = load_training(tmp_path / "train.yaml")
+    assert (trained.out, trained.model.path) == (f"{root}/run", f"{root}/model")
+    assert [each.corpus for each in trained.corpora] == [f"{root}/corpus", "s3://bucket/corpus"]
+    (talk,) = trained.conversations
+    assert (talk.path, talk.images) == (f"{root}/a.json", f"{root}/photos")
+    assert trained.data.cache == f"{root}/cache"
+    assert trained.evaluation is not None and trained.evaluation.corpus == f"{root}/held"
 
 
 def test_absolute_home_and_file_paths_are_taken_as_they_are(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ....schemas.config import BuildConfig
+from ...sources.protocols import SOURCE_STAGE
 from ...stages.base import ModelStage
 from ...stages.recipes import recipe_of
 from .. import ray_data
@@ -40,7 +41,7 @@ def find_pools(config: BuildConfig, subset: str) -> list[Pool]:
         name = "+".join(stage.name for stage in models)
         pools.append(
             Pool(
-                name=name or (names[0] if names[0] == "source" else names[-1]),
+                name=name or (names[0] if names[0] == SOURCE_STAGE else names[-1]),
                 stages=names,
                 protocols=tuple(stage.protocol for stage in models),
                 num_gpus=float(resources["num_gpus"]),

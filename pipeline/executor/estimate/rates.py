@@ -87,7 +87,10 @@ def measure_rates(out: str | Path) -> Rates:
     out = Path(out)
     ray_s: list[float] = []
     subsets = {}
+    built = reader.Corpus(out).subsets
     for subset, folders in list_runs(out).items():
+        if subset not in built:  # its folder is gone since
+            continue
         runs = [list(EventReader(folder).named()) for folder in folders]
         ray_s += [event.seconds for run in runs for _, event in run if event.what == "ray"]
         if any(event.what == "unit" and event.images for run in runs for _, event in run):

@@ -30,9 +30,9 @@ class Layout(NamedTuple):
     """A prompt as token ids, and where features take their place.
 
     Attributes:
-        ids: all of them, placeholders included.
-        image: first and one past the last of the places for the image's features.
-        crop: likewise for the replayed features.
+        ids: all token ids, placeholders included.
+        image: first place of the image's features, and the place after their last one.
+        crop: first place of the replayed features, and the place after their last one.
     """
 
     ids: list[int]
@@ -76,7 +76,7 @@ class Prompts:
         self.write = lru_cache(maxsize=256)(self._write)
 
     def _write(self, num_tiles: int, prompt: int = PROMPT) -> Layout:
-        """The prompt for a photo of so many tiles, the thumbnail included.
+        """The prompt for a photo of `num_tiles` tiles, the thumbnail included.
 
         The template's text begins with the token of the beginning, and the tokenizer puts another one in
         front of it. The published model is asked like that.

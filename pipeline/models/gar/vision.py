@@ -1,7 +1,7 @@
 """The vision side of GAR: a Perception Encoder that sees masks, and the projector into the language model.
 
 Shape suffixes: N tiles, P patches of a tile, S = P + class token, D tower width, H language width, h heads,
-k head width, C colours, T tile side in pixels.
+k head width, C colors, T tile side in pixels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         return self.proj(mixed_nhsk.transpose(1, 2).flatten(2))
 
     def _turn(self, x_nhsk: Tensor, cos_pk: Tensor, sin_pk: Tensor) -> Tensor:
-        """Turn pairs of neighbouring channels. The tables are float32: the sum is rounded only once."""
+        """Turn pairs of neighboring channels. The tables are float32: the sum is rounded only once."""
         first, patches = x_nhsk[:, :, : self.skip], x_nhsk[:, :, self.skip :]
         even, odd = patches[..., 0::2], patches[..., 1::2]
         turned = torch.stack([-odd, even], dim=-1).flatten(-2)

@@ -473,6 +473,20 @@ def test_a_damaged_index_or_ledger_says_what_mends_it(merged: Path):
         loader(merged)
 
 
+def test_a_ledger_that_names_another_shard_than_its_manifest_is_an_error(merged: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (merged / "index.parquet").unlink()
+    ledger = sorted((merged / "coconut" / "ledger").glob("*.parquet"))[0]
+    table = pq.read_table(ledger)
+    column = table.schema.get_field_index("shard")
+    other = pa.array(["shards/other.tar"] * table.num_rows, table.schema.field(column).type)
+    pq.write_table(table.set_column(column, table.schema.field(column), other), ledger)
+    with pytest.raises(IntegrityError, match=r"its ledger names shards/other\.tar"):
+        loader(merged)
+
+
 def test_no_corpus_no_regions_and_impossible_options_are_said_so(corpus: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="no corpus here"):
         loader(tmp_path)

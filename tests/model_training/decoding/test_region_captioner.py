@@ -13,7 +13,7 @@ from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
-from tests.model_training.parts import lively, photo
+from tests.model_training.tiny_models import lively, photo
 
 OPTIONS = {"max_new_tokens": 4, "steps": 2, "strategy": "per-region"}
 
@@ -205,7 +205,7 @@ def test_fields_given_by_themselves_differ_from_the_options(ready, caption):
     assert ready.caption(pixels, masks, options, steps=4) == caption(pixels, masks, steps=4)
 
 
-def test_a_saved_model_captions_as_it_did(tmp_path, ready, caption):
+def test_a_saved_model_captions_as_it_did(tmp_path, ready):
     pixels, masks = photo(1, 2)
     ready.model.save_pretrained(tmp_path)
     ready.processor.save_pretrained(tmp_path)

@@ -11,8 +11,8 @@ from paracaption.model_training.decoding.sampler import decode_batch, decode_ste
 from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions, Strategy
 from paracaption.schemas.errors import ConfigError
-from tests.model_training.parts import examples, lively
 from tests.model_training.plain_decoder import decode_plainly
+from tests.model_training.tiny_models import examples, lively
 
 STRATEGIES = get_args(Strategy)
 LAYOUTS = ["corrected", "reference"]

@@ -2,9 +2,12 @@
 
 import pytest
 
+from paracaption.model_training.decoding import sampler
 from paracaption.model_training.evaluation import captioners
+from paracaption.model_training.evaluation.annotations import read_benchmark
 from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import ConfigError
+from tests.model_training.benchmark_files import write_bench
 from tests.tiny.perceptiondlm_model import write_model
 
 
@@ -33,3 +36,19 @@ def test_the_decoders_options_are_identified_by_their_names_and_numbers_of_relea
 def test_an_unknown_option_of_the_decoder_is_an_error_that_says_where(model):
     with pytest.raises(ConfigError, match=r"captioner.options.decode: beams: unknown key; the keys are"):
         identity(model, beams=3)
+
+
+def test_regions_that_are_captioned_one_by_one_are_decoded_one_by_one(model, tmp_path, monkeypatch):
+    batches = []
+    real = sampler.decode_batch
+
+    def decode(network, batch, options):
+        batches.append(len(batch.prefix.ids_BL))
+        return real(network, batch, options)
+
+    monkeypatch.setattr(sampler, "decode_batch", decode)
+    options = {"model": str(model), "regions_per_call": 1, "decode": {"max_new_tokens": 4, "steps": 2}}
+    captioner = captioners.load_captioner(Backend(name="perceptiondlm", options=options))
+    image = read_benchmark(write_bench(tmp_path / "bench"), "paradlc").images[0]
+    assert len(captioner.caption(image).texts) == 2
+    assert batches == [1, 1]

@@ -9,7 +9,7 @@ from paracaption.model_training.evaluation.judges import JudgeRequest, VllmChat
 from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.evaluation import Bench, Judge
-from tests.model_training.bench import write_bench
+from tests.model_training.benchmark_files import write_bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(300)]
 

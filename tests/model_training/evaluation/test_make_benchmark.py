@@ -22,7 +22,7 @@ from paracaption.pipeline.corpus import reader
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError, StageFailed
 from paracaption.schemas.evaluation import EvaluateConfig, Judge, ProfileConfig
-from tests.model_training.bench import judge_of, served
+from tests.model_training.benchmark_files import judge_of, served
 from tests.model_training.toy_corpus import config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

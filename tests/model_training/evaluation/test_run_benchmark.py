@@ -28,7 +28,7 @@ from paracaption.model_training.evaluation.scoring import Choice, Question
 from paracaption.pipeline.config_file import load_evaluation
 from paracaption.schemas.errors import ConfigError, StageFailed
 from paracaption.schemas.evaluation import Bench, EvaluateConfig, Judge
-from tests.model_training.bench import judge_of, predictions, served, write_bench
+from tests.model_training.benchmark_files import judge_of, predictions, served, write_bench
 from tests.shared_data import recorded, shared_data
 
 RECOGNITION = Question("Is it?", (Choice("Yes", "correct"), Choice("No", "incorrect")), "recognition")

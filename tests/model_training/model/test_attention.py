@@ -16,7 +16,7 @@ from paracaption.model_training.model.attention import (
     mask_mod,
 )
 from paracaption.model_training.model.batch import collate
-from tests.model_training.parts import examples, lively
+from tests.model_training.tiny_models import examples, lively
 
 KERNELS = ["sdpa", "flex_attention"]
 

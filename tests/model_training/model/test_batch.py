@@ -5,7 +5,7 @@ import torch
 
 from paracaption.model_training.model.attention import PADDING
 from paracaption.model_training.model.batch import collate, pack
-from tests.model_training.parts import examples, lively
+from tests.model_training.tiny_models import examples, lively
 
 
 @pytest.fixture(scope="module")

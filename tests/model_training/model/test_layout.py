@@ -17,7 +17,7 @@ from paracaption.model_training.model.layout import (
     resolve_layout,
 )
 from paracaption.schemas.errors import ConfigError
-from tests.model_training.parts import lively, photo
+from tests.model_training.tiny_models import lively, photo
 
 SAME_LENGTH = Layout().instruction.replace("detail", "colour")
 

@@ -13,7 +13,7 @@ from paracaption.model_training.model.batch import Images, collate, pack
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM, pixel_unshuffle
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
-from tests.model_training.parts import examples, lively, photo
+from tests.model_training.tiny_models import examples, lively, photo
 from tests.tiny.perceptiondlm_model import SMALLEST, byte_tokenizer, tiny_config, tiny_model
 
 LAYOUTS = ["corrected", "reference"]

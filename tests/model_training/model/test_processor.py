@@ -6,7 +6,7 @@ import pytest
 from paracaption.model_training.model import tiling
 from paracaption.model_training.model.attention import HIDDEN, SHARED
 from paracaption.schemas.errors import ConfigError
-from tests.model_training.parts import lively, photo
+from tests.model_training.tiny_models import lively, photo
 
 
 @pytest.fixture(scope="module")

@@ -133,3 +133,10 @@ def test_damaged_files_are_errors_that_say_what_to_do(tmp_path):
     (out / "sa1b" / "manifests" / "sa1b-000000.json").write_text(json.dumps({}))
     with pytest.raises(IntegrityError, match=r"sa1b-000000\.json: not a manifest"):
         list(corpus.manifests())
+
+
+def test_an_image_is_found_without_the_index_if_that_is_damaged(tmp_path):
+    out = committed.merged(tmp_path / "out")
+    key = open_corpus(out).find_image("coconut/000000000001").rows[0]["key"]
+    (out / "index.parquet").write_bytes(b"damaged")
+    assert open_corpus(out).find_image(f"coconut/{key}").rows[0]["key"] == key

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -86,6 +87,12 @@ def test_a_whole_corpus_has_no_problem(out, options):
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no corpus here"):
         verify.verify(tmp_path)
+
+
+def test_a_url_is_refused_at_once(out):
+    fsspec.filesystem("memory").put(str(out), "/verified", recursive=True)
+    with pytest.raises(ConfigError, match="memory://verified: verify reads local files"):
+        verify.verify("memory://verified")
 
 
 def test_a_unit_of_the_plan_without_manifest_is_named(out):

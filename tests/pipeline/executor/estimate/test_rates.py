@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import yaml
@@ -101,6 +103,14 @@ def test_the_pilots_own_size_costs_what_the_pilot_took(units):
 def test_a_folder_without_events_says_how_to_run_a_pilot(tmp_path):
     with pytest.raises(ConfigError, match=r"no events of a build; run a pilot.*--limit-images"):
         rates.measure_rates(tmp_path)
+
+
+def test_runs_of_a_subset_that_is_gone_are_left_out(tmp_path):
+    units = [("c", "caption", "u0", 10, 100, 100, 30.0)]
+    run(tmp_path, 1, units)
+    run(tmp_path, 2, units, subset="old")
+    shutil.rmtree(tmp_path / "old")
+    assert list(rates.measure_rates(tmp_path).subsets) == ["coconut"]
 
 
 def test_rates_survive_their_file_and_a_wrong_key_is_named(tmp_path):
