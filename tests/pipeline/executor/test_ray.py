@@ -178,6 +178,6 @@ def test_a_ray_that_does_not_start_is_one_line(tmp_path, coconut, monkeypatch):
 
     monkeypatch.setattr(ray_data, "_connect", fails)
     with pytest.raises(
-        Retryable, match=r"^Ray cannot be had: timed out during startup; run it again.*--local"
+        Retryable, match=r"^Ray does not start: Exception: timed out during startup; run it again.*--local"
     ):
         RayEngine().start(config_of(tmp_path / "out", coconut=coconut))
