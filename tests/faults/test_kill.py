@@ -184,11 +184,14 @@ def test_stage_actors_killed_at_random_moments(tmp_path, source, head, undisturb
 
 
 def _actors(config) -> list[tuple[int, str]]:
-    """(process id, step) of the stage actors that are at work: each has an event file of its own."""
+    """(process id, step) of the stage actors that are at work: each has an event file of its own.
+
+    The files of "driver" and "ray" are the driver's.
+    """
     found = []
     for path in (Path(config.out) / "events").glob("*/*.jsonl"):
         step, _, pid = path.stem.rpartition("-")
-        if not step.startswith("driver") and psutil.pid_exists(int(pid)):
+        if not step.startswith(("driver-", "ray-")) and psutil.pid_exists(int(pid)):
             found.append((int(pid), step))
     return found
 
