@@ -104,7 +104,7 @@ def measure(photos: list[tuple[bytes, list[np.ndarray]]], most: int) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "out", photos)
         options = DataOptions(max_tokens=8192, workers=0, cache=f"{folder}/cache")
-        loader = Loader([CorpusSource(out=f"{folder}/out")], made, options)
+        loader = Loader([CorpusSource(corpus=f"{folder}/out")], made, options)
         ratios, ours, theirs, samples, fill = [], 0.0, 0.0, 0, []
         start = time.process_time()
         for batch in itertools.chain.from_iterable(itertools.repeat(loader)):

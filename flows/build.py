@@ -26,7 +26,7 @@ from ..pipeline.executor import driver, ray_data
 from ..pipeline.executor.progress import Progress
 from ..schemas.config import BuildConfig
 from . import callbacks
-from .steps import step
+from .steps import artifact_key, step
 
 ARTIFACT_EVERY_S = 10.0
 
@@ -91,7 +91,7 @@ class _Artifacts:
     def __init__(self, subset: str):
         self.subset = subset
         created = create_progress_artifact(
-            progress=0.0, key=f"{subset}-units", description=f"{subset}: units committed"
+            progress=0.0, key=artifact_key(subset, "units"), description=f"{subset}: units committed"
         )
         self.id = cast(UUID, created)  # a coroutine only where the caller is one
         self.updated = time.monotonic()
@@ -118,7 +118,9 @@ class _Artifacts:
             for name, stage in progress.stages.items()
         ]
         create_table_artifact(
-            key=f"{self.subset}-stages", table=rows, description=f"{self.subset}: this run by stage"
+            key=artifact_key(self.subset, "stages"),
+            table=rows,
+            description=f"{self.subset}: this run by stage",
         )
 
 

@@ -19,7 +19,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from ..schemas.evaluation import Bench, EvaluateConfig
 from . import callbacks
-from .steps import embedded, step
+from .steps import artifact_key, embedded, step
 
 HISTORY = "history.jsonl"
 
@@ -77,7 +77,7 @@ def score(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
     result = run_benchmark.score_answers(bench, config.judge, folder).to_json()
     results_page.write_page(bench, config.label, folder)
     rows = [{"number": name, "value": value} for name, value in _flat(result).items()]
-    create_table_artifact(key=_artifact("scores", config.label, bench.name), table=rows)
+    create_table_artifact(key=artifact_key("scores", config.label, bench.name), table=rows)
     return result
 
 
@@ -111,7 +111,7 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
     rows = profile.measure_costs(given.model, config.profile, folder, given.device, given.dtype)
     picture = embedded(folder / profile.PLOT)
     markdown = f"# {config.label}\n\n{picture}\n\n{profile.markdown_table(rows)}"
-    create_markdown_artifact(key=_artifact("profile", config.label), markdown=markdown)
+    create_markdown_artifact(key=artifact_key("profile", config.label), markdown=markdown)
     seconds = {f"{row.mode} {row.regions}": row.seconds for row in rows if row.study == "regions"}
     return {"seconds": seconds, "device": rows[0].device}
 
@@ -142,9 +142,3 @@ def _folder(config: EvaluateConfig, bench: Bench) -> Path:
 
 def _flat(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name != "quality"} | result["quality"]
-
-
-def _artifact(*parts: str) -> str:
-    """A key as Prefect wants it: lower case, digits and dashes."""
-    text = "-".join(parts).lower()
-    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text)

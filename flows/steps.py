@@ -23,6 +23,12 @@ def _can_retry(_task: Any, _run: Any, state: Any) -> bool:
 step = task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 60], retry_condition_fn=_can_retry)
 
 
+def artifact_key(*parts: str) -> str:
+    """A key as Prefect wants it: lower case letters, digits and dashes."""
+    text = "-".join(parts).lower()
+    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in text)
+
+
 def embedded(picture: Path) -> str:
     """A picture as Markdown that holds the picture's bytes, so that no server has to serve the file."""
     kind = "jpeg" if picture.suffix == ".jpg" else "png"

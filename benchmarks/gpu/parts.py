@@ -26,7 +26,7 @@ class Part(NamedTuple):
     name: str
     title: str
     seconds: float
-    needs: tuple[str, ...] = ("torch", "transformers", "PIL")
+    needs: tuple[str, ...] = ("torch", "transformers", "PIL", "pydantic")
 
 
 PIPELINE = ("torch", "transformers", "PIL", "numpy", "yaml", "msgspec", "pydantic", "pycocotools")

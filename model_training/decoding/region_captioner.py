@@ -350,4 +350,4 @@ def check_saved_model(folder: Path) -> None:
 
 def _decode_options(options: DecodeOptions | None, fields: dict[str, Any]) -> DecodeOptions:
     options = options or DecodeOptions()
-    return DecodeOptions.checked({**options.model_dump(), **fields}) if fields else options
+    return DecodeOptions.checked({**options.model_dump(exclude_unset=True), **fields}) if fields else options

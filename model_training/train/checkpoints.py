@@ -59,6 +59,8 @@ class Checkpoints:
         self.writing: Future[None] | None = None
         if group.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob(".step-*.old.partial"):
+                files.put_back(old, folder / old.name.removeprefix(".").removesuffix(".old.partial"))
             for partial in folder.glob(".step-*.partial"):
                 shutil.rmtree(partial)
         group.barrier()

@@ -110,6 +110,14 @@ def changed_lines(config: BuildConfig, wanted: BuildConfig) -> str:
     return "\n".join([*top, *(["text:"] if inner else []), *(f"  {line}" for line in inner)])
 
 
+def has_recipe(config: BuildConfig, subset: str) -> bool:
+    """Whether a subset's stages are known: it may have left the configuration since it was built."""
+    try:
+        return bool(recipe_of(config, subset))
+    except ConfigError:
+        return False
+
+
 def compare(
     catalog: Catalog, subset: str, config: BuildConfig, wanted: BuildConfig, exact: bool = False
 ) -> tuple[Change, list[Example]]:

@@ -242,7 +242,7 @@ def write_folder_atomic(
     old = temporary.with_name(f"{temporary.name.removesuffix('.partial')}.old.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        _put_back(old, target)
+        put_back(old, target)
         temporary.mkdir(exist_ok=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
@@ -254,10 +254,10 @@ def write_folder_atomic(
         sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        _put_back(old, target)
+        put_back(old, target)
 
 
-def _put_back(old: Path, target: Path) -> None:
+def put_back(old: Path, target: Path) -> None:
     """Undo a replacement that stopped between its two renames; remove what one left behind."""
     if old.exists() and not target.exists():
         os.replace(old, target)
@@ -270,7 +270,7 @@ def _remove_abandoned(target: Path) -> None:
             if time.time() - left.stat().st_mtime <= _ABANDONED_S:
                 continue
             if left.name.endswith(".old.partial"):
-                _put_back(left, target)
+                put_back(left, target)
             shutil.rmtree(left, ignore_errors=True)
 
 

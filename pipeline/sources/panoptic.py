@@ -199,7 +199,7 @@ def _region(number: int, segment: Segment | BadRecord, table: CategoryTable, whe
         region.drop = drop(Reason.CROWD, f"{where}: segment {segment.id}")
     elif category is None:
         named = name if segment.category_id is None else segment.category_id
-        detail = f"{where}: segment {segment.id}: category {named} is not in the list; mend `categories`"
+        detail = f"{where}: segment {segment.id}: category {named} is not in the list; correct `categories`"
         region.drop = drop(Reason.UNKNOWN_CATEGORY, detail)
     return region
 

@@ -305,3 +305,18 @@ def test_a_dry_run_of_the_command(tmp_path, names):
         assert part["status"] == "done" and part["rows"], part
         assert all(row["status"] == "done" and row["roofline"]["share"] > 0 for row in part["rows"]), part
     assert max(map(len, done.stdout.splitlines())) <= max(80, len(str(tmp_path)) + 20)
+
+
+BARE = [part for part in PARTS if part.needs == Part("", "", 0).needs]
+
+
+@pytest.mark.parametrize("part", BARE, ids=lambda part: part.name)
+def test_a_part_for_a_bare_machine_imports_nothing_that_it_does_not_name(part):
+    lacking = "msgspec pycocotools cv2 ray prefect pyarrow duckdb numba webdataset vllm".split()
+    program = f"""
+import sys
+for name in {lacking}:
+    sys.modules[name] = None
+import benchmarks.gpu.{part.name.replace("-", "_")}
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -188,3 +188,12 @@ def test_what_a_retry_can_mend_is_tried_three_times_and_a_mistake_once(error, at
     with pytest.raises(type(error)):
         trial()
     assert len(tried) == attempts
+
+
+def test_a_subset_may_have_a_name_that_is_no_key_of_prefect(sources, tmp_path, local_engine):
+    from paracaption.flows.build import build_corpus
+
+    subsets = {"My_photos.v1": {"sources": [{"source": "sa1b", **sources["sa1b"]}]}}
+    summary = build_corpus(config_of(tmp_path / "out", subsets=subsets))
+    assert summary["subsets"]["My_photos.v1"]["counts"]["images"] == 4
+    assert artifacts("my-photos-v1-units") and artifacts("my-photos-v1-stages")

@@ -42,6 +42,7 @@ def _compare(explorer: Explorer, params: Mapping[str, str]) -> dict[str, Any]:
     changes = {
         name: whatif.compare(catalog, name, config, wanted, exact="exact" in params)
         for name in catalog.subsets()
+        if whatif.has_recipe(config, name)
     }
     moved = {key for key in values if THRESHOLDS[key].value(wanted) != THRESHOLDS[key].value(config)}
     charts = [
@@ -57,6 +58,7 @@ def _compare(explorer: Explorer, params: Mapping[str, str]) -> dict[str, Any]:
         "thresholds": THRESHOLDS,
         "changes": changes,
         "lines": whatif.changed_lines(config, wanted),
+        "left_out": [name for name in catalog.subsets() if name not in changes],
         "mixed": [name for name in changes if len(catalog.counts(name).recipes) > 1],
         "stale": [name for name in changes if whatif.contradicts(catalog, name, config)],
         "exact_url": "/whatif?" + urlencode({**given, "exact": "1"}),

@@ -13,6 +13,7 @@ from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.renames import RenamedWarning
 from tests.model_training.tiny_models import lively, photo
 
 OPTIONS = {"max_new_tokens": 4, "steps": 2, "strategy": "per-region"}
@@ -225,3 +226,11 @@ print(*sorted({"torch", "transformers", "ray", "cv2"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_an_option_given_by_its_old_name_is_translated_alone(ready, caption):
+    pixels, masks = photo(1, 2)
+    changes = {name: value for name, value in OPTIONS.items() if name != "max_new_tokens"}
+    with pytest.warns(RenamedWarning, match="`length` is now `max_new_tokens`"):
+        found = ready.caption(pixels, masks, **changes, length=OPTIONS["max_new_tokens"])
+    assert found == caption(pixels, masks)

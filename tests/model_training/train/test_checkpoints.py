@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,3 +167,13 @@ def test_what_changed_since_the_checkpoint_is_said(corpus, straight, tmp_path, c
     fit(config_of(run, corpus, steps=41, ema_decay=0.9, max_grad_norm=0.5, gradient_accumulation_steps=2))
     assert "since the checkpoint, steps, gradient_accumulation_steps, max_grad_norm changed" in caplog.text
     assert "a step now has 2 batches, before 1" in caplog.text
+
+
+def test_a_checkpoint_whose_replacement_was_killed_between_its_two_renames_is_put_back(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / ".step-00000002.old.partial").mkdir(parents=True)
+    (folder / ".step-00000002.old.partial" / "progress.json").write_text("{}")
+    (folder / ".step-00000002.partial").mkdir()
+    checkpoints.Checkpoints(folder, SimpleNamespace(rank=0, has_process_group=False, barrier=lambda: None))
+    assert names(tmp_path) == ["step-00000002"]
+    assert checkpoints.latest_checkpoint(folder) == folder / "step-00000002"

@@ -98,3 +98,23 @@ def test_what_a_later_model_would_still_have_to_say_is_not_counted(out):
     stages = [STAGES[name](config) for name in ("verify_category", "agree_with_segmenter", "clean_text")]
     values = set(whatif._may_pass(stages, config, wanted).args.values())
     assert {"agree_with_segmenter", "clean_text"} <= values and "verify_category" not in values
+
+
+def test_a_subset_that_left_the_configuration_is_left_out_and_said(tmp_path):
+    from starlette.testclient import TestClient
+
+    from paracaption.pipeline.explorer.app import make_app
+    from paracaption.pipeline.explorer.context import Explorer
+    from tests.building import build, config_of
+    from tests.synthetic import write_coconut, write_sa1b
+
+    sources = {"mine": write_coconut(tmp_path / "mine", 2), "Other_1": write_sa1b(tmp_path / "other", 2)}
+    for names in (["mine", "Other_1"], ["Other_1"]):
+        kinds = {"mine": "coconut", "Other_1": "sa1b"}
+        subsets = {name: {"sources": [{"source": kinds[name], **sources[name]}]} for name in names}
+        build(config_of(tmp_path / "out", subsets=subsets))
+    page = TestClient(make_app(Explorer(tmp_path / "out")), base_url="http://localhost:8080").get(
+        "/whatif?min_iou=0.6"
+    )
+    assert page.status_code == 200
+    assert "mine: not in the configuration any more" in page.text
