@@ -487,6 +487,22 @@ def test_a_ledger_that_names_another_shard_than_its_manifest_is_an_error(merged:
         loader(merged)
 
 
+def test_a_manifest_with_kept_regions_and_no_shard_is_an_error(merged: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (merged / "index.parquet").unlink()
+    ledger = sorted((merged / "coconut" / "ledger").glob("*.parquet"))[0]
+    table = pq.read_table(ledger)
+    field = table.schema.field("shard")
+    nothing = pa.nulls(table.num_rows, field.type)
+    pq.write_table(table.set_column(table.schema.get_field_index("shard"), field, nothing), ledger)
+    manifest = merged / "coconut" / "manifests" / f"{ledger.stem}.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "shard": None}))
+    with pytest.raises(IntegrityError, match="its ledger names no shard, it none"):
+        loader(merged)
+
+
 def test_no_corpus_no_regions_and_impossible_options_are_said_so(corpus: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="no corpus here"):
         loader(tmp_path)

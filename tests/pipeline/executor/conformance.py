@@ -67,11 +67,6 @@ class Conformance:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def engine(cls) -> Engine:
-        raise NotImplementedError("a subclass gives the engine")
-
-    @pytest.fixture(scope="class")
-    @classmethod
     def sources(cls, tmp_path_factory) -> dict[str, dict]:
         root = tmp_path_factory.mktemp("source")
         return {"coconut": write_coconut(root / "coconut", 10), "sa1b": write_sa1b(root / "sa1b", 6)}

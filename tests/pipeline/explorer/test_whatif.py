@@ -3,13 +3,18 @@
 import itertools
 
 import pytest
+from starlette.testclient import TestClient
 
 from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.explorer import whatif
+from paracaption.pipeline.explorer.app import make_app
 from paracaption.pipeline.explorer.catalog import Catalog
+from paracaption.pipeline.explorer.context import Explorer
 from paracaption.pipeline.stages.registry import STAGES
 from paracaption.schemas.errors import ConfigError
+from tests.building import build, config_of
 from tests.pipeline.explorer import corpus
+from tests.synthetic import write_coconut, write_sa1b
 
 CASES = {
     "a lower IoU": {"min_iou": 0.2},
@@ -101,13 +106,6 @@ def test_what_a_later_model_would_still_have_to_say_is_not_counted(out):
 
 
 def test_a_subset_that_left_the_configuration_is_left_out_and_said(tmp_path):
-    from starlette.testclient import TestClient
-
-    from paracaption.pipeline.explorer.app import make_app
-    from paracaption.pipeline.explorer.context import Explorer
-    from tests.building import build, config_of
-    from tests.synthetic import write_coconut, write_sa1b
-
     sources = {"mine": write_coconut(tmp_path / "mine", 2), "Other_1": write_sa1b(tmp_path / "other", 2)}
     for names in (["mine", "Other_1"], ["Other_1"]):
         kinds = {"mine": "coconut", "Other_1": "sa1b"}
