@@ -104,6 +104,8 @@ class ImageRecord(msgspec.Struct):
         file_name: the publisher's name of the photo, for people.
         regions: every region the annotation declares, dropped ones included.
         drop: set if the image as a whole is unusable; then every region is dropped with it.
+        photo_digest: SHA-256 in hex of the photo's bytes, as whoever first read them whole found them; "" as
+            long as nobody has.
     """
 
     key: str
@@ -115,6 +117,7 @@ class ImageRecord(msgspec.Struct):
     file_name: str = ""
     regions: list[Region] = []
     drop: Drop | None = None
+    photo_digest: str = ""
 
     def live(self) -> list[Region]:
         """The regions that no stage has rejected yet, in order."""

@@ -75,12 +75,17 @@ def ledger_schema() -> pa.Schema:
             ("photo_length", whole),
             ("json_offset", whole),
             ("json_length", whole),
+            ("photo_digest", text),
         ]
     )
 
 
-NOT_IN_INDEX = frozenset({"kept", "drop_stage", "drop_reason", "drop_detail", "rle_counts"})
-"""Ledger columns that the index leaves out: what is the same for every kept region, and the masks."""
+NOT_IN_INDEX = frozenset({"kept", "drop_stage", "drop_reason", "drop_detail", "rle_counts", "photo_digest"})
+"""Ledger columns that the index leaves out: what is the same for every kept region, the masks, and what only
+`verify` looks at."""
+
+_LATER = frozenset({"photo_digest"})
+"""Columns besides scores that older releases do not have; null there."""
 
 
 @cache
@@ -100,7 +105,9 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
         places: by key, where each image with a kept region lies in the unit's shard.
 
     Returns:
-        A table of `ledger_schema()`. `shard`, offsets and lengths are null unless the region is kept; mask
+        A table of `ledger_schema()`. `shard`, offsets and lengths are null unless the region is kept,
+        `photo_digest` unless the image has a sample and its evidence names the photo; where no evidence does,
+        as that of early releases, the column is left out, so that the file is the one they wrote. Mask
         columns are null if the mask could not be read. A number that does not fit 64 bits is null, and
         characters that are not Unicode are escaped: nothing that a source or a model returns can keep a unit
         from being written.
@@ -123,11 +130,14 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
         "drop_detail": [drop and drop.detail for drop in drops],
         **_of_regions(regions),
         **{name: _where(kept, values.take(rows)) for name, values in located.items()},
+        "photo_digest": _digests(images, places).take(rows),
     }
     schema = ledger_schema()
     assert columns.keys() == set(schema.names)
     arrays = [_array(columns[field.name], field.type) for field in schema]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    unknown = [name for name in _LATER if table[name].null_count == len(table)]
+    return table.drop_columns(unknown) if unknown else table
 
 
 def _regions_of(images: list[ImageRecord]) -> tuple[list[Region], list[int]]:
@@ -189,6 +199,14 @@ def _placed(unit: str, keys: list[str], places: dict[str, Place]) -> dict[str, p
     return {"shard": shard, **{name: pa.array(values, pa.int64()) for name, values in offsets.items()}}
 
 
+def _digests(images: list[ImageRecord], places: dict[str, Place]) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(
+        [(image.photo_digest or None) if image.key in places else None for image in images], pa.string()
+    )
+
+
 def _where(kept: pa.Array, values: pa.Array) -> pa.Array:
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -215,7 +233,7 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
 
 
 def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """A ledger of any release with today's columns, or some of them: scores that it does not know are null.
+    """A ledger of any release with today's columns, or some of them: those that it does not know are null.
 
     Args:
         table: as it was read.
@@ -224,7 +242,7 @@ def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = 
 
     Raises:
         ConfigError: there is no such column.
-        IntegrityError: the ledger lacks a column that is no score, or one has another type.
+        IntegrityError: the ledger lacks a column that every release had, or one has another type.
     """
     import pyarrow as pa
 
@@ -234,7 +252,7 @@ def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = 
         raise ConfigError(f"{min(unknown)}: no such column; a ledger has {', '.join(schema.names)}")
     schema = pa.schema([schema.field(name) for name in names])
     missing = set(names) - set(table.schema.names)
-    if lost := missing - SCORES.keys():
+    if lost := missing - SCORES.keys() - _LATER:
         raise IntegrityError(f"{path}: a ledger without the column {min(lost)}; build the unit again")
     found = [
         pa.nulls(table.num_rows, field.type) if field.name in missing else table[field.name]
@@ -256,7 +274,7 @@ def write_table(table: pa.Table, path: str | Path) -> None:
 
 
 _REPEATS = ("unit", "subset", "key", "drop_stage", "drop_reason", "category", "core_category", "file_name")
-_REPEATS += ("photo_format", "shard")
+_REPEATS += ("photo_format", "shard", "photo_digest")
 
 
 def writing_options() -> dict[str, Any]:

@@ -340,6 +340,9 @@ def _check_sample(
     if rows is None:
         unit.report(path, key, f"no row of the ledger is kept for this sample; {REBUILD}", "no row")
         return
+    if {row["photo_digest"] for row in rows} - {None, photos.digest_of(photo[1])}:
+        what = "its photo is not the one that was captioned, by the ledger's photo_digest"
+        unit.report(path, photo[0].name, f"{what}; {REBUILD}", "photo")
     places = (photo[0].offset_data, photo[0].size, record[0].offset_data, record[0].size)
     for row in rows:
         listed = (row["photo_offset"], row["photo_length"], row["json_offset"], row["json_length"])

@@ -24,7 +24,8 @@ from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
 from ...schemas.sample import PHOTO_ENDING, to_sample
-from ..io import files
+from ..io import files, photos
+from ..stages.base import PHOTO_CHANGED
 from .ledger import Place, ledger_table, write_table
 
 WRITE_STAGE = "write"
@@ -40,13 +41,15 @@ class Draft(msgspec.Struct):
     """A unit that is written but not committed: its manifest, and where its files lie until then.
 
     `failures` names the stages that failed on every image of the unit, with the last error: the driver holds
-    such a unit back until it knows whether the stage or the data is to blame.
+    such a unit back until it knows whether the stage or the data is to blame. `held` says why the unit must
+    not be committed at all as it is; "" if it may.
     """
 
     manifest: Manifest
     shard_temporary: str | None
     ledger_temporary: str
     failures: dict[str, str] = {}
+    held: str = ""
 
 
 class _Written(NamedTuple):
@@ -75,7 +78,7 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
     shard = folder / "shards" / f"{files.TEMPORARY}{unit}-{mark}.tar"
     ledger = folder / "ledger" / f"{files.TEMPORARY}{unit}-{mark}.parquet"
     try:
-        places, written = _write_tar(shard, images)
+        places, written, held = _write_tar(shard, images)
         table = ledger_table(unit, images, places)
         recorded = _write_ledger(ledger, table)
     except BaseException as error:
@@ -100,7 +103,7 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
         images_dropped=dict(sorted(Counter(image.drop.reason for image in images if image.drop).items())),
     )
     assert regions_in == kept + sum(dropped.values()), f"{unit}: a region is neither kept nor dropped"
-    return Draft(record, str(written.path) if written else None, str(recorded.path))
+    return Draft(record, str(written.path) if written else None, str(recorded.path), held=held)
 
 
 def write_failed(folder: Path, error: OSError) -> StageFailed:
@@ -115,28 +118,33 @@ def write_failed(folder: Path, error: OSError) -> StageFailed:
     return StageFailed(f"{name}: writing failed: {error}; run the same command again, it resumes")
 
 
-def _write_tar(path: Path, images: list[ImageRecord]) -> tuple[dict[str, Place], _Written | None]:
+def _write_tar(path: Path, images: list[ImageRecord]) -> tuple[dict[str, Place], _Written | None, str]:
+    """Where each sample lies, the file, and why it must not be committed ("" if it may)."""
     places: dict[str, Place] = {}
+    held = ""
     with _Hashing(path) as tar:
         for image in sorted((image for image in images if image.live()), key=lambda image: image.key):
             assert image.photo is not None, f"{image.key}: live without a photo"
             try:
                 photo = files.read(image.photo)
+                photos.check_length(image.photo, photo, image.photo.length)
             except Exception as error:  # noqa: BLE001 - a remote file system may raise anything
                 missing = isinstance(error, FileNotFoundError)
                 reason = Reason.PHOTO_MISSING if missing else Reason.PHOTO_UNREADABLE
                 why = getattr(error, "strerror", None) or error
                 image.reject(Drop(WRITE_STAGE, reason, f"{image.photo}: {why}"))
                 continue
+            if image.photo_digest and image.photo_digest != photos.digest_of(photo):
+                held = held or f"{image.photo}: {PHOTO_CHANGED}"
             record = msgspec.json.encode(to_sample(image))
             photo_at = tar.member(f"{image.key}.{PHOTO_ENDING}", photo)
             json_at = tar.member(f"{image.key}.json", record)
             places[image.key] = Place(photo_at, len(photo), json_at, len(record))
         if places:
             tar.close_archive()
-            return places, _Written(path, tar.position, tar.digest.hexdigest())
+            return places, _Written(path, tar.position, tar.digest.hexdigest()), held
     path.unlink()
-    return places, None
+    return places, None, held
 
 
 class _Hashing:

@@ -359,8 +359,14 @@ class _Committer:
         self.progress = progress
         self.events = events
         self.suspects: list[Draft] = []
+        self.held: list[str] = []
 
     def take(self, draft: Draft) -> None:
+        if draft.held:
+            log.warning("%s: not committed: %s", draft.manifest.unit, draft.held)
+            writer.discard(draft)
+            self.held.append(draft.held)
+            return
         if draft.failures:
             self.suspects.append(draft)
             if len(self.suspects) >= self.stop_after:
@@ -375,7 +381,17 @@ class _Committer:
         self._commit(draft)
 
     def finish(self) -> None:
+        """Commit what waits.
+
+        Raises:
+            StageFailed: units were held back.
+        """
         self._release()
+        if self.held:
+            raise StageFailed(
+                f"{len(self.held)} units are not committed: {self.held[0]}; run the same command again, "
+                "which asks again about what has changed"
+            )
 
     def abandon(self) -> None:
         for draft in self.suspects:

@@ -41,11 +41,12 @@ from ..corpus.writer import Draft
 from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..sources.registry import SubsetSource, open_source
-from ..stages.base import FilterStage, ModelStage, Stage, UnitAnswers
+from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers
 from ..stages.evidence import Evidence, EvidenceStore
 from . import gpus
 from .bisection import Bisection, model_failure, needs_fresh_model
 from .in_flight import InFlight
+from .photo_digests import PhotoWatch, check_photos
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +90,13 @@ class Unit(msgspec.Struct):
         name: such as "coconut-000000".
         images: its records, as the stages so far left them.
         failures: stage -> error, for each model stage that failed on the whole unit.
+        held: why the unit must not be committed as it is, though no stage failed; "" if it may.
     """
 
     name: str
     images: list[ImageRecord]
     failures: dict[str, str] = {}
+    held: str = ""
 
 
 class Worker:
@@ -126,6 +129,7 @@ class Worker:
         self._stack = _open_stack(self.stack_path)
         self.source = open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         self.models: dict[str, Any] = {}
+        self._photos = PhotoWatch()
         self.meters = {
             stage.name: gpus.Meter(has_gpu=stage.backend.num_gpus > 0)
             for stage in stages
@@ -265,6 +269,7 @@ class Worker:
         job = self.job
         draft = writer.write_unit(self.folder, unit.name, unit.images, job.plan, job.recipe)
         draft.failures = unit.failures
+        draft.held = unit.held or draft.held
         cpu = time.process_time() - start_cpu
         self._report_unit(writer.WRITE_STAGE, unit, draft.manifest.kept, time.perf_counter() - start, cpu)
         return msgspec.msgpack.encode(draft)
@@ -293,12 +298,16 @@ class Worker:
     def _ask(self, stage: ModelStage, unit: Unit) -> int:
         """Get the evidence the stage lacks and let it decide. Returns how many regions were asked about."""
         store = stage.store(self.folder)
-        answers = UnitAnswers(stage, unit.images, store.load(unit.name))
+        known = store.load(unit.name)
+        check_photos(stage, unit.images, known)
+        answers = UnitAnswers(stage, unit.images, known)
         if answers.missing:
             self._answer(unit, answers, store)
             failure = model_failure(answers)
             if failure is not None:
                 unit.failures[stage.name] = failure
+            if answers.changed:
+                unit.held = f"{min(answers.changed)}: {PHOTO_CHANGED}"
         answers.apply()
         return answers.num_missing
 
@@ -332,7 +341,7 @@ class Worker:
             self._reload(stage)
         try:
             with self._watched(f"{stage.name}, at {batch[0].key}"), self.meters[stage.name].call():
-                return stage.ask(self.models[stage.name], batch)
+                return self._photos.ask(stage, self.models[stage.name], batch)
         except EngineLost:
             del self.models[stage.name]  # a dead engine fails on every image: the next call gets a fresh one
             raise

@@ -5,6 +5,7 @@ The stored pixels count: EXIF orientation is never applied, because masks refer 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import warnings
@@ -67,7 +68,7 @@ def probe(photo: Blob, max_pixels: int) -> Header:
 
 
 def read_pixels(image: ImageRecord, max_pixels: int = 200_000_000) -> np.ndarray:
-    """Decode an image's photo.
+    """Decode an image's photo, and note on the image which bytes they were, in `photo_digest`.
 
     Returns:
         (H, W, 3) uint8 RGB as stored. Gray is repeated, CMYK and palettes converted, 16 bits scaled to 8.
@@ -78,13 +79,29 @@ def read_pixels(image: ImageRecord, max_pixels: int = 200_000_000) -> np.ndarray
     assert image.photo is not None, (
         f"{image.key}: an image without a photo is dropped before its pixels are read"
     )
-    pixels = decode(image.photo, _fetch(image.photo, 0, None), max_pixels)
+    data = _fetch(image.photo, 0, None)
+    image.photo_digest = digest_of(data)
+    pixels = decode(image.photo, data, max_pixels)
     if pixels.shape[:2] != (image.height, image.width):
         found = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise BadRecord(
             Reason.SIZE_MISMATCH, f"{image.photo}: photo is {found}, annotation {image.width}x{image.height}"
         )
     return pixels
+
+
+def digest_of(data: bytes) -> str:
+    """SHA-256 in hex of a photo's bytes: what tells one photo from another."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def hash_photo(photo: Blob) -> str:
+    """`digest_of` a photo that is not decoded.
+
+    Raises:
+        BadRecord: PHOTO_MISSING or PHOTO_UNREADABLE.
+    """
+    return digest_of(_fetch(photo, 0, None))
 
 
 def decode(photo: Blob, data: bytes, max_pixels: int) -> np.ndarray:
@@ -147,13 +164,26 @@ def _orientation(opened: Image.Image) -> int:
 
 def _fetch(photo: Blob, start: int, length: int | None) -> bytes:
     try:
-        return files.read(photo, start, length)
+        data = files.read(photo, start, length)
+        if length is None and photo.length is not None:
+            check_length(photo, data, photo.length - start)
+        return data
     except FileNotFoundError as error:
         raise BadRecord(
             Reason.PHOTO_MISSING, f"{photo}: no such file; put it there or correct `photos`"
         ) from error
     except OSError as error:
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}") from error
+
+
+def check_length(photo: Blob, data: bytes, expected: int | None) -> None:
+    """Refuse bytes that come short of what was planned: a file that was cut, or an answer that was.
+
+    Raises:
+        OSError: they do.
+    """
+    if expected is not None and len(data) < expected:
+        raise OSError(f"{len(data)} of {expected} bytes came")
 
 
 @contextmanager

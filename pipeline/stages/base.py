@@ -22,7 +22,7 @@ from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord, Region
 from ..models.registry import backend_identity
-from .evidence import Evidence, EvidenceStore, digest, fingerprint
+from .evidence import Answered, Evidence, EvidenceStore, digest, fingerprint
 
 
 class Threshold(NamedTuple):
@@ -112,12 +112,14 @@ class ModelStage(Stage):
         protocol: "captioner", "judge" or "segmenter".
         evidence: the struct of one answer.
         reads: names of the model stages before this one whose answers its questions contain.
+        sees_photo: whether the model looks at the photo, so that its answers hold for that photo alone.
         backend: which model, and the resources of its actors.
     """
 
     protocol: ClassVar[str]
     evidence: ClassVar[type[Any]]
     reads: ClassVar[tuple[str, ...]] = ()
+    sees_photo: ClassVar[bool] = True
 
     def __init__(self, config: BuildConfig, earlier: Sequence[Stage] = ()):
         super().__init__(config, earlier)
@@ -172,6 +174,9 @@ def apply_verdict(region: Region, stage: str, verdict: Verdict) -> None:
         region.drop = Drop(stage, verdict.reason, verdict.detail)
 
 
+PHOTO_CHANGED = "the photo changed while the build was running"
+
+
 class Failure(NamedTuple):
     """Why there is no evidence of a region or of an image."""
 
@@ -185,13 +190,15 @@ class UnitAnswers:
     Args:
         stage: the model stage.
         images: the unit's.
-        known: stored evidence of the unit, which `add` extends; a row whose question has changed is missing.
+        known: stored evidence of the unit, which `add` extends; a row is missing if its question has changed,
+            or if its photo is not the image's `photo_digest`, where both are known.
 
     Attributes:
         missing: the images with the live regions that lack evidence, and no other regions.
         num_missing, num_known: live regions that lack evidence, and those that have it from the start.
         image_failures: by image key; what is not in it when all have been asked about has evidence.
         region_failures: by image key and region id, where only some regions of an image have no evidence.
+        changed: keys of the images whose photo became another one while the build was running.
     """
 
     def __init__(self, stage: ModelStage, images: list[ImageRecord], known: Evidence):
@@ -212,18 +219,36 @@ class UnitAnswers:
         self.num_known = len(self._questions) - self.num_missing
         self.image_failures: dict[str, Failure] = {}
         self.region_failures: dict[tuple[str, int], Failure] = {}
+        self.changed: set[str] = set()
+        self._by_key = {image.key: image for image in images}
 
     def add(self, image: ImageRecord, outcome: list[Any] | Failure) -> None:
-        """Take what became of one of the `missing` images: an answer for each region, or one failure."""
+        """Take what became of one of the `missing` images: an answer for each region, or one failure.
+
+        The image's `photo_digest` is that of the photo that the model saw. It becomes that of the unit's
+        image, unless an earlier stage saw another photo: then the image is in `changed`, and fails.
+        """
         if isinstance(outcome, Failure):
             self.image_failures[image.key] = outcome
             return
+        seen = image.photo_digest if self.stage.sees_photo else ""
+        if seen and not self._note_photo(image.key, seen):
+            self.image_failures[image.key] = Failure(Reason.PHOTO_UNREADABLE, PHOTO_CHANGED)
         for region, answer in zip(image.regions, outcome, strict=True):
             place = (image.key, region.id)
             if isinstance(answer, BadRecord):
                 self.region_failures[place] = Failure(answer.reason, answer.detail)
             else:
-                self.known[place] = (self._questions[place], answer)
+                self.known[place] = Answered(self._questions[place], answer, seen)
+
+    def _note_photo(self, key: str, seen: str) -> bool:
+        """Whether the photo that was seen is the one that the unit's image has had so far, if it had one."""
+        image = self._by_key[key]
+        if image.photo_digest and image.photo_digest != seen:
+            self.changed.add(key)
+            return False
+        image.photo_digest = seen
+        return True
 
     def apply(self) -> None:
         """Decide on every live region: by its evidence, or by the failure to get any."""
@@ -238,5 +263,24 @@ class UnitAnswers:
 
     def _find(self, image: ImageRecord, region: Region) -> Any:
         """The region's evidence if it answers today's question; else None."""
-        question, evidence = self.known.get((image.key, region.id), (None, None))
-        return evidence if question == self._questions[image.key, region.id] else None
+        row = self.known.get((image.key, region.id))
+        if row is None or row.asked != self._questions[image.key, region.id]:
+            return None
+        is_same = not row.photo or not image.photo_digest or row.photo == image.photo_digest
+        return row.answer if is_same or not self.stage.sees_photo else None
+
+
+def photos_claimed(stage: ModelStage, images: list[ImageRecord], known: Evidence) -> dict[str, str]:
+    """Of which photo, by image key, stored evidence speaks where nobody has read the image's photo yet.
+
+    Whether it is still that photo is for the caller to find out, before a `UnitAnswers` is made of it.
+    """
+    if not stage.sees_photo:
+        return {}
+    rows = (
+        (image.key, known.get((image.key, each.id)))
+        for image in images
+        if not image.photo_digest
+        for each in image.live()
+    )
+    return {key: row.photo for key, row in rows if row is not None and row.photo}

@@ -29,6 +29,7 @@ class _JudgeStage(ModelStage):
 
     protocol, evidence = "judge", Judged
     reads = ("caption",)
+    sees_photo = False
     kind: ClassVar[str]
     """Of the question: "verify" or "extract"."""
 

@@ -5,6 +5,12 @@ depends on (backend, weights, prompt, settings, and the stages before it that us
 another model is never taken for this one's. Each row also carries a fingerprint of what exactly was asked
 (the mask, the caption, the phrase): a row whose question has changed counts as missing.
 
+Each row also names the photo that the model saw, by the SHA-256 of its bytes: an answer about another photo
+counts as missing, too. Rows of early releases name none, and count whatever the photo is.
+
+A digest over the content lies in the file's metadata. A damaged file is never another answer: it counts as
+absent, with a warning, and what it held is asked for again. Equal evidence is equal bytes.
+
 Files appear whole (temporary name, then rename). Two workers may write the same unit; either result is right.
 """
 
@@ -13,10 +19,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
+from ...schemas.errors import StageFailed
 from ..io import files
 
 log = logging.getLogger(__name__)
@@ -24,10 +31,35 @@ log = logging.getLogger(__name__)
 E = TypeVar("E", bound=msgspec.Struct)
 
 
-_COLUMNS = {"str": "string", "int": "int64", "float": "float64"}
+_TYPES = {"str": "string", "int": "int64", "float": "float64"}
+_PHOTO = "photo"
+_DIGEST = b"paracaption.sha256"
+"""Key of the file's metadata under which the digest of its content lies."""
 
-Evidence = dict[tuple[str, int], tuple[str, E]]
-"""(image key, region id) -> (fingerprint of the question, answer)."""
+_ROWS_PER_BYTE = 1000
+"""More rows than any file of its size can hold: what a damaged footer says is not allocated."""
+
+
+class Answered(NamedTuple):
+    """A row of evidence.
+
+    Attributes:
+        asked: fingerprint of the question.
+        answer: the model's.
+        photo: SHA-256 in hex of the photo that the model saw; "" if it saw none, or if that is not known.
+    """
+
+    asked: str
+    answer: Any
+    photo: str = ""
+
+
+Evidence = dict[tuple[str, int], Answered]
+"""(image key, region id) -> what was answered."""
+
+
+class _Damaged(Exception):
+    """An evidence file is not what was written; says in what."""
 
 
 class EvidenceStore(Generic[E]):
@@ -46,56 +78,91 @@ class EvidenceStore(Generic[E]):
         """Where the unit's evidence lies."""
         return self.folder / f"{unit}.parquet"
 
-    def load(self, unit: str) -> Evidence[E]:
-        """All evidence of a unit, empty if there is none; an unreadable file is none, with a warning."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def load(self, unit: str) -> Evidence:
+        """All evidence of a unit, empty if there is none; a damaged file is none, with a warning.
 
+        Raises:
+            StageFailed: the disk does not give the file. That says nothing of what is in it.
+        """
         path = self.path(unit)
         try:
-            table = pq.ParquetFile(path).read()
-            columns = [table.column(name).to_pylist() for name in self._names()]
+            data = path.read_bytes()
         except FileNotFoundError:
             return {}
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except OSError as error:
+            raise StageFailed(
+                f"{path}: cannot be read ({error.strerror or error}); run the same command again, or "
+                "delete the file: what it held is asked for again"
+            ) from error
+        try:
+            columns = self._read(data)
+        except Exception as error:  # noqa: BLE001 - whatever a reader of Parquet makes of damaged bytes
             log.warning("%s: unreadable evidence (%s); it is asked for again", path, error)
             return {}
+        keys, regions, asked, photos, *answers = columns
         return {
-            (key, region): (asked, self.kind(*answer))
-            for key, region, asked, *answer in zip(*columns, strict=True)
+            (key, region): Answered(question, self.kind(*answer), photo or "")
+            for key, region, question, photo, *answer in zip(
+                keys, regions, asked, photos, *answers, strict=True
+            )
         }
 
-    def save(self, unit: str, evidence: Evidence[E]) -> None:
+    def save(self, unit: str, evidence: Evidence) -> None:
         """Replace a unit's evidence, atomically; rows sorted by image key and region."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = sorted(evidence.items(), key=lambda item: item[0])
-        columns: list[list] = [[key for (key, _), _ in rows], [region for (_, region), _ in rows]]
-        columns.append([asked for _, (asked, _) in rows])
-        answers = [answer for _, (_, answer) in rows]
-        columns += [[getattr(answer, name) for answer in answers] for name in self.kind.__struct_fields__]
-        table = pa.Table.from_arrays(
-            [pa.array(column, field.type) for column, field in zip(columns, self._schema(), strict=True)],
-            schema=self._schema(),
-        )
+        rows = [(*place, *row) for place, row in sorted(evidence.items(), key=lambda item: item[0])]
+        columns = [[row[i] for row in rows] for i in range(3)]
+        columns.append([row[4] or None for row in rows])
+        columns += [[getattr(row[3], name) for row in rows] for name in self.kind.__struct_fields__]
+        schema = self._schema(with_photo=True)
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+        content = _content_digest(schema.names, [array.to_pylist() for array in arrays])
+        schema = schema.with_metadata({_DIGEST: content})
         self.folder.mkdir(parents=True, exist_ok=True)
         with files.write_atomic(self.path(unit)) as file:
-            pq.write_table(table, file, compression="zstd")
+            table = pa.Table.from_arrays(arrays, schema=schema)
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
-    def _names(self) -> list[str]:
-        return ["key", "region", "asked", *self.kind.__struct_fields__]
+    def _read(self, data: bytes) -> list[list]:
+        """The columns of a file's bytes, `photo` after `asked` in any case.
 
-    def _schema(self):
+        Raises:
+            Exception: the bytes are not an evidence file, in one way or another.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        if file.metadata.num_rows > _ROWS_PER_BYTE * len(data):
+            raise _Damaged(f"{file.metadata.num_rows} rows in {len(data)} bytes")
+        found = file.schema_arrow
+        has_photo = _PHOTO in found.names
+        if not found.equals(self._schema(has_photo)):
+            raise _Damaged(f"its columns are {', '.join(found.names)}")
+        columns = [column.to_pylist() for column in file.read(use_threads=False).columns]
+        if not has_photo:  # of an early release, which wrote no digest
+            columns.insert(3, [None] * len(columns[0]))
+        elif (found.metadata or {}).get(_DIGEST) != _content_digest(found.names, columns):
+            raise _Damaged("its content is not what was written")
+        return columns
+
+    def _schema(self, with_photo: bool) -> Any:
         import pyarrow as pa
 
-        types = ["string", "int64", "string"] + [
-            _COLUMNS[str(annotation).split(" |")[0].strip()]
-            for annotation in self.kind.__annotations__.values()
+        named = [("key", "string"), ("region", "int64"), ("asked", "string")]
+        named += [(_PHOTO, "string")] * with_photo
+        named += [
+            (name, _TYPES[str(kind).split(" |")[0].strip()])
+            for name, kind in self.kind.__annotations__.items()
         ]
-        return pa.schema(
-            [(name, pa.type_for_alias(kind)) for name, kind in zip(self._names(), types, strict=True)]
-        )
+        return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in named])
+
+
+def _content_digest(names: list[str], columns: list[list]) -> bytes:
+    """SHA-256 of what is in a file, in hex, however Parquet writes it."""
+    return hashlib.sha256(msgspec.msgpack.encode([names, columns])).hexdigest().encode()
 
 
 def fingerprint(*parts: object) -> str:

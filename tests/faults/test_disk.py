@@ -17,7 +17,7 @@ from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.io import files
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages.caption import Captioned
-from paracaption.pipeline.stages.evidence import EvidenceStore
+from paracaption.pipeline.stages.evidence import Answered, EvidenceStore
 from paracaption.schemas.errors import StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.synthetic import write_coconut
@@ -124,12 +124,12 @@ def test_a_disk_that_is_full_at_any_point_drops_no_record(disk, coconut, undistu
 
 def test_evidence_that_does_not_fit_leaves_the_old_evidence(disk):
     store = EvidenceStore(disk / "caption-0", Captioned)
-    store.save("unit", {("a", 0): ("x", Captioned("old"))})
+    store.save("unit", {("a", 0): Answered("x", Captioned("old"))})
     fill(disk, 0)
-    rows = {(os.urandom(20).hex(), i): ("x", Captioned(os.urandom(40).hex())) for i in range(500)}
+    rows = {(os.urandom(20).hex(), i): Answered("x", Captioned(os.urandom(40).hex())) for i in range(500)}
     with pytest.raises(OSError, match="No space left"):
         store.save("unit", rows)
-    assert store.load("unit") == {("a", 0): ("x", Captioned("old"))}
+    assert store.load("unit") == {("a", 0): Answered("x", Captioned("old"))}
     assert temporary_files(disk) == []
 
 

@@ -379,3 +379,20 @@ def test_a_region_count_that_a_merge_would_trip_over_is_found_first(out):
     named(out, "kept regions: 6, its manifest says 7")
     with pytest.raises(merge.IntegrityError, match="paracaption verify"):
         merge.merge(out)
+
+
+def test_a_photo_that_is_not_the_captioned_one_is_found(out):
+    path = out / "coconut" / "ledger" / f"{UNIT}.parquet"
+    table = pq.read_table(path)
+    kept = table["kept"].to_pylist()
+    shard = (out / "coconut" / "shards" / f"{UNIT}.tar").read_bytes()
+    places = zip(table["photo_offset"].to_pylist(), table["photo_length"].to_pylist(), kept, strict=True)
+    digests = [
+        hashlib.sha256(shard[at : at + size]).hexdigest() if is_kept else None for at, size, is_kept in places
+    ]
+    for wrong in (False, True):
+        if wrong:
+            digests[kept.index(True)] = "0" * 64
+        write_table(table.append_column("photo_digest", pa.array(digests, pa.string())), path)
+        sign(out, "ledger")
+        assert any("not the one that was captioned" in problem for problem in found(out)) == wrong

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paracaption.pipeline.corpus import reader, writer
-from paracaption.pipeline.io import files
+from paracaption.pipeline.io import files, photos
 from paracaption.schemas.errors import IntegrityError, StageFailed
 from paracaption.schemas.manifest import encode
 from paracaption.schemas.reasons import Reason
@@ -299,3 +299,34 @@ def test_a_manifest_that_is_none_names_itself_and_the_mend(tmp_path, garbage):
     path.write_bytes(garbage)
     with pytest.raises(IntegrityError, match=r"coconut-000000.json: not a manifest .*delete it and run"):
         reader.read_manifest(path)
+
+
+def test_a_photo_that_is_not_the_one_that_was_captioned_holds_its_unit_back(folder, tmp_path):
+    images = three(tmp_path)
+    for each in images:
+        each.photo_digest = photos.hash_photo(each.photo)
+    assert write(folder, images).held == ""
+    (tmp_path / "b.photo").write_bytes(b"another photo")
+    held = write(folder, images).held
+    assert held.startswith(str(tmp_path / "b.photo")) and "changed while the build was running" in held
+
+
+def test_the_ledger_names_the_photo_of_each_sample_and_of_no_dropped_image(folder, tmp_path):
+    images = three(tmp_path)
+    for each in images:
+        each.photo_digest = photos.hash_photo(each.photo)
+    images[1].reject(DROP)
+    table = pq.read_table(write(folder, images).ledger_temporary, columns=["key", "photo_digest"])
+    expected = {each.key: each.photo_digest for each in (images[0], images[2])} | {"a": None}
+    assert {row["key"]: row["photo_digest"] for row in table.to_pylist()} == expected
+
+
+def test_a_ledger_of_evidence_that_names_no_photo_is_that_of_early_releases(folder, tmp_path):
+    assert "photo_digest" not in pq.read_schema(write(folder, three(tmp_path)).ledger_temporary).names
+
+
+def test_a_photo_that_comes_short_of_its_planned_length_is_not_written(folder, tmp_path):
+    short = image(tmp_path, "a")
+    short.photo = Blob(short.photo.url, 0, 301)
+    draft = write(folder, [short])
+    assert draft.manifest.kept == 0 and "300 of 301 bytes" in short.drop.detail

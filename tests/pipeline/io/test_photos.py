@@ -1,5 +1,6 @@
 """Photos: what is refused at the header, and what pixels come out."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -86,6 +87,22 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 def test_a_photo_of_another_size_than_its_record_is_a_mismatch(tmp_path):
     blob = save(tmp_path / "a.png", noise(30, 40, 3))
     assert reason_of(photos.read_pixels, ImageRecord("a", "coconut", blob, 30, 40)) == Reason.SIZE_MISMATCH
+
+
+def test_who_reads_the_pixels_notes_which_bytes_they_were(tmp_path):
+    blob = save(tmp_path / "a.png", noise(30, 40, 3))
+    record = ImageRecord("a", "coconut", blob, 40, 30)
+    photos.read_pixels(record)
+    data = (tmp_path / "a.png").read_bytes()
+    assert record.photo_digest == photos.digest_of(data) == photos.hash_photo(blob)
+    assert record.photo_digest == hashlib.sha256(data).hexdigest()
+
+
+def test_fewer_bytes_than_were_planned_are_no_photo(tmp_path):
+    (tmp_path / "a.tar").write_bytes(bytes(1000))
+    with pytest.raises(BadRecord, match="900 of 950 bytes came") as caught:
+        photos.hash_photo(Blob(str(tmp_path / "a.tar"), 100, 950))
+    assert caught.value.reason == Reason.PHOTO_UNREADABLE
 
 
 def test_a_photo_inside_a_tar_is_read_by_offset(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from paracaption.pipeline.stages.base import Failure, UnitAnswers
 from paracaption.pipeline.stages.caption import Caption, Captioned
-from paracaption.pipeline.stages.evidence import fingerprint
+from paracaption.pipeline.stages.evidence import Answered, fingerprint
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.reasons import Reason
@@ -17,10 +17,10 @@ def stage() -> Caption:
     return Caption(BuildConfig.model_validate({"out": "out", "sa1b": [{"paths": ["x.tar"]}]}))
 
 
-def known(stage, image, regions, caption="A red car."):
+def known(stage, image, regions, caption="A red car.", photo=""):
     """Evidence of some regions as it is stored."""
     return {
-        (image.key, region.id): (fingerprint(*stage.question(region)), Captioned(caption))
+        (image.key, region.id): Answered(fingerprint(*stage.question(region)), Captioned(caption), photo)
         for region in image.regions
         if region.id in regions
     }
@@ -36,7 +36,7 @@ def test_only_live_regions_without_evidence_are_missing(stage):
 
 def test_evidence_of_another_question_is_missing_and_replaced(stage):
     one = image("i0")
-    stored = {("i0", 0): (fingerprint("another mask"), Captioned("A blue bus."))}
+    stored = {("i0", 0): Answered(fingerprint("another mask"), Captioned("A blue bus."))}
     answers = UnitAnswers(stage, [one], stored)
     assert answers.num_missing == 1
     answers.add(answers.missing[0], [Captioned("A red car.")])
