@@ -132,30 +132,39 @@ def _check_work_list(out: Path, subset: str, heads: dict[str, UnitHead]) -> list
     name = f"{subset}/plan/{work_list.TABLE}"
     try:
         planned = work_list.load_work_list(out / subset)
-        table = pq.ParquetFile(work_list.table_path(out / subset))
-    except (IntegrityError, OSError, pa.ArrowException) as error:
-        fix = "restore it, or delete `plan/` and build again"
+        with pq.ParquetFile(work_list.table_path(out / subset)) as table:
+            problems = _compare_with_list(out, subset, heads, planned, table)
+    except (IntegrityError, OSError, pa.ArrowException, ValueError) as error:
+        fix = "build again, which makes it anew"
         return [
             Problem(name, "", f"not readable, so nothing says which images must be there ({error}); {fix}")
         ]
+    if damage := work_list.find_damage(planned):
+        problems.append(Problem(name, "", f"{damage}; build again, which makes it anew"))
+    return problems
+
+
+def _compare_with_list(
+    out: Path, subset: str, heads: dict[str, UnitHead], planned: WorkList, table: Any
+) -> list[Problem]:
+    name = f"{subset}/plan/{work_list.TABLE}"
     problems: list[Problem] = []
-    with table:
-        if table.num_row_groups != planned.num_units:
-            what = f"has {table.num_row_groups} units, plan.json says {planned.num_units}; restore them"
-            return [Problem(name, "", what)]
-        problems += _check_keys_once(table, name)
-        missing: list[str] = []
-        for index in range(planned.num_units):
-            unit = planned.unit_name(index)
-            head = heads.get(unit)
-            if head is None:
-                missing.append(unit)
-                continue
-            keys = table.read_row_group(index, columns=["key"])["key"].to_pylist()
-            if keys_digest(keys) != head.keys:
-                found = set(_images_of(out / subset / "manifests" / f"{unit}.json"))
-                what = f"{describe_difference(found, set(keys), 'the plan')}; {REBUILD}"
-                problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
+    if table.num_row_groups != planned.num_units:
+        what = f"has {table.num_row_groups} units, plan.json says {planned.num_units}; restore them"
+        return [Problem(name, "", what)]
+    problems += _check_keys_once(table, name)
+    missing: list[str] = []
+    for index in range(planned.num_units):
+        unit = planned.unit_name(index)
+        head = heads.get(unit)
+        if head is None:
+            missing.append(unit)
+            continue
+        keys = table.read_row_group(index, columns=["key"])["key"].to_pylist()
+        if keys_digest(keys) != head.keys:
+            found = set(_images_of(out / subset / "manifests" / f"{unit}.json"))
+            what = f"{describe_difference(found, set(keys), 'the plan')}; {REBUILD}"
+            problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         what = f"{len(missing)} of {planned.num_units} units are not committed ({shown}); run the build again"

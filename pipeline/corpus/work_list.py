@@ -6,11 +6,15 @@ reads its own unit and nothing else. `plan.json` has a digest of the content, wh
 
 The digest covers what the sources declare: keys, names, annotations, lengths, lasting problems. It leaves out
 where files lie and which were missing, so that a photo that is found later does not change the list.
+
+Each row has a check over all that is in it; the summary has one over itself, and the table's SHA-256. So a
+damaged list is never another list: it is made anew from the sources. Early releases wrote none of these.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -21,20 +25,20 @@ import msgspec
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import IntegrityError
-from ...schemas.reasons import ERRORS, Reason
-from ...schemas.records import Blob, Drop
 from ..io import files
 from ..sources.protocols import CatalogEntry
-from ..sources.registry import SubsetSource
+from ..sources.registry import SubsetSource, complete
+from . import work_list_table
 from .reader import list_units
+from .work_list_table import VERSION, Written
+
+log = logging.getLogger(__name__)
 
 FOLDER = "plan"
 TABLE = "plan.parquet"
 SUMMARY = "plan.json"
 
-_VERSION = 1
 _EXAMPLES = 5
-_SAMPLED_PHOTOS = 200
 
 
 class WorkList(msgspec.Struct, frozen=True):
@@ -50,6 +54,9 @@ class WorkList(msgspec.Struct, frozen=True):
         fingerprint: version of every annotation file, tar and folder, by URL.
         version: of this format.
         folder: the subset's folder that the list was read from. Empty on disk.
+        sources: the sources with their options, as the list was made from them; empty if that is not known.
+        table: SHA-256 of the table in hex; "" if that is not known.
+        check: over the other fields; "" if there is none.
     """
 
     subset: str
@@ -59,8 +66,11 @@ class WorkList(msgspec.Struct, frozen=True):
     images_per_shard: int
     photo_bytes: int
     fingerprint: dict[str, str]
-    version: int = _VERSION
+    version: int = VERSION
     folder: str = ""
+    sources: list[dict[str, Any]] = []
+    table: str = ""
+    check: str = ""
 
     def unit_name(self, index: int) -> str:
         """Name of a unit. Names sort by the index."""
@@ -80,10 +90,12 @@ class WorkList(msgspec.Struct, frozen=True):
         Raises:
             ConfigError: the sources are not where the configuration says.
         """
-        return self._matches(_fingerprint(source, limit), config)
+        is_whole = not self.table or find_damage(self) is None
+        return is_whole and self._matches(_fingerprint(source, limit), config)
 
     def _matches(self, fingerprint: dict[str, str], config: BuildConfig) -> bool:
         same = self.fingerprint == fingerprint and self.images_per_shard == config.images_per_shard
+        same = same and (not self.sources or self.sources == _sources_of(config, self.subset))
         return same and table_path(self.folder).is_file()
 
 
@@ -102,7 +114,7 @@ def make_work_list(
 ) -> WorkList:
     """List a subset's images and cut them into units, or find that the list on disk is still current.
 
-    Calling it again, at any time, gives the same list.
+    Calling it again, at any time, gives the same list. A list on disk that is damaged is made anew.
 
     Args:
         source: of the subset.
@@ -112,21 +124,30 @@ def make_work_list(
 
     Raises:
         ConfigError: the sources cannot be listed.
-        IntegrityError: the sources have changed since the list on disk was made; says how.
+        IntegrityError: the sources have changed since the list on disk was made, or are read in another way
+            than those that units were committed of; says how.
     """
     folder = Path(folder)
     table = table_path(folder)
     table.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(source, limit)
-    old = load_work_list(folder) if summary_path(folder).exists() else None
-    if old is not None and old._matches(fingerprint, config):
-        return old
+    old = find_work_list(folder)
+    damage = None
+    if old is None and summary_path(folder).exists():
+        log.warning("%s: damaged; the work list is made anew from the sources", summary_path(folder))
+    elif old is not None:
+        damage = find_damage(old)
+        if damage is None and old._matches(fingerprint, config):
+            return old
+        if damage is not None:
+            log.warning("%s: %s; it is made anew from the sources", table, damage)
+        _refuse_other_roles(old, config)
     entries = islice(source.catalog(), limit)
     fresh = table.with_name(f"{files.TEMPORARY}{TABLE}-{os.getpid()}")
     try:
-        made = _write_table(entries, source.subset, config.images_per_shard, fingerprint, fresh)
+        made = _write(entries, source.subset, config, fingerprint, fresh)
         if old is not None and old.digest != made.digest:
-            raise IntegrityError(_difference(table, fresh, old, made))
+            raise IntegrityError(_difference(table, fresh, old, made, damage))
         os.replace(fresh, table)
     finally:
         fresh.unlink(missing_ok=True)
@@ -139,6 +160,84 @@ def _fingerprint(source: SubsetSource, limit: int | None) -> dict[str, str]:
     return source.fingerprint() | ({} if limit is None else {"limit": str(limit)})
 
 
+def _write(
+    entries: Iterator[CatalogEntry], subset: str, config: BuildConfig, fingerprint: dict[str, str], path: Path
+) -> WorkList:
+    """Write the table, and tell what the summary will hold."""
+    size = config.images_per_shard
+    written = work_list_table.write_table(entries, subset, size, path)
+    made = WorkList(
+        subset,
+        written.digest,
+        written.num_images,
+        written.num_units,
+        size,
+        written.photo_bytes,
+        fingerprint,
+        sources=_sources_of(config, subset),
+        table=written.sha256,
+    )
+    return msgspec.structs.replace(made, check=_check_of_summary(made))
+
+
+def _sources_of(config: BuildConfig, subset: str) -> list[dict[str, Any]]:
+    """The sources of a subset with every option: what decides which files are read, and as what."""
+    return complete(config).subsets[subset].sources
+
+
+def _refuse_other_roles(old: WorkList, config: BuildConfig) -> None:
+    """Refuse the same places in other roles or in another order than those that units were committed of.
+
+    Places that are new, or are gone, are no reason: photos are found later or elsewhere.
+
+    Raises:
+        IntegrityError: they are; shows both.
+    """
+    roles = [_roles(sources) for sources in (old.sources, _sources_of(config, old.subset))]
+    common = {place for _, place in roles[0]} & {place for _, place in roles[1]}
+    was, now = ([each for each in found if each[1] in common] for found in roles)
+    if not old.sources or was == now or not list_units(old.folder):
+        return
+    changed = [
+        f"{option} was {', '.join(before)}, is {', '.join(after)}"
+        for option in sorted({name for name, _ in was + now})
+        if (before := _of_role(was, option)) != (after := _of_role(now, option))
+    ]
+    raise IntegrityError(
+        f"{summary_path(old.folder)}: units are committed that were read otherwise: "
+        f"{'; '.join(changed)}; restore that, or use a new `out`"
+    )
+
+
+def _of_role(found: list[tuple[str, str]], option: str) -> list[str]:
+    return [value for name, value in found if name == option] or ["none of these"]
+
+
+def _roles(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(option, text) of every text that is an option of a source or in one, in order."""
+    values = [(name, value) for source in sources for name, value in sorted(source.items())]
+    listed = [(name, value if isinstance(value, list) else [value]) for name, value in values]
+    return [(name, value) for name, each in listed for value in each if isinstance(value, str)]
+
+
+def find_work_list(folder: str | Path) -> WorkList | None:
+    """The work list in a subset's folder; None if there is none or a damaged one, which the build makes anew.
+
+    Raises:
+        IntegrityError: it is of another version, or the disk does not give it.
+    """
+    path = summary_path(folder)
+    try:
+        found = _decode_summary(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise IntegrityError(f"{path}: not readable ({error}); run the same command again") from error
+    except (msgspec.MsgspecError, UnicodeError):
+        return None
+    return _opened(found, folder)
+
+
 def load_work_list(folder: str | Path) -> WorkList:
     """The work list in a subset's folder.
 
@@ -147,14 +246,33 @@ def load_work_list(folder: str | Path) -> WorkList:
     """
     path = summary_path(folder)
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=WorkList)
+        found = _decode_summary(path.read_bytes())
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: no work list; run the build to make one") from error
     except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        raise IntegrityError(f"{path}: not a work list ({error}); delete it and build again") from error
-    if found.version != _VERSION:
         raise IntegrityError(
-            f"{path}: work list of version {found.version}, expected {_VERSION}; use a new `out`"
+            f"{path}: not a work list ({error}); build again, or delete it if that does not help"
+        ) from error
+    return _opened(found, folder)
+
+
+def _decode_summary(data: bytes) -> WorkList:
+    found = msgspec.json.decode(data, type=WorkList)
+    if found.check and found.check != _check_of_summary(found):
+        raise msgspec.ValidationError("its check is not that of its content")
+    return found
+
+
+def _check_of_summary(work_list: WorkList) -> str:
+    content = msgspec.structs.replace(work_list, check="", folder="")
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:16]
+
+
+def _opened(found: WorkList, folder: str | Path) -> WorkList:
+    path = summary_path(folder)
+    if found.version != VERSION:
+        raise IntegrityError(
+            f"{path}: work list of version {found.version}, expected {VERSION}; use a new `out`"
         )
     return msgspec.structs.replace(found, folder=str(folder))
 
@@ -167,19 +285,25 @@ def read_unit(folder: str | Path, index: int) -> list[CatalogEntry]:
         index: of the unit.
 
     Raises:
-        IntegrityError: the table cannot be read or has no such unit.
+        IntegrityError: the table cannot be read or has no such unit, or what is read is not what was written.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    return work_list_table.read_unit(table_path(folder), index)
 
-    path = table_path(folder)
-    try:
-        with pq.ParquetFile(path) as table:
-            if not 0 <= index < table.num_row_groups:
-                raise IntegrityError(f"{path}: no unit {index}, it has {table.num_row_groups}")
-            return _to_entries(table.read_row_group(index, use_threads=False))
-    except (OSError, pa.ArrowException) as error:
-        raise IntegrityError(f"{path}: not readable ({error}); delete `plan/` and build again") from error
+
+def find_damage(work_list: WorkList) -> str | None:
+    """What is wrong with the table of a work list that was read from a folder; None if nothing is.
+
+    Of a table of an early release, only what its digest covers and what cannot be decoded is found.
+    """
+    expected = Written(
+        work_list.digest,
+        work_list.num_images,
+        work_list.num_units,
+        work_list.photo_bytes,
+        work_list.table,
+    )
+    path = table_path(work_list.folder)
+    return work_list_table.find_damage(path, expected, work_list.subset, work_list.images_per_shard)
 
 
 def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
@@ -234,149 +358,7 @@ def _read_head(path: Path) -> _Head:
         ) from error
 
 
-# The table.
-
-_COLUMNS = (
-    "key",
-    "source",
-    "photo_url",
-    "photo_offset",
-    "photo_length",
-    "annotation_url",
-    "annotation_offset",
-)
-_COLUMNS += (
-    "annotation_length",
-    "record",
-    "file_name",
-    "drop_stage",
-    "drop_reason",
-    "drop_detail",
-    "content",
-)
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    numbers = {"source": pa.int32(), "record": pa.binary(), "content": pa.binary(16)}
-    kinds = {name: pa.int64() if name.endswith(("offset", "length")) else pa.string() for name in _COLUMNS}
-    return pa.schema(list((kinds | numbers).items()))
-
-
-def _write_table(
-    entries: Iterator[CatalogEntry], subset: str, size: int, fingerprint: dict[str, str], path: Path
-) -> WorkList:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    digest = hashlib.sha256(f"{_VERSION} {subset} {size}\n".encode())
-    num_images = num_units = 0
-    sample: list[Blob] = []
-    step = 1
-    schema = _schema()
-    with (
-        open(path, "wb") as file,
-        pq.ParquetWriter(file, schema, compression="zstd", compression_level=1) as writer,
-    ):
-        while unit := list(islice(entries, size)):
-            contents = [_content(entry) for entry in unit]
-            for content in contents:
-                digest.update(content)
-            for entry in unit:
-                if num_images % step == 0 and entry.photo is not None:
-                    sample.append(entry.photo)
-                num_images += 1
-            if len(sample) > 2 * _SAMPLED_PHOTOS:
-                sample, step = sample[::2], step * 2
-            columns = list(zip(*map(_row, unit, contents), strict=True))
-            arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=size)
-            num_units += 1
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())  # what was written, whoever wrote it
-    total = _photo_bytes(sample, num_images)
-    return WorkList(subset, digest.hexdigest(), num_images, num_units, size, total, fingerprint)
-
-
-def _content(entry: CatalogEntry) -> bytes:
-    """16 bytes for an image's content: not where its files lie, nor a problem that may go away."""
-    reason = None if entry.drop is None else entry.drop.reason
-    lasting = "" if reason is None or reason in ERRORS else reason.value
-    parts = (entry.key, str(entry.source), entry.file_name, lasting)
-    # A length tells that a tar's member is another one now; whole files have none here.
-    annotation = "" if entry.annotation is None else str(entry.annotation.length)
-    text = "\0".join((*parts, annotation)).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text + b"\0" + entry.record, digest_size=16).digest()
-
-
-def _row(entry: CatalogEntry, content: bytes) -> tuple[Any, ...]:
-    photo, annotation, drop = entry.photo, entry.annotation, entry.drop
-    return (
-        _text(entry.key),
-        entry.source,
-        *((None, None, None) if photo is None else (_text(photo.url), photo.offset, photo.length)),
-        *(
-            (None, None, None)
-            if annotation is None
-            else (_text(annotation.url), annotation.offset, annotation.length)
-        ),
-        entry.record,
-        _text(entry.file_name),
-        *((None, None, None) if drop is None else (drop.stage, drop.reason.value, _text(drop.detail))),
-        content,
-    )
-
-
-def _text(name: str) -> str:
-    """File names of a POSIX system need not be UTF-8; Parquet's strings are."""
-    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
-
-
-def _to_entries(table: Any) -> list[CatalogEntry]:
-    return [
-        CatalogEntry(
-            key,
-            None if photo_url is None else Blob(photo_url, photo_offset, photo_length),
-            None if url is None else Blob(url, offset, length),
-            record,
-            file_name,
-            None if stage is None else Drop(stage, Reason(reason), detail),
-            source,
-        )
-        for (
-            key,
-            source,
-            photo_url,
-            photo_offset,
-            photo_length,
-            url,
-            offset,
-            length,
-            record,
-            file_name,
-            stage,
-            reason,
-            detail,
-            _,
-        ) in zip(*(column.to_pylist() for column in table.columns), strict=True)
-    ]
-
-
-def _photo_bytes(sample: list[Blob], num_images: int) -> int:
-    """Size of all photos, from that of some; 0 where none can be asked."""
-    known = [photo.length for photo in sample if photo.length is not None]
-    for photo in [photo for photo in sample if photo.length is None and not files.is_url(photo.url)][
-        :_SAMPLED_PHOTOS
-    ]:
-        try:
-            known.append(files.size_of(photo))
-        except (OSError, ValueError):  # a name with a NUL in it is a ValueError
-            continue  # gone since it was listed; its reader will say so
-    return sum(known) * num_images // len(known) if known else 0
-
-
-def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList) -> str:
+def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList, damage: str | None) -> str:
     """The message that refuses a resume: in what the two lists differ, with examples."""
     import pyarrow.parquet as pq
 
@@ -387,8 +369,8 @@ def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList) ->
     limits = [each.fingerprint.get("limit", "none") for each in (old, new)]
     if limits[0] != limits[1]:
         head += f"the limit of images was {limits[0]}, is {limits[1]}: "
-    if not old_path.is_file():
-        return f"{head}which images differ cannot be said, it is gone{fix}"
+    if damage is not None:
+        return f"{head}which images differ cannot be said, it is {damage}{fix}"
     tables = [pq.read_table(path, columns=["key", "content"]) for path in (old_path, new_path)]
     before, after = (
         dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables

@@ -28,9 +28,8 @@ from ..corpus.events import EventLog, EventReader
 from ..corpus.work_list import (
     WorkList,
     find_pending_units,
-    load_work_list,
+    find_work_list,
     make_work_list,
-    summary_path,
 )
 from ..corpus.writer import Draft
 from ..io import files
@@ -255,10 +254,8 @@ def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed:
     out = Path(config.out)
     for subset in config.subsets:
         folder = out / subset
-        if not summary_path(folder).exists():
-            return False
-        work_list = load_work_list(folder)
-        if not work_list.is_current(open_source(config, subset), config, limit_images):
+        work_list = find_work_list(folder)
+        if work_list is None or not work_list.is_current(open_source(config, subset), config, limit_images):
             return False
         if find_pending(config, subset, work_list, retry_failed):
             return False

@@ -1,6 +1,9 @@
 """The plan: deterministic, read by unit, reused on a resume and refused when its sources have changed."""
 
+from contextlib import suppress
+
 import msgspec
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,3 +215,168 @@ def test_manifests_of_another_plan_or_of_no_unit_or_of_nothing_are_refused_by_na
     (folder / "sa1b-000000.json").write_bytes(b"{")
     with pytest.raises(IntegrityError, match=r"sa1b-000000\.json: not a manifest.*delete it"):
         work_list.find_pending_units(made, "r")
+
+
+def flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :]
+
+
+def entries_of_all_kinds():
+    """What each column of the table may hold."""
+    listed = entries_of(*"abcdefg")
+    drop = Drop("source", Reason.PHOTO_MISSING, "c.jpg: in none of the photo folders")
+    listed[2] = CatalogEntry("c", None, None, b'{"width": 3}', "c.jpg", drop)
+    return [*listed, *(msgspec.structs.replace(each, key=f"{each.key}2", source=1) for each in listed)]
+
+
+def lists(folder, listed, config):
+    """What a build would work on: the list made or found, and every unit of it."""
+    made = work_list.make_work_list(FakeSource(listed), config, folder)
+    return made.digest, [made.read_unit(index) for index in range(made.num_units)]
+
+
+def test_no_flipped_bit_of_the_table_is_another_list_and_a_damaged_one_is_made_anew(tmp_path):
+    listed, config = entries_of_all_kinds(), config_of(tmp_path, 4)
+    expected = lists(tmp_path, listed, config)
+    path = work_list.table_path(tmp_path)
+    good = path.read_bytes()
+    for place in range(0, len(good), len(good) // 50):
+        path.write_bytes(flipped(good, place))
+        for index, unit in enumerate(expected[1]):  # a worker that meets it has an error or the unit
+            with suppress(IntegrityError):
+                assert work_list.read_unit(tmp_path, index) == unit, f"byte {place}"
+        assert lists(tmp_path, listed, config) == expected
+        assert path.read_bytes() == good
+
+
+def test_no_flipped_bit_of_the_summary_is_another_list_and_a_damaged_one_is_made_anew(tmp_path):
+    listed, config = entries_of_all_kinds(), config_of(tmp_path, 4)
+    expected = lists(tmp_path, listed, config)
+    path = work_list.summary_path(tmp_path)
+    good = path.read_bytes()
+    for place in range(0, len(good), len(good) // 50):
+        path.write_bytes(flipped(good, place))
+        assert lists(tmp_path, listed, config) == expected, f"byte {place}"
+        assert work_list.load_work_list(tmp_path).num_units == 4
+        path.write_bytes(good)
+
+
+def as_early_releases_wrote_it(folder):
+    """Take away what they did not write: the checks, and in the summary what was added."""
+    path = work_list.table_path(folder)
+    groups = []
+    with pq.ParquetFile(path) as file:
+        groups = [file.read_row_group(index).drop_columns(["check"]) for index in range(file.num_row_groups)]
+    with pq.ParquetWriter(path, groups[0].schema, compression="zstd", compression_level=1) as writer:
+        for group in groups:
+            writer.write_table(group)
+    summary = msgspec.json.decode(work_list.summary_path(folder).read_bytes())
+    for name in ("sources", "table", "check"):
+        del summary[name]
+    work_list.summary_path(folder).write_bytes(msgspec.json.encode(summary))
+
+
+def test_a_list_of_an_early_release_is_taken_as_it_is_and_what_shows_of_damage_is_found(tmp_path):
+    listed, config = entries_of_all_kinds(), config_of(tmp_path, 4)
+    expected = lists(tmp_path, listed, config)
+    as_early_releases_wrote_it(tmp_path)
+    path = work_list.table_path(tmp_path)
+    early = path.read_bytes()
+    assert lists(tmp_path, listed, config) == expected and path.read_bytes() == early
+    summary = msgspec.json.decode(work_list.summary_path(tmp_path).read_bytes())
+    for name, value in (("num_units", 3), ("num_images", 13), ("digest", "0" * 64)):
+        work_list.summary_path(tmp_path).write_bytes(msgspec.json.encode(summary | {name: value}))
+        found = work_list.find_work_list(tmp_path)
+        assert found is not None and "damaged" in (work_list.find_damage(found) or "")
+    work_list.summary_path(tmp_path).write_bytes(msgspec.json.encode(summary))
+    path.write_bytes(early[:-20])
+    assert lists(tmp_path, listed, config) == expected
+    assert work_list.load_work_list(tmp_path).table  # it is a list of today's now
+
+
+def test_rows_that_are_gone_or_in_another_place_are_damage(tmp_path):
+    config = config_of(tmp_path, 3)
+    work_list.make_work_list(FakeSource(entries_of(*"abcdef")), config, tmp_path)
+    path = work_list.table_path(tmp_path)
+    with pq.ParquetFile(path) as file:
+        groups = [file.read_row_group(index) for index in range(2)]
+    for changed in (
+        [groups[0][:2], groups[1]],
+        [groups[1], groups[0]],
+        [groups[0].take([1, 0, 2]), groups[1]],
+    ):
+        with pq.ParquetWriter(path, groups[0].schema) as writer:
+            for group in changed:
+                writer.write_table(group)
+        with pytest.raises(IntegrityError, match="row 0 of unit 0 is damaged"):
+            work_list.read_unit(tmp_path, 0)
+
+
+def test_damage_with_other_sources_is_one_clear_error(tmp_path):
+    work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
+    work_list.table_path(tmp_path).write_bytes(b"PAR1")
+    with pytest.raises(IntegrityError, match=r"cannot be said, it is damaged.*use a new `out`"):
+        work_list.make_work_list(FakeSource(entries_of("a", "c"), "2"), config_of(tmp_path), tmp_path)
+
+
+def coconut_config(tmp_path, **changes):
+    source = {
+        "source": "coconut",
+        "annotations": ["/d/panoptic.json"],
+        "labels": "/d/labels",
+        "photos": ["/d/a", "/d/b"],
+    }
+    values = {"out": str(tmp_path), "subsets": {"sa1b": {"sources": [source | changes]}}}
+    return BuildConfig.model_validate(values)
+
+
+SWAPS = {
+    "order of photos": ({"photos": ["/d/b", "/d/a"]}, "photos was /d/a, /d/b, is /d/b, /d/a"),
+    "roles": ({"photos": ["/d/labels", "/d/b"], "labels": "/d/a"}, "labels was /d/labels, is /d/a"),
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_places_in_another_order_or_role_are_planned_anew_and_refused_beside_committed_units(tmp_path, swap):
+    changes, difference = SWAPS[swap]
+    source = FakeSource(entries_of("a", "b"))
+    first = work_list.make_work_list(source, coconut_config(tmp_path), tmp_path)
+    swapped = coconut_config(tmp_path, **changes)
+    assert not first.is_current(source, swapped)
+    write_manifest(tmp_path / "manifests", first, 0)
+    with pytest.raises(IntegrityError, match="units are committed that were read otherwise") as caught:
+        work_list.make_work_list(source, swapped, tmp_path)
+    assert difference in str(caught.value)
+    assert work_list.load_work_list(tmp_path) == first
+    (tmp_path / "manifests" / "sa1b-000000.json").unlink()
+    again = work_list.make_work_list(source, swapped, tmp_path)
+    assert again.digest == first.digest and again.sources != first.sources and source.times_listed == 2
+
+
+def test_places_that_are_added_or_moved_are_planned_anew_and_not_refused(tmp_path):
+    source = FakeSource(entries_of("a", "b"))
+    first = work_list.make_work_list(source, coconut_config(tmp_path), tmp_path)
+    write_manifest(tmp_path / "manifests", first, 0)
+    for photos in (["/d/a", "/d/b", "/d/c"], ["/e/a", "/e/b"], ["/e/b"]):
+        again = work_list.make_work_list(source, coconut_config(tmp_path, photos=photos), tmp_path)
+        assert again.digest == first.digest and again.sources[0]["photos"] == photos
+    assert source.times_listed == 4
+
+
+def test_any_other_option_is_planned_anew(tmp_path):
+    source = FakeSource(entries_of("a", "b"))
+    work_list.make_work_list(source, coconut_config(tmp_path), tmp_path)
+    work_list.make_work_list(source, coconut_config(tmp_path, categories="/d/categories.json"), tmp_path)
+    assert source.times_listed == 2
+
+
+def test_a_list_of_an_early_release_does_not_know_its_roles_and_counts_as_unchanged(tmp_path):
+    source = FakeSource(entries_of("a", "b"))
+    work_list.make_work_list(source, coconut_config(tmp_path), tmp_path)
+    as_early_releases_wrote_it(tmp_path)
+    early = work_list.load_work_list(tmp_path)
+    for changes, _ in SWAPS.values():
+        swapped = coconut_config(tmp_path, **changes)
+        assert early.is_current(source, swapped)
+        assert work_list.make_work_list(source, swapped, tmp_path) == early
+    assert source.times_listed == 1

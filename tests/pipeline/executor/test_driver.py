@@ -8,6 +8,7 @@ import pytest
 
 from paracaption.pipeline.corpus import writer
 from paracaption.pipeline.executor import driver, findings, preflight
+from paracaption.pipeline.executor.build import build_checked
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.models import registry
 from paracaption.schemas.errors import ConfigError, IntegrityError, StageFailed
@@ -155,3 +156,19 @@ def test_only_models_that_will_be_asked_need_their_packages(tmp_path, coconut, m
     assert list(preflight.check_packages(strict, set())) == []
     (line,) = preflight.check_packages(strict, {"judge"})
     assert line.state == findings.FAIL and "a-package-that-nobody-has is not installed" in line.found
+
+
+def test_a_work_list_that_is_damaged_is_made_anew_and_the_build_goes_on(tmp_path, coconut):
+    config = config_of(tmp_path / "out", coconut=coconut)
+    build_checked(config, LocalEngine(), driver.build, limit_images=None, retry_failed=False)
+    before = committed(tmp_path / "out")
+    folder = tmp_path / "out" / "coconut"
+    good = {path: path.read_bytes() for path in (folder / "plan").iterdir()}
+    for path, data in good.items():
+        for finished in (True, False):
+            path.write_bytes(data[: len(data) // 2] + b"?" + data[len(data) // 2 + 1 :])
+            if not finished:
+                (folder / "manifests" / "coconut-000001.json").unlink()
+            build_checked(config, LocalEngine(), driver.build, limit_images=None, retry_failed=False)
+            assert {each: each.read_bytes() for each in good} == good
+            assert committed(tmp_path / "out") == before

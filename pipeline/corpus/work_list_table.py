@@ -1,0 +1,258 @@
+"""The table of a work list: a row per image, a row group per unit, a check per row over all its columns."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ...schemas.errors import IntegrityError
+from ...schemas.reasons import ERRORS, Reason
+from ...schemas.records import Blob, Drop
+from ..io import files
+from ..sources.protocols import CatalogEntry
+
+VERSION = 1
+"""Of the work list's format; part of its digest."""
+
+_SAMPLED_PHOTOS = 200
+
+_COLUMNS = (
+    "key",
+    "source",
+    "photo_url",
+    "photo_offset",
+    "photo_length",
+    "annotation_url",
+    "annotation_offset",
+)
+_COLUMNS += (
+    "annotation_length",
+    "record",
+    "file_name",
+    "drop_stage",
+    "drop_reason",
+    "drop_detail",
+    "content",
+)
+_CHECK = "check"
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    numbers = {"source": pa.int32(), "record": pa.binary(), "content": pa.binary(16), _CHECK: pa.binary(8)}
+    kinds = {name: pa.int64() if name.endswith(("offset", "length")) else pa.string() for name in _COLUMNS}
+    return pa.schema(list((kinds | numbers).items()))
+
+
+def _check_of_row(index: int, place: int, count: int, row: tuple[Any, ...]) -> bytes:
+    """8 bytes over all columns of a row, its place in its unit, the unit's number and its number of rows."""
+    return hashlib.blake2b(msgspec.msgpack.encode((index, place, count, *row)), digest_size=8).digest()
+
+
+def _begin_digest(subset: str, size: int) -> Any:
+    return hashlib.sha256(f"{VERSION} {subset} {size}\n".encode())
+
+
+class Written(NamedTuple):
+    """What was written into a table.
+
+    Attributes:
+        digest: of the images in their order, and of the subset and the size of its units.
+        num_images, num_units: how many.
+        photo_bytes: size of all photos together, estimated from a sample.
+        sha256: of the file, in hex.
+    """
+
+    digest: str
+    num_images: int
+    num_units: int
+    photo_bytes: int
+    sha256: str
+
+
+def write_table(entries: Iterator[CatalogEntry], subset: str, size: int, path: Path) -> Written:
+    """Write the images in units of `size`, a row group for each. Same images, same bytes; not atomic."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    digest = _begin_digest(subset, size)
+    num_images = num_units = 0
+    sample: list[Blob] = []
+    step = 1
+    schema = _schema()
+    with (
+        open(path, "wb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd", compression_level=1) as writer,
+    ):
+        while unit := list(islice(entries, size)):
+            contents = [_content(entry) for entry in unit]
+            for content in contents:
+                digest.update(content)
+            for entry in unit:
+                if num_images % step == 0 and entry.photo is not None:
+                    sample.append(entry.photo)
+                num_images += 1
+            if len(sample) > 2 * _SAMPLED_PHOTOS:
+                sample, step = sample[::2], step * 2
+            rows = list(map(_row, unit, contents))
+            checks = [_check_of_row(num_units, place, len(rows), row) for place, row in enumerate(rows)]
+            columns = [*zip(*rows, strict=True), checks]
+            arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=size)
+            num_units += 1
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())  # what was written, whoever wrote it
+        written = hashlib.file_digest(file, "sha256").hexdigest()
+    return Written(digest.hexdigest(), num_images, num_units, _photo_bytes(sample, num_images), written)
+
+
+def _content(entry: CatalogEntry) -> bytes:
+    """16 bytes for an image's content: not where its files lie, nor a problem that may go away."""
+    reason = None if entry.drop is None else entry.drop.reason
+    lasting = "" if reason is None or reason in ERRORS else reason.value
+    parts = (entry.key, str(entry.source), entry.file_name, lasting)
+    # A length tells that a tar's member is another one now; whole files have none here.
+    annotation = "" if entry.annotation is None else str(entry.annotation.length)
+    text = "\0".join((*parts, annotation)).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text + b"\0" + entry.record, digest_size=16).digest()
+
+
+def _row(entry: CatalogEntry, content: bytes) -> tuple[Any, ...]:
+    photo, annotation, drop = entry.photo, entry.annotation, entry.drop
+    return (
+        _text(entry.key),
+        entry.source,
+        *((None, None, None) if photo is None else (_text(photo.url), photo.offset, photo.length)),
+        *(
+            (None, None, None)
+            if annotation is None
+            else (_text(annotation.url), annotation.offset, annotation.length)
+        ),
+        entry.record,
+        _text(entry.file_name),
+        *((None, None, None) if drop is None else (drop.stage, drop.reason.value, _text(drop.detail))),
+        content,
+    )
+
+
+def _text(name: str) -> str:
+    """File names of a POSIX system need not be UTF-8; Parquet's strings are."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
+
+
+def read_unit(path: Path, index: int) -> list[CatalogEntry]:
+    """The images of one unit, in order; reads nothing of the other units.
+
+    Raises:
+        IntegrityError: the table cannot be read or has no such unit, or what is read is not what was written.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as table:
+            if not 0 <= index < table.num_row_groups:
+                raise IntegrityError(f"{path}: no unit {index}, it has {table.num_row_groups}")
+            return _to_entries(table.read_row_group(index, use_threads=False), index)
+    except IntegrityError:
+        raise
+    except Exception as error:  # whatever a reader of Parquet makes of damaged bytes
+        raise IntegrityError(
+            f"{path}: not readable ({error}); build again, which makes it anew, or delete it first"
+        ) from error
+
+
+def _to_entries(table: Any, index: int) -> list[CatalogEntry]:
+    """The images of unit `index`, of which `table` has the rows.
+
+    Raises:
+        ValueError: they are not what was written.
+    """
+    if table.column_names not in (list(_COLUMNS), [*_COLUMNS, _CHECK]):
+        raise ValueError(f"its columns are {', '.join(table.column_names)}")
+    rows = list(zip(*(table[name].to_pylist() for name in _COLUMNS), strict=True))
+    if _CHECK in table.column_names:
+        for place, (row, check) in enumerate(zip(rows, table[_CHECK].to_pylist(), strict=True)):
+            if check != _check_of_row(index, place, len(rows), row):
+                raise ValueError(f"row {place} of unit {index} is damaged")
+    return [
+        CatalogEntry(
+            key,
+            None if photo_url is None else Blob(photo_url, photo_offset, photo_length),
+            None if url is None else Blob(url, offset, length),
+            record,
+            file_name,
+            None if stage is None else Drop(stage, Reason(reason), detail),
+            source,
+        )
+        for (
+            key,
+            source,
+            photo_url,
+            photo_offset,
+            photo_length,
+            url,
+            offset,
+            length,
+            record,
+            file_name,
+            stage,
+            reason,
+            detail,
+            _,
+        ) in rows
+    ]
+
+
+def _photo_bytes(sample: list[Blob], num_images: int) -> int:
+    """Size of all photos, from that of some; 0 where none can be asked."""
+    known = [photo.length for photo in sample if photo.length is not None]
+    for photo in [photo for photo in sample if photo.length is None and not files.is_url(photo.url)][
+        :_SAMPLED_PHOTOS
+    ]:
+        try:
+            known.append(files.size_of(photo))
+        except (OSError, ValueError):  # a name with a NUL in it is a ValueError
+            continue  # gone since it was listed; its reader will say so
+    return sum(known) * num_images // len(known) if known else 0
+
+
+def find_damage(path: Path, expected: Written, subset: str, size: int) -> str | None:
+    """What is wrong with a table; None if it is what was written.
+
+    Args:
+        path: of the table.
+        expected: what was written into it. If its `sha256` is "" (early releases wrote none), only what the
+            digest covers and what cannot be decoded is found.
+        subset: whose images it has.
+        size: of a unit.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        if expected.sha256:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            return None if found == expected.sha256 else "damaged: its SHA-256 is not that of plan.json"
+        digest, num_images = _begin_digest(subset, size), 0
+        with pq.ParquetFile(path) as table:
+            if table.num_row_groups != expected.num_units:
+                return f"damaged: it has {table.num_row_groups} units, plan.json {expected.num_units}"
+            for index in range(table.num_row_groups):
+                unit = table.read_row_group(index, use_threads=False)
+                unit.validate(full=True)
+                for content in unit["content"].to_pylist():
+                    digest.update(content)
+                num_images += len(unit)
+    except FileNotFoundError:
+        return "gone"
+    except Exception as error:  # noqa: BLE001 - whatever a reader of Parquet makes of damaged bytes
+        return f"damaged ({error})"
+    same = (num_images, digest.hexdigest()) == (expected.num_images, expected.digest)
+    return None if same else "damaged: its images are not those of plan.json"
