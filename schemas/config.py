@@ -295,7 +295,21 @@ class Failures(Strict):
     )
     stop_after_units: PositiveInt = Field(
         default=3,
-        description="The build stops when a stage fails entirely on this many units in a row.",
+        description="The build stops when a stage fails entirely on this many units in a row, or when this "
+        "many in a row are held back because their source fails.",
+    )
+    read_retry_s: float = Field(
+        default=60,
+        ge=0,
+        description="A read of a source that fails for a while (a timeout, a 503, a stale handle) is tried "
+        "again for this many seconds. 0 reads once.",
+    )
+    max_failed_share: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="A unit is held back, and not committed, if more than this share of its images (and more "
+        "than one) could not be read. 1 holds nothing back.",
     )
     stall_s: float = Field(
         default=1_800,

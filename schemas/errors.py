@@ -57,6 +57,10 @@ class StageFailed(ParaCaptionError):
     """A stage fails on everything it is given: the model or its set-up is broken, not the data."""
 
 
+class UnitsHeldBack(StageFailed):
+    """The source of some units failed: they are not committed, everything else is."""
+
+
 class Diverged(StageFailed):
     """Step after step of a training run was not taken, on all ranks; starting anew would end the same way."""
 

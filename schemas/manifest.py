@@ -15,7 +15,7 @@ class FileEntry(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a unit holds. Equal for two runs on the same evidence: no times, hosts or attempts.
 
     Attributes:
@@ -30,6 +30,8 @@ class Manifest(msgspec.Struct, frozen=True):
         kept: regions in the shard.
         dropped: number of dropped regions by "stage/reason".
         images_dropped: number of images dropped as a whole by reason.
+        failed: number of images whose source could not be read, by the kind of the failure; not in the file
+            if there are none.
     """
 
     unit: str
@@ -43,6 +45,7 @@ class Manifest(msgspec.Struct, frozen=True):
     kept: int
     dropped: dict[str, int]
     images_dropped: dict[Reason, int]
+    failed: dict[str, int] = {}
 
 
 def encode(manifest: Manifest) -> bytes:

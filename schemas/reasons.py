@@ -12,6 +12,7 @@ class Reason(StrEnum):
     PHOTO_MISSING = "photo_missing"  # named by the annotation, not found in any photo folder or tar
     PHOTO_UNREADABLE = "photo_unreadable"  # not an image, truncated, or a format that is not decoded
     PHOTO_TOO_LARGE = "photo_too_large"  # above the pixel limit (a decompression bomb)
+    SOURCE_UNAVAILABLE = "source_unavailable"  # its source failed for a while; not a verdict on the record
     SIZE_MISMATCH = "size_mismatch"  # photo, annotation and label map disagree on width and height
     # The annotation.
     ANNOTATION_MISSING = "annotation_missing"  # a photo without its annotation, a PNG without its record
@@ -55,10 +56,14 @@ ERRORS: frozenset[Reason] = frozenset(
     {
         Reason.PHOTO_MISSING,
         Reason.PHOTO_UNREADABLE,
+        Reason.SOURCE_UNAVAILABLE,
         Reason.LABELS_UNREADABLE,
         Reason.MODEL_ERROR,
         Reason.ANSWER_INVALID,
         Reason.WORKER_CRASHED,
     }
 )
-"""Reasons that another attempt may turn: `build --retry-failed` runs the units that hold one."""
+"""Reasons that another attempt may turn. The work list does not depend on them."""
+
+RETRIED: frozenset[Reason] = ERRORS | {Reason.ANNOTATION_UNREADABLE}
+"""What `--retry-failed` looks for: older releases took an annotation that could not be read for a bad one."""

@@ -106,6 +106,8 @@ class ImageRecord(msgspec.Struct):
         drop: set if the image as a whole is unusable; then every region is dropped with it.
         photo_digest: SHA-256 in hex of the photo's bytes, as whoever first read them whole found them; "" as
             long as nobody has.
+        failed: the kind of the failure if its source could not be read, which is no verdict on the image
+            ("transient", "refused" or "record"); else empty.
     """
 
     key: str
@@ -118,13 +120,15 @@ class ImageRecord(msgspec.Struct):
     regions: list[Region] = []
     drop: Drop | None = None
     photo_digest: str = ""
+    failed: str = ""
 
     def live(self) -> list[Region]:
         """The regions that no stage has rejected yet, in order."""
         return [] if self.drop else [region for region in self.regions if region.drop is None]
 
-    def reject(self, drop: Drop) -> None:
-        """Drop the image and every region of it that is still live."""
+    def reject(self, drop: Drop, failed: str = "") -> None:
+        """Drop the image and every region of it that is still live; `failed` as in the attributes."""
+        self.failed = failed or self.failed
         for region in self.live():
             region.drop = drop
         self.drop = drop

@@ -16,7 +16,7 @@ class FunnelStep(msgspec.Struct):
     reasons: dict[str, int]
 
 
-class SubsetCounts(msgspec.Struct):
+class SubsetCounts(msgspec.Struct, omit_defaults=True):
     """The sum of a subset's manifests.
 
     Attributes:
@@ -32,6 +32,8 @@ class SubsetCounts(msgspec.Struct):
         plans, recipes: digests of the work lists and recipes of the units; a sound corpus has one of each.
         manifests: SHA-256 over the bytes of all manifests in the order of their units. Index and statistics
             are current as long as it is the same.
+        failed: number of images whose source could not be read, by the kind of the failure; `--retry-failed`
+            reads them again. Not in the file if there are none.
     """
 
     units: int
@@ -45,6 +47,7 @@ class SubsetCounts(msgspec.Struct):
     plans: list[str]
     recipes: list[str]
     manifests: str
+    failed: dict[str, int] = {}
 
 
 class Histogram(msgspec.Struct):

@@ -32,7 +32,7 @@ def config_of(
         "images_per_shard": 4,
         "masks": {"min_area_px": 16},
         "io": {"num_cpus": 0.1, "concurrency": [1, 1]},
-        "failures": {"min_free_gb": 0, "stall_s": 120},
+        "failures": {"min_free_gb": 0, "stall_s": 120, "read_retry_s": 0},
     }
     for number, (protocol, name) in enumerate(BACKENDS.items(), start=1):
         given = changes.pop(protocol, {})

@@ -8,6 +8,17 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
 
+import pytest
+
 import paracaption.flows  # noqa: F401 - switches telemetry off
+from paracaption.pipeline.io import failures
 
 pytest_plugins = ["tests.groups", "tests.machinery", "tests.vllm_judge"]
+
+
+@pytest.fixture(autouse=True)
+def _reads_are_not_tried_again():
+    """What a test has set for this process ends with it; a test that waits says so."""
+    failures.RETRYING.set_budget(0)
+    yield
+    failures.RETRYING.set_budget(0)

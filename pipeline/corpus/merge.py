@@ -132,6 +132,7 @@ class _ManifestSums:
         self.numbers: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.images_dropped: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
         self.plans: set[str] = set()
         self.recipes: set[str] = set()
         self.digest = hashlib.sha256()
@@ -146,6 +147,7 @@ class _ManifestSums:
         self.numbers["shard_bytes"] += manifest.shard.bytes if manifest.shard else 0
         self.dropped.update(manifest.dropped)
         self.images_dropped.update({reason.value: n for reason, n in manifest.images_dropped.items()})
+        self.failed.update(manifest.failed)
         self.plans.add(manifest.plan)
         self.recipes.add(manifest.recipe)
 
@@ -159,6 +161,7 @@ class _ManifestSums:
             plans=sorted(self.plans),
             recipes=sorted(self.recipes),
             manifests=self.digest.hexdigest(),
+            failed=dict(sorted(self.failed.items())),
         )
 
 

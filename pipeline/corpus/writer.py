@@ -19,12 +19,12 @@ from typing import IO, NamedTuple
 import msgspec
 
 from ...schemas import manifest as manifests
-from ...schemas.errors import StageFailed
+from ...schemas.errors import BadRecord, StageFailed
 from ...schemas.manifest import FileEntry, Manifest
-from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
 from ...schemas.sample import PHOTO_ENDING, to_sample
 from ..io import files, photos
+from ..io.failures import kind_of
 from ..stages.base import PHOTO_CHANGED
 from .ledger import Place, ledger_table, write_table
 
@@ -42,7 +42,7 @@ class Draft(msgspec.Struct):
 
     `failures` names the stages that failed on every image of the unit, with the last error: the driver holds
     such a unit back until it knows whether the stage or the data is to blame. `held` says why the unit must
-    not be committed at all as it is; "" if it may.
+    not be committed, because its source fails or a photo changed.
     """
 
     manifest: Manifest
@@ -101,6 +101,7 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
         kept=kept,
         dropped=dict(sorted(dropped.items())),
         images_dropped=dict(sorted(Counter(image.drop.reason for image in images if image.drop).items())),
+        failed=dict(sorted(Counter(image.failed for image in images if image.failed).items())),
     )
     assert regions_in == kept + sum(dropped.values()), f"{unit}: a region is neither kept nor dropped"
     return Draft(record, str(written.path) if written else None, str(recorded.path), held=held)
@@ -126,13 +127,9 @@ def _write_tar(path: Path, images: list[ImageRecord]) -> tuple[dict[str, Place],
         for image in sorted((image for image in images if image.live()), key=lambda image: image.key):
             assert image.photo is not None, f"{image.key}: live without a photo"
             try:
-                photo = files.read(image.photo)
-                photos.check_length(image.photo, photo, image.photo.length)
-            except Exception as error:  # noqa: BLE001 - a remote file system may raise anything
-                missing = isinstance(error, FileNotFoundError)
-                reason = Reason.PHOTO_MISSING if missing else Reason.PHOTO_UNREADABLE
-                why = getattr(error, "strerror", None) or error
-                image.reject(Drop(WRITE_STAGE, reason, f"{image.photo}: {why}"))
+                photo = photos.fetch(image.photo)
+            except BadRecord as bad:
+                image.reject(Drop(WRITE_STAGE, bad.reason, bad.detail), kind_of(bad))
                 continue
             if image.photo_digest and image.photo_digest != photos.digest_of(photo):
                 held = held or f"{image.photo}: {PHOTO_CHANGED}"

@@ -21,12 +21,14 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.reasons import Reason
 from ..corpus.work_list import load_work_list
 from ..io import files
+from ..io.failures import SourceUnavailable
 from ..sources.protocols import CatalogEntry, Note
 from ..sources.registry import SubsetSource
 
 FIXES = {
     Reason.PHOTO_MISSING: "put the photos there, or add their folder to `photos`",
     Reason.PHOTO_UNREADABLE: "fetch these photos again",
+    Reason.SOURCE_UNAVAILABLE: "nothing is wrong with these; look again when the source answers",
     Reason.PHOTO_TOO_LARGE: "raise limits.max_pixels if they are what they should be",
     Reason.SIZE_MISMATCH: "photo and annotation are of different releases; fetch matching ones",
     Reason.ANNOTATION_MISSING: "fetch their annotations, or leave them out",
@@ -165,6 +167,7 @@ def audit_sample(source: SubsetSource, config: BuildConfig) -> AuditReport:
 
     Raises:
         ConfigError: the source cannot be listed, has no image, or no region of the sample is usable.
+        SourceUnavailable: it does not answer now.
     """
     report = AuditReport(source.subset, AuditResult(), FIXES | source.fixes(), sampled=True)
     if not config.audit_images:
@@ -174,6 +177,14 @@ def audit_sample(source: SubsetSource, config: BuildConfig) -> AuditReport:
         entries = list(islice(source.catalog(), config.audit_images))
     report.result = audit_images(source, entries, config.limits)
     if not report.result.regions_usable:
+        away = next(
+            (each for each in report.result.problems if each.reason == Reason.SOURCE_UNAVAILABLE), None
+        )
+        if away is not None:
+            raise SourceUnavailable(
+                f"{source.subset}: no image of a sample can be read ({away.detail}); run the same command "
+                "again when the source answers"
+            )
         what = "it has no image" if not entries else f"no region of {len(entries)} images is usable"
         raise ConfigError(f"{source.subset}: {what}; fix the source first\n{report.text()}")
     return report

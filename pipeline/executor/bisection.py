@@ -14,6 +14,7 @@ from typing import Any
 from ...schemas.errors import BadRecord, ConfigError, EngineLost, StageFailed
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord
+from ..io.failures import kind_of
 from ..stages.base import Failure, UnitAnswers
 from .in_flight import InFlight
 
@@ -83,7 +84,7 @@ class Bisection:
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, BadRecord):
-            return Failure(error.reason, error.detail)
+            return Failure(error.reason, error.detail, kind_of(error))
         self._failed_alone += 1
         self._last = Failure(Reason.MODEL_ERROR, f"{type(error).__name__}: {error}")
         return self._last

@@ -21,8 +21,8 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from ...schemas.config import BuildConfig, dump_config
-from ...schemas.errors import ConfigError, StageFailed
-from ...schemas.reasons import ERRORS
+from ...schemas.errors import ConfigError, StageFailed, UnitsHeldBack
+from ...schemas.reasons import RETRIED
 from ..corpus import merge, reader, writer
 from ..corpus.events import EventLog, EventReader
 from ..corpus.work_list import (
@@ -79,6 +79,8 @@ def build(
         ConfigError: the configuration cannot work here, or another build holds the folder.
         IntegrityError: the sources are not those that the corpus was planned with.
         StageFailed: a stage fails on everything, a backend cannot start, or the disk is full.
+        UnitsHeldBack: the source of some units failed; everything else is committed and merged.
+        SourceUnavailable: a source does not answer now.
         StageStalled: nothing moved for `failures.stall_s`.
     """
     config = complete(config)
@@ -87,12 +89,18 @@ def build(
         if is_finished(config, limit_images, retry_failed):
             return msgspec.to_builtins(reader.read_summary(config.out))
         step(write_config)(config)
+        held: dict[str, str] = {}
         for subset in config.subsets:
             work_list = step(prepare_work_list)(config, subset, limit_images)
             if units := step(find_pending)(config, subset, work_list, retry_failed):
                 step(audit_source)(config, subset)
-                step(build_units)(config, subset, work_list, units, engine, on_progress)
-        return step(merge_corpus)(config)
+                held |= step(build_units)(config, subset, work_list, units, engine, on_progress).held
+        if held and not any(reader.list_units(str(Path(config.out) / each)) for each in config.subsets):
+            raise UnitsHeldBack(held_back(held))
+        summary = step(merge_corpus)(config)
+        if held:
+            raise UnitsHeldBack(held_back(held))
+        return summary
 
 
 # The steps.
@@ -297,7 +305,7 @@ def failed_units(folder: Path, work_list: WorkList) -> list[int]:
         except FileNotFoundError:
             continue
         reasons = {key.partition("/")[2] for key in record.dropped} | set(record.images_dropped)
-        if reasons & ERRORS:
+        if record.failed or reasons & RETRIED:
             failed.append(index)
     return failed
 
@@ -343,8 +351,21 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+def held_back(held: dict[str, str], how: str = "") -> str:
+    """The line that ends a build whose source failed: by unit, what happened."""
+    unit, why = list(held.items())[-1]
+    some = f"{len(held)} units{how} are" if len(held) > 1 else "1 unit is"
+    return (
+        f"{some} held back, last {unit}: {why}. What is committed stays; run the same command again when the "
+        "source can be read, or raise failures.max_failed_share to build without what cannot"
+    )
+
+
 class _Committer:
     """Commits drafts as they come.
+
+    A unit whose source failed is held back: it is never committed, and `stop_after` of them in a row stop the
+    build.
 
     A unit on which a stage failed everywhere waits for the next ones: if the stage works on one of them, the
     failed unit is committed with its drops; if it fails on `stop_after` units in a row, the build stops.
@@ -356,14 +377,13 @@ class _Committer:
         self.progress = progress
         self.events = events
         self.suspects: list[Draft] = []
-        self.held: list[str] = []
+        self.held_in_a_row: dict[str, str] = {}
 
     def take(self, draft: Draft) -> None:
         if draft.held:
-            log.warning("%s: not committed: %s", draft.manifest.unit, draft.held)
-            writer.discard(draft)
-            self.held.append(draft.held)
+            self._hold(draft)
             return
+        self.held_in_a_row = {}
         if draft.failures:
             self.suspects.append(draft)
             if len(self.suspects) >= self.stop_after:
@@ -377,18 +397,16 @@ class _Committer:
         self._release()
         self._commit(draft)
 
-    def finish(self) -> None:
-        """Commit what waits.
+    def _hold(self, draft: Draft) -> None:
+        unit = draft.manifest.unit
+        log.warning("%s is held back: %s", unit, draft.held)
+        writer.discard(draft)
+        self.progress.held[unit] = self.held_in_a_row[unit] = draft.held
+        if len(self.held_in_a_row) >= self.stop_after:
+            raise UnitsHeldBack(held_back(self.held_in_a_row, " in a row"))
 
-        Raises:
-            StageFailed: units were held back.
-        """
+    def finish(self) -> None:
         self._release()
-        if self.held:
-            raise StageFailed(
-                f"{len(self.held)} units are not committed: {self.held[0]}; run the same command again, "
-                "which asks again about what has changed"
-            )
 
     def abandon(self) -> None:
         for draft in self.suspects:

@@ -45,6 +45,7 @@ class Progress(msgspec.Struct):
         dropped: regions of the committed units by "stage/reason".
         stages: by name, in the recipe's order.
         utilization: of the model stages whose actors are up.
+        held: units that are held back because their source fails, each with what happened.
     """
 
     subset: str
@@ -57,6 +58,7 @@ class Progress(msgspec.Struct):
     dropped: Counter[str] = msgspec.field(default_factory=Counter)
     stages: dict[str, StageProgress] = {}
     utilization: dict[str, StageUtilization] = {}
+    held: dict[str, str] = {}
 
     @property
     def seconds_left(self) -> float | None:

@@ -10,6 +10,8 @@ How failures are contained, from the inside out:
    one by one, and drops one that has killed its worker `failures.crash_attempts` times alone. A worker that
    dies for another reason costs nothing but time.
 4. A call that hangs leaves its stack in the run's folder, where the driver finds it.
+5. A source that fails is no verdict on a record: what reads it tries again, what still fails is counted, and
+   a unit of which too much failed is held back (`holding.py`).
 """
 
 from __future__ import annotations
@@ -30,20 +32,22 @@ from typing import IO, Any
 import msgspec
 
 from ...schemas import errors as error_types
-from ...schemas.config import BuildConfig, Limits
-from ...schemas.errors import BadRecord, EngineLost, ParaCaptionError, StageFailed
+from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError, EngineLost, ParaCaptionError, StageFailed
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
 from ..corpus import writer
+from ..corpus.committed_unit import CommittedUnit
 from ..corpus.events import EventLog
 from ..corpus.work_list import read_unit
 from ..corpus.writer import Draft
+from ..io import failures
 from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
-from ..sources.registry import SubsetSource, open_source
+from ..sources.registry import open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers
 from ..stages.evidence import Evidence, EvidenceStore
-from . import gpus
+from . import gpus, holding
 from .bisection import Bisection, model_failure, needs_fresh_model
 from .in_flight import InFlight
 from .photo_digests import PhotoWatch, check_photos
@@ -128,6 +132,7 @@ class Worker:
         self.stack_path = Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt"
         self._stack = _open_stack(self.stack_path)
         self.source = open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
+        failures.RETRYING.set_budget(job.config.failures.read_retry_s)
         self.models: dict[str, Any] = {}
         self._photos = PhotoWatch()
         self.meters = {
@@ -232,9 +237,8 @@ class Worker:
     # The ends.
 
     def _read(self, unit: Unit, index: int) -> None:
-        assert self.source is not None
-        source, limits = self.source, self.job.config.limits
         entries = read_unit(self.folder, index)
+        committed = CommittedUnit(self.folder, unit.name)
         read: dict[str, ImageRecord] = {}
         with self._in_flight(SOURCE_STAGE, unit) as in_flight:
             for batch in in_flight.split(entries, READ_BATCH):
@@ -247,17 +251,50 @@ class Worker:
                             detail = in_flight.crash_detail(entry.key)
                             read[entry.key] = self._dropped(entry, Reason.WORKER_CRASHED, detail)
                         else:
-                            read[entry.key] = self._read_one(source, entry, limits)
+                            read[entry.key] = self._read_one(entry, committed)
         unit.images = [read[entry.key] for entry in entries]
+        self._stop_if_refused(unit)
 
-    def _read_one(self, source: SubsetSource, entry: CatalogEntry, limits: Limits) -> ImageRecord:
-        try:
-            return source.read(entry, limits)
-        except BadRecord as bad:
-            return self._dropped(entry, bad.reason, bad.detail)
-        except Exception as error:  # noqa: BLE001 - an unforeseen record is a drop, not the end of the build
-            detail = f"{entry.annotation}: {type(error).__name__}: {error}"
-            return self._dropped(entry, Reason.ANNOTATION_UNREADABLE, detail)
+    def _read_one(self, entry: CatalogEntry, committed: CommittedUnit) -> ImageRecord:
+        """The image; with its photo from the committed shard if the source cannot give it."""
+        assert self.source is not None
+        limits = self.job.config.limits
+        image = self.source.read(entry, limits)
+        is_missing = image.drop is not None and image.drop.reason is Reason.PHOTO_MISSING
+        if (image.failed or is_missing) and (photo := committed.photo(entry.key)) is not None:
+            there = msgspec.structs.replace(entry, photo=photo, drop=None if is_missing else entry.drop)
+            if there.annotation is not None:
+                again = self.source.read(there, limits)
+                return image if again.failed else again
+        return image
+
+    def _stop_if_refused(self, unit: Unit) -> None:
+        """End the build if the source refuses everything: no record is to blame for that.
+
+        Raises:
+            ConfigError: says what to do.
+        """
+        read = [image for image in unit.images if not image.failed and image.photo is not None]
+        refused = [image for image in unit.images if image.failed == failures.Kind.REFUSED]
+        if refused and not read and not self._do_neighbors_read(unit):
+            drop = refused[-1].drop
+            detail = drop.detail.partition("; ")[0] if drop else ""
+            raise ConfigError(
+                f"{detail}; the source refuses everything: correct its permissions or the credentials, then "
+                "run the same command again"
+            )
+
+    def _why_held(self, unit: Unit) -> str:
+        committed = CommittedUnit(self.folder, unit.name)
+        return holding.why_held(
+            unit.images, committed, self.job.config, lambda: self._do_neighbors_read(unit)
+        )
+
+    def _do_neighbors_read(self, unit: Unit) -> bool:
+        if self.source is None:
+            self.source = open_source(self.job.config, self.job.subset)
+        index = int(unit.name.rpartition("-")[2])
+        return holding.neighbors_read(self.source, self.job.config, self.folder, index)
 
     def _dropped(self, entry: CatalogEntry, reason: Reason, detail: str) -> ImageRecord:
         """An image that could not be read: no regions, and the reason."""
@@ -269,7 +306,10 @@ class Worker:
         job = self.job
         draft = writer.write_unit(self.folder, unit.name, unit.images, job.plan, job.recipe)
         draft.failures = unit.failures
-        draft.held = unit.held or draft.held
+        draft.held = unit.held or draft.held or self._why_held(unit)
+        if draft.held:
+            self.events.emit("failed", stage=SOURCE_STAGE, unit=unit.name, detail=draft.held)
+            writer.discard(draft)
         cpu = time.process_time() - start_cpu
         self._report_unit(writer.WRITE_STAGE, unit, draft.manifest.kept, time.perf_counter() - start, cpu)
         return msgspec.msgpack.encode(draft)

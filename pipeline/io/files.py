@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import glob as local_glob
+import errno
+import io
+import mmap
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import msgspec
 
-from ...schemas.errors import ConfigError
+from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
+from .backends import Backend, FsspecFiles, LocalFiles, has_magic, local
+from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
+
+Result = TypeVar("Result")
 
 TEMPORARY = ".tmp-"
 """Prefix of every file that is not committed; readers ignore such names and the next run removes them."""
@@ -24,54 +30,156 @@ _ABANDONED_S = 6 * 3600
 """A temporary folder that nobody has touched for this long is what a killed process left behind."""
 
 
+_BACKENDS: dict[str, Backend] = {}
+
+
+def scheme_of(url: str) -> str:
+    """The scheme of a URL; "file" for a plain path."""
+    return url.partition("://")[0] if "://" in url else "file"
+
+
+def register(scheme: str, backend: Backend) -> None:
+    """Read URLs of this scheme with this backend, in this process; "file" are plain paths, too."""
+    _BACKENDS[scheme] = backend
+
+
+def backend_of(url: str) -> Backend:
+    """What reads this URL."""
+    scheme = scheme_of(url)
+    if scheme not in _BACKENDS:
+        if scheme == "file":
+            register(scheme, LocalFiles())
+        elif scheme in ("http", "https"):
+            from .http_files import HttpFiles
+
+            register(scheme, HttpFiles())
+        else:
+            register(scheme, FsspecFiles())
+    return _BACKENDS[scheme]
+
+
 def is_url(path: str) -> bool:
     """Whether the path names another file system than the local one."""
     return "://" in path and not path.startswith("file://")
 
 
-def local(path: str) -> str:
-    """The plain local path of a path or file:// URL."""
-    return path.removeprefix("file://")
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Options come from fsspec's own configuration."""
-    import fsspec
-
-    return fsspec.core.url_to_fs(url)
-
-
 def read(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
     """Bytes `[start, start + length)` of a blob, to its end if `length` is None. Short at its end.
 
+    What fails for a while is asked again (`failures.RETRYING`).
+
     Raises:
-        OSError: as the file system has it (`FileNotFoundError` if it is not there).
+        OSError: as the file system has it (`FileNotFoundError` if it is not there), or as `ReadError`.
     """
-    if blob.length is not None:
-        room = max(0, blob.length - start)
-        length = room if length is None else min(length, room)
-    if not is_url(blob.url):
-        with open(local(blob.url), "rb", buffering=0) as file:
-            if blob.offset + start:
-                file.seek(blob.offset + start)
-            return file.read() if length is None else _read_up_to(file, length)
-    fs, path = file_system(blob.url)
-    first = blob.offset + start
-    return fs.cat_file(path, start=first or None, end=None if length is None else first + length)
+    length = _room(blob, start, length)
+    return _ask(lambda each: each.read(blob.url, blob.offset + start, length), blob.url)
 
 
-def _read_up_to(file: IO[bytes], length: int) -> bytes:
-    # A length may come from a damaged file, and `read` reserves what it is asked for.
-    length = max(0, min(length, os.fstat(file.fileno()).st_size - file.tell()))
-    data = file.read(length)
-    if len(data) == length:
+def fetch(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
+    """The same for a blob of a source, of which not everything is believed.
+
+    That it is missing is believed if a fresh listing of its folder agrees, and fewer bytes than the blob has
+    are asked for again.
+
+    Raises:
+        ReadError: says whose fault it is.
+    """
+    length = _room(blob, start, length)
+
+    def once() -> bytes:
+        data = backend_of(blob.url).read(blob.url, blob.offset + start, length)
+        if blob.length is not None and length is not None and len(data) < length:
+            raise ShortRead(f"{len(data)} of {length} bytes from byte {blob.offset + start} on")
         return data
-    parts = [data]
-    remaining = length - len(data)
-    while remaining and (data := file.read(remaining)):
-        parts.append(data)
-        remaining -= len(data)
-    return b"".join(parts)
+
+    return RETRYING.call(once, blob.url, lambda: is_gone(blob.url))
+
+
+def fetch_size(blob: Blob) -> int:
+    """Number of bytes of a blob of a source; raises as `fetch`."""
+    if blob.length is not None:
+        return blob.length
+    return RETRYING.call(lambda: backend_of(blob.url).size(blob.url), blob.url, lambda: is_gone(blob.url))
+
+
+def _room(blob: Blob, start: int, length: int | None) -> int | None:
+    if blob.length is None:
+        return length
+    room = max(0, blob.length - start)
+    return room if length is None else min(length, room)
+
+
+def decoded(
+    fetching: Callable[[], bytes], decode: Callable[[bytes], Result], data: bytes | None = None
+) -> Result:
+    """What `decode` makes of fetched bytes; what it refuses is refused only if a second read gives the same.
+
+    Args:
+        fetching: reads the bytes anew with each call.
+        decode: raises `BadRecord` for bytes that are not what they should be.
+        data: the bytes, if they were fetched before.
+
+    Raises:
+        BadRecord: as `decode` does, of bytes that were read twice.
+        ReadError: no two reads gave the same.
+    """
+    data, last = fetching() if data is None else data, None
+    for _ in range(_READS):
+        try:
+            return decode(data)
+        except SourceFailure:
+            raise
+        except BadRecord as refused:
+            again = fetching()
+            if again == data:
+                raise
+            data, last = again, refused
+    raise ReadError("", f"every read gives other bytes ({last})", Kind.TRANSIENT)
+
+
+_READS = 4
+"""How often bytes are read that are other ones each time."""
+
+
+def read_mapped(url: str) -> Any:
+    """All bytes of a file. A local one is mapped: what is not looked at stays on the disk. As `read`."""
+    if type(backend_of(url)) is LocalFiles:
+        return _ask(lambda _: _mapped(local(url)), url)
+    return read(Blob(url))
+
+
+def _mapped(path: str) -> Any:
+    with open(path, "rb") as file:
+        if not file.seek(0, 2):
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def is_gone(url: str) -> bool:
+    """Whether a fresh listing of its folder agrees that there is no file of this name.
+
+    A listing that cannot be had does not agree: a folder that is away takes its files with it.
+    """
+    folder, _, name = url.rstrip("/").rpartition("/")
+    backend, now = backend_of(url), time.monotonic()
+    try:
+        listed_s, names = _LISTED.get(folder, (-_LISTED_S, {name}))
+        if name in names or now - listed_s > _LISTED_S:
+            names = set(backend.list_names(folder or ("/" if url.startswith("/") else ".")))
+            _LISTED.clear()
+            _LISTED[folder] = now, names
+        elif backend.kind(folder) != "folder":
+            return False
+    except Exception:  # noqa: BLE001 - whatever it is, it does not agree
+        return False
+    return name not in names
+
+
+_LISTED: dict[str, tuple[float, set[str]]] = {}
+"""The folder that was listed last, when, and its names: what is missing is seldom alone."""
+
+_LISTED_S = 30.0
+"""How long a listing that lacks a name is fresh."""
 
 
 _AT_ONCE = 1024
@@ -81,45 +189,84 @@ def read_many(urls: Sequence[str]) -> Iterator[bytes]:
     """The bytes of small files in the given order; a store is asked for many of them at a time.
 
     Raises:
-        OSError: as the file system has it.
+        OSError: as `read`.
     """
     if not urls or not is_url(urls[0]):
         yield from (read(Blob(url)) for url in urls)
         return
-    fs, _ = file_system(urls[0])
     for start in range(0, len(urls), _AT_ONCE):
-        paths = [fs._strip_protocol(url) for url in urls[start : start + _AT_ONCE]]
-        found = fs.cat(paths)
-        yield from (found[path] for path in paths) if isinstance(found, dict) else [found]
+        yield from _ask(lambda each, start=start: each.read_many(urls[start : start + _AT_ONCE]), urls[start])
 
 
 def size_of(blob: Blob) -> int:
-    """Number of bytes of a blob."""
-    if blob.length is not None:
-        return blob.length
-    if not is_url(blob.url):
-        return os.stat(local(blob.url)).st_size
-    fs, path = file_system(blob.url)
-    return int(fs.size(path))
+    """Number of bytes of a blob. Raises as `read`."""
+    return blob.length if blob.length is not None else _ask(lambda each: each.size(blob.url), blob.url)
 
 
 def open_url(url: str, block_bytes: int | None = None) -> IO[bytes]:
-    """A seekable binary file; `block_bytes` is read at a time where reading is a request."""
-    if not is_url(url):
-        return open(local(url), "rb")
-    fs, path = file_system(url)
-    return fs.open(path, "rb", block_size=block_bytes)
+    """A seekable binary file; `block_bytes` is read at a time where reading is a request.
+
+    Every read of it is tried again as `read` does, and raises a `ReadError` in the end. Opening raises as
+    `read`.
+    """
+    backend = backend_of(url)
+    size = _ask(lambda each: each.size(url), url)
+    if block_bytes is None:
+        block_bytes = _REMOTE_BLOCK if is_url(url) else _LOCAL_BLOCK
+    return io.BufferedReader(_Ranges(backend, url, size), block_bytes)
+
+
+_REMOTE_BLOCK = 1 << 20
+_LOCAL_BLOCK = 64 << 10
+
+
+class _Ranges(io.RawIOBase):
+    """A file whose reads are reads of ranges."""
+
+    def __init__(self, backend: Backend, url: str, size: int):
+        self._backend, self._url, self._size, self._at = backend, url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        start, length = self._at, max(0, min(len(buffer), self._size - self._at))
+
+        def once() -> bytes:
+            data = self._backend.read(self._url, start, length)
+            if len(data) < length:
+                raise ShortRead(f"{len(data)} of {length} bytes from byte {start} on")
+            return data
+
+        data = RETRYING.call(once, self._url) if length else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def expand(pattern: str) -> list[str]:
-    """The files and folders a glob names, sorted; a plain path is returned as it is if it exists, else []."""
-    if not is_url(pattern):
-        found = local_glob.glob(local(pattern)) if local_glob.has_magic(pattern) else [local(pattern)]
-        return sorted(path for path in found if os.path.exists(path))
-    fs, path = file_system(pattern)
-    if local_glob.has_magic(path):
-        return sorted(fs.unstrip_protocol(found) for found in fs.glob(path))
-    return [pattern] if fs.exists(path) else []
+    """The files and folders a glob names, sorted; a plain path is returned as it is if it exists, else [].
+
+    Raises:
+        OSError: as `read`, where it cannot be known what is there.
+    """
+    if has_magic(pattern):
+        return sorted(_ask(lambda each: each.glob(pattern), pattern))
+    plain = pattern if is_url(pattern) else local(pattern)
+    return [] if _ask(lambda each: each.kind(pattern), pattern) is None else [plain]
 
 
 def list_names(folder: str) -> list[str]:
@@ -129,60 +276,39 @@ def list_names(folder: str) -> list[str]:
         OSError: the folder cannot be listed.
     """
     try:
-        if not is_url(folder):
-            return sorted(os.listdir(local(folder)))
-        fs, path = file_system(folder)
-        fs.invalidate_cache(path)  # what others have written since the last call
-        return sorted(found.rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False))
+        return sorted(_ask(lambda each: each.list_names(folder), folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def is_folder(url: str) -> bool:
-    """Whether the URL names a folder."""
-    if not is_url(url):
-        return os.path.isdir(local(url))
-    fs, path = file_system(url)
-    return fs.isdir(path)
+    """Whether the URL names a folder.
+
+    Raises:
+        OSError: as `read`, where it cannot be known what is there.
+    """
+    return _ask(lambda each: each.kind(url), url) == "folder"
 
 
 def walk(folder: str) -> Iterator[tuple[str, str]]:
     """Every file below a folder as (URL, path relative to the folder), in no order: sort it."""
-    if not is_url(folder):
-        root = local(folder)
-        stack = [""]
-        while stack:
-            below = stack.pop()
-            with os.scandir(os.path.join(root, below)) as entries:
-                for entry in entries:
-                    relative = f"{below}/{entry.name}" if below else entry.name
-                    if entry.is_dir():
-                        stack.append(relative)
-                    else:
-                        yield f"{root}/{relative}", relative
-        return
-    fs, path = file_system(folder)
-    root = path.rstrip("/")
-    for found in fs.find(path):
-        yield fs.unstrip_protocol(found), found[len(root) :].lstrip("/")
+    yield from _ask(lambda each: list(each.walk(folder)), folder)
 
 
 def version(url: str) -> str:
     """A string that changes when the file does: size and mtime locally, what the store reports elsewhere."""
-    if not is_url(url):
-        stat = os.stat(local(url))
-        return f"{stat.st_size}-{stat.st_mtime_ns}"
-    fs, path = file_system(url)
-    info = fs.info(path)
-    mark = next(
-        (
-            str(info[name])
-            for name in ("ETag", "etag", "md5", "LastModified", "mtime", "created")
-            if info.get(name)
-        ),
-        "",
-    )
-    return f"{info.get('size')}-{mark}"
+    return _ask(lambda each: each.version(url), url)
+
+
+def _ask(question: Callable[[Backend], Result], url: str) -> Result:
+    """The answer of the URL's backend, tried again; in the end its own OSError, or a ReadError."""
+    try:
+        return RETRYING.call(lambda: question(backend_of(url)), url)
+    except ReadError as failure:
+        cause = failure.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, ReadError):
+            raise cause from cause.__cause__
+        raise
 
 
 @contextmanager

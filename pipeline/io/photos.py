@@ -10,19 +10,21 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord
-from . import files
+from . import failures, files
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Result = TypeVar("Result")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO")
 """What is decoded, by Pillow's names; MPO is the JPEG with previews that some cameras write."""
@@ -49,21 +51,35 @@ def probe(photo: Blob, max_pixels: int) -> Header:
     """Read a photo's header and its last bytes, not its pixels.
 
     Raises:
-        BadRecord: PHOTO_MISSING, PHOTO_UNREADABLE (no image, or cut short) or PHOTO_TOO_LARGE.
+        BadRecord: PHOTO_MISSING, PHOTO_UNREADABLE (no image, or cut short) or PHOTO_TOO_LARGE; a
+            `SourceFailure` if the photo could not be read, which says nothing of it.
+        ConfigError: the source cannot be read with this set-up.
     """
-    head = _fetch(photo, 0, _HEADER_BYTES)
-    header = _parse(photo, head, max_pixels, whole=len(head) < _HEADER_BYTES)
-    ending = _ENDINGS.get(header.format.upper())
-    if ending is not None:
-        tail = (
-            head
-            if len(head) < _HEADER_BYTES
-            else _fetch(photo, max(0, files.size_of(photo) - _TAIL_BYTES), None)
-        )
-        if ending not in tail[-_TAIL_BYTES:].rstrip(b"\0") and ending not in tail:
-            raise BadRecord(
-                Reason.PHOTO_UNREADABLE, f"{photo}: cut short (no end marker); fetch the file again"
-            )
+    head = _decoded(
+        photo,
+        lambda: _fetch(photo, 0, _HEADER_BYTES),
+        lambda data: (data, _parse(photo, data, max_pixels, whole=len(data) < _HEADER_BYTES)),
+    )
+    return _decoded(photo, lambda: _tail(photo, *head), lambda data: _with_end(photo, head[1], data))
+
+
+def _tail(photo: Blob, head: bytes, header: Header) -> bytes:
+    """The last bytes of a photo whose format has a mark at its end."""
+    if header.format.upper() not in _ENDINGS:
+        return b""
+    if len(head) < _HEADER_BYTES:
+        return head
+    try:
+        size = files.fetch_size(photo)
+    except OSError as error:
+        raise _failure(photo, error) from error
+    return _fetch(photo, max(0, size - _TAIL_BYTES), None)
+
+
+def _with_end(photo: Blob, header: Header, tail: bytes) -> Header:
+    ending = _ENDINGS.get(header.format.upper(), b"")
+    if ending not in tail[-_TAIL_BYTES:].rstrip(b"\0") and ending not in tail:
+        raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: cut short (no end marker); fetch the file again")
     return header
 
 
@@ -79,9 +95,13 @@ def read_pixels(image: ImageRecord, max_pixels: int = 200_000_000) -> np.ndarray
     assert image.photo is not None, (
         f"{image.key}: an image without a photo is dropped before its pixels are read"
     )
-    data = _fetch(image.photo, 0, None)
-    image.photo_digest = digest_of(data)
-    pixels = decode(image.photo, data, max_pixels)
+    photo = image.photo
+
+    def decode_noted(data: bytes) -> np.ndarray:
+        image.photo_digest = digest_of(data)
+        return decode(photo, data, max_pixels)
+
+    pixels = _decoded(photo, lambda: fetch(photo), decode_noted)
     if pixels.shape[:2] != (image.height, image.width):
         found = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise BadRecord(
@@ -99,9 +119,9 @@ def hash_photo(photo: Blob) -> str:
     """`digest_of` a photo that is not decoded.
 
     Raises:
-        BadRecord: PHOTO_MISSING or PHOTO_UNREADABLE.
+        SourceFailure: it could not be read.
     """
-    return digest_of(_fetch(photo, 0, None))
+    return digest_of(fetch(photo))
 
 
 def decode(photo: Blob, data: bytes, max_pixels: int) -> np.ndarray:
@@ -144,7 +164,7 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
         raise BadRecord(Reason.PHOTO_TOO_LARGE, f"{photo}: {error}") from error
     except BROKEN as error:
         if not whole:  # a header that is longer than the first read (large EXIF or ICC blocks)
-            return _parse(photo, _fetch(photo, 0, None), max_pixels, whole=True)
+            return _parse(photo, fetch(photo), max_pixels, whole=True)
         kind = "empty file" if not head else "not an image that we read (" + ", ".join(FORMATS) + ")"
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {kind}") from error
     if header.width * header.height > max_pixels:
@@ -162,28 +182,33 @@ def _orientation(opened: Image.Image) -> int:
         return 1  # broken metadata; the pixels are read as stored all the same
 
 
-def _fetch(photo: Blob, start: int, length: int | None) -> bytes:
-    try:
-        data = files.read(photo, start, length)
-        if length is None and photo.length is not None:
-            check_length(photo, data, photo.length - start)
-        return data
-    except FileNotFoundError as error:
-        raise BadRecord(
-            Reason.PHOTO_MISSING, f"{photo}: no such file; put it there or correct `photos`"
-        ) from error
-    except OSError as error:
-        raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}") from error
-
-
-def check_length(photo: Blob, data: bytes, expected: int | None) -> None:
-    """Refuse bytes that come short of what was planned: a file that was cut, or an answer that was.
+def fetch(photo: Blob) -> bytes:
+    """All bytes of a photo as they are; see `files.fetch`.
 
     Raises:
-        OSError: they do.
+        SourceFailure: it could not be read.
+        ConfigError: the source cannot be read with this set-up.
     """
-    if expected is not None and len(data) < expected:
-        raise OSError(f"{len(data)} of {expected} bytes came")
+    return _fetch(photo, 0, None)
+
+
+def _fetch(photo: Blob, start: int, length: int | None) -> bytes:
+    try:
+        return files.fetch(photo, start, length)
+    except OSError as error:
+        raise _failure(photo, error) from error
+
+
+def _failure(photo: Blob, error: OSError) -> Exception:
+    fix = "put it there or correct `photos`" if failures.is_missing(error) else "fetch it again"
+    return failures.to_failure(error, Reason.PHOTO_MISSING, Reason.PHOTO_UNREADABLE, fix, str(photo))
+
+
+def _decoded(photo: Blob, fetching: Callable[[], bytes], decode: Callable[[bytes], Result]) -> Result:
+    try:
+        return files.decoded(fetching, decode)
+    except OSError as error:
+        raise _failure(photo, error) from error
 
 
 @contextmanager

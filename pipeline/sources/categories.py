@@ -12,7 +12,7 @@ import msgspec
 
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
-from ..io import files
+from ..io import failures, files
 from .coco_json import problem_of
 
 _PLAIN = {
@@ -109,6 +109,7 @@ def load_categories(url: str | None) -> CategoryTable:
 
     Raises:
         ConfigError: missing or no such list.
+        OSError: it cannot be read now.
     """
     if url is None:
         text = (
@@ -118,7 +119,20 @@ def load_categories(url: str | None) -> CategoryTable:
         )
         return make_table(json.loads(text), "coco_panoptic_133.json")
     try:
-        raw = json.loads(files.read(Blob(url)))
+        raw = _read_json(url)
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and failures.classify(error) is failures.Kind.TRANSIENT:
+            raise
         raise ConfigError(f"{url}: not a category list ({error}); give a JSON list of categories") from error
     return make_table(raw.get("categories") if isinstance(raw, dict) else raw, url)
+
+
+def _read_json(url: str) -> Any:
+    data = files.fetch(Blob(url))
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        again = files.fetch(Blob(url))
+        if again == data:
+            raise
+        return json.loads(again)

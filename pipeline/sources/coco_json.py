@@ -9,7 +9,6 @@ whoever reads it.
 from __future__ import annotations
 
 import json
-import mmap
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +16,7 @@ from typing import Any
 import msgspec
 
 from ...schemas.errors import ConfigError
-from ...schemas.records import Blob
-from ..io import files
+from ..io import failures, files
 
 
 class Image(msgspec.Struct):
@@ -58,15 +56,23 @@ def read_document(url: str) -> Document:
 
     Raises:
         ConfigError: it cannot be read, is not JSON, or is no such document; names file and place.
+        SourceUnavailable: it cannot be read now.
     """
     try:
-        data: Any = files.read(Blob(url)) if files.is_url(url) else _mapped(files.local(url))
+        data = files.read_mapped(url)
+        try:
+            document = _decode(url, data)
+        except ConfigError:
+            again = files.read_mapped(url)
+            if bytes(again) == bytes(data):
+                raise
+            document = _decode(url, again)
     except OSError as error:
-        raise ConfigError(f"{url}: cannot be read ({error.strerror or error}); correct the path") from error
-    try:
-        document = msgspec.json.decode(data, type=Document)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        document = _read_tolerantly(url, bytes(data))
+        if failures.classify(error) is failures.Kind.TRANSIENT:
+            raise failures.SourceUnavailable(
+                f"{url}: {failures.describe(error)}; run the same command again when the source answers"
+            ) from error
+        raise ConfigError(f"{url}: cannot be read ({failures.describe(error)}); correct the path") from error
     if document.segments_info and document.annotations is None:
         single = Annotation(document.file_name, document.image_id, document.segments_info)
         document.annotations = [single]
@@ -79,6 +85,13 @@ def read_document(url: str) -> Document:
             f"{url}: annotations without `segments_info` (an instances file?); give the panoptic JSON"
         )
     return document
+
+
+def _decode(url: str, data: Any) -> Document:
+    try:
+        return msgspec.json.decode(data, type=Document)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return _read_tolerantly(url, bytes(data))
 
 
 def parse_json(data: bytes) -> Any:
@@ -104,13 +117,6 @@ def problem_of(value: Any) -> str:
     except RecursionError:
         return "nested too deeply"
     return ""
-
-
-def _mapped(path: str) -> Any:
-    with open(path, "rb") as file:
-        if not file.seek(0, 2):
-            return b""
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_tolerantly(url: str, data: bytes) -> Document:

@@ -188,6 +188,8 @@ class Coconut(Source[CoconutOptions]):
                         image = None if info is None else coco_json.as_image(info)
                         record = functools.partial(make_record, image, annotation, table, (group, row))
                         yield _Row(image, annotation, record, url)
+        except files.ReadError:
+            raise
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise ConfigError(f"{url}: not a readable Parquet file: {error}; fetch it again") from error
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -12,12 +14,15 @@ from ...schemas.config import Limits
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
-from ..io import files, photos
+from ..io import failures, files, photos
+from ..io.failures import ReadError
 from . import coco_json, label_maps
 from .categories import Category, CategoryTable, load_categories
 from .coco_json import Annotation, Image
 from .common import read_header, refuse
 from .protocols import CatalogEntry, Note, drop
+
+Result = TypeVar("Result")
 
 
 class Record(msgspec.Struct, omit_defaults=True):
@@ -81,13 +86,15 @@ def fill_image(
     refuse(image, entry, limits, where, "segments")
     header = read_header(image, entry, limits, notes)
     assert entry.annotation is not None, "an image without a label map has a drop"
-    name, data = _label_bytes(entry.annotation, record.row)
-    size = label_maps.label_map_size(data, name)
+    name = _label_name(entry.annotation, record.row)
+    fetching = _label_bytes(entry.annotation, record.row, name)
+    data, size = _decoded(fetching, lambda data: (data, label_maps.label_map_size(data, name)), name)
     declared = (record.width or size[0], record.height or size[1])
     if not header[1:3] == size == declared:
         raise BadRecord(Reason.SIZE_MISMATCH, _sizes(header, size, record, where))
     largest = max((found.id for found in segments if isinstance(found, Segment)), default=0)
-    masks = rle.encode_label_map(label_maps.decode_label_map(data, name, largest))
+    labels = _decoded(fetching, lambda data: label_maps.decode_label_map(data, name, largest), name, data)
+    masks = rle.encode_label_map(labels)
     _place_masks(image.regions, segments, masks, name)
     _note_segments(image.regions, segments, masks, name, notes)
 
@@ -132,17 +139,21 @@ def _read_record(data: bytes, limits: Limits, where: str) -> Record:
 
 def _read_info(url: str, limits: Limits) -> Record:
     """An image's own `panseg_info` file."""
+    unreadable = Reason.ANNOTATION_UNREADABLE
+
+    def decode(data: bytes) -> Any:
+        if len(data) > limits.max_record_bytes:
+            detail = f"{url}: {len(data)} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
+            raise BadRecord(unreadable, detail)
+        try:
+            return coco_json.parse_json(data)
+        except ValueError as error:
+            raise BadRecord(unreadable, f"{url}: not JSON: {error}") from error
+
     try:
-        data = files.read(Blob(url))
+        raw = files.decoded(lambda: files.fetch(Blob(url)), decode)
     except OSError as error:
-        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{url}: {error}") from error
-    if len(data) > limits.max_record_bytes:
-        detail = f"{url}: {len(data)} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
-        raise BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
-    try:
-        raw = coco_json.parse_json(data)
-    except ValueError as error:
-        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{url}: not JSON: {error}") from error
+        raise failures.to_failure(error, unreadable, unreadable, "fetch it again", url) from error
     segments = raw.get("segments_info") if isinstance(raw, dict) else raw
     size = coco_json.as_image(raw) if isinstance(raw, dict) else Image()
     return Record(size.width, size.height, coco_json.as_raw(segments))
@@ -261,18 +272,42 @@ def _sizes(header: photos.Header, labels_size: tuple[int, int], record: Record, 
     )
 
 
-def _label_bytes(annotation: Blob, row: tuple[int, int] | None) -> tuple[str, bytes]:
-    """The label map's name for messages, and its bytes."""
-    name = str(annotation) if row is None else f"{annotation}, row {row[1]} of row group {row[0]}"
+def _label_name(annotation: Blob, row: tuple[int, int] | None) -> str:
+    """The label map's name for messages."""
+    return str(annotation) if row is None else f"{annotation}, row {row[1]} of row group {row[0]}"
+
+
+def _label_bytes(annotation: Blob, row: tuple[int, int] | None, name: str) -> Callable[[], bytes]:
+    """What fetches the label map; each call but the first reads it anew."""
+    if row is None:
+        return lambda: files.fetch(annotation)
+    calls = itertools.count()
+
+    def fetch_cell() -> bytes:
+        if next(calls):
+            _masks_of_group.cache_clear()
+        try:
+            data = _masks_of_group(annotation.url, row[0])[row[1]].as_py()
+        except ReadError:
+            raise
+        except (OSError, IndexError, ValueError, KeyError) as error:  # Arrow's own: the bytes are there
+            raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {error}; fetch it again") from error
+        if data is None or data.get("bytes") is None:
+            raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: no PNG in it")
+        return data["bytes"]
+
+    return fetch_cell
+
+
+def _decoded(
+    fetching: Callable[[], bytes], decode: Callable[[bytes], Result], name: str, data: bytes | None = None
+) -> Result:
+    """As `files.decoded`, of a label map."""
     try:
-        if row is None:
-            return name, files.read(annotation)
-        data = _masks_of_group(annotation.url, row[0])[row[1]].as_py()
-    except (OSError, IndexError, ValueError, KeyError) as error:
-        raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {error}; fetch it again") from error
-    if data is None or data.get("bytes") is None:
-        raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: no PNG in it")
-    return name, data["bytes"]
+        return files.decoded(fetching, decode, data)
+    except OSError as error:
+        reason = Reason.LABELS_UNREADABLE
+        raise failures.to_failure(error, reason, reason, "fetch it again", name) from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -280,5 +315,6 @@ def _masks_of_group(url: str, group: int) -> Any:
     """The `mask` column of a row group. Images of a unit follow one another: each group is read once."""
     import pyarrow.parquet as pq
 
+    files.fetch_size(Blob(url))  # says whether it is gone, or only away
     with files.open_url(url) as file:
         return pq.ParquetFile(file).read_row_group(group, columns=["mask"])["mask"]

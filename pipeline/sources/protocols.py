@@ -16,10 +16,11 @@ import msgspec
 from pydantic import Field
 
 from ...schemas.config import Limits
-from ...schemas.errors import BadRecord
+from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Drop, ImageRecord
 from ...schemas.strict import Strict
+from ..io import failures, files
 from . import file_names
 
 SOURCE_STAGE = "source"
@@ -185,13 +186,38 @@ class Source(ABC, Generic[Options]):
     def read(
         self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None, subset: str = ""
     ) -> ImageRecord:
-        """The image with every declared region, unusable ones dropped. Never raises for bad data."""
+        """The image with every declared region, unusable ones dropped.
+
+        Whatever goes wrong, the regions that the image has by then stay with it. An image whose files could
+        not be read is marked (`ImageRecord.failed`): that is no verdict on it.
+
+        Raises:
+            ConfigError: nothing can be read with this set-up, such as without credentials.
+        """
         image = ImageRecord(entry.key, subset, entry.photo, 0, 0, file_name=entry.file_name)
         try:
             self.fill(image, entry, limits, [] if notes is None else notes)
         except BadRecord as error:
-            image.reject(drop(error.reason, error.detail))
+            image.reject(drop(error.reason, error.detail), failures.kind_of(error))
+        except ParaCaptionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - an unforeseen record is a drop, not the end of a build
+            found = _unforeseen(error, f"{entry.annotation}")
+            image.reject(drop(found.reason, found.detail), failures.kind_of(found))
         return image
+
+
+def _unforeseen(error: Exception, where: str) -> BadRecord:
+    unreadable = Reason.ANNOTATION_UNREADABLE
+    if not failures.is_of_reading(error):
+        return BadRecord(unreadable, f"{where}: {type(error).__name__}: {error}")
+    name = getattr(error, "filename", None)
+    if failures.is_missing(error) and isinstance(name, str) and not files.is_gone(name):
+        error = failures.ReadError(name, failures.describe(error), failures.Kind.TRANSIENT, missing=True)
+    found = failures.to_failure(error, unreadable, unreadable, where=where)
+    if isinstance(found, ConfigError):
+        raise found from error
+    return found
 
 
 def drop(reason: Reason, detail: str) -> Drop:

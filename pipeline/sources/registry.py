@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from ...schemas.config import BuildConfig, Limits
 from ...schemas.errors import ConfigError
 from ...schemas.records import ImageRecord
 from ...schemas.strict import FileContext, one_line_each
+from ..io import failures
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions
 
 SOURCES = {
@@ -93,16 +95,31 @@ def recipe_name(config: BuildConfig, subset: str) -> str:
 def open_source(config: BuildConfig, subset: str) -> SubsetSource:
     """The sources of a subset; reads nothing yet.
 
+    From then on every read of this process is tried again for `failures.read_retry_s`.
+
     Raises:
         ConfigError: the configuration has no such subset, or its sources are wrong.
     """
     if subset not in config.subsets:
         raise ConfigError(f"no subset {subset!r} in the configuration; it has {', '.join(config.subsets)}")
+    failures.RETRYING.set_budget(config.failures.read_retry_s)
     sources = []
     for number, entry in enumerate(complete(config).subsets[subset].sources):
         kind = find_source(entry.pop("source"))
         sources.append(kind(kind.options_type.model_validate(entry), f"subsets.{subset}.sources.{number}"))
     return SubsetSource(subset, sources)
+
+
+@contextmanager
+def _one_line(subset: str) -> Iterator[None]:
+    """Let an error of a source end planning in one line that names the file and what to do."""
+    try:
+        yield
+    except Exception as error:
+        stop = failures.to_stop(error, subset)
+        if stop is None or stop is error:
+            raise
+        raise stop from error
 
 
 class SubsetSource:
@@ -124,26 +141,29 @@ class SubsetSource:
         """The files and folders by URL, each with a string that changes when it does. No file is opened.
 
         Raises:
-            ConfigError: as `catalog`.
+            ConfigError, SourceUnavailable: as `catalog`.
         """
         self._listed = Catalog()
-        return {
-            url: version
-            for source in self.sources
-            for url, version in source.fingerprint(self._listed).items()
-        }
+        with _one_line(self.subset):
+            return {
+                url: version
+                for source in self.sources
+                for url, version in source.fingerprint(self._listed).items()
+            }
 
     def catalog(self) -> Iterator[CatalogEntry]:
         """Every image of the subset exactly once, in a stable order.
 
         Raises:
             ConfigError: an annotation file or folder is missing or is not what the configuration says.
+            SourceUnavailable: it does not answer now.
         """
         catalog, self._listed = self._listed or Catalog(), None  # folders are listed once for both
         self.notes = catalog.notes
-        for number, source in enumerate(self.sources):
-            for entry in source.catalog(catalog):
-                yield msgspec.structs.replace(entry, source=number) if number else entry
+        with _one_line(self.subset):
+            for number, source in enumerate(self.sources):
+                for entry in source.catalog(catalog):
+                    yield msgspec.structs.replace(entry, source=number) if number else entry
         catalog.note_unclaimed_files()
 
     def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:

@@ -15,7 +15,7 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Drop, ImageRecord, Region
 from ...schemas.strict import Location
-from ..io import files
+from ..io import failures, files
 from . import coco_json, file_names
 from .common import PHOTO_FIXES, read_header, refuse
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
@@ -127,7 +127,7 @@ def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
         with files.open_url(url, _HEADER_BLOCK) as file:
             size = file.seek(0, 2)
             file.seek(0)
-            archive = tarfile.open(fileobj=file, mode="r:", errorlevel=0)
+            archive = _opened(file)
             found = 0
             while (member := _next(archive)) is not None:
                 vars(archive)["members"].clear()  # a tar of SA-1B has 22,000, which tarfile would keep
@@ -138,7 +138,7 @@ def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
             if archive.offset == size:
                 detail = f"{url}: ends at byte {size} without an end mark"
                 notes.append(Note("tar_without_end", detail))
-    except (tarfile.TarError, OSError) as error:
+    except tarfile.TarError as error:
         raise ConfigError(f"{url}: not a readable tar ({error}); fetch it again") from error
     if broken is not None:
         if not found:
@@ -165,6 +165,18 @@ def _pairs(url: str, members: Iterator[_Member], catalog: Catalog) -> Iterator[C
         for picture, text in _matched(pictures, texts):
             key, again = catalog.claim_key(stem)
             yield _entry(url, key, again, picture, text)
+
+
+def _opened(file: Any) -> tarfile.TarFile:
+    """The archive, with its first header read.
+
+    Raises:
+        tarfile.TarError: that is none.
+    """
+    try:
+        return tarfile.open(fileobj=file, mode="r:", errorlevel=0)
+    except (ValueError, EOFError, OverflowError) as error:
+        raise tarfile.ReadError(str(error)) from error
 
 
 def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
@@ -245,19 +257,33 @@ def _entry(url: str, key: str, again: bool, picture: _Member | None, text: _Memb
 
 
 def _read_pair(annotation: Blob, limits: Limits, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
+    reason = Reason.ANNOTATION_UNREADABLE
     try:
-        length = files.size_of(annotation)
+        length = files.fetch_size(annotation)
         if length > limits.max_record_bytes:
             detail = f"{where}: {length} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
-            raise BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
-        data = files.read(annotation)
+            raise BadRecord(reason, detail)
+        return files.decoded(lambda: files.fetch(annotation), lambda data: _decode(data, where))
+    except _Odd as odd:
+        return _read_tolerantly(odd.data, where)
     except OSError as error:
-        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: {error}") from error
+        raise failures.to_failure(error, reason, reason, "fetch it again", where) from error
+
+
+class _Odd(BadRecord):
+    """JSON that is not clean as a whole; its `data` may be so in parts."""
+
+    def __init__(self, data: bytes, detail: str):
+        super().__init__(Reason.ANNOTATION_UNREADABLE, detail)
+        self.data = data
+
+
+def _decode(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
     try:
         pair = _PAIR.decode(data)
-        return pair.image, list(pair.annotations)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return _read_tolerantly(data, where)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise _Odd(data, f"{where}: {error}") from error
+    return pair.image, list(pair.annotations)
 
 
 def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:

@@ -21,6 +21,7 @@ from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord, Region
+from ..io.failures import kind_of
 from ..models.registry import backend_identity
 from .evidence import Answered, Evidence, EvidenceStore, digest, fingerprint
 
@@ -178,10 +179,11 @@ PHOTO_CHANGED = "the photo changed while the build was running"
 
 
 class Failure(NamedTuple):
-    """Why there is no evidence of a region or of an image."""
+    """Why there is no evidence of a region or of an image; `kind` if the source could not be read."""
 
     reason: Reason
     detail: str
+    kind: str = ""
 
 
 class UnitAnswers:
@@ -237,7 +239,7 @@ class UnitAnswers:
         for region, answer in zip(image.regions, outcome, strict=True):
             place = (image.key, region.id)
             if isinstance(answer, BadRecord):
-                self.region_failures[place] = Failure(answer.reason, answer.detail)
+                self.region_failures[place] = Failure(answer.reason, answer.detail, kind_of(answer))
             else:
                 self.known[place] = Answered(self._questions[place], answer, seen)
 
@@ -259,7 +261,9 @@ class UnitAnswers:
                     apply_verdict(region, self.stage.name, self.stage.decide(region, evidence))
                 else:
                     failure = self.region_failures.get((image.key, region.id))
-                    region.drop = Drop(self.stage.name, *(failure or self.image_failures[image.key]))
+                    failure = failure or self.image_failures[image.key]
+                    region.drop = Drop(self.stage.name, failure.reason, failure.detail)
+                    image.failed = failure.kind or image.failed
 
     def _find(self, image: ImageRecord, region: Region) -> Any:
         """The region's evidence if it answers today's question; else None."""

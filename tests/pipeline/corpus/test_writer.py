@@ -12,6 +12,7 @@ import pytest
 
 from paracaption.pipeline.corpus import reader, writer
 from paracaption.pipeline.io import files, photos
+from paracaption.pipeline.io.backends import LocalFiles
 from paracaption.schemas.errors import IntegrityError, StageFailed
 from paracaption.schemas.manifest import encode
 from paracaption.schemas.reasons import Reason
@@ -130,12 +131,12 @@ def test_a_photo_that_is_gone_at_the_end_is_a_drop_and_the_counts_balance(folder
 
 
 def test_a_file_system_of_its_own_kind_of_error_is_a_drop(folder, tmp_path, monkeypatch):
-    def read(_):
+    def read(*_):
         raise RuntimeError("500 from the photo server")
 
-    monkeypatch.setattr(files, "read", read)
+    monkeypatch.setattr(LocalFiles, "read", read)
     record = write(folder, three(tmp_path)).manifest
-    assert record.images_dropped == {Reason.PHOTO_UNREADABLE: 3}
+    assert record.images_dropped == {Reason.SOURCE_UNAVAILABLE: 3} and record.failed == {"transient": 3}
 
 
 def test_a_unit_without_a_kept_region_has_a_ledger_and_no_shard(folder, tmp_path):

@@ -244,17 +244,18 @@ def test_a_record_that_kills_the_reader_is_dropped_as_an_image(tmp_path, coconut
 def test_a_record_that_the_source_trips_over_is_dropped_as_an_image(tmp_path, coconut, monkeypatch):
     bench = Bench(tmp_path, coconut)
     worker = bench.worker()
-    plain = worker.source.read
+    (source,) = worker.source.sources
+    plain = source.fill
 
-    def read(entry, limits):
+    def fill(image, entry, limits, notes):
+        plain(image, entry, limits, notes)
         if entry.key == FIFTH:
             raise ZeroDivisionError("unforeseen")
-        return plain(entry, limits)
 
-    monkeypatch.setattr(worker.source, "read", read)
+    monkeypatch.setattr(source, "fill", fill)
     record = msgspec.msgpack.decode(worker(bench.row)["draft"], type=Draft).manifest
     assert record.images_dropped == {Reason.ANNOTATION_UNREADABLE: 1}
-    assert record.kept == 20
+    assert (record.regions_in, record.kept, record.failed) == (24, 20, {})
 
 
 def test_a_filter_that_raises_drops_its_image_alone(tmp_path, coconut):

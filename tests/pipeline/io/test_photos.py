@@ -100,9 +100,9 @@ def test_who_reads_the_pixels_notes_which_bytes_they_were(tmp_path):
 
 def test_fewer_bytes_than_were_planned_are_no_photo(tmp_path):
     (tmp_path / "a.tar").write_bytes(bytes(1000))
-    with pytest.raises(BadRecord, match="900 of 950 bytes came") as caught:
+    with pytest.raises(BadRecord, match="900 of 950 bytes") as caught:
         photos.hash_photo(Blob(str(tmp_path / "a.tar"), 100, 950))
-    assert caught.value.reason == Reason.PHOTO_UNREADABLE
+    assert caught.value.reason == Reason.SOURCE_UNAVAILABLE
 
 
 def test_a_photo_inside_a_tar_is_read_by_offset(tmp_path):

@@ -1,0 +1,81 @@
+"""A unit that is built again: what its committed files have, which the new ones must not lose by an error."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...schemas.errors import IntegrityError
+from ...schemas.reasons import ERRORS
+from ...schemas.records import Blob, ImageRecord
+from . import reader
+
+log = logging.getLogger(__name__)
+
+_COLUMNS = ["key", "region", "kept", "photo_offset", "photo_length"]
+
+
+class CommittedUnit:
+    """The unit of a name as it is committed now; everything is empty if it is not. Read when first asked for.
+
+    Args:
+        folder: OUT/<subset>.
+        name: of the unit.
+    """
+
+    def __init__(self, folder: str | Path, name: str):
+        self._folder = str(folder)
+        self._name = name
+
+    @cached_property
+    def _unit(self) -> reader.Unit | None:
+        return next((each for each in reader.list_units(self._folder) if each.name == self._name), None)
+
+    @cached_property
+    def _kept(self) -> list[dict[str, Any]]:
+        """The rows of the kept regions."""
+        if self._unit is None:
+            return []
+        try:
+            table = reader.read_ledger(self._unit.ledger, _COLUMNS)
+        except IntegrityError as error:  # this build replaces it
+            log.warning("%s; what it kept is not known", error)
+            return []
+        return [row for row in table.to_pylist() if row["kept"]]
+
+    @cached_property
+    def _photos(self) -> dict[str, Blob]:
+        if self._unit is None:
+            return {}
+        shard = self._unit.shard
+        return {row["key"]: Blob(shard, row["photo_offset"], row["photo_length"]) for row in self._kept}
+
+    def photo(self, key: str) -> Blob | None:
+        """The photo of an image in the committed shard; None if the shard does not have it."""
+        return self._photos.get(key)
+
+    def lost_by_errors(self, images: list[ImageRecord]) -> list[str]:
+        """Kept regions, as "key/region", that these images of the same unit would lose by an error.
+
+        A region that a threshold drops now is not lost by an error.
+        """
+        failing = [image for image in images if _has_error(image)]
+        if not failing:
+            return []
+        kept = {(row["key"], row["region"]) for row in self._kept}
+        now = {(image.key, region.id) for image in failing for region in image.live()}
+        decided = {
+            (image.key, region.id)
+            for image in failing
+            for region in image.regions
+            if region.drop is not None and region.drop.reason not in ERRORS and not image.failed
+        }
+        keys = {image.key for image in failing}
+        return [f"{key}/{region}" for key, region in sorted(kept - now - decided) if key in keys]
+
+
+def _has_error(image: ImageRecord) -> bool:
+    drops = [image.drop, *(region.drop for region in image.regions)]
+    return bool(image.failed) or any(drop is not None and drop.reason in ERRORS for drop in drops)

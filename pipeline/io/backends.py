@@ -1,0 +1,227 @@
+"""Where bytes are read from: one object for each scheme of URL, with the few calls that all reading needs.
+
+A backend asks once and lets errors through as they are; `files.py` tries again and says whose fault they are.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import IO, Any, Literal, Protocol
+
+FileKind = Literal["file", "folder"]
+
+
+class Backend(Protocol):
+    """Reads files of one scheme. Every call may raise an OSError, or what its client raises."""
+
+    def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
+        """Bytes `[start, start + length)`, to the end if `length` is None; fewer only at the file's end."""
+        ...
+
+    def size(self, url: str) -> int:
+        """Number of bytes of a file."""
+        ...
+
+    def version(self, url: str) -> str:
+        """A string that changes when the file does."""
+        ...
+
+    def kind(self, url: str) -> FileKind | None:
+        """What is there; None if there is nothing. An error is raised, never taken for nothing."""
+        ...
+
+    def list_names(self, folder: str) -> list[str]:
+        """Names of the files and folders in a folder, as they are now.
+
+        Raises:
+            FileNotFoundError, NotADirectoryError: there is no such folder.
+        """
+        ...
+
+    def walk(self, folder: str) -> Iterator[tuple[str, str]]:
+        """Every file below a folder as (URL, path relative to the folder), in no order."""
+        ...
+
+    def glob(self, pattern: str) -> list[str]:
+        """URLs of the files and folders that a pattern names."""
+        ...
+
+    def read_many(self, urls: Sequence[str]) -> list[bytes]:
+        """The bytes of small files in the given order."""
+        ...
+
+
+class LocalFiles:
+    """Plain paths."""
+
+    def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
+        with open(local(url), "rb", buffering=0) as file:
+            if start:
+                file.seek(start)
+            return file.read() if length is None else _read_up_to(file, length)
+
+    def size(self, url: str) -> int:
+        return os.stat(local(url)).st_size
+
+    def version(self, url: str) -> str:
+        stat = os.stat(local(url))
+        return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+    def kind(self, url: str) -> FileKind | None:
+        try:
+            os.stat(local(url))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return "folder" if os.path.isdir(local(url)) else "file"
+
+    def list_names(self, folder: str) -> list[str]:
+        return os.listdir(local(folder) or ".")
+
+    def walk(self, folder: str) -> Iterator[tuple[str, str]]:
+        root = local(folder)
+        stack = [""]
+        while stack:
+            below = stack.pop()
+            with os.scandir(os.path.join(root, below)) as entries:
+                for entry in entries:
+                    relative = f"{below}/{entry.name}" if below else entry.name
+                    if entry.is_dir():
+                        stack.append(relative)
+                    else:
+                        yield f"{root}/{relative}", relative
+
+    def glob(self, pattern: str) -> list[str]:
+        return expand_by_listing(self, local(pattern))
+
+    def read_many(self, urls: Sequence[str]) -> list[bytes]:
+        return [self.read(url) for url in urls]
+
+
+def has_magic(pattern: str) -> bool:
+    """Whether a path or URL is a pattern. A `?` in an HTTP URL begins its query."""
+    if pattern.startswith(("http://", "https://")):
+        pattern = pattern.replace("?", "")
+    return glob.has_magic(pattern)
+
+
+def local(path: str) -> str:
+    """The plain local path of a path or file:// URL."""
+    return path.removeprefix("file://")
+
+
+def _read_up_to(file: IO[bytes], length: int) -> bytes:
+    # A length may come from a damaged file, and `read` reserves what it is asked for.
+    length = max(0, min(length, os.fstat(file.fileno()).st_size - file.tell()))
+    data = file.read(length)
+    if len(data) == length:
+        return data
+    parts = [data]
+    remaining = length - len(data)
+    while remaining and (data := file.read(remaining)):
+        parts.append(data)
+        remaining -= len(data)
+    return b"".join(parts)
+
+
+def expand_by_listing(backend: Backend, pattern: str) -> list[str]:
+    """The URLs that a pattern of `*`, `?` and `[...]` names, found by listing one folder after the other.
+
+    As `glob`, but that an error of a listing is raised: `glob` takes it for an empty folder, and a plan would
+    silently lack what lies there.
+    """
+    head, *parts = pattern.split("/")
+    if "://" in pattern:
+        head, parts = "/".join([head, *parts[:2]]), parts[2:]
+    found = [head]
+    if has_magic(head):
+        found, parts = [""], [head, *parts]
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        relative = found == [""] and place == 0 and has_magic(head)
+        prefixes = [("", ".") if relative else (f"{each}/", each or "/") for each in found]
+        if not has_magic(part):
+            found = [prefix + part for prefix, _ in prefixes]
+            if last:
+                found = [url for url in found if backend.kind(url) is not None]
+            continue
+        found = [prefix + name for prefix, folder in prefixes for name in _matches(backend, folder, part)]
+    return found
+
+
+def _matches(backend: Backend, folder: str, part: str) -> list[str]:
+    try:
+        names = backend.list_names(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    hidden = part.startswith(".")
+    return [name for name in names if fnmatchcase(name, part) and (hidden or not name.startswith("."))]
+
+
+class FsspecFiles:
+    """Everything that fsspec has a file system for. Options come from fsspec's own configuration."""
+
+    def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
+        fs, path = _file_system(url)
+        return fs.cat_file(path, start=start or None, end=None if length is None else start + length)
+
+    def size(self, url: str) -> int:
+        fs, path = _file_system(url)
+        return int(fs.info(path)["size"])
+
+    def version(self, url: str) -> str:
+        fs, path = _file_system(url)
+        info = fs.info(path)
+        names = ("ETag", "etag", "md5", "LastModified", "mtime", "created")
+        mark = next((str(info[name]) for name in names if info.get(name)), "")
+        return f"{info.get('size')}-{mark}"
+
+    def kind(self, url: str) -> FileKind | None:
+        fs, path = _file_system(url)
+        try:
+            info = fs.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return "folder" if info.get("type") == "directory" else "file"
+
+    def list_names(self, folder: str) -> list[str]:
+        fs, path = _file_system(folder)
+        fs.invalidate_cache(path)  # what others have written since the last call
+        return [found.rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False)]
+
+    def walk(self, folder: str) -> Iterator[tuple[str, str]]:
+        fs, path = _file_system(folder)
+        root = path.rstrip("/")
+        for found in fs.find(path, **_loud(fs)):
+            yield fs.unstrip_protocol(found), found[len(root) :].lstrip("/")
+
+    def glob(self, pattern: str) -> list[str]:
+        fs, path = _file_system(pattern)
+        return [fs.unstrip_protocol(found) for found in fs.glob(path)]
+
+    def read_many(self, urls: Sequence[str]) -> list[bytes]:
+        fs, _ = _file_system(urls[0])
+        paths = [fs._strip_protocol(url) for url in urls]
+        found = fs.cat(paths)
+        return [found[path] for path in paths] if isinstance(found, dict) else [found]
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ValueError as error:  # a protocol that nobody knows
+        raise ImportError(f"{url}: {error}") from error
+
+
+def _loud(fs: Any) -> dict[str, str]:
+    """The argument that makes fsspec's own way to walk raise errors, as clients' own ways do."""
+    from fsspec import AbstractFileSystem
+    from fsspec.asyn import AsyncFileSystem
+
+    if isinstance(fs, AsyncFileSystem):
+        return {"on_error": "raise"} if type(fs)._find is AsyncFileSystem._find else {}
+    return {"on_error": "raise"} if type(fs).find is AbstractFileSystem.find else {}
