@@ -1,8 +1,8 @@
 """Which units are held back: a source that fails is no verdict on what it holds.
 
 If a few images of a unit cannot be read while others can, they are dropped with a reason that
-`--retry-failed` heals. If all or more than `failures.max_failed_share` of them cannot, the source is away: such
-a unit is not committed, and the next run builds it.
+`--retry-failed` heals. If all or more than `failures.max_failed_share` of them cannot, the source is away:
+such a unit is not committed, and the next run builds it.
 """
 
 from __future__ import annotations
