@@ -59,7 +59,7 @@ def write_corpus(out: Path, num_regions: int) -> None:
         keys = [f"sa_{i}" for i in range(first, min(num_images, first + PER_UNIT))]
         place = _write_shard(out / "sa1b" / "shards" / f"{unit}.tar", photo)
         table = _table(rng, unit, keys, words, chances / chances.sum(), masks, place, len(photo))
-        ledger.write_table(table, out / "sa1b" / "ledger" / f"{unit}.parquet")
+        (out / "sa1b" / "ledger" / f"{unit}.parquet").write_bytes(ledger.table_bytes(table))
         kept = table["kept"].to_numpy()
         names = [f"{stage}/{reason}" for stage, reason in DROPS]
         reasons = np.array(table["drop_reason"].to_pylist(), object)

@@ -316,6 +316,18 @@ class Failures(Strict):
         gt=0,
         description="The build stops, and shows the stacks, when no stage reports for this many seconds.",
     )
+    lease_s: float = Field(
+        default=60,
+        gt=0,
+        description="A driver that gives no sign of life for this many seconds may be replaced by another "
+        "one. One that died on the same machine is replaced at once.",
+    )
+    keep_replaced_days: float = Field(
+        default=7,
+        ge=0,
+        description="Files that a rebuild replaced are kept for this many days, so that `paracaption undo` "
+        "can take it back and readers at work are not disturbed.",
+    )
     min_free_gb: float = Field(
         default=1,
         ge=0,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paracaption.pipeline.corpus import writer
+from paracaption.pipeline.corpus import adopt
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.engine import Engine
 from paracaption.pipeline.executor.local import LocalEngine
@@ -74,14 +74,14 @@ def build(
 
 def _unmerged(step: Callable[..., Any]) -> Callable[..., Any]:
     """Leaves out index, plots and card: most tests look at units."""
-    return (lambda config: {}) if step is driver.merge_corpus else step
+    return (lambda *_: {}) if step is driver.merge_corpus else step
 
 
 def committed(out: Path) -> dict[str, str]:
     """SHA-256 of every committed file by its path below `out`: what two builds are compared by."""
     return {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in writer.FOLDERS
+        for folder in adopt.FOLDERS
         for path in sorted(out.glob(f"*/{folder}/*"))
     }
 

@@ -76,8 +76,9 @@ def merge(config: Config) -> None:
     from ...pipeline.executor import driver
 
     loaded = load_config(config)
-    with driver.locked(Path(loaded.out)):
-        merging.merge(Path(loaded.out), loaded)
+    with driver.owned(loaded, "merge") as owner:
+        driver.write_config(loaded, owner)
+        merging.merge(loaded.out, loaded, owner)
     print(Path(loaded.out) / "index.parquet")
 
 

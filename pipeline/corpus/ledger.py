@@ -266,11 +266,14 @@ def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = 
         ) from error
 
 
-def write_table(table: pa.Table, path: str | Path) -> None:
-    """Write a ledger. Same rows, same bytes. Not atomic: the caller gives the file a temporary name."""
+def table_bytes(table: pa.Table) -> bytes:
+    """The Parquet file of a ledger. Same rows, same bytes."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(table, path, **writing_options())
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, **writing_options())
+    return buffer.getvalue().to_pybytes()
 
 
 _REPEATS = ("unit", "subset", "key", "drop_stage", "drop_reason", "category", "core_category", "file_name")

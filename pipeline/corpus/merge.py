@@ -25,50 +25,65 @@ from ..io import files
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.recipes import recipe_of
 from ..stages.registry import STAGES
-from . import card, ledger, plots, reader
+from . import card, ledger, log, plots, reader
 from .reader import Corpus
+from .records import LogFile, Merged
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PLOTS = "plots"
+CARD = "README.md"
 TOP_CATEGORIES = 100
 
 _ROWS_PER_GROUP = 131_072
 _CHARS_PER_BIN = 25
 
 
-def merge(out: str | Path, config: BuildConfig | None = None) -> dict[str, Any]:
-    """Write `index.parquet`, `stats.json`, `plots/` and `README.md` of a corpus, each whole or not at all.
+def merge(
+    out: str | Path, config: BuildConfig | None = None, owner: log.Owner | None = None
+) -> dict[str, Any]:
+    """Write `index.parquet`, `stats.json`, `plots/` and `README.md` of a corpus, by one record of the log.
 
-    The index has a row per kept region, sorted by subset, unit, image and region. Call it with the build's
-    lock, or when no build runs.
+    The index has a row per kept region, sorted by subset, unit, image and region.
 
     Args:
         out: the corpus.
         config: of the build; default: `OUT/config.yaml`.
+        owner: of the corpus; None takes the corpus over for the length of the call.
 
     Returns:
         What `stats.json` holds.
 
     Raises:
+        ConfigError: a build is writing there.
+        Fenced: another driver has taken over.
         IntegrityError: a manifest or ledger cannot be read, or they disagree; `verify` says more.
     """
-    out = Path(out)
     corpus = reader.open_corpus(out)
     config = config or corpus.config
-    summaries = _write_index(corpus, out / reader.INDEX)
+    with log.own_or(owner, corpus.path, "merge") as owner:
+        return msgspec.to_builtins(_merge(corpus, config, owner))
+
+
+def _merge(corpus: Corpus, config: BuildConfig, owner: log.Owner) -> CorpusSummary:
+    summaries, index = _write_index(corpus, owner)
     totals = {
         name: sum(getattr(summary.counts, name) for summary in summaries.values())
         for name in ("images", "images_captioned", "regions", "kept")
     }
-    summary = CorpusSummary(**totals, index=_entry(out / reader.INDEX), subsets=summaries)
+    entry = FileEntry(index.path, index.bytes, index.sha256)
+    summary = CorpusSummary(**totals, index=entry, subsets=summaries)
+    drawn = plots.draw_plots(summary)
     text = card.render_card(summary, config)
-    files.write_json(out / reader.STATS, summary)
-    plots.write_plots(summary, out / PLOTS)
-    with files.write_atomic(out / "README.md") as file:
-        file.write(text.encode())
-    return msgspec.to_builtins(summary)
+    made = [
+        index,
+        owner.write(reader.STATS, files.json_text(summary)),
+        *(owner.write(f"{PLOTS}/{name}", data) for name, data in drawn.items()),
+        owner.write(CARD, text.encode()),
+    ]
+    owner.append(Merged(files=made))
+    return summary
 
 
 def is_merged(out: str | Path) -> bool:
@@ -237,13 +252,13 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return column.drop_null().to_numpy()
 
 
-def _write_index(corpus: Corpus, path: Path) -> dict[str, SubsetSummary]:
+def _write_index(corpus: Corpus, owner: log.Owner) -> tuple[dict[str, SubsetSummary], LogFile]:
     import pyarrow.parquet as pq
 
     summaries: dict[str, SubsetSummary] = {}
     schema = ledger.index_schema()
     with (
-        files.write_atomic(path) as file,
+        owner.open(reader.INDEX) as file,
         pq.ParquetWriter(file, schema, **ledger.writing_options()) as writer,
     ):
         waiting: list[pa.Table] = []
@@ -265,13 +280,7 @@ def _write_index(corpus: Corpus, path: Path) -> dict[str, SubsetSummary]:
                     _flush(writer, waiting)
             summaries[subset] = statistics.result(sums.result())
         _flush(writer, waiting)
-    return summaries
-
-
-def _entry(path: Path) -> FileEntry:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return FileEntry(path.name, path.stat().st_size, digest.hexdigest())
+    return summaries, file.entry
 
 
 def _flush(writer: Any, waiting: list[pa.Table]) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..io import files
 from ..io.figure import DECLARED, DROPPED, INK, KEPT, QUIET, draw_figure
 from ..sources.registry import subset_title
 from ..stages.registry import stage_title
@@ -16,20 +14,18 @@ if TYPE_CHECKING:
     from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetSummary
 
 NAMES = ("funnel.png", "caption_words.png", "regions_per_image.png", "mask_area.png")
-"""The files that `write_plots` writes."""
+"""The files that `draw_plots` draws."""
 
 _SEVERAL = 60
 """Bins above which a histogram's are joined, so that bars stay wider than the gaps between them."""
 
 
-def write_plots(summary: CorpusSummary, folder: str | Path) -> list[Path]:
-    """Draw every plot into a folder.
+def draw_plots(summary: CorpusSummary) -> dict[str, bytes]:
+    """Draw every plot: funnel, caption lengths, regions per image, mask areas.
 
     Returns:
-        The PNG files: funnel, caption lengths, regions per image, mask areas.
+        PNG files by their names, which are those of `NAMES`. Equal statistics give equal bytes.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = {
         "funnel": _draw_funnel,
         "caption_words": lambda s, axes: _draw_histogram(s.caption_words, None, axes, "words"),
@@ -44,14 +40,10 @@ def write_plots(summary: CorpusSummary, folder: str | Path) -> list[Path]:
         "regions_per_image": "{}: regions per image",
         "mask_area": "{}: area of a mask in pixels",
     }
-    paths = []
-    for name, draw in drawn.items():
-        path = folder / f"{name}.png"
-        data = _draw_panels(summary, draw, titles[name], tall=name == "funnel")
-        with files.write_atomic(path) as file:
-            file.write(data)
-        paths.append(path)
-    return paths
+    return {
+        f"{name}.png": _draw_panels(summary, draw, titles[name], tall=name == "funnel")
+        for name, draw in drawn.items()
+    }
 
 
 def _draw_panels(

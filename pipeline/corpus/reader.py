@@ -1,7 +1,8 @@
 """Reads a corpus: what is committed, and only that. The one way to do it, in a folder and behind a URL.
 
-A unit is committed if its manifest exists. Everything else of a unit is found from there, so files that an
-interrupted build left behind are never read, and answers are right while a build runs.
+A unit is committed if the commit log says so; in a corpus of a release before 0.2, or in a copy without its
+log, if its manifest exists. Files that an interrupted build left behind are never read, and answers are right
+while a build runs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ...schemas.sample import PHOTO_ENDING, Sample
 from ...schemas.summary import CorpusSummary
 from ..io import files
 from ..sources.registry import file_context
+from . import log
 from .ledger import align_ledger
 
 if TYPE_CHECKING:
@@ -55,26 +57,32 @@ class Unit(NamedTuple):
         subset: name of the subset.
         name: name of the unit, as `coconut-000000`. Names sort in the order of the work list.
         folder: path or URL of the subset's folder.
+        unmoved: names of files, below that folder, that a driver which died has not moved to their places
+            yet, by those places; the next build moves them.
     """
 
     subset: str
     name: str
     folder: str
+    unmoved: tuple[tuple[str, str], ...] = ()
 
     @property
     def manifest(self) -> str:
-        """Path or URL of the commit record."""
-        return f"{self.folder}/manifests/{self.name}.json"
+        """Path or URL of the manifest."""
+        return self._file(f"manifests/{self.name}.json")
 
     @property
     def ledger(self) -> str:
         """Path or URL of the Parquet file with every region."""
-        return f"{self.folder}/ledger/{self.name}.parquet"
+        return self._file(f"ledger/{self.name}.parquet")
 
     @property
     def shard(self) -> str:
         """Path or URL of the tar. It exists only if the unit kept a region: `manifest.shard` tells."""
-        return f"{self.folder}/shards/{self.name}.tar"
+        return self._file(f"shards/{self.name}.tar")
+
+    def _file(self, path: str) -> str:
+        return f"{self.folder}/{dict(self.unmoved).get(path, path)}"
 
 
 class FoundImage(NamedTuple):
@@ -360,8 +368,20 @@ def _read_pair(first: Blob, second: Blob) -> tuple[bytes, bytes]:
 
 
 def list_units(folder: str) -> list[Unit]:
-    """The committed units in a subset's folder, in order. There is none if there is no such folder."""
-    subset = folder.rpartition("/")[2]
+    """The committed units in a subset's folder, in order. There is none if there is no such folder.
+
+    Raises:
+        IntegrityError: the commit log is damaged.
+    """
+    out, _, subset = folder.rpartition("/")
+    if log.exists(out):
+        state = log.read_state(out)
+        unmoved = log.find_unmoved(out, state)
+        return [
+            Unit(subset, name.partition("/")[2], folder, tuple(unmoved.get(name, ())))
+            for name in sorted(state.units)
+            if name.startswith(f"{subset}/")
+        ]
     return [
         Unit(subset, name.removesuffix(".json"), folder)
         for name in files.list_names(f"{folder}/manifests")

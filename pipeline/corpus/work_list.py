@@ -15,21 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import IntegrityError
-from ..io import files
 from ..sources.protocols import CatalogEntry
 from ..sources.registry import SubsetSource, complete
+from . import log as commit_log
 from . import work_list_table
 from .reader import list_units
+from .records import Planned
 from .work_list_table import VERSION, Written
 
 log = logging.getLogger(__name__)
@@ -109,17 +110,26 @@ def summary_path(folder: str | Path) -> Path:
     return Path(folder) / FOLDER / SUMMARY
 
 
-def make_work_list(
-    source: SubsetSource, config: BuildConfig, folder: str | Path, limit: int | None = None
-) -> WorkList:
+class Plan(NamedTuple):
+    """A work list, and where its table lies if it is to be published; None if the one on disk is current."""
+
+    work_list: WorkList
+    table: Path | None = None
+
+
+def plan(
+    source: SubsetSource, config: BuildConfig, folder: str | Path, scratch: Path, limit: int | None = None
+) -> Plan:
     """List a subset's images and cut them into units, or find that the list on disk is still current.
 
-    Calling it again, at any time, gives the same list. A list on disk that is damaged is made anew.
+    Calling it again, at any time, gives the same list. A list on disk that is damaged is made anew. Nothing
+    is written but a table in `scratch`.
 
     Args:
         source: of the subset.
         config: of the build; `images_per_shard` cuts the units.
-        folder: of the subset, `OUT/<subset>`; the list goes to `plan/` in it.
+        folder: of the subset, `OUT/<subset>`.
+        scratch: an empty folder.
         limit: list only the first N images; None lists all.
 
     Raises:
@@ -127,9 +137,6 @@ def make_work_list(
         IntegrityError: the sources have changed since the list on disk was made, or are read in another way
             than those that units were committed of; says how.
     """
-    folder = Path(folder)
-    table = table_path(folder)
-    table.parent.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(source, limit)
     old = find_work_list(folder)
     damage = None
@@ -138,22 +145,59 @@ def make_work_list(
     elif old is not None:
         damage = find_damage(old)
         if damage is None and old._matches(fingerprint, config):
-            return old
+            return Plan(old)
         if damage is not None:
-            log.warning("%s: %s; it is made anew from the sources", table, damage)
+            log.warning("%s: %s; it is made anew from the sources", table_path(folder), damage)
         _refuse_other_roles(old, config)
-    entries = islice(source.catalog(), limit)
-    fresh = table.with_name(f"{files.TEMPORARY}{TABLE}-{os.getpid()}")
-    try:
-        made = _write(entries, source.subset, config, fingerprint, fresh)
-        if old is not None and old.digest != made.digest:
-            raise IntegrityError(_difference(table, fresh, old, made, damage))
-        os.replace(fresh, table)
-    finally:
-        fresh.unlink(missing_ok=True)
-    with files.write_atomic(summary_path(folder)) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(made, order="sorted"), indent=1) + b"\n")
-    return msgspec.structs.replace(made, folder=str(folder))
+    fresh = scratch / TABLE
+    made = _write(islice(source.catalog(), limit), source.subset, config, fingerprint, fresh)
+    if old is not None and old.digest != made.digest:
+        raise IntegrityError(_difference(table_path(folder), fresh, old, made, damage))
+    return Plan(msgspec.structs.replace(made, folder=str(folder)), fresh)
+
+
+def publish(made: Plan, folder: str | Path, owner: commit_log.Owner) -> None:
+    """Make a plan the subset's work list, in `plan/` of its folder."""
+    if made.table is None:
+        return
+    subset = Path(folder).name
+    stored = msgspec.structs.replace(made.work_list, folder="")
+    text = msgspec.json.format(msgspec.json.encode(stored, order="sorted"), indent=1) + b"\n"
+    table = owner.copy(f"{subset}/{FOLDER}/{TABLE}", made.table)
+    summary = owner.write(f"{subset}/{FOLDER}/{SUMMARY}", text)
+    owner.append(
+        Planned(
+            subset=subset,
+            plan=stored.digest,
+            units=stored.num_units,
+            images=stored.num_images,
+            files=[table, summary],
+        )
+    )
+
+
+def make_work_list(
+    source: SubsetSource,
+    config: BuildConfig,
+    folder: str | Path,
+    limit: int | None = None,
+    owner: commit_log.Owner | None = None,
+) -> WorkList:
+    """Plan a subset and publish its work list; see `plan` for what it raises.
+
+    Args:
+        source: of the subset.
+        config: of the build.
+        folder: of the subset, `OUT/<subset>`.
+        limit: list only the first N images; None lists all.
+        owner: of the corpus; None takes the corpus over if there is something to write.
+    """
+    with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
+        made = plan(source, config, folder, Path(scratch), limit)
+        if made.table is not None:
+            with commit_log.own_or(owner, str(Path(folder).parent), "plan") as owner:
+                publish(made, folder, owner)
+    return made.work_list
 
 
 def _fingerprint(source: SubsetSource, limit: int | None) -> dict[str, str]:
@@ -307,55 +351,38 @@ def find_damage(work_list: WorkList) -> str | None:
 
 
 def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
-    """Indices of the units that are not committed, or were committed with another recipe; in order.
+    """Indices of the units to build, in order.
+
+    Those are units that are not committed, that were committed with another recipe, or of which a file is
+    gone or has another size than when it was committed.
 
     Args:
         work_list: as it was read from a subset's folder.
         recipe: digest of the recipe.
 
     Raises:
-        IntegrityError: a manifest cannot be read, or is of another work list or of no unit of this one.
+        IntegrityError: a committed unit is of another work list, or of no unit of this one; or the commit
+            log, or a manifest of a corpus without a log, cannot be read.
     """
-    committed = {unit.name: unit.manifest for unit in list_units(work_list.folder)}
+    out, _, subset = work_list.folder.rpartition("/")
+    units = {name: unit for name, unit in commit_log.read_units(out).items() if name.startswith(f"{subset}/")}
     pending = []
     for index in range(work_list.num_units):
-        path = committed.pop(work_list.unit_name(index), None)
-        if path is None:
+        unit = units.pop(f"{subset}/{work_list.unit_name(index)}", None)
+        if unit is None:
             pending.append(index)
             continue
-        found = _read_head(Path(path))
-        if found.plan != work_list.digest:
+        if unit.plan != work_list.digest:
             raise IntegrityError(
-                f"{path}: of work list {found.plan[:12]}, not {work_list.digest[:12]}; use a new `out`"
+                f"{out}/{unit.manifest.path}: of work list {unit.plan[:12]}, not {work_list.digest[:12]}; "
+                "use a new `out`"
             )
-        if found.recipe != recipe:
+        if unit.recipe != recipe or not commit_log.is_whole(out, unit):
             pending.append(index)
-    if committed:
-        raise IntegrityError(f"{min(committed.values())}: of no unit of this work list; use a new `out`")
+    if units:
+        path = f"{out}/{units[min(units)].manifest.path}"
+        raise IntegrityError(f"{path}: of no unit of this work list; use a new `out`")
     return pending
-
-
-class _Head(msgspec.Struct):
-    """The part of a manifest that says whether its unit is done."""
-
-    plan: str
-    recipe: str
-    unit: str
-
-
-_HEAD = msgspec.json.Decoder(_Head)
-
-
-def _read_head(path: Path) -> _Head:
-    try:
-        head = _HEAD.decode(path.read_bytes())
-        if head.unit != path.stem:
-            raise msgspec.ValidationError(f"it is of unit {head.unit}")
-        return head
-    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        raise IntegrityError(
-            f"{path}: not a manifest ({error}); delete it, and its unit is built again"
-        ) from error
 
 
 def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList, damage: str | None) -> str:

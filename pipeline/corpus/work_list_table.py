@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -108,7 +107,6 @@ def write_table(entries: Iterator[CatalogEntry], subset: str, size: int, path: P
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=size)
             num_units += 1
     with open(path, "rb") as file:
-        os.fsync(file.fileno())  # what was written, whoever wrote it
         written = hashlib.file_digest(file, "sha256").hexdigest()
     return Written(digest.hexdigest(), num_images, num_units, _photo_bytes(sample, num_images), written)
 

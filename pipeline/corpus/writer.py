@@ -1,20 +1,18 @@
-"""Writes a unit as a shard and a ledger under temporary names, and commits it; the manifest comes last.
+"""Writes a unit as shard, ledger and manifest under temporary names, and commits it by a record of the log.
 
 Two writers may write the same unit at once (a task that ran twice): their temporary names differ, their bytes
-do not, and only the driver commits. A crash leaves nothing but temporary files, which `sweep` removes.
+do not, and only the owner of the corpus commits. A crash leaves nothing but temporary files, which `sweep`
+removes.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import os
 import tarfile
-import uuid
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import msgspec
 
@@ -23,13 +21,15 @@ from ...schemas.errors import BadRecord, StageFailed
 from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import Drop, ImageRecord
 from ...schemas.sample import PHOTO_ENDING, to_sample
-from ..io import files, photos
+from ..io import photos
 from ..io.failures import kind_of
+from ..io.store import store_of
 from ..stages.base import PHOTO_CHANGED
-from .ledger import Place, ledger_table, write_table
+from . import adopt, log
+from .ledger import Place, ledger_table, table_bytes
+from .records import Commit, LogFile, LogUnit
 
 WRITE_STAGE = "write"
-FOLDERS = ("shards", "ledger", "manifests")
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK
@@ -38,34 +38,35 @@ _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Draft(msgspec.Struct):
-    """A unit that is written but not committed: its manifest, and where its files lie until then.
+    """A unit that is written but not committed.
 
-    `failures` names the stages that failed on every image of the unit, with the last error: the driver holds
-    such a unit back until it knows whether the stage or the data is to blame. `held` says why the unit must
-    not be committed, because its source fails or a photo changed.
+    Attributes:
+        manifest: of the unit.
+        unit: its files, under the temporary names that they have until it is committed.
+        failures: stages that failed on every image of the unit, with the last error: the driver holds such a
+            unit back until it knows whether the stage or the data is to blame.
+        held: why the unit must not be committed, because its source fails or a photo changed; "" if it may.
     """
 
     manifest: Manifest
-    shard_temporary: str | None
-    ledger_temporary: str
+    unit: LogUnit
     failures: dict[str, str] = {}
     held: str = ""
 
-
-class _Written(NamedTuple):
-    path: Path
-    bytes: int
-    sha256: str
+    @property
+    def name(self) -> str:
+        """Subset and unit with a slash between them, as the log names it."""
+        return f"{self.manifest.subset}/{self.manifest.unit}"
 
 
 def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, recipe: str) -> Draft:
-    """Write a unit's tar and ledger beside their final places. Photos that fail now are dropped here.
+    """Write a unit's files beside their final places. Photos that fail now are dropped here.
 
     The tar is the same to the last byte for the same images: members sorted by key, no times, no owners;
     photo bytes are copied, never re-encoded. A unit without a kept region has a ledger but no shard.
 
     Args:
-        folder: OUT/<subset>; its `shards` and `ledger` exist.
+        folder: OUT/<subset>.
         unit: name of the unit.
         images: every image of the unit, in plan order.
         plan: content hash of the plan.
@@ -74,28 +75,39 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
     Raises:
         StageFailed: the disk is full or the folder cannot be written; nothing of the unit is left behind.
     """
-    mark = uuid.uuid4().hex[:12]
-    shard = folder / "shards" / f"{files.TEMPORARY}{unit}-{mark}.tar"
-    ledger = folder / "ledger" / f"{files.TEMPORARY}{unit}-{mark}.parquet"
+    out, subset = str(folder.parent), folder.name
+    written: list[LogFile] = []
     try:
-        places, written, held = _write_tar(shard, images)
+        places, shard, held = _write_tar(out, f"{subset}/shards/{unit}.tar", images)
+        written += [shard] if shard else []
         table = ledger_table(unit, images, places)
-        recorded = _write_ledger(ledger, table)
+        ledger = _write(out, f"{subset}/ledger/{unit}.parquet", table_bytes(table))
+        written.append(ledger)
+        record = _manifest_of(unit, images, plan, recipe, shard, ledger)
+        manifest = _write(out, f"{subset}/manifests/{unit}.json", manifests.encode(record))
     except BaseException as error:
-        _remove(shard, ledger)
+        _remove(out, written)
         if isinstance(error, OSError):
             raise write_failed(folder, error) from error
         raise
+    found = adopt.log_unit(record, subset, manifest)
+    return Draft(record, msgspec.structs.replace(found, ledger=ledger, shard=shard), held=held)
+
+
+def _manifest_of(
+    unit: str, images: list[ImageRecord], plan: str, recipe: str, shard: LogFile | None, ledger: LogFile
+) -> Manifest:
     regions_in = sum(len(image.regions) for image in images)
     kept = sum(len(image.live()) for image in images)
     dropped = Counter(f"{r.drop.stage}/{r.drop.reason}" for image in images for r in image.regions if r.drop)
-    record = Manifest(
+    assert regions_in == kept + sum(dropped.values()), f"{unit}: a region is neither kept nor dropped"
+    return Manifest(
         unit=unit,
         subset=images[0].subset,
         plan=plan,
         recipe=recipe,
-        shard=written and FileEntry(f"shards/{unit}.tar", written.bytes, written.sha256),
-        ledger=FileEntry(f"ledger/{unit}.parquet", recorded.bytes, recorded.sha256),
+        shard=shard and FileEntry(f"shards/{unit}.tar", shard.bytes, shard.sha256),
+        ledger=FileEntry(f"ledger/{unit}.parquet", ledger.bytes, ledger.sha256),
         images={image.key: len(image.live()) for image in images},
         regions_in=regions_in,
         kept=kept,
@@ -103,8 +115,6 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
         images_dropped=dict(sorted(Counter(image.drop.reason for image in images if image.drop).items())),
         failed=dict(sorted(Counter(image.failed for image in images if image.failed).items())),
     )
-    assert regions_in == kept + sum(dropped.values()), f"{unit}: a region is neither kept nor dropped"
-    return Draft(record, str(written.path) if written else None, str(recorded.path), held=held)
 
 
 def write_failed(folder: Path, error: OSError) -> StageFailed:
@@ -119,17 +129,21 @@ def write_failed(folder: Path, error: OSError) -> StageFailed:
     return StageFailed(f"{name}: writing failed: {error}; run the same command again, it resumes")
 
 
-def _write_tar(path: Path, images: list[ImageRecord]) -> tuple[dict[str, Place], _Written | None, str]:
-    """Where each sample lies, the file, and why it must not be committed ("" if it may)."""
+def _write_tar(
+    out: str, path: str, images: list[ImageRecord]
+) -> tuple[dict[str, Place], LogFile | None, str]:
+    """Write a shard under a temporary name.
+
+    Returns:
+        Where its images lie in it, the file, and why it must not be committed ("" if it may). There is no
+        file if no image is left.
+    """
     places: dict[str, Place] = {}
     held = ""
-    with _Hashing(path) as tar:
+    with _Tar(log.HashedFile(out, path)) as tar:
         for image in sorted((image for image in images if image.live()), key=lambda image: image.key):
-            assert image.photo is not None, f"{image.key}: live without a photo"
-            try:
-                photo = photos.fetch(image.photo)
-            except BadRecord as bad:
-                image.reject(Drop(WRITE_STAGE, bad.reason, bad.detail), kind_of(bad))
+            photo = _read_photo(image)
+            if photo is None:
                 continue
             if image.photo_digest and image.photo_digest != photos.digest_of(photo):
                 held = held or f"{image.photo}: {PHOTO_CHANGED}"
@@ -139,134 +153,115 @@ def _write_tar(path: Path, images: list[ImageRecord]) -> tuple[dict[str, Place],
             places[image.key] = Place(photo_at, len(photo), json_at, len(record))
         if places:
             tar.close_archive()
-            return places, _Written(path, tar.position, tar.digest.hexdigest()), held
-    path.unlink()
+            return places, tar.file.entry, held
+    tar.file.discard()
     return places, None, held
 
 
-class _Hashing:
-    """A tar being written and hashed in one pass."""
+def _read_photo(image: ImageRecord) -> bytes | None:
+    """The bytes of an image's photo; None if it is dropped because they cannot be read."""
+    assert image.photo is not None, f"{image.key}: live without a photo"
+    try:
+        return photos.fetch(image.photo)
+    except BadRecord as bad:
+        image.reject(Drop(WRITE_STAGE, bad.reason, bad.detail), kind_of(bad))
+        return None
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.digest = hashlib.sha256()
-        self.position = 0
 
-    def __enter__(self) -> _Hashing:
-        self.file: IO[bytes] = open(self.path, "xb", buffering=1 << 20)
+class _Tar:
+    """A tar without times and owners."""
+
+    def __init__(self, file: log.HashedFile):
+        self.file = file
+
+    def __enter__(self) -> _Tar:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
-
-    def write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-        self.position += len(data)
+    def __exit__(self, *raised: object) -> None:
+        self.file.__exit__(*raised)
 
     def member(self, name: str, data: bytes) -> int:
         """Append a member; returns the offset of its first byte."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
         info.mode = 0o644
-        self.write(info.tobuf(tarfile.GNU_FORMAT))
-        start = self.position
-        self.write(data)
-        self.write(b"\0" * (-len(data) % _BLOCK))
+        self.file.write(info.tobuf(tarfile.GNU_FORMAT))
+        start = self.file.tell()
+        self.file.write(data)
+        self.file.write(b"\0" * (-len(data) % _BLOCK))
         return start
 
     def close_archive(self) -> None:
-        self.write(b"\0" * 2 * _BLOCK)
-        self.write(b"\0" * (-self.position % _RECORD))
+        self.file.write(b"\0" * 2 * _BLOCK)
+        self.file.write(b"\0" * (-self.file.tell() % _RECORD))
 
 
-def _write_ledger(path: Path, table: object) -> _Written:
-    write_table(table, path)
-    data = path.read_bytes()
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return _Written(path, len(data), hashlib.sha256(data).hexdigest())
+def _write(out: str, path: str, data: bytes) -> LogFile:
+    """Write a file under a temporary name; the name it is to get is `path`, below the corpus."""
+    with log.HashedFile(out, path) as file:
+        file.write(data)
+    return file.entry
 
 
-def commit(folder: Path, draft: Draft) -> None:
-    """Make a written unit exist: move its files into place, then write its manifest.
+def commit(folder: Path, *drafts: Draft, owner: log.Owner | None = None) -> None:
+    """Make written units part of the corpus, all by one record of the log.
 
-    A unit that is replaced (changed thresholds, a retry of failed records) loses its manifest first, so that
-    at no moment a manifest speaks of other files than those beside it. Only the driver that holds the lock
-    calls this.
+    A unit that is replaced (changed thresholds, a retry of failed records) stays committed until then. Its
+    files go to `.replaced/`.
+
+    Args:
+        folder: OUT/<subset>.
+        drafts: as `write_unit` returned them.
+        owner: of the corpus; None takes the corpus over for the length of the call.
 
     Raises:
-        StageFailed: the disk is full or the folder cannot be written; nothing of the unit is left behind.
+        StageFailed: the disk is full or the folder cannot be written. Either nothing of these units is
+            committed, or all of it, and who owns the corpus next moves the files to their places.
+        Fenced: another driver has taken over; nothing is committed.
     """
-    record = draft.manifest
-    target = folder / "manifests" / f"{record.unit}.json"
-    shard = folder / "shards" / f"{record.unit}.tar"
-    data = manifests.encode(record)
     try:
-        if target.exists():
-            target.unlink()
-            files.sync_folder(target.parent)
-        if draft.shard_temporary:
-            os.replace(draft.shard_temporary, shard)
-        else:
-            shard.unlink(missing_ok=True)
-        os.replace(draft.ledger_temporary, folder / record.ledger.path)
-        files.sync_folder(shard.parent)
-        files.sync_folder(folder / "ledger")
-        with files.write_atomic(target) as file:
-            file.write(data)
+        with log.own_or(owner, str(folder.parent), "commit") as owner:
+            _commit(owner, drafts)
     except OSError as error:
-        _remove(target)
-        if not target.exists():
-            _remove(shard, folder / record.ledger.path)
-        discard(draft)
         raise write_failed(folder, error) from error
 
 
-def discard(draft: Draft) -> None:
+def _commit(owner: log.Owner, drafts: Sequence[Draft]) -> None:
+    store = store_of(owner.out)
+    units = {draft.name: draft.unit for draft in drafts}
+    for file in (file for unit in units.values() for file in unit.files()):
+        if (size := store.size(f"{owner.out}/{file.temporary}")) != file.bytes:
+            what = "is gone" if size is None else f"has {size} bytes instead of {file.bytes}"
+            raise StageFailed(f"{owner.out}/{file.temporary}: {what}; run the same command again, it resumes")
+    before = [found.unit for name in units if (found := owner.state.units.get(name))]
+    replaced = sorted(file.path for unit in before for file in unit.files())
+    try:
+        owner.append(Commit(units=units, replaced=replaced))
+    except log.Fenced:
+        for draft in drafts:
+            discard(owner.out, draft)
+        raise
+
+
+def discard(out: str | Path, draft: Draft) -> None:
     """Remove a draft's temporary files; what cannot be removed is left to `sweep`."""
-    _remove(*(Path(path) for path in (draft.shard_temporary, draft.ledger_temporary) if path))
+    _remove(str(out), list(draft.unit.files()))
 
 
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        with suppress(OSError):
-            path.unlink()
+def _remove(out: str, written: list[LogFile]) -> None:
+    for file in written:
+        _delete(out, file.temporary)
+
+
+def _delete(out: str, path: str) -> None:
+    with suppress(OSError):
+        store_of(out).delete(f"{out}/{path}")
 
 
 def prepare(folder: Path) -> None:
     """Create a subset's folders."""
     try:
-        for name in FOLDERS:
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name in adopt.FOLDERS:
+            store_of(folder).make_folder(f"{folder}/{name}")
     except OSError as error:
         raise write_failed(folder, error) from error
-
-
-def sweep(folder: Path) -> int:
-    """Remove what crashed runs left: temporary files, and the files of units without a manifest.
-
-    Returns how many files. Call only with the lock.
-
-    Raises:
-        StageFailed: the folder cannot be written.
-    """
-    leftovers = [path for path in folder.rglob(f"{files.TEMPORARY}*") if path.is_file()]
-    committed = {path.stem for path in (folder / "manifests").glob("*.json")}
-    for name in ("shards/*.tar", "ledger/*.parquet"):
-        found = (path for path in folder.glob(name) if not path.name.startswith(files.TEMPORARY))
-        leftovers += [path for path in found if path.stem not in committed]
-    try:
-        for path in leftovers:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise write_failed(folder, error) from error
-    return len(leftovers)

@@ -2,19 +2,21 @@
 
     work list -> sample audit -> pending units -> engine -> commit, for each subset; then the merge
 
-Only the driver commits, and only while it holds the folder's lock. A build that is run again resumes: what is
-committed is not built again, and a corpus with nothing to do is left as it is.
+Only the driver commits, and only while it owns the corpus (`corpus.log`). A build that is run again resumes:
+what is committed is not built again, and a corpus with nothing to do is left as it is. A build that is
+refused changes nothing.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
+import math
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,17 +24,23 @@ import msgspec
 
 from ...schemas.config import BuildConfig, dump_config
 from ...schemas.errors import ConfigError, StageFailed, UnitsHeldBack
-from ...schemas.reasons import RETRIED
-from ..corpus import merge, reader, writer
+from ..corpus import adopt, merge, reader, writer
+from ..corpus import log as commit_log
 from ..corpus.events import EventLog, EventReader
+from ..corpus.log import Owner
+from ..corpus.records import Config
+from ..corpus.sweep import sweep
 from ..corpus.work_list import (
+    Plan,
     WorkList,
     find_pending_units,
     find_work_list,
     make_work_list,
+    plan,
+    publish,
 )
 from ..corpus.writer import Draft
-from ..io import files
+from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import complete, open_source
 from ..stages.base import ModelStage, Stage
@@ -46,6 +54,9 @@ log = logging.getLogger(__name__)
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+COMMIT_EVERY_S = 5.0
+"""Units that are ready so soon after the last commit share the next one: a record costs a few writes."""
 OnProgress = Callable[[Progress], None]
 
 
@@ -85,19 +96,20 @@ def build(
     """
     config = complete(config)
     engine.check(config)
-    with locked(Path(config.out)):
-        if is_finished(config, limit_images, retry_failed):
-            return msgspec.to_builtins(reader.read_summary(config.out))
-        step(write_config)(config)
+    if is_finished(config, limit_images, retry_failed):
+        return msgspec.to_builtins(reader.read_summary(config.out))
+    prepare(config, limit_images, retry_failed)
+    with owned(config, "build") as owner:
+        sweep(owner, _keep_replaced_s(config))
         held: dict[str, str] = {}
         for subset in config.subsets:
-            work_list = step(prepare_work_list)(config, subset, limit_images)
+            work_list = step(prepare_work_list)(config, subset, limit_images, owner)
             if units := step(find_pending)(config, subset, work_list, retry_failed):
-                step(audit_source)(config, subset)
-                held |= step(build_units)(config, subset, work_list, units, engine, on_progress).held
-        if held and not any(reader.list_units(str(Path(config.out) / each)) for each in config.subsets):
+                held |= step(build_units)(config, subset, work_list, units, engine, owner, on_progress).held
+        if held and not owner.state.units:
             raise UnitsHeldBack(held_back(held))
-        summary = step(merge_corpus)(config)
+        step(write_config)(config, owner)
+        summary = step(merge_corpus)(config, owner)
         if held:
             raise UnitsHeldBack(held_back(held))
         return summary
@@ -106,21 +118,23 @@ def build(
 # The steps.
 
 
-def write_config(config: BuildConfig) -> None:
-    """Write the resolved configuration beside what it builds."""
-    try:
-        with files.write_atomic(Path(config.out) / "config.yaml") as file:
-            file.write(dump_config(config).encode())
-    except OSError as error:
-        raise writer.write_failed(Path(config.out), error) from error
+def write_config(config: BuildConfig, owner: Owner) -> None:
+    """Record the resolved configuration, and write it beside what it builds, unless it is the same."""
+    text = dump_config(config)
+    if owner.state.config is None or owner.state.config.text != text or not _has_config(config):
+        try:
+            owner.append(Config(text=text, files=[owner.write(reader.CONFIG, text.encode())]))
+        except OSError as error:
+            raise writer.write_failed(Path(config.out), error) from error
 
 
-def prepare_work_list(config: BuildConfig, subset: str, limit_images: int | None) -> WorkList:
+def prepare_work_list(
+    config: BuildConfig, subset: str, limit_images: int | None, owner: Owner | None = None
+) -> WorkList:
     """Cut the subset into units, or take the existing work list if the source is still the same."""
     folder = Path(config.out) / subset
     writer.prepare(folder)
-    writer.sweep(folder)
-    return make_work_list(open_source(config, subset), config, folder, limit_images)
+    return make_work_list(open_source(config, subset), config, folder, limit_images, owner)
 
 
 def find_pending(config: BuildConfig, subset: str, work_list: WorkList, retry_failed: bool) -> list[int]:
@@ -150,9 +164,10 @@ def build_units(
     work_list: WorkList,
     units: list[int],
     engine: Engine,
+    owner: Owner,
     on_progress: OnProgress = lambda _: None,
 ) -> Progress:
-    """Send units through the stages and commit them. The caller holds the lock.
+    """Send units through the stages and commit them.
 
     Args:
         config: the resolved configuration.
@@ -160,9 +175,11 @@ def build_units(
         work_list: the subset's work list.
         units: indices of the units to build.
         engine: runs them.
+        owner: of the corpus.
         on_progress: called about twice a second, and after each unit, from this thread.
 
     Raises:
+        Fenced: another driver has taken over.
         StageFailed: a stage fails on everything, a backend cannot start, or the disk is full.
         StageStalled: nothing moved for `failures.stall_s`; the message has the hanging stacks.
     """
@@ -178,9 +195,10 @@ def build_units(
     events = EventLog(run_folder, "driver")
     events.emit("begun")
     watch = Watch(EventReader(run_folder), progress, config.failures.stall_s, run_folder)
-    committer = _Committer(folder, config.failures.stop_after_units, progress, events)
+    committer = _Committer(config, folder, owner, progress, events)
 
     def tick(moved: bool = False) -> None:
+        committer.commit_now_and_then()
         watch.update(moved)
         on_progress(progress)
 
@@ -195,16 +213,16 @@ def build_units(
         raise
     events.emit("ended")
     tick(moved=True)
-    writer.sweep(folder)  # what a worker of an earlier, broken run was still writing when this one began
+    sweep(owner)  # what a worker of an earlier, broken run was still writing when this one began
     for stack in run_folder.glob("stack-*.txt"):
         stack.unlink()
     shutil.rmtree(folder / "journal", ignore_errors=True)
     return progress
 
 
-def merge_corpus(config: BuildConfig) -> dict[str, Any]:
+def merge_corpus(config: BuildConfig, owner: Owner) -> dict[str, Any]:
     """Write one index, statistics, plots and the dataset card over all committed units."""
-    return merge.merge(Path(config.out), config)
+    return merge.merge(Path(config.out), config, owner)
 
 
 # What is known before an engine starts.
@@ -213,7 +231,7 @@ def merge_corpus(config: BuildConfig) -> dict[str, Any]:
 def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> set[str]:
     """Plan every subset and read a sample of its source, so that a mistake is found before an engine starts.
 
-    `build` does the same, and then finds it done.
+    `build` does the same, and then finds it done. Nothing is written before every subset has been planned.
 
     Returns:
         The protocols of the models that will be asked: those that lack evidence of a pending unit.
@@ -222,17 +240,29 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         ConfigError: a source cannot be read, or nothing of the sample is usable.
         IntegrityError: the sources are not those that the corpus was planned with.
     """
+    out = Path(config.out)
+    adopt.refuse_foreign(str(out), list(config.subsets))
     asked: set[str] = set()
-    with locked(Path(config.out)):
+    with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
+        plans: dict[str, Plan] = {}
         for subset in config.subsets:
-            work_list = prepare_work_list(config, subset, limit_images)
-            if units := find_pending(config, subset, work_list, retry_failed):
+            (Path(scratch) / subset).mkdir()
+            source = open_source(config, subset)
+            plans[subset] = plan(source, config, out / subset, Path(scratch) / subset, limit_images)
+        for subset, made in plans.items():
+            if find_pending(config, subset, made.work_list, retry_failed):
                 audit_source(config, subset)
-                folder = Path(config.out) / subset
-                models = [each for each in recipe_of(config, subset) if isinstance(each, ModelStage)]
-                asked |= {
-                    each.protocol for each in models if not _has_all_evidence(each, folder, work_list, units)
-                }
+        if any(made.table is not None for made in plans.values()):
+            with owned(config, "plan") as owner:
+                for subset, made in plans.items():
+                    writer.prepare(out / subset)
+                    publish(made, out / subset, owner)
+    for subset, made in plans.items():
+        folder = out / subset
+        if units := find_pending(config, subset, made.work_list, retry_failed):
+            models = [each for each in recipe_of(config, subset) if isinstance(each, ModelStage)]
+            lacking = [each for each in models if not _has_all_evidence(each, folder, made.work_list, units)]
+            asked |= {each.protocol for each in lacking}
     return asked
 
 
@@ -298,16 +328,9 @@ def failed_units(folder: Path, work_list: WorkList) -> list[int]:
     Raises:
         IntegrityError: a manifest does not parse.
     """
-    failed = []
-    for index in range(work_list.num_units):
-        try:
-            record = reader.read_manifest(folder / "manifests" / f"{work_list.unit_name(index)}.json")
-        except FileNotFoundError:
-            continue
-        reasons = {key.partition("/")[2] for key in record.dropped} | set(record.images_dropped)
-        if record.failed or reasons & RETRIED:
-            failed.append(index)
-    return failed
+    units = commit_log.read_units(str(folder.parent))
+    names = [f"{folder.name}/{name}" for name in work_list.unit_names()]
+    return [index for index, name in enumerate(names) if name in units and units[name].failed]
 
 
 def check_disk(config: BuildConfig, subset: str, units: list[int], work_list: WorkList) -> None:
@@ -328,27 +351,37 @@ def check_disk(config: BuildConfig, subset: str, units: list[int], work_list: Wo
         )
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Lock the output folder, since only one driver may commit. The lock ends with the process in any case.
+def owned(config: BuildConfig, command: str) -> AbstractContextManager[Owner]:
+    """Be the one driver that writes to the corpus of a configuration; see `corpus.log.own`.
 
     Raises:
-        ConfigError: another build holds it.
+        ConfigError: another driver is writing there.
         StageFailed: the folder cannot be written.
     """
+    out = Path(config.out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a+")
+        store_of(out).make_folder(str(out))
     except OSError as error:
         raise writer.write_failed(out, error) from error
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"{out}: another build is writing here; wait for it or choose another `out`"
-            ) from error
-        yield
+    return _owned(out, command, config.failures.lease_s)
+
+
+@contextmanager
+def _owned(out: Path, command: str, lease_s: float) -> Iterator[Owner]:
+    try:
+        with commit_log.own(str(out), command, lease_s) as owner:
+            yield owner
+    except OSError as error:
+        raise writer.write_failed(out, error) from error
+
+
+def _keep_replaced_s(config: BuildConfig) -> float:
+    return config.failures.keep_replaced_days * 86_400
+
+
+def _has_config(config: BuildConfig) -> bool:
+    path = f"{config.out}/{reader.CONFIG}"
+    return store_of(path).size(path) == len(dump_config(config).encode())
 
 
 def held_back(held: dict[str, str], how: str = "") -> str:
@@ -371,13 +404,17 @@ class _Committer:
     failed unit is committed with its drops; if it fails on `stop_after` units in a row, the build stops.
     """
 
-    def __init__(self, folder: Path, stop_after: int, progress: Progress, events: EventLog):
+    def __init__(self, config: BuildConfig, folder: Path, owner: Owner, progress: Progress, events: EventLog):
+        self.config = config
         self.folder = folder
-        self.stop_after = stop_after
+        self.owner = owner
+        self.stop_after = config.failures.stop_after_units
         self.progress = progress
         self.events = events
         self.suspects: list[Draft] = []
         self.held_in_a_row: dict[str, str] = {}
+        self.ready: list[Draft] = []
+        self.committed_s = -math.inf
 
     def take(self, draft: Draft) -> None:
         if draft.held:
@@ -400,18 +437,27 @@ class _Committer:
     def _hold(self, draft: Draft) -> None:
         unit = draft.manifest.unit
         log.warning("%s is held back: %s", unit, draft.held)
-        writer.discard(draft)
+        writer.discard(self.owner.out, draft)
+        self.owner.held_back[draft.name] = draft.held
         self.progress.held[unit] = self.held_in_a_row[unit] = draft.held
         if len(self.held_in_a_row) >= self.stop_after:
             raise UnitsHeldBack(held_back(self.held_in_a_row, " in a row"))
 
     def finish(self) -> None:
+        """Commit what waits."""
         self._release()
+        self._commit_ready()
 
     def abandon(self) -> None:
-        for draft in self.suspects:
-            writer.discard(draft)
-        self.suspects = []
+        """Forget what is not committed: the drafts' stage or disk has failed."""
+        for draft in [*self.suspects, *self.ready]:
+            writer.discard(self.owner.out, draft)
+        self.suspects, self.ready = [], []
+
+    def commit_now_and_then(self) -> None:
+        """Commit what is ready, unless the last commit is only moments ago."""
+        if self.ready and time.monotonic() - self.committed_s >= COMMIT_EVERY_S:
+            self._commit_ready()
 
     def _release(self) -> None:
         for draft in self.suspects:
@@ -424,18 +470,28 @@ class _Committer:
         self.suspects = []
 
     def _commit(self, draft: Draft) -> None:
+        self.ready.append(draft)
+        self.commit_now_and_then()
+
+    def _commit_ready(self) -> None:
+        if not self.ready:
+            return
         start = time.perf_counter()
-        writer.commit(self.folder, draft)
-        record = draft.manifest
-        self.events.emit(
-            "committed",
-            unit=record.unit,
-            images=len(record.images),
-            regions=record.regions_in,
-            seconds=time.perf_counter() - start,
-        )
-        self.progress.done += 1
-        self.progress.images += len(record.images)
-        self.progress.regions += record.regions_in
-        self.progress.kept += record.kept
-        self.progress.dropped.update(record.dropped)
+        write_config(self.config, self.owner)
+        drafts, self.ready = self.ready, []
+        writer.commit(self.folder, *drafts, owner=self.owner)
+        self.committed_s = time.monotonic()
+        for draft in drafts:
+            record = draft.manifest
+            self.events.emit(
+                "committed",
+                unit=record.unit,
+                images=len(record.images),
+                regions=record.regions_in,
+                seconds=(time.perf_counter() - start) / len(drafts),
+            )
+            self.progress.done += 1
+            self.progress.images += len(record.images)
+            self.progress.regions += record.regions_in
+            self.progress.kept += record.kept
+            self.progress.dropped.update(record.dropped)

@@ -309,7 +309,7 @@ class Worker:
         draft.held = unit.held or draft.held or self._why_held(unit)
         if draft.held:
             self.events.emit("failed", stage=SOURCE_STAGE, unit=unit.name, detail=draft.held)
-            writer.discard(draft)
+            writer.discard(self.folder.parent, draft)
         cpu = time.process_time() - start_cpu
         self._report_unit(writer.WRITE_STAGE, unit, draft.manifest.kept, time.perf_counter() - start, cpu)
         return msgspec.msgpack.encode(draft)

@@ -331,10 +331,15 @@ def write_atomic(path: str | Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def json_text(content: Any) -> bytes:
+    """JSON for people to read."""
+    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people to read, whole or not at all."""
     with write_atomic(path) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+        file.write(json_text(content))
 
 
 @contextmanager

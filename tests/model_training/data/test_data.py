@@ -430,7 +430,7 @@ def test_errors_and_counts_of_workers_are_the_trainers(corpus: Path, tmp_path: P
 def merged(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the corpus with its index, but without plots and a card."""
     out = copy(corpus, tmp_path)
-    monkeypatch.setattr("paracaption.pipeline.corpus.plots.write_plots", lambda *_: None)
+    monkeypatch.setattr("paracaption.pipeline.corpus.plots.draw_plots", lambda *_: {})
     monkeypatch.setattr("paracaption.pipeline.corpus.card.render_card", lambda *_: "")
     merge(out, BuildConfig.model_construct())
     return out

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paracaption.pipeline.corpus import merge, reader, verify, work_list
-from paracaption.pipeline.corpus.ledger import write_table
+from paracaption.pipeline.corpus.ledger import table_bytes
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.errors import ConfigError
 from tests import committed
@@ -60,7 +60,7 @@ def edit_ledger(out: Path, where, **changes) -> None:
     path = out / "coconut" / "ledger" / f"{UNIT}.parquet"
     table = pq.read_table(path)
     rows = [row | changes if where(row) else row for row in table.to_pylist()]
-    write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    path.write_bytes(table_bytes(pa.Table.from_pylist(rows, schema=table.schema)))
     sign(out, "ledger")
 
 
@@ -250,7 +250,7 @@ def test_a_sample_without_kept_rows_and_rows_without_a_sample_are_named(out):
     path = out / "coconut" / "ledger" / f"{UNIT}.parquet"
     table = pq.read_table(path)
     rows = [row for row in table.to_pylist() if row["key"] != "000000000000"]
-    write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    path.write_bytes(table_bytes(pa.Table.from_pylist(rows, schema=table.schema)))
     sign(out, "ledger")
     named(out, f"shards/{UNIT}.tar: 000000000000", "no row of the ledger")
     data = (out / "coconut/shards/coconut-000001.tar").read_bytes()
@@ -393,6 +393,6 @@ def test_a_photo_that_is_not_the_captioned_one_is_found(out):
     for wrong in (False, True):
         if wrong:
             digests[kept.index(True)] = "0" * 64
-        write_table(table.append_column("photo_digest", pa.array(digests, pa.string())), path)
+        path.write_bytes(table_bytes(table.append_column("photo_digest", pa.array(digests, pa.string()))))
         sign(out, "ledger")
         assert any("not the one that was captioned" in problem for problem in found(out)) == wrong

@@ -41,17 +41,17 @@ def test_the_steps_come_in_their_order_for_each_subset_and_a_second_build_takes_
 
     config = config_of(tmp_path / "out", coconut=coconut, sa1b=sa1b)
     summary = driver.build(config, engine, step=step)
-    each = ["prepare_work_list", "find_pending", "audit_source", "build_units"]
+    each = ["prepare_work_list", "find_pending", "build_units"]
     steps = [f"{name} {subset}" for subset in ("coconut", "sa1b") for name in each]
-    assert taken == ["write_config", *steps, "merge_corpus"]
+    assert taken == [*steps, "write_config", "merge_corpus"]
     assert engine.given == [[0, 1, 2], [0, 1]]
-    paths = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != ".lock"]
+    paths = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     before = {path: path.stat().st_mtime_ns for path in paths}
     asked = len(calls(tmp_path / "captioner.log"))
     assert driver.build(config, engine, step=step) == summary
-    assert len(taken) == 1 + 8 + 1 and len(engine.given) == 2
+    assert len(taken) == 6 + 2 and len(engine.given) == 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == len(paths) + 1
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == len(paths)
     assert len(calls(tmp_path / "captioner.log")) == asked == 64
 
 
@@ -108,8 +108,11 @@ def test_a_changed_source_is_refused_with_the_difference(tmp_path):
 
 def test_two_drivers_cannot_write_to_the_same_folder(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
-    with driver.locked(tmp_path / "out"), pytest.raises(ConfigError, match="another build"):
-        build(config)
+    with (
+        driver.owned(config, "build"),
+        pytest.raises(ConfigError, match=r"`build` of process \d+ on .* is writing"),
+    ):
+        build(config.model_copy(update={"failures": config.failures.model_copy(update={"lease_s": 30})}))
 
 
 def test_a_read_only_output_is_one_clear_error(tmp_path, coconut):

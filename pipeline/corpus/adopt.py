@@ -1,0 +1,143 @@
+"""What lies in a folder: a corpus with a log, one of a release that had none, or something else.
+
+Before release 0.2 a unit was committed if its manifest existed. Such a corpus is adopted as it is: the first
+owner writes a record that names what lies there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from ...schemas import manifest as manifests
+from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.manifest import FileEntry, Manifest
+from ...schemas.reasons import RETRIED
+from ...schemas.records import Blob
+from ..io import files
+from ..io.store import TEMPORARY, store_of
+from .records import Adopt, LogFile, LogUnit
+
+MARKER = "corpus.json"
+MARKER_TEXT = b'{"format": "paracaption corpus", "version": 1}\n'
+"""A folder with this file is a corpus of ours; only in such a folder anything is ever removed."""
+
+FOLDERS = ("shards", "ledger", "manifests")
+MERGED = ("index.parquet", "stats.json", "README.md")
+PLAN = ("plan/plan.parquet", "plan/plan.json")
+
+
+def mark(out: str) -> None:
+    """Make a folder a corpus of ours.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    store_of(out).create(f"{out}/{MARKER}", MARKER_TEXT)
+
+
+def refuse_foreign(out: str, subsets: list[str]) -> None:
+    """Refuse a folder in which files of others lie where a corpus has its own.
+
+    Raises:
+        ConfigError: names one of them.
+    """
+    if MARKER in files.list_names(out):
+        return
+    for subset in subsets:
+        if "plan.json" in files.list_names(f"{out}/{subset}/plan"):
+            continue
+        for folder in (*FOLDERS, "evidence", "plan"):
+            found = [
+                name
+                for name in files.list_names(f"{out}/{subset}/{folder}")
+                if not name.startswith(TEMPORARY)
+            ]
+            if found:
+                raise ConfigError(
+                    f"{out}/{subset}/{folder}/{found[0]}: this folder has files and is no corpus; "
+                    "choose another `out`"
+                )
+
+
+def find(out: str) -> Adopt:
+    """A record of what a corpus without a log holds.
+
+    Raises:
+        IntegrityError: a manifest cannot be read.
+    """
+    named: list[LogFile] = []
+    for subset in files.list_names(out):
+        named += _named(out, *(f"{subset}/{path}" for path in PLAN))
+    named += _named(out, "config.yaml", *MERGED)
+    named += _named(out, *(f"plots/{name}" for name in files.list_names(f"{out}/plots") if name[0] != "."))
+    return Adopt(units=find_units(out), files=named)
+
+
+def find_units(out: str) -> dict[str, LogUnit]:
+    """The units of a corpus without a log, by "subset/unit": those that have a manifest.
+
+    Raises:
+        IntegrityError: a manifest cannot be read.
+    """
+    return {
+        f"{subset}/{name.removesuffix('.json')}": _unit(out, subset, name)
+        for subset in files.list_names(out)
+        for name in files.list_names(f"{out}/{subset}/manifests")
+        if name.endswith(".json") and not name.startswith(".")
+    }
+
+
+def _unit(out: str, subset: str, name: str) -> LogUnit:
+    path = f"{subset}/manifests/{name}"
+    data = files.read(Blob(f"{out}/{path}"))
+    try:
+        manifest = manifests.decode(data)
+        if manifest.unit != name.removesuffix(".json"):
+            raise msgspec.ValidationError(f"it is of unit {manifest.unit}")
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise IntegrityError(
+            f"{out}/{path}: not a manifest ({error}); delete it, and its unit is built again"
+        ) from error
+    return log_unit(manifest, subset, LogFile(path, len(data), hashlib.sha256(data).hexdigest()))
+
+
+def log_unit(manifest: Manifest, subset: str, file: LogFile) -> LogUnit:
+    """What the log says of a unit whose files lie at their places.
+
+    Args:
+        manifest: of the unit.
+        subset: name of the subset's folder.
+        file: the manifest's file.
+    """
+
+    def entry(found: FileEntry) -> LogFile:
+        return LogFile(f"{subset}/{found.path}", found.bytes, found.sha256)
+
+    reasons = {key.partition("/")[2] for key in manifest.dropped} | set(manifest.images_dropped)
+    return LogUnit(
+        plan=manifest.plan,
+        recipe=manifest.recipe,
+        regions=manifest.regions_in,
+        kept=manifest.kept,
+        manifest=file,
+        ledger=entry(manifest.ledger),
+        shard=entry(manifest.shard) if manifest.shard else None,
+        failed=bool(manifest.failed or reasons & RETRIED),
+    )
+
+
+def _named(out: str, *paths: str) -> list[LogFile]:
+    sizes = [(path, store_of(out).size(f"{out}/{path}")) for path in paths]
+    return [LogFile(path, size, sha256_of(f"{out}/{path}")) for path, size in sizes if size is not None]
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, in hex; it is read piece by piece."""
+    digest = hashlib.sha256()
+    with files.open_url(str(path)) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""Removes what drivers and workers left behind that died: files that no record names.
+
+The order makes it safe beside a driver that was only paused: list first, then write a record, which fails if
+somebody else has claimed the corpus since, then delete what the list has and nothing names. Data files have a
+name for each attempt, so what is deleted is never written again under the same name.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+from ..io import files
+from ..io.store import TEMPORARY, store_of
+from . import adopt, log
+from .records import Sweep
+
+_SHARED = ("", log.LOG, log.BEAT, "plots")
+_OURS = ((*adopt.FOLDERS, "plan"), {"shards": "tar", "ledger": "parquet", "manifests": "json"})
+
+
+def sweep(owner: log.Owner, keep_replaced_s: float = float("inf")) -> int:
+    """Remove temporary files and the files of units that are not committed; returns how many.
+
+    Only names of our own form are touched, in our own folders of a corpus that is marked as one.
+
+    Args:
+        owner: of the corpus; none of its workers may be at work.
+        keep_replaced_s: for how long files that a record replaced are kept.
+
+    Raises:
+        Fenced: another driver has taken over; nothing was deleted.
+        OSError: the folder cannot be written.
+    """
+    found = sorted(_leftovers(owner))
+    if found:
+        owner.append(Sweep())
+        for path in found:
+            store_of(owner.out).delete(f"{owner.out}/{path}")
+    for path in _paths(owner.out, log.BEAT):  # of owners before; one that wakes up writes its own again
+        if path != f"{log.BEAT}/{owner.state.epoch:06}":
+            store_of(owner.out).delete(f"{owner.out}/{path}")
+    _forget_replaced(owner, keep_replaced_s)
+    return len(found)
+
+
+def _leftovers(owner: log.Owner) -> Iterator[str]:
+    named = {file.path for found in owner.state.units.values() for file in found.unit.files()}
+    for folder in _SHARED:
+        for path in _paths(owner.out, folder):
+            if path.rpartition("/")[2].startswith(TEMPORARY):
+                yield path
+    for subset in files.list_names(owner.out):
+        if subset.startswith(".") or subset in _SHARED:
+            continue
+        folders, endings = _OURS
+        stages = [f"evidence/{name}" for name in files.list_names(f"{owner.out}/{subset}/evidence")]
+        for folder in (*folders, *stages):
+            form = re.compile(rf"{re.escape(subset)}-\d{{6,}}\.{endings.get(folder, '$')}")
+            for path in _paths(owner.out, f"{subset}/{folder}"):
+                name = path.rpartition("/")[2]
+                if name.startswith(TEMPORARY) or (form.fullmatch(name) and path not in named):
+                    yield path
+
+
+def _paths(out: str, folder: str) -> list[str]:
+    prefix = f"{folder}/" if folder else ""
+    return [f"{prefix}{name}" for name in files.list_names(f"{out}/{folder}")]
+
+
+def _forget_replaced(owner: log.Owner, keep_s: float) -> None:
+    """Delete the replaced files of records that are old by now."""
+    for name in files.list_names(f"{owner.out}/{log.REPLACED}"):
+        if name.isdigit() and time.time() - log.read_record(owner.out, int(name)).time_s > keep_s:
+            with suppress(OSError):
+                store_of(owner.out).delete_folder(f"{owner.out}/{log.REPLACED}/{name}")

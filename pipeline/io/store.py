@@ -1,0 +1,257 @@
+"""The one door through which a corpus is written: a file appears whole and durable, or not at all.
+
+A place is a local path, or a URL whose scheme has a registered store. Nothing else in `pipeline/` creates,
+moves or deletes a file of a corpus, so what a full disk, a kill or a slow network does to it can be tried in
+one place.
+
+The two calls that the commit log rests on:
+
+- `create` gives a name to one writer only, whoever asks and how often;
+- `move` moves a file once: whoever comes second finds that it is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from ...schemas.errors import ConfigError
+from . import files
+
+TEMPORARY = files.TEMPORARY
+
+
+class Store(ABC):
+    """Where files of a corpus lie. Paths are whole: a local path, or a URL of the store's scheme."""
+
+    @abstractmethod
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file unless its name is taken. Of all who try, one gets True; it is durable then.
+
+        Raises:
+            OSError: it was not written, or it is not known.
+        """
+
+    @abstractmethod
+    def put(self, path: str, data: bytes) -> None:
+        """Write a file, or replace it: readers see the old one or the new one, each whole."""
+
+    @abstractmethod
+    def write(self, path: str) -> IO[bytes]:
+        """Open a new file to be written piece by piece. It is there when it is closed; not atomic, so give it
+        a temporary name. Folders above it are made.
+        """
+
+    @abstractmethod
+    def move(self, path: str, target: str) -> bool:
+        """Rename a file, over another one if need be; False if it is not there (moved already)."""
+
+    @abstractmethod
+    def keep(self, path: str, target: str) -> bool:
+        """Give a file a second name, so that it stays when the first one is replaced.
+
+        Returns:
+            False if there is no such file. A second name that is taken already is left as it is.
+        """
+
+    @abstractmethod
+    def delete(self, path: str) -> None:
+        """Delete a file; one that is not there is deleted already."""
+
+    @abstractmethod
+    def delete_folder(self, path: str) -> None:
+        """Delete a folder and all in it; what cannot be deleted is left."""
+
+    @abstractmethod
+    def make_folder(self, path: str) -> None:
+        """Make a folder and those above it, if they are not there."""
+
+    @abstractmethod
+    def size(self, path: str) -> int | None:
+        """Number of bytes of a file; None if there is no such file."""
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+
+    @abstractmethod
+    def list(self, folder: str) -> list[str]:
+        """Names of the files and folders in a folder, sorted; none if there is no such folder."""
+
+    @abstractmethod
+    def modified_s(self, path: str) -> float:
+        """When a file was last written, in seconds since the epoch, by the store's clock."""
+
+
+class FolderStore(Store):
+    """A folder of a POSIX file system that has hard links: ext4, XFS, NFS, Lustre, GPFS.
+
+    Files are flushed to the disk before they get their name, and the folder after it, so that a power cut
+    takes nothing back. No lock is used: many file systems have none that holds between machines.
+    """
+
+    def create(self, path: str, data: bytes) -> bool:
+        temporary = self._written(path, data)
+        try:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return self._is_ours(path, data)
+            except OSError as error:
+                # Over NFS the answer may be lost. Two names say that the file got the second one (open(2)).
+                if os.stat(temporary).st_nlink != 2:
+                    raise _without_links(error, path) from error
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+        _sync(os.path.dirname(path))
+        return True
+
+    def put(self, path: str, data: bytes) -> None:
+        temporary = self._written(path, data)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync(os.path.dirname(path))
+
+    def write(self, path: str) -> IO[bytes]:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return io.BufferedWriter(_Durable(path, "xb"), 1 << 20)
+
+    def move(self, path: str, target: str) -> bool:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        try:
+            os.replace(path, target)
+        except FileNotFoundError:
+            return False
+        _sync(os.path.dirname(target))
+        return True
+
+    def keep(self, path: str, target: str) -> bool:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        try:
+            os.link(path, target)
+        except FileNotFoundError:
+            return False
+        except FileExistsError:
+            return True
+        _sync(os.path.dirname(target))
+        return True
+
+    def delete(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def delete_folder(self, path: str) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+    def make_folder(self, path: str) -> None:
+        os.makedirs(path, exist_ok=True)
+
+    def size(self, path: str) -> int | None:
+        try:
+            return os.stat(path).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, path: str) -> bytes:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+
+    def list(self, folder: str) -> list[str]:
+        try:
+            return sorted(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def modified_s(self, path: str) -> float:
+        return os.stat(path).st_mtime
+
+    def _written(self, path: str, data: bytes) -> str:
+        """A temporary file beside `path` with this content."""
+        temporary = temporary_name(path)
+        try:
+            with self.write(temporary) as file:
+                file.write(data)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        return temporary
+
+    def _is_ours(self, path: str, data: bytes) -> bool:
+        """Whether the file under a name that is taken is the very one that was to be created."""
+        with suppress(FileNotFoundError):
+            return self.read(path) == data
+        return False
+
+
+class _Durable(io.FileIO):
+    """A file that is on the disk when it is closed."""
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                os.fsync(self.fileno())
+            finally:
+                super().close()
+
+
+def _without_links(error: OSError, path: str) -> OSError:
+    """Say it where the file system has no hard links at all."""
+    if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+        what = f"this file system has no hard links ({error.strerror}), which a corpus needs"
+        return OSError(error.errno, f"{what}; choose another `out`", path)
+    return error
+
+
+def _sync(folder: str) -> None:
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_STORES: dict[str, Store] = {}
+_FOLDERS = FolderStore()
+
+
+def register(scheme: str, store: Store) -> None:
+    """Make a store answer for the URLs of a scheme, such as "s3"."""
+    _STORES[scheme] = store
+
+
+def store_of(path: str | Path) -> Store:
+    """The store of a path.
+
+    Raises:
+        ConfigError: it is a URL of a scheme that cannot be written.
+    """
+    name = str(path)
+    if not files.is_url(name):
+        return _FOLDERS
+    scheme = name.partition("://")[0]
+    if scheme not in _STORES:
+        raise ConfigError(f"{name}: a corpus cannot be written to {scheme}://; give a folder")
+    return _STORES[scheme]
+
+
+def temporary_name(path: str) -> str:
+    """A name beside a path that nobody else has, and that readers ignore."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{TEMPORARY}{name}-{uuid.uuid4().hex[:12]}"
