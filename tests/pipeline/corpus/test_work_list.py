@@ -1,5 +1,6 @@
 """The plan: deterministic, read by unit, reused on a resume and refused when its sources have changed."""
 
+import shutil
 from contextlib import suppress
 
 import msgspec
@@ -40,6 +41,14 @@ class FakeSource:
         raise AssertionError("planning reads no image")
 
 
+@pytest.fixture
+def tmp_path(tmp_path):
+    """A subset's folder in a corpus of its own, whose log lies beside it."""
+    folder = tmp_path / "sa1b"
+    folder.mkdir()
+    return folder
+
+
 def config_of(tmp_path, images_per_shard=3):
     values = {"out": str(tmp_path), "sa1b": {"paths": ["x"]}, "images_per_shard": images_per_shard}
     return BuildConfig.model_validate(values)
@@ -70,7 +79,7 @@ entries = st.builds(
 @given(st.lists(entries, max_size=12, unique_by=lambda entry: entry.key), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_units_hold_every_image_once_in_order(tmp_path_factory, listed, size):
-    folder = tmp_path_factory.mktemp("plan")
+    folder = tmp_path_factory.mktemp("plan") / "sa1b"
     made = work_list.make_work_list(FakeSource(listed), config_of(folder, size), folder)
     units = [work_list.read_unit(folder, index) for index in range(made.num_units)]
     assert [entry for unit in units for entry in unit] == listed
@@ -185,10 +194,14 @@ def test_a_table_that_is_damaged_is_named(tmp_path):
 
 
 def write_manifest(folder, made, index, recipe="r", digest=None):
-    folder.mkdir(exist_ok=True)
+    """Commit a unit as early releases did, which had no log."""
+    shutil.rmtree(folder.parent.parent / "log", ignore_errors=True)
+    for name in ("manifests", "ledger"):
+        (folder.parent / name).mkdir(exist_ok=True)
     unit = made.unit_name(index)
     entry = FileEntry(f"ledger/{unit}.parquet", 1, "0" * 64)
     found = Manifest(unit, made.subset, digest or made.digest, recipe, None, entry, {}, 0, 0, {}, {})
+    (folder.parent / "ledger" / f"{unit}.parquet").write_bytes(b"?")
     (folder / f"{unit}.json").write_bytes(manifests.encode(found))
 
 
