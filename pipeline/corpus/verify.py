@@ -4,9 +4,11 @@ The promises:
 - every image of the work list is in exactly one manifest, and `regions_in == kept + dropped` in each;
 - a manifest's files have its checksums, and the ledger counts what the manifest counts;
 - each sample of a shard is a kept row of the ledger, and each kept row is where its offsets say;
+- the photo of each sample is the one that its evidence names, where it names one;
 - every RLE fills its image, and has the area and the box that stand beside it;
 - every caption obeys the text rules;
-- all units are of one work list and one recipe, and index and statistics are of these units.
+- the work list is what was written; all units are of it and of one recipe, and index and statistics are of
+  these units.
 """
 
 from __future__ import annotations

@@ -226,7 +226,8 @@ def _write(
 
 def _sources_of(config: BuildConfig, subset: str) -> list[dict[str, Any]]:
     """The sources of a subset with every option: what decides which files are read, and as what."""
-    return complete(config).subsets[subset].sources
+    found = complete(config).subsets[subset].sources
+    return msgspec.json.decode(msgspec.json.encode(found, enc_hook=str))  # as it comes back from the summary
 
 
 def _refuse_other_roles(old: WorkList, config: BuildConfig) -> None:

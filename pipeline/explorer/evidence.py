@@ -78,7 +78,7 @@ def _read_answers(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tupl
             table = pq.read_table(
                 file, columns=["region", *names], filters=[("key", "=", key)], use_threads=False
             )
-    except (OSError, pa.ArrowException, KeyError):
-        return []  # missing, or being written anew: the page does without it
-    rows = zip(*(table[name].to_pylist() for name in ("region", *names)), strict=True)
-    return [(region, kind(*answer)) for region, *answer in rows]
+        rows = zip(*(table[name].to_pylist() for name in ("region", *names)), strict=True)
+        return [(region, kind(*answer)) for region, *answer in rows]
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return []  # missing, damaged, or being written anew: the page does without it

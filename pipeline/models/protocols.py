@@ -12,6 +12,9 @@ may have:
   prefix cache or the number of retried requests.
 - `close()`, which frees what Python would not free by itself.
 
+A captioner reads photos with `photos.read_pixels(image)`, which notes on the image which bytes were seen. For
+one that reads them by other means they are hashed before each call, which is a second reading.
+
 A backend may return a `BadRecord` in the place of one region's answer. That region is dropped with its reason
 and nothing is stored for it; the other answers stand.
 """
