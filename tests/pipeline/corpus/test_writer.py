@@ -312,18 +312,23 @@ def test_a_photo_that_is_not_the_one_that_was_captioned_holds_its_unit_back(fold
     assert held.startswith(str(tmp_path / "b.photo")) and "changed while the build was running" in held
 
 
+def ledger_of(folder: Path, draft: writer.Draft) -> Path:
+    """Where the ledger of a draft lies."""
+    return folder.parent / draft.unit.ledger.temporary
+
+
 def test_the_ledger_names_the_photo_of_each_sample_and_of_no_dropped_image(folder, tmp_path):
     images = three(tmp_path)
     for each in images:
         each.photo_digest = photos.hash_photo(each.photo)
     images[1].reject(DROP)
-    table = pq.read_table(write(folder, images).ledger_temporary, columns=["key", "photo_digest"])
+    table = pq.read_table(ledger_of(folder, write(folder, images)), columns=["key", "photo_digest"])
     expected = {each.key: each.photo_digest for each in (images[0], images[2])} | {"a": None}
     assert {row["key"]: row["photo_digest"] for row in table.to_pylist()} == expected
 
 
 def test_a_ledger_of_evidence_that_names_no_photo_is_that_of_early_releases(folder, tmp_path):
-    assert "photo_digest" not in pq.read_schema(write(folder, three(tmp_path)).ledger_temporary).names
+    assert "photo_digest" not in pq.read_schema(ledger_of(folder, write(folder, three(tmp_path)))).names
 
 
 def test_a_photo_that_comes_short_of_its_planned_length_is_not_written(folder, tmp_path):
