@@ -7,7 +7,6 @@ owner writes a record that names what lies there.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import msgspec
 
@@ -131,13 +130,4 @@ def log_unit(manifest: Manifest, subset: str, file: LogFile) -> LogUnit:
 
 def _named(out: str, *paths: str) -> list[LogFile]:
     sizes = [(path, store_of(out).size(f"{out}/{path}")) for path in paths]
-    return [LogFile(path, size, sha256_of(f"{out}/{path}")) for path, size in sizes if size is not None]
-
-
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file, in hex; it is read piece by piece."""
-    digest = hashlib.sha256()
-    with files.open_url(str(path)) as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
+    return [LogFile(path, size, files.sha256_of(f"{out}/{path}")) for path, size in sizes if size is not None]

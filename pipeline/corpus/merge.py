@@ -93,8 +93,8 @@ def is_merged(out: str | Path) -> bool:
         ConfigError: there is no corpus at that path.
     """
     corpus = reader.open_corpus(out)
-    drawn = [Path(out) / "README.md", *(Path(out) / PLOTS / name for name in plots.NAMES)]
-    return all(path.is_file() for path in drawn) and corpus.index_is_current()
+    drawn = [f"{out}/{CARD}", *(f"{out}/{PLOTS}/{name}" for name in plots.NAMES)]
+    return all(files.exists(path) for path in drawn) and corpus.index_is_current()
 
 
 def count_subset(corpus: Corpus, subset: str) -> SubsetCounts:

@@ -25,6 +25,8 @@ import msgspec
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import IntegrityError
+from ...schemas.records import Blob
+from ..io import files
 from ..sources.protocols import CatalogEntry
 from ..sources.registry import SubsetSource, complete
 from . import log as commit_log
@@ -97,7 +99,7 @@ class WorkList(msgspec.Struct, frozen=True):
     def _matches(self, fingerprint: dict[str, str], config: BuildConfig) -> bool:
         same = self.fingerprint == fingerprint and self.images_per_shard == config.images_per_shard
         same = same and (not self.sources or self.sources == _sources_of(config, self.subset))
-        return same and table_path(self.folder).is_file()
+        return same and files.exists(table_path(self.folder))
 
 
 def table_path(folder: str | Path) -> Path:
@@ -140,7 +142,7 @@ def plan(
     fingerprint = _fingerprint(source, limit)
     old = find_work_list(folder)
     damage = None
-    if old is None and summary_path(folder).exists():
+    if old is None and files.exists(summary_path(folder)):
         log.warning("%s: damaged; the work list is made anew from the sources", summary_path(folder))
     elif old is not None:
         damage = find_damage(old)
@@ -273,7 +275,7 @@ def find_work_list(folder: str | Path) -> WorkList | None:
     """
     path = summary_path(folder)
     try:
-        found = _decode_summary(path.read_bytes())
+        found = _decode_summary(files.read(Blob(str(path))))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -291,7 +293,7 @@ def load_work_list(folder: str | Path) -> WorkList:
     """
     path = summary_path(folder)
     try:
-        found = _decode_summary(path.read_bytes())
+        found = _decode_summary(files.read(Blob(str(path))))
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: no work list; run the build to make one") from error
     except (OSError, msgspec.MsgspecError, UnicodeError) as error:
@@ -399,7 +401,10 @@ def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList, da
         head += f"the limit of images was {limits[0]}, is {limits[1]}: "
     if damage is not None:
         return f"{head}which images differ cannot be said, it is {damage}{fix}"
-    tables = [pq.read_table(path, columns=["key", "content"]) for path in (old_path, new_path)]
+    tables = []
+    for path in (old_path, new_path):
+        with files.open_url(str(path)) as file:
+            tables.append(pq.read_table(file, columns=["key", "content"]))
     before, after = (
         dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables
     )

@@ -154,7 +154,7 @@ def read_unit(path: Path, index: int) -> list[CatalogEntry]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as table:
+        with files.open_url(str(path), 1 << 20) as file, pq.ParquetFile(file) as table:
             if not 0 <= index < table.num_row_groups:
                 raise IntegrityError(f"{path}: no unit {index}, it has {table.num_row_groups}")
             return _to_entries(table.read_row_group(index, use_threads=False), index)
@@ -235,11 +235,10 @@ def find_damage(path: Path, expected: Written, subset: str, size: int) -> str | 
 
     try:
         if expected.sha256:
-            with open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = files.sha256_of(path)
             return None if found == expected.sha256 else "damaged: its SHA-256 is not that of plan.json"
         digest, num_images = _begin_digest(subset, size), 0
-        with pq.ParquetFile(path) as table:
+        with files.open_url(str(path), 1 << 20) as file, pq.ParquetFile(file) as table:
             if table.num_row_groups != expected.num_units:
                 return f"damaged: it has {table.num_row_groups} units, plan.json {expected.num_units}"
             for index in range(table.num_row_groups):

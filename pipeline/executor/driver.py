@@ -24,6 +24,7 @@ import msgspec
 
 from ...schemas.config import BuildConfig, dump_config
 from ...schemas.errors import ConfigError, StageFailed, UnitsHeldBack
+from ...schemas.records import Blob
 from ..corpus import adopt, merge, reader, writer
 from ..corpus import log as commit_log
 from ..corpus.events import EventLog, EventReader
@@ -40,6 +41,7 @@ from ..corpus.work_list import (
     publish,
 )
 from ..corpus.writer import Draft
+from ..io import files
 from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import complete, open_source
@@ -277,9 +279,9 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
     """
     out = Path(config.out)
     try:
-        if (out / "config.yaml").read_text(encoding="utf-8") != dump_config(config):
+        if files.read(Blob(f"{out}/{reader.CONFIG}")) != dump_config(config).encode():
             return False
-    except (OSError, UnicodeError):
+    except OSError:
         return False
     return is_built(config, limit_images, retry_failed) and merge.is_merged(out)
 
@@ -315,7 +317,7 @@ def _has_all_evidence(stage: Stage, folder: Path, work_list: WorkList, units: li
     if not isinstance(stage, ModelStage):
         return False
     store = stage.store(folder)
-    return all(store.path(work_list.unit_name(index)).exists() for index in units)
+    return all(store.exists(work_list.unit_name(index)) for index in units)
 
 
 def failed_units(folder: Path, work_list: WorkList) -> list[int]:

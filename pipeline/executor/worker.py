@@ -396,8 +396,9 @@ class Worker:
             raise StageFailed(_cannot_start(stage, error)) from error
 
     def _save(self, store: EvidenceStore, unit: str, evidence: Evidence) -> None:
+        """Save evidence, and take over what somebody else has saved first."""
         try:
-            store.save(unit, evidence)
+            evidence.update(store.save(unit, evidence))
         except OSError as error:
             raise writer.write_failed(self.folder, error) from error
 

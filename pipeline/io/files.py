@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import mmap
 import os
@@ -279,6 +280,20 @@ def list_names(folder: str) -> list[str]:
         return sorted(_ask(lambda each: each.list_names(folder), folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, in hex; it is read piece by piece."""
+    digest = hashlib.sha256()
+    with open_url(str(path)) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is a file or folder. An error is raised, never taken for nothing."""
+    return _ask(lambda each: each.kind(str(path)), str(path)) is not None
 
 
 def is_folder(url: str) -> bool:

@@ -11,7 +11,8 @@ counts as missing, too. Rows of early releases name none, and count whatever the
 A digest over the content lies in the file's metadata. A damaged file is never another answer: it counts as
 absent, with a warning, and what it held is asked for again. Equal evidence is equal bytes.
 
-Files appear whole (temporary name, then rename). Two workers may write the same unit; either result is right.
+Files appear whole. Two workers may save the same unit, as one does whose driver was replaced while it was
+paused: the answer that was saved first stays.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 
 from ...schemas.errors import StageFailed
+from ...schemas.records import Blob
 from ..io import files
+from ..io.store import store_of
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ class EvidenceStore(Generic[E]):
         """
         path = self.path(unit)
         try:
-            data = path.read_bytes()
+            data = files.read(Blob(str(path)))
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -107,8 +110,26 @@ class EvidenceStore(Generic[E]):
             )
         }
 
-    def save(self, unit: str, evidence: Evidence) -> None:
-        """Replace a unit's evidence, atomically; rows sorted by image key and region."""
+    def exists(self, unit: str) -> bool:
+        """Whether there is any evidence of a unit."""
+        path = str(self.path(unit))
+        return store_of(path).size(path) is not None
+
+    def save(self, unit: str, evidence: Evidence) -> Evidence:
+        """Add to a unit's evidence, atomically; rows sorted by image key and region.
+
+        Returns:
+            What is saved now: where somebody else has saved an answer to the same question first, that one.
+        """
+        saved = self.load(unit)
+        evidence = saved | {
+            place: row for place, row in evidence.items() if not _answers_the_same(saved.get(place), row)
+        }
+        path = str(self.path(unit))
+        store_of(path).put(path, self._encode(evidence))
+        return evidence
+
+    def _encode(self, evidence: Evidence) -> bytes:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -120,10 +141,9 @@ class EvidenceStore(Generic[E]):
         arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
         content = _content_digest(schema.names, [array.to_pylist() for array in arrays])
         schema = schema.with_metadata({_DIGEST: content})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with files.write_atomic(self.path(unit)) as file:
-            table = pa.Table.from_arrays(arrays, schema=schema)
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        table, buffer = pa.Table.from_arrays(arrays, schema=schema), pa.BufferOutputStream()
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        return buffer.getvalue().to_pybytes()
 
     def _read(self, data: bytes) -> list[list]:
         """The columns of a file's bytes, `photo` after `asked` in any case.
@@ -158,6 +178,10 @@ class EvidenceStore(Generic[E]):
             for name, kind in self.kind.__annotations__.items()
         ]
         return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in named])
+
+
+def _answers_the_same(saved: Answered | None, row: Answered) -> bool:
+    return saved is not None and saved.asked == row.asked and saved.photo in ("", row.photo)
 
 
 def _content_digest(names: list[str], columns: list[list]) -> bytes:
