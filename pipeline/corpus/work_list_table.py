@@ -175,6 +175,8 @@ def _to_entries(table: Any, index: int) -> list[CatalogEntry]:
     if table.column_names not in (list(_COLUMNS), [*_COLUMNS, _CHECK]):
         raise ValueError(f"its columns are {', '.join(table.column_names)}")
     rows = list(zip(*(table[name].to_pylist() for name in _COLUMNS), strict=True))
+    if not rows:
+        raise ValueError(f"unit {index} has no row")
     if _CHECK in table.column_names:
         for place, (row, check) in enumerate(zip(rows, table[_CHECK].to_pylist(), strict=True)):
             if check != _check_of_row(index, place, len(rows), row):

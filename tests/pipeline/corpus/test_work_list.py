@@ -323,6 +323,10 @@ def test_rows_that_are_gone_or_in_another_place_are_damage(tmp_path):
                 writer.write_table(group)
         with pytest.raises(IntegrityError, match="row 0 of unit 0 is damaged"):
             work_list.read_unit(tmp_path, 0)
+    with pq.ParquetWriter(path, groups[0].schema) as writer:
+        writer.write_table(groups[0][:0])
+    with pytest.raises(IntegrityError, match="no row|no unit"):
+        work_list.read_unit(tmp_path, 0)
 
 
 def test_damage_with_other_sources_is_one_clear_error(tmp_path):
