@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
-from . import build, check, corpus, evaluate, model
+from . import build, check, corpus, evaluate, model, versions
 
 
 class _Commands(TyperGroup):
@@ -40,6 +40,7 @@ for panel, commands in {
         *(corpus.verify, corpus.inspect, corpus.show),
         *(corpus.explore, corpus.report, corpus.export),
     ),
+    "Versions of a corpus": (versions.status, versions.versions, versions.diff, versions.undo),
     MODEL: (model.train, evaluate.evaluate, evaluate.profile),
 }.items():
     for command in commands:

@@ -83,7 +83,7 @@ class TrainingView:
             f"norm {float(record['norm']):.2f}  "
             f"{record['tokens_per_s']:,.0f} tokens/s  {record['regions_per_s']:,.1f} regions/s  "
             f"MFU {record['mfu']:.0%}  data wait {record['data_wait']:.0%}  {record['memory_gb']:.1f} GB  "
-            f"skipped {record['skipped']:,}  {_duration(rate * (steps - step))} left",
+            f"skipped {record['skipped']:,}  {duration(rate * (steps - step))} left",
             file=sys.stderr,
         )
 
@@ -145,14 +145,15 @@ class BuildView:
 
 
 def _title(progress: Progress) -> str:
-    left = "" if not progress.seconds_left else f", about {_duration(progress.seconds_left)} left"
+    left = "" if not progress.seconds_left else f", about {duration(progress.seconds_left)} left"
     return (
         f"{progress.subset}: {progress.done:,} of {progress.pending:,} units, {progress.regions:,} regions, "
-        f"{progress.kept:,} kept, {_duration(progress.seconds)}{left}"
+        f"{progress.kept:,} kept, {duration(progress.seconds)}{left}"
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

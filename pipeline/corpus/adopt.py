@@ -17,7 +17,7 @@ from ...schemas.reasons import RETRIED
 from ...schemas.records import Blob
 from ..io import files
 from ..io.store import TEMPORARY, store_of
-from .records import Adopt, LogFile, LogUnit
+from .records import Adopt, Config, LogFile, LogUnit
 
 MARKER = "corpus.json"
 MARKER_TEXT = b'{"format": "paracaption corpus", "version": 1}\n'
@@ -73,6 +73,15 @@ def find(out: str) -> Adopt:
     named += _named(out, "config.yaml", *MERGED)
     named += _named(out, *(f"plots/{name}" for name in files.list_names(f"{out}/plots") if name[0] != "."))
     return Adopt(units=find_units(out), files=named)
+
+
+def find_config(out: str) -> Config | None:
+    """A record of the configuration of a corpus without a log; None if it has none that can be read."""
+    try:
+        text = files.read(Blob(f"{out}/config.yaml")).decode()
+    except (OSError, UnicodeError):
+        return None
+    return Config(text=text, files=_named(out, "config.yaml"))
 
 
 def find_units(out: str) -> dict[str, LogUnit]:

@@ -139,7 +139,8 @@ class LogState(NamedTuple):
         )
 
 
-def _state_of(checkpoint: Checkpoint, out: str) -> LogState:
+def state_of(checkpoint: Checkpoint, out: str) -> LogState:
+    """The state that a checkpoint holds."""
     units = {name: UnitState(unit, checkpoint.since[name]) for name, unit in checkpoint.units.items()}
     unmoved = read_record(out, checkpoint.unmoved) if checkpoint.unmoved else None
     assert unmoved is None or isinstance(unmoved, Commit | Planned | Config | Merged)
@@ -187,7 +188,7 @@ def read_state(out: str, known: LogState | None = None) -> LogState:
             raise IntegrityError(
                 f"{record_path(out, record.number)}: is no checkpoint; restore it from a copy"
             )
-        state = _state_of(record, out)
+        state = state_of(record, out)
     for record in _follow(out, state.number, last):
         state = state.after(record)
     return state
@@ -208,7 +209,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
     """Files of the newest commit that still have their temporary names, because its driver died or is at it.
 
     Returns:
-        By "subset/unit": (place, temporary name) of each, below the subset's folder.
+        By "subset/unit": (place, temporary name) of each, below the corpus.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     if isinstance(state.unmoved, Commit):
@@ -219,12 +220,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
         }
         there = {f"{folder}/{name}" for folder in folders for name in files.list_names(f"{out}/{folder}")}
         for name, unit in state.unmoved.units.items():
-            below = len(name.partition("/")[0]) + 1
-            found[name] = [
-                (file.path[below:], file.temporary[below:])
-                for file in unit.files()
-                if file.temporary in there
-            ]
+            found[name] = [(file.path, file.temporary) for file in unit.files() if file.temporary in there]
     return found
 
 
@@ -238,13 +234,13 @@ def is_whole(out: str, unit: LogUnit) -> bool:
     )
 
 
-def read_records(out: str) -> list[Record]:
-    """All records, from the first one.
+def read_records(out: str, after: int = 0) -> list[Record]:
+    """All records after a number; by default from the first one.
 
     Raises:
         IntegrityError: a record is missing or damaged.
     """
-    return list(_follow(out, 0, max(_numbers(out), default=0)))
+    return list(_follow(out, after, max(_numbers(out), default=0)))
 
 
 def _follow(out: str, number: int, last: int) -> Iterator[Record]:
@@ -508,6 +504,8 @@ def _claim(out: str, command: str, lease_s: float) -> Owner:
         found = adopt.find(out)
         if found.units or found.files:
             owner.append(found)
+            if config := adopt.find_config(out):
+                owner.append(config)
     return owner
 
 

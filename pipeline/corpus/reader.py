@@ -57,8 +57,8 @@ class Unit(NamedTuple):
         subset: name of the subset.
         name: name of the unit, as `coconut-000000`. Names sort in the order of the work list.
         folder: path or URL of the subset's folder.
-        unmoved: names of files, below that folder, that a driver which died has not moved to their places
-            yet, by those places; the next build moves them.
+        unmoved: (place, present name), below the corpus, of files that a driver which died has not moved to
+            their places yet; the next build moves them.
     """
 
     subset: str
@@ -82,7 +82,10 @@ class Unit(NamedTuple):
         return self._file(f"shards/{self.name}.tar")
 
     def _file(self, path: str) -> str:
-        return f"{self.folder}/{dict(self.unmoved).get(path, path)}"
+        present = dict(self.unmoved).get(f"{self.subset}/{path}")
+        if present is None:
+            return f"{self.folder}/{path}"
+        return f"{self.folder.rpartition('/')[0]}/{present}"
 
 
 class FoundImage(NamedTuple):

@@ -1,0 +1,309 @@
+"""The commands on the commit log: `versions`, `diff`, `status`, `undo`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...schemas.errors import ConfigError
+from .arguments import Corpus
+from .progress import duration
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from ...pipeline.corpus.history import RegionChange, SubsetDiff
+    from ...pipeline.corpus.status import OwnerStatus, RunStatus, Status, SubsetStatus
+    from ...pipeline.corpus.undo import Rebuild
+
+_WATCH_S = 2.0
+_SHOWN = 5
+"""Units and configuration keys that are listed before the rest is counted."""
+
+
+def versions(
+    corpus: Corpus,
+    all: Annotated[
+        bool, typer.Option("--all", help="Every record, also claims, sweeps, ends and each single commit.")
+    ] = False,
+    config: Annotated[
+        int | None, typer.Option(min=1, help="Print the configuration as of this record, and nothing else.")
+    ] = None,
+) -> None:
+    """Print what was committed when: the records of the commit log, oldest first.
+
+    Example: `paracaption versions out/corpus --config 12 > before.yaml`
+    """
+    from ...pipeline.corpus import history
+    from ...pipeline.corpus.versions import describe
+
+    out = _path(corpus)
+    if config is not None:
+        print(history.config_at(out, config), end="")
+        return
+    records = history.read_log(out)
+    width = len(str(len(records)))
+    for entry in describe(records, all):
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
+        _print_entry(f"{entry.number:>{width}}  {when}  {entry.kind:<7} ", entry.text)
+
+
+def diff(
+    corpus: Corpus,
+    before: Annotated[
+        int, typer.Argument(min=0, help="Number of a record; `versions` shows them.", show_default=False)
+    ],
+    after: Annotated[int, typer.Argument(min=0, help="Number of another record.", show_default=False)],
+    limit: Annotated[int, typer.Option(min=0, help="Examples of what was lost, and as many gained.")] = 20,
+) -> None:
+    """Compare two versions: regions lost and gained, by reason, with examples. Helps to tune thresholds.
+
+    Example: `paracaption diff out/corpus 12 31`
+    """
+    from ...pipeline.corpus import history
+
+    out = _path(corpus)
+    found = history.diff(out, before, after, limit)
+    for name, subset in found.subsets.items():
+        for line in _subset_lines(name, subset, before, after):
+            print(line)
+    for kind, examples, total in (
+        (f"lost: kept in {before}, dropped in {after}", found.lost, _total(found.subsets, "lost")),
+        (f"gained: dropped in {before}, kept in {after}", found.gained, _total(found.subsets, "gained")),
+    ):
+        if examples:
+            print(f"\n{kind} ({len(examples):,} of {total:,})")
+        for each in examples:
+            _print_example(each)
+    if gone := history.describe_gone(out, found):
+        print(f"warning: {gone}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def status(
+    corpus: Corpus,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")] = False,
+) -> None:
+    """Show what is committed and held back, who writes to the corpus, how fast, and how long it will take.
+
+    Changes nothing, and may be called while a build runs. Example: `paracaption status out/corpus --watch`
+    """
+    from ...pipeline.corpus.status import Watcher
+
+    watcher = Watcher(_path(corpus))
+    if not watch:
+        for line in _status_lines(watcher.read()):
+            print(line)
+        return
+    with suppress(KeyboardInterrupt):
+        _watch(watcher.read)
+
+
+def undo(
+    corpus: Corpus,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Take back the last rebuild: its units get their former files, and the configuration too.
+
+    That is possible while the files that it replaced are kept (failures.keep_replaced_days). Units that it
+    added stay. To redo it, undo again. Example: `paracaption undo out/corpus`
+    """
+    from ...pipeline.corpus import undo as undoing
+
+    out = _path(corpus)
+    rebuild = undoing.find_rebuild(out)
+    undoing.find_former_files(out, rebuild)
+    for line in _undo_lines(rebuild):
+        print(line)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("undo: there is no terminal to ask in; give --yes")
+        typer.confirm("Take it back?", abort=True)
+    summary = undoing.undo(out, rebuild)
+    print(f"taken back; {summary['kept']:,} regions are kept now. To redo it, undo again")
+
+
+def _path(corpus: Path) -> str:
+    from ...pipeline.io import files
+
+    return files.local(str(corpus)).rstrip("/") or "/"
+
+
+# How it is printed.
+
+
+def _print_entry(head: str, text: str) -> None:
+    """A line in a pipe; in a terminal, long text goes on below its own column."""
+    for line in _wrapped(head, text, _columns()):
+        print(line)
+
+
+def _columns() -> int | None:
+    """Width of the terminal; None in a pipe, where a line may have any length."""
+    if not sys.stdout.isatty():
+        return None
+    from rich.console import Console
+
+    return Console().width
+
+
+def _wrapped(head: str, text: str, width: int | None) -> list[str]:
+    import textwrap
+
+    if width is None or width < 2 * len(head):
+        return [f"{head}{text}"]
+    indent = " " * len(head)
+    return textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent) or [head]
+
+
+def _total(subsets: dict[str, SubsetDiff], kind: str) -> int:
+    return sum(getattr(each, kind).total() for each in subsets.values())
+
+
+def _subset_lines(name: str, found: SubsetDiff, before: int, after: int) -> Iterator[str]:
+    old, new = found.kept
+    yield f"{name}: regions kept {old:,} -> {new:,} ({new - old:+,})"
+    units = [f"{found.changed:,} changed", f"{found.unchanged:,} unchanged"]
+    if found.added:
+        units.append(f"{found.added:,} only in {after} ({found.added_kept:,} kept)")
+    if found.removed:
+        units.append(f"{found.removed:,} only in {before} ({found.removed_kept:,} kept)")
+    yield f"  units    {', '.join(units)}"
+    for kind, reasons in (("lost", found.lost), ("gained", found.gained)):
+        yield from _reason_lines(kind, reasons)
+    if found.recaptioned:
+        yield f"  kept in both with another caption {found.recaptioned:>8,}"
+
+
+def _reason_lines(kind: str, reasons: Counter[str]) -> Iterator[str]:
+    when = "now" if kind == "lost" else "before"
+    for number, (reason, count) in enumerate(sorted(reasons.items(), key=lambda each: (-each[1], each[0]))):
+        yield f"  {kind if number == 0 else '':<8} {count:>8,}  {when} {reason}"
+
+
+def _print_example(found: RegionChange) -> None:
+    head = f"  {found.key} #{found.region}  "
+    tail = f"  {found.reason}" + (f": {found.detail}" if found.detail else "")
+    width = _columns()
+    caption = " ".join(found.caption.split())
+    if width is not None:
+        room = max(20, width - len(head) - len(f"  {found.reason}"))
+        caption = caption if len(caption) <= room else f"{caption[: room - 1]}…"
+        tail = tail[: max(len(f"  {found.reason}"), width - len(head) - len(caption))]
+    print(f"{head}{caption}{tail}")
+
+
+def _status_lines(found: Status) -> Iterator[str]:
+    for each in found.subsets:
+        yield from _committed_lines(each)
+    if found.owner is not None:
+        yield _owner_line(found.owner)
+    else:
+        yield "no commit log yet; the next build writes one"
+    if found.run is not None:
+        yield _run_line(found.run)
+    for name, why in list(found.held_back.items())[:_SHOWN]:
+        yield f"held back: {name}: {why}"
+    if len(found.held_back) > _SHOWN:
+        yield f"held back: {len(found.held_back) - _SHOWN:,} more; `paracaption versions` shows when"
+
+
+def _committed_lines(found: SubsetStatus) -> Iterator[str]:
+    units = f"{found.units:,} of {_known(found.planned_units)} units"
+    images = f"{found.images:,} of {_known(found.planned_images)} images"
+    share = f", {found.units / found.planned_units:.0%}" if found.planned_units else ""
+    yield f"{found.subset}: {units}{share}, {images}"
+    yield f"  regions: {found.kept:,} kept of {found.regions:,}"
+    if found.older:
+        yield f"  {found.older:,} units are of an older configuration"
+    if found.missing:
+        names = ", ".join(found.missing[:_SHOWN]) + (", ..." if len(found.missing) > _SHOWN else "")
+        yield f"  FILES MISSING in {len(found.missing):,} units, which the next build makes again: {names}"
+
+
+def _known(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _owner_line(found: OwnerStatus) -> str:
+    claim = found.claim
+    last = "" if found.beat_age_s is None else f", last sign of life {_ago(found.beat_age_s)} ago"
+    return f"writer: {claim.command}, {claim.pid}@{claim.host}: {found.state}{last}"
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    days = seconds / 86_400
+    return f"{days:,.0f} days" if days >= 2 else duration(seconds)
+
+
+def _run_line(found: RunStatus) -> str:
+    line = f"last {found.command} with commits: {found.units:,} units, {found.regions:,} regions"
+    if found.units_per_min is not None and found.regions_per_min is not None:
+        line += f"; {found.units_per_min:,.1f} units/min, {found.regions_per_min:,.0f} regions/min"
+    if found.left_s is not None:
+        line += f"; about {duration(found.left_s)} left"
+    return line
+
+
+def _watch(read: Callable[[], Status]) -> None:
+    """Draw the status again and again in a terminal; in a pipe, print it whenever it has changed."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(Text("\n".join(_status_lines(read()))), refresh=True)
+                time.sleep(_WATCH_S)
+    shown = ""
+    while True:
+        found = read()
+        line = _status_line(found)
+        if line != shown:
+            print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+            shown = line
+        time.sleep(_WATCH_S)
+
+
+def _status_line(found: Status) -> str:
+    parts = [
+        f"{each.subset} {each.units:,}/{_known(each.planned_units)} units, {each.kept:,} kept"
+        for each in found.subsets
+    ]
+    if found.run is not None and found.run.units_per_min is not None:
+        parts.append(f"{found.run.units_per_min:,.1f} units/min")
+    if found.run is not None and found.run.left_s is not None:
+        parts.append(f"about {duration(found.run.left_s)} left")
+    if found.held_back:
+        parts.append(f"{len(found.held_back):,} units held back")
+    return "; ".join([*parts, found.owner.state if found.owner else "no commit log yet"])
+
+
+def _undo_lines(found: Rebuild) -> Iterator[str]:
+    records = (
+        f"record {found.first}" if found.first == found.last else f"records {found.first} to {found.last}"
+    )
+    if found.is_begun:
+        yield f"The undo of {records} was interrupted; this finishes it: configuration, then index."
+    else:
+        now, then = found.kept
+        yield f"Takes back {records}: {len(found.units):,} units get the files that they had before."
+        yield f"  regions kept in them: {now:,} -> {then:,}"
+    if found.added:
+        yield f"  {found.added:,} units that were added since stay"
+    for change in found.changes[:_SHOWN]:
+        yield f"  configuration: {change}"
+    if len(found.changes) > _SHOWN:
+        yield f"  configuration: {len(found.changes) - _SHOWN:,} more keys"
+    if found.before.config is None:
+        yield "  configuration: stays; the log does not have one of before"
