@@ -119,11 +119,11 @@ def undo(
     out = _path(corpus)
     rebuild = undoing.find_rebuild(out)
     undoing.find_former_files(out, rebuild)
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("undo: there is no terminal to ask in; give --yes")
     for line in _undo_lines(rebuild):
         print(line)
     if not yes:
-        if not sys.stdin.isatty():
-            raise ConfigError("undo: there is no terminal to ask in; give --yes")
         typer.confirm("Take it back?", abort=True)
     summary = undoing.undo(out, rebuild)
     print(f"taken back; {summary['kept']:,} regions are kept now. To redo it, undo again")

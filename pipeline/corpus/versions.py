@@ -66,9 +66,10 @@ class _Commits:
 
     def entry(self) -> Entry:
         assert self.last is not None
-        text = f"{self.units:,} {_plural('unit', self.units)}, "
-        text += f"{self.replaced:,} of them replaced, " if self.replaced else "new, "
-        text += f"regions kept {self.before:,} -> {self.after:,}"
+        text = f"{self.units:,} {_plural('unit', self.units)}"
+        if self.replaced:
+            text += " replaced" if self.replaced == self.units else f", {self.replaced:,} of them replaced"
+        text += f", regions kept {self.before:,} -> {self.after:,}"
         if self.undoes:
             text = f"undo of record {self.undoes}: {text}"
         if self.records > 1:
