@@ -25,6 +25,7 @@ import msgspec
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import IntegrityError
+from ...schemas.reasons import Reason
 from ...schemas.records import Blob
 from ..io import files
 from ..sources.protocols import CatalogEntry
@@ -152,7 +153,10 @@ def plan(
             log.warning("%s: %s; it is made anew from the sources", table_path(folder), damage)
         _refuse_other_roles(old, config)
     fresh = scratch / TABLE
-    made = _write(islice(source.catalog(), limit), source.subset, config, fingerprint, fresh)
+    entries = islice(source.catalog(), limit)
+    if old is not None and damage is None and old.images_per_shard == config.images_per_shard:
+        entries = _with_known_photos(entries, old, fingerprint)
+    made = _write(entries, source.subset, config, fingerprint, fresh)
     if old is not None and old.digest != made.digest:
         raise IntegrityError(_difference(table_path(folder), fresh, old, made, damage))
     return Plan(msgspec.structs.replace(made, folder=str(folder)), fresh)
@@ -204,6 +208,28 @@ def make_work_list(
 
 def _fingerprint(source: SubsetSource, limit: int | None) -> dict[str, str]:
     return source.fingerprint() | ({} if limit is None else {"limit": str(limit)})
+
+
+def _with_known_photos(
+    entries: Iterator[CatalogEntry], old: WorkList, fingerprint: dict[str, str]
+) -> Iterator[CatalogEntry]:
+    """The entries, where a photo that the list on disk has in one of today's folders stays where it was.
+
+    That it is not listed now may mean that its folder is away. Who reads the photo finds out, and a unit of
+    which too many are missing is held back. A plan without it would commit the unit as if it had never been.
+    """
+    known: list[CatalogEntry] = []
+    for number, entry in enumerate(entries):
+        index, place = divmod(number, old.images_per_shard)
+        if place == 0:
+            known = old.read_unit(index) if index < old.num_units else []
+        before = known[place] if place < len(known) and known[place].key == entry.key else None
+        is_missing = entry.drop is not None and entry.drop.reason is Reason.PHOTO_MISSING
+        photo = before.photo if is_missing and before is not None and before.drop is None else None
+        if photo is not None and photo.length is None and entry.annotation is not None:
+            if any(photo.url.startswith(f"{each.rstrip('/')}/") for each in fingerprint):
+                entry = msgspec.structs.replace(entry, photo=photo, drop=None)
+        yield entry
 
 
 def _write(
