@@ -119,6 +119,12 @@ class Plan(NamedTuple):
     work_list: WorkList
     table: Path | None = None
 
+    def read_unit(self, index: int) -> list[CatalogEntry]:
+        """The images of a unit, published or not; see the function `read_unit`."""
+        if self.table is None:
+            return self.work_list.read_unit(index)
+        return work_list_table.read_unit(self.table, index)
+
 
 def plan(
     source: SubsetSource, config: BuildConfig, folder: str | Path, scratch: Path, limit: int | None = None

@@ -19,7 +19,7 @@ import msgspec
 from ...schemas.config import BuildConfig, Limits
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.reasons import Reason
-from ..corpus.work_list import load_work_list
+from ..corpus.work_list import Plan, load_work_list
 from ..io import files
 from ..io.failures import SourceUnavailable
 from ..sources.protocols import CatalogEntry, Note
@@ -162,8 +162,13 @@ def audit_subset(
     return AuditReport(source.subset, total, FIXES | source.fixes())
 
 
-def audit_sample(source: SubsetSource, config: BuildConfig) -> AuditReport:
+def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None = None) -> AuditReport:
     """Read `config.audit_images` images: spread over the work list if there is one, otherwise the first ones.
+
+    Args:
+        source: of the subset.
+        config: of the build.
+        planned: the work list; None takes the one in the output folder.
 
     Raises:
         ConfigError: the source cannot be listed, has no image, or no region of the sample is usable.
@@ -172,7 +177,7 @@ def audit_sample(source: SubsetSource, config: BuildConfig) -> AuditReport:
     report = AuditReport(source.subset, AuditResult(), FIXES | source.fixes(), sampled=True)
     if not config.audit_images:
         return report
-    entries = _planned_entries(Path(config.out) / source.subset, config.audit_images)
+    entries = _planned_entries(planned, Path(config.out) / source.subset, config.audit_images)
     if entries is None:
         entries = list(islice(source.catalog(), config.audit_images))
     report.result = audit_images(source, entries, config.limits)
@@ -244,14 +249,14 @@ def _take(first: list[CatalogEntry], rest: Iterator[CatalogEntry]) -> list[Catal
     return part + list(islice(rest, _PART - len(part)))
 
 
-def _planned_entries(folder: Path, count: int) -> list[CatalogEntry] | None:
-    """Images spread over an existing work list; None if there is none."""
+def _planned_entries(planned: Plan | None, folder: Path, count: int) -> list[CatalogEntry] | None:
+    """Images spread over a work list; None if there is none."""
     try:
-        work_list = load_work_list(folder)
-        step = max(1, work_list.num_units // 8)
-        units = range(0, work_list.num_units, step)
+        planned = planned or Plan(load_work_list(folder))
+        step = max(1, planned.work_list.num_units // 8)
+        units = range(0, planned.work_list.num_units, step)
         share = -(-count // max(1, len(units)))
-        return [entry for index in units for entry in work_list.read_unit(index)[:share]][:count]
+        return [entry for index in units for entry in planned.read_unit(index)[:share]][:count]
     except IntegrityError:  # a damaged one is reported, or made anew, when the build plans
         return None
 

@@ -147,12 +147,12 @@ def find_pending(config: BuildConfig, subset: str, work_list: WorkList, retry_fa
     return sorted({*find_pending_units(work_list, recipe), *failed})
 
 
-def audit_source(config: BuildConfig, subset: str) -> None:
-    """Read a sample of the source without any model; refuse to go on if none of it is usable."""
+def audit_source(config: BuildConfig, subset: str, planned: Plan) -> None:
+    """Read a sample of what is planned without any model; refuse to go on if none of it is usable."""
     source = open_source(config, subset)
     identity = (config.out, subset, tuple(source.fingerprint().items()))
     if identity not in _audited:
-        log.info("%s", audit.audit_sample(source, config).text())
+        log.info("%s", audit.audit_sample(source, config, planned).text())
         _audited.add(identity)
 
 
@@ -253,7 +253,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
             plans[subset] = plan(source, config, out / subset, Path(scratch) / subset, limit_images)
         for subset, made in plans.items():
             if find_pending(config, subset, made.work_list, retry_failed):
-                audit_source(config, subset)
+                audit_source(config, subset, made)
         if any(made.table is not None for made in plans.values()):
             with owned(config, "plan") as owner:
                 for subset, made in plans.items():

@@ -321,7 +321,8 @@ def _ask(question: Callable[[Backend], Result], url: str) -> Result:
         return RETRYING.call(lambda: question(backend_of(url)), url)
     except ReadError as failure:
         cause = failure.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, ReadError):
+        known = isinstance(cause, FileNotFoundError | NotADirectoryError)
+        if known or (isinstance(cause, OSError) and cause.errno is not None):
             raise cause from cause.__cause__
         raise
 
