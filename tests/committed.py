@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from paracaption.filters import text
-from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.corpus import adopt, log, work_list, writer
+from paracaption.pipeline.executor import driver
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages.base import apply_verdict
-from paracaption.schemas.config import BuildConfig, dump_config
+from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Drop, ImageRecord, Region
 from tests.building import config_of
@@ -72,8 +73,28 @@ def write(
             decide(images, config)
             draft = writer.write_unit(folder, planned.unit_name(index), images, planned.digest, RECIPE)
             writer.commit(folder, draft)
-    (out / "config.yaml").write_text(dump_config(config))
+    with log.own(str(out), "build", log.LEASE_S) as owner:
+        driver.write_config(config, owner)
     return config
+
+
+def uncommitted(out: Path, *units: str) -> Path:
+    """Make a corpus one in which these units are not committed yet; their other files stay.
+
+    The corpus is one without a log then: a log says for good what was committed.
+    """
+    unlogged(out)
+    for unit in units:
+        (out / unit.rpartition("-")[0] / "manifests" / f"{unit}.json").unlink()
+    return out
+
+
+def unlogged(out: Path) -> Path:
+    """Make a corpus one of a release that wrote no log: its manifests say what is committed."""
+    for name in (log.LOG, log.BEAT):
+        shutil.rmtree(out / name)
+    (out / adopt.MARKER).unlink()
+    return out
 
 
 @cache

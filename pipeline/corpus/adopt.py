@@ -17,7 +17,7 @@ from ...schemas.reasons import RETRIED
 from ...schemas.records import Blob
 from ..io import files
 from ..io.store import TEMPORARY, store_of
-from .records import Adopt, Config, LogFile, LogUnit
+from .records import Adopt, Config, LogFile, LogUnit, check_names
 
 MARKER = "corpus.json"
 MARKER_TEXT = b'{"format": "paracaption corpus", "version": 1}\n'
@@ -105,11 +105,13 @@ def _unit(out: str, subset: str, name: str) -> LogUnit:
         manifest = manifests.decode(data)
         if manifest.unit != name.removesuffix(".json"):
             raise msgspec.ValidationError(f"it is of unit {manifest.unit}")
-    except (msgspec.MsgspecError, UnicodeError) as error:
+        unit = log_unit(manifest, subset, LogFile(path, len(data), hashlib.sha256(data).hexdigest()))
+        check_names({f"{subset}/{manifest.unit}": unit})
+        return unit
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise IntegrityError(
             f"{out}/{path}: not a manifest ({error}); delete it, and its unit is built again"
         ) from error
-    return log_unit(manifest, subset, LogFile(path, len(data), hashlib.sha256(data).hexdigest()))
 
 
 def log_unit(manifest: Manifest, subset: str, file: LogFile) -> LogUnit:

@@ -140,7 +140,11 @@ class LogState(NamedTuple):
 
 
 def state_of(checkpoint: Checkpoint, out: str) -> LogState:
-    """The state that a checkpoint holds."""
+    """What a checkpoint says.
+
+    Raises:
+        FileNotFoundError, IntegrityError: the newest record with files cannot be read.
+    """
     units = {name: UnitState(unit, checkpoint.since[name]) for name, unit in checkpoint.units.items()}
     unmoved = read_record(out, checkpoint.unmoved) if checkpoint.unmoved else None
     assert unmoved is None or isinstance(unmoved, Commit | Planned | Config | Merged)
@@ -170,6 +174,11 @@ def exists(out: str) -> bool:
     return any(_numbers(out))
 
 
+def last_number(out: str) -> int:
+    """Number of the newest record in a listing of the log; 0 if there is none."""
+    return max(_numbers(out), default=0)
+
+
 def read_state(out: str, known: LogState | None = None) -> LogState:
     """What the log says now.
 
@@ -180,7 +189,7 @@ def read_state(out: str, known: LogState | None = None) -> LogState:
     Raises:
         IntegrityError: a record is missing or damaged.
     """
-    last = max(_numbers(out), default=0)
+    last = last_number(out)
     state = known or LogState()
     if last - state.number > CHECKPOINT_EVERY:
         record = read_record(out, last - last % CHECKPOINT_EVERY)
@@ -240,7 +249,7 @@ def read_records(out: str, after: int = 0) -> list[Record]:
     Raises:
         IntegrityError: a record is missing or damaged.
     """
-    return list(_follow(out, after, max(_numbers(out), default=0)))
+    return list(_follow(out, after, last_number(out)))
 
 
 def _follow(out: str, number: int, last: int) -> Iterator[Record]:

@@ -192,9 +192,19 @@ class Corpus:
             yield unit, decode_manifest(data, unit.manifest)
 
     def manifest_bytes(self, subset: str | None = None) -> Iterator[tuple[Unit, bytes]]:
-        """Every committed unit in order with its manifest as it lies on the disk."""
+        """Every committed unit in order with its manifest as it lies on the disk.
+
+        Raises:
+            IntegrityError: a manifest is gone.
+        """
         units = self.units(subset)
-        yield from zip(units, files.read_many([unit.manifest for unit in units]), strict=True)
+        read = 0
+        try:
+            for read, data in enumerate(files.read_many([unit.manifest for unit in units]), start=1):
+                yield units[read - 1], data
+        except FileNotFoundError as error:
+            what = "gone, though its unit is committed; build again, which rebuilds the unit"
+            raise IntegrityError(f"{error.filename or units[read].manifest}: {what}") from error
 
     def digest(self, subset: str) -> str:
         """SHA-256 over all manifests of a subset: it changes when what is committed does."""
@@ -286,7 +296,7 @@ class Corpus:
             return msgspec.json.decode(files.read(Blob(path)))["num_units"]
         except FileNotFoundError as error:
             raise ConfigError(f"{path}: no such file; run the build") from error
-        except (msgspec.MsgspecError, UnicodeError, KeyError, TypeError) as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path}: not a work list ({error}); run the build again") from error
 
     def find_image(self, key: str) -> FoundImage:
@@ -392,6 +402,10 @@ def list_units(folder: str) -> list[Unit]:
     ]
 
 
+_OF_YAML = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What PyYAML raises on damaged text besides its own errors; a `ValidationError` is a ValueError."""
+
+
 def read_config(corpus: str | Path) -> BuildConfig:
     """The resolved configuration that a corpus was built with, from its `config.yaml`.
 
@@ -405,7 +419,7 @@ def read_config(corpus: str | Path) -> BuildConfig:
         return BuildConfig.model_validate(values, context=file_context(ours=True))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; give the `out` of a build") from error
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, yaml.YAMLError, *_OF_YAML) as error:
         what = str(error)
         if isinstance(error, ValidationError):
             what = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
@@ -424,7 +438,7 @@ def read_summary(corpus: str | Path) -> CorpusSummary:
         return msgspec.json.decode(files.read(Blob(path)), type=CorpusSummary)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; run `paracaption merge`") from error
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise IntegrityError(
             f"{path}: not a corpus's statistics ({error}); run `paracaption merge`"
         ) from error
@@ -448,7 +462,7 @@ def decode_manifest(data: bytes, path: str | Path) -> Manifest:
     """
     try:
         return manifests.decode(data)
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise IntegrityError(
             f"{path}: not a manifest ({error}); delete it and run the build again, which rebuilds the unit"
         ) from error
@@ -517,5 +531,5 @@ def decode_sample(data: bytes, where: str) -> Sample:
     """
     try:
         return _SAMPLE.decode(data)
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise IntegrityError(f"{where}: not a sample ({error}); {REBUILD}") from error

@@ -15,6 +15,12 @@ import msgspec
 from ...schemas.errors import IntegrityError
 
 
+def is_inside(path: str) -> bool:
+    """Whether a path below the corpus stays there: a record is data, and names nothing elsewhere."""
+    parts = path.split("/")
+    return not {"", ".", ".."}.intersection(parts) and "\0" not in path
+
+
 class LogFile(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """A file that a record makes part of the corpus.
 
@@ -30,6 +36,11 @@ class LogFile(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     bytes: int
     sha256: str
     temporary: str = ""
+
+    def __post_init__(self) -> None:
+        for path in (self.path, self.temporary or self.path):
+            if not is_inside(path) or path.rpartition("/")[0] != self.path.rpartition("/")[0]:
+                raise ValueError(f"{path!r}: not a file of a corpus")
 
 
 class LogUnit(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -61,6 +72,19 @@ class LogUnit(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
             yield self.shard
         yield self.ledger
         yield self.manifest
+
+
+def check_names(units: dict[str, LogUnit]) -> None:
+    """Raise ValueError if a unit, by "subset/unit", has other files than its own."""
+    for name, unit in units.items():
+        subset, _, unit_name = name.partition("/")
+        places = [f"{subset}/manifests/{unit_name}.json", f"{subset}/ledger/{unit_name}.parquet"]
+        found = [unit.manifest.path, unit.ledger.path]
+        if unit.shard is not None:
+            places.append(f"{subset}/shards/{unit_name}.tar")
+            found.append(unit.shard.path)
+        if "/" in unit_name or found != places:
+            raise ValueError(f"unit {name!r} has other files than its own")
 
 
 class _Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, tag_field="kind", kw_only=True):
@@ -146,12 +170,20 @@ class Commit(_Record, tag="commit"):
     replaced: list[str] = []
     undoes: int = 0
 
+    def __post_init__(self) -> None:
+        check_names(self.units)
+        if not all(map(is_inside, self.replaced)):
+            raise ValueError("it replaces files outside of the corpus")
+
 
 class Adopt(_Record, tag="adopt"):
     """Units that lay in the folder before it had a log."""
 
     units: dict[str, LogUnit]
     files: list[LogFile]
+
+    def __post_init__(self) -> None:
+        check_names(self.units)
 
 
 class Merged(_Record, tag="merged"):
@@ -192,6 +224,9 @@ class Checkpoint(_Record, tag="checkpoint"):
     claim: Claim | None = None
     released: bool = True
     unmoved: int = 0
+
+    def __post_init__(self) -> None:
+        check_names(self.units)
 
 
 Record = Claim | Planned | Config | Sweep | Commit | Adopt | Merged | Done | Checkpoint

@@ -1,6 +1,8 @@
 """Checks every promise of a corpus, trusting nothing in it: files may be missing, cut, swapped or garbage.
 
 The promises:
+- the commit log has every record, each as it was written, and the files that it names are what it says:
+  manifests, ledgers, shards, work lists, configuration, index, statistics, plots, card;
 - every image of the work list is in exactly one manifest, and `regions_in == kept + dropped` in each;
 - a manifest's files have its checksums, and the ledger counts what the manifest counts;
 - each sample of a shard is a kept row of the ledger, and each kept row is where its offsets say;
@@ -8,16 +10,20 @@ The promises:
 - every RLE fills its image, and has the area and the box that stand beside it;
 - every caption obeys the text rules;
 - the work list is what was written; all units are of it and of one recipe, and index and statistics are of
-  these units.
+  these units;
+- evidence is what the models said.
+
+A corpus of a release that wrote no log is checked from its manifests on. What is in a file is looked at only
+if its checksum is right.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,22 +31,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...schemas.config import Text
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
-from . import merge, reader, work_list
-from .reader import Corpus
-from .verify_unit import (
-    EXAMPLES,
-    REBUILD,
-    Problem,
-    UnitHead,
-    check_unit,
-    describe_difference,
-    keys_digest,
-    sha256_of,
-)
+from . import log, merge, reader, work_list
+from .adopt import FOLDERS
+from .problems import Problem, guarded
+from .reader import REBUILD, Corpus, Unit
+from .verify_evidence import check_evidence, list_evidence
+from .verify_log import Vouched, check_named_files, check_unchanged, read_vouched
+from .verify_unit import EXAMPLES, UnitHead, check_unit, describe_difference, keys_digest
 from .work_list import WorkList
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_KEYS_AT_ONCE = 4_000_000
+"""Of so many keys a hash is held at a time."""
 
 
 class VerifyReport(NamedTuple):
@@ -85,35 +89,34 @@ def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> VerifyRep
     """
     if files.is_url(str(corpus)):
         raise ConfigError(f"{corpus}: verify reads local files; mount the corpus, and name its folder")
-    opened, out = reader.open_corpus(corpus), Path(corpus)
-    problems: list[Problem] = []
+    opened = Corpus(corpus) if log.exists(files.local(str(corpus))) else reader.open_corpus(corpus)
+    vouched, problems = read_vouched(opened.path)
+    problems += check_named_files(opened.path, vouched, deep)
     rules = _text_rules(opened, problems)
+    damaged = {problem.file for problem in problems}
     totals: Counter[str] = Counter()
-    for subset in opened.subsets:
-        units = opened.units(subset)
-        jobs = [(out, unit, rules, deep) for unit in units]
-        heads: dict[str, UnitHead] = {}
-        for unit, (head, found) in zip(units, _check_units(jobs, workers), strict=True):
-            problems += found
-            totals["units"] += 1
-            if head:
-                heads[unit.name] = head
-                totals["regions"] += head.regions
-        problems += _check_work_list(out, subset, heads)
-        problems += _check_strays(out, subset, {unit.name for unit in units})
-    problems += _check_merged(opened, deep)
+    subsets = sorted({*opened.subsets, *vouched.units, *_planned_subsets(vouched)})
+    with ExitStack() as stack:
+        run = _runner(stack, workers)
+        for subset in subsets:
+            problems += _check_subset(opened.path, subset, vouched, rules, deep, run, totals, damaged)
+    problems += _check_strays(opened.path, "", vouched, ("", log.LOG, merge.PLOTS))
+    problems += _check_merged(opened, subsets, vouched, damaged, deep)
+    problems += check_unchanged(opened.path, vouched)
     broken = [problem for problem in problems if not problem.note]
-    return VerifyReport(
-        broken, [problem for problem in problems if problem.note], totals["units"], totals["regions"]
-    )
+    notes = [problem for problem in problems if problem.note]
+    return VerifyReport(broken, notes, totals["units"], totals["regions"])
 
 
-def _check_units(jobs: list[tuple], workers: int) -> Iterable[tuple[UnitHead | None, list[Problem]]]:
-    if workers <= 1 or len(jobs) <= 1:
-        yield from (check_unit(*job) for job in jobs)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(check_unit, *zip(*jobs, strict=True))
+_Run = Callable[..., Iterator[Any]]
+"""Calls a function with each of the argument tuples, and yields what it returns, in their order."""
+
+
+def _runner(stack: ExitStack, workers: int) -> _Run:
+    if workers <= 1:
+        return lambda function, jobs: (function(*job) for job in jobs)
+    pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+    return lambda function, jobs: pool.map(function, *zip(*jobs, strict=True)) if jobs else iter(())
 
 
 def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
@@ -124,57 +127,111 @@ def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
         return None
 
 
+def _planned_subsets(vouched: Vouched) -> set[str]:
+    end = f"/{work_list.FOLDER}/{work_list.SUMMARY}"
+    return {path.removesuffix(end) for path in vouched.files if path.endswith(end)}
+
+
+def _check_subset(
+    out: str,
+    subset: str,
+    vouched: Vouched,
+    rules: Text | None,
+    deep: bool,
+    run: _Run,
+    totals: Counter[str],
+    damaged: set[str],
+) -> list[Problem]:
+    problems: list[Problem] = []
+    logged = vouched.units.get(subset, {})
+    below = len(subset) + 1
+    moves = {path: name for path, name in vouched.moves.items() if path.startswith(f"{subset}/")}
+    unmoved = tuple((path[below:], name[below:]) for path, name in moves.items())
+    units = [Unit(subset, name, f"{out}/{subset}", unmoved) for name in logged]
+    heads: dict[str, UnitHead] = {}
+    jobs = [(unit, logged[unit.name], rules, deep) for unit in units]
+    for unit, (head, found) in zip(units, run(check_unit, jobs), strict=True):
+        problems += found
+        totals["units"] += 1
+        if head:
+            heads[unit.name] = head
+            totals["regions"] += head.regions
+    listed = _check_work_list(out, subset, vouched, heads, damaged, problems)
+    if deep and listed is not None:
+        indices = {name: index for index, name in enumerate(listed.unit_names())}
+        evidence, notes = list_evidence(out, subset, indices)
+        jobs = [(out, subset, indices[unit], unit, folders) for unit, folders in sorted(evidence.items())]
+        for found in run(check_evidence, jobs):
+            problems += found
+        problems += notes
+    return problems + _check_strays(out, f"{subset}/", vouched, (*FOLDERS, work_list.FOLDER))
+
+
 # All units together.
 
 
-def _check_work_list(out: Path, subset: str, heads: dict[str, UnitHead]) -> list[Problem]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _check_work_list(
+    out: str,
+    subset: str,
+    vouched: Vouched,
+    heads: dict[str, UnitHead],
+    damaged: set[str],
+    problems: list[Problem],
+) -> WorkList | None:
+    """Check a work list, and the units against it; the list, if it can be read.
 
-    name = f"{subset}/plan/{work_list.TABLE}"
-    try:
-        planned = work_list.load_work_list(out / subset)
-        with pq.ParquetFile(work_list.table_path(out / subset)) as table:
-            problems = _compare_with_list(out, subset, heads, planned, table)
-    except (IntegrityError, OSError, pa.ArrowException, ValueError) as error:
-        fix = "build again, which makes it anew"
-        return [
-            Problem(name, "", f"not readable, so nothing says which images must be there ({error}); {fix}")
-        ]
-    if damage := work_list.find_damage(planned):
-        problems.append(Problem(name, "", f"{damage}; build again, which makes it anew"))
-    return problems
+    `damaged` are files that the log has shown to be: of these nothing is said again.
+    """
+    folder, fix = Path(out, subset), "build again, which makes it anew"
+    name = f"{subset}/{work_list.FOLDER}/{work_list.TABLE}"
+    table = str(work_list.table_path(folder))
+    planned = None
+    with guarded(problems, name, fix):
+        try:
+            planned = work_list.load_work_list(folder)
+            damage = work_list.find_damage(planned)
+            if damage is None or not planned.table:
+                problems += _compare_with_list(out, planned, vouched, heads, table)
+            if damage is not None and name not in damaged:
+                problems.append(Problem(name, "", f"{damage}; {fix}"))
+        except (ParaCaptionError, OSError, ValueError) as error:
+            what = f"not readable, so nothing says which images must be there ({error})"
+            problems.append(Problem(name, "", f"{what}; {fix}"))
+    return planned
 
 
 def _compare_with_list(
-    out: Path, subset: str, heads: dict[str, UnitHead], planned: WorkList, table: Any
+    out: str, planned: WorkList, vouched: Vouched, heads: dict[str, UnitHead], path: str
 ) -> list[Problem]:
-    name = f"{subset}/plan/{work_list.TABLE}"
+    import pyarrow.parquet as pq
+
+    subset = planned.subset
+    name = f"{subset}/{work_list.FOLDER}/{work_list.TABLE}"
     problems: list[Problem] = []
-    if table.num_row_groups != planned.num_units:
-        what = f"has {table.num_row_groups} units, plan.json says {planned.num_units}; restore them"
-        return [Problem(name, "", what)]
-    problems += _check_keys_once(table, name)
     missing: list[str] = []
-    for index in range(planned.num_units):
-        unit = planned.unit_name(index)
-        head = heads.get(unit)
-        if head is None:
-            missing.append(unit)
-            continue
-        keys = table.read_row_group(index, columns=["key"])["key"].to_pylist()
-        if keys_digest(keys) != head.keys:
-            found = set(_images_of(out / subset / "manifests" / f"{unit}.json"))
-            what = f"{describe_difference(found, set(keys), 'the plan')}; {REBUILD}"
-            problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
-    if missing:
+    with files.open_url(path, 1 << 20) as file, pq.ParquetFile(file) as table:
+        if table.num_row_groups != planned.num_units:
+            what = f"has {table.num_row_groups} units, plan.json says {planned.num_units}; restore them"
+            return [Problem(name, "", what)]
+        problems += _check_keys_once(table, name)
+        for index in range(planned.num_units):
+            unit = planned.unit_name(index)
+            if unit not in vouched.units.get(subset, {}):
+                missing.append(unit)
+            elif (head := heads.get(unit)) is not None:
+                keys = table.read_row_group(index, columns=["key"], use_threads=False)["key"].to_pylist()
+                if keys_digest(keys) != head.keys:
+                    place = f"{subset}/manifests/{unit}.json"
+                    what = describe_difference(set(_images_of(f"{out}/{place}")), set(keys), "the plan")
+                    problems.append(Problem(place, "", f"{what}; {REBUILD}"))
+    if missing and vouched.is_whole:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         what = f"{len(missing)} of {planned.num_units} units are not committed ({shown}); run the build again"
         problems.append(Problem(f"{subset}/manifests", "", what))
     return problems + _check_one_recipe(subset, planned, heads)
 
 
-def _images_of(path: Path) -> dict[str, int]:
+def _images_of(path: str) -> dict[str, int]:
     with suppress(ParaCaptionError, OSError):
         return reader.read_manifest(path).images
     return {}
@@ -200,21 +257,32 @@ def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, UnitHead]
 
 
 def _check_keys_once(table: Any, name: str) -> list[Problem]:
-    """Whether each key is listed once. Only eight bytes of a hash per key are held: there may be millions."""
+    """Whether each key is listed once. There may be millions: of a part of them a hash is held at a time."""
     import numpy as np
 
     groups = range(table.num_row_groups)
-    hashes = [_hashes(table.read_row_group(index, columns=["key"])["key"]) for index in groups]
-    values, counts = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_counts=True)
-    suspects = set(values[counts > 1].tolist())
+    parts = 1 + table.metadata.num_rows // _KEYS_AT_ONCE
+    suspects: set[int] = set()
+    for part in range(parts):
+        hashes = [each[each % parts == part] for each in map(_hashes, (_keys(table, i) for i in groups))]
+        values, counts = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_counts=True)
+        suspects |= set(values[counts > 1][:EXAMPLES].tolist())
     if not suspects:
         return []
     found: Counter[str] = Counter()
-    for index, each in enumerate(hashes):
-        if suspects.intersection(each.tolist()):
-            found.update(table.read_row_group(index, columns=["key"])["key"].to_pylist())
+    for index in groups:
+        keys = _keys(table, index)
+        found.update(
+            key
+            for key, each in zip(keys.to_pylist(), _hashes(keys).tolist(), strict=True)
+            if each in suspects
+        )
     twice = [key for key, count in found.items() if count > 1]
     return [Problem(name, key, f"is planned {found[key]} times; use a new `out`") for key in twice[:EXAMPLES]]
+
+
+def _keys(table: Any, index: int) -> pa.ChunkedArray:
+    return table.read_row_group(index, columns=["key"], use_threads=False)["key"]
 
 
 def _hashes(keys: pa.ChunkedArray) -> Any:
@@ -224,49 +292,88 @@ def _hashes(keys: pa.ChunkedArray) -> Any:
     return np.frombuffer(digests, np.uint64)
 
 
-def _check_strays(out: Path, subset: str, units: set[str]) -> list[Problem]:
+def _check_strays(out: str, prefix: str, vouched: Vouched, folders: tuple[str, ...]) -> list[Problem]:
+    """Notes on files that nobody reads: temporary ones, and those of units that are not committed."""
+    names = {
+        f"{prefix}{folder}": files.list_names(f"{out}/{prefix}{folder}".rstrip("/")) for folder in folders
+    }
+    expected = {*vouched.moves.values()}
+    if prefix:
+        expected |= _files_of_units(prefix, vouched)
     problems = []
-    for folder, suffix in (("shards", ".tar"), ("ledger", ".parquet"), ("manifests", ".json")):
-        for path in sorted((out / subset / folder).glob("*")):
-            if path.name.startswith(files.TEMPORARY):
-                what = "left by a run that ended early, or a build is running; the next build removes it"
-            elif path.suffix != suffix or path.stem not in units:
-                what = "of no committed unit; readers ignore it, and the build replaces it"
-            else:
-                continue
-            problems.append(Problem(str(path.relative_to(out)), "", what, note=True))
+    for folder, name in ((folder, name) for folder, each in names.items() for name in each):
+        path = f"{folder}/{name}".lstrip("/")
+        if path in expected:
+            continue
+        if name.startswith(files.TEMPORARY):
+            what = "left by a run that ended early, or a build is running; the next build removes it"
+        elif prefix and folder != f"{prefix}{work_list.FOLDER}" and vouched.is_whole:
+            what = "of no committed unit; readers ignore it, and the build replaces it"
+        else:
+            continue
+        problems.append(Problem(path, "", what, note=True))
     return problems
 
 
-def _check_merged(corpus: Corpus, deep: bool) -> list[Problem]:
-    """Whether index and statistics, if there are any, are of the units that are committed now."""
-    import pyarrow as pa
+def _files_of_units(prefix: str, vouched: Vouched) -> set[str]:
+    found: set[str] = set()
+    for name, unit in vouched.units.get(prefix.rstrip("/"), {}).items():
+        if unit is not None:
+            found |= {file.path for file in unit.files()}
+        else:
+            places = (f"shards/{name}.tar", f"ledger/{name}.parquet", f"manifests/{name}.json")
+            found |= {prefix + place for place in places}
+    return found
+
+
+def _check_merged(
+    corpus: Corpus, subsets: list[str], vouched: Vouched, damaged: set[str], deep: bool
+) -> list[Problem]:
+    """Whether index and statistics, if there are any, are of the units that are committed now.
+
+    What is in them is looked at only if nothing is wrong with these files, and with the configuration, which
+    names the steps of the funnel.
+    """
+    fix, merged = "run `paracaption merge`", (reader.STATS, reader.INDEX)
+    problems: list[Problem] = []
+    if damaged.intersection((*merged, reader.CONFIG)) or not vouched.is_whole:
+        return problems
+    if not set(merged).intersection(files.list_names(corpus.path)):
+        return [Problem(reader.INDEX, "", f"not there: the corpus is not merged; {fix}", note=True)]
+    with guarded(problems, reader.STATS, fix):
+        try:
+            problems += _compare_with_units(corpus, subsets, deep, fix)
+        except ConfigError as error:  # no statistics beside an index
+            problems.append(Problem(reader.STATS, "", f"not readable ({error}); {fix}"))
+    return problems
+
+
+def _compare_with_units(corpus: Corpus, subsets: list[str], deep: bool, fix: str) -> list[Problem]:
     import pyarrow.parquet as pq
 
-    fix, out = "run `paracaption merge`", Path(corpus.path)
-    found = [name for name in (reader.STATS, reader.INDEX) if (out / name).exists()]
-    if not found:
-        return [Problem(reader.INDEX, "", f"not there: the corpus is not merged; {fix}", note=True)]
     try:
         summary = corpus.summary
-        with pq.ParquetFile(out / reader.INDEX) as index:
-            rows = index.metadata.num_rows
-    except (ParaCaptionError, OSError, pa.ArrowException) as error:
-        name = reader.STATS if isinstance(error, ParaCaptionError) else reader.INDEX
-        return [Problem(name, "", f"not readable ({error}); {fix}")]
+    except IntegrityError as error:
+        return [Problem(reader.STATS, "", f"not readable ({error}); {fix}")]
     problems: list[Problem] = []
+    index = f"{corpus.path}/{reader.INDEX}"
+    rows = None
+    with guarded(problems, reader.INDEX, fix):
+        if deep and files.sha256_of(index) != summary.index.sha256:
+            problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {reader.STATS}; {fix}"))
+        else:
+            with files.open_url(index) as file, pq.ParquetFile(file) as table:
+                rows = table.metadata.num_rows
     kept = 0
-    for subset in corpus.subsets:
+    for subset in sorted({*subsets, *summary.subsets}):
         try:
             now = merge.count_subset(corpus, subset)
-        except (IntegrityError, OSError):
+        except (ParaCaptionError, OSError):
             return problems  # reported above
         kept += now.kept
         then = summary.subsets.get(subset)
         if then is None or then.counts != now:
             problems.append(Problem(reader.STATS, subset, f"not of the units committed now; {fix}"))
-    if deep and sha256_of(out / reader.INDEX) != summary.index.sha256:
-        problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {reader.STATS}; {fix}"))
-    elif rows != kept:
+    if rows is not None and rows != kept:
         problems.append(Problem(reader.INDEX, "", f"has {rows} rows, {kept} regions are kept; {fix}"))
     return problems

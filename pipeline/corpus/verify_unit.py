@@ -6,7 +6,6 @@ import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...filters import rle, text
@@ -15,9 +14,11 @@ from ...schemas.errors import BadRecord, IntegrityError, ParaCaptionError
 from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
-from ..io import photos
+from ..io import files, photos
 from . import reader
+from .problems import Problem, compare_file, guarded
 from .reader import REBUILD, SAFE_KEY, Unit
+from .records import LogFile, LogUnit
 
 EXAMPLES = 20
 """Problems of one kind that are listed for one unit; the rest are counted."""
@@ -25,26 +26,6 @@ EXAMPLES = 20
 _HEADER_PX = 1 << 31
 
 _Row = dict[str, Any]
-
-
-class Problem(NamedTuple):
-    """A broken promise, or (`note`) something that breaks none but is worth knowing.
-
-    Attributes:
-        file: path below the corpus.
-        record: key, key and region, unit or member; "" if it is about the file.
-        what: what is wrong, and what to do.
-        note: readers are not affected, for example by a file that no manifest names.
-    """
-
-    file: str
-    record: str
-    what: str
-    note: bool = False
-
-    def __str__(self) -> str:
-        where = f"{self.file}: {self.record}" if self.record else self.file
-        return f"{'note: ' if self.note else ''}{where}: {self.what}"
 
 
 class UnitHead(NamedTuple):
@@ -56,120 +37,147 @@ class UnitHead(NamedTuple):
     regions: int
 
 
-class _UnitCheck:
-    """Collects the problems of a unit, a limited number of each kind."""
+class UnitCheck:
+    """Collects the problems of a unit, a limited number of each kind.
 
-    def __init__(self, out: Path, unit: Unit):
-        self.out = out
-        self.folder = Path(unit.folder)
+    Args:
+        unit: the unit.
+    """
+
+    def __init__(self, unit: Unit):
+        self.out = unit.folder.rpartition("/")[0]
+        self.unit = unit
         self.subset = unit.subset
-        self.path = Path(unit.manifest)
+        self.manifest, self.ledger, self.shard = map(self._below, (unit.manifest, unit.ledger, unit.shard))
         self.problems: list[Problem] = []
         self._seen: Counter[tuple[str, str]] = Counter()
 
-    def name(self, path: Path) -> str:
-        """The path below the corpus."""
-        return str(path.relative_to(self.out))
+    def _below(self, path: str) -> str:
+        return path.removeprefix(f"{self.out}/")
 
-    def report(self, path: Path, record: str, what: str, kind: str = "") -> None:
+    def url(self, path: str) -> str:
+        """Where a file of the corpus lies."""
+        return f"{self.out}/{path}"
+
+    def report(self, path: str, record: str, what: str, kind: str = "") -> None:
         """Note a problem. Of one kind in one file only the first ones are listed, the others are counted."""
-        self._seen[self.name(path), kind] += 1
-        if not kind or self._seen[self.name(path), kind] <= EXAMPLES:
-            self.problems.append(Problem(self.name(path), record, what))
+        self._seen[path, kind] += 1
+        if not kind or self._seen[path, kind] <= EXAMPLES:
+            self.problems.append(Problem(path, record, what))
 
     def finish(self) -> list[Problem]:
         """The problems, and a line for those that were only counted."""
-        for (name, kind), count in self._seen.items():
+        for (path, kind), count in self._seen.items():
             if kind and count > EXAMPLES:
-                self.problems.append(Problem(name, "", f"{count - EXAMPLES} more of this kind: {kind}"))
+                self.problems.append(Problem(path, "", f"{count - EXAMPLES} more of this kind: {kind}"))
         return self.problems
 
 
 def check_unit(
-    out: Path, committed: Unit, rules: Text | None, deep: bool
+    committed: Unit, logged: LogUnit | None, rules: Text | None, deep: bool
 ) -> tuple[UnitHead | None, list[Problem]]:
-    """Check one unit; see `verify`.
+    """Check one unit; see `verify`. What is in a file is looked at only if its size and checksum are right.
 
     Args:
-        out: the corpus.
         committed: the unit.
+        logged: what the log says of it; None if the corpus has no log, so that the manifest is the truth.
         rules: for captions; None leaves captions unchecked.
         deep: also check checksums, shard, photo headers, masks and captions.
 
     Returns:
         What to compare with the other units, None if the manifest cannot be read; and the problems.
     """
-    unit = _UnitCheck(out, committed)
-    path = unit.path
-    try:
-        manifest = reader.read_manifest(path)
-    except (IntegrityError, OSError) as error:
-        unit.report(path, "", f"not a manifest ({error.__cause__ or error}); {REBUILD}")
-        return None, unit.finish()
-    _check_manifest(unit, manifest)
-    ledger_ok = _check_file(unit, manifest.ledger, f"ledger/{path.stem}.parquet", deep)
-    shard_ok = manifest.shard and _check_file(unit, manifest.shard, f"shards/{path.stem}.tar", deep)
-    rows = _check_ledger(unit, manifest, deep) if ledger_ok else None
-    if rows is not None and deep:
-        _check_regions(unit, rows, rules)
-        if manifest.shard and shard_ok:
-            _check_shard(unit, manifest, rows)
-    keys = keys_digest(manifest.images)
-    head = UnitHead(manifest.plan, manifest.recipe, keys, manifest.regions_in)
+    unit = UnitCheck(committed)
+    head = None
+    with guarded(unit.problems, unit.manifest, REBUILD):
+        manifest = _read_manifest(unit, logged, deep)
+        if manifest is not None:
+            keys = keys_digest(manifest.images)
+            head = UnitHead(manifest.plan, manifest.recipe, keys, manifest.regions_in)
+            _check_manifest(unit, manifest, logged)
+            _check_content(unit, manifest, rules, deep)
+        elif logged is not None:
+            _compare(unit, unit.ledger, logged.ledger, "the log", deep)
+            if logged.shard is not None:
+                _compare(unit, unit.shard, logged.shard, "the log", deep)
     return head, unit.finish()
+
+
+def _read_manifest(unit: UnitCheck, logged: LogUnit | None, deep: bool) -> Manifest | None:
+    if logged is not None and not _compare(unit, unit.manifest, logged.manifest, "the log", deep):
+        return None
+    try:
+        return reader.read_manifest(unit.url(unit.manifest))
+    except (IntegrityError, OSError) as error:
+        unit.report(unit.manifest, "", f"not a manifest ({error.__cause__ or error}); {REBUILD}")
+        return None
+
+
+def _check_content(unit: UnitCheck, manifest: Manifest, rules: Text | None, deep: bool) -> None:
+    shard_ok = manifest.shard is not None and _check_file(unit, manifest.shard, unit.shard, "shards", deep)
+    if not _check_file(unit, manifest.ledger, unit.ledger, "ledger", deep):
+        return
+    with guarded(unit.problems, unit.ledger, REBUILD):
+        rows = _check_ledger(unit, manifest, deep)
+        if rows is None or not deep:
+            return
+        _check_regions(unit, rows, rules)
+        if shard_ok:
+            with guarded(unit.problems, unit.shard, REBUILD):
+                _check_shard(unit, rows)
 
 
 def keys_digest(keys: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
-def _check_manifest(unit: _UnitCheck, manifest: Manifest) -> None:
-    if manifest.unit != unit.path.stem:
-        unit.report(unit.path, "", f"is of unit {manifest.unit}; {REBUILD}")
+def _check_manifest(unit: UnitCheck, manifest: Manifest, logged: LogUnit | None) -> None:
+    path = unit.manifest
+    if manifest.unit != unit.unit.name:
+        unit.report(path, "", f"is of unit {manifest.unit}; {REBUILD}")
     if manifest.subset != unit.subset:
-        unit.report(unit.path, "", f"is of subset {manifest.subset}; {REBUILD}")
+        unit.report(path, "", f"is of subset {manifest.subset}; {REBUILD}")
+    if logged is not None and _as_logged(logged) != _as_logged(manifest):
+        unit.report(path, "", f"says something else of the unit and its files than the log; {REBUILD}")
     dropped = sum(manifest.dropped.values())
     if manifest.regions_in != manifest.kept + dropped:
         what = f"regions_in {manifest.regions_in} is not kept {manifest.kept} + dropped {dropped}; {REBUILD}"
-        unit.report(unit.path, "", what)
+        unit.report(unit.manifest, "", what)
     if manifest.kept != sum(manifest.images.values()):
-        unit.report(unit.path, "", f"kept {manifest.kept} is not the sum over its images; {REBUILD}")
+        unit.report(unit.manifest, "", f"kept {manifest.kept} is not the sum over its images; {REBUILD}")
     if (manifest.shard is None) != (manifest.kept == 0):
         has = "no shard" if manifest.shard is None else "a shard"
-        unit.report(unit.path, "", f"has {has} with {manifest.kept} kept regions; {REBUILD}")
+        unit.report(unit.manifest, "", f"has {has} with {manifest.kept} kept regions; {REBUILD}")
 
 
-def _check_file(unit: _UnitCheck, entry: FileEntry, expected: str, deep: bool) -> bool:
-    """Whether the file can be read on; one with a wrong checksum is, so that what is in it is reported."""
+def _as_logged(record: LogUnit | Manifest) -> tuple:
+    regions = record.regions if isinstance(record, LogUnit) else record.regions_in
+    files_of = [file and (file.bytes, file.sha256) for file in (record.ledger, record.shard)]
+    return record.plan, record.recipe, regions, record.kept, files_of
+
+
+def _check_file(unit: UnitCheck, entry: FileEntry, path: str, folder: str, deep: bool) -> bool:
+    """Whether a file of the unit is what its manifest says."""
+    expected = f"{folder}/{unit.unit.name}.{'tar' if folder == 'shards' else 'parquet'}"
     if entry.path != expected:  # never opened: a manifest is data
-        unit.report(unit.path, entry.path, f"names this file instead of {expected}; {REBUILD}")
+        unit.report(unit.manifest, entry.path, f"names this file instead of {expected}; {REBUILD}")
         return False
-    path = unit.folder / entry.path
-    try:
-        size = path.stat().st_size
-        digest = sha256_of(path) if deep else entry.sha256
-    except OSError as error:
-        unit.report(path, "", f"{error.strerror or error}; {REBUILD}")
-        return False
-    if size != entry.bytes:
-        unit.report(path, "", f"has {size} bytes, its manifest says {entry.bytes}; {REBUILD}")
-    elif digest != entry.sha256:
-        unit.report(path, "", f"its SHA-256 is not the manifest's; {REBUILD}")
-    return True
+    return _compare(unit, path, entry, "its manifest", deep)
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _compare(unit: UnitCheck, path: str, entry: FileEntry | LogFile, whose: str, deep: bool) -> bool:
+    found = compare_file(unit.out, path, (entry.bytes, entry.sha256), whose, deep, REBUILD)
+    unit.problems += found
+    return not found
 
 
 _COUNTED = ["unit", "subset", "key", "region", "kept", "drop_stage", "drop_reason"]
 
 
-def _check_ledger(unit: _UnitCheck, manifest: Manifest, deep: bool) -> list[_Row] | None:
-    path = unit.folder / manifest.ledger.path
+def _check_ledger(unit: UnitCheck, manifest: Manifest, deep: bool) -> list[_Row] | None:
+    path = unit.ledger
     try:
-        rows = reader.read_ledger(path, None if deep else _COUNTED).to_pylist()
+        rows = reader.read_ledger(unit.url(path), None if deep else _COUNTED).to_pylist()
     except ParaCaptionError as error:
         unit.report(path, "", f"not a ledger ({error}); {REBUILD}")
         return None
@@ -177,7 +185,7 @@ def _check_ledger(unit: _UnitCheck, manifest: Manifest, deep: bool) -> list[_Row
     return rows
 
 
-def _compare_counts(unit: _UnitCheck, path: Path, manifest: Manifest, rows: list[_Row]) -> None:
+def _compare_counts(unit: UnitCheck, path: str, manifest: Manifest, rows: list[_Row]) -> None:
     regions = [row for row in rows if row["region"] is not None]
     kept = [row for row in regions if row["kept"]]
     dropped = Counter(f"{row['drop_stage']}/{row['drop_reason']}" for row in regions if not row["kept"])
@@ -221,9 +229,9 @@ def _record(row: _Row) -> str:
     return row["key"] if row["region"] is None else f"{row['key']} #{row['region']}"
 
 
-def _check_regions(unit: _UnitCheck, rows: list[_Row], rules: Text | None) -> None:
+def _check_regions(unit: UnitCheck, rows: list[_Row], rules: Text | None) -> None:
     """Masks of all regions, captions of the kept ones, as the ledger has them."""
-    path = unit.folder / "ledger" / f"{unit.path.stem}.parquet"
+    path = unit.ledger
     by_size: dict[tuple[int, int], list[_Row]] = {}
     for row in rows:
         if not SAFE_KEY.fullmatch(row["key"] or ""):
@@ -257,7 +265,7 @@ def _mask_fault(mask: rle.Mask | BadRecord, row: _Row) -> str | None:
     return None
 
 
-def _check_caption(unit: _UnitCheck, path: Path, row: _Row, rules: Text | None) -> None:
+def _check_caption(unit: UnitCheck, path: str, row: _Row, rules: Text | None) -> None:
     if not row["caption"]:
         unit.report(path, _record(row), f"kept without a caption; {REBUILD}", "caption")
     elif rules is not None:
@@ -272,9 +280,8 @@ def _check_caption(unit: _UnitCheck, path: Path, row: _Row, rules: Text | None) 
 # The shard.
 
 
-def _check_shard(unit: _UnitCheck, manifest: Manifest, rows: list[_Row]) -> None:
-    assert manifest.shard is not None
-    path = unit.folder / manifest.shard.path
+def _check_shard(unit: UnitCheck, rows: list[_Row]) -> None:
+    path = unit.shard
     kept: dict[str, list[_Row]] = {}
     for row in rows:
         if row["kept"]:
@@ -296,10 +303,10 @@ def _check_shard(unit: _UnitCheck, manifest: Manifest, rows: list[_Row]) -> None
 _Part = tuple[tarfile.TarInfo, bytes]
 
 
-def _members(unit: _UnitCheck, path: Path) -> Iterator[tuple[str, _Part, _Part]]:
+def _members(unit: UnitCheck, path: str) -> Iterator[tuple[str, _Part, _Part]]:
     """The photo and the JSON of each key of a shard. Anything else in the shard is reported."""
     waiting: tuple[str, _Part] | None = None
-    with tarfile.open(path, "r:") as tar:
+    with files.open_url(unit.url(path), 1 << 20) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             key, _, ending = member.name.rpartition(".")
             if not member.isreg() or not SAFE_KEY.fullmatch(key) or ending not in (PHOTO_ENDING, "json"):
@@ -309,8 +316,8 @@ def _members(unit: _UnitCheck, path: Path) -> Iterator[tuple[str, _Part, _Part]]
                 unit.report(
                     path, member.name, f"has a time or an owner, so equal shards differ; {REBUILD}", "owner"
                 )
-            file = tar.extractfile(member)
-            part = (member, b"" if file is None else file.read())
+            content = tar.extractfile(member)
+            part = (member, b"" if content is None else content.read())
             if len(part[1]) != member.size:
                 raise tarfile.ReadError(f"{member.name} is cut short")
             if ending == PHOTO_ENDING:
@@ -327,7 +334,7 @@ def _members(unit: _UnitCheck, path: Path) -> Iterator[tuple[str, _Part, _Part]]
 
 
 def _check_sample(
-    unit: _UnitCheck, path: Path, key: str, photo: _Part, record: _Part, rows: list[_Row] | None
+    unit: UnitCheck, path: str, key: str, photo: _Part, record: _Part, rows: list[_Row] | None
 ) -> None:
     try:
         sample = reader.decode_sample(record[1], key)
@@ -346,17 +353,17 @@ def _check_sample(
     places = (photo[0].offset_data, photo[0].size, record[0].offset_data, record[0].size)
     for row in rows:
         listed = (row["photo_offset"], row["photo_length"], row["json_offset"], row["json_length"])
-        if listed != places or row["shard"] != f"shards/{path.name}":
+        if listed != places or row["shard"] != f"shards/{unit.unit.name}.tar":
             what = f"the ledger says it lies in {row['shard']} at {listed}; it lies at {places}"
             unit.report(path, _record(row), f"{what}; {REBUILD}", "place")
     if [_of_row(row) for row in rows] != [_of_sample(sample, region) for region in sample.regions]:
         unit.report(path, key, f"its regions are not those that the ledger keeps; {REBUILD}", "regions")
 
 
-def _check_photo(unit: _UnitCheck, path: Path, sample: Sample, member: tarfile.TarInfo) -> None:
+def _check_photo(unit: UnitCheck, path: str, sample: Sample, member: tarfile.TarInfo) -> None:
     record = member.name
     try:
-        header = photos.probe(Blob(str(path), member.offset_data, member.size), _HEADER_PX)
+        header = photos.probe(Blob(unit.url(path), member.offset_data, member.size), _HEADER_PX)
     except BadRecord as error:
         unit.report(path, record, f"{error.reason}: {error.detail}; {REBUILD}", "photo")
         return

@@ -312,7 +312,7 @@ def find_work_list(folder: str | Path) -> WorkList | None:
         return None
     except OSError as error:
         raise IntegrityError(f"{path}: not readable ({error}); run the same command again") from error
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
     return _opened(found, folder)
 
@@ -328,7 +328,7 @@ def load_work_list(folder: str | Path) -> WorkList:
         found = _decode_summary(files.read(Blob(str(path))))
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: no work list; run the build to make one") from error
-    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise IntegrityError(
             f"{path}: not a work list ({error}); build again, or delete it if that does not help"
         ) from error

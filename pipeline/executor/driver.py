@@ -382,8 +382,10 @@ def _keep_replaced_s(config: BuildConfig) -> float:
 
 
 def _has_config(config: BuildConfig) -> bool:
-    path = f"{config.out}/{reader.CONFIG}"
-    return store_of(path).size(path) == len(dump_config(config).encode())
+    try:
+        return (Path(config.out) / reader.CONFIG).read_bytes() == dump_config(config).encode()
+    except OSError:
+        return False
 
 
 def held_back(held: dict[str, str], how: str = "") -> str:

@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from ...schemas.errors import StageFailed
+from ...schemas.errors import IntegrityError, StageFailed
 from ...schemas.records import Blob
 from ..io import files
 from ..io.store import store_of
@@ -89,7 +89,7 @@ class EvidenceStore(Generic[E]):
         """
         path = self.path(unit)
         try:
-            data = files.read(Blob(str(path)))
+            return self.read(unit)
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -97,18 +97,29 @@ class EvidenceStore(Generic[E]):
                 f"{path}: cannot be read ({error.strerror or error}); run the same command again, or "
                 "delete the file: what it held is asked for again"
             ) from error
-        try:
-            columns = self._read(data)
-        except Exception as error:  # noqa: BLE001 - whatever a reader of Parquet makes of damaged bytes
-            log.warning("%s: unreadable evidence (%s); it is asked for again", path, error)
+        except IntegrityError as error:
+            log.warning("%s; it is asked for again", error)
             return {}
-        keys, regions, asked, photos, *answers = columns
-        return {
-            (key, region): Answered(question, self.kind(*answer), photo or "")
-            for key, region, question, photo, *answer in zip(
-                keys, regions, asked, photos, *answers, strict=True
-            )
-        }
+
+    def read(self, unit: str) -> Evidence:
+        """The same of a file that must be there and undamaged.
+
+        Raises:
+            IntegrityError: it is damaged.
+            OSError: the disk does not give it.
+        """
+        path = self.path(unit)
+        data = files.read(Blob(str(path)))
+        try:
+            keys, regions, asked, photos, *answers = self._read(data)
+            return {
+                (key, region): Answered(question, self.kind(*answer), photo or "")
+                for key, region, question, photo, *answer in zip(
+                    keys, regions, asked, photos, *answers, strict=True
+                )
+            }
+        except Exception as error:  # whatever a reader of Parquet makes of damaged bytes
+            raise IntegrityError(f"{path}: unreadable evidence ({error})") from error
 
     def exists(self, unit: str) -> bool:
         """Whether there is any evidence of a unit."""

@@ -47,7 +47,7 @@ def test_samples_are_the_same_each_time_and_fewer_are_a_part_of_more(out):
 
 def test_it_needs_no_merge_and_counts_committed_units_alone(tmp_path):
     committed.write(tmp_path / "out")
-    (tmp_path / "out/coconut/manifests/coconut-000001.json").unlink()
+    committed.uncommitted(tmp_path / "out", "coconut-000001")
     assert "COCONut  2 units, 5 images" in text_of(inspect.inspect(tmp_path / "out"))
 
 

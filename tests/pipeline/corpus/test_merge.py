@@ -137,13 +137,19 @@ def test_an_empty_corpus_merges(tmp_path):
     assert pq.read_metadata(out / "index.parquet").num_rows == 0
 
 
-def test_units_without_a_manifest_are_not_in_the_corpus(tmp_path):
-    out = committed.merged(tmp_path / "out")
-    (out / "coconut" / "manifests" / "coconut-000000.json").unlink()
+def test_units_that_are_not_committed_are_not_in_the_corpus(tmp_path):
+    out = committed.uncommitted(committed.merged(tmp_path / "out"), "coconut-000000")
     (out / "coconut" / "manifests" / ".tmp-coconut-000000.json-1").write_text("{")
     merge.merge(out)
     units = set(pq.read_table(out / "index.parquet")["unit"].to_pylist())
     assert units == {"coconut-000001", "sa1b-000000"}
+
+
+def test_a_committed_manifest_that_is_gone_stops_the_merge_and_says_what_to_do(tmp_path):
+    out = committed.merged(tmp_path / "out")
+    (out / "coconut" / "manifests" / "coconut-000000.json").unlink()
+    with pytest.raises(IntegrityError, match=r"manifests/coconut-000000\.json: gone.*build again"):
+        merge.merge(out)
 
 
 def test_a_ledger_that_its_manifest_does_not_know_stops_the_merge_and_leaves_the_old_index(tmp_path):

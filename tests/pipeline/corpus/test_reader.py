@@ -63,9 +63,20 @@ def test_a_corpus_in_a_store_is_read_as_one_in_a_folder(out, stored):
 def test_units_are_listed_in_order_and_without_temporary_files(tmp_path):
     out = committed.merged(tmp_path / "out")
     (out / "coconut" / "manifests" / ".tmp-coconut-000009.json-1").write_text("{")
-    (out / "coconut" / "manifests" / "coconut-000001.json").unlink()
+    names = [unit.name for unit in open_corpus(out).units()]
+    assert names == ["coconut-000000", "coconut-000001", "coconut-000002", "sa1b-000000"]
+    committed.uncommitted(out, "coconut-000001")
     names = [unit.name for unit in open_corpus(out).units()]
     assert names == ["coconut-000000", "coconut-000002", "sa1b-000000"]
+
+
+def test_a_committed_manifest_that_is_gone_is_an_error_and_no_smaller_corpus(out, tmp_path):
+    out = committed.merged(tmp_path / "out")
+    (out / "coconut" / "manifests" / "coconut-000001.json").unlink()
+    corpus = open_corpus(out)
+    for ask in (list, lambda _: corpus.digest("coconut"), lambda _: corpus.find_unit("coconut", "none")):
+        with pytest.raises(IntegrityError, match=r"coconut-000001\.json: gone.*build again"):
+            ask(corpus.samples())
 
 
 def test_a_folder_whose_name_is_a_pattern_is_read(tmp_path):
@@ -78,7 +89,7 @@ def test_units_that_are_committed_later_are_seen_by_an_open_corpus(tmp_path):
     out = committed.merged(tmp_path / "out")
     path = out / "coconut" / "manifests" / "coconut-000001.json"
     whole = path.read_bytes()
-    path.unlink()
+    committed.uncommitted(out, "coconut-000001")
     corpus = pickle.loads(pickle.dumps(open_corpus(out)))
     assert len(corpus.units("coconut")) == 2 and not corpus.index_is_current()
     path.write_bytes(whole)

@@ -1,0 +1,72 @@
+"""What `verify` reports: a broken promise, or what is worth knowing, in one line that names file and fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from ...schemas.errors import one_line
+from ...schemas.records import Blob
+from ..io import files
+
+
+class Problem(NamedTuple):
+    """A broken promise, or (`note`) something that breaks none but is worth knowing.
+
+    Attributes:
+        file: path below the corpus.
+        record: key, key and region, unit or member; "" if it is about the file.
+        what: what is wrong, and what to do.
+        note: readers are not affected, for example by a file that no manifest names.
+    """
+
+    file: str
+    record: str
+    what: str
+    note: bool = False
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.record}" if self.record else self.file
+        return f"{'note: ' if self.note else ''}{where}: {self.what}"
+
+
+@contextmanager
+def guarded(problems: list[Problem], file: str, fix: str) -> Iterator[None]:
+    """Make a problem of whatever the block raises.
+
+    What tar, Parquet, JSON, YAML and image readers raise on damaged bytes is no closed list.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - see above
+        problems.append(Problem(file, "", f"cannot be checked ({one_line(error)}); {fix}"))
+
+
+def compare_file(
+    out: str, path: str, expected: tuple[int, str], whose: str, deep: bool, fix: str
+) -> list[Problem]:
+    """Whether a file is there and is what was written; a problem if not.
+
+    Args:
+        out: the corpus.
+        path: of the file below it, which the caller knows to lie inside.
+        expected: number of bytes, and SHA-256 in hex.
+        whose: who says so, for the message.
+        deep: also compare the SHA-256.
+        fix: for the message.
+    """
+    problems: list[Problem] = []
+    with guarded(problems, path, fix):
+        try:
+            size = files.size_of(Blob(f"{out}/{path}"))
+            if size != expected[0]:
+                what = f"has {size} bytes, {whose} says {expected[0]}"
+            elif deep and files.sha256_of(f"{out}/{path}") != expected[1]:
+                what = f"its SHA-256 is not that of {whose}"
+            else:
+                return []
+        except OSError as error:
+            what = f"{error.strerror or error}"
+        problems.append(Problem(path, "", f"{what}; {fix}"))
+    return problems

@@ -1,0 +1,93 @@
+"""Checks what models said, the evidence beside a corpus, without opening a model. Called by `verify`.
+
+A folder's name has a digest of a configuration, which cannot be computed without the model's files. Which
+answers it holds is known from the stage's name: their columns must be those of the stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...schemas.errors import IntegrityError
+from ..io import files
+from ..stages.base import ModelStage
+from ..stages.evidence import EvidenceStore
+from ..stages.registry import STAGES
+from . import work_list
+from .problems import Problem, guarded
+
+ASK_AGAIN = "the next build of the unit asks again; delete it, and all of it is asked for again"
+
+_FOLDER = re.compile(r"([a-z_]+)-[0-9a-f]{16}")
+
+
+def list_evidence(out: str, subset: str, units: Iterable[str]) -> tuple[dict[str, list[str]], list[Problem]]:
+    """The evidence of a subset, and notes on what nobody reads.
+
+    Args:
+        out: the corpus.
+        subset: name of the subset.
+        units: those of the work list.
+
+    Returns:
+        Names of the evidence folders that have a file, by unit.
+    """
+    found: dict[str, list[str]] = {}
+    notes: list[Problem] = []
+    planned = set(units)
+    for folder in files.list_names(f"{out}/{subset}/evidence"):
+        path = f"{subset}/evidence/{folder}"
+        if _store(out, subset, folder) is None:
+            notes.append(Problem(path, "", "of no stage of this release; nothing reads it", note=True))
+            continue
+        for name in files.list_names(f"{out}/{path}"):
+            unit = name.removesuffix(".parquet")
+            if name.startswith(files.TEMPORARY):
+                what = "left by a run that ended early, or a build is running; the next build removes it"
+            elif unit == name or unit not in planned:
+                what = "of no unit of the work list; nothing reads it"
+            else:
+                found.setdefault(unit, []).append(folder)
+                continue
+            notes.append(Problem(f"{path}/{name}", "", what, note=True))
+    return found, notes
+
+
+def _store(out: str, subset: str, folder: str) -> EvidenceStore | None:
+    match = _FOLDER.fullmatch(folder)
+    stage = STAGES.get(match[1]) if match else None
+    if stage is None or not issubclass(stage, ModelStage):
+        return None
+    return EvidenceStore(Path(out, subset, "evidence", folder), stage.evidence)
+
+
+def check_evidence(out: str, subset: str, index: int, unit: str, folders: list[str]) -> list[Problem]:
+    """Check the evidence of one unit: each file is what was written, and about images of the unit.
+
+    Args:
+        out: the corpus.
+        subset: name of the subset.
+        index: of the unit in the work list.
+        unit: its name.
+        folders: those that have a file of the unit.
+    """
+    problems: list[Problem] = []
+    planned: set[str] | None = None
+    with guarded([], "", ""):  # a damaged work list is reported elsewhere
+        planned = {entry.key for entry in work_list.read_unit(f"{out}/{subset}", index)}
+    for folder in folders:
+        path = f"{subset}/evidence/{folder}/{unit}.parquet"
+        store = _store(out, subset, folder)
+        assert store is not None
+        with guarded(problems, path, ASK_AGAIN):
+            try:
+                keys = {key for key, _ in store.read(unit)}
+            except IntegrityError as error:
+                problems.append(Problem(path, "", f"damaged ({error.__cause__ or error}); {ASK_AGAIN}"))
+                continue
+            if planned is not None and (foreign := keys - planned):
+                what = f"has answers about images of no or of another unit ({min(foreign)})"
+                problems.append(Problem(path, "", f"{what}; {ASK_AGAIN}"))
+    return problems
