@@ -24,6 +24,7 @@ from ...schemas.errors import ConfigError
 from . import history, log, merge, reader, writer
 from .log import LogState, Owner
 from .records import Commit, Config, LogFile, LogUnit, Merged, Record
+from .sweep import sweep
 from .versions import changed_keys
 
 _HOW_IT_RUNS = {"out", "io", "failures", "audit_images", "subsets"}
@@ -191,6 +192,7 @@ def undo(out: str, rebuild: Rebuild) -> dict[str, Any]:
             found = find_rebuild(out)
             if (found.first, found.last, found.is_begun) != (rebuild.first, rebuild.last, rebuild.is_begun):
                 raise ConfigError(f"{out}: the corpus has changed meanwhile; look again, then undo")
+            sweep(owner)
             if not found.is_begun:
                 units = find_former_files(out, found)
                 in_place = {
