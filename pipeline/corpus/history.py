@@ -346,7 +346,7 @@ def describe_gone(out: str, found: Diff) -> str:
     units = sum(each.gone for each in found.subsets.values())
     numbers = " and ".join(map(str, found.gone))
     return (
-        f"{units:,} changed units cannot be compared: their files as of record {numbers} are not kept any "
-        "more (failures.keep_replaced_days); build that version into another folder: "
+        f"{units:,} changed unit{'s'[: units > 1]} cannot be compared: files as of record {numbers} are not "
+        "kept any more (failures.keep_replaced_days); build that version into another folder: "
         f"`paracaption versions {out} --config {found.gone[0]}` prints its configuration"
     )
