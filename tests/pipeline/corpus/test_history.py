@@ -107,13 +107,20 @@ def test_a_record_that_does_not_exist_is_one_line(rebuilt, tmp_path):
         history.state_at(str(tmp_path / "empty"), 1)
 
 
-def test_the_files_of_a_former_version_are_found_where_they_are_kept(rebuilt):
-    out, first, _, before = rebuilt
-    for name, unit, places in history.unit_files_at(out, first):
+def assert_files_are_found(out: str, number: int) -> None:
+    """Every file of a version has a place, with the content that the log says."""
+    for name, unit, places in history.unit_files_at(out, number):
         for file, place in zip(unit.files(), places, strict=True):
             assert place is not None, (name, file.path)
-            found = hashlib.sha256((Path(out) / place).read_bytes()).hexdigest()
-            assert found == file.sha256 == before[file.path]
+            assert hashlib.sha256((Path(out) / place).read_bytes()).hexdigest() == file.sha256
+
+
+def test_the_files_of_a_former_version_are_found_where_they_are_kept(rebuilt):
+    out, first, second, before = rebuilt
+    assert_files_are_found(out, first)
+    assert_files_are_found(out, second)
+    for _, unit, _ in history.unit_files_at(out, first):
+        assert all(before[file.path] == file.sha256 for file in unit.files())
 
 
 def test_the_configuration_of_each_version_is_in_the_log(rebuilt):
@@ -298,7 +305,7 @@ def undo_and_be_killed(out: str, monkeypatch, moves: int) -> None:
 
 @pytest.mark.parametrize("moves", [0, 1, 4, 8])
 def test_an_undo_that_died_between_its_record_and_its_moves_is_finished(rebuilt, monkeypatch, moves):
-    out, _, _, before = rebuilt
+    out, first, second, before = rebuilt
     undo_and_be_killed(out, monkeypatch, moves)
     state = log.read_state(out)
     assert isinstance(state.unmoved, Commit) and state.unmoved.undoes
@@ -310,6 +317,8 @@ def test_an_undo_that_died_between_its_record_and_its_moves_is_finished(rebuilt,
             == manifest.kept
             == history.state_at(out, state.number).units[f"coconut/{unit.name}"].unit.kept
         )
+    assert_files_are_found(out, first)
+    assert_files_are_found(out, second)
     found = undo.find_rebuild(out)
     assert found.is_begun and found.units == []
     monkeypatch.setattr(log.owners, "is_dead", lambda _: True)
@@ -418,11 +427,8 @@ def test_an_owner_of_another_machine_gives_no_sign_of_life_after_a_lease(rebuilt
 
 def test_the_rate_of_a_run_is_that_of_the_times_in_the_log(rebuilt):
     out, _, _, _ = rebuilt
-    unit = next(iter(log.read_state(out).units.values())).unit
-    commits = [
-        Commit(number=number, time_s=100 + 60 * number, units={f"coconut/{number}": unit})
-        for number in (1, 2, 3)
-    ]
+    name, (unit, _) = next(iter(log.read_state(out).units.items()))
+    commits = [Commit(number=number, time_s=100 + 60 * number, units={name: unit}) for number in (1, 2, 3)]
     claim = Claim(number=0, time_s=0, command="build", host="h", boot="b", process="p", pid=1)
     found = status._rate(claim, commits, pending=4)
     assert (found.units, found.units_per_min, found.left_s) == (3, 1, 240)
