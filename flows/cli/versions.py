@@ -207,7 +207,7 @@ def _status_lines(found: Status) -> Iterator[str]:
     else:
         yield "no commit log yet; the next build writes one"
     if found.run is not None:
-        yield _run_line(found.run)
+        yield from _run_lines(found.run)
     for name, why in list(found.held_back.items())[:_SHOWN]:
         yield f"held back: {name}: {why}"
     if len(found.held_back) > _SHOWN:
@@ -244,13 +244,11 @@ def _ago(seconds: float) -> str:
     return f"{days:,.0f} days" if days >= 2 else duration(seconds)
 
 
-def _run_line(found: RunStatus) -> str:
-    line = f"last {found.command} with commits: {found.units:,} units, {found.regions:,} regions"
+def _run_lines(found: RunStatus) -> Iterator[str]:
+    yield f"last {found.command} with commits: {found.units:,} units, {found.regions:,} regions"
     if found.units_per_min is not None and found.regions_per_min is not None:
-        line += f"; {found.units_per_min:,.1f} units/min, {found.regions_per_min:,.0f} regions/min"
-    if found.left_s is not None:
-        line += f"; about {duration(found.left_s)} left"
-    return line
+        left = "" if found.left_s is None else f"; about {duration(found.left_s)} left"
+        yield f"  rate: {found.units_per_min:,.1f} units/min, {found.regions_per_min:,.0f} regions/min{left}"
 
 
 def _watch(read: Callable[[], Status]) -> None:
