@@ -144,9 +144,7 @@ def _check_subset(
 ) -> list[Problem]:
     problems: list[Problem] = []
     logged = vouched.units.get(subset, {})
-    below = len(subset) + 1
-    moves = {path: name for path, name in vouched.moves.items() if path.startswith(f"{subset}/")}
-    unmoved = tuple((path[below:], name[below:]) for path, name in moves.items())
+    unmoved = tuple(move for move in vouched.moves.items() if move[0].startswith(f"{subset}/"))
     units = [Unit(subset, name, f"{out}/{subset}", unmoved) for name in logged]
     heads: dict[str, UnitHead] = {}
     jobs = [(unit, logged[unit.name], rules, deep) for unit in units]

@@ -107,13 +107,13 @@ def _says(record: Checkpoint, state: LogState) -> bool:
 
 
 def _check_replaced(out: str, before: LogState, record: Commit) -> list[Problem]:
-    """Files that a record replaced and that are still kept: those that are there are what they were."""
+    """Notes on files that a record replaced and that are kept, but are not what they were."""
     folder = f"{log.REPLACED}/{record.number}"
     was = {
         file.path: file
         for name in record.units
-        if (found := before.units.get(name))
-        for file in found.unit.files()
+        if (unit := before.units.get(name))
+        for file in unit.unit.files()
     }
     problems: list[Problem] = []
     for path in sorted(was.keys() & set(record.replaced)):
@@ -121,7 +121,8 @@ def _check_replaced(out: str, before: LogState, record: Commit) -> list[Problem]
         if name in files.list_names(f"{out}/{place}"):
             fix = f"`undo` cannot bring it back; delete {folder} if you do not need it"
             expected = (was[path].bytes, was[path].sha256)
-            problems += compare_file(out, f"{place}/{name}", expected, "the log", True, fix)
+            found = compare_file(out, f"{place}/{name}", expected, "the log", True, fix)
+            problems += [problem._replace(note=True) for problem in found]
     return problems
 
 

@@ -1,0 +1,85 @@
+"""A file of a committed unit that is gone or cut is no silence: the next build makes that unit again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paracaption.pipeline.corpus import log, verify
+from paracaption.pipeline.corpus.records import Commit
+from paracaption.schemas.config import BuildConfig
+from tests.building import build, calls, committed, config_of
+from tests.synthetic import write_coconut
+
+UNIT = "coconut-000001"
+FILES = {
+    "shard": f"shards/{UNIT}.tar",
+    "ledger": f"ledger/{UNIT}.parquet",
+    "manifest": f"manifests/{UNIT}.json",
+}
+
+
+@pytest.fixture
+def built(tmp_path) -> BuildConfig:
+    config = config_of(
+        tmp_path / "out", coconut=write_coconut(tmp_path / "source", 6, 2, (48, 64)), images_per_shard=2
+    )
+    build(config)
+    return config
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def commits(out: Path) -> list[list[str]]:
+    return [sorted(record.units) for record in log.read_records(str(out)) if isinstance(record, Commit)]
+
+
+@pytest.mark.parametrize("harm", [lose, empty, cut])
+@pytest.mark.parametrize("name", FILES)
+def test_the_unit_whose_file_is_gone_or_cut_is_built_again_to_the_last_byte_and_no_model_is_asked(
+    built, tmp_path, name, harm
+):
+    out = Path(built.out)
+    before, asked, done = committed(out), calls(tmp_path / "captioner.log"), commits(out)
+    harm(out / "coconut" / FILES[name])
+    assert not verify.verify(out).ok
+    progress = build(built)
+    assert progress["coconut"].pending == 1
+    assert commits(out) == [*done, [f"coconut/{UNIT}"]]
+    assert committed(out) == before
+    assert calls(tmp_path / "captioner.log") == asked
+    assert verify.verify(out).ok
+
+
+def test_a_changed_byte_is_healed_as_verify_says(built):
+    out = Path(built.out)
+    before = committed(out)
+    path = out / "coconut" / FILES["shard"]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    (problem,) = verify.verify(out).problems
+    assert problem.file == f"coconut/{FILES['shard']}" and "delete the unit's manifest" in problem.what
+    (out / "coconut" / FILES["manifest"]).unlink()
+    build(built)
+    assert committed(out) == before and verify.verify(out).ok
+
+
+def test_a_configuration_with_a_changed_byte_is_written_again(built):
+    out = Path(built.out)
+    path = out / "config.yaml"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"min_words: 5", b"min_words: 6"))
+    (problem,) = verify.verify(out).problems
+    assert problem.file == "config.yaml" and "run the build again" in problem.what
+    build(built)
+    assert path.read_bytes() == whole and verify.verify(out).ok
