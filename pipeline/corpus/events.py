@@ -85,6 +85,12 @@ class EventLog:
                 self._complained = True
         self.on_event()
 
+    def close(self) -> None:
+        """Close the file; another event would open it again."""
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+
 
 class EventReader:
     """Follows all event files of a run, reading only what is new."""

@@ -308,7 +308,7 @@ def find_work_list(folder: str | Path) -> WorkList | None:
     path = summary_path(folder)
     try:
         found = _decode_summary(files.read(Blob(str(path))))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise IntegrityError(f"{path}: not readable ({error}); run the same command again") from error

@@ -41,7 +41,7 @@ from ..corpus.work_list import (
     publish,
 )
 from ..corpus.writer import Draft
-from ..io import files
+from ..io import failures, files
 from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import complete, open_source
@@ -210,11 +210,13 @@ def build_units(
                 committer.take(draft)
                 tick(moved=True)
         committer.finish()
+        events.emit("ended")
+        tick(moved=True)
     except BaseException:
         committer.abandon()
         raise
-    events.emit("ended")
-    tick(moved=True)
+    finally:
+        events.close()
     sweep(owner)  # what a worker of an earlier, broken run was still writing when this one began
     for stack in run_folder.glob("stack-*.txt"):
         stack.unlink()
@@ -243,6 +245,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         IntegrityError: the sources are not those that the corpus was planned with.
     """
     out = Path(config.out)
+    failures.RETRYING.set_budget(config.failures.read_retry_s)
     adopt.refuse_foreign(str(out), list(config.subsets))
     asked: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
@@ -419,6 +422,7 @@ class _Committer:
         self.held_in_a_row: dict[str, str] = {}
         self.ready: list[Draft] = []
         self.committed_s = -math.inf
+        self.has_written_config = False
 
     def take(self, draft: Draft) -> None:
         if draft.held:
@@ -481,7 +485,9 @@ class _Committer:
         if not self.ready:
             return
         start = time.perf_counter()
-        write_config(self.config, self.owner)
+        if not self.has_written_config:
+            write_config(self.config, self.owner)
+            self.has_written_config = True
         drafts, self.ready = self.ready, []
         writer.commit(self.folder, *drafts, owner=self.owner)
         self.committed_s = time.monotonic()

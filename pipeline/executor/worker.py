@@ -160,6 +160,7 @@ class Worker:
             if hasattr(model, "close"):
                 model.close()
         self._stack.close()
+        self.events.close()
 
     def _load(self, stage: ModelStage) -> None:
         start = time.perf_counter()

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import IO, Any, Literal, Protocol
 
+from .failures import ShortRead
+
 FileKind = Literal["file", "folder"]
 
 
@@ -61,7 +63,10 @@ class LocalFiles:
         with open(local(url), "rb", buffering=0) as file:
             if start:
                 file.seek(start)
-            return file.read() if length is None else _read_up_to(file, length)
+            data = file.read() if length is None else _read_up_to(file, length)
+            if length is None and start + len(data) < (size := os.fstat(file.fileno()).st_size):
+                raise ShortRead(f"{start + len(data)} of {size} bytes")
+            return data
 
     def size(self, url: str) -> int:
         return os.stat(local(url)).st_size

@@ -122,6 +122,7 @@ def test_an_image_is_found_by_its_key_with_all_its_rows(catalog, out):
 def test_units_that_are_committed_later_are_seen_and_others_are_not(out, tmp_path):
     again = tmp_path / "out"
     shutil.copytree(out, again)
+    shutil.rmtree(again / "log", ignore_errors=True)  # as in a corpus of an early release, manifests count
     manifest = again / "coconut/manifests/coconut-000001.json"
     data = manifest.read_bytes()
     manifest.unlink()

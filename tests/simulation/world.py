@@ -1,0 +1,298 @@
+"""Builds of a few units in memory with faults at any call, and what has to hold whatever happens.
+
+A run is a list of builds of one corpus. Each but the last may meet one fault: an error or a short read of a
+source or of the output, a full disk, a model that fails, a clock that jumps, a call after which nothing of the
+process reaches the disk. The last build is undisturbed. A run is decided by its seed, or by the number of the
+call and the kind of fault.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+from unittest import mock
+
+import msgspec
+
+from paracaption.pipeline.corpus import log as commit_log
+from paracaption.pipeline.corpus import merge, owners, plots, reader
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.io import failures, files, store
+from paracaption.pipeline.io.failures import ReadError
+from paracaption.pipeline.models import registry
+from paracaption.pipeline.stages.base import ModelStage
+from paracaption.pipeline.stages.evidence import EvidenceStore
+from paracaption.pipeline.stages.recipes import recipe_of
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import ParaCaptionError
+from tests.backends import InstantCaptioner, InstantJudge, InstantSegmenter
+from tests.building import config_of
+from tests.simulation.disk import Disk, DiskFiles, Killed, SystemCalls
+from tests.synthetic import write_coconut, write_sa1b
+
+IMAGES = {"coconut": 4, "sa1b": 2}
+MASKS = 3
+SIZE = (24, 32)
+
+KINDS = ("kill", "EIO", "ENOSPC", "EACCES", "ENOENT", "ESTALE", "503", "short", "away", "clock")
+"""What may happen at a call. "away": from here to the end of this build the sources cannot be read."""
+
+_SOURCES = {"EIO", "EACCES", "ENOENT", "ESTALE", "503", "short", "away", "clock", "kill"}
+_OUTPUT = {"EIO", "ENOSPC", "EACCES", "ESTALE", "clock", "kill"}
+_MODEL = {"EIO", "kill", "clock"}
+
+
+class Fault(NamedTuple):
+    """One fault: at which call of a build, and what."""
+
+    at: int
+    kind: str
+
+    def fits(self, where: str) -> bool:
+        """Whether this can happen to a call of a source, of the output or of a model."""
+        return self.kind in {"source": _SOURCES, "output": _OUTPUT, "model": _MODEL}[where]
+
+
+class World:
+    """A source, a corpus and models in memory.
+
+    Args:
+        root: a real, empty folder; what no corpus promises (events, notes) is written there.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.out = str(root / "out")
+        self.sources = {
+            "coconut": write_coconut(root / "source" / "coconut", IMAGES["coconut"], MASKS, SIZE),
+            "sa1b": write_sa1b(root / "source" / "sa1b", IMAGES["sa1b"], MASKS, SIZE),
+        }
+        self.disk = Disk([str(root / "source"), self.out], self._on_call)
+        self.disk.load(str(root / "source"))
+        (root / "out").mkdir()
+        self.fault: Fault | None = None
+        self.calls = 0
+        self.dead = False
+        self.is_away = False
+        self.jump_s = 0.0
+        self.happened = ""
+        self.asked: Counter[tuple[str, str, int]] = Counter()
+
+    def config(self, **changes: Any) -> BuildConfig:
+        """The configuration of this world's corpus."""
+        return config_of(
+            Path(self.out),
+            **self.sources,
+            images_per_shard=2,
+            failures={"min_free_gb": 0, "stop_after_units": 2, "unit_retries": 0},
+            **changes,
+        )
+
+    # Faults.
+
+    def _on_call(self, what: str, path: str) -> int | None:
+        if self.dead:
+            raise Killed
+        where = "output" if path.startswith(self.out) else "source"
+        if self.is_away and where == "source":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        self.calls += 1
+        if self.fault is None or self.calls - 1 != self.fault.at or not self.fault.fits(where):
+            return None
+        return self._happen(self.fault.kind, f"{what} {path}", path)
+
+    def _happen(self, kind: str, call: str, path: str) -> int | None:
+        self.happened = f"{kind} at {call}"
+        if kind == "kill":
+            self.dead = True
+            raise Killed
+        if kind == "short":
+            return 7
+        if kind == "clock":
+            self.jump_s += 20 * 86_400
+            return None
+        if kind == "away":
+            self.is_away = True
+            kind = "EIO"
+        if kind == "503":
+            raise ReadError(path, "503 Service Unavailable", failures.Kind.TRANSIENT)
+        number = getattr(errno, kind)
+        raise OSError(number, os.strerror(number), path)
+
+    def on_ask(self, stage: str, keys: list[tuple[str, int]]) -> None:
+        """A model is asked about regions."""
+        if self.dead:
+            raise Killed
+        self.calls += 1
+        if self.fault is not None and self.calls - 1 == self.fault.at and self.fault.fits("model"):
+            self._happen(self.fault.kind, f"ask {stage}", stage)
+        self.asked.update((stage, *key) for key in keys)
+
+    # Builds.
+
+    def build(self, config: BuildConfig, fault: Fault | None = None, **asked: Any) -> str:
+        """One build by a process of its own; what it ended with: "" if with success.
+
+        Raises:
+            AssertionError: something does not hold.
+        """
+        self.fault, self.calls, self.dead, self.is_away, self.happened = fault, 0, False, False, ""
+        known = self.evidence(config)
+        self.asked.clear()
+        ended = ""
+        with ExitStack() as stack:
+            for each in self._patches():
+                stack.enter_context(each)
+            try:
+                driver.build(config, LocalEngine(), **asked)
+            except Killed:
+                ended = "killed"
+            except ParaCaptionError as error:
+                ended = f"{type(error).__name__}: {error}"
+        again = self.asked.keys() & known
+        assert not again, f"asked again after its answer was saved: {sorted(again)[:3]}; {self.happened}"
+        return ended
+
+    def _patches(self) -> list[Any]:
+        disk, calls = self.disk, SystemCalls(self.disk)
+
+        def new_file(path: str, mode: str) -> Any:
+            from tests.simulation.disk import _File
+
+            return _File(disk, path, mode)
+
+        def load(protocol: str, *_: Any) -> Any:
+            return {"captioner": Captioner, "judge": Judge, "segmenter": Segmenter}[protocol](self)
+
+        return [
+            mock.patch.dict(files._BACKENDS, {"file": DiskFiles(disk)}),
+            mock.patch.dict(files._LISTED, clear=True),
+            mock.patch.object(store, "os", calls),
+            mock.patch.object(store, "_Durable", new_file),
+            mock.patch.object(store.FolderStore, "read", lambda _, path: DiskFiles(disk).read(path)),
+            mock.patch.object(store.FolderStore, "delete_folder", self._delete_folder),
+            mock.patch.object(owners, "is_dead", lambda _: True),
+            mock.patch.object(commit_log, "BEATS_PER_LEASE", 1e-4),
+            mock.patch.object(commit_log.time, "time", self._time),
+            mock.patch.object(registry, "load_backend", load),
+            mock.patch.object(plots, "draw_plots", lambda _: {name: b"plot" for name in plots.NAMES}),
+            mock.patch.object(failures.RETRYING, "_sleep", lambda _: None),
+            mock.patch.object(driver, "COMMIT_EVERY_S", 0.0),
+        ]
+
+    def _time(self) -> float:
+        return 1_800_000_000.0 + self.jump_s
+
+    def _delete_folder(self, _: Any, path: str) -> None:
+        for name in [each for each in self.disk.names if each.startswith(f"{path}/")]:
+            self.disk.on_call("delete", name)
+            self.disk.names.pop(name, None)
+
+    def crash(self, random: Random) -> None:
+        """What a power cut leaves."""
+        self.disk.crash(random)
+
+    # What holds.
+
+    def evidence(self, config: BuildConfig) -> set[tuple[str, str, int]]:
+        """(stage, key, region) of every answer that is saved."""
+        found: set[tuple[str, str, int]] = set()
+        with mock.patch.dict(files._BACKENDS, {"file": DiskFiles(self._quiet())}):
+            for subset in config.subsets:
+                for stage in recipe_of(config, subset):
+                    if isinstance(stage, ModelStage):
+                        folder = f"{self.out}/{subset}/evidence/{stage.name}-{stage.evidence_digest}"
+                        for path in self.disk.snapshot(folder):
+                            name = path.rpartition("/")[2]
+                            if not name.startswith("."):
+                                rows = EvidenceStore(Path(folder), stage.evidence).load(
+                                    name.removesuffix(".parquet")
+                                )
+                                found |= {(f"{subset}/{stage.name}", *place) for place in rows}
+        return found
+
+    def _quiet(self) -> Disk:
+        quiet = Disk(self.disk.roots)
+        quiet.names, quiet.folders = self.disk.names, self.disk.folders
+        return quiet
+
+    def committed(self) -> dict[str, str]:
+        """SHA-256 of every file of the committed units, by its path below the corpus.
+
+        Raises:
+            AssertionError: a committed file is missing, or is not what was committed.
+        """
+        found = {}
+        with mock.patch.dict(files._BACKENDS, {"file": DiskFiles(self._quiet())}):
+            if not commit_log.exists(self.out):
+                return {}
+            state = commit_log.read_state(self.out)
+        for name, each in state.units.items():
+            for file in each.unit.files():
+                places = [f"{self.out}/{path}" for path in (file.temporary, file.path) if path]
+                data = next((bytes(self.disk.names[at].data) for at in places if at in self.disk.names), None)
+                assert data is not None, f"{name}: {file.path} is committed and not there; {self.happened}"
+                found[file.path] = hashlib.sha256(data).hexdigest()
+                assert found[file.path] == file.sha256, (
+                    f"{name}: {file.path} is another file; {self.happened}"
+                )
+        return found
+
+    def finished(self) -> dict[str, str]:
+        """SHA-256 of every file of the corpus that has to be the same in the end."""
+        kept = {
+            path[len(self.out) + 1 :]: hashlib.sha256(data).hexdigest()
+            for path, data in self.disk.snapshot(self.out).items()
+        }
+        return {
+            path: digest
+            for path, digest in kept.items()
+            if path.split("/")[0] not in ("log", "beat", ".replaced", "events") and "/journal/" not in path
+        }
+
+    def regions(self) -> tuple[int, int]:
+        """Regions declared and regions kept plus dropped, as the committed manifests count them."""
+        manifests = [
+            msgspec.json.decode(data)
+            for path, data in self.disk.snapshot(self.out).items()
+            if "/manifests/" in path
+            and not path.rpartition("/")[2].startswith(".")
+            and "/.replaced/" not in path
+        ]
+        return sum(each["regions_in"] for each in manifests), sum(
+            each["kept"] + sum(each["dropped"].values()) for each in manifests
+        )
+
+
+class _Model:
+    def __init__(self, world: World):
+        self.world = world
+
+
+class Captioner(_Model):
+    def caption(self, images: list[Any]) -> list[list[str | None]]:
+        keys = [(image.key, region.id) for image in images for region in image.live()]
+        self.world.on_ask(f"{images[0].subset}/caption", keys)
+        return [[InstantCaptioner._words(image, region) for region in image.live()] for image in images]
+
+
+class Judge(_Model):
+    def ask(self, questions: list[Any]) -> list[Any]:
+        self.world.on_ask("judge", [])
+        return InstantJudge().ask(questions)
+
+
+class Segmenter(_Model):
+    def segment(self, photo: Any, phrases: list[str], boxes: Any) -> list[list[Any]]:
+        self.world.on_ask("segmenter", [])
+        return InstantSegmenter().segment(photo, phrases, boxes)
+
+
+__all__ = ["KINDS", "Fault", "World", "merge", "reader"]
