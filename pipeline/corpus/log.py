@@ -377,11 +377,21 @@ class Owner:
             record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)
         )
         if not self._store.create(record_path(self.out, number), records.encode(record)):
-            now = read_state(self.out, self.state)
-            raise Fenced(
-                f"{self.out}: {who(now.claim)} has taken over; nothing is lost, and it goes on from here"
-            )
+            raise self._fenced()
         self.state = self.state.after(record)
+
+    def check(self) -> None:
+        """Find out whether this is still the owner.
+
+        Raises:
+            Fenced: it is not.
+        """
+        if read_state(self.out, self.state).number > self.state.number:
+            raise self._fenced()
+
+    def _fenced(self) -> Fenced:
+        now = read_state(self.out, self.state)
+        return Fenced(f"{self.out}: {who(now.claim)} has taken over; nothing is lost, and it goes on there")
 
     def move(self) -> None:
         """Move the files of the newest record with files to their places; what has been moved stays."""

@@ -126,7 +126,7 @@ def write_failed(folder: Path, error: OSError) -> StageFailed:
         return StageFailed(
             f"{name}: cannot write ({error.strerror}); fix the permissions or choose another `out`"
         )
-    return StageFailed(f"{name}: writing failed: {error}; run the same command again, it resumes")
+    return StageFailed(f"{name}: {error.strerror or error}; run the same command again, it resumes")
 
 
 def _write_tar(
@@ -231,6 +231,7 @@ def _commit(owner: log.Owner, drafts: Sequence[Draft]) -> None:
     units = {draft.name: draft.unit for draft in drafts}
     for file in (file for unit in units.values() for file in unit.files()):
         if (size := store.size(f"{owner.out}/{file.temporary}")) != file.bytes:
+            owner.check()  # who took over has swept it
             what = "is gone" if size is None else f"has {size} bytes instead of {file.bytes}"
             raise StageFailed(f"{owner.out}/{file.temporary}: {what}; run the same command again, it resumes")
     before = [found.unit for name in units if (found := owner.state.units.get(name))]

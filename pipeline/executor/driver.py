@@ -9,6 +9,7 @@ refused changes nothing.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
@@ -66,6 +67,21 @@ def _unwrapped(function: Callable[Arguments, Result]) -> Callable[Arguments, Res
     return function
 
 
+def _of_the_output(function: Callable[Concatenate[BuildConfig, Arguments], Result]):
+    """Turn what the file system of the output says into one line. Sources have had their own by then."""
+
+    @functools.wraps(function)
+    def run(config: BuildConfig, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        failures.RETRYING.set_budget(config.failures.read_retry_s)
+        try:
+            return function(config, *arguments, **options)
+        except OSError as error:
+            raise writer.write_failed(Path(config.out), error) from error
+
+    return run
+
+
+@_of_the_output
 def build(
     config: BuildConfig,
     engine: Engine,
@@ -232,6 +248,7 @@ def merge_corpus(config: BuildConfig, owner: Owner) -> dict[str, Any]:
 # What is known before an engine starts.
 
 
+@_of_the_output
 def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> set[str]:
     """Plan every subset and read a sample of its source, so that a mistake is found before an engine starts.
 
@@ -245,7 +262,6 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         IntegrityError: the sources are not those that the corpus was planned with.
     """
     out = Path(config.out)
-    failures.RETRYING.set_budget(config.failures.read_retry_s)
     adopt.refuse_foreign(str(out), list(config.subsets))
     asked: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
@@ -271,6 +287,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     return asked
 
 
+@_of_the_output
 def is_finished(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
     """Whether a build would change nothing, because all is committed and merged by this very configuration.
 
@@ -289,6 +306,7 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
     return is_built(config, limit_images, retry_failed) and merge.is_merged(out)
 
 
+@_of_the_output
 def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
     """Whether every unit is committed, so that no engine is needed and `build` merges at most.
 

@@ -130,7 +130,7 @@ class FolderStore(Store):
 
     def write(self, path: str) -> IO[bytes]:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return io.BufferedWriter(_Durable(path, "xb"), 1 << 20)
+        return _Named(_Durable(path, "xb"), 1 << 20)
 
     def move(self, path: str, target: str) -> bool:
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -184,8 +184,9 @@ class FolderStore(Store):
     def _written(self, path: str, data: bytes) -> str:
         """A temporary file beside `path` with this content."""
         temporary = temporary_name(path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            with self.write(temporary) as file:
+            with io.BufferedWriter(_Durable(temporary, "xb"), 1 << 20) as file:
                 file.write(data)
         except BaseException:
             with suppress(OSError):
@@ -201,7 +202,7 @@ class FolderStore(Store):
 
 
 class _Durable(io.FileIO):
-    """A file that is on the disk when it is closed."""
+    """A file whose content is on the disk when it is closed."""
 
     def close(self) -> None:
         if not self.closed:
@@ -209,6 +210,15 @@ class _Durable(io.FileIO):
                 os.fsync(self.fileno())
             finally:
                 super().close()
+
+
+class _Named(io.BufferedWriter):
+    """A file that has its name on the disk, too, when it is closed: a record may name it then."""
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            _sync(os.path.dirname(str(self.raw.name)))  # type: ignore[attr-defined]
 
 
 def _without_links(error: OSError, path: str) -> OSError:

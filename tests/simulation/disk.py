@@ -1,8 +1,8 @@
 """A disk in memory that can fail, and that forgets at a crash what was not flushed.
 
-It stands below `FolderStore` in the place of the module `os`, and below `files` as the backend of plain paths, so
-what runs in a simulation is our own code down to the system calls. Files of other folders than its own are left
-to the real disk: events, notes and scratch files are not part of what a corpus promises.
+It stands below `FolderStore` in the place of the module `os`, and below `files` as the backend of plain
+paths, so what runs in a simulation is our own code down to the system calls. Files of other folders than its
+own are left to the real disk: events, notes and scratch files are not part of what a corpus promises.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Disk:
         self.on_call = on_call
         self.names: dict[str, Inode] = {}
         self.durable: dict[str, Inode] = {}
+        self.pending: list[tuple[str, str, str, Inode | None]] = []
         self.folders: set[str] = set()
 
     def has(self, path: str) -> bool:
@@ -67,19 +68,40 @@ class Disk:
         return {path: bytes(each.data) for path, each in self.names.items() if path.startswith(f"{folder}/")}
 
     def crash(self, random: Random) -> None:
-        """Lose what was not flushed: of each such thing, chance decides whether it had reached the platter."""
-        names = dict(self.durable)
-        for path in sorted(self.names.keys() | names.keys()):
-            if self.names.get(path) is not names.get(path) and random.random() < 0.5:
-                if path in self.names:
-                    names[path] = self.names[path]
-                else:
-                    del names[path]
-        for inode in names.values():
+        """Lose what was not flushed; chance decides what of it had reached the platter all the same."""
+        for folder in sorted({each[0] for each in self.pending}):
+            changes = [each for each in self.pending if each[0] == folder]
+            self._settle(changes[: random.randint(0, len(changes))])
+        for inode in self.durable.values():
             if bytes(inode.data) != inode.flushed:
                 inode.data[:] = inode.flushed + bytes(inode.data[len(inode.flushed) :])[: random.randrange(9)]
                 inode.flushed = bytes(inode.data)
-        self.names, self.durable = names, dict(names)
+        self.names, self.pending = dict(self.durable), []
+
+    def change(self, path: str, inode: Inode | None, gone: str = "") -> None:
+        """Give a name to a file, or take it away; `gone` is the name that a renamed file had before."""
+        if inode is None:
+            del self.names[path]
+        else:
+            self.names[path] = inode
+        if gone:
+            del self.names[gone]
+        self.pending.append((os.path.dirname(path), path, gone, inode))
+
+    def flush_folder(self, folder: str) -> None:
+        """Make the names in a folder durable."""
+        self._settle([each for each in self.pending if each[0] == folder])
+
+    def _settle(self, changes: list[tuple[str, str, str, Inode | None]]) -> None:
+        """Make changes of names durable, each as a whole and in their order."""
+        for change in changes:
+            _, path, gone, inode = change
+            if inode is None:
+                self.durable.pop(path, None)
+            else:
+                self.durable[path] = inode
+            self.durable.pop(gone, None)
+            self.pending.remove(change)
 
     def inode(self, path: str) -> Inode:
         if path not in self.names:
@@ -110,8 +132,8 @@ class _File(io.RawIOBase):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         if os.path.dirname(path) not in disk.folders:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        self.disk, self.path, self.inode_ = disk, path, Inode()
-        disk.names[path] = self.inode_
+        self.disk, self.path, self.name, self.inode_ = disk, path, path, Inode()
+        disk.change(path, self.inode_)
 
     def writable(self) -> bool:
         return True
@@ -145,7 +167,7 @@ class SystemCalls:
         inode = self.disk.inode(path)
         if target in self.disk.names:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-        self.disk.names[target] = inode
+        self.disk.change(target, inode)
         inode.links += 1
 
     def replace(self, path: str, target: str) -> None:
@@ -153,13 +175,12 @@ class SystemCalls:
         inode = self.disk.inode(path)
         if target in self.disk.folders:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
-        self.disk.names[target] = inode
-        del self.disk.names[path]
+        self.disk.change(target, inode, gone=path)
 
     def unlink(self, path: str) -> None:
         self.disk.on_call("delete", path)
         self.disk.inode(path).links -= 1
-        del self.disk.names[path]
+        self.disk.change(path, None)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         if not self.disk.has(path):
@@ -185,11 +206,7 @@ class SystemCalls:
         """Of a folder: its entries are durable now."""
         folder = self._opened[number]
         self.disk.on_call("flush", folder)
-        entries = {path: inode for path, inode in self.disk.names.items() if os.path.dirname(path) == folder}
-        gone = [path for path in self.disk.durable if os.path.dirname(path) == folder and path not in entries]
-        for path in gone:
-            del self.disk.durable[path]
-        self.disk.durable.update(entries)
+        self.disk.flush_folder(folder)
 
     def close(self, number: int) -> None:
         del self._opened[number]

@@ -1,9 +1,9 @@
 """Builds of a few units in memory with faults at any call, and what has to hold whatever happens.
 
 A run is a list of builds of one corpus. Each but the last may meet one fault: an error or a short read of a
-source or of the output, a full disk, a model that fails, a clock that jumps, a call after which nothing of the
-process reaches the disk. The last build is undisturbed. A run is decided by its seed, or by the number of the
-call and the kind of fault.
+source or of the output, a full disk, a model that fails, a clock that jumps, a call after which nothing of
+the process reaches the disk. The last build is undisturbed. A run is decided by its seed, or by the number of
+the call and the kind of fault.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 from unittest import mock
 
+import httpx
 import msgspec
 
 from paracaption.pipeline.corpus import log as commit_log
-from paracaption.pipeline.corpus import merge, owners, plots, reader
+from paracaption.pipeline.corpus import owners, plots
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.io import failures, files, store
-from paracaption.pipeline.io.failures import ReadError
 from paracaption.pipeline.models import registry
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.evidence import EvidenceStore
@@ -34,12 +36,15 @@ from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ParaCaptionError
 from tests.backends import InstantCaptioner, InstantJudge, InstantSegmenter
 from tests.building import config_of
-from tests.simulation.disk import Disk, DiskFiles, Killed, SystemCalls
+from tests.simulation.disk import Disk, DiskFiles, Inode, Killed, SystemCalls
 from tests.synthetic import write_coconut, write_sa1b
 
 IMAGES = {"coconut": 4, "sa1b": 2}
 MASKS = 3
 SIZE = (24, 32)
+
+_DIFFERS = re.compile(r"^/(log|beat|\.replaced|events)/|/journal/|/plan\.json$")
+"""Files that may differ between two builds of equal corpora; the last has an estimate of the photos' size."""
 
 KINDS = ("kill", "EIO", "ENOSPC", "EACCES", "ENOENT", "ESTALE", "503", "short", "away", "clock")
 """What may happen at a call. "away": from here to the end of this build the sources cannot be read."""
@@ -77,6 +82,8 @@ class World:
         self.disk = Disk([str(root / "source"), self.out], self._on_call)
         self.disk.load(str(root / "source"))
         (root / "out").mkdir()
+        self.loose = self.config()
+        self.strict = self.config(text={"min_words": 11})
         self.fault: Fault | None = None
         self.calls = 0
         self.dead = False
@@ -122,7 +129,8 @@ class World:
             self.is_away = True
             kind = "EIO"
         if kind == "503":
-            raise ReadError(path, "503 Service Unavailable", failures.Kind.TRANSIENT)
+            request = httpx.Request("GET", "http://source")
+            raise httpx.HTTPStatusError("503", request=request, response=httpx.Response(503, request=request))
         number = getattr(errno, kind)
         raise OSError(number, os.strerror(number), path)
 
@@ -193,7 +201,7 @@ class World:
     def _delete_folder(self, _: Any, path: str) -> None:
         for name in [each for each in self.disk.names if each.startswith(f"{path}/")]:
             self.disk.on_call("delete", name)
-            self.disk.names.pop(name, None)
+            self.disk.change(name, None)
 
     def crash(self, random: Random) -> None:
         """What a power cut leaves."""
@@ -251,11 +259,7 @@ class World:
             path[len(self.out) + 1 :]: hashlib.sha256(data).hexdigest()
             for path, data in self.disk.snapshot(self.out).items()
         }
-        return {
-            path: digest
-            for path, digest in kept.items()
-            if path.split("/")[0] not in ("log", "beat", ".replaced", "events") and "/journal/" not in path
-        }
+        return {path: digest for path, digest in kept.items() if not _DIFFERS.search(f"/{path}")}
 
     def regions(self) -> tuple[int, int]:
         """Regions declared and regions kept plus dropped, as the committed manifests count them."""
@@ -295,4 +299,108 @@ class Segmenter(_Model):
         return InstantSegmenter().segment(photo, phrases, boxes)
 
 
-__all__ = ["KINDS", "Fault", "World", "merge", "reader"]
+class Expected(NamedTuple):
+    """What an undisturbed build gives: the finished corpus, its units' files, and how many calls it takes."""
+
+    finished: dict[str, str]
+    committed: dict[str, str]
+    calls: int
+
+
+class Simulation:
+    """Runs in one world; the disk is new for each.
+
+    Args:
+        root: a real, empty folder.
+    """
+
+    def __init__(self, root: Path):
+        self.world = World(root)
+        self._sources = dict(self.world.disk.names)
+        self.loose = self._undisturbed(self.world.loose)
+        self._built = {path: _copied(inode) for path, inode in self.world.disk.names.items()}
+        self.strict = self._undisturbed(self.world.strict)
+        self.declared = MASKS * sum(IMAGES.values())
+        assert self.loose.committed != self.strict.committed, "the thresholds make no difference"
+
+    def _undisturbed(self, config: BuildConfig) -> Expected:
+        """A fresh build; the disk is left as it is then."""
+        world = self.world
+        self._reset(self._sources)
+        ended = world.build(config)
+        assert ended == "", ended
+        return Expected(world.finished(), world.committed(), world.calls)
+
+    def _reset(self, names: dict[str, Inode]) -> None:
+        """A new disk with copies of these files."""
+        disk = self.world.disk
+        disk.names = {path: _copied(inode) for path, inode in names.items()}
+        disk.durable, disk.pending = dict(disk.names), []
+        disk.folders = set()
+        for path in names:
+            disk.make_folders(os.path.dirname(path))
+        self.world.jump_s = 0.0
+
+    def fresh(self, *faults: Fault, random: Random | None = None) -> None:
+        """Build from nothing with these faults, one in each build, and once more without.
+
+        Raises:
+            AssertionError: something does not hold.
+        """
+        self._reset(self._sources)
+        self._run(self.world.loose, faults, [{}, self.loose.committed], self.loose, random or Random(0))
+
+    def rebuild(self, *faults: Fault, random: Random | None = None) -> None:
+        """The same for a corpus that is built already, with another threshold."""
+        self._reset(self._built)
+        allowed = [self.loose.committed, self.strict.committed]
+        self._run(self.world.strict, faults, allowed, self.strict, random or Random(0))
+
+    def seeded(self, seed: int) -> None:
+        """A run that this number decides."""
+        random = Random(seed)
+        rebuild = random.random() < 0.4
+        calls = self.strict.calls // 2 if rebuild else self.loose.calls
+        faults = [Fault(random.randrange(calls), random.choice(KINDS)) for _ in range(random.randint(1, 3))]
+        (self.rebuild if rebuild else self.fresh)(*faults, random=random)
+
+    def _run(
+        self,
+        config: BuildConfig,
+        faults: Sequence[Fault],
+        allowed: list[dict[str, str]],
+        expected: Expected,
+        random: Random,
+    ) -> None:
+        world = self.world
+        story: list[str] = []
+        try:
+            for fault in faults:
+                ended = world.build(config, fault)
+                story.append(f"{world.happened or 'nothing'}: {ended or 'built'}")
+                if ended == "killed":
+                    world.crash(random)
+                self._check_units(world.committed(), allowed)
+            story.append("undisturbed")
+            ended = world.build(config, retry_failed=True)
+            assert ended == "", ended
+            assert world.committed() == expected.committed, "the units are not those of an undisturbed build"
+            found, wanted = world.finished(), expected.finished
+            other = sorted(path for path in found.keys() | wanted if found.get(path) != wanted.get(path))
+            assert not other, f"not as after an undisturbed build: {', '.join(other)}"
+            assert world.regions() == (self.declared, self.declared)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nafter {'; '.join(story)}") from error
+
+    def _check_units(self, found: dict[str, str], allowed: list[dict[str, str]]) -> None:
+        """No committed unit is worse than it was."""
+        for path in allowed[0]:
+            assert path in found or "/shards/" in path, f"{path}: is committed no more"
+            known = {each.get(path) for each in allowed}
+            assert found.get(path) in known, f"{path}: is neither what it was nor what it is to be"
+
+
+def _copied(inode: Inode) -> Inode:
+    made = Inode()
+    made.data[:] = made.flushed = bytes(inode.data)
+    return made

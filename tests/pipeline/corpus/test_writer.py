@@ -10,8 +10,9 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline.corpus import reader, writer
-from paracaption.pipeline.io import files, photos
+from paracaption.pipeline.corpus import log, reader, writer
+from paracaption.pipeline.corpus.sweep import sweep
+from paracaption.pipeline.io import files, photos, store
 from paracaption.pipeline.io.backends import LocalFiles
 from paracaption.schemas.errors import IntegrityError, StageFailed
 from paracaption.schemas.manifest import encode
@@ -57,6 +58,11 @@ def write(folder: Path, images: list[ImageRecord], recipe: str = "recipe"):
     return writer.write_unit(folder, UNIT, images, "plan", recipe)
 
 
+def written(folder: Path, file) -> Path:
+    """Where a file of a draft lies."""
+    return folder.parent / file.temporary
+
+
 def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -78,16 +84,16 @@ def assert_consistent(folder: Path) -> None:
 
 def test_two_writers_of_one_unit_write_the_same_bytes_under_different_names(folder, tmp_path):
     first, second = write(folder, three(tmp_path)), write(folder, three(tmp_path)[::-1])
-    assert first.shard_temporary != second.shard_temporary
-    assert Path(first.shard_temporary).read_bytes() == Path(second.shard_temporary).read_bytes()
+    assert first.unit.shard.temporary != second.unit.shard.temporary
+    assert written(folder, first.unit.shard).read_bytes() == written(folder, second.unit.shard).read_bytes()
     again = write(folder, three(tmp_path))
-    assert Path(first.ledger_temporary).read_bytes() == Path(again.ledger_temporary).read_bytes()
+    assert written(folder, first.unit.ledger).read_bytes() == written(folder, again.unit.ledger).read_bytes()
     assert encode(first.manifest) == encode(again.manifest)
 
 
 def test_tarfile_reads_what_was_written_without_times_or_owners(folder, tmp_path):
     draft = write(folder, three(tmp_path))
-    with tarfile.open(draft.shard_temporary) as tar:
+    with tarfile.open(written(folder, draft.unit.shard)) as tar:
         members = tar.getmembers()
         assert [member.name for member in members] == [f"{k}.{e}" for k in "abc" for e in ("jpg", "json")]
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {
@@ -96,14 +102,14 @@ def test_tarfile_reads_what_was_written_without_times_or_owners(folder, tmp_path
         assert tar.extractfile("b.jpg").read() == b"b" * 300
         sample = msgspec.json.decode(tar.extractfile("a.json").read())
     assert (sample["key"], [region["id"] for region in sample["regions"]]) == ("a", [0])
-    size = os.path.getsize(draft.shard_temporary)
+    size = os.path.getsize(written(folder, draft.unit.shard))
     assert (draft.manifest.shard.bytes, size % 10240) == (size, 0)
 
 
 def test_the_ledgers_offsets_lead_to_the_members(folder, tmp_path):
     draft = write(folder, three(tmp_path))
-    data = Path(draft.shard_temporary).read_bytes()
-    rows = [row for row in pq.read_table(draft.ledger_temporary).to_pylist() if row["kept"]]
+    data = written(folder, draft.unit.shard).read_bytes()
+    rows = [row for row in pq.read_table(written(folder, draft.unit.ledger)).to_pylist() if row["kept"]]
     assert len(rows) == 5
     for row in rows:
         photo, record = (
@@ -144,7 +150,7 @@ def test_a_unit_without_a_kept_region_has_a_ledger_and_no_shard(folder, tmp_path
     for each in images:
         each.reject(DROP)
     draft = write(folder, images)
-    assert (draft.shard_temporary, draft.manifest.shard, draft.manifest.kept) == (None, None, 0)
+    assert (draft.unit.shard, draft.manifest.shard, draft.manifest.kept) == (None, None, 0)
     writer.commit(folder, draft)
     assert names(folder) == WHOLE - {f"shards/{UNIT}.tar"}
 
@@ -153,7 +159,7 @@ def test_a_failed_write_leaves_no_temporary_file(folder, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "write_table", fail)
+    monkeypatch.setattr(writer, "table_bytes", fail)
     with pytest.raises(StageFailed, match="disk full"):
         write(folder, three(tmp_path))
     assert names(folder) == set()
@@ -169,7 +175,7 @@ def test_a_failed_write_leaves_no_temporary_file(folder, tmp_path, monkeypatch):
             r"cannot write \(Read-only file system\); fix the permissions or choose another `out`",
         ),
         (errno.EACCES, "cannot write"),
-        (errno.EIO, "writing failed"),
+        (errno.EIO, "Input/output error; run the same command again, it resumes"),
     ],
 )
 def test_an_error_of_the_disk_says_what_to_do(number, told):
@@ -198,100 +204,103 @@ def test_a_unit_that_loses_its_last_region_loses_its_shard(folder, tmp_path):
     assert names(folder) == WHOLE - {f"shards/{UNIT}.tar"}
 
 
-def interrupt(monkeypatch, at: int, error: BaseException) -> list[str]:
-    """Raise before the `at`-th rename or removal of a final file; returns what was done until then."""
-    done: list[str] = []
-
-    def before(name, plain):
-        def run(path, *rest, **options):
-            final = str(rest[0] if rest else path)
-            if files.TEMPORARY in final:
-                return plain(path, *rest, **options)
-            if len(done) == at:
-                monkeypatch.undo()
-                raise error
-            done.append(f"{name} {Path(final).name}")
-            return plain(path, *rest, **options)
-
-        return run
-
-    monkeypatch.setattr(os, "replace", before("replace", os.replace))
-    monkeypatch.setattr(Path, "unlink", before("unlink", Path.unlink))
-    return done
-
-
-STEPS = [f"unlink {UNIT}.json", f"replace {UNIT}.tar", f"replace {UNIT}.parquet", f"replace {UNIT}.json"]
-
-
-def test_the_manifest_goes_first_and_comes_last(folder, tmp_path, monkeypatch):
-    writer.commit(folder, write(folder, three(tmp_path)))
-    draft = write(folder, three(tmp_path)[:2], "other")
-    done = interrupt(monkeypatch, 99, Crash())
+def test_a_unit_stays_committed_until_its_next_version_is_and_its_files_are_kept(folder, tmp_path):
+    writer.commit(folder, write(folder, three(tmp_path)[:2], "before"))
+    before = {name: (folder / name).read_bytes() for name in WHOLE}
+    draft = write(folder, three(tmp_path))
+    assert {name: (folder / name).read_bytes() for name in WHOLE} == before
     writer.commit(folder, draft)
-    assert done == STEPS
+    assert_consistent(folder)
+    record = log.read_state(str(folder.parent)).units[f"coconut/{UNIT}"].since
+    kept = folder.parent / ".replaced" / str(record) / "coconut"
+    assert {name: (kept / name).read_bytes() for name in WHOLE} == before
 
 
+class Crashing(store.FolderStore):
+    """Ends the process before a call, or fails there; afterwards nothing reaches the disk."""
+
+    def __init__(self, at: int, error: BaseException):
+        self.at, self.error, self.calls = at, error, 0
+
+    def _step(self) -> None:
+        self.calls += 1
+        if self.calls == self.at or (self.calls > self.at and isinstance(self.error, Crash)):
+            raise self.error
+
+    def create(self, path, data):
+        self._step()
+        return super().create(path, data)
+
+    def move(self, path, target):
+        self._step()
+        return super().move(path, target)
+
+    def keep(self, path, target):
+        self._step()
+        return super().keep(path, target)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize(
-    ("replaced", "at"), [(False, 0), (False, 1), (False, 2), (True, 0), (True, 1), (True, 2), (True, 3)]
+    "error", [Crash(), OSError(errno.ENOSPC, "No space left on device")], ids=["crash", "full"]
 )
-@pytest.mark.parametrize("error", [Crash(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("at", range(1, 10))
 def test_a_commit_that_ends_anywhere_is_all_or_nothing_and_can_be_done_again(
-    folder, tmp_path, monkeypatch, error, at, replaced
+    folder, tmp_path, monkeypatch, at, error, replaced
 ):
     if replaced:
         writer.commit(folder, write(folder, three(tmp_path)[:2], "before"))
     draft = write(folder, three(tmp_path))
-    interrupt(monkeypatch, at, error)
-    with pytest.raises((Crash, StageFailed)):
+    monkeypatch.setattr(log.owners, "is_dead", lambda _: True)
+    monkeypatch.setattr(store, "_FOLDERS", Crashing(at, error))
+    try:
         writer.commit(folder, draft)
-    monkeypatch.undo()
-    kept = names(folder)
-    if f"manifests/{UNIT}.json" in kept:
-        record = reader.read_manifest(folder / f"manifests/{UNIT}.json")
-        found = hashlib.sha256((folder / record.shard.path).read_bytes()).hexdigest()
-        assert found == record.shard.sha256, "a manifest speaks of other bytes"
-    if isinstance(error, Crash):
-        writer.sweep(folder)
+    except (Crash, StageFailed):
+        pass
+    monkeypatch.setattr(store, "_FOLDERS", store.FolderStore())
+    for unit in reader.list_units(str(folder)):  # wherever its files are now, they are whole
+        manifest = reader.read_manifest(unit.manifest)
+        for path, entry in ((unit.shard, manifest.shard), (unit.ledger, manifest.ledger)):
+            assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == entry.sha256
+    with log.own(str(folder.parent), "build", 60) as owner:
+        sweep(owner)
     assert_consistent(folder)
     writer.commit(folder, write(folder, three(tmp_path)))
     assert_consistent(folder)
     assert reader.read_manifest(folder / f"manifests/{UNIT}.json").recipe == "recipe"
 
 
-def test_a_manifest_whose_folder_cannot_be_made_durable_is_taken_back(folder, tmp_path, monkeypatch):
-    draft = write(folder, three(tmp_path))
-    plain = files.sync_folder
-
-    def sync(path):
-        if path.name == "manifests":
-            raise OSError(errno.EIO, "Input/output error")
-        plain(path)
-
-    monkeypatch.setattr(files, "sync_folder", sync)
-    with pytest.raises(StageFailed, match="writing failed"):
-        writer.commit(folder, draft)
-    assert names(folder) == set()
-
-
 def test_a_sweep_removes_leftovers_and_nothing_that_is_committed(folder, tmp_path):
     writer.commit(folder, write(folder, three(tmp_path)))
     before = names(folder)
     write(folder, three(tmp_path))
-    (folder / "shards" / "coconut-000007.tar").write_bytes(b"moved, but its manifest never came")
-    (folder / "ledger" / "coconut-000007.parquet").write_bytes(b"likewise")
+    (folder / "shards" / "coconut-000007.tar").write_bytes(b"of no committed unit")
+    (folder / "ledger" / "coconut-000007.parquet").write_bytes(b"of none, either")
+    (folder / "shards" / "sa_000020.tar").write_bytes(b"somebody else's")
     (folder / "evidence" / "caption-0").mkdir(parents=True)
     (folder / "evidence" / "caption-0" / f"{files.TEMPORARY}x").write_bytes(b"half")
     (folder / "evidence" / "caption-0" / "coconut-000007.parquet").write_bytes(b"paid for")
-    assert writer.sweep(folder) == 5
-    assert names(folder) == before | {"evidence/caption-0/coconut-000007.parquet"}
-    assert writer.sweep(folder) == 0
+    (folder.parent / f"{files.TEMPORARY}index.parquet-1").write_bytes(b"of a merge that was killed")
+    with log.own(str(folder.parent), "build", 60) as owner:
+        assert sweep(owner) == 7
+    assert names(folder) == before | {"evidence/caption-0/coconut-000007.parquet", "shards/sa_000020.tar"}
+    with log.own(str(folder.parent), "build", 60) as owner:
+        assert sweep(owner) == 0
 
 
 def test_a_discarded_draft_leaves_nothing_and_may_be_discarded_twice(folder, tmp_path):
     draft = write(folder, three(tmp_path))
-    writer.discard(draft)
-    writer.discard(draft)
+    writer.discard(folder.parent, draft)
+    writer.discard(folder.parent, draft)
     assert names(folder) == set()
+
+
+def test_a_draft_whose_file_is_gone_is_not_committed(folder, tmp_path):
+    draft = write(folder, three(tmp_path))
+    written(folder, draft.unit.shard).unlink()
+    with pytest.raises(StageFailed, match=r"shards/\.tmp-.*: is gone"):
+        writer.commit(folder, draft)
+    assert reader.list_units(str(folder)) == []
 
 
 @pytest.mark.parametrize("garbage", [b"", b"{}", b"[]", b"\xff\xfe", b'{"unit": 3}', b'{"unit": "\xff"}'])
