@@ -67,7 +67,7 @@ def merge(
 
 
 def _merge(corpus: Corpus, config: BuildConfig, owner: log.Owner) -> CorpusSummary:
-    summaries, index = _write_index(corpus, owner)
+    summaries, index = _write_index(corpus, config, owner)
     totals = {
         name: sum(getattr(summary.counts, name) for summary in summaries.values())
         for name in ("images", "images_captioned", "regions", "kept")
@@ -103,16 +103,16 @@ def count_subset(corpus: Corpus, subset: str) -> SubsetCounts:
     Raises:
         IntegrityError: a manifest cannot be read.
     """
-    sums = _ManifestSums(_stage_names(corpus, subset))
+    sums = _ManifestSums(_stage_names(corpus, subset, None))
     for unit, data in corpus.manifest_bytes(subset):
         sums.add(reader.decode_manifest(data, unit.manifest), data)
     return sums.result()
 
 
-def _stage_names(corpus: Corpus, subset: str) -> list[str]:
+def _stage_names(corpus: Corpus, subset: str, config: BuildConfig | None) -> list[str]:
     """The stages of a subset's recipe; every stage, if the configuration of the last build cannot tell."""
     try:
-        return [stage.name for stage in recipe_of(corpus.config, subset)]
+        return [stage.name for stage in recipe_of(config or corpus.config, subset)]
     except (ConfigError, IntegrityError):
         return list(STAGES)
 
@@ -252,7 +252,9 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return column.drop_null().to_numpy()
 
 
-def _write_index(corpus: Corpus, owner: log.Owner) -> tuple[dict[str, SubsetSummary], LogFile]:
+def _write_index(
+    corpus: Corpus, config: BuildConfig, owner: log.Owner
+) -> tuple[dict[str, SubsetSummary], LogFile]:
     import pyarrow.parquet as pq
 
     summaries: dict[str, SubsetSummary] = {}
@@ -263,7 +265,7 @@ def _write_index(corpus: Corpus, owner: log.Owner) -> tuple[dict[str, SubsetSumm
     ):
         waiting: list[pa.Table] = []
         for subset in corpus.subsets:
-            sums, statistics = _ManifestSums(_stage_names(corpus, subset)), _LedgerStatistics()
+            sums, statistics = _ManifestSums(_stage_names(corpus, subset, config)), _LedgerStatistics()
             for unit, data in corpus.manifest_bytes(subset):
                 manifest = reader.decode_manifest(data, unit.manifest)
                 table = reader.read_ledger(unit.ledger)

@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -46,12 +46,13 @@ SIZE = (24, 32)
 _DIFFERS = re.compile(r"^/(log|beat|\.replaced|events)/|/journal/|/plan\.json$")
 """Files that may differ between two builds of equal corpora; the last has an estimate of the photos' size."""
 
-KINDS = ("kill", "EIO", "ENOSPC", "EACCES", "ENOENT", "ESTALE", "503", "short", "away", "clock")
-"""What may happen at a call. "away": from here to the end of this build the sources cannot be read."""
+KINDS = ("kill", "EIO", "ENOSPC", "EACCES", "ENOENT", "ESTALE", "503", "short", "away", "clock", "odd")
+"""What may happen at a call. "away": from here to the end of this build the sources cannot be read. "odd": a
+model answers another number of questions than it was asked."""
 
 _SOURCES = {"EIO", "EACCES", "ENOENT", "ESTALE", "503", "short", "away", "clock", "kill"}
 _OUTPUT = {"EIO", "ENOSPC", "EACCES", "ESTALE", "clock", "kill"}
-_MODEL = {"EIO", "kill", "clock"}
+_MODEL = {"EIO", "kill", "clock", "odd"}
 
 
 class Fault(NamedTuple):
@@ -86,6 +87,7 @@ class World:
         self.strict = self.config(text={"min_words": 11})
         self.fault: Fault | None = None
         self.calls = 0
+        self.where: list[str] = []
         self.dead = False
         self.is_away = False
         self.jump_s = 0.0
@@ -111,6 +113,7 @@ class World:
         if self.is_away and where == "source":
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         self.calls += 1
+        self.where.append(where)
         if self.fault is None or self.calls - 1 != self.fault.at or not self.fault.fits(where):
             return None
         return self._happen(self.fault.kind, f"{what} {path}", path)
@@ -120,7 +123,7 @@ class World:
         if kind == "kill":
             self.dead = True
             raise Killed
-        if kind == "short":
+        if kind in ("short", "odd"):
             return 7
         if kind == "clock":
             self.jump_s += 20 * 86_400
@@ -134,14 +137,17 @@ class World:
         number = getattr(errno, kind)
         raise OSError(number, os.strerror(number), path)
 
-    def on_ask(self, stage: str, keys: list[tuple[str, int]]) -> None:
-        """A model is asked about regions."""
+    def on_ask(self, stage: str, keys: list[tuple[str, int]]) -> bool:
+        """A model is asked about regions; whether its answers are to be odd."""
         if self.dead:
             raise Killed
         self.calls += 1
+        self.where.append("model")
         if self.fault is not None and self.calls - 1 == self.fault.at and self.fault.fits("model"):
-            self._happen(self.fault.kind, f"ask {stage}", stage)
+            if self._happen(self.fault.kind, f"ask {stage}", stage) is not None:
+                return True
         self.asked.update((stage, *key) for key in keys)
+        return False
 
     # Builds.
 
@@ -152,6 +158,7 @@ class World:
             AssertionError: something does not hold.
         """
         self.fault, self.calls, self.dead, self.is_away, self.happened = fault, 0, False, False, ""
+        self.where.clear()
         known = self.evidence(config)
         self.asked.clear()
         ended = ""
@@ -185,7 +192,7 @@ class World:
             mock.patch.object(store, "os", calls),
             mock.patch.object(store, "_Durable", new_file),
             mock.patch.object(store.FolderStore, "read", lambda _, path: DiskFiles(disk).read(path)),
-            mock.patch.object(store.FolderStore, "delete_folder", self._delete_folder),
+            mock.patch.object(store.FolderStore, "delete_folder", lambda _, path: self._delete_folder(path)),
             mock.patch.object(owners, "is_dead", lambda _: True),
             mock.patch.object(commit_log, "BEATS_PER_LEASE", 1e-4),
             mock.patch.object(commit_log.time, "time", self._time),
@@ -198,7 +205,7 @@ class World:
     def _time(self) -> float:
         return 1_800_000_000.0 + self.jump_s
 
-    def _delete_folder(self, _: Any, path: str) -> None:
+    def _delete_folder(self, path: str) -> None:
         for name in [each for each in self.disk.names if each.startswith(f"{path}/")]:
             self.disk.on_call("delete", name)
             self.disk.change(name, None)
@@ -283,20 +290,20 @@ class _Model:
 class Captioner(_Model):
     def caption(self, images: list[Any]) -> list[list[str | None]]:
         keys = [(image.key, region.id) for image in images for region in image.live()]
-        self.world.on_ask(f"{images[0].subset}/caption", keys)
+        if self.world.on_ask(f"{images[0].subset}/caption", keys):
+            return []
         return [[InstantCaptioner._words(image, region) for region in image.live()] for image in images]
 
 
 class Judge(_Model):
     def ask(self, questions: list[Any]) -> list[Any]:
-        self.world.on_ask("judge", [])
-        return InstantJudge().ask(questions)
+        return InstantJudge().ask(questions[1:] if self.world.on_ask("judge", []) else questions)
 
 
 class Segmenter(_Model):
     def segment(self, photo: Any, phrases: list[str], boxes: Any) -> list[list[Any]]:
-        self.world.on_ask("segmenter", [])
-        return InstantSegmenter().segment(photo, phrases, boxes)
+        found = InstantSegmenter().segment(photo, phrases, boxes)
+        return found[1:] if self.world.on_ask("segmenter", []) else found
 
 
 class Expected(NamedTuple):
@@ -305,6 +312,7 @@ class Expected(NamedTuple):
     finished: dict[str, str]
     committed: dict[str, str]
     calls: int
+    where: list[str]
 
 
 class Simulation:
@@ -320,6 +328,11 @@ class Simulation:
         self.loose = self._undisturbed(self.world.loose)
         self._built = {path: _copied(inode) for path, inode in self.world.disk.names.items()}
         self.strict = self._undisturbed(self.world.strict)
+        self._reset(self._built)
+        assert self.world.build(self.world.strict) == ""
+        self._calls = {"fresh": self.loose.calls, "rebuild": self.world.calls}
+        self._where = {"fresh": self.loose.where, "rebuild": list(self.world.where)}
+        self.story: list[str] = []
         self.declared = MASKS * sum(IMAGES.values())
         assert self.loose.committed != self.strict.committed, "the thresholds make no difference"
 
@@ -329,7 +342,7 @@ class Simulation:
         self._reset(self._sources)
         ended = world.build(config)
         assert ended == "", ended
-        return Expected(world.finished(), world.committed(), world.calls)
+        return Expected(world.finished(), world.committed(), world.calls, list(world.where))
 
     def _reset(self, names: dict[str, Inode]) -> None:
         """A new disk with copies of these files."""
@@ -360,9 +373,36 @@ class Simulation:
         """A run that this number decides."""
         random = Random(seed)
         rebuild = random.random() < 0.4
-        calls = self.strict.calls // 2 if rebuild else self.loose.calls
+        calls = self._calls["rebuild" if rebuild else "fresh"]
         faults = [Fault(random.randrange(calls), random.choice(KINDS)) for _ in range(random.randint(1, 3))]
         (self.rebuild if rebuild else self.fresh)(*faults, random=random)
+
+    def faults(self) -> list[tuple[str, Fault]]:
+        """Every fault that can happen, at each call of a fresh build and of a rebuild."""
+        return [
+            (where, Fault(at, kind))
+            for where, calls in self._where.items()
+            for at, call in enumerate(calls)
+            for kind in KINDS
+            if Fault(at, kind).fits(call)
+        ]
+
+    def problem_of(self, where: str, *faults: Fault) -> str:
+        """What does not hold in a fresh build or a rebuild with these faults; "" if everything holds."""
+        return self._problem(lambda: getattr(self, where)(*faults))
+
+    def problem_of_seed(self, seed: int) -> str:
+        """The same for a seeded run."""
+        found = self._problem(lambda: self.seeded(seed))
+        return f"seed {seed}: {found}" if found else ""
+
+    def _problem(self, run: Callable[[], None]) -> str:
+        try:
+            run()
+        except Exception as error:  # noqa: BLE001 - also what should never have come through
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            return f"{kind}{error}\nafter {'; '.join([*self.story, self.world.happened])}"
+        return ""
 
     def _run(
         self,
@@ -373,24 +413,20 @@ class Simulation:
         random: Random,
     ) -> None:
         world = self.world
-        story: list[str] = []
-        try:
-            for fault in faults:
-                ended = world.build(config, fault)
-                story.append(f"{world.happened or 'nothing'}: {ended or 'built'}")
-                if ended == "killed":
-                    world.crash(random)
-                self._check_units(world.committed(), allowed)
-            story.append("undisturbed")
-            ended = world.build(config, retry_failed=True)
-            assert ended == "", ended
-            assert world.committed() == expected.committed, "the units are not those of an undisturbed build"
-            found, wanted = world.finished(), expected.finished
-            other = sorted(path for path in found.keys() | wanted if found.get(path) != wanted.get(path))
-            assert not other, f"not as after an undisturbed build: {', '.join(other)}"
-            assert world.regions() == (self.declared, self.declared)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\nafter {'; '.join(story)}") from error
+        self.story = []
+        for fault in faults:
+            ended = world.build(config, fault)
+            self.story.append(f"{world.happened or 'nothing'}: {ended or 'built'}")
+            if ended == "killed":
+                world.crash(random)
+            self._check_units(world.committed(), allowed)
+        ended = world.build(config, retry_failed=True)
+        assert ended == "", ended
+        assert world.committed() == expected.committed, "the units are not those of an undisturbed build"
+        found, wanted = world.finished(), expected.finished
+        other = sorted(path for path in found.keys() | wanted if found.get(path) != wanted.get(path))
+        assert not other, f"not as after an undisturbed build: {', '.join(other)}"
+        assert world.regions() == (self.declared, self.declared)
 
     def _check_units(self, found: dict[str, str], allowed: list[dict[str, str]]) -> None:
         """No committed unit is worse than it was."""

@@ -1,0 +1,88 @@
+"""Builds in memory under faults: nothing committed is lost, and the end is that of an undisturbed build.
+
+    python -m tests.simulation 0 10000          # seeds; prints those that fail
+    python -m tests.simulation --calls          # every call with every kind of fault
+
+In `make test`: 200 seeds, and a tenth of all calls with all kinds of fault. In `make soak`: all of these, and
+2,000 seeds.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tests.simulation.world import KINDS, Simulation
+
+
+@pytest.fixture(scope="module")
+def simulation(tmp_path_factory):
+    logging.disable(logging.WARNING)
+    yield Simulation(tmp_path_factory.mktemp("simulation"))
+    logging.disable(logging.NOTSET)
+
+
+def fail_together(problems: list[str], runs: int) -> None:
+    assert not problems, f"{len(problems)} of {runs} runs:\n" + "\n".join(problems[:5])
+
+
+def try_seeds(simulation: Simulation, seeds: range) -> None:
+    fail_together([problem for seed in seeds if (problem := simulation.problem_of_seed(seed))], len(seeds))
+
+
+def try_calls(simulation: Simulation, every: int) -> None:
+    """Every n-th of all faults that can happen to a fresh build and to a rebuild."""
+    faults = simulation.faults()[::every]
+    fail_together([problem for each in faults if (problem := simulation.problem_of(*each))], len(faults))
+
+
+def test_builds_under_seeded_faults_end_as_if_nothing_had_been(simulation):
+    try_seeds(simulation, range(200))
+
+
+def test_a_fault_at_every_tenth_call_leaves_nothing_behind(simulation):
+    try_calls(simulation, 10)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_two_thousand_seeds(simulation):
+    try_seeds(simulation, range(1000, 3000))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_fault_at_every_call(simulation):
+    try_calls(simulation, 1)
+
+
+def test_the_same_seed_is_the_same_run(simulation):
+    stories = []
+    for _ in range(2):
+        simulation.seeded(7)
+        stories.append(list(simulation.story))
+    assert stories[0] == stories[1] and len(stories[0]) > 1
+
+
+def test_every_kind_of_fault_happens_and_stops_or_holds_back_something(simulation):
+    happened = set()
+    for where, fault in simulation.faults()[::2]:
+        if fault.kind not in happened:
+            simulation.problem_of(where, fault)
+            if fault.kind in simulation.story[0]:
+                happened.add(fault.kind)
+        if happened == set(KINDS):
+            break
+    assert happened == set(KINDS)
+
+
+def test_what_does_not_hold_is_noticed(simulation, monkeypatch):
+    """A driver that names files in a record before they are on the disk loses them at a power cut."""
+    from paracaption.pipeline.io import store
+
+    monkeypatch.setattr(store._Named, "close", store.io.BufferedWriter.close)
+    faults = [
+        (where, fault) for where, fault in simulation.faults() if where == "fresh" and fault.kind == "kill"
+    ]
+    assert any(simulation.problem_of(*each) for each in faults[::7])
