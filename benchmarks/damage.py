@@ -5,8 +5,8 @@
 A small corpus is built, and some of its units once more with another threshold. The changes are spread over
 all of its files, and each byte of a file is as likely as another. A change is found if a problem names the
 file; of a replaced file that is kept, a note. What is not found must be in a file that promises nothing
-(docs/operations.md says which), or be a byte of evidence that changes no answer. The exit code is 1 if not, and
-after a crash.
+(docs/operations.md says which), or be a byte of evidence that changes no answer. If not, or after a crash,
+the exit code is 1.
 """
 
 from __future__ import annotations

@@ -223,6 +223,44 @@ def test_a_log_that_grows_while_it_is_read_is_a_note(out, monkeypatch):
     assert any("meanwhile" in note.what for note in notes)
 
 
+class Remembered:
+    """Files that lie in memory, under the paths that they had on the disk."""
+
+    def __init__(self, folder: Path):
+        self.data = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
+        if url not in self.data:
+            raise FileNotFoundError(2, "No such file or directory", url)
+        return self.data[url][start : None if length is None else start + length]
+
+    def size(self, url: str) -> int:
+        return len(self.read(url))
+
+    def kind(self, url: str) -> str | None:
+        is_folder = any(path.startswith(f"{url}/") for path in self.data)
+        return "file" if url in self.data else "folder" if is_folder else None
+
+    def list_names(self, folder: str) -> list[str]:
+        below = [path.removeprefix(f"{folder}/") for path in self.data if path.startswith(f"{folder}/")]
+        return list({path.partition("/")[0] for path in below})
+
+    def read_many(self, urls: list[str]) -> list[bytes]:
+        return [self.read(url) for url in urls]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_everything_is_read_through_the_one_door(out, monkeypatch, early):
+    if early:
+        committed.unlogged(out)
+    evidence(out)
+    remembered = Remembered(out)
+    shutil.rmtree(out)
+    monkeypatch.setitem(verify.files._BACKENDS, "file", remembered)
+    report = verify.verify(out)
+    assert report.ok and not report.notes and report.units == 4, report.text()
+
+
 # Evidence.
 
 FOLDER = "sa1b/evidence/agree_with_segmenter-0123456789abcdef"
