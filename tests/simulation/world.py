@@ -307,11 +307,10 @@ class Segmenter(_Model):
 
 
 class Expected(NamedTuple):
-    """What an undisturbed build gives: the finished corpus, its units' files, and how many calls it takes."""
+    """What an undisturbed build gives: the finished corpus, its units' files, and the calls it takes."""
 
     finished: dict[str, str]
     committed: dict[str, str]
-    calls: int
     where: list[str]
 
 
@@ -330,7 +329,6 @@ class Simulation:
         self.strict = self._undisturbed(self.world.strict)
         self._reset(self._built)
         assert self.world.build(self.world.strict) == ""
-        self._calls = {"fresh": self.loose.calls, "rebuild": self.world.calls}
         self._where = {"fresh": self.loose.where, "rebuild": list(self.world.where)}
         self.story: list[str] = []
         self.declared = MASKS * sum(IMAGES.values())
@@ -342,7 +340,7 @@ class Simulation:
         self._reset(self._sources)
         ended = world.build(config)
         assert ended == "", ended
-        return Expected(world.finished(), world.committed(), world.calls, list(world.where))
+        return Expected(world.finished(), world.committed(), list(world.where))
 
     def _reset(self, names: dict[str, Inode]) -> None:
         """A new disk with copies of these files."""
@@ -372,19 +370,25 @@ class Simulation:
     def seeded(self, seed: int) -> None:
         """A run that this number decides."""
         random = Random(seed)
-        rebuild = random.random() < 0.4
-        calls = self._calls["rebuild" if rebuild else "fresh"]
-        faults = [Fault(random.randrange(calls), random.choice(KINDS)) for _ in range(random.randint(1, 3))]
-        (self.rebuild if rebuild else self.fresh)(*faults, random=random)
+        name = "rebuild" if random.random() < 0.4 else "fresh"
+        calls, faults = self._where[name], []
+        for _ in range(random.randint(1, 3)):
+            at = int(len(calls) * random.random() ** 1.5)  # the later builds have less to do
+            faults.append(
+                Fault(at, random.choice([each for each in KINDS if Fault(at, each).fits(calls[at])]))
+            )
+        getattr(self, name)(*faults, random=random)
 
     def faults(self) -> list[tuple[str, Fault]]:
-        """Every fault that can happen, at each call of a fresh build and of a rebuild."""
+        """A fault of every kind at each call of a fresh build and of a rebuild.
+
+        Errors that are the same kind to whoever meets them take turns.
+        """
         return [
             (where, Fault(at, kind))
             for where, calls in self._where.items()
             for at, call in enumerate(calls)
-            for kind in KINDS
-            if Fault(at, kind).fits(call)
+            for kind in _kinds(call, at)
         ]
 
     def problem_of(self, where: str, *faults: Fault) -> str:
@@ -434,6 +438,15 @@ class Simulation:
             assert path in found or "/shards/" in path, f"{path}: is committed no more"
             known = {each.get(path) for each in allowed}
             assert found.get(path) in known, f"{path}: is neither what it was nor what it is to be"
+
+
+def _kinds(call: str, at: int) -> tuple[str, ...]:
+    """The kinds of fault at a call of a source, of the output or of a model."""
+    if call == "output":
+        return "kill", ("EIO", "ENOSPC", "EACCES", "ESTALE", "clock")[at % 5]
+    if call == "source":
+        return "kill", ("EIO", "ESTALE", "503")[at % 3], "EACCES", "ENOENT", "short", "away"
+    return "kill", "EIO", "odd"
 
 
 def _copied(inode: Inode) -> Inode:
