@@ -233,6 +233,37 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+class _Moves(NamedTuple):
+    """What a record does to names.
+
+    Attributes:
+        files: files that get their places.
+        replaced: places whose files are kept elsewhere before.
+        removed: of these, the ones that nothing takes: a unit that had a shard may have none now.
+    """
+
+    files: list[LogFile]
+    replaced: set[str]
+    removed: list[str]
+
+
+def _moves_of(record: Commit | Planned | Config | Merged) -> _Moves:
+    if not isinstance(record, Commit):
+        return _Moves([file for file in record.files if file.temporary], set(), [])
+    named = [file for unit in record.units.values() for file in unit.files()]
+    removed = set(record.replaced) - {file.path for file in named}
+    return _Moves([file for file in named if file.temporary], set(record.replaced), sorted(removed))
+
+
+def is_moved(out: str, state: LogState) -> bool:
+    """Whether every file that a record names has its place; if not, the next owner moves it there."""
+    if state.unmoved is None:
+        return True
+    moves = _moves_of(state.unmoved)
+    names = [*(file.temporary for file in moves.files), *moves.removed]
+    return all(store_of(out).size(f"{out}/{name}") is None for name in names)
+
+
 def is_whole(out: str, unit: LogUnit) -> bool:
     """Whether the files of a committed unit are there and have their sizes; what is in them is not read."""
     store = store_of(out)
@@ -395,25 +426,19 @@ class Owner:
 
     def move(self) -> None:
         """Move the files of the newest record with files to their places; what has been moved stays."""
-        record = self.state.unmoved
-        if record is None:
+        if self.state.unmoved is None:
             return
-        named = (
-            [file for unit in record.units.values() for file in unit.files()]
-            if isinstance(record, Commit)
-            else record.files
-        )
-        replaced = set(record.replaced) if isinstance(record, Commit) else set()
-        kept = f"{self.out}/{REPLACED}/{record.number}"
-        for file in named:
-            if not file.temporary:
-                continue
+        moves = _moves_of(self.state.unmoved)
+        kept = f"{self.out}/{REPLACED}/{self.state.unmoved.number}"
+        for file in moves.files:
             temporary, path = f"{self.out}/{file.temporary}", f"{self.out}/{file.path}"
-            if file.path in replaced and self._store.size(temporary) is not None:
+            if file.path in moves.replaced and self._store.size(temporary) is not None:
                 self._store.keep(path, f"{kept}/{file.path}")
             self._store.move(temporary, path)
-        for path in replaced - {file.path for file in named}:  # a shard of a unit that has none now
-            self._store.move(f"{self.out}/{path}", f"{kept}/{path}")
+        if moves.removed:
+            self.check()  # a name that is used again does not tell who moves it
+            for path in moves.removed:
+                self._store.move(f"{self.out}/{path}", f"{kept}/{path}")
 
     def write(self, path: str, data: bytes) -> LogFile:
         """Write a file of the corpus under a temporary name, to be named by a record.

@@ -303,7 +303,9 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
             return False
     except OSError:
         return False
-    return is_built(config, limit_images, retry_failed) and merge.is_merged(out)
+    if not (is_built(config, limit_images, retry_failed) and merge.is_merged(out)):
+        return False
+    return commit_log.is_moved(config.out, commit_log.read_state(config.out))
 
 
 @_of_the_output

