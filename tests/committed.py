@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 
 from paracaption.filters import text
 from paracaption.pipeline.corpus import adopt, log, work_list, writer
+from paracaption.pipeline.corpus.owner import LEASE_S, own
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages.base import apply_verdict
@@ -73,7 +74,7 @@ def write(
             decide(images, config)
             draft = writer.write_unit(folder, planned.unit_name(index), images, planned.digest, RECIPE)
             writer.commit(folder, draft)
-    with log.own(str(out), "build", log.LEASE_S) as owner:
+    with own(str(out), "build", LEASE_S) as owner:
         driver.write_config(config, owner)
     return config
 

@@ -20,6 +20,7 @@ from ...schemas.errors import ConfigError
 from ..io.store import store_of
 from . import log, reader
 from .log import LogState, UnitState
+from .owner import LEASE_S
 from .records import Checkpoint, Commit, LogFile, LogUnit, Record
 
 if TYPE_CHECKING:
@@ -77,11 +78,9 @@ def config_at(out: str, number: int) -> str:
 def lease_of(state: LogState) -> float:
     """`failures.lease_s` of the configuration in force; the default if the log does not have it."""
     try:
-        return (
-            float(yaml.safe_load(state.config.text)["failures"]["lease_s"]) if state.config else log.LEASE_S
-        )
+        return float(yaml.safe_load(state.config.text)["failures"]["lease_s"]) if state.config else LEASE_S
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
-        return log.LEASE_S
+        return LEASE_S
 
 
 class Places:

@@ -25,7 +25,8 @@ from ..io import files
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.recipes import recipe_of
 from ..stages.registry import STAGES
-from . import card, ledger, log, plots, reader
+from . import card, ledger, plots, reader
+from .owner import Owner, own_or
 from .reader import Corpus
 from .records import LogFile, Merged
 
@@ -40,9 +41,7 @@ _ROWS_PER_GROUP = 131_072
 _CHARS_PER_BIN = 25
 
 
-def merge(
-    out: str | Path, config: BuildConfig | None = None, owner: log.Owner | None = None
-) -> dict[str, Any]:
+def merge(out: str | Path, config: BuildConfig | None = None, owner: Owner | None = None) -> dict[str, Any]:
     """Write `index.parquet`, `stats.json`, `plots/` and `README.md` of a corpus, by one record of the log.
 
     The index has a row per kept region, sorted by subset, unit, image and region.
@@ -62,11 +61,11 @@ def merge(
     """
     corpus = reader.open_corpus(out)
     config = config or corpus.config
-    with log.own_or(owner, corpus.path, "merge") as owner:
+    with own_or(owner, corpus.path, "merge") as owner:
         return msgspec.to_builtins(_merge(corpus, config, owner))
 
 
-def _merge(corpus: Corpus, config: BuildConfig, owner: log.Owner) -> CorpusSummary:
+def _merge(corpus: Corpus, config: BuildConfig, owner: Owner) -> CorpusSummary:
     summaries, index = _write_index(corpus, config, owner)
     totals = {
         name: sum(getattr(summary.counts, name) for summary in summaries.values())
@@ -253,7 +252,7 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _write_index(
-    corpus: Corpus, config: BuildConfig, owner: log.Owner
+    corpus: Corpus, config: BuildConfig, owner: Owner
 ) -> tuple[dict[str, SubsetSummary], LogFile]:
     import pyarrow.parquet as pq
 

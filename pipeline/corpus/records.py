@@ -110,7 +110,7 @@ class Claim(_Record, tag="claim"):
         command: what it does: "build", "merge" or "undo".
         host: name of its machine.
         boot: changes when that machine starts anew; empty where the system does not say.
-        process: its process, with its name space and the moment it started; see `owners`.
+        process: its process, with its name space and the moment it started; see `processes`.
         pid: its process id, for people.
     """
 

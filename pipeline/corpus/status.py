@@ -13,8 +13,9 @@ from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 from ..io import files
 from ..io.store import store_of
-from . import history, log, owners
+from . import history, log, processes
 from .log import LogState
+from .owner import beat_path
 from .records import Claim, Commit, Done, LogUnit, Record
 from .work_list import WorkList
 
@@ -231,11 +232,11 @@ def _owner_of(out: str, state: LogState) -> OwnerStatus | None:
         return None
     age_s = None
     with suppress(OSError):
-        path = log.beat_path(out, state.epoch)
+        path = beat_path(out, state.epoch)
         age_s = max(0.0, time.time() - store_of(out).modified_s(path))
     if state.released:
         return OwnerStatus(state.claim, RELEASED, age_s)
-    if owners.is_dead(state.claim):
+    if processes.is_dead(state.claim):
         return OwnerStatus(state.claim, ENDED, age_s)
     is_alive = age_s is not None and age_s < history.lease_of(state)
     return OwnerStatus(state.claim, ALIVE if is_alive else SILENT, age_s)

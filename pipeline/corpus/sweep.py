@@ -15,13 +15,14 @@ from contextlib import suppress
 from ..io import files
 from ..io.store import TEMPORARY, store_of
 from . import adopt, log
+from .owner import Owner
 from .records import Sweep
 
 _SHARED = ("", log.LOG, log.BEAT, "plots")
 _OURS = ((*adopt.FOLDERS, "plan"), {"shards": "tar", "ledger": "parquet", "manifests": "json"})
 
 
-def sweep(owner: log.Owner, keep_replaced_s: float = float("inf")) -> int:
+def sweep(owner: Owner, keep_replaced_s: float = float("inf")) -> int:
     """Remove temporary files and the files of units that are not committed; returns how many.
 
     Only names of our own form are touched, in our own folders of a corpus that is marked as one.
@@ -46,7 +47,7 @@ def sweep(owner: log.Owner, keep_replaced_s: float = float("inf")) -> int:
     return len(found)
 
 
-def _leftovers(owner: log.Owner) -> Iterator[str]:
+def _leftovers(owner: Owner) -> Iterator[str]:
     named = {file.path for found in owner.state.units.values() for file in found.unit.files()}
     for folder in _SHARED:
         for path in _paths(owner.out, folder):
@@ -70,7 +71,7 @@ def _paths(out: str, folder: str) -> list[str]:
     return [f"{prefix}{name}" for name in files.list_names(f"{out}/{folder}")]
 
 
-def _forget_replaced(owner: log.Owner, keep_s: float) -> None:
+def _forget_replaced(owner: Owner, keep_s: float) -> None:
     """Delete the replaced files of records that are old by now."""
     for name in files.list_names(f"{owner.out}/{log.REPLACED}"):
         with suppress(FileNotFoundError):  # a folder that no record made

@@ -22,7 +22,8 @@ import yaml
 
 from ...schemas.errors import ConfigError
 from . import history, log, merge, reader, writer
-from .log import LogState, Owner
+from .log import LogState
+from .owner import Owner, own
 from .records import Commit, Config, LogFile, LogUnit, Merged, Record
 from .sweep import sweep
 from .versions import changed_keys
@@ -188,7 +189,7 @@ def undo(out: str, rebuild: Rebuild) -> dict[str, Any]:
     """
     find_former_files(out, rebuild)
     try:
-        with log.own(out, "undo", history.lease_of(log.read_state(out))) as owner:
+        with own(out, "undo", history.lease_of(log.read_state(out))) as owner:
             found = find_rebuild(out)
             if (found.first, found.last, found.is_begun) != (rebuild.first, rebuild.last, rebuild.is_begun):
                 raise ConfigError(f"{out}: the corpus has changed meanwhile; look again, then undo")

@@ -32,6 +32,7 @@ from ..sources.protocols import CatalogEntry
 from ..sources.registry import SubsetSource, complete
 from . import log as commit_log
 from . import work_list_table
+from .owner import Owner, own_or
 from .reader import list_units
 from .records import Planned
 from .work_list_table import VERSION, Written
@@ -168,7 +169,7 @@ def plan(
     return Plan(msgspec.structs.replace(made, folder=str(folder)), fresh)
 
 
-def publish(made: Plan, folder: str | Path, owner: commit_log.Owner) -> None:
+def publish(made: Plan, folder: str | Path, owner: Owner) -> None:
     """Make a plan the subset's work list, in `plan/` of its folder."""
     if made.table is None:
         return
@@ -193,7 +194,7 @@ def make_work_list(
     config: BuildConfig,
     folder: str | Path,
     limit: int | None = None,
-    owner: commit_log.Owner | None = None,
+    owner: Owner | None = None,
 ) -> WorkList:
     """Plan a subset and publish its work list; see `plan` for what it raises.
 
@@ -207,7 +208,7 @@ def make_work_list(
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
         made = plan(source, config, folder, Path(scratch), limit)
         if made.table is not None:
-            with commit_log.own_or(owner, str(Path(folder).parent), "plan") as owner:
+            with own_or(owner, str(Path(folder).parent), "plan") as owner:
                 publish(made, folder, owner)
     return made.work_list
 

@@ -25,8 +25,9 @@ from ..io import photos
 from ..io.failures import kind_of
 from ..io.store import store_of
 from ..stages.base import PHOTO_CHANGED
-from . import adopt, log
+from . import adopt
 from .ledger import Place, ledger_table, table_bytes
+from .owner import Fenced, HashedFile, Owner, own_or
 from .records import Commit, LogFile, LogUnit
 
 WRITE_STAGE = "write"
@@ -140,7 +141,7 @@ def _write_tar(
     """
     places: dict[str, Place] = {}
     held = ""
-    with _Tar(log.HashedFile(out, path)) as tar:
+    with _Tar(HashedFile(out, path)) as tar:
         for image in sorted((image for image in images if image.live()), key=lambda image: image.key):
             photo = _read_photo(image)
             if photo is None:
@@ -171,7 +172,7 @@ def _read_photo(image: ImageRecord) -> bytes | None:
 class _Tar:
     """A tar without times and owners."""
 
-    def __init__(self, file: log.HashedFile):
+    def __init__(self, file: HashedFile):
         self.file = file
 
     def __enter__(self) -> _Tar:
@@ -198,12 +199,12 @@ class _Tar:
 
 def _write(out: str, path: str, data: bytes) -> LogFile:
     """Write a file under a temporary name; the name it is to get is `path`, below the corpus."""
-    with log.HashedFile(out, path) as file:
+    with HashedFile(out, path) as file:
         file.write(data)
     return file.entry
 
 
-def commit(folder: Path, *drafts: Draft, owner: log.Owner | None = None) -> None:
+def commit(folder: Path, *drafts: Draft, owner: Owner | None = None) -> None:
     """Make written units part of the corpus, all by one record of the log.
 
     A unit that is replaced (changed thresholds, a retry of failed records) stays committed until then. Its
@@ -220,13 +221,13 @@ def commit(folder: Path, *drafts: Draft, owner: log.Owner | None = None) -> None
         Fenced: another driver has taken over; nothing is committed.
     """
     try:
-        with log.own_or(owner, str(folder.parent), "commit") as owner:
+        with own_or(owner, str(folder.parent), "commit") as owner:
             _commit(owner, drafts)
     except OSError as error:
         raise write_failed(folder, error) from error
 
 
-def _commit(owner: log.Owner, drafts: Sequence[Draft]) -> None:
+def _commit(owner: Owner, drafts: Sequence[Draft]) -> None:
     store = store_of(owner.out)
     units = {draft.name: draft.unit for draft in drafts}
     for file in (file for unit in units.values() for file in unit.files()):
@@ -238,7 +239,7 @@ def _commit(owner: log.Owner, drafts: Sequence[Draft]) -> None:
     replaced = sorted(file.path for unit in before for file in unit.files())
     try:
         owner.append(Commit(units=units, replaced=replaced))
-    except log.Fenced:
+    except Fenced:
         for draft in drafts:
             discard(owner.out, draft)
         raise

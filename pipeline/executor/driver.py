@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import shutil
 import tempfile
 import time
@@ -24,13 +23,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from ...schemas.config import BuildConfig, dump_config
-from ...schemas.errors import ConfigError, StageFailed, UnitsHeldBack
+from ...schemas.errors import ConfigError, UnitsHeldBack
 from ...schemas.records import Blob
 from ..corpus import adopt, merge, reader, writer
 from ..corpus import log as commit_log
 from ..corpus.events import EventLog, EventReader
-from ..corpus.log import Owner
-from ..corpus.records import Config
+from ..corpus.owner import Owner, own
 from ..corpus.sweep import sweep
 from ..corpus.work_list import (
     Plan,
@@ -41,7 +39,6 @@ from ..corpus.work_list import (
     plan,
     publish,
 )
-from ..corpus.writer import Draft
 from ..io import failures, files
 from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
@@ -49,6 +46,7 @@ from ..sources.registry import complete, open_source
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_digest, recipe_of
 from . import audit
+from .committer import Committer, held_back, write_config
 from .engine import Engine
 from .progress import Progress, StageProgress, Watch
 from .worker import Job
@@ -58,8 +56,6 @@ log = logging.getLogger(__name__)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-COMMIT_EVERY_S = 5.0
-"""Units that are ready so soon after the last commit share the next one: a record costs a few writes."""
 OnProgress = Callable[[Progress], None]
 
 
@@ -136,16 +132,6 @@ def build(
 # The steps.
 
 
-def write_config(config: BuildConfig, owner: Owner) -> None:
-    """Record the resolved configuration, and write it beside what it builds, unless it is the same."""
-    text = dump_config(config)
-    if owner.state.config is None or owner.state.config.text != text or not _has_config(config):
-        try:
-            owner.append(Config(text=text, files=[owner.write(reader.CONFIG, text.encode())]))
-        except OSError as error:
-            raise writer.write_failed(Path(config.out), error) from error
-
-
 def prepare_work_list(
     config: BuildConfig, subset: str, limit_images: int | None, owner: Owner | None = None
 ) -> WorkList:
@@ -213,7 +199,7 @@ def build_units(
     events = EventLog(run_folder, "driver")
     events.emit("begun")
     watch = Watch(EventReader(run_folder), progress, config.failures.stall_s, run_folder)
-    committer = _Committer(config, folder, owner, progress, events)
+    committer = Committer(config, folder, owner, progress, events)
 
     def tick(moved: bool = False) -> None:
         committer.commit_now_and_then()
@@ -377,7 +363,7 @@ def check_disk(config: BuildConfig, subset: str, units: list[int], work_list: Wo
 
 
 def owned(config: BuildConfig, command: str) -> AbstractContextManager[Owner]:
-    """Be the one driver that writes to the corpus of a configuration; see `corpus.log.own`.
+    """Be the one driver that writes to the corpus of a configuration; see `corpus.own`.
 
     Raises:
         ConfigError: another driver is writing there.
@@ -394,7 +380,7 @@ def owned(config: BuildConfig, command: str) -> AbstractContextManager[Owner]:
 @contextmanager
 def _owned(out: Path, command: str, lease_s: float) -> Iterator[Owner]:
     try:
-        with commit_log.own(str(out), command, lease_s) as owner:
+        with own(str(out), command, lease_s) as owner:
             yield owner
     except OSError as error:
         raise writer.write_failed(out, error) from error
@@ -402,126 +388,3 @@ def _owned(out: Path, command: str, lease_s: float) -> Iterator[Owner]:
 
 def _keep_replaced_s(config: BuildConfig) -> float:
     return config.failures.keep_replaced_days * 86_400
-
-
-def _has_config(config: BuildConfig) -> bool:
-    try:
-        return (Path(config.out) / reader.CONFIG).read_bytes() == dump_config(config).encode()
-    except OSError:
-        return False
-
-
-def held_back(held: dict[str, str], how: str = "") -> str:
-    """The line that ends a build whose source failed: by unit, what happened."""
-    unit, why = list(held.items())[-1]
-    some = f"{len(held)} units{how} are" if len(held) > 1 else "1 unit is"
-    return (
-        f"{some} held back, last {unit}: {why}. What is committed stays; run the same command again when the "
-        "source can be read, or raise failures.max_failed_share to build without what cannot"
-    )
-
-
-class _Committer:
-    """Commits drafts as they come.
-
-    A unit whose source failed is held back: it is never committed, and `stop_after` of them in a row stop the
-    build.
-
-    A unit on which a stage failed everywhere waits for the next ones: if the stage works on one of them, the
-    failed unit is committed with its drops; if it fails on `stop_after` units in a row, the build stops.
-    """
-
-    def __init__(self, config: BuildConfig, folder: Path, owner: Owner, progress: Progress, events: EventLog):
-        self.config = config
-        self.folder = folder
-        self.owner = owner
-        self.stop_after = config.failures.stop_after_units
-        self.progress = progress
-        self.events = events
-        self.suspects: list[Draft] = []
-        self.held_in_a_row: dict[str, str] = {}
-        self.ready: list[Draft] = []
-        self.committed_s = -math.inf
-        self.has_written_config = False
-
-    def take(self, draft: Draft) -> None:
-        if draft.held:
-            self._hold(draft)
-            return
-        self.held_in_a_row = {}
-        if draft.failures:
-            self.suspects.append(draft)
-            if len(self.suspects) >= self.stop_after:
-                stage, error = next(iter(draft.failures.items()))
-                raise StageFailed(
-                    f"{stage}: failed on every image of {len(self.suspects)} units in a row, last on "
-                    f"{draft.manifest.unit}: {error}. "
-                    "What is committed stays; fix the cause and run the same command again"
-                )
-            return
-        self._release()
-        self._commit(draft)
-
-    def _hold(self, draft: Draft) -> None:
-        unit = draft.manifest.unit
-        log.warning("%s is held back: %s", unit, draft.held)
-        writer.discard(self.owner.out, draft)
-        self.owner.held_back[draft.name] = draft.held
-        self.progress.held[unit] = self.held_in_a_row[unit] = draft.held
-        if len(self.held_in_a_row) >= self.stop_after:
-            raise UnitsHeldBack(held_back(self.held_in_a_row, " in a row"))
-
-    def finish(self) -> None:
-        """Commit what waits."""
-        self._release()
-        self._commit_ready()
-
-    def abandon(self) -> None:
-        """Forget what is not committed: the drafts' stage or disk has failed."""
-        for draft in [*self.suspects, *self.ready]:
-            writer.discard(self.owner.out, draft)
-        self.suspects, self.ready = [], []
-
-    def commit_now_and_then(self) -> None:
-        """Commit what is ready, unless the last commit is only moments ago."""
-        if self.ready and time.monotonic() - self.committed_s >= COMMIT_EVERY_S:
-            self._commit_ready()
-
-    def _release(self) -> None:
-        for draft in self.suspects:
-            log.warning(
-                "%s: %s; its regions are dropped, `--retry-failed` runs them again",
-                draft.manifest.unit,
-                "; ".join(f"{stage} failed: {why}" for stage, why in draft.failures.items()),
-            )
-            self._commit(draft)
-        self.suspects = []
-
-    def _commit(self, draft: Draft) -> None:
-        self.ready.append(draft)
-        self.commit_now_and_then()
-
-    def _commit_ready(self) -> None:
-        if not self.ready:
-            return
-        start = time.perf_counter()
-        if not self.has_written_config:
-            write_config(self.config, self.owner)
-            self.has_written_config = True
-        drafts, self.ready = self.ready, []
-        writer.commit(self.folder, *drafts, owner=self.owner)
-        self.committed_s = time.monotonic()
-        for draft in drafts:
-            record = draft.manifest
-            self.events.emit(
-                "committed",
-                unit=record.unit,
-                images=len(record.images),
-                regions=record.regions_in,
-                seconds=(time.perf_counter() - start) / len(drafts),
-            )
-            self.progress.done += 1
-            self.progress.images += len(record.images)
-            self.progress.regions += record.regions_in
-            self.progress.kept += record.kept
-            self.progress.dropped.update(record.dropped)

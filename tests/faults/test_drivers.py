@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from paracaption.pipeline.corpus import log, verify
+from paracaption.pipeline.corpus.owner import Fenced
 from paracaption.pipeline.corpus.records import Adopt, Commit
 from paracaption.schemas.config import BuildConfig
 from tests.building import build, committed, config_of
@@ -56,15 +57,15 @@ def config(out: Path, source: dict) -> BuildConfig:
 
 def drive(text: str, shift_s: float, errors: str) -> None:
     """One driver, in a process of its own whose clock is off by `shift_s`."""
-    from paracaption.pipeline.executor import driver
+    from paracaption.pipeline.executor import committer
     from paracaption.schemas.errors import ConfigError
 
     plain = time.time
     time.time = lambda: plain() + shift_s
-    driver.COMMIT_EVERY_S = 0.05
+    committer.COMMIT_EVERY_S = 0.05
     try:
         build(BuildConfig.model_validate_json(text))
-    except log.Fenced:
+    except Fenced:
         sys.exit(FENCED)
     except ConfigError as error:
         if "writ" in str(error):

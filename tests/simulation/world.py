@@ -24,8 +24,9 @@ import httpx
 import msgspec
 
 from paracaption.pipeline.corpus import log as commit_log
-from paracaption.pipeline.corpus import owners, plots
-from paracaption.pipeline.executor import driver
+from paracaption.pipeline.corpus import owner as owning
+from paracaption.pipeline.corpus import plots, processes
+from paracaption.pipeline.executor import committer, driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.io import failures, files, store
 from paracaption.pipeline.models import registry
@@ -193,13 +194,13 @@ class World:
             mock.patch.object(store, "_Durable", new_file),
             mock.patch.object(store.FolderStore, "read", lambda _, path: DiskFiles(disk).read(path)),
             mock.patch.object(store.FolderStore, "delete_folder", lambda _, path: self._delete_folder(path)),
-            mock.patch.object(owners, "is_dead", lambda _: True),
-            mock.patch.object(commit_log, "BEATS_PER_LEASE", 1e-4),
-            mock.patch.object(commit_log.time, "time", self._time),
+            mock.patch.object(processes, "is_dead", lambda _: True),
+            mock.patch.object(owning, "BEATS_PER_LEASE", 1e-4),
+            mock.patch.object(owning.time, "time", self._time),
             mock.patch.object(registry, "load_backend", load),
             mock.patch.object(plots, "draw_plots", lambda _: {name: b"plot" for name in plots.NAMES}),
             mock.patch.object(failures.RETRYING, "_sleep", lambda _: None),
-            mock.patch.object(driver, "COMMIT_EVERY_S", 0.0),
+            mock.patch.object(committer, "COMMIT_EVERY_S", 0.0),
         ]
 
     def _time(self) -> float:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from paracaption.pipeline.corpus import history, log, merge, reader, status, undo, versions
-from paracaption.pipeline.corpus.log import Owner
+from paracaption.pipeline.corpus.owner import Owner, own
 from paracaption.pipeline.corpus.records import Claim, Commit, Config, Merged
 from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.executor import driver
@@ -238,7 +238,7 @@ def test_shards_come_and_go_with_an_undo(tmp_path):
 
 def test_a_rebuild_that_was_resumed_with_other_resources_is_taken_back_as_one(rebuilt):
     out, first, _, _ = rebuilt
-    with log.own(out, "build", 1) as owner:  # what a resume with another `failures.stall_s` writes first
+    with own(out, "build", 1) as owner:  # what a resume with another `failures.stall_s` writes first
         now = owner.state.config.text.replace("stall_s: 120", "stall_s: 130")
         assert now != owner.state.config.text
         owner.append(Config(text=now, files=[owner.write("config.yaml", now.encode())]))
@@ -321,7 +321,7 @@ def test_an_undo_that_died_between_its_record_and_its_moves_is_finished(rebuilt,
     assert_files_are_found(out, second)
     found = undo.find_rebuild(out)
     assert found.is_begun and found.units == []
-    monkeypatch.setattr(log.owners, "is_dead", lambda _: True)
+    monkeypatch.setattr("paracaption.pipeline.corpus.processes.is_dead", lambda _: True)
     take_back(out)
     assert files_of(out) == before and verify(out).ok
 
@@ -365,7 +365,7 @@ def test_a_line_of_the_log_says_what_was_committed(rebuilt):
 
 def test_units_held_back_are_in_the_log_without_asking_for_everything(rebuilt):
     out, _, _, _ = rebuilt
-    with log.own(out, "build", 1) as owner:
+    with own(out, "build", 1) as owner:
         owner.held_back["coconut/coconut-000001"] = "the server does not answer"
     assert list(versions.list_versions(out))[-1].text == (
         "held back: coconut/coconut-000001: the server does not answer"
@@ -409,7 +409,7 @@ def test_the_status_names_units_whose_files_are_missing(rebuilt):
 def test_the_status_tells_who_owns_the_corpus_and_what_was_held_back(rebuilt):
     out, _, _, _ = rebuilt
     watcher = status.Watcher(out)
-    with log.own(out, "build", 60) as owner:
+    with own(out, "build", 60) as owner:
         found = watcher.read().owner
         assert (found.state, found.claim.command) == (status.ALIVE, "build") and found.beat_age_s < 60
         owner.held_back["coconut/coconut-000001"] = "the server does not answer"
@@ -442,7 +442,7 @@ def test_a_corpus_of_a_release_without_a_log_has_a_status_and_its_configuration_
         shutil.rmtree(f"{out}/{name}")
     found = status.Watcher(out).read()
     assert (found.number, found.owner, found.subsets[0].units) == (0, None, 3)
-    with log.own(out, "build", 1):
+    with own(out, "build", 1):
         pass
     state = log.read_state(out)
     assert state.config is not None and state.config.text == (Path(out) / "config.yaml").read_text()

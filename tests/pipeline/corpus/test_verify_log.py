@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from paracaption.pipeline.corpus import adopt, log, merge, reader, records, verify
+from paracaption.pipeline.corpus.owner import LEASE_S, Owner, own
 from paracaption.pipeline.corpus.records import Checkpoint, Commit, LogFile, LogUnit
 from paracaption.pipeline.io import store
 from paracaption.pipeline.stages.agreement import Resegmented
@@ -166,7 +167,7 @@ def test_files_that_a_dead_driver_has_not_moved_are_checked_under_their_temporar
         temporary = store.temporary_name(file.path)
         renamed[name] = LogFile(file.path, file.bytes, file.sha256, temporary)
         (out / file.path).rename(out / temporary)
-    owner = log.Owner(str(out), log.read_state(str(out)))
+    owner = Owner(str(out), log.read_state(str(out)))
     monkeypatch.setattr(owner, "move", lambda: None)
     owner.append(Commit(units={f"coconut/{UNIT}": msgspec.structs.replace(unit, **renamed)}))
     report = verify.verify(out)
@@ -180,7 +181,7 @@ def test_files_that_a_dead_driver_has_not_moved_are_checked_under_their_temporar
 
 def test_a_file_that_was_replaced_and_is_kept_is_checked_too(out):
     unit = logged(out)
-    owner = log.Owner(str(out), log.read_state(str(out)))
+    owner = Owner(str(out), log.read_state(str(out)))
     ledger = owner.write(unit.ledger.path, (out / unit.ledger.path).read_bytes())
     owner.append(
         Commit(
@@ -215,7 +216,7 @@ def test_a_log_that_grows_while_it_is_read_is_a_note(out, monkeypatch):
     real = verify.check_named_files
 
     def meanwhile(*arguments):
-        with log.own(str(out), "build", log.LEASE_S):
+        with own(str(out), "build", LEASE_S):
             return real(*arguments)
 
     monkeypatch.setattr(verify, "check_named_files", meanwhile)

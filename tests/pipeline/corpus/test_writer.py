@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paracaption.pipeline.corpus import log, reader, writer
+from paracaption.pipeline.corpus.owner import own
 from paracaption.pipeline.corpus.sweep import sweep
 from paracaption.pipeline.io import files, photos, store
 from paracaption.pipeline.io.backends import LocalFiles
@@ -251,7 +252,7 @@ def test_a_commit_that_ends_anywhere_is_all_or_nothing_and_can_be_done_again(
     if replaced:
         writer.commit(folder, write(folder, three(tmp_path)[:2], "before"))
     draft = write(folder, three(tmp_path))
-    monkeypatch.setattr(log.owners, "is_dead", lambda _: True)
+    monkeypatch.setattr("paracaption.pipeline.corpus.processes.is_dead", lambda _: True)
     monkeypatch.setattr(store, "_FOLDERS", Crashing(at, error))
     try:
         writer.commit(folder, draft)
@@ -262,7 +263,7 @@ def test_a_commit_that_ends_anywhere_is_all_or_nothing_and_can_be_done_again(
         manifest = reader.read_manifest(unit.manifest)
         for path, entry in ((unit.shard, manifest.shard), (unit.ledger, manifest.ledger)):
             assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == entry.sha256
-    with log.own(str(folder.parent), "build", 60) as owner:
+    with own(str(folder.parent), "build", 60) as owner:
         sweep(owner)
     assert_consistent(folder)
     writer.commit(folder, write(folder, three(tmp_path)))
@@ -281,10 +282,10 @@ def test_a_sweep_removes_leftovers_and_nothing_that_is_committed(folder, tmp_pat
     (folder / "evidence" / "caption-0" / f"{files.TEMPORARY}x").write_bytes(b"half")
     (folder / "evidence" / "caption-0" / "coconut-000007.parquet").write_bytes(b"paid for")
     (folder.parent / f"{files.TEMPORARY}index.parquet-1").write_bytes(b"of a merge that was killed")
-    with log.own(str(folder.parent), "build", 60) as owner:
+    with own(str(folder.parent), "build", 60) as owner:
         assert sweep(owner) == 7
     assert names(folder) == before | {"evidence/caption-0/coconut-000007.parquet", "shards/sa_000020.tar"}
-    with log.own(str(folder.parent), "build", 60) as owner:
+    with own(str(folder.parent), "build", 60) as owner:
         assert sweep(owner) == 0
 
 

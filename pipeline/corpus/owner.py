@@ -1,0 +1,300 @@
+"""The one driver that may write to a corpus: it takes it over, writes records, and shows that it lives.
+
+`log.py` says what makes that safe. Files are written under temporary names, and moved when their record
+stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ...schemas.errors import ConfigError, ParaCaptionError
+from ...schemas.records import Blob
+from ..io import files
+from ..io.store import Store, store_of, temporary_name
+from . import adopt, log, processes, records
+from .log import BEAT, REPLACED, LogState, moves_of, read_state, record_path
+from .records import Claim, Done, LogFile, Record
+
+LEASE_S = 60.0
+"""How long an owner may give no sign of life before another one takes over; `failures.lease_s`."""
+
+BEATS_PER_LEASE = 6
+
+
+class Fenced(ParaCaptionError):
+    """Another driver has taken the corpus over while this one was paused; nothing is lost."""
+
+
+class HashedFile(io.RawIOBase):
+    """A new file of a corpus under a temporary name; what is written is hashed on its way.
+
+    Used as a context, it is deleted again if the block raises.
+
+    Args:
+        out: the corpus.
+        path: place below the corpus that the file is to get by a record.
+    """
+
+    def __init__(self, out: str, path: str):
+        self._out = out
+        self._path, self._temporary = path, temporary_name(path)
+        self._file = store_of(out).write(f"{out}/{self._temporary}")
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._file.write(data)
+        self._digest.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._size
+
+    @property
+    def entry(self) -> LogFile:
+        """What a record says of the file."""
+        return LogFile(self._path, self._size, self._digest.hexdigest(), self._temporary)
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                self._file.close()
+            finally:
+                super().close()
+
+    def discard(self) -> None:
+        """Close and delete the file."""
+        with suppress(OSError):
+            self.close()
+        with suppress(OSError):
+            store_of(self._out).delete(f"{self._out}/{self._temporary}")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self.discard()
+        else:
+            try:
+                self.close()
+            except BaseException:
+                self.discard()
+                raise
+
+
+class Owner:
+    """The one driver that may write to a corpus, until another one takes over; made by `own`.
+
+    Attributes:
+        out: the corpus.
+        state: what the log says, as far as this owner has read and written it.
+        held_back: units that were not committed in this run, by "subset/unit", and why.
+    """
+
+    def __init__(self, out: str, state: LogState):
+        self.out = out
+        self.state = state
+        self.held_back: dict[str, str] = {}
+        self._store: Store = store_of(out)
+
+    def append(self, record: Record) -> None:
+        """Write a record under the next number, and move its files to their places.
+
+        Raises:
+            Fenced: another driver has taken over.
+            OSError: the record may or may not have been written, or not all of its files have been moved.
+                Taking the corpus over again finds out, and moves them.
+        """
+        if (self.state.number + 1) % log.CHECKPOINT_EVERY == 0:
+            self._append(self.state.checkpoint())
+        self._append(record)
+        self.move()
+
+    def _append(self, record: Record) -> None:
+        number, epoch = self.state.number + 1, self.state.epoch + isinstance(record, Claim)
+        record = msgspec.structs.replace(
+            record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)
+        )
+        if not self._store.create(record_path(self.out, number), records.encode(record)):
+            raise self._fenced()
+        self.state = self.state.after(record)
+
+    def check(self) -> None:
+        """Find out whether this is still the owner.
+
+        Raises:
+            Fenced: it is not.
+        """
+        if read_state(self.out, self.state).number > self.state.number:
+            raise self._fenced()
+
+    def _fenced(self) -> Fenced:
+        now = read_state(self.out, self.state)
+        return Fenced(f"{self.out}: {who(now.claim)} has taken over; nothing is lost, and it goes on there")
+
+    def move(self) -> None:
+        """Move the files of the newest record with files to their places; what has been moved stays."""
+        if self.state.unmoved is None:
+            return
+        moves = moves_of(self.state.unmoved)
+        kept = f"{self.out}/{REPLACED}/{self.state.unmoved.number}"
+        for file in moves.files:
+            temporary, path = f"{self.out}/{file.temporary}", f"{self.out}/{file.path}"
+            if file.path in moves.replaced and self._store.size(temporary) is not None:
+                self._store.keep(path, f"{kept}/{file.path}")
+            self._store.move(temporary, path)
+        if moves.removed:
+            self.check()  # a name that is used again does not tell who moves it
+            for path in moves.removed:
+                self._store.move(f"{self.out}/{path}", f"{kept}/{path}")
+
+    def write(self, path: str, data: bytes) -> LogFile:
+        """Write a file of the corpus under a temporary name, to be named by a record.
+
+        Args:
+            path: its place below the corpus.
+            data: its content.
+        """
+        with self.open(path) as file:
+            file.write(data)
+        return file.entry
+
+    def copy(self, path: str, source: Path) -> LogFile:
+        """The same for a local file, which is copied piece by piece."""
+        with open(source, "rb") as read, self.open(path) as file:
+            while data := read.read(1 << 20):
+                file.write(data)
+        return file.entry
+
+    def open(self, path: str) -> HashedFile:
+        """The same for a file that is written piece by piece; see `HashedFile`."""
+        return HashedFile(self.out, path)
+
+    def beat(self) -> None:
+        """Show that this owner is alive; a beat that cannot be written is one that is missed."""
+        with suppress(OSError):
+            data = f"{uuid.uuid4().hex}\n".encode()
+            self._store.put(beat_path(self.out, self.state.epoch), data)
+
+
+def beat_path(out: str, epoch: int) -> str:
+    """Where the owner of an epoch shows that it is alive."""
+    return f"{out}/{BEAT}/{epoch:06}"
+
+
+def who(claim: Claim | None) -> str:
+    """An owner in words."""
+    if claim is None:
+        return "another driver"
+    return f"`{claim.command}` of process {claim.pid} on {claim.host}"
+
+
+@contextmanager
+def own(out: str, command: str, lease_s: float) -> Iterator[Owner]:
+    """Be the one driver that writes to a corpus, for the length of the block.
+
+    Args:
+        out: the corpus.
+        command: "build", "merge" or "undo".
+        lease_s: how long another owner's sign of life may be unchanged before it counts as gone; the owner
+            gives one several times in that time.
+
+    Raises:
+        ConfigError: another driver is writing here, or has just begun to.
+        IntegrityError: the log is damaged.
+        OSError: the folder cannot be written.
+    """
+    owner = _claim(out, command, lease_s)
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(lease_s / BEATS_PER_LEASE):
+            owner.beat()
+
+    thread = threading.Thread(target=beat, daemon=True, name="beat")
+    thread.start()
+    try:
+        owner.move()
+        yield owner
+    except Fenced:
+        raise
+    except BaseException:
+        with suppress(
+            OSError, ParaCaptionError
+        ):  # the next owner waits for a lease, or finds this process dead
+            owner.append(Done(held_back=owner.held_back))
+        raise
+    else:
+        owner.append(Done(held_back=owner.held_back))
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def own_or(owner: Owner | None, out: str, command: str) -> Iterator[Owner]:
+    """The owner that is given, or else a new one for the length of the block; see `own`."""
+    if owner is not None:
+        yield owner
+    else:
+        with own(out, command, LEASE_S) as owner:
+            yield owner
+
+
+def _claim(out: str, command: str, lease_s: float) -> Owner:
+    state = read_state(out)
+    if state.claim is not None and not state.released:
+        state = _wait_for_the_end_of(state, out, lease_s)
+    adopt.mark(out)
+    owner = Owner(out, state)
+    try:
+        owner.append(processes.claim_of_this_process(command))
+    except Fenced as error:
+        raise ConfigError(f"{out}: another driver has begun to write here; run it again later") from error
+    owner.beat()
+    if not owner.state.units and not owner.state.files:
+        found = adopt.find(out)
+        if found.units or found.files:
+            owner.append(found)
+            if config := adopt.find_config(out):
+                owner.append(config)
+    return owner
+
+
+def _wait_for_the_end_of(state: LogState, out: str, lease_s: float) -> LogState:
+    """The state when the owner counts as gone.
+
+    Raises:
+        ConfigError: it gives a sign of life.
+    """
+    owner = state.claim
+    assert owner is not None
+    was, number, end = _last_beat(out, state), state.number, time.monotonic() + lease_s
+    while not processes.is_dead(owner) and time.monotonic() < end:
+        time.sleep(min(1.0, lease_s / 10))
+        state = read_state(out, state)
+        if state.released and state.claim == owner:
+            return state
+        if (_last_beat(out, state), state.number) != (was, number):
+            raise ConfigError(
+                f"{out}: {who(state.claim)} is writing here; wait for it, or choose another `out`"
+            )
+    return read_state(out, state)
+
+
+def _last_beat(out: str, state: LogState) -> bytes:
+    with suppress(OSError):
+        return files.read(Blob(beat_path(out, state.epoch)))
+    return b""
