@@ -18,7 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from paracaption.pipeline.corpus import log
 from paracaption.pipeline.corpus.events import EventReader
+from paracaption.pipeline.io.store import TEMPORARY
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.evidence import EvidenceStore
 from paracaption.pipeline.stages.recipes import recipe_of
@@ -28,7 +30,7 @@ from tests.synthetic import write_coconut, write_sa1b
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-KILLS = int(os.environ.get("PARACAPTION_KILLS", "20"))
+KILLS = int(os.environ.get("PARACAPTION_KILLS", "25"))
 NUM_IMAGES = 24
 
 
@@ -134,8 +136,23 @@ def _kill_drivers(
         known = {f"{key}/{region}" for stage, key, region in before if stage.endswith("/caption")}
         again = (_captions_paid(root) - paid).keys()
         assert not again & known, "a caption that was committed as evidence was paid for again"
-    assert _drive(config, *address).wait(300) == 0, (root / "config.log").read_text()[-3000:]
-    assert committed(root / "out") == undisturbed
+    _finish(config, undisturbed, _drive(config, *address))
+
+
+def _finish(config, undisturbed, driver: subprocess.Popen) -> None:
+    """The last driver ends well: the corpus is whole, each unit was committed once since it was last undone,
+    and neither a file nor a process is left over.
+    """
+    out = Path(config.out)
+    assert driver.wait(300) == 0, (out.parent / "config.log").read_text()[-3000:]
+    assert committed(out) == undisturbed
+    assert [path for path in out.rglob(f"{TEMPORARY}*") if "events" not in path.parts] == []
+    state = log.read_state(str(out))
+    assert state.released and all(log.is_whole(str(out), each.unit) for each in state.units.values())
+    left = [
+        each for each in psutil.process_iter(["cmdline"]) if str(out.parent) in (each.info["cmdline"] or ())
+    ]
+    assert left == [], "a driver is left"
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(KILLS, marks=pytest.mark.soak)])
@@ -178,8 +195,7 @@ def test_stage_actors_killed_at_random_moments(tmp_path, source, head, undisturb
             pid, step = rng.choice(actors)
             os.kill(pid, signal.SIGKILL)
             kills[step] += 1
-    assert driver.wait(300) == 0, (tmp_path / "config.log").read_text()[-3000:]
-    assert committed(tmp_path / "out") == undisturbed
+    _finish(config, undisturbed, driver)
     assert len(kills) > 1, "the kills fell on one kind of actor only"
 
 
@@ -214,8 +230,7 @@ def test_raylets_killed_at_random_moments(tmp_path, source, head, undisturbed):
         time.sleep(rng.uniform(0.5, 4.0))
         head.remove_node(node, allow_graceful=False)
         kills += 1
-    assert driver.wait(300) == 0, (tmp_path / "config.log").read_text()[-3000:]
-    assert committed(tmp_path / "out") == undisturbed
+    _finish(config, undisturbed, driver)
 
 
 def test_the_undisturbed_build_is_complete(tmp_path, source, undisturbed):
