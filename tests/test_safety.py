@@ -1,6 +1,8 @@
-"""No file of ours runs code that came with a checkpoint."""
+"""No file of ours runs code that came with a checkpoint, and a corpus has one door for all I/O."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,134 @@ def test_the_search_finds(source):
 
 def test_the_search_lets_pass():
     assert dangers("torch.load(p, weights_only=True); np.load(p); f(trust_remote_code=False)", "a.py") == []
+
+
+# One door: `pipeline/io` alone reads and writes what is a corpus or a source. ruff's `banned-api` finds what
+# has a name in a module; it cannot see the builtin `open`, the methods of a `Path`, or a path for pyarrow.
+
+ELSEWHERE = {
+    "pipeline/config_file.py": "the configuration, a file that the command line names",
+    "pipeline/corpus/events.py": "events of a run, from which nothing is decided",
+    "pipeline/corpus/export.py": "an export, in a temporary folder that is no corpus",
+    "pipeline/corpus/processes.py": "/proc",
+    "pipeline/corpus/work_list_table.py": "a work list in a scratch folder, before it is published",
+    "pipeline/executor/doctor.py": "removes the folders that it has made, if they are still empty",
+    "pipeline/executor/driver.py": "stacks and notes of a run",
+    "pipeline/executor/in_flight.py": "notes of what is in flight, which a worker leaves for the next one",
+    "pipeline/executor/local.py": "the stack of a call that hangs",
+    "pipeline/executor/preflight.py": "the tokenizer of a checkpoint",
+    "pipeline/executor/progress.py": "stacks of calls that hang",
+    "pipeline/executor/worker.py": "the stack of a call that hangs",
+    "pipeline/explorer/app.py": "files of the package",
+    "pipeline/explorer/report.py": "files of the package",
+    "pipeline/explorer/reviews.py": "the lock beside the reviews",
+    "pipeline/explorer/training.py": "a training run, which is no corpus",
+    "pipeline/models/embedded/lexical.py": "files of the package",
+    "pipeline/models/gar/export.py": "a checkpoint",
+    "pipeline/models/gar/prompt.py": "a checkpoint",
+    "pipeline/models/prompts/__init__.py": "files of the package",
+    "pipeline/models/sam.py": "a checkpoint",
+    "pipeline/models/sam3.py": "a checkpoint",
+    "pipeline/models/vllm_judge.py": "a checkpoint",
+    "pipeline/sources/categories.py": "files of the package",
+}
+"""Files that read or write something else, and what it is."""
+
+PATH_METHODS = {
+    *("chmod", "exists", "glob", "hardlink_to", "is_dir", "is_file", "iterdir", "lstat", "mkdir", "open"),
+    *("read_bytes", "read_text", "rename", "rglob", "rmdir", "stat", "symlink_to", "touch", "unlink", "walk"),
+    *("write_bytes", "write_text"),
+}
+DOORS = {"files", "store", "log", "commit_log", "owner", "self", "Image", "tarfile"}
+"""Names whose methods of the same names are no methods of a `Path`."""
+HANDED_A_FILE = {"ParquetFile": 0, "ParquetWriter": 0, "read_table": 0, "write_table": 1, "read_schema": 0}
+"""Functions of pyarrow that would open a path by themselves, and which of their arguments it would be."""
+
+
+def side_doors(source: str, name: str) -> list[str]:
+    """Calls that read or write files by a path, as "file:line what"."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name):
+            called, of = node.func.id, ""
+        elif isinstance(node.func, ast.Attribute):
+            called, of = node.func.attr, ast.unparse(node.func.value)
+        else:
+            continue
+        door = of in DOORS or of.startswith("store_of(")
+        if (called == "open" and not of) or (of and called in PATH_METHODS and not door):
+            found.append(f"{name}:{node.lineno} {called}")
+        elif (of, called) == ("tarfile", "open") and "fileobj" not in {each.arg for each in node.keywords}:
+            found.append(f"{name}:{node.lineno} tarfile.open of a path")
+        elif of == "pq" and called in HANDED_A_FILE:
+            at = HANDED_A_FILE[called]
+            given = ast.unparse(node.args[at]) if len(node.args) > at else ""
+            if given not in ("file", "buffer") and not given.startswith("pa.BufferReader("):
+                found.append(f"{name}:{node.lineno} {called} of a path")
+    return found
+
+
+def test_a_corpus_and_its_sources_are_read_and_written_through_one_door():
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("pipeline/io/") and (lines := side_doors(path.read_text("utf-8"), name)):
+            found[name] = lines
+    assert [line for name, lines in found.items() if name not in ELSEWHERE for line in lines] == []
+    assert sorted(set(ELSEWHERE) - set(found)) == [], "these have no reason to be listed any more"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "open(path, 'wb')",
+        "with open(path) as file: pass",
+        "(out / 'log').mkdir()",
+        "Path(out).read_text()",
+        "path.open('rb')",
+        "path.exists()",
+        "path.stat().st_size",
+        "[each for each in folder.glob('*')]",
+        "path.unlink(missing_ok=True)",
+        "tarfile.open(path)",
+        "pq.ParquetFile(path)",
+        "pq.read_table(source=path)",
+        "pq.write_table(table, path)",
+    ],
+)
+def test_the_search_finds_a_side_door(source):
+    assert len(side_doors(source, "a.py")) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "files.exists(path)",
+        "store_of(out).delete(path)",
+        "Image.open(buffer)",
+        "tarfile.open(fileobj=file, mode='r:')",
+        "pq.ParquetFile(file)",
+        "pq.ParquetFile(pa.BufferReader(data))",
+        "text.replace('a', 'b')",
+    ],
+)
+def test_the_search_leaves_the_door_alone(source):
+    assert side_doors(source, "a.py") == []
+
+
+def test_ruff_refuses_what_has_a_name():
+    source = "import os\n\nos.replace(1, 2)\n"
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "TID251", "-"]
+
+    def refuses(name: str) -> bool:
+        return (
+            b"TID251"
+            in subprocess.run(
+                [*command, "--stdin-filename", name], input=source.encode(), capture_output=True, cwd=ROOT
+            ).stdout
+        )
+
+    assert refuses("pipeline/corpus/planted.py")
+    assert not refuses("pipeline/io/planted.py")

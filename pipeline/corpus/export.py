@@ -141,7 +141,10 @@ def _write_unit(samples: Iterator[tuple[Sample, bytes]], path: Path) -> bool:
     if not rows:
         return False
     schema = _parquet_schema()
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+    with (
+        open(path, "xb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer,
+    ):
         while rows:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
             rows = [_parquet_row(*pair) for pair in islice(samples, _ROWS_PER_GROUP)]

@@ -173,7 +173,7 @@ class Owner:
 
     def copy(self, path: str, source: Path) -> LogFile:
         """The same for a local file, which is copied piece by piece."""
-        with open(source, "rb") as read, self.open(path) as file:
+        with files.open_url(str(source), 1 << 20) as read, self.open(path) as file:
             while data := read.read(1 << 20):
                 file.write(data)
         return file.entry

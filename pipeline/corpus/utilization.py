@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..io import files
 from .events import Event, EventReader
 
 
@@ -108,9 +109,10 @@ def read_utilization(out: str | Path, subset: str) -> dict[str, StageUtilization
 def list_runs(out: str | Path) -> dict[str, list[Path]]:
     """The folders OUT/events/<date>-<time>-<subset>-<random>/ by subset, the oldest first."""
     runs: dict[str, list[Path]] = {}
-    for folder in sorted((Path(out) / "events").glob("*-*-*-*")):
-        subset = folder.name.split("-", 2)[2].rpartition("-")[0]
-        runs.setdefault(subset, []).append(folder)
+    for name in files.list_names(f"{out}/events"):
+        if name.count("-") >= 3:
+            subset = name.split("-", 2)[2].rpartition("-")[0]
+            runs.setdefault(subset, []).append(Path(out) / "events" / name)
     return runs
 
 

@@ -106,9 +106,8 @@ def write_table(entries: Iterator[CatalogEntry], subset: str, size: int, path: P
             arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=size)
             num_units += 1
-    with open(path, "rb") as file:
-        written = hashlib.file_digest(file, "sha256").hexdigest()
-    return Written(digest.hexdigest(), num_images, num_units, _photo_bytes(sample, num_images), written)
+    photo_bytes = _photo_bytes(sample, num_images)
+    return Written(digest.hexdigest(), num_images, num_units, photo_bytes, files.sha256_of(path))
 
 
 def _content(entry: CatalogEntry) -> bytes:

@@ -22,6 +22,7 @@ from ...schemas.reasons import Reason
 from ..corpus.work_list import Plan, load_work_list
 from ..io import files
 from ..io.failures import SourceUnavailable
+from ..io.store import store_of
 from ..sources.protocols import CatalogEntry, Note
 from ..sources.registry import SubsetSource
 
@@ -131,7 +132,7 @@ class AuditReport(msgspec.Struct):
             )
             for name in names
         ]
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        store_of(path).make_folder(str(Path(path).parent))
         with files.write_atomic(path) as file:
             pq.write_table(pa.Table.from_arrays(columns, names=list(names)), file, compression="zstd")
 

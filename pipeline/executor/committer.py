@@ -9,11 +9,13 @@ from pathlib import Path
 
 from ...schemas.config import BuildConfig, dump_config
 from ...schemas.errors import StageFailed, UnitsHeldBack
+from ...schemas.records import Blob
 from ..corpus import reader, writer
 from ..corpus.events import EventLog
 from ..corpus.owner import Owner
 from ..corpus.records import Config
 from ..corpus.writer import Draft
+from ..io import files
 from .progress import Progress
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def write_config(config: BuildConfig, owner: Owner) -> None:
 
 def _has_config(config: BuildConfig) -> bool:
     try:
-        return (Path(config.out) / reader.CONFIG).read_bytes() == dump_config(config).encode()
+        return files.read(Blob(f"{config.out}/{reader.CONFIG}")) == dump_config(config).encode()
     except OSError:
         return False
 

@@ -21,6 +21,8 @@ import msgspec
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, one_line
 from ..corpus.work_list import load_work_list
+from ..io import files
+from ..io.store import store_of
 from . import driver, gpus, ray_data
 from .estimate.pools import find_pools
 from .findings import FAIL, OK, WARN, Finding, failed
@@ -206,12 +208,12 @@ def _check_main_memory(protocol: str, backend: Backend, weight_bytes: int) -> Fi
 def check_output_on_nodes(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
     """Check that `out` can be written, is the same folder on every node, and has room. It leaves no file."""
     out = Path(config.out)
-    created = [folder for folder in (out, *out.parents) if not folder.exists()]
+    created = [folder for folder in (out, *out.parents) if not files.exists(folder)]
     probe = out / f".doctor-{uuid.uuid4().hex}"
     try:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            probe.write_text("written by `paracaption doctor`, which removes it")
+            store_of(out).make_folder(str(out))  # `create` says it, too, where there are no hard links
+            store_of(out).create(str(probe), b"written by `paracaption doctor`, which removes it")
         except OSError as error:
             yield Finding("out", FAIL, f"{out}: {one_line(error)}", "name a folder that this user may write")
             return
@@ -225,7 +227,7 @@ def check_output_on_nodes(config: BuildConfig, nodes: list[Node]) -> Iterator[Fi
         yield from _check_disk(config)
     finally:
         with suppress(OSError):  # a folder that was not made, or that another process has used since
-            probe.unlink(missing_ok=True)
+            store_of(out).delete(str(probe))
             for folder in created:
                 folder.rmdir()
 

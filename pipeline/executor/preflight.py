@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError
+from ..io import files
 from ..models import registry
 from ..models.protocols import Checked
 from ..sources.protocols import Catalog, Source
@@ -125,8 +126,8 @@ def _list_source(source: Source) -> str:
 def check_output(out: str) -> Finding:
     """Check that the output folder, or the nearest folder above it that exists, can be written."""
     path = Path(out)
-    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+    nearest = next(folder for folder in (path, *path.parents) if files.exists(folder))
+    if files.is_folder(str(nearest)) and os.access(nearest, os.W_OK | os.X_OK):
         return Finding("out", OK, f"{out} can be written")
-    problem = "cannot be written" if nearest.is_dir() else "is a file"
+    problem = "cannot be written" if files.is_folder(str(nearest)) else "is a file"
     return Finding("out", FAIL, f"{nearest} {problem}", "name a folder that this user may write")

@@ -22,6 +22,7 @@ from ...schemas.records import SCORES
 from ...schemas.summary import SubsetCounts
 from ..corpus import merge, reader
 from ..corpus.reader import Unit
+from ..io.store import store_of
 from .query import CATEGORY, Query
 
 T = TypeVar("T")
@@ -121,7 +122,8 @@ class Catalog:
 
     def _refresh(self) -> None:
         names = self.corpus.subsets
-        version = tuple((name, (self.out / name / "manifests").stat().st_mtime_ns) for name in names)
+        store = store_of(self.out)
+        version = tuple((name, store.modified_s(f"{self.out}/{name}/manifests")) for name in names)
         with self._lock:
             if version == self._version:
                 return

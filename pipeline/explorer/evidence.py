@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ...schemas.records import Rle
+from ..io import files
+from ..io.store import store_of
 from ..stages.agreement import Resegmented
 from ..stages.base import ModelStage
 from ..stages.category import Judged
@@ -65,7 +67,11 @@ def read_evidence(out: Path, subset: str, rows: list[dict[str, Any]]) -> dict[in
 
 
 def _newest_first(folder: Path, stage: str) -> list[Path]:
-    return sorted(folder.glob(f"{stage}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    names = [name for name in files.list_names(str(folder)) if name.startswith(f"{stage}-")]
+    store = store_of(folder)
+    return sorted(
+        (folder / name for name in names), key=lambda path: store.modified_s(str(path)), reverse=True
+    )
 
 
 def _read_answers(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tuple[int, Any]]:
@@ -74,7 +80,7 @@ def _read_answers(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tupl
 
     names = kind.__struct_fields__
     try:
-        with open(path, "rb") as file:
+        with files.open_url(str(path), 1 << 20) as file:
             table = pq.read_table(
                 file, columns=["region", *names], filters=[("key", "=", key)], use_threads=False
             )

@@ -39,7 +39,7 @@ def write_report(out: str | Path, to: str | Path | None = None) -> Path:
         IntegrityError: the corpus is damaged.
     """
     path = Path(out) / NAME if to is None else Path(to)
-    if not path.parent.is_dir():
+    if not files.is_folder(str(path.parent)):
         raise ConfigError(f"{path}: no such folder; make it first")
     data = render_report(Explorer(out)).encode()
     with files.write_atomic(path) as file:

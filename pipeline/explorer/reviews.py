@@ -2,13 +2,15 @@
 
 `OUT/review/marks.parquet` (its name in version 0.1) has a row for each reviewed region with the decision that
 was reviewed. The whole file is written for each review, under a lock, so that two explorers of one corpus do
-not lose each other's.
+not lose each other's; on a file system without locks, only the threads of one explorer do not.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.errors import ConfigError, IntegrityError
 from ..io import files
+from ..io.store import store_of
 from .catalog import Catalog
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 FOLDER = "review"
 FILE = "marks.parquet"
 KEPT = "kept"
+
+_WRITING = threading.Lock()
 
 _Z = 1.959964
 """The quantile of the normal distribution for a 95% interval."""
@@ -86,7 +91,7 @@ class Reviews:
         import pyarrow.parquet as pq
 
         try:
-            with open(self.path, "rb") as file:
+            with files.open_url(str(self.path)) as file:
                 table = pq.ParquetFile(file).read().cast(_schema())
         except FileNotFoundError:
             return []
@@ -169,9 +174,13 @@ class Reviews:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         try:
-            self.path.parent.mkdir(exist_ok=True)
-            with open(self.path.with_name("lock"), "ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            store_of(self.path).make_folder(str(self.path.parent))
+            with _WRITING, open(self.path.with_name("lock"), "ab") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                        raise
                 yield
         except OSError as error:
             raise ConfigError(

@@ -10,9 +10,11 @@ import numpy as np
 import yaml
 
 from ....schemas.errors import ConfigError
+from ....schemas.records import Blob
 from ...corpus import reader, writer
 from ...corpus.events import Event, EventReader
 from ...corpus.utilization import list_runs
+from ...io import files
 from ...sources.protocols import SOURCE_STAGE
 
 _BY_IMAGE = {SOURCE_STAGE, writer.WRITE_STAGE}
@@ -110,7 +112,7 @@ def read_rates(path: str | Path) -> Rates:
         ConfigError: there is no such file, or it does not hold rates; the message names the key.
     """
     try:
-        return msgspec.convert(yaml.safe_load(Path(path).read_text()), Rates)
+        return msgspec.convert(yaml.safe_load(files.read(Blob(str(path))).decode()), Rates)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
@@ -188,7 +190,7 @@ def _measure_subset(out: Path, subset: str, runs: list[list[tuple[str, Event]]])
     stages = tally.stage_rates()
     regions = sum(tally.regions[SOURCE_STAGE].values())
     done = _count_committed(out, subset)
-    evidence = sum(path.stat().st_size for path in (out / subset / "evidence").glob("*/*.parquet"))
+    evidence = sum(files.size_of(Blob(url)) for url in files.expand(f"{out}/{subset}/evidence/*/*.parquet"))
     return SubsetRates(
         images=sum(tally.images.values()),
         regions=regions,
