@@ -35,7 +35,7 @@ ROUNDS = int(os.environ.get("PARACAPTION_DUELS", "50"))
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     root = tmp_path_factory.mktemp("source")
-    return {"coconut": write_coconut(root / "coconut", 12), "sa1b": write_sa1b(root / "sa1b", 6)}
+    return {"coconut": write_coconut(root / "coconut", 8), "sa1b": write_sa1b(root / "sa1b", 4)}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def duels(folder: Path, source: dict, undisturbed: dict[str, str], seeds: range)
 
 
 def test_drivers_against_each_other_commit_each_unit_once(tmp_path, source, undisturbed):
-    duels(tmp_path, source, undisturbed, range(2))
+    duels(tmp_path, source, undisturbed, range(1))
 
 
 @pytest.mark.soak

@@ -33,7 +33,7 @@ from paracaption.pipeline.models import registry
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.evidence import EvidenceStore
 from paracaption.pipeline.stages.recipes import recipe_of
-from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.config import BuildConfig, dump_config
 from paracaption.schemas.errors import ParaCaptionError
 from tests.backends import InstantCaptioner, InstantJudge, InstantSegmenter
 from tests.building import config_of
@@ -201,6 +201,8 @@ class World:
             mock.patch.object(plots, "draw_plots", lambda _: {name: b"plot" for name in plots.NAMES}),
             mock.patch.object(failures.RETRYING, "_sleep", lambda _: None),
             mock.patch.object(committer, "COMMIT_EVERY_S", 0.0),
+            mock.patch.object(committer, "dump_config", _dumped_once),  # a fifth of the time, always the same
+            mock.patch.object(driver, "dump_config", _dumped_once),
         ]
 
     def _time(self) -> float:
@@ -305,6 +307,16 @@ class Segmenter(_Model):
     def segment(self, photo: Any, phrases: list[str], boxes: Any) -> list[list[Any]]:
         found = InstantSegmenter().segment(photo, phrases, boxes)
         return found[1:] if self.world.on_ask("segmenter", []) else found
+
+
+def _dumped_once(config: BuildConfig) -> str:
+    key = config.model_dump_json()
+    if key not in _DUMPED:
+        _DUMPED[key] = dump_config(config)
+    return _DUMPED[key]
+
+
+_DUMPED: dict[str, str] = {}
 
 
 class Expected(NamedTuple):
