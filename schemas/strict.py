@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
@@ -76,6 +76,36 @@ def _absolute(path: str, info: ValidationInfo) -> str:
 
 Location = Annotated[str, AfterValidator(_absolute)]
 """A path, or a URL that fsspec knows. A relative path starts at the folder of the configuration file."""
+
+
+def locations(values: Strict) -> Iterator[tuple[str, str]]:
+    """Every path among some values: (its key, the path), as often as a key has paths.
+
+    Found by the type `Location`, also in lists, mappings and in parts of their own.
+    """
+    for key, field in type(values).model_fields.items():
+        is_path = any(map(_mentions_a_location, (*field.metadata, field.annotation)))
+        for found in _flat(getattr(values, key)):
+            if isinstance(found, Strict):
+                yield from ((f"{key}.{inner}", path) for inner, path in locations(found))
+            elif is_path and isinstance(found, str):
+                yield key, found
+
+
+def _mentions_a_location(annotation: Any) -> bool:
+    if annotation == get_args(Location)[1]:
+        return True
+    return any(map(_mentions_a_location, get_args(annotation)))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
 
 
 def one_line_each(

@@ -48,6 +48,7 @@ from ..stages.recipes import recipe_digest, recipe_of
 from . import audit
 from .committer import Committer, held_back, write_config
 from .engine import Engine
+from .places import refuse_overlap
 from .progress import Progress, StageProgress, Watch
 from .worker import Job
 
@@ -244,10 +245,11 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         The protocols of the models that will be asked: those that lack evidence of a pending unit.
 
     Raises:
-        ConfigError: a source cannot be read, or nothing of the sample is usable.
+        ConfigError: a source cannot be read, lies in the output, or nothing of the sample is usable.
         IntegrityError: the sources are not those that the corpus was planned with.
     """
     out = Path(config.out)
+    refuse_overlap(config)
     adopt.refuse_foreign(str(out), list(config.subsets))
     asked: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:

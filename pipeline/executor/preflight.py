@@ -22,6 +22,7 @@ from ..stages.base import ModelStage
 from ..stages.recipes import recipe_of
 from .findings import FAIL, OK, Finding, try_check
 from .packages import check_backend_packages
+from .places import refuse_overlap
 
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -35,6 +36,7 @@ def check_build(config: BuildConfig) -> Iterator[Finding]:
         yield check_backend(protocol, getattr(config, protocol))
     yield from check_sources(config)
     yield check_output(config.out)
+    yield try_check("places", "keep sources and output apart", _check_places, config)
 
 
 def check_packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Finding]:
@@ -121,6 +123,11 @@ def check_sources(config: BuildConfig) -> Iterator[Finding]:
 
 def _list_source(source: Source) -> str:
     return f"{len(source.fingerprint(Catalog()))} files and folders found"
+
+
+def _check_places(config: BuildConfig) -> str:
+    refuse_overlap(config)
+    return "no source is in it, and it is in no source"
 
 
 def check_output(out: str) -> Finding:

@@ -1,0 +1,90 @@
+"""Sources and output of a build lie apart: it never writes where it reads, and never reads what it wrote."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError
+from ...schemas.strict import locations
+from ..io import backends, files
+from ..sources.registry import open_source
+
+_FILES = (
+    *("config.yaml", "corpus.json", "index.parquet", "stats.json", "README.md"),
+    *("log/000000000000.json", "beat/000001", "plots/funnel.pdf", "events/run/driver.jsonl"),
+)
+
+
+def refuse_overlap(config: BuildConfig) -> None:
+    """Refuse a source inside `out`, and an `out` inside a folder that a source reads as a whole.
+
+    A build removes what it left behind in its own folders, and replaces files there; a source that reads its
+    own corpus grows with every unit. Links are followed. Of a pattern counts the folder before it, and what
+    it would match of a corpus. Only paths of this machine are looked at.
+
+    Raises:
+        ConfigError: names the option, both paths, and what to do.
+    """
+    if files.is_url(config.out):
+        return
+    out = Path(os.path.realpath(backends.local(config.out)))
+    for subset in config.subsets:
+        for source in open_source(config, subset).sources:
+            for option, given in locations(source.options):
+                if not files.is_url(given):
+                    _refuse(f"{source.where}.{option}", given, out, config)
+
+
+def _refuse(where: str, given: str, out: Path, config: BuildConfig) -> None:
+    plain, pattern = _split(backends.local(given))
+    if plain == out or out in plain.parents:
+        raise ConfigError(
+            f"{where}: {given} is inside `out` ({config.out}), where a build writes and cleans up; "
+            "move the source, or choose another `out`"
+        )
+    if not pattern and plain in out.parents:
+        raise ConfigError(
+            f"{where}: {given} is read with all that is in it, and `out` ({config.out}) is inside it; "
+            "choose an `out` beside it"
+        )
+    if pattern and plain in out.parents:
+        for path in _written(out, config):
+            if _matches(path.relative_to(plain).parts, pattern):
+                raise ConfigError(
+                    f"{where}: {given} matches what a build writes into `out` ({config.out}); "
+                    "narrow the pattern, or choose another `out`"
+                )
+
+
+def _split(path: str) -> tuple[Path, tuple[str, ...]]:
+    """The folder before the first part of a path that is a pattern, without links, and the parts after it."""
+    parts = Path(path).parts
+    magic = [number for number, part in enumerate(parts) if backends.has_magic(part)]
+    at = magic[0] if magic and not os.path.exists(path) else len(parts)
+    return Path(os.path.realpath(Path(*parts[:at]))), parts[at:]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a pattern matches a path or one of the folders that it is in."""
+    return len(parts) >= len(pattern) and all(map(fnmatch.fnmatchcase, parts, pattern))
+
+
+def _written(out: Path, config: BuildConfig) -> Iterator[Path]:
+    """A path of each kind that a build writes."""
+    for name in (
+        *_FILES,
+        "log/000000000000.json",
+        "beat/000001",
+        "plots/funnel.pdf",
+        "events/run/driver.jsonl",
+    ):
+        yield out / name
+    for subset in config.subsets:
+        for name in ("shards/{}.tar", "ledger/{}.parquet", "manifests/{}.json", "evidence/stage/{}.parquet"):
+            yield out / subset / name.format(f"{subset}-000000")
+        yield out / subset / "plan" / "plan.parquet"
+        yield out / subset / "plan" / "plan.json"
