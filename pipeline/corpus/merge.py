@@ -29,6 +29,7 @@ from . import card, ledger, plots, reader
 from .owner import Owner, own_or
 from .reader import Corpus
 from .records import LogFile, Merged
+from .sweep import sweep
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,8 +62,10 @@ def merge(out: str | Path, config: BuildConfig | None = None, owner: Owner | Non
     """
     corpus = reader.open_corpus(out)
     config = config or corpus.config
-    with own_or(owner, corpus.path, "merge") as owner:
-        return msgspec.to_builtins(_merge(corpus, config, owner))
+    with own_or(owner, corpus.path, "merge") as found:
+        if owner is None:
+            sweep(found)  # what a merge that was killed has left
+        return msgspec.to_builtins(_merge(corpus, config, found))
 
 
 def _merge(corpus: Corpus, config: BuildConfig, owner: Owner) -> CorpusSummary:

@@ -47,12 +47,19 @@ def sweep(owner: Owner, keep_replaced_s: float = float("inf")) -> int:
     return len(found)
 
 
+def is_swept(out: str) -> bool:
+    """Whether no killed merge or driver has left a temporary file beside the subsets. Writes nothing."""
+    return not any(_temporary(out, folder) for folder in _SHARED)
+
+
+def _temporary(out: str, folder: str) -> list[str]:
+    return [path for path in _paths(out, folder) if path.rpartition("/")[2].startswith(TEMPORARY)]
+
+
 def _leftovers(owner: Owner) -> Iterator[str]:
     named = {file.path for found in owner.state.units.values() for file in found.unit.files()}
     for folder in _SHARED:
-        for path in _paths(owner.out, folder):
-            if path.rpartition("/")[2].startswith(TEMPORARY):
-                yield path
+        yield from _temporary(owner.out, folder)
     for subset in files.list_names(owner.out):
         if subset.startswith(".") or subset in _SHARED:
             continue

@@ -29,7 +29,7 @@ from ..corpus import adopt, merge, reader, writer
 from ..corpus import log as commit_log
 from ..corpus.events import EventLog, EventReader
 from ..corpus.owner import Owner, own
-from ..corpus.sweep import sweep
+from ..corpus.sweep import is_swept, sweep
 from ..corpus.work_list import (
     Plan,
     WorkList,
@@ -259,7 +259,8 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
             source = open_source(config, subset)
             plans[subset] = plan(source, config, out / subset, Path(scratch) / subset, limit_images)
         for subset, made in plans.items():
-            if find_pending(config, subset, made.work_list, retry_failed):
+            pending = find_pending(config, subset, made.work_list, retry_failed)
+            if not _are_committed(config, subset, made.work_list, pending):
                 audit_source(config, subset, made)
         if any(made.table is not None for made in plans.values()):
             with owned(config, "plan") as owner:
@@ -293,7 +294,7 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
         return False
     if not (is_built(config, limit_images, retry_failed) and merge.is_merged(out)):
         return False
-    return commit_log.is_moved(config.out, commit_log.read_state(config.out))
+    return is_swept(config.out) and commit_log.is_moved(config.out, commit_log.read_state(config.out))
 
 
 @_of_the_output
@@ -311,6 +312,12 @@ def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed:
         if find_pending(config, subset, work_list, retry_failed):
             return False
     return True
+
+
+def _are_committed(config: BuildConfig, subset: str, work_list: WorkList, units: list[int]) -> bool:
+    """Whether there is a version of each of these units: its photos are at hand, and what it has is kept."""
+    names = commit_log.read_units(config.out)
+    return all(f"{subset}/{work_list.unit_name(index)}" in names for index in units)
 
 
 def _make_run_folder(config: BuildConfig, subset: str) -> Path:

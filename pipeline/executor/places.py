@@ -64,7 +64,7 @@ def _split(path: str) -> tuple[Path, tuple[str, ...]]:
     """The folder before the first part of a path that is a pattern, without links, and the parts after it."""
     parts = Path(path).parts
     magic = [number for number, part in enumerate(parts) if backends.has_magic(part)]
-    at = magic[0] if magic and not os.path.exists(path) else len(parts)
+    at = magic[0] if magic and not files.exists(path) else len(parts)
     return Path(os.path.realpath(Path(*parts[:at]))), parts[at:]
 
 
