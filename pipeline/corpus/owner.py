@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ...schemas.errors import ConfigError, ParaCaptionError
+from ...schemas.errors import ConfigError, ParaCaptionError, StageFailed
 from ...schemas.records import Blob
 from ..io import files
 from ..io.store import Store, store_of, temporary_name
@@ -128,7 +128,7 @@ class Owner:
             record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)
         )
         if not self._store.create(record_path(self.out, number), records.encode(record)):
-            raise self._fenced()
+            raise self.fenced()
         self.state = self.state.after(record)
 
     def check(self) -> None:
@@ -138,9 +138,10 @@ class Owner:
             Fenced: it is not.
         """
         if read_state(self.out, self.state).number > self.state.number:
-            raise self._fenced()
+            raise self.fenced()
 
-    def _fenced(self) -> Fenced:
+    def fenced(self) -> Fenced:
+        """The error that says who has taken over."""
         now = read_state(self.out, self.state)
         return Fenced(f"{self.out}: {who(now.claim)} has taken over; nothing is lost, and it goes on there")
 
@@ -230,10 +231,11 @@ def own(out: str, command: str, lease_s: float) -> Iterator[Owner]:
         yield owner
     except Fenced:
         raise
-    except BaseException:
-        with suppress(
-            OSError, ParaCaptionError
-        ):  # the next owner waits for a lease, or finds this process dead
+    except BaseException as error:
+        if isinstance(error, OSError | StageFailed) and _is_fenced(owner):
+            raise owner.fenced() from error  # who took over has swept what this one was writing
+        # Without that record, the next owner waits for a lease, or finds this process dead.
+        with suppress(OSError, ParaCaptionError):
             owner.append(Done(held_back=owner.held_back))
         raise
     else:
@@ -241,6 +243,16 @@ def own(out: str, command: str, lease_s: float) -> Iterator[Owner]:
     finally:
         ended.set()
         thread.join()
+
+
+def _is_fenced(owner: Owner) -> bool:
+    try:
+        owner.check()
+    except Fenced:
+        return True
+    except (OSError, ParaCaptionError):
+        return False
+    return False
 
 
 @contextmanager
