@@ -7,6 +7,7 @@ owner writes a record that names what lies there.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import msgspec
 
@@ -37,18 +38,22 @@ def mark(out: str) -> None:
     store_of(out).create(f"{out}/{MARKER}", MARKER_TEXT)
 
 
-def refuse_foreign(out: str, subsets: list[str]) -> None:
+def refuse_foreign(out: str, subsets: Iterable[str]) -> None:
     """Refuse a folder in which files of others lie where a corpus has its own.
+
+    Args:
+        out: the folder; it may be a corpus that lacks some of the subsets.
+        subsets: those that will be built and of which the log knows no unit.
 
     Raises:
         ConfigError: names one of them.
     """
-    if MARKER in files.list_names(out):
-        return
+    # What a driver wrote that died before its first commit has a temporary name, or is evidence.
+    folders = FOLDERS if MARKER in files.list_names(out) else (*FOLDERS, "evidence", "plan")
     for subset in subsets:
-        if "plan.json" in files.list_names(f"{out}/{subset}/plan"):
+        if is_planned(out, subset):
             continue
-        for folder in (*FOLDERS, "evidence", "plan"):
+        for folder in folders:
             found = [
                 name
                 for name in files.list_names(f"{out}/{subset}/{folder}")
@@ -59,6 +64,11 @@ def refuse_foreign(out: str, subsets: list[str]) -> None:
                     f"{out}/{subset}/{folder}/{found[0]}: this folder has files and is no corpus; "
                     "choose another `out`"
                 )
+
+
+def is_planned(out: str, subset: str) -> bool:
+    """Whether a folder has a work list, which a build writes there before anything else."""
+    return "plan.json" in files.list_names(f"{out}/{subset}/plan")
 
 
 def find(out: str) -> Adopt:

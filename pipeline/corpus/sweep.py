@@ -58,18 +58,24 @@ def _temporary(out: str, folder: str) -> list[str]:
 
 def _leftovers(owner: Owner) -> Iterator[str]:
     named = {file.path for found in owner.state.units.values() for file in found.unit.files()}
+    known = {name.partition("/")[0] for name in owner.state.units}
     for folder in _SHARED:
         yield from _temporary(owner.out, folder)
     for subset in files.list_names(owner.out):
         if subset.startswith(".") or subset in _SHARED:
             continue
+        is_ours = subset in known or adopt.is_planned(owner.out, subset)
         folders, endings = _OURS
         stages = [f"evidence/{name}" for name in files.list_names(f"{owner.out}/{subset}/evidence")]
         for folder in (*folders, *stages):
-            form = re.compile(rf"{re.escape(subset)}-\d{{6,}}\.{endings.get(folder, '$')}")
+            ending = endings.get(folder, "$")
+            form = re.compile(rf"{re.escape(subset)}-\d{{6,}}\.{ending}")
+            unfinished = re.compile(rf"{re.escape(TEMPORARY + subset)}-\d{{6,}}\.{ending}-[0-9a-f]+")
             for path in _paths(owner.out, f"{subset}/{folder}"):
                 name = path.rpartition("/")[2]
-                if name.startswith(TEMPORARY) or (form.fullmatch(name) and path not in named):
+                if unfinished.fullmatch(name) or (
+                    is_ours and (name.startswith(TEMPORARY) or (form.fullmatch(name) and path not in named))
+                ):
                     yield path
 
 

@@ -250,7 +250,8 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     """
     out = Path(config.out)
     refuse_overlap(config)
-    adopt.refuse_foreign(str(out), list(config.subsets))
+    units = commit_log.read_units(str(out)) if commit_log.exists(str(out)) else {}
+    adopt.refuse_foreign(str(out), config.subsets.keys() - {name.partition("/")[0] for name in units})
     asked: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
         plans: dict[str, Plan] = {}

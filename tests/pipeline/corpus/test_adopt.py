@@ -47,10 +47,27 @@ def test_files_where_a_corpus_has_its_own_are_refused_before_the_first_build_and
 def test_files_beside_the_subsets_are_nobodys_business(tmp_path):
     (tmp_path / "out/other/shards").mkdir(parents=True)
     (tmp_path / "out/other/shards/other-000000.tar").write_bytes(b"mine")
+    (tmp_path / "out/other/shards/.tmp-mine").write_bytes(b"mine")
     (tmp_path / "out/notes.txt").write_bytes(b"mine")
     before = tree(tmp_path / "out")
-    build(config_of(tmp_path / "out", sa1b=write_sa1b(tmp_path / "src", 2)))
+    config = config_of(tmp_path / "out", sa1b=write_sa1b(tmp_path / "src", 2))
+    build(config)
+    build(config.model_copy(update={"text": config.text.model_copy(update={"min_words": 4})}))
     assert before.items() <= tree(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize("name", ["sa1b/shards/sa1b-000001.tar", "sa1b/manifests/sa1b-000000.json"])
+def test_a_new_subset_of_a_corpus_takes_no_files_of_others_over(tmp_path, name):
+    coconut = write_coconut(tmp_path / "coconut", 2)
+    build(config_of(tmp_path / "out", coconut=coconut))
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"mine")
+    build(config_of(tmp_path / "out", coconut=coconut, text={"min_words": 4}))
+    before = tree(tmp_path / "out")
+    with pytest.raises(ConfigError, match="is no corpus; choose another `out`"):
+        build(config_of(tmp_path / "out", coconut=coconut, sa1b=write_sa1b(tmp_path / "src", 2)))
+    assert tree(tmp_path / "out") == before
 
 
 def test_files_of_others_in_a_corpus_are_never_deleted(tmp_path):

@@ -435,6 +435,10 @@ def test_a_folder_with_files_that_is_no_corpus_is_refused(tmp_path):
     adopt.refuse_foreign(str(tmp_path), ["sa1b"])
     adopt.mark(str(tmp_path))
     adopt.mark(str(tmp_path))
+    with pytest.raises(ConfigError, match="has files and is no corpus; choose another"):
+        adopt.refuse_foreign(str(tmp_path), ["coconut"])
+    (tmp_path / "coconut" / "plan").mkdir()
+    (tmp_path / "coconut" / "plan" / "plan.json").write_bytes(b"{}")
     adopt.refuse_foreign(str(tmp_path), ["coconut"])
     assert (tmp_path / adopt.MARKER).read_bytes() == adopt.MARKER_TEXT
 
