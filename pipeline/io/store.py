@@ -129,11 +129,11 @@ class FolderStore(Store):
         _sync(os.path.dirname(path))
 
     def write(self, path: str) -> IO[bytes]:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _make(os.path.dirname(path))
         return _Named(_Durable(path, "xb"), 1 << 20)
 
     def move(self, path: str, target: str) -> bool:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        _make(os.path.dirname(target))
         try:
             os.replace(path, target)
         except FileNotFoundError:
@@ -142,7 +142,7 @@ class FolderStore(Store):
         return True
 
     def keep(self, path: str, target: str) -> bool:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        _make(os.path.dirname(target))
         try:
             os.link(path, target)
         except FileNotFoundError:
@@ -160,7 +160,7 @@ class FolderStore(Store):
         shutil.rmtree(path, ignore_errors=True)
 
     def make_folder(self, path: str) -> None:
-        os.makedirs(path, exist_ok=True)
+        _make(path)
 
     def size(self, path: str) -> int | None:
         try:
@@ -184,7 +184,7 @@ class FolderStore(Store):
     def _written(self, path: str, data: bytes) -> str:
         """A temporary file beside `path` with this content."""
         temporary = temporary_name(path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _make(os.path.dirname(path))
         try:
             with io.BufferedWriter(_Durable(temporary, "xb"), 1 << 20) as file:
                 file.write(data)
@@ -227,6 +227,29 @@ def _without_links(error: OSError, path: str) -> OSError:
         what = f"this file system has no hard links ({error.strerror}), which a corpus needs"
         return OSError(error.errno, f"{what}; choose another `out`", path)
     return error
+
+
+def _make(folder: str) -> None:
+    """Make a folder and those above it; their names are on the disk before a file lies in them."""
+    folder = folder.rstrip("/")
+    if not folder:
+        return
+    try:
+        os.mkdir(folder)
+    except FileNotFoundError:
+        _make(os.path.dirname(folder))
+        _make(folder)
+        return
+    except FileExistsError:
+        if os.path.isfile(folder):
+            raise
+        return
+    except OSError:  # some systems say so of folders that are there
+        if os.path.isdir(folder):
+            return
+        raise
+    with suppress(PermissionError):  # a folder above `out` that may be entered but not listed
+        _sync(os.path.dirname(folder))
 
 
 def _sync(folder: str) -> None:

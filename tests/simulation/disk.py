@@ -182,9 +182,14 @@ class SystemCalls:
         self.disk.inode(path).links -= 1
         self.disk.change(path, None)
 
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+    def mkdir(self, path: str) -> None:
         if not self.disk.has(path):
-            return os.makedirs(path, exist_ok=exist_ok)
+            return os.mkdir(path)
+        if path in self.disk.folders or path in self.disk.names:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        above = os.path.dirname(path)
+        if self.disk.has(above) and above not in self.disk.folders:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         self.disk.make_folders(path)
         return None
 

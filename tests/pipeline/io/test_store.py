@@ -37,6 +37,8 @@ class Calls:
             if name in self.failing and name not in self.after:
                 raise self.failing[name]
             done = real(*args, **options)
+            if name == "close":
+                self._opened.pop(args[0], None)
             if name == "open":
                 self._opened[done] = args[0]
             if name in self.failing:
@@ -297,7 +299,8 @@ def test_a_written_file_and_its_name_are_flushed_when_it_is_closed(tmp_path, cal
 
 
 def test_new_names_are_flushed(tmp_path, calls):
-    STORE.put(str(tmp_path / "a"), b"a")
+    for name in ("a", "kept/b", "moved/b"):
+        STORE.put(str(tmp_path / name), b"a")
     recorded = calls()
     STORE.keep(str(tmp_path / "a"), str(tmp_path / "kept" / "a"))
     STORE.move(str(tmp_path / "a"), str(tmp_path / "moved" / "a"))
@@ -305,6 +308,33 @@ def test_new_names_are_flushed(tmp_path, calls):
 
 
 PLACES = [("create", "link"), ("create", "fsync"), ("put", "fsync"), ("put", "replace")]
+
+
+def test_the_names_of_new_folders_are_flushed_before_a_file_lies_in_them(tmp_path, calls):
+    recorded = calls()
+    STORE.create(str(tmp_path / "out" / "log" / "1.json"), b"mine")
+    flushed = [each for each in recorded.log if each[0] == "fsync"]
+    assert flushed == [("fsync", tmp_path.name), ("fsync", "out"), ("fsync", "temporary"), ("fsync", "log")]
+    recorded.log.clear()
+    STORE.make_folder(str(tmp_path / "out" / "log"))
+    assert durable(recorded.log) == []
+
+
+def test_a_folder_is_not_made_where_a_file_lies(tmp_path):
+    (tmp_path / "out").write_bytes(b"a file")
+    with pytest.raises(FileExistsError):
+        STORE.make_folder(str(tmp_path / "out"))
+    with pytest.raises(NotADirectoryError):
+        STORE.make_folder(str(tmp_path / "out" / "log"))
+
+
+def test_a_relative_folder_is_made_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    STORE.put("beat", b"a")
+    STORE.put("out/beat/1", b"a")
+    STORE.make_folder("made/")
+    assert names(tmp_path) == ["beat", "out/beat/1"]
+    assert (tmp_path / "made").is_dir()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
