@@ -24,6 +24,7 @@ from paracaption.pipeline.corpus.records import (
     LogUnit,
     Merged,
 )
+from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.io.store import FolderStore
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests import committed
@@ -406,6 +407,22 @@ def test_a_corpus_without_a_log_is_adopted_as_it_is(tmp_path):
     with own(str(out), "build", LEASE_S):
         pass
     assert [type(record) for record in log.read_records(str(out), after=4)] == [Claim, Done]
+
+
+def test_a_corpus_whose_log_is_lost_is_adopted_from_its_manifests(tmp_path):
+    out = committed.merged(tmp_path / "out")
+    before, units = contents(out), log.read_units(str(out))
+    (out / log.LOG / "000000000003.json").write_bytes(b"damaged")
+    with pytest.raises(IntegrityError, match="restore it from a copy"), own(str(out), "build", LEASE_S):
+        pass
+    (out / log.LOG).rename(tmp_path / "moved-away")
+    with own(str(out), "build", LEASE_S) as owned:
+        found = {name: found.unit for name, found in owned.state.units.items()}
+    assert contents(out) == before
+    assert {name: places(unit) for name, unit in found.items()} == {
+        name: places(unit) for name, unit in units.items()
+    }
+    assert not verify(out).problems
 
 
 def test_an_adoption_that_was_killed_is_made_by_the_next_owner(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -302,6 +303,17 @@ def test_on_a_cluster_stages_are_checked_in_their_environment_and_the_folder_fro
     blind = Node("0" * 56, "elsewhere", [])
     folder = failed(list(doctor.check_output_on_nodes(values, [node, blind])))
     assert "not the same folder on elsewhere" in folder["out"].found
+
+
+def test_an_output_without_hard_links_is_a_line_and_no_file_is_left(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    values = config_of(tmp_path / "new" / "out", coconut={"photos": "/x", "labels": "/x"})
+    found = failed(list(doctor.check_output_on_nodes(values, [])))
+    assert "this file system has no hard links" in found["out"].found
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cluster_that_does_not_answer_is_a_line_and_the_rest_is_still_checked(tmp_path, release):

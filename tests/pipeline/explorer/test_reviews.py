@@ -1,6 +1,9 @@
 """Reviews are kept beside the corpus, and precision follows from those whose decision still stands."""
 
+import errno
+import fcntl
 import multiprocessing
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -78,6 +81,18 @@ def test_review_walks_through_a_decision_in_random_order_without_what_is_reviewe
     key, region = order[0]
     reviews.save("sa1b", key, region, True)
     assert reviews.next_unreviewed("sa1b", "kept") == order[1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_reviews_are_saved_where_there_are_no_file_locks(copy, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    reviews = Reviews(Catalog(copy))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda region: reviews.save("coconut", "000000000001", region, True), [0, 1]))
+    assert sorted(reviews.of_image("coconut", "000000000001")) == [0, 1]
 
 
 def test_two_explorers_and_many_threads_lose_no_review(copy):
