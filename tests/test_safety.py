@@ -97,7 +97,6 @@ ELSEWHERE = {
     "pipeline/executor/driver.py": "stacks and notes of a run",
     "pipeline/executor/in_flight.py": "notes of what is in flight, which a worker leaves for the next one",
     "pipeline/executor/local.py": "the stack of a call that hangs",
-    "pipeline/executor/places.py": "whether a name is a pattern, before anything is read",
     "pipeline/executor/preflight.py": "the tokenizer of a checkpoint",
     "pipeline/executor/progress.py": "stacks of calls that hang",
     "pipeline/executor/worker.py": "the stack of a call that hangs",
