@@ -49,7 +49,12 @@ def refuse_foreign(out: str, subsets: Iterable[str]) -> None:
         ConfigError: names one of them.
     """
     # What a driver wrote that died before its first commit has a temporary name, or is evidence.
-    folders = FOLDERS if MARKER in files.list_names(out) else (*FOLDERS, "evidence", "plan")
+    folders = FOLDERS
+    names = files.list_names(out)
+    if MARKER not in names:
+        folders = (*FOLDERS, "evidence", "plan", "journal")
+        if not any(is_planned(out, name) or files.list_names(f"{out}/{name}/manifests") for name in names):
+            _refuse_replaced(out)
     for subset in subsets:
         if is_planned(out, subset):
             continue
@@ -64,6 +69,16 @@ def refuse_foreign(out: str, subsets: Iterable[str]) -> None:
                     f"{out}/{subset}/{folder}/{found[0]}: this folder has files and is no corpus; "
                     "choose another `out`"
                 )
+
+
+def _refuse_replaced(out: str) -> None:
+    """Refuse files that a build would write over, in a folder that has nothing else of a corpus."""
+    for path in ("config.yaml", *MERGED):
+        if files.exists(f"{out}/{path}"):
+            raise ConfigError(
+                f"{out}/{path}: a build would write over it, and this folder is no corpus; "
+                "choose another `out`, or move the file away"
+            )
 
 
 def is_planned(out: str, subset: str) -> bool:

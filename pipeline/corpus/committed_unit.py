@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import IntegrityError
-from ...schemas.reasons import ERRORS
+from ...schemas.reasons import RETRIED, Reason
 from ...schemas.records import Blob, ImageRecord
 from . import reader
 
 log = logging.getLogger(__name__)
 
 _COLUMNS = ["key", "region", "kept", "photo_offset", "photo_length"]
+
+_LOSING = RETRIED | {Reason.SIZE_MISMATCH}
+"""Reasons of which none can be true of a region that was kept, unless its source is not what it was."""
 
 
 class CommittedUnit:
@@ -70,7 +73,7 @@ class CommittedUnit:
             (image.key, region.id)
             for image in failing
             for region in image.regions
-            if region.drop is not None and region.drop.reason not in ERRORS and not image.failed
+            if region.drop is not None and region.drop.reason not in _LOSING and not image.failed
         }
         keys = {image.key for image in failing}
         return [f"{key}/{region}" for key, region in sorted(kept - now - decided) if key in keys]
@@ -78,4 +81,4 @@ class CommittedUnit:
 
 def _has_error(image: ImageRecord) -> bool:
     drops = [image.drop, *(region.drop for region in image.regions)]
-    return bool(image.failed) or any(drop is not None and drop.reason in ERRORS for drop in drops)
+    return bool(image.failed) or any(drop is not None and drop.reason in _LOSING for drop in drops)

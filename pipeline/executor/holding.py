@@ -63,10 +63,10 @@ def _was_read(image: ImageRecord) -> bool:
 
 def _example(images: list[ImageRecord]) -> str:
     """The last failure of all, in its own words."""
+    failed = [image for image in images if image.failed]
     drops: Iterator[Drop] = (
         found
-        for image in reversed(images)
-        if image.failed
+        for image in reversed(failed or [each for each in images if not _was_read(each)])
         for found in (image.drop, *(region.drop for region in image.regions))
         if found is not None
     )

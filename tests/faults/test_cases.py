@@ -6,7 +6,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from paracaption.pipeline.corpus import log, merge, plots, reader, verify
 from paracaption.pipeline.executor import driver
@@ -16,7 +18,7 @@ from paracaption.pipeline.io import files
 from paracaption.pipeline.io.store import FolderStore
 from paracaption.schemas.errors import ParaCaptionError
 from tests.building import committed, config_of
-from tests.synthetic import write_coconut
+from tests.synthetic import jpeg, write_coconut
 
 
 def build(config, **asked) -> None:
@@ -280,8 +282,27 @@ def labels_are_empty(place):
         path.write_bytes(b"")
 
 
+def photos_are_placeholders(place):
+    for path in (place / "src/photos").iterdir():
+        path.write_bytes(jpeg(np.zeros((40, 60, 3), np.uint8)))
+
+
+def labels_are_of_another_release(place):
+    for path in (place / "src/labels").iterdir():
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(path)
+
+
 @pytest.mark.parametrize(
-    "away", [photos_are_gone, photos_are_empty, photos_are_cut, labels_are_gone, labels_are_empty]
+    "away",
+    [
+        photos_are_placeholders,
+        labels_are_of_another_release,
+        photos_are_gone,
+        photos_are_empty,
+        photos_are_cut,
+        labels_are_gone,
+        labels_are_empty,
+    ],
 )
 def test_a_rebuild_without_its_sources_replaces_no_good_unit(place, away):
     good = {name: data for name, data in committed(place / "out").items() if "/shards/" in name}

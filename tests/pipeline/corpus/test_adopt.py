@@ -44,6 +44,17 @@ def test_files_where_a_corpus_has_its_own_are_refused_before_the_first_build_and
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "stats.json", "sa1b/journal/of-mine/x.txt"])
+def test_files_that_a_build_would_replace_are_refused_in_a_folder_that_is_no_corpus(tmp_path, name):
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_bytes(b"mine")
+    config = config_of(tmp_path / "out", sa1b=write_sa1b(tmp_path / "src", 2))
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match="is no corpus; choose another `out`"):
+        build(config)
+    assert tree(tmp_path) == before
+
+
 def test_files_beside_the_subsets_are_nobodys_business(tmp_path):
     (tmp_path / "out/other/shards").mkdir(parents=True)
     (tmp_path / "out/other/shards/other-000000.tar").write_bytes(b"mine")
