@@ -28,7 +28,7 @@ from ...schemas.errors import IntegrityError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob
 from ..io import files
-from ..sources.protocols import CatalogEntry
+from ..sources.protocols import CatalogEntry, SourceOptions
 from ..sources.registry import SubsetSource, complete
 from . import log as commit_log
 from . import work_list_table
@@ -260,8 +260,13 @@ def _write(
 
 
 def _sources_of(config: BuildConfig, subset: str) -> list[dict[str, Any]]:
-    """The sources of a subset with every option: what decides which files are read, and as what."""
-    found = complete(config).subsets[subset].sources
+    """The sources of a subset with every option that decides which files are read, and as what.
+
+    What every kind of source has, as a license, is about the files and decides nothing.
+    """
+    about = SourceOptions.model_fields.keys()
+    entries = complete(config).subsets[subset].sources
+    found = [{name: value for name, value in each.items() if name not in about} for each in entries]
     return msgspec.json.decode(msgspec.json.encode(found, enc_hook=str))  # as it comes back from the summary
 
 
