@@ -17,7 +17,7 @@ from pycocotools import mask as coco
 
 from paracaption.pipeline.corpus import merge, verify
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.schemas.config import BuildConfig, dump_config
+from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 from tests.building import build
 from tests.synthetic import CATEGORIES, jpeg, scene
@@ -284,7 +284,6 @@ def messy(tmp_path_factory):
         }
     )
     build(config)
-    (out / "config.yaml").write_text(dump_config(config))
     merge.merge(out, config)
     rows: dict[tuple[str, str], list[dict]] = {}
     for subset in config.subsets:

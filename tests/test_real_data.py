@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from paracaption.pipeline.corpus import merge, verify
-from paracaption.schemas.config import BuildConfig, dump_config
+from paracaption.schemas.config import BuildConfig
 from tests.building import build
 from tests.shared_data import shared_data
 
@@ -57,7 +57,6 @@ def real(tmp_path_factory):
         }
     )
     build(config)
-    (out / "config.yaml").write_text(dump_config(config))
     merge.merge(out, config)
     return out
 

@@ -243,6 +243,8 @@ def own(out: str, command: str, lease_s: float) -> Iterator[Owner]:
     finally:
         ended.set()
         thread.join()
+        if owner.state.claim is not None:
+            _ENDED.add(owner.state.claim.nonce)
 
 
 def _is_fenced(owner: Owner) -> bool:
@@ -263,6 +265,10 @@ def own_or(owner: Owner | None, out: str, command: str) -> Iterator[Owner]:
     else:
         with own(out, command, LEASE_S) as owner:
             yield owner
+
+
+_ENDED: set[str] = set()
+"""Claims of this process that are over, also where the record that says so could not be written."""
 
 
 def _claim(out: str, command: str, lease_s: float) -> Owner:
@@ -294,7 +300,7 @@ def _wait_for_the_end_of(state: LogState, out: str, lease_s: float) -> LogState:
     owner = state.claim
     assert owner is not None
     was, number, end = _last_beat(out, state), state.number, time.monotonic() + lease_s
-    while not processes.is_dead(owner) and time.monotonic() < end:
+    while not (owner.nonce in _ENDED or processes.is_dead(owner)) and time.monotonic() < end:
         time.sleep(min(1.0, lease_s / 10))
         state = read_state(out, state)
         if state.released and state.claim == owner:

@@ -432,7 +432,7 @@ def merged(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     out = copy(corpus, tmp_path)
     monkeypatch.setattr("paracaption.pipeline.corpus.plots.draw_plots", lambda *_: {})
     monkeypatch.setattr("paracaption.pipeline.corpus.card.render_card", lambda *_: "")
-    merge(out, BuildConfig.model_construct())
+    merge(out, BuildConfig.model_construct(subsets={}))
     return out
 
 

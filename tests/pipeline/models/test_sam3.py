@@ -351,7 +351,7 @@ def test_both_segmenters_evidence_and_scores_arrive_in_the_ledger(checkpoint, tm
         ]
         assert len(answers) == len(rows) == 24
         for row in rows:
-            _, answer = answers[row["key"], row["region"]]
+            answer = answers[row["key"], row["region"]].answer
             if (row["key"], row["region"]) in none_found:
                 assert answer == Resegmented(0.0, 0.0, None, 0)
                 continue
