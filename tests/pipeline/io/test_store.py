@@ -101,7 +101,7 @@ def _create_many(folder: str, number: int, barrier, queue) -> None:
 
 
 def test_of_four_processes_one_creates_a_file(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # a fork of a large process may end badly
     barrier, queue = context.Barrier(4), context.Queue()
     processes = [
         context.Process(target=_create_many, args=(str(tmp_path), number, barrier, queue))
