@@ -1,8 +1,9 @@
 """The door for writing: one winner for a name, files whole and durable, nothing left behind by errors."""
 
 import errno
-import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -91,29 +92,32 @@ def test_of_sixteen_threads_one_creates_a_file(tmp_path):
     assert names(tmp_path) == sorted(f"{turn}.json" for turn in range(20))
 
 
-def _create_many(folder: str, number: int, barrier, queue) -> None:
-    won = []
-    for turn in range(20):
-        barrier.wait(30)
-        if FolderStore().create(f"{folder}/{turn}.json", b"%d" % number):
-            won.append(turn)
-    queue.put((number, won))
+_CREATE = """
+import sys
+from paracaption.pipeline.io.store import FolderStore
+folder, number = sys.argv[1], sys.argv[2]
+print("ready", flush=True)
+for turn, _ in enumerate(sys.stdin):
+    print(FolderStore().create(f"{folder}/{turn}.json", number.encode()), flush=True)
+"""
 
 
 def test_of_four_processes_one_creates_a_file(tmp_path):
-    context = multiprocessing.get_context("forkserver")  # a fork of a large process may end badly
-    barrier, queue = context.Barrier(4), context.Queue()
-    processes = [
-        context.Process(target=_create_many, args=(str(tmp_path), number, barrier, queue))
-        for number in range(4)
-    ]
-    for process in processes:
-        process.start()
-    won = {turn: number for number, turns in (queue.get(timeout=60) for _ in processes) for turn in turns}
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert {turn: int((tmp_path / f"{turn}.json").read_bytes()) for turn in range(20)} == won
+    command = [sys.executable, "-c", _CREATE, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    processes = [subprocess.Popen([*command, str(number)], **pipes) for number in range(4)]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+        for turn in range(20):
+            for process in processes:
+                process.stdin.write("go\n")
+            answers = [process.stdout.readline() for process in processes]
+            assert sorted(answers) == ["False\n"] * 3 + ["True\n"]
+            assert (tmp_path / f"{turn}.json").read_text() == str(answers.index("True\n"))
+    finally:
+        for process in processes:
+            process.communicate()
+    assert [process.returncode for process in processes] == [0] * 4
     assert len(names(tmp_path)) == 20
 
 
