@@ -86,4 +86,4 @@ def test_the_wheel_builds_the_demo_beside_modules_of_the_same_names(venv, tmp_pa
     out = tmp_path / "out"
     paracaption = venv / "bin" / "paracaption"
     assert "What next" in said([paracaption, "demo", "--out", out], cwd=shadows, env=env)
-    assert "every promise holds" in said([paracaption, "verify", out], cwd=shadows, env=env)
+    assert "complete and undamaged" in said([paracaption, "verify", out], cwd=shadows, env=env)

@@ -97,7 +97,7 @@ def demo(
     rows = [
         (f"paracaption explore {out}", "a page for the browser: masks, captions, drops"),
         (f"paracaption inspect {out}", "the funnel and samples again"),
-        (f"paracaption verify {out}", "every promise of the corpus, checked"),
+        (f"paracaption verify {out}", "is the corpus complete and undamaged?"),
         ("paracaption config", "every key of a configuration of your own"),
         (f"{out}/README.md", "the dataset card"),
     ]

@@ -127,6 +127,8 @@ def undo(
         typer.confirm("Take it back?", abort=True)
     summary = undoing.undo(out, rebuild)
     print(f"taken back; {summary['kept']:,} regions are kept now. To redo it, undo again")
+    if rebuild.changes:
+        print("Your own YAML file is not changed: put these keys back there before you build again")
 
 
 def _path(corpus: Path) -> str:

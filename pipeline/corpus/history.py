@@ -17,6 +17,7 @@ import msgspec
 import yaml
 
 from ...schemas.errors import ConfigError
+from ..io import files
 from ..io.store import store_of
 from . import log, reader
 from .log import LogState, UnitState
@@ -38,7 +39,9 @@ def read_log(out: str) -> list[Record]:
     """
     records = log.read_records(out)
     if not records:
-        raise ConfigError(f"{out}: no commit log here; give the `out` of a build (its next run writes one)")
+        why = "no commit log here" if files.is_folder(out) else "no such folder"
+        hint = "a corpus of an early release gets its log from its next build"
+        raise ConfigError(f"{out}: {why}; give the `out` of a build ({hint})")
     return records
 
 

@@ -159,15 +159,21 @@ def utilization_table(stages: dict[str, utilization.StageUtilization]) -> Any:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("model stage", no_wrap=True)
-    for title in ("actors", "start-up s", "regions", "regions/s each", "busy", "GPU in calls"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("backend")
+    gpu = any(stage.gpu is not None for stage in stages.values())
+    reports = any(stage.report for stage in stages.values())
+    titles = ["actors", "start-up s", "regions", "regions/s each", "busy"]
+    for title in [*titles, "GPU in calls"] if gpu else titles:  # without GPUs, the table fits 80 characters
+        table.add_column(title, justify="right")
+    if reports:
+        table.add_column("backend")
     for name, stage in stages.items():
         speed = "" if stage.regions_per_s is None else f"{stage.regions_per_s:,.1f}"
-        numbers = (f"{stage.actors:,}", f"{stage.startup_s:,.1f}", f"{stage.asked:,}", speed)
-        shares = ("" if share is None else f"{share:.0%}" for share in (stage.busy_share, stage.gpu))
-        report = ", ".join(f"{_words(key)} {value:.4g}" for key, value in stage.report.items())
-        table.add_row(stage_title(name), *numbers, *shares, report)
+        cells = [f"{stage.actors:,}", f"{stage.startup_s:,.1f}", f"{stage.asked:,}", speed]
+        shares = (stage.busy_share, stage.gpu) if gpu else (stage.busy_share,)
+        cells += ["" if share is None else f"{share:.0%}" for share in shares]
+        if reports:
+            cells.append(", ".join(f"{_words(key)} {value:.4g}" for key, value in stage.report.items()))
+        table.add_row(stage_title(name), *cells)
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,6 +10,9 @@ from typing import NamedTuple
 from ...schemas.errors import one_line
 from ...schemas.records import Blob
 from ..io import files
+
+_DELETE_FIRST = re.compile(r"delete (it|the unit's manifest) and ")
+"""How a remedy for a damaged file may begin. A missing one needs only the rest: the build notices it."""
 
 
 class Problem(NamedTuple):
@@ -54,7 +58,7 @@ def compare_file(
         expected: number of bytes, and SHA-256 in hex.
         whose: who says so, for the message.
         deep: also compare the SHA-256.
-        fix: for the message.
+        fix: for the message. A missing file needs nothing deleted first.
     """
     problems: list[Problem] = []
     with guarded(problems, path, fix):
@@ -66,6 +70,8 @@ def compare_file(
                 what = f"its SHA-256 is not that of {whose}"
             else:
                 return []
+        except FileNotFoundError:
+            what, fix = "missing", _DELETE_FIRST.sub("", fix, count=1)
         except OSError as error:
             what = f"{error.strerror or error}"
         problems.append(Problem(path, "", f"{what}; {fix}"))

@@ -69,9 +69,9 @@ class VerifyReport(NamedTuple):
     def text(self) -> str:
         """A line for each note and problem, and a verdict."""
         checked = f"{self.units:,} units, {self.regions:,} regions checked"
-        verdict = (
-            f"{checked}: every promise holds" if self.ok else f"{checked}: {len(self.problems):,} problems"
-        )
+        number = len(self.problems)
+        found = f"{number:,} {'problem' if number == 1 else 'problems'}"
+        verdict = f"{checked}: {'complete and undamaged' if self.ok else found}"
         return "\n".join([*map(str, self.notes), *map(str, self.problems), verdict])
 
 
@@ -123,7 +123,9 @@ def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
     try:
         return corpus.config.text
     except (ConfigError, IntegrityError) as error:
-        problems.append(Problem(reader.CONFIG, "", f"{error}; captions are not checked without it"))
+        if not any(problem.file == reader.CONFIG for problem in problems):  # else the log has said so
+            what = f"{error}; run the build again, which writes it; captions are not checked without it"
+            problems.append(Problem(reader.CONFIG, "", what))
         return None
 
 
@@ -180,7 +182,7 @@ def _check_work_list(
 
     `damaged` are files that the log has shown to be: of these nothing is said again.
     """
-    folder, fix = Path(out, subset), "build again, which makes it anew"
+    folder, fix = Path(out, subset), "delete it and run the build again, which writes it"
     name = f"{subset}/{work_list.FOLDER}/{work_list.TABLE}"
     table = str(work_list.table_path(folder))
     planned = None

@@ -18,7 +18,7 @@ from ..stages.registry import STAGES
 from . import work_list
 from .problems import Problem, guarded
 
-ASK_AGAIN = "the next build of the unit asks again; delete it, and all of it is asked for again"
+ASK_AGAIN = "delete it: a build of its unit that needs its answers asks for them again"
 
 _FOLDER = re.compile(r"([a-z_]+)-[0-9a-f]{16}")
 

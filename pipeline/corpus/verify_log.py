@@ -174,10 +174,10 @@ def check_named_files(out: str, vouched: Vouched, deep: bool) -> list[Problem]:
 
 def _fix(path: str) -> str:
     if path == reader.CONFIG:
-        return "run the build again, which writes it anew"
+        return "run the build again, which writes it"
     if "/plan/" in path:
-        return "delete it and build again, which makes it anew"
-    return "run `paracaption merge`, which writes it anew"
+        return "delete it and run the build again, which writes it"
+    return "run `paracaption merge`, which writes it"
 
 
 def check_unchanged(out: str, vouched: Vouched) -> list[Problem]:

@@ -71,7 +71,7 @@ class _Commits:
             text += " replaced" if self.replaced == self.units else f", {self.replaced:,} of them replaced"
         text += f", regions kept {self.before:,} -> {self.after:,}"
         if self.undoes:
-            text = f"undo of record {self.undoes}: {text}"
+            text = f"undo of the rebuild that began with record {self.undoes}: {text}"
         if self.records > 1:
             text += f" (records {self.first} to {self.last.number})"
         return Entry(self.last.number, self.last.time_s, "commit", text)

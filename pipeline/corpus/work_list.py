@@ -8,7 +8,7 @@ The digest covers what the sources declare: keys, names, annotations, lengths, l
 where files lie and which were missing, so that a photo that is found later does not change the list.
 
 Each row has a check over all that is in it; the summary has one over itself, and the table's SHA-256. So a
-damaged list is never another list: it is made anew from the sources. Early releases wrote none of these.
+damaged list is never another list: it is made again from the sources. Early releases wrote none of these.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def plan(
 ) -> Plan:
     """List a subset's images and cut them into units, or find that the list on disk is still current.
 
-    Calling it again, at any time, gives the same list. A list on disk that is damaged is made anew. Nothing
+    Calling it again, at any time, gives the same list. A list on disk that is damaged is made again. Nothing
     is written but a table in `scratch`.
 
     Args:
@@ -151,13 +151,13 @@ def plan(
     old = find_work_list(folder)
     damage = None
     if old is None and files.exists(summary_path(folder)):
-        log.warning("%s: damaged; the work list is made anew from the sources", summary_path(folder))
+        log.warning("%s: damaged; the work list is made again from the sources", summary_path(folder))
     elif old is not None:
         damage = find_damage(old)
         if damage is None and old._matches(fingerprint, config):
             return Plan(old)
         if damage is not None:
-            log.warning("%s: %s; it is made anew from the sources", table_path(folder), damage)
+            log.warning("%s: %s; it is made again from the sources", table_path(folder), damage)
         _refuse_other_roles(old, config)
     fresh = scratch / TABLE
     entries = islice(source.catalog(), limit)
@@ -306,7 +306,7 @@ def _roles(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def find_work_list(folder: str | Path) -> WorkList | None:
-    """The work list in a subset's folder; None if there is none or a damaged one, which the build makes anew.
+    """The work list in a subset's folder; None if it is missing or damaged: the build makes it again.
 
     Raises:
         IntegrityError: it is of another version, or the disk does not give it.

@@ -161,7 +161,7 @@ def read_unit(path: Path, index: int) -> list[CatalogEntry]:
         raise
     except Exception as error:  # whatever a reader of Parquet makes of damaged bytes
         raise IntegrityError(
-            f"{path}: not readable ({error}); build again, which makes it anew, or delete it first"
+            f"{path}: not readable ({error}); run the build again, which writes it, or delete it first"
         ) from error
 
 

@@ -117,7 +117,7 @@ def check_sources(config: BuildConfig) -> Iterator[Finding]:
     """Check that the lists of every source entry can be read; `paracaption audit` looks inside."""
     for subset in config.subsets:
         for index, source in enumerate(open_source(config, subset).sources):
-            fix = "correct the path, or the store's credentials"
+            fix = "correct the path or the store's credentials, or mount the folder"
             yield try_check(f"{subset}[{index}]", fix, _list_source, source)
 
 

@@ -77,7 +77,7 @@ def list_folder(url: str, setting: str) -> Listing:
     if url.startswith(("http://", "https://")):
         return Listing(url, None)
     if not files.is_folder(url):
-        raise ConfigError(f"{setting}: no folder {url}; correct the path")
+        raise ConfigError(f"{setting}: no folder {url}; correct the path, or mount the folder")
     return Listing(url, sorted(relative for _, relative in files.walk(url)))
 
 
@@ -134,6 +134,6 @@ def expand_paths(patterns: Iterable[str], setting: str) -> list[str]:
     for pattern in patterns:
         matches = files.expand(pattern)
         if not matches:
-            raise ConfigError(f"{setting}: nothing found at {pattern}; correct the path")
+            raise ConfigError(f"{setting}: nothing found at {pattern}; correct the path, or mount its folder")
         found.update(dict.fromkeys(matches))
     return list(found)

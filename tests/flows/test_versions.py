@@ -133,7 +133,8 @@ def test_an_undo_says_what_it_does_and_does_it(built):
         "  regions kept in them: 32 -> 36",
         "  configuration: masks.min_area_px: 1000 -> 16",
     ]
-    assert lines[-1].startswith("taken back; 36 regions are kept now")
+    assert lines[-2].startswith("taken back; 36 regions are kept now")
+    assert lines[-1].startswith("Your own YAML file is not changed")
     assert lines_of("status", out)[1] == "  regions: 36 kept of 36"
 
 

@@ -103,7 +103,7 @@ def test_a_record_that_does_not_exist_is_one_line(rebuilt, tmp_path):
     out, _, second, _ = rebuilt
     with pytest.raises(ConfigError, match=rf"no record {second + 1} .*records are 1 to {second}$"):
         history.state_at(out, second + 1)
-    with pytest.raises(ConfigError, match="no commit log here"):
+    with pytest.raises(ConfigError, match="no such folder"):
         history.state_at(str(tmp_path / "empty"), 1)
 
 
@@ -252,7 +252,7 @@ def test_nothing_to_undo_is_one_line_and_changes_nothing(tmp_path):
     number = corpora.build()
     with pytest.raises(ConfigError, match="nothing to undo"):
         undo.find_rebuild(corpora.out)
-    with pytest.raises(ConfigError, match="no commit log"):
+    with pytest.raises(ConfigError, match="no such folder"):
         undo.find_rebuild(str(tmp_path / "none"))
     assert log.read_state(corpora.out).number == number
 

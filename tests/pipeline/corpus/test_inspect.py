@@ -1,7 +1,7 @@
 import pytest
 from rich.console import Console
 
-from paracaption.pipeline.corpus import inspect, merge, reader
+from paracaption.pipeline.corpus import inspect, merge, reader, utilization
 from paracaption.pipeline.corpus.inspect import ShownRegion
 from paracaption.schemas.errors import ConfigError
 from tests import committed
@@ -78,3 +78,11 @@ def test_plots_are_drawn_also_of_a_corpus_in_which_nothing_was_kept(tmp_path):
     assert names == {"funnel.png", "caption_words.png", "regions_per_image.png", "mask_area.png"}
     summary = reader.read_summary(tmp_path / "out")
     assert (summary.regions, summary.images) == (0, 12)
+
+
+def test_the_table_of_stages_without_gpus_is_whole_in_80_columns():
+    stage = utilization.StageUtilization(actors=1, asked=22_694, busy_s=1.0, alive_s=2.0)
+    console = Console(width=80, no_color=True)
+    with console.capture() as captured:
+        console.print(inspect.utilization_table({"agree_with_segmenter": stage}))
+    assert "regions/s each" in captured.get() and "…" not in captured.get()

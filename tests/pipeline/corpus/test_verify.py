@@ -82,7 +82,7 @@ def test_a_whole_corpus_has_no_problem(out, options):
     report = verify.verify(out, **options)
     assert report.ok and not report.notes, report.text()
     assert (report.units, report.regions) == (4, 48)
-    assert report.text() == "4 units, 48 regions checked: every promise holds"
+    assert report.text() == "4 units, 48 regions checked: complete and undamaged"
 
 
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path):
@@ -182,7 +182,7 @@ def test_a_changed_byte_a_cut_and_a_missing_file_are_named(out, name):
     named(out, f"coconut/{name}", "has 2000 bytes")
     named(out, f"coconut/{name}", "has 2000 bytes", deep=False)
     path.unlink()
-    named(out, f"coconut/{name}", "No such file", deep=False)
+    named(out, f"coconut/{name}", "missing", deep=False)
 
 
 def test_counts_of_the_ledger_that_differ_from_the_manifest_are_named(out):

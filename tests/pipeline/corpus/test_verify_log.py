@@ -282,7 +282,7 @@ def test_damaged_evidence_is_named_with_what_the_next_build_does(out):
     whole = path.read_bytes()
     for data in (b"", whole[:-1], whole[:40] + bytes([whole[40] ^ 4]) + whole[41:], b"PAR1" * 90):
         path.write_bytes(data)
-        assert "asks again" in found(out)[name]
+        assert "asks for them again" in found(out)[name]
     assert name not in found(out, deep=False)
 
 

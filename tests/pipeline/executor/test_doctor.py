@@ -82,7 +82,10 @@ def test_every_problem_has_its_line_and_its_fix(tmp_path, release):
     assert "choose from" in found["captioner classcial"].fix
     assert "no_such_option" in found["judge lexical"].found
     assert "cannot be imported" in found["segmenter no.such.module:Segmenter"].found
-    assert "/no/photos" in found["coconut[0]"].found and found["coconut[0]"].fix == "correct the path"
+    assert (
+        "/no/photos" in found["coconut[0]"].found
+        and found["coconut[0]"].fix == "correct the path, or mount the folder"
+    )
     assert "/no/sa_*.tar" in found["sa1b[0]"].found
     assert all(each.fix for each in found.values())
 

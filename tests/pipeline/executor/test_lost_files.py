@@ -83,3 +83,26 @@ def test_a_configuration_with_a_changed_byte_is_written_again(built):
     assert problem.file == "config.yaml" and "run the build again" in problem.what
     build(built)
     assert path.read_bytes() == whole and verify.verify(out).ok
+
+
+@pytest.mark.parametrize("name", ["manifest", "shard"])
+def test_nobody_is_asked_to_delete_the_manifest_where_a_file_is_missing(built, name):
+    out = Path(built.out)
+    (out / "coconut" / FILES[name]).unlink()
+    (problem,) = verify.verify(out).problems
+    assert problem.file == f"coconut/{FILES[name]}"
+    assert problem.what == "missing; run the build again, which rebuilds the unit"
+    build(built)
+    assert verify.verify(out).ok
+
+
+def test_a_missing_configuration_is_one_problem_with_a_remedy_that_helps(built):
+    out = Path(built.out)
+    (out / "config.yaml").unlink()
+    report = verify.verify(out)
+    assert [str(each) for each in report.problems] == [
+        "config.yaml: missing; run the build again, which writes it"
+    ]
+    assert report.text().endswith(": 1 problem")
+    build(built)
+    assert verify.verify(out).ok
