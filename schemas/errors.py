@@ -57,6 +57,10 @@ class StageFailed(ParaCaptionError):
     """A stage fails on everything it is given: the model or its set-up is broken, not the data."""
 
 
+class Fenced(ParaCaptionError):
+    """Another driver has taken the corpus over while this one was paused; nothing is lost."""
+
+
 class UnitsHeldBack(StageFailed):
     """The source of some units failed: they are not committed, everything else is."""
 

@@ -32,10 +32,6 @@ LEASE_S = 60.0
 BEATS_PER_LEASE = 6
 
 
-class Fenced(ParaCaptionError):
-    """Another driver has taken the corpus over while this one was paused; nothing is lost."""
-
-
 class HashedFile(io.RawIOBase):
     """A new file of a corpus under a temporary name; what is written is hashed on its way.
 

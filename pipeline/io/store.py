@@ -51,7 +51,9 @@ class Store(ABC):
 
     @abstractmethod
     def move(self, path: str, target: str) -> bool:
-        """Rename a file, over another one if need be; False if it is not there (moved already)."""
+        """Rename a file, over another one if need be; False if it is not there (moved already). In both cases
+        the names in the target's folder are durable then.
+        """
 
     @abstractmethod
     def keep(self, path: str, target: str) -> bool:
@@ -60,6 +62,10 @@ class Store(ABC):
         Returns:
             False if there is no such file. A second name that is taken already is left as it is.
         """
+
+    @abstractmethod
+    def flush(self, folder: str) -> None:
+        """Make the names in a folder durable, whoever gave or took them; nothing if there is no such folder."""
 
     @abstractmethod
     def delete(self, path: str) -> None:
@@ -107,7 +113,8 @@ class FolderStore(Store):
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return self._is_ours(path, data)
+                if not self._is_ours(path, data):
+                    return False
             except OSError as error:
                 # Over NFS the answer may be lost. Two names say that the file got the second one (open(2)).
                 if os.stat(temporary).st_nlink != 2:
@@ -134,12 +141,13 @@ class FolderStore(Store):
 
     def move(self, path: str, target: str) -> bool:
         _make(os.path.dirname(target))
+        is_there = True
         try:
             os.replace(path, target)
         except FileNotFoundError:
-            return False
-        _sync(os.path.dirname(target))
-        return True
+            is_there = False
+        _sync(os.path.dirname(target))  # also where somebody else moved it, whose flush may have failed
+        return is_there
 
     def keep(self, path: str, target: str) -> bool:
         _make(os.path.dirname(target))
@@ -148,9 +156,13 @@ class FolderStore(Store):
         except FileNotFoundError:
             return False
         except FileExistsError:
-            return True
+            pass
         _sync(os.path.dirname(target))
         return True
+
+    def flush(self, folder: str) -> None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            _sync(folder)
 
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
