@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from ...schemas.errors import ConfigError, ParaCaptionError, StageFailed
+from ...schemas.errors import ConfigError, Fenced, ParaCaptionError, StageFailed
 from ...schemas.records import Blob
 from ..io import files
 from ..io.store import Store, store_of, temporary_name

@@ -36,9 +36,10 @@ def sweep(owner: Owner, keep_replaced_s: float = float("inf")) -> int:
         OSError: the folder cannot be written.
     """
     store = store_of(owner.out)
-    for folder in _folders(owner):
-        # Evidence or a moved file that a power cut takes away again must not be built upon.
-        store.flush(f"{owner.out}/{folder}")
+    for subset in [name for name, is_ours in _subsets(owner) if is_ours]:
+        for folder in _folders_of(owner.out, subset):
+            # Evidence or a moved file that a power cut could still take away must not be built upon.
+            store.flush(f"{owner.out}/{subset}/{folder}")
     found = sorted(_leftovers(owner))
     if found:
         owner.append(Sweep())
@@ -64,16 +65,11 @@ def _temporary(out: str, folder: str) -> list[str]:
 
 def _leftovers(owner: Owner) -> Iterator[str]:
     named = {file.path for found in owner.state.units.values() for file in found.unit.files()}
-    known = {name.partition("/")[0] for name in owner.state.units}
     for folder in _SHARED:
         yield from _temporary(owner.out, folder)
-    for subset in files.list_names(owner.out):
-        if subset.startswith(".") or subset in _SHARED:
-            continue
-        is_ours = subset in known or adopt.is_planned(owner.out, subset)
-        folders, endings = _OURS
-        stages = [f"evidence/{name}" for name in files.list_names(f"{owner.out}/{subset}/evidence")]
-        for folder in (*folders, *stages):
+    endings = _OURS[1]
+    for subset, is_ours in _subsets(owner):
+        for folder in _folders_of(owner.out, subset):
             ending = endings.get(folder, "$")
             form = re.compile(rf"{re.escape(subset)}-\d{{6,}}\.{ending}")
             unfinished = re.compile(rf"{re.escape(TEMPORARY + subset)}-\d{{6,}}\.{ending}-[0-9a-f]+")
@@ -83,6 +79,20 @@ def _leftovers(owner: Owner) -> Iterator[str]:
                     is_ours and (name.startswith(TEMPORARY) or (form.fullmatch(name) and path not in named))
                 ):
                     yield path
+
+
+def _subsets(owner: Owner) -> Iterator[tuple[str, bool]]:
+    """Folders that may be subsets, and whether they are known to be some of this corpus."""
+    known = {name.partition("/")[0] for name in owner.state.units}
+    for name in files.list_names(owner.out):
+        if not name.startswith(".") and name not in _SHARED:
+            yield name, name in known or adopt.is_planned(owner.out, name)
+
+
+def _folders_of(out: str, subset: str) -> list[str]:
+    """Folders of a subset, below its own, in which we write."""
+    stages = [f"evidence/{name}" for name in files.list_names(f"{out}/{subset}/evidence")]
+    return [*_OURS[0], *stages]
 
 
 def _paths(out: str, folder: str) -> list[str]:

@@ -65,7 +65,7 @@ class Store(ABC):
 
     @abstractmethod
     def flush(self, folder: str) -> None:
-        """Make the names in a folder durable, whoever gave or took them; nothing if there is no such folder."""
+        """Make the names in a folder durable, whoever gave or took them; no such folder, no names."""
 
     @abstractmethod
     def delete(self, path: str) -> None:

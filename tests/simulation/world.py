@@ -110,7 +110,8 @@ class World:
     def _on_call(self, what: str, path: str) -> int | None:
         if self.dead:
             raise Killed
-        where = "output" if path.startswith(self.out) else "source"
+        above = what == "flush"  # the folder that `out` lies in is flushed, too
+        where = "output" if above or path.startswith(self.out) else "source"
         if self.is_away and where == "source":
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         self.calls += 1
