@@ -26,7 +26,10 @@ from .strict import Location, Strict
 SHORTHANDS = ("coconut", "sa1b")
 """Keys that stand for a subset of that name whose sources are of that kind: `sa1b: [{paths: ...}]`."""
 
-_RESERVED = ("README.md", "config.yaml", "events", "index.parquet", "plots", "review", "stats.json")
+_RESERVED = (
+    *("README.md", "beat", "config.yaml", "corpus.json", "events", "index.parquet", "log", "plots"),
+    *("report.html", "review", "stats.json"),
+)
 """What a corpus holds beside the folders of its subsets."""
 
 

@@ -73,9 +73,11 @@ def merge(config: Config) -> None:
     """Rebuild the index, statistics, plots and dataset card; `build` does it at its end."""
     from ...pipeline.config_file import load_config
     from ...pipeline.corpus import merge as merging
+    from ...pipeline.corpus import reader
     from ...pipeline.executor import driver
 
     loaded = load_config(config)
+    reader.open_corpus(loaded.out)  # before anything is written to what may be another folder
     with driver.owned(loaded, "merge") as owner:
         driver.write_config(loaded, owner)
         merging.merge(loaded.out, loaded, owner)

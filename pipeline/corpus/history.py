@@ -57,11 +57,11 @@ def state_at(out: str, number: int) -> LogState:
         raise ConfigError(f"{out}: no record {number} in the commit log; its records are 1 to {newest}")
     state, start = LogState(), number - number % log.CHECKPOINT_EVERY
     if start:
-        checkpoint = log.read_record(out, start)
+        checkpoint = log.read_existing(out, start)
         if isinstance(checkpoint, Checkpoint):
             state = log.state_of(checkpoint, out)
     for each in range(state.number + 1, number + 1):
-        state = state.after(log.read_record(out, each))
+        state = state.after(log.read_existing(out, each))
     return state
 
 

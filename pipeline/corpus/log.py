@@ -125,10 +125,10 @@ def state_of(checkpoint: Checkpoint, out: str) -> LogState:
     """What a checkpoint says.
 
     Raises:
-        FileNotFoundError, IntegrityError: the newest record with files cannot be read.
+        IntegrityError: the newest record with files cannot be read.
     """
     units = {name: UnitState(unit, checkpoint.since[name]) for name, unit in checkpoint.units.items()}
-    unmoved = read_record(out, checkpoint.unmoved) if checkpoint.unmoved else None
+    unmoved = read_existing(out, checkpoint.unmoved) if checkpoint.unmoved else None
     assert unmoved is None or isinstance(unmoved, Commit | Planned | Config | Merged)
     return LogState(
         checkpoint.number,
@@ -174,7 +174,7 @@ def read_state(out: str, known: LogState | None = None) -> LogState:
     last = last_number(out)
     state = known or LogState()
     if last - state.number > CHECKPOINT_EVERY:
-        record = read_record(out, last - last % CHECKPOINT_EVERY)
+        record = read_existing(out, last - last % CHECKPOINT_EVERY)
         if not isinstance(record, Checkpoint):
             raise IntegrityError(
                 f"{record_path(out, record.number)}: is no checkpoint; restore it from a copy"
@@ -273,9 +273,24 @@ def _follow(out: str, number: int, last: int) -> Iterator[Record]:
             yield read_record(out, number)
         except FileNotFoundError as error:
             if number <= last:
-                path = record_path(out, number)
-                raise IntegrityError(f"{path}: missing; restore it from a copy of the log") from error
+                raise _missing(out, number) from error
             return
+
+
+def read_existing(out: str, number: int) -> Record:
+    """A record that must be there, since a later one is.
+
+    Raises:
+        IntegrityError: it is missing or damaged, or the disk does not give it.
+    """
+    try:
+        return read_record(out, number)
+    except FileNotFoundError as error:
+        raise _missing(out, number) from error
+
+
+def _missing(out: str, number: int) -> IntegrityError:
+    return IntegrityError(f"{record_path(out, number)}: missing; restore it from a copy of the log")
 
 
 def read_record(out: str, number: int) -> Record:
@@ -283,10 +298,19 @@ def read_record(out: str, number: int) -> Record:
 
     Raises:
         FileNotFoundError: there is none of this number.
-        IntegrityError: it is damaged.
+        IntegrityError: it is damaged, or the disk does not give it.
     """
     path = record_path(out, number)
-    record = records.decode(files.read(Blob(path)), path)
+    try:
+        data = files.read(Blob(path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise IntegrityError(
+            f"{path}: not readable ({error.strerror or error}); run the same command again, or restore the "
+            "file from a copy of the log"
+        ) from error
+    record = records.decode(data, path)
     if record.number != number:
         raise IntegrityError(f"{path}: is record {record.number}; restore it from a copy of the log")
     return record

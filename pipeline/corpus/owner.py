@@ -6,6 +6,7 @@ stands.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import threading
@@ -120,12 +121,20 @@ class Owner:
 
     def _append(self, record: Record) -> None:
         number, epoch = self.state.number + 1, self.state.epoch + isinstance(record, Claim)
+        if not self._is_there():
+            what = "the commit log is gone; was the folder moved, deleted or unmounted?"
+            raise FileNotFoundError(errno.ENOENT, what, record_path(self.out, self.state.number))
         record = msgspec.structs.replace(
             record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)
         )
         if not self._store.create(record_path(self.out, number), records.encode(record)):
             raise self.fenced()
         self.state = self.state.after(record)
+
+    def _is_there(self) -> bool:
+        """Whether the newest record lies where it was: no log is begun in the middle, in another folder."""
+        number = self.state.number
+        return number == 0 or self._store.size(record_path(self.out, number)) is not None
 
     def check(self) -> None:
         """Find out whether this is still the owner.
@@ -182,6 +191,8 @@ class Owner:
     def beat(self) -> None:
         """Show that this owner is alive; a beat that cannot be written is one that is missed."""
         with suppress(OSError):
+            if not self._is_there():
+                return
             data = f"{uuid.uuid4().hex}\n".encode()
             self._store.put(beat_path(self.out, self.state.epoch), data)
 

@@ -203,7 +203,7 @@ class Watcher:
         """The records from the newest one; what was read is kept."""
         for number in range(self._state.number, 0, -1):
             if number not in self._records:
-                self._records[number] = log.read_record(self.out, number)
+                self._records[number] = log.read_existing(self.out, number)
             yield self._records[number]
 
 

@@ -21,6 +21,7 @@ import msgspec
 import yaml
 
 from ...schemas.errors import ConfigError
+from ..io import files
 from . import history, log, merge, reader, writer
 from .log import LogState
 from .owner import Owner, own
@@ -182,13 +183,14 @@ def undo(out: str, rebuild: Rebuild) -> dict[str, Any]:
         What `stats.json` holds.
 
     Raises:
-        ConfigError: files that the rebuild replaced are not kept any more; or the corpus has changed since
-            `rebuild` was found, or another driver is writing there. Nothing has changed then.
+        ConfigError: files that the rebuild replaced are not kept any more, or are damaged; or the corpus
+            has changed since `rebuild` was found, or another driver is writing there. Nothing has changed then.
         Fenced: another driver has taken over.
         StageFailed: the disk is full or the folder cannot be written; undo again.
     """
-    find_former_files(out, rebuild)
+    units = find_former_files(out, rebuild)
     try:
+        _refuse_damaged(out, rebuild, units)
         with own(out, "undo", history.lease_of(log.read_state(out))) as owner:
             found = find_rebuild(out)
             if (found.first, found.last, found.is_begun) != (rebuild.first, rebuild.last, rebuild.is_begun):
@@ -236,6 +238,23 @@ def find_former_files(out: str, rebuild: Rebuild) -> dict[str, LogUnit]:
             shard=unit.shard and by_path[unit.shard.path],
         )
     return units
+
+
+def _refuse_damaged(out: str, rebuild: Rebuild, units: dict[str, LogUnit]) -> None:
+    """Refuse to put a damaged file in the place of a good one.
+
+    Raises:
+        ConfigError: a file that is kept is not the one that was replaced.
+    """
+    for unit in units.values():
+        for file in unit.files():
+            path = f"{out}/{file.temporary or file.path}"
+            if files.sha256_of(path) != file.sha256:
+                raise ConfigError(
+                    f"{path}: not what record {rebuild.last} or one before it replaced (its SHA-256 is "
+                    "another one); nothing is undone. Build the configuration that `paracaption versions "
+                    f"{out} --config {rebuild.before.number}` prints: no model is asked again"
+                )
 
 
 def _placed(places: history.Places, name: str, file: LogFile) -> LogFile | None:

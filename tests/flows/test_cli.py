@@ -246,6 +246,21 @@ def test_merge_renews_what_was_lost_and_a_second_build_commits_nothing(demo, tmp
     assert (out / "index.parquet").read_bytes() == before
 
 
+def test_a_merge_of_a_folder_that_is_no_corpus_changes_nothing(tmp_path):
+    config = tmp_path / "build.yaml"
+    config.write_text("out: out\nsa1b: [{paths: [sa1b/*.tar]}]\n")
+    done = runner.invoke(app, ["merge", str(config)])
+    assert done.exit_code != 0 and "no corpus here" in f"{done.output}{done.exception}"
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / "config.yaml"
+    mine.write_text("mine")
+    done = runner.invoke(app, ["merge", str(config)])
+    assert done.exit_code != 0 and "no corpus here" in f"{done.output}{done.exception}"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_a_merge_alone_starts_no_engine_and_looks_at_no_model(demo, tmp_path, monkeypatch):
     from paracaption.flows import launch

@@ -191,6 +191,9 @@ def test_a_mistake_in_a_source_is_the_same_line_from_a_file_and_from_a_program(t
         ({"a/b": {"sources": SA1B}}, r"subsets.a/b.*a subset is a folder"),
         ({"..": {"sources": SA1B}}, r"a subset is a folder"),
         ({"plots": {"sources": SA1B}}, r"a subset is a folder.*not .*plots"),
+        ({"log": {"sources": SA1B}}, r"a subset is a folder.*not .*log"),
+        ({"beat": {"sources": SA1B}}, r"a subset is a folder.*not .*beat"),
+        ({"corpus.json": {"sources": SA1B}}, r"a subset is a folder.*not .*corpus.json"),
         ({}, r"config: .*name at least one source under `subsets`"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from paracaption.pipeline.corpus import history, log, merge, reader, status, undo, versions
 from paracaption.pipeline.corpus.owner import Owner, own
-from paracaption.pipeline.corpus.records import Claim, Commit, Config, Merged
+from paracaption.pipeline.corpus.records import Claim, Commit, Config, Merged, Sweep
 from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
@@ -267,6 +267,20 @@ def test_an_undo_without_the_replaced_files_changes_nothing_and_says_what_to_do(
     assert (log.read_state(out).number, files_of(out)) == (second, after)
 
 
+def test_an_undo_with_a_damaged_replaced_file_changes_nothing_and_names_it(rebuilt):
+    out, _, _, _ = rebuilt
+    found = undo.find_rebuild(out)
+    path = next(Path(out, log.REPLACED).glob("*/coconut/shards/*.tar"))
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    before = files_of(out), log.last_number(out)
+    with pytest.raises(ConfigError, match=rf"{path.name}: not what .*nothing is undone.*versions") as raised:
+        undo.undo(out, found)
+    assert "\n" not in str(raised.value)
+    assert (files_of(out), log.last_number(out)) == before
+
+
 def test_an_undo_of_what_has_changed_meanwhile_is_refused(rebuilt):
     out, _, _, _ = rebuilt
     found = undo.find_rebuild(out)
@@ -385,6 +399,22 @@ def test_a_damaged_log_is_one_line(rebuilt):
         with pytest.raises(IntegrityError, match=r"000000000003\.json: not a record") as raised:
             read()
         assert "\n" not in str(raised.value)
+
+
+def test_a_record_that_is_missing_before_a_checkpoint_is_one_line(rebuilt):
+    out, _, second, _ = rebuilt
+    begun = Owner(out, log.read_state(out))
+    while begun.state.number <= log.CHECKPOINT_EVERY:
+        begun.append(Sweep())
+    Path(log.record_path(out, second)).unlink()
+    assert log.read_state(out).number > log.CHECKPOINT_EVERY
+    for read in (
+        lambda: history.state_at(out, second),
+        lambda: undo.find_rebuild(out),
+        lambda: status.Watcher(out).read(),
+    ):
+        with pytest.raises(IntegrityError, match=rf"{second:012}\.json: missing; restore it"):
+            read()
 
 
 # Where a corpus stands.

@@ -97,6 +97,24 @@ def test_a_missing_record_is_an_error_that_names_it(tmp_path):
         log.read_state(str(tmp_path))
 
 
+@pytest.mark.parametrize("number", [100, 3])
+def test_a_missing_checkpoint_or_record_that_it_needs_is_an_error_that_names_it(tmp_path, number):
+    write(tmp_path, CLAIM, Sweep(), Config(text="a: 1", files=[]), *[Sweep()] * 110)
+    Path(log.record_path(str(tmp_path), number)).unlink()
+    with pytest.raises(IntegrityError, match=rf"{number:012}\.json: missing; restore it from a copy"):
+        log.read_state(str(tmp_path))
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_record_that_the_disk_does_not_give_is_an_error_that_names_it(tmp_path, number):
+    write(tmp_path, CLAIM, Sweep(), Done())
+    path = Path(log.record_path(str(tmp_path), number))
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    with pytest.raises(IntegrityError, match=rf"{number:012}\.json: not readable \(Is a directory\); run"):
+        log.read_state(str(tmp_path))
+
+
 def test_a_listing_that_is_late_hides_no_record(tmp_path, monkeypatch):
     write(tmp_path, CLAIM, Sweep(), Done())
     monkeypatch.setattr(log, "last_number", lambda out: 1)

@@ -216,6 +216,22 @@ def test_of_many_that_claim_at_once_one_wins_and_the_others_are_told(tmp_path):
 # Fencing.
 
 
+@pytest.mark.parametrize("fate", ["moved", "deleted"])
+def test_an_owner_whose_folder_is_gone_begins_no_log_in_another_one(tmp_path, fate):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(FileNotFoundError, match="the commit log is gone; was the folder moved") as raised,
+        own(str(out), "build", 60) as begun,
+    ):
+        out.rename(tmp_path / "elsewhere")
+        if fate == "deleted":
+            shutil.rmtree(tmp_path / "elsewhere")
+        begun.beat()
+        begun.append(Commit(units={}))
+    assert raised.value.filename == log.record_path(str(out), 1)
+    assert not out.exists()
+
+
 def test_a_fenced_owner_writes_nothing_and_says_who_took_over(tmp_path):
     paused = begin(tmp_path, claim_of(host="elsewhere"))
     late = draft(paused, b"late")
