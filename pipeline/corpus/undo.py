@@ -184,7 +184,7 @@ def undo(out: str, rebuild: Rebuild) -> dict[str, Any]:
 
     Raises:
         ConfigError: files that the rebuild replaced are not kept any more, or are damaged; or the corpus
-            has changed since `rebuild` was found, or another driver is writing there. Nothing has changed then.
+            has changed since `rebuild` was found, or another driver is writing there. Nothing is changed.
         Fenced: another driver has taken over.
         StageFailed: the disk is full or the folder cannot be written; undo again.
     """

@@ -181,10 +181,10 @@ class Worker:
                 raise StageFailed(self._broken)
             return self._run(row)
         except ParaCaptionError as error:
-            return {"unit": row["unit"], "failed": f"{type(error).__name__}: {error}"}
+            return {"unit": row["unit"], "failed": _to_row(error)}
         except OSError as error:  # of the output folder: the sources' and the models' own are drops by now
             failed = writer.write_failed(self.folder, error)
-            return {"unit": row["unit"], "failed": f"{type(failed).__name__}: {failed}"}
+            return {"unit": row["unit"], "failed": _to_row(failed)}
 
     def _run(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = (
@@ -417,6 +417,12 @@ class Worker:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _to_row(error: ParaCaptionError) -> str:
+    """An error in words that any process understands: its type, or the known one above, and its message."""
+    known = next(kind.__name__ for kind in type(error).__mro__ if hasattr(error_types, kind.__name__))
+    return f"{known}: {error}"
 
 
 def draft_of(row: dict[str, Any]) -> Draft:

@@ -6,12 +6,15 @@ import pytest
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.corpus.writer import Draft
+from paracaption.pipeline.executor import worker
 from paracaption.pipeline.executor.worker import Job, Unit, Worker
+from paracaption.pipeline.io import failures
 from paracaption.pipeline.io.json_lines import LineWriter
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import recipes
 from paracaption.pipeline.stages.evidence import EvidenceStore
 from paracaption.pipeline.stages.masks import UsableMasks
+from paracaption.schemas import errors
 from paracaption.schemas.errors import EngineLost
 from paracaption.schemas.reasons import Reason
 from tests.building import calls, config_of
@@ -341,3 +344,16 @@ def _counting(plain, loads: list[str]):
         plain(self, stage)
 
     return load
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (errors.Fenced("another one"), errors.Fenced),
+        (errors.StageFailed("full"), errors.StageFailed),
+        (failures.SourceUnavailable("away"), errors.Retryable),  # of a module of its own
+    ],
+)
+def test_an_error_of_a_worker_is_raised_in_the_driver_by_its_kind(error, kind):
+    with pytest.raises(kind, match=str(error)):
+        worker.draft_of({"unit": 0, "failed": worker._to_row(error)})
