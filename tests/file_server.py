@@ -15,7 +15,8 @@ from urllib.parse import unquote
 
 Fault = int | str | None
 """A status; "reset", "short" (less than was announced), "cut" (a body without a length that ends early),
-"no length", "no ranges", "no head", "no listing"; None for the right answer."""
+"page" (a web page with status 200), "no length", "no ranges", "no head", "no listing"; None for the right
+answer."""
 
 
 @dataclass
@@ -79,6 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if isinstance(fault, int):
             self._send(fault, b"", self.files.headers, method)
+            return
+        if fault == "page":
+            page = {"Content-Type": "text/html; charset=utf-8"}
+            self._send(200, b"<p>Back in an hour", page, method)
             return
         if fault == "no head" and method == "HEAD":
             self._send(405, b"", {}, method)

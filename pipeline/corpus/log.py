@@ -318,5 +318,5 @@ def read_record(out: str, number: int) -> Record:
 
 def _numbers(out: str) -> Iterator[int]:
     for name in files.list_names(f"{out}/{LOG}"):
-        if len(name) == 17 and name.endswith(".json") and name[:12].isdigit():
+        if len(name) == 17 and name.isascii() and name.endswith(".json") and name[:12].isdigit():
             yield int(name[:12])

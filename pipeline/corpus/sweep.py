@@ -103,6 +103,8 @@ def _paths(out: str, folder: str) -> list[str]:
 def _forget_replaced(owner: Owner, keep_s: float) -> None:
     """Delete the replaced files of records that are old by now."""
     for name in files.list_names(f"{owner.out}/{log.REPLACED}"):
+        if not (name.isascii() and name.isdigit()):
+            continue
         with suppress(FileNotFoundError):  # a folder that no record made
-            if name.isdigit() and time.time() - log.read_record(owner.out, int(name)).time_s > keep_s:
+            if time.time() - log.read_record(owner.out, int(name)).time_s > keep_s:
                 store_of(owner.out).delete_folder(f"{owner.out}/{log.REPLACED}/{name}")

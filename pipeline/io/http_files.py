@@ -116,6 +116,8 @@ class HttpFiles:
                     "fetch the file and name the local one"
                 )
             stop = None if length is None else start + length
+            if _is_page_instead(response, url):
+                raise failures.ShortRead("the server sent a web page instead of the file")
             data, ended = bytearray(), True
             for chunk in response.iter_bytes():
                 data += chunk
@@ -173,6 +175,12 @@ def _range_of(response: httpx.Response, start: int) -> tuple[bytes, bool]:
     if int(first) != start or len(data) != int(last) - int(first) + 1:
         raise failures.ShortRead(f"asked for bytes from {start}, got {len(data)} of {given}")
     return data, True
+
+
+def _is_page_instead(response: httpx.Response, url: str) -> bool:
+    """Whether a success is a page for people: of a login, a proxy, or a server that is being repaired."""
+    is_page = "text/html" in response.headers.get("content-type", "").lower()
+    return is_page and not urlsplit(url).path.lower().endswith((".html", ".htm", "/"))
 
 
 def _says_its_length(response: httpx.Response) -> bool:

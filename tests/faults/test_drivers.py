@@ -118,8 +118,7 @@ class Duel:
         left = []
         for process, until in self._live:
             if until and time.monotonic() > until:
-                os.kill(process.pid, signal.SIGCONT)
-                self.did["woken"] += 1
+                self.did["woken"] += _send(process, signal.SIGCONT)
                 until = 0.0
             if process.exitcode is None:
                 left.append((process, until))
@@ -129,13 +128,11 @@ class Duel:
 
     def _disturb(self, process: multiprocessing.Process) -> None:
         if self.random.random() < 0.7:
-            os.kill(process.pid, signal.SIGSTOP)
             until = time.monotonic() + LEASE_S * self.random.uniform(0.5, 4)
             self._live = [(each, until if each is process else old) for each, old in self._live]
-            self.did["stopped"] += 1
+            self.did["stopped"] += _send(process, signal.SIGSTOP)
         else:
-            os.kill(process.pid, signal.SIGKILL)
-            self.did["killed"] += 1
+            self.did["killed"] += _send(process, signal.SIGKILL)
 
     def check(self, undisturbed: dict[str, str]) -> None:
         """Judge what is left by the log alone, and by comparison."""
@@ -157,6 +154,15 @@ class Duel:
         assert committed(Path(out)) == undisturbed
         report = verify.verify(out)
         assert report.ok, report.text()
+
+
+def _send(process: multiprocessing.Process, number: signal.Signals) -> bool:
+    """Send a signal; whether the process was still there."""
+    try:
+        os.kill(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def duels(folder: Path, source: dict, undisturbed: dict[str, str], seeds: range) -> Counter[str]:

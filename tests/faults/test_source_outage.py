@@ -361,7 +361,7 @@ def with_patience(config, seconds: float, monkeypatch):
     return config.model_copy(update={"failures": changed})
 
 
-@pytest.mark.parametrize("fault", [503, 500, 429, "reset", "short"])
+@pytest.mark.parametrize("fault", [503, 500, 429, "reset", "short", "page"])
 def test_every_third_request_may_fail(tmp_path, server, remote, monkeypatch, fault):
     server.fault = lambda *_: fault if len(server.asked) % 3 == 0 else None
     build(with_patience(remote, 60, monkeypatch))

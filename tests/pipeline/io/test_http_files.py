@@ -72,7 +72,7 @@ def test_what_is_there_is_told_from_what_is_not(server, url):
     assert list(files.read_many([url, url])) == [DATA, DATA]
 
 
-@pytest.mark.parametrize("fault", [500, 502, 503, 504, 429, 408, "reset", "short"])
+@pytest.mark.parametrize("fault", [500, 502, 503, 504, 429, 408, "reset", "short", "page"])
 def test_what_passes_is_waited_for(server, url, patient, fault):
     server.fault = at_first(3, fault)
     assert files.fetch(Blob(url)) == DATA
