@@ -18,14 +18,20 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from ...schemas.errors import ConfigError
 from . import files
 
 TEMPORARY = files.TEMPORARY
+
+_SWEPT_TIMES = 3
+"""How often a file is written again whose temporary name was gone before it got its own."""
+
+Result = TypeVar("Result")
 
 
 class Store(ABC):
@@ -108,6 +114,9 @@ class FolderStore(Store):
     """
 
     def create(self, path: str, data: bytes) -> bool:
+        return _unless_swept(lambda: self._create(path, data))
+
+    def _create(self, path: str, data: bytes) -> bool:
         temporary = self._written(path, data)
         try:
             try:
@@ -126,6 +135,9 @@ class FolderStore(Store):
         return True
 
     def put(self, path: str, data: bytes) -> None:
+        _unless_swept(lambda: self._put(path, data))
+
+    def _put(self, path: str, data: bytes) -> None:
         temporary = self._written(path, data)
         try:
             os.replace(temporary, path)
@@ -231,6 +243,17 @@ class _Named(io.BufferedWriter):
         if not self.closed:
             super().close()
             _sync(os.path.dirname(str(self.raw.name)))  # type: ignore[attr-defined]
+
+
+def _unless_swept(write: Callable[[], Result]) -> Result:
+    """Write once more if whoever owns the corpus has swept the temporary file meanwhile.
+
+    A driver that is about to claim a corpus writes beside its owner. The names that it gives are safe.
+    """
+    for _ in range(_SWEPT_TIMES):
+        with suppress(FileNotFoundError):
+            return write()
+    return write()
 
 
 def _without_links(error: OSError, path: str) -> OSError:

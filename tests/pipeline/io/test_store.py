@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,7 @@ def test_a_file_is_replaced_whole(tmp_path):
         while not ended.is_set():
             data = STORE.read(str(path))
             sizes.add((len(data), len(set(data))))
+            time.sleep(0.0005)  # or the interpreter's lock slows the writer down a hundredfold
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -384,3 +386,21 @@ def test_a_move_that_fails_leaves_both_files(tmp_path, calls):
     with pytest.raises(OSError, match="Input/output"):
         STORE.move(str(tmp_path / ".tmp-a"), str(tmp_path / "a"))
     assert ((tmp_path / "a").read_bytes(), (tmp_path / ".tmp-a").read_bytes()) == (b"old", b"new")
+
+
+@pytest.mark.parametrize("call", ["link", "replace"])
+def test_a_file_whose_temporary_name_is_swept_is_written_again(tmp_path, monkeypatch, call):
+    """A driver that is about to claim a corpus writes beside its owner, who sweeps."""
+    real, swept = getattr(os, call), []
+
+    def sweep_first(temporary: str, path: str) -> None:
+        if len(swept) < 2:
+            os.unlink(temporary)
+            swept.append(temporary)
+        real(temporary, path)
+
+    monkeypatch.setattr(module.os, call, sweep_first)
+    path = str(tmp_path / "a.json")
+    (STORE.create if call == "link" else STORE.put)(path, b"a")
+    assert STORE.read(path) == b"a" and len(set(swept)) == 2
+    assert names(tmp_path) == ["a.json"]
