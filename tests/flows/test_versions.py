@@ -106,15 +106,29 @@ def test_the_status_that_is_watched_ends_with_an_interrupt_and_without_a_word(bu
     out, _ = built
     command = [sys.executable, "-m", "paracaption.flows.cli", "status", str(out), "--watch"]
     root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen(
-        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as watching:
+    watching = subprocess.Popen(
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heed_interrupts,
+    )
+    try:
         line = watching.stdout.readline()
         time.sleep(0.2)
         watching.send_signal(signal.SIGINT)
         rest, errors = watching.communicate(timeout=60)
+    finally:
+        watching.kill()
+        watching.wait()
     assert re.fullmatch(r"\d\d:\d\d:\d\d  coconut 3/3 units, 32 kept; .*released\n", line)
     assert (watching.returncode, rest, errors) == (0, "", "")
+
+
+def _heed_interrupts() -> None:
+    """Tests that run in the background of a script have been told to ignore them, and so would the child."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_an_undo_in_a_pipe_wants_a_yes_and_changes_nothing_without_it(built):
