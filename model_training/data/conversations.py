@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from ...pipeline.io import files, photos
+from ...pipeline.io.tables import TableFile
 from ...schemas.errors import BadRecord, BadSample, ConfigError
 from ...schemas.records import Blob
 from ...schemas.training import ConversationSource
@@ -332,12 +333,10 @@ def _from_lines(path: str) -> Iterator[tuple[Record, bytes]]:
 
 
 def _from_parquet(path: str) -> Iterator[tuple[Record, bytes]]:
-    import pyarrow.parquet as pq
-
-    with files.open_url(path, 8 << 20) as file:
-        opened = pq.ParquetFile(file)
-        columns = [name for name in ("id", "image", "conversations") if name in opened.schema_arrow.names]
-        for batch in opened.iter_batches(64, columns=columns, use_threads=False):
+    table = TableFile(path)
+    columns = [name for name in ("id", "image", "conversations") if name in table.names]
+    for group in table.row_groups(columns):
+        for batch in group.to_batches(64):
             for row in batch.to_pylist():
                 yield _from_row(row)
 

@@ -26,6 +26,7 @@ from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample
 from ...schemas.summary import CorpusSummary
 from ..io import files
+from ..io.tables import TableFile
 from ..sources.registry import file_context
 from .ledger import align_ledger
 from .units import Unit, list_units
@@ -212,15 +213,11 @@ class Corpus:
             IntegrityError: the index cannot be read, or has no such column.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         path = f"{self.path}/{INDEX}"
         try:
-            with files.open_url(path, 8 << 20) as file:
-                opened = pq.ParquetFile(file)
-                for number in range(opened.num_row_groups):
-                    table = opened.read_row_group(number, columns=columns, use_threads=False)
-                    yield table if columns is None else table.select(columns)
+            for table in TableFile(path).row_groups(columns):
+                yield table if columns is None else table.select(columns)
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{path}: no index; give the `out` of a build, or run `paracaption merge`"
@@ -287,16 +284,14 @@ class Corpus:
     def find_unit(self, subset: str, key: str) -> Unit | None:
         """The committed unit that has an image; None if there is none."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         if not SAFE_KEY.fullmatch(key):
             return None
         units = {unit.name: unit for unit in self.units(subset)}
         if INDEX in files.list_names(self.path):
-            wanted = [("subset", "=", subset), ("key", "=", key)]
             try:
-                with files.open_url(f"{self.path}/{INDEX}", 8 << 20) as file:
-                    names = pq.read_table(file, columns=["unit"], filters=wanted)["unit"].unique().to_pylist()
+                rows = TableFile(f"{self.path}/{INDEX}").find(["unit"], subset=subset, key=key)
+                names = rows["unit"].unique().to_pylist()
             except (OSError, pa.ArrowException, KeyError):  # the manifests say it, too
                 names = []
             if names and names[0] in units:
@@ -416,11 +411,9 @@ def read_ledger(path: str | Path, columns: list[str] | None = None) -> pa.Table:
         ConfigError: there is no such column.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with files.open_url(str(path), 1 << 20) as file:
-            table = pq.ParquetFile(file).read(columns=columns, use_threads=False)
+        table = TableFile(str(path)).read(columns)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise IntegrityError(f"{path}: not readable ({error}); {REBUILD}") from error
     return align_ledger(table, path, columns)

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...schemas.config import Text
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
+from ..io.tables import TableFile
 from . import log, merge, reader, work_list
 from .adopt import FOLDERS
 from .problems import Problem, guarded
@@ -203,27 +204,26 @@ def _check_work_list(
 def _compare_with_list(
     out: str, planned: WorkList, vouched: Vouched, heads: dict[str, UnitHead], path: str
 ) -> list[Problem]:
-    import pyarrow.parquet as pq
 
     subset = planned.subset
     name = f"{subset}/{work_list.FOLDER}/{work_list.TABLE}"
     problems: list[Problem] = []
     missing: list[str] = []
-    with files.open_url(path, 1 << 20) as file, pq.ParquetFile(file) as table:
-        if table.num_row_groups != planned.num_units:
-            what = f"has {table.num_row_groups} units, plan.json says {planned.num_units}; restore them"
-            return [Problem(name, "", what)]
-        problems += _check_keys_once(table, name)
-        for index in range(planned.num_units):
-            unit = planned.unit_name(index)
-            if unit not in vouched.units.get(subset, {}):
-                missing.append(unit)
-            elif (head := heads.get(unit)) is not None:
-                keys = table.read_row_group(index, columns=["key"], use_threads=False)["key"].to_pylist()
-                if keys_digest(keys) != head.keys:
-                    place = f"{subset}/manifests/{unit}.json"
-                    what = describe_difference(set(_images_of(f"{out}/{place}")), set(keys), "the plan")
-                    problems.append(Problem(place, "", f"{what}; {REBUILD}"))
+    table = TableFile(path)
+    if table.num_row_groups != planned.num_units:
+        what = f"has {table.num_row_groups} units, plan.json says {planned.num_units}; restore them"
+        return [Problem(name, "", what)]
+    problems += _check_keys_once(table, name)
+    for index in range(planned.num_units):
+        unit = planned.unit_name(index)
+        if unit not in vouched.units.get(subset, {}):
+            missing.append(unit)
+        elif (head := heads.get(unit)) is not None:
+            keys = table.read_row_group(index, ["key"])["key"].to_pylist()
+            if keys_digest(keys) != head.keys:
+                place = f"{subset}/manifests/{unit}.json"
+                what = describe_difference(set(_images_of(f"{out}/{place}")), set(keys), "the plan")
+                problems.append(Problem(place, "", f"{what}; {REBUILD}"))
     if missing and vouched.is_whole:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         what = f"{len(missing)} of {planned.num_units} units are not committed ({shown}); run the build again"
@@ -256,12 +256,12 @@ def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, UnitHead]
     return problems
 
 
-def _check_keys_once(table: Any, name: str) -> list[Problem]:
+def _check_keys_once(table: TableFile, name: str) -> list[Problem]:
     """Whether each key is listed once. There may be millions: of a part of them a hash is held at a time."""
     import numpy as np
 
     groups = range(table.num_row_groups)
-    parts = 1 + table.metadata.num_rows // _KEYS_AT_ONCE
+    parts = 1 + table.num_rows // _KEYS_AT_ONCE
     suspects: set[int] = set()
     for part in range(parts):
         hashes = [each[each % parts == part] for each in map(_hashes, (_keys(table, i) for i in groups))]
@@ -281,8 +281,8 @@ def _check_keys_once(table: Any, name: str) -> list[Problem]:
     return [Problem(name, key, f"is planned {found[key]} times; use a new `out`") for key in twice[:EXAMPLES]]
 
 
-def _keys(table: Any, index: int) -> pa.ChunkedArray:
-    return table.read_row_group(index, columns=["key"], use_threads=False)["key"]
+def _keys(table: TableFile, index: int) -> pa.ChunkedArray:
+    return table.read_row_group(index, ["key"])["key"]
 
 
 def _hashes(keys: pa.ChunkedArray) -> Any:
@@ -349,7 +349,6 @@ def _check_merged(
 
 
 def _compare_with_units(corpus: Corpus, subsets: list[str], deep: bool, fix: str) -> list[Problem]:
-    import pyarrow.parquet as pq
 
     try:
         summary = corpus.summary
@@ -362,8 +361,7 @@ def _compare_with_units(corpus: Corpus, subsets: list[str], deep: bool, fix: str
         if deep and files.sha256_of(index) != summary.index.sha256:
             problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {reader.STATS}; {fix}"))
         else:
-            with files.open_url(index) as file, pq.ParquetFile(file) as table:
-                rows = table.metadata.num_rows
+            rows = TableFile(index).num_rows
     kept = 0
     for subset in sorted({*subsets, *summary.subsets}):
         try:

@@ -28,6 +28,7 @@ from ...schemas.errors import IntegrityError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob
 from ..io import files
+from ..io.tables import TableFile
 from ..sources.protocols import CatalogEntry, SourceOptions
 from ..sources.registry import SubsetSource, complete
 from . import log as commit_log
@@ -428,8 +429,6 @@ def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
 
 def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList, damage: str | None) -> str:
     """The message that refuses a resume: in what the two lists differ, with examples."""
-    import pyarrow.parquet as pq
-
     head = f"{old_path}: the sources or the config are not those that this work list was made from: "
     fix = "; restore them, or use a new `out`"
     if old.images_per_shard != new.images_per_shard:
@@ -439,10 +438,7 @@ def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList, da
         head += f"the limit of images was {limits[0]}, is {limits[1]}: "
     if damage is not None:
         return f"{head}which images differ cannot be said, it is {damage}{fix}"
-    tables = []
-    for path in (old_path, new_path):
-        with files.open_url(str(path)) as file:
-            tables.append(pq.read_table(file, columns=["key", "content"]))
+    tables = [TableFile(str(path)).read(["key", "content"]) for path in (old_path, new_path)]
     before, after = (
         dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables
     )

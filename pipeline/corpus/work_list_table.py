@@ -14,6 +14,7 @@ from ...schemas.errors import IntegrityError
 from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Drop
 from ..io import files
+from ..io.tables import TableFile
 from ..sources.protocols import CatalogEntry
 
 VERSION = 1
@@ -150,13 +151,11 @@ def read_unit(path: Path, index: int) -> list[CatalogEntry]:
     Raises:
         IntegrityError: the table cannot be read or has no such unit, or what is read is not what was written.
     """
-    import pyarrow.parquet as pq
-
     try:
-        with files.open_url(str(path), 1 << 20) as file, pq.ParquetFile(file) as table:
-            if not 0 <= index < table.num_row_groups:
-                raise IntegrityError(f"{path}: no unit {index}, it has {table.num_row_groups}")
-            return _to_entries(table.read_row_group(index, use_threads=False), index)
+        table = TableFile(str(path))
+        if not 0 <= index < table.num_row_groups:
+            raise IntegrityError(f"{path}: no unit {index}, it has {table.num_row_groups}")
+        return _to_entries(table.read_row_group(index), index)
     except IntegrityError:
         raise
     except Exception as error:  # whatever a reader of Parquet makes of damaged bytes
@@ -232,22 +231,19 @@ def find_damage(path: Path, expected: Written, subset: str, size: int) -> str | 
         subset: whose images it has.
         size: of a unit.
     """
-    import pyarrow.parquet as pq
-
     try:
         if expected.sha256:
             found = files.sha256_of(path)
             return None if found == expected.sha256 else "damaged: its SHA-256 is not that of plan.json"
         digest, num_images = _begin_digest(subset, size), 0
-        with files.open_url(str(path), 1 << 20) as file, pq.ParquetFile(file) as table:
-            if table.num_row_groups != expected.num_units:
-                return f"damaged: it has {table.num_row_groups} units, plan.json {expected.num_units}"
-            for index in range(table.num_row_groups):
-                unit = table.read_row_group(index, use_threads=False)
-                unit.validate(full=True)
-                for content in unit["content"].to_pylist():
-                    digest.update(content)
-                num_images += len(unit)
+        table = TableFile(str(path))
+        if table.num_row_groups != expected.num_units:
+            return f"damaged: it has {table.num_row_groups} units, plan.json {expected.num_units}"
+        for unit in table.row_groups():
+            unit.validate(full=True)
+            for content in unit["content"].to_pylist():
+                digest.update(content)
+            num_images += len(unit)
     except FileNotFoundError:
         return "gone"
     except Exception as error:  # noqa: BLE001 - whatever a reader of Parquet makes of damaged bytes

@@ -14,6 +14,7 @@ import msgspec
 from ...schemas.records import Rle
 from ..io import files
 from ..io.store import store_of
+from ..io.tables import TableFile
 from ..stages.agreement import Resegmented
 from ..stages.base import ModelStage
 from ..stages.category import Judged
@@ -76,14 +77,10 @@ def _newest_first(folder: Path, stage: str) -> list[Path]:
 
 def _read_answers(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tuple[int, Any]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     names = kind.__struct_fields__
     try:
-        with files.open_url(str(path), 1 << 20) as file:
-            table = pq.read_table(
-                file, columns=["region", *names], filters=[("key", "=", key)], use_threads=False
-            )
+        table = TableFile(str(path)).find(["region", *names], key=key)
         rows = zip(*(table[name].to_pylist() for name in ("region", *names)), strict=True)
         return [(region, kind(*answer)) for region, *answer in rows]
     except (OSError, pa.ArrowException, KeyError, ValueError):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...schemas.errors import ConfigError, IntegrityError
 from ..io import files
 from ..io.store import store_of
+from ..io.tables import TableFile
 from .catalog import Catalog
 
 if TYPE_CHECKING:
@@ -88,11 +89,9 @@ class Reviews:
             IntegrityError: the file cannot be read.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         try:
-            with files.open_url(str(self.path)) as file:
-                table = pq.ParquetFile(file).read().cast(_schema())
+            table = TableFile(str(self.path)).read().cast(_schema())
         except FileNotFoundError:
             return []
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:

@@ -19,6 +19,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord
 from ...schemas.strict import Location
 from ..io import files
+from ..io.tables import TableFile
 from . import coco_json, file_names
 from .categories import CategoryTable, load_categories, make_table
 from .coco_json import Annotation, Image
@@ -167,27 +168,21 @@ class Coconut(Source[CoconutOptions]):
 
     def _parquet_rows(self, url: str) -> Iterator[_Row]:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         table = load_categories(self.options.categories)
         try:
-            with files.open_url(url) as file:
-                parquet = pq.ParquetFile(file)
-                missing = {"mask", "segments_info"} - set(parquet.schema_arrow.names)
-                if missing:
-                    raise ConfigError(
-                        f"{url}: no column {sorted(missing)}; give the hub's COCONut Parquet files"
-                    )
-                columns = [
-                    name for name in ("segments_info", "image_info") if name in parquet.schema_arrow.names
-                ]
-                for group in range(parquet.num_row_groups):
-                    for row, cells in enumerate(parquet.read_row_group(group, columns).to_pylist()):
-                        annotation = coco_json.as_annotation(cells.get("segments_info"))
-                        info = cells.get("image_info")
-                        image = None if info is None else coco_json.as_image(info)
-                        record = functools.partial(make_record, image, annotation, table, (group, row))
-                        yield _Row(image, annotation, record, url)
+            parquet = TableFile(url)
+            missing = {"mask", "segments_info"} - set(parquet.names)
+            if missing:
+                raise ConfigError(f"{url}: no column {sorted(missing)}; give the hub's COCONut Parquet files")
+            columns = [name for name in ("segments_info", "image_info") if name in parquet.names]
+            for group, cells_of in enumerate(parquet.row_groups(columns)):
+                for row, cells in enumerate(cells_of.to_pylist()):
+                    annotation = coco_json.as_annotation(cells.get("segments_info"))
+                    info = cells.get("image_info")
+                    image = None if info is None else coco_json.as_image(info)
+                    record = functools.partial(make_record, image, annotation, table, (group, row))
+                    yield _Row(image, annotation, record, url)
         except files.ReadError:
             raise
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
 from ..io import failures, files, photos
 from ..io.failures import ReadError
+from ..io.tables import TableFile
 from . import coco_json, label_maps
 from .categories import Category, CategoryTable, load_categories
 from .coco_json import Annotation, Image
@@ -313,8 +314,5 @@ def _decoded(
 @functools.lru_cache(maxsize=2)
 def _masks_of_group(url: str, group: int) -> Any:
     """The `mask` column of a row group. Images of a unit follow one another: each group is read once."""
-    import pyarrow.parquet as pq
-
     files.fetch_size(Blob(url))  # says whether it is gone, or only away
-    with files.open_url(url) as file:
-        return pq.ParquetFile(file).read_row_group(group, columns=["mask"])["mask"]
+    return TableFile(url).read_row_group(group, ["mask"])["mask"]
