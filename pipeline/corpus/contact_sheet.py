@@ -31,6 +31,8 @@ _KeptRows = list[dict[str, Any]]
 def draw_corpus_image(corpus: str | Path, key: str, path: str | Path) -> None:
     """Draw an image of a corpus with its kept regions and their captions, and write the picture.
 
+    Regions have the numbers and colors that they have in the ledger and in the explorer.
+
     Args:
         corpus: the folder that a build wrote.
         key: the image's key, or "subset/key".
@@ -114,7 +116,8 @@ def _read_overlays(corpus: Corpus, rows: _KeptRows) -> tuple[np.ndarray, list[Ov
     overlays = []
     for region in sample.regions[:_MAX_DRAWN]:
         mask = rle.check(region.rle.counts, region.rle.size).rle
-        overlays.append(Overlay(mask, region.caption, region.category or region.core_category))
+        label, color = region.category or region.core_category, draw.color_of_region(region.id)
+        overlays.append(Overlay(mask, region.caption, label, color, region.id))
     return photo, overlays
 
 

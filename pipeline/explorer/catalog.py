@@ -249,9 +249,17 @@ class Catalog:
         return self._places_in(self.units(query.subset), query, edge, forward, limit)
 
     def _places_in(
-        self, units: list[Unit], query: Query, edge: ImagePlace | None, forward: bool, limit: int
+        self,
+        units: list[Unit],
+        query: Query,
+        edge: ImagePlace | None,
+        forward: bool,
+        limit: int,
+        key: str | None = None,
     ) -> list[ImagePlace]:
         where, args = query.where()
+        if key is not None:
+            where, args = f"{where} AND key = $key", args | {"key": key}
         measure = query.sort.removeprefix("-")
         falling = query.sort.startswith("-")
         rank = f"{'max' if falling else 'min'}({measure})" if measure else "0"
@@ -321,13 +329,19 @@ class Catalog:
         return [later | dict(zip(names, row, strict=True)) for row in rows]
 
     def matching(self, places: list[ImagePlace], query: Query, most: int) -> Iterator[list[dict[str, Any]]]:
-        """For each place the first `most` rows that the query chooses, without masks."""
+        """For each place the first `most` rows that the query chooses, without masks, in the query's order.
+
+        So the row that gives an image its rank comes first. `measure` is what the query sorts by.
+        """
         names = ("key", "region", "kept", "drop_stage", "drop_reason", "drop_detail", CATEGORY, "caption")
         where, args = query.where()
         args["keys"] = [place.key for place in places]
+        measure = query.sort.removeprefix("-")
+        order = f"{measure} {'DESC' if query.sort.startswith('-') else ''}," if measure else ""
+        where += f" AND {measure} IS NOT NULL" if measure else ""
         sql = f"""
-            SELECT unit, {", ".join(names)}, {query.sort.removeprefix("-") or "NULL"} FROM LEDGERS
-            WHERE {where} AND key IN (SELECT unnest($keys)) ORDER BY unit, file_row_number"""
+            SELECT unit, {", ".join(names)}, {measure or "NULL"} FROM LEDGERS
+            WHERE {where} AND key IN (SELECT unnest($keys)) ORDER BY unit, {order} file_row_number"""
         units = [self._units[name] for name in dict.fromkeys(place.unit for place in places)]
         columns = ("unit", *names[:6], "category", "caption", "measure")
         by_image: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -335,6 +349,17 @@ class Catalog:
             by_image.setdefault((row[0], row[1]), []).append(dict(zip(columns, row, strict=True)))
         for place in places:
             yield by_image.get((place.unit, place.key), [])[:most]
+
+    def place_of(self, query: Query, subset: str, key: str) -> ImagePlace | None:
+        """Where an image is in a result; None if no region of it is chosen.
+
+        Raises:
+            ConfigError: no committed unit has the image.
+        """
+        if query.subset not in ("", subset):
+            return None
+        found = self._places_in([self._unit_of(subset, key)], query, None, True, 1, key)
+        return found[0] if found else None
 
     def _unit_of(self, subset: str, key: str) -> Unit:
         self._refresh()

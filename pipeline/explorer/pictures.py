@@ -169,7 +169,7 @@ def draw_layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
 
 def color_of(region: int) -> tuple[int, int, int]:
     """The color of a region on every page, as RGB."""
-    return draw.PALETTE[region % len(draw.PALETTE)]
+    return draw.color_of_region(region)
 
 
 def halo_of(color: tuple[int, int, int]) -> str:
@@ -219,7 +219,8 @@ def _first_point(path: str) -> tuple[int | None, int | None]:
 
 def _overlay(row: dict[str, Any]) -> Overlay:
     code = rle.check(row["rle_counts"], (row["image_height"], row["image_width"])).rle
-    return Overlay(code, "", color=color_of(row["region"]), number=row["region"])
+    region, dropped = row["region"], not row["kept"]
+    return Overlay(code, "", color=color_of(region), number=region, dropped=dropped)
 
 
 def _jpeg(picture: Any, quality: int) -> bytes:

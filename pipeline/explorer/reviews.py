@@ -1,8 +1,8 @@
 """What people say about decisions: right or wrong. Kept beside the corpus, with the precision that follows.
 
-`OUT/review/marks.parquet` (its name in version 0.1) has a row for each reviewed region with the decision that
-was reviewed. The whole file is written for each review, under a lock, so that two explorers of one corpus do
-not lose each other's; on a file system without locks, only the threads of one explorer do not.
+`OUT/review/marks.parquet` (its name in version 0.1) has a row for each reviewed region and reviewer with the
+decision that was reviewed. The whole file is written for each review, under a lock, so that two explorers of
+one corpus do not lose each other's; on a file system without locks, only the threads of one explorer do not.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Review(NamedTuple):
         decision: "kept", or "stage/reason" of the drop, at the time of the review.
         right: whether that decision is right.
         time_s: seconds since the epoch.
+        reviewer: who says so; "" in what was written before reviewers had names.
     """
 
     subset: str
@@ -51,6 +52,7 @@ class Review(NamedTuple):
     decision: str
     right: bool
     time_s: float
+    reviewer: str = ""
 
 
 class Precision(NamedTuple):
@@ -58,7 +60,8 @@ class Precision(NamedTuple):
 
     Attributes:
         subset, decision: which decision.
-        right, reviewed: numbers of regions.
+        right, reviewed: numbers of regions. One with several reviewers is right if most of them say so; if as
+            many say wrong, it is not.
         low, high: 95% interval by Wilson's score. It holds for all regions of the decision if the reviewed
             ones were drawn at random.
     """
@@ -69,6 +72,8 @@ class Precision(NamedTuple):
     reviewed: int
     low: float
     high: float
+    disputed: int = 0
+    """Reviewed regions on which reviewers disagree."""
 
     @property
     def share(self) -> float:
@@ -91,7 +96,10 @@ class Reviews:
         import pyarrow as pa
 
         try:
-            table = TableFile(str(self.path)).read().cast(_schema())
+            table = TableFile(str(self.path)).read()
+            if "reviewer" not in table.column_names:
+                table = table.append_column("reviewer", pa.array([""] * len(table), pa.string()))
+            table = table.select(_schema().names).cast(_schema())
         except FileNotFoundError:
             return []
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
@@ -100,12 +108,18 @@ class Reviews:
             ) from error
         return [Review(*row.values()) for row in table.to_pylist()]
 
-    def of_image(self, subset: str, key: str) -> dict[int, Review]:
-        """The reviews of an image by region."""
-        return {each.region: each for each in self.read_all() if (each.subset, each.key) == (subset, key)}
+    def of_image(self, subset: str, key: str) -> dict[int, list[Review]]:
+        """The reviews of an image by region, one of each reviewer."""
+        found: dict[int, list[Review]] = {}
+        for each in self.read_all():
+            if (each.subset, each.key) == (subset, key):
+                found.setdefault(each.region, []).append(each)
+        return found
 
-    def save(self, subset: str, key: str, region: int, right: bool | None) -> None:
-        """Save a review of the present decision on a region; None removes the review.
+    def save(self, subset: str, key: str, region: int, right: bool | None, reviewer: str = "") -> None:
+        """Save a reviewer's review of the present decision on a region; None removes it.
+
+        Those of other reviewers stay.
 
         Raises:
             ConfigError: there is no such region, or the corpus cannot be written.
@@ -114,11 +128,12 @@ class Reviews:
         if row is None:
             raise ConfigError(f"{subset}/{key}: no region {region}")
         with self._locked():
-            reviews = {each[:3]: each for each in self.read_all()}
-            reviews.pop((subset, key, region), None)
+            reviews = {(*each[:3], each.reviewer): each for each in self.read_all()}
+            reviews.pop((subset, key, region, reviewer), None)
             if right is not None:
-                review = Review(subset, key, region, decision_of(row), right, round(time.time(), 3))
-                reviews[review[:3]] = review
+                now = round(time.time(), 3)
+                review = Review(subset, key, region, decision_of(row), right, now, reviewer)
+                reviews[(*review[:3], reviewer)] = review
             self._write(sorted(reviews.values()))
 
     def precision(self) -> tuple[list[Precision], int]:
@@ -128,14 +143,21 @@ class Reviews:
         """
         reviews = self.read_all()
         present = self._present_decisions(reviews)
-        counts: dict[tuple[str, str], list[int]] = {}
+        words: dict[tuple[str, str], dict[tuple[str, str, int], list[bool]]] = {}
+        num_valid = 0
         for review in reviews:
             if present.get(review[:3]) == review.decision:
-                count = counts.setdefault((review.subset, review.decision), [0, 0])
-                count[0] += review.right
-                count[1] += 1
-        found = [Precision(*name, right, n, *wilson(right, n)) for name, (right, n) in sorted(counts.items())]
-        return found, len(reviews) - sum(each.reviewed for each in found)
+                num_valid += 1
+                of_decision = words.setdefault((review.subset, review.decision), {})
+                of_decision.setdefault(review[:3], []).append(review.right)
+        found = []
+        for name, regions in sorted(words.items()):
+            right = sum(2 * sum(said) > len(said) for said in regions.values())
+            disputed = sum(len(set(said)) > 1 for said in regions.values())
+            found.append(
+                Precision(*name, right, len(regions), *wilson(right, len(regions)), disputed=disputed)
+            )
+        return found, len(reviews) - num_valid
 
     def _present_decisions(self, reviews: list[Review]) -> dict[tuple[str, str, int], str]:
         """The present decision on each reviewed region that the corpus still has."""
@@ -145,15 +167,22 @@ class Reviews:
         rows = self.catalog.select(sql, {"keys": sorted({review.key for review in reviews})})
         return {(subset, key, region): decision for subset, key, region, decision in rows}
 
-    def next_unreviewed(self, subset: str, decision: str, skip: int = 0) -> tuple[str, int] | None:
-        """(key, region) of a region without a review, in a random order that is the same for everyone.
+    def next_unreviewed(
+        self, subset: str, decision: str, skip: int = 0, reviewer: str = ""
+    ) -> tuple[str, int] | None:
+        """(key, region) of a region that a reviewer has not reviewed, in a random order, the same for all.
+
+        So several people review the same regions, and where they disagree is known. What was reviewed before
+        reviewers had names counts for everyone.
 
         Args:
             subset: of the corpus.
             decision: "kept" or "stage/reason".
             skip: how many of them to pass over.
+            reviewer: who reviews.
         """
-        reviewed = {(each.key, each.region) for each in self.read_all() if each.subset == subset}
+        own = [each for each in self.read_all() if each.subset == subset and each.reviewer in ("", reviewer)]
+        reviewed = {(each.key, each.region) for each in own}
         sql = f"""
             SELECT key, region FROM LEDGERS WHERE region IS NOT NULL AND {DECISION} = $decision
             ORDER BY hash(key, region), key, region LIMIT {len(reviewed) + skip + 1:d}"""
@@ -213,5 +242,5 @@ def wilson(right: int, reviewed: int) -> tuple[float, float]:
 def _schema() -> pa.Schema:
     import pyarrow as pa
 
-    kinds = (pa.string(), pa.string(), pa.int32(), pa.string(), pa.bool_(), pa.float64())
+    kinds = (pa.string(), pa.string(), pa.int32(), pa.string(), pa.bool_(), pa.float64(), pa.string())
     return pa.schema(list(zip(Review._fields, kinds, strict=True)))

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 PALETTE = (
-    (0, 114, 178),  # blue
-    (230, 159, 0),  # orange
     (86, 180, 233),  # sky
     (213, 94, 0),  # vermilion
     (204, 121, 167),  # pink
@@ -38,8 +36,16 @@ PALETTE = (
     (221, 221, 221),  # pale gray
     (170, 51, 119),  # purple
     (20, 20, 20),  # black
+    (153, 51, 255),  # violet
+    (0, 255, 153),  # mint
 )
-"""Okabe and Ito's seven, then five far from them and from each other in every kind of color vision."""
+"""Colors of regions: five of Okabe and Ito's and seven more, far apart in every kind of color vision.
+
+Okabe and Ito's blue and orange are not among them: in the plots and charts they mean kept and dropped.
+"""
+
+_STRIPE, _GAP, _DASH = 3, 9, 12
+"""Pixels of a dropped mask's stripes, from one to the next, and from one dash of its outline to the next."""
 
 _FILL, _FILL_SCENE, _SCENE = 0.38, 0.24, 0.3
 """A mask over more of the picture than this is painted thinner: it would veil the photo."""
@@ -63,7 +69,8 @@ class Overlay(NamedTuple):
         caption: for the legend.
         label: a few words before the caption, such as the category; "" for none.
         color: RGB; None takes the palette's by position.
-        number: in the disc; None counts from 1.
+        number: in the disc and in the legend; None counts from 1.
+        dropped: drawn with stripes, a dashed outline and a crossed-out number: seen without color, too.
     """
 
     rle: Rle
@@ -71,6 +78,7 @@ class Overlay(NamedTuple):
     label: str = ""
     color: tuple[int, int, int] | None = None
     number: int | None = None
+    dropped: bool = False
 
 
 def draw_masks(
@@ -98,17 +106,17 @@ def draw_masks(
     masks = [_scaled(overlay.rle, (height, width), size) for overlay in overlays]
     order, top = stack_masks(masks, canvas.shape[:2])
     colors = np.array([color_of(overlay, i) for i, overlay in enumerate(overlays)] or [(0, 0, 0)], np.float32)
-    painted = top >= 0
+    painted = (top >= 0) & ~_between_stripes(top, [overlay.dropped for overlay in overlays])
     fills = np.array([mask_opacity(int(mask.sum()), top.size) for mask in masks] or [0], np.float32)
     fill = fills[top[painted]][:, None]
     canvas[painted] = (canvas[painted] * (1 - fill) + colors[top[painted]] * fill).astype(np.uint8)
     for i in order:
-        _outline(canvas, masks[i], tuple(map(int, colors[i])), cv2)
+        _outline(canvas, masks[i], tuple(map(int, colors[i])), cv2, overlays[i].dropped)
     picture = Image.fromarray(canvas)
     radius = radius or max(9, round(side / 75))
     for i, place in number_places(masks, order, top, 2 * radius).items():
-        number = overlays[i].number
-        draw_disc(picture, place, radius, i + 1 if number is None else number, color_of(overlays[i], i))
+        overlay = overlays[i]
+        draw_disc(picture, place, radius, number_of(overlay, i), color_of(overlay, i), overlay.dropped)
     return picture
 
 
@@ -194,9 +202,9 @@ def draw_below(picture: Image, overlays: Sequence[Overlay], width: int, title: s
 
 
 class _Entry(NamedTuple):
-    """A region's place in the legend: its number, and its lines with their fonts."""
+    """A region in the legend: its position among the overlays, and its lines with their fonts."""
 
-    number: int
+    position: int
     overlay: Overlay
     lines: list[tuple[str, FreeTypeFont]]
     height: int
@@ -212,10 +220,10 @@ def draw_legend(overlays: Sequence[Overlay], width: int, title: str = "", column
     each = (width - _MARGIN) // columns
     indent = 2 * radius + 10
     entries = []
-    for number, overlay in enumerate(overlays, 1):
+    for position, overlay in enumerate(overlays):
         lines = [(line, bold) for line in _wrap(overlay.label, bold, each - indent - _MARGIN)]
         lines += [(line, normal) for line in _wrap(overlay.caption, normal, each - indent - _MARGIN)]
-        entries.append(_Entry(number, overlay, lines, step * max(1, len(lines)) + 10))
+        entries.append(_Entry(position, overlay, lines, step * max(1, len(lines)) + 10))
     filled = _columns(entries, columns)
     top = _MARGIN + (step + 6 if title else 0)
     height = top + max((sum(entry.height for entry in column) for column in filled), default=0) + _MARGIN - 10
@@ -226,8 +234,8 @@ def draw_legend(overlays: Sequence[Overlay], width: int, title: str = "", column
     for place, column in enumerate(filled):
         x, y = _MARGIN + place * each, top
         for entry in column:
-            color = color_of(entry.overlay, entry.number - 1)
-            draw_disc(canvas, (x + radius, y + radius), radius, entry.number, color)
+            color, number = color_of(entry.overlay, entry.position), number_of(entry.overlay, entry.position)
+            draw_disc(canvas, (x + radius, y + radius), radius, number, color, entry.overlay.dropped)
             for i, (line, face) in enumerate(entry.lines):
                 pen.text((x + indent, y + i * step), line, _INK, face)
             y += entry.height
@@ -249,6 +257,23 @@ def color_of(overlay: Overlay, position: int) -> tuple[int, int, int]:
     return overlay.color or PALETTE[position % len(PALETTE)]
 
 
+def number_of(overlay: Overlay, position: int) -> int:
+    """The overlay's own number, or one more than its position."""
+    return position + 1 if overlay.number is None else overlay.number
+
+
+def color_of_region(region: int) -> tuple[int, int, int]:
+    """The color of a region of a corpus by its id, the same in every picture and on every page, as RGB."""
+    return PALETTE[region % len(PALETTE)]
+
+
+def _between_stripes(top: np.ndarray, dropped: Sequence[bool]) -> np.ndarray:
+    """(H, W) bool, where the photo shows between the stripes of the dropped masks on top."""
+    rows, columns = np.indices(top.shape, sparse=True)
+    gaps = (rows + columns) % _GAP >= _STRIPE
+    return gaps & np.isin(top, np.flatnonzero(dropped))
+
+
 def _scaled(mask: Rle, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     cv2: Any = importlib.import_module("cv2")
     if tuple(mask.size) != shape:
@@ -261,11 +286,21 @@ def _scaled(mask: Rle, shape: tuple[int, int], size: tuple[int, int]) -> np.ndar
     return small
 
 
-def _outline(canvas: np.ndarray, mask: np.ndarray, color: tuple[int, ...], cv2: Any) -> None:
+def _outline(
+    canvas: np.ndarray, mask: np.ndarray, color: tuple[int, ...], cv2: Any, dashed: bool = False
+) -> None:
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     halo = (255, 255, 255) if is_dark(color) else (0, 0, 0)
+    before = canvas.copy() if dashed else None
     cv2.drawContours(canvas, contours, -1, halo, 4, cv2.LINE_AA)
     cv2.drawContours(canvas, contours, -1, color, 2, cv2.LINE_AA)
+    if before is not None:
+        gaps = np.zeros(mask.shape, np.uint8)
+        for contour in contours:
+            points = contour[:, 0]
+            for start in range(0, len(points), _DASH):
+                cv2.polylines(gaps, [points[start + _DASH // 2 : start + _DASH]], False, 1, 5)
+        canvas[gaps > 0] = before[gaps > 0]
 
 
 def _inside(mask: np.ndarray, taken: list[tuple[int, int]], apart: int, cv2: Any) -> tuple[int, int]:
@@ -282,9 +317,17 @@ def _inside(mask: np.ndarray, taken: list[tuple[int, int]], apart: int, cv2: Any
 
 
 def draw_disc(
-    canvas: Image, center: tuple[int, int], radius: int, number: int, color: tuple[int, int, int]
+    canvas: Image,
+    center: tuple[int, int],
+    radius: int,
+    number: int,
+    color: tuple[int, int, int],
+    dropped: bool = False,
 ) -> None:
-    """A numbered disc: drawn large and shrunk, because Pillow's circles have no soft edge."""
+    """A numbered disc, of a dropped region white, square and crossed out.
+
+    It is drawn large and shrunk, because Pillow's circles have no soft edge.
+    """
     from PIL import Image, ImageDraw
 
     text = str(number)
@@ -295,11 +338,18 @@ def draw_disc(
     dark = is_dark(color)
     edge = (255, 255, 255) if dark else (0, 0, 0)
     box = (0, 0, large.width - 1, large.height - 1)
-    on.rounded_rectangle(box, radius * times, fill=edge)
+    corner = 0 if dropped else radius * times
+    on.rounded_rectangle(box, corner, fill=edge)
     inner = (times * 1.5, times * 1.5, large.width - 1 - times * 1.5, large.height - 1 - times * 1.5)
-    on.rounded_rectangle(inner, radius * times, fill=color)
+    on.rounded_rectangle(inner, corner, fill=color)
+    if dropped:
+        thick = max(2, radius // 5) * times
+        on.rectangle((thick, thick, large.width - 1 - thick, large.height - 1 - thick), fill=_PAPER)
+        edge = _INK
     face = load_font(round(radius * 1.15) * times, bold=True)
     on.text((large.width / 2, large.height / 2), text, edge, face, anchor="mm")
+    if dropped:
+        on.line((0, large.height - 1, large.width - 1, 0), fill=_INK, width=times)
     small = large.resize((2 * half, 2 * radius), Image.Resampling.LANCZOS)
     x = min(max(center[0] - half, 0), max(0, canvas.width - small.width))
     y = min(max(center[1] - radius, 0), max(0, canvas.height - small.height))

@@ -28,6 +28,7 @@ def show_results(request: Request, explorer: CurrentExplorer) -> HTMLResponse:
         "browse.html",
         request,
         query=query,
+        here={name: text for name in ("after", "before") if (text := request.query_params.get(name))},
         page=page,
         cards=[
             (place, rows, _thumb_url(place, rows)) for place, rows in zip(page.images, matching, strict=True)

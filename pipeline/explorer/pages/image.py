@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
@@ -18,6 +19,9 @@ from ..evidence import read_evidence
 from ..pictures import MOST_DRAWN, draw_layers, outline
 from ..query import MEASURES, Query
 
+REVIEWER = "paracaption-reviewer"
+"""The cookie with the name of whoever reviews."""
+
 LINK = None
 router = APIRouter()
 
@@ -27,13 +31,24 @@ def show_image(request: Request, explorer: CurrentExplorer, subset: str, key: st
     catalog = explorer.catalog
     rows = catalog.image(subset, key)
     query = Query.parse(request.query_params)
-    here = catalog.find_place(request.query_params.get("at", ""))
-    if here is None or here.key != key:
-        query = Query()
-        here = ImagePlace(subset, rows[0]["unit"], key, rows[0]["file_row_number"], 0)
-    earlier = catalog.page(query, before=here, limit=1).images
-    later = catalog.page(query, after=here, limit=1).images
+    here = catalog.place_of(query, subset, key)
+    within = Query() if here is None else query  # of an image that was not asked for, those beside it
+    here = here or ImagePlace(subset, rows[0]["unit"], key, rows[0]["file_row_number"], 0)
+    earlier = catalog.page(within, before=here, limit=1).images
+    later = catalog.page(within, after=here, limit=1).images
     drawn = draw_regions(catalog.out, rows)
+    reviewer = unquote(request.cookies.get(REVIEWER, ""))
+    reviews = explorer.reviews.of_image(subset, key)
+    asked: list[int] = []
+    if query.chips():
+        [chosen] = catalog.matching([here], query, len(rows))
+        asked = [row["region"] for row in chosen if row["region"] is not None]
+    if asked:
+        place = {region: number for number, region in enumerate(asked)}
+        rows = sorted(rows, key=lambda row: place.get(row["region"], len(rows)))  # the others as they were
+    back = {name: request.query_params.get(name, "") for name in ("after", "before")}
+    if not any(back.values()) and earlier and within is query:
+        back = {"after": earlier[0].cursor}  # the page that begins with this image
     return explorer.html(
         "image.html",
         request,
@@ -41,11 +56,14 @@ def show_image(request: Request, explorer: CurrentExplorer, subset: str, key: st
         key=key,
         rows=rows,
         query=query,
+        asked=asked,
+        back=back,
         earlier=earlier[0] if earlier else None,
         later=later[0] if later else None,
         numbers={layer.region for layer in drawn["layers"]},
         **drawn,
-        reviews=explorer.reviews.of_image(subset, key),
+        reviews={r: each for r, all_of in reviews.items() for each in all_of if each.reviewer == reviewer},
+        others={r: [each for each in all_of if each.reviewer != reviewer] for r, all_of in reviews.items()},
         measures=MEASURES,
     )
 

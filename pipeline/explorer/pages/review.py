@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote, urlencode
+import secrets
+from typing import TypeVar
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from ....schemas.errors import ConfigError
 from ..context import CurrentExplorer
-from ..query import MEASURES
+from ..query import MEASURES, Query
 from ..reviews import KEPT, list_decisions
-from .image import draw_regions
+from .image import REVIEWER, draw_regions
+
+_Answer = TypeVar("_Answer", bound=Response)
 
 LINK = ("/review", "Review")
 router = APIRouter()
@@ -25,14 +29,15 @@ def show_next(
     subset = subset or catalog.subsets()[0]
     catalog.check_subset(subset)
     num_skipped = int(skip) if skip.isdecimal() and len(skip) < 7 else 0
-    found = reviews.next_unreviewed(subset, decision, num_skipped)
+    reviewer = reviewer_of(request)
+    found = reviews.next_unreviewed(subset, decision, num_skipped, reviewer)
     row, drawn = None, {}
     if found is not None:
         key, region = found
         row = next(row for row in catalog.image(subset, key) if row["region"] == region)
         drawn = draw_regions(catalog.out, [row])
     precisions, num_void = reviews.precision()
-    return explorer.html(
+    page = explorer.html(
         "review.html",
         request,
         subset=subset,
@@ -44,7 +49,31 @@ def show_next(
         precisions=precisions,
         num_void=num_void,
         measures=MEASURES,
+        reviewer=reviewer,
     )
+    return remember_reviewer(page, reviewer)
+
+
+_MOST_LETTERS = 60
+
+
+def reviewer_of(request: Request) -> str:
+    """The name of whoever sends a request: as they gave it, else one made up for their browser."""
+    given = unquote(request.cookies.get(REVIEWER, "")).strip()[:_MOST_LETTERS]
+    return given or f"reviewer {secrets.token_hex(2)}"
+
+
+def remember_reviewer(answer: _Answer, reviewer: str) -> _Answer:
+    """The answer with the reviewer's name in a cookie, so that two browsers are two reviewers."""
+    answer.set_cookie(REVIEWER, quote(reviewer), httponly=True, samesite="lax", max_age=365 * 86_400)
+    return answer
+
+
+@router.post("/reviewer")
+def name_reviewer(request: Request, name: str = Form("")) -> Response:
+    """Take a name for the reviews that this browser makes from now on."""
+    name = " ".join(name.split())[:_MOST_LETTERS] or reviewer_of(request)
+    return remember_reviewer(RedirectResponse("/review", 303), name)
 
 
 _RIGHT = {"right": True, "wrong": False, "none": None}
@@ -52,19 +81,31 @@ _RIGHT = {"right": True, "wrong": False, "none": None}
 
 @router.post("/marks")  # as the address was in version 0.1
 def save_review(
+    request: Request,
     explorer: CurrentExplorer,
     subset: str = Form(),
     key: str = Form(),
     region: int = Form(),
     right: str = Form(),
     back: str = Form(""),
+    query: str = Form(""),
+    skip: str = Form("0"),
 ) -> Response:
-    """Save or remove the review of a region; `back` is the page to show then, "" for none."""
+    """Save or remove the review of a region.
+
+    `back` is the page to show then, "" for none: "image", with the `query` that led to it, or a
+    decision to go on with, still passing over the `skip` regions that were skipped.
+    """
     if right not in _RIGHT:
         raise ConfigError("a review is right, wrong or none")
-    explorer.reviews.save(subset, key, region, _RIGHT[right])
+    reviewer = reviewer_of(request)
+    explorer.reviews.save(subset, key, region, _RIGHT[right], reviewer)
     if back == "":
-        return Response(status_code=204)
+        return remember_reviewer(Response(status_code=204), reviewer)
     if back == "image":
-        return RedirectResponse(f"/image/{quote(subset, safe='')}/{quote(key, safe='')}", 303)
-    return RedirectResponse(f"/review?{urlencode({'subset': subset, 'decision': back})}", 303)
+        asked = Query.parse(dict(parse_qsl(query))).url()
+        page = f"/image/{quote(subset, safe='')}/{quote(key, safe='')}" + (f"?{asked}" if asked else "")
+    else:
+        skipped = {"skip": skip} if skip.isdecimal() and len(skip) < 7 and int(skip) else {}
+        page = f"/review?{urlencode({'subset': subset, 'decision': back, **skipped})}"
+    return remember_reviewer(RedirectResponse(page, 303), reviewer)

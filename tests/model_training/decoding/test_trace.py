@@ -183,8 +183,8 @@ def test_the_pages_slider_has_a_step_for_every_snapshot_and_every_control_has_a_
 
 def test_the_numbers_of_the_page_have_the_palettes_colours(short):
     text = trace_page.render_page(short)
-    assert f"background:rgb{draw.PALETTE[0]};color:#fff" in text
-    assert f"background:rgb{draw.PALETTE[1]};color:#000" in text
+    assert f"background:rgb{draw.PALETTE[0]};color:#000" in text
+    assert f"background:rgb{draw.PALETTE[1]};color:#fff" in text
 
 
 def test_what_the_page_plays_is_what_the_steps_were(short):

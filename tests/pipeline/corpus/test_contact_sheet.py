@@ -4,6 +4,7 @@ from PIL import Image
 from paracaption.pipeline.corpus import contact_sheet
 from paracaption.pipeline.corpus.contact_sheet import draw_contact_sheet, draw_corpus_image
 from paracaption.pipeline.corpus.reader import open_corpus
+from paracaption.pipeline.io import draw
 from paracaption.schemas.errors import ConfigError
 from tests import committed
 
@@ -44,3 +45,17 @@ def test_a_contact_sheet_of_nothing_is_a_clear_error(tmp_path):
         path.unlink()
     with pytest.raises(ConfigError, match="no kept region"):
         draw_contact_sheet(out, tmp_path / "sheet.png")
+
+
+def test_regions_of_a_picture_have_the_numbers_and_colors_of_the_ledger(tmp_path):
+    corpus = open_corpus(committed.merged(tmp_path / "out"))
+    seen = set()
+    for table in corpus.ledgers():
+        rows = [row for row in table.to_pylist() if row["kept"]]
+        for key in {row["key"] for row in rows}:
+            kept = [row for row in rows if row["key"] == key]
+            _, overlays = contact_sheet._read_overlays(corpus, kept)
+            assert [each.number for each in overlays] == [row["region"] for row in kept]
+            assert [each.color for each in overlays] == [draw.color_of_region(r["region"]) for r in kept]
+            seen.add([row["region"] for row in kept] == list(range(len(kept))))
+    assert False in seen, "an image with a drop before a kept region"

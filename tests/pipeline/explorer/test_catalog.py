@@ -191,3 +191,21 @@ def test_a_query_survives_its_own_address():
     assert dict(parse_qsl(query.without("iou").url(after="1"))).keys() == {"text", "subset", "sort", "after"}
     assert format_number(3.0) == "3" and float(format_number(0.1 + 0.2)) == 0.1 + 0.2
     assert all(name.isidentifier() for name in MEASURES), "they become a part of SQL"
+
+
+@pytest.mark.parametrize("sort", ["iou", "-iou"])
+def test_the_region_that_gives_an_image_its_rank_is_the_first_on_its_card(catalog, sort):
+    query = Query.parse({"subset": "sa1b", "sort": sort, "iou.min": "0.1"})
+    places = catalog.page(query).images
+    moved = 0
+    for place, rows in zip(places, catalog.matching(places, query, 3), strict=True):
+        assert rows[0]["measure"] == place.rank and len(rows) == min(3, place.num_regions)
+        moved += rows[0]["region"] != min(row["region"] for row in rows)
+    assert moved
+
+
+def test_an_image_has_its_place_in_a_result_or_none(catalog):
+    query = Query.parse({"outcome": "dropped", "sort": "-iou"})
+    for place in catalog.page(query).images[:3]:
+        assert catalog.place_of(query, place.subset, place.key) == place
+    assert catalog.place_of(Query(text="nowhere to be found"), "sa1b", "sa_3") is None

@@ -230,3 +230,49 @@ def test_each_link_of_the_navigation_opens_its_page_and_each_page_has_its_templa
 def test_without_a_run_the_navigation_has_no_link_to_it(out):
     page = TestClient(make_app(Explorer(out)), base_url="http://localhost").get("/").text
     assert ">Review</a>" in page and ">Train</a>" not in page
+
+
+def test_a_card_says_the_outcome_before_the_caption_and_the_score_that_it_is_sorted_by(client):
+    page = client.get("/browse?outcome=dropped&sort=-iou&subset=sa1b").text
+    cards = page.split('<li class="card"')[1:]
+    for card in cards:
+        listed = card.partition('<ol class="captions">')[2]
+        assert "tag dropped" in listed.partition("<span>")[0] or listed.index("tag dropped") < 1200
+        assert '<b class="measure">iou ' in listed and "badge dropped" in listed
+
+
+def test_an_image_keeps_the_query_that_led_to_it_and_shows_what_was_asked_for_first(client, out):
+    rows = [row for row in corpus.regions(out, "sa1b") if row["drop_reason"] == "iou_low"]
+    row = next(r for r in rows if (r["key"], 0) not in {(each["key"], each["region"]) for each in rows})
+    num_asked = sum(each["key"] == row["key"] for each in rows)
+    page = client.get(f"/image/sa1b/{row['key']}?reason=iou_low").text
+    assert page.index(f'id="region-{row["region"]}"') < page.index('id="region-0"')
+    assert page.count('class="region asked"') == num_asked and 'class="region pale"' in page
+    back = page.partition('aria-label="Images of the result"')[2].partition("Back to the results")[0]
+    assert "/browse?reason=iou_low" in html.unescape(back)
+    links = html.unescape(page).split('rel="next" href="')[1:]
+    assert all("reason=iou_low" in link.partition('"')[0] for link in links)
+    data = {"subset": "sa1b", "key": row["key"], "region": row["region"], "right": "none", "back": "image"}
+    answer = client.post("/marks", data=data | {"query": "reason=iou_low"}, follow_redirects=False)
+    assert answer.headers["location"].endswith("?reason=iou_low")
+
+
+def test_dropped_regions_look_dropped_on_the_image_page(client, out):
+    rows = [row for row in corpus.regions(out, "sa1b") if row["key"] == "sa_3" and row["rle_counts"]]
+    page = client.get("/image/sa1b/sa_3").text
+    dropped = [row["region"] for row in rows if not row["kept"]]
+    assert 0 < len(dropped) < len(rows)
+    assert page.count('class="mask dropped"') == page.count('class="line dashes"') - page.count(
+        'class="predicted"'
+    )
+    for row in rows:
+        assert (f"url(#stripes-{row['region']})" in page) is not row["kept"]
+
+
+def test_the_report_says_each_reason_before_the_caption_and_cuts_nothing(out, tmp_path):
+    path = tmp_path / "report.html"
+    CliRunner().invoke(app, ["report", str(out), "--to", str(path)])
+    page = path.read_text()
+    assert '<ol class="captions">' not in page and ".captions.whole span { display: block" in page
+    for part in page.split('<ol class="captions whole">')[1:]:
+        assert 0 < part.index('class="tag ') < part.index("<span>")

@@ -103,3 +103,48 @@ def test_two_explorers_and_many_threads_lose_no_review(copy):
             list(threads.map(lambda number: review_some(copy, [number]), parts[0]))
         waiting.get(60)
     assert len(Reviews(Catalog(copy)).read_all()) == 12
+
+
+def test_two_people_review_the_same_region_and_both_are_kept_with_their_names(copy):
+    reviews = Reviews(Catalog(copy))
+    first = reviews.next_unreviewed("sa1b", "kept", reviewer="Ada")
+    reviews.save("sa1b", *first, True, "Ada")
+    assert reviews.next_unreviewed("sa1b", "kept", reviewer="Ada") != first
+    assert reviews.next_unreviewed("sa1b", "kept", reviewer="Ben") == first
+    reviews.save("sa1b", *first, False, "Ben")
+    said = {each.reviewer: each.right for each in reviews.of_image("sa1b", first[0])[first[1]]}
+    assert said == {"Ada": True, "Ben": False}
+    [found], _ = reviews.precision()
+    assert (found.right, found.reviewed, found.disputed) == (0, 1, 1)
+    reviews.save("sa1b", *first, True, "Cyd")
+    assert reviews.precision()[0][0].right == 1
+
+
+def test_reviews_of_before_reviewers_had_names_are_read_and_count_for_everyone(copy):
+    reviews = Reviews(Catalog(copy))
+    first = reviews.next_unreviewed("sa1b", "kept")
+    reviews.save("sa1b", *first, True)
+    path = copy / "review" / "marks.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["reviewer"]), path)
+    assert [each.reviewer for each in reviews.read_all()] == [""]
+    assert reviews.next_unreviewed("sa1b", "kept", reviewer="Ada") != first
+
+
+def test_two_browsers_are_two_reviewers_and_what_one_skips_does_not_come_back(copy):
+    from starlette.testclient import TestClient
+
+    from paracaption.pipeline.explorer.app import make_app
+    from paracaption.pipeline.explorer.context import Explorer
+
+    explorer = Explorer(copy)
+    order = [explorer.reviews.next_unreviewed("sa1b", "kept", number) for number in range(4)]
+    app = make_app(explorer)
+    for right in ("right", "wrong"):
+        client = TestClient(app, base_url="http://localhost")
+        client.get("/review?subset=sa1b")
+        key, region = order[2]
+        data = {"subset": "sa1b", "key": key, "region": region, "right": right, "back": "kept", "skip": "2"}
+        page = client.post("/marks", data=data).text
+        assert f'name="key" value="{order[3][0]}"' in page and "2 skipped" in page
+    saved = explorer.reviews.read_all()
+    assert [each.right for each in saved].count(True) == 1 and len({each.reviewer for each in saved}) == 2

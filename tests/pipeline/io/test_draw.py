@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from paracaption.filters import rle
-from paracaption.pipeline.io import draw
+from paracaption.pipeline.io import draw, figure
 from paracaption.pipeline.io.draw import Overlay
 from paracaption.schemas.records import Rle
 
@@ -98,7 +98,8 @@ def test_all_colours_differ_also_to_eyes_that_lack_a_cone():
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
         [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
     )
-    linear = (np.array(draw.PALETTE) / 255) ** 2.2
+    outcomes = [tuple(bytes.fromhex(color[1:])) for color in (figure.KEPT, figure.DROPPED)]
+    linear = (np.array([*draw.PALETTE, *outcomes]) / 255) ** 2.2
     for matrix in map(np.array, kinds):
         seen = (np.clip(linear @ matrix.T, 0, 1) ** (1 / 2.2)).astype(np.float32)
         lab = cv2.cvtColor(seen[None], cv2.COLOR_RGB2LAB)[0]
@@ -110,3 +111,21 @@ def test_the_same_image_is_drawn_the_same():
     marks = [Overlay(box(10 * i, 10, 30, 60), f"region {i}") for i in range(5)]
     first, second = (draw.draw_image(PHOTO, marks).tobytes() for _ in range(2))
     assert first == second
+
+
+def test_a_dropped_mask_is_striped_and_dashed_so_that_it_is_told_from_a_kept_one_in_gray_too():
+    pictures = [
+        np.asarray(draw.draw_masks(PHOTO, [Overlay(box(20, 20, 80, 80), "a", dropped=dropped)], side=640))
+        for dropped in (False, True)
+    ]
+    inside = [picture[100:150, 100:150].mean(axis=2).round().astype(int) for picture in pictures]
+    assert len(np.unique(inside[0])) == 1 and (inside[1] == 128).any() and (inside[1] != 128).any()
+    edges = [picture[80, 90:390].mean(axis=1) for picture in pictures]
+    assert len(np.unique(edges[0].round())) == 1 and (edges[1].round() == 128).any()
+
+
+def test_a_number_of_its_own_stands_in_the_legend_as_in_the_picture(monkeypatch):
+    drawn: list[int] = []
+    monkeypatch.setattr(draw, "draw_disc", lambda canvas, place, radius, number, *rest: drawn.append(number))
+    draw.draw_image(PHOTO, [Overlay(box(0, 0, 50, 50), "a", number=7), Overlay(box(60, 0, 50, 50), "b")])
+    assert sorted(drawn) == [2, 2, 7, 7]
