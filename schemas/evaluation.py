@@ -39,6 +39,12 @@ class Judge(Strict):
 BenchmarkKind = Literal["paradlc", "dlc"]
 
 
+PUBLISHED_PROMPT = "Describe the masked region in detail."
+"""What the published commands of ParaDLC-Bench and of DLC-Bench ask."""
+
+Grouping = Literal["published", "even"]
+
+
 class Bench(Strict):
     """The files of one benchmark."""
 
@@ -54,6 +60,19 @@ class Bench(Strict):
     on_missing_photo: Literal["error", "skip"] = Field(
         default="error",
         description="What a missing photo is: an error, or regions that are left out and counted.",
+    )
+    prompt: str = Field(
+        default=PUBLISHED_PROMPT,
+        min_length=1,
+        description="What a `perceptiondlm` is asked; the default is what the published commands ask. Other "
+        "captioners have their own prompts.",
+    )
+    grouping: Grouping = Field(
+        default="published",
+        description="Which regions of a photo a `perceptiondlm` captions together. `published`: as the "
+        "published commands do, ParaDLC-Bench in groups of as many as the model has prompts and the rest (6 "
+        "and 1), DLC-Bench one by one. `even`: groups of about equal size. `regions_per_call` of the "
+        "captioner limits both.",
     )
 
 

@@ -17,6 +17,7 @@ from ...pipeline.models.options import BackendOptions, read_options
 from ...schemas.config import Backend, Limits
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.evaluation import Bench
 from ...schemas.records import Blob, ImageRecord, Region
 from ..decoding.region_captioner import RegionCaptioner, check_saved_model
 from .annotations import BenchImage
@@ -139,14 +140,22 @@ def model_options(backend: Backend) -> ModelOptions:
     return _read_options(ModelOptions, backend)
 
 
-def load_captioner(backend: Backend) -> BenchCaptioner:
-    """Build the captioner that a configuration names.
+def how_asked(backend: Backend, bench: Bench) -> dict[str, str]:
+    """What a `perceptiondlm` is asked and which regions it captions together; empty for other captioners.
+
+    `DLC-Bench` is published one region at a time, so `published` groups there have one region.
+    """
+    return {"prompt": bench.prompt, "grouping": bench.grouping} if backend.name == PERCEPTIONDLM else {}
+
+
+def load_captioner(backend: Backend, bench: Bench) -> BenchCaptioner:
+    """Build the captioner that a configuration names, to be asked as a benchmark says.
 
     Raises:
         ConfigError: there is no such captioner, or an option is wrong.
     """
     if backend.name == PERCEPTIONDLM:
-        return _PerceptionDLM(model_options(backend))
+        return _PerceptionDLM(model_options(backend), bench)
     if backend.name == PREDICTIONS:
         return _Predictions(_read_options(PredictionOptions, backend))
     return _BuildCaptioner(registry.load_backend("captioner", backend))
@@ -155,14 +164,22 @@ def load_captioner(backend: Backend) -> BenchCaptioner:
 class _PerceptionDLM:
     needs_photos = True
 
-    def __init__(self, options: ModelOptions):
+    def __init__(self, options: ModelOptions, bench: Bench):
         self.options = options
-        self.captioner = options.load_model()
+        self.captioner = options.load_model().with_instruction(bench.prompt)
+        self.fill_groups = bench.grouping == "published"
+        self.regions_per_call = options.regions_per_call
+        if self.fill_groups and bench.kind == "dlc":
+            self.regions_per_call = 1
 
     def caption(self, image: BenchImage) -> Captions:
         inputs = [(image.pixels(), [region.dense() for region in image.regions])]
         (found,) = self.captioner.caption_photos(
-            inputs, self.options.decoding(), batch_size=1, regions_per_call=self.options.regions_per_call
+            inputs,
+            self.options.decoding(),
+            batch_size=1,
+            regions_per_call=self.regions_per_call,
+            fill_groups=self.fill_groups,
         )
         return Captions([*found.captions], found.seconds, found.forwards, found.tokens)
 

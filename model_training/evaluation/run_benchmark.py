@@ -58,6 +58,8 @@ class Result(NamedTuple):
         forwards, tokens_per_forward: forward passes of the language model, and tokens decoded by one; 0 if
             the captioner does not count them.
         quality: measures that need no judge.
+        prompt, grouping: what a `perceptiondlm` was asked, and which regions it captioned together, as in
+            the configuration; None for other captioners and for captions of early releases.
     """
 
     benchmark: str
@@ -76,6 +78,8 @@ class Result(NamedTuple):
     forwards: int
     tokens_per_forward: float
     quality: quality.Quality
+    prompt: str | None = None
+    grouping: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -124,7 +128,9 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
             the captioner cannot be loaded.
     """
     benchmark = open_benchmark(bench)
-    header = {"captioner": captioners.identity(backend), "benchmark": benchmark.digest}
+    header: dict[str, Any] = {"captioner": captioners.identity(backend), "benchmark": benchmark.digest}
+    if asked := captioners.how_asked(backend, bench):
+        header["prompt and grouping"] = asked
     path = folder / CAPTIONS
     folder.mkdir(parents=True, exist_ok=True)
     if not read_lines(path):
@@ -132,7 +138,7 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
             lines.append(header)
     done = {line.image for line in _read_captions(path, header)}
     missing = [image for image in benchmark.images if image.name not in done]
-    captioner = captioners.load_captioner(backend) if missing else None
+    captioner = captioners.load_captioner(backend, bench) if missing else None
     if captioner is not None and captioner.needs_photos:
         absent = set(benchmark.missing_photos()) & {image.photo for image in missing}
         if absent and bench.on_missing_photo == "error":
@@ -162,6 +168,12 @@ def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_Im
             f"{path}: of another {' and '.join(changed)}; take another label, or remove {path.parent}"
         )
     return [msgspec.json.decode(line, type=_ImageLine) for line in rest]
+
+
+def _how_asked(path: Path) -> dict[str, str]:
+    """The prompt and the grouping that captions were made with, as their file says."""
+    first, *_ = read_lines(path) or [b"{}"]
+    return msgspec.json.decode(first).get("prompt and grouping", {})
 
 
 def _captions_by_key(folder: Path) -> dict[str, str]:
@@ -328,6 +340,7 @@ def score_answers(bench: Bench, config: Judge | None, folder: Path) -> Result:
         forwards=forwards,
         tokens_per_forward=tokens / max(1, forwards),
         quality=quality.measure_quality(list(_image_captions(benchmark, captions))),
+        **_how_asked(folder / CAPTIONS),
     )
     files.write_json(folder / DETAILS, {each.region.key: _detail(each) for each in scored})
     files.write_json(folder / SUMMARY, result.to_json())

@@ -1,12 +1,15 @@
 """What tells one captioner's answers from another's stays what it was in release 0.1."""
 
+import numpy as np
 import pytest
 
 from paracaption.model_training.decoding import sampler
 from paracaption.model_training.evaluation import captioners
 from paracaption.model_training.evaluation.annotations import read_benchmark
+from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.evaluation import Bench
 from tests.model_training.benchmark_files import write_bench
 from tests.tiny.perceptiondlm_model import write_model
 
@@ -48,7 +51,60 @@ def test_regions_that_are_captioned_one_by_one_are_decoded_one_by_one(model, tmp
 
     monkeypatch.setattr(sampler, "decode_batch", decode)
     options = {"model": str(model), "regions_per_call": 1, "decode": {"max_new_tokens": 4, "steps": 2}}
-    captioner = captioners.load_captioner(Backend(name="perceptiondlm", options=options))
-    image = read_benchmark(write_bench(tmp_path / "bench"), "paradlc").images[0]
+    bench = write_bench(tmp_path / "bench")
+    asked = Bench(name="b", kind="paradlc", folder=str(bench))
+    captioner = captioners.load_captioner(Backend(name="perceptiondlm", options=options), asked)
+    image = read_benchmark(bench, "paradlc").images[0]
     assert len(captioner.caption(image).texts) == 2
     assert batches == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "groups"),
+    [
+        ({}, [[0, 1, 2, 3, 4, 5], [6]]),
+        ({"grouping": "even"}, [[0, 1, 2, 3], [4, 5, 6]]),
+        ({"kind": "dlc"}, [[0], [1], [2], [3], [4], [5], [6]]),
+    ],
+)
+def test_seven_regions_are_asked_about_in_the_published_groups_with_the_published_prompt(
+    model, monkeypatch, asked, groups
+):
+    made = []
+    real = PerceptionDLMProcessor.make_example
+
+    def make(processor, pixels, masks, *rest):
+        made.append(
+            ([int(np.flatnonzero(mask.any(0))[0]) // 8 for mask in masks], processor.layout.instruction)
+        )
+        return real(processor, pixels, masks, *rest)
+
+    monkeypatch.setattr(PerceptionDLMProcessor, "make_example", make)
+    bench = Bench(**{"name": "b", "kind": "paradlc", "folder": "unused"} | asked)
+    backend = Backend(
+        name="perceptiondlm", options={"model": str(model), "decode": {"max_new_tokens": 2, "steps": 1}}
+    )
+    captioner = captioners.load_captioner(backend, bench)
+    captioner.caption(_Strips())  # pyright: ignore[reportArgumentType]
+    assert [regions for regions, _ in made] == groups
+    assert {instruction for _, instruction in made} == {"Describe the masked region in detail."}
+    assert captioners.how_asked(backend, bench)["grouping"] == bench.grouping
+
+
+class _Strip:
+    def __init__(self, number: int):
+        self.number = number
+
+    def dense(self) -> np.ndarray:
+        mask = np.zeros((16, 56), bool)
+        mask[:, 8 * self.number : 8 * self.number + 8] = True
+        return mask
+
+
+class _Strips:
+    """A photo with seven regions side by side."""
+
+    regions = [_Strip(number) for number in range(7)]
+
+    def pixels(self) -> np.ndarray:
+        return np.zeros((16, 56, 3), np.uint8)
