@@ -17,10 +17,12 @@ class Reason(StrEnum):
     # The annotation.
     ANNOTATION_MISSING = "annotation_missing"  # a photo without its annotation, a PNG without its record
     ANNOTATION_UNREADABLE = "annotation_unreadable"  # not JSON, not UTF-8, NaN, a missing or ill-typed field
+    PAIR_AMBIGUOUS = "pair_ambiguous"  # which photo and which label map belong together is not certain
     DUPLICATE_KEY = "duplicate_key"  # the same image again; the first one is kept
     UNSAFE_NAME = "unsafe_name"  # a member or file name that is absolute or leaves its folder
     UNKNOWN_CATEGORY = "unknown_category"  # a category id that the category list does not have
     LABELS_UNREADABLE = "labels_unreadable"  # the label map (panoptic PNG) is missing or does not decode
+    LABELS_DISAGREE = "labels_disagree"  # the label map's areas are not those that the annotation declares
     SEGMENT_ABSENT = "segment_absent"  # declared, but without a pixel in the label map
     TOO_MANY_MASKS = "too_many_masks"  # more masks on the image than the limit
     MASK_EMPTY = "mask_empty"  # an RLE without a foreground pixel

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 _COLUMNS = ["key", "region", "kept", "photo_offset", "photo_length"]
 
-_LOSING = RETRIED | {Reason.SIZE_MISMATCH}
+_LOSING = RETRIED | {Reason.SIZE_MISMATCH, Reason.LABELS_DISAGREE}
 """Reasons of which none can be true of a region that was kept, unless its source is not what it was."""
 
 

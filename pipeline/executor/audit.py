@@ -34,6 +34,8 @@ FIXES = {
     Reason.SIZE_MISMATCH: "photo and annotation are of different releases; fetch matching ones",
     Reason.ANNOTATION_MISSING: "fetch their annotations, or leave them out",
     Reason.ANNOTATION_UNREADABLE: "fetch these annotations again, or correct them by hand",
+    Reason.LABELS_DISAGREE: "label map and annotation do not belong together; fetch matching ones",
+    Reason.PAIR_AMBIGUOUS: "correct the ids or the names, so that each names one image",
     Reason.DUPLICATE_KEY: "the first one is kept; name each image once",
     Reason.UNSAFE_NAME: "rename them inside their folder; they are never opened",
     Reason.TOO_MANY_MASKS: "raise limits.max_masks if they are what they should be",

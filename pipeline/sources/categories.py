@@ -41,6 +41,9 @@ _PLAIN = {
 }
 """Names whose plain form no rule finds: COCO's materials, and Objects365's misspellings."""
 
+_IS_THING = {1: True, 0: False, "1": True, "0": False}
+"""What `isthing` may be; true and false equal 1 and 0."""
+
 _SUFFIX = re.compile(r"(-other)?(-merged)$|-(other|stuff)$")
 
 
@@ -83,24 +86,46 @@ class CategoryTable:
 def make_table(raw: Any, where: str) -> CategoryTable:
     """A table from a list of {id, name, isthing}; `isthing` is taken as true where it is not given.
 
-    A name that is not UTF-8 is left out: its segments are then of an unknown category.
+    A name that is not UTF-8 is left out: its segments are then of an unknown category. A category may be
+    repeated as it is.
 
     Raises:
-        ConfigError: not such a list; `where` names it.
+        ConfigError: not such a list, an empty name, or an id of several categories; `where` names it.
     """
-    categories = []
+    categories: dict[int, Category] = {}
     rows = raw if isinstance(raw, list) else []
     for place, row in enumerate(rows):
-        match row:
-            case {"id": int(number), "name": str(name)}:
-                if not problem_of(name):
-                    categories.append(Category(number, plain_name(name), bool(row.get("isthing", 1))))
-            case _:
-                detail = json.dumps(row)[:80]
-                raise ConfigError(f'{where}: category {place} is not {{"id", "name", "isthing"}}: {detail}')
+        category = _category(row, f"{where}: category {place}")
+        if category is None:
+            continue
+        before = categories.setdefault(category.id, category)
+        if before != category:
+            names = f"{before.name!r} and {category.name!r}"
+            raise ConfigError(
+                f"{where}: category {place}: id {category.id} is of {names}; give each its own id"
+            )
     if not categories:
         raise ConfigError(f"{where}: no categories; give a list of id, name and isthing")
-    return CategoryTable(categories)
+    return CategoryTable(list(categories.values()))
+
+
+def _category(row: Any, where: str) -> Category | None:
+    """The category of a row; None if its name is not UTF-8."""
+    number = row.get("id") if isinstance(row, dict) else None
+    name = row.get("name") if isinstance(row, dict) else None
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if type(number) is not int or not isinstance(name, str) or not -(1 << 63) <= number < 1 << 63:
+        raise ConfigError(f'{where} is not {{"id", "name", "isthing"}}: {json.dumps(row)[:80]}')
+    if problem_of(name):
+        return None
+    if not plain_name(name):
+        raise ConfigError(f"{where}: id {number} has the name {name!r}; give it one that says what it is")
+    is_thing = row.get("isthing", 1)
+    if not isinstance(is_thing, str | int | float) or is_thing not in _IS_THING:
+        detail = f"isthing is {json.dumps(is_thing)[:80]}"
+        raise ConfigError(f"{where}: id {number}: {detail}; give 1 for things, 0 for stuff")
+    return Category(number, plain_name(name), _IS_THING[is_thing])
 
 
 @functools.lru_cache(maxsize=16)

@@ -140,6 +140,9 @@ def _read_tolerantly(url: str, data: bytes) -> Document:
                 setattr(document, name, value)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
+        if text.lstrip().startswith("["):
+            detail = "a list, not an object; give the panoptic JSON, or the folder of one JSON per image"
+            raise ConfigError(f"{url}: {detail}") from error
         hint = "the file is empty" if not text.strip() else f"{error.msg} at {place}"
         raise ConfigError(f"{url}: not JSON: {hint}; fetch it again or correct it there") from error
     except RecursionError as error:

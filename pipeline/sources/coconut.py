@@ -79,7 +79,7 @@ class Coconut(Source[CoconutOptions]):
         Reason.LABELS_UNREADABLE: "put the label maps there, or fetch them again",
         Reason.SEGMENT_ABSENT: "known of COCONut; there is nothing to fix",
         Reason.VOID: "by design: id 0 is no segment",
-        "area_differs": "the mask's own area counts",
+        "area_differs": "the mask's own area counts: the declared one is a polygon's, or of a crowd",
         "area_missing": "the mask's own area counts",
         "isthing_differs": "the category list counts",
         "undeclared_ids": "pixels without a record are no region",
@@ -158,9 +158,9 @@ class Coconut(Source[CoconutOptions]):
         """A folder with one JSON per image: the files are opened by the workers."""
         rows = []
         for name in self._list(catalog, folder, "annotations").names or ():
-            if name.endswith(".json"):
+            if name.lower().endswith(".json"):
                 url = f"{folder.rstrip('/')}/{name}"
-                label = name.removesuffix(".json") + ".png"
+                label = name[: -len(".json")] + ".png"
                 rows.append(_Row(None, Annotation(label), functools.partial(Record, info=url), url))
         if not rows:
             raise ConfigError(f"{self.where}.annotations: {folder}: no .json file in it")

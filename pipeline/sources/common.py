@@ -41,6 +41,12 @@ def refuse(
         raise BadRecord(Reason.TOO_MANY_MASKS, detail)
 
 
+def declared_size(width: int | None, height: int | None) -> tuple[int, int]:
+    """A declared size in pixels, as far as it is possible; 0 for what is not, which no ledger could hold."""
+    first, second = (value if value is not None and 0 < value < 1 << 31 else 0 for value in (width, height))
+    return first, second
+
+
 def read_header(image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> photos.Header:
     """Read the photo's header; the image gets its format and its size as stored.
 

@@ -13,6 +13,23 @@ from ..io import files
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LABEL_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 
+_ENDINGS = {*PHOTO_ENDINGS, *LABEL_ENDINGS, ".json", ".jsonl", ".parquet", ".tar", ".txt", ".csv", ".npy"}
+_ENDINGS |= {
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jp2",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".ppm",
+    ".pgm",
+    ".tga",
+    ".gz",
+}
+"""Endings that a stem is without; others are part of a name."""
+
 _LONGEST_KEY = 120
 _ODD = re.compile(r"[^A-Za-z0-9_-]")
 _UNSAFE = re.compile(r"^[/\\]|^.:|[\x00-\x1f]|(^|[/\\])\.\.([/\\]|$)")
@@ -30,9 +47,10 @@ def base_name(name: str) -> str:
 
 
 def stem(name: str) -> str:
-    """The last part of a path without its ending."""
+    """The last part of a path without its ending, if that is one of a known kind: `frame.0001` has none."""
     last = base_name(name)
-    return last.rpartition(".")[0] or last
+    found = ending(last)
+    return last[: -len(found)] if found in _ENDINGS else last
 
 
 def ending(name: str) -> str:

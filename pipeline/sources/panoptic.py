@@ -20,7 +20,7 @@ from ..io.tables import TableFile
 from . import coco_json, label_maps
 from .categories import Category, CategoryTable, load_categories
 from .coco_json import Annotation, Image
-from .common import read_header, refuse
+from .common import declared_size, read_header, refuse
 from .protocols import CatalogEntry, Note, drop
 
 Result = TypeVar("Result")
@@ -63,6 +63,9 @@ class _Categorized(msgspec.Struct):
     category_name: str | None = None
 
 
+_LABEL_BYTES_PER_PIXEL = 0.3
+"""A PNG that is larger is no label map: those of COCO and COCONut have 0.01 to 0.06 bytes for a pixel."""
+
 _SEGMENTS = msgspec.json.Decoder(list[Segment])
 _CATEGORIZED = msgspec.json.Decoder(list[_Categorized])
 _RECORD = msgspec.json.Decoder(Record)
@@ -81,7 +84,7 @@ def fill_image(
     if record.info is not None:
         record = _read_info(record.info, limits)
         table = load_categories(categories)
-    image.width, image.height = record.width or 0, record.height or 0
+    image.width, image.height = declared_size(record.width, record.height)
     segments = _segments(bytes(record.segments), where)
     image.regions = [_region(number, found, table, where) for number, found in enumerate(segments)]
     refuse(image, entry, limits, where, "segments")
@@ -93,9 +96,11 @@ def fill_image(
     declared = (record.width or size[0], record.height or size[1])
     if not header[1:3] == size == declared:
         raise BadRecord(Reason.SIZE_MISMATCH, _sizes(header, size, record, where))
-    largest = max((found.id for found in segments if isinstance(found, Segment)), default=0)
-    labels = _decoded(fetching, lambda data: label_maps.decode_label_map(data, name, largest), name, data)
-    masks = rle.encode_label_map(labels)
+    declared_segments = _declared(segments)
+    masks = _decoded(
+        fetching, lambda data: label_maps.read_label_map(data, name, declared_segments), name, data
+    )
+    _refuse_label_map_as_photo(entry.photo, header, declared_segments)
     _place_masks(image.regions, segments, masks, name)
     _note_segments(image.regions, segments, masks, name, notes)
 
@@ -216,24 +221,75 @@ def _region(number: int, segment: Segment | BadRecord, table: CategoryTable, whe
     return region
 
 
+def _declared(segments: list[Segment | BadRecord]) -> list[label_maps.Declared]:
+    """The ids of the segments. Of a crowd, or of an id that is declared twice, the area is no witness."""
+    found: dict[int, label_maps.Declared] = {}
+    for segment in segments:
+        if isinstance(segment, Segment) and segment.id:
+            area = None if segment.iscrowd or segment.id in found else label_maps.usable_area(segment.area)
+            found[segment.id] = label_maps.Declared(segment.id, area)
+    return list(found.values())
+
+
+def _refuse_label_map_as_photo(
+    photo: Blob | None, header: photos.Header, declared: list[label_maps.Declared]
+) -> None:
+    """Refuse a label map that lies where the photo should be, under its name.
+
+    Raises:
+        BadRecord: PHOTO_MISSING.
+    """
+    if photo is None or header.format not in ("png", "tiff", "bmp"):
+        return
+    data = photos.fetch(photo)
+    if len(data) > _LABEL_BYTES_PER_PIXEL * header.width * header.height + 1024 and header.format == "png":
+        return
+    try:
+        found = label_maps.looks_like(data, {each.id for each in declared})
+    except BadRecord:  # no label map then; whoever needs its pixels says what is wrong with them
+        return
+    if found:
+        detail = f"{photo}: a label map of this image, not its photo; put the photo there"
+        raise BadRecord(Reason.PHOTO_MISSING, detail)
+
+
 def _place_masks(
     regions: list[Region],
     segments: list[Segment | BadRecord],
     masks: dict[int, rle.Mask],
     name: str,
 ) -> None:
-    taken: set[int] = set()
-    for region, segment in zip(regions, segments, strict=True):
+    by_id: dict[int, list[int]] = {}
+    for place, (region, segment) in enumerate(zip(regions, segments, strict=True)):
         if isinstance(segment, BadRecord):
             continue
+        by_id.setdefault(segment.id, []).append(place)
         mask = masks.get(segment.id)
         if mask is not None:
             region.rle, region.area, region.bbox = mask
-        if segment.id in taken and region.drop is None:
-            region.drop = drop(Reason.DUPLICATE_KEY, f"{name}: id {segment.id} is declared twice")
-        elif mask is None and region.drop is None:
+        elif region.drop is None:
             region.drop = drop(Reason.SEGMENT_ABSENT, f"{name}: no pixel has id {segment.id}")
-        taken.add(segment.id)
+    for number, places in by_id.items():
+        if len(places) > 1:
+            _drop_repeated(number, [(regions[place], segments[place]) for place in places], name)
+
+
+def _drop_repeated(number: int, found: list[tuple[Region, Segment | BadRecord]], name: str) -> None:
+    """Drop all segments of one id but the one that the mask is of.
+
+    That is the first if all are of one category, else the only one whose area is the mask's, else none.
+    """
+    words = "is declared twice"
+    kept = found[0][0]
+    if len({(region.category_id, region.category) for region, _ in found}) > 1:
+        words = "is declared twice, with different categories; correct the one that is wrong"
+        exact = [
+            each for each, segment in found if isinstance(segment, Segment) and segment.area == each.area
+        ]
+        kept = exact[0] if len(exact) == 1 else None
+    for region, _ in found:
+        if region is not kept and region.drop is None:
+            region.drop = drop(Reason.DUPLICATE_KEY, f"{name}: id {number} {words}")
 
 
 def _note_segments(

@@ -17,7 +17,7 @@ from ...schemas.records import Blob, Drop, ImageRecord, Region
 from ...schemas.strict import Location
 from ..io import failures, files
 from . import coco_json, file_names
-from .common import PHOTO_FIXES, read_header, refuse
+from .common import PHOTO_FIXES, declared_size, read_header, refuse
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 
@@ -96,7 +96,7 @@ class Sa1b(Source[Sa1bOptions]):
             raise BadRecord(entry.drop.reason, entry.drop.detail)
         where = f"{entry.annotation}"
         size, annotations = _read_pair(entry.annotation, limits, where)
-        image.width, image.height = size.width or 0, size.height or 0
+        image.width, image.height = declared_size(size.width, size.height)
         image.regions = [_region(number, found, where) for number, found in enumerate(annotations)]
         refuse(image, entry, limits, where)
         header = read_header(image, entry, limits, notes)

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from paracaption.filters import rle
-from paracaption.pipeline.sources.categories import load_categories, plain_name
+from paracaption.pipeline.sources.categories import load_categories, make_table, plain_name
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import BuildConfig, Limits
 from paracaption.schemas.errors import ConfigError
@@ -352,7 +352,7 @@ def test_the_first_photo_folder_wins(release):
 def test_what_is_odd_but_usable_is_noted(release):
     png = io.BytesIO()
     Image.new("RGB", (WIDTH, HEIGHT)).save(png, "PNG")
-    segments = [{"id": 70_000, "category_id": 1, "area": 3, "isthing": 0}]
+    segments = [{"id": 70_000, "category_id": 1, "area": 51.5, "isthing": 0}]
     notes = []
     (image,) = release.add(segments=segments, photo=png.getvalue()).read(notes=notes)
     assert sorted(note.kind for note in notes) == [
@@ -536,3 +536,80 @@ def test_the_deliberate_mismatches_are_reported_and_none_is_kept():
     images = [source.read(entry, LIMITS) for entry in source.catalog()]
     assert len(images) == 5 and not any(image.live() for image in images)
     assert {image.drop.reason for image in images} == {Reason.SIZE_MISMATCH}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"id": True, "name": "person"}], "category 0"),
+        ([{"id": 1, "name": "person"}, {"id": 1, "name": "bicycle"}], "'person' and 'bicycle'"),
+        ([{"id": 1, "name": ""}], "the name ''"),
+        ([{"id": 1, "name": "-merged"}], "the name '-merged'"),
+        ([{"id": 1, "name": "person", "isthing": "yes"}], "isthing"),
+        ([{"id": 1, "name": "person", "isthing": [1]}], "isthing"),
+    ],
+)
+def test_a_category_list_that_cannot_be_meant_is_one_line(rows, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        make_table(rows, "names.json")
+    assert str(caught.value).startswith("names.json: ") and "\n" not in str(caught.value)
+
+
+def test_a_category_may_be_repeated_as_it_is_and_isthing_may_be_text():
+    row = {"id": 1.0, "name": "wall-brick", "isthing": "0"}
+    (category,) = make_table([row, row], "x").by_id.values()
+    assert (category.id, category.name, category.is_thing) == (1, "brick wall", False)
+
+
+def test_a_json_list_is_called_a_list(release):
+    with pytest.raises(ConfigError, match=r"p\.json: a list, not an object; give the panoptic JSON"):
+        list(release.source(json.dumps(SEGMENTS)).catalog())
+
+
+def test_only_known_endings_are_endings(release):
+    for number in (1, 2):
+        release.add(f"frame.000{number}")
+        release.images[-1]["file_name"] = release.annotations[-1]["file_name"] = f"frame.000{number}"
+    first, second = release.read()
+    assert len(first.live()) == len(second.live()) == 2 and first.key != second.key
+    assert second.photo.url.endswith("frame.0002.jpg")
+
+
+def test_the_ending_of_a_single_record_may_be_in_capitals(release):
+    release.add("a").add("b")
+    (release.root / "info").mkdir()
+    for name in ("a.JSON", "b.Json"):
+        (release.root / "info" / name).write_text(json.dumps(SEGMENTS))
+    assert [len(image.live()) for image in release.read(annotations=[str(release.root / "info")])] == [2, 2]
+
+
+def test_a_declared_size_that_no_image_has_is_not_kept(release):
+    release.add("a", width=4_294_967_295, height=-3)
+    (release.root / "photos" / "a.jpg").unlink()
+    (image,) = release.read()
+    assert image.drop.reason == Reason.PHOTO_MISSING and (image.width, image.height) == (0, 0)
+
+
+def test_areas_that_disagree_drop_every_region_of_the_image(release):
+    segments = [{"id": 70_000, "category_id": 1, "area": 98}, {"id": 7, "category_id": 184, "area": 54}]
+    bad, good = release.add("a", segments=segments).add("b").read()
+    assert reasons(bad) == [Reason.LABELS_DISAGREE] * 2 and len(good.live()) == 2
+    assert "declared 98, the map has 54" in bad.drop.detail
+
+
+def test_a_label_map_in_the_place_of_a_photo_is_no_photo(release):
+    labels = np.kron(label_map(), np.ones((8, 8), np.uint32))
+    segments = [{"id": 70_000, "category_id": 1}, {"id": 7, "category_id": 184}]
+    size = {"width": WIDTH * 8, "height": HEIGHT * 8}
+    release.add(segments=segments, labels=panoptic_png(labels), **size)
+    (release.root / "photos" / "a.jpg").unlink()
+    (release.root / "photos" / "a.png").write_bytes(panoptic_png(labels))
+    assert reasons(release.read()[0]) == [Reason.PHOTO_MISSING] * 2
+
+
+def test_of_an_id_declared_twice_the_category_whose_area_is_the_masks_is_kept(release):
+    segments = [{"id": 7, "category_id": 1, "area": 54}, {"id": 7, "category_id": 184, "area": 98}]
+    (image,) = release.add(segments=segments).read()
+    assert reasons(image) == [Reason.DUPLICATE_KEY, None] and image.live()[0].category == "tree"
+    segments[1]["area"] = 55
+    assert reasons(release.read()[0]) == [Reason.DUPLICATE_KEY] * 2
