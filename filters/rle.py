@@ -29,6 +29,12 @@ MAX_PIXELS = 1 << 31
 _MAX_GROUPS = 12
 """Longest number that is read, in groups of 5 bits: 60 bits stay clear of int64's sign."""
 
+_MARGIN_PX = 64
+"""How far outside its image a polygon's point may lie; annotators round, and draw over the edge."""
+
+_MAX_OUTLINE_PX = 20_000_000
+"""Longest outline of one mask: pycocotools needs about 100 bytes for each pixel of it."""
+
 
 class Mask(NamedTuple):
     """A mask with its measures.
@@ -203,16 +209,25 @@ def _integers(counts: list[Any], pixels: int) -> np.ndarray:
 
 
 def _polygons(rings: list[Any], height: int, width: int) -> bytes:
-    """Polygons through pycocotools, which allocates by coordinate: none may lie outside the image."""
+    """Polygons through pycocotools, which cuts off what is outside the image, and allocates by their length.
+
+    The first ring has three points or more: pycocotools takes four numbers there for a box.
+    """
     rings = [rings] if rings and not isinstance(rings[0], list) else rings
-    for ring in rings:
-        if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2 or len(ring) > 100_000:
+    length = 0.0
+    for place, ring in enumerate(rings):
+        fewest = 4 if place else 6
+        if not isinstance(ring, list) or len(ring) < fewest or len(ring) % 2 or len(ring) > 100_000:
             raise _undecodable("a polygon is a list of at least 3 points, x and y in turn")
         if not all(type(number) in (int, float) for number in ring):
             raise _undecodable("a polygon holds numbers only")
         points = np.array(ring, np.float64).reshape(-1, 2)
-        if not ((points >= -1) & (points <= np.array([width + 1, height + 1]))).all():
-            raise _undecodable("a polygon leaves its image")
+        far = np.array([width, height]) + _MARGIN_PX
+        if not ((points >= -_MARGIN_PX) & (points <= far)).all():
+            raise _undecodable(f"a polygon leaves its image by more than {_MARGIN_PX} pixels")
+        length += float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
+    if length > _MAX_OUTLINE_PX:
+        raise _undecodable(f"outlines of {length:.0f} pixels; the most is {_MAX_OUTLINE_PX}")
     if not rings:
         raise _undecodable("a list of no polygons")
     parts = _coco().frPyObjects(rings, height, width)

@@ -447,10 +447,15 @@ def iter_shard(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
 def _samples_of(unit: Unit, manifest: Manifest) -> Iterator[tuple[Sample, bytes]]:
     if manifest.shard is None:
         return
+    expected = sum(1 for kept in manifest.images.values() if kept)
+    found = 0
     for sample, photo in iter_shard(unit.shard):
         if not SAFE_KEY.fullmatch(sample.key) or sample.subset != unit.subset:
             raise IntegrityError(f"{unit.shard}: {sample.key!r}: not of this shard; run `paracaption verify`")
+        found += 1
         yield sample, photo
+    if found != expected:
+        raise IntegrityError(f"{unit.shard}: {found} images, its manifest says {expected}; {REBUILD}")
 
 
 _SAMPLE = msgspec.json.Decoder(Sample)

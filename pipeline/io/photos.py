@@ -48,7 +48,9 @@ class Header(NamedTuple):
 
 
 def probe(photo: Blob, max_pixels: int) -> Header:
-    """Read a photo's header and its last bytes, not its pixels.
+    """Read a photo's header and its last bytes; its pixels only if there is no end mark in those.
+
+    What follows the picture's end (a motion photo's video, padding) is no reason to refuse it.
 
     Raises:
         BadRecord: PHOTO_MISSING, PHOTO_UNREADABLE (no image, or cut short) or PHOTO_TOO_LARGE; a
@@ -60,7 +62,11 @@ def probe(photo: Blob, max_pixels: int) -> Header:
         lambda: _fetch(photo, 0, _HEADER_BYTES),
         lambda data: (data, _parse(photo, data, max_pixels, whole=len(data) < _HEADER_BYTES)),
     )
-    return _decoded(photo, lambda: _tail(photo, *head), lambda data: _with_end(photo, head[1], data))
+    header = head[1]
+    if not _has_end(header, _decoded(photo, lambda: _tail(photo, *head), lambda data: data)):
+        # Padding, a video or notes may follow the picture; only its pixels tell whether it is whole.
+        _decoded(photo, lambda: fetch(photo), lambda data: decode_image(photo, data, max_pixels))
+    return header
 
 
 def _tail(photo: Blob, head: bytes, header: Header) -> bytes:
@@ -76,11 +82,9 @@ def _tail(photo: Blob, head: bytes, header: Header) -> bytes:
     return _fetch(photo, max(0, size - _TAIL_BYTES), None)
 
 
-def _with_end(photo: Blob, header: Header, tail: bytes) -> Header:
-    ending = _ENDINGS.get(header.format.upper(), b"")
-    if ending not in tail[-_TAIL_BYTES:].rstrip(b"\0") and ending not in tail:
-        raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: cut short (no end marker); fetch the file again")
-    return header
+def _has_end(header: Header, tail: bytes) -> bool:
+    """Whether the mark is at the end, where no preview's mark inside the photo is taken for it."""
+    return _ENDINGS.get(header.format.upper(), b"") in tail[-_TAIL_BYTES:]
 
 
 def read_pixels(image: ImageRecord, max_pixels: int = 200_000_000) -> np.ndarray:
@@ -166,6 +170,8 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
         if not whole:  # a header that is longer than the first read (large EXIF or ICC blocks)
             return _parse(photo, fetch(photo), max_pixels, whole=True)
         kind = "empty file" if not head else "not an image that we read (" + ", ".join(FORMATS) + ")"
+        if isinstance(error, ValueError):  # it is one of these, and says what is wrong with it
+            kind = f"not readable: {error}"
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {kind}") from error
     if header.width * header.height > max_pixels:
         detail = f"{photo}: {header.width}x{header.height} pixels; limits.max_pixels is {max_pixels}"

@@ -71,6 +71,7 @@ class Sa1b(Source[Sa1bOptions]):
     fixes = PHOTO_FIXES | {
         "area_differs": "the mask's own area counts",
         "other_file": "not read",
+        "tar_after_end": "not read; fetch the tar again if it should hold more",
         "tar_without_end": "the tar may have been cut between two members; "
         "compare its size with the publisher's",
     }
@@ -129,16 +130,28 @@ def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
             file.seek(0)
             archive = _opened(file)
             found = 0
-            while (member := _next(archive)) is not None:
+            after_end = None
+            while True:
+                if (member := _next(archive)) is None:
+                    if (following := _after_zeros(archive.offset, file)) is None:
+                        break
+                    after_end, archive.offset = archive.offset, following
+                    continue
+                after_end = None
                 vars(archive)["members"].clear()  # a tar of SA-1B has 22,000, which tarfile would keep
                 found += 1
                 if not member.isdir():
                     yield _checked(member, url, size)
-            broken = _broken_at(archive, file, size)
+            broken = None if after_end is not None else _broken_at(archive, file, size)
+            if after_end is not None:
+                what = f"the {size - archive.offset} bytes from byte {archive.offset} on are no members"
+                notes.append(Note("tar_after_end", f"{url}: ends at byte {after_end}; {what}"))
             if archive.offset == size:
                 detail = f"{url}: ends at byte {size} without an end mark"
                 notes.append(Note("tar_without_end", detail))
     except tarfile.TarError as error:
+        if files.read(Blob(url), 0, 2) == b"\x1f\x8b":
+            raise ConfigError(f"{url}: gzipped; unpack it with gunzip, members are read by offset") from error
         raise ConfigError(f"{url}: not a readable tar ({error}); fetch it again") from error
     if broken is not None:
         if not found:
@@ -185,6 +198,17 @@ def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
         return archive.next()
     except (tarfile.TarError, ValueError, EOFError, OverflowError):
         return None
+
+
+def _after_zeros(start: int, file: Any) -> int | None:
+    """Where something follows a tar's end mark, as in tars after one another; None if nothing does."""
+    file.seek(start)
+    at = start
+    while block := file.read(tarfile.BLOCKSIZE):
+        if block.strip(b"\0"):
+            return at if at > start else None
+        at += len(block)
+    return None
 
 
 def _broken_at(archive: tarfile.TarFile, file: Any, size: int) -> int | None:

@@ -151,3 +151,12 @@ def test_the_113_published_sa1b_masks_pass_unchanged_with_their_published_areas(
         assert (mask.rle.counts, mask.area) == (each["segmentation"]["counts"], each["area"])
         x, y, width, height = each["bbox"]  # published as x, y, width - 1, height - 1
         assert mask.bbox == (x, y, width + 1, height + 1)
+
+
+@pytest.mark.parametrize(
+    "rings", [[[1, 1, 8, 1, 8, 6, 1, 6], [2, 7, 5, 9]], [[-3, -2.5, 15, 1, 8, 14, 1, 6]]]
+)
+def test_short_second_rings_and_points_outside_are_what_pycocotools_makes_of_them(rings):
+    mask = rle.check_all([rings], 10, 12)[0]
+    assert isinstance(mask, rle.Mask)
+    assert mask.rle.counts == coco.merge(coco.frPyObjects(rings, 10, 12))["counts"].decode()

@@ -1,4 +1,5 @@
 import json
+import tarfile
 from pathlib import Path
 
 import msgspec
@@ -141,3 +142,18 @@ def test_keys_that_could_leave_the_folder_are_never_file_names(tmp_path, monkeyp
     with pytest.raises(IntegrityError, match="evil"):
         export.export(out, "perceptiondlm-json", tmp_path / "to")
     assert not list(tmp_path.rglob("evil*")) and not list(tmp_path.glob(f"{files.TEMPORARY}*"))
+
+
+@pytest.mark.parametrize("form", list(export.FORMATS))
+def test_a_shard_that_was_cut_between_two_images_is_no_shorter_export(tmp_path, form):
+    out = committed.merged(tmp_path / "out")
+    unit = next(
+        unit for unit in reader.open_corpus(out).units() if len(list(reader.iter_shard(unit.shard))) > 1
+    )
+    with tarfile.open(unit.shard) as shard:
+        at = shard.getmembers()[2].offset
+    data = Path(unit.shard).read_bytes()
+    Path(unit.shard).write_bytes(data[: at + 32])
+    with pytest.raises(IntegrityError, match="its manifest says"):
+        export.export(out, form, tmp_path / "to")
+    assert not (tmp_path / "to").exists()

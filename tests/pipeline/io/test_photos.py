@@ -131,3 +131,23 @@ def test_damaged_files_never_raise_anything_but_a_bad_record(tmp_path):
                     call()
                 except BadRecord as error:
                     assert error.reason in (Reason.PHOTO_UNREADABLE, Reason.PHOTO_TOO_LARGE)
+
+
+@pytest.mark.parametrize(
+    "after", [bytes(4096), b"\xff" * 200, b"<!-- note -->" * 20, b"MotionPhoto_Data" * 6000]
+)
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_bytes_after_a_photos_end_are_no_reason_to_drop_it(tmp_path, ending, after):
+    blob = save(tmp_path / f"a.{ending}", noise(300, 400, 3))
+    with open(blob.url, "ab") as file:
+        file.write(after)
+    assert photos.probe(blob, LIMIT)[1:3] == (400, 300)
+
+
+def test_a_cut_photo_is_refused_though_it_has_a_whole_preview(tmp_path):
+    thumbnail = io.BytesIO()
+    Image.new("RGB", (16, 12)).save(thumbnail, "JPEG")
+    blob = save(tmp_path / "a.jpg", noise(60, 80, 3), comment=thumbnail.getvalue())
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:-400])
+    assert reason_of(photos.probe, blob, LIMIT) == Reason.PHOTO_UNREADABLE

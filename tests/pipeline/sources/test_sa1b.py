@@ -1,5 +1,6 @@
 """SA-1B: tars read in place, folders of pairs, and what each kind of damage becomes."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -342,3 +343,35 @@ def test_the_swapped_size_of_the_edge_case_is_found():
     images = read(shared_data("format_edge/datumaro_sa1b"))
     assert len(images["a"].live()) == 1
     assert "swapped" in images["b"].regions[0].drop.detail
+
+
+def test_tars_after_one_another_are_read_whole(tmp_path):
+    first = write_tar(tmp_path / "a.tar", pair("sa_1")).read_bytes()
+    second = write_tar(tmp_path / "b.tar", [*pair("sa_2"), *pair("sa_3")]).read_bytes()
+    (tmp_path / "sa_0.tar").write_bytes(first + second)
+    images = read(tmp_path / "sa_0.tar")
+    assert {key: len(image.live()) for key, image in images.items()} == {"sa_1": 1, "sa_2": 1, "sa_3": 1}
+
+
+def test_a_tar_with_a_block_of_zeros_in_its_middle_is_read_whole(tmp_path):
+    path = write_tar(tmp_path / "sa_0.tar", [*pair("sa_1"), *pair("sa_2")])
+    with tarfile.open(path) as archive:
+        at = archive.getmembers()[2].offset
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + bytes(512) + data[at:])
+    assert [len(image.live()) for image in read(path).values()] == [1, 1]
+
+
+def test_what_follows_a_tars_end_and_is_no_member_is_noted(tmp_path):
+    path = write_tar(tmp_path / "sa_0.tar", pair("sa_1"))
+    path.write_bytes(path.read_bytes() + b"\xaa" * 700)
+    source = open_sa1b(path)
+    assert [entry.key for entry in source.catalog()] == ["sa_1"]
+    assert [note.kind for note in source.notes] == ["tar_after_end"] and "700 bytes" in source.notes[0].detail
+
+
+def test_a_gzipped_tar_is_called_gzipped(tmp_path):
+    path = write_tar(tmp_path / "sa_0.tar", pair("sa_1"))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ConfigError, match=r"sa_0\.tar: gzipped; unpack it"):
+        list(open_sa1b(path).catalog())
