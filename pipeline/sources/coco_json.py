@@ -101,7 +101,7 @@ def parse_json(data: bytes) -> Any:
         ValueError: not JSON even so; the message says where.
     """
     try:
-        return json.loads(data.decode("utf-8", "surrogateescape"))
+        return json.loads(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -375,3 +375,8 @@ def test_a_gzipped_tar_is_called_gzipped(tmp_path):
     path.write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(ConfigError, match=r"sa_0\.tar: gzipped; unpack it"):
         list(open_sa1b(path).catalog())
+
+
+def test_a_byte_order_mark_loses_nothing(tmp_path):
+    images = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", b"\xef\xbb\xbf" + record())))
+    assert len(images["sa_1"].live()) == 1
