@@ -24,6 +24,7 @@ from . import coco_json, file_names
 from .categories import CategoryTable, load_categories, make_table
 from .coco_json import Annotation, Image
 from .common import PHOTO_FIXES
+from .pairing import Pairs
 from .panoptic import Record, fill_image, make_record
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
@@ -63,6 +64,7 @@ class _Row(NamedTuple):
     annotation: Annotation
     record: Callable[[], Record]
     home: str
+    doubt: str = ""
 
 
 class Coconut(Source[CoconutOptions]):
@@ -127,23 +129,16 @@ class Coconut(Source[CoconutOptions]):
         document = coco_json.read_document(url)
         table = self._table_of(document, url)
         images = document.images or []
-        by_id = {image.id: image for image in reversed(images) if image.id is not None}
-        by_stem: dict[str, Image] | None = None
-        used: set[int] = set()
+        pairs = Pairs(images)
+        used: set[str] = set()
         rows = []
         for annotation in document.annotations or ():
-            image = by_id.get(annotation.image_id) if annotation.image_id is not None else None
-            if image is None and annotation.file_name:  # rows without an id are joined by their name
-                if by_stem is None:
-                    named = [image for image in reversed(images) if image.file_name]
-                    by_stem = {file_names.stem(image.file_name or ""): image for image in named}
-                image = by_stem.get(file_names.stem(annotation.file_name))
+            image, doubt = pairs.find(annotation)
             if image is not None:
-                used.add(id(image))
-            rows.append(
-                _Row(image, annotation, functools.partial(make_record, image, annotation, table), url)
-            )
-        return rows, [image for image in images if id(image) not in used]
+                used.add(_name_of(image))
+            record = functools.partial(make_record, image, annotation, table)
+            rows.append(_Row(image, annotation, record, url, doubt))
+        return rows, [image for image in images if _name_of(image) not in used]
 
     def _table_of(self, document: coco_json.Document, url: str) -> CategoryTable:
         own = bytes(document.categories).strip()
@@ -202,8 +197,8 @@ class Coconut(Source[CoconutOptions]):
         for number, row in enumerate(rows):
             yield _entry(number, row, find_photo, find_label, catalog)
         for image in leftover:
-            name = image.file_name or str(image.id)
-            key, _ = catalog.claim_key(file_names.stem(name))
+            name = _name_of(image)
+            key, _ = catalog.claim_key(file_names.path_stem(name), rows[0].home if rows else "")
             dropped = drop(Reason.ANNOTATION_MISSING, f"{name}: listed under `images`, without an annotation")
             record = msgspec.json.encode(Record(image.width, image.height))
             yield CatalogEntry(key, None, None, record, name, dropped)
@@ -211,14 +206,18 @@ class Coconut(Source[CoconutOptions]):
 
 def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Catalog) -> CatalogEntry:
     photo_name = _photo_name(row)
-    label_name = row.annotation.file_name or f"{file_names.stem(photo_name)}.png"
-    key, again = catalog.claim_key(file_names.stem(photo_name) or f"{file_names.stem(row.home)}-{number}")
+    label_name = row.annotation.file_name or f"{file_names.path_stem(photo_name)}.png"
+    numbered = f"{file_names.stem(row.home)}-{number}"
+    name = "" if row.doubt else file_names.path_stem(photo_name)
+    key, again = catalog.claim_key(name or numbered, row.home)
     photo = annotation = None
     dropped = None
     if row.annotation.problem:
         dropped = drop(
             Reason.ANNOTATION_UNREADABLE, f"{row.home}: annotation {number}: {row.annotation.problem}"
         )
+    elif row.doubt:
+        dropped = drop(Reason.PAIR_AMBIGUOUS, f"{row.home}: annotation {number}: {row.doubt}")
     elif not photo_name:
         dropped = drop(Reason.ANNOTATION_UNREADABLE, f"{row.home}: annotation {number}: names no file")
     elif not file_names.is_safe(photo_name) or not file_names.is_safe(label_name):
@@ -233,10 +232,16 @@ def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Ca
         annotation = None if label_url is None else Blob(label_url)
         if again:
             dropped = drop(
-                Reason.DUPLICATE_KEY, f"{row.home}: {photo_name}: annotated before; the first one counts"
+                Reason.DUPLICATE_KEY,
+                f"{row.home}: {photo_name}: an image of this name was annotated before; the first one counts",
             )
+        elif photo is not None and photo_url == label_url:
+            dropped = drop(Reason.PHOTO_MISSING, f"{photo}: is the label map; put the photo there")
         elif photo is None:
-            dropped = drop(Reason.PHOTO_MISSING, f"{photo_name}: in none of the photo folders; put it there")
+            dropped = drop(
+                Reason.PHOTO_MISSING,
+                f"{photo_name}: in none of the photo folders, or in several; put it there",
+            )
         elif annotation is None:
             dropped = drop(Reason.LABELS_UNREADABLE, f"{label_name}: not in the label folder; put it there")
     record = msgspec.json.encode(row.record())
@@ -246,4 +251,8 @@ def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Ca
 def _photo_name(row: _Row) -> str:
     if row.image is not None and row.image.file_name:
         return row.image.file_name
-    return file_names.stem(row.annotation.file_name) + ".jpg" if row.annotation.file_name else ""
+    return file_names.path_stem(row.annotation.file_name) + ".jpg" if row.annotation.file_name else ""
+
+
+def _name_of(image: Image) -> str:
+    return image.file_name or str(image.id)

@@ -53,6 +53,16 @@ def stem(name: str) -> str:
     return last[: -len(found)] if found in _ENDINGS else last
 
 
+def folder(name: str) -> str:
+    """The folders of a path, without a slash at their end; "" if it has none."""
+    return name.rpartition("/")[0]
+
+
+def path_stem(name: str) -> str:
+    """A path without its ending, folders and all."""
+    return name[: len(name) - len(base_name(name))] + stem(name)
+
+
 def ending(name: str) -> str:
     """The ending of a path in lower case, with its dot; "" if it has none."""
     last = base_name(name)
@@ -123,22 +133,35 @@ class Finder:
                         continue
                     self._by_stem.setdefault(key, []).append((place, name))
 
+    def _in_first_folder(self, urls: list[str]) -> list[str]:
+        """Those of the first folder that has any."""
+        for folder_url in self._folders:
+            inside = [url for url in urls if url.startswith(f"{folder_url}/")]
+            if inside:
+                return inside
+        return []
+
     def find(self, name: str) -> str | None:
-        """The URL of the file meant: of this very path, else of this name in any subfolder, else the only one
-        of this stem (publishers' lists say .jpg where the file is .png).
+        """The URL of the file meant, None if none is or several may be.
+
+        It is the file of this very path in the first folder that has one. Else it is the only one in a folder
+        whose path ends so: a name with folders never means a file of other folders. Else it is the only one
+        of this very path with another ending (publishers' lists say .jpg where the file is .png).
         """
         candidates = self._by_stem.get(stem(name), [])
-        wanted = base_name(name)
-        for place, found in candidates:
+        urls = [f"{self._folders[place]}/{found}" for place, found in candidates]
+        for (_, found), url in zip(candidates, urls, strict=True):
             if found == name:
-                return f"{self._folders[place]}/{found}"
-        for place, found in candidates:
-            if base_name(found) == wanted:
-                return f"{self._folders[place]}/{found}"
-        depths = [found.count("/") for _, found in candidates]
-        if depths and depths.count(min(depths)) == 1:
-            place, found = candidates[depths.index(min(depths))]
-            return f"{self._folders[place]}/{found}"
+                return url
+        nested = [url for url in urls if url.endswith(f"/{name}")]
+        path = path_stem(name)
+        renamed = [url for (_, found), url in zip(candidates, urls, strict=True) if path_stem(found) == path]
+        if folder(name):
+            renamed = renamed or [url for url in urls if path_stem(url).endswith(f"/{path}")]
+        for choices in (nested, renamed):
+            if choices:
+                first = choices[:1] if len(choices) == 1 else self._in_first_folder(choices)
+                return first[0] if len(first) == 1 else None
         return None if self._unlisted is None else f"{self._folders[self._unlisted]}/{name}"
 
 

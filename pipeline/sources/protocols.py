@@ -72,16 +72,28 @@ class Catalog:
 
     def __init__(self) -> None:
         self.notes: list[Note] = []
-        self._times: dict[str, int] = {}
+        self._claims: dict[str, list[tuple[str, str]]] = {}
         self._listings: dict[str, file_names.Listing] = {}
         self._claimed: dict[tuple[str, str, str], set[str]] = {}
 
-    def claim_key(self, name: str) -> tuple[str, bool]:
-        """The key for the next image of this name, and whether the name was claimed before."""
-        key = file_names.key_of(name)
-        times = self._times.get(key, 0) + 1
-        self._times[key] = times
-        return (key, False) if times == 1 else (f"{key}-dup{times}", True)
+    def claim_key(self, name: str, home: str = "") -> tuple[str, bool]:
+        """The key for the next image of this name, and whether the image was claimed before.
+
+        The first image of a base name has it as its key, those of other folders have their folders in it too.
+
+        Args:
+            name: without its ending; folders in it tell images of one base name apart.
+            home: the list that names it. In one list, other folders mean other images; of two lists, one may
+                give only the last folders of what the other gives whole, or none.
+        """
+        folder, base = file_names.folder(name), file_names.base_name(name)
+        key = file_names.key_of(base)
+        claims = self._claims.setdefault(key, [])
+        again = any(_is_same(folder, home, *claim) for claim in claims)
+        claims.append((folder, home))
+        if len(claims) == 1:
+            return key, False
+        return (f"{key}-dup{len(claims)}", True) if again else (file_names.key_of(f"{folder}/{base}"), False)
 
     def list_folder(self, url: str, setting: str) -> file_names.Listing:
         """The files of a folder, listed once; see `file_names.list_folder`."""
@@ -106,6 +118,12 @@ class Catalog:
             for name in self.list_folder(folder, "").names or ():
                 if name.lower().endswith(ending) and file_names.stem(name) not in stems:
                     self.notes.append(Note(note, f"{folder}/{name}"))
+
+
+def _is_same(folder: str, home: str, other: str, other_home: str) -> bool:
+    if folder == other or home == other_home:
+        return folder == other
+    return f"/{folder}".endswith(f"/{other}") or f"/{other}".endswith(f"/{folder}") or not (folder and other)
 
 
 class SourceOptions(Strict):

@@ -613,3 +613,62 @@ def test_of_an_id_declared_twice_the_category_whose_area_is_the_masks_is_kept(re
     assert reasons(image) == [Reason.DUPLICATE_KEY, None] and image.live()[0].category == "tree"
     segments[1]["area"] = 55
     assert reasons(release.read()[0]) == [Reason.DUPLICATE_KEY] * 2
+
+
+def write_pair(release, photo, label):
+    for folder, name, data in (("photos", photo, photo_jpeg()), ("labels", label, panoptic_png(label_map()))):
+        path = release.root / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def test_images_of_one_id_are_told_apart_by_their_names(release):
+    release.add("a").add("b")
+    for each in release.images:
+        each["id"] = 1
+    for each in release.annotations:
+        each["image_id"] = 1
+    release.annotations.reverse()
+    found = {image.key: image for image in release.read()}
+    assert set(found) == {"a", "b"} and all(len(image.live()) == 2 for image in found.values())
+
+
+def test_an_id_and_a_name_of_two_images_are_a_drop_and_block_neither(release):
+    release.add("a").add("b")
+    release.annotations.insert(0, {**release.annotations[1], "image_id": 1})
+    doubtful, first, second = release.read()
+    assert reasons(doubtful) == [Reason.PAIR_AMBIGUOUS] * 2 and "b.jpg" in doubtful.drop.detail
+    assert (first.key, second.key) == ("a", "b") and len(first.live()) == len(second.live()) == 2
+
+
+def test_an_id_of_two_images_without_a_name_that_tells_is_a_drop(release):
+    release.add("a").add("b")
+    release.images[1]["id"] = 1
+    release.annotations = [{"image_id": 1, "file_name": "c.png", "segments_info": SEGMENTS}]
+    assert reasons(release.read()[0]) == [Reason.PAIR_AMBIGUOUS] * 2
+
+
+def test_a_missing_frame_is_not_another_videos_frame(release):
+    write_pair(release, "vidA/00001.jpg", "vidB/00001.png")
+    release.add("vidB/00001")
+    assert reasons(release.read()[0]) == [Reason.PHOTO_MISSING] * 2
+
+
+def test_images_of_one_name_in_two_folders_are_both_kept(release):
+    for name in ("a/0001", "b/0001"):
+        write_pair(release, f"{name}.jpg", f"{name}.png")
+        release.add(name)
+    first, second = release.read()
+    assert first.key == "0001" and second.key.startswith("b_0001-")
+    assert len(first.live()) == len(second.live()) == 2
+    assert first.photo.url.endswith("a/0001.jpg") and second.photo.url.endswith("b/0001.jpg")
+
+
+def test_a_label_map_of_another_release_is_not_a_missing_photo(release):
+    write_pair(release, "train2017/a.jpg", "a.png")
+    write_pair(release, "panoptic_train2017/b.png", "b.png")
+    for name in "ab":
+        release.add(name)
+        (release.root / "photos" / f"{name}.jpg").unlink()
+    first, second = release.read()
+    assert len(first.live()) == 2 and reasons(second) == [Reason.PHOTO_MISSING] * 2
