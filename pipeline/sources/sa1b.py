@@ -325,7 +325,7 @@ def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation |
         problem = coco_json.problem_of(value)
         if not problem:
             try:
-                found.append(msgspec.convert(value, _Annotation))
+                found.append(msgspec.convert(value, _Annotation, strict=False))
                 continue
             except msgspec.ValidationError as error:
                 problem = str(error)

@@ -380,3 +380,10 @@ def test_a_gzipped_tar_is_called_gzipped(tmp_path):
 def test_a_byte_order_mark_loses_nothing(tmp_path):
     images = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", b"\xef\xbb\xbf" + record())))
     assert len(images["sa_1"].live()) == 1
+
+
+@pytest.mark.parametrize("odd", [{"id": 2.0}, {"id": "2"}, {"area": "16"}, {"predicted_iou": "0.9"}])
+def test_numbers_written_as_text_or_whole_floats_lose_no_mask(tmp_path, odd):
+    data = record(annotation(1), annotation(2, **odd))
+    image = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", data)))["sa_1"]
+    assert reasons(image) == [None, None] and image.regions[1].source_id == 2
