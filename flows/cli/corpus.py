@@ -75,9 +75,12 @@ def export(
     corpus: Corpus,
     format: Annotated[str, typer.Option(help="Format: perceptiondlm-json, coco or parquet.")],
     to: Annotated[Path, typer.Option(help="Folder to write.")],
+    prefix: Annotated[
+        str, typer.Option(help="What names of photos in a JSON begin with, such as the folder's path.")
+    ] = "",
 ) -> None:
     """Export the corpus in another format. Photos become files if the format names them by path."""
     from ...pipeline.corpus import export as exporting
 
-    for path in exporting.export(corpus, format, to):
+    for path in exporting.export(corpus, format, to, prefix):
         print(path)

@@ -6,11 +6,13 @@ import hashlib
 import html
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
-from ...schemas.config import BuildConfig, dump_config
+from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ...schemas.records import SCORES
 from ..sources.registry import open_source, subset_title
@@ -137,7 +139,25 @@ def _sources_of(config: BuildConfig, subset: str) -> list[tuple[str, str]]:
     except ConfigError:
         entries = config.subsets[subset].sources
         return [(entry["source"], str(entry.get("license", "unknown"))) for entry in entries]
-    return [(", ".join(source.places()), source.options.license) for source in found]
+    return [
+        (", ".join(map(_published, source.places())), _published(source.options.license)) for source in found
+    ]
+
+
+def _published(value: Any) -> Any:
+    """A value of the configuration for strangers: of a path only its name, of a URL no password."""
+    if isinstance(value, dict):
+        return {name: _published(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_published(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("/", "~", "file:")):
+        return f".../{PurePosixPath(value).name}"
+    if "://" in value:
+        address = urlsplit(value)
+        return urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2], query=""))
+    return value
 
 
 def _reading(summary: CorpusSummary) -> str:
@@ -178,7 +198,11 @@ pixels = mask.decode(record["regions"][0]["rle"])  # (height, width) of 0 and 1,
 | `<subset>/ledger/<unit>.parquet` | every declared region, kept or dropped and why, with mask and scores |
 | `<subset>/manifests/<unit>.json` | the commit record; a shard without one does not count |
 | `stats.json`, `plots/` | the numbers and pictures of this card |
-| `config.yaml` | the configuration below |
+
+Where the index names a `shard`, it is a path from this folder.
+
+`config.yaml`, `log/`, `beat/`, `events/`, `<subset>/plan/` and `<subset>/evidence/` are what a build needs to
+go on. They name paths and processes of the machine that built it: leave them out where it is published.
 
 A region that was looked at by a stage has that stage's numbers:
 
@@ -187,14 +211,15 @@ A region that was looked at by a stage has that stage's numbers:
 
 
 def _config(config: BuildConfig, summary: CorpusSummary) -> str:
-    text = dump_config(config)
+    values = {**_published(config.model_dump(mode="json")), "out": "."}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     rows = [
         (subset_title(name), ", ".join(subset.counts.plans), ", ".join(subset.counts.recipes))
         for name, subset in summary.subsets.items()
     ]
     return (
-        f"## Configuration\n\nSHA-256 of the configuration: `{digest}`\n\n"
+        f"## Configuration\n\nPaths are cut to their names.\n\nSHA-256 of the configuration: `{digest}`\n\n"
         + _table(("subset", "plan", "recipe"), rows)
         + f"\n```yaml\n{text}```\n"
     )

@@ -23,7 +23,7 @@ import msgspec
 from ...schemas.errors import ConfigError
 from ...schemas.sample import Sample, SampleRegion, SampleRle
 from ..io import files
-from . import reader
+from . import merge, reader
 from .reader import Corpus
 
 if TYPE_CHECKING:
@@ -33,13 +33,17 @@ _ROWS_PER_GROUP = 100
 """Photos are held in memory until their row group is written; 100 of SA-1B's are 150 MB."""
 
 
-def export(corpus: str | Path, format: str, to: str | Path) -> list[Path]:
+def export(corpus: str | Path, format: str, to: str | Path, prefix: str = "") -> list[Path]:
     """Write the committed units of a corpus in another format.
+
+    Photos are named from the folder of the JSON, which so can be moved with them.
 
     Args:
         corpus: path of the folder that a build wrote.
         format: one of `FORMATS`.
         to: a folder that does not exist yet, or is empty.
+        prefix: what the photos' names in a JSON begin with, for readers that open them from their own folder:
+            the folder's path as those readers see it.
 
     Returns:
         What was written: the annotation file and the folder of photos, or the Parquet files.
@@ -53,18 +57,18 @@ def export(corpus: str | Path, format: str, to: str | Path) -> list[Path]:
         raise ConfigError(f"format {format!r}: no such format; there are {', '.join(FORMATS)}")
     opened, to = reader.open_corpus(corpus), Path(to)
     with files.write_folder_atomic(to) as temporary:
-        written = write(opened, temporary)
+        written = write(opened, temporary, f"{prefix.rstrip('/')}/" if prefix else "")
     return [to / path.relative_to(temporary) for path in written]
 
 
-def _write_json(corpus: Corpus, folder: Path) -> list[Path]:
+def _write_json(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
     """The list that PerceptionDLM's own trainer reads; paths are relative to the JSON."""
     target = folder / "annotations.json"
     with _JsonList(target) as records:
         for sample, photo in corpus.samples():
             records.append(
                 {
-                    "image": _write_photo(folder, sample, photo),
+                    "image": prefix + _write_photo(folder, sample, photo),
                     "mask_rles": [_coco_rle(region.rle) for region in sample.regions],
                     "captions": [region.caption for region in sample.regions],
                 }
@@ -73,10 +77,12 @@ def _write_json(corpus: Corpus, folder: Path) -> list[Path]:
     return [target, folder / "images"]
 
 
-def _write_coco(corpus: Corpus, folder: Path) -> list[Path]:
-    """COCO instances. Ids count from 1; a region's category is the annotation's, else the caption's."""
+def _write_coco(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
+    """COCO instances. A region's category is the annotation's, with its id there, else the caption's."""
     target = folder / "instances.json"
-    categories: dict[str, int] = {}
+    categories = _published_ids(corpus)
+    taken = max(categories.values(), default=0)
+    used: set[str] = set()
     spooled = folder / f"{files.TEMPORARY}annotations"
     num_images = num_annotations = 0
     with open(target, "xb") as file, open(spooled, "x+b") as annotations:
@@ -86,7 +92,7 @@ def _write_coco(corpus: Corpus, folder: Path) -> list[Path]:
         for num_images, (sample, photo) in enumerate(corpus.samples(), 1):
             image = {
                 "id": num_images,
-                "file_name": _write_photo(folder, sample, photo).removeprefix("images/"),
+                "file_name": _coco_name(_write_photo(folder, sample, photo), prefix),
                 "width": sample.width,
                 "height": sample.height,
             }
@@ -94,18 +100,47 @@ def _write_coco(corpus: Corpus, folder: Path) -> list[Path]:
             for region in sample.regions:
                 num_annotations += 1
                 name = region.category or region.core_category
-                category = categories.setdefault(name, len(categories) + 1)
-                annotation = _annotation(region, num_annotations, num_images, category)
+                if name not in categories:
+                    categories[name] = taken = taken + 1
+                used.add(name)
+                annotation = _annotation(region, num_annotations, num_images, categories[name])
                 annotations.write(_item(annotation, num_annotations == 1))
         file.write(b'\n],"annotations":[')
         annotations.seek(0)
         shutil.copyfileobj(annotations, file)
         file.write(b'\n],"categories":')
-        listed = [{"id": number, "name": name, "supercategory": ""} for name, number in categories.items()]
+        numbered = sorted((number, name) for name, number in categories.items() if name in used)
+        listed = [{"id": number, "name": name, "supercategory": ""} for number, name in numbered]
         file.write(msgspec.json.encode(listed) + b"}\n")
     spooled.unlink()
     (folder / "images").mkdir(exist_ok=True)
     return [target, folder / "images"]
+
+
+def _coco_name(name: str, prefix: str) -> str:
+    """COCO's `file_name` starts at the folder of photos; with a prefix it is the whole name."""
+    return prefix + name if prefix else name.removeprefix("images/")
+
+
+def _published_ids(corpus: Corpus) -> dict[str, int]:
+    """The publisher's id of each category of a kept region.
+
+    Where publishers disagree, an id or a name keeps what the first unit says; whoever has no id then gets one
+    above all of these. Of a corpus with an index of an early release, categories count from 1,
+    as they did.
+    """
+    if merge.has_early_index(corpus):
+        return {}
+    found: dict[str, int] = {}
+    named: set[int] = set()
+    for table in corpus.ledgers(columns=["kept", "category", "category_id"]):
+        pairs = table.filter(table["kept"]).group_by(["category", "category_id"], use_threads=False)
+        for row in pairs.aggregate([]).to_pylist():
+            name, number = row["category"], row["category_id"]
+            if name and number is not None and name not in found and number not in named:
+                found[name] = number
+                named.add(number)
+    return found
 
 
 def _annotation(region: SampleRegion, number: int, image: int, category: int) -> dict[str, Any]:
@@ -121,8 +156,11 @@ def _annotation(region: SampleRegion, number: int, image: int, category: int) ->
     }
 
 
-def _write_parquet(corpus: Corpus, folder: Path) -> list[Path]:
-    """A file per unit with kept regions. The schema's note on the photo makes `datasets` decode it."""
+def _write_parquet(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
+    """A file per unit with kept regions. The schema's note on the photo makes `datasets` decode it.
+
+    Photos are inside, so there is no name to put a prefix before.
+    """
     (folder / "data").mkdir()
     written = []
     for unit in corpus.units():
@@ -240,7 +278,7 @@ def _item(item: Any, first: bool) -> bytes:
     return (b"\n" if first else b",\n") + msgspec.json.encode(item)
 
 
-FORMATS: dict[str, Callable[[Corpus, Path], list[Path]]] = {
+FORMATS: dict[str, Callable[[Corpus, Path, str], list[Path]]] = {
     "perceptiondlm-json": _write_json,
     "coco": _write_coco,
     "parquet": _write_parquet,

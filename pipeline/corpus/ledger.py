@@ -7,6 +7,7 @@ here. Equal records give equal bytes. The corpus's index has the kept rows of al
 from __future__ import annotations
 
 import itertools
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -127,7 +128,7 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
         "kept": kept,
         "drop_stage": [drop and drop.stage for drop in drops],
         "drop_reason": [drop and drop.reason.value for drop in drops],
-        "drop_detail": [drop and drop.detail for drop in drops],
+        "drop_detail": [drop and _published(drop.detail) for drop in drops],
         **_of_regions(regions),
         **{name: _where(kept, values.take(rows)) for name, values in located.items()},
         "photo_digest": _digests(images, places).take(rows),
@@ -138,6 +139,15 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
     table = pa.Table.from_arrays(arrays, schema=schema)
     unknown = [name for name in _LATER if table[name].null_count == len(table)]
     return table.drop_columns(unknown) if unknown else table
+
+
+_PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?/(?:[^\s/:;,()'\"]+/)+(?=[^\s/])")
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,16}\b")
+
+
+def _published(detail: str) -> str:
+    """The detail of a drop without what only the builder's machine knows: folders, addresses in memory."""
+    return _ADDRESS.sub("0x...", _PATH.sub(".../", detail))
 
 
 def _regions_of(images: list[ImageRecord]) -> tuple[list[Region], list[int]]:

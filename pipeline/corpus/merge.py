@@ -45,7 +45,8 @@ _CHARS_PER_BIN = 25
 def merge(out: str | Path, config: BuildConfig | None = None, owner: Owner | None = None) -> dict[str, Any]:
     """Write `index.parquet`, `stats.json`, `plots/` and `README.md` of a corpus, by one record of the log.
 
-    The index has a row per kept region, sorted by subset, unit, image and region.
+    The index has a row per kept region, sorted by subset, unit, image and region. Its `shard` is a path from
+    the corpus's folder, as in `coconut/shards/coconut-000000.tar`.
 
     Args:
         out: the corpus.
@@ -261,6 +262,7 @@ def _write_index(
 
     summaries: dict[str, SubsetSummary] = {}
     schema = ledger.index_schema()
+    as_before = has_early_index(corpus)
     with (
         owner.open(reader.INDEX) as file,
         pq.ParquetWriter(file, schema, **ledger.writing_options()) as writer,
@@ -279,12 +281,36 @@ def _write_index(
                     )
                 sums.add(manifest, data)
                 statistics.add(table, kept)
-                waiting.append(kept.select(schema.names))
+                waiting.append(_index_rows(kept.select(schema.names), "" if as_before else subset))
                 if sum(each.num_rows for each in waiting) >= _ROWS_PER_GROUP:
                     _flush(writer, waiting)
             summaries[subset] = statistics.result(sums.result())
         _flush(writer, waiting)
     return summaries, file.entry
+
+
+def has_early_index(corpus: Corpus) -> bool:
+    """Whether there is an index of an early release, whose shards are seen from their subset's folder.
+
+    It stays so: an old corpus that is built, merged or exported again keeps its bytes. Whoever wants the
+    present form deletes the index, and merges.
+    """
+    try:
+        first = next((table for table in corpus.index(["shard"]) if table.num_rows), None)
+    except (ConfigError, IntegrityError, OSError):
+        return False
+    return first is not None and first["shard"][0].as_py().count("/") == 1
+
+
+def _index_rows(kept: pa.Table, subset: str) -> pa.Table:
+    """Kept rows of a ledger, with the shard's path from the corpus's folder; "" leaves the ledger's path."""
+    if not subset:
+        return kept
+    pc: Any = importlib.import_module("pyarrow.compute")
+    place = kept.schema.get_field_index("shard")
+    return kept.set_column(
+        place, kept.schema.field(place), pc.binary_join_element_wise(subset, kept["shard"], "/")
+    )
 
 
 def _flush(writer: Any, waiting: list[pa.Table]) -> None:

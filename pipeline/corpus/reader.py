@@ -302,6 +302,15 @@ class Corpus:
                 return unit
         return None
 
+    def shard_path(self, row: Mapping[str, Any]) -> str:
+        """Path of the shard that a kept row of a ledger or of the index names.
+
+        A ledger has it from its subset's folder, as indices of early releases; the index from the corpus's.
+        """
+        name = row["shard"]
+        below = name if name.count("/") == 2 else f"{row['subset']}/{name}"
+        return f"{self.path}/{below}"
+
     def read_sample(self, row: Mapping[str, Any]) -> tuple[Sample, bytes]:
         """The sample that a kept row of a ledger or of the index belongs to, and the bytes of its photo.
 
@@ -311,7 +320,7 @@ class Corpus:
         Raises:
             IntegrityError: the bytes there are not the sample of the row's key.
         """
-        shard = f"{self.path}/{row['subset']}/{row['shard']}"
+        shard = self.shard_path(row)
         where = f"{shard}: {row['key']}"
         photo = Blob(shard, row["photo_offset"], row["photo_length"])
         record = Blob(shard, row["json_offset"], row["json_length"])
