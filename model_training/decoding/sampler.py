@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ...schemas.decoding import DecodeOptions
-from ...schemas.errors import ConfigError
+from ...schemas.errors import ConfigError, StageFailed
 from ..model.attention import PADDING, TokenRoles, join_roles
 from ..model.batch import Batch
 from ..model.llada import KVCache
 from ..model.perceptiondlm import PerceptionDLM
+from ..model.placement import check_placement, fetched
 
 _LOGITS_AT_ONCE = {"cpu": (256, 1024), "gpu": (4096, 16384)}
 """Slots and tokens whose logits exist at once: 1 MB, which fits into a core's cache; a quarter of a GB."""
@@ -39,7 +40,7 @@ class DecodeState(NamedTuple):
         tokens_BNS: the tokens; the mask token in open slots.
         open_BNS: bool, the slots that are not decided.
         predicted_BNS: the latest prediction for each slot.
-        confidence_BNS: the probability of that prediction; NaN before the first one.
+        confidence_BNS: the probability of that prediction in float64; NaN before the first one.
     """
 
     forwards_B: Tensor
@@ -69,8 +70,9 @@ def decode_batch(model: PerceptionDLM, batch: Batch, options: DecodeOptions | No
     """Decode the captions of a batch.
 
     Raises:
-        ConfigError: the captions have not `options.max_new_tokens` slots, or the cache does not suit the
-            layout.
+        ConfigError: the captions have not `options.max_new_tokens` slots, the cache does not suit the layout,
+            or a weight of the model is not loaded.
+        StageFailed: the model's probabilities are no numbers, or the same for every token.
     """
     options = options or DecodeOptions()
     *_, last = decode_steps(model, batch, options)
@@ -88,16 +90,14 @@ def decode_steps(model: PerceptionDLM, batch: Batch, options: DecodeOptions) -> 
     """Decode the captions of a batch, and give the state before the first step and after every one.
 
     Raises:
-        ConfigError: as `decode_batch`.
+        ConfigError, StageFailed: as `decode_batch`.
     """
     decoder = _BatchDecoder(model, batch, options)
     yield decoder.state()
     step = 0
     while bool(decoder.open_BNS.any()):
         decoder.predict(step)
-        slots = (decoder.tokens_BNS, decoder.open_BNS, decoder.predicted_BNS, decoder.confidence_BNS)
-        tokens_BNS, decoder.open_BNS = select_predictions(options, step, *slots)
-        decoder.write(tokens_BNS)
+        decoder.write(*select_predictions(options, step, *decoder.slots()))
         yield decoder.state()
         step += 1
 
@@ -184,7 +184,9 @@ class _BatchDecoder:
     """A batch while it is decoded: its slots, and what is known of the tokens before them."""
 
     def __init__(self, model: PerceptionDLM, batch: Batch, options: DecodeOptions):
+        check_placement(model)
         self.model, self.options = model, options
+        self.suppressed = _suppressed(model, options)
         batch = batch.to(model.device)
         self.cache = choose_cache(model, options)
         self.prefix, self.prefix_len = batch.prefix, batch.prefix.ids_BL.shape[1]
@@ -196,13 +198,36 @@ class _BatchDecoder:
         self.tokens_BNS = self.ids_BNL[..., 1:-1]
         self.open_BNS = (self.tokens_BNS == model.config.mask_token_id) & self.exists_BN[..., None]
         self.predicted_BNS = self.tokens_BNS.clone()
+        # What slots are compared in. Apple's GPUs have no float64.
+        self.exact = torch.device("cpu") if model.device.type == "mps" else model.device
         self.confidence_BNS = torch.full(
-            self.tokens_BNS.shape, torch.nan, dtype=_wide(self.x_BLD), device=model.device
+            self.tokens_BNS.shape, torch.nan, dtype=torch.float64, device=self.exact
         )
+        self.broken = torch.zeros((), dtype=torch.bool, device=self.exact)
         self.stale_BN = self.exists_BN.clone()  # where a new prediction could differ
         self.forwards_B = torch.zeros_like(self.cached_rows_B)
 
+    def slots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `select_predictions` selects from, on one device."""
+        return (
+            self.tokens_BNS.to(self.exact),
+            self.open_BNS.to(self.exact),
+            self.predicted_BNS.to(self.exact),
+            self.confidence_BNS,
+        )
+
     def state(self) -> DecodeState:
+        """A copy on the CPU.
+
+        Raises:
+            StageFailed: a prediction was none. Said here, where the device is waited for anyway.
+        """
+        if bool(self.broken):
+            name, dtype = self.model.name_or_path or "the model", self.model.dtype
+            raise StageFailed(
+                f"{name}: its probabilities are no numbers (NaN), or the same for all tokens, in {dtype}: a "
+                "weight is damaged, or the type is too small for it; get the weights again, or load float32"
+            )
         return DecodeState(
             self.forwards_B.cpu().clone(),
             self.tokens_BNS.cpu().clone(),
@@ -231,12 +256,14 @@ class _BatchDecoder:
         uniform_K = None if uniform_BNS is None else uniform_BNS.expand_as(at_BNS)[at_BNS]
         predicted_K, confidence_K = self._sample(hidden_MSD[at_MS], uniform_K)
         self.predicted_BNS[at_BNS] = predicted_K
-        self.confidence_BNS[at_BNS] = confidence_K
+        self.confidence_BNS[at_BNS.to(self.exact)] = confidence_K.to(self.exact)
+        self.broken |= self._says_nothing(confidence_K).to(self.exact)
         self.stale_BN &= ~wanted_BN
 
-    def write(self, tokens_BNS: Tensor) -> None:
+    def write(self, tokens_BNS: Tensor, open_BNS: Tensor) -> None:
         """Write the selected tokens into the sequences, and end the captions that have ended."""
         config = self.model.config
+        tokens_BNS, self.open_BNS = tokens_BNS.to(self.ids_BNL), open_BNS.to(self.ids_BNL.device)
         if self.options.early_exit and self.options.strategy != "remask":
             tokens_BNS = self._end(tokens_BNS)
         tokens_BNS = tokens_BNS.masked_fill(self.open_BNS, config.mask_token_id)
@@ -307,6 +334,12 @@ class _BatchDecoder:
         x_BLD = self.model.language_model(x_BLD, position.flatten(1), mask, cache=kv_cache)
         return x_BLD.unflatten(1, (most, -1))[:, :, 1:-1][real_BM]
 
+    def _says_nothing(self, confidence_K: Tensor) -> Tensor:
+        """Whether probabilities are no numbers, or those of all tokens alike in all slots."""
+        num_choices = self.model.config.text.vocab_size - len(set(self.suppressed))
+        alike_K = (confidence_K * num_choices - 1).abs() < 1e-9
+        return ~confidence_K.isfinite().all() | (alike_K.all() & (num_choices > 1))
+
     def _uniform(self, step: int) -> Tensor | None:
         """A random number for every slot, the same in every batch; None where nothing is drawn."""
         if self.options.temperature == 0:
@@ -318,33 +351,44 @@ class _BatchDecoder:
 
     def _sample(self, hidden_KD: Tensor, uniform_K: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens for slots, and their probabilities."""
-        weight_VD, suppressed = self.model.lm_head.weight, _suppressed(self.model, self.options)
-        if uniform_K is None:
-            return _likeliest(hidden_KD, weight_VD, suppressed)
-        return _drawn(hidden_KD, weight_VD, suppressed, self.options, uniform_K)
+        with fetched(self.model.lm_head) as weight_VD:
+            if uniform_K is None:
+                return _likeliest(hidden_KD, weight_VD, self.suppressed)
+            return _drawn(hidden_KD, weight_VD, self.suppressed, self.options, uniform_K)
 
 
 def _likeliest(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> tuple[Tensor, Tensor]:
     """The likeliest tokens and their probabilities, in one pass over parts of the vocabulary.
 
     A part's logits are small enough to stay in a CPU's cache, and all logits never exist at once.
+
+    Of a sure model, float32 takes every probability for 1. The sum of the other tokens' exponentials is a
+    small number that float32 does resolve. The probabilities that follow from it are as the released code has
+    them from a softmax in float64, ties included, and no exponential is computed in float64.
     """
     num_slots, num_tokens = _LOGITS_AT_ONCE["cpu" if hidden_KD.is_cpu else "gpu"]
     if len(hidden_KD) > num_slots:
         parts = [_likeliest(part, weight_VD, suppressed) for part in hidden_KD.split(num_slots)]
         return torch.cat([token for token, _ in parts]), torch.cat([confidence for _, confidence in parts])
     top_K = hidden_KD.new_full(hidden_KD.shape[:1], -torch.inf, dtype=_wide(hidden_KD))
-    total_K, token_K = torch.zeros_like(top_K), torch.zeros_like(top_K, dtype=torch.int64)
+    others_K, token_K = torch.zeros_like(top_K), torch.zeros_like(top_K, dtype=torch.int64)
     for start in range(0, len(weight_VD), num_tokens):
         never = [i - start for i in suppressed if start <= i < min(start + num_tokens, len(weight_VD))]
         logits_KV = _logits(hidden_KD, weight_VD[start : start + num_tokens], never)
         part_top_K, place_K = logits_KV.max(dim=-1)
         token_K = torch.where(part_top_K > top_K, place_K + start, token_K)
-        new_top_K = torch.maximum(top_K, part_top_K)
-        part_total_K = logits_KV.sub_(new_top_K[:, None]).exp_().sum(dim=-1)
-        total_K = total_K * (top_K - new_top_K).exp() + part_total_K
+        new_top_K, second_K = torch.maximum(top_K, part_top_K), torch.minimum(top_K, part_top_K)
+        logits_KV.scatter_(1, place_K[:, None], -torch.inf)
+        part_others_K = logits_KV.sub_(new_top_K[:, None]).exp_().sum(dim=-1)
+        others_K = others_K * (top_K - new_top_K).exp() + part_others_K + (second_K - new_top_K).exp()
         top_K = new_top_K
-    return token_K, 1 / total_K
+    sound_K = others_K.masked_fill(~top_K.isfinite(), torch.nan)  # an infinite logit would look sure
+    return token_K, 1 / (1 + _exact(sound_K))
+
+
+def _exact(x_K: Tensor) -> Tensor:
+    """Numbers in float64; on the CPU where the device has none."""
+    return (x_K.cpu() if x_K.device.type == "mps" else x_K).double()
 
 
 def _drawn(
@@ -357,8 +401,8 @@ def _drawn(
     ):
         logits_KV = _logits(hidden_kD, weight_VD, suppressed)
         token_K = _draw(logits_KV, options, uniform_k)
-        log_probability_KV = logits_KV.log_softmax(dim=-1)
-        parts.append((token_K, log_probability_KV.gather(1, token_K[:, None])[:, 0].exp()))
+        probability_KV = logits_KV.double().softmax(dim=-1)
+        parts.append((token_K, probability_KV.gather(1, token_K[:, None])[:, 0]))
     tokens, confidences = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(confidences)
 

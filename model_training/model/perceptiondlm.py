@@ -23,6 +23,7 @@ from .attention import AttentionMask, TokenRoles
 from .batch import Images, Tokens
 from .config import PerceptionDLMConfig
 from .llada import LanguageModel
+from .placement import device_of, fetched
 from .roi_align import roi_align
 
 
@@ -45,7 +46,8 @@ class VisionTower(nn.Module):
         x_NQC = self.embeddings.patch_embedding(x_N3SS).flatten(2).transpose(1, 2)
         if prompt_NQC is not None:  # the released code adds it after the positions, which is the same sum
             x_NQC = x_NQC + prompt_NQC
-        x_NQC = x_NQC + self.embeddings.position_embedding.weight
+        with fetched(self.embeddings.position_embedding) as position_QC:
+            x_NQC = x_NQC + position_QC
         for layer in self.layers:
             x_NQC = layer(x_NQC, None)
         return x_NQC if self.norm is None else self.norm(x_NQC)
@@ -105,11 +107,14 @@ class PerceptionDLM(PreTrainedModel):
 
     def encode_views(self, views_N3SS: Tensor, prompts_NPQ: Tensor) -> Tensor:
         """Features (N, T, D) of views: vision tower, two by two patches to a token, projector."""
-        weight = self.region_prompts.weight
-        pixels_N3SS = views_N3SS.to(weight.dtype).div(255).sub(0.5).div(0.5)
+        dtype = self.region_prompts.weight.dtype
+        # Rounded once, as the released code does: bfloat16 has not enough digits for the steps in between.
+        wide_N3SS = views_N3SS.to(torch.promote_types(dtype, torch.float32))
+        pixels_N3SS = wide_N3SS.div(255).sub(0.5).div(0.5).to(dtype)
         prompt_NQC = None
         if self.config.region_prompting:
-            prompt_NQC = torch.einsum("npq,pc->nqc", prompts_NPQ.to(weight.dtype), weight)
+            with fetched(self.region_prompts) as weight_PC:
+                prompt_NQC = torch.einsum("npq,pc->nqc", prompts_NPQ.to(dtype), weight_PC)
         x_NQC = self.vision_tower(pixels_N3SS, prompt_NQC)
         return self.projector(pixel_unshuffle(x_NQC, self.config.patches_per_side))
 
@@ -182,6 +187,11 @@ class PerceptionDLM(PreTrainedModel):
         mask = self.attention_mask(tokens.roles, tokens.roles)
         x_BLD = self.language_model(x_BLD, tokens.position_BL, mask)
         return self.lm_head(x_BLD if wanted_BL is None else x_BLD[wanted_BL])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, also if `device_map` has offloaded some of its weights."""
+        return device_of(self)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the language model."""

@@ -10,7 +10,7 @@ import torch
 from paracaption.model_training.decoding.sampler import decode_batch, decode_steps
 from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions, Strategy
-from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.errors import ConfigError, StageFailed
 from tests.model_training.plain_decoder import decode_plainly
 from tests.model_training.tiny_models import examples, lively
 
@@ -54,6 +54,53 @@ def test_tokens_and_passes_are_those_of_the_plain_decoder(layout, cache, strateg
         found = decode_batch(model, collate([example]), options)
         assert found.tokens_BNS[0].tolist() == expected
         assert found.forwards_B.tolist() == [forwards]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [8, 10, 12, 50])
+def test_a_sure_model_in_float32_keeps_the_tokens_that_probabilities_in_float64_choose(
+    strategy, layout, scale
+):
+    model, processor = lively(seed=3, dtype=torch.float32, layout=layout)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    [example] = examples(processor, [4], slots=12)
+    options = options_of(
+        strategy, max_new_tokens=12, steps=12, threshold=1 - 1e-9, suppress_special=False, early_exit=False
+    )
+    *_, last = decode_steps(model, collate([example]), options)
+    expected, _ = decode_plainly(model, example, options, [])
+    assert last.tokens_BNS[0].tolist() == expected
+    assert (last.confidence_BNS.float() == 1).sum() >= 2, "float32 would take them for equally sure"
+
+
+def test_a_drawn_tokens_probability_is_that_of_a_softmax_in_float64():
+    from paracaption.model_training.decoding.sampler import _drawn
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator) * 4 for n in (20, 50))
+    uniform = torch.rand(20, generator=generator, dtype=torch.float64)
+    tokens, found = _drawn(hidden, weight, [], options_of("remask", temperature=30.0), uniform)
+    expected = (hidden @ weight.T).double().softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_a_model_without_probabilities_is_an_error_and_not_a_row_of_exclamation_marks(
+    strategy, temperature, value
+):
+    model, processor = lively()
+    with torch.no_grad():
+        if value is None:
+            model.lm_head.weight.zero_()
+        else:
+            model.lm_head.weight[3, 2] = value
+    batch = collate(examples(processor, [2], slots=SLOTS))
+    with pytest.raises(StageFailed, match="no numbers"):
+        decode_batch(model, batch, options_of(strategy, temperature=temperature))
 
 
 RAGGED = [3, 9, 1, 6, 2, 8, 4, 7]

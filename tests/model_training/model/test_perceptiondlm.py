@@ -351,3 +351,13 @@ def test_an_untrained_model_starts_at_the_scales_of_its_config():
     assert float(default.vision_tower.embeddings.position_embedding.weight.std()) == pytest.approx(
         width**-0.5, rel=0.2
     )
+
+
+def test_pixels_are_scaled_in_float32_and_rounded_once():
+    model, _ = tiny_model(dtype=torch.bfloat16)
+    side, seen = model.config.tile_px, []
+    model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    views = torch.arange(256, dtype=torch.uint8).repeat(side * side * 3 // 256).view(1, 3, side, side)
+    with torch.no_grad():
+        model.encode_views(views, torch.zeros(1, 6, (side // 16) ** 2, dtype=torch.bool))
+    assert torch.equal(seen[0], ((views.float() / 255 - 0.5) / 0.5).bfloat16())
