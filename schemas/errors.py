@@ -69,6 +69,10 @@ class Diverged(StageFailed):
     """Step after step of a training run was not taken, on all ranks; starting anew would end the same way."""
 
 
+class NothingToTrainOn(StageFailed):
+    """A training run's data are left out, all of them or more than is allowed; a restart would end alike."""
+
+
 class StageStalled(StageFailed):
     """A stage made no progress for the configured time; the message carries the worker's stack."""
 

@@ -121,6 +121,14 @@ class DataOptions(Strict):
         default="error",
         description="What to do with a damaged shard, photo or mask; `skip` counts the sample and goes on.",
     )
+    max_dropped_share: float | None = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Stop the run when more than this share of an epoch's items (groups of an image's "
+        "regions, conversations) is left out by `skip`, counted over all ranks; null sets no limit. An epoch "
+        "of which everything is left out stops the run in any case.",
+    )
     max_pixels: PositiveInt = Field(
         default=200_000_000, description="Most pixels of a photo, as a guard against decompression bombs."
     )

@@ -74,7 +74,8 @@ class TrainingView:
         step, steps = record["step"], record["steps"]
         self.start = self.start or (step - 1, time.monotonic() - float(record["seconds"]))
         if "why" in record:
-            print(f"step {step:,} skipped: {record['why']}; {', '.join(record['samples'])}", file=sys.stderr)
+            names = f"; {', '.join(record['samples'])}" if record["samples"] else ""
+            print(f"step {step:,} skipped: {record['why']}{names}", file=sys.stderr)
         if step % self.every and step != steps:
             return
         rate = (time.monotonic() - self.start[1]) / (step - self.start[0])

@@ -100,6 +100,10 @@ class Loader:
         """Number of steps of the whole current epoch."""
         return self.num_steps(self.epoch)
 
+    def num_items(self, epoch: int) -> int:
+        """Number of items of an epoch, over all ranks."""
+        return sum(self.mixture.sizes(epoch))
+
     def num_steps(self, epoch: int) -> int:
         """Number of steps of an epoch. Counting takes a second for a million items, and is cached."""
         return -(-self._plan_of(epoch).num_batches // self.world_size)

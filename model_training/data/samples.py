@@ -46,6 +46,7 @@ class TrainBatch(NamedTuple):
         weight_E: float32, the weight of each example in the loss; 0 for fillers.
         keys: name of each example: "subset/key#region,region", or the conversation's file and id.
         skipped: what was left out while this batch was made.
+        num_items: number of items that the batch was to be made of; 0 for a filler.
     """
 
     images: Images
@@ -54,6 +55,7 @@ class TrainBatch(NamedTuple):
     weight_E: Tensor
     keys: list[str]
     skipped: list[Skipped]
+    num_items: int = 0
 
     def to(self, device: torch.device | str) -> TrainBatch:
         """The batch with its tensors on a device."""
@@ -122,7 +124,8 @@ class BatchMaker:
         label = torch.zeros_like(tokens.roles.caption_BL)
         label[tokens.roles.caption_BL] = torch.from_numpy(np.concatenate([each.labels for each in labeled]))
         weight = torch.tensor([each.weight for each in labeled])
-        return TrainBatch(images, tokens, label, weight, [each.name for each in labeled], skipped)
+        names = [each.name for each in labeled]
+        return TrainBatch(images, tokens, label, weight, names, skipped, len(picks))
 
     def _make(self, pick: Pick, skipped: list[Skipped]) -> LabeledExample | None:
         source = self.sources[pick.source]

@@ -64,6 +64,7 @@ class StepMeter:
         self.counts["regions"] += len(batch.images.boxes_R4) if real else 0
         self.counts["examples"] += real
         self.counts["dropped"] += len(batch.skipped)
+        self.counts["items"] += batch.num_items
         self.flops += flops
         self.loss += found.total.detach()
         level = (found.probability_K.double() * NUM_LEVELS).long().clamp(0, NUM_LEVELS - 1)
@@ -72,7 +73,7 @@ class StepMeter:
 
     def total(self, group: DistributedGroup) -> dict[str, Any]:
         """Sums over all ranks, in one message: loss, counts, FLOPs, seconds; and the loss by noise level."""
-        names = ("tokens", "regions", "examples", "dropped")
+        names = ("tokens", "regions", "examples", "dropped", "items")
         plain = [*(float(self.counts[name]) for name in names), self.flops, self.waited_s]
         own = torch.tensor(plain, dtype=torch.float64, device=self.loss.device)
         every = group.all_reduce(torch.cat([self.loss[None], self.levels.flatten(), own])).tolist()

@@ -14,11 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...schemas.errors import ConfigError, Diverged, ParaCaptionError, StageFailed
+from ...schemas.errors import ConfigError, Diverged, NothingToTrainOn, ParaCaptionError, StageFailed
 from ...schemas.training import TrainConfig
 
 if TYPE_CHECKING:
     from .trainer import Outcome, Report
+
+
+_FINAL = {kind.__name__: kind for kind in (Diverged, NothingToTrainOn)}
+"""Errors that a restart from the last checkpoint would meet again."""
 
 
 def train(config: TrainConfig, ray_address: str | None = None, report: Report | None = None) -> Outcome:
@@ -33,6 +37,7 @@ def train(config: TrainConfig, ray_address: str | None = None, report: Report | 
         ConfigError: the configuration cannot be carried out.
         IntegrityError: a checkpoint or the data are damaged.
         Diverged: too many steps in a row were skipped.
+        NothingToTrainOn: too many samples were left out.
         StageFailed: a checkpoint cannot be written, or workers were lost more often than `ray.max_failures`.
     """
     if not config.ray.workers:
@@ -84,7 +89,7 @@ def _fit_on_ray(config: TrainConfig) -> Outcome:
     except TrainingFailedError as error:
         raise _cause(error, config) from error
     if "error" in result:
-        raise Diverged(result["error"])
+        raise _FINAL[result["kind"]](result["error"])
     from .trainer import Outcome
 
     return Outcome(result["steps"], result["skipped"], Path(result["model"]))
@@ -101,8 +106,8 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
         done = fit(
             TrainConfig.model_validate(loop["config"]), context.get_world_rank(), context.get_world_size()
         )
-    except Diverged as error:  # returned, since Ray retries what is raised
-        return {"error": str(error)}
+    except tuple(_FINAL.values()) as error:  # returned, since Ray retries what is raised
+        return {"error": str(error), "kind": type(error).__name__}
     return {"steps": done.steps, "skipped": done.skipped, "model": str(done.model)}
 
 

@@ -33,10 +33,14 @@ from ..model.processor import PerceptionDLMProcessor
 from . import build, checkpoints, distributed, loss, metrics
 from .checkpoints import Checkpoints
 from .distributed import DistributedGroup
+from .dropped import DropCounts
 from .export import export_model
 from .metrics import MetricsLogger, StepMeter
 
 _log = logging.getLogger(__name__)
+
+NO_EXAMPLE = "no example: all of its items were left out"
+"""Why a step is not taken whose batches are fillers only: its gradient of 0 would still move the weights."""
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -60,6 +64,7 @@ class Run:
         norms: gradient norms of the last steps that were taken.
         skipped_now: a line for each step that was skipped since one was taken last, with its examples.
         ema: moving average of the trained weights by name; None if the run keeps none.
+        counts: how many of the data's items became examples.
     """
 
     def __init__(self, config: TrainConfig, group: DistributedGroup):
@@ -80,6 +85,7 @@ class Run:
         self.step = self.saved = self.skipped = 0
         self.norms: list[float] = []
         self.skipped_now: list[str] = []
+        self.counts = DropCounts()
         self.folder = Path(config.out)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", group, config.checkpoint.keep, config.checkpoint.asynchronous
@@ -95,6 +101,7 @@ class Run:
         self.step = self.saved = progress["step"]
         self.skipped, self.norms = progress["skipped"], progress["norms"]
         self.skipped_now = progress["skipped_now"]
+        self.counts = DropCounts.restored(progress.get("counts"), self.loader.epoch)
         checkpoints.set_rng_states(progress["random"], self.group)
         _warn_of_changes(progress, self.config, self.group)
         if self.group.rank == 0:
@@ -107,6 +114,7 @@ class Run:
             "skipped": self.skipped,
             "norms": self.norms,
             "skipped_now": self.skipped_now,
+            "counts": self.counts.stored(),
             "random": checkpoints.get_rng_states(self.group),
             "batches_per_step": self.config.gradient_accumulation_steps * self.group.world_size,
             "config": self.config.model_dump(mode="json"),
@@ -145,6 +153,8 @@ def fit(config: TrainConfig, rank: int = 0, world_size: int = 1, report: Report 
         ConfigError: the configuration cannot be carried out.
         IntegrityError: the checkpoint is damaged, or belongs to other data.
         Diverged: too many steps in a row were skipped; the message names their examples.
+        NothingToTrainOn: everything that an epoch holds was left out, or more than `data.max_dropped_share`;
+            no model is written.
         StageFailed: a checkpoint cannot be written, or the ranks see different data.
     """
     group = DistributedGroup(config, rank, world_size)
@@ -166,6 +176,7 @@ def _train(run: Run, logger: MetricsLogger | None, report: Report | None) -> Non
     stream = run.batches()
     while run.step < run.num_steps:
         meter = StepMeter(group.device)
+        epoch = int(run.loader.state_dict()["epoch"])
         # 1. The step's batches, and the weight of their examples over all ranks.
         with meter.waiting():
             batches = next(stream, None)
@@ -183,7 +194,7 @@ def _train(run: Run, logger: MetricsLogger | None, report: Report | None) -> Non
         mean, norm = total["loss"] / weight, float(norm)
         # 3. The step, unless something is wrong with it.
         rates = _set_learning_rates(run)
-        reason = reason_to_skip(mean, norm, run.norms, config.spike)
+        reason = reason_to_skip(mean, norm, run.norms, config.spike) if total["examples"] else NO_EXAMPLE
         if reason is None:
             _optimizer_step(run, norm)
         run.optimizer.zero_grad(set_to_none=True)
@@ -195,12 +206,23 @@ def _train(run: Run, logger: MetricsLogger | None, report: Report | None) -> Non
             logger.write(record)
             if report is not None:
                 report(record)
+        _check_data(run, epoch, total)
         if len(run.skipped_now) >= config.spike.stop_after:
             _stop(run)
         if run.step % config.checkpoint.every == 0:
             run.save()
+    run.counts.check_run(config.data.max_dropped_share)
     if run.saved != run.step:
         run.save()
+
+
+def _check_data(run: Run, epoch: int, total: dict[str, Any]) -> None:
+    """Count a step's items and examples over all ranks, and stop the run if too few are left."""
+    run.counts.add(epoch, int(total["items"]), int(total["examples"]))
+    limit = run.config.data.max_dropped_share
+    run.counts.check(limit, run.loader.num_items(epoch))
+    if int(run.loader.state_dict()["epoch"]) != epoch:
+        run.counts.check_epoch(limit)
 
 
 def _backward(run: Run, batch: TrainBatch, number: int, weight: float) -> loss.Loss:
@@ -277,6 +299,8 @@ def _count_step(run: Run, reason: str | None, batches: list[TrainBatch]) -> dict
     if reason or run.config.log.samples:
         found["samples"] = _example_names(batches, run.group)
     run.skipped += reason is not None
+    if reason == NO_EXAMPLE:  # says nothing of the weights, so it neither adds to a row of steps nor ends one
+        return found | {"skipped": run.skipped, "why": reason}
     run.skipped_now = (
         [*run.skipped_now, f"step {run.step}, {reason}: {', '.join(found['samples'])}"] if reason else []
     )
