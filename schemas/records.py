@@ -106,6 +106,8 @@ class ImageRecord(msgspec.Struct):
         drop: set if the image as a whole is unusable; then every region is dropped with it.
         photo_digest: SHA-256 in hex of the photo's bytes, as whoever first read them whole found them; "" as
             long as nobody has.
+        removed_orientation: EXIF orientation that the photo has at its source and the bytes at `photo`, which
+            are those of a shard, have no more; 1 if they are the source's bytes.
         failed: the kind of the failure if its source could not be read, which is no verdict on the image
             ("transient", "refused" or "record"); else empty.
     """
@@ -121,6 +123,7 @@ class ImageRecord(msgspec.Struct):
     drop: Drop | None = None
     photo_digest: str = ""
     failed: str = ""
+    removed_orientation: int = 1
 
     def live(self) -> list[Region]:
         """The regions that no stage has rejected yet, in order."""

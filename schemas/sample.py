@@ -1,4 +1,5 @@
-"""What a shard's sample holds: `<key>.jpg`, the publisher's photo bytes, and `<key>.json`, this struct.
+"""What a shard's sample holds: `<key>.jpg`, the publisher's photo bytes (but for an EXIF orientation), and
+`<key>.json`, this struct.
 
 The photo member is always called `.jpg`, because the member's ending is its column name for webdataset and
 `datasets`, and one corpus has one set of columns. Readers sniff the bytes; `photo_format` says what they are.
@@ -32,8 +33,13 @@ class SampleRegion(msgspec.Struct):
     caption: str
 
 
-class Sample(msgspec.Struct):
-    """An image with its kept regions, at least one."""
+class Sample(msgspec.Struct, omit_defaults=True):
+    """An image with its kept regions, at least one.
+
+    Attributes:
+        exif_orientation: that of the publisher's photo. If it is not 1, the photo beside this has 1 in the
+            tag's place, because masks fit the pixels as stored. Left out of the JSON if it is 1.
+    """
 
     key: str
     subset: str
@@ -42,10 +48,14 @@ class Sample(msgspec.Struct):
     width: int
     height: int
     regions: list[SampleRegion]
+    exif_orientation: int = 1
 
 
-def to_sample(image: ImageRecord) -> Sample:
-    """The image's sample from its live regions. Call only for images that have one."""
+def to_sample(image: ImageRecord, orientation: int = 1) -> Sample:
+    """The image's sample from its live regions; `orientation` is the photo's at its source.
+
+    Call only for images that have a live region.
+    """
     return Sample(
         key=image.key,
         subset=image.subset,
@@ -54,6 +64,7 @@ def to_sample(image: ImageRecord) -> Sample:
         width=image.width,
         height=image.height,
         regions=[_to_region(region) for region in image.live()],
+        exif_orientation=orientation,
     )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from ...pipeline.io import files, photos
 from ...pipeline.io.tables import TableFile
+from ...pipeline.io.orientation import unturned
 from ...schemas.errors import BadRecord, BadSample, ConfigError
 from ...schemas.records import Blob
 from ...schemas.training import ConversationSource
@@ -298,7 +299,7 @@ def _size(source: ConversationSource, record: Record, photo: bytes) -> tuple[int
 
     try:
         if photo:
-            with photos.quiet(), Image.open(io.BytesIO(photo), formats=photos.FORMATS) as opened:
+            with photos.quiet(), Image.open(io.BytesIO(unturned(photo)), formats=photos.FORMATS) as opened:
                 return opened.size
         header = photos.probe(Blob(_path(source, record)), 1 << 40)
         return header.width, header.height

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...pipeline.io import files, photos
+from ...pipeline.io.orientation import unturned
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 
@@ -64,7 +65,7 @@ def decode_mask_image(data: bytes, name: str) -> np.ndarray:
     from PIL import Image
 
     try:
-        with photos.quiet(), Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+        with photos.quiet(), Image.open(io.BytesIO(unturned(data)), formats=_FORMATS) as opened:
             opened.load()
             lossy = opened.format in _LOSSY
             values, most = _brightness(opened, name)

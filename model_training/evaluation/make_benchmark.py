@@ -24,6 +24,7 @@ import yaml
 from ...pipeline.corpus import reader
 from ...pipeline.io import files
 from ...pipeline.io.json_lines import LineWriter, read_lines
+from ...pipeline.io.orientation import make_upright
 from ...schemas.errors import BadRecord, StageFailed
 from ...schemas.evaluation import Judge
 from ...schemas.sample import Sample, SampleRegion
@@ -122,7 +123,7 @@ def make_benchmark(
     kept = [pair for pair in samples if any(_key(pair[0], region) in questions for region in pair[0].regions)]
     for sample, photo in kept:
         with files.write_atomic(to / "images" / _photo_name(sample)) as file:
-            file.write(photo)
+            file.write(make_upright(photo)[0])
     files.write_json(to / annotations.ANNOTATIONS, [_annotated(sample, questions) for sample, _ in kept])
     files.write_json(to / annotations.QUESTIONS, questions)
     names = {region.key: region.name for region in regions if region.key in questions}

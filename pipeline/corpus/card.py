@@ -169,7 +169,9 @@ def _reading(summary: CorpusSummary) -> str:
 
 Each shard is a plain tar in WebDataset form. `<key>.jpg` holds the publisher's photo bytes (always called
 `.jpg`; `photo_format` says what they are), `<key>.json` the image's regions with `rle` (COCO's compressed
-RLE), `bbox` (x, y, width, height), `area`, `category`, `core_category` and `caption`.
+RLE), `bbox` (x, y, width, height), `area`, `category`, `core_category` and `caption`. Masks fit the photo as
+stored: where the publisher's photo has an EXIF orientation, the tag says upright here, and `exif_orientation`
+in the JSON what it was.
 
 ```python
 import glob, json

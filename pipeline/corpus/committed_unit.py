@@ -10,11 +10,12 @@ from typing import Any
 from ...schemas.errors import IntegrityError
 from ...schemas.reasons import RETRIED, Reason
 from ...schemas.records import Blob, ImageRecord
+from ..io import files
 from . import reader
 
 log = logging.getLogger(__name__)
 
-_COLUMNS = ["key", "region", "kept", "photo_offset", "photo_length"]
+_COLUMNS = ["key", "region", "kept", "photo_offset", "photo_length", "json_offset", "json_length"]
 
 _LOSING = RETRIED | {Reason.SIZE_MISMATCH, Reason.LABELS_DISAGREE}
 """Reasons of which none can be true of a region that was kept, unless its source is not what it was."""
@@ -48,16 +49,34 @@ class CommittedUnit:
             return []
         return [row for row in table.to_pylist() if row["kept"]]
 
-    @cached_property
-    def _photos(self) -> dict[str, Blob]:
+    def _members(self, name: str) -> dict[str, Blob]:
+        """The members "photo" or "json" of the committed shard by key."""
         if self._unit is None:
             return {}
         shard = self._unit.shard
-        return {row["key"]: Blob(shard, row["photo_offset"], row["photo_length"]) for row in self._kept}
+        return {row["key"]: Blob(shard, row[f"{name}_offset"], row[f"{name}_length"]) for row in self._kept}
+
+    @cached_property
+    def _photos(self) -> dict[str, Blob]:
+        return self._members("photo")
 
     def photo(self, key: str) -> Blob | None:
         """The photo of an image in the committed shard; None if the shard does not have it."""
         return self._photos.get(key)
+
+    def removed_orientation(self, key: str) -> int | None:
+        """The EXIF orientation that the photo in the shard has no more, 1 if it is as it was published.
+
+        None if the image's sample is not there or cannot be read.
+        """
+        record = self._members("json").get(key)
+        if record is None:
+            return None
+        try:
+            return reader.decode_sample(files.read(record), f"{record}").exif_orientation
+        except (IntegrityError, OSError) as error:
+            log.warning("%s: %s; its photo is not taken from there", record, error)
+            return None
 
     def lost_by_errors(self, images: list[ImageRecord]) -> list[str]:
         """Kept regions, as "key/region", that these images of the same unit would lose by an error.

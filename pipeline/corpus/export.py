@@ -23,6 +23,7 @@ import msgspec
 from ...schemas.errors import ConfigError
 from ...schemas.sample import Sample, SampleRegion, SampleRle
 from ..io import files
+from ..io.orientation import make_upright
 from . import merge, reader
 from .reader import Corpus
 
@@ -194,7 +195,8 @@ def _parquet_row(sample: Sample, photo: bytes) -> dict[str, Any]:
     for region in row["regions"]:
         region["rle_size"], region["rle_counts"] = region["rle"]["size"], region["rle"]["counts"]
         del region["rle"]
-    return {"image": {"bytes": photo, "path": _photo_name(sample)}, **row}
+    upright, _ = make_upright(photo)  # one of an early release has its tag still
+    return {"image": {"bytes": upright, "path": _photo_name(sample)}, **row}
 
 
 def _parquet_schema() -> pa.Schema:
@@ -246,7 +248,7 @@ def _write_photo(folder: Path, sample: Sample, photo: bytes) -> str:
     name = f"images/{sample.subset}/{_photo_name(sample)}"
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(photo)
+    path.write_bytes(make_upright(photo)[0])
     return name
 
 

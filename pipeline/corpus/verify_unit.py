@@ -15,6 +15,7 @@ from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
 from ..io import files, photos
+from ..io.orientation import restore
 from . import reader
 from .problems import Problem, compare_file, guarded
 from .reader import REBUILD, SAFE_KEY, Unit
@@ -347,7 +348,8 @@ def _check_sample(
     if rows is None:
         unit.report(path, key, f"no row of the ledger is kept for this sample; {REBUILD}", "no row")
         return
-    if {row["photo_digest"] for row in rows} - {None, photos.digest_of(photo[1])}:
+    published = restore(photo[1], sample.exif_orientation)
+    if {row["photo_digest"] for row in rows} - {None, photos.digest_of(published)}:
         what = "its photo is not the one that was captioned, by the ledger's photo_digest"
         unit.report(path, photo[0].name, f"{what}; {REBUILD}", "photo")
     places = (photo[0].offset_data, photo[0].size, record[0].offset_data, record[0].size)

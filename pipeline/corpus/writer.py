@@ -23,6 +23,7 @@ from ...schemas.records import Drop, ImageRecord
 from ...schemas.sample import PHOTO_ENDING, to_sample
 from ..io import photos
 from ..io.failures import kind_of
+from ..io.orientation import make_upright
 from ..io.store import store_of
 from ..stages.base import PHOTO_CHANGED
 from . import adopt
@@ -64,7 +65,8 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
     """Write a unit's files beside their final places. Photos that fail now are dropped here.
 
     The tar is the same to the last byte for the same images: members sorted by key, no times, no owners;
-    photo bytes are copied, never re-encoded. A unit without a kept region has a ledger but no shard.
+    photo bytes are copied, never re-encoded, and only an EXIF orientation in them is set to upright, which
+    the sample notes. A unit without a kept region has a ledger but no shard.
 
     Args:
         folder: OUT/<subset>.
@@ -148,7 +150,8 @@ def _write_tar(
                 continue
             if image.photo_digest and image.photo_digest != photos.digest_of(photo):
                 held = held or f"{image.photo}: {PHOTO_CHANGED}"
-            record = msgspec.json.encode(to_sample(image))
+            photo, orientation = make_upright(photo)
+            record = msgspec.json.encode(to_sample(image, orientation))
             photo_at = tar.member(f"{image.key}.{PHOTO_ENDING}", photo)
             json_at = tar.member(f"{image.key}.json", record)
             places[image.key] = Place(photo_at, len(photo), json_at, len(record))
@@ -163,7 +166,7 @@ def _read_photo(image: ImageRecord) -> bytes | None:
     """The bytes of an image's photo; None if it is dropped because they cannot be read."""
     assert image.photo is not None, f"{image.key}: live without a photo"
     try:
-        return photos.fetch(image.photo)
+        return photos.fetch_as_published(image)
     except BadRecord as bad:
         image.reject(Drop(WRITE_STAGE, bad.reason, bad.detail), kind_of(bad))
         return None

@@ -36,7 +36,7 @@ def check_photos(stage: ModelStage, images: list[ImageRecord], known: Evidence) 
         if image.key not in claimed or image.photo is None:
             continue
         try:
-            image.photo_digest = photos.hash_photo(image.photo)
+            image.photo_digest = photos.hash_photo(image.photo, image.removed_orientation)
         except BadRecord as bad:
             log.debug("%s: %s", image.key, bad)
             image.photo_digest = claimed[image.key]
@@ -69,11 +69,15 @@ class PhotoWatch:
         for image in batch:  # one that the model had no need to look at
             if not image.photo_digest and image.photo is not None:
                 with suppress(BadRecord):
-                    image.photo_digest = photos.hash_photo(image.photo)
+                    image.photo_digest = photos.hash_photo(image.photo, image.removed_orientation)
         return answers
 
 
 def _hash(batch: list[ImageRecord]) -> dict[str, str]:
     """Digests of the photos that nobody has read yet, by key."""
     waiting = [image for image in batch if not image.photo_digest]
-    return {image.key: photos.hash_photo(image.photo) for image in waiting if image.photo is not None}
+    return {
+        image.key: photos.hash_photo(image.photo, image.removed_orientation)
+        for image in waiting
+        if image.photo is not None
+    }

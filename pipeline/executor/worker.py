@@ -266,7 +266,10 @@ class Worker:
             there = msgspec.structs.replace(entry, photo=photo, drop=None if is_missing else entry.drop)
             if there.annotation is not None:
                 again = self.source.read(there, limits)
-                return image if again.failed else again
+                removed = committed.removed_orientation(entry.key)
+                if not again.failed and removed is not None:
+                    again.removed_orientation = removed
+                    return again
         return image
 
     def _stop_if_refused(self, unit: Unit) -> None:

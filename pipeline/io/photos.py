@@ -20,6 +20,7 @@ from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord
 from . import failures, files
+from .orientation import orientation_of, restore, unturned
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -102,7 +103,7 @@ def read_pixels(image: ImageRecord, max_pixels: int = 200_000_000) -> np.ndarray
     photo = image.photo
 
     def decode_noted(data: bytes) -> np.ndarray:
-        image.photo_digest = digest_of(data)
+        image.photo_digest = digest_of(restore(data, image.removed_orientation))
         return decode(photo, data, max_pixels)
 
     pixels = _decoded(photo, lambda: fetch(photo), decode_noted)
@@ -119,13 +120,22 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def hash_photo(photo: Blob) -> str:
-    """`digest_of` a photo that is not decoded.
+def hash_photo(photo: Blob, removed_orientation: int = 1) -> str:
+    """`digest_of` a photo that is not decoded, as its source has it; see `ImageRecord.removed_orientation`.
 
     Raises:
         SourceFailure: it could not be read.
     """
-    return digest_of(fetch(photo))
+    return digest_of(restore(fetch(photo), removed_orientation))
+
+
+def fetch_as_published(image: ImageRecord) -> bytes:
+    """All bytes of an image's photo as its source has them, though they may lie in a shard.
+
+    Raises as `fetch`.
+    """
+    assert image.photo is not None, f"{image.key}: an image without a photo is dropped before it is read"
+    return restore(fetch(image.photo), image.removed_orientation)
 
 
 def decode(photo: Blob, data: bytes, max_pixels: int) -> np.ndarray:
@@ -139,7 +149,7 @@ def decode_image(photo: Blob, data: bytes, max_pixels: int) -> Image.Image:
 
     _parse(photo, data, max_pixels, whole=True)
     try:
-        with quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with quiet(), Image.open(io.BytesIO(unturned(data)), formats=FORMATS) as opened:
             opened.load()
             return _to_rgb(opened)
     except BROKEN as error:
@@ -161,9 +171,9 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
     from PIL import Image
 
     try:
-        with quiet(), Image.open(io.BytesIO(head), formats=FORMATS) as opened:
+        with quiet(), Image.open(io.BytesIO(unturned(head)), formats=FORMATS) as opened:
             kind = (opened.format or "").lower().replace("mpo", "jpeg")
-            header = Header(kind, *opened.size, _orientation(opened))
+            header = Header(kind, *opened.size, orientation_of(head))
     except Image.DecompressionBombError as error:
         raise BadRecord(Reason.PHOTO_TOO_LARGE, f"{photo}: {error}") from error
     except BROKEN as error:
@@ -177,15 +187,6 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
         detail = f"{photo}: {header.width}x{header.height} pixels; limits.max_pixels is {max_pixels}"
         raise BadRecord(Reason.PHOTO_TOO_LARGE, detail)
     return header
-
-
-def _orientation(opened: Image.Image) -> int:
-    if "exif" not in opened.info:  # Pillow would decode a whole PNG to look for it
-        return 1
-    try:
-        return int(opened.getexif().get(0x0112, 1))
-    except BROKEN:
-        return 1  # broken metadata; the pixels are read as stored all the same
 
 
 def fetch(photo: Blob) -> bytes:

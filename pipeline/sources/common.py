@@ -12,7 +12,7 @@ from .protocols import CatalogEntry, Note
 
 PHOTO_FIXES = {
     "photo_misnamed": "the bytes count, not the name",
-    "photo_rotated": "masks refer to the pixels as stored; viewers may turn the photo",
+    "photo_rotated": "masks refer to the pixels as stored; shards and exports say upright in the tag's place",
 }
 """What to do about the notes of `read_header`."""
 

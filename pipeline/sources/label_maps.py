@@ -19,6 +19,7 @@ from ...filters import rle
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ..io import photos
+from ..io.orientation import unturned
 
 _FORMATS = ("PNG", "TIFF", "BMP")
 _COLORS = ("RGB", "RGBA")
@@ -63,7 +64,7 @@ def label_map_size(data: bytes, name: str) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        with photos.quiet(), Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+        with photos.quiet(), Image.open(io.BytesIO(unturned(data)), formats=_FORMATS) as opened:
             return opened.size
     except photos.BROKEN as error:
         raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {_why(data, error)}") from error
@@ -145,7 +146,7 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, dict[str, np.ndarray | 
         detail = f"the checksum of its chunk {damage} is wrong: the file is damaged; fetch it again"
         raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {detail}")
     try:
-        with photos.quiet(), Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+        with photos.quiet(), Image.open(io.BytesIO(unturned(data)), formats=_FORMATS) as opened:
             stored = str(opened.tile[0][3]) if opened.tile else ""
             opened.load()
             mode = opened.mode
