@@ -16,6 +16,7 @@ from ...pipeline.io import weights
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ..model import tiling
+from .mask_arrays import to_bool_mask
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -169,8 +170,10 @@ class RegionCaptioner:
         Args:
             photo: (height, width, 3) uint8 RGB, or a Pillow image of any mode. It is taken as it is stored:
                 an EXIF rotation is not applied, since the masks would not follow it.
-            masks: one for each region, (height, width) of the photo's size; what is not zero is the region.
-                There may be any number of them, they may overlap, and none may be empty.
+            masks: one for each region, (height, width) of the photo's size: bool, or 0 and one other value.
+                Floats from 0 to 1 are probabilities, and count above 0.5; floats with negative ones are
+                logits, and count above 0. There may be any number of masks, they may overlap, and none may
+                be empty.
             options: how captions are decoded; by default as `DecodeOptions()` says.
             regions_per_call: the most regions that share a sequence. By default as many as the model has
                 region prompts; 1 describes them one after the other, none seeing another. More regions are
@@ -181,8 +184,9 @@ class RegionCaptioner:
             One caption for each mask, in the order of the masks.
 
         Raises:
-            ConfigError: the photo is not RGB; a mask is empty or has another size, and the message says its
-                number; or an option is unknown, or does not suit the model.
+            ConfigError: the photo is not RGB; a mask is empty, has another size, or holds values that can be
+                read in two ways, and the message says its number; or an option is unknown, or does not suit
+                the model.
         """
         [found] = self.caption_photos([(photo, masks)], options, regions_per_call=regions_per_call, **fields)
         return found.captions
@@ -274,7 +278,7 @@ class RegionCaptioner:
         pixels = np.asarray(photo if isinstance(photo, np.ndarray) else photo.convert("RGB"))
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise ConfigError(f"photo {number}: {pixels.shape} {pixels.dtype}; give (H, W, 3) uint8 RGB")
-        dense = [np.asarray(mask).astype(bool) for mask in masks]
+        dense = [to_bool_mask(mask, index) for index, mask in enumerate(masks)]
         tiling.check_masks(dense, pixels.shape[:2], len(dense))
         most = min(self.model.config.num_prompts, regions_per_call or self.model.config.num_prompts)
         everything, num_groups = np.arange(len(dense)), -(-len(dense) // most)

@@ -212,8 +212,8 @@ def check_masks(masks: Sequence[np.ndarray | MaskRuns], size: tuple[int, int], m
         most: how many masks there may be.
 
     Raises:
-        ConfigError: there are too many masks, or one is empty or of another size; the first is named by
-            number.
+        ConfigError: there are too many masks, or one is empty, of another size or not bool; the first is
+            named by number.
     """
     if len(masks) > most:
         raise ConfigError(f"{len(masks)} masks, but the model has {most} region prompts: make groups of them")
@@ -223,6 +223,8 @@ def check_masks(masks: Sequence[np.ndarray | MaskRuns], size: tuple[int, int], m
             raise ConfigError(
                 f"mask {number} is {shown}, the image {size[1]}x{size[0]}: scale the mask to the image"
             )
+        if isinstance(mask, np.ndarray) and mask.dtype != bool:
+            raise ConfigError(f"mask {number} is {mask.dtype}: give bool, True where the region is")
         if not mask.any():
             raise ConfigError(f"mask {number} is empty: there is nothing to caption; leave it out")
 

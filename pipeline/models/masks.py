@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...schemas.errors import ConfigError
+from ...schemas.errors import ConfigError, StageFailed
 from ...schemas.records import Rle
 from .batching import Batches
 from .protocols import Candidate
@@ -52,6 +52,26 @@ def products_in(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def check_finite(what: str, **outputs: torch.Tensor) -> None:
+    """Refuse what a broken model says: NaN compares as false, and would pass for "nothing found".
+
+    Args:
+        what: the model, named in the error.
+        outputs: tensors by a name for the message.
+
+    Raises:
+        StageFailed: a value is NaN or infinite.
+    """
+    for name, values in outputs.items():
+        num_wrong = int((~values.isfinite()).sum())
+        if num_wrong:
+            raise StageFailed(
+                f"{what}: {num_wrong:,} of {values.numel():,} values of its {name} are NaN or infinite; its "
+                "weights are damaged, or its numbers overflow: download the checkpoint again, or set "
+                "segmenter.options.dtype to float32"
+            )
+
+
 def to_candidates(
     masks: torch.Tensor,
     scores: torch.Tensor,
@@ -80,10 +100,16 @@ def to_rles(masks: torch.Tensor) -> list[Rle | None]:
     """COCO's encoding of (N, H, W) bool masks; None for an empty one.
 
     The runs are found where the masks are, so that no dense mask leaves the GPU.
+
+    Raises:
+        TypeError: the masks are not bool; compare logits and probabilities with a threshold first.
     """
+    import torch
     from pycocotools import mask as coco
     from torch.nn import functional
 
+    if masks.dtype != torch.bool:
+        raise TypeError(f"masks of {masks.dtype}; give bool, such as logits > 0 or probabilities > 0.5")
     num_masks, height, width = masks.shape
     columns = functional.pad(masks.transpose(1, 2).reshape(num_masks, height * width), (1, 1))
     which, where = (columns[:, 1:] != columns[:, :-1]).nonzero(as_tuple=True)

@@ -20,7 +20,7 @@ from msgspec import Meta
 from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
 from .batching import Batches
-from .masks import find_device, products_in, to_candidates
+from .masks import check_finite, find_device, products_in, to_candidates
 from .options import BackendOptions, read_options
 from .protocols import Candidate, Checked
 
@@ -141,6 +141,7 @@ class SamSegmenter:
 
         Raises:
             OutOfMemory: one box alone does not fit.
+            StageFailed: the model says NaN or infinity.
         """
         if len(phrases) != len(boxes):
             raise ValueError(f"{len(phrases)} phrases for {len(boxes)} boxes")
@@ -200,6 +201,8 @@ class SamSegmenter:
             dense_prompt_embeddings=dense,
             multimask_output=self.options.multimask,
         )
+
+        check_finite(f"sam ({self.options.model})", scores=quality, masks=masks)
 
         def enlarge(low: torch.Tensor) -> torch.Tensor:
             large = self.model.postprocess_masks(low[None], inner, size)

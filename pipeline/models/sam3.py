@@ -19,7 +19,7 @@ from msgspec import Meta
 from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
 from .batching import Batches
-from .masks import find_device, products_in, to_candidates
+from .masks import check_finite, find_device, products_in, to_candidates
 from .options import BackendOptions, read_options
 from .protocols import Candidate, Checked
 
@@ -128,6 +128,7 @@ class Sam3Segmenter:
 
         Raises:
             OutOfMemory: one phrase alone does not fit.
+            StageFailed: the model says NaN or infinity.
         """
         if len(phrases) != len(boxes):
             raise ValueError(f"{len(phrases)} phrases for {len(boxes)} boxes")
@@ -173,6 +174,7 @@ class Sam3Segmenter:
         with products_in(self.device, self.dtype):
             output = self.model(vision_embeds=seen, text_embeds=texts, attention_mask=mask)
         matches = output.pred_logits.float().sigmoid() * output.presence_logits.float().sigmoid()
+        check_finite(f"sam3 ({self.options.model})", scores=matches, masks=output.pred_masks)
 
         def enlarge(probabilities: torch.Tensor) -> torch.Tensor:
             large = functional.interpolate(

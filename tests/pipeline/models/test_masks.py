@@ -41,6 +41,14 @@ def test_no_masks_are_no_candidates():
     assert to_candidates(torch.zeros(0, 4, 4), torch.zeros(0), (9, 9), lambda low: low > 0) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
+def test_masks_that_are_not_bool_are_refused(dtype):
+    import torch
+
+    with pytest.raises(TypeError, match="give bool"):
+        to_rles(torch.ones(1, 2, 3, dtype=getattr(torch, dtype)))
+
+
 def test_masks_that_do_not_fit_together_are_enlarged_in_halves():
     import torch
 

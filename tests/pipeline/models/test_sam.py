@@ -10,7 +10,7 @@ from paracaption.filters import rle
 from paracaption.pipeline.models import masks as segmenting
 from paracaption.pipeline.models import sam
 from paracaption.pipeline.models.sam import SamSegmenter
-from paracaption.schemas.errors import ConfigError, OutOfMemory
+from paracaption.schemas.errors import ConfigError, OutOfMemory, StageFailed
 from tests.synthetic import scene
 from tests.tiny.sam import plain_sam, write_sam
 
@@ -173,6 +173,21 @@ def test_bfloat16_is_close(checkpoint):
     exact, close = segment(checkpoint), segment(checkpoint, dtype="bfloat16")
     for one, other in zip(exact, close, strict=True):
         assert rle.iou([one[0].rle], [other[0].rle])[0, 0] > 0.8
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("part", "told"), [("quality", "scores"), ("masks", "masks")])
+def test_a_model_that_says_nan_is_an_error_and_not_nothing_found(checkpoint, part, told, value):
+    segmenter = SamSegmenter(model=str(checkpoint), device="cpu")
+
+    def spoil(module, given, output):
+        masks, quality = (each.clone() for each in output)
+        (quality if part == "quality" else masks)[1] = value
+        return masks, quality
+
+    segmenter.model.mask_decoder.register_forward_hook(spoil)
+    with pytest.raises(StageFailed, match=rf"values of its {told} are NaN or infinite"):
+        segmenter.segment(photo(), ["thing"] * len(BOXES), BOXES)
 
 
 # The checkpoint.

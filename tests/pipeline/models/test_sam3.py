@@ -9,7 +9,7 @@ import pytest
 from paracaption.filters import rle
 from paracaption.pipeline.models import masks
 from paracaption.pipeline.models.sam3 import Sam3Segmenter
-from paracaption.schemas.errors import ConfigError, OutOfMemory
+from paracaption.schemas.errors import ConfigError, OutOfMemory, StageFailed
 from tests.synthetic import scene
 from tests.tiny.sam import write_sam3
 
@@ -109,6 +109,21 @@ def test_masks_enlarged_one_at_a_time_are_the_same(segmenter, monkeypatch):
     whole = segment(segmenter, PHRASES)
     monkeypatch.setattr(masks, "CHUNK_PX", 1)
     assert segment(segmenter, PHRASES) == whole
+
+
+@pytest.mark.parametrize(
+    ("part", "told"), [("pred_logits", "scores"), ("presence_logits", "scores"), ("pred_masks", "masks")]
+)
+def test_a_model_that_says_nan_is_an_error_and_not_nothing_found(checkpoint, part, told):
+    segmenter = make(checkpoint)
+
+    def spoil(module, given, output):
+        getattr(output, part).view(-1)[0] = float("nan")
+        return output
+
+    segmenter.model.register_forward_hook(spoil)
+    with pytest.raises(StageFailed, match=rf"values of its {told} are NaN or infinite"):
+        segment(segmenter, PHRASES[:2])
 
 
 def test_the_image_is_seen_once_and_a_repeated_phrase_is_asked_once(checkpoint):
