@@ -67,34 +67,36 @@ def write_gar(
     shard_bytes: int | None = None,
     seed: int = 0,
     hollow: bool = False,
+    patch_px: int = 14,
 ) -> Path:
     """Write a checkpoint whose greedy answers are nonsense and differ between regions.
 
     Args:
         folder: created.
         kind: "1b" has a class token and a tied head, "8b" neither; and 8b's weights come in several files.
-        tile_px: side of a tile, a multiple of 28. Small tiles make short prompts.
+        tile_px: side of a tile, a multiple of two patches. Small tiles make short prompts.
         max_tiles: most tiles of a photo.
         dtype: of the weights.
         sizes: of the layers.
         shard_bytes: largest file.
         seed: of the weights.
+        patch_px: side of a patch; if it is not the published 14, the config names it and the MLP's ratio.
         hollow: the weights are zeros that take neither time nor room, see `hollow.py`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocab = _write_tokenizer(folder)
     sizes = sizes._replace(vocab=sizes.vocab or len(vocab))
-    _write_configs(folder, kind, tile_px, max_tiles, dtype, sizes, vocab)
+    _write_configs(folder, kind, tile_px, max_tiles, dtype, sizes, vocab, patch_px)
     if hollow:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         from tests.tiny.hollow import write_hollow
 
         with FakeTensorMode():
-            write_hollow(folder / "model.safetensors", _tensors(kind, tile_px, dtype, sizes, seed))
+            write_hollow(folder / "model.safetensors", _tensors(kind, tile_px, dtype, sizes, seed, patch_px))
         return folder
     default = 256 << 10 if kind == "8b" and sizes.hidden < 1024 else 4 << 30
-    _write_weights(folder, _tensors(kind, tile_px, dtype, sizes, seed), shard_bytes or default)
+    _write_weights(folder, _tensors(kind, tile_px, dtype, sizes, seed, patch_px), shard_bytes or default)
     return folder
 
 
@@ -124,10 +126,17 @@ def _write_tokenizer(folder: Path) -> dict[str, int]:
 
 
 def _write_configs(
-    folder: Path, kind: str, tile_px: int, max_tiles: int, dtype: str, sizes: Sizes, vocab: dict[str, int]
+    folder: Path,
+    kind: str,
+    tile_px: int,
+    max_tiles: int,
+    dtype: str,
+    sizes: Sizes,
+    vocab: dict[str, int],
+    patch_px: int,
 ) -> None:
     large = kind == "1b"
-    grid = tile_px // 14
+    grid = tile_px // patch_px
     architecture = "vit_pe_core_large_patch14_336" if large else "vit_pe_core_gigantic_patch14_448"
     rope = {"factor": 32.0 if large else 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
     text = {
@@ -166,6 +175,8 @@ def _write_configs(
             "use_post_transformer_norm": False,
         },
     }
+    if patch_px != 14:
+        vision["model_args"] |= {"patch_size": patch_px, "mlp_ratio": sizes.vision_inner / sizes.width}
     crops = [vocab[f"<|reserved_special_token_{k + 2}|>"] for k in range(PROMPTS)]
     config = {
         "model_type": "GAR",
@@ -173,9 +184,9 @@ def _write_configs(
         "auto_map": {"AutoConfig": "configuration_gar.GARConfig", "AutoModel": "modeling_gar.GARModel"},
         "prompt_numbers": PROMPTS,
         "crop_tokens_ids": crops,
-        "kernel_size": [14, 14],
-        "patch_size_h": 14,
-        "patch_size_w": 14,
+        "kernel_size": [patch_px, patch_px],
+        "patch_size_h": patch_px,
+        "patch_size_w": patch_px,
         "mask_path_embedding_out_channels": sizes.width,
         "dtype": dtype,
         "mllm_config": {
@@ -195,11 +206,13 @@ def _write_configs(
     processor |= {"size": {"height": tile_px, "width": tile_px}}
     processor |= {"auto_map": {"AutoProcessor": "processing_gar.GARPerceptionLMProcessor"}}
     _write_json(folder / "preprocessor_config.json", processor)
-    sides = {"patch_size": 14, "pooling_ratio": 2, "processor_class": "GARPerceptionLMProcessor"}
+    sides = {"patch_size": patch_px, "pooling_ratio": 2, "processor_class": "GARPerceptionLMProcessor"}
     _write_json(folder / "processor_config.json", sides)
 
 
-def _tensors(kind: str, tile_px: int, dtype: str, s: Sizes, seed: int) -> Iterator[tuple[str, object]]:
+def _tensors(
+    kind: str, tile_px: int, dtype: str, s: Sizes, seed: int, patch_px: int
+) -> Iterator[tuple[str, object]]:
     """(name, tensor). The gains are such that tiny models react to the region and have few near-ties."""
     import torch
 
@@ -220,13 +233,13 @@ def _tensors(kind: str, tile_px: int, dtype: str, s: Sizes, seed: int) -> Iterat
         if bias:
             yield f"{name}.bias", draw(size, std=0.05)
 
-    patch = (s.width, 3, 14, 14)
-    yield "mask_patch_embedding.weight", draw(*patch, std=2 / math.sqrt(588))
+    patch = (s.width, 3, patch_px, patch_px)
+    yield "mask_patch_embedding.weight", draw(*patch, std=2 / math.sqrt(3 * patch_px**2))
     tower = "mllm.model.vision_tower.timm_model."
     if kind == "1b":
         yield f"{tower}cls_token", draw(1, 1, s.width, std=0.5)
-    yield f"{tower}pos_embed", draw(1, (tile_px // 14) ** 2 + (kind == "1b"), s.width, std=0.5)
-    yield f"{tower}patch_embed.proj.weight", draw(*patch, std=1 / math.sqrt(588))
+    yield f"{tower}pos_embed", draw(1, (tile_px // patch_px) ** 2 + (kind == "1b"), s.width, std=0.5)
+    yield f"{tower}patch_embed.proj.weight", draw(*patch, std=1 / math.sqrt(3 * patch_px**2))
     yield from norm(f"{tower}norm_pre", s.width)
     for index in range(s.depth):
         block = f"{tower}blocks.{index}."

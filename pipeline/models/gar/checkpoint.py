@@ -28,17 +28,18 @@ class _Tower(NamedTuple):
     heads: int
     class_token: bool
     rope_offset: float
+    image_px: int
+    patch_px: int = 14
 
 
 TOWERS = {
-    "vit_pe_core_large_patch14_336": _Tower(1024, 24, 16, True, 1.0),
-    "vit_pe_core_gigantic_patch14_448": _Tower(1536, 50, 16, False, 0.0),
+    "vit_pe_core_large_patch14_336": _Tower(1024, 24, 16, True, 1.0, 336),
+    "vit_pe_core_gigantic_patch14_448": _Tower(1536, 50, 16, False, 0.0, 448),
 }
-"""The Perception Encoders of the published models: GAR-1B's and GAR-8B's. All have patches of 14."""
+"""The Perception Encoders of the published models: GAR-1B's and GAR-8B's."""
 
-_PATCH = 14
 _MODEL_ARGS = {"depth", "embed_dim", "global_pool", "img_size", "init_values", "num_heads", "ref_feat_shape"}
-_MODEL_ARGS |= {"use_post_transformer_norm"}
+_MODEL_ARGS |= {"use_post_transformer_norm", "patch_size", "mlp_ratio"}
 _GAR_FIELDS = {
     *("architectures", "auto_map", "crop_tokens_ids", "dtype", "torch_dtype", "kernel_size"),
     *("mask_path_embedding_out_channels", "mllm_config", "model_type", "patch_size_h", "patch_size_w"),
@@ -56,6 +57,7 @@ class GarConfig(NamedTuple):
         tile_px: side of a tile.
         max_tiles: most tiles an image is cut into, the thumbnail not counted.
         patch_px: side of a patch.
+        mlp_inner: width of the tower's MLPs; None where the config leaves it to the tensors.
         pooling: patches along a side that become one token.
         width, depth, heads: of the vision tower.
         class_token: whether the tower has one.
@@ -72,6 +74,7 @@ class GarConfig(NamedTuple):
     tile_px: int
     max_tiles: int
     patch_px: int
+    mlp_inner: int | None
     pooling: int
     width: int
     depth: int
@@ -131,13 +134,17 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
     processor_path = folder / "preprocessor_config.json"
     processor = weights.read_json(processor_path)
     tile = int(_get(processor, "tile_size", processor_path))
+    width, ratio = int(arguments.get("embed_dim", tower.width)), arguments.get("mlp_ratio")
     found = GarConfig(
         folder=folder,
         tile_px=tile,
         max_tiles=int(_get(processor, "max_num_tiles", processor_path)),
-        patch_px=_PATCH,
+        patch_px=_square(
+            path, "vision_config.model_args.patch_size", arguments.get("patch_size", tower.patch_px)
+        ),
+        mlp_inner=None if ratio is None else int(width * ratio),  # rounded as timm does
         pooling=int(mllm.get("projector_pooling_ratio", 1)),
-        width=int(arguments.get("embed_dim", tower.width)),
+        width=width,
         depth=int(arguments.get("depth", tower.depth)),
         heads=int(arguments.get("num_heads", tower.heads)),
         class_token=tower.class_token,
@@ -149,7 +156,10 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
         dtype=_dtype(config, text),
         notes=tuple(f"{path.name}: {field} is not used" for field in sorted(set(config) - _GAR_FIELDS)),
     )
-    _refuse_others(found, config, processor)
+    _refuse_others(found, config, processor, tower)
+    sides = folder / "processor_config.json"
+    if sides.is_file():
+        _agree_on_sides(sides, weights.read_json(sides), found)
     return found
 
 
@@ -184,42 +194,82 @@ def tensor(config: GarConfig, name: str, dtype: Any, device: str) -> torch.Tenso
     return tensor_files.list_tensors(config.folder)[name].load().to(device=device, dtype=dtype)
 
 
-def _refuse_others(found: GarConfig, config: dict[str, Any], processor: dict[str, Any]) -> None:
+def _refuse_others(
+    found: GarConfig, config: dict[str, Any], processor: dict[str, Any], tower: _Tower
+) -> None:
     """Raise ConfigError where the files ask for something other than what the published models compute."""
     path, processor_path = found.folder / "config.json", found.folder / "preprocessor_config.json"
     mllm = config["mllm_config"]
     text, arguments = found.text, mllm["vision_config"].get("model_args") or {}
     tile = found.tile_px
-    grid = [found.grid, found.grid]
-    _agree(path, "vision_config.model_args.img_size", arguments.get("img_size", [tile, tile]), [tile, tile])
-    _agree(path, "vision_config.model_args.ref_feat_shape", arguments.get("ref_feat_shape", grid), grid)
+    for field, default, only in (
+        ("img_size", tower.image_px, tile),
+        ("ref_feat_shape", tower.image_px // tower.patch_px, found.grid),
+    ):
+        name = f"vision_config.model_args.{field}"
+        if _square(path, name, arguments.get(field, default)) != only:
+            _agree(path, name, arguments.get(field, [default, default]), [only, only])
     _agree(path, "vision_config.model_args.global_pool", arguments.get("global_pool", ""), "")
     norm = arguments.get("use_post_transformer_norm", False)
     _agree(path, "vision_config.model_args.use_post_transformer_norm", norm, False)
     _agree(path, "mllm_config.vision_use_cls_token", mllm.get("vision_use_cls_token"), found.class_token)
-    _agree(path, "kernel_size", config.get("kernel_size", [_PATCH, _PATCH]), [_PATCH, _PATCH])
+    _agree_on_patches(found, config, mllm["vision_config"])
     _agree(path, "text_config.model_type", text.get("model_type"), "llama")
     _agree(path, "text_config.hidden_act", text.get("hidden_act", "silu"), "silu")
     for bias in ("attention_bias", "mlp_bias"):
         _agree(path, f"text_config.{bias}", bool(text.get(bias, False)), False)
     fixed = {"vision_input_type": "thumb+tile", "resample": 3, "do_center_crop": False}
     fixed |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    fixed |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
     for field, only in fixed.items():
-        _agree(processor_path, field, processor.get(field, only), only)
-    if tile % (_PATCH * found.pooling) or found.width % (4 * found.heads):
+        given = processor.get(field)
+        _agree(processor_path, field, only if given is None else given, only)
+    if abs((processor.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-6:
+        _agree(processor_path, "rescale_factor", processor["rescale_factor"], 1 / 255)
+    if tile % (found.patch_px * found.pooling) or found.width % (4 * found.heads):
         raise ConfigError(
-            f"{path}: a tile of {tile} px is not a whole number of {found.pooling} x {_PATCH} px, or "
+            f"{path}: a tile of {tile} px is not a whole number of {found.pooling} x {found.patch_px} px, or "
             f"width {found.width} not a multiple of 4 x {found.heads} heads"
         )
     if len(found.crop_tokens) != found.prompt_numbers:
         raise ConfigError(f"{path}: {len(found.crop_tokens)} crop_tokens_ids, {found.prompt_numbers} prompts")
 
 
+def _agree_on_patches(found: GarConfig, config: dict[str, Any], vision: dict[str, Any]) -> None:
+    """Refuse a mask embedding or a tower whose sizes, named more than once, are not those of the tower."""
+    path, patch = found.folder / "config.json", found.patch_px
+    for field in ("kernel_size", "patch_size_h", "patch_size_w"):
+        given = config.get(field)
+        if given is not None and _square(path, field, given) != patch:
+            raise ConfigError(
+                f"{path}: {field} is {given!r}, the vision tower's patch_size {patch}; masks are added to "
+                "its patches, so they have to be equal: take the file that came with the weights"
+            )
+    for where, field in ((config, "mask_path_embedding_out_channels"), (vision, "num_features")):
+        if where.get(field) is not None:
+            _agree(path, field, where[field], found.width)
+
+
+def _agree_on_sides(path: Path, sides: dict[str, Any], found: GarConfig) -> None:
+    """Refuse a processor that counts other patches of a tile than the model has."""
+    for field, only in (("patch_size", found.patch_px), ("pooling_ratio", found.pooling)):
+        if sides.get(field) is not None:
+            _agree(path, field, sides[field], only)
+
+
+def _square(path: Path, field: str, value: Any) -> int:
+    """A side in whole pixels, given by itself or twice."""
+    sides = list(value) if isinstance(value, list | tuple) else [value]
+    if len(set(sides)) != 1 or len(sides) > 2 or type(sides[0]) is not int or sides[0] < 1:
+        raise ConfigError(f"{path}: {field} is {value!r}; this model is only computed for squares")
+    return sides[0]
+
+
 def _shapes(config: GarConfig, found: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor. The width of the tower's MLP is nowhere in the config: block 0 decides."""
+    """Shape of every tensor. If the width of the tower's MLP is not in the config, block 0 decides."""
     width, hidden, text = config.width, config.hidden, config.text
     first = found.get(f"{TOWER}blocks.0.mlp.fc1.bias")
-    mlp = first.shape[0] if first is not None else 4 * width
+    mlp = config.mlp_inner or (first.shape[0] if first is not None else 4 * width)
     tokens = config.grid**2 + config.class_token
     patch = (width, 3, config.patch_px, config.patch_px)
     shapes: dict[str, tuple[int, ...]] = {MASK_WEIGHT: patch}

@@ -204,7 +204,14 @@ def test_a_cut_file_is_named(copy):
     ("file", "fields", "told"),
     [
         ("config.json", {"model_type": "qwen3"}, "model_type is 'qwen3', not 'GAR'"),
-        ("config.json", {"kernel_size": [16, 16]}, r"kernel_size is \[16, 16\]"),
+        ("config.json", {"kernel_size": [16, 16]}, r"kernel_size is \[16, 16\], the vision .*patch_size 14"),
+        ("config.json", {"patch_size_w": 7}, r"patch_size_w is 7, the vision tower's patch_size 14"),
+        ("config.json", {"kernel_size": [14, 7]}, r"kernel_size is \[14, 7\]; .*only computed for squares"),
+        ("config.json", {"mask_path_embedding_out_channels": 64}, "mask_path_embedding_out_channels is 64"),
+        ("processor_config.json", {"patch_size": 16}, "patch_size is 16; .*only computed for 14"),
+        ("processor_config.json", {"pooling_ratio": 1}, "pooling_ratio is 1; .*only computed for 2"),
+        ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),
+        ("preprocessor_config.json", {"rescale_factor": 0.5}, "rescale_factor is 0.5"),
         ("config.json", {"crop_tokens_ids": [1, 2]}, "2 crop_tokens_ids, 5 prompts"),
         (
             "preprocessor_config.json",
@@ -218,6 +225,56 @@ def test_a_cut_file_is_named(copy):
 def test_a_config_that_asks_for_what_is_not_computed_is_refused(copy, file, fields, told):
     edit(copy / file, **fields)
     refused(told, model=str(copy))
+
+
+def with_arguments(folder, **changes):
+    """Change the vision tower's arguments; None removes one."""
+    config = json.loads((folder / "config.json").read_text())
+    arguments = config["mllm_config"]["vision_config"]["model_args"] | changes
+    found = {name: value for name, value in arguments.items() if value is not None}
+    config["mllm_config"]["vision_config"]["model_args"] = found
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.bias is 192, not 96"),
+        ({"patch_size": 4}, "kernel_size is .14, 14., the vision tower's patch_size 4|ref_feat_shape"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"img_size": None}, r"img_size is .*; this model is only computed for \[112, 112\]"),
+        ({"ref_feat_shape": None}, r"ref_feat_shape is .*only computed for \[8, 8\]"),
+        ({"swiglu_mlp": True}, r"has \['swiglu_mlp'\], which would change what is computed"),
+    ],
+)
+def test_arguments_of_the_tower_are_followed_or_refused(copy, arguments, told):
+    with_arguments(copy, **arguments)
+    refused(told, model=str(copy))
+
+
+def test_arguments_that_say_what_the_tensors_are_change_nothing(copy):
+    before = GarCaptioner.check(model=str(copy))
+    with_arguments(copy, patch_size=14, mlp_ratio=4.0, img_size=TILE_PX)
+    assert GarCaptioner.check(model=str(copy)) == before
+
+
+@pytest.mark.parametrize("kind", ["1b", "8b"])
+def test_a_checkpoint_with_other_patches_is_read_as_its_config_says(tmp_path, kind):
+    import torch
+
+    from tests.pipeline.models.gar_parts import load_parts
+
+    folder = write_gar(tmp_path / "GAR", kind, tile_px=32, patch_px=4)
+    GarCaptioner.check(model=str(folder))
+    config, prompts, vision, _ = load_parts(folder)
+    assert (config.patch_px, config.grid, config.side, config.mlp_inner) == (4, 8, 4, 192)
+    tiles = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mask = torch.zeros(2, 32, 32, dtype=torch.bool)
+    mask[0, 4:8, 8:12] = True  # one patch
+    plain, marked = vision(tiles), vision(tiles, mask)
+    assert plain.shape == (2, config.side**2, config.hidden)
+    assert torch.equal(plain[1], marked[1]) and not torch.equal(plain[0], marked[0])
+    assert prompts.write(1).ids.count(config.image_token) == config.side**2
 
 
 @pytest.mark.parametrize(
