@@ -17,13 +17,14 @@ from pathlib import Path
 import msgspec
 
 from ...schemas.config import BuildConfig, Limits
-from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.errors import BadRecord, ConfigError, IntegrityError
 from ...schemas.reasons import Reason
+from ...schemas.records import ImageRecord
 from ..corpus.work_list import Plan, load_work_list
-from ..io import files
+from ..io import failures, files, photos
 from ..io.failures import SourceUnavailable
 from ..io.store import store_of
-from ..sources.protocols import CatalogEntry, Note
+from ..sources.protocols import CatalogEntry, Note, drop
 from ..sources.registry import SubsetSource
 
 FIXES = {
@@ -199,11 +200,15 @@ def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None
 
 
 def audit_images(source: SubsetSource, entries: list[CatalogEntry], limits: Limits) -> AuditResult:
-    """Read some images. A region that is dropped for its image's reason is counted there and has no row."""
+    """Read some images, also their pixels, which a source leaves to the models: a photo may break inside.
+
+    A region that is dropped for its image's reason is counted there and has no row.
+    """
     result = AuditResult()
     for entry in entries:
         notes: list[Note] = []
         image = source.read(entry, limits, notes)
+        _check_pixels(image, limits)
         live = len(image.live())
         result.images += 1
         result.images_usable += live > 0
@@ -222,6 +227,16 @@ def audit_images(source: SubsetSource, entries: list[CatalogEntry], limits: Limi
         ]
         result.problems += [_problem_of_note(image.subset, image.key, note) for note in notes]
     return result
+
+
+def _check_pixels(image: ImageRecord, limits: Limits) -> None:
+    """Drop an image whose photo does not decode, as the build's captioner will."""
+    if not image.live():
+        return
+    try:
+        photos.read_pixels(image, limits.max_pixels)
+    except BadRecord as error:
+        image.reject(drop(error.reason, error.detail), failures.kind_of(error))
 
 
 def _parts(

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from ...schemas.errors import ConfigError
 from ..io import failures, files
+
+Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 class Image(msgspec.Struct):
@@ -117,6 +119,44 @@ def problem_of(value: Any) -> str:
     except RecursionError:
         return "nested too deeply"
     return ""
+
+
+def as_struct(value: Any, kind: type[Record], needed: tuple[str, ...]) -> Record:
+    """A parsed value as far as it is what it should be: a field that nobody needs costs no mask.
+
+    Args:
+        value: an element of a list, from `parse_json`.
+        kind: what it should be. Numbers may be text or whole floats; fields that it does not have count
+            for nothing.
+        needed: fields that must be right where they are; any other gets its default if it is not.
+
+    Raises:
+        ValueError: it is no object, or a needed field is missing or is not what it should be.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    kept = {}
+    for field in msgspec.structs.fields(kind):
+        if field.encode_name not in value:
+            if field.required:
+                raise ValueError(f"no `{field.encode_name}`")
+            continue
+        found = value[field.encode_name]
+        problem = problem_of(found)
+        try:
+            if not problem:
+                kept[field.name] = msgspec.convert(found, field.type, strict=False)
+        except msgspec.ValidationError:
+            problem = f"cannot read {shortened(found)}"
+        if problem and field.encode_name in needed:
+            raise ValueError(f"`{field.encode_name}`: {problem}")
+    return kind(**kept)
+
+
+def shortened(value: Any, length: int = 40) -> str:
+    """A parsed value as JSON for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _read_tolerantly(url: str, data: bytes) -> Document:

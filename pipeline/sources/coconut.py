@@ -181,7 +181,8 @@ class Coconut(Source[CoconutOptions]):
         except files.ReadError:
             raise
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise ConfigError(f"{url}: not a readable Parquet file: {error}; fetch it again") from error
+            detail = " ".join(str(error).split())  # Arrow's have several lines
+            raise ConfigError(f"{url}: not a readable Parquet file: {detail}; fetch it again") from error
 
     def _entries(self, rows: list[_Row], leftover: list[Image], catalog: Catalog) -> Iterator[CatalogEntry]:
         options = self.options

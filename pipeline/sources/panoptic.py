@@ -57,6 +57,10 @@ class Segment(msgspec.Struct):
     category_name: str | None = None
 
 
+_NEEDED = ("id", "category_id", "iscrowd")
+"""Fields of a segment that say what its mask is, or whether it is used."""
+
+
 class _Categorized(msgspec.Struct):
     category_id: int | None = None
     category: str | None = None
@@ -188,14 +192,11 @@ def _parsed_list(raw: bytes, where: str) -> list[Segment | BadRecord]:
         return []
     found: list[Segment | BadRecord] = []
     for number, value in enumerate(values):
-        problem = coco_json.problem_of(value)
-        if not problem:
-            try:
-                found.append(msgspec.convert(value, Segment, strict=False))
-                continue
-            except msgspec.ValidationError as error:
-                problem = str(error)
-        found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: segment {number}: {problem}"))
+        try:
+            found.append(coco_json.as_struct(value, Segment, _NEEDED))
+        except ValueError as problem:
+            detail = f"{where}: segment {number}: {problem}"
+            found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, detail))
     return found
 
 
@@ -348,7 +349,8 @@ def _label_bytes(annotation: Blob, row: tuple[int, int] | None, name: str) -> Ca
         except ReadError:
             raise
         except (OSError, IndexError, ValueError, KeyError) as error:  # Arrow's own: the bytes are there
-            raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {error}; fetch it again") from error
+            detail = " ".join(str(error).split())  # Arrow's have several lines
+            raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {detail}; fetch it again") from error
         if data is None or data.get("bytes") is None:
             raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: no PNG in it")
         return data["bytes"]

@@ -322,14 +322,11 @@ def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation |
     image = coco_json.as_image(raw.get("image"))
     found: list[_Annotation | BadRecord] = []
     for number, value in enumerate(values):
-        problem = coco_json.problem_of(value)
-        if not problem:
-            try:
-                found.append(msgspec.convert(value, _Annotation, strict=False))
-                continue
-            except msgspec.ValidationError as error:
-                problem = str(error)
-        found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: annotation {number}: {problem}"))
+        try:
+            found.append(coco_json.as_struct(value, _Annotation, ("segmentation",)))
+        except ValueError as problem:
+            detail = f"{where}: annotation {number}: {problem}"
+            found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, detail))
     return _Size(image.width, image.height), found
 
 

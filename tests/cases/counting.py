@@ -15,6 +15,7 @@ from tests.cases.layouts import Made, Picture
 from tests.cases.parts import LABEL, TEXT, kind_of, read_parts
 
 _BLOCK = 512
+_PHOTO_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 
 
 class Count(NamedTuple):
@@ -99,7 +100,8 @@ def picture_of(made: Made, file_name: str) -> Picture | None:
     """The picture whose photo is called so."""
     base = file_name.replace("\\", "/").rpartition("/")[2]
     for picture in made.pictures:
-        if base in (picture.name, f"{picture.name}{picture.ending}", f"{picture.name}.jpg"):
+        stem, _, ending = base.rpartition(".")  # the ending says nothing of what a file is
+        if picture.name in (base, stem if ending.lower() in _PHOTO_ENDINGS else base):
             return picture
     return None
 

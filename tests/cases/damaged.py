@@ -160,7 +160,8 @@ class Run:
         found: Reading = {}
         for entry in list(source.catalog()):
             result = audit.audit_images(source, [entry], config.limits)
-            whole = next((each.reason for each in result.problems if each.drops and each.region is None), "")
+            drops = (each for each in result.problems if each.drops and each.region is None)
+            whole = next((each.reason for each in drops if each.regions or not result.regions), "")
             assert entry.key not in found, f"two images have the key {entry.key}"
             found[entry.key] = (result.regions, result.regions_usable, whole)
             for problem in result.problems:
@@ -174,21 +175,20 @@ class Run:
     def _check_ledger(self, reading: Reading, rows: list[dict[str, Any]]) -> None:
         """The ledger has what the audit has seen, and what was usable is not dropped by an error."""
         regions = Counter(row["key"] for row in rows if row["region"] is not None)
-        by_source = Counter(
-            row["key"] for row in rows if row["region"] is not None and row["drop_stage"] == "source"
+        unusable = Counter(
+            row["key"]
+            for row in rows
+            if row["region"] is not None and (row["drop_stage"] == "source" or row["drop_reason"] in ERRORS)
         )
         if {row["key"] for row in rows} != reading.keys():
             self.problems.append(f"keys of audit and ledger differ: {sorted(reading)}")
         for key, (declared, usable, reason) in reading.items():
-            found = (regions[key], regions[key] - by_source[key])
+            found = (regions[key], regions[key] - unusable[key])
             if found != (declared, usable):
                 self.problems.append(f"{key}: audit has {usable} of {declared} usable, ledger {found[::-1]}")
             reasons = {row["drop_reason"] for row in rows if row["key"] == key}
             if reason and reason not in reasons:
                 self.problems.append(f"{key}: audit drops it as {reason}, the ledger as {reasons}")
-        for row in rows:
-            if row["drop_stage"] not in (None, "source") and row["drop_reason"] in ERRORS:
-                self.problems.append(f"{row['key']}: usable, then {row['drop_reason']}: {row['drop_detail']}")
 
     def _check_count(self, reading: Reading, rows: list[dict[str, Any]]) -> None:
         """Every region of the files has its row."""

@@ -60,6 +60,23 @@ def test_the_report_is_a_parquet_file_with_a_row_per_problem(config, tmp_path):
     assert (absent["key"], absent["region"], absent["subset"]) == (f"{3:012d}", 1, "coconut")
 
 
+def test_a_photo_that_breaks_inside_is_not_usable(tmp_path):
+    source = synthetic.write_coconut(tmp_path / "source", 2)
+    path = tmp_path / "source" / "photos" / f"{1:012d}.png"
+    Image.open(path.with_suffix(".jpg")).save(path)
+    path.with_suffix(".jpg").unlink()
+    data = path.read_bytes()  # header and end stay whole
+    path.write_bytes(data[: len(data) // 2] + bytes(40) + data[len(data) // 2 + 40 :])
+    config = BuildConfig.model_validate({"out": str(tmp_path / "out"), "coconut": [source]})
+    for report in (
+        audit_subset(open_source(config, "coconut"), config.limits),
+        audit_sample(open_source(config, "coconut"), config),
+    ):
+        (problem,) = (each for each in report.result.problems if each.drops)
+        assert (problem.reason, problem.regions) == (Reason.PHOTO_UNREADABLE, 4)
+        assert str(path) in problem.detail and report.result.images_usable == 1
+
+
 def test_processes_find_what_one_loop_finds(config):
     alone = audit_subset(open_source(config, "coconut"), config.limits, jobs=1)
     steps = []

@@ -128,22 +128,38 @@ def test_a_category_may_be_named_instead_of_numbered(release):
     assert (image.regions[0].category, image.regions[0].category_id) == ("brick wall", 171)
 
 
-@pytest.mark.parametrize(
-    ("value", "problem"), [("NaN", "NaN"), ('"\\ud800"', "UTF-8"), ('"text"', "area"), ("[1]", "area")]
-)
-def test_one_bad_segment_costs_only_itself(release, value, problem):
-    text = json.dumps({"images": release.add("a").add("b").images, "annotations": release.annotations})
-    images = release.read(text.replace("54", value, 1))
+ODD = ["NaN", '"\\ud800"', '"text"', "[1]", "{}", "true", "1e999"]
+"""What no number of a segment can be, as it stands in a JSON."""
+
+
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("field", ["id", "category_id"])
+def test_one_bad_segment_costs_only_itself(release, field, value):
+    release.add("a", segments=[SEGMENTS[0] | {field: 54_321}, SEGMENTS[1]]).add("b")
+    text = json.dumps({"images": release.images, "annotations": release.annotations})
+    images = release.read(text.replace("54321", value, 1))
     assert reasons(images[0]) == [Reason.ANNOTATION_UNREADABLE, None]
-    assert problem in images[0].regions[0].drop.detail
+    assert f"segment 0: `{field}`" in images[0].regions[0].drop.detail
+    assert "Expected" not in images[0].regions[0].drop.detail
     assert reasons(images[1]) == [None, None]
 
 
-def test_bytes_that_are_not_utf8_cost_only_their_segment(release):
-    release.add(segments=[{"id": 7, "category_id": 1, "category": "caf#"}, *SEGMENTS[:1]])
+@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("field", ["area", "bbox", "isthing", "note"])
+def test_a_field_that_nobody_needs_costs_no_mask(release, field, value):
+    release.add("a", segments=[SEGMENTS[0] | {field: 54_321}, SEGMENTS[1]])
+    text = json.dumps({"images": release.images, "annotations": release.annotations})
+    (image,) = release.read(text.replace("54321", value, 1))
+    assert reasons(image) == [None, None]
+    assert [region.source_id for region in image.regions] == [SEGMENTS[0]["id"], SEGMENTS[1]["id"]]
+
+
+@pytest.mark.parametrize("name", ["category", "file_name"])
+def test_bytes_that_are_not_utf8_in_a_field_that_nobody_needs_cost_nothing(release, name):
+    release.add(segments=[{"id": 7, "category_id": 1, name: "caf#"}, *SEGMENTS[:1]])
     text = json.dumps({"images": release.images, "annotations": release.annotations}).encode()
     (image,) = release.read(text.replace(b"caf#", b"caf\xe9"))
-    assert reasons(image) == [Reason.ANNOTATION_UNREADABLE, None]
+    assert reasons(image)[0] is None
 
 
 @pytest.mark.parametrize(
@@ -418,6 +434,30 @@ def test_a_parquet_file_that_is_none_is_one_line(release, content):
     source = open_coconut(layout="parquet", annotations=[str(path)], photos=[str(release.root / "photos")])
     with pytest.raises(ConfigError, match=r"rows\.parquet"):
         list(source.catalog())
+
+
+@pytest.mark.parametrize(("column", "of_the_file"), [("segments_info.file_name", True), ("mask.bytes", False)])
+def test_a_parquet_file_with_a_broken_page_is_one_line(release, column, of_the_file):
+    release.add("a")
+    path = release.root / "rows.parquet"
+    write_parquet(path, [parquet_row("a", panoptic_png(label_map()))])
+    group = pq.read_metadata(path).row_group(0)
+    (chunk,) = (each for each in map(group.column, range(group.num_columns)) if each.path_in_schema == column)
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + 16] = b"\xff" * 16  # the header of its first page
+    path.write_bytes(data)
+    source = open_coconut(layout="parquet", annotations=[str(path)], photos=[str(release.root / "photos")])
+    if of_the_file:
+        with pytest.raises(ConfigError) as caught:
+            list(source.catalog())
+        detail = str(caught.value)
+    else:
+        (entry,) = source.catalog()
+        image = source.read(entry, LIMITS)
+        assert image.drop.reason == Reason.LABELS_UNREADABLE and len(image.regions) == 2
+        detail = image.drop.detail
+    assert "rows.parquet" in detail and "fetch it again" in detail and "\n" not in detail
 
 
 @pytest.mark.parametrize("missing", ["annotations", "labels", "photos", "categories"])

@@ -60,7 +60,7 @@ def test_a_third_kind_is_audited_built_verified_and_shown(rectangles, tmp_path):
     stages = ["source", "usable_masks", "caption", "verify_category", "clean_text"]
     assert [step.stage for step in counts.funnel] == stages
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "## boxes" in card and f"| boxes | `{rectangles['table']}` | CC0 \\*or\\* so |" in card
+    assert "## boxes" in card and "| boxes | `.../table.csv` | CC0 \\*or\\* so |" in card
 
     shown = runner.invoke(app, ["inspect", str(tmp_path / "out")])
     assert shown.exit_code == 0 and "boxes" in shown.output
@@ -174,4 +174,4 @@ def test_a_dropped_region_says_which_source_it_is_of(rectangles, tmp_path):
     values["subsets"] = {"boxes": {"sources": rectangles}}
     build(load_config(values))
     stage, reason, detail = drops(tmp_path / "out", "boxes")["photo-0", 2]
-    assert (stage, reason) == ("source", "mask_empty") and rectangles["table"] in detail
+    assert (stage, reason) == ("source", "mask_empty") and ".../table.csv: photo-0.jpg" in detail

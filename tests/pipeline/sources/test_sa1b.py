@@ -216,15 +216,29 @@ def test_json_that_is_no_record_drops_its_image(tmp_path, data):
         {"predicted_iou": float("nan")},
         {"area": "text"},
         {"crop_box": 5},
+        {"crop_box": [1, None, 3, 4]},
         {"id": [1]},
+        {"id": "abc"},
+        {"id": True},
         {"point_coords": [["a"]]},
+        {"bbox": [1, 2, float("nan"), 4]},
         {"note": "\ud800"},
     ],
 )
-def test_one_bad_annotation_costs_only_itself(tmp_path, bad):
+def test_a_field_that_nobody_needs_costs_no_mask(tmp_path, bad):
     data = record(annotation(1), annotation(2, **bad), annotation(3))
     image = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", data)))["sa_1"]
+    assert reasons(image) == [None, None, None]
+    assert image.regions[1].rle == image.regions[0].rle
+    assert image.regions[1].source_id == (None if "id" in bad else 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), "\ud800", {"size": [float("inf"), 4], "counts": "a"}])
+def test_one_bad_annotation_costs_only_itself(tmp_path, bad):
+    data = record(annotation(1), annotation(2, segmentation=bad), annotation(3))
+    image = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", data)))["sa_1"]
     assert reasons(image) == [None, Reason.ANNOTATION_UNREADABLE, None]
+    assert "annotation 1: `segmentation`" in image.regions[1].drop.detail
 
 
 def test_an_annotation_that_is_no_object_costs_only_itself(tmp_path):
