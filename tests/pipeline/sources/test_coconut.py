@@ -436,7 +436,9 @@ def test_a_parquet_file_that_is_none_is_one_line(release, content):
         list(source.catalog())
 
 
-@pytest.mark.parametrize(("column", "of_the_file"), [("segments_info.file_name", True), ("mask.bytes", False)])
+@pytest.mark.parametrize(
+    ("column", "of_the_file"), [("segments_info.file_name", True), ("mask.bytes", False)]
+)
 def test_a_parquet_file_with_a_broken_page_is_one_line(release, column, of_the_file):
     release.add("a")
     path = release.root / "rows.parquet"
