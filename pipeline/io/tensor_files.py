@@ -61,6 +61,22 @@ def from_torch(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> LazyTe
     return LazyTensor(dtype_name(dtype), tuple(tensor.shape), lambda: tensor.to(dtype))
 
 
+def finite(name: str, tensor: LazyTensor) -> LazyTensor:
+    """The same tensor, which refuses to be loaded with NaN or infinity in it: a ConfigError that names it."""
+
+    def load() -> torch.Tensor:
+        values = tensor.load()
+        num_wrong = int((~values.isfinite()).sum()) if values.is_floating_point() else 0
+        if num_wrong:
+            raise ConfigError(
+                f"{tensor.file}: {name} has {num_wrong:,} values of {values.numel():,} that are NaN or "
+                "infinite; the file is damaged, or its training diverged: download it again"
+            )
+        return values
+
+    return tensor._replace(load=load)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """What safetensors calls a type of torch."""
     names = {f"torch.{torch_name}": name for name, torch_name in (FLOATS | _INTEGERS).items()}

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from ...schemas.errors import StageFailed
+
 MASKED = -1_000.0
 """A log-probability below this is a token that a schema forbids; servers write -9999 for minus infinity."""
 
@@ -53,6 +55,9 @@ class ChoiceTokens:
 
         Returns:
             None if the tokens spell neither choice.
+
+        Raises:
+            StageFailed: a log-probability that decides is NaN.
         """
         written = ""
         for token, row in zip(tokens, logprobs, strict=False):
@@ -85,7 +90,11 @@ def margin_of_text(
 
     Returns:
         None if the position does not decide, or no listed token fits either choice.
+
+    Raises:
+        StageFailed: a log-probability is NaN.
     """
+    _check([logprob for _, logprob in alternatives])
     found: tuple[list[float], list[float]] = ([], [])
     least = math.inf
     for text, logprob in alternatives:
@@ -102,8 +111,18 @@ def margin_of_text(
 
 
 def _difference(first: list[float], second: list[float]) -> float | None:
+    _check([*first, *second])
     left, right = _logsumexp(first), _logsumexp(second)
     return None if math.isinf(left) or math.isinf(right) else left - right
+
+
+def _check(logprobs: list[float]) -> None:
+    """A margin of NaN would be below every threshold, and so a verdict."""
+    if any(math.isnan(logprob) for logprob in logprobs):
+        raise StageFailed(
+            "judge: a log-probability is NaN, so its answers mean nothing; the model's weights are damaged, "
+            "or its numbers overflow: download it again, or run it in float32 or bfloat16"
+        )
 
 
 def _logsumexp(values: list[float]) -> float:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
-from ....schemas.errors import ConfigError
+from ....schemas.errors import ConfigError, StageFailed
 from ....schemas.records import ImageRecord, Region
 from ...io import weights
 from ..options import BackendOptions, read_options
@@ -176,12 +176,13 @@ class GarCaptioner:
             BadRecord: a photo cannot be read.
             OutOfMemory: one tile, or the engine, does not fit.
             EngineLost: the engine died.
+            StageFailed: features or answers say that the model computes NaN.
         """
         max_bytes = int(self.options.in_flight_gb * 1e9)
         with closing(self.requests(images)) as requests:
             for (number, place), answer in self.engine.run(requests, self.options.max_in_flight, max_bytes):
                 image = images[number]
-                text = self.prompts.read(list(answer.token_ids))
+                text = self.prompts.read(_checked(answer.token_ids, self.options.model))
                 self._kept[_question(image, image.live()[place])] = text or None
         return [
             [self._kept.pop(_question(image, region), None) for region in image.live()] for image in images
@@ -214,6 +215,16 @@ class GarCaptioner:
         with closing(ahead(works, self._ahead)) as works:
             for key, prompt in self.encoder.run(works):
                 yield Request(key, {"prompt_embeds": prompt}, params, prompt.nbytes)
+
+
+def _checked(token_ids: Sequence[int], model: str) -> list[int]:
+    """The tokens of an answer. Where logits are NaN, the most likely token is the first of the vocabulary."""
+    if token_ids and not any(token_ids):
+        raise StageFailed(
+            f"gar ({model}): an answer is {len(token_ids)} times token 0 and nothing else, which is what NaN "
+            "looks like; set captioner.options.dtype to bfloat16 or float32, or download the checkpoint again"
+        )
+    return list(token_ids)
 
 
 def _question(image: ImageRecord, region: Region) -> tuple:

@@ -180,9 +180,13 @@ def check_tensors(config: GarConfig) -> dict[str, LazyTensor]:
 
 
 def load_into(module: torch.nn.Module, prefix: str, config: GarConfig, dtype: Any, device: str) -> None:
-    """Fill a module built on the meta device with the checkpoint's tensors below `prefix`."""
+    """Fill a module built on the meta device with the checkpoint's tensors below `prefix`.
+
+    Raises:
+        ConfigError: a weight is NaN or infinite.
+    """
     state = {
-        name.removeprefix(prefix): tensor.load().to(device=device, dtype=dtype)
+        name.removeprefix(prefix): tensor_files.finite(name, tensor).load().to(device=device, dtype=dtype)
         for name, tensor in tensor_files.list_tensors(config.folder).items()
         if name.startswith(prefix) and not name.endswith(_BUFFERS)
     }
@@ -190,8 +194,13 @@ def load_into(module: torch.nn.Module, prefix: str, config: GarConfig, dtype: An
 
 
 def tensor(config: GarConfig, name: str, dtype: Any, device: str) -> torch.Tensor:
-    """One tensor of the checkpoint by its full name."""
-    return tensor_files.list_tensors(config.folder)[name].load().to(device=device, dtype=dtype)
+    """One tensor of the checkpoint by its full name.
+
+    Raises:
+        ConfigError: a weight is NaN or infinite.
+    """
+    found = tensor_files.list_tensors(config.folder)[name]
+    return tensor_files.finite(name, found).load().to(device=device, dtype=dtype)
 
 
 def _refuse_others(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ....filters import rle
+from ....schemas.errors import StageFailed
 from ....schemas.records import ImageRecord, Region
 from ...io.photos import read_pixels
 from ..batching import Batches
@@ -149,6 +150,7 @@ class Encoder:
 
         Raises:
             OutOfMemory: one tile alone does not fit.
+            StageFailed: a prompt is not finite.
         """
         for pack in self._packs(works):
             features = self._encode(pack)
@@ -220,7 +222,14 @@ class Encoder:
             assert work.key is not None
             prompt = torch.cat([head, tiles.flatten(0, 1), middle, replayed, tail])
             self._count(regions=1, tiles_one_by_one=num_tiles)
-            yield work.key, prompt.cpu()
+            prompt = prompt.cpu()
+            if not prompt.isfinite().all():
+                raise StageFailed(
+                    f"gar ({self.config.folder}): the features of a region are NaN or infinite, in "
+                    f"{prompt.dtype}; set captioner.options.dtype to bfloat16 or float32, or download the "
+                    "checkpoint again"
+                )
+            yield work.key, prompt
 
     def _features(self, work: Work, own: Tensor) -> Tensor:
         """(1 + tiles, side * side, H): the region's own tiles, the photo's plain ones elsewhere."""

@@ -43,7 +43,8 @@ def prepare(model: str | Path, to: str | Path | None = None) -> Path:
         The folder.
 
     Raises:
-        ConfigError: not a sound GAR checkpoint; the target cannot be written, or is something else.
+        ConfigError: not a sound GAR checkpoint, or a weight is NaN or infinite; the target cannot be
+            written, or is something else.
     """
     config = checkpoint.read_config(model)
     target = Path(to).absolute() if to is not None else default_folder(config.folder)
@@ -111,15 +112,15 @@ def _export(config: GarConfig, target: Path, record: dict[str, Any]) -> None:
 
 
 def _language_model(config: GarConfig) -> dict[str, LazyTensor]:
-    """The language model's tensors under Llama's names."""
+    """The language model's tensors under Llama's names; one that holds NaN or infinity cannot be read."""
     stored = tensor_files.list_tensors(config.folder)
     found = {
-        "model." + name.removeprefix(checkpoint.LANGUAGE): tensor
+        "model." + name.removeprefix(checkpoint.LANGUAGE): tensor_files.finite(name, tensor)
         for name, tensor in stored.items()
         if name.startswith(checkpoint.LANGUAGE) and "rotary_emb" not in name
     }
     if checkpoint.HEAD in stored:
-        found["lm_head.weight"] = stored[checkpoint.HEAD]
+        found["lm_head.weight"] = tensor_files.finite(checkpoint.HEAD, stored[checkpoint.HEAD])
     return found
 
 

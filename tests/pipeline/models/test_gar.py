@@ -12,8 +12,8 @@ import pytest
 
 from paracaption.pipeline.io import files
 from paracaption.pipeline.models.gar import checkpoint, export
-from paracaption.pipeline.models.gar.captioner import GarCaptioner
-from paracaption.schemas.errors import ConfigError
+from paracaption.pipeline.models.gar.captioner import GarCaptioner, _checked
+from paracaption.schemas.errors import ConfigError, StageFailed
 from tests.pipeline.models.gar_parts import TILE_PX
 from tests.tiny.gar import write_gar
 
@@ -424,3 +424,35 @@ def test_an_export_that_another_node_finished_meanwhile_is_taken(copy, tmp_path)
     export._export(config, target, export.record_of(config))
     assert listing(target) == first
     assert list(tmp_path.glob(".out.*.partial")) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_exported(copy, value):
+    name = f"{checkpoint.LANGUAGE}layers.1.mlp.up_proj.weight"
+
+    def spoil(tensor):
+        tensor[3, 5] = value
+        return tensor
+
+    path = rewrite(copy, name, spoil)
+    with pytest.raises(
+        ConfigError, match=rf"{path.name}: {name} has 1 values of 10,240 that are NaN or infinite"
+    ):
+        export.prepare(copy)
+    assert not export.default_folder(copy).exists()
+
+
+def test_a_weight_of_the_tower_that_is_not_finite_is_named(copy):
+    from tests.pipeline.models.gar_parts import load_parts
+
+    name = f"{checkpoint.TOWER}norm_pre.bias"
+    rewrite(copy, name, lambda tensor: tensor * float("nan"))
+    with pytest.raises(ConfigError, match=rf"{name} has 48 values of 48 that are NaN"):
+        load_parts(copy)
+
+
+def test_an_answer_of_token_0_alone_is_an_error_and_no_caption():
+    assert _checked([0, 0, 7], "GAR") == [0, 0, 7]
+    assert _checked([], "GAR") == []
+    with pytest.raises(StageFailed, match="4 times token 0 and nothing else, which is what NaN"):
+        _checked((0, 0, 0, 0), "GAR")

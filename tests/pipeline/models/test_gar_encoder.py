@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from paracaption.pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
 from paracaption.pipeline.models.gar.prefetch import ahead
-from paracaption.schemas.errors import BadRecord, OutOfMemory
+from paracaption.schemas.errors import BadRecord, OutOfMemory, StageFailed
 from paracaption.schemas.records import Blob
 from tests.pipeline.models.gar_parts import TILE_PX, load_parts, photo, with_boxes
 from tests.tiny.gar import write_gar
@@ -163,6 +163,23 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(parts, tmp_pa
         limit[0] = 0
         with pytest.raises(OutOfMemory, match="tiles in the vision tower: one alone does not fit"):
             encode(encoder, image)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_an_error_and_no_prompt(parts, tmp_path, value):
+    encoder = encoder_of(parts)
+
+    def spoil(module, given, features):
+        features = features.clone()
+        features[-1, -1, -1] = value
+        return features
+
+    hook = encoder.vision.register_forward_hook(spoil)
+    try:
+        with pytest.raises(StageFailed, match=r"features of a region are NaN or infinite, in torch\.float32"):
+            encode(encoder, with_boxes(photo(tmp_path, "a"), BOXES[0]))
     finally:
         hook.remove()
 

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from paracaption.pipeline.models.logprob_margin import ChoiceTokens, margin_of_text
+from paracaption.schemas.errors import StageFailed
 
 
 def logsum(*values: float) -> float:
@@ -61,3 +62,14 @@ def test_a_token_may_end_the_string():
 
 def test_a_position_that_fits_neither_has_no_margin():
     assert margin_of_text(["yes", "no"], "", [("{", -0.1), ('"', -2.0)]) is None
+
+
+def test_a_model_that_says_nan_is_an_error_and_no_verdict():
+    tokens = ChoiceTokens(["yes", "no"], {"yes": 1, "no": 2})
+    for row in ({1: math.nan, 2: -1.0}, {1: -1.0, 2: math.nan}):
+        with pytest.raises(StageFailed, match="a log-probability is NaN"):
+            tokens.margin([1], [row])
+    for listed in ([("yes", math.nan), ("no", -1.0)], [("yes", -1.0), ("maybe", math.nan)]):
+        with pytest.raises(StageFailed, match="a log-probability is NaN"):
+            margin_of_text(["yes", "no"], "", listed)
+    assert margin_of_text(["yes", "no"], "", [("yes", -0.1), ("no", -math.inf)]) == pytest.approx(0.0)
