@@ -145,7 +145,9 @@ def as_struct(value: Any, kind: type[Record], needed: tuple[str, ...]) -> Record
         problem = problem_of(found)
         try:
             if not problem:
-                kept[field.name] = msgspec.convert(found, field.type, strict=False)
+                read = msgspec.convert(found, field.type, strict=False)
+                problem = problem_of(read)  # the text "nan" is a number by then
+                kept |= {} if problem else {field.name: read}
         except msgspec.ValidationError:
             problem = f"cannot read {shortened(found)}"
         if problem and field.encode_name in needed:
@@ -241,19 +243,19 @@ def as_image(value: Any) -> Image:
     """An image as far as it is clean; what is not is left out, and its annotation then misses it."""
     if not isinstance(value, dict):
         return Image()
-    fields = {name: value.get(name) for name in Image.__struct_fields__ if not problem_of(value.get(name))}
-    try:
-        return msgspec.convert(fields, Image)
-    except msgspec.ValidationError:
-        kept = {name: field for name, field in fields.items() if isinstance(field, str)}
-        return Image(kept.get("id"), kept.get("file_name"))
+    return as_struct(value | {"id": as_whole(value.get("id"))}, Image, ())
+
+
+def as_whole(value: Any) -> Any:
+    """A float without a fraction as the whole number it is; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def as_annotation(value: Any) -> Annotation:
     """An annotation as far as it is clean, with its problem."""
     if not isinstance(value, dict):
         return Annotation(problem="not an object")
-    name, image_id = value.get("file_name"), value.get("image_id")
+    name, image_id = value.get("file_name"), as_whole(value.get("image_id"))
     found = Annotation(segments_info=as_raw(value.get("segments_info")))
     if isinstance(image_id, str | int):
         found.image_id = image_id

@@ -30,6 +30,9 @@ _ENDINGS |= {
 }
 """Endings that a stem is without; others are part of a name."""
 
+HIDDEN = "__"
+"""What the names of members begin with that webdataset and `datasets` pass by; so does a dot, in no key."""
+
 _LONGEST_KEY = 120
 _ODD = re.compile(r"[^A-Za-z0-9_-]")
 _UNSAFE = re.compile(r"^[/\\]|^.:|[\x00-\x1f]|(^|[/\\])\.\.([/\\]|$)")
@@ -69,12 +72,18 @@ def ending(name: str) -> str:
     return last[last.rindex(".") :].lower() if "." in last[1:] else ""
 
 
-def key_of(name: str) -> str:
-    """The key that a name makes: itself if it can be one, else its allowed characters and a hash of it."""
-    if name and len(name) <= _LONGEST_KEY and not _ODD.search(name) and not _LIKE_DUPLICATE.search(name):
+def key_of(name: str, early: bool = False) -> str:
+    """The key that a name makes: itself if it can be one, else its allowed characters and a hash of it.
+
+    No key begins with two underscores, since webdataset and `datasets` pass such members by. `early` gives
+    the keys of early releases, where some did.
+    """
+    is_key = name and len(name) <= _LONGEST_KEY and not _ODD.search(name) and not _LIKE_DUPLICATE.search(name)
+    if is_key and (early or not name.startswith(HIDDEN)):
         return name
     mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return f"{_ODD.sub('_', name)[: _LONGEST_KEY - 13]}-{mark}"
+    key = f"{_ODD.sub('_', name)[: _LONGEST_KEY - 13]}-{mark}"
+    return f"x{key}" if key.startswith(HIDDEN) and not early else key
 
 
 class Listing(NamedTuple):

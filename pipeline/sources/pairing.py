@@ -16,12 +16,12 @@ class Pairs:
     """
 
     def __init__(self, images: Iterable[Image]):
-        self._by_id: dict[int | str, dict[str | None, Image]] = {}
+        self._by_id: dict[str, dict[str | None, Image]] = {}
         self._by_path: dict[str, dict[str | None, Image]] = {}
         self._by_stem: dict[str, dict[str | None, Image]] = {}
         for image in images:
             if image.id is not None:
-                self._by_id.setdefault(image.id, {}).setdefault(image.file_name, image)
+                self._by_id.setdefault(str(image.id), {}).setdefault(image.file_name, image)
             if image.file_name:
                 path, stem = file_names.path_stem(image.file_name), file_names.stem(image.file_name)
                 self._by_path.setdefault(path, {}).setdefault(image.file_name, image)
@@ -34,7 +34,7 @@ class Pairs:
         merged releases have them, leaves the choice among these to the name.
         """
         number, name = annotation.image_id, annotation.file_name or ""
-        same_id = {} if number is None else self._by_id.get(number, {})
+        same_id = {} if number is None else self._by_id.get(str(number), {})
         named = self._named(name)
         if not same_id:
             if len(named) > 1:

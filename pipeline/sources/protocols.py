@@ -68,10 +68,14 @@ class Catalog:
 
     Attributes:
         notes: what was seen that is no image's problem, such as label maps without a record.
+
+    Args:
+        early_keys: give out the keys of early releases; see `file_names.key_of`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, early_keys: bool = False) -> None:
         self.notes: list[Note] = []
+        self._early_keys = early_keys
         self._claims: dict[str, list[tuple[str, str]]] = {}
         self._listings: dict[str, file_names.Listing] = {}
         self._claimed: dict[tuple[str, str, str], set[str]] = {}
@@ -87,13 +91,15 @@ class Catalog:
                 give only the last folders of what the other gives whole, or none.
         """
         folder, base = file_names.folder(name), file_names.base_name(name)
-        key = file_names.key_of(base)
+        key = file_names.key_of(base, self._early_keys)
         claims = self._claims.setdefault(key, [])
         again = any(_is_same(folder, home, *claim) for claim in claims)
         claims.append((folder, home))
         if len(claims) == 1:
             return key, False
-        return (f"{key}-dup{len(claims)}", True) if again else (file_names.key_of(f"{folder}/{base}"), False)
+        if again:
+            return f"{key}-dup{len(claims)}", True
+        return file_names.key_of(f"{folder}/{base}", self._early_keys), False
 
     def list_folder(self, url: str, setting: str) -> file_names.Listing:
         """The files of a folder, listed once; see `file_names.list_folder`."""

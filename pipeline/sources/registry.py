@@ -151,14 +151,19 @@ class SubsetSource:
                 for url, version in source.fingerprint(self._listed).items()
             }
 
-    def catalog(self) -> Iterator[CatalogEntry]:
+    def catalog(self, early_keys: bool = False) -> Iterator[CatalogEntry]:
         """Every image of the subset exactly once, in a stable order.
+
+        Args:
+            early_keys: with the keys of early releases; see `file_names.key_of`.
 
         Raises:
             ConfigError: an annotation file or folder is missing or is not what the configuration says.
             SourceUnavailable: it does not answer now.
         """
         catalog, self._listed = self._listed or Catalog(), None  # folders are listed once for both
+        if early_keys:
+            catalog = Catalog(early_keys)
         self.notes = catalog.notes
         with _one_line(self.subset):
             for number, source in enumerate(self.sources):

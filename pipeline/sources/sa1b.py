@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,6 +19,7 @@ from ..io import failures, files
 from . import coco_json, file_names
 from .common import PHOTO_FIXES, declared_size, read_header, refuse
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
+from .sa1b_pairs import Groups
 
 
 class _Size(msgspec.Struct):
@@ -87,9 +88,12 @@ class Sa1b(Source[Sa1bOptions]):
 
     def catalog(self, catalog: Catalog) -> Iterator[CatalogEntry]:
         """Tars and folders in the configuration's order; in each, pairs by their first member."""
-        for url in self._paths():
-            members = self._folder(url, catalog) if files.is_folder(url) else _tar(url, catalog.notes)
-            yield from _pairs(url, members, catalog)
+        paths = self._paths()
+        folders = {url: list(self._folder(url, catalog)) for url in paths if files.is_folder(url)}
+        across = _pairs_across(folders)
+        for url in paths:
+            members = folders[url] if url in folders else _tar(url, catalog.notes)
+            yield from _pairs(url, members, catalog, across)
 
     def fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
         if entry.annotation is None:
@@ -164,20 +168,42 @@ def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
         )
 
 
-def _pairs(url: str, members: Iterator[_Member], catalog: Catalog) -> Iterator[CatalogEntry]:
-    groups: dict[str, tuple[list[_Member], list[_Member]]] = {}
-    for member in members:
-        ending = file_names.ending(member.name)
-        if ending == ".json":
-            groups.setdefault(file_names.stem(member.name), ([], []))[1].append(member)
-        elif ending in file_names.PHOTO_ENDINGS:
-            groups.setdefault(file_names.stem(member.name), ([], []))[0].append(member)
-        else:
-            catalog.notes.append(Note("other_file", f"{url}: {member.name}: neither photo nor JSON"))
-    for stem, (pictures, texts) in groups.items():
-        for picture, text in _matched(pictures, texts):
-            key, again = catalog.claim_key(stem)
-            yield _entry(url, key, again, picture, text)
+def _pairs(
+    url: str, members: Iterable[_Member], catalog: Catalog, across: dict[str, _Member]
+) -> Iterator[CatalogEntry]:
+    groups = Groups(members)
+    for name in groups.others:
+        catalog.notes.append(Note("other_file", f"{url}: {name}: neither photo nor JSON"))
+    for picture, text, doubt in groups.pairs():
+        if picture is None and text is not None and _place(text) in across:
+            continue  # it is listed with its photo
+        if text is None and picture is not None and _place(picture) in across:
+            text, doubt = across[_place(picture)], ""
+        member = picture or text
+        assert member is not None, "a pair has one of the two at least"
+        key, again = catalog.claim_key(file_names.path_stem(member.name), url)
+        yield _entry(url, key, again, picture, text, doubt)
+
+
+class _Placed(NamedTuple):
+    """A member of one of several folders, whose name has the folder in it."""
+
+    name: str
+    member: _Member
+
+
+def _pairs_across(folders: dict[str, list[_Member]]) -> dict[str, _Member]:
+    """The partners, by place, of photos and JSONs that are alone in their own folder."""
+    if len(folders) < 2:
+        return {}
+    placed = [_Placed(_place(each), each) for members in folders.values() for each in members]
+    pairs = [(picture, text) for picture, text, _ in Groups(placed).pairs() if picture and text]
+    found = {picture.name: text.member for picture, text in pairs}
+    return found | {text.name: picture.member for picture, text in pairs}
+
+
+def _place(member: _Member) -> str:
+    return member.name if member.blob is None else member.blob.url
 
 
 def _opened(file: Any) -> tarfile.TarFile:
@@ -241,28 +267,9 @@ def _checked(member: tarfile.TarInfo, url: str, size: int) -> _Member:
     return _Member(name, Blob(url, member.offset_data, member.size))
 
 
-def _matched(
-    pictures: list[_Member], texts: list[_Member]
-) -> Iterator[tuple[_Member | None, _Member | None]]:
-    """Photos with their annotations: those of the same folder, then the rest in order."""
-    if len(pictures) == len(texts) == 1:
-        yield pictures[0], texts[0]
-        return
-    left = list(texts)
-    alone = []
-    for picture in pictures:
-        folder = picture.name.rpartition("/")[0]
-        match = next((text for text in left if text.name.rpartition("/")[0] == folder), None)
-        if match is None:
-            alone.append(picture)
-        else:
-            left.remove(match)
-            yield picture, match
-    for place in range(max(len(alone), len(left))):
-        yield alone[place] if place < len(alone) else None, left[place] if place < len(left) else None
-
-
-def _entry(url: str, key: str, again: bool, picture: _Member | None, text: _Member | None) -> CatalogEntry:
+def _entry(
+    url: str, key: str, again: bool, picture: _Member | None, text: _Member | None, doubt: str
+) -> CatalogEntry:
     photo = None if picture is None else picture.blob
     annotation = None if text is None else text.blob
     problems = [member.drop for member in (text, picture) if member is not None and member.drop is not None]
@@ -271,6 +278,8 @@ def _entry(url: str, key: str, again: bool, picture: _Member | None, text: _Memb
         dropped = problems[0]
     elif again:
         dropped = drop(Reason.DUPLICATE_KEY, f"{url}: {name}: seen before; the first one counts")
+    elif doubt:
+        dropped = drop(Reason.PAIR_AMBIGUOUS, f"{url}: {name}: {doubt}")
     elif picture is None:
         dropped = drop(Reason.PHOTO_MISSING, f"{url}: {name}: no photo of this name beside it")
     elif text is None:
@@ -311,7 +320,7 @@ def _decode(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecor
 
 
 def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
-    """Annotations one by one, where something is wrong with one of them."""
+    """Annotations one by one, where something is wrong with one of them. The mask is what counts."""
     try:
         raw = coco_json.parse_json(data)
     except ValueError as error:
@@ -362,9 +371,18 @@ def _place_masks(
     masks = rle.check_all([annotation.segmentation for _, annotation in good], image.height, image.width)
     for (region, annotation), mask in zip(good, masks, strict=True):
         if isinstance(mask, BadRecord):
-            region.drop = drop(mask.reason, f"{where}: annotation {region.source_id}: {mask.detail}")
+            region.drop = drop(mask.reason, f"{where}: {_name(region)}: {mask.detail}")
             continue
         region.rle, region.area, region.bbox = mask
         if annotation.area is not None and annotation.area != region.area:
-            detail = f"{where}: annotation {region.source_id}: declared {annotation.area:g}"
+            detail = f"{where}: {_name(region)}: declared {annotation.area:g}"
             notes.append(Note("area_differs", f"{detail}, mask has {region.area}", region.id))
+
+
+def _name(region: Region) -> str:
+    """An annotation by its id, or by its position if it has none."""
+    return (
+        f"annotation at position {region.id}"
+        if region.source_id is None
+        else f"annotation {region.source_id}"
+    )

@@ -1,6 +1,9 @@
 """The plan: deterministic, read by unit, reused on a resume and refused when its sources have changed."""
 
+import io
+import os
 import shutil
+import tarfile
 from contextlib import suppress
 
 import msgspec
@@ -10,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paracaption.pipeline.corpus import work_list
+from paracaption.pipeline.sources import file_names
 from paracaption.pipeline.sources.protocols import CatalogEntry
+from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import IntegrityError
 from paracaption.schemas.manifest import FileEntry, Manifest
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Blob, Drop
+from tests.synthetic import write_sa1b
 
 
 class FakeSource:
@@ -397,3 +403,33 @@ def test_a_list_of_an_early_release_does_not_know_its_roles_and_counts_as_unchan
         assert early.is_current(source, swapped)
         assert work_list.make_work_list(source, swapped, tmp_path) == early
     assert source.times_listed == 1
+
+
+def test_a_corpus_with_keys_of_an_early_release_keeps_them_on_a_resume(tmp_path, monkeypatch):
+    folder = tmp_path.parent / "tars"
+    config = BuildConfig.model_validate({"out": str(tmp_path.parent), "sa1b": [write_sa1b(folder, 3)]})
+    for name in ("sa_0", "sa_1"):  # in the names of members
+        path = folder / "sa_000000.tar"
+        path.write_bytes(renamed(path, name, f"__{name}"))
+    with monkeypatch.context() as patched:
+        patched.setattr(file_names, "HIDDEN", "no name begins so")
+        early = work_list.make_work_list(open_source(config, "sa1b"), config, tmp_path)
+    keys = [entry.key for entry in early.read_unit(0)]
+    assert keys == ["__sa_0", "__sa_1", "sa_2"]
+    os.utime(folder / "sa_000000.tar", (1, 1))
+    resumed = work_list.make_work_list(open_source(config, "sa1b"), config, tmp_path)
+    assert resumed.digest == early.digest and resumed.fingerprint != early.fingerprint
+    assert [entry.key for entry in resumed.read_unit(0)] == keys
+    fresh = work_list.make_work_list(open_source(config, "sa1b"), config, tmp_path.parent / "fresh" / "sa1b")
+    assert [entry.key[:7] for entry in fresh.read_unit(0)] == ["x__sa_0", "x__sa_1", "sa_2"]
+
+
+def renamed(path, old, new):
+    """The bytes of a tar in which the members of one base name have another one."""
+    buffer = io.BytesIO()
+    with tarfile.open(path) as source, tarfile.open(fileobj=buffer, mode="w") as target:
+        for member in source:
+            data = source.extractfile(member)
+            member.name = member.name.replace(f"{old}.", f"{new}.")
+            target.addfile(member, data)
+    return buffer.getvalue()

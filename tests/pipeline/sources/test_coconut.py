@@ -154,6 +154,16 @@ def test_a_field_that_nobody_needs_costs_no_mask(release, field, value):
     assert [region.source_id for region in image.regions] == [SEGMENTS[0]["id"], SEGMENTS[1]["id"]]
 
 
+@pytest.mark.parametrize(("one", "other"), [("1.0", "1"), ("1", "1.0"), ('"1"', "1"), ("1", '"1"')])
+def test_image_ids_as_floats_or_text_are_the_same_ids(release, one, other):
+    release.add("a")
+    release.annotations[0]["image_id"], release.images[0]["id"] = "of the annotation", "of the image"
+    del release.annotations[0]["file_name"]
+    text = json.dumps({"images": release.images, "annotations": release.annotations})
+    (image,) = release.read(text.replace('"of the annotation"', one).replace('"of the image"', other))
+    assert image.drop is None and reasons(image) == [None, None]
+
+
 @pytest.mark.parametrize("name", ["category", "file_name"])
 def test_bytes_that_are_not_utf8_in_a_field_that_nobody_needs_cost_nothing(release, name):
     release.add(segments=[{"id": 7, "category_id": 1, name: "caf#"}, *SEGMENTS[:1]])

@@ -147,12 +147,87 @@ def test_links_are_not_followed(tmp_path):
 
 
 def test_the_same_image_in_two_places_is_kept_once(tmp_path):
-    members = [*pair("a/sa_1"), *pair("b/sa_1")]
-    first = write_tar(tmp_path / "sa_0.tar", members)
-    images = read(first, write_tar(tmp_path / "sa_1.tar", pair("sa_1")))
+    first = write_tar(tmp_path / "sa_0.tar", pair("a/sa_1"))
+    second = write_tar(tmp_path / "sa_1.tar", pair("sa_1"))
+    images = read(first, second, write_tar(tmp_path / "sa_2.tar", pair("a/sa_1")))
     assert list(images) == ["sa_1", "sa_1-dup2", "sa_1-dup3"]
     assert [len(image.live()) for image in images.values()] == [1, 0, 0]
     assert reasons(images["sa_1-dup3"]) == [Reason.DUPLICATE_KEY]
+
+
+def listed(*paths):
+    """Photo, JSON and reason of each image, by their names below the folder `in`."""
+    found = []
+    for entry in open_sa1b(*paths).catalog():
+        names = [blob and blob.url.rpartition("/in/")[2] for blob in (entry.photo, entry.annotation)]
+        found.append((*names, entry.drop and entry.drop.reason))
+    return found
+
+
+def write_files(folder, *names):
+    for name in names:
+        path = folder / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(record() if name.endswith(".json") else photo_jpeg())
+    return folder / "in"
+
+
+def test_images_of_one_name_in_two_folders_are_both_kept(tmp_path):
+    tar = write_tar(tmp_path / "sa_0.tar", [*pair("a/sa_1"), *pair("b/sa_1")[::-1]])
+    images = read(tar)
+    assert len(images) == 2 and next(iter(images)) == "sa_1" and list(images)[1].startswith("b_sa_1-")
+    assert [len(image.live()) for image in images.values()] == [1, 1]
+
+
+MISSING, NO_PHOTO, UNCLEAR = Reason.ANNOTATION_MISSING, Reason.PHOTO_MISSING, Reason.PAIR_AMBIGUOUS
+PAIRS = {
+    "two folders": [("images/s.jpg", "notes/s.json", None)],
+    "two folders in each of two": [
+        ("a/images/s.jpg", "a/notes/s.json", None),
+        ("b/images/s.jpg", "b/notes/s.json", None),
+    ],
+    "two in each of two folders": [
+        ("images/a/s.jpg", "notes/a/s.json", None),
+        ("images/b/s.jpg", "notes/b/s.json", None),
+    ],
+    "what other folders miss": [
+        ("a/s.jpg", None, MISSING),
+        (None, "b/s.json", NO_PHOTO),
+        ("a/t.jpg", "a/t.json", None),
+        ("b/t.jpg", "b/t.json", None),
+    ],
+    "one JSON for two": [("a/s.jpg", None, UNCLEAR), ("b/s.jpg", None, UNCLEAR), (None, "c/s.json", UNCLEAR)],
+    "a drawing beside the photo": [("s.jpg", "s.json", None), ("s.png", None, Reason.DUPLICATE_KEY)],
+    "two that may be the photo": [
+        ("s.png", None, UNCLEAR),
+        ("s.webp", None, Reason.DUPLICATE_KEY),
+        (None, "s.json", Reason.DUPLICATE_KEY),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_photos_and_jsons_are_paired_only_where_it_is_unambiguous(tmp_path, case):
+    names = [name for row in PAIRS[case] for name in row[:2] if name]
+    found = listed(write_files(tmp_path, *names))
+    assert sorted(found, key=str) == sorted(PAIRS[case], key=str)
+
+
+def test_photos_and_jsons_of_two_listed_folders_are_paired(tmp_path):
+    names = ["images/s.jpg", "images/t.jpg", "notes/s.json", "notes/t.json", "notes/u.json"]
+    root = write_files(tmp_path, *names)
+    wanted = [("images/s.jpg", "notes/s.json", None), ("images/t.jpg", "notes/t.json", None)]
+    lone = [(None, "notes/u.json", NO_PHOTO)]
+    assert listed(root / "images", root / "notes") == wanted + lone
+    assert sorted(listed(root / "notes", root / "images"), key=str) == sorted(wanted + lone, key=str)
+    assert [len(image.live()) for image in read(root / "images", root / "notes").values()] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["__abc", "__meta__", "фото", "x..", ".hidden", "__", "..__"])
+def test_no_key_begins_as_names_do_that_readers_pass_by(tmp_path, name):
+    (image,) = read(write_tar(tmp_path / "sa_0.tar", pair(name))).values()
+    assert not image.key.startswith(("__", ".")) and len(image.live()) == 1
+    assert image.key.isascii() and "." not in image.key
 
 
 def test_a_tar_that_was_cut_loses_only_its_last_member(tmp_path):
