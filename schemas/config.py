@@ -339,6 +339,21 @@ class Failures(Strict):
     )
 
 
+class Benchmarks(Strict):
+    """Photos of ParaDLC-Bench and DLC-Bench, of COCO and Objects365, are left out of the corpus."""
+
+    leave_out: bool | None = Field(
+        default=None,
+        description="Leave them out, by file name and id. null does so in a corpus that begins now, and "
+        "goes on as it was planned in an older one.",
+    )
+    photos: list[Location] = Field(
+        default_factory=list,
+        description="Folders of the benchmarks' photos, if you have them: each photo of the sources is "
+        "compared with them, by its bytes and by how it looks, which costs a read and a decoding of each.",
+    )
+
+
 class BuildConfig(Strict):
     """Everything that decides what is built. The resolved form is written into the output."""
 
@@ -377,6 +392,7 @@ class BuildConfig(Strict):
         default=Backend(name="grabcut"),
         description="The model that finds a region again from the category of its caption.",
     )
+    benchmarks: Benchmarks = Benchmarks()
     io: Io = Io()
     failures: Failures = Failures()
     audit_images: int = Field(

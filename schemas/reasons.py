@@ -27,6 +27,7 @@ class Reason(StrEnum):
     TOO_MANY_MASKS = "too_many_masks"  # more masks on the image than the limit
     MASK_EMPTY = "mask_empty"  # an RLE without a foreground pixel
     MASK_UNDECODABLE = "mask_undecodable"  # an RLE that is no RLE, or does not fill its image exactly
+    BENCHMARK_PHOTO = "benchmark_photo"  # a photo of a benchmark, which is not to be trained on
     CROWD = "crowd"  # a crowd segment: many objects under one mask
     VOID = "void"  # the label 0, or a segment declared with it
     # Masks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from .manifest import FileEntry
+from .reasons import Reason
 
 
 class FunnelStep(msgspec.Struct):
@@ -48,6 +49,11 @@ class SubsetCounts(msgspec.Struct, omit_defaults=True):
     recipes: list[str]
     manifests: str
     failed: dict[str, int] = {}
+
+    @property
+    def benchmark_photos(self) -> int:
+        """Number of images that are left out because they are photos of benchmarks."""
+        return self.images_dropped.get(Reason.BENCHMARK_PHOTO, 0)
 
 
 class Histogram(msgspec.Struct):

@@ -45,6 +45,7 @@ def build(
 
 def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = None, **asked: Any) -> None:
     """Build with progress on stderr, then print the summary."""
+    from ...pipeline.corpus.reader import read_summary
     from ...pipeline.executor.build import build_checked
     from ...pipeline.executor.local import LocalEngine
     from ...pipeline.executor.ray_data import RayEngine
@@ -52,6 +53,10 @@ def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = N
     engine = LocalEngine() if local else RayEngine(ray_address)
     if not build_checked(loaded, engine, _run_in_view, **asked):
         print(f"nothing to do: every unit of {loaded.out} is committed and merged", file=sys.stderr)
+    for subset, found in read_summary(loaded.out).subsets.items():
+        if found.counts.benchmark_photos:
+            left = f"{found.counts.benchmark_photos:,} images are photos of benchmarks"
+            print(f"{subset}: {left}, and are left out (`benchmark_photo` in the ledger)", file=sys.stderr)
     inspect(Path(loaded.out))
 
 

@@ -40,14 +40,17 @@ def audit(
 ) -> None:
     """Read the sources without asking a model, and report every problem."""
     from ...pipeline.config_file import load_config
+    from ...pipeline.corpus.work_list import find_work_list, leave_out
     from ...pipeline.executor.audit import AuditReport, AuditResult, audit_subset
     from ...pipeline.sources.registry import open_source
 
     loaded = load_config(config)
     total = AuditResult()
     for subset in loaded.subsets:
+        source = open_source(loaded, subset)
+        source.leave_out = leave_out(loaded, find_work_list(Path(loaded.out) / subset))
         with counting(f"{subset}: images read") as progress:
-            report = audit_subset(open_source(loaded, subset), loaded.limits, progress=progress)
+            report = audit_subset(source, loaded.limits, progress=progress)
         total.add(report.result)
         print(report.text())
     target = parquet or Path(loaded.out) / "audit.parquet"

@@ -1,4 +1,4 @@
-"""The commands that measure a captioner: `evaluate`, `profile`, `benchmark make`."""
+"""The commands that measure a captioner: `evaluate`, `profile`, `benchmark make`, `benchmark photos`."""
 
 from __future__ import annotations
 
@@ -101,6 +101,34 @@ def make(
     if made.without:
         print(f"{made.without:,} regions have no question: run the command again, or choose another model")
     print(to / making.REVIEW)
+
+
+@benchmarks.command()
+def photos(
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TITLE=FOLDER...",
+            help="A benchmark's title, and the folder of its annotations.json.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[Path, typer.Option(help="JSON file to write.", show_default=False)],
+) -> None:
+    """List the photos of benchmarks by name and size: what new corpora and training leave out."""
+    from ...model_training.evaluation.list_photos import list_photos
+    from ...pipeline.io import files
+    from ...schemas.errors import ConfigError
+
+    named = [each.partition("=") for each in folders]
+    if wrong := [title for title, equals, folder in named if not (title and equals and folder)]:
+        raise ConfigError(
+            f"benchmark photos: {wrong[0]}: give TITLE=FOLDER, as in ParaDLC-Bench=data/paradlc"
+        )
+    found = list_photos({title: Path(folder) for title, _, folder in named})
+    with files.write_atomic(to) as file:
+        file.write(found)
+    print(to)
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -125,7 +125,7 @@ def read_benchmark(
             names file and key.
     """
     folder = Path(folder)
-    raw = {name: _read_json(folder / name) for name in FILES}
+    raw = {name: read_json(folder / name) for name in FILES}
     layouts: dict[BenchmarkKind, Callable[[Any, Path], _Masks]] = {
         "paradlc": _paradlc_masks,
         "dlc": _dlc_masks,
@@ -161,7 +161,12 @@ _Masks = dict[str, tuple[str, rle.Mask]]
 """For each region's key, the name of its photo's file and its mask."""
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of one of a benchmark's files.
+
+    Raises:
+        ConfigError: it is missing, or no JSON.
+    """
     try:
         return msgspec.json.decode(path.read_bytes())
     except OSError as error:

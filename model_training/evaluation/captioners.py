@@ -24,6 +24,9 @@ from .annotations import BenchImage
 
 PERCEPTIONDLM, PREDICTIONS = "perceptiondlm", "predictions"
 
+EARLY_ASKED = {"prompt": "Describe each masked region in detail.", "grouping": "even"}
+"""How early releases asked a `perceptiondlm`, which did not note it."""
+
 
 class Captions(NamedTuple):
     """The captions of one image's regions, and what they cost.

@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 CAPTIONS, PREDICTIONS, ANSWERS = "captions.jsonl", "predictions.json", "answers.jsonl"
 DETAILS, SUMMARY = "details.json", "summary.json"
 
+_ASKED = "prompt and grouping"
+"""Key of the first line of captions.jsonl; absent for other captioners, and in what early releases wrote."""
+
 _QUESTIONS_AT_ONCE = 256
 """Questions that the judge gets at once. Progress is reported after each such batch."""
 
@@ -130,7 +133,7 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
     benchmark = open_benchmark(bench)
     header: dict[str, Any] = {"captioner": captioners.identity(backend), "benchmark": benchmark.digest}
     if asked := captioners.how_asked(backend, bench):
-        header["prompt and grouping"] = asked
+        header[_ASKED] = asked
     path = folder / CAPTIONS
     folder.mkdir(parents=True, exist_ok=True)
     if not read_lines(path):
@@ -162,7 +165,13 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
 def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_ImageLine]:
     first, *rest = read_lines(path) or [b"{}"]
     found = msgspec.json.decode(first)
-    if header is not None and found != header:
+    if header is not None and _is_early(found, header):
+        raise ConfigError(
+            f"{path}: made by a release that asked a perceptiondlm {captioners.EARLY_ASKED['prompt']!r} with "
+            "grouping: even; give the benchmark this prompt and grouping to go on, or take another label"
+        )
+    known = {_ASKED: captioners.EARLY_ASKED} if header and _ASKED in header else {}
+    if header is not None and known | found != header:
         changed = [name for name in header if found.get(name) != header[name]]
         raise ConfigError(
             f"{path}: of another {' and '.join(changed)}; take another label, or remove {path.parent}"
@@ -170,10 +179,16 @@ def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_Im
     return [msgspec.json.decode(line, type=_ImageLine) for line in rest]
 
 
+def _is_early(found: dict[str, Any], header: dict[str, Any]) -> bool:
+    """Whether captions are of a release that knew one prompt and one grouping, and others are asked for."""
+    rest = {name: value for name, value in header.items() if name != _ASKED}
+    return found == rest and header.get(_ASKED, captioners.EARLY_ASKED) != captioners.EARLY_ASKED
+
+
 def _how_asked(path: Path) -> dict[str, str]:
     """The prompt and the grouping that captions were made with, as their file says."""
     first, *_ = read_lines(path) or [b"{}"]
-    return msgspec.json.decode(first).get("prompt and grouping", {})
+    return msgspec.json.decode(first).get(_ASKED, {})
 
 
 def _captions_by_key(folder: Path) -> dict[str, str]:

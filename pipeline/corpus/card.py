@@ -101,6 +101,10 @@ def _subset(name: str, subset: SubsetSummary) -> str:
     if counts.images_dropped:
         dropped = ", ".join(f"{reason} {number:,}" for reason, number in counts.images_dropped.items())
         text.append(f"Images dropped as a whole: {dropped}.\n")
+    if images := counts.benchmark_photos:
+        text.append(
+            f"Left out as photos of ParaDLC-Bench or DLC-Bench (`benchmark_photo`): {images:,} images.\n"
+        )
     if subset.categories:
         shown = ", ".join(
             f"{category or '(none)'} {number:,}" for category, number in subset.categories[:_SHOWN_CATEGORIES]

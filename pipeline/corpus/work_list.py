@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ...schemas.config import BuildConfig
-from ...schemas.errors import IntegrityError
+from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob
 from ..io import files
-from ..io.tables import TableFile
+from ..io.benchmark_photos import LIST_VERSION
 from ..sources.file_names import HIDDEN
 from ..sources.protocols import CatalogEntry, SourceOptions
 from ..sources.registry import SubsetSource, complete
@@ -44,8 +44,6 @@ log = logging.getLogger(__name__)
 FOLDER = "plan"
 TABLE = "plan.parquet"
 SUMMARY = "plan.json"
-
-_EXAMPLES = 5
 
 
 class WorkList(msgspec.Struct, frozen=True):
@@ -64,6 +62,8 @@ class WorkList(msgspec.Struct, frozen=True):
         sources: the sources with their options, as the list was made from them; empty if that is not known.
         table: SHA-256 of the table in hex; "" if that is not known.
         check: over the other fields; "" if there is none.
+        benchmarks: version of the list of benchmarks' photos that are left out; 0, and not in the file, if it
+            was planned with all photos.
     """
 
     subset: str
@@ -78,6 +78,7 @@ class WorkList(msgspec.Struct, frozen=True):
     sources: list[dict[str, Any]] = []
     table: str = ""
     check: str = ""
+    benchmarks: int = 0
 
     def unit_name(self, index: int) -> str:
         """Name of a unit. Names sort by the index."""
@@ -103,6 +104,7 @@ class WorkList(msgspec.Struct, frozen=True):
     def _matches(self, fingerprint: dict[str, str], config: BuildConfig) -> bool:
         same = self.fingerprint == fingerprint and self.images_per_shard == config.images_per_shard
         same = same and (not self.sources or self.sources == _sources_of(config, self.subset))
+        leave_out(config, self)
         return same and files.exists(table_path(self.folder))
 
 
@@ -129,6 +131,25 @@ class Plan(NamedTuple):
         return work_list_table.read_unit(self.table, index)
 
 
+def leave_out(config: BuildConfig, work_list: WorkList | None) -> bool:
+    """Whether photos of the published benchmarks are left out of a subset; a planned one goes on as it was.
+
+    Raises:
+        ConfigError: the configuration wants it otherwise than it was planned.
+    """
+    wanted = config.benchmarks.leave_out
+    if work_list is None:
+        return wanted is not False
+    planned = work_list.benchmarks > 0
+    if wanted is not None and wanted is not planned:
+        was = "without the benchmarks' photos" if planned else "with all photos"
+        raise ConfigError(
+            f"benchmarks.leave_out: {str(wanted).lower()}, but {work_list.subset} was planned {was}; "
+            "remove the key, or use a new `out`"
+        )
+    return planned
+
+
 def plan(
     source: SubsetSource, config: BuildConfig, folder: str | Path, scratch: Path, limit: int | None = None
 ) -> Plan:
@@ -145,7 +166,7 @@ def plan(
         limit: list only the first N images; None lists all.
 
     Raises:
-        ConfigError: the sources cannot be listed.
+        ConfigError: the sources cannot be listed, or `benchmarks.leave_out` is not as planned.
         IntegrityError: the sources have changed since the list on disk was made, or are read in another way
             than those that units were committed of; says how.
     """
@@ -162,14 +183,19 @@ def plan(
             log.warning("%s: %s; it is made again from the sources", table_path(folder), damage)
         _refuse_other_roles(old, config)
     fresh = scratch / TABLE
+    source.leave_out = leave_out(config, old)
 
     def list_images(**early: bool) -> WorkList:
         entries = islice(source.catalog(**early), limit)
         if old is not None and damage is None and old.images_per_shard == config.images_per_shard:
             entries = _with_known_photos(entries, old, fingerprint)
-        return _write(entries, source.subset, config, fingerprint, fresh)
+        return _write(entries, source.subset, config, fingerprint, fresh, source.leave_out)
 
     made = list_images()
+    if old is None and source.leave_out and config.benchmarks.leave_out is None:
+        if (committed := _committed_plans(folder)) and made.digest not in committed:
+            source.leave_out = False  # of an older release, whose work list is lost: planned with all photos
+            made = list_images()
     if old is not None and old.digest != made.digest and _has_other_keys_now(fresh, made):
         made = list_images(early_keys=True)
     if old is not None and old.digest != made.digest:
@@ -183,7 +209,7 @@ def publish(made: Plan, folder: str | Path, owner: Owner) -> None:
         return
     subset = Path(folder).name
     stored = msgspec.structs.replace(made.work_list, folder="")
-    text = msgspec.json.format(msgspec.json.encode(stored, order="sorted"), indent=1) + b"\n"
+    text = msgspec.json.format(msgspec.json.encode(_fields(stored), order="sorted"), indent=1) + b"\n"
     table = owner.copy(f"{subset}/{FOLDER}/{TABLE}", made.table)
     summary = owner.write(f"{subset}/{FOLDER}/{SUMMARY}", text)
     owner.append(
@@ -254,7 +280,12 @@ def _with_known_photos(
 
 
 def _write(
-    entries: Iterator[CatalogEntry], subset: str, config: BuildConfig, fingerprint: dict[str, str], path: Path
+    entries: Iterator[CatalogEntry],
+    subset: str,
+    config: BuildConfig,
+    fingerprint: dict[str, str],
+    path: Path,
+    benchmarks: bool,
 ) -> WorkList:
     """Write the table, and tell what the summary will hold."""
     size = config.images_per_shard
@@ -269,8 +300,15 @@ def _write(
         fingerprint,
         sources=_sources_of(config, subset),
         table=written.sha256,
+        benchmarks=LIST_VERSION if benchmarks else 0,
     )
     return msgspec.structs.replace(made, check=_check_of_summary(made))
+
+
+def _committed_plans(folder: str | Path) -> set[str]:
+    """Digests of the work lists that the committed units of a subset are of."""
+    out, _, subset = str(folder).rpartition("/")
+    return {unit.plan for name, unit in commit_log.read_units(out).items() if name.startswith(f"{subset}/")}
 
 
 def _sources_of(config: BuildConfig, subset: str) -> list[dict[str, Any]]:
@@ -364,7 +402,13 @@ def _decode_summary(data: bytes) -> WorkList:
 
 def _check_of_summary(work_list: WorkList) -> str:
     content = msgspec.structs.replace(work_list, check="", folder="")
-    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:16]
+    return hashlib.sha256(msgspec.json.encode(_fields(content), order="sorted")).hexdigest()[:16]
+
+
+def _fields(work_list: WorkList) -> dict[str, Any]:
+    """The fields of the summary. One that early releases did not know is left out when empty."""
+    fields = msgspec.structs.asdict(work_list)
+    return {name: value for name, value in fields.items() if value or name != "benchmarks"}
 
 
 def _opened(found: WorkList, folder: str | Path) -> WorkList:
@@ -451,18 +495,5 @@ def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList, da
         head += f"the limit of images was {limits[0]}, is {limits[1]}: "
     if damage is not None:
         return f"{head}which images differ cannot be said, it is {damage}{fix}"
-    tables = [TableFile(str(path)).read(["key", "content"]) for path in (old_path, new_path)]
-    before, after = (
-        dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables
-    )
-    groups = {
-        "added": [key for key in after if key not in before],
-        "removed": [key for key in before if key not in after],
-        "changed": [key for key, content in after.items() if key in before and before[key] != content],
-    }
-    parts = [
-        f"{len(keys)} images {what} ({', '.join(keys[:_EXAMPLES])}{', ...' if len(keys) > _EXAMPLES else ''})"
-        for what, keys in groups.items()
-        if keys
-    ]
+    parts = work_list_table.find_changes(old_path, new_path)
     return head + (", ".join(parts) or "the same images in another order") + fix

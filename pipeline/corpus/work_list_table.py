@@ -21,6 +21,7 @@ VERSION = 1
 """Of the work list's format; part of its digest."""
 
 _SAMPLED_PHOTOS = 200
+_EXAMPLES = 5
 
 _COLUMNS = (
     "key",
@@ -250,3 +251,26 @@ def find_damage(path: Path, expected: Written, subset: str, size: int) -> str | 
         return f"damaged ({error})"
     same = (num_images, digest.hexdigest()) == (expected.num_images, expected.digest)
     return None if same else "damaged: its images are not those of plan.json"
+
+
+def find_changes(old: Path, new: Path) -> list[str]:
+    """How many images were added, removed and changed between two tables, with examples."""
+    import pyarrow.parquet as pq
+
+    tables = []
+    for path in (old, new):
+        with files.open_url(str(path)) as file:
+            tables.append(pq.read_table(file, columns=["key", "content"]))
+    before, after = (
+        dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables
+    )
+    groups = {
+        "added": [key for key in after if key not in before],
+        "removed": [key for key in before if key not in after],
+        "changed": [key for key, content in after.items() if key in before and before[key] != content],
+    }
+    return [
+        f"{len(keys)} images {what} ({', '.join(keys[:_EXAMPLES])}{', ...' if len(keys) > _EXAMPLES else ''})"
+        for what, keys in groups.items()
+        if keys
+    ]

@@ -42,6 +42,7 @@ FIXES = {
     Reason.TOO_MANY_MASKS: "raise limits.max_masks if they are what they should be",
     Reason.MASK_EMPTY: "known of real releases; there is nothing to fix",
     Reason.MASK_UNDECODABLE: "fetch these annotations again",
+    Reason.BENCHMARK_PHOTO: "by design: who trains on a benchmark's photos is not measured by it",
     Reason.CROWD: "by design: many objects under one mask",
 }
 """What to do about a drop of any source, by its reason. A source adds its own, and those of its notes."""

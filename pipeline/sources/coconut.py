@@ -196,7 +196,9 @@ class Coconut(Source[CoconutOptions]):
             find_label = file_names.Finder([label_listing], wanted, file_names.LABEL_ENDINGS).find
             catalog.claim_files(options.labels, ".png", wanted, "label_map_without_record")
         for number, row in enumerate(rows):
-            yield _entry(number, row, find_photo, find_label, catalog)
+            entry = _entry(number, row, find_photo, find_label, catalog)
+            image = row.image or Image(row.annotation.image_id)
+            yield catalog.without_benchmarks(entry, image.id, (image.width, image.height))
         for image in leftover:
             name = _name_of(image)
             key, _ = catalog.claim_key(file_names.path_stem(name), rows[0].home if rows else "")

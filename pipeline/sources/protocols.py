@@ -15,9 +15,10 @@ from typing import ClassVar, Generic, TypeVar
 import msgspec
 from pydantic import Field
 
+from ...filters.benchmark_photos import PhotoNames
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
-from ...schemas.reasons import Reason
+from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Drop, ImageRecord
 from ...schemas.strict import Strict
 from ..io import failures, files
@@ -68,12 +69,14 @@ class Catalog:
 
     Attributes:
         notes: what was seen that is no image's problem, such as label maps without a record.
+        benchmarks: photos that are left out; None leaves out none. `SubsetSource` sets it.
 
     Args:
         early_keys: give out the keys of early releases; see `file_names.key_of`.
     """
 
     def __init__(self, early_keys: bool = False) -> None:
+        self.benchmarks: PhotoNames | None = None
         self.notes: list[Note] = []
         self._early_keys = early_keys
         self._claims: dict[str, list[tuple[str, str]]] = {}
@@ -100,6 +103,28 @@ class Catalog:
         if again:
             return f"{key}-dup{len(claims)}", True
         return file_names.key_of(f"{folder}/{base}", self._early_keys), False
+
+    def without_benchmarks(
+        self,
+        entry: CatalogEntry,
+        number: int | str | None = None,
+        size: tuple[int | None, int | None] = (None, None),
+    ) -> CatalogEntry:
+        """The entry, with a drop if it is a benchmark's photo: whether its files are there matters no more.
+
+        `SubsetSource` asks this of each entry by its file's name. A source whose lists say more asks itself.
+
+        Args:
+            entry: of the catalog.
+            number: the image's id, if the source's lists have one.
+            size: its declared width and height in pixels.
+        """
+        if self.benchmarks is None or (entry.drop is not None and entry.drop.reason not in ERRORS):
+            return entry
+        if not (title := self.benchmarks.find(entry.file_name or entry.key, number, size)):
+            return entry
+        dropped = drop(Reason.BENCHMARK_PHOTO, f"{entry.file_name or entry.key}: a photo of {title}")
+        return msgspec.structs.replace(entry, drop=dropped)
 
     def list_folder(self, url: str, setting: str) -> file_names.Listing:
         """The files of a folder, listed once; see `file_names.list_folder`."""

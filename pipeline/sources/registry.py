@@ -11,11 +11,12 @@ import msgspec
 from pydantic import ValidationError
 
 from ...schemas.config import BuildConfig, Limits
-from ...schemas.errors import ConfigError
-from ...schemas.records import ImageRecord
+from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.reasons import Reason
+from ...schemas.records import Blob, ImageRecord
 from ...schemas.strict import FileContext, one_line_each
-from ..io import failures
-from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions
+from ..io import benchmark_photos, failures
+from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 SOURCES = {
     "coconut": "paracaption.pipeline.sources.coconut:Coconut",
@@ -107,7 +108,8 @@ def open_source(config: BuildConfig, subset: str) -> SubsetSource:
     for number, entry in enumerate(complete(config).subsets[subset].sources):
         kind = find_source(entry.pop("source"))
         sources.append(kind(kind.options_type.model_validate(entry), f"subsets.{subset}.sources.{number}"))
-    return SubsetSource(subset, sources)
+    benchmarks = config.benchmarks
+    return SubsetSource(subset, sources, benchmarks.leave_out is not False, tuple(benchmarks.photos))
 
 
 @contextmanager
@@ -128,12 +130,22 @@ class SubsetSource:
     Attributes:
         subset: its name.
         sources: in the configuration's order.
+        leave_out: whether `catalog` drops the photos of the published benchmarks, by file name and id.
+        pictures: folders with photos of benchmarks, which `read` compares each photo with.
         notes: what the last complete `catalog` saw that is no image's problem.
     """
 
-    def __init__(self, subset: str, sources: list[Source[Any]]):
+    def __init__(
+        self,
+        subset: str,
+        sources: list[Source[Any]],
+        leave_out: bool = False,
+        pictures: tuple[str, ...] = (),
+    ):
         self.subset = subset
         self.sources = sources
+        self.leave_out = leave_out
+        self.pictures = pictures
         self.notes: list[Note] = []
         self._listed: Catalog | None = None
 
@@ -164,16 +176,36 @@ class SubsetSource:
         catalog, self._listed = self._listed or Catalog(), None  # folders are listed once for both
         if early_keys:
             catalog = Catalog(early_keys)
+        catalog.benchmarks = benchmark_photos.load_names() if self.leave_out else None
         self.notes = catalog.notes
         with _one_line(self.subset):
             for number, source in enumerate(self.sources):
                 for entry in source.catalog(catalog):
+                    entry = catalog.without_benchmarks(entry)
                     yield msgspec.structs.replace(entry, source=number) if number else entry
         catalog.note_unclaimed_files()
 
     def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:
         """The image of an entry. A worker opens the sources anew, and needs nothing else of the catalog."""
-        return self.sources[entry.source].read(entry, limits, notes, self.subset)
+        image = self.sources[entry.source].read(entry, limits, notes, self.subset)
+        listed = entry.drop
+        if listed is not None and listed.reason is Reason.BENCHMARK_PHOTO and image.drop is None:
+            image.reject(listed)  # its source has not looked at its entry's drop
+        if self.pictures and image.drop is None and image.photo is not None:
+            self._compare(image, image.photo, limits)
+        return image
+
+    def _compare(self, image: ImageRecord, photo: Blob, limits: Limits) -> None:
+        """Drop an image whose photo is one of those that the user has named as a benchmark's."""
+        known = benchmark_photos.load_pictures(self.pictures, limits.max_pixels)
+        try:
+            found = known.find(photo, limits.max_pixels)
+        except BadRecord as error:
+            image.reject(drop(error.reason, error.detail), failures.kind_of(error))
+            return
+        if found:
+            detail = f"{image.file_name or image.key}: the same picture as {found} in `benchmarks.photos`"
+            image.reject(drop(Reason.BENCHMARK_PHOTO, detail))
 
     def fixes(self) -> dict[str, str]:
         """What to do about a problem, by the reason of a drop or by the kind of a note."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
+from ..io import benchmark_photos
 from ..sources.registry import recipe_name
 from .base import Stage
 from .evidence import digest
@@ -53,6 +54,11 @@ def recipe_digest(stages: list[Stage], config: BuildConfig) -> str:
     """Identifies everything that decides what a unit's shard holds, apart from the source.
 
     Raises:
-        ConfigError: a backend cannot be imported, or its options or its checkpoint do not fit.
+        ConfigError: a backend cannot be imported, or its options or its checkpoint do not fit; or photos of
+            benchmarks cannot be read.
     """
-    return digest(RECIPE_VERSION, [stage.digest() for stage in stages], config.limits.model_dump())
+    parts = [RECIPE_VERSION, [stage.digest() for stage in stages], config.limits.model_dump()]
+    if config.benchmarks.photos:
+        known = benchmark_photos.load_pictures(tuple(config.benchmarks.photos), config.limits.max_pixels)
+        parts.append(known.digest)
+    return digest(*parts)

@@ -270,6 +270,21 @@ def test_other_captions_need_another_label(tmp_path):
         run(changed)
 
 
+def test_captions_that_do_not_say_how_they_were_asked_count_as_asked_the_early_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_benchmark.captioners, "how_asked", lambda _, __: {})
+    config = config_of(tmp_path, predictions(tmp_path, SAID), None)
+    run(config)
+    written = (_folder(config) / "captions.jsonl").read_bytes()
+    asked = {"prompt": "Describe each masked region in detail.", "grouping": "even"}
+    monkeypatch.setattr(run_benchmark.captioners, "how_asked", lambda _, __: asked)
+    assert run(config).regions == 4
+    assert (_folder(config) / "captions.jsonl").read_bytes() == written
+    for other in ({"prompt": "Describe the masked region in detail."}, {"grouping": "published"}):
+        monkeypatch.setattr(run_benchmark.captioners, "how_asked", lambda _, __, other=other: asked | other)
+        with pytest.raises(ConfigError, match="grouping: even; give the benchmark this prompt and grouping"):
+            run(config)
+
+
 def test_a_region_without_a_caption_is_in_no_mean_and_counted(tmp_path):
     with served(honest) as server:
         some = {key: text for key, text in SAID.items() if key != "1_0"}
