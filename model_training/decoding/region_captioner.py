@@ -114,8 +114,8 @@ class RegionCaptioner:
                 bfloat16 on a GPU and float32 elsewhere.
 
         Raises:
-            ConfigError: the folder holds no such model, the device or the type cannot be used, or torch is
-                not installed.
+            ConfigError: the folder holds no such model or lacks weights of it, the device or the type cannot
+                be used, or torch is not installed.
         """
         check_saved_model(Path(folder))
         if dtype not in DTYPES:
@@ -125,8 +125,8 @@ class RegionCaptioner:
             from safetensors import SafetensorError
             from transformers.utils import logging
 
-            from ..model.perceptiondlm import PerceptionDLM
             from ..model.processor import PerceptionDLMProcessor
+            from ..model.saved import load_model
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"{error.name} is not installed; install the models' packages: pip install "
@@ -144,7 +144,9 @@ class RegionCaptioner:
             dtype = "bfloat16" if place.type == "cuda" else "float32"
         try:
             processor = PerceptionDLMProcessor.from_pretrained(folder)
-            model: PerceptionDLM = PerceptionDLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+            model = load_model(Path(folder), dtype=getattr(torch, dtype))
+        except ConfigError:
+            raise
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ConfigError(f"{folder}: not readable ({str(error)[:300]}); save the model again") from error
         model.to(place)  # pyright: ignore[reportArgumentType] - transformers' decorator hides the argument

@@ -14,6 +14,7 @@ from ...schemas.errors import ConfigError
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
+from ..model.saved import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,8 @@ def open_model(config: TrainConfig, attention: str = "sdpa") -> tuple[Perception
         attention: the attention kernel, as transformers names it.
 
     Raises:
-        ConfigError: the folder has no model, or `model.config` has a field or value that does not suit it.
+        ConfigError: the folder has no model or lacks weights of it, or `model.config` has a field or value
+            that does not suit it.
     """
     torch.manual_seed(config.seed)
     if config.model.path is not None:
@@ -71,9 +73,7 @@ def _load_saved_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, Per
     if fixed := sorted(chosen.config.keys() & {"vision_config", "text_config"}):
         raise ConfigError(f"model.config.{fixed[0]}: the saved model's sizes are what they are; leave it out")
     config = _changed_config(saved.to_dict(), chosen.config)
-    model = PerceptionDLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation=attention
-    )
+    model = load_model(folder, config=config, dtype=torch.float32, attn_implementation=attention)
     return model, PerceptionDLMProcessor(AutoTokenizer.from_pretrained(folder), config)
 
 

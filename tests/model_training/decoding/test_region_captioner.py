@@ -1,5 +1,6 @@
 """Captions of any number of regions of any number of images, in the caller's order."""
 
+import re
 import subprocess
 import sys
 
@@ -7,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.model.batch import collate
+from paracaption.model_training.train.build import _load_saved_model
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.renames import RenamedWarning
+from paracaption.schemas.training import Model
 from tests.model_training.tiny_models import lively, photo
 
 OPTIONS = {"max_new_tokens": 4, "steps": 2, "strategy": "per-region"}
@@ -216,6 +220,36 @@ def test_a_saved_model_captions_as_it_did(tmp_path, ready):
     assert [*saved.caption_steps(pixels, masks, **OPTIONS)][-1].captions == saved.caption(
         pixels, masks, **OPTIONS
     )
+
+
+LACK = "language_model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda weights: weights.pop(LACK), f"missing: {LACK};"),
+        (lambda weights: weights.pop("lm_head.weight"), "missing: lm_head.weight;"),
+        (lambda weights: weights.pop("region_prompts.weight"), "missing: region_prompts.weight;"),
+        (
+            lambda weights: weights.update({LACK: weights[LACK][:5]}),
+            f"another shape: {LACK} is 5x32, not 48x32;",
+        ),
+        (lambda weights: weights.update({"extra.weight": torch.ones(2)}), "unknown: extra.weight;"),
+        (lambda weights: [weights.pop(name) for name in [*weights] if ".mlp." in name], "and 11 more;"),
+    ],
+)
+def test_a_saved_model_that_lacks_weights_is_an_error_that_names_them(tmp_path, ready, change, told):
+    ready.model.save_pretrained(tmp_path)
+    ready.processor.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file({name: each.contiguous() for name, each in weights.items()}, tmp_path / "model.safetensors")
+    chosen = Model(path=str(tmp_path))
+    for load in (lambda: RegionCaptioner.load(tmp_path, "cpu"), lambda: _load_saved_model(chosen, "sdpa")):
+        with pytest.raises(ConfigError, match=re.escape(told)) as raised:
+            load()
+        assert str(raised.value).startswith(f"{tmp_path}: ") and "\n" not in str(raised.value)
 
 
 def test_the_captioner_is_imported_without_torch():
