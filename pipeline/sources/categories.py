@@ -13,7 +13,7 @@ import msgspec
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 from ..io import failures, files
-from .coco_json import problem_of
+from .coco_json import problem_of, what_is
 
 _PLAIN = {
     "floor-wood": "wooden floor",
@@ -159,5 +159,7 @@ def _read_json(url: str) -> Any:
     except (ValueError, RecursionError):
         again = files.fetch(Blob(url))
         if again == data:
+            if words := what_is(data):
+                raise ValueError(words) from None
             raise
         return json.loads(again)

@@ -106,6 +106,28 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        if words := what_is(data):
+            raise ValueError(words) from error
+        raise
+
+
+_BEGINNINGS = (
+    (b"\x1f\x8b", "gzip; unpack it"),
+    (b"PK\x03\x04", "a zip file; unpack it"),
+    (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull` where it is from"),
+    (b"\xff\xfe", "UTF-16; save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16; save it as UTF-8"),
+    (b"<", "a web page or XML; fetch the JSON itself"),
+)
+
+
+def what_is(data: bytes) -> str:
+    """What a file that is no JSON is by its beginning, and what to do; "" if that says nothing."""
+    start = bytes(data[:64]).lstrip()
+    if not start.strip(b"\0"):
+        return "the file is empty"
+    return next((words for mark, words in _BEGINNINGS if start.startswith(mark)), "")
 
 
 def problem_of(value: Any) -> str:
@@ -185,7 +207,7 @@ def _read_tolerantly(url: str, data: bytes) -> Document:
         if text.lstrip().startswith("["):
             detail = "a list, not an object; give the panoptic JSON, or the folder of one JSON per image"
             raise ConfigError(f"{url}: {detail}") from error
-        hint = "the file is empty" if not text.strip() else f"{error.msg} at {place}"
+        hint = what_is(data) or f"{error.msg} at {place}"
         raise ConfigError(f"{url}: not JSON: {hint}; fetch it again or correct it there") from error
     except RecursionError as error:
         raise ConfigError(f"{url}: not an annotation file: nested too deeply") from error

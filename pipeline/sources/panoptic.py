@@ -351,9 +351,13 @@ def _label_bytes(annotation: Blob, row: tuple[int, int] | None, name: str) -> Ca
         except (OSError, IndexError, ValueError, KeyError) as error:  # Arrow's own: the bytes are there
             detail = " ".join(str(error).split())  # Arrow's have several lines
             raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {detail}; fetch it again") from error
-        if data is None or data.get("bytes") is None:
+        data = data.get("bytes") if isinstance(data, dict) else data  # pandas writes the bytes alone
+        if data is None:
             raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: no PNG in it")
-        return data["bytes"]
+        if not isinstance(data, bytes):
+            detail = f"{name}: column `mask` has {type(data).__name__}, not the bytes of a PNG"
+            raise BadRecord(Reason.LABELS_UNREADABLE, f"{detail}; write them as the hub's files do")
+        return data
 
     return fetch_cell
 

@@ -207,7 +207,7 @@ class Run:
         picture = counting.picture_of(self.made, row["file_name"])
         if not any("photos swapped" in said or "copied" in said for said in self.story):
             digests = {hashlib.sha256(each.photo).hexdigest(): each for each in self.made.pictures}
-            seen = digests.get(row.get("photo_digest"))
+            seen = digests.get(str(row.get("photo_digest")))
             if seen is not None and seen is not picture:
                 self.problems.append(f"{where}: kept with the photo of {seen.name}")
         if picture is None:

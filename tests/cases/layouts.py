@@ -226,7 +226,7 @@ def _sa1b_json(random: Random, picture: Picture, has_areas: bool) -> bytes:
     height, width = picture.labels.shape
     for each in picture.ids:
         mask = picture.labels == each
-        packed = coco.encode(np.asfortranarray(mask))
+        packed: Any = coco.encode(np.asfortranarray(mask))
         x, y, w, h = (int(value) for value in coco.toBbox(packed))
         segmentation: Any = {"size": [height, width], "counts": packed["counts"].decode()}
         if form == "counts":
