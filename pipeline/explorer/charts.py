@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ...schemas.config import BuildConfig
@@ -19,19 +20,26 @@ _BINS = 40
 
 
 class Bin(NamedTuple):
-    """How many regions (or images) have `low <= value < high`; the last bin includes `high`."""
+    """How many regions (or images) have `low <= value < high`; the last bin includes `high`.
+
+    `lost` are those of `kept`, and `gained` those of `dropped`, that other thresholds would move to the other
+    side.
+    """
 
     low: float
     high: float
     kept: int
     dropped: int
+    lost: int = 0
+    gained: int = 0
 
 
 class Line(NamedTuple):
-    """A threshold of the configuration."""
+    """A threshold; `name` is "" if only the configuration's are shown, else "now" or "tried"."""
 
     key: str
     value: float
+    name: str = ""
 
 
 class Distribution(NamedTuple):
@@ -66,22 +74,64 @@ _SHOWN = {
 }
 
 
-def read_distributions(catalog: Catalog, subset: str, config: BuildConfig) -> list[Distribution]:
-    """The distributions of the numbers that a subset has, with the thresholds of `config`."""
+def read_distributions(
+    catalog: Catalog,
+    subset: str,
+    config: BuildConfig,
+    tried: BuildConfig | None = None,
+    moves: Mapping[str, Tally] | None = None,
+) -> list[Distribution]:
+    """The distributions of the numbers that a subset has, with the thresholds of `config`.
+
+    Args:
+        catalog: of the corpus.
+        subset: one of its subsets.
+        config: the present configuration.
+        tried: another one, whose thresholds are shown beside the present ones.
+        moves: (lost, gained) regions with `tried`, by column and by the bins of `BIN_COLUMNS`.
+    """
     found = catalog.remember(("distributions", subset), lambda: _bins(catalog, subset))
     return [
-        Distribution(name, title, found[name], _lines(config, keys), name == "area")
+        Distribution(
+            name,
+            title,
+            _moved(found[name], name, (moves or {}).get(name, {})),
+            _lines(config, keys) if tried is None else _both_lines(config, tried, keys),
+            name == "area",
+        )
         for name, (title, keys) in _SHOWN.items()
         if found.get(name)
     ]
 
 
-def _lines(config: BuildConfig, keys: Sequence[str]) -> list[Line]:
+def _lines(config: BuildConfig, keys: Sequence[str], name: str = "") -> list[Line]:
     values = {
         key: config.masks.min_area_px if key == "masks.min_area_px" else THRESHOLDS[key].value(config)
         for key in keys
     }
-    return [Line(key, value) for key, value in values.items() if value is not None]
+    return [Line(key, value, name) for key, value in values.items() if value is not None]
+
+
+def _both_lines(config: BuildConfig, tried: BuildConfig, keys: Sequence[str]) -> list[Line]:
+    """The present thresholds, and those that are tried where they differ."""
+    now = _lines(config, keys, "now")
+    same = {line[:2] for line in now}
+    return now + [line for line in _lines(tried, keys, "tried") if line[:2] not in same]
+
+
+def _moved(bins: list[Bin], name: str, moves: Tally) -> list[Bin]:
+    """The bins with the regions that would change sides, which were counted in narrow bins."""
+    lows = [each.low for each in bins]
+    sides = [[0, 0] for _ in bins]
+    for place, (lost, gained) in moves.items():
+        low = 2.0**place if name == "area" else place * _FINE[name][1]
+        side = sides[max(0, bisect_right(lows, low) - 1)]
+        side[0] += lost
+        side[1] += gained
+    return [
+        each._replace(lost=min(lost, each.kept), gained=min(gained, each.dropped))
+        for each, (lost, gained) in zip(bins, sides, strict=True)
+    ]
 
 
 _FINE = {
@@ -96,15 +146,18 @@ _FINE = {
 _SHARES = ("iou", "repeat_share")
 
 Tally = dict[int, tuple[int, int]]
-"""(kept, dropped) by bin."""
+"""(kept, dropped) by bin, or (lost, gained)."""
+
+BIN_COLUMNS = {
+    name: f"CASE WHEN isfinite({name}::DOUBLE) THEN floor({place})::INT END"
+    for name, (place, _) in _FINE.items()
+}
+"""Column -> the number of a narrow bin as SQL, null where there is no number."""
 
 
 def _bins(catalog: Catalog, subset: str) -> dict[str, list[Bin]]:
     """The bins of each number: one pass for the scores, and one for the images."""
-    counted = ", ".join(
-        f"histogram(floor({place})::INT) FILTER (isfinite({name}::DOUBLE))"
-        for name, (place, _) in _FINE.items()
-    )
+    counted = ", ".join(f"histogram({column})" for column in BIN_COLUMNS.values())
     rows = catalog.select(f"SELECT kept, {counted} FROM LEDGERS GROUP BY kept", subset=subset)
     found: dict[str, list[Bin]] = {}
     for number, (name, (_, width)) in enumerate(_FINE.items(), 1):
@@ -150,12 +203,14 @@ def _filled(tally: Tally, edge: Callable[[int], float]) -> list[Bin]:
 
 
 class Bar(NamedTuple):
-    """The rectangles of a bin, and its tooltip."""
+    """The rectangles of a bin, from below: those that stay kept, that change sides, that stay dropped."""
 
     x: float
     width: float
     kept_y: float
     kept_height: float
+    moved_y: float
+    moved_height: float
     dropped_y: float
     dropped_height: float
     tooltip: str
@@ -166,6 +221,34 @@ class Tick(NamedTuple):
 
     x: float
     text: str
+
+
+class Mark(NamedTuple):
+    """A threshold in a chart.
+
+    Attributes:
+        x: its place.
+        text: its label.
+        name: as in `Line`.
+        outside: it is beyond the values that occur: the label stands at that edge, without a line.
+        row: of its label above the bars, from 0; labels in a row do not overlap.
+    """
+
+    x: float
+    text: str
+    name: str = ""
+    outside: bool = False
+    row: int = 0
+
+    @property
+    def on_right(self) -> bool:
+        """Whether the label stands right of the line, and not left."""
+        return self.x < WIDTH / 2
+
+    @property
+    def y(self) -> int:
+        """Of the label's baseline."""
+        return -9 - _ROW * self.row
 
 
 class Chart(NamedTuple):
@@ -182,43 +265,104 @@ class Chart(NamedTuple):
     description: str
     bars: list[Bar]
     ticks: list[Tick]
-    lines: list[Tick]
+    lines: list[Mark]
     most: int
+
+    @property
+    def top(self) -> int:
+        """Room above the area, for the labels."""
+        return 20 + _ROW * max((mark.row for mark in self.lines), default=0)
 
 
 def draw_chart(distribution: Distribution) -> Chart:
-    """Bars of kept below dropped, ticks, and the lines of the thresholds that are within the picture."""
+    """Bars, ticks, and the lines of the thresholds that are within the picture."""
     bins = distribution.bins
     most = max(each.kept + each.dropped for each in bins)
-    width = WIDTH / len(bins)
     noun = "images" if distribution.name == "regions_per_image" else "regions"
-    bars = []
-    for number, (low, high, kept, dropped) in enumerate(bins):
-        up, down = HEIGHT * kept / most, HEIGHT * dropped / most
-        span = (
-            format_number(low)
-            if high - low == 1 and low >= 0 and not distribution.octaves
-            else f"{_short(low)} to {_short(high)}"
-        )
-        tooltip = f"{span}: {kept:,} {noun} kept, {dropped:,} dropped"
-        bars.append(
-            Bar(number * width, max(1.0, width - 1), HEIGHT - up, up, HEIGHT - up - down, down, tooltip)
-        )
+    width = WIDTH / len(bins)
+    bars = [
+        _bar(each, number * width, width, HEIGHT / most, _span(each, distribution.octaves), noun)
+        for number, each in enumerate(bins)
+    ]
     every = max(1, round(len(bins) / 5))
     edges = [*(each.low for each in bins), bins[-1].high]
     ticks = [Tick(i * width, _short(edges[i])) for i in range(0, len(edges), every)]
-    lines = [
-        Tick(
-            _place(bins, line.value, distribution.octaves) * WIDTH, f"{line.key} {format_number(line.value)}"
-        )
-        for line in distribution.lines
-        if bins[0].low <= line.value <= bins[-1].high
-    ]
+    lines = _in_rows([mark for line in distribution.lines if (mark := _mark(distribution, line))], most)
     total = distribution.total
-    kept = sum(each.kept for each in bins)
+    kept, moving = sum(each.kept for each in bins), sum(each.lost + each.gained for each in bins)
     ends = f"from {_short(edges[0])} to {_short(edges[-1])}"
     description = f"{distribution.title}: {total:,} {noun}, {kept:,} of them kept, {ends}"
+    if moving:
+        description += f"; {moving:,} would change sides"
     return Chart(distribution.title, description, bars, ticks, lines, most)
+
+
+def _bar(each: Bin, x: float, width: float, scale: float, span: str, noun: str) -> Bar:
+    moving = each.lost + each.gained
+    kept, moved, dropped = (
+        scale * count for count in (each.kept - each.lost, moving, each.dropped - each.gained)
+    )
+    tooltip = f"{span}: {each.kept:,} {noun} kept, {each.dropped:,} dropped"
+    if moving:
+        tooltip += f"; {each.lost:,} would be lost, {each.gained:,} gained"
+    return Bar(
+        x,
+        max(1.0, width - 1),
+        kept_y=HEIGHT - kept,
+        kept_height=kept,
+        moved_y=HEIGHT - kept - moved,
+        moved_height=moved,
+        dropped_y=HEIGHT - kept - moved - dropped,
+        dropped_height=dropped,
+        tooltip=tooltip,
+    )
+
+
+def _span(each: Bin, octaves: bool) -> str:
+    """The values of a bin in words."""
+    if each.high - each.low == 1 and each.low >= 0 and not octaves:
+        return format_number(each.low)
+    return f"{_short(each.low)} to {_short(each.high)}"
+
+
+def _mark(distribution: Distribution, line: Line) -> Mark | None:
+    """A threshold's line; if it is not within the picture, a label that says on which side, or nothing."""
+    bins = distribution.bins
+    text = f"{line.name} {line.key} {format_number(line.value)}".strip()
+    if bins[0].low <= line.value <= bins[-1].high:
+        return Mark(_place(bins, line.value, distribution.octaves) * WIDTH, text, line.name)
+    if not line.name:
+        return None
+    if line.value < bins[0].low:
+        return Mark(0.0, f"\N{LEFTWARDS ARROW} {text}", line.name, True)
+    return Mark(float(WIDTH), f"{text} \N{RIGHTWARDS ARROW}", line.name, True)
+
+
+_ROW, _LETTER = 14, 6.2
+"""Height of a row of labels, and width of a letter in them on average, in SVG units."""
+
+
+def _in_rows(marks: list[Mark], most: int) -> list[Mark]:
+    """The marks with their labels in rows: no label lies on another, on a line, or on the number `most`."""
+    placed: list[tuple[Mark, float, float]] = []
+    # A line reaches from its label down, so those go up whose labels lie over the others' lines.
+    for mark in sorted(marks, key=lambda mark: (not mark.on_right, -mark.x if mark.on_right else mark.x)):
+        width = _LETTER * len(mark.text) + 8
+        low = mark.x if mark.on_right else mark.x - width
+        row = int(low + width > WIDTH - _LETTER * len(f"{most:,}"))
+        while any(_collide(mark, low, low + width, row, *other) for other in placed):
+            row += 1
+        placed.append((mark._replace(row=row), low, low + width))
+    return [mark for mark, _, _ in sorted(placed)]
+
+
+def _collide(
+    mark: Mark, low: float, high: float, row: int, other: Mark, other_low: float, other_high: float
+) -> bool:
+    labels = row == other.row and low < other_high and other_low < high
+    on_line = not other.outside and row <= other.row and low < other.x < high
+    below_line = not mark.outside and other.row <= row and other_low < mark.x < other_high
+    return labels or on_line or below_line
 
 
 def _place(bins: list[Bin], value: float, octaves: bool) -> float:

@@ -88,6 +88,10 @@ def load_templates() -> jinja2.Environment:
         "halo": lambda region: halo_of(color_of(region)),
     }
     templates.globals.update(
-        kept_color=figure.KEPT, dropped_color=figure.DROPPED, width=charts.WIDTH, height=charts.HEIGHT
+        kept_color=figure.KEPT,
+        dropped_color=figure.DROPPED,
+        moved_color=figure.MOVED,
+        width=charts.WIDTH,
+        height=charts.HEIGHT,
     )
     return templates

@@ -10,6 +10,7 @@ known.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ..stages.base import FilterStage, ModelStage, Stage, Threshold
 from ..stages.recipes import recipe_of
 from ..stages.registry import THRESHOLDS
 from .catalog import Catalog
+from .charts import BIN_COLUMNS, Tally
 from .query import format_number
 
 _SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))
@@ -36,6 +38,7 @@ class Change(NamedTuple):
         lost, gained: regions that are kept now and not then, and the other way round.
         checked: captions that were run through the filters.
         candidates: captions that would have to be; if more, `gained` is an estimate from `checked` of them.
+        moves: (lost, gained) by column and by the bins of `charts.BIN_COLUMNS`; estimated where `gained` is.
     """
 
     kept: int
@@ -43,6 +46,7 @@ class Change(NamedTuple):
     gained: int
     checked: int
     candidates: int
+    moves: dict[str, Tally]
 
     @property
     def then(self) -> int:
@@ -136,24 +140,35 @@ def compare(
     kept = catalog.counts(subset).kept
     recipe = recipe_of(wanted, subset)
     failing = _failing(recipe, config, wanted)
+    moves: dict[str, Tally] = {name: {} for name in BIN_COLUMNS}
     if not failing.sql or not kept:
         lost, examples = 0, []
     else:
         chosen = f"FROM LEDGERS WHERE kept AND ({failing.sql})"
-        [(lost,)] = catalog.select(f"SELECT count(*) {chosen}", failing.args, subset)
+        counted = ", ".join(f"histogram({column})" for column in BIN_COLUMNS.values())
+        [(lost, *found)] = catalog.select(f"SELECT count(*), {counted} {chosen}", failing.args, subset)
+        for name, bins in zip(BIN_COLUMNS, found, strict=True):
+            moves[name] = {place: (number, 0) for place, number in (bins or {}).items()}
         rows = catalog.select(f"SELECT {_SHOWN} {chosen} {_ORDER} LIMIT {_EXAMPLES}", failing.args, subset)
         examples = [Example("lost", subset, *row) for row in rows]
     passing = _may_pass(recipe, config, wanted)
     if not passing.sql or not catalog.units(subset):
-        return Change(kept, lost, 0, 0, 0), examples
+        return Change(kept, lost, 0, 0, 0, moves), examples
     chosen = f"FROM LEDGERS WHERE NOT kept AND caption IS NOT NULL AND ({passing.sql})"
     [(candidates,)] = catalog.select(f"SELECT count(*) {chosen}", passing.args, subset)
     limit = candidates if exact else _MOST_READ
-    rows = catalog.select(f"SELECT {_SHOWN} {chosen} {_ORDER} LIMIT {limit:d}", passing.args, subset)
+    columns = ", ".join(BIN_COLUMNS.values())
+    sql = f"SELECT {_SHOWN}, {columns} {chosen} {_ORDER} LIMIT {limit:d}"
+    rows = catalog.select(sql, passing.args, subset)
     passed = [row for row in rows if _passes_filters(recipe, row[3])]
-    gained = round(len(passed) / max(1, len(rows)) * candidates)
-    examples += [Example("gained", subset, *row) for row in passed[:_EXAMPLES]]
-    return Change(kept, lost, gained, len(rows), candidates), examples
+    times = candidates / max(1, len(rows))
+    for column, name in enumerate(BIN_COLUMNS, 4):  # after the four of _SHOWN
+        for place, number in Counter(row[column] for row in passed).items():
+            if place is not None:
+                moves[name][place] = (moves[name].get(place, (0, 0))[0], round(number * times))
+    gained = round(len(passed) * times)
+    examples += [Example("gained", subset, *row[:4]) for row in passed[:_EXAMPLES]]
+    return Change(kept, lost, gained, len(rows), candidates, moves), examples
 
 
 def contradicts(catalog: Catalog, subset: str, config: BuildConfig) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 KEPT = "#0072B2"
 DROPPED = "#E69F00"
+MOVED = "#222222"  # would change sides: told from both by its lightness alone
 DECLARED = "#BBBBBB"
 INK = "#333333"
 QUIET = "#777777"

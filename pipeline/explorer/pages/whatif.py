@@ -47,8 +47,8 @@ def _compare(explorer: Explorer, params: Mapping[str, str]) -> dict[str, Any]:
     moved = {key for key in values if THRESHOLDS[key].value(wanted) != THRESHOLDS[key].value(config)}
     charts = [
         (name, draw_chart(each))
-        for name in changes
-        for each in (read_distributions(catalog, name, wanted) if moved else [])
+        for name, (change, _) in changes.items()
+        for each in (read_distributions(catalog, name, config, wanted, change.moves) if moved else [])
         if moved & {line.key for line in each.lines}
     ]
     return {

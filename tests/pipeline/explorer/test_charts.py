@@ -3,7 +3,7 @@
 import pytest
 
 from paracaption.pipeline.corpus import reader
-from paracaption.pipeline.explorer import charts
+from paracaption.pipeline.explorer import charts, whatif
 from tests.pipeline.explorer import corpus
 
 
@@ -13,7 +13,7 @@ def test_distributions_count_what_the_statistics_count(catalog, out, subset):
     shown = {each.name: each for each in charts.read_distributions(catalog, subset, reader.read_config(out))}
     for name, histogram in (("num_words", summary.caption_words), ("area", summary.area_px)):
         exact = list(zip(histogram.edges, histogram.counts, strict=False))
-        for low, high, kept, _ in shown[name].bins:
+        for low, high, kept, *_ in shown[name].bins:
             assert kept == sum(count for edge, count in exact if low <= edge < high), (name, low)
         assert sum(each.kept for each in shown[name].bins) == summary.counts.kept
     declared = {each.low: each.kept + each.dropped for each in shown["regions_per_image"].bins}
@@ -24,7 +24,7 @@ def test_distributions_count_what_the_statistics_count(catalog, out, subset):
     for name in ("iou", "verdict_margin", "repeat_share"):
         values = [row[name] for row in rows if row[name] is not None]
         assert (shown[name].total if name in shown else 0) == len(values)
-        for low, high, kept, dropped in shown[name].bins[:-1] if name in shown else []:
+        for low, high, kept, dropped, *_ in shown[name].bins[:-1] if name in shown else []:
             assert kept + dropped == sum(low <= value < high for value in values), (name, low)
 
 
@@ -35,6 +35,75 @@ def test_active_thresholds_are_drawn_where_they_are(catalog, out):
     assert line.text == "min_iou 0.5" and line.x == pytest.approx(0.5 * charts.WIDTH)
     bars = charts.draw_chart(shown["iou"]).bars
     assert max(bar.kept_height + bar.dropped_height for bar in bars) == pytest.approx(charts.HEIGHT)
+    assert not any(bar.moved_height for bar in bars)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("iou", {"min_iou": 0.75}),
+        ("iou", {"min_iou": 0.2}),
+        ("iou", {"min_iou": 0.7, "text.min_words": 1, "text.min_chars": 0}),
+        ("num_words", {"text.min_words": 9}),
+        ("num_words", {"text.min_words": 2, "text.min_chars": 3}),
+        ("repeat_share", {"text.max_repeat_share": 0.9}),
+    ],
+)
+def test_bars_show_how_many_of_their_regions_another_threshold_would_move(
+    catalog, out, tmp_path, name, values
+):
+    """Counted from a corpus that is built again."""
+    config = reader.read_config(out)
+    wanted = whatif.change_config(config, values)
+    again = corpus.rebuilt(out, tmp_path / "again", wanted)
+    change, _ = whatif.compare(catalog, "sa1b", config, wanted)
+    read = charts.read_distributions(catalog, "sa1b", config, wanted, change.moves)
+    [shown] = [each for each in read if each.name == name]
+    after = {(row["key"], row["region"]): row["kept"] for row in corpus.regions(again, "sa1b")}
+    rows = [row for row in corpus.regions(out, "sa1b") if row[name] is not None]
+    assert sum(each.lost + each.gained for each in shown.bins) > 0
+    for each in shown.bins:
+        last = each is shown.bins[-1]
+        inside = [
+            row for row in rows if each.low <= row[name] < each.high or (last and row[name] == each.high)
+        ]
+        stays = [after[row["key"], row["region"]] for row in inside]
+        lost = sum(row["kept"] and not then for row, then in zip(inside, stays, strict=True))
+        gained = sum(then and not row["kept"] for row, then in zip(inside, stays, strict=True))
+        assert (each.lost, each.gained) == (lost, gained), each
+    for bar, each in zip(charts.draw_chart(shown).bars, shown.bins, strict=True):
+        scale = charts.HEIGHT / max(each.kept + each.dropped for each in shown.bins)
+        assert bar.moved_height == pytest.approx(scale * (each.lost + each.gained))
+        assert bar.kept_height == pytest.approx(scale * (each.kept - each.lost))
+        assert bar.moved_y + bar.moved_height == pytest.approx(bar.kept_y)
+        assert bar.dropped_y + bar.dropped_height == pytest.approx(bar.moved_y)
+
+
+def test_no_bar_left_of_a_tried_threshold_is_painted_kept(catalog, out):
+    config = reader.read_config(out)
+    wanted = whatif.change_config(config, {"min_iou": 0.75})
+    change, _ = whatif.compare(catalog, "sa1b", config, wanted)
+    read = charts.read_distributions(catalog, "sa1b", config, wanted, change.moves)
+    [shown] = [each for each in read if each.name == "iou"]
+    drawn = charts.draw_chart(shown)
+    left = [bar for bar in drawn.bars if bar.x + bar.width <= 0.75 * charts.WIDTH]
+    assert any(bar.moved_height for bar in left) and not any(bar.kept_height for bar in left)
+    assert "would change sides" in drawn.description and any("would be lost" in bar.tooltip for bar in left)
+
+
+def test_thresholds_now_and_tried_are_both_drawn_and_say_which_they_are(catalog, out):
+    config = reader.read_config(out)
+    wanted = whatif.change_config(config, {"min_iou": 0.75, "text.max_words": 8})
+    read = charts.read_distributions(catalog, "sa1b", config, wanted)
+    shown = {each.name: charts.draw_chart(each).lines for each in read}
+    assert [(mark.text, mark.x / charts.WIDTH) for mark in shown["iou"]] == [
+        ("now min_iou 0.5", pytest.approx(0.5)),
+        ("tried min_iou 0.75", pytest.approx(0.75)),
+    ]
+    words = {mark.text: mark for mark in shown["num_words"]}
+    assert "tried text.max_words 8" in words and "tried text.min_words 5" not in words
+    [now] = [mark for text, mark in words.items() if text.startswith("now text.max_words")]
+    assert now.outside and now.x == charts.WIDTH and now.text.endswith("→"), "beyond the longest caption"
 
 
 def test_a_curve_leaves_out_what_cannot_be_drawn():
