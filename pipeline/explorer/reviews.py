@@ -136,6 +136,12 @@ class Reviews:
                 reviews[(*review[:3], reviewer)] = review
             self._write(sorted(reviews.values()))
 
+    def last_of(self, reviewer: str) -> Review | None:
+        """What a reviewer said last, of the regions that the corpus still has."""
+        own = [each for each in self.read_all() if each.reviewer == reviewer]
+        present = self._present_decisions(own)
+        return max((each for each in own if each[:3] in present), key=lambda each: each.time_s, default=None)
+
     def precision(self) -> tuple[list[Precision], int]:
         """The precision by subset and decision, and the number of void reviews.
 

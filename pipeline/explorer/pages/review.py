@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from ....schemas.errors import ConfigError
 from ..context import CurrentExplorer
 from ..query import MEASURES, Query
-from ..reviews import KEPT, list_decisions
+from ..reviews import KEPT, decision_of, list_decisions
 from .image import REVIEWER, draw_regions
 
 _Answer = TypeVar("_Answer", bound=Response)
@@ -23,19 +23,33 @@ router = APIRouter()
 
 @router.get("/review")
 def show_next(
-    request: Request, explorer: CurrentExplorer, subset: str = "", decision: str = KEPT, skip: str = "0"
+    request: Request,
+    explorer: CurrentExplorer,
+    subset: str = "",
+    decision: str = KEPT,
+    skip: str = "0",
+    key: str = "",
+    region: int = -1,
 ) -> HTMLResponse:
+    """The next region of a decision; or the one that `key` and `region` name, with its review."""
     catalog, reviews = explorer.catalog, explorer.reviews
     subset = subset or catalog.subsets()[0]
     catalog.check_subset(subset)
     num_skipped = int(skip) if skip.isdecimal() and len(skip) < 7 else 0
     reviewer = reviewer_of(request)
     found = reviews.next_unreviewed(subset, decision, num_skipped, reviewer)
-    row, drawn = None, {}
-    if found is not None:
-        key, region = found
-        row = next(row for row in catalog.image(subset, key) if row["region"] == region)
+    shown = (key, region) if key else found
+    num_passed = num_skipped + (shown == found)  # one that was asked for is none of those to skip
+    row, drawn, review = None, {}, None
+    if shown is not None:
+        key, region = shown
+        row = next((row for row in catalog.image(subset, key) if row["region"] == region), None)
+        if row is None:
+            raise ConfigError(f"{subset}/{key}: no region {region}")
+        decision = decision_of(row)
         drawn = draw_regions(catalog.out, [row])
+        own = reviews.of_image(subset, key).get(region, [])
+        review = next((each for each in own if each.reviewer == reviewer), None)
     precisions, num_void = reviews.precision()
     page = explorer.html(
         "review.html",
@@ -46,6 +60,9 @@ def show_next(
         row=row,
         **drawn,
         skip=num_skipped,
+        num_passed=num_passed,
+        review=review,
+        last=reviews.last_of(reviewer),
         precisions=precisions,
         num_void=num_void,
         measures=MEASURES,
@@ -93,8 +110,9 @@ def save_review(
 ) -> Response:
     """Save or remove the review of a region.
 
-    `back` is the page to show then, "" for none: "image", with the `query` that led to it, or a
-    decision to go on with, still passing over the `skip` regions that were skipped.
+    `back` is the page to show then, "" for none: "image", with the `query` that led to it; "again" for the
+    region itself on the Review page; or a decision to go on with, still passing over the `skip` regions that
+    were skipped.
     """
     if right not in _RIGHT:
         raise ConfigError("a review is right, wrong or none")
@@ -106,6 +124,10 @@ def save_review(
         asked = Query.parse(dict(parse_qsl(query))).url()
         page = f"/image/{quote(subset, safe='')}/{quote(key, safe='')}" + (f"?{asked}" if asked else "")
     else:
-        skipped = {"skip": skip} if skip.isdecimal() and len(skip) < 7 and int(skip) else {}
-        page = f"/review?{urlencode({'subset': subset, 'decision': back, **skipped})}"
+        asked = {"subset": subset} | (
+            {"key": key, "region": region} if back == "again" else {"decision": back}
+        )
+        if skip.isdecimal() and len(skip) < 7 and int(skip):
+            asked["skip"] = skip
+        page = f"/review?{urlencode(asked)}"
     return remember_reviewer(RedirectResponse(page, 303), reviewer)

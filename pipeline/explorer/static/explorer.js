@@ -144,6 +144,9 @@ function whatif() {
 function review() {
   const form = one("form.filters");
   form.elements.subset.addEventListener("change", () => { form.elements.decision.value = "kept"; form.submit(); });
+  // So the browser's Back shows the region that was reviewed here, and not the next one.
+  const here = one("[data-here]");
+  if (here) history.replaceState(null, "", here.dataset.here);
   const box = one("[data-predict]");
   box?.addEventListener("change", () => predict(box, box.checked));
   document.addEventListener("keydown", (event) => {
@@ -151,6 +154,7 @@ function review() {
     const word = { r: "right", w: "wrong" }[event.key];
     if (word) one(`form.reviews button[value=${word}]`)?.click();
     if (event.key === "s") follow("next");
+    if (event.key === "u") one("form.undo button")?.click();
     if (event.key === "x") one(".mask")?.classList.toggle("off");
     if (event.key === "p" && box) predict(box, !box.checked);
   });

@@ -16,7 +16,7 @@ PAGES = [
     "/browse",
     "/browse?outcome=dropped&sort=-iou",
     HOSTILE_IMAGE,
-    "/whatif?min_iou=0.7",
+    "/whatif?min_iou=0.7&text.max_words=8",
     "/review",
     "/train",
 ]
@@ -165,11 +165,46 @@ def test_what_if_counts_follow_the_slider(page, catalog, out):
     assert row.locator("[data-lost]").inner_text() == str(wanted.lost) != "0"
     assert row.locator("[data-then]").inner_text() == str(wanted.then)
     assert "min_iou=0.7" in page.url
-    assert page.locator("#result .threshold-text", has_text="min_iou 0.7").is_visible()
+    assert page.locator("#result .threshold-text", has_text="tried min_iou 0.7").is_visible()
+    assert page.locator("#result .threshold-text", has_text="now min_iou 0.5").is_visible()
+    assert (
+        page.locator("#result .threshold.now").count()
+        == page.locator("#result .threshold.tried").count()
+        == 1
+    )
+    assert page.get_by_text("would change sides", exact=True).is_visible()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Copy").click()
     page.get_by_role("button", name="Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == "min_iou: 0.7"
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_labels_of_thresholds_do_not_overlap_in_a_chart(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto("/whatif?min_iou=0.55&text.min_words=4&text.max_words=8&text.max_repeat_share=0.42")
+    boxes = page.evaluate(
+        """() => [...document.querySelectorAll("#result .chart svg")].map((chart) =>
+            [...chart.querySelectorAll(".threshold-text")].map((e) => e.getBBox())
+                .map((box) => [box.x, box.y, box.width, box.height]))"""
+    )
+    assert max(map(len, boxes)) == 4
+    for chart in boxes:
+        for number, (x, y, across, _) in enumerate(chart):
+            assert -4 <= x and x + across <= 424
+            for other_x, other_y, other_across, _ in chart[:number]:
+                assert y != other_y or x + across <= other_x or other_x + other_across <= x
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_review_page_fits_the_screen_with_a_precision_and_a_review_to_take_back(page, width):
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto("/review?subset=coconut&decision=verify_category/category_wrong")
+    with page.expect_navigation():
+        page.keyboard.press("r")
+    assert page.get_by_role("button", name="Take back").is_visible()
+    assert page.get_by_role("region", name="Precision").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_reviewing_with_keys_gives_a_precision(page):
@@ -185,6 +220,30 @@ def test_reviewing_with_keys_gives_a_precision(page):
     with page.expect_navigation():
         page.keyboard.press("s")
     assert shown
+
+
+def test_a_slip_of_the_finger_is_taken_back_with_a_key_and_by_going_back(page):
+    place = "[...document.querySelectorAll('.reviews input')].slice(0, 3).map((e) => e.value).join()"
+    page.goto("/review?subset=sa1b&decision=agree_with_segmenter/iou_low")
+    first = page.evaluate(place)
+    with page.expect_navigation():
+        page.keyboard.press("w")
+    second = page.evaluate(place)
+    assert second != first
+    with page.expect_navigation():
+        page.keyboard.press("u")
+    assert page.evaluate(place) == first and page.locator("[aria-pressed=true]").count() == 0
+    with page.expect_navigation():
+        page.keyboard.press("w")
+    page.go_back()
+    page.locator(".reviews").wait_for()
+    assert page.evaluate(place) == first
+    with page.expect_navigation():
+        page.keyboard.press("r")
+    assert page.evaluate(place) == second
+    with page.expect_navigation():
+        page.get_by_role("button", name="Take back").click()
+    assert page.evaluate(place) == first
 
 
 def test_a_review_of_a_region_is_saved_and_removed(page):
