@@ -170,7 +170,9 @@ def test_duckdb_joins_the_index_with_the_ledgers(out):
     sql = f"""SELECT count(*) FROM read_parquet('{out}/index.parquet') AS i
         JOIN read_parquet('{out}/*/ledger/*.parquet', union_by_name=true) AS l USING (subset, key, region)
         WHERE l.kept AND l.caption = i.caption"""
-    assert duckdb.sql(sql).fetchall() == [(reader.read_summary(out).kept,)]
+    found = duckdb.sql(sql)
+    assert found is not None
+    assert found.fetchall() == [(reader.read_summary(out).kept,)]
 
 
 def test_coco_follows_the_rules_that_fiftyones_importer_reads_by(out, tmp_path):

@@ -71,8 +71,9 @@ def walk(catalog: Catalog, query: Query, limit: int = 7) -> list:
     pages = [catalog.page(query, limit=limit)]
     while pages[-1].after:
         edge = pages[-1].images[-1]
-        assert catalog.find_place(edge.cursor)[:5] == (*edge[:4], 0)
-        pages.append(catalog.page(query, after=catalog.find_place(edge.cursor), limit=limit))
+        place = catalog.find_place(edge.cursor)
+        assert place is not None and place[:5] == (*edge[:4], 0)
+        pages.append(catalog.page(query, after=place, limit=limit))
         back = catalog.page(query, before=catalog.find_place(pages[-1].images[0].cursor), limit=limit)
         assert back.images == pages[-2].images and back.before == (len(pages) > 2)
     return [place for page in pages for place in page.images]
