@@ -29,8 +29,8 @@ def train_captioner(
         wait: wait until all corpora are built. Otherwise the run trains on the units that are committed.
 
     Returns:
-        `steps` and `skipped` (numbers of steps), `model` (the path of its folder), and `evaluation` if the
-        configuration has one.
+        `steps` and `skipped` (numbers of steps), `model` (the path of its folder), `left_out` (number of
+        images that were not trained on, by reason), and `evaluation` if the configuration has one.
     """
     if wait:
         wait_for_corpora(config)
@@ -64,7 +64,7 @@ def train(config: TrainConfig, ray_address: str | None) -> dict[str, Any]:
 
     ray_data.check_address(ray_address)
     outcome = ray_train.train(config, ray_address, callbacks.on_training_step.get())
-    return {"steps": outcome.steps, "skipped": outcome.skipped, "model": str(outcome.model)}
+    return outcome._asdict() | {"model": str(outcome.model)}
 
 
 @step

@@ -129,6 +129,11 @@ class DataOptions(Strict):
         "regions, conversations) is left out by `skip`, counted over all ranks; null sets no limit. An epoch "
         "of which everything is left out stops the run in any case.",
     )
+    benchmark_photos: Literal["leave_out", "keep"] = Field(
+        default="leave_out",
+        description="`leave_out` does not train on the photos of ParaDLC-Bench and DLC-Bench, which are of "
+        "COCO and Objects365: a benchmark does not measure a model that has seen them. `keep` does.",
+    )
     max_pixels: PositiveInt = Field(
         default=200_000_000, description="Most pixels of a photo, as a guard against decompression bombs."
     )

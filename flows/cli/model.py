@@ -91,6 +91,8 @@ def train(
     ray_data.check_address(ray_address)
     done = launch.train(loaded, ray_address, wait, TrainingView(loaded.log.every).show)
     print(f"{done['steps']:,} steps, {done['skipped']:,} of them skipped: {done['model']}")
+    for reason, number in done["left_out"].items():
+        print(f"left out of training: {number:,} images ({reason.replace('_', ' ')})")
     if found := done.get("evaluation"):
         print(
             f"{found['regions']:,} regions of {found['images']:,} images: {Path(loaded.out) / 'evaluation'}"

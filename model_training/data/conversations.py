@@ -27,6 +27,7 @@ from ..model import tiling
 from ..model.attention import SHARED
 from ..model.batch import Example
 from ..model.processor import ANSWER, HEAD
+from . import left_out
 from .corpus import token_lists, tokenizer_digest, views_of
 from .table import Table, TableWriter, cached_folder
 
@@ -66,6 +67,20 @@ class Record(msgspec.Struct):
     image: str | None = None
 
 
+class Given(NamedTuple):
+    """A record as its file has it.
+
+    Attributes:
+        record: the conversation.
+        photo: the bytes of its photo if they are embedded, else empty.
+        name: of the photo's file; "" if it is not known.
+    """
+
+    record: Record
+    photo: bytes
+    name: str
+
+
 class ConversationTokens(NamedTuple):
     """A conversation as tokens.
 
@@ -95,6 +110,11 @@ class Conversations:
     def fingerprint(self) -> str:
         """Identifies the items: it changes when they do."""
         return self.table.about["digest"]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Number of conversations that are not trained on because of their photo, by reason."""
+        return self.table.about.get("left_out", {})
 
     def lengths(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of items before and from the first answer on: (N,) int64 each, the same in all passes."""
@@ -135,7 +155,7 @@ class Conversations:
 
 
 def open_conversations(
-    source: ConversationSource, processor: PerceptionDLMProcessor, cache: Path
+    source: ConversationSource, processor: PerceptionDLMProcessor, cache: Path, keep_benchmarks: bool = False
 ) -> Conversations:
     """Open a file of conversations through its table in the cache, which is written if it is missing.
 
@@ -143,6 +163,7 @@ def open_conversations(
         source: the file, and the folder of its photos.
         processor: the model's processor.
         cache: local folder of the tables.
+        keep_benchmarks: train on the photos of benchmarks too.
 
     Raises:
         ConfigError: the file is missing, or its form is unknown.
@@ -156,8 +177,13 @@ def open_conversations(
     config = processor.config
     facts = (_VERSION, source.path, source.images, version, tokenizer_digest(processor))
     facts += (config.tile_px, config.tokens_per_tile, config.max_tiles)
+    facts += () if keep_benchmarks else (left_out.BENCHMARK_PHOTOS, left_out.list_digest())
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    folder = cached_folder(cache, f"conversations-{name}", lambda folder: _write(folder, source, processor))
+
+    def write(folder: Path) -> None:
+        _write(folder, source, processor, keep_benchmarks)
+
+    folder = cached_folder(cache, f"conversations-{name}", write)
     return Conversations(Table(folder, _ROW), source)
 
 
@@ -251,37 +277,52 @@ def _path(source: ConversationSource, record: Record) -> str:
     return f"{source.images.rstrip('/')}/{name}" if source.images else name
 
 
-def _write(folder: Path, source: ConversationSource, processor: PerceptionDLMProcessor) -> None:
-    writer, digest = TableWriter(folder), hashlib.sha256()
+def _write(
+    folder: Path, source: ConversationSource, processor: PerceptionDLMProcessor, keep_benchmarks: bool
+) -> None:
+    writer, digest, omitted = TableWriter(folder), hashlib.sha256(), 0
     records = _records(source)
     most = tiling.num_views((processor.config.max_tiles, 1))
     with ThreadPoolExecutor(_PROBES) as pool:
         while some := list(itertools.islice(records, _AT_ONCE)):
-            sizes = list(pool.map(lambda each: _size(source, *each), some))
+            sizes = list(pool.map(lambda each: _size(source, each.record, each.photo), some))
+            if not keep_benchmarks:
+                stays = [not _of_benchmark(*pair) for pair in zip(some, sizes, strict=True)]
+                omitted += stays.count(False)
+                some, sizes = list(itertools.compress(some, stays)), list(itertools.compress(sizes, stays))
             known = np.array([size for size in sizes if size], np.int64).reshape(-1, 2)
             views = iter(views_of(known, processor).tolist() if len(known) else [])
             counts = [next(views) if size else most for size in sizes]
             rows = _rows(some, counts, processor, writer)
-            digest.update(rows.tobytes() + b"".join(msgspec.json.encode(record) for record, _ in some))
+            digest.update(rows.tobytes() + b"".join(msgspec.json.encode(each.record) for each in some))
             writer.add(rows)
+    counted = {left_out.BENCHMARK_PHOTOS: omitted} if omitted else {}
+    if not writer.num_rows and omitted:
+        raise ConfigError(f"{source.path}: nothing is left to train on: {left_out.said(counted)}")
     if not writer.num_rows:
         raise ConfigError(f"{source.path}: the file has no conversation; name another one")
-    writer.close({"digest": digest.hexdigest()})
+    writer.close({"digest": digest.hexdigest()} | ({"left_out": counted} if counted else {}))
+
+
+def _of_benchmark(given: Given, size: tuple[int, int] | None) -> bool:
+    """Whether a conversation is about a photo of a benchmark, by the name of its file and by its id."""
+    has_photo = bool(given.photo or given.record.image)
+    return has_photo and left_out.is_benchmark(given.name, size or (None, None), given.record.id)
 
 
 def _rows(
-    records: list[tuple[Record, bytes]],
+    records: list[Given],
     views: list[int],
     processor: PerceptionDLMProcessor,
     writer: TableWriter,
 ) -> np.ndarray:
     texts = [
-        part for record, _ in records for turn in record.conversations for part in turn.value.split(IMAGE)
+        part for each in records for turn in each.record.conversations for part in turn.value.split(IMAGE)
     ]
     texts = list({text: None for text in [*texts, ""]})
     tokens = dict(zip(texts, token_lists(processor, texts), strict=True))
     rows = np.zeros(len(records), _ROW)
-    for row, (record, photo), count in zip(rows, records, views, strict=True):
+    for row, (record, photo, _), count in zip(rows, records, views, strict=True):
         try:
             made = tokenize_conversation(record, count, processor, tokens.__getitem__, "")
             row["prefix"], row["answer"] = len(made.prefix), len(made.answer)
@@ -307,8 +348,8 @@ def _size(source: ConversationSource, record: Record, photo: bytes) -> tuple[int
         return None
 
 
-def _records(source: ConversationSource) -> Iterator[tuple[Record, bytes]]:
-    """Every record with its embedded photo, empty if it has none."""
+def _records(source: ConversationSource) -> Iterator[Given]:
+    """Every record in order."""
     read = {".json": _from_json, ".jsonl": _from_lines, ".parquet": _from_parquet}
     ending = Path(source.path).suffix.lower()
     if ending not in read:
@@ -321,19 +362,19 @@ def _records(source: ConversationSource) -> Iterator[tuple[Record, bytes]]:
         raise ConfigError(f"{source.path}: after record {number}: {error}; correct the file there") from error
 
 
-def _from_json(path: str) -> Iterator[tuple[Record, bytes]]:
+def _from_json(path: str) -> Iterator[Given]:
     for raw in msgspec.json.decode(files.read(Blob(path)), type=list[msgspec.Raw]):
-        yield msgspec.json.decode(raw, type=Record), b""
+        yield _beside(msgspec.json.decode(raw, type=Record))
 
 
-def _from_lines(path: str) -> Iterator[tuple[Record, bytes]]:
+def _from_lines(path: str) -> Iterator[Given]:
     with files.open_url(path, 8 << 20) as file:
         for line in file:
             if line.strip():
-                yield msgspec.json.decode(line, type=Record), b""
+                yield _beside(msgspec.json.decode(line, type=Record))
 
 
-def _from_parquet(path: str) -> Iterator[tuple[Record, bytes]]:
+def _from_parquet(path: str) -> Iterator[Given]:
     table = TableFile(path)
     columns = [name for name in ("id", "image", "conversations") if name in table.names]
     for group in table.row_groups(columns):
@@ -342,10 +383,16 @@ def _from_parquet(path: str) -> Iterator[tuple[Record, bytes]]:
                 yield _from_row(row)
 
 
-def _from_row(row: dict[str, Any]) -> tuple[Record, bytes]:
+def _from_row(row: dict[str, Any]) -> Given:
     image, turns = row.pop("image", None), row["conversations"]
     if isinstance(turns, str):
         row["conversations"] = msgspec.json.decode(turns)
     photo = image.get("bytes") if isinstance(image, dict) else image if isinstance(image, bytes) else None
     path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-    return msgspec.convert({**row, "image": None if photo else path}, Record), photo or b""
+    record = msgspec.convert({**row, "image": None if photo else path}, Record)
+    return Given(record, photo or b"", path or "")
+
+
+def _beside(record: Record) -> Given:
+    """A record whose photo is a file of its own."""
+    return Given(record, b"", record.image or "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from ...schemas.manifest import Manifest
 from ...schemas.sample import Sample
 from ...schemas.training import CorpusSource, DataOptions
 from ..model import tiling
+from . import left_out
 from .order import even_groups, keys_of, num_groups, varied_groups
 from .table import Table, TableWriter, cached_folder
 
@@ -35,6 +37,7 @@ _log = logging.getLogger(__name__)
 _VERSION = 1
 _OFFSETS = ("photo_offset", "photo_length", "json_offset", "json_length")
 _COLUMNS = ["subset", "unit", "key", "caption", "image_width", "image_height", "shard", *_OFFSETS]
+_COLUMNS += [left_out.FILE_NAME]
 _IMAGE = np.dtype(
     [
         ("shard", "u4"),
@@ -99,6 +102,11 @@ class TrainingCorpus:
     def fingerprint(self) -> str:
         """Identifies the items: it changes when they do."""
         return self.table.folder.name
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Number of images with kept regions that are not trained on, by reason."""
+        return self.table.about.get("left_out", {})
 
     def groups(self, items: np.ndarray, passes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The groups that items are in some passes over the corpus. A group may be empty.
@@ -207,13 +215,24 @@ def open_training_corpus(
             f"{source.corpus}: nothing of {', '.join(absent)} is committed; it has {', '.join(committed)}"
         )
     digests = {name: corpus.digest(name) for name in sorted(source.subsets or committed)}
+    current = corpus.index_is_current(digests)
+    columns = _COLUMNS
+    if current and not left_out.has_file_names(corpus):
+        columns = [each for each in _COLUMNS if each != left_out.FILE_NAME]
+    looked_at = [each for each in columns if each in ("subset", *left_out.COLUMNS, left_out.FILE_NAME)]
+    tables = (table for _, table in _kept_regions(corpus, list(digests), current, looked_at))
+    rules = left_out.rules_of(options, digests, tables, cache)
     config = processor.config
     facts = [_VERSION, repr(sorted(digests.items())), config.tile_px, config.max_tiles]
-    facts += [options.regions_per_group, tokenizer_digest(processor)]
+    facts += [options.regions_per_group, tokenizer_digest(processor), *rules.facts()]
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def write(folder: Path) -> None:
-        _write_table(folder, corpus, digests, processor, options)
+        if not current:
+            warning = "no index of these manifests, so the ledgers are read; `paracaption merge` writes one"
+            _log.warning("%s: %s", corpus.path, warning)
+        parts = _kept_regions(corpus, list(digests), current, columns)
+        _write_table(folder, corpus, parts, rules, processor, options)
 
     folder = cached_folder(cache, f"corpus-{name}", write)
     return TrainingCorpus(Table(folder, _IMAGE), corpus.path, options, seed, processor)
@@ -257,22 +276,23 @@ def token_lists(processor: PerceptionDLMProcessor, texts: list[str]) -> list[lis
 def _write_table(
     folder: Path,
     corpus: reader.Corpus,
-    digests: dict[str, str],
+    parts: Iterator[tuple[_Units, pa.Table]],
+    rules: left_out.Rules,
     processor: PerceptionDLMProcessor,
     options: DataOptions,
 ) -> None:
-    current = corpus.index_is_current(digests)
-    if not current:
-        warning = "no index of these manifests, so the ledgers are read; `paracaption merge` writes one"
-        _log.warning("%s: %s", corpus.path, warning)
     shards: list[str] = []
-    writer, seen = TableWriter(folder), 0
+    writer, seen, omitted = TableWriter(folder), 0, Counter[str]()
     with open(folder / "item_image.bin", "xb") as images, open(folder / "item_group.bin", "xb") as groups:
-        for units, table in _kept_regions(corpus, list(digests), current):
-            _compare(corpus, table, units)
-            rows, firsts = _images(table, processor, writer)
+        for units, whole in parts:
+            _compare(corpus, whole, units)
             numbers = {unit.name: len(shards) + number for number, (unit, _) in enumerate(units)}
             shards += [f"{unit.subset}/{each.shard.path}" for unit, each in units if each.shard]
+            table, reasons = left_out.apply(rules, whole)
+            omitted.update(reasons)
+            if not table.num_rows:
+                continue
+            rows, firsts = _images(table, processor, writer)
             rows["shard"] = [numbers[name] for name in table["unit"].take(firsts).to_pylist()]
             counts = num_groups(rows["regions"], options.regions_per_group)
             np.repeat(np.arange(len(rows), dtype=np.uint32) + np.uint32(writer.num_rows), counts).tofile(
@@ -282,16 +302,18 @@ def _write_table(
             (np.arange(counts.sum()) - starts).astype(np.uint16).tofile(groups)
             writer.add(rows)
             seen += table.num_rows
+    if not seen and omitted:
+        raise ConfigError(f"{corpus.path}: nothing is left to train on: {left_out.said(omitted)}")
     if not seen:
         raise ConfigError(f"{corpus.path}: no region was kept; there is nothing to train on")
-    writer.close({"shards": shards, "regions": seen})
+    writer.close({"shards": shards, "regions": seen} | ({"left_out": omitted} if omitted else {}))
 
 
 _Units = list[tuple[reader.Unit, Manifest]]
 
 
 def _kept_regions(
-    corpus: reader.Corpus, subsets: list[str], from_index: bool
+    corpus: reader.Corpus, subsets: list[str], from_index: bool, columns: list[str]
 ) -> Iterator[tuple[_Units, pa.Table]]:
     """Rows of kept regions in the index's order, some whole units at a time, with these units' manifests."""
     import pyarrow as pa
@@ -299,10 +321,10 @@ def _kept_regions(
     units = ((unit, each) for subset in subsets for unit, each in corpus.manifests(subset) if each.kept)
     if not from_index:
         for unit, manifest in units:
-            table = reader.read_ledger(unit.ledger, [*_COLUMNS, "kept"])
+            table = reader.read_ledger(unit.ledger, [*columns, "kept"])
             yield [(unit, manifest)], table.filter(table["kept"]).combine_chunks()
         return
-    for table in corpus.index(_COLUMNS):
+    for table in corpus.index(columns):
         table = table.filter(pa.array(np.isin(table["subset"].to_numpy(), subsets))).combine_chunks()
         if table.num_rows:
             yield list(islice(units, len(table["unit"].unique()))), table
@@ -315,8 +337,7 @@ def _images(
     table: pa.Table, processor: PerceptionDLMProcessor, writer: TableWriter
 ) -> tuple[np.ndarray, np.ndarray]:
     """From a table with a row per region, the rows of the images, and in which row each image starts."""
-    units, keys = table["unit"].to_numpy(), table["key"].to_numpy()
-    firsts = np.flatnonzero(np.append(True, (units[1:] != units[:-1]) | (keys[1:] != keys[:-1])))
+    firsts, keys = left_out.first_rows(table), table["key"].to_numpy()
     rows = np.zeros(len(firsts), _IMAGE)
     rows["regions"] = np.diff(np.append(firsts, table.num_rows))
     tokens = [len(ids) for ids in token_lists(processor, table["caption"].to_pylist())]

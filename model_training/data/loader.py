@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.training import ConversationSource, CorpusSource, DataOptions
+from . import left_out
 from .conversations import open_conversations
 from .corpus import open_training_corpus
 from .epoch_plan import EpochPlan, Mixture, Pick, count_batches
@@ -40,6 +41,7 @@ class Loader:
         epoch: index of the current epoch (0, 1, ...).
         position: number of batches of the epoch that all ranks have had together.
         skipped: number of samples and captions that this rank has left out since it was made, by reason.
+        left_out: of each source in order, how many of its images are not trained on, by reason.
         fingerprint: identifies the data and their order; trainers compare it over the ranks at the start.
     """
 
@@ -78,9 +80,10 @@ class Loader:
         opened = [
             open_training_corpus(source, processor, options, seed, self.cache)
             if isinstance(source, CorpusSource)
-            else open_conversations(source, processor, self.cache)
+            else open_conversations(source, processor, self.cache, options.benchmark_photos == "keep")
             for source in sources
         ]
+        self.left_out = [each.left_out for each in opened]
         self.options, self.rank, self.world_size = options, rank, world_size
         self.pin_memory, self.start_method = pin_memory, start_method
         self.mixture = Mixture(opened, [source.weight for source in sources], seed)
@@ -137,7 +140,8 @@ class Loader:
         if state["data"] != self.fingerprint:
             raise IntegrityError(
                 f"the checkpoint's data are {state['data']}, these {self.fingerprint}: sources, seed or "
-                "batches have changed, so samples would come twice or never; start a new run from its weights"
+                "batches have changed, so samples would come twice or never; start a new run from its "
+                f"weights{left_out.advice(self.left_out)}"
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 

@@ -92,7 +92,7 @@ def _fit_on_ray(config: TrainConfig) -> Outcome:
         raise _FINAL[result["kind"]](result["error"])
     from .trainer import Outcome
 
-    return Outcome(result["steps"], result["skipped"], Path(result["model"]))
+    return Outcome(**result | {"model": Path(result["model"])})
 
 
 def _work(loop: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _work(loop: dict[str, Any]) -> dict[str, Any]:
         )
     except tuple(_FINAL.values()) as error:  # returned, since Ray retries what is raised
         return {"error": str(error), "kind": type(error).__name__}
-    return {"steps": done.steps, "skipped": done.skipped, "model": str(done.model)}
+    return done._asdict() | {"model": str(done.model)}
 
 
 def _cause(error: Exception, config: TrainConfig) -> ParaCaptionError:

@@ -9,6 +9,7 @@ step), so that neither a resume nor the number of ranks changes what is drawn fo
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import statistics
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from ...pipeline.io import files
 from ...schemas.errors import ConfigError, Diverged, StageFailed
-from ...schemas.training import Spike, TrainConfig
-from ..data import FILLER, Loader, TrainBatch
+from ...schemas.training import CorpusSource, Spike, TrainConfig
+from ..data import FILLER, Loader, TrainBatch, left_out
 from ..data.order import key_of
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
@@ -42,15 +43,25 @@ _log = logging.getLogger(__name__)
 NO_EXAMPLE = "no example: all of its items were left out"
 """Why a step is not taken whose batches are fillers only: its gradient of 0 would still move the weights."""
 
+LEFT_OUT = "left_out.json"
+"""How many images of the sources are not trained on, by reason."""
+
 Report = Callable[[dict[str, Any]], None]
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: the number of its steps, how many of them were skipped, and the model's folder."""
+    """What a run leaves.
+
+    Attributes:
+        steps, skipped: number of steps, and how many of them were skipped.
+        model: the model's folder.
+        left_out: how many images of all sources were not trained on, by reason.
+    """
 
     steps: int
     skipped: int
     model: Path
+    left_out: dict[str, int]
 
 
 class Run:
@@ -164,7 +175,7 @@ def fit(config: TrainConfig, rank: int = 0, world_size: int = 1, report: Report 
             _train(run, logger, report)
         run.checkpoints.finish()
         folder = export_model(run.model, run.processor, run.ema, config, group)
-        return Outcome(run.step, run.skipped, folder)
+        return Outcome(run.step, run.skipped, folder, left_out.total(run.loader.left_out))
     finally:
         run.close()
         group.close()
@@ -337,6 +348,10 @@ def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, group: D
     )
     if len(found := set(group.all_gather(loader.fingerprint))) > 1:
         raise StageFailed(f"the ranks do not see the same data: {', '.join(sorted(found))}")
+    for source, counts in zip(sources, loader.left_out, strict=True):
+        if counts and group.rank == 0:
+            path = source.corpus if isinstance(source, CorpusSource) else source.path
+            _log.warning("%s: left out of training: %s", path, left_out.said(counts))
     return loader
 
 
@@ -363,6 +378,8 @@ def _open_logger(run: Run) -> MetricsLogger:
     logger = MetricsLogger(run.folder, run.config, run.step)
     with files.write_atomic(run.folder / "config.yaml") as file:
         file.write(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False).encode())
+    with files.write_atomic(run.folder / LEFT_OUT) as file:
+        file.write(json.dumps(left_out.total(run.loader.left_out)).encode() + b"\n")
     return logger
 
 

@@ -1,7 +1,8 @@
 """A training run for the browser: its curves and sample captions, read from the files that it writes.
 
-`metrics.jsonl` has a line per step, `evaluation/captions.jsonl` one per image, and `evaluation/pictures/`
-some images with their captions drawn. Each may be missing, or end in a line that is not complete.
+`metrics.jsonl` has a line per step, `left_out.json` the numbers of images that are not trained on,
+`evaluation/captions.jsonl` a line per image, and `evaluation/pictures/` some images with their captions
+drawn. Each may be missing, or end in a line that is not complete.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ...schemas.errors import ConfigError
 from .charts import Curve, draw_curve
 
 METRICS = "metrics.jsonl"
+LEFT_OUT = "left_out.json"
 CAPTIONS = "evaluation/captions.jsonl"
 SUMMARY = "evaluation/summary.json"
 PICTURES = "evaluation/pictures"
@@ -38,6 +40,7 @@ class TrainingRun(NamedTuple):
 
     Attributes:
         steps: (done, planned); planned is None if the run does not say.
+        left_out: number of images that are not trained on, by reason.
         last: the numbers of its last step.
         curves: one for each number that the run reports.
         summary: the numbers of the evaluation, by name.
@@ -46,6 +49,7 @@ class TrainingRun(NamedTuple):
     """
 
     steps: tuple[int, int | None]
+    left_out: dict[str, int]
     last: dict[str, Any]
     curves: list[Curve]
     summary: dict[str, Any]
@@ -65,8 +69,10 @@ def read_run(folder: Path) -> TrainingRun:
     last = records[-1] if records else {}
     planned = last.get("steps")
     summary = next(_records(folder / SUMMARY, whole=True), {})
+    omitted = next(_records(folder / LEFT_OUT, whole=True), {})
     return TrainingRun(
         steps=(int(last.get("step", 0)), planned if isinstance(planned, int) else None),
+        left_out={name: n for name, n in omitted.items() if isinstance(n, int)},
         last=last,
         curves=_curves(records),
         summary=summary,

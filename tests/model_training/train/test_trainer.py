@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
+from paracaption.model_training.data import left_out
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.train import build, loss, metrics, trainer
@@ -106,6 +107,20 @@ def regions_of(name: str) -> list[str]:
 
 
 # Parts and rates.
+
+
+def test_photos_of_benchmarks_are_left_out_and_log_outcome_and_folder_say_how_many(
+    corpus, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(left_out, "list_digest", lambda: "another list")
+    monkeypatch.setattr(left_out, "is_benchmark", lambda name, *_: name < "train-0-000057")
+    config = config_of(tmp_path / "run", corpus, steps=None, epochs=1, log={"samples": True})
+    outcome = fit(config)
+    assert outcome.left_out == {"benchmark_photos": 57}
+    assert json.loads((tmp_path / "run/left_out.json").read_text()) == outcome.left_out
+    assert f"{corpus}: left out of training: 57 photos of ParaDLC-Bench or DLC-Bench" in caplog.text
+    names = [name for record in metrics.read_metrics(tmp_path / "run") for name in record["samples"]]
+    assert {name.partition("#")[0] for name in names} == {f"coconut/train-0-{n:06d}" for n in (57, 58, 59)}
 
 
 def test_frozen_parts_do_not_move(corpus, tmp_path):

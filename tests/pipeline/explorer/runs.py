@@ -23,6 +23,7 @@ def write(folder: Path) -> Path:
         record |= {"ce_0.8": 5.0, "ce_1.0": 6.0, "lr_vision": 1e-4, "lr_language": 2e-4, "steps": 1000}
         lines.append(json.dumps(record | ({"loss": "nan"} if step == 250 else {})))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 501, "lo')
+    (folder / "left_out.json").write_text('{"benchmark_photos": 3}')
     regions = [{"source": "0", "caption": HOSTILE, "corpus_caption": "A cup."}]
     record = {"image": "/somewhere/photo.jpg", "regions": regions, "forwards": 3, "tokens": 9, "seconds": 0.1}
     (folder / "evaluation" / "captions.jsonl").write_text(json.dumps(record) + "\n")

@@ -169,6 +169,7 @@ def test_the_run_page_reads_what_a_run_writes(client, run):
     assert found.samples[0].regions == [("0", corpus.HOSTILE, "A cup.")]
     page = client.get("/train").text
     assert "step 500 of 1,000" in page and "exact" in page
+    assert "Left out of training: 3 images (benchmark photos)." in page
     assert client.get("/train/picture/0").headers["content-type"] == "image/jpeg"
 
 

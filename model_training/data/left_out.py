@@ -1,0 +1,170 @@
+"""Which images of a corpus are not trained on: photos of benchmarks, by file name."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...pipeline.corpus import reader
+from ...pipeline.io import benchmark_photos, files
+from .table import cached_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ...schemas.training import DataOptions
+
+BENCHMARK_PHOTOS = "benchmark_photos"
+"""Why images are left out: they are photos of ParaDLC-Bench or DLC-Bench."""
+
+COLUMNS = ["unit", "key", "image_width", "image_height"]
+FILE_NAME = "file_name"
+
+_WORDS = {BENCHMARK_PHOTOS: "of ParaDLC-Bench or DLC-Bench (`data.benchmark_photos: keep` trains on them)"}
+_REPEATED = re.compile(r"-dup\d+$")
+_FOUND = "found.json"
+
+
+class Rules(NamedTuple):
+    """What decides which images are left out.
+
+    Attributes:
+        benchmarks: digest of those that are photos of benchmarks; "" if none is, or if they are kept.
+    """
+
+    benchmarks: str = ""
+
+    def facts(self) -> list[Any]:
+        """What a table's name has to cover besides its manifests; nothing if no image is left out."""
+        return [BENCHMARK_PHOTOS, self.benchmarks] if self.benchmarks else []
+
+    def reasons(self, table: pa.Table, firsts: np.ndarray) -> list[str]:
+        """Why each image of a table with a row per region is left out; "" for those to train on.
+
+        Args:
+            table: with `COLUMNS`, and with `FILE_NAME` if it is known.
+            firsts: (N,) the row in which each image starts.
+        """
+        if not self.benchmarks:
+            return [""] * len(firsts)
+        return [BENCHMARK_PHOTOS if found else "" for found in _are_benchmarks(_images(table, firsts))]
+
+
+def _images(table: pa.Table, firsts: np.ndarray) -> list[dict[str, Any]]:
+    known = [name for name in (*COLUMNS, FILE_NAME) if name in table.column_names]
+    return table.select(known).take(firsts).to_pylist()
+
+
+def _are_benchmarks(images: list[dict[str, Any]]) -> list[bool]:
+    return [is_benchmark(_name_of(row), (row["image_width"], row["image_height"])) for row in images]
+
+
+def is_benchmark(name: str, size: tuple[int | None, int | None], number: int | str | None = None) -> bool:
+    """Whether a photo is one of a benchmark.
+
+    Args:
+        name: of its file, with or without folders; "" if it is not known.
+        size: width and height in pixels, if they are known.
+        number: the id that its publisher may have given it.
+    """
+    return bool(benchmark_photos.load_names().find(name, number, size))
+
+
+def _name_of(row: dict[str, Any]) -> str:
+    """The photo's name; the key has it too, but for what tells images of one name apart."""
+    return row.get(FILE_NAME) or _REPEATED.sub("", row["key"])
+
+
+@functools.cache
+def list_digest() -> str:
+    """Identifies the list of the benchmarks' photos."""
+    names = benchmark_photos.load_names().photos
+    return hashlib.sha256(repr(sorted(names.items())).encode()).hexdigest()[:16]
+
+
+def first_rows(table: pa.Table) -> np.ndarray:
+    """In which rows the images start, of a table with a row per region: (N,)."""
+    units, keys = table["unit"].to_numpy(), table["key"].to_numpy()
+    if not len(keys):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(np.append(True, (units[1:] != units[:-1]) | (keys[1:] != keys[:-1])))
+
+
+def apply(rules: Rules, table: pa.Table) -> tuple[pa.Table, list[str]]:
+    """The rows of the images that are trained on, and why each of the others is not."""
+    import pyarrow as pa
+
+    firsts = first_rows(table)
+    reasons = rules.reasons(table, firsts)
+    if not any(reasons):
+        return table, []
+    rows = np.repeat([not reason for reason in reasons], np.diff(np.append(firsts, table.num_rows)))
+    return table.filter(pa.array(rows)).combine_chunks(), [reason for reason in reasons if reason]
+
+
+def total(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The counts of several sources together."""
+    return dict(sorted(sum(map(Counter, counts), Counter()).items()))
+
+
+def said(counts: Mapping[str, int]) -> str:
+    """How many images are left out and why, for a message."""
+    return ", ".join(
+        f"{number:,} photo{'s' * (number != 1)} {_WORDS[reason]}" for reason, number in sorted(counts.items())
+    )
+
+
+def advice(counts: Sequence[Mapping[str, int]]) -> str:
+    """What else may have changed the data of a run that cannot go on; "" if nothing is left out."""
+    if not any(BENCHMARK_PHOTOS in each for each in counts):
+        return ""
+    return ", or, if it was training on the photos of benchmarks too, set data.benchmark_photos: keep"
+
+
+def rules_of(options: DataOptions, digests: dict[str, str], tables: Iterable[pa.Table], cache: Path) -> Rules:
+    """The rules for a corpus. Those that leave no image out are not among them.
+
+    So a run that began before there were rules goes on, unless it has to leave something out.
+
+    Args:
+        options: of the run.
+        digests: of the manifests of each subset, under which the answer is kept.
+        tables: the corpus's kept regions, with `COLUMNS`, and `FILE_NAME` if it is known. They are read only
+            if the cache has no answer.
+        cache: local folder of the tables.
+    """
+    if options.benchmark_photos == "keep":
+        return Rules()
+
+    def write(folder: Path) -> None:
+        digest, found = hashlib.sha256(), False
+        for table in tables:
+            images = _images(table, first_rows(table))
+            for row in itertools.compress(images, _are_benchmarks(images)):
+                found = True
+                digest.update(f"{row['unit']}/{row['key']}\n".encode())
+        (folder / _FOUND).write_text(digest.hexdigest()[:16] if found else "")
+
+    facts = repr((sorted(digests.items()), list_digest()))
+    name = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return Rules((cached_folder(cache, f"benchmarks-{name}", write) / _FOUND).read_text())
+
+
+def has_file_names(corpus: reader.Corpus) -> bool:
+    """Whether the index says what each photo's file is called. Who reads a damaged one says so."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with files.open_url(f"{corpus.path}/{reader.INDEX}", 1 << 20) as file:
+            return FILE_NAME in pq.ParquetFile(file).schema_arrow.names
+    except (OSError, pa.ArrowException):
+        return True
