@@ -105,6 +105,7 @@ ELSEWHERE = {
     "pipeline/explorer/reviews.py": "the lock beside the reviews",
     "pipeline/explorer/training.py": "a training run, which is no corpus",
     "pipeline/models/embedded/lexical.py": "files of the package",
+    "pipeline/models/gar/checkpoint.py": "a checkpoint",
     "pipeline/models/gar/export.py": "a checkpoint",
     "pipeline/models/gar/prompt.py": "a checkpoint",
     "pipeline/models/prompts/__init__.py": "files of the package",

@@ -42,12 +42,14 @@ class Region(NamedTuple):
         mask: the mask, of the photo's size and not empty.
         label: name of the category; "" if it is not known.
         caption: the caption that the corpus has for it; "" elsewhere.
+        number: its id in the corpus; None elsewhere.
     """
 
     source: str
     mask: rle.Mask
     label: str = ""
     caption: str = ""
+    number: int | None = None
 
     def dense(self) -> np.ndarray:
         """The mask as (H, W) bool."""
@@ -187,6 +189,7 @@ def _of_sample(name: str, sample: Sample, data: bytes) -> PhotoRegions:
                 rle.check(region.rle.counts, region.rle.size),
                 region.category or region.core_category,
                 region.caption,
+                region.id,
             )
             for region in sample.regions
         ]

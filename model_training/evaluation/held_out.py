@@ -89,11 +89,18 @@ def _caption(captioner: RegionCaptioner, config: Evaluation) -> Iterator[tuple[P
 
 
 def _record(photo: PhotoRegions, found: RegionCaptions) -> dict[str, Any]:
+    """A line of `captions.jsonl`. Photos are named by corpus and key: its folder is of this machine."""
+    name = Path(photo.name).name
     rows = zip(photo.regions, found.captions, strict=True)
     return {
-        "image": photo.name,
+        "image": name,
         "regions": [
-            {"source": region.source, "caption": caption, "corpus_caption": region.caption}
+            {
+                "region": region.number,
+                "source": f"{name}: region {region.number}",
+                "caption": caption,
+                "corpus_caption": region.caption,
+            }
             for region, caption in rows
         ],
         "forwards": found.forwards,
@@ -103,8 +110,17 @@ def _record(photo: PhotoRegions, found: RegionCaptions) -> dict[str, Any]:
 
 
 def _draw(photo: PhotoRegions, captions: list[str], path: Path) -> None:
-    rows = zip(photo.regions, captions, strict=True)
-    overlays = [draw.Overlay(region.mask.rle, caption, region.label) for region, caption in rows]
+    """Regions have the numbers and colors that they have in the corpus, the explorer and `captions.jsonl`."""
+    overlays = [
+        draw.Overlay(
+            region.mask.rle,
+            caption,
+            region.label,
+            draw.color_of_region(region.number or 0),
+            region.number,
+        )
+        for region, caption in zip(photo.regions, captions, strict=True)
+    ]
     draw.save_picture(draw.draw_image(photo.pixels, overlays, title=Path(photo.name).name), path)
 
 

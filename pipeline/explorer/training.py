@@ -29,7 +29,7 @@ _MAX_PICTURE = 8 << 20
 
 
 class CaptionSample(NamedTuple):
-    """An evaluated image, and of each region its source, the model's caption and the corpus's."""
+    """An evaluated image, and of each region its number, the model's caption and the corpus's."""
 
     image: str
     regions: list[tuple[str, str, str]]
@@ -146,8 +146,14 @@ def _mean(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[f
 def _sample(record: dict[str, Any]) -> CaptionSample:
     regions = record.get("regions")
     rows = [
-        tuple(str(region.get(name) or "") for name in ("source", "caption", "corpus_caption"))
+        (_number(region), *(str(region.get(name) or "") for name in ("caption", "corpus_caption")))
         for region in (regions if isinstance(regions, list) else [])
         if isinstance(region, dict)
     ]
     return CaptionSample(Path(str(record.get("image", ""))).name, rows)  # type: ignore[arg-type]
+
+
+def _number(region: dict[str, Any]) -> str:
+    """The region's number in the corpus; runs of earlier releases have it at the end of `source`."""
+    number = region.get("region")
+    return str(region.get("source") or "").rpartition(": region ")[2] if number is None else str(number)

@@ -15,6 +15,8 @@ from paracaption.model_training.evaluation import held_out
 from paracaption.model_training.toy import scores
 from paracaption.model_training.train import metrics
 from paracaption.model_training.train.trainer import fit
+from paracaption.pipeline.corpus import reader
+from paracaption.pipeline.io import draw
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import IntegrityError
 from paracaption.schemas.training import CorpusSource, Evaluation
@@ -68,6 +70,28 @@ def test_records_pictures_and_numbers_are_those_of_the_captions(world, trained, 
     assert summary.forwards == sum(record["forwards"] for record in records) / 9
     assert json.loads((folder / "summary.json").read_text()) == summary._asdict()
     assert len([Image.open(path).load() for path in (folder / "pictures").iterdir()]) == 2
+    assert str(world.parent) not in (folder / "captions.jsonl").read_text()
+
+
+def test_pictures_table_and_corpus_number_a_region_alike(world, trained, tmp_path, monkeypatch):
+    from paracaption.pipeline.explorer import training
+
+    drawn = []
+    real = draw.draw_image
+    monkeypatch.setattr(draw, "draw_image", lambda *a, **k: drawn.append(a[1]) or real(*a, **k))
+    asked = Evaluation(corpus=str(world), images=2, pictures=2, max_new_tokens=8, steps=4)
+    held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
+    (tmp_path / "metrics.jsonl").touch()
+    shown = training.read_run(tmp_path).samples
+    samples = [sample for sample, _ in reader.open_corpus(world).samples()][:2]
+    assert [each.image for each in shown] == [f"{world.name}#{sample.key}" for sample in samples]
+    for overlays, row, sample in zip(drawn, shown, samples, strict=True):
+        wanted = [region.id for region in sample.regions]
+        assert [draw.number_of(overlay, place) for place, overlay in enumerate(overlays)] == wanted
+        assert [draw.color_of(overlay, place) for place, overlay in enumerate(overlays)] == [
+            draw.color_of_region(number) for number in wanted
+        ]
+        assert [number for number, *_ in row.regions] == [str(number) for number in wanted]
 
 
 def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, monkeypatch):

@@ -173,6 +173,13 @@ def test_the_run_page_reads_what_a_run_writes(client, run):
     assert client.get("/train/picture/0").headers["content-type"] == "image/jpeg"
 
 
+def test_a_regions_number_is_read_of_runs_of_every_release():
+    early = {"image": "/a/corpus#k", "regions": [{"source": "/a/corpus#k: region 3"}, {"source": "0"}]}
+    assert [number for number, *_ in training._sample(early).regions] == ["3", "0"]
+    late = {"image": "corpus#k", "regions": [{"region": 0, "source": "corpus#k: region 0"}]}
+    assert [number for number, *_ in training._sample(late).regions] == ["0"]
+
+
 def test_a_run_without_anything_but_steps_is_shown_and_no_run_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\nnot json\n[1]\n')
     found = training.read_run(tmp_path)
