@@ -76,7 +76,7 @@ def export(
     format: Annotated[str, typer.Option(help="Format: perceptiondlm-json, coco or parquet.")],
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     prefix: Annotated[
-        str, typer.Option(help="What names of photos in a JSON begin with, such as the folder's path.")
+        str, typer.Option(help="What names of photos and JSONs begin with, such as the folder's path.")
     ] = "",
 ) -> None:
     """Export the corpus in another format. Photos become files if the format names them by path."""

@@ -2,7 +2,8 @@
 
 | format | what comes out |
 | --- | --- |
-| `perceptiondlm-json` | `annotations.json`, a list of `{"image", "mask_rles", "captions"}`, and `images/` |
+| `perceptiondlm-json` | `annotations.json`, a list of `{"image", "mask_rles", "captions"}`, and `images/`; \
+the same by subset in `annotations/<subset>_dataset.json`, named by `paracaption_datasets.yaml` |
 | `coco` | `instances.json`, COCO instances with RLE masks and a `caption` each, and `images/` |
 | `parquet` | `data/<unit>.parquet`, a row per image with the photo's bytes and its regions as structs |
 
@@ -14,11 +15,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import yaml
 
 from ...schemas.errors import ConfigError
 from ...schemas.sample import Sample, SampleRegion, SampleRle
@@ -33,21 +36,24 @@ if TYPE_CHECKING:
 _ROWS_PER_GROUP = 100
 """Photos are held in memory until their row group is written; 100 of SA-1B's are 150 MB."""
 
+DATASETS = "paracaption_datasets.yaml"
+"""The file that a trainer is given. The released code takes a list only under a name with this ending."""
+
 
 def export(corpus: str | Path, format: str, to: str | Path, prefix: str = "") -> list[Path]:
     """Write the committed units of a corpus in another format.
 
-    Photos are named from the folder of the JSON, which so can be moved with them.
+    Photos and JSONs are named from the export's folder, which so can be moved as a whole.
 
     Args:
         corpus: path of the folder that a build wrote.
         format: one of `FORMATS`.
         to: a folder that does not exist yet, or is empty.
-        prefix: what the photos' names in a JSON begin with, for readers that open them from their own folder:
-            the folder's path as those readers see it.
+        prefix: what the names of photos and JSONs begin with, for readers that open them from their own
+            folder: the export's path as those readers see it.
 
     Returns:
-        What was written: the annotation file and the folder of photos, or the Parquet files.
+        The annotation file of the whole corpus and the folder of photos, or the Parquet files.
 
     Raises:
         ConfigError: no such format, or the folder has something in it; nothing was written.
@@ -63,18 +69,28 @@ def export(corpus: str | Path, format: str, to: str | Path, prefix: str = "") ->
 
 
 def _write_json(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
-    """The list that PerceptionDLM's own trainer reads; paths are relative to the JSON."""
+    """The lists that PerceptionDLM's own trainer reads: of the corpus, and of each subset that kept regions."""
     target = folder / "annotations.json"
-    with _JsonList(target) as records:
+    subsets: dict[str, _JsonList] = {}
+    with ExitStack() as opened:
+        whole = opened.enter_context(_JsonList(target))
         for sample, photo in corpus.samples():
-            records.append(
-                {
-                    "image": prefix + _write_photo(folder, sample, photo),
-                    "mask_rles": [_coco_rle(region.rle) for region in sample.regions],
-                    "captions": [region.caption for region in sample.regions],
-                }
-            )
+            if sample.subset not in subsets:
+                path = folder / "annotations" / f"{sample.subset}_dataset.json"
+                path.parent.mkdir(exist_ok=True)
+                subsets[sample.subset] = opened.enter_context(_JsonList(path))
+            record = {
+                "image": prefix + _write_photo(folder, sample, photo),
+                "mask_rles": [_coco_rle(region.rle) for region in sample.regions],
+                "captions": [region.caption for region in sample.regions],
+            }
+            whole.append(record)
+            subsets[sample.subset].append(record)
     (folder / "images").mkdir(exist_ok=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    names = [each.path.relative_to(folder).as_posix() for each in subsets.values()]
+    listed = {"gar_caption": [{"data_file": prefix + name, "data_type": "json"} for name in names]}
+    (folder / DATASETS).write_text(yaml.safe_dump(listed, allow_unicode=True, width=10_000), "utf-8")
     return [target, folder / "images"]
 
 
@@ -260,7 +276,7 @@ class _JsonList:
     """A JSON list written item by item, one a line."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "xb")
+        self.path, self.file = path, open(path, "xb")
         self.first = True
         self.file.write(b"[")
 

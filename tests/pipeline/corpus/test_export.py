@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
@@ -38,6 +39,60 @@ def test_perceptiondlm_json_is_the_list_that_the_original_trainer_reads(out, tmp
                 assert pixels.shape == photo.size[::-1] and int(pixels.sum()) == region.area
 
 
+def read_as_released(datasets: Path) -> dict[str, list[dict]]:
+    """The records of each file of a `*_datasets.yaml`, found as the released code finds them: from here."""
+
+    def sources(found) -> list[dict]:
+        if isinstance(found, dict) and "data_file" in found:
+            return [found]
+        inside = found.values() if isinstance(found, dict) else found
+        return [source for each in inside for source in sources(each)]
+
+    assert str(datasets).endswith("_datasets.yaml"), "another name is taken for a file of records"
+    read = {}
+    for source in sources(yaml.load(datasets.read_text(), yaml.FullLoader)):
+        assert source["data_type"] == "json" and source["data_file"].endswith(".json"), "others are left out"
+        with open(source["data_file"]) as file:
+            read[source["data_file"]] = json.load(file)
+    for records in read.values():
+        assert isinstance(records, list)
+        for record in records:
+            with Image.open(record["image"]) as photo:
+                masks = [coco.decode(rle) for rle in record["mask_rles"]]
+                assert {mask.shape for mask in masks} == {photo.size[::-1]} and all(map(np.any, masks))
+            assert len(masks) == len(record["captions"])
+    return read
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_the_released_trainer_opens_a_file_per_subset_through_the_datasets_yaml(
+    out, tmp_path, monkeypatch, prefixed
+):
+    to = tmp_path / "to: a folder #1"
+    export.export(out, "perceptiondlm-json", to, prefix=str(to) if prefixed else "")
+    monkeypatch.chdir("/" if prefixed else to)
+    read = read_as_released(to / "paracaption_datasets.yaml")
+    start = f"{to}/" if prefixed else ""
+    assert list(read) == [f"{start}annotations/{name}_dataset.json" for name in ("coconut", "sa1b")]
+    for subset, records in zip(("coconut", "sa1b"), read.values(), strict=True):
+        wanted = [sample for sample in samples(out) if sample.subset == subset]
+        assert [record["captions"] for record in records] == [
+            [region.caption for region in sample.regions] for sample in wanted
+        ]
+    assert [each for records in read.values() for each in records] == json.loads(
+        (to / "annotations.json").read_text()
+    )
+
+
+def test_the_datasets_yaml_has_the_layout_that_is_published(out, tmp_path):
+    export.export(out, "perceptiondlm-json", tmp_path / "to")
+    assert (tmp_path / "to" / export.DATASETS).read_text() == (
+        "gar_caption:\n"
+        "- data_file: annotations/coconut_dataset.json\n  data_type: json\n"
+        "- data_file: annotations/sa1b_dataset.json\n  data_type: json\n"
+    )
+
+
 def test_photos_are_the_publishers_bytes(out, tmp_path):
     export.export(out, "perceptiondlm-json", tmp_path / "to")
     for sample, photo in reader.open_corpus(out).samples("coconut"):
@@ -55,7 +110,7 @@ def test_coco_loads_with_pycocotools_and_keeps_captions(out, tmp_path, capsys):
             image["file_name"] == f"{sample.subset}/{sample.key}.jpg"
             and (images / image["file_name"]).exists()
         )
-        assert annotation["caption"] == region.caption and annotation["bbox"] == list(region.bbox)
+        assert annotation.get("caption") == region.caption and annotation["bbox"] == list(region.bbox)
         assert loaded.cats[annotation["category_id"]]["name"] == (region.category or region.core_category)
         assert int(np.sum(loaded.annToMask(annotation))) == annotation["area"] == region.area
 
@@ -128,6 +183,8 @@ def test_a_corpus_without_kept_regions_exports_as_nothing(tmp_path, form):
     if form != "parquet":
         content = json.loads(written[0].read_text())
         assert (content if form == "perceptiondlm-json" else content["images"]) == []
+    if form == "perceptiondlm-json":
+        assert yaml.safe_load((tmp_path / "to" / export.DATASETS).read_text()) == {"gar_caption": []}
 
 
 def test_keys_that_could_leave_the_folder_are_never_file_names(tmp_path, monkeypatch):
