@@ -69,7 +69,7 @@ def export(corpus: str | Path, format: str, to: str | Path, prefix: str = "") ->
 
 
 def _write_json(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
-    """The lists that PerceptionDLM's own trainer reads: of the corpus, and of each subset that kept regions."""
+    """The lists that PerceptionDLM's own trainer reads: of the corpus, and of each subset with a region."""
     target = folder / "annotations.json"
     subsets: dict[str, _JsonList] = {}
     with ExitStack() as opened:

@@ -6,6 +6,7 @@ import json
 import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -175,19 +176,71 @@ def test_duckdb_joins_the_index_with_the_ledgers(out):
     assert found.fetchall() == [(reader.read_summary(out).kept,)]
 
 
-def test_coco_follows_the_rules_that_fiftyones_importer_reads_by(out, tmp_path):
-    """As it documents them: photos by file_name in a data folder, ids that join, compressed RLE, xywh."""
-    target, images = export.export(out, "coco", tmp_path / "to")
+def read_as_fiftyone(target: Path, images: Path) -> dict[Path, list[dict[str, Any]]]:
+    """The detections of each photo by the rules of `COCODetectionDatasetImporter` (fiftyone/utils/coco.py).
+
+    These are its rules, as read in two of its versions; whoever breaks one gets an error there, or silence:
+
+    1. An image needs `id`, `file_name`, `width` and `height`. Of two of one id or name, the last counts.
+    2. `file_name` is absolute, or the path of a file below the folder of photos, at any depth.
+    3. Category ids are integers from 0: labels are a list up to the largest id, in which `category_id` is the
+       place. An empty list of categories is an error, a category without a name is called by its number.
+    4. Annotations whose `image_id` no image has are not shown.
+    5. `bbox` is four numbers, x, y, width, height in pixels.
+    6. The mask is decoded from the whole photo's RLE (counts as text) and cut to the rounded `bbox`: what is
+       outside is lost. A region without a mask is left out.
+    7. What an annotation has besides COCO's own fields becomes a keyword argument beside `label`,
+       `bounding_box`, `mask` and `confidence`, so it must be none of these. `attributes` has to be an object.
+    8. A license is looked up by the image's `license` among the ids of `licenses`.
+    """
+    from pycocotools import mask as coco
+
+    own = {"id", "image_id", "category_id", "bbox", "segmentation", "keypoints", "score", "area", "iscrowd"}
     found = json.loads(target.read_text())
-    assert {"info", "licenses", "images", "annotations", "categories"} <= found.keys()
-    sizes = {each["id"]: (each["height"], each["width"]) for each in found["images"]}
-    assert all((images / each["file_name"]).is_file() for each in found["images"])
-    categories = {each["id"] for each in found["categories"]}
-    assert len(categories) == len(found["categories"])
-    for each in found["annotations"]:
-        assert each["category_id"] in categories
-        assert tuple(each["segmentation"]["size"]) == sizes[each["image_id"]]
-        assert len(each["bbox"]) == 4 and min(each["bbox"][2:]) > 0 and each["iscrowd"] == 0
+    names = {each["id"]: each["name"] for each in found["categories"]}
+    labels = [names.get(number, str(number)) for number in range(max(names) + 1)]
+    below = {path.relative_to(images).as_posix(): path for path in images.rglob("*") if path.is_file()}
+    by_id = {each["id"]: each for each in found["images"]}
+    by_name = {each["file_name"]: each for each in by_id.values()}
+    assert isinstance(found["info"], dict) and all("id" in each for each in found["licenses"])
+    read: dict[Path, list[dict[str, Any]]] = {}
+    for number in sorted(by_id):
+        name = by_id[number]["file_name"]
+        image = by_name[name]
+        path = Path(name) if Path(name).is_absolute() else below[name]
+        shown = read.setdefault(path, [])
+        for each in found["annotations"]:
+            if each["image_id"] != image["id"] or not each["segmentation"]:
+                continue
+            x, y, width, height = each["bbox"]
+            mask = coco.decode(each["segmentation"]).astype(bool)
+            cut = mask[round(y) : round(y + height), round(x) : round(x + width)]
+            further = {key: value for key, value in each.items() if key not in own}
+            arguments = {"label": labels[each["category_id"]], "mask": cut}
+            box = [x / image["width"], y / image["height"], width / image["width"], height / image["height"]]
+            shown.append(dict(**arguments, bounding_box=box, confidence=each.get("score"), **further))
+            assert mask.shape == (image["height"], image["width"])
+            assert isinstance(each["segmentation"]["counts"], str)
+    return read
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_fiftyones_importer_finds_every_region_with_its_label_mask_and_caption(out, tmp_path, prefixed):
+    to = tmp_path / "to"
+    target, images = export.export(out, "coco", to, prefix=str(to) if prefixed else "")
+    read = read_as_fiftyone(target, images)
+    wanted = [sample for sample, _ in reader.open_corpus(out).samples()]
+    assert [path.relative_to(images).as_posix() for path in read] == [
+        f"{sample.subset}/{sample.key}.jpg" for sample in wanted
+    ]
+    for shown, sample in zip(read.values(), wanted, strict=True):
+        assert [(each["label"], each["caption"]) for each in shown] == [
+            (region.category or region.core_category, region.caption) for region in sample.regions
+        ]
+        for each, region in zip(shown, sample.regions, strict=True):
+            assert each["mask"].sum() == region.area > 0, "nothing of the mask is outside its box"
+            assert all(0 <= side <= 1 for side in each["bounding_box"]) and min(each["bounding_box"][2:]) > 0
+            assert set(each) == {"label", "mask", "bounding_box", "confidence", "caption"}
 
 
 def test_fsspec_opens_a_corpus_behind_a_url_and_a_member_of_a_shard(out):
