@@ -40,6 +40,36 @@ class Rle(msgspec.Struct, frozen=True):
     counts: str
 
 
+class Credit(msgspec.Struct, frozen=True, omit_defaults=True):
+    """License and origin of an image as its publisher's record states them; "" for what it does not state.
+
+    Attributes:
+        license: name of the license, or its address where it has no name.
+        license_url: address of its text.
+        license_id: its id in the publisher's list; without a name, if that list does not have it.
+        attribution: the line of credit.
+        author, author_url: who made the photo, and their page.
+        title: of the photo.
+        source_url: page or file that the photo is from.
+        coco_url, flickr_url: where COCO and Flickr have the photo.
+    """
+
+    license: str = ""
+    license_url: str = ""
+    license_id: str = ""
+    attribution: str = ""
+    author: str = ""
+    author_url: str = ""
+    title: str = ""
+    source_url: str = ""
+    coco_url: str = ""
+    flickr_url: str = ""
+
+
+CREDIT_FIELDS = Credit.__struct_fields__
+"""The names of its fields; each is a column of the ledger and of the index, and a field of a sample."""
+
+
 class Drop(msgspec.Struct, frozen=True):
     """Why a region or image is not in the corpus.
 
@@ -108,6 +138,8 @@ class ImageRecord(msgspec.Struct):
             long as nobody has.
         removed_orientation: EXIF orientation that the photo has at its source and the bytes at `photo`, which
             are those of a shard, have no more; 1 if they are the source's bytes.
+        credit: what its publisher says of license and origin; None if its source does not look for that, or
+            the corpus was planned by a release that did not.
         failed: the kind of the failure if its source could not be read, which is no verdict on the image
             ("transient", "refused" or "record"); else empty.
     """
@@ -124,6 +156,7 @@ class ImageRecord(msgspec.Struct):
     photo_digest: str = ""
     failed: str = ""
     removed_orientation: int = 1
+    credit: Credit | None = None
 
     def live(self) -> list[Region]:
         """The regions that no stage has rejected yet, in order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from .records import ImageRecord, Region
+from .records import CREDIT_FIELDS, ImageRecord, Region
 
 PHOTO_ENDING = "jpg"
 
@@ -39,6 +39,8 @@ class Sample(msgspec.Struct, omit_defaults=True):
     Attributes:
         exif_orientation: that of the publisher's photo. If it is not 1, the photo beside this has 1 in the
             tag's place, because masks fit the pixels as stored. Left out of the JSON if it is 1.
+        license, ..., flickr_url: as in `Credit`; "" if the publisher's record does not state it. None, and
+            not in the JSON, if the source has no such records, so that its samples have the same fields.
     """
 
     key: str
@@ -49,6 +51,20 @@ class Sample(msgspec.Struct, omit_defaults=True):
     height: int
     regions: list[SampleRegion]
     exif_orientation: int = 1
+    license: str | None = None
+    license_url: str | None = None
+    license_id: str | None = None
+    attribution: str | None = None
+    author: str | None = None
+    author_url: str | None = None
+    title: str | None = None
+    source_url: str | None = None
+    coco_url: str | None = None
+    flickr_url: str | None = None
+
+    def credit(self) -> dict[str, str]:
+        """What is stated of license and origin, by the names of `CREDIT_FIELDS`."""
+        return {name: value for name in CREDIT_FIELDS if (value := getattr(self, name))}
 
 
 def to_sample(image: ImageRecord, orientation: int = 1) -> Sample:
@@ -65,6 +81,7 @@ def to_sample(image: ImageRecord, orientation: int = 1) -> Sample:
         height=image.height,
         regions=[_to_region(region) for region in image.live()],
         exif_orientation=orientation,
+        **({} if image.credit is None else msgspec.structs.asdict(image.credit)),
     )
 
 

@@ -78,7 +78,15 @@ class Histogram(msgspec.Struct):
         return 0
 
 
-class SubsetSummary(msgspec.Struct):
+class LicenseCount(msgspec.Struct):
+    """Number of images with a kept region under one license; `license` is "" where none is stated."""
+
+    license: str
+    license_url: str
+    images: int
+
+
+class SubsetSummary(msgspec.Struct, omit_defaults=True):
     """The statistics of a subset. Distributions cover kept regions, except those named `..._declared`.
 
     Attributes:
@@ -90,6 +98,8 @@ class SubsetSummary(msgspec.Struct):
         regions_per_image: over images with at least one kept region.
         regions_per_image_declared: over all images.
         area_px, area_px_declared: areas of the masks in pixels; each bin spans a factor of two.
+        licenses: the most frequent licenses, as the images' records name them. Not in the file if none does.
+        num_licenses: number of different licenses.
     """
 
     counts: SubsetCounts
@@ -101,6 +111,8 @@ class SubsetSummary(msgspec.Struct):
     regions_per_image_declared: Histogram
     area_px: Histogram
     area_px_declared: Histogram
+    licenses: list[LicenseCount] = []
+    num_licenses: int = 0
 
 
 class CorpusSummary(msgspec.Struct):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _SIZES += ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
 _SHOWN_CATEGORIES = 20
+_LINK = re.compile(r"(?:https?|ftp)://[^\s<>|]+")
 
 
 def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
@@ -32,7 +33,7 @@ def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
         _head(summary),
         *(_subset(name, subset) for name, subset in summary.subsets.items()),
         _pictures(),
-        _licenses(config),
+        _licenses(config, summary),
         _reading(summary),
         _config(config, summary),
     ]
@@ -124,7 +125,7 @@ def _pictures() -> str:
     return "\n" + "\n".join(f"![{name.replace('_', ' ')}](plots/{name}.png)\n" for name in names)
 
 
-def _licenses(config: BuildConfig) -> str:
+def _licenses(config: BuildConfig, summary: CorpusSummary) -> str:
     rows = []
     for subset in config.subsets:
         for places, license in _sources_of(config, subset):
@@ -133,6 +134,26 @@ def _licenses(config: BuildConfig) -> str:
         "## Licenses\n\nPhotos and masks stay under the licenses of their publishers; captions are what the "
         "models named in the configuration said, under the terms of those.\n\n"
         + _table(("subset", "source", "license"), rows)
+        + _license_counts(summary)
+    )
+
+
+def _license_counts(summary: CorpusSummary) -> str:
+    """How many images are under each license, where the records of the images name theirs."""
+    rows, left = [], []
+    for name, subset in summary.subsets.items():
+        for each in subset.licenses:
+            url = each.license_url if each.license_url != each.license else ""
+            named = _plain(each.license) or "(none stated)"
+            rows.append((subset_title(name), named, f"<{url}>" if _LINK.fullmatch(url) else "", each.images))
+        if more := subset.num_licenses - sum(each.license != "" for each in subset.licenses):
+            left.append(f"{subset_title(name)}: {more:,} more licenses, each of fewer images.\n")
+    if not rows:
+        return ""
+    return (
+        "\nImages with captions by the license that their publisher's record names. Each sample's JSON and "
+        "each row of `index.parquet` has its own, with author and addresses of the photo as far as they are "
+        "stated:\n\n" + _table(("subset", "license", "address", "images"), rows) + "".join(left)
     )
 
 
@@ -175,7 +196,9 @@ Each shard is a plain tar in WebDataset form. `<key>.jpg` holds the publisher's 
 `.jpg`; `photo_format` says what they are), `<key>.json` the image's regions with `rle` (COCO's compressed
 RLE), `bbox` (x, y, width, height), `area`, `category`, `core_category` and `caption`. Masks fit the photo as
 stored: where the publisher's photo has an EXIF orientation, the tag says upright here, and `exif_orientation`
-in the JSON what it was.
+in the JSON what it was. Where the publisher's records state them, the JSON has the photo's `license`,
+`license_url`, `license_id`, `attribution`, `author`, `author_url`, `title`, `source_url`, `coco_url` and
+`flickr_url`.
 
 ```python
 import glob, json

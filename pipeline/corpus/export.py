@@ -13,6 +13,7 @@ An export is whole, or absent: everything is written into a temporary folder tha
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import yaml
 
-from ...schemas.errors import ConfigError
+from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.records import CREDIT_FIELDS
 from ...schemas.sample import Sample, SampleRegion, SampleRle
 from ..io import files
 from ..io.orientation import make_upright
@@ -33,6 +35,10 @@ from .reader import Corpus
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CREDITS = "credits.json"
+"""License and origin of the images, beside a list in the released layout."""
+
+_SMALL = re.compile(r"[0-9]{1,9}")
 _ROWS_PER_GROUP = 100
 """Photos are held in memory until their row group is written; 100 of SA-1B's are 150 MB."""
 
@@ -72,6 +78,7 @@ def _write_json(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
     """The lists that PerceptionDLM's own trainer reads: of the corpus, and of each subset with a region."""
     target = folder / "annotations.json"
     subsets: dict[str, _JsonList] = {}
+    credits: _JsonList | None = None
     with ExitStack() as opened:
         whole = opened.enter_context(_JsonList(target))
         for sample, photo in corpus.samples():
@@ -86,6 +93,9 @@ def _write_json(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
             }
             whole.append(record)
             subsets[sample.subset].append(record)
+            if credit := sample.credit():  # not in the lists, whose readers take three columns
+                credits = credits or opened.enter_context(_JsonList(folder / CREDITS))
+                credits.append({"image": record["image"], **credit})
     (folder / "images").mkdir(exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     names = [each.path.relative_to(folder).as_posix() for each in subsets.values()]
@@ -100,18 +110,19 @@ def _write_coco(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
     categories = _published_ids(corpus)
     taken = max(categories.values(), default=0)
     used: set[str] = set()
+    licenses = _Licenses(corpus)
     spooled = folder / f"{files.TEMPORARY}annotations"
     num_images = num_annotations = 0
     with open(target, "xb") as file, open(spooled, "x+b") as annotations:
-        file.write(
-            b'{"info":{"description":"Region captions made with ParaCaption"},"licenses":[],"images":['
-        )
+        file.write(b'{"info":{"description":"Region captions made with ParaCaption"},"licenses":')
+        file.write(msgspec.json.encode(licenses.block()) + b',"images":[')
         for num_images, (sample, photo) in enumerate(corpus.samples(), 1):
             image = {
                 "id": num_images,
                 "file_name": _coco_name(_write_photo(folder, sample, photo), prefix),
                 "width": sample.width,
                 "height": sample.height,
+                **licenses.of_image(sample),
             }
             file.write(_item(image, num_images == 1))
             for region in sample.regions:
@@ -132,6 +143,50 @@ def _write_coco(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
     spooled.unlink()
     (folder / "images").mkdir(exist_ok=True)
     return [target, folder / "images"]
+
+
+class _Licenses:
+    """COCO's block `licenses`, of those that images with a kept region are under.
+
+    An id stays the publisher's where it is a number and of one license only.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._ids: dict[tuple[str, str], int] = {}
+        columns = ["license", "license_url", "license_id"]
+        for table in corpus.ledgers(columns=["kept", *columns]):
+            found = table.filter(table["kept"]).group_by(columns, use_threads=False)
+            for row in found.aggregate([]).to_pylist():
+                self._add(*(row[name] or "" for name in columns))
+
+    def _add(self, name: str, url: str, number: str) -> None:
+        named = (name or number, url)
+        if named == ("", "") or named in self._ids:
+            return
+        taken = self._ids.values()
+        published = int(number) if _SMALL.fullmatch(number) else 0
+        fits = published > 0 and published not in taken
+        self._ids[named] = published if fits else max(taken, default=0) + 1
+
+    def block(self) -> list[dict[str, Any]]:
+        """The block. A license that the publisher's list does not have has its id there as its name."""
+        found = sorted((number, named) for named, number in self._ids.items())
+        return [{"id": number, "name": name, "url": url} for number, (name, url) in found]
+
+    def of_image(self, sample: Sample) -> dict[str, Any]:
+        """What an image says of its license and origin, in COCO's words: `license` is an id of the block.
+
+        Raises:
+            IntegrityError: its ledger names another license.
+        """
+        stated: dict[str, Any] = sample.credit()
+        number = stated.pop("license_id", "")
+        named = (stated.pop("license", "") or number, stated.pop("license_url", ""))
+        if named == ("", ""):
+            return stated
+        if named not in self._ids:
+            raise IntegrityError(f"{sample.key}: its ledger names another license; run `paracaption verify`")
+        return {"license": self._ids[named], **stated}
 
 
 def _coco_name(name: str, prefix: str) -> str:
@@ -180,14 +235,15 @@ def _write_parquet(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
     """
     (folder / "data").mkdir()
     written = []
+    schema = _parquet_schema(as_before=merge.has_early_index(corpus))
     for unit in corpus.units():
         path = folder / "data" / f"{unit.name}.parquet"
-        if _write_unit(corpus.unit_samples(unit), path):
+        if _write_unit(corpus.unit_samples(unit), path, schema):
             written.append(path)
     return written
 
 
-def _write_unit(samples: Iterator[tuple[Sample, bytes]], path: Path) -> bool:
+def _write_unit(samples: Iterator[tuple[Sample, bytes]], path: Path, schema: pa.Schema) -> bool:
     """Write the samples of a unit, unless it has none; whether it has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -195,7 +251,6 @@ def _write_unit(samples: Iterator[tuple[Sample, bytes]], path: Path) -> bool:
     rows = [_parquet_row(*pair) for pair in islice(samples, _ROWS_PER_GROUP)]
     if not rows:
         return False
-    schema = _parquet_schema()
     with (
         open(path, "xb") as file,
         pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer,
@@ -207,7 +262,8 @@ def _write_unit(samples: Iterator[tuple[Sample, bytes]], path: Path) -> bool:
 
 
 def _parquet_row(sample: Sample, photo: bytes) -> dict[str, Any]:
-    row = msgspec.to_builtins(sample)
+    row = msgspec.to_builtins(sample) | {name: None for name in CREDIT_FIELDS} | sample.credit()
+    row["exif_orientation"] = sample.exif_orientation
     for region in row["regions"]:
         region["rle_size"], region["rle_counts"] = region["rle"]["size"], region["rle"]["counts"]
         del region["rle"]
@@ -215,7 +271,8 @@ def _parquet_row(sample: Sample, photo: bytes) -> dict[str, Any]:
     return {"image": {"bytes": upright, "path": _photo_name(sample)}, **row}
 
 
-def _parquet_schema() -> pa.Schema:
+def _parquet_schema(as_before: bool) -> pa.Schema:
+    """The columns; `as_before` leaves out those that early releases did not write."""
     import pyarrow as pa
 
     region = {
@@ -238,6 +295,8 @@ def _parquet_schema() -> pa.Schema:
         "height": pa.int32(),
         "regions": pa.list_(pa.struct(list(region.items()))),
     }
+    if not as_before:
+        columns |= {"exif_orientation": pa.int32(), **dict.fromkeys(CREDIT_FIELDS, pa.string())}
     features = {name: _feature(kind) for name, kind in columns.items()}
     features["image"] = {"_type": "Image"}
     note = {"info": {"features": features}}

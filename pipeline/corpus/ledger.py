@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.errors import ConfigError, IntegrityError
-from ...schemas.records import SCORES, ImageRecord, Region
+from ...schemas.records import CREDIT_FIELDS, SCORES, ImageRecord, Region
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,6 +77,7 @@ def ledger_schema() -> pa.Schema:
             ("json_offset", whole),
             ("json_length", whole),
             ("photo_digest", text),
+            *((name, text) for name in CREDIT_FIELDS),
         ]
     )
 
@@ -85,16 +86,20 @@ NOT_IN_INDEX = frozenset({"kept", "drop_stage", "drop_reason", "drop_detail", "r
 """Ledger columns that the index leaves out: what is the same for every kept region, the masks, and what only
 `verify` looks at."""
 
-_LATER = frozenset({"photo_digest"})
+_LATER = frozenset({"photo_digest", *CREDIT_FIELDS})
 """Columns besides scores that older releases do not have; null there."""
 
 
 @cache
-def index_schema() -> pa.Schema:
-    """Columns of `OUT/index.parquet`: those of the ledger that say something of a kept region."""
+def index_schema(credits: bool = True) -> pa.Schema:
+    """Columns of `OUT/index.parquet`: those of the ledger that say something of a kept region.
+
+    An index of an early release has none for `credits`, the license and origin of the photo.
+    """
     import pyarrow as pa
 
-    return pa.schema([field for field in ledger_schema() if field.name not in NOT_IN_INDEX])
+    left_out = NOT_IN_INDEX if credits else NOT_IN_INDEX.union(CREDIT_FIELDS)
+    return pa.schema([field for field in ledger_schema() if field.name not in left_out])
 
 
 def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place]) -> pa.Table:
@@ -107,8 +112,8 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
 
     Returns:
         A table of `ledger_schema()`. `shard`, offsets and lengths are null unless the region is kept,
-        `photo_digest` unless the image has a sample and its evidence names the photo; where no evidence does,
-        as that of early releases, the column is left out, so that the file is the one they wrote. Mask
+        `photo_digest` unless the image has a sample and its evidence names the photo. A column that early
+        releases did not know is left out where it is all null, so that the file is the one they wrote. Mask
         columns are null if the mask could not be read. A number that does not fit 64 bits is null, and
         characters that are not Unicode are escaped: nothing that a source or a model returns can keep a unit
         from being written.
@@ -195,9 +200,14 @@ def _of_images(images: list[ImageRecord]) -> dict[str, pa.Array]:
         "photo_format": (image.photo_format for image in images),
         "image_width": (image.width for image in images),
         "image_height": (image.height for image in images),
+        **{name: [_credit(image, name) for image in images] for name in CREDIT_FIELDS},
     }
     types = {name: pa.int32() if name.startswith("image_") else pa.string() for name in values}
     return {name: _array(list(of_each), types[name]) for name, of_each in values.items()}
+
+
+def _credit(image: ImageRecord, name: str) -> str | None:
+    return (getattr(image.credit, name) or None) if image.credit else None
 
 
 def _placed(unit: str, keys: list[str], places: dict[str, Place]) -> dict[str, pa.Array]:
@@ -287,7 +297,7 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 _REPEATS = ("unit", "subset", "key", "drop_stage", "drop_reason", "category", "core_category", "file_name")
-_REPEATS += ("photo_format", "shard", "photo_digest")
+_REPEATS += ("photo_format", "shard", "photo_digest", *CREDIT_FIELDS)
 
 
 def writing_options() -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.manifest import FileEntry, Manifest
-from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, SubsetCounts, SubsetSummary
+from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, LicenseCount, SubsetCounts, SubsetSummary
 from ..io import files
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.recipes import recipe_of
@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 PLOTS = "plots"
 CARD = "README.md"
 TOP_CATEGORIES = 100
+TOP_LICENSES = 100
 
 _ROWS_PER_GROUP = 131_072
 _CHARS_PER_BIN = 25
+_LICENSE = ["license", "license_url", "license_id"]
 
 
 def merge(out: str | Path, config: BuildConfig | None = None, owner: Owner | None = None) -> dict[str, Any]:
@@ -217,6 +219,7 @@ class _LedgerStatistics:
 
     def __init__(self) -> None:
         self.categories: Counter[str] = Counter()
+        self.licenses: Counter[tuple[str, str]] = Counter()
         self.words = _Tally()
         self.chars = _Tally(_CHARS_PER_BIN)
         self.per_image = _Tally()
@@ -228,6 +231,8 @@ class _LedgerStatistics:
         pc: Any = importlib.import_module("pyarrow.compute")  # its functions are made when it is imported
         named = pc.coalesce(kept["category"], kept["core_category"], "")
         self.categories.update({each["values"]: each["counts"] for each in named.value_counts().to_pylist()})
+        images = kept.group_by(["key", *_LICENSE]).aggregate([]).select(_LICENSE).to_pylist()
+        self.licenses.update(_license_of(image) for image in images)
         self.words.add(_numbers(kept["num_words"]))
         self.chars.add(_numbers(pc.utf8_length(kept["caption"])))
         self.area.add(_numbers(kept["area"]))
@@ -238,6 +243,8 @@ class _LedgerStatistics:
 
     def result(self, counts: SubsetCounts) -> SubsetSummary:
         ranked = sorted(self.categories.items(), key=lambda item: (-item[1], item[0]))
+        licenses = sorted(self.licenses.items(), key=lambda item: (-item[1], item[0]))
+        licenses = licenses if any(name for (name, _), _ in licenses) else []
         return SubsetSummary(
             counts=counts,
             categories=ranked[:TOP_CATEGORIES],
@@ -248,7 +255,15 @@ class _LedgerStatistics:
             regions_per_image_declared=self.per_image_declared.result(),
             area_px=self.area.result(),
             area_px_declared=self.area_declared.result(),
+            licenses=[LicenseCount(*names, number) for names, number in licenses[:TOP_LICENSES]],
+            num_licenses=sum(name != "" for (name, _), _ in licenses),
         )
+
+
+def _license_of(image: dict[str, str | None]) -> tuple[str, str]:
+    """A license's name and address; of one that no list names, its id."""
+    name, url, number = (image[column] or "" for column in _LICENSE)
+    return name or url or (f"id {number}, not in the source's list" if number else ""), url
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
@@ -261,8 +276,8 @@ def _write_index(
     import pyarrow.parquet as pq
 
     summaries: dict[str, SubsetSummary] = {}
-    schema = ledger.index_schema()
     as_before = has_early_index(corpus)
+    schema = ledger.index_schema(credits=not as_before)
     with (
         owner.open(reader.INDEX) as file,
         pq.ParquetWriter(file, schema, **ledger.writing_options()) as writer,

@@ -12,7 +12,7 @@ from ...filters import rle, text
 from ...schemas.config import Text
 from ...schemas.errors import BadRecord, IntegrityError, ParaCaptionError
 from ...schemas.manifest import FileEntry, Manifest
-from ...schemas.records import Blob
+from ...schemas.records import CREDIT_FIELDS, Blob
 from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
 from ..io import files, photos
 from ..io.orientation import restore
@@ -358,6 +358,9 @@ def _check_sample(
         if listed != places or row["shard"] != f"shards/{unit.unit.name}.tar":
             what = f"the ledger says it lies in {row['shard']} at {listed}; it lies at {places}"
             unit.report(path, _record(row), f"{what}; {REBUILD}", "place")
+    stated = {name: rows[0][name] for name in CREDIT_FIELDS if rows[0][name]}
+    if stated != sample.credit():
+        unit.report(path, key, f"its license or origin is not what the ledger says; {REBUILD}", "credit")
     if [_of_row(row) for row in rows] != [_of_sample(sample, region) for region in sample.regions]:
         unit.report(path, key, f"its regions are not those that the ledger keeps; {REBUILD}", "regions")
 

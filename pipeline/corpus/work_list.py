@@ -31,7 +31,7 @@ from ..io import files
 from ..io.benchmark_photos import LIST_VERSION
 from ..sources.file_names import HIDDEN
 from ..sources.protocols import CatalogEntry, SourceOptions
-from ..sources.registry import SubsetSource, complete
+from ..sources.registry import SubsetSource, complete, option_texts
 from . import log as commit_log
 from . import work_list_table
 from .owner import Owner, own_or
@@ -64,6 +64,7 @@ class WorkList(msgspec.Struct, frozen=True):
         check: over the other fields; "" if there is none.
         benchmarks: version of the list of benchmarks' photos that are left out; 0, and not in the file, if it
             was planned with all photos.
+        credits: whether it has license and origin of the images; not in the file if it does not.
     """
 
     subset: str
@@ -79,6 +80,7 @@ class WorkList(msgspec.Struct, frozen=True):
     table: str = ""
     check: str = ""
     benchmarks: int = 0
+    credits: bool = False
 
     def unit_name(self, index: int) -> str:
         """Name of a unit. Names sort by the index."""
@@ -184,12 +186,13 @@ def plan(
         _refuse_other_roles(old, config)
     fresh = scratch / TABLE
     source.leave_out = leave_out(config, old)
+    credits = old is None or old.credits  # planned without, it goes on so: units built again are the same
 
     def list_images(**early: bool) -> WorkList:
         entries = islice(source.catalog(**early), limit)
         if old is not None and damage is None and old.images_per_shard == config.images_per_shard:
             entries = _with_known_photos(entries, old, fingerprint)
-        return _write(entries, source.subset, config, fingerprint, fresh, source.leave_out)
+        return _write(entries, source.subset, config, fingerprint, fresh, source.leave_out, credits)
 
     made = list_images()
     if old is None and source.leave_out and config.benchmarks.leave_out is None:
@@ -286,10 +289,11 @@ def _write(
     fingerprint: dict[str, str],
     path: Path,
     benchmarks: bool,
+    credits: bool,
 ) -> WorkList:
     """Write the table, and tell what the summary will hold."""
     size = config.images_per_shard
-    written = work_list_table.write_table(entries, subset, size, path)
+    written = work_list_table.write_table(entries, subset, size, path, credits)
     made = WorkList(
         subset,
         written.digest,
@@ -301,6 +305,7 @@ def _write(
         sources=_sources_of(config, subset),
         table=written.sha256,
         benchmarks=LIST_VERSION if benchmarks else 0,
+        credits=credits,
     )
     return msgspec.structs.replace(made, check=_check_of_summary(made))
 
@@ -330,7 +335,7 @@ def _refuse_other_roles(old: WorkList, config: BuildConfig) -> None:
     Raises:
         IntegrityError: they are; shows both.
     """
-    roles = [_roles(sources) for sources in (old.sources, _sources_of(config, old.subset))]
+    roles = [option_texts(sources) for sources in (old.sources, _sources_of(config, old.subset))]
     common = {place for _, place in roles[0]} & {place for _, place in roles[1]}
     was, now = ([each for each in found if each[1] in common] for found in roles)
     if not old.sources or was == now or not list_units(old.folder):
@@ -348,13 +353,6 @@ def _refuse_other_roles(old: WorkList, config: BuildConfig) -> None:
 
 def _of_role(found: list[tuple[str, str]], option: str) -> list[str]:
     return [value for name, value in found if name == option] or ["none of these"]
-
-
-def _roles(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(option, text) of every text that is an option of a source or in one, in order."""
-    values = [(name, value) for source in sources for name, value in sorted(source.items())]
-    listed = [(name, value if isinstance(value, list) else [value]) for name, value in values]
-    return [(name, value) for name, each in listed for value in each if isinstance(value, str)]
 
 
 def find_work_list(folder: str | Path) -> WorkList | None:
@@ -408,7 +406,7 @@ def _check_of_summary(work_list: WorkList) -> str:
 def _fields(work_list: WorkList) -> dict[str, Any]:
     """The fields of the summary. One that early releases did not know is left out when empty."""
     fields = msgspec.structs.asdict(work_list)
-    return {name: value for name, value in fields.items() if value or name != "benchmarks"}
+    return {name: value for name, value in fields.items() if value or name not in ("benchmarks", "credits")}
 
 
 def _opened(found: WorkList, folder: str | Path) -> WorkList:

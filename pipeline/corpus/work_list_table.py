@@ -12,7 +12,7 @@ import msgspec
 
 from ...schemas.errors import IntegrityError
 from ...schemas.reasons import ERRORS, Reason
-from ...schemas.records import Blob, Drop
+from ...schemas.records import Blob, Credit, Drop
 from ..io import files
 from ..io.tables import TableFile
 from ..sources.protocols import CatalogEntry
@@ -41,20 +41,30 @@ _COLUMNS += (
     "drop_detail",
     "content",
 )
+_CREDIT = "credit"
 _CHECK = "check"
 
 
-def _schema() -> Any:
+def _schema(credits: bool) -> Any:
     import pyarrow as pa
 
-    numbers = {"source": pa.int32(), "record": pa.binary(), "content": pa.binary(16), _CHECK: pa.binary(8)}
     kinds = {name: pa.int64() if name.endswith(("offset", "length")) else pa.string() for name in _COLUMNS}
-    return pa.schema(list((kinds | numbers).items()))
+    kinds |= {"source": pa.int32(), "record": pa.binary(), "content": pa.binary(16)}
+    kinds |= {_CREDIT: pa.binary()} if credits else {}
+    return pa.schema([*kinds.items(), (_CHECK, pa.binary(8))])
 
 
-def _check_of_row(index: int, place: int, count: int, row: tuple[Any, ...]) -> bytes:
-    """8 bytes over all columns of a row, its place in its unit, the unit's number and its number of rows."""
-    return hashlib.blake2b(msgspec.msgpack.encode((index, place, count, *row)), digest_size=8).digest()
+def _check_of_row(index: int, place: int, count: int, row: tuple[Any, ...], credit: bytes | None) -> bytes:
+    """8 bytes over all columns of a row, its place in its unit, the unit's number and its number of rows.
+
+    Early releases knew no credit: null is not part of it.
+    """
+    values = (index, place, count, *row) if credit is None else (index, place, count, *row, credit)
+    return hashlib.blake2b(msgspec.msgpack.encode(values), digest_size=8).digest()
+
+
+def _encoded(credit: Credit | None) -> bytes | None:
+    return None if credit is None else msgspec.json.encode(credit)
 
 
 def _begin_digest(subset: str, size: int) -> Any:
@@ -78,8 +88,13 @@ class Written(NamedTuple):
     sha256: str
 
 
-def write_table(entries: Iterator[CatalogEntry], subset: str, size: int, path: Path) -> Written:
-    """Write the images in units of `size`, a row group for each. Same images, same bytes; not atomic."""
+def write_table(
+    entries: Iterator[CatalogEntry], subset: str, size: int, path: Path, credits: bool = True
+) -> Written:
+    """Write the images in units of `size`, a row group for each. Same images, same bytes; not atomic.
+
+    Credits decide nothing of what is read: the digest leaves them out, and without `credits` the table.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,7 +102,7 @@ def write_table(entries: Iterator[CatalogEntry], subset: str, size: int, path: P
     num_images = num_units = 0
     sample: list[Blob] = []
     step = 1
-    schema = _schema()
+    schema = _schema(credits)
     with (
         open(path, "wb") as file,
         pq.ParquetWriter(file, schema, compression="zstd", compression_level=1) as writer,
@@ -103,8 +118,12 @@ def write_table(entries: Iterator[CatalogEntry], subset: str, size: int, path: P
             if len(sample) > 2 * _SAMPLED_PHOTOS:
                 sample, step = sample[::2], step * 2
             rows = list(map(_row, unit, contents))
-            checks = [_check_of_row(num_units, place, len(rows), row) for place, row in enumerate(rows)]
-            columns = [*zip(*rows, strict=True), checks]
+            given = [_encoded(entry.credit) if credits else None for entry in unit]
+            checks = [
+                _check_of_row(num_units, place, len(rows), row, credit)
+                for place, (row, credit) in enumerate(zip(rows, given, strict=True))
+            ]
+            columns = [*zip(*rows, strict=True), *([given] if credits else []), checks]
             arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=size)
             num_units += 1
@@ -171,14 +190,19 @@ def _to_entries(table: Any, index: int) -> list[CatalogEntry]:
     Raises:
         ValueError: they are not what was written.
     """
-    if table.column_names not in (list(_COLUMNS), [*_COLUMNS, _CHECK]):
+    added = table.column_names[len(_COLUMNS) :]
+    if [*_COLUMNS, *added] != table.column_names or not set(added) <= {_CREDIT, _CHECK}:
         raise ValueError(f"its columns are {', '.join(table.column_names)}")
     rows = list(zip(*(table[name].to_pylist() for name in _COLUMNS), strict=True))
     if not rows:
         raise ValueError(f"unit {index} has no row")
+    credits: list[bytes | None] = [None] * len(rows)
+    if _CREDIT in table.column_names:
+        credits = table[_CREDIT].to_pylist()
     if _CHECK in table.column_names:
-        for place, (row, check) in enumerate(zip(rows, table[_CHECK].to_pylist(), strict=True)):
-            if check != _check_of_row(index, place, len(rows), row):
+        checks = table[_CHECK].to_pylist()
+        for place, (row, credit, check) in enumerate(zip(rows, credits, checks, strict=True)):
+            if check != _check_of_row(index, place, len(rows), row, credit):
                 raise ValueError(f"row {place} of unit {index} is damaged")
     return [
         CatalogEntry(
@@ -189,6 +213,7 @@ def _to_entries(table: Any, index: int) -> list[CatalogEntry]:
             file_name,
             None if stage is None else Drop(stage, Reason(reason), detail),
             source,
+            None if credit is None else msgspec.json.decode(credit, type=Credit),
         )
         for (
             key,
@@ -205,7 +230,7 @@ def _to_entries(table: Any, index: int) -> list[CatalogEntry]:
             reason,
             detail,
             _,
-        ) in rows
+        ), credit in zip(rows, credits, strict=True)
     ]
 
 

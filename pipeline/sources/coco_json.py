@@ -22,12 +22,13 @@ Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 class Image(msgspec.Struct):
-    """An element of `images`; sizes in pixels."""
+    """An element of `images`; sizes in pixels. `record` is all of it as it was written."""
 
     id: int | str | None = None
     file_name: str | None = None
     width: int | None = None
     height: int | None = None
+    record: msgspec.Raw = msgspec.Raw()
 
 
 class Annotation(msgspec.Struct):
@@ -48,6 +49,13 @@ class Document(msgspec.Struct):
     segments_info: msgspec.Raw = msgspec.Raw()
     file_name: str | None = None
     image_id: int | str | None = None
+    licenses: msgspec.Raw = msgspec.Raw()
+
+
+class _Records(msgspec.Struct):
+    """A document's images as they were written."""
+
+    images: list[msgspec.Raw] | None = None
 
 
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -91,9 +99,13 @@ def read_document(url: str) -> Document:
 
 def _decode(url: str, data: Any) -> Document:
     try:
-        return msgspec.json.decode(data, type=Document)
+        document = msgspec.json.decode(data, type=Document)
+        records = msgspec.json.decode(data, type=_Records).images
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return _read_tolerantly(url, bytes(data))
+    for image, record in zip(document.images or (), records or (), strict=True):
+        image.record = record
+    return document
 
 
 def parse_json(data: bytes) -> Any:
@@ -198,7 +210,7 @@ def _read_tolerantly(url: str, data: bytes) -> Document:
                 if value is not _NOTHING:
                     annotations.append(as_annotation(value))
                 document.annotations = annotations
-            elif name in ("categories", "segments_info"):
+            elif name in ("categories", "segments_info", "licenses"):
                 setattr(document, name, as_raw(value))
             elif name in ("file_name", "image_id") and isinstance(value, str | int):
                 setattr(document, name, value)
@@ -265,7 +277,9 @@ def as_image(value: Any) -> Image:
     """An image as far as it is clean; what is not is left out, and its annotation then misses it."""
     if not isinstance(value, dict):
         return Image()
-    return as_struct(value | {"id": as_whole(value.get("id"))}, Image, ())
+    image = as_struct(value | {"id": as_whole(value.get("id"))}, Image, ())
+    image.record = as_raw(value)
+    return image
 
 
 def as_whole(value: Any) -> Any:
@@ -294,5 +308,8 @@ def as_annotation(value: Any) -> Annotation:
 
 
 def as_raw(value: Any) -> msgspec.Raw:
-    """The value as JSON text again: ASCII, with NaN and lone surrogates where it had them."""
-    return msgspec.Raw() if value is None else msgspec.Raw(json.dumps(value).encode())
+    """The value as JSON text again: ASCII, with NaN and lone surrogates where it had them.
+
+    What JSON does not know, as a time in a Parquet file, is written as text.
+    """
+    return msgspec.Raw() if value is None else msgspec.Raw(json.dumps(value, default=str).encode())

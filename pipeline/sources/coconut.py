@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from ...schemas.config import Limits
 from ...schemas.errors import ConfigError
 from ...schemas.reasons import Reason
-from ...schemas.records import Blob, ImageRecord
+from ...schemas.records import Blob, Credit, ImageRecord
 from ...schemas.strict import Location
 from ..io import files
 from ..io.tables import TableFile
@@ -24,6 +24,7 @@ from . import coco_json, file_names
 from .categories import CategoryTable, load_categories, make_table
 from .coco_json import Annotation, Image
 from .common import PHOTO_FIXES
+from .credits import Licenses, read_credit
 from .pairing import Pairs
 from .panoptic import Record, fill_image, make_record
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
@@ -64,6 +65,7 @@ class _Row(NamedTuple):
     annotation: Annotation
     record: Callable[[], Record]
     home: str
+    licenses: Licenses
     doubt: str = ""
 
 
@@ -129,6 +131,7 @@ class Coconut(Source[CoconutOptions]):
         document = coco_json.read_document(url)
         table = self._table_of(document, url)
         images = document.images or []
+        licenses = Licenses(bytes(document.licenses))
         pairs = Pairs(images)
         used: set[str] = set()
         rows = []
@@ -137,7 +140,7 @@ class Coconut(Source[CoconutOptions]):
             if image is not None:
                 used.add(_name_of(image))
             record = functools.partial(make_record, image, annotation, table)
-            rows.append(_Row(image, annotation, record, url, doubt))
+            rows.append(_Row(image, annotation, record, url, licenses, doubt))
         return rows, [image for image in images if _name_of(image) not in used]
 
     def _table_of(self, document: coco_json.Document, url: str) -> CategoryTable:
@@ -151,12 +154,12 @@ class Coconut(Source[CoconutOptions]):
 
     def _folder_rows(self, folder: str, catalog: Catalog) -> list[_Row]:
         """A folder with one JSON per image: the files are opened by the workers."""
-        rows = []
+        rows, none = [], Licenses()
         for name in self._list(catalog, folder, "annotations").names or ():
             if name.lower().endswith(".json"):
                 url = f"{folder.rstrip('/')}/{name}"
                 label = name[: -len(".json")] + ".png"
-                rows.append(_Row(None, Annotation(label), functools.partial(Record, info=url), url))
+                rows.append(_Row(None, Annotation(label), functools.partial(Record, info=url), url, none))
         if not rows:
             raise ConfigError(f"{self.where}.annotations: {folder}: no .json file in it")
         return rows
@@ -164,7 +167,7 @@ class Coconut(Source[CoconutOptions]):
     def _parquet_rows(self, url: str) -> Iterator[_Row]:
         import pyarrow as pa
 
-        table = load_categories(self.options.categories)
+        table, none = load_categories(self.options.categories), Licenses()
         try:
             parquet = TableFile(url)
             missing = {"mask", "segments_info"} - set(parquet.names)
@@ -177,7 +180,7 @@ class Coconut(Source[CoconutOptions]):
                     info = cells.get("image_info")
                     image = None if info is None else coco_json.as_image(info)
                     record = functools.partial(make_record, image, annotation, table, (group, row))
-                    yield _Row(image, annotation, record, url)
+                    yield _Row(image, annotation, record, url, none)
         except files.ReadError:
             raise
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -204,7 +207,7 @@ class Coconut(Source[CoconutOptions]):
             key, _ = catalog.claim_key(file_names.path_stem(name), rows[0].home if rows else "")
             dropped = drop(Reason.ANNOTATION_MISSING, f"{name}: listed under `images`, without an annotation")
             record = msgspec.json.encode(Record(image.width, image.height))
-            yield CatalogEntry(key, None, None, record, name, dropped)
+            yield CatalogEntry(key, None, None, record, name, dropped, credit=Credit())
 
 
 def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Catalog) -> CatalogEntry:
@@ -248,7 +251,8 @@ def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Ca
         elif annotation is None:
             dropped = drop(Reason.LABELS_UNREADABLE, f"{label_name}: not in the label folder; put it there")
     record = msgspec.json.encode(row.record())
-    return CatalogEntry(key, photo, annotation, record, photo_name, dropped)
+    credit = Credit() if row.image is None else read_credit(row.image.record, row.licenses)
+    return CatalogEntry(key, photo, annotation, record, photo_name, dropped, credit=credit)
 
 
 def _photo_name(row: _Row) -> str:

@@ -21,6 +21,7 @@ from . import coco_json, label_maps
 from .categories import Category, CategoryTable, load_categories
 from .coco_json import Annotation, Image
 from .common import declared_size, read_header, refuse
+from .credits import read_credit
 from .protocols import CatalogEntry, Note, drop
 
 Result = TypeVar("Result")
@@ -86,7 +87,8 @@ def fill_image(
     record = _read_record(entry.record, limits, where)
     table = CategoryTable(record.categories)
     if record.info is not None:
-        record = _read_info(record.info, limits)
+        record, own = _read_info(record.info, limits)
+        image.credit = None if entry.credit is None else read_credit(own)
         table = load_categories(categories)
     image.width, image.height = declared_size(record.width, record.height)
     segments = _segments(bytes(record.segments), where)
@@ -147,8 +149,8 @@ def _read_record(data: bytes, limits: Limits, where: str) -> Record:
         return record
 
 
-def _read_info(url: str, limits: Limits) -> Record:
-    """An image's own `panseg_info` file."""
+def _read_info(url: str, limits: Limits) -> tuple[Record, bytes]:
+    """An image's own `panseg_info` file, and as JSON what it has besides the segments."""
     unreadable = Reason.ANNOTATION_UNREADABLE
 
     def decode(data: bytes) -> Any:
@@ -164,9 +166,9 @@ def _read_info(url: str, limits: Limits) -> Record:
         raw = files.decoded(lambda: files.fetch(Blob(url)), decode)
     except OSError as error:
         raise failures.to_failure(error, unreadable, unreadable, "fetch it again", url) from error
-    segments = raw.get("segments_info") if isinstance(raw, dict) else raw
+    segments = raw.pop("segments_info", None) if isinstance(raw, dict) else raw
     size = coco_json.as_image(raw) if isinstance(raw, dict) else Image()
-    return Record(size.width, size.height, coco_json.as_raw(segments))
+    return Record(size.width, size.height, coco_json.as_raw(segments)), bytes(size.record)
 
 
 def _segments(raw: bytes, where: str) -> list[Segment | BadRecord]:

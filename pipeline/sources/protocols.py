@@ -19,7 +19,7 @@ from ...filters.benchmark_photos import PhotoNames
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
 from ...schemas.reasons import ERRORS, Reason
-from ...schemas.records import Blob, Drop, ImageRecord
+from ...schemas.records import Blob, Credit, Drop, ImageRecord
 from ...schemas.strict import Strict
 from ..io import failures, files
 from . import file_names
@@ -39,6 +39,8 @@ class CatalogEntry(msgspec.Struct, frozen=True):
         file_name: the publisher's name of the photo.
         drop: a problem that the lists alone show (duplicate key, unsafe name, missing partner).
         source: index of the source in the subset's list; `SubsetSource` sets it.
+        credit: license and origin as the lists state them. None if the source does not look for them, or if
+            the work list is of a release that did not: then the annotation is not asked either.
     """
 
     key: str
@@ -48,6 +50,7 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     file_name: str = ""
     drop: Drop | None = None
     source: int = 0
+    credit: Credit | None = None
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -243,7 +246,9 @@ class Source(ABC, Generic[Options]):
         Raises:
             ConfigError: nothing can be read with this set-up, such as without credentials.
         """
-        image = ImageRecord(entry.key, subset, entry.photo, 0, 0, file_name=entry.file_name)
+        image = ImageRecord(
+            entry.key, subset, entry.photo, 0, 0, file_name=entry.file_name, credit=entry.credit
+        )
         try:
             self.fill(image, entry, limits, [] if notes is None else notes)
         except BadRecord as error:

@@ -93,6 +93,13 @@ def recipe_name(config: BuildConfig, subset: str) -> str:
         raise ConfigError(f"subsets.{subset}.recipe: {error}") from error
 
 
+def option_texts(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(option, text) of every text that is an option of one of these sources or in one, in order."""
+    values = [(name, value) for source in sources for name, value in sorted(source.items())]
+    listed = [(name, value if isinstance(value, list) else [value]) for name, value in values]
+    return [(name, value) for name, each in listed for value in each if isinstance(value, str)]
+
+
 def open_source(config: BuildConfig, subset: str) -> SubsetSource:
     """The sources of a subset; reads nothing yet.
 

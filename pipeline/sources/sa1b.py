@@ -13,11 +13,12 @@ from ...filters import rle
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
-from ...schemas.records import Blob, Drop, ImageRecord, Region
+from ...schemas.records import Blob, Credit, Drop, ImageRecord, Region
 from ...schemas.strict import Location
 from ..io import failures, files
 from . import coco_json, file_names
 from .common import PHOTO_FIXES, declared_size, read_header, refuse
+from .credits import read_credit
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 from .sa1b_pairs import Groups
 
@@ -25,6 +26,7 @@ from .sa1b_pairs import Groups
 class _Size(msgspec.Struct):
     width: int | None = None
     height: int | None = None
+    record: msgspec.Raw = msgspec.Raw()
 
 
 class _Annotation(msgspec.Struct):
@@ -38,13 +40,14 @@ class _Annotation(msgspec.Struct):
 
 
 class _Pair(msgspec.Struct):
-    image: _Size = msgspec.field(default_factory=_Size)
+    image: msgspec.Raw = msgspec.Raw(b"{}")
     annotations: list[_Annotation] = []
 
 
 _HEADER_BLOCK = 16 << 10
 """Bytes asked of an object store for a tar's header; the next one is a photo away."""
 
+_SIZE = msgspec.json.Decoder(_Size)
 _PAIR = msgspec.json.Decoder(_Pair)
 
 
@@ -100,7 +103,10 @@ class Sa1b(Source[Sa1bOptions]):
             assert entry.drop is not None, "an image without an annotation has a drop"
             raise BadRecord(entry.drop.reason, entry.drop.detail)
         where = f"{entry.annotation}"
+        image.credit = None
         size, annotations = _read_pair(entry.annotation, limits, where)
+        if entry.credit is not None and (found := read_credit(size.record)) != Credit():
+            image.credit = found  # SA-1B itself states nothing
         image.width, image.height = declared_size(size.width, size.height)
         image.regions = [_region(number, found, where) for number, found in enumerate(annotations)]
         refuse(image, entry, limits, where)
@@ -286,7 +292,7 @@ def _entry(
         dropped = drop(Reason.ANNOTATION_MISSING, f"{url}: {name}: no JSON of this name beside it")
     else:
         dropped = None
-    return CatalogEntry(key, photo, annotation, b"", name, dropped)
+    return CatalogEntry(key, photo, annotation, b"", name, dropped, credit=Credit())
 
 
 def _read_pair(annotation: Blob, limits: Limits, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
@@ -314,9 +320,11 @@ class _Odd(BadRecord):
 def _decode(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
     try:
         pair = _PAIR.decode(data)
+        size = _SIZE.decode(pair.image)
+        size.record = pair.image
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise _Odd(data, f"{where}: {error}") from error
-    return pair.image, list(pair.annotations)
+    return size, list(pair.annotations)
 
 
 def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation | BadRecord]]:
@@ -336,7 +344,7 @@ def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation |
         except ValueError as problem:
             detail = f"{where}: annotation {number}: {problem}"
             found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, detail))
-    return _Size(image.width, image.height), found
+    return _Size(image.width, image.height, image.record), found
 
 
 def _region(number: int, annotation: _Annotation | BadRecord, where: str) -> Region:

@@ -285,12 +285,13 @@ def as_early_releases_wrote_it(folder):
     path = work_list.table_path(folder)
     groups = []
     with pq.ParquetFile(path) as file:
-        groups = [file.read_row_group(index).drop_columns(["check"]) for index in range(file.num_row_groups)]
+        groups = [file.read_row_group(index) for index in range(file.num_row_groups)]
+    groups = [group.drop_columns(["credit", "check"]) for group in groups]
     with pq.ParquetWriter(path, groups[0].schema, compression="zstd", compression_level=1) as writer:
         for group in groups:
             writer.write_table(group)
     summary = msgspec.json.decode(work_list.summary_path(folder).read_bytes())
-    for name in ("sources", "table", "check"):
+    for name in ("sources", "table", "check", "credits"):
         del summary[name]
     work_list.summary_path(folder).write_bytes(msgspec.json.encode(summary))
 
