@@ -20,6 +20,7 @@ from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord
 from . import failures, files
+from .file_kinds import what_is
 from .orientation import orientation_of, restore, unturned
 
 if TYPE_CHECKING:
@@ -180,6 +181,8 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
         if not whole:  # a header that is longer than the first read (large EXIF or ICC blocks)
             return _parse(photo, fetch(photo), max_pixels, whole=True)
         kind = "empty file" if not head else "not an image that we read (" + ", ".join(FORMATS) + ")"
+        if head and (words := what_is(head, "photo")):
+            kind = f"not an image: {words}"
         if isinstance(error, ValueError):  # it is one of these, and says what is wrong with it
             kind = f"not readable: {error}"
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {kind}") from error

@@ -13,7 +13,8 @@ import msgspec
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 from ..io import failures, files
-from .coco_json import problem_of, what_is
+from ..io.file_kinds import what_is
+from .coco_json import problem_of
 
 _PLAIN = {
     "floor-wood": "wooden floor",

@@ -17,6 +17,7 @@ import msgspec
 
 from ...schemas.errors import ConfigError
 from ..io import failures, files
+from ..io.file_kinds import what_is
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -122,24 +123,6 @@ def parse_json(data: bytes) -> Any:
         if words := what_is(data):
             raise ValueError(words) from error
         raise
-
-
-_BEGINNINGS = (
-    (b"\x1f\x8b", "gzip; unpack it"),
-    (b"PK\x03\x04", "a zip file; unpack it"),
-    (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull` where it is from"),
-    (b"\xff\xfe", "UTF-16; save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16; save it as UTF-8"),
-    (b"<", "a web page or XML; fetch the JSON itself"),
-)
-
-
-def what_is(data: bytes) -> str:
-    """What a file that is no JSON is by its beginning, and what to do; "" if that says nothing."""
-    start = bytes(data[:64]).lstrip()
-    if not start.strip(b"\0"):
-        return "the file is empty"
-    return next((words for mark, words in _BEGINNINGS if start.startswith(mark)), "")
 
 
 def problem_of(value: Any) -> str:

@@ -20,6 +20,7 @@ from ...schemas.records import Blob, Credit, ImageRecord
 from ...schemas.strict import Location
 from ..io import files
 from ..io.tables import TableFile
+from ..io.file_kinds import what_is
 from . import coco_json, file_names
 from .categories import CategoryTable, load_categories, make_table
 from .coco_json import Annotation, Image
@@ -184,8 +185,9 @@ class Coconut(Source[CoconutOptions]):
         except files.ReadError:
             raise
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            detail = " ".join(str(error).split())  # Arrow's have several lines
-            raise ConfigError(f"{url}: not a readable Parquet file: {detail}; fetch it again") from error
+            words = what_is(files.fetch(Blob(url), 0, 64), "Parquet file")
+            detail = words or " ".join(str(error).split()) + "; fetch it again"  # Arrow's have several lines
+            raise ConfigError(f"{url}: not a readable Parquet file: {detail}") from error
 
     def _entries(self, rows: list[_Row], leftover: list[Image], catalog: Catalog) -> Iterator[CatalogEntry]:
         options = self.options

@@ -19,6 +19,7 @@ from ...filters import rle
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ..io import photos
+from ..io.file_kinds import what_is
 from ..io.orientation import unturned
 
 _FORMATS = ("PNG", "TIFF", "BMP")
@@ -215,18 +216,14 @@ def _damaged_chunk(data: bytes) -> str:
 
 _KINDS: Iterable[tuple[bytes, str]] = (
     (b"\xff\xd8", "a JPEG cannot hold segment ids; get the PNG"),
-    (b"version https://git-lfs", "not an image: a Git LFS pointer; run `git lfs pull` where it is from"),
     (b"GIF8", "a GIF is not read as a label map; save it as PNG"),
     (b"RIFF", "a WebP file is not read as a label map; get the PNG"),
     (b"\x93NUMPY", "not an image: a NumPy array; save it as an RGB PNG, in COCO's colors"),
-    (b"\x1f\x8b", "not an image: gzip; unpack it"),
-    (b"PK\x03\x04", "not an image: a zip file; unpack it"),
-    (b"<", "not an image: a web page or XML; fetch the PNG itself"),
     (b"{", "not an image: JSON; give the folder of the PNGs as `labels`"),
     (b"[", "not an image: JSON; give the folder of the PNGs as `labels`"),
     (b"\x00\x05\x16\x07", "not an image: notes of macOS on a file; delete it"),
 )
-"""How files begin that are no label map, and what to say of them."""
+"""How files begin that are no label map, and what to say of them; `what_is` knows more."""
 
 
 def _why(data: bytes, error: BaseException) -> str:
@@ -239,6 +236,8 @@ def _why(data: bytes, error: BaseException) -> str:
         return found
     if not data.strip(b"\0"):
         return "only zero bytes; fetch it again"
+    if words := what_is(data, "PNG"):
+        return f"not an image: {words}"
     if isinstance(error, UnidentifiedImageError):  # its text has a memory address
         return f"not an image of {', '.join(_FORMATS)}; fetch it again"
     return f"does not decode ({str(error)[:120] or type(error).__name__}); fetch it again"

@@ -16,6 +16,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Credit, Drop, ImageRecord, Region
 from ...schemas.strict import Location
 from ..io import failures, files
+from ..io.file_kinds import what_is
 from . import coco_json, file_names
 from .common import PHOTO_FIXES, declared_size, read_header, refuse
 from .credits import read_credit
@@ -134,12 +135,12 @@ def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
     Raises:
         ConfigError: nothing in it can be read.
     """
+    found = 0
     try:
         with files.open_url(url, _HEADER_BLOCK) as file:
             size = file.seek(0, 2)
             file.seek(0)
             archive = _opened(file)
-            found = 0
             after_end = None
             while True:
                 if (member := _next(archive)) is None:
@@ -160,8 +161,11 @@ def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
                 detail = f"{url}: ends at byte {size} without an end mark"
                 notes.append(Note("tar_without_end", detail))
     except tarfile.TarError as error:
-        if files.read(Blob(url), 0, 2) == b"\x1f\x8b":
+        start = b"" if found else files.fetch(Blob(url), 0, 64)
+        if start.startswith(b"\x1f\x8b"):
             raise ConfigError(f"{url}: gzipped; unpack it with gunzip, members are read by offset") from error
+        if start and (words := what_is(start, "tar")):
+            raise ConfigError(f"{url}: not a tar: {words}") from error
         raise ConfigError(f"{url}: not a readable tar ({error}); fetch it again") from error
     if broken is not None:
         if not found:
