@@ -39,7 +39,7 @@ def check_training(config: TrainConfig, wait: bool = False, on_cluster: bool = F
         yield _check(f"corpora[{number}].corpus", _find_corpus, corpus.corpus, corpus.subsets, wait)
     for number, source in enumerate(config.conversations):
         where = f"conversations[{number}]"
-        yield _check(f"{where}.path", _find_file, source.path)
+        yield _check(f"{where}.path", _find_conversations, source.path)
         if source.images:
             yield _check(f"{where}.images", _find_folder, source.images)
     if config.evaluation:
@@ -124,6 +124,15 @@ def _find_file(path: str) -> str:
     if not files.is_url(path) and not Path(path).is_file():
         raise ConfigError(f"{path}: no such file; name a .json, .jsonl or .parquet")
     return f"{path} exists"
+
+
+def _find_conversations(path: str) -> str:
+    from ..model_training.data.conversation_records import list_files
+
+    if files.is_url(path):
+        return f"{path} is read when the run starts"
+    found = list_files(path)
+    return f"{path} exists" if found == [path] else f"{path}: {len(found):,} files"
 
 
 def _find_folder(path: str) -> str:

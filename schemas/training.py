@@ -52,15 +52,18 @@ class CorpusSource(Strict):
 
 
 class ConversationSource(Strict):
-    """Questions and answers on whole images, in the form of LLaVA's data.
+    """Questions and answers, in the form of LLaVA's data, or the released code's region data.
 
-    The file holds records of {id, image, conversations: [{from, value}, ...]}. `image` is a path below
-    `images`, or in Parquet the photo's bytes, alone or as {bytes, path}.
+    The files hold records of {id, image, conversations: [{from, value}, ...]}, or of {image, mask_rles,
+    captions}. `image` is a path below `images`, the photo in base64, or in Parquet its bytes, alone or as
+    {bytes, path}; `images` is a list of these. Turns may also be {role, content}.
     """
 
-    path: Location = Field(description="A .json, .jsonl or .parquet file, as a path or fsspec URL.")
+    path: Location = Field(
+        description="A .json, .jsonl or .parquet file, a folder of Parquet files, or a glob; or a fsspec URL."
+    )
     images: Location = Field(
-        default="", description="Folder of the photos; leave it empty if the Parquet file holds them."
+        default="", description="Folder of the photos; leave it empty if the files hold them."
     )
     weight: float = Field(
         default=1.0,
@@ -93,7 +96,8 @@ class DataOptions(Strict):
         default="varied",
         description="`varied`: a visit has any number of regions up to the model's prompts. `even`: the "
         "visits of an image have equally many, as in the released code; the model then captions no more "
-        "regions together than it has seen together (4 with 3.5 regions per group).",
+        "regions together than it has seen together (4 with 3.5 regions per group). Of corpora; region data "
+        "among `conversations` always have even groups.",
     )
     caption_length: Literal["natural", "fixed"] = Field(
         default="natural",

@@ -80,7 +80,7 @@ class Loader:
         opened = [
             open_training_corpus(source, processor, options, seed, self.cache)
             if isinstance(source, CorpusSource)
-            else open_conversations(source, processor, self.cache, options.benchmark_photos == "keep")
+            else open_conversations(source, processor, options, self.cache)
             for source in sources
         ]
         self.left_out = [each.left_out for each in opened]

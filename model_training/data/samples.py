@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from msgspec import UNSET
 from torch import Tensor
 
 from ...filters import rle
@@ -17,12 +18,15 @@ from ...schemas.sample import SampleRegion
 from ...schemas.training import DataOptions
 from ..model.batch import Example, Images, Tokens, collate, pack
 from ..model.tiling import MaskRuns
+from .conversation_records import CaptionedMask
 from .conversations import Conversations, make_conversation_example
 from .corpus import TrainingCorpus, token_lists
 from .epoch_plan import Pick
 from .order import shuffled
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..model.processor import PerceptionDLMProcessor
 
 FILLER = "filler"
@@ -133,7 +137,7 @@ class BatchMaker:
             if isinstance(source, TrainingCorpus):
                 made = self._region_group(source, pick, skipped)
             else:
-                made = self._conversation(source, pick)
+                made = self._conversation(source, pick, skipped)
             if made and made.num_tokens > self.options.max_tokens:
                 detail = f"{made.name}: {made.num_tokens} tokens; raise max_tokens, or set on_too_long: skip"
                 raise BadSample("sample_too_long", detail)
@@ -148,10 +152,44 @@ class BatchMaker:
             raise error
         skipped.append(Skipped(error.reason, error.detail))
 
-    def _conversation(self, source: Conversations, pick: Pick) -> LabeledExample:
-        record, photo, name = source.read_record(pick.item, self.options.max_pixels)
-        example, labels = make_conversation_example(record, photo, self.processor, name)
+    def _conversation(
+        self, source: Conversations, pick: Pick, skipped: list[Skipped]
+    ) -> LabeledExample | None:
+        record, shown, name = source.read_record(pick.item, self.options.max_pixels)
+        if record.regions is not UNSET:
+            return self._region_record(record.regions, shown[0], name, pick, skipped)
+        example, labels = make_conversation_example(record, shown, self.processor, name)
         return LabeledExample(example, labels, name)
+
+    def _region_record(
+        self,
+        regions: list[CaptionedMask],
+        photo: Image.Image,
+        name: str,
+        pick: Pick,
+        skipped: list[Skipped],
+    ) -> LabeledExample | None:
+        """The example of a group of regions of the released code's region data."""
+        captions = token_lists(self.processor, [region.caption for region in regions])
+        kept = self._short_enough(regions, captions, name, skipped)
+        if not kept:
+            return None
+        regions, captions = [regions[i] for i in kept], [self._padded(captions[i]) for i in kept]
+        size = (photo.height, photo.width)
+        whole = {"counts": [0, photo.height * photo.width], "size": list(size)}
+        masks = [
+            (each.id, {"counts": each.counts, "size": list(each.size)} if each.counts else whole)
+            for each in regions
+        ]
+        try:
+            runs = _runs(masks, size)
+        except BadRecord as error:
+            raise BadSample(str(error.reason), f"{name}: {error.detail}; correct the record") from error
+        seeds = (self.seed, pick.source, pick.pass_index, pick.item)
+        prompts = shuffled(self.processor.config.num_prompts, *seeds)[: len(regions)].tolist()
+        example = self.processor.make_example(photo, runs, captions, prompts)
+        numbers = ",".join(str(regions[number].id) for number in example.order)
+        return LabeledExample(example, self._labels(example), f"{name}#{numbers}")
 
     def _region_group(
         self, source: TrainingCorpus, pick: Pick, skipped: list[Skipped]
@@ -170,7 +208,8 @@ class BatchMaker:
         regions, captions = [regions[i] for i in kept], [self._padded(captions[i]) for i in kept]
         where = Blob(f"{shard}: {key}")
         try:
-            runs = _runs(regions, (sample.height, sample.width))
+            masks = [(each.id, {"counts": each.rle.counts, "size": list(each.rle.size)}) for each in regions]
+            runs = _runs(masks, (sample.height, sample.width))
             photo = photos.decode_image(where, data, self.options.max_pixels)
         except BadRecord as error:
             detail = error.detail if error.detail.startswith(where.url) else f"{where}: {error.detail}"
@@ -184,7 +223,11 @@ class BatchMaker:
         return LabeledExample(example, self._labels(example), name)
 
     def _short_enough(
-        self, regions: list[SampleRegion], captions: list[list[int]], where: str, skipped: list[Skipped]
+        self,
+        regions: Sequence[SampleRegion | CaptionedMask],
+        captions: list[list[int]],
+        where: str,
+        skipped: list[Skipped],
     ) -> list[int]:
         """Indices of the regions whose captions are short enough; the others are an error or skipped."""
         limit, kept = self.options.caption_limit(), []
@@ -223,16 +266,16 @@ class BatchMaker:
         return LabeledExample(example, np.zeros(example.captions.shape[1], bool), FILLER, weight=0.0)
 
 
-def _runs(regions: list[SampleRegion], size: tuple[int, int]) -> list[MaskRuns]:
-    """The masks of regions in an image of `size` (height, width).
+def _runs(masks: list[tuple[int, dict[str, Any]]], size: tuple[int, int]) -> list[MaskRuns]:
+    """The masks of regions, given by number and RLE, in an image of `size` (height, width).
 
     Raises:
         BadRecord: a mask does not decode, is empty or has another size.
     """
-    found = rle.check_all([{"counts": r.rle.counts, "size": list(r.rle.size)} for r in regions], *size)
     runs = []
-    for region, mask in zip(regions, found, strict=True):
+    found = rle.check_all([each for _, each in masks], *size)
+    for (number, _), mask in zip(masks, found, strict=True):
         if isinstance(mask, BadRecord):
-            raise BadRecord(mask.reason, f"region {region.id}: {mask.detail}")
+            raise BadRecord(mask.reason, f"region {number}: {mask.detail}")
         runs.append(MaskRuns(size, rle.to_counts(mask.rle), mask.area, mask.bbox))
     return runs

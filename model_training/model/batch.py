@@ -7,6 +7,7 @@ patches of a view, I images, R regions, B batch, L tokens of a sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -23,20 +24,27 @@ class Example(NamedTuple):
         views: (T, 3, S, S) uint8 RGB: the tiles row by row, then the thumbnail if there is more than one
             tile.
         prompts: (T, P, Q) bool, which patches belong to the region that has which prompt.
-        grid: tiles across and down.
+        grid: tiles across and down; None for text without an image.
         boxes: (x1, y1, x2, y2) of each region as shares of the image's width and height.
         order: for each region in the order of the sequence, its number in the caller's order.
         prefix: (3, L) int64: ids, positions and region codes of all tokens before the captions.
         captions: (3, L) int64: the same of the captions, all blocks one after the other.
+        more_grids: the grids of further images without regions, whose views follow those of the first.
     """
 
     views: np.ndarray
     prompts: np.ndarray
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     boxes: list[tuple[float, float, float, float]]
     order: list[int]
     prefix: np.ndarray
     captions: np.ndarray
+    more_grids: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """The grids of all its images."""
+        return [*([self.grid] if self.grid is not None else []), *self.more_grids]
 
 
 class Images(NamedTuple):
@@ -118,13 +126,16 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 def collate_images(examples: Sequence[Example]) -> Images:
     """The images of examples, one after the other."""
-    owners = [i for i, example in enumerate(examples) for _ in example.boxes]
+    firsts = accumulate((len(example.grids) for example in examples), initial=0)
+    owners = [first for first, example in zip(firsts, examples, strict=False) for _ in example.boxes]
     boxes = [box for example in examples for box in example.boxes]
     views = [example.views for example in examples]
     return Images(
         views_N3SS=torch.from_numpy(views[0] if len(views) == 1 else np.concatenate(views)),
         prompts_NPQ=torch.from_numpy(np.concatenate([example.prompts for example in examples])),
-        grids_I2=torch.tensor([example.grid for example in examples]),
+        grids_I2=torch.tensor(
+            [grid for example in examples for grid in example.grids], dtype=torch.int64
+        ).reshape(-1, 2),
         boxes_R4=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         image_R=torch.tensor(owners, dtype=torch.int64),
     )

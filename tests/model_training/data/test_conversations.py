@@ -95,7 +95,7 @@ def test_conversations_that_cannot_be_used_are_errors_or_counted(tmp_path: Path)
     reasons = ["photo_missing", "unsafe_name", "conversation_unusable", "conversation_without_image"]
     assert ours.skipped == dict.fromkeys([*reasons, "photo_unreadable"], 1)
     path.write_text(json.dumps([*records[:2], {"id": 7}]))
-    with pytest.raises(ConfigError, match=r"said.json: after record 2: .*conversations"):
+    with pytest.raises(ConfigError, match=r"said.json: record 3 \(id 7\): .*conversations"):
         loader(tmp_path / "out", sources=[source])
     with pytest.raises(ConfigError, match=r"absent\.json"):
         loader(tmp_path / "out", sources=[ConversationSource(path=str(tmp_path / "absent.json"))])
