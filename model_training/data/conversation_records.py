@@ -331,7 +331,9 @@ _SHORTEST_PHOTO = 64
 
 def _base64(text: Any) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        if data := base64.b64decode("".join(text.split()), validate=True):
+            return data
+        raise ValueError("nothing in it")
     except (binascii.Error, AttributeError, ValueError) as error:
         raise _Unusable("photo_unreadable", f"an embedded image is not base64 ({error})") from error
 

@@ -254,6 +254,10 @@ def mistakes() -> dict[str, tuple[dict[str, Any], str]]:
             {"image": "data:image/png;base64,???", "conversations": hello},
             r"photo_unreadable: .*not base64",
         ),
+        "empty photo": (
+            {"image": "data:image/png;base64,", "conversations": hello},
+            r"photo_unreadable: .*nothing in it",
+        ),
         "no photo": (
             {"image": "data:image/png;base64,aGVsbG8=", "conversations": hello},
             r"photo_unreadable",
