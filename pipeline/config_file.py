@@ -16,6 +16,7 @@ from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
 from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
 from .io import files
+from .io.file_kinds import what_is
 from .sources.registry import SOURCES, file_context, find_options, find_source
 from .stages.recipes import recipe_of
 
@@ -25,6 +26,22 @@ _Backend = TypeVar("_Backend", Captioner, Judge)
 
 _FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " --evaluation"}
 """Options of `paracaption config`, which prints the keys of a configuration."""
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        given: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            if (key.tag, key.value) in given:
+                told = f"`{key.value}` is given twice; keep one"
+                raise yaml.MarkedYAMLError(problem=told, problem_mark=key.start_mark)
+            given.add((key.tag, key.value))
+        return node
 
 
 def load_config(config: str | Path | Mapping[str, Any] | BuildConfig) -> BuildConfig:
@@ -73,11 +90,16 @@ def _with_absolute_options(backend: _Backend, root: Path) -> _Backend:
 def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        raw = yaml.load(data.decode("utf-8"), _OnceLoader)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+        told = isinstance(error, UnicodeDecodeError) and (what_is(data, "YAML") or "save it as UTF-8")
+        told = told or " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError(f"{path}: not a YAML file: {told}") from error
+    if raw is None:
+        raise ConfigError(f"{path}: it says nothing; `paracaption config` prints the keys")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
     return _check(raw, kind, str(path), path.parent.resolve())

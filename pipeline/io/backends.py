@@ -219,7 +219,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ValueError as error:  # a protocol that nobody knows
-        raise ImportError(f"{url}: {error}") from error
+        raise ImportError(str(error)) from error
 
 
 def _loud(fs: Any) -> dict[str, str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import re
 import socket
 import ssl
 import time
@@ -335,11 +336,24 @@ def to_failure(
     kind, what = classify(error), where or getattr(error, "url", "")
     detail = f"{what}: {describe(error)}" if what else describe(error)
     if kind is Kind.SETUP:
-        return ConfigError(f"{detail}; correct the credentials, the address or the installation")
+        return ConfigError(f"{detail}; {_mend(detail)}")
     if kind is Kind.TRANSIENT:
         return SourceFailure(Reason.SOURCE_UNAVAILABLE, detail, kind)
     reason = missing if is_missing(error) else unreadable
     return SourceFailure(reason, f"{detail}; {fix}" if fix else detail, kind)
+
+
+def _mend(problem: str) -> str:
+    """What to do about a set-up with which nothing can be read."""
+    if package := re.search(
+        r"(?:Import|ModuleNotFound)Error: .*?(?:nstall |requires \"|No module named ')([\w-]+)", problem
+    ):
+        return f"pip install {package[1]}, on every node"
+    if "Protocol not known" in problem:
+        return "correct the address: no package reads this kind"
+    if "NoCredentials" in problem:
+        return "set the credentials, or for a public bucket FSSPEC_S3='{\"anon\": true}'"
+    return "correct the credentials, the permissions, the address or the installation"
 
 
 def to_stop(error: Exception, where: str) -> ParaCaptionError | None:
@@ -353,7 +367,7 @@ def to_stop(error: Exception, where: str) -> ParaCaptionError | None:
             case Kind.TRANSIENT:
                 return SourceUnavailable(f"{what}; run the same command again when the source answers")
             case Kind.SETUP | Kind.REFUSED:
-                return ConfigError(f"{what}; correct the credentials, the permissions or the installation")
+                return ConfigError(f"{what}; {_mend(what)}")
         return ConfigError(f"{what}; correct the path")
     if isinstance(error, OSError | ValueError | EOFError | RecursionError):
         return ConfigError(f"{what}; fetch it again")

@@ -182,9 +182,11 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
             return _parse(photo, fetch(photo), max_pixels, whole=True)
         kind = "empty file" if not head else "not an image that we read (" + ", ".join(FORMATS) + ")"
         if head and (words := what_is(head, "photo")):
-            kind = f"not an image: {words}"
+            kind = f"not a photo that we read: {words}"
         if isinstance(error, ValueError):  # it is one of these, and says what is wrong with it
-            kind = f"not readable: {error}"
+            long = "MAX_TEXT_CHUNK" in str(error)
+            fix = "save it without its long text or color profile" if long else "fetch it again"
+            kind = f"not readable: {error}; {fix}"
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {kind}") from error
     if header.width * header.height > max_pixels:
         detail = f"{photo}: {header.width}x{header.height} pixels; limits.max_pixels is {max_pixels}"

@@ -114,6 +114,8 @@ def list_folder(url: str, setting: str) -> Listing:
     if url.startswith(("http://", "https://")):
         return Listing(url, None)
     if not files.is_folder(url):
+        if files.exists(url):
+            raise ConfigError(f"{setting}: {url} is a file; give a folder (unpack an archive)")
         raise ConfigError(f"{setting}: no folder {url}; correct the path, or mount the folder")
     return Listing(url, sorted(relative for _, relative in files.walk(url)))
 

@@ -216,12 +216,10 @@ def _damaged_chunk(data: bytes) -> str:
 
 _KINDS: Iterable[tuple[bytes, str]] = (
     (b"\xff\xd8", "a JPEG cannot hold segment ids; get the PNG"),
-    (b"GIF8", "a GIF is not read as a label map; save it as PNG"),
     (b"RIFF", "a WebP file is not read as a label map; get the PNG"),
     (b"\x93NUMPY", "not an image: a NumPy array; save it as an RGB PNG, in COCO's colors"),
     (b"{", "not an image: JSON; give the folder of the PNGs as `labels`"),
     (b"[", "not an image: JSON; give the folder of the PNGs as `labels`"),
-    (b"\x00\x05\x16\x07", "not an image: notes of macOS on a file; delete it"),
 )
 """How files begin that are no label map, and what to say of them; `what_is` knows more."""
 
@@ -237,7 +235,7 @@ def _why(data: bytes, error: BaseException) -> str:
     if not data.strip(b"\0"):
         return "only zero bytes; fetch it again"
     if words := what_is(data, "PNG"):
-        return f"not an image: {words}"
+        return f"not a label map: {words}"
     if isinstance(error, UnidentifiedImageError):  # its text has a memory address
         return f"not an image of {', '.join(_FORMATS)}; fetch it again"
     return f"does not decode ({str(error)[:120] or type(error).__name__}); fetch it again"

@@ -219,8 +219,14 @@ def test_every_mistake_has_its_line(tmp_path):
     [
         (b"out: [", "not a YAML file"),
         (b"\xff\xfe\xfa", "not a YAML file"),
+        ("out: a".encode("utf-16"), "not a YAML file: UTF-16; save it as UTF-8"),
+        ("out: café".encode("latin-1"), "not a YAML file: save it as UTF-8"),
+        (b"out: a\n\tsa1b: b", "not a YAML file: .* '.t' that cannot start any token line 2, column 1"),
+        (b"out: a\nsa1b: []\nout: b", "not a YAML file: `out` is given twice; keep one line 3"),
+        (b"out: a\nmasks: {min_area: 1, min_area: 2}", "not a YAML file: `min_area` is given twice"),
         (b"- out", "expected keys and values, found list"),
-        (b"", "expected keys and values, found NoneType"),
+        (b"hello", "expected keys and values, found str"),
+        (b"", "it says nothing"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_one_line(tmp_path, content, told):
@@ -228,6 +234,22 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path, content, told):
     with pytest.raises(ConfigError, match=f"build.yaml: {told}") as caught:
         load_config(tmp_path / "build.yaml")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfout: a\nsa1b: [{paths: [x]}]",
+        b"out: a\r\nsa1b: [{paths: [x]}]\r\n",
+        b'{"out": "a", "sa1b": [{"paths": ["x"]}]}',
+        b"out: a\nsa1b: [{<<: &given {paths: [y]}, paths: [x]}]",
+        b"out: a\nsa1b: [{paths: [x/]}]\ntext: {<<: {min_words: 3}, <<: {max_words: 9}}",
+    ],
+)
+def test_yaml_that_is_written_in_another_way_is_the_same(tmp_path, content):
+    (tmp_path / "build.yaml").write_bytes(content)
+    config = load_config(tmp_path / "build.yaml")
+    assert config.subsets["sa1b"].sources[0]["paths"] == [str(tmp_path.resolve() / "x")]
 
 
 def test_no_file_is_said_so(tmp_path):

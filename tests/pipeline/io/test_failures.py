@@ -272,6 +272,30 @@ def test_a_record_that_failed_has_a_reason_that_a_retry_heals_or_a_mark():
     assert failures.kind_of(BadRecord(of[1], "no image")) == "" and failures.kind_of(away) == "transient"
 
 
+class NoCredentialsError(Exception):
+    """As botocore's."""
+
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (ImportError("Please install gcsfs to access Google Storage"), "pip install gcsfs, on every node"),
+        (ImportError("Install adlfs to access Azure"), "pip install adlfs, on every node"),
+        (ImportError('SFTPFileSystem requires "paramiko" to be installed'), "pip install paramiko, on every"),
+        (ModuleNotFoundError("No module named 'aiohttp'"), "pip install aiohttp, on every node"),
+        (ImportError("Protocol not known: foo"), "correct the address: no package reads this kind"),
+        (NoCredentialsError("Unable to locate credentials"), "FSSPEC_S3='{\"anon\": true}'"),
+        (ReadError("s3://b/a", "HTTP 401", Kind.SETUP), "correct the credentials"),
+    ],
+)
+def test_a_set_up_that_cannot_read_is_mended_with_what_it_lacks(error, fix):
+    of = (Reason.PHOTO_MISSING, Reason.PHOTO_UNREADABLE)
+    for told in (failures.to_stop(error, "coconut"), failures.to_failure(error, *of, where="x")):
+        assert isinstance(told, ConfigError) and f"; {fix}" in str(told).replace("public bucket ", "; ")
+
+
 def test_planning_ends_in_one_line_and_a_bug_of_ours_is_none():
     for error in (
         ReadError("s3://b/a.json", "HTTP 503", Kind.TRANSIENT),

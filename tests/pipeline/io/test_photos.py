@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from paracaption.pipeline.io import photos
 from paracaption.schemas.errors import BadRecord
@@ -142,6 +142,55 @@ def test_bytes_after_a_photos_end_are_no_reason_to_drop_it(tmp_path, ending, aft
     with open(blob.url, "ab") as file:
         file.write(after)
     assert photos.probe(blob, LIMIT)[1:3] == (400, 300)
+
+
+def kinds():
+    """Photos that Pillow reads in every mode and form that is met, and others with what is said of them."""
+
+    def made(form, image=None, **options):
+        buffer = io.BytesIO()
+        (image or Image.fromarray(noise(60, 80, 3))).save(buffer, form, **options)
+        return buffer.getvalue()
+
+    plain, text = Image.fromarray(noise(60, 80, 3)), PngImagePlugin.PngInfo()
+    text.add_text("a", "x" * 2_000_000, zip=True)
+    read = {f"png {mode}": made("PNG", plain.convert(mode)) for mode in ("1", "L", "LA", "P", "RGBA")}
+    read |= {f"jpeg {mode}": made("JPEG", plain.convert(mode)) for mode in ("L", "CMYK", "YCbCr")}
+    read |= {
+        "progressive": made("JPEG", progressive=True),
+        "jpeg profile": made("JPEG", icc_profile=bytes(200_000)),
+    }
+    read |= {
+        "apng": made("PNG", save_all=True, append_images=[plain]),
+        "mpo": made("MPO", append_images=[plain]),
+    }
+    read |= {"webp": made("WEBP"), "bmp": made("BMP"), "lzw": made("TIFF", compression="tiff_lzw")}
+    long = "save it without its long text or color profile"
+    heic = b"\0\0\0\x18ftypheic" + bytes(99)
+    return {name: (data, "") for name, data in read.items()} | {
+        "profile": (made("PNG", icc_profile=bytes(2_000_000)), long),
+        "text": (made("PNG", pnginfo=text), long),
+        "gif": (made("GIF"), "a GIF; save it as PNG"),
+        "heic": (heic, "HEIC, AVIF or a video; save it as JPEG or PNG"),
+        "ppm": (made("PPM"), "not an image that we read (JPEG, PNG, WEBP, BMP, TIFF, MPO)"),
+        "json": (b'{"error": "gone"}', "not a photo that we read: JSON; give the photo itself"),
+        "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        "cut": (made("JPEG")[:-400], "truncated"),
+    }
+
+
+@pytest.mark.parametrize(("data", "told"), kinds().values(), ids=kinds())
+def test_photos_of_every_kind_are_read_or_called_what_they_are(tmp_path, data, told):
+    blob = Blob(str(tmp_path / "a.jpg"))
+    (tmp_path / "a.jpg").write_bytes(data)
+    if not told:
+        assert photos.probe(blob, LIMIT)[1:3] == (80, 60)
+        assert photos.decode(blob, data, LIMIT).shape == (60, 80, 3)
+        return
+    for call in (lambda: photos.probe(blob, LIMIT), lambda: photos.decode(blob, data, LIMIT)):
+        with pytest.raises(BadRecord) as caught:
+            call()
+        assert caught.value.reason == Reason.PHOTO_UNREADABLE and told in caught.value.detail
 
 
 def test_a_cut_photo_is_refused_though_it_has_a_whole_preview(tmp_path):

@@ -480,6 +480,15 @@ def test_a_wrong_path_in_the_config_is_named_before_anything_starts(release, mis
         list(source.catalog())
 
 
+@pytest.mark.parametrize("option", ["labels", "photos"])
+def test_a_file_in_the_place_of_a_folder_is_called_one(release, option):
+    (release.root / "photos.zip").write_bytes(b"PK")
+    wrong = str(release.root / "photos.zip")
+    source = release.add().source(**{option: [wrong] if option == "photos" else wrong})
+    with pytest.raises(ConfigError, match=r"photos\.zip is a file; give a folder \(unpack an archive\)"):
+        list(source.catalog())
+
+
 def test_a_whole_release_is_read_from_another_file_system(release):
     release.add("a").add("b")
     release.source()

@@ -271,6 +271,16 @@ def test_a_tar_that_is_none_is_one_line_with_its_name(tmp_path, content):
         list(open_sa1b(tmp_path / "sa_0.tar").catalog())
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(photo_jpeg(), "a JPEG"), (b'{"annotations": []}', "JSON"), (b"PK\x03\x04", "a zip file")],
+)
+def test_another_file_in_the_place_of_a_tar_is_called_what_it_is(tmp_path, content, told):
+    (tmp_path / "sa_0.jpg").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"sa_0\.jpg: not a tar: {told}; "):
+        list(open_sa1b(tmp_path / "sa_0.jpg").catalog())
+
+
 def test_a_path_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match="/nowhere"):
         list(open_sa1b("/nowhere/sa_*.tar").catalog())
