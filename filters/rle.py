@@ -22,18 +22,10 @@ import numpy as np
 from ..schemas.errors import BadRecord
 from ..schemas.reasons import Reason
 from ..schemas.records import Rle
-
-MAX_PIXELS = 1 << 31
-"""More pixels than this do not fit pycocotools' 32-bit counts."""
+from .segmentation_forms import read_counts, read_size, undecodable
 
 _MAX_GROUPS = 12
 """Longest number that is read, in groups of 5 bits: 60 bits stay clear of int64's sign."""
-
-_MARGIN_PX = 64
-"""How far outside its image a polygon's point may lie; annotators round, and draw over the edge."""
-
-_MAX_OUTLINE_PX = 20_000_000
-"""Longest outline of one mask: pycocotools needs about 100 bytes for each pixel of it."""
 
 
 class Mask(NamedTuple):
@@ -91,7 +83,7 @@ def check(counts: Any, size: Any) -> Mask:
     Raises:
         BadRecord: MASK_UNDECODABLE, MASK_EMPTY, or SIZE_MISMATCH for a size that is not a possible one.
     """
-    height, width = _size(size)
+    height, width = read_size(size)
     found = check_all([{"counts": counts, "size": size}], height, width)[0]
     if isinstance(found, BadRecord):
         raise found
@@ -103,7 +95,8 @@ def check_all(segmentations: Sequence[Any], height: int, width: int) -> list[Mas
 
     Args:
         segmentations: `{"counts", "size": [height, width]}` with counts compressed (str or bytes) or a list
-            of run lengths, or polygons as lists of x, y in turn.
+            of run lengths, or polygons as lists of x, y in turn. Numbers may be text or floats, counts as
+            Python prints them, points in pairs, and all of it JSON text or the only element of a list.
         height: of every mask, in pixels.
         width: of every mask, in pixels.
 
@@ -112,12 +105,12 @@ def check_all(segmentations: Sequence[Any], height: int, width: int) -> list[Mas
         or the error to raise for it: MASK_UNDECODABLE, SIZE_MISMATCH or MASK_EMPTY. Details name no file: the
         caller knows it.
     """
-    found: list[Mask | BadRecord] = [_undecodable("no mask")] * len(segmentations)
+    found: list[Mask | BadRecord] = [undecodable("no mask")] * len(segmentations)
     packed: list[tuple[int, bytes]] = []
     plain: list[tuple[int, np.ndarray]] = []
     for place, segmentation in enumerate(segmentations):
         try:
-            counts = _counts_of(segmentation, height, width)
+            counts = read_counts(segmentation, height, width)
         except BadRecord as error:
             found[place] = error
             continue
@@ -171,76 +164,8 @@ def iou(masks: Sequence[Rle], others: Sequence[Rle], over_first: bool = False) -
     return _coco().iou([to_coco(rle) for rle in masks], [to_coco(rle) for rle in others], crowd)
 
 
-def _counts_of(segmentation: Any, height: int, width: int) -> bytes | np.ndarray:
-    """The counts as they are, packed or as int64; everything about them but their values is checked."""
-    if isinstance(segmentation, list):
-        return _polygons(segmentation, height, width)
-    if not isinstance(segmentation, dict):
-        raise _undecodable(f"a mask is an object with size and counts, not {type(segmentation).__name__}")
-    size = _size(segmentation.get("size"))
-    if size != (height, width):
-        swapped = " (height and width are swapped)" if size == (width, height) else ""
-        detail = f"mask is {size[1]}x{size[0]}, image {width}x{height}{swapped}"
-        raise BadRecord(Reason.SIZE_MISMATCH, detail)
-    counts = segmentation.get("counts")
-    if isinstance(counts, str):
-        try:
-            return counts.encode("ascii")
-        except UnicodeEncodeError:
-            raise _undecodable("counts hold characters that no RLE has") from None
-    if isinstance(counts, bytes):
-        return counts
-    if isinstance(counts, list):
-        return _integers(counts, height * width)
-    raise _undecodable(f"counts are a string or a list of run lengths, not {type(counts).__name__}")
-
-
-def _size(size: Any) -> tuple[int, int]:
-    match size:
-        case [int(height), int(width)] if height > 0 and width > 0 and height * width < MAX_PIXELS:
-            return height, width
-    raise _undecodable(f"size is [height, width] in pixels, not {str(size)[:80]}")
-
-
-def _integers(counts: list[Any], pixels: int) -> np.ndarray:
-    if len(counts) > pixels + 1 or not all(type(count) is int and 0 <= count <= pixels for count in counts):
-        raise _undecodable(f"run lengths are whole numbers between 0 and {pixels}")
-    return np.array(counts, np.int64)
-
-
-def _polygons(rings: list[Any], height: int, width: int) -> bytes:
-    """Polygons through pycocotools, which cuts off what is outside the image, and allocates by their length.
-
-    The first ring has three points or more: pycocotools takes four numbers there for a box.
-    """
-    rings = [rings] if rings and not isinstance(rings[0], list) else rings
-    length = 0.0
-    for place, ring in enumerate(rings):
-        fewest = 4 if place else 6
-        if not isinstance(ring, list) or len(ring) < fewest or len(ring) % 2 or len(ring) > 100_000:
-            raise _undecodable("a polygon is a list of at least 3 points, x and y in turn")
-        if not all(type(number) in (int, float) for number in ring):
-            raise _undecodable("a polygon holds numbers only")
-        points = np.array(ring, np.float64).reshape(-1, 2)
-        far = np.array([width, height]) + _MARGIN_PX
-        if not ((points >= -_MARGIN_PX) & (points <= far)).all():
-            raise _undecodable(f"a polygon leaves its image by more than {_MARGIN_PX} pixels")
-        length += float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
-    if length > _MAX_OUTLINE_PX:
-        raise _undecodable(f"outlines of {length:.0f} pixels; the most is {_MAX_OUTLINE_PX}")
-    if not rings:
-        raise _undecodable("a list of no polygons")
-    parts = _coco().frPyObjects(rings, height, width)
-    counts = _coco().merge(parts)["counts"]
-    return counts if isinstance(counts, bytes) else counts.encode()
-
-
 def _coco() -> Any:
     return importlib.import_module("pycocotools.mask")
-
-
-def _undecodable(detail: str) -> BadRecord:
-    return BadRecord(Reason.MASK_UNDECODABLE, detail)
 
 
 def _measure(
@@ -284,12 +209,12 @@ def _measure(
         elif good[place]:
             found.append(BadRecord(Reason.MASK_EMPTY, "no foreground pixel"))
         elif broken[place]:
-            found.append(_undecodable("counts are no RLE string"))
+            found.append(undecodable("counts are no RLE string"))
         elif negative[place]:
-            found.append(_undecodable("a run of negative length"))
+            found.append(undecodable("a run of negative length"))
         else:
             detail = f"runs cover {int(totals[place])} pixels, the image has {pixels} ({width}x{height})"
-            found.append(_undecodable(detail))
+            found.append(undecodable(detail))
     return found
 
 

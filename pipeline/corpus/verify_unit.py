@@ -247,7 +247,7 @@ def _check_regions(unit: UnitCheck, rows: list[_Row], rules: Text | None) -> Non
             _check_caption(unit, path, row, rules)
     for (height, width), group in by_size.items():
         masks = rle.check_all(
-            [{"counts": row["rle_counts"], "size": [height, width]} for row in group], height, width
+            [{"counts": row["rle_counts"].encode(), "size": [height, width]} for row in group], height, width
         )
         for row, mask in zip(group, masks, strict=True):
             what = _mask_fault(mask, row)

@@ -172,6 +172,26 @@ def as_struct(value: Any, kind: type[Record], needed: tuple[str, ...]) -> Record
     return kind(**kept)
 
 
+_ELEMENT = frozenset({"id", "image_id", "file_name", "segments_info", "segmentation"})
+"""Fields by which an object is an element itself, and not a list of them by id."""
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """The elements of a list, also of one that is written as an object of them by id, or as its only element.
+
+    An element without an `id` gets the one that it is listed by. None if the value is none of these.
+    """
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        return None
+    if not _ELEMENT.isdisjoint(value):
+        return [value]
+    if not value or not all(isinstance(each, dict) for each in value.values()):
+        return None
+    return [{"id": key} | each for key, each in value.items()]
+
+
 def shortened(value: Any, length: int = 40) -> str:
     """A parsed value as JSON for a message."""
     text = json.dumps(value)
@@ -185,14 +205,18 @@ def _read_tolerantly(url: str, data: bytes) -> Document:
     images: list[Image] = []
     annotations: list[Annotation] = []
     try:
-        for name, value in _members(text, ("images", "annotations")):
-            if name == "images":
-                images.append(as_image(value))
-                document.images = images
-            elif name == "annotations":
-                if value is not _NOTHING:
-                    annotations.append(as_annotation(value))
-                document.annotations = annotations
+        for name, value, is_element in _members(text, ("images", "annotations")):
+            if name in ("images", "annotations"):
+                values = [value] if is_element else as_list(value)
+                if values is None and value:
+                    detail = f"`{name}` is {shortened(value)}, not a list; give the panoptic JSON"
+                    raise ConfigError(f"{url}: {detail}")
+                if values is not None and name == "images":
+                    document.images = images
+                    images.extend(map(as_image, values))
+                elif values is not None:
+                    document.annotations = annotations
+                    annotations.extend(map(as_annotation, values))
             elif name in ("categories", "segments_info", "licenses"):
                 setattr(document, name, as_raw(value))
             elif name in ("file_name", "image_id") and isinstance(value, str | int):
@@ -209,11 +233,8 @@ def _read_tolerantly(url: str, data: bytes) -> Document:
     return document
 
 
-_NOTHING = object()
-
-
-def _members(text: str, lists: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """The top object's members as (name, value), the named lists' elements one by one or `_NOTHING`."""
+def _members(text: str, lists: tuple[str, ...]) -> Iterator[tuple[str, Any, bool]]:
+    """The top object's members as (name, value, False); the named lists' elements one by one, with True."""
     decoder = json.JSONDecoder()
 
     def blank(at: int) -> int:
@@ -237,18 +258,18 @@ def _members(text: str, lists: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         if name in lists and text[at : at + 1] == "[":
             at = blank(at + 1)
             if text[at : at + 1] == "]":
-                yield name, _NOTHING
+                yield name, [], False
                 at += 1
             else:
                 while True:
                     value, at = decoder.raw_decode(text, blank(at))
-                    yield name, value
+                    yield name, value, True
                     at = expect(at, ",]")
                     if text[at - 1] == "]":
                         break
         else:
             value, at = decoder.raw_decode(text, at)
-            yield name, value
+            yield name, value, False
         at = expect(at, ",}")
         if text[at - 1] == "}":
             break

@@ -205,9 +205,14 @@ class Coconut(Source[CoconutOptions]):
             image = row.image or Image(row.annotation.image_id)
             yield catalog.without_benchmarks(entry, image.id, (image.width, image.height))
         for image in leftover:
+            home = rows[0].home if rows else ""
             name = _name_of(image)
-            key, _ = catalog.claim_key(file_names.path_stem(name), rows[0].home if rows else "")
-            dropped = drop(Reason.ANNOTATION_MISSING, f"{name}: listed under `images`, without an annotation")
+            key, _ = catalog.claim_key(file_names.path_stem(name) or "image", home)
+            detail = f"{name}: listed under `images`, without an annotation"
+            dropped = drop(Reason.ANNOTATION_MISSING, detail)
+            if not name:
+                detail = f"{home}: an element of `images` has neither an id nor a file name"
+                dropped = drop(Reason.ANNOTATION_UNREADABLE, detail)
             record = msgspec.json.encode(Record(image.width, image.height))
             yield CatalogEntry(key, None, None, record, name, dropped, credit=Credit())
 
@@ -264,4 +269,5 @@ def _photo_name(row: _Row) -> str:
 
 
 def _name_of(image: Image) -> str:
-    return image.file_name or str(image.id)
+    """What an image is called: "" if it has neither a file name nor an id."""
+    return image.file_name or ("" if image.id is None else str(image.id))

@@ -185,10 +185,10 @@ def _parsed_list(raw: bytes, where: str) -> list[Segment | BadRecord]:
         BadRecord: they are no list at all (only if `where` says what to name).
     """
     try:
-        values = coco_json.parse_json(raw)
+        values = coco_json.as_list(coco_json.parse_json(raw))
     except ValueError:
         values = None
-    if not isinstance(values, list):
+    if values is None:
         if where:
             raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: `segments_info` is no list")
         return []
@@ -197,7 +197,7 @@ def _parsed_list(raw: bytes, where: str) -> list[Segment | BadRecord]:
         try:
             found.append(coco_json.as_struct(value, Segment, _NEEDED))
         except ValueError as problem:
-            detail = f"{where}: segment {number}: {problem}"
+            detail = f"{where}: segment at position {number}: {problem}"
             found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, detail))
     return found
 
@@ -214,7 +214,7 @@ def _region(number: int, segment: Segment | BadRecord, table: CategoryTable, whe
         region.category, region.category_id = category.name, category.id
         region.is_thing = category.is_thing
     if segment.id == 0:
-        region.drop = drop(Reason.VOID, f"{where}: segment {number} is declared with id 0")
+        region.drop = drop(Reason.VOID, f"{where}: segment at position {number} is declared with id 0")
     elif segment.iscrowd:
         region.drop = drop(Reason.CROWD, f"{where}: segment {segment.id}")
     elif category is None:

@@ -337,8 +337,8 @@ def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation |
         raw = coco_json.parse_json(data)
     except ValueError as error:
         raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: not JSON: {error}") from error
-    values = raw.get("annotations") if isinstance(raw, dict) else None
-    if not isinstance(values, list):
+    values = coco_json.as_list(raw.get("annotations")) if isinstance(raw, dict) else None
+    if values is None:
         raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: no list `annotations`")
     image = coco_json.as_image(raw.get("image"))
     found: list[_Annotation | BadRecord] = []
@@ -346,7 +346,9 @@ def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation |
         try:
             found.append(coco_json.as_struct(value, _Annotation, ("segmentation",)))
         except ValueError as problem:
-            detail = f"{where}: annotation {number}: {problem}"
+            given = coco_json.as_whole(value.get("id")) if isinstance(value, dict) else None
+            name = _name(number, given if type(given) is int else None)
+            detail = f"{where}: {name}: {problem}"
             found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, detail))
     return _Size(image.width, image.height, image.record), found
 
@@ -383,18 +385,14 @@ def _place_masks(
     masks = rle.check_all([annotation.segmentation for _, annotation in good], image.height, image.width)
     for (region, annotation), mask in zip(good, masks, strict=True):
         if isinstance(mask, BadRecord):
-            region.drop = drop(mask.reason, f"{where}: {_name(region)}: {mask.detail}")
+            region.drop = drop(mask.reason, f"{where}: {_name(region.id, region.source_id)}: {mask.detail}")
             continue
         region.rle, region.area, region.bbox = mask
         if annotation.area is not None and annotation.area != region.area:
-            detail = f"{where}: {_name(region)}: declared {annotation.area:g}"
+            detail = f"{where}: {_name(region.id, region.source_id)}: declared {annotation.area:g}"
             notes.append(Note("area_differs", f"{detail}, mask has {region.area}", region.id))
 
 
-def _name(region: Region) -> str:
+def _name(place: int, source_id: int | None) -> str:
     """An annotation by its id, or by its position if it has none."""
-    return (
-        f"annotation at position {region.id}"
-        if region.source_id is None
-        else f"annotation {region.source_id}"
-    )
+    return f"annotation at position {place}" if source_id is None else f"annotation {source_id}"

@@ -35,11 +35,12 @@ READ: dict[str, tuple[int, int, int, int, str]] = {
     "coco-id-kinds/float_size": (2, 2, 6, 6, ""),
     "coco-id-kinds/huge_ids": (2, 2, 6, 6, ""),
     "coco-id-kinds/huge_size": (0, 2, 0, 6, "size_mismatch"),
+    "coco-id-kinds/images_dict": (2, 2, 6, 6, ""),
     "coco-id-kinds/isthing_str": (2, 2, 6, 6, ""),
     "coco-id-kinds/neg_size": (0, 2, 0, 6, "size_mismatch"),
     "coco-id-kinds/no_images": (2, 2, 6, 6, ""),
     "coco-id-kinds/null_ids": (2, 2, 6, 6, ""),
-    "coco-id-kinds/segs_dict": (0, 2, 0, 0, "annotation_unreadable"),
+    "coco-id-kinds/segs_dict": (2, 2, 6, 6, ""),
     "coco-id-kinds/segs_empty": (1, 2, 3, 3, ""),
     "coco-id-kinds/segs_null": (1, 2, 3, 3, "annotation_unreadable"),
     "coco-id-kinds/str_cat": (2, 2, 6, 6, ""),
@@ -65,7 +66,7 @@ READ: dict[str, tuple[int, int, int, int, str]] = {
     "names-subfolders-same-base": (2, 2, 6, 6, ""),
     "parquet-mask_binary": (2, 2, 6, 6, ""),
     "parquet-seg_bbox": (2, 2, 6, 6, ""),
-    "sa1b-annotation-kinds": (1, 1, 31, 60, "annotation_unreadable mask_undecodable size_mismatch"),
+    "sa1b-annotation-kinds": (1, 1, 42, 60, "annotation_unreadable mask_undecodable size_mismatch"),
     "sa1b-split-paths": (2, 2, 6, 6, ""),
     "stem-dots": (2, 2, 6, 6, ""),
     "subfolder-other-video": (0, 1, 0, 3, "photo_missing"),
@@ -139,5 +140,5 @@ def test_a_recorded_source_that_is_none_is_one_line(name, monkeypatch):
 
 def test_every_recorded_source_is_tried():
     shared_data("../cases/sources")
-    tried = {*READ, *REFUSED, "coco-id-kinds/images_dict", "real-coconut-file"}
+    tried = {*READ, *REFUSED, "real-coconut-file"}
     assert {name for name in cases() if not name.startswith((*ELSEWHERE, *DESCRIBED))} <= tried

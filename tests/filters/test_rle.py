@@ -98,12 +98,30 @@ def test_one_bad_mask_does_not_touch_its_neighbours():
         ({"size": [6, 4], "counts": "o" * 40 + "0"}, Reason.MASK_UNDECODABLE),
         ({"size": [6, 4], "counts": "é"}, Reason.MASK_UNDECODABLE),
         ({"size": [6, 4], "counts": 7}, Reason.MASK_UNDECODABLE),
-        ({"size": [6.0, 4], "counts": [12, 12]}, Reason.MASK_UNDECODABLE),
+        ({"size": [6.5, 4], "counts": [12, 12]}, Reason.MASK_UNDECODABLE),
+        ({"size": ["6", "x"], "counts": [12, 12]}, Reason.MASK_UNDECODABLE),
+        ({"size": [6, 4, 1], "counts": [12, 12]}, Reason.MASK_UNDECODABLE),
+        ({"size": {"h": 6, "w": 4}, "counts": [12, 12]}, Reason.MASK_UNDECODABLE),
+        ({"size": ["4", "6"], "counts": [12, 12]}, Reason.SIZE_MISMATCH),
+        ({"counts": [12, 12]}, Reason.MASK_UNDECODABLE),
+        ({"size": [6, 4]}, Reason.MASK_UNDECODABLE),
+        ({"size": [6, 4], "counts": [12.5, 11.5]}, Reason.MASK_UNDECODABLE),
+        ({"size": [6, 4], "counts": ["12", "x"]}, Reason.MASK_UNDECODABLE),
+        ({"size": [6, 4], "counts": "12 11"}, Reason.MASK_UNDECODABLE),
+        ({"size": [6, 4], "counts": "[12 ... 12]"}, Reason.MASK_UNDECODABLE),
+        ({"size": [6, 4], "counts": "b'<<"}, Reason.MASK_UNDECODABLE),
+        ('{"size": [6, 4]', Reason.MASK_UNDECODABLE),
+        ([{"size": [6, 4], "counts": "<<"}] * 2, Reason.MASK_UNDECODABLE),
         ({"size": None, "counts": [12, 12]}, Reason.MASK_UNDECODABLE),
         (None, Reason.MASK_UNDECODABLE),
         ("text", Reason.MASK_UNDECODABLE),
         ([], Reason.MASK_UNDECODABLE),
         ([[0, 0, 1]], Reason.MASK_UNDECODABLE),
+        ([[0, 0, 3, 0, 3, 4, 1]], Reason.MASK_UNDECODABLE),
+        ([[0, 0, 3, 4]], Reason.MASK_UNDECODABLE),
+        ([[0, 0], [3, 4]], Reason.MASK_UNDECODABLE),
+        ([[0, 0, "a", 0, 3, 4]], Reason.MASK_UNDECODABLE),
+        ([[0, 0, 3, 0, 3, 4], "text"], Reason.MASK_UNDECODABLE),
         ([[0, 0, 1e9, 0, 1e9, 1e9]], Reason.MASK_UNDECODABLE),
         ([[0, 0, float("nan"), 0, 2, 2]], Reason.MASK_UNDECODABLE),
     ],
@@ -111,6 +129,52 @@ def test_one_bad_mask_does_not_touch_its_neighbours():
 def test_each_kind_of_garbage_has_its_reason(segmentation, reason):
     found = rle.check_all([segmentation], 6, 4)[0]
     assert isinstance(found, BadRecord) and found.reason == reason, found
+
+
+RING = [0, 1, 3, 1, 3, 5, 0, 5]
+HALF = {"size": [6, 4], "counts": "<<"}
+
+
+@pytest.mark.parametrize(
+    ("odd", "same"),
+    [
+        ({"size": [6.0, 4.0], "counts": "<<"}, HALF),
+        ({"size": ["6", " 4.0 "], "counts": "<<"}, HALF),
+        ({"size": [6, 4], "counts": [12.0, 12.0]}, HALF),
+        ({"size": [6, 4], "counts": ["12", "12.0"]}, HALF),
+        ({"size": [6, 4], "counts": "12 12"}, HALF),
+        ({"size": [6, 4], "counts": "12, 12"}, HALF),
+        ({"size": [6, 4], "counts": "[12. 12.]"}, HALF),
+        ({"size": [6, 4], "counts": "[ 12,\n12 ]"}, HALF),
+        ({"size": [6, 4], "counts": " <<\n"}, HALF),
+        ({"size": [6, 4], "counts": "b'<<'"}, HALF),
+        ({"size": [6, 4], "counts": 'b"<<"'}, HALF),
+        (' {"size": [6, 4], "counts": "<<"}', HALF),
+        ([HALF], HALF),
+        (RING, [RING]),
+        (list(map(str, RING)), [RING]),
+        ([[[0, 1], [3, 1], [3, 5], [0, 5]]], [RING]),
+        ([[0, 1], [3, 1], [3, 5], [0, 5]], [RING]),
+        ([[[0, 1], [3, 1], [3, 5], [0, 5]], [1, 1, 2, 1, 2, 2]], [RING, [1, 1, 2, 1, 2, 2]]),
+        (json.dumps([RING]), [RING]),
+        ([RING, [1, 1]], [RING]),
+        ([RING, []], [RING]),
+    ],
+)
+def test_a_mask_in_another_writing_is_the_same_mask(odd, same):
+    found, wanted = rle.check_all([odd, same], 6, 4)
+    assert isinstance(wanted, rle.Mask) and found == wanted
+
+
+def test_a_backslash_that_python_printed_twice_is_one():
+    mask = rle.from_mask(np.pad(np.ones((44, 60)), ((4, 48), (4, 64))))
+    assert "\\" in mask.rle.counts
+    assert rle.check_all([{"size": [96, 128], "counts": repr(mask.rle.counts.encode())}], 96, 128) == [mask]
+
+
+def test_text_that_is_nearly_run_lengths_costs_no_time():
+    found = rle.check_all([{"size": [6, 4], "counts": "1  ,  " * 20_000 + "x"}], 6, 4)[0]
+    assert isinstance(found, BadRecord)
 
 
 def test_a_swapped_size_is_named_as_such():

@@ -213,6 +213,7 @@ def test_a_kept_region_with_a_drop_reason_is_named(out):
         ({"rle_counts": "not a mask \x01"}, "does not fill 128x96"),
         ({"rle_counts": "P" * 5000}, "does not fill 128x96"),
         ({"rle_counts": ""}, "does not fill"),
+        ({"rle_counts": "6000 6288"}, "does not fill 128x96"),  # run lengths as text are no RLE in a corpus
         ({"rle_counts": None}, "kept without a mask"),
         ({"area": 1}, "area says 1"),
         ({"bbox_w": 1}, "bbox says"),

@@ -323,7 +323,7 @@ def test_one_bad_annotation_costs_only_itself(tmp_path, bad):
     data = record(annotation(1), annotation(2, segmentation=bad), annotation(3))
     image = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", data)))["sa_1"]
     assert reasons(image) == [None, Reason.ANNOTATION_UNREADABLE, None]
-    assert "annotation 1: `segmentation`" in image.regions[1].drop.detail
+    assert "annotation 2: `segmentation`" in image.regions[1].drop.detail
 
 
 def test_an_annotation_that_is_no_object_costs_only_itself(tmp_path):
@@ -486,3 +486,42 @@ def test_numbers_written_as_text_or_whole_floats_lose_no_mask(tmp_path, odd):
     data = record(annotation(1), annotation(2, **odd))
     image = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", data)))["sa_1"]
     assert reasons(image) == [None, None] and image.regions[1].source_id == 2
+
+
+def test_annotations_written_as_an_object_by_id_are_the_same_annotations(tmp_path):
+    given = json.loads(record(annotation(1), annotation(2)))
+    numbered = {str(each.pop("id")): each for each in json.loads(json.dumps(given))["annotations"]}
+    pairs = [*pair("sa_1", json.dumps(given).encode())]
+    pairs += pair("sa_2", json.dumps(given | {"annotations": numbered}).encode())
+    images = read(write_tar(tmp_path / "sa_0.tar", pairs))
+    assert images["sa_2"].regions == images["sa_1"].regions and len(images["sa_1"].live()) == 2
+
+
+def test_annotations_written_as_their_only_one_are_that(tmp_path):
+    given = json.loads(record(annotation(1)))
+    alone = json.dumps(given | {"annotations": given["annotations"][0]}).encode()
+    images = read(write_tar(tmp_path / "sa_0.tar", [*pair("sa_1"), *pair("sa_2", alone)]))
+    assert images["sa_2"].regions == images["sa_1"].regions and len(images["sa_1"].live()) == 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"size": [float(HEIGHT), str(WIDTH)], "counts": [4.0, "4", HEIGHT * WIDTH - 8]},
+        {"size": [HEIGHT, WIDTH], "counts": f"4 4 {HEIGHT * WIDTH - 8}"},
+        [{"size": [HEIGHT, WIDTH], "counts": [4, 4, HEIGHT * WIDTH - 8]}],
+        json.dumps({"size": [HEIGHT, WIDTH], "counts": [4, 4, HEIGHT * WIDTH - 8]}),
+    ],
+)
+def test_a_mask_in_another_writing_is_kept(tmp_path, odd):
+    plain = {"size": [HEIGHT, WIDTH], "counts": [4, 4, HEIGHT * WIDTH - 8]}
+    data = record(annotation(1, segmentation=plain), annotation(2, segmentation=odd))
+    image = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", data)))["sa_1"]
+    assert reasons(image) == [None, None] and image.regions[1].rle == image.regions[0].rle
+
+
+def test_a_region_without_a_mask_says_so(tmp_path):
+    given = json.loads(record(annotation(1)))
+    given["annotations"][0]["mask"] = given["annotations"][0].pop("segmentation")
+    images = read(write_tar(tmp_path / "sa_0.tar", pair("sa_1", json.dumps(given).encode())))
+    assert images["sa_1"].regions[0].drop.detail.endswith("annotation 1: no `segmentation`")
