@@ -48,7 +48,22 @@ _OPEN_QUERIES = frozenset(
 )
 """Parts of a query that name a page. With any other in it, which may sign or name a user, all of it goes."""
 
+_THIS_MACHINE = re.compile(r"(?:localhost|127\.[\d.]+|0\.0\.0\.0|\[::1?\])(?::|$)")
+_HIDDEN = re.compile(r";[^/]*=[^/]*|(?:%3[Ff]|%3[Bb]).*")
+"""What a path carries as a query does: `;name=value`, and a query whose mark is escaped."""
+
+_OPEN_VALUE = re.compile(r"[^=&;?#%]{0,200}")
+_OPEN_FRAGMENT = re.compile(r"(?:/media/[^=&;?#]*|[\w.,()-]{0,80})")
+
 _PATH = re.compile(r"(?:[/~\\]|[A-Za-z]:[\\/]|data:|file:)")
+_PATH_INSIDE = re.compile(
+    r"(?<![\w/:.~-])(?:/(?:home|root|Users|mnt|media|tmp|var|data|srv|opt|work\w*)/|~/|\\\\|[A-Za-z]:\\)[^\s\"'<>]*"
+)
+"""A path of somebody's machine within a text."""
+
+_LOOSE_QUERY = re.compile(r"(?:[?&]|%3[Ff]|%26)[^\s\"'<>]*(?:=|%3[Dd])[^\s\"'<>]*")
+_LOOSE_LOGIN = re.compile(r"(?<![^\s/\"'<>(])(?!mailto:)[^\s/@:\"'<>]+:[^\s/@\"'<>]+@(?=\w)")
+"""A query, and a name with a password, of an address without `https://` or with a blank in it."""
 
 
 class Licenses:
@@ -153,8 +168,24 @@ def _text(value: Any) -> str:
     text = " ".join(str(value).encode("utf-8", "replace").decode().split())
     if _PATH.match(text) or text.casefold() in _NOTHING:
         return ""
-    text = _ADDRESS.sub(lambda found: _open(found[0]), text)
+    text = _without_secrets(text[: 8 * _MAX_CHARS])  # no text makes the patterns slow
     return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 3]}..."
+
+
+def _without_secrets(text: str) -> str:
+    """A text whose addresses are open, and in which nothing else is an address with a secret, or a path."""
+    kept, end = [], 0
+    for found in _ADDRESS.finditer(text):
+        kept += [_loose(text[end : found.start()]), _open(found[0])]
+        end = found.end()
+    return " ".join("".join([*kept, _loose(text[end:])]).split())
+
+
+def _loose(text: str) -> str:
+    """The part of a text between its addresses."""
+    for secret in (_LOOSE_LOGIN, _LOOSE_QUERY, _PATH_INSIDE):
+        text = secret.sub("", text)
+    return text
 
 
 def _url(value: Any) -> str:
@@ -173,13 +204,16 @@ def _open(url: str) -> str:
         query = parse_qsl(address.query, keep_blank_values=True)
     except ValueError:
         return ""
-    if address.scheme.lower() not in _SCHEMES or not address.netloc:
+    host = (address.netloc.rpartition("@")[2]).lower()
+    if address.scheme.lower() not in _SCHEMES or not host or _THIS_MACHINE.match(host):
         return ""
     kept: dict[str, str] = {}
+    if (path := _HIDDEN.sub("", address.path)) != address.path:
+        kept["path"] = path
     if "@" in address.netloc:
         kept["netloc"] = address.netloc.rpartition("@")[2]
-    if any(name.lower() not in _OPEN_QUERIES for name, _ in query):
+    if not all(name.lower() in _OPEN_QUERIES and _OPEN_VALUE.fullmatch(value) for name, value in query):
         kept["query"] = ""
-    if "=" in address.fragment:
+    if not _OPEN_FRAGMENT.fullmatch(address.fragment):
         kept["fragment"] = ""
     return urlunsplit(address._replace(**kept)) if kept else url
