@@ -1,4 +1,4 @@
-"""The `mask` column of Parquet files: the hub's struct, or the PNG's bytes alone as pandas and casts write them."""
+"""The `mask` column of Parquet files: the hub's struct, or a PNG's bytes alone, as pandas writes them."""
 
 from __future__ import annotations
 
