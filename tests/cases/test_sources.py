@@ -20,8 +20,15 @@ from tests.shared_data import shared_data
 ELSEWHERE = ("symlink-", "names-nfc", "names-backslash", "path-brackets", "perm-", "http-", "s3-", "build-")
 """Cases that are no part of this: they belong to the robustness of paths, names and servers."""
 
-DESCRIBED = ("config-kinds", "consumers", "photo-jpeg-trailer", "photo-kinds", "verify-trunc")
-"""Words without a configuration `c.yaml`: tests of our own hold them."""
+DESCRIBED = (
+    "config-kinds",
+    "consumers",
+    "photo-jpeg-trailer",
+    "photo-kinds",
+    "verify-trunc",
+    "real-coconut-file",
+)
+"""Words, or a configuration without its files: see `test_described`."""
 
 # usable images, images, usable regions, regions; then the reasons of what is dropped
 READ: dict[str, tuple[int, int, int, int, str]] = {
@@ -140,5 +147,5 @@ def test_a_recorded_source_that_is_none_is_one_line(name, monkeypatch):
 
 def test_every_recorded_source_is_tried():
     shared_data("../cases/sources")
-    tried = {*READ, *REFUSED, "real-coconut-file"}
+    tried = {*READ, *REFUSED}
     assert {name for name in cases() if not name.startswith((*ELSEWHERE, *DESCRIBED))} <= tried
