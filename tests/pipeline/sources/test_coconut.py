@@ -164,65 +164,6 @@ def test_image_ids_as_floats_or_text_are_the_same_ids(release, one, other):
     assert image.drop is None and reasons(image) == [None, None]
 
 
-def by_id(records, with_ids):
-    """A list as an object of its elements by id; these have their ids themselves or not."""
-    numbered = {str(record.get("id", place)): record for place, record in enumerate(records)}
-    if with_ids:
-        return numbered
-    return {number: {k: v for k, v in each.items() if k != "id"} for number, each in numbered.items()}
-
-
-@pytest.mark.parametrize("with_ids", [True, False])
-@pytest.mark.parametrize("which", ["images", "annotations", "segments_info"])
-def test_a_list_written_as_an_object_by_id_has_the_same_elements(release, which, with_ids):
-    release.add("a").add("b", other="x")
-    wanted = release.read()
-    if which == "segments_info":
-        for each in release.annotations:
-            each["segments_info"] = by_id(each["segments_info"], with_ids)
-    else:
-        setattr(release, which, by_id(getattr(release, which), with_ids))
-    if which == "images":  # so that only ids tell which is which
-        for each in release.annotations:
-            del each["file_name"]
-    assert release.read() == wanted and len(wanted) == 2
-
-
-@pytest.mark.parametrize("which", ["images", "annotations", "segments_info"])
-def test_a_list_written_as_its_only_element_has_that(release, which):
-    release.add("a", segments=SEGMENTS[:1])
-    wanted = release.read()
-    if which == "segments_info":
-        release.annotations[0]["segments_info"] = SEGMENTS[0]
-    else:
-        setattr(release, which, getattr(release, which)[0])
-    assert release.read() == wanted and len(wanted) == 1
-
-
-@pytest.mark.parametrize("which", ["images", "annotations"])
-@pytest.mark.parametrize("value", [7, "text", {"a": 1}, True])
-def test_a_list_that_is_none_is_one_line(release, which, value):
-    setattr(release.add("a"), which, value)
-    with pytest.raises(ConfigError, match=rf"p\.json: `{which}` is .*, not a list"):
-        list(release.source().catalog())
-
-
-@pytest.mark.parametrize("value", [None, [], {}])
-def test_without_a_list_of_images_names_are_enough(release, value):
-    release.add("a").images = value
-    (image,) = release.read()
-    assert reasons(image) == [None, None]
-
-
-@pytest.mark.parametrize("bad", [None, 5, {}, {"width": 5}])
-def test_an_image_that_names_nothing_is_dropped_as_that(release, bad):
-    release.add("a").images.append(bad)
-    image, nameless = release.read()
-    assert reasons(image) == [None, None] and nameless.key == "image"
-    assert nameless.drop.reason == Reason.ANNOTATION_UNREADABLE
-    assert "neither an id nor a file name" in nameless.drop.detail
-
-
 @pytest.mark.parametrize("name", ["category", "file_name"])
 def test_bytes_that_are_not_utf8_in_a_field_that_nobody_needs_cost_nothing(release, name):
     release.add(segments=[{"id": 7, "category_id": 1, name: "caf#"}, *SEGMENTS[:1]])
