@@ -366,6 +366,14 @@ class BuildConfig(Strict):
         default=512,
         description="Images of one unit. 512 of COCO's photos make a shard of about 100 MB.",
     )
+    held_out_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        exclude_if=lambda share: not share,  # so that a configuration without one is written as ever
+        description="Share of the images that training and exports leave out, to measure with; their keys "
+        "decide which (docs/training.md), and `split` in the index says so. Another share only merges anew.",
+    )
     limits: Limits = Limits()
     masks: Masks = Masks()
     min_iou: float = Field(

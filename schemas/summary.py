@@ -35,6 +35,8 @@ class SubsetCounts(msgspec.Struct, omit_defaults=True):
             are current as long as it is the same.
         failed: number of images whose source could not be read, by the kind of the failure; `--retry-failed`
             reads them again. Not in the file if there are none.
+        images_held_out, kept_held_out: how many of the images with a kept region, and of the kept regions,
+            are held out of training. Not in the file if there are none.
     """
 
     units: int
@@ -49,6 +51,8 @@ class SubsetCounts(msgspec.Struct, omit_defaults=True):
     recipes: list[str]
     manifests: str
     failed: dict[str, int] = {}
+    images_held_out: int = 0
+    kept_held_out: int = 0
 
     @property
     def benchmark_photos(self) -> int:
@@ -115,13 +119,14 @@ class SubsetSummary(msgspec.Struct, omit_defaults=True):
     num_licenses: int = 0
 
 
-class CorpusSummary(msgspec.Struct):
+class CorpusSummary(msgspec.Struct, omit_defaults=True):
     """The statistics of a corpus. Equal for equal committed units.
 
     Attributes:
         images, images_captioned, regions, kept: as in `SubsetCounts`, summed over the subsets.
         index: the `index.parquet` that was written together with these statistics.
         subsets: the statistics of each subset by its name.
+        held_out_share: share of the images that are held out of training; not in the file if it is 0.
     """
 
     images: int
@@ -130,3 +135,4 @@ class CorpusSummary(msgspec.Struct):
     kept: int
     index: FileEntry
     subsets: dict[str, SubsetSummary]
+    held_out_share: float = 0.0

@@ -106,6 +106,9 @@ def _subset(name: str, subset: SubsetSummary) -> str:
         text.append(
             f"Left out as photos of ParaDLC-Bench or DLC-Bench (`benchmark_photo`): {images:,} images.\n"
         )
+    if images := counts.images_held_out:
+        held = f"{images:,} images with {counts.kept_held_out:,} regions"
+        text.append(f"Held out of training (`split` in the index): {held}.\n")
     if subset.categories:
         shown = ", ".join(
             f"{category or '(none)'} {number:,}" for category, number in subset.categories[:_SHOWN_CATEGORIES]
@@ -185,6 +188,12 @@ def _published(value: Any) -> Any:
     return value
 
 
+_SPLITS = """
+Shards hold the images of both splits. `split` in the index says of each image whether it is for training
+(`train`) or `held_out` of it, to measure with: leave the latter out of what you train on.
+"""
+
+
 def _reading(summary: CorpusSummary) -> str:
     filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
     name = (filled or list(summary.subsets))[0]
@@ -229,7 +238,7 @@ pixels = mask.decode(record["regions"][0]["rle"])  # (height, width) of 0 and 1,
 | `stats.json`, `plots/` | the numbers and pictures of this card |
 
 Where the index names a `shard`, it is a path from this folder.
-
+{_SPLITS if summary.held_out_share else ""}
 `config.yaml`, `log/`, `beat/`, `events/`, `<subset>/plan/` and `<subset>/evidence/` are what a build needs to
 go on. They name paths and processes of the machine that built it: leave them out where it is published.
 

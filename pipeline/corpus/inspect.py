@@ -126,6 +126,9 @@ def _head(subset: str, counts: SubsetCounts) -> list[Any]:
             f"{_words(reason)} {number:,}" for reason, number in counts.images_dropped.items()
         )
         parts.append(Text(f"images dropped as a whole: {dropped}", "dim"))
+    if counts.images_held_out:
+        held = f"{counts.images_held_out:,} images with captions, {counts.kept_held_out:,} regions"
+        parts.append(Text(f"held out of training: {held}", "dim"))
     if len(counts.recipes) > 1:
         parts.append(Text("units of more than one recipe: build again to renew the old ones", "bold red"))
     return parts

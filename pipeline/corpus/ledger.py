@@ -86,6 +86,9 @@ NOT_IN_INDEX = frozenset({"kept", "drop_stage", "drop_reason", "drop_detail", "r
 """Ledger columns that the index leaves out: what is the same for every kept region, the masks, and what only
 `verify` looks at."""
 
+SPLIT = "split"
+"""The index's column that says of each image whether it is for training (`train`) or `held_out`."""
+
 _LATER = frozenset({"photo_digest", *CREDIT_FIELDS})
 """Columns besides scores that older releases do not have; null there."""
 
@@ -94,7 +97,8 @@ _LATER = frozenset({"photo_digest", *CREDIT_FIELDS})
 def index_schema(credits: bool = True) -> pa.Schema:
     """Columns of `OUT/index.parquet`: those of the ledger that say something of a kept region.
 
-    An index of an early release has none for `credits`, the license and origin of the photo.
+    An index of an early release has none for `credits`, the license and origin of the photo. In a corpus
+    that holds images out of training, `SPLIT` follows.
     """
     import pyarrow as pa
 

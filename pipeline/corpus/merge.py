@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from ...filters.held_out import is_held_out
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.manifest import FileEntry, Manifest
@@ -79,6 +80,8 @@ def _merge(corpus: Corpus, config: BuildConfig, owner: Owner) -> CorpusSummary:
     }
     entry = FileEntry(index.path, index.bytes, index.sha256)
     summary = CorpusSummary(**totals, index=entry, subsets=summaries)
+    if config.held_out_share:  # a 0 would be written, too, and older releases had none
+        summary.held_out_share = config.held_out_share
     drawn = plots.draw_plots(summary)
     text = card.render_card(summary, config)
     made = [
@@ -91,15 +94,21 @@ def _merge(corpus: Corpus, config: BuildConfig, owner: Owner) -> CorpusSummary:
     return summary
 
 
-def is_merged(out: str | Path) -> bool:
+def is_merged(out: str | Path, held_out_share: float | None = None) -> bool:
     """Whether index, statistics, plots and card exist and are of the units that are committed now.
+
+    Args:
+        out: the corpus.
+        held_out_share: that they have to hold out; None for any.
 
     Raises:
         ConfigError: there is no corpus at that path.
     """
     corpus = reader.open_corpus(out)
     drawn = [f"{out}/{CARD}", *(f"{out}/{PLOTS}/{name}" for name in plots.NAMES)]
-    return all(files.exists(path) for path in drawn) and corpus.index_is_current()
+    if not all(files.exists(path) for path in drawn) or not corpus.index_is_current():
+        return False
+    return held_out_share in (None, corpus.summary.held_out_share)
 
 
 def count_subset(corpus: Corpus, subset: str) -> SubsetCounts:
@@ -108,7 +117,7 @@ def count_subset(corpus: Corpus, subset: str) -> SubsetCounts:
     Raises:
         IntegrityError: a manifest cannot be read.
     """
-    sums = _ManifestSums(_stage_names(corpus, subset, None))
+    sums = _ManifestSums(_stage_names(corpus, subset, None), _known_share(corpus))
     for unit, data in corpus.manifest_bytes(subset):
         sums.add(reader.decode_manifest(data, unit.manifest), data)
     return sums.result()
@@ -120,6 +129,14 @@ def _stage_names(corpus: Corpus, subset: str, config: BuildConfig | None) -> lis
         return [stage.name for stage in recipe_of(config or corpus.config, subset)]
     except (ConfigError, IntegrityError):
         return list(STAGES)
+
+
+def _known_share(corpus: Corpus) -> float:
+    """The share of held-out images; 0, so that none is counted, if a damaged configuration cannot tell."""
+    try:
+        return corpus.held_out_share
+    except IntegrityError:
+        return 0.0
 
 
 def count_funnel(stages: Sequence[str], regions: int, dropped: dict[str, int]) -> list[FunnelStep]:
@@ -147,8 +164,8 @@ def count_funnel(stages: Sequence[str], regions: int, dropped: dict[str, int]) -
 class _ManifestSums:
     """Adds up the manifests of a subset."""
 
-    def __init__(self, stages: Sequence[str]):
-        self.stages = stages
+    def __init__(self, stages: Sequence[str], held_out_share: float):
+        self.stages, self.share = stages, held_out_share
         self.numbers: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.images_dropped: Counter[str] = Counter()
@@ -165,6 +182,10 @@ class _ManifestSums:
         self.numbers["regions"] += manifest.regions_in
         self.numbers["kept"] += manifest.kept
         self.numbers["shard_bytes"] += manifest.shard.bytes if manifest.shard else 0
+        if self.share:
+            held = [kept for key, kept in manifest.images.items() if kept and is_held_out(key, self.share)]
+            self.numbers["images_held_out"] += len(held)
+            self.numbers["kept_held_out"] += sum(held)
         self.dropped.update(manifest.dropped)
         self.images_dropped.update({reason.value: n for reason, n in manifest.images_dropped.items()})
         self.failed.update(manifest.failed)
@@ -173,6 +194,7 @@ class _ManifestSums:
 
     def result(self) -> SubsetCounts:
         names = ("units", "images", "images_captioned", "regions", "kept", "shard_bytes")
+        names += ("images_held_out", "kept_held_out")
         numbers = {name: self.numbers[name] for name in names}
         return SubsetCounts(
             **numbers,
@@ -276,15 +298,14 @@ def _write_index(
     import pyarrow.parquet as pq
 
     summaries: dict[str, SubsetSummary] = {}
-    as_before = has_early_index(corpus)
-    schema = ledger.index_schema(credits=not as_before)
-    with (
-        owner.open(reader.INDEX) as file,
-        pq.ParquetWriter(file, schema, **ledger.writing_options()) as writer,
-    ):
+    as_before, share = has_early_index(corpus), config.held_out_share
+    names = ledger.index_schema(credits=not as_before).names
+    schema, options = _index_form(as_before, share)
+    with owner.open(reader.INDEX) as file, pq.ParquetWriter(file, schema, **options) as writer:
         waiting: list[pa.Table] = []
         for subset in corpus.subsets:
-            sums, statistics = _ManifestSums(_stage_names(corpus, subset, config)), _LedgerStatistics()
+            sums = _ManifestSums(_stage_names(corpus, subset, config), share)
+            statistics = _LedgerStatistics()
             for unit, data in corpus.manifest_bytes(subset):
                 manifest = reader.decode_manifest(data, unit.manifest)
                 table = reader.read_ledger(unit.ledger)
@@ -296,12 +317,34 @@ def _write_index(
                     )
                 sums.add(manifest, data)
                 statistics.add(table, kept)
-                waiting.append(_index_rows(kept.select(schema.names), "" if as_before else subset))
+                rows = _index_rows(kept.select(names), "" if as_before else subset)
+                waiting.append(_with_split(rows, share) if share else rows)
                 if sum(each.num_rows for each in waiting) >= _ROWS_PER_GROUP:
                     _flush(writer, waiting)
             summaries[subset] = statistics.result(sums.result())
         _flush(writer, waiting)
     return summaries, file.entry
+
+
+def _index_form(as_before: bool, held_out_share: float) -> tuple[pa.Schema, dict[str, Any]]:
+    """The index's schema and how it is written. Only where images are held out, it has a column for that."""
+    import pyarrow as pa
+
+    schema, options = ledger.index_schema(credits=not as_before), ledger.writing_options()
+    if held_out_share:
+        schema = schema.append(pa.field(ledger.SPLIT, pa.string(), False))
+        options["use_dictionary"] = [*options["use_dictionary"], ledger.SPLIT]
+    return schema, options
+
+
+def _with_split(rows: pa.Table, share: float) -> pa.Table:
+    """Rows of the index with the split of their images, which each key decides."""
+    import pyarrow as pa
+
+    keys = rows["key"].combine_chunks().dictionary_encode()
+    splits = ["held_out" if is_held_out(key, share) else "train" for key in keys.dictionary.to_pylist()]
+    field = pa.field(ledger.SPLIT, pa.string(), False)
+    return rows.append_column(field, pa.array(splits, pa.string()).take(keys.indices))
 
 
 def has_early_index(corpus: Corpus) -> bool:

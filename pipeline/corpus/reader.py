@@ -28,7 +28,7 @@ from ...schemas.summary import CorpusSummary
 from ..io import files
 from ..io.tables import TableFile
 from ..sources.registry import file_context
-from .ledger import align_ledger
+from .ledger import SPLIT, align_ledger
 from .units import Unit, list_units
 
 if TYPE_CHECKING:
@@ -46,9 +46,6 @@ REBUILD = "delete the unit's manifest and run the build again, which rebuilds th
 
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 """What a key is made of: it names members of a tar, and files of an export."""
-
-_GAP_BYTES = 1 << 16
-"""Up to this many bytes between a photo and its JSON are read and thrown away, instead of reading twice."""
 
 
 class FoundImage(NamedTuple):
@@ -131,6 +128,30 @@ class Corpus:
     def summary(self) -> CorpusSummary:
         """The statistics that the last merge wrote; see `read_summary`."""
         return read_summary(self.path)
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the images that are held out of training, by the configuration, else the last merge; or 0.
+
+        Raises:
+            IntegrityError: the index has held-out images, but there is neither; or one is damaged.
+        """
+        try:
+            return self.config.held_out_share
+        except (ConfigError, IntegrityError) as error:
+            damaged = error
+        try:
+            return self.summary.held_out_share
+        except ConfigError:
+            if isinstance(damaged, IntegrityError):
+                raise damaged from None
+        try:
+            if not any(table.num_rows for table in self.index([SPLIT])):
+                return 0.0
+        except (ConfigError, IntegrityError):  # no index, or no such column
+            return 0.0
+        what = f"holds images out of training, and no {CONFIG} or {STATS} says what share; copy one there"
+        raise IntegrityError(f"{self.path}/{INDEX}: {what}")
 
     def units(self, subset: str | None = None) -> list[Unit]:
         """The committed units in order, of one subset or of all.
@@ -325,7 +346,7 @@ class Corpus:
         photo = Blob(shard, row["photo_offset"], row["photo_length"])
         record = Blob(shard, row["json_offset"], row["json_length"])
         try:
-            data, text = _read_pair(photo, record)
+            data, text = files.read_pair(photo, record)
         except OSError as error:
             raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {REBUILD}") from error
         if len(data) < row["photo_length"] or len(text) < row["json_length"]:
@@ -334,16 +355,6 @@ class Corpus:
         if sample.key != row["key"]:
             raise IntegrityError(f"{where}: the offsets lead to another image; {REBUILD}")
         return sample, data
-
-
-def _read_pair(first: Blob, second: Blob) -> tuple[bytes, bytes]:
-    """Two parts of one file, by one read if the second follows the first closely."""
-    assert first.length is not None and second.length is not None
-    skipped = second.offset - first.offset - first.length
-    if not 0 <= skipped < _GAP_BYTES:
-        return files.read(first), files.read(second)
-    data = files.read(Blob(first.url, first.offset, first.length + skipped + second.length))
-    return data[: first.length], data[first.length + skipped :]
 
 
 _OF_YAML = (ValueError, KeyError, TypeError, AttributeError, RecursionError)

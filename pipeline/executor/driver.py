@@ -293,7 +293,7 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
             return False
     except OSError:
         return False
-    if not (is_built(config, limit_images, retry_failed) and merge.is_merged(out)):
+    if not (is_built(config, limit_images, retry_failed) and merge.is_merged(out, config.held_out_share)):
         return False
     return is_swept(config.out) and commit_log.is_moved(config.out, commit_log.read_state(config.out))
 

@@ -76,6 +76,20 @@ def read(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
     return _ask(lambda each: each.read(blob.url, blob.offset + start, length), blob.url)
 
 
+_GAP_BYTES = 1 << 16
+"""Up to this many bytes between two parts of a file are read and thrown away, instead of reading twice."""
+
+
+def read_pair(first: Blob, second: Blob) -> tuple[bytes, bytes]:
+    """Two parts of one file, by one read if the second follows the first closely. Raises what `read` does."""
+    assert first.length is not None and second.length is not None
+    skipped = second.offset - first.offset - first.length
+    if not 0 <= skipped < _GAP_BYTES:
+        return read(first), read(second)
+    data = read(Blob(first.url, first.offset, first.length + skipped + second.length))
+    return data[: first.length], data[first.length + skipped :]
+
+
 def fetch(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
     """The same for a blob of a source, of which not everything is believed.
 
