@@ -73,6 +73,8 @@ def diff(
     for name, subset in found.subsets.items():
         for line in _subset_lines(name, subset, before, after):
             print(line)
+    if found.held_out[0] != found.held_out[1]:
+        print("held out of training: {:g} -> {:g} of the images".format(*found.held_out))
     for kind, examples, total in (
         (f"lost: kept in {before}, dropped in {after}", found.lost, _total(found.subsets, "lost")),
         (f"gained: dropped in {before}, kept in {after}", found.gained, _total(found.subsets, "gained")),

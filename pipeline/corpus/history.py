@@ -225,6 +225,7 @@ class Diff(msgspec.Struct):
         subsets: by name.
         lost, gained: examples, spread over the corpus; the same ones each time.
         gone: the versions, as numbers of records, of which replaced files are not kept any more.
+        held_out: the share of images that is held out of training, in the earlier version and in the later.
     """
 
     before: int
@@ -233,6 +234,7 @@ class Diff(msgspec.Struct):
     lost: list[RegionChange]
     gained: list[RegionChange]
     gone: list[int]
+    held_out: tuple[float, float] = (0.0, 0.0)
 
 
 def diff(out: str, before: int, after: int, limit: int = 20) -> Diff:
@@ -271,7 +273,15 @@ def diff(out: str, before: int, after: int, limit: int = 20) -> Diff:
         tables = [reader.read_ledger(f"{out}/{ledger}", _COLUMNS) for ledger in ledgers]
         _compare(subset, found, tables, examples)
     lost, gained = examples["lost"].sorted(), examples["gained"].sorted()
-    return Diff(before, after, subsets, lost, gained, sorted(gone))
+    held_out = (_held_out_share(places[0].then), _held_out_share(places[1].then))
+    return Diff(before, after, subsets, lost, gained, sorted(gone), held_out)
+
+
+def _held_out_share(state: LogState) -> float:
+    try:
+        return float(yaml.safe_load(state.config.text).get("held_out_share", 0)) if state.config else 0.0
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError):  # of a release that wrote it otherwise
+        return 0.0
 
 
 def _count(found: SubsetDiff, old: UnitState | None, new: UnitState | None) -> bool:

@@ -29,7 +29,7 @@ from .records import Commit, Config, LogFile, LogUnit, Merged, Record
 from .sweep import sweep
 from .versions import changed_keys
 
-_HOW_IT_RUNS = {"out", "io", "failures", "audit_images", "subsets"}
+_HOW_IT_RUNS = {"out", "io", "failures", "audit_images", "held_out_share", "subsets"}
 _MODELS = ("captioner", "judge", "segmenter")
 
 
