@@ -78,9 +78,21 @@ def export(
     prefix: Annotated[
         str, typer.Option(help="What names of photos and JSONs begin with, such as the folder's path.")
     ] = "",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to export: train, held_out or all.",
+            show_default="train if the corpus holds images out, else all",
+        ),
+    ] = None,
 ) -> None:
     """Export the corpus in another format. Photos become files if the format names them by path."""
     from ...pipeline.corpus import export as exporting
 
-    for path in exporting.export(corpus, format, to, prefix):
+    chosen = exporting.select(corpus, split)
+    written = exporting.export(corpus, format, to, prefix, chosen.split)
+    if chosen.share:
+        found, images = chosen.images
+        print(f"split {chosen.split}: {found:,} of {images:,} images; held_out_share is {chosen.share:g}")
+    for path in written:
         print(path)

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import msgspec
 import yaml
 
+from ...filters.held_out import Split, is_in
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.records import CREDIT_FIELDS
 from ...schemas.sample import Sample, SampleRegion, SampleRle
@@ -31,6 +32,7 @@ from ..io import files
 from ..io.orientation import make_upright
 from . import merge, reader
 from .reader import Corpus
+from .units import Unit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,7 +48,69 @@ DATASETS = "paracaption_datasets.yaml"
 """The file that a trainer is given. The released code takes a list only under a name with this ending."""
 
 
-def export(corpus: str | Path, format: str, to: str | Path, prefix: str = "") -> list[Path]:
+class Selection(NamedTuple):
+    """What of a corpus is exported.
+
+    Attributes:
+        corpus: it.
+        split: `train`, `held_out` or `all`.
+        share: of the images that are held out of training; with 0, `train` is `all`.
+        images: number of images with a kept region in the split, and in the corpus; not counted if the share
+            is 0.
+        prefix: what photos' names in a JSON begin with.
+    """
+
+    corpus: Corpus
+    split: Split
+    share: float
+    images: tuple[int, int]
+    prefix: str = ""
+
+    def has(self, sample: Sample) -> bool:
+        """Whether a sample is in the split."""
+        return is_in(self.split, sample.key, self.share)
+
+    def samples(self, unit: Unit | None = None) -> Iterator[tuple[Sample, bytes]]:
+        """The samples of the split, of one unit or of all."""
+        found = self.corpus.samples() if unit is None else self.corpus.unit_samples(unit)
+        return (pair for pair in found if self.has(pair[0]))
+
+
+def select(corpus: str | Path, split: str | None = None) -> Selection:
+    """What of a corpus an export takes.
+
+    Args:
+        corpus: path of the folder that a build wrote.
+        split: `train`, `held_out` or `all`; None takes `train` if images are held out of training, else all.
+
+    Raises:
+        ConfigError: no such split, or the corpus holds no image out, or the split has none.
+        IntegrityError: a manifest cannot be read.
+    """
+    opened = reader.open_corpus(corpus)
+    share = opened.held_out_share
+    chosen = split or ("train" if share else "all")
+    if chosen not in get_args(Split):
+        raise ConfigError(f"split {split!r}: no such split; there are {', '.join(get_args(Split))}")
+    if chosen == "held_out" and not share:
+        raise ConfigError(
+            f"{corpus}: no image is held out of training; set held_out_share in the configuration of its "
+            "build, and build again, which only merges"
+        )
+    counts = [merge.count_subset(opened, subset) for subset in opened.subsets] if share else []
+    images, held = sum(each.images_captioned for each in counts), sum(each.images_held_out for each in counts)
+    found = {"train": images - held, "held_out": held, "all": images}[chosen]
+    if images and not found:
+        raise ConfigError(
+            f"{corpus}: with a held_out_share of {share:g}, none of its {images:,} images is in the split "
+            f"{chosen}; set another held_out_share, or export --split all"
+        )
+    return Selection(opened, cast("Split", chosen), share, (found, images))
+
+
+def export(
+    corpus: str | Path, format: str, to: str | Path, prefix: str = "", split: str | None = None
+) -> list[Path]:
     """Write the committed units of a corpus in another format.
 
     Photos and JSONs are named from the export's folder, which so can be moved as a whole.
@@ -57,37 +121,38 @@ def export(corpus: str | Path, format: str, to: str | Path, prefix: str = "") ->
         to: a folder that does not exist yet, or is empty.
         prefix: what the names of photos and JSONs begin with, for readers that open them from their own
             folder: the export's path as those readers see it.
+        split: as in `select`.
 
     Returns:
         The annotation file of the whole corpus and the folder of photos, or the Parquet files.
 
     Raises:
-        ConfigError: no such format, or the folder has something in it; nothing was written.
+        ConfigError: no such format or split, or the folder has something in it; nothing was written.
         IntegrityError: the corpus is damaged; nothing was written.
     """
     write = FORMATS.get(format)
     if write is None:
         raise ConfigError(f"format {format!r}: no such format; there are {', '.join(FORMATS)}")
-    opened, to = reader.open_corpus(corpus), Path(to)
+    to, chosen = Path(to), select(corpus, split)._replace(prefix=f"{prefix.rstrip('/')}/" if prefix else "")
     with files.write_folder_atomic(to) as temporary:
-        written = write(opened, temporary, f"{prefix.rstrip('/')}/" if prefix else "")
+        written = write(chosen, temporary)
     return [to / path.relative_to(temporary) for path in written]
 
 
-def _write_json(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
+def _write_json(chosen: Selection, folder: Path) -> list[Path]:
     """The lists that PerceptionDLM's own trainer reads: of the corpus, and of each subset with a region."""
     target = folder / "annotations.json"
     subsets: dict[str, _JsonList] = {}
     credits: _JsonList | None = None
     with ExitStack() as opened:
         whole = opened.enter_context(_JsonList(target))
-        for sample, photo in corpus.samples():
+        for sample, photo in chosen.samples():
             if sample.subset not in subsets:
                 path = folder / "annotations" / f"{sample.subset}_dataset.json"
                 path.parent.mkdir(exist_ok=True)
                 subsets[sample.subset] = opened.enter_context(_JsonList(path))
             record = {
-                "image": prefix + _write_photo(folder, sample, photo),
+                "image": chosen.prefix + _write_photo(folder, sample, photo),
                 "mask_rles": [_coco_rle(region.rle) for region in sample.regions],
                 "captions": [region.caption for region in sample.regions],
             }
@@ -99,40 +164,48 @@ def _write_json(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
     (folder / "images").mkdir(exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     names = [each.path.relative_to(folder).as_posix() for each in subsets.values()]
-    listed = {"gar_caption": [{"data_file": prefix + name, "data_type": "json"} for name in names]}
+    listed = {"gar_caption": [{"data_file": chosen.prefix + name, "data_type": "json"} for name in names]}
     (folder / DATASETS).write_text(yaml.safe_dump(listed, allow_unicode=True, width=10_000), "utf-8")
     return [target, folder / "images"]
 
 
-def _write_coco(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
-    """COCO instances. A region's category is the annotation's, with its id there, else the caption's."""
+def _write_coco(chosen: Selection, folder: Path) -> list[Path]:
+    """COCO instances. A region's category is the annotation's, with its id there, else the caption's.
+
+    All ids are those of the whole corpus, so that they mean the same in each split.
+    """
     target = folder / "instances.json"
-    categories = _published_ids(corpus)
+    categories = _published_ids(chosen.corpus)
     taken = max(categories.values(), default=0)
     used: set[str] = set()
-    licenses = _Licenses(corpus)
+    licenses = _Licenses(chosen.corpus)
     spooled = folder / f"{files.TEMPORARY}annotations"
-    num_images = num_annotations = 0
+    num_annotations = 0
     with open(target, "xb") as file, open(spooled, "x+b") as annotations:
-        file.write(b'{"info":{"description":"Region captions made with ParaCaption"},"licenses":')
+        info = {"description": "Region captions made with ParaCaption"}
+        info |= {"split": chosen.split} if chosen.share else {}
+        file.write(b'{"info":' + msgspec.json.encode(info) + b',"licenses":')
         file.write(msgspec.json.encode(licenses.block()) + b',"images":[')
-        for num_images, (sample, photo) in enumerate(corpus.samples(), 1):
-            image = {
-                "id": num_images,
-                "file_name": _coco_name(_write_photo(folder, sample, photo), prefix),
-                "width": sample.width,
-                "height": sample.height,
-                **licenses.of_image(sample),
-            }
-            file.write(_item(image, num_images == 1))
+        for number, (sample, photo) in enumerate(chosen.corpus.samples(), 1):
+            is_chosen = chosen.has(sample)
+            if is_chosen:
+                image = {
+                    "id": number,
+                    "file_name": _coco_name(_write_photo(folder, sample, photo), chosen.prefix),
+                    "width": sample.width,
+                    "height": sample.height,
+                    **licenses.of_image(sample),
+                }
+                file.write(_item(image, first=not used))
             for region in sample.regions:
                 num_annotations += 1
                 name = region.category or region.core_category
                 if name not in categories:
                     categories[name] = taken = taken + 1
-                used.add(name)
-                annotation = _annotation(region, num_annotations, num_images, categories[name])
-                annotations.write(_item(annotation, num_annotations == 1))
+                if is_chosen:
+                    annotation = _annotation(region, num_annotations, number, categories[name])
+                    annotations.write(_item(annotation, first=not used))
+                    used.add(name)
         file.write(b'\n],"annotations":[')
         annotations.seek(0)
         shutil.copyfileobj(annotations, file)
@@ -228,17 +301,17 @@ def _annotation(region: SampleRegion, number: int, image: int, category: int) ->
     }
 
 
-def _write_parquet(corpus: Corpus, folder: Path, prefix: str) -> list[Path]:
+def _write_parquet(chosen: Selection, folder: Path) -> list[Path]:
     """A file per unit with kept regions. The schema's note on the photo makes `datasets` decode it.
 
     Photos are inside, so there is no name to put a prefix before.
     """
     (folder / "data").mkdir()
     written = []
-    schema = _parquet_schema(as_before=merge.has_early_index(corpus))
-    for unit in corpus.units():
+    schema = _parquet_schema(as_before=merge.has_early_index(chosen.corpus))
+    for unit in chosen.corpus.units():
         path = folder / "data" / f"{unit.name}.parquet"
-        if _write_unit(corpus.unit_samples(unit), path, schema):
+        if _write_unit(chosen.samples(unit), path, schema):
             written.append(path)
     return written
 
@@ -355,7 +428,7 @@ def _item(item: Any, first: bool) -> bytes:
     return (b"\n" if first else b",\n") + msgspec.json.encode(item)
 
 
-FORMATS: dict[str, Callable[[Corpus, Path, str], list[Path]]] = {
+FORMATS: dict[str, Callable[[Selection, Path], list[Path]]] = {
     "perceptiondlm-json": _write_json,
     "coco": _write_coco,
     "parquet": _write_parquet,
