@@ -293,7 +293,8 @@ class Evaluation(DecodeOptions):
     """Captions of images that were not trained on, once the model is trained."""
 
     corpus: Location = Field(
-        description="Folder or fsspec URL of a corpus whose images are in none of `corpora`."
+        description="Folder or fsspec URL of a corpus. If it was built with a `held_out_share`, the images "
+        "held out of training are captioned, and it may be one of `corpora`; otherwise it has to be another."
     )
     images: PositiveInt | None = Field(
         default=200, description="Caption only the first N images; null captions all."

@@ -191,7 +191,12 @@ def _reopen(table: Table, state: dict[str, Any]) -> TrainingCorpus:
 
 
 def open_training_corpus(
-    source: CorpusSource, processor: PerceptionDLMProcessor, options: DataOptions, seed: int, cache: Path
+    source: CorpusSource,
+    processor: PerceptionDLMProcessor,
+    options: DataOptions,
+    seed: int,
+    cache: Path,
+    held_out_share: float = 0.0,
 ) -> TrainingCorpus:
     """Open a corpus through its table in the cache, which is written if it is missing.
 
@@ -203,6 +208,8 @@ def open_training_corpus(
         options: how images are cut into groups.
         seed: decides the sizes of the groups.
         cache: local folder of the tables.
+        held_out_share: share of the images that are left out, as `filters.held_out` chooses them; that of
+            the corpus, if it is larger.
 
     Raises:
         ConfigError: there is no corpus, or none of its regions was kept.
@@ -221,7 +228,8 @@ def open_training_corpus(
         columns = [each for each in _COLUMNS if each != left_out.FILE_NAME]
     looked_at = [each for each in columns if each in ("subset", *left_out.COLUMNS, left_out.FILE_NAME)]
     tables = (table for _, table in _kept_regions(corpus, list(digests), current, looked_at))
-    rules = left_out.rules_of(options, digests, tables, cache)
+    share = max(held_out_share, corpus.held_out_share)
+    rules = left_out.rules_of(share, options, digests, tables, cache)
     config = processor.config
     facts = [_VERSION, repr(sorted(digests.items())), config.tile_px, config.max_tiles]
     facts += [options.regions_per_group, tokenizer_digest(processor), *rules.facts()]

@@ -1,4 +1,4 @@
-"""Which images of a corpus are not trained on: photos of benchmarks, by file name."""
+"""Which images of a corpus are not trained on: photos of benchmarks, by file name, and its held-out split."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
 from ...pipeline.io import benchmark_photos, files
 from .table import cached_folder
@@ -25,10 +26,16 @@ if TYPE_CHECKING:
 BENCHMARK_PHOTOS = "benchmark_photos"
 """Why images are left out: they are photos of ParaDLC-Bench or DLC-Bench."""
 
+HELD_OUT = "held_out"
+"""Why images are left out: a corpus of the run holds them out of training."""
+
 COLUMNS = ["unit", "key", "image_width", "image_height"]
 FILE_NAME = "file_name"
 
-_WORDS = {BENCHMARK_PHOTOS: "of ParaDLC-Bench or DLC-Bench (`data.benchmark_photos: keep` trains on them)"}
+_WORDS = {
+    BENCHMARK_PHOTOS: "of ParaDLC-Bench or DLC-Bench (`data.benchmark_photos: keep` trains on them)",
+    HELD_OUT: "of the held-out split (`held_out_share` of the build)",
+}
 _REPEATED = re.compile(r"-dup\d+$")
 _FOUND = "found.json"
 
@@ -38,13 +45,16 @@ class Rules(NamedTuple):
 
     Attributes:
         benchmarks: digest of those that are photos of benchmarks; "" if none is, or if they are kept.
+        held_out_share: share of the images that are held out.
     """
 
     benchmarks: str = ""
+    held_out_share: float = 0.0
 
     def facts(self) -> list[Any]:
         """What a table's name has to cover besides its manifests; nothing if no image is left out."""
-        return [BENCHMARK_PHOTOS, self.benchmarks] if self.benchmarks else []
+        found: list[Any] = [BENCHMARK_PHOTOS, self.benchmarks] if self.benchmarks else []
+        return found + ([HELD_OUT, self.held_out_share] if self.held_out_share else [])
 
     def reasons(self, table: pa.Table, firsts: np.ndarray) -> list[str]:
         """Why each image of a table with a row per region is left out; "" for those to train on.
@@ -53,9 +63,14 @@ class Rules(NamedTuple):
             table: with `COLUMNS`, and with `FILE_NAME` if it is known.
             firsts: (N,) the row in which each image starts.
         """
-        if not self.benchmarks:
+        if not self.facts():
             return [""] * len(firsts)
-        return [BENCHMARK_PHOTOS if found else "" for found in _are_benchmarks(_images(table, firsts))]
+        images, share = _images(table, firsts), self.held_out_share
+        reasons = [HELD_OUT if share and is_held_out(row["key"], share) else "" for row in images]
+        if not self.benchmarks:
+            return reasons
+        listed = _are_benchmarks(images)
+        return [BENCHMARK_PHOTOS if found else other for found, other in zip(listed, reasons, strict=True)]
 
 
 def _images(table: pa.Table, firsts: np.ndarray) -> list[dict[str, Any]]:
@@ -124,17 +139,27 @@ def said(counts: Mapping[str, int]) -> str:
 
 def advice(counts: Sequence[Mapping[str, int]]) -> str:
     """What else may have changed the data of a run that cannot go on; "" if nothing is left out."""
-    if not any(BENCHMARK_PHOTOS in each for each in counts):
-        return ""
-    return ", or, if it was training on the photos of benchmarks too, set data.benchmark_photos: keep"
+    found, text = total(counts), ""
+    if HELD_OUT in found:
+        text += ", or, if it began before a corpus held these images out, go back to that held_out_share"
+    if BENCHMARK_PHOTOS in found:
+        text += ", or, if it was training on the photos of benchmarks too, set data.benchmark_photos: keep"
+    return text
 
 
-def rules_of(options: DataOptions, digests: dict[str, str], tables: Iterable[pa.Table], cache: Path) -> Rules:
+def rules_of(
+    held_out_share: float,
+    options: DataOptions,
+    digests: dict[str, str],
+    tables: Iterable[pa.Table],
+    cache: Path,
+) -> Rules:
     """The rules for a corpus. Those that leave no image out are not among them.
 
     So a run that began before there were rules goes on, unless it has to leave something out.
 
     Args:
+        held_out_share: share of the images that are held out.
         options: of the run.
         digests: of the manifests of each subset, under which the answer is kept.
         tables: the corpus's kept regions, with `COLUMNS`, and `FILE_NAME` if it is known. They are read only
@@ -142,7 +167,7 @@ def rules_of(options: DataOptions, digests: dict[str, str], tables: Iterable[pa.
         cache: local folder of the tables.
     """
     if options.benchmark_photos == "keep":
-        return Rules()
+        return Rules("", held_out_share)
 
     def write(folder: Path) -> None:
         digest, found = hashlib.sha256(), False
@@ -155,7 +180,8 @@ def rules_of(options: DataOptions, digests: dict[str, str], tables: Iterable[pa.
 
     facts = repr((sorted(digests.items()), list_digest()))
     name = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    return Rules((cached_folder(cache, f"benchmarks-{name}", write) / _FOUND).read_text())
+    found = (cached_folder(cache, f"benchmarks-{name}", write) / _FOUND).read_text()
+    return Rules(found, held_out_share)
 
 
 def has_file_names(corpus: reader.Corpus) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ...pipeline.corpus.reader import Corpus
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.training import ConversationSource, CorpusSource, DataOptions
 from . import left_out
@@ -55,6 +56,7 @@ class Loader:
         world_size: int = 1,
         pin_memory: bool = False,
         start_method: StartMethod = "forkserver",
+        held_out_share: float = 0.0,
     ):
         """Open the sources. The first process to do so writes their tables to the cache; others wait for it.
 
@@ -69,6 +71,8 @@ class Loader:
             start_method: how worker processes start. "forkserver" and "spawn" are safe beside threads, CUDA
                 and Ray, but import the main module anew (guard it with `if __name__ == "__main__"`); "fork"
                 starts faster.
+            held_out_share: share of the images of all corpora that are left out, to be evaluated on; the
+                largest that one of them holds out, if that is more.
 
         Raises:
             ConfigError: a source is missing, empty or of an unknown form, or an option does not suit the
@@ -77,8 +81,10 @@ class Loader:
         """
         _check_options(sources, options, processor, rank, world_size)
         self.cache = Path(options.cache) if options.cache is not None else default_cache()
+        shares = [Corpus(each.corpus).held_out_share for each in sources if isinstance(each, CorpusSource)]
+        share = max([held_out_share, *shares])  # of one photo, no corpus may train what another one holds out
         opened = [
-            open_training_corpus(source, processor, options, seed, self.cache)
+            open_training_corpus(source, processor, options, seed, self.cache, share)
             if isinstance(source, CorpusSource)
             else open_conversations(source, processor, options, self.cache)
             for source in sources

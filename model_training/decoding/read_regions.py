@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from ...filters import rle
+from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
 from ...pipeline.io import files, photos
 from ...pipeline.sources import file_names
@@ -169,14 +170,22 @@ def _from_corpus(path: str, key: str | None) -> PhotoRegions:
     return _of_sample(f"{path}#{key}", *_sample(path, key))
 
 
-def iter_photo_regions(corpus: str | Path) -> Iterator[PhotoRegions]:
+def iter_photo_regions(corpus: str | Path, held_out: bool = False) -> Iterator[PhotoRegions]:
     """Every image of a corpus with its kept regions, in the order of the shards.
+
+    Args:
+        corpus: path of the folder that a build wrote.
+        held_out: only the images that are held out of training, if the corpus holds any out.
 
     Raises:
         ConfigError: the folder is no corpus, or a photo or a mask cannot be decoded.
         IntegrityError: the corpus is damaged.
     """
-    for sample, data in reader.open_corpus(corpus).samples():
+    opened = reader.open_corpus(corpus)
+    share = opened.held_out_share if held_out else 0.0
+    for sample, data in opened.samples():
+        if share and not is_held_out(sample.key, share):
+            continue
         yield _of_sample(f"{corpus}#{sample.key}", sample, data)
 
 

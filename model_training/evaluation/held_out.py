@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...pipeline.io import draw, files
+from ...schemas.errors import ConfigError
 from ...schemas.training import Evaluation
 from ..decoding.read_regions import PhotoRegions, iter_photo_regions
 from ..decoding.region_captioner import RegionCaptioner, RegionCaptions
@@ -49,6 +50,8 @@ class Summary(NamedTuple):
 def evaluate_held_out(model: Path, config: Evaluation, out: Path, device: str = "auto") -> Summary:
     """Caption the images of a held-out corpus, and write captions, pictures and numbers to OUT/evaluation.
 
+    Of a corpus that holds images out of training, only these are captioned.
+
     Args:
         model: folder of a saved model.
         config: the corpus, and how captions are decoded.
@@ -56,7 +59,8 @@ def evaluate_held_out(model: Path, config: Evaluation, out: Path, device: str = 
         device: a device of torch, or "auto".
 
     Raises:
-        ConfigError: there is no corpus or no model, or an option does not suit the model.
+        ConfigError: there is no corpus, no image in it to caption or no model, or an option does not suit the
+            model.
     """
     captioner = RegionCaptioner.load(model, device)
     folder = out / FOLDER
@@ -69,6 +73,11 @@ def evaluate_held_out(model: Path, config: Evaluation, out: Path, device: str = 
             file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
             if number < config.pictures:
                 _draw(photo, found.captions, folder / "pictures" / f"{number:03d}.jpg")
+    if not records:
+        raise ConfigError(
+            f"{config.corpus}: no image to caption; name a corpus with kept regions, or raise the "
+            "held_out_share of its build"
+        )
     summary = _summary(records, str(captioner.model.device))
     with files.write_atomic(folder / "summary.json") as file:
         file.write(json.dumps(summary._asdict(), indent=1).encode() + b"\n")
@@ -77,7 +86,7 @@ def evaluate_held_out(model: Path, config: Evaluation, out: Path, device: str = 
 
 def _caption(captioner: RegionCaptioner, config: Evaluation) -> Iterator[tuple[PhotoRegions, RegionCaptions]]:
     """Caption a few batches of photos at a time, so that batches are full and few photos are in memory."""
-    photos = islice(iter_photo_regions(config.corpus), config.images)
+    photos = islice(iter_photo_regions(config.corpus, held_out=True), config.images)
     while some := list(islice(photos, 8 * config.batch_size)):
         found = captioner.caption_photos(
             ((photo.pixels, photo.masks()) for photo in some),

@@ -24,6 +24,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
+from ...pipeline.corpus.reader import Corpus
 from ...pipeline.io import files
 from ...schemas.errors import ConfigError, Diverged, StageFailed
 from ...schemas.training import CorpusSource, Spike, TrainConfig
@@ -343,8 +344,16 @@ def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, group: D
     """
     sources = [*config.corpora, *config.conversations]
     pin_memory = group.device.type == "cuda"
+    evaluated = Corpus(config.evaluation.corpus).held_out_share if config.evaluation else 0.0
     loader = Loader(
-        sources, processor, config.data, config.seed, group.rank, group.world_size, pin_memory=pin_memory
+        sources,
+        processor,
+        config.data,
+        config.seed,
+        group.rank,
+        group.world_size,
+        pin_memory=pin_memory,
+        held_out_share=evaluated,
     )
     if len(found := set(group.all_gather(loader.fingerprint))) > 1:
         raise StageFailed(f"the ranks do not see the same data: {', '.join(sorted(found))}")

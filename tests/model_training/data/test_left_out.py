@@ -11,14 +11,18 @@ import pytest
 from PIL import Image
 
 from paracaption.filters import rle
+from paracaption.filters.held_out import is_held_out
 from paracaption.model_training.data import left_out
+from paracaption.model_training.decoding.read_regions import iter_photo_regions
+from paracaption.model_training.train import trainer
+from paracaption.model_training.train.distributed import DistributedGroup
 from paracaption.pipeline.corpus import writer
 from paracaption.pipeline.corpus.merge import merge
-from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.config import BuildConfig, dump_config
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from paracaption.schemas.records import Blob, ImageRecord, Region
-from paracaption.schemas.training import ConversationSource, CorpusSource
-from tests.model_training.corpora import loader, masks_of, regions_of
+from paracaption.schemas.training import ConversationSource, CorpusSource, TrainConfig
+from tests.model_training.corpora import loader, masks_of, processor, regions_of
 from tests.model_training.data.test_conversations import conversations
 
 LISTED = "000000571598"
@@ -116,6 +120,83 @@ def test_a_corpus_of_nothing_else_is_an_error_that_says_so(tmp_path: Path):
     write_named(tmp_path / "corpus", 0, {"one": f"{LISTED}.jpg", "two": f"{LISTED}.png"})
     with pytest.raises(ConfigError, match=r"nothing is left to train on: 2 photos of ParaDLC-Bench"):
         loader(tmp_path / "corpus")
+
+
+def configure(corpus: Path, share: float) -> BuildConfig:
+    """Give a corpus the configuration of a build with a share of held-out images."""
+    source = {"source": "coconut", "annotations": ["a.json"], "photos": ["p"], "labels": "l"}
+    values = {"out": "x", "subsets": {"coconut": {"sources": [source]}}, "held_out_share": share}
+    config = BuildConfig.model_validate(values)
+    (corpus / "config.yaml").write_text(dump_config(config))
+    return config
+
+
+@pytest.mark.parametrize("known", ["index", "ledgers", "no configuration"])
+def test_held_out_images_are_never_read(tmp_path: Path, monkeypatch, known: str):
+    monkeypatch.setattr("paracaption.pipeline.corpus.plots.draw_plots", lambda *_: {})
+    names = {f"photo_{n}": f"photo_{n}.jpg" for n in range(20)} | {"listed": f"{LISTED}.jpg"}
+    write_named(tmp_path / "corpus", 0, names)
+    config = configure(tmp_path / "corpus", 0.4)
+    if known != "ledgers":
+        merge(tmp_path / "corpus", config)
+    if known == "no configuration":
+        (tmp_path / "corpus" / "config.yaml").unlink()
+    held = {key for key in names if is_held_out(key, 0.4)} - {"listed"}
+    found = loader(tmp_path / "corpus")
+    read = {name.split("/")[1].split("#")[0] for name in regions_of(found)}
+    assert held and read == names.keys() - held - {"listed"}
+    assert found.left_out == [{"benchmark_photos": 1, "held_out": len(held)}]
+    both = loader(tmp_path / "corpus", benchmark_photos="keep")
+    assert sum(both.left_out[0].values()) + len(regions_of(both)) // 2 == 21
+
+
+def test_a_run_from_before_the_split_is_refused_with_what_has_changed(corpus: Path):
+    early = loader(corpus, benchmark_photos="keep")
+    configure(corpus, 0.0)
+    assert loader(corpus, benchmark_photos="keep").fingerprint == early.fingerprint
+    configure(corpus, 0.5)
+    with pytest.raises(
+        IntegrityError, match=r"before a corpus held these images out, go back to that held_out"
+    ):
+        loader(corpus, benchmark_photos="keep").load_state_dict(early.state_dict())
+
+
+def test_what_one_corpus_holds_out_or_is_evaluated_on_no_other_corpus_trains(tmp_path: Path):
+    names = {f"photo_{n}": f"photo_{n}.jpg" for n in range(20)}
+    for name, share in (("one", 0.0), ("two", 0.2), ("three", 0.4)):
+        write_named(tmp_path / name / "corpus", 0, names)
+        configure(tmp_path / name / "corpus", share)
+    held = {
+        share: {f"photo_{n}" for n in range(20) if is_held_out(f"photo_{n}", share)} for share in (0.2, 0.4)
+    }
+    assert set() < held[0.2] < held[0.4]
+
+    def read(*corpora: str, **options) -> set[str]:
+        sources = [CorpusSource(corpus=str(tmp_path / name / "corpus")) for name in corpora]
+        found = loader(tmp_path / "any", sources=sources, **options)
+        return {name.split("/")[1].split("#")[0] for name in regions_of(found)}
+
+    assert read("one") == names.keys()
+    assert read("two") == read("one", "two") == names.keys() - held[0.2]
+    assert read("one", "two", "three") == names.keys() - held[0.4]
+    evaluation = {"corpus": str(tmp_path / "three" / "corpus")}
+    run = TrainConfig.model_validate(
+        {
+            "out": str(tmp_path / "run"),
+            "model": {"path": "m"},
+            "corpora": [{"corpus": str(tmp_path / "one" / "corpus")}],
+            "evaluation": evaluation,
+            "steps": 1,
+            "device": "cpu",
+            "data": {"max_tokens": 600, "workers": 0, "cache": str(tmp_path / "cache")},
+        }
+    )
+    for config, share in ((run, 0.4), (run.model_copy(update={"evaluation": None}), 0.0)):
+        found = trainer.open_loader(config, processor(), DistributedGroup(config, 0, 1))
+        wanted = {"held_out": len(held[share])} if share else {}
+        assert found.left_out == [wanted]
+    scenes = iter_photo_regions(evaluation["corpus"], held_out=True)
+    assert {scene.name.rpartition("#")[2] for scene in scenes} == held[0.4]
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "parquet"])
