@@ -226,8 +226,9 @@ def _read_tolerantly(url: str, data: bytes) -> Document:
         if text.lstrip().startswith("["):
             detail = "a list, not an object; give the panoptic JSON, or the folder of one JSON per image"
             raise ConfigError(f"{url}: {detail}") from error
-        hint = what_is(data) or f"{error.msg} at {place}"
-        raise ConfigError(f"{url}: not JSON: {hint}; fetch it again or correct it there") from error
+        told = what_is(data) or f"{error.msg} at {place}"
+        told += "" if "; " in told else "; fetch it again or correct it there"
+        raise ConfigError(f"{url}: not JSON: {told}") from error
     except RecursionError as error:
         raise ConfigError(f"{url}: not an annotation file: nested too deeply") from error
     return document

@@ -1,0 +1,306 @@
+"""The tables of `docs/sources.md` on what becomes of which input: each row is tried, and is what happens."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paracaption.pipeline.executor import audit
+from paracaption.pipeline.sources.registry import open_source
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.reasons import Reason
+from tests.cases import table_inputs as t
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "sources.md"
+HEADS = ("photo", "label map", "names and ids", "annotation", "mask in a JSON", "container")
+
+WHAT = re.compile(
+    "gzip|web page|LFS|only zero|zip file|UTF-16|a list|instances|GIF|HEIC|JPEG|empty file|"
+    "not in the label|truncated|Unterminated|Expecting value"
+)
+"""What an input is called that is not what it should be, the cut ones included."""
+
+WHOLE = json.dumps({"file_name": "a.png", "segments_info": t.SEGMENTS}).encode()
+LIMITS = {"max_pixels": 4000, "max_masks": 3}
+
+
+def twice(document):
+    document["annotations"].append(document["annotations"][0])
+
+
+def one_id(document):
+    for each in document["images"]:
+        each["id"] = 1
+    for each in document["annotations"]:
+        each["image_id"] = 1
+
+
+def of_two(document):
+    document["annotations"][0]["file_name"] = "b.png"
+    document["annotations"].reverse()
+
+
+def instances(document):
+    about = {"segmentation": [t.OUTLINE], "bbox": [1, 2, 3, 4], "category_id": 1}
+    document["annotations"] = [{"id": number, "image_id": number} | about for number in (1, 2)]
+
+
+def by_id(name):
+    def change(document):
+        document[name] = {str(number): each for number, each in enumerate(document[name])}
+
+    return change
+
+
+INPUTS: dict[str, list[t.Input]] = {
+    "JPEG (CMYK, progressive and MPO, too), PNG, WebP, BMP or TIFF, whatever its ending says": [
+        *(t.release(t.encoded(form, t.PLAIN)) for form in ("PNG", "WEBP", "BMP", "TIFF")),
+        t.release(t.encoded("JPEG", t.PLAIN.convert("CMYK"))),
+        t.release(t.encoded("JPEG", t.PLAIN, progressive=True)),
+        t.release(t.encoded("MPO", t.PLAIN, append_images=[t.PLAIN])),
+    ],
+    "with a video, padding or notes after its end": [
+        t.release(photo + end)
+        for photo in (t.JPEG, t.PNG)
+        for end in (bytes(4096), b"ftypmp42" * 900, b"<!-- -->")
+    ],
+    "with an EXIF tag that turns it": [t.release(t.twisted())],
+    "missing, or another folder's of that name": [
+        t.release(None),
+        t.renamed("photos/one/a.jpg", "labels/two/a.png", "two/a"),
+    ],
+    "a label map of its name in its place": [
+        t.release(None, files={"photos/panoptic/a.png": t.encoded("PNG", t.colors())})
+    ],
+    "cut, or does not decode": [
+        t.release(t.JPEG[:-200]),
+        t.release(t.PNG[: len(t.PNG) // 2]),
+        t.release(t.PNG[:400] + bytes(9) + t.PNG[409:]),
+        t.pairs(t.record(), t.JPEG[:-200]),
+    ],
+    "GIF, HEIC, a web page, a Git LFS pointer, an archive, nothing": [
+        *(t.release(data) for data in (t.HTML, t.POINTER, b"PK\x03\x04" + bytes(99), bytes(500))),
+        t.release(t.encoded("GIF", t.PLAIN)),
+        t.release(b"\0\0\0\x18ftypheic" + bytes(99)),
+    ],
+    "PNG with more than 1 MB of text or color profile": [
+        t.release(t.with_text()),
+        t.release(t.encoded("PNG", t.PLAIN, icc_profile=bytes(2_000_000))),
+    ],
+    "of another size than its annotation or its label map": [
+        t.release(t.encoded("JPEG", t.picture(t.WIDTH, t.HEIGHT))),
+        t.of_image(width=33),
+        t.release(labels=t.encoded("PNG", t.colors(t.LABELS[:-1]))),
+        t.pairs(t.record(), t.encoded("JPEG", t.picture(t.WIDTH, t.HEIGHT))),
+    ],
+    "of more pixels than `limits.max_pixels`": [t.release(t.encoded("PNG", t.picture(80, 80)))],
+    "PNG, TIFF or BMP as RGB, RGBA, palette or gray, whose colors are the ids": [
+        *(t.release(labels=t.encoded(form, t.colors())) for form in ("TIFF", "BMP")),
+        t.release(labels=t.encoded("PNG", t.colors().convert("RGBA"))),
+        t.release(labels=t.optimized()),
+    ],
+    "gray, whose values are the ids": [t.gray()],
+    "with other areas than declared": [t.of_segment(area=81)],
+    "missing, cut, a JPEG, a GIF, no image": [
+        t.release(labels=b""),
+        t.release(labels=t.encoded("PNG", t.colors())[:60]),
+        *(t.release(labels=t.encoded(form, t.colors())) for form in ("JPEG", "GIF")),
+        *(t.release(labels=data) for data in (t.HTML, t.POINTER, gzip.compress(t.PNG))),
+    ],
+    "without a pixel of a segment": [
+        t.of_annotation(segments_info=[*t.SEGMENTS, {"id": 9, "category_id": 1}])
+    ],
+    "images of one name in several folders of a list": [
+        t.renamed("photos/one/b.jpg", "labels/one/b.png", "one/b")
+    ],
+    "images of one id, with names that tell which is which": [t.release(change=one_id)],
+    "ids and names that are of two images": [t.release(change=of_two)],
+    "the same image again": [t.release(change=twice), t.same_name_in_tars],
+    "image without an annotation, or a JSON without its photo": [
+        t.release(change=lambda found: found["annotations"].pop(0)),
+        t.tar(t.tar_of(("a.json", t.record()), ("b.jpg", t.JPEG), ("b.json", t.record()))),
+        t.tar(t.tar_of(("a.jpg", t.JPEG), ("b.jpg", t.JPEG), ("b.json", t.record()))),
+    ],
+    "a name that leaves its folder": [
+        t.of_image(file_name="../a.jpg"),
+        t.tar(t.tar_of(("../a.jpg", t.JPEG), ("../a.json", t.record()))[:-1024] + t.SECOND),
+    ],
+    "photos and JSONs of SA-1B in two folders that are both listed": [t.two_folders],
+    "id or category as text or whole float; odd area, bbox, score": [
+        t.of_segment(id="70000"),
+        t.of_segment(category_id=1.0),
+        t.of_segment(area="80", bbox=[1, None], score="high"),
+        t.of_image(id=1.0),
+        t.of_image(id="1"),
+        *(t.pairs(t.record(**odd)) for odd in ({"id": "x"}, {"area": None}, {"bbox": [1, "a"]}, {"id": 5.0})),
+    ],
+    "without width and height, or with 0": [
+        t.of_image(width=0, height=0),
+        t.of_image(width=None, height=None),
+        t.release(change=lambda found: found["images"][0].pop("width")),
+    ],
+    "with a negative or impossible width": [t.of_image(width=-32), t.of_image(width=4_294_967_295)],
+    "id, category or `iscrowd` that is none": [
+        t.of_segment(id="seven"),
+        t.of_segment(id=None),
+        t.of_segment(category_id=[1]),
+        t.of_segment(iscrowd="perhaps"),
+    ],
+    "a category that the list does not have": [t.of_segment(category_id=999)],
+    "crowd segment": [t.of_segment(iscrowd=1), t.of_segment(iscrowd="1")],
+    "segment with the id 0": [t.of_segment(id=0)],
+    "`images`, `annotations` or `segments_info` as an object by id, or as its only element": [
+        *(t.release(change=by_id(name)) for name in ("images", "annotations")),
+        t.of_annotation(segments_info={str(each["id"]): each for each in t.SEGMENTS}),
+        t.of_annotation(segments_info=t.SEGMENTS[0]),
+    ],
+    "`images` or `annotations` as anything else": [
+        t.release(change=lambda found, n=name, v=value: found.update({n: v}))
+        for name in ("images", "annotations")
+        for value in (7, "text", True)
+    ],
+    "element of `images` without an id and a file name": [
+        t.release(change=lambda found, odd=odd: found["images"].append(odd)) for odd in (None, {}, 5)
+    ],
+    "byte order mark, CRLF, NaN in a field that nobody needs": [
+        t.release(text=lambda text: b"\xef\xbb\xbf" + text.encode()),
+        t.release(text=lambda text: text.replace(", ", ",\r\n").encode()),
+        t.of_segment(bbox=[1, 2, float("nan"), 4]),
+        t.single(b"\xef\xbb\xbf" + WHOLE),
+        t.pairs(b"\xef\xbb\xbf" + t.record(area=float("nan"))),
+        t.categories(
+            b"\xef\xbb\xbf" + json.dumps([{"id": 1, "name": "a"}, {"id": 184, "name": "b"}]).encode()
+        ),
+    ],
+    "JSON of one image that is gzip, a web page, a Git LFS pointer, UTF-16, cut": [
+        made(data) for made in (t.single, t.pairs) for data in (*t.OTHER_FILES.values(), WHOLE[:-9])
+    ],
+    "panoptic JSON that is one of these, a list of segments, or COCO's instances": [
+        *(t.release(text=lambda _, data=data: data) for data in t.OTHER_FILES.values()),
+        t.release(text=lambda text: text[:-9]),
+        t.release(text=lambda _: json.dumps(t.SEGMENTS)),
+        t.release(change=instances),
+    ],
+    "category list that is gzip, a web page, a Git LFS pointer, cut": [
+        t.categories(data) for data in (gzip.compress(b"[]"), t.HTML, t.POINTER, b'[{"id": 1, "na')
+    ],
+    "category list with two names for an id, an empty name, or an id that is none": [
+        t.named(row)
+        for row in (
+            {"id": 1, "name": "cat"},
+            {"id": 9, "name": ""},
+            {"id": True, "name": "x"},
+            {"id": "x", "name": "x"},
+        )
+    ],
+    "`license`, author and addresses of an image, and the list `licenses`": [
+        t.of_image(license=3, flickr_url="http://example.org/a.jpg")
+    ],
+    "RLE with text or floats as numbers, counts as Python prints them, as JSON text, or alone in a list": [
+        t.mask({"size": [str(each) for each in t.SIZE], "counts": t.COUNTS}),
+        t.mask({"size": t.SIZE, "counts": [float(each) for each in t.raw_counts()]}),
+        t.mask({"size": t.SIZE, "counts": repr(t.COUNTS.encode())}),
+        t.mask(json.dumps({"size": t.SIZE, "counts": t.COUNTS})),
+        t.mask([{"size": t.SIZE, "counts": t.COUNTS}]),
+    ],
+    "polygon with its points in pairs": [t.mask([np.reshape(t.OUTLINE, (-1, 2)).tolist()])],
+    "polygon up to 64 px outside the photo": [
+        t.mask([t.OUTLINE]),
+        t.mask([[-9.0, 4.0, 90.0, 4.0, 90.0, 14.0, -9.0, 14.0]]),
+    ],
+    "RLE without a size, with base64 counts, that does not fill its image; no mask at all": [
+        t.mask({"counts": t.COUNTS}),
+        t.mask({"size": t.SIZE, "counts": t.base64_of(t.COUNTS.encode())}),
+        t.mask({"size": t.SIZE, "counts": t.raw_counts()[:-1]}),
+        t.pairs(t.record().replace(b'"segmentation"', b'"mask"')),
+    ],
+    "RLE without a pixel": [t.mask({"size": t.SIZE, "counts": [t.HEIGHT * t.WIDTH]})],
+    "RLE of another size, height and width swapped": [t.mask({"size": t.SIZE[::-1], "counts": t.COUNTS})],
+    "more masks than `limits.max_masks`": [t.of_annotation(segments_info=t.SEGMENTS * 3)],
+    "tars after one another, zero blocks between members": [
+        t.tar(t.FIRST + t.SECOND),
+        t.tar(t.body(t.FIRST) + bytes(512) + t.SECOND),
+    ],
+    "tar with bytes after its end that are no members": [t.tar(t.FIRST + b"\xaa" * 700)],
+    "tar that is cut in its last member": [t.tar(t.body(t.SECOND) + t.body(t.FIRST, last=False))],
+    "tar that is gzipped, another file, or nothing": [
+        t.tar(data) for data in (gzip.compress(t.FIRST), t.JPEG, t.HTML, t.POINTER, bytes(100), b"")
+    ],
+    "Parquet with the PNG as plain bytes": [t.parquet(), t.parquet(lambda data: data)],
+    "Parquet with base64, numbers or only a path in `mask`": [
+        t.parquet(t.base64_of),
+        t.parquet(list),
+        t.parquet(lambda _: {"path": "a.png"}),
+    ],
+    "Parquet that is broken, another file, or without these columns": [
+        t.parquet_file(b"PAR1 no"),
+        t.parquet_file(t.HTML),
+        t.parquet_file(t.POINTER),
+        t.parquet_file(gzip.compress(b"PAR1")),
+    ],
+}
+
+
+def rows() -> dict[str, str]:
+    """What the tables say of each input."""
+    text, found = DOCS.read_text(), {}
+    for head in HEADS:
+        table = text.partition(f"| {head} | gets |\n| --- | --- |\n")[2].partition("\n\n")[0]
+        for line in table.splitlines():
+            given, gets = line.strip("| ").split(" | ")
+            found[given] = gets
+    return found
+
+
+def test_every_row_is_tried_and_nothing_else():
+    assert list(rows()) == list(INPUTS)
+
+
+def said_of(folder: Path, given: t.Input) -> audit.AuditReport:
+    values = {"out": str(folder / "out"), "limits": LIMITS, "failures": {"read_retry_s": 0}}
+    (folder / "in").mkdir()
+    config = BuildConfig.model_validate(values | given(folder / "in"))
+    (subset,) = config.subsets
+    return audit.audit_subset(open_source(config, subset), config.limits, jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "number"), [(row, number) for row, given in INPUTS.items() for number in range(len(given))]
+)
+def test_an_input_gets_what_its_row_says(tmp_path, row, number):
+    gets, given = rows()[row], INPUTS[row][number]
+    if gets.startswith("one line"):
+        with pytest.raises(ConfigError) as caught:
+            said_of(tmp_path, given)
+        told = str(caught.value)
+        assert "\n" not in told and re.search(r"\.(json|tar|parquet)\b", told), told
+        assert "what it is" not in gets or WHAT.search(told), told
+        return
+    report = said_of(tmp_path, given)
+    found, told = report.result, report.text()
+    drops = [problem for problem in found.problems if problem.drops]
+    notes = {problem.reason for problem in found.problems if not problem.drops}
+    if gets.startswith(("read", "kept")):
+        assert not drops and found.regions_usable == found.regions > 0, told
+        assert found.images_usable == found.images > 0, told
+        assert set(re.findall(r"note `(\w+)`", gets)) <= notes, told
+        return
+    wanted = re.findall(r"`(\w+)`", gets)
+    assert gets.startswith("dropped: ") and set(wanted) <= set(Reason)
+    assert drops and {problem.reason for problem in drops} <= set(wanted), told
+    assert found.regions_usable + sum(problem.regions for problem in drops) == found.regions, told
+    for problem in drops:
+        assert (
+            "\n" not in problem.detail
+            and " at 0x" not in problem.detail
+            and "Traceback" not in problem.detail
+        )
+        assert "what it is" not in gets or WHAT.search(problem.detail), problem.detail
+    if "Parquet" not in row:
+        assert found.images_usable, f"what is sound beside it is read\n{told}"
