@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 
 import pytest
 from PIL import Image
 
+from paracaption.filters.held_out import is_held_out
 from paracaption.model_training.data import unfinished
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
@@ -17,8 +19,9 @@ from paracaption.model_training.train import metrics
 from paracaption.model_training.train.trainer import fit
 from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.io import draw
+from paracaption.schemas.config import dump_config
 from paracaption.schemas.decoding import DecodeOptions
-from paracaption.schemas.errors import IntegrityError
+from paracaption.schemas.errors import ConfigError, IntegrityError
 from paracaption.schemas.training import CorpusSource, Evaluation
 from tests.model_training.toy_corpus import config_of
 
@@ -106,6 +109,22 @@ def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, m
     summary = held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
     assert summary.exact == pytest.approx((summary.regions + 1) // 2 / summary.regions)
     assert summary.tokens_per_forward == 4 and summary.empty == 0
+
+
+def test_of_a_corpus_that_holds_images_out_these_alone_are_captioned(world, trained, tmp_path):
+    out = tmp_path / "corpus"
+    shutil.copytree(world, out)
+    keys = [sample.key for sample, _ in reader.open_corpus(out).samples()]
+    config = reader.open_corpus(out).config.model_copy(update={"held_out_share": 0.4})
+    (out / "config.yaml").write_text(dump_config(config))
+    asked = Evaluation(corpus=str(out), images=None, pictures=0, max_new_tokens=4, steps=1)
+    held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
+    lines = (tmp_path / "evaluation" / "captions.jsonl").read_text().splitlines()
+    found = [json.loads(line)["image"].rpartition("#")[2] for line in lines]
+    assert found == [key for key in keys if is_held_out(key, 0.4)] and 0 < len(found) < len(keys)
+    (out / "config.yaml").write_text(dump_config(config.model_copy(update={"held_out_share": 1e-6})))
+    with pytest.raises(ConfigError, match=r"corpus: no image to caption; .* raise the held_out_share"):
+        held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
 
 
 def test_scores_count_attributes_and_leaks(world, trained, monkeypatch):
