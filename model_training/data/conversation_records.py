@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from msgspec import UNSET, UnsetType
 
 from ...filters import rle
 from ...pipeline.io import files
+from ...pipeline.io.file_kinds import what_is
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
 
@@ -158,7 +160,7 @@ def read_records(path: str, regions_per_group: float) -> Iterator[Found]:
         except ConfigError:
             raise
         except broken as error:
-            raise ConfigError(f"{path}: after record {number}: {_line(error)}; repair the file") from error
+            raise ConfigError(f"{path}: {_why(path, number, error)}") from error
         if row is None:
             break
         number += 1
@@ -180,16 +182,58 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _why(path: str, number: int, error: BaseException) -> str:
+    """Why a file cannot be read on after so many records, and what to do."""
+    wanted = "Parquet file" if Path(path).suffix.lower() == ".parquet" else "JSON"
+    if not number and not isinstance(error, OSError):
+        if words := what_is(files.fetch(Blob(path), 0, 64), wanted):
+            return f"no {wanted}: {words}"
+    where = f"after record {number:,}: " if number else ""
+    return f"{where}{_line(error)}; repair the file"
+
+
 def _from_json(path: str) -> Iterator[Any]:
-    for raw in msgspec.json.decode(files.read(Blob(path)), type=list[msgspec.Raw]):
-        yield msgspec.json.decode(raw)
+    data = files.read(Blob(path)).removeprefix(_MARK)
+    if data.lstrip()[:1] == b"{":  # JSON Lines by another name
+        if data.split(maxsplit=1)[0] == b"{":
+            raise ValueError("one mapping, and not a list of records or a record a line")
+        yield from (_decoded(line) for line in data.splitlines() if line.strip())
+        return
+    try:
+        raws = msgspec.json.decode(data, type=list[msgspec.Raw])
+    except msgspec.DecodeError:
+        yield from _decoded(data, list)
+        return
+    yield from map(_decoded, raws)
 
 
 def _from_lines(path: str) -> Iterator[Any]:
     with files.open_url(path, 8 << 20) as file:
-        for line in file:
+        for number, line in enumerate(file):
+            line = line if number else line.removeprefix(_MARK)
             if line.strip():
-                yield msgspec.json.decode(line)
+                yield _decoded(line)
+
+
+def _decoded(data: bytes | msgspec.Raw, kind: type = object) -> Any:
+    """JSON as Python writes it, too, where NaN and infinity, which are no JSON, stand for what is absent."""
+    try:
+        found = msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        try:
+            found = json.loads(bytes(data), parse_constant=lambda _: None)
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text has half of a character (a lone surrogate)") from None
+        except (ValueError, RecursionError):
+            raise error from None
+    if not isinstance(found, kind):
+        raise ValueError("not a list of records, nor a record a line")
+    return found
+
+
+_MARK = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
 
 
 def _from_parquet(path: str) -> Iterator[Any]:

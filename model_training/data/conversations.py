@@ -112,7 +112,7 @@ class Conversations:
         blob, start = Blob(name), int(row["photo"])
         try:
             for path, length in _photos(record, int(row["photo_bytes"])):
-                blob = Blob(name) if length else Blob(_path(self.source, record, path))
+                blob = Blob(name) if length else Blob(_path(self.source, path, name))
                 photo = self.table.bytes_at(start, length) if length else files.read(blob)
                 start += length
                 found.append(photos.decode_image(blob, photo, max_pixels))
@@ -283,8 +283,8 @@ def _photos(record: Record, photo_bytes: int) -> list[tuple[str, int]]:
     return [(record.image or "", photo_bytes)] if record.image or photo_bytes else []
 
 
-def _path(source: ConversationSource, record: Record, name: str) -> str:
-    """Where a photo lies that a record names.
+def _path(source: ConversationSource, name: str, record: str) -> str:
+    """Where a photo lies that a record names; messages call the record `record`.
 
     A leading folder that repeats the name of the photos' folder is dropped, as in the released code, unless
     the photo lies in a folder of that name.
@@ -292,7 +292,7 @@ def _path(source: ConversationSource, record: Record, name: str) -> str:
     folder = source.images.rstrip("/")
     inside = name.removeprefix(f"{folder}/") if source.images else name
     if inside.startswith("/") or "://" in inside or ".." in inside.split("/"):
-        detail = f"{source.path}: {record.id}: {name}: leads out of `images`; correct it, or `images`"
+        detail = f"{record}: {name}: leads out of `images`; correct it, or `images`"
         raise BadSample("unsafe_name", detail)
     if not source.images:
         return inside
@@ -406,19 +406,19 @@ def _sizes(source: ConversationSource, found: Found) -> list[tuple[int, int] | N
     """Width and height of a record's photos; None for one that cannot be read."""
     sizes, start = [], 0
     for path, length in _photos(found.record, len(found.photo)):
-        sizes.append(_size(source, found.record, path, found.photo[start : start + length]))
+        sizes.append(_size(source, path, found.photo[start : start + length]))
         start += length
     return sizes
 
 
-def _size(source: ConversationSource, record: Record, path: str, photo: bytes) -> tuple[int, int] | None:
+def _size(source: ConversationSource, path: str, photo: bytes) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
         if photo:
             with photos.quiet(), Image.open(io.BytesIO(unturned(photo)), formats=photos.FORMATS) as opened:
                 return opened.size
-        header = photos.probe(Blob(_path(source, record, path)), 1 << 40)
+        header = photos.probe(Blob(_path(source, path, "")), 1 << 40)
         return header.width, header.height
     except (BadRecord, BadSample, *photos.BROKEN):
         return None

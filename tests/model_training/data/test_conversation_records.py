@@ -263,7 +263,10 @@ def mistakes() -> dict[str, tuple[dict[str, Any], str]]:
             r"photo_unreadable",
         ),
         "missing": ({"images": ["a.png", "z.png"], "conversations": hello}, r"photo_missing: .*z\.png"),
-        "web": ({"image": "https://example.org/a.png", "conversations": hello}, r"unsafe_name"),
+        "web": (
+            {"image": "https://example.org/a.png", "conversations": hello},
+            r"unsafe_name: .*q7: https://example\.org/a\.png",
+        ),
         "captions": (
             {"image": "a.png", "mask_rles": [mask], "captions": []},
             r"regions_unusable: .*1 masks and 0 captions",
@@ -331,10 +334,21 @@ def test_a_record_of_no_known_form_is_an_error_that_names_file_and_record(tmp_pa
 
 def test_files_that_cannot_be_read_are_errors_that_say_how_far_it_went(tmp_path: Path):
     broken = {
-        "cut.json": (b'[{"conversations": []}', r"after record 0: .*repair the file"),
-        "object.json": (b'{"data": []}', r"after record 0: Expected `array`"),
+        "cut.json": (b'[{"conversations": []}', r"Input data was truncated; repair the file"),
+        "object.json": (b'{"data": []}', r"record 1: neither a list `conversations`"),
+        "lines.json": (b'{\n  "data": []\n}', r"one mapping, and not a list of records"),
+        "text.json": (b'"said"', r".*not a list of records"),
+        "half.json": (b'[{"conversations": "\\ud83d"}]', r"a text has half of a character"),
         "cut.jsonl": (b'{"conversations": [{"from": "human", "value": "a"}]}\n{"conv', r"after record 1: "),
-        "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1", r"after record 0: .*[Pp]arquet"),
+        "cut.parquet": (b"PAR1 and no more", r"Parquet magic bytes not found"),
+        "pointer.parquet": (
+            b"version https://git-lfs.github.com/spec/v1",
+            r"no Parquet file: a Git LFS point",
+        ),
+        "pointer.json": (b"version https://git-lfs.github.com/spec/v1", r"no JSON: a Git LFS pointer; run"),
+        "page.jsonl": (b"<!doctype html><html></html>", r"no JSON: a web page"),
+        "none.json": (b"", r"no JSON: the file is empty"),
+        "wide.json": ("[]".encode("utf-16"), r"no JSON: UTF-16; save it as UTF-8"),
         "empty.json": (b"[]", r"no conversation in it"),
     }
     for name, (data, message) in broken.items():
@@ -345,6 +359,24 @@ def test_files_that_cannot_be_read_are_errors_that_say_how_far_it_went(tmp_path:
     path = write_parquet(tmp_path / "other.parquet", [{"question": "hi", "answer": "ho"}])
     with pytest.raises(ConfigError, match=r"other\.parquet: neither `conversations` .*\(question, answer\)"):
         opened(path)
+
+
+@pytest.mark.parametrize("name", ["said.json", "said.jsonl", "lines.json"])
+def test_json_as_others_write_it_is_read(tmp_path: Path, name: str):
+    """With a byte order mark, NaN for what is absent, and a record a line in a file named .json."""
+    records = [
+        {"id": number, "score": float("nan"), "image": float("nan"), "conversations": turns(*said)}
+        for number, said in enumerate(
+            [(("human", "hi"), ("gpt", "ho")), (("human", "hü 🐈"), ("gpt", "yes"))]
+        )
+    ]
+    text = json.dumps(records) if name == "said.json" else "\r\n".join(map(json.dumps, records)) + "\r\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = texts(opened(tmp_path / name))
+    assert {item: said_in(text) for item, text in found.items()} == {
+        "0": ["hi", "ho"],
+        "1": ["hü 🐈", "yes"],
+    }
 
 
 def test_a_mistake_in_a_folder_of_files_names_its_file_and_its_record_there(tmp_path: Path):
