@@ -11,6 +11,7 @@ since those in the files do not fit them.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import numpy as np
 
 from ...filters import rle
 from ...pipeline.io import files, photos
+from ...pipeline.io.file_kinds import what_is
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.evaluation import BenchmarkKind
@@ -168,11 +170,12 @@ def read_json(path: Path) -> Any:
         ConfigError: it is missing, or no JSON.
     """
     try:
-        return msgspec.json.decode(path.read_bytes())
+        data = path.read_bytes()
+        return msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; a benchmark is {', '.join(FILES)}") from error
     except msgspec.MsgspecError as error:
-        raise ConfigError(f"{path}: not JSON ({error}); download it again") from error
+        raise ConfigError(f"{path}: not JSON ({what_is(data) or error}); download it again") from error
 
 
 def _paradlc_masks(raw: Any, folder: Path) -> _Masks:

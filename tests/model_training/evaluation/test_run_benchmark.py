@@ -452,3 +452,19 @@ def test_a_judge_without_captions_says_so(tmp_path):
     judge = Judge(name="openai", options={"model": "m", "base_url": "http://127.0.0.1:9/v1"})
     with pytest.raises(ConfigError, match="no captions yet"):
         run_benchmark.judge_captions(bench, judge, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"<html>404</html>", "a web page"),
+        (b'{"cut": ', "truncated"),
+    ],
+)
+def test_a_benchmarks_file_that_is_no_json_is_called_what_it_is(tmp_path, data, told):
+    (tmp_path / "annotations.json").write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"annotations\.json: not JSON \(.*{told}.*\); download it again"):
+        annotations.read_json(tmp_path / "annotations.json")
+    (tmp_path / "annotations.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert annotations.read_json(tmp_path / "annotations.json") == {"a": 1}
