@@ -15,7 +15,8 @@ import numpy as np
 
 from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
-from ...pipeline.io import benchmark_photos, files
+from ...pipeline.io import benchmark_photos
+from ...pipeline.io.tables import TableFile
 from .table import cached_folder
 
 if TYPE_CHECKING:
@@ -187,10 +188,8 @@ def rules_of(
 def has_file_names(corpus: reader.Corpus) -> bool:
     """Whether the index says what each photo's file is called. Who reads a damaged one says so."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with files.open_url(f"{corpus.path}/{reader.INDEX}", 1 << 20) as file:
-            return FILE_NAME in pq.ParquetFile(file).schema_arrow.names
+        return FILE_NAME in TableFile(f"{corpus.path}/{reader.INDEX}").names
     except (OSError, pa.ArrowException):
         return True

@@ -280,12 +280,7 @@ def find_damage(path: Path, expected: Written, subset: str, size: int) -> str | 
 
 def find_changes(old: Path, new: Path) -> list[str]:
     """How many images were added, removed and changed between two tables, with examples."""
-    import pyarrow.parquet as pq
-
-    tables = []
-    for path in (old, new):
-        with files.open_url(str(path)) as file:
-            tables.append(pq.read_table(file, columns=["key", "content"]))
+    tables = [TableFile(str(path)).read(["key", "content"]) for path in (old, new)]
     before, after = (
         dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables
     )

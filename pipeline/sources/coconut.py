@@ -19,8 +19,8 @@ from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Credit, ImageRecord
 from ...schemas.strict import Location
 from ..io import files
-from ..io.tables import TableFile
 from ..io.file_kinds import what_is
+from ..io.tables import TableFile
 from . import coco_json, file_names
 from .categories import CategoryTable, load_categories, make_table
 from .coco_json import Annotation, Image
