@@ -167,6 +167,14 @@ def test_a_corpus_and_its_sources_are_read_and_written_through_one_door():
     assert sorted(set(ELSEWHERE) - set(found)) == [], "these have no reason to be listed any more"
 
 
+def test_parquet_is_read_by_the_thread_that_asks_in_every_room():
+    found = []
+    for folder in ("pipeline", "model_training", "flows"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found += [line for line in side_doors(path.read_text("utf-8"), path.name) if "of a file" in line]
+    assert found == []
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -20,6 +20,7 @@ from msgspec import UNSET, UnsetType
 from ...filters import rle
 from ...pipeline.io import files
 from ...pipeline.io.file_kinds import what_is
+from ...pipeline.io.tables import TableFile
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
 
@@ -237,17 +238,15 @@ _MARK = b"\xef\xbb\xbf"
 
 
 def _from_parquet(path: str) -> Iterator[Any]:
-    import pyarrow.parquet as pq
-
-    with files.open_url(path, 8 << 20) as file:
-        opened = pq.ParquetFile(file)
-        columns = [name for name in _COLUMNS if name in opened.schema_arrow.names]
-        if not columns:
-            seen = ", ".join(opened.schema_arrow.names)
-            raise ConfigError(
-                f"{path}: neither `conversations` nor `mask_rles` in its columns ({seen}); leave it out"
-            )
-        for batch in opened.iter_batches(64, columns=columns, use_threads=False):
+    table = TableFile(path)
+    columns = [name for name in _COLUMNS if name in table.names]
+    if not columns:
+        seen = ", ".join(table.names)
+        raise ConfigError(
+            f"{path}: neither `conversations` nor `mask_rles` in its columns ({seen}); leave it out"
+        )
+    for group in table.row_groups(columns):
+        for batch in group.to_batches(64):
             yield from batch.to_pylist()
 
 

@@ -21,7 +21,6 @@ from msgspec import UNSET
 
 from ...pipeline.io import files, photos
 from ...pipeline.io.orientation import unturned
-from ...pipeline.io.tables import TableFile
 from ...schemas.errors import BadRecord, BadSample, ConfigError
 from ...schemas.records import Blob
 from ...schemas.training import ConversationSource, DataOptions
