@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw
 
 from benchmarks.decoder import SPECIAL
 from paracaption.filters import rle
-from paracaption.model_training.data import Loader
 from paracaption.model_training.data.epoch_plan import EpochPlan, Mixture, count_batches
+from paracaption.model_training.data.loader import Loader
 from paracaption.model_training.model import tiling
 from paracaption.model_training.model.config import PerceptionDLMConfig
 from paracaption.model_training.model.processor import PerceptionDLMProcessor

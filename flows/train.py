@@ -44,7 +44,7 @@ def train_captioner(
 @step
 def wait_for_corpora(config: TrainConfig) -> None:
     """Wait until every unit of every corpus is committed and merged."""
-    from ..model_training.data import unfinished
+    from ..model_training.data.corpus import unfinished
 
     held_out = [CorpusSource(corpus=config.evaluation.corpus)] if config.evaluation else []
     for source in [*config.corpora, *held_out]:

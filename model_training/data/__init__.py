@@ -5,15 +5,3 @@ for batch in loader:  # one epoch
     loss = ...(batch.tokens, batch.images, batch.label_BL, batch.weight_E)
     checkpoint = {"loader": loader.state_dict(), ...}
 """
-
-from .corpus import unfinished
-from .loader import Loader
-from .samples import FILLER, Skipped, TrainBatch
-
-__all__ = [
-    "FILLER",
-    "Loader",
-    "Skipped",
-    "TrainBatch",
-    "unfinished",
-]

@@ -15,7 +15,7 @@ from ...schemas.training import LossWeighting, NoiseOptions
 from ..model.attention import SHARED
 
 if TYPE_CHECKING:
-    from ..data import TrainBatch
+    from ..data.samples import TrainBatch
     from ..model.perceptiondlm import PerceptionDLM
 
 

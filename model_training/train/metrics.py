@@ -27,7 +27,7 @@ from ..data.order import key_of
 
 if TYPE_CHECKING:
     from ...schemas.training import TrainConfig
-    from ..data import TrainBatch
+    from ..data.samples import TrainBatch
     from .distributed import DistributedGroup
     from .loss import Loss
 

@@ -28,8 +28,10 @@ from ...pipeline.corpus.reader import Corpus
 from ...pipeline.io import files
 from ...schemas.errors import ConfigError, Diverged, StageFailed
 from ...schemas.training import CorpusSource, Spike, TrainConfig
-from ..data import FILLER, Loader, TrainBatch, left_out
+from ..data import left_out
+from ..data.loader import Loader
 from ..data.order import key_of
+from ..data.samples import FILLER, TrainBatch
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
 from . import build, checkpoints, distributed, loss, metrics

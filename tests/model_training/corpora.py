@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from paracaption.filters import rle
-from paracaption.model_training.data import FILLER, Loader, TrainBatch
+from paracaption.model_training.data.loader import Loader
+from paracaption.model_training.data.samples import FILLER, TrainBatch
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.pipeline.corpus import writer
 from paracaption.schemas.reasons import Reason

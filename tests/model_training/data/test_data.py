@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from paracaption.model_training.convert.published import convert
-from paracaption.model_training.data import TrainBatch
 from paracaption.model_training.data.corpus import token_lists
 from paracaption.model_training.data.epoch_plan import cut_packed, cut_padded
 from paracaption.model_training.data.loader import recorded_options
 from paracaption.model_training.data.order import Permutation, even_groups, keys_of, num_groups, varied_groups
+from paracaption.model_training.data.samples import TrainBatch
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.corpus.merge import merge

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from paracaption.filters.held_out import is_held_out
-from paracaption.model_training.data import unfinished
+from paracaption.model_training.data.corpus import unfinished
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
 from paracaption.model_training.evaluation import held_out

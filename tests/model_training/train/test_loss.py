@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from paracaption.model_training.convert.published import convert
-from paracaption.model_training.data import TrainBatch
+from paracaption.model_training.data.samples import TrainBatch
 from paracaption.model_training.model.batch import collate, pack
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
