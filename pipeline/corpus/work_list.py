@@ -46,7 +46,7 @@ TABLE = "plan.parquet"
 SUMMARY = "plan.json"
 
 
-class WorkList(msgspec.Struct, frozen=True):
+class WorkList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the driver knows of a work list. The images are in the table beside it.
 
     Attributes:
