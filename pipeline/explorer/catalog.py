@@ -257,14 +257,12 @@ class Catalog:
         limit: int,
         key: str | None = None,
     ) -> list[ImagePlace]:
-        where, args = query.where()
+        where, args = query.where_ranked()
         if key is not None:
             where, args = f"{where} AND key = $key", args | {"key": key}
-        measure = query.sort.removeprefix("-")
+        measure = query.measure
         falling = query.sort.startswith("-")
         rank = f"{'max' if falling else 'min'}({measure})" if measure else "0"
-        if measure:
-            where += f" AND {measure} IS NOT NULL"
         edge_sql = "true"
         if edge is not None:
             side, ranked = (">" if forward else "<"), ("<" if forward == falling else ">")
@@ -286,9 +284,9 @@ class Catalog:
             ORDER BY rank {rank_down}, unit {down}, row {down} LIMIT {limit:d}"""
         return [ImagePlace(*row) for row in self.select(sql, args, units=units)]
 
-    def total(self, query: Query) -> tuple[int, int]:
-        """How many (regions, images) the query chooses."""
-        where, args = query.where()
+    def total(self, query: Query, ranked: bool = False) -> tuple[int, int]:
+        """How many (regions, images) the query chooses; of those with the measure it sorts by, if `ranked`."""
+        where, args = query.where_ranked() if ranked else query.where()
         sql = f"""
             SELECT coalesce(sum(regions), 0)::BIGINT, count(*)
             FROM (SELECT count(region) AS regions FROM LEDGERS WHERE {where} GROUP BY subset, unit, key)"""
@@ -334,11 +332,10 @@ class Catalog:
         So the row that gives an image its rank comes first. `measure` is what the query sorts by.
         """
         names = ("key", "region", "kept", "drop_stage", "drop_reason", "drop_detail", CATEGORY, "caption")
-        where, args = query.where()
+        where, args = query.where_ranked()
         args["keys"] = [place.key for place in places]
-        measure = query.sort.removeprefix("-")
+        measure = query.measure
         order = f"{measure} {'DESC' if query.sort.startswith('-') else ''}," if measure else ""
-        where += f" AND {measure} IS NOT NULL" if measure else ""
         sql = f"""
             SELECT unit, {", ".join(names)}, {measure or "NULL"} FROM LEDGERS
             WHERE {where} AND key IN (SELECT unnest($keys)) ORDER BY unit, {order} file_row_number"""

@@ -123,6 +123,16 @@ class Query:
                     args[f"{name}_{end}"] = value
         return " AND ".join(terms), args
 
+    def where_ranked(self) -> tuple[str, dict[str, Any]]:
+        """`where`, and that the region has the measure of `sort`: what has none has no place in that order."""
+        where, args = self.where()
+        return (f"{where} AND {self.measure} IS NOT NULL" if self.measure else where), args
+
+    @property
+    def measure(self) -> str:
+        """The measure that the images are sorted by; "" in the corpus's order."""
+        return self.sort.removeprefix("-")
+
     def terms(self) -> list[str]:
         """The words and phrases of `text`."""
         return [phrase or word for phrase, word in _TERM.findall(self.text)][:_MAX_TERMS]

@@ -41,8 +41,16 @@ def show_results(request: Request, explorer: CurrentExplorer) -> HTMLResponse:
 
 @router.get("/total")
 def count_results(request: Request, explorer: CurrentExplorer) -> PlainTextResponse:
-    regions, images = explorer.catalog.total(Query.parse(request.query_params))
-    return PlainTextResponse(f"{regions:,} regions of {images:,} images")
+    query = Query.parse(request.query_params)
+    regions, images = explorer.catalog.total(query)
+    ranked, ranked_images = explorer.catalog.total(query, ranked=True)
+    text = f"{regions:,} regions of {images:,} images"
+    if ranked != regions:
+        name = query.measure.replace("_", " ")
+        text += (
+            f"; shown are those that have a value of {name}: {ranked:,} regions of {ranked_images:,} images"
+        )
+    return PlainTextResponse(text)
 
 
 def _thumb_url(place: ImagePlace, rows: list[dict[str, Any]]) -> str:

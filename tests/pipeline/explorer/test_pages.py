@@ -249,6 +249,20 @@ def test_a_card_says_the_outcome_before_the_caption_and_the_score_that_it_is_sor
         assert '<b class="measure">iou ' in listed and "badge dropped" in listed
 
 
+def test_an_order_by_a_score_says_what_has_no_such_score_and_is_therefore_not_shown(client, out):
+    rows = [row for row in corpus.regions(out, "sa1b") if not row["kept"] and row["region"] is not None]
+    scored = [row for row in rows if row["iou"] is not None]
+    assert 0 < len(scored) < len(rows)
+    line = client.get("/total?subset=sa1b&outcome=dropped&sort=-iou").text
+    assert line.startswith(f"{len(rows)} regions") and f"value of iou: {len(scored)} regions" in line
+    assert "shown" not in client.get("/total?subset=sa1b&outcome=dropped").text
+    assert "shown" not in client.get("/total?subset=sa1b&sort=-area").text, "every region has an area"
+    stage = next(row["drop_stage"] for row in rows if row["iou"] is None)
+    page = html.unescape(client.get(f"/browse?stage={stage}&subset=sa1b&sort=-iou").text)
+    assert "has a value of iou, which the order needs" in page
+    assert f'href="/browse?subset=sa1b&stage={stage}"' in page
+
+
 def test_an_image_keeps_the_query_that_led_to_it_and_shows_what_was_asked_for_first(client, out):
     rows = [row for row in corpus.regions(out, "sa1b") if row["drop_reason"] == "iou_low"]
     row = next(r for r in rows if (r["key"], 0) not in {(each["key"], each["region"]) for each in rows})
