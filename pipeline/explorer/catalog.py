@@ -285,7 +285,7 @@ class Catalog:
         return [ImagePlace(*row) for row in self.select(sql, args, units=units)]
 
     def total(self, query: Query, ranked: bool = False) -> tuple[int, int]:
-        """How many (regions, images) the query chooses; of those with the measure it sorts by, if `ranked`."""
+        """How many (regions, images) the query chooses; if `ranked`, of those with its measure."""
         where, args = query.where_ranked() if ranked else query.where()
         sql = f"""
             SELECT coalesce(sum(regions), 0)::BIGINT, count(*)

@@ -124,7 +124,7 @@ class Query:
         return " AND ".join(terms), args
 
     def where_ranked(self) -> tuple[str, dict[str, Any]]:
-        """`where`, and that the region has the measure of `sort`: what has none has no place in that order."""
+        """`where`, and that the region has the measure of `sort`: without it, it has no place."""
         where, args = self.where()
         return (f"{where} AND {self.measure} IS NOT NULL" if self.measure else where), args
 
