@@ -159,6 +159,10 @@ class Coconut(Source[CoconutOptions]):
         for name in self._list(catalog, folder, "annotations").names or ():
             if name.lower().endswith(".json"):
                 url = f"{folder.rstrip('/')}/{name}"
+                if not file_names.is_text(name):
+                    odd = Annotation(problem=f"the name {name!a} is not UTF-8; rename it")
+                    rows.append(_Row(None, odd, Record, folder, none))
+                    continue
                 label = name[: -len(".json")] + ".png"
                 rows.append(_Row(None, Annotation(label), functools.partial(Record, info=url), url, none))
         if not rows:
@@ -177,8 +181,10 @@ class Coconut(Source[CoconutOptions]):
             columns = [name for name in ("segments_info", "image_info") if name in parquet.names]
             for group, cells_of in enumerate(parquet.row_groups(columns)):
                 for row, cells in enumerate(cells_of.to_pylist()):
-                    annotation = coco_json.as_annotation(cells.get("segments_info"))
-                    info = cells.get("image_info")
+                    segments, info = map(_cell, (cells.get("segments_info"), cells.get("image_info")))
+                    if isinstance(segments, list):
+                        segments = {"segments_info": segments}
+                    annotation = coco_json.as_annotation(segments)
                     image = None if info is None else coco_json.as_image(info)
                     record = functools.partial(make_record, image, annotation, table, (group, row))
                     yield _Row(image, annotation, record, url, none)
@@ -215,6 +221,14 @@ class Coconut(Source[CoconutOptions]):
                 dropped = drop(Reason.ANNOTATION_UNREADABLE, detail)
             record = msgspec.json.encode(Record(image.width, image.height))
             yield CatalogEntry(key, None, None, record, name, dropped, credit=Credit())
+
+
+def _cell(value: Any) -> Any:
+    """A cell of a table, also one that is written as JSON text."""
+    try:
+        return coco_json.parse_json(value.encode()) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Catalog) -> CatalogEntry:

@@ -16,7 +16,7 @@ PHOTO_FIXES = {
 }
 """What to do about the notes of `read_header`."""
 
-_FORMAT_OF = {".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff"}
+_FORMAT_OF = {".jpg": "jpeg", ".jpe": "jpeg", ".jfif": "jpeg", ".tif": "tiff"}
 
 
 def refuse(

@@ -10,14 +10,12 @@ from typing import NamedTuple
 from ...schemas.errors import ConfigError
 from ..io import files
 
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LABEL_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 
 _ENDINGS = {*PHOTO_ENDINGS, *LABEL_ENDINGS, ".json", ".jsonl", ".parquet", ".tar", ".txt", ".csv", ".npy"}
 _ENDINGS |= {
     ".gif",
-    ".jfif",
-    ".jpe",
     ".jp2",
     ".heic",
     ".heif",
@@ -86,6 +84,15 @@ def key_of(name: str, early: bool = False) -> str:
     return f"x{key}" if key.startswith(HIDDEN) and not early else key
 
 
+def is_text(name: str) -> bool:
+    """Whether a name that was found on a disk is UTF-8, as what is written of it has to be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Listing(NamedTuple):
     """The files of one folder.
 
@@ -127,7 +134,8 @@ class Finder:
         listings: the folders in the order in which they are searched.
         stems: stems of all names that will be asked for.
         endings: of files that count.
-        without: a folder whose files never count, though it may lie inside the others.
+        without: a folder of label maps, which never count, though it may lie inside the others. If it is
+            one of these, or holds it, its files of other endings do count.
     """
 
     def __init__(
@@ -140,9 +148,17 @@ class Finder:
             for name in listing.names or ():
                 key = stem(name)
                 if key in stems and name.lower().endswith(endings):
-                    if without and f"{self._folders[place]}/{name}".startswith(without.rstrip("/") + "/"):
+                    if without and self._is_inside(without, self._folders[place], name):
                         continue
                     self._by_stem.setdefault(key, []).append((place, name))
+
+    @staticmethod
+    def _is_inside(without: str, folder_url: str, name: str) -> bool:
+        """Whether a file is of the folder that never counts; by its ending, where that is listed itself."""
+        inside = f"{without.rstrip('/')}/"
+        is_listed = f"{folder_url}/".startswith(inside)
+        may_be = not is_listed or name.lower().endswith(LABEL_ENDINGS)
+        return may_be and f"{folder_url}/{name}".startswith(inside)
 
     def _in_first_folder(self, urls: list[str]) -> list[str]:
         """Those of the first folder that has any."""

@@ -25,6 +25,9 @@ from ..io.orientation import unturned
 _FORMATS = ("PNG", "TIFF", "BMP")
 _COLORS = ("RGB", "RGBA")
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_LOSSY = {"jpeg": "a JPEG", "tiff_jpeg": "a JPEG", "webp": "a WebP file", "jpeg2000": "a JPEG 2000"}
+"""Compressions of a TIFF, by Pillow's names, that change colors."""
+
 _NO_COLOR = 0xFFFF_FFFF
 """The id of an index that the palette does not have: no declared id is as large."""
 
@@ -149,8 +152,12 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, dict[str, np.ndarray | 
     try:
         with photos.quiet(), Image.open(io.BytesIO(unturned(data)), formats=_FORMATS) as opened:
             stored = str(opened.tile[0][3]) if opened.tile else ""
+            lossy = opened.info.get("compression") if opened.format == "TIFF" else None
             opened.load()
             mode = opened.mode
+            if lossy in _LOSSY:
+                detail = f"a TIFF with {_LOSSY[lossy]} inside cannot hold segment ids; get the PNG"
+                raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {detail}")
             if mode in _COLORS and ";16" not in stored:
                 raw = opened.tobytes("raw", "RGBX" if mode == "RGB" else "RGBA")
                 packed = np.frombuffer(raw, "<u4") & 0xFFFFFF

@@ -125,8 +125,17 @@ class Sa1b(Source[Sa1bOptions]):
         return catalog.list_folder(folder, f"{self.where}.paths")
 
     def _folder(self, folder: str, catalog: Catalog) -> Iterator[_Member]:
-        for name in self._list(catalog, folder).names or ():
-            yield _Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
+        names = self._list(catalog, folder).names or []
+        endings = {file_names.ending(name) for name in names}
+        if ".tar" in endings and endings.isdisjoint((".json", *file_names.PHOTO_ENDINGS)):
+            raise ConfigError(f"{self.where}.paths: {folder}: a folder of tars; give {folder}/*.tar")
+        for name in names:
+            if file_names.is_text(name):
+                yield _Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
+                continue
+            shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            detail = f"{folder}: {name!a}: the name is not UTF-8; rename it"
+            yield _Member(shown, None, drop(Reason.UNSAFE_NAME, detail))
 
 
 def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:

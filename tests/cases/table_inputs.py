@@ -10,6 +10,7 @@ import base64
 import gzip
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,9 @@ def single(data: bytes) -> Input:
     return release(files=files, annotations=["~/info"])
 
 
+WHOLE = json.dumps({"file_name": "a.png", "segments_info": SEGMENTS}).encode()
+
+
 def categories(data: bytes) -> Input:
     return release(files={"names.json": data}, categories="~/names.json")
 
@@ -151,11 +155,32 @@ def gray() -> Input:
     )
 
 
-def twisted(**options: Any) -> bytes:
+def ending(end: str) -> Input:
+    """The photo of image `a` has another ending, in the list and on the disk."""
+    name = f"photos/a{end}"
+    return release(
+        None, change=lambda found: found["images"][0].update(file_name=name[7:]), files={name: JPEG}
+    )
+
+
+def without_areas(labels: bytes) -> Input:
+    return release(
+        labels=labels,
+        change=lambda found: [each.pop("area") for each in found["annotations"][0]["segments_info"]],
+    )
+
+
+def not_utf8_info(root: Path) -> dict[str, Any]:
+    entry = single(WHOLE)(root)
+    (root / "info" / os.fsdecode(b"\xe9.json")).write_bytes(WHOLE)
+    return entry
+
+
+def twisted(form: str = "JPEG", **options: Any) -> bytes:
     """A photo with an EXIF tag that turns it."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded("JPEG", PLAIN, exif=exif, **options)
+    return encoded(form, PLAIN, exif=exif, **options)
 
 
 def with_text() -> bytes:
@@ -202,6 +227,23 @@ def pairs(data: bytes, photo: bytes = JPEG, **files: bytes) -> Input:
     return write
 
 
+def pairs_called(photo: str) -> Input:
+    """As `pairs`, with another name of the photo of `a`."""
+
+    def write(root: Path) -> dict[str, Any]:
+        entry = pairs(record())(root)
+        (root / "a.jpg").rename(root / photo)
+        return entry
+
+    return write
+
+
+def not_utf8_pair(root: Path) -> dict[str, Any]:
+    for ending, data in (("jpg", JPEG), ("json", record())):
+        (root / os.fsdecode(f"\xe9.{ending}".encode("latin-1"))).write_bytes(data)
+    return pairs(record())(root)
+
+
 def mask(segmentation: Any) -> Input:
     return pairs(record(segmentation))
 
@@ -237,6 +279,11 @@ def tar(data: bytes) -> Input:
     return write
 
 
+def folder_of_tars(root: Path) -> dict[str, Any]:
+    (root / "sa_0.tar").write_bytes(FIRST)
+    return {"sa1b": [{"paths": [str(root)]}]}
+
+
 def two_folders(root: Path) -> dict[str, Any]:
     for folder, ending, data in (("photos", "jpg", JPEG), ("notes", "json", record())):
         (root / folder).mkdir()
@@ -253,8 +300,11 @@ def same_name_in_tars(root: Path) -> dict[str, Any]:
 # Parquet
 
 
-def parquet(cell: Callable[[bytes], Any] = lambda data: {"bytes": data, "path": "a.png"}) -> Input:
-    """The hub's layout; `cell` makes each `mask` of the bytes of its PNG."""
+def parquet(
+    cell: Callable[[bytes], Any] = lambda data: {"bytes": data, "path": "a.png"},
+    other: Callable[[dict[str, Any]], Any] = lambda value: value,
+) -> Input:
+    """The hub's layout; `cell` makes each `mask` of the bytes of its PNG, `other` the cells beside it."""
 
     def write(root: Path) -> dict[str, Any]:
         import pyarrow as pa
@@ -267,7 +317,7 @@ def parquet(cell: Callable[[bytes], Any] = lambda data: {"bytes": data, "path": 
             about = {"image_id": number, "file_name": f"{name}.png", "segments_info": SEGMENTS}
             image = {"id": number, "file_name": f"{name}.jpg", "width": WIDTH, "height": HEIGHT}
             png = cell(encoded("PNG", colors()))
-            rows.append({"mask": png, "segments_info": about, "image_info": image})
+            rows.append({"mask": png, "segments_info": other(about), "image_info": other(image)})
         pq.write_table(pa.Table.from_pylist(rows), root / "rows.parquet")
         options = {"layout": "parquet", "annotations": [str(root / "rows.parquet")]}
         return {"coconut": [options | {"photos": [str(root / "photos")]}]}

@@ -22,7 +22,7 @@ HEADS = ("photo", "label map", "names and ids", "annotation", "mask in a JSON", 
 
 WHAT = re.compile(
     "gzip|web page|LFS|only zero|zip file|UTF-16|a list|instances|GIF|HEIC|JPEG|empty file|"
-    "not in the label|truncated|Unterminated|Expecting value"
+    "not in the label|a folder of tars|truncated|Unterminated|Expecting value"
 )
 """What an input is called that is not what it should be, the cut ones included."""
 
@@ -64,13 +64,22 @@ INPUTS: dict[str, list[t.Input]] = {
         t.release(t.encoded("JPEG", t.PLAIN.convert("CMYK"))),
         t.release(t.encoded("JPEG", t.PLAIN, progressive=True)),
         t.release(t.encoded("MPO", t.PLAIN, append_images=[t.PLAIN])),
+        *(t.ending(end) for end in (".jfif", ".JPE", ".Jpeg", ".tif")),
+        t.pairs_called("a.jfif"),
     ],
     "with a video, padding or notes after its end": [
         t.release(photo + end)
         for photo in (t.JPEG, t.PNG)
         for end in (bytes(4096), b"ftypmp42" * 900, b"<!-- -->")
     ],
-    "with an EXIF tag that turns it": [t.release(t.twisted())],
+    "with a tag that turns it, in EXIF or XMP, of BigTIFF and in a PNG's texts, too": [
+        t.release(t.twisted()),
+        t.release(t.twisted("TIFF")),
+        t.release(t.twisted("TIFF", big_tiff=True)),
+        t.release(t.twisted("PNG")),
+        t.release(t.twisted("WEBP")),
+        t.release(t.encoded("TIFF", t.PLAIN, tiffinfo={700: b'<x tiff:Orientation="6"/>'})),
+    ],
     "missing, or another folder's of that name": [
         t.release(None),
         t.renamed("photos/one/a.jpg", "labels/two/a.png", "two/a"),
@@ -107,7 +116,8 @@ INPUTS: dict[str, list[t.Input]] = {
     ],
     "gray, whose values are the ids": [t.gray()],
     "with other areas than declared": [t.of_segment(area=81)],
-    "missing, cut, a JPEG, a GIF, no image": [
+    "missing, cut, a JPEG, a TIFF with a JPEG inside, a GIF, no image": [
+        t.without_areas(t.encoded("TIFF", t.colors(), compression="jpeg")),
         t.release(labels=b""),
         t.release(labels=t.encoded("PNG", t.colors())[:60]),
         *(t.release(labels=t.encoded(form, t.colors())) for form in ("JPEG", "GIF")),
@@ -131,7 +141,12 @@ INPUTS: dict[str, list[t.Input]] = {
         t.of_image(file_name="../a.jpg"),
         t.tar(t.tar_of(("../a.jpg", t.JPEG), ("../a.json", t.record()))[:-1024] + t.SECOND),
     ],
+    "a file's name that is not UTF-8": [t.not_utf8_pair, t.not_utf8_info],
     "photos and JSONs of SA-1B in two folders that are both listed": [t.two_folders],
+    "JPEGs and label maps in one folder that is listed as both": [
+        t.release(None, files={"labels/a.jpg": t.JPEG, "labels/b.jpg": t.JPEG}, photos=["~/labels"]),
+        t.release(None, files={"labels/p/a.jpg": t.JPEG, "labels/p/b.jpg": t.JPEG}, photos=["~/labels/p"]),
+    ],
     "id or category as text or whole float; odd area, bbox, score": [
         t.of_segment(id="70000"),
         t.of_segment(category_id=1.0),
@@ -229,10 +244,16 @@ INPUTS: dict[str, list[t.Input]] = {
     ],
     "tar with bytes after its end that are no members": [t.tar(t.FIRST + b"\xaa" * 700)],
     "tar that is cut in its last member": [t.tar(t.body(t.SECOND) + t.body(t.FIRST, last=False))],
-    "tar that is gzipped, another file, or nothing": [
-        t.tar(data) for data in (gzip.compress(t.FIRST), t.JPEG, t.HTML, t.POINTER, bytes(100), b"")
+    "tar that is gzipped, another file, or nothing; a folder of tars": [
+        *(t.tar(data) for data in (gzip.compress(t.FIRST), t.JPEG, t.HTML, t.POINTER, bytes(100), b"")),
+        t.folder_of_tars,
     ],
-    "Parquet with the PNG as plain bytes": [t.parquet(), t.parquet(lambda data: data)],
+    "Parquet with the PNG as plain bytes, with its JSON as text, with the segments alone": [
+        t.parquet(),
+        t.parquet(lambda data: data),
+        t.parquet(other=json.dumps),
+        t.parquet(other=lambda cell: cell.get("segments_info", cell)),
+    ],
     "Parquet with base64, numbers or only a path in `mask`": [
         t.parquet(t.base64_of),
         t.parquet(list),

@@ -1,11 +1,12 @@
 """A photo's orientation is taken out of its bytes, and nothing else."""
 
 import io
+import re
 import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from paracaption.pipeline.io import photos
 from paracaption.pipeline.io.orientation import make_upright, orientation_of, restore
@@ -119,3 +120,77 @@ def test_the_digest_of_a_photo_in_a_shard_is_that_of_its_source(tmp_path):
     photos.read_pixels(record)
     assert record.photo_digest == photos.digest_of(data) == photos.hash_photo(blob, 6)
     assert photos.fetch_as_published(record) == data
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_big_tiff_is_read_as_stored_and_its_bytes_can_be_had_back(tmp_path, orientation):
+    data = saved("TIFF", orientation, big_tiff=True)
+    upright, before = make_upright(data)
+    assert data[:4] == b"II+\0" and before == orientation and restore(upright, orientation) == data
+    assert (shown(upright) == shown(saved("TIFF", 1))).all()
+    (tmp_path / "a").write_bytes(data)
+    pixels = photos.read_pixels(ImageRecord("a", "sa1b", Blob(str(tmp_path / "a")), 40, 30))
+    assert (pixels == shown(saved("TIFF", 1))).all()
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_tiff_that_xmp_alone_turns_is_read_as_stored(tmp_path, orientation):
+    xmp = XMP.replace(b'"6"', b'"%d"' % orientation)
+    data = saved("TIFF", None, tiffinfo={700: xmp})
+    assert shown(data).tolist() != shown(saved("TIFF", 1)).tolist()
+    upright, before = make_upright(data)
+    assert before == orientation and restore(upright, orientation) == data
+    (tmp_path / "a").write_bytes(data)
+    pixels = photos.read_pixels(ImageRecord("a", "sa1b", Blob(str(tmp_path / "a")), 40, 30))
+    assert (pixels == shown(upright)).all() and (pixels == shown(saved("TIFF", 1))).all()
+
+
+def as_texts(*texts: tuple[str, str, bool, bool]) -> bytes:
+    """A PNG with texts: name, text, whether it is compressed, and whether it is international."""
+    info = PngImagePlugin.PngInfo()
+    for name, text, packed, international in texts:
+        if international:
+            info.add_itxt(name, text, zip=packed)
+        else:
+            info.add_text(name, text, zip=packed)
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def profile(orientation: int) -> str:
+    """EXIF as ImageMagick writes it into a PNG's text."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = exif.tobytes()
+    return f"\nexif\n{len(data):8}\n" + "\n".join(re.findall(".{1,72}", data.hex())) + "\n"
+
+
+def xmp(orientation: int) -> str:
+    return XMP.decode().replace('"6"', f'"{orientation}"')
+
+
+RAW, ADOBE = "Raw profile type exif", "XML:com.adobe.xmp"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("texts", "orientation"),
+    [
+        ([(RAW, 6, False)], 6),
+        ([(RAW, 1, False)], 1),
+        ([(ADOBE, 8, True)], 8),
+        ([(ADOBE, 6, False)], 6),
+        ([(RAW, 6, False), (ADOBE, 8, True)], 6),
+        ([(RAW, 1, False), (ADOBE, 8, True)], 1),
+        ([(RAW, 5, False), (RAW, 6, False)], 6),
+    ],
+)
+def test_a_png_whose_text_turns_it_shows_the_stored_pixels(packed, texts, orientation):
+    made = {RAW: profile, ADOBE: xmp}
+    data = as_texts(*((name, made[name](value), packed, wide) for name, value, wide in texts))
+    assert shown(data).shape[:2] == ((40, 30) if orientation > 4 else (30, 40))
+    upright, before = make_upright(data)
+    assert before == orientation == orientation_of(data) and shown(upright).shape == (30, 40, 3)
+    assert restore(upright, before) == data and make_upright(upright) == (upright, 1)
+    assert (orientation != 1) == (upright != data)
