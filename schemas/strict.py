@@ -128,7 +128,8 @@ def one_line_each(
         if each["type"] == "extra_forbidden":
             wrong = f"unknown key; {keys}"
         else:
-            given = "" if each["type"] == "missing" else f" (given: {each['input']!r})"
+            together = each["type"] == "value_error" and isinstance(each["input"], dict)  # of keys
+            given = "" if together or each["type"] == "missing" else f" (given: {each['input']!r})"
             wrong = each["msg"].removeprefix("Value error, ") + given
         lines.append(": ".join(filter(None, (where, place, wrong))))
     return "\n".join(lines)

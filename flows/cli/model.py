@@ -98,7 +98,8 @@ def train(
             f"{found['regions']:,} regions of {found['images']:,} images: {Path(loaded.out) / 'evaluation'}"
         )
         print(
-            f"{found['exact']:.1%} equal to the corpus, {found['tokens_per_forward']:.1f} tokens per forward"
+            f"{found['exact']:.1%} of the captions equal those of the corpus, "
+            f"{found['empty']:.1%} are empty; {found['tokens_per_forward']:.1f} tokens per forward pass"
         )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...pipeline.io import weights
+from ...pipeline.io.photos import to_rgb
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ..model import tiling
@@ -170,8 +171,8 @@ class RegionCaptioner:
         """Describe regions of one photo.
 
         Args:
-            photo: (height, width, 3) uint8 RGB, or a Pillow image of any mode. It is taken as it is stored:
-                an EXIF rotation is not applied, since the masks would not follow it.
+            photo: (height, width, 3) uint8 RGB, or a Pillow image of any mode but F. It is taken as it
+                is stored: an EXIF rotation is not applied, since the masks would not follow it.
             masks: one for each region, (height, width) of the photo's size: bool, or 0 and one other value.
                 Floats from 0 to 1 are probabilities, and count above 0.5; floats with negative ones are
                 logits, and count above 0. There may be any number of masks, they may overlap, and none may
@@ -277,9 +278,7 @@ class RegionCaptioner:
         """A photo's regions in groups that fit into a sequence, evenly unless groups are to be filled."""
         if regions_per_call is not None and regions_per_call < 1:
             raise ConfigError(f"regions_per_call: {regions_per_call}; give at least 1")
-        pixels = np.asarray(photo if isinstance(photo, np.ndarray) else photo.convert("RGB"))
-        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-            raise ConfigError(f"photo {number}: {pixels.shape} {pixels.dtype}; give (H, W, 3) uint8 RGB")
+        pixels = _pixels(photo, number)
         dense = [to_bool_mask(mask, index) for index, mask in enumerate(masks)]
         tiling.check_masks(dense, pixels.shape[:2], len(dense))
         most = min(self.model.config.num_prompts, regions_per_call or self.model.config.num_prompts)
@@ -365,6 +364,22 @@ def check_saved_model(folder: Path) -> None:
     weights.safetensors_files(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder / 'tokenizer.json'}: no such file; save the model again")
+
+
+def _pixels(photo: Any, number: int) -> np.ndarray:
+    """A caller's photo as (H, W, 3) uint8 RGB."""
+    from PIL import Image
+
+    give = "give (H, W, 3) uint8 RGB, or an image that Pillow has opened"
+    if isinstance(photo, Image.Image):
+        if photo.mode == "F":
+            raise ConfigError(f"photo {number}: floats (mode F), whose range is not known; {give}")
+        return np.asarray(to_rgb(photo))
+    if not isinstance(photo, np.ndarray):
+        raise ConfigError(f"photo {number}: a {type(photo).__name__}; {give}")
+    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
+        raise ConfigError(f"photo {number}: {photo.shape} {photo.dtype}; {give}")
+    return photo
 
 
 def _decode_options(options: DecodeOptions | None, fields: dict[str, Any]) -> DecodeOptions:

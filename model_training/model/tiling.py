@@ -218,6 +218,11 @@ def check_masks(masks: Sequence[np.ndarray | MaskRuns], size: tuple[int, int], m
     if len(masks) > most:
         raise ConfigError(f"{len(masks)} masks, but the model has {most} region prompts: make groups of them")
     for number, mask in enumerate(masks):
+        if len(mask.shape) != 2:
+            raise ConfigError(
+                f"mask {number} has the shape {tuple(mask.shape)}: give a list of masks of the shape {size}, "
+                "(height, width) of the image"
+            )
         if mask.shape != size:
             shown = "x".join(map(str, reversed(mask.shape)))
             raise ConfigError(

@@ -152,12 +152,13 @@ def decode_image(photo: Blob, data: bytes, max_pixels: int) -> Image.Image:
     try:
         with quiet(), Image.open(io.BytesIO(unturned(data)), formats=FORMATS) as opened:
             opened.load()
-            return _to_rgb(opened)
+            return to_rgb(opened)
     except BROKEN as error:
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}; fetch the file again") from error
 
 
-def _to_rgb(opened: Image.Image) -> Image.Image:
+def to_rgb(opened: Image.Image) -> Image.Image:
+    """The image in RGB; of 16 bits a channel the higher 8, which Pillow would cut off at 255 instead."""
     from PIL import Image
 
     if opened.mode.startswith("I;16") or opened.mode == "I":

@@ -297,3 +297,13 @@ def test_the_recipe_for_gpus_names_backends_and_keys_that_exist():
     assert names == {"captioner": "gar", "judge": "vllm", "segmenter": "sam3"}
     for part in names:
         assert registry.find_backend(part, getattr(config, part))
+
+
+def test_keys_that_do_not_fit_together_are_told_without_printing_the_whole_file(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        yaml.safe_dump({"out": "run", "model": {"path": "m"}, "steps": 1, "log": {"wandb": "secret"}})
+    )
+    with pytest.raises(ConfigError, match="name something to train on") as told:
+        load_training(path)
+    assert "secret" not in str(told.value) and "given" not in str(told.value)

@@ -159,7 +159,9 @@ def test_a_pillow_image_of_any_mode_is_as_its_pixels(caption):
     assert caption(picture, masks) == expected
     assert caption(picture.convert("RGBA"), masks) == expected
     gray = picture.convert("L")
-    assert caption(gray, masks) == caption(np.repeat(np.asarray(gray)[..., None], 3, axis=2), masks)
+    expected = caption(np.repeat(np.asarray(gray)[..., None], 3, axis=2), masks)
+    assert caption(gray, masks) == expected
+    assert caption(Image.fromarray(np.asarray(gray).astype(np.uint16) * 257), masks) == expected, "16 bits"
 
 
 def test_masks_may_be_numbers_or_tensors(caption):
@@ -175,7 +177,11 @@ def test_masks_may_be_numbers_or_tensors(caption):
     [
         (lambda mask: mask & False, "mask 4 is empty"),
         (lambda mask: mask[1:], "mask 4 is"),
-        (lambda mask: mask[..., None], "mask 4 is"),
+        (
+            lambda mask: mask[..., None],
+            r"mask 4 has the shape \(40, 90, 1\): give .* the shape \(40, 90\)",
+        ),
+        (lambda mask: mask[None], r"mask 4 has the shape \(1, 40, 90\)"),
     ],
 )
 def test_a_mask_that_cannot_be_captioned_is_named_by_the_callers_number(caption, change, message):
@@ -186,10 +192,17 @@ def test_a_mask_that_cannot_be_captioned_is_named_by_the_callers_number(caption,
 
 
 @pytest.mark.parametrize(
-    "pixels", [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.float32)]
+    "pixels",
+    [
+        np.zeros((9, 9), np.uint8),
+        np.zeros((9, 9, 4), np.uint8),
+        np.zeros((9, 9, 3), np.float32),
+        Image.fromarray(np.zeros((9, 9), np.float32)),
+        "photo.jpg",
+    ],
 )
 def test_pixels_of_another_shape_or_type_are_an_error(caption, pixels):
-    with pytest.raises(ConfigError, match="uint8 RGB"):
+    with pytest.raises(ConfigError, match=r"photo 0: .*uint8 RGB"):
         caption(pixels, [np.ones((9, 9), bool)])
 
 

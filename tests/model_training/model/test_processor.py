@@ -100,7 +100,7 @@ def test_regions_go_by_area_and_captions_prompts_and_boxes_with_them(processor):
         (7, None, "7 masks, but the model has 6 region prompts"),
         (3, ("empty", 1), "mask 1 is empty"),
         (3, ("size", 2), "mask 2 is 32x31, the image 32x32"),
-        (3, ("turned", 0), "mask 0 is"),
+        (3, ("turned", 0), "mask 0 has the shape (1, 32, 32)"),
     ],
 )
 def test_masks_that_do_not_fit_are_errors_that_name_them(processor, regions, change, message):
