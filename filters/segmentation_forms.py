@@ -155,6 +155,8 @@ def _polygons(rings: list[Any], height: int, width: int) -> bytes:
     rings = _rings(rings)
     if not rings:
         raise undecodable("a list of no polygons")
+    if len(rings) == height and all(len(ring) == width and all(n in (0, 1) for n in ring) for ring in rings):
+        raise undecodable("a bitmap, a list of its rows; write it as RLE")
     length = 0.0
     for place, ring in enumerate(rings):
         if len(ring) < (0 if place else 6) or len(ring) % 2 or len(ring) > _MAX_RING:

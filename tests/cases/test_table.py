@@ -137,6 +137,10 @@ INPUTS: dict[str, list[t.Input]] = {
         t.tar(t.tar_of(("a.json", t.record()), ("b.jpg", t.JPEG), ("b.json", t.record()))),
         t.tar(t.tar_of(("a.jpg", t.JPEG), ("b.jpg", t.JPEG), ("b.json", t.record()))),
     ],
+    "JSON of one image with another image's name in it, both as COCO or SA-1B give them": [
+        t.swapped_pair,
+        t.swapped_info,
+    ],
     "a name that leaves its folder": [
         t.of_image(file_name="../a.jpg"),
         t.tar(t.tar_of(("../a.jpg", t.JPEG), ("../a.json", t.record()))[:-1024] + t.SECOND),
@@ -229,7 +233,8 @@ INPUTS: dict[str, list[t.Input]] = {
         t.mask([t.OUTLINE]),
         t.mask([[-9.0, 4.0, 90.0, 4.0, 90.0, 14.0, -9.0, 14.0]]),
     ],
-    "RLE without a size, with base64 counts, that does not fill its image; no mask at all": [
+    "RLE without a size, with base64 counts, that does not fill its image; bitmap as rows; no mask at all": [
+        t.mask(t.MASK.tolist()),
         t.mask({"counts": t.COUNTS}),
         t.mask({"size": t.SIZE, "counts": t.base64_of(t.COUNTS.encode())}),
         t.mask({"size": t.SIZE, "counts": t.raw_counts()[:-1]}),
