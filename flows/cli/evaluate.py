@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,8 @@ def evaluate(
         found = launch.evaluate(loaded, show)
     Console().print(_table(found))
     for result in found["benchmarks"]:
+        for line in notes(result):
+            print(line)
         print(Path(loaded.out) / loaded.label / result["benchmark"] / "page.html")
     print(Path(loaded.out) / "history.jsonl")
 
@@ -129,6 +132,17 @@ def photos(
     with files.write_atomic(to) as file:
         file.write(found)
     print(to)
+
+
+def notes(result: dict[str, Any]) -> Iterator[str]:
+    """What a benchmark's numbers cannot be compared without: how the model was asked, what it left empty."""
+    name, quality = result["benchmark"], result.get("quality") or {}
+    if result.get("prompt"):
+        yield f"{name}: asked {result['prompt']!r}, grouping {result['grouping']}"
+    if quality.get("empty"):
+        yield f"{name}: {quality['empty']:.1%} of the captions are empty"
+    if not result["questions"]:
+        yield f"{name}: no scores, as no question was asked; name a `judge` in the configuration"
 
 
 def _table(found: dict[str, Any]) -> Table:
