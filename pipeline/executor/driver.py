@@ -261,7 +261,8 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
             plans[subset] = plan(source, config, out / subset, Path(scratch) / subset, limit_images)
         for subset, made in plans.items():
             pending = find_pending(config, subset, made.work_list, retry_failed)
-            if not _are_committed(config, subset, made.work_list, pending):
+            is_empty = not made.work_list.num_units  # of which all units are committed, as it were
+            if is_empty or not _are_committed(config, subset, made.work_list, pending):
                 audit_source(config, subset, made)
         if any(made.table is not None for made in plans.values()):
             with owned(config, "plan") as owner:

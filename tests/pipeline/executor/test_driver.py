@@ -175,3 +175,12 @@ def test_a_work_list_that_is_damaged_is_made_anew_and_the_build_goes_on(tmp_path
             build_checked(config, LocalEngine(), driver.build, limit_images=None, retry_failed=False)
             assert {each: each.read_bytes() for each in good} == good
             assert committed(tmp_path / "out") == before
+
+
+def test_a_source_without_an_image_is_refused_before_anything_is_built(tmp_path, coconut):
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    empty = {**coconut, "annotations": [str(path)]}
+    with pytest.raises(ConfigError, match="it has no image"):
+        driver.build(config_of(tmp_path / "out", coconut=empty), LocalEngine())
+    assert not (tmp_path / "out").exists()
