@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
@@ -42,31 +39,6 @@ def refuse(
     if len(image.regions) > limits.max_masks:
         detail = f"{where}: {len(image.regions)} {regions}; limits.max_masks is {limits.max_masks}"
         raise BadRecord(Reason.TOO_MANY_MASKS, detail)
-
-
-_NUMBERED = re.compile(r"(?P<kind>sa_|(?=\d{12}$))(?P<number>\d+)", re.ASCII)
-"""Names that SA-1B and COCO give their images. Files of other names may have been renamed by somebody."""
-
-
-def refuse_other_image(stated: Any, name: str, where: str) -> None:
-    """Refuse an annotation that names another image than the one it lies beside.
-
-    Args:
-        stated: the file's name in the annotation, as it was read.
-        name: of the photo.
-        where: names the annotation.
-
-    Raises:
-        BadRecord: PAIR_AMBIGUOUS; both are names that the publisher gave, and they differ.
-    """
-    if not isinstance(stated, str):
-        return
-    first, second = (_NUMBERED.fullmatch(file_names.stem(each)) for each in (stated, name))
-    if not first or not second or first["kind"] != second["kind"]:
-        return
-    if first["number"].lstrip("0") != second["number"].lstrip("0"):
-        detail = f"says that it is of {stated}, and has the name of {name}; fetch both again"
-        raise BadRecord(Reason.PAIR_AMBIGUOUS, f"{where}: {detail}")
 
 
 def declared_size(width: int | None, height: int | None) -> tuple[int, int]:

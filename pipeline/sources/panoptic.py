@@ -20,7 +20,7 @@ from ..io.tables import TableFile
 from . import coco_json, label_maps
 from .categories import Category, CategoryTable, load_categories
 from .coco_json import Annotation, Image
-from .common import declared_size, read_header, refuse, refuse_other_image
+from .common import declared_size, read_header, refuse
 from .credits import read_credit
 from .protocols import CatalogEntry, Note, drop
 
@@ -86,16 +86,14 @@ def fill_image(
     where = f"annotation of {entry.file_name or entry.key} ({entry.annotation or 'no label map'})"
     record = _read_record(entry.record, limits, where)
     table = CategoryTable(record.categories)
-    stated = None
     if record.info is not None:
-        record, own, stated = _read_info(record.info, limits)
+        record, own = _read_info(record.info, limits)
         image.credit = None if entry.credit is None else read_credit(own)
         table = load_categories(categories)
     image.width, image.height = declared_size(record.width, record.height)
     segments = _segments(bytes(record.segments), where)
     image.regions = [_region(number, found, table, where) for number, found in enumerate(segments)]
     refuse(image, entry, limits, where, "segments")
-    refuse_other_image(stated, entry.file_name, where)
     header = read_header(image, entry, limits, notes)
     assert entry.annotation is not None, "an image without a label map has a drop"
     name = _label_name(entry.annotation, record.row)
@@ -151,8 +149,8 @@ def _read_record(data: bytes, limits: Limits, where: str) -> Record:
         return record
 
 
-def _read_info(url: str, limits: Limits) -> tuple[Record, bytes, str | None]:
-    """An image's own `panseg_info` file, as JSON what it has besides the segments, and the name in it."""
+def _read_info(url: str, limits: Limits) -> tuple[Record, bytes]:
+    """An image's own `panseg_info` file, and as JSON what it has besides the segments."""
     unreadable = Reason.ANNOTATION_UNREADABLE
 
     def decode(data: bytes) -> Any:
@@ -170,7 +168,7 @@ def _read_info(url: str, limits: Limits) -> tuple[Record, bytes, str | None]:
         raise failures.to_failure(error, unreadable, unreadable, "fetch it again", url) from error
     segments = raw.pop("segments_info", None) if isinstance(raw, dict) else raw
     size = coco_json.as_image(raw) if isinstance(raw, dict) else Image()
-    return Record(size.width, size.height, coco_json.as_raw(segments)), bytes(size.record), size.file_name
+    return Record(size.width, size.height, coco_json.as_raw(segments)), bytes(size.record)
 
 
 def _segments(raw: bytes, where: str) -> list[Segment | BadRecord]:

@@ -18,7 +18,7 @@ from ...schemas.strict import Location
 from ..io import failures, files
 from ..io.file_kinds import what_is
 from . import coco_json, file_names
-from .common import PHOTO_FIXES, declared_size, read_header, refuse, refuse_other_image
+from .common import PHOTO_FIXES, declared_size, read_header, refuse
 from .credits import read_credit
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 from .sa1b_pairs import Groups
@@ -27,7 +27,6 @@ from .sa1b_pairs import Groups
 class _Size(msgspec.Struct):
     width: int | None = None
     height: int | None = None
-    file_name: Any = None
     record: msgspec.Raw = msgspec.Raw()
 
 
@@ -112,7 +111,6 @@ class Sa1b(Source[Sa1bOptions]):
         image.width, image.height = declared_size(size.width, size.height)
         image.regions = [_region(number, found, where) for number, found in enumerate(annotations)]
         refuse(image, entry, limits, where)
-        refuse_other_image(size.file_name, entry.file_name, where)
         header = read_header(image, entry, limits, notes)
         declared = (size.width or header.width, size.height or header.height)
         if declared != (header.width, header.height):
@@ -361,7 +359,7 @@ def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation |
             name = _name(number, given if type(given) is int else None)
             detail = f"{where}: {name}: {problem}"
             found.append(BadRecord(Reason.ANNOTATION_UNREADABLE, detail))
-    return _Size(image.width, image.height, image.file_name, image.record), found
+    return _Size(image.width, image.height, image.record), found
 
 
 def _region(number: int, annotation: _Annotation | BadRecord, where: str) -> Region:

@@ -238,22 +238,6 @@ def pairs_called(photo: str) -> Input:
     return write
 
 
-def swapped_pair(root: Path) -> dict[str, Any]:
-    """The JSON of image 2 under the name of image 1; one under a name of somebody's own is none of this."""
-    (root / "sa_1.jpg").write_bytes(JPEG)
-    (root / "sa_1.json").write_bytes(record().replace(b"a.jpg", b"sa_2.jpg"))
-    return pairs(record().replace(b"a.jpg", b"sa_2.jpg"))(root)
-
-
-def swapped_info(root: Path) -> dict[str, Any]:
-    first, second = "000000000139", "000000000285"
-    entry = single(WHOLE)(root)
-    for name, data in (("photos", JPEG), ("labels", encoded("PNG", colors())), ("info", WHOLE)):
-        ending = {"photos": "jpg", "labels": "png", "info": "json"}[name]
-        (root / name / f"{first}.{ending}").write_bytes(data.replace(b"a.png", f"{second}.png".encode()))
-    return entry
-
-
 def not_utf8_pair(root: Path) -> dict[str, Any]:
     for ending, data in (("jpg", JPEG), ("json", record())):
         (root / os.fsdecode(f"\xe9.{ending}".encode("latin-1"))).write_bytes(data)

@@ -137,10 +137,6 @@ INPUTS: dict[str, list[t.Input]] = {
         t.tar(t.tar_of(("a.json", t.record()), ("b.jpg", t.JPEG), ("b.json", t.record()))),
         t.tar(t.tar_of(("a.jpg", t.JPEG), ("b.jpg", t.JPEG), ("b.json", t.record()))),
     ],
-    "JSON of one image with another image's name in it, both as COCO or SA-1B give them": [
-        t.swapped_pair,
-        t.swapped_info,
-    ],
     "a name that leaves its folder": [
         t.of_image(file_name="../a.jpg"),
         t.tar(t.tar_of(("../a.jpg", t.JPEG), ("../a.json", t.record()))[:-1024] + t.SECOND),

@@ -103,7 +103,8 @@ def test_audit_writes_its_list_into_the_output_by_default(tmp_path, release):
 
 def test_audit_of_two_subsets_into_one_file_keeps_both(tmp_path, release):
     here = str(tmp_path)
-    broken = {**release["coconut"][0], "labels": here, "photos": [here]}
+    (tmp_path / "empty").mkdir()
+    broken = {**release["coconut"][0], "labels": here, "photos": [f"{here}/empty"]}
     (tmp_path / "sa_1.json").write_text("not json")
     values = {**release, "coconut": [broken], "sa1b": [{"paths": [str(tmp_path)]}]}
     target = tmp_path / "audit.parquet"
