@@ -16,6 +16,11 @@ Split = Literal["train", "held_out", "all"]
 _REPEATED = re.compile(r"-dup\d+$")
 
 
+def without_repeat(key: str) -> str:
+    """A key without the `-dup2` or the like that tells images of one name apart."""
+    return _REPEATED.sub("", key)
+
+
 def is_held_out(key: str, share: float) -> bool:
     """Whether an image is held out.
 
@@ -26,7 +31,7 @@ def is_held_out(key: str, share: float) -> bool:
         key: of the image.
         share: of all images, from 0 (none) to 1.
     """
-    name = _REPEATED.sub("", key)
+    name = without_repeat(key)
     digest = hashlib.sha256(f"held out: {canonical(name) or name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

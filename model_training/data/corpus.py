@@ -388,9 +388,7 @@ def _compare(corpus: reader.Corpus, table: pa.Table, units: _Units) -> None:
     known = {unit.name: (unit, manifest.shard and manifest.shard.path) for unit, manifest in units}
     for row in table.group_by(["unit", "shard"]).aggregate([]).to_pylist():
         (unit, path), shard = known[row["unit"]], row["shard"]
-        if path is None or shard not in (
-            path,
-            f"{unit.subset}/{path}",
-        ):  # without a path, the shards behind this one would be miscounted
+        # Without a path, the shards behind this one would be miscounted.
+        if path is None or shard not in (path, f"{unit.subset}/{path}"):
             names = f"its ledger names {shard or 'no shard'}, it {path or 'none'}"
             raise IntegrityError(f"{unit.manifest}: {names}; {reader.REBUILD}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...filters.held_out import is_held_out
+from ...filters.held_out import is_held_out, without_repeat
 from ...pipeline.corpus import reader
 from ...pipeline.io import benchmark_photos
 from ...pipeline.io.tables import TableFile
@@ -37,7 +36,6 @@ _WORDS = {
     BENCHMARK_PHOTOS: "of ParaDLC-Bench or DLC-Bench (`data.benchmark_photos: keep` trains on them)",
     HELD_OUT: "of the held-out split (`held_out_share` of the build)",
 }
-_REPEATED = re.compile(r"-dup\d+$")
 _FOUND = "found.json"
 
 
@@ -96,7 +94,7 @@ def is_benchmark(name: str, size: tuple[int | None, int | None], number: int | s
 
 def _name_of(row: dict[str, Any]) -> str:
     """The photo's name; the key has it too, but for what tells images of one name apart."""
-    return row.get(FILE_NAME) or _REPEATED.sub("", row["key"])
+    return row.get(FILE_NAME) or without_repeat(row["key"])
 
 
 @functools.cache

@@ -108,9 +108,8 @@ class PerceptionDLM(PreTrainedModel):
     def encode_views(self, views_N3SS: Tensor, prompts_NPQ: Tensor) -> Tensor:
         """Features (N, T, D) of views: vision tower, two by two patches to a token, projector."""
         dtype = self.region_prompts.weight.dtype
-        if not len(
-            views_N3SS
-        ):  # text alone: a view of which nothing is kept, so that each rank runs each part
+        if not len(views_N3SS):
+            # Text alone: a view of which nothing is kept, so that each rank runs each part.
             gray = views_N3SS.new_full((1, *views_N3SS.shape[1:]), 128)
             return self.encode_views(gray, prompts_NPQ.new_zeros((1, *prompts_NPQ.shape[1:])))[:0]
         # Rounded once, as the released code does: bfloat16 has not enough digits for the steps in between.

@@ -54,15 +54,6 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK: dict[str, Any] = {"max_new_tokens": 6, "steps": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So that a tiny model does not wait for cores that others use."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("saved") / "model")

@@ -1,4 +1,4 @@
-"""The cases of `../shared/cases/newcomer` that issue 18 names, on a corpus of our own.
+"""The cases of `../shared/cases/newcomer` that are about wrong results, on a corpus of our own.
 
 Each test begins with the name of its case. `remote-fs-traceback` is among those of `test_described`;
 Ctrl-C, packages, tables of the terminal, Ray and Prefect are cases of another kind.

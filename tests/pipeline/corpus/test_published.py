@@ -51,9 +51,10 @@ def published(out: Path) -> list[Path]:
     return [path for path in files if not OF_THE_MACHINE & set(path.relative_to(out).parts)]
 
 
-def check_nothing_of_the_machine(files: list[Path]) -> None:
+def check_nothing_of_the_machine(files: list[Path], root: Path) -> None:
+    """Nothing names the folder below which the tests of this run write, or the user."""
     assert files
-    names = [PLANTED.encode(), b"/tmp/pytest-of"]
+    names = [PLANTED.encode(), str(root).encode()]
     if len(getpass.getuser()) > 4:
         names.append(getpass.getuser().encode())
     for path in files:
@@ -64,17 +65,20 @@ def check_nothing_of_the_machine(files: list[Path]) -> None:
             assert not re.search(rb"0x7f[0-9a-f]{6}", data), path
 
 
-def test_what_is_published_has_no_path_user_or_address_of_the_machine_that_built_it(out):
-    check_nothing_of_the_machine(published(out))
+def test_what_is_published_has_no_path_user_or_address_of_the_machine_that_built_it(out, tmp_path_factory):
+    check_nothing_of_the_machine(published(out), tmp_path_factory.getbasetemp())
     [first] = [row for row in pq.read_table(out / "coconut/ledger/coconut-000000.parquet").to_pylist()][:1]
     assert first["drop_detail"].endswith(".jpg: <Reader object at 0x...> cut short")
     assert first["drop_detail"].startswith(".../")
 
 
 @pytest.mark.parametrize("form", list(export.FORMATS))
-def test_no_export_has_a_path_user_or_address_of_the_machine_that_wrote_it(out, tmp_path, form):
+def test_no_export_has_a_path_user_or_address_of_the_machine_that_wrote_it(
+    out, tmp_path, tmp_path_factory, form
+):
     export.export(out, form, tmp_path / "to")
-    check_nothing_of_the_machine([path for path in (tmp_path / "to").rglob("*") if path.is_file()])
+    written = [path for path in (tmp_path / "to").rglob("*") if path.is_file()]
+    check_nothing_of_the_machine(written, tmp_path_factory.getbasetemp())
 
 
 def test_members_of_a_shard_have_no_owner_and_no_time(out):

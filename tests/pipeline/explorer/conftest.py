@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from paracaption.pipeline.corpus import merge
 from paracaption.pipeline.explorer.app import make_app
 from paracaption.pipeline.explorer.catalog import Catalog
 from paracaption.pipeline.explorer.context import Explorer
@@ -18,11 +17,7 @@ CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 
 @pytest.fixture(scope="session")
 def out(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("explorer")
-    config = corpus.config_of(root)
-    corpus.build(config)
-    merge.merge(root / "out", config)
-    return root / "out"
+    return corpus.write_merged(tmp_path_factory.mktemp("explorer"))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from paracaption.filters import rle
-from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.corpus import merge, work_list, writer
 from paracaption.pipeline.corpus.writer import Draft
 from paracaption.pipeline.executor.worker import Job, Worker
 from paracaption.pipeline.models.protocols import Answer, Candidate, Question
@@ -124,6 +124,14 @@ def config_of(root: Path) -> BuildConfig:
         protocol: {"name": f"tests.pipeline.explorer.corpus:{name}"} for protocol, name in names.items()
     }
     return BuildConfig.model_validate(values)
+
+
+def write_merged(root: Path) -> Path:
+    """The corpus in a folder of its own, merged; returns its `out`."""
+    config = config_of(root)
+    build(config)
+    merge.merge(root / "out", config)
+    return root / "out"
 
 
 def build(config: BuildConfig) -> None:
