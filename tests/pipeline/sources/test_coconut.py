@@ -8,93 +8,26 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
 from paracaption.filters import rle
-from paracaption.pipeline.sources.categories import load_categories, make_table, plain_name
-from paracaption.pipeline.sources.registry import open_source
-from paracaption.schemas.config import BuildConfig, Limits
+from paracaption.schemas.config import Limits
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.reasons import Reason
+from tests.pipeline.sources.release import (
+    HEIGHT,
+    LIMITS,
+    SEGMENTS,
+    WIDTH,
+    label_map,
+    open_coconut,
+    panoptic_png,
+    photo_jpeg,
+    reasons,
+)
 from tests.shared_data import shared_data
-
-LIMITS = Limits()
-WIDTH, HEIGHT = 24, 16
-
-
-def label_map(dtype=np.uint32):
-    labels = np.zeros((HEIGHT, WIDTH), dtype)
-    labels[2:8, 3:12] = 70_000
-    labels[9:, 10:] = 7
-    return labels
-
-
-def panoptic_png(labels):
-    channels = np.stack([labels & 255, labels >> 8 & 255, labels >> 16], -1).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(channels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def photo_jpeg(width=WIDTH, height=HEIGHT):
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (90, 120, 30)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-SEGMENTS = [{"id": 70_000, "category_id": 1, "area": 54}, {"id": 7, "category_id": 184, "area": None}]
-
-
-class Release:
-    """A tiny release in the panoptic layout; tests damage it before they read it."""
-
-    def __init__(self, root):
-        self.root = root
-        for name in ("photos", "labels"):
-            (root / name).mkdir()
-        self.images = []
-        self.annotations = []
-
-    def add(self, name="a", segments=SEGMENTS, labels=None, photo=None, **changes):
-        number = len(self.images) + 1
-        self.images.append(
-            {"id": number, "file_name": f"{name}.jpg", "width": WIDTH, "height": HEIGHT} | changes
-        )
-        self.annotations.append({"image_id": number, "file_name": f"{name}.png", "segments_info": segments})
-        if "/" not in name:
-            (self.root / "photos" / f"{name}.jpg").write_bytes(photo_jpeg() if photo is None else photo)
-            (self.root / "labels" / f"{name}.png").write_bytes(
-                panoptic_png(label_map()) if labels is None else labels
-            )
-        return self
-
-    def source(self, text=None, **changes):
-        content = {"images": self.images, "annotations": self.annotations}
-        data = json.dumps(content) if text is None else text
-        (self.root / "p.json").write_bytes(data if isinstance(data, bytes) else data.encode())
-        values = {"annotations": [str(self.root / "p.json")], "labels": str(self.root / "labels")}
-        return open_coconut(**{**values, "photos": [str(self.root / "photos")], **changes})
-
-    def read(self, text=None, limits=LIMITS, notes=None, **changes):
-        source = self.source(text, **changes)
-        return [source.read(entry, limits, notes) for entry in source.catalog()]
-
-
-@pytest.fixture
-def release(tmp_path):
-    return Release(tmp_path)
-
-
-def open_coconut(**values):
-    return open_source(BuildConfig.model_validate({"out": "out", "coconut": values}), "coconut")
-
-
-def reasons(image):
-    return [None if region.drop is None else region.drop.reason for region in image.regions]
 
 
 def test_segments_become_regions_with_the_masks_of_their_labels(release):
@@ -123,12 +56,9 @@ def test_crowd_void_absent_unknown_and_twice_declared_segments_have_their_reason
     assert image.drop is None and image.live() == []
 
 
-def test_a_category_may_be_named_instead_of_numbered(release):
-    (image,) = release.add(segments=[{"id": 7, "category_name": "Wall-Brick"}]).read()
-    assert (image.regions[0].category, image.regions[0].category_id) == ("brick wall", 171)
-
-
 ODD = ["NaN", '"\\ud800"', '"text"', "[1]", "{}", "true", "1e999"]
+
+
 """What no number of a segment can be, as it stands in a JSON."""
 
 
@@ -266,12 +196,6 @@ def test_names_that_leave_their_folder_are_never_opened(release, name):
     assert reasons(source.read(entry, LIMITS)) == [Reason.UNSAFE_NAME] * 2
 
 
-def test_an_image_annotated_twice_is_kept_once(release):
-    first, second = release.add("a").add("a").read()
-    assert (first.key, second.key) == ("a", "a-dup2")
-    assert len(first.live()) == 2 and reasons(second) == [Reason.DUPLICATE_KEY] * 2
-
-
 def test_odd_names_make_different_safe_keys(release):
     names = ["a b", "a_b", "a+b", "x-dup2", "x", "x", "é", "y" * 300]
     keys = [image.key for image in map(release.source().read, *_catalogued(release, names))]
@@ -292,19 +216,6 @@ def test_images_without_an_annotation_are_listed(release):
     release.images.append({"id": 99, "file_name": "lonely.jpg", "width": 5, "height": 5})
     _, lonely = release.read()
     assert (lonely.key, lonely.drop.reason) == ("lonely", Reason.ANNOTATION_MISSING)
-
-
-def test_an_annotation_without_an_image_finds_its_photo_by_its_own_name(release):
-    release.add("a").images.clear()
-    (image,) = release.read()
-    assert len(image.live()) == 2
-
-
-def test_rows_without_an_id_are_joined_by_name(release):
-    release.add("a", width=99)
-    release.annotations[0]["image_id"] = None
-    (image,) = release.read()
-    assert image.drop.reason == Reason.SIZE_MISMATCH and "99x16" in image.drop.detail
 
 
 def test_too_many_segments_drop_the_image_without_reading_it(release):
@@ -339,42 +250,6 @@ def test_label_maps_of_every_mode_are_read(release, mode):
     assert (rle.decode(image.live()[0].rle) == (labels == 9)).all()
 
 
-def test_photos_are_found_in_nested_folders_and_by_their_stem(release):
-    release.add("a").add("b")
-    (release.root / "photos" / "patch7").mkdir()
-    (release.root / "photos" / "a.jpg").rename(release.root / "photos" / "patch7" / "a.jpg")
-    (release.root / "photos" / "b.jpg").rename(release.root / "photos" / "b.png")
-    notes = []
-    nested, renamed = release.read(notes=notes)
-    assert nested.photo.url.endswith("patch7/a.jpg") and renamed.photo.url.endswith("b.png")
-    assert len(nested.live()) == len(renamed.live()) == 2
-
-
-def test_a_stem_that_several_files_share_is_not_guessed(release):
-    release.add("a")
-    (release.root / "photos" / "a.jpg").rename(release.root / "photos" / "a.png")
-    (release.root / "photos" / "deep").mkdir()
-    (release.root / "photos" / "deep" / "a.webp").write_bytes(b"")
-    assert len(release.read()[0].live()) == 2
-    (release.root / "photos" / "a.webp").write_bytes(b"")
-    assert release.read()[0].drop.reason == Reason.PHOTO_MISSING
-
-
-def test_a_category_whose_name_is_not_utf8_is_unknown(release):
-    names = json.dumps([{"id": 1, "name": "caf\ud800"}, {"id": 184, "name": "tree-merged"}])
-    (release.root / "names.json").write_text(names)
-    (image,) = release.add().read(categories=str(release.root / "names.json"))
-    assert reasons(image) == [Reason.UNKNOWN_CATEGORY, None]
-
-
-def test_the_first_photo_folder_wins(release):
-    (release.root / "more").mkdir()
-    (release.root / "more" / "a.jpg").write_bytes(photo_jpeg())
-    folders = [str(release.root / "more"), str(release.root / "photos")]
-    (image,) = release.add().read(photos=folders)
-    assert image.photo.url == f"{folders[0]}/a.jpg"
-
-
 def test_what_is_odd_but_usable_is_noted(release):
     png = io.BytesIO()
     Image.new("RGB", (WIDTH, HEIGHT)).save(png, "PNG")
@@ -406,70 +281,6 @@ def test_a_folder_of_single_records_is_read_by_the_workers(release):
     good, bad = release.read(annotations=[str(release.root / "panseg_info")])
     assert [region.category for region in good.live()] == ["person", "tree"]
     assert bad.drop.reason == Reason.ANNOTATION_UNREADABLE and "b.json" in bad.drop.detail
-
-
-def write_parquet(path, rows):
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-
-
-def parquet_row(name, data, segments=SEGMENTS):
-    return {
-        "mask": {"bytes": data, "path": f"{name}.png"},
-        "segments_info": {"file_name": f"{name}.png", "image_id": 1, "segments_info": segments},
-        "image_info": {"id": 1, "file_name": f"{name}.jpg", "width": WIDTH, "height": HEIGHT},
-    }
-
-
-def test_parquet_rows_carry_their_label_map_by_reference(release):
-    for name in "abcde":
-        release.add(name)
-    rows = [parquet_row(name, panoptic_png(label_map())) for name in "abcde"]
-    rows[3]["mask"]["bytes"] = None
-    write_parquet(release.root / "rows.parquet", rows)
-    source = open_coconut(
-        layout="parquet", annotations=[str(release.root / "*.parquet")], photos=[str(release.root / "photos")]
-    )
-    entries = list(source.catalog())
-    assert max(len(entry.record) for entry in entries) < 500
-    images = [source.read(entry, LIMITS) for entry in reversed(entries)][::-1]
-    assert [len(image.live()) for image in images] == [2, 2, 2, 0, 2]
-    assert images[3].drop.reason == Reason.LABELS_UNREADABLE
-    assert (rle.decode(images[4].regions[1].rle) == (label_map() == 7)).all()
-
-
-@pytest.mark.parametrize("content", [b"", b"PAR1 no", None])
-def test_a_parquet_file_that_is_none_is_one_line(release, content):
-    path = release.root / "rows.parquet"
-    write_parquet(path, [{"x": 1}]) if content is None else path.write_bytes(content)
-    source = open_coconut(layout="parquet", annotations=[str(path)], photos=[str(release.root / "photos")])
-    with pytest.raises(ConfigError, match=r"rows\.parquet"):
-        list(source.catalog())
-
-
-@pytest.mark.parametrize(
-    ("column", "of_the_file"), [("segments_info.file_name", True), ("mask.bytes", False)]
-)
-def test_a_parquet_file_with_a_broken_page_is_one_line(release, column, of_the_file):
-    release.add("a")
-    path = release.root / "rows.parquet"
-    write_parquet(path, [parquet_row("a", panoptic_png(label_map()))])
-    group = pq.read_metadata(path).row_group(0)
-    (chunk,) = (each for each in map(group.column, range(group.num_columns)) if each.path_in_schema == column)
-    data = bytearray(path.read_bytes())
-    start = chunk.dictionary_page_offset or chunk.data_page_offset
-    data[start : start + 16] = b"\xff" * 16  # the header of its first page
-    path.write_bytes(data)
-    source = open_coconut(layout="parquet", annotations=[str(path)], photos=[str(release.root / "photos")])
-    if of_the_file:
-        with pytest.raises(ConfigError) as caught:
-            list(source.catalog())
-        detail = str(caught.value)
-    else:
-        (entry,) = source.catalog()
-        image = source.read(entry, LIMITS)
-        assert image.drop.reason == Reason.LABELS_UNREADABLE and len(image.regions) == 2
-        detail = image.drop.detail
-    assert "rows.parquet" in detail and "fetch it again" in detail and "\n" not in detail
 
 
 @pytest.mark.parametrize("missing", ["annotations", "labels", "photos", "categories"])
@@ -523,25 +334,6 @@ def test_a_whole_release_is_read_from_a_plain_web_server_that_lists_nothing(rele
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
-
-
-def test_category_names_are_plain_words():
-    spoken = {
-        "tree-merged": "tree",
-        "door-stuff": "door",
-        "floor-other-merged": "floor",
-        "wall-brick": "brick wall",
-        "wall-other-merged": "wall",
-        "water-other": "water",
-        "playingfield": "playing field",
-        "Cabinet/shelf": "cabinet or shelf",
-        "Street Lights": "street lights",
-        "Bakset": "basket",
-        "hot dog": "hot dog",
-    }
-    assert {name: plain_name(name) for name in spoken} == spoken
-    names = [category.name for category in load_categories(None).by_id.values()]
-    assert len(names) == 133 and not any("-" in name or "merged" in name for name in names)
 
 
 def test_published_panoptic_segments_equal_the_same_segments_published_as_rle():
@@ -599,41 +391,9 @@ def test_the_deliberate_mismatches_are_reported_and_none_is_kept():
     assert {image.drop.reason for image in images} == {Reason.SIZE_MISMATCH}
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([{"id": True, "name": "person"}], "category 0"),
-        ([{"id": 1, "name": "person"}, {"id": 1, "name": "bicycle"}], "'person' and 'bicycle'"),
-        ([{"id": 1, "name": ""}], "the name ''"),
-        ([{"id": 1, "name": "-merged"}], "the name '-merged'"),
-        ([{"id": 1, "name": "person", "isthing": "yes"}], "isthing"),
-        ([{"id": 1, "name": "person", "isthing": [1]}], "isthing"),
-    ],
-)
-def test_a_category_list_that_cannot_be_meant_is_one_line(rows, words):
-    with pytest.raises(ConfigError, match=words) as caught:
-        make_table(rows, "names.json")
-    assert str(caught.value).startswith("names.json: ") and "\n" not in str(caught.value)
-
-
-def test_a_category_may_be_repeated_as_it_is_and_isthing_may_be_text():
-    row = {"id": 1.0, "name": "wall-brick", "isthing": "0"}
-    (category,) = make_table([row, row], "x").by_id.values()
-    assert (category.id, category.name, category.is_thing) == (1, "brick wall", False)
-
-
 def test_a_json_list_is_called_a_list(release):
     with pytest.raises(ConfigError, match=r"p\.json: a list, not an object; give the panoptic JSON"):
         list(release.source(json.dumps(SEGMENTS)).catalog())
-
-
-def test_only_known_endings_are_endings(release):
-    for number in (1, 2):
-        release.add(f"frame.000{number}")
-        release.images[-1]["file_name"] = release.annotations[-1]["file_name"] = f"frame.000{number}"
-    first, second = release.read()
-    assert len(first.live()) == len(second.live()) == 2 and first.key != second.key
-    assert second.photo.url.endswith("frame.0002.jpg")
 
 
 def test_the_ending_of_a_single_record_may_be_in_capitals(release):
@@ -674,62 +434,3 @@ def test_of_an_id_declared_twice_the_category_whose_area_is_the_masks_is_kept(re
     assert reasons(image) == [Reason.DUPLICATE_KEY, None] and image.live()[0].category == "tree"
     segments[1]["area"] = 55
     assert reasons(release.read()[0]) == [Reason.DUPLICATE_KEY] * 2
-
-
-def write_pair(release, photo, label):
-    for folder, name, data in (("photos", photo, photo_jpeg()), ("labels", label, panoptic_png(label_map()))):
-        path = release.root / folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
-def test_images_of_one_id_are_told_apart_by_their_names(release):
-    release.add("a").add("b")
-    for each in release.images:
-        each["id"] = 1
-    for each in release.annotations:
-        each["image_id"] = 1
-    release.annotations.reverse()
-    found = {image.key: image for image in release.read()}
-    assert set(found) == {"a", "b"} and all(len(image.live()) == 2 for image in found.values())
-
-
-def test_an_id_and_a_name_of_two_images_are_a_drop_and_block_neither(release):
-    release.add("a").add("b")
-    release.annotations.insert(0, {**release.annotations[1], "image_id": 1})
-    doubtful, first, second = release.read()
-    assert reasons(doubtful) == [Reason.PAIR_AMBIGUOUS] * 2 and "b.jpg" in doubtful.drop.detail
-    assert (first.key, second.key) == ("a", "b") and len(first.live()) == len(second.live()) == 2
-
-
-def test_an_id_of_two_images_without_a_name_that_tells_is_a_drop(release):
-    release.add("a").add("b")
-    release.images[1]["id"] = 1
-    release.annotations = [{"image_id": 1, "file_name": "c.png", "segments_info": SEGMENTS}]
-    assert reasons(release.read()[0]) == [Reason.PAIR_AMBIGUOUS] * 2
-
-
-def test_a_missing_frame_is_not_another_videos_frame(release):
-    write_pair(release, "vidA/00001.jpg", "vidB/00001.png")
-    release.add("vidB/00001")
-    assert reasons(release.read()[0]) == [Reason.PHOTO_MISSING] * 2
-
-
-def test_images_of_one_name_in_two_folders_are_both_kept(release):
-    for name in ("a/0001", "b/0001"):
-        write_pair(release, f"{name}.jpg", f"{name}.png")
-        release.add(name)
-    first, second = release.read()
-    assert first.key == "0001" and second.key.startswith("b_0001-")
-    assert len(first.live()) == len(second.live()) == 2
-    assert first.photo.url.endswith("a/0001.jpg") and second.photo.url.endswith("b/0001.jpg")
-
-
-def test_a_label_map_of_another_release_is_not_a_missing_photo(release):
-    write_pair(release, "train2017/a.jpg", "a.png")
-    write_pair(release, "panoptic_train2017/b.png", "b.png")
-    for name in "ab":
-        release.add(name)
-        (release.root / "photos" / f"{name}.jpg").unlink()
-    first, second = release.read()
-    assert len(first.live()) == 2 and reasons(second) == [Reason.PHOTO_MISSING] * 2
