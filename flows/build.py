@@ -69,7 +69,7 @@ def build_corpus(
     )
     for artifacts in published.values():
         artifacts.finish()
-    text = card.render_card(open_corpus(config.out).summary, config)
+    text = card.render_card(open_corpus(config.out, confined=False).summary, config)
     create_markdown_artifact(key="dataset-card", markdown=text)
     return summary
 

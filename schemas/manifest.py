@@ -54,5 +54,28 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes) -> Manifest:
-    """Read a manifest; raises `msgspec.ValidationError` on anything else."""
-    return msgspec.json.decode(data, type=Manifest)
+    """Read a manifest; raises `msgspec.ValidationError` on anything else.
+
+    Also on one that names other files than those of its unit: they are known, and nothing else is opened.
+    """
+    found = msgspec.json.decode(data, type=Manifest)
+    if not is_name(found.unit):
+        raise msgspec.ValidationError(f"{found.unit[:100]!r} is no name of a unit")
+    for place, entry in (
+        (f"shards/{found.unit}.tar", found.shard),
+        (f"ledger/{found.unit}.parquet", found.ledger),
+    ):
+        if entry is not None and entry.path != place:
+            raise msgspec.ValidationError(f"it names {entry.path[:100]} instead of {place}")
+    return found
+
+
+def is_name(name: str) -> bool:
+    """Whether what a file of a corpus names, such as a unit, is the name of a file or folder, and no path."""
+    return bool(name) and not name.startswith(".") and not {"/", "\\", "\0"}.intersection(name)
+
+
+def is_shard(path: str) -> bool:
+    """Whether a path below a subset's folder is that of a shard."""
+    folder, _, name = path.partition("/")
+    return folder == "shards" and is_name(name) and name.endswith(".tar")

@@ -9,6 +9,18 @@ import typer
 
 from .arguments import Corpus
 
+Outside = Annotated[
+    bool,
+    typer.Option(
+        "--photos-outside",
+        help="Show photos of dropped images from where the work list has them on this machine, outside of "
+        "CORPUS. For corpora whose builder you trust.",
+    ),
+]
+Urls = Annotated[
+    bool, typer.Option("--photo-urls", help="Fetch photos of dropped images that the work list has at URLs.")
+]
+
 
 def verify(corpus: Corpus) -> None:
     """Check that a corpus is complete and undamaged; exit code 1 if it is not."""
@@ -52,11 +64,16 @@ def explore(
     shards: Annotated[
         str | None, typer.Option(help="Folder or URL of the shards, if they are not in CORPUS.")
     ] = None,
+    photos_outside: Outside = False,
+    photo_urls: Urls = False,
 ) -> None:
     """Open a corpus in the browser: the funnel, images with masks, other thresholds, reviews."""
     from ...pipeline.explorer.serve import serve
 
-    serve(corpus, host, port, token, run, shards, lambda url: print(f"{url} (Ctrl-C ends it)", flush=True))
+    def tell(url: str) -> None:
+        print(f"{url} (Ctrl-C ends it)", flush=True)
+
+    serve(corpus, host, port, token, run, shards, photos_outside, photo_urls, tell)
 
 
 def report(
@@ -64,11 +81,13 @@ def report(
     to: Annotated[
         Path | None, typer.Option(help="HTML file to write.", show_default="CORPUS/report.html")
     ] = None,
+    photos_outside: Outside = False,
+    photo_urls: Urls = False,
 ) -> None:
     """Write the overview and samples of each drop reason as one HTML file."""
     from ...pipeline.explorer.report import write_report
 
-    print(write_report(corpus, to))
+    print(write_report(corpus, to, photos_outside, photo_urls))
 
 
 def export(

@@ -66,6 +66,9 @@ def decode_mask_image(data: bytes, name: str) -> np.ndarray:
 
     try:
         with photos.quiet(), Image.open(io.BytesIO(unturned(data)), formats=_FORMATS) as opened:
+            if opened.width * opened.height > photos.MAX_PIXELS:
+                found = f"{opened.width}x{opened.height} pixels; at most {photos.MAX_PIXELS:,} are decoded"
+                raise ConfigError(f"{name}: {found}; give the mask at its photo's size")
             opened.load()
             lossy = opened.format in _LOSSY
             values, most = _brightness(opened, name)

@@ -110,7 +110,7 @@ def _draw_cell(corpus: Corpus, rows: _KeptRows, width: int) -> Any:
 def _read_overlays(corpus: Corpus, rows: _KeptRows) -> tuple[np.ndarray, list[Overlay]]:
     sample, data = corpus.read_sample(rows[0])
     try:
-        photo = photos.decode(Blob(f"{rows[0]['shard']}: {sample.key}"), data, 1 << 30)
+        photo = photos.decode(Blob(f"{rows[0]['shard']}: {sample.key}"), data, photos.MAX_PIXELS)
     except BadRecord as error:
         raise ConfigError(str(error)) from error
     overlays = []

@@ -64,7 +64,7 @@ def merge(out: str | Path, config: BuildConfig | None = None, owner: Owner | Non
         Fenced: another driver has taken over.
         IntegrityError: a manifest or ledger cannot be read, or they disagree; `verify` says more.
     """
-    corpus = reader.open_corpus(out)
+    corpus = reader.open_corpus(out, confined=owner is None)
     config = config or corpus.config
     with own_or(owner, corpus.path, "merge") as found:
         if owner is None:
@@ -104,7 +104,7 @@ def is_merged(out: str | Path, held_out_share: float | None = None) -> bool:
     Raises:
         ConfigError: there is no corpus at that path.
     """
-    corpus = reader.open_corpus(out)
+    corpus = reader.open_corpus(out, confined=False)
     drawn = [f"{out}/{CARD}", *(f"{out}/{PLOTS}/{name}" for name in plots.NAMES)]
     if not all(files.exists(path) for path in drawn) or not corpus.index_is_current():
         return False

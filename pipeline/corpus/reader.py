@@ -26,6 +26,7 @@ from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample
 from ...schemas.summary import CorpusSummary
 from ..io import files
+from ..io.confined import confine
 from ..io.tables import TableFile
 from ..sources.registry import file_context
 from .ledger import SPLIT, align_ledger
@@ -55,10 +56,11 @@ class FoundImage(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def open_corpus(path: str | Path) -> Corpus:
+def open_corpus(path: str | Path, confined: bool = True) -> Corpus:
     """Open the folder that a build wrote, to read what is committed in it.
 
-    A corpus can be opened while it is being built: each call below sees the units that are committed by then.
+    Nothing leads out of it, as it may be a stranger's (`io/confined.py`). While it is being built, each call
+    below sees the units that are committed by then.
 
         import io
         import paracaption
@@ -68,7 +70,6 @@ def open_corpus(path: str | Path) -> Corpus:
 
         corpus = paracaption.open_corpus("out/demo")
         print(corpus.subsets, corpus.summary.kept, corpus.config.min_iou)
-
         for sample, photo in corpus.samples("coconut"):
             image = Image.open(io.BytesIO(photo))
             for region in sample.regions:
@@ -83,11 +84,14 @@ def open_corpus(path: str | Path) -> Corpus:
 
     Args:
         path: the `out` of a build: a folder, or an fsspec URL such as `s3://bucket/corpus`.
+        confined: False for a corpus that this process builds, in which links are its owner's.
 
     Raises:
         ConfigError: there is no corpus at that path.
     """
     corpus = Corpus(path)
+    if confined:
+        confine(corpus.path)
     try:
         found = corpus.subsets
     except OSError as error:
@@ -327,10 +331,13 @@ class Corpus:
         """Path of the shard that a kept row of a ledger or of the index names.
 
         A ledger has it from its subset's folder, as indices of early releases; the index from the corpus's.
+        Whatever else a row names is an IntegrityError, and is not opened.
         """
-        name = row["shard"]
-        below = name if name.count("/") == 2 else f"{row['subset']}/{name}"
-        return f"{self.path}/{below}"
+        subset, below = row["subset"], str(row["shard"]).removeprefix(f"{row['subset']}/")
+        if not manifests.is_name(subset) or not manifests.is_shard(below):
+            what = f"names {below[:100]!r}, which is no shard of a subset"
+            raise IntegrityError(f"{self.path}: {row.get('key')!r}: its row {what}; {REBUILD}")
+        return f"{self.path}/{subset}/{below}"
 
     def read_sample(self, row: Mapping[str, Any]) -> tuple[Sample, bytes]:
         """The sample that a kept row of a ledger or of the index belongs to, and the bytes of its photo.

@@ -56,7 +56,7 @@ def build(
         driver.build(config, engine, on_progress=on_progress, **asked)
 
     build_checked(loaded, engine, run, limit_images=limit_images, retry_failed=retry_failed)
-    return open_corpus(loaded.out)
+    return open_corpus(loaded.out, confined=False)
 
 
 def build_checked(config: BuildConfig, engine: Engine, run: Callable[..., Any], **asked: Any) -> bool:

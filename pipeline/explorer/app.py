@@ -5,18 +5,29 @@ A new page is a file in `pages/` with a template of the same name, and a line in
 
 from __future__ import annotations
 
+import logging
 from importlib import resources
 
+import jinja2
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 
-from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
+from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError, one_line
 from .access import Guard
 from .context import CACHED, Explorer
 from .pages import browse, image, overview, review, train, whatif
 
+log = logging.getLogger(__name__)
+
 PAGES = (overview, browse, image, whatif, review, train)
 """The pages; those with a `LINK` are in the navigation, in this order."""
+
+DAMAGED = 409
+"""The status of a page that the state of the corpus, and not of the server, keeps from being shown."""
+
+ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, OSError)
+ODD += (MemoryError, RecursionError, jinja2.TemplateError)
+"""What code that reads a corpus raises where a file has been damaged, or was made up by somebody."""
 
 STATIC = {"explorer.css": "text/css", "explorer.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
@@ -38,9 +49,18 @@ def make_app(explorer: Explorer, token: str | None = None) -> Guard:
 
     @app.exception_handler(ParaCaptionError)
     def show_error(request: Request, error: ParaCaptionError) -> HTMLResponse:
-        status = 404 if isinstance(error, ConfigError | BadRecord) else 500
+        status = 404 if isinstance(error, ConfigError | BadRecord) else DAMAGED
         return explorer.html("error.html", request, status, message=str(error))
 
+    def show_damage(request: Request, error: Exception) -> HTMLResponse:
+        log.warning("%s: %s", request.url.path, one_line(error))
+        log.debug("%s", request.url.path, exc_info=error)
+        what = f"{explorer.catalog.out}: holds something that no build writes ({one_line(error)[:300]})"
+        message = f"{what}; `paracaption verify` names the file"
+        return explorer.html("error.html", request, DAMAGED, message=message)
+
+    for kind in ODD:
+        app.add_exception_handler(kind, show_damage)
     return Guard(app, token)
 
 

@@ -21,7 +21,9 @@ from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.records import SCORES
 from ...schemas.summary import SubsetCounts
 from ..corpus import merge, reader
+from ..corpus.ledger import ledger_schema
 from ..corpus.reader import Unit
+from ..io import confined
 from ..io.store import store_of
 from .query import CATEGORY, Query
 
@@ -39,13 +41,12 @@ _MOST_LEARNED = 100_000
 """Images whose unit is remembered."""
 
 
-_DAMAGED = (
-    duckdb.IOException,
-    duckdb.InvalidInputException,
-    duckdb.BinderException,
-    duckdb.ConversionException,
-)
-"""What DuckDB raises for files that are not ledgers."""
+_LEDGERS = "read_parquet($ledgers, union_by_name=true, file_row_number=true)"
+
+_LEDGERS_OF_ALL_RELEASES = f"""
+    SELECT * FROM {_LEDGERS} UNION ALL BY NAME
+    SELECT {", ".join(f"NULL::DOUBLE AS {name}" for name in SCORES)} WHERE false"""
+"""The same with every score, null where the unit was built without it."""
 
 
 class ImagePlace(NamedTuple):
@@ -105,7 +106,10 @@ class Catalog:
         self._spilled = tempfile.TemporaryDirectory(prefix="paracaption-explorer-")
         self._db.execute("SET temp_directory=$folder", {"folder": self._spilled.name})
         self._db.execute("SET parquet_metadata_cache=true")
-        self._db.execute("SET allowed_directories=$folders", {"folders": [f"{self.out}/"]})
+        self._db.execute(
+            "SET allowed_directories=$folders",
+            {"folders": [f"{each.rstrip('/')}/" for each in confined.folders_of(self.out)]},
+        )
         self._db.execute("SET enable_external_access=false")  # nothing outside of the corpus
         self._db.execute("SET lock_configuration=true")
 
@@ -173,11 +177,16 @@ class Catalog:
         units = self.units(subset) if units is None else units
         if not units:
             return []
-        table = "read_parquet($ledgers, union_by_name=true, file_row_number=true)"
-        values = {**(args or {}), "ledgers": [unit.ledger for unit in units]}
+        ledgers = [unit.ledger for unit in units]
+        confined.check_all(ledgers)  # DuckDB follows links
+        values = {**(args or {}), "ledgers": ledgers}
         try:
-            return self._db.cursor().execute(sql.replace("LEDGERS", table), values).fetchall()
-        except _DAMAGED as error:
+            try:
+                return self._db.cursor().execute(sql.replace("LEDGERS", _LEDGERS), values).fetchall()
+            except duckdb.BinderException:  # all of them lack a column, as those of older releases do
+                whole = f"({_LEDGERS_OF_ALL_RELEASES})"
+                return self._db.cursor().execute(sql.replace("LEDGERS", whole), values).fetchall()
+        except (duckdb.Error, UnicodeError, MemoryError) as error:
             raise IntegrityError(f"{self.out}: {str(error)[:300]}; run `paracaption verify`") from error
 
     # Pages.
@@ -319,11 +328,11 @@ class Catalog:
         Raises:
             ConfigError: no committed unit has the image.
         """
-        unit = self._unit_of(subset, key)
+        unit = self.find_unit(subset, key)
         names = [name for name, *_ in self.select("DESCRIBE SELECT * FROM LEDGERS", units=[unit])]
         sql = "SELECT * FROM LEDGERS WHERE key = $key AND subset = $subset ORDER BY file_row_number"
         rows = self.select(sql, {"key": key, "subset": subset}, units=[unit])
-        later = dict.fromkeys(SCORES)  # scores that the unit was built without
+        later = dict.fromkeys(ledger_schema().names)  # what the unit was built without
         return [later | dict(zip(names, row, strict=True)) for row in rows]
 
     def matching(self, places: list[ImagePlace], query: Query, most: int) -> Iterator[list[dict[str, Any]]]:
@@ -355,10 +364,15 @@ class Catalog:
         """
         if query.subset not in ("", subset):
             return None
-        found = self._places_in([self._unit_of(subset, key)], query, None, True, 1, key)
+        found = self._places_in([self.find_unit(subset, key)], query, None, True, 1, key)
         return found[0] if found else None
 
-    def _unit_of(self, subset: str, key: str) -> Unit:
+    def find_unit(self, subset: str, key: str) -> Unit:
+        """The committed unit that has an image.
+
+        Raises:
+            ConfigError: no committed unit has it.
+        """
         self._refresh()
         with self._lock:
             unit = self._units.get(self._places.get((subset, key), ""))

@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse
 
 from ...schemas.config import BuildConfig
 from ..io import figure
+from ..io.confined import confine
 from ..sources.registry import subset_title
 from ..stages.registry import stage_title
 from . import charts, training
@@ -31,17 +32,27 @@ class Explorer:
         out: the corpus.
         run: folder of a training run, for its page.
         shards: folder or fsspec URL of the shards, if they are not in the corpus.
+        outside: show photos outside of the corpus; see `Pictures`.
+        urls: fetch photos from URLs; see `Pictures`.
 
     Raises:
         ConfigError: there is no corpus, or no run.
     """
 
-    def __init__(self, out: str | Path, run: str | Path | None = None, shards: str | None = None):
+    def __init__(
+        self,
+        out: str | Path,
+        run: str | Path | None = None,
+        shards: str | None = None,
+        outside: bool = False,
+        urls: bool = False,
+    ):
         self.catalog = Catalog(out)
-        self.pictures = Pictures(self.catalog, shards, self.config.limits.max_pixels)
+        self.pictures = Pictures(self.catalog, shards, self.config.limits.max_pixels, outside, urls)
         self.reviews = Reviews(self.catalog)
         self.run = None if run is None else Path(run)
         if self.run is not None:
+            confine(self.run)  # it may be a stranger's, too
             training.read_run(self.run)  # refuse a folder without a run now, and not when its page is opened
         self.templates = load_templates()
         self.templates.globals["explorer"] = self

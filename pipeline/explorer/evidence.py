@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ...schemas.errors import IntegrityError
 from ...schemas.records import Rle
 from ..io import files
 from ..io.store import store_of
@@ -83,5 +84,5 @@ def _read_answers(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tupl
         table = TableFile(str(path)).find(["region", *names], key=key)
         rows = zip(*(table[name].to_pylist() for name in ("region", *names)), strict=True)
         return [(region, kind(*answer)) for region, *answer in rows]
-    except (OSError, pa.ArrowException, KeyError, ValueError):
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IntegrityError):
         return []  # missing, damaged, or being written anew: the page does without it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...filters import rle
+from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ParaCaptionError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Rle
 from ..corpus.work_list import load_work_list
-from ..io import draw, files, photos
+from ..io import confined, draw, files, photos
 from ..io.draw import Overlay
 from .catalog import Catalog
 
@@ -35,6 +37,13 @@ _THUMB_DISC = 14
 
 _SMALL = 400
 """Side in pixels of the shrunk picture in which places for the numbers are found."""
+
+
+class NotShown(BadRecord):
+    """A photo that is not shown because of where it lies; `detail` says what allows it."""
+
+    def __init__(self, detail: str):
+        super().__init__(Reason.PHOTO_MISSING, detail)
 
 
 class Layer(NamedTuple):
@@ -65,12 +74,23 @@ class Pictures:
         catalog: of the corpus.
         shards: folder or fsspec URL that holds `<subset>/shards/`; default: the corpus.
         max_pixels: photos with more pixels are not decoded.
+        outside: show photos that lie outside of the corpus, where its work list has them, on this machine.
+        urls: fetch photos that the work list has at a URL.
     """
 
-    def __init__(self, catalog: Catalog, shards: str | None = None, max_pixels: int = 200_000_000):
+    def __init__(
+        self,
+        catalog: Catalog,
+        shards: str | None = None,
+        max_pixels: int = 200_000_000,
+        outside: bool = False,
+        urls: bool = False,
+    ):
         self.catalog = catalog
         self.shards = (shards or str(catalog.out)).rstrip("/")
-        self.max_pixels = max_pixels
+        confined.confine(self.shards)
+        self.max_pixels = min(max_pixels, Limits().max_pixels)
+        self.outside, self.urls = outside, urls
         self._decoding = threading.Semaphore(2)
         self._thumb = lru_cache(_KEPT_THUMBS)(self._draw_thumb)
 
@@ -118,18 +138,43 @@ class Pictures:
         """In the shard if a region of the image was kept, otherwise where the work list has it."""
         first = rows[0]
         kept = next((row for row in rows if row["shard"]), None)
-        if kept is not None:
-            where = f"{self.shards}/{first['subset']}/{kept['shard']}"
-            return Blob(where, kept["photo_offset"], kept["photo_length"])
-        folder = self.catalog.out / first["subset"]
+        unit = self.catalog.find_unit(first["subset"], first["key"])
+        if kept is not None:  # what the ledger calls the shard is not asked: its name is known
+            where = f"{self.shards}/{unit.shard.removeprefix(f'{self.catalog.out}/')}"
+            return Blob(where, _whole(kept["photo_offset"]), _whole(kept["photo_length"]))
         try:
-            entries = load_work_list(folder).read_unit(int(first["unit"].rpartition("-")[2]))
-        except (ParaCaptionError, ValueError) as error:
+            number = int(unit.name.rpartition("-")[2])
+            entries = load_work_list(self.catalog.out / unit.subset).read_unit(number)
+        except (ParaCaptionError, ValueError, LookupError, OSError) as error:
             raise BadRecord(Reason.PHOTO_MISSING, f"{first['key']}: {error}") from error
         found = next((entry.photo for entry in entries if entry.key == first["key"] and entry.photo), None)
         if found is None:
             raise BadRecord(Reason.PHOTO_MISSING, f"{first['key']}: no photo was found for it")
+        self._check_place(found.url)
         return found
+
+    def _check_place(self, url: str) -> None:
+        """Refuse a place of a photo that nobody has allowed: a work list may be a stranger's.
+
+        Raises:
+            NotShown: it lies outside of the corpus, or is a URL; or it is no file.
+        """
+        if files.is_url(url) or "::" in url:
+            if not self.urls:
+                raise NotShown("its photo is at a URL; see --photo-urls")
+            return
+        path = os.path.realpath(files.local(url))
+        if not confined.is_below(path, os.path.realpath(self.catalog.out)) and not self.outside:
+            raise NotShown("its photo lies outside of the corpus; see --photos-outside")
+        if not confined.is_plain(path):
+            raise NotShown("its photo is no file")
+
+
+def _whole(number: Any) -> int:
+    """An offset or a length in a shard, from a ledger that may be anybody's."""
+    if not isinstance(number, int) or number < 0:
+        raise BadRecord(Reason.PHOTO_MISSING, f"{number!r}: no place in a shard")
+    return number
 
 
 def draw_layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
@@ -144,7 +189,7 @@ def draw_layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
     cv2: Any = importlib.import_module("cv2")
     if not regions:
         return []
-    height, width = regions[0][1].size
+    height, width = _drawable(regions[0][1].size)
     scale = min(1.0, _SMALL / max(height, width))
     sampled = np.ix_(_middles(height, scale), _middles(width, scale))
     paths: list[str] = []
@@ -188,8 +233,20 @@ def outline(code: Rle) -> str:
     Raises:
         BadRecord: the mask cannot be read.
     """
-    mask = rle.check(code.counts, code.size)
+    mask = rle.check(code.counts, _drawable(code.size))
     return _path(rle.decode(mask.rle), mask.bbox, importlib.import_module("cv2"))
+
+
+def _drawable(size: tuple[int, int]) -> tuple[int, int]:
+    """The size of a mask that is drawn pixel by pixel, unless it has more pixels than any photo.
+
+    Raises:
+        BadRecord: it has.
+    """
+    height, width = size
+    if not isinstance(height, int) or not isinstance(width, int) or height * width > Limits().max_pixels:
+        raise BadRecord(Reason.PHOTO_TOO_LARGE, f"{width}x{height} pixels are not drawn")
+    return size
 
 
 def _middles(length: int, scale: float) -> np.ndarray:

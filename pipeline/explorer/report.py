@@ -27,12 +27,16 @@ class ShownSample(NamedTuple):
     picture: str
 
 
-def write_report(out: str | Path, to: str | Path | None = None) -> Path:
+def write_report(
+    out: str | Path, to: str | Path | None = None, outside: bool = False, urls: bool = False
+) -> Path:
     """Write the report of a corpus, completely or not at all. Its samples are those of `paracaption inspect`.
 
     Args:
         out: the corpus.
         to: the file; by default `OUT/report.html`.
+        outside: show photos outside of the corpus; see `Pictures`.
+        urls: fetch photos from URLs; see `Pictures`.
 
     Raises:
         ConfigError: there is no corpus, or no folder for the file.
@@ -41,7 +45,7 @@ def write_report(out: str | Path, to: str | Path | None = None) -> Path:
     path = Path(out) / NAME if to is None else Path(to)
     if not files.is_folder(str(path.parent)):
         raise ConfigError(f"{path}: no such folder; make it first")
-    data = render_report(Explorer(out)).encode()
+    data = render_report(Explorer(out, outside=outside, urls=urls)).encode()
     with files.write_atomic(path) as file:
         file.write(data)
     return path

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.errors import ConfigError, IntegrityError
-from ..io import files
+from ..io import confined, files
 from ..io.store import store_of
 from ..io.tables import TableFile
 from .catalog import Catalog
@@ -209,6 +209,7 @@ class Reviews:
     def _locked(self) -> Iterator[None]:
         try:
             store_of(self.path).make_folder(str(self.path.parent))
+            confined.check(self.path.with_name("lock"))
             with _WRITING, open(self.path.with_name("lock"), "ab") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX)

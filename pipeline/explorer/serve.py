@@ -10,6 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from ...schemas.errors import ConfigError
+from . import connections
 from .access import is_loopback
 from .app import make_app
 from .context import Explorer
@@ -22,6 +23,8 @@ def serve(
     token: str | None = None,
     run: str | Path | None = None,
     shards: str | None = None,
+    outside: bool = False,
+    urls: bool = False,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve the pages of a corpus until interrupted.
@@ -33,6 +36,8 @@ def serve(
         token: asked of every request; by default none on loopback, and a random one elsewhere.
         run: folder of a training run to show.
         shards: folder or fsspec URL of the shards, if they are not in the corpus.
+        outside: show photos outside of the corpus; see `Pictures`.
+        urls: fetch photos from URLs; see `Pictures`.
         on_ready: called with the address to open, token included, when the server accepts connections.
 
     Raises:
@@ -42,7 +47,7 @@ def serve(
         token = secrets.token_urlsafe(24)
     if token is not None and len(token) < 8:
         raise ConfigError("--token: give 8 characters or more, or leave it out to have one made")
-    app = make_app(Explorer(out, run, shards), token)
+    app = make_app(Explorer(out, run, shards, outside, urls), token)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host.strip("[]"), port), family=family)
@@ -54,6 +59,13 @@ def serve(
         query = "" if token is None else f"?token={token}"
         on_ready(f"http://{name}:{listening.getsockname()[1]}/{query}")
         config = uvicorn.Config(
-            app, log_level="warning", server_header=False, access_log=False, proxy_headers=False
+            app,
+            http=connections.TimedConnection,
+            ws="none",
+            limit_concurrency=connections.MOST_OPEN,
+            log_level="warning",
+            server_header=False,
+            access_log=False,
+            proxy_headers=False,
         )
         uvicorn.Server(config).run(sockets=[listening])

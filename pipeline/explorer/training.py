@@ -7,13 +7,17 @@ drawn. Each may be missing, or end in a line that is not complete.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...schemas.config import Limits
 from ...schemas.errors import ConfigError
+from ...schemas.records import Blob
+from ..io import confined, files, photos
 from .charts import Curve, draw_curve
 
 METRICS = "metrics.jsonl"
@@ -87,21 +91,28 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 def read_picture(folder: Path, number: int) -> bytes:
-    """A drawn image of the evaluation, by its number from 0.
+    """A drawn image of the evaluation, by its number from 0, as a JPEG of ours.
 
     Raises:
         ConfigError: there is no such picture.
+        BadRecord: the file is no picture.
+        IntegrityError: it leads out of the run's folder.
     """
     found = list_pictures(folder)
     if not 0 <= number < len(found) or found[number].stat().st_size > _MAX_PICTURE:
         raise ConfigError(f"the run has no picture {number}")
-    return found[number].read_bytes()
+    data = files.read(Blob(str(found[number])))
+    picture = photos.decode_image(Blob(found[number].name), data, Limits().max_pixels)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def _records(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, one per line or the whole file; whatever is not one is left out."""
     if not path.is_file():
         return
+    confined.check(path)
     with open(path, encoding="utf-8", errors="replace") as file:
         for text in [file.read()] if whole else file:
             try:

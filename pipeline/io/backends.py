@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import IO, Any, Literal, Protocol
 
+from . import confined
 from .failures import ShortRead
 
 FileKind = Literal["file", "folder"]
@@ -60,6 +61,7 @@ class LocalFiles:
     """Plain paths."""
 
     def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
+        confined.check(url)
         with open(local(url), "rb", buffering=0) as file:
             if start:
                 file.seek(start)
@@ -83,10 +85,12 @@ class LocalFiles:
         return "folder" if os.path.isdir(local(url)) else "file"
 
     def list_names(self, folder: str) -> list[str]:
+        confined.check(folder)
         return os.listdir(local(folder) or ".")
 
     def walk(self, folder: str) -> Iterator[tuple[str, str]]:
         root = local(folder)
+        confined.check(root)
         stack = [""]
         while stack:
             below = stack.pop()

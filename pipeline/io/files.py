@@ -19,6 +19,7 @@ import msgspec
 
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
+from . import confined
 from .backends import Backend, FsspecFiles, LocalFiles, has_magic, local
 from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
 
@@ -164,6 +165,7 @@ def read_mapped(url: str) -> Any:
 
 
 def _mapped(path: str) -> Any:
+    confined.check(path)
     with open(path, "rb") as file:
         if not file.seek(0, 2):
             return b""
@@ -348,6 +350,7 @@ def write_atomic(path: str | Path) -> Iterator[IO[bytes]]:
     A temporary file in the same folder, flushed to the disk, then renamed; removed if the block raises.
     """
     path = Path(path)
+    confined.check(path.parent)
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
     try:
         with open(temporary, "xb") as file:

@@ -10,6 +10,8 @@ from typing import IO, Any
 
 import msgspec
 
+from . import confined
+
 
 def read_lines(path: Path) -> list[bytes]:
     """The whole lines of a file without their line breaks; none if there is no such file."""
@@ -29,6 +31,7 @@ class LineReader:
 
     def new(self) -> list[bytes]:
         """The lines that have ended since the last call."""
+        confined.check(self.path)
         try:
             file = open(self.path, "rb")
         except FileNotFoundError:

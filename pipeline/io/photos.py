@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
+from ...schemas.config import Limits
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord
@@ -34,6 +35,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO")
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError)
 BROKEN += (AttributeError, MemoryError, struct.error, zlib.error)
 """What Pillow raises on files that are broken in one way or another."""
+
+MAX_PIXELS = Limits().max_pixels
+"""Most pixels of whatever is decoded where no configuration says how many: masks, label maps, pictures."""
 
 _HEADER_BYTES = 64 << 10
 _TAIL_BYTES = 64
@@ -155,6 +159,17 @@ def decode_image(photo: Blob, data: bytes, max_pixels: int) -> Image.Image:
             return to_rgb(opened)
     except BROKEN as error:
         raise BadRecord(Reason.PHOTO_UNREADABLE, f"{photo}: {error}; fetch the file again") from error
+
+
+def check_pixels(opened: Image.Image, most: int = MAX_PIXELS) -> None:
+    """Refuse an image by its header, before its pixels are decoded.
+
+    Raises:
+        ValueError: it has more pixels than `most`.
+    """
+    width, height = opened.size
+    if width * height > most:
+        raise ValueError(f"{width}x{height} pixels; at most {most:,} are decoded")
 
 
 def to_rgb(opened: Image.Image) -> Image.Image:

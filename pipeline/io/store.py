@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from ...schemas.errors import ConfigError
-from . import files
+from . import confined, files
 
 TEMPORARY = files.TEMPORARY
 
@@ -148,11 +148,12 @@ class FolderStore(Store):
         _sync(os.path.dirname(path))
 
     def write(self, path: str) -> IO[bytes]:
-        _make(os.path.dirname(path))
+        _make(_parent(path))
         return _Named(_Durable(path, "xb"), 1 << 20)
 
     def move(self, path: str, target: str) -> bool:
-        _make(os.path.dirname(target))
+        confined.check(_parent(path))
+        _make(_parent(target))
         is_there = True
         try:
             os.replace(path, target)
@@ -162,7 +163,8 @@ class FolderStore(Store):
         return is_there
 
     def keep(self, path: str, target: str) -> bool:
-        _make(os.path.dirname(target))
+        confined.check(path)
+        _make(_parent(target))
         try:
             os.link(path, target)
         except FileNotFoundError:
@@ -173,17 +175,21 @@ class FolderStore(Store):
         return True
 
     def flush(self, folder: str) -> None:
+        confined.check(folder)
         with suppress(FileNotFoundError, NotADirectoryError):
             _sync(folder)
 
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
+            confined.check(_parent(path))
             os.unlink(path)
 
     def delete_folder(self, path: str) -> None:
+        confined.check(path)
         shutil.rmtree(path, ignore_errors=True)
 
     def make_folder(self, path: str) -> None:
+        confined.check(path)
         _make(path)
 
     def size(self, path: str) -> int | None:
@@ -193,10 +199,12 @@ class FolderStore(Store):
             return None
 
     def read(self, path: str) -> bytes:
+        confined.check(path)
         with open(path, "rb", buffering=0) as file:
             return file.read()
 
     def list(self, folder: str) -> list[str]:
+        confined.check(folder)
         try:
             return sorted(os.listdir(folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -208,7 +216,7 @@ class FolderStore(Store):
     def _written(self, path: str, data: bytes) -> str:
         """A temporary file beside `path` with this content."""
         temporary = temporary_name(path)
-        _make(os.path.dirname(path))
+        _make(_parent(path))
         try:
             with io.BufferedWriter(_Durable(temporary, "xb"), 1 << 20) as file:
                 file.write(data)
@@ -262,6 +270,13 @@ def _without_links(error: OSError, path: str) -> OSError:
         what = f"this file system has no hard links ({error.strerror}), which a corpus needs"
         return OSError(error.errno, f"{what}; choose another `out`", path)
     return error
+
+
+def _parent(path: str) -> str:
+    """The folder of a file that is written or moved; it must not lie elsewhere than it says."""
+    folder = os.path.dirname(path)
+    confined.check(folder)
+    return folder
 
 
 def _make(folder: str) -> None:

@@ -151,6 +151,7 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, dict[str, np.ndarray | 
         raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {detail}")
     try:
         with photos.quiet(), Image.open(io.BytesIO(unturned(data)), formats=_FORMATS) as opened:
+            photos.check_pixels(opened)
             stored = str(opened.tile[0][3]) if opened.tile else ""
             lossy = opened.info.get("compression") if opened.format == "TIFF" else None
             opened.load()

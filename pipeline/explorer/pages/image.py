@@ -11,12 +11,12 @@ from urllib.parse import unquote
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 
-from ....schemas.errors import BadRecord
+from ....schemas.errors import BadRecord, IntegrityError
 from ....schemas.records import Rle
 from ..catalog import ImagePlace
 from ..context import CACHED, CurrentExplorer
 from ..evidence import read_evidence
-from ..pictures import MOST_DRAWN, draw_layers, outline
+from ..pictures import MOST_DRAWN, NotShown, draw_layers, outline
 from ..query import MEASURES, Query
 
 REVIEWER = "paracaption-reviewer"
@@ -103,12 +103,14 @@ def draw_regions(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 _NO_PHOTO = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 300" width="400" height="300">
 <rect width="400" height="300" fill="#20262c"/><text x="200" y="155" fill="#fff" font-family="sans-serif"
-font-size="20" text-anchor="middle">the photo cannot be read</text></svg>"""
+font-size="15" text-anchor="middle">{}</text></svg>"""
 
 
 def _picture(make: Callable[[], bytes]) -> Response:
     """A JPEG; for an image whose photo is missing or broken, a drawing that says so."""
     try:
         return Response(make(), media_type="image/jpeg", headers=CACHED)
-    except BadRecord:
-        return Response(_NO_PHOTO, media_type="image/svg+xml")
+    except NotShown as error:
+        return Response(_NO_PHOTO.format(error.detail), media_type="image/svg+xml")
+    except (BadRecord, IntegrityError):
+        return Response(_NO_PHOTO.format("the photo cannot be read"), media_type="image/svg+xml")

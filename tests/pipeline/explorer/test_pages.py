@@ -119,7 +119,8 @@ def test_outlines_stand_out_on_any_photo():
         assert numbered > 3, "large text of WCAG"
 
 
-def test_a_photo_is_a_jpeg_of_ours_whether_its_image_was_kept_or_not(client, out):
+def test_a_photo_is_a_jpeg_of_ours_whether_its_image_was_kept_or_not(out):
+    client = TestClient(make_app(Explorer(out, outside=True)), base_url="http://localhost:8080")
     kept = {row["key"] for row in corpus.regions(out, "coconut") if row["kept"]}
     lost = {row["key"] for row in corpus.regions(out, "coconut")} - kept - {"000000000002"}
     assert lost, "the corpus has an image without a kept region"
