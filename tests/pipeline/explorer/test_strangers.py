@@ -116,7 +116,7 @@ def test_the_watch_sees_what_python_and_what_a_library_opens(tmp_path, out):
     strangers.lay_out(tmp_path / "outside", out)
     path = tmp_path / "outside" / "ledger.parquet"
     with strangers.watched(tmp_path / "outside") as seen:
-        duckdb.sql(f"SELECT count(*) FROM '{path}'").fetchall()
+        duckdb.connect().execute(f"SELECT count(*) FROM '{path}'").fetchall()
     assert "inotify" in dict(seen)
     with strangers.watched(tmp_path / "outside") as seen:
         path.read_bytes()
