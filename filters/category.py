@@ -18,6 +18,9 @@ _NO_CATEGORY = frozenset(
     "|segment|part|category".split("|")
 )
 
+_NO_PHRASE = re.compile(r'[{}<>|\\"\x00-\x1f\x7f-\x9f]')
+"""Markup, a text within a text, and control characters."""
+
 
 def captioned(caption: str | None) -> Verdict:
     """Keep a region that the captioner had something to say about."""
@@ -63,7 +66,7 @@ def core_category(answer: str) -> tuple[str | None, Verdict]:
     phrase = re.sub(r"^(?:an?|the) (?=\w)", "", _plain(answer))
     if phrase in _NO_CATEGORY or not any(map(str.isalpha, phrase)):
         return None, Verdict(Reason.CATEGORY_NONE, f"no category: {answer[:60]!a}")
-    if len(phrase.split()) > MAX_CATEGORY_WORDS or len(phrase) > 80 or set(phrase) & set('{}<>|\\"\n'):
+    if len(phrase.split()) > MAX_CATEGORY_WORDS or len(phrase) > 80 or _NO_PHRASE.search(phrase):
         return None, Verdict(Reason.ANSWER_INVALID, f"not a noun phrase: {answer[:60]!a}")
     return phrase, Verdict()
 

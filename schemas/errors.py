@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 
+from .plain import plain_detail
 from .reasons import Reason
 
 
@@ -29,10 +30,15 @@ class BadRecord(ParaCaptionError):
 
     Args:
         reason: why, from the closed list of reasons.
-        detail: names the file and the record, and the fix where there is one.
+        detail: names the file and the record, and the fix where there is one. It may quote a stranger: what
+            no format can hold is escaped, and what is too long is cut.
+
+    Raises:
+        ValueError: there is no such reason.
     """
 
     def __init__(self, reason: Reason, detail: str):
+        reason, detail = Reason(reason), plain_detail(detail)
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail

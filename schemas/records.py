@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .plain import MAX_DETAIL, plain_detail
 from .reasons import Reason
 
 
@@ -76,12 +77,17 @@ class Drop(msgspec.Struct, frozen=True):
     Attributes:
         stage: name of the stage that decided ("source", "usable_masks", "verify_category", ...).
         reason: from the closed list.
-        detail: numbers and names a person needs to check the decision; no times, hosts or process ids.
+        detail: numbers and names a person needs to check the decision; no times, hosts or process ids. What
+            it quotes of a stranger is made plain, and cut if it is too long.
     """
 
     stage: str
     reason: Reason
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.detail.isascii() or len(self.detail) > MAX_DETAIL:
+            msgspec.structs.force_setattr(self, "detail", plain_detail(self.detail))
 
 
 class Region(msgspec.Struct):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.plain import plain_text
 from ...schemas.records import CREDIT_FIELDS, SCORES, ImageRecord, Region
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ SOURCE_SCORES = ("predicted_iou", "stability_score")
 """The publisher's numbers that have a column; SA-1B has both, COCONut none."""
 
 _IMAGE_LEVEL = Region(id=-1, rle=None)
-_INT64 = range(-(1 << 63), 1 << 63)
 
 
 @cache
@@ -118,7 +118,7 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
         A table of `ledger_schema()`. `shard`, offsets and lengths are null unless the region is kept,
         `photo_digest` unless the image has a sample and its evidence names the photo. A column that early
         releases did not know is left out where it is all null, so that the file is the one they wrote. Mask
-        columns are null if the mask could not be read. A number that does not fit 64 bits is null, and
+        columns are null if the mask could not be read. A number that does not fit its column is null, and
         characters that are not Unicode are escaped: nothing that a source or a model returns can keep a unit
         from being written.
     """
@@ -246,14 +246,27 @@ def _array(values: Any, kind: pa.DataType) -> pa.Array:
         return values
     try:
         return pa.array(values, kind)
-    except UnicodeEncodeError:
-        return pa.array(
-            [value and value.encode("utf-8", "backslashreplace").decode() for value in values], kind
-        )
-    except (OverflowError, pa.ArrowInvalid):
-        if not pa.types.is_int64(kind):
-            raise
-        return pa.array([value if value in _INT64 else None for value in values], kind)
+    except (UnicodeEncodeError, OverflowError, TypeError, pa.ArrowException):
+        return pa.array([_fitted(value, kind) for value in values], kind)
+
+
+def _fitted(value: Any, kind: pa.DataType) -> Any:
+    """A value as far as a column of this kind can hold it; None for what it cannot."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind):
+        return [_fitted(each, kind.value_type) for each in value] if isinstance(value, list | tuple) else None
+    if pa.types.is_string(kind):
+        return plain_text(value) if isinstance(value, str) else None
+    if pa.types.is_boolean(kind):
+        return value if isinstance(value, bool) else None
+    try:
+        if pa.types.is_integer(kind):
+            most = 1 << (kind.bit_width - 1)
+            return value if type(value) is int and -most <= value < most else None
+        return None if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = None) -> pa.Table:

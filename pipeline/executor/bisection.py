@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...schemas.errors import BadRecord, ConfigError, EngineLost, StageFailed
+from ...schemas.plain import words_of
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord
 from ..io.failures import kind_of
@@ -86,7 +87,7 @@ class Bisection:
         if isinstance(error, BadRecord):
             return Failure(error.reason, error.detail, kind_of(error))
         self._failed_alone += 1
-        self._last = Failure(Reason.MODEL_ERROR, f"{type(error).__name__}: {error}")
+        self._last = Failure(Reason.MODEL_ERROR, words_of(error))
         return self._last
 
 

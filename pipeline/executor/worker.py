@@ -22,6 +22,7 @@ import itertools
 import logging
 import os
 import time
+from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ import msgspec
 from ...schemas import errors as error_types
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, EngineLost, ParaCaptionError, StageFailed
+from ...schemas.plain import plain_text, words_of
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
 from ..corpus import writer
@@ -230,7 +232,7 @@ class Worker:
         report = getattr(self.models.get(stage.name), "report", None)
         if report is not None:
             try:
-                reported["report"] = {str(name): float(value) for name, value in report().items()}
+                reported["report"] = {plain_text(str(name)): float(v) for name, v in report().items()}
             except Exception:  # a number on a screen is not worth a unit
                 log.warning("%s: its report failed", stage.name, exc_info=True)
         return reported
@@ -331,7 +333,7 @@ class Worker:
                 try:
                     stage.run(image)
                 except Exception as error:  # noqa: BLE001 - an image that a filter trips over is a drop
-                    image.reject(Drop(stage.name, Reason.MODEL_ERROR, f"{type(error).__name__}: {error}"))
+                    image.reject(Drop(stage.name, Reason.MODEL_ERROR, words_of(error)))
                 seconds[stage.name] += time.perf_counter() - start
                 cpu[stage.name] += time.process_time() - start_cpu
         for stage in stages:
@@ -383,12 +385,20 @@ class Worker:
     def _ask_model(self, stage: ModelStage, batch: list[ImageRecord]) -> list[list[Any]]:
         if stage.name not in self.models:
             self._reload(stage)
+        given = [_copy(image) for image in batch]
         try:
             with self._watched(f"{stage.name}, at {batch[0].key}"), self.meters[stage.name].call():
-                return self._photos.ask(stage, self.models[stage.name], batch)
+                return self._photos.ask(stage, self.models[stage.name], given)
         except EngineLost:
             del self.models[stage.name]  # a dead engine fails on every image: the next call gets a fresh one
             raise
+        except (SystemExit, GeneratorExit, CancelledError) as error:
+            if hasattr(error, "ray_terminate_msg"):  # Ray ends this process
+                raise
+            raise RuntimeError(f"the backend ended itself: {words_of(error)}") from error
+        finally:
+            for image, seen in zip(batch, given, strict=True):
+                image.photo_digest = seen.photo_digest
 
     def _in_flight(self, stage: str, unit: Unit) -> InFlight:
         return InFlight(self.folder / "journal" / stage, unit.name, self._crash_attempts)
@@ -467,7 +477,12 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def _cannot_start(stage: ModelStage, error: Exception) -> str:
-    return f"{stage.name}: the backend cannot start: {type(error).__name__}: {error}"
+    return f"{stage.name}: the backend cannot start: {words_of(error)}"
+
+
+def _copy(image: ImageRecord) -> ImageRecord:
+    """A record for a backend, which may change what it is given."""
+    return msgspec.structs.replace(image, regions=[msgspec.structs.replace(each) for each in image.regions])
 
 
 def _name(stages: list[Stage | str]) -> str:

@@ -15,6 +15,9 @@ may have:
 A captioner reads photos with `photos.read_pixels(image)`, which notes on the image which bytes were seen. For
 one that reads them by other means they are hashed before each call, which is a second reading.
 
+Answers are checked (`stages/answers.py`): one of another type or without measure is a `model_error` of its
+region; what means the same, such as a `numpy.str_`, is taken. A backend may change the records that it gets.
+
 A backend may return a `BadRecord` in the place of one region's answer. That region is dropped with its reason
 and nothing is stored for it; the other answers stand.
 """
@@ -51,7 +54,8 @@ class Answer(msgspec.Struct, frozen=True):
 
     Attributes:
         text: the answer itself.
-        margin: how sure the judge is: above 0 it speaks for "yes". None if the judge has no such number.
+        margin: how sure the judge is: above 0 it speaks for "yes". None if the judge has no such number;
+            one that is not finite is none.
     """
 
     text: str

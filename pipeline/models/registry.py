@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ...schemas.config import Backend
-from ...schemas.errors import ConfigError
+from ...schemas.errors import ConfigError, ParaCaptionError
+from ...schemas.plain import words_of
 
 
 class Registered(NamedTuple):
@@ -111,9 +112,23 @@ def backend_identity(protocol: str, backend: Backend) -> dict[str, str]:
     """What the backend's answers depend on, for the evidence digest.
 
     The class says so by its method `identity`; without one, all options and the class's `version` count.
+
+    Raises:
+        ConfigError: there is no such backend, its options do not suit it, or what it says cannot be stored.
     """
     cls = find_backend(protocol, backend)
-    if hasattr(cls, "identity"):
-        return {"backend": backend.name, **cls.identity(**backend.options)}
-    options = msgspec.json.encode(backend.options, order="deterministic").decode()
-    return {"backend": backend.name, "options": options, "version": str(getattr(cls, "version", 0))}
+    try:
+        if hasattr(cls, "identity"):
+            found = {"backend": backend.name, **cls.identity(**backend.options)}
+        else:
+            options = msgspec.json.encode(backend.options, order="deterministic").decode()
+            found = {"backend": backend.name, "options": options, "version": str(getattr(cls, "version", 0))}
+        msgspec.json.encode(found)
+    except ParaCaptionError:
+        raise
+    except Exception as error:
+        detail = f"what its answers depend on cannot be written down: {words_of(error)}"
+        raise ConfigError(
+            f"{protocol}: {backend.name!r}: {detail}; correct its options, or its `identity`"
+        ) from error
+    return found

@@ -59,6 +59,8 @@ class _Records(msgspec.Struct):
     images: list[msgspec.Raw] | None = None
 
 
+_MAX_DIGITS = 1_000
+
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -116,13 +118,19 @@ def parse_json(data: bytes) -> Any:
         ValueError: not JSON even so; the message says where.
     """
     try:
-        return json.loads(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape"))
+        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+        return json.loads(text, parse_int=_whole)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as error:
         if words := what_is(data):
             raise ValueError(words) from error
         raise
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number; one of more digits than Python reads is infinite, which `problem_of` finds."""
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
 
 
 def problem_of(value: Any) -> str:
@@ -236,7 +244,7 @@ def _read_tolerantly(url: str, data: bytes) -> Document:
 
 def _members(text: str, lists: tuple[str, ...]) -> Iterator[tuple[str, Any, bool]]:
     """The top object's members as (name, value, False); the named lists' elements one by one, with True."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=_whole)
 
     def blank(at: int) -> int:
         found = _BLANK.match(text, at)

@@ -77,6 +77,7 @@ class Coconut(Source[CoconutOptions]):
     options_type = CoconutOptions
     recipe = "verify"
     paper_size = (334_000, 3_400_000)
+    checks_masks = True
     fixes = PHOTO_FIXES | {
         Reason.SIZE_MISMATCH: "photo, label map and annotation are of different releases; "
         "fetch matching ones",

@@ -53,7 +53,7 @@ class Segment(msgspec.Struct):
     category_id: int | None = None
     iscrowd: bool | int | None = None
     isthing: bool | int | None = None
-    area: int | float | None = None
+    area: float | None = None
     category: str | None = None
     category_name: str | None = None
 

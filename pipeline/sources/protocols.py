@@ -18,11 +18,13 @@ from pydantic import Field
 from ...filters.benchmark_photos import PhotoNames
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
+from ...schemas.plain import words_of
 from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Credit, Drop, ImageRecord
 from ...schemas.strict import Strict
 from ..io import failures, files
 from . import file_names
+from .clean import clean_image
 
 SOURCE_STAGE = "source"
 """Name of the stage under which sources drop."""
@@ -180,6 +182,8 @@ class Source(ABC, Generic[Options]):
         recipe: the recipe of a subset that names none.
         fixes: what to do about a problem, by the reason of a drop or by the kind of a note.
         paper_size: images and regions of this kind in the paper's corpus; None if it has none.
+        checks_masks: whether all its masks come from `filters.rle`. Those of any other source are checked
+            when an image has been read.
 
     Args:
         options: of this entry.
@@ -191,6 +195,7 @@ class Source(ABC, Generic[Options]):
     recipe: ClassVar[str]
     fixes: ClassVar[Mapping[str, str]] = {}
     paper_size: ClassVar[tuple[int, int] | None] = None
+    checks_masks: ClassVar[bool] = False
 
     def __init__(self, options: Options, where: str = "source"):
         self.options = options
@@ -258,13 +263,14 @@ class Source(ABC, Generic[Options]):
         except Exception as error:  # noqa: BLE001 - an unforeseen record is a drop, not the end of a build
             found = _unforeseen(error, f"{entry.annotation}")
             image.reject(drop(found.reason, found.detail), failures.kind_of(found))
+        clean_image(image, SOURCE_STAGE, self.checks_masks)
         return image
 
 
 def _unforeseen(error: Exception, where: str) -> BadRecord:
     unreadable = Reason.ANNOTATION_UNREADABLE
     if not failures.is_of_reading(error):
-        return BadRecord(unreadable, f"{where}: {type(error).__name__}: {error}")
+        return BadRecord(unreadable, f"{where}: {words_of(error)}")
     name = getattr(error, "filename", None)
     if failures.is_missing(error) and isinstance(name, str) and not files.is_gone(name):
         error = failures.ReadError(name, failures.describe(error), failures.Kind.TRANSIENT, missing=True)

@@ -33,7 +33,7 @@ class _Size(msgspec.Struct):
 class _Annotation(msgspec.Struct):
     segmentation: Any = None
     id: int | None = None
-    area: int | float | None = None
+    area: float | None = None
     predicted_iou: float | None = None
     stability_score: float | None = None
     crop_box: list[float] | None = None
@@ -73,6 +73,7 @@ class Sa1b(Source[Sa1bOptions]):
     options_type = Sa1bOptions
     recipe = "identify"
     paper_size = (83_000, 2_300_000)
+    checks_masks = True
     fixes = PHOTO_FIXES | {
         "area_differs": "the mask's own area counts",
         "other_file": "not read",

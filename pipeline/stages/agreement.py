@@ -8,9 +8,11 @@ import msgspec
 
 from ...filters import agreement
 from ...filters.verdict import Verdict
+from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region, Rle
-from ..models.protocols import Candidate, Segmenter
+from ..models.protocols import Segmenter
+from . import answers
 from .base import ModelStage, Threshold
 
 
@@ -61,19 +63,23 @@ class AgreeWithSegmenter(ModelStage):
         assert region.rle is not None
         return (region.core_category, region.rle.counts)
 
-    def ask(self, model: Segmenter, images: list[ImageRecord]) -> list[list[Resegmented]]:
+    def ask(self, model: Segmenter, images: list[ImageRecord]) -> list[list[Resegmented | BadRecord]]:
         import numpy as np
 
         from ..io.photos import read_pixels
 
-        answers = []
+        found = []
         for image in images:
             live = image.live()
             boxes = np.array([(x, y, x + w, y + h) for x, y, w, h in (r.bbox for r in live)], np.float32)
             phrases = [region.core_category or "" for region in live]
-            found = model.segment(read_pixels(image, self.config.limits.max_pixels), phrases, boxes)
-            answers.append([_best(region, options) for region, options in zip(live, found, strict=True)])
-        return answers
+            given = model.segment(read_pixels(image, self.config.limits.max_pixels), phrases, boxes)
+            options = answers.listed(given, len(live), "the regions' candidates")
+            size = (image.height, image.width)
+            found.append(
+                [_best(each, answers.candidates(own, size)) for each, own in zip(live, options, strict=True)]
+            )
+        return found
 
     def decide(self, region: Region, evidence: Resegmented) -> Verdict:
         return agreement.judge_iou(evidence.iou, evidence.score, evidence.num_candidates, self.config.min_iou)
@@ -83,10 +89,14 @@ class AgreeWithSegmenter(ModelStage):
         return row["iou"] is not None and evidence.iou == row["iou"]
 
 
-def _best(region: Region, options: list[Candidate]) -> Resegmented:
+def _best(region: Region, options: list[tuple[Rle | None, float]] | BadRecord) -> Resegmented | BadRecord:
     assert region.rle is not None
-    best = agreement.best_candidate([(option.rle, option.score) for option in options], region.rle)
+    if isinstance(options, BadRecord):
+        return options
+    masks = [(mask, score) for mask, score in options if mask is not None]
+    best = agreement.best_candidate(masks, region.rle)
     if best is None:
         return Resegmented(0.0, 0.0, None, 0)
     index, iou = best
-    return Resegmented(iou, options[index].score, options[index].rle.counts, len(options))
+    mask, score = masks[index]
+    return Resegmented(iou, score, mask.counts, len(options))

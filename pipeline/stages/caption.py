@@ -12,6 +12,7 @@ from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region
 from ..models.protocols import Captioner
+from . import answers
 from .base import ModelStage
 
 
@@ -33,7 +34,12 @@ class Caption(ModelStage):
         return (region.rle.counts, region.category)
 
     def ask(self, model: Captioner, images: list[ImageRecord]) -> list[list[Captioned | BadRecord]]:
-        return [[_captioned(caption) for caption in captions] for captions in model.caption(images)]
+        counts = [len(image.live()) for image in images]
+        found = []
+        for place, captions in enumerate(answers.listed(model.caption(images), len(images), "answers")):
+            most = counts[place] if place < len(counts) else 0
+            found.append([_captioned(each) for each in answers.listed(captions, most, "an image's captions")])
+        return found
 
     def decide(self, region: Region, evidence: Captioned) -> Verdict:
         region.caption = evidence.caption
@@ -44,9 +50,6 @@ class Caption(ModelStage):
         return evidence.caption == row["caption"]
 
 
-def _captioned(caption: str | BadRecord | None) -> Captioned | BadRecord:
-    if caption is None or isinstance(caption, str):
-        return Captioned(caption)
-    if isinstance(caption, BadRecord):
-        return caption
-    raise TypeError(f"a caption is a string or None, not {type(caption).__name__}")
+def _captioned(answer: Any) -> Captioned | BadRecord:
+    caption = answers.caption(answer)
+    return caption if isinstance(caption, BadRecord) else Captioned(caption)

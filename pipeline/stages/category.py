@@ -13,7 +13,8 @@ from ...filters.verdict import Verdict
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region
-from ..models.protocols import Answer, Judge, Question
+from ..models.protocols import Judge, Question
+from . import answers
 from .base import ModelStage, Threshold
 
 
@@ -35,17 +36,19 @@ class _JudgeStage(ModelStage):
 
     def ask(self, model: Judge, images: list[ImageRecord]) -> list[list[Judged | BadRecord]]:
         questions = [self._question_to_judge(region) for image in images for region in image.live()]
-        answers = model.ask(questions)
-        if len(answers) != len(questions):
-            raise ValueError(f"asked {len(questions)} questions, answered {len(answers)}")
-        rest = iter(answers)
-        return [[self._judged(answer) for answer in islice(rest, len(image.live()))] for image in images]
+        counts = [len(image.live()) for image in images]
+        given = answers.listed(model.ask(questions), len(questions), "answers")
+        if len(given) != len(questions):
+            raise ValueError(f"asked {len(questions)} questions, answered {len(given)}")
+        rest = iter(given)
+        return [[self._judged(answer) for answer in islice(rest, count)] for count in counts]
 
     def _question_to_judge(self, region: Region) -> Question:
         return Question(self.kind, region.caption or "")
 
-    def _judged(self, answer: Answer | BadRecord) -> Judged | BadRecord:
+    def _judged(self, given: Any) -> Judged | BadRecord:
         """An answer as evidence; one outside its schema is not kept, so that it can be asked for again."""
+        answer = answers.judgment(given)
         if isinstance(answer, BadRecord):
             return answer
         verdict = self._parse(answer.text)

@@ -1,0 +1,152 @@
+"""What a backend answered, made clean at the border: after this, an answer is of its type and of a fair size.
+
+A backend is a stranger's code. What means the same in another type is converted: a `numpy.str_`, a number
+of numpy or torch, an array or a generator in the place of a list. Anything else is refused with `MODEL_ERROR`
+for the region that it is about; where nobody can tell which answer is whose, for the image. So nothing comes
+into evidence or ledger that one of them cannot hold, and no mask reaches pycocotools unchecked.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Set, Sized
+from itertools import islice
+from typing import Any, TypeVar
+
+from ...filters import rle
+from ...schemas.errors import BadRecord
+from ...schemas.plain import plain_text, words_of
+from ...schemas.reasons import Reason
+from ...schemas.records import Rle
+from ..models.protocols import Answer, Candidate
+
+MAX_CHARS = 100_000
+"""Longest caption or answer. `text.max_chars` is far below; more is a model that runs on."""
+
+MAX_CANDIDATES = 10_000
+"""Most masks that a segmenter may give for one region."""
+
+MAX_MASK_CHARS = 8 << 20
+"""Most characters of all RLEs that a segmenter may give for one region. A mask has some hundreds."""
+
+Cleaned = TypeVar("Cleaned")
+
+
+def listed(answers: Any, count: int, what: str) -> list[Any]:
+    """Answers as a list, for the caller to count; of a generator no more than one too many are taken.
+
+    Raises:
+        TypeError: it is no list, tuple, array or generator; the letters of a text are no answers.
+    """
+    if isinstance(answers, str | bytes | Mapping | Set) or not isinstance(answers, Iterable):
+        raise TypeError(f"{what} are a list, not {_kind(answers)}")
+    return list(answers if isinstance(answers, Sized) else islice(answers, count + 1))
+
+
+def caption(answer: Any) -> str | BadRecord | None:
+    """A captioner's answer about one region; None if it has nothing to say."""
+    return _cleaned(lambda: None if answer is None else _text(answer, "a caption"), answer)
+
+
+def judgment(answer: Any) -> Answer | BadRecord:
+    """A judge's answer to one question. A margin that is not finite counts as none."""
+
+    def clean() -> Answer:
+        if not isinstance(answer, Answer):
+            raise _refused(f"a judge's answer is an `Answer`, not {_kind(answer)}")
+        margin = None if answer.margin is None else _number(answer.margin, "a margin")
+        if margin is not None and not math.isfinite(margin):
+            margin = None
+        return Answer(_text(answer.text, "a judge's answer"), margin)
+
+    return _cleaned(clean, answer)
+
+
+def candidates(given: Any, size: tuple[int, int]) -> list[tuple[Rle | None, float]] | BadRecord:
+    """A segmenter's answer about one region.
+
+    Args:
+        given: the candidates.
+        size: (height, width) of the image in pixels.
+
+    Returns:
+        The mask (None if it has no pixel) and the score of each candidate, in order.
+    """
+    return _cleaned(lambda: _candidates(given, size), given)
+
+
+def _candidates(given: Any, size: tuple[int, int]) -> list[tuple[Rle | None, float]]:
+    if isinstance(given, str | bytes | Mapping | Set) or not isinstance(given, Iterable):
+        raise _refused(f"a region's candidates are a list, not {_kind(given)}")
+    read, total = [], 0
+    for place, each in enumerate(islice(given, MAX_CANDIDATES + 1)):
+        if place == MAX_CANDIDATES:
+            raise _refused(f"more than {MAX_CANDIDATES:,} candidates")
+        read.append(_candidate(each, f"candidate {place}"))
+        total += len(read[-1][0]["counts"])
+        if total > MAX_MASK_CHARS:
+            raise _refused(f"RLEs of more than {MAX_MASK_CHARS:,} characters for one region")
+    found: list[tuple[Rle | None, float]] = []
+    masks = rle.check_all([code for code, _ in read], *size)
+    for place, (mask, (_, score)) in enumerate(zip(masks, read, strict=True)):
+        if isinstance(mask, BadRecord) and mask.reason is not Reason.MASK_EMPTY:
+            raise _refused(f"the mask of candidate {place}: {mask.detail}")
+        found.append((None if isinstance(mask, BadRecord) else mask.rle, score))
+    return found
+
+
+def _candidate(given: Any, name: str) -> tuple[dict[str, Any], float]:
+    """The RLE, as `rle.check_all` takes it, and the score."""
+    if not isinstance(given, Candidate) or not isinstance(given.rle, Rle):
+        raise _refused(f"{name} is no `Candidate` with an `Rle`")
+    score = _number(given.score, f"the score of {name}")
+    if not math.isfinite(score):
+        raise _refused(f"the score of {name} is {score}, no finite number")
+    counts = given.rle.counts
+    if not isinstance(counts, str | bytes):
+        raise _refused(f"the counts of {name} are text, not {_kind(counts)}")
+    size = [int(side) if isinstance(side, numbers.Integral) else side for side in given.rle.size]
+    return {"size": size, "counts": counts}, score
+
+
+def _cleaned(clean: Callable[[], Cleaned], answer: Any) -> Cleaned | BadRecord:
+    """What `clean` makes of an answer; the reason why it is none, also where a stranger's class raises."""
+    if isinstance(answer, BadRecord):
+        return answer
+    try:
+        return clean()
+    except BadRecord as refused:
+        return refused
+    except Exception as error:  # noqa: BLE001 - an object of a stranger's class
+        return _refused(f"the answer cannot be read: {words_of(error)}")
+
+
+def _text(value: Any, what: str) -> str:
+    value = _scalar(value)
+    if not isinstance(value, str):
+        raise _refused(f"{what} is text, not {_kind(value)}")
+    value = str.__str__(value)
+    if len(value) > MAX_CHARS:
+        raise _refused(f"{what} of {len(value):,} characters; the most is {MAX_CHARS:,}")
+    return plain_text(value)
+
+
+def _number(value: Any, what: str) -> float:
+    value = _scalar(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _refused(f"{what} is a number, not {_kind(value)}")
+    return float(value)
+
+
+def _scalar(value: Any) -> Any:
+    """The one value in a scalar or an array without axes of numpy or torch; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _refused(detail: str) -> BadRecord:
+    return BadRecord(Reason.MODEL_ERROR, detail)
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"

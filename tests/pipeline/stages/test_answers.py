@@ -1,0 +1,147 @@
+"""What backends answer, made clean: what means the same is taken, anything else is one record's error."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from paracaption.filters import rle
+from paracaption.pipeline.models.protocols import Answer, Candidate
+from paracaption.pipeline.stages import answers
+from paracaption.schemas.errors import BadRecord
+from paracaption.schemas.reasons import Reason
+from paracaption.schemas.records import Rle
+
+SIZE = (4, 6)
+MASK = rle.from_mask(np.eye(4, 6, dtype=bool)).rle
+NOTHING = rle.from_mask(np.zeros(SIZE, bool)).rle
+
+
+class Words(str):
+    __slots__ = ()
+
+
+class Hostile(Answer):
+    @property
+    def text(self):
+        raise RuntimeError("no text today")
+
+
+def refused(found) -> str:
+    assert isinstance(found, BadRecord) and found.reason is Reason.MODEL_ERROR
+    return found.detail
+
+
+@pytest.mark.parametrize("given", ["A cat.", np.str_("A cat."), Words("A cat."), np.array("A cat.")])
+def test_a_caption_in_another_type_of_text_is_that_caption(given):
+    found = answers.caption(given)
+    assert (type(found), found) == (str, "A cat.")
+
+
+@pytest.mark.parametrize("given", [5, 1.5, b"A cat.", ["A cat."], {"caption": "A cat."}, True, float("nan")])
+def test_a_caption_of_another_type_is_a_model_error(given):
+    assert refused(answers.caption(given)).startswith("a caption is text, not of type ")
+
+
+def test_a_caption_of_millions_of_words_is_a_model_error_and_names_the_limit():
+    assert refused(answers.caption("word " * 3_000_000)).endswith("the most is 100,000")
+    assert answers.caption("x" * answers.MAX_CHARS) == "x" * answers.MAX_CHARS
+
+
+def test_half_an_emoji_in_a_caption_is_escaped():
+    assert answers.caption("A smiling \ud83d face.") == "A smiling \\ud83d face."
+
+
+def test_no_caption_is_no_error():
+    assert answers.caption(None) is None
+
+
+@pytest.mark.parametrize(
+    "margin", [1, 1.0, np.float32(1), np.int64(1), torch.tensor(1.0), Fraction(1), np.array(1)]
+)
+def test_a_margin_in_another_type_of_number_is_that_margin(margin):
+    found = answers.judgment(Answer("yes", margin))
+    assert found == Answer("yes", 1.0) and isinstance(found, Answer) and type(found.margin) is float
+
+
+@pytest.mark.parametrize("margin", [None, math.nan, math.inf, -math.inf, torch.tensor(math.nan)])
+def test_a_margin_that_is_not_finite_is_none(margin):
+    assert answers.judgment(Answer("yes", margin)) == Answer("yes")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None, "yes", ("yes", 1.0), {"text": "yes"}, Answer(5, 1.0), Answer(None), Answer(b"yes"),
+        Answer("yes", "high"), Answer("yes", 10**400), Answer("yes", True), Answer("yes", 1j),
+        Answer("yes", np.array([1.0, 2.0])), Answer("x" * 3_000_000), Hostile("yes"),
+    ],
+)  # fmt: skip
+def test_a_judges_answer_of_another_type_or_without_measure_is_a_model_error(given):
+    refused(answers.judgment(given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [Candidate(MASK, 0.5)],
+        (Candidate(MASK, np.float64(0.5)),),
+        iter([Candidate(MASK, torch.tensor(0.5))]),
+        [Candidate(Rle(list(SIZE), MASK.counts.encode()), 0.5)],
+        [Candidate(Rle(tuple(np.array(SIZE)), MASK.counts), 0.5)],
+    ],
+)
+def test_candidates_in_other_types_are_those_candidates(given):
+    assert answers.candidates(given, SIZE) == [(MASK, 0.5)]
+
+
+def test_a_candidate_without_a_pixel_is_a_candidate_without_a_mask():
+    assert answers.candidates([Candidate(NOTHING, 0.5), Candidate(MASK, 0.4)], SIZE) == [
+        (None, 0.5),
+        (MASK, 0.4),
+    ]
+    assert answers.candidates([], SIZE) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None, 5, "mask", {"rle": MASK}, [None], [MASK], [(MASK, 0.5)], [Candidate(None, 0.5)],
+        [Candidate({"size": SIZE, "counts": MASK.counts}, 0.5)], [Candidate(Rle(SIZE, 5), 0.5)],
+        [Candidate(Rle((6, 4), MASK.counts), 0.5)], [Candidate(Rle((10**9, 10**9), "PPYo1"), 0.5)],
+        [Candidate(Rle(None, MASK.counts), 0.5)], [Candidate(Rle(("a", 6), MASK.counts), 0.5)],
+        [Candidate(Rle(SIZE, MASK.counts[:-2]), 0.5)], [Candidate(Rle(SIZE, "o" * 50), 0.5)],
+        [Candidate(Rle(SIZE, "\ud83d"), 0.5)], [Candidate(Rle(SIZE, ""), 0.5)],
+        [Candidate(Rle(SIZE, MASK.counts + "1" * 5000), 0.5)], [Candidate(Rle(SIZE, "1" * (1 << 24)), 0.5)],
+        [Candidate(MASK, math.nan)], [Candidate(MASK, math.inf)], [Candidate(MASK, "x")],
+        [Candidate(MASK, None)],
+        itertools.repeat(Candidate(MASK, 0.5)), itertools.repeat(Candidate(Rle(SIZE, "1" * 10**6), 0.5)),
+    ],
+)  # fmt: skip
+def test_candidates_that_are_none_are_a_model_error_within_a_second(given):
+    began = time.process_time()
+    refused(answers.candidates(given, SIZE))
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("given", ["ab", b"ab", {"a": 1, "b": 2}, {"a", "b"}, None, 5])
+def test_what_has_no_order_is_no_list_of_answers(given):
+    with pytest.raises(TypeError, match="answers are a list"):
+        answers.listed(given, 2, "answers")
+
+
+def test_of_answers_without_end_no_more_are_taken_than_one_too_many():
+    assert answers.listed(itertools.repeat("x"), 2, "answers") == ["x"] * 3
+    assert answers.listed(np.array(["a", "b"]), 2, "answers") == ["a", "b"]
+
+
+def test_a_backends_own_refusal_stays_what_it_is():
+    bad = BadRecord(Reason.ANSWER_INVALID, "no answer")
+    assert [make(bad) for make in (answers.caption, answers.judgment)] == [bad, bad]
+    assert answers.candidates(bad, SIZE) is bad
