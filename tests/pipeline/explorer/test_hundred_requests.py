@@ -134,13 +134,6 @@ def test_whoever_may_not_gets_nothing(servers, out, run, tmp_path, token, method
         opened = [each for event, each in seen if event == "open" and os.path.isabs(each)]
         packages = [str(Path(each.__file__).parent) for each in (paracaption, os)]
         known = (*packages, str(out), str(run), "/proc/", "/dev/null")
-            str(Path(paracaption.__file__).parent),
-            str(out),
-            str(run),
-            *os.path.realpath(os.__file__).rsplit("/", 1)[:1],
-            "/proc/",
-            "/dev/null",
-        )
         assert not [each for each in opened if not each.startswith(known) and "site-packages" not in each]
     if status in (401, 403):
         assert not [each for _, each in seen if each.startswith(str(out))]
