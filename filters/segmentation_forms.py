@@ -163,7 +163,10 @@ def _polygons(rings: list[Any], height: int, width: int) -> bytes:
             raise undecodable("a polygon is a list of at least 3 points, x and y in turn")
         if not all(type(number) in (int, float) for number in ring):
             raise undecodable("a polygon holds numbers only")
-        points = np.array(ring, np.float64).reshape(-1, 2)
+        try:
+            points = np.array(ring, np.float64).reshape(-1, 2)
+        except OverflowError:
+            raise undecodable("a polygon with a number of hundreds of digits") from None
         far = np.array([width, height]) + _MARGIN_PX
         if not ((points >= -_MARGIN_PX) & (points <= far)).all():
             raise undecodable(f"a polygon leaves its image by more than {_MARGIN_PX} pixels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from paracaption.pipeline.models.protocols import Answer, Candidate, Question
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import ImageRecord, Rle
+from tests import odd_values
 from tests.backends import InstantCaptioner, InstantJudge, InstantSegmenter
 
 
@@ -161,7 +163,10 @@ CANDIDATES: dict[str, Callable[[list[Candidate]], Any]] = {
 
 
 class _Odd:
-    """`odd`: what is answered in the first call, in the second, and so on; the last one in all others."""
+    """`odd`: what is answered in the first call, in the second, and so on; the last one in all others.
+
+    A name of `ODD`, or "any:SEED" for answers and "any list:SEED" for lists of them that are anything.
+    """
 
     def __init__(self, odd: list[str], **options: Any):
         super().__init__(**options)
@@ -174,6 +179,12 @@ class _Odd:
     def _answer(self, found: list[Any], each: dict[str, Callable[[Any], Any]], every: bool = True) -> Any:
         """The answers, odd ones in their place: all or the first one from `each`, or the list of them."""
         what = self._odd.pop() if len(self._odd) > 1 else self._odd[0]
+        kind, _, seed = what.partition(":")
+        if kind == "any":
+            random = Random(seed)
+            return [odd_values.value(random) if random.random() < 0.6 else one for one in found]
+        if kind == "any list":
+            return odd_values.value(Random(seed))
         if change := each.get(what):
             return [change(one) if every or not place else one for place, one in enumerate(found)]
         return (LISTS | FAIR_LISTS).get(what, list)(found)

@@ -128,6 +128,9 @@ def read_benchmark(
     """
     folder = Path(folder)
     raw = {name: read_json(folder / name) for name in FILES}
+    for name in (QUESTIONS, CLASSES):
+        if not isinstance(raw[name], dict):
+            raise ConfigError(f"{folder / name}: no object by the keys of the regions; download it again")
     layouts: dict[BenchmarkKind, Callable[[Any, Path], _Masks]] = {
         "paradlc": _paradlc_masks,
         "dlc": _dlc_masks,
@@ -145,6 +148,8 @@ def read_benchmark(
         if key not in raw[CLASSES]:
             raise ConfigError(f"{folder / CLASSES}: no class name for {key}; add it")
         (name, mask), class_name = masks[key], raw[CLASSES][key]
+        if not isinstance(class_name, str):
+            raise ConfigError(f"{folder / CLASSES}: the class name of {key} is no text; correct it")
         questions = (recognition_question(kind, class_name), *_questions(asked, folder, key))
         unverified += sum(isinstance(each, dict) and each.get("verified") is False for each in asked)
         digest.update(msgspec.json.encode([key, mask.rle, questions]))
@@ -174,7 +179,7 @@ def read_json(path: Path) -> Any:
         return msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; a benchmark is {', '.join(FILES)}") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({what_is(data) or error}); download it again") from error
 
 
@@ -196,7 +201,7 @@ def _dlc_masks(raw: Any, folder: Path) -> _Masks:
     path = folder / ANNOTATIONS
     found: _Masks = {}
     with _named(path, "images and annotations"):
-        images, annotations = {image["id"]: image for image in raw["images"]}, raw["annotations"]
+        images, annotations = {image["id"]: image for image in raw["images"]}, list(raw["annotations"])
     for number, annotation in enumerate(annotations):
         with _named(path, f"annotation {number}"):
             image, key = images[annotation["image_id"]], str(annotation["id"])
@@ -213,6 +218,8 @@ def _check_mask(raw: Any, size: tuple[int, int], path: Path, key: str) -> rle.Ma
 
 
 def _questions(raw: Any, folder: Path, key: str) -> Iterator[Question]:
+    if not isinstance(raw, list):
+        raise ConfigError(f"{folder / QUESTIONS}: {key}: no list of questions; correct it there")
     for number, each in enumerate(raw):
         with _named(folder / QUESTIONS, f"{key}, question {number}"):
             choices = tuple(Choice(str(text), float(score)) for text, score in each["choices"])

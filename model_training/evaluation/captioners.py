@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from ...pipeline.io import photos, weights
-from ...pipeline.models import registry
+from ...pipeline.models import answers, registry
 from ...pipeline.models.options import BackendOptions, read_options
 from ...schemas.config import Backend, Limits
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.evaluation import Bench
+from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
 from ..decoding.region_captioner import RegionCaptioner, check_saved_model
 from .annotations import BenchImage
@@ -205,17 +206,31 @@ class _BuildCaptioner:
         record = ImageRecord("image", "benchmark", blob, width, height, header.format, image.name, regions)
         start = time.perf_counter()
         try:
-            (answers,) = self.captioner.caption([record])
+            given = self.captioner.caption([record])
         except BadRecord as error:
-            answers = [error] * len(regions)
+            given = [[error] * len(image.regions)]
         seconds = time.perf_counter() - start
-        pairs = list(zip(image.regions, answers, strict=True))
+        pairs = list(zip(image.regions, _clean(given, len(image.regions)), strict=True))
         problems = {region.key: str(answer) for region, answer in pairs if isinstance(answer, BadRecord)}
         return Captions(
             [None if isinstance(answer, BadRecord) else answer or "" for _, answer in pairs],
             seconds,
             problems=problems,
         )
+
+
+def _clean(given: Any, count: int) -> list[str | BadRecord | None]:
+    """A captioner's answers about one image's regions, as `build` takes them."""
+    try:
+        images = answers.listed(given, 1, "answers")
+        captions = answers.listed(images[0], count, "captions") if len(images) == 1 else []
+        if len(captions) != count:
+            raise ValueError(
+                f"asked about {count} regions of 1 image, answered {len(captions)} of {len(images)}"
+            )
+    except (TypeError, ValueError) as error:
+        return [BadRecord(Reason.MODEL_ERROR, str(error))] * count
+    return list(map(answers.caption, captions))
 
 
 class _Predictions:
@@ -225,7 +240,7 @@ class _Predictions:
         self.path = Path(options.path)
         try:
             found = msgspec.json.decode(self.path.read_bytes(), type=dict[str, Any])
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise ConfigError(f"{self.path}: not a JSON of captions by key ({error}); correct it") from error
         self.captions = {key: text for key, text in found.items() if isinstance(text, str)}
 

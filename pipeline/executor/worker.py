@@ -20,6 +20,7 @@ import ctypes
 import faulthandler
 import itertools
 import logging
+import math
 import os
 import time
 from asyncio import CancelledError
@@ -232,7 +233,8 @@ class Worker:
         report = getattr(self.models.get(stage.name), "report", None)
         if report is not None:
             try:
-                reported["report"] = {plain_text(str(name)): float(v) for name, v in report().items()}
+                numbers = {plain_text(str(name)): float(value) for name, value in report().items()}
+                reported["report"] = {name: each for name, each in numbers.items() if math.isfinite(each)}
             except Exception:  # a number on a screen is not worth a unit
                 log.warning("%s: its report failed", stage.name, exc_info=True)
         return reported

@@ -15,7 +15,7 @@ may have:
 A captioner reads photos with `photos.read_pixels(image)`, which notes on the image which bytes were seen. For
 one that reads them by other means they are hashed before each call, which is a second reading.
 
-Answers are checked (`stages/answers.py`): one of another type or without measure is a `model_error` of its
+Answers are checked (`answers.py`): one of another type or without measure is a `model_error` of its
 region; what means the same, such as a `numpy.str_`, is taken. A backend may change the records that it gets.
 
 A backend may return a `BadRecord` in the place of one region's answer. That region is dropped with its reason

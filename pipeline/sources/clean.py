@@ -36,7 +36,13 @@ def clean_image(image: ImageRecord, stage: str, are_masks_checked: bool) -> None
         values = msgspec.structs.asdict(image.credit)
         if not all(type(value) is str and value.isascii() for value in values.values()):
             image.credit = Credit(**{name: _text(value) or "" for name, value in values.items()})
-    regions = list(image.regions)
+    try:
+        regions = list(image.regions)
+    except TypeError:
+        regions = []
+        detail = f"its source gives no list of regions, but {type(image.regions).__name__}"
+        image.regions = regions
+        image.reject(Drop(stage, Reason.ANNOTATION_UNREADABLE, detail))
     image.regions = [_clean(region, place, stage) for place, region in enumerate(regions)]
     if len({region.id for region in image.regions}) < len(regions):
         for place, region in enumerate(image.regions):
@@ -60,8 +66,8 @@ def _clean(region: Region, place: int, stage: str) -> Region:
         region.core_category = _text(region.core_category)
         region.is_thing = None if region.is_thing is None else bool(region.is_thing)
         for name in ("source_scores", "scores"):
-            if scores := getattr(region, name):
-                found = {plain_text(key): _number(value) for key, value in scores.items()}
+            if (scores := getattr(region, name)) != {}:
+                found = {plain_text(key): _number(value) for key, value in dict(scores or ()).items()}
                 setattr(region, name, {key: value for key, value in found.items() if value is not None})
         region.crop_box = _each(region.crop_box, _number)
         region.point_coords = _each(region.point_coords, lambda point: _each(point, _number))
@@ -74,6 +80,8 @@ def _clean(region: Region, place: int, stage: str) -> Region:
 def _check_masks(image: ImageRecord, stage: str) -> None:
     """Check and measure the masks as those of published files are."""
     given = [region for region in image.regions if region.rle is not None]
+    for region in image.regions:
+        region.area, region.bbox = 0, (0, 0, 0, 0)
     codes = [_code(region.rle) for region in given]
     if image.height and image.width:
         masks = rle.check_all(codes, image.height, image.width)
@@ -81,7 +89,7 @@ def _check_masks(image: ImageRecord, stage: str) -> None:
         masks = [BadRecord(Reason.SIZE_MISMATCH, "its source gives its image no size") for _ in codes]
     for region, mask in zip(given, masks, strict=True):
         if isinstance(mask, BadRecord):
-            region.rle, region.area, region.bbox = None, 0, (0, 0, 0, 0)
+            region.rle = None
             region.drop = region.drop or Drop(stage, mask.reason, f"region {region.id}: {mask.detail}")
         else:
             region.rle, region.area, region.bbox = mask

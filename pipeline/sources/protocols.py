@@ -18,7 +18,7 @@ from pydantic import Field
 from ...filters.benchmark_photos import PhotoNames
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError
-from ...schemas.plain import words_of
+from ...schemas.plain import MAX_DETAIL, plain_detail, words_of
 from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Credit, Drop, ImageRecord
 from ...schemas.strict import Strict
@@ -67,6 +67,10 @@ class Note(msgspec.Struct, frozen=True):
     kind: str
     detail: str
     region: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.detail.isascii() or len(self.detail) > MAX_DETAIL:
+            msgspec.structs.force_setattr(self, "detail", plain_detail(self.detail))
 
 
 class Catalog:

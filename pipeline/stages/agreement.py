@@ -11,8 +11,8 @@ from ...filters.verdict import Verdict
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region, Rle
+from ..models import answers
 from ..models.protocols import Segmenter
-from . import answers
 from .base import ModelStage, Threshold
 
 

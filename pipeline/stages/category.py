@@ -13,8 +13,8 @@ from ...filters.verdict import Verdict
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region
+from ..models import answers
 from ..models.protocols import Judge, Question
-from . import answers
 from .base import ModelStage, Threshold
 
 

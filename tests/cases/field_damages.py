@@ -11,7 +11,7 @@ from tests.cases.layouts import Made
 from tests.cases.parts import TEXT, Parts, kind_of
 
 _ODD: tuple[Any, ...] = (
-    None, True, False, "", "abc", "5", 5.0, 1.5, 0, -1, 1e300, 2**31, 2**63, 2**64, -(2**63) - 1,
+    None, True, False, "", "abc", "5", 5.0, 1.5, 0, -1, 1e300, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400,
     float("nan"), float("inf"), [], {}, [1], {"a": 1}, "\ud800", "../x", "/etc/passwd", "a\\b.jpg", "x" * 300,
 )  # fmt: skip
 _MASKS = ("segmentation", "counts", "size")

@@ -308,6 +308,17 @@ def test_a_pipeline_captioner_sees_the_photos_and_not_the_names(tmp_path):
     assert found.seconds > 0 and found.forwards == 0
 
 
+@pytest.mark.parametrize(
+    "odd", ["half an emoji", "number", "millions of words", "endless", "letters", "generator"]
+)
+def test_an_odd_answer_of_an_own_captioner_is_no_caption_or_what_it_can_mean(tmp_path, odd):
+    own = {"name": "tests.odd_answers:OddCaptioner", "options": {"odd": [odd, "good"]}}
+    run(config := config_of(tmp_path, own, None, kind="dlc"))
+    said = json.loads((_folder(config) / "predictions.json").read_text())
+    whole = odd in ("half an emoji", "generator")
+    assert len(said) == (4 if whole else 2)
+
+
 def test_missing_photos_are_an_error_or_left_out(tmp_path):
     config = config_of(tmp_path, {"name": "classical"}, None)
     (tmp_path / "bench" / "images" / "1.png").unlink()

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from paracaption.filters import rle
+from paracaption.pipeline.models import answers
 from paracaption.pipeline.models.protocols import Answer, Candidate
-from paracaption.pipeline.stages import answers
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Rle

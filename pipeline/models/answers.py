@@ -19,7 +19,7 @@ from ...schemas.errors import BadRecord
 from ...schemas.plain import plain_text, words_of
 from ...schemas.reasons import Reason
 from ...schemas.records import Rle
-from ..models.protocols import Answer, Candidate
+from .protocols import Answer, Candidate
 
 MAX_CHARS = 100_000
 """Longest caption or answer. `text.max_chars` is far below; more is a model that runs on."""
