@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 from importlib import resources
 
-import jinja2
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, Response
 
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError, one_line
 from .access import Guard
-from .context import CACHED, Explorer
+from .context import CACHED, ODD, Explorer
 from .pages import browse, image, overview, review, train, whatif
 
 log = logging.getLogger(__name__)
@@ -24,10 +23,6 @@ PAGES = (overview, browse, image, whatif, review, train)
 
 DAMAGED = 409
 """The status of a page that the state of the corpus, and not of the server, keeps from being shown."""
-
-ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, OSError)
-ODD += (MemoryError, RecursionError, jinja2.TemplateError)
-"""What code that reads a corpus raises where a file has been damaged, or was made up by somebody."""
 
 STATIC = {"explorer.css": "text/css", "explorer.js": "text/javascript", "icon.svg": "image/svg+xml"}
 

@@ -327,11 +327,14 @@ class Catalog:
 
         Raises:
             ConfigError: no committed unit has the image.
+            IntegrityError: its unit's ledger has not.
         """
         unit = self.find_unit(subset, key)
         names = [name for name, *_ in self.select("DESCRIBE SELECT * FROM LEDGERS", units=[unit])]
         sql = "SELECT * FROM LEDGERS WHERE key = $key AND subset = $subset ORDER BY file_row_number"
         rows = self.select(sql, {"key": key, "subset": subset}, units=[unit])
+        if not rows:
+            raise IntegrityError(f"{unit.ledger}: has no row of {key[:80]}; run `paracaption verify`")
         later = dict.fromkeys(ledger_schema().names)  # what the unit was built without
         return [later | dict(zip(names, row, strict=True)) for row in rows]
 

@@ -25,6 +25,11 @@ CACHED = {"Cache-Control": "private, max-age=300"}
 """Headers of what a browser may keep for some minutes."""
 
 
+ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, OSError)
+ODD += (MemoryError, RecursionError, jinja2.TemplateError)
+"""What code that reads a corpus raises where a file has been damaged, or was made up by somebody."""
+
+
 class Explorer:
     """A corpus that is shown.
 

@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from ...schemas.errors import ConfigError, ParaCaptionError
+from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError, one_line
 from ..corpus import inspect
 from ..io import files
-from .context import Explorer
+from .context import ODD, Explorer
 from .pages.overview import summarize_subsets
 from .reviews import KEPT, list_decisions
 
@@ -45,7 +45,13 @@ def write_report(
     path = Path(out) / NAME if to is None else Path(to)
     if not files.is_folder(str(path.parent)):
         raise ConfigError(f"{path}: no such folder; make it first")
-    data = render_report(Explorer(out, outside=outside, urls=urls)).encode()
+    try:
+        data = render_report(Explorer(out, outside=outside, urls=urls)).encode()
+    except ParaCaptionError:
+        raise
+    except ODD as error:
+        what = f"holds something that no build writes ({one_line(error)[:300]})"
+        raise IntegrityError(f"{out}: {what}; `paracaption verify` names the file") from error
     with files.write_atomic(path) as file:
         file.write(data)
     return path
