@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .strict import Location, Strict
+from .strict import Location, Published, Strict
 
 SHORTHANDS = ("coconut", "sa1b")
 """Keys that stand for a subset of that name whose sources are of that kind: `sa1b: [{paths: ...}]`."""
@@ -254,26 +254,12 @@ class Backend(Strict):
         "It does not enter any digest.",
     )
 
-    @field_validator("runtime_env")
-    @classmethod
-    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value.get("env_vars") or {}:
-            if _SECRET & set(name.upper().split("_")):
-                raise ValueError(
-                    f"{name} looks like a secret, and the configuration is published with the corpus; "
-                    "set it in the nodes' environment"
-                )
-        return value
-
     @model_validator(mode="after")
     def _ordered(self) -> Backend:
         low, high = self.concurrency
         if not 1 <= low <= high:
             raise ValueError(f"concurrency is (min, max) with 1 <= min <= max, not {self.concurrency}")
         return self
-
-
-_SECRET = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
 
 
 class Io(Strict):
@@ -354,7 +340,7 @@ class Benchmarks(Strict):
     )
 
 
-class BuildConfig(Strict):
+class BuildConfig(Published):
     """Everything that decides what is built. The resolved form is written into the output."""
 
     out: Location = Field(description="Folder of the corpus, on a file system that all nodes mount.")

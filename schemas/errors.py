@@ -15,6 +15,7 @@ import re
 
 from .plain import plain_detail
 from .reasons import Reason
+from .secrets import shorten
 
 
 class ParaCaptionError(Exception):
@@ -107,10 +108,12 @@ class BadSample(IntegrityError):
 def one_line(error: BaseException) -> str:
     """An error as one line: ours as it is, any other with its type and the line of its text that says most.
 
+    Secrets in it are hidden.
+
     Ray and torch put pages of traceback into an error's text, in which the last line of the form `Error: ...`
     is the error itself. Without a traceback, the first line says most.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in shorten(str(error)).splitlines() if line.strip()]
     if isinstance(error, ParaCaptionError):
         return " ".join(lines)
     causes = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*:", line)]

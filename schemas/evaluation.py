@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .config import Backend
-from .strict import Location, Strict
+from .strict import Location, Published, Strict
 
 _FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -25,7 +25,7 @@ class Captioner(Strict):
     )
 
 
-class Judge(Strict):
+class Judge(Published):
     """The language model that answers the benchmarks' questions."""
 
     name: Literal["vllm", "openai"] = Field(
@@ -76,7 +76,7 @@ class Bench(Strict):
     )
 
 
-class ProfileConfig(Strict):
+class ProfileConfig(Published):
     """What `paracaption profile` measures: the cost of captioning one photo after another."""
 
     corpus: Location = Field(description="Corpus whose photos are captioned.")
@@ -104,7 +104,7 @@ class ProfileConfig(Strict):
     )
 
 
-class EvaluateConfig(Strict):
+class EvaluateConfig(Published):
     """Everything that `paracaption evaluate` does. The results of all captioners gather in one folder."""
 
     out: Location = Field(description="Folder of the results and of history.jsonl.")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .secrets import shorten
+
 MAX_DETAIL = 1_000
 """Most characters of what a person reads about one drop or failure."""
 
@@ -42,8 +44,8 @@ def plain_detail(value: Any) -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """An error's type and text; never raises, also if the text cannot be made."""
-    return plain_detail(f"{type(error).__name__}: {plain_detail(error)}")
+    """An error's type and text, without secrets; never raises, also if the text cannot be made."""
+    return plain_detail(shorten(f"{type(error).__name__}: {plain_detail(error)}"))
 
 
 def fits_int64(value: Any) -> bool:

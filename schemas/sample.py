@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from .records import CREDIT_FIELDS, ImageRecord, Region
+from .secrets import shorten
 
 PHOTO_ENDING = "jpg"
 
@@ -75,7 +76,7 @@ def to_sample(image: ImageRecord, orientation: int = 1) -> Sample:
     return Sample(
         key=image.key,
         subset=image.subset,
-        file_name=image.file_name,
+        file_name=shorten(image.file_name, environment=False),
         photo_format=image.photo_format,
         width=image.width,
         height=image.height,

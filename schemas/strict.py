@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from . import renames
+from . import renames, secrets
 from .errors import ConfigError
 
 
@@ -31,7 +32,7 @@ class FileContext(NamedTuple):
 class Strict(BaseModel):
     """A part of a configuration file. It cannot be changed once it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @classmethod
     def from_stored(cls, values: Any) -> Self:
@@ -68,6 +69,27 @@ class Strict(BaseModel):
             raise ConfigError(
                 one_line_each(error, where, f"the keys are {', '.join(cls.model_fields)}")
             ) from error
+
+
+class Published(Strict):
+    """A whole configuration. It is published with what it makes, so one that holds a secret is refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, values: Any, info: ValidationInfo) -> Any:
+        if info.context and info.context.ours:  # what an early release has written is read
+            return values
+        found = [
+            InitErrorDetails(
+                type=PydanticCustomError("secret", "{what}; {fix}", {"what": each.what, "fix": secrets.FIX}),
+                loc=each.place,
+                input=secrets.HIDDEN,
+            )
+            for each in secrets.find(values)
+        ]
+        if found:
+            raise ValidationError.from_exception_data(cls.__name__, found, hide_input=True)
+        return values
 
 
 def _absolute(path: str, info: ValidationInfo) -> str:
@@ -129,7 +151,8 @@ def one_line_each(
             wrong = f"unknown key; {keys}"
         else:
             together = each["type"] == "value_error" and isinstance(each["input"], dict)  # of keys
-            given = "" if together or each["type"] == "missing" else f" (given: {each['input']!r})"
-            wrong = each["msg"].removeprefix("Value error, ") + given
+            is_told = not together and each["type"] not in ("missing", "secret")
+            given = f" (given: {secrets.shorten(repr(each['input']))})" if is_told else ""
+            wrong = secrets.shorten(each["msg"].removeprefix("Value error, ")) + given
         lines.append(": ".join(filter(None, (where, place, wrong))))
     return "\n".join(lines)

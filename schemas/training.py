@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .decoding import DecodeOptions
-from .strict import Location, Strict
+from .strict import Location, Published, Strict
 
 
 class Model(Strict):
@@ -310,7 +310,7 @@ class Evaluation(DecodeOptions):
     )
 
 
-class TrainConfig(Strict):
+class TrainConfig(Published):
     """Everything that decides what is trained. The resolved form is written into the output."""
 
     out: Location = Field(description="Folder of the checkpoints, the metrics and the trained model.")

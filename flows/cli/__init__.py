@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -11,6 +13,7 @@ from typer.core import TyperGroup
 
 from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
+from ...schemas.secrets import shorten
 from . import build, check, corpus, evaluate, model, versions
 
 
@@ -53,10 +56,11 @@ app.add_typer(evaluate.benchmarks, name="benchmark", rich_help_panel=MODEL)
 def main() -> None:
     """Entry point: errors of ours are one clear line and exit code 2, anything else is a traceback."""
     _show_old_names()
+    _log_no_secrets()
     try:
         app()
     except ParaCaptionError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shorten(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         from ...pipeline.executor import packages
@@ -66,6 +70,21 @@ def main() -> None:
             raise
         print(f"error: {name} is not installed; {packages.how_to_install(name)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _log_no_secrets() -> None:
+    """Shorten every message that this process logs, whoever logs it."""
+    make = logging.getLogRecordFactory()
+
+    def made(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make(*arguments, **named)
+        with suppress(Exception):  # a message that cannot be made is logging's to report
+            text = record.getMessage()
+            if (shown := shorten(text)) != text:
+                record.msg, record.args = shown, ()
+        return record
+
+    logging.setLogRecordFactory(made)
 
 
 def _show_old_names() -> None:

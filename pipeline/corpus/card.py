@@ -15,6 +15,7 @@ import yaml
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ...schemas.records import SCORES
+from ...schemas.secrets import HIDDEN, is_secret_name, shorten
 from ..sources.registry import open_source, subset_title
 
 if TYPE_CHECKING:
@@ -175,7 +176,10 @@ def _sources_of(config: BuildConfig, subset: str) -> list[tuple[str, str]]:
 def _published(value: Any) -> Any:
     """A value of the configuration for strangers: of a path only its name, of a URL no password."""
     if isinstance(value, dict):
-        return {name: _published(each) for name, each in value.items()}
+        return {
+            name: HIDDEN if isinstance(each, str) and each and is_secret_name(name) else _published(each)
+            for name, each in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_published(each) for each in value]
     if not isinstance(value, str):
@@ -184,8 +188,8 @@ def _published(value: Any) -> Any:
         return f".../{PurePosixPath(value).name}"
     if "://" in value:
         address = urlsplit(value)
-        return urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2], query=""))
-    return value
+        value = urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2], query=""))
+    return shorten(value, environment=False)
 
 
 _SPLITS = """

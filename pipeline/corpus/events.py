@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from ...schemas.secrets import shorten
 from ..io.json_lines import LineReader, LineWriter
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ class EventLog:
         self._complained = False
 
     def emit(self, what: str, **fields: Any) -> None:
-        """Append one event, stamped now. Never raises an `OSError`."""
+        """Append one event, stamped now, its detail without secrets. Never raises an `OSError`."""
+        if detail := fields.get("detail"):
+            fields["detail"] = shorten(detail)
         try:
             if self._lines is None:
                 self._lines = LineWriter(self.path)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.plain import plain_text
 from ...schemas.records import CREDIT_FIELDS, SCORES, ImageRecord, Region
+from ...schemas.secrets import shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -155,8 +156,8 @@ _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,16}\b")
 
 
 def _published(detail: str) -> str:
-    """The detail of a drop without what only the builder's machine knows: folders, addresses in memory."""
-    return _ADDRESS.sub("0x...", _PATH.sub(".../", detail))
+    """The detail of a drop without secrets, and without folders and addresses in memory of the builder."""
+    return _ADDRESS.sub("0x...", _PATH.sub(".../", shorten(detail, environment=False)))
 
 
 def _regions_of(images: list[ImageRecord]) -> tuple[list[Region], list[int]]:
@@ -200,7 +201,7 @@ def _of_images(images: list[ImageRecord]) -> dict[str, pa.Array]:
     values = {
         "subset": (image.subset for image in images),
         "key": (image.key for image in images),
-        "file_name": (image.file_name for image in images),
+        "file_name": (shorten(image.file_name, environment=False) for image in images),
         "photo_format": (image.photo_format for image in images),
         "image_width": (image.width for image in images),
         "image_height": (image.height for image in images),

@@ -13,6 +13,7 @@ import msgspec
 from ...schemas.errors import IntegrityError
 from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Credit, Drop
+from ...schemas.secrets import shorten
 from ..io import files
 from ..io.tables import TableFile
 from ..sources.protocols import CatalogEntry
@@ -155,7 +156,11 @@ def _row(entry: CatalogEntry, content: bytes) -> tuple[Any, ...]:
         ),
         entry.record,
         _text(entry.file_name),
-        *((None, None, None) if drop is None else (drop.stage, drop.reason.value, _text(drop.detail))),
+        *(
+            (None, None, None)
+            if drop is None
+            else (drop.stage, drop.reason.value, _text(shorten(drop.detail, environment=False)))
+        ),
         content,
     )
 

@@ -15,6 +15,7 @@ from ...schemas.errors import BadRecord, ConfigError, EngineLost, StageFailed
 from ...schemas.plain import words_of
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord
+from ...schemas.secrets import shorten
 from ..io.failures import kind_of
 from ..stages.base import Failure, UnitAnswers
 from .in_flight import InFlight
@@ -85,7 +86,7 @@ class Bisection:
 
     def _failure(self, error: Exception) -> Failure:
         if isinstance(error, BadRecord):
-            return Failure(error.reason, error.detail, kind_of(error))
+            return Failure(error.reason, shorten(error.detail), kind_of(error))
         self._failed_alone += 1
         self._last = Failure(Reason.MODEL_ERROR, words_of(error))
         return self._last

@@ -10,6 +10,7 @@ from pathlib import Path
 from ...schemas.config import BuildConfig, dump_config
 from ...schemas.errors import StageFailed, UnitsHeldBack
 from ...schemas.records import Blob
+from ...schemas.secrets import shorten
 from ..corpus import reader, writer
 from ..corpus.events import EventLog
 from ..corpus.owner import Owner
@@ -96,7 +97,7 @@ class Committer:
         unit = draft.manifest.unit
         log.warning("%s is held back: %s", unit, draft.held)
         writer.discard(self.owner.out, draft)
-        self.owner.held_back[draft.name] = draft.held
+        self.owner.held_back[draft.name] = shorten(draft.held)
         self.progress.held[unit] = self.held_in_a_row[unit] = draft.held
         if len(self.held_in_a_row) >= self.stop_after:
             raise UnitsHeldBack(held_back(self.held_in_a_row, " in a row"))

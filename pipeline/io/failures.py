@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError, Retryable, one_line
 from ...schemas.reasons import Reason
+from ...schemas.secrets import shorten
 
 log = logging.getLogger(__name__)
 
@@ -281,6 +282,7 @@ class ReadError(OSError):
     """
 
     def __init__(self, url: str, why: str, kind: Kind, missing: bool = False):
+        url = shorten(url)
         super().__init__(f"{url}: {why}")
         self.url, self.why, self.kind, self.missing = url, why, kind, missing
 
@@ -310,12 +312,13 @@ def kind_of(error: BadRecord) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """What happened, in a line, without the name of the file if the error keeps it apart."""
+    """What happened, in a line without secrets, and without the file's name if the error keeps it apart."""
     if isinstance(error, ReadError):
         return error.why
     if isinstance(error, OSError) and error.strerror:
         return str(error.strerror)
-    return " ".join(str(error).split()) if isinstance(error, OSError) and str(error) else one_line(error)
+    told = " ".join(str(error).split()) if isinstance(error, OSError) and str(error) else one_line(error)
+    return shorten(told)
 
 
 def to_failure(
@@ -334,7 +337,7 @@ def to_failure(
         A `ConfigError` if the set-up is wrong: nothing else would be read either.
     """
     kind, what = classify(error), where or getattr(error, "url", "")
-    detail = f"{what}: {describe(error)}" if what else describe(error)
+    detail = f"{shorten(what)}: {describe(error)}" if what else describe(error)
     if kind is Kind.SETUP:
         return ConfigError(f"{detail}; {_mend(detail)}")
     if kind is Kind.TRANSIENT:
@@ -361,7 +364,11 @@ def to_stop(error: Exception, where: str) -> ParaCaptionError | None:
     if isinstance(error, ParaCaptionError):
         return error
     url = getattr(error, "url", None) or getattr(error, "filename", None)
-    what = f"{where}: {url}: {describe(error)}" if isinstance(url, str) else f"{where}: {describe(error)}"
+    what = (
+        f"{where}: {shorten(url)}: {describe(error)}"
+        if isinstance(url, str)
+        else f"{where}: {describe(error)}"
+    )
     if is_of_reading(error) or isinstance(error, ImportError):
         match classify(error):
             case Kind.TRANSIENT:
