@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from ..schemas.evaluation import Bench, EvaluateConfig
-from . import callbacks
-from .steps import artifact_key, embedded, step
+from . import artifacts, callbacks
+from .steps import run_name, step
 
 HISTORY = "history.jsonl"
 
 
-@flow(name="evaluate-captioner", log_prints=False)
+@flow(name="evaluate-captioner", flow_run_name=run_name, log_prints=False)
 def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
     """A captioner in, its scores out.
 
@@ -44,7 +43,9 @@ def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
         found["toy"] = compare_with_truth(config)
     if config.profile:
         found["profile"] = measure_cost(config)
-    return append_history(config, found)
+    record = append_history(config, found)
+    artifacts.PUBLISHER.wait()
+    return record
 
 
 @step
@@ -77,7 +78,7 @@ def score(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
     result = run_benchmark.score_answers(bench, config.judge, folder).to_json()
     results_page.write_page(bench, config.label, folder)
     rows = [{"number": name, "value": value} for name, value in _flat(result).items()]
-    create_table_artifact(key=artifact_key("scores", config.label, bench.name), table=rows)
+    artifacts.publish_table(artifacts.artifact_key("scores", config.label, bench.name), rows)
     return result
 
 
@@ -109,9 +110,9 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
     given = captioners.model_options(config.backend())
     folder = Path(config.out) / config.label / "profile"
     rows = profile.measure_costs(given.model, config.profile, folder, given.device, given.dtype)
-    picture = embedded(folder / profile.PLOT)
+    picture = artifacts.embedded(folder / profile.PLOT)
     markdown = f"# {config.label}\n\n{picture}\n\n{profile.markdown_table(rows)}"
-    create_markdown_artifact(key=artifact_key("profile", config.label), markdown=markdown)
+    artifacts.publish_markdown(artifacts.artifact_key("profile", config.label), markdown)
     seconds = {f"{row.mode} {row.regions}": row.seconds for row in rows if row.study == "regions"}
     return {"seconds": seconds, "device": rows[0].device}
 

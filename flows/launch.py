@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import logging
 import os
@@ -12,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..schemas.errors import ParaCaptionError
 from . import callbacks
-from .prefect_server import PrefectServer
+from .prefect_server import PrefectServer, answers
 
 if TYPE_CHECKING:
+    from prefect import Flow
+
     from ..pipeline.executor.progress import Progress
     from ..pipeline.executor.ray_data import RayEngine
     from ..schemas.config import BuildConfig
     from ..schemas.evaluation import EvaluateConfig
     from ..schemas.training import TrainConfig
+
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -50,6 +57,9 @@ def _quiet_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     import prefect  # noqa: F401 - sets its loggers up
 
+    logging.raiseExceptions = False  # a log line that its server does not take is no news
+    for name in ("prefect.events.clients", "prefect._internal.concurrency", "EventsWorker", "APILogWorker"):
+        logging.getLogger(name).addFilter(lambda _: False)  # nor is an event; `artifacts` says it once
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_is_news)
 
@@ -59,6 +69,41 @@ def _is_news(record: logging.LogRecord) -> bool:
     if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
         return False
     return "Finished in state Failed" not in record.getMessage()
+
+
+def _call(flow: Flow[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a flow. What its function returned or raised counts, also where Prefect can take no note of it.
+
+    Prefect reports the end of a flow to its server, and raises what the connection raises if that is gone.
+    """
+    from prefect.exceptions import Abort
+
+    returned: list[Any] = []
+    raised: list[Exception] = []
+
+    @functools.wraps(flow.fn)
+    def noted(*given: Any, **named: Any) -> Any:
+        try:
+            returned.append(flow.fn(*given, **named))
+        except Exception as error:  # noqa: BLE001 - raised below
+            raised.append(error)
+        if not answers():
+            raise Abort("no server to tell")  # which ends the flow without telling one
+        if raised:
+            raise raised[-1]
+        return returned[-1]
+
+    watched = copy.copy(flow)
+    watched.fn = noted
+    try:
+        return watched(*arguments, **options)
+    except (Abort, Exception) as error:
+        if raised:
+            raise raised[-1] from None
+        if not returned:
+            raise
+        log.warning("Prefect's server took no note of the run's end (%s); the run itself is complete", error)
+        return returned[-1]
 
 
 def build(
@@ -75,7 +120,7 @@ def build(
     with _prefect("paracaption.flows.build", lambda: engine.start(config)) as flow:
         callbacks.engine.set(engine)
         callbacks.on_build_progress.set(on_progress)
-        return flow.build_corpus(config, engine.address, **asked)
+        return _call(flow.build_corpus, config, engine.address, **asked)
 
 
 def train(
@@ -84,11 +129,11 @@ def train(
     """Run the flow `train-captioner`; `report` is called with each step's record."""
     with _prefect("paracaption.flows.train") as flow:
         callbacks.on_training_step.set(report)
-        return flow.train_captioner(config, ray_address, wait)
+        return _call(flow.train_captioner, config, ray_address, wait)
 
 
 def evaluate(config: EvaluateConfig, count: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Run the flow `evaluate-captioner`; `count` is called with what is being done, and how much of it."""
     with _prefect("paracaption.flows.evaluate") as flow:
         callbacks.on_evaluation_progress.set(count)
-        return flow.evaluate_captioner(config)
+        return _call(flow.evaluate_captioner, config)

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from ..schemas.training import CorpusSource, TrainConfig
-from . import callbacks
-from .steps import embedded, step
+from . import artifacts, callbacks
+from .steps import run_name, step
 
 _CHECK_EVERY_S = 30.0
 
 
-@flow(name="train-captioner", log_prints=False)
+@flow(name="train-captioner", flow_run_name=run_name, log_prints=False)
 def train_captioner(
     config: TrainConfig, ray_address: str | None = None, wait: bool = False
 ) -> dict[str, Any]:
@@ -38,6 +37,7 @@ def train_captioner(
     publish_curves(config)
     if config.evaluation:
         done["evaluation"] = evaluate(config, done["model"])
+    artifacts.PUBLISHER.wait()
     return done
 
 
@@ -74,12 +74,13 @@ def publish_curves(config: TrainConfig) -> None:
 
     out = Path(config.out)
     curves.draw_loss_curves({out.name: out}, out / "loss.png")
-    create_markdown_artifact(key="training-loss", markdown=f"# {out}\n\n{embedded(out / 'loss.png')}\n")
+    curves_page = f"# {out}\n\n{artifacts.embedded(out / 'loss.png')}\n"
+    artifacts.publish_markdown("training-loss", curves_page)
     rows = [
         {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
         for record in metrics.read_metrics(out)[-1:]
     ]
-    create_table_artifact(key="training-last-step", table=rows, description=f"{out}: the last step")
+    artifacts.publish_table("training-last-step", rows, f"{out}: the last step")
 
 
 @step
@@ -96,6 +97,6 @@ def evaluate(config: TrainConfig, model: str) -> dict[str, Any]:
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in summary._asdict().items()
     ]
-    lines += ["", *(embedded(picture) for picture in pictures)]
-    create_markdown_artifact(key="sample-captions", markdown="\n".join(lines))
+    lines += ["", *(artifacts.embedded(picture) for picture in pictures)]
+    artifacts.publish_markdown("sample-captions", "\n".join(lines))
     return summary._asdict()

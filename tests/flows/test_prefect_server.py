@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from paracaption.flows import prefect_server
 from paracaption.flows.prefect_server import PrefectServer
+from paracaption.pipeline.corpus.events import Event, EventReader
 from paracaption.schemas.errors import StageFailed
+from tests.machinery import alone
+
+ROOT = Path(__file__).resolve().parents[2]
 
 DRIVER = """
 import time
@@ -31,6 +36,32 @@ def gone(pid: int, limit_s: float = 60.0) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+FORKING = """
+import os, sys, time
+from paracaption.flows.prefect_server import PrefectServer
+with PrefectServer() as server:
+    child = os.fork()
+    if child:
+        print(server.process.pid, child, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_server_ends_with_its_driver_though_a_forked_child_lives_on(how):
+    """A child that was forked holds the pipe that the server watches."""
+    with subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        server, child = map(int, driver.stdout.readline().split())
+        driver.send_signal(how)
+        driver.wait()
+        try:
+            assert gone(server)
+            assert psutil.pid_exists(child)
+        finally:
+            psutil.Process(child).kill()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -77,3 +108,59 @@ def test_a_named_server_that_is_not_there_is_one_line_and_other_errors_stay(monk
             raise RuntimeError("Failed to reach API at http://127.0.0.1:9/api/")
         with pytest.raises(RuntimeError, match=r"^something else$"), named.ready():
             raise RuntimeError("something else")
+
+
+LOSING = """
+import os, sys
+from pathlib import Path
+from paracaption.flows import launch, prefect_server
+from paracaption.pipeline.executor.local import LocalEngine
+from tests.building import config_of
+from tests.synthetic import write_coconut
+
+class Engine(LocalEngine):
+    address = None
+    def start(self, config):
+        pass
+
+root, signum = Path(sys.argv[1]), int(sys.argv[2])
+config = config_of(root / "out", coconut=write_coconut(root / "source", 24), captioner={"delay_s": 0.3})
+started = []
+enter = prefect_server.PrefectServer.__enter__
+
+def enter_and_note(self):
+    entered = enter(self)
+    started.append(self.process.pid)
+    return entered
+
+prefect_server.PrefectServer.__enter__ = enter_and_note
+
+def lose(progress):
+    if progress.done == 1 and started:
+        os.kill(started.pop(), signum)
+
+print("kept", launch.build(config, Engine(), lose)["subsets"]["coconut"]["counts"]["kept"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.soak)])
+def test_a_build_ends_well_without_the_server_that_died_or_hangs(tmp_path, monkeypatch, how):
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "WARNING")
+    with alone():
+        command = [sys.executable, "-c", LOSING, str(tmp_path), str(int(how))]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["kept", "96"]
+    assert "took no note of the run's end" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 3, done.stderr
+    begun, ended = (event.time_s for event in ends_of(tmp_path / "out"))
+    assert ended - begun < 24 * 0.3 + 30, "commits waited for the server"
+
+
+def ends_of(out: Path) -> list[Event]:
+    """The events of a build's begin and end."""
+    [run] = (out / "events").iterdir()
+    return [event for event in EventReader(run).new() if event.what in ("begun", "ended")]
