@@ -65,10 +65,10 @@ class EventLog:
     Args:
         folder: OUT/events/<run>.
         who: the worker's name.
-        on_event: called after each event.
+        on_event: called with each event, after it was appended.
     """
 
-    def __init__(self, folder: Path, who: str, on_event: Callable[[], None] = lambda: None):
+    def __init__(self, folder: Path, who: str, on_event: Callable[[Event], None] = lambda _: None):
         self.on_event = on_event
         self.path = folder / f"{who}-{socket.gethostname()}-{os.getpid()}.jsonl"
         self._lines: LineWriter | None = None
@@ -78,15 +78,16 @@ class EventLog:
         """Append one event, stamped now, its detail without secrets. Never raises an `OSError`."""
         if detail := fields.get("detail"):
             fields["detail"] = shorten(detail)
+        event = Event(time.time(), what, **fields)
         try:
             if self._lines is None:
                 self._lines = LineWriter(self.path)
-            self._lines.append(Event(time.time(), what, **fields))
+            self._lines.append(event)
         except OSError as error:
             if not self._complained:
                 log.warning("%s: %s; events are lost, the build goes on", self.path, error)
                 self._complained = True
-        self.on_event()
+        self.on_event(event)
 
     def close(self) -> None:
         """Close the file; another event would open it again."""

@@ -67,7 +67,7 @@ class LocalEngine:
             StageFailed: a backend cannot start, or the output cannot be written.
         """
         with (
-            Worker(job, [SOURCE_STAGE, *stages, writer.WRITE_STAGE], on_event=tick) as worker,
+            Worker(job, [SOURCE_STAGE, *stages, writer.WRITE_STAGE], on_event=lambda _: tick()) as worker,
             _stalls_logged(worker.stack_path, job.config.failures.stall_s),
         ):
             for index in units:

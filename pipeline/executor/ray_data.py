@@ -31,7 +31,8 @@ from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_of
-from .worker import Job, Worker, draft_of
+from .ray_metrics import RayMetrics
+from .worker import Job, Worker, draft_of, name_of
 
 Steps = list[list[Stage | str]]
 
@@ -109,10 +110,14 @@ class RayEngine:
         steps = steps_of(stages, job.config)
         check_resources(steps, job.config)
         rows = _Rows(_dataset(job, steps, work_list, units))
+        metrics = RayMetrics(job.subset)
         try:
             while (row := rows.next(TICK_S)) is not _END:
                 if row is not None:
-                    yield draft_of(row)
+                    draft = draft_of(row)
+                    if not draft.held:
+                        metrics.count_unit(draft.manifest)
+                    yield draft
                 tick()
         finally:
             rows.stop()
@@ -187,7 +192,7 @@ def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> A
         asked = resources_of(step, job.config)
         low, high = asked["concurrency"]
         dataset = dataset.map(
-            Worker,  # pyright: ignore[reportArgumentType] - Ray builds the class in its actors
+            actor_class(step),  # pyright: ignore[reportArgumentType] - Ray builds it in its actors
             fn_constructor_args=(job, step),
             num_cpus=asked["num_cpus"],
             num_gpus=asked["num_gpus"] or None,
@@ -195,6 +200,18 @@ def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> A
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
         )
     return dataset
+
+
+class _CountingWorker(Worker):
+    """A worker whose counters are Ray's metrics."""
+
+    def __init__(self, job: Job, stages: list[Stage | str]):
+        super().__init__(job, stages, on_event=RayMetrics(job.subset).count_event)
+
+
+def actor_class(step: list[Stage | str]) -> type[Worker]:
+    """The class of a step's actors, which has the step's name: Ray's dashboard and `ps` show nothing else."""
+    return type(name_of(step), (_CountingWorker,), {"__module__": __name__})
 
 
 _END = object()

@@ -41,7 +41,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
 from ..corpus import writer
 from ..corpus.committed_unit import CommittedUnit
-from ..corpus.events import EventLog
+from ..corpus.events import Event, EventLog
 from ..corpus.work_list import read_unit
 from ..corpus.writer import Draft
 from ..io import failures
@@ -116,20 +116,20 @@ class Worker:
     Args:
         job: what is built.
         stages: the stages that this worker runs, in order; "source" and "write" are the ends of a recipe.
-        on_event: called after each event that the worker logs.
+        on_event: called with each event, after the worker has logged it.
     """
 
     def __init__(
         self,
         job: Job,
         stages: list[Stage | str],
-        on_event: Callable[[], None] = lambda: None,
+        on_event: Callable[[Event], None] = lambda _: None,
     ):
         keep_freed_memory()
         self.job = job
         self.folder = Path(job.folder)
         self.stages = stages
-        self.name = _name(stages)
+        self.name = name_of(stages)
         self.events = EventLog(Path(job.run), self.name, on_event)
         self._crash_attempts = job.config.failures.crash_attempts
         self.stack_path = Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt"
@@ -487,7 +487,7 @@ def _copy(image: ImageRecord) -> ImageRecord:
     return msgspec.structs.replace(image, regions=[msgspec.structs.replace(each) for each in image.regions])
 
 
-def _name(stages: list[Stage | str]) -> str:
+def name_of(stages: list[Stage | str]) -> str:
     """A worker is known by its model stages, or else by what it does at the end of the stream."""
     names = [stage.name for stage in stages if isinstance(stage, ModelStage)]
     return "+".join(names) or (SOURCE_STAGE if SOURCE_STAGE in stages else writer.WRITE_STAGE)

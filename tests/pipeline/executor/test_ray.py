@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 
 import pytest
 
@@ -106,6 +107,50 @@ def test_each_stage_in_its_own_actors_asks_once_and_tells_its_start_and_its_shar
     assert driver == ["begun", "ended"]
     processes = {path.stem.rpartition("-")[2] for path in run.glob("*.jsonl")}
     assert len(processes) == 1 + 5
+
+
+def test_the_actors_of_each_stage_have_its_name_and_its_counters_are_metrics_of_ray(
+    engine, ray_cluster, tmp_path, sa1b
+):
+    """What Ray's dashboard and Prometheus read."""
+    import httpx
+    from ray._private.state import actors
+
+    earlier = set(actors())
+    build(config_of(tmp_path / "out", subsets=under_another_name(sa1b), apart=True), engine)
+    names = {each["ActorClassName"] for key, each in actors().items() if key not in earlier}
+    models = ("caption", "extract_category", "agree_with_segmenter")
+    assert {f"MapWorker(Map({name}))" for name in ("source", *models, "write")} <= names
+
+    [node] = ray_cluster.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {
+        **{f'stage_asked_total stage="{name}"': 24 for name in ("caption", "agree_with_segmenter")},
+        'stage_regions_total stage="source"': 24,
+        'stage_starts_total stage="caption"': 1,
+        "regions_kept_total": 24,
+    }
+    deadline = time.monotonic() + 60  # Ray hands metrics on every ten seconds
+    while not (wanted.items() <= (found := our_metrics(httpx.get(address).text)).items()):
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+
+
+def under_another_name(sa1b: dict) -> dict:
+    """Other tests of this process count, too."""
+    return {"counted": {"sources": [{"source": "sa1b", **sa1b}]}}
+
+
+def our_metrics(page: str) -> dict[str, float]:
+    """Name and stage -> value of our counters of that subset, summed over the processes."""
+    found: dict[str, float] = {}
+    for line in page.splitlines():
+        if line.startswith("ray_paracaption_") and 'subset="counted"' in line:
+            name, _, labels = line.removeprefix("ray_paracaption_").partition("{")
+            stage = next((label for label in labels.split(",") if label.startswith("stage=")), "")
+            key = f"{name} {stage}".rstrip()
+            found[key] = found.get(key, 0.0) + float(line.rpartition(" ")[2])
+    return found
 
 
 def with_backend(config, protocol, name, options, **changes):

@@ -1,0 +1,119 @@
+"""What the engine on Ray says to Ray, without one: the tests of the engine itself are in `test_ray.py`."""
+
+from __future__ import annotations
+
+import types
+
+import cloudpickle
+import pytest
+
+from paracaption.pipeline.corpus.events import Event
+from paracaption.pipeline.executor import ray_metrics
+from paracaption.pipeline.executor.ray_data import RayEngine, actor_class, steps_of
+from paracaption.pipeline.executor.ray_metrics import COUNTERS, RayMetrics
+from paracaption.pipeline.executor.worker import Worker
+from paracaption.pipeline.stages.recipes import recipe_of
+from paracaption.schemas.manifest import FileEntry, Manifest
+from tests.building import config_of
+
+
+@pytest.fixture
+def ray_init(monkeypatch):
+    """Stands in for `ray.init`: what it was called with."""
+    ray = pytest.importorskip("ray")
+    given: list[tuple] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *args, **named: given.append((*args, named.get("address"))))
+    return given
+
+
+@pytest.mark.parametrize("named", ["10.1.2.3:6379", "auto", "ray://10.1.2.3:10001", None])
+def test_without_an_address_a_build_starts_a_ray_of_its_own_beside_any_cluster(
+    tmp_path, coconut, ray_init, monkeypatch, named
+):
+    if named:
+        monkeypatch.setenv("RAY_ADDRESS", named)
+    RayEngine(None).start(config_of(tmp_path / "out", coconut=coconut))
+    assert ray_init == [("local", None)]
+
+
+def test_without_an_address_training_starts_a_ray_of_its_own_beside_any_cluster(ray_init, monkeypatch):
+    pytest.importorskip("torch")
+    from paracaption.model_training.train import ray_train
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.1.2.3:6379")
+    workers = types.SimpleNamespace(ray=types.SimpleNamespace(workers=2, cpus=1))
+    ray_train._start(workers, None)  # pyright: ignore[reportArgumentType]
+    assert ray_init == [("local", None)]
+
+
+def test_the_class_of_a_steps_actors_has_its_name_and_can_be_sent(tmp_path, sa1b):
+    config = config_of(tmp_path / "out", sa1b=sa1b, apart=True)
+    steps = steps_of(recipe_of(config, "sa1b"), config)
+    classes = [actor_class(step) for step in steps]
+    models = ["caption", "extract_category", "agree_with_segmenter"]
+    assert [each.__name__ for each in classes] == ["source", *models, "write"]
+    sent = cloudpickle.loads(cloudpickle.dumps(classes[1]))
+    assert sent.__name__ == "caption" and issubclass(sent, Worker)
+
+    shared = config_of(tmp_path / "out", sa1b=sa1b)
+    [step] = steps_of(recipe_of(shared, "sa1b"), shared)
+    assert actor_class(step).__name__ == "+".join(models)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Stands in for Ray's counters: the sum of each, by name and tags."""
+    sums: dict[tuple, float] = {}
+
+    def increase(name: str):
+        _, tags = COUNTERS[name]
+
+        def inc(value: float, given: dict[str, str]) -> None:
+            assert value > 0 and set(given) == set(tags)
+            key = (name.removeprefix("paracaption_"), *given.values())
+            sums[key] = sums.get(key, 0) + value
+
+        return inc
+
+    monkeypatch.setattr(ray_metrics, "_increase", increase)
+    return sums
+
+
+def test_events_and_units_are_counted(counted):
+    metrics = RayMetrics("coconut")
+    metrics.count_event(Event(0.0, "ready", stage="caption", seconds=3.0))
+    metrics.count_event(Event(0.0, "started", stage="caption", seconds=3.0))
+    for asked in (5, 0):
+        unit = Event(0.0, "unit", stage="caption", images=2, regions=7, asked=asked, seconds=1.5, busy=1.0)
+        metrics.count_event(unit)
+    metrics.count_event(Event(0.0, "failed", stage="caption", detail="no"))
+    assert counted == {
+        ("stage_starts", "coconut", "caption"): 1,
+        ("stage_units", "coconut", "caption"): 2,
+        ("stage_images", "coconut", "caption"): 4,
+        ("stage_regions", "coconut", "caption"): 14,
+        ("stage_asked", "coconut", "caption"): 5,
+        ("stage_seconds", "coconut", "caption"): 3.0,
+        ("stage_busy_seconds", "coconut", "caption"): 2.0,
+        ("stage_failures", "coconut", "caption"): 1,
+    }
+    counted.clear()
+    entry = FileEntry("a", 1, "0" * 64)
+    dropped = {"caption/not_words": 3, "clean_text/too_long": 1}
+    metrics.count_unit(Manifest("u", "coconut", "p", "r", None, entry, {"1": 2, "2": 0}, 6, 2, dropped, {}))
+    assert counted == {
+        ("units", "coconut"): 1,
+        ("images", "coconut"): 2,
+        ("regions_kept", "coconut"): 2,
+        ("regions_dropped", "coconut", "caption/not_words"): 3,
+        ("regions_dropped", "coconut", "clean_text/too_long"): 1,
+    }
+
+
+def test_a_metric_that_fails_is_said_once_and_costs_no_unit(monkeypatch, caplog):
+    monkeypatch.setattr(ray_metrics, "_increase", lambda name: 1 / 0)
+    metrics = RayMetrics("coconut")
+    for _ in range(3):
+        metrics.count_event(Event(0.0, "unit", stage="caption", images=1))
+    assert len(caplog.records) == 1
