@@ -316,7 +316,9 @@ class OneByOne:
         self.max_tokens, self.watch = max_tokens, Watch()
         folder = export.default_folder(captioner.options.model)
         embed = self.encoder.embed
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=embed.dtype, attn_implementation=attention)
+        model = LlamaForCausalLM.from_pretrained(
+            folder, dtype=embed.dtype, attn_implementation=attention, trust_remote_code=False
+        )
         self.model = model.to(embed.device).eval()
         self.torch = torch
 

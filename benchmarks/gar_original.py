@@ -24,7 +24,9 @@ def main(folder: str, file: str, attention: str, max_tokens: str, stop: str) -> 
     torch.set_num_threads(1)
     found = safetensors.torch.load_file(file)
     prompts = [found[str(number)] for number in range(len(found))]
-    model: Any = LlamaForCausalLM.from_pretrained(folder, attn_implementation=attention)
+    model: Any = LlamaForCausalLM.from_pretrained(
+        folder, attn_implementation=attention, trust_remote_code=False
+    )
     model.to(prompts[0].dtype).eval()
 
     def ask(prompt: torch.Tensor) -> list[int]:

@@ -362,6 +362,7 @@ def check_saved_model(folder: Path) -> None:
             "`paracaption models convert`"
         )
     weights.safetensors_files(folder)
+    weights.refuse_code(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError(f"{folder / 'tokenizer.json'}: no such file; save the model again")
 

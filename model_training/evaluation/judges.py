@@ -140,9 +140,7 @@ class VllmChat:
 
     def _tokens(self, prompt: str) -> list[int]:
         turn = {"role": "user", "content": vllm_judge.defused(prompt, self._control)}
-        return self.engine.tokenizer.apply_chat_template(
-            [turn], add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=False
-        )
+        return vllm_judge.render_chat(self.engine.tokenizer, [turn])
 
 
 def _params(request: JudgeRequest) -> Any:

@@ -37,9 +37,16 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """The processor of a model, given its folder or its name on a hub."""
         from transformers import AutoTokenizer
 
+        from .tokenizer import load_tokenizer
+
         options = {key: value for key, value in options.items() if not key.startswith("_")}
-        config = options.pop("config", None) or PerceptionDLMConfig.from_pretrained(path, **options)
-        return cls(AutoTokenizer.from_pretrained(path, **options), config)
+        options.pop("trust_remote_code", None)  # whatever was asked for, no code of the model is run
+        config = options.pop("config", None) or PerceptionDLMConfig.from_pretrained(
+            path, trust_remote_code=False, **options
+        )
+        if Path(path).is_dir():
+            return cls(load_tokenizer(Path(path)), config)
+        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options), config)
 
     def save_pretrained(self, path: str | Path, push_to_hub: bool = False, **options: Any) -> list[str]:
         """Write tokenizer and config, from which `from_pretrained` makes the processor again."""

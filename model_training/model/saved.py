@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...schemas.errors import ConfigError
+from safetensors import SafetensorError
+
+from ...pipeline.io import weights
+from ...schemas.errors import ConfigError, one_line
 from .perceptiondlm import PerceptionDLM
 
 
@@ -17,11 +20,24 @@ def load_model(folder: Path, **options: Any) -> PerceptionDLM:
         options: of `from_pretrained`, such as `dtype`.
 
     Raises:
-        ConfigError: weights are missing, unknown or of another shape; names them.
+        ConfigError: weights cannot be read, are missing, unknown or of another shape, and it names them; or
+            the folder asks for code.
     """
-    loaded: Any = PerceptionDLM.from_pretrained(
-        folder, **options, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    weights.refuse_code(folder)
+    try:
+        loaded: Any = PerceptionDLM.from_pretrained(
+            folder,
+            **options,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(
+            f"{folder}: not readable ({one_line(error)[:300]}); save the model again"
+        ) from error
     model, report = loaded
     mismatched = [_of_shape(*each) for each in report["mismatched_keys"]]
     problems = {

@@ -44,7 +44,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         kept = {key: value for key, value in settings.items() if key not in _CODE}
         weights.write_json(Path(bare, _SETTINGS), kept)
         try:
-            return PreTrainedTokenizerFast.from_pretrained(bare)
+            return PreTrainedTokenizerFast.from_pretrained(
+                bare, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # tokenizers raises bare Exceptions
             path = folder / "tokenizer.json"
             raise ConfigError(f"{path}: not a tokenizer ({error}); download it again") from error

@@ -62,19 +62,19 @@ def open_model(config: TrainConfig, attention: str = "sdpa") -> tuple[Perception
 
 
 def _load_saved_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:
-    from transformers import AutoTokenizer
+    from ..model.tokenizer import load_tokenizer
 
     folder = Path(chosen.path or "")
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"model.path: {folder}: no saved model (no config.json); `paracaption models convert`"
         )
-    saved = PerceptionDLMConfig.from_pretrained(folder)
+    saved = PerceptionDLMConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if fixed := sorted(chosen.config.keys() & {"vision_config", "text_config"}):
         raise ConfigError(f"model.config.{fixed[0]}: the saved model's sizes are what they are; leave it out")
     config = _changed_config(saved.to_dict(), chosen.config)
     model = load_model(folder, config=config, dtype=torch.float32, attn_implementation=attention)
-    return model, PerceptionDLMProcessor(AutoTokenizer.from_pretrained(folder), config)
+    return model, PerceptionDLMProcessor(load_tokenizer(folder), config)
 
 
 def _make_new_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, PerceptionDLMProcessor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 INDEX = "model.safetensors.index.json"
 """Says which tensor lies in which of a checkpoint's files."""
+
+_KERNEL = "/"
+"""Stands in the name of an implementation that transformers would fetch from a hub."""
 
 _WHOLE_BYTES = 8 << 20
 _SAMPLES = 64
@@ -29,7 +32,7 @@ def folder(path: str | Path, what: str) -> Path:
         what: names the option in the error, such as "judge.options.model".
 
     Raises:
-        ConfigError: no such folder, no config.json, no safetensors, or a pickle; names the file.
+        ConfigError: no such folder, no config.json, no safetensors, a pickle, or code; names the file.
     """
     found = Path(path)
     if not (found / "config.json").is_file():
@@ -44,7 +47,35 @@ def folder(path: str | Path, what: str) -> Path:
             "safetensors, or delete it if the folder has safetensors beside it"
         )
     safetensors_files(found)
+    refuse_code(found)
     return found
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a checkpoint whose config.json has transformers fetch code: a kernel of a hub is a program.
+
+    Classes that it names (`auto_map`) are no reason: nobody loads them, and published checkpoints name some.
+
+    Raises:
+        ConfigError: names the file and the field.
+    """
+    path = folder / "config.json"
+    for field, value in _fields(read_json(path)):
+        if field.endswith("_implementation") and isinstance(value, str) and _KERNEL in value:
+            raise ConfigError(
+                f"{path}: {field} is {value!r}, a kernel to download, which is code and never run; remove it"
+            )
+
+
+def _fields(value: Any, field: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in a JSON object, however deep, with the key that it, or what holds it, stands under."""
+    yield field, value
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _fields(inner, field if field.endswith("_implementation") else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _fields(inner, field)
 
 
 def safetensors_files(folder: Path) -> list[Path]:

@@ -256,7 +256,7 @@ def _check_tensors(folder: Path) -> Any:
     from transformers import Sam3Config, Sam3Model
 
     try:
-        config = Sam3Config.from_pretrained(folder, local_files_only=True)
+        config = Sam3Config.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = Sam3Model(config)
     except Exception as error:  # strict configurations raise errors of many types

@@ -258,13 +258,26 @@ def defused(text: str, control: list[str]) -> str:
 
 
 def _tokens(tokenizer: Any, prompt: Prompt, fields: dict[str, str]) -> list[int]:
-    return tokenizer.apply_chat_template(
-        prompt.messages(**fields),
-        add_generation_prompt=True,
-        enable_thinking=False,
-        tokenize=True,
-        return_dict=False,
-    )
+    return render_chat(tokenizer, prompt.messages(**fields))
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+    """The tokens of a conversation in the checkpoint's chat template, in which no Python can be reached.
+
+    Raises:
+        ConfigError: the template does not render.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        folder = tokenizer.name_or_path
+        raise ConfigError(
+            f"{folder}: its chat template fails: {one_line(error)}; download it again"
+        ) from error
 
 
 def start_engine(folder: Path, options: VllmOptions) -> Engine:
@@ -285,13 +298,20 @@ def start_engine(folder: Path, options: VllmOptions) -> Engine:
         ) from error
 
 
+def _why(error: Exception) -> str:
+    """What transformers says, and what to do; it itself would have one allow the folder's code."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of that folder, which is never run; choose a model that vLLM knows"
+    return f"{one_line(error)}; download it again"
+
+
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ConfigError(f"{folder}: its tokenizer does not load: {error}; download it again") from error
+        raise ConfigError(f"{folder}: its tokenizer does not load: {_why(error)}") from error
     if not tokenizer.chat_template:
         raise ConfigError(
             f"{folder / 'tokenizer_config.json'}: no chat template; "
@@ -321,7 +341,7 @@ def _check_tensors(folder: Path, given: VllmOptions, notes: list[str]) -> Checke
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{folder / 'config.json'}: {one_line(error)}; download it again") from error
+        raise ConfigError(f"{folder / 'config.json'}: {_why(error)}") from error
     limit = getattr(config, "max_position_embeddings", None)
     wanted = given.engine.get("max_model_len", MAX_MODEL_LEN)
     if limit is not None and wanted > limit:

@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from ....schemas.errors import ConfigError
+from ....schemas.errors import ConfigError, one_line
 from .checkpoint import GarConfig
 
 if TYPE_CHECKING:
@@ -85,7 +85,15 @@ class Prompts:
             "role": "user",
             "content": [{"type": "image"}, {"type": "text", "text": self._text(prompt)}],
         }
-        text = self.tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise ConfigError(
+                f"{self.config.folder}: the chat template fails ({one_line(error)}); take "
+                "chat_template.jinja from the published checkpoint"
+            ) from error
         assert isinstance(text, str)
         short = self.tokenizer(text)["input_ids"]
         crop_id, per_tile = self.config.crop_tokens[prompt], self.config.side**2
@@ -134,7 +142,9 @@ def _load(config: GarConfig) -> PreTrainedTokenizerFast:
         if not (config.folder / name).is_file():
             raise ConfigError(f"{config.folder / name}: not there; download the whole checkpoint")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(config.folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            config.folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         raise ConfigError(f"{config.folder / 'tokenizer.json'}: {error}; download it again") from error
     if tokenizer.chat_template is None:
