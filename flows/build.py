@@ -18,7 +18,7 @@ from ..pipeline.corpus.reader import open_corpus
 from ..pipeline.executor import driver, ray_data
 from ..pipeline.executor.progress import Progress
 from ..schemas.config import BuildConfig
-from . import artifacts, callbacks
+from . import artifacts, callbacks, served
 from .steps import run_name, step
 
 
@@ -40,6 +40,7 @@ def build_corpus(
     Returns:
         The corpus's statistics (OUT/stats.json).
     """
+    served.check_run(config, ray_address)
     engine = callbacks.engine.get() or ray_data.RayEngine(ray_address)
     show = callbacks.on_build_progress.get()
     board = artifacts.BuildBoard()

@@ -17,7 +17,7 @@ from typing import Any
 from prefect import flow
 
 from ..schemas.evaluation import Bench, EvaluateConfig
-from . import artifacts, callbacks
+from . import artifacts, callbacks, served
 from .steps import run_name, step
 
 HISTORY = "history.jsonl"
@@ -33,6 +33,7 @@ def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         The record that was appended to history.jsonl.
     """
+    served.check_run(config)
     found: dict[str, Any] = {"benchmarks": []}
     for bench in config.benchmarks:
         write_captions(config, bench)

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from ..schemas.training import CorpusSource, TrainConfig
-from . import artifacts, callbacks
+from . import artifacts, callbacks, served
 from .steps import run_name, step
 
 _CHECK_EVERY_S = 30.0
@@ -31,6 +31,7 @@ def train_captioner(
         `steps` and `skipped` (numbers of steps), `model` (the path of its folder), `left_out` (number of
         images that were not trained on, by reason), and `evaluation` if the configuration has one.
     """
+    served.check_run(config, ray_address)
     if wait:
         wait_for_corpora(config)
     done = train(config, ray_address)

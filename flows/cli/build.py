@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -116,17 +117,31 @@ def demo(
 
 def deploy(
     name: Annotated[str, typer.Option(help="Name of the deployment.")] = "corpus",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What runs may name beside what is built in: a backend (`package.module:Class`), the "
+            "py_executable of a runtime_env, the base_url of a server. Give it several times."
+        ),
+    ] = None,
 ) -> None:
     """Serve the flows to a Prefect server (PREFECT_API_URL): launched there, parameters checked."""
     if not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
-    from prefect import serve
-    from prefect.deployments.runner import RunnerDeployment
+    import asyncio
 
+    from prefect.runner import Runner
+
+    from .. import served
     from ..build import build_corpus
     from ..evaluate import evaluate_captioner
     from ..train import train_captioner
 
-    all_flows = (build_corpus, train_captioner, evaluate_captioner)
-    # In a synchronous caller Prefect's methods return what they promise, never a coroutine.
-    serve(*(cast(RunnerDeployment, flow.to_deployment(name)) for flow in all_flows))
+    served.allow(allow or [])
+    runner = Runner(name=name)
+    for flow in (build_corpus, train_captioner, evaluate_captioner):
+        # Not by `prefect.serve`: that runs whatever code the deployment names, which the API can change.
+        runner.add_flow(flow, name=name)
+        print(f"serving {flow.name}/{name}", file=sys.stderr)
+    with suppress(KeyboardInterrupt):
+        asyncio.run(runner.start())

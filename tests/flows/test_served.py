@@ -1,0 +1,174 @@
+"""Access checks against served flows: whoever reaches Prefect's API chooses parameters, and no code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paracaption.flows import served
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.evaluation import EvaluateConfig
+from paracaption.schemas.training import TrainConfig
+
+CODE = (
+    *("os:system", "subprocess:Popen", "builtins:exec", "builtins:eval", "importlib:import_module"),
+    *("this:s", "antigravity:webbrowser", "pty:spawn", "shutil:rmtree", "runpy:run_path", "code:interact"),
+    *("tests.backends:InstantCaptioner", "os.path:join", "classical ", "CLASSICAL", "../classical", "os", ""),
+    "paracaption.pipeline.models.embedded.classical:ClassicalCaptioner",
+    "model_training.toy:TruthCaptioner",
+)
+ENVIRONMENTS: tuple[dict[str, Any], ...] = (
+    {"py_executable": "touch /tmp/ran"},
+    {"py_executable": "/bin/sh"},
+    {"pip": ["evil"]},
+    {"pip": {"packages": ["evil"]}},
+    {"uv": ["evil"]},
+    {"conda": "evil.yaml"},
+    {"working_dir": "https://evil.example/code.zip"},
+    {"py_modules": ["s3://evil/module.zip"]},
+    {"worker_process_setup_hook": "os.abort"},
+    {"env_vars": {"LD_PRELOAD": "/tmp/evil.so"}},
+    {"env_vars": {"PYTHONPATH": "/tmp"}},
+    {"container": {"image": "evil"}},
+    {"image_uri": "evil"},
+    {"mpi": {"args": ["-n", "1", "evil"]}},
+)
+ENGINES: tuple[dict[str, Any], ...] = (
+    {"worker_cls": "evil.Worker"},
+    {"worker_extension_cls": "evil.Worker"},
+    {"scheduler_cls": "evil.Scheduler"},
+    {"distributed_executor_backend": "evil.Executor"},
+    {"logits_processors": ["evil:Processor"]},
+    {"kv_transfer_config": {"kv_connector_module_path": "evil"}},
+    {"compilation_config": {"backend": "evil.compile"}},
+    {"compilation_config": {"inductor_passes": {"evil.pass": {"a": 1}}}},
+    {"reasoning_parser_plugin": "/tmp/evil.py"},
+    {"tokenizer_mode": "custom"},
+    {"hf_config_path": "evil/repo"},
+    {"dtype": "evil.module:dtype"},
+    {"speculative_config": {"model": "evil/repo"}},
+)
+SERVERS: tuple[dict[str, Any], ...] = (
+    {"base_url": "http://evil.example/v1"},
+    {"base_url": "http://169.254.169.254/latest"},
+    {"api_key_env": "AWS_SECRET_ACCESS_KEY"},
+)
+ADDRESSES = ("10.9.9.9:6379", "evil.example:6379", "ray://evil.example:10001", "local", "AUTO", "")
+
+BUILDS: list[tuple[dict[str, Any], str]] = [
+    *(({"captioner": {"name": name}}, "captioner.name") for name in CODE),
+    *(({protocol: {"name": "os:system"}}, f"{protocol}.name") for protocol in ("judge", "segmenter")),
+    *(({"judge": {"name": "lexical", "runtime_env": each}}, "judge.runtime_env") for each in ENVIRONMENTS),
+    *(
+        (
+            {"captioner": {"name": "gar", "options": {"model": "x", "engine": each}}},
+            "captioner.options.engine",
+        )
+        for each in ENGINES
+    ),
+    *(
+        ({"judge": {"name": "openai", "options": {"model": "x", **each}}}, "judge.options.")
+        for each in SERVERS
+    ),
+]
+
+
+def build_config(tmp_path: Path, **changes: Any) -> BuildConfig:
+    values = {"out": str(tmp_path / "out"), "coconut": [{"masks": "m", "annotations": "a", "photos": "p"}]}
+    return BuildConfig.model_validate({**values, **changes})
+
+
+@pytest.fixture
+def in_a_served_run(monkeypatch):
+    """As in the process of a run that a deployment was asked for."""
+    monkeypatch.setattr(served, "is_served", lambda: True)
+    monkeypatch.delenv(served.ALLOWED, raising=False)
+
+
+@pytest.mark.parametrize(("changes", "named"), BUILDS)
+def test_a_served_build_loads_runs_and_sends_nothing_that_deploy_did_not_allow(
+    tmp_path, in_a_served_run, changes, named
+):
+    from paracaption.flows.build import build_corpus
+
+    before = set(sys.modules)
+    with pytest.raises(ConfigError, match=r"only if `paracaption deploy` --allows it") as refused:
+        build_corpus.fn(build_config(tmp_path, **changes))
+    assert str(refused.value).startswith(named)
+    assert not {"this", "antigravity", "pty", "evil", "tests.backends"} & (set(sys.modules) - before)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_served_run_connects_to_no_cluster_of_its_callers(tmp_path, in_a_served_run, address):
+    from paracaption.flows.build import build_corpus
+    from paracaption.flows.train import train_captioner
+
+    training = {"out": str(tmp_path / "out"), "model": {"tokenizer": "toy"}, "steps": 1}
+    training["corpora"] = [{"corpus": "c"}]
+    with pytest.raises(ConfigError, match="ray_address"):
+        build_corpus.fn(build_config(tmp_path), ray_address=address)
+    with pytest.raises(ConfigError, match="ray_address"):
+        train_captioner.fn(TrainConfig.model_validate(training), ray_address=address)
+
+
+@pytest.mark.parametrize("name", ["os:system", "tests.backends:InstantCaptioner", "sub:process"])
+def test_a_served_evaluation_loads_no_code(tmp_path, in_a_served_run, name):
+    from paracaption.flows.evaluate import evaluate_captioner
+
+    values = {"out": str(tmp_path / "out"), "label": "x", "captioner": {"name": name}}
+    values["benchmarks"] = [{"name": "b", "kind": "dlc", "folder": "f"}]
+    with pytest.raises(ConfigError, match=r"^captioner\.name: .* --allows it"):
+        evaluate_captioner.fn(EvaluateConfig.model_validate(values))
+    ours = {**values, "captioner": {"name": "predictions", "options": {"path": "p"}}}
+    judge = {"name": "vllm", "options": {"model": "m", "engine": {"worker_cls": "evil.Worker"}}}
+    with pytest.raises(ConfigError, match=r"^judge\.options\.engine\.worker_cls"):
+        evaluate_captioner.fn(EvaluateConfig.model_validate({**ours, "judge": judge}))
+
+
+def test_a_served_training_fetches_no_kernel(tmp_path, in_a_served_run):
+    from paracaption.flows.train import train_captioner
+
+    model = {"tokenizer": "toy", "config": {"text_config": {"attn_implementation": "evil/kernel"}}}
+    values = {"out": str(tmp_path), "model": model, "corpora": [{"corpus": "c"}], "steps": 1}
+    with pytest.raises(ConfigError, match="attn_implementation: 'evil/kernel'"):
+        train_captioner.fn(TrainConfig.model_validate(values))
+
+
+def test_what_is_built_in_and_what_deploy_allowed_passes(tmp_path):
+    engine = {
+        "dtype": "bfloat16",
+        "max_model_len": 4096,
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.5,
+    }
+    gar = {"name": "gar", "options": {"model": "/models/GAR-8B", "engine": engine}, "num_gpus": 1}
+    lexical = {"name": "lexical"}
+    served.refuse(build_config(tmp_path, captioner=gar, judge=lexical), "auto", ())
+    own = {"name": "my_lab.models:Mine", "options": {"engine": {"a": 1}}}
+    python = {
+        "name": "vllm",
+        "options": {"model": "m"},
+        "runtime_env": {"py_executable": "/opt/vllm/bin/python"},
+    }
+    config = build_config(tmp_path, captioner=own, judge=python)
+    allowed = {"my_lab.models:Mine", "/opt/vllm/bin/python", "10.0.0.1:6379"}
+    served.refuse(config, "10.0.0.1:6379", allowed)
+    for one in allowed:
+        with pytest.raises(ConfigError):
+            served.refuse(config, "10.0.0.1:6379", allowed - {one})
+
+
+def test_a_flow_that_is_called_and_not_served_may_name_anything(tmp_path, monkeypatch):
+    monkeypatch.delenv(served.ALLOWED, raising=False)
+    served.check_run(
+        build_config(tmp_path, captioner={"name": "tests.backends:InstantCaptioner"}), "10.0.0.1:1"
+    )
+
+
+def test_there_are_fifty_access_checks():
+    assert len(BUILDS) + len(ADDRESSES) >= 50
