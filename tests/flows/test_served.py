@@ -45,7 +45,7 @@ ENGINES: tuple[dict[str, Any], ...] = (
     {"logits_processors": ["evil:Processor"]},
     {"kv_transfer_config": {"kv_connector_module_path": "evil"}},
     {"compilation_config": {"backend": "evil.compile"}},
-    {"compilation_config": {"inductor_passes": {"evil.pass": {"a": 1}}}},
+    {"compilation_config": {"inductor_passes": {"evil.module": {"a": 1}}}},
     {"reasoning_parser_plugin": "/tmp/evil.py"},
     {"tokenizer_mode": "custom"},
     {"hf_config_path": "evil/repo"},
