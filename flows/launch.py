@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..schemas.errors import ParaCaptionError
-from . import callbacks
+from . import callbacks, stopping
 from .prefect_server import PrefectServer, answers
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def _prefect(module: str, beside: Callable[[], None] = lambda: None) -> Iterator
         module: name of the flow's module.
         beside: called in this thread meanwhile.
     """
-    with PrefectServer() as server:
+    with stopping.at_once(), PrefectServer() as server:
         importing = threading.Thread(target=_import_quietly, args=(module,), daemon=True)
         importing.start()
         beside()

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
 from ...schemas.secrets import shorten
+from .. import stopping
 from . import build, check, corpus, evaluate, model, versions
 
 
@@ -22,6 +23,14 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, renames.translate_command_line(args))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # which click would call "Aborted", with exit code 1
+            if stopping.was_asked():
+                stopping.end()
+            raise
 
 
 MODEL = "Train, use and measure a model"

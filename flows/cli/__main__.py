@@ -1,5 +1,6 @@
 """`python -m paracaption.flows.cli`: the command line where no console script is installed."""
 
+from .. import stopping
 from . import main
 
-main()
+stopping.run(main)

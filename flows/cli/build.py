@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...schemas.errors import ConfigError
+from .. import stopping
 from .arguments import Config, RayAddress
 from .corpus import inspect
 from .progress import BuildView
@@ -51,6 +52,7 @@ def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = N
     from ...pipeline.executor.local import LocalEngine
     from ...pipeline.executor.ray_data import RayEngine
 
+    stopping.say(lambda: _what_is_committed(loaded))
     engine = LocalEngine() if local else RayEngine(ray_address)
     if not build_checked(loaded, engine, _run_in_view, **asked):
         print(f"nothing to do: every unit of {loaded.out} is committed and merged", file=sys.stderr)
@@ -59,6 +61,19 @@ def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = N
             left = f"{found.counts.benchmark_photos:,} images are photos of benchmarks"
             print(f"{subset}: {left}, and are left out (`benchmark_photo` in the ledger)", file=sys.stderr)
     inspect(Path(loaded.out))
+
+
+def _what_is_committed(config: BuildConfig) -> str:
+    """What a stopped build says."""
+    from ...pipeline.corpus import log
+    from ...pipeline.corpus.work_list import find_work_list
+
+    lists = [find_work_list(Path(config.out) / subset) for subset in config.subsets]
+    total = sum(each.num_units for each in lists if each is not None)
+    if not total or not log.exists(config.out):
+        return "nothing is committed yet; run the same command to begin again"
+    units = log.read_units(config.out)
+    return f"{len(units):,} of {total:,} units are committed; run the same command to continue"
 
 
 def _run_in_view(config: BuildConfig, engine: LocalEngine | RayEngine, **asked: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import stopping
 from .arguments import Device, Dtype
 from .progress import counting_parts, show_row
 
@@ -34,6 +35,7 @@ def evaluate(
 
     loaded = load_evaluation(config)
     refuse_failures(preflight.check_evaluation(loaded))
+    stopping.say(lambda: "what was captioned and judged is kept; run the same command to continue")
     with counting_parts() as show:
         found = launch.evaluate(loaded, show)
     Console().print(_table(found))

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
+from .. import stopping
 from .arguments import Device, Dtype, RayAddress, options_of
 from .progress import TrainingView
 
@@ -89,6 +90,7 @@ def train(
     loaded = load_training(config)
     refuse_failures(preflight.check_training(loaded, wait, on_cluster=ray_address is not None))
     ray_data.check_address(ray_address)
+    stopping.say(lambda: _what_is_trained(Path(loaded.out)))
     done = launch.train(loaded, ray_address, wait, TrainingView(loaded.log.every).show)
     print(f"{done['steps']:,} steps, {done['skipped']:,} of them skipped: {done['model']}")
     for reason, number in done["left_out"].items():
@@ -101,6 +103,16 @@ def train(
             f"{found['exact']:.1%} of the captions equal those of the corpus, "
             f"{found['empty']:.1%} are empty; {found['tokens_per_forward']:.1f} tokens per forward pass"
         )
+
+
+def _what_is_trained(out: Path) -> str:
+    """What a stopped training says."""
+    from ...model_training.train import checkpoints
+
+    last = checkpoints.latest_checkpoint(out / "checkpoints")
+    if last is None:
+        return "there is no checkpoint yet; run the same command to begin again"
+    return f"the last checkpoint is {last.name}; run the same command to continue from it"
 
 
 class ManyMasks(TyperCommand):
