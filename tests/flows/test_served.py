@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,10 @@ from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.evaluation import EvaluateConfig
 from paracaption.schemas.training import TrainConfig
+from tests.machinery import alone
+from tests.synthetic import write_coconut
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CODE = (
     *("os:system", "subprocess:Popen", "builtins:exec", "builtins:eval", "importlib:import_module"),
@@ -172,3 +180,90 @@ def test_a_flow_that_is_called_and_not_served_may_name_anything(tmp_path, monkey
 
 def test_there_are_fifty_access_checks():
     assert len(BUILDS) + len(ADDRESSES) >= 50
+
+
+# With a real server, as a stranger who reaches its API.
+
+EVIL = """
+def step(*_, **__):
+    open({mark!r}, "w").close()
+
+step()
+from prefect import flow
+
+@flow
+def build_corpus(*_, **__):
+    step()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(500)
+def test_through_the_api_neither_parameters_nor_an_edited_deployment_run_code(
+    tmp_path, prefect_server, monkeypatch
+):
+    """`deploy` runs as it does for everybody; the API is used as Prefect's own client uses it."""
+    import httpx
+    from prefect.settings import PREFECT_API_URL
+
+    api = PREFECT_API_URL.value()
+    mark = tmp_path / "RAN"
+    command = [sys.executable, "-m", "paracaption.flows.cli", "deploy", "--name", "stranger"]
+    environment = {**os.environ, "PREFECT_API_URL": api, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    with alone(), (tmp_path / "deploy.log").open("w") as log:
+        deploy = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
+        try:
+            deployment = _eventually(lambda: httpx.get(f"{api}/deployments/name/build-corpus/stranger"))
+            source = write_coconut(tmp_path / "source", 2)
+            values = {"out": str(tmp_path / "out"), "coconut": [source], "masks": {"min_area_px": 16}}
+            asked = {
+                "os": {"captioner": {"name": "os:system", "options": {"command": f"touch {mark}"}}},
+                "python": {"judge": {"name": "lexical", "runtime_env": {"py_executable": f"touch {mark}"}}},
+            }
+            (tmp_path / "evil.py").write_text(EVIL.format(mark=str(mark)))
+            shell = {"prefect.deployments.steps.run_shell_script": {"script": f"touch {mark}"}}
+            edit = {
+                "entrypoint": f"{tmp_path}/evil.py:build_corpus",
+                "path": str(tmp_path),
+                "pull_steps": [shell],
+            }
+            url = f"{api}/deployments/{deployment['id']}"
+            _eventually(lambda: httpx.patch(url, json=edit))
+            runs = {}
+            for name, changes in asked.items():
+                given = {"config": {**values, **changes}}
+                body = {"parameters": given, "enforce_parameter_schema": False}
+                made = _eventually(lambda body=body: httpx.post(f"{url}/create_flow_run", json=body))
+                runs[name] = made["id"]
+            for name, run in runs.items():
+                found = _eventually(lambda run=run: httpx.get(f"{api}/flow_runs/{run}"), _is_over)
+                assert found["state"]["type"] == "FAILED", (name, found["state"])
+                assert "--allows it" in found["state"]["message"], found["state"]
+                assert found["name"] == "out"
+        finally:
+            deploy.send_signal(signal.SIGINT)
+            deploy.wait(60)
+    assert not mark.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def _is_over(found: dict[str, Any]) -> bool:
+    return found["state"]["type"] in ("FAILED", "COMPLETED", "CRASHED", "CANCELLED")
+
+
+def _eventually(ask: Any, wanted: Any = lambda _: True) -> dict[str, Any]:
+    """What the API answers as soon as it is wanted; a server on a busy machine is away now and then."""
+    import httpx
+
+    deadline = time.monotonic() + 240
+    while True:
+        try:
+            answer = ask()
+            if answer.is_success and wanted(found := answer.json() if answer.content else {}):
+                return found
+            said = answer.text
+        except httpx.TransportError as error:
+            said = str(error)
+        assert time.monotonic() < deadline, said[:2000]
+        time.sleep(0.5)
