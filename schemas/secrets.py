@@ -56,7 +56,7 @@ _TOKENS = re.compile(
       gh[pousr]_[A-Za-z0-9]{16,} | github_pat_\w{16,} | glpat-[\w-]{16,} | hf_[A-Za-z0-9]{16,}
     | sk-[\w-]{16,} | xox[abeoprs]-[\w-]{10,} | (?:AKIA|ASIA)[A-Z0-9]{12,} | AIza[\w-]{30,} | ya29\.[\w-]{16,}
     | pypi-[\w-]{16,} | npm_[A-Za-z0-9]{20,} | dckr_pat_[\w-]{16,} | pnu_[A-Za-z0-9]{16,}
-    | eyJ[\w-]{8,2000}\.[\w-]{8,}(?:\.[\w-]*)?
+    | eyJ[\w-]{8,400}\.[\w-]{8,}(?:\.[\w-]*)?
     )""",
     re.VERBOSE,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...filters import rle
-from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.errors import BadRecord, ConfigError, IntegrityError
 from ...schemas.records import Blob
 from ..io import draw, photos
 from ..io.draw import Overlay
@@ -115,6 +115,10 @@ def _read_overlays(corpus: Corpus, rows: _KeptRows) -> tuple[np.ndarray, list[Ov
         raise ConfigError(str(error)) from error
     overlays = []
     for region in sample.regions[:_MAX_DRAWN]:
+        if region.rle.size != photo.shape[:2]:
+            size = "x".join(map(str, region.rle.size[::-1]))
+            what = f"the mask of region {region.id} is {size}, which is not its photo's size"
+            raise IntegrityError(f"{rows[0]['shard']}: {sample.key}: {what}; {reader.REBUILD}")
         mask = rle.check(region.rle.counts, region.rle.size).rle
         label, color = region.category or region.core_category, draw.color_of_region(region.id)
         overlays.append(Overlay(mask, region.caption, label, color, region.id))

@@ -456,7 +456,7 @@ def iter_shard(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
     try:
         with files.open_url(str(shard), 8 << 20) as opened, tarfile.open(fileobj=opened, mode="r|") as tar:
             for member in tar:
-                file = tar.extractfile(member)
+                file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
                 data = b"" if file is None else file.read()
                 key, _, ending = member.name.rpartition(".")
                 if ending == PHOTO_ENDING:

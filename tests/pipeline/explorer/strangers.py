@@ -240,6 +240,26 @@ def shard_with_a_path_as_member(out: Path, _: Path) -> None:
 
 
 @hostile
+def shard_with_a_hole_of_a_terabyte(out: Path, _: Path) -> None:
+    path = out / UNIT.format("shards", "tar")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        found = tarfile.TarInfo(f"{KEPT}.jpg")
+        found.pax_headers = {
+            "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": found.name,
+            "GNU.sparse.realsize": str(1 << 40),
+        }  # fmt: skip
+        data = b"1\n1099511627775\n1\n".ljust(512, b"\0") + b"x"
+        found.size = len(data)
+        tar.addfile(found, io.BytesIO(data))
+
+
+@hostile
+def mask_of_two_billion_pixels(out: Path, _: Path) -> None:
+    region = {"id": 1, "rle": {"size": [46_000, 46_000], "counts": "0" * 9}, "bbox": [0, 0, 1, 1], "area": 1}
+    sample(out, regions=[region | {"category": "", "core_category": "", "caption": "A thing."}])
+
+
+@hostile
 def pipe_as_ledger(out: Path, _: Path) -> None:
     path = out / UNIT.format("ledger", "parquet")
     path.unlink()
