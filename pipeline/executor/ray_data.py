@@ -184,6 +184,7 @@ def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> A
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it tells that it has no bars
     rows = [{"unit": work_list.unit_name(index), "index": index} for index in units]
     # A worker that dies is replaced and its unit runs again, without limit: Ray Data's default for actors.
     # The notes that `in_flight.py` keeps make sure that no record can kill workers forever.
@@ -345,6 +346,8 @@ def _knock(address: str) -> None:
 
 _KNOCK_S = 10.0
 
+_TOKENS = "ray._private.authentication.authentication_token_setup"
+
 
 def _connect(address: str | None, config: BuildConfig) -> None:
     import ray
@@ -355,6 +358,8 @@ def _connect(address: str | None, config: BuildConfig) -> None:
     if address is not None:
         ray.init(address=address, **quiet)
         return
+    # That Ray asks its own processes for a token is as it should be, and no warning.
+    logging.getLogger(_TOKENS).setLevel(logging.ERROR)
     recipes = [recipe_of(config, subset) for subset in config.subsets]
     needed = max(needed_resources(steps_of(stages, config), config)["CPU"] for stages in recipes)
     ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(needed)), include_dashboard=False, **quiet)

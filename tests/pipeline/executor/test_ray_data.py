@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import types
 
 import cloudpickle
@@ -35,6 +36,12 @@ def test_without_an_address_a_build_starts_a_ray_of_its_own_beside_any_cluster(
         monkeypatch.setenv("RAY_ADDRESS", named)
     RayEngine(None).start(config_of(tmp_path / "out", coconut=coconut))
     assert ray_init == [("local", None)]
+
+
+def test_a_healthy_start_of_ray_says_nothing_that_looks_like_a_problem(tmp_path, coconut, ray_init):
+    RayEngine(None).start(config_of(tmp_path / "out", coconut=coconut))
+    tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    assert not tokens.isEnabledFor(logging.WARNING) and tokens.isEnabledFor(logging.ERROR)
 
 
 def test_without_an_address_training_starts_a_ray_of_its_own_beside_any_cluster(ray_init, monkeypatch):
