@@ -37,6 +37,9 @@ _VARIABLE_WORDS = _WORDS | {"key", "keys", "dsn"}
 _PASSWORDS = frozenset({"password", "passwd", "passphrase", "passcode", "pwd", "pw", "secret"})
 """Of these also a number is a secret; other names may have counts of tokens."""
 
+_GROUPS = frozenset({"auth", "cookies", "cred", "credential", "credentials", "creds", "secrets"})
+"""Of these also what is no text is a secret; what stands in others is looked at by its own names."""
+
 _HARMLESS = re.compile(
     r".*_(env|file|path|variable|name|url|uri|endpoint|type|count|limit)s?"
     r"|(bos|cls|eos|image|mask|pad|prompt|sep|stop|unk|video)_token"
@@ -179,9 +182,10 @@ def _environment() -> Iterator[str]:
 def _is_given(value: Any, name: Any = "") -> bool:
     if isinstance(value, str | bytes):
         return bool(value) and not _is_reference(str(value))
+    last = str(name).lower().replace("-", "_").rpartition("_")[2]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(name).lower().replace("-", "_").rpartition("_")[2] in _PASSWORDS
-    return isinstance(value, Mapping | list | tuple) and bool(value)
+        return last in _PASSWORDS
+    return isinstance(value, Mapping | list | tuple) and bool(value) and last in _GROUPS
 
 
 def _is_reference(value: str) -> bool:
