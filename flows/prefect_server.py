@@ -78,9 +78,10 @@ class PrefectServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the server end, without waiting for it."""
+        """End the server, also one that hangs, without waiting for it."""
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
+            self.process.kill()  # it would end at once, too; one that is stopped would not
             self.process = None
 
     @contextmanager

@@ -74,6 +74,15 @@ def test_the_server_ends_with_its_driver(how):
     assert gone(server)
 
 
+def test_a_server_that_is_stopped_ends_with_its_command_too(monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with PrefectServer() as started:
+        assert started.process is not None
+        server = started.process.pid
+        started.process.send_signal(signal.SIGSTOP)
+    assert gone(server, limit_s=10)
+
+
 def test_no_server_is_started_where_the_environment_names_one(monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     with PrefectServer() as server:
