@@ -85,6 +85,17 @@ def test_what_fits_no_column_does_not_keep_a_unit_from_its_ledger():
     assert row["category"] == "tr\u00e4d"
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("odd", [2**63, 2**64, -(2**63) - 1, 10**400, "5", [1]])
+def test_a_number_that_no_column_holds_is_null_beside_one_that_is_missing(odd):
+    big, none = region(0, source_id=odd, category_id=odd), region(1, source_id=None, category_id=7)
+    wide = region(2, crop_box=[1.0, odd], scores={"iou": 10**400}, bbox=(2**31, 0, 6, 4))
+    found = rows(image("a", big, none, wide))
+    assert [row["source_id"] for row in found] == [None, None, None]
+    assert [row["category_id"] for row in found] == [None, 7, None]
+    assert (found[2]["iou"], found[2]["bbox_x"], found[2]["bbox_w"]) == (None, None, 6)
+
+
 def test_a_unit_without_any_image_is_an_empty_ledger():
     assert ledger_table("coconut-000000", [], {}).num_rows == 0
 
