@@ -153,6 +153,10 @@ def read_benchmark(
         questions = (recognition_question(kind, class_name), *_questions(asked, folder, key))
         unverified += sum(isinstance(each, dict) and each.get("verified") is False for each in asked)
         digest.update(msgspec.json.encode([key, mask.rle, questions]))
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"{folder / ANNOTATIONS}: the `file_name` of {key}'s image is no text; correct it"
+            )
         image = images.setdefault(name, BenchImage(name, f"{root}/{Path(name).name}", mask.rle.size, []))
         image.regions.append(BenchRegion(key, mask, class_name, questions))
     if not images:
