@@ -14,6 +14,7 @@ import yaml
 from paracaption.pipeline.corpus import events, export, ledger, merge, records, work_list, work_list_table
 from paracaption.pipeline.executor import audit, in_flight
 from paracaption.pipeline.stages.base import ModelStage
+from paracaption.pipeline.stages.recipes import RECIPES
 from paracaption.pipeline.stages.registry import STAGES
 from paracaption.schemas import manifest, sample, summary
 from tests import building
@@ -51,8 +52,13 @@ def tables() -> dict[str, list[list[str]]]:
     for section in PAGE.read_text().split("\n### ")[1:]:
         heading, _, rest = section.partition("\n")
         lines = rest.strip().partition("\n\n")[0].splitlines()[2:]
-        found[heading] = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+        found[heading] = [[plain(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
     return found
+
+
+def plain(cell: str) -> str:
+    """A cell without its backquotes, if all of it is one piece of code."""
+    return cell[1:-1] if re.fullmatch(r"`[^`]*`", cell) else cell
 
 
 def names(heading: str) -> list[str]:
@@ -116,7 +122,7 @@ def test_every_kind_of_record_is_listed_with_its_fields():
     kinds = {}
     for each in records.Record.__args__:
         kinds[each.__struct_config__.tag] = set(each.__struct_fields__) - set(common)
-    listed = {row[0]: set(re.findall(r"`(\w+)`", "`" + row[2] + "`")) for row in tables()["Kinds of records"]}
+    listed = {row[0]: set(re.findall(r"\w+", row[2])) for row in tables()["Kinds of records"]}
     assert listed == kinds
 
 
@@ -144,6 +150,22 @@ def folder(tmp_path_factory) -> Path:
     assert 0 < counts["kept"] < counts["regions"]
     export.export(folder / "corpus", "coco", folder / "exported")
     return folder
+
+
+def test_the_ledgers_columns_are_null_when_the_page_says(folder):
+    """For the conditions that a row itself shows: kept, dropped, and the stages that a kept region passed."""
+    import pyarrow.parquet as pq
+
+    for subset, recipe in (("coconut", RECIPES["verify"]), ("sa1b", RECIPES["identify"])):
+        for path in (folder / "corpus" / subset / "ledger").glob("*.parquet"):
+            for row in pq.read_table(path).to_pylist():
+                for column, _, _, when in tables()["Columns of a ledger"]:
+                    if when in ("kept", "dropped"):
+                        assert (row[column] is None) == (row["kept"] == (when == "kept")), (column, row)
+                    elif (stage := re.match(r"the region did not reach `(\w+)`", when)) and row["kept"]:
+                        assert (row[column] is None) == (stage[1] not in recipe), (column, row)
+                    elif when.startswith(("never", "in practice never", "the mask could not be read")):
+                        assert row[column] is not None, (column, row)
 
 
 def test_the_cards_front_matter_has_the_keys_of_the_page(folder):

@@ -214,6 +214,35 @@ def test_each_signal_of_the_page_ends_a_command_with_its_code(code, number):
     assert run_and_stop([sys.executable, "-c", program], (number,)).code == code
 
 
+EXPLORE = """
+import sys
+import uvicorn
+from paracaption.flows.command import main
+
+start = uvicorn.Server.startup
+
+async def started(self, sockets=None):
+    await start(self, sockets)
+    sys.__stdout__.write("ready\\n")
+    sys.__stdout__.flush()
+
+uvicorn.Server.startup, sys.stdout = started, sys.stderr
+main()
+"""
+"""Says "ready" when the pages can be opened, and not before; its own first line goes to stderr."""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
+def test_the_explorer_ends_with_0_when_it_is_stopped(folder):
+    """`status --watch` is stopped in test_versions.py."""
+    assert (
+        "`paracaption explore` and `paracaption status --watch` run until you stop them" in PAGE.read_text()
+    )
+    command = [sys.executable, "-c", EXPLORE, "explore", str(folder / "out"), "--port", "0"]
+    found = run_and_stop(command, (signal.SIGINT,))
+    assert found.code == 0 and re.fullmatch(r"http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)\n", found.errors)
+
+
 def test_every_example_of_the_page_is_provoked_here():
     elsewhere = {
         (1, "paracaption undo", "you answered no"),
