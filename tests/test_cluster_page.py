@@ -165,10 +165,11 @@ class Head:
         end = time.monotonic() + timeout_s
         while True:
             shown = self.run(f"ray job status {job}", folder)
-            found = re.search(rf"\b({states})\b", shown.stdout + shown.stderr)
+            plain = re.sub(r"\x1b\[\d*m", "", shown.stdout + shown.stderr)
+            found = re.search(rf"\b({states})\b", plain)
             if found:
                 return found[1]
-            assert time.monotonic() < end, shown.stdout + shown.stderr
+            assert time.monotonic() < end, plain
             time.sleep(1)
 
     def stop(self) -> None:
