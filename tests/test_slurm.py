@@ -210,6 +210,14 @@ def test_without_a_configuration_the_script_says_how_it_is_called(job):
     assert process.returncode == 2 and errors.startswith("usage: sbatch slurm.sbatch CONFIG")
 
 
+def test_without_an_allocation_the_script_says_that_it_is_for_sbatch(job):
+    job = job()
+    job.env.pop("SLURM_JOB_ID")
+    process = job.start("corpus.yaml")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "submit it with sbatch" in errors and job.asked() == []
+
+
 def test_slurm_is_asked_for_a_signal_a_requeue_and_a_log_that_is_kept():
     lines = SCRIPT.read_text().splitlines()
     asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
