@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -28,6 +29,9 @@ _FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " 
 """Options of `paracaption config`, which prints the keys of a configuration."""
 
 
+_SET_EXAMPLE = "give a key of the configuration and its value as YAML, as in --set text.min_words=3"
+
+
 class _OnceLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML would take the last without a word."""
 
@@ -44,31 +48,35 @@ class _OnceLoader(yaml.SafeLoader):
         return node
 
 
-def load_config(config: str | Path | Mapping[str, Any] | BuildConfig) -> BuildConfig:
+def load_config(
+    config: str | Path | Mapping[str, Any] | BuildConfig, changes: Sequence[str] = ()
+) -> BuildConfig:
     """The configuration of a build, with absolute paths and every option of its sources.
 
     Args:
         config: a YAML file, in which relative paths start at its folder; or the keys and values, or the
             configuration itself, in which they start at the current folder.
+        changes: `KEY=VALUE` for each key that gets another value. A key of a section is `section.key`, an
+            element of a list has its number, and a value is YAML.
 
     Raises:
         ConfigError: there is no such file, it is not YAML, a key is unknown or a value does not suit it; a
             line for each mistake, with its place.
     """
     if isinstance(config, str | Path):
-        return _read_file(config, BuildConfig)
+        return _read_file(config, BuildConfig, changes)
     values = config.model_dump() if isinstance(config, BuildConfig) else dict(config)
-    return _check(values, BuildConfig, "config", Path.cwd())
+    return _check(_changed(values, changes), BuildConfig, "config", Path.cwd())
 
 
-def load_training(path: str | Path) -> TrainConfig:
+def load_training(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     """Read the configuration of a training run; see `load_config`."""
-    return _read_file(path, TrainConfig)
+    return _read_file(path, TrainConfig, changes)
 
 
-def load_evaluation(path: str | Path) -> EvaluateConfig:
+def load_evaluation(path: str | Path, changes: Sequence[str] = ()) -> EvaluateConfig:
     """Read the configuration of an evaluation; see `load_config`. Options `model` and `path` are paths."""
-    config, root = _read_file(path, EvaluateConfig), Path(path).parent.resolve()
+    config, root = _read_file(path, EvaluateConfig, changes), Path(path).parent.resolve()
     judge = config.judge and _with_absolute_options(config.judge, root)
     captioner = _with_absolute_options(config.captioner, root)
     return config.model_copy(update={"captioner": captioner, "judge": judge})
@@ -87,7 +95,7 @@ def _with_absolute_options(backend: _Backend, root: Path) -> _Backend:
     return backend.model_copy(update={"options": given | changed})
 
 
-def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
+def _read_file(path: str | Path, kind: type[_Config], changes: Sequence[str] = ()) -> _Config:
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -102,7 +110,27 @@ def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
         raise ConfigError(f"{path}: it says nothing; `paracaption config` prints the keys")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
-    return _check(raw, kind, str(path), path.parent.resolve())
+    return _check(_changed(raw, changes), kind, str(path), path.parent.resolve())
+
+
+def _changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """A copy of a configuration's values in which `KEY=VALUE` holds."""
+    if changes:
+        values = copy.deepcopy(values)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change}: it has no `=`; {_SET_EXAMPLE}")
+        *sections, last = (int(part) if part.isdecimal() else part for part in key.split("."))
+        try:
+            place: Any = values
+            for section in sections:
+                missing = isinstance(place, dict) and place.get(section) is None
+                place = place.setdefault(section, {}) if missing else place[section]
+            place[last] = yaml.load(text, _OnceLoader)
+        except (TypeError, LookupError, yaml.YAMLError) as error:
+            raise ConfigError(f"--set {change}: there is no such place; {_SET_EXAMPLE}") from error
+    return values
 
 
 def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) -> _Config:
@@ -111,7 +139,8 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
     except ValidationError as error:
         keys = f"see `paracaption config{_FLAGS.get(kind, '')}` for all keys"
         place_of = partial(written_place, values=values) if kind is BuildConfig else tuple
-        raise ConfigError(one_line_each(error, where, keys, place_of)) from error
+        known = partial(_keys_at, kind)
+        raise ConfigError(one_line_each(error, where, keys, place_of, known)) from error
     if not isinstance(config, Judge) and files.is_url(config.out):
         raise ConfigError(f"{where}: out: {config.out} is a URL; name a folder that every node mounts")
     if isinstance(config, BuildConfig):
@@ -121,6 +150,16 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
     return config
+
+
+def _keys_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The keys that a model has at a place, whose last part is a key that it does not have."""
+    for part in place[:-1]:
+        if part == "sources":  # of any kind
+            return [key for source in SOURCES for key in find_options(source).model_fields]
+        field = kind.model_fields.get(str(part))
+        kind = (field and _model_of(field.annotation)) or kind
+    return list(kind.model_fields)
 
 
 def _absolute(root: Path, path: str) -> str:

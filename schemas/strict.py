@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
@@ -67,8 +68,12 @@ class Strict(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError(
-                one_line_each(error, where, f"the keys are {', '.join(cls.model_fields)}")
+                one_line_each(error, where, f"the keys are {', '.join(cls.model_fields)}", known=cls._keys_at)
             ) from error
+
+    @classmethod
+    def _keys_at(cls, _place: tuple[int | str, ...]) -> list[str]:
+        return list(cls.model_fields)
 
 
 class Published(Strict):
@@ -130,11 +135,18 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """The words "did you mean ..." if a known name is much like the one that was given; else none."""
+    near = get_close_matches(str(given), list(known), n=1)
+    return f"did you mean `{near[0]}`? " if near else ""
+
+
 def one_line_each(
     error: ValidationError,
     where: str,
     keys: str,
     place_of: Callable[[tuple[int | str, ...]], tuple[int | str, ...]] = tuple,
+    known: Callable[[tuple[int | str, ...]], Iterable[str]] | None = None,
 ) -> str:
     """What pydantic found wrong, a line for each mistake.
 
@@ -143,12 +155,14 @@ def one_line_each(
         where: what stands before the key on each line; may be empty.
         keys: what an unknown key's line says about those that are known.
         place_of: where the user wrote what is at a place of the model.
+        known: the keys that there are beside an unknown one, by its place in the model.
     """
     lines = []
     for each in error.errors():
         place = ".".join(map(str, place_of(each["loc"]))) or "config"
         if each["type"] == "extra_forbidden":
-            wrong = f"unknown key; {keys}"
+            meant = did_you_mean(each["loc"][-1], known(each["loc"]) if known else ())
+            wrong = f"unknown key; {meant}{keys}"
         else:
             together = each["type"] == "value_error" and isinstance(each["input"], dict)  # of keys
             is_told = not together and each["type"] not in ("missing", "secret")

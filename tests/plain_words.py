@@ -1,7 +1,7 @@
-"""Looks for words of tests/words.txt in what people read: docs, page texts, messages, docstrings and comments.
+"""Looks for the words of tests/words.txt in what people read: docs, pages, messages, docstrings, comments.
 
-`python -m tests.plain_words [FILE ...]` prints each place with what to say instead, and exits with 1 if there is one.
-A line that ends in `plain: ok` (in a comment of the file's kind) is left alone, for words that are data.
+`python -m tests.plain_words [FILE ...]` prints each place with what to say instead.
+Its exit code is 1 if there is any. A line with `plain: ok` in a comment is left alone: words that are data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("schemas", "filters", "pipeline", "flows", "model_training", "paracaption")
-PAGES = (*FOLDERS, "docs", "configs", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "Makefile")
+PAGES = (*FOLDERS, "docs", "configs", "*.md", "samples/README.md", "Makefile")
 ENDINGS = {".py", ".md", ".html", ".yaml", ""}
 ALLOWED = "plain: ok"
 
@@ -104,10 +104,11 @@ def _files() -> list[Path]:
 def main(names: list[str]) -> int:
     """Print what is found; 1 if there is anything."""
     words = read_words()
-    places = [place for path in (map(Path, names) if names else _files()) for place in find_words(path, words)]
+    paths = [Path(name).resolve() for name in names] or _files()
+    places = [place for path in paths for place in find_words(path, words)]
     for place in sorted(places):
         name = place.path.relative_to(ROOT) if place.path.is_relative_to(ROOT) else place.path
-        print(f"{name}:{place.line}: {place.found!r}: say {place.instead}")
+        sys.stdout.write(f"{name}:{place.line}: {place.found!r}: say {place.instead}\n")
     return 1 if places else 0
 
 

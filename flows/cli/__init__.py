@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -15,7 +15,8 @@ from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
 from ...schemas.secrets import shorten
 from .. import stopping
-from . import build, check, corpus, evaluate, model, versions
+from . import build, check, corpus, evaluate, init, model, versions
+from .examples import example
 
 
 class _Commands(TyperGroup):
@@ -40,12 +41,32 @@ app = typer.Typer(
     cls=_Commands,
     help="Masks in, verified region captions out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    epilog="Begin with `paracaption demo`, or write a configuration of your own with `paracaption init`.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        print(f"paracaption {metadata.version('paracaption')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    """Masks in, verified region captions out."""
+
+
 for panel, commands in {
     "Build a corpus": (
-        *(build.demo, check.config, check.audit, check.doctor, check.estimate),
+        *(build.demo, init.init, check.config, check.audit, check.doctor, check.estimate),
         *(build.build, build.merge, build.deploy),
     ),
     "Read a corpus": (
@@ -56,8 +77,8 @@ for panel, commands in {
     MODEL: (model.train, evaluate.evaluate, evaluate.profile),
 }.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
-app.command(cls=model.ManyMasks, rich_help_panel=MODEL)(model.caption)
+        app.command(rich_help_panel=panel, epilog=example(command.__name__))(command)
+app.command(cls=model.ManyMasks, rich_help_panel=MODEL, epilog=example("caption"))(model.caption)
 app.add_typer(model.models, name="models", rich_help_panel=MODEL)
 app.add_typer(evaluate.benchmarks, name="benchmark", rich_help_panel=MODEL)
 

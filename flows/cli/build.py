@@ -13,7 +13,7 @@ import typer
 
 from ...schemas.errors import ConfigError
 from .. import stopping
-from .arguments import Config, RayAddress
+from .arguments import Changes, Config, RayAddress, suggest
 from .corpus import inspect
 from .progress import BuildView
 
@@ -36,13 +36,16 @@ def build(
         bool,
         typer.Option("--local", help="Build in this process, without Ray and Prefect."),
     ] = False,
+    changes: Changes = None,
 ) -> None:
     """Build the corpus, or resume it: units that are committed are not built again."""
     from ...pipeline.config_file import load_config
 
     if local and ray_address is not None:
         raise ConfigError("build: choose --local or --ray-address; the local engine uses no cluster")
-    _build(load_config(config), local, ray_address, limit_images=limit_images, retry_failed=retry_failed)
+    loaded = load_config(config, changes or ())
+    _build(loaded, local, ray_address, limit_images=limit_images, retry_failed=retry_failed)
+    suggest(f"paracaption explore {loaded.out}", f"paracaption verify {loaded.out}")
 
 
 def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = None, **asked: Any) -> None:
@@ -90,14 +93,14 @@ def _run_in_view(config: BuildConfig, engine: LocalEngine | RayEngine, **asked: 
             launch.build(config, engine, view.show, **asked)
 
 
-def merge(config: Config) -> None:
+def merge(config: Config, changes: Changes = None) -> None:
     """Rebuild the index, statistics, plots and dataset card; `build` does it at its end."""
     from ...pipeline.config_file import load_config
     from ...pipeline.corpus import merge as merging
     from ...pipeline.corpus import reader
     from ...pipeline.executor import driver
 
-    loaded = load_config(config)
+    loaded = load_config(config, changes or ())
     reader.open_corpus(loaded.out)  # before anything is written to what may be another folder
     with driver.owned(loaded, "merge") as owner:
         driver.write_config(loaded, owner)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ...schemas.errors import ConfigError
-from .arguments import Config, RayAddress
+from .arguments import Changes, Config, Json, RayAddress, print_json, suggest
 from .progress import counting
 
 
 def config(
     training: Annotated[bool, typer.Option("--training", help="Print the keys of `train`.")] = False,
     evaluation: Annotated[bool, typer.Option("--evaluation", help="Print the keys of `evaluate`.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON schema, for editors that complete and check YAML.")
+    ] = False,
 ) -> None:
     """Print every key of a configuration with its default and the reason for it."""
     from ...pipeline.config_file import describe
@@ -24,7 +28,12 @@ def config(
 
     _one_kind("config", training, evaluation)
     kind = TrainConfig if training else EvaluateConfig if evaluation else BuildConfig
-    print(describe(kind))
+    if schema:
+        from .schema import json_schema
+
+        print_json(json_schema(kind))
+    else:
+        print(describe(kind))
 
 
 def _one_kind(command: str, training: bool, evaluation: bool) -> None:
@@ -37,25 +46,37 @@ def audit(
     parquet: Annotated[
         Path | None, typer.Option(help="File for the full list.", show_default="OUT/audit.parquet")
     ] = None,
+    changes: Changes = None,
+    json: Json = False,
 ) -> None:
-    """Read the sources without asking a model, and report every problem."""
+    """Read the sources without asking a model, and report every problem; exit code 1 if nothing is usable."""
     from ...pipeline.config_file import load_config
     from ...pipeline.corpus.work_list import find_work_list, leave_out
     from ...pipeline.executor.audit import AuditReport, AuditResult, audit_subset
     from ...pipeline.sources.registry import open_source
 
-    loaded = load_config(config)
-    total = AuditResult()
+    loaded = load_config(config, changes or ())
+    total, reports = AuditResult(), {}
     for subset in loaded.subsets:
         source = open_source(loaded, subset)
         source.leave_out = leave_out(loaded, find_work_list(Path(loaded.out) / subset))
         with counting(f"{subset}: images read") as progress:
             report = audit_subset(source, loaded.limits, progress=progress)
         total.add(report.result)
-        print(report.text())
+        reports[subset] = report.summary()
+        if not json:
+            print(report.text())
     target = parquet or Path(loaded.out) / "audit.parquet"
     AuditReport("all", total).write(target)
-    print(f"full list: {target}")
+    if json:
+        print_json({"subsets": reports, "full_list": str(target)})
+    else:
+        print(f"full list: {target}")
+    if not total.regions_usable:
+        print("no region is usable: a build would be empty", file=sys.stderr)
+        raise typer.Exit(1)
+    if not json:
+        suggest(f"paracaption doctor {config}", f"paracaption build {config}")
 
 
 def doctor(
@@ -63,6 +84,8 @@ def doctor(
     ray_address: RayAddress = None,
     training: Annotated[bool, typer.Option("--training", help="CONFIG is for `train`.")] = False,
     evaluation: Annotated[bool, typer.Option("--evaluation", help="CONFIG is for `evaluate`.")] = False,
+    changes: Changes = None,
+    json: Json = False,
 ) -> None:
     """Check packages, GPUs, models, inputs and output before a run; exit code 1 on a FAIL."""
     from rich.console import Console
@@ -74,17 +97,20 @@ def doctor(
     if training:
         from .. import preflight
 
-        loaded = config_file.load_training(config)
+        loaded = config_file.load_training(config, changes or ())
         found = list(preflight.check_training(loaded, on_cluster=ray_address is not None))
     elif evaluation:
         from .. import preflight
 
-        found = list(preflight.check_evaluation(config_file.load_evaluation(config)))
+        found = list(preflight.check_evaluation(config_file.load_evaluation(config, changes or ())))
     else:
         from ...pipeline.executor.doctor import examine_build
 
-        found = examine_build(config_file.load_config(config), ray_address)
-    Console().print(findings.render_findings(found))
+        found = examine_build(config_file.load_config(config, changes or ()), ray_address)
+    if json:
+        print_json(found)
+    else:
+        Console().print(findings.render_findings(found))
     raise typer.Exit(1 if any(each.state == findings.FAIL for each in found) else 0)
 
 
@@ -106,6 +132,8 @@ def estimate(
     write_rates: Annotated[
         bool, typer.Option(help="Print the measured rates as YAML, and no estimate.")
     ] = False,
+    changes: Changes = None,
+    json: Json = False,
 ) -> None:
     """Estimate a build from a pilot: GPU-hours, wall time, the bottleneck, GPUs per stage, bytes."""
     from rich.console import Console
@@ -113,10 +141,10 @@ def estimate(
     from ...pipeline.config_file import load_config
     from ...pipeline.corpus.reader import read_config
     from ...pipeline.executor.estimate.rates import format_rates, measure_rates, read_rates
-    from ...pipeline.executor.estimate.report import render_estimate
+    from ...pipeline.executor.estimate.report import estimate_values, render_estimate
     from ...pipeline.executor.estimate.sizes import choose_sizes
 
-    loaded = load_config(config)
+    loaded = load_config(config, changes or ())
     pilot = run or Path(loaded.out)
     known = read_rates(rates) if rates else measure_rates(pilot)
     if write_rates:
@@ -125,4 +153,7 @@ def estimate(
     sizes = choose_sizes(loaded, known, images or [], count_sources=sources)
     has_config = not rates and (pilot / "config.yaml").exists()
     pilot_config = read_config(pilot) if has_config else None
-    Console().print(render_estimate(loaded, known, sizes, gpus, cpus, pilot_config))
+    if json:
+        print_json(estimate_values(loaded, known, sizes, gpus, cpus, pilot_config))
+    else:
+        Console().print(render_estimate(loaded, known, sizes, gpus, cpus, pilot_config))

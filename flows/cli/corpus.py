@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Corpus
+from .arguments import Corpus, Json, print_json
 
 Outside = Annotated[
     bool,
@@ -22,22 +22,28 @@ Urls = Annotated[
 ]
 
 
-def verify(corpus: Corpus) -> None:
+def verify(corpus: Corpus, json: Json = False) -> None:
     """Check that a corpus is complete and undamaged; exit code 1 if it is not."""
     from ...pipeline.corpus import verify as verifying
 
     report = verifying.verify(corpus)
-    print(report.text())
+    if json:
+        print_json({"ok": report.ok, **report._asdict()})
+    else:
+        print(report.text())
     raise typer.Exit(0 if report.ok else 1)
 
 
-def inspect(corpus: Corpus) -> None:
+def inspect(corpus: Corpus, json: Json = False) -> None:
     """Print the funnel, with samples of what was kept and of what was dropped for each reason."""
     from rich.console import Console
 
     from ...pipeline.corpus import inspect as inspecting
 
-    Console().print(inspecting.inspect(corpus))
+    if json:
+        print_json(inspecting.inspect_values(corpus))
+    else:
+        Console().print(inspecting.inspect(corpus))
 
 
 def show(

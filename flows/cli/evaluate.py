@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import stopping
-from .arguments import Device, Dtype
+from .arguments import Changes, Device, Dtype, Json, print_json
+from .examples import example
 from .progress import counting_parts, show_row
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def evaluate(
             help="The YAML file; `paracaption config --evaluation` prints every key.", show_default=False
         ),
     ],
+    changes: Changes = None,
+    json: Json = False,
 ) -> None:
     """Evaluate a captioner: benchmarks with a judge, a toy world, cost. Resumes where it was interrupted."""
     from rich.console import Console
@@ -33,11 +36,14 @@ def evaluate(
     from ...pipeline.executor.findings import refuse_failures
     from .. import launch, preflight
 
-    loaded = load_evaluation(config)
+    loaded = load_evaluation(config, changes or ())
     refuse_failures(preflight.check_evaluation(loaded))
     stopping.say(lambda: "what was captioned and judged is kept; run the same command to continue")
     with counting_parts() as show:
         found = launch.evaluate(loaded, show)
+    if json:
+        print_json(found)
+        return
     Console().print(_table(found))
     for result in found["benchmarks"]:
         for line in notes(result):
@@ -76,7 +82,7 @@ def profile(
         print(out / name)
 
 
-@benchmarks.command()
+@benchmarks.command(epilog=example("benchmark make"))
 def make(
     corpus: Annotated[Path, typer.Argument(help="The `out` of a build.", show_default=False)],
     to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
@@ -108,7 +114,7 @@ def make(
     print(to / making.REVIEW)
 
 
-@benchmarks.command()
+@benchmarks.command(epilog=example("benchmark photos"))
 def photos(
     folders: Annotated[
         list[str],

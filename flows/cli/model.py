@@ -11,7 +11,8 @@ from typer.core import TyperCommand
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .. import stopping
-from .arguments import Device, Dtype, RayAddress, options_of
+from .arguments import Changes, Device, Dtype, RayAddress, options_of
+from .examples import example
 from .progress import TrainingView
 
 TrainingConfig = Annotated[
@@ -21,7 +22,7 @@ TrainingConfig = Annotated[
 models = typer.Typer(help="Make checkpoints ready for the models that need it.", no_args_is_help=True)
 
 
-@models.command()
+@models.command(epilog=example("models prepare"))
 def prepare(
     model: Annotated[str, typer.Argument(help="Kind of the model: gar.")],
     path: Annotated[Path, typer.Argument(help="Folder of the published checkpoint.")],
@@ -37,7 +38,7 @@ def prepare(
     print(language_model.prepare(path, to))
 
 
-@models.command()
+@models.command(epilog=example("models convert"))
 def convert(
     to: Annotated[Path, typer.Option(help="Folder to write. It appears when it is complete.")],
     path: Annotated[
@@ -80,6 +81,7 @@ def train(
             "--wait", help="Wait until the corpora are built. Otherwise, train on what is committed."
         ),
     ] = False,
+    changes: Changes = None,
 ) -> None:
     """Train a model, or resume from the last checkpoint. `config --training` prints every key."""
     from ...pipeline.config_file import load_training
@@ -87,7 +89,7 @@ def train(
     from ...pipeline.executor.findings import refuse_failures
     from .. import launch, preflight
 
-    loaded = load_training(config)
+    loaded = load_training(config, changes or ())
     refuse_failures(preflight.check_training(loaded, wait, on_cluster=ray_address is not None))
     ray_data.check_address(ray_address)
     stopping.say(lambda: _what_is_trained(Path(loaded.out)))

@@ -36,10 +36,7 @@ def versions(
         int | None, typer.Option(min=1, help="Print the configuration as of this record, and nothing else.")
     ] = None,
 ) -> None:
-    """Print what was committed when: the records of the commit log, oldest first.
-
-    Example: `paracaption versions out/corpus --config 12 > before.yaml`
-    """
+    """Print what was committed when: the records of the commit log, oldest first."""
     from ...pipeline.corpus import history
     from ...pipeline.corpus.versions import describe
 
@@ -62,10 +59,7 @@ def diff(
     after: Annotated[int, typer.Argument(min=0, help="Number of another record.", show_default=False)],
     limit: Annotated[int, typer.Option(min=0, help="Examples of what was lost, and as many gained.")] = 20,
 ) -> None:
-    """Compare two versions: regions lost and gained, by reason, with examples. Helps to tune thresholds.
-
-    Example: `paracaption diff out/corpus 12 31`
-    """
+    """Compare two versions: regions lost and gained, by reason, with examples. Helps to tune thresholds."""
     from ...pipeline.corpus import history
 
     out = _path(corpus)
@@ -94,7 +88,7 @@ def status(
 ) -> None:
     """Show what is committed and held back, who writes to the corpus, how fast, and how long it will take.
 
-    Changes nothing, and may be called while a build runs. Example: `paracaption status out/corpus --watch`
+    Changes nothing, and may be called while a build runs.
     """
     from ...pipeline.corpus.status import Watcher
 
@@ -114,7 +108,7 @@ def undo(
     """Take back the last rebuild: its units get their former files, and the configuration too.
 
     That is possible while the files that it replaced are kept (failures.keep_replaced_days). Units that it
-    added stay. To redo it, undo again. Example: `paracaption undo out/corpus`
+    added stay. To redo it, undo again.
     """
     from ...pipeline.corpus import undo as undoing
 

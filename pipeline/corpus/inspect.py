@@ -80,6 +80,16 @@ def inspect(corpus: str | Path, num_kept: int = 5, num_dropped: int = 2) -> Rend
     return Group(*parts)
 
 
+def inspect_values(corpus: str | Path, num_kept: int = 5, num_dropped: int = 2) -> dict[str, Any]:
+    """What `inspect` shows, as values: by subset its counts, and samples of kept and of dropped regions."""
+    opened = reader.open_corpus(corpus)
+    found = {}
+    for subset in opened.subsets:
+        kept, dropped = sample_regions(opened, subset, num_kept, num_dropped)
+        found[subset] = {"counts": merge.count_subset(opened, subset), "kept": kept, "dropped": dropped}
+    return found
+
+
 def sample_regions(
     corpus: Corpus, subset: str, num_kept: int, num_dropped: int
 ) -> tuple[list[ShownRegion], dict[str, list[ShownRegion]]]:

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -108,6 +109,20 @@ class AuditReport(msgspec.Struct):
     result: AuditResult
     fixes: dict[str, str] = {}
     sampled: bool = False
+
+    def summary(self, num_examples: int = 3) -> dict[str, Any]:
+        """The report for programs: counts, and by reason how many, what to do, and a few examples."""
+        problems: dict[str, dict[str, Any]] = {}
+        for each in self.result.problems:
+            found = problems.setdefault(
+                each.reason,
+                {"number": 0, "drops": each.drops, "fix": self.fixes.get(each.reason, ""), "examples": []},
+            )
+            found["number"] += 1
+            if len(found["examples"]) < num_examples:
+                found["examples"].append(each.detail)
+        names = ("images", "images_usable", "regions", "regions_usable")
+        return {name: getattr(self.result, name) for name in names} | {"problems": problems}
 
     def text(self, num_examples: int = 3) -> str:
         """The report for people: counts, then each problem with its fix and a few examples."""

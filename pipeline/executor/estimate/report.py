@@ -52,6 +52,22 @@ def render_estimate(
     return Group(*parts)
 
 
+def estimate_values(
+    config: BuildConfig,
+    rates: Rates,
+    sizes: dict[str, Size],
+    gpus: float | None,
+    cpus: float | None,
+    pilot: BuildConfig | None,
+) -> dict[str, Any]:
+    """What `render_estimate` shows, as values. Times are in seconds, sizes in bytes."""
+    return {
+        "configured": estimate_build(config, rates, sizes, gpus, cpus),
+        "balanced": estimate_build(config, rates, sizes, gpus, cpus, balanced=True),
+        "caveats": find_caveats(config, rates, sizes, pilot),
+    }
+
+
 def suggest_concurrency(estimate: Estimate) -> str:
     """`concurrency` of each model by subset, as lines for the configuration."""
     lines = []
