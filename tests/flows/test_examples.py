@@ -48,7 +48,7 @@ RUN = (
 def commands() -> dict[str, Any]:
     """Every command by its name, also those of a group."""
     found = {}
-    for name, command in get_command(app).commands.items()  # type: ignore[attr-defined]:
+    for name, command in getattr(get_command(app), "commands", {}).items():
         inner = getattr(command, "commands", {})
         found |= {f"{name} {each}": other for each, other in inner.items()} if inner else {name: command}
     return found

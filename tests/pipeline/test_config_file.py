@@ -94,7 +94,10 @@ def test_absolute_home_and_file_paths_are_taken_as_they_are(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"min_iuo": 0.5}, r"build.yaml: min_iuo: unknown key; see `paracaption config`"),
+        (
+            {"min_iuo": 0.5},
+            r"build.yaml: min_iuo: unknown key; did you mean `min_iou`\? see",
+        ),
         ({"masks": {"min_area": 3}}, r"build.yaml: masks.min_area: unknown key"),
         (
             {"sa1b": [{"paths": ["a"], "licens": "x"}]},
