@@ -8,7 +8,7 @@ with 16 regions each (the annotated masks, then pieces cut from them), 64 new to
 for each region the photo is read, cut and encoded whole, and transformers' `generate` continues one prompt;
 its tokens are what ours are compared with, once with each of transformers' attentions. With `--original`,
 `generate` runs once more in that interpreter, whose transformers should be the one that the original pins
-(4.56.2; docs/gar.md says how to make it); the original's other steps are as measured here. The machine may be
+(4.56.2; docs/experiments.md says how); the original's other steps are as measured here. The machine may be
 shared: ratios of CPU seconds are printed beside those of the clock. A tiny model is all overhead, so none of
 this says what real weights on a GPU gain; that is what `--shapes` measures, with random weights of the
 published shapes: regions per second, and the GPU-days that 5.7 million regions would take.
