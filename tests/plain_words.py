@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("schemas", "filters", "pipeline", "flows", "model_training", "paracaption")
-PAGES = (*FOLDERS, "docs", "configs", "*.md", "samples/README.md", "Makefile")
+PAGES = (*FOLDERS, "docs", "configs", ":(glob)*.md", "samples/README.md", "Makefile")
 ENDINGS = {".py", ".md", ".html", ".yaml", ""}
 ALLOWED = "plain: ok"
 
