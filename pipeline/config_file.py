@@ -15,9 +15,9 @@ from ..schemas.errors import ConfigError
 from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
 from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
-from .io import files
+from .io import files, own_modules
 from .io.file_kinds import what_is
-from .sources.registry import SOURCES, file_context, find_options, find_source
+from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
 from .stages.recipes import recipe_of
 
 _Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
@@ -106,6 +106,9 @@ def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
 
 
 def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) -> _Config:
+    own_modules.look_in(root)
+    if kind is BuildConfig and isinstance(subsets := values.get("subsets"), dict):
+        allow_kinds(subsets.values())
     try:
         config = kind.model_validate(values, context=file_context(partial(_absolute, root)))
     except ValidationError as error:

@@ -106,3 +106,6 @@ class WeighedCaptioner(InstantCaptioner):
 
 class SilentCaptioner(dict):
     """Does not say what it takes: `inspect` knows no signature of it, nor of an extension module's class."""
+
+    def caption(self, images: list) -> list:
+        return []

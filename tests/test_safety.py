@@ -29,8 +29,8 @@ OUR_CLASSES = {"PerceptionDLMProcessor"}
 """Its own `from_pretrained` says it to transformers."""
 IMPORTERS = {
     "flows/launch.py": "the module of one of our flows",
-    "pipeline/models/registry.py": "a backend: ours, or one that a configuration names (flows/served.py)",
-    "pipeline/sources/registry.py": "a kind of source",
+    "pipeline/io/own_modules.py": "a backend or source: ours, or one that the user's configuration names "
+    "(flows/served.py)",
     "benchmarks/gpu/child.py": "the module of a measurement",
 }
 """Files that import a module by a name that is not in their source."""

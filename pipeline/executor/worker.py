@@ -44,10 +44,10 @@ from ..corpus.committed_unit import CommittedUnit
 from ..corpus.events import Event, EventLog
 from ..corpus.work_list import read_unit
 from ..corpus.writer import Draft
-from ..io import failures
+from ..io import failures, own_modules
 from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
-from ..sources.registry import open_source
+from ..sources.registry import allow_kinds, open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers
 from ..stages.evidence import Evidence, EvidenceStore
 from . import gpus, holding
@@ -77,8 +77,8 @@ class Job(msgspec.Struct, frozen=True):
         plan: content hash of the work list.
         recipe: digest of the recipe.
         run: folder of this run's events and stacks.
-        idle: names of the model stages that have evidence of every unit already. Their models are loaded only
-            if some of it turns out to be stale.
+        idle: model stages that have evidence of every unit; their models are loaded only if some is stale.
+        modules: what backends and sources of the user's own are imported from.
     """
 
     config: BuildConfig
@@ -88,6 +88,7 @@ class Job(msgspec.Struct, frozen=True):
     recipe: str
     run: str
     idle: list[str] = []
+    modules: list[own_modules.OwnModule] = []
 
 
 class Unit(msgspec.Struct):
@@ -126,6 +127,8 @@ class Worker:
         on_event: Callable[[Event], None] = lambda _: None,
     ):
         keep_freed_memory()
+        own_modules.install(job.modules)
+        allow_kinds(job.config.subsets.values())
         self.job = job
         self.folder = Path(job.folder)
         self.stages = stages
