@@ -32,6 +32,9 @@ UNWIND_S = 2.0
 _SENTENCE_S = 1.0
 """How long it may take to find out what is done."""
 
+_LEAVE_RAY_S = 30.0
+"""How long Ray may take to end after a command is done. It takes 3 s."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NUDGE = signal.SIGURG
 """Wakes the main thread from a wait, so that it unwinds; nothing else uses it."""
@@ -52,11 +55,14 @@ def run(command: Callable[[], object]) -> None:
     _install()
     try:
         command()
+        _leave_ray(0)
     except KeyboardInterrupt:
         end()
     except BaseException as error:  # what a library makes of the interrupt
         if was_asked() and not (isinstance(error, SystemExit) and not error.code):
             end()
+        if isinstance(error, SystemExit):
+            _leave_ray(error.code if isinstance(error.code, int) else int(error.code is not None))
         raise
 
 
@@ -107,13 +113,32 @@ def end(signum: int | None = None) -> NoReturn:
     if not _ending.acquire(blocking=False):
         while True:  # the other thread does it
             time.sleep(1)
-    code, line = 128 + number, f"stopped{_in_time(_sentence)}"
+    line = f"stopped{_in_time(_sentence)}"
+    _become_end_children(128 + number, line)
+
+
+def _become_end_children(code: int, line: str) -> NoReturn:
     _in_time(_flush)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # and so in the program that takes over
     program = Path(__file__).with_name("end_children.py")
     with suppress(OSError):
         os.execv(sys.executable, [sys.executable, "-P", str(program), str(code), line])
     os._exit(code)
+
+
+def _leave_ray(code: int) -> None:
+    """Disconnect from Ray, or end what was started of it; if that does not end, exit all the same.
+
+    Ray asks its own servers something at its end, and waits for the answer without a limit.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE_RAY_S)
+    if leaving.is_alive() and _ending.acquire(blocking=False):
+        _become_end_children(code, "")
 
 
 def _unwind(number: int, _frame: FrameType | None) -> None:
