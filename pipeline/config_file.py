@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..schemas.config import Backend, BuildConfig, written_place
-from ..schemas.errors import ConfigError
+from ..schemas.errors import ConfigError, one_line
 from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
 from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
@@ -68,23 +68,33 @@ def load_training(path: str | Path) -> TrainConfig:
 
 def load_evaluation(path: str | Path) -> EvaluateConfig:
     """Read the configuration of an evaluation; see `load_config`. Options `model` and `path` are paths."""
-    config, root = _read_file(path, EvaluateConfig), Path(path).parent.resolve()
-    judge = config.judge and _with_absolute_options(config.judge, root)
-    captioner = _with_absolute_options(config.captioner, root)
+    config = _read_file(path, EvaluateConfig)
+    judge = config.judge and _with_absolute_options(config.judge, Path(path), "judge.")
+    captioner = _with_absolute_options(config.captioner, Path(path), "captioner.")
     return config.model_copy(update={"captioner": captioner, "judge": judge})
 
 
 def load_judge(path: str | Path) -> Judge:
     """Read a judge's `name` and `options` from a file of their own; see `load_evaluation`."""
-    return _with_absolute_options(_read_file(path, Judge), Path(path).parent.resolve())
+    return _with_absolute_options(_read_file(path, Judge), Path(path))
 
 
-def _with_absolute_options(backend: _Backend, root: Path) -> _Backend:
-    """A backend whose options have their paths seen from `root`. A server's model is a name and no path."""
+def _with_absolute_options(backend: _Backend, file: Path, where: str = "") -> _Backend:
+    """A backend whose options have their paths seen from its file. A server's model is a name and no path."""
     paths = () if backend.name == "openai" else ("model", "path")
     given = backend.options
-    changed = {name: _absolute(root, given[name]) for name in paths if given.get(name)}
+    changed = {}
+    for name in paths:
+        if isinstance(given.get(name), str):  # what is no text is refused with the other options
+            try:
+                changed[name] = _absolute(file.parent.resolve(), given[name])
+            except ValueError as error:
+                raise ConfigError(f"{file}: {where}options.{name}: {error}") from error
     return backend.model_copy(update={"options": given | changed})
+
+
+_OF_VALUES = (ValueError, KeyError, TypeError, AttributeError)
+"""What YAML's own conversions raise beside its errors: dates that do not exist, numbers of 5,000 digits."""
 
 
 def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
@@ -94,8 +104,12 @@ def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
         raw = yaml.load(data.decode("utf-8"), _OnceLoader)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a YAML file: it is nested too deeply") from error
+    except (OSError, yaml.YAMLError, *_OF_VALUES) as error:
         told = isinstance(error, UnicodeDecodeError) and (what_is(data, "YAML") or "save it as UTF-8")
+        if isinstance(error, (KeyError, TypeError, AttributeError)):
+            told = "a value is not of the kind that its mark, such as !!timestamp, says"
         told = told or " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise ConfigError(f"{path}: not a YAML file: {told}") from error
     if raw is None:
@@ -129,7 +143,10 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
 def _absolute(root: Path, path: str) -> str:
     if not path or files.is_url(path):
         return path
-    return str((root / Path(files.local(path)).expanduser()).resolve())
+    try:
+        return str((root / Path(files.local(path)).expanduser()).resolve())
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"no path that can be looked for: {one_line(error)}") from error
 
 
 def describe(kind: type[BaseModel] = BuildConfig) -> str:

@@ -308,7 +308,7 @@ def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRe
         raise ConfigError(f"{path}: no annotation of image {described.id}; give the JSON that has it")
     annotation = own[0]
     labels = _label_map(path, annotation.file_name or f"{file_names.stem(image)}.png", image)
-    raw = msgspec.json.decode(content.categories) if content.categories else None
+    raw = _loads(path, content.categories) if content.categories else None
     table = load_categories(None) if raw is None else make_table(raw, path)
     record = Record(described.width, described.height, annotation.segments_info, list(table.by_id.values()))
     entry = CatalogEntry("photo", Blob(image), Blob(labels), msgspec.json.encode(record), image)
@@ -341,7 +341,7 @@ def _instances(path: str, content: _File, image: str, size: tuple[int, int], key
     own = [
         each for each in content.annotations if str(each.image_id) == str(described.id) and each.segmentation
     ]
-    masks = rle.check_all([_loads(each.segmentation) for each in own], *size)
+    masks = rle.check_all([_loads(path, each.segmentation) for each in own], *size)
     found = _Found([], [])
     for annotation, mask in zip(own, masks, strict=True):
         name = f"{path}: annotation {annotation.id}"
@@ -356,12 +356,15 @@ def _instances(path: str, content: _File, image: str, size: tuple[int, int], key
 
 
 def _table(path: str, content: _File) -> CategoryTable | None:
-    raw = _loads(content.categories) if content.categories else None
+    raw = _loads(path, content.categories) if content.categories else None
     return make_table(raw, path) if raw else None
 
 
-def _loads(raw: msgspec.Raw) -> Any:
-    return msgspec.json.decode(raw)
+def _loads(path: str, raw: msgspec.Raw) -> Any:
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: a value in it is no JSON ({error}); correct the file") from error
 
 
 def _image_of(path: str, content: _File, image: str, key: str | None) -> Image:

@@ -213,7 +213,7 @@ def _parse_draft(region: _Region, answer: str | BadRecord) -> Draft | str:
         return answer.detail
     try:
         return Draft(region.key, region.digest, msgspec.json.decode(answer, type=DraftContent))
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         return f"not in the form that was asked for ({error}): {answer[:60]!a}"
 
 

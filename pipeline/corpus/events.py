@@ -114,7 +114,7 @@ class EventReader:
             for line in self._readers.setdefault(path, LineReader(path)).new():
                 try:
                     event = msgspec.json.decode(line, type=Event)
-                except (msgspec.MsgspecError, UnicodeError):
+                except (msgspec.MsgspecError, UnicodeError, RecursionError):
                     log.debug("%s: not an event: %r", path, line)  # cut short by a full disk
                 else:
                     yield path.stem, event

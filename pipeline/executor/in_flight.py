@@ -55,7 +55,7 @@ class InFlight:
             note = msgspec.json.decode(self.path.read_bytes(), type=Note)
         except FileNotFoundError:
             return self
-        except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             log.warning("%s: unreadable note (%s); it is ignored", self.path, error)
             return self
         self.deaths = note.deaths

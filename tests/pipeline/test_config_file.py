@@ -6,7 +6,13 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from paracaption.pipeline.config_file import describe, load_config, load_evaluation, load_training
+from paracaption.pipeline.config_file import (
+    describe,
+    load_config,
+    load_evaluation,
+    load_judge,
+    load_training,
+)
 from paracaption.pipeline.models import registry
 from paracaption.pipeline.sources.registry import SOURCES, find_options, open_source, recipe_name
 from paracaption.schemas.config import Backend, BuildConfig, dump_config
@@ -307,3 +313,40 @@ def test_keys_that_do_not_fit_together_are_told_without_printing_the_whole_file(
     with pytest.raises(ConfigError, match="name something to train on") as told:
         load_training(path)
     assert "secret" not in str(told.value) and "given" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "out: " + "9" * 5_000,
+        "out: 2020-99-99",
+        "out: !!timestamp soon",
+        "out: !!float soon",
+        "out: !!python/object:os.system {}",
+        'out: "a\\0b"',
+        "out: ~nobody.of.this.name/x",
+    ],
+    ids=["deep", "digits", "date", "timestamp", "float", "python", "nul", "home"],
+)
+def test_a_file_of_which_yaml_makes_nothing_is_one_line_that_names_it(tmp_path, text):
+    path = tmp_path / "build.yaml"
+    path.write_text(f"{text}\nsa1b: [{{paths: [in]}}]\n")
+    with pytest.raises(ConfigError, match=r"build\.yaml: [^\n]+$") as told:
+        load_config(path)
+    assert len(str(told.value)) < 400 and "object has no attribute" not in str(told.value)
+
+
+@pytest.mark.parametrize("given", ['"a\\0b"', '"\\ud800"', "~nobody.of.this.name/x"])
+def test_an_option_that_is_no_path_is_named(tmp_path, given):
+    path = tmp_path / "judge.yaml"
+    path.write_text(f"name: vllm\noptions: {{model: {given}}}\n")
+    with pytest.raises(ConfigError, match=r"judge\.yaml: options\.model: no path that can be looked for"):
+        load_judge(path)
+
+
+@pytest.mark.parametrize("given", [5, [1], {"a": 1}, None, True, ""])
+def test_an_option_that_is_no_text_is_left_to_who_reads_the_options(tmp_path, given):
+    path = tmp_path / "judge.yaml"
+    path.write_text(yaml.safe_dump({"name": "vllm", "options": {"model": given}}))
+    assert load_judge(path).options == {"model": given}
