@@ -15,7 +15,7 @@ from ..schemas.errors import ConfigError, one_line
 from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
 from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
-from .io import files, own_modules
+from .io import failures, files, own_modules, yaml_text
 from .io.file_kinds import what_is
 from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
 from .stages.recipes import recipe_of
@@ -26,22 +26,6 @@ _Backend = TypeVar("_Backend", Captioner, Judge)
 
 _FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " --evaluation"}
 """Options of `paracaption config`, which prints the keys of a configuration."""
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would take the last without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        given: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
-                continue
-            if (key.tag, key.value) in given:
-                told = f"`{key.value}` is given twice; keep one"
-                raise yaml.MarkedYAMLError(problem=told, problem_mark=key.start_mark)
-            given.add((key.tag, key.value))
-        return node
 
 
 def load_config(config: str | Path | Mapping[str, Any] | BuildConfig) -> BuildConfig:
@@ -93,23 +77,13 @@ def _with_absolute_options(backend: _Backend, file: Path, where: str = "") -> _B
     return backend.model_copy(update={"options": given | changed})
 
 
-_OF_VALUES = (ValueError, KeyError, TypeError, AttributeError)
-"""What YAML's own conversions raise beside its errors: dates that do not exist, numbers of 5,000 digits."""
-
-
 def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
     path = Path(path)
+    data = _bytes_of(path)
     try:
-        data = path.read_bytes()
-        raw = yaml.load(data.decode("utf-8"), _OnceLoader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not a YAML file: it is nested too deeply") from error
-    except (OSError, yaml.YAMLError, *_OF_VALUES) as error:
+        raw = yaml_text.parse(data.decode("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         told = isinstance(error, UnicodeDecodeError) and (what_is(data, "YAML") or "save it as UTF-8")
-        if isinstance(error, (KeyError, TypeError, AttributeError)):
-            told = "a value is not of the kind that its mark, such as !!timestamp, says"
         told = told or " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise ConfigError(f"{path}: not a YAML file: {told}") from error
     if raw is None:
@@ -117,6 +91,21 @@ def _read_file(path: str | Path, kind: type[_Config]) -> _Config:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
     return _check(raw, kind, str(path), path.parent.resolve())
+
+
+def _bytes_of(path: Path) -> bytes:
+    """What the file holds, or somewhat more of it than may be: it may be a device without an end."""
+    try:
+        with path.open("rb") as file:
+            return file.read(yaml_text.MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: a folder; give the YAML file in it") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({failures.describe(error)})") from error
+    except ValueError as error:  # a NUL in its name
+        raise ConfigError(f"{str(path)!a}: no file can have this name ({error})") from error
 
 
 def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) -> _Config:

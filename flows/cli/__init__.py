@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from ...pipeline.io import disk_errors
 from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
 from ...schemas.secrets import shorten
@@ -63,13 +64,21 @@ app.add_typer(evaluate.benchmarks, name="benchmark", rich_help_panel=MODEL)
 
 
 def main() -> None:
-    """Entry point: errors of ours are one clear line and exit code 2, anything else is a traceback."""
+    """Entry point: errors of ours and of the machine's disks are one clear line and exit code 2.
+
+    Anything else is a traceback.
+    """
     _show_old_names()
     _log_no_secrets()
     try:
         app()
     except ParaCaptionError as error:
         print(f"error: {shorten(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if (told := disk_errors.to_line(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         from ...pipeline.executor import packages

@@ -12,6 +12,7 @@ left out, with its reason in `PhotoRegions.left_out`.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -321,7 +322,7 @@ def _label_map(path: str, name: str, photo: str) -> str:
     home = Path(path).parent
     if (named := home / file_names.stem(path) / name).exists():
         return str(named)
-    beside = sorted(home.glob(f"*/{name}")) or [home / name]
+    beside = sorted(home.glob(f"*/{glob.escape(name)}")) or [home / name]
     found = [str(each) for each in beside if each.exists() and each.resolve() != Path(photo).resolve()]
     if len(found) != 1:
         what = "none" if not found else " or ".join(found)

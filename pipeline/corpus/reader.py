@@ -25,7 +25,7 @@ from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import PHOTO_ENDING, Sample
 from ...schemas.summary import CorpusSummary
-from ..io import files
+from ..io import files, yaml_text
 from ..io.confined import confine
 from ..io.tables import TableFile
 from ..sources.registry import file_context
@@ -377,7 +377,7 @@ def read_config(corpus: str | Path) -> BuildConfig:
     """
     path = f"{corpus}/{CONFIG}"
     try:
-        values = yaml.safe_load(files.read(Blob(path)))
+        values = yaml_text.parse(files.read(Blob(path)))
         return BuildConfig.model_validate(values, context=file_context(ours=True))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; give the `out` of a build") from error

@@ -14,6 +14,7 @@ from paracaption.pipeline.config_file import (
     load_training,
 )
 from paracaption.pipeline.models import registry
+from paracaption.pipeline.sources.protocols import Catalog
 from paracaption.pipeline.sources.registry import SOURCES, find_options, open_source, recipe_name
 from paracaption.schemas.config import Backend, BuildConfig, dump_config
 from paracaption.schemas.errors import ConfigError
@@ -350,3 +351,35 @@ def test_an_option_that_is_no_text_is_left_to_who_reads_the_options(tmp_path, gi
     path = tmp_path / "judge.yaml"
     path.write_text(yaml.safe_dump({"name": "vllm", "options": {"model": given}}))
     assert load_judge(path).options == {"model": given}
+
+
+def test_relative_paths_of_a_configuration_in_a_folder_with_brackets_are_names(tmp_path):
+    home = tmp_path / "proj [2024]"
+    home.mkdir()
+    (home / "sa_1.tar").write_bytes(b"")
+    (home / "c.yaml").write_text("out: ./out\nsa1b: [{paths: [sa_1.tar]}]\n")
+    config = load_config(home / "c.yaml")
+    source = open_source(config, "sa1b").sources[0]
+    assert list(source.fingerprint(Catalog())) == [str(home / "sa_1.tar")]
+
+
+def test_a_configuration_that_is_a_folder_a_device_or_a_link_to_itself_is_one_line(tmp_path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    for path, told in (
+        (tmp_path, "a folder; give the YAML file in it"),
+        (tmp_path / "loop.yaml", "cannot be read"),
+        (Path("/dev/zero"), "longer than"),
+        (Path("a\0b.yaml"), "no file can have this name"),
+    ):
+        with pytest.raises(ConfigError, match=told) as caught:
+            load_config(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["loop/x", "a\0b", "\ud800"])
+def test_a_path_that_cannot_be_one_is_a_line_that_names_its_key(tmp_path, path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "c.yaml").write_text(json.dumps({"out": "./out", "sa1b": [{"paths": [path]}]}))
+    with pytest.raises(ConfigError, match=r"sa1b\.0\.paths\.0") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)
