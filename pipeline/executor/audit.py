@@ -22,6 +22,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord
 from ..corpus.work_list import Plan, load_work_list
 from ..io import failures, files, own_modules, photos
+from ..io.activity import NOW
 from ..io.failures import SourceUnavailable
 from ..io.store import store_of
 from ..sources.protocols import CatalogEntry, Note, drop
@@ -208,6 +209,7 @@ def audit_images(source: SubsetSource, entries: list[CatalogEntry], limits: Limi
     result = AuditResult()
     for entry in entries:
         notes: list[Note] = []
+        NOW.at(entry.key)
         image = source.read(entry, limits, notes)
         _check_pixels(image, limits)
         live = len(image.live())

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError, Retryable, one_line
 from ...schemas.reasons import Reason
 from ...schemas.secrets import shorten
+from .activity import NOW
 
 log = logging.getLogger(__name__)
 
@@ -425,7 +426,8 @@ class Retrying:
         patience, failed = self.patience_s, False
         while True:
             try:
-                result = read()
+                with NOW.touching(url):
+                    result = read()
             except ParaCaptionError:
                 raise
             except Exception as error:
@@ -444,7 +446,8 @@ class Retrying:
             if not failed:
                 log.warning("%s; trying again for up to %.0f s", failure, patience)
             failed = True
-            self._sleep(pause)
+            with NOW.touching(url):
+                self._sleep(pause)
             wait = min(_LONGEST_WAIT_S, wait * 2)
 
 
