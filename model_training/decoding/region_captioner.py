@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -123,15 +122,14 @@ class RegionCaptioner:
             raise ConfigError(f"dtype: unknown type {dtype!r}; choose one of {', '.join(DTYPES)}")
         try:
             import torch
-            from safetensors import SafetensorError
             from transformers.utils import logging
 
             from ..model.processor import PerceptionDLMProcessor
-            from ..model.saved import load_model
+            from ..model.saved import load_model, read_model_config, refusing
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"{error.name} is not installed; install the models' packages: pip install "
-                "'paracaption[models]'"
+                f"{error.name} is not installed; install the models' packages: `make models` in a clone, or "
+                "`pip install 'paracaption[models]'`"
             ) from error
         logging.disable_progress_bar()
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -143,13 +141,10 @@ class RegionCaptioner:
             raise ConfigError(f"device: {chosen!r} cannot be used ({why}); choose another one") from error
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
-        try:
-            processor = PerceptionDLMProcessor.from_pretrained(folder)
-            model = load_model(Path(folder), dtype=getattr(torch, dtype))
-        except ConfigError:
-            raise
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ConfigError(f"{folder}: not readable ({str(error)[:300]}); save the model again") from error
+        with refusing(Path(folder)):
+            config = read_model_config(Path(folder))
+            processor = PerceptionDLMProcessor.from_pretrained(folder, config=config)
+            model = load_model(Path(folder), config, dtype=getattr(torch, dtype))
         model.to(place)  # pyright: ignore[reportArgumentType] - transformers' decorator hides the argument
         return cls(model.eval(), processor)
 
@@ -352,10 +347,7 @@ def check_saved_model(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"{config}: no such file; give a folder that `paracaption models convert` wrote")
-    try:
-        kind = json.loads(config.read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{config}: not the config of a model ({error}); save the model again") from error
+    kind = weights.read_json(config).get("model_type")
     if kind != "perceptiondlm":
         raise ConfigError(
             f"{config}: a model of type {kind!r}, not 'perceptiondlm'; convert a published model with "

@@ -135,7 +135,7 @@ def make_benchmark(
 
 def _read_sample(corpus: str | Path, image: select_images.ChosenImage) -> tuple[Sample, bytes]:
     """The image with its chosen regions, and its photo's bytes."""
-    sample, photo = reader.Corpus(corpus).read_sample(image.rows[0])
+    sample, photo = reader.Corpus(corpus, confined=True).read_sample(image.rows[0])
     chosen = {row["region"] for row in image.rows}
     regions = [region for region in sample.regions if region.id in chosen]
     return msgspec.structs.replace(sample, regions=regions), photo
