@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import select
 import signal
 import sys
 import threading
@@ -41,6 +42,8 @@ _NUDGE = signal.SIGURG
 _PR_SET_CHILD_SUBREAPER = 36
 
 _ending = threading.Lock()
+_signal_pipe: int | None = None
+_reading = False
 _received: int | None = None
 _at_once = False
 _say: Callable[[], str] = str
@@ -59,7 +62,7 @@ def run(command: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         end()
     except BaseException as error:  # what a library makes of the interrupt
-        if was_asked() and not (isinstance(error, SystemExit) and not error.code):
+        if _was_just_asked() and not (isinstance(error, SystemExit) and not error.code):
             end()
         if isinstance(error, SystemExit):
             _leave_ray(error.code if isinstance(error.code, int) else int(error.code is not None))
@@ -76,7 +79,9 @@ def _install() -> None:
             signal.signal(each, _unwind)
     signal.signal(_NUDGE, lambda *_: None)
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
+    global _signal_pipe
     read, write = os.pipe()
+    _signal_pipe = read
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_wait, args=(read,), daemon=True, name="stopping").start()
@@ -88,6 +93,15 @@ def _install() -> None:
 def was_asked() -> bool:
     """Whether a signal has come."""
     return _received is not None
+
+
+def _was_just_asked() -> bool:
+    """The same, if the thread that reads the signals may not have got to run yet."""
+    if _signal_pipe is not None and (select.select([_signal_pipe], [], [], 0)[0] or _reading):
+        until = time.monotonic() + UNWIND_S
+        while not was_asked() and time.monotonic() < until:
+            time.sleep(0.01)
+    return was_asked()
 
 
 @contextmanager
@@ -155,8 +169,11 @@ def _show_unraisable(show: Callable[[Any], object], unraisable: Any) -> None:
 
 
 def _wait(read: int) -> None:
-    global _received
+    global _received, _reading
     while True:
+        _reading = False
+        select.select([read], [], [])  # until the flag is up, what has come is still in the pipe
+        _reading = True
         for number in os.read(read, 64):
             if number in _SIGNALS:
                 _received = _received or number

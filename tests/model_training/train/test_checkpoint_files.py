@@ -88,8 +88,13 @@ def test_an_index_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, w
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [("os", "system"), ("builtins", "eval"), ("subprocess", "Popen"), ("torch", "load")]
-    + [("torch.distributed.checkpoint.filesystem", "FileSystemWriter"), ("torch", "serialization.load")],
+    [
+        *(("os", "system"), ("builtins", "eval"), ("subprocess", "Popen"), ("torch", "load")),
+        *(
+            ("torch.distributed.checkpoint.filesystem", "FileSystemWriter"),
+            ("torch", "serialization.load"),
+        ),
+    ],
 )
 def test_an_index_names_only_what_an_index_has(tmp_path, module, name):
     folder = saved(tmp_path / "step-00000004")
