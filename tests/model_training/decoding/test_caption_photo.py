@@ -72,6 +72,20 @@ def test_captions_come_in_the_callers_order(home, captioner):
     assert captions == captioner.caption(scene.pixels, scene.masks(), max_new_tokens=6, steps=3)
 
 
+def test_the_command_asks_all_regions_or_each_what_prompt_says(home, captioner):
+    masks = ["--masks", *masks_of(home, 0, 1)]
+    one = record(home, *masks, "--prompt", "What is it?")["regions"]
+    assert [region["prompt"] for region in one] == ["What is it?"] * 2
+    scene = read_regions.read_photo_regions(home / "photo.png", masks_of(home, 0, 1))
+    options = {"max_new_tokens": 6, "steps": 3}
+    expected = captioner.caption(scene.pixels, scene.masks(), prompt="What is it?", **options)
+    assert [region["caption"] for region in one] == expected
+    each = record(home, *masks, "--prompt", "Its color?", "--prompt", "Its shape?")["regions"]
+    assert [region["prompt"] for region in each] == ["Its color?", "Its shape?"]
+    with pytest.raises(ConfigError, match="prompt: 3 texts for the 2 regions"):
+        record(home, *masks, *["--prompt", "a"] * 3)
+
+
 def test_any_number_of_masks_follows_the_option_wherever_and_however_it_stands(home):
     first, second, third = masks_of(home, 0, 1, 2)
     ways = [
