@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import IO, Any, Literal, NamedTuple, Protocol
 
+from ...schemas.errors import ConfigError
+from ...schemas.secrets import shorten
 from . import confined
 from .failures import ShortRead
 
@@ -279,13 +281,37 @@ class FsspecFiles:
         return [found[path] for path in paths] if isinstance(found, dict) else [found]
 
 
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    "hf": "huggingface_hub",
+}
+"""Scheme -> the package that reads it; the extra `remote` has them all."""
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
+    scheme = url.partition("://")[0]
+    if "STORAGE_EMULATOR_HOST" in os.environ:  # gcsfs would ask it for a minute about kinds of buckets
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         return fsspec.core.url_to_fs(url)
-    except ValueError as error:  # a protocol that nobody knows
-        raise ImportError(str(error)) from error
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        if package is None:
+            raise
+        fix = "`pip install 'paracaption[remote]'`, on every node"
+        raise ConfigError(
+            f"{shorten(url)}: {package} reads {scheme}://, and is not installed; {fix}"
+        ) from error
+    except ValueError as error:
+        if "rotocol not known" in str(error):
+            raise ImportError(str(error)) from error
+        told = f"{shorten(url)}: {' '.join(str(error).split())}"
+        fix = "set the store's credentials (docs/sources.md)"
+        raise ConfigError(shorten(f"{told}; {fix}")) from error
 
 
 def _loud(fs: Any) -> dict[str, str]:

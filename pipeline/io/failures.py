@@ -355,6 +355,8 @@ def _mend(problem: str) -> str:
         return f"pip install {package[1]}, on every node"
     if "Protocol not known" in problem:
         return "correct the address: no package reads this kind"
+    if "gs://" in problem and re.search("Credentials|HTTP 40[13]|nonymous|401|403", problem):
+        return 'set GOOGLE_APPLICATION_CREDENTIALS, or for a public bucket FSSPEC_GS=\'{"token": "anon"}\''
     if "NoCredentials" in problem:
         return "set the credentials, or for a public bucket FSSPEC_S3='{\"anon\": true}'"
     return "correct the credentials, the permissions, the address or the installation"
