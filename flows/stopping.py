@@ -31,7 +31,7 @@ UNWIND_S = 2.0
 """How long a command may take to unwind."""
 
 _SENTENCE_S = 1.0
-"""How long it may take to find out what is done."""
+"""How long it may take to find out what is done, and to tell a server."""
 
 _LEAVE_RAY_S = 30.0
 """How long Ray may take to end after a command is done. It takes 3 s."""
@@ -47,6 +47,7 @@ _reading = False
 _received: int | None = None
 _at_once = False
 _say: Callable[[], str] = str
+_tell: Callable[[str], object] | None = None
 
 
 def run(command: Callable[[], object]) -> None:
@@ -121,13 +122,26 @@ def say(sentence: Callable[[], str]) -> None:
     _say = sentence
 
 
+def tell(whom: Callable[[str], object] | None) -> None:
+    """What to call with a sentence when the command is stopped; nobody waits for it for more than a second.
+
+    For those who would otherwise think that the command still runs. None tells nobody.
+    """
+    global _tell
+    _tell = whom
+
+
 def end(signum: int | None = None) -> NoReturn:
     """End this process and all that it started, with the exit code of the signal that came."""
     number = signum or _received or signal.SIGINT
     if not _ending.acquire(blocking=False):
         while True:  # the other thread does it
             time.sleep(1)
-    line = f"stopped{_in_time(_sentence)}"
+    whom = _tell
+    asked = [_sentence]
+    if whom is not None:
+        asked.append(lambda: str(whom(f"stopped by {signal.Signals(number).name}")))
+    line = f"stopped{_in_time(*asked)}"
     _become_end_children(128 + number, line)
 
 
@@ -195,15 +209,21 @@ def _flush() -> str:
     return ""
 
 
-def _in_time(ask: Callable[[], str]) -> str:
-    """What a function returns, or "" if it takes too long or fails: a folder may be away, a pipe full."""
-    found = [""]
+def _in_time(*asked: Callable[[], str]) -> str:
+    """What the first function returns, "" if it takes too long or fails: a folder may be away, a pipe full.
 
-    def run() -> None:
+    All are called at the same time.
+    """
+    found = [""] * len(asked)
+
+    def run(place: int) -> None:
         with suppress(Exception):
-            found[0] = ask()
+            found[place] = asked[place]()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_SENTENCE_S)
+    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(asked))]
+    deadline = time.monotonic() + _SENTENCE_S
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
     return found[0]
