@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from contextlib import suppress
@@ -64,9 +65,9 @@ app.add_typer(evaluate.benchmarks, name="benchmark", rich_help_panel=MODEL)
 
 
 def main() -> None:
-    """Entry point: errors of ours and of the machine's disks are one clear line and exit code 2.
+    """Entry point: what a file, the disk or a person got wrong is one line and exit code 2.
 
-    Anything else is a traceback.
+    What is left is a fault of ours, and a traceback.
     """
     _show_old_names()
     _log_no_secrets()
@@ -75,19 +76,29 @@ def main() -> None:
     except ParaCaptionError as error:
         print(f"error: {shorten(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
-        if (told := disk_errors.to_line(error)) is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)
-        raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         from ...pipeline.executor import packages
 
         name = (error.name or "").partition(".")[0]
-        if not packages.is_optional(name):
+        if not packages.is_required(name):
             raise
         print(f"error: {name} is not installed; {packages.how_to_install(name)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (OSError, MemoryError) as error:
+        told = disk_errors.to_line(error) if isinstance(error, OSError) else None
+        print(f"error: {told or shorten(_of_machine(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _of_machine(error: OSError | MemoryError) -> str:
+    """A file, a disk or a memory that is not as it must be, in a line."""
+    from ...pipeline.io.failures import describe
+
+    if isinstance(error, MemoryError):
+        return f"the memory is not enough ({describe(error)}); give the command more, or less to do at once"
+    named = getattr(error, "url", None) or error.filename
+    where = "" if named is None else f"{os.fsdecode(named) if isinstance(named, bytes) else named}: "
+    return f"{where}{describe(error)}; correct the path or its permissions, or run the same command again"
 
 
 def _log_no_secrets() -> None:
