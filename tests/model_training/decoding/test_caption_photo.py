@@ -209,7 +209,7 @@ def test_a_folder_that_holds_no_model_of_ours_is_an_error(home, tmp_path):
     with pytest.raises(ConfigError, match="a model of type 'pdmllm', not 'perceptiondlm'; convert"):
         RegionCaptioner.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config.json: not the config of a model"):
+    with pytest.raises(ConfigError, match=r"config.json: cannot be read as JSON"):
         RegionCaptioner.load(tmp_path)
     (tmp_path / "config.json").write_bytes((home / "model" / "config.json").read_bytes())
     with pytest.raises(ConfigError, match=r"safetensors: not there"):
