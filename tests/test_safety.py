@@ -10,9 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("schemas", "filters", "pipeline", "flows", "model_training", "benchmarks", "tests")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib"}
+TORCH_UNPICKLERS = {"FileSystemReader", "DefaultLoadPlanner", "HuggingFaceStorageReader"}
+"""What torch reads checkpoints with; `train/checkpoint_files.py` has what reads the same as data."""
 ALLOWED = {
     "tests/flows/test_build_flow.py",
     "tests/pipeline/executor/test_ray_data.py",
+    "tests/model_training/data/test_strangers.py",
     "tests/pipeline/corpus/test_reader.py",
     "tests/pipeline/models/test_sam.py",
     "tests/test_hostile_models.py",
@@ -54,6 +57,8 @@ def dangers(source: str, name: str) -> list[str]:
             found.append(f"{name}:{node.lineno} trust_remote_code")
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec"):
             found.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in TORCH_UNPICKLERS:
+            found.append(f"{name}:{node.lineno} unpickles")
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         called, of = node.func.attr, ast.unparse(node.func.value).split(".")[0]
@@ -107,6 +112,7 @@ def test_no_file_trusts_remote_code_or_unpickles():
         "torch.load(path, weights_only=False)",
         "pickle.load(file)",
         "pickle.Unpickler(file)",
+        "load(state, storage_reader=FileSystemReader(path))",
         "np.load(path, allow_pickle=True)",
         "pandas.read_pickle(path)",
     ],
