@@ -71,10 +71,10 @@ def test_a_worker_that_dies_once_costs_no_record(engine, tmp_path, coconut):
 def test_what_hangs_is_one_line_with_its_record_and_the_place_of_its_stack(
     engine, tmp_path, coconut, where, words, function
 ):
-    config = config_of(tmp_path / "out", coconut=coconut, failures={"stall_s": 8.0})
+    config = config_of(tmp_path / "out", coconut=coconut, failures={"stall_s": 15.0})
     name = "tests.odd_backends:HangingCaptioner"
     config = with_backend(config, "captioner", name, {"where": where})
-    told = rf"^{words}[^\n]*: no progress for 8 s \(failures.stall_s\); the stack is in [^\n]*$"
+    told = rf"^{words}[^\n]*: no progress for 15 s \(failures.stall_s\); the stack is in [^\n]*$"
     with pytest.raises(StageStalled, match=told) as raised:
         build(config, engine)
     stack = Path(str(raised.value).partition("the stack is in ")[2].partition(";")[0])
