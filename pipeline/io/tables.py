@@ -33,6 +33,14 @@ _AT_A_PAGE = "page header"
 """Part of what pyarrow says of a page of zeros."""
 
 
+BATCH_ROWS = 64
+"""Rows that `batches` gives at a time."""
+
+_FEW_ROWS = 1 << 16
+_MOST_BYTES, _MOST_TIMES = 1 << 28, 64
+"""What a row group may unpack to: bytes, or times the size of the file. Text shrinks to a tenth or less."""
+
+
 class TableFile:
     """A Parquet file: its footer is read when it is opened, and the columns of a row group when asked for.
 
@@ -83,6 +91,35 @@ class TableFile:
         for start, end in self._ranges(index, columns):
             self._fill(memory, start, end)
         return _parquet_file(memory, self._metadata).read_row_group(index, columns, use_threads=False)
+
+    def batches(self, index: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """A row group, `BATCH_ROWS` at a time: a value that all rows share is not made for all at once.
+
+        Raises:
+            as `read_row_group`; also of a file that holds far more than its size lets expect.
+        """
+        import pyarrow as pa
+
+        memory, total = self._memory(), 0
+        for start, end in self._ranges(index, columns):
+            self._fill(memory, start, end)
+        opened = _parquet_file(memory, self._metadata)
+        for batch in opened.iter_batches(BATCH_ROWS, [index], columns, use_threads=False):
+            total += batch.nbytes
+            if total > max(_MOST_BYTES, _MOST_TIMES * self._size):
+                raise pa.ArrowInvalid(f"row group {index} is over {total:,} bytes when unpacked")
+            yield batch
+
+    def check_rows(self) -> None:
+        """Refuse a file that declares more rows than it has bytes, as no table that says anything does.
+
+        Raises:
+            pyarrow.ArrowInvalid: it does.
+        """
+        import pyarrow as pa
+
+        if self.num_rows > max(_FEW_ROWS, self._size):
+            raise pa.ArrowInvalid(f"{self.num_rows:,} rows in {self._size:,} bytes")
 
     def row_groups(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Every row group in order; raises as `read_row_group`."""

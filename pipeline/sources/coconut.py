@@ -180,8 +180,10 @@ class Coconut(Source[CoconutOptions]):
             if missing:
                 raise ConfigError(f"{url}: no column {sorted(missing)}; give the hub's COCONut Parquet files")
             columns = [name for name in ("segments_info", "image_info") if name in parquet.names]
-            for group, cells_of in enumerate(parquet.row_groups(columns)):
-                for row, cells in enumerate(cells_of.to_pylist()):
+            parquet.check_rows()
+            for group in range(parquet.num_row_groups):
+                batches = parquet.batches(group, columns)
+                for row, cells in enumerate(cells for batch in batches for cells in batch.to_pylist()):
                     segments, info = map(_cell, (cells.get("segments_info"), cells.get("image_info")))
                     if isinstance(segments, list):
                         segments = {"segments_info": segments}
@@ -253,7 +255,7 @@ def _entry(
     elif not file_names.is_safe(photo_name) or not file_names.is_safe(label_name):
         dropped = drop(
             Reason.UNSAFE_NAME,
-            f"{row.home}: {photo_name!r}, {label_name!r}: outside its folder; not opened",
+            f"{row.home}: {photo_name!r}, {label_name!r}: {_why_unsafe(photo_name, label_name)}; not opened",
         )
     else:
         photo_url = photos.find(photo_name)
@@ -278,6 +280,10 @@ def _entry(
     record = msgspec.json.encode(row.record())
     credit = Credit() if row.image is None else read_credit(row.image.record, row.licenses)
     return CatalogEntry(key, photo, annotation, record, photo_name, dropped, credit=credit)
+
+
+def _why_unsafe(*names: str) -> str:
+    return next(file_names.why_unsafe(name) for name in names if not file_names.is_safe(name))
 
 
 def _photo_name(row: _Row) -> str:

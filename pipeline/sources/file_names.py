@@ -43,6 +43,15 @@ def is_safe(name: str) -> bool:
     return bool(name) and not _UNSAFE.search(name)
 
 
+def why_unsafe(name: str) -> str:
+    """What is wrong with a name that is not safe, in words."""
+    if any(letter < " " for letter in name):
+        return "has a control character"
+    if name[1:2] == ":":
+        return "begins as with a drive (`C:`)"
+    return "outside its folder"
+
+
 def base_name(name: str) -> str:
     """The last part of a path."""
     return name.rsplit("/", 1)[-1]
