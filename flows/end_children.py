@@ -1,6 +1,6 @@
 """The program that a stopped command becomes: it ends the command's children, says so, and exits.
 
-    python end_children.py EXIT_CODE LINE
+    python end_children.py EXIT_CODE LINE    # an empty LINE is not said
 
 It has the command's process id, and so its children; `stopping.py` says why. Only the standard library and
 psutil are imported: it has to be there at once.
@@ -27,10 +27,10 @@ def main() -> None:
     """End the children, print the line, exit."""
     code, line = int(sys.argv[1]), sys.argv[2]
     _end_all()
-    if sys.stderr.isatty():
+    if line and sys.stderr.isatty():
         line = f"\r\x1b[J\x1b[?25h{line}"  # what is left of a live table, and the cursor that it hid
     with suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{line}\n".encode() if line else b"")
     os._exit(code)
 
 

@@ -65,10 +65,11 @@ def _quiet_prefect() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a record says more than that an error was raised, which `main` prints."""
+    """Whether a record says more than that an error was raised, or a signal came, which `main` prints."""
     if isinstance(record.exc_info and record.exc_info[1], ParaCaptionError):
         return False
-    return "Finished in state Failed" not in record.getMessage()
+    told = record.getMessage()
+    return "Finished in state Failed" not in told and "aborted by a termination signal" not in told
 
 
 def _call(flow: Flow[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -84,7 +85,8 @@ def _call(flow: Flow[..., Any], *arguments: Any, **options: Any) -> Any:
     @functools.wraps(flow.fn)
     def noted(*given: Any, **named: Any) -> Any:
         try:
-            returned.append(flow.fn(*given, **named))
+            with _cancelled_when_stopped():
+                returned.append(flow.fn(*given, **named))
         except Exception as error:  # noqa: BLE001 - raised below
             raised.append(error)
         if not answers():
@@ -104,6 +106,30 @@ def _call(flow: Flow[..., Any], *arguments: Any, **options: Any) -> Any:
             raise
         log.warning("Prefect's server took no note of the run's end (%s); the run itself is complete", error)
         return returned[-1]
+
+
+@contextmanager
+def _cancelled_when_stopped() -> Iterator[None]:
+    """Within the block, a stopped command tells the server that its flow run is over.
+
+    A server of the command's own ends with it. One that PREFECT_API_URL names would show the run as running
+    for ever.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.context import FlowRunContext
+    from prefect.states import Cancelled
+
+    found = FlowRunContext.get()
+    if found is None or found.flow_run is None:
+        yield
+        return
+    run_id = found.flow_run.id
+    with get_client(sync_client=True) as client:  # made now: there is no time for it later
+        stopping.tell(lambda why: client.set_flow_run_state(run_id, Cancelled(message=why), force=True))
+        try:
+            yield
+        finally:
+            stopping.tell(None)
 
 
 def build(

@@ -10,10 +10,12 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
+from ..pipeline.io import own_modules
 from ..pipeline.models.registry import BACKENDS
-from ..pipeline.sources.registry import SOURCES
+from ..pipeline.sources.registry import SOURCES, allow_kinds
 from ..schemas.config import Backend, BuildConfig
 from ..schemas.errors import ConfigError
 from ..schemas.evaluation import EvaluateConfig
@@ -21,6 +23,9 @@ from ..schemas.training import TrainConfig
 
 ALLOWED = "PARACAPTION_SERVED_ALLOWED"
 """The environment variable that hands what is allowed to the process of each run: a JSON list."""
+
+FOLDER = "PARACAPTION_SERVED_FOLDER"
+"""The environment variable that says where modules lie that are allowed and not installed."""
 
 OF_EVALUATION = ("perceptiondlm", "predictions")
 """Captioners of an evaluation that are no backends of a build."""
@@ -31,9 +36,15 @@ _TYPES = ("dtype", "kv_cache_dtype", "quantization")
 _WORD = re.compile(r"[A-Za-z0-9_]{1,32}")
 
 
-def allow(names: Collection[str]) -> None:
-    """Let the runs that this process starts name these backends, Pythons, servers, variables, addresses."""
+def allow(names: Collection[str], folder: str | Path = ".") -> None:
+    """Let the runs that this process starts name these backends, Pythons, servers, variables, addresses.
+
+    Args:
+        names: what is allowed.
+        folder: where the modules of allowed classes lie that are not installed.
+    """
     os.environ[ALLOWED] = json.dumps(sorted(names))
+    os.environ[FOLDER] = str(Path(folder).resolve())
 
 
 def is_served() -> bool:
@@ -54,6 +65,10 @@ def check_run(config: BuildConfig | EvaluateConfig | TrainConfig, ray_address: s
     """
     if is_served():
         refuse(config, ray_address, frozenset(json.loads(os.environ.get(ALLOWED) or "[]")))
+        if folder := os.environ.get(FOLDER):
+            own_modules.look_in(folder)
+    if isinstance(config, BuildConfig):
+        allow_kinds(config.subsets.values())
 
 
 def refuse(

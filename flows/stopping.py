@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import select
 import signal
 import sys
 import threading
@@ -30,7 +31,10 @@ UNWIND_S = 2.0
 """How long a command may take to unwind."""
 
 _SENTENCE_S = 1.0
-"""How long it may take to find out what is done."""
+"""How long it may take to find out what is done, and to tell a server."""
+
+_LEAVE_RAY_S = 30.0
+"""How long Ray may take to end after a command is done. It takes 3 s."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NUDGE = signal.SIGURG
@@ -38,9 +42,12 @@ _NUDGE = signal.SIGURG
 _PR_SET_CHILD_SUBREAPER = 36
 
 _ending = threading.Lock()
+_signal_pipe: int | None = None
+_reading = False
 _received: int | None = None
 _at_once = False
 _say: Callable[[], str] = str
+_tell: Callable[[str], object] | None = None
 
 
 def run(command: Callable[[], object]) -> None:
@@ -52,11 +59,14 @@ def run(command: Callable[[], object]) -> None:
     _install()
     try:
         command()
+        _leave_ray(0)
     except KeyboardInterrupt:
         end()
     except BaseException as error:  # what a library makes of the interrupt
-        if was_asked() and not (isinstance(error, SystemExit) and not error.code):
+        if _was_just_asked() and not (isinstance(error, SystemExit) and not error.code):
             end()
+        if isinstance(error, SystemExit):
+            _leave_ray(error.code if isinstance(error.code, int) else int(error.code is not None))
         raise
 
 
@@ -70,7 +80,9 @@ def _install() -> None:
             signal.signal(each, _unwind)
     signal.signal(_NUDGE, lambda *_: None)
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
+    global _signal_pipe
     read, write = os.pipe()
+    _signal_pipe = read
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     threading.Thread(target=_wait, args=(read,), daemon=True, name="stopping").start()
@@ -82,6 +94,15 @@ def _install() -> None:
 def was_asked() -> bool:
     """Whether a signal has come."""
     return _received is not None
+
+
+def _was_just_asked() -> bool:
+    """The same, if the thread that reads the signals may not have got to run yet."""
+    if _signal_pipe is not None and (select.select([_signal_pipe], [], [], 0)[0] or _reading):
+        until = time.monotonic() + UNWIND_S
+        while not was_asked() and time.monotonic() < until:
+            time.sleep(0.01)
+    return was_asked()
 
 
 @contextmanager
@@ -101,19 +122,51 @@ def say(sentence: Callable[[], str]) -> None:
     _say = sentence
 
 
+def tell(whom: Callable[[str], object] | None) -> None:
+    """What to call with a sentence when the command is stopped; nobody waits for it for more than a second.
+
+    For those who would otherwise think that the command still runs. None tells nobody.
+    """
+    global _tell
+    _tell = whom
+
+
 def end(signum: int | None = None) -> NoReturn:
     """End this process and all that it started, with the exit code of the signal that came."""
     number = signum or _received or signal.SIGINT
     if not _ending.acquire(blocking=False):
         while True:  # the other thread does it
             time.sleep(1)
-    code, line = 128 + number, f"stopped{_in_time(_sentence)}"
+    whom = _tell
+    asked = [_sentence]
+    if whom is not None:
+        asked.append(lambda: str(whom(f"stopped by {signal.Signals(number).name}")))
+    line = f"stopped{_in_time(*asked)}"
+    _become_end_children(128 + number, line)
+
+
+def _become_end_children(code: int, line: str) -> NoReturn:
     _in_time(_flush)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # and so in the program that takes over
     program = Path(__file__).with_name("end_children.py")
     with suppress(OSError):
         os.execv(sys.executable, [sys.executable, "-P", str(program), str(code), line])
     os._exit(code)
+
+
+def _leave_ray(code: int) -> None:
+    """Disconnect from Ray, or end what was started of it; if that does not end, exit all the same.
+
+    Ray asks its own servers something at its end, and waits for the answer without a limit.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE_RAY_S)
+    if leaving.is_alive() and _ending.acquire(blocking=False):
+        _become_end_children(code, "")
 
 
 def _unwind(number: int, _frame: FrameType | None) -> None:
@@ -130,8 +183,11 @@ def _show_unraisable(show: Callable[[Any], object], unraisable: Any) -> None:
 
 
 def _wait(read: int) -> None:
-    global _received
+    global _received, _reading
     while True:
+        _reading = False
+        select.select([read], [], [])  # until the flag is up, what has come is still in the pipe
+        _reading = True
         for number in os.read(read, 64):
             if number in _SIGNALS:
                 _received = _received or number
@@ -153,15 +209,21 @@ def _flush() -> str:
     return ""
 
 
-def _in_time(ask: Callable[[], str]) -> str:
-    """What a function returns, or "" if it takes too long or fails: a folder may be away, a pipe full."""
-    found = [""]
+def _in_time(*asked: Callable[[], str]) -> str:
+    """What the first function returns, "" if it takes too long or fails: a folder may be away, a pipe full.
 
-    def run() -> None:
+    All are called at the same time.
+    """
+    found = [""] * len(asked)
+
+    def run(place: int) -> None:
         with suppress(Exception):
-            found[0] = ask()
+            found[place] = asked[place]()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_SENTENCE_S)
+    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(asked))]
+    deadline = time.monotonic() + _SENTENCE_S
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
     return found[0]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .model_training.decoding.region_captioner import RegionCaptioner
+    from .model_training.model.perceptiondlm import PerceptionDLM
+    from .model_training.model.processor import PerceptionDLMProcessor
     from .pipeline.corpus.reader import Corpus, open_corpus
     from .pipeline.executor.build import build
     from .schemas.config import BuildConfig
@@ -25,6 +27,8 @@ __all__ = [
     "DecodeOptions",
     "IntegrityError",
     "ParaCaptionError",
+    "PerceptionDLM",
+    "PerceptionDLMProcessor",
     "RegionCaptioner",
     "StageFailed",
     "__version__",
@@ -38,6 +42,8 @@ _HOMES = {
     "Corpus": ".pipeline.corpus.reader",
     "BuildConfig": ".schemas.config",
     "DecodeOptions": ".schemas.decoding",
+    "PerceptionDLM": ".model_training.model.perceptiondlm",
+    "PerceptionDLMProcessor": ".model_training.model.processor",
     "RegionCaptioner": ".model_training.decoding.region_captioner",
     **dict.fromkeys(
         ("BadRecord", "ConfigError", "IntegrityError", "ParaCaptionError", "StageFailed"), ".schemas.errors"

@@ -12,13 +12,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..schemas.config import Backend, BuildConfig, written_place
-from ..schemas.errors import ConfigError
+from ..schemas.errors import ConfigError, one_line
 from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
 from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
-from .io import files
+from .io import failures, files, own_modules, yaml_text
 from .io.file_kinds import what_is
-from .sources.registry import SOURCES, file_context, find_options, find_source
+from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
 from .stages.recipes import recipe_of
 
 _Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
@@ -30,22 +30,6 @@ _FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " 
 
 
 _SET_EXAMPLE = "give a key of the configuration and its value as YAML, as in --set text.min_words=3"
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would take the last without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        given: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
-                continue
-            if (key.tag, key.value) in given:
-                told = f"`{key.value}` is given twice; keep one"
-                raise yaml.MarkedYAMLError(problem=told, problem_mark=key.start_mark)
-            given.add((key.tag, key.value))
-        return node
 
 
 def load_config(
@@ -76,33 +60,37 @@ def load_training(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
 
 def load_evaluation(path: str | Path, changes: Sequence[str] = ()) -> EvaluateConfig:
     """Read the configuration of an evaluation; see `load_config`. Options `model` and `path` are paths."""
-    config, root = _read_file(path, EvaluateConfig, changes), Path(path).parent.resolve()
-    judge = config.judge and _with_absolute_options(config.judge, root)
-    captioner = _with_absolute_options(config.captioner, root)
+    config = _read_file(path, EvaluateConfig, changes)
+    judge = config.judge and _with_absolute_options(config.judge, Path(path), "judge.")
+    captioner = _with_absolute_options(config.captioner, Path(path), "captioner.")
     return config.model_copy(update={"captioner": captioner, "judge": judge})
 
 
 def load_judge(path: str | Path) -> Judge:
     """Read a judge's `name` and `options` from a file of their own; see `load_evaluation`."""
-    return _with_absolute_options(_read_file(path, Judge), Path(path).parent.resolve())
+    return _with_absolute_options(_read_file(path, Judge), Path(path))
 
 
-def _with_absolute_options(backend: _Backend, root: Path) -> _Backend:
-    """A backend whose options have their paths seen from `root`. A server's model is a name and no path."""
+def _with_absolute_options(backend: _Backend, file: Path, where: str = "") -> _Backend:
+    """A backend whose options have their paths seen from its file. A server's model is a name and no path."""
     paths = () if backend.name == "openai" else ("model", "path")
     given = backend.options
-    changed = {name: _absolute(root, given[name]) for name in paths if given.get(name)}
+    changed = {}
+    for name in paths:
+        if isinstance(given.get(name), str):  # what is no text is refused with the other options
+            try:
+                changed[name] = _absolute(file.parent.resolve(), given[name])
+            except ValueError as error:
+                raise ConfigError(f"{file}: {where}options.{name}: {error}") from error
     return backend.model_copy(update={"options": given | changed})
 
 
 def _read_file(path: str | Path, kind: type[_Config], changes: Sequence[str] = ()) -> _Config:
     path = Path(path)
+    data = _bytes_of(path)
     try:
-        data = path.read_bytes()
-        raw = yaml.load(data.decode("utf-8"), _OnceLoader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = yaml_text.parse(data.decode("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         told = isinstance(error, UnicodeDecodeError) and (what_is(data, "YAML") or "save it as UTF-8")
         told = told or " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise ConfigError(f"{path}: not a YAML file: {told}") from error
@@ -127,13 +115,31 @@ def _changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
             for section in sections:
                 missing = isinstance(place, dict) and place.get(section) is None
                 place = place.setdefault(section, {}) if missing else place[section]
-            place[last] = yaml.load(text, _OnceLoader)
+            place[last] = yaml_text.parse(text)
         except (TypeError, LookupError, yaml.YAMLError) as error:
             raise ConfigError(f"--set {change}: there is no such place; {_SET_EXAMPLE}") from error
     return values
 
 
+def _bytes_of(path: Path) -> bytes:
+    """What the file holds, or somewhat more of it than may be: it may be a device without an end."""
+    try:
+        with path.open("rb") as file:
+            return file.read(yaml_text.MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: a folder; give the YAML file in it") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({failures.describe(error)})") from error
+    except ValueError as error:  # a NUL in its name
+        raise ConfigError(f"{str(path)!a}: no file can have this name ({error})") from error
+
+
 def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) -> _Config:
+    own_modules.look_in(root)
+    if kind is BuildConfig and isinstance(subsets := values.get("subsets"), dict):
+        allow_kinds(subsets.values())
     try:
         config = kind.model_validate(values, context=file_context(partial(_absolute, root)))
     except ValidationError as error:
@@ -165,7 +171,10 @@ def _keys_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
 def _absolute(root: Path, path: str) -> str:
     if not path or files.is_url(path):
         return path
-    return str((root / Path(files.local(path)).expanduser()).resolve())
+    try:
+        return str((root / Path(files.local(path)).expanduser()).resolve())
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"no path that can be looked for: {one_line(error)}") from error
 
 
 def describe(kind: type[BaseModel] = BuildConfig) -> str:

@@ -305,6 +305,12 @@ class Failures(Strict):
         gt=0,
         description="The build stops, and shows the stacks, when no stage reports for this many seconds.",
     )
+    save_every_s: float = Field(
+        default=10,
+        ge=0,
+        description="What models have answered is saved after so many seconds, within a unit, too: a worker "
+        "that is killed loses no more. 0 saves after each batch.",
+    )
     lease_s: float = Field(
         default=60,
         gt=0,

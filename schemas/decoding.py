@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from .strict import Strict
 
 Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
 Cache = Literal["auto", "none", "exact", "approximate"]
+
+
+MAX_TOKENS = 4_096
+"""Most tokens of a caption, and most steps: what LLaDA's positions were trained for."""
+
+_NUMBERS = ("max_new_tokens", "steps", "threshold", "temperature", "top_p", "seed", "refresh_every")
 
 
 class DecodeOptions(Strict):
@@ -41,17 +47,23 @@ class DecodeOptions(Strict):
 
     strategy: Strategy = Field(default="remask", description="Which predictions a step keeps.")
     max_new_tokens: PositiveInt = Field(
-        default=32, description="Tokens of each caption, at most; the released code decodes 32."
+        default=32,
+        le=MAX_TOKENS,
+        description="Tokens of each caption, at most; the released code decodes 32.",
     )
     steps: PositiveInt = Field(
         default=32,
+        le=MAX_TOKENS,
         description="Decoding steps: fewer are faster and worse. `threshold` may need fewer than these.",
     )
     threshold: float = Field(
         default=0.9, ge=0, le=1, description="Confidence from which the `threshold` strategy keeps a token."
     )
     temperature: float = Field(
-        default=0.0, ge=0, description="Temperature of sampling; 0 takes the likeliest token."
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Temperature of sampling; 0 takes the likeliest token.",
     )
     top_p: float = Field(
         default=1.0,
@@ -60,7 +72,10 @@ class DecodeOptions(Strict):
         description="Sample among the likeliest tokens of this probability.",
     )
     seed: int = Field(
-        default=0, description="Seed of sampling. Captions do not depend on what else is in the batch."
+        default=0,
+        ge=-(1 << 63),
+        lt=1 << 63,
+        description="Seed of sampling. Captions do not depend on what else is in the batch.",
     )
     cache: Cache = Field(default="auto", description="KV cache of the tokens before the captions.")
     refresh_every: PositiveInt = Field(
@@ -77,6 +92,13 @@ class DecodeOptions(Strict):
         description="Never predict special tokens (mask, image, region, caption). By default this is so in "
         "all layouts but `reference`.",
     )
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("give a number, not true or false")
+        return value
 
     def stored(self) -> dict[str, Any]:
         """The options under their names in files on disk, where `max_new_tokens` is still `length`."""

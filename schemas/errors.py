@@ -17,6 +17,9 @@ from .plain import plain_detail
 from .reasons import Reason
 from .secrets import shorten
 
+_LONGEST_TEXT = 200_000
+"""Characters of an error's text that are looked through: a traceback of Ray has some thousands."""
+
 
 class ParaCaptionError(Exception):
     """Base of all errors below; the command line prints its message without a traceback."""
@@ -113,10 +116,20 @@ def one_line(error: BaseException) -> str:
     Ray and torch put pages of traceback into an error's text, in which the last line of the form `Error: ...`
     is the error itself. Without a traceback, the first line says most.
     """
-    lines = [line.strip() for line in shorten(str(error)).splitlines() if line.strip()]
+    lines = [line.strip() for line in shorten(_text_of(error)).splitlines() if line.strip()]
     if isinstance(error, ParaCaptionError):
         return " ".join(lines)
     causes = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception)\b.*:", line)]
     if not causes and not any(line.startswith('File "') for line in lines):
         lines = lines[:1]
-    return f"{type(error).__name__}: {(causes or lines or [''])[-1]}"
+    return plain_detail(f"{type(error).__name__}: {(causes or lines or [''])[-1]}")
+
+
+def _text_of(error: BaseException) -> str:
+    """Its text, or words in its place if it cannot be made; of a very long one its two ends."""
+    try:
+        text = str(error)
+    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - an error of a stranger's class
+        return plain_detail(error)
+    most = _LONGEST_TEXT // 2
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:most]}\n{text[-most:]}"

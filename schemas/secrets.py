@@ -170,6 +170,31 @@ def shorten(text: str, environment: bool = True) -> str:
     return text
 
 
+def open_name(name: str) -> str:
+    """What a record calls a file, without a login and without a query that lets in whoever has it.
+
+    A name without these is returned as it is, also one with another query.
+    """
+    if "?" not in name and "@" not in name:
+        return name
+    head, mark, query = name.partition("?")
+    is_signed = mark and query and any(_secret_queries(name if "://" in name else f"https://host/{name}"))
+    return _LOGIN.sub("", head if is_signed else name)
+
+
+def open_json(raw: bytes) -> bytes:
+    """JSON of a record without the secrets of its addresses; one without any is returned to the byte."""
+    if b"://" not in raw and b":\\/\\/" not in raw:
+        return raw
+    try:
+        text = json.dumps(json.loads(raw), ensure_ascii=False)  # a URL may be escaped as it was written
+        opened = shorten(text, environment=False)
+        return raw if opened == text else opened.encode()
+    except (ValueError, RecursionError):
+        text = raw.decode("utf-8", "surrogateescape")
+        return shorten(text, environment=False).encode("utf-8", "surrogateescape")
+
+
 def _environment() -> Iterator[str]:
     """Values of environment variables that are secrets, and the logins of URLs in others."""
     for name, value in os.environ.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -44,7 +45,12 @@ def ray_cluster():
     with alone():
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
-    ray.shutdown()
+    ending = threading.Thread(target=ray.shutdown, daemon=True)
+    ending.start()
+    ending.join(30)
+    if ending.is_alive():  # it waits for an answer of its GCS, without a limit
+        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        ending.join(30)
 
 
 @pytest.fixture(scope="session")

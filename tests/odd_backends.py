@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from typing import Any
 
 from paracaption.pipeline.models.protocols import Answer, Checked, Question
@@ -106,3 +108,62 @@ class WeighedCaptioner(InstantCaptioner):
 
 class SilentCaptioner(dict):
     """Does not say what it takes: `inspect` knows no signature of it, nor of an extension module's class."""
+
+    def caption(self, images: list) -> list:
+        return []
+
+
+class HangingCaptioner(InstantCaptioner):
+    """Hangs in a call; or makes its process hang in what comes later, as a file system does.
+
+    Args:
+        where: "call"; "filter", which runs after the captions; "output", when a ledger is flushed.
+    """
+
+    def __init__(self, where: str, **options: Any):
+        super().__init__(**options)
+        self.where = where
+
+    def caption(self, images: list[ImageRecord]) -> list[list[str | None]]:
+        from paracaption.pipeline.io import store
+        from paracaption.pipeline.stages.text import CleanText
+
+        if self.where == "call":
+            time.sleep(3600)
+        elif self.where == "filter":
+            CleanText.decide = lambda *_: time.sleep(3600)  # type: ignore[method-assign]
+        else:
+            fsync = os.fsync
+
+            def hang(descriptor: int) -> None:
+                if "/ledger/" in os.readlink(f"/proc/self/fd/{descriptor}"):
+                    time.sleep(3600)
+                fsync(descriptor)
+
+            store.os.fsync = hang  # type: ignore[attr-defined]
+        return super().caption(images)
+
+
+class KilledWhileSaving(InstantCaptioner):
+    """Its process dies, once, while it saves what was answered.
+
+    Args:
+        mark: a file that is made then.
+        at: "flush", before what was written is on the disk; "name", before the file gets its name.
+    """
+
+    def __init__(self, mark: str, at: str, **options: Any):
+        super().__init__(**options)
+        from paracaption.pipeline.io import store
+
+        function = {"flush": "fsync", "name": "replace"}[at]
+        usual = getattr(os, function)
+
+        def die(what: Any, *rest: Any) -> None:
+            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)
+            if "/evidence/" in path and os.path.isfile(path) and not os.path.exists(mark):
+                os.close(os.open(mark, os.O_CREAT))
+                os.kill(os.getpid(), signal.SIGKILL)
+            usual(what, *rest)
+
+        setattr(store.os, function, die)

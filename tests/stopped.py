@@ -39,7 +39,7 @@ def run_and_stop(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_ignore_interrupts if ignoring else _heed_interrupts,
+        preexec_fn=_ignore_interrupts if ignoring else heed_signals,
     )
     try:
         if after_s is None:
@@ -58,9 +58,10 @@ def run_and_stop(
         process.wait()
 
 
-def _heed_interrupts() -> None:
-    """Tests that run in the background of a script have been told to ignore them, and so would the child."""
+def heed_signals() -> None:
+    """Before a child starts: tests in the background of a script, or under nohup, ignore signals."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _ignore_interrupts() -> None:

@@ -35,6 +35,8 @@ def test_the_public_names_are_these():
         "DecodeOptions",
         "IntegrityError",
         "ParaCaptionError",
+        "PerceptionDLM",
+        "PerceptionDLMProcessor",
         "RegionCaptioner",
         "StageFailed",
         "__version__",
@@ -90,22 +92,34 @@ def test_a_missing_source_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
-    """In one namespace and in order, but for those that need weights."""
+    """In one namespace and in order; a tiny model stands in for the one that needs weights."""
+    from PIL import Image
+
+    from tests.model_training.tiny_models import lively
+
     monkeypatch.chdir(tmp_path)
     (tmp_path / "samples").symlink_to(SAMPLES)
+    for part in lively():
+        part.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (90, 60), "white").save(tmp_path / "photo.jpg")
+    for number, name in enumerate(("cup.png", "dog.png")):
+        mask = Image.new("L", (90, 60))
+        mask.paste(255, (5 + 30 * number, 10, 30 + 30 * number, 50))
+        mask.save(tmp_path / name)
     page = (SAMPLES.parent / "docs" / "api.md").read_text()
-    examples = re.findall(r"(<!-- needs weights -->\n)?```python\n(.*?)```", page, re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict[str, object] = {}
-    for needs_weights, code in examples:
-        compiled = compile(code, "docs/api.md", "exec")
-        if not needs_weights:
-            exec(compiled, names)
-    printed = [line for _, code in examples for line in re.findall(r"print\(.*\)  # (.*)", code)]
+    capsys.readouterr()
+    for code in examples:
+        here = code.replace("/models/PerceptionDLM", str(tmp_path / "model"))
+        exec(compile(here, "docs/api.md", "exec"), names)
+    printed = [line for code in examples for line in re.findall(r"print\(.*\)  # (.*)", code)]
     assert capsys.readouterr().out.splitlines() == printed
     assert verify.verify(tmp_path / "corpus").ok
 
 
 def test_the_page_lists_every_public_name():
     page = (SAMPLES.parent / "docs" / "api.md").read_text()
-    listed = re.findall(r"^\| `(\w+)", page, re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|", page.partition("## ")[0], re.MULTILINE)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)", row)]
     assert sorted(listed) == sorted(paracaption.__all__)

@@ -140,6 +140,61 @@ def until(what, timeout_s: float = 120) -> None:
         time.sleep(0.2)
 
 
+OWN = """
+import os, ray
+from word_of_mine import word
+
+class MyCap:
+    def __init__(self, log):
+        self.log = log
+
+    def caption(self, images):
+        with open(self.log, "a") as file:
+            print(ray.get_runtime_context().get_node_id(), __file__, os.environ["OF_MINE"], word, file=file)
+        return [["a thing"] * len(image.live()) for image in images]
+"""
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+from paracaption.pipeline.config_file import load_config
+from paracaption.pipeline.executor import driver, ray_data
+from paracaption.pipeline.models import registry
+
+config = load_config(sys.argv[1])
+registry.find_backend("captioner", config.captioner)
+Path(sys.argv[1]).with_name("mycap.py").unlink()
+Path(sys.argv[1]).with_name("word_of_mine.py").write_text("raise RuntimeError('half edited')")
+driver.build(config, ray_data.RayEngine(sys.argv[2]))
+"""
+
+
+def test_each_node_imports_the_drivers_version_of_a_captioner_beside_the_configuration(
+    tmp_path, cluster, source
+):
+    """The files are gone before a worker starts; the captioner has a `runtime_env` of its own, too."""
+    config = config_of(tmp_path / "out", coconut=source, images_per_shard=2)
+    values = config.model_dump(mode="json")
+    values["captioner"] |= {"name": "mycap:MyCap", "options": {"log": str(tmp_path / "asked.log")}}
+    values["captioner"] |= {"num_cpus": 0.9, "concurrency": [3, 3], "batch_images": 1}
+    values["captioner"]["runtime_env"] = {"env_vars": {"OF_MINE": "set"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "mycap.py").write_text(OWN)
+    (tmp_path / "word_of_mine.py").write_text("word = 'first'")
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "c.yaml"), f"127.0.0.1:{cluster.port}"]
+    done = subprocess.run(
+        command, cwd=tmp_path / "elsewhere", env=cluster.env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = verify.verify(tmp_path / "out")
+    assert report.ok and report.regions == 4 * NUM_IMAGES, report.text()
+    asked = [line.split() for line in (tmp_path / "asked.log").read_text().splitlines()]
+    assert len({node for node, *_ in asked}) == 2
+    assert {tuple(rest) for _, _, *rest in asked} == {("set", "first")}
+    assert not any(file.startswith(str(tmp_path)) for _, file, *_ in asked)
+
+
 def test_a_build_runs_on_both_nodes_and_outlives_the_loss_of_one(tmp_path, cluster, source):
     driver = build(cluster, tmp_path, source, f"127.0.0.1:{cluster.port}", delay_s=1.0)
     try:

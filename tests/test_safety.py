@@ -10,9 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("schemas", "filters", "pipeline", "flows", "model_training", "benchmarks", "tests")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib"}
+TORCH_UNPICKLERS = {"FileSystemReader", "DefaultLoadPlanner", "HuggingFaceStorageReader"}
+"""What torch reads checkpoints with; `train/checkpoint_files.py` has what reads the same as data."""
 ALLOWED = {
     "tests/flows/test_build_flow.py",
     "tests/pipeline/executor/test_ray_data.py",
+    "tests/model_training/data/test_strangers.py",
     "tests/pipeline/corpus/test_reader.py",
     "tests/pipeline/models/test_sam.py",
     "tests/test_hostile_models.py",
@@ -29,8 +32,8 @@ OUR_CLASSES = {"PerceptionDLMProcessor"}
 """Its own `from_pretrained` says it to transformers."""
 IMPORTERS = {
     "flows/launch.py": "the module of one of our flows",
-    "pipeline/models/registry.py": "a backend: ours, or one that a configuration names (flows/served.py)",
-    "pipeline/sources/registry.py": "a kind of source",
+    "pipeline/io/own_modules.py": "a backend or source: ours, or one that the user's configuration names "
+    "(flows/served.py)",
     "benchmarks/gpu/child.py": "the module of a measurement",
 }
 """Files that import a module by a name that is not in their source."""
@@ -54,6 +57,8 @@ def dangers(source: str, name: str) -> list[str]:
             found.append(f"{name}:{node.lineno} trust_remote_code")
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec"):
             found.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in TORCH_UNPICKLERS:
+            found.append(f"{name}:{node.lineno} unpickles")
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         called, of = node.func.attr, ast.unparse(node.func.value).split(".")[0]
@@ -107,6 +112,7 @@ def test_no_file_trusts_remote_code_or_unpickles():
         "torch.load(path, weights_only=False)",
         "pickle.load(file)",
         "pickle.Unpickler(file)",
+        "load(state, storage_reader=FileSystemReader(path))",
         "np.load(path, allow_pickle=True)",
         "pandas.read_pickle(path)",
     ],
@@ -133,10 +139,8 @@ ELSEWHERE = {
     "pipeline/executor/doctor.py": "removes the folders that it has made, if they are still empty",
     "pipeline/executor/driver.py": "stacks and notes of a run",
     "pipeline/executor/in_flight.py": "notes of what is in flight, which a worker leaves for the next one",
-    "pipeline/executor/local.py": "the stack of a call that hangs",
     "pipeline/executor/preflight.py": "the tokenizer of a checkpoint",
-    "pipeline/executor/progress.py": "stacks of calls that hang",
-    "pipeline/executor/worker.py": "the stack of a call that hangs",
+    "pipeline/executor/stalls.py": "stacks of what hangs",
     "pipeline/explorer/app.py": "files of the package",
     "pipeline/explorer/report.py": "files of the package",
     "pipeline/explorer/reviews.py": "the lock beside the reviews",

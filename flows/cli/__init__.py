@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ...pipeline.io import disk_errors
 from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
 from ...schemas.secrets import shorten
@@ -84,7 +86,10 @@ app.add_typer(evaluate.benchmarks, name="benchmark", rich_help_panel=MODEL)
 
 
 def main() -> None:
-    """Entry point: errors of ours are one clear line and exit code 2, anything else is a traceback."""
+    """Entry point: what a file, the disk or a person got wrong is one line and exit code 2.
+
+    What is left is a fault of ours, and a traceback.
+    """
     _show_old_names()
     _log_no_secrets()
     try:
@@ -96,10 +101,25 @@ def main() -> None:
         from ...pipeline.executor import packages
 
         name = (error.name or "").partition(".")[0]
-        if not packages.is_optional(name):
+        if not packages.is_required(name):
             raise
         print(f"error: {name} is not installed; {packages.how_to_install(name)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (OSError, MemoryError) as error:
+        told = disk_errors.to_line(error) if isinstance(error, OSError) else None
+        print(f"error: {told or shorten(_of_machine(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _of_machine(error: OSError | MemoryError) -> str:
+    """A file, a disk or a memory that is not as it must be, in a line."""
+    from ...pipeline.io.failures import describe
+
+    if isinstance(error, MemoryError):
+        return f"the memory is not enough ({describe(error)}); give the command more, or less to do at once"
+    named = getattr(error, "url", None) or error.filename
+    where = "" if named is None else f"{os.fsdecode(named) if isinstance(named, bytes) else named}: "
+    return f"{where}{describe(error)}; correct the path or its permissions, or run the same command again"
 
 
 def _log_no_secrets() -> None:

@@ -138,8 +138,9 @@ def deploy(
     allow: Annotated[
         list[str] | None,
         typer.Option(
-            help="What runs may name beside what is built in: a backend (`package.module:Class`), the "
-            "py_executable of a runtime_env, the base_url of a server. Give it several times."
+            help="What runs may name beside what is built in: a backend or source (`module:Class`, installed "
+            "or in the current folder), the py_executable of a runtime_env, the base_url of a server. May be "
+            "given several times."
         ),
     ] = None,
 ) -> None:

@@ -147,6 +147,13 @@ def caption(
         str | None,
         typer.Option(help="Image of the corpus, or of a JSON that calls the photo by another name."),
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the regions are asked: once for all, or once for each region in their order.",
+            show_default="what the model was trained with",
+        ),
+    ] = None,
     json: Annotated[
         str | None, typer.Option(help="JSON file to write, or - to print the JSON and nothing else.")
     ] = None,
@@ -178,7 +185,7 @@ def caption(
     with notices.status("loading the model"):
         captioner = RegionCaptioner.load(model, device, dtype)
     with notices.status(f"captioning {len(photo.regions)} regions"):
-        captioned = captioning.caption_regions(captioner, photo, options, regions_per_call)
+        captioned = captioning.caption_regions(captioner, photo, options, regions_per_call, prompt or ())
         if trace is not None:
             captioning.write_trace(captioning.trace_photo(captioner, captioned, regions_per_call), trace)
     if picture is not None:

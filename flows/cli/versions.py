@@ -112,7 +112,7 @@ def undo(
     """
     from ...pipeline.corpus import undo as undoing
 
-    out = _path(corpus)
+    out = _path(corpus, ours=True)
     rebuild = undoing.find_rebuild(out)
     undoing.find_former_files(out, rebuild)
     if not yes and not sys.stdin.isatty():
@@ -127,10 +127,14 @@ def undo(
         print("Your own YAML file is not changed: put these keys back there before you build again")
 
 
-def _path(corpus: Path) -> str:
-    from ...pipeline.io import files
+def _path(corpus: Path, ours: bool = False) -> str:
+    """Where a corpus lies, out of which nothing leads unless it is `ours` to change."""
+    from ...pipeline.io import confined, files
 
-    return files.local(str(corpus)).rstrip("/") or "/"
+    out = files.local(str(corpus)).rstrip("/") or "/"
+    if not ours:
+        confined.confine(out)
+    return out
 
 
 # How it is printed.

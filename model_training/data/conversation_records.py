@@ -151,7 +151,8 @@ def read_records(path: str, regions_per_group: float) -> Iterator[Found]:
     """
     import pyarrow as pa
 
-    broken = (OSError, msgspec.MsgspecError, UnicodeError, ValueError, KeyError, pa.ArrowException)
+    broken = (OSError, msgspec.MsgspecError, UnicodeError, ValueError, KeyError, RecursionError)
+    broken += (pa.ArrowException,)
     rows = _READERS[Path(path).suffix.lower()](path)
     number = 0
     empty: list[int] = []

@@ -29,7 +29,7 @@ from ..model.attention import SHARED
 from ..model.batch import Example
 from ..model.processor import ANSWER, HEAD
 from . import left_out
-from .conversation_records import IMAGE, SPEAKERS, Found, Record, list_files, read_records
+from .conversation_records import IMAGE, SPEAKERS, Found, Record, Turn, list_files, read_records
 from .corpus import token_lists, tokenizer_digest, views_of
 from .table import Table, TableWriter, cached_folder
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..model.processor import PerceptionDLMProcessor
 
 _NEXT = "\n<|start_header_id|>user<|end_header_id|>\n"
-_VERSION = 2
+_VERSION = 3
 _ROW = np.dtype(
     [
         *(("record", "u8"), ("record_bytes", "u4"), ("photo", "u8"), ("photo_bytes", "u4")),
@@ -176,7 +176,7 @@ def tokenize_conversation(
     """A conversation as tokens. All answers are labeled, and so is the end token after each.
 
     Images stand where the questions say; if they do not say, all stand before the first one. A question
-    without an answer at the end is left out, because nothing is learned from it.
+    without an answer at the end, or with an empty one, is left out, because nothing is learned from it.
 
     Args:
         record: human and gpt take turns in it.
@@ -186,16 +186,10 @@ def tokenize_conversation(
         name: the record's name for messages.
 
     Raises:
-        BadSample: the turns are out of order, or the questions name more or fewer images than there are.
+        BadSample: the turns are out of order, there is no answer or an empty one before others, or the
+            questions name more or fewer images than there are.
     """
-    turns = record.conversations
-    if len(turns) % 2:
-        turns = turns[:-1] if SPEAKERS.get(turns[-1].speaker) == "human" else turns
-    speakers = [SPEAKERS.get(turn.speaker) for turn in turns]
-    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
-        raise BadSample(
-            "conversation_unusable", f"{name}: human and gpt have to take turns; correct the record"
-        )
+    turns = _answered(record.conversations, name)
     shown = [
         [
             *processor.tokenize("<img>"),
@@ -220,6 +214,25 @@ def tokenize_conversation(
         tokens.answer.extend(answer)
         tokens.labels.extend([True] * len(answer))
     return tokens
+
+
+def _answered(turns: list[Turn], name: str) -> list[Turn]:
+    """The turns without questions at the end that have no answer, or an empty one."""
+    if len(turns) % 2 and SPEAKERS.get(turns[-1].speaker) == "human":
+        turns = turns[:-1]
+    speakers = [SPEAKERS.get(turn.speaker) for turn in turns]
+    if not turns or speakers != ["human", "gpt"] * (len(turns) // 2):
+        raise BadSample(
+            "conversation_unusable", f"{name}: human and gpt have to take turns; correct the record"
+        )
+    while turns and not turns[-1].value.strip():
+        turns = turns[:-2]
+    empty = [number for number, turn in enumerate(turns[1::2], start=1) if not turn.value.strip()]
+    if empty or not turns:
+        what = f"its answer {empty[0]} is empty" if empty else "it has no answer"
+        detail = f"{name}: {what}, so that it would teach to say nothing; correct the record"
+        raise BadSample("conversation_unusable", detail)
+    return turns
 
 
 def _with_images(text: str, shown: list[list[int]], encode: Callable[[str], list[int]]) -> list[int]:

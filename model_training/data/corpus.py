@@ -82,7 +82,7 @@ class TrainingCorpus:
         self, table: Table, path: str, options: DataOptions, seed: int, processor: PerceptionDLMProcessor
     ):
         self.table, self.options, self.seed = table, options, seed
-        self.corpus = reader.Corpus(path)
+        self.corpus = reader.Corpus(path, confined=True)
         config = processor.config
         self.num_prompts = config.num_prompts
         self.prefix_tokens = processor.make_prefix(0, 0).shape[1]
@@ -252,7 +252,7 @@ def unfinished(source: CorpusSource) -> str:
     Raises:
         IntegrityError: a file of the corpus is damaged.
     """
-    corpus = reader.Corpus(source.corpus)
+    corpus = reader.Corpus(source.corpus, confined=True)
     try:
         names = source.subsets or tuple(corpus.config.subsets)
     except ConfigError:

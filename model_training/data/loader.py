@@ -81,7 +81,8 @@ class Loader:
         """
         _check_options(sources, options, processor, rank, world_size)
         self.cache = Path(options.cache) if options.cache is not None else default_cache()
-        shares = [Corpus(each.corpus).held_out_share for each in sources if isinstance(each, CorpusSource)]
+        corpora = [Corpus(each.corpus, confined=True) for each in sources if isinstance(each, CorpusSource)]
+        shares = [each.held_out_share for each in corpora]
         share = max([held_out_share, *shares])  # of one photo, no corpus may train what another one holds out
         opened = [
             open_training_corpus(source, processor, options, seed, self.cache, share)

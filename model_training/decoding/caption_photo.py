@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ class CaptionedPhoto(NamedTuple):
         tokens: how many tokens the text of each caption has.
         options: how the captions were decoded.
         model: folder, layout, device and type of the model.
+        prompts: what each region was asked; empty if all were asked what the model was trained with.
     """
 
     photo: PhotoRegions
@@ -37,6 +39,7 @@ class CaptionedPhoto(NamedTuple):
     tokens: list[int]
     options: DecodeOptions
     model: dict[str, str]
+    prompts: Sequence[str] = ()
 
     @property
     def tokens_per_forward(self) -> float:
@@ -76,6 +79,7 @@ def caption_regions(
     photo: PhotoRegions,
     options: DecodeOptions,
     regions_per_call: int | None = None,
+    prompts: Sequence[str] = (),
 ) -> CaptionedPhoto:
     """Caption every region of a photo.
 
@@ -84,13 +88,15 @@ def caption_regions(
         photo: the photo and its regions.
         options: how captions are decoded.
         regions_per_call: the most regions that share a sequence; by default as many as the model can.
+        prompts: what the regions are asked: one text for all, one for each, or none for the model's own.
 
     Raises:
-        ConfigError: an option does not suit the model.
+        ConfigError: an option does not suit the model, or there are not as many prompts as regions.
     """
-    model = captioner.model
+    model, num_regions = captioner.model, len(photo.regions)
+    asked = [*prompts] * (num_regions if len(prompts) == 1 else 1)
     [found] = captioner.caption_photos(
-        [(photo.pixels, photo.masks())], options, regions_per_call=regions_per_call
+        [(photo.pixels, photo.masks(), asked or None)], options, regions_per_call=regions_per_call
     )
     tokens = [len(captioner.processor.tokenize(caption)) for caption in found.captions]
     about = {
@@ -99,7 +105,7 @@ def caption_regions(
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return CaptionedPhoto(photo, found, tokens, options, about)
+    return CaptionedPhoto(photo, found, tokens, options, about, asked)
 
 
 def trace_photo(
@@ -108,7 +114,11 @@ def trace_photo(
     """Decode a captioned photo once more and keep every step, which takes longer than the captions did."""
     photo = captioned.photo
     steps = captioner.caption_steps(
-        photo.pixels, photo.masks(), captioned.options, regions_per_call=regions_per_call
+        photo.pixels,
+        photo.masks(),
+        captioned.options,
+        prompt=captioned.prompts or None,
+        regions_per_call=regions_per_call,
     )
     eot = captioner.model.config.eot_token_id
     return Trace(photo.pixels, captioned.overlays(), list(steps), eot, Path(photo.name).name)
@@ -178,6 +188,7 @@ def to_record(captioned: CaptionedPhoto) -> dict[str, Any]:
                 "bbox": list(region.mask.bbox),
                 "source": region.source,
                 "corpus_caption": region.caption,
+                **({"prompt": captioned.prompts[number - 1]} if captioned.prompts else {}),
             }
             for number, (region, caption, tokens) in enumerate(rows, 1)
         ],

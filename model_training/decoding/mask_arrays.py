@@ -35,7 +35,7 @@ def to_bool_mask(mask: ArrayLike, number: int) -> np.ndarray:
         ConfigError: a value is not finite or no number; the values could be probabilities or logits, and the
             two differ; the array is a label map; or a mask of probabilities has the whole image.
     """
-    values = _array(mask, number)
+    values = to_array(mask, f"mask {number}")
     if values.dtype == bool or not values.size:
         return values.astype(bool)
     floats = values.dtype.kind == "f"
@@ -69,17 +69,22 @@ def _soft(values: np.ndarray, low: float, high: float, number: int) -> np.ndarra
     return found
 
 
-def _array(mask: Any, number: int) -> np.ndarray:
-    if hasattr(mask, "detach"):  # a tensor, which may lie on a GPU or be of a type that numpy lacks
-        mask = mask.detach().cpu()
-        mask = mask.float() if mask.is_floating_point() else mask
+def to_array(values: Any, name: str) -> np.ndarray:
+    """An array of numbers from an array, a tensor on any device, a Pillow image or nested lists.
+
+    Raises:
+        ConfigError: it is none of them, or does not hold numbers; `name` is what messages call it.
+    """
+    if hasattr(values, "detach"):  # a tensor, which may lie on a GPU or be of a type that numpy lacks
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
     try:
-        values = np.asarray(mask)
+        found = np.asarray(values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"mask {number}: no array ({error}); {_GIVE}") from error
-    if values.dtype.kind not in "biuf":
-        raise ConfigError(f"mask {number}: an array of {values.dtype}; {_GIVE}")
-    return values
+        raise ConfigError(f"{name}: no array ({error}); {_GIVE}") from error
+    if found.dtype.kind not in "biuf":
+        raise ConfigError(f"{name}: an array of {found.dtype}; {_GIVE}")
+    return found
 
 
 def _unclear(number: int, what: str) -> ConfigError:

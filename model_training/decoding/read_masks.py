@@ -80,6 +80,15 @@ def decode_mask_image(data: bytes, name: str) -> np.ndarray:
     return _threshold(values, most, lossy, name)
 
 
+def to_mask(image: Any, name: str) -> np.ndarray:
+    """The region in a Pillow image, as (H, W) bool with at least one pixel.
+
+    Raises:
+        ConfigError: the image is no mask or an empty one; `name` is what messages call it.
+    """
+    return _threshold(*_brightness(image, name), image.format in _LOSSY, name)
+
+
 def fit_mask(mask: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     """The mask at its photo's size (height, width), scaled to the nearest pixel where it has another size.
 

@@ -12,6 +12,7 @@ left out, with its reason in `PhotoRegions.left_out`.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -308,7 +309,7 @@ def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRe
         raise ConfigError(f"{path}: no annotation of image {described.id}; give the JSON that has it")
     annotation = own[0]
     labels = _label_map(path, annotation.file_name or f"{file_names.stem(image)}.png", image)
-    raw = msgspec.json.decode(content.categories) if content.categories else None
+    raw = _loads(path, content.categories) if content.categories else None
     table = load_categories(None) if raw is None else make_table(raw, path)
     record = Record(described.width, described.height, annotation.segments_info, list(table.by_id.values()))
     entry = CatalogEntry("photo", Blob(image), Blob(labels), msgspec.json.encode(record), image)
@@ -321,7 +322,7 @@ def _label_map(path: str, name: str, photo: str) -> str:
     home = Path(path).parent
     if (named := home / file_names.stem(path) / name).exists():
         return str(named)
-    beside = sorted(home.glob(f"*/{name}")) or [home / name]
+    beside = sorted(home.glob(f"*/{glob.escape(name)}")) or [home / name]
     found = [str(each) for each in beside if each.exists() and each.resolve() != Path(photo).resolve()]
     if len(found) != 1:
         what = "none" if not found else " or ".join(found)
@@ -341,7 +342,7 @@ def _instances(path: str, content: _File, image: str, size: tuple[int, int], key
     own = [
         each for each in content.annotations if str(each.image_id) == str(described.id) and each.segmentation
     ]
-    masks = rle.check_all([_loads(each.segmentation) for each in own], *size)
+    masks = rle.check_all([_loads(path, each.segmentation) for each in own], *size)
     found = _Found([], [])
     for annotation, mask in zip(own, masks, strict=True):
         name = f"{path}: annotation {annotation.id}"
@@ -356,12 +357,15 @@ def _instances(path: str, content: _File, image: str, size: tuple[int, int], key
 
 
 def _table(path: str, content: _File) -> CategoryTable | None:
-    raw = _loads(content.categories) if content.categories else None
+    raw = _loads(path, content.categories) if content.categories else None
     return make_table(raw, path) if raw else None
 
 
-def _loads(raw: msgspec.Raw) -> Any:
-    return msgspec.json.decode(raw)
+def _loads(path: str, raw: msgspec.Raw) -> Any:
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: a value in it is no JSON ({error}); correct the file") from error
 
 
 def _image_of(path: str, content: _File, image: str, key: str | None) -> Image:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ...pipeline.io import weights
-from ...pipeline.io.photos import to_rgb
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
-from ..model import tiling
-from .mask_arrays import to_bool_mask
+from .region_forms import Boxes, to_masks, to_pixels
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from os import PathLike
+
     from PIL.Image import Image
     from torch import Tensor
 
@@ -28,6 +26,12 @@ if TYPE_CHECKING:
     from ..model.perceptiondlm import PerceptionDLM
     from ..model.processor import PerceptionDLMProcessor
     from .sampler import DecodeState
+
+Photo: TypeAlias = "str | PathLike[str] | bytes | np.ndarray | Image | Tensor"
+"""A photo in one of the forms of `region_forms`."""
+
+Prompt: TypeAlias = str | Sequence[str | None] | None
+"""What all regions of a photo are asked, or what each of them is; None asks what the model was trained on."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -86,6 +90,17 @@ class _Group(NamedTuple):
     example: Example
 
 
+class _Asked(NamedTuple):
+    """A photo as a caller gave it, with its regions and how they are captioned."""
+
+    photo: Photo
+    masks: Iterable[Any]
+    prompt: Prompt
+    boxes: Boxes
+    regions_per_call: int | None
+    fill_groups: bool = False
+
+
 class RegionCaptioner:
     """Describes regions of photos with a PerceptionDLM: all regions of a photo at once.
 
@@ -123,15 +138,14 @@ class RegionCaptioner:
             raise ConfigError(f"dtype: unknown type {dtype!r}; choose one of {', '.join(DTYPES)}")
         try:
             import torch
-            from safetensors import SafetensorError
             from transformers.utils import logging
 
             from ..model.processor import PerceptionDLMProcessor
-            from ..model.saved import load_model
+            from ..model.saved import load_model, read_model_config, refusing
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"{error.name} is not installed; install the models' packages: pip install "
-                "'paracaption[models]'"
+                f"{error.name} is not installed; install the models' packages: `make models` in a clone, or "
+                "`pip install 'paracaption[models]'`"
             ) from error
         logging.disable_progress_bar()
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -143,15 +157,19 @@ class RegionCaptioner:
             raise ConfigError(f"device: {chosen!r} cannot be used ({why}); choose another one") from error
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
-        try:
-            processor = PerceptionDLMProcessor.from_pretrained(folder)
-            model = load_model(Path(folder), dtype=getattr(torch, dtype))
-        except ConfigError:
-            raise
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ConfigError(f"{folder}: not readable ({str(error)[:300]}); save the model again") from error
+        with refusing(Path(folder)):
+            config = read_model_config(Path(folder))
+            processor = PerceptionDLMProcessor.from_pretrained(folder, config=config)
+            model = load_model(Path(folder), config, dtype=getattr(torch, dtype))
         model.to(place)  # pyright: ignore[reportArgumentType] - transformers' decorator hides the argument
         return cls(model.eval(), processor)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str = "auto", dtype: str = "auto"
+    ) -> RegionCaptioner:
+        """The same as `load`, under the name that transformers gives it. Nothing is downloaded."""
+        return cls.load(folder, device, dtype)
 
     def with_instruction(self, instruction: str) -> RegionCaptioner:
         """This captioner, asked something else than its layout says. The model is shared."""
@@ -161,23 +179,32 @@ class RegionCaptioner:
 
     def caption(
         self,
-        photo: np.ndarray | Image,
-        masks: Sequence[ArrayLike],
+        photo: Photo,
+        masks: Iterable[Any],
         options: DecodeOptions | None = None,
         *,
+        prompt: Prompt = None,
+        boxes: Boxes = "xyxy",
         regions_per_call: int | None = None,
         **fields: Any,
     ) -> list[str]:
         """Describe regions of one photo.
 
         Args:
-            photo: (height, width, 3) uint8 RGB, or a Pillow image of any mode but F. It is taken as it
-                is stored: an EXIF rotation is not applied, since the masks would not follow it.
-            masks: one for each region, (height, width) of the photo's size: bool, or 0 and one other value.
-                Floats from 0 to 1 are probabilities, and count above 0.5; floats with negative ones are
-                logits, and count above 0. There may be any number of masks, they may overlap, and none may
-                be empty.
+            photo: the path of an image file or its bytes, (height, width, 3) uint8 RGB, a Pillow image of any
+                mode but F, or a tensor (3, height, width). It is taken as it is stored: an EXIF rotation is
+                not applied, since the masks would not follow it. URLs are not fetched.
+            masks: the regions, each of them a mask of the photo's size (an array, a tensor, a Pillow image,
+                or the path of a mask image), a COCO RLE, COCO polygons, or a box. A mask is bool, or has 0
+                and one other value. Floats from 0 to 1 are probabilities, and count above 0.5; floats with
+                negative ones are logits, and count above 0. There may be up to 2,000 regions, they may
+                overlap, and none may be empty.
             options: how captions are decoded; by default as `DecodeOptions()` says.
+            prompt: what the regions are asked, or a list with what each of them is asked; None is the
+                sentence that the model was trained with. Regions with different prompts do not share a
+                sequence.
+            boxes: what four numbers mean, in pixels: "xyxy" (x1, y1, x2, y2, exclusive at the far edge) or
+                "xywh" (x, y, width, height).
             regions_per_call: the most regions that share a sequence. By default as many as the model has
                 region prompts; 1 describes them one after the other, none seeing another. More regions are
                 split into groups of about equal size.
@@ -187,18 +214,27 @@ class RegionCaptioner:
             One caption for each mask, in the order of the masks.
 
         Raises:
-            ConfigError: the photo is not RGB; a mask is empty, has another size, or holds values that can be
-                read in two ways, and the message says its number; or an option is unknown, or does not suit
-                the model.
+            ConfigError: the photo cannot be read or is not RGB; a region cannot be read, is empty, has
+                another size, or holds values that can be read in two ways, and the message says its number;
+                or an option is unknown, out of range, or does not suit the model.
         """
-        [found] = self.caption_photos([(photo, masks)], options, regions_per_call=regions_per_call, **fields)
+        [found] = self.caption_photos(
+            [(photo, masks)],
+            options,
+            prompt=prompt,
+            boxes=boxes,
+            regions_per_call=regions_per_call,
+            **fields,
+        )
         return found.captions
 
     def caption_photos(
         self,
-        photos: Iterable[tuple[np.ndarray | Image, Sequence[ArrayLike]]],
+        photos: Iterable[tuple[Photo, Iterable[Any]] | tuple[Photo, Iterable[Any], Prompt]],
         options: DecodeOptions | None = None,
         *,
+        prompt: Prompt = None,
+        boxes: Boxes = "xyxy",
         batch_size: int = 8,
         regions_per_call: int | None = None,
         fill_groups: bool = False,
@@ -209,9 +245,11 @@ class RegionCaptioner:
         Groups of regions share batches across photos. Captions do not depend on what else is in a batch.
 
         Args:
-            photos: (photo, masks) as `caption` takes them. They are read one after the other, and only those
-                of one batch are in memory at once.
+            photos: (photo, masks) or (photo, masks, prompt) as `caption` takes them. They are read one after
+                the other, and only those of one batch are in memory at once.
             options: how captions are decoded; by default as `DecodeOptions()` says.
+            prompt: what the regions of photos that have no prompt of their own are asked.
+            boxes: as for `caption`.
             batch_size: groups that are decoded at once. More need more memory, and are faster on a GPU.
             regions_per_call: as for `caption`.
             fill_groups: fill each group before the next one begins, as the released code does (7 regions in 6
@@ -225,11 +263,15 @@ class RegionCaptioner:
             ConfigError: as `caption`.
         """
         options = _decode_options(options, fields)
+        _check_count("batch_size", batch_size or 0)
+        _check_count("regions_per_call", regions_per_call)
         results: list[RegionCaptions] = []
         waiting: list[_Group] = []
-        for number, (photo, masks) in enumerate(photos):
-            results.append(RegionCaptions([""] * len(masks), 0, 0, 0.0))
-            for group in self._groups(number, photo, masks, options, regions_per_call, fill_groups):
+        for number, given in enumerate(photos):
+            asked = _Asked(*_checked_pair(given, number, prompt), boxes, regions_per_call, fill_groups)
+            groups, num_regions = self._groups(number, asked, options)
+            results.append(RegionCaptions([""] * num_regions, 0, 0, 0.0))
+            for group in groups:
                 waiting.append(group)
                 if len(waiting) == batch_size:
                     self._decode(waiting, options, results)
@@ -240,10 +282,12 @@ class RegionCaptioner:
 
     def caption_steps(
         self,
-        photo: np.ndarray | Image,
-        masks: Sequence[ArrayLike],
+        photo: Photo,
+        masks: Iterable[Any],
         options: DecodeOptions | None = None,
         *,
+        prompt: Prompt = None,
+        boxes: Boxes = "xyxy",
         regions_per_call: int | None = None,
         **fields: Any,
     ) -> Iterator[Snapshot]:
@@ -253,6 +297,8 @@ class RegionCaptioner:
             photo: as for `caption`, as all that follows.
             masks: one for each region.
             options: how captions are decoded.
+            prompt: what the regions are asked, or each of them.
+            boxes: what four numbers mean.
             regions_per_call: the most regions that share a sequence.
             fields: single fields of `DecodeOptions` that differ from `options`.
 
@@ -263,31 +309,42 @@ class RegionCaptioner:
             ConfigError: as `caption`, at once.
         """
         options = _decode_options(options, fields)
-        groups = list(self._groups(0, photo, masks, options, regions_per_call))
-        return self._snapshots(groups, options)
+        _check_count("regions_per_call", regions_per_call)
+        groups, _ = self._groups(0, _Asked(photo, masks, prompt, boxes, regions_per_call), options)
+        return self._snapshots(list(groups), options)
 
-    def _groups(
+    def _groups(self, number: int, asked: _Asked, options: DecodeOptions) -> tuple[Iterator[_Group], int]:
+        """A photo's regions in groups that fit into a sequence, and how many regions there are."""
+        pixels = to_pixels(asked.photo, f"photo {number}")
+        dense = to_masks(asked.masks, pixels.shape[:2], asked.boxes)
+        prompts = _prompts(asked.prompt, len(dense), number)
+        for prompt in set(prompts) - {None}:
+            self.processor.check_instruction(prompt or "")
+        return self._made_groups(number, asked, pixels, dense, prompts, options), len(dense)
+
+    def _made_groups(
         self,
         number: int,
-        photo: np.ndarray | Image,
-        masks: Sequence[ArrayLike],
+        asked: _Asked,
+        pixels: np.ndarray,
+        dense: list[np.ndarray],
+        prompts: list[str | None],
         options: DecodeOptions,
-        regions_per_call: int | None,
-        fill_groups: bool = False,
     ) -> Iterator[_Group]:
-        """A photo's regions in groups that fit into a sequence, evenly unless groups are to be filled."""
-        if regions_per_call is not None and regions_per_call < 1:
-            raise ConfigError(f"regions_per_call: {regions_per_call}; give at least 1")
-        pixels = _pixels(photo, number)
-        dense = [to_bool_mask(mask, index) for index, mask in enumerate(masks)]
-        tiling.check_masks(dense, pixels.shape[:2], len(dense))
-        most = min(self.model.config.num_prompts, regions_per_call or self.model.config.num_prompts)
-        everything, num_groups = np.arange(len(dense)), -(-len(dense) // most)
-        cuts = list(range(most, len(dense), most)) if fill_groups else num_groups
-        for part in np.array_split(everything, cuts) if num_groups else ():
-            regions = part.tolist()
-            chosen = [dense[region] for region in regions]
-            yield _Group(number, regions, self.processor.make_example(pixels, chosen, options.max_new_tokens))
+        """The groups of regions with the same prompt, evenly large unless groups are to be filled."""
+        most = min(self.model.config.num_prompts, asked.regions_per_call or self.model.config.num_prompts)
+        for prompt in dict.fromkeys(prompts):
+            same = np.flatnonzero([each == prompt for each in prompts])
+            cuts = list(range(most, len(same), most)) if asked.fill_groups else -(-len(same) // most)
+            for part in np.array_split(same, cuts):
+                regions = part.tolist()
+                example = self.processor.make_example(
+                    pixels,
+                    [dense[region] for region in regions],
+                    options.max_new_tokens,
+                    instruction=prompt,
+                )
+                yield _Group(number, regions, example)
 
     def _decode(self, groups: list[_Group], options: DecodeOptions, results: list[RegionCaptions]) -> None:
         """Decode one batch, and put captions and costs into their photos' results."""
@@ -350,12 +407,13 @@ def check_saved_model(folder: Path) -> None:
         ConfigError: a file is missing, or the config is not that of a PerceptionDLM.
     """
     config = folder / "config.json"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder; download it first, or correct the path (none is fetched by name)"
+        )
     if not config.is_file():
         raise ConfigError(f"{config}: no such file; give a folder that `paracaption models convert` wrote")
-    try:
-        kind = json.loads(config.read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{config}: not the config of a model ({error}); save the model again") from error
+    kind = weights.read_json(config).get("model_type")
     if kind != "perceptiondlm":
         raise ConfigError(
             f"{config}: a model of type {kind!r}, not 'perceptiondlm'; convert a published model with "
@@ -367,22 +425,41 @@ def check_saved_model(folder: Path) -> None:
         raise ConfigError(f"{folder / 'tokenizer.json'}: no such file; save the model again")
 
 
-def _pixels(photo: Any, number: int) -> np.ndarray:
-    """A caller's photo as (H, W, 3) uint8 RGB."""
-    from PIL import Image
+def _check_count(name: str, value: Any) -> None:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1
+    ):
+        raise ConfigError(f"{name}: {value!r}; give at least 1" + ", a whole number" * (not _is_int(value)))
 
-    give = "give (H, W, 3) uint8 RGB, or an image that Pillow has opened"
-    if isinstance(photo, Image.Image):
-        if photo.mode == "F":
-            raise ConfigError(f"photo {number}: floats (mode F), whose range is not known; {give}")
-        return np.asarray(to_rgb(photo))
-    if not isinstance(photo, np.ndarray):
-        raise ConfigError(f"photo {number}: a {type(photo).__name__}; {give}")
-    if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
-        raise ConfigError(f"photo {number}: {photo.shape} {photo.dtype}; {give}")
-    return photo
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _checked_pair(given: Any, number: int, prompt: Prompt) -> tuple[Any, Any, Prompt]:
+    """A photo, its regions and its prompt."""
+    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
+        raise ConfigError(f"photo {number}: a {type(given).__name__}; give (photo, masks) for each photo")
+    return given[0], given[1], given[2] if len(given) == 3 else prompt
+
+
+def _prompts(prompt: Prompt, num_regions: int, number: int) -> list[str | None]:
+    """What each region of a photo is asked."""
+    if prompt is None or isinstance(prompt, str):
+        return [prompt] * num_regions
+    if not isinstance(prompt, Sequence) or not all(each is None or isinstance(each, str) for each in prompt):
+        raise ConfigError("prompt: give a text, or a list with a text (or None) for each region")
+    if len(prompt) != num_regions:
+        raise ConfigError(
+            f"prompt: {len(prompt)} texts for the {num_regions} regions of photo {number}; give one for each"
+        )
+    return list(prompt)
 
 
 def _decode_options(options: DecodeOptions | None, fields: dict[str, Any]) -> DecodeOptions:
+    if options is not None and not isinstance(options, DecodeOptions):
+        raise ConfigError(
+            f"options: a {type(options).__name__}; give `DecodeOptions(...)`, or its fields by their names"
+        )
     options = options or DecodeOptions()
     return DecodeOptions.checked({**options.model_dump(exclude_unset=True), **fields}) if fields else options

@@ -135,7 +135,7 @@ def make_benchmark(
 
 def _read_sample(corpus: str | Path, image: select_images.ChosenImage) -> tuple[Sample, bytes]:
     """The image with its chosen regions, and its photo's bytes."""
-    sample, photo = reader.Corpus(corpus).read_sample(image.rows[0])
+    sample, photo = reader.Corpus(corpus, confined=True).read_sample(image.rows[0])
     chosen = {row["region"] for row in image.rows}
     regions = [region for region in sample.regions if region.id in chosen]
     return msgspec.structs.replace(sample, regions=regions), photo
@@ -213,7 +213,7 @@ def _parse_draft(region: _Region, answer: str | BadRecord) -> Draft | str:
         return answer.detail
     try:
         return Draft(region.key, region.digest, msgspec.json.decode(answer, type=DraftContent))
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         return f"not in the form that was asked for ({error}): {answer[:60]!a}"
 
 

@@ -16,7 +16,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -114,6 +114,16 @@ class _ImageLine(msgspec.Struct):
     problems: dict[str, str] = {}
 
 
+class _AnswerLine(msgspec.Struct):
+    """What counts of a line of the judge's answers."""
+
+    digest: str
+    answer: str
+
+
+_Line = TypeVar("_Line")
+
+
 def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progress | None = None) -> int:
     """Caption the images that have no captions yet. The captioner is loaded only if there are any.
 
@@ -164,7 +174,7 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
 
 def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_ImageLine]:
     first, *rest = read_lines(path) or [b"{}"]
-    found = msgspec.json.decode(first)
+    found = _decoded(path, 1, first, dict[str, Any])
     if header is not None and _is_early(found, header):
         raise ConfigError(
             f"{path}: made by a release that asked a perceptiondlm {captioners.EARLY_ASKED['prompt']!r} with "
@@ -176,7 +186,25 @@ def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_Im
         raise ConfigError(
             f"{path}: of another {' and '.join(changed)}; take another label, or remove {path.parent}"
         )
-    return [msgspec.json.decode(line, type=_ImageLine) for line in rest]
+    lines = [_decoded(path, number, line, _ImageLine) for number, line in enumerate(rest, start=2)]
+    if any(len(line.keys) != len(line.captions) for line in lines):
+        raise ConfigError(f"{path}: a line has more keys than captions, or fewer; remove it to caption again")
+    return lines
+
+
+def _decoded(path: Path, number: int, line: bytes, kind: type[_Line]) -> _Line:
+    """A line of a file of results, as its kind.
+
+    Raises:
+        ConfigError: it is none; names file and line.
+    """
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: line {number} is not what an evaluation writes ({error}); remove the line, or the file "
+            "if it is the first, and the next run asks again for what it held"
+        ) from error
 
 
 def _is_early(found: dict[str, Any], header: dict[str, Any]) -> bool:
@@ -188,7 +216,12 @@ def _is_early(found: dict[str, Any], header: dict[str, Any]) -> bool:
 def _how_asked(path: Path) -> dict[str, str]:
     """The prompt and the grouping that captions were made with, as their file says."""
     first, *_ = read_lines(path) or [b"{}"]
-    return msgspec.json.decode(first).get(_ASKED, {})
+    asked = _decoded(path, 1, first, dict[str, Any]).get(_ASKED, {})
+    return (
+        {name: str(asked[name]) for name in captioners.EARLY_ASKED if name in asked}
+        if isinstance(asked, dict)
+        else {}
+    )
 
 
 def _captions_by_key(folder: Path) -> dict[str, str]:
@@ -295,8 +328,9 @@ def _write_answer(lines: LineWriter, question: _Question, answer: str | BadRecor
 
 
 def _read_answers(path: Path) -> dict[str, str]:
-    records = map(msgspec.json.decode, read_lines(path))
-    return {record["digest"]: record["answer"] for record in records}
+    lines = enumerate(read_lines(path), start=1)
+    records = [_decoded(path, number, line, _AnswerLine) for number, line in lines]
+    return {record.digest: record.answer for record in records}
 
 
 # Scores.

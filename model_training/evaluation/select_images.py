@@ -90,7 +90,7 @@ def name_of(row: dict[str, Any]) -> str:
 
 def _images(corpus: Path) -> Iterator[list[dict[str, Any]]]:
     """The rows of each image. A part of the index holds whole units, and a unit whole images."""
-    for table in reader.Corpus(corpus).index(_COLUMNS):
+    for table in reader.Corpus(corpus, confined=True).index(_COLUMNS):
         for _, rows in groupby(table.to_pylist(), _id):
             yield list(rows)
 

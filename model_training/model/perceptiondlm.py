@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
+from . import published_layout
 from .attention import AttentionMask, TokenRoles
 from .batch import Images, Tokens
 from .config import PerceptionDLMConfig
@@ -216,3 +217,4 @@ def _put(x_BLD: Tensor, places_BL: Tensor, values_KD: Tensor, what: str) -> Tens
 
 AutoConfig.register(PerceptionDLMConfig.model_type, PerceptionDLMConfig)
 AutoModel.register(PerceptionDLMConfig, PerceptionDLM)
+published_layout.register()

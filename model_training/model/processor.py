@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from ...schemas.errors import ConfigError
-from . import tiling
+from . import published_layout, tiling
 from .attention import HIDDEN, SHARED
 from .batch import Example
 from .config import PerceptionDLMConfig
@@ -21,6 +21,9 @@ HEAD = (
     "<|start_header_id|>system<|end_header_id|>\nYou are a helpful assistant.<|eot_id|>\n"
     "<|start_header_id|>user<|end_header_id|>\n"
 )
+MAX_INSTRUCTION = 1_024
+"""Most tokens of what the user says after the regions."""
+
 ANSWER = "<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
 
 
@@ -59,6 +62,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         masks: Sequence[np.ndarray | tiling.MaskRuns],
         captions: Sequence[Sequence[int]] | int,
         prompts: Sequence[int] | None = None,
+        instruction: str | None = None,
     ) -> Example:
         """Lay out one image with its regions as a sequence.
 
@@ -70,6 +74,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             captions: the tokens of each region's caption without the one that closes it, or how many tokens
                 to leave masked in each caption.
             prompts: the prompt that marks the largest region, the second largest, ...; by default 0, 1, ...
+            instruction: what the user says after the regions; by default what the layout has.
 
         Raises:
             ConfigError: there are too many masks, one is empty or not of the image's size, or not every mask
@@ -98,7 +103,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             if isinstance(captions, int)
             else ([list(captions[number]) for number in order])
         )
-        prefix = self.make_prefix(tiling.num_views(grid), len(masks))
+        prefix = self.make_prefix(tiling.num_views(grid), len(masks), instruction)
         return Example(
             views=tiling.cut_image(pixels, config.tile_px, grid),
             prompts=active,
@@ -109,9 +114,34 @@ class PerceptionDLMProcessor(ProcessorMixin):
             captions=self.make_captions(texts, prefix.shape[1]),
         )
 
-    def make_prefix(self, views: int, regions: int) -> np.ndarray:
+    def check_instruction(self, text: str) -> None:
+        """Refuse a question that the model cannot be asked.
+
+        Raises:
+            ConfigError: it is blank, is too long, or holds a special token, with which the sequence would
+                mean something else.
+        """
+        if not text.strip():
+            raise ConfigError("prompt: a blank text; leave it out, or say what the regions are asked")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError("prompt: half a surrogate pair, which is no text; correct it")
+        ids = self.tokenize(text)
+        if found := sorted(({*self.tokenizer.all_special_ids} | self._marks()) & {*ids}):
+            token = self.tokenizer.decode([found[0]])
+            raise ConfigError(f"prompt: it holds {token!r}, a token of the model's own; leave it out")
+        if len(ids) > MAX_INSTRUCTION:
+            raise ConfigError(f"prompt: {len(ids):,} tokens; shorten it to {MAX_INSTRUCTION:,} at most")
+
+    def _marks(self) -> set[int]:
+        config = self.config
+        alone = (config.image_token_id, config.mask_token_id, config.eot_token_id)
+        marks = (*alone, *(config.region_token_ids or ()), *(config.caption_token_ids or ()))
+        return {each for each in marks if each is not None}
+
+    def make_prefix(self, views: int, regions: int, instruction: str | None = None) -> np.ndarray:
         """Ids, positions and region codes of all tokens before the captions of an image, (3, L)."""
         config, layout = self.config, self.layout
+        instruction = layout.instruction if instruction is None else instruction
         ids = list(_fixed(self.tokenizer, f"{HEAD}<img>"))
         ids += [self._id("image")] * (views * config.tokens_per_tile)
         ids += _fixed(self.tokenizer, "</img>")
@@ -120,7 +150,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
             ids += [self._ids("region", region)] * config.replay_tokens + [self._id("newline")]
             between = region < regions - 1 and layout.hidden_newlines
             codes += [1 + region] * config.replay_tokens + [HIDDEN if between else SHARED]
-        ids += _fixed(self.tokenizer, f"{layout.instruction}{ANSWER}")
+        ids += _fixed(self.tokenizer, f"{instruction}{ANSWER}")
         codes += [SHARED] * (len(ids) - len(codes))
         return np.array([ids, range(len(ids)), codes], np.int64)
 
@@ -175,3 +205,4 @@ def _fixed(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 AutoProcessor.register(PerceptionDLMConfig, PerceptionDLMProcessor)
+published_layout.register()

@@ -14,7 +14,7 @@ from ...schemas.errors import ConfigError
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
-from ..model.saved import load_model
+from ..model.saved import load_model, read_model_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ def _load_saved_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, Per
         raise ConfigError(
             f"model.path: {folder}: no saved model (no config.json); `paracaption models convert`"
         )
-    saved = PerceptionDLMConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    saved = read_model_config(folder)
     if fixed := sorted(chosen.config.keys() & {"vision_config", "text_config"}):
         raise ConfigError(f"model.config.{fixed[0]}: the saved model's sizes are what they are; leave it out")
     config = _changed_config(saved.to_dict(), chosen.config)

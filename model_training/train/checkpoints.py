@@ -172,12 +172,13 @@ def load_checkpoint(
         The checkpoint's progress.json.
 
     Raises:
-        IntegrityError: the checkpoint is damaged, or belongs to another model.
+        IntegrityError: the checkpoint is damaged, holds what could run code, or belongs to another model.
     """
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
+
+    from .checkpoint_files import CheckpointReader, TensorsAndNumbers
 
     configured = [
         {key: value for key, value in each.items() if key != "params"} for each in optimizer.param_groups
@@ -186,7 +187,12 @@ def load_checkpoint(
         state = training_state(model, optimizer, ema)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(state, storage_reader=FileSystemReader(path), no_dist=not group.has_process_group)
+            load(
+                state,
+                storage_reader=CheckpointReader(path),
+                planner=TensorsAndNumbers(),
+                no_dist=not group.has_process_group,
+            )
         set_state_dict(
             model,
             optimizer,

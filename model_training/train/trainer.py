@@ -346,7 +346,7 @@ def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, group: D
     """
     sources = [*config.corpora, *config.conversations]
     pin_memory = group.device.type == "cuda"
-    evaluated = Corpus(config.evaluation.corpus).held_out_share if config.evaluation else 0.0
+    evaluated = Corpus(config.evaluation.corpus, confined=True).held_out_share if config.evaluation else 0.0
     loader = Loader(
         sources,
         processor,

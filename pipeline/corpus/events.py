@@ -76,6 +76,10 @@ class EventLog:
 
     def emit(self, what: str, **fields: Any) -> None:
         """Append one event, stamped now, its detail without secrets. Never raises an `OSError`."""
+        self.on_event(self.append(what, **fields))
+
+    def append(self, what: str, **fields: Any) -> Event:
+        """The same, of which `on_event` is not told: for what is called in the middle of other work."""
         if detail := fields.get("detail"):
             fields["detail"] = shorten(detail)
         event = Event(time.time(), what, **fields)
@@ -87,7 +91,7 @@ class EventLog:
             if not self._complained:
                 log.warning("%s: %s; events are lost, the build goes on", self.path, error)
                 self._complained = True
-        self.on_event(event)
+        return event
 
     def close(self) -> None:
         """Close the file; another event would open it again."""
@@ -114,7 +118,7 @@ class EventReader:
             for line in self._readers.setdefault(path, LineReader(path)).new():
                 try:
                     event = msgspec.json.decode(line, type=Event)
-                except (msgspec.MsgspecError, UnicodeError):
+                except (msgspec.MsgspecError, UnicodeError, RecursionError):
                     log.debug("%s: not an event: %r", path, line)  # cut short by a full disk
                 else:
                     yield path.stem, event

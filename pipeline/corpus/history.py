@@ -17,7 +17,7 @@ import msgspec
 import yaml
 
 from ...schemas.errors import ConfigError
-from ..io import files
+from ..io import files, yaml_text
 from ..io.store import store_of
 from . import log, reader
 from .log import LogState, UnitState
@@ -81,7 +81,7 @@ def config_at(out: str, number: int) -> str:
 def lease_of(state: LogState) -> float:
     """`failures.lease_s` of the configuration in force; the default if the log does not have it."""
     try:
-        return float(yaml.safe_load(state.config.text)["failures"]["lease_s"]) if state.config else LEASE_S
+        return float(yaml_text.parse(state.config.text)["failures"]["lease_s"]) if state.config else LEASE_S
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         return LEASE_S
 
@@ -279,7 +279,7 @@ def diff(out: str, before: int, after: int, limit: int = 20) -> Diff:
 
 def _held_out_share(state: LogState) -> float:
     try:
-        return float(yaml.safe_load(state.config.text).get("held_out_share", 0)) if state.config else 0.0
+        return float(yaml_text.parse(state.config.text).get("held_out_share", 0)) if state.config else 0.0
     except (yaml.YAMLError, AttributeError, TypeError, ValueError):  # of a release that wrote it otherwise
         return 0.0
 

@@ -23,6 +23,7 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, LicenseCount, SubsetCounts, SubsetSummary
 from ..io import files
+from ..io.activity import NOW
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.recipes import recipe_of
 from ..stages.registry import STAGES
@@ -82,7 +83,9 @@ def _merge(corpus: Corpus, config: BuildConfig, owner: Owner) -> CorpusSummary:
     summary = CorpusSummary(**totals, index=entry, subsets=summaries)
     if config.held_out_share:  # a 0 would be written, too, and older releases had none
         summary.held_out_share = config.held_out_share
+    NOW.at("plots")
     drawn = plots.draw_plots(summary)
+    NOW.at("card")
     text = card.render_card(summary, config)
     made = [
         index,
@@ -307,6 +310,7 @@ def _write_index(
             sums = _ManifestSums(_stage_names(corpus, subset, config), share)
             statistics = _LedgerStatistics()
             for unit, data in corpus.manifest_bytes(subset):
+                NOW.at(f"{subset}/{Path(unit.ledger).stem}")
                 manifest = reader.decode_manifest(data, unit.manifest)
                 table = reader.read_ledger(unit.ledger)
                 kept = table.filter(table["kept"])

@@ -22,6 +22,7 @@ import msgspec
 from ...schemas.errors import ConfigError, Fenced, ParaCaptionError, StageFailed
 from ...schemas.records import Blob
 from ..io import files
+from ..io.activity import NOW
 from ..io.store import Store, store_of, temporary_name
 from . import adopt, log, processes, records
 from .log import BEAT, REPLACED, LogState, moves_of, read_state, record_path
@@ -224,7 +225,8 @@ def own(out: str, command: str, lease_s: float) -> Iterator[Owner]:
         IntegrityError: the log is damaged.
         OSError: the folder cannot be written.
     """
-    owner = _claim(out, command, lease_s)
+    with NOW.during("opening the output"):
+        owner = _claim(out, command, lease_s)
     ended = threading.Event()
 
     def beat() -> None:
@@ -234,7 +236,8 @@ def own(out: str, command: str, lease_s: float) -> Iterator[Owner]:
     thread = threading.Thread(target=beat, daemon=True, name="beat")
     thread.start()
     try:
-        owner.move()
+        with NOW.during("opening the output"):
+            owner.move()
         yield owner
     except Fenced:
         raise
@@ -242,11 +245,12 @@ def own(out: str, command: str, lease_s: float) -> Iterator[Owner]:
         if isinstance(error, OSError | StageFailed) and _is_fenced(owner):
             raise owner.fenced() from error  # who took over has swept what this one was writing
         # Without that record, the next owner waits for a lease, or finds this process dead.
-        with suppress(OSError, ParaCaptionError):
+        with suppress(OSError, ParaCaptionError), NOW.during("closing the output"):
             owner.append(Done(held_back=owner.held_back))
         raise
     else:
-        owner.append(Done(held_back=owner.held_back))
+        with NOW.during("closing the output"):
+            owner.append(Done(held_back=owner.held_back))
     finally:
         ended.set()
         thread.join()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,13 +22,15 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
-from ...schemas.sample import PHOTO_ENDING, Sample
+from ...schemas.sample import Sample
 from ...schemas.summary import CorpusSummary
-from ..io import files
+from ..io import files, yaml_text
 from ..io.confined import confine
+from ..io.failures import describe
 from ..io.tables import TableFile
 from ..sources.registry import file_context
 from .ledger import SPLIT, align_ledger
+from .shard import REBUILD, decode_sample, iter_shard
 from .units import Unit, list_units
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ STATS = "stats.json"
 
 PHOTO_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "tiff": "tif"}
 """File name endings by the sniffed format of a photo."""
-
-REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
-"""What to do about a damaged unit."""
 
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 """What a key is made of: it names members of a tar, and files of an export."""
@@ -89,9 +87,7 @@ def open_corpus(path: str | Path, confined: bool = True) -> Corpus:
     Raises:
         ConfigError: there is no corpus at that path.
     """
-    corpus = Corpus(path)
-    if confined:
-        confine(corpus.path)
+    corpus = Corpus(path, confined)
     try:
         found = corpus.subsets
     except OSError as error:
@@ -105,14 +101,21 @@ class Corpus:
     """A corpus on disk or in a store; see `open_corpus` for an example.
 
     Nothing is held in memory but the names of the units that are being read: a sample, a ledger or a manifest
-    at a time. A `Corpus` may be pickled, and used by several threads.
+    at a time. A `Corpus` may be pickled, and used by several threads; one that is confined is so in every
+    process that it comes to.
 
     Samples hold kept regions only. What was dropped, and why, is in the ledgers: a row for every region that
     the source declared. `corpus.ledger` names their columns.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, confined: bool = False):
         self.path = files.local(str(path)).rstrip("/") or "/"
+        if confined:
+            confine(self.path)
+        self._confined = confined
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Corpus, (self.path, self._confined)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
@@ -193,6 +196,8 @@ class Corpus:
         except FileNotFoundError as error:
             what = "gone, though its unit is committed; build again, which rebuilds the unit"
             raise IntegrityError(f"{error.filename or units[read].manifest}: {what}") from error
+        except OSError as error:
+            raise _unreadable(error.filename or units[read].manifest, error) from error
 
     def digest(self, subset: str) -> str:
         """SHA-256 over all manifests of a subset: it changes when what is committed does."""
@@ -280,7 +285,7 @@ class Corpus:
             return msgspec.json.decode(files.read(Blob(path)))["num_units"]
         except FileNotFoundError as error:
             raise ConfigError(f"{path}: no such file; run the build") from error
-        except (msgspec.MsgspecError, UnicodeError, RecursionError, KeyError, TypeError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path}: not a work list ({error}); run the build again") from error
 
     def find_image(self, key: str) -> FoundImage:
@@ -377,7 +382,7 @@ def read_config(corpus: str | Path) -> BuildConfig:
     """
     path = f"{corpus}/{CONFIG}"
     try:
-        values = yaml.safe_load(files.read(Blob(path)))
+        values = yaml_text.parse(files.read(Blob(path)))
         return BuildConfig.model_validate(values, context=file_context(ours=True))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; give the `out` of a build") from error
@@ -400,9 +405,9 @@ def read_summary(corpus: str | Path) -> CorpusSummary:
         return msgspec.json.decode(files.read(Blob(path)), type=CorpusSummary)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; run `paracaption merge`") from error
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise IntegrityError(
-            f"{path}: not a corpus's statistics ({error}); run `paracaption merge`"
+            f"{path}: not a corpus's statistics ({describe(error)}); run `paracaption merge`"
         ) from error
 
 
@@ -411,9 +416,20 @@ def read_manifest(path: str | Path) -> Manifest:
 
     Raises:
         FileNotFoundError: the unit is not committed.
-        IntegrityError: the file is not a manifest.
+        IntegrityError: the file is not a manifest, or cannot be read.
     """
-    return decode_manifest(files.read(Blob(str(path))), path)
+    try:
+        data = files.read(Blob(str(path)))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return decode_manifest(data, path)
+
+
+def _unreadable(path: str | Path, error: OSError) -> IntegrityError:
+    what = "run the same command again, or delete the file and build again, which rebuilds the unit"
+    return IntegrityError(f"{path}: not readable ({describe(error)}); {what}")
 
 
 def decode_manifest(data: bytes, path: str | Path) -> Manifest:
@@ -446,31 +462,6 @@ def read_ledger(path: str | Path, columns: list[str] | None = None) -> pa.Table:
     return align_ledger(table, path, columns)
 
 
-def iter_shard(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
-    """Every sample of a shard with the bytes of its photo, in one pass.
-
-    Raises:
-        IntegrityError: the tar is damaged, or a member is not what a shard holds.
-    """
-    photos: dict[str, bytes] = {}
-    try:
-        with files.open_url(str(shard), 8 << 20) as opened, tarfile.open(fileobj=opened, mode="r|") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-                data = b"" if file is None else file.read()
-                key, _, ending = member.name.rpartition(".")
-                if ending == PHOTO_ENDING:
-                    photos[key] = data
-                elif ending == "json" and key in photos:
-                    yield decode_sample(data, f"{shard}: {member.name}"), photos.pop(key)
-                else:
-                    raise IntegrityError(f"{shard}: {member.name}: not a member of a shard; {REBUILD}")
-    except (OSError, tarfile.TarError) as error:
-        raise IntegrityError(f"{shard}: not readable ({error}); {REBUILD}") from error
-    if photos:
-        raise IntegrityError(f"{shard}: {min(photos)}: a photo without its JSON; {REBUILD}")
-
-
 def _samples_of(unit: Unit, manifest: Manifest) -> Iterator[tuple[Sample, bytes]]:
     if manifest.shard is None:
         return
@@ -483,18 +474,3 @@ def _samples_of(unit: Unit, manifest: Manifest) -> Iterator[tuple[Sample, bytes]
         yield sample, photo
     if found != expected:
         raise IntegrityError(f"{unit.shard}: {found} images, its manifest says {expected}; {REBUILD}")
-
-
-_SAMPLE = msgspec.json.Decoder(Sample)
-
-
-def decode_sample(data: bytes, where: str) -> Sample:
-    """A sample from its JSON member; `where` is for the message.
-
-    Raises:
-        IntegrityError: the bytes are not a sample.
-    """
-    try:
-        return _SAMPLE.decode(data)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise IntegrityError(f"{where}: not a sample ({error}); {REBUILD}") from error

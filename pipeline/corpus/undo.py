@@ -21,7 +21,7 @@ import msgspec
 import yaml
 
 from ...schemas.errors import ConfigError
-from ..io import files
+from ..io import files, yaml_text
 from . import history, log, merge, reader, writer
 from .log import LogState
 from .owner import Owner, own
@@ -150,7 +150,7 @@ def _decides_otherwise(before: Config | None, after: Config) -> bool:
 
 def _decisions(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of a configuration decides which regions are kept, with which captions; and subsets' recipes."""
-    values = yaml.safe_load(text)
+    values = yaml_text.parse(text)
     found = {key: value for key, value in values.items() if key not in _HOW_IT_RUNS}
     for name in _MODELS:
         if isinstance(model := found.get(name), dict):

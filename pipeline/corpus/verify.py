@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...schemas.config import Text
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
+from ..io.confined import confine
 from ..io.tables import TableFile
 from . import log, merge, reader, work_list
 from .adopt import FOLDERS
@@ -77,7 +78,7 @@ class VerifyReport(NamedTuple):
 
 
 def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> VerifyReport:
-    """Check a corpus. Reads only; memory does not grow with the number of units.
+    """Check a corpus. Reads only; memory does not grow with the number of units. Nothing leads out of it.
 
     Args:
         corpus: path of the folder that a build wrote.
@@ -90,7 +91,9 @@ def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> VerifyRep
     """
     if files.is_url(str(corpus)):
         raise ConfigError(f"{corpus}: verify reads local files; mount the corpus, and name its folder")
-    opened = Corpus(corpus) if log.exists(files.local(str(corpus))) else reader.open_corpus(corpus)
+    opened = Corpus(corpus, confined=True)
+    if not log.exists(opened.path):
+        reader.open_corpus(corpus)
     vouched, problems = read_vouched(opened.path)
     problems += check_named_files(opened.path, vouched, deep)
     rules = _text_rules(opened, problems)
@@ -98,7 +101,7 @@ def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> VerifyRep
     totals: Counter[str] = Counter()
     subsets = sorted({*opened.subsets, *vouched.units, *_planned_subsets(vouched)})
     with ExitStack() as stack:
-        run = _runner(stack, workers)
+        run = _runner(stack, opened.path, workers)
         for subset in subsets:
             problems += _check_subset(opened.path, subset, vouched, rules, deep, run, totals, damaged)
     problems += _check_strays(opened.path, "", vouched, ("", log.LOG, merge.PLOTS))
@@ -113,10 +116,11 @@ _Run = Callable[..., Iterator[Any]]
 """Calls a function with each of the argument tuples, and yields what it returns, in their order."""
 
 
-def _runner(stack: ExitStack, workers: int) -> _Run:
+def _runner(stack: ExitStack, out: str, workers: int) -> _Run:
     if workers <= 1:
         return lambda function, jobs: (function(*job) for job in jobs)
-    pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+    spawn = get_context("spawn")
+    pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, initializer=confine, initargs=(out,)))
     return lambda function, jobs: pool.map(function, *zip(*jobs, strict=True)) if jobs else iter(())
 
 
@@ -294,13 +298,15 @@ def _hashes(keys: pa.ChunkedArray) -> Any:
 
 def _check_strays(out: str, prefix: str, vouched: Vouched, folders: tuple[str, ...]) -> list[Problem]:
     """Notes on files that nobody reads: temporary ones, and those of units that are not committed."""
-    names = {
-        f"{prefix}{folder}": files.list_names(f"{out}/{prefix}{folder}".rstrip("/")) for folder in folders
-    }
+    problems: list[Problem] = []
+    names: dict[str, list[str]] = {}
+    for folder in folders:
+        place = f"{prefix}{folder}"
+        with guarded(problems, place.rstrip("/"), "put the folder itself there"):
+            names[place] = files.list_names(f"{out}/{place}".rstrip("/"))
     expected = {*vouched.moves.values()}
     if prefix:
         expected |= _files_of_units(prefix, vouched)
-    problems = []
     for folder, name in ((folder, name) for folder, each in names.items() for name in each):
         path = f"{folder}/{name}".lstrip("/")
         if path in expected:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ..io import yaml_text
 from . import log
 from .log import LogState
 from .records import (
@@ -170,7 +171,7 @@ def changed_keys(before: str, after: str) -> list[str]:
 
 def _flat(text: str) -> dict[str, Any]:
     try:
-        return dict(_leaves("", yaml.safe_load(text)))
+        return dict(_leaves("", yaml_text.parse(text)))
     except yaml.YAMLError:
         return {"config.yaml": text}
 

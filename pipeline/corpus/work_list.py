@@ -28,6 +28,7 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob
 from ..io import files
+from ..io.activity import NOW
 from ..io.benchmark_photos import LIST_VERSION
 from ..sources.file_names import HIDDEN
 from ..sources.protocols import CatalogEntry, SourceOptions
@@ -189,7 +190,7 @@ def plan(
     credits = old is None or old.credits  # planned without, it goes on so: units built again are the same
 
     def list_images(**early: bool) -> WorkList:
-        entries = islice(source.catalog(**early), limit)
+        entries = NOW.after(islice(source.catalog(**early), limit), lambda entry: entry.key)
         if old is not None and damage is None and old.images_per_shard == config.images_per_shard:
             entries = _with_known_photos(entries, old, fingerprint)
         return _write(entries, source.subset, config, fingerprint, fresh, source.leave_out, credits)

@@ -22,6 +22,7 @@ from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import Drop, ImageRecord
 from ...schemas.sample import PHOTO_ENDING, to_sample
 from ..io import photos
+from ..io.activity import NOW
 from ..io.failures import kind_of
 from ..io.orientation import make_upright
 from ..io.store import store_of
@@ -83,6 +84,7 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
     try:
         places, shard, held = _write_tar(out, f"{subset}/shards/{unit}.tar", images)
         written += [shard] if shard else []
+        NOW.at("its ledger")
         table = ledger_table(unit, images, places)
         ledger = _write(out, f"{subset}/ledger/{unit}.parquet", table_bytes(table))
         written.append(ledger)
@@ -145,6 +147,7 @@ def _write_tar(
     held = ""
     with _Tar(HashedFile(out, path)) as tar:
         for image in sorted((image for image in images if image.live()), key=lambda image: image.key):
+            NOW.at(image.key)
             photo = _read_photo(image)
             if photo is None:
                 continue

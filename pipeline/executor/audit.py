@@ -22,7 +22,8 @@ from ...schemas.errors import BadRecord, ConfigError, IntegrityError
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord
 from ..corpus.work_list import Plan, load_work_list
-from ..io import failures, files, photos
+from ..io import failures, files, own_modules, photos
+from ..io.activity import NOW
 from ..io.failures import SourceUnavailable
 from ..io.store import store_of
 from ..sources.protocols import CatalogEntry, Note, drop
@@ -223,6 +224,7 @@ def audit_images(source: SubsetSource, entries: list[CatalogEntry], limits: Limi
     result = AuditResult()
     for entry in entries:
         notes: list[Note] = []
+        NOW.at(entry.key)
         image = source.read(entry, limits, notes)
         _check_pixels(image, limits)
         live = len(image.live())
@@ -267,7 +269,8 @@ def _parts(
         for part in parts:
             yield audit_images(source, part, limits)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    context, modules = get_context("spawn"), own_modules.taken()
+    with ProcessPoolExecutor(jobs, context, initializer=own_modules.install, initargs=(modules,)) as pool:
         submitted: list[Future[AuditResult]] = []
         for part in parts:
             submitted.append(pool.submit(audit_images, source, part, limits))

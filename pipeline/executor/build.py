@@ -9,12 +9,14 @@ from typing import Any
 from ...schemas.config import BuildConfig
 from ..config_file import load_config
 from ..corpus.reader import Corpus, open_corpus
+from ..io.activity import NOW
 from . import driver, preflight
 from .engine import Engine
 from .findings import refuse_failures
 from .local import LocalEngine
 from .progress import Progress
 from .ray_data import RayEngine
+from .stalls import telling
 
 
 def build(
@@ -77,7 +79,8 @@ def build_checked(config: BuildConfig, engine: Engine, run: Callable[..., Any], 
     if driver.is_finished(config, **asked):
         return False
     if not driver.is_built(config, **asked):
-        refuse_failures(preflight.check_build(config))
+        with telling(config.failures.stall_s), NOW.during("checking the configuration"):
+            refuse_failures(preflight.check_build(config))
         engine.check(config)
         models = driver.prepare(config, **asked)
         if not isinstance(engine, RayEngine) or engine.address is None:

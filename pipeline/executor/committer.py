@@ -17,6 +17,7 @@ from ..corpus.owner import Owner
 from ..corpus.records import Config
 from ..corpus.writer import Draft
 from ..io import files
+from ..io.activity import NOW
 from .progress import Progress
 
 log = logging.getLogger(__name__)
@@ -137,10 +138,12 @@ class Committer:
             return
         start = time.perf_counter()
         if not self.has_written_config:
-            write_config(self.config, self.owner)
+            with NOW.during("commit", record="the configuration"):
+                write_config(self.config, self.owner)
             self.has_written_config = True
         drafts, self.ready = self.ready, []
-        writer.commit(self.folder, *drafts, owner=self.owner)
+        with NOW.during("commit", drafts[0].name):
+            writer.commit(self.folder, *drafts, owner=self.owner)
         self.committed_s = time.monotonic()
         for draft in drafts:
             record = draft.manifest

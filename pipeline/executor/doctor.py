@@ -21,8 +21,9 @@ import msgspec
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, one_line
 from ..corpus.work_list import load_work_list
-from ..io import files
+from ..io import files, own_modules
 from ..io.store import store_of
+from ..models import registry
 from . import driver, gpus, ray_data
 from .estimate.pools import find_pools
 from .findings import FAIL, OK, WARN, Finding, failed
@@ -65,6 +66,9 @@ def examine_build(config: BuildConfig, ray_address: str | None = None) -> list[F
             findings.append(Finding("cluster", FAIL, f"{ray_address}: {one_line(error)}", fix))
             ray_address = None
     on_cluster = ray_address is not None
+    for protocol in used_protocols(config) if on_cluster else ():
+        with suppress(ConfigError):  # said below
+            registry.find_backend(protocol, getattr(config, protocol))  # so that the nodes get its module
     findings += check_resources(config, nodes, on_cluster)
     for protocol in used_protocols(config):
         findings += _check_stage(protocol, getattr(config, protocol), nodes, on_cluster)
@@ -120,7 +124,8 @@ def _check_stage(protocol: str, backend: Backend, nodes: list[Node], on_cluster:
         return check_backend(protocol, backend, all_gpus)
     node = next((node for node in nodes if node.gpus), nodes[0]) if backend.num_gpus else nodes[0]
     try:
-        return _on_node(check_backend, node, backend.runtime_env)(protocol, backend, all_gpus)
+        check = _on_node(_check_on_node, node, backend.runtime_env)
+        return check(own_modules.taken(), protocol, backend, all_gpus)
     except Exception as error:  # noqa: BLE001 - an environment that cannot be made is a finding
         fix = (
             "correct the stage's `runtime_env`: it needs this project, and Ray in this version"
@@ -128,6 +133,13 @@ def _check_stage(protocol: str, backend: Backend, nodes: list[Node], on_cluster:
             else "the node needs the same Python environment as this one"
         )
         return [Finding(subject, FAIL, f"on {node.host}: {one_line(error)}", fix)]
+
+
+def _check_on_node(
+    modules: list[own_modules.OwnModule], protocol: str, backend: Backend, available: list[Gpu]
+) -> list[Finding]:
+    own_modules.install(modules)
+    return check_backend(protocol, backend, available)
 
 
 def check_backend(protocol: str, backend: Backend, available: list[Gpu]) -> list[Finding]:

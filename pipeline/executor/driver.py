@@ -39,7 +39,8 @@ from ..corpus.work_list import (
     plan,
     publish,
 )
-from ..io import failures, files
+from ..io import failures, files, own_modules
+from ..io.activity import NOW
 from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import complete, open_source
@@ -50,6 +51,7 @@ from .committer import Committer, held_back, write_config
 from .engine import Engine
 from .places import refuse_overlap
 from .progress import Progress, StageProgress, Watch
+from .stalls import STACK_MARK, telling
 from .worker import Job
 
 log = logging.getLogger(__name__)
@@ -71,9 +73,19 @@ def _of_the_output(function: Callable[Concatenate[BuildConfig, Arguments], Resul
     def run(config: BuildConfig, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         failures.RETRYING.set_budget(config.failures.read_retry_s)
         try:
-            return function(config, *arguments, **options)
+            with telling(config.failures.stall_s):
+                return function(config, *arguments, **options)
         except OSError as error:
             raise writer.write_failed(Path(config.out), error) from error
+
+    return run
+
+
+def _looking(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    @functools.wraps(function)
+    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with NOW.during("looking at what is built"):
+            return function(*arguments, **options)
 
     return run
 
@@ -115,7 +127,8 @@ def build(
         return msgspec.to_builtins(reader.read_summary(config.out))
     prepare(config, limit_images, retry_failed)
     with owned(config, "build") as owner:
-        sweep(owner, _keep_replaced_s(config))
+        with NOW.during("sweep"):
+            sweep(owner, _keep_replaced_s(config))
         held: dict[str, str] = {}
         for subset in config.subsets:
             work_list = step(prepare_work_list)(config, subset, limit_images, owner)
@@ -138,8 +151,9 @@ def prepare_work_list(
 ) -> WorkList:
     """Cut the subset into units, or take the existing work list if the source is still the same."""
     folder = Path(config.out) / subset
-    writer.prepare(folder)
-    return make_work_list(open_source(config, subset), config, folder, limit_images, owner)
+    with NOW.during(f"planning {subset}"):
+        writer.prepare(folder)
+        return make_work_list(open_source(config, subset), config, folder, limit_images, owner)
 
 
 def find_pending(config: BuildConfig, subset: str, work_list: WorkList, retry_failed: bool) -> list[int]:
@@ -155,7 +169,8 @@ def audit_source(config: BuildConfig, subset: str, planned: Plan) -> None:
     source = open_source(config, subset)
     identity = (config.out, subset, tuple(source.fingerprint().items()))
     if identity not in _audited:
-        log.info("%s", audit.audit_sample(source, config, planned).text())
+        with NOW.during(f"reading a sample of {subset}"):
+            log.info("%s", audit.audit_sample(source, config, planned).text())
         _audited.add(identity)
 
 
@@ -194,7 +209,8 @@ def build_units(
     stages = recipe_of(config, subset)
     idle = [stage.name for stage in stages if _has_all_evidence(stage, folder, work_list, units)]
     recipe = recipe_digest(stages, config)
-    job = Job(config, subset, str(folder), work_list.digest, recipe, str(run_folder), idle)
+    modules = own_modules.taken()
+    job = Job(config, subset, str(folder), work_list.digest, recipe, str(run_folder), idle, modules)
     names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
     progress = Progress(subset, pending=len(units), stages={name: StageProgress() for name in names})
     events = EventLog(run_folder, "driver")
@@ -204,7 +220,8 @@ def build_units(
 
     def tick(moved: bool = False) -> None:
         committer.commit_now_and_then()
-        watch.update(moved)
+        with NOW.during("reading the workers' events"):
+            watch.update(moved)
         on_progress(progress)
 
     try:
@@ -220,16 +237,19 @@ def build_units(
         raise
     finally:
         events.close()
-    sweep(owner)  # what a worker of an earlier, broken run was still writing when this one began
-    for stack in run_folder.glob("stack-*.txt"):
-        stack.unlink()
-    shutil.rmtree(folder / "journal", ignore_errors=True)
+    with NOW.during("sweep"):
+        sweep(owner)  # what a worker of an earlier, broken run was still writing when this one began
+        for stack in run_folder.glob("stack-*.txt"):
+            if STACK_MARK not in stack.read_text(errors="replace"):
+                stack.unlink()
+        shutil.rmtree(folder / "journal", ignore_errors=True)
     return progress
 
 
 def merge_corpus(config: BuildConfig, owner: Owner) -> dict[str, Any]:
     """Write one index, statistics, plots and the dataset card over all committed units."""
-    return merge.merge(Path(config.out), config, owner)
+    with NOW.during("merge"):
+        return merge.merge(Path(config.out), config, owner)
 
 
 # What is known before an engine starts.
@@ -257,8 +277,9 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         plans: dict[str, Plan] = {}
         for subset in config.subsets:
             (Path(scratch) / subset).mkdir()
-            source = open_source(config, subset)
-            plans[subset] = plan(source, config, out / subset, Path(scratch) / subset, limit_images)
+            with NOW.during(f"planning {subset}"):
+                source = open_source(config, subset)
+                plans[subset] = plan(source, config, out / subset, Path(scratch) / subset, limit_images)
         for subset, made in plans.items():
             pending = find_pending(config, subset, made.work_list, retry_failed)
             is_empty = not made.work_list.num_units  # of which all units are committed, as it were
@@ -267,8 +288,9 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         if any(made.table is not None for made in plans.values()):
             with owned(config, "plan") as owner:
                 for subset, made in plans.items():
-                    writer.prepare(out / subset)
-                    publish(made, out / subset, owner)
+                    with NOW.during(f"planning {subset}", record="saving its work list"):
+                        writer.prepare(out / subset)
+                        publish(made, out / subset, owner)
     for subset, made in plans.items():
         folder = out / subset
         if units := find_pending(config, subset, made.work_list, retry_failed):
@@ -279,6 +301,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
 
 
 @_of_the_output
+@_looking
 def is_finished(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
     """Whether a build would change nothing, because all is committed and merged by this very configuration.
 
@@ -300,6 +323,7 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
 
 
 @_of_the_output
+@_looking
 def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed: bool = False) -> bool:
     """Whether every unit is committed, so that no engine is needed and `build` merges at most.
 
@@ -382,7 +406,8 @@ def owned(config: BuildConfig, command: str) -> AbstractContextManager[Owner]:
     """
     out = Path(config.out)
     try:
-        store_of(out).make_folder(str(out))
+        with NOW.during("opening the output"):
+            store_of(out).make_folder(str(out))
     except OSError as error:
         raise writer.write_failed(out, error) from error
     return _owned(out, command, config.failures.lease_s)

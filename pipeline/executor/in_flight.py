@@ -24,10 +24,12 @@ class Note(msgspec.Struct):
     Attributes:
         deaths: image key -> how often a worker died while the image was alone in its batch.
         working: keys of the images in flight.
+        halvings: how often a worker died in a batch of several images, none of which was done then.
     """
 
     deaths: dict[str, int] = {}
     working: list[str] = []
+    halvings: int = 0
 
 
 class InFlight:
@@ -47,6 +49,7 @@ class InFlight:
         self.path = folder / f"{unit}.json"
         self.attempts = attempts
         self.deaths: dict[str, int] = {}
+        self._halvings = 0
         self._warned = False
 
     def __enter__(self) -> InFlight:
@@ -55,10 +58,10 @@ class InFlight:
             note = msgspec.json.decode(self.path.read_bytes(), type=Note)
         except FileNotFoundError:
             return self
-        except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             log.warning("%s: unreadable note (%s); it is ignored", self.path, error)
             return self
-        self.deaths = note.deaths
+        self.deaths, self._halvings = note.deaths, note.halvings + (len(note.working) > 1)
         for key in note.working:
             self.deaths[key] = self.deaths.get(key, 0) + (len(note.working) == 1)
         return self
@@ -79,7 +82,12 @@ class InFlight:
         return f"the worker died {self.deaths[key]} times on this image alone"
 
     def split(self, images: list[Keyed], size: int) -> Iterator[list[Keyed]]:
-        """Batches of `size`; images that were in flight when a worker died come one by one, last."""
+        """Batches of `size`; images that were in flight when a worker died come one by one, last.
+
+        After each death in a batch the next ones are half as large: a worker that is preempted every now and
+        then has to come to the end of one.
+        """
+        size = max(1, size >> self._halvings)
         calm = [image for image in images if image.key not in self.deaths]
         for start in range(0, len(calm), size):
             yield calm[start : start + size]
@@ -98,7 +106,7 @@ class InFlight:
 
     def _write(self, working: list[str]) -> None:
         try:
-            self.path.write_bytes(msgspec.json.encode(Note(self.deaths, working)))
+            self.path.write_bytes(msgspec.json.encode(Note(self.deaths, working, self._halvings)))
         except OSError as error:
             self._warn(error)
 

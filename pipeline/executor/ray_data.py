@@ -32,6 +32,7 @@ from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_of
 from .ray_metrics import RayMetrics
+from .stalls import telling
 from .worker import Job, Worker, draft_of, name_of
 
 Steps = list[list[Stage | str]]
@@ -207,6 +208,8 @@ class _CountingWorker(Worker):
     """A worker whose counters are Ray's metrics."""
 
     def __init__(self, job: Job, stages: list[Stage | str]):
+        self._telling = telling(job.config.failures.stall_s, run=Path(job.run).name)
+        self._telling.__enter__()  # for the actor's life
         super().__init__(job, stages, on_event=RayMetrics(job.subset).count_event)
 
 

@@ -9,7 +9,8 @@ How failures are contained, from the inside out:
    worker notes the images it works on. The worker that gets the unit next finds the note, runs these images
    one by one, and drops one that has killed its worker `failures.crash_attempts` times alone. A worker that
    dies for another reason costs nothing but time.
-4. A call that hangs leaves its stack in the run's folder, where the driver finds it.
+4. Whatever hangs (a call, a read, a filter, a write) leaves its stack in the run's folder, where the driver
+   finds it (`stalls.py`).
 5. A source that fails is no verdict on a record: what reads it tries again, what still fails is counted, and
    a unit of which too much failed is held back (`holding.py`).
 """
@@ -17,7 +18,6 @@ How failures are contained, from the inside out:
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import itertools
 import logging
 import math
@@ -25,11 +25,10 @@ import os
 import time
 from asyncio import CancelledError
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
@@ -44,27 +43,23 @@ from ..corpus.committed_unit import CommittedUnit
 from ..corpus.events import Event, EventLog
 from ..corpus.work_list import read_unit
 from ..corpus.writer import Draft
-from ..io import failures
+from ..io import failures, own_modules
+from ..io.activity import NOW
 from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
-from ..sources.registry import open_source
+from ..sources.registry import allow_kinds, open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers
 from ..stages.evidence import Evidence, EvidenceStore
 from . import gpus, holding
 from .bisection import Bisection, model_failure, needs_fresh_model
 from .in_flight import InFlight
 from .photo_digests import PhotoWatch, check_photos
+from .stalls import StackFile
 
 log = logging.getLogger(__name__)
 
 READ_BATCH = 64
 """Images that a source reads between two notes of what is in flight."""
-
-STACK_MARK = "most recent call first"
-"""Stands in a worker's stack file when a call took longer than `failures.stall_s`."""
-
-SAVE_EVERY_S = 60.0
-"""Evidence of an unfinished unit is written at least this often: a crash late in a long unit is cheap."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -77,8 +72,8 @@ class Job(msgspec.Struct, frozen=True):
         plan: content hash of the work list.
         recipe: digest of the recipe.
         run: folder of this run's events and stacks.
-        idle: names of the model stages that have evidence of every unit already. Their models are loaded only
-            if some of it turns out to be stale.
+        idle: model stages that have evidence of every unit; their models are loaded only if some is stale.
+        modules: what backends and sources of the user's own are imported from.
     """
 
     config: BuildConfig
@@ -88,6 +83,7 @@ class Job(msgspec.Struct, frozen=True):
     recipe: str
     run: str
     idle: list[str] = []
+    modules: list[own_modules.OwnModule] = []
 
 
 class Unit(msgspec.Struct):
@@ -126,14 +122,17 @@ class Worker:
         on_event: Callable[[Event], None] = lambda _: None,
     ):
         keep_freed_memory()
+        own_modules.install(job.modules)
+        allow_kinds(job.config.subsets.values())
         self.job = job
         self.folder = Path(job.folder)
         self.stages = stages
         self.name = name_of(stages)
+        self._names = {stage if isinstance(stage, str) else stage.name for stage in stages}
         self.events = EventLog(Path(job.run), self.name, on_event)
         self._crash_attempts = job.config.failures.crash_attempts
-        self.stack_path = Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt"
-        self._stack = _open_stack(self.stack_path)
+        stack = Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt"
+        self._stack = StackFile(stack, job.config.failures.stall_s, self._report_progress).__enter__()
         self.source = open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         failures.RETRYING.set_budget(job.config.failures.read_retry_s)
         self.models: dict[str, Any] = {}
@@ -162,13 +161,14 @@ class Worker:
             _, model = self.models.popitem()
             if hasattr(model, "close"):
                 model.close()
-        self._stack.close()
+        self._stack.__exit__()
         self.events.close()
 
     def _load(self, stage: ModelStage) -> None:
         start = time.perf_counter()
         self.models.pop(stage.name, None)  # free the old one's memory first
-        self.models[stage.name] = registry.load_backend(stage.protocol, stage.backend)
+        with NOW.during(f"{stage.name}: starting the model"):
+            self.models[stage.name] = registry.load_backend(stage.protocol, stage.backend)
         self.events.emit("started", stage=stage.name, seconds=time.perf_counter() - start)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -201,12 +201,15 @@ class Worker:
                 start, start_cpu = time.perf_counter(), time.process_time()
                 regions, reported = _count_live(unit), {}
                 if stage == SOURCE_STAGE:
-                    self._read(unit, row["index"])
+                    with NOW.during(SOURCE_STAGE, unit.name):
+                        self._read(unit, row["index"])
                     regions = sum(len(image.regions) for image in unit.images)
                 elif stage == writer.WRITE_STAGE:
-                    return {"draft": self._write(unit, start, start_cpu)}
+                    with NOW.during(writer.WRITE_STAGE, unit.name):
+                        return {"draft": self._write(unit, start, start_cpu)}
                 elif isinstance(stage, ModelStage):
-                    reported = {"asked": self._ask(stage, unit), **self._report_model(stage)}
+                    with NOW.during(stage.name, unit.name):
+                        reported = {"asked": self._ask(stage, unit), **self._report_model(stage)}
                 name = stage if isinstance(stage, str) else stage.name
                 cpu = time.process_time() - start_cpu
                 self._report_unit(name, unit, regions, time.perf_counter() - start, cpu, **reported)
@@ -225,6 +228,11 @@ class Worker:
             cpu=cpu,
             **reported,
         )
+
+    def _report_progress(self) -> None:
+        """From record to record: something moves, also where a unit takes long."""
+        if (step := NOW.step) is not None and step.stage in self._names:
+            self.events.append("batch", stage=step.stage, unit=step.unit)
 
     def _report_model(self, stage: ModelStage) -> dict[str, Any]:
         """For the event: time inside the model, its GPU's utilization, and what the backend reports."""
@@ -247,11 +255,9 @@ class Worker:
         read: dict[str, ImageRecord] = {}
         with self._in_flight(SOURCE_STAGE, unit) as in_flight:
             for batch in in_flight.split(entries, READ_BATCH):
-                with (
-                    in_flight.batch([entry.key for entry in batch]),
-                    self._watched(f"{SOURCE_STAGE}, at {batch[0].key}"),
-                ):
+                with in_flight.batch([entry.key for entry in batch]):
                     for entry in batch:
+                        NOW.at(entry.key)
                         if in_flight.is_poison(entry.key):
                             detail = in_flight.crash_detail(entry.key)
                             read[entry.key] = self._dropped(entry, Reason.WORKER_CRASHED, detail)
@@ -333,7 +339,8 @@ class Worker:
                 start, start_cpu = time.perf_counter(), time.process_time()
                 regions[stage.name] += len(image.live())
                 try:
-                    stage.run(image)
+                    with NOW.during(stage.name, unit.name, image.key):
+                        stage.run(image)
                 except Exception as error:  # noqa: BLE001 - an image that a filter trips over is a drop
                     image.reject(Drop(stage.name, Reason.MODEL_ERROR, words_of(error)))
                 seconds[stage.name] += time.perf_counter() - start
@@ -376,7 +383,7 @@ class Worker:
                     for image, outcome in bisection.run(batch):
                         answers.add(image, outcome)
                     self.events.emit("batch", stage=stage.name, unit=unit.name, images=len(batch))
-                    if time.monotonic() - saved > SAVE_EVERY_S:
+                    if time.monotonic() - saved >= self.job.config.failures.save_every_s:
                         self._save(store, unit.name, answers.known)
                         saved = time.monotonic()
                 if not needs_fresh_model(answers):
@@ -389,7 +396,8 @@ class Worker:
             self._reload(stage)
         given = [_copy(image) for image in batch]
         try:
-            with self._watched(f"{stage.name}, at {batch[0].key}"), self.meters[stage.name].call():
+            NOW.at(_names(batch))
+            with self.meters[stage.name].call():
                 return self._photos.ask(stage, self.models[stage.name], given)
         except EngineLost:
             del self.models[stage.name]  # a dead engine fails on every image: the next call gets a fresh one
@@ -413,25 +421,11 @@ class Worker:
 
     def _save(self, store: EvidenceStore, unit: str, evidence: Evidence) -> None:
         """Save evidence, and take over what somebody else has saved first."""
+        NOW.at("saving its evidence")
         try:
             evidence.update(store.save(unit, evidence))
         except OSError as error:
             raise writer.write_failed(self.folder, error) from error
-
-    @contextmanager
-    def _watched(self, what: str) -> Iterator[None]:
-        """Leave this process's stack in the run's folder if the block takes longer than the stall time."""
-        try:
-            self._stack.seek(0)
-            self._stack.truncate()
-            self._stack.write(f"{what}\n".encode())
-        except OSError:  # whoever writes what matters reports a full disk
-            log.debug("no room for a stack", exc_info=True)
-        faulthandler.dump_traceback_later(self.job.config.failures.stall_s, file=self._stack)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
 
 
 def _to_row(error: ParaCaptionError) -> str:
@@ -450,15 +444,6 @@ def draft_of(row: dict[str, Any]) -> Draft:
         kind, _, message = row["failed"].partition(": ")
         raise getattr(error_types, kind)(message)
     return msgspec.msgpack.decode(row["draft"], type=Draft)
-
-
-def _open_stack(path: Path) -> IO[bytes]:
-    """Where a worker leaves its stack; nowhere if the disk is full: the unit's own writing will say so."""
-    try:
-        return open(path, "wb", buffering=0)
-    except OSError as error:
-        log.warning("%s: %s; a stall will show no stack", path, error)
-        return open(os.devnull, "wb", buffering=0)
 
 
 def keep_freed_memory() -> None:
@@ -480,6 +465,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 def _cannot_start(stage: ModelStage, error: Exception) -> str:
     return f"{stage.name}: the backend cannot start: {words_of(error)}"
+
+
+def _names(batch: list[ImageRecord]) -> str:
+    more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+    return f"{batch[0].key}{more}"
 
 
 def _copy(image: ImageRecord) -> ImageRecord:

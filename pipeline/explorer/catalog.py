@@ -187,7 +187,8 @@ class Catalog:
                 whole = f"({_LEDGERS_OF_ALL_RELEASES})"
                 return self._db.cursor().execute(sql.replace("LEDGERS", whole), values).fetchall()
         except (duckdb.Error, UnicodeError, MemoryError) as error:
-            raise IntegrityError(f"{self.out}: {str(error)[:300]}; run `paracaption verify`") from error
+            what = str(error).partition("\n")[0][:300]  # DuckDB shows the query below
+            raise IntegrityError(f"{self.out}: {what}; run `paracaption verify`") from error
 
     # Pages.
 

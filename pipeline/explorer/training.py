@@ -117,7 +117,7 @@ def _records(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
         for text in [file.read()] if whole else file:
             try:
                 record = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
                 yield record

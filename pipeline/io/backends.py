@@ -5,12 +5,15 @@ A backend asks once and lets errors through as they are; `files.py` tries again 
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
+from ...schemas.errors import ConfigError
+from ...schemas.secrets import shorten
 from . import confined
 from .failures import ShortRead
 
@@ -91,22 +94,65 @@ class LocalFiles:
     def walk(self, folder: str) -> Iterator[tuple[str, str]]:
         root = local(folder)
         confined.check(root)
-        stack = [""]
-        while stack:
-            below = stack.pop()
-            with os.scandir(os.path.join(root, below)) as entries:
-                for entry in entries:
-                    relative = f"{below}/{entry.name}" if below else entry.name
-                    if entry.is_dir():
-                        stack.append(relative)
-                    else:
-                        yield f"{root}/{relative}", relative
+        yield from _walk(root)
 
     def glob(self, pattern: str) -> list[str]:
         return expand_by_listing(self, local(pattern))
 
     def read_many(self, urls: Sequence[str]) -> list[bytes]:
         return [self.read(url) for url in urls]
+
+
+class _Below(NamedTuple):
+    """A folder on the way of a walk: its path from the root, the folders it lies in, and links to it."""
+
+    path: str
+    above: tuple[tuple[int, int], ...] = ()
+    num_links: int = 0
+
+
+_KEPT_BY_THE_DISK = "lost+found"
+"""A folder of ext4 that only root may read. Nobody keeps files in it."""
+
+
+def _walk(root: str) -> Iterator[tuple[str, str]]:
+    """Every file below a folder. Links to folders are followed, but no folder is entered inside itself.
+
+    Behind more than one link, a folder is entered only if it was not before: folders that link to each other
+    would be listed in every order otherwise. A link that leads nowhere is a file.
+    """
+    stack, seen = [_Below("")], set[tuple[int, int]]()
+    while stack:
+        below = stack.pop()
+        place = os.path.join(root, below.path)
+        stat = os.stat(place)
+        this = stat.st_dev, stat.st_ino
+        if this in below.above or (below.num_links > 1 and this in seen):
+            continue
+        seen.add(this)
+        try:
+            with os.scandir(place) as found:
+                entries = sorted(found, key=lambda entry: entry.name, reverse=True)
+        except PermissionError:
+            if os.path.basename(below.path) == _KEPT_BY_THE_DISK:
+                continue
+            raise
+        for entry in entries:
+            relative = f"{below.path}/{entry.name}" if below.path else entry.name
+            if _is_dir(entry):
+                links = below.num_links + entry.is_symlink()
+                stack.append(_Below(relative, (*below.above, this), links))
+            else:
+                yield f"{root}/{relative}", relative
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # a link to itself: a file nobody can open
+            return False
+        raise
 
 
 def has_magic(pattern: str) -> bool:
@@ -139,7 +185,8 @@ def expand_by_listing(backend: Backend, pattern: str) -> list[str]:
     """The URLs that a pattern of `*`, `?` and `[...]` names, found by listing one folder after the other.
 
     As `glob`, but that an error of a listing is raised: `glob` takes it for an empty folder, and a plan would
-    silently lack what lies there.
+    silently lack what lies there. And a part that is a name as it stands, as in `data [1]/*.json`, is that
+    name and no pattern.
     """
     head, *parts = pattern.split("/")
     if "://" in pattern:
@@ -156,15 +203,21 @@ def expand_by_listing(backend: Backend, pattern: str) -> list[str]:
             if last:
                 found = [url for url in found if backend.kind(url) is not None]
             continue
-        found = [prefix + name for prefix, folder in prefixes for name in _matches(backend, folder, part)]
+        found = [
+            f"{prefix}{name}" for prefix, home in prefixes for name in _matches(backend, prefix, home, part)
+        ]
     return found
 
 
-def _matches(backend: Backend, folder: str, part: str) -> list[str]:
+def _matches(backend: Backend, prefix: str, folder: str, part: str) -> list[str]:
+    if "*" not in part and backend.kind(prefix + part) is not None:
+        return [part]
     try:
         names = backend.list_names(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    if part in names:
+        return [part]
     hidden = part.startswith(".")
     return [name for name in names if fnmatchcase(name, part) and (hidden or not name.startswith("."))]
 
@@ -208,22 +261,57 @@ class FsspecFiles:
 
     def glob(self, pattern: str) -> list[str]:
         fs, path = _file_system(pattern)
-        return [fs.unstrip_protocol(found) for found in fs.glob(path)]
+        parts = path.split("/")
+        for place, part in enumerate(path.split("/")):
+            if has_magic(part):  # `data [1]` is a folder, if there is one
+                if (
+                    "*" in part
+                    or self.kind(fs.unstrip_protocol("/".join(path.split("/")[: place + 1]))) is None
+                ):
+                    break
+                parts[place] = glob.escape(part)
+        return [fs.unstrip_protocol(found) for found in fs.glob("/".join(parts))]
 
     def read_many(self, urls: Sequence[str]) -> list[bytes]:
+        if any(has_magic(url) for url in urls):  # `cat` takes these names for patterns
+            return [self.read(url) for url in urls]
         fs, _ = _file_system(urls[0])
         paths = [fs._strip_protocol(url) for url in urls]
         found = fs.cat(paths)
         return [found[path] for path in paths] if isinstance(found, dict) else [found]
 
 
+_PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    "hf": "huggingface_hub",
+}
+"""Scheme -> the package that reads it; the extra `remote` has them all."""
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
+    scheme = url.partition("://")[0]
+    if "STORAGE_EMULATOR_HOST" in os.environ:  # gcsfs would ask it for a minute about kinds of buckets
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         return fsspec.core.url_to_fs(url)
-    except ValueError as error:  # a protocol that nobody knows
-        raise ImportError(str(error)) from error
+    except ImportError as error:
+        package = _PACKAGES.get(scheme)
+        if package is None:
+            raise
+        fix = "`pip install 'paracaption[remote]'`, on every node"
+        raise ConfigError(
+            f"{shorten(url)}: {package} reads {scheme}://, and is not installed; {fix}"
+        ) from error
+    except ValueError as error:
+        if "rotocol not known" in str(error):
+            raise ImportError(str(error)) from error
+        told = f"{shorten(url)}: {' '.join(str(error).split())}"
+        fix = "set the store's credentials (docs/sources.md)"
+        raise ConfigError(shorten(f"{told}; {fix}")) from error
 
 
 def _loud(fs: Any) -> dict[str, str]:

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError, Retryable, one_line
 from ...schemas.reasons import Reason
 from ...schemas.secrets import shorten
+from .activity import NOW
 
 log = logging.getLogger(__name__)
 
@@ -354,6 +355,8 @@ def _mend(problem: str) -> str:
         return f"pip install {package[1]}, on every node"
     if "Protocol not known" in problem:
         return "correct the address: no package reads this kind"
+    if "gs://" in problem and re.search("Credentials|HTTP 40[13]|nonymous|401|403", problem):
+        return 'set GOOGLE_APPLICATION_CREDENTIALS, or for a public bucket FSSPEC_GS=\'{"token": "anon"}\''
     if "NoCredentials" in problem:
         return "set the credentials, or for a public bucket FSSPEC_S3='{\"anon\": true}'"
     return "correct the credentials, the permissions, the address or the installation"
@@ -425,7 +428,8 @@ class Retrying:
         patience, failed = self.patience_s, False
         while True:
             try:
-                result = read()
+                with NOW.touching(url):
+                    result = read()
             except ParaCaptionError:
                 raise
             except Exception as error:
@@ -444,7 +448,8 @@ class Retrying:
             if not failed:
                 log.warning("%s; trying again for up to %.0f s", failure, patience)
             failed = True
-            self._sleep(pause)
+            with NOW.touching(url):
+                self._sleep(pause)
             wait = min(_LONGEST_WAIT_S, wait * 2)
 
 

@@ -19,6 +19,7 @@ import msgspec
 
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
+from ...schemas.secrets import shorten
 from . import confined
 from .backends import Backend, FsspecFiles, LocalFiles, has_magic, local
 from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
@@ -275,15 +276,19 @@ class _Ranges(io.RawIOBase):
 
 
 def expand(pattern: str) -> list[str]:
-    """The files and folders a glob names, sorted; a plain path is returned as it is if it exists, else [].
+    """The files and folders a glob names, sorted; a path that exists is that path, whatever is in its name.
+
+    [] if nothing is there.
 
     Raises:
         OSError: as `read`, where it cannot be known what is there.
     """
-    if has_magic(pattern):
+    remote = is_url(pattern)
+    if remote and "*" in pattern:  # no name of a store; and a server may answer 200 to whatever it is asked
         return sorted(_ask(lambda each: each.glob(pattern), pattern))
-    plain = pattern if is_url(pattern) else local(pattern)
-    return [] if _ask(lambda each: each.kind(pattern), pattern) is None else [plain]
+    if _ask(lambda each: each.kind(pattern), pattern) is not None:
+        return [pattern if remote else local(pattern)]
+    return sorted(_ask(lambda each: each.glob(pattern), pattern)) if has_magic(pattern) else []
 
 
 def list_names(folder: str) -> list[str]:
@@ -339,6 +344,8 @@ def _ask(question: Callable[[Backend], Result], url: str) -> Result:
         cause = failure.__cause__
         known = isinstance(cause, FileNotFoundError | NotADirectoryError)
         if known or (isinstance(cause, OSError) and cause.errno is not None):
+            if cause.errno is not None and cause.filename is None:  # of a read of an open file
+                cause.filename = shorten(url)
             raise cause from cause.__cause__
         raise
 

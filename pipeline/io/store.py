@@ -21,10 +21,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from ...schemas.errors import ConfigError
 from . import confined, files
+from .activity import NOW, touching
 
 TEMPORARY = files.TEMPORARY
 
@@ -113,6 +114,7 @@ class FolderStore(Store):
     takes nothing back. No lock is used: many file systems have none that holds between machines.
     """
 
+    @touching
     def create(self, path: str, data: bytes) -> bool:
         return _unless_swept(lambda: self._create(path, data))
 
@@ -134,6 +136,7 @@ class FolderStore(Store):
         _sync(os.path.dirname(path))
         return True
 
+    @touching
     def put(self, path: str, data: bytes) -> None:
         _unless_swept(lambda: self._put(path, data))
 
@@ -147,10 +150,12 @@ class FolderStore(Store):
             raise
         _sync(os.path.dirname(path))
 
+    @touching
     def write(self, path: str) -> IO[bytes]:
         _make(_parent(path))
         return _Named(_Durable(path, "xb"), 1 << 20)
 
+    @touching
     def move(self, path: str, target: str) -> bool:
         confined.check(_parent(path))
         _make(_parent(target))
@@ -162,6 +167,7 @@ class FolderStore(Store):
         _sync(os.path.dirname(target))  # also where somebody else moved it, whose flush may have failed
         return is_there
 
+    @touching
     def keep(self, path: str, target: str) -> bool:
         confined.check(path)
         _make(_parent(target))
@@ -174,35 +180,42 @@ class FolderStore(Store):
         _sync(os.path.dirname(target))
         return True
 
+    @touching
     def flush(self, folder: str) -> None:
         confined.check(folder)
         with suppress(FileNotFoundError, NotADirectoryError):
             _sync(folder)
 
+    @touching
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             confined.check(_parent(path))
             os.unlink(path)
 
+    @touching
     def delete_folder(self, path: str) -> None:
         confined.check(path)
         shutil.rmtree(path, ignore_errors=True)
 
+    @touching
     def make_folder(self, path: str) -> None:
         confined.check(path)
         _make(path)
 
+    @touching
     def size(self, path: str) -> int | None:
         try:
             return os.stat(path).st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    @touching
     def read(self, path: str) -> bytes:
         confined.check(path)
         with open(path, "rb", buffering=0) as file:
             return file.read()
 
+    @touching
     def list(self, folder: str) -> list[str]:
         confined.check(folder)
         try:
@@ -210,6 +223,7 @@ class FolderStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    @touching
     def modified_s(self, path: str) -> float:
         return os.stat(path).st_mtime
 
@@ -236,10 +250,15 @@ class FolderStore(Store):
 class _Durable(io.FileIO):
     """A file whose content is on the disk when it is closed."""
 
+    def write(self, data: Any) -> int:
+        with NOW.touching(str(self.name)):
+            return super().write(data)
+
     def close(self) -> None:
         if not self.closed:
             try:
-                os.fsync(self.fileno())
+                with NOW.touching(str(self.name)):
+                    os.fsync(self.fileno())
             finally:
                 super().close()
 

@@ -3,6 +3,10 @@
 pyarrow reads a Python file in threads of its own. Such a thread may still let go of the file while the
 program ends, and then the interpreter aborts with exit code 134 ("terminate called without an active
 exception"), although everything was read. So the bytes are read here, and pyarrow is given memory.
+
+Where a damaged footer describes a column that cannot be, pyarrow ends the process, too, as soon as its
+metadata is asked for that column: nothing catches what is thrown there. Its reader does, so that one is asked
+first; see `TableFile._chunks`.
 """
 
 from __future__ import annotations
@@ -24,6 +28,17 @@ _GAP_BYTES = 64 << 10
 
 _PADDING_BYTES = 100
 """By so much some early writers understate the length of a column (PARQUET-816)."""
+
+_AT_A_PAGE = "page header"
+"""Part of what pyarrow says of a page of zeros."""
+
+
+BATCH_ROWS = 64
+"""Rows that `batches` gives at a time."""
+
+_FEW_ROWS = 1 << 16
+_MOST_BYTES, _MOST_TIMES = 1 << 28, 64
+"""What a row group may unpack to: bytes, or times the size of the file. Text shrinks to a tenth or less."""
 
 
 class TableFile:
@@ -77,6 +92,35 @@ class TableFile:
             self._fill(memory, start, end)
         return _parquet_file(memory, self._metadata).read_row_group(index, columns, use_threads=False)
 
+    def batches(self, index: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """A row group, `BATCH_ROWS` at a time: a value that all rows share is not made for all at once.
+
+        Raises:
+            as `read_row_group`; also of a file that holds far more than its size lets expect.
+        """
+        import pyarrow as pa
+
+        memory, total = self._memory(), 0
+        for start, end in self._ranges(index, columns):
+            self._fill(memory, start, end)
+        opened = _parquet_file(memory, self._metadata)
+        for batch in opened.iter_batches(BATCH_ROWS, [index], columns, use_threads=False):
+            total += batch.nbytes
+            if total > max(_MOST_BYTES, _MOST_TIMES * self._size):
+                raise pa.ArrowInvalid(f"row group {index} is over {total:,} bytes when unpacked")
+            yield batch
+
+    def check_rows(self) -> None:
+        """Refuse a file that declares more rows than it has bytes, as no table that says anything does.
+
+        Raises:
+            pyarrow.ArrowInvalid: it does.
+        """
+        import pyarrow as pa
+
+        if self.num_rows > max(_FEW_ROWS, self._size):
+            raise pa.ArrowInvalid(f"{self.num_rows:,} rows in {self._size:,} bytes")
+
     def row_groups(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Every row group in order; raises as `read_row_group`."""
         for index in range(self.num_row_groups):
@@ -117,27 +161,43 @@ class TableFile:
         return pa.concat_tables(found)
 
     def _may_have(self, index: int, wanted: dict[str, str]) -> bool:
-        for column in self._columns(index):
-            text, statistics = wanted.get(column.path_in_schema), column.statistics
+        schema = self._metadata.schema
+        for number, column in self._chunks(index, list(wanted)):
+            text = wanted.get(column.path_in_schema)
+            is_text = column.physical_type == schema.column(number).physical_type == "BYTE_ARRAY"
+            statistics = column.statistics if text is not None and is_text else None
             if text is not None and statistics is not None and statistics.has_min_max:
                 least, most = statistics.min, statistics.max
                 if isinstance(least, str) and isinstance(most, str) and not least <= text <= most:
                     return False
         return True
 
-    def _columns(self, index: int) -> list[Any]:
-        group = self._metadata.row_group(index)
-        return [group.column(number) for number in range(group.num_columns)]
+    def _chunks(self, index: int, columns: list[str] | None) -> list[tuple[int, Any]]:
+        """Number and metadata of the columns of a row group.
+
+        Raises:
+            OSError, pyarrow.ArrowException: the footer describes one of them as none can be.
+        """
+        schema, group = self._metadata.schema, self._metadata.row_group(index)
+        tops = [schema.column(number).path.partition(".")[0] for number in range(len(schema))]
+        numbers = [number for number, top in enumerate(tops) if columns is None or top in columns]
+        reader = _parquet_file(self._memory(), self._metadata).reader
+        for number in numbers:
+            try:  # it reads zeros, and so comes as far as the first page
+                reader.read_row_group(index, column_indices=[number], use_threads=False)
+            except OSError as error:
+                if _AT_A_PAGE not in str(error):
+                    raise
+        return [(number, group.column(number)) for number in numbers]
 
     def _ranges(self, index: int, columns: list[str] | None) -> list[tuple[int, int]]:
         """First byte and end of what holds the columns, in order; near ones are one."""
         merged: list[tuple[int, int]] = []
-        for column in self._columns(index):
-            if columns is None or column.path_in_schema.partition(".")[0] in columns:
-                start = column.data_page_offset
-                if column.dictionary_page_offset:
-                    start = min(start, column.dictionary_page_offset)
-                merged.append((start, start + column.total_compressed_size + _PADDING_BYTES))
+        for _, column in self._chunks(index, columns):
+            start = column.data_page_offset
+            if column.dictionary_page_offset:
+                start = min(start, column.dictionary_page_offset)
+            merged.append((start, start + column.total_compressed_size + _PADDING_BYTES))
         merged.sort()
         ranges: list[tuple[int, int]] = []
         for start, end in merged:

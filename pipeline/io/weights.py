@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import ConfigError
+from .failures import describe
+from .file_kinds import what_is
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 """Endings of files whose usual reader runs code. The publisher's `training_args.bin` is one too."""
@@ -86,7 +88,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if index.is_file():
-        found = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        found = [folder / name for name in _files_of_index(index)]
     else:
         found = sorted(folder.glob("*.safetensors"))
     missing = [path for path in found if not path.is_file()]
@@ -94,7 +96,41 @@ def safetensors_files(folder: Path) -> list[Path]:
         raise ConfigError(
             f"{missing[0] if missing else folder / '*.safetensors'}: not there; download it again"
         )
+    for path in found:
+        _check_header(path)
     return found
+
+
+def _files_of_index(index: Path) -> list[str]:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ConfigError(f"{index}: has no weight_map, which names the files; download it again")
+    for tensor, name in listed.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            what = f"{tensor[:100]} is in {str(name)[:100]!r}, which is no safetensors file beside it"
+            raise ConfigError(f"{index}: {what}; download it again")
+    return sorted(set(listed.values()))
+
+
+_LONGEST_HEADER = 100_000_000
+"""Bytes; longer ones safetensors does not read either."""
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what is no safetensors file, by its first bytes and its size; its own reader sees the rest."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({describe(error)}); download it again") from error
+    length = int.from_bytes(start[:8], "little")
+    if len(start) > 8 and start[8:9] == b"{" and length <= _LONGEST_HEADER:
+        if 8 + length > size:
+            raise ConfigError(f"{path}: cut short, after {size:,} bytes; download it again")
+        return
+    what = what_is(start, "safetensors file") or "not a safetensors file; download it again"
+    raise ConfigError(f"{path}: {what}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,11 +140,16 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: it is missing, or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: not there; download the whole checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}; download it again") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({describe(error)}); download it again") from error
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        what = what_is(data) or f"{describe(error)}; download it again"
+        raise ConfigError(f"{path}: cannot be read as JSON: {what}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a JSON object; download it again")
     return content

@@ -106,19 +106,18 @@ def _candidate(given: Any, name: str) -> tuple[dict[str, Any], float]:
     counts = given.rle.counts
     if not isinstance(counts, str | bytes):
         raise _refused(f"the counts of {name} are text, not {_kind(counts)}")
-    size = [int(side) if isinstance(side, numbers.Integral) else side for side in given.rle.size]
+    sides = islice(given.rle.size, 3)  # no more than one too many: it may have no end
+    size = [int(side) if isinstance(side, numbers.Integral) else side for side in sides]
     return {"size": size, "counts": counts}, score
 
 
 def _cleaned(clean: Callable[[], Cleaned], answer: Any) -> Cleaned | BadRecord:
     """What `clean` makes of an answer; the reason why it is none, also where a stranger's class raises."""
-    if isinstance(answer, BadRecord):
-        return answer
     try:
-        return clean()
+        return answer if isinstance(answer, BadRecord) else clean()
     except BadRecord as refused:
         return refused
-    except Exception as error:  # noqa: BLE001 - an object of a stranger's class
+    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - an object of a stranger's class
         return _refused(f"the answer cannot be read: {words_of(error)}")
 
 

@@ -7,6 +7,7 @@
 | the same after all retries, 429 or no list | `StageFailed`: the build stops, nothing is dropped for it |
 | 401, 403, 404 | `StageFailed` at once: the set-up's fault |
 | 400, 413, 422 and the like | `BadRecord(MODEL_ERROR)` at once: this request's fault |
+| something else than a chat completion, more than 16 MiB, a trickle without an end | again, as 5xx |
 | an answer outside its schema | again, less greedily, twice; then `BadRecord(ANSWER_INVALID)` |
 
 The key is read from the environment when a batch starts and lives in the connection's header only. It is
@@ -53,6 +54,8 @@ _SETUP = frozenset({401, 403, 404, 405})
 _MAX_TEXT = 200
 _SECRET_LENGTH = 8
 _MAX_BYTES = 16 << 20
+_HEADERS = (b"x-request-id", b"retry-after")
+"""What is read of an answer's headers; the text of every answer is UTF-8, as JSON is."""
 
 
 class ServerOptions(BackendOptions, frozen=True, kw_only=True):
@@ -64,7 +67,7 @@ class ServerOptions(BackendOptions, frozen=True, kw_only=True):
         revision: raise it when the model behind the name has changed; part of the evidence digest.
         api_key_env: environment variable that holds the key, on every node; if it is unset, no key is sent.
         max_concurrency: requests at once.
-        timeout_s: seconds for one request.
+        timeout_s: seconds for one request, to the end of its answer.
         max_retries: of one request.
         backoff_s: wait before the first retry; it doubles with each retry, and half of it is random.
         max_tokens: of an answer; None for the prompt's own limit.
@@ -98,7 +101,8 @@ class ServerOptions(BackendOptions, frozen=True, kw_only=True):
         """Refuse what would write a key down or cannot be a server. No message shows the value."""
         try:
             url = urlsplit(self.base_url)
-            usable = url.scheme in ("http", "https") and bool(url.hostname)
+            usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+            usable = usable and self.base_url.isprintable() and " " not in self.base_url
         except ValueError:
             raise ConfigError(f"{where}.base_url: not a URL; name one such as http://host:8000/v1") from None
         if url.username or url.password or url.query:
@@ -117,6 +121,13 @@ class ServerOptions(BackendOptions, frozen=True, kw_only=True):
             raise ConfigError(
                 f"{where}.extra_body: a key must not stand here; it belongs into the environment"
             )
+        try:
+            json.dumps(self.extra_body, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{where}.extra_body: has a value that JSON has no form for, such as a date or .nan; "
+                "write it as text"
+            ) from None
 
 
 class Ask(NamedTuple):
@@ -226,21 +237,20 @@ class ChatClient:
         import httpx
 
         self.num_requests += 1
+        url, headers = f"{self.url}/chat/completions", {"X-Request-Id": request_id}
         try:
-            response = await client.post(
-                f"{self.url}/chat/completions", json=body, headers={"X-Request-Id": request_id}
-            )
-        except httpx.TimeoutException:
+            response = await _fetch(client, "POST", url, self.options.timeout_s, json=body, headers=headers)
+        except (httpx.TimeoutException, TimeoutError):
             return _Failure(request_id, f"no answer within {self.options.timeout_s:g} s")
-        except httpx.HTTPError as error:
-            return _Failure(request_id, f"{type(error).__name__}: {self._clean(str(error))}")
-        request_id = self._clean(response.headers.get("x-request-id") or request_id)
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            return _Failure(request_id, self._words(error))
+        request_id = self._clean(response.headers.get("x-request-id") or request_id)[:_MAX_TEXT]
         if response.status_code >= 300:
             return self._refused(response, request_id)
         log.debug("%s: request %s answered", self.where, request_id)
         try:
-            choice = json.loads(self._without_secret(response.text))["choices"][0]
-            assert isinstance(choice["message"], dict)
+            choice = parse_json(self._without_secret(response.text))["choices"][0]
+            assert isinstance(choice, dict) and isinstance(choice["message"], dict)
         except (ValueError, LookupError, TypeError, AssertionError):
             return _Failure(request_id, f"answered no chat completion: {self._excerpt(response)}")
         try:
@@ -270,9 +280,10 @@ class ChatClient:
             raise BadRecord(failure.reason, failure.detail)
         alive = False
         if not failure.busy:
+            seconds = min(10.0, self.options.timeout_s)
             try:
-                alive = (await client.get(f"{self.url}/models", timeout=10.0)).status_code < 500
-            except httpx.HTTPError:
+                alive = (await _fetch(client, "GET", f"{self.url}/models", seconds)).status_code < 500
+            except (httpx.HTTPError, httpx.StreamError, TimeoutError):
                 alive = False
         times = self.options.max_retries + 1
         if alive:
@@ -299,18 +310,19 @@ class ChatClient:
     async def _models(self, timeout_s: float) -> list[str]:
         import httpx
 
+        timeout_s = min(timeout_s, self.options.timeout_s)
         try:
             async with self._open(timeout_s) as client:
-                response = await client.get(f"{self.url}/models")
-        except httpx.HTTPError as error:
+                response = await _fetch(client, "GET", f"{self.url}/models", timeout_s)
+        except (httpx.HTTPError, httpx.StreamError, TimeoutError) as error:
             raise ConfigError(
-                f"{self.where}.base_url: {self.url}/models does not answer "
-                f"({type(error).__name__}: {self._clean(str(error))}); start the server or fix the URL"
+                f"{self.where}.base_url: {self.url}/models does not answer ({self._words(error)}); "
+                "start the server or fix the URL"
             ) from None
         if response.status_code >= 300:
             raise ConfigError(f"{self.where}: {self._advice(response.status_code, self._excerpt(response))}")
         try:
-            return [str(entry["id"]) for entry in response.json()["data"]]
+            return [str(entry["id"])[:_MAX_TEXT] for entry in parse_json(response.text)["data"]]
         except (ValueError, LookupError, TypeError):
             raise ConfigError(
                 f"{self.where}.base_url: {self.url}/models is no list of models: {self._excerpt(response)}"
@@ -322,7 +334,8 @@ class ChatClient:
         logging.getLogger("httpcore").setLevel(logging.INFO)  # at DEBUG it writes headers down
         key = self._key()
         try:
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            headers = {"Accept-Encoding": "identity"}  # a packed answer may be of any size
+            headers |= {"Authorization": f"Bearer {key}"} if key else {}
             key.encode("ascii")
         except UnicodeEncodeError:
             raise ConfigError(f"{self.options.api_key_env}: a key has ASCII characters only") from None
@@ -337,12 +350,16 @@ class ChatClient:
         """What a server says, shortly: the message of an error, or the start of the body."""
         text = response.content[:_MAX_BYTES].decode("utf-8", "replace")
         try:
-            error = json.loads(text)
+            error = parse_json(text)
             error = error.get("error", error) if isinstance(error, dict) else error
             text = str(error.get("message", error)) if isinstance(error, dict) else str(error)
         except ValueError:
             pass
         return self._clean(" ".join(text.split()))[:_MAX_TEXT]
+
+    def _words(self, error: Exception) -> str:
+        """The type of an error of the connection and its text, shortly."""
+        return f"{type(error).__name__}: {self._clean(str(error))}"[:_MAX_TEXT]
 
     def _clean(self, text: str) -> str:
         """The text, for an error or a log, without the key."""
@@ -372,6 +389,43 @@ class _Failure(NamedTuple):
     busy: bool = False
 
 
+async def _fetch(
+    client: httpx.AsyncClient, method: str, url: str, timeout_s: float, **given: Any
+) -> httpx.Response:
+    """A whole answer, with limits on its bytes and on the seconds to its end.
+
+    Raises:
+        TimeoutError: it does not end in time, as a stream that trickles does not.
+        httpx.HTTPError: the connection fails, or the answer is no HTTP.
+        httpx.StreamError: it is longer than 16 MiB, or packed although nobody asked for that.
+    """
+    import httpx
+
+    data = bytearray()
+    async with asyncio.timeout(timeout_s), client.stream(method, url, timeout=timeout_s, **given) as response:
+        packed = response.headers.get("content-encoding", "").strip().lower()
+        if packed not in ("", "identity"):
+            raise httpx.StreamError(f"it packs its answers as {packed[:20]!a}, which was not asked for")
+        async for part in response.aiter_raw():
+            data += part
+            if len(data) > _MAX_BYTES:
+                raise httpx.StreamError(f"an answer of more than {_MAX_BYTES >> 20} MiB")
+    headers = [pair for pair in response.headers.raw if pair[0].lower() in _HEADERS]
+    return httpx.Response(response.status_code, headers=headers, content=bytes(data))
+
+
+def parse_json(text: str) -> Any:
+    """JSON from a server or a model.
+
+    Raises:
+        ValueError: it is none, or is nested so deeply that nothing is to be read in it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
 def _retry_after(response: httpx.Response) -> float | None:
     """Seconds that the server asks to wait, from a number or a date."""
     value = response.headers.get("retry-after", "").strip()
@@ -381,5 +435,5 @@ def _retry_after(response: httpx.Response) -> float | None:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

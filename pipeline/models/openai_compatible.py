@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import importlib
-import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -22,7 +21,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region
 from ..io import photos
 from . import prompts
-from .chat_client import Ask, ChatClient, ServerOptions
+from .chat_client import Ask, ChatClient, ServerOptions, parse_json
 from .logprob_margin import margin_of_text
 from .options import read_options
 from .protocols import Answer, Checked, Question
@@ -244,7 +243,7 @@ def _caption(choice: dict[str, Any]) -> str | None:
 def _judged(prompt: prompts.Prompt, choice: dict[str, Any]) -> Answer:
     text = choice["message"].get("content")
     try:
-        answer = json.loads(text)["answer"]
+        answer = parse_json(text)["answer"]
         valid = isinstance(answer, str) and prompt.accepts(answer)
     except (ValueError, TypeError, LookupError):
         answer, valid = "", False
@@ -274,7 +273,7 @@ def _margin(prompt: prompts.Prompt, answer: str, text: str, logprobs: Any) -> fl
                 if margin is not None:
                     return margin
             position = end
-    except (LookupError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None  # servers differ in what they send; a judge may have no margin
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from typing import Any, NamedTuple
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from ...schemas.config import Backend
 from ...schemas.errors import ConfigError, ParaCaptionError
 from ...schemas.plain import words_of
+from ..io import own_modules
 
 
 class Registered(NamedTuple):
@@ -80,27 +81,58 @@ _MOVED = {"model_training.toy:TruthCaptioner": "paracaption.model_training.toy.w
 """Where backends that version 0.1 wrote into configurations are now. Evidence digests keep their names."""
 
 
+METHODS = {
+    "captioner": ("caption", ("images",)),
+    "judge": ("ask", ("questions",)),
+    "segmenter": ("segment", ("photo", "phrases", "boxes")),
+}
+"""Protocol -> the method that a backend of it has, and what the method is called with; see `protocols`."""
+
+
 def find_backend(protocol: str, backend: Backend) -> type[Any]:
     """The backend's class, imported but not instantiated; see `protocols` for what it has.
+
+    A class of the user's own is installed, or lies beside the configuration (`own_modules`).
 
     Args:
         protocol: "captioner", "judge" or "segmenter".
         backend: its name is looked up; its options are not read.
 
     Raises:
-        ConfigError: there is no such backend, or it cannot be imported.
+        ConfigError: there is no such backend, it cannot be imported, or it lacks the protocol's method.
     """
     path = find_registered(protocol, backend).path
-    module, _, name = _MOVED.get(path, path).partition(":")
-    if not name:
+    path = _MOVED.get(path, path)
+    if ":" not in path:
         raise ConfigError(
             f"{protocol}.name: no backend {backend.name!r}; choose from {sorted(BACKENDS[protocol])} "
             "or name your own as 'package.module:Class'"
         )
+    found = own_modules.load_class(path, f"{protocol}.name")
+    if backend.name not in BACKENDS[protocol]:
+        _check_method(protocol, backend.name, found)
+    return found
+
+
+def _check_method(protocol: str, name: str, cls: type[Any]) -> None:
+    """Refuse a class without the protocol's method, or with one that takes something else."""
+    method, takes = METHODS[protocol]
+    wanted = f"a {protocol} has `{method}({', '.join(takes)})`"
+    where = f"{protocol}.name: {name!r} in {own_modules.file_of(cls)}"
+    found = getattr(cls, method, None)
+    if not callable(found):
+        raise ConfigError(f"{where} has no method `{method}`; {wanted} (docs/backends.md)")
+    if inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found):
+        raise ConfigError(f"{where}: `{method}` is async; {wanted}, without async (docs/backends.md)")
+    own = isinstance(inspect.getattr_static(cls, method), staticmethod | classmethod)
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{protocol}.name: {backend.name!r} cannot be imported: {error}") from error
+        inspect.signature(found).bind(*takes, *(() if own else ("self",)))
+    except ValueError:  # a method of an extension module may not have a signature
+        return
+    except TypeError as error:
+        raise ConfigError(
+            f"{where}: `{method}` cannot be called so ({error}); {wanted} (docs/backends.md)"
+        ) from error
 
 
 def load_backend(protocol: str, backend: Backend) -> Any:

@@ -102,6 +102,8 @@ def make_table(raw: Any, where: str) -> CategoryTable:
         before = categories.setdefault(category.id, category)
         if before != category:
             names = f"{before.name!r} and {category.name!r}"
+            if before.name == category.name:
+                names = f"{before.name!r} with isthing {before.is_thing:d} and {category.is_thing:d}"
             raise ConfigError(
                 f"{where}: category {place}: id {category.id} is of {names}; give each its own id"
             )

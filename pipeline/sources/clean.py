@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set, Sized
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -20,6 +21,9 @@ from ...schemas.reasons import Reason
 from ...schemas.records import Credit, Drop, ImageRecord, Region, Rle
 
 _MAX_SIDE = (1 << 31) - 1
+
+_MOST_REGIONS = 1 << 20
+"""Most regions that are taken from what does not say how many it has, such as a generator without an end."""
 
 
 def clean_image(image: ImageRecord, stage: str, are_masks_checked: bool) -> None:
@@ -37,10 +41,10 @@ def clean_image(image: ImageRecord, stage: str, are_masks_checked: bool) -> None
         if not all(type(value) is str and value.isascii() for value in values.values()):
             image.credit = Credit(**{name: _text(value) or "" for name, value in values.items()})
     try:
-        regions = list(image.regions)
-    except TypeError:
+        regions = _listed(image.regions)
+    except Exception as error:  # noqa: BLE001 - a stranger's collection may raise anything
         regions = []
-        detail = f"its source gives no list of regions, but {type(image.regions).__name__}"
+        detail = f"its source gives no list of regions, but {words_of(error)}"
         image.regions = regions
         image.reject(Drop(stage, Reason.ANNOTATION_UNREADABLE, detail))
     image.regions = [_clean(region, place, stage) for place, region in enumerate(regions)]
@@ -57,7 +61,17 @@ def clean_image(image: ImageRecord, stage: str, are_masks_checked: bool) -> None
             region.drop = Drop(stage, Reason.MASK_UNDECODABLE, "its source gives no mask")
 
 
+def _listed(given: Any) -> list[Any]:
+    """Regions as a list. The letters of a text are none; what has no order has no positions."""
+    if isinstance(given, str | bytes | Mapping | Set) or not isinstance(given, Iterable):
+        raise TypeError(type(given).__name__)
+    return list(given if isinstance(given, Sized) else islice(given, _MOST_REGIONS))
+
+
 def _clean(region: Region, place: int, stage: str) -> Region:
+    if not isinstance(region, Region):
+        detail = f"region at position {place} is no region, but {type(region).__name__}"
+        return Region(place, None, drop=Drop(stage, Reason.ANNOTATION_UNREADABLE, detail))
     try:
         number = _whole(region.id)
         region.id = place if number is None or not 0 <= number <= _MAX_SIDE else number

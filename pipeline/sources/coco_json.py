@@ -9,6 +9,7 @@ whoever reads it.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -16,8 +17,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from ...schemas.errors import ConfigError
+from ...schemas.secrets import open_name
 from ..io import failures, files
 from ..io.file_kinds import what_is
+
+log = logging.getLogger(__name__)
 
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -89,6 +93,7 @@ def read_document(url: str) -> Document:
     if document.segments_info and document.annotations is None:
         single = Annotation(document.file_name, document.image_id, document.segments_info)
         document.annotations = [single]
+    _open_names(url, document)
     if document.annotations is None:
         raise ConfigError(f"{url}: no list `annotations`; give the panoptic JSON")
     if document.annotations and not any(
@@ -98,6 +103,23 @@ def read_document(url: str) -> Document:
             f"{url}: annotations without `segments_info` (an instances file?); give the panoptic JSON"
         )
     return document
+
+
+def _open_names(url: str, document: Document) -> None:
+    """Take secrets out of the names of files, which are published with the corpus."""
+    signed = 0
+    for each in (*(document.images or ()), *(document.annotations or ())):
+        if each.file_name is not None and (name := open_name(each.file_name)) is not each.file_name:
+            signed += name != each.file_name
+            each.file_name = name
+    if signed:
+        log.warning("%s: the signatures in %d file names are left out: %s", url, signed, _SIGNED)
+
+
+_SIGNED = (
+    "they would be published. Photos and label maps are looked for by what is left; if only the signed "
+    "addresses can be read, fetch the files first and name their folder"
+)
 
 
 def _decode(url: str, data: Any) -> Document:
@@ -291,6 +313,7 @@ def as_image(value: Any) -> Image:
     if not isinstance(value, dict):
         return Image()
     image = as_struct(value | {"id": as_whole(value.get("id"))}, Image, ())
+    image.file_name = image.file_name and open_name(image.file_name)
     image.record = as_raw(value)
     return image
 
@@ -317,6 +340,7 @@ def as_annotation(value: Any) -> Annotation:
     if problem_of([name, image_id]):
         found.problem = problem_of([name, image_id])
         found.file_name = None if name is None else str(name).encode("utf-8", "replace").decode()
+    found.file_name = found.file_name and open_name(found.file_name)
     return found
 
 

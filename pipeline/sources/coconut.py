@@ -180,8 +180,10 @@ class Coconut(Source[CoconutOptions]):
             if missing:
                 raise ConfigError(f"{url}: no column {sorted(missing)}; give the hub's COCONut Parquet files")
             columns = [name for name in ("segments_info", "image_info") if name in parquet.names]
-            for group, cells_of in enumerate(parquet.row_groups(columns)):
-                for row, cells in enumerate(cells_of.to_pylist()):
+            parquet.check_rows()
+            for group in range(parquet.num_row_groups):
+                batches = parquet.batches(group, columns)
+                for row, cells in enumerate(cells for batch in batches for cells in batch.to_pylist()):
                     segments, info = map(_cell, (cells.get("segments_info"), cells.get("image_info")))
                     if isinstance(segments, list):
                         segments = {"segments_info": segments}
@@ -200,7 +202,7 @@ class Coconut(Source[CoconutOptions]):
         options = self.options
         stems = {file_names.stem(_photo_name(row)) for row in rows}
         listings = [self._list(catalog, folder, "photos") for folder in options.photos]
-        find_photo = file_names.Finder(listings, stems, file_names.PHOTO_ENDINGS, options.labels).find
+        photos = file_names.Finder(listings, stems, file_names.PHOTO_ENDINGS, options.labels)
         find_label = None
         if options.layout == "panoptic" and options.labels is not None:
             label_listing = self._list(catalog, options.labels, "labels")
@@ -208,7 +210,7 @@ class Coconut(Source[CoconutOptions]):
             find_label = file_names.Finder([label_listing], wanted, file_names.LABEL_ENDINGS).find
             catalog.claim_files(options.labels, ".png", wanted, "label_map_without_record")
         for number, row in enumerate(rows):
-            entry = _entry(number, row, find_photo, find_label, catalog)
+            entry = _entry(number, row, photos, find_label, catalog)
             image = row.image or Image(row.annotation.image_id)
             yield catalog.without_benchmarks(entry, image.id, (image.width, image.height))
         for image in leftover:
@@ -232,7 +234,9 @@ def _cell(value: Any) -> Any:
         return value
 
 
-def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Catalog) -> CatalogEntry:
+def _entry(
+    number: int, row: _Row, photos: file_names.Finder, find_label: Any, catalog: Catalog
+) -> CatalogEntry:
     photo_name = _photo_name(row)
     label_name = row.annotation.file_name or f"{file_names.path_stem(photo_name)}.png"
     numbered = f"{file_names.stem(row.home)}-{number}"
@@ -251,10 +255,10 @@ def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Ca
     elif not file_names.is_safe(photo_name) or not file_names.is_safe(label_name):
         dropped = drop(
             Reason.UNSAFE_NAME,
-            f"{row.home}: {photo_name!r}, {label_name!r}: outside its folder; not opened",
+            f"{row.home}: {photo_name!r}, {label_name!r}: {_why_unsafe(photo_name, label_name)}; not opened",
         )
     else:
-        photo_url = find_photo(photo_name)
+        photo_url = photos.find(photo_name)
         label_url = row.home if find_label is None else find_label(label_name)
         photo = None if photo_url is None else Blob(photo_url)
         annotation = None if label_url is None else Blob(label_url)
@@ -268,13 +272,18 @@ def _entry(number: int, row: _Row, find_photo: Any, find_label: Any, catalog: Ca
         elif photo is None:
             dropped = drop(
                 Reason.PHOTO_MISSING,
-                f"{photo_name}: in none of the photo folders, or in several; put it there",
+                f"{photo_name}: in none of the photo folders, or in several; put it there"
+                f"{photos.hint(photo_name)}",
             )
         elif annotation is None:
             dropped = drop(Reason.LABELS_UNREADABLE, f"{label_name}: not in the label folder; put it there")
     record = msgspec.json.encode(row.record())
     credit = Credit() if row.image is None else read_credit(row.image.record, row.licenses)
     return CatalogEntry(key, photo, annotation, record, photo_name, dropped, credit=credit)
+
+
+def _why_unsafe(*names: str) -> str:
+    return next(file_names.why_unsafe(name) for name in names if not file_names.is_safe(name))
 
 
 def _photo_name(row: _Row) -> str:

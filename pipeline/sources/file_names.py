@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -40,6 +41,15 @@ _LIKE_DUPLICATE = re.compile(r"-dup\d+$")
 def is_safe(name: str) -> bool:
     """Whether a name stays in its folder: relative, no `..`, no drive, no control characters."""
     return bool(name) and not _UNSAFE.search(name)
+
+
+def why_unsafe(name: str) -> str:
+    """What is wrong with a name that is not safe, in words."""
+    if any(letter < " " for letter in name):
+        return "has a control character"
+    if name[1:2] == ":":
+        return "begins as with a drive (`C:`)"
+    return "outside its folder"
 
 
 def base_name(name: str) -> str:
@@ -82,6 +92,21 @@ def key_of(name: str, early: bool = False) -> str:
     mark = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     key = f"{_ODD.sub('_', name)[: _LONGEST_KEY - 13]}-{mark}"
     return f"x{key}" if key.startswith(HIDDEN) and not early else key
+
+
+def plain(name: str) -> str:
+    """A name as it is compared where no file has it exactly: composed (NFC), with `/` between its folders.
+
+    macOS writes names decomposed, and lists that were made on Windows have backslashes in them.
+    """
+    if name.isascii():
+        return name.replace("\\", "/")
+    return unicodedata.normalize("NFC", name).replace("\\", "/")
+
+
+def compared_stem(name: str) -> str:
+    """The stem under which a name is looked up: of its plain spelling."""
+    return base_name(plain(stem(name)))
 
 
 def is_text(name: str) -> bool:
@@ -144,10 +169,11 @@ class Finder:
         self._folders = [listing.url.rstrip("/") for listing in listings]
         self._unlisted = next((place for place, found in enumerate(listings) if found.names is None), None)
         self._by_stem: dict[str, list[tuple[int, str]]] = {}
+        stems = {base_name(plain(each)) for each in stems}
         for place, listing in enumerate(listings):
             for name in listing.names or ():
-                key = stem(name)
-                if key in stems and name.lower().endswith(endings):
+                key = compared_stem(name)
+                if key in stems and (name.lower().endswith(endings) or not _has_ending(name)):
                     if without and self._is_inside(without, self._folders[place], name):
                         continue
                     self._by_stem.setdefault(key, []).append((place, name))
@@ -168,28 +194,61 @@ class Finder:
                 return inside
         return []
 
+    def hint(self, name: str) -> str:
+        """For the message that nothing was found: a file of this base name that `name` does not mean."""
+        others = self._by_stem.get(compared_stem(name), [])
+        if len(others) != 1:
+            return ""
+        shown = others[0][1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return f" ({shown} is there, but not in the folder that this name says)"
+
     def find(self, name: str) -> str | None:
         """The URL of the file meant, None if none is or several may be.
 
         It is the file of this very path in the first folder that has one. Else it is the only one in a folder
         whose path ends so: a name with folders never means a file of other folders. Else it is the only one
-        of this very path with another ending (publishers' lists say .jpg where the file is .png).
+        of this very path with another ending (publishers' lists say .jpg where the file is .png). If no file
+        is called so, the plain spellings of both are compared in the same way.
         """
-        candidates = self._by_stem.get(stem(name), [])
+        candidates = self._by_stem.get(compared_stem(name), [])
         urls = [f"{self._folders[place]}/{found}" for place, found in candidates]
-        for (_, found), url in zip(candidates, urls, strict=True):
-            if found == name:
-                return url
-        nested = [url for url in urls if url.endswith(f"/{name}")]
-        path = path_stem(name)
-        renamed = [url for (_, found), url in zip(candidates, urls, strict=True) if path_stem(found) == path]
-        if folder(name):
-            renamed = renamed or [url for url in urls if path_stem(url).endswith(f"/{path}")]
-        for choices in (nested, renamed):
-            if choices:
+        for spelled in (str, plain):
+            spellings = [
+                _Spelled(spelled(found), spelled(url), url)
+                for (_, found), url in zip(candidates, urls, strict=True)
+            ]
+            if choices := _meant(spelled(name), spellings):
                 first = choices[:1] if len(choices) == 1 else self._in_first_folder(choices)
                 return first[0] if len(first) == 1 else None
-        return None if self._unlisted is None else f"{self._folders[self._unlisted]}/{name}"
+        if self._unlisted is None:
+            return None
+        return "/".join((self._folders[self._unlisted], name.replace("\\", "/")))
+
+
+class _Spelled(NamedTuple):
+    """A listed file: its path in its folder and its URL, both as they are compared, and the URL itself."""
+
+    name: str
+    place: str
+    url: str
+
+
+def _meant(name: str, listed: list[_Spelled]) -> list[str]:
+    """The URLs of the files that a name may mean, by the first rule of `Finder.find` that names any."""
+    for each in listed:
+        if each.name == name:
+            return [each.url]
+    if nested := [each.url for each in listed if each.place.endswith(f"/{name}")]:
+        return nested
+    path, photos = path_stem(name), [each for each in listed if _has_ending(each.name)]
+    renamed = [each.url for each in photos if path_stem(each.name) == path]
+    if folder(name) and not renamed:
+        renamed = [each.url for each in photos if path_stem(each.place).endswith(f"/{path}")]
+    return renamed
+
+
+def _has_ending(name: str) -> bool:
+    return ending(name) in _ENDINGS
 
 
 def expand_paths(patterns: Iterable[str], setting: str) -> list[str]:

@@ -14,6 +14,7 @@ from ...schemas.config import Limits
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
+from ...schemas.secrets import open_json
 from ..io import failures, files, photos
 from ..io.failures import ReadError
 from ..io.tables import TableFile
@@ -115,7 +116,8 @@ def make_record(
     image: Image | None, annotation: Annotation, table: CategoryTable, row: tuple[int, int] | None = None
 ) -> Record:
     """The record of an annotation, with the categories of the table that its segments name."""
-    record = Record(segments=annotation.segments_info) if annotation.segments_info else Record()
+    segments = msgspec.Raw(open_json(bytes(annotation.segments_info)))
+    record = Record(segments=segments) if annotation.segments_info else Record()
     if image is not None:
         record.width, record.height = image.width, image.height
     record.row = row

@@ -150,13 +150,15 @@ class Catalog:
             stems: names without their ending.
             note: kind of the note about a file that nobody claims.
         """
-        self._claimed.setdefault((folder, ending, note), set()).update(stems)
+        self._claimed.setdefault((folder, ending, note), set()).update(
+            file_names.base_name(file_names.plain(each)) for each in stems
+        )
 
     def note_unclaimed_files(self) -> None:
         """Note each file of the claimed folders that no source claims."""
         for (folder, ending, note), stems in self._claimed.items():
             for name in self.list_folder(folder, "").names or ():
-                if name.lower().endswith(ending) and file_names.stem(name) not in stems:
+                if name.lower().endswith(ending) and file_names.compared_stem(name) not in stems:
                     self.notes.append(Note(note, f"{folder}/{name}"))
 
 

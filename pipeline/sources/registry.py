@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord
 from ...schemas.strict import FileContext, one_line_each
-from ..io import benchmark_photos, failures
+from ..io import benchmark_photos, failures, own_modules
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 SOURCES = {
@@ -25,16 +25,48 @@ SOURCES = {
 """Kind, as the configuration names it, -> its class."""
 
 
+_ALLOWED: set[str] = set()
+
+
+def allow_kinds(configured: Iterable[Any]) -> None:
+    """Let kinds of the user's own, such as "mysource:MySource", be imported from now on.
+
+    Whoever reads a configuration that the user has given says so. A corpus that somebody else has built names
+    kinds as well, and reading it must run no code.
+
+    Args:
+        configured: the subsets of a configuration, or what stands in their place in a file.
+    """
+    for subset in configured:
+        listed = subset.get("sources") if isinstance(subset, dict) else getattr(subset, "sources", None)
+        for each in [listed] if isinstance(listed, dict) else listed if isinstance(listed, list) else []:
+            kind = each.get("source") if isinstance(each, dict) else None
+            if isinstance(kind, str) and ":" in kind:
+                _ALLOWED.add(kind)
+
+
 def find_source(kind: str) -> type[Source[Any]]:
-    """The class of a kind.
+    """The class of a kind: one of ours, or a class of the user's own as `module:Class` (`own_modules`).
 
     Raises:
-        ConfigError: there is no such kind; names the choices.
+        ConfigError: there is no such kind, and it names the choices; or the class is no whole source.
     """
-    if kind not in SOURCES:
-        raise ConfigError(f"unknown kind {kind!r}; choose from {', '.join(SOURCES)}")
-    module, _, name = SOURCES[kind].partition(":")
-    return getattr(importlib.import_module(module), name)
+    if kind in SOURCES:
+        return own_modules.load_class(SOURCES[kind], "source")
+    if kind not in _ALLOWED:
+        raise ConfigError(
+            f"unknown kind {kind!r}; choose from {', '.join(SOURCES)}, "
+            "or name your own as 'package.module:Class'"
+        )
+    found = own_modules.load_class(kind, "source")
+    where = f"source: {kind!r} in {own_modules.file_of(found)}"
+    if not issubclass(found, Source):
+        raise ConfigError(f"{where} is no Source; derive it from `protocols.Source` (docs/sources.md)")
+    needs = [name for name in ("title", "options_type", "recipe") if not hasattr(found, name)]
+    if inspect.isabstract(found) or needs:
+        lacking = ", ".join(f"`{name}`" for name in (*needs, *sorted(found.__abstractmethods__)))
+        raise ConfigError(f"{where} has no {lacking}; add what is missing (docs/sources.md)")
+    return found
 
 
 def find_options(kind: str) -> type[SourceOptions]:

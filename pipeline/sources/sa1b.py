@@ -276,7 +276,9 @@ def _checked(member: tarfile.TarInfo, url: str, size: int) -> _Member:
     where = f"{url}: member {name!r}"
     reason = Reason.ANNOTATION_UNREADABLE if file_names.ending(name) == ".json" else Reason.PHOTO_UNREADABLE
     if not file_names.is_safe(name):
-        return _Member(name, None, drop(Reason.UNSAFE_NAME, f"{where}: outside its folder; not opened"))
+        return _Member(
+            name, None, drop(Reason.UNSAFE_NAME, f"{where}: {file_names.why_unsafe(name)}; not opened")
+        )
     if member.issym() or member.islnk():
         return _Member(name, None, drop(Reason.UNSAFE_NAME, f"{where}: a link, not a file; not followed"))
     if not member.isreg() or member.sparse is not None:

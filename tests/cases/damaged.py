@@ -42,6 +42,9 @@ _FOR_NOBODY = re.compile(r"0x[0-9a-f]{6,}|Traceback|\bobject at\b|\b[A-Z][A-Za-z
 
 _LONGEST_MESSAGE = 1_000
 
+_WITHOUT_PHOTO = ("usable_masks", "whole_objects")
+"""Stages that decide from masks alone, before the photo's pixels are read."""
+
 Reading = dict[str, tuple[int, int, str]]
 """By key: regions, usable regions, and the reason of the image's drop."""
 
@@ -173,21 +176,26 @@ class Run:
         return found
 
     def _check_ledger(self, reading: Reading, rows: list[dict[str, Any]]) -> None:
-        """The ledger has what the audit has seen, and what was usable is not dropped by an error."""
+        """The ledger has what the audit has seen, and what was usable is not dropped by an error.
+
+        A mask that is dropped for itself is so before anybody looks inside the photo; so of a photo that
+        turns out to be none, the audit counts the region, and the ledger has the mask's own reason.
+        """
         regions = Counter(row["key"] for row in rows if row["region"] is not None)
-        unusable = Counter(
-            row["key"]
-            for row in rows
-            if row["region"] is not None and (row["drop_stage"] == "source" or row["drop_reason"] in ERRORS)
-        )
+        unusable, unseen = Counter[str](), Counter[str]()
+        for row in rows:
+            if row["region"] is None:
+                continue
+            unusable[row["key"]] += row["drop_stage"] == "source" or row["drop_reason"] in ERRORS
+            unseen[row["key"]] += row["drop_stage"] in _WITHOUT_PHOTO and row["drop_reason"] not in ERRORS
         if {row["key"] for row in rows} != reading.keys():
             self.problems.append(f"keys of audit and ledger differ: {sorted(reading)}")
         for key, (declared, usable, reason) in reading.items():
-            found = (regions[key], regions[key] - unusable[key])
+            found = (regions[key], regions[key] - unusable[key] - (unseen[key] if reason else 0))
             if found != (declared, usable):
                 self.problems.append(f"{key}: audit has {usable} of {declared} usable, ledger {found[::-1]}")
             reasons = {row["drop_reason"] for row in rows if row["key"] == key}
-            if reason and reason not in reasons:
+            if reason and reason not in reasons and unseen[key] < regions[key]:
                 self.problems.append(f"{key}: audit drops it as {reason}, the ledger as {reasons}")
 
     def _check_count(self, reading: Reading, rows: list[dict[str, Any]]) -> None:

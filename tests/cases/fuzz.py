@@ -8,11 +8,12 @@ much memory, nothing raises what is no error of ours, and every build ends with 
 | kind | of 40 | what |
 | --- | ---: | --- |
 | source | 4 | a damaged source, as in `damaged`: audit, build and an independent look |
-| build | 6 | a build with three odd backends, each stage in a worker of its own, and once more |
-| answer | 10 | one answer of a captioner, judge or segmenter, through its stage into evidence |
-| mask | 6 | foreign masks: checked, then decoded and compared by pycocotools |
+| build | 5 | a build with three odd backends, each stage in a worker of its own, and once more |
+| answer | 8 | one answer of a captioner, judge or segmenter, through its stage into evidence |
+| mask | 5 | foreign masks: checked, then decoded and compared by pycocotools |
 | record | 4 | a record of somebody's own source, through msgpack into a ledger |
-| file | 10 | a file of any other kind, damaged, and its reader; see `fuzz_files` |
+| http | 2 | what a server answers to a captioner or a judge; see `fuzz_http` |
+| file | 12 | a file of any other kind, damaged, and its reader; see `fuzz_files` |
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.records import Credit, Drop, ImageRecord, Region, Rle
 from tests import odd_values
 from tests.building import build, calls, config_of
-from tests.cases import damaged, fuzz_files
+from tests.cases import damaged, fuzz_files, fuzz_http
 from tests.odd_answers import ODD
 from tests.synthetic import write_coconut, write_sa1b
 
@@ -135,7 +136,6 @@ def answer(seed: int, folder: Path) -> str:
     """Any answer is evidence that can be stored, read and decided from, or a refusal in plain words."""
     random = Random(seed)
     kind = random.choice(list(ODD))
-    names = [each for each in ODD[kind].values()] if random.random() < 0.3 else []
     given: Any
     if kind == "captioner":
         given = odd_values.value(random)
@@ -153,7 +153,6 @@ def answer(seed: int, folder: Path) -> str:
         given = [_candidate(random) for _ in range(random.randint(0, 3))]
         found = answers.candidates(given if random.random() < 0.9 else odd_values.value(random), SIZE)
         evidence = found if isinstance(found, BadRecord) else _resegmented(found)
-    del names
     if isinstance(evidence, BadRecord):
         drop = Drop("caption", evidence.reason, evidence.detail)
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(drop), type=Drop) == drop
@@ -277,11 +276,12 @@ def record(seed: int, _folder: Path) -> str:
 
 KINDS: dict[str, tuple[int, Callable[[int, Path], str]]] = {
     "source": (4, source),
-    "build": (6, odd_build),
-    "answer": (10, answer),
-    "mask": (6, mask),
+    "build": (5, odd_build),
+    "answer": (8, answer),
+    "mask": (5, mask),
     "record": (4, record),
-    "file": (10, fuzz_files.damaged_file),
+    "http": (2, fuzz_http.served),
+    "file": (12, fuzz_files.damaged_file),
 }
 _ORDER = [name for name, (count, _) in KINDS.items() for _ in range(count)]
 

@@ -1,6 +1,6 @@
 """The recorded cases of `../shared/cases/sources`, each with the outcome that it should have.
 
-Links, names, brackets, permissions, HTTP and S3 are cases of another kind.
+Links, permissions, HTTP and S3 are cases of another kind.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.errors import ConfigError
 from tests.shared_data import shared_data
 
-ELSEWHERE = ("symlink-", "names-nfc", "names-backslash", "path-brackets", "perm-", "http-", "s3-", "build-")
-"""Cases that are no part of this: they belong to the robustness of paths, names and servers."""
+ELSEWHERE = ("symlink-", "path-brackets", "perm-", "http-", "s3-", "build-")
+"""Cases of links, modes, servers or the configuration's folder: the rooms' tests have inputs of their own."""
 
 DESCRIBED = (
     "config-kinds",
@@ -70,6 +70,8 @@ READ: dict[str, tuple[int, int, int, int, str]] = {
     "label-forms": (13, 27, 39, 81, "labels_disagree labels_unreadable segment_absent"),
     "label-map-taken-for-photo": (1, 2, 3, 6, "photo_missing"),
     "label-palette-optimised": (2, 2, 58, 58, ""),
+    "names-backslash": (0, 1, 0, 3, "photo_missing"),  # of another folder, as with a slash; the drop says so
+    "names-nfc-nfd": (1, 1, 3, 3, ""),
     "names-subfolders-same-base": (2, 2, 6, 6, ""),
     "parquet-mask_binary": (2, 2, 6, 6, ""),
     "parquet-seg_bbox": (2, 2, 6, 6, ""),

@@ -160,6 +160,77 @@ def test_the_driver_of_a_local_build_killed_at_random_moments(tmp_path, source, 
     _kill_drivers(_slow(tmp_path, source), undisturbed, kills, 2.5, random.Random(5))
 
 
+@pytest.mark.parametrize(
+    "batch_images", [2, pytest.param(32, id="a batch that takes longer than a worker lives")]
+)
+def test_a_unit_of_slow_calls_gets_ahead_though_its_worker_is_killed_every_second(
+    tmp_path, source, batch_images
+):
+    """One unit of 24 images, 0.1 s each; a worker lives for 1 s from its first call. A kill costs what was
+    answered since the last saving, and the batch in flight.
+    """
+    slow = {"delay_s": 0.1, "batch_images": batch_images}
+    config = config_of(
+        tmp_path / "out",
+        coconut=source["coconut"],
+        images_per_shard=NUM_IMAGES,
+        captioner=slow,
+        failures={"save_every_s": 0.2},
+    )
+    kills, regions = 0, 4 * NUM_IMAGES
+    for _ in range(30):
+        began_s, driver = time.time(), _drive(config)
+        if _asks(config, driver, began_s):
+            try:
+                driver.wait(1.0)
+            except subprocess.TimeoutExpired:
+                driver.send_signal(signal.SIGKILL)
+                kills += driver.wait() == -signal.SIGKILL
+        if driver.wait() == 0:
+            break
+    assert driver.returncode == 0, (tmp_path / "config.log").read_text()[-3000:]
+    assert kills > 1
+    paid = _captions_paid(tmp_path)
+    assert len(paid) == regions
+    assert paid.total() <= regions + kills * 4 * (0.2 / 0.1 + 2 * min(batch_images, 10))
+    undisturbed = tmp_path / "undisturbed"
+    build(config.model_copy(update={"out": str(undisturbed)}))
+    assert committed(tmp_path / "out") == committed(undisturbed)
+    (stored,) = (tmp_path / "out" / "coconut" / "evidence").glob("caption-*/*")
+    assert stored.read_bytes() == next(undisturbed.glob("coconut/evidence/caption-*/*")).read_bytes()
+
+
+def _asks(config, driver: subprocess.Popen, began_s: float) -> bool:
+    """Wait until a new run asks its captioner; False if the driver ends before."""
+    while driver.poll() is None:
+        notes = list(Path(config.out).glob("coconut/journal/caption-*/*.json"))
+        if any(note.stat().st_mtime > began_s for note in notes):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("at", ["flush", "name"])
+def test_a_worker_that_dies_while_it_saves_loses_that_batch_alone_and_leaves_nothing(tmp_path, source, at):
+    mark = tmp_path / "died"
+    config = config_of(
+        tmp_path / "out",
+        coconut=source["coconut"],
+        captioner={"batch_images": 2},
+        failures={"save_every_s": 0},
+    )
+    name = "tests.odd_backends:KilledWhileSaving"
+    options = {**config.captioner.options, "mark": str(mark), "at": at}
+    captioner = config.captioner.model_copy(update={"name": name, "options": options})
+    config = config.model_copy(update={"captioner": captioner})
+    assert _drive(config).wait(60) == -signal.SIGKILL and mark.exists()
+    assert len(list((tmp_path / "out" / "coconut" / "evidence").glob(f"*/{TEMPORARY}*"))) == 1
+    assert _drive(config).wait(60) == 0, (tmp_path / "config.log").read_text()[-3000:]
+    paid = _captions_paid(tmp_path)
+    assert len(paid) == 4 * NUM_IMAGES and paid.total() == len(paid) + 4 * 2
+    assert [path for path in (tmp_path / "out").rglob(f"{TEMPORARY}*") if "events" not in path.parts] == []
+
+
 @pytest.mark.soak
 @pytest.mark.ray
 def test_the_driver_killed_at_random_moments(tmp_path, source, head, undisturbed):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -16,6 +18,7 @@ from paracaption.flows.prefect_server import PrefectServer
 from paracaption.pipeline.corpus.events import Event, EventReader
 from paracaption.schemas.errors import StageFailed
 from tests.machinery import alone
+from tests.stopped import Stopped, run_and_stop
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,3 +176,79 @@ def ends_of(out: Path) -> list[Event]:
     """The events of a build's begin and end."""
     [run] = (out / "events").iterdir()
     return [event for event in EventReader(run).new() if event.what in ("begun", "ended")]
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from paracaption.flows import stopping
+
+def command():
+    from paracaption.flows import launch
+    from paracaption.pipeline.executor.local import LocalEngine
+    from tests.building import config_of
+    from tests.synthetic import write_coconut
+
+    class Engine(LocalEngine):
+        address = None
+        def start(self, config):
+            pass
+
+    root, said = Path(sys.argv[1]), []
+    config = config_of(root / "out", coconut=write_coconut(root / "source", 24), captioner={"delay_s": 0.3})
+
+    def ready(progress):
+        if progress.stages["source"].units and not said:
+            said.append(print("ready", flush=True))
+
+    launch.build(config, Engine(), ready)
+
+stopping.run(command)
+"""
+
+
+@pytest.fixture
+def shared_server(tmp_path, monkeypatch):
+    """A server of somebody's own, which outlives the command."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with PrefectServer() as server:
+        assert server.process is not None
+        server._wait(server.process)
+        monkeypatch.setenv("PREFECT_API_URL", server._url)
+        yield server
+
+
+def stop_a_build(root: Path, number: int) -> Stopped:
+    with alone():
+        return run_and_stop([sys.executable, "-c", STOPPED, str(root)], (number,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
+def test_a_shared_server_learns_that_a_stopped_build_is_over(tmp_path, shared_server, number):
+    found = stop_a_build(tmp_path, number)
+    assert (found.code, found.errors, found.left) == (128 + number, "stopped\n", []), found
+    (run,) = httpx.post(f"{shared_server._url}/flow_runs/filter", json={}, timeout=30).json()
+    by_us = ("CANCELLED", f"stopped by {number.name}")
+    by_prefect = ("CRASHED", "Execution was aborted by a termination signal.")  # which heeds SIGTERM, too
+    known = [by_us] if number == signal.SIGINT else [by_us, by_prefect]
+    assert (run["state_type"], run["state"]["message"]) in known
+
+
+@pytest.mark.slow
+def test_a_shared_server_that_hangs_delays_no_stop(tmp_path, shared_server):
+    assert shared_server.process is not None
+    server, stopping = shared_server.process, []
+
+    def hang() -> None:
+        while not list(tmp_path.glob("out/coconut/journal/caption-*/*")):
+            time.sleep(0.05)
+        server.send_signal(signal.SIGSTOP)
+        stopping.append(True)
+
+    thread = threading.Thread(target=hang, daemon=True)
+    thread.start()
+    found = stop_a_build(tmp_path, signal.SIGINT)
+    assert stopping and (found.code, found.left) == (130, []), found
+    assert found.seconds < 10

@@ -11,7 +11,7 @@ import pytest
 from tests.stopped import Stopped, run_and_stop
 
 BEGIN = """
-import os, signal, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time, types
 from paracaption.flows import stopping
 
 def command():
@@ -77,7 +77,11 @@ def test_a_command_ends_whatever_it_waits_for(wait):
 def test_what_goes_on_after_an_interrupt_is_ended():
     found = stopped(
         """
-        ready()
+        try:
+            ready()
+            time.sleep(60)
+        except BaseException:
+            pass
         while True:
             try:
                 time.sleep(60)
@@ -221,3 +225,20 @@ def test_start_up_can_be_stopped_at_any_moment_without_a_traceback(tmp_path):
         found = run_and_stop(command, (signal.SIGINT,), draw.uniform(0.3, 2.5), to_all=True)
         assert found.code == 130 and found.left == []
         assert found.errors.splitlines()[-1].startswith("stopped") and "Traceback" not in found.errors
+
+
+def test_a_ray_that_does_not_end_does_not_keep_a_command_that_is_done():
+    """Its end waits for its servers without a limit. Here it waits for a lock that nobody gives back."""
+    found = stopped(
+        """
+        stopping._LEAVE_RAY_S = 0.5
+        sys.modules["ray"] = types.SimpleNamespace(
+            is_initialized=lambda: True, shutdown=lambda: threading.Event().wait()
+        )
+        subprocess.Popen(["sleep", "60"])
+        ready()
+        sys.exit(3)
+        """
+    )
+    assert (found.code, found.errors, found.left) == (3, "", [])
+    assert found.seconds < 10

@@ -19,6 +19,7 @@ from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests.building import config_of
+from tests.stopped import heed_signals
 from tests.synthetic import write_coconut
 
 runner = CliRunner()
@@ -112,7 +113,7 @@ def test_the_status_that_is_watched_ends_with_an_interrupt_and_without_a_word(bu
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_heed_interrupts,
+        preexec_fn=heed_signals,
     )
     try:
         line = watching.stdout.readline()
@@ -124,11 +125,6 @@ def test_the_status_that_is_watched_ends_with_an_interrupt_and_without_a_word(bu
         watching.wait()
     assert re.fullmatch(r"\d\d:\d\d:\d\d  coconut 3/3 units, 32 kept; .*released\n", line)
     assert (watching.returncode, rest, errors) == (0, "", "")
-
-
-def _heed_interrupts() -> None:
-    """Tests that run in the background of a script have been told to ignore them, and so would the child."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_an_undo_in_a_pipe_wants_a_yes_and_changes_nothing_without_it(built):

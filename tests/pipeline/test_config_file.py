@@ -6,8 +6,15 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from paracaption.pipeline.config_file import describe, load_config, load_evaluation, load_training
+from paracaption.pipeline.config_file import (
+    describe,
+    load_config,
+    load_evaluation,
+    load_judge,
+    load_training,
+)
 from paracaption.pipeline.models import registry
+from paracaption.pipeline.sources.protocols import Catalog
 from paracaption.pipeline.sources.registry import SOURCES, find_options, open_source, recipe_name
 from paracaption.schemas.config import Backend, BuildConfig, dump_config
 from paracaption.schemas.errors import ConfigError
@@ -310,3 +317,72 @@ def test_keys_that_do_not_fit_together_are_told_without_printing_the_whole_file(
     with pytest.raises(ConfigError, match="name something to train on") as told:
         load_training(path)
     assert "secret" not in str(told.value) and "given" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "out: " + "9" * 5_000,
+        "out: 2020-99-99",
+        "out: !!timestamp soon",
+        "out: !!float soon",
+        "out: !!python/object:os.system {}",
+        'out: "a\\0b"',
+        "out: ~nobody.of.this.name/x",
+    ],
+    ids=["deep", "digits", "date", "timestamp", "float", "python", "nul", "home"],
+)
+def test_a_file_of_which_yaml_makes_nothing_is_one_line_that_names_it(tmp_path, text):
+    path = tmp_path / "build.yaml"
+    path.write_text(f"{text}\nsa1b: [{{paths: [in]}}]\n")
+    with pytest.raises(ConfigError, match=r"build\.yaml: [^\n]+$") as told:
+        load_config(path)
+    assert len(str(told.value)) < 400 and "object has no attribute" not in str(told.value)
+
+
+@pytest.mark.parametrize("given", ['"a\\0b"', '"\\ud800"', "~nobody.of.this.name/x"])
+def test_an_option_that_is_no_path_is_named(tmp_path, given):
+    path = tmp_path / "judge.yaml"
+    path.write_text(f"name: vllm\noptions: {{model: {given}}}\n")
+    with pytest.raises(ConfigError, match=r"judge\.yaml: options\.model: no path that can be looked for"):
+        load_judge(path)
+
+
+@pytest.mark.parametrize("given", [5, [1], {"a": 1}, None, True, ""])
+def test_an_option_that_is_no_text_is_left_to_who_reads_the_options(tmp_path, given):
+    path = tmp_path / "judge.yaml"
+    path.write_text(yaml.safe_dump({"name": "vllm", "options": {"model": given}}))
+    assert load_judge(path).options == {"model": given}
+
+
+def test_relative_paths_of_a_configuration_in_a_folder_with_brackets_are_names(tmp_path):
+    home = tmp_path / "proj [2024]"
+    home.mkdir()
+    (home / "sa_1.tar").write_bytes(b"")
+    (home / "c.yaml").write_text("out: ./out\nsa1b: [{paths: [sa_1.tar]}]\n")
+    config = load_config(home / "c.yaml")
+    source = open_source(config, "sa1b").sources[0]
+    assert list(source.fingerprint(Catalog())) == [str(home / "sa_1.tar")]
+
+
+def test_a_configuration_that_is_a_folder_a_device_or_a_link_to_itself_is_one_line(tmp_path):
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    for path, told in (
+        (tmp_path, "a folder; give the YAML file in it"),
+        (tmp_path / "loop.yaml", "cannot be read"),
+        (Path("/dev/zero"), "longer than"),
+        (Path("a\0b.yaml"), "no file can have this name"),
+    ):
+        with pytest.raises(ConfigError, match=told) as caught:
+            load_config(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["loop/x", "a\0b", "\ud800"])
+def test_a_path_that_cannot_be_one_is_a_line_that_names_its_key(tmp_path, path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "c.yaml").write_text(json.dumps({"out": "./out", "sa1b": [{"paths": [path]}]}))
+    with pytest.raises(ConfigError, match=r"sa1b\.0\.paths\.0") as caught:
+        load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(caught.value)

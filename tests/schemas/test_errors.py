@@ -29,3 +29,24 @@ SAID = "\nValueError: 3 is no mask\nray.exit: late"
 )
 def test_an_error_is_one_line_that_says_its_cause(error, line):
     assert one_line(error) == line
+
+
+class _Silent(Exception):
+    def __str__(self):
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (_Silent(), "_Silent: a _Silent without a text (SystemExit)"),
+        (RuntimeError("half \ud83d"), r"RuntimeError: half \ud83d"),
+        (RuntimeError("x" * 10_000_000), None),
+        (RuntimeError("a: x\n" * 3_000_000 + "ValueError: this is why"), None),
+    ],
+    ids=["no text", "half a character", "long", "many lines"],
+)
+def test_an_error_that_is_hard_to_say_is_one_short_line(error, line):
+    found = one_line(error)
+    assert line in (found, None) and len(found) <= 1_000 and "\n" not in found
+    found.encode()

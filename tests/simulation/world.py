@@ -101,7 +101,8 @@ class World:
             Path(self.out),
             **self.sources,
             images_per_shard=2,
-            failures={"min_free_gb": 0, "stop_after_units": 2, "unit_retries": 0},
+            captioner={"batch_images": 1},
+            failures={"min_free_gb": 0, "stop_after_units": 2, "unit_retries": 0, "save_every_s": 0},
             **changes,
         )
 

@@ -14,7 +14,7 @@ from ....schemas.records import Blob
 from ...corpus import reader, writer
 from ...corpus.events import Event, EventReader
 from ...corpus.utilization import list_runs
-from ...io import files
+from ...io import files, yaml_text
 from ...sources.protocols import SOURCE_STAGE
 
 _BY_IMAGE = {SOURCE_STAGE, writer.WRITE_STAGE}
@@ -112,7 +112,7 @@ def read_rates(path: str | Path) -> Rates:
         ConfigError: there is no such file, or it does not hold rates; the message names the key.
     """
     try:
-        return msgspec.convert(yaml.safe_load(files.read(Blob(str(path))).decode()), Rates)
+        return msgspec.convert(yaml_text.parse(files.read(Blob(str(path))).decode()), Rates)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:

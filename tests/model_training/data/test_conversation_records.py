@@ -348,6 +348,7 @@ def test_files_that_cannot_be_read_are_errors_that_say_how_far_it_went(tmp_path:
         "pointer.json": (b"version https://git-lfs.github.com/spec/v1", r"no JSON: a Git LFS pointer; run"),
         "page.jsonl": (b"<!doctype html><html></html>", r"no JSON: a web page"),
         "none.json": (b"", r"no JSON: the file is empty"),
+        "deep.json": (b'[{"a": ' + b"[" * 100_000, r"maximum recursion depth"),
         "wide.jsonl": ("{}\n{}".encode("utf-16"), r"no JSON: UTF-16; save it as UTF-8"),
         "empty.json": (b"[]", r"no conversation in it"),
     }

@@ -72,6 +72,20 @@ def test_captions_come_in_the_callers_order(home, captioner):
     assert captions == captioner.caption(scene.pixels, scene.masks(), max_new_tokens=6, steps=3)
 
 
+def test_the_command_asks_all_regions_or_each_what_prompt_says(home, captioner):
+    masks = ["--masks", *masks_of(home, 0, 1)]
+    one = record(home, *masks, "--prompt", "What is it?")["regions"]
+    assert [region["prompt"] for region in one] == ["What is it?"] * 2
+    scene = read_regions.read_photo_regions(home / "photo.png", masks_of(home, 0, 1))
+    options = {"max_new_tokens": 6, "steps": 3}
+    expected = captioner.caption(scene.pixels, scene.masks(), prompt="What is it?", **options)
+    assert [region["caption"] for region in one] == expected
+    each = record(home, *masks, "--prompt", "Its color?", "--prompt", "Its shape?")["regions"]
+    assert [region["prompt"] for region in each] == ["Its color?", "Its shape?"]
+    with pytest.raises(ConfigError, match="prompt: 3 texts for the 2 regions"):
+        record(home, *masks, *["--prompt", "a"] * 3)
+
+
 def test_any_number_of_masks_follows_the_option_wherever_and_however_it_stands(home):
     first, second, third = masks_of(home, 0, 1, 2)
     ways = [
@@ -195,18 +209,20 @@ def test_a_folder_that_holds_no_model_of_ours_is_an_error(home, tmp_path):
     with pytest.raises(ConfigError, match="a model of type 'pdmllm', not 'perceptiondlm'; convert"):
         RegionCaptioner.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config.json: not the config of a model"):
+    with pytest.raises(ConfigError, match=r"config.json: cannot be read as JSON"):
         RegionCaptioner.load(tmp_path)
     (tmp_path / "config.json").write_bytes((home / "model" / "config.json").read_bytes())
     with pytest.raises(ConfigError, match=r"safetensors: not there"):
         RegionCaptioner.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"model.safetensors: the file is empty; fetch it again"):
+        RegionCaptioner.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((home / "model" / "model.safetensors").read_bytes())
     with pytest.raises(ConfigError, match=r"tokenizer.json: no such file; save the model again"):
         RegionCaptioner.load(tmp_path)
-    for tokenizer in ("{}", (home / "model" / "tokenizer.json").read_text()):
-        (tmp_path / "tokenizer.json").write_text(tokenizer)
-        with pytest.raises(ConfigError, match=f"{tmp_path}: not readable"):
-            RegionCaptioner.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer.json: not a tokenizer .*; download it again"):
+        RegionCaptioner.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,8 @@ def test_a_mask_that_cannot_be_captioned_is_named_by_the_callers_number(caption,
         np.zeros((9, 9, 4), np.uint8),
         np.zeros((9, 9, 3), np.float32),
         Image.fromarray(np.zeros((9, 9), np.float32)),
-        "photo.jpg",
+        42,
+        None,
     ],
 )
 def test_pixels_of_another_shape_or_type_are_an_error(caption, pixels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -479,3 +480,17 @@ def test_a_benchmarks_file_that_is_no_json_is_called_what_it_is(tmp_path, data, 
         annotations.read_json(tmp_path / "annotations.json")
     (tmp_path / "annotations.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert annotations.read_json(tmp_path / "annotations.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"digest": 1}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", [run_benchmark.CAPTIONS, run_benchmark.ANSWERS])
+def test_a_line_of_results_that_no_evaluation_wrote_is_named(tmp_path, name, line):
+    config = config_of(tmp_path, predictions(tmp_path, SAID), None)
+    run(config)
+    path = _folder(config) / name
+    before = path.read_bytes() if path.exists() else b""
+    path.write_bytes(before + line + b"\n")
+    judge = Judge(name="openai", options={"model": "m", "base_url": "http://127.0.0.1:9/v1"})
+    number = len(before.splitlines()) + 1
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: line {number} is not what an evaluation"):
+        run_benchmark.score_answers(config.benchmarks[0], judge, _folder(config))

@@ -1,6 +1,7 @@
 """A published corpus, its logs and its events hold none of twenty planted secrets."""
 
 import importlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import merge
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.io import http_files
+from paracaption.schemas import secrets
 from paracaption.schemas.config import dump_config
 from paracaption.schemas.errors import ConfigError, ParaCaptionError
 from tests import building
@@ -102,6 +104,88 @@ def test_a_published_corpus_its_logs_and_events_hold_no_secret(tmp_path, monkeyp
     out, err = capfd.readouterr()
     assert "RuntimeError" in str(texts(tmp_path / "out").values())  # the errors are in the ledger
     assert told(tmp_path / "out", caplog.text, out, err, dump_config(config)) == []
+
+
+IN_RECORDS = [f"PLANTED{number:02}x{number * 7919:06}" for number in range(20, 31)]
+
+
+def sign(url: str, secret: str) -> str:
+    return f"{url}?X-Amz-Credential=AKIA{secret}&X-Amz-Signature={secret}"
+
+
+def write_signed(root: Path) -> dict[str, Any]:
+    """A release whose records name files and pages by signed addresses. Image 4 has no photo."""
+    entry = write_coconut(root, 6)
+    document = json.loads((root / "panoptic.json").read_text())
+    images, annotations = document["images"], document["annotations"]
+    for image in images:
+        page = f"https://host/{image['file_name']}"
+        image |= {
+            "coco_url": sign(page.replace("//", f"//me:{IN_RECORDS[0]}@"), IN_RECORDS[1]),
+            "flickr_url": f"{page}?sig={IN_RECORDS[2]}",
+            "url": f"{page}?token={IN_RECORDS[3]}",
+            "license": {"name": "ours", "url": sign("https://host/license", IN_RECORDS[4])},
+        }
+    images[1]["file_name"] = sign("000000000001.jpg", IN_RECORDS[5])
+    images[2]["file_name"] = sign("https://host/000000000002.jpg", IN_RECORDS[6])
+    annotations[3]["file_name"] = sign("000000000003.png", IN_RECORDS[7])
+    images[4]["file_name"] = sign("photos/000000000004.jpg", IN_RECORDS[8])
+    (root / "photos/000000000004.jpg").unlink()
+    annotations[5]["segments_info"][0]["url"] = sign("https://host/crop.png", IN_RECORDS[9])
+    document["info"] = {"url": sign("https://host/", IN_RECORDS[10])}
+    text = json.dumps(document).replace("https://host/crop.png", r"https:\/\/host\/crop.png")
+    (root / "panoptic.json").write_text(text.replace("&X-Amz", r"\u0026X-Amz"))
+    return entry
+
+
+def test_signed_addresses_in_the_records_of_a_source_are_published_nowhere(tmp_path, caplog, capfd):
+    entry = write_signed(tmp_path / "source")
+    caplog.set_level(logging.DEBUG)
+    config = building.config_of(tmp_path / "out", coconut=entry)
+    building.build(config, LocalEngine())
+    merge.merge(config.out, config)
+    out, err = capfd.readouterr()
+    said = texts(tmp_path / "out") | {"log": caplog.text, "output": out + err}
+    assert len(said) > 20
+    assert [(s, name) for s in IN_RECORDS for name, text in said.items() if s in text] == []
+    assert "the signatures in 4 file names are left out: they would be published. Photos and" in caplog.text
+
+
+def test_photos_and_label_maps_are_found_by_their_names_without_the_signatures(tmp_path):
+    plain, signed = write_coconut(tmp_path / "plain", 6), write_signed(tmp_path / "signed")
+    (tmp_path / "plain/photos/000000000004.jpg").unlink()
+    for name, entry in (("a", plain), ("b", signed)):
+        building.build(building.config_of(tmp_path / name / "out", coconut=entry), LocalEngine())
+    shards = [building.committed(tmp_path / name / "out") for name in ("a", "b")]
+    assert shards[0].keys() == shards[1].keys()
+    missing = [{key for key, _ in building.drops(tmp_path / name / "out", "coconut")} for name in ("a", "b")]
+    assert missing == [{"000000000004"}, {"000000000002", "000000000004"}]  # 2 is on a server alone
+
+
+def test_a_record_without_secrets_is_kept_to_the_byte():
+    raw = b'[{"id": 1,  "url": "https:\\/\\/host\\/a.png?v=2", "x": 1.0}]'
+    assert secrets.open_json(raw) is raw
+    assert secrets.open_json(raw.replace(b"v=2", b"sig=ab12")) == (
+        b'[{"id": 1, "url": "https://host/a.png?...", "x": 1.0}]'
+    )
+    assert secrets.open_json(b'[{"url": "https://host/a?sig=ab12"') == b'[{"url": "https://host/a?..."'
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [
+        ("a.jpg?X-Amz-Signature=ab12", "a.jpg"),
+        ("train/a.jpg?sv=2020&se=2026-01-01&sig=ab12%3D", "train/a.jpg"),
+        ("https://host/a.jpg?token=ab12", "https://host/a.jpg"),
+        ("https://me:pw@host/a.jpg", "https://host/a.jpg"),
+        ("what?.jpg", "what?.jpg"),
+        ("a.jpg?v=2", "a.jpg?v=2"),
+        ("me@home.jpg", "me@home.jpg"),
+        ("a.jpg?", "a.jpg?"),
+    ],
+)
+def test_a_name_is_published_without_what_lets_in(name, opened):
+    assert secrets.open_name(name) == opened
 
 
 def test_a_photo_at_a_signed_address_after_a_redirect_leaves_no_trace(tmp_path, caplog):

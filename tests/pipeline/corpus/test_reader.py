@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask
 
-from paracaption.pipeline.corpus import reader
+from paracaption.pipeline.corpus import shard
 from paracaption.pipeline.corpus.reader import open_corpus
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests import committed
@@ -98,8 +98,8 @@ def test_units_that_are_committed_later_are_seen_by_an_open_corpus(tmp_path):
 
 def test_one_sample_is_held_at_a_time(out, monkeypatch):
     taken = []
-    real = reader.decode_sample
-    monkeypatch.setattr(reader, "decode_sample", lambda *a: taken.append(1) or real(*a))
+    real = shard.decode_sample
+    monkeypatch.setattr(shard, "decode_sample", lambda *a: taken.append(1) or real(*a))
     samples = open_corpus(out).samples()
     next(samples)
     assert len(taken) == 1

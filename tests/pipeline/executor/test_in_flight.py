@@ -24,6 +24,17 @@ def test_images_in_flight_at_a_death_run_alone_and_last_and_no_death_counts_yet(
         assert not in_flight.is_poison("i1")
 
 
+def test_after_each_death_in_a_batch_the_next_batches_are_half_as_large(tmp_path):
+    die(tmp_path, ["i0", "i1", "i2", "i3"])
+    with InFlight(tmp_path, "u", 3) as in_flight:
+        assert [len(batch) for batch in in_flight.split(images(12), 4)] == [2, 2, 2, 2, 1, 1, 1, 1]
+    die(tmp_path, ["i0", "i1", "i2", "i3"])
+    die(tmp_path, ["i4", "i5"])
+    with InFlight(tmp_path, "u", 3) as in_flight, in_flight.batch(["i6"]):
+        assert {len(batch) for batch in in_flight.split(images(12), 4)} == {1}
+        assert msgspec.json.decode((tmp_path / "u.json").read_bytes())["halvings"] == 2
+
+
 def test_an_image_is_poison_after_its_deaths_alone_and_only_then(tmp_path):
     die(tmp_path, ["i1"])
     with InFlight(tmp_path, "u", 2) as in_flight:
@@ -39,7 +50,7 @@ def test_deaths_of_one_image_are_remembered_while_others_work(tmp_path):
     die(tmp_path, ["i1"])
     with InFlight(tmp_path, "u", 2) as in_flight, in_flight.batch(["i0"]):
         note = msgspec.json.decode((tmp_path / "u.json").read_bytes())
-        assert note == {"deaths": {"i1": 1}, "working": ["i0"]}
+        assert note == {"deaths": {"i1": 1}, "working": ["i0"], "halvings": 0}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -55,12 +56,29 @@ def test_a_worker_that_dies_once_costs_no_record(engine, tmp_path, coconut):
     assert mark.exists()
 
 
-def test_a_stage_that_hangs_is_an_error_with_its_stack(engine, tmp_path, coconut):
-    config = config_of(
-        tmp_path / "out", coconut=coconut, captioner={"misbehave": {"*": "hang"}}, failures={"stall_s": 10.0}
-    )
-    with pytest.raises(StageStalled, match=r"(?s)no progress for 10 s.*caption, at \d{12}.*backends.py"):
+@pytest.mark.parametrize(
+    ("where", "words", "function"),
+    [
+        ("call", r"caption, unit coconut-\d{6}, at \d{12} and \d more", "caption"),
+        ("filter", r"clean_text, unit coconut-\d{6}, at \d{12}", "run"),
+        (
+            "output",
+            r"write, unit coconut-(\d{6}), at its ledger, waiting for .*/out/coconut/ledger/.tmp-coconut-\1",
+            "close",
+        ),
+    ],
+)
+def test_what_hangs_is_one_line_with_its_record_and_the_place_of_its_stack(
+    engine, tmp_path, coconut, where, words, function
+):
+    config = config_of(tmp_path / "out", coconut=coconut, failures={"stall_s": 15.0})
+    name = "tests.odd_backends:HangingCaptioner"
+    config = with_backend(config, "captioner", name, {"where": where})
+    told = rf"^{words}[^\n]*: no progress for 15 s \(failures.stall_s\); the stack is in [^\n]*$"
+    with pytest.raises(StageStalled, match=told) as raised:
         build(config, engine)
+    stack = Path(str(raised.value).partition("the stack is in ")[2].partition(";")[0])
+    assert f" in {function}\n" in stack.read_text()
     # A thread of Ray Data that outlived Ray would end this process.
     assert [t.name for t in threading.enumerate() if t.name.startswith(("StreamingExecutor", "stream"))] == []
 

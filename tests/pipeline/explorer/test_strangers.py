@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from paracaption.pipeline.corpus import contact_sheet, export, inspect, merge, plots
+from paracaption.pipeline.corpus import contact_sheet, export, inspect, merge, plots, verify
+from paracaption.pipeline.corpus.status import Watcher
 from paracaption.pipeline.explorer import report
 from paracaption.pipeline.explorer.app import make_app
 from paracaption.pipeline.explorer.context import Explorer
@@ -76,6 +77,10 @@ def read_in_every_way(out, to):
         contact_sheet.draw_corpus_image(out, f"coconut/{KEPT}", to / "image.png")
     with suppress(ParaCaptionError):
         merge.merge(out)
+    with suppress(ParaCaptionError):
+        verify.verify(out)
+    with suppress(ParaCaptionError):
+        Watcher(str(out)).read()
     return colors
 
 
@@ -178,3 +183,37 @@ def test_a_snapshot_in_hugging_face_s_cache_is_read_though_all_its_files_are_lin
         path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
     assert export.export(snapshot, "coco", tmp_path / "exported")
     assert len(look(snapshot)) > 0
+
+
+_SEEN = ("manifest_", "shard_", "pipe_", "link_as_coconut")
+SEEN_BY_VERIFY = [name for name in CORPORA if name.startswith(_SEEN)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["link_as_coconut_shards", "manifest_names_shard_elsewhere", "pipe_as_ledger"]
+)
+def test_the_processes_of_verify_are_confined_as_it_is(out, tmp_path, name):
+    work, outside = tmp_path / "out", tmp_path / "outside"
+    shutil.copytree(out, work)
+    strangers.lay_out(outside, work)
+    CORPORA[name](work, outside)
+    with strangers.watched(outside) as seen:
+        report = verify.verify(work, workers=2)
+    assert not report.ok
+    assert not [each for each in seen if each[0] == "inotify"]
+
+
+@pytest.mark.parametrize(
+    "name", [each if each in QUICK else pytest.param(each, marks=pytest.mark.soak) for each in SEEN_BY_VERIFY]
+)
+def test_verify_says_what_leads_out_of_a_corpus_and_does_not_follow_it(out, tmp_path, name):
+    work, outside = tmp_path / "out", tmp_path / "outside"
+    shutil.copytree(out, work)
+    strangers.lay_out(outside, work)
+    CORPORA[name](work, outside)
+    try:
+        found = [str(each) for each in verify.verify(work).problems]
+    except ParaCaptionError as error:
+        found = [str(error)]
+    assert found and not any("\n" in each or "Traceback" in each for each in found)

@@ -101,3 +101,24 @@ def test_no_thread_of_pyarrow_is_left_that_could_abort_a_program_at_its_end(tmp_
         [sys.executable, "-c", program, str(tmp_path / "a.parquet")], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+
+
+def test_a_footer_that_describes_a_column_as_none_can_be_is_an_error_and_not_the_end_of_the_process(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"name": ["a", None], "other": [1, 2]}), path)
+    optional = b"\x15\x0c\x25\x02\x18\x04name"  # of the schema: a text that may be null
+    assert path.read_bytes().count(optional) == 1
+    path.write_bytes(path.read_bytes().replace(optional, optional.replace(b"\x25\x02", b"\x25\x00")))
+    program = (
+        "import sys\n"
+        "from paracaption.pipeline.io.tables import TableFile\n"
+        "table = TableFile(sys.argv[1])\n"
+        "assert table.read(['other'])['other'].to_pylist() == [1, 2]\n"
+        "for ask in (table.read, lambda: table.find(['other'], name='a')):\n"
+        "    try:\n"
+        "        ask()\n"
+        "    except OSError as error:\n"
+        "        print(str(error)[:26])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "Definition level histogram\n" * 2), done.stderr

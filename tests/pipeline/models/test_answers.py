@@ -145,3 +145,34 @@ def test_a_backends_own_refusal_stays_what_it_is():
     bad = BadRecord(Reason.ANSWER_INVALID, "no answer")
     assert [make(bad) for make in (answers.caption, answers.judgment)] == [bad, bad]
     assert answers.candidates(bad, SIZE) is bad
+
+
+class Endless:
+    def __iter__(self):
+        return itertools.repeat(3)
+
+
+class Classless:
+    @property
+    def __class__(self):
+        raise RuntimeError("no class")
+
+
+class Ending:
+    def __iter__(self):
+        raise SystemExit(3)
+
+    def __str__(self):
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize("make", [Endless, lambda: range(10**12), Classless, Ending])
+def test_an_object_that_does_as_it_likes_is_refused_at_once_wherever_it_stands(make):
+    value = make()
+    counts = rle.from_mask(np.ones((5, 5), bool)).rle.counts
+    masks = [Rle(value, counts), Rle((value, 5), counts), Rle((5, 5), value)]
+    refused = [answers.caption(value), answers.judgment(value), answers.candidates(value, (5, 5))]
+    refused += [answers.judgment(Answer(value, None)), answers.judgment(Answer("yes", value))]
+    refused += [answers.candidates([Candidate(mask, 0.5)], (5, 5)) for mask in masks]
+    refused += [answers.candidates([Candidate(Rle((5, 5), counts), value)], (5, 5))]
+    assert all(isinstance(each, BadRecord) and len(each.detail) < 1_000 for each in refused)

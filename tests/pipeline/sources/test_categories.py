@@ -64,3 +64,9 @@ def test_a_category_may_be_repeated_as_it_is_and_isthing_may_be_text():
     row = {"id": 1.0, "name": "wall-brick", "isthing": "0"}
     (category,) = make_table([row, row], "x").by_id.values()
     assert (category.id, category.name, category.is_thing) == (1, "brick wall", False)
+
+
+def test_a_category_that_is_a_thing_and_stuff_is_told_so():
+    rows = [{"id": 1, "name": "person", "isthing": 1}, {"id": 1, "name": "person", "isthing": 0}]
+    with pytest.raises(ConfigError, match="'person' with isthing 1 and 0"):
+        make_table(rows, "c.json")

@@ -1,5 +1,7 @@
 """The hub's Parquet files of COCONut: a row per image, whose label map stays in the file."""
 
+import decimal
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -80,3 +82,63 @@ def test_a_parquet_file_with_a_broken_page_is_one_line(release, column, of_the_f
         assert image.drop.reason == Reason.LABELS_UNREADABLE and len(image.regions) == 2
         detail = image.drop.detail
     assert "rows.parquet" in detail and "fetch it again" in detail and "\n" not in detail
+
+
+def plan_of(path):
+    source = open_coconut(layout="parquet", annotations=[str(path)], photos=[str(path.parent)])
+    with pytest.raises(ConfigError, match=path.name) as caught:
+        list(source.catalog())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_table_of_millions_of_empty_rows_is_one_line_before_a_row_is_made(tmp_path):
+    count = 20_000_000
+    columns = {"mask": pa.nulls(count, pa.binary()), "segments_info": pa.nulls(count, pa.string())}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    assert (tmp_path / "rows.parquet").stat().st_size < 1 << 20
+    assert "20,000,000 rows in" in plan_of(tmp_path / "rows.parquet")
+
+
+def test_a_table_of_which_each_row_is_the_same_long_text_is_one_line_in_bounded_memory(tmp_path):
+    text = '{"segments_info": [' + " " * 2_000_000 + "]}"
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array([text]))
+    table = pa.table({"mask": pa.nulls(20_000, pa.binary()), "segments_info": rows})
+    pq.write_table(table, tmp_path / "rows.parquet", store_schema=False)  # 40 GB, in a file of 90 KB
+    assert "when unpacked" in plan_of(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([decimal.Decimal("1.5")]),
+        pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        pa.nulls(1),
+        pa.array([[None]], pa.list_(pa.null())),
+        pa.array([b"ab"]).dictionary_encode(),
+        pa.array([b"0" * 16], pa.uuid()),
+        pa.array([1 << 62], pa.duration("ns")),
+        pa.array([(1 << 64) - 1], pa.uint64()),
+        pa.array(["[" * 100_000]),
+        pa.array(["x" * 10_000_000]),
+    ],
+    ids=["decimal", "map", "null", "nested null", "dictionary", "uuid", "duration", "uint64", "deep", "long"],
+)
+def test_a_column_of_an_odd_type_is_a_drop_with_its_reason(release, column):
+    release.add("a")
+    good = pa.Table.from_pylist([parquet_row("a", panoptic_png(label_map()))])
+    for name in ("segments_info", "image_info", "mask"):
+        place = good.column_names.index(name)
+        pq.write_table(good.set_column(place, name, column), release.root / f"{name}.parquet")
+        source = open_coconut(
+            layout="parquet",
+            annotations=[str(release.root / f"{name}.parquet")],
+            photos=[str(release.root / "photos")],
+        )
+        (entry,) = source.catalog()
+        image = source.read(entry, LIMITS)
+        if name == "image_info" and image.live():  # what says nothing of the image is not needed
+            continue
+        drops = [image.drop, *(region.drop for region in image.regions)]
+        assert not image.live() and any(drops)
+        assert not any("Traceback" in each.detail or "\n" in each.detail for each in drops if each)

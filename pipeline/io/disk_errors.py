@@ -1,0 +1,45 @@
+"""What to say of an error of a disk or a network that no reader has turned into a record's reason."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ...schemas.secrets import shorten
+from .failures import Kind, ReadError, classify
+
+
+def to_line(error: OSError) -> str | None:
+    """The line with which a command ends for an error of the system; None for any other OSError.
+
+    A full or failing disk and a folder that may not be written are met anywhere: in the output, in a folder
+    for temporary files, in a cache.
+    """
+    if isinstance(error, ReadError):
+        return f"{error}; {_what_to_do(error)}"
+    if error.errno is None or not error.strerror:
+        return None
+    names = [os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, str | bytes)]
+    told = f"{' -> '.join(names)}: {error.strerror}" if names else f"{error.strerror}"
+    return shorten(f"{told}; {_what_to_do(error)}")
+
+
+_FIXES = {
+    errno.EACCES: "give this user the permission, or name another place",
+    errno.EDQUOT: "make room, and run the same command again",
+    errno.EIO: "the disk or its mount fails; look at it, and run the same command again",
+    errno.ELOOP: "correct the link",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), and run the same command again",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ENOENT: "correct the path, or mount its folder",
+    errno.ENOSPC: "make room, and run the same command again",
+    errno.EPERM: "give this user the permission, or name another place",
+    errno.EROFS: "it is mounted read-only; name another place",
+}
+
+
+def _what_to_do(error: OSError) -> str:
+    if error.errno in _FIXES:
+        return _FIXES[error.errno]
+    is_lasting = classify(error) is not Kind.TRANSIENT
+    return "correct the path" if is_lasting else "run the same command again when it answers"

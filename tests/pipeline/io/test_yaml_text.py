@@ -1,0 +1,62 @@
+"""YAML that anybody may have written: what is wrong is one error that names the line, within seconds."""
+
+import time
+
+import pytest
+import yaml
+
+from paracaption.pipeline.io import yaml_text
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 5_000, "nested deeper than 64 levels"),
+        ("a: " + "{b: " * 5_000, "nested deeper than 64 levels"),
+        ("\n".join(" " * depth + "a:" for depth in range(100)), "nested deeper than 64 levels"),
+        (LAUGHS, "more than 100,000 values"),
+        (MERGES, "more than 100,000 values"),
+        ("a: &a [*a]", "stands within itself"),
+        ("&a k: *a\nb: &b {c: *b}", "stands within itself"),
+        (f"a: {'9' * 400}", "a number of 400 letters"),
+        (f"a: {'9' * 5_000}", "a number of 5,000 letters"),
+        (f"a: {'1:' * 300_000}1", "a number of 600,001 letters"),
+        (f"a: {1 << 63}", "does not fit into 64 bits"),
+        (f"a: [{-(1 << 63) - 1}]", "does not fit into 64 bits"),
+        ("a: 2001-99-99", "no timestamp"),
+        ("a: !!int x", "'x' is no int"),
+        ("a: !!float x", "'x' is no float"),
+        ("a: !!bool x", "'x' is no bool"),
+        ("a: !!timestamp x", "'x' is no timestamp"),
+        ("a: !!python/object/apply:os.system [x]", "could not determine a constructor"),
+        ("a: 1\na: 2", "`a` is given twice"),
+        ("x" * (yaml_text.MAX_BYTES + 1), "longer than 1,048,576 bytes"),
+    ],
+)
+def test_what_would_run_forever_or_break_later_is_one_error_at_once(text, told):
+    started = time.monotonic()
+    with pytest.raises(yaml.YAMLError, match=told.replace("*", r"\*")):
+        yaml_text.parse(text)
+    assert time.monotonic() - started < 60  # it takes a second or two where nothing else runs
+
+
+def test_aliases_merges_and_whole_numbers_of_64_bits_are_read():
+    text = "base: &base {a: 1, b: [x, y]}\nown: {<<: *base, a: 2}\n"
+    text += f"last: {(1 << 63) - 1}\nleast: {-(1 << 63)}"
+    assert yaml_text.parse(text) == {
+        "base": {"a": 1, "b": ["x", "y"]},
+        "own": {"a": 2, "b": ["x", "y"]},
+        "last": (1 << 63) - 1,
+        "least": -(1 << 63),
+    }
+    assert yaml_text.parse(b"") is None
+
+
+def test_the_line_is_named():
+    with pytest.raises(yaml.YAMLError, match="line 3, column 4"):
+        yaml_text.parse("a: 1\nb: 2\nc: 2001-99-99\n")
