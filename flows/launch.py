@@ -35,7 +35,7 @@ def _prefect(module: str, beside: Callable[[], None] = lambda: None) -> Iterator
 
     Args:
         module: name of the flow's module.
-        beside: called in this thread meanwhile.
+        next to: called in this thread meanwhile.
     """
     with stopping.at_once(), PrefectServer() as server:
         importing = threading.Thread(target=_import_quietly, args=(module,), daemon=True)

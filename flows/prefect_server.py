@@ -1,6 +1,6 @@
 """Prefect's server for one command: a process that starts early and ends with the command.
 
-    with PrefectServer() as server:     # returns at once; the server starts beside whatever comes next
+    with PrefectServer() as server:     # returns at once; the server starts next to whatever comes next
         ...                             # import prefect, start Ray
         with server.ready():            # waits, and points Prefect at it
             flow(...)

@@ -22,7 +22,7 @@ from ..schemas.evaluation import Bench, EvaluateConfig, Judge
 from ..schemas.training import Model, TrainConfig
 
 NETWORK_MODULES = ("torch", "transformers")
-"""Modules that PerceptionDLM needs beside those of the base package."""
+"""Modules that PerceptionDLM needs besides those of the base package."""
 
 
 def check_training(config: TrainConfig, wait: bool = False, on_cluster: bool = False) -> Iterator[Finding]:

@@ -73,7 +73,7 @@ def run(command: Callable[[], object]) -> None:
 def _install() -> None:
     """Heed the signals in this process. Called first of all, since a person may be quick.
 
-    A signal that the process was told to ignore, as in the background of a script, stays ignored.
+    A signal that the process ignores from its start, as in the background of a script, stays ignored.
     """
     for each in _SIGNALS:
         if signal.getsignal(each) is not signal.SIG_IGN:

@@ -30,7 +30,7 @@ _RESERVED = (
     *("README.md", "beat", "config.yaml", "corpus.json", "events", "index.parquet", "log", "plots"),
     *("report.html", "review", "stats.json"),
 )
-"""What a corpus holds beside the folders of its subsets."""
+"""What a corpus holds besides the folders of its subsets."""
 
 
 def _subset_name(name: str) -> str:
@@ -263,7 +263,7 @@ class Backend(Strict):
 
 
 class Io(Strict):
-    """The actors that read sources and write shards. Beside models on GPUs they are two pools."""
+    """The actors that read sources and write shards. Next to models on GPUs they are two pools."""
 
     num_cpus: float = Field(default=1, gt=0, description="CPU cores of one actor.")
     concurrency: tuple[int, int] | None = Field(
@@ -308,8 +308,8 @@ class Failures(Strict):
     save_every_s: float = Field(
         default=10,
         ge=0,
-        description="What models have answered is saved after so many seconds, within a unit, too: a worker "
-        "that is killed loses no more. 0 saves after each batch.",
+        description="The models' answers are saved after this many seconds, also within a unit. A worker "
+        "that is killed loses no more than that. 0 saves after each batch.",
     )
     lease_s: float = Field(
         default=60,
@@ -352,7 +352,8 @@ class BuildConfig(Published):
     out: Location = Field(description="Folder of the corpus, on a file system that all nodes mount.")
     subsets: dict[Annotated[str, AfterValidator(_subset_name)], Subset] = Field(
         description="Parts of the corpus by name, in the order in which they are built. The keys `coconut` "
-        "and `sa1b` beside it are short for a subset of that name: a list of such sources, without kind."
+        "and `sa1b` at the top level are short for a subset of that name: a list of such sources, without "
+        "kind."
     )
     images_per_shard: PositiveInt = Field(
         default=512,
@@ -362,9 +363,10 @@ class BuildConfig(Published):
         default=0.0,
         ge=0,
         lt=1,
-        exclude_if=lambda share: not share,  # so that a configuration without one is written as ever
-        description="Share of the images that training and exports leave out, to measure with; their keys "
-        "decide which (docs/training.md), and `split` in the index says so. Another share only merges anew.",
+        exclude_if=lambda share: not share,  # so that a configuration without one is written as before
+        description="Share of the images that training and exports leave out, to measure with. Their keys "
+        "decide which (docs/training.md), and `split` in the index has the answer. A changed share only "
+        "needs a new merge.",
     )
     limits: Limits = Limits()
     masks: Masks = Masks()

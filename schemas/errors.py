@@ -76,7 +76,7 @@ class UnitsHeldBack(StageFailed):
 
 
 class Diverged(StageFailed):
-    """Step after step of a training run was not taken, on all ranks; starting anew would end the same way."""
+    """Step after step of a training run was skipped on all ranks; another start would end the same way."""
 
 
 class NothingToTrainOn(StageFailed):

@@ -38,7 +38,7 @@ class Sample(msgspec.Struct, omit_defaults=True):
     """An image with its kept regions, at least one.
 
     Attributes:
-        exif_orientation: that of the publisher's photo. If it is not 1, the photo beside this has 1 in the
+        exif_orientation: that of the publisher's photo. If it is not 1, the photo next to this has 1 in the
             tag's place, because masks fit the pixels as stored. Left out of the JSON if it is 1.
         license, ..., flickr_url: as in `Credit`; "" if the publisher's record does not state it. None, and
             not in the JSON, if the source has no such records, so that its samples have the same fields.

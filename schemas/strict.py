@@ -155,7 +155,7 @@ def one_line_each(
         where: what stands before the key on each line; may be empty.
         keys: what an unknown key's line says about those that are known.
         place_of: where the user wrote what is at a place of the model.
-        known: the keys that there are beside an unknown one, by its place in the model.
+        known: the keys that there are besides an unknown one, by its place in the model.
     """
     lines = []
     for each in error.errors():

@@ -172,7 +172,7 @@ class NoiseOptions(Strict):
     level: Literal["example", "region"] = Field(
         default="example",
         description="Draw one noise level per example, as LLaDA and the released code do, or one per "
-        "region: decoding meets finished regions beside unfinished ones.",
+        "region: decoding meets finished regions next to unfinished ones.",
     )
     eps: float = Field(
         default=1e-3,

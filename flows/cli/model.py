@@ -27,7 +27,7 @@ def prepare(
     model: Annotated[str, typer.Argument(help="Kind of the model: gar.")],
     path: Annotated[Path, typer.Argument(help="Folder of the published checkpoint.")],
     to: Annotated[
-        Path | None, typer.Option(help="Folder to write.", show_default="beside the checkpoint")
+        Path | None, typer.Option(help="Folder to write.", show_default="next to the checkpoint")
     ] = None,
 ) -> None:
     """Export a checkpoint's language model for vLLM. Does nothing if that was done before."""

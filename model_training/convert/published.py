@@ -219,7 +219,7 @@ def to_published(
     report.tensors, report.num_bytes = len(theirs) + len(rest), _size(theirs, rest)
     report.unused, report.unused_bytes = len(rest), _size(rest)
     if not report.verbatim:
-        report.notes.append("config.json and the tokenizer's files are made anew")
+        report.notes.append("config.json and the tokenizer's files are made again")
     with _writing(target, report.num_bytes) as room:
         write_tensors(room, theirs | rest, shard_bytes)
         if vision is None:

@@ -185,7 +185,7 @@ def _line(error: BaseException) -> str:
 
 
 def _why(path: str, number: int, error: BaseException) -> str:
-    """Why a file cannot be read on after so many records, and what to do."""
+    """Why the rest of a file cannot be read after the given number of records, and what to do."""
     wanted = "Parquet file" if Path(path).suffix.lower() == ".parquet" else "JSON"
     if not number and not isinstance(error, OSError):
         if words := what_is(files.fetch(Blob(path), 0, 64), wanted):
@@ -301,7 +301,7 @@ def _region_groups(
 
 
 def _has_regions(row: dict[str, Any]) -> bool:
-    """Whether a record is one of regions. With a conversation beside them, they have to be there."""
+    """Whether a record is one of regions. With a conversation besides them, they have to be there."""
     masks, annotations = row.get("mask_rles"), row.get("annotations")
     if row.get("conversations") is None and row.get("messages") is None:
         return masks is not None or annotations is not None

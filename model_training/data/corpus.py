@@ -71,7 +71,7 @@ class TrainingCorpus:
     """The images of a corpus, and its items: groups of regions, those of one image after those of another.
 
     Args:
-        table: the images, with the items beside them.
+        table: the images, with the items next to them.
         path: folder or URL of the corpus.
         options: how images are cut into groups.
         seed: decides the sizes of the groups.

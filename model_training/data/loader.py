@@ -68,8 +68,8 @@ class Loader:
             rank: number of this process among all ranks.
             world_size: number of ranks.
             pin_memory: copy batches to page-locked memory, from which a GPU fetches them on its own.
-            start_method: how worker processes start. "forkserver" and "spawn" are safe beside threads, CUDA
-                and Ray, but import the main module anew (guard it with `if __name__ == "__main__"`); "fork"
+            start_method: how worker processes start. "forkserver" and "spawn" are safe next to threads, CUDA
+                and Ray, but import the main module again (guard it with `if __name__ == "__main__"`); "fork"
                 starts faster.
             held_out_share: share of the images of all corpora that are left out, to be evaluated on; the
                 largest that one of them holds out, if that is more.

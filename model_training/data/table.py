@@ -66,7 +66,7 @@ class TableWriter:
         self.num_rows += len(rows)
 
     def close(self, about: dict[str, Any]) -> None:
-        """Finish the table; `about` goes to a JSON file beside it."""
+        """Finish the table; `about` goes to a JSON file next to it."""
         self.data.write(b"\0")  # an empty file cannot be mapped
         self.rows.close()
         self.data.close()

@@ -73,7 +73,7 @@ def to_array(values: Any, name: str) -> np.ndarray:
     """An array of numbers from an array, a tensor on any device, a Pillow image or nested lists.
 
     Raises:
-        ConfigError: it is none of them, or does not hold numbers; `name` is what messages call it.
+        ConfigError: it is not one of these, or does not hold numbers; `name` is what messages call it.
     """
     if hasattr(values, "detach"):  # a tensor, which may lie on a GPU or be of a type that numpy lacks
         values = values.detach().cpu()

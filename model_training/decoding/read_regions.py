@@ -318,7 +318,7 @@ def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRe
 
 
 def _label_map(path: str, name: str, photo: str) -> str:
-    """The PNG of a panoptic JSON: in the folder with the JSON's name, or in the only folder beside it."""
+    """The PNG of a panoptic JSON: in the folder with the JSON's name, or in the only folder next to it."""
     home = Path(path).parent
     if (named := home / file_names.stem(path) / name).exists():
         return str(named)
@@ -326,7 +326,7 @@ def _label_map(path: str, name: str, photo: str) -> str:
     found = [str(each) for each in beside if each.exists() and each.resolve() != Path(photo).resolve()]
     if len(found) != 1:
         what = "none" if not found else " or ".join(found)
-        raise ConfigError(f"{path}: label map {name} in a folder beside it: {what}; put one there")
+        raise ConfigError(f"{path}: label map {name} in a folder next to it: {what}; put one there")
     return found[0]
 
 

@@ -227,7 +227,7 @@ def _of_box(numbers: Any, size: tuple[int, int], boxes: Boxes, name: str) -> np.
     shown = f"{name}: the box {', '.join(f'{each:g}' for each in map(float, numbers))}"
     means = f"`boxes` says that it is {_BOXES[boxes]} in pixels"
     if not all(map(math.isfinite, (first, second, third, fourth))):
-        raise ConfigError(f"{shown} has a number that is none; give {_BOXES[boxes]} in pixels")
+        raise ConfigError(f"{shown} has NaN or an infinite number; give {_BOXES[boxes]} in pixels")
     x1, y1, x2, y2 = first, second, third, fourth
     if boxes == "xywh":
         x2, y2 = first + third, second + fourth

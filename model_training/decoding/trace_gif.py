@@ -1,4 +1,4 @@
-"""A trace as an animated GIF: for each step the photo with its masks, and the captions beside or below."""
+"""A trace as an animated GIF: for each step the photo with its masks, and the captions next to or below."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _BOX_WIDTH, _BOX_SPACE = 20, 4
 _SIDE, _COLUMN, _LEAST_COLUMN = 640, 520, 420
 _INDENT, _HEADER = 34, 62
 _WIDE = 1.9
-"""From this ratio of width to height on, captions stand below the photo instead of beside it."""
+"""From this ratio of width to height on, captions stand below the photo instead of next to it."""
 _TALL = 1.5
-"""Captions also stand below if, beside the photo, they would be higher than it by more than this factor."""
+"""Captions also stand below if, next to the photo, they would be higher than it by more than this factor."""
 _FRAME_MS, _LAST_MS, _LONGEST_MS = 220, 3000, 16_000
 
 
@@ -57,7 +57,7 @@ def render_gif(trace: Trace) -> bytes:
 
 
 def render_frames(trace: Trace) -> Iterator[Image]:
-    """The frames: for every snapshot the photo with its masks, and the captions beside or below it."""
+    """The frames: for every snapshot the photo with its masks, and the captions next to or below it."""
     return _Layout.of(trace).frames()
 
 
@@ -88,7 +88,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def of(cls, trace: Trace) -> _Layout:
-        """The layout of a trace: captions beside the photo if there is room, else below it in columns."""
+        """The layout of a trace: captions next to the photo if there is room, else below it in columns."""
         picture = draw.draw_masks(trace.photo, trace.overlays, _SIDE)
         pieces = [trace.pieces(step) for step in range(len(trace.snapshots))]
         width, height = picture.size

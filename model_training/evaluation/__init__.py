@@ -9,7 +9,7 @@
 | `run_benchmark` | all of these for one captioner on one benchmark, resumable |
 | `results_page` | the results as an HTML page |
 | `quality` | measures of captions that need no judge |
-| `make_benchmark` | a benchmark of one's own images, which `select_images` selects |
+| `make_benchmark` | a benchmark of your own images, which `select_images` selects |
 | `held_out` | what a training run says of its model: captions of held-out photos |
 | `profile` | latency and throughput |
 """

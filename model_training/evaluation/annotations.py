@@ -120,7 +120,7 @@ def read_benchmark(
     Args:
         folder: folder with the three files.
         kind: layout of annotations.json, and protocol.
-        photo_folder: folder or URL of the photos; by default `images` beside the files.
+        photo_folder: folder or URL of the photos; by default `images` next to the files.
 
     Raises:
         ConfigError: a file is missing or damaged, or refers to something that another file lacks. The message

@@ -1,4 +1,4 @@
-"""A trained model on held-out photos: its captions beside the corpus's, in numbers and pictures.
+"""A trained model on held-out photos: its captions next to the corpus's, in numbers and pictures.
 
 A training run ends with this, and needs no judge for it. OUT/evaluation/ gets `captions.jsonl` (one line per
 image), `pictures/` and `summary.json`.

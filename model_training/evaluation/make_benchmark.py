@@ -1,4 +1,4 @@
-"""Makes a benchmark of one's own images: regions that are easily confused, questions drafted by a model.
+"""Makes a benchmark of your own images: regions that are easily confused, questions drafted by a model.
 
     TO/
         images/                                     the photos, as the corpus has them
@@ -52,7 +52,7 @@ class DraftContent(msgspec.Struct):
 
     Attributes:
         positive: what a caption should say.
-        elsewhere: things beside the region, which its caption should not mention.
+        elsewhere: things next to the region, which its caption should not mention.
         absent: parts that such a thing often has and this one does not.
     """
 

@@ -196,7 +196,7 @@ def _decoded(path: Path, number: int, line: bytes, kind: type[_Line]) -> _Line:
     """A line of a file of results, as its kind.
 
     Raises:
-        ConfigError: it is none; names file and line.
+        ConfigError: the line cannot be read; names file and line.
     """
     try:
         return msgspec.json.decode(line, type=kind)

@@ -43,7 +43,7 @@ def read_model_config(folder: Path) -> PerceptionDLMConfig:
     """The config of a folder, whose numbers are those of a model.
 
     Raises:
-        ConfigError: it cannot be read, or a number in it is none that a model has; names file and field.
+        ConfigError: it cannot be read, or no model can have one of its numbers; names file and field.
     """
     path = folder / "config.json"
     _check_numbers(path, weights.read_json(path))

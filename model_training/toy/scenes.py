@@ -210,7 +210,7 @@ def draw_scene(seed: int, number: int, options: WorldOptions, split: str, taken:
             taken.add(text)
             return scene
     raise ConfigError(
-        f"no new {split} scene of {num_things} things in {_ATTEMPTS} draws; allow more shapes or colours, "
+        f"no new {split} scene of {num_things} things in {_ATTEMPTS} draws; allow more shapes or colors, "
         "fewer `regions`, a larger `canvas`, or ask for fewer images"
     )
 

@@ -69,7 +69,7 @@ class CheckpointReader(FileSystemReader):
         for each in found.storage_data.values():
             name = str(each.relative_path)
             if Path(name).name != name or not name.endswith(_DATA) or (self._folder / name).is_symlink():
-                raise pickle.UnpicklingError(f"it names {name[:100]!r}, no file beside it")
+                raise pickle.UnpicklingError(f"it names {name[:100]!r}, no file next to it")
         if found.storage_meta is not None:
             found.storage_meta.load_id = self.load_id
         return found

@@ -31,7 +31,7 @@ class DropCounts:
 
     @classmethod
     def restored(cls, stored: dict[str, Any] | None, epoch: int) -> DropCounts:
-        """The counts of a checkpoint. One of an earlier release has none: counting begins anew there."""
+        """The counts of a checkpoint. One of an earlier release has none: counting begins again there."""
         return cls(**stored) if stored is not None else cls(epoch, complete=False)
 
     def stored(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def export_model(
 
     Args:
         model: the trained model, sharded or not.
-        processor: the model's processor, which is saved beside it.
+        processor: the model's processor, which is saved next to it.
         ema: the moving average of the trained weights by name, or None.
         config: the run's configuration.
         group: the ranks; rank 0 writes.

@@ -149,7 +149,7 @@ class Run:
                 yield found
 
     def close(self) -> None:
-        """Stop the processes and threads that run beside the training."""
+        """Stop the processes and threads that run next to the training."""
         self.loader.close()
         self.checkpoints.close()
 

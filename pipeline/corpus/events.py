@@ -79,7 +79,7 @@ class EventLog:
         self.on_event(self.append(what, **fields))
 
     def append(self, what: str, **fields: Any) -> Event:
-        """The same, of which `on_event` is not told: for what is called in the middle of other work."""
+        """The same without a call of `on_event`, for use in the middle of other work."""
         if detail := fields.get("detail"):
             fields["detail"] = shorten(detail)
         event = Event(time.time(), what, **fields)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CREDITS = "credits.json"
-"""License and origin of the images, beside a list in the released layout."""
+"""License and origin of the images, next to a list in the released layout."""
 
 _SMALL = re.compile(r"[0-9]{1,9}")
 _ROWS_PER_GROUP = 100

@@ -109,7 +109,7 @@ class Claim(_Record, tag="claim"):
     Attributes:
         command: what it does: "build", "merge" or "undo".
         host: name of its machine.
-        boot: changes when that machine starts anew; empty where the system does not say.
+        boot: changes when that machine starts again; empty where the system does not say.
         process: its process, with its name space and the moment it started; see `processes`.
         pid: its process id, for people.
     """

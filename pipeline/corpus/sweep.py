@@ -1,6 +1,6 @@
 """Removes what drivers and workers left behind that died: files that no record names.
 
-The order makes it safe beside a driver that was only paused: list first, then write a record, which fails if
+The order makes it safe next to a driver that was only paused: list first, then write a record, which fails if
 somebody else has claimed the corpus since, then delete what the list has and nothing names. Data files have a
 name for each attempt, so what is deleted is never written again under the same name.
 """
@@ -55,7 +55,7 @@ def sweep(owner: Owner, keep_replaced_s: float = float("inf")) -> int:
 
 
 def is_swept(out: str) -> bool:
-    """Whether no killed merge or driver has left a temporary file beside the subsets. Writes nothing."""
+    """Whether no killed merge or driver has left a temporary file next to the subsets. Writes nothing."""
     return not any(_temporary(out, folder) for folder in _SHARED)
 
 

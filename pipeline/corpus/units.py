@@ -47,7 +47,7 @@ class Unit(NamedTuple):
 
 
 def list_units(folder: str) -> list[Unit]:
-    """The committed units in a subset's folder, in order. There is none if there is no such folder.
+    """The committed units in a subset's folder, in order. Without such a folder there are none.
 
     Raises:
         IntegrityError: the commit log is damaged.

@@ -7,7 +7,7 @@ The promises:
 - a manifest's files have its checksums, and the ledger counts what the manifest counts;
 - each sample of a shard is a kept row of the ledger, and each kept row is where its offsets say;
 - the photo of each sample is the one that its evidence names, where it names one;
-- every RLE fills its image, and has the area and the box that stand beside it;
+- every RLE fills its image, and has the area and the box that stand next to it;
 - every caption obeys the text rules;
 - the work list is what was written; all units are of it and of one recipe, and index and statistics are of
   these units;
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _KEYS_AT_ONCE = 4_000_000
-"""Of so many keys a hash is held at a time."""
+"""Number of keys whose hashes are held at a time."""
 
 
 class VerifyReport(NamedTuple):
@@ -349,7 +349,7 @@ def _check_merged(
     with guarded(problems, reader.STATS, fix):
         try:
             problems += _compare_with_units(corpus, subsets, deep, fix)
-        except ConfigError as error:  # no statistics beside an index
+        except ConfigError as error:  # no statistics next to an index
             problems.append(Problem(reader.STATS, "", f"not readable ({error}); {fix}"))
     return problems
 

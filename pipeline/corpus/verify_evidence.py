@@ -1,4 +1,4 @@
-"""Checks what models said, the evidence beside a corpus, without opening a model. Called by `verify`.
+"""Checks what models said, the evidence next to a corpus, without opening a model. Called by `verify`.
 
 A folder's name has a digest of a configuration, which cannot be computed without the model's files. Which
 answers it holds is known from the stage's name: their columns must be those of the stage.

@@ -48,7 +48,7 @@ SUMMARY = "plan.json"
 
 
 class WorkList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the driver knows of a work list. The images are in the table beside it.
+    """What the driver knows of a work list. The images are in the table next to it.
 
     Attributes:
         subset: name of the subset.

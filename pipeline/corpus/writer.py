@@ -63,7 +63,7 @@ class Draft(msgspec.Struct):
 
 
 def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, recipe: str) -> Draft:
-    """Write a unit's files beside their final places. Photos that fail now are dropped here.
+    """Write a unit's files next to their final places. Photos that fail now are dropped here.
 
     The tar is the same to the last byte for the same images: members sorted by key, no times, no owners;
     photo bytes are copied, never re-encoded, and only an EXIF orientation in them is set to upright, which

@@ -294,7 +294,7 @@ def _planned_entries(planned: Plan | None, folder: Path, count: int) -> list[Cat
         units = range(0, planned.work_list.num_units, step)
         share = -(-count // max(1, len(units)))
         return [entry for index in units for entry in planned.read_unit(index)[:share]][:count]
-    except IntegrityError:  # a damaged one is reported, or made anew, when the build plans
+    except IntegrityError:  # a damaged one is reported, or made again, when the build plans
         return None
 
 

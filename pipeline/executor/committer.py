@@ -27,7 +27,7 @@ COMMIT_EVERY_S = 5.0
 
 
 def write_config(config: BuildConfig, owner: Owner) -> None:
-    """Record the resolved configuration, and write it beside what it builds, unless it is the same."""
+    """Record the resolved configuration, and write it next to what it builds, unless it is the same."""
     text = dump_config(config)
     if owner.state.config is None or owner.state.config.text != text or not _has_config(config):
         try:

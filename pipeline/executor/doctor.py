@@ -32,7 +32,7 @@ from .packages import check_backend_packages, check_python_and_base
 from .preflight import check_sources, inspect_backend, used_protocols
 
 _WORKING_SHARE = 0.1
-"""The share of its memory budget that a stage should have for activations and caches, beside its weights."""
+"""The share of its memory budget that a stage should have for activations and caches, besides its weights."""
 
 _REMOTE_CHECK_S = 300.0
 """How long a check on a node may take; a `runtime_env` is made in this time."""

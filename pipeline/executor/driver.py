@@ -341,7 +341,7 @@ def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed:
 
 
 def _are_committed(config: BuildConfig, subset: str, work_list: WorkList, units: list[int]) -> bool:
-    """Whether there is a version of each of these units: its photos are at hand, and what it has is kept."""
+    """Whether there is a version of each of these units: its photos are available, so what it has is kept."""
     names = commit_log.read_units(config.out)
     return all(f"{subset}/{work_list.unit_name(index)}" in names for index in units)
 

@@ -49,7 +49,7 @@ def _refuse(where: str, given: str, out: Path, config: BuildConfig) -> None:
     if not pattern and plain in out.parents:
         raise ConfigError(
             f"{where}: {given} is read with all that is in it, and `out` ({config.out}) is inside it; "
-            "choose an `out` beside it"
+            "choose an `out` outside of it"
         )
     if pattern and plain in out.parents:
         for path in _written(out, config):

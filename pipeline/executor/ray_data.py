@@ -125,7 +125,7 @@ class RayEngine:
 
 
 IO_CONCURRENCY = (1, 8)
-"""Actors that read and write beside models on GPUs, where `io.concurrency` says nothing."""
+"""Actors that read and write next to models on GPUs, where `io.concurrency` says nothing."""
 
 
 def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:

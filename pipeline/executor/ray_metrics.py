@@ -1,4 +1,4 @@
-"""The counters of a build as metrics of Ray, which its dashboard and any Prometheus show beside the actors.
+"""The counters of a build as metrics of Ray, which its dashboard and any Prometheus show next to the actors.
 
 They are of one process and one run, as all metrics are. What a corpus holds is in its log.
 """

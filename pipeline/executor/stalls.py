@@ -30,7 +30,7 @@ _HEAD_BYTES = 1024
 """The start of a stack file: what its process is doing, padded, so that it is written over in place."""
 
 _REARM_SHARE = 0.1
-"""The clock is set anew with the first record after this share of `stall_s`: each time takes a thread."""
+"""The clock is set again with the first record after this share of `stall_s`: each time takes a thread."""
 
 _LOOKS = 4
 """How often within `stall_s` the thread looks."""

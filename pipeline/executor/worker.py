@@ -447,7 +447,7 @@ def draft_of(row: dict[str, Any]) -> Draft:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed image buffers instead of giving them back and faulting them in anew.
+    """Tell glibc to reuse freed image buffers instead of giving them back and faulting them in again.
 
     By default every buffer above 128 KB goes back at once: 40% of a worker's CPU time was spent on page
     faults. Up to half a gigabyte of freed memory then stays with the process. Does nothing where there is no

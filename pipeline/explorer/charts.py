@@ -87,7 +87,7 @@ def read_distributions(
         catalog: of the corpus.
         subset: one of its subsets.
         config: the present configuration.
-        tried: another one, whose thresholds are shown beside the present ones.
+        tried: another one, whose thresholds are shown next to the present ones.
         moves: (lost, gained) regions with `tried`, by column and by the bins of `BIN_COLUMNS`.
     """
     found = catalog.remember(("distributions", subset), lambda: _bins(catalog, subset))

@@ -1,6 +1,6 @@
-"""What the models answered about an image's regions, from the evidence that is kept beside the corpus.
+"""What the models answered about an image's regions, from the evidence that is kept next to the corpus.
 
-Evidence of another model or of another question may lie beside that which decided. What is shown agrees with
+Evidence of another model or of another question may lie next to that which decided. What is shown agrees with
 the scores in the ledger, and is the newest that does.
 """
 
@@ -85,4 +85,4 @@ def _read_answers(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tupl
         rows = zip(*(table[name].to_pylist() for name in ("region", *names)), strict=True)
         return [(region, kind(*answer)) for region, *answer in rows]
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IntegrityError):
-        return []  # missing, damaged, or being written anew: the page does without it
+        return []  # missing, damaged, or being written again: the page does without it

@@ -1,6 +1,6 @@
 """Photos of a corpus for the browser, with masks drawn by `draw`, or as SVG with the same colors and numbers.
 
-A photo is decoded and encoded anew, so the browser gets a JPEG of ours whatever the publisher's file holds.
+A photo is decoded and encoded again, so the browser gets a JPEG of ours whatever the publisher's file holds.
 Its EXIF data are left out, because browsers would turn the photo by them, and masks would no longer fit.
 """
 

@@ -1,4 +1,4 @@
-"""What people say about decisions: right or wrong. Kept beside the corpus, with the precision that follows.
+"""What people say about decisions: right or wrong. Kept next to the corpus, with the precision that follows.
 
 `OUT/review/marks.parquet` (its name in version 0.1) has a row for each reviewed region and reviewer with the
 decision that was reviewed. The whole file is written for each review, under a lock, so that two explorers of
@@ -104,7 +104,7 @@ class Reviews:
             return []
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             raise IntegrityError(
-                f"{self.path}: no reviews ({error}); move it away, and review anew"
+                f"{self.path}: no reviews ({error}); move it away, and review again"
             ) from error
         return [Review(*row.values()) for row in table.to_pylist()]
 
@@ -219,7 +219,7 @@ class Reviews:
                 yield
         except OSError as error:
             raise ConfigError(
-                f"{self.path}: cannot be written ({error}); reviews are kept beside the corpus"
+                f"{self.path}: cannot be written ({error}); reviews are kept next to the corpus"
             ) from error
 
 

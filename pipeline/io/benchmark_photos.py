@@ -1,4 +1,4 @@
-"""The photos of benchmarks: the list of names beside this file, and photos that a user points to."""
+"""The photos of benchmarks: the list of names next to this file, and photos that a user points to."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Pictures(NamedTuple):
     looks: list[tuple[PictureHash, str]]
 
     def find(self, photo: Blob, max_pixels: int) -> str:
-        """The file's name of the benchmark's photo that a photo is, or is a copy of; "" if it is none.
+        """The file's name of the benchmark's photo that a photo is, or is a copy of; "" if there is none.
 
         Raises:
             BadRecord: it could not be read, or cannot be decoded.

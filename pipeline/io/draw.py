@@ -56,7 +56,7 @@ _TEXT = 17
 _LINE = 1.32
 _COLUMN = 420
 _WIDE = 1.9
-"""From this ratio of width to height on, captions stand below the photo instead of beside it."""
+"""From this ratio of width to height on, captions stand below the photo instead of next to it."""
 _TALL = 1.3
 """So they do if they would be higher than the photo by this factor."""
 
@@ -164,7 +164,7 @@ def number_places(
 
 
 def draw_image(photo: np.ndarray, overlays: Sequence[Overlay], side: int = 900, title: str = "") -> Image:
-    """The photo with its masks, and the captions in a legend beside it, or below a wide photo.
+    """The photo with its masks, and the captions in a legend next to it, or below a wide photo.
 
     Args:
         photo: (H, W, 3) uint8 RGB.

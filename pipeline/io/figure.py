@@ -9,7 +9,7 @@ from typing import Any
 
 KEPT = "#0072B2"
 DROPPED = "#E69F00"
-MOVED = "#222222"  # would change sides: told from both by its lightness alone
+MOVED = "#222222"  # would change sides: its lightness alone tells it apart
 DECLARED = "#BBBBBB"
 INK = "#333333"
 QUIET = "#777777"

@@ -37,7 +37,7 @@ def what_is(data: bytes, wanted: str = "JSON") -> str:
     """What a file is by its beginning, and what to do; "" if that says nothing.
 
     Args:
-        data: the file, or its first bytes; at least 64 where it has so many.
+        data: the file, or its first bytes; at least 64 bytes if it has that many.
         wanted: what it should be: "JSON", "YAML", "photo", "PNG", "tar", "Parquet file". Of text the
             encoding is looked at, too.
     """

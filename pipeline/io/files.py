@@ -132,7 +132,7 @@ def decoded(
     """What `decode` makes of fetched bytes; what it refuses is refused only if a second read gives the same.
 
     Args:
-        fetching: reads the bytes anew with each call.
+        fetching: reads the bytes again with each call.
         decode: raises `BadRecord` for bytes that are not what they should be.
         data: the bytes, if they were fetched before.
 
@@ -388,7 +388,7 @@ def write_folder_atomic(
 ) -> Iterator[Path]:
     """Write a local folder that appears under its name whole and durable, or not at all.
 
-    The block fills a temporary folder beside the target. When the block ends, every file is flushed to the
+    The block fills a temporary folder next to the target. When the block ends, every file is flushed to the
     disk and the folder gets its name; if the block raises, the temporary folder is removed. A killed process
     leaves its temporary folder behind; the next writer of the same target removes it.
 

@@ -1,8 +1,8 @@
-"""Classes of the user's own, named `module:Class`: installed, or in a file beside the configuration.
+"""Classes of the user's own, named `module:Class`: installed, or in a file next to the configuration.
 
-What Python finds without us has its meaning: a file beside the configuration never stands in for the standard
-library or for what is installed. Of the folder only the modules that are named, and those that their source
-imports, can be imported, so a folder called `data` or `wandb` beside the configuration is nobody's package.
+What Python finds without us keeps its meaning: a file next to the configuration never replaces a module of
+the standard library or an installed one. Only the modules that are named, and those that their source imports,
+can be imported from the folder. So a folder called `data` or `wandb` there is not taken for a package.
 
 Their files are read once, when the class is first looked for. The driver runs what it has read, and hands it
 to its workers (`taken`, `install`), so all run the same version, on nodes that do not have the folder, too.
@@ -36,7 +36,7 @@ _WITHOUT = ("__pycache__", ".pyc", ".pyo")
 
 
 class OwnModule(msgspec.Struct, frozen=True):
-    """A module or a package beside a configuration, as it was when it was first looked for.
+    """A module or a package next to a configuration, as it was when it was first looked for.
 
     Attributes:
         name: the first part of its name.
@@ -58,7 +58,7 @@ _places: dict[str, Path] = {}
 def look_in(folder: str | Path) -> None:
     """From now on, look for modules that are not installed in this folder. Nothing is imported.
 
-    A module that was taken before is taken anew if this folder has one of its name: it may have been changed.
+    A module that was read before is read again if this folder has one of its name: it may have changed.
     """
     _home[:] = [Path(folder).resolve()]
     for name, module in list(_taken.items()):
@@ -133,14 +133,14 @@ def _why_not(module: str, top: str, error: BaseException) -> str:
             return f"cannot be imported: {place / top} has no module {error.name}; correct the name"
         looked = f", and {_home[0]} has no {top}.py and no folder {top}" if _home else ""
         return (
-            f"cannot be imported: no module {error.name!r} is installed{looked}; put it beside the "
+            f"cannot be imported: no module {error.name!r} is installed{looked}; put it next to the "
             "configuration, install it, or correct the name"
         )
     file, line = _place_of(error)
     at = f" ({file}, line {line})" if file else ""
     advice = "correct the file"
     if isinstance(error, ModuleNotFoundError):
-        advice = "install it on every node, or put it beside the configuration"
+        advice = "install it on every node, or put it next to the configuration"
     elif not file:
         advice = "correct the name"
     what = f"SyntaxError: {error.msg}" if isinstance(error, SyntaxError) else one_line(error)
@@ -161,7 +161,7 @@ def _place_of(error: BaseException) -> tuple[str, int]:
 
 
 def _hint(module: Any, top: str) -> str:
-    """What else a module has, or that a file beside the configuration is hidden by an installed one."""
+    """What else a module has, or that a file next to the configuration is hidden by an installed one."""
     hidden = _find(_home[0], top) if _home and top not in _taken else None
     if hidden is not None:
         return (
@@ -176,11 +176,11 @@ def _hint(module: Any, top: str) -> str:
     return f"; it has {', '.join(sorted(names)[:10])}" if names else "; correct the name"
 
 
-# What lies beside the configuration.
+# What lies next to the configuration.
 
 
 def _take(name: str, where: str) -> None:
-    """Read a module of this name beside the configuration, unless one is installed or it was read."""
+    """Read a module of this name next to the configuration, unless one is installed or it was read."""
     if name in _taken or not _home or is_installed(name, _home[0]) or _find(_home[0], name) is None:
         return
     found = _read(_home[0], name)
@@ -202,7 +202,7 @@ def _adopt(module: OwnModule, place: Path) -> None:
 
 
 def _forget(name: str) -> None:
-    """Forget a module and what it consists of, so that it is imported anew."""
+    """Forget a module and what it consists of, so that it is imported again."""
     module = _taken.pop(name, None)
     _places.pop(name, None)
     tops = {name} | {path.partition("/")[0].removesuffix(".py") for path in (module.files if module else ())}

@@ -228,7 +228,7 @@ class FolderStore(Store):
         return os.stat(path).st_mtime
 
     def _written(self, path: str, data: bytes) -> str:
-        """A temporary file beside `path` with this content."""
+        """A temporary file next to `path` with this content."""
         temporary = temporary_name(path)
         _make(_parent(path))
         try:
@@ -275,7 +275,7 @@ class _Named(io.BufferedWriter):
 def _unless_swept(write: Callable[[], Result]) -> Result:
     """Write once more if whoever owns the corpus has swept the temporary file meanwhile.
 
-    A driver that is about to claim a corpus writes beside its owner. The names that it gives are safe.
+    A driver that is about to claim a corpus writes next to its owner. The names that it gives are safe.
     """
     for _ in range(_SWEPT_TIMES):
         with suppress(FileNotFoundError):
@@ -354,6 +354,6 @@ def store_of(path: str | Path) -> Store:
 
 
 def temporary_name(path: str) -> str:
-    """A name beside a path that nobody else has, and that readers ignore."""
+    """A name next to a path that nobody else has, and that readers ignore."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{TEMPORARY}{name}-{uuid.uuid4().hex[:12]}"

@@ -216,7 +216,7 @@ def write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def _load(path: Path, name: str) -> torch.Tensor:
-    """One tensor. The file is opened anew for each: what was mapped for the last one leaves the memory."""
+    """One tensor. The file is opened again for each: what was mapped for the last one leaves the memory."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

@@ -46,7 +46,7 @@ def folder(path: str | Path, what: str) -> Path:
     if pickled:
         raise ConfigError(
             f"{found / pickled[0]}: a pickle, which can run code when it is loaded; convert it to "
-            "safetensors, or delete it if the folder has safetensors beside it"
+            "safetensors, or delete it if the folder has safetensors, too"
         )
     safetensors_files(found)
     refuse_code(found)
@@ -107,7 +107,7 @@ def _files_of_index(index: Path) -> list[str]:
         raise ConfigError(f"{index}: has no weight_map, which names the files; download it again")
     for tensor, name in listed.items():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            what = f"{tensor[:100]} is in {str(name)[:100]!r}, which is no safetensors file beside it"
+            what = f"{tensor[:100]} is in {str(name)[:100]!r}, which is no safetensors file next to it"
             raise ConfigError(f"{index}: {what}; download it again")
     return sorted(set(listed.values()))
 

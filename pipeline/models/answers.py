@@ -112,7 +112,7 @@ def _candidate(given: Any, name: str) -> tuple[dict[str, Any], float]:
 
 
 def _cleaned(clean: Callable[[], Cleaned], answer: Any) -> Cleaned | BadRecord:
-    """What `clean` makes of an answer; the reason why it is none, also where a stranger's class raises."""
+    """What `clean` makes of an answer; or why it cannot be used, even if a class of the user's raises."""
     try:
         return answer if isinstance(answer, BadRecord) else clean()
     except BadRecord as refused:

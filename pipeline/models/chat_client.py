@@ -418,7 +418,7 @@ def parse_json(text: str) -> Any:
     """JSON from a server or a model.
 
     Raises:
-        ValueError: it is none, or is nested so deeply that nothing is to be read in it.
+        ValueError: it is not JSON, or is nested too deeply to be read.
     """
     try:
         return json.loads(text)

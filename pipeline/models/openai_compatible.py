@@ -38,7 +38,7 @@ RIM_RGB = (255, 255, 255)
 
 
 class CaptionerOptions(ServerOptions, frozen=True, kw_only=True):
-    """The options of the `openai` captioner, beside those of the server.
+    """The options of the `openai` captioner, besides those of the server.
 
     Attributes:
         image_side_px: longest side of both pictures; larger ones are scaled down.
@@ -56,7 +56,7 @@ class CaptionerOptions(ServerOptions, frozen=True, kw_only=True):
 
 
 class JudgeOptions(ServerOptions, frozen=True, kw_only=True):
-    """The options of the `openai` judge, beside those of the server.
+    """The options of the `openai` judge, besides those of the server.
 
     Attributes:
         logprobs: whether to ask for log-probabilities, from which margins come; some servers refuse them.

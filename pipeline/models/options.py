@@ -1,4 +1,4 @@
-"""The options of a backend: declared once, as a struct beside its class, and read by `read_options`."""
+"""The options of a backend: declared once, as a struct next to its class, and read by `read_options`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a backend is: a class behind one of three small protocols, `Captioner`, `Judge` or `Segmenter`.
 
-The constructor takes the options of the configuration as keywords. Beside the protocol's one method a backend
-may have:
+The constructor takes the options of the configuration as keywords. Besides the protocol's one method it may
+have:
 
 - `identity(**options) -> dict[str, str]`, a class method that names what the answers depend on (versions,
   weights, prompts) without loading any of it. It becomes part of the evidence digest, so options that
@@ -54,8 +54,8 @@ class Answer(msgspec.Struct, frozen=True):
 
     Attributes:
         text: the answer itself.
-        margin: how sure the judge is: above 0 it speaks for "yes". None if the judge has no such number;
-            one that is not finite is none.
+        margin: how sure the judge is: above 0 it speaks for "yes". None if the judge has no such
+            number. One that is not finite counts as None.
     """
 
     text: str

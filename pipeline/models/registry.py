@@ -18,7 +18,7 @@ class Registered(NamedTuple):
 
     Attributes:
         path: its class, as "package.module:Class".
-        needs: distributions that it imports, beside those that every build needs.
+        needs: distributions that it imports, besides those that every build needs.
         extra: the extra of paracaption that installs `needs`; None if the base package already does.
     """
 
@@ -92,7 +92,7 @@ METHODS = {
 def find_backend(protocol: str, backend: Backend) -> type[Any]:
     """The backend's class, imported but not instantiated; see `protocols` for what it has.
 
-    A class of the user's own is installed, or lies beside the configuration (`own_modules`).
+    A class of the user's own is installed, or lies next to the configuration (`own_modules`).
 
     Args:
         protocol: "captioner", "judge" or "segmenter".

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 VERSION = "1"
 
 TEXTS_AT_ONCE = 64
-"""Phrases that the text encoder sees at once: 32 tokens each, little beside the detector's 5,184 patches."""
+"""Phrases that the text encoder sees at once: 32 tokens each, little next to the detector's 5,184 patches."""
 
 PREFIX = "detector_model."
 """Of the image model's tensors in the published checkpoint, which is a video model's."""

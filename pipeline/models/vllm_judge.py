@@ -63,7 +63,7 @@ class VllmOptions(BackendOptions, frozen=True):
         model: folder of the checkpoint, in the Hugging Face layout with safetensors.
         max_in_flight: questions inside the engine at once.
         retries: how often a question is asked again if its answer is outside its schema.
-        own_process: whether the engine runs in a process of its own beside the actor's.
+        own_process: whether the engine runs in a process of its own next to the actor's.
         engine: vLLM's own arguments, such as gpu_memory_utilization or dtype.
     """
 
@@ -142,7 +142,7 @@ class VllmJudge:
             room = given.engine.get("max_model_len", MAX_MODEL_LEN) - num_tokens - prompt.max_tokens
             if room < 256:
                 raise ConfigError(
-                    f"judge.options.engine.max_model_len: leaves {room} tokens for a caption beside the "
+                    f"judge.options.engine.max_model_len: leaves {room} tokens for a caption besides the "
                     f"instructions of {name}; raise it by {256 - room} or more"
                 )
             notes.append(f"{name} version {prompt.version}: {num_tokens} tokens, {room} left for the caption")

@@ -1,7 +1,7 @@
-"""What a source read, made clean at the border: after this, every format of ours can hold it.
+"""Cleans what a source has read, so that every format of ours can hold it.
 
-A number that no column holds is none, a text is valid Unicode, a mask of somebody's own source is checked as
-published ones are. What a region cannot be without is a drop.
+A number that no column can hold becomes null, and a text becomes valid Unicode. A mask of a source of the
+user's own is checked like published ones. A region without something that it needs is dropped.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ _ELEMENT = frozenset({"id", "image_id", "file_name", "segments_info", "segmentat
 def as_list(value: Any) -> list[Any] | None:
     """The elements of a list, also of one that is written as an object of them by id, or as its only element.
 
-    An element without an `id` gets the one that it is listed by. None if the value is none of these.
+    An element without an `id` gets the one that it is listed by. None if the value is something else.
     """
     if isinstance(value, list):
         return value

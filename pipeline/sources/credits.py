@@ -130,7 +130,7 @@ def read_credit(record: bytes, licenses: Licenses | None = None) -> Credit:
 
 
 def _parsed(data: bytes) -> Any:
-    """Parsed JSON; None for what is none."""
+    """Parsed JSON; None if it cannot be parsed."""
     try:
         return json.loads(bytes(data)) if data else None
     except (ValueError, RecursionError):
@@ -189,7 +189,7 @@ def _loose(text: str) -> str:
 
 
 def _url(value: Any) -> str:
-    """An address for strangers; "" for what is none."""
+    """An address that may be published; "" if it is not one."""
     if isinstance(value, dict):
         value = value.get("url")
     text = value.strip() if isinstance(value, str) else ""

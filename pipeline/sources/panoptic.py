@@ -340,7 +340,7 @@ def _label_name(annotation: Blob, row: tuple[int, int] | None) -> str:
 
 
 def _label_bytes(annotation: Blob, row: tuple[int, int] | None, name: str) -> Callable[[], bytes]:
-    """What fetches the label map; each call but the first reads it anew."""
+    """What fetches the label map; each call but the first reads it again."""
     if row is None:
         return lambda: files.fetch(annotation)
     calls = itertools.count()

@@ -225,7 +225,7 @@ class SubsetSource:
         catalog.note_unclaimed_files()
 
     def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:
-        """The image of an entry. A worker opens the sources anew, and needs nothing else of the catalog."""
+        """The image of an entry. A worker opens the sources again, and needs nothing else of the catalog."""
         image = self.sources[entry.source].read(entry, limits, notes, self.subset)
         listed = entry.drop
         if listed is not None and listed.reason is Reason.BENCHMARK_PHOTO and image.drop is None:

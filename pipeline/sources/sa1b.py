@@ -230,7 +230,7 @@ def _opened(file: Any) -> tarfile.TarFile:
     """The archive, with its first header read.
 
     Raises:
-        tarfile.TarError: that is none.
+        tarfile.TarError: it is not a tar.
     """
     try:
         return tarfile.open(fileobj=file, mode="r:", errorlevel=0)
@@ -303,9 +303,9 @@ def _entry(
     elif doubt:
         dropped = drop(Reason.PAIR_AMBIGUOUS, f"{url}: {name}: {doubt}")
     elif picture is None:
-        dropped = drop(Reason.PHOTO_MISSING, f"{url}: {name}: no photo of this name beside it")
+        dropped = drop(Reason.PHOTO_MISSING, f"{url}: {name}: no photo of this name next to it")
     elif text is None:
-        dropped = drop(Reason.ANNOTATION_MISSING, f"{url}: {name}: no JSON of this name beside it")
+        dropped = drop(Reason.ANNOTATION_MISSING, f"{url}: {name}: no JSON of this name next to it")
     else:
         dropped = None
     return CatalogEntry(key, photo, annotation, b"", name, dropped, credit=Credit())

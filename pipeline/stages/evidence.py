@@ -82,7 +82,7 @@ class EvidenceStore(Generic[E]):
         return self.folder / f"{unit}.parquet"
 
     def load(self, unit: str) -> Evidence:
-        """All evidence of a unit, empty if there is none; a damaged file is none, with a warning.
+        """All evidence of a unit, empty if there is none. A damaged file counts as missing, with a warning.
 
         Raises:
             StageFailed: the disk does not give the file. That says nothing of what is in it.

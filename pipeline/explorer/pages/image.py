@@ -32,7 +32,7 @@ def show_image(request: Request, explorer: CurrentExplorer, subset: str, key: st
     rows = catalog.image(subset, key)
     query = Query.parse(request.query_params)
     here = catalog.place_of(query, subset, key)
-    within = Query() if here is None else query  # of an image that was not asked for, those beside it
+    within = Query() if here is None else query  # of an image that was not asked for, those next to it
     here = here or ImagePlace(subset, rows[0]["unit"], key, rows[0]["file_row_number"], 0)
     earlier = catalog.page(within, before=here, limit=1).images
     later = catalog.page(within, after=here, limit=1).images

@@ -39,7 +39,7 @@ def show_next(
     reviewer = reviewer_of(request)
     found = reviews.next_unreviewed(subset, decision, num_skipped, reviewer)
     shown = (key, region) if key else found
-    num_passed = num_skipped + (shown == found)  # one that was asked for is none of those to skip
+    num_passed = num_skipped + (shown == found)  # one that was asked for is not among those to skip
     row, drawn, review = None, {}, None
     if shown is not None:
         key, region = shown

@@ -180,7 +180,7 @@ def is_container(word: str) -> bool:
 
 
 def is_hollow(word: str) -> bool:
-    """Whether a head says nothing beside the noun before it: an air conditioner unit."""
+    """Whether a head says nothing besides the noun before it: an air conditioner unit."""
     return word in _HOLLOW
 
 

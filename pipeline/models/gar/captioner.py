@@ -150,7 +150,7 @@ class GarCaptioner:
         found = checkpoint.check_tensors(config)
         num_bytes = 0
         for name, tensor in found.items():
-            twice = name == f"{checkpoint.LANGUAGE}embed_tokens.weight"  # beside the tower, and in vLLM
+            twice = name == f"{checkpoint.LANGUAGE}embed_tokens.weight"  # next to the tower, and in vLLM
             size = math.prod(tensor.shape) * _SIZES[given.dtype] if given.dtype else tensor.num_bytes
             num_bytes += size * (1 + twice)
         target = Path(given.language_model) if given.language_model else export.default_folder(given.model)

@@ -123,7 +123,7 @@ def read_config(model: str | Path, what: str = "captioner.options.model") -> Gar
     vision, text = _get(mllm, "vision_config", path), _get(mllm, "text_config", path)
     name, arguments = _get(vision, "architecture", path), vision.get("model_args") or {}
     if name not in TOWERS:
-        raise ConfigError(f"{path}: vision architecture {name!r} is none of {sorted(TOWERS)}")
+        raise ConfigError(f"{path}: vision architecture {name!r} is not one of {sorted(TOWERS)}")
     tower = TOWERS[name]
     unknown = sorted(set(arguments) - _MODEL_ARGS)
     if unknown:

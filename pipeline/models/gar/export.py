@@ -23,7 +23,7 @@ RECORD = "export.json"
 
 
 def default_folder(model: str | Path) -> Path:
-    """Where the export of a checkpoint lies if nothing else is said: beside it."""
+    """Where the export of a checkpoint lies if nothing else is said: next to it."""
     path = Path(model).absolute()
     return path.with_name(f"{path.name}-vllm")
 
@@ -37,7 +37,7 @@ def prepare(model: str | Path, to: str | Path | None = None) -> Path:
 
     Args:
         model: folder of the published checkpoint.
-        to: where to; default: beside it, as `<model>-vllm`.
+        to: where to; default: next to it, as `<model>-vllm`.
 
     Returns:
         The folder.
