@@ -139,8 +139,8 @@ def deploy(
         list[str] | None,
         typer.Option(
             help="What runs may name besides the built-in models: a backend or source (`module:Class`, "
-            "installed or in the current folder), the py_executable of a runtime_env, the base_url of a server. May be "
-            "given several times."
+            "installed or in the current folder), the py_executable of a runtime_env, the base_url of a "
+            "server. May be given several times."
         ),
     ] = None,
 ) -> None:

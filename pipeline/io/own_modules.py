@@ -1,8 +1,8 @@
 """Classes of the user's own, named `module:Class`: installed, or in a file next to the configuration.
 
 What Python finds without us keeps its meaning: a file next to the configuration never replaces a module of
-the standard library or an installed one. Only the modules that are named, and those that their source imports,
-can be imported from the folder. So a folder called `data` or `wandb` there is not taken for a package.
+the standard library or an installed one. Only the modules that are named, and those that their source
+imports, can be imported from the folder. So a folder called `data` or `wandb` there is no package.
 
 Their files are read once, when the class is first looked for. The driver runs what it has read, and hands it
 to its workers (`taken`, `install`), so all run the same version, on nodes that do not have the folder, too.
