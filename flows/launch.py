@@ -30,17 +30,17 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def _prefect(module: str, beside: Callable[[], None] = lambda: None) -> Iterator[Any]:
+def _prefect(module: str, meanwhile: Callable[[], None] = lambda: None) -> Iterator[Any]:
     """A flow's module, imported while Prefect's server starts. Within the block the server answers.
 
     Args:
         module: name of the flow's module.
-        next to: called in this thread meanwhile.
+        meanwhile: called in this thread while the server starts.
     """
     with stopping.at_once(), PrefectServer() as server:
         importing = threading.Thread(target=_import_quietly, args=(module,), daemon=True)
         importing.start()
-        beside()
+        meanwhile()
         importing.join()
         found = importlib.import_module(module)
         with server.ready():
