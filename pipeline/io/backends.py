@@ -66,12 +66,12 @@ def open_plain(path: str) -> io.FileIO:
     """Open a file to read its bytes, unbuffered. A named pipe would never answer, nor would a device end.
 
     Raises:
-        OSError: it cannot be opened, or is neither a file nor a folder (ENXIO).
+        OSError: it cannot be opened, or is neither a file nor a folder (ESPIPE).
     """
-    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.ENXIO, "neither a file nor a folder", path)
+        raise OSError(errno.ESPIPE, "neither a file nor a folder", path)
     return file
 
 
