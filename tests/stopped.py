@@ -12,7 +12,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "PARACAPTION_TEST_MARK"
 HEEDING_SIGNALS = ["env", "--default-signal=INT,HUP"]
-"""Before a command: tests in the background of a script, or under nohup, ignore signals; so do their children.
+"""Before a command: tests under nohup, or in the background of a script, ignore signals, and so would it.
 
 Not a `preexec_fn`, which can wait forever for a lock that another thread held at the fork.
 """
