@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import stat
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -124,8 +125,13 @@ def _changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
 def _bytes_of(path: Path) -> bytes:
     """What the file holds, or somewhat more of it than may be: it may be a device without an end."""
     try:
+        # One that a shell makes for `<(...)` is there to be read.
+        if stat.S_ISFIFO(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+            raise ConfigError(f"{path}: a pipe; give the YAML file")
         with path.open("rb") as file:
             return file.read(yaml_text.MAX_BYTES + 1)
+    except ConfigError:
+        raise
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -172,9 +178,14 @@ def _absolute(root: Path, path: str) -> str:
     if not path or files.is_url(path):
         return path
     try:
-        return str((root / Path(files.local(path)).expanduser()).resolve())
+        found = str((root / Path(files.local(path)).expanduser()).resolve())
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"no path that can be looked for: {one_line(error)}") from error
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a name on its path is not UTF-8, and cannot be stored; rename it") from error
+    return found
 
 
 def describe(kind: type[BaseModel] = BuildConfig) -> str:

@@ -129,7 +129,9 @@ def _text_of(error: BaseException) -> str:
     """Its text, or words in its place if it cannot be made; of a very long one its two ends."""
     try:
         text = str(error)
-    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - an error of a stranger's class
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - an error of a stranger's class
         return plain_detail(error)
     most = _LONGEST_TEXT // 2
     return text if len(text) <= _LONGEST_TEXT else f"{text[:most]}\n{text[-most:]}"

@@ -37,7 +37,9 @@ def plain_detail(value: Any) -> str:
     """Words for a person, whatever they are made of: plain, and cut if they are too long."""
     try:
         text = value if isinstance(value, str) else str(value)
-    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - the text of a stranger's object
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the text of a stranger's object
         text = f"a {type(value).__name__} without a text ({type(error).__name__})"
     text = plain_text(text[: MAX_DETAIL + 1])
     return text if len(text) <= MAX_DETAIL else f"{text[: MAX_DETAIL - 3]}..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 import uuid
@@ -12,6 +11,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "PARACAPTION_TEST_MARK"
+HEEDING_SIGNALS = ["env", "--default-signal=INT,HUP"]
+"""Before a command: tests under nohup, or in the background of a script, ignore signals, and so would it.
+
+Not a `preexec_fn`, which can wait forever for a lock that another thread held at the fork.
+"""
+IGNORING_INTERRUPTS = ["env", "--ignore-signal=INT"]
 
 
 class Stopped(NamedTuple):
@@ -32,14 +37,13 @@ def run_and_stop(
 ) -> Stopped:
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        command,
+        [*(IGNORING_INTERRUPTS if ignoring else HEEDING_SIGNALS), *command],
         cwd=ROOT,
         env=os.environ | {MARK: mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_ignore_interrupts if ignoring else heed_signals,
     )
     try:
         if after_s is None:
@@ -56,16 +60,6 @@ def run_and_stop(
     finally:
         process.kill()
         process.wait()
-
-
-def heed_signals() -> None:
-    """Before a child starts: tests in the background of a script, or under nohup, ignore signals."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _marked(mark: str) -> list[str]:

@@ -23,7 +23,6 @@ import logging
 import math
 import os
 import time
-from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -402,7 +401,9 @@ class Worker:
         except EngineLost:
             del self.models[stage.name]  # a dead engine fails on every image: the next call gets a fresh one
             raise
-        except (SystemExit, GeneratorExit, CancelledError) as error:
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # SystemExit, GeneratorExit, CancelledError, pytest's, trio's, ...
             if hasattr(error, "ray_terminate_msg"):  # Ray ends this process
                 raise
             raise RuntimeError(f"the backend ended itself: {words_of(error)}") from error

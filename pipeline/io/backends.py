@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import glob
+import io
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import IO, Any, Literal, NamedTuple, Protocol
@@ -60,12 +62,25 @@ class Backend(Protocol):
         ...
 
 
+def open_plain(path: str) -> io.FileIO:
+    """Open a file to read its bytes, unbuffered. A named pipe would never answer, nor would a device end.
+
+    Raises:
+        OSError: it cannot be opened, or is neither a file nor a folder (ESPIPE).
+    """
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.ESPIPE, "neither a file nor a folder", path)
+    return file
+
+
 class LocalFiles:
     """Plain paths."""
 
     def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
         confined.check(url)
-        with open(local(url), "rb", buffering=0) as file:
+        with open_plain(local(url)) as file:
             if start:
                 file.seek(start)
             data = file.read() if length is None else _read_up_to(file, length)
@@ -77,8 +92,8 @@ class LocalFiles:
         return os.stat(local(url)).st_size
 
     def version(self, url: str) -> str:
-        stat = os.stat(local(url))
-        return f"{stat.st_size}-{stat.st_mtime_ns}"
+        found = os.stat(local(url))
+        return f"{found.st_size}-{found.st_mtime_ns}"
 
     def kind(self, url: str) -> FileKind | None:
         try:
@@ -125,8 +140,8 @@ def _walk(root: str) -> Iterator[tuple[str, str]]:
     while stack:
         below = stack.pop()
         place = os.path.join(root, below.path)
-        stat = os.stat(place)
-        this = stat.st_dev, stat.st_ino
+        looked = os.stat(place)
+        this = looked.st_dev, looked.st_ino
         if this in below.above or (below.num_links > 1 and this in seen):
             continue
         seen.add(this)

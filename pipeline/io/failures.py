@@ -108,6 +108,7 @@ _ERRNOS = {
     errno.ENAMETOOLONG: Kind.RECORD,
     errno.ENOENT: Kind.RECORD,
     errno.ENOTDIR: Kind.RECORD,
+    errno.ESPIPE: Kind.RECORD,
     **{
         getattr(errno, name): Kind.SETUP
         for name in ("EKEYEXPIRED", "EKEYREJECTED", "EKEYREVOKED", "ENOKEY")

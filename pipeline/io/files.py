@@ -21,7 +21,7 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
 from ...schemas.secrets import shorten
 from . import confined
-from .backends import Backend, FsspecFiles, LocalFiles, has_magic, local
+from .backends import Backend, FsspecFiles, LocalFiles, has_magic, local, open_plain
 from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
 
 Result = TypeVar("Result")
@@ -167,7 +167,7 @@ def read_mapped(url: str) -> Any:
 
 def _mapped(path: str) -> Any:
     confined.check(path)
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         if not file.seek(0, 2):
             return b""
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -32,6 +32,9 @@ MAX_BYTES = 16 << 20
 """Most bytes of one module with what it imports: every worker gets them."""
 
 _MAX_FILES = 2_000
+_OURS = __name__.partition(".")[0]
+"""This package. In a clone it lies beside a configuration at the top, and is not the user's for that."""
+
 _WITHOUT = ("__pycache__", ".pyc", ".pyo")
 
 
@@ -105,7 +108,9 @@ def load_class(path: str, where: str) -> type[Any]:
         found: Any = importlib.import_module(module)
     except ParaCaptionError:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a stranger's module raises
         raise ConfigError(f"{where}: {path!r} {_why_not(module, top, error)}") from error
     source = getattr(found, "__file__", None) or "a built-in module"
     for part in name.split("."):
@@ -212,7 +217,7 @@ def _forget(name: str) -> None:
 
 def is_installed(name: str, folder: Path | None = None) -> bool:
     """Whether Python has a module of this name without us; a file of `folder` does not count."""
-    if name in sys.builtin_module_names or name in sys.stdlib_module_names:
+    if name == _OURS or name in sys.builtin_module_names or name in sys.stdlib_module_names:
         return True
     if name in sys.modules and not _lies_in(folder, getattr(sys.modules[name], "__file__", None)):
         return True

@@ -22,6 +22,11 @@ _WHOLE = range(-(1 << 63), 1 << 63)
 class _Loader(yaml.SafeLoader):
     """Refuses what would run forever or break later, and a key that is given twice."""
 
+    yaml_constructors = yaml.SafeLoader.yaml_constructors | {
+        "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_timestamp
+    }
+    """A table of its own: a library that comes with vLLM makes timestamps text in the one that all share."""
+
     def __init__(self, stream: Any):
         super().__init__(stream)
         self._depth = self._num_nodes = 0

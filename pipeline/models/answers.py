@@ -117,7 +117,9 @@ def _cleaned(clean: Callable[[], Cleaned], answer: Any) -> Cleaned | BadRecord:
         return answer if isinstance(answer, BadRecord) else clean()
     except BadRecord as refused:
         return refused
-    except (Exception, SystemExit, GeneratorExit) as error:  # noqa: BLE001 - an object of a stranger's class
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - an object of a stranger's class
         return _refused(f"the answer cannot be read: {words_of(error)}")
 
 

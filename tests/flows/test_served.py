@@ -18,7 +18,7 @@ from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.evaluation import EvaluateConfig
 from paracaption.schemas.training import TrainConfig
 from tests.machinery import alone
-from tests.stopped import heed_signals
+from tests.stopped import HEEDING_SIGNALS
 from tests.synthetic import write_coconut
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,12 +210,12 @@ def test_through_the_api_neither_parameters_nor_an_edited_deployment_run_code(
 
     api = PREFECT_API_URL.value()
     mark = tmp_path / "RAN"
-    command = [sys.executable, "-m", "paracaption.flows.cli", "deploy", "--name", "stranger"]
+    command = [
+        *HEEDING_SIGNALS, sys.executable, "-m", "paracaption.flows.cli", "deploy", "--name", "stranger",
+    ]  # fmt: skip
     environment = {**os.environ, "PREFECT_API_URL": api, "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
     with alone(), (tmp_path / "deploy.log").open("w") as log:
-        deploy = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, cwd=ROOT, preexec_fn=heed_signals
-        )
+        deploy = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
         try:
             deployment = _eventually(lambda: httpx.get(f"{api}/deployments/name/build-corpus/stranger"))
             source = write_coconut(tmp_path / "source", 2)

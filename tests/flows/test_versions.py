@@ -19,7 +19,7 @@ from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests.building import config_of
-from tests.stopped import heed_signals
+from tests.stopped import HEEDING_SIGNALS
 from tests.synthetic import write_coconut
 
 runner = CliRunner()
@@ -105,7 +105,9 @@ def test_the_status_fits_eighty_columns(built):
 
 def test_the_status_that_is_watched_ends_with_an_interrupt_and_without_a_word(built):
     out, _ = built
-    command = [sys.executable, "-m", "paracaption.flows.cli", "status", str(out), "--watch"]
+    command = [
+        *HEEDING_SIGNALS, sys.executable, "-m", "paracaption.flows.cli", "status", str(out), "--watch",
+    ]  # fmt: skip
     root = Path(__file__).resolve().parents[2]
     watching = subprocess.Popen(
         command,
@@ -113,7 +115,6 @@ def test_the_status_that_is_watched_ends_with_an_interrupt_and_without_a_word(bu
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_signals,
     )
     try:
         line = watching.stdout.readline()

@@ -134,7 +134,7 @@ def test_no_text_takes_long(part):
     import time
 
     length = 100_000
-    started = time.process_time()
+    started = time.thread_time()
     secrets.shorten(part * (length // len(part)))
     list(secrets.find({"x": part * (length // len(part))}))
-    assert time.process_time() - started < 2
+    assert time.thread_time() - started < 2

@@ -73,11 +73,11 @@ def test_seven_regions_are_asked_about_in_the_published_groups_with_the_publishe
     made = []
     real = PerceptionDLMProcessor.make_example
 
-    def make(processor, pixels, masks, *rest):
+    def make(processor, pixels, masks, *rest, **named):
         made.append(
             ([int(np.flatnonzero(mask.any(0))[0]) // 8 for mask in masks], processor.layout.instruction)
         )
-        return real(processor, pixels, masks, *rest)
+        return real(processor, pixels, masks, *rest, **named)
 
     monkeypatch.setattr(PerceptionDLMProcessor, "make_example", make)
     bench = Bench(**{"name": "b", "kind": "paradlc", "folder": "unused"} | asked)

@@ -173,3 +173,19 @@ def test_a_size_that_no_column_holds_is_one_images_drop(tmp_path, pairs, number,
     assert {row["key"] for row in rows if row["kept"]} == {"sa_1"}
     wanted = {"there": "size_mismatch", "missing": "photo_missing", "broken": "photo_unreadable"}[photo]
     assert {row["drop_reason"] for row in rows if row["key"] == "sa_0"} == {wanted}
+
+
+def test_an_exception_that_is_none_of_pythons_kinds_is_the_backends_and_no_builds_end(tmp_path, monkeypatch):
+    class Odd(BaseException):  # as pytest's, trio's and asyncio's
+        def __str__(self):
+            raise Odd
+
+    def caption(self, images):
+        raise Odd
+
+    monkeypatch.setattr("tests.backends.InstantCaptioner.caption", caption)
+    config = config_of(tmp_path / "out", coconut=write_coconut(tmp_path / "source", 2))
+    build(config)
+    found = set(drops(tmp_path / "out", "coconut").values())
+    assert {reason for _, reason, _ in found} == {"model_error"}
+    assert all("the backend ended itself: Odd" in detail for _, _, detail in found)

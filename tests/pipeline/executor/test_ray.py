@@ -59,12 +59,16 @@ def test_a_worker_that_dies_once_costs_no_record(engine, tmp_path, coconut):
 @pytest.mark.parametrize(
     ("where", "words", "function"),
     [
-        ("call", r"caption, unit coconut-\d{6}, at \d{12} and \d more", "caption"),
+        pytest.param(
+            *("call", r"caption, unit coconut-\d{6}, at \d{12} and \d more", "caption"),
+            marks=pytest.mark.soak,
+        ),
         ("filter", r"clean_text, unit coconut-\d{6}, at \d{12}", "run"),
-        (
+        pytest.param(
             "output",
             r"write, unit coconut-(\d{6}), at its ledger, waiting for .*/out/coconut/ledger/.tmp-coconut-\1",
             "close",
+            marks=pytest.mark.soak,
         ),
     ],
 )

@@ -417,3 +417,22 @@ def test_the_example_of_the_page_runs_from_another_folder(project):
     done = subprocess.run([*command, "--limit-images", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(captions(project / "corpus")) > 0
+
+
+def test_this_package_is_not_the_users_in_a_clone_where_it_lies_beside_the_configuration(project):
+    """Else its classes would be made a second time, and a `BadRecord` would not be one."""
+    write(
+        project / "mycap.py",
+        "from paracaption.schemas.errors import BadRecord\n" + textwrap.dedent(CAPTIONER),
+    )
+    (project / "paracaption").symlink_to(ROOT / "paracaption")
+    assert own_modules.is_installed("paracaption", ROOT)
+    assert find(project, "mycap:MyCap")().word == "thing"
+    assert [sorted(each.files) for each in own_modules.taken()] == [["mycap.py"]]
+
+
+@pytest.mark.parametrize("code", ["raise KeyError", "raise type('E', (BaseException,), {})('odd')"])
+def test_a_module_that_raises_whatever_it_likes_is_one_line(project, code):
+    write(project / "mycap.py", f"{code}\n")
+    with pytest.raises(ConfigError, match="'mycap:MyCap' cannot be imported"):
+        find(project, "mycap:MyCap")

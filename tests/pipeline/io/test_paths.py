@@ -7,10 +7,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.executor.places import refuse_overlap
 from paracaption.pipeline.io import backends, files
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.records import Blob
 
 
 def touch(path: Path) -> str:
@@ -131,3 +133,31 @@ def test_a_closed_folder_is_an_error_that_names_it_and_lost_and_found_is_none(tm
     closed(monkeypatch, tmp_path / "private")
     with pytest.raises(PermissionError, match="private"):
         names(tmp_path)
+
+
+def test_a_named_pipe_is_neither_a_file_nor_a_folder_and_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "photo.jpg"
+    os.mkfifo(pipe)
+    for read in (files.read_mapped, lambda path: files.read(Blob(path))):
+        with pytest.raises(OSError, match="neither a file nor a folder"):
+            read(str(pipe))
+    with pytest.raises(ConfigError, match=f"^{pipe}: a pipe; give the YAML file$"):
+        load_config(pipe)
+
+
+def test_a_pipe_that_a_shell_makes_is_a_configuration(tmp_path):
+    read, write = os.pipe()
+    os.write(write, f"out: {tmp_path}/out\nsa1b: [{{paths: [a.tar]}}]\n".encode())
+    os.close(write)
+    try:
+        assert load_config(f"/dev/fd/{read}").out == str(tmp_path / "out")
+    finally:
+        os.close(read)
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_one_line(tmp_path):
+    folder = tmp_path / "n\udcff"
+    folder.mkdir()
+    (folder / "c.yaml").write_text("out: out\nsa1b: [{paths: [a.tar]}]\n")
+    with pytest.raises(ConfigError, match="out: a name on its path is not UTF-8, and cannot be stored"):
+        load_config(folder / "c.yaml")

@@ -1,5 +1,7 @@
 """YAML that anybody may have written: what is wrong is one error that names the line, within seconds."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -60,3 +62,15 @@ def test_aliases_merges_and_whole_numbers_of_64_bits_are_read():
 def test_the_line_is_named():
     with pytest.raises(yaml.YAMLError, match="line 3, column 4"):
         yaml_text.parse("a: 1\nb: 2\nc: 2001-99-99\n")
+
+
+def test_what_another_library_does_to_the_loader_changes_nothing():
+    program = """if True:
+        import yaml
+        yaml.SafeLoader.yaml_constructors["tag:yaml.org,2002:timestamp"] = yaml.SafeLoader.construct_yaml_str
+        from paracaption.pipeline.io import yaml_text
+        yaml.SafeLoader.yaml_constructors["tag:yaml.org,2002:int"] = yaml.SafeLoader.construct_yaml_str
+        print(yaml_text.parse("[2001-01-02, 3]"))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[datetime.date(2001, 1, 2), 3]\n"

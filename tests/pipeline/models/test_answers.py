@@ -125,9 +125,9 @@ def test_a_candidate_without_a_pixel_is_a_candidate_without_a_mask():
     ],
 )  # fmt: skip
 def test_candidates_that_are_none_are_a_model_error_within_a_second(given):
-    began = time.process_time()
+    began = time.thread_time()
     refused(answers.candidates(given, SIZE))
-    assert time.process_time() - began < 2
+    assert time.thread_time() - began < 2
 
 
 @pytest.mark.parametrize("given", ["ab", b"ab", {"a": 1, "b": 2}, {"a", "b"}, None, 5])

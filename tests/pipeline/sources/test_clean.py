@@ -32,12 +32,12 @@ def broken():
     ids=["none", "number", "text", "bytes", "mapping", "set", "raises"],
 )
 def test_what_is_no_list_of_regions_drops_the_image_at_once(given):
-    began = time.process_time()
+    began = time.thread_time()
     image = cleaned(given)
     assert image.regions == [] and image.drop is not None
     assert image.drop.reason == Reason.ANNOTATION_UNREADABLE
     assert "gives no list of regions" in image.drop.detail and len(image.drop.detail) < 200
-    assert time.process_time() - began < 2
+    assert time.thread_time() - began < 2
 
 
 def test_what_is_no_region_is_a_drop_in_its_place_and_the_others_stay():
