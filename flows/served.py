@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.io import own_modules
+from ..pipeline.io import own_modules, variables
 from ..pipeline.models.registry import BACKENDS
 from ..pipeline.sources.registry import SOURCES, allow_kinds
 from ..schemas.config import Backend, BuildConfig
@@ -91,6 +91,9 @@ def refuse(
 
 def _unusual(config: BuildConfig | EvaluateConfig | TrainConfig) -> Iterator[tuple[str, str]]:
     """(key, what it names) of everything that is no part of this package and may run or send something."""
+    for name, value in _leaves(config.model_dump(mode="json"), ""):
+        for variable in variables.names(value) if isinstance(value, str) else ():
+            yield name.removeprefix("."), f"${{{variable}}}"
     if isinstance(config, BuildConfig):
         for protocol in BACKENDS:
             yield from _of_backend(protocol, getattr(config, protocol), BACKENDS[protocol])

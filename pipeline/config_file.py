@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import stat
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from ..schemas.errors import ConfigError, one_line
 from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
 from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
-from .io import failures, files, own_modules, yaml_text
+from .io import failures, files, own_modules, variables, yaml_text
 from .io.file_kinds import what_is
 from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
 from .stages.recipes import recipe_of
@@ -146,8 +147,9 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
     own_modules.look_in(root)
     if kind is BuildConfig and isinstance(subsets := values.get("subsets"), dict):
         allow_kinds(subsets.values())
+    seen = _stored if kind is BuildConfig else _absolute
     try:
-        config = kind.model_validate(values, context=file_context(partial(_absolute, root)))
+        config = kind.model_validate(values, context=file_context(partial(seen, root)))
     except ValidationError as error:
         keys = f"see `paracaption config{_FLAGS.get(kind, '')}` for all keys"
         place_of = partial(written_place, values=values) if kind is BuildConfig else tuple
@@ -156,12 +158,24 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
     if not isinstance(config, Judge) and files.is_url(config.out):
         raise ConfigError(f"{where}: out: {config.out} is a URL; name a folder that every node mounts")
     if isinstance(config, BuildConfig):
+        config = _with_variables(config, root)
         try:
             for subset in config.subsets:
                 recipe_of(config, subset)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
     return config
+
+
+def _with_variables(config: BuildConfig, root: Path) -> BuildConfig:
+    """A build's configuration with the place of `out`, and options of backends that may name variables."""
+    update: dict[str, Any] = {"out": _absolute(root, config.out)}
+    for protocol in ("captioner", "judge", "segmenter"):
+        backend: Backend = getattr(config, protocol)
+        options = variables.take_all(backend.options)
+        if options != backend.options:
+            update[protocol] = backend.model_copy(update={"options": options})
+    return config.model_copy(update=update)
 
 
 def _keys_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
@@ -175,10 +189,25 @@ def _keys_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
 
 
 def _absolute(root: Path, path: str) -> str:
+    """A path with the values of its variables, seen from a folder."""
+    return _resolved(root, variables.expand(variables.take(path)))
+
+
+def _stored(root: Path, path: str) -> str:
+    """A path as a corpus stores it, with its variables, seen from a folder; without any it is `_absolute`."""
+    path = variables.take(path)
+    expanded = variables.expand(path)
+    if expanded == path:
+        return _resolved(root, path)
+    at_home = files.is_url(expanded) or os.path.isabs(expanded)
+    return path if at_home else f"{root}/{path}"
+
+
+def _resolved(root: Path, path: str) -> str:
     if not path or files.is_url(path):
         return path
     try:
-        found = str((root / Path(files.local(path)).expanduser()).resolve())
+        found = str((root / files.local(path)).resolve())
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"no path that can be looked for: {one_line(error)}") from error
     try:

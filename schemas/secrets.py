@@ -65,6 +65,7 @@ _TOKENS = re.compile(
 )
 _PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 _URL = re.compile(r"[a-z][a-z0-9+.-]{0,20}://[^\s'\"<>\\^`{|}]+", re.IGNORECASE)
+_IN_BRACES = re.compile(r"\$\{(\w+)\}")
 _LOGIN = re.compile(r"(?<=://)[^/?#\s'\"<>]*@")
 _NAMES = (
     r"[\w-]{0,40}(?:password|passwd|secret|token|api[_-]?key|access[_-]?key|account[_-]?key|sharedaccesskey"
@@ -127,6 +128,7 @@ def find(values: Any, place: tuple[int | str, ...] = ()) -> Iterator[Found]:
 
 def find_in_text(text: str) -> str:
     """What secret a value of a configuration holds, in words; "" if it holds none."""
+    text = _IN_BRACES.sub(r"$\1", text)
     for url in _URL.findall(text):
         if what := _find_in_url(url):
             return what

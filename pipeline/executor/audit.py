@@ -22,7 +22,7 @@ from ...schemas.errors import BadRecord, ConfigError, IntegrityError
 from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord
 from ..corpus.work_list import Plan, load_work_list
-from ..io import failures, files, own_modules, photos
+from ..io import failures, files, own_modules, photos, variables
 from ..io.activity import NOW
 from ..io.failures import SourceUnavailable
 from ..io.store import store_of
@@ -257,6 +257,11 @@ def _check_pixels(image: ImageRecord, limits: Limits) -> None:
         image.reject(drop(error.reason, error.detail), failures.kind_of(error))
 
 
+def _prepare(modules: list[own_modules.OwnModule], values: dict[str, str]) -> None:
+    own_modules.install(modules)
+    variables.install(values)
+
+
 def _parts(
     source: SubsetSource, limits: Limits, entries: Iterator[CatalogEntry], jobs: int | None
 ) -> Iterator[AuditResult]:
@@ -269,8 +274,8 @@ def _parts(
         for part in parts:
             yield audit_images(source, part, limits)
         return
-    context, modules = get_context("spawn"), own_modules.taken()
-    with ProcessPoolExecutor(jobs, context, initializer=own_modules.install, initargs=(modules,)) as pool:
+    context, given = get_context("spawn"), (own_modules.taken(), variables.taken())
+    with ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=given) as pool:
         submitted: list[Future[AuditResult]] = []
         for part in parts:
             submitted.append(pool.submit(audit_images, source, part, limits))

@@ -39,7 +39,7 @@ from ..corpus.work_list import (
     plan,
     publish,
 )
-from ..io import failures, files, own_modules
+from ..io import failures, files, own_modules, variables
 from ..io.activity import NOW
 from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
@@ -209,8 +209,11 @@ def build_units(
     stages = recipe_of(config, subset)
     idle = [stage.name for stage in stages if _has_all_evidence(stage, folder, work_list, units)]
     recipe = recipe_digest(stages, config)
-    modules = own_modules.taken()
-    job = Job(config, subset, str(folder), work_list.digest, recipe, str(run_folder), idle, modules)
+    job = Job(
+        config, subset, str(folder), work_list.digest, recipe, str(run_folder), idle,
+        modules=own_modules.taken(),
+        variables=variables.taken(),
+    )  # fmt: skip
     names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
     progress = Progress(subset, pending=len(units), stages={name: StageProgress() for name in names})
     events = EventLog(run_folder, "driver")

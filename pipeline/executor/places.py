@@ -10,7 +10,7 @@ from pathlib import Path
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ...schemas.strict import locations
-from ..io import backends, files
+from ..io import backends, files, variables
 from ..sources.registry import open_source
 
 _FILES = (
@@ -40,7 +40,7 @@ def refuse_overlap(config: BuildConfig) -> None:
 
 
 def _refuse(where: str, given: str, out: Path, config: BuildConfig) -> None:
-    plain, pattern = _split(backends.local(given))
+    plain, pattern = _split(backends.local(variables.expand(given)))
     if plain == out or out in plain.parents:
         raise ConfigError(
             f"{where}: {given} is inside `out` ({config.out}), where a build writes and cleans up; "
@@ -78,13 +78,7 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 def _written(out: Path, config: BuildConfig) -> Iterator[Path]:
     """A path of each kind that a build writes."""
-    for name in (
-        *_FILES,
-        "log/000000000000.json",
-        "beat/000001",
-        "plots/funnel.pdf",
-        "events/run/driver.jsonl",
-    ):
+    for name in _FILES:
         yield out / name
     for subset in config.subsets:
         for name in ("shards/{}.tar", "ledger/{}.parquet", "manifests/{}.json", "evidence/stage/{}.parquet"):

@@ -81,10 +81,10 @@ def inspect_backend(protocol: str, backend: Backend) -> Checked | None:
     """
     cls = registry.find_backend(protocol, backend)
     if hasattr(cls, "check"):
-        return cls.check(**backend.options)
+        return cls.check(**registry.options_of(backend))
     _check_signature(protocol, cls, backend)
     if hasattr(cls, "identity"):
-        cls.identity(**backend.options)
+        cls.identity(**registry.options_of(backend))
     return None
 
 
@@ -94,7 +94,7 @@ def _check_signature(protocol: str, cls: type, backend: Backend) -> None:
     except ValueError:  # a class of an extension module may not have one
         return
     try:
-        signature.bind(**backend.options)
+        signature.bind(**registry.options_of(backend))
     except TypeError as error:
         raise ConfigError(f"{protocol}.options: {error}; correct the option") from error
 
@@ -106,7 +106,7 @@ def check_tokenizer(protocol: str, backend: Backend) -> None:
         ConfigError: names the missing file.
     """
     if "vllm" in registry.find_registered(protocol, backend).needs and "model" in backend.options:
-        folder = Path(str(backend.options["model"]))
+        folder = Path(str(registry.options_of(backend)["model"]))
         if not any((folder / name).is_file() for name in _TOKENIZERS):
             raise ConfigError(
                 f"{protocol}.options.model: {folder / _TOKENIZERS[0]}: no such file; download it, too"

@@ -42,7 +42,7 @@ from ..corpus.committed_unit import CommittedUnit
 from ..corpus.events import Event, EventLog
 from ..corpus.work_list import read_unit
 from ..corpus.writer import Draft
-from ..io import failures, own_modules
+from ..io import failures, own_modules, variables
 from ..io.activity import NOW
 from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
@@ -73,6 +73,7 @@ class Job(msgspec.Struct, frozen=True):
         run: folder of this run's events and stacks.
         idle: model stages that have evidence of every unit; their models are loaded only if some is stale.
         modules: what backends and sources of the user's own are imported from.
+        variables: the environment variables that paths of the configuration name, with their values.
     """
 
     config: BuildConfig
@@ -83,6 +84,7 @@ class Job(msgspec.Struct, frozen=True):
     run: str
     idle: list[str] = []
     modules: list[own_modules.OwnModule] = []
+    variables: dict[str, str] = {}
 
 
 class Unit(msgspec.Struct):
@@ -122,6 +124,7 @@ class Worker:
     ):
         keep_freed_memory()
         own_modules.install(job.modules)
+        variables.install(job.variables)
         allow_kinds(job.config.subsets.values())
         self.job = job
         self.folder = Path(job.folder)

@@ -22,7 +22,7 @@ from ...schemas.errors import BadRecord, ParaCaptionError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Rle
 from ..corpus.work_list import load_work_list
-from ..io import confined, draw, files, photos
+from ..io import confined, draw, files, photos, variables
 from ..io.draw import Overlay
 from .catalog import Catalog
 
@@ -159,11 +159,13 @@ class Pictures:
         Raises:
             NotShown: it lies outside of the corpus, or is a URL; or it is no file.
         """
+        if self.outside:
+            variables.take_folders(url)
         if files.is_url(url) or "::" in url:
             if not self.urls:
                 raise NotShown("its photo is at a URL; see --photo-urls")
             return
-        path = os.path.realpath(files.local(url))
+        path = os.path.realpath(files.local(variables.expand(url)))
         if not confined.is_below(path, os.path.realpath(self.catalog.out)) and not self.outside:
             raise NotShown("its photo lies outside of the corpus; see --photos-outside")
         if not confined.is_plain(path):

@@ -20,8 +20,8 @@ import msgspec
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
 from ...schemas.secrets import shorten
-from . import confined
-from .backends import Backend, FsspecFiles, LocalFiles, has_magic, local, open_plain
+from . import confined, variables
+from .backends import Backend, FileKind, FsspecFiles, LocalFiles, has_magic, local, open_plain
 from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
 
 Result = TypeVar("Result")
@@ -48,6 +48,8 @@ def register(scheme: str, backend: Backend) -> None:
 
 def backend_of(url: str) -> Backend:
     """What reads this URL."""
+    if (expanded := variables.expand(url)) != url:
+        return _Named(backend_of(expanded))
     scheme = scheme_of(url)
     if scheme not in _BACKENDS:
         if scheme == "file":
@@ -61,8 +63,41 @@ def backend_of(url: str) -> Backend:
     return _BACKENDS[scheme]
 
 
+class _Named:
+    """Reads URLs that name environment variables. What it finds in a folder is named like the folder."""
+
+    def __init__(self, backend: Backend):
+        self._backend = backend
+
+    def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
+        return self._backend.read(variables.expand(url), start, length)
+
+    def size(self, url: str) -> int:
+        return self._backend.size(variables.expand(url))
+
+    def version(self, url: str) -> str:
+        return self._backend.version(variables.expand(url))
+
+    def kind(self, url: str) -> FileKind | None:
+        return self._backend.kind(variables.expand(url))
+
+    def list_names(self, folder: str) -> list[str]:
+        return self._backend.list_names(variables.expand(folder))
+
+    def walk(self, folder: str) -> Iterator[tuple[str, str]]:
+        for _, relative in self._backend.walk(variables.expand(folder)):
+            yield f"{folder.rstrip('/')}/{relative}", relative
+
+    def glob(self, pattern: str) -> list[str]:
+        return [variables.fold(url, pattern) for url in self._backend.glob(variables.expand(pattern))]
+
+    def read_many(self, urls: Sequence[str]) -> list[bytes]:
+        return self._backend.read_many([variables.expand(url) for url in urls])
+
+
 def is_url(path: str) -> bool:
     """Whether the path names another file system than the local one."""
+    path = variables.expand(path)
     return "://" in path and not path.startswith("file://")
 
 

@@ -10,7 +10,7 @@ import msgspec
 from ...schemas.config import Backend
 from ...schemas.errors import ConfigError, ParaCaptionError
 from ...schemas.plain import words_of
-from ..io import own_modules
+from ..io import own_modules, variables
 
 
 class Registered(NamedTuple):
@@ -137,7 +137,12 @@ def _check_method(protocol: str, name: str, cls: type[Any]) -> None:
 
 def load_backend(protocol: str, backend: Backend) -> Any:
     """Instantiate the backend. Call it in the actor that has the backend's resources."""
-    return find_backend(protocol, backend)(**backend.options)
+    return find_backend(protocol, backend)(**options_of(backend))
+
+
+def options_of(backend: Backend) -> dict[str, Any]:
+    """The backend's options, with the values of the environment variables that they name."""
+    return variables.expand_all(backend.options)
 
 
 def backend_identity(protocol: str, backend: Backend) -> dict[str, str]:
@@ -151,7 +156,7 @@ def backend_identity(protocol: str, backend: Backend) -> dict[str, str]:
     cls = find_backend(protocol, backend)
     try:
         if hasattr(cls, "identity"):
-            found = {"backend": backend.name, **cls.identity(**backend.options)}
+            found = {"backend": backend.name, **cls.identity(**options_of(backend))}
         else:
             options = msgspec.json.encode(backend.options, order="deterministic").decode()
             found = {"backend": backend.name, "options": options, "version": str(getattr(cls, "version", 0))}
