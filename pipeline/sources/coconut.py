@@ -198,6 +198,20 @@ class Coconut(Source[CoconutOptions]):
             detail = words or " ".join(str(error).split()) + "; fetch it again"  # Arrow's have several lines
             raise ConfigError(f"{url}: not a readable Parquet file: {detail}") from error
 
+    def _refuse_swapped(self, photos: list[file_names.Listing], labels: file_names.Listing) -> None:
+        """Refuse folders of which one has what is looked for in the other, and nothing else of use."""
+        are_photos = {file_names.ending(name) not in file_names.LABEL_ENDINGS for name in _photos_in(labels)}
+        are_labels = {
+            file_names.ending(name) in file_names.LABEL_ENDINGS
+            for each in photos
+            for name in _photos_in(each)
+        }
+        if are_photos == {True} and are_labels == {True}:
+            raise ConfigError(
+                f"{self.where}: `photos` and `labels` are swapped: {labels.url} has photos, such as "
+                f"{_photos_in(labels)[0]}, and {photos[0].url} has label maps; exchange them"
+            )
+
     def _entries(self, rows: list[_Row], leftover: list[Image], catalog: Catalog) -> Iterator[CatalogEntry]:
         options = self.options
         stems = {file_names.stem(_photo_name(row)) for row in rows}
@@ -206,6 +220,7 @@ class Coconut(Source[CoconutOptions]):
         find_label = None
         if options.layout == "panoptic" and options.labels is not None:
             label_listing = self._list(catalog, options.labels, "labels")
+            self._refuse_swapped(listings, label_listing)
             wanted = {file_names.stem(row.annotation.file_name or _photo_name(row)) for row in rows}
             find_label = file_names.Finder([label_listing], wanted, file_names.LABEL_ENDINGS).find
             catalog.claim_files(options.labels, ".png", wanted, "label_map_without_record")
@@ -224,6 +239,11 @@ class Coconut(Source[CoconutOptions]):
                 dropped = drop(Reason.ANNOTATION_UNREADABLE, detail)
             record = msgspec.json.encode(Record(image.width, image.height))
             yield CatalogEntry(key, None, None, record, name, dropped, credit=Credit())
+
+
+def _photos_in(listing: file_names.Listing) -> list[str]:
+    """What a folder has of photos and label maps."""
+    return [name for name in listing.names or () if name.lower().endswith(file_names.PHOTO_ENDINGS)]
 
 
 def _cell(value: Any) -> Any:

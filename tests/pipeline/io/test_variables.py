@@ -107,7 +107,12 @@ def test_a_variable_that_is_not_set_is_named(tmp_path, key):
 
 def test_training_reads_them_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT_OF_TEST", str(tmp_path / "model"))
-    values = {"out": "${OUT_OF_TEST}/x", "model": {"tokenizer": "toy"}, "corpora": [{"corpus": "~/corpus"}], "steps": 1}
+    values = {
+        "out": "${OUT_OF_TEST}/x",
+        "model": {"tokenizer": "toy"},
+        "corpora": [{"corpus": "~/corpus"}],
+        "steps": 1,
+    }
     config = load_training(written(tmp_path, **values))
     assert config.out == f"{tmp_path}/model/x"
     assert config.corpora[0].corpus == os.path.expanduser("~/corpus")
