@@ -28,7 +28,7 @@ FIELDS: dict[str, type] = {
     "Fields of the JSON": sample.Sample,
     "Fields of a region": sample.SampleRegion,
     "Fields of a manifest": manifest.Manifest,
-    "Fields of a file": manifest.FileEntry,
+    "Fields of `shard` and `ledger`": manifest.FileEntry,
     "Fields of `stats.json`": summary.CorpusSummary,
     "Fields of a subset's statistics": summary.SubsetSummary,
     "Fields of `counts`": summary.SubsetCounts,
