@@ -241,9 +241,13 @@ class Coconut(Source[CoconutOptions]):
             yield CatalogEntry(key, None, None, record, name, dropped, credit=Credit())
 
 
-def _photos_in(listing: file_names.Listing) -> list[str]:
-    """What a folder has of photos and label maps."""
+def _pictures_in(listing: file_names.Listing) -> list[str]:
+    """The photos and label maps of a folder."""
     return [name for name in listing.names or () if name.lower().endswith(file_names.PHOTO_ENDINGS)]
+
+
+def _may_be_a_label(name: str) -> bool:
+    return name.lower().endswith(file_names.LABEL_ENDINGS)
 
 
 def _cell(value: Any) -> Any:
