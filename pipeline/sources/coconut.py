@@ -200,16 +200,11 @@ class Coconut(Source[CoconutOptions]):
 
     def _refuse_swapped(self, photos: list[file_names.Listing], labels: file_names.Listing) -> None:
         """Refuse folders of which one has what is looked for in the other, and nothing else of use."""
-        are_photos = {file_names.ending(name) not in file_names.LABEL_ENDINGS for name in _photos_in(labels)}
-        are_labels = {
-            file_names.ending(name) in file_names.LABEL_ENDINGS
-            for each in photos
-            for name in _photos_in(each)
-        }
-        if are_photos == {True} and are_labels == {True}:
+        instead, here = _pictures_in(labels), [name for each in photos for name in _pictures_in(each)]
+        if instead and here and all(map(_may_be_a_label, here)) and not any(map(_may_be_a_label, instead)):
             raise ConfigError(
                 f"{self.where}: `photos` and `labels` are swapped: {labels.url} has photos, such as "
-                f"{_photos_in(labels)[0]}, and {photos[0].url} has label maps; exchange them"
+                f"{instead[0]}, and {photos[0].url} has label maps; exchange them"
             )
 
     def _entries(self, rows: list[_Row], leftover: list[Image], catalog: Catalog) -> Iterator[CatalogEntry]:
