@@ -67,7 +67,7 @@ INPUTS: dict[str, list[t.Input]] = {
         *(t.ending(end) for end in (".jfif", ".JPE", ".Jpeg", ".tif")),
         t.pairs_called("a.jfif"),
     ],
-    "a video, padding or notes follow its end": [
+    "other data follows its end: a video, padding or text": [
         t.release(photo + end)
         for photo in (t.JPEG, t.PNG)
         for end in (bytes(4096), b"ftypmp42" * 900, b"<!-- -->")
@@ -126,11 +126,11 @@ INPUTS: dict[str, list[t.Input]] = {
     "a segment has no pixel in it": [
         t.of_annotation(segments_info=[*t.SEGMENTS, {"id": 9, "category_id": 1}])
     ],
-    "several images have one name, in different folders of a list": [
+    "several images have one name, in different folders of `photos`": [
         t.renamed("photos/one/b.jpg", "labels/one/b.png", "one/b")
     ],
     "several images have one id, and their names tell them apart": [t.release(change=one_id)],
-    "an annotation has the id of one image, the name of another": [t.release(change=of_two)],
+    "an annotation has the id of one image, and the name of another": [t.release(change=of_two)],
     "an image is listed again": [t.release(change=twice), t.same_name_in_tars],
     "an image has no annotation, or a JSON has no photo": [
         t.release(change=lambda found: found["annotations"].pop(0)),
@@ -147,7 +147,7 @@ INPUTS: dict[str, list[t.Input]] = {
         t.release(None, files={"labels/a.jpg": t.JPEG, "labels/b.jpg": t.JPEG}, photos=["~/labels"]),
         t.release(None, files={"labels/p/a.jpg": t.JPEG, "labels/p/b.jpg": t.JPEG}, photos=["~/labels/p"]),
     ],
-    "id or category is text or a whole float; area, bbox or score is odd": [
+    "id or category is a number as text or a float without a fraction; area, bbox or score is invalid": [
         t.of_segment(id="70000"),
         t.of_segment(category_id=1.0),
         t.of_segment(area="80", bbox=[1, None], score="high"),
@@ -262,7 +262,7 @@ INPUTS: dict[str, list[t.Input]] = {
         t.parquet(list),
         t.parquet(lambda _: {"path": "a.png"}),
     ],
-    "Parquet that is broken, another kind of file, or lacks these columns": [
+    "Parquet that is broken, is another kind of file, or has no column `mask` or `segments_info`": [
         t.parquet_file(b"PAR1 no"),
         t.parquet_file(t.HTML),
         t.parquet_file(t.POINTER),
