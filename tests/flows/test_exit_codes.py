@@ -102,6 +102,15 @@ def without_space(folder: Path) -> tuple[object, ...]:
     return "doctor", configured(folder, failures={"min_free_gb": 1e9})
 
 
+def without_photos(folder: Path) -> tuple[object, ...]:
+    (folder / "empty").mkdir()
+    path = configured(folder)
+    values = yaml.safe_load(path.read_text())
+    values["subsets"]["coconut"]["sources"][0]["photos"] = [str(folder / "empty")]
+    path.write_text(yaml.safe_dump(values))
+    return "audit", path, "--parquet", folder / "audit.parquet"
+
+
 def broken_model(folder: Path) -> tuple[object, ...]:
     values = yaml.safe_load((folder / "out" / "config.yaml").read_text())
     captioner = values["captioner"] | {"options": {"misbehave": {"*": "raise"}}}
@@ -128,6 +137,7 @@ COMMANDS: dict[tuple[int, str, str], Callable[[Path], tuple[object, ...]]] = {
         "doctor",
         configured(folder),
     ),
+    (1, "paracaption audit", "no region is usable"): without_photos,
     (1, "paracaption verify", "a file of the corpus is missing or damaged"): damaged,
     (1, "paracaption doctor", "a check is a FAIL"): without_space,
     (
@@ -247,7 +257,9 @@ def test_every_example_of_the_page_is_provoked_here():
     elsewhere = {
         (1, "paracaption undo", "you answered no"),
         (1, "any", "an unexpected error, with a traceback"),
-        *((code, "any", number.name) for code, number in SIGNALS.items()),
+        (129, "any", "SIGHUP"),
+        (130, "any except `explore` and `status --watch`, which end with 0", "SIGINT"),
+        (143, "any", "SIGTERM"),
     }
     listed = {(int(row[0]), row[1], row[2]) for row in rows_after("## Examples")}
     provoked = {(code, command, when.strip("`")) for code, command, when in COMMANDS}
