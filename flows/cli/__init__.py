@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ...pipeline.io import disk_errors
 from ...schemas import renames
@@ -19,9 +18,10 @@ from ...schemas.secrets import shorten
 from .. import stopping
 from . import build, check, corpus, evaluate, init, model, versions
 from .examples import example
+from .help import WIDE, Command, Group
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     """The commands and options, which also answer to the names they had before."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -41,6 +41,7 @@ MODEL = "Train, use and measure a model"
 app = typer.Typer(
     name="paracaption",
     cls=_Commands,
+    context_settings=WIDE,
     help="Masks in, verified region captions out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -79,7 +80,7 @@ for panel, commands in {
     MODEL: (model.train, evaluate.evaluate, evaluate.profile),
 }.items():
     for command in commands:
-        app.command(rich_help_panel=panel, epilog=example(command.__name__))(command)
+        app.command(cls=Command, rich_help_panel=panel, epilog=example(command.__name__))(command)
 app.command(cls=model.ManyMasks, rich_help_panel=MODEL, epilog=example("caption"))(model.caption)
 app.add_typer(model.models, name="models", rich_help_panel=MODEL)
 app.add_typer(evaluate.benchmarks, name="benchmark", rich_help_panel=MODEL)

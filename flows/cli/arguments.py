@@ -19,19 +19,39 @@ Corpus = Annotated[
 ]
 RayAddress = Annotated[
     str | None,
-    typer.Option(help="'auto' or host:port, from a node of the cluster; without it, this machine alone."),
-]
-Changes = Annotated[
-    list[str] | None,
     typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Another value for a key of the configuration, as in min_iou=0.6. May be given several times.",
+        help="Connect to a running Ray cluster: host:port, or 'auto' on a node of the cluster.",
+        show_default="use this machine only",
     ),
 ]
+
+
+def changes_of(*examples: str) -> Any:
+    """The option `--set` of a command that reads a configuration.
+
+    Args:
+        examples: keys of that configuration with values, at least one of them in a section.
+    """
+    written = " or ".join(f"--set {example}" for example in examples)
+    text = f"Override a key of the configuration, for example {written}. Repeat the option for more keys."
+    return typer.Option("--set", metavar="KEY=VALUE", help=text)
+
+
+Changes = Annotated[list[str] | None, changes_of("min_iou=0.6", "text.min_words=8")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="Type of the computation: auto, float32, bfloat16 or float16.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Device to compute on: cpu, cuda, cuda:1, ..., or auto, which takes a GPU if there is one."
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Data type to compute in: float32, bfloat16, float16, or auto, which is bfloat16 on GPUs and "
+        "float32 elsewhere."
+    ),
+]
 
 
 def print_json(values: Any) -> None:
@@ -50,7 +70,7 @@ def _named(values: Any) -> Any:
 
 
 def suggest(*commands: str) -> None:
-    """Say on stderr what one may want to do next."""
+    """Say on stderr which commands may come next."""
     print("\n".join(["", "Next:", *(f"  {command}" for command in commands)]), file=sys.stderr)
 
 

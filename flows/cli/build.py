@@ -27,10 +27,16 @@ def build(
     config: Config,
     ray_address: RayAddress = None,
     limit_images: Annotated[
-        int | None, typer.Option(min=1, help="Only the first N images of each subset.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Build only the first N images of each subset.", show_default="all"
+        ),
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option(help="Also rebuild units in which regions were dropped by an error.")
+        bool,
+        typer.Option(
+            help="Also rebuild units in which an error dropped regions (a missing photo, a failed model)."
+        ),
     ] = False,
     local: Annotated[
         bool,
@@ -38,7 +44,10 @@ def build(
     ] = False,
     changes: Changes = None,
 ) -> None:
-    """Build the corpus, or resume it: units that are committed are not built again."""
+    """Build the corpus, or resume a build that was interrupted.
+
+    A unit is one shard of images (`images_per_shard`). Units that are already committed are not built again.
+    """
     from ...pipeline.config_file import load_config
 
     if local and ray_address is not None:
@@ -94,7 +103,10 @@ def _run_in_view(config: BuildConfig, engine: LocalEngine | RayEngine, **asked: 
 
 
 def merge(config: Config, changes: Changes = None) -> None:
-    """Rebuild the index, statistics, plots and dataset card; `build` does it at its end."""
+    """Write the index, statistics, plots and dataset card again.
+
+    `build` does this when it ends. Run `merge` yourself after you change `held_out_share` or a license.
+    """
     from ...pipeline.config_file import load_config
     from ...pipeline.corpus import merge as merging
     from ...pipeline.corpus import reader
@@ -109,7 +121,7 @@ def merge(config: Config, changes: Changes = None) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the corpus.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder to write the corpus to.")] = Path("out/demo"),
 ) -> None:
     """Build both subsets of the bundled sample and draw a contact sheet."""
     from ...pipeline.config_file import load_config
@@ -121,10 +133,10 @@ def demo(
     sheet = out / "contact-sheet.png"
     draw_contact_sheet(out, sheet)
     rows = [
-        (f"paracaption explore {out}", "a page for the browser: masks, captions, drops"),
-        (f"paracaption inspect {out}", "the funnel and samples again"),
+        (f"paracaption explore {out}", "pages for the browser: masks, captions, dropped regions"),
+        (f"paracaption inspect {out}", "how many regions each step left, and samples"),
         (f"paracaption verify {out}", "is the corpus complete and undamaged?"),
-        ("paracaption config", "every key of a configuration of your own"),
+        ("paracaption config", "every key of a configuration, with its default"),
         (f"{out}/README.md", "the dataset card"),
     ]
     print(f"\nEvery image with its masks and captions: {sheet}")
@@ -138,13 +150,18 @@ def deploy(
     allow: Annotated[
         list[str] | None,
         typer.Option(
-            help="What runs may name besides the built-in models: a backend or source (`module:Class`, "
-            "installed or in the current folder), the py_executable of a runtime_env, the base_url of a "
-            "server. May be given several times."
+            metavar="NAME",
+            help="Allow runs to use something that is not built in: a backend or source (`module:Class`, "
+            "installed or in the current folder), the py_executable of a runtime_env, or the base_url of a "
+            "server. Repeat the option for more.",
         ),
     ] = None,
 ) -> None:
-    """Serve the flows to a Prefect server (PREFECT_API_URL): launched there, parameters checked."""
+    """Let a Prefect server launch builds, trainings and evaluations on this machine.
+
+    Registers the flows of `build`, `train` and `evaluate` with the server in PREFECT_API_URL, and waits for
+    runs until it is interrupted. The parameters of a run are checked before it starts.
+    """
     if not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
     import asyncio

@@ -14,13 +14,17 @@ from .progress import counting
 
 
 def config(
-    training: Annotated[bool, typer.Option("--training", help="Print the keys of `train`.")] = False,
-    evaluation: Annotated[bool, typer.Option("--evaluation", help="Print the keys of `evaluate`.")] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Print the keys of a configuration of `train`.")
+    ] = False,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Print the keys of a configuration of `evaluate`.")
+    ] = False,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print a JSON schema, for editors that complete and check YAML.")
     ] = False,
 ) -> None:
-    """Print every key of a configuration with its default and the reason for it."""
+    """Print every key of a configuration of `build`, with its default and what it does."""
     from ...pipeline.config_file import describe
     from ...schemas.config import BuildConfig
     from ...schemas.evaluation import EvaluateConfig
@@ -44,12 +48,16 @@ def _one_kind(command: str, training: bool, evaluation: bool) -> None:
 def audit(
     config: Config,
     parquet: Annotated[
-        Path | None, typer.Option(help="File for the full list.", show_default="OUT/audit.parquet")
+        Path | None,
+        typer.Option(
+            help="Parquet file for the full list of problems.",
+            show_default="audit.parquet in the configuration's `out`",
+        ),
     ] = None,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Read the sources without asking a model, and report every problem; exit code 1 if nothing is usable."""
+    """Read the sources without a model, and report every problem. Exit code 1 if no region is usable."""
     from ...pipeline.config_file import load_config
     from ...pipeline.corpus.work_list import find_work_list, leave_out
     from ...pipeline.executor.audit import AuditReport, AuditResult, audit_subset
@@ -82,12 +90,16 @@ def audit(
 def doctor(
     config: Config,
     ray_address: RayAddress = None,
-    training: Annotated[bool, typer.Option("--training", help="CONFIG is for `train`.")] = False,
-    evaluation: Annotated[bool, typer.Option("--evaluation", help="CONFIG is for `evaluate`.")] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="CONFIG is a configuration of `train`.")
+    ] = False,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="CONFIG is a configuration of `evaluate`.")
+    ] = False,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Check packages, GPUs, models, inputs and output before a run; exit code 1 on a FAIL."""
+    """Check packages, GPUs, models, inputs and output before a run. Exit code 1 if a check fails (FAIL)."""
     from rich.console import Console
 
     from ...pipeline import config_file
@@ -117,25 +129,55 @@ def doctor(
 def estimate(
     config: Config,
     run: Annotated[
-        Path | None, typer.Option(help="The corpus of a pilot.", show_default="the configuration's `out`")
+        Path | None,
+        typer.Option(
+            help="Corpus of the pilot, a small build whose speed is measured (`build --limit-images 500`).",
+            show_default="the configuration's `out`",
+        ),
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option(help="Seconds per region, as --write-rates prints them.")
+        Path | None,
+        typer.Option(
+            help="YAML file of rates, as --write-rates prints it. Its rates are used instead of a pilot's."
+        ),
     ] = None,
-    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of the cluster.")] = None,
-    cpus: Annotated[float | None, typer.Option(min=1, help="Cores of the cluster.")] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Number of GPUs in the cluster.",
+            show_default="as many as the configured actors use at most",
+        ),
+    ] = None,
+    cpus: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Number of CPU cores in the cluster.", show_default="as many as the actors need"
+        ),
+    ] = None,
     images: Annotated[
         list[str] | None,
-        typer.Option(help="SUBSET=IMAGES or SUBSET=IMAGES/MASKS.", show_default="the paper's"),
+        typer.Option(
+            metavar="SUBSET=IMAGES",
+            help="Size of a subset: coconut=334000, or coconut=334000/3400000 to give the number of regions "
+            "too. Repeat the option for more subsets; a subset that is not named is left out.",
+            show_default="sizes of the paper's corpora",
+        ),
     ] = None,
-    sources: Annotated[bool, typer.Option(help="Count the configured sources' own images.")] = False,
+    sources: Annotated[
+        bool,
+        typer.Option(
+            help="Count the images of the configured sources instead of taking the paper's sizes. Has no "
+            "effect with --images."
+        ),
+    ] = False,
     write_rates: Annotated[
-        bool, typer.Option(help="Print the measured rates as YAML, and no estimate.")
+        bool, typer.Option(help="Print the rates of the pilot as YAML instead of an estimate.")
     ] = False,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Estimate a build from a pilot: GPU-hours, wall time, the bottleneck, GPUs per stage, bytes."""
+    """Estimate a large build from a small one: GPU-hours, time, bottleneck, GPUs per stage, disk space."""
     from rich.console import Console
 
     from ...pipeline.config_file import load_config

@@ -13,17 +13,22 @@ Outside = Annotated[
     bool,
     typer.Option(
         "--photos-outside",
-        help="Show photos of dropped images from where the work list has them on this machine, outside of "
-        "CORPUS. For corpora whose builder you trust.",
+        help="Also show photos of images without a kept region. They are not in the corpus, so they are read "
+        "from the source paths that the corpus names. Use this only for a corpus whose builder you trust.",
     ),
 ]
 Urls = Annotated[
-    bool, typer.Option("--photo-urls", help="Fetch photos of dropped images that the work list has at URLs.")
+    bool,
+    typer.Option(
+        "--photo-urls",
+        help="Also show photos of images without a kept region whose source is a URL. They are fetched from "
+        "the URLs that the corpus names. Use this only for a corpus whose builder you trust.",
+    ),
 ]
 
 
 def verify(corpus: Corpus, json: Json = False) -> None:
-    """Check that a corpus is complete and undamaged; exit code 1 if it is not."""
+    """Check that a corpus is complete and undamaged. Exit code 1 if it is not."""
     from ...pipeline.corpus import verify as verifying
 
     report = verifying.verify(corpus)
@@ -35,7 +40,7 @@ def verify(corpus: Corpus, json: Json = False) -> None:
 
 
 def inspect(corpus: Corpus, json: Json = False) -> None:
-    """Print the funnel, with samples of what was kept and of what was dropped for each reason."""
+    """Print how many regions each step left (the funnel), with samples of kept and of dropped regions."""
     from rich.console import Console
 
     from ...pipeline.corpus import inspect as inspecting
@@ -47,7 +52,12 @@ def inspect(corpus: Corpus, json: Json = False) -> None:
 
 
 def show(
-    corpus: Corpus, key: str, picture: Annotated[Path, typer.Option("--out", help="PNG to write.")]
+    corpus: Corpus,
+    key: Annotated[
+        str,
+        typer.Argument(help="Key of the image, as `inspect`, `explore` and index.parquet have it."),
+    ],
+    picture: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
 ) -> None:
     """Draw one image with its masks and captions."""
     from ...pipeline.corpus.contact_sheet import draw_corpus_image
@@ -58,22 +68,34 @@ def show(
 
 def explore(
     corpus: Corpus,
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes any that is free.")] = 8080,
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 picks a free one.")
+    ] = 8080,
     host: Annotated[
-        str, typer.Option(help="Address to bind to. Requests from other machines need a token.")
+        str, typer.Option(help="Address to listen on. One that other machines reach needs a token.")
     ] = "127.0.0.1",
     token: Annotated[
         str | None,
-        typer.Option(help="Token that requests need.", show_default="a random one for other machines"),
+        typer.Option(
+            help="Token that every request has to carry, with 8 characters or more.",
+            show_default="none if --host is this machine only, else a random one",
+        ),
     ] = None,
-    run: Annotated[Path | None, typer.Option(help="The `out` of a training run to show as well.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a training run (its `out`) to show too.", show_default="none"),
+    ] = None,
     shards: Annotated[
-        str | None, typer.Option(help="Folder or URL of the shards, if they are not in CORPUS.")
+        str | None,
+        typer.Option(help="Folder or URL of the shards, if they were moved.", show_default="in CORPUS"),
     ] = None,
     photos_outside: Outside = False,
     photo_urls: Urls = False,
 ) -> None:
-    """Open a corpus in the browser: the funnel, images with masks, other thresholds, reviews."""
+    """Show a corpus in the browser: the funnel, images with masks, the effect of other thresholds, reviews.
+
+    Prints the address to open, and serves the pages until it is interrupted.
+    """
     from ...pipeline.explorer.serve import serve
 
     def tell(url: str) -> None:
@@ -90,7 +112,7 @@ def report(
     photos_outside: Outside = False,
     photo_urls: Urls = False,
 ) -> None:
-    """Write the overview and samples of each drop reason as one HTML file."""
+    """Write the overview, with samples of kept regions and of each drop reason, as one HTML file."""
     from ...pipeline.explorer.report import write_report
 
     print(write_report(corpus, to, photos_outside, photo_urls))
@@ -101,17 +123,25 @@ def export(
     format: Annotated[str, typer.Option(help="Format: perceptiondlm-json, coco or parquet.")],
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     prefix: Annotated[
-        str, typer.Option(help="What names of photos and JSONs begin with, such as the folder's path.")
+        str,
+        typer.Option(
+            help="Prefix of the photo and JSON paths in the written files, such as the path of the folder.",
+            show_default="none: paths are relative to the folder",
+        ),
     ] = "",
     split: Annotated[
         str | None,
         typer.Option(
             help="Images to export: train, held_out or all.",
-            show_default="train if the corpus holds images out, else all",
+            show_default="train if the corpus has held-out images, else all",
         ),
     ] = None,
 ) -> None:
-    """Export the corpus in another format. Photos become files if the format names them by path."""
+    """Export the corpus in another format.
+
+    perceptiondlm-json and coco name photos by path, so the photos are written as files too. parquet has the
+    photos inside.
+    """
     from ...pipeline.corpus import export as exporting
 
     chosen = exporting.select(corpus, split)

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import stopping
-from .arguments import Changes, Device, Dtype, Json, print_json
+from .arguments import Device, Dtype, Json, changes_of, print_json
 from .examples import example
+from .help import Command, Group
 from .progress import counting_parts, show_row
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-benchmarks = typer.Typer(help="Benchmarks of regions' captions.", no_args_is_help=True)
+benchmarks = typer.Typer(
+    cls=Group, help="Make benchmarks for region captions, and list their photos.", no_args_is_help=True
+)
 
 
 def evaluate(
@@ -26,10 +29,14 @@ def evaluate(
             help="The YAML file; `paracaption config --evaluation` prints every key.", show_default=False
         ),
     ],
-    changes: Changes = None,
+    changes: Annotated[list[str] | None, changes_of("label=run2", "captioner.options.dtype=float32")] = None,
     json: Json = False,
 ) -> None:
-    """Evaluate a captioner: benchmarks with a judge, a toy world, cost. Resumes where it was interrupted."""
+    """Measure a captioner on benchmarks, on a corpus of synthetic scenes, and by its cost.
+
+    A judge model scores the captions of a benchmark. The same command continues an evaluation that was
+    interrupted.
+    """
     from rich.console import Console
 
     from ...pipeline.config_file import load_evaluation
@@ -54,21 +61,38 @@ def evaluate(
 
 def profile(
     model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
-    corpus: Annotated[str, typer.Option(help="Corpus whose photos are captioned.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for table, plot and rows.", show_default=False)],
-    images: Annotated[int, typer.Option(min=1, help="Photos of the corpus.")] = 4,
+    corpus: Annotated[str, typer.Option(help="Corpus with the photos to caption.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for a table, a plot and all measurements.", show_default=False)
+    ],
+    images: Annotated[int, typer.Option(min=1, help="Number of photos to caption.")] = 4,
     regions: Annotated[int, typer.Option(min=1, help="Measure 1 to N regions per image.")] = 8,
     max_new_tokens: Annotated[
-        list[int] | None, typer.Option(help="Tokens of each caption.", show_default="32, 64")
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            help="Caption length to measure, in tokens. Repeat the option for each length.",
+            show_default="32 and 64",
+        ),
     ] = None,
     steps: Annotated[
-        list[int] | None, typer.Option(help="Decoding steps.", show_default="8, 16, 32, 64")
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            help="Number of decoding steps to measure. Repeat the option for each number.",
+            show_default="8, 16, 32 and 64",
+        ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Repeats of each measurement; the fastest counts.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="How often each measurement is taken; the fastest counts.")
+    ] = 3,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Measure the cost of captioning for different regions, lengths, steps, thresholds and caches."""
+    """Measure what captioning costs, by number of regions, caption length, decoding steps and cache.
+
+    Thresholds and batch sizes are measured too; a configuration of `evaluate` (`profile`) sets them.
+    """
     from ...model_training.evaluation import profile as measuring
     from ...schemas.evaluation import ProfileConfig
 
@@ -82,25 +106,33 @@ def profile(
         print(out / name)
 
 
-@benchmarks.command(epilog=example("benchmark make"))
+@benchmarks.command(cls=Command, epilog=example("benchmark make"))
 def make(
-    corpus: Annotated[Path, typer.Argument(help="The `out` of a build.", show_default=False)],
+    corpus: Annotated[
+        Path, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
+    ],
     to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     judge: Annotated[
         Path,
         typer.Option(
-            help="YAML file with `name` and `options` of the model that drafts: vllm or openai.",
+            help="YAML file with the `name` (vllm or openai) and the `options` of the model that drafts the "
+            "questions.",
             show_default=False,
         ),
     ],
     images: Annotated[
         int,
         typer.Option(
-            min=1, help="Number of images, at most. Those with the most easily confused regions come first."
+            min=1,
+            help="Number of images, at most. Those whose regions are most easily confused are taken first.",
         ),
     ] = 100,
 ) -> None:
-    """Make a benchmark from a corpus: easily confused regions, drafted questions, a page to review them."""
+    """Make a benchmark from a corpus.
+
+    Picks images whose regions are easily confused, lets a model draft questions about them, and writes a page
+    on which people review the questions.
+    """
     from ...model_training.evaluation import make_benchmark as making
     from ...pipeline.config_file import load_judge
 
@@ -114,19 +146,23 @@ def make(
     print(to / making.REVIEW)
 
 
-@benchmarks.command(epilog=example("benchmark photos"))
+@benchmarks.command(cls=Command, epilog=example("benchmark photos"))
 def photos(
     folders: Annotated[
         list[str],
         typer.Argument(
-            metavar="TITLE=FOLDER...",
-            help="A benchmark's title, and the folder of its annotations.json.",
+            metavar="TITLE=FOLDER",
+            help="Title of a benchmark, and the folder of its annotations.json. More of them may follow.",
             show_default=False,
         ),
     ],
     to: Annotated[Path, typer.Option(help="JSON file to write.", show_default=False)],
 ) -> None:
-    """List the photos of benchmarks by name and size: what new corpora and training leave out."""
+    """Write a list of the photos of benchmarks, by name and size.
+
+    `build` and `train` leave out the photos of ParaDLC-Bench and DLC-Bench. Their list of them has this form
+    and is part of the package. They do not read the file that is written here.
+    """
     from ...model_training.evaluation.list_photos import list_photos
     from ...pipeline.io import files
     from ...schemas.errors import ConfigError

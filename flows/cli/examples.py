@@ -33,5 +33,5 @@ EXAMPLES = {
 
 
 def example(command: str) -> str:
-    """The last line of a command's help."""
-    return f"Example: {EXAMPLES[command]}"
+    """The last line of a command's help, which is not broken, so that it can be copied."""
+    return f"\b\nExample: {EXAMPLES[command]}"

@@ -1,4 +1,4 @@
-"""The command `init`: a configuration to begin with, in which every key has its default and its reason."""
+"""The command `init`: a configuration to start from, with every key, its default and what it does."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def init(
     config: Annotated[Path, typer.Argument(help="The YAML file to write.")] = Path("corpus.yaml"),
     source: Annotated[str, typer.Option(help="Kind of the source: coconut or sa1b.")] = "sa1b",
 ) -> None:
-    """Write a configuration to begin with, in which every key has its default and its reason."""
+    """Write a configuration to start from: every key with its default and a comment that explains it."""
     from ...pipeline.io import files
     from ...pipeline.sources.registry import SOURCES
 

@@ -6,23 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .. import stopping
-from .arguments import Changes, Device, Dtype, RayAddress, options_of
+from .arguments import Device, Dtype, RayAddress, changes_of, options_of
 from .examples import example
+from .help import Command, Group
 from .progress import TrainingView
 
 TrainingConfig = Annotated[
-    Path, typer.Argument(help="The YAML file; configs/train has some for each stage.", show_default=False)
+    Path,
+    typer.Argument(
+        help="The YAML file; configs/train has an example for each training stage.", show_default=False
+    ),
 ]
 
-models = typer.Typer(help="Make checkpoints ready for the models that need it.", no_args_is_help=True)
+models = typer.Typer(cls=Group, help="Convert and prepare checkpoints of models.", no_args_is_help=True)
 
 
-@models.command(epilog=example("models prepare"))
+@models.command(cls=Command, epilog=example("models prepare"))
 def prepare(
     model: Annotated[str, typer.Argument(help="Kind of the model: gar.")],
     path: Annotated[Path, typer.Argument(help="Folder of the published checkpoint.")],
@@ -30,7 +33,7 @@ def prepare(
         Path | None, typer.Option(help="Folder to write.", show_default="next to the checkpoint")
     ] = None,
 ) -> None:
-    """Export a checkpoint's language model for vLLM. Does nothing if that was done before."""
+    """Export a checkpoint's language model for vLLM. Does nothing if the export already exists."""
     if model != "gar":
         raise ConfigError(f"models prepare: {model!r} needs no preparation; only gar does")
     from ...pipeline.models.gar import export as language_model
@@ -38,27 +41,38 @@ def prepare(
     print(language_model.prepare(path, to))
 
 
-@models.command(epilog=example("models convert"))
+@models.command(cls=Command, epilog=example("models convert"))
 def convert(
-    to: Annotated[Path, typer.Option(help="Folder to write. It appears when it is complete.")],
+    to: Annotated[
+        Path, typer.Option(help="Folder to write. It is created when everything in it is written.")
+    ],
     path: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder of a PerceptionDLM, in the published layout or in ours. The other one is written.",
+            help="Folder of a PerceptionDLM. The published file layout is converted to ours, and ours to the "
+            "published one. Leave the folder out with --language.",
             show_default=False,
         ),
     ] = None,
     language: Annotated[Path | None, typer.Option(help="Folder of LLaDA, for a new model.")] = None,
     vision: Annotated[
-        Path | None, typer.Option(help="Folder of SigLIP 2, for a new model, or if the model has no unused/.")
+        Path | None,
+        typer.Option(
+            help="Folder of SigLIP 2. It is needed for a new model, and to convert a model without a folder "
+            "unused/ to the published layout. A conversion to our layout keeps the weights that our model "
+            "does not use in unused/.",
+        ),
     ] = None,
     layout: Annotated[
         str | None,
-        typer.Option(help="corrected (default of a new model) or reference (of a published one)."),
+        typer.Option(
+            help="Token layout of the model: corrected or reference (docs/perceptiondlm.md).",
+            show_default="corrected for a new model, reference for a published one",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights that are initialized.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights that are drawn at random.")] = 0,
 ) -> None:
-    """Convert a PerceptionDLM between the published layout and ours, or make one of LLaDA and SigLIP 2."""
+    """Convert a PerceptionDLM between the published layout and ours, or make one from LLaDA and SigLIP 2."""
     from ...model_training.convert import published as converting
 
     if path is not None and language is None:
@@ -78,10 +92,11 @@ def train(
     wait: Annotated[
         bool,
         typer.Option(
-            "--wait", help="Wait until the corpora are built. Otherwise, train on what is committed."
+            "--wait",
+            help="Wait until the builds of the corpora have ended. Otherwise, train on what is committed.",
         ),
     ] = False,
-    changes: Changes = None,
+    changes: Annotated[list[str] | None, changes_of("seed=1", "data.workers=8")] = None,
 ) -> None:
     """Train a model, or resume from the last checkpoint. `config --training` prints every key."""
     from ...pipeline.config_file import load_training
@@ -117,7 +132,7 @@ def _what_is_trained(out: Path) -> str:
     return f"the last checkpoint is {last.name}; run the same command to continue from it"
 
 
-class ManyMasks(TyperCommand):
+class ManyMasks(Command):
     """Takes any number of paths after `--masks`, such as a shell makes of `*.png`."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
@@ -138,32 +153,43 @@ def caption(
     masks: Annotated[
         list[str],
         typer.Option(
-            help="Mask images, folders of them, a JSON of COCO or SA-1B; or a corpus, with --key.",
+            help="Mask images, folders of mask images, or a JSON of COCO or SA-1B; or a corpus, with --key. "
+            "Several paths may follow.",
             show_default=False,
         ),
     ],
     image: Annotated[Path | None, typer.Option(help="The photo. Not needed with a corpus.")] = None,
     key: Annotated[
         str | None,
-        typer.Option(help="Image of the corpus, or of a JSON that calls the photo by another name."),
+        typer.Option(
+            help="Key of the image in the corpus. For a JSON that knows the photo by another name than that "
+            "of --image: its name or id there."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="What the regions are asked: once for all, or once for each region in their order.",
-            show_default="what the model was trained with",
+            metavar="PROMPT",
+            help="What the model is asked about a region. Give one prompt for all regions, or repeat the "
+            "option once for each region, in the order of the regions.",
+            show_default="the prompt of the training",
         ),
     ] = None,
     json: Annotated[
-        str | None, typer.Option(help="JSON file to write, or - to print the JSON and nothing else.")
+        str | None, typer.Option(help="JSON file to write; - prints the JSON and nothing else.")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="PNG, JPEG or WebP file with masks, numbers and captions.")
+        Path | None, typer.Option(help="PNG, JPEG or WebP file to write, with masks, numbers and captions.")
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="GIF or HTML file with every decoding step.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="GIF or HTML file to write, with every decoding step.")
+    ] = None,
     regions_per_call: Annotated[
         int | None,
-        typer.Option(help="Regions that share a sequence.", show_default="as many as the model takes"),
+        typer.Option(
+            help="Most regions to caption together, in one sequence.",
+            show_default="as many as the model takes",
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -30,7 +30,12 @@ _SHOWN = 5
 def versions(
     corpus: Corpus,
     all: Annotated[
-        bool, typer.Option("--all", help="Every record, also claims, sweeps, ends and each single commit.")
+        bool,
+        typer.Option(
+            "--all",
+            help="Print every record, and each commit by itself: also when a process took over the corpus "
+            "(claim), removed files (sweep) or ended a run (done).",
+        ),
     ] = False,
     config: Annotated[
         int | None, typer.Option(min=1, help="Print the configuration as of this record, and nothing else.")
@@ -54,12 +59,24 @@ def versions(
 def diff(
     corpus: Corpus,
     before: Annotated[
-        int, typer.Argument(min=0, help="Number of a record; `versions` shows them.", show_default=False)
+        int,
+        typer.Argument(
+            min=0,
+            help="Number of a record, as `versions` prints it; 0 is the empty corpus.",
+            show_default=False,
+        ),
     ],
-    after: Annotated[int, typer.Argument(min=0, help="Number of another record.", show_default=False)],
-    limit: Annotated[int, typer.Option(min=0, help="Examples of what was lost, and as many gained.")] = 20,
+    after: Annotated[
+        int, typer.Argument(min=0, help="Number of the record to compare it with.", show_default=False)
+    ],
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Print up to N examples of lost regions, and N of gained ones."
+        ),
+    ] = 20,
 ) -> None:
-    """Compare two versions: regions lost and gained, by reason, with examples. Helps to tune thresholds."""
+    """Compare two versions: regions lost and gained, by reason, with examples."""
     from ...pipeline.corpus import history
 
     out = _path(corpus)
@@ -84,11 +101,13 @@ def diff(
 
 def status(
     corpus: Corpus,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every two seconds, until Ctrl-C.")
+    ] = False,
 ) -> None:
-    """Show what is committed and held back, who writes to the corpus, how fast, and how long it will take.
+    """Show which units are committed or held back, which process writes, how fast, and the time left.
 
-    Changes nothing, and may be called while a build runs.
+    This command changes nothing, and you can run it while a build runs.
     """
     from ...pipeline.corpus.status import Watcher
 
@@ -103,12 +122,12 @@ def status(
 
 def undo(
     corpus: Corpus,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Take back the last rebuild: its units get their former files, and the configuration too.
+    """Take back the last rebuild: restore the former files of its units, and the former configuration.
 
-    That is possible while the files that it replaced are kept (failures.keep_replaced_days). Units that it
-    added stay. To redo it, undo again.
+    This is possible while the replaced files are kept (failures.keep_replaced_days). Units that the rebuild
+    added stay. To redo the rebuild, run `undo` again.
     """
     from ...pipeline.corpus import undo as undoing
 

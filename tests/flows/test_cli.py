@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from typer.testing import CliRunner
 
 from paracaption.flows.cli import app
 from paracaption.schemas.config import Backend, BuildConfig
+from paracaption.schemas.evaluation import EvaluateConfig
+from paracaption.schemas.training import TrainConfig
 from tests.machinery import alone
 from tests.synthetic import shadow_modules, write_coconut
 
@@ -57,8 +60,29 @@ def test_help_names_every_command_with_its_purpose():
         assert own.exit_code == 0 and "Usage" in own.output
 
 
+def test_every_option_is_named_in_full_on_a_narrow_terminal_and_a_flag_takes_no_value():
+    commands = get_command(app).commands
+    for group in ("models", "benchmark"):
+        commands |= {f"{group} {name}": each for name, each in commands[group].commands.items()}
+    for name, command in commands.items():
+        text = runner.invoke(app, [*name.split(), "--help"], env={"COLUMNS": "80"}).output
+        for option in (option for each in command.params for option in each.opts if option.startswith("-")):
+            assert re.search(rf"^  {option}( |$)", text, re.MULTILINE), (name, option)
+        assert "bool" not in text.casefold(), name
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("build", BuildConfig), ("train", TrainConfig), ("evaluate", EvaluateConfig)]
+)
+def test_the_example_of_set_names_keys_of_the_commands_configuration(command, kind):
+    words = runner.invoke(app, [command, "--help"]).output.split()
+    sets = [words[at + 1].partition("=")[0] for at, word in enumerate(words) if word == "--set"]
+    keys = [key for key in sets if key != "KEY"]
+    assert len(keys) >= 2 and {key.partition(".")[0] for key in keys} <= set(kind.model_fields), keys
+
+
 def test_no_part_of_a_help_text_is_lost_as_markup():
-    """The help is drawn by rich, which swallows `[words]`."""
+    """The help was drawn by rich once, which swallows `[words]`."""
     commands = [get_command(app)]
     for command in commands:
         commands += getattr(command, "commands", {}).values()
