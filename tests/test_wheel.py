@@ -85,5 +85,5 @@ def test_the_wheel_builds_the_demo_beside_modules_of_the_same_names(venv, tmp_pa
     assert Path(where.strip()).is_relative_to(venv)
     out = tmp_path / "out"
     paracaption = venv / "bin" / "paracaption"
-    assert "What next" in said([paracaption, "demo", "--out", out], cwd=shadows, env=env)
+    assert "the dataset card: " in said([paracaption, "demo", "--out", out], cwd=shadows, env=env)
     assert "complete and undamaged" in said([paracaption, "verify", out], cwd=shadows, env=env)

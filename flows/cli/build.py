@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from contextlib import suppress
 from importlib import resources
@@ -14,7 +15,7 @@ import typer
 from ...schemas.errors import ConfigError
 from .. import stopping
 from .arguments import Changes, Config, RayAddress, suggest
-from .corpus import inspect
+from .corpus import print_funnel
 from .progress import BuildView
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = N
         if found.counts.benchmark_photos:
             left = f"{found.counts.benchmark_photos:,} images are photos of benchmarks"
             print(f"{subset}: {left}, and are left out (`benchmark_photo` in the ledger)", file=sys.stderr)
-    inspect(Path(loaded.out))
+    print_funnel(Path(loaded.out))
 
 
 def _what_is_committed(config: BuildConfig) -> str:
@@ -118,6 +119,7 @@ def merge(config: Config, changes: Changes = None) -> None:
         driver.write_config(loaded, owner)
         merging.merge(loaded.out, loaded, owner)
     print(Path(loaded.out) / "index.parquet")
+    suggest(f"paracaption inspect {loaded.out}", f"paracaption verify {loaded.out}")
 
 
 def demo(
@@ -132,17 +134,10 @@ def demo(
     _build(loaded)
     sheet = out / "contact-sheet.png"
     draw_contact_sheet(out, sheet)
-    rows = [
-        (f"paracaption explore {out}", "pages for the browser: masks, captions, dropped regions"),
-        (f"paracaption inspect {out}", "how many regions each step left, and samples"),
-        (f"paracaption verify {out}", "is the corpus complete and undamaged?"),
-        ("paracaption config", "every key of a configuration, with its default"),
-        (f"{out}/README.md", "the dataset card"),
-    ]
-    print(f"\nEvery image with its masks and captions: {sheet}")
-    print("What next (`source .venv/bin/activate` puts paracaption on the path):")
-    for what, why in rows:
-        print(f"  {what:<40} {why}")
+    print(f"every image with its masks and captions: {sheet}")
+    print(f"the dataset card: {out / 'README.md'}")
+    activate = [] if shutil.which("paracaption") else ["source .venv/bin/activate"]
+    suggest(*activate, f"paracaption explore {out}", f"paracaption verify {out}", "paracaption init my.yaml")
 
 
 def deploy(

@@ -123,7 +123,10 @@ def doctor(
         print_json(found)
     else:
         Console().print(findings.render_findings(found))
-    raise typer.Exit(1 if any(each.state == findings.FAIL for each in found) else 0)
+    if any(each.state == findings.FAIL for each in found):
+        raise typer.Exit(1)
+    if not json:
+        suggest(f"paracaption {'train' if training else 'evaluate' if evaluation else 'build'} {config}")
 
 
 def estimate(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import Corpus, Json, print_json
+from .arguments import Corpus, Json, print_json, suggest
 
 Outside = Annotated[
     bool,
@@ -36,19 +36,30 @@ def verify(corpus: Corpus, json: Json = False) -> None:
         print_json({"ok": report.ok, **report._asdict()})
     else:
         print(report.text())
-    raise typer.Exit(0 if report.ok else 1)
+    if not report.ok:
+        raise typer.Exit(1)
+    if not json:
+        suggest(f"paracaption explore {corpus}", f"paracaption export {corpus} --format coco --to FOLDER")
 
 
 def inspect(corpus: Corpus, json: Json = False) -> None:
     """Print how many regions each step left (the funnel), with samples of kept and of dropped regions."""
+    if json:
+        from ...pipeline.corpus.inspect import inspect_values
+
+        print_json(inspect_values(corpus))
+    else:
+        print_funnel(corpus)
+        suggest(f"paracaption explore {corpus}", f"paracaption verify {corpus}")
+
+
+def print_funnel(corpus: Path) -> None:
+    """Print the funnel of each subset, and samples of regions."""
     from rich.console import Console
 
-    from ...pipeline.corpus import inspect as inspecting
+    from ...pipeline.corpus.inspect import inspect as render
 
-    if json:
-        print_json(inspecting.inspect_values(corpus))
-    else:
-        Console().print(inspecting.inspect(corpus))
+    Console().print(render(corpus))
 
 
 def show(
@@ -64,6 +75,7 @@ def show(
 
     draw_corpus_image(corpus, key, picture)
     print(picture)
+    suggest(f"paracaption explore {corpus}")
 
 
 def explore(
@@ -151,3 +163,4 @@ def export(
         print(f"split {chosen.split}: {found:,} of {images:,} images; held_out_share is {chosen.share:g}")
     for path in written:
         print(path)
+    suggest("paracaption config --training", f"paracaption explore {corpus}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import stopping
-from .arguments import Device, Dtype, Json, changes_of, print_json
+from .arguments import Device, Dtype, Json, changes_of, print_json, suggest
 from .examples import example
 from .help import Command, Group
 from .progress import counting_parts, show_row
@@ -52,11 +52,15 @@ def evaluate(
         print_json(found)
         return
     Console().print(_table(found))
+    pages = []
     for result in found["benchmarks"]:
         for line in notes(result):
             print(line)
-        print(Path(loaded.out) / loaded.label / result["benchmark"] / "page.html")
+        pages.append(Path(loaded.out) / loaded.label / result["benchmark"] / "page.html")
+        print(pages[-1])
     print(Path(loaded.out) / "history.jsonl")
+    if pages:
+        suggest(*(f"open {page} in a browser" for page in pages))
 
 
 def profile(

@@ -10,7 +10,7 @@ import typer
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .. import stopping
-from .arguments import Device, Dtype, RayAddress, changes_of, options_of
+from .arguments import Device, Dtype, RayAddress, changes_of, options_of, suggest
 from .examples import example
 from .help import Command, Group
 from .progress import TrainingView
@@ -120,6 +120,10 @@ def train(
             f"{found['exact']:.1%} of the captions equal those of the corpus, "
             f"{found['empty']:.1%} are empty; {found['tokens_per_forward']:.1f} tokens per forward pass"
         )
+    suggest(
+        f"paracaption caption PHOTO --model {done['model']} --masks MASKS",
+        "paracaption config --evaluation",
+    )
 
 
 def _what_is_trained(out: Path) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...schemas.errors import ConfigError
-from .arguments import Corpus
+from .arguments import Corpus, suggest
 from .progress import duration
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def versions(
     for entry in describe(records, all):
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
         _print_entry(f"{entry.number:>{width}}  {when}  {entry.kind:<7} ", entry.text)
+    suggest(f"paracaption diff {corpus} BEFORE AFTER    # two of these numbers")
 
 
 def diff(
@@ -144,6 +145,7 @@ def undo(
     print(f"taken back; {summary['kept']:,} regions are kept now. To redo it, undo again")
     if rebuild.changes:
         print("Your own YAML file is not changed: put these keys back there before you build again")
+    suggest(f"paracaption inspect {corpus}", f"paracaption versions {corpus}")
 
 
 def _path(corpus: Path, ours: bool = False) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _COLUMNS = ["key", "region", "kept", "drop_stage", "drop_reason", "drop_detail", "category", "core_category"]
 _COLUMNS += ["caption", "file_name"]
 _UNITS = 32
-_BAR = 24
+_BAR = 12
 _MAX_TEXT = 300
 
 
@@ -160,7 +160,7 @@ def _funnel(counts: SubsetCounts) -> Any:
         left = step.regions_in - step.dropped
         kept, lost = round(_BAR * left / total), round(_BAR * step.regions_in / total)
         bar = Text.assemble(("█" * kept, "blue"), ("░" * (lost - kept), "yellow"))
-        why = ", ".join(f"{_words(reason)} {number:,}" for reason, number in step.reasons.items())
+        why = "\n".join(f"{_words(reason)} {number:,}" for reason, number in step.reasons.items())
         dropped = f"{step.dropped:,}" if step.dropped else ""
         table.add_row(stage_title(step.stage), f"{left:,}", f"{left / total:.0%}", bar, dropped, Text(why))
     return table
