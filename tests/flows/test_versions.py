@@ -45,7 +45,7 @@ def built(_built, tmp_path):
 def lines_of(*args: object, exit_code: int = 0) -> list[str]:
     done = runner.invoke(app, [str(each) for each in args])
     assert done.exit_code == exit_code, (done.output, done.exception)
-    return done.output.splitlines()
+    return (done.output if exit_code else done.stdout).splitlines()
 
 
 def test_versions_in_a_pipe_are_one_line_for_each_entry(built):
