@@ -107,8 +107,8 @@ class PrefectServer:
                 if not str(error).startswith("Failed to reach API"):  # Prefect's words
                     raise
                 raise StageFailed(
-                    f"Prefect: {error}; start that server, or unset PREFECT_API_URL (`prefect config view` "
-                    "says where it is set), or run `paracaption build --local`"
+                    f"Prefect: {error}; start that server, or unset PREFECT_API_URL, so that this command "
+                    "starts a server of its own (`prefect config view` shows where it is set)"
                 ) from error
             return
         self._wait(self.process)
@@ -131,8 +131,8 @@ class PrefectServer:
                 time.sleep(0.05)
         how = "did not answer" if process.poll() is None else f"ended with code {process.returncode}"
         raise StageFailed(
-            f"Prefect's server {how}: {self._last_words()}; run `paracaption build --local`, or set "
-            "PREFECT_API_URL to a server that runs"
+            f"Prefect's server {how}: {self._last_words()}; set PREFECT_API_URL to a running server, or "
+            "run a build without one: `paracaption build CONFIG --local`"
         )
 
     def _last_words(self) -> str:

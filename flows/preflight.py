@@ -122,7 +122,7 @@ def _find_corpus(out: str, subsets: tuple[str, ...] | None, wait: bool | None) -
 
 def _find_file(path: str) -> str:
     if not files.is_url(path) and not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file; name a .json, .jsonl or .parquet")
+        raise ConfigError(f"{path}: no such file; give a JSON file of captions by key")
     return f"{path} exists"
 
 
@@ -157,8 +157,5 @@ def _find_benchmark(bench: Bench, needs_photos: bool) -> str:
         named = {image.photo for image in read.images[: bench.images]}
         missing = [photo for photo in read.missing_photos() if photo in named]
         if missing:
-            raise ConfigError(
-                f"{missing[0]}: no such photo, and {len(missing) - 1} others are missing; put them there, "
-                "name their folder in `photos`, or leave them out with on_missing_photo: skip"
-            )
+            raise ConfigError(annotations.describe_missing(missing))
     return f"{bench.folder} is as published"

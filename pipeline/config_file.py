@@ -31,7 +31,10 @@ _FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " 
 """Options of `paracaption config`, which prints the keys of a configuration."""
 
 
-_SET_EXAMPLE = "give a key of the configuration and its value as YAML, as in --set text.min_words=3"
+_SET_EXAMPLE = (
+    "give a key that `paracaption config` prints and its value as YAML, as in --set KEY=3 or --set "
+    "SECTION.KEY=3"
+)
 
 
 def load_config(
@@ -95,11 +98,17 @@ def _read_file(path: str | Path, kind: type[_Config], changes: Sequence[str] = (
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         told = isinstance(error, UnicodeDecodeError) and (what_is(data, "YAML") or "save it as UTF-8")
         told = told or " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise ConfigError(f"{path}: not a YAML file: {told}") from error
+        raise ConfigError(f"{path}: not a YAML file: {told}; correct the file") from error
     if raw is None:
-        raise ConfigError(f"{path}: it says nothing; `paracaption config` prints the keys")
+        raise ConfigError(
+            f"{path}: the file is empty; `paracaption config{_FLAGS.get(kind, '')}` prints all keys"
+        )
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(raw).__name__}")
+        found = "a list" if isinstance(raw, list) else "a single value"
+        raise ConfigError(
+            f"{path}: the file has to be a mapping of keys to values, but it is {found}; "
+            f"`paracaption config{_FLAGS.get(kind, '')}` prints all keys"
+        )
     return _check(_changed(raw, changes), kind, str(path), path.parent.resolve())
 
 
@@ -118,8 +127,11 @@ def _changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
                 missing = isinstance(place, dict) and place.get(section) is None
                 place = place.setdefault(section, {}) if missing else place[section]
             place[last] = yaml_text.parse(text)
-        except (TypeError, LookupError, yaml.YAMLError) as error:
-            raise ConfigError(f"--set {change}: there is no such place; {_SET_EXAMPLE}") from error
+        except yaml.YAMLError as error:
+            what = f"the value is not YAML ({one_line(error)})"
+            raise ConfigError(f"--set {change}: {what}; {_SET_EXAMPLE}") from error
+        except (TypeError, LookupError) as error:
+            raise ConfigError(f"--set {change}: the configuration has no `{key}`; {_SET_EXAMPLE}") from error
     return values
 
 
@@ -134,11 +146,15 @@ def _bytes_of(path: Path) -> bytes:
     except ConfigError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{path}: no such file") from error
+        raise ConfigError(
+            f"{path}: no such file; correct the path, or write one with `paracaption init {path}`"
+        ) from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path}: a folder; give the YAML file in it") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({failures.describe(error)})") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({failures.describe(error)}); correct its permissions"
+        ) from error
     except ValueError as error:  # a NUL in its name
         raise ConfigError(f"{str(path)!a}: no file can have this name ({error})") from error
 

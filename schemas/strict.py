@@ -141,6 +141,23 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     return f"did you mean `{near[0]}`? " if near else ""
 
 
+_TYPES = {
+    **{"a valid integer": "a whole number", "a valid number": "a number", "a valid string": "a text"},
+    **{"a valid boolean": "true or false", "a valid list": "a list", "a valid dictionary": "keys and values"},
+}
+"""What pydantic calls a type, and what we call it."""
+
+
+def _in_our_words(text: str) -> str:
+    """A message of pydantic's, said as in our own errors; another text as it is."""
+    if text == "Field required":
+        return "is missing; add it"
+    if not text.startswith("Input should be "):
+        return text
+    wanted = text.removeprefix("Input should be ").partition(", unable to parse")[0]
+    return f"has to be {_TYPES.get(wanted, wanted)}"
+
+
 def one_line_each(
     error: ValidationError,
     where: str,
@@ -159,14 +176,15 @@ def one_line_each(
     """
     lines = []
     for each in error.errors():
-        place = ".".join(map(str, place_of(each["loc"]))) or "config"
+        place = ".".join(map(str, place_of(each["loc"])))
         if each["type"] == "extra_forbidden":
             meant = did_you_mean(each["loc"][-1], known(each["loc"]) if known else ())
             wrong = f"unknown key; {meant}{keys}"
         else:
             together = each["type"] == "value_error" and isinstance(each["input"], dict)  # of keys
             is_told = not together and each["type"] not in ("missing", "secret")
+            said = _in_our_words(each["msg"].removeprefix("Value error, "))
             given = f" (given: {secrets.shorten(repr(each['input']))})" if is_told else ""
-            wrong = secrets.shorten(each["msg"].removeprefix("Value error, ")) + given
+            wrong = secrets.shorten(said) + given
         lines.append(": ".join(filter(None, (where, place, wrong))))
     return "\n".join(lines)

@@ -99,7 +99,7 @@ def main() -> None:
         print(f"error: {shorten(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
-        from ...pipeline.executor import packages
+        from ...pipeline.io import packages
 
         name = (error.name or "").partition(".")[0]
         if not packages.is_required(name):

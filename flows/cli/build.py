@@ -136,7 +136,8 @@ def demo(
     draw_contact_sheet(out, sheet)
     print(f"every image with its masks and captions: {sheet}")
     print(f"the dataset card: {out / 'README.md'}")
-    activate = [] if shutil.which("paracaption") else ["source .venv/bin/activate"]
+    script = Path(sys.prefix) / "bin/activate"
+    activate = [f"source {script}"] if script.is_file() and not shutil.which("paracaption") else []
     suggest(*activate, f"paracaption explore {out}", f"paracaption verify {out}", "paracaption init my.yaml")
 
 
@@ -158,7 +159,10 @@ def deploy(
     runs until it is interrupted. The parameters of a run are checked before it starts.
     """
     if not os.environ.get("PREFECT_API_URL"):
-        raise ConfigError("PREFECT_API_URL is not set; start `prefect server start` and point it there")
+        raise ConfigError(
+            "PREFECT_API_URL is not set; start a server with `prefect server start`, and set it to the "
+            "address of that server, as in http://127.0.0.1:4200/api"
+        )
     import asyncio
 
     from prefect.runner import Runner

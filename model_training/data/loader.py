@@ -146,9 +146,12 @@ class Loader:
         """
         if state["data"] != self.fingerprint:
             raise IntegrityError(
-                f"the checkpoint's data are {state['data']}, these {self.fingerprint}: sources, seed or "
-                "batches have changed, so samples would come twice or never; start a new run from its "
-                f"weights{left_out.advice(self.left_out)}"
+                f"the training data are not those of the checkpoint (fingerprint {self.fingerprint}, then "
+                f"{state['data']}): sources, seed or options of the batches have changed, so that some "
+                "samples "
+                "would be seen twice and others not at all; restore the configuration, or train in another "
+                "`out`"
+                f"{left_out.advice(self.left_out)}"
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ...pipeline.io import weights
+from ...pipeline.io.packages import how_to_install_extra
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .region_forms import Boxes, to_masks, to_pixels
@@ -143,10 +144,7 @@ class RegionCaptioner:
             from ..model.processor import PerceptionDLMProcessor
             from ..model.saved import load_model, read_model_config, refusing
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"{error.name} is not installed; install the models' packages: `make models` in a clone, or "
-                "`pip install 'paracaption[models]'`"
-            ) from error
+            raise ConfigError(f"{error.name} is not installed; {how_to_install_extra('models')}") from error
         logging.disable_progress_bar()
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:

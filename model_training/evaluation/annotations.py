@@ -112,6 +112,16 @@ class Benchmark(NamedTuple):
         return [image.photo for image in self.images if not files.expand(image.photo)]
 
 
+def describe_missing(photos: list[str]) -> str:
+    """The error of photos that do not exist."""
+    more = f", and {len(photos) - 1:,} more are missing" if len(photos) > 1 else ""
+    return (
+        f"{photos[0]}: no such photo{more}; fetch the photos, set `photos` to their folder, or leave them "
+        "out "
+        "with on_missing_photo: skip"
+    )
+
+
 def read_benchmark(
     folder: str | Path, kind: BenchmarkKind, photo_folder: str | Path | None = None
 ) -> Benchmark:
@@ -160,7 +170,7 @@ def read_benchmark(
         image = images.setdefault(name, BenchImage(name, f"{root}/{Path(name).name}", mask.rle.size, []))
         image.regions.append(BenchRegion(key, mask, class_name, questions))
     if not images:
-        raise ConfigError(f"{folder / QUESTIONS}: no questions")
+        raise ConfigError(f"{folder / QUESTIONS}: no questions; download the file again")
     order = {key: number for number, key in enumerate(masks)}
     ordered = sorted(images.values(), key=lambda image: min(order[region.key] for region in image.regions))
     for image in ordered:
@@ -191,7 +201,10 @@ def _paradlc_masks(raw: Any, folder: Path) -> _Masks:
     found: _Masks = {}
     path = folder / ANNOTATIONS
     if not isinstance(raw, list):
-        raise ConfigError(f"{path}: not a list of images; name the other kind, or correct the file")
+        raise ConfigError(
+            f"{path}: not a list of images; if this is the other benchmark, set `kind` to dlc or paradlc; "
+            "otherwise correct the file"
+        )
     for number, image in enumerate(raw):
         with _named(path, f"image {number}"):
             size = (image["height"], image["width"])

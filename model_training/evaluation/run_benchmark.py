@@ -155,10 +155,7 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
     if captioner is not None and captioner.needs_photos:
         absent = set(benchmark.missing_photos()) & {image.photo for image in missing}
         if absent and bench.on_missing_photo == "error":
-            raise ConfigError(
-                f"{min(absent)}: no such photo, nor {len(absent) - 1:,} others; put them there, name their "
-                "folder in `photos`, or leave them out with on_missing_photo: skip"
-            )
+            raise ConfigError(annotations.describe_missing(sorted(absent)))
         missing = [image for image in missing if image.photo not in absent]
     with LineWriter(path) as lines:
         for number, image in enumerate(missing):
@@ -177,14 +174,16 @@ def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_Im
     found = _decoded(path, 1, first, dict[str, Any])
     if header is not None and _is_early(found, header):
         raise ConfigError(
-            f"{path}: made by a release that asked a perceptiondlm {captioners.EARLY_ASKED['prompt']!r} with "
-            "grouping: even; give the benchmark this prompt and grouping to go on, or take another label"
+            f"{path}: an earlier release asked {captioners.EARLY_ASKED['prompt']!r} with `grouping: even`; "
+            "to continue, set `prompt` and `grouping` of the benchmark to these, or choose another `label`"
         )
     known = {_ASKED: captioners.EARLY_ASKED} if header and _ASKED in header else {}
     if header is not None and known | found != header:
         changed = [name for name in header if found.get(name) != header[name]]
         raise ConfigError(
-            f"{path}: of another {' and '.join(changed)}; take another label, or remove {path.parent}"
+            f"{path}: these captions were made with another {' and '.join(changed)}; choose another `label`, "
+            "or "
+            f"delete {path.parent}"
         )
     lines = [_decoded(path, number, line, _ImageLine) for number, line in enumerate(rest, start=2)]
     if any(len(line.keys) != len(line.captions) for line in lines):

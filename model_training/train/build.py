@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...pipeline.io.packages import how_to_install_extra
 from ...schemas.errors import ConfigError
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
@@ -67,7 +68,8 @@ def _load_saved_model(chosen: Model, attention: str) -> tuple[PerceptionDLM, Per
     folder = Path(chosen.path or "")
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"model.path: {folder}: no saved model (no config.json); `paracaption models convert`"
+            f"model.path: {folder}: not a saved model (no config.json); correct the path, or make one with "
+            "`paracaption models convert PUBLISHED --to FOLDER`"
         )
     saved = read_model_config(folder)
     if fixed := sorted(chosen.config.keys() & {"vision_config", "text_config"}):
@@ -170,7 +172,8 @@ def add_lora(model: PerceptionDLM, lora: Lora, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ConfigError("lora: peft is not installed; `pip install paracaption[train]`") from error
+        what = f"lora: peft is not installed; {how_to_install_extra('train')}, or remove `lora`"
+        raise ConfigError(what) from error
     model.language_model.requires_grad_(False)
     model.lm_head.requires_grad_(False)
     names = {name.rpartition(".")[2] for name, each in model.language_model.named_modules() if _linear(each)}

@@ -205,9 +205,9 @@ def load_checkpoint(
         return json.loads((path / PROGRESS).read_text())
     except (Exception, CheckpointException) as error:  # torch reports damage and mismatch by many types
         raise IntegrityError(
-            f"{path}: does not load ({one_line(error)}); if `model`, `lora`, `ema_decay` or "
-            "frozen parts have changed, start a run in another `out` from this one's model; if the file is "
-            "damaged, remove this checkpoint: the one before it is taken"
+            f"{path}: does not load ({one_line(error)}); if `model`, `lora`, `ema_decay` or the frozen parts "
+            "have changed, change them back, or train in another `out`; if the file is damaged, delete the "
+            "folder of this checkpoint: the one before it is used"
         ) from error
 
 

@@ -61,9 +61,11 @@ class DropCounts:
         dropped = self.items - self.examples
         if limit is not None and dropped > limit * epoch_items:
             raise NothingToTrainOn(
-                f"epoch {self.epoch}: {dropped:,} of {self.items:,} items were left out so far, of "
-                f"{epoch_items:,} in the epoch; data.max_dropped_share allows {limit:g}: {_ADVICE}, or raise "
-                "data.max_dropped_share"
+                f"epoch {self.epoch}: {dropped:,} of the first {self.items:,} items were left out, which is "
+                "more "
+                f"than data.max_dropped_share ({limit:g}) allows of the {epoch_items:,} in an epoch; "
+                f"{_ADVICE}, "
+                "or raise data.max_dropped_share"
             )
 
     def check_epoch(self, limit: float | None) -> None:
@@ -84,6 +86,7 @@ class DropCounts:
 
 
 _ADVICE = (
-    "set data.on_bad_sample and data.on_too_long to error to see what is wrong with the first of them, then "
-    "repair the data"
+    "set data.on_bad_sample and data.on_too_long to `error`, so that the run stops at the first such item "
+    "and "
+    "says what is wrong with it, then repair the data"
 )

@@ -22,6 +22,7 @@ import torch
 
 from ...pipeline.io import files
 from ...pipeline.io.json_lines import LineReader, LineWriter, read_lines
+from ...pipeline.io.packages import how_to_install_extra
 from ...schemas.errors import ConfigError
 from ..data.order import key_of
 
@@ -139,7 +140,8 @@ class MetricsLogger:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError("tensorboard is not installed; `pip install paracaption[train]`") from error
+            what = f"tensorboard is not installed; {how_to_install_extra('train')}"
+            raise ConfigError(what) from error
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.wandb = _wandb(folder, config) if config.log.wandb else None
 
@@ -239,7 +241,7 @@ def _wandb(folder: Path, config: TrainConfig) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            "log.wandb: wandb is not installed; `pip install wandb`, or leave it out"
+            "log.wandb: wandb is not installed; `pip install wandb`, or remove log.wandb"
         ) from error
     name = f"{folder.name}-{key_of(str(folder.absolute())):016x}"
     options = {"config": config.model_dump(mode="json"), "dir": str(folder)}

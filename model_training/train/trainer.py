@@ -324,8 +324,9 @@ def _count_step(run: Run, reason: str | None, batches: list[TrainBatch]) -> dict
 def _stop(run: Run) -> None:
     lines = "\n".join(run.skipped_now)
     raise Diverged(
-        f"{len(run.skipped_now)} steps in a row were skipped:\n{lines}\nThe last checkpoint is from before "
-        "them or among them: leave these examples out, or lower the learning rate, and run again"
+        f"{len(run.skipped_now)} steps in a row were skipped:\n{lines}\nLower "
+        "learning_rate, or remove these records from the data, and run the same command again; if it happens "
+        "again, delete the newest checkpoint as well"
     )
 
 
@@ -358,7 +359,11 @@ def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, group: D
         held_out_share=evaluated,
     )
     if len(found := set(group.all_gather(loader.fingerprint))) > 1:
-        raise StageFailed(f"the ranks do not see the same data: {', '.join(sorted(found))}")
+        raise StageFailed(
+            f"the ranks read different data (fingerprints {', '.join(sorted(found))}); make sure that all "
+            "nodes "
+            "read the same corpora and files of conversations, and run again"
+        )
     for source, counts in zip(sources, loader.left_out, strict=True):
         if counts and group.rank == 0:
             path = source.corpus if isinstance(source, CorpusSource) else source.path
@@ -415,12 +420,16 @@ def _warn_of_changes(progress: dict[str, Any], config: TrainConfig, group: Distr
     changed = [key for key in now if key not in _HARMLESS and now[key] != before.get(key)]
     if changed:
         _log.warning(
-            "since the checkpoint, %s changed; the run goes on with the new values", ", ".join(changed)
+            "these keys have changed since the checkpoint: %s; the run continues with the new values",
+            ", ".join(changed),
         )
     batches = config.gradient_accumulation_steps * group.world_size
     if batches != progress["batches_per_step"]:
         _log.warning(
-            "a step now has %d batches, before %d; set gradient_accumulation_steps so that they are equal",
+            "a step now has %d batches, at the checkpoint it had %d; to keep that number, stop the run and "
+            "set "
+            "gradient_accumulation_steps so that it is that number when multiplied with the number of "
+            "workers",
             batches,
             progress["batches_per_step"],
         )

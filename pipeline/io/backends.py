@@ -18,6 +18,7 @@ from ...schemas.errors import ConfigError
 from ...schemas.secrets import shorten
 from . import confined
 from .failures import ShortRead
+from .packages import how_to_install_extra
 
 FileKind = Literal["file", "folder"]
 
@@ -317,7 +318,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         package = _PACKAGES.get(scheme)
         if package is None:
             raise
-        fix = "`pip install 'paracaption[remote]'`, on every node"
+        fix = f"{how_to_install_extra('remote')}, on every node"
         raise ConfigError(
             f"{shorten(url)}: {package} reads {scheme}://, and is not installed; {fix}"
         ) from error

@@ -28,6 +28,7 @@ from ...schemas.errors import BadRecord, ConfigError, ParaCaptionError, Retryabl
 from ...schemas.reasons import Reason
 from ...schemas.secrets import shorten
 from .activity import NOW
+from .packages import how_to_install
 
 log = logging.getLogger(__name__)
 
@@ -353,14 +354,17 @@ def _mend(problem: str) -> str:
     if package := re.search(
         r"(?:Import|ModuleNotFound)Error: .*?(?:nstall |requires \"|No module named ')([\w-]+)", problem
     ):
-        return f"pip install {package[1]}, on every node"
+        return f"{how_to_install(package[1])}, on every node"
     if "Protocol not known" in problem:
         return "correct the address: no package reads this kind"
     if "gs://" in problem and re.search("Credentials|HTTP 40[13]|nonymous|401|403", problem):
         return 'set GOOGLE_APPLICATION_CREDENTIALS, or for a public bucket FSSPEC_GS=\'{"token": "anon"}\''
     if "NoCredentials" in problem:
-        return "set the credentials, or for a public bucket FSSPEC_S3='{\"anon\": true}'"
-    return "correct the credentials, the permissions, the address or the installation"
+        return (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY on every node, or for a public bucket "
+            "FSSPEC_S3='{\"anon\": true}'"
+        )
+    return "check the address first, then the credentials and their permissions (docs/sources.md)"
 
 
 def to_stop(error: Exception, where: str) -> ParaCaptionError | None:
@@ -381,7 +385,7 @@ def to_stop(error: Exception, where: str) -> ParaCaptionError | None:
                 return ConfigError(f"{what}; {_mend(what)}")
         return ConfigError(f"{what}; correct the path")
     if isinstance(error, OSError | ValueError | EOFError | RecursionError):
-        return ConfigError(f"{what}; fetch it again")
+        return ConfigError(f"{what}; the file may be damaged: fetch it again")
     return None
 
 
@@ -468,5 +472,7 @@ def _read_error(error: Exception, url: str, is_gone: Callable[[], bool] | None) 
     kind, missing = classify(error, Kind.RECORD if unnamed else Kind.TRANSIENT), is_missing(error)
     why = describe(error)
     if missing and is_gone is not None and not is_gone():
-        return ReadError(url, f"{why}, but no listing of its folder says so", Kind.TRANSIENT, missing)
+        return ReadError(
+            url, f"{why}, although the listing of its folder has this file", Kind.TRANSIENT, missing
+        )
     return ReadError(url, why, kind, missing)

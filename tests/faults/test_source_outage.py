@@ -392,7 +392,7 @@ def test_a_key_that_expires_in_mid_build_stops_it_at_once(tmp_path, server, remo
     def expire() -> None:
         server.fault = lambda *_: 401
 
-    with pytest.raises(ConfigError, match=r"HTTP 401 .*; correct the credentials") as told:
+    with pytest.raises(ConfigError, match=r"HTTP 401 .*; check the address first") as told:
         build(remote, on_progress=after(1, expire))
     assert "\n" not in str(told.value) and counts(tmp_path / "out") == [(8, 8)]
 
@@ -416,8 +416,8 @@ def test_one_photo_that_is_not_there_is_missing(tmp_path, server, remote):
     [
         (503, r"panoptic\.json: HTTP 503 .*; run the same command again when the source answers"),
         ("reset", r"panoptic\.json: .*; run the same command again when the source answers"),
-        (401, r"panoptic\.json: HTTP 401 .*; correct the credentials"),
-        (403, r"panoptic\.json: HTTP 403 .*; correct the credentials"),
+        (401, r"panoptic\.json: HTTP 401 .*; check the address first"),
+        (403, r"panoptic\.json: HTTP 403 .*; check the address first"),
         (404, r"nothing found at .*panoptic\.json; correct the path"),
     ],
 )

@@ -141,7 +141,7 @@ def test_audit_of_two_subsets_into_one_file_keeps_both(tmp_path, release):
     ("change", "message"),
     [
         ({"min_iuo": 0.5}, "min_iuo: unknown key"),
-        ({"min_iou": "half"}, "min_iou: Input should be a valid number"),
+        ({"min_iou": "half"}, "min_iou: has to be a number"),
         ({"text": {"min_wrods": 5}}, "text.min_wrods: unknown key"),
         ({"captioner": {"name": "classical", "concurrency": [2, 1]}}, "captioner: "),
         ({"coconut": []}, "name at least one source"),

@@ -117,7 +117,7 @@ def test_a_value_of_the_configuration_is_set_on_the_command_line(tmp_path):
         ("min_iou.a=1", "--set min_iou.a=1"),
         ("sa1b.3.license=x", "--set sa1b.3.license=x"),
         ("min_iou=[", "--set min_iou=["),
-        ("min_iou=2", "min_iou: Input should be less than or equal to 1"),
+        ("min_iou=2", "min_iou: has to be less than or equal to 1"),
     ],
 )
 def test_a_value_that_cannot_be_set_is_one_line(tmp_path, change, says):

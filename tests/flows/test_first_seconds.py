@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from paracaption.pipeline.executor import findings, packages
+from paracaption.pipeline.executor import findings
 from paracaption.pipeline.executor.findings import FAIL, OK, Finding
+from paracaption.pipeline.io import packages
 from paracaption.schemas.errors import ConfigError
 
 SCRIPT = """
@@ -73,10 +74,16 @@ def test_a_refusal_names_every_failure_and_no_success():
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("torch", "`make models` in a clone, or `pip install 'paracaption[models]'`"),
-        ("segment_anything", "`make models` in a clone, or `pip install 'paracaption[models]'`"),
-        ("peft", "`pip install 'paracaption[train]'`"),
-        ("s3fs", "`pip install 'paracaption[remote]'`"),
+        (
+            "torch",
+            "`make models` in a clone, or install paracaption again with the extra `models` (README.md)",
+        ),
+        (
+            "segment_anything",
+            "`make models` in a clone, or install paracaption again with the extra `models` (README.md)",
+        ),
+        ("peft", "install paracaption again with the extra `train` (docs/training.md)"),
+        ("s3fs", "install paracaption again with the extra `remote` (docs/sources.md)"),
     ],
 )
 def test_a_missing_module_is_named_with_its_extra(module, words):

@@ -192,13 +192,19 @@ def test_a_disk_that_does_not_answer_is_one_line(tmp_path, error):
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("torch", "`make models` in a clone, or `pip install 'paracaption[models]'`"),
-        ("tensorboard", "`pip install 'paracaption[train]'`"),
-        ("vllm", "`pip install 'paracaption[vllm]'`"),
-        ("duckdb", "`make .venv/base` in a clone, or `pip install paracaption`"),
-        ("matplotlib", "`make .venv/base` in a clone, or `pip install paracaption`"),
-        ("yaml", "`make .venv/base` in a clone, or `pip install paracaption`"),
-        ("safetensors", "`make models` in a clone, or `pip install 'paracaption[models]'`"),
+        (
+            "torch",
+            "`make models` in a clone, or install paracaption again with the extra `models` (README.md)",
+        ),
+        ("tensorboard", "install paracaption again with the extra `train` (docs/training.md)"),
+        ("vllm", "install paracaption again with the extra `vllm` (docs/gpu.md)"),
+        ("duckdb", "install paracaption again, with the packages that it requires (README.md)"),
+        ("matplotlib", "install paracaption again, with the packages that it requires (README.md)"),
+        ("yaml", "install paracaption again, with the packages that it requires (README.md)"),
+        (
+            "safetensors",
+            "`make models` in a clone, or install paracaption again with the extra `models` (README.md)",
+        ),
     ],
 )
 def test_a_package_that_is_missing_is_one_line_with_what_to_install(tmp_path, module, words):

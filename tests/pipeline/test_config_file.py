@@ -111,8 +111,8 @@ def test_absolute_home_and_file_paths_are_taken_as_they_are(tmp_path, monkeypatc
             r"sa1b.0.licens: unknown option; `sa1b` takes license, paths",
         ),
         ({"min_iou": 2}, r"min_iou: .*less than or equal to 1 \(given: 2\)"),
-        ({"sa1b": [{}]}, r"sa1b.0.paths: Field required$"),
-        ({"sa1b": []}, r"config: .*name at least one source"),
+        ({"sa1b": [{}]}, r"sa1b.0.paths: is missing; add it$"),
+        ({"sa1b": []}, r".*name at least one source"),
         ({"captioner": {"name": "x", "concurrency": [3, 2]}}, r"captioner: .*1 <= min <= max, not \(3, 2\)"),
         (
             {"coconut": [{"annotations": ["a"], "photos": ["b"]}]},
@@ -181,7 +181,7 @@ SA1B = {"source": "sa1b", "paths": ["in/sa_*.tar"]}
     [
         ({"source": "lvis"}, r"subsets.a.sources.0.source: unknown kind 'lvis'; choose from coconut, sa1b"),
         (SA1B | {"path": "y"}, r"sources.0.path: unknown option; `sa1b` takes license, paths \(given: 'y'\)"),
-        (SA1B | {"paths": 3}, r"subsets.a.sources.0.paths: Input should be a valid list \(given: 3\)"),
+        (SA1B | {"paths": 3}, r"subsets.a.sources.0.paths: has to be a list \(given: 3\)"),
         ({"source": "coconut", "annotations": [], "photos": []}, r"subsets.a.sources.0: .*needs `labels`"),
     ],
 )
@@ -207,7 +207,7 @@ def test_a_mistake_in_a_source_is_the_same_line_from_a_file_and_from_a_program(t
         ({"log": {"sources": SA1B}}, r"a subset is a folder.*not .*log"),
         ({"beat": {"sources": SA1B}}, r"a subset is a folder.*not .*beat"),
         ({"corpus.json": {"sources": SA1B}}, r"a subset is a folder.*not .*corpus.json"),
-        ({}, r"config: .*name at least one source under `subsets`"),
+        ({}, r".*name at least one source under `subsets`"),
     ],
 )
 def test_a_mistake_in_a_subset_is_one_line(tmp_path, subsets, told):
@@ -237,9 +237,9 @@ def test_every_mistake_has_its_line(tmp_path):
         (b"out: a\n\tsa1b: b", "not a YAML file: .* '.t' that cannot start any token line 2, column 1"),
         (b"out: a\nsa1b: []\nout: b", "not a YAML file: `out` is given twice; keep one line 3"),
         (b"out: a\nmasks: {min_area: 1, min_area: 2}", "not a YAML file: `min_area` is given twice"),
-        (b"- out", "expected keys and values, found list"),
-        (b"hello", "expected keys and values, found str"),
-        (b"", "it says nothing"),
+        (b"- out", ".* but it is a list"),
+        (b"hello", ".* but it is a single value"),
+        (b"", "the file is empty"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_one_line(tmp_path, content, told):

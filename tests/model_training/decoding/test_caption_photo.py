@@ -230,7 +230,7 @@ def test_a_folder_that_holds_no_model_of_ours_is_an_error(home, tmp_path):
     [
         (["--device", "gpu9"], "device: 'gpu9' cannot be used"),
         (["--dtype", "int8"], "dtype: unknown type 'int8'; choose one of"),
-        (["--top-p", "0"], "top_p: Input should be greater than 0"),
+        (["--top-p", "0"], "top_p: has to be greater than 0"),
         (["--regions-per-call", "0"], "regions_per_call: 0"),
     ],
 )

@@ -211,7 +211,7 @@ def test_unknown_options_are_errors_that_say_what_there_is(ready, caption):
     pixels, masks = photo(0, 1)
     with pytest.raises(ConfigError, match=r"(?s)speed: unknown key; the keys are strategy, .*beams: unknown"):
         caption(pixels, masks, speed=2, beams=3)
-    with pytest.raises(ConfigError, match=r"strategy: Input should be 'remask'.*'best'"):
+    with pytest.raises(ConfigError, match=r"strategy: has to be 'remask'.*'best'"):
         caption(pixels, masks, strategy="best")
     with pytest.raises(ConfigError, match="gen_length: unknown key"):
         ready.caption_steps(pixels, masks, gen_length=32)

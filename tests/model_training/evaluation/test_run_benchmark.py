@@ -267,7 +267,7 @@ def test_other_captions_need_another_label(tmp_path):
     config = config_of(tmp_path, predictions(tmp_path, SAID), None)
     run(config)
     changed = config_of(tmp_path, predictions(tmp_path, SAID | {"0_0": "A dog."}), None)
-    with pytest.raises(ConfigError, match="of another captioner; take another label"):
+    with pytest.raises(ConfigError, match="made with another captioner; choose another `label`"):
         run(changed)
 
 
@@ -282,7 +282,7 @@ def test_captions_that_do_not_say_how_they_were_asked_count_as_asked_the_early_w
     assert (_folder(config) / "captions.jsonl").read_bytes() == written
     for other in ({"prompt": "Describe the masked region in detail."}, {"grouping": "published"}):
         monkeypatch.setattr(run_benchmark.captioners, "how_asked", lambda _, __, other=other: asked | other)
-        with pytest.raises(ConfigError, match="grouping: even; give the benchmark this prompt and grouping"):
+        with pytest.raises(ConfigError, match="`grouping: even`; to continue, set `prompt` and `grouping`"):
             run(config)
 
 

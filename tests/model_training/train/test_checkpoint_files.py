@@ -148,5 +148,7 @@ def test_a_value_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
 def test_a_damaged_index_is_named(tmp_path, data):
     folder = saved(tmp_path / "step-00000004")
     (folder / ".metadata").write_bytes(data)
-    with pytest.raises(IntegrityError, match=r"step-00000004: does not load .*remove this checkpoint"):
+    with pytest.raises(
+        IntegrityError, match=r"step-00000004: does not load .*delete the folder of this checkpoint"
+    ):
         load(folder)

@@ -150,7 +150,9 @@ def test_a_damaged_checkpoint_is_named_with_the_mend(corpus, straight, tmp_path)
     run = shutil.copytree(straight, tmp_path / "run")
     (newest,) = (run / "checkpoints/step-00000040").glob("*.distcp")
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(IntegrityError, match=r"step-00000040: does not load .*remove this checkpoint"):
+    with pytest.raises(
+        IntegrityError, match=r"step-00000040: does not load .*delete the folder of this checkpoint"
+    ):
         fit(config_of(run, corpus, steps=60, ema_decay=0.9))
 
 
@@ -158,7 +160,7 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(corpus, straight
     run = shutil.copytree(straight, tmp_path / "run")
     with pytest.raises(IntegrityError, match="does not load"):
         fit(config_of(run, corpus, steps=60, ema_decay=0.9, lora={"rank": 2}))
-    with pytest.raises(IntegrityError, match="the checkpoint's data are"):
+    with pytest.raises(IntegrityError, match="the training data are not those of the checkpoint"):
         fit(config_of(run, corpus, steps=60, ema_decay=0.9, seed=1))
 
 

@@ -61,5 +61,5 @@ def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint
 def test_an_error_in_a_worker_is_shown_as_it_is(ray_cluster, tmp_path):
     corpus = write_corpus(tmp_path / "world", 12)
     changes = {"model": {"path": "/nowhere"}, "ray": {"workers": 1, "gpus": 0, "cpus": 1, "max_failures": 0}}
-    with pytest.raises(ConfigError, match="/nowhere: no saved model"):
+    with pytest.raises(ConfigError, match="/nowhere: not a saved model"):
         ray_train.train(config_of(tmp_path / "run", corpus, **changes))

@@ -348,7 +348,7 @@ def test_a_mistake_in_the_file_is_named_by_its_key(corpus, tmp_path, changes, sa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": {"path": "/nowhere"}}, r"model\.path: /nowhere: no saved model"),
+        ({"model": {"path": "/nowhere"}}, r"model\.path: /nowhere: not a saved model"),
         ({"model": {"tokenizer": "toy", "config": {"tiles": 1}}}, r"model\.config\.tiles: .*no such field"),
         (
             {"model": {"tokenizer": "toy", "config": {"max_tiles": "x"}}},

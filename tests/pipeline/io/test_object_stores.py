@@ -117,7 +117,7 @@ def test_a_package_that_is_missing_is_named_with_the_extra_that_has_it(monkeypat
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, scheme, raising=False)
     told = plan(url)
     assert f"{package} reads {scheme}://, and is not installed" in told
-    assert "pip install 'paracaption[remote]'" in told
+    assert "install paracaption again with the extra `remote`" in told
 
 
 def test_an_address_that_no_package_reads_is_one_line():
