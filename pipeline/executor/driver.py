@@ -122,6 +122,7 @@ def build(
         StageStalled: nothing moved for `failures.stall_s`.
     """
     config = complete(config)
+    variables.take_all(config.model_dump(mode="json"))  # a run that Prefect started has read no file
     engine.check(config)
     if is_finished(config, limit_images, retry_failed):
         return msgspec.to_builtins(reader.read_summary(config.out))

@@ -15,7 +15,7 @@ from paracaption.pipeline.io import files, variables
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.records import Blob
-from tests.building import build
+from tests.building import build, config_of
 from tests.synthetic import write_coconut
 
 
@@ -88,6 +88,14 @@ def test_a_corpus_stores_the_variables_and_not_their_values(tmp_path, monkeypatc
         capture_output=True, text=True, env={**os.environ, "DATA_OF_TEST": str(sources)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_build_that_has_read_no_file_knows_its_variables(tmp_path, monkeypatch):
+    source = write_coconut(tmp_path / "source", 3)
+    monkeypatch.setenv("DATA_OF_TEST", str(tmp_path))
+    named = json.loads(json.dumps(source).replace(str(tmp_path), "${DATA_OF_TEST}"))
+    build(config_of(tmp_path / "out", coconut=named))
+    assert list((tmp_path / "out" / "coconut" / "shards").iterdir())
 
 
 def test_home_is_a_variable_and_relative_paths_start_at_the_file(tmp_path, monkeypatch):
