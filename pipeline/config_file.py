@@ -8,7 +8,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -233,41 +233,79 @@ def _resolved(root: Path, path: str) -> str:
     return found
 
 
+_HEAD = """\
+# Every key with its default. A key whose value is `required` has no default: give it.
+"""
+_HEAD_OFF = """\
+# Lines that begin with `#` are keys of a section that is null by default, or of an entry of a list that is
+# empty by default. To have it, remove the `#` of each line and the `null` or `[]` above them.
+"""
+_HEAD_TRAINING = """\
+# The released code is that of PerceptionDLM (github.com/MSALab-PKU/PerceptionDLM).
+"""
+
+
 def describe(kind: type[BaseModel] = BuildConfig) -> str:
-    """Every key with its default and its meaning, as a commented YAML file."""
+    """Every key with its default and its meaning, as a commented YAML file.
+
+    The keys of a section that is null by default, and of an entry of a list that is empty by default, are
+    comments, so that the values of the file are the defaults.
+    """
     lines: list[str] = []
     _describe(kind, "", lines)
+    head = _HEAD + (_HEAD_OFF if any(line.startswith("#") for line in lines) else "")
+    head += _HEAD_TRAINING if kind is TrainConfig else ""
     if kind is BuildConfig:
         lines.append("# Keys of captioner, judge and segmenter:")
         _describe(Backend, "#   ", lines)
         for source in SOURCES:
-            lines.append(f"# Keys of a source of the kind {source}: {_summary(find_options(source))}")
-            lines.append(f"#   source: {source}  # The recipe is `{find_source(source).recipe}` by default.")
+            lines.append(f"# Keys of a source of the kind `{source}`. {_summary(find_options(source))}")
+            recipe = find_source(source).recipe
+            lines.append(f"#   source: {source}  # The kind of the source. Its default recipe is `{recipe}`.")
             _describe(find_options(source), "#   ", lines)
-    return "\n".join(lines)
+    return head + "\n".join(lines)
 
 
 def _describe(model: type[BaseModel], indent: str, lines: list[str]) -> None:
     for name, field in model.model_fields.items():
         nested, kind = _model_of(field.annotation), get_origin(field.annotation)
+        meaning = " ".join(filter(None, (field.description, _choices(field))))
         if type(field.default) is Backend:
-            lines.append(f"{indent}{name}: {{name: {field.default.name}}}  # {field.description}")
+            lines.append(f"{indent}{name}: {{name: {field.default.name}}}  # {meaning}")
         elif nested is None:
             default = (
                 "required" if field.is_required() else yaml.safe_dump(_plain(field), default_flow_style=True)
             )
             value = default.splitlines()[0]
-            lines.append(f"{indent}{name}: {value}  # {field.description or ''}".rstrip(" #"))
+            lines.append(f"{indent}{name}: {value}  # {meaning}".rstrip(" #"))
         elif kind is dict:
-            lines += [f"{indent}{name}:  # {field.description}", f"{indent}  NAME:  # {_summary(nested)}"]
+            lines += [f"{indent}{name}:  # {meaning}", f"{indent}  NAME:  # {_summary(nested)}"]
             _describe(nested, indent + "    ", lines)
-        else:
-            said = field.description or ("null by default." if field.default is None else "")
-            lines.append(f"{indent}{name}:  # {_summary(nested)} {said}".rstrip())
+        elif kind is list:  # empty by default
+            lines.append(f"{indent}{name}: []  # {meaning} None by default. An entry has these keys:")
             at = len(lines)
-            _describe(nested, indent + ("    " if kind is list else "  "), lines)
-            if kind is list:
-                lines[at] = f"{indent}  - {lines[at].lstrip()}"
+            _describe(nested, f"#{indent}    ", lines)
+            lines[at] = f"#{indent}  - {lines[at][1:].lstrip()}"
+        elif field.default is None:
+            lines.append(f"{indent}{name}: null  # {_summary(nested)} {meaning}")
+            _describe(nested, f"#{indent}  ", lines)
+        else:
+            needed = "Required." if field.is_required() else ""
+            said = " ".join(filter(None, (needed, _summary(nested), meaning)))
+            lines.append(f"{indent}{name}:  # {said}")
+            _describe(nested, indent + "  ", lines)
+
+
+def _choices(field: Any) -> str:
+    """The values of a key that takes few, unless its description names all of them."""
+    parts = [field.annotation, *get_args(field.annotation)]
+    values = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    if not values or all(f"`{value}`" in (field.description or "") for value in values):
+        return ""
+    *first, last = (f"`{value}`" for value in values)
+    if not first:
+        return ""
+    return f"One of {', '.join(first)} or {last}."
 
 
 def _plain(field: Any) -> Any:

@@ -80,17 +80,18 @@ def _mistakes(*mistakes: InitErrorDetails) -> ValidationError:
 
 
 class Subset(Strict):
-    """One named part of a corpus: its sources, and the recipe that makes captions of them."""
+    """A name of your choice. A subset has sources, and a recipe that makes and checks their captions."""
 
     sources: list[Annotated[dict[str, Any], AfterValidator(_checked_source)]] = Field(
         min_length=1,
-        description="Where images and masks come from. A single source needs no list. The keys are below.",
+        description="Where images and masks come from. A single source may stand without a list. The keys "
+        "of a source are below.",
     )
     recipe: str | None = Field(
         default=None,
         validate_default=True,
-        description="Recipe that makes the captions: `verify` if the sources name each region's category, "
-        "`identify` if they do not. null takes the default of the kind of source.",
+        description="`verify` for sources that name a category for each region, `identify` for sources "
+        "that do not. null takes the default of the source's kind.",
     )
 
     @field_validator("recipe")
@@ -113,11 +114,12 @@ class Subset(Strict):
 
 
 class Limits(Strict):
-    """Limits of the input. What exceeds one is dropped and reported."""
+    """Limits of the input. An image that exceeds one is dropped and reported."""
 
     max_pixels: PositiveInt = Field(
         default=200_000_000,
-        description="Largest photo in pixels, against decompression bombs. SA-1B's originals have 8 million.",
+        description="Largest photo in pixels, as a guard against decompression bombs. SA-1B's original "
+        "photos have 8 million.",
     )
     max_masks: PositiveInt = Field(
         default=2_000, description="Most masks of one image. SA-1B's largest image has about 700."
@@ -137,32 +139,35 @@ class Masks(Strict):
         default=0.9,
         gt=0,
         le=1,
-        description="A mask with at least this IoU with a better mask is the same object.",
+        description="A mask is dropped as a duplicate if its IoU with a better mask that is kept is at "
+        "least this.",
     )
     min_visible_share: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="A mask is occluded if no more than this share of it is visible. "
-        "0 drops only masks that are hidden completely.",
+        description="A mask is dropped as occluded if no more than this share of it is visible. 0 drops "
+        "only masks that are hidden completely.",
     )
     part_container_share: float = Field(
         default=0.9,
         gt=0,
         le=1,
-        description="A mask is a part if at least this share of it lies inside a larger mask.",
+        description="A mask is dropped as a part if at least this share of it lies inside a larger mask, "
+        "its container.",
     )
     part_max_area_ratio: float = Field(
         default=0.8,
         ge=0,
         le=1,
-        description="A part has at most this share of its container's area. Above, both are the same object.",
+        description="A mask is a part only if its area is at most this share of its container's. A larger "
+        "mask is kept: both then show about the same object.",
     )
     container_max_image_share: float = Field(
         default=0.7,
         ge=0,
         le=1,
-        description="A mask that covers more of the image is a scene, not an object with parts.",
+        description="A mask that covers more than this share of the image is a scene, and never a container.",
     )
 
 
@@ -173,10 +178,12 @@ class Text(Strict):
         default=5, ge=0, description="Fewest words. Shorter captions say no more than the category."
     )
     max_words: int = Field(
-        default=160, ge=1, description="Most words. Six such captions fill the model's 4096-token context."
+        default=160,
+        ge=1,
+        description="Most words. Six captions of this length fill the model's context of 4096 tokens.",
     )
     min_chars: int = Field(
-        default=12, ge=0, description="Fewest characters. Five words of one letter are no caption either."
+        default=12, ge=0, description="Fewest characters. This also drops captions of five one-letter words."
     )
     max_chars: int = Field(
         default=1_200, ge=1, description="Most characters. 160 English words have about 950."
@@ -191,41 +198,46 @@ class Text(Strict):
     min_content_words: int = Field(
         default=2,
         ge=0,
-        description="Fewest words besides function words and phrases such as 'the image shows'. "
-        "A single one says no more than the category.",
+        description="Fewest content words: words other than function words and phrases such as 'the image "
+        "shows'. A single one says no more than the category.",
     )
     max_repeat_share: float = Field(
         default=0.4,
         ge=0,
         le=1,
-        description="Largest share of repeated 4-grams. "
-        "Labeled loops start at 0.46, natural parallels end at 0.33.",
+        description="Largest share of 4-grams that repeat an earlier one. In labeled captions, loops have "
+        "0.46 or more, and good captions with parallel phrases 0.33 or less.",
     )
     max_phrase_loops: int = Field(
-        default=3, ge=1, description="A short phrase may occur this many times back to back."
+        default=3, ge=1, description="Most times that a short phrase may occur back to back."
     )
     max_loop_words: int = Field(
         default=3,
         ge=0,
-        description="Most words of a short phrase. Longer phrases stand back to back only in loops.",
+        description="A phrase of at most this many words is short (`max_phrase_loops`). A longer phrase "
+        "may not repeat back to back at all.",
     )
     max_copied_words: int = Field(
         default=15,
         ge=4,
-        description="Longest phrase in words that may occur twice. Natural parallels share up to 11 words.",
+        description="Length in words of the longest phrase that may occur twice. Good captions repeat "
+        "phrases of up to 11 words.",
     )
     max_doubled: int = Field(
         default=0,
         ge=0,
-        description="Most doubled tokens such as 'the the' or ',,'. "
-        "776 good captions have none; diffusion decoding fails this way.",
+        description="Most doubled tokens such as 'the the' or ',,'. None of 776 good captions has one; "
+        "they are a typical failure of diffusion decoding.",
     )
     max_list_items: int = Field(
         default=15,
         ge=2,
-        description="Most short items in a row, or numbers that count up. More are a runaway list.",
+        description="Most short list items in a row, or numbers that count up. A caption with more is "
+        "dropped as a runaway list.",
     )
-    max_same_sentence: int = Field(default=1, ge=1, description="One sentence may occur this many times.")
+    max_same_sentence: int = Field(
+        default=1, ge=1, description="Most times that one sentence may occur in a caption."
+    )
 
 
 class Backend(Strict):
@@ -237,21 +249,25 @@ class Backend(Strict):
     name: str = Field(description="Name of a backend, or `package.module:Class` of your own.")
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the backend. Those that change its answers enter the evidence digest.",
+        description="Options of the backend. If you change one that affects its answers, the model is "
+        "asked again instead of its saved answers being used.",
     )
     num_gpus: float = Field(default=0, ge=0, description="GPUs of one actor.")
     num_cpus: float = Field(default=1, ge=0, description="CPU cores of one actor.")
     concurrency: tuple[int, int] = Field(
-        default=(1, 1), description="Fewest and most actors. Ray Data scales between them."
+        default=(1, 1),
+        description="Fewest and most actors. Ray Data starts as many in between as the load needs.",
     )
     batch_images: PositiveInt = Field(
-        default=64, description="Images that the backend gets at once. A batch that fails is bisected."
+        default=64,
+        description="Most images in one call of the backend. A batch that fails is split in halves until "
+        "the image at fault is found.",
     )
 
     runtime_env: dict[str, Any] = Field(
         default_factory=dict,
-        description="Ray's runtime environment of the actors: py_executable, env_vars, ... "
-        "It does not enter any digest.",
+        description="Ray's runtime environment of the actors: py_executable, env_vars, ... After a change "
+        "of it nothing is built again.",
     )
 
     @model_validator(mode="after")
@@ -263,110 +279,117 @@ class Backend(Strict):
 
 
 class Io(Strict):
-    """The actors that read sources and write shards. Next to models on GPUs they are two pools."""
+    """Actors that read sources and write shards. Next to models on CPUs, the models' actors do it."""
 
     num_cpus: float = Field(default=1, gt=0, description="CPU cores of one actor.")
     concurrency: tuple[int, int] | None = Field(
         default=None,
-        description="Fewest and most actors. null takes those of a neighboring model without a GPU, "
-        "or else (1, 8).",
+        description="Fewest and most actors of a pool that reads or writes. null takes the setting of the "
+        "model next to it if that runs on CPUs, and (1, 8) if it runs on GPUs.",
     )
 
 
 class Failures(Strict):
-    """What is tried again, how often, and when the build gives up."""
+    """What is tried again after a failure, how often, and when the build gives up."""
 
     unit_retries: int = Field(
-        default=2, ge=0, description="A unit on which every image fails is tried again this many times."
+        default=2, ge=0, description="How often a unit in which every image fails is tried again."
     )
     crash_attempts: PositiveInt = Field(
-        default=3, description="An image alone in its batch may kill its worker this many times."
+        default=3,
+        description="An image that kills its worker this many times, while it is alone in its batch, is "
+        "dropped.",
     )
     stop_after_units: PositiveInt = Field(
         default=3,
-        description="The build stops when a stage fails entirely on this many units in a row, or when this "
-        "many in a row are held back because their source fails.",
+        description="The build stops when a stage fails on all images of this many units in a row, or when "
+        "this many units in a row are held back (see max_failed_share).",
     )
     read_retry_s: float = Field(
         default=60,
         ge=0,
-        description="A read of a source that fails for a while (a timeout, a 503, a stale handle) is tried "
-        "again for this many seconds. 0 reads once.",
+        description="A read of a source that fails for a passing reason (a timeout, a 503, a stale handle) "
+        "is tried again for this many seconds. 0 reads once.",
     )
     max_failed_share: float = Field(
         default=0.1,
         ge=0,
         le=1,
-        description="A unit is held back, and not committed, if more than this share of its images (and more "
-        "than one) could not be read. 1 holds nothing back.",
+        description="A unit is held back, which means that it is not committed now and read again by the "
+        "next build, if more than this share of its images (and more than one) could not be "
+        "read. 1 holds no unit back.",
     )
     stall_s: float = Field(
         default=1_800,
         gt=0,
-        description="The build stops, and shows the stacks, when no stage reports for this many seconds.",
+        description="The build stops, and shows the stacks of its workers, when no stage reports progress "
+        "for this many seconds.",
     )
     save_every_s: float = Field(
         default=10,
         ge=0,
-        description="The models' answers are saved after this many seconds, also within a unit. A worker "
-        "that is killed loses no more than that. 0 saves after each batch.",
+        description="The answers of the models are saved every so many seconds, also in the middle of a "
+        "unit. A worker that is killed loses no more than that. 0 saves after each batch.",
     )
     lease_s: float = Field(
         default=60,
         gt=0,
-        description="A driver that gives no sign of life for this many seconds may be replaced by another "
-        "one. One that died on the same machine is replaced at once.",
+        description="A driver (the process that runs the build) that gives no sign of life for this many "
+        "seconds may be replaced by another one. A driver that died on the same machine is "
+        "replaced at once.",
     )
     keep_replaced_days: float = Field(
         default=7,
         ge=0,
-        description="Files that a rebuild replaced are kept for this many days, so that `paracaption undo` "
-        "can take it back and readers at work are not disturbed.",
+        description="Files that a rebuild replaced are kept for this many days. Until then `paracaption "
+        "undo` can restore them, and programs that read the corpus do not lose them.",
     )
     min_free_gb: float = Field(
         default=1,
         ge=0,
-        description="Free space in GB that the build wants on top of what it will write. "
-        "It is checked before the start.",
+        description="Free disk space in GB that the build has to leave. The space that it will need is "
+        "estimated before the start.",
     )
 
 
 class Benchmarks(Strict):
-    """Photos of ParaDLC-Bench and DLC-Bench, of COCO and Objects365, are left out of the corpus."""
+    """What happens to photos of ParaDLC-Bench and DLC-Bench, which come from COCO and Objects365."""
 
     leave_out: bool | None = Field(
         default=None,
-        description="Leave them out, by file name and id. null does so in a corpus that begins now, and "
-        "goes on as it was planned in an older one.",
+        description="true leaves the photos out, by file name and id; false keeps them. null leaves them "
+        "out of a new corpus, and goes on with a corpus as it was planned.",
     )
     photos: list[Location] = Field(
         default_factory=list,
-        description="Folders of the benchmarks' photos, if you have them: each photo of the sources is "
-        "compared with them, by its bytes and by how it looks, which costs a read and a decoding of each.",
+        description="Folders of the benchmarks' photos, if you have them. Each photo of the sources is "
+        "then also compared with these by its bytes and by its look, which finds copies under "
+        "other names. This reads and decodes every photo.",
     )
 
 
 class BuildConfig(Published):
     """Everything that decides what is built. The resolved form is written into the output."""
 
-    out: Location = Field(description="Folder of the corpus, on a file system that all nodes mount.")
+    out: Location = Field(description="Folder of the corpus, on a file system that every node mounts.")
     subsets: dict[Annotated[str, AfterValidator(_subset_name)], Subset] = Field(
-        description="Parts of the corpus by name, in the order in which they are built. The keys `coconut` "
-        "and `sa1b` at the top level are short for a subset of that name: a list of such sources, without "
-        "kind."
+        description="Parts of the corpus by name, in the order in which they are built. At the top level, "
+        "`coconut: [...]` and `sa1b: [...]` are short for a subset of that name with such "
+        "sources, which then need no key `source`."
     )
     images_per_shard: PositiveInt = Field(
         default=512,
-        description="Images of one unit. 512 of COCO's photos make a shard of about 100 MB.",
+        description="Images per shard. A shard and its ledger are one unit, which is committed as a whole. "
+        "512 photos of COCO make a shard of about 100 MB.",
     )
     held_out_share: float = Field(
         default=0.0,
         ge=0,
         lt=1,
         exclude_if=lambda share: not share,  # so that a configuration without one is written as before
-        description="Share of the images that training and exports leave out, to measure with. Their keys "
-        "decide which (docs/training.md), and `split` in the index has the answer. A changed share only "
-        "needs a new merge.",
+        description="Share of the images to hold out for evaluation; training and exports leave them out. "
+        "The key of an image decides whether it is held out (docs/training.md), and `split` in "
+        "the index says so. After a change of this share, `paracaption merge` is enough.",
     )
     limits: Limits = Limits()
     masks: Masks = Masks()
@@ -374,21 +397,23 @@ class BuildConfig(Published):
         default=0.5,
         ge=0,
         le=1,
-        description="Least IoU with the segmenter's mask. 0.5 is the same object, loosely outlined.",
+        description="Least IoU of the source's mask with the segmenter's. At 0.5 both show the same "
+        "object, loosely outlined.",
     )
     min_verdict_margin: float | None = Field(
         default=None,
-        description="Accept a caption when log P(yes) - log P(no) is at least this (docs/judges.md). "
-        "null takes the judge's own answer.",
+        description="A caption is accepted if log P(yes) - log P(no) of the judge is at least this "
+        "(docs/judges.md). null takes the judge's answer, yes or no.",
     )
     text: Text = Text()
     captioner: Backend = Field(
         default=Backend(name="classical"),
-        description="The model that captions each region. See its keys below.",
+        description="The model that captions each region. The keys of this section are below.",
     )
     judge: Backend = Field(
         default=Backend(name="lexical"),
-        description="The model that compares a caption with a category, or names the category of a caption.",
+        description="The model that says whether a caption fits its category (recipe `verify`), or names "
+        "the category of a caption (`identify`).",
     )
     segmenter: Backend = Field(
         default=Backend(name="grabcut"),
@@ -400,7 +425,8 @@ class BuildConfig(Published):
     audit_images: int = Field(
         default=256,
         ge=0,
-        description="Images that are read before the start, so that a wrong folder costs only seconds.",
+        description="Number of images that are read before the build starts, so that a wrong folder is "
+        "found in seconds. 0 reads none.",
     )
 
     @model_validator(mode="before")

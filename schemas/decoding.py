@@ -45,52 +45,73 @@ class DecodeOptions(Strict):
     elsewhere.
     """
 
-    strategy: Strategy = Field(default="remask", description="Which predictions a step keeps.")
+    strategy: Strategy = Field(
+        default="remask",
+        description="Which predicted tokens a step keeps: `remask` (all, after which the least confident "
+        "are masked again), `per-region` (the most confident of each region), `threshold` (all "
+        "with a confidence of at least `threshold`), `sequential` (as `per-region`, one region "
+        "after the other) or `left-to-right` (the leftmost of each region).",
+    )
     max_new_tokens: PositiveInt = Field(
         default=32,
         le=MAX_TOKENS,
-        description="Tokens of each caption, at most; the released code decodes 32.",
+        description="Most tokens of a caption. The released code decodes 32.",
     )
     steps: PositiveInt = Field(
         default=32,
         le=MAX_TOKENS,
-        description="Decoding steps: fewer are faster and worse. `threshold` may need fewer than these.",
+        description="Decoding steps; fewer are faster and give worse captions. The strategy `threshold` "
+        "may end earlier.",
     )
     threshold: float = Field(
-        default=0.9, ge=0, le=1, description="Confidence from which the `threshold` strategy keeps a token."
+        default=0.9,
+        ge=0,
+        le=1,
+        description="The strategy `threshold` keeps tokens with at least this confidence, 0 to 1.",
     )
     temperature: float = Field(
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="Temperature of sampling; 0 takes the likeliest token.",
+        description="Temperature of sampling; 0 takes the most likely token.",
     )
     top_p: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Sample among the likeliest tokens of this probability.",
+        description="Sample from the fewest most likely tokens whose probabilities add up to this (nucleus "
+        "sampling); 1 samples from all.",
     )
     seed: int = Field(
         default=0,
         ge=-(1 << 63),
         lt=1 << 63,
-        description="Seed of sampling. Captions do not depend on what else is in the batch.",
+        description="Seed of sampling. A caption depends on the seed and its own image, not on the rest of "
+        "the batch.",
     )
-    cache: Cache = Field(default="auto", description="KV cache of the tokens before the captions.")
+    cache: Cache = Field(
+        default="auto",
+        description="KV cache of the tokens before the captions: `none`, `exact` (changes no caption, and "
+        "needs a layout that allows it), `approximate` (renewed every `refresh_every` steps) "
+        "or `auto` (`exact` where the layout allows it, else `none`).",
+    )
     refresh_every: PositiveInt = Field(
-        default=4, description="Steps after which the `approximate` cache is computed again."
+        default=4, description="The cache `approximate` is computed again after this many steps."
     )
     compare: bool = Field(
-        default=False, description="Also decode without the `approximate` cache, and report the agreement."
+        default=False,
+        description="With the cache `approximate`: also decode without it, and report the share of equal "
+        "tokens.",
     )
     early_exit: bool = Field(
-        default=True, description="Stop a region when its caption has ended; has no effect on `remask`."
+        default=True,
+        description="Stop decoding a region when its caption has ended. It has no effect with the strategy "
+        "`remask`.",
     )
     suppress_special: bool | None = Field(
         default=None,
-        description="Never predict special tokens (mask, image, region, caption). By default this is so in "
-        "all layouts but `reference`.",
+        description="Never predict special tokens (mask, image, region, caption). By default this is on "
+        "for all models but those with the layout `reference`.",
     )
 
     @field_validator(*_NUMBERS, mode="before")

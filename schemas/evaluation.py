@@ -16,12 +16,14 @@ class Captioner(Strict):
     """The captioner that is measured."""
 
     name: str = Field(
-        description="`perceptiondlm`, `predictions` (a JSON file of captions), or a captioner of `build`."
+        description="`perceptiondlm`, `predictions` (captions from a JSON file), or the name of a "
+        "captioner of `build`."
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the captioner. `perceptiondlm` takes model, device, dtype, regions_per_call "
-        "and decode; `predictions` takes path; the others take what they take in `build`.",
+        description="Options of the captioner. `perceptiondlm` takes model, device, dtype, "
+        "regions_per_call and decode; `predictions` takes path; a captioner of `build` takes "
+        "its options there.",
     )
 
 
@@ -29,10 +31,12 @@ class Judge(Published):
     """The language model that answers the benchmarks' questions."""
 
     name: Literal["vllm", "openai"] = Field(
-        description="`vllm` runs the model in this process; `openai` asks a server."
+        description="`vllm` runs the model in this process; `openai` asks a server with the OpenAI API."
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the judge, as in `build`; `openai` also takes images."
+        default_factory=dict,
+        description="Options of the judge, as in `build`. `openai` also has `images`: true shows the judge "
+        "a crop around the region and its mask.",
     )
 
 
@@ -40,7 +44,7 @@ BenchmarkKind = Literal["paradlc", "dlc"]
 
 
 PUBLISHED_PROMPT = "Describe the masked region in detail."
-"""What the published commands of ParaDLC-Bench and of DLC-Bench ask."""
+"""The prompt in the published commands of ParaDLC-Bench and of DLC-Bench."""
 
 Grouping = Literal["published", "even"]
 
@@ -48,47 +52,54 @@ Grouping = Literal["published", "even"]
 class Bench(Strict):
     """The files of one benchmark."""
 
-    name: str = Field(pattern=_FOLDER_NAME, description="Name of the folder that its results get.")
-    kind: BenchmarkKind = Field(description="Layout and protocol: ParaDLC-Bench's or DLC-Bench's.")
+    name: str = Field(
+        pattern=_FOLDER_NAME, description="Name of the benchmark, and of the folder for its results."
+    )
+    kind: BenchmarkKind = Field(
+        description="Whose files and protocol the benchmark has: `paradlc` (ParaDLC-Bench) or `dlc` "
+        "(DLC-Bench)."
+    )
     folder: Location = Field(description="Folder with annotations.json, qa.json and class_names.json.")
     photos: Location | None = Field(
-        default=None, description="Folder or URL of the photos; null takes `images` in `folder`."
+        default=None, description="Folder or URL of the photos; null takes the folder `images` in `folder`."
     )
     images: PositiveInt | None = Field(
-        default=None, description="Caption only the first N images; null captions all."
+        default=None, description="Number of images to caption, from the first on; null captions all."
     )
     on_missing_photo: Literal["error", "skip"] = Field(
         default="error",
-        description="What a missing photo is: an error, or regions that are left out and counted.",
+        description="What happens if a photo is missing: `error` stops the evaluation; `skip` leaves the "
+        "regions of the photo out and counts them.",
     )
     prompt: str = Field(
         default=PUBLISHED_PROMPT,
         min_length=1,
-        description="What a `perceptiondlm` is asked; the default is what the published commands ask. Other "
-        "captioners have their own prompts.",
+        description="Prompt for a `perceptiondlm`. The default is that of the benchmarks' published "
+        "commands. Other captioners have their own prompts.",
     )
     grouping: Grouping = Field(
         default="published",
-        description="Which regions of a photo a `perceptiondlm` captions together. `published`: as the "
-        "published commands do, ParaDLC-Bench in groups of as many as the model has prompts and the rest (6 "
-        "and 1), DLC-Bench one by one. `even`: groups of about equal size. `regions_per_call` of the "
-        "captioner limits both.",
+        description="Which regions of a photo a `perceptiondlm` captions together. `published` does as the "
+        "published commands: with ParaDLC-Bench, groups of as many regions as the model has "
+        "region prompts and one group of the rest (6 and 1 of 7 regions); with DLC-Bench, one "
+        "region at a time. `even` makes groups of about equal size. `regions_per_call` of the "
+        "captioner limits the groups in both cases.",
     )
 
 
 class ProfileConfig(Published):
     """What `paracaption profile` measures: the cost of captioning one photo after another."""
 
-    corpus: Location = Field(description="Corpus whose photos are captioned.")
-    images: PositiveInt = Field(default=4, description="Number of photos.")
+    corpus: Location = Field(description="Folder or URL of the corpus with the photos to caption.")
+    images: PositiveInt = Field(default=4, description="Number of photos to caption.")
     regions: tuple[PositiveInt, ...] = Field(
-        default=(1, 2, 3, 4, 5, 6, 7, 8), description="Numbers of regions in a photo to measure."
+        default=(1, 2, 3, 4, 5, 6, 7, 8), description="Numbers of regions per photo to measure."
     )
     load: PositiveInt = Field(
-        default=4, description="Number of regions in a photo while anything else is varied."
+        default=4, description="Number of regions per photo in all measurements that do not vary it."
     )
     max_new_tokens: tuple[PositiveInt, ...] = Field(
-        default=(32, 64), description="Lengths of a caption to measure, in tokens."
+        default=(32, 64), description="Caption lengths to measure, in tokens."
     )
     steps: tuple[PositiveInt, ...] = Field(
         default=(8, 16, 32, 64), description="Numbers of decoding steps to measure."
@@ -97,27 +108,36 @@ class ProfileConfig(Published):
         default=(0.5, 0.7, 0.9, 0.95), description="Thresholds of the `threshold` strategy to measure."
     )
     batches: tuple[PositiveInt, ...] = Field(
-        default=(1, 4, 8), description="Numbers of sequences decoded at once to measure."
+        default=(1, 4, 8),
+        description="Batch sizes to measure: numbers of sequences that are decoded at once.",
     )
     repeats: PositiveInt = Field(
-        default=3, description="Number of times that each measurement is taken; the fastest counts."
+        default=3, description="How often each measurement is taken; the fastest counts."
     )
 
 
 class EvaluateConfig(Published):
     """Everything that `paracaption evaluate` does. The results of all captioners gather in one folder."""
 
-    out: Location = Field(description="Folder of the results and of history.jsonl.")
+    out: Location = Field(
+        description="Folder of the results and of history.jsonl. Results of several captioners may be in "
+        "one folder."
+    )
     label: str = Field(pattern=_FOLDER_NAME, description="Name of the captioner, and of its folder in `out`.")
     captioner: Captioner
     judge: Judge | None = Field(
-        default=None, description="Null writes captions and measures them without a judge."
+        default=None,
+        description="null, the default, asks no questions: captions are written and measured (how many are "
+        "empty, how long decoding takes), but get no scores.",
     )
-    benchmarks: list[Bench] = Field(default_factory=list)
+    benchmarks: list[Bench] = Field(default_factory=list, description="Benchmarks to caption and score.")
     toy: Location | None = Field(
-        default=None, description="Corpus of a toy world: measures exactly right captions, and leakage."
+        default=None,
+        description="Corpus of synthetic scenes, whose right captions are known. It measures the share of "
+        "captions that are exactly right, and how many wrong attributes are those of another "
+        "region of the photo (leaked). null measures none.",
     )
-    profile: ProfileConfig | None = Field(default=None, description="Null does not measure costs.")
+    profile: ProfileConfig | None = Field(default=None, description="null, the default, measures no costs.")
 
     @model_validator(mode="after")
     def _check_whole(self) -> EvaluateConfig:

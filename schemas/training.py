@@ -15,19 +15,22 @@ from .strict import Location, Published, Strict
 
 
 class Model(Strict):
-    """Where the weights come from: a saved model, or random ones for a new model."""
+    """Where the weights come from: a saved model, or random weights of a new model."""
 
     path: Location | None = Field(
         default=None,
-        description="Folder of a saved PerceptionDLM, as `paracaption models convert` writes it.",
+        description="Folder of a saved PerceptionDLM, as `paracaption models convert` writes it. Give this "
+        "or `tokenizer`.",
     )
     tokenizer: Literal["toy"] | Location | None = Field(
         default=None,
         union_mode="left_to_right",
-        description="For a new model: the folder of its tokenizer, or `toy` for the toy world's words.",
+        description="For a new model: the folder of its tokenizer, or `toy` for the words of the synthetic "
+        "scenes.",
     )
     config: dict[str, Any] = Field(
-        default_factory=dict, description="Fields of the model's config to change, for example max_tiles: 1."
+        default_factory=dict,
+        description="Fields of the model's config.json to change, for example max_tiles: 1.",
     )
 
     @model_validator(mode="after")
@@ -47,12 +50,12 @@ class CorpusSource(Strict):
         description="Passes over the source in an epoch; 0.25 takes a different quarter of it in each epoch.",
     )
     subsets: tuple[str, ...] | None = Field(
-        default=None, description="Train on these subsets only; null trains on all of them."
+        default=None, description="Subsets to train on; null trains on all of them."
     )
 
 
 class ConversationSource(Strict):
-    """Questions and answers, in the form of LLaVA's data, or the released code's region data.
+    """Questions and answers to train on, in the form of LLaVA's data, or the released code's region data.
 
     The files hold records of {id, image, conversations: [{from, value}, ...]}, or of {image, mask_rles,
     captions}. `image` is a path below `images`, the photo in base64, or in Parquet its bytes, alone or as
@@ -63,7 +66,7 @@ class ConversationSource(Strict):
         description="A .json, .jsonl or .parquet file, a folder of Parquet files, or a glob; or a fsspec URL."
     )
     images: Location = Field(
-        default="", description="Folder of the photos; leave it empty if the files hold them."
+        default="", description="Folder of the photos. Leave it empty if the files contain the photos."
     )
     weight: float = Field(
         default=1.0,
@@ -73,70 +76,77 @@ class ConversationSource(Strict):
 
 
 class DataOptions(Strict):
-    """How batches are made, and what happens to samples that do not fit or are damaged."""
+    """How batches are made, and what happens to samples that are too long or damaged."""
 
     packed: bool = Field(
         default=True,
-        description="Examples follow one another in one row; false gives each a padded row of its own.",
+        description="true puts examples one after the other into a row without padding; false gives each "
+        "example a padded row of its own.",
     )
     max_tokens: PositiveInt = Field(
         default=4096,
-        description="Most tokens of a batch, padding included; the released code's sequence length is 4096.",
+        description="Most tokens of a batch, padding included. The released code's sequence length is 4096.",
     )
     max_examples: PositiveInt | None = Field(
-        default=None, description="Most examples of a batch; null takes as many as fit."
+        default=None, description="Most examples of a batch; null takes as many as fit into `max_tokens`."
     )
     regions_per_group: float = Field(
         default=3.5,
         ge=1,
-        description="An image with m regions is visited at most ceil(m / this) times in a pass; the "
-        "released code has 3.5.",
+        description="Regions per group, on average. An image with m regions gives at most ceil(m / this) "
+        "groups in a pass, and each group is a training example. The released code has 3.5.",
     )
     group_sizes: Literal["varied", "even"] = Field(
         default="varied",
-        description="`varied`: a visit has any number of regions up to the model's prompts. `even`: the "
-        "visits of an image have equally many, as in the released code; the model then captions no more "
-        "regions together than it has seen together (4 with 3.5 regions per group). Of corpora; region data "
-        "among `conversations` always have even groups.",
+        description="How many regions the groups of an image have. `varied`: any number from 1 to the "
+        "number of region prompts of the model. `even`: all groups of an image have about the "
+        "same number, as in the released code; the model then captions no more regions "
+        "together than it was trained with (4 with 3.5 regions per group). This is for "
+        "`corpora`: region data in `conversations` always have even groups.",
     )
     caption_length: Literal["natural", "fixed"] = Field(
         default="natural",
-        description="`natural` trains on captions as they are, as the released code does; `fixed` fills "
-        "them up to `max_new_tokens` with the end token, which is what decoding sees.",
+        description="`natural` trains on captions as they are, as the released code does. `fixed` fills "
+        "them up to `max_new_tokens` with the end token, as in decoding.",
     )
     max_new_tokens: PositiveInt = Field(
         default=32,
-        description="Tokens of a caption if `caption_length` is `fixed`; the released code decodes 32.",
+        description="Tokens of a caption if `caption_length` is `fixed`. The released code decodes 32.",
     )
     max_caption_tokens: PositiveInt | None = Field(
         default=None,
-        description="Captions with more tokens are too long; null sets no limit besides the batch's.",
+        description="A caption with more tokens is too long (`on_too_long`); null sets no limit other than "
+        "that of the batch.",
     )
     labels: Literal["answer", "captions"] = Field(
         default="answer",
-        description="Which tokens are masked and learned. `answer` includes those that open and close "
-        "captions, as in the released code; `captions` is only what decoding fills in.",
+        description="Which tokens are masked and learned. `answer`: also the tokens that open and close a "
+        "caption, as in the released code. `captions`: only the text of the captions, which is "
+        "what decoding fills in.",
     )
     on_too_long: Literal["error", "skip"] = Field(
         default="error",
-        description="What to do with a caption or sample that is too long; `skip` counts it and goes on.",
+        description="What happens to a caption or sample that is too long: `error` stops the run; `skip` "
+        "leaves the caption or sample out and counts it.",
     )
     on_bad_sample: Literal["error", "skip"] = Field(
         default="error",
-        description="What to do with a damaged shard, photo or mask; `skip` counts the sample and goes on.",
+        description="What happens to a sample with a damaged shard, photo or mask: `error` stops the run; "
+        "`skip` leaves the sample out and counts it.",
     )
     max_dropped_share: float | None = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="Stop the run when more than this share of an epoch's items (groups of an image's "
-        "regions, conversations) is left out by `skip`, counted over all ranks; null sets no limit. An epoch "
-        "of which everything is left out stops the run in any case.",
+        description="Stop the run when `skip` leaves out more than this share of an epoch's items (groups "
+        "of an image's regions, and conversations), counted over all ranks; null sets no "
+        "limit. If nothing is left of an epoch, the run always stops.",
     )
     benchmark_photos: Literal["leave_out", "keep"] = Field(
         default="leave_out",
-        description="`leave_out` does not train on the photos of ParaDLC-Bench and DLC-Bench, which are of "
-        "COCO and Objects365: a benchmark does not measure a model that has seen them. `keep` does.",
+        description="`leave_out` skips the photos of ParaDLC-Bench and DLC-Bench, which come from COCO and "
+        "Objects365: the scores of a model that was trained on them are not valid. `keep` "
+        "trains on them too.",
     )
     max_pixels: PositiveInt = Field(
         default=200_000_000, description="Most pixels of a photo, as a guard against decompression bombs."
@@ -144,16 +154,18 @@ class DataOptions(Strict):
     workers: int = Field(
         default=4,
         ge=0,
-        description="Processes per rank that make batches; 0 makes them when they are needed.",
+        description="Processes per rank that prepare batches; 0 prepares each batch in the training "
+        "process when it is needed.",
     )
     prefetch: PositiveInt = Field(
         default=2,
-        description="Batches each of these processes makes ahead; one of 4096 tokens takes up to 13 MB of "
-        "/dev/shm.",
+        description="Batches that each of these processes prepares ahead. A batch of 4096 tokens takes up "
+        "to 13 MB of /dev/shm.",
     )
     cache: Location | None = Field(
         default=None,
-        description="Local folder for tables of the data; null means ~/.cache/paracaption/training.",
+        description="Local folder for tables that are made from the data once; null takes "
+        "~/.cache/paracaption/training.",
     )
 
     def caption_limit(self) -> int | None:
@@ -171,25 +183,27 @@ class NoiseOptions(Strict):
 
     level: Literal["example", "region"] = Field(
         default="example",
-        description="Draw one noise level per example, as LLaDA and the released code do, or one per "
-        "region: decoding meets finished regions next to unfinished ones.",
+        description="`example` draws one noise level per example, as LLaDA and the released code do. "
+        "`region` draws one per region, because in decoding some regions are finished before "
+        "others.",
     )
     eps: float = Field(
         default=1e-3,
         gt=0,
         lt=1,
-        description="Probability of masking at level 0, above 0 so that 1/t is finite; LLaDA's and the "
-        "released code's.",
+        description="Probability with which a token is masked at noise level 0. It has to be above 0, so "
+        "that the weight 1/t is finite. LLaDA and the released code use the same value.",
     )
     stratified: bool = Field(
         default=False,
-        description="Spread the levels of a batch evenly instead of drawing each by itself, which gives a "
-        "less noisy loss.",
+        description="Spread the noise levels of a batch evenly instead of drawing each by itself. This "
+        "makes the loss less noisy.",
     )
     loss_weighting: LossWeighting = Field(
         default="1/t",
-        description="`1/t`: a masked token counts by one over its probability of masking t, as in LLaDA's "
-        "bound on the likelihood and in the released code. `none`: all masked tokens count alike.",
+        description="`1/t`: a masked token is weighted by 1/t, where t is the probability with which it "
+        "was masked, as in LLaDA's bound on the likelihood and in the released code. `none`: "
+        "all masked tokens have the same weight.",
     )
 
 
@@ -204,7 +218,7 @@ class LearningRate(Strict):
     projector: float = Field(
         default=4e-5,
         ge=0,
-        description="The projector. The paper has 1e-3 in stage 1, which trains nothing else.",
+        description="The projector. In stage 1, which trains only the projector, the paper has 1e-3.",
     )
     language: float = Field(default=4e-5, ge=0, description="The language model and its head.")
     prompts: float = Field(default=4e-5, ge=0, description="The embeddings of the region prompts.")
@@ -217,51 +231,54 @@ class LearningRate(Strict):
 
 
 class Lora(Strict):
-    """LoRA: train low-rank additions to the language model's matrices instead of the matrices."""
+    """LoRA: train low-rank matrices that are added to those of the language model, instead of these."""
 
-    rank: PositiveInt = Field(default=16, description="Rank of an addition.")
-    alpha: float = Field(default=32, gt=0, description="An addition is scaled by alpha / rank.")
+    rank: PositiveInt = Field(default=16, description="Rank of the LoRA matrices.")
+    alpha: float = Field(
+        default=32, gt=0, description="The product of the LoRA matrices is scaled by alpha / rank."
+    )
     targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
-        description="Names of the language model's layers that get an addition.",
+        description="Names of the layers of the language model to which LoRA is applied.",
     )
 
 
 class Spike(Strict):
-    """When a step is skipped instead of taken, and when the run stops."""
+    """When a step is skipped because its gradient is too large, and when the run stops for that reason."""
 
     factor: float | None = Field(
         default=20,
         gt=1,
-        description="Skip a step whose gradient norm is this many times the median of recent ones; null "
-        "skips none. A single masked token with a small t can give a factor of 10.",
+        description="Skip a step whose gradient norm is this many times the median of recent norms; null "
+        "skips none. Take more than 10: a single masked token with a small t can make it that "
+        "large.",
     )
     window: PositiveInt = Field(
         default=64,
-        description="Number of recent gradient norms the median is taken over. Until that many exist, no "
-        "step is skipped.",
+        description="Number of recent gradient norms that the median is taken over. Until there are that "
+        "many, no step is skipped.",
     )
     stop_after: PositiveInt = Field(
-        default=3, description="Stop the run after this many skipped steps in a row: something is broken."
+        default=3, description="Stop the run after this many skipped steps in a row."
     )
 
 
 class Checkpoint(Strict):
-    """What is kept to resume from."""
+    """How often checkpoints are saved, from which a run is resumed."""
 
     every: PositiveInt = Field(
         default=500, description="Steps between checkpoints. The last step always gets one."
     )
-    keep: PositiveInt = Field(default=3, description="Keep this many checkpoints and remove older ones.")
+    keep: PositiveInt = Field(default=3, description="Number of checkpoints to keep; older ones are removed.")
     asynchronous: bool = Field(default=True, description="Continue training while a checkpoint is written.")
 
 
 class Log(Strict):
-    """Metrics: metrics.jsonl and TensorBoard always."""
+    """How metrics are logged. metrics.jsonl and files for TensorBoard are always written."""
 
     every: PositiveInt = Field(
-        default=10, description="Steps between lines on the terminal. The files have every step."
+        default=10, description="Steps between lines on the terminal. The files have all steps."
     )
     samples: bool = Field(
         default=False, description="Write the names of each step's examples to metrics.jsonl."
@@ -269,19 +286,22 @@ class Log(Strict):
     peak_tflops: float | None = Field(
         default=None,
         gt=0,
-        description="Peak of one device, which MFU is a share of; null measures it with a matrix product.",
+        description="Peak TFLOPS of one device, to compute MFU, the share of them that is used; null "
+        "measures the peak with a matrix product.",
     )
     wandb: str | None = Field(
-        default=None, description="Project in Weights & Biases to log to; null does not use it."
+        default=None, description="Project in Weights & Biases to log to; null logs nothing there."
     )
 
 
 class Ray(Strict):
-    """Ray Train's workers."""
+    """Training with Ray Train on several GPUs or nodes."""
 
-    workers: int = Field(default=0, ge=0, description="Number of workers (ranks); 0 trains in this process.")
+    workers: int = Field(
+        default=0, ge=0, description="Number of workers (ranks); 0 trains in this process, without Ray."
+    )
     gpus: int = Field(default=1, ge=0, le=1, description="GPUs per worker; 0 trains on CPUs.")
-    cpus: float = Field(default=4, gt=0, description="CPU cores per worker, its data processes included.")
+    cpus: float = Field(default=4, gt=0, description="CPU cores per worker, with its data processes.")
     max_failures: int = Field(
         default=3,
         ge=-1,
@@ -290,23 +310,25 @@ class Ray(Strict):
 
 
 class Evaluation(DecodeOptions):
-    """Captions of images that were not trained on, once the model is trained."""
+    """After the training, caption images that the model was not trained on."""
 
     corpus: Location = Field(
         description="Folder or fsspec URL of a corpus. If it was built with a `held_out_share`, the images "
         "held out of training are captioned, and it may be one of `corpora`; otherwise it has to be another."
     )
     images: PositiveInt | None = Field(
-        default=200, description="Caption only the first N images; null captions all."
+        default=200, description="Number of images to caption, from the first on; null captions all."
     )
     pictures: int = Field(
-        default=8, ge=0, description="Draw the first N of these images with their captions."
+        default=8, ge=0, description="Save pictures of the first N of these images with their captions."
     )
-    batch_size: PositiveInt = Field(default=8, description="Groups of regions that are decoded at once.")
+    batch_size: PositiveInt = Field(
+        default=8, description="Number of sequences that are decoded in one batch."
+    )
     regions_per_call: PositiveInt | None = Field(
         default=None,
-        description="Regions captioned together; 1 captions them one by one, null takes as many as the "
-        "model can.",
+        description="Most regions that are captioned together, in one sequence; 1 captions them one by "
+        "one, null takes as many as the model can.",
     )
 
 
@@ -315,37 +337,48 @@ class TrainConfig(Published):
 
     out: Location = Field(description="Folder of the checkpoints, the metrics and the trained model.")
     model: Model
-    corpora: list[CorpusSource] = Field(default_factory=list)
-    conversations: list[ConversationSource] = Field(default_factory=list)
+    corpora: list[CorpusSource] = Field(default_factory=list, description="Corpora to train on.")
+    conversations: list[ConversationSource] = Field(
+        default_factory=list,
+        description="Questions and answers to train on, in the form of LLaVA's data or of the region data of "
+        "the released code.",
+    )
     data: DataOptions = DataOptions()
     noise: NoiseOptions = NoiseOptions()
     steps: PositiveInt | None = Field(
-        default=None, description="Steps of the optimizer; give this or `epochs`."
+        default=None, description="Steps of the optimizer. Give this or `epochs`."
     )
     epochs: PositiveInt | None = Field(
-        default=None, description="Passes over the data by weight; the released code trains one epoch."
+        default=None,
+        description="Number of epochs. In an epoch each source is passed over `weight` times. Give this or "
+        "`steps`. The released code trains one epoch.",
     )
     gradient_accumulation_steps: PositiveInt = Field(
-        default=4, description="Batches of each rank that make one step; the released code has 4."
+        default=4, description="Batches per rank and step of the optimizer. The released code has 4."
     )
     learning_rate: LearningRate = LearningRate()
     warmup_ratio: float = Field(
         default=0.03,
         ge=0,
         lt=1,
-        description="Share of the steps over which the learning rate rises; the released code has 0.03.",
+        description="Share of the steps over which the learning rate rises at the start. The released code "
+        "has 0.03.",
     )
     min_lr_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the learning rate at which the cosine ends."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="After the warmup, the learning rate falls along a cosine to this share of its highest "
+        "value.",
     )
     weight_decay: float = Field(
         default=0.0, ge=0, description="Weight decay of matrices; vectors have none. The released code has 0."
     )
     betas: tuple[float, float] = Field(
-        default=(0.9, 0.999), description="AdamW's betas; the released code's."
+        default=(0.9, 0.999), description="Betas of AdamW, as in the released code."
     )
     max_grad_norm: float = Field(
-        default=1.0, gt=0, description="Clip gradients to this norm; the released code has 1."
+        default=1.0, gt=0, description="Clip gradients to this norm. The released code has 1."
     )
     ema_decay: float | None = Field(
         default=None,
@@ -353,17 +386,20 @@ class TrainConfig(Published):
         lt=1,
         description="Decay of an exponential moving average of the weights; null keeps none.",
     )
-    lora: Lora | None = Field(default=None, description="null trains the matrices themselves.")
+    lora: Lora | None = Field(default=None, description="null, the default, trains the matrices themselves.")
     spike: Spike = Spike()
     seed: int = Field(
-        default=0, ge=0, description="Seed of new weights, order, groups, region prompts and noise."
+        default=0,
+        ge=0,
+        description="Seed of new weights, the order of examples, groups, region prompts and noise.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Device to train on; `auto` takes a GPU if torch sees one."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="Type to compute in; `auto` is bfloat16 on GPUs. Weights are kept in float32 either way.",
+        description="Data type to compute in; `auto` is bfloat16 on GPUs and float32 on CPUs. Weights are "
+        "kept in float32 in each case.",
     )
     shard: Literal["auto", "full", "none"] = Field(
         default="auto",
@@ -380,15 +416,19 @@ class TrainConfig(Published):
         description="Recompute activations in the backward pass, which saves memory and costs time.",
     )
     compile: Literal["auto", "always", "never"] = Field(
-        default="auto", description="Compile layers with torch.compile; `auto` compiles on GPUs."
+        default="auto",
+        description="When layers are compiled with torch.compile: `always`, `never`, or `auto`, which "
+        "compiles on GPUs.",
     )
     export_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Type of the exported model's weights; `auto` is the type computed in."
+        default="auto",
+        description="Data type of the exported model's weights; `auto` takes the type that the training "
+        "computes in.",
     )
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     evaluation: Evaluation | None = Field(
-        default=None, description="null exports the model without captioning anything."
+        default=None, description="null, the default, only exports the model."
     )
     ray: Ray = Ray()
 

@@ -32,24 +32,26 @@ from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 
 class CoconutOptions(SourceOptions):
-    """One release in the COCONut layouts: COCO-panoptic JSON and PNGs, or Parquet with embedded PNGs."""
+    """One COCONut release, as COCO-panoptic JSON and PNGs or as Parquet with the PNGs inside."""
 
     layout: Literal["panoptic", "parquet"] = Field(
         default="panoptic",
-        description="`panoptic` is JSON and a folder of PNGs, `parquet` the hub's rows with the PNG inside.",
+        description="`panoptic`: JSON and a folder of PNGs. `parquet`: the form on the Hugging Face Hub, "
+        "rows with the PNG inside.",
     )
     annotations: list[Location] = Field(
         description="Panoptic JSON files, folders of one JSON per image, or Parquet files. Globs are allowed."
     )
     labels: Location | None = Field(
-        default=None, description="Folder of the label PNGs. The layout `panoptic` needs it."
+        default=None, description="Folder of the label PNGs, which the layout `panoptic` needs."
     )
     photos: list[Location] = Field(
-        description="Folders in which each photo is searched by its file name, in this order."
+        description="Folders in which to look for each photo by its file name, in this order."
     )
     categories: Location | None = Field(
         default=None,
-        description="Category list (JSON). null takes the annotation file's own list, or else COCO's 133.",
+        description="JSON file with the list of categories. null takes the list in the annotation file, "
+        "or, if there is none, the 133 categories of COCO.",
     )
 
     @model_validator(mode="after")

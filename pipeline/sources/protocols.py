@@ -172,7 +172,7 @@ class SourceOptions(Strict):
     """Options of every kind of source."""
 
     license: str = Field(
-        default="unknown", description="License of the photos and masks. The dataset card shows it."
+        default="unknown", description="License of the photos and masks, which the dataset card shows."
     )
 
 

@@ -61,9 +61,11 @@ class _Member(NamedTuple):
 
 
 class Sa1bOptions(SourceOptions):
-    """One part of SA-1B: tars of photo + JSON pairs, read in place by offset, or a folder of such pairs."""
+    """A part of SA-1B, as tars of photo and JSON pairs, which are read in place, or as folders of pairs."""
 
-    paths: list[Location] = Field(description="sa_*.tar files, or folders of pairs. Globs are allowed.")
+    paths: list[Location] = Field(
+        description="sa_*.tar files, or folders of pairs of a photo and a JSON. Globs are allowed."
+    )
 
 
 class Sa1b(Source[Sa1bOptions]):

@@ -18,6 +18,8 @@ from paracaption.pipeline.sources.protocols import Catalog
 from paracaption.pipeline.sources.registry import SOURCES, find_options, open_source, recipe_name
 from paracaption.schemas.config import Backend, BuildConfig, dump_config
 from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.evaluation import EvaluateConfig
+from paracaption.schemas.training import TrainConfig
 
 COCONUT = {"annotations": ["in/*.json"], "labels": "in/labels", "photos": ["in/a", "s3://bucket/b"]}
 
@@ -293,6 +295,47 @@ def test_describe_names_every_key_once_a_level_and_parses_as_yaml():
     )
     assert wanted <= set(described)
     assert list(yaml.safe_load(describe())) == list(BuildConfig.model_fields)
+
+
+def pruned(values, kind):
+    """Values of a described configuration without those that have to be given."""
+    found = {}
+    for name, value in values.items():
+        nested = getattr(kind.model_fields[name], "annotation", None)
+        if isinstance(nested, type) and issubclass(nested, BaseModel) and isinstance(value, dict):
+            value = pruned(value, nested)
+        if value != "required":
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("kind", [BuildConfig, TrainConfig, EvaluateConfig])
+def test_a_described_value_is_the_default_and_a_section_that_is_null_has_its_keys_in_comments(kind):
+    text = describe(kind)
+    for name, value in pruned(yaml.safe_load(text), kind).items():
+        field = kind.model_fields[name]
+        if field.is_required():
+            continue
+        default = field.get_default(call_default_factory=True)
+        default = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+        default = list(default) if isinstance(default, tuple) else default
+        if name in ("captioner", "judge", "segmenter") and default is not None:
+            default = {"name": default["name"]}
+        assert value == default, name
+    if kind is not BuildConfig:
+        on = re.sub(r"^(\w+): (null|\[\])(  # .*\n)(?=#)", r"\1:\3", text, flags=re.MULTILINE)
+        values = yaml.safe_load(re.sub(r"^#(?=  )", "", on, flags=re.MULTILINE))
+        section = {TrainConfig: "evaluation", EvaluateConfig: "profile"}[kind]
+        listed = {TrainConfig: "corpora", EvaluateConfig: "benchmarks"}[kind]
+        assert values[section]["corpus"] == "required" and len(values[listed]) == 1
+
+
+@pytest.mark.parametrize("kind", [BuildConfig, TrainConfig, EvaluateConfig])
+def test_a_key_that_takes_few_values_names_each(kind):
+    text = describe(kind)
+    for name, values in (("compile", "always never auto"), ("kind", "paradlc dlc"), ("layout", "parquet")):
+        for line in re.findall(rf"^[# -]*{name}: .*", text, re.MULTILINE):
+            assert all(f"`{value}`" in line for value in values.split()), line
 
 
 def test_every_key_with_a_number_says_why():
