@@ -347,7 +347,7 @@ def _refuse_other_roles(old: WorkList, config: BuildConfig) -> None:
         if (before := _of_role(was, option)) != (after := _of_role(now, option))
     ]
     raise IntegrityError(
-        f"{summary_path(old.folder)}: units are committed that were read otherwise: "
+        f"{summary_path(old.folder)}: the committed units were read with other settings: "
         f"{'; '.join(changed)}; restore that, or use a new `out`"
     )
 

@@ -33,7 +33,7 @@ MAX_BYTES = 16 << 20
 
 _MAX_FILES = 2_000
 _OURS = __name__.partition(".")[0]
-"""This package. In a clone it lies beside a configuration at the top, and is not the user's for that."""
+"""This package. In a clone it lies next to a configuration at the top, and is not the user's for that."""
 
 _WITHOUT = ("__pycache__", ".pyc", ".pyo")
 

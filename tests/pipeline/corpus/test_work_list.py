@@ -368,7 +368,7 @@ def test_places_in_another_order_or_role_are_planned_anew_and_refused_beside_com
     swapped = coconut_config(tmp_path, **changes)
     assert not first.is_current(source, swapped)
     write_manifest(tmp_path / "manifests", first, 0)
-    with pytest.raises(IntegrityError, match="units are committed that were read otherwise") as caught:
+    with pytest.raises(IntegrityError, match="the committed units were read with other settings") as caught:
         work_list.make_work_list(source, swapped, tmp_path)
     assert difference in str(caught.value)
     assert work_list.load_work_list(tmp_path) == first
