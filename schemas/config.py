@@ -328,7 +328,7 @@ class Failures(Strict):
     save_every_s: float = Field(
         default=10,
         ge=0,
-        description="The answers of the models are saved every so many seconds, also in the middle of a "
+        description="The answers of the models are saved after this many seconds, also within a "
         "unit. A worker that is killed loses no more than that. 0 saves after each batch.",
     )
     lease_s: float = Field(

@@ -399,13 +399,13 @@ def test_a_tar_is_read_in_place_from_an_object_store(tmp_path, monkeypatch):
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://{host}:{port}"})
     try:
         store = fsspec.filesystem("s3")
-        store.mkdir("bucket")
+        store.mkdir("of-sa1b")
         path = write_tar(tmp_path / "sa_0.tar", [*pair("sa_1"), *pair("sa_2")])
-        store.pipe("bucket/sa1b/sa_0.tar", path.read_bytes())
-        images = read("s3://bucket/sa1b/*.tar")
+        store.pipe("of-sa1b/sa1b/sa_0.tar", path.read_bytes())
+        images = read("s3://of-sa1b/sa1b/*.tar")
         assert [len(image.live()) for image in images.values()] == [1, 1]
         assert photos.read_pixels(images["sa_2"]).shape == (HEIGHT, WIDTH, 3)
-        assert list(open_sa1b("s3://bucket/sa1b/*.tar").fingerprint()) == ["s3://bucket/sa1b/sa_0.tar"]
+        assert list(open_sa1b("s3://of-sa1b/sa1b/*.tar").fingerprint()) == ["s3://of-sa1b/sa1b/sa_0.tar"]
     finally:
         server.stop()
 
