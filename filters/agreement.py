@@ -27,7 +27,9 @@ def best_candidate(candidates: Sequence[tuple[Rle, float]], original: Rle) -> tu
     """
     for index, (rle, _) in enumerate(candidates):
         if tuple(rle.size) != tuple(original.size):
-            detail = f"candidate {index} is {rle.size}, the original {original.size} (height, width)"
+            detail = (
+                f"the mask of candidate {index} has (height, width) {rle.size}, the region {original.size}"
+            )
             raise BadRecord(Reason.MODEL_ERROR, detail)
     coco: Any = importlib.import_module("pycocotools.mask")  # compiled, without types
     codes = [_code(rle) for rle, _ in candidates]

@@ -48,7 +48,7 @@ def judge_verdict(answer: str, margin: float | None = None, min_margin: float | 
         if scores["verdict_margin"] >= min_margin:
             return Verdict(scores=scores)
         return Verdict(
-            Reason.CATEGORY_WRONG, f"margin {margin:.3f} of the yes, at least {min_margin:g} needed", scores
+            Reason.CATEGORY_WRONG, f"margin for yes {margin:.3f}, at least {min_margin:g} needed", scores
         )
     if word == "no":
         return Verdict(Reason.CATEGORY_WRONG, "the judge says no", scores)

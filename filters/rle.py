@@ -209,7 +209,7 @@ def _measure(
         elif good[place]:
             found.append(BadRecord(Reason.MASK_EMPTY, "no foreground pixel"))
         elif broken[place]:
-            found.append(undecodable("counts are no RLE string"))
+            found.append(undecodable("`counts` is not an RLE string"))
         elif negative[place]:
             found.append(undecodable("a run of negative length"))
         else:

@@ -44,7 +44,7 @@ def read_counts(segmentation: Any, height: int, width: int) -> bytes | np.ndarra
         BadRecord: MASK_UNDECODABLE, or SIZE_MISMATCH for the size of another image.
     """
     if segmentation is None:
-        raise undecodable("no `segmentation`")
+        raise undecodable("`segmentation` is missing")
     if isinstance(segmentation, str):
         segmentation = _json_of(segmentation)
     if isinstance(segmentation, list):
@@ -73,8 +73,8 @@ def read_counts(segmentation: Any, height: int, width: int) -> bytes | np.ndarra
     if isinstance(counts, list):
         return _run_lengths(counts, height * width)
     if counts is None:
-        raise undecodable("a mask without counts")
-    raise undecodable(f"counts are text or a list of run lengths, not {_kind(counts)}")
+        raise undecodable("the mask has no `counts`")
+    raise undecodable(f"`counts` has to be text or a list of run lengths; it is {_kind(counts)}")
 
 
 def read_size(size: Any) -> tuple[int, int]:
@@ -89,8 +89,8 @@ def read_size(size: Any) -> tuple[int, int]:
         case [int(height), int(width)] if height > 0 and width > 0 and height * width < MAX_PIXELS:
             return height, width
     if size is None:
-        raise undecodable("a mask without a size")
-    raise undecodable(f"size is [height, width] in pixels, not {str(size)[:80]}")
+        raise undecodable("the mask has no `size`")
+    raise undecodable(f"`size` has to be [height, width] in pixels; it is {str(size)[:80]}")
 
 
 def undecodable(detail: str) -> BadRecord:
@@ -107,11 +107,11 @@ def _kind(value: Any) -> str:
 def _json_of(text: str) -> Any:
     """A mask that was written as JSON text, as tables do."""
     if text.lstrip()[:1] not in ("{", "["):
-        raise undecodable("a mask is an object with size and counts, not text")
+        raise undecodable("the mask is text; it has to be an object with `size` and `counts`")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise undecodable("a mask as text that is not JSON") from None
+        raise undecodable("the mask is text that is not JSON") from None
 
 
 def _unwrapped(counts: str) -> str | list[str]:
@@ -142,7 +142,7 @@ def _run_lengths(counts: list[Any], pixels: int) -> np.ndarray:
     if len(counts) <= pixels + 1 and not all(type(count) is int for count in counts):
         counts = list(map(_whole, counts))
     if len(counts) > pixels + 1 or not all(type(count) is int and 0 <= count <= pixels for count in counts):
-        raise undecodable(f"run lengths are whole numbers between 0 and {pixels}")
+        raise undecodable(f"a run length is not a whole number between 0 and {pixels}")
     return np.array(counts, np.int64)
 
 
@@ -154,19 +154,19 @@ def _polygons(rings: list[Any], height: int, width: int) -> bytes:
     """
     rings = _rings(rings)
     if not rings:
-        raise undecodable("a list of no polygons")
+        raise undecodable("the list of polygons is empty")
     if len(rings) == height and all(len(ring) == width and all(n in (0, 1) for n in ring) for ring in rings):
-        raise undecodable("a bitmap, a list of its rows; write it as RLE")
+        raise undecodable("the mask is a bitmap (a list of rows); write it as RLE")
     length = 0.0
     for place, ring in enumerate(rings):
         if len(ring) < (0 if place else 6) or len(ring) % 2 or len(ring) > _MAX_RING:
-            raise undecodable("a polygon is a list of at least 3 points, x and y in turn")
+            raise undecodable("a polygon has to be a list of at least 3 points, x and y in turn")
         if not all(type(number) in (int, float) for number in ring):
-            raise undecodable("a polygon holds numbers only")
+            raise undecodable("a polygon has a value that is not a number")
         try:
             points = np.array(ring, np.float64).reshape(-1, 2)
         except OverflowError:
-            raise undecodable("a polygon with a number of hundreds of digits") from None
+            raise undecodable("a polygon has a number with hundreds of digits") from None
         far = np.array([width, height]) + _MARGIN_PX
         if not ((points >= -_MARGIN_PX) & (points <= far)).all():
             raise undecodable(f"a polygon leaves its image by more than {_MARGIN_PX} pixels")

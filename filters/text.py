@@ -180,7 +180,7 @@ def junk(prose: Prose, config: Text) -> str | None:
     num_visible = len(prose.text) - sum(map(str.isspace, prose.text))
     share = num_letters / num_visible
     if share < config.min_letter_share:
-        return f"{share:.2f} letters, at least {config.min_letter_share:g} needed"
+        return f"share of letters {share:.2f}, at least {config.min_letter_share:g} needed"
     return None
 
 
@@ -261,14 +261,19 @@ def boilerplate(prose: Prose, config: Text) -> str | None:
 def repeats(prose: Prose, config: Text) -> str | None:
     """Says again what it said: repeated 4-grams, a phrase back to back, a copied phrase, a sentence twice."""
     if prose.repeat_share > config.max_repeat_share:
-        return f"{prose.repeat_share:.3f} of 4-grams repeat, at most {config.max_repeat_share:g} may"
+        return (
+            f"share of repeated 4-grams {prose.repeat_share:.3f}, at most {config.max_repeat_share:g} allowed"
+        )
     for copy in prose.copies:
         again = copy.words // copy.lag  # complete copies, back to back, after the first
         phrase = " ".join(prose.words[copy.start : copy.start + min(copy.lag, copy.words)])
         if again >= config.max_phrase_loops or (again and copy.lag > config.max_loop_words):
-            return f"{again + 1} times back to back: {_quote(phrase)}"
+            return f"a phrase {again + 1} times back to back: {_quote(phrase)}"
         if copy.words > config.max_copied_words:
-            return f"{copy.words} words copied, at most {config.max_copied_words} may be: {_quote(phrase)}"
+            return (
+                f"{copy.words} copied words in a row, at most {config.max_copied_words} allowed: "
+                f"{_quote(phrase)}"
+            )
     return _same_word(prose.words, config) or _same_sentence(prose, config)
 
 
@@ -278,7 +283,7 @@ def _same_word(words: list[str], config: Text) -> str | None:
     for before, word in pairwise(words):
         times = times + 1 if word == before else 1
         if times > config.max_phrase_loops and not word.isdigit():
-            return f"more than {config.max_phrase_loops} times back to back: {_quote(word)}"
+            return f"a word more than {config.max_phrase_loops} times back to back: {_quote(word)}"
     return None
 
 

@@ -87,7 +87,9 @@ class Publisher:
         except Exception as error:  # noqa: BLE001 - whatever it is, it costs a number on a screen
             why = str(error).split("\n")[0] or type(error).__name__
             if not self.lost:
-                log.warning("Prefect's server takes no artifacts (%s); the run goes on without them", why)
+                log.warning(
+                    "Prefect's server does not accept artifacts (%s); the run continues without them", why
+                )
             self.lost = why
         else:
             self.lost = ""

@@ -104,7 +104,9 @@ def _call(flow: Flow[..., Any], *arguments: Any, **options: Any) -> Any:
             raise raised[-1] from None
         if not returned:
             raise
-        log.warning("Prefect's server took no note of the run's end (%s); the run itself is complete", error)
+        log.warning(
+            "Prefect's server did not record the end of the run (%s); the run itself is complete", error
+        )
         return returned[-1]
 
 

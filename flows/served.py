@@ -85,7 +85,10 @@ def refuse(
     if ray_address not in (None, "auto", *allowed):
         wrong.append(f"ray_address: {ray_address!r}")
     if wrong:
-        hint = "may be named in a served flow only if `paracaption deploy` --allows it (docs/cluster.md)"
+        hint = (
+            "is not allowed in a served flow; serve it with `paracaption deploy --allow VALUE` "
+            "(docs/cluster.md)"
+        )
         raise ConfigError("\n".join(f"{each} {hint}" for each in wrong))
 
 

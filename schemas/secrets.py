@@ -112,7 +112,7 @@ def find(values: Any, place: tuple[int | str, ...] = ()) -> Iterator[Found]:
         for number, value in enumerate(values):
             is_option = isinstance(before, str) and before.startswith("-") and is_secret_name(before)
             if is_option and _is_given(value):
-                yield Found((*place, number), f"follows {before}")
+                yield Found((*place, number), f"is the value of {before}, which looks like a secret")
             yield from find(value, (*place, number))
             before = value
     elif isinstance(values, str | bytes):

@@ -117,7 +117,7 @@ def _of_machine(error: OSError | MemoryError) -> str:
     from ...pipeline.io.failures import describe
 
     if isinstance(error, MemoryError):
-        return f"the memory is not enough ({describe(error)}); give the command more, or less to do at once"
+        return "not enough memory; use a machine with more, or lower the batch sizes or `concurrency`"
     named = getattr(error, "url", None) or error.filename
     where = "" if named is None else f"{os.fsdecode(named) if isinstance(named, bytes) else named}: "
     return f"{where}{describe(error)}; correct the path or its permissions, or run the same command again"

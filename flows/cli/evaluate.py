@@ -190,7 +190,7 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     if quality.get("empty"):
         yield f"{name}: {quality['empty']:.1%} of the captions are empty"
     if not result["questions"]:
-        yield f"{name}: no scores, as no question was asked; name a `judge` in the configuration"
+        yield f"{name}: no scores: no judge is configured; add `judge` to the configuration"
 
 
 def _table(found: dict[str, Any]) -> Table:

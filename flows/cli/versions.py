@@ -140,9 +140,12 @@ def undo(
     for line in _undo_lines(rebuild):
         print(line)
     if not yes:
-        typer.confirm("Take it back?", abort=True)
+        typer.confirm("Undo it?", abort=True)
     summary = undoing.undo(out, rebuild)
-    print(f"taken back; {summary['kept']:,} regions are kept now. To redo it, undo again")
+    print(
+        f"undone; {summary['kept']:,} regions are kept now. To take the undo back, run `paracaption undo` "
+        "again"
+    )
     if rebuild.changes:
         print("Your own YAML file is not changed: put these keys back there before you build again")
     suggest(f"paracaption inspect {corpus}", f"paracaption versions {corpus}")
@@ -205,7 +208,7 @@ def _subset_lines(name: str, found: SubsetDiff, before: int, after: int) -> Iter
 
 
 def _reason_lines(kind: str, reasons: Counter[str]) -> Iterator[str]:
-    when = "now" if kind == "lost" else "before"
+    when = "now dropped as" if kind == "lost" else "was dropped as"
     for number, (reason, count) in enumerate(sorted(reasons.items(), key=lambda each: (-each[1], each[0]))):
         yield f"  {kind if number == 0 else '':<8} {count:>8,}  {when} {reason}"
 
@@ -268,7 +271,7 @@ def _ago(seconds: float) -> str:
 
 
 def _run_lines(found: RunStatus) -> Iterator[str]:
-    yield f"last {found.command} with commits: {found.units:,} units, {found.regions:,} regions"
+    yield f"last {found.command} that committed anything: {found.units:,} units, {found.regions:,} regions"
     if found.units_per_min is not None and found.regions_per_min is not None:
         left = "" if found.left_s is None else f"; about {duration(found.left_s)} left"
         yield f"  rate: {found.units_per_min:,.1f} units/min, {found.regions_per_min:,.0f} regions/min{left}"
@@ -315,10 +318,10 @@ def _undo_lines(found: Rebuild) -> Iterator[str]:
         f"record {found.first}" if found.first == found.last else f"records {found.first} to {found.last}"
     )
     if found.is_begun:
-        yield f"The undo of {records} was interrupted; this finishes it: configuration, then index."
+        yield f"The undo of {records} was interrupted; this command finishes it (configuration and index)."
     else:
         now, then = found.kept
-        yield f"Takes back {records}: {len(found.units):,} units get the files that they had before."
+        yield f"Undoing {records} gives {len(found.units):,} units the files that they had before."
         yield f"  regions kept in them: {now:,} -> {then:,}"
     if found.added:
         yield f"  {found.added:,} units that were added since stay"
@@ -327,4 +330,4 @@ def _undo_lines(found: Rebuild) -> Iterator[str]:
     if len(found.changes) > _SHOWN:
         yield f"  configuration: {len(found.changes) - _SHOWN:,} more keys"
     if found.before.config is None:
-        yield "  configuration: stays; the log does not have one of before"
+        yield "  configuration: not changed, because the log has no earlier one"

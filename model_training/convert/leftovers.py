@@ -52,9 +52,9 @@ def kept_aside(
     file = aside / "config.json"
     if not (file.is_file() and (aside / weights.INDEX).is_file()):
         raise ConfigError(
-            f"{aside}: not there, or not whole; copy it from the converted checkpoint that training started "
-            "from, or name a SigLIP 2 that has the tensors which the released code loads and never uses: "
-            "--vision SIGLIP2_DIR"
+            f"{aside}: missing or incomplete; copy this folder from the checkpoint that training started "
+            "from, "
+            "or give the folder of the full SigLIP 2 (with its text model): --vision SIGLIP2_DIR"
         )
     raw, unused = weights.read_json(file), list_tensors(aside)
     fields, own = state_dict_adapter.fields_of(raw, file, config.text.vocab_size), _own_fields(config)
@@ -62,7 +62,8 @@ def kept_aside(
     for key, value in fields.items():
         if value != own[key] and not (is_base and key in ("num_prompts", "replay_size")):
             raise ConfigError(
-                f"{file}: says {key} {value}, but the model has {own[key]}: it is another model's"
+                f"{file}: {key} is {value}, but the model has {own[key]}; copy this folder from the model's "
+                "own checkpoint"
             )
     check_tensors(aside, unused, {}, spare(raw["vision_model_config"], file, theirs, unused))
     same_tokens = load_tokenizer(aside).get_vocab() == tokenizer.get_vocab()
@@ -88,10 +89,16 @@ def from_siglip(
     file = folder / "config.json"
     raw, found, own = weights.read_json(file), list_tensors(folder), _own_fields(config)
     if raw.get("model_type") == "siglip_vision_model":
-        raise ConfigError(f"{folder}: has no text model, which is published too; name a whole SigLIP 2")
+        raise ConfigError(
+            f"{folder}: has no text model, which the released checkpoint has; give the folder of the full "
+            "SigLIP 2"
+        )
     sizes = state_dict_adapter.vision_fields(raw, file)
     if sizes != own["vision_config"]:
-        raise ConfigError(f"{file}: has sizes {sizes}, but the model's tower {own['vision_config']}")
+        raise ConfigError(
+            f"{file}: the sizes are {sizes}, but those of the model's tower are {own['vision_config']}; give "
+            "the SigLIP 2 that the model was made from"
+        )
     fixed = constants(found)
     check_tensors(folder, found, state_dict_adapter.siglip_shapes(raw, file), fixed)
     unused = {f"vision_model.{name}": entry for name, entry in found.items() if name not in fixed}

@@ -73,7 +73,7 @@ class Report:
             f"{self.source} -> {self.target} ({self.layout} layout)",
             f"  tensors  {self.tensors:,} with {self.num_bytes:,} bytes",
             f"  unused   {self.unused:,} with {self.unused_bytes:,} bytes",
-            f"  drawn    {', '.join(self.drawn)}, seed {self.seed}" if self.drawn else "  drawn    nothing",
+            f"  random   {', '.join(self.drawn)}, seed {self.seed}" if self.drawn else "  random   nothing",
         ]
         return "\n".join(lines + [f"  note     {note}" for note in self.notes])
 
@@ -104,11 +104,13 @@ def convert(
     kind = weights.read_json(folder / "config.json").get("model_type")
     if kind in (state_dict_adapter.TYPE, state_dict_adapter.BASE_TYPE):
         if vision is not None:
-            raise ConfigError(f"{folder}: is published, and has its vision model; leave out --vision")
+            raise ConfigError(
+                f"{folder}: this is a published checkpoint, which has its vision model; leave out --vision"
+            )
         return from_published(folder, to, layout or "reference", seed, shard_bytes)
     if kind == PerceptionDLMConfig.model_type:
         if layout is not None:
-            raise ConfigError(f"{folder}: published checkpoints carry no layout; leave out --layout")
+            raise ConfigError(f"{folder}: a published checkpoint has no layout option; leave out --layout")
         return to_published(folder, to, vision, shard_bytes)
     raise ConfigError(
         f"{folder}: of type {kind!r}, neither a published PerceptionDLM ({state_dict_adapter.TYPE}, "
@@ -202,7 +204,8 @@ def to_published(
     found, config = list_tensors(folder), load_config(folder)
     if not (config.region_prompting and config.feature_replay):
         raise ConfigError(
-            f"{folder}: an ablation without region prompts or replay; the released code has none such"
+            f"{folder}: this model has no region prompts or no feature replay, which the released code "
+            "requires; it cannot be converted"
         )
     wanted = shapes(config)
     check_tensors(folder, found, wanted)
@@ -210,7 +213,7 @@ def to_published(
     theirs = {names[name]: entry for name, entry in found.items()}
     report = Report(str(folder), target, config.layout)
     if config.layout != "reference" or config.layout_options:
-        report.notes.append("the released code knows the reference layout only, and computes that")
+        report.notes.append("the released code always computes the reference layout")
     tokenizer = load_tokenizer(folder)
     if vision is None:
         raw, rest, report.verbatim = leftovers.kept_aside(folder, config, theirs, tokenizer)
@@ -219,7 +222,7 @@ def to_published(
     report.tensors, report.num_bytes = len(theirs) + len(rest), _size(theirs, rest)
     report.unused, report.unused_bytes = len(rest), _size(rest)
     if not report.verbatim:
-        report.notes.append("config.json and the tokenizer's files are made again")
+        report.notes.append("config.json and the tokenizer's files were written again")
     with _writing(target, report.num_bytes) as room:
         write_tensors(room, theirs | rest, shard_bytes)
         if vision is None:
@@ -277,7 +280,7 @@ def from_parts(
     report.drawn += [f"projector from N(0, {config.initializer_range}^2)", f"{_PROMPTS} from N(0, 1)"]
     ours = _grown(ours, config, tokenizer, report)
     report.notes.append(f"{added} tokens added to the tokenizer")
-    report.notes.append(f"the way to the published layout needs --vision {tower_folder}")
+    report.notes.append(f"to convert this model to the published form later, give --vision {tower_folder}")
     with _writing(target, _size(ours)) as room:
         _finish(room, ours, config, tokenizer, report, shard_bytes)
     return report
@@ -309,7 +312,9 @@ def load_config(folder: Path) -> PerceptionDLMConfig:
     except ConfigError:
         raise
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+        raise ConfigError(
+            f"{folder / 'config.json'}: {' '.join(str(error).split())}; correct it, or download it again"
+        ) from error
 
 
 def shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
@@ -322,7 +327,10 @@ def shapes(config: PerceptionDLMConfig) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = PerceptionDLM(copy.deepcopy(config))
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"config.json: its sizes make no model: {error}") from error
+        raise ConfigError(
+            f"config.json: no model can be made with these sizes ({error}); correct them, or download the "
+            "file again"
+        ) from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -349,7 +357,9 @@ def _our_config(
     try:
         config = PerceptionDLMConfig(**fields, **ids)
     except (StrictDataclassError, TypeError) as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+        raise ConfigError(
+            f"{folder / 'config.json'}: {' '.join(str(error).split())}; correct it, or download it again"
+        ) from error
     config.architectures = ["PerceptionDLM"]
     config.dtype = getattr(torch, tensor_files.FLOATS.get(dtype, "float32"))
     return config

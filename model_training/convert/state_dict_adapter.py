@@ -262,7 +262,9 @@ def _select(config: Mapping[str, Any], depth: int, file: Path) -> int:
     if select >= 0:
         select -= depth + (config["model_type"] == BASE_TYPE)
         if select == -1:
-            raise ConfigError(f"{file}: vision_select_layer is the last without its norm; no such model here")
+            raise ConfigError(
+                f"{file}: vision_select_layer is the last layer without its norm, which cannot be converted"
+            )
     return select
 
 

@@ -135,9 +135,12 @@ def _parquet_files(folder: str) -> list[str]:
     if found := [url for url in seen if url.lower().endswith(".parquet")]:
         return found
     if any(url.endswith(".arrow") for url in seen):
-        what = "a folder of `save_to_disk`, which is not read; write it with `to_parquet`, and name that"
+        what = (
+            "a folder of `save_to_disk`, which is not read; write the data set with `to_parquet`, and give "
+            "that file"
+        )
         raise ConfigError(f"{folder}: {what}")
-    raise ConfigError(f"{folder}: no .parquet file in this folder; name a file, or another folder")
+    raise ConfigError(f"{folder}: no .parquet file in this folder; give a file, or another folder")
 
 
 def read_records(path: str, regions_per_group: float) -> Iterator[Found]:
@@ -176,8 +179,11 @@ def read_records(path: str, regions_per_group: float) -> Iterator[Found]:
             empty.append(number)
         yield from found
     if empty:
-        what = f"{len(empty):,} of {number:,} records have no regions, the first is record {empty[0]}"
-        _log.warning("%s: %s; they are left out", path, what)
+        what = (
+            f"{len(empty):,} of {number:,} records have no regions and are left out; the first is record "
+            f"{empty[0]}"
+        )
+        _log.warning("%s: %s", path, what)
 
 
 def _line(error: BaseException) -> str:
@@ -198,7 +204,10 @@ def _from_json(path: str) -> Iterator[Any]:
     data = files.read(Blob(path)).removeprefix(_MARK)
     if data.lstrip()[:1] == b"{":  # JSON Lines by another name
         if data.split(maxsplit=1)[0] == b"{":
-            raise ValueError("one mapping, and not a list of records or a record a line")
+            raise ValueError(
+                "the file has to be a list of records, or JSON Lines (one record per line), but it is a "
+                "single mapping"
+            )
         yield from (_decoded(line) for line in data.splitlines() if line.strip())
         return
     try:
@@ -230,7 +239,7 @@ def _decoded(data: bytes | msgspec.Raw, kind: type = object) -> Any:
         except (ValueError, RecursionError):
             raise error from None
     if not isinstance(found, kind):
-        raise ValueError("not a list of records, nor a record a line")
+        raise ValueError("the file has to be a list of records, or JSON Lines (one record per line)")
     return found
 
 
@@ -244,7 +253,8 @@ def _from_parquet(path: str) -> Iterator[Any]:
     if not columns:
         seen = ", ".join(table.names)
         raise ConfigError(
-            f"{path}: neither `conversations` nor `mask_rles` in its columns ({seen}); leave it out"
+            f"{path}: the table has neither a column `conversations` nor `mask_rles` (its columns: {seen}); "
+            "leave this file out"
         )
     for group in table.row_groups(columns):
         for batch in group.to_batches(64):
@@ -284,9 +294,9 @@ def _region_groups(
         photos = [_photo(each) for each in _images(row, ())]
         _check_supported(row)
         if len(photos) != 1 and regions:
-            told = f"its regions have {len(photos) or 'no'} image{'s' * (len(photos) > 1)}"
+            told = f"the record has regions and {len(photos) or 'no'} image{'s' * (len(photos) > 1)}"
             reason = "regions_unusable" if photos else "conversation_without_image"
-            raise _Unusable(reason, f"{told}; name the one they are of as `image`")
+            raise _Unusable(reason, f"{told}; give the image of the regions as `image`")
     except _Unusable as error:
         yield Found(_unusable(name, error), b"", place)
         return

@@ -229,8 +229,8 @@ def _answered(turns: list[Turn], name: str) -> list[Turn]:
         turns = turns[:-2]
     empty = [number for number, turn in enumerate(turns[1::2], start=1) if not turn.value.strip()]
     if empty or not turns:
-        what = f"its answer {empty[0]} is empty" if empty else "it has no answer"
-        detail = f"{name}: {what}, so that it would teach to say nothing; correct the record"
+        what = f"answer {empty[0]} is empty" if empty else "it has no answer"
+        detail = f"{name}: {what}, which would teach the model to say nothing; correct the record"
         raise BadSample("conversation_unusable", detail)
     return turns
 

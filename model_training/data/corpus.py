@@ -176,7 +176,8 @@ class TrainingCorpus:
             raise BadSample("shard_unreadable", str(error)) from error
         if len(sample.regions) != row["regions"]:
             detail = (
-                f"{len(sample.regions)} regions, {row['regions']} are kept in the ledger; {reader.REBUILD}"
+                f"the shard has {len(sample.regions)} regions, but the ledger keeps {row['regions']}; "
+                f"{reader.REBUILD}"
             )
             raise BadSample("shard_unreadable", f"{shard}: {key}: {detail}")
         return sample, data
@@ -237,7 +238,10 @@ def open_training_corpus(
 
     def write(folder: Path) -> None:
         if not current:
-            warning = "no index of these manifests, so the ledgers are read; `paracaption merge` writes one"
+            warning = (
+                "the index does not match the manifests, so all ledgers are read, which is slower; "
+                "`paracaption merge CONFIG` writes the index"
+            )
             _log.warning("%s: %s", corpus.path, warning)
         parts = _kept_regions(corpus, list(digests), current, columns)
         _write_table(folder, corpus, parts, rules, processor, options)
@@ -379,7 +383,8 @@ def _compare(corpus: reader.Corpus, table: pa.Table, units: _Units) -> None:
         if different := expected.items() ^ found.pop(unit.name).items():
             key = min(different)[0]
             raise IntegrityError(
-                f"{unit.manifest}: {key} has {expected.get(key, 0)} kept regions, another number elsewhere; "
+                f"{unit.manifest}: {key} has {expected.get(key, 0)} kept regions, but the index or the "
+                "ledger has another number; "
                 "run `paracaption verify`"
             )
     if found:
@@ -390,5 +395,5 @@ def _compare(corpus: reader.Corpus, table: pa.Table, units: _Units) -> None:
         (unit, path), shard = known[row["unit"]], row["shard"]
         # Without a path, the shards behind this one would be miscounted.
         if path is None or shard not in (path, f"{unit.subset}/{path}"):
-            names = f"its ledger names {shard or 'no shard'}, it {path or 'none'}"
+            names = f"its ledger names {shard or 'no shard'}, the manifest {path or 'none'}"
             raise IntegrityError(f"{unit.manifest}: {names}; {reader.REBUILD}")

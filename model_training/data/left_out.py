@@ -33,7 +33,7 @@ COLUMNS = ["unit", "key", "image_width", "image_height"]
 FILE_NAME = "file_name"
 
 _WORDS = {
-    BENCHMARK_PHOTOS: "of ParaDLC-Bench or DLC-Bench (`data.benchmark_photos: keep` trains on them)",
+    BENCHMARK_PHOTOS: "of ParaDLC-Bench or DLC-Bench (to train on them, set data.benchmark_photos: keep)",
     HELD_OUT: "of the held-out split (`held_out_share` of the build)",
 }
 _FOUND = "found.json"

@@ -100,7 +100,7 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     (height, width), (tall, wide) = mask.shape, size
     rounding = min(abs(height - tall * width / wide), abs(tall - height * wide / width))
     if rounding > 1 or abs(height * wide / (width * tall) - 1) > _ASPECT:
-        rotated = " (it is rotated: photos are read as stored, without EXIF's rotation)"
+        rotated = " (width and height are swapped: photos are read as stored, and EXIF rotation is ignored)"
         raise ConfigError(
             f"{name}: the mask is {width}x{height}, the photo {wide}x{tall}"
             f"{rotated if (width, height) == (tall, wide) else ''}; give a mask of this photo"
@@ -155,7 +155,11 @@ def _brightest_channel(pixels: np.ndarray, name: str) -> np.ndarray:
     """The brightest channel of (H, W, 3); different colors that are equally bright are refused."""
     values = pixels.max(axis=2)
     if values.min() == values.max() and (pixels != pixels[0, 0]).any():
-        raise ConfigError(f"{name}: its colors are equally bright; give the mask white on black")
+        raise ConfigError(
+            f"{name}: its colors have the same brightness, so that region and background cannot be told "
+            "apart; "
+            "give the mask white on black"
+        )
     return values
 
 

@@ -213,11 +213,11 @@ def _sample(path: str, key: str) -> tuple[Sample, bytes]:
         for sample, data in reader.iter_shard(path):
             if sample.key == key:
                 return sample, data
-        raise ConfigError(f"{path}: no image {key} in this shard; `tar -tf` lists its keys")
+        raise ConfigError(f"{path}: no image {key} in this shard; `tar -tf {path}` lists them")
     corpus = reader.open_corpus(path)
     rows = [row for row in corpus.find_image(key).rows if row["kept"]]
     if not rows:
-        raise ConfigError(f"{path}: no region of {key} was kept, so no shard has it; take another image")
+        raise ConfigError(f"{path}: no region of {key} was kept, so no shard has it; choose another image")
     return corpus.read_sample(rows[0])
 
 
@@ -325,8 +325,12 @@ def _label_map(path: str, name: str, photo: str) -> str:
     beside = sorted(home.glob(f"*/{glob.escape(name)}")) or [home / name]
     found = [str(each) for each in beside if each.exists() and each.resolve() != Path(photo).resolve()]
     if len(found) != 1:
-        what = "none" if not found else " or ".join(found)
-        raise ConfigError(f"{path}: label map {name} in a folder next to it: {what}; put one there")
+        what = (
+            f"several label maps {name}: {', '.join(found)}; keep one"
+            if found
+            else f"no label map {name}; put it there"
+        )
+        raise ConfigError(f"{path}: the folders next to it have {what}")
     return found[0]
 
 

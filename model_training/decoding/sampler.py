@@ -225,8 +225,9 @@ class _BatchDecoder:
         if bool(self.broken):
             name, dtype = self.model.name_or_path or "the model", self.model.dtype
             raise StageFailed(
-                f"{name}: its probabilities are no numbers (NaN), or the same for all tokens, in {dtype}: a "
-                "weight is damaged, or the type is too small for it; get the weights again, or load float32"
+                f"{name}: the probabilities in {dtype} are NaN, or equal for all tokens: the weights are "
+                "damaged, or "
+                "this type overflows; download the weights again, or load the model in float32"
             )
         return DecodeState(
             self.forwards_B.cpu().clone(),
@@ -430,7 +431,9 @@ def _blocks(batch: Batch, num_slots: int) -> tuple[Tensor, Tensor, TokenRoles]:
     """The captions' ids, positions and roles as (B, N, S + 2): opening token, slots, closing token."""
     tokens = batch.captions
     if tokens.ids_BL.shape[1] % (num_slots + 2):
-        raise ConfigError(f"the batch's captions are not of {num_slots} slots; lay it out with that number")
+        raise ConfigError(
+            f"the batch was laid out for captions of another length than {num_slots} slots; lay it out again"
+        )
     parts = (tokens.ids_BL, tokens.position_BL, *tokens.roles)
     ids, position, sample, region, caption = (part.unflatten(1, (-1, num_slots + 2)) for part in parts)
     return ids.clone(), position, TokenRoles(sample, region, caption)

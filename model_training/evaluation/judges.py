@@ -188,7 +188,7 @@ class ServedChat:
 def _answer_of(choice: dict[str, Any]) -> str:
     text = choice["message"].get("content")
     if not isinstance(text, str):
-        raise BadRecord(Reason.ANSWER_INVALID, f"the answer is no text: {str(text)[:60]!a}")
+        raise BadRecord(Reason.ANSWER_INVALID, f"the answer is not a text: {str(text)[:60]!a}")
     return text
 
 

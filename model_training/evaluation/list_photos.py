@@ -34,7 +34,10 @@ def list_photos(folders: Mapping[str, Path]) -> bytes:
             except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(f"{path}: image {number}: not in the published form ({error!r})") from error
             if not name:
-                raise ConfigError(f"{path}: {image['file_name']}: a name neither of COCO nor of Objects365")
+                raise ConfigError(
+                    f"{path}: {image['file_name']}: not a file name of COCO or Objects365; only photos of "
+                    "these can be listed"
+                )
             titles = found[name].title.split(" and ") if name in found else []
             found[name] = Listed(*size, " and ".join(dict.fromkeys([*titles, title])))
     lines = [

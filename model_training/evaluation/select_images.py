@@ -54,7 +54,10 @@ def choose_images(corpus: str | Path, num_images: int) -> list[ChosenImage]:
             keep = heapq.heappush if len(best) < num_images else heapq.heappushpop
             keep(best, (chosen.confusion, -number, chosen))
     if not best:
-        raise ConfigError(f"{corpus}: no image has {FEWEST} kept regions that could be confused")
+        raise ConfigError(
+            f"{corpus}: no image has {FEWEST} kept regions that could be confused; give a corpus with more "
+            "regions per image"
+        )
     return [chosen for _, _, chosen in sorted(best, reverse=True)]
 
 

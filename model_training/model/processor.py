@@ -88,10 +88,13 @@ class PerceptionDLMProcessor(ProcessorMixin):
         prompts = list(range(len(masks)) if prompts is None else prompts)
         if len(set(prompts)) != len(masks) or not set(prompts) <= set(range(config.num_prompts)):
             raise ConfigError(
-                f"prompts {prompts}: give each of {len(masks)} masks its own below {config.num_prompts}"
+                f"prompts {prompts}: give each of the {len(masks)} masks another number from 0 to "
+                f"{config.num_prompts - 1}"
             )
         if not isinstance(captions, int) and len(captions) != len(masks):
-            raise ConfigError(f"{len(captions)} captions for {len(masks)} masks")
+            raise ConfigError(
+                f"{len(captions)} captions for {len(masks)} masks; give one caption for each mask"
+            )
         active = np.zeros((tiling.num_views(grid), config.num_prompts, config.patches_per_side**2), bool)
         for place, number in enumerate(order):
             prompt = prompts[place]

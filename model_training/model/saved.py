@@ -35,7 +35,7 @@ def refusing(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{folder}: not readable ({one_line(error)[:300]}); save the model again"
+            f"{folder}: not readable ({one_line(error)[:300]}); copy, convert or save the model again"
         ) from error
 
 
@@ -141,7 +141,8 @@ def _check_numbers(path: Path, values: dict[str, Any], where: str = "") -> None:
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, int | float) and not abs(each) <= _MOST.get(name, _MOST_OF_ALL):
                 raise ConfigError(
-                    f"{path}: {where}{name} is {str(each)[:40]}, which no model has; save the model again"
+                    f"{path}: {where}{name} is {str(each)[:40]}, which no model has; copy, convert or save "
+                    "the model again"
                 )
 
 
@@ -154,15 +155,15 @@ def _check_tokens(path: Path, config: PerceptionDLMConfig) -> None:
         ids = getattr(config, name)
         if not isinstance(ids, list | tuple) or len(ids) < config.num_prompts:
             what = f"{name} names no token for each of {config.num_prompts} regions"
-            raise ConfigError(f"{path}: {what}; save the model again")
+            raise ConfigError(f"{path}: {what}; copy, convert or save the model again")
         for number, each in enumerate(ids):
             _check_token(path, f"{name}[{number}]", each, rows)
 
 
 def _check_token(path: Path, name: str, value: Any, rows: int) -> None:
     if not isinstance(value, int) or not 0 <= value < rows:
-        what = f"{name} is {str(value)[:40]}, no token of the {rows} that the model has"
-        raise ConfigError(f"{path}: {what}; save the model again")
+        what = f"{name} is {str(value)[:40]}, but the model has only {rows} tokens"
+        raise ConfigError(f"{path}: {what}; copy, convert or save the model again")
 
 
 def _of_shape(name: str, found: Any, wanted: Any) -> str:

@@ -66,7 +66,7 @@ def refuse_foreign(out: str, subsets: Iterable[str]) -> None:
             ]
             if found:
                 raise ConfigError(
-                    f"{out}/{subset}/{folder}/{found[0]}: this folder has files and is no corpus; "
+                    f"{out}/{subset}/{folder}/{found[0]}: this folder has other files and is not a corpus; "
                     "choose another `out`"
                 )
 
@@ -76,7 +76,7 @@ def _refuse_replaced(out: str) -> None:
     for path in ("config.yaml", *MERGED):
         if files.exists(f"{out}/{path}"):
             raise ConfigError(
-                f"{out}/{path}: a build would write over it, and this folder is no corpus; "
+                f"{out}/{path}: a build would write over it, and this folder is not a corpus; "
                 "choose another `out`, or move the file away"
             )
 

@@ -45,7 +45,7 @@ class CommittedUnit:
         try:
             table = reader.read_ledger(self._unit.ledger, _COLUMNS)
         except IntegrityError as error:  # this build replaces it
-            log.warning("%s; what it kept is not known", error)
+            log.warning("%s; this build replaces the unit without comparing it with the old one", error)
             return []
         return [row for row in table.to_pylist() if row["kept"]]
 

@@ -47,7 +47,9 @@ def draw_corpus_image(corpus: str | Path, key: str, path: str | Path) -> None:
     kept = [row for row in found.rows if row["kept"]]
     if not kept:
         why = "; ".join(sorted({f"{row['drop_reason']} ({row['drop_detail']})" for row in found.rows}))
-        raise ConfigError(f"{found.subset}/{key}: no region of this image was kept: {why[:500]}")
+        raise ConfigError(
+            f"{found.subset}/{key}: no region of this image was kept ({why[:500]}); choose another image"
+        )
     dropped = len(found.rows) - len(kept)
     title = f"{found.subset} / {kept[0]['key']}: {len(kept)} kept, {dropped} dropped"
     if len(kept) > _MAX_DRAWN:
@@ -112,7 +114,7 @@ def _read_overlays(corpus: Corpus, rows: _KeptRows) -> tuple[np.ndarray, list[Ov
     try:
         photo = photos.decode(Blob(f"{rows[0]['shard']}: {sample.key}"), data, photos.MAX_PIXELS)
     except BadRecord as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(error.detail) from error
     overlays = []
     for region in sample.regions[:_MAX_DRAWN]:
         if region.rle.size != photo.shape[:2]:

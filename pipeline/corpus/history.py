@@ -39,9 +39,10 @@ def read_log(out: str) -> list[Record]:
     """
     records = log.read_records(out)
     if not records:
-        why = "no commit log here" if files.is_folder(out) else "no such folder"
+        if not files.is_folder(out):
+            raise ConfigError(f"{out}: no such folder; give the `out` of a build")
         hint = "a corpus of an early release gets its log from its next build"
-        raise ConfigError(f"{out}: {why}; give the `out` of a build ({hint})")
+        raise ConfigError(f"{out}: no commit log here; give the `out` of a build ({hint})")
     return records
 
 
@@ -54,7 +55,10 @@ def state_at(out: str, number: int) -> LogState:
     """
     newest = log.read_state(out).number or len(read_log(out))
     if not 0 <= number <= newest:
-        raise ConfigError(f"{out}: no record {number} in the commit log; its records are 1 to {newest}")
+        raise ConfigError(
+            f"{out}: no record {number} in the commit log; its records are 1 to {newest}; `paracaption "
+            f"versions {out}` lists them"
+        )
     state, start = LogState(), number - number % log.CHECKPOINT_EVERY
     if start:
         checkpoint = log.read_existing(out, start)
@@ -74,7 +78,9 @@ def config_at(out: str, number: int) -> str:
     """
     config = state_at(out, number).config
     if config is None:
-        raise ConfigError(f"{out}: record {number} of the commit log comes before the first configuration")
+        raise ConfigError(
+            f"{out}: record {number} of the commit log comes before the first configuration; give a later one"
+        )
     return config.text
 
 
@@ -358,7 +364,8 @@ def describe_gone(out: str, found: Diff) -> str:
     units = sum(each.gone for each in found.subsets.values())
     numbers = " and ".join(map(str, found.gone))
     return (
-        f"{units:,} changed unit{'s'[: units > 1]} cannot be compared: files as of record {numbers} are not "
-        "kept any more (failures.keep_replaced_days); build that version into another folder: "
-        f"`paracaption versions {out} --config {found.gone[0]}` prints its configuration"
+        f"{units:,} changed unit{'s'[: units > 1]} cannot be compared: the files of record {numbers} are "
+        "deleted after failures.keep_replaced_days; to see them, build that version into another folder with "
+        "the "
+        f"configuration that `paracaption versions {out} --config {found.gone[0]}` prints"
     )

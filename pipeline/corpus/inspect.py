@@ -140,7 +140,12 @@ def _head(subset: str, counts: SubsetCounts) -> list[Any]:
         held = f"{counts.images_held_out:,} images with captions, {counts.kept_held_out:,} regions"
         parts.append(Text(f"held out of training: {held}", "dim"))
     if len(counts.recipes) > 1:
-        parts.append(Text("units of more than one recipe: build again to renew the old ones", "bold red"))
+        parts.append(
+            Text(
+                "units of more than one configuration: `paracaption build CONFIG` rebuilds the older ones",
+                "bold red",
+            )
+        )
     return parts
 
 

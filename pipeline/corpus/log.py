@@ -83,7 +83,11 @@ class LogState(NamedTuple):
     def after(self, record: Record) -> LogState:
         """The state with one more record."""
         if record.number != self.number + 1:
-            raise IntegrityError(f"record {record.number} of the commit log says it follows {self.number}")
+            raise IntegrityError(
+                f"the commit log goes from record {self.number} to {record.number}; restore the records "
+                "between "
+                "them from a copy"
+            )
         new = self._replace(number=record.number)
         match record:
             case Claim():

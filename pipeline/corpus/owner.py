@@ -123,7 +123,7 @@ class Owner:
     def _append(self, record: Record) -> None:
         number, epoch = self.state.number + 1, self.state.epoch + isinstance(record, Claim)
         if not self._is_there():
-            what = "the commit log is gone; was the folder moved, deleted or unmounted?"
+            what = "the commit log is gone; mount or restore the folder, then run the same command again"
             raise FileNotFoundError(errno.ENOENT, what, record_path(self.out, self.state.number))
         record = msgspec.structs.replace(
             record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)
@@ -149,7 +149,10 @@ class Owner:
     def fenced(self) -> Fenced:
         """The error that says who has taken over."""
         now = read_state(self.out, self.state)
-        return Fenced(f"{self.out}: {who(now.claim)} has taken over; nothing is lost, and it goes on there")
+        return Fenced(
+            f"{self.out}: {who(now.claim)} has taken over; nothing is lost: that process continues, and this "
+            "one stops"
+        )
 
     def move(self) -> None:
         """Move the files of the newest record with files to their places; what has been moved stays."""
@@ -318,7 +321,8 @@ def _wait_for_the_end_of(state: LogState, out: str, lease_s: float) -> LogState:
             return state
         if (_last_beat(out, state), state.number) != (was, number):
             raise ConfigError(
-                f"{out}: {who(state.claim)} is writing here; wait for it, or choose another `out`"
+                f"{out}: {who(state.claim)} is writing here; wait until that process ends, or choose another "
+                "`out`"
             )
     return read_state(out, state)
 

@@ -11,7 +11,7 @@ from ...schemas.errors import one_line
 from ...schemas.records import Blob
 from ..io import files
 
-_DELETE_FIRST = re.compile(r"delete (it|the unit's manifest) and ")
+_DELETE_FIRST = re.compile(r"delete (it|the unit's manifest)( \([^)]*\))? and ")
 """How a remedy for a damaged file may begin. A missing one needs only the rest: the build notices it."""
 
 

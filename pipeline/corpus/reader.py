@@ -91,7 +91,8 @@ def open_corpus(path: str | Path, confined: bool = True) -> Corpus:
     try:
         found = corpus.subsets
     except OSError as error:
-        raise ConfigError(f"{corpus.path}: cannot be read ({error.strerror or error})") from error
+        what = f"cannot be read ({error.strerror or error}); correct the path or its permissions"
+        raise ConfigError(f"{corpus.path}: {what}") from error
     if not found:
         raise ConfigError(f"{corpus.path}: no corpus here (no <subset>/manifests); give the `out` of a build")
     return corpus
@@ -157,7 +158,10 @@ class Corpus:
                 return 0.0
         except (ConfigError, IntegrityError):  # no index, or no such column
             return 0.0
-        what = f"holds images out of training, and no {CONFIG} or {STATS} says what share; copy one there"
+        what = (
+            f"marks images as held out of training, but {CONFIG} and {STATS}, which say the share, are "
+            f"missing; copy {CONFIG} from the original corpus, or run `paracaption merge CONFIG`"
+        )
         raise IntegrityError(f"{self.path}/{INDEX}: {what}")
 
     def units(self, subset: str | None = None) -> list[Unit]:
@@ -194,7 +198,10 @@ class Corpus:
             for read, data in enumerate(files.read_many([unit.manifest for unit in units]), start=1):
                 yield units[read - 1], data
         except FileNotFoundError as error:
-            what = "gone, though its unit is committed; build again, which rebuilds the unit"
+            what = (
+                "gone, though its unit is committed; run `paracaption build CONFIG` again, which rebuilds "
+                "the unit"
+            )
             raise IntegrityError(f"{error.filename or units[read].manifest}: {what}") from error
         except OSError as error:
             raise _unreadable(error.filename or units[read].manifest, error) from error
@@ -284,9 +291,10 @@ class Corpus:
         try:
             return msgspec.json.decode(files.read(Blob(path)))["num_units"]
         except FileNotFoundError as error:
-            raise ConfigError(f"{path}: no such file; run the build") from error
+            raise ConfigError(f"{path}: no such file; run `paracaption build CONFIG`") from error
         except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{path}: not a work list ({error}); run the build again") from error
+            what = f"not a work list ({error}); run `paracaption build CONFIG` again"
+            raise IntegrityError(f"{path}: {what}") from error
 
     def find_image(self, key: str) -> FoundImage:
         """An image by its key, or by "subset/key" if several subsets have that key.
@@ -303,11 +311,12 @@ class Corpus:
         ]
         if not found:
             raise ConfigError(
-                f"{self.path}: no image {key} is committed; keys are in the `key` column of the ledgers"
+                f"{self.path}: no image {key} is committed; `paracaption explore {self.path}` lists the "
+                "images"
             )
         if len(found) > 1:
             both = " or ".join(f"{unit.subset}/{name}" for unit in found)
-            raise ConfigError(f"{self.path}: more than one image is called {key}; say {both}")
+            raise ConfigError(f"{self.path}: more than one image is called {key}; give {both}")
         table = read_ledger(found[0].ledger)
         return FoundImage(found[0].subset, [row for row in table.to_pylist() if row["key"] == name])
 
@@ -362,10 +371,10 @@ class Corpus:
         except OSError as error:
             raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {REBUILD}") from error
         if len(data) < row["photo_length"] or len(text) < row["json_length"]:
-            raise IntegrityError(f"{where}: the offsets lead behind the end; {REBUILD}")
+            raise IntegrityError(f"{where}: the ledger's offsets lead beyond the end of the shard; {REBUILD}")
         sample = decode_sample(text, where)
         if sample.key != row["key"]:
-            raise IntegrityError(f"{where}: the offsets lead to another image; {REBUILD}")
+            raise IntegrityError(f"{where}: the ledger's offsets lead to another image; {REBUILD}")
         return sample, data
 
 
@@ -390,7 +399,9 @@ def read_config(corpus: str | Path) -> BuildConfig:
         what = str(error)
         if isinstance(error, ValidationError):
             what = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise IntegrityError(f"{path}: not what a build writes ({what}); run the build again") from error
+        raise IntegrityError(
+            f"{path}: not what a build writes ({what}); run `paracaption build CONFIG` again"
+        ) from error
 
 
 def read_summary(corpus: str | Path) -> CorpusSummary:
@@ -428,7 +439,10 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _unreadable(path: str | Path, error: OSError) -> IntegrityError:
-    what = "run the same command again, or delete the file and build again, which rebuilds the unit"
+    what = (
+        "run the same command again, or delete the file and run `paracaption build CONFIG` again, which "
+        "rebuilds the unit"
+    )
     return IntegrityError(f"{path}: not readable ({describe(error)}); {what}")
 
 
@@ -442,7 +456,8 @@ def decode_manifest(data: bytes, path: str | Path) -> Manifest:
         return manifests.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise IntegrityError(
-            f"{path}: not a manifest ({error}); delete it and run the build again, which rebuilds the unit"
+            f"{path}: not a manifest ({error}); delete it and run `paracaption build CONFIG` again, which "
+            "rebuilds the unit"
         ) from error
 
 

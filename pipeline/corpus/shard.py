@@ -12,7 +12,11 @@ from ...schemas.errors import IntegrityError
 from ...schemas.sample import PHOTO_ENDING, Sample
 from ..io import files
 
-REBUILD = "delete the unit's manifest and run the build again, which rebuilds the unit"
+REBUILD = (
+    "delete the unit's manifest (SUBSET/manifests/UNIT.json) and run `paracaption build CONFIG` again, which "
+    "rebuilds "
+    "the unit"
+)
 """What to do about a damaged unit."""
 
 

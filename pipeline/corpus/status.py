@@ -19,7 +19,7 @@ from .owner import beat_path
 from .records import Claim, Commit, Done, LogUnit, Record
 from .work_list import WorkList
 
-ALIVE, SILENT, ENDED, RELEASED = "alive", "no sign of life", "ended without a word", "released"
+ALIVE, SILENT, ENDED, RELEASED = "alive", "not responding", "ended unexpectedly", "released"
 
 _CHECK_EVERY_S = 30.0
 """Looking after each committed file takes a while on a shared file system, so it is not done each time."""

@@ -90,11 +90,13 @@ def find_rebuild(out: str) -> Rebuild:
         assert version is not None
         version, _ = _last_version(records[: version.first - 1])
     if version is None:
-        raise ConfigError(f"{out}: nothing to undo: no record of the commit log has replaced a unit")
+        raise ConfigError(f"{out}: nothing to undo: no build has replaced earlier results")
     before = version.before
     units = [name for name in sorted(version.names & before.units.keys()) if _differs(before, now, name)]
     if not units and not is_begun:
-        raise ConfigError(f"{out}: nothing to undo: the last rebuild gave every unit the files that it had")
+        raise ConfigError(
+            f"{out}: nothing to undo: the last rebuild gave every unit the same files as before"
+        )
     return Rebuild(
         first=version.first,
         last=version.last,
@@ -210,6 +212,15 @@ def undo(out: str, rebuild: Rebuild) -> dict[str, Any]:
         raise writer.write_failed(Path(out), error) from error
 
 
+def _instead(out: str, rebuild: Rebuild) -> str:
+    """What to do where nothing can be undone."""
+    return (
+        f"nothing was undone; instead, `paracaption versions {out} --config {rebuild.before.number} > "
+        "old.yaml`, "
+        "then `paracaption build old.yaml`: it asks no model again"
+    )
+
+
 def find_former_files(out: str, rebuild: Rebuild) -> dict[str, LogUnit]:
     """The units as they were before a rebuild, each file under the name where it is kept.
 
@@ -226,9 +237,8 @@ def find_former_files(out: str, rebuild: Rebuild) -> dict[str, LogUnit]:
         if any(file is None for file in found):
             record = places.replaced_by(unit.ledger)
             raise ConfigError(
-                f"{out}: {name}: what record {record} replaced is not kept any more "
-                "(failures.keep_replaced_days); nothing is undone. Build the configuration that `paracaption "
-                f"versions {out} --config {rebuild.before.number}` prints: no model is asked again"
+                f"{out}: {name}: the files that record {record} replaced are deleted by now "
+                f"(failures.keep_replaced_days); {_instead(out, rebuild)}"
             )
         by_path = {file.path: file for file in found if file is not None}
         units[name] = msgspec.structs.replace(
@@ -251,9 +261,8 @@ def _refuse_damaged(out: str, rebuild: Rebuild, units: dict[str, LogUnit]) -> No
             path = f"{out}/{file.temporary or file.path}"
             if files.sha256_of(path) != file.sha256:
                 raise ConfigError(
-                    f"{path}: not what record {rebuild.last} or one before it replaced (its SHA-256 is "
-                    "another one); nothing is undone. Build the configuration that `paracaption versions "
-                    f"{out} --config {rebuild.before.number}` prints: no model is asked again"
+                    f"{path}: not the file that record {rebuild.last} or one before it replaced (its SHA-256 "
+                    f"differs); {_instead(out, rebuild)}"
                 )
 
 

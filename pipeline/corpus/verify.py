@@ -129,7 +129,10 @@ def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
         return corpus.config.text
     except (ConfigError, IntegrityError) as error:
         if not any(problem.file == reader.CONFIG for problem in problems):  # else the log has said so
-            what = f"{error}; run the build again, which writes it; captions are not checked without it"
+            what = (
+                f"{error}; run `paracaption build CONFIG` again, which writes it; captions are not checked "
+                "without it"
+            )
             problems.append(Problem(reader.CONFIG, "", what))
         return None
 
@@ -187,7 +190,7 @@ def _check_work_list(
 
     `damaged` are files that the log has shown to be: of these nothing is said again.
     """
-    folder, fix = Path(out, subset), "delete it and run the build again, which writes it"
+    folder, fix = Path(out, subset), "delete it and run `paracaption build CONFIG` again, which writes it"
     name = f"{subset}/{work_list.FOLDER}/{work_list.TABLE}"
     table = str(work_list.table_path(folder))
     planned = None
@@ -215,7 +218,10 @@ def _compare_with_list(
     missing: list[str] = []
     table = TableFile(path)
     if table.num_row_groups != planned.num_units:
-        what = f"has {table.num_row_groups} units, plan.json says {planned.num_units}; restore them"
+        what = (
+            f"has {table.num_row_groups} units, but plan.json says {planned.num_units}; restore both files "
+            "from a copy"
+        )
         return [Problem(name, "", what)]
     problems += _check_keys_once(table, name)
     for index in range(planned.num_units):
@@ -230,7 +236,10 @@ def _compare_with_list(
                 problems.append(Problem(place, "", f"{what}; {REBUILD}"))
     if missing and vouched.is_whole:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        what = f"{len(missing)} of {planned.num_units} units are not committed ({shown}); run the build again"
+        what = (
+            f"{len(missing)} of {planned.num_units} units are not committed ({shown}); run `paracaption "
+            "build CONFIG` again"
+        )
         problems.append(Problem(f"{subset}/manifests", "", what))
     return problems + _check_one_recipe(subset, planned, heads)
 
@@ -245,17 +254,23 @@ def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, UnitHead]
     problems = []
     expected = set(planned.unit_names())
     for unit in sorted(heads.keys() - expected):
-        what = "of no unit of the plan; delete it if the plan is right"
+        what = "the plan has no such unit; delete this manifest if you trust plan.json"
         problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
     other = [unit for unit, head in heads.items() if head.plan != planned.digest and unit in expected]
     if other:
         shown = ", ".join(other[:3])
-        what = f"{len(other)} units are of another plan than plan.json's ({shown}); use a new `out`"
+        what = (
+            f"{len(other)} units were built from another plan than plan.json ({shown}); restore the plan "
+            "from a copy, or use a new `out`"
+        )
         problems.append(Problem(f"{subset}/manifests", "", what))
     recipes = Counter(head.recipe for head in heads.values())
     if len(recipes) > 1:
         counts = ", ".join(f"{recipe[:12]}: {count} units" for recipe, count in recipes.most_common())
-        what = f"{len(recipes)} recipes ({counts}); run the build again, which renews the units of the others"
+        what = (
+            f"units of {len(recipes)} configurations ({counts}); run `paracaption build CONFIG` again, which "
+            "rebuilds the older ones"
+        )
         problems.append(Problem(f"{subset}/manifests", "", what))
     return problems
 
@@ -282,7 +297,10 @@ def _check_keys_once(table: TableFile, name: str) -> list[Problem]:
             if each in suspects
         )
     twice = [key for key, count in found.items() if count > 1]
-    return [Problem(name, key, f"is planned {found[key]} times; use a new `out`") for key in twice[:EXAMPLES]]
+    return [
+        Problem(name, key, f"the work list has this image {found[key]} times; use a new `out`")
+        for key in twice[:EXAMPLES]
+    ]
 
 
 def _keys(table: TableFile, index: int) -> pa.ChunkedArray:
@@ -302,7 +320,7 @@ def _check_strays(out: str, prefix: str, vouched: Vouched, folders: tuple[str, .
     names: dict[str, list[str]] = {}
     for folder in folders:
         place = f"{prefix}{folder}"
-        with guarded(problems, place.rstrip("/"), "put the folder itself there"):
+        with guarded(problems, place.rstrip("/"), "replace a link by the folder that it leads to"):
             names[place] = files.list_names(f"{out}/{place}".rstrip("/"))
     expected = {*vouched.moves.values()}
     if prefix:
@@ -312,9 +330,12 @@ def _check_strays(out: str, prefix: str, vouched: Vouched, folders: tuple[str, .
         if path in expected:
             continue
         if name.startswith(files.TEMPORARY):
-            what = "left by a run that ended early, or a build is running; the next build removes it"
+            what = (
+                "a temporary file: a build is running, or it was interrupted and the next build removes this "
+                "file"
+            )
         elif prefix and folder != f"{prefix}{work_list.FOLDER}" and vouched.is_whole:
-            what = "of no committed unit; readers ignore it, and the build replaces it"
+            what = "belongs to no committed unit; readers ignore it, and the build replaces it"
         else:
             continue
         problems.append(Problem(path, "", what, note=True))
@@ -365,7 +386,9 @@ def _compare_with_units(corpus: Corpus, subsets: list[str], deep: bool, fix: str
     rows = None
     with guarded(problems, reader.INDEX, fix):
         if deep and files.sha256_of(index) != summary.index.sha256:
-            problems.append(Problem(reader.INDEX, "", f"its SHA-256 is not that of {reader.STATS}; {fix}"))
+            problems.append(
+                Problem(reader.INDEX, "", f"its SHA-256 is not the one that {reader.STATS} records; {fix}")
+            )
         else:
             rows = TableFile(index).num_rows
     kept = 0
@@ -377,7 +400,9 @@ def _compare_with_units(corpus: Corpus, subsets: list[str], deep: bool, fix: str
         kept += now.kept
         then = summary.subsets.get(subset)
         if then is None or then.counts != now:
-            problems.append(Problem(reader.STATS, subset, f"not of the units committed now; {fix}"))
+            problems.append(
+                Problem(reader.STATS, subset, f"does not describe the units that are committed now; {fix}")
+            )
     if rows is not None and rows != kept:
         problems.append(Problem(reader.INDEX, "", f"has {rows} rows, {kept} regions are kept; {fix}"))
     return problems

@@ -18,7 +18,7 @@ from ..stages.registry import STAGES
 from . import work_list
 from .problems import Problem, guarded
 
-ASK_AGAIN = "delete it: a build of its unit that needs its answers asks for them again"
+ASK_AGAIN = "delete it; the next build that needs these answers asks the model again"
 
 _FOLDER = re.compile(r"([a-z_]+)-[0-9a-f]{16}")
 
@@ -40,14 +40,19 @@ def list_evidence(out: str, subset: str, units: Iterable[str]) -> tuple[dict[str
     for folder in files.list_names(f"{out}/{subset}/evidence"):
         path = f"{subset}/evidence/{folder}"
         if _store(out, subset, folder) is None:
-            notes.append(Problem(path, "", "of no stage of this release; nothing reads it", note=True))
+            notes.append(
+                Problem(path, "", "belongs to no stage of this release; nothing reads it", note=True)
+            )
             continue
         for name in files.list_names(f"{out}/{path}"):
             unit = name.removesuffix(".parquet")
             if name.startswith(files.TEMPORARY):
-                what = "left by a run that ended early, or a build is running; the next build removes it"
+                what = (
+                    "a temporary file: a build is running, or it was interrupted and the next build removes "
+                    "this file"
+                )
             elif unit == name or unit not in planned:
-                what = "of no unit of the work list; nothing reads it"
+                what = "belongs to no unit of the work list; nothing reads it"
             else:
                 found.setdefault(unit, []).append(folder)
                 continue
@@ -88,6 +93,6 @@ def check_evidence(out: str, subset: str, index: int, unit: str, folders: list[s
                 problems.append(Problem(path, "", f"damaged ({error.__cause__ or error}); {ASK_AGAIN}"))
                 continue
             if planned is not None and (foreign := keys - planned):
-                what = f"has answers about images of no or of another unit ({min(foreign)})"
+                what = f"has answers about images that are not in this unit ({min(foreign)})"
                 problems.append(Problem(path, "", f"{what}; {ASK_AGAIN}"))
     return problems

@@ -14,7 +14,7 @@ from .log import LogState
 from .problems import Problem, compare_file, guarded
 from .records import Checkpoint, Commit, Config, LogFile, LogUnit
 
-_RESTORE = "restore it from a copy; what is committed cannot be told without it"
+_RESTORE = "restore it from a backup: without it, nobody knows which units are committed"
 
 
 class Vouched(NamedTuple):
@@ -53,12 +53,19 @@ def read_vouched(out: str) -> tuple[Vouched, list[Problem]]:
         units.setdefault(subset, {})[unit] = state.units[name].unit
     moves: dict[str, str] = {}
     if state.unmoved is not None:
-        with guarded(problems, log.LOG, "run it again"):
+        with guarded(problems, log.LOG, "run `paracaption verify` again"):
             moves = _unmoved(out, state)
         if moves:
             path = f"{log.LOG}/{state.unmoved.number:012}.json"
-            what = f"{len(moves)} of its files have temporary names ({min(moves.values())}): its driver died "
-            problems.append(Problem(path, "", f"{what}or is at it, and the next one moves them", note=True))
+            what = f"{len(moves)} of its files still have temporary names ({min(moves.values())}): the run "
+            problems.append(
+                Problem(
+                    path,
+                    "",
+                    f"{what}was interrupted or is still writing; the next run renames them",
+                    note=True,
+                )
+            )
     vouched = Vouched(units, state.files, state.config, moves, state.number, is_whole)
     return vouched, problems + _check_marker(out)
 
@@ -82,12 +89,12 @@ def _read_log(out: str) -> tuple[LogState, list[Problem], bool]:
             try:
                 record = log.read_record(out, number)
             except FileNotFoundError:
-                problems.append(Problem(path, "", f"missing, there are later ones; {_RESTORE}"))
+                problems.append(Problem(path, "", f"missing, although later records exist; {_RESTORE}"))
             except IntegrityError as error:
                 problems.append(Problem(path, "", str(error).removeprefix(f"{out}/{path}: ")))
             else:
                 if isinstance(record, Checkpoint) and checked and not _says(record, state):
-                    what = "says something else than the records before it"
+                    what = "contradicts the records before it"
                     problems.append(Problem(path, "", f"{what}; {_RESTORE}"))
                 if isinstance(record, Commit) and number in kept:
                     problems += _check_replaced(out, state, record)
@@ -119,7 +126,7 @@ def _check_replaced(out: str, before: LogState, record: Commit) -> list[Problem]
     for path in sorted(was.keys() & set(record.replaced)):
         place, name = f"{folder}/{path}".rsplit("/", 1)
         if name in files.list_names(f"{out}/{place}"):
-            fix = f"`undo` cannot bring it back; delete {folder} if you do not need it"
+            fix = f"`undo` cannot restore this file; if you will not undo that record, delete {folder}"
             expected = (was[path].bytes, was[path].sha256)
             found = compare_file(out, f"{place}/{name}", expected, "the log", True, fix)
             problems += [problem._replace(note=True) for problem in found]
@@ -174,9 +181,9 @@ def check_named_files(out: str, vouched: Vouched, deep: bool) -> list[Problem]:
 
 def _fix(path: str) -> str:
     if path == reader.CONFIG:
-        return "run the build again, which writes it"
+        return "run `paracaption build CONFIG` again, which writes it"
     if "/plan/" in path:
-        return "delete it and run the build again, which writes it"
+        return "delete it and run `paracaption build CONFIG` again, which writes it"
     return "run `paracaption merge`, which writes it"
 
 
@@ -184,5 +191,8 @@ def check_unchanged(out: str, vouched: Vouched) -> list[Problem]:
     """A note if the corpus was written to since `vouched` was read."""
     if not vouched.number or log.last_number(out) == vouched.number:
         return []
-    what = "a driver has written here meanwhile; what is said of its units may be wrong: run it again"
+    what = (
+        "a build has written here meanwhile, so problems of its units may be wrong: run `paracaption verify` "
+        "again"
+    )
     return [Problem(log.LOG, "", what, note=True)]

@@ -135,11 +135,11 @@ def keys_digest(keys: Iterable[str]) -> str:
 def _check_manifest(unit: UnitCheck, manifest: Manifest, logged: LogUnit | None) -> None:
     path = unit.manifest
     if manifest.unit != unit.unit.name:
-        unit.report(path, "", f"is of unit {manifest.unit}; {REBUILD}")
+        unit.report(path, "", f"belongs to unit {manifest.unit}; {REBUILD}")
     if manifest.subset != unit.subset:
-        unit.report(path, "", f"is of subset {manifest.subset}; {REBUILD}")
+        unit.report(path, "", f"belongs to subset {manifest.subset}; {REBUILD}")
     if logged is not None and _as_logged(logged) != _as_logged(manifest):
-        unit.report(path, "", f"says something else of the unit and its files than the log; {REBUILD}")
+        unit.report(path, "", f"does not agree with the log about the unit and its files; {REBUILD}")
     dropped = sum(manifest.dropped.values())
     if manifest.regions_in != manifest.kept + dropped:
         what = f"regions_in {manifest.regions_in} is not kept {manifest.kept} + dropped {dropped}; {REBUILD}"
@@ -147,8 +147,8 @@ def _check_manifest(unit: UnitCheck, manifest: Manifest, logged: LogUnit | None)
     if manifest.kept != sum(manifest.images.values()):
         unit.report(unit.manifest, "", f"kept {manifest.kept} is not the sum over its images; {REBUILD}")
     if (manifest.shard is None) != (manifest.kept == 0):
-        has = "no shard" if manifest.shard is None else "a shard"
-        unit.report(unit.manifest, "", f"has {has} with {manifest.kept} kept regions; {REBUILD}")
+        names = "no shard" if manifest.shard is None else "a shard"
+        unit.report(unit.manifest, "", f"names {names}, although {manifest.kept} regions are kept; {REBUILD}")
 
 
 def _as_logged(record: LogUnit | Manifest) -> tuple:
@@ -206,18 +206,28 @@ def _compare_counts(unit: UnitCheck, path: str, manifest: Manifest, rows: list[_
     for key, expected in manifest.images.items():
         if by_key[key] != expected:
             what = f"{by_key[key]} kept regions, its manifest says {expected}; {REBUILD}"
-            unit.report(path, key, what, "kept per image")
+            unit.report(path, key, what, "number of kept regions")
     twice = Counter((row["key"], row["region"]) for row in rows)
     for (key, region), count in twice.items():
         if count > 1:
-            unit.report(path, f"{key} #{region}", f"is there {count} times; {REBUILD}", "twice")
+            unit.report(
+                path, f"{key} #{region}", f"occurs {count} times; {REBUILD}", "region listed more than once"
+            )
     for row in rows:
         if row["unit"] != manifest.unit or row["subset"] != unit.subset:
             unit.report(
-                path, row["key"], f"is of {row['subset']}, unit {row['unit']}; {REBUILD}", "other unit"
+                path,
+                row["key"],
+                f"belongs to {row['subset']}, unit {row['unit']}; {REBUILD}",
+                "row of another unit",
             )
         if row["region"] is not None and row["kept"] == (row["drop_reason"] is not None):
-            unit.report(path, _record(row), f"kept or with a reason, one of both; {REBUILD}", "verdict")
+            unit.report(
+                path,
+                _record(row),
+                f"has to be either kept or have a drop reason; {REBUILD}",
+                "kept or dropped",
+            )
 
 
 def describe_difference(found: set[str], expected: set[str], whose: str) -> str:
@@ -274,7 +284,10 @@ def _check_caption(unit: UnitCheck, path: str, row: _Row, rules: Text | None) ->
         if verdict.reason is not None:
             what = f"its caption breaks a text rule of config.yaml: {verdict.reason} ({verdict.detail})"
             unit.report(
-                path, _record(row), f"{what}; run the build again, which applies the rules", "caption"
+                path,
+                _record(row),
+                f"{what}; run `paracaption build CONFIG` again, which applies the rules",
+                "caption",
             )
 
 
@@ -296,9 +309,14 @@ def _check_shard(unit: UnitCheck, rows: list[_Row]) -> None:
         unit.report(path, "", f"not a readable tar ({error}); {REBUILD}")
         return
     if seen != sorted(set(seen)):
-        unit.report(path, "", f"its samples are not in the order of their keys, each once; {REBUILD}")
+        unit.report(path, "", f"its samples are not sorted by key, or a key occurs twice; {REBUILD}")
     for key in sorted(kept.keys() - set(seen)):
-        unit.report(path, key, f"has kept regions in the ledger and no sample; {REBUILD}", "no sample")
+        unit.report(
+            path,
+            key,
+            f"has kept regions in the ledger and no sample; {REBUILD}",
+            "kept regions without sample",
+        )
 
 
 _Part = tuple[tarfile.TarInfo, bytes]
@@ -311,11 +329,16 @@ def _members(unit: UnitCheck, path: str) -> Iterator[tuple[str, _Part, _Part]]:
         for member in tar:
             key, _, ending = member.name.rpartition(".")
             if not member.isreg() or not SAFE_KEY.fullmatch(key) or ending not in (PHOTO_ENDING, "json"):
-                unit.report(path, repr(member.name), f"not a member of a shard; {REBUILD}", "member")
+                unit.report(
+                    path, repr(member.name), f"not a member of a shard; {REBUILD}", "member of another kind"
+                )
                 continue
             if (member.mtime, member.uid, member.gid, member.uname, member.gname) != (0, 0, 0, "", ""):
                 unit.report(
-                    path, member.name, f"has a time or an owner, so equal shards differ; {REBUILD}", "owner"
+                    path,
+                    member.name,
+                    f"its tar header has a time or an owner, which shards have not; {REBUILD}",
+                    "time or owner",
                 )
             content = tar.extractfile(member)
             part = (member, b"" if content is None else content.read())
@@ -323,15 +346,19 @@ def _members(unit: UnitCheck, path: str) -> Iterator[tuple[str, _Part, _Part]]:
                 raise tarfile.ReadError(f"{member.name} is cut short")
             if ending == PHOTO_ENDING:
                 if waiting:
-                    unit.report(path, waiting[0], f"a photo without its JSON; {REBUILD}", "alone")
+                    unit.report(
+                        path, waiting[0], f"a photo without its JSON; {REBUILD}", "photo or JSON alone"
+                    )
                 waiting = key, part
             elif waiting and waiting[0] == key:
                 yield key, waiting[1], part
                 waiting = None
             else:
-                unit.report(path, key, f"a JSON without its photo before it; {REBUILD}", "alone")
+                unit.report(
+                    path, key, f"a JSON without its photo before it; {REBUILD}", "photo or JSON alone"
+                )
     if waiting:
-        unit.report(path, waiting[0], f"a photo without its JSON; {REBUILD}", "alone")
+        unit.report(path, waiting[0], f"a photo without its JSON; {REBUILD}", "photo or JSON alone")
 
 
 def _check_sample(
@@ -343,24 +370,28 @@ def _check_sample(
         unit.report(path, f"{key}.json", f"not a sample ({error.__cause__}); {REBUILD}", "sample")
         return
     if sample.key != key or sample.subset != unit.subset:
-        unit.report(path, f"{key}.json", f"is of {sample.subset}/{sample.key}; {REBUILD}", "sample")
+        unit.report(path, f"{key}.json", f"belongs to {sample.subset}/{sample.key}; {REBUILD}", "sample")
     _check_photo(unit, path, sample, photo[0])
     if rows is None:
-        unit.report(path, key, f"no row of the ledger is kept for this sample; {REBUILD}", "no row")
+        unit.report(
+            path, key, f"no row of the ledger is kept for this sample; {REBUILD}", "sample without kept row"
+        )
         return
     published = restore(photo[1], sample.exif_orientation)
     if {row["photo_digest"] for row in rows} - {None, photos.digest_of(published)}:
-        what = "its photo is not the one that was captioned, by the ledger's photo_digest"
+        what = "according to photo_digest in the ledger, another photo was captioned"
         unit.report(path, photo[0].name, f"{what}; {REBUILD}", "photo")
     places = (photo[0].offset_data, photo[0].size, record[0].offset_data, record[0].size)
     for row in rows:
         listed = (row["photo_offset"], row["photo_length"], row["json_offset"], row["json_length"])
         if listed != places or row["shard"] != f"shards/{unit.unit.name}.tar":
-            what = f"the ledger says it lies in {row['shard']} at {listed}; it lies at {places}"
-            unit.report(path, _record(row), f"{what}; {REBUILD}", "place")
+            what = f"the ledger says it lies in {row['shard'] or 'no shard'} at {listed}; it lies at {places}"
+            unit.report(path, _record(row), f"{what}; {REBUILD}", "wrong place in the ledger")
     stated = {name: rows[0][name] for name in CREDIT_FIELDS if rows[0][name]}
     if stated != sample.credit():
-        unit.report(path, key, f"its license or origin is not what the ledger says; {REBUILD}", "credit")
+        unit.report(
+            path, key, f"its license or origin is not what the ledger says; {REBUILD}", "license or origin"
+        )
     if [_of_row(row) for row in rows] != [_of_sample(sample, region) for region in sample.regions]:
         unit.report(path, key, f"its regions are not those that the ledger keeps; {REBUILD}", "regions")
 

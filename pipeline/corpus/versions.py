@@ -133,20 +133,23 @@ def _text(record: Record, state: LogState) -> str:
             return "; ".join(changed_keys(state.config.text, text)) or "the same as before"
         case Adopt(units=units):
             kept = sum(unit.kept for unit in units.values())
-            return f"{len(units):,} {_plural('unit', len(units))} of before the log, regions kept {kept:,}"
+            return (
+                f"{len(units):,} {_plural('unit', len(units))} committed before there was a log, regions "
+                f"kept {kept:,}"
+            )
         case Merged():
             return "index, statistics, plots and card"
         case Done(held_back=held):
             return _held(held)
         case Sweep():
-            return "leftovers of runs that died are removed"
+            return "temporary files of interrupted runs were removed"
         case _:
-            return "all of the above in one record, where readers start"
+            return "a summary of all records so far, where readers start"
 
 
 def _held(held: dict[str, str]) -> str:
     if not held:
-        return "the driver has released the corpus"
+        return "the run ended normally"
     name, why = next(iter(held.items()))
     more = f" (and {len(held) - 1:,} more)" if len(held) > 1 else ""
     return f"held back: {name}{more}: {why}"

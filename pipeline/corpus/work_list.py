@@ -147,7 +147,8 @@ def leave_out(config: BuildConfig, work_list: WorkList | None) -> bool:
     if wanted is not None and wanted is not planned:
         was = "without the benchmarks' photos" if planned else "with all photos"
         raise ConfigError(
-            f"benchmarks.leave_out: {str(wanted).lower()}, but {work_list.subset} was planned {was}; "
+            f"benchmarks.leave_out: {str(wanted).lower()}, but the work list of {work_list.subset} was made "
+            f"{was}; "
             "remove the key, or use a new `out`"
         )
     return planned
@@ -348,7 +349,7 @@ def _refuse_other_roles(old: WorkList, config: BuildConfig) -> None:
     ]
     raise IntegrityError(
         f"{summary_path(old.folder)}: the committed units were read with other settings: "
-        f"{'; '.join(changed)}; restore that, or use a new `out`"
+        f"{'; '.join(changed)}; change this back, or use a new `out`"
     )
 
 
@@ -384,10 +385,13 @@ def load_work_list(folder: str | Path) -> WorkList:
     try:
         found = _decode_summary(files.read(Blob(str(path))))
     except FileNotFoundError as error:
-        raise IntegrityError(f"{path}: no work list; run the build to make one") from error
+        raise IntegrityError(
+            f"{path}: no work list; run `paracaption build CONFIG`, which writes it"
+        ) from error
     except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise IntegrityError(
-            f"{path}: not a work list ({error}); build again, or delete it if that does not help"
+            f"{path}: not a work list ({error}); run `paracaption build CONFIG` again, or delete it if that "
+            "does not help"
         ) from error
     return _opened(found, folder)
 
@@ -485,14 +489,14 @@ def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
 
 def _difference(old_path: Path, new_path: Path, old: WorkList, new: WorkList, damage: str | None) -> str:
     """The message that refuses a resume: in what the two lists differ, with examples."""
-    head = f"{old_path}: the sources or the config are not those that this work list was made from: "
-    fix = "; restore them, or use a new `out`"
+    head = f"{old_path}: the sources or the configuration have changed since this work list was made: "
+    fix = "; change them back, or use a new `out`"
     if old.images_per_shard != new.images_per_shard:
-        return f"{head}images_per_shard was {old.images_per_shard}, is {new.images_per_shard}{fix}"
+        return f"{head}images_per_shard was {old.images_per_shard}, is now {new.images_per_shard}{fix}"
     limits = [each.fingerprint.get("limit", "none") for each in (old, new)]
     if limits[0] != limits[1]:
-        head += f"the limit of images was {limits[0]}, is {limits[1]}: "
+        head += f"the limit of images was {limits[0]}, is now {limits[1]}; "
     if damage is not None:
-        return f"{head}which images differ cannot be said, it is {damage}{fix}"
+        return f"{head}the images that differ cannot be named, because the old work list is {damage}{fix}"
     parts = work_list_table.find_changes(old_path, new_path)
     return head + (", ".join(parts) or "the same images in another order") + fix

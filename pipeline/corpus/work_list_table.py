@@ -185,7 +185,8 @@ def read_unit(path: Path, index: int) -> list[CatalogEntry]:
         raise
     except Exception as error:  # whatever a reader of Parquet makes of damaged bytes
         raise IntegrityError(
-            f"{path}: not readable ({error}); run the build again, which writes it, or delete it first"
+            f"{path}: not readable ({error}); run `paracaption build CONFIG` again, which writes it, or "
+            "delete it first"
         ) from error
 
 
@@ -265,7 +266,7 @@ def find_damage(path: Path, expected: Written, subset: str, size: int) -> str | 
     try:
         if expected.sha256:
             found = files.sha256_of(path)
-            return None if found == expected.sha256 else "damaged: its SHA-256 is not that of plan.json"
+            return None if found == expected.sha256 else "damaged: it does not match its SHA-256 in plan.json"
         digest, num_images = _begin_digest(subset, size), 0
         table = TableFile(str(path))
         if table.num_row_groups != expected.num_units:

@@ -32,19 +32,26 @@ from ..sources.registry import SubsetSource
 FIXES = {
     Reason.PHOTO_MISSING: "put the photos there, or add their folder to `photos`",
     Reason.PHOTO_UNREADABLE: "fetch these photos again",
-    Reason.SOURCE_UNAVAILABLE: "nothing is wrong with these; look again when the source answers",
-    Reason.PHOTO_TOO_LARGE: "raise limits.max_pixels if they are what they should be",
-    Reason.SIZE_MISMATCH: "photo and annotation are of different releases; fetch matching ones",
+    Reason.SOURCE_UNAVAILABLE: (
+        "these records may be fine, but their source did not answer; run the command again when it does"
+    ),
+    Reason.PHOTO_TOO_LARGE: "if these sizes are right, raise limits.max_pixels",
+    Reason.SIZE_MISMATCH: "photo and annotation come from different releases; fetch matching ones",
     Reason.ANNOTATION_MISSING: "fetch their annotations, or leave them out",
     Reason.ANNOTATION_UNREADABLE: "fetch these annotations again, or correct them by hand",
     Reason.LABELS_DISAGREE: "label map and annotation do not belong together; fetch matching ones",
     Reason.PAIR_AMBIGUOUS: "correct the ids or the names, so that each names one image",
     Reason.DUPLICATE_KEY: "the first one is kept; name each image once",
-    Reason.UNSAFE_NAME: "rename them inside their folder; they are never opened",
-    Reason.TOO_MANY_MASKS: "raise limits.max_masks if they are what they should be",
-    Reason.MASK_EMPTY: "known of real releases; there is nothing to fix",
+    Reason.UNSAFE_NAME: (
+        "give these files plain names inside their folder; a file with such a name is never opened"
+    ),
+    Reason.TOO_MANY_MASKS: "if these numbers of masks are right, raise limits.max_masks",
+    Reason.MASK_EMPTY: "published releases have some of these; there is nothing to fix",
     Reason.MASK_UNDECODABLE: "fetch these annotations again",
-    Reason.BENCHMARK_PHOTO: "by design: who trains on a benchmark's photos is not measured by it",
+    Reason.BENCHMARK_PHOTO: (
+        "by design: a benchmark does not measure a model that was trained on its photos "
+        "(benchmarks.leave_out)"
+    ),
     Reason.CROWD: "by design: many objects under one mask",
 }
 """What to do about a drop of any source, by its reason. A source adds its own, and those of its notes."""
@@ -128,10 +135,10 @@ class AuditReport(msgspec.Struct):
     def text(self, num_examples: int = 3) -> str:
         """The report for people: counts, then each problem with its fix and a few examples."""
         result = self.result
-        of = " of a sample" if self.sampled else ""
+        sample = "a sample: " if self.sampled else ""
         lines = [
-            f"{self.subset}: {result.images_usable:,} of {result.images:,} images and "
-            f"{result.regions_usable:,} of {result.regions:,} regions{of} are usable"
+            f"{self.subset}: {sample}{result.images_usable:,} of {result.images:,} images and "
+            f"{result.regions_usable:,} of {result.regions:,} regions are usable"
         ]
         for drops, title in ((True, "dropped"), (False, "odd, but used")):
             problems = [problem for problem in result.problems if problem.drops is drops]
@@ -211,8 +218,10 @@ def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None
                 f"{source.subset}: no image of a sample can be read ({away.detail}); run the same command "
                 "again when the source answers"
             )
-        what = "it has no image" if not entries else f"no region of {len(entries)} images is usable"
-        raise ConfigError(f"{source.subset}: {what}; fix the source first\n{report.text()}")
+        what = "no image was found" if not entries else f"no region of {len(entries)} images is usable"
+        raise ConfigError(
+            f"{source.subset}: {what}; correct the paths and options of its sources\n{report.text()}"
+        )
     return report
 
 
@@ -320,7 +329,11 @@ def _lines(problems: list[Problem], fixes: dict[str, str], num_examples: int) ->
     lines = []
     for reason, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
         what = f"{count:,} x" + (f", {regions[reason]:,} regions" if regions[reason] else "")
-        lines += [f"  {reason}: {what} ({fixes.get(reason, 'see the list')})", *examples[reason]]
+        lines += [
+            f"  {reason}: {what} "
+            f"({fixes.get(reason, 'no general fix; `paracaption audit CONFIG` lists all')})",
+            *examples[reason],
+        ]
         if count > num_examples:
             lines.append(f"      ... and {count - num_examples:,} more")
     return lines

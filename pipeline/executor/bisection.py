@@ -97,7 +97,11 @@ def _check_counts(batch: list[ImageRecord], answers: list[list[Any]]) -> None:
     expected = [len(image.live()) for image in batch]
     found = [len(answer) for answer in answers]
     if expected != found:
-        raise ValueError(f"asked about {expected} regions of {len(batch)} images, answered {found}")
+        raise ValueError(
+            f"the backend was asked about {expected} regions of {len(batch)} images and returned {found} "
+            "answers; "
+            "it has to return one for each region, in their order"
+        )
 
 
 def needs_fresh_model(answers: UnitAnswers) -> bool:

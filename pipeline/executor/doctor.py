@@ -62,7 +62,7 @@ def examine_build(config: BuildConfig, ray_address: str | None = None) -> list[F
             hosts = ", ".join(f"{node.host} ({len(node.gpus)} GPUs)" for node in nodes)
             findings.append(Finding("cluster", OK, f"{len(nodes)} nodes: {hosts}"))
         except Exception as error:  # noqa: BLE001 - whatever Ray raises, the other checks go on
-            fix = "see docs/cluster.md; the other checks are of this machine"
+            fix = "see docs/cluster.md; the other checks were made on this machine only"
             findings.append(Finding("cluster", FAIL, f"{ray_address}: {one_line(error)}", fix))
             ray_address = None
     on_cluster = ray_address is not None
@@ -90,15 +90,18 @@ def check_resources(config: BuildConfig, nodes: list[Node], on_cluster: bool) ->
             if not needed:
                 continue
             subject = f"{subset} {kind}s"
-            found = f"the smallest pools hold {needed:g} {kind}s at once, {available:g} are available"
+            found = (
+                f"with the fewest actors, the stages need {needed:g} {kind}s at once; {available:g} are "
+                "available"
+            )
             if needed <= available + 1e-6:
                 yield Finding(subject, OK, found)
             elif kind == "CPU" and not on_cluster:
-                yield Finding(subject, OK, f"{found}; on one machine they share")
+                yield Finding(subject, OK, f"{found}, which the actors share on one machine")
             else:
-                fix = "lower `concurrency` or the resources per actor, or add nodes"
+                fix = "lower `concurrency`, num_gpus or num_cpus of a model, or add nodes"
                 if kind == "GPU" and not on_cluster:
-                    fix += "; for a cluster run this with --ray-address"
+                    fix += "; to check a cluster, give --ray-address"
                 yield Finding(subject, FAIL, found, fix)
 
 
@@ -119,8 +122,8 @@ def _check_stage(protocol: str, backend: Backend, nodes: list[Node], on_cluster:
     subject = f"{protocol} {backend.name}"
     if not on_cluster:
         if backend.runtime_env:
-            fix = "run this with --ray-address: Ray makes the stage's runtime_env"
-            return [Finding(subject, WARN, "not checked: it has an environment of its own", fix)]
+            fix = "run the doctor with --ray-address, so that Ray creates that environment"
+            return [Finding(subject, WARN, "not checked: the stage has its own runtime_env", fix)]
         return check_backend(protocol, backend, all_gpus)
     node = next((node for node in nodes if node.gpus), nodes[0]) if backend.num_gpus else nodes[0]
     try:
@@ -181,12 +184,13 @@ def check_memory(protocol: str, backend: Backend, weight_bytes: int, available: 
     share = backend.options.get("engine", {}).get("gpu_memory_utilization")
     if share is not None and share > min(1.0, backend.num_gpus) + 1e-6:
         found = (
-            f"gpu_memory_utilization {share:g} is more than its actors hold of a GPU ({backend.num_gpus:g}): "
-            "whoever shares the GPU has no room"
+            f"gpu_memory_utilization is {share:g}, but an actor holds only {backend.num_gpus:g} of a GPU "
+            "(num_gpus): other actors on that GPU would have no memory left"
         )
         fix = (
-            f"lower {protocol}.options.engine.gpu_memory_utilization below {backend.num_gpus:g}, "
-            "or raise num_gpus"
+            f"lower {protocol}.options.engine.gpu_memory_utilization to {min(1.0, backend.num_gpus):g} or "
+            "less, "
+            f"or raise {protocol}.num_gpus"
         )
         return Finding(subject, FAIL, found, fix)
     held = backend.num_gpus if share is None else max(1.0, backend.num_gpus) * share
@@ -198,7 +202,9 @@ def check_memory(protocol: str, backend: Backend, weight_bytes: int, available: 
         return Finding(subject, FAIL, f"{found}: they do not fit", fix)
     found += f", {left / 1e9:.1f} GB left for caches and activations"
     if left < _WORKING_SHARE * budget:
-        return Finding(subject, WARN, found, "tight: smaller batches, or a larger share of the GPU")
+        return Finding(
+            subject, WARN, found, f"tight: lower {protocol}.batch_images, or raise {protocol}.num_gpus"
+        )
     return Finding(subject, OK, found)
 
 
@@ -211,7 +217,10 @@ def _check_main_memory(protocol: str, backend: Backend, weight_bytes: int) -> Fi
     if weight_bytes * actors > total:
         fix = f"lower {protocol}.concurrency, or give it a GPU"
         return Finding(f"{protocol} memory", FAIL, found, fix)
-    return Finding(f"{protocol} memory", WARN if weight_bytes * actors > 0.7 * total else OK, found)
+    if weight_bytes * actors > 0.7 * total:
+        fix = f"the weights fill more than 70% of main memory: lower {protocol}.concurrency"
+        return Finding(f"{protocol} memory", WARN, found, fix)
+    return Finding(f"{protocol} memory", OK, found)
 
 
 # The output.
@@ -266,7 +275,8 @@ def _check_disk(config: BuildConfig) -> Iterator[Finding]:
     found = f"{free / 1e9:.1f} GB free"
     if free < config.failures.min_free_gb * 1e9:
         found += f", failures.min_free_gb is {config.failures.min_free_gb:g}"
-        yield Finding("disk", FAIL, found, "free space")
+        fix = "delete files on that disk, choose another `out`, or lower failures.min_free_gb"
+        yield Finding("disk", FAIL, found, fix)
     else:
         yield Finding("disk", OK, found)
 

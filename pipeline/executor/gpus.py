@@ -129,5 +129,5 @@ def _device_handles(nvml: Any) -> list[Any]:
             if name and name != "-1"
         ]
     except nvml.NVMLError as error:
-        log.info("CUDA_VISIBLE_DEVICES=%s: %s", visible, error)
+        log.info("CUDA_VISIBLE_DEVICES=%s names a GPU that NVML does not know (%s)", visible, error)
         return []

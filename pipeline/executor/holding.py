@@ -17,8 +17,16 @@ from ...schemas.records import Drop, ImageRecord
 from ..corpus.committed_unit import CommittedUnit
 from ..corpus.work_list import load_work_list, read_unit
 from ..io import photos
+from ..io.failures import Kind
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import SubsetSource
+
+_KINDS = {
+    str(Kind.TRANSIENT): "not answered",
+    str(Kind.REFUSED): "refused",
+    str(Kind.RECORD): "missing",
+}
+"""The kind of a failed read, in a word."""
 
 _WITNESSES = 2
 """Images of a neighboring unit that are tried."""
@@ -52,7 +60,10 @@ def why_held(
     if len(failed) > allowed:
         alone = len(failed) == 1 and (any(map(_was_read, images)) or do_neighbors_read())
         if not alone:
-            kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(Counter(i.failed for i in failed).items()))
+            kinds = ", ".join(
+                f"{n} {_KINDS.get(kind, kind)}"
+                for kind, n in sorted(Counter(i.failed for i in failed).items())
+            )
             return f"{len(failed)} of {len(images)} images could not be read ({kinds}): {_example(failed)}"
     return ""
 

@@ -59,7 +59,9 @@ class InFlight:
         except FileNotFoundError:
             return self
         except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            log.warning("%s: unreadable note (%s); it is ignored", self.path, error)
+            log.warning(
+                "%s: the note of the images in progress cannot be read (%s) and is ignored", self.path, error
+            )
             return self
         self.deaths, self._halvings = note.deaths, note.halvings + (len(note.working) > 1)
         for key in note.working:
@@ -79,7 +81,7 @@ class InFlight:
 
     def crash_detail(self, key: str) -> str:
         """The detail of a poison image's drop."""
-        return f"the worker died {self.deaths[key]} times on this image alone"
+        return f"the worker died {self.deaths[key]} times while it had only this image"
 
     def split(self, images: list[Keyed], size: int) -> Iterator[list[Keyed]]:
         """Batches of `size`; images that were in flight when a worker died come one by one, last.
@@ -112,5 +114,10 @@ class InFlight:
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            log.warning("%s: %s; an image that kills its worker now is not found", self.path, error)
+            log.warning(
+                "%s: cannot be written (%s), so an image that crashes its worker cannot be identified and "
+                "dropped",
+                self.path,
+                error,
+            )
             self._warned = True

@@ -36,7 +36,7 @@ def check_build(config: BuildConfig) -> Iterator[Finding]:
         yield check_backend(protocol, getattr(config, protocol))
     yield from check_sources(config)
     yield check_output(config.out)
-    yield try_check("places", "keep sources and output apart", _check_places, config)
+    yield try_check("out", "keep sources and output apart", _check_places, config)
 
 
 def check_packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Finding]:
@@ -109,7 +109,8 @@ def check_tokenizer(protocol: str, backend: Backend) -> None:
         folder = Path(str(registry.options_of(backend)["model"]))
         if not any((folder / name).is_file() for name in _TOKENIZERS):
             raise ConfigError(
-                f"{protocol}.options.model: {folder / _TOKENIZERS[0]}: no such file; download it, too"
+                f"{protocol}.options.model: {folder / _TOKENIZERS[0]}: no such file; download the whole "
+                "checkpoint again"
             )
 
 
@@ -127,7 +128,7 @@ def _list_source(source: Source) -> str:
 
 def _check_places(config: BuildConfig) -> str:
     refuse_overlap(config)
-    return "no source is in it, and it is in no source"
+    return "the sources and `out` do not overlap"
 
 
 def check_output(out: str) -> Finding:

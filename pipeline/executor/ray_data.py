@@ -90,9 +90,9 @@ class RayEngine:
             except ParaCaptionError:
                 raise
             except Exception as error:
-                fix = "run it again, or `paracaption build --local`"
+                fix = "run the same command again, or build without Ray: `paracaption build CONFIG --local`"
                 if self.address is not None:
-                    fix = "start the cluster first, or name host:port of one (docs/cluster.md)"
+                    fix = "start the cluster first, or give host:port of a running one (docs/cluster.md)"
                 raise Retryable(f"Ray does not start: {one_line(error)}; {fix}") from error
 
     def drafts(
@@ -289,7 +289,9 @@ def _as_ours(error: BaseException) -> BaseException:
     """Errors of ours as they are; an error of Ray's as a `StageFailed` of one line."""
     if isinstance(error, ParaCaptionError | KeyboardInterrupt | SystemExit):
         return error
-    failed = StageFailed(f"the stream broke: {one_line(error)}")
+    failed = StageFailed(
+        f"Ray Data stopped: {one_line(error)}; what is committed stays: run the same command again"
+    )
     failed.__cause__ = error
     return failed
 

@@ -59,7 +59,9 @@ class StackFile:
         try:
             return open(self.path, "wb", buffering=0)
         except OSError as error:  # the unit's own writing will say so
-            log.warning("%s: %s; a stall will show no stack", self.path, error)
+            log.warning(
+                "%s: cannot be written (%s); if the build stalls, no stack can be shown", self.path, error
+            )
             return open(os.devnull, "wb", buffering=0)
 
     def __enter__(self) -> StackFile:

@@ -296,7 +296,7 @@ class Worker:
             drop = refused[-1].drop
             detail = drop.detail.partition("; ")[0] if drop else ""
             raise ConfigError(
-                f"{detail}; the source refuses everything: correct its permissions or the credentials, then "
+                f"{detail}; the source refused every read: correct its permissions or the credentials, then "
                 "run the same command again"
             )
 
@@ -409,7 +409,7 @@ class Worker:
         except BaseException as error:  # SystemExit, GeneratorExit, CancelledError, pytest's, trio's, ...
             if hasattr(error, "ray_terminate_msg"):  # Ray ends this process
                 raise
-            raise RuntimeError(f"the backend ended itself: {words_of(error)}") from error
+            raise RuntimeError(f"the backend tried to end the process ({words_of(error)})") from error
         finally:
             for image, seen in zip(batch, given, strict=True):
                 image.photo_digest = seen.photo_digest
@@ -468,7 +468,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def _cannot_start(stage: ModelStage, error: Exception) -> str:
-    return f"{stage.name}: the backend cannot start: {words_of(error)}"
+    return f"{stage.name}: the backend cannot start: {words_of(error)}; `paracaption doctor CONFIG` checks it"
 
 
 def _names(batch: list[ImageRecord]) -> str:

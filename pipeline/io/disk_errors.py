@@ -25,15 +25,15 @@ def to_line(error: OSError) -> str | None:
 
 
 _FIXES = {
-    errno.EACCES: "give this user the permission, or name another place",
+    errno.EACCES: "give this user the permission, or choose another place",
     errno.EDQUOT: "make room, and run the same command again",
-    errno.EIO: "the disk or its mount fails; look at it, and run the same command again",
+    errno.EIO: "the disk or its mount reports errors; repair it, and run the same command again",
     errno.ELOOP: "correct the link",
     errno.EMFILE: "raise the limit of open files (ulimit -n), and run the same command again",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ENOENT: "correct the path, or mount its folder",
     errno.ENOSPC: "make room, and run the same command again",
-    errno.EPERM: "give this user the permission, or name another place",
+    errno.EPERM: "give this user the permission, or choose another place",
     errno.EROFS: "it is mounted read-only; name another place",
 }
 
@@ -42,4 +42,4 @@ def _what_to_do(error: OSError) -> str:
     if error.errno in _FIXES:
         return _FIXES[error.errno]
     is_lasting = classify(error) is not Kind.TRANSIENT
-    return "correct the path" if is_lasting else "run the same command again when it answers"
+    return "correct the path" if is_lasting else "run the same command again when the file system answers"

@@ -17,7 +17,7 @@ _NEVER = (
     (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull` where it is from"),
     (b"GIF8", "a GIF; save it as PNG"),
     (b"<", "a web page or XML; fetch the {wanted} itself"),
-    (b"\x00\x05\x16\x07", "notes of macOS on a file; delete it"),
+    (b"\x00\x05\x16\x07", "a metadata file of macOS (their names begin with `._`); delete it"),
 )
 """How files begin that are nothing that is read, and what is said of them."""
 

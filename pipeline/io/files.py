@@ -483,7 +483,7 @@ def _remove_abandoned(target: Path) -> None:
 def refuse_existing(target: Path) -> None:
     """Raise ConfigError if there is something under this name, unless it is an empty folder."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target}: is there already; move it away, or name another folder")
+        raise ConfigError(f"{target}: already exists; move it away, or name another folder")
 
 
 def sync_folder(folder: Path) -> None:

@@ -101,7 +101,7 @@ def load_class(path: str, where: str) -> type[Any]:
     """
     module, _, name = path.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
-        raise ConfigError(f"{where}: {path!r} is no name of a class; write it as 'package.module:Class'")
+        raise ConfigError(f"{where}: {path!r} is not the name of a class; write it as 'package.module:Class'")
     top = module.partition(".")[0]
     _take(top, where)
     try:
@@ -119,8 +119,8 @@ def load_class(path: str, where: str) -> type[Any]:
         found = getattr(found, part)
     if not isinstance(found, type):
         raise ConfigError(
-            f"{where}: {path!r}: {name} in {source} is no class (it is a {type(found).__name__}); "
-            "name the class itself"
+            f"{where}: {path!r}: {name} in {source} is not a class (it is a {type(found).__name__}); "
+            "give the name of the class itself"
         )
     return found
 

@@ -196,9 +196,11 @@ def _parse(photo: Blob, head: bytes, max_pixels: int, whole: bool) -> Header:
     except BROKEN as error:
         if not whole:  # a header that is longer than the first read (large EXIF or ICC blocks)
             return _parse(photo, fetch(photo), max_pixels, whole=True)
-        kind = "empty file" if not head else "not an image that we read (" + ", ".join(FORMATS) + ")"
+        kind = (
+            "empty file" if not head else f"not a supported image; convert it to one of {', '.join(FORMATS)}"
+        )
         if head and (words := what_is(head, "photo")):
-            kind = f"not a photo that we read: {words}"
+            kind = f"not a supported photo: {words}"
         if isinstance(error, ValueError):  # it is one of these, and says what is wrong with it
             long = "MAX_TEXT_CHUNK" in str(error)
             fix = "save it without its long text or color profile" if long else "fetch it again"

@@ -107,7 +107,10 @@ class TableFile:
         for batch in opened.iter_batches(BATCH_ROWS, [index], columns, use_threads=False):
             total += batch.nbytes
             if total > max(_MOST_BYTES, _MOST_TIMES * self._size):
-                raise pa.ArrowInvalid(f"row group {index} is over {total:,} bytes when unpacked")
+                raise pa.ArrowInvalid(
+                    f"row group {index} has over {total:,} bytes when unpacked, too many for a file of "
+                    f"{self._size:,} bytes"
+                )
             yield batch
 
     def check_rows(self) -> None:
@@ -119,7 +122,7 @@ class TableFile:
         import pyarrow as pa
 
         if self.num_rows > max(_FEW_ROWS, self._size):
-            raise pa.ArrowInvalid(f"{self.num_rows:,} rows in {self._size:,} bytes")
+            raise pa.ArrowInvalid(f"{self.num_rows:,} rows are too many for a file of {self._size:,} bytes")
 
     def row_groups(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Every row group in order; raises as `read_row_group`."""

@@ -39,14 +39,14 @@ def folder(path: str | Path, what: str) -> Path:
     found = Path(path)
     if not (found / "config.json").is_file():
         raise ConfigError(
-            f"{what}: {path} is no checkpoint folder (no config.json in it); download it once with "
+            f"{what}: {path} is not a checkpoint folder (no config.json in it); download it once with "
             "`hf download NAME --local-dir FOLDER` where every node sees it, and name that folder"
         )
     pickled = sorted(file.name for file in found.iterdir() if file.suffix in PICKLES)
     if pickled:
         raise ConfigError(
-            f"{found / pickled[0]}: a pickle, which can run code when it is loaded; convert it to "
-            "safetensors, or delete it if the folder has safetensors, too"
+            f"{found / pickled[0]}: this is a pickle, which can run code when it is loaded; download the "
+            "safetensors of this model instead, or delete the pickle if the folder has safetensors, too"
         )
     safetensors_files(found)
     refuse_code(found)
@@ -107,7 +107,7 @@ def _files_of_index(index: Path) -> list[str]:
         raise ConfigError(f"{index}: has no weight_map, which names the files; download it again")
     for tensor, name in listed.items():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            what = f"{tensor[:100]} is in {str(name)[:100]!r}, which is no safetensors file next to it"
+            what = f"{tensor[:100]} is in {str(name)[:100]!r}, which is not a safetensors file next to it"
             raise ConfigError(f"{index}: {what}; download it again")
     return sorted(set(listed.values()))
 

@@ -42,7 +42,9 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise _refused(f"*{event.anchor} stands within itself", event.start_mark)
+                raise _refused(
+                    f"the alias *{event.anchor} refers to a value that contains it", event.start_mark
+                )
             self._num_nodes += self._sizes[id(node)]
         else:
             self._num_nodes += 1
@@ -66,12 +68,14 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag.endswith(":int") and len(node.value) > _LONGEST_NUMBER:
-            raise _refused(f"a number of {len(node.value):,} letters", node.start_mark)
+            raise _refused(f"a number with {len(node.value):,} digits", node.start_mark)
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             kind = node.tag.rpartition(":")[2]
-            raise _refused(f"{str(node.value)[:40]!r} is no {kind}", node.start_mark) from error
+            raise _refused(
+                f"{str(node.value)[:40]!r} is not a value of type {kind}", node.start_mark
+            ) from error
         if isinstance(value, int) and value not in _WHOLE:
             raise _refused("a number that does not fit into 64 bits", node.start_mark)
         return value

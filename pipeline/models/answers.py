@@ -40,7 +40,7 @@ def listed(answers: Any, count: int, what: str) -> list[Any]:
         TypeError: it is no list, tuple, array or generator; the letters of a text are no answers.
     """
     if isinstance(answers, str | bytes | Mapping | Set) or not isinstance(answers, Iterable):
-        raise TypeError(f"{what} are a list, not {_kind(answers)}")
+        raise TypeError(f"{what} have to be a list, not {_kind(answers)}")
     return list(answers if isinstance(answers, Sized) else islice(answers, count + 1))
 
 
@@ -54,7 +54,7 @@ def judgment(answer: Any) -> Answer | BadRecord:
 
     def clean() -> Answer:
         if not isinstance(answer, Answer):
-            raise _refused(f"a judge's answer is an `Answer`, not {_kind(answer)}")
+            raise _refused(f"a judge's answer has to be an `Answer`, not {_kind(answer)}")
         margin = None if answer.margin is None else _number(answer.margin, "a margin")
         if margin is not None and not math.isfinite(margin):
             margin = None
@@ -78,7 +78,7 @@ def candidates(given: Any, size: tuple[int, int]) -> list[tuple[Rle | None, floa
 
 def _candidates(given: Any, size: tuple[int, int]) -> list[tuple[Rle | None, float]]:
     if isinstance(given, str | bytes | Mapping | Set) or not isinstance(given, Iterable):
-        raise _refused(f"a region's candidates are a list, not {_kind(given)}")
+        raise _refused(f"a region's candidates have to be a list, not {_kind(given)}")
     read, total = [], 0
     for place, each in enumerate(islice(given, MAX_CANDIDATES + 1)):
         if place == MAX_CANDIDATES:
@@ -99,13 +99,13 @@ def _candidates(given: Any, size: tuple[int, int]) -> list[tuple[Rle | None, flo
 def _candidate(given: Any, name: str) -> tuple[dict[str, Any], float]:
     """The RLE, as `rle.check_all` takes it, and the score."""
     if not isinstance(given, Candidate) or not isinstance(given.rle, Rle):
-        raise _refused(f"{name} is no `Candidate` with an `Rle`")
+        raise _refused(f"{name} is not a `Candidate` with an `Rle`")
     score = _number(given.score, f"the score of {name}")
     if not math.isfinite(score):
-        raise _refused(f"the score of {name} is {score}, no finite number")
+        raise _refused(f"the score of {name} is {score}, which is not a finite number")
     counts = given.rle.counts
     if not isinstance(counts, str | bytes):
-        raise _refused(f"the counts of {name} are text, not {_kind(counts)}")
+        raise _refused(f"the counts of {name} have to be text, not {_kind(counts)}")
     sides = islice(given.rle.size, 3)  # no more than one too many: it may have no end
     size = [int(side) if isinstance(side, numbers.Integral) else side for side in sides]
     return {"size": size, "counts": counts}, score
@@ -126,17 +126,17 @@ def _cleaned(clean: Callable[[], Cleaned], answer: Any) -> Cleaned | BadRecord:
 def _text(value: Any, what: str) -> str:
     value = _scalar(value)
     if not isinstance(value, str):
-        raise _refused(f"{what} is text, not {_kind(value)}")
+        raise _refused(f"{what} has to be text, not {_kind(value)}")
     value = str.__str__(value)
     if len(value) > MAX_CHARS:
-        raise _refused(f"{what} of {len(value):,} characters; the most is {MAX_CHARS:,}")
+        raise _refused(f"{what} has {len(value):,} characters; at most {MAX_CHARS:,} are allowed")
     return plain_text(value)
 
 
 def _number(value: Any, what: str) -> float:
     value = _scalar(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _refused(f"{what} is a number, not {_kind(value)}")
+        raise _refused(f"{what} has to be a number, not {_kind(value)}")
     return float(value)
 
 

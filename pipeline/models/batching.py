@@ -42,7 +42,10 @@ class Batches:
                 done += work(batch)
             except torch.OutOfMemoryError as error:
                 if len(batch) == 1:
-                    raise OutOfMemory(f"{self.what}: one alone does not fit: {error}") from error
+                    raise OutOfMemory(
+                        f"{self.what}: out of memory with a batch of one ({error}); use a larger GPU, or "
+                        "raise num_gpus"
+                    ) from error
                 short = True
             if short:  # outside of the handler: the traceback holds the batch's tensors
                 self.size = max(1, len(batch) // 2)

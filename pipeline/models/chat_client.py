@@ -114,12 +114,12 @@ class ServerOptions(BackendOptions, frozen=True, kw_only=True):
             raise ConfigError(f"{where}.base_url: not an http(s) URL; name one such as http://host:8000/v1")
         if not self.api_key_env.replace("_", "a").isalnum() or self.api_key_env[:1].isdigit():
             raise ConfigError(
-                f"{where}.api_key_env: is no name of an environment variable; "
-                "a key itself must not stand here"
+                f"{where}.api_key_env: not the name of an environment variable; put the key into a "
+                "variable, and give its name here"
             )
         if any("key" in name.lower() or "auth" in name.lower() for name in self.extra_body):
             raise ConfigError(
-                f"{where}.extra_body: a key must not stand here; it belongs into the environment"
+                f"{where}.extra_body: a key must not stand here; put it into the variable of api_key_env"
             )
         try:
             json.dumps(self.extra_body, allow_nan=False)
@@ -252,7 +252,7 @@ class ChatClient:
             choice = parse_json(self._without_secret(response.text))["choices"][0]
             assert isinstance(choice, dict) and isinstance(choice["message"], dict)
         except (ValueError, LookupError, TypeError, AssertionError):
-            return _Failure(request_id, f"answered no chat completion: {self._excerpt(response)}")
+            return _Failure(request_id, f"did not answer with a chat completion: {self._excerpt(response)}")
         try:
             return read(choice)
         except BadRecord as bad:
@@ -289,22 +289,24 @@ class ChatClient:
         if alive:
             raise BadRecord(Reason.MODEL_ERROR, f"failed {times} times: {failure.detail}")
         advice = (
-            f"it is asked too much: lower {self.where}.max_concurrency, or look at your quota"
+            f"too many requests: lower {self.where}.max_concurrency, or check your quota"
             if failure.busy
-            else f"start it, or fix {self.where}.base_url, then run the same command again"
+            else f"start the server, or fix {self.where}.base_url, or raise {self.where}.timeout_s, "
+            "then run the same command again"
         )
         raise StageFailed(f"{self.where}: {self.url} failed {times} times: {failure.detail}; {advice}")
 
     def _advice(self, status: int, message: str) -> str:
         if status in (401, 403):
-            given = "refuses" if self._key() else "asks for"
+            given, do = ("refuses", "correct") if self._key() else ("asks for", "set")
             return (
-                f"{self.url} {given} the key (HTTP {status}: {message}); "
-                f"set {self.options.api_key_env} on every node"
+                f"{self.url} {given} a key (HTTP {status}: {message}); "
+                f"{do} the key in {self.options.api_key_env} on every node"
             )
         return (
-            f"{self.url} has no such address or no model {self.options.model!r} (HTTP {status}: {message}); "
-            f"look at {self.url}/models, then fix {self.where}.base_url or {self.where}.model"
+            f"{self.url} does not know this address or the model {self.options.model!r} (HTTP {status}: "
+            f"{message}); "
+            f"open {self.url}/models, then fix {self.where}.base_url or {self.where}.model"
         )
 
     async def _models(self, timeout_s: float) -> list[str]:
@@ -325,7 +327,9 @@ class ChatClient:
             return [str(entry["id"])[:_MAX_TEXT] for entry in parse_json(response.text)["data"]]
         except (ValueError, LookupError, TypeError):
             raise ConfigError(
-                f"{self.where}.base_url: {self.url}/models is no list of models: {self._excerpt(response)}"
+                f"{self.where}.base_url: {self.url}/models is not a list of models "
+                f"({self._excerpt(response)}); fix "
+                "the URL, which usually ends in /v1"
             ) from None
 
     def _open(self, timeout_s: float) -> httpx.AsyncClient:
@@ -338,7 +342,9 @@ class ChatClient:
             headers |= {"Authorization": f"Bearer {key}"} if key else {}
             key.encode("ascii")
         except UnicodeEncodeError:
-            raise ConfigError(f"{self.options.api_key_env}: a key has ASCII characters only") from None
+            raise ConfigError(
+                f"{self.options.api_key_env}: the key holds a character that is not ASCII; copy it again"
+            ) from None
         limit = self.options.max_concurrency
         return httpx.AsyncClient(
             headers=headers,

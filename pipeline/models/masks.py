@@ -66,8 +66,9 @@ def check_finite(what: str, **outputs: torch.Tensor) -> None:
         num_wrong = int((~values.isfinite()).sum())
         if num_wrong:
             raise StageFailed(
-                f"{what}: {num_wrong:,} of {values.numel():,} values of its {name} are NaN or infinite; its "
-                "weights are damaged, or its numbers overflow: download the checkpoint again, or set "
+                f"{what}: {num_wrong:,} of {values.numel():,} values of {name} are NaN or infinite; the "
+                "weights of the model are damaged, or its numbers overflow: download the checkpoint again, "
+                "or set "
                 "segmenter.options.dtype to float32"
             )
 

@@ -131,7 +131,8 @@ def _check_method(protocol: str, name: str, cls: type[Any]) -> None:
         return
     except TypeError as error:
         raise ConfigError(
-            f"{where}: `{method}` cannot be called so ({error}); {wanted} (docs/backends.md)"
+            f"{where}: `{method}` does not take the arguments that it is called with ({error}); {wanted} "
+            "(docs/backends.md)"
         ) from error
 
 
@@ -164,8 +165,6 @@ def backend_identity(protocol: str, backend: Backend) -> dict[str, str]:
     except ParaCaptionError:
         raise
     except Exception as error:
-        detail = f"what its answers depend on cannot be written down: {words_of(error)}"
-        raise ConfigError(
-            f"{protocol}: {backend.name!r}: {detail}; correct its options, or its `identity`"
-        ) from error
+        detail = f"its options or the result of `identity` cannot be stored as JSON: {words_of(error)}"
+        raise ConfigError(f"{protocol}: {backend.name!r}: {detail}; use plain values") from error
     return found

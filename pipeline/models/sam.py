@@ -235,7 +235,8 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path}: a pickle with more than tensors in it, which could run code; it was not loaded. "
-            "Take the publisher's file, or save the model's state_dict() alone where you trust the pickle"
+            "Use the publisher's file, or, if you trust this one, load it elsewhere and save only its "
+            "state_dict()"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({one_line(error)}); download it again") from error

@@ -76,7 +76,7 @@ class VllmOptions(BackendOptions, frozen=True):
     def check(self, where: str) -> None:
         for name in ("trust_remote_code", "model", "tokenizer", "load_format"):
             if name in self.engine:
-                raise ConfigError(f"{where}.engine.{name}: not to be set; the checkpoint folder decides it")
+                raise ConfigError(f"{where}.engine.{name}: remove it; the checkpoint folder decides it")
 
 
 class VllmJudge:
@@ -202,8 +202,10 @@ class VllmJudge:
             tokens = self._prompt_tokens(question)
             if len(tokens) + prompt.max_tokens > self.max_model_len:
                 detail = (
-                    f"a caption of {len(question.caption)} characters: a question of {len(tokens)} tokens, "
-                    f"{self.max_model_len - prompt.max_tokens} fit; raise judge.options.engine.max_model_len"
+                    f"a caption of {len(question.caption)} characters makes a question of {len(tokens)} "
+                    "tokens, but "
+                    f"only {self.max_model_len - prompt.max_tokens} fit; raise "
+                    "judge.options.engine.max_model_len"
                 )
                 answers[index] = BadRecord(Reason.MODEL_ERROR, detail)
                 continue
@@ -294,7 +296,8 @@ def start_engine(folder: Path, options: VllmOptions) -> Engine:
     except (TypeError, ValueError) as error:  # pydantic's are ValueErrors
         lines = str(error).strip().splitlines() or [""]
         raise ConfigError(
-            f"judge.options.engine: vLLM does not start with {folder}: {' '.join(lines[:3])}"
+            f"judge.options.engine: vLLM does not start with {folder}: {' '.join(lines[:3])}; "
+            "correct these options"
         ) from error
 
 
@@ -345,7 +348,10 @@ def _check_tensors(folder: Path, given: VllmOptions, notes: list[str]) -> Checke
     limit = getattr(config, "max_position_embeddings", None)
     wanted = given.engine.get("max_model_len", MAX_MODEL_LEN)
     if limit is not None and wanted > limit:
-        raise ConfigError(f"judge.options.engine.max_model_len: {wanted}, the model has {limit} positions")
+        raise ConfigError(
+            f"judge.options.engine.max_model_len: {wanted}, but the model has {limit} positions; set {limit} "
+            "or less"
+        )
     what = f"{config.model_type}: {config.num_hidden_layers} x {config.hidden_size}, context {wanted}"
     return Checked(what, num_bytes, notes)
 

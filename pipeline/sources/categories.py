@@ -105,7 +105,7 @@ def make_table(raw: Any, where: str) -> CategoryTable:
             if before.name == category.name:
                 names = f"{before.name!r} with isthing {before.is_thing:d} and {category.is_thing:d}"
             raise ConfigError(
-                f"{where}: category {place}: id {category.id} is of {names}; give each its own id"
+                f"{where}: category {place}: id {category.id} is used for {names}; give each its own id"
             )
     if not categories:
         raise ConfigError(f"{where}: no categories; give a list of id, name and isthing")

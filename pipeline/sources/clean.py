@@ -44,7 +44,7 @@ def clean_image(image: ImageRecord, stage: str, are_masks_checked: bool) -> None
         regions = _listed(image.regions)
     except Exception as error:  # noqa: BLE001 - a stranger's collection may raise anything
         regions = []
-        detail = f"its source gives no list of regions, but {words_of(error)}"
+        detail = f"the source has to give a list of `Region`: {words_of(error)}"
         image.regions = regions
         image.reject(Drop(stage, Reason.ANNOTATION_UNREADABLE, detail))
     image.regions = [_clean(region, place, stage) for place, region in enumerate(regions)]
@@ -52,13 +52,13 @@ def clean_image(image: ImageRecord, stage: str, are_masks_checked: bool) -> None
         for place, region in enumerate(image.regions):
             region.id = place
         image.reject(
-            Drop(stage, Reason.ANNOTATION_UNREADABLE, "its source gives several regions the same id")
+            Drop(stage, Reason.ANNOTATION_UNREADABLE, "the source gives several regions the same id")
         )
     if not are_masks_checked:
         _check_masks(image, stage)
     for region in image.live():
         if region.rle is None:
-            region.drop = Drop(stage, Reason.MASK_UNDECODABLE, "its source gives no mask")
+            region.drop = Drop(stage, Reason.MASK_UNDECODABLE, "the source gives no mask for this region")
 
 
 def _listed(given: Any) -> list[Any]:
@@ -70,7 +70,9 @@ def _listed(given: Any) -> list[Any]:
 
 def _clean(region: Region, place: int, stage: str) -> Region:
     if not isinstance(region, Region):
-        detail = f"region at position {place} is no region, but {type(region).__name__}"
+        detail = (
+            f"the region at position {place} is a {type(region).__name__}; the source has to give a `Region`"
+        )
         return Region(place, None, drop=Drop(stage, Reason.ANNOTATION_UNREADABLE, detail))
     try:
         number = _whole(region.id)
@@ -87,7 +89,7 @@ def _clean(region: Region, place: int, stage: str) -> Region:
         region.point_coords = _each(region.point_coords, lambda point: _each(point, _number))
         return region
     except Exception as error:  # noqa: BLE001 - a record of somebody's own source may be anything
-        detail = f"region at position {place} is no region: {words_of(error)}"
+        detail = f"the region at position {place} cannot be read: {words_of(error)}"
         return Region(place, None, drop=Drop(stage, Reason.ANNOTATION_UNREADABLE, detail))
 
 

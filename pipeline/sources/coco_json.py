@@ -113,12 +113,14 @@ def _open_names(url: str, document: Document) -> None:
             signed += name != each.file_name
             each.file_name = name
     if signed:
-        log.warning("%s: the signatures in %d file names are left out: %s", url, signed, _SIGNED)
+        log.warning(
+            "%s: %d file names hold signed URLs, whose signatures were removed: %s", url, signed, _SIGNED
+        )
 
 
 _SIGNED = (
-    "they would be published. Photos and label maps are looked for by what is left; if only the signed "
-    "addresses can be read, fetch the files first and name their folder"
+    "they would be published. Photos and label maps are found by the names without signatures; if only the "
+    "signed addresses can be read, fetch the files first and give their folder"
 )
 
 

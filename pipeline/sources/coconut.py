@@ -81,15 +81,15 @@ class Coconut(Source[CoconutOptions]):
     paper_size = (334_000, 3_400_000)
     checks_masks = True
     fixes = PHOTO_FIXES | {
-        Reason.SIZE_MISMATCH: "photo, label map and annotation are of different releases; "
+        Reason.SIZE_MISMATCH: "photo, label map and annotation come from different releases; "
         "fetch matching ones",
         Reason.UNKNOWN_CATEGORY: "give the release's category list as `categories`",
         Reason.LABELS_UNREADABLE: "put the label maps there, or fetch them again",
-        Reason.SEGMENT_ABSENT: "known of COCONut; there is nothing to fix",
+        Reason.SEGMENT_ABSENT: "COCONut has some of these; there is nothing to fix",
         Reason.VOID: "by design: id 0 is no segment",
-        "area_differs": "the mask's own area counts: the declared one is a polygon's, or of a crowd",
-        "area_missing": "the mask's own area counts",
-        "isthing_differs": "the category list counts",
+        "area_differs": "the area of the mask is used: the declared one is that of a polygon or of a crowd",
+        "area_missing": "the area of the mask is used",
+        "isthing_differs": "the category list is used",
         "undeclared_ids": "pixels without a record are no region",
         "label_map_without_record": "no annotation names them; they are not read",
     }
@@ -272,7 +272,10 @@ def _entry(
     elif row.doubt:
         dropped = drop(Reason.PAIR_AMBIGUOUS, f"{row.home}: annotation {number}: {row.doubt}")
     elif not photo_name:
-        dropped = drop(Reason.ANNOTATION_UNREADABLE, f"{row.home}: annotation {number}: names no file")
+        dropped = drop(
+            Reason.ANNOTATION_UNREADABLE,
+            f"{row.home}: annotation {number}: names no file; give it a `file_name`",
+        )
     elif not file_names.is_safe(photo_name) or not file_names.is_safe(label_name):
         dropped = drop(
             Reason.UNSAFE_NAME,
@@ -293,7 +296,7 @@ def _entry(
         elif photo is None:
             dropped = drop(
                 Reason.PHOTO_MISSING,
-                f"{photo_name}: in none of the photo folders, or in several; put it there"
+                f"{photo_name}: in none of the folders of `photos`, or in several; have it in exactly one"
                 f"{photos.hint(photo_name)}",
             )
         elif annotation is None:

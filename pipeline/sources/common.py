@@ -11,8 +11,10 @@ from . import file_names
 from .protocols import CatalogEntry, Note
 
 PHOTO_FIXES = {
-    "photo_misnamed": "the bytes count, not the name",
-    "photo_rotated": "masks refer to the pixels as stored; shards and exports say upright in the tag's place",
+    "photo_misnamed": "the format is read from the bytes, not from the name",
+    "photo_rotated": (
+        "masks refer to the pixels as stored; in shards and exports the EXIF orientation is set to upright"
+    ),
 }
 """What to do about the notes of `read_header`."""
 

@@ -48,8 +48,8 @@ def why_unsafe(name: str) -> str:
     if any(letter < " " for letter in name):
         return "has a control character"
     if name[1:2] == ":":
-        return "begins as with a drive (`C:`)"
-    return "outside its folder"
+        return "begins with a drive letter (`C:`)"
+    return "leads out of its folder"
 
 
 def base_name(name: str) -> str:
@@ -200,7 +200,7 @@ class Finder:
         if len(others) != 1:
             return ""
         shown = others[0][1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return f" ({shown} is there, but not in the folder that this name says)"
+        return f" ({shown} exists, but in another folder than this name says)"
 
     def find(self, name: str) -> str | None:
         """The URL of the file meant, None if none is or several may be.

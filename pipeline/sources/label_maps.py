@@ -112,7 +112,8 @@ def _choose(readings: list[_Reading], name: str) -> _Reading:
     if len(confirmed) > 1 and not confirmed[0].fits:
         ways = " or ".join(reading.what for reading in confirmed)
         detail = (
-            f"its {ways} may be the ids, and no declared area tells which; save it as RGB, in COCO's colors"
+            f"its {ways} could be the ids, and the declared areas do not decide; save it as RGB, in COCO's "
+            "colors"
         )
         raise BadRecord(Reason.LABELS_DISAGREE, f"{name}: {detail}")
     return confirmed[0]
@@ -122,9 +123,9 @@ def _differences(reading: _Reading) -> str:
     first = reading.differing[0]
     count = len(reading.differing) + reading.agreeing
     return (
-        f"{len(reading.differing)} of {count} segments have another area than declared, as segment "
-        f"{first.id}: declared {first.area:g}, the map has {reading.masks[first.id].area}; "
-        "it is of another image or release, or damaged; fetch the map and the annotation that belong together"
+        f"{len(reading.differing)} of {count} segments do not have the declared area (segment {first.id}: "
+        f"declared {first.area:g}, in the map {reading.masks[first.id].area}); the map belongs to another "
+        "image or release, or is damaged: fetch the map and the annotation again"
     )
 
 

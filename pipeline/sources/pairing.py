@@ -38,7 +38,7 @@ class Pairs:
         named = self._named(name)
         if not same_id:
             if len(named) > 1:
-                return None, f"{name} may be of {_listed(named)}; give it the id of one"
+                return None, f"{name} may belong to {_listed(named)}; give it the image id of one of them"
             image = next(iter(named.values()), None)
             own, other = file_names.folder(name), file_names.folder(image.file_name or "") if image else ""
             return (None if own and other and own != other else image), ""
@@ -48,8 +48,12 @@ class Pairs:
         if len(both) == 1:
             return next(iter(both.values())), ""
         if len(same_id) > 1:
-            return None, f"{name or 'it'}: the image id {number} is of {_listed(same_id)}; make ids unique"
-        return None, f"{name} is the name of {_listed(named)}, its image id {number} is of {_listed(same_id)}"
+            return (
+                None,
+                f"{name or 'it'}: the image id {number} belongs to {_listed(same_id)}; make ids unique",
+            )
+        what = f"has the name of {_listed(named)}, but the image id {number} of {_listed(same_id)}"
+        return None, f"{name} {what}; correct one of them"
 
     def _named(self, name: str) -> dict[str | None, Image]:
         if not name:

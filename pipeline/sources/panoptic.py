@@ -192,7 +192,7 @@ def _parsed_list(raw: bytes, where: str) -> list[Segment | BadRecord]:
         values = None
     if values is None:
         if where:
-            raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: `segments_info` is no list")
+            raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: `segments_info` is not a list")
         return []
     found: list[Segment | BadRecord] = []
     for number, value in enumerate(values):

@@ -55,8 +55,8 @@ def find_source(kind: str) -> type[Source[Any]]:
         return own_modules.load_class(SOURCES[kind], "source")
     if kind not in _ALLOWED:
         raise ConfigError(
-            f"unknown kind {kind!r}; choose from {', '.join(SOURCES)}, "
-            "or name your own as 'package.module:Class'"
+            f"unknown kind of source {kind!r}; choose from {', '.join(SOURCES)}, "
+            "or give your own as 'package.module:Class'"
         )
     found = own_modules.load_class(kind, "source")
     where = f"source: {kind!r} in {own_modules.file_of(found)}"
@@ -82,7 +82,9 @@ def default_recipe(kinds: set[str]) -> str:
     """
     defaults = {find_source(kind).recipe for kind in kinds}
     if len(defaults) > 1:
-        raise ConfigError(f"its sources have the recipes {' and '.join(sorted(defaults))}; name one of them")
+        raise ConfigError(
+            f"its sources have the recipes {' and '.join(sorted(defaults))}; set `recipe` of the subset"
+        )
     return defaults.pop()
 
 

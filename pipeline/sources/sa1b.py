@@ -167,8 +167,8 @@ def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
                     yield _checked(member, url, size)
             broken = None if after_end is not None else _broken_at(archive, file, size)
             if after_end is not None:
-                what = f"the {size - archive.offset} bytes from byte {archive.offset} on are no members"
-                notes.append(Note("tar_after_end", f"{url}: ends at byte {after_end}; {what}"))
+                what = f"the {size - archive.offset} bytes from byte {archive.offset} on are not read"
+                notes.append(Note("tar_after_end", f"{url}: the tar ends at byte {after_end}; {what}"))
             if archive.offset == size:
                 detail = f"{url}: ends at byte {size} without an end mark"
                 notes.append(Note("tar_without_end", detail))

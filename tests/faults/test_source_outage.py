@@ -208,7 +208,7 @@ def test_a_unit_of_one_bad_image_is_finished_if_its_neighbors_can_be_read(tmp_pa
 def test_a_source_that_refuses_everything_stops_the_build_at_once(tmp_path, monkeypatch, number):
     config = config_for(tmp_path)
     refuse = after(1, lambda: failing_file(monkeypatch, "g", lambda url: OSError(number, "refused", url)))
-    with pytest.raises(ConfigError, match=r"refuses everything: correct its permissions") as told:
+    with pytest.raises(ConfigError, match=r"refused every read: correct its permissions") as told:
         build(config, on_progress=refuse)
     assert "\n" not in str(told.value) and len(manifests(tmp_path / "out")) == 1
 

@@ -79,7 +79,7 @@ def test_a_server_that_is_gone_is_one_warning_and_one_that_is_back_is_used_again
             publisher.put(call, fails=True)
         assert not publisher.wait()
         assert [record.message for record in caplog.records] == [
-            "Prefect's server takes no artifacts (refused); the run goes on without them"
+            "Prefect's server does not accept artifacts (refused); the run continues without them"
         ]
         publisher.put(call, fails=False)
         assert publisher.wait() and made == [1]

@@ -77,7 +77,7 @@ def test_a_diff_shows_counts_reasons_and_examples(built):
     newest = log.read_state(str(out)).number
     lines = lines_of("diff", out, first, newest, "--limit", "2")
     assert lines[0] == "coconut: regions kept 36 -> 32 (-4)"
-    assert lines[2].split() == ["lost", "4", "now", "usable_masks/mask_too_small"]
+    assert lines[2].split() == ["lost", "4", "now", "dropped", "as", "usable_masks/mask_too_small"]
     assert f"lost: kept in {first}, dropped in {newest} (2 of 4)" in lines
     examples = [
         line for line in lines if re.match(r"  \d+ #\d  A .*  usable_masks/mask_too_small: \d+ px", line)
@@ -139,12 +139,12 @@ def test_an_undo_in_a_pipe_wants_a_yes_and_changes_nothing_without_it(built):
 def test_an_undo_says_what_it_does_and_does_it(built):
     out, _ = built
     lines = lines_of("undo", out, "--yes")
-    assert re.fullmatch(r"Takes back records? \d+( to \d+)?: 3 units get .*", lines[0])
+    assert re.fullmatch(r"Undoing records? \d+( to \d+)? gives 3 units the files .*", lines[0])
     assert lines[1:3] == [
         "  regions kept in them: 32 -> 36",
         "  configuration: masks.min_area_px: 1000 -> 16",
     ]
-    assert lines[-2].startswith("taken back; 36 regions are kept now")
+    assert lines[-2].startswith("undone; 36 regions are kept now")
     assert lines[-1].startswith("Your own YAML file is not changed")
     assert lines_of("status", out)[1] == "  regions: 36 kept of 36"
 

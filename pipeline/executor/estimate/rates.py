@@ -99,8 +99,8 @@ def measure_rates(out: str | Path) -> Rates:
             subsets[subset] = _measure_subset(out, subset, runs)
     if not subsets:
         raise ConfigError(
-            f"{out}/events: no events of a build; run a pilot there (`paracaption build --limit-images 500` "
-            "with an `out` of its own), or give measured seconds with --rates"
+            f"{out}/events: no events of a build; run a pilot with `paracaption build CONFIG --limit-images "
+            "500 --set out=PILOT`, then give `--run PILOT`, or give measured seconds with --rates"
         )
     return Rates(_mean([seconds for seconds in ray_s if seconds > 0.5]), subsets)
 
@@ -114,7 +114,7 @@ def read_rates(path: str | Path) -> Rates:
     try:
         return msgspec.convert(yaml_text.parse(files.read(Blob(str(path))).decode()), Rates)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
+        raise ConfigError(f"{path}: no such file; correct the path of --rates") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

@@ -93,11 +93,14 @@ def find_caveats(
     for subset, size in sizes.items():
         measured = rates.subsets[subset]
         if measured.regions and size.regions > 1_000 * measured.regions:
-            caveats.append(f"{subset}: {measured.regions:,} measured regions stand for {size.regions:,}")
+            caveats.append(
+                f"{subset}: the rates come from only {measured.regions:,} regions, the estimate is for "
+                f"{size.regions:,}; run a larger pilot"
+            )
         idle = [name for name, rate in measured.stages.items() if not rate.image_s and not rate.region_s]
         if idle:
             caveats.append(
-                f"{subset}: {', '.join(idle)} had no work in the pilot; counted as free, which it is not"
+                f"{subset}: {', '.join(idle)} had no work in the pilot, so that their cost is missing here"
             )
         density, planned = measured.regions / max(1, measured.images), size.regions / max(1, size.images)
         if measured.images and not 0.67 * density < planned < 1.5 * density:
@@ -124,7 +127,7 @@ def _headline(title: str, shown: Estimate) -> str:
     held = sum(subset.held_gpu_s for subset in shown.subsets) / 3600
     busy = sum(subset.gpu_s for subset in shown.subsets) / 3600
     on_gpus = f"{gpus:g} GPUs, {held:,.1f} GPU-hours held, {busy:,.1f} in use; " if gpus else ""
-    return f"{title}: {_duration(shown.wall_s)} on {on_gpus}{cpus:g} CPUs asked of Ray"
+    return f"{title}: {_duration(shown.wall_s)} on {on_gpus}Ray is asked for {cpus:g} CPUs"
 
 
 def _summary(subset: SubsetEstimate) -> str:

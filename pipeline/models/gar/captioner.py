@@ -221,8 +221,9 @@ def _checked(token_ids: Sequence[int], model: str) -> list[int]:
     """The tokens of an answer. Where logits are NaN, the most likely token is the first of the vocabulary."""
     if token_ids and not any(token_ids):
         raise StageFailed(
-            f"gar ({model}): an answer is {len(token_ids)} times token 0 and nothing else, which is what NaN "
-            "looks like; set captioner.options.dtype to bfloat16 or float32, or download the checkpoint again"
+            f"gar ({model}): an answer consists of token 0 only ({len(token_ids)} times), as happens when "
+            "the model computes NaN; set captioner.options.dtype to bfloat16 or float32, or download the "
+            "checkpoint again"
         )
     return list(token_ids)
 

@@ -238,10 +238,14 @@ def _refuse_others(
     if tile % (found.patch_px * found.pooling) or found.width % (4 * found.heads):
         raise ConfigError(
             f"{path}: a tile of {tile} px is not a whole number of {found.pooling} x {found.patch_px} px, or "
-            f"width {found.width} not a multiple of 4 x {found.heads} heads"
+            f"width {found.width} not a multiple of 4 x {found.heads} heads; use "
+            "the file that came with the weights"
         )
     if len(found.crop_tokens) != found.prompt_numbers:
-        raise ConfigError(f"{path}: {len(found.crop_tokens)} crop_tokens_ids, {found.prompt_numbers} prompts")
+        raise ConfigError(
+            f"{path}: {len(found.crop_tokens)} crop_tokens_ids, but {found.prompt_numbers} prompts; use the "
+            "file that came with the weights"
+        )
 
 
 def _agree_on_patches(found: GarConfig, config: dict[str, Any], vision: dict[str, Any]) -> None:
@@ -270,7 +274,7 @@ def _square(path: Path, field: str, value: Any) -> int:
     """A side in whole pixels, given by itself or twice."""
     sides = list(value) if isinstance(value, list | tuple) else [value]
     if len(set(sides)) != 1 or len(sides) > 2 or type(sides[0]) is not int or sides[0] < 1:
-        raise ConfigError(f"{path}: {field} is {value!r}; this model is only computed for squares")
+        raise ConfigError(f"{path}: {field} is {value!r}; only square sizes are supported")
     return sides[0]
 
 
@@ -336,4 +340,4 @@ def _get(values: dict[str, Any], field: str, path: Path) -> Any:
 
 def _agree(path: Path, field: str, value: Any, only: Any) -> None:
     if value != only:
-        raise ConfigError(f"{path}: {field} is {value!r}; this model is only computed for {only!r}")
+        raise ConfigError(f"{path}: {field} is {value!r}; only {only!r} is supported")

@@ -289,7 +289,7 @@ def test_a_target_that_is_there_is_left_alone_unless_it_is_empty(published, tmp_
     convert.convert(published, target)
     before = sorted(target.iterdir())
     for source in (published, target):
-        with pytest.raises(ConfigError, match="is there already"):
+        with pytest.raises(ConfigError, match="already exists"):
             convert.convert(source, target)
     assert sorted(target.iterdir()) == before and [target] == list(tmp_path.iterdir())
 
@@ -359,15 +359,15 @@ def test_without_the_unused_folder_the_error_names_the_mend_and_the_mend_works(p
 
 def test_the_unused_folder_of_another_model_is_refused(ours, siglip, tmp_path):
     model = shutil.copytree(ours, tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"has sizes .* but the model's tower"):
+    with pytest.raises(ConfigError, match=r"the sizes are .* those of the model's tower"):
         convert.convert(model, tmp_path / "back", vision=siglip)
     config = json.loads((model / "unused" / "config.json").read_text())
     config["language_model_config"]["rope_theta"] = 10000.0
     (model / "unused" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="it is another model's"):
+    with pytest.raises(ConfigError, match="own checkpoint"):
         convert.convert(model, tmp_path / "back")
     (model / "unused" / weights.INDEX).unlink()
-    with pytest.raises(ConfigError, match="not there, or not whole"):
+    with pytest.raises(ConfigError, match="missing or incomplete"):
         convert.convert(model, tmp_path / "back")
 
 
@@ -514,7 +514,7 @@ def test_the_command_converts_both_ways_and_says_what_it_did(published, llada, s
         ((published, "--vision", siglip), "leave out --vision"),
         ((tmp_path / "ours", "--layout", "reference"), "leave out --layout"),
         ((llada,), "of type 'llada'"),
-        ((tmp_path,), "is no checkpoint folder"),
+        ((tmp_path,), "is not a checkpoint folder"),
     ]:
         refused = command(*words, "--to", tmp_path / "not")
         assert isinstance(refused.exception, ConfigError) and message in str(refused.exception)

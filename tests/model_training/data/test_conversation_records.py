@@ -336,8 +336,8 @@ def test_files_that_cannot_be_read_are_errors_that_say_how_far_it_went(tmp_path:
     broken = {
         "cut.json": (b'[{"conversations": []}', r"Input data was truncated; repair the file"),
         "object.json": (b'{"data": []}', r"record 1: neither a list `conversations`"),
-        "lines.json": (b'{\n  "data": []\n}', r"one mapping, and not a list of records"),
-        "text.json": (b'"said"', r".*not a list of records"),
+        "lines.json": (b'{\n  "data": []\n}', r".*but it is a single mapping"),
+        "text.json": (b'"said"', r".*has to be a list of records"),
         "half.json": (b'[{"conversations": "\\ud83d"}]', r"a text has half of a character"),
         "cut.jsonl": (b'{"conversations": [{"from": "human", "value": "a"}]}\n{"conv', r"after record 1: "),
         "cut.parquet": (b"PAR1 and no more", r"Parquet magic bytes not found"),

@@ -471,7 +471,7 @@ def test_a_damaged_index_or_ledger_says_what_mends_it(merged: Path):
     (merged / "index.parquet").unlink()
     ledger = next((merged / "coconut" / "ledger").glob("*.parquet"))
     ledger.write_bytes(ledger.read_bytes()[:100])
-    with pytest.raises(IntegrityError, match=rf"{ledger.name}.*run the build again"):
+    with pytest.raises(IntegrityError, match=rf"{ledger.name}.*run `paracaption build CONFIG` again"):
         loader(merged)
     next((merged / "coconut" / "manifests").glob("*.json")).write_text("{")
     with pytest.raises(IntegrityError, match="not a manifest"):

@@ -223,7 +223,10 @@ def test_regions_that_cannot_be_used_are_named_and_the_others_of_their_image_are
     path = write_json(tmp_path / "dam_dataset.json", records)
     with caplog.at_level(logging.WARNING):
         found = opened(path, images, on_bad_sample="skip")
-    assert "dam_dataset.json: 1 of 7 records have no regions, the first is record 7" in caplog.text
+    assert (
+        "dam_dataset.json: 1 of 7 records have no regions and are left out; the first is record 7"
+        in caplog.text
+    )
     kept = sorted(key.rpartition(": ")[2] for batch in found for key in batch.keys if batch.weight_E.sum())
     assert kept in (["0#0,1", "said#0"], ["0#1,0", "said#0"])
     assert found.skipped == {

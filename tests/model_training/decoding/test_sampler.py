@@ -208,7 +208,7 @@ def test_an_exact_cache_needs_a_layout_that_isolates_the_prefix():
 
 def test_a_batch_laid_out_for_another_number_of_slots_is_an_error():
     model, _ = ready("corrected")
-    with pytest.raises(ConfigError, match="not of 6 slots"):
+    with pytest.raises(ConfigError, match="another length than 6 slots"):
         decode_batch(model, collate(photos("corrected", [1, 2])), options_of("remask", max_new_tokens=6))
 
 

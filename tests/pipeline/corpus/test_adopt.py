@@ -38,7 +38,7 @@ def test_files_where_a_corpus_has_its_own_are_refused_before_the_first_build_and
     theirs.write_bytes(b"mine")
     config = config_of(tmp_path / "data", sa1b=write_sa1b(tmp_path / "src", 2))
     before = tree(tmp_path)
-    with pytest.raises(ConfigError, match="is no corpus; choose another `out`") as told:
+    with pytest.raises(ConfigError, match="is not a corpus; choose another `out`") as told:
         build(config)
     assert str(theirs) in str(told.value) and "\n" not in str(told.value)
     assert tree(tmp_path) == before
@@ -50,7 +50,7 @@ def test_files_that_a_build_would_replace_are_refused_in_a_folder_that_is_no_cor
     (tmp_path / "out" / name).write_bytes(b"mine")
     config = config_of(tmp_path / "out", sa1b=write_sa1b(tmp_path / "src", 2))
     before = tree(tmp_path)
-    with pytest.raises(ConfigError, match="is no corpus; choose another `out`"):
+    with pytest.raises(ConfigError, match="is not a corpus; choose another `out`"):
         build(config)
     assert tree(tmp_path) == before
 
@@ -76,7 +76,7 @@ def test_a_new_subset_of_a_corpus_takes_no_files_of_others_over(tmp_path, name):
     theirs.write_bytes(b"mine")
     build(config_of(tmp_path / "out", coconut=coconut, text={"min_words": 4}))
     before = tree(tmp_path / "out")
-    with pytest.raises(ConfigError, match="is no corpus; choose another `out`"):
+    with pytest.raises(ConfigError, match="is not a corpus; choose another `out`"):
         build(config_of(tmp_path / "out", coconut=coconut, sa1b=write_sa1b(tmp_path / "src", 2)))
     assert tree(tmp_path / "out") == before
 

@@ -162,7 +162,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, form):
 
 def test_a_target_with_files_in_it_is_refused_and_left_alone(out, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         export.export(out, "coco", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()

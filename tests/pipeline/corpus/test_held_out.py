@@ -152,7 +152,9 @@ def test_a_copy_without_its_configuration_has_the_split_of_its_last_merge(tmp_pa
     (out / "config.yaml").unlink()
     assert reader.open_corpus(out).held_out_share == SHARE
     (out / "stats.json").unlink()
-    with pytest.raises(IntegrityError, match=r"index\.parquet: holds images out of training, and no config"):
+    with pytest.raises(
+        IntegrityError, match=r"index\.parquet: marks images as held out of training, but config"
+    ):
         export.export(out, "coco", tmp_path / "to")
     (out / "index.parquet").unlink()
     assert reader.open_corpus(out).held_out_share == 0
@@ -163,7 +165,10 @@ def test_an_index_of_another_share_than_the_configuration_is_named_by_verify(tmp
     with merge.own_or(None, str(out), "test") as owner:
         driver.write_config(holding_out(reader.open_corpus(out).config), owner)
     found = verify.verify(out)
-    assert not found.ok and "not of the units committed now; run `paracaption merge`" in found.text()
+    assert (
+        not found.ok
+        and "does not describe the units that are committed now; run `paracaption merge`" in found.text()
+    )
     merge.merge(out)
     assert verify.verify(out).ok
 

@@ -148,7 +148,7 @@ def test_units_that_are_not_committed_are_not_in_the_corpus(tmp_path):
 def test_a_committed_manifest_that_is_gone_stops_the_merge_and_says_what_to_do(tmp_path):
     out = committed.merged(tmp_path / "out")
     (out / "coconut" / "manifests" / "coconut-000000.json").unlink()
-    with pytest.raises(IntegrityError, match=r"manifests/coconut-000000\.json: gone.*build again"):
+    with pytest.raises(IntegrityError, match=r"manifests/coconut-000000\.json: gone.*build CONFIG` again"):
         merge.merge(out)
 
 

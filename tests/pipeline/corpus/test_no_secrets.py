@@ -148,7 +148,10 @@ def test_signed_addresses_in_the_records_of_a_source_are_published_nowhere(tmp_p
     said = texts(tmp_path / "out") | {"log": caplog.text, "output": out + err}
     assert len(said) > 20
     assert [(s, name) for s in IN_RECORDS for name, text in said.items() if s in text] == []
-    assert "the signatures in 4 file names are left out: they would be published. Photos and" in caplog.text
+    assert (
+        "4 file names hold signed URLs, whose signatures were removed: they would be published. Photos and"
+        in caplog.text
+    )
 
 
 def test_photos_and_label_maps_are_found_by_their_names_without_the_signatures(tmp_path):

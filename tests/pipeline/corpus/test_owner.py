@@ -220,7 +220,7 @@ def test_of_many_that_claim_at_once_one_wins_and_the_others_are_told(tmp_path):
 def test_an_owner_whose_folder_is_gone_begins_no_log_in_another_one(tmp_path, fate):
     out = tmp_path / "out"
     with (
-        pytest.raises(FileNotFoundError, match="the commit log is gone; was the folder moved") as raised,
+        pytest.raises(FileNotFoundError, match="the commit log is gone; mount or restore") as raised,
         own(str(out), "build", 60) as begun,
     ):
         out.rename(tmp_path / "elsewhere")
@@ -463,12 +463,12 @@ def test_a_corpus_whose_manifest_is_damaged_is_not_adopted(tmp_path):
 def test_a_folder_with_files_that_is_no_corpus_is_refused(tmp_path):
     (tmp_path / "coconut" / "shards").mkdir(parents=True)
     (tmp_path / "coconut" / "shards" / "coconut-000000.tar").write_bytes(b"of somebody else")
-    with pytest.raises(ConfigError, match="has files and is no corpus; choose another"):
+    with pytest.raises(ConfigError, match="has other files and is not a corpus; choose another"):
         adopt.refuse_foreign(str(tmp_path), ["coconut"])
     adopt.refuse_foreign(str(tmp_path), ["sa1b"])
     adopt.mark(str(tmp_path))
     adopt.mark(str(tmp_path))
-    with pytest.raises(ConfigError, match="has files and is no corpus; choose another"):
+    with pytest.raises(ConfigError, match="has other files and is not a corpus; choose another"):
         adopt.refuse_foreign(str(tmp_path), ["coconut"])
     (tmp_path / "coconut" / "plan").mkdir()
     (tmp_path / "coconut" / "plan" / "plan.json").write_bytes(b"{}")

@@ -75,7 +75,7 @@ def test_a_committed_manifest_that_is_gone_is_an_error_and_no_smaller_corpus(out
     (out / "coconut" / "manifests" / "coconut-000001.json").unlink()
     corpus = open_corpus(out)
     for ask in (list, lambda _: corpus.digest("coconut"), lambda _: corpus.find_unit("coconut", "none")):
-        with pytest.raises(IntegrityError, match=r"coconut-000001\.json: gone.*build again"):
+        with pytest.raises(IntegrityError, match=r"coconut-000001\.json: gone.*build CONFIG` again"):
             ask(corpus.samples())
 
 
@@ -136,7 +136,7 @@ def test_damaged_files_are_errors_that_say_what_to_do(tmp_path):
     out = committed.merged(tmp_path / "out")
     corpus = open_corpus(out)
     (out / "config.yaml").write_text("outt: x")
-    with pytest.raises(IntegrityError, match=r"config\.yaml.*run the build again"):
+    with pytest.raises(IntegrityError, match=r"config\.yaml.*run `paracaption build CONFIG` again"):
         _ = corpus.config
     (out / "coconut" / "plan" / "plan.json").write_text("[]")
     with pytest.raises(IntegrityError, match=r"plan\.json: not a work list"):

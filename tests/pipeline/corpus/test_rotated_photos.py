@@ -91,7 +91,7 @@ def test_verify_finds_another_photo_in_the_place_of_an_upright_one(config, tmp_p
 
     unit = UnitCheck(reader.list_units(str(tmp_path / "out/coconut"))[0])
     _check_shard(unit, reader.read_ledger(unit.unit.ledger).to_pylist())
-    assert any("not the one that was captioned" in problem.what for problem in unit.finish())
+    assert any("another photo was captioned" in problem.what for problem in unit.finish())
 
 
 def test_a_unit_whose_photos_come_from_the_shard_is_the_same_again_and_no_model_is_asked(config, tmp_path):

@@ -112,8 +112,8 @@ def test_an_image_of_the_plan_that_its_manifest_lacks_is_named(out):
 def test_a_manifest_of_no_unit_of_the_plan_is_named(out):
     folder = out / "coconut" / "manifests"
     shutil.copy(folder / "coconut-000002.json", folder / "coconut-000009.json")
-    named(out, "coconut-000009.json", "of no unit of the plan")
-    named(out, "coconut-000009.json", "is of unit coconut-000002")
+    named(out, "coconut-000009.json", "the plan has no such unit")
+    named(out, "coconut-000009.json", "belongs to unit coconut-000002")
 
 
 def test_an_image_that_is_planned_twice_is_named(out):
@@ -123,27 +123,27 @@ def test_an_image_that_is_planned_twice_is_named(out):
     summary = path.with_name(work_list.SUMMARY)
     early = json.loads(summary.read_text()) | {"table": "", "check": ""}
     summary.write_text(json.dumps(early))
-    named(out, "sa1b/plan/plan.parquet: sa_1", "planned 2 times")
+    named(out, "sa1b/plan/plan.parquet: sa_1", "has this image 2 times")
 
 
 def test_a_missing_or_damaged_plan_is_named(out):
     path = out / "coconut" / work_list.FOLDER / work_list.TABLE
     path.write_bytes(b"PAR1 no more")
-    named(out, "coconut/plan/plan.parquet", "damaged", "build again")
+    named(out, "coconut/plan/plan.parquet", "damaged", "build CONFIG` again")
     path.unlink()
-    named(out, "coconut/plan/plan.parquet", "gone", "build again")
+    named(out, "coconut/plan/plan.parquet", "gone", "build CONFIG` again")
     path.with_name(work_list.SUMMARY).write_bytes(b'{"subset": ' * 5000)
     named(out, "coconut/plan/plan.parquet", "not readable", "plan.json")
 
 
 def test_manifests_of_two_plans_are_named(out):
     edit_manifest(out, plan="0" * 64)
-    named(out, "coconut/manifests", "1 units are of another plan", UNIT)
+    named(out, "coconut/manifests", "1 units were built from another plan", UNIT)
 
 
 def test_manifests_of_two_recipes_are_named(out):
     edit_manifest(out, recipe="stricter")
-    named(out, "coconut/manifests", "2 recipes", "stricter: 1 units")
+    named(out, "coconut/manifests", "units of 2 configurations", "stricter: 1 units")
 
 
 def test_a_manifest_that_is_none_is_named(out):
@@ -156,8 +156,8 @@ def test_a_manifest_that_is_none_is_named(out):
     [
         ({"regions_in": 17}, "regions_in 17 is not kept 7 + dropped 9"),
         ({"kept": 8, "regions_in": 17}, "kept 8 is not the sum over its images"),
-        ({"shard": None}, "has no shard with 7 kept regions"),
-        ({"subset": "sa1b"}, "is of subset sa1b"),
+        ({"shard": None}, "names no shard, although 7 regions are kept"),
+        ({"subset": "sa1b"}, "belongs to subset sa1b"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_named(out, changes, what):
@@ -199,12 +199,12 @@ def test_kept_regions_of_an_image_that_differ_from_the_manifest_are_named(out):
 
 def test_a_region_that_is_there_twice_is_named(out):
     edit_ledger(out, lambda row: (row["key"], row["region"]) == ("000000000000", 2), region=1)
-    named(out, "000000000000 #1", "is there 2 times")
+    named(out, "000000000000 #1", "occurs 2 times")
 
 
 def test_a_kept_region_with_a_drop_reason_is_named(out):
     edit_ledger(out, first_kept, drop_reason="iou_low", drop_stage="x")
-    named(out, "000000000000 #1", "kept or with a reason")
+    named(out, "000000000000 #1", "either kept or have a drop reason")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_json_member_that_is_no_sample_is_named(out):
 
 def test_a_json_member_of_another_key_is_named(out):
     edit_shard(out, b'{"key":"000000000000"', b'{"key":"000000000777"')
-    named(out, "000000000000.json", "is of coconut/000000000777")
+    named(out, "000000000000.json", "belongs to coconut/000000000777")
 
 
 def test_a_photo_that_is_none_is_named(out):
@@ -320,7 +320,7 @@ def test_a_member_with_a_time_or_an_owner_is_named(out):
 
 def test_samples_in_another_order_or_twice_are_named(out):
     repack(out, lambda members: [*members[2:], *members[:2]])
-    named(out, f"shards/{UNIT}.tar", "not in the order of their keys")
+    named(out, f"shards/{UNIT}.tar", "not sorted by key")
 
 
 def test_an_empty_photo_and_one_without_json_are_named(out):
@@ -361,7 +361,7 @@ def test_an_index_or_statistics_of_other_units_are_named(out):
     named(out, "index.parquet", "paracaption merge")
     (out / "index.parquet").write_bytes(index)
     edit_manifest(out, recipe="other")
-    named(out, "stats.json: coconut", "not of the units committed now")
+    named(out, "stats.json: coconut", "does not describe the units that are committed now")
 
 
 def test_a_corpus_that_is_not_merged_yet_is_a_note(tmp_path):
@@ -402,4 +402,4 @@ def test_a_photo_that_is_not_the_captioned_one_is_found(out):
             digests[kept.index(True)] = "0" * 64
         path.write_bytes(table_bytes(table.append_column("photo_digest", pa.array(digests, pa.string()))))
         sign(out, "ledger")
-        assert any("not the one that was captioned" in problem for problem in found(out)) == wrong
+        assert any("another photo was captioned" in problem for problem in found(out)) == wrong

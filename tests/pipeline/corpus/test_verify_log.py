@@ -59,7 +59,10 @@ def test_each_file_that_the_log_names_is_named_if_it_is_changed_cut_or_gone(out,
     path.unlink()
     problems = found(out)
     assert name in problems
-    assert any(word in problems[name] for word in ("build again", "merge", "run the build again"))
+    assert any(
+        word in problems[name]
+        for word in ("build CONFIG` again", "merge", "run `paracaption build CONFIG` again")
+    )
 
 
 def test_what_the_remedy_says_mends_a_damaged_configuration_card_and_plot(out):
@@ -107,7 +110,7 @@ def test_a_checkpoint_that_says_something_else_than_the_records_is_named(tmp_pat
     assert isinstance(checkpoint, Checkpoint)
     path = out / "log/000000000010.json"
     path.write_bytes(records.encode(msgspec.structs.replace(checkpoint, released=not checkpoint.released)))
-    assert "something else than the records before it" in found(out)["log/000000000010.json"]
+    assert "contradicts the records before it" in found(out)["log/000000000010.json"]
 
 
 def rewrite(out: Path, unit: LogUnit) -> None:
@@ -125,7 +128,7 @@ def logged(out: Path) -> LogUnit:
 
 def test_a_manifest_that_says_something_else_than_the_log_is_named(out):
     rewrite(out, msgspec.structs.replace(logged(out), kept=logged(out).kept + 1))
-    assert "something else" in found(out)[f"coconut/manifests/{UNIT}.json"]
+    assert "does not agree with the log" in found(out)[f"coconut/manifests/{UNIT}.json"]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ def test_files_that_a_dead_driver_has_not_moved_are_checked_under_their_temporar
     report = verify.verify(out)
     assert report.ok, report.text()
     assert [note.file for note in report.notes] == [f"log/{owner.state.number:012}.json"]
-    assert "3 of its files have temporary names" in report.notes[0].what
+    assert "3 of its files still have temporary names" in report.notes[0].what
     shard = out / renamed["shard"].temporary
     shard.write_bytes(shard.read_bytes()[:-1])
     assert list(found(out)) == [renamed["shard"].temporary]
@@ -192,7 +195,7 @@ def test_a_file_that_was_replaced_and_is_kept_is_checked_too(out):
     kept = f".replaced/{owner.state.number}/{ledger.path}"
     (out / kept).write_bytes(b"x" * ledger.bytes)
     report = verify.verify(out)
-    assert report.ok and [(note.file, "cannot bring it back" in note.what) for note in report.notes] == [
+    assert report.ok and [(note.file, "cannot restore this file" in note.what) for note in report.notes] == [
         (kept, True)
     ]
     shutil.rmtree(out / ".replaced")
@@ -282,13 +285,13 @@ def test_damaged_evidence_is_named_with_what_the_next_build_does(out):
     whole = path.read_bytes()
     for data in (b"", whole[:-1], whole[:40] + bytes([whole[40] ^ 4]) + whole[41:], b"PAR1" * 90):
         path.write_bytes(data)
-        assert "asks for them again" in found(out)[name]
+        assert "asks the model again" in found(out)[name]
     assert name not in found(out, deep=False)
 
 
 def test_evidence_of_other_images_of_no_unit_and_of_no_stage_is_named(out):
     path = evidence(out, key="of_another_unit")
-    assert "of another unit (of_another_unit)" in found(out)[f"{FOLDER}/sa1b-000000.parquet"]
+    assert "not in this unit (of_another_unit)" in found(out)[f"{FOLDER}/sa1b-000000.parquet"]
     evidence(out).rename(path.with_name("sa1b-000009.parquet"))
     (out / "sa1b/evidence/guess-0123456789abcdef").mkdir()
     report = verify.verify(out)
@@ -318,6 +321,6 @@ def test_a_json_member_of_many_nested_objects_is_a_problem(out):
 @pytest.mark.parametrize("text", ["a: !!bool x", "a: 2024-99-99", "[" * 5000, "\x00", "- 1"])
 def test_a_configuration_that_yaml_chokes_on_is_one_line(out, text):
     (out / "config.yaml").write_text(text)
-    with pytest.raises(IntegrityError, match="run the build again"):
+    with pytest.raises(IntegrityError, match="run `paracaption build CONFIG` again"):
         reader.read_config(out)
     assert "config.yaml" in found(out)

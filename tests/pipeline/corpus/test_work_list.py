@@ -123,7 +123,7 @@ def test_a_plan_whose_table_is_gone_is_made_again_and_a_changed_source_is_still_
     assert work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path) == first
     assert table.read_bytes() == before
     table.unlink()
-    with pytest.raises(IntegrityError, match="it is gone"):
+    with pytest.raises(IntegrityError, match="old work list is gone"):
         work_list.make_work_list(FakeSource(entries_of("a", "c"), "2"), config_of(tmp_path), tmp_path)
 
 
@@ -159,7 +159,7 @@ def test_another_order_and_another_unit_size_are_refused(tmp_path):
     work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
     with pytest.raises(IntegrityError, match="another order"):
         work_list.make_work_list(FakeSource(entries_of("b", "a"), "2"), config_of(tmp_path), tmp_path)
-    with pytest.raises(IntegrityError, match="images_per_shard was 3, is 4"):
+    with pytest.raises(IntegrityError, match="images_per_shard was 3, is now 4"):
         work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path, 4), tmp_path)
 
 
@@ -243,7 +243,7 @@ def flipped(data, place):
 def entries_of_all_kinds():
     """What each column of the table may hold."""
     listed = entries_of(*"abcdefg")
-    drop = Drop("source", Reason.PHOTO_MISSING, "c.jpg: in none of the photo folders")
+    drop = Drop("source", Reason.PHOTO_MISSING, "c.jpg: in none of the folders of `photos`")
     listed[2] = CatalogEntry("c", None, None, b'{"width": 3}', "c.jpg", drop)
     return [*listed, *(msgspec.structs.replace(each, key=f"{each.key}2", source=1) for each in listed)]
 
@@ -339,7 +339,9 @@ def test_rows_that_are_gone_or_in_another_place_are_damage(tmp_path):
 def test_damage_with_other_sources_is_one_clear_error(tmp_path):
     work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
     work_list.table_path(tmp_path).write_bytes(b"PAR1")
-    with pytest.raises(IntegrityError, match=r"cannot be said, it is damaged.*use a new `out`"):
+    with pytest.raises(
+        IntegrityError, match=r"cannot be named, because the old work list is damaged.*use a new `out`"
+    ):
         work_list.make_work_list(FakeSource(entries_of("a", "c"), "2"), config_of(tmp_path), tmp_path)
 
 

@@ -89,4 +89,6 @@ def test_a_poison_image_is_never_asked_about(tmp_path):
     ask = Asked()
     found = bisect(ask, images(3), tmp_path)
     assert ask.batches == [["i0", "i2"]]
-    assert found["i1"] == Failure(Reason.WORKER_CRASHED, "the worker died 3 times on this image alone")
+    assert found["i1"] == Failure(
+        Reason.WORKER_CRASHED, "the worker died 3 times while it had only this image"
+    )

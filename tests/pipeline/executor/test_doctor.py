@@ -123,7 +123,7 @@ def test_what_a_check_reports_and_notes_is_shown():
         (
             weighed(num_gpus=0.5, engine={"gpu_memory_utilization": 0.9}),
             FAIL,
-            "more than its actors hold of a GPU (0.5)",
+            "an actor holds only 0.5 of a GPU",
         ),
         (weighed(num_gpus=0, weight_gb=1e6), FAIL, "main memory"),
         (weighed(num_gpus=0, weight_gb=0.1), OK, "main memory"),
@@ -144,7 +144,7 @@ def test_without_a_gpu_in_sight_the_budget_is_open():
 def test_gpus_that_are_not_there_are_a_fail_and_too_few_cpus_are_shared(tmp_path, release):
     findings = doctor.examine_build(config(tmp_path, release, captioner={**weighed(2), "num_cpus": 500}))
     found = failed(findings)
-    assert "hold 2 GPUs at once, 0 are available" in found["coconut GPUs"].found
+    assert "need 2 GPUs at once; 0 are available" in found["coconut GPUs"].found
     cpus = next(each for each in findings if each.subject == "coconut CPUs")
     assert cpus.state == OK and "they share" in cpus.found
 

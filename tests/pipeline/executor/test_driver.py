@@ -181,6 +181,6 @@ def test_a_source_without_an_image_is_refused_before_anything_is_built(tmp_path,
     path = tmp_path / "empty.json"
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
     empty = {**coconut, "annotations": [str(path)]}
-    with pytest.raises(ConfigError, match="it has no image"):
+    with pytest.raises(ConfigError, match="no image was found"):
         driver.build(config_of(tmp_path / "out", coconut=empty), LocalEngine())
     assert not (tmp_path / "out").exists()

@@ -43,7 +43,7 @@ def test_an_image_is_poison_after_its_deaths_alone_and_only_then(tmp_path):
     die(tmp_path, ["i1"])
     with InFlight(tmp_path, "u", 2) as in_flight:
         assert in_flight.is_poison("i1") and not in_flight.is_poison("i0")
-        assert in_flight.crash_detail("i1") == "the worker died 2 times on this image alone"
+        assert in_flight.crash_detail("i1") == "the worker died 2 times while it had only this image"
 
 
 def test_deaths_of_one_image_are_remembered_while_others_work(tmp_path):
@@ -78,4 +78,4 @@ def test_a_disk_that_takes_no_notes_is_one_warning_and_the_unit_goes_on(tmp_path
         for batch in in_flight.split(images(4), 1):
             with in_flight.batch([each.key for each in batch]):
                 pass
-    assert len([line for line in caplog.messages if "is not found" in line]) == 1
+    assert len([line for line in caplog.messages if "cannot be identified" in line]) == 1

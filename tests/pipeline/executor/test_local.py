@@ -163,7 +163,7 @@ def test_an_image_that_takes_the_process_down_is_found_by_the_next_runs_and_drop
     found = drops(tmp_path / "out", "coconut")
     assert found.keys() == {("000000000005", number) for number in range(4)}
     assert set(found.values()) == {
-        ("caption", "worker_crashed", "the worker died 2 times on this image alone")
+        ("caption", "worker_crashed", "the worker died 2 times while it had only this image")
     }
     assert not (tmp_path / "out" / "coconut" / "journal").exists()
     asked = calls(tmp_path / "captioner.log")

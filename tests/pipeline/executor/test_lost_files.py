@@ -80,7 +80,7 @@ def test_a_configuration_with_a_changed_byte_is_written_again(built):
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"min_words: 5", b"min_words: 6"))
     (problem,) = verify.verify(out).problems
-    assert problem.file == "config.yaml" and "run the build again" in problem.what
+    assert problem.file == "config.yaml" and "run `paracaption build CONFIG` again" in problem.what
     build(built)
     assert path.read_bytes() == whole and verify.verify(out).ok
 
@@ -91,7 +91,7 @@ def test_nobody_is_asked_to_delete_the_manifest_where_a_file_is_missing(built, n
     (out / "coconut" / FILES[name]).unlink()
     (problem,) = verify.verify(out).problems
     assert problem.file == f"coconut/{FILES[name]}"
-    assert problem.what == "missing; run the build again, which rebuilds the unit"
+    assert problem.what == "missing; run `paracaption build CONFIG` again, which rebuilds the unit"
     build(built)
     assert verify.verify(out).ok
 
@@ -101,7 +101,7 @@ def test_a_missing_configuration_is_one_problem_with_a_remedy_that_helps(built):
     (out / "config.yaml").unlink()
     report = verify.verify(out)
     assert [str(each) for each in report.problems] == [
-        "config.yaml: missing; run the build again, which writes it"
+        "config.yaml: missing; run `paracaption build CONFIG` again, which writes it"
     ]
     assert report.text().endswith(": 1 problem")
     build(built)

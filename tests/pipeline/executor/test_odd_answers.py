@@ -188,4 +188,4 @@ def test_an_exception_that_is_none_of_pythons_kinds_is_the_backends_and_no_build
     build(config)
     found = set(drops(tmp_path / "out", "coconut").values())
     assert {reason for _, reason, _ in found} == {"model_error"}
-    assert all("the backend ended itself: Odd" in detail for _, _, detail in found)
+    assert all("the backend tried to end the process (Odd" in detail for _, _, detail in found)

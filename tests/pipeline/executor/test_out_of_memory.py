@@ -80,5 +80,5 @@ def test_one_tensor_that_does_not_fit_is_out_of_memory_by_name():
     def work(_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(OutOfMemory, match="tiles: one alone does not fit: CUDA out of memory"):
+    with pytest.raises(OutOfMemory, match="tiles: out of memory with a batch of one \\(CUDA out of memory"):
         Batches(8, "tiles").run([1, 2, 3], work)

@@ -43,7 +43,7 @@ def test_an_image_that_kills_its_worker_is_dropped_and_the_rest_finishes(engine,
     done = build(config, engine)["coconut"]
     assert done.dropped == {"caption/worker_crashed": 4}
     detail = drops(tmp_path / "out", "coconut")["000000000005", 0][2]
-    assert detail == "the worker died 3 times on this image alone"
+    assert detail == "the worker died 3 times while it had only this image"
     assert not (tmp_path / "out" / "coconut" / "journal").exists()
 
 
@@ -245,6 +245,7 @@ def test_a_ray_that_does_not_start_is_one_line(tmp_path, coconut, monkeypatch):
 
     monkeypatch.setattr(ray_data, "_connect", fails)
     with pytest.raises(
-        Retryable, match=r"^Ray does not start: Exception: timed out during startup; run it again.*--local"
+        Retryable,
+        match=r"^Ray does not start: Exception: timed out during startup; run the same command.*--local",
     ):
         RayEngine().start(config_of(tmp_path / "out", coconut=coconut))

@@ -232,7 +232,7 @@ def test_an_image_that_killed_too_often_is_dropped_unasked(tmp_path, coconut):
 def test_a_unit_whose_every_image_kills_is_a_failure_of_the_stage(tmp_path, coconut):
     bench = Bench(tmp_path, coconut)
     bench.note("caption", deaths={f"{number:012d}": 3 for number in range(NUM_IMAGES)}, working=[])
-    assert bench.draft().failures == {"caption": "the worker died 3 times on this image alone"}
+    assert bench.draft().failures == {"caption": "the worker died 3 times while it had only this image"}
 
 
 def test_a_record_that_kills_the_reader_is_dropped_as_an_image(tmp_path, coconut):

@@ -17,7 +17,7 @@ def error_of(number: int, *names: str) -> OSError:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (error_of(errno.EIO, "/data/a"), "/data/a: Input/output error; the disk or its mount fails"),
+        (error_of(errno.EIO, "/data/a"), "/data/a: Input/output error; the disk or its mount reports errors"),
         (error_of(errno.ENOSPC, "/out/x"), "/out/x: No space left on device; make room"),
         (error_of(errno.EACCES, "/out"), "/out: Permission denied; give this user the permission"),
         (error_of(errno.EROFS, "/out"), "/out: Read-only file system; it is mounted read-only"),

@@ -30,7 +30,10 @@ OTHERS = {
     "blank": (b" \n", "the file is empty"),
     "GIF": (b"GIF89a" + bytes(9), "a GIF; save it as PNG"),
     "HEIC": (b"\0\0\0\x18ftypheic", "HEIC, AVIF or a video"),
-    "notes": (b"\x00\x05\x16\x07" + bytes(40), "notes of macOS on a file; delete it"),
+    "notes": (
+        b"\x00\x05\x16\x07" + bytes(40),
+        "a metadata file of macOS (their names begin with `._`); delete it",
+    ),
     "zeros": (bytes(300), "only zero bytes"),
 }
 """Files that are nothing that a source reads, and what is said of each, whatever it should be."""

@@ -67,10 +67,10 @@ def test_a_block_that_raises_leaves_nothing_and_what_was_there_stays(tmp_path):
 def test_a_folder_that_is_there_is_refused_unless_it_is_empty_or_to_be_replaced(tmp_path):
     (tmp_path / "target").mkdir()
     write(tmp_path / "target", "old")
-    with pytest.raises(ConfigError, match="target: is there already; move it away"):
+    with pytest.raises(ConfigError, match="target: already exists; move it away"):
         write(tmp_path / "target")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="file: is there already"):
+    with pytest.raises(ConfigError, match="file: already exists"):
         write(tmp_path / "file")
     assert content(tmp_path / "target") == {"a": "old", "in/b": "old"}
     write(tmp_path / "target", replace=True)

@@ -267,7 +267,7 @@ def test_a_process_that_a_worker_spawns_imports_the_module_as_well(project):
         ("x = 1\n", "mycap:MyCap", r"mycap.py has no 'MyCap'; correct the name"),
         ("class Other: ...\n", "mycap:MyCap", r"mycap.py has no 'MyCap'; it has Other"),
         ("class MyCap: ...\n", "mycap.sub:MyCap", r"mycap has no module mycap.sub; correct the name"),
-        ("def MyCap(): ...\n", "mycap:MyCap", r"MyCap in \S+mycap.py is no class \(it is a function\)"),
+        ("def MyCap(): ...\n", "mycap:MyCap", r"MyCap in \S+mycap.py is not a class \(it is a function\)"),
         (
             "import not_there\n",
             "mycap:MyCap",
@@ -283,14 +283,18 @@ def test_a_process_that_a_worker_spawns_imports_the_module_as_well(project):
         ),
         ("class MyCap:\n  caption = 1\n", "mycap:MyCap", "has no method `caption`"),
         ("class MyCap:\n  async def caption(self, images): ...\n", "mycap:MyCap", "`caption` is async"),
-        ("class MyCap:\n  def caption(self): ...\n", "mycap:MyCap", r"cannot be called so \(too many"),
+        (
+            "class MyCap:\n  def caption(self): ...\n",
+            "mycap:MyCap",
+            r"does not take the arguments that it is called with \(too many",
+        ),
         ("class MyCap:\n  def caption(self, a, b): ...\n", "mycap:MyCap", r"\(missing a required argument"),
-        ("", "my cap:MyCap", "is no name of a class; write it as 'package.module:Class'"),
-        ("", ":MyCap", "is no name of a class"),
-        ("", "mycap:", "is no name of a class"),
-        ("", "../mycap:MyCap", "is no name of a class"),
+        ("", "my cap:MyCap", "is not the name of a class; write it as 'package.module:Class'"),
+        ("", ":MyCap", "is not the name of a class"),
+        ("", "mycap:", "is not the name of a class"),
+        ("", "../mycap:MyCap", "is not the name of a class"),
         ("", "mycap.py:MyCap", r"mycap has no module mycap.py; correct the name"),
-        (None, "os:system", r"system in \S+os.py is no class"),
+        (None, "os:system", r"system in \S+os.py is not a class"),
     ],
 )
 def test_a_class_that_cannot_be_used_is_refused_in_one_line(project, text, name, told):
@@ -391,7 +395,9 @@ def test_a_served_run_finds_what_deploy_allowed_in_the_folder_of_deploy_and_noth
     served.check_run(config)
     assert registry.find_backend("captioner", config.captioner).__name__ == "MyCap"
     other = config.model_copy(update={"captioner": Backend(name="other:MyCap")})
-    with pytest.raises(ConfigError, match="only if `paracaption deploy` --allows it"):
+    with pytest.raises(
+        ConfigError, match="not allowed in a served flow; serve it with `paracaption deploy --allow"
+    ):
         served.check_run(other)
     assert "other" not in sys.modules
 

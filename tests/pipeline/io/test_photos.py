@@ -172,8 +172,8 @@ def kinds():
         "text": (made("PNG", pnginfo=text), long),
         "gif": (made("GIF"), "a GIF; save it as PNG"),
         "heic": (heic, "HEIC, AVIF or a video; save it as JPEG or PNG"),
-        "ppm": (made("PPM"), "not an image that we read (JPEG, PNG, WEBP, BMP, TIFF, MPO)"),
-        "json": (b'{"error": "gone"}', "not a photo that we read: JSON; give the photo itself"),
+        "ppm": (made("PPM"), "not a supported image; convert it to one of JPEG, PNG, WEBP, BMP, TIFF, MPO"),
+        "json": (b'{"error": "gone"}', "not a supported photo: JSON; give the photo itself"),
         "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         "cut": (made("JPEG")[:-400], "truncated"),
     }

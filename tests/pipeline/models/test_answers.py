@@ -46,11 +46,11 @@ def test_a_caption_in_another_type_of_text_is_that_caption(given):
 
 @pytest.mark.parametrize("given", [5, 1.5, b"A cat.", ["A cat."], {"caption": "A cat."}, True, float("nan")])
 def test_a_caption_of_another_type_is_a_model_error(given):
-    assert refused(answers.caption(given)).startswith("a caption is text, not of type ")
+    assert refused(answers.caption(given)).startswith("a caption has to be text, not of type ")
 
 
 def test_a_caption_of_millions_of_words_is_a_model_error_and_names_the_limit():
-    assert refused(answers.caption("word " * 3_000_000)).endswith("the most is 100,000")
+    assert refused(answers.caption("word " * 3_000_000)).endswith("at most 100,000 are allowed")
     assert answers.caption("x" * answers.MAX_CHARS) == "x" * answers.MAX_CHARS
 
 
@@ -132,7 +132,7 @@ def test_candidates_that_are_none_are_a_model_error_within_a_second(given):
 
 @pytest.mark.parametrize("given", ["ab", b"ab", {"a": 1, "b": 2}, {"a", "b"}, None, 5])
 def test_what_has_no_order_is_no_list_of_answers(given):
-    with pytest.raises(TypeError, match="answers are a list"):
+    with pytest.raises(TypeError, match="answers have to be a list"):
         answers.listed(given, 2, "answers")
 
 

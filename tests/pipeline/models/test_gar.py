@@ -58,7 +58,10 @@ def edit(path, **fields):
             {"model": "x", "engine": {"trust_remote_code": True}},
             r"engine: trust_remote_code is not for the config",
         ),
-        ({"model": "no/such/folder"}, r"captioner\.options\.model: no/such/folder is no checkpoint folder"),
+        (
+            {"model": "no/such/folder"},
+            r"captioner\.options\.model: no/such/folder is not a checkpoint folder",
+        ),
     ],
 )
 def test_wrong_options_are_named(options, told):
@@ -206,10 +209,14 @@ def test_a_cut_file_is_named(copy):
         ("config.json", {"model_type": "qwen3"}, "model_type is 'qwen3', not 'GAR'"),
         ("config.json", {"kernel_size": [16, 16]}, r"kernel_size is \[16, 16\], the vision .*patch_size 14"),
         ("config.json", {"patch_size_w": 7}, r"patch_size_w is 7, the vision tower's patch_size 14"),
-        ("config.json", {"kernel_size": [14, 7]}, r"kernel_size is \[14, 7\]; .*only computed for squares"),
+        (
+            "config.json",
+            {"kernel_size": [14, 7]},
+            r"kernel_size is \[14, 7\]; only square sizes are supported",
+        ),
         ("config.json", {"mask_path_embedding_out_channels": 64}, "mask_path_embedding_out_channels is 64"),
-        ("processor_config.json", {"patch_size": 16}, "patch_size is 16; .*only computed for 14"),
-        ("processor_config.json", {"pooling_ratio": 1}, "pooling_ratio is 1; .*only computed for 2"),
+        ("processor_config.json", {"patch_size": 16}, "patch_size is 16; only 14 is"),
+        ("processor_config.json", {"pooling_ratio": 1}, "pooling_ratio is 1; only 2 is"),
         ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),
         ("preprocessor_config.json", {"rescale_factor": 0.5}, "rescale_factor is 0.5"),
         ("config.json", {"crop_tokens_ids": [1, 2]}, "2 crop_tokens_ids, 5 prompts"),
@@ -242,8 +249,8 @@ def with_arguments(folder, **changes):
         ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.bias is 192, not 96"),
         ({"patch_size": 4}, "kernel_size is .14, 14., the vision tower's patch_size 4|ref_feat_shape"),
         ({"patch_size": 0}, "patch_size is 0"),
-        ({"img_size": None}, r"img_size is .*; this model is only computed for \[112, 112\]"),
-        ({"ref_feat_shape": None}, r"ref_feat_shape is .*only computed for \[8, 8\]"),
+        ({"img_size": None}, r"img_size is .*; only \[112, 112\] is"),
+        ({"ref_feat_shape": None}, r"ref_feat_shape is .*only \[8, 8\] is"),
         ({"swiglu_mlp": True}, r"has \['swiglu_mlp'\], which would change what is computed"),
     ],
 )
@@ -454,5 +461,7 @@ def test_a_weight_of_the_tower_that_is_not_finite_is_named(copy):
 def test_an_answer_of_token_0_alone_is_an_error_and_no_caption():
     assert _checked([0, 0, 7], "GAR") == [0, 0, 7]
     assert _checked([], "GAR") == []
-    with pytest.raises(StageFailed, match="4 times token 0 and nothing else, which is what NaN"):
+    with pytest.raises(
+        StageFailed, match="token 0 only \\(4 times\\), as happens when the model computes NaN"
+    ):
         _checked((0, 0, 0, 0), "GAR")

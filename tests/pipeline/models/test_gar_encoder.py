@@ -161,7 +161,7 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing(parts, tmp_pa
             close(prompt, expected[key])
         assert encoder.batches.size <= 3
         limit[0] = 0
-        with pytest.raises(OutOfMemory, match="tiles in the vision tower: one alone does not fit"):
+        with pytest.raises(OutOfMemory, match="tiles in the vision tower: out of memory with a batch of one"):
             encode(encoder, image)
     finally:
         hook.remove()

@@ -177,7 +177,7 @@ def test_another_engine_of_this_process_is_closed_without_harm(vllm_judge, qwen3
         ({"engine": {"trust_remote_code": True}}, "engine.trust_remote_code"),
         ({"engine": {"max_model_len": 1100}}, "engine.max_model_len: leaves"),
         ({"engine": {"max_model_len": 99_999}}, "has 4096 positions"),
-        ({"model": "/nowhere"}, "no checkpoint folder"),
+        ({"model": "/nowhere"}, "not a checkpoint folder"),
     ],
 )
 def test_wrong_options_name_the_option(qwen3, options, words):

@@ -36,7 +36,7 @@ def test_what_is_no_list_of_regions_drops_the_image_at_once(given):
     image = cleaned(given)
     assert image.regions == [] and image.drop is not None
     assert image.drop.reason == Reason.ANNOTATION_UNREADABLE
-    assert "gives no list of regions" in image.drop.detail and len(image.drop.detail) < 200
+    assert "has to give a list of `Region`" in image.drop.detail and len(image.drop.detail) < 200
     assert time.thread_time() - began < 2
 
 
@@ -44,7 +44,10 @@ def test_what_is_no_region_is_a_drop_in_its_place_and_the_others_stay():
     image = cleaned(each for each in [Region(7, MASK.rle), None, "a cat", 3])
     assert [region.drop is None for region in image.regions] == [True, False, False, False]
     assert [region.id for region in image.live()] == [7]
-    assert image.regions[2].drop is not None and "no region, but str" in image.regions[2].drop.detail
+    assert (
+        image.regions[2].drop is not None
+        and "is a str; the source has to give" in image.regions[2].drop.detail
+    )
 
 
 def test_regions_without_an_end_are_taken_up_to_a_limit(monkeypatch):

@@ -424,7 +424,7 @@ def test_areas_that_disagree_drop_every_region_of_the_image(release):
     segments = [{"id": 70_000, "category_id": 1, "area": 98}, {"id": 7, "category_id": 184, "area": 54}]
     bad, good = release.add("a", segments=segments).add("b").read()
     assert reasons(bad) == [Reason.LABELS_DISAGREE] * 2 and len(good.live()) == 2
-    assert "declared 98, the map has 54" in bad.drop.detail
+    assert "declared 98, in the map 54" in bad.drop.detail
 
 
 def test_a_label_map_in_the_place_of_a_photo_is_no_photo(release):

@@ -63,16 +63,16 @@ def test_a_photo_of_another_folder_is_told_and_not_taken(release):
     release.images[0]["file_name"] = "train2017\\x.jpg"
     (image,) = release.read()
     assert reasons(image) == [Reason.PHOTO_MISSING] * 2
-    assert "x.jpg is there, but not in the folder that this name says" in image.drop.detail
+    assert "x.jpg exists, but in another folder than this name says" in image.drop.detail
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("../a", "outside its folder"),
-        ("/a", "outside its folder"),
+        ("../a", "leads out of its folder"),
+        ("/a", "leads out of its folder"),
         ("a\nb", "has a control character"),
-        ("a::b", "begins as with a drive"),
+        ("a::b", "begins with a drive letter"),
     ],
 )
 def test_a_name_that_is_not_safe_is_told_what_is_wrong_with_it(release, name, told):

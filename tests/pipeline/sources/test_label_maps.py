@@ -112,7 +112,7 @@ def test_areas_that_disagree_refuse_the_whole_map_with_an_example():
     swapped = np.where(LABELS == 1, 2, np.where(LABELS == 2, 1, LABELS))
     error = refusal(png(rgb(swapped)), DECLARED)
     assert error.reason == Reason.LABELS_DISAGREE
-    assert "2 of 3 segments" in error.detail and "segment 1: declared 24, the map has 36" in error.detail
+    assert "2 of 3 segments" in error.detail and "segment 1: declared 24, in the map 36" in error.detail
 
 
 def test_a_palette_that_lost_colors_is_refused():

@@ -17,7 +17,7 @@ def test_what_makes_an_estimate_doubtful_is_listed():
     caveats = find_caveats(
         config(), known, {"coconut": Size(100_000, 4_000_000)}, config(judge={"name": "openai"})
     )
-    assert any("1,000 measured regions stand for 4,000,000" in line for line in caveats)
+    assert any("only 1,000 regions, the estimate is for 4,000,000" in line for line in caveats)
     assert any("verify_category" in line and "had no work" in line for line in caveats)
     assert any("10.0 regions an image, the estimate 40.0" in line for line in caveats)
     assert any(line.startswith("judge: the pilot ran openai") for line in caveats)
