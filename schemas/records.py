@@ -177,13 +177,13 @@ class ImageRecord(msgspec.Struct):
 
 
 SCORES = {
-    "visible_share": "share of the mask still visible once the masks on top of it are painted, 0..1",
-    "container_share": "largest share of the mask inside one larger object's mask, 0..1",
+    "visible_share": "share of the mask that no smaller mask covers, 0..1",
+    "container_share": "largest share of the mask that lies inside the mask of one larger object, 0..1",
     "duplicate_iou": "largest IoU with a better mask that was kept, 0..1",
-    "verdict_margin": "how sure the judge is of its verdict; above 0 speaks for the category",
-    "iou": "IoU of the segmenter's best mask with the original, 0..1",
-    "segmenter_score": "the segmenter's own score of that mask",
+    "verdict_margin": "log P(yes) - log P(no) of the judge; above 0 means that the caption fits the category",
+    "iou": "IoU of the segmenter's best mask with the source's mask, 0..1",
+    "segmenter_score": "the segmenter's own score of its best mask",
     "num_words": "words in the caption",
-    "repeat_share": "share of the caption's 4-grams that occurred before in it, 0..1",
+    "repeat_share": "share of the caption's 4-grams that repeat an earlier one, 0..1",
 }
 """Names and meanings of the evidence numbers; each is a column of the ledger and of the index."""

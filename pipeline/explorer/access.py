@@ -73,7 +73,8 @@ class Guard:
         if self.token is None:
             if _name_of(host) not in _LOCAL:
                 return PlainTextResponse(
-                    "this server answers to localhost only; see --host and --token\n", 403
+                    "this server answers to localhost only; for other machines start it with --host\n",
+                    403,
                 )
         elif (given := request.query_params.get("token")) is not None:
             if not _same(given, self.token):
@@ -85,7 +86,7 @@ class Guard:
         ):
             return _denied()
         if request.method not in ("GET", "HEAD") and not _is_own(request, host):
-            return PlainTextResponse("a request of another site\n", 403)
+            return PlainTextResponse("this request came from another site and was refused\n", 403)
         return None
 
     def _welcome(self, request: Request) -> RedirectResponse:

@@ -120,7 +120,7 @@ def _both_lines(config: BuildConfig, tried: BuildConfig, keys: Sequence[str]) ->
 
 
 def _moved(bins: list[Bin], name: str, moves: Tally) -> list[Bin]:
-    """The bins with the regions that would change sides, which were counted in narrow bins."""
+    """The bins with the regions that would change, which were counted in narrow bins."""
     lows = [each.low for each in bins]
     sides = [[0, 0] for _ in bins]
     for place, (lost, gained) in moves.items():
@@ -293,7 +293,7 @@ def draw_chart(distribution: Distribution) -> Chart:
     ends = f"from {_short(edges[0])} to {_short(edges[-1])}"
     description = f"{distribution.title}: {total:,} {noun}, {kept:,} of them kept, {ends}"
     if moving:
-        description += f"; {moving:,} would change sides"
+        description += f"; {moving:,} would change"
     return Chart(distribution.title, description, bars, ticks, lines, most)
 
 
@@ -328,7 +328,7 @@ def _span(each: Bin, octaves: bool) -> str:
 def _mark(distribution: Distribution, line: Line) -> Mark | None:
     """A threshold's line; if it is not within the picture, a label that says on which side, or nothing."""
     bins = distribution.bins
-    text = f"{line.name} {line.key} {format_number(line.value)}".strip()
+    text = f"{line.key} = {format_number(line.value)}" + (f" ({line.name})" if line.name else "")
     if bins[0].low <= line.value <= bins[-1].high:
         return Mark(_place(bins, line.value, distribution.octaves) * WIDTH, text, line.name)
     if not line.name:
@@ -373,9 +373,6 @@ def _place(bins: list[Bin], value: float, octaves: bool) -> float:
 
 
 def _short(value: float) -> str:
-    for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
-        if value >= size and value % size == 0:
-            return f"{value / size:g}{unit}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

@@ -80,6 +80,11 @@ CurrentExplorer = Annotated[Explorer, Depends(_explorer_of)]
 """The type of a route's parameter that is given the explorer."""
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is 1."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def load_templates() -> jinja2.Environment:
     """The templates, which escape everything: captions and names come from models and strangers."""
     templates = jinja2.Environment(
@@ -93,6 +98,7 @@ def load_templates() -> jinja2.Environment:
         "words": lambda name: str(name).replace("_", " "),
         "stage_title": stage_title,
         "number": lambda value: f"{value:,}",
+        "count": count,
         "share": lambda part, whole: f"{part / whole:.1%}" if whole else "",
         "score": lambda value: (
             "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

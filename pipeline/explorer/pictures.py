@@ -163,13 +163,13 @@ class Pictures:
             variables.take_folders(url)
         if files.is_url(url) or "::" in url:
             if not self.urls:
-                raise NotShown("its photo is at a URL; see --photo-urls")
+                raise NotShown("The photo is at a URL; start with --photo-urls")
             return
         path = os.path.realpath(files.local(variables.expand(url)))
         if not confined.is_below(path, os.path.realpath(self.catalog.out)) and not self.outside:
-            raise NotShown("its photo lies outside of the corpus; see --photos-outside")
+            raise NotShown("Not in the corpus; start with --photos-outside")
         if not confined.is_plain(path):
-            raise NotShown("its photo is no file")
+            raise NotShown("The photo is not a regular file")
 
 
 def _whole(number: Any) -> int:

@@ -11,6 +11,8 @@ from urllib.parse import urlencode
 
 from ...schemas.errors import ConfigError
 from ...schemas.records import SCORES
+from ..sources.registry import subset_title
+from ..stages.registry import stage_title
 
 MEASURES = {
     "area": "pixels of the mask",
@@ -92,7 +94,12 @@ class Query:
 
     def chips(self) -> list[tuple[str, str]]:
         """For people: (field, what it asks for) of every field that narrows the choice."""
-        shown = [(name, f"{name}: {getattr(self, name)}") for name in _TEXTS[:-1] if getattr(self, name)]
+        titles = {"subset": subset_title, "stage": stage_title, "reason": lambda name: name.replace("_", " ")}
+        shown = [
+            (name, f"{name}: {titles.get(name, str)(value)}")
+            for name in _TEXTS[:-1]
+            if (value := getattr(self, name))
+        ]
         for name, least, most in self.ranges:
             low, high = format_number(least), format_number(most)
             bounds = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
@@ -152,7 +159,7 @@ def _number(params: Mapping[str, str], name: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
-        raise ConfigError(f"{name}: {text[:40]!r} is no number") from None
+        raise ConfigError(f"{name}: {text[:40]!r} is not a number") from None
     if not math.isfinite(value):
-        raise ConfigError(f"{name}: {text[:40]!r} is no number")
+        raise ConfigError(f"{name}: {text[:40]!r} is not a number")
     return value

@@ -63,7 +63,9 @@ def render_report(explorer: Explorer) -> str:
     parts = [
         (part, _groups(explorer, part["name"])) for part in summarize_subsets(explorer, distributions=True)
     ]
-    return explorer.templates.get_template("report.html").render(css=css, parts=parts)
+    return explorer.templates.get_template("report.html").render(
+        css=css, parts=parts, kept_shown=_KEPT_SHOWN, dropped_shown=_DROPPED_SHOWN
+    )
 
 
 def _groups(explorer: Explorer, subset: str) -> list[tuple[str, list[ShownSample]]]:

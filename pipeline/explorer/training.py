@@ -125,7 +125,7 @@ def _records(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
 
 def _curves(records: list[dict[str, Any]]) -> list[Curve]:
     names = dict.fromkeys(name for record in records for name in record)
-    levels = {f"up to {float(n[3:]):.0%} masked": n for n in sorted(names) if n.startswith("ce_")}
+    levels = {f"masked share up to {float(n[3:]):.0%}": n for n in sorted(names) if n.startswith("ce_")}
     rates = {name[3:]: name for name in names if name.startswith("lr_")}
     wanted = [
         ("loss", {"loss": "loss"}, True),

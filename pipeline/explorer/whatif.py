@@ -90,9 +90,9 @@ def change_config(config: BuildConfig, values: Mapping[str, float]) -> BuildConf
     changed = config.model_dump()
     for key, value in values.items():
         if key not in THRESHOLDS:
-            raise ConfigError(f"{key[:40]!r}: no threshold; there are {', '.join(THRESHOLDS)}")
+            raise ConfigError(f"{key[:40]!r}: not a threshold; choose from {', '.join(THRESHOLDS)}")
         if not math.isfinite(value):
-            raise ConfigError(f"{key}: {value} is no number")
+            raise ConfigError(f"{key}: {value} is not a number")
         whole = THRESHOLDS[key].bounds[2] == 1
         first, _, rest = key.partition(".")
         place, name = (changed[first], rest) if rest else (changed, first)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from ..catalog import ImagePlace
-from ..context import CurrentExplorer
+from ..context import CurrentExplorer, count
 from ..pictures import MOST_DRAWN
 from ..query import MEASURES, Query
 
@@ -44,12 +44,11 @@ def count_results(request: Request, explorer: CurrentExplorer) -> PlainTextRespo
     query = Query.parse(request.query_params)
     regions, images = explorer.catalog.total(query)
     ranked, ranked_images = explorer.catalog.total(query, ranked=True)
-    text = f"{regions:,} regions of {images:,} images"
+    text = f"{count(regions, 'region')} of {count(images, 'image')}"
     if ranked != regions:
         name = query.measure.replace("_", " ")
-        text += (
-            f"; shown are those that have a value of {name}: {ranked:,} regions of {ranked_images:,} images"
-        )
+        shown = f"{count(ranked, 'region')} of {count(ranked_images, 'image')}"
+        text += f"; shown: {shown} with a value for {name}"
     return PlainTextResponse(text)
 
 

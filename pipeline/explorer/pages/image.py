@@ -113,4 +113,4 @@ def _picture(make: Callable[[], bytes]) -> Response:
     except NotShown as error:
         return Response(_NO_PHOTO.format(error.detail), media_type="image/svg+xml")
     except (BadRecord, IntegrityError):
-        return Response(_NO_PHOTO.format("the photo cannot be read"), media_type="image/svg+xml")
+        return Response(_NO_PHOTO.format("The photo cannot be read"), media_type="image/svg+xml")

@@ -1,4 +1,4 @@
-"""What if: how many regions, and which, would change sides with other thresholds."""
+"""What if: how many regions, and which, other thresholds would newly drop or keep."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _compare(explorer: Explorer, params: Mapping[str, str]) -> dict[str, Any]:
     try:
         values = {key: float(text) for key, text in given.items()}
     except ValueError as error:
-        raise ConfigError(f"a threshold is a number: {error}") from error
+        raise ConfigError(f"a threshold has to be a number: {error}") from error
     wanted = whatif.change_config(config, values)
     changes = {
         name: whatif.compare(catalog, name, config, wanted, exact="exact" in params)

@@ -165,14 +165,14 @@ def test_what_if_counts_follow_the_slider(page, catalog, out):
     assert row.locator("[data-lost]").inner_text() == str(wanted.lost) != "0"
     assert row.locator("[data-then]").inner_text() == str(wanted.then)
     assert "min_iou=0.7" in page.url
-    assert page.locator("#result .threshold-text", has_text="tried min_iou 0.7").is_visible()
-    assert page.locator("#result .threshold-text", has_text="now min_iou 0.5").is_visible()
+    assert page.locator("#result .threshold-text", has_text="min_iou = 0.7 (tried)").is_visible()
+    assert page.locator("#result .threshold-text", has_text="min_iou = 0.5 (now)").is_visible()
     assert (
         page.locator("#result .threshold.now").count()
         == page.locator("#result .threshold.tried").count()
         == 1
     )
-    assert page.get_by_text("would change sides", exact=True).is_visible()
+    assert page.get_by_text("would change", exact=True).is_visible()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Copy").click()
     page.get_by_role("button", name="Copied").wait_for()

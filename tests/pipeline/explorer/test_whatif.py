@@ -89,7 +89,7 @@ def test_units_of_another_configuration_are_noticed(catalog, out):
 
 def test_what_is_no_threshold_or_no_value_is_refused(out):
     config = reader.read_config(out)
-    with pytest.raises(ConfigError, match="no threshold"):
+    with pytest.raises(ConfigError, match="not a threshold"):
         whatif.change_config(config, {"masks.min_area_px": 3})
     with pytest.raises(ConfigError, match="min_iou"):
         whatif.change_config(config, {"min_iou": 7})

@@ -62,7 +62,7 @@ def test_a_benchmarks_photo_is_dropped_with_all_its_regions_and_everybody_says_s
     assert counts.kept + sum(step.dropped for step in counts.funnel) == 20
     assert "benchmark_photo: 1 x, 4 regions" in report.text()
     assert (report.result.images_usable, report.result.regions_usable) == (4, 16)
-    assert "(`benchmark_photo`): 1 images." in (tmp_path / "out" / "README.md").read_text()
+    assert "(`benchmark_photo`): 1 image." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_it_is_dropped_for_this_reason_whether_its_photo_is_there_or_not(source, tmp_path):
