@@ -123,7 +123,7 @@ def dense_chain(regions: list[Region], size: tuple[int, int], config: Masks) -> 
             default=(0.0, -1),
         )
         if iou >= config.duplicate_iou:
-            detail = f"IoU {iou:.3f} with region {other}, less than {config.duplicate_iou:g} needed"
+            detail = f"IoU {iou:.3f} with region {other}, has to be below {config.duplicate_iou:g}"
             verdicts[i] = Verdict(Reason.MASK_DUPLICATE, detail, {"duplicate_iou": float(iou)})
         else:
             live.append(i)
@@ -151,7 +151,7 @@ def dense_chain(regions: list[Region], size: tuple[int, int], config: Masks) -> 
         )
         scores = {"visible_share": visible[i], "container_share": float(share)}
         if share >= config.part_container_share:
-            detail = f"{share:.3f} inside region {-other}, less than {config.part_container_share:g} needed"
+            detail = f"{share:.3f} inside region {-other}, has to be below {config.part_container_share:g}"
             verdicts[i] = Verdict(Reason.MASK_PART, detail, scores)
         else:
             verdicts[i] = Verdict(scores=scores)

@@ -124,7 +124,7 @@ def usable(
             verdicts.append(Verdict(Reason.MASK_TOO_SMALL, detail))
         elif i in original:
             share, other = original[i]
-            limit = f"less than {config.duplicate_iou:g} needed"
+            limit = f"has to be below {config.duplicate_iou:g}"
             detail = f"IoU {share:.3f} with region {regions[other].id}, {limit}"
             verdicts.append(Verdict(Reason.MASK_DUPLICATE, detail, scores))
         else:
@@ -209,7 +209,7 @@ def whole_objects(
             continue
         scores["container_share"] = float(share[i])
         if i in container and share[i] >= config.part_container_share:
-            limit = f"less than {config.part_container_share:g} needed"
+            limit = f"has to be below {config.part_container_share:g}"
             detail = f"{share[i]:.3f} inside region {container[i]}, {limit}"
             verdicts.append(Verdict(Reason.MASK_PART, detail, scores))
         else:

@@ -320,7 +320,9 @@ def doubled(prose: Prose, config: Text) -> str | None:
     ]
     found += [word for word in pairs if word in _NEVER_TWICE]
     if len(found) > config.max_doubled:
-        return f"{len(found)} doubled, at most {config.max_doubled} may be: {_quote(found[0])}"
+        return (
+            f"{len(found)} doubled words or marks, at most {config.max_doubled} allowed: {_quote(found[0])}"
+        )
     named = [word for word in pairs if word not in _NEVER_TWICE and word.isalpha()]
     if len(set(named)) > config.max_doubled + 1:  # one may be a name: "New York New York", "a pom pom"
         return f"{len(set(named))} words doubled: {_quote(' '.join(sorted(set(named))))}"
@@ -349,7 +351,7 @@ def enumerates(prose: Prose, config: Text) -> str | None:
         _longest_list(prose.text) if breaks >= config.max_list_items else 0, _longest_count(prose.words)
     )
     if longest > config.max_list_items:
-        return f"{longest} items, at most {config.max_list_items} may be"
+        return f"a list of {longest} items, at most {config.max_list_items} allowed"
     return None
 
 

@@ -140,7 +140,7 @@ def _bytes_of(path: Path) -> bytes:
     try:
         # One that a shell makes for `<(...)` is there to be read.
         if stat.S_ISFIFO(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
-            raise ConfigError(f"{path}: a pipe; give the YAML file")
+            raise ConfigError(f"{path} is a pipe; give the YAML file")
         with path.open("rb") as file:
             return file.read(yaml_text.MAX_BYTES + 1)
     except ConfigError:
@@ -150,7 +150,7 @@ def _bytes_of(path: Path) -> bytes:
             f"{path}: no such file; correct the path, or write one with `paracaption init {path}`"
         ) from error
     except IsADirectoryError as error:
-        raise ConfigError(f"{path}: a folder; give the YAML file in it") from error
+        raise ConfigError(f"{path} is a folder; give the YAML file in it") from error
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({failures.describe(error)}); correct its permissions"

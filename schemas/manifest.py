@@ -60,7 +60,7 @@ def decode(data: bytes) -> Manifest:
     """
     found = msgspec.json.decode(data, type=Manifest)
     if not is_name(found.unit):
-        raise msgspec.ValidationError(f"{found.unit[:100]!r} is no name of a unit")
+        raise msgspec.ValidationError(f"{found.unit[:100]!r} is not the name of a unit")
     for place, entry in (
         (f"shards/{found.unit}.tar", found.shard),
         (f"ledger/{found.unit}.parquet", found.ledger),

@@ -81,7 +81,7 @@ def to_array(values: Any, name: str) -> np.ndarray:
     try:
         found = np.asarray(values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: no array ({error}); {_GIVE}") from error
+        raise ConfigError(f"{name}: not an array ({error}); {_GIVE}") from error
     if found.dtype.kind not in "biuf":
         raise ConfigError(f"{name}: an array of {found.dtype}; {_GIVE}")
     return found

@@ -273,7 +273,7 @@ def _parse(path: str) -> _File:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from error
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: no JSON of {_KINDS} ({error}); correct the file") from error
+        raise ConfigError(f"{path}: not a JSON file of {_KINDS} ({error}); correct the file") from error
 
 
 def _usable(record: ImageRecord, path: str) -> _Found:
@@ -369,7 +369,7 @@ def _loads(path: str, raw: msgspec.Raw) -> Any:
     try:
         return msgspec.json.decode(raw)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: a value in it is no JSON ({error}); correct the file") from error
+        raise ConfigError(f"{path}: a value in it is not JSON ({error}); correct the file") from error
 
 
 def _image_of(path: str, content: _File, image: str, key: str | None) -> Image:

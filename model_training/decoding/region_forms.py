@@ -287,7 +287,7 @@ def _has_points(ring: Any) -> bool:
 def _local(path: str | os.PathLike[str], name: str) -> str:
     text = os.fspath(path)
     if isinstance(text, bytes) or "\0" in text or not text:
-        raise ConfigError(f"{name}: {text!r} is no path; correct it")
+        raise ConfigError(f"{name}: {text!r} is not a path; correct it")
     if text.startswith("data:"):
         raise ConfigError(f"{name}: {text[:30]}... is a data URL; give the bytes that it holds")
     if files.is_url(text) or _URL.match(text):

@@ -84,7 +84,7 @@ class BenchImage(NamedTuple):
             raise ConfigError(error.detail) from error
         if pixels.shape[:2] != self.size:
             sizes = f"{pixels.shape[1]}x{pixels.shape[0]}, its annotation {self.size[1]}x{self.size[0]}"
-            raise ConfigError(f"{self.photo}: {sizes}; take the photo that the benchmark was made of")
+            raise ConfigError(f"{self.photo}: {sizes}; use the photo that the benchmark was made of")
         return pixels
 
 
@@ -159,13 +159,13 @@ def read_benchmark(
             raise ConfigError(f"{folder / CLASSES}: no class name for {key}; add it")
         (name, mask), class_name = masks[key], raw[CLASSES][key]
         if not isinstance(class_name, str):
-            raise ConfigError(f"{folder / CLASSES}: the class name of {key} is no text; correct it")
+            raise ConfigError(f"{folder / CLASSES}: the class name of {key} is not a text; correct it")
         questions = (recognition_question(kind, class_name), *_questions(asked, folder, key))
         unverified += sum(isinstance(each, dict) and each.get("verified") is False for each in asked)
         digest.update(msgspec.json.encode([key, mask.rle, questions]))
         if not isinstance(name, str):
             raise ConfigError(
-                f"{folder / ANNOTATIONS}: the `file_name` of {key}'s image is no text; correct it"
+                f"{folder / ANNOTATIONS}: the `file_name` of {key}'s image is not a text; correct it"
             )
         image = images.setdefault(name, BenchImage(name, f"{root}/{Path(name).name}", mask.rle.size, []))
         image.regions.append(BenchRegion(key, mask, class_name, questions))
@@ -236,7 +236,7 @@ def _check_mask(raw: Any, size: tuple[int, int], path: Path, key: str) -> rle.Ma
 
 def _questions(raw: Any, folder: Path, key: str) -> Iterator[Question]:
     if not isinstance(raw, list):
-        raise ConfigError(f"{folder / QUESTIONS}: {key}: no list of questions; correct it there")
+        raise ConfigError(f"{folder / QUESTIONS}: {key}: not a list of questions; correct it there")
     for number, each in enumerate(raw):
         with _named(folder / QUESTIONS, f"{key}, question {number}"):
             choices = tuple(Choice(str(text), float(score)) for text, score in each["choices"])

@@ -50,5 +50,5 @@ def list_photos(folders: Mapping[str, Path]) -> bytes:
 def _images(raw: Any, path: Path) -> list[Any]:
     images = raw.get("images") if isinstance(raw, dict) else raw
     if not isinstance(images, list):
-        raise ConfigError(f"{path}: no list of images; give a benchmark's annotation file")
+        raise ConfigError(f"{path}: not a list of images; give a benchmark's annotation file")
     return images

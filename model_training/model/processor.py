@@ -127,7 +127,7 @@ class PerceptionDLMProcessor(ProcessorMixin):
         if not text.strip():
             raise ConfigError("prompt: a blank text; leave it out, or say what the regions are asked")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ConfigError("prompt: half a surrogate pair, which is no text; correct it")
+            raise ConfigError("prompt: half a surrogate pair, which is not text; correct it")
         ids = self.tokenize(text)
         if found := sorted(({*self.tokenizer.all_special_ids} | self._marks()) & {*ids}):
             token = self.tokenizer.decode([found[0]])

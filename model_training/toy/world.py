@@ -191,7 +191,7 @@ def score_caption(predicted: str, truth: str, neighbors: Iterable[str]) -> Capti
 def _parse_truth(caption: str) -> Attributes:
     attributes = parse_caption(caption)
     if attributes is None:
-        raise ValueError(f"{caption!r} is no true caption of a toy world; give a toy world's corpus")
+        raise ValueError(f"{caption!r} is not a true caption of a toy world; give a toy world's corpus")
     return attributes
 
 

@@ -65,7 +65,7 @@ class CheckpointReader(FileSystemReader):
         with open(self._folder / _INDEX, "rb") as file:
             found = _Index(file).load()
         if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-            raise pickle.UnpicklingError("it is no index of a checkpoint")
+            raise pickle.UnpicklingError("it is not the index of a checkpoint")
         for each in found.storage_data.values():
             name = str(each.relative_path)
             if Path(name).name != name or not name.endswith(_DATA) or (self._folder / name).is_symlink():

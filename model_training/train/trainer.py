@@ -87,7 +87,7 @@ class Run:
             ("flex_attention" if on_gpu else "sdpa") if config.attention == "auto" else config.attention
         )
         if attention == "flex_attention" and not on_gpu:
-            raise ConfigError("attention: flex_attention has no gradients on CPUs; take sdpa, or auto")
+            raise ConfigError("attention: flex_attention has no gradients on CPUs; set it to sdpa or auto")
         self.config, self.group = config, group
         self.model, self.processor = build.open_model(config, attention)
         layers = [*self.model.vision_tower.layers, *self.model.language_model.layers]

@@ -181,7 +181,7 @@ def read_state(out: str, known: LogState | None = None) -> LogState:
         record = read_existing(out, last - last % CHECKPOINT_EVERY)
         if not isinstance(record, Checkpoint):
             raise IntegrityError(
-                f"{record_path(out, record.number)}: is no checkpoint; restore it from a copy"
+                f"{record_path(out, record.number)}: not a checkpoint; restore it from a copy"
             )
         state = state_of(record, out)
     for record in _follow(out, state.number, last):

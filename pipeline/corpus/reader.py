@@ -349,7 +349,7 @@ class Corpus:
         """
         subset, below = row["subset"], str(row["shard"]).removeprefix(f"{row['subset']}/")
         if not manifests.is_name(subset) or not manifests.is_shard(below):
-            what = f"names {below[:100]!r}, which is no shard of a subset"
+            what = f"names {below[:100]!r}, which is not a shard of a subset"
             raise IntegrityError(f"{self.path}: {row.get('key')!r}: its row {what}; {REBUILD}")
         return f"{self.path}/{subset}/{below}"
 

@@ -234,7 +234,7 @@ def _caption(choice: dict[str, Any]) -> str | None:
     """The caption; None if the model said nothing."""
     text = choice["message"].get("content")
     if text is not None and not isinstance(text, str):
-        raise BadRecord(Reason.ANSWER_INVALID, f"the caption is no text: {str(text)[:60]!a}")
+        raise BadRecord(Reason.ANSWER_INVALID, f"the caption is not a text: {str(text)[:60]!a}")
     if choice.get("finish_reason") == "content_filter":
         raise BadRecord(Reason.ANSWER_INVALID, "the server's content filter stopped the caption")
     return (text or "").strip() or None

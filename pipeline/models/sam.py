@@ -280,7 +280,7 @@ def measure(tensors: Mapping[str, torch.Tensor], path: Path) -> SamShape:
         )
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(
-            f"{path}: not SAM's tensors ({type(error).__name__}: {error}); take the publisher's sam_vit_*.pth"
+            f"{path}: not SAM's tensors ({type(error).__name__}: {error}); use the publisher's sam_vit_*.pth"
         ) from error
 
 

@@ -95,7 +95,7 @@ def read_document(url: str) -> Document:
         document.annotations = [single]
     _open_names(url, document)
     if document.annotations is None:
-        raise ConfigError(f"{url}: no list `annotations`; give the panoptic JSON")
+        raise ConfigError(f"{url}: the list `annotations` is missing; give the panoptic JSON")
     if document.annotations and not any(
         found.segments_info or found.problem for found in document.annotations
     ):

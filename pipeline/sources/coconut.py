@@ -86,11 +86,11 @@ class Coconut(Source[CoconutOptions]):
         Reason.UNKNOWN_CATEGORY: "give the release's category list as `categories`",
         Reason.LABELS_UNREADABLE: "put the label maps there, or fetch them again",
         Reason.SEGMENT_ABSENT: "COCONut has some of these; there is nothing to fix",
-        Reason.VOID: "by design: id 0 is no segment",
+        Reason.VOID: "by design: id 0 is not a segment",
         "area_differs": "the area of the mask is used: the declared one is that of a polygon or of a crowd",
         "area_missing": "the area of the mask is used",
         "isthing_differs": "the category list is used",
-        "undeclared_ids": "pixels without a record are no region",
+        "undeclared_ids": "pixels without a record are not used",
         "label_map_without_record": "no annotation names them; they are not read",
     }
 

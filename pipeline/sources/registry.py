@@ -61,7 +61,7 @@ def find_source(kind: str) -> type[Source[Any]]:
     found = own_modules.load_class(kind, "source")
     where = f"source: {kind!r} in {own_modules.file_of(found)}"
     if not issubclass(found, Source):
-        raise ConfigError(f"{where} is no Source; derive it from `protocols.Source` (docs/sources.md)")
+        raise ConfigError(f"{where} is not a Source; derive it from `protocols.Source` (docs/sources.md)")
     needs = [name for name in ("title", "options_type", "recipe") if not hasattr(found, name)]
     if inspect.isabstract(found) or needs:
         lacking = ", ".join(f"`{name}`" for name in (*needs, *sorted(found.__abstractmethods__)))

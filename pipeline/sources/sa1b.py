@@ -131,7 +131,7 @@ class Sa1b(Source[Sa1bOptions]):
         names = self._list(catalog, folder).names or []
         endings = {file_names.ending(name) for name in names}
         if ".tar" in endings and endings.isdisjoint((".json", *file_names.PHOTO_ENDINGS)):
-            raise ConfigError(f"{self.where}.paths: {folder}: a folder of tars; give {folder}/*.tar")
+            raise ConfigError(f"{self.where}.paths: {folder} is a folder of tars; give {folder}/*.tar")
         for name in names:
             if file_names.is_text(name):
                 yield _Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
@@ -282,7 +282,11 @@ def _checked(member: tarfile.TarInfo, url: str, size: int) -> _Member:
             name, None, drop(Reason.UNSAFE_NAME, f"{where}: {file_names.why_unsafe(name)}; not opened")
         )
     if member.issym() or member.islnk():
-        return _Member(name, None, drop(Reason.UNSAFE_NAME, f"{where}: a link, not a file; not followed"))
+        return _Member(
+            name,
+            None,
+            drop(Reason.UNSAFE_NAME, f"{where}: is a link, which is not followed; put the file itself there"),
+        )
     if not member.isreg() or member.sparse is not None:
         return _Member(name, None, drop(reason, f"{where}: not a plain file"))
     if member.offset_data + member.size > size:
@@ -307,7 +311,7 @@ def _entry(
     elif picture is None:
         dropped = drop(Reason.PHOTO_MISSING, f"{url}: {name}: no photo of this name next to it")
     elif text is None:
-        dropped = drop(Reason.ANNOTATION_MISSING, f"{url}: {name}: no JSON of this name next to it")
+        dropped = drop(Reason.ANNOTATION_MISSING, f"{url}: {name}: there is no JSON of this name next to it")
     else:
         dropped = None
     return CatalogEntry(key, photo, annotation, b"", name, dropped, credit=Credit())
@@ -353,7 +357,7 @@ def _read_tolerantly(data: bytes, where: str) -> tuple[_Size, list[_Annotation |
         raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: not JSON: {error}") from error
     values = coco_json.as_list(raw.get("annotations")) if isinstance(raw, dict) else None
     if values is None:
-        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: no list `annotations`")
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, f"{where}: the list `annotations` is missing")
     image = coco_json.as_image(raw.get("image"))
     found: list[_Annotation | BadRecord] = []
     for number, value in enumerate(values):

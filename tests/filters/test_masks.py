@@ -205,7 +205,7 @@ def test_covers_that_sum_to_the_area_but_overlap_each_other_do_not_occlude():
 def test_a_part_is_dropped_and_its_container_stays():
     verdicts = masks.whole_objects(regions_of(box(2, 2, 5, 5), box(0, 0, 10, 10)), SIZE, Masks())
     assert reasons(verdicts) == [Reason.MASK_PART, None]
-    assert verdicts[0].detail == "1.000 inside region 1, less than 0.9 needed"
+    assert verdicts[0].detail == "1.000 inside region 1, has to be below 0.9"
     assert verdicts[0].scores == {"visible_share": 1.0, "container_share": 1.0}
     assert verdicts[1].scores == {"visible_share": pytest.approx(0.91), "container_share": 0.0}
 

@@ -110,5 +110,6 @@ def test_an_output_that_may_not_be_written_is_one_line(tmp_path, config, capsys,
     assert run("audit", config) == 2
     told = capsys.readouterr().err
     assert told.splitlines() == [
-        f"error: {tmp_path / 'out'}: Permission denied; give this user the permission, or name another place"
+        f"error: {tmp_path / 'out'}: Permission denied; give this user the permission, or choose another "
+        "place"
     ]

@@ -412,7 +412,7 @@ def test_relative_paths_of_a_configuration_in_a_folder_with_brackets_are_names(t
 def test_a_configuration_that_is_a_folder_a_device_or_a_link_to_itself_is_one_line(tmp_path):
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     for path, told in (
-        (tmp_path, "a folder; give the YAML file in it"),
+        (tmp_path, "is a folder; give the YAML file in it"),
         (tmp_path / "loop.yaml", "cannot be read"),
         (Path("/dev/zero"), "longer than"),
         (Path("a\0b.yaml"), "no file can have this name"),

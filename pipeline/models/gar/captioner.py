@@ -276,4 +276,6 @@ def _start(options: GarOptions, language: Path, max_len: int, dtype: str, on_cpu
     try:
         return Engine(language, enable_prompt_embeds=True, skip_tokenizer_init=True, **settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"captioner.options.engine: vLLM refuses {settings}: {error}") from error
+        raise ConfigError(
+            f"captioner.options.engine: vLLM refuses {settings}: {error}; correct these options"
+        ) from error

@@ -256,7 +256,7 @@ def _agree_on_patches(found: GarConfig, config: dict[str, Any], vision: dict[str
         if given is not None and _square(path, field, given) != patch:
             raise ConfigError(
                 f"{path}: {field} is {given!r}, the vision tower's patch_size {patch}; masks are added to "
-                "its patches, so they have to be equal: take the file that came with the weights"
+                "its patches, so they have to be equal: use the file that came with the weights"
             )
     for where, field in ((config, "mask_path_embedding_out_channels"), (vision, "num_features")):
         if where.get(field) is not None:

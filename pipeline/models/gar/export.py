@@ -85,8 +85,9 @@ def is_done(target: Path, record: dict[str, Any]) -> bool:
         if target.is_dir() and not any(target.iterdir()):
             return False
         raise ConfigError(
-            f"{target}: is there and no export of ours (no sound {RECORD} in it); move it away, or name "
-            "another folder with captioner.options.language_model"
+            f"{target}: already exists and is not an export of this program (no sound {RECORD} in it); move "
+            "it "
+            "away, or set another folder with captioner.options.language_model"
         ) from error
     whole = all(
         (target / name).is_file() and (target / name).stat().st_size == size for name, size in sizes.items()

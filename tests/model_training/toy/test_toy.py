@@ -168,7 +168,7 @@ def test_any_text_can_be_scored(said):
 
 
 def test_a_truth_of_another_world_is_an_error():
-    with pytest.raises(ValueError, match="no true caption"):
+    with pytest.raises(ValueError, match="not a true caption"):
         score_caption(TRUE, TRUE, ["a dog"])
 
 

@@ -199,7 +199,7 @@ def test_a_log_whose_checkpoint_is_none_is_an_error(tmp_path):
     write(tmp_path, CLAIM, *[Sweep()] * 110)
     path = tmp_path / "log" / f"{100:012}.json"
     path.write_bytes(records.encode(Sweep(number=100)))
-    with pytest.raises(IntegrityError, match="is no checkpoint; restore it"):
+    with pytest.raises(IntegrityError, match="not a checkpoint; restore it"):
         log.read_state(str(tmp_path))
 
 

@@ -347,7 +347,7 @@ def test_a_package_that_is_too_large_to_be_sent_is_refused_unless_python_finds_i
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("class MySource: ...\n", "is no Source; derive it from `protocols.Source`"),
+        ("class MySource: ...\n", "is not a Source; derive it from `protocols.Source`"),
         (
             "from paracaption.pipeline.sources.protocols import Source\n"
             "class MySource(Source):\n  title = 'x'\n",

@@ -361,7 +361,7 @@ def test_other_weights_and_a_damaged_file_are_exported_anew(copy, tmp_path):
 def test_a_folder_of_someone_else_is_left_alone(copy, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(ConfigError, match=r"mine: is there and no export of ours .* move it away"):
+    with pytest.raises(ConfigError, match=r"mine: already exists and is not an export .* move it away"):
         export.prepare(copy, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(ConfigError, match=r"cannot be exported there: .* name a folder that can be written"):
