@@ -34,7 +34,7 @@ _FIXES = {
     errno.ENOENT: "correct the path, or mount its folder",
     errno.ENOSPC: "make room, and run the same command again",
     errno.EPERM: "give this user the permission, or choose another place",
-    errno.EROFS: "it is mounted read-only; name another place",
+    errno.EROFS: "it is mounted read-only; choose another place",
 }
 
 
