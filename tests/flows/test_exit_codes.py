@@ -153,7 +153,8 @@ COMMANDS: dict[tuple[int, str, str], Callable[[Path], tuple[object, ...]]] = {
     (
         2,
         "paracaption build",
-        "every image of a unit fails in a stage, so the model or its set-up is broken",
+        "a stage fails on every image of `failures.stop_after_units` (3) units in a row, "
+        "so the model or its set-up is broken",
     ): broken_model,
     (2, "paracaption inspect", "the folder is not a corpus"): lambda folder: ("inspect", folder),
     (2, "paracaption export", "the format is unknown"): lambda folder: (
