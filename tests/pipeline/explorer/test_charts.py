@@ -32,7 +32,7 @@ def test_active_thresholds_are_drawn_where_they_are(catalog, out):
     config = reader.read_config(out)
     shown = {each.name: each for each in charts.read_distributions(catalog, "sa1b", config)}
     [line] = charts.draw_chart(shown["iou"]).lines
-    assert line.text == "min_iou 0.5" and line.x == pytest.approx(0.5 * charts.WIDTH)
+    assert line.text == "min_iou = 0.5" and line.x == pytest.approx(0.5 * charts.WIDTH)
     bars = charts.draw_chart(shown["iou"]).bars
     assert max(bar.kept_height + bar.dropped_height for bar in bars) == pytest.approx(charts.HEIGHT)
     assert not any(bar.moved_height for bar in bars)

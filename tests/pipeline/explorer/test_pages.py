@@ -30,9 +30,9 @@ def test_the_overview_has_the_funnel_of_the_terminal(client, catalog):
                 link = f"/browse?subset={subset}&amp;stage={step.stage}&amp;reason={reason}"
                 assert f'href="{link}">{reason.replace("_", " ")}</a> {number:,}' in page
                 assert catalog.total(corpus_query(subset, step.stage, reason))[0] == number
-    assert "GPU s held" in page and "min_iou 0.5" not in page
-    assert "min_iou 0.5" in client.get("/distributions/sa1b").text
-    assert "min_iou 0.5" in client.get("/?distributions=1").text
+    assert "GPU s held" in page and "min_iou = 0.5" not in page
+    assert "min_iou = 0.5" in client.get("/distributions/sa1b").text
+    assert "min_iou = 0.5" in client.get("/?distributions=1").text
     assert client.get("/distributions/other").status_code == 404
 
 
