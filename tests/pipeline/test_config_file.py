@@ -181,7 +181,10 @@ SA1B = {"source": "sa1b", "paths": ["in/sa_*.tar"]}
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ({"source": "lvis"}, r"subsets.a.sources.0.source: unknown kind 'lvis'; choose from coconut, sa1b"),
+        (
+            {"source": "lvis"},
+            r"subsets.a.sources.0.source: unknown kind of source 'lvis'; choose from coconut, sa1b",
+        ),
         (SA1B | {"path": "y"}, r"sources.0.path: unknown option; `sa1b` takes license, paths \(given: 'y'\)"),
         (SA1B | {"paths": 3}, r"subsets.a.sources.0.paths: has to be a list \(given: 3\)"),
         ({"source": "coconut", "annotations": [], "photos": []}, r"subsets.a.sources.0: .*needs `labels`"),

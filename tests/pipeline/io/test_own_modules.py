@@ -371,7 +371,7 @@ def test_a_corpus_that_somebody_else_has_built_imports_no_source(project):
     (project / "config.yaml").write_text(__import__("yaml").safe_dump(corpus))
     found = reader.read_config(project)
     assert found.subsets["mine"].sources == [source]
-    with pytest.raises(ConfigError, match="unknown kind 'mysource:MySource'"):
+    with pytest.raises(ConfigError, match="unknown kind of source 'mysource:MySource'"):
         open_source(found, "mine")
 
 

@@ -79,7 +79,7 @@ def test_a_corpus_is_read_where_its_kind_of_source_is_not_registered(rectangles,
     assert len(merge.count_subset(corpus, "boxes").funnel) == 5
     merge.merge(tmp_path / "out")
     assert "| boxes | `rectangles` | unknown |" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(ConfigError, match="unknown kind 'rectangles'; choose from coconut, sa1b"):
+    with pytest.raises(ConfigError, match="unknown kind of source 'rectangles'; choose from coconut, sa1b"):
         open_source(corpus.config, "boxes")
 
 
