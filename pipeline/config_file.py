@@ -223,7 +223,7 @@ def _resolved(root: Path, path: str) -> str:
     if not path or files.is_url(path):
         return path
     try:
-        found = str((root / files.local(path)).resolve())
+        found = str((root / Path(files.local(path)).expanduser()).resolve())
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"no path that can be looked for: {one_line(error)}") from error
     try:

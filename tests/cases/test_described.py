@@ -79,7 +79,7 @@ CONFIGS: dict[str, tuple[str | bytes, str]] = {
     "scalar": ("hello", "a mapping of keys to values, but it is a single value"),
     "string_not_list": (coconut(photos="./photos"), r"coconut\.0\.photos: has to be a list"),
     "tab": (START + "coconut:\n\t- x", "cannot start any token line 4, column 1"),
-    "tilde": (coconut(photos=["~/photos"]), r"photos: no folder .*/home-of-none/photos;"),
+    "tilde": (coconut(photos=["~/photos"]), r"photos: no folder \$\{HOME\}/photos;"),
     "trailing_slash": (coconut(labels="./labels/", photos=["./photos//"]), ""),
     "typo": (
         START + "coconut: [{annotations: [a], labels: b, photo: [c]}]",

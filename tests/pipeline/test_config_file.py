@@ -93,11 +93,11 @@ def test_relative_paths_of_training_and_evaluation_are_seen_from_the_file_too(tm
     assert trained.evaluation is not None and trained.evaluation.corpus == f"{root}/held"
 
 
-def test_absolute_home_and_file_paths_are_taken_as_they_are(tmp_path, monkeypatch):
+def test_absolute_paths_are_taken_as_they_are_and_home_stays_a_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     config = load_config(write(tmp_path, out="/data/out", sa1b=[{"paths": ["~/sa", "file:///mnt/sa"]}]))
     assert config.out == "/data/out"
-    assert config.subsets["sa1b"].sources[0]["paths"] == ["/home/someone/sa", "/mnt/sa"]
+    assert config.subsets["sa1b"].sources[0]["paths"] == ["${HOME}/sa", "/mnt/sa"]
 
 
 @pytest.mark.parametrize(
