@@ -1,6 +1,7 @@
 """Arguments that several commands take, and options made from a schema."""
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,9 +70,16 @@ def _named(values: Any) -> Any:
     return [_named(each) for each in values] if isinstance(values, list | tuple) else values
 
 
-def suggest(*commands: str) -> None:
-    """Say on stderr which commands may come next."""
-    print("\n".join(["", "Next:", *(f"  {command}" for command in commands)]), file=sys.stderr)
+def suggest(*commands: str | tuple[object, ...]) -> None:
+    """Say on stderr which commands may come next.
+
+    Args:
+        commands: the words after `paracaption`, which are quoted for a shell; a text is printed as it is.
+    """
+    lines = [
+        each if isinstance(each, str) else shlex.join(["paracaption", *map(str, each)]) for each in commands
+    ]
+    print("\n".join(["", "Next:", *(f"  {line}" for line in lines)]), file=sys.stderr)
 
 
 def options_of(schema: type[BaseModel]) -> Callable[[_Command], _Command]:

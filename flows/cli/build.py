@@ -55,7 +55,7 @@ def build(
         raise ConfigError("build: choose --local or --ray-address; the local engine uses no cluster")
     loaded = load_config(config, changes or ())
     _build(loaded, local, ray_address, limit_images=limit_images, retry_failed=retry_failed)
-    suggest(f"paracaption explore {loaded.out}", f"paracaption verify {loaded.out}")
+    suggest(("explore", loaded.out), ("verify", loaded.out))
 
 
 def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = None, **asked: Any) -> None:
@@ -119,7 +119,7 @@ def merge(config: Config, changes: Changes = None) -> None:
         driver.write_config(loaded, owner)
         merging.merge(loaded.out, loaded, owner)
     print(Path(loaded.out) / "index.parquet")
-    suggest(f"paracaption inspect {loaded.out}", f"paracaption verify {loaded.out}")
+    suggest(("inspect", loaded.out), ("verify", loaded.out))
 
 
 def demo(
@@ -138,7 +138,7 @@ def demo(
     print(f"the dataset card: {out / 'README.md'}")
     script = Path(sys.prefix) / "bin/activate"
     activate = [f"source {script}"] if script.is_file() and not shutil.which("paracaption") else []
-    suggest(*activate, f"paracaption explore {out}", f"paracaption verify {out}", "paracaption init my.yaml")
+    suggest(*activate, ("explore", out), ("verify", out), ("init", "my.yaml"))
 
 
 def deploy(

@@ -84,7 +84,7 @@ def audit(
         print("no region is usable: a build would be empty", file=sys.stderr)
         raise typer.Exit(1)
     if not json:
-        suggest(f"paracaption doctor {config}", f"paracaption build {config}")
+        suggest(("doctor", config), ("build", config))
 
 
 def doctor(
@@ -126,7 +126,7 @@ def doctor(
     if any(each.state == findings.FAIL for each in found):
         raise typer.Exit(1)
     if not json:
-        suggest(f"paracaption {'train' if training else 'evaluate' if evaluation else 'build'} {config}")
+        suggest(("train" if training else "evaluate" if evaluation else "build", config))
 
 
 def estimate(

@@ -39,7 +39,7 @@ def verify(corpus: Corpus, json: Json = False) -> None:
     if not report.ok:
         raise typer.Exit(1)
     if not json:
-        suggest(f"paracaption explore {corpus}", f"paracaption export {corpus} --format coco --to FOLDER")
+        suggest(("explore", corpus), ("export", corpus, "--format", "coco", "--to", "FOLDER"))
 
 
 def inspect(corpus: Corpus, json: Json = False) -> None:
@@ -50,7 +50,7 @@ def inspect(corpus: Corpus, json: Json = False) -> None:
         print_json(inspect_values(corpus))
     else:
         print_funnel(corpus)
-        suggest(f"paracaption explore {corpus}", f"paracaption verify {corpus}")
+        suggest(("explore", corpus), ("verify", corpus))
 
 
 def print_funnel(corpus: Path) -> None:
@@ -75,7 +75,7 @@ def show(
 
     draw_corpus_image(corpus, key, picture)
     print(picture)
-    suggest(f"paracaption explore {corpus}")
+    suggest(("explore", corpus))
 
 
 def explore(
@@ -163,4 +163,4 @@ def export(
         print(f"split {chosen.split}: {found:,} of {images:,} images; held_out_share is {chosen.share:g}")
     for path in written:
         print(path)
-    suggest("paracaption config --training", f"paracaption explore {corpus}")
+    suggest(("config", "--training"), ("explore", corpus))

@@ -53,7 +53,7 @@ def init(
     with files.write_atomic(config) as file:
         file.write(commented_config(source, config.name).encode())
     print(config)
-    suggest(f"edit {config}, and name your files in it", f"paracaption audit {config}")
+    suggest(f"edit {config}, and name your files in it", ("audit", config))
 
 
 def commented_config(kind: str, name: str = "corpus.yaml") -> str:

@@ -121,8 +121,8 @@ def train(
             f"{found['empty']:.1%} are empty; {found['tokens_per_forward']:.1f} tokens per forward pass"
         )
     suggest(
-        f"paracaption caption PHOTO --model {done['model']} --masks MASKS",
-        "paracaption config --evaluation",
+        ("caption", "PHOTO", "--model", done["model"], "--masks", "MASKS"),
+        ("config", "--evaluation"),
     )
 
 

@@ -148,7 +148,7 @@ def undo(
     )
     if rebuild.changes:
         print("Your own YAML file is not changed: put these keys back there before you build again")
-    suggest(f"paracaption inspect {corpus}", f"paracaption versions {corpus}")
+    suggest(("inspect", corpus), ("versions", corpus))
 
 
 def _path(corpus: Path, ours: bool = False) -> str:
