@@ -169,6 +169,7 @@ driver.build(config, ray_data.RayEngine(sys.argv[2]))
 """
 
 
+@pytest.mark.soak
 def test_each_node_imports_the_drivers_version_of_a_captioner_beside_the_configuration(
     tmp_path, cluster, source
 ):

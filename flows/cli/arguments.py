@@ -65,8 +65,8 @@ def print_json(values: Any) -> None:
 def _named(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _named(value) for key, value in values.items()}
-    if isinstance(values, tuple) and hasattr(values, "_asdict"):
-        return _named(values._asdict())
+    if callable(as_dict := getattr(values, "_asdict", None)):
+        return _named(as_dict())
     return [_named(each) for each in values] if isinstance(values, list | tuple) else values
 
 
