@@ -164,7 +164,7 @@ def photos(
 ) -> None:
     """Write a list of the photos of benchmarks, by name and size.
 
-    `build` and `train` leave out the photos of ParaDLC-Bench and DLC-Bench. Their list of them has this form
+    `build` and `train` leave out the photos of ParaDLC-Bench and DLC-Bench. The lists of their photos that come with ParaCaption have this form
     and is part of the package. They do not read the file that is written here.
     """
     from ...model_training.evaluation.list_photos import list_photos
