@@ -164,8 +164,8 @@ def photos(
 ) -> None:
     """Write a list of the photos of benchmarks, by name and size.
 
-    `build` and `train` leave out the photos of ParaDLC-Bench and DLC-Bench. The lists of these photos are part
-    of the package and have the same form; the file that is written here is not read by any command.
+    `build` and `train` leave out the photos of ParaDLC-Bench and DLC-Bench. The lists of these photos are in
+    the package and have the same form; the file that is written here is not read by any command.
     """
     from ...model_training.evaluation.list_photos import list_photos
     from ...pipeline.io import files
