@@ -20,6 +20,7 @@ from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
 from .io import failures, files, own_modules, variables, yaml_text
 from .io.file_kinds import what_is
+from .models.registry import BACKENDS
 from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
 from .stages.recipes import recipe_of
 
@@ -258,6 +259,10 @@ def describe(kind: type[BaseModel] = BuildConfig) -> str:
     if kind is BuildConfig:
         lines.append("# Keys of captioner, judge and segmenter:")
         _describe(Backend, "#   ", lines)
+        lines.append("# Names of backends, and the pages that describe their options:")
+        for protocol, known in BACKENDS.items():
+            named = ", ".join(f"{name} ({each.page})" for name, each in known.items())
+            lines.append(f"#   {protocol}: {named}")
         for source in SOURCES:
             lines.append(f"# Keys of a source of the kind `{source}`. {_summary(find_options(source))}")
             recipe = find_source(source).recipe

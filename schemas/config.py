@@ -139,8 +139,9 @@ class Masks(Strict):
         default=0.9,
         gt=0,
         le=1,
-        description="A mask is dropped as a duplicate if its IoU with a better mask that is kept is at "
-        "least this.",
+        description="A mask is dropped as a duplicate if its IoU with a better mask that is kept is at least "
+        "this. The better mask has the higher `predicted_iou`; if these are equal or missing, the"
+        " higher `stability_score`, and then the larger area.",
     )
     min_visible_share: float = Field(
         default=0.0,
@@ -160,8 +161,8 @@ class Masks(Strict):
         default=0.8,
         ge=0,
         le=1,
-        description="A mask is a part only if its area is at most this share of its container's. A larger "
-        "mask is kept: both then show about the same object.",
+        description="A mask is dropped as a part only if its area is at most this share of its container's "
+        "area. If it is larger, both masks show about the same object, and the mask is kept.",
     )
     container_max_image_share: float = Field(
         default=0.7,
@@ -180,7 +181,8 @@ class Text(Strict):
     max_words: int = Field(
         default=160,
         ge=1,
-        description="Most words. Six captions of this length fill the model's context of 4096 tokens.",
+        description="Most words. Six captions of this length (about 1,300 tokens) and a photo (up to 1,800 "
+        "tokens) fit into the 4,096 tokens of PerceptionDLM's context.",
     )
     min_chars: int = Field(
         default=12, ge=0, description="Fewest characters. This also drops captions of five one-letter words."
@@ -199,14 +201,15 @@ class Text(Strict):
         default=2,
         ge=0,
         description="Fewest content words: words other than function words and phrases such as 'the image "
-        "shows'. A single one says no more than the category.",
+        "shows'. A single content word says no more than the category.",
     )
     max_repeat_share: float = Field(
         default=0.4,
         ge=0,
         le=1,
-        description="Largest share of 4-grams that repeat an earlier one. In labeled captions, loops have "
-        "0.46 or more, and good captions with parallel phrases 0.33 or less.",
+        description="Largest share of 4-grams that repeat an earlier one. Of the captions that we labeled "
+        "(docs/experiments.md), those that run in a loop have a share of 0.46 or more, and good "
+        "ones that repeat a phrase on purpose have 0.33 or less.",
     )
     max_phrase_loops: int = Field(
         default=3, ge=1, description="Most times that a short phrase may occur back to back."
@@ -226,13 +229,14 @@ class Text(Strict):
     max_doubled: int = Field(
         default=0,
         ge=0,
-        description="Most doubled tokens such as 'the the' or ',,'. None of 776 good captions has one; "
-        "they are a typical failure of diffusion decoding.",
+        description="Most doubled marks and function words, such as ',,' or 'the the'. Of other words, one "
+        "more may be doubled, because it may be a name ('a pom pom'). None of 776 good captions "
+        "has a doubled mark or function word; they are a typical failure of diffusion decoding.",
     )
     max_list_items: int = Field(
         default=15,
         ge=2,
-        description="Most short list items in a row, or numbers that count up. A caption with more is "
+        description="Most short list items in a row, and most numbers that count up. A caption with more is "
         "dropped as a runaway list.",
     )
     max_same_sentence: int = Field(
@@ -246,17 +250,21 @@ class Backend(Strict):
     `name` is one of ours (`classical`, `lexical`, `grabcut`, ...) or `package.module:Class` of your own.
     """
 
-    name: str = Field(description="Name of a backend, or `package.module:Class` of your own.")
+    name: str = Field(
+        description="Name of a backend in the lists below, or `package.module:Class` of your own "
+        "(docs/backends.md)."
+    )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the backend. If you change one that affects its answers, the model is "
-        "asked again instead of its saved answers being used.",
+        description="Options of the backend, which the page named below describes. If you change an option "
+        "that affects the answers, the model is asked again, and its saved answers are not used.",
     )
     num_gpus: float = Field(default=0, ge=0, description="GPUs of one actor.")
     num_cpus: float = Field(default=1, ge=0, description="CPU cores of one actor.")
     concurrency: tuple[int, int] = Field(
         default=(1, 1),
-        description="Fewest and most actors. Ray Data starts as many in between as the load needs.",
+        description="Fewest and most actors. Between these numbers, Ray Data starts as many as the load "
+        "needs.",
     )
     batch_images: PositiveInt = Field(
         default=64,
@@ -266,8 +274,8 @@ class Backend(Strict):
 
     runtime_env: dict[str, Any] = Field(
         default_factory=dict,
-        description="Ray's runtime environment of the actors: py_executable, env_vars, ... After a change "
-        "of it nothing is built again.",
+        description="Ray's runtime environment of the actors: py_executable, env_vars, ... A change of this "
+        "key rebuilds nothing.",
     )
 
     @model_validator(mode="after")
@@ -279,13 +287,14 @@ class Backend(Strict):
 
 
 class Io(Strict):
-    """Actors that read sources and write shards. Next to models on CPUs, the models' actors do it."""
+    """Actors that read sources and write shards. Models on CPUs may do both (see `concurrency`)."""
 
     num_cpus: float = Field(default=1, gt=0, description="CPU cores of one actor.")
     concurrency: tuple[int, int] | None = Field(
         default=None,
-        description="Fewest and most actors of a pool that reads or writes. null takes the setting of the "
-        "model next to it if that runs on CPUs, and (1, 8) if it runs on GPUs.",
+        description="Fewest and most actors of the pool that reads, and of the pool that writes. With null, a"
+        " model on CPUs whose `num_cpus` is the same and whose `runtime_env` is empty reads or "
+        "writes in its own actors; otherwise each pool has 1 to 8 actors.",
     )
 
 
@@ -303,7 +312,7 @@ class Failures(Strict):
     stop_after_units: PositiveInt = Field(
         default=3,
         description="The build stops when a stage fails on all images of this many units in a row, or when "
-        "this many units in a row are held back (see max_failed_share).",
+        "this many units in a row are held back (see `max_failed_share`).",
     )
     read_retry_s: float = Field(
         default=60,
@@ -315,9 +324,9 @@ class Failures(Strict):
         default=0.1,
         ge=0,
         le=1,
-        description="A unit is held back, which means that it is not committed now and read again by the "
-        "next build, if more than this share of its images (and more than one) could not be "
-        "read. 1 holds no unit back.",
+        description="A unit is held back if more than this share of its images, and more than one image, "
+        "could not be read. It is then not committed, and the next build reads it again. 1 holds "
+        "no unit back.",
     )
     stall_s: float = Field(
         default=1_800,
@@ -328,8 +337,9 @@ class Failures(Strict):
     save_every_s: float = Field(
         default=10,
         ge=0,
-        description="The answers of the models are saved after this many seconds, also within a "
-        "unit. A worker that is killed loses no more than that. 0 saves after each batch.",
+        description="The answers of the models are saved when this many seconds have passed since the last "
+        "time, also within a unit. A worker that is killed loses no more than that. 0 saves after"
+        " each batch.",
     )
     lease_s: float = Field(
         default=60,
@@ -357,14 +367,14 @@ class Benchmarks(Strict):
 
     leave_out: bool | None = Field(
         default=None,
-        description="true leaves the photos out, by file name and id; false keeps them. null leaves them "
-        "out of a new corpus, and goes on with a corpus as it was planned.",
+        description="true leaves the photos out, by file name and id; false keeps them. null leaves them out "
+        "of a new corpus; in a corpus that was planned before, they stay in or out as planned.",
     )
     photos: list[Location] = Field(
         default_factory=list,
-        description="Folders of the benchmarks' photos, if you have them. Each photo of the sources is "
-        "then also compared with these by its bytes and by its look, which finds copies under "
-        "other names. This reads and decodes every photo.",
+        description="Folders of the benchmarks' photos, if you have them. Each photo of the sources is then "
+        "also compared with these photos, by its bytes and by its look, which finds copies under "
+        "other names. For this, every photo is read and decoded.",
     )
 
 
@@ -373,14 +383,16 @@ class BuildConfig(Published):
 
     out: Location = Field(description="Folder of the corpus, on a file system that every node mounts.")
     subsets: dict[Annotated[str, AfterValidator(_subset_name)], Subset] = Field(
-        description="Parts of the corpus by name, in the order in which they are built. At the top level, "
-        "`coconut: [...]` and `sa1b: [...]` are short for a subset of that name with such "
-        "sources, which then need no key `source`."
+        description="Parts of the corpus by name, in the order in which they are built. `coconut: [...]` at "
+        "the top level is short for a subset named `coconut` whose sources are all of the kind "
+        "`coconut`; these sources need no key `source`. `sa1b: [...]` is the same for the kind "
+        "`sa1b`."
     )
     images_per_shard: PositiveInt = Field(
         default=512,
-        description="Images per shard. A shard and its ledger are one unit, which is committed as a whole. "
-        "512 photos of COCO make a shard of about 100 MB.",
+        description="Images per shard. A shard and its ledger (the table of all regions of these images, kept"
+        " or dropped) are one unit, which is committed as a whole. 512 photos of COCO make a "
+        "shard of about 100 MB.",
     )
     held_out_share: float = Field(
         default=0.0,

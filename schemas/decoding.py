@@ -47,15 +47,15 @@ class DecodeOptions(Strict):
 
     strategy: Strategy = Field(
         default="remask",
-        description="Which predicted tokens a step keeps: `remask` (all, after which the least confident "
-        "are masked again), `per-region` (the most confident of each region), `threshold` (all "
-        "with a confidence of at least `threshold`), `sequential` (as `per-region`, one region "
-        "after the other) or `left-to-right` (the leftmost of each region).",
+        description="Which predicted tokens a step keeps: `remask` (all, after which the least confident are "
+        "masked again), `per-region` (the most confident of each region), `threshold` (all with a"
+        " confidence of at least `threshold`), `sequential` (the same as `per-region`, but one "
+        "region after the other) or `left-to-right` (the leftmost of each region).",
     )
     max_new_tokens: PositiveInt = Field(
         default=32,
         le=MAX_TOKENS,
-        description="Most tokens of a caption. The released code decodes 32.",
+        description="Most tokens of a caption. The released code of PerceptionDLM decodes 32.",
     )
     steps: PositiveInt = Field(
         default=32,
@@ -91,27 +91,27 @@ class DecodeOptions(Strict):
     )
     cache: Cache = Field(
         default="auto",
-        description="KV cache of the tokens before the captions: `none`, `exact` (changes no caption, and "
-        "needs a layout that allows it), `approximate` (renewed every `refresh_every` steps) "
-        "or `auto` (`exact` where the layout allows it, else `none`).",
+        description="KV cache of the tokens before the captions: `none`, `exact` (changes no caption; only "
+        "for models whose config.json has the layout `corrected`), `approximate` (computed again "
+        "every `refresh_every` steps) or `auto` (`exact` for models that allow it, else `none`).",
     )
     refresh_every: PositiveInt = Field(
-        default=4, description="The cache `approximate` is computed again after this many steps."
+        default=4, description="Number of steps after which the cache `approximate` is computed again."
     )
     compare: bool = Field(
         default=False,
-        description="With the cache `approximate`: also decode without it, and report the share of equal "
-        "tokens.",
+        description="With the cache `approximate`, also decode without a cache, and report the share of "
+        "tokens that are equal.",
     )
     early_exit: bool = Field(
         default=True,
-        description="Stop decoding a region when its caption has ended. It has no effect with the strategy "
+        description="Stop decoding a region when its caption has ended. This has no effect with the strategy "
         "`remask`.",
     )
     suppress_special: bool | None = Field(
         default=None,
-        description="Never predict special tokens (mask, image, region, caption). By default this is on "
-        "for all models but those with the layout `reference`.",
+        description="Never predict special tokens (mask, image, region, caption). By default this is on, "
+        "except for models whose config.json has the layout `reference`.",
     )
 
     @field_validator(*_NUMBERS, mode="before")

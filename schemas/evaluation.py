@@ -16,14 +16,16 @@ class Captioner(Strict):
     """The captioner that is measured."""
 
     name: str = Field(
-        description="`perceptiondlm`, `predictions` (captions from a JSON file), or the name of a "
-        "captioner of `build`."
+        description="`perceptiondlm`, `predictions` (captions from a JSON file), or a captioner of `build`, "
+        "which `paracaption config` lists."
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the captioner. `perceptiondlm` takes model, device, dtype, "
-        "regions_per_call and decode; `predictions` takes path; a captioner of `build` takes "
-        "its options there.",
+        description="Options of the captioner. `perceptiondlm` takes model, device, dtype, regions_per_call "
+        "and decode. `decode` is a section with the decoding keys, from `strategy` to "
+        "`suppress_special`, that `paracaption config --training` prints under `evaluation`. "
+        "`predictions` takes path, the JSON file. A captioner of `build` has the same options as "
+        "there.",
     )
 
 
@@ -35,8 +37,8 @@ class Judge(Published):
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the judge, as in `build`. `openai` also has `images`: true shows the judge "
-        "a crop around the region and its mask.",
+        description="Options of the judge, the same as in `build` (docs/judges.md). `openai` also has "
+        "`images`: true shows the judge a crop around the region and its mask.",
     )
 
 
@@ -74,16 +76,17 @@ class Bench(Strict):
     prompt: str = Field(
         default=PUBLISHED_PROMPT,
         min_length=1,
-        description="Prompt for a `perceptiondlm`. The default is that of the benchmarks' published "
-        "commands. Other captioners have their own prompts.",
+        description="Prompt for the captioner `perceptiondlm`. The default is that of the benchmarks' "
+        "published commands. Other captioners have their own prompts.",
     )
     grouping: Grouping = Field(
         default="published",
-        description="Which regions of a photo a `perceptiondlm` captions together. `published` does as the "
-        "published commands: with ParaDLC-Bench, groups of as many regions as the model has "
-        "region prompts and one group of the rest (6 and 1 of 7 regions); with DLC-Bench, one "
-        "region at a time. `even` makes groups of about equal size. `regions_per_call` of the "
-        "captioner limits the groups in both cases.",
+        description="Which regions of a photo the captioner `perceptiondlm` captions together. `published` "
+        "groups them like the benchmarks' published commands: with ParaDLC-Bench, groups of as "
+        "many regions as the model can caption together, and one group of the rest (a model that "
+        "can caption 6 splits 7 regions into 6 and 1); with DLC-Bench, one region at a time. "
+        "`even` makes groups of about equal size. In both cases, no group has more regions than "
+        "`regions_per_call` of the captioner.",
     )
 
 
@@ -93,23 +96,26 @@ class ProfileConfig(Published):
     corpus: Location = Field(description="Folder or URL of the corpus with the photos to caption.")
     images: PositiveInt = Field(default=4, description="Number of photos to caption.")
     regions: tuple[PositiveInt, ...] = Field(
-        default=(1, 2, 3, 4, 5, 6, 7, 8), description="Numbers of regions per photo to measure."
+        default=(1, 2, 3, 4, 5, 6, 7, 8),
+        description="Numbers of regions per photo for which the cost is measured.",
     )
     load: PositiveInt = Field(
-        default=4, description="Number of regions per photo in all measurements that do not vary it."
+        default=4, description="Number of regions per photo in all measurements but those of `regions`."
     )
     max_new_tokens: tuple[PositiveInt, ...] = Field(
-        default=(32, 64), description="Caption lengths to measure, in tokens."
+        default=(32, 64), description="Caption lengths for which the cost is measured, in tokens."
     )
     steps: tuple[PositiveInt, ...] = Field(
-        default=(8, 16, 32, 64), description="Numbers of decoding steps to measure."
+        default=(8, 16, 32, 64), description="Numbers of decoding steps for which the cost is measured."
     )
     thresholds: tuple[float, ...] = Field(
-        default=(0.5, 0.7, 0.9, 0.95), description="Thresholds of the `threshold` strategy to measure."
+        default=(0.5, 0.7, 0.9, 0.95),
+        description="Confidence thresholds of the strategy `threshold` to measure.",
     )
     batches: tuple[PositiveInt, ...] = Field(
         default=(1, 4, 8),
-        description="Batch sizes to measure: numbers of sequences that are decoded at once.",
+        description="Batch sizes for which the cost is measured: numbers of sequences that are decoded at "
+        "once.",
     )
     repeats: PositiveInt = Field(
         default=3, description="How often each measurement is taken; the fastest counts."
@@ -123,7 +129,10 @@ class EvaluateConfig(Published):
         description="Folder of the results and of history.jsonl. Results of several captioners may be in "
         "one folder."
     )
-    label: str = Field(pattern=_FOLDER_NAME, description="Name of the captioner, and of its folder in `out`.")
+    label: str = Field(
+        pattern=_FOLDER_NAME,
+        description="Name of the captioner in the results, and of its folder in `out`.",
+    )
     captioner: Captioner
     judge: Judge | None = Field(
         default=None,

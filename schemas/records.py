@@ -179,7 +179,7 @@ class ImageRecord(msgspec.Struct):
 SCORES = {
     "visible_share": "share of the mask that no smaller mask covers, 0..1",
     "container_share": "largest share of the mask that lies inside the mask of one larger object, 0..1",
-    "duplicate_iou": "largest IoU with a better mask that was kept, 0..1",
+    "duplicate_iou": "largest IoU with a kept mask that has a better score or more area, 0..1",
     "verdict_margin": "log P(yes) - log P(no) of the judge; above 0 means that the caption fits the category",
     "iou": "IoU of the segmenter's best mask with the source's mask, 0..1",
     "segmenter_score": "the segmenter's own score of its best mask",

@@ -93,16 +93,18 @@ class DataOptions(Strict):
     regions_per_group: float = Field(
         default=3.5,
         ge=1,
-        description="Regions per group, on average. An image with m regions gives at most ceil(m / this) "
-        "groups in a pass, and each group is a training example. The released code has 3.5.",
+        description="Regions per group, on average. An image with m regions gives at most ceil(m / "
+        "`regions_per_group`) groups in a pass, and each group is a training example. The "
+        "released code has 3.5.",
     )
     group_sizes: Literal["varied", "even"] = Field(
         default="varied",
-        description="How many regions the groups of an image have. `varied`: any number from 1 to the "
-        "number of region prompts of the model. `even`: all groups of an image have about the "
-        "same number, as in the released code; the model then captions no more regions "
-        "together than it was trained with (4 with 3.5 regions per group). This is for "
-        "`corpora`: region data in `conversations` always have even groups.",
+        description="How many regions the groups of an image have. `varied`: any number from 1 to the most "
+        "that the model can caption together (the number of its region prompts, 6 in the released"
+        " model). `even`: all groups of an image have about the same number, as in the released "
+        "code; the model then captions no more regions together than it was trained with (4 with "
+        "3.5 regions per group). This key is for `corpora`: region data in `conversations` always"
+        " have even groups.",
     )
     caption_length: Literal["natural", "fixed"] = Field(
         default="natural",
@@ -115,8 +117,8 @@ class DataOptions(Strict):
     )
     max_caption_tokens: PositiveInt | None = Field(
         default=None,
-        description="A caption with more tokens is too long (`on_too_long`); null sets no limit other than "
-        "that of the batch.",
+        description="A caption with more tokens than this is too long (see `on_too_long`). With null, only "
+        "the size of the batch limits a caption.",
     )
     labels: Literal["answer", "captions"] = Field(
         default="answer",
@@ -154,17 +156,17 @@ class DataOptions(Strict):
     workers: int = Field(
         default=4,
         ge=0,
-        description="Processes per rank that prepare batches; 0 prepares each batch in the training "
-        "process when it is needed.",
+        description="Processes per rank that prepare batches; 0 prepares each batch in the training process "
+        "itself, when the batch is needed.",
     )
     prefetch: PositiveInt = Field(
         default=2,
-        description="Batches that each of these processes prepares ahead. A batch of 4096 tokens takes up "
-        "to 13 MB of /dev/shm.",
+        description="Batches that each worker process prepares ahead. A batch of 4096 tokens takes up to 13 "
+        "MB of /dev/shm.",
     )
     cache: Location | None = Field(
         default=None,
-        description="Local folder for tables that are made from the data once; null takes "
+        description="Local folder for tables that are made once from the training data; null takes "
         "~/.cache/paracaption/training.",
     )
 
@@ -196,8 +198,8 @@ class NoiseOptions(Strict):
     )
     stratified: bool = Field(
         default=False,
-        description="Spread the noise levels of a batch evenly instead of drawing each by itself. This "
-        "makes the loss less noisy.",
+        description="true spreads the noise levels of a batch evenly; false draws each by itself. Even levels"
+        " make the loss less noisy.",
     )
     loss_weighting: LossWeighting = Field(
         default="1/t",
@@ -218,10 +220,13 @@ class LearningRate(Strict):
     projector: float = Field(
         default=4e-5,
         ge=0,
-        description="The projector. In stage 1, which trains only the projector, the paper has 1e-3.",
+        description="The projector. In stage 1, which trains only the projector, the paper of PerceptionDLM "
+        "has 1e-3.",
     )
     language: float = Field(default=4e-5, ge=0, description="The language model and its head.")
-    prompts: float = Field(default=4e-5, ge=0, description="The embeddings of the region prompts.")
+    prompts: float = Field(
+        default=4e-5, ge=0, description="The region prompts: embeddings that mark which region is which."
+    )
 
     @model_validator(mode="after")
     def _something_moves(self) -> LearningRate:
@@ -231,7 +236,7 @@ class LearningRate(Strict):
 
 
 class Lora(Strict):
-    """LoRA: train low-rank matrices that are added to those of the language model, instead of these."""
+    """LoRA: train low-rank matrices that are added to those of the language model, which stay fixed."""
 
     rank: PositiveInt = Field(default=16, description="Rank of the LoRA matrices.")
     alpha: float = Field(
@@ -251,8 +256,8 @@ class Spike(Strict):
         default=20,
         gt=1,
         description="Skip a step whose gradient norm is this many times the median of recent norms; null "
-        "skips none. Take more than 10: a single masked token with a small t can make it that "
-        "large.",
+        "skips none. Choose a factor above 10: a single masked token with a small t (see "
+        "`loss_weighting`) can make the norm 10 times the median.",
     )
     window: PositiveInt = Field(
         default=64,
@@ -281,13 +286,13 @@ class Log(Strict):
         default=10, description="Steps between lines on the terminal. The files have all steps."
     )
     samples: bool = Field(
-        default=False, description="Write the names of each step's examples to metrics.jsonl."
+        default=False, description="Write the names of the examples of each step to metrics.jsonl."
     )
     peak_tflops: float | None = Field(
         default=None,
         gt=0,
-        description="Peak TFLOPS of one device, to compute MFU, the share of them that is used; null "
-        "measures the peak with a matrix product.",
+        description="Peak TFLOPS of one device. The metric MFU is the share of this peak that the training "
+        "reaches. null measures the peak with a matrix product.",
     )
     wandb: str | None = Field(
         default=None, description="Project in Weights & Biases to log to; null logs nothing there."
@@ -386,12 +391,15 @@ class TrainConfig(Published):
         lt=1,
         description="Decay of an exponential moving average of the weights; null keeps none.",
     )
-    lora: Lora | None = Field(default=None, description="null, the default, trains the matrices themselves.")
+    lora: Lora | None = Field(
+        default=None, description="null, the default, trains the language model's own matrices."
+    )
     spike: Spike = Spike()
     seed: int = Field(
         default=0,
         ge=0,
-        description="Seed of new weights, the order of examples, groups, region prompts and noise.",
+        description="Seed of new weights, of the order of the examples, of the groups of regions, of the "
+        "choice of region prompts, and of the noise.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Device to train on; `auto` takes a GPU if torch sees one."
@@ -428,7 +436,7 @@ class TrainConfig(Published):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     evaluation: Evaluation | None = Field(
-        default=None, description="null, the default, only exports the model."
+        default=None, description="null, the default, exports the model without an evaluation."
     )
     ray: Ray = Ray()
 

@@ -47,7 +47,9 @@ def build(
 ) -> None:
     """Build the corpus, or resume a build that was interrupted.
 
-    A unit is one shard of images (`images_per_shard`). Units that are already committed are not built again.
+    A unit is one shard of images (`images_per_shard`). Units that are committed with the same settings are
+    not built again. After a change of settings, units are rebuilt from the stored answers of the models, and
+    a model is asked only where an answer is missing.
     """
     from ...pipeline.config_file import load_config
 

@@ -134,14 +134,14 @@ def estimate(
     run: Annotated[
         Path | None,
         typer.Option(
-            help="Corpus of the pilot, a small build whose speed is measured (`build --limit-images 500`).",
+            help="Corpus of the pilot: a small build, whose speed counts (`build --limit-images 500`).",
             show_default="the configuration's `out`",
         ),
     ] = None,
     rates: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file of rates, as --write-rates prints it. Its rates are used instead of a pilot's."
+            help="YAML file of rates, as --write-rates prints it, to use instead of the rates of a pilot."
         ),
     ] = None,
     gpus: Annotated[
@@ -164,14 +164,14 @@ def estimate(
             metavar="SUBSET=IMAGES",
             help="Size of a subset: coconut=334000, or coconut=334000/3400000 to give the number of regions "
             "too. Repeat the option for more subsets; a subset that is not named is left out.",
-            show_default="sizes of the paper's corpora",
+            show_default="COCONut and SA-1B as in the PerceptionDLM paper; others as in their sources",
         ),
     ] = None,
     sources: Annotated[
         bool,
         typer.Option(
-            help="Count the images of the configured sources instead of taking the paper's sizes. Has no "
-            "effect with --images."
+            help="Count the images of the configured sources instead of taking the sizes in the PerceptionDLM "
+            "paper. Has no effect with --images."
         ),
     ] = False,
     write_rates: Annotated[

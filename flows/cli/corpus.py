@@ -95,11 +95,16 @@ def explore(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(help="Folder of a training run (its `out`) to show too.", show_default="none"),
+        typer.Option(
+            help="Folder of a training run, the `out` of its configuration, to show too.", show_default="none"
+        ),
     ] = None,
     shards: Annotated[
         str | None,
-        typer.Option(help="Folder or URL of the shards, if they were moved.", show_default="in CORPUS"),
+        typer.Option(
+            help="Folder or URL that has <subset>/shards/ in it, if the shards were moved.",
+            show_default="CORPUS",
+        ),
     ] = None,
     photos_outside: Outside = False,
     photo_urls: Urls = False,
@@ -137,7 +142,8 @@ def export(
     prefix: Annotated[
         str,
         typer.Option(
-            help="Prefix of the photo and JSON paths in the written files, such as the path of the folder.",
+            help="Text to put before the photo and JSON paths in the written files, such as the path of the "
+            "folder.",
             show_default="none: paths are relative to the folder",
         ),
     ] = "",

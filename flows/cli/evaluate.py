@@ -95,7 +95,8 @@ def profile(
 ) -> None:
     """Measure what captioning costs, by number of regions, caption length, decoding steps and cache.
 
-    Thresholds and batch sizes are measured too; a configuration of `evaluate` (`profile`) sets them.
+    Confidence thresholds of the strategy `threshold` and batch sizes are measured too. Their values have no
+    option here; the section `profile` in a configuration of `evaluate` sets them.
     """
     from ...model_training.evaluation import profile as measuring
     from ...schemas.evaluation import ProfileConfig
@@ -164,8 +165,9 @@ def photos(
 ) -> None:
     """Write a list of the photos of benchmarks, by name and size.
 
-    `build` and `train` leave out the photos of ParaDLC-Bench and DLC-Bench. The lists of these photos are in
-    the package and have the same form; the file that is written here is not read by any command.
+    This command is for developers of ParaCaption. `build` and `train` leave out the photos of ParaDLC-Bench
+    and DLC-Bench by a list that is part of the package. This command writes a file in the form of that list.
+    No command reads the file.
     """
     from ...model_training.evaluation.list_photos import list_photos
     from ...pipeline.io import files

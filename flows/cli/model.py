@@ -44,13 +44,12 @@ def prepare(
 @models.command(cls=Command, epilog=example("models convert"))
 def convert(
     to: Annotated[
-        Path, typer.Option(help="Folder to write. It is created when everything in it is written.")
+        Path, typer.Option(help="Folder to write. It appears only when all of its files are written.")
     ],
     path: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder of a PerceptionDLM. The published file layout is converted to ours, and ours to the "
-            "published one. Leave the folder out with --language.",
+            help="Folder of a PerceptionDLM to convert. Leave it out with --language.",
             show_default=False,
         ),
     ] = None,
@@ -59,20 +58,24 @@ def convert(
         Path | None,
         typer.Option(
             help="Folder of SigLIP 2. It is needed for a new model, and to convert a model without a folder "
-            "unused/ to the published layout. A conversion to our layout keeps the weights that our model "
-            "does not use in unused/.",
+            "unused/ to the published file format. A conversion to our format writes the weights that our "
+            "model does not use to that folder.",
         ),
     ] = None,
     layout: Annotated[
         str | None,
         typer.Option(
-            help="Token layout of the model: corrected or reference (docs/perceptiondlm.md).",
+            help="Token layout of the converted or new model: corrected or reference "
+            "(docs/perceptiondlm.md). Not for a conversion to the published file format.",
             show_default="corrected for a new model, reference for a published one",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights that are drawn at random.")] = 0,
 ) -> None:
-    """Convert a PerceptionDLM between the published layout and ours, or make one from LLaDA and SigLIP 2."""
+    """Convert a PerceptionDLM to our file format or back, or make one from LLaDA and SigLIP 2.
+
+    A folder in the published file format is converted to ours, and one in our format to the published one.
+    """
     from ...model_training.convert import published as converting
 
     if path is not None and language is None:
@@ -157,8 +160,8 @@ def caption(
     masks: Annotated[
         list[str],
         typer.Option(
-            help="Mask images, folders of mask images, or a JSON of COCO or SA-1B; or a corpus, with --key. "
-            "Several paths may follow.",
+            help="Mask images, folders of mask images, or a JSON of COCO or SA-1B; or a corpus, together "
+            "with --key. Several paths may follow.",
             show_default=False,
         ),
     ],
@@ -166,8 +169,8 @@ def caption(
     key: Annotated[
         str | None,
         typer.Option(
-            help="Key of the image in the corpus. For a JSON that knows the photo by another name than that "
-            "of --image: its name or id there."
+            help="Key of the image in the corpus. With a JSON of masks in which the photo has another name "
+            "than the file of --image, give the photo's name or id in that JSON."
         ),
     ] = None,
     prompt: Annotated[
@@ -191,7 +194,7 @@ def caption(
     regions_per_call: Annotated[
         int | None,
         typer.Option(
-            help="Most regions to caption together, in one sequence.",
+            help="Most regions to caption together in one sequence.",
             show_default="as many as the model takes",
         ),
     ] = None,

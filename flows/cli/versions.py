@@ -33,12 +33,14 @@ def versions(
         bool,
         typer.Option(
             "--all",
-            help="Print every record, and each commit by itself: also when a process took over the corpus "
-            "(claim), removed files (sweep) or ended a run (done).",
+            help="Print every record. Without this option, the commits of a run are added up, and the "
+            "records are left out that say that a process took over the corpus (claim), removed temporary "
+            "files (sweep), ended a run normally (done) or summed up the log (checkpoint).",
         ),
     ] = False,
     config: Annotated[
-        int | None, typer.Option(min=1, help="Print the configuration as of this record, and nothing else.")
+        int | None,
+        typer.Option(min=1, help="Print the configuration at the record with this number, and nothing else."),
     ] = None,
 ) -> None:
     """Print what was committed when: the records of the commit log, oldest first."""
@@ -103,12 +105,13 @@ def diff(
 def status(
     corpus: Corpus,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again every two seconds, until Ctrl-C.")
+        bool, typer.Option("--watch", help="Show the status again every two seconds, until Ctrl-C.")
     ] = False,
 ) -> None:
     """Show which units are committed or held back, which process writes, how fast, and the time left.
 
-    This command changes nothing, and you can run it while a build runs.
+    A unit is held back if too many of its images could not be read; the next build tries it again. This
+    command changes nothing, and you can run it while a build runs.
     """
     from ...pipeline.corpus.status import Watcher
 

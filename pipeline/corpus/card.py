@@ -129,7 +129,7 @@ def _subset(name: str, subset: SubsetSummary) -> str:
 
 _STEPS = {
     "source": "reads the photo and its masks, and drops what is missing or damaged",
-    "usable_masks": "drops masks that are damaged, too small, or duplicates of a better one",
+    "usable_masks": "drops masks that are too small, or duplicates of one with a better score or more area",
     "whole_objects": "drops masks that are hidden behind others or are parts of a larger object",
     "caption": "asks the captioner for a caption of each region",
     "verify_category": "asks the judge whether the caption describes the annotated category",
@@ -239,8 +239,8 @@ def _reading(summary: CorpusSummary) -> str:
 
 Each shard is a plain tar in WebDataset form. `<key>.jpg` is the publisher's photo, not encoded again (the
 name always ends in `.jpg`; `photo_format` says which format it is). `<key>.json` has the regions of the image
-with `rle` (COCO's compressed RLE), `bbox` (x, y, width, height), `area`, `category`, `core_category` and
-`caption`.
+with `rle` (COCO's compressed RLE), `bbox` (x, y, width, height), `area`, `category` (which the source
+annotates), `core_category` (which the judge named from the caption, if it was asked) and `caption`.
 
 Masks fit the pixels as stored, so do not rotate the photo. Where the publisher's photo had an EXIF
 orientation, the tag was set to upright, and `exif_orientation` in the JSON has its former value. Nothing else
@@ -276,14 +276,13 @@ pixels = mask.decode(record["regions"][0]["rle"])  # (height, width) of 0 and 1,
 | `<subset>/ledger/<unit>.parquet` | every region of the source, kept or dropped and why, with scores |
 | `<subset>/manifests/<unit>.json` | the commit record of the unit; ignore a shard that has none |
 | `stats.json`, `plots/` | the numbers and pictures of this card |
-| `report.html` | a page with samples, if `paracaption report` was run |
-| `corpus.json` | marks the folder as a corpus |
 
 `shard` in the index is a path relative to this folder.
 {_SPLITS.format(name=name) if summary.held_out_share else ""}
-`config.yaml`, `log/`, `beat/`, `events/`, `<subset>/plan/` and `<subset>/evidence/` are needed only to
-continue the build, and `review/` has the reviews of decisions. They contain paths and process names of the
-machine that built the corpus, and names of reviewers: do not publish them.
+To publish the corpus, publish this file (`README.md`) and the files of the table. The folder of a build has
+other files, which ParaCaption needs to continue the build (`build`) and to look into it (`explore`, `report`,
+`versions` and other commands). Do not publish those: they may contain paths and process names of the machine
+that built the corpus, and names of reviewers.
 
 A region has a score only if the step that computes the score has seen the region. The scores are:
 
@@ -301,8 +300,9 @@ def _config(config: BuildConfig, summary: CorpusSummary) -> str:
     ]
     return (
         "## Configuration\n\nPaths are shortened to their last part.\n\nSHA-256 of the configuration as "
-        f"printed below: `{digest}`\n\nThe digests identify the work list and the recipe (with its settings) "
-        "that the units of a subset were built with. A subset should have one of each.\n\n"
+        f"printed below: `{digest}`\n\nThe digests identify the work list (which images are in which unit) "
+        "and the recipe (the steps above with their settings) that the units of a subset were built with. "
+        "A subset should have one of each.\n\n"
         + _table(("subset", "digest of the work list", "digest of the recipe"), rows)
         + f"\n```yaml\n{text}```\n"
     )

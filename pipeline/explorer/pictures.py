@@ -163,11 +163,11 @@ class Pictures:
             variables.take_folders(url)
         if files.is_url(url) or "::" in url:
             if not self.urls:
-                raise NotShown("The photo is at a URL; start with --photo-urls")
+                raise NotShown("To show this photo, start with --photo-urls")
             return
         path = os.path.realpath(files.local(variables.expand(url)))
         if not confined.is_below(path, os.path.realpath(self.catalog.out)) and not self.outside:
-            raise NotShown("Not in the corpus; start with --photos-outside")
+            raise NotShown("To show this photo, start with --photos-outside")
         if not confined.is_plain(path):
             raise NotShown("The photo is not a regular file")
 

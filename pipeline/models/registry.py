@@ -20,52 +20,69 @@ class Registered(NamedTuple):
         path: its class, as "package.module:Class".
         needs: distributions that it imports, besides those that every build needs.
         extra: the extra of paracaption that installs `needs`; None if the base package already does.
+        page: the page that describes its options.
     """
 
     path: str
     needs: tuple[str, ...] = ()
     extra: str | None = None
+    page: str = "docs/backends.md"
 
 
 BACKENDS: dict[str, dict[str, Registered]] = {
     "captioner": {
         "classical": Registered(
-            "paracaption.pipeline.models.embedded.classical:ClassicalCaptioner", ("opencv-python-headless",)
+            "paracaption.pipeline.models.embedded.classical:ClassicalCaptioner",
+            ("opencv-python-headless",),
+            page="docs/embedded-backends.md",
         ),
         "gar": Registered(
             "paracaption.pipeline.models.gar.captioner:GarCaptioner",
             ("torch", "transformers", "vllm"),
             extra="vllm",
+            page="docs/gar.md",
         ),
         "openai": Registered(
             "paracaption.pipeline.models.openai_compatible:OpenAICaptioner",
             ("httpx", "opencv-python-headless"),
+            page="docs/judges.md",
         ),
     },
     "judge": {
-        "lexical": Registered("paracaption.pipeline.models.embedded.lexical:LexicalJudge", ("simplemma",)),
+        "lexical": Registered(
+            "paracaption.pipeline.models.embedded.lexical:LexicalJudge",
+            ("simplemma",),
+            page="docs/embedded-backends.md",
+        ),
         "openai": Registered(
-            "paracaption.pipeline.models.openai_compatible:OpenAIJudge", ("httpx", "opencv-python-headless")
+            "paracaption.pipeline.models.openai_compatible:OpenAIJudge",
+            ("httpx", "opencv-python-headless"),
+            page="docs/judges.md",
         ),
         "vllm": Registered(
             "paracaption.pipeline.models.vllm_judge:VllmJudge",
             ("torch", "transformers", "vllm"),
             extra="vllm",
+            page="docs/judges.md",
         ),
     },
     "segmenter": {
         "grabcut": Registered(
-            "paracaption.pipeline.models.embedded.grabcut:GrabCutSegmenter", ("opencv-python-headless",)
+            "paracaption.pipeline.models.embedded.grabcut:GrabCutSegmenter",
+            ("opencv-python-headless",),
+            page="docs/embedded-backends.md",
         ),
         "sam": Registered(
             "paracaption.pipeline.models.sam:SamSegmenter",
             ("torch", "torchvision", "segment-anything"),
             extra="models",
+            page="docs/segmenters.md",
         ),
         "sam3": Registered(
             "paracaption.pipeline.models.sam3:Sam3Segmenter",
             ("torch", "torchvision", "transformers"),
             extra="models",
+            page="docs/segmenters.md",
         ),
     },
 }

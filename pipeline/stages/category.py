@@ -74,7 +74,7 @@ class VerifyCategory(_JudgeStage):
             True,
             Reason.CATEGORY_WRONG,
             (-30, 30, 0.1),
-            "least margin of the judge's yes",
+            "least margin of the judge's verdict",
         ),
     )
     kind = "verify"

@@ -48,7 +48,7 @@ def count_results(request: Request, explorer: CurrentExplorer) -> PlainTextRespo
     if ranked != regions:
         name = query.measure.replace("_", " ")
         shown = f"{count(ranked, 'region')} of {count(ranked_images, 'image')}"
-        text += f"; shown: {shown} with a value for {name}"
+        text += f"; only the {shown} with a value for {name} {'is' if ranked == 1 else 'are'} shown"
     return PlainTextResponse(text)
 
 

@@ -96,7 +96,7 @@ def test_card_and_inspect_say_how_many_are_held_out_and_verify_is_content(out):
     images = len({row["key"] for row in rows} & held)
     card = (out / "README.md").read_text()
     assert f"(`split` in the index): {images} images with {regions} regions." in card
-    assert "Shards hold the images of both splits." in card
+    assert "Shards hold the images of both splits" in card and 'sample["__key__"] in keys' in card
     shown = io.StringIO()
     Console(file=shown, width=120).print(inspect.inspect(out))
     assert f"held out of training: {images} images with captions, {regions} regions" in shown.getvalue()

@@ -255,12 +255,13 @@ def test_an_order_by_a_score_says_what_has_no_such_score_and_is_therefore_not_sh
     scored = [row for row in rows if row["iou"] is not None]
     assert 0 < len(scored) < len(rows)
     line = client.get("/total?subset=sa1b&outcome=dropped&sort=-iou").text
-    assert line.startswith(f"{len(rows)} regions") and f"value of iou: {len(scored)} regions" in line
+    assert line.endswith("with a value for iou are shown")
+    assert line.startswith(f"{len(rows)} regions") and f"; only the {len(scored)} regions of " in line
     assert "shown" not in client.get("/total?subset=sa1b&outcome=dropped").text
     assert "shown" not in client.get("/total?subset=sa1b&sort=-area").text, "every region has an area"
     stage = next(row["drop_stage"] for row in rows if row["iou"] is None)
     page = html.unescape(client.get(f"/browse?stage={stage}&subset=sa1b&sort=-iou").text)
-    assert "has a value of iou, which the order needs" in page
+    assert "No region matches and has a value for iou, by which you sort." in page
     assert f'href="/browse?subset=sa1b&stage={stage}"' in page
 
 
