@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 from ...schemas.config import BuildConfig
@@ -232,6 +233,7 @@ class Mark(NamedTuple):
         name: as in `Line`.
         outside: it is beyond the values that occur: the label stands at that edge, without a line.
         row: of its label above the bars, from 0; labels in a row do not overlap.
+        flipped: the label stands on the other side of the line than usual.
     """
 
     x: float
@@ -239,11 +241,12 @@ class Mark(NamedTuple):
     name: str = ""
     outside: bool = False
     row: int = 0
+    flipped: bool = False
 
     @property
     def on_right(self) -> bool:
         """Whether the label stands right of the line, and not left."""
-        return self.x < WIDTH / 2
+        return (self.x < WIDTH / 2) != self.flipped
 
     @property
     def y(self) -> int:
@@ -343,16 +346,36 @@ _ROW, _LETTER = 14, 6.2
 
 
 def _in_rows(marks: list[Mark], most: int) -> list[Mark]:
-    """The marks with their labels in rows: no label lies on another, on a line, or on the number `most`."""
+    """The marks with their labels in rows: no label lies on another, on a line, or on the number `most`.
+
+    Two lines whose labels stand toward each other may be too close for that in any row; then labels change
+    sides, as few as possible. If there is no such arrangement at all, labels lie on lines.
+    """
+    for flipped in sorted(product((False, True), repeat=len(marks)), key=sum):
+        turned = [mark._replace(flipped=flip) for mark, flip in zip(marks, flipped, strict=True)]
+        if found := _try_rows(turned, most):
+            return found
+    return _try_rows(marks, most, whole=False)
+
+
+def _try_rows(marks: list[Mark], most: int, whole: bool = True) -> list[Mark]:
+    """The marks in rows; none if that is not possible, or with labels on lines if it need not be `whole`."""
     placed: list[tuple[Mark, float, float]] = []
     # A line reaches from its label down, so those go up whose labels lie over the others' lines.
     for mark in sorted(marks, key=lambda mark: (not mark.on_right, -mark.x if mark.on_right else mark.x)):
         width = _LETTER * len(mark.text) + 8
         low = mark.x if mark.on_right else mark.x - width
-        row = int(low + width > WIDTH - _LETTER * len(f"{most:,}"))
-        while any(_collide(mark, low, low + width, row, *other) for other in placed):
-            row += 1
-        placed.append((mark._replace(row=row), low, low + width))
+        if mark.flipped and not 0 <= low <= WIDTH - width:
+            return []
+        first = int(low + width > WIDTH - _LETTER * len(f"{most:,}"))
+        rows = range(first, first + len(marks) + 1)  # a higher one has no label that is not below it
+        free = (
+            row for row in rows if not any(_collide(mark, low, low + width, row, *other) for other in placed)
+        )
+        row = next(free, None)
+        if row is None and whole:
+            return []
+        placed.append((mark._replace(row=rows[-1] if row is None else row), low, low + width))
     return [mark for mark, _, _ in sorted(placed)]
 
 

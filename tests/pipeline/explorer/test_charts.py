@@ -106,6 +106,22 @@ def test_thresholds_now_and_tried_are_both_drawn_and_say_which_they_are(catalog,
     assert now.outside and now.x == charts.WIDTH and now.text.endswith("→"), "beyond the longest caption"
 
 
+@pytest.mark.parametrize("key", ["min_iou", "text.max_repeat_share"])
+def test_labels_of_a_threshold_now_and_tried_find_their_places_wherever_the_lines_are(key):
+    for now in range(0, charts.WIDTH + 1, 20):
+        for tried in range(0, charts.WIDTH + 1, 20):
+            texts = f"{key} = 0.45 (now)", f"{key} = 0.55 (tried)"
+            marks = [charts.Mark(float(x), text) for x, text in zip((now, tried), texts, strict=True)]
+            found = charts._in_rows(marks, 1_000)
+            assert sorted(mark.text for mark in found) == sorted(texts)
+            for mark in found:
+                (other,) = (each for each in found if each.text != mark.text)
+                width = charts._LETTER * len(mark.text) + 8
+                low = mark.x if mark.on_right else mark.x - width
+                on_line = mark.row <= other.row and low < other.x < low + width
+                assert mark.row <= 3 and not (key == "min_iou" and on_line), (now, tried)
+
+
 def test_a_curve_leaves_out_what_cannot_be_drawn():
     drawn = charts.draw_curve(
         "loss", {"a": ([1, 2, 3], [4.0, float("nan"), 1.0]), "b": ([1.0], [-1.0])}, log=True
