@@ -115,4 +115,4 @@ def test_a_subset_that_left_the_configuration_is_left_out_and_said(tmp_path):
         "/whatif?min_iou=0.6"
     )
     assert page.status_code == 200
-    assert "mine: no longer in the configuration" in page.text
+    assert "mine: this subset is no longer in the configuration" in page.text
