@@ -170,8 +170,8 @@ def estimate(
     sources: Annotated[
         bool,
         typer.Option(
-            help="Count the images of the configured sources instead of taking the sizes in the PerceptionDLM "
-            "paper. Has no effect with --images."
+            help="Count the images of the configured sources instead of taking the sizes in the "
+            "PerceptionDLM paper. Has no effect with --images."
         ),
     ] = False,
     write_rates: Annotated[
