@@ -287,14 +287,15 @@ class Backend(Strict):
 
 
 class Io(Strict):
-    """Actors that read sources and write shards. Models on CPUs may do both (see `concurrency`)."""
+    """Actors that read sources and write shards. Actors of models on CPUs may do both (see `concurrency`)."""
 
     num_cpus: float = Field(default=1, gt=0, description="CPU cores of one actor.")
     concurrency: tuple[int, int] | None = Field(
         default=None,
-        description="Fewest and most actors of the pool that reads, and of the pool that writes. With null, a"
-        " model on CPUs whose `num_cpus` is the same and whose `runtime_env` is empty reads or "
-        "writes in its own actors; otherwise each pool has 1 to 8 actors.",
+        description="Fewest and most actors of the pool that reads, and of the pool that writes. With null, "
+        "the actors of the captioner also read, and those of the segmenter also write, if they "
+        "run on CPUs with this `num_cpus` and without a `runtime_env`; otherwise each pool has 1 "
+        "to 8 actors.",
     )
 
 

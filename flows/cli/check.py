@@ -134,7 +134,7 @@ def estimate(
     run: Annotated[
         Path | None,
         typer.Option(
-            help="Corpus of the pilot: a small build, whose speed counts (`build --limit-images 500`).",
+            help="Corpus of the pilot, a small build whose speed is measured (`build --limit-images 500`).",
             show_default="the configuration's `out`",
         ),
     ] = None,

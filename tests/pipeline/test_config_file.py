@@ -300,6 +300,15 @@ def test_describe_names_every_key_once_a_level_and_parses_as_yaml():
     assert list(yaml.safe_load(describe())) == list(BuildConfig.model_fields)
 
 
+def test_describe_names_every_backend_and_its_page():
+    text = describe()
+    for protocol, known in registry.BACKENDS.items():
+        [line] = re.findall(rf"^#   {protocol}: (.*)", text, re.MULTILINE)
+        assert line.split(", ") == [f"{name} ({each.page})" for name, each in known.items()]
+        for name, each in known.items():
+            assert f"`{name}`" in (Path(__file__).resolve().parents[2] / each.page).read_text(), name
+
+
 def pruned(values, kind):
     """Values of a described configuration without those that have to be given."""
     found = {}
