@@ -65,9 +65,11 @@ def core_category(answer: str) -> tuple[str | None, Verdict]:
     """
     phrase = re.sub(r"^(?:an?|the) (?=\w)", "", _plain(answer))
     if phrase in _NO_CATEGORY or not any(map(str.isalpha, phrase)):
-        return None, Verdict(Reason.CATEGORY_NONE, f"no category: {answer[:60]!a}")
+        return None, Verdict(Reason.CATEGORY_NONE, f"the judge's answer names no category: {answer[:60]!a}")
     if len(phrase.split()) > MAX_CATEGORY_WORDS or len(phrase) > 80 or _NO_PHRASE.search(phrase):
-        return None, Verdict(Reason.ANSWER_INVALID, f"not a noun phrase: {answer[:60]!a}")
+        return None, Verdict(
+            Reason.ANSWER_INVALID, f"the judge's answer is not a noun phrase: {answer[:60]!a}"
+        )
     return phrase, Verdict()
 
 

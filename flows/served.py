@@ -86,8 +86,8 @@ def refuse(
         wrong.append(f"ray_address: {ray_address!r}")
     if wrong:
         hint = (
-            "is not allowed in a served flow; serve it with `paracaption deploy --allow VALUE` "
-            "(docs/cluster.md)"
+            "is not allowed in a served flow; to allow it, start `paracaption deploy` again with "
+            "`--allow VALUE` (docs/cluster.md)"
         )
         raise ConfigError("\n".join(f"{each} {hint}" for each in wrong))
 

@@ -32,12 +32,6 @@ _FLAGS = {TrainConfig: " --training", EvaluateConfig: " --evaluation", Judge: " 
 """Options of `paracaption config`, which prints the keys of a configuration."""
 
 
-_SET_EXAMPLE = (
-    "give a key that `paracaption config` prints and its value as YAML, as in --set KEY=3 or --set "
-    "SECTION.KEY=3"
-)
-
-
 def load_config(
     config: str | Path | Mapping[str, Any] | BuildConfig, changes: Sequence[str] = ()
 ) -> BuildConfig:
@@ -56,7 +50,7 @@ def load_config(
     if isinstance(config, str | Path):
         return _read_file(config, BuildConfig, changes)
     values = config.model_dump() if isinstance(config, BuildConfig) else dict(config)
-    return _check(_changed(values, changes), BuildConfig, "config", Path.cwd())
+    return _check(_changed(values, changes, BuildConfig), BuildConfig, "config", Path.cwd())
 
 
 def load_training(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
@@ -110,17 +104,21 @@ def _read_file(path: str | Path, kind: type[_Config], changes: Sequence[str] = (
             f"{path}: the file has to be a mapping of keys to values, but it is {found}; "
             f"`paracaption config{_FLAGS.get(kind, '')}` prints all keys"
         )
-    return _check(_changed(raw, changes), kind, str(path), path.parent.resolve())
+    return _check(_changed(raw, changes, kind), kind, str(path), path.parent.resolve())
 
 
-def _changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+def _changed(values: dict[str, Any], changes: Sequence[str], kind: type[_Config]) -> dict[str, Any]:
     """A copy of a configuration's values in which `KEY=VALUE` holds."""
+    example = (
+        f"give a key that `paracaption config{_FLAGS.get(kind, '')}` prints and its value as YAML, as in "
+        "--set KEY=3 or --set SECTION.KEY=3"
+    )
     if changes:
         values = copy.deepcopy(values)
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
-            raise ConfigError(f"--set {change}: it has no `=`; {_SET_EXAMPLE}")
+            raise ConfigError(f"--set {change}: it has no `=`; {example}")
         *sections, last = (int(part) if part.isdecimal() else part for part in key.split("."))
         try:
             place: Any = values
@@ -130,9 +128,9 @@ def _changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
             place[last] = yaml_text.parse(text)
         except yaml.YAMLError as error:
             what = f"the value is not YAML ({one_line(error)})"
-            raise ConfigError(f"--set {change}: {what}; {_SET_EXAMPLE}") from error
+            raise ConfigError(f"--set {change}: {what}; {example}") from error
         except (TypeError, LookupError) as error:
-            raise ConfigError(f"--set {change}: the configuration has no `{key}`; {_SET_EXAMPLE}") from error
+            raise ConfigError(f"--set {change}: the configuration has no `{key}`; {example}") from error
     return values
 
 
@@ -226,7 +224,7 @@ def _resolved(root: Path, path: str) -> str:
     try:
         found = str((root / Path(files.local(path)).expanduser()).resolve())
     except (ValueError, OSError, RuntimeError) as error:
-        raise ValueError(f"no path that can be looked for: {one_line(error)}") from error
+        raise ValueError(f"not a valid path ({one_line(error)}); correct it") from error
     try:
         found.encode()
     except UnicodeEncodeError as error:

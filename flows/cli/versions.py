@@ -146,8 +146,8 @@ def undo(
         typer.confirm("Undo it?", abort=True)
     summary = undoing.undo(out, rebuild)
     print(
-        f"undone; {summary['kept']:,} regions are kept now. To take the undo back, run `paracaption undo` "
-        "again"
+        f"undone; {summary['kept']:,} regions are kept now. To take the undo back, run `paracaption undo "
+        "CORPUS` again"
     )
     if rebuild.changes:
         print("Your own YAML file is not changed: put these keys back there before you build again")
@@ -240,7 +240,10 @@ def _status_lines(found: Status) -> Iterator[str]:
     for name, why in list(found.held_back.items())[:_SHOWN]:
         yield f"held back: {name}: {why}"
     if len(found.held_back) > _SHOWN:
-        yield f"held back: {len(found.held_back) - _SHOWN:,} more; `paracaption versions` shows when"
+        yield (
+            f"held back: {len(found.held_back) - _SHOWN:,} more units; `paracaption versions CORPUS` shows "
+            "in which runs units were held back"
+        )
 
 
 def _committed_lines(found: SubsetStatus) -> Iterator[str]:
@@ -327,7 +330,7 @@ def _undo_lines(found: Rebuild) -> Iterator[str]:
         yield f"Undoing {records} gives {len(found.units):,} units the files that they had before."
         yield f"  regions kept in them: {now:,} -> {then:,}"
     if found.added:
-        yield f"  {found.added:,} units that were added since stay"
+        yield f"  {found.added:,} units that were added since then are kept"
     for change in found.changes[:_SHOWN]:
         yield f"  configuration: {change}"
     if len(found.changes) > _SHOWN:

@@ -297,10 +297,15 @@ def _writing(target: Path, num_bytes: int) -> Iterator[Path]:
         with files.write_folder_atomic(target) as folder:
             free = shutil.disk_usage(folder).free
             if free < num_bytes:
-                raise ConfigError(f"{target}: {num_bytes:,} bytes to write, but only {free:,} are free there")
+                raise ConfigError(
+                    f"{target}: {num_bytes:,} bytes to write, but only {free:,} are free there; free space, "
+                    "or choose another folder"
+                )
             yield folder
     except OSError as error:
-        raise ConfigError(f"{target}: the checkpoint cannot be written there: {error}") from error
+        raise ConfigError(
+            f"{target}: the checkpoint cannot be written there ({error}); choose another folder"
+        ) from error
 
 
 def load_config(folder: Path) -> PerceptionDLMConfig:

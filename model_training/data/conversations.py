@@ -305,7 +305,8 @@ def _path(source: ConversationSource, name: str, record: str) -> str:
     folder = source.images.rstrip("/")
     inside = name.removeprefix(f"{folder}/") if source.images else name
     if inside.startswith("/") or "://" in inside or ".." in inside.split("/"):
-        detail = f"{record}: {name}: leads out of `images`; correct it, or `images`"
+        fix = "correct the path in the record, or set `images` to the folder that has the photo"
+        detail = f"{record}: {name} leads out of the folder `images`; {fix}"
         raise BadSample("unsafe_name", detail)
     if not source.images:
         return inside
@@ -345,7 +346,9 @@ def _write(
                 writer.add(rows)
     counted = {left_out.BENCHMARK_PHOTOS: omitted} if omitted else {}
     if not writer.num_rows and omitted:
-        raise ConfigError(f"{source.path}: nothing is left to train on: {left_out.said(counted)}")
+        raise ConfigError(
+            f"{source.path}: nothing is left to train on after leaving out {left_out.said(counted)}"
+        )
     if not writer.num_rows:
         raise ConfigError(f"{source.path}: no conversation in it; name another file")
     about = {"digest": digest.hexdigest(), "files": starts}

@@ -268,7 +268,7 @@ def unfinished(source: CorpusSource) -> str:
     if missing := [f"{number:,} units of {name}" for name, number in left.items() if number > 0]:
         return ", ".join(missing)
     current = corpus.index_is_current({name: corpus.digest(name) for name in names})
-    return "" if current else "the index, which `paracaption merge` writes"
+    return "" if current else "the index, which `paracaption merge CONFIG` writes"
 
 
 def tokenizer_digest(processor: PerceptionDLMProcessor) -> str:
@@ -315,9 +315,13 @@ def _write_table(
             writer.add(rows)
             seen += table.num_rows
     if not seen and omitted:
-        raise ConfigError(f"{corpus.path}: nothing is left to train on: {left_out.said(omitted)}")
+        raise ConfigError(
+            f"{corpus.path}: nothing is left to train on after leaving out {left_out.said(omitted)}"
+        )
     if not seen:
-        raise ConfigError(f"{corpus.path}: no region was kept; there is nothing to train on")
+        raise ConfigError(
+            f"{corpus.path}: no region was kept, so there is nothing to train on; name another corpus"
+        )
     writer.close({"shards": shards, "regions": seen} | ({"left_out": omitted} if omitted else {}))
 
 
@@ -342,7 +346,9 @@ def _kept_regions(
             yield list(islice(units, len(table["unit"].unique()))), table
     if missing := next(units, None):
         index = f"{corpus.path}/{reader.INDEX}"
-        raise IntegrityError(f"{index}: the unit {missing[0].name} is not in it; run `paracaption merge`")
+        raise IntegrityError(
+            f"{index}: the unit {missing[0].name} is not in it; run `paracaption merge CONFIG`"
+        )
 
 
 def _images(
@@ -385,11 +391,11 @@ def _compare(corpus: reader.Corpus, table: pa.Table, units: _Units) -> None:
             raise IntegrityError(
                 f"{unit.manifest}: {key} has {expected.get(key, 0)} kept regions, but the index or the "
                 "ledger has another number; "
-                "run `paracaption verify`"
+                "run `paracaption verify CORPUS`"
             )
     if found:
         index = f"{corpus.path}/{reader.INDEX}"
-        raise IntegrityError(f"{index}: {min(found)} is not a committed unit; run `paracaption merge`")
+        raise IntegrityError(f"{index}: {min(found)} is not a committed unit; run `paracaption merge CONFIG`")
     known = {unit.name: (unit, manifest.shard and manifest.shard.path) for unit, manifest in units}
     for row in table.group_by(["unit", "shard"]).aggregate([]).to_pylist():
         (unit, path), shard = known[row["unit"]], row["shard"]

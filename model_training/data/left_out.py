@@ -140,9 +140,12 @@ def advice(counts: Sequence[Mapping[str, int]]) -> str:
     """What else may have changed the data of a run that cannot go on; "" if nothing is left out."""
     found, text = total(counts), ""
     if HELD_OUT in found:
-        text += ", or, if it began before a corpus held these images out, go back to that held_out_share"
+        text += (
+            ", or, if the run began when a corpus had another held_out_share, set that share again in the "
+            "configuration of the corpus and run `paracaption merge CONFIG`"
+        )
     if BENCHMARK_PHOTOS in found:
-        text += ", or, if it was training on the photos of benchmarks too, set data.benchmark_photos: keep"
+        text += ", or, if the run trained on photos of the benchmarks before, set data.benchmark_photos: keep"
     return text
 
 

@@ -146,11 +146,10 @@ class Loader:
         """
         if state["data"] != self.fingerprint:
             raise IntegrityError(
-                f"the training data are not those of the checkpoint (fingerprint {self.fingerprint}, then "
-                f"{state['data']}): sources, seed or options of the batches have changed, so that some "
-                "samples "
-                "would be seen twice and others not at all; restore the configuration, or train in another "
-                "`out`"
+                f"the training data are not those of the checkpoint (the fingerprint is {self.fingerprint}, "
+                f"in the checkpoint {state['data']}): sources, seed or options of the batches have changed, "
+                "so that some samples would be seen twice and others not at all; restore the data and the "
+                "configuration, or train in another `out`"
                 f"{left_out.advice(self.left_out)}"
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])

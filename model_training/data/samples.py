@@ -11,6 +11,7 @@ from msgspec import UNSET
 from torch import Tensor
 
 from ...filters import rle
+from ...pipeline.corpus.shard import REBUILD
 from ...pipeline.io import photos
 from ...schemas.errors import BadRecord, BadSample
 from ...schemas.records import Blob
@@ -216,7 +217,7 @@ class BatchMaker:
             raise BadSample(str(error.reason), detail) from error
         if photo.size != (sample.width, sample.height):
             shown = f"{photo.width}x{photo.height}, its masks {sample.width}x{sample.height}"
-            raise BadSample("size_mismatch", f"{where}: the photo is {shown}; build the unit again")
+            raise BadSample("size_mismatch", f"{where}: the photo is {shown}; {REBUILD}")
         prompts = shuffled(self.processor.config.num_prompts, *seeds, group)[: len(regions)].tolist()
         example = self.processor.make_example(photo, runs, captions, prompts)
         name = f"{sample.subset}/{key}#{','.join(str(regions[number].id) for number in example.order)}"
@@ -236,8 +237,16 @@ class BatchMaker:
                 kept.append(number)
                 continue
             detail = f"{where}: region {region.id}: a caption of {len(ids)} tokens, {limit} are allowed"
-            self._skip(BadSample("caption_too_long", f"{detail}; or set on_too_long: skip"), skipped)
+            self._skip(BadSample("caption_too_long", f"{detail}; {self._fix(limit)}"), skipped)
         return kept
+
+    def _fix(self, limit: int) -> str:
+        """What to do about a caption that is longer than the limit."""
+        is_fixed = self.options.caption_length == "fixed" and limit == self.options.max_new_tokens
+        return (
+            f"raise data.{'max_new_tokens' if is_fixed else 'max_caption_tokens'}, or set data.on_too_long: "
+            "skip; a run that has a checkpoint keeps its old values, so also choose a new `out` for it"
+        )
 
     def _padded(self, ids: list[int]) -> list[int]:
         """A caption, filled up to its fixed length if it has one."""

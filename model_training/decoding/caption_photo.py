@@ -71,7 +71,7 @@ def check_outputs(
         raise ConfigError(f"{picture}: a picture's name ends in {', '.join(_PICTURES)}")
     for path in (picture, record):
         if path is not None and str(path) != "-" and not Path(path).parent.is_dir():
-            raise ConfigError(f"{path}: no such folder; make it first")
+            raise ConfigError(f"{Path(path).parent}: no such folder; make it first")
 
 
 def caption_regions(
@@ -154,7 +154,7 @@ def _check_trace(path: str | Path) -> None:
     if path.suffix.lower() not in _TRACES:
         raise ConfigError(f"{path}: a trace's name ends in {' or '.join(_TRACES)}")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path}: no such folder; make it first")
+        raise ConfigError(f"{path.parent}: no such folder; make it first")
 
 
 def write_record(captioned: CaptionedPhoto, path: str | Path) -> None:

@@ -379,7 +379,8 @@ def _image_of(path: str, content: _File, image: str, key: str | None) -> Image:
         found = [each for each in content.images if same(each, wanted)]
         if len(found) > 1:
             raise ConfigError(
-                f"{path}: {len(found)} images are called {wanted}; give the id of one with a key"
+                f"{path}: {len(found)} images are called {wanted}; choose one by its id, with --key ID or "
+                "`FILE.json#ID`"
             )
         if found:
             return found[0]
@@ -389,7 +390,10 @@ def _image_of(path: str, content: _File, image: str, key: str | None) -> Image:
             if str(annotation.image_id) == str(int(number[1])):
                 return Image(annotation.image_id)
     known = ", ".join(_known(content))
-    raise ConfigError(f"{path}: no image {wanted}; give one with a key; the file has {known}")
+    raise ConfigError(
+        f"{path}: no image is called {wanted}; the file has {known}; choose one by its name or id, with "
+        "--key NAME or `FILE.json#NAME`"
+    )
 
 
 _SAME = (

@@ -140,7 +140,9 @@ def read_benchmark(
     raw = {name: read_json(folder / name) for name in FILES}
     for name in (QUESTIONS, CLASSES):
         if not isinstance(raw[name], dict):
-            raise ConfigError(f"{folder / name}: no object by the keys of the regions; download it again")
+            raise ConfigError(
+                f"{folder / name}: not a JSON object whose keys are those of the regions; download it again"
+            )
     layouts: dict[BenchmarkKind, Callable[[Any, Path], _Masks]] = {
         "paradlc": _paradlc_masks,
         "dlc": _dlc_masks,

@@ -186,8 +186,12 @@ def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_Im
             f"delete {path.parent}"
         )
     lines = [_decoded(path, number, line, _ImageLine) for number, line in enumerate(rest, start=2)]
-    if any(len(line.keys) != len(line.captions) for line in lines):
-        raise ConfigError(f"{path}: a line has more keys than captions, or fewer; remove it to caption again")
+    for number, line in enumerate(lines, start=2):
+        if len(line.keys) != len(line.captions):
+            raise ConfigError(
+                f"{path}: line {number} has {len(line.keys)} keys, but {len(line.captions)} captions; "
+                "remove the line, and the next run captions its image again"
+            )
     return lines
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...pipeline.io.packages import how_to_install_extra
 from ...schemas.errors import ConfigError
+from ...schemas.strict import did_you_mean
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
@@ -117,7 +118,10 @@ def _check_fields(changes: Mapping[str, Any], known: Mapping[str, Any], where: s
     """Check names and types. A misspelt size would be ignored, and a model with 8B weights be made."""
     for name, value in changes.items():
         if name not in known:
-            raise ConfigError(f"{where}.{name}: the model's config has no such field")
+            raise ConfigError(
+                f"{where}.{name}: the model's config has no such field; {did_you_mean(name, known)}leave it "
+                "out or correct the name"
+            )
         kind = type(known[name])
         if name in ("vision_config", "text_config") and isinstance(value, Mapping):
             _check_fields(value, known[name], f"{where}.{name}")
@@ -132,7 +136,10 @@ def freeze(model: PerceptionDLM, config: TrainConfig) -> None:
         used = model.config.region_prompting or part_of(name) != "prompts"
         parameter.requires_grad_(rates[part_of(name)] > 0 and used)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("learning_rate: only prompts are trained, which the model does not use")
+        raise ConfigError(
+            "learning_rate: all parts but `prompts` are frozen, and this model has no region prompts; set "
+            "the rate of another part above 0"
+        )
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -86,7 +86,6 @@ class DropCounts:
 
 
 _ADVICE = (
-    "set data.on_bad_sample and data.on_too_long to `error`, so that the run stops at the first such item "
-    "and "
-    "says what is wrong with it, then repair the data"
+    "start a run in a new `out` with data.on_bad_sample and data.on_too_long set to `error`: it stops at the "
+    "first such item and says what is wrong with it; then repair the data and train in a new `out`"
 )

@@ -22,7 +22,7 @@ import torch
 
 from ...pipeline.io import files
 from ...pipeline.io.json_lines import LineReader, LineWriter, read_lines
-from ...pipeline.io.packages import how_to_install_extra
+from ...pipeline.io.packages import how_to_install_extra, install_with
 from ...schemas.errors import ConfigError
 from ..data.order import key_of
 
@@ -241,7 +241,7 @@ def _wandb(folder: Path, config: TrainConfig) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            "log.wandb: wandb is not installed; `pip install wandb`, or remove log.wandb"
+            f"log.wandb: wandb is not installed; {install_with('wandb')}, or remove log.wandb"
         ) from error
     name = f"{folder.name}-{key_of(str(folder.absolute())):016x}"
     options = {"config": config.model_dump(mode="json"), "dir": str(folder)}

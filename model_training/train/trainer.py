@@ -325,8 +325,9 @@ def _stop(run: Run) -> None:
     lines = "\n".join(run.skipped_now)
     raise Diverged(
         f"{len(run.skipped_now)} steps in a row were skipped:\n{lines}\nLower "
-        "learning_rate, or remove these records from the data, and run the same command again; if it happens "
-        "again, delete the newest checkpoint as well"
+        "learning_rate and run the same command again. If it happens again, delete the newest checkpoint as "
+        "well. To train without some of these examples, remove their records from the data and start again "
+        "with a new `out`"
     )
 
 
@@ -426,10 +427,8 @@ def _warn_of_changes(progress: dict[str, Any], config: TrainConfig, group: Distr
     batches = config.gradient_accumulation_steps * group.world_size
     if batches != progress["batches_per_step"]:
         _log.warning(
-            "a step now has %d batches, at the checkpoint it had %d; to keep that number, stop the run and "
-            "set "
-            "gradient_accumulation_steps so that it is that number when multiplied with the number of "
-            "workers",
+            "a step now has %d batches, but before the checkpoint it had %d; to have %d again, stop the run "
+            "and set gradient_accumulation_steps to %d divided by the number of workers",
             batches,
-            progress["batches_per_step"],
+            *[progress["batches_per_step"]] * 3,
         )

@@ -45,7 +45,10 @@ class CommittedUnit:
         try:
             table = reader.read_ledger(self._unit.ledger, _COLUMNS)
         except IntegrityError as error:  # this build replaces it
-            log.warning("%s; this build replaces the unit without comparing it with the old one", error)
+            log.warning(
+                "%s; this build replaces the unit and does not compare it with the damaged one",
+                str(error).removesuffix(f"; {reader.REBUILD}"),
+            )
             return []
         return [row for row in table.to_pylist() if row["kept"]]
 
@@ -75,7 +78,12 @@ class CommittedUnit:
         try:
             return reader.decode_sample(files.read(record), f"{record}").exif_orientation
         except (IntegrityError, OSError) as error:
-            log.warning("%s: %s; its photo is not taken from there", record, error)
+            log.warning(
+                "%s: not readable (%s); the photo in this shard is not used in place of the one that its "
+                "source does not give",
+                record,
+                error.__cause__ or error,
+            )
             return None
 
     def lost_by_errors(self, images: list[ImageRecord]) -> list[str]:

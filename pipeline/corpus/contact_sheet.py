@@ -79,7 +79,7 @@ def draw_contact_sheet(corpus: str | Path, path: str | Path, num_images: int = 9
     chosen = _choose_images(opened, num_images)
     if not chosen:
         raise ConfigError(
-            f"{corpus}: no kept region to draw; `paracaption inspect` says what was dropped and why"
+            f"{corpus}: no kept region to draw; `paracaption inspect CORPUS` says what was dropped and why"
         )
     columns = min(3, len(chosen))
     each = (width - _GAP * (columns + 1)) // columns

@@ -258,7 +258,9 @@ class _Licenses:
         if named == ("", ""):
             return stated
         if named not in self._ids:
-            raise IntegrityError(f"{sample.key}: its ledger names another license; run `paracaption verify`")
+            raise IntegrityError(
+                f"{sample.key}: its ledger names another license; run `paracaption verify CORPUS`"
+            )
         return {"license": self._ids[named], **stated}
 
 

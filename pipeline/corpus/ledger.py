@@ -16,6 +16,7 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.plain import plain_text
 from ...schemas.records import CREDIT_FIELDS, SCORES, ImageRecord, Region
 from ...schemas.secrets import shorten
+from .shard import REBUILD
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -291,7 +292,7 @@ def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = 
     schema = pa.schema([schema.field(name) for name in names])
     missing = set(names) - set(table.schema.names)
     if lost := missing - SCORES.keys() - _LATER:
-        raise IntegrityError(f"{path}: a ledger without the column {min(lost)}; build the unit again")
+        raise IntegrityError(f"{path}: a ledger without the column {min(lost)}; {REBUILD}")
     found = [
         pa.nulls(table.num_rows, field.type) if field.name in missing else table[field.name]
         for field in schema
@@ -299,9 +300,7 @@ def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = 
     try:
         return pa.Table.from_arrays(found, names=names).cast(schema)
     except (pa.ArrowException, ValueError) as error:
-        raise IntegrityError(
-            f"{path}: not a ledger of this version ({error}); build the unit again"
-        ) from error
+        raise IntegrityError(f"{path}: not a ledger of this version ({error}); {REBUILD}") from error
 
 
 def table_bytes(table: pa.Table) -> bytes:

@@ -317,7 +317,7 @@ def _write_index(
                 if kept.num_rows != manifest.kept:
                     raise IntegrityError(
                         f"{unit.ledger}: has {kept.num_rows} kept regions, its manifest {manifest.kept}; "
-                        "run `paracaption verify`"
+                        "run `paracaption verify CORPUS`"
                     )
                 sums.add(manifest, data)
                 statistics.add(table, kept)

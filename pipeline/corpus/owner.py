@@ -123,7 +123,7 @@ class Owner:
     def _append(self, record: Record) -> None:
         number, epoch = self.state.number + 1, self.state.epoch + isinstance(record, Claim)
         if not self._is_there():
-            what = "the commit log is gone; mount or restore the folder, then run the same command again"
+            what = "the commit log is gone; mount or restore the folder first"
             raise FileNotFoundError(errno.ENOENT, what, record_path(self.out, self.state.number))
         record = msgspec.structs.replace(
             record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from ...schemas.errors import one_line
+from ...schemas.errors import ParaCaptionError, one_line
 from ...schemas.records import Blob
 from ..io import files
 
@@ -45,6 +45,12 @@ def guarded(problems: list[Problem], file: str, fix: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - see above
         problems.append(Problem(file, "", f"cannot be checked ({one_line(error)}); {fix}"))
+
+
+def what_is_wrong(error: ParaCaptionError, path: str) -> str:
+    """An error's text without the path, and without what to do, for a problem that has its own remedy."""
+    text = str(error).removeprefix(f"{path}: ")
+    return text.rpartition("; ")[0] or text
 
 
 def compare_file(

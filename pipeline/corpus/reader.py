@@ -257,10 +257,10 @@ class Corpus:
                 yield table if columns is None else table.select(columns)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"{path}: no index; give the `out` of a build, or run `paracaption merge`"
+                f"{path}: no index; give the `out` of a build, or run `paracaption merge CONFIG`"
             ) from error
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge`") from error
+            raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge CONFIG`") from error
 
     def index_is_current(self, digests: Mapping[str, str] | None = None) -> bool:
         """Whether index and statistics are of the units that are committed now. Reads every manifest.
@@ -415,10 +415,10 @@ def read_summary(corpus: str | Path) -> CorpusSummary:
     try:
         return msgspec.json.decode(files.read(Blob(path)), type=CorpusSummary)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; run `paracaption merge`") from error
+        raise ConfigError(f"{path}: no such file; run `paracaption merge CONFIG`") from error
     except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise IntegrityError(
-            f"{path}: not a corpus's statistics ({describe(error)}); run `paracaption merge`"
+            f"{path}: not a corpus's statistics ({describe(error)}); run `paracaption merge CONFIG`"
         ) from error
 
 
@@ -484,7 +484,9 @@ def _samples_of(unit: Unit, manifest: Manifest) -> Iterator[tuple[Sample, bytes]
     found = 0
     for sample, photo in iter_shard(unit.shard):
         if not SAFE_KEY.fullmatch(sample.key) or sample.subset != unit.subset:
-            raise IntegrityError(f"{unit.shard}: {sample.key!r}: not of this shard; run `paracaption verify`")
+            raise IntegrityError(
+                f"{unit.shard}: {sample.key!r}: not of this shard; run `paracaption verify CORPUS`"
+            )
         found += 1
         yield sample, photo
     if found != expected:

@@ -215,9 +215,9 @@ def undo(out: str, rebuild: Rebuild) -> dict[str, Any]:
 def _instead(out: str, rebuild: Rebuild) -> str:
     """What to do where nothing can be undone."""
     return (
-        f"nothing was undone; instead, `paracaption versions {out} --config {rebuild.before.number} > "
-        "old.yaml`, "
-        "then `paracaption build old.yaml`: it asks no model again"
+        "nothing was undone. To have the earlier results again, run `paracaption versions "
+        f"{out} --config {rebuild.before.number} > old.yaml` and then `paracaption build old.yaml`; this "
+        "build asks no model again"
     )
 
 
@@ -261,8 +261,8 @@ def _refuse_damaged(out: str, rebuild: Rebuild, units: dict[str, LogUnit]) -> No
             path = f"{out}/{file.temporary or file.path}"
             if files.sha256_of(path) != file.sha256:
                 raise ConfigError(
-                    f"{path}: not the file that record {rebuild.last} or one before it replaced (its SHA-256 "
-                    f"differs); {_instead(out, rebuild)}"
+                    f"{path}: this kept file is damaged: its SHA-256 is not that of the file that was "
+                    f"replaced; {_instead(out, rebuild)}"
                 )
 
 

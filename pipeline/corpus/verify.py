@@ -35,7 +35,7 @@ from ..io.confined import confine
 from ..io.tables import TableFile
 from . import log, merge, reader, work_list
 from .adopt import FOLDERS
-from .problems import Problem, guarded
+from .problems import Problem, guarded, what_is_wrong
 from .reader import REBUILD, Corpus, Unit
 from .verify_evidence import check_evidence, list_evidence
 from .verify_log import Vouched, check_named_files, check_unchanged, read_vouched
@@ -129,12 +129,16 @@ def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
         return corpus.config.text
     except (ConfigError, IntegrityError) as error:
         if not any(problem.file == reader.CONFIG for problem in problems):  # else the log has said so
+            why = what_is_wrong(error, f"{corpus.path}/{reader.CONFIG}")
             what = (
-                f"{error}; run `paracaption build CONFIG` again, which writes it; captions are not checked "
-                "without it"
+                f"{why}, so captions are not checked; run `paracaption build CONFIG` again, which writes "
+                "this file"
             )
             problems.append(Problem(reader.CONFIG, "", what))
         return None
+
+
+_RESTORE_LIST = "restore {}/plan from a copy, or use a new `out`"
 
 
 def _planned_subsets(vouched: Vouched) -> set[str]:
@@ -193,10 +197,16 @@ def _check_work_list(
     folder, fix = Path(out, subset), "delete it and run `paracaption build CONFIG` again, which writes it"
     name = f"{subset}/{work_list.FOLDER}/{work_list.TABLE}"
     table = str(work_list.table_path(folder))
-    planned = None
+    try:
+        planned = work_list.load_work_list(folder)
+    except IntegrityError as error:
+        summary = f"{subset}/{work_list.FOLDER}/{work_list.SUMMARY}"
+        if summary not in damaged:
+            what = str(error).removeprefix(f"{work_list.summary_path(folder)}: ")
+            problems.append(Problem(summary, "", what))
+        return None
     with guarded(problems, name, fix):
         try:
-            planned = work_list.load_work_list(folder)
             damage = work_list.find_damage(planned)
             if damage is None or not planned.table:
                 problems += _compare_with_list(out, planned, vouched, heads, table)
@@ -232,7 +242,7 @@ def _compare_with_list(
             keys = table.read_row_group(index, ["key"])["key"].to_pylist()
             if keys_digest(keys) != head.keys:
                 place = f"{subset}/manifests/{unit}.json"
-                what = describe_difference(set(_images_of(f"{out}/{place}")), set(keys), "the plan")
+                what = describe_difference(set(_images_of(f"{out}/{place}")), set(keys), "the work list")
                 problems.append(Problem(place, "", f"{what}; {REBUILD}"))
     if missing and vouched.is_whole:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -254,14 +264,14 @@ def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, UnitHead]
     problems = []
     expected = set(planned.unit_names())
     for unit in sorted(heads.keys() - expected):
-        what = "the plan has no such unit; delete this manifest if you trust plan.json"
+        what = f"the work list has no such unit; {_RESTORE_LIST.format(subset)}"
         problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
     other = [unit for unit, head in heads.items() if head.plan != planned.digest and unit in expected]
     if other:
         shown = ", ".join(other[:3])
         what = (
-            f"{len(other)} units were built from another plan than plan.json ({shown}); restore the plan "
-            "from a copy, or use a new `out`"
+            f"{len(other)} units were built from another work list than that of plan.json ({shown}); "
+            f"{_RESTORE_LIST.format(subset)}"
         )
         problems.append(Problem(f"{subset}/manifests", "", what))
     recipes = Counter(head.recipe for head in heads.values())
@@ -361,26 +371,28 @@ def _check_merged(
     What is in them is looked at only if nothing is wrong with these files, and with the configuration, which
     names the steps of the funnel.
     """
-    fix, merged = "run `paracaption merge`", (reader.STATS, reader.INDEX)
+    fix, merged = "run `paracaption merge CONFIG`", (reader.STATS, reader.INDEX)
     problems: list[Problem] = []
     if damaged.intersection((*merged, reader.CONFIG)) or not vouched.is_whole:
         return problems
     if not set(merged).intersection(files.list_names(corpus.path)):
         return [Problem(reader.INDEX, "", f"not there: the corpus is not merged; {fix}", note=True)]
+    stats = f"{corpus.path}/{reader.STATS}"
     with guarded(problems, reader.STATS, fix):
         try:
             problems += _compare_with_units(corpus, subsets, deep, fix)
         except ConfigError as error:  # no statistics next to an index
-            problems.append(Problem(reader.STATS, "", f"not readable ({error}); {fix}"))
+            problems.append(Problem(reader.STATS, "", f"{what_is_wrong(error, stats)}; {fix}"))
     return problems
 
 
 def _compare_with_units(corpus: Corpus, subsets: list[str], deep: bool, fix: str) -> list[Problem]:
 
+    stats = f"{corpus.path}/{reader.STATS}"
     try:
         summary = corpus.summary
     except IntegrityError as error:
-        return [Problem(reader.STATS, "", f"not readable ({error}); {fix}")]
+        return [Problem(reader.STATS, "", f"{what_is_wrong(error, stats)}; {fix}")]
     problems: list[Problem] = []
     index = f"{corpus.path}/{reader.INDEX}"
     rows = None

@@ -53,7 +53,7 @@ def read_vouched(out: str) -> tuple[Vouched, list[Problem]]:
         units.setdefault(subset, {})[unit] = state.units[name].unit
     moves: dict[str, str] = {}
     if state.unmoved is not None:
-        with guarded(problems, log.LOG, "run `paracaption verify` again"):
+        with guarded(problems, log.LOG, "run `paracaption verify CORPUS` again"):
             moves = _unmoved(out, state)
         if moves:
             path = f"{log.LOG}/{state.unmoved.number:012}.json"
@@ -150,13 +150,13 @@ def _unmoved(out: str, state: LogState) -> dict[str, str]:
 
 def _check_marker(out: str) -> list[Problem]:
     problems: list[Problem] = []
-    fix = "delete it and run `paracaption merge`, which writes it"
+    fix = "delete it and run `paracaption merge CONFIG`, which writes it"
     with guarded(problems, adopt.MARKER, fix):
         try:
             if files.read(Blob(f"{out}/{adopt.MARKER}")) != adopt.MARKER_TEXT:
                 problems.append(Problem(adopt.MARKER, "", f"is not what a build writes; {fix}"))
         except FileNotFoundError:
-            what = "missing; run `paracaption merge`, which writes it"
+            what = "missing; run `paracaption merge CONFIG`, which writes it"
             problems.append(Problem(adopt.MARKER, "", what))
     return problems
 
@@ -184,7 +184,7 @@ def _fix(path: str) -> str:
         return "run `paracaption build CONFIG` again, which writes it"
     if "/plan/" in path:
         return "delete it and run `paracaption build CONFIG` again, which writes it"
-    return "run `paracaption merge`, which writes it"
+    return "run `paracaption merge CONFIG`, which writes it"
 
 
 def check_unchanged(out: str, vouched: Vouched) -> list[Problem]:
@@ -192,7 +192,7 @@ def check_unchanged(out: str, vouched: Vouched) -> list[Problem]:
     if not vouched.number or log.last_number(out) == vouched.number:
         return []
     what = (
-        "a build has written here meanwhile, so problems of its units may be wrong: run `paracaption verify` "
-        "again"
+        "a build has written here meanwhile, so problems of its units may be wrong: run `paracaption "
+        "verify CORPUS` again"
     )
     return [Problem(log.LOG, "", what, note=True)]

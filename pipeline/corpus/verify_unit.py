@@ -17,7 +17,7 @@ from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
 from ..io import files, photos
 from ..io.orientation import restore
 from . import reader
-from .problems import Problem, compare_file, guarded
+from .problems import Problem, compare_file, guarded, what_is_wrong
 from .reader import REBUILD, SAFE_KEY, Unit
 from .records import LogFile, LogUnit
 
@@ -180,7 +180,7 @@ def _check_ledger(unit: UnitCheck, manifest: Manifest, deep: bool) -> list[_Row]
     try:
         rows = reader.read_ledger(unit.url(path), None if deep else _COUNTED).to_pylist()
     except ParaCaptionError as error:
-        unit.report(path, "", f"not a ledger ({error}); {REBUILD}")
+        unit.report(path, "", f"not a ledger: {what_is_wrong(error, unit.url(path))}; {REBUILD}")
         return None
     _compare_counts(unit, path, manifest, rows)
     return rows

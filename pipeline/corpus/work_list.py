@@ -399,7 +399,7 @@ def load_work_list(folder: str | Path) -> WorkList:
 def _decode_summary(data: bytes) -> WorkList:
     found = msgspec.json.decode(data, type=WorkList)
     if found.check and found.check != _check_of_summary(found):
-        raise msgspec.ValidationError("its check is not that of its content")
+        raise msgspec.ValidationError("its checksum is not that of its content")
     return found
 
 
@@ -476,14 +476,18 @@ def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
             continue
         if unit.plan != work_list.digest:
             raise IntegrityError(
-                f"{out}/{unit.manifest.path}: of work list {unit.plan[:12]}, not {work_list.digest[:12]}; "
-                "use a new `out`"
+                f"{out}/{unit.manifest.path}: this unit was built from the work list {unit.plan[:12]}, "
+                f"but the corpus now has {work_list.digest[:12]}; restore {subset}/{FOLDER} from a "
+                "copy, or use a new `out`"
             )
         if unit.recipe != recipe or not commit_log.is_whole(out, unit):
             pending.append(index)
     if units:
         path = f"{out}/{units[min(units)].manifest.path}"
-        raise IntegrityError(f"{path}: of no unit of this work list; use a new `out`")
+        raise IntegrityError(
+            f"{path}: the work list has no such unit; restore {subset}/{FOLDER} from a copy, or use a new "
+            "`out`"
+        )
     return pending
 
 

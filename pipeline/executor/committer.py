@@ -48,8 +48,9 @@ def held_back(held: dict[str, str], how: str = "") -> str:
     unit, why = list(held.items())[-1]
     some = f"{len(held)} units{how} are" if len(held) > 1 else "1 unit is"
     return (
-        f"{some} held back, last {unit}: {why}. What is committed stays; run the same command again when the "
-        "source can be read, or raise failures.max_failed_share to build without what cannot"
+        f"{some} held back, last {unit}: {why}. What is committed stays. Run the same command again when the "
+        "source can be read and the models work. To commit these units without the images that failed, raise "
+        "failures.max_failed_share (to 1 if regions of the committed files would be lost)"
     )
 
 

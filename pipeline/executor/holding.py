@@ -51,8 +51,8 @@ def why_held(
         return ""
     lost = committed.lost_by_errors(images)
     if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        return f"its committed files have {lost[0]}{more}, lost by an error now ({_example(images)})"
+        what = f"{lost[0]} and {len(lost) - 1} more regions" if len(lost) > 1 else f"the region {lost[0]}"
+        return f"this build would lose {what} of the committed files because of an error ({_example(images)})"
     failed = [image for image in images if image.failed]
     if not failed:
         return ""

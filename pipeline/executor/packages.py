@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from ...schemas.config import Backend
-from ..io.packages import AGAIN, how_to_install, how_to_install_extra, requirements
+from ..io.packages import AGAIN, how_to_install, how_to_install_extra, install_with, requirements
 from ..models import registry
 from .findings import FAIL, OK, WARN, Finding
 
@@ -32,7 +32,7 @@ def check_python_and_base() -> Iterator[Finding]:
         ours = importlib.metadata.metadata("paracaption")
     except importlib.metadata.PackageNotFoundError:
         found = "paracaption is not installed, so its pins are not known"
-        yield Finding("packages", WARN, found, "run `pip install --editable .` in the folder of the clone")
+        yield Finding("packages", WARN, found, f"in the folder of the clone, {install_with('--editable .')}")
         return
     yield check_python(ours["Requires-Python"])
     base = requirements(None)

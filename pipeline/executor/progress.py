@@ -110,12 +110,17 @@ class Watch:
     def _message(self) -> str:
         found = hanging(self.run_folder)
         if not found:
-            where = "no worker is at work, Ray could not place them: see `ray status`"
-            return f"no progress for {self.stall_s:.0f} s (failures.stall_s); {where}; {_FIX}"
+            return (
+                f"no progress for {self.stall_s:.0f} s (failures.stall_s); no worker is at work: Ray may "
+                "have too few free CPUs or GPUs (`ray status` shows them); lower `concurrency` or add nodes, "
+                "and run the same command again; what is committed stays"
+            )
         words, stack = found[0]
         others = [f"{doing} ({path or 'no stack'})" for doing, path in found[1:]]
         more = f"; also: {'; '.join(others)}" if others else ""
         return line(words, self.stall_s, stack, f"{_FIX}{more}")
 
 
-_FIX = "what is committed stays; run the same command again, and raise failures.stall_s if it is only slow"
+_FIX = (
+    "what is committed stays; run the same command again, and raise failures.stall_s if the step is only slow"
+)

@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "paracaption_stage_units": ("Units that passed through a stage.", ("subset", "stage")),
-    "paracaption_stage_images": ("Images of these units.", ("subset", "stage")),
+    "paracaption_stage_images": ("Images in the units that passed through a stage.", ("subset", "stage")),
     "paracaption_stage_regions": ("Regions that a stage worked on.", ("subset", "stage")),
     "paracaption_stage_asked": ("Regions that a stage's model was asked about.", ("subset", "stage")),
     "paracaption_stage_seconds": ("Seconds spent in a stage, over its actors.", ("subset", "stage")),
-    "paracaption_stage_busy_seconds": ("Of these, seconds in calls to the model.", ("subset", "stage")),
+    "paracaption_stage_busy_seconds": ("Seconds of a stage in calls to its model.", ("subset", "stage")),
     "paracaption_stage_starts": ("Times that a stage's model was loaded.", ("subset", "stage")),
     "paracaption_stage_failures": ("Units on which a stage failed as a whole.", ("subset", "stage")),
     "paracaption_units": ("Units that were written.", ("subset",)),
-    "paracaption_images": ("Images of these units.", ("subset",)),
-    "paracaption_regions_kept": ("Regions in the shards of these units.", ("subset",)),
+    "paracaption_images": ("Images in the units that were written.", ("subset",)),
+    "paracaption_regions_kept": ("Regions in the shards that were written.", ("subset",)),
     "paracaption_regions_dropped": ("Regions that were dropped, by stage/reason.", ("subset", "reason")),
 }
 """Name -> what it counts, and its tags."""

@@ -414,7 +414,7 @@ def save_picture(picture: Image, path: str | Path) -> None:
     if kind not in {"PNG", "JPEG", "WEBP"}:
         raise ConfigError(f"{path}: a picture's name ends in .png, .jpg or .webp")
     if not path.parent.is_dir():
-        raise ConfigError(f"{path}: no such folder; make it first")
+        raise ConfigError(f"{path.parent}: no such folder; make it first")
     buffer = io.BytesIO()
     picture.save(buffer, kind, **({"quality": 90} if kind != "PNG" else {}))
     with files.write_atomic(path) as file:

@@ -38,7 +38,12 @@ def how_to_install(module: str) -> str:
     extra = _extra_of(module)
     if extra is not None:
         return how_to_install_extra(extra)
-    return AGAIN if distribution in requirements(None) else f"`pip install {distribution}`"
+    return AGAIN if distribution in requirements(None) else install_with(distribution)
+
+
+def install_with(what: str) -> str:
+    """How to install a package into this environment, which has no pip if uv made it."""
+    return f"install it with `uv pip install {what}` or `python -m pip install {what}`"
 
 
 def how_to_install_extra(extra: str) -> str:

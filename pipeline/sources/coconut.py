@@ -83,6 +83,8 @@ class Coconut(Source[CoconutOptions]):
     fixes = PHOTO_FIXES | {
         Reason.SIZE_MISMATCH: "photo, label map and annotation come from different releases; "
         "fetch matching ones",
+        Reason.DUPLICATE_KEY: "each image, and each segment id of an image, counts once; remove the repeated "
+        "records from the annotations",
         Reason.UNKNOWN_CATEGORY: "give the release's category list as `categories`",
         Reason.LABELS_UNREADABLE: "put the label maps there, or fetch them again",
         Reason.SEGMENT_ABSENT: "COCONut has some of these; there is nothing to fix",
@@ -296,8 +298,7 @@ def _entry(
         elif photo is None:
             dropped = drop(
                 Reason.PHOTO_MISSING,
-                f"{photo_name}: in none of the folders of `photos`, or in several; have it in exactly one"
-                f"{photos.hint(photo_name)}",
+                f"{photo_name}: not found in the folders of `photos`{photos.hint(photo_name)}",
             )
         elif annotation is None:
             dropped = drop(Reason.LABELS_UNREADABLE, f"{label_name}: not in the label folder; put it there")

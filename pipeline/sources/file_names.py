@@ -195,12 +195,19 @@ class Finder:
         return []
 
     def hint(self, name: str) -> str:
-        """For the message that nothing was found: a file of this base name that `name` does not mean."""
+        """For the message that nothing was found: files of this base name that `name` does not mean."""
         others = self._by_stem.get(compared_stem(name), [])
-        if len(others) != 1:
+        if not others:
             return ""
-        shown = others[0][1].encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return f" ({shown} exists, but in another folder than this name says)"
+        shown = [
+            found.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for _, found in others[:2]
+        ]
+        if len(others) == 1:
+            return f" ({shown[0]} exists, but in another folder than this name says)"
+        return (
+            f" ({len(others)} files may be meant, such as {' and '.join(shown)}; keep only one of them, or "
+            "write the path of the right one into the annotation)"
+        )
 
     def find(self, name: str) -> str | None:
         """The URL of the file meant, None if none is or several may be.

@@ -28,6 +28,8 @@ _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _LOSSY = {"jpeg": "a JPEG", "tiff_jpeg": "a JPEG", "webp": "a WebP file", "jpeg2000": "a JPEG 2000"}
 """Compressions of a TIFF, by Pillow's names, that change colors."""
 
+_SAVE_RGB = "save it as an RGB PNG with 8 bits, in which the id is R + 256 G + 65,536 B, as in COCO"
+
 _NO_COLOR = 0xFFFF_FFFF
 """The id of an index that the palette does not have: no declared id is as large."""
 
@@ -111,10 +113,7 @@ def _choose(readings: list[_Reading], name: str) -> _Reading:
     confirmed = [reading for reading in possible if reading.agreeing] or possible
     if len(confirmed) > 1 and not confirmed[0].fits:
         ways = " or ".join(reading.what for reading in confirmed)
-        detail = (
-            f"its {ways} could be the ids, and the declared areas do not decide; save it as RGB, in COCO's "
-            "colors"
-        )
+        detail = f"its {ways} could be the ids, and the declared areas do not decide; {_SAVE_RGB}"
         raise BadRecord(Reason.LABELS_DISAGREE, f"{name}: {detail}")
     return confirmed[0]
 
@@ -174,9 +173,7 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, dict[str, np.ndarray | 
     except photos.BROKEN as error:
         raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {_why(data, error)}") from error
     detail = f"an image of mode {mode}{' with 16 bits' if ';16' in stored else ''} holds no segment ids"
-    raise BadRecord(
-        Reason.LABELS_UNREADABLE, f"{name}: {detail}; save it as RGB with 8 bits, in COCO's colors"
-    )
+    raise BadRecord(Reason.LABELS_UNREADABLE, f"{name}: {detail}; {_SAVE_RGB}")
 
 
 def _palette(image: Any) -> np.ndarray:
@@ -226,7 +223,7 @@ def _damaged_chunk(data: bytes) -> str:
 _KINDS: Iterable[tuple[bytes, str]] = (
     (b"\xff\xd8", "a JPEG cannot hold segment ids; get the PNG"),
     (b"RIFF", "a WebP file is not read as a label map; get the PNG"),
-    (b"\x93NUMPY", "not an image: a NumPy array; save it as an RGB PNG, in COCO's colors"),
+    (b"\x93NUMPY", f"not an image: a NumPy array; {_SAVE_RGB}"),
     (b"{", "not an image: JSON; give the folder of the PNGs as `labels`"),
     (b"[", "not an image: JSON; give the folder of the PNGs as `labels`"),
 )

@@ -50,7 +50,8 @@ class Pairs:
         if len(same_id) > 1:
             return (
                 None,
-                f"{name or 'it'}: the image id {number} belongs to {_listed(same_id)}; make ids unique",
+                f"{name}{': ' if name else ''}the image id {number} belongs to {_listed(same_id)}; give "
+                "each image an id of its own",
             )
         what = f"has the name of {_listed(named)}, but the image id {number} of {_listed(same_id)}"
         return None, f"{name} {what}; correct one of them"

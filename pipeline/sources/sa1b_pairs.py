@@ -89,7 +89,8 @@ class Groups(Generic[Member]):
         doubt = ""
         if (photos and records) or _share_a_folder(pictures, texts):
             doubt = (
-                f"it may be of {_listed(pictures)} or {_listed(texts)}; put photo and JSON into one folder"
+                f"which of the photos ({_listed(pictures)}) belongs to which JSON ({_listed(texts)}) is not "
+                "clear; put each photo and its JSON into one folder"
             )
         yield from (Pair(picture, None, doubt) for picture in pictures)
         yield from (Pair(None, text, doubt) for text in texts)

@@ -88,7 +88,7 @@ def come_back(tmp_path: Path) -> None:
 def test_a_source_that_goes_away_in_mid_build_is_not_committed_and_heals_by_itself(tmp_path, kind, gone):
     config = config_for(tmp_path, kind)
     with pytest.raises(
-        UnitsHeldBack, match=r"3 units in a row are held back, last .*run the same command"
+        UnitsHeldBack, match=r"3 units in a row are held back, last .*Run the same command"
     ) as told:
         build(config, on_progress=after(1, lambda: gone(tmp_path)))
     assert "\n" not in str(told.value)

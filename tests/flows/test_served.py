@@ -106,7 +106,7 @@ def test_a_served_build_loads_runs_and_sends_nothing_that_deploy_did_not_allow(
 
     before = set(sys.modules)
     with pytest.raises(
-        ConfigError, match=r"not allowed in a served flow; serve it with `paracaption deploy --allow"
+        ConfigError, match=r"not allowed in a served flow; to allow it, start `paracaption deploy` again"
     ) as refused:
         build_corpus.fn(build_config(tmp_path, **changes))
     assert str(refused.value).startswith(named)

@@ -400,7 +400,7 @@ def test_a_file_of_which_yaml_makes_nothing_is_one_line_that_names_it(tmp_path, 
 def test_an_option_that_is_no_path_is_named(tmp_path, given):
     path = tmp_path / "judge.yaml"
     path.write_text(f"name: vllm\noptions: {{model: {given}}}\n")
-    with pytest.raises(ConfigError, match=r"judge\.yaml: options\.model: no path that can be looked for"):
+    with pytest.raises(ConfigError, match=r"judge\.yaml: options\.model: not a valid path"):
         load_judge(path)
 
 

@@ -80,7 +80,8 @@ def suggest_concurrency(estimate: Estimate) -> str:
         lines.append(f"{subset.subset}: {', '.join(words)}")
     if len({line.partition(": ")[2] for line in lines}) > 1:
         lines.append(
-            "The subsets are built one after the other: a configuration for each, with the same `out`."
+            "`concurrency` is the same for all subsets of a configuration. To use these numbers, write a "
+            "configuration for each subset, all with the same `out`, and build them one after the other."
         )
     return "\n".join(lines)
 
@@ -111,13 +112,15 @@ def find_caveats(
     if pilot is not None:
         for protocol in ("captioner", "judge", "segmenter"):
             then, now = getattr(pilot, protocol), getattr(config, protocol)
-            same = ("name", "options", "num_gpus", "num_cpus")
+            same = ("name", "num_gpus", "num_cpus")
             if any(getattr(then, key) != getattr(now, key) for key in same):
                 caveats.append(
                     f"{protocol}: the pilot ran {then.name} (num_gpus {then.num_gpus:g}, num_cpus "
-                    f"{then.num_cpus:g}), the estimate is for {now.name} ({now.num_gpus:g}, {now.num_cpus:g})"
-                    f"{'; other options' * (then.options != now.options)}"
+                    f"{then.num_cpus:g}), but the estimate is for {now.name} (num_gpus {now.num_gpus:g}, "
+                    f"num_cpus {now.num_cpus:g})"
                 )
+            elif then.options != now.options:
+                caveats.append(f"{protocol}: its options are not those of the pilot")
     return caveats
 
 

@@ -70,8 +70,8 @@ class Prompts:
         largest = max(self.tokenizer.get_vocab().values())
         if largest >= config.text["vocab_size"]:
             raise ConfigError(
-                f"{config.folder}: tokenizer.json has {largest + 1} tokens, config.json's text_config "
-                f"{config.text['vocab_size']}"
+                f"{config.folder}: tokenizer.json has {largest + 1} tokens, but config.json's "
+                f"text_config.vocab_size is {config.text['vocab_size']}; take both files from one checkpoint"
             )
         self.write = lru_cache(maxsize=256)(self._write)
 

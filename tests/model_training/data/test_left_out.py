@@ -118,7 +118,9 @@ def test_data_without_such_photos_have_the_fingerprint_that_they_had(tmp_path: P
 
 def test_a_corpus_of_nothing_else_is_an_error_that_says_so(tmp_path: Path):
     write_named(tmp_path / "corpus", 0, {"one": f"{LISTED}.jpg", "two": f"{LISTED}.png"})
-    with pytest.raises(ConfigError, match=r"nothing is left to train on: 2 photos of ParaDLC-Bench"):
+    with pytest.raises(
+        ConfigError, match=r"nothing is left to train on after leaving out 2 photos of ParaDLC-Bench"
+    ):
         loader(tmp_path / "corpus")
 
 
@@ -240,7 +242,7 @@ def test_conversations_on_nothing_else_are_an_error_that_says_so(tmp_path: Path)
     records, _ = conversations(tmp_path, 1)
     (tmp_path / "said.json").write_text(json.dumps([records[0] | {"id": LISTED}]))
     source = ConversationSource(path=str(tmp_path / "said.json"), images=str(tmp_path / "images"))
-    with pytest.raises(ConfigError, match=r"nothing is left to train on: 1 photo of"):
+    with pytest.raises(ConfigError, match=r"nothing is left to train on after leaving out 1 photo of"):
         loader(tmp_path / "out", sources=[source])
 
 

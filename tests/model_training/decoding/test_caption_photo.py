@@ -193,7 +193,7 @@ def test_a_caption_that_looks_like_markup_is_printed_as_it_is():
     [
         (["--picture", "x.pdf"], "x.pdf: a picture's name ends in"),
         (["--trace", "x.mp4"], "x.mp4: a trace's name ends in"),
-        (["--json", "no/such/x.json"], "no/such/x.json: no such folder"),
+        (["--json", "no/such/x.json"], "no/such: no such folder"),
         (["--masks", "nowhere.png"], "nowhere.png: no such file"),
     ],
 )

@@ -254,7 +254,7 @@ def test_a_key_says_which_image_is_meant_where_the_photos_name_does_not(photo, t
     path = instances(tmp_path / "i.json", instance(1, polygon()))
     renamed = photo.rename(tmp_path / "holiday.png")
     with pytest.raises(
-        ConfigError, match=r"no image holiday\.png; .* val/000000000007\.jpg, 000000000008\.jpg"
+        ConfigError, match=r"no image is called holiday\.png; .* val/000000000007\.jpg, 000000000008\.jpg"
     ):
         read_photo_regions(renamed, [path])
     for key in ("7", "000000000007", "000000000007.jpg"):

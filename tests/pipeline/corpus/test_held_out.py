@@ -167,7 +167,8 @@ def test_an_index_of_another_share_than_the_configuration_is_named_by_verify(tmp
     found = verify.verify(out)
     assert (
         not found.ok
-        and "does not describe the units that are committed now; run `paracaption merge`" in found.text()
+        and "does not describe the units that are committed now; run `paracaption merge CONFIG`"
+        in found.text()
     )
     merge.merge(out)
     assert verify.verify(out).ok

@@ -105,14 +105,14 @@ def test_an_image_of_the_plan_that_its_manifest_lacks_is_named(out):
     images = dict(manifest_of(out).images)
     images.pop("000000000002")
     edit_manifest(out, images=images)
-    named(out, f"manifests/{UNIT}.json", "images of the plan missing: 1 (000000000002)")
+    named(out, f"manifests/{UNIT}.json", "images of the work list missing: 1 (000000000002)")
     named(out, f"ledger/{UNIT}.parquet", "images not in the manifest: 1 (000000000002)")
 
 
 def test_a_manifest_of_no_unit_of_the_plan_is_named(out):
     folder = out / "coconut" / "manifests"
     shutil.copy(folder / "coconut-000002.json", folder / "coconut-000009.json")
-    named(out, "coconut-000009.json", "the plan has no such unit")
+    named(out, "coconut-000009.json", "the work list has no such unit")
     named(out, "coconut-000009.json", "belongs to unit coconut-000002")
 
 
@@ -133,12 +133,12 @@ def test_a_missing_or_damaged_plan_is_named(out):
     path.unlink()
     named(out, "coconut/plan/plan.parquet", "gone", "build CONFIG` again")
     path.with_name(work_list.SUMMARY).write_bytes(b'{"subset": ' * 5000)
-    named(out, "coconut/plan/plan.parquet", "not readable", "plan.json")
+    named(out, "coconut/plan/plan.json", "bytes", "build CONFIG` again")
 
 
 def test_manifests_of_two_plans_are_named(out):
     edit_manifest(out, plan="0" * 64)
-    named(out, "coconut/manifests", "1 units were built from another plan", UNIT)
+    named(out, "coconut/manifests", "1 units were built from another work list", UNIT)
 
 
 def test_manifests_of_two_recipes_are_named(out):

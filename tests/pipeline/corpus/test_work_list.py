@@ -225,7 +225,9 @@ def test_manifests_of_another_plan_or_of_no_unit_or_of_nothing_are_refused_by_na
     made = work_list.make_work_list(FakeSource(entries_of("a")), config_of(tmp_path), tmp_path)
     folder = tmp_path / "manifests"
     write_manifest(folder, made, 0, digest="other")
-    with pytest.raises(IntegrityError, match=r"sa1b-000000\.json: of work list other"):
+    with pytest.raises(
+        IntegrityError, match=r"sa1b-000000\.json: this unit was built from the work list other"
+    ):
         work_list.find_pending_units(made, "r")
     write_manifest(folder, made, 0)
     write_manifest(folder, made, 5)

@@ -237,5 +237,5 @@ def test_a_worker_on_another_machine_that_could_leave_no_stack_is_told_by_its_st
 def test_where_no_worker_is_at_work_ray_is_told_to_have_placed_none(tmp_path, watch):
     (tmp_path / "stack-write-2.txt").write_text("waiting for work   \n")
     assert watch().startswith(
-        "no progress for 7 s (failures.stall_s); no worker is at work, Ray could not place"
+        "no progress for 7 s (failures.stall_s); no worker is at work: Ray may have too few"
     )

@@ -396,7 +396,7 @@ def test_a_served_run_finds_what_deploy_allowed_in_the_folder_of_deploy_and_noth
     assert registry.find_backend("captioner", config.captioner).__name__ == "MyCap"
     other = config.model_copy(update={"captioner": Backend(name="other:MyCap")})
     with pytest.raises(
-        ConfigError, match="not allowed in a served flow; serve it with `paracaption deploy --allow"
+        ConfigError, match="not allowed in a served flow; to allow it, start `paracaption deploy` again"
     ):
         served.check_run(other)
     assert "other" not in sys.modules
