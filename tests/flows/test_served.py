@@ -133,7 +133,7 @@ def test_a_served_evaluation_loads_no_code(tmp_path, in_a_served_run, name):
 
     values = {"out": str(tmp_path / "out"), "label": "x", "captioner": {"name": name}}
     values["benchmarks"] = [{"name": "b", "kind": "dlc", "folder": "f"}]
-    with pytest.raises(ConfigError, match=r"^captioner\.name: .* --allow VALUE"):
+    with pytest.raises(ConfigError, match=r"^captioner\.name: .* `--allow VALUE`"):
         evaluate_captioner.fn(EvaluateConfig.model_validate(values))
     ours = {**values, "captioner": {"name": "predictions", "options": {"path": "p"}}}
     judge = {"name": "vllm", "options": {"model": "m", "engine": {"worker_cls": "evil.Worker"}}}
@@ -244,7 +244,7 @@ def test_through_the_api_neither_parameters_nor_an_edited_deployment_run_code(
             for name, run in runs.items():
                 found = _eventually(lambda run=run: httpx.get(f"{api}/flow_runs/{run}"), _is_over)
                 assert found["state"]["type"] == "FAILED", (name, found["state"])
-                assert "--allow VALUE" in found["state"]["message"], found["state"]
+                assert "`--allow VALUE`" in found["state"]["message"], found["state"]
                 assert found["name"] == "out"
         finally:
             deploy.send_signal(signal.SIGINT)

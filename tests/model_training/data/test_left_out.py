@@ -158,7 +158,7 @@ def test_a_run_from_before_the_split_is_refused_with_what_has_changed(corpus: Pa
     assert loader(corpus, benchmark_photos="keep").fingerprint == early.fingerprint
     configure(corpus, 0.5)
     with pytest.raises(
-        IntegrityError, match=r"before a corpus held these images out, go back to that held_out"
+        IntegrityError, match=r"when a corpus had another held_out_share, set that share again"
     ):
         loader(corpus, benchmark_photos="keep").load_state_dict(early.state_dict())
 

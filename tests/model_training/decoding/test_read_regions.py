@@ -142,7 +142,9 @@ BROKEN = {
     "is empty (brightest": lambda path: Image.new("L", (WIDTH, HEIGHT), 3).save(path, "JPEG"),
     "a label map is not a mask": lambda path: labels().save(path),
     "a picture, not a mask": lambda path: cut_out(rectangle()).convert("RGB").save(path),
-    "equally bright": lambda path: palette([(255, 0, 0), (0, 255, 0)], rectangle()).save(path),
+    "its colors have the same brightness": lambda path: palette([(255, 0, 0), (0, 255, 0)], rectangle()).save(
+        path
+    ),
     "empty file": lambda path: path.write_bytes(b""),
     "not an image": lambda path: path.write_bytes(b"%PDF"),
     "no such file": lambda path: None,

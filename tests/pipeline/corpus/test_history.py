@@ -101,7 +101,7 @@ def test_the_state_after_a_record_has_the_units_of_then(rebuilt):
 
 def test_a_record_that_does_not_exist_is_one_line(rebuilt, tmp_path):
     out, _, second, _ = rebuilt
-    with pytest.raises(ConfigError, match=rf"no record {second + 1} .*records are 1 to {second}$"):
+    with pytest.raises(ConfigError, match=rf"no record {second + 1} .*records are 1 to {second};"):
         history.state_at(out, second + 1)
     with pytest.raises(ConfigError, match="no such folder"):
         history.state_at(str(tmp_path / "empty"), 1)

@@ -133,7 +133,7 @@ def test_a_missing_or_damaged_plan_is_named(out):
     path.unlink()
     named(out, "coconut/plan/plan.parquet", "gone", "build CONFIG` again")
     path.with_name(work_list.SUMMARY).write_bytes(b'{"subset": ' * 5000)
-    named(out, "coconut/plan/plan.json", "bytes", "build CONFIG` again")
+    named(out, "coconut/plan/plan.json", "not a work list", "build CONFIG` again")
 
 
 def test_manifests_of_two_plans_are_named(out):

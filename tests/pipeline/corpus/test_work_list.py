@@ -231,7 +231,7 @@ def test_manifests_of_another_plan_or_of_no_unit_or_of_nothing_are_refused_by_na
         work_list.find_pending_units(made, "r")
     write_manifest(folder, made, 0)
     write_manifest(folder, made, 5)
-    with pytest.raises(IntegrityError, match=r"sa1b-000005\.json: of no unit"):
+    with pytest.raises(IntegrityError, match=r"sa1b-000005\.json: the work list has no such unit"):
         work_list.find_pending_units(made, "r")
     (folder / "sa1b-000000.json").write_bytes(b"{")
     with pytest.raises(IntegrityError, match=r"sa1b-000000\.json: not a manifest.*delete it"):

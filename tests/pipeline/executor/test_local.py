@@ -116,7 +116,7 @@ def test_a_call_that_stalls_is_told_with_its_records_and_where_its_stack_lies_an
     (told,) = [message for message in caplog.messages if message.startswith("caption")]
     assert told.startswith("caption, unit coconut-000001, at 000000000004 and 3 more: no progress for 1 s (f")
     assert told.endswith(
-        "; if it is only slow, raise failures.stall_s; else press Ctrl-C: what is committed stays"
+        "; if the step is only slow, raise failures.stall_s; else press Ctrl-C: what is committed stays"
     )
     stack = Path(told.partition("the stack is in ")[2].partition(";")[0])
     assert "backends.py" in stack.read_text() and " in caption\n" in stack.read_text()

@@ -105,7 +105,7 @@ def stack_of(line: str) -> str:
 def test_whatever_hangs_is_told_with_step_unit_record_seconds_stack_and_what_to_do(told, words):
     line = next(line for line in told if line.startswith(f"{words}: "))
     assert re.fullmatch(
-        r".*: no progress for \d s \(failures.stall_s\); the stack is in /\S+\.txt; if it is only slow, "
+        r".*: no progress for \d s \(failures.stall_s\); the stack is in /\S+\.txt; if the step is only slow, "
         r"raise failures.stall_s; else press Ctrl-C: what is committed stays",
         line,
     )
@@ -180,7 +180,9 @@ def watch(tmp_path) -> Callable[[], str]:
     return run
 
 
-FIX = "what is committed stays; run the same command again, and raise failures.stall_s if it is only slow"
+FIX = (
+    "what is committed stays; run the same command again, and raise failures.stall_s if the step is only slow"
+)
 
 
 def test_a_worker_that_hangs_leaves_its_step_and_its_stack_in_the_folder_of_the_run(tmp_path, watch):

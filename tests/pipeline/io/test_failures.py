@@ -288,7 +288,7 @@ class NoCredentialsError(Exception):
         (ImportError("Install adlfs to access Azure"), packages.how_to_install("adlfs") + ", on every node"),
         (
             ImportError('SFTPFileSystem requires "paramiko" to be installed'),
-            "`uv pip install paramiko` or `python -m pip install paramiko`, on every",
+            "install it with `uv pip install paramiko` or `python -m pip install paramiko`, on every",
         ),
         (
             ModuleNotFoundError("No module named 'aiohttp'"),
