@@ -35,7 +35,7 @@ _REARM_SHARE = 0.1
 _LOOKS = 4
 """How often within `stall_s` the thread looks."""
 
-ONLY_SLOW = "if it is only slow, raise failures.stall_s; else press Ctrl-C: what is committed stays"
+ONLY_SLOW = "if the step is only slow, raise failures.stall_s; else press Ctrl-C: what is committed stays"
 
 
 class StackFile:

@@ -105,8 +105,8 @@ def stack_of(line: str) -> str:
 def test_whatever_hangs_is_told_with_step_unit_record_seconds_stack_and_what_to_do(told, words):
     line = next(line for line in told if line.startswith(f"{words}: "))
     assert re.fullmatch(
-        r".*: no progress for \d s \(failures.stall_s\); the stack is in /\S+\.txt; if the step is only slow, "
-        r"raise failures.stall_s; else press Ctrl-C: what is committed stays",
+        r".*: no progress for \d s \(failures.stall_s\); the stack is in /\S+\.txt; if the step is only "
+        r"slow, raise failures.stall_s; else press Ctrl-C: what is committed stays",
         line,
     )
 
