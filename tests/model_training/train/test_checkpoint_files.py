@@ -112,7 +112,7 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path, path):
         found.storage_data[first].relative_path = path
 
     rewrite(folder, change)
-    with pytest.raises(IntegrityError, match="no file beside it"):
+    with pytest.raises(IntegrityError, match="no file next to it"):
         load(folder)
 
 
@@ -121,7 +121,7 @@ def test_a_link_in_the_place_of_a_file_is_refused(tmp_path):
     (data,) = folder.glob("*.distcp")
     data.rename(tmp_path / "elsewhere")
     data.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(IntegrityError, match="no file beside it"):
+    with pytest.raises(IntegrityError, match="no file next to it"):
         load(folder)
 
 
