@@ -123,7 +123,7 @@ def test_the_check_before_a_build_names_it_too(tmp_path):
     write_coconut(tmp_path / "src", 2)
     config = config_of(tmp_path / "src/photos/out", coconut=coconut_at(tmp_path / "src"))
     (found,) = [each for each in preflight.check_build(config) if each.state == findings.FAIL]
-    assert "is inside it" in found.found and "choose an `out` beside it" in found.fix
+    assert "is inside it" in found.found and "choose an `out` outside of it" in found.fix
 
 
 def test_every_path_of_a_configuration_is_found_by_its_type(tmp_path):
