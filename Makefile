@@ -65,6 +65,7 @@ lock:  ## resolve again: this machine's kind without a GPU, and GPU nodes
 	test -x .venv/bin/python || uv venv --quiet --python $(PYTHON) .venv
 
 .venv/base: pyproject.toml requirements.lock | .venv/bin/python
+	@echo "installing the packages of requirements.lock into .venv: one to three minutes"
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.lock --editable .
 	touch $@
 

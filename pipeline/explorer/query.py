@@ -66,7 +66,8 @@ class Query:
             raise ConfigError(f"outcome: unknown outcome {values['outcome']!r}; choose kept or dropped")
         if values["sort"] and values["sort"].removeprefix("-") not in MEASURES:
             raise ConfigError(
-                f"sort: unknown order {values['sort']!r}; choose {', '.join(MEASURES)}, or one after a -"
+                f"sort: unknown order {values['sort']!r}; choose one of {', '.join(MEASURES)}; "
+                "put a - before it for descending order"
             )
         ranges = []
         for name in MEASURES:

@@ -44,7 +44,7 @@ def write_report(
     """
     path = Path(out) / NAME if to is None else Path(to)
     if not files.is_folder(str(path.parent)):
-        raise ConfigError(f"{path}: no such folder; make it first")
+        raise ConfigError(f"{path.parent}: no such folder; make it first")
     try:
         data = render_report(Explorer(out, outside=outside, urls=urls)).encode()
     except ParaCaptionError:

@@ -104,7 +104,7 @@ class Reviews:
             return []
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             raise IntegrityError(
-                f"{self.path}: no reviews ({error}); move it away, and review again"
+                f"{self.path}: not a file of reviews ({error}); move it away, and a new one is begun"
             ) from error
         return [Review(*row.values()) for row in table.to_pylist()]
 
@@ -219,7 +219,8 @@ class Reviews:
                 yield
         except OSError as error:
             raise ConfigError(
-                f"{self.path}: cannot be written ({error}); reviews are kept next to the corpus"
+                f"{self.path}: cannot be written ({error}); reviews are written into the corpus: "
+                "give this user the permission to write there"
             ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import socket
 from collections.abc import Callable
@@ -52,7 +53,8 @@ def serve(
     try:
         listening = socket.create_server((host.strip("[]"), port), family=family)
     except OSError as error:
-        raise ConfigError(f"{host}:{port}: {error.strerror or error}; choose another --port") from error
+        fix = "choose another --port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "correct --host"
+        raise ConfigError(f"{host}:{port}: {error.strerror or error}; {fix}") from error
     with listening:
         name = socket.gethostname() if host in ("0.0.0.0", "::") else host.strip("[]")
         name = f"[{name}]" if ":" in name else name

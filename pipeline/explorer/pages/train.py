@@ -22,5 +22,5 @@ def show_run(request: Request, explorer: CurrentExplorer) -> HTMLResponse:
 @router.get("/train/picture/{number}")
 def send_picture(explorer: CurrentExplorer, number: int) -> Response:
     if explorer.run is None:
-        raise ConfigError("no training run is given; see --run")
+        raise ConfigError("no training run is shown; start `paracaption explore` again with --run FOLDER")
     return Response(training.read_picture(explorer.run, number), media_type="image/jpeg", headers=CACHED)

@@ -167,7 +167,9 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(corpus, straight
 def test_what_changed_since_the_checkpoint_is_said(corpus, straight, tmp_path, caplog):
     run = shutil.copytree(straight, tmp_path / "run")
     fit(config_of(run, corpus, steps=41, ema_decay=0.9, max_grad_norm=0.5, gradient_accumulation_steps=2))
-    assert "have changed since the checkpoint: steps, gradient_accumulation_steps, max_grad_norm" in caplog.text
+    assert (
+        "have changed since the checkpoint: steps, gradient_accumulation_steps, max_grad_norm" in caplog.text
+    )
     assert "a step now has 2 batches, but before the checkpoint it had 1" in caplog.text
 
 
