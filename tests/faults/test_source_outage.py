@@ -114,7 +114,7 @@ def test_other_units_go_on_and_the_build_ends_with_what_is_held_back(tmp_path):
     files.register("file", Bad())
     try:
         with pytest.raises(
-            UnitsHeldBack, match=r"1 unit is held back, last coconut-000001: 2 of 2 images .*2 trans"
+            UnitsHeldBack, match=r"1 unit is held back, last coconut-000001: 2 of 2 images .*2 not answered"
         ):
             driver.build(config, LocalEngine())
     finally:

@@ -74,7 +74,7 @@ def test_a_hard_mask_may_be_the_whole_image(value):
         (where(1, 0).astype(complex), "array of complex128"),
         ([["a", "b"]], "array of <U1"),
         ({"counts": [1, 2]}, "array of object"),
-        ([[True], [True, False]], "no array"),
+        ([[True], [True, False]], "not an array"),
     ],
 )
 def test_what_can_be_read_in_two_ways_is_an_error_of_one_line_that_names_the_mask(mask, told):

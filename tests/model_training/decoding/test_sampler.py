@@ -99,7 +99,7 @@ def test_a_model_without_probabilities_is_an_error_and_not_a_row_of_exclamation_
         else:
             model.lm_head.weight[3, 2] = value
     batch = collate(examples(processor, [2], slots=SLOTS))
-    with pytest.raises(StageFailed, match="no numbers"):
+    with pytest.raises(StageFailed, match="are NaN, or equal"):
         decode_batch(model, batch, options_of(strategy, temperature=temperature))
 
 

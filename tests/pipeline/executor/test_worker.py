@@ -211,7 +211,7 @@ def test_a_backend_that_cannot_start_again_fails_this_unit_and_the_next(tmp_path
     monkeypatch.setattr("paracaption.pipeline.models.registry.load_backend", gone)
     for _ in range(2):
         told = worker(bench.row)["failed"]
-        assert told == "StageFailed: caption: the backend cannot start: OSError: no such device"
+        assert told.startswith("StageFailed: caption: the backend cannot start: OSError: no such device; ")
 
 
 def test_a_backend_that_cannot_start_is_told_by_a_row_that_passes_through(tmp_path, coconut):
