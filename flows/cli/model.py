@@ -124,7 +124,7 @@ def train(
             f"{found['empty']:.1%} are empty; {found['tokens_per_forward']:.1f} tokens per forward pass"
         )
     suggest(
-        ("caption", "PHOTO", "--model", done["model"], "--masks", "MASKS"),
+        ("caption", "--model", done["model"], "--image", "PHOTO", "--masks", "MASKS"),
         ("config", "--evaluation"),
     )
 

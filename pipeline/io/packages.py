@@ -14,7 +14,7 @@ _DISTRIBUTIONS = {
 }
 """Module -> its distribution, where the names differ."""
 
-_EXTRAS = ("models", "train", "vllm", "remote")
+_EXTRAS = ("models", "vllm", "remote")
 """The extras of paracaption; the first that requires a distribution is the one to install."""
 
 _WITH_TRANSFORMERS = ("safetensors", "huggingface_hub", "tokenizers")
@@ -22,7 +22,6 @@ _WITH_TRANSFORMERS = ("safetensors", "huggingface_hub", "tokenizers")
 
 _PAGES = {
     "models": "README.md",
-    "train": "docs/training.md",
     "vllm": "docs/gpu.md",
     "remote": "docs/sources.md",
 }

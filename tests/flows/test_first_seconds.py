@@ -82,7 +82,10 @@ def test_a_refusal_names_every_failure_and_no_success():
             "segment_anything",
             "`make models` in a clone, or install paracaption again with the extra `models` (README.md)",
         ),
-        ("peft", "install paracaption again with the extra `train` (docs/training.md)"),
+        (
+            "peft",
+            "`make models` in a clone, or install paracaption again with the extra `models` (README.md)",
+        ),
         ("s3fs", "install paracaption again with the extra `remote` (docs/sources.md)"),
     ],
 )

@@ -196,7 +196,10 @@ def test_a_disk_that_does_not_answer_is_one_line(tmp_path, error):
             "torch",
             "`make models` in a clone, or install paracaption again with the extra `models` (README.md)",
         ),
-        ("tensorboard", "install paracaption again with the extra `train` (docs/training.md)"),
+        (
+            "tensorboard",
+            "`make models` in a clone, or install paracaption again with the extra `models` (README.md)",
+        ),
         ("vllm", "install paracaption again with the extra `vllm` (docs/gpu.md)"),
         ("duckdb", "install paracaption again, with the packages that it requires (README.md)"),
         ("matplotlib", "install paracaption again, with the packages that it requires (README.md)"),
