@@ -1,0 +1,39 @@
+"""The smallest files that `docs/sources.md` shows are read as it says."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paracaption.pipeline.config_file import load_config
+from paracaption.pipeline.executor.audit import audit_subset
+from paracaption.pipeline.sources.registry import open_source
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "sources.md"
+pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="no clone, but an installed wheel")
+
+
+def test_the_least_that_each_kind_of_source_needs_is_read(tmp_path):
+    panoptic, pair = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for folder in ("photos", "labels", "pairs"):
+        (tmp_path / folder).mkdir()
+    pixels = np.full((240, 320, 3), 90, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photos" / "cup.jpg")
+    Image.fromarray(pixels).save(tmp_path / "pairs" / "cup.jpg")
+    colors = np.zeros((240, 320, 3), np.uint8)
+    colors[40:200, 100:120] = (1001 % 256, 1001 // 256, 0)
+    Image.fromarray(colors).save(tmp_path / "labels" / "cup.png")
+    (tmp_path / "panoptic.json").write_text(panoptic)
+    (tmp_path / "pairs" / "cup.json").write_text(pair)
+    source = {"annotations": ["panoptic.json"], "labels": "labels", "photos": ["photos"]}
+    (tmp_path / "c.yaml").write_text(
+        json.dumps({"out": "out", "coconut": [source], "sa1b": [{"paths": ["pairs"]}]})
+    )
+    config = load_config(tmp_path / "c.yaml")
+    for subset in ("coconut", "sa1b"):
+        found = audit_subset(open_source(config, subset), config.limits)
+        assert (found.result.images_usable, found.result.regions_usable) == (1, 1), found.text()
+        assert not found.result.problems, found.text()
