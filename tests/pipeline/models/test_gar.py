@@ -140,8 +140,8 @@ def test_check_does_not_announce_an_export_that_is_there(copy):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "gar.pth", "weights.pkl"])
 def test_a_checkpoint_with_a_pickle_is_refused_unread(copy, name):
     (copy / name).write_bytes(b"whatever it is")
-    refused(f"{name}: a pickle, which can run code", model=str(copy))
-    with pytest.raises(ConfigError, match="a pickle, which can run code"):
+    refused(f"{name}: this is a pickle, which can run code", model=str(copy))
+    with pytest.raises(ConfigError, match="this is a pickle, which can run code"):
         export.prepare(copy)
     assert not export.default_folder(copy).exists()
 

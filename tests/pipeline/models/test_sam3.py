@@ -272,7 +272,7 @@ def refused(folder, told):
 @pytest.mark.parametrize("name", ["sam3.pt", "pytorch_model.bin"])
 def test_a_pickle_in_the_folder_is_refused_unread(copy, name):
     (copy / name).write_bytes(b"whatever it is")
-    refused(copy, f"{name}: a pickle, which can run code .*safetensors")
+    refused(copy, f"{name}: this is a pickle, which can run code .*safetensors")
 
 
 def test_a_missing_or_misshapen_tensor_is_named(copy):
