@@ -455,7 +455,8 @@ def test_a_stale_index_is_passed_by_and_a_shard_without_manifest_too(merged: Pat
     assert found - before == dict.fromkeys(new, 1)
     (merged / "coconut" / "manifests" / "coconut-000000.json").unlink()
     with pytest.raises(
-        IntegrityError, match=r"coconut-000000\.json: gone, though its unit is committed; run `paracaption build CONFIG` again"
+        IntegrityError,
+        match=r"coconut-000000\.json: gone, though its unit is committed; run `paracaption build CONFIG` again",
     ):
         loader(merged)
     shutil.rmtree(merged / "log")  # as in a corpus of an early release, manifests count
