@@ -169,4 +169,4 @@ def export(
         print(f"split {chosen.split}: {found:,} of {images:,} images; held_out_share is {chosen.share:g}")
     for path in written:
         print(path)
-    suggest(("config", "--training"), ("explore", corpus))
+    suggest(("config", "--training") if format == "perceptiondlm-json" else ("explore", corpus))

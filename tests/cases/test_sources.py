@@ -84,7 +84,7 @@ READ: dict[str, tuple[int, int, int, int, str]] = {
 
 REFUSED = {
     "categories-bool_id": r"category 0 is not",
-    "categories-odd": r"id 1 is of 'person' and 'bicycle'",
+    "categories-odd": r"id 1 is used for 'person' and 'bicycle'",
     "json-forms/cat_empty": r"empty",
     "json-forms/cat_gzip": r"gzip; unpack",
     "json-forms/cat_html": r"a web page",

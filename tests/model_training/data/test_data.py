@@ -456,7 +456,7 @@ def test_a_stale_index_is_passed_by_and_a_shard_without_manifest_too(merged: Pat
     (merged / "coconut" / "manifests" / "coconut-000000.json").unlink()
     with pytest.raises(
         IntegrityError,
-        match=r"coconut-000000\.json: gone, though its unit is committed; run `paracaption build CONFIG` again",
+        match=r"coconut-000000\.json: gone, though its unit is committed; run `paracaption build",
     ):
         loader(merged)
     shutil.rmtree(merged / "log")  # as in a corpus of an early release, manifests count

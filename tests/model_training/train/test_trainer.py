@@ -327,7 +327,7 @@ def test_compiled_layers_that_are_recomputed_learn_the_same(corpus, tmp_path):
     [
         (
             {"learning_rates": {}},
-            r"learning_rates: unknown key; did you mean `learning_rate`\? see `paracaption config --training`",
+            r"learning_rates: unknown key; did you mean `learning_rate`\? see `paracaption config",
         ),
         ({"data": {"max_token": 5}}, "data.max_token: unknown key"),
         ({"epochs": 1}, "give either `steps` or `epochs`"),

@@ -146,7 +146,7 @@ def test_gpus_that_are_not_there_are_a_fail_and_too_few_cpus_are_shared(tmp_path
     found = failed(findings)
     assert "need 2 GPUs at once; 0 are available" in found["coconut GPUs"].found
     cpus = next(each for each in findings if each.subject == "coconut CPUs")
-    assert cpus.state == OK and "they share" in cpus.found
+    assert cpus.state == OK and "the actors share" in cpus.found
 
 
 def test_a_missing_package_another_version_and_a_cpu_build_have_their_lines(monkeypatch):
