@@ -42,7 +42,7 @@ def test_a_run_goes_on_from_its_checkpoint(home, caplog):
     records = metrics.read_metrics(home / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert (
-        "since the checkpoint, model, corpora, data, steps changed" in caplog.text
+        "have changed since the checkpoint: model, corpora, data, steps" in caplog.text
     )  # paths, and no mere name
 
 

@@ -277,7 +277,7 @@ def test_broken_files_are_errors_that_name_them(published, ours, tmp_path):
     refused(cut, "model.safetensors: not a sound safetensors file")
     pickled = copied(published, tmp_path / "pickled")
     (pickled / "training_args.bin").write_bytes(b"x")
-    refused(pickled, "training_args.bin: a pickle")
+    refused(pickled, "training_args.bin: this is a pickle")
     garbled = copied(published, tmp_path / "garbled")
     (garbled / "config.json").write_text("{")
     refused(garbled, "config.json: cannot be read as JSON")

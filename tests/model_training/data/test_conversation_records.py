@@ -218,7 +218,7 @@ def test_a_leading_folder_of_the_photo_folders_name_is_dropped_unless_there_is_o
         path = write_json(tmp_path / "said.json", [record])
         assert only(path, images) == only(path, f"{images}/") == ["<img>###</img>\nwhat?", "a cat"]
     path = write_json(tmp_path / "said.json", [{"image": "/etc/b.png", "conversations": turns(*ASKED)}])
-    with pytest.raises(BadSample, match=r"unsafe_name: .*/etc/b\.png: leads out of `images`"):
+    with pytest.raises(BadSample, match=r"unsafe_name: .*/etc/b\.png leads out of the folder `images`"):
         list(opened(path, images))
 
 
@@ -358,7 +358,10 @@ def test_files_that_cannot_be_read_are_errors_that_say_how_far_it_went(tmp_path:
             opened(tmp_path / name)
         assert "\n" not in str(raised.value)
     path = write_parquet(tmp_path / "other.parquet", [{"question": "hi", "answer": "ho"}])
-    with pytest.raises(ConfigError, match=r"other\.parquet: neither `conversations` .*\(question, answer\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"other\.parquet: the table has neither a column `conversations` .*question, answer",
+    ):
         opened(path)
 
 
