@@ -196,6 +196,7 @@ def test_each_node_imports_the_drivers_version_of_a_captioner_beside_the_configu
     assert not any(file.startswith(str(tmp_path)) for _, file, *_ in asked)
 
 
+@pytest.mark.soak
 def test_a_build_runs_on_both_nodes_and_outlives_the_loss_of_one(tmp_path, cluster, source):
     driver = build(cluster, tmp_path, source, f"127.0.0.1:{cluster.port}", delay_s=1.0)
     try:

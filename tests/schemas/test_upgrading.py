@@ -64,7 +64,7 @@ def test_the_page_has_a_row_for_every_renamed_thing_and_no_other():
     wanted = sorted({row for each in RENAMED for row in rows(each)})
     page = PAGE.read_text()
     found = [line for line in page.splitlines() if line.startswith("| ") and line.count("|") == 5]
-    assert found[0] == "| where | old | new | goes in |"
+    assert found[0] == "| where | old | new | old name is removed in |"
     assert found[2:] == wanted, "write these rows into docs/upgrading.md:\n" + "\n".join(wanted)
 
 

@@ -37,6 +37,7 @@ def kill_one_after_a_checkpoint(run: Path, killed: list[int], ended: threading.E
         time.sleep(0.02)
 
 
+@pytest.mark.soak
 def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint(ray_cluster, tmp_path):
     corpus, run = write_corpus(tmp_path / "world"), tmp_path / "run"
     workers_of = {"workers": 2, "gpus": 0, "cpus": 1, "max_failures": 2}

@@ -141,7 +141,7 @@ def test_a_named_pipe_is_neither_a_file_nor_a_folder_and_is_not_waited_for(tmp_p
     for read in (files.read_mapped, lambda path: files.read(Blob(path))):
         with pytest.raises(OSError, match="neither a file nor a folder"):
             read(str(pipe))
-    with pytest.raises(ConfigError, match=f"^{pipe}: a pipe; give the YAML file$"):
+    with pytest.raises(ConfigError, match=f"^{pipe} is a pipe; give the YAML file$"):
         load_config(pipe)
 
 

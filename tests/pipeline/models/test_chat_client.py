@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from paracaption.pipeline.models import chat_client
 from paracaption.pipeline.models.openai_compatible import OpenAIJudge
 from paracaption.pipeline.models.protocols import Answer, Question
 from paracaption.schemas.errors import BadRecord, ConfigError, StageFailed
@@ -31,7 +32,8 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_an_answer_that_is_no_chat_completion_is_a_reason_that_is_short(kind):
+def test_an_answer_that_is_no_chat_completion_is_a_reason_that_is_short(kind, monkeypatch):
+    monkeypatch.setattr(chat_client, "LONGEST_WAIT_S", 0.5)
     with serving(lambda *_: Reply(**ODD[kind])) as chat:
         found = judge(chat, max_retries=1).ask(QUESTIONS)
     assert len(chat.requests) == 2 and isinstance(found[0], BadRecord) and len(found[0].detail) < 500

@@ -219,7 +219,7 @@ def test_a_cut_file_is_named(copy):
         ("processor_config.json", {"pooling_ratio": 1}, "pooling_ratio is 1; only 2 is"),
         ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),
         ("preprocessor_config.json", {"rescale_factor": 0.5}, "rescale_factor is 0.5"),
-        ("config.json", {"crop_tokens_ids": [1, 2]}, "2 crop_tokens_ids, 5 prompts"),
+        ("config.json", {"crop_tokens_ids": [1, 2]}, "2 crop_tokens_ids, but 5 prompts"),
         (
             "preprocessor_config.json",
             {"image_mean": [0.4, 0.5, 0.5]},

@@ -113,7 +113,9 @@ def test_a_corpus_that_was_planned_with_all_photos_goes_on_so(source, tmp_path):
     build(config)
     found = work_list.load_work_list(tmp_path / "out" / "coconut")
     assert (found.benchmarks, found.digest) == (0, _manifests(tmp_path / "out")[0].plan)
-    with pytest.raises(ConfigError, match=r"leave_out: true, but coconut was planned with all photos"):
+    with pytest.raises(
+        ConfigError, match=r"leave_out: true, but the work list of coconut was made with all photos"
+    ):
         build(config_of(tmp_path / "out", coconut=source, benchmarks={"leave_out": True}))
 
 

@@ -97,7 +97,7 @@ def test_segments_that_are_no_list_drop_their_image(panoptic, value):
     document = copy.deepcopy(panoptic.document)
     document["annotations"][0]["segments_info"] = value
     first, second = panoptic.read(document)
-    assert first.drop.reason == Reason.ANNOTATION_UNREADABLE and "no list" in first.drop.detail
+    assert first.drop.reason == Reason.ANNOTATION_UNREADABLE and "is not a list" in first.drop.detail
     assert len(second.live()) == NUM_MASKS
 
 
@@ -170,4 +170,4 @@ def test_a_region_without_a_mask_says_so_by_its_id(pair):
     document["annotations"][1]["mask"] = document["annotations"][1].pop("segmentation")
     (image,) = pair.read(document)
     assert [region.id for region in image.live()] == [0, 2]
-    assert image.regions[1].drop.detail.endswith("sa_0.json: annotation 1: no `segmentation`")
+    assert image.regions[1].drop.detail.endswith("sa_0.json: annotation 1: `segmentation` is missing")
