@@ -135,3 +135,10 @@ def _text_of(error: BaseException) -> str:
         return plain_detail(error)
     most = _LONGEST_TEXT // 2
     return text if len(text) <= _LONGEST_TEXT else f"{text[:most]}\n{text[-most:]}"
+
+
+REBUILD = (
+    "delete the unit's manifest (SUBSET/manifests/UNIT.json) and run `paracaption build CONFIG` again, which "
+    "rebuilds the unit"
+)
+"""What to do about a unit whose committed files are damaged."""

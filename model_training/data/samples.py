@@ -11,9 +11,8 @@ from msgspec import UNSET
 from torch import Tensor
 
 from ...filters import rle
-from ...pipeline.corpus.shard import REBUILD
 from ...pipeline.io import photos
-from ...schemas.errors import BadRecord, BadSample
+from ...schemas.errors import REBUILD, BadRecord, BadSample
 from ...schemas.records import Blob
 from ...schemas.sample import SampleRegion
 from ...schemas.training import DataOptions

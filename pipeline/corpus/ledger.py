@@ -12,11 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.errors import REBUILD, ConfigError, IntegrityError
 from ...schemas.plain import plain_text
 from ...schemas.records import CREDIT_FIELDS, SCORES, ImageRecord, Region
 from ...schemas.secrets import shorten
-from .shard import REBUILD
 
 if TYPE_CHECKING:
     import pyarrow as pa

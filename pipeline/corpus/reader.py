@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ...schemas import manifest as manifests
 from ...schemas.config import BuildConfig
-from ...schemas.errors import ConfigError, IntegrityError
+from ...schemas.errors import REBUILD, ConfigError, IntegrityError
 from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import Sample
@@ -30,7 +30,7 @@ from ..io.failures import describe
 from ..io.tables import TableFile
 from ..sources.registry import file_context
 from .ledger import SPLIT, align_ledger
-from .shard import REBUILD, decode_sample, iter_shard
+from .shard import decode_sample, iter_shard
 from .units import Unit, list_units
 
 if TYPE_CHECKING:

@@ -8,16 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from ...schemas.errors import IntegrityError
+from ...schemas.errors import REBUILD, IntegrityError
 from ...schemas.sample import PHOTO_ENDING, Sample
 from ..io import files
-
-REBUILD = (
-    "delete the unit's manifest (SUBSET/manifests/UNIT.json) and run `paracaption build CONFIG` again, which "
-    "rebuilds "
-    "the unit"
-)
-"""What to do about a damaged unit."""
 
 
 def iter_shard(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:

@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.config import Text
-from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
+from ...schemas.errors import REBUILD, ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
 from ..io.confined import confine
 from ..io.tables import TableFile
 from . import log, merge, reader, work_list
 from .adopt import FOLDERS
 from .problems import Problem, guarded, what_is_wrong
-from .reader import REBUILD, Corpus, Unit
+from .reader import Corpus, Unit
 from .verify_evidence import check_evidence, list_evidence
 from .verify_log import Vouched, check_named_files, check_unchanged, read_vouched
 from .verify_unit import EXAMPLES, UnitHead, check_unit, describe_difference, keys_digest

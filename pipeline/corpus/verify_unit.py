@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ...filters import rle, text
 from ...schemas.config import Text
-from ...schemas.errors import BadRecord, IntegrityError, ParaCaptionError
+from ...schemas.errors import REBUILD, BadRecord, IntegrityError, ParaCaptionError
 from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import CREDIT_FIELDS, Blob
 from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
@@ -18,7 +18,7 @@ from ..io import files, photos
 from ..io.orientation import restore
 from . import reader
 from .problems import Problem, compare_file, guarded, what_is_wrong
-from .reader import REBUILD, SAFE_KEY, Unit
+from .reader import SAFE_KEY, Unit
 from .records import LogFile, LogUnit
 
 EXAMPLES = 20
