@@ -117,8 +117,7 @@ def describe_missing(photos: list[str]) -> str:
     more = f", and {len(photos) - 1:,} more are missing" if len(photos) > 1 else ""
     return (
         f"{photos[0]}: no such photo{more}; fetch the photos, set `photos` to their folder, or leave them "
-        "out "
-        "with on_missing_photo: skip"
+        "out with on_missing_photo: skip"
     )
 
 

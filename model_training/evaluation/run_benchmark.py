@@ -182,8 +182,7 @@ def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_Im
         changed = [name for name in header if found.get(name) != header[name]]
         raise ConfigError(
             f"{path}: these captions were made with another {' and '.join(changed)}; choose another `label`, "
-            "or "
-            f"delete {path.parent}"
+            f"or delete {path.parent}"
         )
     lines = [_decoded(path, number, line, _ImageLine) for number, line in enumerate(rest, start=2)]
     for number, line in enumerate(lines, start=2):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...pipeline.io.packages import how_to_install_extra
+from ...pipeline.io.packages import how_to_install
 from ...schemas.errors import ConfigError
 from ...schemas.strict import did_you_mean
 from ..model.config import PerceptionDLMConfig
@@ -179,7 +179,7 @@ def add_lora(model: PerceptionDLM, lora: Lora, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        what = f"lora: peft is not installed; {how_to_install_extra('train')}, or remove `lora`"
+        what = f"lora: peft is not installed; {how_to_install('peft')}, or remove `lora`"
         raise ConfigError(what) from error
     model.language_model.requires_grad_(False)
     model.lm_head.requires_grad_(False)

@@ -62,10 +62,8 @@ class DropCounts:
         if limit is not None and dropped > limit * epoch_items:
             raise NothingToTrainOn(
                 f"epoch {self.epoch}: {dropped:,} of the first {self.items:,} items were left out, which is "
-                "more "
-                f"than data.max_dropped_share ({limit:g}) allows of the {epoch_items:,} in an epoch; "
-                f"{_ADVICE}, "
-                "or raise data.max_dropped_share"
+                f"more than data.max_dropped_share ({limit:g}) allows of the {epoch_items:,} in an epoch; "
+                f"{_ADVICE}, or raise data.max_dropped_share"
             )
 
     def check_epoch(self, limit: float | None) -> None:

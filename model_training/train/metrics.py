@@ -22,7 +22,7 @@ import torch
 
 from ...pipeline.io import files
 from ...pipeline.io.json_lines import LineReader, LineWriter, read_lines
-from ...pipeline.io.packages import how_to_install_extra, install_with
+from ...pipeline.io.packages import how_to_install, install_with
 from ...schemas.errors import ConfigError
 from ..data.order import key_of
 
@@ -140,7 +140,7 @@ class MetricsLogger:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            what = f"tensorboard is not installed; {how_to_install_extra('train')}"
+            what = f"tensorboard is not installed; {how_to_install('tensorboard')}"
             raise ConfigError(what) from error
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.wandb = _wandb(folder, config) if config.log.wandb else None

@@ -362,8 +362,7 @@ def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, group: D
     if len(found := set(group.all_gather(loader.fingerprint))) > 1:
         raise StageFailed(
             f"the ranks read different data (fingerprints {', '.join(sorted(found))}); make sure that all "
-            "nodes "
-            "read the same corpora and files of conversations, and run again"
+            "nodes read the same corpora and files of conversations, and run again"
         )
     for source, counts in zip(sources, loader.left_out, strict=True):
         if counts and group.rank == 0:

@@ -366,6 +366,5 @@ def describe_gone(out: str, found: Diff) -> str:
     return (
         f"{units:,} changed unit{'s'[: units > 1]} cannot be compared: the files of record {numbers} are "
         "deleted after failures.keep_replaced_days; to see them, build that version into another folder with "
-        "the "
-        f"configuration that `paracaption versions {out} --config {found.gone[0]}` prints"
+        f"the configuration that `paracaption versions {out} --config {found.gone[0]}` prints"
     )

@@ -85,8 +85,7 @@ class LogState(NamedTuple):
         if record.number != self.number + 1:
             raise IntegrityError(
                 f"the commit log goes from record {self.number} to {record.number}; restore the records "
-                "between "
-                "them from a copy"
+                "between them from a copy"
             )
         new = self._replace(number=record.number)
         match record:

@@ -31,7 +31,7 @@ CODE = (
     "model_training.toy:TruthCaptioner",
 )
 ENVIRONMENTS: tuple[dict[str, Any], ...] = (
-    {"py_executable": "touch /tmp/ran"},
+    {"py_executable": "touch ran"},
     {"py_executable": "/bin/sh"},
     {"pip": ["evil"]},
     {"pip": {"packages": ["evil"]}},
@@ -40,8 +40,8 @@ ENVIRONMENTS: tuple[dict[str, Any], ...] = (
     {"working_dir": "https://evil.example/code.zip"},
     {"py_modules": ["s3://evil/module.zip"]},
     {"worker_process_setup_hook": "os.abort"},
-    {"env_vars": {"LD_PRELOAD": "/tmp/evil.so"}},
-    {"env_vars": {"PYTHONPATH": "/tmp"}},
+    {"env_vars": {"LD_PRELOAD": "/evil/evil.so"}},
+    {"env_vars": {"PYTHONPATH": "/evil"}},
     {"container": {"image": "evil"}},
     {"image_uri": "evil"},
     {"mpi": {"args": ["-n", "1", "evil"]}},
@@ -55,7 +55,7 @@ ENGINES: tuple[dict[str, Any], ...] = (
     {"kv_transfer_config": {"kv_connector_module_path": "evil"}},
     {"compilation_config": {"backend": "evil.compile"}},
     {"compilation_config": {"inductor_passes": {"evil.module": {"a": 1}}}},
-    {"reasoning_parser_plugin": "/tmp/evil.py"},
+    {"reasoning_parser_plugin": "/evil/evil.py"},
     {"tokenizer_mode": "custom"},
     {"hf_config_path": "evil/repo"},
     {"dtype": "evil.module:dtype"},

@@ -86,8 +86,7 @@ def is_done(target: Path, record: dict[str, Any]) -> bool:
             return False
         raise ConfigError(
             f"{target}: already exists and is not an export of this program (no sound {RECORD} in it); move "
-            "it "
-            "away, or set another folder with captioner.options.language_model"
+            "it away, or set another folder with captioner.options.language_model"
         ) from error
     whole = all(
         (target / name).is_file() and (target / name).stat().st_size == size for name, size in sizes.items()

@@ -109,7 +109,7 @@ FOLDERS: dict[str, tuple[damages.Damage, str]] = {
     ),
     "an index of a missing file": (of_index(lambda _: "model-00001.safetensors"), "model-00001.safetensors"),
     "an index that leads out": (of_index(lambda _: "../model.safetensors"), weights.INDEX),
-    "an index of an absolute path": (of_index(lambda _: "/tmp/model.safetensors"), weights.INDEX),
+    "an index of an absolute path": (of_index(lambda _: "/elsewhere/model.safetensors"), weights.INDEX),
     "an index of numbers": (of_index(lambda _: 1), weights.INDEX),
     "an index of a pickle": (of_index(lambda _: "pytorch_model.bin"), weights.INDEX),
     "an index without a map": (lambda folder: (folder / weights.INDEX).write_text("{}"), weights.INDEX),
