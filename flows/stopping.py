@@ -13,6 +13,7 @@ everyone there, and each would print a traceback of its own.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -79,6 +80,7 @@ def _install() -> None:
         if signal.getsignal(each) is not signal.SIG_IGN:
             signal.signal(each, _unwind)
     signal.signal(_NUDGE, lambda *_: None)
+    atexit.register(_leave)  # the first that is registered is the last that is called
     sys.unraisablehook = functools.partial(_show_unraisable, sys.unraisablehook)
     global _signal_pipe
     read, write = os.pipe()
@@ -89,6 +91,14 @@ def _install() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with suppress(OSError, AttributeError):  # of Linux: what our children leave behind becomes our child
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _leave() -> None:
+    """Heed the signals no longer: Python, which ends now, would give them back their first meaning, a kill."""
+    if _was_just_asked():
+        end()
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
 
 
 def was_asked() -> bool:

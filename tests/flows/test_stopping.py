@@ -227,6 +227,35 @@ def test_start_up_can_be_stopped_at_any_moment_without_a_traceback(tmp_path):
         assert found.errors.splitlines()[-1].startswith("stopped") and "Traceback" not in found.errors
 
 
+def test_a_signal_that_comes_while_python_ends_changes_nothing():
+    found = stopped(
+        """
+        class Last:
+            kill, number = os.kill, signal.SIGTERM
+
+            def __del__(self):
+                Last.kill(number_of_process, self.number)
+
+        global last, number_of_process
+        number_of_process = os.getpid()
+        last = Last()
+        ready()
+        """
+    )
+    assert (found.code, found.errors) == (0, "")
+
+
+def test_a_signal_in_the_work_of_other_modules_at_the_end_is_heeded():
+    found = stopped(
+        """
+        import atexit
+        atexit.register(lambda: (ready(), time.sleep(60)))
+        """,
+        signal.SIGTERM,
+    )
+    assert (found.code, found.errors) == (143, "stopped\n")
+
+
 def test_a_ray_that_does_not_end_does_not_keep_a_command_that_is_done():
     """Its end waits for its servers without a limit. Here it waits for a lock that nobody gives back."""
     found = stopped(
