@@ -1,7 +1,7 @@
 """Both recipes with `gar`, `vllm` and `sam3`: real engines, loading code and photographs, tiny random models.
 
 What such models say is nonsense; where it goes is what is tested. The local engine holds the three of them in
-one process. Under Ray each has its own, and engines and actors are killed: that is in the soak.
+one process. Under Ray each has its own, and engines and actors are killed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.shared_data import shared_data
 from tests.tiny.backends import ACCEPT_ALL, write_backends
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.vllm, pytest.mark.timeout(900)]
 MODEL_STAGES = {
     "coconut": ["caption", "verify_category"],
     "sa1b": ["caption", "extract_category", "agree_with_segmenter"],
@@ -186,7 +186,7 @@ def test_other_thresholds_start_no_engine(as_configured):
     assert not [event for event in happened if event.what == "started" or event.asked]
 
 
-# Under Ray, each model in its own actors: in the soak.
+# Under Ray, each model in its own actors.
 
 
 @pytest.fixture(scope="module")
@@ -201,14 +201,12 @@ def under_ray(values, home):
     return out, together
 
 
-@pytest.mark.soak
 def test_three_models_hold_their_actors_at_once(under_ray):
     _, together = under_ray
     assert ("agree_with_segmenter", "caption", "extract_category") in together
     assert ("caption", "verify_category") in together
 
 
-@pytest.mark.soak
 def test_under_ray_the_engines_give_the_same_corpus_to_the_last_byte(under_ray, accepting):
     assert committed(under_ray[0]) == committed(accepting)
     assert_verified(under_ray[0])
@@ -276,7 +274,6 @@ def disturbed(values, home, accepting):
     return out, kills
 
 
-@pytest.mark.soak
 def test_after_the_kill_of_engine_and_actor_no_answer_is_missing_and_none_differs(disturbed, accepting):
     out, kills = disturbed
     assert kills.killed.keys() == {"engine", "actor"}
@@ -285,7 +282,6 @@ def test_after_the_kill_of_engine_and_actor_no_answer_is_missing_and_none_differ
     assert rows_of(folder) == rows_of(accepting / "sa1b" / "evidence" / folder.name)
 
 
-@pytest.mark.soak
 def test_evidence_that_was_committed_before_a_kill_is_not_written_again(disturbed):
     _, kills = disturbed
     assert any(path.parent.name.startswith("caption") for path in kills.before)
@@ -293,7 +289,6 @@ def test_evidence_that_was_committed_before_a_kill_is_not_written_again(disturbe
     assert {path: after[path] for path in kills.before} == kills.before
 
 
-@pytest.mark.soak
 def test_no_engine_outlives_its_actor(disturbed):
     _, kills = disturbed
     assert len(kills.engines) == 2

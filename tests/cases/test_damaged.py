@@ -22,8 +22,8 @@ def try_seeds(seeds: range) -> None:
     assert not problems, f"{len(problems)} of {len(seeds)} seeds:\n" + "\n".join(problems[:5])
 
 
-def test_a_hundred_damaged_sources_are_read_rightly_or_dropped_with_a_reason():
-    try_seeds(range(100))
+def test_thirty_damaged_sources_are_read_rightly_or_dropped_with_a_reason():
+    try_seeds(range(30))
 
 
 @pytest.mark.soak

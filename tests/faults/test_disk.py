@@ -172,6 +172,7 @@ def test_a_folder_that_turns_read_only_is_one_clear_error_and_resumes(disk, coco
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.soak
 def test_a_full_disk_under_ray_is_the_same_clear_error(disk, coconut, undisturbed, ray_cluster):
     resize(disk, "400k")
     wanted = config(disk / "out", coconut)

@@ -155,13 +155,14 @@ def _finish(config, undisturbed, driver: subprocess.Popen) -> None:
     assert left == [], "a driver is left"
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(KILLS, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [2, pytest.param(KILLS, marks=pytest.mark.soak)])
 def test_the_driver_of_a_local_build_killed_at_random_moments(tmp_path, source, undisturbed, kills):
     _kill_drivers(_slow(tmp_path, source), undisturbed, kills, 2.5, random.Random(5))
 
 
 @pytest.mark.parametrize(
-    "batch_images", [2, pytest.param(32, id="a batch that takes longer than a worker lives")]
+    "batch_images",
+    [2, pytest.param(32, id="a batch that takes longer than a worker lives", marks=pytest.mark.soak)],
 )
 def test_a_unit_of_slow_calls_gets_ahead_though_its_worker_is_killed_every_second(
     tmp_path, source, batch_images

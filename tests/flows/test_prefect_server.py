@@ -225,7 +225,8 @@ def stop_a_build(root: Path, number: int) -> Stopped:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_shared_server_learns_that_a_stopped_build_is_over(tmp_path, shared_server, number):
     found = stop_a_build(tmp_path, number)
     assert (found.code, found.errors, found.left) == (128 + number, "stopped\n", []), found
@@ -237,6 +238,7 @@ def test_a_shared_server_learns_that_a_stopped_build_is_over(tmp_path, shared_se
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_shared_server_that_hangs_delays_no_stop(tmp_path, shared_server):
     assert shared_server.process is not None
     server, stopping = shared_server.process, []

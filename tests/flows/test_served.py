@@ -203,6 +203,7 @@ def build_corpus(*_, **__):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(500)
+@pytest.mark.soak
 def test_through_the_api_neither_parameters_nor_an_edited_deployment_run_code(
     tmp_path, prefect_server, monkeypatch
 ):

@@ -71,6 +71,7 @@ def test_training_opens_nothing_that_is_not_the_corpus_s(good, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.soak
 def test_a_link_that_appears_while_the_workers_read_is_not_followed(good, tmp_path, method):
     work, outside = taken(good, tmp_path, "link_as_review")
     ours = loader(work, max_tokens=4_000, workers=1, start_method=method)

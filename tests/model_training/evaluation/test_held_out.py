@@ -167,6 +167,7 @@ def test_what_a_build_has_still_to_do_is_said(world, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_the_flow_waits_trains_and_evaluates(world, tmp_path, monkeypatch, prefect_server):
     from paracaption.flows import callbacks, train
 

@@ -184,6 +184,7 @@ def test_a_profile_has_every_study_with_all_that_it_depends_on(world, trained, t
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, tmp_path, prefect_server):
     options = {"model": str(trained), "device": "cpu", "decode": {"max_new_tokens": 10, "steps": 2}}
     few = {"images": 1, "regions": (1,), "load": 1, "max_new_tokens": (4,), "steps": (4,), "repeats": 1}

@@ -73,6 +73,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(corpus, stra
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_kills_at_any_moment_change_nothing(corpus, straight, tmp_path):
     run, dice = tmp_path / "run", random.Random(0)
     config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 2, "keep": 2})

@@ -60,7 +60,10 @@ def test_a_run_on_photos_that_cannot_be_read_fails_and_writes_no_model(
         fit(config)
 
 
-@pytest.mark.parametrize("steps", [{"steps": None, "epochs": 1}, {"steps": 8, "epochs": None}])
+@pytest.mark.parametrize(
+    "steps",
+    [{"steps": None, "epochs": 1}, pytest.param({"steps": 8, "epochs": None}, marks=pytest.mark.soak)],
+)
 def test_a_run_stops_when_more_than_the_allowed_share_of_an_epoch_is_left_out(corpus, tmp_path, short, steps):
     source = short(8, 3)
     with pytest.raises(
@@ -73,6 +76,7 @@ def test_a_run_stops_when_more_than_the_allowed_share_of_an_epoch_is_left_out(co
     assert [sum(record[name] for record in records) for name in ("examples", "dropped")] == [5, 3]
 
 
+@pytest.mark.soak
 def test_the_share_is_counted_on_after_a_resume(corpus, tmp_path, short, monkeypatch):
     config = on_short(corpus, tmp_path, short(8, 3), 0.25, checkpoint={"every": 1})
     real, taken = trainer._check_data, []

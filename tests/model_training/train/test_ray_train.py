@@ -59,6 +59,7 @@ def test_a_killed_worker_is_started_anew_and_the_run_goes_on_from_its_checkpoint
     assert shown == list(range(1, 121))
 
 
+@pytest.mark.soak
 def test_an_error_in_a_worker_is_shown_as_it_is(ray_cluster, tmp_path):
     corpus = write_corpus(tmp_path / "world", 12)
     changes = {"model": {"path": "/nowhere"}, "ray": {"workers": 1, "gpus": 0, "cpus": 1, "max_failures": 0}}

@@ -59,19 +59,16 @@ def test_a_worker_that_dies_once_costs_no_record(engine, tmp_path, coconut):
 @pytest.mark.parametrize(
     ("where", "words", "function"),
     [
-        pytest.param(
-            *("call", r"caption, unit coconut-\d{6}, at \d{12} and \d more", "caption"),
-            marks=pytest.mark.soak,
-        ),
+        ("call", r"caption, unit coconut-\d{6}, at \d{12} and \d more", "caption"),
         ("filter", r"clean_text, unit coconut-\d{6}, at \d{12}", "run"),
-        pytest.param(
+        (
             "output",
             r"write, unit coconut-(\d{6}), at its ledger, waiting for .*/out/coconut/ledger/.tmp-coconut-\1",
             "close",
-            marks=pytest.mark.soak,
         ),
     ],
 )
+@pytest.mark.soak
 def test_what_hangs_is_one_line_with_its_record_and_the_place_of_its_stack(
     engine, tmp_path, coconut, where, words, function
 ):
@@ -131,6 +128,7 @@ def test_each_stage_in_its_own_actors_asks_once_and_tells_its_start_and_its_shar
     assert len(processes) == 1 + 5
 
 
+@pytest.mark.soak
 def test_the_actors_of_each_stage_have_its_name_and_its_counters_are_metrics_of_ray(
     engine, ray_cluster, tmp_path, sa1b
 ):

@@ -1,6 +1,7 @@
 """A hundred requests of people who may not look, or write, or who ask for files: each gets its answer."""
 
 import os
+import tempfile
 
 import pytest
 from starlette.testclient import TestClient
@@ -132,7 +133,8 @@ def test_whoever_may_not_gets_nothing(servers, out, run, tmp_path, token, method
         assert "content-security-policy" in answer.headers and "set-cookie" not in answer.headers
         opened = [each for event, each in seen if event == "open" and os.path.isabs(each)]
         packages = [os.path.dirname(str(each.__file__)) for each in (paracaption, os)]
-        known = (*packages, str(out), str(run), "/proc/", "/dev/null")
+        spilled = f"{tempfile.gettempdir()}/paracaption-explorer-"  # of an explorer that is garbage by now
+        known = (*packages, str(out), str(run), "/proc/", "/dev/null", spilled)
         assert not [each for each in opened if not each.startswith(known) and "site-packages" not in each]
     if status in (401, 403):
         assert not [each for _, each in seen if each.startswith(str(out))]
