@@ -156,7 +156,8 @@ print("kept", launch.build(config, Engine(), lose)["subsets"]["coconut"]["counts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_build_ends_well_without_the_server_that_died_or_hangs(tmp_path, monkeypatch, how):
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)

@@ -34,6 +34,22 @@ class TestRay(Conformance):
     def engine(cls, ray_cluster):
         return RayEngine()
 
+    @pytest.mark.soak
+    def test_records_that_fail_are_dropped_with_their_errors_and_tried_again_on_request(
+        self, engine, sources, reference, tmp_path
+    ):
+        super().test_records_that_fail_are_dropped_with_their_errors_and_tried_again_on_request(
+            engine, sources, reference, tmp_path
+        )
+
+    @pytest.mark.soak
+    def test_a_stage_that_fails_on_everything_stops_the_build_and_nothing_of_it_is_committed(
+        self, engine, sources, tmp_path
+    ):
+        super().test_a_stage_that_fails_on_everything_stops_the_build_and_nothing_of_it_is_committed(
+            engine, sources, tmp_path
+        )
+
 
 # Deaths and a hang.
 
