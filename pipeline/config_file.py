@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -194,13 +194,23 @@ def _with_variables(config: BuildConfig, root: Path) -> BuildConfig:
 
 
 def _keys_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """The keys that a model has at a place, whose last part is a key that it does not have."""
+    """The keys that a model has at a place, whose last part is a key that it does not have.
+
+    Those of its sections follow, as `section.key`.
+    """
     for part in place[:-1]:
         if part == "sources":  # of any kind
             return [key for source in SOURCES for key in find_options(source).model_fields]
         field = kind.model_fields.get(str(part))
         kind = (field and _model_of(field.annotation)) or kind
-    return list(kind.model_fields)
+    return [*kind.model_fields, *_keys_of_sections(kind)]
+
+
+def _keys_of_sections(kind: type[BaseModel]) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        nested = _model_of(field.annotation)
+        if nested is not None and get_origin(field.annotation) not in (dict, list):
+            yield from (f"{name}.{key}" for key in (*nested.model_fields, *_keys_of_sections(nested)))
 
 
 def _absolute(root: Path, path: str) -> str:

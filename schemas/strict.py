@@ -141,6 +141,17 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     return f"did you mean `{near[0]}`? " if near else ""
 
 
+def _meant(given: str, known: list[str]) -> str:
+    """The words "did you mean ..." also for a key that belongs into a section: `masks.min_area_px`."""
+    *_, last = given.split(".")
+    for key in known:
+        *sections, name = key.split(".")
+        if sections and name == last:
+            written = f"{': {'.join([*sections, name])}: ...{'}' * len(sections)}"
+            return f"did you mean `{written}`? "
+    return did_you_mean(given, [key for key in known if "." not in key])
+
+
 _TYPES = {
     **{"a valid integer": "a whole number", "a valid number": "a number", "a valid string": "a text"},
     **{"a valid boolean": "true or false", "a valid list": "a list", "a valid dictionary": "keys and values"},
@@ -172,13 +183,14 @@ def one_line_each(
         where: what stands before the key on each line; may be empty.
         keys: what an unknown key's line says about those that are known.
         place_of: where the user wrote what is at a place of the model.
-        known: the keys that there are besides an unknown one, by its place in the model.
+        known: the keys that there are besides an unknown one, by its place in the model; those of the
+            sections below it as `section.key`.
     """
     lines = []
     for each in error.errors():
         place = ".".join(map(str, place_of(each["loc"])))
         if each["type"] == "extra_forbidden":
-            meant = did_you_mean(each["loc"][-1], known(each["loc"]) if known else ())
+            meant = _meant(str(each["loc"][-1]), list(known(each["loc"])) if known else [])
             wrong = f"unknown key; {meant}{keys}"
         else:
             together = each["type"] == "value_error" and isinstance(each["input"], dict)  # of keys

@@ -174,6 +174,9 @@ def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
                 notes.append(Note("tar_without_end", detail))
     except tarfile.TarError as error:
         start = b"" if found else files.fetch(Blob(url), 0, 64)
+        if start and file_names.ending(url) == ".json":
+            folder = url.rpartition("/")[0]
+            raise ConfigError(f"{url}: not a tar, but one file of a folder; give {folder}") from error
         if start.startswith(b"\x1f\x8b"):
             raise ConfigError(f"{url}: gzipped; unpack it with gunzip, members are read by offset") from error
         if start and (words := what_is(start, "tar")):

@@ -108,6 +108,8 @@ def test_absolute_paths_are_taken_as_they_are_and_home_stays_a_variable(tmp_path
             r"build.yaml: min_iuo: unknown key; did you mean `min_iou`\? see",
         ),
         ({"masks": {"min_area": 3}}, r"build.yaml: masks.min_area: unknown key"),
+        ({"masks.min_area_px": 3}, r"unknown key; did you mean `masks: \{min_area_px: \.\.\.\}`\? see"),
+        ({"min_area_px": 3}, r"unknown key; did you mean `masks: \{min_area_px: \.\.\.\}`\? see"),
         (
             {"sa1b": [{"paths": ["a"], "licens": "x"}]},
             r"sa1b.0.licens: unknown option; `sa1b` takes license, paths",

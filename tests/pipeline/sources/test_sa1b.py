@@ -469,6 +469,16 @@ def test_what_follows_a_tars_end_and_is_no_member_is_noted(tmp_path):
     assert [note.kind for note in source.notes] == ["tar_after_end"] and "700 bytes" in source.notes[0].detail
 
 
+def test_annotations_in_the_place_of_their_folder_lead_to_the_folder(tmp_path):
+    (tmp_path / "sa_1.json").write_text("{}" * 40)
+    (tmp_path / "sa_1.jpg").write_bytes(b"")
+    source = open_sa1b(tmp_path / "*.json")
+    with pytest.raises(
+        ConfigError, match=rf"sa_1\.json: not a tar, but one file of a folder; give {tmp_path}$"
+    ):
+        list(source.catalog())
+
+
 def test_a_gzipped_tar_is_called_gzipped(tmp_path):
     path = write_tar(tmp_path / "sa_0.tar", pair("sa_1"))
     path.write_bytes(gzip.compress(path.read_bytes()))
