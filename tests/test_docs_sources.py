@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="no clone, but an inst
 
 
 def test_the_least_that_each_kind_of_source_needs_is_read(tmp_path):
-    panoptic, pair = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    panoptic, pair, instances = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
     for folder in ("photos", "labels", "pairs"):
         (tmp_path / folder).mkdir()
     pixels = np.full((240, 320, 3), 90, np.uint8)
@@ -28,12 +28,16 @@ def test_the_least_that_each_kind_of_source_needs_is_read(tmp_path):
     Image.fromarray(colors).save(tmp_path / "labels" / "cup.png")
     (tmp_path / "panoptic.json").write_text(panoptic)
     (tmp_path / "pairs" / "cup.json").write_text(pair)
+    (tmp_path / "instances.json").write_text(instances)
     source = {"annotations": ["panoptic.json"], "labels": "labels", "photos": ["photos"]}
+    shelf = {"sources": {"source": "coco", "annotations": ["instances.json"], "photos": ["photos"]}}
     (tmp_path / "c.yaml").write_text(
-        json.dumps({"out": "out", "coconut": [source], "sa1b": [{"paths": ["pairs"]}]})
+        json.dumps(
+            {"out": "out", "coconut": [source], "sa1b": [{"paths": ["pairs"]}], "subsets": {"shelf": shelf}}
+        )
     )
     config = load_config(tmp_path / "c.yaml")
-    for subset in ("coconut", "sa1b"):
+    for subset in ("coconut", "sa1b", "shelf"):
         found = audit_subset(open_source(config, subset), config.limits)
         assert (found.result.images_usable, found.result.regions_usable) == (1, 1), found.text()
         assert not found.result.problems, found.text()

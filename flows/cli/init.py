@@ -15,6 +15,7 @@ _WIDTH = 100
 _PLACEHOLDERS = {
     "coconut": {"annotations": "[panoptic.json]", "labels": "labels", "photos": "[photos]"},
     "sa1b": {"paths": '["sa_*.tar"]'},
+    "coco": {"annotations": "[instances.json]", "photos": "[photos]"},
 }
 """What stands for the paths of a source, by its kind and key, until they are replaced."""
 
@@ -40,7 +41,7 @@ subsets:
 
 def init(
     config: Annotated[Path, typer.Argument(help="The YAML file to write.")] = Path("corpus.yaml"),
-    source: Annotated[str, typer.Option(help="Kind of the source: coconut or sa1b.")] = "sa1b",
+    source: Annotated[str, typer.Option(help="Kind of the source; `config` lists them.")] = "sa1b",
 ) -> None:
     """Write a configuration to start from: every key with its default and a comment that explains it."""
     from ...pipeline.io import files

@@ -26,7 +26,7 @@ from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
 from ...pipeline.io import files, photos
 from ...pipeline.sources import file_names
-from ...pipeline.sources.categories import CategoryTable, load_categories, make_table
+from ...pipeline.sources.categories import load_categories, make_table
 from ...pipeline.sources.coco_json import Image
 from ...pipeline.sources.protocols import CatalogEntry
 from ...schemas.config import Limits
@@ -148,7 +148,7 @@ def _from(path: str, image: str, size: tuple[int, int], key: str | None) -> _Fou
             raise ConfigError(f"{path}: no corpus and no mask images here; give the masks")
         return _Found([_of_image(each, size) for each in inside], [])
     if file_names.ending(path) == ".json":
-        return _from_json(path, image, size, key)
+        return _from_json(path, image, key)
     return _Found([_of_image(path, size)], [])
 
 
@@ -235,6 +235,11 @@ class _Annotation(msgspec.Struct):
     segmentation: msgspec.Raw = msgspec.Raw()
     segments_info: msgspec.Raw = msgspec.Raw()
 
+    def instance(self) -> msgspec.Raw:
+        """What `sources.instances` reads of it."""
+        fields = {"id": self.id, "category_id": self.category_id, "iscrowd": self.iscrowd}
+        return msgspec.Raw(msgspec.json.encode(fields | {"segmentation": self.segmentation}))
+
 
 class _File(msgspec.Struct):
     annotations: list[_Annotation]
@@ -246,14 +251,14 @@ class _File(msgspec.Struct):
 _KINDS = "COCO instances, COCO panoptic or SA-1B"
 
 
-def _from_json(path: str, image: str, size: tuple[int, int], key: str | None) -> _Found:
+def _from_json(path: str, image: str, key: str | None) -> _Found:
     content = _parse(path)
     if content.image:
         found = _usable(_sa1b(path, image), path)
     elif any(each.segments_info for each in content.annotations):
         found = _usable(_panoptic(path, content, image, key), path)
     elif any(each.segmentation for each in content.annotations):
-        found = _instances(path, content, image, size, key)
+        found = _usable(_instances(path, content, image, key), path)
     else:
         raise ConfigError(f"{path}: no annotation has a mask; give a JSON of {_KINDS}")
     if not found.regions:
@@ -334,35 +339,22 @@ def _label_map(path: str, name: str, photo: str) -> str:
     return found[0]
 
 
-def _instances(path: str, content: _File, image: str, size: tuple[int, int], key: str | None) -> _Found:
+def _instances(path: str, content: _File, image: str, key: str | None) -> ImageRecord:
+    from ...pipeline.sources.coco import Coco, CocoOptions
+    from ...pipeline.sources.instances import Record
+
     described = _image_of(path, content, image, key)
-    declared = (described.height or size[0], described.width or size[1])
-    if declared != size:
-        raise ConfigError(
-            f"{path}: image {described.id} is {declared[1]}x{declared[0]}, {image} {size[1]}x{size[0]}; "
-            "give the photo that the file describes"
-        )
-    table = _table(path, content)
     own = [
-        each for each in content.annotations if str(each.image_id) == str(described.id) and each.segmentation
+        each.instance()
+        for each in content.annotations
+        if str(each.image_id) == str(described.id) and each.segmentation
     ]
-    masks = rle.check_all([_loads(path, each.segmentation) for each in own], *size)
-    found = _Found([], [])
-    for annotation, mask in zip(own, masks, strict=True):
-        name = f"{path}: annotation {annotation.id}"
-        if annotation.iscrowd:
-            found.left_out.append(f"{name}: a crowd, many objects under one mask")
-        elif isinstance(mask, BadRecord):
-            found.left_out.append(f"{name}: {mask.detail}")
-        else:
-            category = table.find(annotation.category_id, None) if table else None
-            found.regions.append(Region(name, mask, category.name if category else ""))
-    return found
-
-
-def _table(path: str, content: _File) -> CategoryTable | None:
     raw = _loads(path, content.categories) if content.categories else None
-    return make_table(raw, path) if raw else None
+    categories = list(make_table(raw, path).by_id.values()) if raw else []
+    record = msgspec.json.encode(Record(described.width, described.height, own, categories))
+    entry = CatalogEntry("photo", Blob(image), Blob(path), record, image)
+    options = CocoOptions(annotations=[path], photos=[], unnamed="keep")
+    return Coco(options).read(entry, Limits())
 
 
 def _loads(path: str, raw: msgspec.Raw) -> Any:

@@ -14,7 +14,7 @@ from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 from ..io import failures, files
 from ..io.file_kinds import what_is
-from .coco_json import problem_of
+from .coco_json import parse_json, problem_of
 
 _PLAIN = {
     "floor-wood": "wooden floor",
@@ -110,6 +110,25 @@ def make_table(raw: Any, where: str) -> CategoryTable:
     if not categories:
         raise ConfigError(f"{where}: no categories; give a list of id, name and isthing")
     return CategoryTable(list(categories.values()))
+
+
+def choose_table(own: bytes, url: str, given: str | None) -> CategoryTable:
+    """The category list of a document: the one that the configuration names, its own, or COCO's.
+
+    Args:
+        own: the document's `categories`, as JSON.
+        url: of the document.
+        given: URL of the configured list; None if there is none.
+
+    Raises:
+        ConfigError: it is no category list.
+    """
+    if given is not None or own.strip() in (b"", b"[]", b"null"):
+        return load_categories(given)
+    try:
+        return make_table(parse_json(own), url)
+    except ValueError as error:
+        raise ConfigError(f"{url}: categories: {error}") from error
 
 
 def _category(row: Any, where: str) -> Category | None:

@@ -1,9 +1,9 @@
 """JSON as publishers ship it: fast when it is clean, otherwise tolerant, so that a bad record costs only
 itself.
 
-A COCO-panoptic document is parsed by msgspec with each image's segments left as bytes. If msgspec refuses
-anything, the document is read again element by element, and what is not clean JSON is kept to be reported by
-whoever reads it.
+A document of COCO's panoptic or instances layout is parsed by msgspec with segments and instances left as
+bytes. If msgspec refuses anything, the document is read again element by element, and what is not clean JSON
+is kept to be reported by whoever reads it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -57,6 +57,26 @@ class Document(msgspec.Struct):
     licenses: msgspec.Raw = msgspec.Raw()
 
 
+class Instances(msgspec.Struct):
+    """A COCO-instances JSON file; each element of `annotations` is left as it was written."""
+
+    images: list[Image] | None = None
+    annotations: list[msgspec.Raw] | None = None
+    categories: msgspec.Raw = msgspec.Raw()
+    licenses: msgspec.Raw = msgspec.Raw()
+
+
+AnyDocument = TypeVar("AnyDocument", Document, Instances)
+
+
+class _Layout(NamedTuple, Generic[AnyDocument]):
+    """How a document is read: its type, an element of `annotations` made of a parsed value, what to give."""
+
+    kind: type[AnyDocument]
+    element: Callable[[Any], Any]
+    give: str
+
+
 class _Records(msgspec.Struct):
     """A document's images as they were written."""
 
@@ -69,31 +89,17 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def read_document(url: str) -> Document:
-    """Parse an annotation file. Local files are mapped: segments stay on the disk until asked for.
+    """Parse a panoptic annotation file. Local files are mapped: segments stay on the disk until asked for.
 
     Raises:
         ConfigError: it cannot be read, is not JSON, or is no such document; names file and place.
         SourceUnavailable: it cannot be read now.
     """
-    try:
-        data = files.read_mapped(url)
-        try:
-            document = _decode(url, data)
-        except ConfigError:
-            again = files.read_mapped(url)
-            if bytes(again) == bytes(data):
-                raise
-            document = _decode(url, again)
-    except OSError as error:
-        if failures.classify(error) is failures.Kind.TRANSIENT:
-            raise failures.SourceUnavailable(
-                f"{url}: {failures.describe(error)}; run the same command again when the source answers"
-            ) from error
-        raise ConfigError(f"{url}: cannot be read ({failures.describe(error)}); correct the path") from error
+    document = _read(url, _Layout(Document, as_annotation, "give the panoptic JSON"))
     if document.segments_info and document.annotations is None:
         single = Annotation(document.file_name, document.image_id, document.segments_info)
         document.annotations = [single]
-    _open_names(url, document)
+    _open_names(url, [*(document.images or ()), *(document.annotations or ())])
     if document.annotations is None:
         raise ConfigError(f"{url}: the list `annotations` is missing; give the panoptic JSON")
     if document.annotations and not any(
@@ -105,10 +111,45 @@ def read_document(url: str) -> Document:
     return document
 
 
-def _open_names(url: str, document: Document) -> None:
+def read_instances(url: str) -> Instances:
+    """Parse an instances file, or a bare list of its annotations. Local files are mapped.
+
+    Raises:
+        ConfigError, SourceUnavailable: as `read_document`.
+    """
+    document = _read(url, _Layout(Instances, as_element, "give the instances JSON"))
+    _open_names(url, document.images or [])
+    if document.annotations is None:
+        raise ConfigError(f"{url}: the list `annotations` is missing; give the instances JSON")
+    if document.annotations and not any(b'"segmentation"' in bytes(each) for each in document.annotations):
+        panoptic = any(b'"segments_info"' in bytes(each) for each in document.annotations)
+        what = "a panoptic file: read it as `source: coconut`" if panoptic else "give a file with masks"
+        raise ConfigError(f"{url}: annotations without `segmentation`; {what}")
+    return document
+
+
+def _read(url: str, layout: _Layout[AnyDocument]) -> AnyDocument:
+    try:
+        data = files.read_mapped(url)
+        try:
+            return _decode(url, data, layout)
+        except ConfigError:
+            again = files.read_mapped(url)
+            if bytes(again) == bytes(data):
+                raise
+            return _decode(url, again, layout)
+    except OSError as error:
+        if failures.classify(error) is failures.Kind.TRANSIENT:
+            raise failures.SourceUnavailable(
+                f"{url}: {failures.describe(error)}; run the same command again when the source answers"
+            ) from error
+        raise ConfigError(f"{url}: cannot be read ({failures.describe(error)}); correct the path") from error
+
+
+def _open_names(url: str, elements: Sequence[Image | Annotation]) -> None:
     """Take secrets out of the names of files, which are published with the corpus."""
     signed = 0
-    for each in (*(document.images or ()), *(document.annotations or ())):
+    for each in elements:
         if each.file_name is not None and (name := open_name(each.file_name)) is not each.file_name:
             signed += name != each.file_name
             each.file_name = name
@@ -124,12 +165,12 @@ _SIGNED = (
 )
 
 
-def _decode(url: str, data: Any) -> Document:
+def _decode(url: str, data: Any, layout: _Layout[AnyDocument]) -> AnyDocument:
     try:
-        document = msgspec.json.decode(data, type=Document)
+        document = msgspec.json.decode(data, type=layout.kind)
         records = msgspec.json.decode(data, type=_Records).images
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return _read_tolerantly(url, bytes(data))
+        return _read_tolerantly(url, bytes(data), layout)
     for image, record in zip(document.images or (), records or (), strict=True):
         image.record = record
     return document
@@ -230,33 +271,37 @@ def shortened(value: Any, length: int = 40) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def _read_tolerantly(url: str, data: bytes) -> Document:
+def _read_tolerantly(url: str, data: bytes, layout: _Layout[AnyDocument]) -> AnyDocument:
     """Read a document one element after the other; only one is held as Python objects at a time."""
     text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    document = Document()
+    document = layout.kind()
     images: list[Image] = []
-    annotations: list[Annotation] = []
+    annotations: list[Any] = []
+    bare = layout.kind is Instances and text.lstrip().startswith("[")  # the list `annotations` alone
+    if bare:
+        text = f'{{"annotations":\n{text}}}'
+    blocks = {field.name for field in msgspec.structs.fields(layout.kind)}
     try:
         for name, value, is_element in _members(text, ("images", "annotations")):
             if name in ("images", "annotations"):
                 values = [value] if is_element else as_list(value)
                 if values is None and value:
-                    detail = f"`{name}` is {shortened(value)}, not a list; give the panoptic JSON"
+                    detail = f"`{name}` is {shortened(value)}, not a list; {layout.give}"
                     raise ConfigError(f"{url}: {detail}")
                 if values is not None and name == "images":
                     document.images = images
                     images.extend(map(as_image, values))
                 elif values is not None:
                     document.annotations = annotations
-                    annotations.extend(map(as_annotation, values))
-            elif name in ("categories", "segments_info", "licenses"):
+                    annotations.extend(map(layout.element, values))
+            elif name in ("categories", "segments_info", "licenses") and name in blocks:
                 setattr(document, name, as_raw(value))
-            elif name in ("file_name", "image_id") and isinstance(value, str | int):
+            elif name in ("file_name", "image_id") and name in blocks and isinstance(value, str | int):
                 setattr(document, name, value)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
+        place = f"line {error.lineno - bare}, column {error.colno}"
         if text.lstrip().startswith("["):
-            detail = "a list, not an object; give the panoptic JSON, or the folder of one JSON per image"
+            detail = f"a list, not an object; {layout.give}, or the folder of one JSON per image"
             raise ConfigError(f"{url}: {detail}") from error
         told = what_is(data) or f"{error.msg} at {place}"
         told += "" if "; " in told else "; fetch it again or correct it there"
@@ -344,6 +389,11 @@ def as_annotation(value: Any) -> Annotation:
         found.file_name = None if name is None else str(name).encode("utf-8", "replace").decode()
     found.file_name = found.file_name and open_name(found.file_name)
     return found
+
+
+def as_element(value: Any) -> msgspec.Raw:
+    """An element of a list as JSON text, also one that is null."""
+    return as_raw(value) if value is not None else msgspec.Raw(b"null")
 
 
 def as_raw(value: Any) -> msgspec.Raw:

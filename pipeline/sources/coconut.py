@@ -22,7 +22,7 @@ from ..io import files
 from ..io.file_kinds import what_is
 from ..io.tables import TableFile
 from . import coco_json, file_names
-from .categories import CategoryTable, load_categories, make_table
+from .categories import choose_table, load_categories
 from .coco_json import Annotation, Image
 from .common import PHOTO_FIXES
 from .credits import Licenses, read_credit
@@ -135,7 +135,7 @@ class Coconut(Source[CoconutOptions]):
 
     def _document_rows(self, url: str) -> tuple[list[_Row], list[Image]]:
         document = coco_json.read_document(url)
-        table = self._table_of(document, url)
+        table = choose_table(bytes(document.categories), url, self.options.categories)
         images = document.images or []
         licenses = Licenses(bytes(document.licenses))
         pairs = Pairs(images)
@@ -148,15 +148,6 @@ class Coconut(Source[CoconutOptions]):
             record = functools.partial(make_record, image, annotation, table)
             rows.append(_Row(image, annotation, record, url, licenses, doubt))
         return rows, [image for image in images if _name_of(image) not in used]
-
-    def _table_of(self, document: coco_json.Document, url: str) -> CategoryTable:
-        own = bytes(document.categories).strip()
-        if self.options.categories is not None or own in (b"", b"[]", b"null"):
-            return load_categories(self.options.categories)
-        try:
-            return make_table(coco_json.parse_json(own), url)
-        except ValueError as error:
-            raise ConfigError(f"{url}: categories: {error}") from error
 
     def _folder_rows(self, folder: str, catalog: Catalog) -> list[_Row]:
         """A folder with one JSON per image: the files are opened by the workers."""

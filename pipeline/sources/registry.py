@@ -21,6 +21,7 @@ from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 SOURCES = {
     "coconut": "paracaption.pipeline.sources.coconut:Coconut",
     "sa1b": "paracaption.pipeline.sources.sa1b:Sa1b",
+    "coco": "paracaption.pipeline.sources.coco:Coco",
 }
 """Kind, as the configuration names it, -> its class."""
 

@@ -1,0 +1,178 @@
+"""One image in COCO's instances layout: a record with a mask of its own for each object."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from ...filters import rle
+from ...schemas.config import Limits
+from ...schemas.errors import BadRecord
+from ...schemas.plain import fits_int64
+from ...schemas.reasons import Reason
+from ...schemas.records import ImageRecord, Region
+from . import coco_json
+from .categories import Category, CategoryTable
+from .common import declared_size, read_header, refuse
+from .protocols import CatalogEntry, Note, drop
+
+Choice = Literal["drop", "keep"]
+
+
+class Record(msgspec.Struct, omit_defaults=True):
+    """One image's annotations as the work list keeps them: what a worker needs besides the photo.
+
+    Attributes:
+        width, height: size that the file declares, in pixels.
+        annotations: the publisher's own, as they were written.
+        categories: those that the annotations name.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    annotations: list[msgspec.Raw] = []
+    categories: list[Category] = []
+
+
+class Instance(msgspec.Struct):
+    """An element of `annotations`. Only `segmentation` is needed."""
+
+    id: int | None = None
+    category_id: int | None = None
+    iscrowd: bool | int | None = None
+    area: float | None = None
+    segmentation: Any = None
+
+
+_NEEDED = ("category_id", "iscrowd", "segmentation")
+"""Fields of an annotation that say what its mask is, or whether it is used."""
+
+_RECORD = msgspec.json.Decoder(Record)
+_INSTANCE = msgspec.json.Decoder(Instance)
+
+
+def fill_instances(
+    image: ImageRecord,
+    entry: CatalogEntry,
+    limits: Limits,
+    notes: list[Note],
+    crowds: Choice = "drop",
+    unnamed: Choice = "drop",
+) -> None:
+    """Add size, regions and masks to an image; see `Source.fill`.
+
+    Args:
+        image: as far as the entry says what it is.
+        entry: from the catalog, with a `Record`.
+        limits: what is refused.
+        notes: what is odd but usable is appended to it.
+        crowds: what becomes of masks of many objects.
+        unnamed: what becomes of regions whose category is not in the list.
+    """
+    where = f"annotations of {entry.file_name or entry.key} ({entry.annotation})"
+    record = _read_record(entry.record, limits, where)
+    image.width, image.height = declared_size(record.width, record.height)
+    table = CategoryTable(record.categories)
+    found = [_instance(raw, place, where, notes) for place, raw in enumerate(record.annotations)]
+    image.regions = [_region(place, each, table, where, unnamed) for place, each in enumerate(found)]
+    _judge_crowds(image, found, where, crowds, notes)
+    refuse(image, entry, limits, where)
+    header = read_header(image, entry, limits, notes)
+    declared = (record.width or header.width, record.height or header.height)
+    if declared != (header.width, header.height):
+        detail = f"photo is {header.width}x{header.height}, annotation says {declared[0]}x{declared[1]}"
+        raise BadRecord(Reason.SIZE_MISMATCH, f"{where}: {detail}")
+    _place_masks(image, found, where, notes)
+
+
+def _read_record(data: bytes, limits: Limits, where: str) -> Record:
+    if len(data) > limits.max_record_bytes:
+        detail = f"{where}: {len(data)} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
+        raise BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
+    try:
+        return _RECORD.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        raw = coco_json.parse_json(data)  # NaN or a broken string inside an annotation
+        annotations = [coco_json.as_element(each) for each in raw.pop("annotations")]
+        record = msgspec.convert(raw, Record)
+        record.annotations = annotations
+        return record
+
+
+def _instance(raw: msgspec.Raw, place: int, where: str, notes: list[Note]) -> Instance | BadRecord:
+    """An annotation as far as it is what it should be. The mask is what counts."""
+    try:
+        found = _INSTANCE.decode(raw)
+        given: Any = found.id
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        try:
+            value = coco_json.parse_json(bytes(raw))
+            found = coco_json.as_struct(value, Instance, _NEEDED)
+            given = value.get("id")
+        except ValueError as problem:
+            detail = f"{where}: annotation at position {place}: {problem}"
+            return BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
+    if given is not None and not fits_int64(found.id):
+        detail = f"{where}: annotation at position {place}: id {coco_json.shortened(given)}"
+        notes.append(Note("id_unusable", detail, place))
+        found.id = None
+    return found
+
+
+def _region(
+    place: int, found: Instance | BadRecord, table: CategoryTable, where: str, unnamed: Choice
+) -> Region:
+    region = Region(place, None)
+    if isinstance(found, BadRecord):
+        region.drop = drop(found.reason, found.detail)
+        return region
+    region.source_id, region.category_id = found.id, found.category_id
+    category = table.find(found.category_id, None)
+    if category is not None:
+        region.category, region.is_thing = category.name, category.is_thing
+    elif unnamed == "drop":
+        detail = (
+            f"{_name(region, where)}: category {found.category_id} is not in the list; correct `categories`"
+        )
+        region.drop = drop(Reason.UNKNOWN_CATEGORY, detail)
+    return region
+
+
+def _judge_crowds(
+    image: ImageRecord, found: list[Instance | BadRecord], where: str, crowds: Choice, notes: list[Note]
+) -> None:
+    """Drop or note the regions that are many objects under one mask."""
+    for region, instance in zip(image.regions, found, strict=True):
+        if not isinstance(instance, Instance) or not instance.iscrowd:
+            continue
+        if crowds == "keep":
+            notes.append(Note("crowd_kept", _name(region, where), region.id))
+        elif region.drop is None:
+            region.drop = drop(Reason.CROWD, _name(region, where))
+
+
+def _place_masks(
+    image: ImageRecord, found: list[Instance | BadRecord], where: str, notes: list[Note]
+) -> None:
+    good = [
+        (region, instance)
+        for region, instance in zip(image.regions, found, strict=True)
+        if isinstance(instance, Instance)
+    ]
+    masks = rle.check_all([instance.segmentation for _, instance in good], image.height, image.width)
+    for (region, instance), mask in zip(good, masks, strict=True):
+        if isinstance(mask, BadRecord):
+            region.drop = region.drop or drop(mask.reason, f"{_name(region, where)}: {mask.detail}")
+            continue
+        region.rle, region.area, region.bbox = mask
+        is_rle = isinstance(instance.segmentation, dict)  # the area of a polygon is never that of its pixels
+        if is_rle and instance.area is not None and instance.area != region.area:
+            detail = f"{_name(region, where)}: declared {instance.area:g}, mask has {region.area}"
+            notes.append(Note("area_differs", detail, region.id))
+
+
+def _name(region: Region, where: str) -> str:
+    """An annotation by its id, or by its position if it has none."""
+    number = region.source_id
+    return f"{where}: annotation " + (f"at position {region.id}" if number is None else f"{number}")
