@@ -101,7 +101,7 @@ class Subset(Strict):
         if recipe is not None or sources is None or not info.context or info.context.recipe_of is None:
             return recipe
         try:
-            return info.context.recipe_of({each["source"] for each in sources})
+            return info.context.recipe_of(sources)
         except ValueError:
             if info.context.ours:
                 return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, NamedTuple, Self, get_args
 
@@ -19,14 +19,14 @@ class FileContext(NamedTuple):
     Attributes:
         absolute: makes a path of the file absolute.
         options_of: the model of a source kind's options; raises ValueError for an unknown kind.
-        recipe_of: the recipe of sources of these kinds; raises ValueError if none is the default of all.
+        recipe_of: the recipe of these sources; raises ValueError if none is the default of all.
         ours: whether ParaCaption wrote the file. Then nobody is warned of its old names, and a source may be
             of a kind that only whoever wrote the file knows.
     """
 
     absolute: Callable[[str], str] = str
     options_of: Callable[[str], type[Strict]] | None = None
-    recipe_of: Callable[[set[str]], str] | None = None
+    recipe_of: Callable[[Sequence[Mapping[str, Any]]], str] | None = None
     ours: bool = False
 
 

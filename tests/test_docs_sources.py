@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="no clone, but an inst
 
 
 def test_the_least_that_each_kind_of_source_needs_is_read(tmp_path):
-    panoptic, pair, instances = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    for folder in ("photos", "labels", "pairs"):
+    panoptic, pair, instances, line = re.findall(r"```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for folder in ("photos", "labels", "pairs", "masks"):
         (tmp_path / folder).mkdir()
     pixels = np.full((240, 320, 3), 90, np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photos" / "cup.jpg")
@@ -29,15 +29,23 @@ def test_the_least_that_each_kind_of_source_needs_is_read(tmp_path):
     (tmp_path / "panoptic.json").write_text(panoptic)
     (tmp_path / "pairs" / "cup.json").write_text(pair)
     (tmp_path / "instances.json").write_text(instances)
+    (tmp_path / "names.jsonl").write_text(line)
+    Image.fromarray(colors.any(-1)).save(tmp_path / "masks" / "cup_0.png")
     source = {"annotations": ["panoptic.json"], "labels": "labels", "photos": ["photos"]}
     shelf = {"sources": {"source": "coco", "annotations": ["instances.json"], "photos": ["photos"]}}
+    mine = {"sources": {"source": "masks", "photos": ["photos"], "masks": "masks/", "names": "names.jsonl"}}
     (tmp_path / "c.yaml").write_text(
         json.dumps(
-            {"out": "out", "coconut": [source], "sa1b": [{"paths": ["pairs"]}], "subsets": {"shelf": shelf}}
+            {
+                "out": "out",
+                "coconut": [source],
+                "sa1b": [{"paths": ["pairs"]}],
+                "subsets": {"shelf": shelf, "mine": mine},
+            }
         )
     )
     config = load_config(tmp_path / "c.yaml")
-    for subset in ("coconut", "sa1b", "shelf"):
+    for subset in ("coconut", "sa1b", "shelf", "mine"):
         found = audit_subset(open_source(config, subset), config.limits)
         assert (found.result.images_usable, found.result.regions_usable) == (1, 1), found.text()
         assert not found.result.problems, found.text()

@@ -15,6 +15,7 @@ _WIDTH = 100
 _PLACEHOLDERS = {
     "coconut": {"annotations": "[panoptic.json]", "labels": "labels", "photos": "[photos]"},
     "sa1b": {"paths": '["sa_*.tar"]'},
+    "masks": {"photos": "[photos]", "masks": "masks", "names": "names.csv"},
     "coco": {"annotations": "[instances.json]", "photos": "[photos]"},
 }
 """What stands for the paths of a source, by its kind and key, until they are replaced."""

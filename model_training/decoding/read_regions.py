@@ -2,7 +2,7 @@
 
 | what is given | what it holds |
 | --- | --- |
-| an image, or a folder of images | one mask each, see `read_masks` |
+| an image, or a folder of images | one mask each, see `mask_images` |
 | a JSON | COCO instances, COCO panoptic with its PNGs, or one image of SA-1B: all regions of the photo |
 | a corpus or one of its shards, with a key | the photo itself and its kept regions |
 
@@ -24,7 +24,7 @@ import numpy as np
 from ...filters import rle
 from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
-from ...pipeline.io import files, photos
+from ...pipeline.io import files, mask_images, photos
 from ...pipeline.sources import file_names
 from ...pipeline.sources.categories import load_categories, make_table
 from ...pipeline.sources.coco_json import Image
@@ -33,7 +33,6 @@ from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob, ImageRecord
 from ...schemas.sample import Sample
-from . import read_masks
 
 
 class Region(NamedTuple):
@@ -143,7 +142,9 @@ def _from(path: str, image: str, size: tuple[int, int], key: str | None) -> _Fou
     """The regions of one file or folder."""
     if files.is_folder(path):
         found = file_names.list_folder(path, "masks").names or []
-        inside = [f"{path.rstrip('/')}/{name}" for name in found if name.lower().endswith(read_masks.ENDINGS)]
+        inside = [
+            f"{path.rstrip('/')}/{name}" for name in found if name.lower().endswith(mask_images.ENDINGS)
+        ]
         if not inside:
             raise ConfigError(f"{path}: no corpus and no mask images here; give the masks")
         return _Found([_of_image(each, size) for each in inside], [])
@@ -153,7 +154,7 @@ def _from(path: str, image: str, size: tuple[int, int], key: str | None) -> _Fou
 
 
 def _of_image(path: str, size: tuple[int, int]) -> Region:
-    return Region(path, rle.from_mask(read_masks.read_mask_image(path, size)))
+    return Region(path, rle.from_mask(mask_images.read_mask_image(path, size)))
 
 
 # A corpus.

@@ -3,7 +3,7 @@
 | a region | how it is read |
 | --- | --- |
 | an array or tensor of the photo's size, nested lists | see `mask_arrays` |
-| a Pillow image, bytes, or the path of a mask image | see `read_masks` |
+| a Pillow image, bytes, or the path of a mask image | see `mask_images` |
 | `{"size": [height, width], "counts": ...}`, the `rle` of a corpus's region | COCO RLE, compressed or not |
 | `[[x1, y1, x2, y2, x3, y3, ...], ...]`, an array (N, 2) or cv2's (N, 1, 2) | polygons in pixels |
 | four numbers | a box in pixels: x1, y1, x2, y2, or x, y, width, height where `boxes` says so |
@@ -25,14 +25,13 @@ from typing import Any, Literal
 import numpy as np
 
 from ...filters import rle
-from ...pipeline.io import files, photos
+from ...pipeline.io import files, mask_images, photos
 from ...pipeline.io.photos import to_rgb
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Rle
 from ..model import tiling
-from . import read_masks
 from .mask_arrays import to_array, to_bool_mask
 
 Boxes = Literal["xyxy", "xywh"]
@@ -141,9 +140,9 @@ def _to_mask(region: Any, size: tuple[int, int], boxes: Boxes, number: int) -> n
     if isinstance(region, str | os.PathLike):
         return _of_file(region, size, name)
     if isinstance(region, bytes | bytearray):
-        return read_masks.fit_mask(read_masks.decode_mask_image(bytes(region), name), size, name)
+        return mask_images.fit_mask(mask_images.decode_mask_image(bytes(region), name), size, name)
     if isinstance(region, Image.Image):
-        return read_masks.to_mask(region, name)
+        return mask_images.to_mask(region, name)
     if isinstance(region, Mapping):
         return _of_record(region, size, boxes, number)
     if isinstance(region, Rle):
@@ -174,7 +173,7 @@ def _of_file(path: str | os.PathLike[str], size: tuple[int, int], name: str) -> 
             "`paracaption caption`"
         )
     try:
-        return read_masks.read_mask_image(text, size)
+        return mask_images.read_mask_image(text, size)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
 

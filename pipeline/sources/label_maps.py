@@ -102,6 +102,23 @@ def read_label_map(data: bytes, name: str, declared: list[Declared]) -> dict[int
     return _choose(readings, name).masks
 
 
+def read_values(data: bytes, name: str) -> np.ndarray:
+    """The values of an indexed image, (H, W) unsigned integers, as they are stored.
+
+    Of a palette they are its indices, of gray the gray values or fewer bits, of 16 bits these, and of colors
+    R + 256 G + 65536 B.
+
+    Raises:
+        BadRecord: LABELS_UNREADABLE.
+    """
+    values, tables = _decode(data, name)
+    for what in ("palette indices", "stored values", "gray values", "values"):
+        if what in tables:
+            table = tables[what]
+            return values if table is None else table[values]
+    return values
+
+
 def _choose(readings: list[_Reading], name: str) -> _Reading:
     """The reading that the declared ids and areas confirm; the first one counts where several do."""
     with_ids = [reading for reading in readings if reading.present]

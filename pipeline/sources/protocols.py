@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 from pydantic import Field
@@ -185,7 +185,7 @@ class Source(ABC, Generic[Options]):
     Attributes:
         title: the kind's name for people.
         options_type: the model of its options; `Location` is the type of those that are paths.
-        recipe: the recipe of a subset that names none.
+        recipe: the recipe of a subset that names none; see `recipe_for`.
         fixes: what to do about a problem, by the reason of a drop or by the kind of a note.
         paper_size: images and regions of this kind in the paper's corpus; None if it has none.
         checks_masks: whether all its masks come from `filters.rle`. Those of any other source are checked
@@ -206,6 +206,16 @@ class Source(ABC, Generic[Options]):
     def __init__(self, options: Options, where: str = "source"):
         self.options = options
         self.where = where
+
+    @classmethod
+    def recipe_for(cls, options: Mapping[str, Any]) -> str | None:
+        """The recipe of a subset that names none, by the options; None if one has to be given.
+
+        Args:
+            options: of an entry, possibly without those that have their default.
+        """
+        del options
+        return cls.recipe
 
     @abstractmethod
     def places(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ SOURCES = {
     "coconut": "paracaption.pipeline.sources.coconut:Coconut",
     "sa1b": "paracaption.pipeline.sources.sa1b:Sa1b",
     "coco": "paracaption.pipeline.sources.coco:Coco",
+    "masks": "paracaption.pipeline.sources.masks:Masks",
 }
 """Kind, as the configuration names it, -> its class."""
 
@@ -75,18 +76,22 @@ def find_options(kind: str) -> type[SourceOptions]:
     return find_source(kind).options_type
 
 
-def default_recipe(kinds: set[str]) -> str:
-    """The recipe of a subset that names none, by the kinds of its sources.
+def default_recipe(sources: Sequence[Mapping[str, Any]]) -> str:
+    """The recipe of a subset that names none, by its sources: their kinds and options.
 
     Raises:
-        ConfigError: a kind is unknown, or they have different recipes.
+        ConfigError: a kind is unknown, they have different recipes, or one has no recipe by default.
     """
-    defaults = {find_source(kind).recipe for kind in kinds}
-    if len(defaults) > 1:
+    defaults = {find_source(each["source"]).recipe_for(each) for each in sources}
+    if None in defaults:
         raise ConfigError(
-            f"its sources have the recipes {' and '.join(sorted(defaults))}; set `recipe` of the subset"
+            "not every region of its sources has a name, so no recipe is the default; set `recipe` of the "
+            "subset, such as `identify`, which names each region from its caption"
         )
-    return defaults.pop()
+    if len(defaults) > 1:
+        named = " and ".join(sorted(map(str, defaults)))
+        raise ConfigError(f"its sources have the recipes {named}; set `recipe` of the subset")
+    return str(defaults.pop())
 
 
 def file_context(absolute: Callable[[str], str] = str, ours: bool = False) -> FileContext:
@@ -120,10 +125,10 @@ def recipe_name(config: BuildConfig, subset: str) -> str:
         ConfigError: its kinds have different defaults, or one is unknown.
     """
     if subset not in config.subsets:  # a corpus keeps what an earlier configuration built
-        return default_recipe({subset})
+        return default_recipe([{"source": subset}])
     found = config.subsets[subset]
     try:
-        return found.recipe or default_recipe({each["source"] for each in found.sources})
+        return found.recipe or default_recipe(found.sources)
     except ConfigError as error:
         raise ConfigError(f"subsets.{subset}.recipe: {error}") from error
 

@@ -157,7 +157,7 @@ def test_the_schema_takes_our_configurations_and_finds_mistakes():
     schema = json.loads(run("config", "--schema").output)
     jsonschema.Draft202012Validator.check_schema(schema)
     check = jsonschema.Draft202012Validator(schema).is_valid
-    for path in ("samples/build.yaml", "configs/gpu.yaml", "configs/coco.yaml"):
+    for path in ("samples/build.yaml", *(f"configs/{name}.yaml" for name in ("gpu", "coco", "masks"))):
         assert check(yaml.safe_load((ROOT / path).read_text())), path
     for kind in SOURCES:
         assert check(yaml.safe_load(commented_config(kind)))

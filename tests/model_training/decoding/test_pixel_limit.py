@@ -8,9 +8,9 @@ import zlib
 
 import pytest
 
-from paracaption.model_training.decoding import read_masks, read_regions
+from paracaption.model_training.decoding import read_regions
 from paracaption.pipeline.explorer import training
-from paracaption.pipeline.io import photos
+from paracaption.pipeline.io import mask_images, photos
 from paracaption.pipeline.sources import label_maps
 from paracaption.schemas.errors import BadRecord, ConfigError
 from paracaption.schemas.records import Blob
@@ -46,7 +46,7 @@ def test_a_mask_with_too_many_pixels_is_refused_by_its_header(data, tmp_path):
     path = tmp_path / "mask.png"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match="50000x50000 pixels; at most 200,000,000"):
-        read_masks.read_mask_image(str(path), (120, 120))
+        mask_images.read_mask_image(str(path), (120, 120))
 
 
 def test_a_label_map_with_too_many_pixels_is_refused_by_its_header(data):
@@ -73,4 +73,4 @@ def test_a_picture_of_a_training_run_with_too_many_pixels_is_refused_by_its_head
 def test_a_mask_of_ordinary_size_is_read(tmp_path):
     path = tmp_path / "mask.png"
     path.write_bytes(bomb(64))
-    assert read_masks.read_mask_image(str(path), (64, 64)).all()
+    assert mask_images.read_mask_image(str(path), (64, 64)).all()

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ...pipeline.io import files, photos
-from ...pipeline.io.orientation import unturned
 from ...schemas.errors import ConfigError
+from ...schemas.reasons import Reason
 from ...schemas.records import Blob
+from . import files, photos
+from .orientation import unturned
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _LOSSY = {"JPEG", "MPO", "WEBP"}
@@ -29,6 +30,14 @@ _MAX_UNCLEAR = 0.1
 """Share of pixels that may be neither dark nor bright; with more, it is a photo or a label map."""
 _ASPECT = 0.03
 """A mask is scaled if its aspect ratio differs from the photo's by no more than this share."""
+
+
+class UnusableMask(ConfigError):
+    """A mask image that cannot be used; `reason` is what a build drops its region for."""
+
+    def __init__(self, detail: str, reason: Reason = Reason.MASK_UNDECODABLE):
+        super().__init__(detail)
+        self.reason = reason
 
 
 def read_mask_image(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -48,27 +57,29 @@ def read_mask_image(path: str, size: tuple[int, int]) -> np.ndarray:
     """
     mask = fit_mask(decode_mask_image(_bytes(path), path), size, path)
     if not mask.any():
-        raise ConfigError(f"{path}: no pixel is left at the photo's {size[1]}x{size[0]}; leave the mask out")
+        detail = f"{path}: no pixel is left at the photo's {size[1]}x{size[0]}; leave the mask out"
+        raise UnusableMask(detail, Reason.MASK_EMPTY)
     return mask
 
 
-def decode_mask_image(data: bytes, name: str) -> np.ndarray:
+def decode_mask_image(data: bytes, name: str, max_pixels: int = photos.MAX_PIXELS) -> np.ndarray:
     """The region in the bytes of a mask image, as (H, W) bool with at least one pixel.
 
     Args:
         data: the bytes of an image file.
         name: what messages call it.
+        max_pixels: a larger image is refused before it is decoded.
 
     Raises:
-        ConfigError: the bytes are no image, or the image is no mask or an empty one.
+        UnusableMask: the bytes are no image, or the image is no mask or an empty one.
     """
     from PIL import Image
 
     try:
         with photos.quiet(), Image.open(io.BytesIO(unturned(data)), formats=_FORMATS) as opened:
-            if opened.width * opened.height > photos.MAX_PIXELS:
-                found = f"{opened.width}x{opened.height} pixels; at most {photos.MAX_PIXELS:,} are decoded"
-                raise ConfigError(f"{name}: {found}; give the mask at its photo's size")
+            if opened.width * opened.height > max_pixels:
+                found = f"{opened.width}x{opened.height} pixels; at most {max_pixels:,} are decoded"
+                raise UnusableMask(f"{name}: {found}; give the mask at its photo's size")
             opened.load()
             lossy = opened.format in _LOSSY
             values, most = _brightness(opened, name)
@@ -76,7 +87,7 @@ def decode_mask_image(data: bytes, name: str) -> np.ndarray:
         raise
     except photos.BROKEN as error:
         why = "not an image that can be read, or cut short" if data else "empty file"
-        raise ConfigError(f"{name}: {why}; give a PNG or JPEG of the mask") from error
+        raise UnusableMask(f"{name}: {why}; give a PNG or JPEG of the mask") from error
     return _threshold(values, most, lossy, name)
 
 
@@ -101,9 +112,10 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     rounding = min(abs(height - tall * width / wide), abs(tall - height * wide / width))
     if rounding > 1 or abs(height * wide / (width * tall) - 1) > _ASPECT:
         rotated = " (width and height are swapped: photos are read as stored, and EXIF rotation is ignored)"
-        raise ConfigError(
+        raise UnusableMask(
             f"{name}: the mask is {width}x{height}, the photo {wide}x{tall}"
-            f"{rotated if (width, height) == (tall, wide) else ''}; give a mask of this photo"
+            f"{rotated if (width, height) == (tall, wide) else ''}; give a mask of this photo",
+            Reason.SIZE_MISMATCH,
         )
     rows = (np.arange(tall) + 0.5) * height // tall
     columns = (np.arange(wide) + 0.5) * width // wide
@@ -155,7 +167,7 @@ def _brightest_channel(pixels: np.ndarray, name: str) -> np.ndarray:
     """The brightest channel of (H, W, 3); different colors that are equally bright are refused."""
     values = pixels.max(axis=2)
     if values.min() == values.max() and (pixels != pixels[0, 0]).any():
-        raise ConfigError(
+        raise UnusableMask(
             f"{name}: its colors have the same brightness, so that region and background cannot be told "
             "apart; "
             "give the mask white on black"
@@ -168,18 +180,22 @@ def _threshold(values: np.ndarray, most: float, lossy: bool, name: str) -> np.nd
         low, high = values.min(), values.max()
         if low == high:
             if not high:
-                raise ConfigError(f"{name}: the mask is empty, there is nothing to caption; leave it out")
+                detail = f"{name}: the mask is empty, there is nothing to caption; leave it out"
+                raise UnusableMask(detail, Reason.MASK_EMPTY)
             return np.ones(values.shape, bool)
         if ((values == low) | (values == high)).all():
             return values == high
     if _unclear(values, most) > _MAX_UNCLEAR:
-        raise ConfigError(f"{name}: a picture, not a mask; give the region white on black, one file for each")
+        raise UnusableMask(
+            f"{name}: a picture, not a mask; give the region white on black, one file for each"
+        )
     mask = values > most / 2
     if not mask.any():
         peak = f"{values.max():g} of {most:g}"
-        raise ConfigError(
+        raise UnusableMask(
             f"{name}: the mask is empty (brightest pixel {peak}); a label map is not a mask: give one file "
-            "for each region, white on black"
+            "for each region, white on black",
+            Reason.MASK_EMPTY,
         )
     return mask
 
