@@ -68,12 +68,13 @@ _WORD = re.compile(rf"[{_UNBROKEN}]|{_LETTER}+(?:['\u2019]{_LETTER}+)*")
 _SENTENCE_END = re.compile(r"[.!?](?=[\s\"'”\u2019)\]]|$)|[。\uff01\uff1f।\n]")
 
 
-def clean(caption: str, config: Text) -> Verdict:
+def clean(caption: str, config: Text, confidence: float | None = None) -> Verdict:
     """Keep a caption that a model may learn to imitate.
 
     Args:
         caption: the captioner's text; any string, of any length and language.
         config: thresholds.
+        confidence: how sure the captioner is of it, 0 to 1; None if it does not say.
 
     Returns:
         The first rule's objection, or keep; always with the scores `num_words` and `repeat_share`.
@@ -84,7 +85,7 @@ def clean(caption: str, config: Text) -> Verdict:
         detail = rule(prose, config)
         if detail is not None:
             return Verdict(reason, detail, scores)
-    return Verdict(scores=scores)
+    return Verdict(*_unsure(confidence, config.min_confidence), scores)
 
 
 def read(caption: str) -> Prose:
@@ -429,6 +430,13 @@ RULES: tuple[tuple[Reason, Callable[[Prose, Text], str | None]], ...] = (
     (Reason.TEXT_TOO_LONG, too_long),
 )
 """In the order in which they are asked. Loops come before what they also are: empty of content, too long."""
+
+
+def _unsure(confidence: float | None, least: float | None) -> tuple[Reason | None, str]:
+    """The last objection: the caption reads well, but its captioner doubts it."""
+    if confidence is None or least is None or confidence >= least:
+        return None, ""
+    return Reason.TEXT_UNSURE, f"confidence {confidence:.3f}, at least {least:g} needed"
 
 
 def _shorter(count: int, least: int, unit: str) -> str | None:

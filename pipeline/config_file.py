@@ -20,7 +20,7 @@ from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
 from .io import failures, files, own_modules, variables, yaml_text
 from .io.file_kinds import what_is
-from .models.registry import BACKENDS
+from .models.registry import BACKENDS, find_registered
 from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
 from .stages.recipes import recipe_of
 
@@ -188,6 +188,9 @@ def _with_variables(config: BuildConfig, root: Path) -> BuildConfig:
     for protocol in ("captioner", "judge", "segmenter"):
         backend: Backend = getattr(config, protocol)
         options = variables.take_all(backend.options)
+        for name in find_registered(protocol, backend).paths:
+            if isinstance(options.get(name), str):  # what is no text is refused with the other options
+                options = options | {name: _stored(root, options[name])}
         if options != backend.options:
             update[protocol] = backend.model_copy(update={"options": options})
     return config.model_copy(update=update)

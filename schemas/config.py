@@ -242,6 +242,13 @@ class Text(Strict):
     max_same_sentence: int = Field(
         default=1, ge=1, description="Most times that one sentence may occur in a caption."
     )
+    min_confidence: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Least confidence of the captioner in its caption, 0 to 1. Captions whose captioner "
+        "gives no confidence are kept; of ours, `perceptiondlm` gives one. null, the default, drops none.",
+    )
 
 
 class Backend(Strict):

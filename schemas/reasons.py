@@ -49,6 +49,7 @@ class Reason(StrEnum):
     TEXT_REFUSAL = "text_refusal"  # "I'm sorry, I cannot ..."
     TEXT_BOILERPLATE = "text_boilerplate"  # "The image shows an object." and nothing more
     TEXT_JUNK = "text_junk"  # not prose: markup, tokens, symbols, broken encoding
+    TEXT_UNSURE = "text_unsure"  # the captioner itself is not sure of it
     # Things that went wrong while asking.
     MODEL_ERROR = "model_error"  # the backend raised on this record alone
     ANSWER_INVALID = "answer_invalid"  # the model answered outside its schema, after retries

@@ -185,5 +185,6 @@ SCORES = {
     "segmenter_score": "the segmenter's own score of its best mask",
     "num_words": "words in the caption",
     "repeat_share": "share of the caption's 4-grams that repeat an earlier one, 0..1",
+    "confidence": "how sure the captioner is of its caption, 0..1; only some captioners say so",
 }
 """Names and meanings of the evidence numbers; each is a column of the ledger and of the index."""

@@ -428,7 +428,7 @@ class TrainConfig(Published):
         description="When layers are compiled with torch.compile: `always`, `never`, or `auto`, which "
         "compiles on GPUs.",
     )
-    export_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Data type of the exported model's weights; `auto` takes the type that the training "
         "computes in.",

@@ -108,7 +108,7 @@ def test_the_columns_of_evidence_are_those_that_each_stage_writes(tmp_path):
     asked = {name: stage for name, stage in STAGES.items() if issubclass(stage, ModelStage)}
     assert set(added) == set(asked)
     for name, stage in asked.items():
-        schema = ModelStage.store.__globals__["EvidenceStore"](tmp_path, stage.evidence)._schema(True)
+        schema = ModelStage.store.__globals__["EvidenceStore"](tmp_path, stage.evidence)._schema(set())
         assert common + added[name] == columns(schema), name
 
 

@@ -46,6 +46,8 @@ class RegionCaptions(NamedTuple):
         tokens: tokens that were decoded, `max_new_tokens` for each region.
         seconds: this photo's share of the time that its batches took.
         agreement: share of tokens equal to those of a decode without a cache, where `compare` asks for it.
+        confidences: how sure the model is of each caption, 0 to 1: the geometric mean of the probabilities of
+            its tokens, the one that ends it included.
     """
 
     captions: list[str]
@@ -53,6 +55,7 @@ class RegionCaptions(NamedTuple):
     tokens: int
     seconds: float
     agreement: float | None = None
+    confidences: list[float] = []
 
 
 class Slot(NamedTuple):
@@ -268,7 +271,7 @@ class RegionCaptioner:
         for number, given in enumerate(photos):
             asked = _Asked(*_checked_pair(given, number, prompt), boxes, regions_per_call, fill_groups)
             groups, num_regions = self._groups(number, asked, options)
-            results.append(RegionCaptions([""] * num_regions, 0, 0, 0.0))
+            results.append(RegionCaptions([""] * num_regions, 0, 0, 0.0, confidences=[0.0] * num_regions))
             for group in groups:
                 waiting.append(group)
                 if len(waiting) == batch_size:
@@ -357,6 +360,11 @@ class RegionCaptioner:
             captions = self._read(group, decoded.tokens_BNS[row])
             for region, caption in zip(group.regions, captions, strict=True):
                 result.captions[region] = caption
+            for place, number in enumerate(group.example.order):
+                parts = (decoded.tokens_BNS[row, place], decoded.confidence_BNS[row, place])
+                result.confidences[group.regions[number]] = self._confidence(
+                    *(each.numpy() for each in parts)
+                )
             agreement = None
             if decoded.agreement_B is not None:
                 before = (result.agreement or 0.0) * result.tokens
@@ -367,6 +375,12 @@ class RegionCaptioner:
                 seconds=result.seconds + seconds,
                 agreement=agreement,
             )
+
+    def _confidence(self, tokens_S: np.ndarray, confidence_S: np.ndarray) -> float:
+        """The geometric mean over a caption and its end; over all of it if it has no end."""
+        ends = np.flatnonzero(tokens_S == self.model.config.eot_token_id)
+        said_K = confidence_S[: ends[0] + 1] if len(ends) else confidence_S
+        return float(np.exp(np.log(np.maximum(said_K, np.finfo(np.float64).tiny)).mean()))
 
     def _read(self, group: _Group, tokens_NS: Tensor) -> list[str]:
         return self.processor.read_captions(tokens_NS[: len(group.regions)].numpy(), group.example.order)

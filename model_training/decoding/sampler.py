@@ -55,12 +55,14 @@ class DecodedBatch(NamedTuple):
 
     Attributes:
         tokens_BNS: the tokens, with rows for regions that an image has fewer than others.
+        confidence_BNS: the probability of the latest prediction for each token, in float64.
         exists_BN: bool, which of the rows are regions.
         forwards_B: forward passes of the language model for each image.
         agreement_B: share of an image's tokens equal to those without a cache; None unless `compare` is set.
     """
 
     tokens_BNS: Tensor
+    confidence_BNS: Tensor
     exists_BN: Tensor
     forwards_B: Tensor
     agreement_B: Tensor | None = None
@@ -82,7 +84,7 @@ def decode_batch(model: PerceptionDLM, batch: Batch, options: DecodeOptions | No
         *_, exact = decode_steps(model, batch, options.model_copy(update={"cache": "none"}))
         same_BN = (exact.tokens_BNS == last.tokens_BNS).double().mean(-1)
         agreement_B = (same_BN * exists_BN).sum(1) / exists_BN.sum(1)
-    return DecodedBatch(last.tokens_BNS, exists_BN, last.forwards_B, agreement_B)
+    return DecodedBatch(last.tokens_BNS, last.confidence_BNS, exists_BN, last.forwards_B, agreement_B)
 
 
 @torch.inference_mode()

@@ -15,12 +15,12 @@ from ...pipeline.io import photos, weights
 from ...pipeline.models import answers, registry
 from ...pipeline.models.options import BackendOptions, read_options
 from ...schemas.config import Backend, Limits
-from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.evaluation import Bench
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
-from ..decoding.region_captioner import RegionCaptioner, check_saved_model
+from ..decoding.corpus_captioner import ModelOptions
+from ..decoding.region_captioner import check_saved_model
 from .annotations import BenchImage
 
 PERCEPTIONDLM, PREDICTIONS = "perceptiondlm", "predictions"
@@ -63,40 +63,6 @@ class BenchCaptioner(Protocol):
             ConfigError: the photo is missing or does not have the annotation's size.
         """
         ...
-
-
-class ModelOptions(BackendOptions, frozen=True):
-    """The options of `perceptiondlm`.
-
-    Attributes:
-        model: folder of a saved model.
-        device, dtype: see `RegionCaptioner.load`.
-        regions_per_call: the most regions that are captioned together; 1 captions them one by one, None
-            takes as many as the model can.
-        decode: fields of `schemas.decoding.DecodeOptions`.
-    """
-
-    model: str
-    device: str = "auto"
-    dtype: str = "auto"
-    regions_per_call: int | None = None
-    decode: dict[str, Any] = {}
-
-    def decoding(self) -> DecodeOptions:
-        """How captions are decoded.
-
-        Raises:
-            ConfigError: `decode` has an unknown option or a wrong value.
-        """
-        return DecodeOptions.checked(self.decode, "captioner.options.decode")
-
-    def load_model(self) -> RegionCaptioner:
-        """Open the model on its device.
-
-        Raises:
-            ConfigError: see `RegionCaptioner.load`.
-        """
-        return RegionCaptioner.load(self.model, self.device, self.dtype)
 
 
 class PredictionOptions(BackendOptions, frozen=True):

@@ -33,6 +33,9 @@ class Place(NamedTuple):
 SOURCE_SCORES = ("predicted_iou", "stability_score")
 """The publisher's numbers that have a column; SA-1B has both, COCONut none."""
 
+_LATER_SCORES = ("confidence",)
+"""Scores that early releases did not have; their columns are the last ones."""
+
 _IMAGE_LEVEL = Region(id=-1, rle=None)
 
 
@@ -71,7 +74,7 @@ def ledger_schema() -> pa.Schema:
             *((name, number) for name in SOURCE_SCORES),
             ("crop_box", pa.list_(number)),
             ("point_coords", pa.list_(pa.list_(number))),
-            *((name, number) for name in SCORES),
+            *((name, number) for name in SCORES if name not in _LATER_SCORES),
             ("shard", text),
             ("photo_offset", whole),
             ("photo_length", whole),
@@ -79,6 +82,7 @@ def ledger_schema() -> pa.Schema:
             ("json_length", whole),
             ("photo_digest", text),
             *((name, text) for name in CREDIT_FIELDS),
+            *((name, number) for name in _LATER_SCORES),
         ]
     )
 
@@ -90,20 +94,20 @@ NOT_IN_INDEX = frozenset({"kept", "drop_stage", "drop_reason", "drop_detail", "r
 SPLIT = "split"
 """The index's column that says of each image whether it is for training (`train`) or `held_out`."""
 
-_LATER = frozenset({"photo_digest", *CREDIT_FIELDS})
-"""Columns besides scores that older releases do not have; null there."""
+_LATER = frozenset({"photo_digest", *CREDIT_FIELDS, *_LATER_SCORES})
+"""Columns that older releases do not have, and what has nothing for them is written without; null there."""
 
 
 @cache
 def index_schema(credits: bool = True) -> pa.Schema:
     """Columns of `OUT/index.parquet`: those of the ledger that say something of a kept region.
 
-    An index of an early release has none for `credits`, the license and origin of the photo. In a corpus
-    that holds images out of training, `SPLIT` follows.
+    An index of an early release has none for `credits`, the license and origin of the photo, nor for the
+    captioner's confidence. In a corpus that holds images out of training, `SPLIT` follows.
     """
     import pyarrow as pa
 
-    left_out = NOT_IN_INDEX if credits else NOT_IN_INDEX.union(CREDIT_FIELDS)
+    left_out = NOT_IN_INDEX if credits else NOT_IN_INDEX | _LATER
     return pa.schema([field for field in ledger_schema() if field.name not in left_out])
 
 

@@ -158,11 +158,11 @@ def compare(
     [(candidates,)] = catalog.select(f"SELECT count(*) {chosen}", passing.args, subset)
     limit = candidates if exact else _MOST_READ
     columns = ", ".join(BIN_COLUMNS.values())
-    sql = f"SELECT {_SHOWN}, {columns} {chosen} {_ORDER} LIMIT {limit:d}"
+    sql = f"SELECT {_SHOWN}, confidence, {columns} {chosen} {_ORDER} LIMIT {limit:d}"
     rows = catalog.select(sql, passing.args, subset)
-    passed = [row for row in rows if _passes_filters(recipe, row[3])]
+    passed = [row for row in rows if _passes_filters(recipe, row[3], row[4])]
     times = candidates / max(1, len(rows))
-    for column, name in enumerate(BIN_COLUMNS, 4):  # after the four of _SHOWN
+    for column, name in enumerate(BIN_COLUMNS, 5):  # after the four of _SHOWN and the confidence
         for place, number in Counter(row[column] for row in passed).items():
             if place is not None:
                 moves[name][place] = (moves[name].get(place, (0, 0))[0], round(number * times))
@@ -265,9 +265,10 @@ def _changed(stage: Stage, config: BuildConfig, wanted: BuildConfig) -> list[tup
     return [(each, then) for each, now, then in values if then is not None and then != now]
 
 
-def _passes_filters(recipe: list[Stage], caption: str) -> bool:
-    """Whether the filter stages that look at captions keep one."""
-    region = Region(0, None, caption=caption)
+def _passes_filters(recipe: list[Stage], caption: str, confidence: float | None) -> bool:
+    """Whether the filter stages that look at captions keep one, of which its captioner is so sure."""
+    scores = {} if confidence is None else {"confidence": confidence}
+    region = Region(0, None, caption=caption, scores=scores)
     image = ImageRecord("", "", None, 0, 0, regions=[region])
     for stage in recipe:
         if isinstance(stage, FilterStage) and stage.thresholds:

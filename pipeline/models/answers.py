@@ -19,7 +19,7 @@ from ...schemas.errors import BadRecord
 from ...schemas.plain import plain_text, words_of
 from ...schemas.reasons import Reason
 from ...schemas.records import Rle
-from .protocols import Answer, Candidate
+from .protocols import Answer, Candidate, Caption
 
 MAX_CHARS = 100_000
 """Longest caption or answer. `text.max_chars` is far below; more is a model that runs on."""
@@ -45,8 +45,27 @@ def listed(answers: Any, count: int, what: str) -> list[Any]:
 
 
 def caption(answer: Any) -> str | BadRecord | None:
-    """A captioner's answer about one region; None if it has nothing to say."""
-    return _cleaned(lambda: None if answer is None else _text(answer, "a caption"), answer)
+    """The text of a captioner's answer about one region; None if it has nothing to say."""
+
+    def clean() -> str | None:
+        given = answer.text if isinstance(answer, Caption) else answer
+        return None if given is None else _text(given, "a caption")
+
+    return _cleaned(clean, answer)
+
+
+def confidence(answer: Any) -> float | BadRecord | None:
+    """How sure a captioner is of its answer; None if it does not say, or says what is not finite."""
+
+    def clean() -> float | None:
+        if not isinstance(answer, Caption) or answer.confidence is None:
+            return None
+        found = _number(answer.confidence, "a confidence")
+        if math.isfinite(found) and not 0 <= found <= 1:
+            raise _refused(f"a confidence has to be from 0 to 1, not {found}")
+        return found if math.isfinite(found) else None
+
+    return _cleaned(clean, answer)
 
 
 def judgment(answer: Any) -> Answer | BadRecord:

@@ -33,6 +33,18 @@ from ...schemas.errors import BadRecord
 from ...schemas.records import ImageRecord, Rle
 
 
+class Caption(msgspec.Struct, frozen=True):
+    """A caption of a captioner that can say how sure it is.
+
+    Attributes:
+        text: the caption itself.
+        confidence: 0 to 1. None if the captioner has no such number. One that is not finite counts as None.
+    """
+
+    text: str
+    confidence: float | None = None
+
+
 class Question(msgspec.Struct, frozen=True):
     """What a judge is asked about one region.
 
@@ -91,7 +103,7 @@ class Checked(msgspec.Struct, frozen=True):
 class Captioner(Protocol):
     """Describes regions. It is given many images at once, so that it can keep its engine full."""
 
-    def caption(self, images: list[ImageRecord]) -> list[list[str | BadRecord | None]]:
+    def caption(self, images: list[ImageRecord]) -> list[list[str | Caption | BadRecord | None]]:
         """One caption for each live region of each image, in the order of `live()`.
 
         A caption is None if the model has nothing to say about the region.

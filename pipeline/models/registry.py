@@ -21,12 +21,15 @@ class Registered(NamedTuple):
         needs: distributions that it imports, besides those that every build needs.
         extra: the extra of paracaption that installs `needs`; None if the base package already does.
         page: the page that describes its options.
+        paths: options that are paths. A relative one starts at the configuration's folder; those of other
+            backends are as they are given.
     """
 
     path: str
     needs: tuple[str, ...] = ()
     extra: str | None = None
     page: str = "docs/backends.md"
+    paths: tuple[str, ...] = ()
 
 
 BACKENDS: dict[str, dict[str, Registered]] = {
@@ -46,6 +49,13 @@ BACKENDS: dict[str, dict[str, Registered]] = {
             "paracaption.pipeline.models.openai_compatible:OpenAICaptioner",
             ("httpx", "opencv-python-headless"),
             page="docs/judges.md",
+        ),
+        "perceptiondlm": Registered(  # by its path alone: a build imports it only if it is named
+            "paracaption.model_training.decoding.corpus_captioner:PerceptionDLMCaptioner",
+            ("torch", "transformers"),
+            extra="models",
+            page="docs/perceptiondlm.md",
+            paths=("model",),
         ),
     },
     "judge": {

@@ -17,9 +17,15 @@ from .base import ModelStage
 
 
 class Captioned(msgspec.Struct):
-    """What the captioner said about a region; None if it said nothing."""
+    """What the captioner said about a region.
+
+    Attributes:
+        caption: None if it said nothing.
+        confidence: how sure it is, 0 to 1; None if it does not say.
+    """
 
     caption: str | None
+    confidence: float | None = None
 
 
 class Caption(ModelStage):
@@ -27,6 +33,7 @@ class Caption(ModelStage):
 
     name, title = "caption", "caption"
     reasons = (Reason.CAPTION_NONE,)
+    scores = ("confidence",)
     protocol, evidence = "captioner", Captioned
 
     def question(self, region: Region) -> tuple:
@@ -43,7 +50,8 @@ class Caption(ModelStage):
 
     def decide(self, region: Region, evidence: Captioned) -> Verdict:
         region.caption = evidence.caption
-        return category.captioned(evidence.caption)
+        sure = {} if evidence.confidence is None else {"confidence": evidence.confidence}
+        return category.captioned(evidence.caption)._replace(scores=sure)
 
     @classmethod
     def matches(cls, evidence: Captioned, row: dict[str, Any]) -> bool:
@@ -51,5 +59,7 @@ class Caption(ModelStage):
 
 
 def _captioned(answer: Any) -> Captioned | BadRecord:
-    caption = answers.caption(answer)
-    return caption if isinstance(caption, BadRecord) else Captioned(caption)
+    caption, confidence = answers.caption(answer), answers.confidence(answer)
+    if isinstance(caption, BadRecord):
+        return caption
+    return confidence if isinstance(confidence, BadRecord) else Captioned(caption, confidence)

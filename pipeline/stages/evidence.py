@@ -11,6 +11,9 @@ counts as missing, too. Rows of early releases name none, and count whatever the
 A digest over the content lies in the file's metadata. A damaged file is never another answer: it counts as
 absent, with a warning, and what it held is asked for again. Equal evidence is equal bytes.
 
+A field of an answer that has a default was not in early releases. Its column is left out if it is null in
+every row, so that the file is the one that they wrote; a field without a column is None.
+
 Files appear whole. Two workers may save the same unit, as one does whose driver was replaced while it was
 paused: the answer that was saved first stays.
 """
@@ -147,8 +150,10 @@ class EvidenceStore(Generic[E]):
         rows = [(*place, *row) for place, row in sorted(evidence.items(), key=lambda item: item[0])]
         columns = [[row[i] for row in rows] for i in range(3)]
         columns.append([row[4] or None for row in rows])
-        columns += [[getattr(row[3], name) for row in rows] for name in self.kind.__struct_fields__]
-        schema = self._schema(with_photo=True)
+        answers = {name: [getattr(row[3], name) for row in rows] for name in self.kind.__struct_fields__}
+        absent = {name for name in self._later if all(each is None for each in answers[name])}
+        columns += [column for name, column in answers.items() if name not in absent]
+        schema = self._schema(absent)
         arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
         content = _content_digest(schema.names, [array.to_pylist() for array in arrays])
         schema = schema.with_metadata({_DIGEST: content})
@@ -169,26 +174,31 @@ class EvidenceStore(Generic[E]):
         if file.metadata.num_rows > _ROWS_PER_BYTE * len(data):
             raise _Damaged(f"{file.metadata.num_rows} rows in {len(data)} bytes")
         found = file.schema_arrow
-        has_photo = _PHOTO in found.names
-        if not found.equals(self._schema(has_photo)):
+        absent = {_PHOTO, *self._later} - set(found.names)
+        if not found.equals(self._schema(absent)):
             raise _Damaged(f"its columns are {', '.join(found.names)}")
         columns = [column.to_pylist() for column in file.read(use_threads=False).columns]
-        if not has_photo:  # of an early release, which wrote no digest
-            columns.insert(3, [None] * len(columns[0]))
-        elif (found.metadata or {}).get(_DIGEST) != _content_digest(found.names, columns):
+        digest = (found.metadata or {}).get(_DIGEST)  # early releases, without photos, wrote none
+        if _PHOTO not in absent and digest != _content_digest(found.names, columns):
             raise _Damaged("its content is not what was written")
-        return columns
+        named = dict(zip(found.names, columns, strict=True))
+        return [named.get(name, [None] * len(columns[0])) for name in self._schema(set()).names]
 
-    def _schema(self, with_photo: bool) -> Any:
+    @property
+    def _later(self) -> tuple[str, ...]:
+        """The fields of an answer that early releases did not have."""
+        names = self.kind.__struct_fields__
+        return names[len(names) - len(self.kind.__struct_defaults__) :]
+
+    def _schema(self, absent: set[str]) -> Any:
         import pyarrow as pa
 
-        named = [("key", "string"), ("region", "int64"), ("asked", "string")]
-        named += [(_PHOTO, "string")] * with_photo
+        named = [("key", "string"), ("region", "int64"), ("asked", "string"), (_PHOTO, "string")]
         named += [
             (name, _TYPES[str(kind).split(" |")[0].strip()])
             for name, kind in self.kind.__annotations__.items()
         ]
-        return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in named])
+        return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in named if name not in absent])
 
 
 def _answers_the_same(saved: Answered | None, row: Answered) -> bool:

@@ -25,6 +25,7 @@ class CleanText(FilterStage):
         Reason.TEXT_REFUSAL,
         Reason.TEXT_BOILERPLATE,
         Reason.TEXT_JUNK,
+        Reason.TEXT_UNSURE,
     )
     scores = ("num_words", "repeat_share")
     thresholds = (
@@ -40,11 +41,25 @@ class CleanText(FilterStage):
             (0, 1, 0.01),
             "largest share of repeated 4-grams",
         ),
+        Threshold(
+            "text.min_confidence",
+            "confidence",
+            True,
+            Reason.TEXT_UNSURE,
+            (0, 1, 0.001),
+            "least confidence of the captioner",
+        ),
     )
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.config.text.model_dump()
+        rules = self.config.text.model_dump()
+        if rules["min_confidence"] is None:  # as in releases that did not have it, with the same digest
+            del rules["min_confidence"]
+        return rules
 
     def decide(self, image: ImageRecord) -> list[Verdict]:
-        return [text.clean(region.caption or "", self.config.text) for region in image.live()]
+        return [
+            text.clean(region.caption or "", self.config.text, region.scores.get("confidence"))
+            for region in image.live()
+        ]

@@ -123,7 +123,20 @@ def test_bad_captions_are_dropped_for_what_is_wrong_with_them(reason, caption):
 
 
 def test_every_text_reason_has_a_rule():
-    assert {reason for reason, _ in text.RULES} == {r for r in Reason if r.startswith("text_")}
+    rules = {reason for reason, _ in text.RULES} | {Reason.TEXT_UNSURE}  # which is not about the text
+    assert rules == {r for r in Reason if r.startswith("text_")}
+
+
+def test_a_caption_that_its_captioner_doubts_is_dropped_last():
+    doubted = {"config": Text(min_confidence=0.5), "confidence": 0.25}
+    found = text.clean(NATURAL[0], **doubted)
+    assert (found.reason, found.detail) == (Reason.TEXT_UNSURE, "confidence 0.250, at least 0.5 needed")
+    assert text.clean("A dog.", **doubted).reason is Reason.TEXT_TOO_SHORT
+
+
+@pytest.mark.parametrize(("least", "confidence"), [(None, 0.0), (0.5, 0.5), (0.5, None)])
+def test_a_caption_is_kept_without_a_threshold_at_it_and_without_a_confidence(least, confidence):
+    assert text.clean(NATURAL[0], Text(min_confidence=least), confidence).keep
 
 
 def test_scores_are_kept_with_every_verdict():

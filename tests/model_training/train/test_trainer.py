@@ -163,7 +163,7 @@ def test_the_average_follows_the_weights(corpus, tmp_path):
         torch.testing.assert_close(average[name], before[name].lerp(after[name], 0.9))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_model_is_saved_as_transformers_saves_it_and_its_config_says_the_type(corpus, tmp_path, dtype):
     fit(config_of(tmp_path / "first", corpus, steps=1, export_dtype="bfloat16"))
     start = {"path": str(tmp_path / "first" / "model")}

@@ -13,7 +13,7 @@ import torch
 
 from paracaption.filters import rle
 from paracaption.pipeline.models import answers
-from paracaption.pipeline.models.protocols import Answer, Candidate
+from paracaption.pipeline.models.protocols import Answer, Candidate, Caption
 from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Rle
@@ -56,6 +56,23 @@ def test_a_caption_of_millions_of_words_is_a_model_error_and_names_the_limit():
 
 def test_half_an_emoji_in_a_caption_is_escaped():
     assert answers.caption("A smiling \ud83d face.") == "A smiling \\ud83d face."
+
+
+@pytest.mark.parametrize("confidence", [0, 0.25, np.float32(0.25), torch.tensor(1.0)])
+def test_a_caption_with_its_confidence_is_taken_apart(confidence):
+    given = Caption("A cat.", confidence)
+    assert (answers.caption(given), answers.confidence(given)) == ("A cat.", float(confidence))
+
+
+@pytest.mark.parametrize("given", [None, "A cat.", Caption("A cat."), Caption("A cat.", float("nan"))])
+def test_a_captioner_may_have_no_confidence(given):
+    assert answers.confidence(given) is None
+
+
+@pytest.mark.parametrize("confidence", [-0.1, 1.5, "high", True])
+def test_a_confidence_that_is_none_is_a_model_error(confidence):
+    assert refused(answers.confidence(Caption("A cat.", confidence))).startswith("a confidence has to be ")
+    assert refused(answers.caption(Caption(5))).startswith("a caption has to be text")
 
 
 def test_no_caption_is_no_error():

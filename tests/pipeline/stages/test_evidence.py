@@ -12,6 +12,7 @@ from paracaption.schemas.errors import StageFailed
     ("kind", "answers"),
     [
         (Captioned, [Captioned("a cat"), Captioned(None), Captioned("")]),
+        (Captioned, [Captioned("a cat", 0.5), Captioned(None), Captioned("", 1.0)]),
         (Judged, [Judged("yes", 0.5), Judged("no", None), Judged("", -1.0)]),
         (Resegmented, [Resegmented(0.25, 0.9, "0P1", 3), Resegmented(0.0, 0.0, None, 0)]),
     ],
@@ -32,6 +33,17 @@ def test_equal_evidence_is_equal_bytes_in_any_order(tmp_path):
     first.save("unit", dict(rows))
     second.save("unit", dict(reversed(rows)))
     assert first.path("unit").read_bytes() == second.path("unit").read_bytes()
+
+
+def test_a_field_of_a_later_release_has_no_column_if_no_answer_has_it(tmp_path):
+    store = EvidenceStore(tmp_path, Captioned)
+    store.save("without", {("a", 0): Answered("x", Captioned("old"))})
+    store.save(
+        "with", {("a", 0): Answered("x", Captioned("old")), ("a", 1): Answered("y", Captioned("new", 0.5))}
+    )
+    names = ["key", "region", "asked", "photo", "caption"]
+    assert pq.read_schema(store.path("without")).names == names
+    assert pq.read_schema(store.path("with")).names == [*names, "confidence"]
 
 
 def test_no_file_is_no_evidence(tmp_path):
