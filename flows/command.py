@@ -9,6 +9,6 @@ def main() -> None:
 
 
 def _run() -> None:
-    from .cli import main
+    from .cli.app import main
 
     main()

@@ -20,7 +20,7 @@ import yaml
 from click.testing import CliRunner as ClickRunner
 from typer.testing import CliRunner as TyperRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import verify
 from tests.building import config_of

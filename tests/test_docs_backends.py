@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from paracaption import open_corpus
 from paracaption.filters import rle
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import verify
 from paracaption.pipeline.models.protocols import Question
 from paracaption.pipeline.sources import registry

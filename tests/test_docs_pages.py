@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.schemas.config import BuildConfig
 
 ROOT = Path(__file__).resolve().parents[1]

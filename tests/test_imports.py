@@ -64,7 +64,7 @@ def test_the_command_lines_help_needs_neither_ray_nor_prefect():
 import sys
 from pathlib import Path
 from typer.testing import CliRunner
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 assert CliRunner().invoke(app, ["--help"]).exit_code == 0
 print(*sorted({"torch", "ray", "prefect", "cv2"} & set(sys.modules)))
 """

@@ -1,6 +1,5 @@
 """`python -m paracaption.flows.cli`: the command line where no console script is installed."""
 
-from .. import stopping
-from . import main
+from ..command import main
 
-stopping.run(main)
+main()

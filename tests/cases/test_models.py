@@ -29,7 +29,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.evaluation import run_benchmark

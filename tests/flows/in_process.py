@@ -8,7 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 from unittest import mock
 
-from paracaption.flows import cli
+from paracaption.flows.cli import app as cli
 
 
 class Answer(NamedTuple):

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.schemas.config import Backend, BuildConfig
 from paracaption.schemas.evaluation import EvaluateConfig
 from paracaption.schemas.training import TrainConfig

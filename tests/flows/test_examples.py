@@ -16,7 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import paracaption
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.flows.cli.examples import EXAMPLES
 from paracaption.flows.cli.init import commented_config
 from paracaption.pipeline.config_file import load_config

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from paracaption.flows import cli
+from paracaption.flows.cli import app as cli
 from paracaption.pipeline.corpus import log
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from paracaption.flows import cli
+from paracaption.flows.cli import app as cli
 from tests.synthetic import write_coconut
 
 _CALLS = ("stat", "scandir", "listdir", "open")

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from typer.testing import CliRunner
 from benchmarks.startup import ROOT, cases
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 
 root, rows = Path(sys.argv[1]), []
 for number, case in enumerate(cases(root)):

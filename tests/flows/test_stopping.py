@@ -2,6 +2,7 @@
 
 import random
 import signal
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -254,6 +255,12 @@ def test_a_signal_in_the_work_of_other_modules_at_the_end_is_heeded():
         signal.SIGTERM,
     )
     assert (found.code, found.errors) == (143, "stopped\n")
+
+
+def test_before_signals_are_heeded_nothing_that_takes_time_is_imported():
+    program = "import sys, paracaption.flows.command, paracaption.flows.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"pydantic", "typer", "msgspec", "numpy"} & set(done.stdout.split())
 
 
 def test_a_ray_that_does_not_end_does_not_keep_a_command_that_is_done():

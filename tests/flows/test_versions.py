@@ -12,8 +12,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
 from paracaption.flows.cli import versions as commands
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import log
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine

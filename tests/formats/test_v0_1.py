@@ -117,7 +117,7 @@ def test_the_command_needs_neither_ray_nor_prefect_to_resume_it(home):
     script = """
 import sys
 from typer.testing import CliRunner
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 done = CliRunner().invoke(app, ["build", sys.argv[1]])
 assert done.exit_code == 0, done.exception
 print(*sorted({"ray", "prefect", "torch"} & set(sys.modules)))

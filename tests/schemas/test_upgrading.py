@@ -9,7 +9,7 @@ from typing import get_args
 from pydantic import BaseModel
 from typer.main import get_command
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.sources.registry import SOURCES, find_options
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.evaluation import EvaluateConfig

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.model_training.convert import published as convert
 from paracaption.model_training.model import processor as processing
 from paracaption.model_training.model import tokenizer
@@ -525,7 +525,7 @@ def test_the_commands_help_imports_nothing_heavy():
     script = """
 import sys
 from typer.testing import CliRunner
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 assert CliRunner().invoke(app, ["models", "convert", "--help"]).exit_code == 0
 print(*sorted({"torch", "ray", "prefect", "transformers"} & set(sys.modules)))
 """

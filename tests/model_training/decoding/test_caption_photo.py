@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.model_training.decoding import caption_photo, read_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
 from paracaption.schemas.decoding import DecodeOptions
@@ -249,7 +249,7 @@ def test_the_commands_help_needs_no_torch():
     script = """
 import sys
 from typer.testing import CliRunner
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 result = CliRunner().invoke(app, ["caption", "--help"])
 assert result.exit_code == 0 and "--masks" in result.output
 print(*sorted({"torch", "transformers", "ray", "prefect", "cv2"} & set(sys.modules)))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.flows.evaluate import evaluate_captioner
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.model_training.data import left_out
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from paracaption.filters.held_out import is_held_out
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import export, inspect, ledger, merge, reader, undo, verify, versions
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.build import build_checked

@@ -224,7 +224,7 @@ def test_a_configuration_with_a_secret_is_refused_before_anything_is_written(tmp
 
 
 def test_a_command_says_a_refused_configuration_s_place_and_no_secret(tmp_path, capsys, monkeypatch):
-    from paracaption.flows import cli
+    from paracaption.flows.cli import app as cli
 
     path = tmp_path / "build.yaml"
     path.write_text(f"out: out\ncoconut:\n- photos: http://me:{SECRETS[12]}@host/x\n")
@@ -237,7 +237,7 @@ def test_a_command_says_a_refused_configuration_s_place_and_no_secret(tmp_path, 
 
 
 def test_the_error_of_a_command_and_its_log_hide_secrets(capsys, monkeypatch, caplog):
-    from paracaption.flows import cli
+    from paracaption.flows.cli import app as cli
 
     def fail():
         logging.getLogger("somebody").warning("key %s", SECRETS[0])

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.executor import doctor, gpus, packages, preflight
 from paracaption.pipeline.executor.doctor import Node
 from paracaption.pipeline.executor.findings import FAIL, OK, WARN, Finding, render_findings

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from paracaption.filters import rle
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import inspect, reader
 from paracaption.pipeline.explorer import evidence, pictures, training
 from paracaption.pipeline.explorer.app import PAGES, make_app

@@ -331,7 +331,7 @@ def test_the_export_is_a_llama_with_the_same_weights(copy):
 def test_a_second_export_changes_nothing(copy):
     from typer.testing import CliRunner
 
-    from paracaption.flows.cli import app
+    from paracaption.flows.cli.app import app
 
     for _ in range(2):
         done = CliRunner().invoke(app, ["models", "prepare", "gar", str(copy)])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import reader, work_list
 from paracaption.pipeline.executor.audit import audit_subset
 from paracaption.pipeline.sources.registry import open_source

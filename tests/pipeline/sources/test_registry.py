@@ -8,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.config_file import describe, load_config
 from paracaption.pipeline.corpus import merge, reader, verify, work_list
 from paracaption.pipeline.executor import driver
