@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ class InstantCaptioner(_Options):
         return f"A {region.category or 'thing'} of {region.area} pixels at {x} by {y}, {w} wide and {h} high."
 
 
+class OneByOneCaptioner(InstantCaptioner):
+    """One that keeps an engine full by itself: it gives each image's captions as soon as it has them."""
+
+    def caption_each(self, images: list[ImageRecord]) -> Iterator[tuple[int, list[str | None]]]:
+        _note(self.log and f"{self.log}.calls", [str(len(images))])
+        for place, image in enumerate(images):
+            yield place, self.caption([image])[0]
+
+
 class InstantJudge(_Options):
     """Says yes, and names the category "box"."""
 
@@ -81,6 +91,13 @@ class InstantJudge(_Options):
         _note(self.log, [f"{question.kind} {question.caption}" for question in questions])
         time.sleep(self.delay_s)
         return [Answer("yes", 1.0) if question.kind == "verify" else Answer("box") for question in questions]
+
+
+class LastFirstJudge(InstantJudge):
+    """One that keeps an engine full by itself, and has the last answer first."""
+
+    def ask_each(self, questions: list[Question]) -> Iterator[tuple[int, Answer]]:
+        yield from reversed(list(enumerate(self.ask(questions))))
 
 
 class InstantSegmenter(_Options):

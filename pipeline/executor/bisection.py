@@ -8,7 +8,7 @@ succeeds. A lost engine may be chance: an image alone is tried again before it i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ...schemas.errors import BadRecord, ConfigError, EngineLost, StageFailed
@@ -26,8 +26,8 @@ GIVE_UP_AFTER = 8
 _AGAINST_THE_MODEL = {Reason.MODEL_ERROR, Reason.ANSWER_INVALID, Reason.WORKER_CRASHED}
 """Errors that speak against the model if nothing of the unit succeeds; the others are the data's."""
 
-Ask = Callable[[list[ImageRecord]], list[list[Any]]]
-"""Images of one batch -> for each image an answer for each of its live regions."""
+Ask = Callable[[list[ImageRecord]], Iterable[tuple[int, list[Any]]]]
+"""Images of one batch -> (place of an image, an answer for each of its live regions), each image once."""
 
 
 class Bisection:
@@ -36,11 +36,14 @@ class Bisection:
     Args:
         ask: asks the model; may raise anything.
         in_flight: of the unit; notes each batch, and knows the images that are not to be asked about.
+        noted: of a batch whose images are answered one after the other, the most that are noted at a time;
+            None notes all of it until it is answered.
     """
 
-    def __init__(self, ask: Ask, in_flight: InFlight):
+    def __init__(self, ask: Ask, in_flight: InFlight, noted: int | None = None):
         self._ask = ask
         self._in_flight = in_flight
+        self._noted = noted
         self._failed_alone = 0
         self._succeeded = 0
         self._engines_lost = Counter[str]()
@@ -61,23 +64,37 @@ class Bisection:
         if not self._succeeded and self._failed_alone >= GIVE_UP_AFTER and self._last is not None:
             yield from ((image, self._last) for image in batch)
             return
+        waiting = dict(enumerate(batch))
         try:
-            with self._in_flight.batch([image.key for image in batch]):
-                answers = self._ask(batch)
-            _check_counts(batch, answers)
+            for place, answers in self._answered(batch):
+                image = waiting.pop(place)
+                self._succeeded += 1
+                yield image, answers
+            if waiting:
+                raise ValueError(f"{len(waiting)} of {len(batch)} images have no answer")
         except (ConfigError, StageFailed):
             raise
         except Exception as error:  # noqa: BLE001 - a model may raise anything
             if len(batch) == 1 and not (isinstance(error, EngineLost) and self._may_try_again(batch[0])):
                 yield batch[0], self._failure(error)
                 return
-        else:
-            self._succeeded += len(batch)
-            yield from zip(batch, answers, strict=True)
+        left = list(waiting.values())
+        middle = len(left) // 2  # 0 for an image alone that may be tried again
+        if left:
+            yield from self.run(left[:middle])
+            yield from self.run(left[middle:])
+
+    def _answered(self, batch: list[ImageRecord]) -> Iterator[tuple[int, list[Any]]]:
+        keys = [image.key for image in batch]
+        if self._noted is None:
+            with self._in_flight.batch(keys):
+                answers = list(self._ask(batch))
+            yield from answers
             return
-        middle = len(batch) // 2  # 0 for an image alone that may be tried again
-        yield from self.run(batch[:middle])
-        yield from self.run(batch[middle:])
+        with self._in_flight.batch(keys, self._noted) as is_done:
+            for place, answer in self._ask(batch):
+                is_done(keys[place])
+                yield place, answer
 
     def _may_try_again(self, image: ImageRecord) -> bool:
         """Whether the engine's death may be chance: it has not yet died too often on this image alone."""
@@ -90,18 +107,6 @@ class Bisection:
         self._failed_alone += 1
         self._last = Failure(Reason.MODEL_ERROR, words_of(error))
         return self._last
-
-
-def _check_counts(batch: list[ImageRecord], answers: list[list[Any]]) -> None:
-    """Refuse another number of answers than regions were asked about: never match them by luck."""
-    expected = [len(image.live()) for image in batch]
-    found = [len(answer) for answer in answers]
-    if expected != found:
-        raise ValueError(
-            f"the backend was asked about {expected} regions of {len(batch)} images and returned {found} "
-            "answers; "
-            "it has to return one for each region, in their order"
-        )
 
 
 def needs_fresh_model(answers: UnitAnswers) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -98,11 +99,29 @@ class InFlight:
                 yield [image]
 
     @contextmanager
-    def batch(self, keys: list[str]) -> Iterator[None]:
-        """Note that these images are being worked on; the note stays if the process dies in the block."""
-        self._write(keys)
+    def batch(self, keys: list[str], most: int | None = None) -> Iterator[Callable[[str], None]]:
+        """Note that these images are being worked on; the note stays if the process dies in the block.
+
+        Args:
+            keys: of the images, in the order in which they are begun.
+            most: how many are worked on at the same time; the note names no more. None is all.
+
+        Yields:
+            What to call with the key of an image that is done; the note then names others.
+        """
+        waiting = dict.fromkeys(keys)
+        noted = keys[:most]
+        self._write(noted)
+
+        def is_done(key: str) -> None:
+            nonlocal noted
+            waiting.pop(key, None)
+            if key in noted:
+                noted = list(islice(waiting, most))
+                self._write(noted)
+
         try:
-            yield
+            yield is_done
         finally:
             self._write([])
 

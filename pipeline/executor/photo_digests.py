@@ -8,6 +8,7 @@ answers name the photo that they are about, so an image that has some is hashed 
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -51,28 +52,55 @@ class PhotoWatch:
         self._readers: set[str] = set()
         """Stages whose model has read a photo through `read_pixels`."""
 
-    def ask(self, stage: ModelStage, model: Any, batch: list[ImageRecord]) -> list[list[Any]]:
-        """What `stage.ask` returns; the images have a `photo_digest` then.
+    def ask(
+        self, stage: ModelStage, model: Any, batch: list[ImageRecord]
+    ) -> Generator[tuple[int, list[Any]]]:
+        """(place of the image, its evidence) as it is ready; the image has a `photo_digest` then.
 
         Raises:
             BadRecord: a photo cannot be read.
+            ValueError: the model gave another number of answers than it was asked for.
             Exception: whatever the model raises.
         """
-        if not stage.sees_photo:
-            return stage.ask(model, batch)
-        hashed = {} if stage.name in self._readers else _hash(batch)
+        hashed = {} if stage.name in self._readers or not stage.sees_photo else _hash(batch)
         try:
-            answers = stage.ask(model, batch)
-            if any(image.photo_digest for image in batch if image.key in hashed):
-                self._readers.add(stage.name)
+            for place, answers in _asked(stage, model, batch):
+                if stage.sees_photo:
+                    self._name_photo(stage, batch[place], hashed)
+                yield place, answers
         finally:
             for image in batch:
                 image.photo_digest = image.photo_digest or hashed.get(image.key, "")
-        for image in batch:  # one that the model had no need to look at
-            if not image.photo_digest and image.photo is not None:
-                with suppress(BadRecord):
-                    image.photo_digest = photos.hash_photo(image.photo, image.removed_orientation)
-        return answers
+
+    def _name_photo(self, stage: ModelStage, image: ImageRecord, hashed: dict[str, str]) -> None:
+        if image.photo_digest and image.key in hashed:
+            self._readers.add(stage.name)
+        image.photo_digest = image.photo_digest or hashed.get(image.key, "")
+        if not image.photo_digest and image.photo is not None:  # the model had no need to look at it
+            with suppress(BadRecord):
+                image.photo_digest = photos.hash_photo(image.photo, image.removed_orientation)
+
+
+def _asked(stage: ModelStage, model: Any, batch: list[ImageRecord]) -> Iterator[tuple[int, list[Any]]]:
+    expected = [len(image.live()) for image in batch]  # a backend may change what it is given
+    if stage.batches_itself:
+        for place, answers in stage.ask_each(model, batch):
+            _check_counts([expected[place]], [answers])
+            yield place, answers
+        return
+    answers = stage.ask(model, batch)
+    _check_counts(expected, answers)
+    yield from enumerate(answers)
+
+
+def _check_counts(expected: list[int], answers: list[list[Any]]) -> None:
+    """Refuse another number of answers than regions were asked about: never match them by luck."""
+    found = [len(answer) for answer in answers]
+    if expected != found:
+        raise ValueError(
+            f"the backend was asked about {expected} regions of {len(expected)} images and returned {found} "
+            "answers; it has to return one for each region, in their order"
+        )
 
 
 def _hash(batch: list[ImageRecord]) -> dict[str, str]:

@@ -17,14 +17,14 @@ How failures are contained, from the inside out:
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAns
 from ..stages.evidence import Evidence, EvidenceStore
 from . import gpus, holding
 from .bisection import Bisection, model_failure, needs_fresh_model
+from .freed_memory import keep_freed_memory
 from .in_flight import InFlight
 from .photo_digests import PhotoWatch, check_photos
 from .stalls import StackFile
@@ -371,6 +372,8 @@ class Worker:
     def _answer(self, unit: Unit, answers: UnitAnswers, store: EvidenceStore) -> None:
         """Ask about what is missing, in batches; if everything fails, again with a fresh model."""
         stage, missing = answers.stage, answers.missing
+        most = stage.backend.batch_images
+        size, noted = (len(missing), most) if stage.batches_itself else (most, None)
         saved = time.monotonic()
         with self._in_flight(f"{stage.name}-{stage.evidence_digest}", unit) as in_flight:
             for attempt in range(self.job.config.failures.unit_retries + 1):
@@ -380,27 +383,43 @@ class Worker:
                     self.events.emit("failed", stage=stage.name, unit=unit.name, detail=detail)
                     self._reload(stage)
                 answers.image_failures.clear()
-                bisection = Bisection(partial(self._ask_model, stage), in_flight)
-                for batch in in_flight.split(missing, stage.backend.batch_images):
-                    for image, outcome in bisection.run(batch):
+                bisection = Bisection(partial(self._ask_model, stage), in_flight, noted)
+                for batch in in_flight.split(missing, size):
+                    for number, (image, outcome) in enumerate(bisection.run(batch), 1):
                         answers.add(image, outcome)
-                    self.events.emit("batch", stage=stage.name, unit=unit.name, images=len(batch))
-                    if time.monotonic() - saved >= self.job.config.failures.save_every_s:
-                        self._save(store, unit.name, answers.known)
-                        saved = time.monotonic()
+                        if is_end := number == len(batch) or number % most == 0:
+                            images = (number - 1) % most + 1
+                            self.events.emit("batch", stage=stage.name, unit=unit.name, images=images)
+                        is_due = time.monotonic() - saved >= self.job.config.failures.save_every_s
+                        if is_due and (is_end or stage.batches_itself):
+                            self._save(store, unit.name, answers.known)
+                            saved = time.monotonic()
                 if not needs_fresh_model(answers):
                     break
             if len(answers.image_failures) < len(missing):
                 self._save(store, unit.name, answers.known)
 
-    def _ask_model(self, stage: ModelStage, batch: list[ImageRecord]) -> list[list[Any]]:
+    def _ask_model(self, stage: ModelStage, batch: list[ImageRecord]) -> Iterator[tuple[int, list[Any]]]:
         if stage.name not in self.models:
             self._reload(stage)
         given = [_copy(image) for image in batch]
+        NOW.at(_names(batch))
+        with closing(self._photos.ask(stage, self.models[stage.name], given)) as asked:
+            while (answered := self._next(stage, asked, batch, given)) is not None:
+                yield answered
+                NOW.at(batch[answered[0]].key)
+
+    def _next(
+        self,
+        stage: ModelStage,
+        asked: Iterator[tuple[int, list[Any]]],
+        batch: list[ImageRecord],
+        given: list[ImageRecord],
+    ) -> tuple[int, list[Any]] | None:
+        """What the model says next; None at its end."""
         try:
-            NOW.at(_names(batch))
             with self.meters[stage.name].call():
-                return self._photos.ask(stage, self.models[stage.name], given)
+                return next(asked, None)
         except EngineLost:
             del self.models[stage.name]  # a dead engine fails on every image: the next call gets a fresh one
             raise
@@ -448,23 +467,6 @@ def draft_of(row: dict[str, Any]) -> Draft:
         kind, _, message = row["failed"].partition(": ")
         raise getattr(error_types, kind)(message)
     return msgspec.msgpack.decode(row["draft"], type=Draft)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed image buffers instead of giving them back and faulting them in again.
-
-    By default every buffer above 128 KB goes back at once: 40% of a worker's CPU time was spent on page
-    faults. Up to half a gigabyte of freed memory then stays with the process. Does nothing where there is no
-    glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc accepts
-        mallopt(_M_TRIM_THRESHOLD, 512 << 20)
-        mallopt(_M_TOP_PAD, 16 << 20)
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def _cannot_start(stage: ModelStage, error: Exception) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -42,6 +42,33 @@ def listed(answers: Any, count: int, what: str) -> list[Any]:
     if isinstance(answers, str | bytes | Mapping | Set) or not isinstance(answers, Iterable):
         raise TypeError(f"{what} have to be a list, not {_kind(answers)}")
     return list(answers if isinstance(answers, Sized) else islice(answers, count + 1))
+
+
+def placed(answers: Any, count: int, what: str) -> Iterator[tuple[int, Any]]:
+    """(place, answer) pairs as they come, each place once.
+
+    Args:
+        answers: what a backend that batches by itself yields.
+        count: how many were asked about.
+        what: they are, in the plural.
+
+    Raises:
+        TypeError: it yields something else than pairs, or nothing can be taken from it.
+        ValueError: a place is not asked about or comes twice, or some have no answer at the end.
+    """
+    if isinstance(answers, str | bytes | Mapping | Set) or not isinstance(answers, Iterable):
+        raise TypeError(f"answers to {what} have to be yielded one by one, not given as {_kind(answers)}")
+    open_places = set(range(count))
+    for each in answers:
+        if not isinstance(each, tuple) or len(each) != 2 or not isinstance(each[0], numbers.Integral):
+            raise TypeError(f"an answer has to be (place, answer), not {_kind(each)}")
+        place = int(each[0])
+        if place not in open_places:
+            raise ValueError(f"an answer has the place {place} of {count} {what}, or it came twice")
+        open_places.remove(place)
+        yield place, each[1]
+    if open_places:
+        raise ValueError(f"{len(open_places)} of {count} {what} have no answer")
 
 
 def caption(answer: Any) -> str | BadRecord | None:

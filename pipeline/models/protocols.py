@@ -11,6 +11,10 @@ have:
 - `report() -> dict[str, float]`: numbers since its start that are worth an event, such as the hit rate of a
   prefix cache or the number of retried requests.
 - `close()`, which frees what Python would not free by itself.
+- `caption_each(images)` of a captioner or `ask_each(questions)` of a judge, if it keeps an engine full by
+  itself: yields (place in the list, what `caption` or `ask` gives there), each as soon as it is ready. It is
+  asked about a whole unit at once, which `batch_images` does not cut, and what it has answered is saved while
+  it works on the rest.
 
 A captioner reads photos with `photos.read_pixels(image)`, which notes on the image which bytes were seen. For
 one that reads them by other means they are hashed before each call, which is a second reading.

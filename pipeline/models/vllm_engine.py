@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,7 +80,7 @@ class Engine:
 
     def run(
         self, requests: Iterable[Request], max_in_flight: int = 256, max_bytes: int = 1 << 62
-    ) -> Iterator[tuple[Any, CompletionOutput]]:
+    ) -> Generator[tuple[Any, CompletionOutput]]:
         """(key, answer) of every request, in the order in which they finish.
 
         Requests are drawn one at a time, and only while fewer than `max_in_flight` and less than `max_bytes`

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,28 +153,41 @@ class VllmJudge:
         """One answer per question, in order; a `BadRecord` for one too long, or always outside its schema.
 
         Raises:
+            As `ask_each`.
+        """
+        answers = dict(self.ask_each(questions))
+        return [answers[index] for index in range(len(questions))]
+
+    def ask_each(self, questions: list[Question]) -> Iterator[tuple[int, Answer | BadRecord]]:
+        """(place of a question, its answer) in the order in which the engine has them.
+
+        Raises:
             ValueError: a question of a kind that is not known; a bug of the caller.
             EngineLost, OutOfMemory: as the engine has it.
         """
         unknown = {question.kind for question in questions} - set(self.prompts)
         if unknown:
             raise ValueError(f"questions of kind {sorted(unknown)}; known are {sorted(self.prompts)}")
-        answers: dict[int, Answer | BadRecord] = {}
-        missing = range(len(questions))
+        outside: dict[int, BadRecord] = {}
+        missing: Sequence[int] = range(len(questions))
         for attempt in range(self.options.retries + 1):
-            outside: dict[int, BadRecord] = {}
-            requests = self._requests(questions, missing, attempt, answers)
-            for index, output in self.engine.run(requests, self.options.max_in_flight):
-                answer = self._answer(questions[index].kind, output)
-                (outside if isinstance(answer, BadRecord) else answers)[index] = answer  # pyright: ignore
-            if not outside:
-                break
+            too_long: dict[int, BadRecord] = {}
+            requests = self._requests(questions, missing, attempt, too_long)
+            outside = {}
+            with closing(self.engine.run(requests, self.options.max_in_flight)) as outputs:
+                for index, output in outputs:
+                    answer = self._answer(questions[index].kind, output)
+                    if isinstance(answer, BadRecord):
+                        outside[index] = answer
+                    else:
+                        yield index, answer
+            yield from too_long.items()
             if attempt < self.options.retries:
                 self._num_retried += len(outside)
             missing = sorted(outside)
-        else:
-            answers |= outside  # pyright: ignore - there is at least one attempt
-        return [answers[index] for index in range(len(questions))]
+            if not missing:
+                break
+        yield from outside.items()
 
     def report(self) -> dict[str, float]:
         """Share of the prompts' tokens that the prefix cache had, and questions asked again."""
@@ -188,9 +202,9 @@ class VllmJudge:
         self.engine.close()
 
     def _requests(
-        self, questions: list[Question], missing: Any, attempt: int, answers: dict[int, Answer | BadRecord]
+        self, questions: list[Question], missing: Sequence[int], attempt: int, too_long: dict[int, BadRecord]
     ) -> Iterator[Request]:
-        """Requests for the missing questions; one that does not fit gets its answer here."""
+        """Requests for the missing questions; one that does not fit is left out, and goes to `too_long`."""
         from vllm import TokensPrompt
 
         from .vllm_engine import Request
@@ -207,7 +221,7 @@ class VllmJudge:
                     f"only {self.max_model_len - prompt.max_tokens} fit; raise "
                     "judge.options.engine.max_model_len"
                 )
-                answers[index] = BadRecord(Reason.MODEL_ERROR, detail)
+                too_long[index] = BadRecord(Reason.MODEL_ERROR, detail)
                 continue
             yield Request(index, TokensPrompt(prompt_token_ids=tokens), params[question.kind])
 

@@ -9,7 +9,7 @@ belongs to one configuration and travels to the workers as it is; the model itse
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +22,7 @@ from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord, Region
 from ..io.failures import kind_of
-from ..models.registry import backend_identity
+from ..models.registry import backend_identity, find_backend
 from .evidence import Answered, Evidence, EvidenceStore, digest, fingerprint
 
 
@@ -111,6 +111,8 @@ class ModelStage(Stage):
 
     Attributes:
         protocol: "captioner", "judge" or "segmenter".
+        each: the method of a backend that batches by itself, which gives answers as they are ready; "" if the
+            protocol has none.
         evidence: the struct of one answer.
         reads: names of the model stages before this one whose answers its questions contain.
         sees_photo: whether the model looks at the photo, so that its answers hold for that photo alone.
@@ -118,6 +120,7 @@ class ModelStage(Stage):
     """
 
     protocol: ClassVar[str]
+    each: ClassVar[str] = ""
     evidence: ClassVar[type[Any]]
     reads: ClassVar[tuple[str, ...]] = ()
     sees_photo: ClassVar[bool] = True
@@ -139,6 +142,15 @@ class ModelStage(Stage):
             BadRecord: an image cannot be read.
             ValueError: the model answered another number of questions than it was asked.
         """
+
+    def ask_each(self, model: Any, images: list[ImageRecord]) -> Iterator[tuple[int, list[Any]]]:
+        """(place of the image, its evidence as `ask` gives it) as it is ready, of a backend with `each`."""
+        raise NotImplementedError
+
+    @cached_property
+    def batches_itself(self) -> bool:
+        """Whether the backend is asked about a whole unit at once, and keeps its engine full by itself."""
+        return bool(self.each) and hasattr(find_backend(self.protocol, self.backend), self.each)
 
     @abstractmethod
     def decide(self, region: Region, evidence: Any) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -34,7 +35,7 @@ class Caption(ModelStage):
     name, title = "caption", "caption"
     reasons = (Reason.CAPTION_NONE,)
     scores = ("confidence",)
-    protocol, evidence = "captioner", Captioned
+    protocol, each, evidence = "captioner", "caption_each", Captioned
 
     def question(self, region: Region) -> tuple:
         assert region.rle is not None
@@ -42,11 +43,13 @@ class Caption(ModelStage):
 
     def ask(self, model: Captioner, images: list[ImageRecord]) -> list[list[Captioned | BadRecord]]:
         counts = [len(image.live()) for image in images]
-        found = []
-        for place, captions in enumerate(answers.listed(model.caption(images), len(images), "answers")):
-            most = counts[place] if place < len(counts) else 0
-            found.append([_captioned(each) for each in answers.listed(captions, most, "an image's captions")])
-        return found
+        given = answers.listed(model.caption(images), len(images), "answers")
+        return [_of_image(captions, place, counts) for place, captions in enumerate(given)]
+
+    def ask_each(self, model: Any, images: list[ImageRecord]) -> Iterator[tuple[int, list[Any]]]:
+        counts = [len(image.live()) for image in images]
+        for place, captions in answers.placed(model.caption_each(images), len(images), "images"):
+            yield place, _of_image(captions, place, counts)
 
     def decide(self, region: Region, evidence: Captioned) -> Verdict:
         region.caption = evidence.caption
@@ -56,6 +59,12 @@ class Caption(ModelStage):
     @classmethod
     def matches(cls, evidence: Captioned, row: dict[str, Any]) -> bool:
         return evidence.caption == row["caption"]
+
+
+def _of_image(captions: Any, place: int, counts: list[int]) -> list[Captioned | BadRecord]:
+    """Evidence from the captions of the image at a place, which has so many live regions."""
+    most = counts[place] if place < len(counts) else 0
+    return [_captioned(each) for each in answers.listed(captions, most, "an image's captions")]
 
 
 def _captioned(answer: Any) -> Captioned | BadRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ class Judged(msgspec.Struct):
 class _JudgeStage(ModelStage):
     """What the two stages share: questions to the judge, and refusing answers outside their schema."""
 
-    protocol, evidence = "judge", Judged
+    protocol, each, evidence = "judge", "ask_each", Judged
     reads = ("caption",)
     sees_photo = False
     kind: ClassVar[str]
@@ -42,6 +43,20 @@ class _JudgeStage(ModelStage):
             raise ValueError(f"asked {len(questions)} questions, answered {len(given)}")
         rest = iter(given)
         return [[self._judged(answer) for answer in islice(rest, count)] for count in counts]
+
+    def ask_each(self, model: Any, images: list[ImageRecord]) -> Iterator[tuple[int, list[Any]]]:
+        places = [
+            (number, place) for number, image in enumerate(images) for place in range(len(image.live()))
+        ]
+        questions = [self._question_to_judge(region) for image in images for region in image.live()]
+        found: list[list[Any]] = [[None] * len(image.live()) for image in images]
+        missing = [len(each) for each in found]
+        for index, answer in answers.placed(model.ask_each(questions), len(questions), "questions"):
+            number, place = places[index]
+            found[number][place] = self._judged(answer)
+            missing[number] -= 1
+            if not missing[number]:
+                yield number, found[number]
 
     def _question_to_judge(self, region: Region) -> Question:
         return Question(self.kind, region.caption or "")

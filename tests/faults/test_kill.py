@@ -161,11 +161,15 @@ def test_the_driver_of_a_local_build_killed_at_random_moments(tmp_path, source, 
 
 
 @pytest.mark.parametrize(
-    "batch_images",
-    [2, pytest.param(32, id="a batch that takes longer than a worker lives", marks=pytest.mark.soak)],
+    ("batch_images", "name"),
+    [
+        pytest.param(2, "InstantCaptioner", id="batches"),
+        pytest.param(32, "InstantCaptioner", id="a batch outlives a worker", marks=pytest.mark.soak),
+        pytest.param(2, "OneByOneCaptioner", id="a captioner that batches by itself"),
+    ],
 )
 def test_a_unit_of_slow_calls_gets_ahead_though_its_worker_is_killed_every_second(
-    tmp_path, source, batch_images
+    tmp_path, source, batch_images, name
 ):
     """One unit of 24 images, 0.1 s each; a worker lives for 1 s from its first call. A kill costs what was
     answered since the last saving, and the batch in flight.
@@ -178,6 +182,8 @@ def test_a_unit_of_slow_calls_gets_ahead_though_its_worker_is_killed_every_secon
         captioner=slow,
         failures={"save_every_s": 0.2},
     )
+    captioner = config.captioner.model_copy(update={"name": f"tests.backends:{name}"})
+    config = config.model_copy(update={"captioner": captioner})
     kills, regions = 0, 4 * NUM_IMAGES
     for _ in range(30):
         began_s, driver = time.time(), _drive(config)

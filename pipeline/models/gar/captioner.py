@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -170,7 +171,15 @@ class GarCaptioner:
     def caption(self, images: list[ImageRecord]) -> list[list[str | None]]:
         """One caption per live region, in the order of `image.live()`; None for an empty mask or answer.
 
-        Answers that were finished when a call failed are kept for the calls about its halves.
+        Raises:
+            As `caption_each`.
+        """
+        return [captions for _, captions in self.caption_each(images)]
+
+    def caption_each(self, images: list[ImageRecord]) -> Generator[tuple[int, list[str | None]]]:
+        """(place of an image, its captions), one image after the other, while later ones are in the engine.
+
+        Answers that were finished when a call failed are kept for the calls about what is left.
 
         Raises:
             BadRecord: a photo cannot be read.
@@ -179,14 +188,30 @@ class GarCaptioner:
             StageFailed: features or answers say that the model computes NaN.
         """
         max_bytes = int(self.options.in_flight_gb * 1e9)
-        with closing(self.requests(images)) as requests:
+        inside = Counter[int]()  # regions of an image that the engine has
+        reached = given = 0  # the image that requests are drawn from; those that have been yielded
+
+        def drawn() -> Generator[Request]:
+            nonlocal reached
+            with closing(self.requests(images)) as requests:
+                for request in requests:
+                    reached = request.key[0]
+                    inside[reached] += 1
+                    yield request
+
+        with closing(drawn()) as requests:
             for (number, place), answer in self.engine.run(requests, self.options.max_in_flight, max_bytes):
                 image = images[number]
                 text = self.prompts.read(_checked(answer.token_ids, self.options.model))
                 self._kept[_question(image, image.live()[place])] = text or None
-        return [
-            [self._kept.pop(_question(image, region), None) for region in image.live()] for image in images
-        ]
+                inside[number] -= 1
+                while given < reached and not inside[given]:
+                    yield given, self._take(images[given])
+                    given += 1
+        yield from ((number, self._take(images[number])) for number in range(given, len(images)))
+
+    def _take(self, image: ImageRecord) -> list[str | None]:
+        return [self._kept.pop(_question(image, region), None) for region in image.live()]
 
     def sampling(self) -> SamplingParams:
         """Greedy, to the end of the turn or `max_tokens`."""

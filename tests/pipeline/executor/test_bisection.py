@@ -1,5 +1,6 @@
 import math
 
+import msgspec
 import pytest
 
 from paracaption.pipeline.executor.bisection import GIVE_UP_AFTER, Bisection
@@ -21,12 +22,23 @@ class Asked:
         for each in batch:
             if each.key in self.errors:
                 raise self.errors[each.key]
-        return [[each.key] * len(each.live()) for each in batch]
+        return enumerate([each.key] * len(each.live()) for each in batch)
 
 
-def bisect(ask, batch, folder):
+class OneByOne(Asked):
+    """A model that batches by itself: it has answered what comes before an image on which it fails."""
+
+    def __call__(self, batch):
+        self.batches.append([each.key for each in batch])
+        for place, each in enumerate(batch):
+            if each.key in self.errors:
+                raise self.errors[each.key]
+            yield place, [each.key] * len(each.live())
+
+
+def bisect(ask, batch, folder, noted=None):
     with InFlight(folder, "u", 3) as in_flight:
-        return {each.key: outcome for each, outcome in Bisection(ask, in_flight).run(batch)}
+        return {each.key: outcome for each, outcome in Bisection(ask, in_flight, noted).run(batch)}
 
 
 def test_a_failing_image_is_found_by_halves_and_the_others_are_answered(tmp_path):
@@ -66,13 +78,29 @@ def test_a_model_that_succeeded_once_is_not_given_up_on(tmp_path):
     assert found["i0"] == ["i0"]
 
 
-@pytest.mark.parametrize(
-    "answer", [[], [["a"]], [["a"], ["b"], ["c"]], [["a", "b"], []], [["a"], ["b", "c"]]]
-)
-def test_a_wrong_number_of_answers_is_an_error_and_never_matched(tmp_path, answer):
-    found = bisect(lambda batch: answer if len(batch) == 2 else [[]], images(2), tmp_path)
-    assert all(reason is Reason.MODEL_ERROR for reason, _, _ in found.values())
-    assert all("asked about [1] regions of 1 images" in each.detail for each in found.values())
+def test_what_a_model_that_batches_by_itself_has_answered_is_not_asked_again(tmp_path):
+    ask = OneByOne(i2=RuntimeError("no"))
+    found = bisect(ask, images(6), tmp_path, noted=2)
+    assert ask.batches == [["i0", "i1", "i2", "i3", "i4", "i5"], ["i2", "i3"], ["i2"], ["i3"], ["i4", "i5"]]
+    assert found.pop("i2") == Failure(Reason.MODEL_ERROR, "RuntimeError: no")
+    assert found == {key: [key] for key in ("i0", "i1", "i3", "i4", "i5")}
+
+
+def test_of_a_model_that_batches_by_itself_only_the_images_at_work_are_noted(tmp_path):
+    with InFlight(tmp_path, "u", 3) as in_flight:
+        noted = [
+            msgspec.json.decode(in_flight.path.read_bytes())["working"]
+            for _ in Bisection(OneByOne(), in_flight, 2).run(images(4))
+        ]
+    assert noted == [["i1", "i2"], ["i2", "i3"], ["i3"], []]
+
+
+def test_an_image_without_an_answer_is_an_error_and_asked_about_alone(tmp_path):
+    found = bisect(lambda batch: [(0, ["a"])] if len(batch) == 2 else [], images(2), tmp_path)
+    assert found == {
+        "i0": ["a"],
+        "i1": Failure(Reason.MODEL_ERROR, "ValueError: 1 of 1 images have no answer"),
+    }
 
 
 def test_a_bad_record_keeps_its_reason_and_speaks_not_against_the_model(tmp_path):

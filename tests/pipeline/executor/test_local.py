@@ -79,6 +79,25 @@ def test_models_run_in_the_thread_of_the_caller_so_that_a_debugger_stops_in_them
     assert set(where.read_text().splitlines()) == {f"{os.getpid()} {threading.get_ident()}"}
 
 
+def test_backends_that_batch_by_themselves_are_asked_about_whole_units_and_give_the_same_shards(
+    tmp_path, coconut
+):
+    config = config_of(tmp_path / "a" / "out", coconut=coconut, captioner={"batch_images": 2})
+    (tmp_path / "a").mkdir()
+    build(config)
+    (tmp_path / "b").mkdir()
+    by_itself = config_of(tmp_path / "b" / "out", coconut=coconut, captioner={"batch_images": 2})
+    for protocol, name in (("captioner", "OneByOneCaptioner"), ("judge", "LastFirstJudge")):
+        by_itself = with_backend(by_itself, protocol, name=f"tests.backends:{name}")
+    build(by_itself)
+    assert calls(tmp_path / "b" / "captioner.log.calls") == ["4", "4", "2"]
+    shards = [
+        {path: digest for path, digest in committed(tmp_path / name / "out").items() if "/shards/" in path}
+        for name in "ab"
+    ]
+    assert shards[0] == shards[1] and len(shards[0]) == 3
+
+
 def test_an_environment_of_a_stages_own_is_refused_with_its_key(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
     config = with_backend(config, "judge", runtime_env={"env_vars": {"A": "b"}})

@@ -38,7 +38,7 @@ def source(root):
     return write_coconut(root, 6)
 
 
-@pytest.fixture(params=["InstantCaptioner", "ReadingCaptioner"])
+@pytest.fixture(params=["InstantCaptioner", "OneByOneCaptioner", "ReadingCaptioner"])
 def config(request, tmp_path, source):
     """Of one unit, with a captioner that reads the photos and with one that does not."""
     made = config_of(tmp_path / "out", coconut=source, images_per_shard=6, captioner={"batch_images": 2})

@@ -106,6 +106,17 @@ def test_many_regions_have_the_captions_of_one_at_a_time(captioner, tmp_path):
             assert captioner.caption([image]) == [[text]]
 
 
+def test_an_image_is_given_as_soon_as_it_is_done_while_later_ones_are_in_the_engine(captioner, tmp_path):
+    images = images_of(tmp_path)
+    expected = captioner.caption(images)
+    with options(captioner, max_in_flight=2):
+        given = captioner.caption_each(images)
+        assert next(given) == (0, expected[0])
+        assert captioner.engine.engine.has_unfinished_requests()
+        assert list(given) == [(1, expected[1]), (2, expected[2])]
+    assert captioner._kept == {}
+
+
 def test_regions_without_a_mask_and_images_without_regions_have_no_caption(captioner, tmp_path):
     plain = photo(tmp_path, "a")
     empty = with_boxes(plain, (0, 0, 0, 0), BOXES[0])
