@@ -16,9 +16,11 @@ from typing import Any
 from ..pipeline.io import own_modules, variables
 from ..pipeline.models.registry import BACKENDS
 from ..pipeline.sources.registry import SOURCES, allow_kinds
+from ..pipeline.stages.registry import STAGES, allow_stages
 from ..schemas.config import Backend, BuildConfig
 from ..schemas.errors import ConfigError
 from ..schemas.evaluation import EvaluateConfig
+from ..schemas.recipe import parse, stages_in
 from ..schemas.training import TrainConfig
 
 ALLOWED = "PARACAPTION_SERVED_ALLOWED"
@@ -69,6 +71,7 @@ def check_run(config: BuildConfig | EvaluateConfig | TrainConfig, ray_address: s
             own_modules.look_in(folder)
     if isinstance(config, BuildConfig):
         allow_kinds(config.subsets.values())
+        allow_stages(config.subsets.values())
 
 
 def refuse(
@@ -101,6 +104,7 @@ def _unusual(config: BuildConfig | EvaluateConfig | TrainConfig) -> Iterator[tup
         for protocol in BACKENDS:
             yield from _of_backend(protocol, getattr(config, protocol), BACKENDS[protocol])
         for name, subset in config.subsets.items():
+            yield from _of_recipe(f"subsets.{name}.recipe", subset.recipe)
             for number, entry in enumerate(subset.sources):
                 kind = entry.get("source")
                 if kind not in SOURCES:
@@ -115,6 +119,18 @@ def _unusual(config: BuildConfig | EvaluateConfig | TrainConfig) -> Iterator[tup
         for name, value in _leaves(config.model.config, "model.config"):
             if "implementation" in name and isinstance(value, str) and not _WORD.fullmatch(value):
                 yield name, value
+
+
+def _of_recipe(where: str, recipe: Any) -> Iterator[tuple[str, str]]:
+    """The stages of a recipe that are not ours, and what their own backends name."""
+    for entry in stages_in(parse(recipe)) if isinstance(recipe, list) else ():
+        at = f"{where}.{entry.id}"
+        if entry.kind not in STAGES:
+            yield f"{at}.stage", entry.kind
+        for protocol in BACKENDS:
+            if protocol in entry.options:
+                backend = Backend.checked(entry.options[protocol], f"{at}.{protocol}")
+                yield from _of_backend(f"{at}.{protocol}", backend, BACKENDS[protocol])
 
 
 def _of_backend(where: str, backend: Backend, known: Collection[str]) -> Iterator[tuple[str, str]]:

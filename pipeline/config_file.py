@@ -22,7 +22,10 @@ from .io import failures, files, own_modules, variables, yaml_text
 from .io.file_kinds import what_is
 from .models.registry import BACKENDS, find_registered
 from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
-from .stages.recipes import recipe_of
+from .stages.composite import COMPOSITES
+from .stages.options import option_names
+from .stages.recipes import RECIPES, recipe_of, write_out
+from .stages.registry import STAGES, allow_stages
 
 _Config = TypeVar("_Config", BuildConfig, TrainConfig, EvaluateConfig, Judge)
 
@@ -162,6 +165,7 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
     own_modules.look_in(root)
     if kind is BuildConfig and isinstance(subsets := values.get("subsets"), dict):
         allow_kinds(subsets.values())
+        allow_stages(subsets.values())
     seen = _stored if kind is BuildConfig else _absolute
     try:
         config = kind.model_validate(values, context=file_context(partial(seen, root)))
@@ -175,6 +179,7 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
     if isinstance(config, BuildConfig):
         config = _with_variables(config, root)
         try:
+            config = write_out(config)
             for subset in config.subsets:
                 recipe_of(config, subset)
         except ConfigError as error:
@@ -185,7 +190,7 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
 def _with_variables(config: BuildConfig, root: Path) -> BuildConfig:
     """A build's configuration with the place of `out`, and options of backends that may name variables."""
     update: dict[str, Any] = {"out": _absolute(root, config.out)}
-    for protocol in ("captioner", "judge", "segmenter"):
+    for protocol in BACKENDS:
         backend: Backend = getattr(config, protocol)
         options = variables.take_all(backend.options)
         for name in find_registered(protocol, backend).paths:
@@ -193,6 +198,12 @@ def _with_variables(config: BuildConfig, root: Path) -> BuildConfig:
                 options = options | {name: _stored(root, options[name])}
         if options != backend.options:
             update[protocol] = backend.model_copy(update={"options": options})
+    update["subsets"] = {
+        name: subset.model_copy(update={"recipe": variables.take_all(subset.recipe)})
+        if isinstance(subset.recipe, list)
+        else subset
+        for name, subset in config.subsets.items()
+    }
     return config.model_copy(update=update)
 
 
@@ -280,6 +291,31 @@ def describe(kind: type[BaseModel] = BuildConfig) -> str:
             lines.append(f"#   source: {source}  # The kind of the source. Its default recipe is `{recipe}`.")
             _describe(find_options(source), "#   ", lines)
     return head + "\n".join(lines)
+
+
+_HEAD_RECIPES = """\
+# The paper's recipes. A subset takes one by its name, as in `recipe: verify`, or a list of its own: copy one
+# of these lists under `recipe:` and change it (docs/recipes.md). A stage with options is a mapping:
+#   - {stage: caption, id: second_caption, captioner: {name: gar, options: {model: models/GAR-8B}}}
+# Two that ask other stages:
+#   - {vote: [verify_category, {stage: verify_category, id: second_judge, judge: {name: vllm}}], at_least: 2}
+#   - {fallback: [caption, {stage: caption, id: second_caption, captioner: {name: gar}}]}
+"""
+
+
+def describe_recipes() -> str:
+    """The paper's recipes as YAML, and in comments every stage with its options."""
+    lines = [_HEAD_RECIPES]
+    for name, recipe in RECIPES.items():
+        lines.append(yaml.safe_dump({name: list(recipe)}, sort_keys=False))
+    lines.append("# Stages, with what each needs from a stage before it or from the source, and its options:")
+    for name, stage in STAGES.items():
+        needs = f" Needs {' and '.join(stage.needs)}." if stage.needs else ""
+        gives = f" Gives {' and '.join(stage.gives)}." if stage.gives else ""
+        lines.append(f"#   {name}: {stage.does}.{needs}{gives} Options: {', '.join(option_names(stage))}.")
+    for name, stage in COMPOSITES.items():
+        lines.append(f"#   {name}: {stage.does}.")
+    return "\n".join(lines)
 
 
 def _describe(model: type[BaseModel], indent: str, lines: list[str]) -> None:

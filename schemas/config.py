@@ -19,9 +19,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
-from .strict import Location, Published, Strict
+from .recipe import EntryError, parse, plain
+from .strict import Location, Published, Strict, mistake, mistakes
 
 SHORTHANDS = ("coconut", "sa1b")
 """Keys that stand for a subset of that name whose sources are of that kind: `sa1b: [{paths: ...}]`."""
@@ -46,7 +47,7 @@ def _checked_source(entry: dict[str, Any], info: ValidationInfo) -> dict[str, An
     """The entry with all options of its kind, if whoever reads the configuration knows the kinds."""
     kind = entry.get("source")
     if not isinstance(kind, str):
-        raise _mistakes(_mistake("source", kind, "name the kind of this source, as in `source: coconut`"))
+        raise mistakes(mistake(("source",), kind, "name the kind of this source, as in `source: coconut`"))
     if not info.context or info.context.options_of is None:
         return entry
     try:
@@ -54,29 +55,20 @@ def _checked_source(entry: dict[str, Any], info: ValidationInfo) -> dict[str, An
     except ValueError as error:
         if info.context.ours:
             return entry
-        raise _mistakes(_mistake("source", kind, str(error))) from error
+        raise mistakes(mistake(("source",), kind, str(error))) from error
     given = {name: value for name, value in entry.items() if name != "source"}
     try:
         return {"source": kind, **options.model_validate(given, context=info.context).model_dump()}
     except ValidationError as error:
         unknown = f"unknown option; `{kind}` takes {', '.join(sorted(options.model_fields))}"
-        raise _mistakes(
+        raise mistakes(
             *(
-                _mistake(each["loc"][0], each["input"], unknown)
+                mistake(each["loc"][:1], each["input"], unknown)
                 if each["type"] == "extra_forbidden"
                 else cast("InitErrorDetails", each)
                 for each in error.errors()
             )
         ) from error
-
-
-def _mistake(key: int | str, value: Any, message: str) -> InitErrorDetails:
-    error = PydanticCustomError("source", "{message}", {"message": message})
-    return InitErrorDetails(type=error, loc=(key,), input=value)
-
-
-def _mistakes(*mistakes: InitErrorDetails) -> ValidationError:
-    return ValidationError.from_exception_data("source", list(mistakes))
 
 
 class Subset(Strict):
@@ -87,16 +79,30 @@ class Subset(Strict):
         description="Where images and masks come from. A single source may stand without a list. The keys "
         "of a source are below.",
     )
-    recipe: str | None = Field(
+    recipe: str | list[Any] | None = Field(
         default=None,
         validate_default=True,
         description="`verify` for sources that name a category for each region, `identify` for sources "
-        "that do not. null takes the default of the source's kind.",
+        "that do not, or a list of stages (docs/recipes.md); `paracaption config --recipes` prints both as "
+        "lists. null takes the default of the source's kind.",
     )
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _written_out(cls, recipe: Any) -> Any:
+        """A list with the id of each stage; whether there are such stages is not known here."""
+        if not isinstance(recipe, list):
+            if recipe is None or isinstance(recipe, str):
+                return recipe
+            raise ValueError("a recipe is a name or a list of stages")
+        try:
+            return plain(parse(recipe))
+        except EntryError as error:
+            raise mistakes(mistake(error.place, error.given, error.what)) from error
 
     @field_validator("recipe")
     @classmethod
-    def _default(cls, recipe: str | None, info: ValidationInfo) -> str | None:
+    def _default(cls, recipe: str | list[Any] | None, info: ValidationInfo) -> str | list[Any] | None:
         sources = info.data.get("sources")
         if recipe is not None or sources is None or not info.context or info.context.recipe_of is None:
             return recipe

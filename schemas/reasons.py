@@ -50,6 +50,9 @@ class Reason(StrEnum):
     TEXT_BOILERPLATE = "text_boilerplate"  # "The image shows an object." and nothing more
     TEXT_JUNK = "text_junk"  # not prose: markup, tokens, symbols, broken encoding
     TEXT_UNSURE = "text_unsure"  # the captioner itself is not sure of it
+    # Stages that a recipe puts together, and stages of the user's own.
+    VOTED_OUT = "voted_out"  # fewer members of a vote kept it than have to
+    OWN_RULE = "own_rule"  # a stage of the user's own dropped it; its detail says why
     # Things that went wrong while asking.
     MODEL_ERROR = "model_error"  # the backend raised on this record alone
     ANSWER_INVALID = "answer_invalid"  # the model answered outside its schema, after retries

@@ -109,6 +109,10 @@ class Region(msgspec.Struct):
         core_category: the category that the judge named from the caption.
         scores: evidence numbers by name (see `SCORES`), written by stages and filters.
         drop: set by the first stage that rejects the region; later stages pass it by.
+        said: within a composite stage, what its members said so far, by their ids: the drop that a member
+            would have given, or None if it keeps the region.
+        aside: whether the stage that runs now is not to see the region, because another member of its
+            composite has spoken for it.
     """
 
     id: int
@@ -126,6 +130,8 @@ class Region(msgspec.Struct):
     core_category: str | None = None
     scores: dict[str, float] = {}
     drop: Drop | None = None
+    said: dict[str, Drop | None] = {}
+    aside: bool = False
 
 
 class ImageRecord(msgspec.Struct):
@@ -166,7 +172,9 @@ class ImageRecord(msgspec.Struct):
 
     def live(self) -> list[Region]:
         """The regions that no stage has rejected yet, in order."""
-        return [] if self.drop else [region for region in self.regions if region.drop is None]
+        if self.drop:
+            return []
+        return [region for region in self.regions if region.drop is None and not region.aside]
 
     def reject(self, drop: Drop, failed: str = "") -> None:
         """Drop the image and every region of it that is still live; `failed` as in the attributes."""

@@ -135,6 +135,17 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
+def mistake(place: tuple[int | str, ...], value: Any, message: str) -> InitErrorDetails:
+    """What is wrong at a place below what a validator looks at, for `mistakes`."""
+    error = PydanticCustomError("mistake", "{message}", {"message": message})
+    return InitErrorDetails(type=error, loc=place, input=value)
+
+
+def mistakes(*found: InitErrorDetails) -> ValidationError:
+    """The error to raise in a validator for several mistakes, or for one below what it looks at."""
+    return ValidationError.from_exception_data("mistake", list(found))
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """The words "did you mean ..." if a known name is much like the one that was given; else none."""
     near = get_close_matches(str(given), list(known), n=1)

@@ -14,6 +14,7 @@ from paracaption.pipeline.corpus.owner import LEASE_S, own
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages.base import apply_verdict
+from paracaption.pipeline.stages.text import CleanText
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Drop, ImageRecord, Region
@@ -49,7 +50,7 @@ def _describe(region: Region, number: int, config: BuildConfig) -> None:
     region.scores = {"verdict_margin": 0.9}
     if (number + region.id) % 7 == 3:
         region.caption = "A thing."
-    apply_verdict(region, "clean_text", text.clean(region.caption, config.text))
+    apply_verdict(region, CleanText(config), text.clean(region.caption, config.text))
 
 
 def write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from paracaption.pipeline.models.protocols import Answer, Question
 from paracaption.schemas.errors import BadRecord
@@ -28,6 +29,14 @@ class PickyJudge(InstantJudge):
             else answer
             for question, answer in zip(questions, answers, strict=True)
         ]
+
+
+class OtherCaptioner(InstantCaptioner):
+    """Says the same in other words."""
+
+    @staticmethod
+    def _words(image: ImageRecord, region: Any) -> str:
+        return f"Another look. {InstantCaptioner._words(image, region)}"
 
 
 class PickyCaptioner(InstantCaptioner):

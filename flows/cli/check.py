@@ -23,16 +23,24 @@ def config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print a JSON schema, for editors that complete and check YAML.")
     ] = False,
+    recipes: Annotated[
+        bool,
+        typer.Option("--recipes", help="Print the recipes `verify` and `identify` as lists to copy."),
+    ] = False,
 ) -> None:
     """Print every key of a configuration of `build`, with its default and what it does."""
-    from ...pipeline.config_file import describe
+    from ...pipeline.config_file import describe, describe_recipes
     from ...schemas.config import BuildConfig
     from ...schemas.evaluation import EvaluateConfig
     from ...schemas.training import TrainConfig
 
     _one_kind("config", training, evaluation)
     kind = TrainConfig if training else EvaluateConfig if evaluation else BuildConfig
-    if schema:
+    if recipes:
+        if training or evaluation or schema:
+            raise ConfigError("config: --recipes stands alone; leave out the other options")
+        print(describe_recipes())
+    elif schema:
         from .schema import json_schema
 
         print_json(json_schema(kind))

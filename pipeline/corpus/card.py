@@ -6,6 +6,7 @@ import hashlib
 import html
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -16,7 +17,10 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ...schemas.records import SCORES
 from ...schemas.secrets import HIDDEN, is_secret_name, shorten
+from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import open_source, subset_title
+from ..stages.recipes import members_of, stage_kinds
+from ..stages.registry import STAGES, known_stage
 
 if TYPE_CHECKING:
     from ...schemas.summary import CorpusSummary, SubsetSummary
@@ -33,7 +37,7 @@ def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
         _front_matter(summary),
         _head(summary),
         *(_subset(name, subset) for name, subset in summary.subsets.items()),
-        _steps(summary),
+        _steps(summary, config),
         _pictures(),
         _licenses(config, summary),
         _reading(summary),
@@ -127,24 +131,34 @@ def _subset(name: str, subset: SubsetSummary) -> str:
     return "\n".join(text)
 
 
-_STEPS = {
-    "source": "reads the photo and its masks, and drops what is missing or damaged",
-    "usable_masks": "drops masks that are too small, or duplicates of one with a better score or more area",
-    "whole_objects": "drops masks that are hidden behind others or are parts of a larger object",
-    "caption": "asks the captioner for a caption of each region",
-    "verify_category": "asks the judge whether the caption describes the annotated category",
-    "extract_category": "asks the judge which category the caption describes",
-    "agree_with_segmenter": "lets the segmenter find the region by its category, and compares the masks",
-    "clean_text": "drops captions that break the rules for text",
-}
-"""What each step does, by the name of its stage."""
-
-
-def _steps(summary: CorpusSummary) -> str:
-    """What the steps do that some subset has gone through."""
+def _steps(summary: CorpusSummary, config: BuildConfig) -> str:
+    """What the steps do that some subset has gone through, and the members of those that have some."""
+    what = {SOURCE_STAGE: "reads the photo and its masks, and drops what is missing or damaged"}
     taken = {step.stage for subset in summary.subsets.values() for step in subset.counts.funnel}
-    lines = [f"- `{stage}` {what}" for stage, what in _STEPS.items() if stage in taken]
+    kinds = dict.fromkeys(STAGES) | {name: name for name in STAGES}
+    inside: dict[str, list[str]] = {}
+    for subset in config.subsets:
+        with suppress(ConfigError):  # a recipe that only whoever built the corpus has
+            kinds |= stage_kinds(config, subset)
+            inside |= members_of(config, subset)
+    what |= {name: _does(name, kind or name, inside.get(name, [])) for name, kind in kinds.items()}
+    shown = [*taken, *(each for name in taken for each in _all_inside(name, inside))]
+    lines = [f"- `{name}` {text}" for name, text in what.items() if name in shown and text]
     return "\n## Steps\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _does(name: str, kind: str, members: Sequence[str]) -> str:
+    """What a stage does: in its kind's words; of one of the user's own only its kind is known."""
+    stage = known_stage(kind)
+    does = stage.does if stage else f"is a stage of its own, `{kind}`"
+    named = f" (`{kind}`)" if stage and kind != name else ""
+    inner = f": {', '.join(f'`{each}`' for each in members)}" if members else ""
+    return f"{does}{named}{inner}" if does else ""
+
+
+def _all_inside(name: str, inside: dict[str, list[str]]) -> list[str]:
+    found = inside.get(name, [])
+    return [*found, *(each for member in found for each in _all_inside(member, inside))]
 
 
 def _pictures() -> str:

@@ -25,7 +25,7 @@ from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, LicenseCoun
 from ..io import files
 from ..io.activity import NOW
 from ..sources.protocols import SOURCE_STAGE
-from ..stages.recipes import recipe_of
+from ..stages.recipes import shown_stages
 from ..stages.registry import STAGES
 from . import card, ledger, plots, reader
 from .owner import Owner, own_or
@@ -127,9 +127,12 @@ def count_subset(corpus: Corpus, subset: str) -> SubsetCounts:
 
 
 def _stage_names(corpus: Corpus, subset: str, config: BuildConfig | None) -> list[str]:
-    """The stages of a subset's recipe; every stage, if the configuration of the last build cannot tell."""
+    """The stages of a subset's recipe; every stage, if the configuration of the last build cannot tell.
+
+    Members of a composite stage are not among them: their drops are the composite's.
+    """
     try:
-        return [stage.name for stage in recipe_of(config or corpus.config, subset)]
+        return list(shown_stages(config or corpus.config, subset))
     except (ConfigError, IntegrityError):
         return list(STAGES)
 

@@ -22,6 +22,7 @@ import yaml
 
 from ...schemas.errors import ConfigError
 from ..io import files, yaml_text
+from ..models.registry import METHODS
 from . import history, log, merge, reader, writer
 from .log import LogState
 from .owner import Owner, own
@@ -30,7 +31,6 @@ from .sweep import sweep
 from .versions import changed_keys
 
 _HOW_IT_RUNS = {"out", "io", "failures", "audit_images", "held_out_share", "subsets"}
-_MODELS = ("captioner", "judge", "segmenter")
 
 
 class Rebuild(NamedTuple):
@@ -154,10 +154,22 @@ def _decisions(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of a configuration decides which regions are kept, with which captions; and subsets' recipes."""
     values = yaml_text.parse(text)
     found = {key: value for key, value in values.items() if key not in _HOW_IT_RUNS}
-    for name in _MODELS:
-        if isinstance(model := found.get(name), dict):
-            found[name] = {key: model.get(key) for key in ("name", "options")}
-    return found, {name: each.get("recipe") for name, each in values.get("subsets", {}).items()}
+    subsets = values.get("subsets", {})
+    return _asked(found), {name: _asked(each.get("recipe")) for name, each in subsets.items()}
+
+
+def _asked(values: Any) -> Any:
+    """The same, of each backend only what its answers depend on."""
+    if isinstance(values, list):
+        return [_asked(each) for each in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: {name: each.get(name) for name in ("name", "options")}
+        if key in METHODS and isinstance(each, dict)
+        else _asked(each)
+        for key, each in values.items()
+    }
 
 
 def _differs(before: LogState, now: LogState, name: str) -> bool:

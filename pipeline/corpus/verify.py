@@ -33,6 +33,8 @@ from ...schemas.errors import REBUILD, ConfigError, IntegrityError, ParaCaptionE
 from ..io import files
 from ..io.confined import confine
 from ..io.tables import TableFile
+from ..stages.recipes import text_rules
+from ..stages.registry import configured_kinds
 from . import log, merge, reader, work_list
 from .adopt import FOLDERS
 from .problems import Problem, guarded, what_is_wrong
@@ -96,14 +98,14 @@ def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> VerifyRep
         reader.open_corpus(corpus)
     vouched, problems = read_vouched(opened.path)
     problems += check_named_files(opened.path, vouched, deep)
-    rules = _text_rules(opened, problems)
     damaged = {problem.file for problem in problems}
     totals: Counter[str] = Counter()
     subsets = sorted({*opened.subsets, *vouched.units, *_planned_subsets(vouched)})
+    recipes = _recipes(opened, subsets, problems)
     with ExitStack() as stack:
         run = _runner(stack, opened.path, workers)
         for subset in subsets:
-            problems += _check_subset(opened.path, subset, vouched, rules, deep, run, totals, damaged)
+            problems += _check_subset(opened.path, recipes[subset], vouched, deep, run, totals, damaged)
     problems += _check_strays(opened.path, "", vouched, ("", log.LOG, merge.PLOTS))
     problems += _check_merged(opened, subsets, vouched, damaged, deep)
     problems += check_unchanged(opened.path, vouched)
@@ -124,9 +126,26 @@ def _runner(stack: ExitStack, out: str, workers: int) -> _Run:
     return lambda function, jobs: pool.map(function, *zip(*jobs, strict=True)) if jobs else iter(())
 
 
-def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
+class _Recipe(NamedTuple):
+    """What the recipe of a subset says of its files.
+
+    Attributes:
+        subset: its name.
+        rules: what the kept captions obey; None if nothing says so.
+        kinds: the kind of each of its stages, by id, where one may differ from the other.
+    """
+
+    subset: str
+    rules: Text | None = None
+    kinds: dict[str, str] = {}
+
+
+def _recipes(corpus: Corpus, subsets: list[str], problems: list[Problem]) -> dict[str, _Recipe]:
     try:
-        return corpus.config.text
+        config = corpus.config
+        return {
+            name: _Recipe(name, text_rules(config, name), configured_kinds(config, name)) for name in subsets
+        }
     except (ConfigError, IntegrityError) as error:
         if not any(problem.file == reader.CONFIG for problem in problems):  # else the log has said so
             why = what_is_wrong(error, f"{corpus.path}/{reader.CONFIG}")
@@ -135,7 +154,7 @@ def _text_rules(corpus: Corpus, problems: list[Problem]) -> Text | None:
                 "this file"
             )
             problems.append(Problem(reader.CONFIG, "", what))
-        return None
+        return {name: _Recipe(name) for name in subsets}
 
 
 _RESTORE_LIST = "restore {}/plan from a copy, or use a new `out`"
@@ -148,15 +167,15 @@ def _planned_subsets(vouched: Vouched) -> set[str]:
 
 def _check_subset(
     out: str,
-    subset: str,
+    recipe: _Recipe,
     vouched: Vouched,
-    rules: Text | None,
     deep: bool,
     run: _Run,
     totals: Counter[str],
     damaged: set[str],
 ) -> list[Problem]:
     problems: list[Problem] = []
+    subset, rules, kinds = recipe
     logged = vouched.units.get(subset, {})
     unmoved = tuple(move for move in vouched.moves.items() if move[0].startswith(f"{subset}/"))
     units = [Unit(subset, name, f"{out}/{subset}", unmoved) for name in logged]
@@ -171,8 +190,8 @@ def _check_subset(
     listed = _check_work_list(out, subset, vouched, heads, damaged, problems)
     if deep and listed is not None:
         indices = {name: index for index, name in enumerate(listed.unit_names())}
-        evidence, notes = list_evidence(out, subset, indices)
-        jobs = [(out, subset, indices[unit], unit, folders) for unit, folders in sorted(evidence.items())]
+        evidence, notes = list_evidence(out, subset, indices, kinds)
+        jobs = [(out, subset, indices[unit], unit, each, kinds) for unit, each in sorted(evidence.items())]
         for found in run(check_evidence, jobs):
             problems += found
         problems += notes

@@ -1,13 +1,13 @@
 """Checks what models said, the evidence next to a corpus, without opening a model. Called by `verify`.
 
 A folder's name has a digest of a configuration, which cannot be computed without the model's files. Which
-answers it holds is known from the stage's name: their columns must be those of the stage.
+answers it holds is known from the stage's id: their columns must be those of the stage's kind.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ...schemas.errors import IntegrityError
@@ -20,16 +20,19 @@ from .problems import Problem, guarded
 
 ASK_AGAIN = "delete it; the next build that needs these answers asks the model again"
 
-_FOLDER = re.compile(r"([a-z_]+)-[0-9a-f]{16}")
+_FOLDER = re.compile(r"([a-z0-9_]+)-[0-9a-f]{16}")
 
 
-def list_evidence(out: str, subset: str, units: Iterable[str]) -> tuple[dict[str, list[str]], list[Problem]]:
+def list_evidence(
+    out: str, subset: str, units: Iterable[str], kinds: Mapping[str, str]
+) -> tuple[dict[str, list[str]], list[Problem]]:
     """The evidence of a subset, and notes on what nobody reads.
 
     Args:
         out: the corpus.
         subset: name of the subset.
         units: those of the work list.
+        kinds: the kind of each stage of the recipe by its id, where one may differ from the other.
 
     Returns:
         Names of the evidence folders that have a file, by unit.
@@ -39,10 +42,12 @@ def list_evidence(out: str, subset: str, units: Iterable[str]) -> tuple[dict[str
     planned = set(units)
     for folder in files.list_names(f"{out}/{subset}/evidence"):
         path = f"{subset}/evidence/{folder}"
-        if _store(out, subset, folder) is None:
-            notes.append(
-                Problem(path, "", "belongs to no stage of this release; nothing reads it", note=True)
-            )
+        if _store(out, subset, folder, kinds) is None:
+            match = _FOLDER.fullmatch(folder)
+            own = bool(match) and ":" in kinds.get(match[1], "")
+            what = "is of a stage of the user's own, which is not imported; it is not checked"
+            what = what if own else "belongs to no stage of the recipe; nothing reads it"
+            notes.append(Problem(path, "", what, note=True))
             continue
         for name in files.list_names(f"{out}/{path}"):
             unit = name.removesuffix(".parquet")
@@ -60,15 +65,17 @@ def list_evidence(out: str, subset: str, units: Iterable[str]) -> tuple[dict[str
     return found, notes
 
 
-def _store(out: str, subset: str, folder: str) -> EvidenceStore | None:
+def _store(out: str, subset: str, folder: str, kinds: Mapping[str, str]) -> EvidenceStore | None:
     match = _FOLDER.fullmatch(folder)
-    stage = STAGES.get(match[1]) if match else None
+    stage = STAGES.get(kinds.get(match[1], match[1])) if match else None
     if stage is None or not issubclass(stage, ModelStage):
         return None
     return EvidenceStore(Path(out, subset, "evidence", folder), stage.evidence)
 
 
-def check_evidence(out: str, subset: str, index: int, unit: str, folders: list[str]) -> list[Problem]:
+def check_evidence(
+    out: str, subset: str, index: int, unit: str, folders: list[str], kinds: Mapping[str, str]
+) -> list[Problem]:
     """Check the evidence of one unit: each file is what was written, and about images of the unit.
 
     Args:
@@ -77,6 +84,7 @@ def check_evidence(out: str, subset: str, index: int, unit: str, folders: list[s
         index: of the unit in the work list.
         unit: its name.
         folders: those that have a file of the unit.
+        kinds: as `list_evidence` takes them.
     """
     problems: list[Problem] = []
     planned: set[str] | None = None
@@ -84,7 +92,7 @@ def check_evidence(out: str, subset: str, index: int, unit: str, folders: list[s
         planned = {entry.key for entry in work_list.read_unit(f"{out}/{subset}", index)}
     for folder in folders:
         path = f"{subset}/evidence/{folder}/{unit}.parquet"
-        store = _store(out, subset, folder)
+        store = _store(out, subset, folder, kinds)
         assert store is not None
         with guarded(problems, path, ASK_AGAIN):
             try:

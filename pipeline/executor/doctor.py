@@ -24,12 +24,13 @@ from ..corpus.work_list import load_work_list
 from ..io import files, own_modules
 from ..io.store import store_of
 from ..models import registry
+from ..stages.recipes import used_backends
 from . import driver, gpus, ray_data
 from .estimate.pools import find_pools
 from .findings import FAIL, OK, WARN, Finding, failed
-from .gpus import Gpu
+from .gpus import MANY_POOLS, Gpu
 from .packages import check_backend_packages, check_python_and_base
-from .preflight import check_sources, inspect_backend, used_protocols
+from .preflight import check_sources, inspect_backend
 
 _WORKING_SHARE = 0.1
 """The share of its memory budget that a stage should have for activations and caches, besides its weights."""
@@ -66,12 +67,13 @@ def examine_build(config: BuildConfig, ray_address: str | None = None) -> list[F
             findings.append(Finding("cluster", FAIL, f"{ray_address}: {one_line(error)}", fix))
             ray_address = None
     on_cluster = ray_address is not None
-    for protocol in used_protocols(config) if on_cluster else ():
+    used = used_backends(config)
+    for protocol, backend in used.values() if on_cluster else ():
         with suppress(ConfigError):  # said below
-            registry.find_backend(protocol, getattr(config, protocol))  # so that the nodes get its module
+            registry.find_backend(protocol, backend)  # so that the nodes get its module
     findings += check_resources(config, nodes, on_cluster)
-    for protocol in used_protocols(config):
-        findings += _check_stage(protocol, getattr(config, protocol), nodes, on_cluster)
+    for place, (protocol, backend) in used.items():
+        findings += _check_stage(protocol, backend, nodes, on_cluster, place)
     findings += check_sources(config)
     findings += check_output_on_nodes(config, nodes if on_cluster else [])
     return findings
@@ -100,6 +102,8 @@ def check_resources(config: BuildConfig, nodes: list[Node], on_cluster: bool) ->
                 yield Finding(subject, OK, f"{found}, which the actors share on one machine")
             else:
                 fix = "lower `concurrency`, num_gpus or num_cpus of a model, or add nodes"
+                if kind == "GPU":
+                    fix = f"{MANY_POOLS}; or add nodes"
                 if kind == "GPU" and not on_cluster:
                     fix += "; to check a cluster, give --ray-address"
                 yield Finding(subject, FAIL, found, fix)
@@ -116,19 +120,21 @@ def _available(kind: str, nodes: list[Node], on_cluster: bool) -> float:
 # A stage's model.
 
 
-def _check_stage(protocol: str, backend: Backend, nodes: list[Node], on_cluster: bool) -> list[Finding]:
+def _check_stage(
+    protocol: str, backend: Backend, nodes: list[Node], on_cluster: bool, place: str
+) -> list[Finding]:
     """Check one backend where its actors will run."""
     all_gpus = [gpu for node in nodes for gpu in node.gpus]
-    subject = f"{protocol} {backend.name}"
+    subject = f"{place} {backend.name}"
     if not on_cluster:
         if backend.runtime_env:
             fix = "run the doctor with --ray-address, so that Ray creates that environment"
             return [Finding(subject, WARN, "not checked: the stage has its own runtime_env", fix)]
-        return check_backend(protocol, backend, all_gpus)
+        return check_backend(protocol, backend, all_gpus, place)
     node = next((node for node in nodes if node.gpus), nodes[0]) if backend.num_gpus else nodes[0]
     try:
         check = _on_node(_check_on_node, node, backend.runtime_env)
-        return check(own_modules.taken(), protocol, backend, all_gpus)
+        return check(own_modules.taken(), protocol, backend, all_gpus, place)
     except Exception as error:  # noqa: BLE001 - an environment that cannot be made is a finding
         fix = (
             "correct the stage's `runtime_env`: it needs this project, and Ray in this version"
@@ -139,44 +145,46 @@ def _check_stage(protocol: str, backend: Backend, nodes: list[Node], on_cluster:
 
 
 def _check_on_node(
-    modules: list[own_modules.OwnModule], protocol: str, backend: Backend, available: list[Gpu]
+    modules: list[own_modules.OwnModule], protocol: str, backend: Backend, available: list[Gpu], place: str
 ) -> list[Finding]:
     own_modules.install(modules)
-    return check_backend(protocol, backend, available)
+    return check_backend(protocol, backend, available, place)
 
 
-def check_backend(protocol: str, backend: Backend, available: list[Gpu]) -> list[Finding]:
+def check_backend(protocol: str, backend: Backend, available: list[Gpu], place: str = "") -> list[Finding]:
     """Check the packages, the checkpoint and the memory of one backend, in this process.
 
     Args:
         protocol: "captioner", "judge" or "segmenter".
         backend: from the configuration.
         available: the GPUs that its actors will run on.
+        place: where it stands in the configuration; by default under the protocol's name.
     """
-    subject = f"{protocol} {backend.name}"
+    place = place or protocol
+    subject = f"{place} {backend.name}"
     findings = [*check_backend_packages(protocol, backend)]
     try:
         checked = inspect_backend(protocol, backend)
     except Exception as error:  # noqa: BLE001 - a backend of the user's may raise anything
-        return [*findings, failed(subject, error, f"correct `{protocol}` in the configuration")]
+        return [*findings, failed(subject, error, f"correct `{place}` in the configuration")]
     if checked is None:
         found = "its options fit; nothing else can be checked without loading it"
         return [*findings, Finding(subject, OK, found)]
     findings += [Finding(subject, OK, found) for found in (checked.what, *checked.notes)]
     if checked.weight_bytes:
-        findings.append(check_memory(protocol, backend, checked.weight_bytes, available))
+        findings.append(check_memory(place, backend, checked.weight_bytes, available))
     return findings
 
 
-def check_memory(protocol: str, backend: Backend, weight_bytes: int, available: list[Gpu]) -> Finding:
+def check_memory(place: str, backend: Backend, weight_bytes: int, available: list[Gpu]) -> Finding:
     """Check that an actor's weights fit into its share of the smallest GPU, with room to work.
 
     vLLM takes `options.engine.gpu_memory_utilization` of a whole GPU, whatever share of it the actor holds.
     """
-    subject = f"{protocol} memory"
+    subject = f"{place} memory"
     weights = f"{weight_bytes / 1e9:.1f} GB of weights"
     if not backend.num_gpus:
-        return _check_main_memory(protocol, backend, weight_bytes)
+        return _check_main_memory(place, backend, weight_bytes)
     if not available:
         fix = "run this on a GPU node, or with --ray-address"
         return Finding(subject, WARN, f"{weights}; there is no GPU here to compare with", fix)
@@ -188,9 +196,9 @@ def check_memory(protocol: str, backend: Backend, weight_bytes: int, available: 
             "(num_gpus): other actors on that GPU would have no memory left"
         )
         fix = (
-            f"lower {protocol}.options.engine.gpu_memory_utilization to {min(1.0, backend.num_gpus):g} or "
+            f"lower {place}.options.engine.gpu_memory_utilization to {min(1.0, backend.num_gpus):g} or "
             "less, "
-            f"or raise {protocol}.num_gpus"
+            f"or raise {place}.num_gpus"
         )
         return Finding(subject, FAIL, found, fix)
     held = backend.num_gpus if share is None else max(1.0, backend.num_gpus) * share
@@ -198,29 +206,27 @@ def check_memory(protocol: str, backend: Backend, weight_bytes: int, available: 
     left = budget - weight_bytes
     found = f"{weights}, budget {budget / 1e9:.1f} GB of {gpu.name}"
     if left <= 0:
-        fix = f"raise {protocol}.num_gpus or gpu_memory_utilization, or use larger GPUs"
+        fix = f"raise {place}.num_gpus or gpu_memory_utilization, or use larger GPUs"
         return Finding(subject, FAIL, f"{found}: they do not fit", fix)
     found += f", {left / 1e9:.1f} GB left for caches and activations"
     if left < _WORKING_SHARE * budget:
-        return Finding(
-            subject, WARN, found, f"tight: lower {protocol}.batch_images, or raise {protocol}.num_gpus"
-        )
+        return Finding(subject, WARN, found, f"tight: lower {place}.batch_images, or raise {place}.num_gpus")
     return Finding(subject, OK, found)
 
 
-def _check_main_memory(protocol: str, backend: Backend, weight_bytes: int) -> Finding:
+def _check_main_memory(place: str, backend: Backend, weight_bytes: int) -> Finding:
     import psutil
 
     total = psutil.virtual_memory().total
     actors = backend.concurrency[0]
     found = f"{weight_bytes / 1e9:.1f} GB of weights x {actors} actors in {total / 1e9:.0f} GB of main memory"
     if weight_bytes * actors > total:
-        fix = f"lower {protocol}.concurrency, or give it a GPU"
-        return Finding(f"{protocol} memory", FAIL, found, fix)
+        fix = f"lower {place}.concurrency, or give it a GPU"
+        return Finding(f"{place} memory", FAIL, found, fix)
     if weight_bytes * actors > 0.7 * total:
-        fix = f"the weights fill more than 70% of main memory: lower {protocol}.concurrency"
-        return Finding(f"{protocol} memory", WARN, found, fix)
-    return Finding(f"{protocol} memory", OK, found)
+        fix = f"the weights fill more than 70% of main memory: lower {place}.concurrency"
+        return Finding(f"{place} memory", WARN, found, fix)
+    return Finding(f"{place} memory", OK, found)
 
 
 # The output.

@@ -45,7 +45,7 @@ from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import complete, open_source
 from ..stages.base import ModelStage, Stage
-from ..stages.recipes import recipe_digest, recipe_of
+from ..stages.recipes import recipe_digest, recipe_of, write_out
 from . import audit
 from .committer import Committer, held_back, write_config
 from .engine import Engine
@@ -121,7 +121,7 @@ def build(
         SourceUnavailable: a source does not answer now.
         StageStalled: nothing moved for `failures.stall_s`.
     """
-    config = complete(config)
+    config = write_out(complete(config))
     variables.take_all(config.model_dump(mode="json"))  # a run that Prefect started has read no file
     engine.check(config)
     if is_finished(config, limit_images, retry_failed):
@@ -266,7 +266,8 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     `build` does the same, and then finds it done. Nothing is written before every subset has been planned.
 
     Returns:
-        The protocols of the models that will be asked: those that lack evidence of a pending unit.
+        The places in the configuration of the backends that will be asked: those of the stages that lack
+        evidence of a pending unit.
 
     Raises:
         ConfigError: a source cannot be read, lies in the output, or nothing of the sample is usable.
@@ -300,7 +301,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         if units := find_pending(config, subset, made.work_list, retry_failed):
             models = [each for each in recipe_of(config, subset) if isinstance(each, ModelStage)]
             lacking = [each for each in models if not _has_all_evidence(each, folder, made.work_list, units)]
-            asked |= {each.protocol for each in lacking}
+            asked |= {each.place for each in lacking}
     return asked
 
 

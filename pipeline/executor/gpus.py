@@ -18,6 +18,14 @@ SAMPLE_EVERY_S = 1.0
 """The driver itself averages over up to a second, so sampling more often would not tell more."""
 
 
+MANY_POOLS = (
+    "give each model a share of a GPU (`num_gpus: 0.5`), lower `concurrency`, or ask one model a pass: build "
+    "first with a shorter recipe, then with the whole one and `num_gpus: 0` for the models that have "
+    "answered (docs/recipes.md)"
+)
+"""What helps where the pools of a recipe hold more GPUs at once than there are."""
+
+
 class Gpu(msgspec.Struct, frozen=True):
     """One GPU of this machine.
 

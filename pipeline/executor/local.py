@@ -35,21 +35,26 @@ class LocalEngine:
         Raises:
             ConfigError: a stage has a `runtime_env`, or the models ask for more than this machine's one GPU.
         """
-        stages = [stage for subset in config.subsets for stage in recipe_of(config, subset)]
-        used = {stage.protocol: stage.backend for stage in stages if isinstance(stage, ModelStage)}
-        for protocol, backend in used.items():
-            if backend.runtime_env:
+        for subset in config.subsets:
+            self._check_models([each for each in recipe_of(config, subset) if isinstance(each, ModelStage)])
+
+    def _check_models(self, models: list[ModelStage]) -> None:
+        for stage in models:
+            if stage.backend.runtime_env:
                 raise ConfigError(
-                    f"{protocol}.runtime_env: the local engine runs every stage in this process; remove it, "
-                    "or build without --local"
+                    f"{stage.place}.runtime_env: the local engine runs every stage in this process; remove "
+                    "it, or build without --local"
                 )
-        needed = sum(backend.num_gpus for backend in used.values())
+        needed = sum(stage.backend.num_gpus for stage in models)
         available = min(1, len(gpus.list_gpus())) if needed else 0
         if needed > available:
-            wanted = ", ".join(f"{name} {backend.num_gpus:g}" for name, backend in used.items())
+            wanted = ", ".join(f"{stage.name} {stage.backend.num_gpus:g}" for stage in models)
+            fix = f"{gpus.MANY_POOLS}; or build without --local"
+            if not available:
+                fix = "set `num_gpus: 0`, or build on a machine with a GPU"
             raise ConfigError(
                 f"the models ask for {needed:g} GPUs together ({wanted}), the local engine has {available}; "
-                "lower `num_gpus` to shares of one GPU, or build without --local"
+                f"{fix}"
             )
 
     def drafts(

@@ -18,8 +18,7 @@ from ..models import registry
 from ..models.protocols import Checked
 from ..sources.protocols import Catalog, Source
 from ..sources.registry import open_source
-from ..stages.base import ModelStage
-from ..stages.recipes import recipe_of
+from ..stages.recipes import used_backends
 from .findings import FAIL, OK, Finding, try_check
 from .packages import check_backend_packages
 from .places import refuse_overlap
@@ -32,8 +31,8 @@ def check_build(config: BuildConfig) -> Iterator[Finding]:
 
     Packages are not checked here but by `check_packages`, once it is known which models will be asked.
     """
-    for protocol in used_protocols(config):
-        yield check_backend(protocol, getattr(config, protocol))
+    for place, (protocol, backend) in used_backends(config).items():
+        yield check_backend(protocol, backend, place)
     yield from check_sources(config)
     yield check_output(config.out)
     yield try_check("out", "keep sources and output apart", _check_places, config)
@@ -44,24 +43,23 @@ def check_packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Find
 
     Args:
         config: of the build.
-        asked: the protocols of those models, as `driver.prepare` gives them.
+        asked: the places of those backends, as `driver.prepare` gives them.
     """
-    for protocol in used_protocols(config):
-        backend = getattr(config, protocol)
-        if protocol in asked and not backend.runtime_env:
+    for place, (protocol, backend) in used_backends(config).items():
+        if place in asked and not backend.runtime_env:
             yield from check_backend_packages(protocol, backend)
 
 
-def used_protocols(config: BuildConfig) -> list[str]:
-    """The protocols of the models that the recipes of the subsets ask, in the order of their stages."""
-    stages = [stage for subset in config.subsets for stage in recipe_of(config, subset)]
-    return list(dict.fromkeys(stage.protocol for stage in stages if isinstance(stage, ModelStage)))
+def check_backend(protocol: str, backend: Backend, place: str = "") -> Finding:
+    """Check that the backend exists, takes its options and finds its checkpoint.
 
-
-def check_backend(protocol: str, backend: Backend) -> Finding:
-    """Check that the backend exists, takes its options and finds its checkpoint."""
-    fix = f"correct `{protocol}` in the configuration"
-    return try_check(f"{protocol} {backend.name}", fix, _check_options, protocol, backend)
+    Args:
+        protocol: "captioner", "judge" or "segmenter".
+        backend: from the configuration.
+        place: where it stands there; by default under the protocol's name.
+    """
+    fix = f"correct `{place or protocol}` in the configuration"
+    return try_check(f"{place or protocol} {backend.name}", fix, _check_options, protocol, backend)
 
 
 def _check_options(protocol: str, backend: Backend) -> str:

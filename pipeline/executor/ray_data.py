@@ -28,9 +28,13 @@ from ..corpus import writer
 from ..corpus.events import EventLog
 from ..corpus.work_list import WorkList
 from ..corpus.writer import Draft
+from ..io import own_modules
 from ..sources.protocols import SOURCE_STAGE
+from ..sources.registry import allow_kinds
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_of
+from ..stages.registry import allow_stages
+from .gpus import MANY_POOLS
 from .ray_metrics import RayMetrics
 from .stalls import telling
 from .worker import Job, Worker, draft_of, name_of
@@ -195,7 +199,7 @@ def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> A
         low, high = asked["concurrency"]
         dataset = dataset.map(
             actor_class(step),  # pyright: ignore[reportArgumentType] - Ray builds it in its actors
-            fn_constructor_args=(job, step),
+            fn_constructor_args=(job, *_sent(step)),
             num_cpus=asked["num_cpus"],
             num_gpus=asked["num_gpus"] or None,
             runtime_env=asked["runtime_env"] or None,
@@ -204,12 +208,37 @@ def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> A
     return dataset
 
 
-class _CountingWorker(Worker):
-    """A worker whose counters are Ray's metrics."""
+def _sent(step: list[Stage | str]) -> tuple[list[str], dict[str, str]]:
+    """What a worker makes a step's stages of."""
+    names = [stage if isinstance(stage, str) else stage.name for stage in step]
+    return names, {stage.name: stage.evidence_digest for stage in step if isinstance(stage, ModelStage)}
 
-    def __init__(self, job: Job, stages: list[Stage | str]):
+
+class _CountingWorker(Worker):
+    """A worker whose counters are Ray's metrics.
+
+    It makes its stages again: the class of one of the user's own can only be imported once `job.modules` are
+    installed.
+
+    Args:
+        job: what is built.
+        names: of its stages, in order; also "source" and "write".
+        digests: of the evidence of its model stages, by name. The driver has computed them, so that a worker
+            with other versions of packages finds the same evidence.
+    """
+
+    def __init__(self, job: Job, names: list[str], digests: dict[str, str]):
         self._telling = telling(job.config.failures.stall_s, run=Path(job.run).name)
         self._telling.__enter__()  # for the actor's life
+        own_modules.install(job.modules)
+        allow_kinds(job.config.subsets.values())
+        allow_stages(job.config.subsets.values())
+        recipe = {stage.name: stage for stage in recipe_of(job.config, job.subset)}
+        for name, digest in digests.items():
+            stage = recipe[name]
+            assert isinstance(stage, ModelStage)
+            stage.evidence_digest = digest
+        stages = [recipe.get(name, name) for name in names]
         super().__init__(job, stages, on_event=RayMetrics(job.subset).count_event)
 
 
@@ -318,8 +347,11 @@ def check_resources(steps: Steps, config: BuildConfig) -> None:
             raise ConfigError(
                 f"the stages need {amount:g} {name} at once ({asked}), "
                 f"the cluster has {available.get(name, 0):g}: "
-                "lower `concurrency` or the resources per actor, or add nodes"
+                + (f"{MANY_POOLS}; or add nodes" if name == "GPU" else _LESS)
             )
+
+
+_LESS = "lower `concurrency` or the resources per actor, or add nodes"
 
 
 def needed_resources(steps: Steps, config: BuildConfig) -> dict[str, float]:

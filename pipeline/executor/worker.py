@@ -33,7 +33,7 @@ import msgspec
 
 from ...schemas import errors as error_types
 from ...schemas.config import BuildConfig
-from ...schemas.errors import ConfigError, EngineLost, ParaCaptionError, StageFailed
+from ...schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
 from ...schemas.plain import plain_text, words_of
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop, ImageRecord
@@ -47,8 +47,10 @@ from ..io.activity import NOW
 from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..sources.registry import allow_kinds, open_source
-from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers
+from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers, failed_drop
+from ..stages.composite import only_asked
 from ..stages.evidence import Evidence, EvidenceStore
+from ..stages.registry import allow_stages
 from . import gpus, holding
 from .bisection import Bisection, model_failure, needs_fresh_model
 from .freed_memory import keep_freed_memory
@@ -127,6 +129,7 @@ class Worker:
         own_modules.install(job.modules)
         variables.install(job.variables)
         allow_kinds(job.config.subsets.values())
+        allow_stages(job.config.subsets.values())
         self.job = job
         self.folder = Path(job.folder)
         self.stages = stages
@@ -202,7 +205,7 @@ class Worker:
                 continue
             for stage in group:
                 start, start_cpu = time.perf_counter(), time.process_time()
-                regions, reported = _count_live(unit), {}
+                regions, reported = 0, {}
                 if stage == SOURCE_STAGE:
                     with NOW.during(SOURCE_STAGE, unit.name):
                         self._read(unit, row["index"])
@@ -211,7 +214,8 @@ class Worker:
                     with NOW.during(writer.WRITE_STAGE, unit.name):
                         return {"draft": self._write(unit, start, start_cpu)}
                 elif isinstance(stage, ModelStage):
-                    with NOW.during(stage.name, unit.name):
+                    with NOW.during(stage.name, unit.name), only_asked(stage, unit.images):
+                        regions = _count_live(unit)
                         reported = {"asked": self._ask(stage, unit), **self._report_model(stage)}
                 name = stage if isinstance(stage, str) else stage.name
                 cpu = time.process_time() - start_cpu
@@ -340,12 +344,15 @@ class Worker:
         for image in unit.images:
             for stage in stages:
                 start, start_cpu = time.perf_counter(), time.process_time()
-                regions[stage.name] += len(image.live())
-                try:
-                    with NOW.during(stage.name, unit.name, image.key):
-                        stage.run(image)
-                except Exception as error:  # noqa: BLE001 - an image that a filter trips over is a drop
-                    image.reject(Drop(stage.name, Reason.MODEL_ERROR, words_of(error)))
+                with only_asked(stage, [image]):
+                    regions[stage.name] += len(image.live())
+                    try:
+                        with NOW.during(stage.name, unit.name, image.key):
+                            stage.run(image)
+                    except BadRecord as bad:
+                        image.reject(failed_drop(stage, bad.reason, bad.detail), failures.kind_of(bad))
+                    except Exception as error:  # noqa: BLE001 - an image that a filter trips over is a drop
+                        image.reject(failed_drop(stage, Reason.MODEL_ERROR, words_of(error)))
                 seconds[stage.name] += time.perf_counter() - start
                 cpu[stage.name] += time.process_time() - start_cpu
         for stage in stages:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from typing import NamedTuple
 
 from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError
 from ..io import figure
+from ..stages.recipes import recipe_of
 from ..stages.registry import THRESHOLDS
 from .catalog import Catalog
 from .query import format_number
@@ -92,12 +95,13 @@ def read_distributions(
         moves: (lost, gained) regions with `tried`, by column and by the bins of `BIN_COLUMNS`.
     """
     found = catalog.remember(("distributions", subset), lambda: _bins(catalog, subset))
+    now = _deciding(config, subset)
     return [
         Distribution(
             name,
             title,
             _moved(found[name], name, (moves or {}).get(name, {})),
-            _lines(config, keys) if tried is None else _both_lines(config, tried, keys),
+            _lines(now, keys) if tried is None else _both_lines(now, _deciding(tried, subset), keys),
             name == "area",
         )
         for name, (title, keys) in _SHOWN.items()
@@ -105,15 +109,27 @@ def read_distributions(
     ]
 
 
-def _lines(config: BuildConfig, keys: Sequence[str], name: str = "") -> list[Line]:
+def _deciding(config: BuildConfig, subset: str) -> Callable[[str], BuildConfig]:
+    """The configuration that decides about a key for a subset: stages may have options of their own."""
+    own: dict[str, BuildConfig] = {}
+    with suppress(ConfigError):  # a recipe that only whoever built the corpus has
+        own = {key: stage.config for stage in recipe_of(config, subset) for key in stage.sections}
+    return lambda key: own.get(key.partition(".")[0], config)
+
+
+def _lines(deciding: Callable[[str], BuildConfig], keys: Sequence[str], name: str = "") -> list[Line]:
     values = {
-        key: config.masks.min_area_px if key == "masks.min_area_px" else THRESHOLDS[key].value(config)
+        key: deciding(key).masks.min_area_px
+        if key == "masks.min_area_px"
+        else THRESHOLDS[key].value(deciding(key))
         for key in keys
     }
     return [Line(key, value, name) for key, value in values.items() if value is not None]
 
 
-def _both_lines(config: BuildConfig, tried: BuildConfig, keys: Sequence[str]) -> list[Line]:
+def _both_lines(
+    config: Callable[[str], BuildConfig], tried: Callable[[str], BuildConfig], keys: Sequence[str]
+) -> list[Line]:
     """The present thresholds, and those that are tried where they differ."""
     now = _lines(config, keys, "now")
     same = {line[:2] for line in now}

@@ -11,9 +11,11 @@ from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse
 
 from ...schemas.config import BuildConfig
+from ...schemas.errors import ConfigError, IntegrityError
 from ..io import figure
 from ..io.confined import confine
 from ..sources.registry import subset_title
+from ..stages.recipes import stage_kinds
 from ..stages.registry import stage_title
 from . import charts, training
 from .catalog import Catalog
@@ -66,6 +68,13 @@ class Explorer:
     def config(self) -> BuildConfig:
         """The configuration of the last build; it is read again when other units are committed."""
         return self.catalog.remember("config", lambda: self.catalog.corpus.config)
+
+    def kinds(self, subset: str) -> dict[str, str]:
+        """The kind of each stage of a subset's recipe by its id; empty if the configuration cannot tell."""
+        try:
+            return stage_kinds(self.config, subset)
+        except (ConfigError, IntegrityError):
+            return {}
 
     def html(self, template: str, request: Request, status: int = 200, **values: Any) -> HTMLResponse:
         """The page that a template makes of some values."""

@@ -6,6 +6,7 @@ the scores in the ledger, and is the newest that does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,58 +19,81 @@ from ..io.store import store_of
 from ..io.tables import TableFile
 from ..stages.agreement import Resegmented
 from ..stages.base import ModelStage
+from ..stages.caption import Captioned
 from ..stages.category import Judged
 from ..stages.registry import STAGES
 
 
 class RegionEvidence(NamedTuple):
-    """The judge's answer about one region, and the segmenter's best mask.
+    """What the models said about one region.
 
     Attributes:
-        answer: "yes", "no", or the category in the judge's words; None if it was not asked.
+        captions: by the id of each stage that asked a captioner, if there are several; None of one that said
+            nothing.
+        answers: by the id of each stage that asked a judge: "yes", "no", or the category in its words.
         num_candidates: how many masks the segmenter found; None if it was not asked.
         mask: the one that overlaps the region most; None if there is none.
     """
 
-    answer: str | None = None
+    captions: dict[str, str | None] = {}
+    answers: dict[str, str] = {}
     num_candidates: int | None = None
     mask: Rle | None = None
 
 
-def read_evidence(out: Path, subset: str, rows: list[dict[str, Any]]) -> dict[int, RegionEvidence]:
+def read_evidence(
+    out: Path, subset: str, rows: list[dict[str, Any]], kinds: Mapping[str, str] | None = None
+) -> dict[int, RegionEvidence]:
     """The evidence of some regions of one image, by region.
 
     Args:
         out: the corpus.
         subset: of the image.
         rows: of the ledger, all of one image.
+        kinds: the kind of each stage of the subset's recipe by its id, in order; of stages that are not ours
+            nothing is shown. None is every stage of ours under its own name.
     """
+    kinds = kinds or {name: name for name in STAGES}
     by_region = {row["region"]: row for row in rows if row["region"] is not None}
     found: dict[int, RegionEvidence] = {region: RegionEvidence() for region in by_region}
     if not by_region:
         return found
     size = (rows[0]["image_height"], rows[0]["image_width"])
-    for stage in STAGES.values():
-        if not issubclass(stage, ModelStage) or stage.evidence not in (Judged, Resegmented):
-            continue
+    stages = {name: stage for name, kind in kinds.items() if (stage := _shown(kind, kinds)) is not None}
+    for name, stage in stages.items():
         done: set[int] = set()
-        for folder in _newest_first(out / subset / "evidence", stage.name):
+        is_alone = list(kinds.values()).count(kinds[name]) == 1  # else the ledger has the last one's scores
+        for folder in _newest_first(out / subset / "evidence", name):
             path = folder / f"{rows[0]['unit']}.parquet"
             for region, answer in _read_answers(path, rows[0]["key"], stage.evidence):
                 row = by_region.get(region)
-                if row is None or region in done or not stage.matches(answer, row):
+                if row is None or region in done or (is_alone and not stage.matches(answer, row)):
                     continue
                 done.add(region)
-                if isinstance(answer, Judged):
-                    found[region] = found[region]._replace(answer=answer.answer)
-                else:
-                    mask = answer.rle(size)
-                    found[region] = found[region]._replace(num_candidates=answer.num_candidates, mask=mask)
+                found[region] = _with_answer(found[region], name, answer, size)
     return found
 
 
+def _shown(kind: str, kinds: Mapping[str, str]) -> type[ModelStage] | None:
+    """The class of a stage whose answers are shown: a caption is, where it need not be that of the ledger."""
+    stage = STAGES.get(kind)
+    if stage is None or not issubclass(stage, ModelStage):
+        return None
+    if stage.evidence is Captioned:
+        return stage if list(kinds.values()).count(kind) > 1 else None
+    return stage if stage.evidence in (Judged, Resegmented) else None
+
+
+def _with_answer(found: RegionEvidence, name: str, answer: Any, size: tuple[int, int]) -> RegionEvidence:
+    if isinstance(answer, Captioned):
+        return found._replace(captions={**found.captions, name: answer.caption})
+    if isinstance(answer, Judged):
+        return found._replace(answers={**found.answers, name: answer.answer})
+    return found._replace(num_candidates=answer.num_candidates, mask=answer.rle(size))
+
+
 def _newest_first(folder: Path, stage: str) -> list[Path]:
-    names = [name for name in files.list_names(str(folder)) if name.startswith(f"{stage}-")]
+    names = [name for name in files.list_names(str(folder)) if name.rpartition("-")[0] == stage]
     store = store_of(folder)
     return sorted(
         (folder / name for name in names), key=lambda path: store.modified_s(str(path)), reverse=True

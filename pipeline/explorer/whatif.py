@@ -114,12 +114,25 @@ def changed_lines(config: BuildConfig, wanted: BuildConfig) -> str:
     return "\n".join([*top, *(["text:"] if inner else []), *(f"  {line}" for line in inner)])
 
 
-def has_recipe(config: BuildConfig, subset: str) -> bool:
-    """Whether a subset's stages are known: it may have left the configuration since it was built."""
+def can_try(config: BuildConfig, subset: str) -> bool:
+    """Whether the stored scores of a subset say what other thresholds would keep.
+
+    They do not where its stages are not known: it may have left the configuration since it was built, or have
+    a stage of the user's own. Nor where two stages write one score, where a vote or a fallback decides, or
+    where a caption was replaced after it was decided about.
+    """
     try:
-        return bool(recipe_of(config, subset))
+        recipe = recipe_of(config, subset)
     except ConfigError:
         return False
+    deciding = [stage for stage in recipe if stage.thresholds]
+    scores = [score for stage in deciding for score in stage.scores]
+    on_caption = [
+        number for number, stage in enumerate(recipe) if stage.thresholds and "caption" in stage.needs
+    ]
+    recaptioned = any("caption" in stage.gives for stage in recipe[min(on_caption, default=0) :])
+    is_plain = all(stage.within is None for stage in deciding)
+    return is_plain and len(scores) == len(set(scores)) and not (on_caption and recaptioned)
 
 
 def compare(
@@ -139,7 +152,8 @@ def compare(
     """
     kept = catalog.counts(subset).kept
     recipe = recipe_of(wanted, subset)
-    failing = _failing(recipe, config, wanted)
+    now = {stage.name: stage.config for stage in recipe_of(config, subset)}
+    failing = _failing(recipe, now)
     moves: dict[str, Tally] = {name: {} for name in BIN_COLUMNS}
     if not failing.sql or not kept:
         lost, examples = 0, []
@@ -151,7 +165,7 @@ def compare(
             moves[name] = {place: (number, 0) for place, number in (bins or {}).items()}
         rows = catalog.select(f"SELECT {_SHOWN} {chosen} {_ORDER} LIMIT {_EXAMPLES}", failing.args, subset)
         examples = [Example("lost", subset, *row) for row in rows]
-    passing = _may_pass(recipe, config, wanted)
+    passing = _may_pass(recipe, now)
     if not passing.sql or not catalog.units(subset):
         return Change(kept, lost, 0, 0, 0, moves), examples
     chosen = f"FROM LEDGERS WHERE NOT kept AND caption IS NOT NULL AND ({passing.sql})"
@@ -180,7 +194,7 @@ def contradicts(catalog: Catalog, subset: str, config: BuildConfig) -> bool:
     terms = []
     for stage in recipe_of(config, subset):
         for threshold in stage.thresholds:
-            now = threshold.value(config)
+            now = threshold.value(stage.config)
             if now is not None:
                 terms.append(f"kept AND {found.fails(threshold, now)}")
                 if isinstance(stage, ModelStage):
@@ -224,15 +238,15 @@ class _Condition:
         return f"${name}"
 
 
-def _failing(recipe: list[Stage], config: BuildConfig, wanted: BuildConfig) -> _Condition:
+def _failing(recipe: list[Stage], before: Mapping[str, BuildConfig]) -> _Condition:
     """True of kept regions that a changed threshold would drop."""
     found = _Condition()
-    changed = [each for stage in recipe for each in _changed(stage, config, wanted)]
+    changed = [each for stage in recipe for each in _changed(stage, before)]
     found.sql = " OR ".join(f"coalesce({found.fails(*each)}, false)" for each in changed)
     return found
 
 
-def _may_pass(recipe: list[Stage], config: BuildConfig, wanted: BuildConfig) -> _Condition:
+def _may_pass(recipe: list[Stage], before: Mapping[str, BuildConfig]) -> _Condition:
     """True of dropped regions that might be kept: their stage would let them pass, and models before it too.
 
     Whether the filters let them pass, the filters themselves say. A region that was dropped before a later
@@ -243,8 +257,8 @@ def _may_pass(recipe: list[Stage], config: BuildConfig, wanted: BuildConfig) -> 
     for number, stage in enumerate(recipe):
         if any(isinstance(later, ModelStage) for later in recipe[number + 1 :]):
             continue
-        for threshold, then in _changed(stage, config, wanted):
-            now = threshold.value(config)
+        for threshold, then in _changed(stage, before):
+            now = threshold.value(before[stage.name])
             looser = now is None or (then < now if threshold.is_least else then > now)
             if looser:
                 parts = [found.dropped_by(stage, threshold), found.passes(threshold, then)]
@@ -252,15 +266,16 @@ def _may_pass(recipe: list[Stage], config: BuildConfig, wanted: BuildConfig) -> 
                     parts.append(found.fails(threshold, now))
                 for earlier in recipe[:number]:
                     if isinstance(earlier, ModelStage):
-                        changed = _changed(earlier, config, wanted)
+                        changed = _changed(earlier, before)
                         parts += [f"NOT coalesce({found.fails(*each)}, false)" for each in changed]
                 terms.append(f"({' AND '.join(parts)})")
     found.sql = " OR ".join(terms)
     return found
 
 
-def _changed(stage: Stage, config: BuildConfig, wanted: BuildConfig) -> list[tuple[Threshold, float]]:
-    """The stage's thresholds that differ, with their wanted values."""
+def _changed(stage: Stage, before: Mapping[str, BuildConfig]) -> list[tuple[Threshold, float]]:
+    """The thresholds of a stage of the wanted recipe that differ, with their wanted values."""
+    config, wanted = before[stage.name], stage.config
     values = [(each, each.value(config), each.value(wanted)) for each in stage.thresholds]
     return [(each, then) for each, now, then in values if then is not None and then != now]
 

@@ -186,6 +186,7 @@ class Source(ABC, Generic[Options]):
         title: the kind's name for people.
         options_type: the model of its options; `Location` is the type of those that are paths.
         recipe: the recipe of a subset that names none; see `recipe_for`.
+        names_categories: whether its regions have a category; see `has_categories`.
         fixes: what to do about a problem, by the reason of a drop or by the kind of a note.
         paper_size: images and regions of this kind in the paper's corpus; None if it has none.
         checks_masks: whether all its masks come from `filters.rle`. Those of any other source are checked
@@ -199,6 +200,7 @@ class Source(ABC, Generic[Options]):
     title: ClassVar[str]
     options_type: ClassVar[type[SourceOptions]]
     recipe: ClassVar[str]
+    names_categories: ClassVar[bool] = True
     fixes: ClassVar[Mapping[str, str]] = {}
     paper_size: ClassVar[tuple[int, int] | None] = None
     checks_masks: ClassVar[bool] = False
@@ -216,6 +218,11 @@ class Source(ABC, Generic[Options]):
         """
         del options
         return cls.recipe
+
+    @classmethod
+    def has_categories(cls, options: Mapping[str, Any]) -> bool:
+        """Whether every region has a category, by the options. If not, a stage that needs one is refused."""
+        return cls.names_categories and cls.recipe_for(options) is not None
 
     @abstractmethod
     def places(self) -> list[str]:

@@ -118,8 +118,8 @@ def subset_title(subset: str) -> str:
     return find_source(subset).title if subset in SOURCES else subset
 
 
-def recipe_name(config: BuildConfig, subset: str) -> str:
-    """The recipe of a subset: the configured one, else the default of its kinds of source.
+def recipe_name(config: BuildConfig, subset: str) -> str | list[Any]:
+    """The recipe of a subset: the configured name or list, else the default of its kinds of source.
 
     Raises:
         ConfigError: its kinds have different defaults, or one is unknown.

@@ -74,6 +74,7 @@ class Sa1b(Source[Sa1bOptions]):
     title = "SA-1B"
     options_type = Sa1bOptions
     recipe = "identify"
+    names_categories = False
     paper_size = (83_000, 2_300_000)
     checks_masks = True
     fixes = PHOTO_FIXES | {

@@ -40,6 +40,9 @@ class AgreeWithSegmenter(ModelStage):
     """Predicts the masks of the core category and keeps a region that one of them overlaps enough."""
 
     name, title = "agree_with_segmenter", "agree with segmenter"
+    does = "lets the segmenter find the region by its category, and compares the masks"
+    needs = ("core_category",)
+    sections = ("min_iou",)
     reasons = (Reason.SEGMENTER_NONE, Reason.IOU_LOW)
     scores = ("iou", "segmenter_score")
     thresholds = (
@@ -53,7 +56,6 @@ class AgreeWithSegmenter(ModelStage):
         ),
     )
     protocol, evidence = "segmenter", Resegmented
-    reads = ("extract_category",)
 
     @property
     def settings(self) -> float:

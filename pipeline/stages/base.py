@@ -1,15 +1,16 @@
 """What a stage is: it takes the records of a unit and decides; it never deletes a region.
 
 A `FilterStage` decides from the records alone. A `ModelStage` asks a model for the evidence it lacks and
-decides from evidence alone. What a stage is without a configuration (its name, title, reasons, scores and
-thresholds) are class attributes, so that whoever shows a corpus finds them in the registry. An instance
-belongs to one configuration and travels to the workers as it is; the model itself is loaded there.
+decides from evidence alone. What a stage is without a configuration (its name, title, reasons, scores,
+thresholds, what it needs and gives) are class attributes, so that whoever shows a corpus finds them in the
+registry. An instance is one entry of a recipe: it has an id and options of its own, and travels to the
+workers as it is; the model itself is loaded there.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,10 +21,13 @@ from ...filters.verdict import Verdict
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
+from ...schemas.recipe import StageEntry
 from ...schemas.records import Drop, ImageRecord, Region
+from ...schemas.strict import Strict
 from ..io.failures import kind_of
 from ..models.registry import backend_identity, find_backend
 from .evidence import Answered, Evidence, EvidenceStore, digest, fingerprint
+from .options import take_options
 
 
 class Threshold(NamedTuple):
@@ -58,30 +62,72 @@ class Stage(ABC):
 
     Args:
         config: of the build.
-        earlier: the stages before this one in the recipe.
+        entry: of the recipe; None is the stage under its own name, without options.
+        read: for what it needs, the model stages before it whose answers that may be from.
+        where: what stands before the id in messages about this entry, such as "subsets.mine.recipe".
 
     Attributes:
-        name: as it lies on disk: in drops, events, the funnel and the names of evidence folders.
-        title: what people read.
+        name: of the class, its kind; of an instance, its id in the recipe. The id lies on disk: in drops,
+            events, the funnel and the names of evidence folders.
+        title: what people read of the kind; "" takes the name.
+        does: what it does, in a sentence that begins with a verb, for the dataset card.
+        needs: fields of a region that it looks at and that another stage or the source has to fill:
+            "caption", "category" or "core_category".
+        gives: fields of a region that it fills.
+        sections: keys of the configuration that are its options, unless the entry has its own. Of a section
+            without a backend, the keys of the section are the options.
+        options_type: further options, of a stage of the user's own; None has none.
+        version: of a stage of the user's own: raised when its code decides otherwise than before.
         reasons: the reasons for which it drops a region.
         scores: the scores that it writes; names of `schemas.records.SCORES`.
         thresholds: what it decides by. A filter stage names them only if it looks at nothing but captions:
             then the explorer can tell what other thresholds would keep.
         settings: what the decision (not the evidence) depends on; part of the recipe's digest.
+        kind: what `stage` says in the entry.
+        config: of the build, with the entry's options in the place of the build's.
+        options: of the type `options_type`; None without one.
+        given: the options that the entry has, checked and whole, by name.
+        within: the composite stage that it is a member of; None for most.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
+    name: str
+    title: ClassVar[str] = ""
+    does: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    gives: ClassVar[tuple[str, ...]] = ()
+    sections: ClassVar[tuple[str, ...]] = ()
+    options_type: ClassVar[type[Strict] | None] = None
+    version: ClassVar[int] = 1
     reasons: ClassVar[tuple[Reason, ...]] = ()
     scores: ClassVar[tuple[str, ...]] = ()
     thresholds: ClassVar[tuple[Threshold, ...]] = ()
 
-    def __init__(self, config: BuildConfig, earlier: Sequence[Stage] = ()):
-        self.config = config
+    def __init__(
+        self,
+        config: BuildConfig,
+        entry: StageEntry | None = None,
+        read: Mapping[str, Sequence[ModelStage]] = {},
+        where: str = "recipe",
+    ):
+        entry = entry or StageEntry(type(self).name, type(self).name)
+        self.name, self.kind = entry.id, entry.kind
+        self.within: Stage | None = None
+        taken = take_options(type(self), config, entry, where)
+        self.config, self.options, self.given = taken.config, taken.own, taken.given
 
     @property
     def settings(self) -> Any:
-        return None
+        if ":" not in self.kind:
+            return None
+        return [self.version, self.options and self.options.model_dump(mode="json")]
+
+    def identity(self) -> Any:
+        """What tells it from other stages in digests: its name, or its kind and its id if that is another."""
+        return self.name if self.name == self.kind else [self.kind, self.name]
+
+    def asks(self, member: str, region: Region) -> bool:
+        """Of a composite stage: whether a stage in it is asked about a region, by what was said before."""
+        raise NotImplementedError(f"{self.name} has no members")
 
     @abstractmethod
     def digest(self) -> str:
@@ -96,39 +142,46 @@ class FilterStage(Stage):
         """A verdict for each live region of the image, in order."""
 
     def digest(self) -> str:
-        return digest(self.name, self.settings)
+        return digest(self.identity(), self.settings)
 
     def run(self, image: ImageRecord) -> None:
         """Decide on the image's live regions."""
         live = image.live()
         if live:
             for region, verdict in zip(live, self.decide(image), strict=True):
-                apply_verdict(region, self.name, verdict)
+                apply_verdict(region, self, verdict)
 
 
 class ModelStage(Stage):
     """A stage that asks a model and decides from its answers, the evidence.
 
     Attributes:
-        protocol: "captioner", "judge" or "segmenter".
+        protocol: "captioner", "judge" or "segmenter". It is also the option that names a backend of its own.
         each: the method of a backend that batches by itself, which gives answers as they are ready; "" if the
             protocol has none.
         evidence: the struct of one answer.
-        reads: names of the model stages before this one whose answers its questions contain.
         sees_photo: whether the model looks at the photo, so that its answers hold for that photo alone.
         backend: which model, and the resources of its actors.
+        place: of the backend in the configuration: a key such as "judge", or the entry's option.
     """
 
     protocol: ClassVar[str]
     each: ClassVar[str] = ""
     evidence: ClassVar[type[Any]]
-    reads: ClassVar[tuple[str, ...]] = ()
     sees_photo: ClassVar[bool] = True
 
-    def __init__(self, config: BuildConfig, earlier: Sequence[Stage] = ()):
-        super().__init__(config, earlier)
-        self.backend: Backend = getattr(config, self.protocol)
-        self._read = [each for each in earlier if isinstance(each, ModelStage) and each.name in self.reads]
+    def __init__(
+        self,
+        config: BuildConfig,
+        entry: StageEntry | None = None,
+        read: Mapping[str, Sequence[ModelStage]] = {},
+        where: str = "recipe",
+    ):
+        super().__init__(config, entry, read, where)
+        self.backend: Backend = getattr(self.config, self.protocol)
+        has_own = self.protocol in self.given
+        self.place = f"{where}.{self.name}.{self.protocol}" if has_own else self.protocol
+        self._read = list(dict.fromkeys(each for need in self.needs for each in read.get(need, ())))
 
     @abstractmethod
     def question(self, region: Region) -> tuple:
@@ -169,7 +222,7 @@ class ModelStage(Stage):
             ConfigError: the backend cannot be imported, or its options or its checkpoint do not fit.
         """
         read = [stage.evidence_digest for stage in self._read]
-        return digest(self.name, backend_identity(self.protocol, self.backend), read)
+        return digest(self.identity(), backend_identity(self.protocol, self.backend), read)
 
     def digest(self) -> str:
         return digest(self.evidence_digest, self.settings)
@@ -179,12 +232,26 @@ class ModelStage(Stage):
         return EvidenceStore(folder / "evidence" / f"{self.name}-{self.evidence_digest}", self.evidence)
 
 
-def apply_verdict(region: Region, stage: str, verdict: Verdict) -> None:
-    """Write a verdict onto a region: its scores always, and a drop if it is one."""
+def apply_verdict(region: Region, stage: Stage, verdict: Verdict) -> None:
+    """Write a verdict onto a region: its scores always, and a drop if it is one.
+
+    The verdict of a member of a composite is noted; the composite decides.
+    """
     if verdict.scores:
         region.scores = {**region.scores, **verdict.scores}
-    if verdict.reason is not None:
-        region.drop = Drop(stage, verdict.reason, verdict.detail)
+    drop = None if verdict.reason is None else Drop(stage.name, verdict.reason, verdict.detail)
+    if stage.within is not None:
+        region.said = {**region.said, stage.name: drop}
+    elif drop is not None:
+        region.drop = drop
+
+
+def failed_drop(stage: Stage, reason: Reason, detail: str) -> Drop:
+    """The drop of a region that a stage could not decide on. That of a member is its composite's."""
+    while stage.within is not None:
+        detail = f"{stage.name}: {detail}"
+        stage = stage.within
+    return Drop(stage.name, reason, detail)
 
 
 PHOTO_CHANGED = "the photo changed while the build was running"
@@ -270,11 +337,11 @@ class UnitAnswers:
             for region in image.live():
                 evidence = self._find(image, region)
                 if evidence is not None:
-                    apply_verdict(region, self.stage.name, self.stage.decide(region, evidence))
+                    apply_verdict(region, self.stage, self.stage.decide(region, evidence))
                 else:
                     failure = self.region_failures.get((image.key, region.id))
                     failure = failure or self.image_failures[image.key]
-                    region.drop = Drop(self.stage.name, failure.reason, failure.detail)
+                    region.drop = failed_drop(self.stage, failure.reason, failure.detail)
                     image.failed = failure.kind or image.failed
 
     def _find(self, image: ImageRecord, region: Region) -> Any:

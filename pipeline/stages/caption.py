@@ -33,6 +33,8 @@ class Caption(ModelStage):
     """Describes each region, and drops those that the captioner has nothing to say about."""
 
     name, title = "caption", "caption"
+    does = "asks the captioner for a caption of each region"
+    gives = ("caption",)
     reasons = (Reason.CAPTION_NONE,)
     scores = ("confidence",)
     protocol, each, evidence = "captioner", "caption_each", Captioned
@@ -54,6 +56,7 @@ class Caption(ModelStage):
     def decide(self, region: Region, evidence: Captioned) -> Verdict:
         region.caption = evidence.caption
         sure = {} if evidence.confidence is None else {"confidence": evidence.confidence}
+        region.scores = {name: each for name, each in region.scores.items() if name != "confidence"}
         return category.captioned(evidence.caption)._replace(scores=sure)
 
     @classmethod

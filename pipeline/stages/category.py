@@ -30,9 +30,9 @@ class _JudgeStage(ModelStage):
     """What the two stages share: questions to the judge, and refusing answers outside their schema."""
 
     protocol, each, evidence = "judge", "ask_each", Judged
-    reads = ("caption",)
+    needs: ClassVar[tuple[str, ...]] = ("caption",)
     sees_photo = False
-    kind: ClassVar[str]
+    question_kind: ClassVar[str]
     """Of the question: "verify" or "extract"."""
 
     def ask(self, model: Judge, images: list[ImageRecord]) -> list[list[Judged | BadRecord]]:
@@ -59,7 +59,7 @@ class _JudgeStage(ModelStage):
                 yield number, found[number]
 
     def _question_to_judge(self, region: Region) -> Question:
-        return Question(self.kind, region.caption or "")
+        return Question(self.question_kind, region.caption or "")
 
     def _judged(self, given: Any) -> Judged | BadRecord:
         """An answer as evidence; one outside its schema is not kept, so that it can be asked for again."""
@@ -80,6 +80,9 @@ class VerifyCategory(_JudgeStage):
     """Asks whether the caption describes the annotated category."""
 
     name, title = "verify_category", "verify category"
+    does = "asks the judge whether the caption describes the annotated category"
+    needs = ("caption", "category")
+    sections = ("min_verdict_margin",)
     reasons = (Reason.CATEGORY_WRONG, Reason.ANSWER_INVALID)
     scores = ("verdict_margin",)
     thresholds = (
@@ -92,14 +95,14 @@ class VerifyCategory(_JudgeStage):
             "least margin of the judge's verdict",
         ),
     )
-    kind = "verify"
+    question_kind = "verify"
 
     @property
     def settings(self) -> float | None:
         return self.config.min_verdict_margin
 
     def question(self, region: Region) -> tuple:
-        return (self.kind, region.caption, region.category)
+        return (self.question_kind, region.caption, region.category)
 
     def decide(self, region: Region, evidence: Judged) -> Verdict:
         return category.judge_verdict(evidence.answer, evidence.margin, self.config.min_verdict_margin)
@@ -109,7 +112,7 @@ class VerifyCategory(_JudgeStage):
         return evidence.margin == row["verdict_margin"]
 
     def _question_to_judge(self, region: Region) -> Question:
-        return Question(self.kind, region.caption or "", region.category)
+        return Question(self.question_kind, region.caption or "", region.category)
 
     def _parse(self, answer: str) -> Verdict:
         return category.judge_verdict(answer)
@@ -119,11 +122,13 @@ class ExtractCategory(_JudgeStage):
     """Asks which category the caption describes."""
 
     name, title = "extract_category", "extract category"
+    does = "asks the judge which category the caption describes"
+    gives = ("core_category",)
     reasons = (Reason.CATEGORY_NONE, Reason.ANSWER_INVALID)
-    kind = "extract"
+    question_kind = "extract"
 
     def question(self, region: Region) -> tuple:
-        return (self.kind, region.caption)
+        return (self.question_kind, region.caption)
 
     def decide(self, region: Region, evidence: Judged) -> Verdict:
         region.core_category, verdict = category.core_category(evidence.answer)

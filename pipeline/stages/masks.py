@@ -15,6 +15,8 @@ class UsableMasks(FilterStage):
     """Drops masks that are too small, and masks of an object that a better mask shows already."""
 
     name, title = "usable_masks", "usable masks"
+    does = "drops masks that are too small, or duplicates of one with a better score or more area"
+    sections = ("masks",)
     reasons = (Reason.MASK_TOO_SMALL, Reason.MASK_DUPLICATE)
     scores = ("duplicate_iou",)
 
@@ -32,6 +34,8 @@ class WholeObjects(FilterStage):
     """Drops masks that are completely occluded, and masks of parts of a larger object."""
 
     name, title = "whole_objects", "whole objects"
+    does = "drops masks that are hidden behind others or are parts of a larger object"
+    sections = ("masks",)
     reasons = (Reason.MASK_OCCLUDED, Reason.MASK_PART)
     scores = ("visible_share", "container_share")
 
@@ -51,5 +55,6 @@ _measured: list[tuple[ImageRecord, masks.Overlaps]] = []
 def _measure_overlaps(image: ImageRecord) -> masks.Overlaps:
     """How the image's masks overlap, measured once for the stages that follow each other on one image."""
     if not _measured or _measured[0][0] is not image:
-        _measured[:] = [(image, masks.measure_overlaps(image.live()))]
+        undecided = [] if image.drop else [each for each in image.regions if each.drop is None]
+        _measured[:] = [(image, masks.measure_overlaps(undecided))]  # also those that another member sees
     return _measured[0][1]

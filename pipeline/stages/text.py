@@ -17,6 +17,9 @@ class CleanText(FilterStage):
     """Drops captions that are too short or too long, repeat themselves, or are no prose."""
 
     name, title = "clean_text", "clean text"
+    does = "drops captions that break the rules for text"
+    needs = ("caption",)
+    sections = ("text",)
     reasons = (
         Reason.TEXT_TOO_SHORT,
         Reason.TEXT_TOO_LONG,

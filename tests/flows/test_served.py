@@ -114,6 +114,42 @@ def test_a_served_build_loads_runs_and_sends_nothing_that_deploy_did_not_allow(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ("this:Stage", "subsets.mine.recipe.stage.stage"),
+        ({"stage": "antigravity:Stage", "id": "a"}, "subsets.mine.recipe.a.stage"),
+        (
+            {"vote": ["clean_text", ["whole_objects", {"stage": "this:S", "id": "a"}]]},
+            "subsets.mine.recipe.a",
+        ),
+        ({"stage": "caption", "captioner": {"name": "this:C"}}, "subsets.mine.recipe.caption.captioner.name"),
+        (
+            {"stage": "caption", "id": "b", "captioner": {"name": "gar", "options": {"engine": ENGINES[0]}}},
+            "subsets.mine.recipe.b.captioner.options.engine",
+        ),
+        (
+            {"stage": "verify_category", "judge": {"name": "openai", "options": SERVERS[0]}},
+            "subsets.mine.recipe.verify_category.judge.options.base_url",
+        ),
+    ],
+)
+def test_a_served_build_has_no_stage_and_no_backend_of_a_stage_that_was_not_allowed(
+    tmp_path, in_a_served_run, entry, named
+):
+    from paracaption.flows.build import build_corpus
+
+    before = set(sys.modules)
+    subsets = {"mine": {"sources": [{"source": "sa1b", "paths": ["x.tar"]}], "recipe": [entry]}}
+    config = BuildConfig.model_validate({"out": str(tmp_path / "out"), "subsets": subsets})
+    with pytest.raises(ConfigError, match="not allowed in a served flow") as refused:
+        build_corpus.fn(config)
+    assert str(refused.value).startswith(named)
+    assert not {"this", "antigravity"} & (set(sys.modules) - before)
+    allowed = {"this:Stage", "antigravity:Stage", "this:S", "this:C", "evil.Worker", SERVERS[0]["base_url"]}
+    served.refuse(config, None, allowed)
+
+
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_a_served_run_connects_to_no_cluster_of_its_callers(tmp_path, in_a_served_run, address):
     from paracaption.flows.build import build_corpus

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ....schemas.errors import ConfigError
+from ..gpus import MANY_POOLS
 from .pools import Pool
 
 _EPS = 1e-9
@@ -50,7 +51,9 @@ def allocate_actors(
         found = _balance_some(with_gpus, work_s, [pool.num_gpus for pool in pools], budget, least, most)
         if found is None:
             needed = ", ".join(f"{pools[i].name}: {least[i]} x {pools[i].num_gpus:g}" for i in with_gpus)
-            raise ConfigError(f"{budget:g} GPUs do not hold the smallest pools ({needed}): add GPUs")
+            raise ConfigError(
+                f"{budget:g} GPUs do not hold the smallest pools ({needed}): add GPUs, or {MANY_POOLS}"
+            )
         actors |= found
     if with_gpus and cpus is None:
         slowest_s = max(work_s[i] / actors[i] for i in with_gpus)

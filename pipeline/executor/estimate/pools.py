@@ -17,14 +17,14 @@ class Pool(msgspec.Struct, frozen=True):
     Attributes:
         name: its model stages joined by "+", or else "source" or "write".
         stages: the names of all its stages, in order.
-        protocols: the protocols of its model stages, in order.
+        places: where the backends of its model stages stand in the configuration, in order.
         num_gpus, num_cpus: what one actor holds.
         min_actors, max_actors: bounds from the configuration.
     """
 
     name: str
     stages: tuple[str, ...]
-    protocols: tuple[str, ...]
+    places: tuple[str, ...]
     num_gpus: float
     num_cpus: float
     min_actors: int
@@ -43,7 +43,7 @@ def find_pools(config: BuildConfig, subset: str) -> list[Pool]:
             Pool(
                 name=name or (names[0] if names[0] == SOURCE_STAGE else names[-1]),
                 stages=names,
-                protocols=tuple(stage.protocol for stage in models),
+                places=tuple(stage.place for stage in models),
                 num_gpus=float(resources["num_gpus"]),
                 num_cpus=float(resources["num_cpus"]),
                 min_actors=resources["concurrency"][0],

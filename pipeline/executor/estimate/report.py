@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ....schemas.config import BuildConfig
+from ...stages.recipes import used_backends
 from .predict import Estimate, SubsetEstimate, estimate_build
 from .rates import Rates
 from .sizes import Size
@@ -73,9 +74,9 @@ def suggest_concurrency(estimate: Estimate) -> str:
     lines = []
     for subset in estimate.subsets:
         words = [
-            f"{protocol} [{each.actors}, {each.actors}]"
+            f"{place.removeprefix(f'subsets.{subset.subset}.recipe.')} [{each.actors}, {each.actors}]"
             for each in subset.pools
-            for protocol in dict.fromkeys(each.pool.protocols)
+            for place in dict.fromkeys(each.pool.places)
         ]
         lines.append(f"{subset.subset}: {', '.join(words)}")
     if len({line.partition(": ")[2] for line in lines}) > 1:
@@ -110,17 +111,21 @@ def find_caveats(
                 "costs per image and per region are told apart only roughly"
             )
     if pilot is not None:
-        for protocol in ("captioner", "judge", "segmenter"):
-            then, now = getattr(pilot, protocol), getattr(config, protocol)
+        before = used_backends(pilot)
+        for place, (_, now) in used_backends(config).items():
+            if place not in before:
+                caveats.append(f"{place}: the pilot's recipes do not ask this model")
+                continue
+            _, then = before[place]
             same = ("name", "num_gpus", "num_cpus")
             if any(getattr(then, key) != getattr(now, key) for key in same):
                 caveats.append(
-                    f"{protocol}: the pilot ran {then.name} (num_gpus {then.num_gpus:g}, num_cpus "
+                    f"{place}: the pilot ran {then.name} (num_gpus {then.num_gpus:g}, num_cpus "
                     f"{then.num_cpus:g}), but the estimate is for {now.name} (num_gpus {now.num_gpus:g}, "
                     f"num_cpus {now.num_cpus:g})"
                 )
             elif then.options != now.options:
-                caveats.append(f"{protocol}: its options are not those of the pilot")
+                caveats.append(f"{place}: its options are not those of the pilot")
     return caveats
 
 

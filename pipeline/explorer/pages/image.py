@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -14,7 +13,7 @@ from fastapi.responses import HTMLResponse, Response
 from ....schemas.errors import BadRecord, IntegrityError
 from ....schemas.records import Rle
 from ..catalog import ImagePlace
-from ..context import CACHED, CurrentExplorer
+from ..context import CACHED, CurrentExplorer, Explorer
 from ..evidence import read_evidence
 from ..pictures import MOST_DRAWN, NotShown, draw_layers, outline
 from ..query import MEASURES, Query
@@ -36,7 +35,7 @@ def show_image(request: Request, explorer: CurrentExplorer, subset: str, key: st
     here = here or ImagePlace(subset, rows[0]["unit"], key, rows[0]["file_row_number"], 0)
     earlier = catalog.page(within, before=here, limit=1).images
     later = catalog.page(within, after=here, limit=1).images
-    drawn = draw_regions(catalog.out, rows)
+    drawn = draw_regions(explorer, rows)
     reviewer = unquote(request.cookies.get(REVIEWER, ""))
     reviews = explorer.reviews.of_image(subset, key)
     asked: list[int] = []
@@ -79,18 +78,19 @@ def send_thumb(explorer: CurrentExplorer, subset: str, key: str, r: str = "") ->
     return _picture(lambda: explorer.pictures.thumb(subset, key, regions))
 
 
-def draw_regions(out: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def draw_regions(explorer: Explorer, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a template needs to show some regions of one image.
 
     Args:
-        out: the corpus.
+        explorer: of the corpus.
         rows: of the ledger, all of one image.
 
     Returns:
         `evidence` by region, `layers` (their masks as SVG), and `predicted` (the segmenter's masks as SVG
         paths, by region).
     """
-    evidence = read_evidence(out, rows[0]["subset"], rows)
+    subset = rows[0]["subset"]
+    evidence = read_evidence(explorer.catalog.out, subset, rows, explorer.kinds(subset))
     drawn: dict[str, Any] = {"evidence": evidence, "layers": [], "predicted": {}}
     size = (rows[0]["image_height"], rows[0]["image_width"])
     with contextlib.suppress(BadRecord):  # masks that cannot be read are listed without being drawn

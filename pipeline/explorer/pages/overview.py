@@ -8,8 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
 from ...corpus.utilization import read_utilization
-from ...stages.base import ModelStage, Stage
-from ...stages.registry import STAGES
+from ...stages.recipes import gpus_of_stages
 from ..charts import Chart, draw_chart, read_distributions
 from ..context import CurrentExplorer, Explorer
 
@@ -49,9 +48,9 @@ def summarize_stages(explorer: Explorer, subset: str) -> list[dict[str, Any]]:
 
     def summarize() -> list[dict[str, Any]]:
         rows = []
+        held = gpus_of_stages(explorer.config, subset)
         for name, stage in read_utilization(explorer.catalog.out, subset).items():
-            kind = STAGES.get(name, Stage)
-            gpus = getattr(explorer.config, kind.protocol).num_gpus if issubclass(kind, ModelStage) else 0.0
+            gpus = held.get(name, 0.0)
             seconds = {"gpu_held_s": stage.alive_s * gpus, "gpu_busy_s": stage.busy_s * gpus}
             rows.append({"name": name, "stage": stage, **seconds})
         return rows

@@ -47,7 +47,7 @@ def show_next(
         if row is None:
             raise ConfigError(f"{subset}/{key}: no region {region}")
         decision = decision_of(row)
-        drawn = draw_regions(catalog.out, [row])
+        drawn = draw_regions(explorer, [row])
         own = reviews.of_image(subset, key).get(region, [])
         review = next((each for each in own if each.reviewer == reviewer), None)
     precisions, num_void = reviews.precision()

@@ -42,7 +42,7 @@ def _compare(explorer: Explorer, params: Mapping[str, str]) -> dict[str, Any]:
     changes = {
         name: whatif.compare(catalog, name, config, wanted, exact="exact" in params)
         for name in catalog.subsets()
-        if whatif.has_recipe(config, name)
+        if whatif.can_try(config, name)
     }
     moved = {key for key in values if THRESHOLDS[key].value(wanted) != THRESHOLDS[key].value(config)}
     charts = [

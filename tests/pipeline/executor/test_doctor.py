@@ -22,6 +22,7 @@ from paracaption.pipeline.executor.doctor import Node
 from paracaption.pipeline.executor.findings import FAIL, OK, WARN, Finding, render_findings
 from paracaption.pipeline.executor.gpus import Gpu
 from paracaption.pipeline.models import registry
+from paracaption.pipeline.stages.recipes import used_backends
 from paracaption.schemas.config import Backend, BuildConfig
 from tests.building import config_of
 from tests.chat_server import Reply, serving
@@ -333,4 +334,4 @@ def test_a_cluster_that_does_not_answer_is_a_line_and_the_rest_is_still_checked(
 
 def test_the_protocols_of_both_subsets_are_checked(tmp_path, release):
     both = config_of(tmp_path / "out", coconut=release, sa1b={"paths": ["/x.tar"]})
-    assert preflight.used_protocols(both) == ["captioner", "judge", "segmenter"]
+    assert list(used_backends(both)) == ["captioner", "judge", "segmenter"]

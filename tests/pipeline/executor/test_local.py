@@ -116,7 +116,7 @@ def test_more_gpus_than_one_are_refused_with_each_stages_share(tmp_path, coconut
     config = config_of(tmp_path / "out", coconut=coconut)
     config = with_backend(config, "captioner", num_gpus=0.7)
     LocalEngine().check(with_backend(config, "judge", num_gpus=0.3))
-    told = r"ask for 1\.2 GPUs together \(captioner 0\.7, judge 0\.5\), the local engine has 1; lower"
+    told = r"ask for 1\.2 GPUs together \(caption 0\.7, verify_category 0\.5\), the local engine has 1; give"
     with pytest.raises(ConfigError, match=told):
         build(with_backend(config, "judge", num_gpus=0.5))
     assert not (tmp_path / "out").exists()
@@ -125,7 +125,7 @@ def test_more_gpus_than_one_are_refused_with_each_stages_share(tmp_path, coconut
 def test_a_gpu_where_there_is_none_is_refused(tmp_path, coconut, monkeypatch):
     monkeypatch.setattr(gpus, "list_gpus", lambda: [])
     config = with_backend(config_of(tmp_path / "out", coconut=coconut), "captioner", num_gpus=1)
-    with pytest.raises(ConfigError, match=r"1 GPUs together \(captioner 1, judge 0\).* has 0;"):
+    with pytest.raises(ConfigError, match=r"1 GPUs together \(caption 1, verify_category 0\).* has 0;"):
         build(config)
 
 

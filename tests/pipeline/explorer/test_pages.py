@@ -50,7 +50,12 @@ def test_the_image_page_has_the_evidence_of_each_stage(client, out, catalog):
     [[iou]] = rle.iou([answers.mask], [Rle(size, row["rle_counts"])])
     assert iou == pytest.approx(row["iou"])
     page = client.get(f"/image/sa1b/{row['key']}").text
-    for text in (row["caption"], f"IoU {row['iou']:.3g}", f"Judge: {answers.answer}", row["core_category"]):
+    for text in (
+        row["caption"],
+        f"IoU {row['iou']:.3g}",
+        f"Judge: {answers.answers['extract_category']}",
+        row["core_category"],
+    ):
         assert html.escape(text) in page
     assert f'data-predicted="{row["region"]}"' in page
 

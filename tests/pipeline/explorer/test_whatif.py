@@ -100,8 +100,9 @@ def test_what_is_no_threshold_or_no_value_is_refused(out):
 def test_what_a_later_model_would_still_have_to_say_is_not_counted(out):
     config = reader.read_config(out)
     wanted = whatif.change_config(config, {"min_verdict_margin": -2.0, "min_iou": 0.1, "text.min_words": 1})
-    stages = [STAGES[name](config) for name in ("verify_category", "agree_with_segmenter", "clean_text")]
-    values = set(whatif._may_pass(stages, config, wanted).args.values())
+    stages = [STAGES[name](wanted) for name in ("verify_category", "agree_with_segmenter", "clean_text")]
+    before = {stage.name: config for stage in stages}
+    values = set(whatif._may_pass(stages, before).args.values())
     assert {"agree_with_segmenter", "clean_text"} <= values and "verify_category" not in values
 
 

@@ -1,6 +1,7 @@
 import pytest
 
 from paracaption.pipeline.stages.base import FilterStage, ModelStage
+from paracaption.pipeline.stages.composite import COMPOSITES
 from paracaption.pipeline.stages.recipes import RECIPES, build_recipe, recipe_of
 from paracaption.pipeline.stages.registry import STAGES, THRESHOLDS, stage_title
 from paracaption.schemas.config import BuildConfig
@@ -20,7 +21,8 @@ def test_every_score_is_written_by_a_stage():
 
 
 def test_every_reason_that_is_no_error_and_not_the_sources_is_a_stages():
-    reasons = {reason for stage in STAGES.values() for reason in stage.reasons}
+    reasons = {reason for stage in (STAGES | COMPOSITES).values() for reason in stage.reasons}
+    reasons.add(Reason.OWN_RULE)
     names = [reason.value for reason in reasons - ERRORS]
     known = [reason.value for reason in Reason]
     assert sorted(names) == sorted(known[known.index("mask_too_small") : known.index("model_error")])
