@@ -16,6 +16,7 @@ _PLACEHOLDERS = {
     "coconut": {"annotations": "[panoptic.json]", "labels": "labels", "photos": "[photos]"},
     "sa1b": {"paths": '["sa_*.tar"]'},
     "masks": {"photos": "[photos]", "masks": "masks", "names": "names.csv"},
+    "webdataset": {"paths": '["shards/*.tar"]'},
     "coco": {"annotations": "[instances.json]", "photos": "[photos]"},
 }
 """What stands for the paths of a source, by its kind and key, until they are replaced."""

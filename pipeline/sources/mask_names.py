@@ -63,7 +63,7 @@ def read_names(url: str, setting: str, classes: dict[str, Class]) -> list[Named]
     Args:
         url: a CSV with a header, or JSON lines.
         setting: the configuration's name for it.
-        classes: by code, such as "/m/01yrx" or "17"; a category that is none of the codes is its own name.
+        classes: by code, such as "/m/01yrx" or "17"; a category without such a code is its own name.
 
     Raises:
         ConfigError: the file is missing, is neither, or has no column that says what a line is about.

@@ -15,12 +15,14 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Credit, ImageRecord, Region
 from ...schemas.strict import Location
-from ..io import failures, files, mask_images, photos
-from . import file_names, label_maps
+from ..io import files, mask_images
+from ..io.photos import Header
+from . import file_names
 from .common import PHOTO_FIXES, read_header, refuse
 from .instances import Choice
 from .mask_files import PhotoNames
 from .mask_names import Class, Named, read_classes, read_names
+from .mask_reading import check_size, read_mask, read_values
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 
@@ -177,7 +179,7 @@ class Masks(Source[MasksOptions]):
 
     def fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
         where = f"masks of {entry.file_name or entry.key}"
-        _check_size(len(entry.record), limits, where)
+        check_size(len(entry.record), limits, where)
         pieces = _RECORD.decode(entry.record).pieces
         if self.options.layout == "indexed" and entry.drop is None:
             self._fill_indexed(image, entry, pieces, limits, notes)
@@ -189,10 +191,7 @@ class Masks(Source[MasksOptions]):
         header = read_header(image, entry, limits, notes)
         for region, piece in zip(image.regions, pieces, strict=True):
             if region.drop is None:
-                try:
-                    _read_file(region, piece, header, limits, notes)
-                except BadRecord as error:
-                    region.drop = drop(error.reason, error.detail)
+                _place_mask(region, piece, header, limits, notes)
 
     def _fill_indexed(
         self, image: ImageRecord, entry: CatalogEntry, pieces: list[Piece], limits: Limits, notes: list[Note]
@@ -200,8 +199,7 @@ class Masks(Source[MasksOptions]):
         header = read_header(image, entry, limits, notes)
         assert entry.annotation is not None, "an image without an indexed image has a drop"
         name = str(entry.annotation)
-        values = _decode(entry.annotation, lambda data: label_maps.read_values(data, name), limits)
-        values = _fit(values, header, name, notes)
+        values = read_values(entry.annotation, header, limits, notes)
         found = np.setdiff1d(np.unique(values), self.options.background)
         if len(found) > limits.max_masks:
             detail = f"{name}: {len(found)} values; limits.max_masks is {limits.max_masks}"
@@ -386,66 +384,13 @@ def _place_lines(
             lost.setdefault(line.photo or line.mask, ([], doubt))[0].append(piece)
 
 
-def _check_size(length: int, limits: Limits, where: str) -> None:
-    if length > limits.max_record_bytes:
-        detail = f"{where}: {length} bytes; limits.max_record_bytes is {limits.max_record_bytes}"
-        raise BadRecord(Reason.ANNOTATION_UNREADABLE, detail)
-
-
-def _read_file(
-    region: Region, piece: Piece, header: photos.Header, limits: Limits, notes: list[Note]
-) -> None:
-    """Give a region the mask of its own file.
-
-    Raises:
-        BadRecord: the file cannot be read, or is no mask of this photo.
-    """
+def _place_mask(region: Region, piece: Piece, header: Header, limits: Limits, notes: list[Note]) -> None:
+    """Give a region the mask of its own file, or a drop."""
     if not piece.url:
         detail = f"{piece.name}: not in the folders of `masks`; put it there"
-        raise BadRecord(Reason.LABELS_UNREADABLE, detail)
-    most = min(limits.max_pixels, photos.MAX_PIXELS)
-    mask = _decode(Blob(piece.url), lambda data: mask_images.decode_mask_image(data, piece.url, most), limits)
-    fitted = _fit(mask, header, piece.url, notes, region.id)
-    if not fitted.any():
-        raise BadRecord(Reason.MASK_EMPTY, f"{piece.url}: no pixel is left at the photo's size")
-    region.rle, region.area, region.bbox = rle.from_mask(fitted)
-
-
-def _decode(blob: Blob, decode: Any, limits: Limits) -> np.ndarray:
-    """What `decode` makes of a file; read again if it does not decode.
-
-    Raises:
-        BadRecord: it cannot be read or decoded.
-    """
-    reason = Reason.LABELS_UNREADABLE
-
-    def decoded(data: bytes) -> np.ndarray:
-        try:
-            return decode(data)
-        except mask_images.UnusableMask as error:
-            raise BadRecord(error.reason, str(error)) from error
-
+        region.drop = drop(Reason.LABELS_UNREADABLE, detail)
+        return
     try:
-        _check_size(files.fetch_size(blob), limits, str(blob))
-        return files.decoded(lambda: files.fetch(blob), decoded)
-    except OSError as error:
-        raise failures.to_failure(error, reason, reason, "fetch it again", str(blob)) from error
-
-
-def _fit(
-    mask: np.ndarray, header: photos.Header, name: str, notes: list[Note], region: int | None = None
-) -> np.ndarray:
-    """A mask at the size of its photo.
-
-    Raises:
-        BadRecord: SIZE_MISMATCH.
-    """
-    size = (header.height, header.width)
-    try:
-        fitted = mask_images.fit_mask(mask, size, name)
-    except mask_images.UnusableMask as error:
-        raise BadRecord(error.reason, str(error)) from error
-    if fitted is not mask:
-        detail = f"{name}: {mask.shape[1]}x{mask.shape[0]}, photo {size[1]}x{size[0]}"
-        notes.append(Note("mask_resized", detail, region))
-    return fitted
+        region.rle, region.area, region.bbox = read_mask(Blob(piece.url), header, limits, notes, region.id)
+    except BadRecord as error:
+        region.drop = drop(error.reason, error.detail)

@@ -23,6 +23,7 @@ SOURCES = {
     "sa1b": "paracaption.pipeline.sources.sa1b:Sa1b",
     "coco": "paracaption.pipeline.sources.coco:Coco",
     "masks": "paracaption.pipeline.sources.masks:Masks",
+    "webdataset": "paracaption.pipeline.sources.webdataset:WebDataset",
 }
 """Kind, as the configuration names it, -> its class."""
 

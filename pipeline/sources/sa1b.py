@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,15 +12,15 @@ from ...filters import rle
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
-from ...schemas.records import Blob, Credit, Drop, ImageRecord, Region
+from ...schemas.records import Blob, Credit, ImageRecord, Region
 from ...schemas.strict import Location
 from ..io import failures, files
-from ..io.file_kinds import what_is
 from . import coco_json, file_names
 from .common import PHOTO_FIXES, declared_size, read_header, refuse
 from .credits import read_credit
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 from .sa1b_pairs import Groups
+from .tars import TAR_FIXES, Member, list_members
 
 
 class _Size(msgspec.Struct):
@@ -45,19 +44,8 @@ class _Pair(msgspec.Struct):
     annotations: list[_Annotation] = []
 
 
-_HEADER_BLOCK = 16 << 10
-"""Bytes asked of an object store for a tar's header; the next one is a photo away."""
-
 _SIZE = msgspec.json.Decoder(_Size)
 _PAIR = msgspec.json.Decoder(_Pair)
-
-
-class _Member(NamedTuple):
-    """A file of a tar or folder; `drop` says why it cannot be used."""
-
-    name: str
-    blob: Blob | None
-    drop: Drop | None = None
 
 
 class Sa1bOptions(SourceOptions):
@@ -77,13 +65,7 @@ class Sa1b(Source[Sa1bOptions]):
     names_categories = False
     paper_size = (83_000, 2_300_000)
     checks_masks = True
-    fixes = PHOTO_FIXES | {
-        "area_differs": "the mask's own area counts",
-        "other_file": "not read",
-        "tar_after_end": "not read; fetch the tar again if it should hold more",
-        "tar_without_end": "the tar may have been cut between two members; "
-        "compare its size with the publisher's",
-    }
+    fixes = PHOTO_FIXES | TAR_FIXES | {"area_differs": "the mask's own area counts"}
 
     def places(self) -> list[str]:
         return self.options.paths
@@ -128,74 +110,28 @@ class Sa1b(Source[Sa1bOptions]):
     def _list(self, catalog: Catalog, folder: str) -> file_names.Listing:
         return catalog.list_folder(folder, f"{self.where}.paths")
 
-    def _folder(self, folder: str, catalog: Catalog) -> Iterator[_Member]:
+    def _folder(self, folder: str, catalog: Catalog) -> Iterator[Member]:
         names = self._list(catalog, folder).names or []
         endings = {file_names.ending(name) for name in names}
         if ".tar" in endings and endings.isdisjoint((".json", *file_names.PHOTO_ENDINGS)):
             raise ConfigError(f"{self.where}.paths: {folder} is a folder of tars; give {folder}/*.tar")
         for name in names:
             if file_names.is_text(name):
-                yield _Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
+                yield Member(name, Blob(f"{folder.rstrip('/')}/{name}"))
                 continue
             shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             detail = f"{folder}: {name!a}: the name is not UTF-8; rename it"
-            yield _Member(shown, None, drop(Reason.UNSAFE_NAME, detail))
+            yield Member(shown, None, drop(Reason.UNSAFE_NAME, detail))
 
 
-def _tar(url: str, notes: list[Note]) -> Iterator[_Member]:
-    """The members of a tar, from its headers alone. What is cut or broken becomes a member with a drop.
-
-    Raises:
-        ConfigError: nothing in it can be read.
-    """
-    found = 0
-    try:
-        with files.open_url(url, _HEADER_BLOCK) as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            archive = _opened(file)
-            after_end = None
-            while True:
-                if (member := _next(archive)) is None:
-                    if (following := _after_zeros(archive.offset, file)) is None:
-                        break
-                    after_end, archive.offset = archive.offset, following
-                    continue
-                after_end = None
-                vars(archive)["members"].clear()  # a tar of SA-1B has 22,000, which tarfile would keep
-                found += 1
-                if not member.isdir():
-                    yield _checked(member, url, size)
-            broken = None if after_end is not None else _broken_at(archive, file, size)
-            if after_end is not None:
-                what = f"the {size - archive.offset} bytes from byte {archive.offset} on are not read"
-                notes.append(Note("tar_after_end", f"{url}: the tar ends at byte {after_end}; {what}"))
-            if archive.offset == size:
-                detail = f"{url}: ends at byte {size} without an end mark"
-                notes.append(Note("tar_without_end", detail))
-    except tarfile.TarError as error:
-        start = b"" if found else files.fetch(Blob(url), 0, 64)
-        if start and file_names.ending(url) == ".json":
-            folder = url.rpartition("/")[0]
-            raise ConfigError(f"{url}: not a tar, but one file of a folder; give {folder}") from error
-        if start.startswith(b"\x1f\x8b"):
-            raise ConfigError(f"{url}: gzipped; unpack it with gunzip, members are read by offset") from error
-        if start and (words := what_is(start, "tar")):
-            raise ConfigError(f"{url}: not a tar: {words}") from error
-        raise ConfigError(f"{url}: not a readable tar ({error}); fetch it again") from error
-    if broken is not None:
-        if not found:
-            raise ConfigError(f"{url}: broken at byte {broken}, no member can be read; fetch it again")
-        detail = f"{url}: broken at byte {broken}; what follows cannot be read; fetch the tar again"
-        yield _Member(
-            f"{file_names.stem(url)}-from-byte-{broken}.json",
-            None,
-            drop(Reason.ANNOTATION_UNREADABLE, detail),
-        )
+def _tar(url: str, notes: list[Note]) -> Iterator[Member]:
+    if file_names.ending(url) == ".json":
+        raise ConfigError(f"{url}: not a tar, but one file of a folder; give {url.rpartition('/')[0]}")
+    return list_members(url, notes)
 
 
 def _pairs(
-    url: str, members: Iterable[_Member], catalog: Catalog, across: dict[str, _Member]
+    url: str, members: Iterable[Member], catalog: Catalog, across: dict[str, Member]
 ) -> Iterator[CatalogEntry]:
     groups = Groups(members)
     for name in groups.others:
@@ -215,10 +151,10 @@ class _Placed(NamedTuple):
     """A member of one of several folders, whose name has the folder in it."""
 
     name: str
-    member: _Member
+    member: Member
 
 
-def _pairs_across(folders: dict[str, list[_Member]]) -> dict[str, _Member]:
+def _pairs_across(folders: dict[str, list[Member]]) -> dict[str, Member]:
     """The partners, by place, of photos and JSONs that are alone in their own folder."""
     if len(folders) < 2:
         return {}
@@ -228,79 +164,12 @@ def _pairs_across(folders: dict[str, list[_Member]]) -> dict[str, _Member]:
     return found | {text.name: picture.member for picture, text in pairs}
 
 
-def _place(member: _Member) -> str:
+def _place(member: Member) -> str:
     return member.name if member.blob is None else member.blob.url
 
 
-def _opened(file: Any) -> tarfile.TarFile:
-    """The archive, with its first header read.
-
-    Raises:
-        tarfile.TarError: it is not a tar.
-    """
-    try:
-        return tarfile.open(fileobj=file, mode="r:", errorlevel=0)
-    except (ValueError, EOFError, OverflowError) as error:
-        raise tarfile.ReadError(str(error)) from error
-
-
-def _next(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """The next header; None where headers end or break, which `_broken_at` tells apart."""
-    try:
-        return archive.next()
-    except (tarfile.TarError, ValueError, EOFError, OverflowError):
-        return None
-
-
-def _after_zeros(start: int, file: Any) -> int | None:
-    """Where something follows a tar's end mark, as in tars after one another; None if nothing does."""
-    file.seek(start)
-    at = start
-    while block := file.read(tarfile.BLOCKSIZE):
-        if block.strip(b"\0"):
-            return at if at > start else None
-        at += len(block)
-    return None
-
-
-def _broken_at(archive: tarfile.TarFile, file: Any, size: int) -> int | None:
-    """Where a tar stops being one; None if it ends as it should, in zeros.
-
-    Also None if the data of its last member is cut: that member has its own drop by then.
-    """
-    file.seek(archive.offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) == tarfile.BLOCKSIZE and not block.strip(b"\0"):
-        return None
-    return None if archive.offset >= size else archive.offset
-
-
-def _checked(member: tarfile.TarInfo, url: str, size: int) -> _Member:
-    name = member.name
-    while name.startswith("./"):
-        name = name[2:]
-    where = f"{url}: member {name!r}"
-    reason = Reason.ANNOTATION_UNREADABLE if file_names.ending(name) == ".json" else Reason.PHOTO_UNREADABLE
-    if not file_names.is_safe(name):
-        return _Member(
-            name, None, drop(Reason.UNSAFE_NAME, f"{where}: {file_names.why_unsafe(name)}; not opened")
-        )
-    if member.issym() or member.islnk():
-        return _Member(
-            name,
-            None,
-            drop(Reason.UNSAFE_NAME, f"{where}: is a link, which is not followed; put the file itself there"),
-        )
-    if not member.isreg() or member.sparse is not None:
-        return _Member(name, None, drop(reason, f"{where}: not a plain file"))
-    if member.offset_data + member.size > size:
-        detail = f"cut short at byte {size} of the tar, {member.offset_data + member.size} needed"
-        return _Member(name, None, drop(reason, f"{where}: {detail}; fetch the tar again"))
-    return _Member(name, Blob(url, member.offset_data, member.size))
-
-
 def _entry(
-    url: str, key: str, again: bool, picture: _Member | None, text: _Member | None, doubt: str
+    url: str, key: str, again: bool, picture: Member | None, text: Member | None, doubt: str
 ) -> CatalogEntry:
     photo = None if picture is None else picture.blob
     annotation = None if text is None else text.blob
