@@ -68,16 +68,16 @@ def audit(
     """Read the sources without a model, and report every problem. Exit code 1 if no region is usable."""
     from ...pipeline.config_file import load_config
     from ...pipeline.corpus.work_list import find_work_list, leave_out
-    from ...pipeline.executor.audit import AuditReport, AuditResult, audit_subset
+    from ...pipeline.executor.audit import AuditReport, AuditResult, SharedPhotos, audit_subset
     from ...pipeline.sources.registry import open_source
 
     loaded = load_config(config, changes or ())
-    total, reports = AuditResult(), {}
+    total, reports, shared = AuditResult(), {}, SharedPhotos()
     for subset in loaded.subsets:
         source = open_source(loaded, subset)
         source.leave_out = leave_out(loaded, find_work_list(Path(loaded.out) / subset))
         with counting(f"{subset}: images read") as progress:
-            report = audit_subset(source, loaded.limits, progress=progress)
+            report = audit_subset(source, loaded.limits, progress=progress, shared=shared)
         total.add(report.result)
         reports[subset] = report.summary()
         if not json:

@@ -53,11 +53,17 @@ FIXES = {
         "(benchmarks.leave_out)"
     ),
     Reason.CROWD: "by design: many objects under one mask",
+    "photo_shared": (
+        "the regions of both are read; if the photo should count once, leave it out of one of the sources"
+    ),
 }
 """What to do about a drop of any source, by its reason. A source adds its own, and those of its notes."""
 
 _PART = 64
 """Images that a process reads at a time."""
+
+_DIGEST_BYTES = 16
+"""As much of a photo's SHA-256 tells the photos of a corpus apart."""
 
 _SMALL = 2_000
 """A subset with fewer images is read in this process."""
@@ -85,14 +91,23 @@ class Problem(msgspec.Struct, frozen=True):
     detail: str
 
 
+class SeenPhoto(msgspec.Struct, frozen=True, array_like=True):
+    """A photo that was read: its key, the index of its source in the subset, and what its bytes hash to."""
+
+    key: str
+    source: int
+    digest: bytes
+
+
 class AuditResult(msgspec.Struct):
-    """What the audit of some images has found: counts, and the problems in the order of the catalog."""
+    """What the audit of some images has found: counts, usable photos, and problems in the catalog's order."""
 
     images: int = 0
     images_usable: int = 0
     regions: int = 0
     regions_usable: int = 0
     problems: list[Problem] = []
+    photos: list[SeenPhoto] = []
 
     def add(self, other: AuditResult) -> None:
         """Add the result of other images."""
@@ -101,6 +116,24 @@ class AuditResult(msgspec.Struct):
         self.regions += other.regions
         self.regions_usable += other.regions_usable
         self.problems += other.problems
+
+
+class SharedPhotos:
+    """Finds photos that several sources have, of one subset or of several, by the photos' bytes."""
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, tuple[str, int, str]] = {}
+
+    def find(self, subset: str, seen: list[SeenPhoto]) -> list[Problem]:
+        """A problem for each of these photos that another source had before; remembers them all."""
+        found = []
+        for photo in seen:
+            before = self._first.setdefault(photo.digest, (subset, photo.source, photo.key))
+            if before[:2] != (subset, photo.source):
+                places = f"{subset}, source {photo.source}: the photo is that of {before[2]}"
+                detail = f"{places} in {before[0]}, source {before[1]}"
+                found.append(Problem(subset, photo.key, None, "photo_shared", False, 0, detail))
+        return found
 
 
 class AuditReport(msgspec.Struct):
@@ -169,6 +202,7 @@ def audit_subset(
     limits: Limits,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
+    shared: SharedPhotos | None = None,
 ) -> AuditReport:
     """Read every image of a subset.
 
@@ -177,13 +211,16 @@ def audit_subset(
         limits: what is refused.
         jobs: number of processes; by default one per core, or only this one for a small subset.
         progress: called with the number of images read so far.
+        shared: remembers the photos of the subsets that were audited before; None compares only the sources
+            of this one.
 
     Raises:
         ConfigError: the source cannot be listed.
     """
-    total = AuditResult()
+    total, shared = AuditResult(), shared or SharedPhotos()
     for part in _parts(source, limits, source.catalog(), jobs):
         total.add(part)
+        total.problems += shared.find(source.subset, part.photos)
         if progress is not None:
             progress(total.images)
     total.problems += [_problem_of_note(source.subset, "", note) for note in source.notes]
@@ -237,6 +274,9 @@ def audit_images(source: SubsetSource, entries: list[CatalogEntry], limits: Limi
         image = source.read(entry, limits, notes)
         _check_pixels(image, limits)
         live = len(image.live())
+        if live and image.photo_digest:
+            digest = bytes.fromhex(image.photo_digest)[:_DIGEST_BYTES]
+            result.photos.append(SeenPhoto(image.key, entry.source, digest))
         result.images += 1
         result.images_usable += live > 0
         result.regions += len(image.regions)

@@ -145,3 +145,30 @@ def test_the_published_traps_are_all_reported():
         reports["coconut"].result.regions == sum(declared) and reports["coconut"].result.regions_usable == 0
     )
     assert {p.reason for p in reports["sa1b"].result.problems} == {"size_mismatch", "annotation_missing"}
+
+
+def test_photos_that_two_sources_share_are_reported_within_a_subset_and_between_subsets(tmp_path):
+    first = synthetic.write_coconut(tmp_path / "first", 3)
+    second = synthetic.write_coconut(tmp_path / "second", 4)  # its first three photos are those of `first`
+    panoptic = tmp_path / "second" / "panoptic.json"
+    for number in range(4):
+        for folder, ending in (("photos", "jpg"), ("labels", "png")):
+            path = tmp_path / "second" / folder / f"{number:012d}.{ending}"
+            path.rename(path.with_name(f"other_{path.name}"))
+    panoptic.write_text(panoptic.read_text().replace('"file_name": "', '"file_name": "other_'))
+    third = synthetic.write_coconut(tmp_path / "third", 2)
+    subsets = {
+        "both": {"sources": [{"source": "coconut"} | first, {"source": "coconut"} | second]},
+        "alone": {"sources": {"source": "coconut"} | third},
+    }
+    config = BuildConfig.model_validate({"out": str(tmp_path / "out"), "subsets": subsets})
+    shared = audit.SharedPhotos()
+    reports = [audit_subset(open_source(config, name), config.limits, shared=shared) for name in subsets]
+    found = [[each for each in r.result.problems if each.reason == "photo_shared"] for r in reports]
+    assert [each.key for each in found[0]] == [f"other_{number:012d}" for number in range(3)]
+    assert found[0][1].detail == f"both, source 1: the photo is that of {1:012d} in both, source 0"
+    assert [each.key for each in found[1]] == [f"{number:012d}" for number in range(2)]
+    assert "in both, source 0" in found[1][0].detail
+    assert all(each.regions == 0 and not each.drops for each in found[0] + found[1])
+    assert "photo_shared: 3 x (the regions of both are read" in reports[0].text()
+    assert [report.result.images_usable for report in reports] == [7, 2]
