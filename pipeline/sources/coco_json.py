@@ -106,7 +106,8 @@ def read_document(url: str) -> Document:
         found.segments_info or found.problem for found in document.annotations
     ):
         raise ConfigError(
-            f"{url}: annotations without `segments_info` (an instances file?); give the panoptic JSON"
+            f"{url}: annotations without `segments_info`; give the panoptic JSON, or read an instances file "
+            "as `source: coco`"
         )
     return document
 
