@@ -228,7 +228,7 @@ def test_each_signal_of_the_page_ends_a_command_with_its_code(code, number):
 EXPLORE = """
 import sys
 import uvicorn
-from paracaption.flows.command import main
+from paracaption.flows.cli.command import main
 
 start = uvicorn.Server.startup
 

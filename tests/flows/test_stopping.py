@@ -258,7 +258,7 @@ def test_a_signal_in_the_work_of_other_modules_at_the_end_is_heeded():
 
 
 def test_before_signals_are_heeded_nothing_that_takes_time_is_imported():
-    program = "import sys, paracaption.flows.command, paracaption.flows.cli; print(*sys.modules)"
+    program = "import sys, paracaption.flows.cli.command; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"pydantic", "typer", "msgspec", "numpy"} & set(done.stdout.split())
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="no clone, but an inst
 
 COMMAND = """
 import atexit, json, os, subprocess, sys
-from paracaption.flows.command import main
+from paracaption.flows.cli.command import main
 
 def report():
     child = [sys.executable, "-c", "import json, os; print(json.dumps(dict(os.environ)))"]

@@ -1,6 +1,6 @@
 """The program `paracaption`: it heeds Ctrl-C before anything that takes time is imported."""
 
-from . import stopping
+from .. import stopping
 
 
 def main() -> None:
@@ -9,6 +9,6 @@ def main() -> None:
 
 
 def _run() -> None:
-    from .cli.app import main
+    from .app import main
 
     main()
