@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.corpus.pending import find_pending_units
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.config import BuildConfig
@@ -79,7 +80,7 @@ def pending(config: BuildConfig) -> tuple[int, int]:
         folder = Path(config.out) / subset
         writer.prepare(folder)
         planned = work_list.make_work_list(open_source(config, subset), config, folder)
-        left += len(work_list.find_pending_units(planned, "recipe"))
+        left += len(find_pending_units(planned, "recipe"))
         num_images += planned.num_images
     return num_images, left
 

@@ -27,6 +27,8 @@ class Reason(StrEnum):
     TOO_MANY_MASKS = "too_many_masks"  # more masks on the image than the limit
     MASK_EMPTY = "mask_empty"  # an RLE without a foreground pixel
     MASK_UNDECODABLE = "mask_undecodable"  # an RLE that is no RLE, or does not fill its image exactly
+    GONE = "gone"  # was in the source when the image was planned, and is not any more
+    REMOVED = "removed"  # taken out of the corpus on request; no later build brings it back
     BENCHMARK_PHOTO = "benchmark_photo"  # a photo of a benchmark, which is not to be trained on
     CROWD = "crowd"  # a crowd segment: many objects under one mask
     VOID = "void"  # the label 0, or a segment declared with it
@@ -64,6 +66,7 @@ ERRORS: frozenset[Reason] = frozenset(
         Reason.PHOTO_MISSING,
         Reason.PHOTO_UNREADABLE,
         Reason.SOURCE_UNAVAILABLE,
+        Reason.GONE,
         Reason.LABELS_UNREADABLE,
         Reason.MODEL_ERROR,
         Reason.ANSWER_INVALID,
@@ -74,3 +77,6 @@ ERRORS: frozenset[Reason] = frozenset(
 
 RETRIED: frozenset[Reason] = ERRORS | {Reason.ANNOTATION_UNREADABLE}
 """What `--retry-failed` looks for: older releases took an annotation that could not be read for a bad one."""
+
+LEFT: frozenset[Reason] = frozenset({Reason.GONE, Reason.REMOVED})
+"""Reasons of images that are in the work list and not to be looked for in a source."""

@@ -110,13 +110,19 @@ def locations(values: Strict) -> Iterator[tuple[str, str]]:
 
     Found by the type `Location`, also in lists, mappings and in parts of their own.
     """
-    for key, field in type(values).model_fields.items():
-        is_path = any(map(_mentions_a_location, (*field.metadata, field.annotation)))
+    for key in type(values).model_fields:
+        is_path = is_location(type(values), key)
         for found in _flat(getattr(values, key)):
             if isinstance(found, Strict):
                 yield from ((f"{key}.{inner}", path) for inner, path in locations(found))
             elif is_path and isinstance(found, str):
                 yield key, found
+
+
+def is_location(model: type[Strict], key: str) -> bool:
+    """Whether a key of a model is a path, or has paths in it."""
+    field = model.model_fields[key]
+    return any(map(_mentions_a_location, (*field.metadata, field.annotation)))
 
 
 def _mentions_a_location(annotation: Any) -> bool:

@@ -41,12 +41,17 @@ def jpeg(photo: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_coconut(root: Path, num_images: int, num_masks: int = 4, size: tuple[int, int] = (96, 128)) -> dict:
-    """A COCO-panoptic release under `root`; returns the config's source entry."""
-    (root / "photos").mkdir(parents=True)
-    (root / "labels").mkdir()
+def write_coconut(
+    root: Path, num_images: int, num_masks: int = 4, size: tuple[int, int] = (96, 128), first: int = 0
+) -> dict:
+    """A COCO-panoptic release under `root`; returns the config's source entry.
+
+    Written again with more images, or with a later `first`, it is the release of a source that has grown.
+    """
+    (root / "photos").mkdir(parents=True, exist_ok=True)
+    (root / "labels").mkdir(exist_ok=True)
     images, annotations = [], []
-    for i in range(num_images):
+    for i in range(first, first + num_images):
         photo, labels = scene(i, num_masks, size)
         name = f"{i:012d}"
         (root / "photos" / f"{name}.jpg").write_bytes(jpeg(photo))
@@ -72,11 +77,18 @@ def write_coconut(root: Path, num_images: int, num_masks: int = 4, size: tuple[i
     }
 
 
-def write_sa1b(root: Path, num_images: int, num_masks: int = 4, size: tuple[int, int] = (96, 128)) -> dict:
-    """One `sa_000000.tar` under `root`; returns the config's source entry."""
+def write_sa1b(
+    root: Path,
+    num_images: int,
+    num_masks: int = 4,
+    size: tuple[int, int] = (96, 128),
+    first: int = 0,
+    name: str = "sa_000000.tar",
+) -> dict:
+    """One tar under `root`, with images from number `first` on; returns the config's source entry."""
     root.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(root / "sa_000000.tar", "w") as tar:
-        for i in range(num_images):
+    with tarfile.open(root / name, "w") as tar:
+        for i in range(first, first + num_images):
             photo, labels = scene(1000 + i, num_masks, size)
             annotations = []
             for k in range(num_masks):
@@ -102,7 +114,7 @@ def write_sa1b(root: Path, num_images: int, num_masks: int = 4, size: tuple[int,
                 info = tarfile.TarInfo(f"./sa_{i}.{ending}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    return {"paths": [str(root / "sa_000000.tar")]}
+    return {"paths": [str(root / name)]}
 
 
 def shadow_modules(parent: Path) -> Path:

@@ -11,7 +11,16 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from paracaption.pipeline.corpus import events, export, ledger, merge, records, work_list, work_list_table
+from paracaption.pipeline.corpus import (
+    events,
+    export,
+    growth,
+    ledger,
+    merge,
+    records,
+    work_list,
+    work_list_table,
+)
 from paracaption.pipeline.executor import audit, in_flight
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.recipes import RECIPES
@@ -36,6 +45,7 @@ FIELDS: dict[str, type] = {
     "Fields of a histogram": summary.Histogram,
     "Fields of a license": summary.LicenseCount,
     "Fields of `plan.json`": work_list.WorkList,
+    "Fields of a step of the work list": growth.Step,
     "Fields of a line": records._Line,
     "Fields of a committed unit": records.LogUnit,
     "Fields of a file in the log": records.LogFile,

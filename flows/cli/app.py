@@ -76,7 +76,13 @@ for panel, commands in {
         *(corpus.verify, corpus.inspect, corpus.show),
         *(corpus.explore, corpus.report, corpus.export),
     ),
-    "Versions of a corpus": (versions.status, versions.versions, versions.diff, versions.undo),
+    "Versions of a corpus": (
+        versions.status,
+        versions.versions,
+        versions.diff,
+        versions.undo,
+        versions.remove,
+    ),
     MODEL: (model.train, evaluate.evaluate, evaluate.profile),
 }.items():
     for command in commands:

@@ -16,7 +16,7 @@ from ...schemas.errors import ConfigError
 from .. import stopping
 from .arguments import Changes, Config, RayAddress, suggest
 from .corpus import print_funnel
-from .progress import BuildView
+from .progress import BuildView, counting
 
 if TYPE_CHECKING:
     from ...pipeline.executor.local import LocalEngine
@@ -39,6 +39,14 @@ def build(
             help="Also rebuild units in which an error dropped regions (a missing photo, a failed model)."
         ),
     ] = False,
+    check_files: Annotated[
+        bool,
+        typer.Option(
+            "--check-files",
+            help="First compare committed images with their files, all of which are read, and rebuild units "
+            "with files that were changed in place.",
+        ),
+    ] = False,
     local: Annotated[
         bool,
         typer.Option("--local", help="Build in this process, without Ray and Prefect."),
@@ -56,8 +64,21 @@ def build(
     if local and ray_address is not None:
         raise ConfigError("build: choose --local or --ray-address; the local engine uses no cluster")
     loaded = load_config(config, changes or ())
+    if check_files:
+        _check_files(loaded)
     _build(loaded, local, ray_address, limit_images=limit_images, retry_failed=retry_failed)
     suggest(("explore", loaded.out), ("verify", loaded.out))
+
+
+def _check_files(config: BuildConfig) -> None:
+    from ...pipeline.executor.changed_files import note_changed_files
+
+    with counting("images compared with their files") as progress:
+        found = note_changed_files(config, progress)
+    for subset, each in found.items():
+        print(f"{subset}: {each}", file=sys.stderr)
+    if not found:
+        print("no file of a committed image has changed", file=sys.stderr)
 
 
 def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = None, **asked: Any) -> None:
@@ -81,7 +102,7 @@ def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = N
 def _what_is_committed(config: BuildConfig) -> str:
     """What a stopped build says."""
     from ...pipeline.corpus import log
-    from ...pipeline.corpus.work_list import find_work_list
+    from ...pipeline.corpus.work_list_summary import find_work_list
 
     lists = [find_work_list(Path(config.out) / subset) for subset in config.subsets]
     total = sum(each.num_units for each in lists if each is not None)

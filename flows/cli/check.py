@@ -67,7 +67,8 @@ def audit(
 ) -> None:
     """Read the sources without a model, and report every problem. Exit code 1 if no region is usable."""
     from ...pipeline.config_file import load_config
-    from ...pipeline.corpus.work_list import find_work_list, leave_out
+    from ...pipeline.corpus.work_list import leave_out
+    from ...pipeline.corpus.work_list_summary import find_work_list
     from ...pipeline.executor.audit import AuditReport, AuditResult, SharedPhotos, audit_subset
     from ...pipeline.sources.registry import open_source
 

@@ -20,6 +20,7 @@ EXAMPLES = {
     "versions": "paracaption versions out/demo --all",
     "diff": "paracaption diff out/demo 7 12",
     "undo": "paracaption undo out/demo --yes",
+    "remove": "paracaption remove out/demo --keys keys.txt --yes",
     "train": "paracaption train configs/train/tiny.yaml",
     "evaluate": "paracaption evaluate configs/evaluate/toy.yaml",
     "profile": "paracaption profile --model MODEL --corpus out/demo --out out/profile",

@@ -1,4 +1,4 @@
-"""The commands on the commit log: `versions`, `diff`, `status`, `undo`."""
+"""The commands on the commit log: `versions`, `diff`, `status`, `undo`, `remove`."""
 
 from __future__ import annotations
 
@@ -154,6 +154,56 @@ def undo(
     suggest(("inspect", corpus), ("versions", corpus))
 
 
+def remove(
+    corpus: Corpus,
+    keys: Annotated[
+        Path,
+        typer.Option(
+            help="Text file with the key of an image in each line, as KEY or SUBSET/KEY.", show_default=False
+        ),
+    ],
+    delete_replaced: Annotated[
+        bool,
+        typer.Option(
+            "--delete-replaced",
+            help="Also delete now what this removal and earlier builds have replaced. Without this option, a "
+            "later build deletes it after failures.keep_replaced_days.",
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+) -> None:
+    """Take images out of a corpus: photos, captions, and the answers of the models.
+
+    No later build brings them back, and `undo` does not either. All other images stay as they are, and no
+    model is asked. If the command is interrupted, run it again.
+    """
+    from ...pipeline.corpus import removal
+
+    out = _path(corpus, ours=True)
+    wanted = removal.read_keys(keys)
+    found = removal.find_images(out, wanted)
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("remove: there is no terminal to ask in; give --yes")
+    for subset, each in found.items():
+        line = f"{subset}: {_number(len(each.keys), 'image')} in {_number(len(each.units), 'unit')}"
+        print(line + (f", {len(each.keys) - each.new:,} removed before" if each.new < len(each.keys) else ""))
+    if not yes:
+        typer.confirm("Remove them? This cannot be undone.", abort=True)
+    done = removal.remove(out, wanted, delete_replaced)
+    rewritten = f"{_number(done['units'], 'unit')} written again"
+    print(f"{_number(done['images'], 'image')} removed, {rewritten}")
+    if not delete_replaced:
+        print(
+            "The files that were replaced are kept for failures.keep_replaced_days, and then a build deletes "
+            "them; to delete them now, run this command again with --delete-replaced"
+        )
+    suggest(("verify", corpus), ("versions", corpus))
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s'[: number != 1]}"
+
+
 def _path(corpus: Path, ours: bool = False) -> str:
     """Where a corpus lies, out of which nothing leads unless it is `ours` to change."""
     from ...pipeline.io import confined, files
@@ -254,6 +304,9 @@ def _committed_lines(found: SubsetStatus) -> Iterator[str]:
     yield f"  regions: {found.kept:,} kept of {found.regions:,}"
     if found.older:
         yield f"  {found.older:,} units are of an older configuration"
+    if found.gone:
+        names = ", ".join(found.gone_examples) + (", ..." if found.gone > len(found.gone_examples) else "")
+        yield f"  {found.gone:,} images are gone from the source ({names}) and stay in the corpus"
     if found.missing:
         names = ", ".join(found.missing[:_SHOWN]) + (", ..." if len(found.missing) > _SHOWN else "")
         yield f"  FILES MISSING in {len(found.missing):,} units, which the next build makes again: {names}"

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import IntegrityError
-from ...schemas.reasons import RETRIED, Reason
-from ...schemas.records import Blob, ImageRecord
+from ...schemas.reasons import LEFT, RETRIED, Reason
+from ...schemas.records import CREDIT_FIELDS, SCORES, Blob, Credit, Drop, ImageRecord, Region, Rle
 from ..io import files
+from ..sources.protocols import SOURCE_STAGE
 from . import reader
+from .ledger import SOURCE_SCORES
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,38 @@ class CommittedUnit:
         """The photo of an image in the committed shard; None if the shard does not have it."""
         return self._photos.get(key)
 
+    def image(self, key: str) -> ImageRecord | None:
+        """An image as the committed files have it, to be decided about anew; None if they do not have it.
+
+        What its source dropped stays dropped. Without a kept region there is no photo in the shard: then all
+        of it stays as it is.
+        """
+        rows = [row for row in self._rows if row["key"] == key]
+        if not rows or rows[0]["drop_reason"] in LEFT:
+            return None
+        first, photo = rows[0], self.photo(key)
+        credit = Credit(**{name: first[name] or "" for name in CREDIT_FIELDS})
+        image = ImageRecord(
+            key,
+            first["subset"],
+            photo,
+            first["image_width"],
+            first["image_height"],
+            photo_format=first["photo_format"] or "",
+            file_name=first["file_name"] or "",
+            removed_orientation=self.removed_orientation(key) or 1,
+            credit=credit if credit != Credit() else None,
+        )
+        image.regions = [region_of(row, photo is None) for row in rows if row["region"] is not None]
+        if not image.regions and first["drop_reason"]:
+            image.drop = _drop_of(first)
+        return image
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        """All rows, with masks."""
+        return [] if self._unit is None else reader.read_ledger(self._unit.ledger).to_pylist()
+
     def removed_orientation(self, key: str) -> int | None:
         """The EXIF orientation that the photo in the shard has no more, 1 if it is as it was published.
 
@@ -104,6 +138,26 @@ class CommittedUnit:
         }
         keys = {image.key for image in failing}
         return [f"{key}/{region}" for key, region in sorted(kept - now - decided) if key in keys]
+
+
+def region_of(row: dict[str, Any], is_final: bool) -> Region:
+    """The region of a row of the ledger, as its source gave it, or with its drop if that is final."""
+    names = ("source_id", "category", "category_id", "is_thing", "crop_box", "point_coords")
+    region = Region(row["region"], None, **{name: row[name] for name in names})
+    region.source_scores = {name: row[name] for name in SOURCE_SCORES if row[name] is not None}
+    if row["rle_counts"] is not None:
+        region.rle = Rle((row["image_height"], row["image_width"]), row["rle_counts"])
+        region.bbox = (row["bbox_x"], row["bbox_y"], row["bbox_w"], row["bbox_h"])
+        region.area = row["area"]
+    if row["drop_reason"] and (is_final or row["drop_stage"] == SOURCE_STAGE):
+        region.drop = _drop_of(row)
+        region.scores = {name: row[name] for name in SCORES if row[name] is not None}
+        region.caption, region.core_category = row["caption"], row["core_category"]
+    return region
+
+
+def _drop_of(row: dict[str, Any]) -> Drop:
+    return Drop(row["drop_stage"], Reason(row["drop_reason"]), row["drop_detail"] or "")
 
 
 def _has_error(image: ImageRecord) -> bool:

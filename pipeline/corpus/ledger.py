@@ -150,7 +150,11 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
     schema = ledger_schema()
     assert columns.keys() == set(schema.names)
     arrays = [_array(columns[field.name], field.type) for field in schema]
-    table = pa.Table.from_arrays(arrays, schema=schema)
+    return without_unknown(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def without_unknown(table: pa.Table) -> pa.Table:
+    """A ledger without those columns that early releases did not know and that are all null."""
     unknown = [name for name in _LATER if table[name].null_count == len(table)]
     return table.drop_columns(unknown) if unknown else table
 

@@ -129,6 +129,11 @@ class Planned(_Record, tag="planned"):
         plan: digest of the work list.
         units, images: how many it has.
         files: `plan/plan.parquet` and `plan/plan.json` of the subset.
+        added, changed: of these images, how many are new in a list that has grown, and how many are not what
+            they were.
+        gone: how many its sources do not have any more; they stay in the corpus.
+        removed: how many were taken out of the corpus on request.
+        removed_from: names of the units that had them; no undo gives these units files of before.
     """
 
     subset: str
@@ -136,6 +141,11 @@ class Planned(_Record, tag="planned"):
     units: int
     images: int
     files: list[LogFile]
+    added: int = 0
+    changed: int = 0
+    gone: int = 0
+    removed: int = 0
+    removed_from: list[str] = []
 
 
 class Config(_Record, tag="config"):

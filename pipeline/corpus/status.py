@@ -17,7 +17,7 @@ from . import history, log, processes
 from .log import LogState
 from .owner import beat_path
 from .records import Claim, Commit, Done, LogUnit, Record
-from .work_list import WorkList
+from .work_list_summary import WorkList
 
 ALIVE, SILENT, ENDED, RELEASED = "alive", "not responding", "ended unexpectedly", "released"
 
@@ -36,6 +36,8 @@ class SubsetStatus(NamedTuple):
         kept: of those.
         older: committed units of another recipe than the newest one, which the next build does again.
         missing: committed units of which a file is gone or has another size.
+        gone: number of images that the sources do not have any more; they stay in the corpus.
+        gone_examples: keys of some of them.
     """
 
     subset: str
@@ -47,6 +49,8 @@ class SubsetStatus(NamedTuple):
     kept: int
     older: int
     missing: list[str]
+    gone: int = 0
+    gone_examples: list[str] = []
 
 
 class OwnerStatus(NamedTuple):
@@ -168,6 +172,8 @@ class Watcher:
             sum(unit.kept for unit in own.values()),
             sum(unit.recipe != recipe for unit in own.values()),
             self._missing.get(subset, []),
+            plan.gone if plan else 0,
+            plan.gone_examples if plan else [],
         )
 
     def _run(self, subsets: list[SubsetStatus], owner: OwnerStatus | None) -> RunStatus | None:
@@ -249,9 +255,6 @@ def _read_plan(out: str, subset: str) -> WorkList | None:
 
 
 def _num_images(plan: WorkList, unit: str) -> int:
-    """How many images a unit has: all but the last unit have equally many."""
+    """How many images a unit of the work list has."""
     index = unit.rpartition("-")[2]
-    is_last = not index.isdigit() or int(index) >= plan.num_units - 1
-    return (
-        plan.num_images - (plan.num_units - 1) * plan.images_per_shard if is_last else plan.images_per_shard
-    )
+    return plan.num_images_of(int(index)) if index.isdigit() and int(index) < plan.num_units else 0

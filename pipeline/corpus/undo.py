@@ -3,8 +3,8 @@
 **The last rebuild** is all that replaced units since the configuration last changed in what decides about
 regions: thresholds, models, recipes (not `io`, `failures`, actors, places of sources). So runs that were
 interrupted and resumed, and a `--retry-failed` after them, are taken back together. Units that the rebuild
-added stay; those that it built once more are as before. An undo counts as a rebuild of its own, so undoing it
-is a redo.
+added stay; those that it built once more are as before, unless images of them were removed on request since.
+An undo counts as a rebuild of its own, so undoing it is a redo.
 
 One record names all units under the places where their former files are kept, from which they are moved back.
 A driver that dies in between leaves moves that the next owner makes. Then follow the former configuration and
@@ -26,7 +26,7 @@ from ..models.registry import METHODS
 from . import history, log, merge, reader, writer
 from .log import LogState
 from .owner import Owner, own
-from .records import Commit, Config, LogFile, LogUnit, Merged, Record
+from .records import Commit, Config, LogFile, LogUnit, Merged, Planned, Record
 from .sweep import sweep
 from .versions import changed_keys
 
@@ -92,7 +92,8 @@ def find_rebuild(out: str) -> Rebuild:
     if version is None:
         raise ConfigError(f"{out}: nothing to undo: no build has replaced earlier results")
     before = version.before
-    units = [name for name in sorted(version.names & before.units.keys()) if _differs(before, now, name)]
+    names = version.names & before.units.keys() - _removed_from(records, before.number)
+    units = [name for name in sorted(names) if _differs(before, now, name)]
     if not units and not is_begun:
         raise ConfigError(
             f"{out}: nothing to undo: the last rebuild gave every unit the same files as before"
@@ -107,6 +108,16 @@ def find_rebuild(out: str) -> Rebuild:
         is_begun=is_begun,
         changes=_changes(now, before),
     )
+
+
+def _removed_from(records: Sequence[Record], number: int) -> set[str]:
+    """The units of which images were removed on request after a record: what they were does not come back."""
+    return {
+        f"{record.subset}/{unit}"
+        for record in records
+        if isinstance(record, Planned) and record.number > number
+        for unit in record.removed_from
+    }
 
 
 def _last_version(records: Sequence[Record]) -> tuple[_Version | None, LogState]:

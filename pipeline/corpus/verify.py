@@ -35,14 +35,14 @@ from ..io.confined import confine
 from ..io.tables import TableFile
 from ..stages.recipes import text_rules
 from ..stages.registry import configured_kinds
-from . import log, merge, reader, work_list
+from . import log, merge, reader, work_list_summary
 from .adopt import FOLDERS
 from .problems import Problem, guarded, what_is_wrong
 from .reader import Corpus, Unit
 from .verify_evidence import check_evidence, list_evidence
 from .verify_log import Vouched, check_named_files, check_unchanged, read_vouched
 from .verify_unit import EXAMPLES, UnitHead, check_unit, describe_difference, keys_digest
-from .work_list import WorkList
+from .work_list_summary import WorkList
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,7 +161,7 @@ _RESTORE_LIST = "restore {}/plan from a copy, or use a new `out`"
 
 
 def _planned_subsets(vouched: Vouched) -> set[str]:
-    end = f"/{work_list.FOLDER}/{work_list.SUMMARY}"
+    end = f"/{work_list_summary.FOLDER}/{work_list_summary.SUMMARY}"
     return {path.removesuffix(end) for path in vouched.files if path.endswith(end)}
 
 
@@ -195,7 +195,7 @@ def _check_subset(
         for found in run(check_evidence, jobs):
             problems += found
         problems += notes
-    return problems + _check_strays(out, f"{subset}/", vouched, (*FOLDERS, work_list.FOLDER))
+    return problems + _check_strays(out, f"{subset}/", vouched, (*FOLDERS, work_list_summary.FOLDER))
 
 
 # All units together.
@@ -214,19 +214,19 @@ def _check_work_list(
     `damaged` are files that the log has shown to be: of these nothing is said again.
     """
     folder, fix = Path(out, subset), "delete it and run `paracaption build CONFIG` again, which writes it"
-    name = f"{subset}/{work_list.FOLDER}/{work_list.TABLE}"
-    table = str(work_list.table_path(folder))
+    name = f"{subset}/{work_list_summary.FOLDER}/{work_list_summary.TABLE}"
+    table = str(work_list_summary.table_path(folder))
     try:
-        planned = work_list.load_work_list(folder)
+        planned = work_list_summary.load_work_list(folder)
     except IntegrityError as error:
-        summary = f"{subset}/{work_list.FOLDER}/{work_list.SUMMARY}"
+        summary = f"{subset}/{work_list_summary.FOLDER}/{work_list_summary.SUMMARY}"
         if summary not in damaged:
-            what = str(error).removeprefix(f"{work_list.summary_path(folder)}: ")
+            what = str(error).removeprefix(f"{work_list_summary.summary_path(folder)}: ")
             problems.append(Problem(summary, "", what))
         return None
     with guarded(problems, name, fix):
         try:
-            damage = work_list.find_damage(planned)
+            damage = work_list_summary.find_damage(planned)
             if damage is None or not planned.table:
                 problems += _compare_with_list(out, planned, vouched, heads, table)
             if damage is not None and name not in damaged:
@@ -242,7 +242,7 @@ def _compare_with_list(
 ) -> list[Problem]:
 
     subset = planned.subset
-    name = f"{subset}/{work_list.FOLDER}/{work_list.TABLE}"
+    name = f"{subset}/{work_list_summary.FOLDER}/{work_list_summary.TABLE}"
     problems: list[Problem] = []
     missing: list[str] = []
     table = TableFile(path)
@@ -285,7 +285,17 @@ def _check_one_recipe(subset: str, planned: WorkList, heads: dict[str, UnitHead]
     for unit in sorted(heads.keys() - expected):
         what = f"the work list has no such unit; {_RESTORE_LIST.format(subset)}"
         problems.append(Problem(f"{subset}/manifests/{unit}.json", "", what))
-    other = [unit for unit, head in heads.items() if head.plan != planned.digest and unit in expected]
+    plans = dict(zip(planned.unit_names(), planned.plans(), strict=True))
+    known = {*plans.values(), *(step.digest for step in planned.steps)}
+    changed = [unit for unit, head in heads.items() if head.plan in known and head.plan != plans.get(unit)]
+    if changed:
+        shown = ", ".join(changed[:3])
+        what = (
+            f"{len(changed)} units have images that were changed or removed since ({shown}); run "
+            "`paracaption build CONFIG` again, which builds these units again"
+        )
+        problems.append(Problem(f"{subset}/manifests", "", what))
+    other = [unit for unit, head in heads.items() if head.plan not in known and unit in expected]
     if other:
         shown = ", ".join(other[:3])
         what = (
@@ -363,7 +373,7 @@ def _check_strays(out: str, prefix: str, vouched: Vouched, folders: tuple[str, .
                 "a temporary file: a build is running, or it was interrupted and the next build removes this "
                 "file"
             )
-        elif prefix and folder != f"{prefix}{work_list.FOLDER}" and vouched.is_whole:
+        elif prefix and folder != f"{prefix}{work_list_summary.FOLDER}" and vouched.is_whole:
             what = "belongs to no committed unit; readers ignore it, and the build replaces it"
         else:
             continue

@@ -7,15 +7,17 @@ answers it holds is known from the stage's id: their columns must be those of th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ...schemas.errors import IntegrityError
 from ..io import files
+from ..io.store import store_of
 from ..stages.base import ModelStage
 from ..stages.evidence import EvidenceStore
 from ..stages.registry import STAGES
-from . import work_list
+from . import work_list_summary
 from .problems import Problem, guarded
 
 ASK_AGAIN = "delete it; the next build that needs these answers asks the model again"
@@ -73,6 +75,34 @@ def _store(out: str, subset: str, folder: str, kinds: Mapping[str, str]) -> Evid
     return EvidenceStore(Path(out, subset, "evidence", folder), stage.evidence)
 
 
+def forget(out: str, subset: str, unit: str, keys: Collection[str], kinds: Mapping[str, str]) -> int:
+    """Delete what models said of some images of a unit. A file that cannot be read is deleted as a whole.
+
+    Args:
+        out: the corpus.
+        subset: name of the subset.
+        unit: name of the unit.
+        keys: of the images.
+        kinds: the kind of each stage by its id, where one may differ from the other.
+
+    Returns:
+        The number of files that had answers about them, or were deleted.
+    """
+    changed = 0
+    for folder in files.list_names(f"{out}/{subset}/evidence"):
+        path = f"{out}/{subset}/evidence/{folder}/{unit}.parquet"
+        if store_of(path).size(path) is None:
+            continue
+        store = _store(out, subset, folder, kinds)
+        with suppress(IntegrityError):
+            if store is not None:
+                changed += store.forget(unit, keys)
+                continue
+        store_of(path).delete(path)
+        changed += 1
+    return changed
+
+
 def check_evidence(
     out: str, subset: str, index: int, unit: str, folders: list[str], kinds: Mapping[str, str]
 ) -> list[Problem]:
@@ -89,7 +119,7 @@ def check_evidence(
     problems: list[Problem] = []
     planned: set[str] | None = None
     with guarded([], "", ""):  # a damaged work list is reported elsewhere
-        planned = {entry.key for entry in work_list.read_unit(f"{out}/{subset}", index)}
+        planned = {entry.key for entry in work_list_summary.read_unit(f"{out}/{subset}", index)}
     for folder in folders:
         path = f"{subset}/evidence/{folder}/{unit}.parquet"
         store = _store(out, subset, folder, kinds)

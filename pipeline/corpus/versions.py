@@ -126,7 +126,7 @@ def _text(record: Record, state: LogState) -> str:
         case Claim(command=command, pid=pid, host=host):
             return f"{command}, by {pid}@{host}"
         case Planned(subset=subset, images=images, units=units):
-            return f"{subset}: {images:,} images in {units:,} {_plural('unit', units)}"
+            return f"{subset}: {images:,} images in {units:,} {_plural('unit', units)}{_grown(record)}"
         case Config(text=text):
             if state.config is None:
                 return "the first configuration"
@@ -145,6 +145,21 @@ def _text(record: Record, state: LogState) -> str:
             return "temporary files of interrupted runs were removed"
         case _:
             return "a summary of all records so far, where readers start"
+
+
+def _grown(record: Planned) -> str:
+    """What came to a work list or went: "" if nothing did."""
+    parts = [
+        f"{number:,} {what}"
+        for number, what in (
+            (record.added, "new"),
+            (record.changed, "changed"),
+            (record.gone, "gone from the source"),
+            (record.removed, "removed on request"),
+        )
+        if number
+    ]
+    return f"; of these images {', '.join(parts)}" if parts else ""
 
 
 def _held(held: dict[str, str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ VERSION = 1
 """Of the work list's format; part of its digest."""
 
 _SAMPLED_PHOTOS = 200
-_EXAMPLES = 5
+_UNITS_KEPT = 8
 
 _COLUMNS = (
     "key",
@@ -96,6 +98,14 @@ def write_table(
 
     Credits decide nothing of what is read: the digest leaves them out, and without `credits` the table.
     """
+    units = iter(lambda: list(islice(entries, size)), [])
+    return write_units(units, subset, size, path, credits)
+
+
+def write_units(
+    units: Iterator[list[CatalogEntry]], subset: str, size: int, path: Path, credits: bool = True
+) -> Written:
+    """The same for images that are in units already, of which none has more than `size`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -108,8 +118,8 @@ def write_table(
         open(path, "wb") as file,
         pq.ParquetWriter(file, schema, compression="zstd", compression_level=1) as writer,
     ):
-        while unit := list(islice(entries, size)):
-            contents = [_content(entry) for entry in unit]
+        for unit in units:
+            contents = [content_of(entry) for entry in unit]
             for content in contents:
                 digest.update(content)
             for entry in unit:
@@ -132,7 +142,7 @@ def write_table(
     return Written(digest.hexdigest(), num_images, num_units, photo_bytes, files.sha256_of(path))
 
 
-def _content(entry: CatalogEntry) -> bytes:
+def content_of(entry: CatalogEntry) -> bytes:
     """16 bytes for an image's content: not where its files lie, nor a problem that may go away."""
     reason = None if entry.drop is None else entry.drop.reason
     lasting = "" if reason is None or reason in ERRORS else reason.value
@@ -176,11 +186,17 @@ def read_unit(path: Path, index: int) -> list[CatalogEntry]:
     Raises:
         IntegrityError: the table cannot be read or has no such unit, or what is read is not what was written.
     """
-    try:
+    with _readable(path):
         table = TableFile(str(path))
         if not 0 <= index < table.num_row_groups:
             raise IntegrityError(f"{path}: no unit {index}, it has {table.num_row_groups}")
         return _to_entries(table.read_row_group(index), index)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except IntegrityError:
         raise
     except Exception as error:  # whatever a reader of Parquet makes of damaged bytes
@@ -188,6 +204,37 @@ def read_unit(path: Path, index: int) -> list[CatalogEntry]:
             f"{path}: not readable ({error}); run `paracaption build CONFIG` again, which writes it, or "
             "delete it first"
         ) from error
+
+
+class UnitReader:
+    """Reads many units of one table; the units that were read last are kept.
+
+    Args:
+        path: of the table.
+
+    Raises:
+        IntegrityError: the table, or what is read of it, is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        with _readable(path):
+            self._table = TableFile(str(path))
+        self._read = lru_cache(_UNITS_KEPT)(self._read_unit)
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all images, in order."""
+        with _readable(self._path):
+            for index in range(self._table.num_row_groups):
+                yield from self._table.read_row_group(index, ["key"])["key"].to_pylist()
+
+    def read(self, index: int) -> list[CatalogEntry]:
+        """The images of a unit, in order."""
+        return self._read(index)
+
+    def _read_unit(self, index: int) -> list[CatalogEntry]:
+        with _readable(self._path):
+            return _to_entries(self._table.read_row_group(index), index)
 
 
 def _to_entries(table: Any, index: int) -> list[CatalogEntry]:
@@ -282,21 +329,3 @@ def find_damage(path: Path, expected: Written, subset: str, size: int) -> str | 
         return f"damaged ({error})"
     same = (num_images, digest.hexdigest()) == (expected.num_images, expected.digest)
     return None if same else "damaged: its images are not those of plan.json"
-
-
-def find_changes(old: Path, new: Path) -> list[str]:
-    """How many images were added, removed and changed between two tables, with examples."""
-    tables = [TableFile(str(path)).read(["key", "content"]) for path in (old, new)]
-    before, after = (
-        dict(zip(table["key"].to_pylist(), table["content"].to_pylist(), strict=True)) for table in tables
-    )
-    groups = {
-        "added": [key for key in after if key not in before],
-        "removed": [key for key in before if key not in after],
-        "changed": [key for key, content in after.items() if key in before and before[key] != content],
-    }
-    return [
-        f"{len(keys)} images {what} ({', '.join(keys[:_EXAMPLES])}{', ...' if len(keys) > _EXAMPLES else ''})"
-        for what, keys in groups.items()
-        if keys
-    ]

@@ -19,9 +19,9 @@ import msgspec
 from ...schemas import manifest as manifests
 from ...schemas.errors import BadRecord, StageFailed
 from ...schemas.manifest import FileEntry, Manifest
-from ...schemas.records import Drop, ImageRecord
+from ...schemas.records import Blob, Drop, ImageRecord
 from ...schemas.sample import PHOTO_ENDING, to_sample
-from ..io import photos
+from ..io import files, photos
 from ..io.activity import NOW
 from ..io.failures import kind_of
 from ..io.orientation import make_upright
@@ -31,6 +31,7 @@ from . import adopt
 from .ledger import Place, ledger_table, table_bytes
 from .owner import Fenced, HashedFile, Owner, own_or
 from .records import Commit, LogFile, LogUnit
+from .units import Unit
 
 WRITE_STAGE = "write"
 
@@ -86,10 +87,10 @@ def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, re
         written += [shard] if shard else []
         NOW.at("its ledger")
         table = ledger_table(unit, images, places)
-        ledger = _write(out, f"{subset}/ledger/{unit}.parquet", table_bytes(table))
+        ledger = write_file(out, f"{subset}/ledger/{unit}.parquet", table_bytes(table))
         written.append(ledger)
         record = _manifest_of(unit, images, plan, recipe, shard, ledger)
-        manifest = _write(out, f"{subset}/manifests/{unit}.json", manifests.encode(record))
+        manifest = write_file(out, f"{subset}/manifests/{unit}.json", manifests.encode(record))
     except BaseException as error:
         _remove(out, written)
         if isinstance(error, OSError):
@@ -165,6 +166,34 @@ def _write_tar(
     return places, None, held
 
 
+def copy_samples(
+    unit: Unit, places: dict[str, Place], out: str, path: str
+) -> tuple[dict[str, Place], LogFile | None]:
+    """Write a shard with some samples of another one, to the byte as they are, under a temporary name.
+
+    Args:
+        unit: its shard has them.
+        places: where they are in it, by key.
+        out: the corpus.
+        path: place below the corpus that the file is to get.
+
+    Returns:
+        Where they lie in the new shard, and its file; no file if there are no samples.
+    """
+    copied: dict[str, Place] = {}
+    with _Tar(HashedFile(out, path)) as tar:
+        for key, at in sorted(places.items()):
+            photo = files.read(Blob(unit.shard, at.photo_offset, at.photo_length))
+            record = files.read(Blob(unit.shard, at.json_offset, at.json_length))
+            photo_at = tar.member(f"{key}.{PHOTO_ENDING}", photo)
+            copied[key] = Place(photo_at, len(photo), tar.member(f"{key}.json", record), len(record))
+        if copied:
+            tar.close_archive()
+            return copied, tar.file.entry
+    tar.file.discard()
+    return copied, None
+
+
 def _read_photo(image: ImageRecord) -> bytes | None:
     """The bytes of an image's photo; None if it is dropped because they cannot be read."""
     assert image.photo is not None, f"{image.key}: live without a photo"
@@ -203,7 +232,7 @@ class _Tar:
         self.file.write(b"\0" * (-self.file.tell() % _RECORD))
 
 
-def _write(out: str, path: str, data: bytes) -> LogFile:
+def write_file(out: str, path: str, data: bytes) -> LogFile:
     """Write a file under a temporary name; the name it is to get is `path`, below the corpus."""
     with HashedFile(out, path) as file:
         file.write(data)

@@ -19,9 +19,10 @@ import msgspec
 
 from ...schemas.config import BuildConfig, Limits
 from ...schemas.errors import BadRecord, ConfigError, IntegrityError
-from ...schemas.reasons import Reason
+from ...schemas.reasons import LEFT, Reason
 from ...schemas.records import ImageRecord
-from ..corpus.work_list import Plan, load_work_list
+from ..corpus.work_list import Plan
+from ..corpus.work_list_summary import load_work_list
 from ..io import failures, files, own_modules, photos, variables
 from ..io.activity import NOW
 from ..io.failures import SourceUnavailable
@@ -52,6 +53,10 @@ FIXES = {
         "by design: a benchmark does not measure a model that was trained on its photos "
         "(benchmarks.leave_out)"
     ),
+    Reason.GONE: (
+        "they stay in the corpus as they are; `paracaption remove CORPUS --keys FILE` takes them out"
+    ),
+    Reason.REMOVED: "by design: they were taken out on request, and no build brings them back",
     Reason.CROWD: "by design: many objects under one mask",
     "photo_shared": (
         "the regions of both are read; if the photo should count once, leave it out of one of the sources"
@@ -347,9 +352,14 @@ def _planned_entries(planned: Plan | None, folder: Path, count: int) -> list[Cat
         step = max(1, planned.work_list.num_units // 8)
         units = range(0, planned.work_list.num_units, step)
         share = -(-count // max(1, len(units)))
-        return [entry for index in units for entry in planned.read_unit(index)[:share]][:count]
+        read = [list(filter(_is_in_source, planned.read_unit(index))) for index in units]
+        return [entry for unit in read for entry in unit[:share]][:count]
     except IntegrityError:  # a damaged one is reported, or made again, when the build plans
         return None
+
+
+def _is_in_source(entry: CatalogEntry) -> bool:
+    return entry.drop is None or entry.drop.reason not in LEFT
 
 
 def _problem_of_note(subset: str, key: str, note: Note) -> Problem:

@@ -20,7 +20,7 @@ import msgspec
 
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, one_line
-from ..corpus.work_list import load_work_list
+from ..corpus.work_list_summary import load_work_list
 from ..io import files, own_modules
 from ..io.store import store_of
 from ..models import registry

@@ -29,16 +29,10 @@ from ..corpus import adopt, merge, reader, writer
 from ..corpus import log as commit_log
 from ..corpus.events import EventLog, EventReader
 from ..corpus.owner import Owner, own
+from ..corpus.pending import find_pending_units
 from ..corpus.sweep import is_swept, sweep
-from ..corpus.work_list import (
-    Plan,
-    WorkList,
-    find_pending_units,
-    find_work_list,
-    make_work_list,
-    plan,
-    publish,
-)
+from ..corpus.work_list import Plan, is_current, make_work_list, plan, publish
+from ..corpus.work_list_summary import WorkList, find_work_list
 from ..io import failures, files, own_modules, variables
 from ..io.activity import NOW
 from ..io.store import store_of
@@ -210,8 +204,10 @@ def build_units(
     stages = recipe_of(config, subset)
     idle = [stage.name for stage in stages if _has_all_evidence(stage, folder, work_list, units)]
     recipe = recipe_digest(stages, config)
+    plans = work_list.plans()
     job = Job(
         config, subset, str(folder), work_list.digest, recipe, str(run_folder), idle,
+        plans={work_list.unit_name(at): plans[at] for at in units if plans[at] != work_list.digest},
         modules=own_modules.taken(),
         variables=variables.taken(),
     )  # fmt: skip
@@ -275,6 +271,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     """
     out = Path(config.out)
     refuse_overlap(config)
+    _finish_moves(config)
     units = commit_log.read_units(str(out)) if commit_log.exists(str(out)) else {}
     adopt.refuse_foreign(str(out), config.subsets.keys() - {name.partition("/")[0] for name in units})
     asked: set[str] = set()
@@ -286,6 +283,8 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
                 source = open_source(config, subset)
                 plans[subset] = plan(source, config, out / subset, Path(scratch) / subset, limit_images)
         for subset, made in plans.items():
+            if made.growth:
+                log.info("%s: %s", subset, made.growth)
             pending = find_pending(config, subset, made.work_list, retry_failed)
             is_empty = not made.work_list.num_units  # of which all units are committed, as it were
             if is_empty or not _are_committed(config, subset, made.work_list, pending):
@@ -303,6 +302,15 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
             lacking = [each for each in models if not _has_all_evidence(each, folder, made.work_list, units)]
             asked |= {each.place for each in lacking}
     return asked
+
+
+def _finish_moves(config: BuildConfig) -> None:
+    """Finish the moves of a driver that died: of a work list, it may have moved one file of two."""
+    if commit_log.exists(config.out) and not commit_log.is_moved(
+        config.out, commit_log.read_state(config.out)
+    ):
+        with owned(config, "plan"):
+            pass
 
 
 @_of_the_output
@@ -338,7 +346,7 @@ def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed:
     for subset in config.subsets:
         folder = out / subset
         work_list = find_work_list(folder)
-        if work_list is None or not work_list.is_current(open_source(config, subset), config, limit_images):
+        if work_list is None or not is_current(work_list, open_source(config, subset), config, limit_images):
             return False
         if find_pending(config, subset, work_list, retry_failed):
             return False

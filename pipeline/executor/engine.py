@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from ...schemas.config import BuildConfig
-    from ..corpus.work_list import WorkList
+    from ..corpus.work_list_summary import WorkList
     from ..corpus.writer import Draft
     from ..stages.base import Stage
     from .worker import Job

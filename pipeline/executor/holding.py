@@ -15,7 +15,7 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import IntegrityError, ParaCaptionError
 from ...schemas.records import Drop, ImageRecord
 from ..corpus.committed_unit import CommittedUnit
-from ..corpus.work_list import load_work_list, read_unit
+from ..corpus.work_list_summary import load_work_list, read_unit
 from ..io import photos
 from ..io.failures import Kind
 from ..sources.protocols import SOURCE_STAGE

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ..corpus import writer
-from ..corpus.work_list import WorkList
+from ..corpus.work_list_summary import WorkList
 from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage

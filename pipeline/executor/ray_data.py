@@ -26,7 +26,7 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed, one_line
 from ..corpus import writer
 from ..corpus.events import EventLog
-from ..corpus.work_list import WorkList
+from ..corpus.work_list_summary import WorkList
 from ..corpus.writer import Draft
 from ..io import own_modules
 from ..sources.protocols import SOURCE_STAGE

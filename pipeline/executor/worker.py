@@ -40,7 +40,7 @@ from ...schemas.records import Drop, ImageRecord
 from ..corpus import writer
 from ..corpus.committed_unit import CommittedUnit
 from ..corpus.events import Event, EventLog
-from ..corpus.work_list import read_unit
+from ..corpus.work_list_summary import read_unit
 from ..corpus.writer import Draft
 from ..io import failures, own_modules, variables
 from ..io.activity import NOW
@@ -72,6 +72,7 @@ class Job(msgspec.Struct, frozen=True):
         subset: name of the subset.
         folder: OUT/<subset>.
         plan: content hash of the work list.
+        plans: of units that were planned or changed by an earlier step of it, the hash of that step.
         recipe: digest of the recipe.
         run: folder of this run's events and stacks.
         idle: model stages that have evidence of every unit; their models are loaded only if some is stale.
@@ -86,6 +87,7 @@ class Job(msgspec.Struct, frozen=True):
     recipe: str
     run: str
     idle: list[str] = []
+    plans: dict[str, str] = {}
     modules: list[own_modules.OwnModule] = []
     variables: dict[str, str] = {}
 
@@ -274,9 +276,14 @@ class Worker:
         self._stop_if_refused(unit)
 
     def _read_one(self, entry: CatalogEntry, committed: CommittedUnit) -> ImageRecord:
-        """The image; with its photo from the committed shard if the source cannot give it."""
+        """The image; with its photo from the committed shard if the source cannot give it.
+
+        One that is gone from its source is taken from the committed files as a whole.
+        """
         assert self.source is not None
         limits = self.job.config.limits
+        if entry.drop is not None and entry.drop.reason is Reason.GONE:
+            return committed.image(entry.key) or self.source.read(entry, limits)
         image = self.source.read(entry, limits)
         is_missing = image.drop is not None and image.drop.reason is Reason.PHOTO_MISSING
         if (image.failed or is_missing) and (photo := committed.photo(entry.key)) is not None:
@@ -325,7 +332,8 @@ class Worker:
 
     def _write(self, unit: Unit, start: float, start_cpu: float) -> bytes:
         job = self.job
-        draft = writer.write_unit(self.folder, unit.name, unit.images, job.plan, job.recipe)
+        plan = job.plans.get(unit.name, job.plan)
+        draft = writer.write_unit(self.folder, unit.name, unit.images, plan, job.recipe)
         draft.failures = unit.failures
         draft.held = unit.held or draft.held or self._why_held(unit)
         if draft.held:

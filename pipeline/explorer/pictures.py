@@ -21,7 +21,7 @@ from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ParaCaptionError
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Rle
-from ..corpus.work_list import load_work_list
+from ..corpus.work_list_summary import load_work_list
 from ..io import confined, draw, files, photos, variables
 from ..io.draw import Overlay
 from .catalog import Catalog

@@ -25,6 +25,7 @@ from ...schemas.strict import Strict
 from ..io import failures, files
 from . import file_names
 from .clean import clean_image
+from .earlier_keys import EarlierKeys, Settled
 
 SOURCE_STAGE = "source"
 """Name of the stage under which sources drop."""
@@ -82,12 +83,14 @@ class Catalog:
 
     Args:
         early_keys: give out the keys of early releases; see `file_names.key_of`.
+        settled: keys by that of the base name, for each claim in order, as `EarlierKeys.settle` gives them.
     """
 
-    def __init__(self, early_keys: bool = False) -> None:
+    def __init__(self, early_keys: bool = False, settled: Mapping[str, list[Settled]] | None = None) -> None:
         self.benchmarks: PhotoNames | None = None
         self.notes: list[Note] = []
         self._early_keys = early_keys
+        self._settled = settled or {}
         self._claims: dict[str, list[tuple[str, str]]] = {}
         self._listings: dict[str, file_names.Listing] = {}
         self._claimed: dict[tuple[str, str, str], set[str]] = {}
@@ -107,11 +110,17 @@ class Catalog:
         claims = self._claims.setdefault(key, [])
         again = any(_is_same(folder, home, *claim) for claim in claims)
         claims.append((folder, home))
+        whole = file_names.key_of(f"{folder}/{base}", self._early_keys)
+        if len(claims) <= len(settled := self._settled.get(key, ())):
+            found = settled[len(claims) - 1]
+            return found.key or whole, found.again
         if len(claims) == 1:
             return key, False
-        if again:
-            return f"{key}-dup{len(claims)}", True
-        return file_names.key_of(f"{folder}/{base}", self._early_keys), False
+        return (f"{key}-dup{len(claims)}", True) if again else (whole, False)
+
+    def settle(self, earlier: EarlierKeys) -> dict[str, list[Settled]]:
+        """The keys of what was claimed here, if the images that had keys before had been listed first."""
+        return earlier.settle(self._claims, _is_same)
 
     def without_benchmarks(
         self,

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from ...schemas.config import BuildConfig, Limits
 from ...schemas.errors import BadRecord, ConfigError
-from ...schemas.reasons import Reason
+from ...schemas.reasons import LEFT, Reason
 from ...schemas.records import Blob, ImageRecord
 from ...schemas.strict import FileContext, one_line_each
 from ..io import benchmark_photos, failures, own_modules
+from .earlier_keys import EarlierKeys
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 SOURCES = {
@@ -196,6 +197,7 @@ class SubsetSource:
         self.pictures = pictures
         self.notes: list[Note] = []
         self._listed: Catalog | None = None
+        self._listing = Catalog()
 
     def fingerprint(self) -> dict[str, str]:
         """The files and folders by URL, each with a string that changes when it does. No file is opened.
@@ -211,19 +213,22 @@ class SubsetSource:
                 for url, version in source.fingerprint(self._listed).items()
             }
 
-    def catalog(self, early_keys: bool = False) -> Iterator[CatalogEntry]:
+    def catalog(self, early_keys: bool = False, earlier: EarlierKeys | None = None) -> Iterator[CatalogEntry]:
         """Every image of the subset exactly once, in a stable order.
 
         Args:
             early_keys: with the keys of early releases; see `file_names.key_of`.
+            earlier: keys that images had before and keep. The subset has to have been listed without them.
 
         Raises:
             ConfigError: an annotation file or folder is missing or is not what the configuration says.
             SourceUnavailable: it does not answer now.
         """
         catalog, self._listed = self._listed or Catalog(), None  # folders are listed once for both
-        if early_keys:
-            catalog = Catalog(early_keys)
+        if early_keys or earlier is not None:
+            settled = self._listing.settle(earlier) if earlier is not None else None
+            catalog = Catalog(early_keys, settled)
+        self._listing = catalog
         catalog.benchmarks = benchmark_photos.load_names() if self.leave_out else None
         self.notes = catalog.notes
         with _one_line(self.subset):
@@ -235,6 +240,8 @@ class SubsetSource:
 
     def read(self, entry: CatalogEntry, limits: Limits, notes: list[Note] | None = None) -> ImageRecord:
         """The image of an entry. A worker opens the sources again, and needs nothing else of the catalog."""
+        if entry.drop is not None and entry.drop.reason in LEFT:
+            return ImageRecord(entry.key, self.subset, None, 0, 0, drop=entry.drop)
         image = self.sources[entry.source].read(entry, limits, notes, self.subset)
         listed = entry.drop
         if listed is not None and listed.reason is Reason.BENCHMARK_PHOTO and image.drop is None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -142,6 +143,24 @@ class EvidenceStore(Generic[E]):
         path = str(self.path(unit))
         store_of(path).put(path, self._encode(evidence))
         return evidence
+
+    def forget(self, unit: str, keys: Collection[str]) -> bool:
+        """Delete the answers about some images of a unit; returns whether there were any.
+
+        Raises:
+            IntegrityError: the file is damaged.
+            OSError: the disk does not give it, or does not take the new one.
+        """
+        saved = self.read(unit)
+        left = {place: row for place, row in saved.items() if place[0] not in keys}
+        path = str(self.path(unit))
+        if len(left) == len(saved):
+            return False
+        if left:
+            store_of(path).put(path, self._encode(left))
+        else:
+            store_of(path).delete(path)
+        return True
 
     def _encode(self, evidence: Evidence) -> bytes:
         import pyarrow as pa

@@ -27,7 +27,7 @@ from tests.synthetic import shadow_modules, write_coconut
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "build audit verify inspect show explore report doctor estimate models train caption evaluate profile "
-    "benchmark export merge demo config deploy versions diff status undo"
+    "benchmark export merge demo config deploy versions diff status undo remove"
 ).split()
 runner = CliRunner()
 

@@ -98,6 +98,11 @@ def without_replaced_files(folder: Path) -> tuple[object, ...]:
     return "diff", folder / "out", (folder / "first").read_text(), records
 
 
+def removing_nobody(folder: Path) -> tuple[object, ...]:
+    (folder / "keys.txt").write_text("nobody\n")
+    return "remove", folder / "out", "--keys", folder / "keys.txt", "--yes"
+
+
 def without_space(folder: Path) -> tuple[object, ...]:
     return "doctor", configured(folder, failures={"min_free_gb": 1e9})
 
@@ -165,6 +170,7 @@ COMMANDS: dict[tuple[int, str, str], Callable[[Path], tuple[object, ...]]] = {
         "undo",
         folder / "out",
     ),
+    (2, "paracaption remove", "a key is of no image of the corpus"): removing_nobody,
     (2, "paracaption deploy", "`PREFECT_API_URL` is not set"): lambda _: ("deploy",),
 }
 """Rows of the page that a command in this process shows."""

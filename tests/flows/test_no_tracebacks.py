@@ -126,6 +126,7 @@ FOLDERS = {
     "versions": ["versions", "{}"],
     "diff": ["diff", "{}", 1, 2],
     "undo": ["undo", "{}", "--yes"],
+    "remove": ["remove", "{}", "--keys", "{to}/keys.txt", "--yes"],
     "show": ["show", "{}", "1", "--out", "{to}/image.png"],
     "explore": ["explore", "{}"],
     "report": ["report", "{}"],
@@ -162,6 +163,7 @@ NOT_A_CONFIG = (*NOT_A_CORPUS, "a pointer", "zeros", "not UTF-8", "gzipped")
 @pytest.mark.parametrize("command", FOLDERS)
 def test_what_is_no_corpus_is_one_line(tmp_path, command, name):
     path = place(tmp_path, name)
+    (tmp_path / "keys.txt").write_text("a\n")
     (tmp_path / "judge.yaml").write_text(
         "name: openai\noptions: {model: a, base_url: 'http://127.0.0.1:9'}\n"
     )

@@ -33,7 +33,7 @@ def try_seeds(simulation: Simulation, seeds: range) -> None:
 
 
 def try_calls(simulation: Simulation, every: int) -> None:
-    """Every n-th of all faults that can happen to a fresh build and to a rebuild."""
+    """Every n-th of all faults that can happen to a fresh build, a rebuild, a growth and a removal."""
     faults = simulation.faults()[::every]
     fail_together([problem for each in faults if (problem := simulation.problem_of(*each))], len(faults))
 

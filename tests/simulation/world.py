@@ -25,7 +25,7 @@ import msgspec
 
 from paracaption.pipeline.corpus import log as commit_log
 from paracaption.pipeline.corpus import owner as owning
-from paracaption.pipeline.corpus import plots, processes
+from paracaption.pipeline.corpus import plots, processes, removal
 from paracaption.pipeline.executor import committer, driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.io import failures, files, store
@@ -42,6 +42,7 @@ from tests.synthetic import write_coconut, write_sa1b
 
 IMAGES = {"coconut": 4, "sa1b": 2}
 MASKS = 3
+REMOVED = "000000000001"
 SIZE = (24, 32)
 
 _DIFFERS = re.compile(r"^/(log|beat|\.replaced|events)/|/journal/|/plan\.json$")
@@ -78,14 +79,16 @@ class World:
         self.root = root
         self.out = str(root / "out")
         self.sources = {
-            "coconut": write_coconut(root / "source" / "coconut", IMAGES["coconut"], MASKS, SIZE),
+            "coconut": _write_parts(root / "source" / "coconut", IMAGES["coconut"] // 2),
             "sa1b": write_sa1b(root / "source" / "sa1b", IMAGES["sa1b"], MASKS, SIZE),
         }
+        part = {**self.sources["coconut"], "annotations": self.sources["coconut"]["annotations"][:1]}
         self.disk = Disk([str(root / "source"), self.out], self._on_call)
         self.disk.load(str(root / "source"))
         (root / "out").mkdir()
         self.loose = self.config()
         self.strict = self.config(text={"min_words": 11})
+        self.small = self.config(coconut=part, sa1b=None)
         self.fault: Fault | None = None
         self.calls = 0
         self.where: list[str] = []
@@ -99,11 +102,10 @@ class World:
         """The configuration of this world's corpus."""
         return config_of(
             Path(self.out),
-            **self.sources,
             images_per_shard=2,
             captioner={"batch_images": 1},
             failures={"min_free_gb": 0, "stop_after_units": 2, "unit_retries": 0, "save_every_s": 0},
-            **changes,
+            **{**self.sources, **changes},
         )
 
     # Faults.
@@ -154,8 +156,16 @@ class World:
 
     # Builds.
 
-    def build(self, config: BuildConfig, fault: Fault | None = None, **asked: Any) -> str:
+    def build(
+        self, config: BuildConfig, fault: Fault | None = None, remove: bool = False, **asked: Any
+    ) -> str:
         """One build by a process of its own; what it ended with: "" if with success.
+
+        Args:
+            config: what is built.
+            fault: what happens, and when.
+            remove: take an image out of the corpus instead.
+            asked: of `driver.build`.
 
         Raises:
             AssertionError: something does not hold.
@@ -169,7 +179,10 @@ class World:
             for each in self._patches():
                 stack.enter_context(each)
             try:
-                driver.build(config, LocalEngine(), **asked)
+                if remove:
+                    removal.remove(self.out, [REMOVED], delete_replaced=True)
+                else:
+                    driver.build(config, LocalEngine(), **asked)
             except Killed:
                 ended = "killed"
             except ParaCaptionError as error:
@@ -273,6 +286,11 @@ class World:
         }
         return {path: digest for path, digest in kept.items() if not _DIFFERS.search(f"/{path}")}
 
+    def photo(self, key: str) -> bytes:
+        """The bytes of a photo of the source."""
+        found = (inode.data for path, inode in self.disk.names.items() if path.endswith(f"/photos/{key}.jpg"))
+        return bytes(next(found))
+
     def regions(self) -> tuple[int, int]:
         """Regions declared and regions kept plus dropped, as the committed manifests count them."""
         manifests = [
@@ -285,6 +303,16 @@ class World:
         return sum(each["regions_in"] for each in manifests), sum(
             each["kept"] + sum(each["dropped"].values()) for each in manifests
         )
+
+
+def _write_parts(root: Path, number: int) -> dict[str, Any]:
+    """A release whose images are in two lists, of which the second one may come later."""
+    found: dict[str, Any] = {}
+    lists = []
+    for name, first in (("first.json", 0), ("second.json", number)):
+        found = write_coconut(root, number, MASKS, SIZE, first)
+        lists.append(Path(found["annotations"][0]).rename(root / name))
+    return found | {"annotations": list(map(str, lists))}
 
 
 class _Model:
@@ -343,12 +371,25 @@ class Simulation:
         self.loose = self._undisturbed(self.world.loose)
         self._built = {path: _copied(inode) for path, inode in self.world.disk.names.items()}
         self.strict = self._undisturbed(self.world.strict)
-        self._reset(self._built)
-        assert self.world.build(self.world.strict) == ""
-        self._where = {"fresh": self.loose.where, "rebuild": list(self.world.where)}
+        self.small = self._undisturbed(self.world.small)
+        self._small = {path: _copied(inode) for path, inode in self.world.disk.names.items()}
+        self._where = {"fresh": self.loose.where}
+        for name, start, config, remove in (
+            ("rebuild", self._built, self.world.strict, False),
+            ("grow", self._small, self.world.loose, False),
+            ("remove", self._built, self.world.loose, True),
+        ):
+            self._reset(start)
+            assert self.world.build(config, remove=remove) == ""
+            self._where[name] = list(self.world.where)
+            if name == "grow":
+                self.grown = Expected(self.world.finished(), self.world.committed(), [])
+        self.removed = Expected(self.world.finished(), self.world.committed(), [])
         self.story: list[str] = []
         self.declared = MASKS * sum(IMAGES.values())
         assert self.loose.committed != self.strict.committed, "the thresholds make no difference"
+        for path, digest in self.loose.committed.items():  # only its manifests name the step of the work list
+            assert "/manifests/" in path or self.grown.committed[path] == digest, path
 
     def _undisturbed(self, config: BuildConfig) -> Expected:
         """A fresh build; the disk is left as it is then."""
@@ -383,10 +424,26 @@ class Simulation:
         allowed = [self.loose.committed, self.strict.committed]
         self._run(self.world.strict, faults, allowed, self.strict, random or Random(0))
 
+    def grow(self, *faults: Fault, random: Random | None = None) -> None:
+        """The same for a corpus to which images and a subset are added."""
+        self._reset(self._small)
+        allowed = [self.small.committed, self.grown.committed]
+        self._run(self.world.loose, faults, allowed, self.grown, random or Random(0))
+
+    def remove(self, *faults: Fault, random: Random | None = None) -> None:
+        """The same for a corpus from which an image is removed. In the end nothing has its photo."""
+        self._reset(self._built)
+        photo = self.world.photo(REMOVED)
+        allowed = [self.loose.committed, self.removed.committed]
+        self._run(self.world.loose, faults, allowed, self.removed, random or Random(0), remove=True)
+        having = [path for path, data in self.world.disk.snapshot(self.world.out).items() if photo in data]
+        assert not having, f"the photo of a removed image is in {having}"
+        assert all(key != REMOVED for _, key, _ in self.world.evidence(self.world.loose))
+
     def seeded(self, seed: int) -> None:
         """A run that this number decides."""
         random = Random(seed)
-        name = "rebuild" if random.random() < 0.4 else "fresh"
+        name = random.choices(("fresh", "rebuild", "grow", "remove"), (4, 3, 2, 1))[0]
         calls, faults = self._where[name], []
         for _ in range(random.randint(1, 3)):
             at = int(len(calls) * random.random() ** 1.5)  # the later builds have less to do
@@ -396,7 +453,7 @@ class Simulation:
         getattr(self, name)(*faults, random=random)
 
     def faults(self) -> list[tuple[str, Fault]]:
-        """A fault of every kind at each call of a fresh build and of a rebuild.
+        """A fault of every kind at each call of a fresh build, of a rebuild, of a growth and of a removal.
 
         Errors that are the same kind to whoever meets them take turns.
         """
@@ -408,7 +465,7 @@ class Simulation:
         ]
 
     def problem_of(self, where: str, *faults: Fault) -> str:
-        """What does not hold in a fresh build or a rebuild with these faults; "" if everything holds."""
+        """What does not hold in a build of this kind with these faults; "" if everything holds."""
         return self._problem(lambda: getattr(self, where)(*faults))
 
     def problem_of_seed(self, seed: int) -> str:
@@ -431,22 +488,27 @@ class Simulation:
         allowed: list[dict[str, str]],
         expected: Expected,
         random: Random,
+        remove: bool = False,
     ) -> None:
         world = self.world
         self.story = []
         for fault in faults:
-            ended = world.build(config, fault)
+            ended = world.build(config, fault, remove)
             self.story.append(f"{world.happened or 'nothing'}: {ended or 'built'}")
             if ended == "killed":
                 world.crash(random)
             self._check_units(world.committed(), allowed)
+        if remove:
+            ended = world.build(config, remove=True)
+            assert ended == "", ended
         ended = world.build(config, retry_failed=True)
         assert ended == "", ended
         assert world.committed() == expected.committed, "the units are not those of an undisturbed build"
         found, wanted = world.finished(), expected.finished
         other = sorted(path for path in found.keys() | wanted if found.get(path) != wanted.get(path))
         assert not other, f"not as after an undisturbed build: {', '.join(other)}"
-        assert world.regions() == (self.declared, self.declared)
+        declared = self.declared - MASKS * remove
+        assert world.regions() == (declared, declared)
 
     def _check_units(self, found: dict[str, str], allowed: list[dict[str, str]]) -> None:
         """No committed unit is worse than it was."""

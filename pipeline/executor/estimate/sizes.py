@@ -9,7 +9,8 @@ import msgspec
 
 from ....schemas.config import BuildConfig
 from ....schemas.errors import ConfigError, IntegrityError
-from ...corpus.work_list import load_work_list
+from ...corpus.work_list import is_current
+from ...corpus.work_list_summary import load_work_list
 from ...sources.registry import find_source, open_source
 from .rates import Rates
 
@@ -77,11 +78,13 @@ def _with_regions(rates: Rates, subset: str, images: int) -> Size:
 
 
 def _count_images(config: BuildConfig, subset: str) -> int:
-    """From the work list if there is one of the whole source; otherwise the source is listed."""
+    """From the work list if there is one of the whole source as it is today; else the source is listed."""
+    source, gone = open_source(config, subset), 0
     try:
         planned = load_work_list(Path(config.out) / subset)
-        if "limit" not in planned.fingerprint:
+        gone = planned.gone
+        if "limit" not in planned.fingerprint and is_current(planned, source, config):
             return planned.num_images
     except IntegrityError:  # nothing is planned yet
         pass
-    return sum(1 for _ in open_source(config, subset).catalog())
+    return gone + sum(1 for _ in source.catalog())

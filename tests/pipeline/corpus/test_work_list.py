@@ -4,7 +4,9 @@ import io
 import os
 import shutil
 import tarfile
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paracaption.pipeline.corpus import work_list
+from paracaption.pipeline.corpus.pending import find_pending_units
 from paracaption.pipeline.sources import file_names
 from paracaption.pipeline.sources.protocols import CatalogEntry
 from paracaption.pipeline.sources.registry import open_source
@@ -39,7 +42,7 @@ class FakeSource:
     def fingerprint(self):
         return {"list": self.version}
 
-    def catalog(self):
+    def catalog(self, earlier=None):
         self.times_listed += 1
         yield from self.entries
 
@@ -119,7 +122,7 @@ def test_a_plan_whose_table_is_gone_is_made_again_and_a_changed_source_is_still_
     table = tmp_path / work_list.FOLDER / work_list.TABLE
     before = table.read_bytes()
     table.unlink()
-    assert not first.is_current(FakeSource(entries_of("a", "b")), config_of(tmp_path))
+    assert not work_list.is_current(first, FakeSource(entries_of("a", "b")), config_of(tmp_path))
     assert work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path) == first
     assert table.read_bytes() == before
     table.unlink()
@@ -142,25 +145,45 @@ def test_a_photo_that_is_found_later_or_elsewhere_does_not_make_another_plan(tmp
     assert again.digest == first.digest and again.read_unit(0) == [found]
 
 
-def test_changed_sources_are_refused_with_the_difference_and_the_old_plan_stays(tmp_path):
+def test_changed_sources_make_the_list_grow_and_its_units_keep_their_images(tmp_path):
     first = work_list.make_work_list(FakeSource(entries_of(*"abcd")), config_of(tmp_path), tmp_path)
-    changed = entries_of("a", "c", "d", *(f"new{i}" for i in range(7)))
-    changed[1] = msgspec.structs.replace(changed[1], record=b"other")
-    with pytest.raises(IntegrityError) as caught:
-        work_list.make_work_list(FakeSource(changed, "2"), config_of(tmp_path), tmp_path)
-    message = str(caught.value)
-    assert "7 images added (new0, new1, new2, new3, new4, ...)" in message
-    assert "1 images removed (b)" in message and "1 images changed (c)" in message and "new `out`" in message
-    assert work_list.load_work_list(tmp_path) == first and len(first.read_unit(0)) == 3
-    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == [work_list.SUMMARY, work_list.TABLE]
+    changed = entries_of("new0", "a", "c", "d", *(f"new{i}" for i in range(1, 7)))
+    changed[2] = msgspec.structs.replace(changed[2], record=b"other")
+    with tempfile.TemporaryDirectory() as scratch:
+        planned = work_list.plan(FakeSource(changed, "2"), config_of(tmp_path), tmp_path, Path(scratch))
+        assert str(planned.growth) == (
+            "7 images are new (new0, new1, new2, new3, new4, ...): 3 units are added; "
+            "1 image changed in the source (c): 1 unit is built again; "
+            "1 image is gone from the source (b) and stays in the corpus"
+        )
+    assert work_list.load_work_list(tmp_path) == first
+    made = work_list.make_work_list(FakeSource(changed, "2"), config_of(tmp_path), tmp_path)
+    units = [[entry.key for entry in made.read_unit(index)] for index in range(made.num_units)]
+    assert units == [[*"abc"], ["d"], ["new0", "new1", "new2"], ["new3", "new4", "new5"], ["new6"]]
+    assert [made.num_images_of(index) for index in range(5)] == [3, 1, 3, 3, 1] and made.num_images == 11
+    assert made.plans() == [made.digest, first.digest, *[made.digest] * 3]
+    assert made.read_unit(0)[1].drop.reason is Reason.GONE and made.read_unit(0)[2].record == b"other"
+    assert (made.gone, made.gone_examples) == (1, ["b"])
+    assert work_list.load_work_list(tmp_path) == made and work_list.find_damage(made) is None
+    again = work_list.make_work_list(FakeSource(changed, "3"), config_of(tmp_path), tmp_path)
+    assert again.digest == made.digest and again.steps == made.steps
 
 
-def test_another_order_and_another_unit_size_are_refused(tmp_path):
-    work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
-    with pytest.raises(IntegrityError, match="another order"):
-        work_list.make_work_list(FakeSource(entries_of("b", "a"), "2"), config_of(tmp_path), tmp_path)
+def test_an_image_that_is_gone_and_comes_back_is_as_it_was(tmp_path):
+    config = config_of(tmp_path)
+    first = work_list.make_work_list(FakeSource(entries_of(*"abcd")), config, tmp_path)
+    gone = work_list.make_work_list(FakeSource(entries_of(*"acd"), "2"), config, tmp_path)
+    assert (gone.digest, gone.gone, gone.steps) == (first.digest, 1, [])
+    back = work_list.make_work_list(FakeSource(entries_of(*"abcd"), "1"), config, tmp_path)
+    assert back == first
+
+
+def test_another_order_is_the_same_list_and_another_unit_size_is_refused(tmp_path):
+    first = work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
+    again = work_list.make_work_list(FakeSource(entries_of("b", "a"), "2"), config_of(tmp_path), tmp_path)
+    assert again.digest == first.digest and [entry.key for entry in again.read_unit(0)] == ["a", "b"]
     with pytest.raises(IntegrityError, match="images_per_shard was 3, is now 4"):
-        work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path, 4), tmp_path)
+        work_list.make_work_list(FakeSource(entries_of("a", "c")), config_of(tmp_path, 4), tmp_path)
 
 
 def test_a_limit_takes_the_first_images(tmp_path):
@@ -170,7 +193,7 @@ def test_a_limit_takes_the_first_images(tmp_path):
 
 def test_a_source_without_images_makes_a_plan_without_units(tmp_path):
     made = work_list.make_work_list(FakeSource([]), config_of(tmp_path), tmp_path)
-    assert (made.num_images, made.num_units, work_list.find_pending_units(made, "r")) == (
+    assert (made.num_images, made.num_units, find_pending_units(made, "r")) == (
         0,
         0,
         [],
@@ -214,11 +237,11 @@ def write_manifest(folder, made, index, recipe="r", digest=None):
 def test_units_without_a_manifest_or_of_another_recipe_are_pending(tmp_path):
     made = work_list.make_work_list(FakeSource(entries_of(*"abcdefghij")), config_of(tmp_path), tmp_path)
     folder = tmp_path / "manifests"
-    assert work_list.find_pending_units(made, "r") == [0, 1, 2, 3]
+    assert find_pending_units(made, "r") == [0, 1, 2, 3]
     write_manifest(folder, made, 1)
     write_manifest(folder, made, 2, recipe="other")
     (folder / ".tmp-sa1b-000003.json-1").write_bytes(b"")
-    assert work_list.find_pending_units(made, "r") == [0, 2, 3]
+    assert find_pending_units(made, "r") == [0, 2, 3]
 
 
 def test_manifests_of_another_plan_or_of_no_unit_or_of_nothing_are_refused_by_name(tmp_path):
@@ -228,14 +251,14 @@ def test_manifests_of_another_plan_or_of_no_unit_or_of_nothing_are_refused_by_na
     with pytest.raises(
         IntegrityError, match=r"sa1b-000000\.json: this unit was built from the work list other"
     ):
-        work_list.find_pending_units(made, "r")
+        find_pending_units(made, "r")
     write_manifest(folder, made, 0)
     write_manifest(folder, made, 5)
     with pytest.raises(IntegrityError, match=r"sa1b-000005\.json: the work list has no such unit"):
-        work_list.find_pending_units(made, "r")
+        find_pending_units(made, "r")
     (folder / "sa1b-000000.json").write_bytes(b"{")
     with pytest.raises(IntegrityError, match=r"sa1b-000000\.json: not a manifest.*delete it"):
-        work_list.find_pending_units(made, "r")
+        find_pending_units(made, "r")
 
 
 def flipped(data, place):
@@ -370,7 +393,7 @@ def test_places_in_another_order_or_role_are_planned_anew_and_refused_beside_com
     source = FakeSource(entries_of("a", "b"))
     first = work_list.make_work_list(source, coconut_config(tmp_path), tmp_path)
     swapped = coconut_config(tmp_path, **changes)
-    assert not first.is_current(source, swapped)
+    assert not work_list.is_current(first, source, swapped)
     write_manifest(tmp_path / "manifests", first, 0)
     with pytest.raises(IntegrityError, match="the committed units were read with other settings") as caught:
         work_list.make_work_list(source, swapped, tmp_path)
@@ -405,7 +428,7 @@ def test_a_list_of_an_early_release_does_not_know_its_roles_and_counts_as_unchan
     early = work_list.load_work_list(tmp_path)
     for changes, _ in SWAPS.values():
         swapped = coconut_config(tmp_path, **changes)
-        assert early.is_current(source, swapped)
+        assert work_list.is_current(early, source, swapped)
         assert work_list.make_work_list(source, swapped, tmp_path) == early
     assert source.times_listed == 1
 

@@ -1,0 +1,47 @@
+"""Which units of a work list are still to be built."""
+
+from __future__ import annotations
+
+from ...schemas.errors import IntegrityError
+from . import log as commit_log
+from .work_list_summary import FOLDER, WorkList, first_steps
+
+
+def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
+    """Indices of the units to build, in order.
+
+    Those are units that are not committed, that were committed with another recipe or before an image of them
+    changed, or of which a file is gone or has another size than when it was committed.
+
+    Args:
+        work_list: as it was read from a subset's folder.
+        recipe: digest of the recipe.
+
+    Raises:
+        IntegrityError: a committed unit is of another work list, or of no unit of this one; or the commit
+            log, or a manifest of a corpus without a log, cannot be read.
+    """
+    out, _, subset = work_list.folder.rpartition("/")
+    units = {name: unit for name, unit in commit_log.read_units(out).items() if name.startswith(f"{subset}/")}
+    pending, plans = [], work_list.plans()
+    known = {step.digest for step in first_steps(work_list)}
+    for index in range(work_list.num_units):
+        unit = units.pop(f"{subset}/{work_list.unit_name(index)}", None)
+        if unit is None:
+            pending.append(index)
+            continue
+        if unit.plan not in known:
+            raise IntegrityError(
+                f"{out}/{unit.manifest.path}: this unit was built from the work list {unit.plan[:12]}, "
+                f"but the corpus now has {work_list.digest[:12]}; restore {subset}/{FOLDER} from a "
+                "copy, or use a new `out`"
+            )
+        if unit.plan != plans[index] or unit.recipe != recipe or not commit_log.is_whole(out, unit):
+            pending.append(index)
+    if units:
+        path = f"{out}/{units[min(units)].manifest.path}"
+        raise IntegrityError(
+            f"{path}: the work list has no such unit; restore {subset}/{FOLDER} from a copy, or use a new "
+            "`out`"
+        )
+    return pending

@@ -1,0 +1,139 @@
+"""Finds files that were changed in place: other photos or annotations under the names that they had.
+
+A build compares names, versions of lists and lengths, and opens no photo, so such a change does not show.
+Here each image is read again and compared with what is committed: its masks with the ledger, its photo with
+the one that the models saw. A unit with a changed image is noted in the work list, and the next build makes
+it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ...schemas.config import BuildConfig
+from ...schemas.errors import BadRecord
+from ...schemas.reasons import RETRIED
+from ...schemas.records import ImageRecord
+from ..corpus import log as commit_log
+from ..corpus import reader, work_list
+from ..corpus.growth import EXAMPLES, Growth, cover
+from ..corpus.pending import find_pending_units
+from ..corpus.work_list import Plan
+from ..corpus.work_list_summary import Step, WorkList, find_work_list, first_steps
+from ..io import photos
+from ..io.activity import NOW
+from ..sources.protocols import SOURCE_STAGE
+from ..sources.registry import SubsetSource, complete, open_source
+from ..stages.base import ModelStage
+from ..stages.recipes import recipe_digest, recipe_of
+from . import driver
+
+_COLUMNS = ["key", "region", "rle_counts", "category", "drop_stage", "drop_reason"]
+
+_Regions = dict[int | None, tuple[Any, ...]]
+
+
+def note_changed_files(
+    config: BuildConfig, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, Growth]:
+    """Compare every committed image with its files, and note the units of those that have changed.
+
+    Images that cannot be read now are passed by. Units that a build would make again anyway are not read.
+
+    Args:
+        config: of the corpus.
+        progress: called with the number of images compared so far.
+
+    Returns:
+        What has changed, by subset; only subsets of which something has.
+
+    Raises:
+        ConfigError: the configuration cannot work here, or another driver is writing there.
+        IntegrityError: a work list, a ledger or the log is damaged.
+    """
+    config, found, number = complete(config), dict[str, Growth](), 0
+    if not commit_log.exists(config.out):
+        return found
+    for subset in config.subsets:
+        listed = find_work_list(Path(config.out) / subset)
+        if listed is None:
+            continue
+        source, changed = open_source(config, subset), dict[int, list[str]]()
+        pending = set(find_pending_units(listed, recipe_digest(recipe_of(config, subset), config)))
+        for index in sorted(set(range(listed.num_units)) - pending):
+            with NOW.during("comparing files", f"{subset}/{listed.unit_name(index)}"):
+                if keys := _changed_in(config, source, listed, index):
+                    changed[index] = keys
+            number += listed.num_images_of(index)
+            progress(number)
+        if changed:
+            found[subset] = _note(config, listed, changed)
+    return found
+
+
+def _changed_in(config: BuildConfig, source: SubsetSource, listed: WorkList, index: int) -> list[str]:
+    """Keys of the images of a committed unit that are not what their files hold now."""
+    folder, unit = Path(listed.folder), listed.unit_name(index)
+    (committed,) = (each for each in reader.list_units(listed.folder) if each.name == unit)
+    rows: dict[str, _Regions] = {}
+    for row in reader.read_ledger(committed.ledger, _COLUMNS).to_pylist():
+        reason = row["drop_reason"] if row["drop_stage"] == SOURCE_STAGE else None
+        rows.setdefault(row["key"], {})[row["region"]] = (row["rle_counts"], row["category"], reason)
+    seen: dict[str, str] = {}
+    for stage in recipe_of(config, source.subset):
+        if isinstance(stage, ModelStage) and stage.sees_photo:
+            answers = stage.store(folder).load(unit)
+            seen |= {key: answer.photo for (key, _), answer in answers.items() if answer.photo}
+    changed = []
+    for entry in listed.read_unit(index):
+        if entry.drop is not None:
+            continue
+        NOW.at(entry.key)
+        image = source.read(entry, config.limits)
+        if image.failed or (image.drop is not None and image.drop.reason in RETRIED):
+            continue
+        if _regions_of(image) != rows.get(entry.key) or _is_another_photo(image, seen.get(entry.key, "")):
+            changed.append(entry.key)
+    return changed
+
+
+def _regions_of(image: ImageRecord) -> _Regions:
+    shared = None if image.drop is None else image.drop.reason.value
+    if not image.regions:
+        return {None: (None, None, shared)}
+    return {
+        region.id: (
+            region.rle and region.rle.counts,
+            region.category,
+            region.drop.reason.value if region.drop else None,
+        )
+        for region in image.regions
+    }
+
+
+def _is_another_photo(image: ImageRecord, seen: str) -> bool:
+    if not seen or image.photo is None:
+        return False
+    try:
+        return photos.hash_photo(image.photo, image.removed_orientation) != seen
+    except BadRecord:
+        return False
+
+
+def _note(config: BuildConfig, listed: WorkList, changed: dict[int, list[str]]) -> Growth:
+    """Make the changed units a step of the work list, so that they are pending until they are built."""
+    digest = hashlib.sha256(f"{listed.digest}\n".encode())
+    for index in sorted(changed):
+        cover(digest, index, listed.read_unit(index))
+    step = Step(digest.hexdigest(), listed.num_units, listed.num_images, sorted(changed))
+    now = msgspec.structs.replace(listed, digest=step.digest, steps=[*first_steps(listed), step])
+    keys = [key for index in sorted(changed) for key in changed[index]]
+    growth = Growth(changed=len(keys), rebuilt=len(changed), examples={"changed": keys[:EXAMPLES]})
+    with driver.owned(config, "plan") as owner:
+        work_list.publish(Plan(now, Path(listed.table_path), growth), listed.folder, owner)
+    return growth
