@@ -151,13 +151,14 @@ def remove(out: str, keys: Iterable[str], delete_replaced: bool = False) -> dict
     wanted = list(keys)
     try:
         find_images(out, wanted)
+        config = reader.read_config(out)
         with own(out, "remove", history.lease_of(log.read_state(out))) as owner:
             sweep(owner)
             counts = Counter(images=0, units=0)
             for subset, removal in find_images(out, wanted).items():
                 counts["images"] += removal.new
                 now = _call_removed(out, subset, removal, owner) if removal.new else removal.work_list
-                kinds = configured_kinds(reader.read_config(out), subset)
+                kinds = configured_kinds(config, subset)
                 for index in removal.units:
                     forget(out, subset, now.unit_name(index), removal.keys, kinds)
                 counts["units"] += _rewrite_units(out, subset, removal, now, owner)
