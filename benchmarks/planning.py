@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from paracaption.pipeline.corpus import work_list, writer
+from paracaption.pipeline.corpus import work_list, work_list_summary, writer
 from paracaption.pipeline.corpus.pending import find_pending_units
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas import manifest as manifests
@@ -89,9 +89,9 @@ def commit_most(config: BuildConfig) -> None:
     """Write the manifests of nine units in ten."""
     for subset in config.subsets:
         folder = Path(config.out) / subset
-        planned = work_list.load_work_list(folder)
+        planned = work_list_summary.load_work_list(folder)
         for index in range(int(planned.num_units * COMMITTED)):
-            entries = work_list.read_unit(folder, index)
+            entries = work_list_summary.read_unit(folder, index)
             unit = planned.unit_name(index)
             entry = FileEntry(f"ledger/{unit}.parquet", 1, "0" * 64)
             kept = {e.key: SEGMENTS_EACH for e in entries}

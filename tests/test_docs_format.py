@@ -18,7 +18,7 @@ from paracaption.pipeline.corpus import (
     ledger,
     merge,
     records,
-    work_list,
+    work_list_summary,
     work_list_table,
 )
 from paracaption.pipeline.executor import audit, in_flight
@@ -44,7 +44,7 @@ FIELDS: dict[str, type] = {
     "Fields of a step of the funnel": summary.FunnelStep,
     "Fields of a histogram": summary.Histogram,
     "Fields of a license": summary.LicenseCount,
-    "Fields of `plan.json`": work_list.WorkList,
+    "Fields of `plan.json`": work_list_summary.WorkList,
     "Fields of a step of the work list": growth.Step,
     "Fields of a line": records._Line,
     "Fields of a committed unit": records.LogUnit,

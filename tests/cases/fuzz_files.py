@@ -36,7 +36,7 @@ from paracaption.pipeline.corpus import (
     status,
     verify,
     versions,
-    work_list,
+    work_list_summary,
     work_list_table,
 )
 from paracaption.pipeline.explorer.app import make_app
@@ -309,7 +309,9 @@ def _cases() -> dict[str, Case]:
         "ledger": Case(all_of("out/*/ledger/*.parquet"), reader.read_ledger),
         "work list": Case(all_of("out/*/plan/*.parquet"), lambda path: work_list_table.read_unit(path, 0)),
         "plan": Case(
-            all_of("out/*/plan/*.json"), lambda path: work_list.find_work_list(path.parent.parent), json.loads
+            all_of("out/*/plan/*.json"),
+            lambda path: work_list_summary.find_work_list(path.parent.parent),
+            json.loads,
         ),
         "manifest": Case(all_of("out/*/manifests/*.json"), reader.read_manifest, json.loads),
         "log": Case(all_of("out/log/*.json"), lambda path: log.read_state(str(path.parent.parent))),

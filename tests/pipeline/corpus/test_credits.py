@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools.coco import COCO
 
-from paracaption.pipeline.corpus import export, merge, reader, verify, work_list
+from paracaption.pipeline.corpus import export, merge, reader, verify, work_list_summary, work_list_table
 from paracaption.schemas.records import CREDIT_FIELDS
 from tests.building import build, config_of
 from tests.synthetic import write_coconut, write_sa1b
@@ -166,7 +166,7 @@ def test_a_source_of_which_licenses_alone_changed_resumes(tmp_path):
     state(source, {0: {"license": 2}})
     build(config)
     assert samples(tmp_path / "out") == before
-    planned = work_list.load_work_list(tmp_path / "out" / "coconut")
+    planned = work_list_summary.load_work_list(tmp_path / "out" / "coconut")
     first = planned.read_unit(0)[0].credit
     assert first is not None and first.license == NC["name"]
 
@@ -184,10 +184,8 @@ def test_a_unit_that_was_planned_without_is_built_again_to_the_last_byte(tmp_pat
     state(source)
     config = config_of(tmp_path / "out", coconut=source)
     with monkeypatch.context() as early:  # an early release: its lists have no such column
-        written = work_list.work_list_table.write_table
-        early.setattr(
-            work_list.work_list_table, "write_table", lambda *given: written(*given[:-1], credits=False)
-        )
+        written = work_list_table.write_table
+        early.setattr(work_list_table, "write_table", lambda *given: written(*given[:-1], credits=False))
         build(config)
     summary = tmp_path / "out/coconut/plan/plan.json"
     found = json.loads(summary.read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.pipeline.corpus import log, reader, removal, undo, verify, versions, work_list
+from paracaption.pipeline.corpus import log, reader, removal, undo, verify, versions, work_list_summary
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.sources.registry import complete
 from paracaption.schemas.config import BuildConfig
@@ -138,7 +138,7 @@ def test_a_file_of_keys_may_have_empty_lines_and_notes(tmp_path):
 
 
 def test_a_damaged_work_list_stops_a_removal(built, tmp_path):
-    path = work_list.table_path(tmp_path / "out/coconut")
+    path = work_list_summary.table_path(tmp_path / "out/coconut")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(IntegrityError, match=r"plan\.parquet"):
         removal.remove(str(tmp_path / "out"), [GONE])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline.corpus import merge, reader, verify, work_list
+from paracaption.pipeline.corpus import merge, reader, verify, work_list_summary
 from paracaption.pipeline.corpus.ledger import table_bytes
 from paracaption.schemas import manifest as manifests
 from paracaption.schemas.errors import ConfigError
@@ -117,22 +117,22 @@ def test_a_manifest_of_no_unit_of_the_plan_is_named(out):
 
 
 def test_an_image_that_is_planned_twice_is_named(out):
-    path = out / "sa1b" / work_list.FOLDER / work_list.TABLE
+    path = out / "sa1b" / work_list_summary.FOLDER / work_list_summary.TABLE
     table = pq.read_table(path)
     pq.write_table(pa.concat_tables([table, table.slice(1, 1)]), path, row_group_size=100)
-    summary = path.with_name(work_list.SUMMARY)
+    summary = path.with_name(work_list_summary.SUMMARY)
     early = json.loads(summary.read_text()) | {"table": "", "check": ""}
     summary.write_text(json.dumps(early))
     named(out, "sa1b/plan/plan.parquet: sa_1", "has this image 2 times")
 
 
 def test_a_missing_or_damaged_plan_is_named(out):
-    path = out / "coconut" / work_list.FOLDER / work_list.TABLE
+    path = out / "coconut" / work_list_summary.FOLDER / work_list_summary.TABLE
     path.write_bytes(b"PAR1 no more")
     named(out, "coconut/plan/plan.parquet", "damaged", "build CONFIG` again")
     path.unlink()
     named(out, "coconut/plan/plan.parquet", "gone", "build CONFIG` again")
-    path.with_name(work_list.SUMMARY).write_bytes(b'{"subset": ' * 5000)
+    path.with_name(work_list_summary.SUMMARY).write_bytes(b'{"subset": ' * 5000)
     named(out, "coconut/plan/plan.json", "not a work list", "build CONFIG` again")
 
 

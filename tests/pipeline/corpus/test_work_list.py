@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paracaption.pipeline.corpus import work_list
+from paracaption.pipeline.corpus import work_list, work_list_summary
 from paracaption.pipeline.corpus.pending import find_pending_units
 from paracaption.pipeline.sources import file_names
 from paracaption.pipeline.sources.protocols import CatalogEntry
@@ -90,7 +90,7 @@ entries = st.builds(
 def test_units_hold_every_image_once_in_order(tmp_path_factory, listed, size):
     folder = tmp_path_factory.mktemp("plan") / "sa1b"
     made = work_list.make_work_list(FakeSource(listed), config_of(folder, size), folder)
-    units = [work_list.read_unit(folder, index) for index in range(made.num_units)]
+    units = [work_list_summary.read_unit(folder, index) for index in range(made.num_units)]
     assert [entry for unit in units for entry in unit] == listed
     assert [len(unit) for unit in units[:-1]] == [size] * (made.num_units - 1)
     assert made.num_images == len(listed)
@@ -100,13 +100,13 @@ def test_units_are_named_in_order(tmp_path):
     made = work_list.make_work_list(FakeSource(entries_of("a", "b", "c", "d")), config_of(tmp_path), tmp_path)
     assert made.unit_names() == ["sa1b-000000", "sa1b-000001"]
     assert [entry.key for entry in made.read_unit(1)] == ["d"]
-    assert work_list.load_work_list(tmp_path) == made
+    assert work_list_summary.load_work_list(tmp_path) == made
 
 
 def test_the_same_sources_make_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         work_list.make_work_list(FakeSource(entries_of(*"abcdefg")), config_of(tmp_path), tmp_path / name)
-    for file in (work_list.TABLE, work_list.SUMMARY):
+    for file in (work_list_summary.TABLE, work_list_summary.SUMMARY):
         assert (tmp_path / "one/plan" / file).read_bytes() == (tmp_path / "two/plan" / file).read_bytes()
 
 
@@ -119,7 +119,7 @@ def test_a_resume_with_unchanged_sources_does_not_list_them_again(tmp_path):
 
 def test_a_plan_whose_table_is_gone_is_made_again_and_a_changed_source_is_still_refused(tmp_path):
     first = work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
-    table = tmp_path / work_list.FOLDER / work_list.TABLE
+    table = tmp_path / work_list_summary.FOLDER / work_list_summary.TABLE
     before = table.read_bytes()
     table.unlink()
     assert not work_list.is_current(first, FakeSource(entries_of("a", "b")), config_of(tmp_path))
@@ -156,7 +156,7 @@ def test_changed_sources_make_the_list_grow_and_its_units_keep_their_images(tmp_
             "1 image changed in the source (c): 1 unit is built again; "
             "1 image is gone from the source (b) and stays in the corpus"
         )
-    assert work_list.load_work_list(tmp_path) == first
+    assert work_list_summary.load_work_list(tmp_path) == first
     made = work_list.make_work_list(FakeSource(changed, "2"), config_of(tmp_path), tmp_path)
     units = [[entry.key for entry in made.read_unit(index)] for index in range(made.num_units)]
     assert units == [[*"abc"], ["d"], ["new0", "new1", "new2"], ["new3", "new4", "new5"], ["new6"]]
@@ -164,7 +164,7 @@ def test_changed_sources_make_the_list_grow_and_its_units_keep_their_images(tmp_
     assert made.plans() == [made.digest, first.digest, *[made.digest] * 3]
     assert made.read_unit(0)[1].drop.reason is Reason.GONE and made.read_unit(0)[2].record == b"other"
     assert (made.gone, made.gone_examples) == (1, ["b"])
-    assert work_list.load_work_list(tmp_path) == made and work_list.find_damage(made) is None
+    assert work_list_summary.load_work_list(tmp_path) == made and work_list_summary.find_damage(made) is None
     again = work_list.make_work_list(FakeSource(changed, "3"), config_of(tmp_path), tmp_path)
     assert again.digest == made.digest and again.steps == made.steps
 
@@ -203,9 +203,9 @@ def test_a_source_without_images_makes_a_plan_without_units(tmp_path):
 @pytest.mark.parametrize("damage", [b"", b"{}", b"\xff"])
 def test_a_plan_that_does_not_parse_is_named(tmp_path, damage):
     work_list.make_work_list(FakeSource(entries_of("a")), config_of(tmp_path), tmp_path)
-    (tmp_path / "plan" / work_list.SUMMARY).write_bytes(damage)
+    (tmp_path / "plan" / work_list_summary.SUMMARY).write_bytes(damage)
     with pytest.raises(IntegrityError, match=r"plan\.json.*delete it"):
-        work_list.load_work_list(tmp_path)
+        work_list_summary.load_work_list(tmp_path)
 
 
 @pytest.mark.parametrize("index", [-1, 1])
@@ -217,7 +217,7 @@ def test_a_unit_that_is_not_there_is_named(tmp_path, index):
 
 def test_a_table_that_is_damaged_is_named(tmp_path):
     made = work_list.make_work_list(FakeSource(entries_of("a")), config_of(tmp_path), tmp_path)
-    (tmp_path / work_list.FOLDER / work_list.TABLE).write_bytes(b"PAR1")
+    (tmp_path / work_list_summary.FOLDER / work_list_summary.TABLE).write_bytes(b"PAR1")
     with pytest.raises(IntegrityError, match=r"plan\.parquet"):
         made.read_unit(0)
 
@@ -282,13 +282,13 @@ def lists(folder, listed, config):
 def test_no_flipped_bit_of_the_table_is_another_list_and_a_damaged_one_is_made_anew(tmp_path):
     listed, config = entries_of_all_kinds(), config_of(tmp_path, 4)
     expected = lists(tmp_path, listed, config)
-    path = work_list.table_path(tmp_path)
+    path = work_list_summary.table_path(tmp_path)
     good = path.read_bytes()
     for place in range(0, len(good), len(good) // 25):
         path.write_bytes(flipped(good, place))
         for index, unit in enumerate(expected[1]):  # a worker that meets it has an error or the unit
             with suppress(IntegrityError):
-                assert work_list.read_unit(tmp_path, index) == unit, f"byte {place}"
+                assert work_list_summary.read_unit(tmp_path, index) == unit, f"byte {place}"
         assert lists(tmp_path, listed, config) == expected
         assert path.read_bytes() == good
 
@@ -296,18 +296,18 @@ def test_no_flipped_bit_of_the_table_is_another_list_and_a_damaged_one_is_made_a
 def test_no_flipped_bit_of_the_summary_is_another_list_and_a_damaged_one_is_made_anew(tmp_path):
     listed, config = entries_of_all_kinds(), config_of(tmp_path, 4)
     expected = lists(tmp_path, listed, config)
-    path = work_list.summary_path(tmp_path)
+    path = work_list_summary.summary_path(tmp_path)
     good = path.read_bytes()
     for place in range(0, len(good), len(good) // 25):
         path.write_bytes(flipped(good, place))
         assert lists(tmp_path, listed, config) == expected, f"byte {place}"
-        assert work_list.load_work_list(tmp_path).num_units == 4
+        assert work_list_summary.load_work_list(tmp_path).num_units == 4
         path.write_bytes(good)
 
 
 def as_early_releases_wrote_it(folder):
     """Take away what they did not write: the checks, and in the summary what was added."""
-    path = work_list.table_path(folder)
+    path = work_list_summary.table_path(folder)
     groups = []
     with pq.ParquetFile(path) as file:
         groups = [file.read_row_group(index) for index in range(file.num_row_groups)]
@@ -315,34 +315,34 @@ def as_early_releases_wrote_it(folder):
     with pq.ParquetWriter(path, groups[0].schema, compression="zstd", compression_level=1) as writer:
         for group in groups:
             writer.write_table(group)
-    summary = msgspec.json.decode(work_list.summary_path(folder).read_bytes())
+    summary = msgspec.json.decode(work_list_summary.summary_path(folder).read_bytes())
     for name in ("sources", "table", "check", "credits"):
         del summary[name]
-    work_list.summary_path(folder).write_bytes(msgspec.json.encode(summary))
+    work_list_summary.summary_path(folder).write_bytes(msgspec.json.encode(summary))
 
 
 def test_a_list_of_an_early_release_is_taken_as_it_is_and_what_shows_of_damage_is_found(tmp_path):
     listed, config = entries_of_all_kinds(), config_of(tmp_path, 4)
     expected = lists(tmp_path, listed, config)
     as_early_releases_wrote_it(tmp_path)
-    path = work_list.table_path(tmp_path)
+    path = work_list_summary.table_path(tmp_path)
     early = path.read_bytes()
     assert lists(tmp_path, listed, config) == expected and path.read_bytes() == early
-    summary = msgspec.json.decode(work_list.summary_path(tmp_path).read_bytes())
+    summary = msgspec.json.decode(work_list_summary.summary_path(tmp_path).read_bytes())
     for name, value in (("num_units", 3), ("num_images", 13), ("digest", "0" * 64)):
-        work_list.summary_path(tmp_path).write_bytes(msgspec.json.encode(summary | {name: value}))
-        found = work_list.find_work_list(tmp_path)
-        assert found is not None and "damaged" in (work_list.find_damage(found) or "")
-    work_list.summary_path(tmp_path).write_bytes(msgspec.json.encode(summary))
+        work_list_summary.summary_path(tmp_path).write_bytes(msgspec.json.encode(summary | {name: value}))
+        found = work_list_summary.find_work_list(tmp_path)
+        assert found is not None and "damaged" in (work_list_summary.find_damage(found) or "")
+    work_list_summary.summary_path(tmp_path).write_bytes(msgspec.json.encode(summary))
     path.write_bytes(early[:-20])
     assert lists(tmp_path, listed, config) == expected
-    assert work_list.load_work_list(tmp_path).table  # it is a list of today's now
+    assert work_list_summary.load_work_list(tmp_path).table  # it is a list of today's now
 
 
 def test_rows_that_are_gone_or_in_another_place_are_damage(tmp_path):
     config = config_of(tmp_path, 3)
     work_list.make_work_list(FakeSource(entries_of(*"abcdef")), config, tmp_path)
-    path = work_list.table_path(tmp_path)
+    path = work_list_summary.table_path(tmp_path)
     with pq.ParquetFile(path) as file:
         groups = [file.read_row_group(index) for index in range(2)]
     for changed in (
@@ -354,16 +354,16 @@ def test_rows_that_are_gone_or_in_another_place_are_damage(tmp_path):
             for group in changed:
                 writer.write_table(group)
         with pytest.raises(IntegrityError, match="row 0 of unit 0 is damaged"):
-            work_list.read_unit(tmp_path, 0)
+            work_list_summary.read_unit(tmp_path, 0)
     with pq.ParquetWriter(path, groups[0].schema) as writer:
         writer.write_table(groups[0][:0])
     with pytest.raises(IntegrityError, match=r"no row|no unit"):
-        work_list.read_unit(tmp_path, 0)
+        work_list_summary.read_unit(tmp_path, 0)
 
 
 def test_damage_with_other_sources_is_one_clear_error(tmp_path):
     work_list.make_work_list(FakeSource(entries_of("a", "b")), config_of(tmp_path), tmp_path)
-    work_list.table_path(tmp_path).write_bytes(b"PAR1")
+    work_list_summary.table_path(tmp_path).write_bytes(b"PAR1")
     with pytest.raises(
         IntegrityError, match=r"cannot be named, because the old work list is damaged.*use a new `out`"
     ):
@@ -398,7 +398,7 @@ def test_places_in_another_order_or_role_are_planned_anew_and_refused_beside_com
     with pytest.raises(IntegrityError, match="the committed units were read with other settings") as caught:
         work_list.make_work_list(source, swapped, tmp_path)
     assert difference in str(caught.value)
-    assert work_list.load_work_list(tmp_path) == first
+    assert work_list_summary.load_work_list(tmp_path) == first
     (tmp_path / "manifests" / "sa1b-000000.json").unlink()
     again = work_list.make_work_list(source, swapped, tmp_path)
     assert again.digest == first.digest and again.sources != first.sources and source.times_listed == 2
@@ -425,7 +425,7 @@ def test_a_list_of_an_early_release_does_not_know_its_roles_and_counts_as_unchan
     source = FakeSource(entries_of("a", "b"))
     work_list.make_work_list(source, coconut_config(tmp_path), tmp_path)
     as_early_releases_wrote_it(tmp_path)
-    early = work_list.load_work_list(tmp_path)
+    early = work_list_summary.load_work_list(tmp_path)
     for changes, _ in SWAPS.values():
         swapped = coconut_config(tmp_path, **changes)
         assert work_list.is_current(early, source, swapped)

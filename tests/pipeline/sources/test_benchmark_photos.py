@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
-from paracaption.pipeline.corpus import reader, work_list
+from paracaption.pipeline.corpus import reader, work_list, work_list_summary
 from paracaption.pipeline.executor.audit import audit_subset
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages import recipes
@@ -111,7 +111,7 @@ def test_a_corpus_that_was_planned_with_all_photos_goes_on_so(source, tmp_path):
     assert len({unit.plan for unit in _manifests(tmp_path / "out")}) == 1
     summary.write_bytes(before[:40])  # lost: the committed units tell how it was planned
     build(config)
-    found = work_list.load_work_list(tmp_path / "out" / "coconut")
+    found = work_list_summary.load_work_list(tmp_path / "out" / "coconut")
     assert (found.benchmarks, found.digest) == (0, _manifests(tmp_path / "out")[0].plan)
     with pytest.raises(
         ConfigError, match=r"leave_out: true, but the work list of coconut was made with all photos"
