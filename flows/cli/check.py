@@ -67,6 +67,7 @@ def audit(
 ) -> None:
     """Read the sources without a model, and report every problem. Exit code 1 if no region is usable."""
     from ...pipeline.config_file import load_config
+    from ...pipeline.corpus.growth import Growth
     from ...pipeline.corpus.work_list import leave_out
     from ...pipeline.corpus.work_list_summary import find_work_list
     from ...pipeline.executor.audit import AuditReport, AuditResult, SharedPhotos, audit_subset
@@ -76,13 +77,17 @@ def audit(
     total, reports, shared = AuditResult(), {}, SharedPhotos()
     for subset in loaded.subsets:
         source = open_source(loaded, subset)
-        source.leave_out = leave_out(loaded, find_work_list(Path(loaded.out) / subset))
+        planned = find_work_list(Path(loaded.out) / subset)
+        source.leave_out = leave_out(loaded, planned)
         with counting(f"{subset}: images read") as progress:
             report = audit_subset(source, loaded.limits, progress=progress, shared=shared)
         total.add(report.result)
         reports[subset] = report.summary()
         if not json:
             print(report.text())
+            if planned is not None and planned.gone:
+                gone = Growth(gone=planned.gone, examples={"gone": planned.gone_examples})
+                print(f"{subset}: as of the last build, {gone}")
     target = parquet or Path(loaded.out) / "audit.parquet"
     AuditReport("all", total).write(target)
     if json:

@@ -70,7 +70,7 @@ class CommittedUnit:
         return self._photos.get(key)
 
     def image(self, key: str) -> ImageRecord | None:
-        """An image as the committed files have it, to be decided about anew; None if they do not have it.
+        """An image as the committed files have it, to be decided about again; None if they do not have it.
 
         What its source dropped stays dropped. Without a kept region there is no photo in the shard: then all
         of it stays as it is.

@@ -353,6 +353,11 @@ def difference(old: WorkList, new: WorkList, table: str, damage: str | None) -> 
     limits = [each.fingerprint.get("limit", "none") for each in (old, new)]
     if limits[0] != limits[1]:
         return f"{head}the limit of images was {limits[0]}, is now {limits[1]}{fix}"
+    if damage is not None and old.steps:
+        return (
+            f"{table}: {damage}, and a list that has grown is not made again from its sources; restore it "
+            "from a copy, or use a new `out`"
+        )
     if damage is not None:
         return f"{head}the images that differ cannot be named, because the old work list is {damage}{fix}"
     return ""

@@ -169,6 +169,16 @@ def test_changed_sources_make_the_list_grow_and_its_units_keep_their_images(tmp_
     assert again.digest == made.digest and again.steps == made.steps
 
 
+def test_a_damaged_list_that_has_grown_is_not_taken_for_another_one(tmp_path):
+    config = config_of(tmp_path)
+    work_list.make_work_list(FakeSource(entries_of(*"abcd")), config, tmp_path)
+    work_list.make_work_list(FakeSource(entries_of(*"abcdef"), "2"), config, tmp_path)
+    path = work_list_summary.table_path(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(IntegrityError, match="has grown is not made again from its sources; restore it from"):
+        work_list.make_work_list(FakeSource(entries_of(*"abcdef"), "2"), config, tmp_path)
+
+
 def test_an_image_that_is_gone_and_comes_back_is_as_it_was(tmp_path):
     config = config_of(tmp_path)
     first = work_list.make_work_list(FakeSource(entries_of(*"abcd")), config, tmp_path)
