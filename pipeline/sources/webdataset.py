@@ -156,6 +156,7 @@ class WebDataset(Source[WebDatasetOptions]):
     def _entries(self, catalog: Catalog) -> Iterator[CatalogEntry]:
         for url in self._paths():
             samples: dict[str, _Sample] = {}
+            others: dict[str, list[str]] = {}
             for member in list_members(url, catalog.notes):
                 key, ending = _split(member.name)
                 sample = samples.setdefault(key, _Sample([], [], []))
@@ -168,7 +169,10 @@ class WebDataset(Source[WebDatasetOptions]):
                 else:
                     if not any(sample):
                         del samples[key]
-                    catalog.notes.append(Note("other_file", f"{url}: {member.name}: not read"))
+                    others.setdefault(ending, []).append(member.name)
+            for ending, names in others.items():  # such as a text for each photo
+                detail = f"{url}: {len(names)} with the ending {ending!r}, such as {names[0]}"
+                catalog.notes.append(Note("other_file", detail))
             for key, sample in samples.items():
                 yield _entry(url, key, sample, catalog)
 

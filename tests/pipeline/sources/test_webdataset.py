@@ -165,11 +165,14 @@ def test_a_sample_of_a_photo_and_mask_images_alone_is_read(tmp_path):
         ("x/b.jpg", photo()),
         ("x/b.png", pixels),
         ("x/b.txt", b"a caption"),
+        ("x/a.txt", b"another"),
+        ("x/LICENSE", b"free"),
     ]
     notes = []
     images = read(write_tar(tmp_path / "a.tar", members), notes=notes, unnamed="keep")
     assert {key: reasons(image) for key, image in images.items()} == {"a": [None, None], "b": [None]}
-    assert [note.kind for note in notes] == ["other_file"]
+    assert [note.kind for note in notes] == ["other_file"] * 2
+    assert "2 with the ending 'txt', such as x/b.txt" in notes[0].detail
     assert images["a"].photo_format == "png" and images["b"].photo_format == "jpeg"
 
 
