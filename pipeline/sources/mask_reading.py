@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -39,11 +39,32 @@ def read_mask(
     return rle.from_mask(fitted)
 
 
-def read_values(blob: Blob, header: photos.Header, limits: Limits, notes: list[Note]) -> np.ndarray:
-    """The values of an indexed image, (H, W) unsigned integers; as `read_mask`."""
+def read_indexed(
+    blob: Blob, header: photos.Header, limits: Limits, notes: list[Note], background: Sequence[int]
+) -> dict[int, rle.Mask]:
+    """The mask of each value in an indexed image, in ascending order; as `read_mask`.
+
+    Args:
+        blob: the image.
+        header: of the photo.
+        limits: what is refused.
+        notes: a scaled image is noted in it.
+        background: values that are no region.
+
+    Raises:
+        BadRecord: also if it has too many values, or none besides the background.
+    """
     name = str(blob)
     values = _decoded(blob, lambda data: label_maps.read_values(data, name), limits)
-    return _fitted(values, header, name, notes, None)
+    values = _fitted(values, header, name, notes, None)
+    found = np.setdiff1d(np.unique(values), background).tolist()
+    if len(found) > limits.max_masks:
+        detail = f"{name}: {len(found)} values; limits.max_masks is {limits.max_masks}"
+        raise BadRecord(Reason.TOO_MANY_MASKS, detail)
+    if not found:
+        raise BadRecord(Reason.MASK_EMPTY, f"{name}: every pixel is background")
+    masks = rle.encode_label_map(values)
+    return {value: masks[value] for value in found}
 
 
 def check_size(length: int, limits: Limits, where: str) -> None:

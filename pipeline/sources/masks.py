@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-import numpy as np
 from pydantic import Field, PositiveInt
 
-from ...filters import rle
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
@@ -22,7 +20,7 @@ from .common import PHOTO_FIXES, read_header, refuse
 from .instances import Choice
 from .mask_files import PhotoNames
 from .mask_names import Class, Named, read_classes, read_names
-from .mask_reading import check_size, read_mask, read_values
+from .mask_reading import check_size, read_indexed, read_mask
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 
@@ -199,18 +197,10 @@ class Masks(Source[MasksOptions]):
         header = read_header(image, entry, limits, notes)
         assert entry.annotation is not None, "an image without an indexed image has a drop"
         name = str(entry.annotation)
-        values = read_values(entry.annotation, header, limits, notes)
-        found = np.setdiff1d(np.unique(values), self.options.background)
-        if len(found) > limits.max_masks:
-            detail = f"{name}: {len(found)} values; limits.max_masks is {limits.max_masks}"
-            raise BadRecord(Reason.TOO_MANY_MASKS, detail)
-        if not len(found):
-            raise BadRecord(Reason.MASK_EMPTY, f"{name}: every pixel is background")
+        masks = read_indexed(entry.annotation, header, limits, notes, self.options.background)
         known = {piece.value: piece for piece in pieces if piece.value is not None}
-        masks = rle.encode_label_map(values)
         image.regions = []
-        for place, value in enumerate(found.tolist()):
-            mask = masks[value]
+        for place, (value, mask) in enumerate(masks.items()):
             region = Region(place, mask.rle, mask.bbox, mask.area, source_id=value)
             image.regions.append(region)
             shows, group = self._of_value(value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from pydantic import Field
@@ -26,7 +26,7 @@ from .categories import CategoryTable, load_categories, make_table, plain_name
 from .common import PHOTO_FIXES, declared_size, read_header, refuse
 from .credits import read_credit
 from .instances import Choice
-from .mask_reading import check_size, read_mask
+from .mask_reading import check_size, read_indexed, read_mask
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 from .tars import TAR_FIXES, Member, list_members
 
@@ -46,9 +46,16 @@ class WebDatasetOptions(SourceOptions):
     paths: list[Location] = Field(
         description="The tars, such as `out/coconut/shards/*.tar`. Globs are allowed."
     )
+    layout: Literal["files", "indexed"] = Field(
+        default="files",
+        description="What mask images are. `files`: a mask each. `indexed`: an image whose values are the "
+        "regions of its sample.",
+    )
+    background: list[int] = Field(default=[0], description="Values of an indexed image that are no region.")
     categories: Location | None = Field(
         default=None,
-        description="JSON file with the list of categories, for regions that have only a `category_id`. null "
+        description="JSON file with the list of categories, for regions that have only a `category_id`, and "
+        "for the values of indexed images. null "
         "takes the list in the sample's JSON, if it has one.",
     )
     crowds: Choice = Field(
@@ -132,8 +139,14 @@ class WebDataset(Source[WebDatasetOptions]):
         elements = _elements(raw, where, bool(masks) or entry.drop is not None)
         image.credit = _describe(image, raw)
         table = self._table(raw, where)
+        values = {}
+        if self.options.layout == "indexed":
+            values = {each["value"]: each for each in elements if _value_of(each) is not None}
+            elements = [each for each in elements if _value_of(each) is None]
         named = {_mask_name(element) for element in elements}
-        elements += [{"mask": name} for name in masks if name not in named]
+        rest = [name for name in masks if name not in named]
+        if self.options.layout == "files":
+            elements += [{"mask": name} for name in rest]
         image.regions = [
             self._region(place, each, table, where, notes) for place, each in enumerate(elements)
         ]
@@ -145,6 +158,16 @@ class WebDataset(Source[WebDatasetOptions]):
             detail = f"photo is {header.width}x{header.height}, JSON says {declared[0]}x{declared[1]}"
             raise BadRecord(Reason.SIZE_MISMATCH, f"{where}: {detail}")
         _place_masks(image, elements, masks, header, limits, notes, where)
+        if self.options.layout == "indexed":
+            for name in rest:
+                found = read_indexed(masks[name], header, limits, notes, self.options.background)
+                for value, mask in found.items():
+                    element = {"category_id": value} | values.get(value, {})
+                    region = self._region(len(image.regions), element, table, f"{where}: {name}", notes)
+                    region.rle, region.area, region.bbox = mask
+                    region.source_id = value
+                    image.regions.append(region)
+            refuse(image, entry, limits, where)
 
     def _paths(self) -> list[str]:
         found = file_names.expand_paths(self.options.paths, f"{self.where}.paths")
@@ -335,6 +358,12 @@ def _mask_name(element: Any) -> str | None:
     """The mask image that an element names."""
     name = element.get("mask") if isinstance(element, dict) else None
     return file_names.base_name(name) if isinstance(name, str) else None
+
+
+def _value_of(element: Any) -> int | None:
+    """The value of an indexed image that an element is about."""
+    value = element.get("value") if isinstance(element, dict) else None
+    return value if type(value) is int else None
 
 
 def _place_masks(

@@ -347,7 +347,7 @@ def test_a_described_value_is_the_default_and_a_section_that_is_null_has_its_key
 @pytest.mark.parametrize("kind", [BuildConfig, TrainConfig, EvaluateConfig])
 def test_a_key_that_takes_few_values_names_each(kind):
     text = describe(kind)
-    layouts = ("layout: panoptic", "parquet"), ("layout: files", "indexed")
+    layouts = ("layout: panoptic", "parquet"), ("layout: files", "files indexed")
     for start, values in (("compile:", "always never auto"), ("kind:", "paradlc dlc"), *layouts):
         for line in re.findall(rf"^[# -]*{start} .*", text, re.MULTILINE):
             assert all(f"`{value}`" in line for value in values.split()), line

@@ -176,6 +176,27 @@ def test_a_sample_of_a_photo_and_mask_images_alone_is_read(tmp_path):
     assert images["a"].photo_format == "png" and images["b"].photo_format == "jpeg"
 
 
+def test_an_indexed_image_of_a_sample_has_its_names_in_the_json_or_the_category_list(tmp_path):
+    values = np.zeros((HEIGHT, WIDTH), np.uint16)
+    values[box()] = 3
+    values[box(20)] = 700
+    values[box(32)] = 255
+    document = {
+        "regions": [{"value": 700, "category": "cup"}, {"category": "saucer", "rle": written(box(1))}],
+        "categories": [{"id": 3, "name": "plate"}],
+    }
+    members = [("a.jpg", photo()), ("a.json", document), ("a.seg.png", encoded(values))]
+    path = write_tar(tmp_path / "a.tar", members)
+    (image,) = read(path, layout="indexed", background=[0, 255]).values()
+    assert [region.category for region in image.live()] == ["saucer", "plate", "cup"]
+    assert [region.source_id for region in image.regions] == [None, 3, 700]
+    assert np.array_equal(rle.decode(image.regions[2].rle), values == 700)
+    (image,) = read(path, layout="indexed").values()
+    assert reasons(image) == [None, None, "unknown_category", None]
+    (image,) = read(path, layout="indexed", limits=Limits(max_masks=3)).values()
+    assert str(image.drop.reason) == "too_many_masks" and not image.live()
+
+
 def test_text_ids_and_numbers_that_are_too_large_stay_empty(tmp_path):
     elements = [
         {"id": "0a1b", "category_id": "/m/01", "label": "cup", "segmentation": written(box())},
