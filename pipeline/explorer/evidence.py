@@ -103,10 +103,11 @@ def _newest_first(folder: Path, stage: str) -> list[Path]:
 def _read_answers(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tuple[int, Any]]:
     import pyarrow as pa
 
-    names = kind.__struct_fields__
     try:
-        table = TableFile(str(path)).find(["region", *names], key=key)
+        file = TableFile(str(path))
+        names = [name for name in kind.__struct_fields__ if name in file.names]  # the others are null in it
+        table = file.find(["region", *names], key=key)
         rows = zip(*(table[name].to_pylist() for name in ("region", *names)), strict=True)
-        return [(region, kind(*answer)) for region, *answer in rows]
+        return [(region, kind(**dict(zip(names, answer, strict=True)))) for region, *answer in rows]
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, IntegrityError):
         return []  # missing, damaged, or being written again: the page does without it

@@ -10,12 +10,16 @@ import pytest
 
 from paracaption.pipeline.corpus.events import Event
 from paracaption.pipeline.executor import ray_metrics
-from paracaption.pipeline.executor.ray_data import RayEngine, actor_class, steps_of
+from paracaption.pipeline.executor.estimate.pools import find_pools
+from paracaption.pipeline.executor.ray_data import RayEngine, actor_class, check_resources, steps_of
 from paracaption.pipeline.executor.ray_metrics import COUNTERS, RayMetrics
 from paracaption.pipeline.executor.worker import Worker
 from paracaption.pipeline.stages.recipes import recipe_of
+from paracaption.schemas.config import BuildConfig
+from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.manifest import FileEntry, Manifest
 from tests.building import config_of
+from tests.pipeline.stages import test_composite as recipe_tests
 
 
 @pytest.fixture
@@ -66,6 +70,42 @@ def test_the_class_of_a_steps_actors_has_its_name_and_can_be_sent(tmp_path, sa1b
     shared = config_of(tmp_path / "out", sa1b=sa1b)
     [step] = steps_of(recipe_of(shared, "sa1b"), shared)
     assert actor_class(step).__name__ == "+".join(models)
+
+
+def two_captioners(tmp_path, num_gpus: float) -> BuildConfig:
+    """Two captioners in a fallback, each on GPUs, and a vote of two judges on the CPU."""
+    first = recipe_tests.captioner(tmp_path, "first")
+    second = recipe_tests.captioner(tmp_path, "second")
+    for entry in (first, second):
+        entry["captioner"] |= {"num_gpus": num_gpus}
+    votes = [recipe_tests.judge(tmp_path, name, "cat") for name in ("one", "two")]
+    return recipe_tests.configured(tmp_path, {"fallback": [first, second]}, {"vote": votes})
+
+
+def test_each_member_on_gpus_has_a_pool_and_those_without_share_one(tmp_path):
+    config = two_captioners(tmp_path, 0.5)
+    pools = find_pools(config, "coconut")
+    assert [pool.stages for pool in pools] == [
+        ("source",),
+        ("first",),
+        ("second",),
+        ("fallback", "one", "two", "vote", "write"),
+    ]
+    assert [pool.places for pool in pools][1] == ("subsets.coconut.recipe.first.captioner",)
+
+
+def test_more_pools_than_gpus_are_refused_with_what_helps(tmp_path, monkeypatch):
+    import ray
+
+    monkeypatch.delenv("RAY_AUTOSCALER", raising=False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    shares = two_captioners(tmp_path / "shares", 0.5)
+    check_resources(steps_of(recipe_of(shares, "coconut"), shares), shares)
+    whole = two_captioners(tmp_path / "whole", 1)
+    with pytest.raises(ConfigError) as refused:
+        check_resources(steps_of(recipe_of(whole, "coconut"), whole), whole)
+    for words in ("2 GPU at once", "first: 1 x 1", "second: 1 x 1", "num_gpus: 0.5", "one model a pass"):
+        assert words in str(refused.value)
 
 
 @pytest.fixture

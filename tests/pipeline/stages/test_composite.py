@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from paracaption.pipeline.corpus import merge, reader
+from paracaption.pipeline.explorer import whatif
+from paracaption.pipeline.explorer.evidence import read_evidence
 from paracaption.pipeline.stages.base import ModelStage
-from paracaption.pipeline.stages.recipes import recipe_of
+from paracaption.pipeline.stages.recipes import recipe_of, stage_kinds
 from paracaption.schemas.config import BuildConfig
 from tests.building import build, calls, config_of, drops
 from tests.synthetic import write_coconut
@@ -155,6 +157,29 @@ def test_members_have_evidence_of_their_own_and_nothing_is_asked_again(tmp_path)
     build(changed)
     assert any(not row["kept"] for row in rows(changed).values())
     assert calls(tmp_path / "cats.log") + calls(tmp_path / "trees.log") == asked
+
+
+def test_the_explorer_shows_what_each_captioner_and_each_judge_said(tmp_path):
+    members = [judge(tmp_path, "cats", "cat"), judge(tmp_path, "trees", "tree")]
+    config = configured(tmp_path, "caption", captioner(tmp_path, "other"), {"vote": members, "id": "agreed"})
+    build(config)
+    kinds = stage_kinds(config, "coconut")
+    assert kinds == {
+        **{"caption": "caption", "other": "caption"},
+        **{"cats": "verify_category", "trees": "verify_category", "agreed": "vote"},
+    }
+    for place, row in rows(config).items():
+        told = read_evidence(tmp_path / "out", "coconut", [row], kinds)[place[1]]
+        assert told.captions["other"] == row["caption"] == f"Another look. {told.captions['caption']}"
+        said = {name: "no" if row["category"] in name else "yes" for name in ("cats", "trees")}
+        assert told.answers == said
+    assert not whatif.can_try(config, "coconut") and whatif.can_try(plain_of(config), "coconut")
+
+
+def plain_of(config: BuildConfig) -> BuildConfig:
+    """The same with the recipe `verify`."""
+    subset = config.subsets["coconut"].model_copy(update={"recipe": "verify"})
+    return config.model_copy(update={"subsets": {"coconut": subset}})
 
 
 @pytest.mark.parametrize("at_least", [1, 2])
