@@ -50,7 +50,6 @@ from ..sources.registry import allow_kinds, open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers, failed_drop
 from ..stages.composite import only_asked
 from ..stages.evidence import Evidence, EvidenceStore
-from ..stages.registry import allow_stages
 from . import gpus, holding
 from .bisection import Bisection, model_failure, needs_fresh_model
 from .freed_memory import keep_freed_memory
@@ -131,7 +130,6 @@ class Worker:
         own_modules.install(job.modules)
         variables.install(job.variables)
         allow_kinds(job.config.subsets.values())
-        allow_stages(job.config.subsets.values())
         self.job = job
         self.folder = Path(job.folder)
         self.stages = stages
@@ -381,6 +379,8 @@ class Worker:
                 unit.failures[stage.name] = failure
             if answers.changed:
                 unit.held = f"{min(answers.changed)}: {PHOTO_CHANGED}"
+        elif stage.within is not None and not store.exists(unit.name):
+            self._save(store, unit.name, {})  # no region came to it: its model need not be loaded for that
         answers.apply()
         return answers.num_missing
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paracaption.pipeline.corpus import merge, reader
+from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.explorer import whatif
 from paracaption.pipeline.explorer.evidence import read_evidence
 from paracaption.pipeline.stages.base import ModelStage
@@ -157,6 +158,18 @@ def test_members_have_evidence_of_their_own_and_nothing_is_asked_again(tmp_path)
     build(changed)
     assert any(not row["kept"] for row in rows(changed).values())
     assert calls(tmp_path / "cats.log") + calls(tmp_path / "trees.log") == asked
+
+
+def test_a_rebuild_does_not_load_a_model_that_no_region_falls_back_to(tmp_path):
+    fallback = {"fallback": ["caption", captioner(tmp_path, "other")], "id": "described"}
+    config = configured(tmp_path, fallback, "clean_text")
+    build(config)
+    assert calls(tmp_path / "other.log") == [] and all(row["kept"] for row in rows(config).values())
+    changed = config.model_copy(update={"text": config.text.model_copy(update={"min_words": 50})})
+    build(changed)
+    assert not any(row["kept"] for row in rows(changed).values())
+    *_, last = sorted((tmp_path / "out" / "events").iterdir(), key=lambda run: run.stat().st_mtime)
+    assert {event.stage for event in EventReader(last).new() if event.what == "started"} == set()
 
 
 def test_the_explorer_shows_what_each_captioner_and_each_judge_said(tmp_path):
