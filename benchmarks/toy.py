@@ -57,7 +57,7 @@ def world(name: str, images: int) -> Path:
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has drawn
             toy.write_world(folder, images, seed=0, options=toy.EASY, split=name)
         print(f"building {folder / 'corpus'}", flush=True)
-        _run("build", folder / "build.yaml")
+        run_command("build", folder / "build.yaml")
     return folder / "corpus"
 
 
@@ -77,11 +77,11 @@ def train(variant: str, steps: int | None, alone: bool) -> Path:
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     print(f"training {folder}", flush=True)
-    _run("train", path)
+    run_command("train", path)
     return folder
 
 
-def _run(*command: str | Path) -> None:
+def run_command(*command: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "paracaption.flows.cli", *map(str, command)], check=True)
 
 
