@@ -99,4 +99,8 @@ def _checked(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(one_line_each(error, where, takes, known=lambda _: names)) from error
+
+        def known(place: tuple[int | str, ...]) -> list[str]:
+            return list(Backend.model_fields) if len(place) > 1 else names
+
+        raise ConfigError(one_line_each(error, where, takes, known=known)) from error

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.pipeline.config_file import describe_recipes, load_config
 from paracaption.pipeline.sources.registry import complete
 from paracaption.pipeline.stages.base import ModelStage
@@ -194,6 +194,10 @@ def test_backends_are_known_by_their_place():
             ("usable_masks: min_area_px: has to be",),
         ),
         ([{"stage": "caption", "captioner": {"num_cpus": 1}}], ("caption: captioner.name: is missing",)),
+        (
+            [{"stage": "caption", "captioner": {"name": "classical", "num_gpu": 1}}],
+            ("captioner.num_gpu: unknown key; did you mean `num_gpus`?",),
+        ),
         ([{"vote": ["caption"]}], ("two members or more",)),
         (["caption", {"vote": ["verify_category", "clean_text"], "at_least": 3}], ("from 1 to 2",)),
         (["caption", {"vote": ["verify_category", "clean_text"], "atleast": 1}], ("unknown key",)),
