@@ -85,15 +85,14 @@ def write(root, document, photos=("000000000139.jpg",)):
     return root
 
 
-def open_coco(root, **options):
+def open_coco(root, recipe=None, **options):
     source = {
         "source": "coco",
         "annotations": [str(root / "instances.json")],
         "photos": [str(root / "photos")],
     } | options
-    return open_source(
-        BuildConfig.model_validate({"out": "out", "subsets": {"shelf": {"sources": source}}}), "shelf"
-    )
+    subset = {"sources": source, "recipe": recipe}
+    return open_source(BuildConfig.model_validate({"out": "out", "subsets": {"shelf": subset}}), "shelf")
 
 
 def read(root, limits=LIMITS, notes=None, **options):

@@ -159,7 +159,9 @@ def test_a_category_id_that_is_none_is_dropped(value, tmp_path):
 def test_a_category_that_the_list_does_not_have_is_dropped_unless_names_are_not_wanted(tmp_path):
     write(tmp_path, content(annotation(1, category_id=2), annotation(2)))
     assert reasons(read(tmp_path)[0]) == ["unknown_category", None]
-    (image,) = read(tmp_path, unnamed="keep")
+    with pytest.raises(ConfigError, match=r"subsets\.shelf\.recipe: not every region .* set `recipe`"):
+        read(tmp_path, unnamed="keep")
+    (image,) = read(tmp_path, unnamed="keep", recipe="identify")
     assert reasons(image) == [None, None]
     assert [region.category for region in image.regions] == [None, "cat"]
 
