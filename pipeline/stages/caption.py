@@ -65,7 +65,7 @@ class Caption(ModelStage):
 
 
 def _of_image(captions: Any, place: int, counts: list[int]) -> list[Captioned | BadRecord]:
-    """Evidence from the captions of the image at a place, which has so many live regions."""
+    """Evidence from the captions of the image at a place, whose number of live regions `counts` has."""
     most = counts[place] if place < len(counts) else 0
     return [_captioned(each) for each in answers.listed(captions, most, "an image's captions")]
 
