@@ -14,6 +14,7 @@ import pytest
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import export, reader, verify, work_list
 from paracaption.pipeline.corpus.events import EventReader
+from paracaption.pipeline.corpus.pending import find_pending_units
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.explorer.catalog import Catalog
@@ -89,7 +90,7 @@ def test_no_unit_is_pending_at_another_place(home):
         folder = home / "corpus" / subset
         planned = work_list.make_work_list(open_source(config, subset), config, folder)
         recipe = recipes.recipe_digest(recipes.recipe_of(config, subset), config)
-        assert work_list.find_pending_units(planned, recipe) == []
+        assert find_pending_units(planned, recipe) == []
 
 
 def files(corpus: Path) -> dict[str, bytes]:
