@@ -5,6 +5,7 @@
     python -m benchmarks.toy --steps 1200         # another budget than the recipe's, for all of them
     python -m benchmarks.toy --alone              # the same steps in one process: half as fast, on one core
     python -m benchmarks.toy --table              # the table and the plot of what has been run
+    python -m benchmarks.toy loop                 # a model labels data for the next one (toy_loop.py)
 
 Worlds are built by `paracaption build` with a captioner that knows the truth, and trained on by
 `paracaption train`, each in a process of its own. Held-out scenes hold what no scene of the training
@@ -113,6 +114,10 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is asked for, and print the table."""
+    if sys.argv[1:2] == ["loop"]:
+        from . import toy_loop  # which takes worlds and commands from here
+
+        return toy_loop.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; default: all")
     parser.add_argument("--steps", type=int)
