@@ -396,7 +396,7 @@ def read_config(corpus: str | Path) -> BuildConfig:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; give the `out` of a build") from error
     except (OSError, yaml.YAMLError, *_OF_YAML) as error:
-        what = str(error)
+        what = " ".join(str(error).split())
         if isinstance(error, ValidationError):
             what = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise IntegrityError(

@@ -23,7 +23,8 @@ from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_of
 from . import gpus
-from .worker import Job, Worker, draft_of
+from .rows import draft_of
+from .worker import Job, Worker
 
 
 class LocalEngine:

@@ -36,8 +36,9 @@ from ..stages.recipes import recipe_of
 from ..stages.registry import allow_stages
 from .gpus import MANY_POOLS
 from .ray_metrics import RayMetrics
+from .rows import draft_of
 from .stalls import telling
-from .worker import Job, Worker, draft_of, name_of
+from .worker import Job, Worker, name_of
 
 Steps = list[list[Stage | str]]
 

@@ -31,7 +31,6 @@ from typing import Any
 
 import msgspec
 
-from ...schemas import errors as error_types
 from ...schemas.config import BuildConfig
 from ...schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
 from ...schemas.plain import plain_text, words_of
@@ -41,7 +40,6 @@ from ..corpus import writer
 from ..corpus.committed_unit import CommittedUnit
 from ..corpus.events import Event, EventLog
 from ..corpus.work_list_summary import read_unit
-from ..corpus.writer import Draft
 from ..io import failures, own_modules, variables
 from ..io.activity import NOW
 from ..models import registry
@@ -55,6 +53,7 @@ from .bisection import Bisection, model_failure, needs_fresh_model
 from .freed_memory import keep_freed_memory
 from .in_flight import InFlight
 from .photo_digests import PhotoWatch, check_photos
+from .rows import error_text
 from .stalls import StackFile
 
 log = logging.getLogger(__name__)
@@ -190,10 +189,10 @@ class Worker:
                 raise StageFailed(self._broken)
             return self._run(row)
         except ParaCaptionError as error:
-            return {"unit": row["unit"], "failed": _to_row(error)}
+            return {"unit": row["unit"], "failed": error_text(error)}
         except OSError as error:  # of the output folder: the sources' and the models' own are drops by now
             failed = writer.write_failed(self.folder, error)
-            return {"unit": row["unit"], "failed": _to_row(failed)}
+            return {"unit": row["unit"], "failed": error_text(failed)}
 
     def _run(self, row: dict[str, Any]) -> dict[str, Any]:
         unit = (
@@ -464,24 +463,6 @@ class Worker:
             evidence.update(store.save(unit, evidence))
         except OSError as error:
             raise writer.write_failed(self.folder, error) from error
-
-
-def _to_row(error: ParaCaptionError) -> str:
-    """An error in words that any process understands: its type, or the known one above, and its message."""
-    known = next(kind.__name__ for kind in type(error).__mro__ if hasattr(error_types, kind.__name__))
-    return f"{known}: {error}"
-
-
-def draft_of(row: dict[str, Any]) -> Draft:
-    """The written unit in a row that has passed through all stages.
-
-    Raises:
-        ParaCaptionError: the error that a worker put into the row, by its own type.
-    """
-    if "failed" in row:
-        kind, _, message = row["failed"].partition(": ")
-        raise getattr(error_types, kind)(message)
-    return msgspec.msgpack.decode(row["draft"], type=Draft)
 
 
 def _cannot_start(stage: ModelStage, error: Exception) -> str:

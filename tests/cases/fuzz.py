@@ -43,7 +43,8 @@ from paracaption.filters import agreement, category, rle
 from paracaption.pipeline.corpus import writer
 from paracaption.pipeline.corpus.ledger import ledger_table, table_bytes
 from paracaption.pipeline.executor.local import LocalEngine
-from paracaption.pipeline.executor.worker import Worker, draft_of
+from paracaption.pipeline.executor.rows import draft_of
+from paracaption.pipeline.executor.worker import Worker
 from paracaption.pipeline.models import answers
 from paracaption.pipeline.models.protocols import Answer, Candidate
 from paracaption.pipeline.sources.protocols import SOURCE_STAGE, CatalogEntry, Source, SourceOptions

@@ -106,6 +106,7 @@ def test_every_command_says_in_one_line_what_a_file_of_a_corpus_is(good, tmp_pat
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", ["ledger", "index"])
 def test_a_column_of_another_kind_is_one_line(good, tmp_path, file):
     import pyarrow.parquet as pq

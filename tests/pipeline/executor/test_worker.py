@@ -6,7 +6,6 @@ import pytest
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.corpus.writer import Draft
-from paracaption.pipeline.executor import worker
 from paracaption.pipeline.executor.worker import Job, Unit, Worker
 from paracaption.pipeline.io import failures
 from paracaption.pipeline.io.json_lines import LineWriter
@@ -356,4 +355,4 @@ def _counting(plain, loads: list[str]):
 )
 def test_an_error_of_a_worker_is_raised_in_the_driver_by_its_kind(error, kind):
     with pytest.raises(kind, match=str(error)):
-        worker.draft_of({"unit": 0, "failed": worker._to_row(error)})
+        rows.draft_of({"unit": 0, "failed": rows.error_text(error)})
