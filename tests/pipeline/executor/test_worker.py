@@ -6,6 +6,7 @@ import pytest
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.corpus.writer import Draft
+from paracaption.pipeline.executor import rows
 from paracaption.pipeline.executor.worker import Job, Unit, Worker
 from paracaption.pipeline.io import failures
 from paracaption.pipeline.io.json_lines import LineWriter
