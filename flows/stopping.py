@@ -95,8 +95,6 @@ def _install() -> None:
 
 def _leave() -> None:
     """Heed the signals no longer: Python ends, and would give them back their first meaning, a kill."""
-    if _was_just_asked():
-        end()
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from paracaption.flows.cli import app
+from paracaption.flows.cli.app import app
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.pipeline.corpus import reader
 

@@ -152,7 +152,10 @@ class _Merged:
                 updated.append(_gone(before))
             else:
                 now = _with_known_photo(self._entry(at), before, self._places)
-                if is_other(before, now):
+                if now.annotation is None and before.annotation is not None:  # its label map may come back
+                    self._note("gone", before.key)
+                    now = before
+                elif is_other(before, now):
                     self._note("changed", before.key)
                     is_changed = True
                 updated.append(now)
@@ -326,9 +329,16 @@ def refuse_other_options(old: WorkList, sources: list[dict[str, Any]], growth: G
     """
     if not growth.changed:
         return
+    pairs = list(zip(old.sources, sources, strict=False))
+    if moved := [number for number, pair in enumerate(pairs, 1) if not _is_of(*pair)]:
+        raise IntegrityError(
+            f"{summary}: {_count(growth.changed, 'image')} of {old.subset} would become other ones, because "
+            f"source {moved[0]} has none of the places that they were planned with; add the new source after "
+            "the old one, or use a new `out`"
+        )
     other = [
         f"{name} was {before.get(name)}, is {after.get(name)}"
-        for before, after in zip(old.sources, sources, strict=False)
+        for before, after in pairs
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name) and _decides(before["source"], name, before.get(name))
     ]

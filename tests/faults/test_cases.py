@@ -113,7 +113,7 @@ def with_source(config, **changes):
 
 
 def other_images(config, place):
-    write_coconut(place / "other", 5)
+    write_coconut(place / "other", 5, num_masks=2)
     root = place / "other"
     return with_source(
         config,

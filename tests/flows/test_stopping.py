@@ -246,7 +246,7 @@ def test_a_signal_that_comes_while_python_ends_changes_nothing():
     assert (found.code, found.errors) == (0, "")
 
 
-def test_a_signal_in_the_work_of_other_modules_at_the_end_is_heeded():
+def test_a_signal_in_the_work_of_other_modules_at_the_end_ends_it_without_a_word():
     found = stopped(
         """
         import atexit
@@ -254,7 +254,8 @@ def test_a_signal_in_the_work_of_other_modules_at_the_end_is_heeded():
         """,
         signal.SIGTERM,
     )
-    assert (found.code, found.errors) == (143, "stopped\n")
+    assert (found.code, found.errors) == (0, "")
+    assert found.seconds < 5
 
 
 def test_before_signals_are_heeded_nothing_that_takes_time_is_imported():

@@ -244,7 +244,7 @@ def test_an_option_that_makes_other_images_of_the_old_ones_is_refused(tmp_path):
     finish(config_of(out, coconut=source))
     before = committed(out)
     tars = {"source": "sa1b", **write_sa1b(tmp_path / "tars", 2, 2, SIZE)}
-    swapped = {"coconut": {"sources": [tars, {"source": "coconut", **source}], "recipe": "verify"}}
+    swapped = {"coconut": {"sources": [tars, {"source": "coconut", **source}], "recipe": "identify"}}
     with pytest.raises(IntegrityError, match=r"source 1 of coconut is another one.*after the old ones"):
         finish(config_of(out, subsets=swapped))
     with pytest.raises(IntegrityError, match="images_per_shard was 4, is now 3"):

@@ -56,7 +56,8 @@ def test_any_changed_byte_is_a_page_that_says_so(copy, name):
 
 def test_ledgers_without_any_of_the_scores_are_shown(copy):
     for path in copy.glob("*/ledger/*.parquet"):
-        pq.write_table(pq.read_table(path).drop_columns(list(SCORES)), path)
+        table = pq.read_table(path)
+        pq.write_table(table.drop_columns([name for name in SCORES if name in table.column_names]), path)
     assert set(statuses(copy).values()) == {200}
 
 
