@@ -11,7 +11,7 @@ from paracaption.pipeline.executor import driver, findings, preflight
 from paracaption.pipeline.executor.build import build_checked
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.models import registry
-from paracaption.schemas.errors import ConfigError, IntegrityError, StageFailed
+from paracaption.schemas.errors import ConfigError, StageFailed
 from tests.building import build, calls, committed, config_of
 from tests.pipeline.executor.conformance import started
 from tests.synthetic import write_coconut
@@ -93,17 +93,18 @@ def test_another_model_is_asked_anew_and_the_old_evidence_stays(tmp_path, coconu
     assert len(list((tmp_path / "out" / "coconut" / "evidence").iterdir())) == 4
 
 
-def test_a_changed_source_is_refused_with_the_difference(tmp_path):
+def test_an_image_that_is_gone_from_its_source_stays_in_the_corpus(tmp_path):
     source = write_coconut(tmp_path / "source", num_images=4)
     config = config_of(tmp_path / "out", coconut=source)
     build(config)
+    before = committed(tmp_path / "out")
     path = tmp_path / "source" / "panoptic.json"
     content = json.loads(path.read_text())
     content["images"], content["annotations"] = content["images"][:3], content["annotations"][:3]
     path.write_text(json.dumps(content))
     os.remove(tmp_path / "source" / "labels" / "000000000003.png")
-    with pytest.raises(IntegrityError, match="000000000003"):
-        build(config)
+    build(config)
+    assert committed(tmp_path / "out") == before
 
 
 def test_two_drivers_cannot_write_to_the_same_folder(tmp_path, coconut):
