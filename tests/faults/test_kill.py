@@ -163,7 +163,7 @@ def test_the_driver_of_a_local_build_killed_at_random_moments(tmp_path, source, 
 @pytest.mark.parametrize(
     ("batch_images", "name"),
     [
-        pytest.param(2, "InstantCaptioner", id="batches"),
+        pytest.param(2, "InstantCaptioner", id="batches", marks=pytest.mark.soak),
         pytest.param(32, "InstantCaptioner", id="a batch outlives a worker", marks=pytest.mark.soak),
         pytest.param(2, "OneByOneCaptioner", id="a captioner that batches by itself"),
     ],

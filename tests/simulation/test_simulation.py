@@ -42,10 +42,6 @@ def test_builds_under_seeded_faults_end_as_if_nothing_had_been(simulation):
     try_seeds(simulation, range(30))
 
 
-def test_a_fault_at_every_hundredth_call_leaves_nothing_behind(simulation):
-    try_calls(simulation, 100)
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_two_thousand_seeds(simulation):
