@@ -282,7 +282,7 @@ class Backend(Strict):
     batch_images: PositiveInt = Field(
         default=64,
         description="Most images in one call of the backend. A batch that fails is split in halves until "
-        "the image at fault is found.",
+        "the image at fault is found. `gar` and `vllm` batch by themselves: a call has all images of a unit.",
     )
 
     runtime_env: dict[str, Any] = Field(
