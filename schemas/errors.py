@@ -88,7 +88,13 @@ class StageStalled(StageFailed):
 
 
 class IntegrityError(ParaCaptionError):
-    """Committed data does not match its manifest, or a resume would mix two plans."""
+    """Committed data does not match its manifest, or a resume would mix two plans.
+
+    Its text is one line, whatever the library that met the damage has said.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
 
 
 class BadSample(IntegrityError):

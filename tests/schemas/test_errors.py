@@ -2,7 +2,7 @@
 
 import pytest
 
-from paracaption.schemas.errors import BadRecord, ConfigError, one_line
+from paracaption.schemas.errors import BadRecord, ConfigError, IntegrityError, one_line
 from paracaption.schemas.reasons import Reason
 
 TRACEBACK = """ray::worker.run() (pid=7, ip=10.0.0.1)
@@ -50,3 +50,9 @@ def test_an_error_that_is_hard_to_say_is_one_short_line(error, line):
     found = one_line(error)
     assert line in (found, None) and len(found) <= 1_000 and "\n" not in found
     found.encode()
+
+
+def test_damage_is_one_line_whatever_a_library_says_of_it():
+    assert str(IntegrityError("a.parquet: not readable (Corrupt data\n); rebuild it")) == (
+        "a.parquet: not readable (Corrupt data ); rebuild it"
+    )
