@@ -9,8 +9,9 @@ from paracaption.model_training.toy.world import TruthCaptioner, WorldOptions, w
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import work_list, writer
 from paracaption.pipeline.corpus.merge import merge
+from paracaption.pipeline.corpus.owner import own
+from paracaption.pipeline.executor.committer import write_config
 from paracaption.pipeline.sources.registry import open_source
-from paracaption.schemas.config import dump_config
 from paracaption.schemas.training import TrainConfig
 
 TINY = {
@@ -57,8 +58,9 @@ def write_merged(folder: Path, num_images: int) -> Path:
     """The same, merged: as a finished build leaves it."""
     out = write_corpus(folder, num_images)
     config = load_config(folder / "build.yaml")
-    (out / "config.yaml").write_text(dump_config(config))
-    merge(out, config)
+    with own(str(out), "build", config.failures.lease_s) as owner:
+        write_config(config, owner)
+        merge(out, config, owner)
     return out
 
 
