@@ -15,6 +15,7 @@ import msgspec
 from pydantic import Field
 
 from ...schemas.config import Limits
+from ...schemas.plain import fits_int64
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, Credit, Drop, ImageRecord
 from ...schemas.secrets import open_json
@@ -188,9 +189,10 @@ def _without_image(url: str, number: str | None, own: list[msgspec.Raw], is_list
     if number is None:
         detail = f"{url}: {len(own)} annotations have no usable `image_id`; give each the id of its image"
         return _Row(Image(), [], own, drop(Reason.ANNOTATION_UNREADABLE, detail))
-    image = Image(int(number) if number.isdecimal() else number)
+    whole, shown = _whole(number), number if len(number) <= 40 else f"{number[:37]}..."
+    image = Image(number if whole is None else whole)
     if is_listed:
-        detail = f"{url}: `images` has no image {number}, which {len(own)} annotations name; add it"
+        detail = f"{url}: `images` has no image {shown}, which {len(own)} annotations name; add it"
         return _Row(image, [], own, drop(Reason.ANNOTATION_UNREADABLE, detail))
     return _Row(image, _names(image), own)
 
@@ -264,13 +266,19 @@ def _entry(url: str, number: int, row: _Row, photos: file_names.Finder, catalog:
 
 def _record(row: _Row, table: CategoryTable) -> bytes:
     """What a worker needs of an image, with the categories that its annotations name."""
-    numbers = [coco_json.as_whole(_annotated(raw).category_id) for raw in row.annotations]
-    known = {table.find(int(number), None) for number in numbers if _is_number(number)}
+    numbers = {_whole(_annotated(raw).category_id) for raw in row.annotations}
+    known = {table.find(number, None) for number in numbers}
     categories = sorted((each for each in known if each is not None), key=lambda each: each.id)
     annotations = [msgspec.Raw(open_json(bytes(raw))) for raw in row.annotations]
     return msgspec.json.encode(Record(row.image.width, row.image.height, annotations, categories))
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a category id is a number, also one that is written as text."""
-    return type(value) is int or (isinstance(value, str) and value.strip().lstrip("-").isdecimal())
+def _whole(value: Any) -> int | None:
+    """A number of 64 bits, also one that is written as text; None for anything else."""
+    value = coco_json.as_whole(value)
+    if isinstance(value, str) and len(value) < 32:
+        try:
+            value = int(value)
+        except ValueError:
+            return None
+    return value if fits_int64(value) else None

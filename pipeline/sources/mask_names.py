@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import msgspec
@@ -98,7 +99,7 @@ def read_classes(url: str | None) -> dict[str, Class]:
         known = load_categories(url).by_id
         return {str(number): Class(each.name, number, each.is_thing) for number, each in known.items()}
     found = {}
-    for row in csv.reader(io.StringIO(_text(url))):
+    for _, row in _rows(url):
         if len(row) >= 2 and plain_name(row[1]):
             code = row[0].strip()
             found[code] = Class(plain_name(row[1]), _whole(code))
@@ -112,14 +113,26 @@ def _plain(name: str) -> str:
 
 
 def _csv_rows(url: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_text(url)), restkey="", restval="")
+    rows = _rows(url)
+    _, header = next(rows, (0, []))
+    for line, row in rows:
+        yield line, dict(zip_longest(header, row[: len(header)], fillvalue=""))
+
+
+def _rows(url: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV that are not empty, each with the number of its last line.
+
+    Raises:
+        ConfigError: the file is no CSV; it names the line at which the bad row begins.
+    """
+    line, reader = 0, csv.reader(io.StringIO(_text(url)), strict=True)
     try:
         for row in reader:
-            yield reader.line_num, row
+            line = reader.line_num
+            if row:
+                yield line, row
     except csv.Error as error:
-        raise ConfigError(
-            f"{url}: line {reader.line_num + 1}: not CSV ({error}); correct it there"
-        ) from error
+        raise ConfigError(f"{url}: line {line + 1}: not CSV ({error}); correct it there") from error
 
 
 def _json_rows(url: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -159,9 +159,12 @@ class Masks(Source[MasksOptions]):
         listed = self._photos(catalog, masks, set(named.values()))
         found: dict[str, list[Piece]] = {photo.url: [] for photo in listed}
         lost: dict[str, tuple[list[Piece], str]] = {}
-        _place_lines(lines, named, listed, found, lost, options.layout == "indexed", catalog.notes)
+        for_all = _place_lines(lines, named, listed, found, lost, options.layout == "indexed", catalog.notes)
         if options.layout == "indexed":
             self._place_indexes(masks, listed, found, lost)
+            for pieces in found.values():  # a line with the photo's name counts more than one for all photos
+                if any(piece.value is None for piece in pieces):
+                    pieces[:0] = for_all
         else:
             taken = {*named.values(), *found}
             rest = {url: name for url, name in masks.items() if url not in taken}
@@ -343,8 +346,11 @@ def _place_lines(
     lost: dict[str, tuple[list[Piece], str]],
     indexed: bool,
     notes: list[Note],
-) -> None:
-    """Give each line to its photo: the one that it names, else the one that its mask's name begins with."""
+) -> list[Piece]:
+    """Give each line to its photo: the one that it names, else the one that its mask's name begins with.
+
+    Returns those that name no photo and are for the indexed images of all photos.
+    """
     folders: dict[str, list[str]] = {}
     for photo in listed:
         folders.setdefault(photo.url[: -len(photo.name) - 1], []).append(photo.name)
@@ -353,6 +359,7 @@ def _place_lines(
     finder = file_names.Finder(listings, stems, file_names.PHOTO_ENDINGS)
     urls = {photo.name: photo.url for photo in listed}
     by_name = PhotoNames(urls)
+    for_all: list[Piece] = []
     for line in lines:
         if indexed and line.value is None:
             notes.append(Note("line_without_mask", f"line {line.line} of `names` has no `value`"))
@@ -368,10 +375,10 @@ def _place_lines(
         elif url is not None:
             found[url].append(piece)
         elif indexed and not line.photo:
-            for pieces in found.values():
-                pieces.append(piece)
+            for_all.append(piece)
         else:
             lost.setdefault(line.photo or line.mask, ([], doubt))[0].append(piece)
+    return for_all
 
 
 def _place_mask(region: Region, piece: Piece, header: Header, limits: Limits, notes: list[Note]) -> None:

@@ -149,7 +149,7 @@ def test_ids_with_gaps_as_floats_as_text_or_used_twice_cost_no_mask(tmp_path):
     assert [region.id for region in image.regions] == list(range(7))
 
 
-@pytest.mark.parametrize("value", [17.5, "cat", True, [17], None, ...])
+@pytest.mark.parametrize("value", [17.5, "cat", True, [17], None, ..., "--5", "5" * 5000, 2**70])
 def test_a_category_id_that_is_none_is_dropped(value, tmp_path):
     write(tmp_path, content(annotation(1, category_id=value), annotation(2)))
     (image,) = read(tmp_path)
@@ -263,6 +263,15 @@ def test_annotations_without_an_image_have_their_rows_too(tmp_path):
     ]
     assert "has no image 7, which 1 annotations name" in images[1].drop.detail
     assert "no usable `image_id`" in images[2].drop.detail
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_an_image_id_of_thousands_of_digits_costs_only_its_own_annotation(is_listed, tmp_path):
+    document = content(annotation(1), annotation(2, image="5" * 5000))
+    write(tmp_path, document if is_listed else {**document, "images": []})
+    found = read(tmp_path)
+    assert [reasons(image) for image in found] == [[None], [str(found[1].drop.reason)]]
+    assert len(found[1].drop.detail) < 6000
 
 
 def test_images_of_one_id_an_image_listed_twice_and_one_without_annotation_are_dropped(tmp_path):

@@ -269,6 +269,17 @@ def test_lines_name_the_values_of_one_photo_or_of_all(tmp_path):
     assert reasons(images["nowhere"]) == ["photo_missing"]
 
 
+def test_names_of_values_make_no_regions_of_a_photo_without_an_indexed_image(tmp_path):
+    for name in ("a", "b"):
+        photo(tmp_path / "photos" / f"{name}.jpg")
+    save(tmp_path / "masks" / "a.png", indexed("gray"))
+    (tmp_path / "n.csv").write_text("value,category,photo\n7,road,\n7,street,a.jpg\n7,lane,\n8,cup,\n")
+    names = str(tmp_path / "n.csv")
+    images = read(tmp_path, layout="indexed", names=names, unnamed="keep")
+    assert images["b"].regions == [] and str(images["b"].drop.reason) == "annotation_missing"
+    assert {region.source_id: region.category for region in images["a"].regions}[7] == "street"
+
+
 def test_a_photo_without_an_indexed_image_with_an_empty_one_or_with_a_photo_in_its_place(tmp_path):
     for name in "abcd":
         photo(tmp_path / "photos" / f"{name}.jpg")
@@ -388,6 +399,7 @@ def test_a_mask_that_no_line_names_is_dropped_where_names_are_given_unless_it_is
         ("n.jsonl", '{"mask": "a.png"}\n{"mask"\n', "line 2: not JSON"),
         ("n.csv", b"\x1f\x8b\x08 gzip", "not a text file"),
         ("n.csv", "mask,category\n" + '"' + "x" * 200_000, "line 2: not CSV"),
+        ("n.csv", 'mask,category\na_0.png,"cup\na_1.png,bowl\n', "not CSV (unexpected end of data)"),
     ],
 )
 def test_a_list_that_cannot_be_read_is_an_error_of_one_line(name, text, words, tmp_path):
@@ -397,6 +409,19 @@ def test_a_list_that_cannot_be_read_is_an_error_of_one_line(name, text, words, t
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, names=str(tmp_path / name))
     assert words in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("1," + "x" * 200_000, "line 1: not CSV"), ('1,"cup\n2,bowl\n', "not CSV (unexpected end of data)")],
+)
+def test_a_csv_of_categories_that_cannot_be_read_is_an_error_of_one_line(text, words, tmp_path):
+    photo(tmp_path / "photos" / "a.jpg")
+    mask(tmp_path / "masks" / "a_0.png")
+    (tmp_path / "k.csv").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, categories=str(tmp_path / "k.csv"))
+    assert words in str(caught.value) and "k.csv" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_audit_says_what_to_do(tmp_path):
