@@ -39,7 +39,7 @@ def list_members(url: str, notes: list[Note]) -> Iterator[Member]:
     Raises:
         ConfigError: nothing in it can be read.
     """
-    found = 0
+    found, data_end = 0, 0
     try:
         with files.open_url(url, _HEADER_BLOCK) as file:
             size = file.seek(0, 2)
@@ -54,14 +54,14 @@ def list_members(url: str, notes: list[Note]) -> Iterator[Member]:
                     continue
                 after_end = None
                 vars(archive)["members"].clear()  # a tar of SA-1B has 22,000, which tarfile would keep
-                found += 1
+                found, data_end = found + 1, member.offset_data + member.size
                 if not member.isdir():
                     yield _checked(member, url, size)
             broken = None if after_end is not None else _broken_at(archive, file, size)
             if after_end is not None:
                 what = f"the {size - archive.offset} bytes from byte {archive.offset} on are not read"
                 notes.append(Note("tar_after_end", f"{url}: the tar ends at byte {after_end}; {what}"))
-            if archive.offset == size:
+            if data_end <= size <= archive.offset:
                 detail = f"{url}: ends at byte {size} without an end mark"
                 notes.append(Note("tar_without_end", detail))
     except tarfile.TarError as error:

@@ -104,6 +104,7 @@ class WebDataset(Source[WebDatasetOptions]):
             Reason.UNKNOWN_CATEGORY: "give the category list as `categories`; or read these regions with "
             "`unnamed: keep`",
             Reason.LABELS_UNREADABLE: "write the tar again with these mask images in it",
+            Reason.SEGMENT_ABSENT: "correct these values, or write the tar again with their indexed image",
             Reason.CROWD: "by design: many objects under one mask; `crowds: keep` reads them",
             "crowd_kept": "by the option `crowds`",
             "mask_resized": "the mask is scaled to the photo, to the nearest pixel",
@@ -125,6 +126,8 @@ class WebDataset(Source[WebDatasetOptions]):
 
     def catalog(self, catalog: Catalog) -> Iterator[CatalogEntry]:
         """Tars in the configuration's order; in each, keys by their first member."""
+        if self.options.categories is not None:
+            load_categories(self.options.categories)  # an error here, not a drop for each image
         entries = self._entries(catalog)
         first = list(islice(entries, _LOOKED_AT))
         self._refuse_unnamed(first)
@@ -139,9 +142,9 @@ class WebDataset(Source[WebDatasetOptions]):
         elements = _elements(raw, where, bool(masks) or entry.drop is not None)
         image.credit = _describe(image, raw)
         table = self._table(raw, where)
-        values = {}
+        valued: list[Any] = []
         if self.options.layout == "indexed":
-            values = {each["value"]: each for each in elements if _value_of(each) is not None}
+            valued = [each for each in elements if _value_of(each) is not None]
             elements = [each for each in elements if _value_of(each) is None]
         named = {_mask_name(element) for element in elements}
         rest = [name for name in masks if name not in named]
@@ -159,13 +162,21 @@ class WebDataset(Source[WebDatasetOptions]):
             raise BadRecord(Reason.SIZE_MISMATCH, f"{where}: {detail}")
         _place_masks(image, elements, masks, header, limits, notes, where)
         if self.options.layout == "indexed":
+            values = {each["value"]: each for each in reversed(valued)}  # the first one of a value counts
+            seen: set[int] = set()
             for name in rest:
                 found = read_indexed(masks[name], header, limits, notes, self.options.background)
+                seen |= found.keys()
                 for value, mask in found.items():
                     element = {"category_id": value} | values.get(value, {})
                     region = self._region(len(image.regions), element, table, f"{where}: {name}", notes)
                     region.rle, region.area, region.bbox = mask
                     region.source_id = value
+                    image.regions.append(region)
+            for each in valued:
+                if each["value"] not in seen or values[each["value"]] is not each:
+                    region = self._region(len(image.regions), each, table, where, notes)
+                    region.drop = _unused(each["value"], seen, where)
                     image.regions.append(region)
             refuse(image, entry, limits, where)
 
@@ -364,6 +375,14 @@ def _value_of(element: Any) -> int | None:
     """The value of an indexed image that an element is about."""
     value = element.get("value") if isinstance(element, dict) else None
     return value if type(value) is int else None
+
+
+def _unused(value: int, seen: set[int], where: str) -> Drop:
+    """Why an element about a value of an indexed image is no region."""
+    if value in seen:
+        detail = f"{where}: value {value} is named again; the first one counts"
+        return drop(Reason.ANNOTATION_UNREADABLE, detail)
+    return drop(Reason.SEGMENT_ABSENT, f"{where}: value {value}: no indexed image of the sample has it")
 
 
 def _place_masks(

@@ -197,6 +197,44 @@ def test_an_indexed_image_of_a_sample_has_its_names_in_the_json_or_the_category_
     assert str(image.drop.reason) == "too_many_masks" and not image.live()
 
 
+def test_an_element_about_a_value_that_no_image_has_or_that_is_named_twice_is_dropped(tmp_path):
+    values = np.zeros((HEIGHT, WIDTH), np.uint8)
+    values[box()] = 3
+    elements = [
+        {"value": 3, "category": "cup"},
+        {"value": 3, "category": "bowl"},
+        {"value": 77, "category": "saucer"},
+    ]
+    members = [("a.jpg", photo()), ("a.json", {"regions": elements}), ("a.seg.png", encoded(values))]
+    (image,) = read(write_tar(tmp_path / "a.tar", members), layout="indexed").values()
+    assert [region.category for region in image.regions] == ["cup", "bowl", "saucer"]
+    assert reasons(image) == [None, "annotation_unreadable", "segment_absent"]
+    assert "value 77: no indexed image" in image.regions[2].drop.detail
+
+
+@pytest.mark.parametrize("text", [None, "[", '[{"id": "x"}]'])
+def test_a_category_list_that_cannot_be_read_is_an_error(text, tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", photo()), ("a.json", {"regions": []})])
+    if text is not None:
+        (tmp_path / "k.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"k\.json: .*categor"):
+        read(path, categories=str(tmp_path / "k.json"))
+
+
+def test_a_tar_that_is_cut_in_the_zeros_behind_a_member_is_noted(tmp_path):
+    members = [
+        ("a.jpg", photo()),
+        ("a.json", {"regions": [{"label": "cup", "segmentation": written(box())}]}),
+    ]
+    path = write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset_data + last.size + 5])
+    notes = []
+    (image,) = read(str(path), notes=notes).values()
+    assert reasons(image) == [None] and [note.kind for note in notes] == ["tar_without_end"]
+
+
 def test_text_ids_and_numbers_that_are_too_large_stay_empty(tmp_path):
     elements = [
         {"id": "0a1b", "category_id": "/m/01", "label": "cup", "segmentation": written(box())},
