@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, NamedTuple, Self, get_args
@@ -183,7 +184,12 @@ def _in_our_words(text: str) -> str:
     if not text.startswith("Input should be "):
         return text
     wanted = text.removeprefix("Input should be ").partition(", unable to parse")[0]
+    wanted = wanted.partition(" or instance of ")[0]  # a section, which may be a model's object in Python
     return f"has to be {_TYPES.get(wanted, wanted)}"
+
+
+_KIND = re.compile(r"(function-[a-z]+|list|dict|nullable|union)\[.*\]")
+"""What pydantic puts into the place of a value that may be of several kinds: no key of the user's."""
 
 
 def one_line_each(
@@ -205,7 +211,7 @@ def one_line_each(
     """
     lines = []
     for each in error.errors():
-        place = ".".join(map(str, place_of(each["loc"])))
+        place = ".".join(part for part in map(str, place_of(each["loc"])) if not _KIND.fullmatch(part))
         if each["type"] == "extra_forbidden":
             meant = _meant(str(each["loc"][-1]), list(known(each["loc"])) if known else [])
             wrong = f"unknown key; {meant}{keys}"

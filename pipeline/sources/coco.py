@@ -281,4 +281,4 @@ def _whole(value: Any) -> int | None:
             value = int(value)
         except ValueError:
             return None
-    return value if fits_int64(value) else None
+    return value if isinstance(value, int) and fits_int64(value) else None

@@ -411,6 +411,21 @@ def test_a_list_that_cannot_be_read_is_an_error_of_one_line(name, text, words, t
     assert words in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_masks_of_a_wrong_kind_are_told_without_pydantics_words(tmp_path):
+    source = "{source: masks, photos: [photos], masks: 5}"
+    recipe = "[{stage: caption, captioner: 5}]"
+    text = f"out: out\nsubsets:\n  mine:\n    sources: {source}\n    recipe: {recipe}\n"
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(tmp_path / "c.yaml"))
+    assert "sources.0.masks: has to be a text (given: 5)" in str(caught.value)
+    assert "sources.0.masks: has to be a list (given: 5)" in str(caught.value)
+    assert "function" not in str(caught.value)
+    (tmp_path / "c.yaml").write_text(text.replace("masks: 5", "masks: masks"))
+    with pytest.raises(ConfigError, match="captioner: has to be keys and values \\(given: 5\\)"):
+        load_config(str(tmp_path / "c.yaml"))
+
+
 @pytest.mark.parametrize(
     "text, words",
     [("1," + "x" * 200_000, "line 1: not CSV"), ('1,"cup\n2,bowl\n', "not CSV (unexpected end of data)")],
