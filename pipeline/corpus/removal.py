@@ -73,7 +73,7 @@ def read_keys(path: str | Path) -> list[str]:
         ConfigError: it cannot be read, or there is none in it.
     """
     try:
-        lines = files.read(Blob(str(path))).decode().splitlines()
+        lines = files.read(Blob(str(path))).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"{path}: not readable ({error}); give a text file with a key in each line"
@@ -162,7 +162,8 @@ def remove(out: str, keys: Iterable[str], delete_replaced: bool = False) -> dict
                 for index in removal.units:
                     forget(out, subset, now.unit_name(index), removal.keys, kinds)
                 counts["units"] += _rewrite_units(out, subset, removal, now, owner)
-            if owner.state.merged is not None:
+            # The index of a corpus of an early release is in no record of the log.
+            if owner.state.merged is not None or files.exists(f"{out}/{reader.INDEX}"):
                 merge.merge(out, owner=owner)
             if delete_replaced:
                 sweep(owner, keep_replaced_s=-1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from paracaption.pipeline.corpus import log, reader, removal, undo, verify, versions, work_list_summary
@@ -55,6 +56,14 @@ def test_photo_captions_and_answers_are_gone_and_everything_else_stays(built, tm
     assert verify.verify(out).ok, verify.verify(out).text()
     assert driver.is_finished(complete(built))
     assert calls(tmp_path / "captioner.log") == asked
+
+
+def test_the_index_of_a_corpus_without_a_log_does_not_keep_the_image_either(built, tmp_path):
+    out = tmp_path / "out"
+    shutil.rmtree(out / "log")
+    removal.remove(str(out), [GONE])
+    assert GONE not in pq.read_table(out / "index.parquet")["key"].to_pylist()
+    assert verify.verify(out).ok, verify.verify(out).text()
 
 
 def test_what_a_removal_writes_is_what_a_build_would_write(built, tmp_path):
@@ -131,6 +140,8 @@ def test_keys_that_are_of_no_image_are_named_and_nothing_is_removed(built, tmp_p
 def test_a_file_of_keys_may_have_empty_lines_and_notes(tmp_path):
     path = tmp_path / "keys.txt"
     path.write_text("# asked for on Monday\n\n a \nsa1b/b\n")
+    assert removal.read_keys(path) == ["a", "sa1b/b"]
+    path.write_bytes(b"\xef\xbb\xbfa\r\nsa1b/b\r\n")  # as editors on Windows save it
     assert removal.read_keys(path) == ["a", "sa1b/b"]
     path.write_text("# none\n")
     with pytest.raises(ConfigError, match="no key in it"):
