@@ -316,6 +316,12 @@ def _is_of(before: dict[str, Any], after: dict[str, Any]) -> bool:
     return before["source"] == after["source"] and not places[0].isdisjoint(places[1])
 
 
+def moved_sources(old: WorkList, sources: list[dict[str, Any]]) -> list[int]:
+    """The numbers, from 1, of the sources that lie in other places than all those they were planned with."""
+    pairs = zip(old.sources, sources, strict=False)
+    return [number for number, pair in enumerate(pairs, 1) if not _is_of(*pair)]
+
+
 def _is_place(kind: str, name: str) -> bool:
     options = find_options(kind)
     return name in options.model_fields and is_location(options, name)
@@ -330,11 +336,12 @@ def refuse_other_options(old: WorkList, sources: list[dict[str, Any]], growth: G
     if not growth.changed:
         return
     pairs = list(zip(old.sources, sources, strict=False))
-    if moved := [number for number, pair in enumerate(pairs, 1) if not _is_of(*pair)]:
+    if moved := moved_sources(old, sources):
         raise IntegrityError(
             f"{summary}: {_count(growth.changed, 'image')} of {old.subset} would become other ones, because "
             f"source {moved[0]} has none of the places that they were planned with; add the new source after "
-            "the old one, or use a new `out`"
+            "the old one (if it is the old one in another place, build before anything else in it changes), "
+            "or use a new `out`"
         )
     other = [
         f"{name} was {before.get(name)}, is {after.get(name)}"

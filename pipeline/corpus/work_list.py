@@ -41,6 +41,7 @@ from .growth import (
     Growth,
     difference,
     grow,
+    moved_sources,
     refuse_other_options,
     refuse_other_roles,
     with_known_photos,
@@ -182,12 +183,14 @@ def plan(
             return Plan(msgspec.structs.replace(made, folder=str(folder)), fresh)
     if refused := difference(old, made, str(table_path(folder)), damage):
         raise IntegrityError(refused)
-    list_images(earlier=_keys_of(old))
+    list_images(earlier=_keys_of(old, made))
     return _grown(old, made, fresh, config)
 
 
-def _keys_of(old: WorkList) -> EarlierKeys:
-    earlier, reader = EarlierKeys(old.fingerprint), UnitReader(Path(old.table_path))
+def _keys_of(old: WorkList, made: WorkList) -> EarlierKeys:
+    # The lists of a source that was moved are none of the old places, but are not new either.
+    moved = made.fingerprint if moved_sources(old, made.sources) else {}
+    earlier, reader = EarlierKeys([*old.fingerprint, *moved]), UnitReader(Path(old.table_path))
     for index in range(old.num_units):
         for entry in reader.read(index):
             earlier.add(entry.key, entry.file_name)

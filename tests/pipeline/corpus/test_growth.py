@@ -238,6 +238,23 @@ def test_an_unfinished_corpus_grows_as_well(tmp_path):
     assert verify.verify(out).ok, verify.verify(out).text()
 
 
+def test_a_source_that_is_moved_keeps_its_keys_although_a_later_one_has_an_image_of_the_same_name(tmp_path):
+    first, out = tmp_path / "first", tmp_path / "out"
+    later = {"source": "coconut", **named(tmp_path / "later", "a", "c", listed="list.json")}
+
+    def build_from(root: Path) -> None:
+        source = {"source": "coconut", **named(root, "a", "b", listed="list.json")}
+        subset = {"sources": [source, later], "recipe": "verify"}
+        finish(config_of(out, subsets={"coconut": subset}))
+
+    build_from(first)
+    before, rows = committed(out), records(out)
+    assert {row["drop_reason"] for (_, key, _), row in rows.items() if key == "a-dup2"} == {"duplicate_key"}
+    shutil.rmtree(first)
+    build_from(tmp_path / "moved")
+    assert records(out) == rows and {path: committed(out)[path] for path in before} == before
+
+
 def test_an_option_that_makes_other_images_of_the_old_ones_is_refused(tmp_path):
     root, out = tmp_path / "source", tmp_path / "out"
     source = grow(root, 4)
