@@ -73,11 +73,17 @@ def build(
 def _check_files(config: BuildConfig) -> None:
     from ...pipeline.executor.changed_files import note_changed_files
 
+    unread = list[str]()
     with counting("images compared with their files") as progress:
-        found = note_changed_files(config, progress)
+        found = note_changed_files(config, progress, unread.append)
     for subset, each in found.items():
         print(f"{subset}: {each}", file=sys.stderr)
-    if not found:
+    if unread:
+        some = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
+        print(
+            f"{len(unread):,} images were not compared, because they cannot be read: {some}", file=sys.stderr
+        )
+    elif not found:
         print("no file of a committed image has changed", file=sys.stderr)
 
 

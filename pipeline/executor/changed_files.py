@@ -39,7 +39,9 @@ _Regions = dict[int | None, tuple[Any, ...]]
 
 
 def note_changed_files(
-    config: BuildConfig, progress: Callable[[int], None] = lambda _: None
+    config: BuildConfig,
+    progress: Callable[[int], None] = lambda _: None,
+    unread: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Growth]:
     """Compare every committed image with its files, and note the units of those that have changed.
 
@@ -48,6 +50,7 @@ def note_changed_files(
     Args:
         config: of the corpus.
         progress: called with the number of images compared so far.
+        unread: called with the name of each image that is passed by.
 
     Returns:
         What has changed, by subset; only subsets of which something has.
@@ -67,7 +70,7 @@ def note_changed_files(
         pending = set(find_pending_units(listed, recipe_digest(recipe_of(config, subset), config)))
         for index in sorted(set(range(listed.num_units)) - pending):
             with NOW.during("comparing files", f"{subset}/{listed.unit_name(index)}"):
-                if keys := _changed_in(config, source, listed, index):
+                if keys := _changed_in(config, source, listed, index, unread):
                     changed[index] = keys
             number += listed.num_images_of(index)
             progress(number)
@@ -76,7 +79,9 @@ def note_changed_files(
     return found
 
 
-def _changed_in(config: BuildConfig, source: SubsetSource, listed: WorkList, index: int) -> list[str]:
+def _changed_in(
+    config: BuildConfig, source: SubsetSource, listed: WorkList, index: int, unread: Callable[[str], None]
+) -> list[str]:
     """Keys of the images of a committed unit that are not what their files hold now."""
     folder, unit = Path(listed.folder), listed.unit_name(index)
     (committed,) = (each for each in reader.list_units(listed.folder) if each.name == unit)
@@ -96,9 +101,16 @@ def _changed_in(config: BuildConfig, source: SubsetSource, listed: WorkList, ind
         NOW.at(entry.key)
         image = source.read(entry, config.limits)
         if image.failed or (image.drop is not None and image.drop.reason in RETRIED):
+            unread(f"{source.subset}/{entry.key}")
             continue
-        if _regions_of(image) != rows.get(entry.key) or _is_another_photo(image, seen.get(entry.key, "")):
+        if _regions_of(image) != rows.get(entry.key):
             changed.append(entry.key)
+            continue
+        try:
+            if _is_another_photo(image, seen.get(entry.key, "")):
+                changed.append(entry.key)
+        except BadRecord:
+            unread(f"{source.subset}/{entry.key}")
     return changed
 
 
@@ -119,10 +131,7 @@ def _regions_of(image: ImageRecord) -> _Regions:
 def _is_another_photo(image: ImageRecord, seen: str) -> bool:
     if not seen or image.photo is None:
         return False
-    try:
-        return photos.hash_photo(image.photo, image.removed_orientation) != seen
-    except BadRecord:
-        return False
+    return photos.hash_photo(image.photo, image.removed_orientation) != seen
 
 
 def _note(config: BuildConfig, listed: WorkList, changed: dict[int, list[str]]) -> Growth:

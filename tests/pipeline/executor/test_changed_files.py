@@ -59,4 +59,6 @@ def test_another_photo_and_another_label_map_are_found_and_only_they_are_asked_a
 def test_files_that_are_away_are_no_change(built, tmp_path):
     shutil.rmtree(tmp_path / "source/photos")
     (tmp_path / "source/photos").mkdir()
-    assert note_changed_files(built) == {}
+    passed_by = list[str]()
+    assert note_changed_files(built, unread=passed_by.append) == {}
+    assert passed_by == [f"coconut/{number:012d}" for number in range(6)]
