@@ -24,7 +24,7 @@ import numpy as np
 from ...filters import rle
 from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
-from ...pipeline.io import files, mask_images, photos
+from ...pipeline.io import failures, files, mask_images, photos
 from ...pipeline.sources import file_names
 from ...pipeline.sources.categories import load_categories, make_table
 from ...pipeline.sources.coco_json import Image
@@ -326,10 +326,14 @@ def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRe
 def _label_map(path: str, name: str, photo: str) -> str:
     """The PNG of a panoptic JSON: in the folder with the JSON's name, or in the only folder next to it."""
     home = Path(path).parent
-    if (named := home / file_names.stem(path) / name).exists():
-        return str(named)
-    beside = sorted(home.glob(f"*/{glob.escape(name)}")) or [home / name]
-    found = [str(each) for each in beside if each.exists() and each.resolve() != Path(photo).resolve()]
+    try:
+        if (named := home / file_names.stem(path) / name).exists():
+            return str(named)
+        beside = sorted(home.glob(f"*/{glob.escape(name)}")) or [home / name]
+        found = [str(each) for each in beside if each.exists() and each.resolve() != Path(photo).resolve()]
+    except OSError as error:  # no file can have such a name
+        told = failures.describe(error)
+        raise ConfigError(f"{path}: file_name {name[:40]!a}: {told}; correct it in the file") from error
     if len(found) != 1:
         what = (
             f"several label maps {name}: {', '.join(found)}; keep one"

@@ -159,8 +159,8 @@ def read_benchmark(
         if key not in raw[CLASSES]:
             raise ConfigError(f"{folder / CLASSES}: no class name for {key}; add it")
         (name, mask), class_name = masks[key], raw[CLASSES][key]
-        if not isinstance(class_name, str):
-            raise ConfigError(f"{folder / CLASSES}: the class name of {key} is not a text; correct it")
+        if not isinstance(class_name, str) or not any(map(str.isalnum, class_name)):
+            raise ConfigError(f"{folder / CLASSES}: the class name of {key} is no word; correct it")
         questions = (recognition_question(kind, class_name), *_questions(asked, folder, key))
         unverified += sum(isinstance(each, dict) and each.get("verified") is False for each in asked)
         digest.update(msgspec.json.encode([key, mask.rle, questions]))
@@ -253,5 +253,5 @@ def _named(path: Path, where: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ConfigError(f"{path}: {where}: not in the published form ({error!r}); correct it") from error

@@ -292,6 +292,17 @@ def test_a_missing_label_map_is_an_error_that_names_it(tmp_path):
         read_photo_regions(SAMPLES / "photos" / "coffee.jpg", [path])
 
 
+def test_a_label_map_with_a_name_that_no_file_can_have_is_an_error_with_its_beginning(tmp_path):
+    document = json.loads((SAMPLES / "panoptic.json").read_text())
+    for each in document["annotations"]:
+        each["file_name"] = "x" * 300
+    (tmp_path / "labels").mkdir()
+    path = tmp_path / "panoptic.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"panoptic.json: file_name 'x{40}': .*too long.*; correct it"):
+        read_photo_regions(SAMPLES / "photos" / "coffee.jpg", [path])
+
+
 def test_an_sa1b_json_gives_all_masks_of_its_photo(tmp_path):
     import tarfile
 

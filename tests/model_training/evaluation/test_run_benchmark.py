@@ -135,6 +135,7 @@ def test_the_published_files_are_read(kind, images, regions, questions):
     [
         ("qa", lambda raw: raw | {"9_9": raw["0_0"]}, "annotations.json: no region 9_9"),
         ("class_names", lambda raw: {"0_0": "cat"}, "class_names.json: no class name for 0_1"),
+        ("class_names", lambda raw: raw | {"0_0": " "}, "class_names.json: the class name of 0_0 is no word"),
         ("annotations", lambda raw: {"images": raw}, "annotations.json: not a list of images"),
         ("annotations", lambda raw: [{**raw[0], "height": 41}], "region 0_0: .*40"),
         (
