@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
@@ -368,6 +368,7 @@ def _decoded(part: dict) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
+@settings(deadline=None)
 @given(
     box=st.tuples(st.integers(0, 199), st.integers(0, 149), st.integers(1, 120), st.integers(1, 120)),
 )
