@@ -12,6 +12,7 @@ dropped with that failure, as everywhere else.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,9 +55,9 @@ class Composite(FilterStage):
         region.said = {name: drop for name, drop in region.said.items() if name not in names}
         return verdict
 
+    @abstractmethod
     def judge(self, region: Region) -> Verdict:
         """The verdict on a region whose members have spoken."""
-        raise NotImplementedError
 
     def asks(self, member: str, region: Region) -> bool:
         number, step = next(

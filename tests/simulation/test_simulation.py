@@ -3,7 +3,7 @@
     python -m tests.simulation 0 10000          # seeds; prints those that fail
     python -m tests.simulation --calls          # every call with every kind of fault
 
-In `make test`: 50 seeds, and a sixtieth of all calls with all kinds of fault. In `make soak`: all of these,
+In `make test`: 30 seeds, and each kind of fault once. In `make soak`: every call with all kinds of fault,
 and 2,000 seeds.
 """
 
