@@ -1,9 +1,10 @@
 """Takes back the last rebuild, while the files that it replaced are kept.
 
 **The last rebuild** is all that replaced units since the configuration last changed in what decides about
-regions: thresholds, models, recipes (not `io`, `failures`, actors, places of sources). So runs that were
-interrupted and resumed, and a `--retry-failed` after them, are taken back together. Units that the rebuild
-added stay; those that it built once more are as before, unless images of them were removed on request since.
+regions: thresholds, models, recipes (not `io`, `failures`, actors, places of sources). Images that changed in
+their source begin a rebuild, too, unless one was not complete yet. So runs that were interrupted and resumed,
+and a `--retry-failed` after them, are taken back together. Units that the rebuild added stay; those that it
+built once more are as before, unless images of them were removed on request since.
 An undo counts as a rebuild of its own, so undoing it is a redo.
 
 One record names all units under the places where their former files are kept, from which they are moved back.
@@ -92,7 +93,7 @@ def find_rebuild(out: str) -> Rebuild:
     if version is None:
         raise ConfigError(f"{out}: nothing to undo: no build has replaced earlier results")
     before = version.before
-    names = version.names & before.units.keys() - _removed_from(records, before.number)
+    names = version.names & before.units.keys() - _removed_since(records, before)
     units = [name for name in sorted(names) if _differs(before, now, name)]
     if not units and not is_begun:
         raise ConfigError(
@@ -110,13 +111,14 @@ def find_rebuild(out: str) -> Rebuild:
     )
 
 
-def _removed_from(records: Sequence[Record], number: int) -> set[str]:
-    """The units of which images were removed on request after a record: what they were does not come back."""
+def _removed_since(records: Sequence[Record], before: LogState) -> set[str]:
+    """The units that have images which were removed on request since: what they were does not come back."""
     return {
-        f"{record.subset}/{unit}"
+        name
         for record in records
-        if isinstance(record, Planned) and record.number > number
+        if isinstance(record, Planned)
         for unit in record.removed_from
+        if (name := f"{record.subset}/{unit}") in before.units and record.number > before.units[name].since
     }
 
 
@@ -131,10 +133,14 @@ def _last_version(records: Sequence[Record]) -> tuple[_Version | None, LogState]
                 if not takes_config and _decides_otherwise(state.config, record):
                     current = _Version(state)
                 takes_config = False
+            case Planned() if record.changed and (not current.first or current.is_merged):
+                current = _Version(state)
             case Commit():
                 if record.undoes:
                     current, takes_config = _Version(state, is_undo=True), True
                 if replaced := record.units.keys() & state.units.keys():
+                    if not (current.first or current.is_undo or current.before.units):  # nothing was before
+                        current = _Version(state)
                     current = found = current._replace(
                         first=current.first or record.number,
                         last=record.number,
