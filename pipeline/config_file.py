@@ -287,8 +287,10 @@ def describe(kind: type[BaseModel] = BuildConfig) -> str:
             lines.append(f"#   {protocol}: {named}")
         for source in SOURCES:
             lines.append(f"# Keys of a source of the kind `{source}`. {_summary(find_options(source))}")
-            recipe = find_source(source).recipe
-            lines.append(f"#   source: {source}  # The kind of the source. Its default recipe is `{recipe}`.")
+            found = find_source(source)
+            first = f", after `{found.mask_stage}`, which makes the masks" if found.mask_stage else ""
+            said = f"Its default recipe is `{found.recipe}`{first}."
+            lines.append(f"#   source: {source}  # The kind of the source. {said}")
             _describe(find_options(source), "#   ", lines)
     return head + "\n".join(lines)
 
@@ -308,6 +310,12 @@ def describe_recipes() -> str:
     lines = [_HEAD_RECIPES]
     for name, recipe in RECIPES.items():
         lines.append(yaml.safe_dump({name: list(recipe)}, sort_keys=False))
+    made = {source: find_source(source).mask_stage for source in SOURCES}
+    lines += [
+        f"# For sources of the kind `{source}`, `{stage}` comes first, which makes the masks."
+        for source, stage in made.items()
+        if stage
+    ]
     lines.append("# Stages, with what each needs from a stage before it or from the source, and its options:")
     for name, stage in STAGES.items():
         needs = f" Needs {' and '.join(stage.needs)}." if stage.needs else ""

@@ -26,6 +26,7 @@ class Reason(StrEnum):
     SEGMENT_ABSENT = "segment_absent"  # declared, but without a pixel in the label map
     TOO_MANY_MASKS = "too_many_masks"  # more masks on the image than the limit
     MASK_EMPTY = "mask_empty"  # an RLE without a foreground pixel
+    BOX_EMPTY = "box_empty"  # a box without a pixel of its photo, in the place of a mask
     MASK_UNDECODABLE = "mask_undecodable"  # an RLE that is no RLE, or does not fill its image exactly
     GONE = "gone"  # was in the source when the image was planned, and is not any more
     REMOVED = "removed"  # taken out of the corpus on request; no later build brings it back

@@ -95,8 +95,10 @@ class Region(msgspec.Struct):
 
     Attributes:
         id: position in the source's list of this image; unique within the image and stable.
-        rle: the mask; None only if the source's mask could not be read (then `drop` is set).
+        rle: the mask; None if the source's mask could not be read (then `drop` is set), and of a source
+            without masks until a stage has made it.
         bbox: (x, y, width, height) of the mask in pixels, exclusive at the far edge, computed from the mask.
+            Of a region whose mask a stage is to make, the box that the source declares, inside the photo.
         area: number of mask pixels, computed from the mask.
         source_id: the publisher's annotation or segment id.
         category: plain category name from the annotation ("tree", not "tree-merged"); None for SA-1B.

@@ -123,9 +123,9 @@ def ledger_table(unit: str, images: list[ImageRecord], places: dict[str, Place])
         A table of `ledger_schema()`. `shard`, offsets and lengths are null unless the region is kept,
         `photo_digest` unless the image has a sample and its evidence names the photo. A column that early
         releases did not know is left out where it is all null, so that the file is the one they wrote. Mask
-        columns are null if the mask could not be read. A number that does not fit its column is null, and
-        characters that are not Unicode are escaped: nothing that a source or a model returns can keep a unit
-        from being written.
+        columns are null if the mask could not be read; if no stage has made it, the box is there. A number
+        that does not fit its column is null, and characters that are not Unicode are escaped: nothing that
+        a source or a model returns can keep a unit from being written.
     """
     import pyarrow as pa
 
@@ -185,7 +185,7 @@ def _regions_of(images: list[ImageRecord]) -> tuple[list[Region], list[int]]:
 
 
 def _of_regions(regions: list[Region]) -> dict[str, list[Any]]:
-    boxes = [region.bbox if region.rle is not None else (None,) * 4 for region in regions]
+    boxes = [region.bbox if region.rle or region.bbox[2] else (None,) * 4 for region in regions]
     return {
         "source_id": [region.source_id for region in regions],
         "category": [region.category for region in regions],

@@ -26,13 +26,16 @@ _MOST_REGIONS = 1 << 20
 """Most regions that are taken from what does not say how many it has, such as a generator without an end."""
 
 
-def clean_image(image: ImageRecord, stage: str, are_masks_checked: bool) -> None:
+def clean_image(
+    image: ImageRecord, stage: str, are_masks_checked: bool, are_masks_made_later: bool = False
+) -> None:
     """Make an image clean, in place; see above. Never raises.
 
     Args:
         image: as its source left it.
         stage: name of the stage that drops.
         are_masks_checked: whether its masks come from `filters.rle`, which has checked and measured them.
+        are_masks_made_later: whether a region may have a box in the place of its mask.
     """
     image.width, image.height = _side(image.width), _side(image.height)
     image.file_name, image.photo_format = _text(image.file_name) or "", _text(image.photo_format) or ""
@@ -56,9 +59,15 @@ def clean_image(image: ImageRecord, stage: str, are_masks_checked: bool) -> None
         )
     if not are_masks_checked:
         _check_masks(image, stage)
-    for region in image.live():
+    for region in image.regions:
         if region.rle is None:
+            region.bbox = _box(region.bbox, image) if are_masks_made_later else (0, 0, 0, 0)
+    for region in image.live():
+        if region.rle is None and not are_masks_made_later:
             region.drop = Drop(stage, Reason.MASK_UNDECODABLE, "the source gives no mask for this region")
+        elif region.rle is None and region.bbox == (0, 0, 0, 0):
+            detail = f"region {region.id}: the source gives neither a mask nor a box inside the photo"
+            region.drop = Drop(stage, Reason.BOX_EMPTY, detail)
 
 
 def _listed(given: Any) -> list[Any]:
@@ -97,7 +106,7 @@ def _check_masks(image: ImageRecord, stage: str) -> None:
     """Check and measure the masks as those of published files are."""
     given = [region for region in image.regions if region.rle is not None]
     for region in image.regions:
-        region.area, region.bbox = 0, (0, 0, 0, 0)
+        region.area = 0
     codes = [_code(region.rle) for region in given]
     if image.height and image.width:
         masks = rle.check_all(codes, image.height, image.width)
@@ -105,10 +114,22 @@ def _check_masks(image: ImageRecord, stage: str) -> None:
         masks = [BadRecord(Reason.SIZE_MISMATCH, "its source gives its image no size") for _ in codes]
     for region, mask in zip(given, masks, strict=True):
         if isinstance(mask, BadRecord):
-            region.rle = None
+            region.rle, region.bbox = None, (0, 0, 0, 0)
             region.drop = region.drop or Drop(stage, mask.reason, f"region {region.id}: {mask.detail}")
         else:
             region.rle, region.area, region.bbox = mask
+
+
+def _box(given: Any, image: ImageRecord) -> tuple[int, int, int, int]:
+    """A box in whole pixels inside its photo; zeros for anything else."""
+    try:
+        x, y, width, height = map(_whole, given)
+    except (TypeError, ValueError):
+        return (0, 0, 0, 0)
+    if x is None or y is None or width is None or height is None:
+        return (0, 0, 0, 0)
+    is_inside = min(x, y) >= 0 and x + width <= image.width and y + height <= image.height
+    return (x, y, width, height) if is_inside and min(width, height) > 0 else (0, 0, 0, 0)
 
 
 def _code(mask: Any) -> Any:

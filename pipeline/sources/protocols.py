@@ -196,6 +196,8 @@ class Source(ABC, Generic[Options]):
         options_type: the model of its options; `Location` is the type of those that are paths.
         recipe: the recipe of a subset that names none; see `recipe_for`.
         names_categories: whether its regions have a category; see `has_categories`.
+        mask_stage: of a source whose regions come without masks, the stage that makes them. It stands first
+            in a recipe that is a name, such as `verify`. "" if every region has its mask.
         fixes: what to do about a problem, by the reason of a drop or by the kind of a note.
         paper_size: images and regions of this kind in the paper's corpus; None if it has none.
         checks_masks: whether all its masks come from `filters.rle`. Those of any other source are checked
@@ -210,6 +212,7 @@ class Source(ABC, Generic[Options]):
     options_type: ClassVar[type[SourceOptions]]
     recipe: ClassVar[str]
     names_categories: ClassVar[bool] = True
+    mask_stage: ClassVar[str] = ""
     fixes: ClassVar[Mapping[str, str]] = {}
     paper_size: ClassVar[tuple[int, int] | None] = None
     checks_masks: ClassVar[bool] = False
@@ -295,7 +298,7 @@ class Source(ABC, Generic[Options]):
         except Exception as error:  # noqa: BLE001 - an unforeseen record is a drop, not the end of a build
             found = _unforeseen(error, f"{entry.annotation}")
             image.reject(drop(found.reason, found.detail), failures.kind_of(found))
-        clean_image(image, SOURCE_STAGE, self.checks_masks)
+        clean_image(image, SOURCE_STAGE, self.checks_masks, bool(self.mask_stage))
         return image
 
 

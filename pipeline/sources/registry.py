@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -133,6 +133,28 @@ def recipe_name(config: BuildConfig, subset: str) -> str | list[Any]:
         return found.recipe or default_recipe(found.sources)
     except ConfigError as error:
         raise ConfigError(f"subsets.{subset}.recipe: {error}") from error
+
+
+def find_mask_stage(config: BuildConfig, subset: str) -> tuple[str, str]:
+    """Which stage makes the masks of a subset, and for which kind of source; both "" if they have masks.
+
+    Raises:
+        ConfigError: its sources differ in that.
+    """
+    listed = config.subsets[subset].sources if subset in config.subsets else [{"source": subset}]
+    found: dict[str, str] = {}
+    for each in listed:
+        with suppress(ConfigError):  # a kind that only whoever made the corpus has
+            found.setdefault(find_source(each["source"]).mask_stage, each["source"])
+    if len(found) > 1:
+        (one, first), (two, second), *_ = sorted(found.items())
+        brings = f"gets them from `{one}`" if one else "brings masks"
+        raise ConfigError(
+            f"subsets.{subset}.sources: `{first}` {brings} and `{second}` gets them from `{two}`; give each "
+            "a subset of its own"
+        )
+    stage, kind = next(iter(found.items()), ("", ""))
+    return (stage, kind) if stage else ("", "")
 
 
 def option_texts(sources: list[dict[str, Any]]) -> list[tuple[str, str]]:

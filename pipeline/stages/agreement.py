@@ -41,7 +41,7 @@ class AgreeWithSegmenter(ModelStage):
 
     name, title = "agree_with_segmenter", "agree with segmenter"
     does = "lets the segmenter find the region by its category, and compares the masks"
-    needs = ("core_category",)
+    needs = ("mask", "core_category")
     sections = ("min_iou",)
     reasons = (Reason.SEGMENTER_NONE, Reason.IOU_LOW)
     scores = ("iou", "segmenter_score")

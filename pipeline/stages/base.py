@@ -72,7 +72,7 @@ class Stage(ABC):
         title: what people read of the kind; "" takes the name.
         does: what it does, in a sentence that begins with a verb, for the dataset card.
         needs: fields of a region that it looks at and that another stage or the source has to fill:
-            "caption", "category" or "core_category".
+            "mask", "caption", "category" or "core_category".
         gives: fields of a region that it fills.
         sections: keys of the configuration that are its options, unless the entry has its own. Of a section
             without a backend, the keys of the section are the options.

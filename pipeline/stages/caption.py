@@ -34,6 +34,7 @@ class Caption(ModelStage):
 
     name, title = "caption", "caption"
     does = "asks the captioner for a caption of each region"
+    needs = ("mask",)
     gives = ("caption",)
     reasons = (Reason.CAPTION_NONE,)
     scores = ("confidence",)

@@ -16,6 +16,7 @@ class UsableMasks(FilterStage):
 
     name, title = "usable_masks", "usable masks"
     does = "drops masks that are too small, or duplicates of one with a better score or more area"
+    needs = ("mask",)
     sections = ("masks",)
     reasons = (Reason.MASK_TOO_SMALL, Reason.MASK_DUPLICATE)
     scores = ("duplicate_iou",)
@@ -35,6 +36,7 @@ class WholeObjects(FilterStage):
 
     name, title = "whole_objects", "whole objects"
     does = "drops masks that are hidden behind others or are parts of a larger object"
+    needs = ("mask",)
     sections = ("masks",)
     reasons = (Reason.MASK_OCCLUDED, Reason.MASK_PART)
     scores = ("visible_share", "container_share")

@@ -10,7 +10,7 @@ from ...schemas.errors import ConfigError
 from ...schemas.recipe import CompositeEntry, Entry, EntryError, StageEntry, parse, plain, stages_in, walk
 from ..io import benchmark_photos
 from ..models.registry import METHODS
-from ..sources.registry import find_source, recipe_name
+from ..sources.registry import find_mask_stage, find_source, recipe_name
 from .base import ModelStage, Stage
 from .composite import COMPOSITES
 from .evidence import digest
@@ -30,7 +30,9 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     ),
 }
 """`verify` is for sources that annotate a category: the caption has to describe it. `identify` is for masks
-without one: only whole objects, the category is named from the caption, and a segmenter has to find it."""
+without one: only whole objects, the category is named from the caption, and a segmenter has to find it.
+
+For sources without masks, the stage that makes them comes first (`Source.mask_stage`)."""
 
 RECIPE_VERSION = 1
 """Raised when a filter's or a writer's code changes what is kept; units of another version are rebuilt."""
@@ -41,7 +43,7 @@ _Read = dict[str, tuple[ModelStage, ...]]
 
 def build_recipe(name: str, config: BuildConfig) -> list[Stage]:
     """The stages of one of `RECIPES`, in order."""
-    return _Builder(config, "recipe").build(parse(RECIPES[name]), "")
+    return _Builder(config, "recipe").build(parse(RECIPES[name]))
 
 
 def recipe_of(config: BuildConfig, subset: str) -> list[Stage]:
@@ -53,16 +55,19 @@ def recipe_of(config: BuildConfig, subset: str) -> list[Stage]:
         ConfigError: there is no such recipe, the sources have different defaults, a stage or an option is
             unknown, or a stage needs what no stage before it gives.
     """
-    where = f"subsets.{subset}.recipe"
-    return _Builder(config, where).build(entries_of(config, subset), _without_categories(config, subset))
+    builder = _Builder(config, f"subsets.{subset}.recipe")
+    entries, mask_stage = entries_of(config, subset), find_mask_stage(config, subset)
+    return builder.build(entries, _without_categories(config, subset), mask_stage)
 
 
 def entries_of(config: BuildConfig, subset: str) -> list[Entry]:
-    """The entries of a subset's recipe. No stage of the user's own is imported.
+    """The entries of a subset's recipe: of one that is a name, with the stage that makes the masks if the
+    sources bring none. No stage of the user's own is imported.
 
     Raises:
-        ConfigError: there is no such recipe, or the sources have different defaults.
+        ConfigError: there is no such recipe, or the sources have different defaults, or only some have masks.
     """
+    mask_stage, _ = find_mask_stage(config, subset)
     found = recipe_name(config, subset)
     if isinstance(found, list):
         try:
@@ -74,7 +79,7 @@ def entries_of(config: BuildConfig, subset: str) -> list[Entry]:
             f"subsets.{subset}.recipe: unknown recipe {found!r}; choose from {', '.join(RECIPES)}, or list "
             "its stages (docs/recipes.md)"
         )
-    return parse(RECIPES[found])
+    return parse([mask_stage, *RECIPES[found]] if mask_stage else RECIPES[found])
 
 
 def shown_stages(config: BuildConfig, subset: str) -> dict[str, str]:
@@ -155,12 +160,15 @@ def members_of(config: BuildConfig, subset: str) -> dict[str, list[str]]:
 def write_out(config: BuildConfig) -> BuildConfig:
     """The configuration with every recipe that is a list written out: ids, and whole options.
 
+    A name is written as a list if a stage makes the masks first, so that whoever reads the corpus without its
+    sources knows that stage.
+
     Raises:
         ConfigError: see `recipe_of`.
     """
     subsets = {}
     for name, subset in config.subsets.items():
-        if isinstance(subset.recipe, list):
+        if isinstance(subset.recipe, list) or find_mask_stage(config, name)[0]:
             entries = _written_out(entries_of(config, name), config, f"subsets.{name}.recipe")
             subset = subset.model_copy(update={"recipe": plain(entries)})
         subsets[name] = subset
@@ -223,19 +231,30 @@ class _Builder:
     def __init__(self, config: BuildConfig, where: str):
         self.config, self.where = config, where
         self.stages: list[Stage] = []
-        self._without = ""
+        self._without, self._mask_stage = "", ("", "")
 
-    def build(self, entries: Sequence[Entry], without_categories: str) -> list[Stage]:
+    def build(
+        self,
+        entries: Sequence[Entry],
+        without_categories: str = "",
+        mask_stage: tuple[str, str] = ("", ""),
+    ) -> list[Stage]:
         """All stages in the order in which they run.
 
         Args:
             entries: of the recipe.
             without_categories: a kind of source whose regions have no category; "" for none.
+            mask_stage: the stage that makes masks and the kind of source that has none; see
+                `find_mask_stage`.
         """
-        self._without = without_categories
+        self._without, self._mask_stage = without_categories, mask_stage
         self._refuse_names(entries)
         start: _Read = {} if without_categories else {"category": ()}
+        if not mask_stage[0]:
+            start["mask"] = ()
         _, end = self._sequence(entries, start)
+        if "mask" not in end:
+            raise ConfigError(f"{self.where}: {self._lacks_masks('the recipe')}")
         if "caption" not in end:
             raise ConfigError(
                 f"{self.where}: no stage gives a caption; add `caption`, which asks the captioner"
@@ -265,6 +284,11 @@ class _Builder:
         for need in kind.needs:
             if need not in read:
                 raise ConfigError(f"{self.where}.{entry.id}: {self._lacks(entry, need)}")
+        if "mask" in kind.gives and "mask" in read and "mask" not in kind.needs:
+            raise ConfigError(
+                f"{self.where}.{entry.id}: `{entry.id}` makes masks, and every region has one before it; "
+                "leave the stage out"
+            )
         stage = kind(self.config, entry, read, self.where)
         self.stages.append(stage)
         answered = (stage,) if isinstance(stage, ModelStage) else ()
@@ -277,8 +301,17 @@ class _Builder:
                 f"{name} needs the category of each region, and the source `{self._without}` does not name "
                 "all; use `recipe: identify`, or leave the stage out"
             )
+        if need == "mask":
+            return self._lacks_masks(name)
         givers = [f"`{kind}`" for kind, stage in STAGES.items() if need in stage.gives]
         return f"{name} needs a {need}, and no stage before it gives one; put {' or '.join(givers)} before it"
+
+    def _lacks_masks(self, name: str) -> str:
+        stage, source = self._mask_stage
+        return (
+            f"{name} needs the mask of each region, and the source `{source}` brings none; put `{stage}`, "
+            "which makes them, before it"
+        )
 
     def _composite(self, entry: CompositeEntry, read: _Read) -> tuple[Stage, _Read]:
         members: list[list[Stage]] = []
@@ -286,6 +319,12 @@ class _Builder:
         start = dict(read)
         for each in entry.members:
             stages, end = self._sequence(each, dict(start))
+            for stage in stages:
+                if "mask" in stage.gives:
+                    raise ConfigError(
+                        f"{self.where}.{entry.id}: `{stage.name}` makes masks, which is no member's task; "
+                        f"put it before the {entry.kind}"
+                    )
             if entry.kind == "vote":
                 self._refuse_gifts(entry, stages)
             else:  # what a member has written stays where the next one writes nothing

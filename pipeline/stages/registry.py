@@ -37,8 +37,8 @@ STAGES: dict[str, type[Stage]] = {
 THRESHOLDS: dict[str, Threshold] = {each.key: each for stage in STAGES.values() for each in stage.thresholds}
 """Every threshold that a stage decides by, by its key in the configuration."""
 
-FIELDS = ("caption", "category", "core_category")
-"""What stages may need and give: fields of a region."""
+FIELDS = ("mask", "caption", "category", "core_category")
+"""What stages may need and give: fields of a region, and its mask."""
 
 _ALLOWED: set[str] = set()
 

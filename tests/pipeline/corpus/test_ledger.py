@@ -63,9 +63,11 @@ def test_a_dropped_image_drops_its_regions_which_keep_their_own_reasons():
     assert not any(row["kept"] for row in found)
 
 
-def test_a_region_without_a_readable_mask_has_no_measures():
-    (row,) = rows(image("a", region(0, rle=None, drop=DROP)))
-    assert [row[name] for name in ("rle_counts", "area", "bbox_x", "bbox_w")] == [None] * 4
+@pytest.mark.parametrize("box", [(0, 0, 0, 0), (0, 2, 6, 4)])
+def test_a_region_without_a_mask_has_no_measures_but_its_box_if_it_has_one(box):
+    (row,) = rows(image("a", region(0, rle=None, bbox=box, drop=DROP)))
+    assert [row[name] for name in ("rle_counts", "area")] == [None] * 2
+    assert [row[f"bbox_{name}"] for name in "xywh"] == (list(box) if box[2] else [None] * 4)
 
 
 def test_all_scores_have_a_column_in_ledger_and_index():
