@@ -30,7 +30,8 @@ class SubsetCounts(msgspec.Struct, omit_defaults=True):
         funnel: the steps in order. A step's `regions_in` is that of the step before it, less what that step
             dropped.
         shard_bytes: size of all shards together.
-        plans, recipes: digests of the work lists and recipes of the units; a sound corpus has one of each.
+        plans, recipes: digests of the work lists and recipes of the units. A sound corpus has one recipe, and
+            a plan for each step in which it has grown.
         manifests: SHA-256 over the bytes of all manifests in the order of their units. Index and statistics
             are current as long as it is the same.
         failed: number of images whose source could not be read, by the kind of the failure; `--retry-failed`

@@ -149,8 +149,8 @@ class Loader:
                 f"the training data are not those of the checkpoint (the fingerprint is {self.fingerprint}, "
                 f"in the checkpoint {state['data']}): sources, seed or options of the batches have changed, "
                 "so that some samples would be seen twice and others not at all; restore the data and the "
-                "configuration, or train in another `out`"
-                f"{left_out.advice(self.left_out)}"
+                "configuration, or, if a corpus has grown or was built again, train in another `out` on "
+                f"`model: {{path: OUT/model}}`{left_out.advice(self.left_out)}"
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 

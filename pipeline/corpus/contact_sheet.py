@@ -46,10 +46,9 @@ def draw_corpus_image(corpus: str | Path, key: str, path: str | Path) -> None:
     found = opened.find_image(key)
     kept = [row for row in found.rows if row["kept"]]
     if not kept:
-        why = "; ".join(sorted({f"{row['drop_reason']} ({row['drop_detail']})" for row in found.rows}))
-        raise ConfigError(
-            f"{found.subset}/{key}: no region of this image was kept ({why[:500]}); choose another image"
-        )
+        why = "; ".join(sorted({row["drop_detail"] or row["drop_reason"] for row in found.rows}))
+        name = f"{found.subset}/{key.rpartition('/')[2]}"
+        raise ConfigError(f"{name}: no region of this image was kept ({why[:500]}); choose another image")
     dropped = len(found.rows) - len(kept)
     title = f"{found.subset} / {kept[0]['key']}: {len(kept)} kept, {dropped} dropped"
     if len(kept) > _MAX_DRAWN:

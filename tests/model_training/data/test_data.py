@@ -233,7 +233,7 @@ def test_the_count_of_batches_is_kept_for_the_next_start(corpus: Path, monkeypat
 def test_a_state_of_other_data_or_options_is_refused(corpus: Path):
     state = loader(corpus).state_dict()
     for options in ({"seed": 1}, {"packed": False}, {"regions_per_group": 2.0}, {"group_sizes": "even"}):
-        with pytest.raises(IntegrityError, match="restore the data and the configuration, or train"):
+        with pytest.raises(IntegrityError, match="restore the data and the configuration, or, if"):
             loader(corpus, **options).load_state_dict(state)
 
 
