@@ -28,7 +28,7 @@ from .work_list_table import UnitReader
 
 EXAMPLES = 5
 
-_GONE = "not in the source any more"
+GONE = Drop(SOURCE_STAGE, Reason.GONE, "not in the source any more")
 
 
 class Growth(NamedTuple):
@@ -233,7 +233,7 @@ def _gone(before: CatalogEntry) -> CatalogEntry:
     """An image that its source does not list now; a verdict that it has stays."""
     if before.drop is not None and before.drop.reason not in ERRORS:
         return before
-    return msgspec.structs.replace(before, drop=Drop(SOURCE_STAGE, Reason.GONE, _GONE))
+    return msgspec.structs.replace(before, drop=GONE)
 
 
 def _with_known_photo(entry: CatalogEntry, before: CatalogEntry | None, places: list[str]) -> CatalogEntry:
@@ -370,11 +370,6 @@ def difference(old: WorkList, new: WorkList, table: str, damage: str | None) -> 
     limits = [each.fingerprint.get("limit", "none") for each in (old, new)]
     if limits[0] != limits[1]:
         return f"{head}the limit of images was {limits[0]}, is now {limits[1]}{fix}"
-    if damage is not None and old.steps:
-        return (
-            f"{table}: {damage}, and a list that has grown is not made again from its sources; restore it "
-            "from a copy, or use a new `out`"
-        )
     if damage is not None:
         return f"{head}the images that differ cannot be named, because the old work list is {damage}{fix}"
     return ""

@@ -36,7 +36,8 @@ from ..sources.file_names import HIDDEN
 from ..sources.protocols import CatalogEntry, SourceOptions
 from ..sources.registry import SubsetSource, complete
 from . import log as commit_log
-from . import work_list_table
+from . import reader, work_list_table
+from . import work_list_recovery as recovery
 from .growth import (
     Growth,
     difference,
@@ -47,12 +48,12 @@ from .growth import (
     with_known_photos,
 )
 from .owner import Owner, own_or
-from .reader import list_units
 from .records import Planned
 from .work_list_summary import (
     FOLDER,
     SUMMARY,
     TABLE,
+    Step,
     WorkList,
     check_of_summary,
     fields_of,
@@ -157,10 +158,11 @@ def plan(
             return Plan(old)
         if damage is not None:
             log.warning("%s: %s; it is made again from the sources", table_path(folder), damage)
-        if old.sources and list_units(old.folder):
+        if old.sources and reader.list_units(old.folder):
             refuse_other_roles(old, _sources_of(config, old.subset), str(summary_path(folder)))
     fresh = scratch / TABLE
     source.leave_out = leave_out(config, old)
+    steps = recovery.find_steps(folder, old) if old is None or damage is not None else []
     credits = old is None or old.credits  # planned without, it goes on so: units built again are the same
 
     def list_images(**keys: Any) -> WorkList:
@@ -171,6 +173,9 @@ def plan(
         return _write(entries, source.subset, config, fingerprint, fresh, source.leave_out, credits)
 
     made = list_images()
+    if steps:
+        early = recovery.earlier_keys(folder, fingerprint)
+        return _recovered(old, list_images(earlier=early), steps, folder, fresh, config)
     if old is None and source.leave_out and config.benchmarks.leave_out is None:
         if (committed := _committed_plans(folder)) and made.digest not in committed:
             source.leave_out = False  # of an older release, whose work list is lost: planned with all photos
@@ -223,6 +228,54 @@ def _grown(old: WorkList, made: WorkList, fresh: Path, config: BuildConfig) -> P
         folder=old.folder,
     )
     return Plan(msgspec.structs.replace(work_list, check=check_of_summary(work_list)), table, grown.growth)
+
+
+def _recovered(
+    old: WorkList | None,
+    made: WorkList,
+    steps: list[Step],
+    folder: str | Path,
+    fresh: Path,
+    config: BuildConfig,
+) -> Plan:
+    """A list that has grown and is damaged, made again from the sources and the committed units, and grown.
+
+    Args:
+        old: its summary; None if that is damaged, too.
+        made: as if the sources were planned for the first time.
+        steps: how it has grown.
+        folder: of the subset.
+        fresh: table of the sources' images, with the keys that the old ones had.
+        config: of the build.
+    """
+    table = str(table_path(folder))
+    if old is not None and (refused := difference(old, made, table, None)):
+        raise IntegrityError(refused)
+    if old is not None and old.sources != made.sources:
+        raise IntegrityError(
+            f"{table}: damaged, and the sources are configured otherwise than when it was made; build with "
+            f"those in {reader.CONFIG} of the corpus first, or restore {FOLDER}/ from a copy"
+        )
+    again = fresh.parent / "recovered"
+    table_path(again).parent.mkdir(parents=True)
+    written = recovery.write_table(made, steps, folder, fresh, table_path(again))
+    log.warning(
+        "%s: made again from the sources and the committed units. If files of the sources may have changed, "
+        "run `paracaption build CONFIG --check-files`",
+        table,
+    )
+    earlier = msgspec.structs.replace(
+        made,
+        digest=steps[-1].digest,
+        num_images=written.num_images,
+        num_units=written.num_units,
+        photo_bytes=written.photo_bytes,
+        table=written.sha256,
+        steps=steps,
+        folder=str(again),
+    )
+    grown = _grown(earlier, made, fresh, config)
+    return grown._replace(work_list=msgspec.structs.replace(grown.work_list, folder=str(folder)))
 
 
 def publish(

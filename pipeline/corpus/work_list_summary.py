@@ -121,6 +121,11 @@ class WorkList(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return read_unit(self.folder, index)
 
 
+def unit_index(name: str) -> int:
+    """The index of a unit, from its name."""
+    return int(name.rpartition("-")[2])
+
+
 def first_steps(work_list: WorkList) -> list[Step]:
     """The steps of a work list so far; a list that never grew is one step."""
     return work_list.steps or [Step(work_list.digest, work_list.num_units, work_list.num_images)]

@@ -169,14 +169,21 @@ def test_changed_sources_make_the_list_grow_and_its_units_keep_their_images(tmp_
     assert again.digest == made.digest and again.steps == made.steps
 
 
-def test_a_damaged_list_that_has_grown_is_not_taken_for_another_one(tmp_path):
+@pytest.mark.parametrize("damaged", [work_list_summary.TABLE, work_list_summary.SUMMARY])
+def test_a_damaged_list_that_has_grown_is_made_again_in_its_steps(tmp_path, damaged):
     config = config_of(tmp_path)
     work_list.make_work_list(FakeSource(entries_of(*"abcd")), config, tmp_path)
-    work_list.make_work_list(FakeSource(entries_of(*"abcdef"), "2"), config, tmp_path)
-    path = work_list_summary.table_path(tmp_path)
+    grown = work_list.make_work_list(FakeSource(entries_of(*"abcdef"), "2"), config, tmp_path)
+    before = work_list_summary.table_path(tmp_path).read_bytes()
+    path = tmp_path / work_list_summary.FOLDER / damaged
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(IntegrityError, match="has grown is not made again from its sources; restore it from"):
-        work_list.make_work_list(FakeSource(entries_of(*"abcdef"), "2"), config, tmp_path)
+    again = work_list.make_work_list(FakeSource(entries_of(*"abcdef"), "2"), config, tmp_path)
+    assert again == grown and work_list_summary.load_work_list(tmp_path) == grown
+    assert work_list_summary.table_path(tmp_path).read_bytes() == before
+    path.unlink()
+    more = work_list.make_work_list(FakeSource(entries_of(*"abcdefg"), "3"), config, tmp_path)
+    units = [[entry.key for entry in more.read_unit(index)] for index in range(more.num_units)]
+    assert units == [[*"abc"], ["d"], [*"ef"], ["g"]]
 
 
 def test_an_image_that_is_gone_and_comes_back_is_as_it_was(tmp_path):
