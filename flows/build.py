@@ -65,10 +65,11 @@ def build_corpus(
 
 
 def _as_task(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of the driver as a task whose name says the subset."""
+    """A step of the driver as a task whose name says the subset, or those that are built side by side."""
 
     def run(*arguments: Any) -> Any:
-        about = next((each for each in arguments if isinstance(each, str)), None)
+        about = next((" + ".join(each) for each in arguments if isinstance(each, dict)), None)
+        about = next((each for each in arguments if isinstance(each, str)), about)
         name = function.__name__.replace("_", " ")
         return step(function).with_options(task_run_name=f"{about}: {name}" if about else name)(*arguments)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 on_build_progress: ContextVar[Callable[[Progress], None]] = ContextVar(
     "on_build_progress", default=lambda _: None
 )
-"""Called about twice a second with the progress of the subset that is being built."""
+"""Called about twice a second with the progress of each subset that is being built."""
 
 on_training_step: ContextVar[Callable[[dict[str, Any]], None]] = ContextVar(
     "on_training_step", default=lambda _: None

@@ -142,7 +142,7 @@ def build(
     Args:
         config: the build.
         engine: starts Ray, or connects to a cluster, while Prefect's server starts.
-        on_progress: called with the progress of the subset that is being built.
+        on_progress: called with the progress of each subset that is being built.
         asked: the flow's other parameters.
     """
     with _prefect("paracaption.flows.build", lambda: engine.start(config)) as flow:

@@ -90,7 +90,9 @@ class TrainingView:
 
 
 class BuildView:
-    """A live table of the subset that is being built: a row for each stage, with drops by reason and speed.
+    """A live table of the subsets that are being built: a row for each stage, with drops by reason and speed.
+
+    Above it is a line for each subset, also of those that have ended.
 
     Args:
         live: draw the table. Otherwise print a line now and then, which leaves the terminal to a debugger.
@@ -98,6 +100,8 @@ class BuildView:
 
     def __init__(self, live: bool = True):
         self.wanted = live
+        self.subsets: dict[str, Progress] = {}
+        self.printed: dict[str, tuple[int, float]] = {}
 
     def __enter__(self) -> BuildView:
         from rich.console import Console
@@ -108,41 +112,71 @@ class BuildView:
         self.live = Live(console=self.console, refresh_per_second=2, transient=True)
         if self.drawn:
             self.live.start()
-        self.printed = ("", -1, 0.0)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
     def show(self, progress: Progress) -> None:
-        """Draw the table, or print a line at most every 30 seconds if there is no table."""
+        """Draw the table, or print a line at most every 30 seconds for each subset if there is no table."""
+        self.subsets[progress.subset] = progress
         if self.drawn:
-            self.live.update(self._table(progress))
+            self.live.update(draw_build([*self.subsets.values()]))
             return
-        subset, done, printed_s = self.printed
-        news = (subset, done) != (progress.subset, progress.done)
-        if news and (progress.done == progress.pending or time.monotonic() - printed_s > 30):
-            self.printed = (progress.subset, progress.done, time.monotonic())
+        done, printed_s = self.printed.get(progress.subset, (-1, 0.0))
+        is_due = progress.done == progress.pending or time.monotonic() - printed_s > _EVERY_S
+        if done != progress.done and is_due:
+            self.printed[progress.subset] = (progress.done, time.monotonic())
             self.console.print(_title(progress))
 
-    def _table(self, progress: Progress) -> Table:
-        from rich.table import Table
 
-        table = Table(title=_title(progress), title_justify="left")
-        for column in ("stage", "units", "regions", "asked", "regions/s", "busy", "dropped"):
-            table.add_column(column, justify="left" if column in ("stage", "dropped") else "right")
-        for name, stage in progress.stages.items():
-            reasons = [
-                f"{key.partition('/')[2]} {count:,}"
-                for key, count in progress.dropped.most_common()
-                if key.partition("/")[0] == name
-            ]
-            rate = f"{stage.regions / progress.seconds:,.1f}" if progress.seconds else ""
-            cells = (f"{stage.units:,}", f"{stage.regions:,}", f"{stage.asked:,}" if stage.asked else "")
-            used = progress.utilization.get(name)
-            share = None if used is None else used.busy_share
-            table.add_row(name, *cells, rate, "" if share is None else f"{share:.0%}", ", ".join(reasons))
-        return table
+_EVERY_S = 30.0
+"""How often a line is printed where no table is drawn."""
+
+
+def draw_build(subsets: list[Progress]) -> Table:
+    """The table of a build.
+
+    Args:
+        subsets: in the order in which they began; the stages of those that have not ended are shown.
+    """
+    from rich import box
+    from rich.table import Table
+
+    running = [each for each in subsets if not each.ended] or subsets[-1:]
+    several = len(running) > 1  # the paper's two fit on a screen of 80 columns and 24 lines
+    table = Table(
+        title="\n".join(map(_title, subsets)),
+        title_justify="left",
+        box=box.SIMPLE_HEAD if several else box.HEAVY_HEAD,
+        show_edge=not several,
+        pad_edge=not several,
+    )
+    for column in ("stage", "units", "regions", "asked", "regions/s", "busy", "dropped"):
+        is_text = column in ("stage", "dropped")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=several and not is_text)
+    for progress in running:
+        if several:
+            table.add_row(f"[bold]{progress.subset}")
+        _add_stages(table, progress, several)
+    return table
+
+
+def _add_stages(table: Table, progress: Progress, in_one_line: bool) -> None:
+    from rich.text import Text
+
+    for name, stage in progress.stages.items():
+        reasons = [
+            f"{key.partition('/')[2]} {count:,}"
+            for key, count in progress.dropped.most_common()
+            if key.partition("/")[0] == name
+        ]
+        rate = f"{stage.regions / progress.seconds:,.1f}" if progress.seconds else ""
+        cells = (f"{stage.units:,}", f"{stage.regions:,}", f"{stage.asked:,}" if stage.asked else "")
+        used = progress.utilization.get(name)
+        share = None if used is None else used.busy_share
+        told = Text(", ".join(reasons), no_wrap=in_one_line, overflow="ellipsis")
+        table.add_row(name, *cells, rate, "" if share is None else f"{share:.0%}", told)
 
 
 def _title(progress: Progress) -> str:

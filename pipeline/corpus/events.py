@@ -39,6 +39,7 @@ class Event(msgspec.Struct, omit_defaults=True):
         busy: of `seconds`, those inside calls to the model.
         gpu: the GPU's mean utilization during these, 0..1; None if it is not known.
         report: the backend's own numbers, such as a cache's hit rate.
+        away: seconds that the worker's process has worked for other subsets since its last "unit" here.
     """
 
     time_s: float
@@ -54,6 +55,7 @@ class Event(msgspec.Struct, omit_defaults=True):
     busy: float = 0.0
     gpu: float | None = None
     report: dict[str, float] = {}
+    away: float = 0.0
 
 
 class EventLog:

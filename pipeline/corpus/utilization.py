@@ -19,7 +19,8 @@ class StageUtilization(msgspec.Struct):
         startup_s: mean seconds to load the model.
         asked: regions the model was asked about.
         busy_s: seconds inside calls to the model, summed over all actors.
-        alive_s: seconds from an actor's start-up to the end of the run, summed over all actors.
+        alive_s: seconds from an actor's start-up to the end of the run, summed over all actors, without those
+            in which the actor worked for another subset.
         gpu: mean GPU utilization during calls, 0..1; None if it is not known.
         report: the backend's own numbers: the last report of each actor, averaged.
     """
@@ -39,7 +40,7 @@ class StageUtilization(msgspec.Struct):
 
     @property
     def busy_share(self) -> float | None:
-        """The share of its actors' lifetime that they spend inside calls."""
+        """The share of `alive_s` that its actors spend inside calls."""
         return min(1.0, self.busy_s / self.alive_s) if self.alive_s > 0 else None
 
 
@@ -53,6 +54,7 @@ class UtilizationCounter:
         self._busy_s: dict[str, float] = defaultdict(float)
         self._gpu: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self._reports: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        self._away_s: dict[str, float] = defaultdict(float)
         self._last_s = 0.0
 
     def add(self, worker: str, event: Event) -> None:
@@ -63,6 +65,7 @@ class UtilizationCounter:
         elif event.what == "started":
             self._loads[event.stage].append(event.seconds)
         elif event.what == "unit":
+            self._away_s[worker] += event.away
             self._asked[event.stage] += event.asked
             self._busy_s[event.stage] += event.busy
             if event.gpu is not None:
@@ -79,7 +82,11 @@ class UtilizationCounter:
         end_s = self._last_s if now_s is None else now_s
         found = {}
         for stage, loads in self._loads.items():
-            since = [ready_s for ready_s, stages in self._ready.values() if stage in stages]
+            since = [
+                ready_s + self._away_s[worker]
+                for worker, (ready_s, stages) in self._ready.items()
+                if stage in stages
+            ]
             gpu = self._gpu[stage]
             weight = sum(busy for _, busy in gpu)
             found[stage] = StageUtilization(

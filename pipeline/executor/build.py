@@ -38,7 +38,7 @@ def build(
             builds in this process, one unit after the other.
         limit_images: build only the first N images of each subset (a pilot; give it an `out` of its own).
         retry_failed: also build committed units again that hold drops by error.
-        on_progress: called about twice a second, and after each unit.
+        on_progress: called about twice a second for each subset that is being built, and after each unit.
 
     Returns:
         The corpus, opened for reading.

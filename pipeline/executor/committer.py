@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ...schemas.config import BuildConfig, dump_config
-from ...schemas.errors import StageFailed, UnitsHeldBack
+from ...schemas.errors import ParaCaptionError, StageFailed, UnitsHeldBack
 from ...schemas.records import Blob
 from ...schemas.secrets import shorten
 from ..corpus import reader, writer
@@ -77,48 +77,59 @@ class Committer:
         self.committed_s = -math.inf
         self.has_written_config = False
 
-    def take(self, draft: Draft) -> None:
+    def take(self, draft: Draft) -> ParaCaptionError | None:
+        """Commit a unit, or hold it back. Returns the error that ends the subset, if there is one.
+
+        Raises:
+            Fenced: another driver has taken over.
+            StageFailed: the corpus cannot be written.
+        """
         if draft.held:
-            self._hold(draft)
-            return
+            return self._hold(draft)
         self.held_in_a_row = {}
         if draft.failures:
-            self.suspects.append(draft)
-            if len(self.suspects) >= self.stop_after:
-                stage, error = next(iter(draft.failures.items()))
-                raise StageFailed(
-                    f"{stage}: failed on every image of {len(self.suspects)} units in a row, last on "
-                    f"{draft.manifest.unit}: {error}. "
-                    "What is committed stays; fix the cause and run the same command again"
-                )
-            return
+            return self._suspect(draft)
         self._release()
         self._commit(draft)
 
-    def _hold(self, draft: Draft) -> None:
+    def _suspect(self, draft: Draft) -> StageFailed | None:
+        self.suspects.append(draft)
+        if len(self.suspects) >= self.stop_after:
+            stage, error = next(iter(draft.failures.items()))
+            return StageFailed(
+                f"{stage}: failed on every image of {len(self.suspects)} units in a row, last on "
+                f"{draft.manifest.unit}: {error}. "
+                "What is committed stays; fix the cause and run the same command again"
+            )
+
+    def _hold(self, draft: Draft) -> UnitsHeldBack | None:
         unit = draft.manifest.unit
         log.warning("%s is held back: %s", unit, draft.held)
-        writer.discard(self.owner.out, draft)
+        self.discard(draft)
         self.owner.held_back[draft.name] = shorten(draft.held)
         self.progress.held[unit] = self.held_in_a_row[unit] = draft.held
         if len(self.held_in_a_row) >= self.stop_after:
-            raise UnitsHeldBack(held_back(self.held_in_a_row, " in a row"))
+            return UnitsHeldBack(held_back(self.held_in_a_row, " in a row"))
 
     def finish(self) -> None:
         """Commit what waits."""
         self._release()
-        self._commit_ready()
+        self.commit_ready()
 
     def abandon(self) -> None:
         """Forget what is not committed: the drafts' stage or disk has failed."""
         for draft in [*self.suspects, *self.ready]:
-            writer.discard(self.owner.out, draft)
+            self.discard(draft)
         self.suspects, self.ready = [], []
+
+    def discard(self, draft: Draft) -> None:
+        """Delete the files of a unit that is not to be committed."""
+        writer.discard(self.owner.out, draft)
 
     def commit_now_and_then(self) -> None:
         """Commit what is ready, unless the last commit is only moments ago."""
         if self.ready and time.monotonic() - self.committed_s >= COMMIT_EVERY_S:
-            self._commit_ready()
+            self.commit_ready()
 
     def _release(self) -> None:
         for draft in self.suspects:
@@ -134,7 +145,8 @@ class Committer:
         self.ready.append(draft)
         self.commit_now_and_then()
 
-    def _commit_ready(self) -> None:
+    def commit_ready(self) -> None:
+        """Commit what is ready, now."""
         if not self.ready:
             return
         start = time.perf_counter()

@@ -271,7 +271,7 @@ def _check_disk(config: BuildConfig) -> Iterator[Finding]:
     for subset in config.subsets:
         try:
             planned = load_work_list(Path(config.out) / subset)
-            driver.check_disk(config, subset, list(range(planned.num_units)), planned)
+            driver.check_disk(config, {subset: driver.Pending(planned, list(range(planned.num_units)))})
         except IntegrityError:  # nothing is planned yet
             continue
         except ConfigError as error:

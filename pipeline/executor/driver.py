@@ -1,6 +1,8 @@
 """Builds a corpus: the order of its steps, whichever engine runs the units.
 
-    work list -> sample audit -> pending units -> engine -> commit, for each subset; then the merge
+    work list -> sample audit -> pending units of each subset; then engine -> commit; then the merge
+
+Which subsets the engine runs side by side is for the engine to say.
 
 Only the driver commits, and only while it owns the corpus (`corpus.log`). A build that is run again resumes:
 what is committed is not built again, and a corpus with nothing to do is left as it is. A build that is
@@ -13,9 +15,7 @@ import functools
 import logging
 import shutil
 import tempfile
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -23,30 +23,29 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from ...schemas.config import BuildConfig, dump_config
-from ...schemas.errors import ConfigError, UnitsHeldBack
+from ...schemas.errors import ConfigError, ParaCaptionError, UnitsHeldBack
 from ...schemas.records import Blob
 from ..corpus import adopt, merge, reader, writer
 from ..corpus import log as commit_log
-from ..corpus.events import EventLog, EventReader
 from ..corpus.owner import Owner, own
 from ..corpus.pending import find_pending_units
 from ..corpus.sweep import is_swept, sweep
 from ..corpus.work_list import Plan, is_current, make_work_list, plan, publish
 from ..corpus.work_list_summary import WorkList, find_work_list
-from ..io import failures, files, own_modules, variables
+from ..corpus.writer import Draft
+from ..io import failures, files, variables
 from ..io.activity import NOW
 from ..io.store import store_of
-from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import complete, open_source
-from ..stages.base import ModelStage, Stage
+from ..stages.base import ModelStage
 from ..stages.recipes import recipe_digest, recipe_of, write_out
 from . import audit
-from .committer import Committer, held_back, write_config
+from .committer import held_back, write_config
 from .engine import Engine
 from .places import refuse_overlap
-from .progress import Progress, StageProgress, Watch
-from .stalls import STACK_MARK, telling
-from .worker import Job
+from .progress import Progress, Watch
+from .stalls import telling
+from .subset_run import Pending, SubsetRun, has_all_evidence
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +123,15 @@ def build(
     with owned(config, "build") as owner:
         with NOW.during("sweep"):
             sweep(owner, _keep_replaced_s(config))
-        held: dict[str, str] = {}
+        pending: dict[str, Pending] = {}
         for subset in config.subsets:
             work_list = step(prepare_work_list)(config, subset, limit_images, owner)
             if units := step(find_pending)(config, subset, work_list, retry_failed):
-                held |= step(build_units)(config, subset, work_list, units, engine, owner, on_progress).held
+                pending[subset] = Pending(work_list, units)
+        held: dict[str, str] = {}
+        for group in step(group_subsets)(config, engine, pending) if pending else []:
+            units = {subset: pending[subset] for subset in group}
+            held |= step(build_units)(config, units, engine, owner, on_progress)
         if held and not owner.state.units:
             raise UnitsHeldBack(held_back(held))
         step(write_config)(config, owner)
@@ -173,77 +176,91 @@ _audited: set[tuple] = set()
 """Sources whose sample this process has read, so that `build` does not repeat what `prepare` did."""
 
 
+def group_subsets(config: BuildConfig, engine: Engine, pending: dict[str, Pending]) -> list[list[str]]:
+    """Which subsets are built side by side; see `Engine.group`."""
+    return engine.group(config, list(pending))
+
+
 def build_units(
     config: BuildConfig,
-    subset: str,
-    work_list: WorkList,
-    units: list[int],
+    pending: dict[str, Pending],
     engine: Engine,
     owner: Owner,
     on_progress: OnProgress = lambda _: None,
-) -> Progress:
-    """Send units through the stages and commit them.
+) -> dict[str, str]:
+    """Send the units of a group of subsets through their stages, and commit them.
+
+    A subset that fails ends alone: the others of its group are built first, then its error is raised.
 
     Args:
         config: the resolved configuration.
-        subset: one of the configured ones.
-        work_list: the subset's work list.
-        units: indices of the units to build.
+        pending: by subset, the units to build.
         engine: runs them.
         owner: of the corpus.
-        on_progress: called about twice a second, and after each unit, from this thread.
+        on_progress: called about twice a second for each subset, and after each unit, from this thread.
+
+    Returns:
+        The units that are held back, each with what happened.
 
     Raises:
         Fenced: another driver has taken over.
         StageFailed: a stage fails on everything, a backend cannot start, or the disk is full.
+        UnitsHeldBack: the source of a subset failed on units in a row.
         StageStalled: nothing moved for `failures.stall_s`; the message has the hanging stacks.
     """
-    check_disk(config, subset, units, work_list)
-    folder = Path(config.out) / subset
-    run_folder = _make_run_folder(config, subset)
-    stages = recipe_of(config, subset)
-    idle = [stage.name for stage in stages if _has_all_evidence(stage, folder, work_list, units)]
-    recipe = recipe_digest(stages, config)
-    plans = work_list.plans()
-    job = Job(
-        config, subset, str(folder), work_list.digest, recipe, str(run_folder), idle,
-        plans={work_list.unit_name(at): plans[at] for at in units if plans[at] != work_list.digest},
-        modules=own_modules.taken(),
-        variables=variables.taken(),
-    )  # fmt: skip
-    names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
-    progress = Progress(subset, pending=len(units), stages={name: StageProgress() for name in names})
-    events = EventLog(run_folder, "driver")
-    events.emit("begun")
-    watch = Watch(EventReader(run_folder), progress, config.failures.stall_s, run_folder)
-    committer = Committer(config, folder, owner, progress, events)
+    check_disk(config, pending)
+    runs = {subset: SubsetRun(config, subset, each, owner) for subset, each in pending.items()}
+    watch = Watch(config.failures.stall_s)
+    for run in runs.values():
+        run.follow(watch)
 
     def tick(moved: bool = False) -> None:
-        committer.commit_now_and_then()
+        for run in runs.values():
+            run.committer.commit_now_and_then()
         with NOW.during("reading the workers' events"):
             watch.update(moved)
-        on_progress(progress)
+        for run in runs.values():
+            if not run.has_told_end:
+                on_progress(run.progress)
+                run.has_told_end = run.progress.ended
 
     try:
-        with closing(engine.drafts(job, stages, work_list, units, tick)) as drafts:
-            for draft in drafts:
-                committer.take(draft)
+        with closing(engine.drafts([run.part for run in runs.values()], tick)) as drafts:
+            for subset, outcome in drafts:
+                _take(runs, subset, outcome)
+                if all(run.error for run in runs.values()):
+                    break
                 tick(moved=True)
-        committer.finish()
-        events.emit("ended")
-        tick(moved=True)
+        errors = [run.error for run in runs.values() if run.error is not None]
+        for run in runs.values():
+            run.finish(trust=not errors)
+        for run in runs.values():
+            if run.error is None:
+                run.clean()
+        if errors:
+            raise errors[0]
+        for run in runs.values():
+            on_progress(run.progress)
     except BaseException:
-        committer.abandon()
+        for run in runs.values():
+            run.committer.abandon()
         raise
     finally:
-        events.close()
+        for run in runs.values():
+            run.events.close()
     with NOW.during("sweep"):
         sweep(owner)  # what a worker of an earlier, broken run was still writing when this one began
-        for stack in run_folder.glob("stack-*.txt"):
-            if STACK_MARK not in stack.read_text(errors="replace"):
-                stack.unlink()
-        shutil.rmtree(folder / "journal", ignore_errors=True)
-    return progress
+    return {unit: why for run in runs.values() for unit, why in run.progress.held.items()}
+
+
+def _take(runs: dict[str, SubsetRun], subset: str, outcome: Draft | ParaCaptionError) -> None:
+    """Give a unit to its subset, and say it if that ends there while others go on."""
+    run = runs[subset]
+    before = run.error
+    run.take(outcome)
+    others = [name for name, each in runs.items() if not each.progress.ended]
+    if run.error is not before and others:
+        log.error("%s ends here, %s goes on: %s", subset, " and ".join(others), run.error)
 
 
 def merge_corpus(config: BuildConfig, owner: Owner) -> dict[str, Any]:
@@ -299,7 +316,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         folder = out / subset
         if units := find_pending(config, subset, made.work_list, retry_failed):
             models = [each for each in recipe_of(config, subset) if isinstance(each, ModelStage)]
-            lacking = [each for each in models if not _has_all_evidence(each, folder, made.work_list, units)]
+            lacking = [each for each in models if not has_all_evidence(each, folder, made.work_list, units)]
             asked |= {each.place for each in lacking}
     return asked
 
@@ -359,24 +376,6 @@ def _are_committed(config: BuildConfig, subset: str, work_list: WorkList, units:
     return all(f"{subset}/{work_list.unit_name(index)}" in names for index in units)
 
 
-def _make_run_folder(config: BuildConfig, subset: str) -> Path:
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
-    folder = Path(config.out) / "events" / name
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise writer.write_failed(Path(config.out), error) from error
-    return folder
-
-
-def _has_all_evidence(stage: Stage, folder: Path, work_list: WorkList, units: list[int]) -> bool:
-    """Whether a model stage has evidence of all these units, so that its model need not be loaded yet."""
-    if not isinstance(stage, ModelStage):
-        return False
-    store = stage.store(folder)
-    return all(store.exists(work_list.unit_name(index)) for index in units)
-
-
 def failed_units(folder: Path, work_list: WorkList) -> list[int]:
     """Indices of the committed units that hold drops by error, for `--retry-failed`.
 
@@ -392,7 +391,7 @@ def failed_units(folder: Path, work_list: WorkList) -> list[int]:
     return [index for index, name in enumerate(names) if name in units and units[name].failed]
 
 
-def check_disk(config: BuildConfig, subset: str, units: list[int], work_list: WorkList) -> None:
+def check_disk(config: BuildConfig, pending: Mapping[str, Pending]) -> None:
     """Refuse to start without space for what the pending units write: their photos and a tenth on top.
 
     The size of the photos is estimated from a sample.
@@ -400,12 +399,17 @@ def check_disk(config: BuildConfig, subset: str, units: list[int], work_list: Wo
     Raises:
         ConfigError: there is not enough; the message names both numbers.
     """
-    photos = work_list.photo_bytes * len(units) / max(1, work_list.num_units)
+    photos = sum(
+        work_list.photo_bytes * len(units) / max(1, work_list.num_units)
+        for work_list, units in pending.values()
+    )
     needed = 1.1 * photos + config.failures.min_free_gb * 1e9
     free = shutil.disk_usage(config.out).free
     if free < needed:
+        some = " and ".join(pending)
         raise ConfigError(
-            f"{config.out}: {subset} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"{config.out}: {some} {'need' if len(pending) > 1 else 'needs'} about {needed / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; "
             "free space, or lower failures.min_free_gb if the estimate is wrong"
         )
 

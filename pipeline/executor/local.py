@@ -12,19 +12,18 @@ lacks what Ray Data adds:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ..corpus import writer
-from ..corpus.work_list_summary import WorkList
-from ..corpus.writer import Draft
 from ..sources.protocols import SOURCE_STAGE
-from ..stages.base import ModelStage, Stage
+from ..stages.base import ModelStage
 from ..stages.recipes import recipe_of
 from . import gpus
-from .rows import draft_of
-from .worker import Job, Worker
+from .engine import Outcome, Part
+from .rows import outcome_of
+from .worker import Worker
 
 
 class LocalEngine:
@@ -58,14 +57,16 @@ class LocalEngine:
                 f"{fix}"
             )
 
-    def drafts(
-        self, job: Job, stages: list[Stage], work_list: WorkList, units: list[int], tick: Callable[[], None]
-    ) -> Generator[Draft]:
-        """Run units one after the other; `tick` is called after each event of the worker.
+    def group(self, config: BuildConfig, subsets: Sequence[str]) -> list[list[str]]:
+        """Each subset alone: one process gains nothing from two at once."""
+        return [[subset] for subset in subsets]
 
-        Raises:
-            StageFailed: a backend cannot start, or the output cannot be written.
-        """
-        with Worker(job, [SOURCE_STAGE, *stages, writer.WRITE_STAGE], on_event=lambda _: tick()) as worker:
-            for index in units:
-                yield draft_of(worker({"unit": work_list.unit_name(index), "index": index}))
+    def drafts(self, parts: Sequence[Part], tick: Callable[[], None]) -> Generator[Outcome]:
+        """Run units one after the other; `tick` is called after each event of the worker."""
+        for job, stages, work_list, units in parts:
+            with Worker(
+                job, [SOURCE_STAGE, *stages, writer.WRITE_STAGE], on_event=lambda _: tick()
+            ) as worker:
+                for index in units:
+                    row = worker({"unit": work_list.unit_name(index), "index": index})
+                    yield job.subset, outcome_of(row)

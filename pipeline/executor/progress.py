@@ -46,6 +46,7 @@ class Progress(msgspec.Struct):
         stages: by name, in the recipe's order.
         utilization: of the model stages whose actors are up.
         held: units that are held back because their source fails, each with what happened.
+        ended: whether none of its units is left to come; others of the build may still run.
     """
 
     subset: str
@@ -59,30 +60,47 @@ class Progress(msgspec.Struct):
     stages: dict[str, StageProgress] = {}
     utilization: dict[str, StageUtilization] = {}
     held: dict[str, str] = {}
+    ended: bool = False
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until all units are committed, at the rate so far; None before the first commit."""
+        """Seconds until all units are committed, at the rate so far; None before the first commit.
+
+        0 when it has ended.
+        """
+        if self.ended:
+            return 0.0
         return None if not self.done else self.seconds / self.done * (self.pending - self.done)
 
 
+class _Followed:
+    def __init__(self, reader: EventReader, progress: Progress, run_folder: Path):
+        self.reader, self.progress, self.run_folder = reader, progress, run_folder
+        self.counter = UtilizationCounter()
+        self.is_final = False
+
+
 class Watch:
-    """Reads the workers' events into the progress view, and notices when nothing moves.
+    """Reads the workers' events into the progress views, and notices when nothing moves in any subset.
 
     Args:
-        reader: of the run's events.
-        progress: is updated.
         stall_s: how long nothing may move.
-        run_folder: of the run's events and stacks.
     """
 
-    def __init__(self, reader: EventReader, progress: Progress, stall_s: float, run_folder: Path):
-        self.reader = reader
-        self.progress = progress
+    def __init__(self, stall_s: float):
         self.stall_s = stall_s
-        self.run_folder = run_folder
-        self.counter = UtilizationCounter()
+        self._followed: list[_Followed] = []
         self.started = self.moved = time.monotonic()
+
+    def follow(self, reader: EventReader, progress: Progress, run_folder: Path) -> None:
+        """Watch a subset, too.
+
+        Args:
+            reader: of the run's events.
+            progress: is updated until it has ended.
+            run_folder: of the run's events and stacks.
+        """
+        self._followed.append(_Followed(reader, progress, run_folder))
 
     def update(self, moved: bool) -> None:
         """Read what is new. `moved` says that a unit was committed.
@@ -90,25 +108,33 @@ class Watch:
         Raises:
             StageStalled: nothing has moved for `stall_s`; the message says where, and where the stacks lie.
         """
-        for worker, event in self.reader.named():
-            moved = True
-            self.counter.add(worker, event)
-            if event.what == "unit" and event.stage in self.progress.stages:
-                stage = self.progress.stages[event.stage]
-                stage.units += 1
-                stage.regions += event.regions
-                stage.asked += event.asked
-                stage.seconds += event.seconds
         now = time.monotonic()
-        self.progress.seconds = now - self.started
-        self.progress.utilization = self.counter.stages(time.time())
+        for each in self._followed:
+            moved |= self._read(each)
+            if not each.is_final:
+                each.progress.seconds = now - self.started
+                each.progress.utilization = each.counter.stages(time.time())
+                each.is_final = each.progress.ended
         if moved:
             self.moved = now
         elif now - self.moved > self.stall_s + STALL_GRACE_S:
             raise StageStalled(self._message())
 
+    def _read(self, followed: _Followed) -> bool:
+        moved = False
+        for worker, event in followed.reader.named():
+            moved = True
+            followed.counter.add(worker, event)
+            if event.what == "unit" and event.stage in followed.progress.stages:
+                stage = followed.progress.stages[event.stage]
+                stage.units += 1
+                stage.regions += event.regions
+                stage.asked += event.asked
+                stage.seconds += event.seconds
+        return moved
+
     def _message(self) -> str:
-        found = hanging(self.run_folder)
+        found = hanging(*(each.run_folder for each in self._followed))
         if not found:
             return (
                 f"no progress for {self.stall_s:.0f} s (failures.stall_s); no worker is at work: Ray may "

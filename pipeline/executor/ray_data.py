@@ -1,12 +1,12 @@
 """The engine that builds on Ray Data: the default, and the only one that spreads over machines.
 
-    work list -> [source + mask filters] -> [captioner] -> [judge] -> [segmenter] -> [text + write] -> driver
-                      actors                 actors       actors       actors         actors
+    work lists -> [source + mask filters] -> [captioner] -> [judge] -> [segmenter] -> [text + write] -> driver
+                      actors                  actors       actors       actors         actors
 
 A row is a unit, so Ray Data does not regroup rows. Every bracket is a pool of actors with the resources that
-its backend asks for, and all pools live at the same time. Neighbors without a GPU that ask for the same
-resources share their actors, so on a laptop the whole line is one pool. Ray Data provides streaming,
-backpressure, autoscaling between the pool's bounds, and restarts.
+its backend asks for, and all pools live at the same time (`operators.py`). Subsets that fit are built side by
+side: their units are mixed, and each runs its own recipe's stages in the pools that it meets. Ray Data
+provides streaming, backpressure, autoscaling between the pool's bounds, and restarts.
 """
 
 from __future__ import annotations
@@ -18,29 +18,38 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFailed, one_line
-from ..corpus import writer
 from ..corpus.events import EventLog
-from ..corpus.work_list_summary import WorkList
 from ..corpus.writer import Draft
 from ..io import own_modules
-from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import allow_kinds
-from ..stages.base import ModelStage, Stage
+from ..stages.base import ModelStage
 from ..stages.recipes import recipe_of
 from ..stages.registry import allow_stages
+from .engine import Outcome, Part
 from .gpus import MANY_POOLS
+from .job import Job
+from .operators import (
+    Operator,
+    Step,
+    group_subsets,
+    interleave,
+    name_of_stage,
+    needed_resources,
+    operators_of,
+)
 from .ray_metrics import RayMetrics
-from .rows import draft_of
+from .rows import outcome_of
 from .stalls import telling
-from .worker import Job, Worker, name_of
+from .worker import name_of
+from .workers import Workers
 
-Steps = list[list[Stage | str]]
+log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 """How often the driver checks the clock and the events while no unit comes."""
@@ -72,6 +81,7 @@ class RayEngine:
     def __init__(self, address: str | None = None):
         self.address = address
         self._starting = threading.Lock()
+        self._start_s = 0.0
 
     def check(self, config: BuildConfig) -> None:
         """Refuse an address that Ray Data cannot use, or where nobody answers; see `check_address`."""
@@ -90,6 +100,7 @@ class RayEngine:
         """
         self.check(config)
         with self._starting:
+            started = time.perf_counter()
             try:
                 _connect(self.address, config)
             except ParaCaptionError:
@@ -99,91 +110,60 @@ class RayEngine:
                 if self.address is not None:
                     fix = "start the cluster first, or give host:port of a running one (docs/cluster.md)"
                 raise Retryable(f"Ray does not start: {one_line(error)}; {fix}") from error
+            self._start_s += time.perf_counter() - started
 
-    def drafts(
-        self, job: Job, stages: list[Stage], work_list: WorkList, units: list[int], tick: Callable[[], None]
-    ) -> Generator[Draft]:
+    def group(self, config: BuildConfig, subsets: Sequence[str]) -> list[list[str]]:
+        """Which subsets are built side by side: those whose pools fit on the cluster at once.
+
+        Raises:
+            ConfigError: the cluster is too small for the smallest pools of a subset.
+            Retryable: Ray does not start, or no cluster is found.
+        """
+        self.start(config)
+        recipes = {subset: recipe_of(config, subset) for subset in subsets}
+        alone = [operators_of({subset: stages}, config) for subset, stages in recipes.items()]
+        available = available_resources(alone)
+        for each in alone:
+            check_resources(each, available)
+        groups = group_subsets(recipes, config, available)
+        if len(groups) > 1:
+            needed = needed_resources(operators_of(recipes, config))
+            short = [
+                f"{amount:g} {name}, the cluster has {available[name]:g}"
+                for name, amount in needed.items()
+                if amount > available[name] + 1e-6
+            ]
+            turns = ", then ".join(" beside ".join(group) for group in groups)
+            log.info("built one after the other: %s; all at once need %s", turns, " and ".join(short))
+        return groups
+
+    def drafts(self, parts: Sequence[Part], tick: Callable[[], None]) -> Generator[Outcome]:
         """Run units and yield them in the order in which they are ready; `tick` is called twice a second.
 
         Raises:
-            ConfigError: the cluster is too small for the smallest pools.
             Retryable: Ray does not start, or no cluster is found.
-            StageFailed: a backend cannot start, the output cannot be written, or Ray itself broke.
+            StageFailed: Ray itself broke.
         """
-        started = time.perf_counter()
-        self.start(job.config)
-        EventLog(Path(job.run), "ray").emit("ray", seconds=time.perf_counter() - started)
-        steps = steps_of(stages, job.config)
-        check_resources(steps, job.config)
-        rows = _Rows(_dataset(job, steps, work_list, units))
-        metrics = RayMetrics(job.subset)
+        config = parts[0].job.config
+        self.start(config)
+        for part in parts:
+            EventLog(Path(part.job.run), "ray").emit("ray", seconds=self._start_s)
+        self._start_s = 0.0
+        rows = _Rows(_dataset(parts, operators_of({part.subset: part.stages for part in parts}, config)))
+        metrics = {part.subset: RayMetrics(part.subset) for part in parts}
         try:
             while (row := rows.next(TICK_S)) is not _END:
                 if row is not None:
-                    draft = draft_of(row)
-                    if not draft.held:
-                        metrics.count_unit(draft.manifest)
-                    yield draft
+                    subset, outcome = row["subset"], outcome_of(row)
+                    if isinstance(outcome, Draft) and not outcome.held:
+                        metrics[subset].count_unit(outcome.manifest)
+                    yield subset, outcome
                 tick()
         finally:
             rows.stop()
 
 
-IO_CONCURRENCY = (1, 8)
-"""Actors that read and write next to models on GPUs, where `io.concurrency` says nothing."""
-
-
-def steps_of(stages: list[Stage], config: BuildConfig) -> Steps:
-    """Group a recipe into the operators of the stream.
-
-    Each model stage starts an operator of its own, and filters join the one before them. Neighbors without a
-    GPU that ask for the same resources and the same environment share their actors: on CPUs alone a unit then
-    runs through all stages in one process, and nothing is sent between them. Reading and writing take the
-    number of actors of their neighbor, unless `io.concurrency` says how many they have.
-    """
-    apart: Steps = [[SOURCE_STAGE]]
-    for stage in [*stages, writer.WRITE_STAGE]:
-        if isinstance(stage, ModelStage) or (isinstance(apart[-1][-1], ModelStage)):
-            apart.append([stage])
-        else:
-            apart[-1].append(stage)
-    steps: Steps = []
-    for step in apart:
-        if steps and _shares_actors(steps[-1], step, config):
-            steps[-1] += step
-        else:
-            steps.append(step)
-    return steps
-
-
-def _shares_actors(
-    before: list[Stage | str],
-    after: list[Stage | str],
-    config: BuildConfig,
-) -> bool:
-    first, second = resources_of(before, config), resources_of(after, config)
-    if config.io.concurrency is None and not (_has_model(before) and _has_model(after)):
-        first = first | {"concurrency": second["concurrency"]}
-    return not second["num_gpus"] and first == second
-
-
-def _has_model(step: list[Stage | str]) -> bool:
-    return any(isinstance(stage, ModelStage) for stage in step)
-
-
-def resources_of(step: list[Stage | str], config: BuildConfig) -> dict[str, Any]:
-    """Ray's arguments for the actors of a step: those of its model, or those for reading and writing."""
-    model = next((stage for stage in step if isinstance(stage, ModelStage)), None)
-    asks = config.io if model is None else model.backend
-    return {
-        "runtime_env": getattr(asks, "runtime_env", {}),
-        "num_cpus": asks.num_cpus,
-        "num_gpus": getattr(asks, "num_gpus", 0),
-        "concurrency": tuple(asks.concurrency or IO_CONCURRENCY),
-    }
-
-
-def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> Any:
+def _dataset(parts: Sequence[Part], operators: Sequence[Operator]) -> Any:
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -191,16 +171,22 @@ def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> A
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it tells that it has no bars
-    rows = [{"unit": work_list.unit_name(index), "index": index} for index in units]
+    by_subset = {part.subset: part for part in parts}
+    rows = []
+    for subset, number in interleave({part.subset: len(part.units) for part in parts}):
+        index = by_subset[subset].units[number]
+        name = by_subset[subset].work_list.unit_name(index)
+        rows.append({"subset": subset, "unit": name, "index": index})
     # A worker that dies is replaced and its unit runs again, without limit: Ray Data's default for actors.
     # The notes that `in_flight.py` keeps make sure that no record can kill workers forever.
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    for step in steps:
-        asked = resources_of(step, job.config)
+    for operator in operators:
+        asked = operator.resources
         low, high = asked["concurrency"]
+        sent = [_Sent.of(by_subset[subset].job, step) for subset, step in operator.steps.items()]
         dataset = dataset.map(
-            actor_class(step),  # pyright: ignore[reportArgumentType] - Ray builds it in its actors
-            fn_constructor_args=(job, *_sent(step)),
+            actor_class(operator),  # pyright: ignore[reportArgumentType] - Ray builds it in its actors
+            fn_constructor_args=(sent,),
             num_cpus=asked["num_cpus"],
             num_gpus=asked["num_gpus"] or None,
             runtime_env=asked["runtime_env"] or None,
@@ -209,43 +195,53 @@ def _dataset(job: Job, steps: Steps, work_list: WorkList, units: list[int]) -> A
     return dataset
 
 
-def _sent(step: list[Stage | str]) -> tuple[list[str], dict[str, str]]:
-    """What a worker makes a step's stages of."""
-    names = [stage if isinstance(stage, str) else stage.name for stage in step]
-    return names, {stage.name: stage.evidence_digest for stage in step if isinstance(stage, ModelStage)}
+class _Sent(NamedTuple):
+    """What a worker is made of.
 
-
-class _CountingWorker(Worker):
-    """A worker whose counters are Ray's metrics.
-
-    It makes its stages again: the class of one of the user's own can only be imported once `job.modules` are
-    installed.
-
-    Args:
+    Attributes:
         job: what is built.
         names: of its stages, in order; also "source" and "write".
         digests: of the evidence of its model stages, by name. The driver has computed them, so that a worker
             with other versions of packages finds the same evidence.
     """
 
-    def __init__(self, job: Job, names: list[str], digests: dict[str, str]):
+    job: Job
+    names: list[str]
+    digests: dict[str, str]
+
+    @classmethod
+    def of(cls, job: Job, step: Step) -> _Sent:
+        models = [stage for stage in step if isinstance(stage, ModelStage)]
+        return cls(job, [*map(name_of_stage, step)], {stage.name: stage.evidence_digest for stage in models})
+
+    def step(self) -> Step:
+        """The stages again: the class of one of the user's own can only be imported once it is installed."""
+        recipe = {stage.name: stage for stage in recipe_of(self.job.config, self.job.subset)}
+        for name, digest in self.digests.items():
+            stage = recipe[name]
+            assert isinstance(stage, ModelStage)
+            stage.evidence_digest = digest
+        return [recipe.get(name, name) for name in self.names]
+
+
+class _CountingWorkers(Workers):
+    """Workers whose counters are Ray's metrics."""
+
+    def __init__(self, sent: list[_Sent]):
+        job = sent[0].job
         self._telling = telling(job.config.failures.stall_s, run=Path(job.run).name)
         self._telling.__enter__()  # for the actor's life
         own_modules.install(job.modules)
         allow_kinds(job.config.subsets.values())
         allow_stages(job.config.subsets.values())
-        recipe = {stage.name: stage for stage in recipe_of(job.config, job.subset)}
-        for name, digest in digests.items():
-            stage = recipe[name]
-            assert isinstance(stage, ModelStage)
-            stage.evidence_digest = digest
-        stages = [recipe.get(name, name) for name in names]
-        super().__init__(job, stages, on_event=RayMetrics(job.subset).count_event)
+        super().__init__(
+            [(each.job, each.step()) for each in sent], lambda job: RayMetrics(job.subset).count_event
+        )
 
 
-def actor_class(step: list[Stage | str]) -> type[Worker]:
-    """The class of a step's actors, which has the step's name: Ray's dashboard and `ps` show nothing else."""
-    return type(name_of(step), (_CountingWorker,), {"__module__": __name__})
+def actor_class(operator: Operator) -> type[Workers]:
+    """The class of an operator's actors, named after it: Ray's dashboard and `ps` show nothing else."""
+    return type(name_of(operator.stages), (_CountingWorkers,), {"__module__": __name__})
 
 
 _END = object()
@@ -326,24 +322,22 @@ def _as_ours(error: BaseException) -> BaseException:
     return failed
 
 
-def check_resources(steps: Steps, config: BuildConfig) -> None:
-    """Refuse a cluster that does not hold the smallest pools of all steps at once: the stream would hang.
+def check_resources(operators: Sequence[Operator], available: Mapping[str, float]) -> None:
+    """Refuse a cluster that does not hold the smallest pools of all operators at once: it would hang.
 
-    A cluster that scales itself is never refused.
+    Args:
+        operators: of the stream.
+        available: the "CPU" and "GPU" that the cluster has.
 
     Raises:
         ConfigError: names what is asked for and what the cluster has.
     """
-    import ray
-
-    needed = needed_resources(steps, config)
-    available = ray.cluster_resources()
-    for name, amount in needed.items():
-        if amount > available.get(name, 0) + 1e-6 and not os.environ.get("RAY_AUTOSCALER"):
+    for name, amount in needed_resources(operators).items():
+        if amount > available.get(name, 0) + 1e-6:
             asked = ", ".join(
-                f"{_title(step)}: {resources_of(step, config)['concurrency'][0]} x "
-                f"{resources_of(step, config)['num_' + name.lower() + 's']:g}"
-                for step in steps
+                f"{_title(each)}: {each.resources['concurrency'][0]} x "
+                f"{each.resources['num_' + name.lower() + 's']:g}"
+                for each in operators
             )
             raise ConfigError(
                 f"the stages need {amount:g} {name} at once ({asked}), "
@@ -355,17 +349,23 @@ def check_resources(steps: Steps, config: BuildConfig) -> None:
 _LESS = "lower `concurrency` or the resources per actor, or add nodes"
 
 
-def needed_resources(steps: Steps, config: BuildConfig) -> dict[str, float]:
-    """CPUs and GPUs that the smallest pools of all steps hold at once."""
-    asked = [resources_of(step, config) for step in steps]
-    return {
-        "CPU": sum(a["num_cpus"] * a["concurrency"][0] for a in asked),
-        "GPU": sum(a["num_gpus"] * a["concurrency"][0] for a in asked),
-    }
+def _title(operator: Operator) -> str:
+    return " + ".join(map(name_of_stage, operator.stages))
 
 
-def _title(step: list[Stage | str]) -> str:
-    return " + ".join(stage if isinstance(stage, str) else stage.name for stage in step)
+def available_resources(alone: Iterable[Sequence[Operator]]) -> dict[str, float]:
+    """The CPUs and GPUs of the cluster.
+
+    A cluster that scales itself has at least what each subset needs alone: it is never refused.
+
+    Args:
+        alone: the operators of each subset.
+    """
+    import ray
+
+    found = ray.cluster_resources()
+    needs = [needed_resources(each) for each in alone] if os.environ.get("RAY_AUTOSCALER") else []
+    return {name: max([found.get(name, 0.0), *(each[name] for each in needs)]) for name in ("CPU", "GPU")}
 
 
 def _knock(address: str) -> None:
@@ -398,6 +398,6 @@ def _connect(address: str | None, config: BuildConfig) -> None:
         return
     # That Ray asks its own processes for a token is as it should be, and no warning.
     logging.getLogger(_TOKENS).setLevel(logging.ERROR)
-    recipes = [recipe_of(config, subset) for subset in config.subsets]
-    needed = max(needed_resources(steps_of(stages, config), config)["CPU"] for stages in recipes)
+    alone = [operators_of({subset: recipe_of(config, subset)}, config) for subset in config.subsets]
+    needed = max(needed_resources(each)["CPU"] for each in alone)
     ray.init("local", num_cpus=max(os.cpu_count() or 1, math.ceil(needed)), include_dashboard=False, **quiet)

@@ -1,4 +1,4 @@
-"""What a row says that has left the last worker: a written unit, or the error that ends the build."""
+"""What a row says that has left the last worker: a written unit, or the error that ends its subset."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ...schemas import errors as error_types
-from ...schemas.errors import ParaCaptionError
+from ...schemas.errors import ParaCaptionError, StageFailed
 from ..corpus.writer import Draft
 
 
@@ -17,13 +17,17 @@ def error_text(error: ParaCaptionError) -> str:
     return f"{known}: {error}"
 
 
-def draft_of(row: dict[str, Any]) -> Draft:
-    """The written unit in a row that has passed through all stages.
+def outcome_of(row: dict[str, Any]) -> Draft | ParaCaptionError:
+    """The written unit in a row that has passed through all stages, or the error that a worker put into it.
 
-    Raises:
-        ParaCaptionError: the error that a worker put into the row, by its own type.
+    The error is one of its own type.
     """
     if "failed" in row:
         kind, _, message = row["failed"].partition(": ")
-        raise getattr(error_types, kind)(message)
+        return getattr(error_types, kind)(message)
     return msgspec.msgpack.decode(row["draft"], type=Draft)
+
+
+def left(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a unit that is left because its subset is given up."""
+    return {"unit": row["unit"], "failed": error_text(StageFailed("its subset was given up"))}

@@ -101,12 +101,21 @@ class StackFile:
 
 _IDLE = "waiting for work"
 
+_LONGEST_NAME = 150
+"""Of a worker in the name of its stack file."""
 
-def hanging(folder: Path) -> list[tuple[str, Path | None]]:
-    """What the workers of a run are doing too long, and where their stacks lie.
+
+def stack_file(run: str, stall_s: float, name: str, on_progress: Callable[[], None]) -> StackFile:
+    """The stack file of this process in the folder of a run; `name` is the worker's."""
+    path = Path(run) / f"stack-{name[:_LONGEST_NAME]}-{os.getpid()}.txt"
+    return StackFile(path, stall_s, on_progress)
+
+
+def hanging(*folders: Path) -> list[tuple[str, Path | None]]:
+    """What the workers of runs are doing too long, and where their stacks lie.
 
     Args:
-        folder: of the run.
+        folders: of the runs.
 
     Returns:
         Of the workers that have left a stack. If none has, of those that are in a step: their stacks may
@@ -114,7 +123,8 @@ def hanging(folder: Path) -> list[tuple[str, Path | None]]:
         None.
     """
     found: list[tuple[str, Path | None]] = []
-    for path in [*_copies(folder.name), *sorted(folder.glob("stack-*.txt"))]:
+    copies = [path for folder in folders for path in _copies(folder.name)]
+    for path in [*copies, *(path for folder in folders for path in sorted(folder.glob("stack-*.txt")))]:
         text = path.read_text(errors="replace")
         doing = text.partition("\n")[0].strip()
         known = any(other.startswith(doing) for other, stack in found if stack is not None)

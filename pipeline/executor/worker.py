@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from typing import Any
 
 import msgspec
 
-from ...schemas.config import BuildConfig
 from ...schemas.errors import BadRecord, ConfigError, EngineLost, ParaCaptionError, StageFailed
 from ...schemas.plain import plain_text, words_of
 from ...schemas.reasons import Reason
@@ -42,7 +40,6 @@ from ..corpus.events import Event, EventLog
 from ..corpus.work_list_summary import read_unit
 from ..io import failures, own_modules, variables
 from ..io.activity import NOW
-from ..models import registry
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..sources.registry import allow_kinds, open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers, failed_drop
@@ -52,42 +49,16 @@ from . import gpus, holding
 from .bisection import Bisection, model_failure, needs_fresh_model
 from .freed_memory import keep_freed_memory
 from .in_flight import InFlight
+from .job import Job
+from .loaded_models import LoadedModels
 from .photo_digests import PhotoWatch, check_photos
 from .rows import error_text
-from .stalls import StackFile
+from .stalls import stack_file
 
 log = logging.getLogger(__name__)
 
 READ_BATCH = 64
 """Images that a source reads between two notes of what is in flight."""
-
-
-class Job(msgspec.Struct, frozen=True):
-    """What every worker of a build knows.
-
-    Attributes:
-        config: the whole configuration.
-        subset: name of the subset.
-        folder: OUT/<subset>.
-        plan: content hash of the work list.
-        plans: of units that were planned or changed by an earlier step of it, the hash of that step.
-        recipe: digest of the recipe.
-        run: folder of this run's events and stacks.
-        idle: model stages that have evidence of every unit; their models are loaded only if some is stale.
-        modules: what backends and sources of the user's own are imported from.
-        variables: the environment variables that paths of the configuration name, with their values.
-    """
-
-    config: BuildConfig
-    subset: str
-    folder: str
-    plan: str
-    recipe: str
-    run: str
-    idle: list[str] = []
-    plans: dict[str, str] = {}
-    modules: list[own_modules.OwnModule] = []
-    variables: dict[str, str] = {}
 
 
 class Unit(msgspec.Struct):
@@ -110,13 +81,18 @@ class Worker:
     """Runs some stages of a recipe on one unit after another; a Ray Data actor class, `row -> row`.
 
     A row is a unit: {"unit", "index"} before the source has read it, {"unit", "state"} on its way, {"unit",
-    "draft"} when it is written, {"unit", "failed"} after an error that ends the build. Used as a context, it
+    "draft"} when it is written, {"unit", "failed"} after an error that ends the subset. Used as a context, it
     ends its models.
 
     Args:
         job: what is built.
         stages: the stages that this worker runs, in order; "source" and "write" are the ends of a recipe.
         on_event: called with each event, after the worker has logged it.
+        models: those of the process, if it has several workers (`workers.py`); whoever gives them also keeps
+            the process's stack file, and calls `report_ready`.
+
+    Attributes:
+        away_s: seconds that the process has worked for other subsets since the last unit was reported.
     """
 
     def __init__(
@@ -124,7 +100,9 @@ class Worker:
         job: Job,
         stages: list[Stage | str],
         on_event: Callable[[Event], None] = lambda _: None,
+        models: LoadedModels | None = None,
     ):
+        started = time.perf_counter()
         keep_freed_memory()
         own_modules.install(job.modules)
         variables.install(job.variables)
@@ -136,50 +114,65 @@ class Worker:
         self._names = {stage if isinstance(stage, str) else stage.name for stage in stages}
         self.events = EventLog(Path(job.run), self.name, on_event)
         self._crash_attempts = job.config.failures.crash_attempts
-        stack = Path(job.run) / f"stack-{self.name}-{os.getpid()}.txt"
-        self._stack = StackFile(stack, job.config.failures.stall_s, self._report_progress).__enter__()
+        self._stack = None
+        if models is None:
+            stall_s = job.config.failures.stall_s
+            self._stack = stack_file(job.run, stall_s, self.name, self.report_progress).__enter__()
         self.source = open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         failures.RETRYING.set_budget(job.config.failures.read_retry_s)
-        self.models: dict[str, Any] = {}
+        self.models = LoadedModels() if models is None else models
+        self.away_s = 0.0
         self._photos = PhotoWatch()
         self.meters = {
             stage.name: gpus.Meter(has_gpu=stage.backend.num_gpus > 0)
             for stage in stages
             if isinstance(stage, ModelStage)
         }
-        started = time.perf_counter()
-        self._broken: str | None = None
-        for stage in stages:
-            if isinstance(stage, ModelStage) and stage.name not in job.idle and self._broken is None:
-                try:
+        self._broken = self._load_all()
+        if models is None:
+            self.report_ready(started)
+
+    def _load_all(self) -> str | None:
+        """Load the models that will be asked, unless they are there. Returns why one cannot start."""
+        reported = set[str]()
+        for stage in self.stages:
+            if not isinstance(stage, ModelStage) or stage.name in self.job.idle:
+                continue
+            key = self.models.key(stage)
+            try:
+                if self.models.get(stage) is None:
                     self._load(stage)
-                except Exception as error:  # noqa: BLE001 - the first unit reports it to the driver
-                    self._broken = _cannot_start(stage, error)
+                else:  # by a worker of another subset, or by a stage before this one: that is not paid twice
+                    seconds = 0.0 if key in reported else self.models.seconds(stage)
+                    self.events.emit("started", stage=stage.name, seconds=seconds)
+            except Exception as error:  # noqa: BLE001 - the first unit reports it to the driver
+                return _cannot_start(stage, error)
+            reported.add(key)
+        return None
+
+    def report_ready(self, started: float) -> None:
+        """Log that the worker takes units; `started` is when its process began to make it."""
         self.events.emit("ready", stage=self.name, seconds=time.perf_counter() - started)
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Close the models that hold more than memory, as engines do."""
-        while self.models:
-            _, model = self.models.popitem()
-            if hasattr(model, "close"):
-                model.close()
-        self._stack.__exit__()
+        """Close the models, and the files of this process."""
+        self.models.close()
+        if self._stack is not None:
+            self._stack.__exit__()
         self.events.close()
 
     def _load(self, stage: ModelStage) -> None:
-        start = time.perf_counter()
-        self.models.pop(stage.name, None)  # free the old one's memory first
         with NOW.during(f"{stage.name}: starting the model"):
-            self.models[stage.name] = registry.load_backend(stage.protocol, stage.backend)
-        self.events.emit("started", stage=stage.name, seconds=time.perf_counter() - start)
+            self.models.load(stage)
+        self.events.emit("started", stage=stage.name, seconds=self.models.seconds(stage))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Run this worker's stages on one unit.
 
-        An error that ends the build (a model that cannot be loaded, a full disk) travels to the driver as a
+        An error that ends the subset (a model that cannot be loaded, a full disk) travels to the driver as a
         row of its own, because Ray keeps only the text of an exception, not its type.
         """
         if "failed" in row:
@@ -224,6 +217,7 @@ class Worker:
     def _report_unit(
         self, stage: str, unit: Unit, regions: int, seconds: float, cpu: float, **reported: Any
     ) -> None:
+        away, self.away_s = self.away_s, 0.0
         self.events.emit(
             "unit",
             stage=stage,
@@ -232,10 +226,11 @@ class Worker:
             regions=regions,
             seconds=seconds,
             cpu=cpu,
+            away=away,
             **reported,
         )
 
-    def _report_progress(self) -> None:
+    def report_progress(self) -> None:
         """From record to record: something moves, also where a unit takes long."""
         if (step := NOW.step) is not None and step.stage in self._names:
             self.events.append("batch", stage=step.stage, unit=step.unit)
@@ -244,7 +239,7 @@ class Worker:
         """For the event: time inside the model, its GPU's utilization, and what the backend reports."""
         spent = self.meters[stage.name].take()
         reported: dict[str, Any] = {"busy": spent.busy_s, "gpu": spent.gpu}
-        report = getattr(self.models.get(stage.name), "report", None)
+        report = getattr(self.models.get(stage), "report", None)
         if report is not None:
             try:
                 numbers = {plain_text(str(name)): float(value) for name, value in report().items()}
@@ -414,11 +409,11 @@ class Worker:
                 self._save(store, unit.name, answers.known)
 
     def _ask_model(self, stage: ModelStage, batch: list[ImageRecord]) -> Iterator[tuple[int, list[Any]]]:
-        if stage.name not in self.models:
+        if self.models.get(stage) is None:
             self._reload(stage)
         given = [_copy(image) for image in batch]
         NOW.at(_names(batch))
-        with closing(self._photos.ask(stage, self.models[stage.name], given)) as asked:
+        with closing(self._photos.ask(stage, self.models.get(stage), given)) as asked:
             while (answered := self._next(stage, asked, batch, given)) is not None:
                 yield answered
                 NOW.at(batch[answered[0]].key)
@@ -435,7 +430,7 @@ class Worker:
             with self.meters[stage.name].call():
                 return next(asked, None)
         except EngineLost:
-            del self.models[stage.name]  # a dead engine fails on every image: the next call gets a fresh one
+            self.models.drop(stage)  # a dead engine fails on every image: the next call gets a fresh one
             raise
         except (Exception, KeyboardInterrupt):
             raise
@@ -481,7 +476,7 @@ def _copy(image: ImageRecord) -> ImageRecord:
 
 def name_of(stages: list[Stage | str]) -> str:
     """A worker is known by its model stages, or else by what it does at the end of the stream."""
-    names = [stage.name for stage in stages if isinstance(stage, ModelStage)]
+    names = dict.fromkeys(stage.name for stage in stages if isinstance(stage, ModelStage))
     return "+".join(names) or (SOURCE_STAGE if SOURCE_STAGE in stages else writer.WRITE_STAGE)
 
 

@@ -43,7 +43,7 @@ from paracaption.filters import agreement, category, rle
 from paracaption.pipeline.corpus import writer
 from paracaption.pipeline.corpus.ledger import ledger_table, table_bytes
 from paracaption.pipeline.executor.local import LocalEngine
-from paracaption.pipeline.executor.rows import draft_of
+from paracaption.pipeline.executor.rows import outcome_of
 from paracaption.pipeline.executor.worker import Worker
 from paracaption.pipeline.models import answers
 from paracaption.pipeline.models.protocols import Answer, Candidate
@@ -79,15 +79,16 @@ SIZE = (9, 14)
 class ApartEngine(LocalEngine):
     """Each stage in a worker of its own, so that units travel as they do between the actors of GPU builds."""
 
-    def drafts(self, job: Any, stages: Any, work_list: Any, units: Any, tick: Any) -> Generator[Any]:
-        with ExitStack() as stack:
-            steps = [[SOURCE_STAGE], *([stage] for stage in stages), [writer.WRITE_STAGE]]
-            workers = [stack.enter_context(Worker(job, step, on_event=tick)) for step in steps]
-            for index in units:
-                row = {"unit": work_list.unit_name(index), "index": index}
-                for worker in workers:
-                    row = worker(row)
-                yield draft_of(row)
+    def drafts(self, parts: Any, tick: Any) -> Generator[Any]:
+        for job, stages, work_list, units in parts:
+            with ExitStack() as stack:
+                steps = [[SOURCE_STAGE], *([stage] for stage in stages), [writer.WRITE_STAGE]]
+                workers = [stack.enter_context(Worker(job, step, on_event=tick)) for step in steps]
+                for index in units:
+                    row = {"unit": work_list.unit_name(index), "index": index}
+                    for worker in workers:
+                        row = worker(row)
+                    yield job.subset, outcome_of(row)
 
 
 # The kinds. Each: what does not hold, or "".

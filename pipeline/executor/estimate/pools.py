@@ -8,7 +8,7 @@ from ....schemas.config import BuildConfig
 from ...sources.protocols import SOURCE_STAGE
 from ...stages.base import ModelStage
 from ...stages.recipes import recipe_of
-from .. import ray_data
+from .. import operators
 
 
 class Pool(msgspec.Struct, frozen=True):
@@ -34,8 +34,8 @@ class Pool(msgspec.Struct, frozen=True):
 def find_pools(config: BuildConfig, subset: str) -> list[Pool]:
     """The pools that build a subset, in the stream's order."""
     pools = []
-    for step in ray_data.steps_of(recipe_of(config, subset), config):
-        resources = ray_data.resources_of(step, config)
+    for step in operators.steps_of(recipe_of(config, subset), config):
+        resources = operators.resources_of(step, config)
         names = tuple(stage if isinstance(stage, str) else stage.name for stage in step)
         models = [stage for stage in step if isinstance(stage, ModelStage)]
         name = "+".join(stage.name for stage in models)

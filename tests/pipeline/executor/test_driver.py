@@ -23,9 +23,9 @@ class Recording(LocalEngine):
     def __init__(self):
         self.given: list[list[int]] = []
 
-    def drafts(self, job, stages, plan, units, tick):
-        self.given.append(units)
-        return super().drafts(job, stages, plan, units, tick)
+    def drafts(self, parts, tick):
+        self.given += [part.units for part in parts]
+        return super().drafts(parts, tick)
 
 
 def test_the_steps_come_in_their_order_for_each_subset_and_a_second_build_takes_none(tmp_path, coconut, sa1b):
@@ -33,23 +33,25 @@ def test_the_steps_come_in_their_order_for_each_subset_and_a_second_build_takes_
 
     def step(function):
         def run(*arguments):
+            subsets = next((each for each in arguments if isinstance(each, dict)), [])
             subset = [each for each in arguments if isinstance(each, str)]
-            taken.append(" ".join([function.__name__, *subset]))
+            taken.append(" ".join([function.__name__, *subset, *subsets]))
             return function(*arguments)
 
         return run
 
     config = config_of(tmp_path / "out", coconut=coconut, sa1b=sa1b)
     summary = driver.build(config, engine, step=step)
-    each = ["prepare_work_list", "find_pending", "build_units"]
+    each = ["prepare_work_list", "find_pending"]
     steps = [f"{name} {subset}" for subset in ("coconut", "sa1b") for name in each]
+    steps += ["group_subsets coconut sa1b", "build_units coconut", "build_units sa1b"]
     assert taken == [*steps, "write_config", "merge_corpus"]
     assert engine.given == [[0, 1, 2], [0, 1]]
     paths = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     before = {path: path.stat().st_mtime_ns for path in paths}
     asked = len(calls(tmp_path / "captioner.log"))
     assert driver.build(config, engine, step=step) == summary
-    assert len(taken) == 6 + 2 and len(engine.given) == 2
+    assert len(taken) == 4 + 3 + 2 and len(engine.given) == 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len([path for path in (tmp_path / "out").rglob("*") if path.is_file()]) == len(paths)
     assert len(calls(tmp_path / "captioner.log")) == asked == 64

@@ -13,7 +13,8 @@ import pytest
 from paracaption.pipeline.corpus import utilization
 from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.executor import ray_data
-from paracaption.pipeline.executor.ray_data import RayEngine, steps_of
+from paracaption.pipeline.executor.operators import steps_of
+from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.recipes import recipe_of
 from paracaption.schemas.errors import ConfigError, Retryable, StageStalled

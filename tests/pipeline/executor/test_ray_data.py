@@ -11,9 +11,10 @@ import pytest
 from paracaption.pipeline.corpus.events import Event
 from paracaption.pipeline.executor import ray_metrics
 from paracaption.pipeline.executor.estimate.pools import find_pools
-from paracaption.pipeline.executor.ray_data import RayEngine, actor_class, check_resources, steps_of
+from paracaption.pipeline.executor.operators import operators_of
+from paracaption.pipeline.executor.ray_data import RayEngine, actor_class
 from paracaption.pipeline.executor.ray_metrics import COUNTERS, RayMetrics
-from paracaption.pipeline.executor.worker import Worker
+from paracaption.pipeline.executor.workers import Workers
 from paracaption.pipeline.stages.recipes import recipe_of
 from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
@@ -60,16 +61,15 @@ def test_without_an_address_training_starts_a_ray_of_its_own_beside_any_cluster(
 
 def test_the_class_of_a_steps_actors_has_its_name_and_can_be_sent(tmp_path, sa1b):
     config = config_of(tmp_path / "out", sa1b=sa1b, apart=True)
-    steps = steps_of(recipe_of(config, "sa1b"), config)
-    classes = [actor_class(step) for step in steps]
+    classes = [actor_class(each) for each in operators_of({"sa1b": recipe_of(config, "sa1b")}, config)]
     models = ["caption", "extract_category", "agree_with_segmenter"]
     assert [each.__name__ for each in classes] == ["source", *models, "write"]
     sent = cloudpickle.loads(cloudpickle.dumps(classes[1]))
-    assert sent.__name__ == "caption" and issubclass(sent, Worker)
+    assert sent.__name__ == "caption" and issubclass(sent, Workers)
 
     shared = config_of(tmp_path / "out", sa1b=sa1b)
-    [step] = steps_of(recipe_of(shared, "sa1b"), shared)
-    assert actor_class(step).__name__ == "+".join(models)
+    [operator] = operators_of({"sa1b": recipe_of(shared, "sa1b")}, shared)
+    assert actor_class(operator).__name__ == "+".join(models)
 
 
 def two_captioners(tmp_path, num_gpus: float) -> BuildConfig:
@@ -94,16 +94,23 @@ def test_each_member_on_gpus_has_a_pool_and_those_without_share_one(tmp_path):
     assert [pool.places for pool in pools][1] == ("subsets.coconut.recipe.first.captioner",)
 
 
-def test_more_pools_than_gpus_are_refused_with_what_helps(tmp_path, monkeypatch):
+@pytest.fixture
+def cluster(ray_init, monkeypatch):
+    """Stands in for a cluster of 8 CPUs and one GPU; what is changed in it is what the cluster has."""
     import ray
 
+    has = {"CPU": 8.0, "GPU": 1.0}
     monkeypatch.delenv("RAY_AUTOSCALER", raising=False)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: has)
+    return has
+
+
+def test_more_pools_than_gpus_are_refused_with_what_helps(tmp_path, cluster):
     shares = two_captioners(tmp_path / "shares", 0.5)
-    check_resources(steps_of(recipe_of(shares, "coconut"), shares), shares)
+    assert RayEngine().group(shares, ["coconut"]) == [["coconut"]]
     whole = two_captioners(tmp_path / "whole", 1)
     with pytest.raises(ConfigError) as refused:
-        check_resources(steps_of(recipe_of(whole, "coconut"), whole), whole)
+        RayEngine().group(whole, ["coconut"])
     for words in ("2 GPU at once", "first: 1 x 1", "second: 1 x 1", "num_gpus: 0.5", "one model a pass"):
         assert words in str(refused.value)
 

@@ -171,7 +171,8 @@ def watch(tmp_path) -> Callable[[], str]:
             return []
 
     def run() -> str:
-        found = Watch(Silent(), Progress("coconut", 1), 7.0, tmp_path)  # type: ignore[arg-type]
+        found = Watch(7.0)
+        found.follow(Silent(), Progress("coconut", 1), tmp_path)  # type: ignore[arg-type]
         found.moved -= 7.1 + STALL_GRACE_S
         with pytest.raises(StageStalled) as raised:
             found.update(moved=False)
