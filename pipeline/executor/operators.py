@@ -1,6 +1,6 @@
 """The operators of a Ray Data stream: which stages share a pool of actors, in one recipe and in several.
 
-    coconut:  [source ...] -> [captioner] -> [judge]                -> [text + write]
+    coconut:  [source ...] -> [captioner] -> [judge] ----------------> [text + write]
     sa1b:     [source ...] -> [captioner] -> [judge] -> [segmenter] -> [text + write]
     both:     [source ...] -> [captioner] -> [judge] -> [segmenter] -> [text + write]
 

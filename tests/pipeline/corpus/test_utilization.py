@@ -69,6 +69,19 @@ def test_of_the_backends_numbers_the_last_of_each_actor_count():
     assert found.stages()["judge"].report == pytest.approx({"hit rate": 0.7, "other": 1.0})
 
 
+def test_the_time_in_which_an_actor_worked_for_another_subset_is_no_idle_time():
+    found = added(
+        ("a", Event(0, "started", "caption")),
+        ("a", Event(0, "ready", "caption")),
+        ("a", Event(6, "unit", "caption", "u0", asked=4, busy=2.0, away=4.0)),
+        ("a", Event(10, "unit", "caption", "u1", asked=4, busy=2.0, away=1.0)),
+        ("b", Event(0, "ready", "caption")),
+        ("b", Event(10, "unit", "caption", "u2", asked=4, busy=10.0)),
+    )
+    assert found.stages()["caption"].alive_s == pytest.approx((10 - 5) + 10)
+    assert found.stages()["caption"].busy_share == pytest.approx(14 / 15)
+
+
 def test_runs_of_a_subset_are_added_up_and_those_of_another_left_out(tmp_path):
     for run, seconds in (("1-1-coconut-a", 2.0), ("2-1-coconut-b", 4.0), ("3-1-coconut-l-c", 9.0)):
         folder = tmp_path / "events" / run

@@ -13,13 +13,15 @@ import pytest
 from paracaption.pipeline.corpus import utilization
 from paracaption.pipeline.corpus.events import EventReader
 from paracaption.pipeline.executor import ray_data
+from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.executor.operators import steps_of
 from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.stages.base import ModelStage
 from paracaption.pipeline.stages.recipes import recipe_of
 from paracaption.schemas.errors import ConfigError, Retryable, StageStalled
-from tests.building import build, calls, config_of, drops
+from tests.building import build, calls, committed, config_of, drops
 from tests.pipeline.executor.conformance import Conformance
+from tests.pipeline.executor.test_side_by_side import RECIPES, mixed
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -143,6 +145,33 @@ def test_each_stage_in_its_own_actors_asks_once_and_tells_its_start_and_its_shar
     assert driver == ["begun", "ended"]
     processes = {path.stem.rpartition("-")[2] for path in run.glob("*.jsonl")}
     assert len(processes) == 1 + 5
+
+
+def test_subsets_side_by_side_share_their_pools_and_are_equal_to_the_last_byte(
+    engine, tmp_path, coconut, sa1b
+):
+    """The captioner comes before the judge in one recipe and after it in the other."""
+    found = {}
+    for name, chosen in (("one", LocalEngine()), ("other", engine)):
+        config = mixed(tmp_path / name, coconut, sa1b, RECIPES["in another order"](tmp_path / name))
+        build(config, chosen)
+        found[name] = committed(tmp_path / name / "out")
+    assert found["one"] == found["other"] and len(found["one"]) == 3 * (3 + 2)
+    runs = {subset: run for subset, (run,) in utilization.list_runs(tmp_path / "other" / "out").items()}
+    told = {subset: list(EventReader(run).new()) for subset, run in runs.items()}
+    times = {
+        (subset, event.what): event.time_s
+        for subset, events in told.items()
+        for event in events
+        if event.what in ("begun", "ended")
+    }
+    assert max(times[each, "begun"] for each in runs) < min(times[each, "ended"] for each in runs)
+    workers = [path.stem for run in runs.values() for path in run.glob("*.jsonl")]
+    pools = {worker.rpartition("-")[2] for worker in workers if not worker.startswith(("driver", "ray"))}
+    assert len(pools) == 7  # source, caption, other, judge, caption, segmenter, write; alone they are 5 and 5
+    judges = [worker.partition("-") for worker in workers if "_category-" in worker]
+    assert {judge for judge, _, _ in judges} == {"verify_category", "extract_category"}
+    assert len({process for _, _, process in judges}) == 1, "one judge has worked for both"
 
 
 @pytest.mark.soak

@@ -115,6 +115,45 @@ def test_more_pools_than_gpus_are_refused_with_what_helps(tmp_path, cluster):
         assert words in str(refused.value)
 
 
+def two_subsets(tmp_path, coconut, sa1b) -> BuildConfig:
+    """Two subsets that share nothing but the judge: together their pools need three GPUs, each alone two."""
+    own = recipe_tests.captioner(tmp_path, "own")
+    own["captioner"] |= {"num_gpus": 1}
+    values = config_of(tmp_path / "out", coconut=coconut, sa1b=sa1b).model_dump(mode="json")
+    values["captioner"]["num_gpus"] = values["judge"]["num_gpus"] = 1
+    values["subsets"]["sa1b"]["recipe"] = [own, "extract_category"]
+    return BuildConfig.model_validate(values)
+
+
+def test_subsets_run_side_by_side_where_their_pools_fit_and_else_a_line_says_that_they_do_not(
+    tmp_path, coconut, sa1b, cluster, caplog
+):
+    config, both = two_subsets(tmp_path, coconut, sa1b), ["coconut", "sa1b"]
+    cluster["GPU"] = 3.0
+    with caplog.at_level(logging.INFO):
+        assert RayEngine().group(config, both) == [both]
+        assert not caplog.records
+        cluster["GPU"] = 2.0
+        assert RayEngine().group(config, both) == [["coconut"], ["sa1b"]]
+    (line,) = [each.message for each in caplog.records]
+    assert line == (
+        "built one after the other: coconut, then sa1b; all at once need 3 GPU, the cluster has 2"
+    )
+
+
+def test_a_cluster_that_scales_itself_has_what_the_largest_subset_needs(
+    tmp_path, coconut, sa1b, cluster, monkeypatch
+):
+    cluster["GPU"] = 0.0
+    config = two_subsets(tmp_path, coconut, sa1b)
+    monkeypatch.setenv("RAY_AUTOSCALER", "yes")
+    assert RayEngine().group(config, ["coconut", "sa1b"]) == [["coconut"], ["sa1b"]]
+    shared = BuildConfig.model_validate(
+        config.model_dump(mode="json") | {"subsets": config_of(tmp_path, coconut=coconut, sa1b=sa1b).subsets}
+    )
+    assert RayEngine().group(shared, ["coconut", "sa1b"]) == [["coconut", "sa1b"]]
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Stands in for Ray's counters: the sum of each, by name and tags."""

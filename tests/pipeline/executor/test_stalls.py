@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from paracaption.pipeline.corpus import card, owner, plots, reader, writer
+from paracaption.pipeline.corpus.events import Event
 from paracaption.pipeline.executor import build as building
 from paracaption.pipeline.executor import preflight, stalls
 from paracaption.pipeline.executor.progress import STALL_GRACE_S, Progress, Watch
@@ -179,6 +180,35 @@ def watch(tmp_path) -> Callable[[], str]:
         return str(raised.value)
 
     return run
+
+
+class Talking:
+    """A run whose workers say something each time somebody asks."""
+
+    def named(self) -> list:
+        return [("w", Event(0.0, "batch"))]
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_subset_that_waits_is_no_stall_as_long_as_another_one_moves(tmp_path, others):
+    class Silent:
+        def named(self) -> list:
+            return []
+
+    found = Watch(7.0)
+    for name, run in (("coconut", Silent()), ("sa1b", Talking() if others else Silent())):
+        (tmp_path / name).mkdir()
+        found.follow(run, Progress(name, 1), tmp_path / name)  # type: ignore[arg-type]
+    (tmp_path / "sa1b" / "stack-caption-1.txt").write_text(f"caption, unit sa1b-000003\n{stalls.STACK_MARK}")
+    found.moved -= 7.1 + STALL_GRACE_S
+    if others:
+        found.update(moved=False)
+        assert found.moved > time.monotonic() - 1
+    else:
+        with pytest.raises(
+            StageStalled, match=r"^caption, unit sa1b-000003: no progress .*sa1b/stack-caption"
+        ):
+            found.update(moved=False)
 
 
 FIX = (
