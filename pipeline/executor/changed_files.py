@@ -56,7 +56,8 @@ def note_changed_files(
         What has changed, by subset; only subsets of which something has.
 
     Raises:
-        ConfigError: the configuration cannot work here, or another driver is writing there.
+        ConfigError: the configuration cannot work here, a list or folder of the sources is not there, or
+            another driver is writing there.
         IntegrityError: a work list, a ledger or the log is damaged.
     """
     config, found, number = complete(config), dict[str, Growth](), 0
@@ -67,6 +68,7 @@ def note_changed_files(
         if listed is None:
             continue
         source, changed = open_source(config, subset), dict[int, list[str]]()
+        source.fingerprint()  # a folder that is not there is known at once, and not waited for by each file
         pending = set(find_pending_units(listed, recipe_digest(recipe_of(config, subset), config)))
         for index in sorted(set(range(listed.num_units)) - pending):
             with NOW.during("comparing files", f"{subset}/{listed.unit_name(index)}"):

@@ -211,7 +211,8 @@ def _mapped(path: str) -> Any:
 def is_gone(url: str) -> bool:
     """Whether a fresh listing of its folder agrees that there is no file of this name.
 
-    A listing that cannot be had does not agree: a folder that is away takes its files with it.
+    A listing that cannot be had does not agree: a folder that is away takes its files with it. One that has
+    the name agrees if it is a link that leads nowhere.
     """
     folder, _, name = url.rstrip("/").rpartition("/")
     backend, now = backend_of(url), time.monotonic()
@@ -225,7 +226,23 @@ def is_gone(url: str) -> bool:
             return False
     except Exception:  # noqa: BLE001 - whatever it is, it does not agree
         return False
-    return name not in names
+    return name not in names or _leads_nowhere(url)
+
+
+def _leads_nowhere(url: str) -> bool:
+    """Whether this is a symbolic link on this machine to a file that is not there."""
+    if is_url(url):
+        return False
+    path = local(variables.expand(url))
+    try:
+        if not os.path.islink(path):
+            return False
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 _LISTED: dict[str, tuple[float, set[str]]] = {}

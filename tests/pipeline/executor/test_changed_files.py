@@ -11,7 +11,9 @@ from PIL import Image
 from paracaption.pipeline.corpus import verify
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.changed_files import note_changed_files
+from paracaption.pipeline.io import failures
 from paracaption.pipeline.sources.registry import complete
+from paracaption.schemas.errors import ConfigError
 from tests.building import calls, config_of
 from tests.pipeline.corpus.test_growth import SIZE, finish, records
 from tests.synthetic import jpeg, write_coconut
@@ -62,3 +64,12 @@ def test_files_that_are_away_are_no_change(built, tmp_path):
     passed_by = list[str]()
     assert note_changed_files(built, unread=passed_by.append) == {}
     assert passed_by == [f"coconut/{number:012d}" for number in range(6)]
+
+
+@pytest.mark.parametrize("folder", ["labels", "photos"])
+def test_a_folder_that_is_away_is_known_at_once(built, tmp_path, folder, monkeypatch):
+    shutil.rmtree(tmp_path / "source" / folder)
+    waits = built.model_copy(update={"failures": built.failures.model_copy(update={"read_retry_s": 60})})
+    monkeypatch.setattr(failures.RETRYING, "_sleep", lambda _: pytest.fail("it is waited for"))
+    with pytest.raises(ConfigError, match=f"{folder}: .*{folder}"):
+        note_changed_files(waits)
