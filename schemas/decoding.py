@@ -72,7 +72,6 @@ class DecodeOptions(Strict):
     temperature: float = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
         description="Temperature of sampling; 0 takes the most likely token.",
     )
     top_p: float = Field(

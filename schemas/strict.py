@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -34,7 +35,7 @@ class FileContext(NamedTuple):
 class Strict(BaseModel):
     """A part of a configuration file. It cannot be changed once it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
 
     @classmethod
     def from_stored(cls, values: Any) -> Self:
@@ -78,7 +79,11 @@ class Strict(BaseModel):
 
 
 class Published(Strict):
-    """A whole configuration. It is published with what it makes, so one that holds a secret is refused."""
+    """A whole configuration. It is published with what it makes, so one that holds a secret is refused.
+
+    So is a number that is not finite, also among the options of a backend: it has no JSON, and a threshold
+    that it stands for would drop everything or nothing.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -96,6 +101,29 @@ class Published(Strict):
         if found:
             raise ValidationError.from_exception_data(cls.__name__, found, hide_input=True)
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _finite_numbers(cls, values: Any, info: ValidationInfo) -> Any:
+        if info.context and info.context.ours:
+            return values
+        found = [mistake(place, value, "has to be a finite number") for place, value in _not_finite(values)]
+        if found:
+            raise ValidationError.from_exception_data(cls.__name__, found, hide_input=True)
+        return values
+
+
+def _not_finite(
+    values: Any, place: tuple[int | str, ...] = ()
+) -> Iterator[tuple[tuple[int | str, ...], float]]:
+    if isinstance(values, float) and not math.isfinite(values):
+        yield place, values
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _not_finite(value, (*place, name if isinstance(name, int | str) else str(name)))
+    elif isinstance(values, list | tuple):
+        for number, value in enumerate(values):
+            yield from _not_finite(value, (*place, number))
 
 
 def _absolute(path: str, info: ValidationInfo) -> str:
@@ -181,6 +209,8 @@ def _in_our_words(text: str) -> str:
     """A message of pydantic's, said as in our own errors; another text as it is."""
     if text == "Field required":
         return "is missing; add it"
+    if text.startswith("List should have at least 1 item"):
+        return "has to have at least one entry"
     if not text.startswith("Input should be "):
         return text
     wanted = text.removeprefix("Input should be ").partition(", unable to parse")[0]
@@ -195,7 +225,7 @@ _KIND = re.compile(r"(function-[a-z]+|list|dict|nullable|union)\[.*\]")
 def one_line_each(
     error: ValidationError,
     where: str,
-    keys: str,
+    keys: str | Callable[[tuple[int | str, ...]], str],
     place_of: Callable[[tuple[int | str, ...]], tuple[int | str, ...]] = tuple,
     known: Callable[[tuple[int | str, ...]], Iterable[str]] | None = None,
 ) -> str:
@@ -204,7 +234,7 @@ def one_line_each(
     Args:
         error: of a model's validation.
         where: what stands before the key on each line; may be empty.
-        keys: what an unknown key's line says about those that are known.
+        keys: what an unknown key's line says about those that are known, also by its place in the model.
         place_of: where the user wrote what is at a place of the model.
         known: the keys that there are besides an unknown one, by its place in the model; those of the
             sections below it as `section.key`.
@@ -214,7 +244,7 @@ def one_line_each(
         place = ".".join(part for part in map(str, place_of(each["loc"])) if not _KIND.fullmatch(part))
         if each["type"] == "extra_forbidden":
             meant = _meant(str(each["loc"][-1]), list(known(each["loc"])) if known else [])
-            wrong = f"unknown key; {meant}{keys}"
+            wrong = f"unknown key; {meant}{keys(each['loc']) if callable(keys) else keys}"
         else:
             together = each["type"] == "value_error" and isinstance(each["input"], dict)  # of keys
             is_told = not together and each["type"] not in ("missing", "secret")

@@ -108,6 +108,20 @@ def test_absolute_paths_are_taken_as_they_are_and_home_stays_a_variable(tmp_path
             r"build.yaml: min_iuo: unknown key; did you mean `min_iou`\? see",
         ),
         ({"masks": {"min_area": 3}}, r"build.yaml: masks.min_area: unknown key"),
+        (
+            {"min_verdict_margin": float("inf")},
+            r"min_verdict_margin: has to be a finite number \(given: inf\)",
+        ),
+        ({"min_verdict_margin": "inf"}, r"min_verdict_margin: has to be a finite number \(given: 'inf'\)"),
+        ({"min_iou": float("nan")}, r"min_iou: has to be a finite number"),
+        (
+            {"captioner": {"name": "gar", "options": {"a": [1, float("-inf")]}}},
+            r"captioner.options.a.1: has to be a finite number \(given: -inf\)",
+        ),
+        (
+            {"subsets": {"a": {"sources": {"source": "coco", "annotations": ["a.json"], "photos": []}}}},
+            r"photos: has to have at least one entry",
+        ),
         ({"masks.min_area_px": 3}, r"unknown key; did you mean `masks: \{min_area_px: \.\.\.\}`\? see"),
         ({"min_area_px": 3}, r"unknown key; did you mean `masks: \{min_area_px: \.\.\.\}`\? see"),
         (
@@ -189,7 +203,10 @@ SA1B = {"source": "sa1b", "paths": ["in/sa_*.tar"]}
         ),
         (SA1B | {"path": "y"}, r"sources.0.path: unknown option; `sa1b` takes license, paths \(given: 'y'\)"),
         (SA1B | {"paths": 3}, r"subsets.a.sources.0.paths: has to be a list \(given: 3\)"),
-        ({"source": "coconut", "annotations": [], "photos": []}, r"subsets.a.sources.0: .*needs `labels`"),
+        (
+            {"source": "coconut", "annotations": ["a"], "photos": ["b"]},
+            r"subsets.a.sources.0: .*needs `labels`",
+        ),
     ],
 )
 def test_a_mistake_in_a_source_is_the_same_line_from_a_file_and_from_a_program(tmp_path, source, told):
@@ -206,7 +223,7 @@ def test_a_mistake_in_a_source_is_the_same_line_from_a_file_and_from_a_program(t
     ("subsets", "told"),
     [
         ({"a": {"sources": {"paths": ["x"]}}}, r"subsets.a.sources.0.source: name the kind"),
-        ({"a": {"sources": []}}, r"subsets.a.sources: List should have at least 1 item"),
+        ({"a": {"sources": []}}, r"subsets.a.sources: has to have at least one entry"),
         ({"a": {"sources": SA1B, "recipes": "x"}}, r"subsets.a.recipes: unknown key"),
         ({"a/b": {"sources": SA1B}}, r"subsets.a/b.*a subset is a folder"),
         ({"..": {"sources": SA1B}}, r"a subset is a folder"),
@@ -254,6 +271,7 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path, content, told):
     with pytest.raises(ConfigError, match=f"build.yaml: {told}") as caught:
         load_config(tmp_path / "build.yaml")
     assert len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).count("save it as UTF-8") < 2 and "UTF-8; correct" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
