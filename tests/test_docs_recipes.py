@@ -66,7 +66,7 @@ print([step.stage for step in merge.count_subset(corpus, "photos").funnel])
 assert verify.verify("contrast").ok
 merge.merge("contrast")
 config = corpus.config
-assert not whatif.can_try(config, "photos")
+assert "a stage of your own" in whatif.why_not(config, "photos")
 charts.read_distributions(Catalog(Path("contrast")), "photos", config)
 assert "my_stages" not in sys.modules
 """

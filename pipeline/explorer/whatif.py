@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
+from ...schemas.recipe import stages_in
 from ...schemas.records import ImageRecord, Region
 from ..stages.base import FilterStage, ModelStage, Stage, Threshold
-from ..stages.recipes import recipe_of
-from ..stages.registry import THRESHOLDS
+from ..stages.options import places_of
+from ..stages.recipes import entries_of, recipe_of
+from ..stages.registry import THRESHOLDS, known_stage
 from .catalog import Catalog
 from .charts import BIN_COLUMNS, Tally
 from .query import format_number
@@ -114,8 +116,8 @@ def changed_lines(config: BuildConfig, wanted: BuildConfig) -> str:
     return "\n".join([*top, *(["text:"] if inner else []), *(f"  {line}" for line in inner)])
 
 
-def can_try(config: BuildConfig, subset: str) -> bool:
-    """Whether the stored scores of a subset say what other thresholds would keep.
+def why_not(config: BuildConfig, subset: str) -> str:
+    """Why the stored scores of a subset do not say what other thresholds would keep; "" if they do.
 
     They do not where its stages are not known: it may have left the configuration since it was built, or have
     a stage of the user's own. Nor where two stages write one score, where a vote or a fallback decides, or
@@ -124,15 +126,33 @@ def can_try(config: BuildConfig, subset: str) -> bool:
     try:
         recipe = recipe_of(config, subset)
     except ConfigError:
-        return False
+        return "it is no longer in the configuration, or its recipe has a stage of your own"
     deciding = [stage for stage in recipe if stage.thresholds]
-    scores = [score for stage in deciding for score in stage.scores]
-    on_caption = [
-        number for number, stage in enumerate(recipe) if stage.thresholds and "caption" in stage.needs
-    ]
-    recaptioned = any("caption" in stage.gives for stage in recipe[min(on_caption, default=0) :])
-    is_plain = all(stage.within is None for stage in deciding)
-    return is_plain and len(scores) == len(set(scores)) and not (on_caption and recaptioned)
+    if inside := next((stage for stage in deciding if stage.within is not None), None):
+        return f"`{inside.name}` is in a vote or a fallback, which decides by more than its threshold"
+    writers: dict[str, str] = {}
+    for stage in deciding:
+        for score in stage.scores:
+            if score in writers:
+                return f"`{writers[score]}` and `{stage.name}` write the same score, so one of them is lost"
+            writers[score] = stage.name
+    first = ""
+    for stage in recipe:
+        if stage.thresholds and "caption" in stage.needs:
+            first = first or stage.name
+        if first and "caption" in stage.gives:
+            return f"`{stage.name}` writes other captions than those that `{first}` has decided about"
+    return ""
+
+
+def set_by_recipe(config: BuildConfig, subset: str) -> list[str]:
+    """The thresholds that a subset's recipe sets for itself: those of the configuration do not change it."""
+    found = []
+    for entry in stages_in(entries_of(config, subset)):
+        if (stage := known_stage(entry.kind)) is not None:
+            places = places_of(stage)
+            found += [".".join(places[name]) for name in entry.options if name in places]
+    return [key for key in THRESHOLDS if key in found]
 
 
 def compare(

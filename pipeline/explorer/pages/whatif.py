@@ -39,10 +39,11 @@ def _compare(explorer: Explorer, params: Mapping[str, str]) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"a threshold has to be a number: {error}") from error
     wanted = whatif.change_config(config, values)
+    left_out = {name: why for name in catalog.subsets() if (why := whatif.why_not(config, name))}
     changes = {
         name: whatif.compare(catalog, name, config, wanted, exact="exact" in params)
         for name in catalog.subsets()
-        if whatif.can_try(config, name)
+        if name not in left_out
     }
     moved = {key for key in values if THRESHOLDS[key].value(wanted) != THRESHOLDS[key].value(config)}
     charts = [
@@ -58,7 +59,8 @@ def _compare(explorer: Explorer, params: Mapping[str, str]) -> dict[str, Any]:
         "thresholds": THRESHOLDS,
         "changes": changes,
         "lines": whatif.changed_lines(config, wanted),
-        "left_out": [name for name in catalog.subsets() if name not in changes],
+        "left_out": left_out,
+        "own": {name: keys for name in changes if (keys := whatif.set_by_recipe(config, name))},
         "mixed": [name for name in changes if len(catalog.counts(name).recipes) > 1],
         "stale": [name for name in changes if whatif.contradicts(catalog, name, config)],
         "exact_url": "/whatif?" + urlencode({**given, "exact": "1"}),

@@ -16,6 +16,9 @@ from tests.building import build, config_of
 from tests.pipeline.explorer import corpus
 from tests.synthetic import write_coconut, write_sa1b
 
+OTHER = {"name": "tests.backends:InstantJudge", "options": {"version": "2"}}
+OTHER_CAPTIONER = {"name": "tests.backends:InstantCaptioner", "options": {"version": "2"}}
+
 CASES = {
     "a lower IoU": {"min_iou": 0.2},
     "a higher IoU": {"min_iou": 0.8},
@@ -116,4 +119,40 @@ def test_a_subset_that_left_the_configuration_is_left_out_and_said(tmp_path):
         "/whatif?min_iou=0.6"
     )
     assert page.status_code == 200
-    assert "mine: this subset is no longer in the configuration" in page.text
+    assert "mine: no threshold can be tried for this subset, because it is no longer in the conf" in page.text
+
+
+RECIPES = {
+    "two scores": (
+        [*("caption", "verify_category"), {"stage": "verify_category", "id": "again", "judge": OTHER}],
+        "because `verify_category` and `again` write the same score",
+    ),
+    "other captions": (
+        ["caption", "clean_text", {"stage": "caption", "id": "second", "captioner": OTHER_CAPTIONER}],
+        "because `second` writes other captions than those that `clean_text` has decided about",
+    ),
+    "a vote": (
+        [
+            "caption",
+            {"vote": ["verify_category", {"stage": "verify_category", "id": "again", "judge": OTHER}]},
+        ],
+        "because `verify_category` is in a vote or a fallback",
+    ),
+    "its own": (
+        ["caption", "verify_category", {"stage": "clean_text", "min_words": 2}],
+        "the recipe of this subset sets text.min_words for itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_recipe_of_which_the_scores_do_not_tell_is_said_with_its_stages(tmp_path, case):
+    recipe, told = RECIPES[case]
+    sources = [{"source": "coconut", **write_coconut(tmp_path / "source", 2)}]
+    build(config_of(tmp_path / "out", subsets={"mine": {"sources": sources, "recipe": recipe}}))
+    client = TestClient(make_app(Explorer(tmp_path / "out")), base_url="http://localhost:8080")
+    page = client.get("/whatif?text.min_words=3")
+    assert page.status_code == 200 and told in page.text.replace("&#39;", "'")
+    assert whatif.set_by_recipe(reader.read_config(tmp_path / "out"), "mine") == (
+        ["text.min_words"] if case == "its own" else []
+    )

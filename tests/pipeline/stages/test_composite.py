@@ -186,7 +186,8 @@ def test_the_explorer_shows_what_each_captioner_and_each_judge_said(tmp_path):
         assert told.captions["other"] == row["caption"] == f"Another look. {told.captions['caption']}"
         said = {name: "no" if row["category"] in name else "yes" for name in ("cats", "trees")}
         assert told.answers == said
-    assert not whatif.can_try(config, "coconut") and whatif.can_try(plain_of(config), "coconut")
+    assert "is in a vote or a fallback" in whatif.why_not(config, "coconut")
+    assert whatif.why_not(plain_of(config), "coconut") == ""
 
 
 def plain_of(config: BuildConfig) -> BuildConfig:
