@@ -186,7 +186,7 @@ def _write_coco(chosen: Selection, folder: Path) -> list[Path]:
         info |= {"split": chosen.split} if chosen.share else {}
         file.write(b'{"info":' + msgspec.json.encode(info) + b',"licenses":')
         file.write(msgspec.json.encode(licenses.block()) + b',"images":[')
-        for number, (sample, photo) in enumerate(chosen.corpus.samples(), 1):
+        for number, (sample, photo, source_ids) in enumerate(_with_source_ids(chosen.corpus), 1):
             is_chosen = chosen.has(sample)
             if is_chosen:
                 image = {
@@ -204,6 +204,8 @@ def _write_coco(chosen: Selection, folder: Path) -> list[Path]:
                     categories[name] = taken = taken + 1
                 if is_chosen:
                     annotation = _annotation(region, num_annotations, number, categories[name])
+                    if (source_id := source_ids.get((sample.key, region.id))) is not None:
+                        annotation["source_id"] = source_id
                     annotations.write(_item(annotation, first=not used))
                     used.add(name)
         file.write(b'\n],"annotations":[')
@@ -216,6 +218,18 @@ def _write_coco(chosen: Selection, folder: Path) -> list[Path]:
     spooled.unlink()
     (folder / "images").mkdir(exist_ok=True)
     return [target, folder / "images"]
+
+
+def _with_source_ids(
+    corpus: Corpus,
+) -> Iterator[tuple[Sample, bytes, dict[tuple[str, int], int]]]:
+    """Every sample with its photo, and the ids that annotations of its unit have in their source."""
+    for unit in corpus.units():
+        table = reader.read_ledger(unit.ledger, ["key", "region", "kept", "source_id"])
+        rows = table.filter(table["kept"]).to_pylist()
+        ids = {(row["key"], row["region"]): row["source_id"] for row in rows if row["source_id"] is not None}
+        for sample, photo in corpus.unit_samples(unit):
+            yield sample, photo, ids
 
 
 class _Licenses:

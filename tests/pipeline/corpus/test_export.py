@@ -104,6 +104,12 @@ def test_coco_loads_with_pycocotools_and_keeps_captions(out, tmp_path, capsys):
     loaded = COCO(target)
     regions = [(sample, region) for sample in samples(out) for region in sample.regions]
     assert len(loaded.anns) == len(regions)
+    ids = {
+        (row["subset"], row["key"], row["region"]): row["source_id"]
+        for table in reader.open_corpus(out).ledgers()
+        for row in table.to_pylist()
+    }
+    assert any(ids.values())
     for annotation, (sample, region) in zip(loaded.anns.values(), regions, strict=True):
         image = loaded.imgs[annotation["image_id"]]
         assert (
@@ -111,6 +117,7 @@ def test_coco_loads_with_pycocotools_and_keeps_captions(out, tmp_path, capsys):
             and (images / image["file_name"]).exists()
         )
         assert annotation.get("caption") == region.caption and annotation["bbox"] == list(region.bbox)
+        assert annotation.get("source_id") == ids[sample.subset, sample.key, region.id]
         assert loaded.cats[annotation["category_id"]]["name"] == (region.category or region.core_category)
         assert int(np.sum(loaded.annToMask(annotation))) == annotation["area"] == region.area
 
