@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,22 @@ def train(variant: str, steps: int | None, alone: bool) -> Path:
 
 
 def run_command(*command: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "paracaption.flows.cli", *map(str, command)], check=True)
+    """Run a command of the command line in a process of its own, which ends when this one is stopped."""
+    line = [sys.executable, "-m", "paracaption.flows.cli", *map(str, command)]
+    process = subprocess.Popen(line)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()  # and not killed: it ends what it has started itself
+        process.wait()
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, line)
+
+
+def end_when_terminated() -> None:
+    """Let SIGTERM end this process by an exception, so that the command that it runs is ended, too."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def scores_of(folder: Path, held_out: Path, options: DecodeOptions) -> dict[str, Any]:
@@ -114,6 +130,7 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is asked for, and print the table."""
+    end_when_terminated()
     if sys.argv[1:2] == ["loop"]:
         from . import toy_loop  # which takes worlds and commands from here
 
