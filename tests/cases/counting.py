@@ -155,12 +155,17 @@ def _count_parquet(path: Path) -> Count | None:
 
 
 def count_tar(data: bytes) -> Count:
-    """JSONs in a tar and their regions: every header whose checksum is right counts, wherever it lies."""
+    """JSONs in a tar and their regions, up to a block that should be a header and is none.
+
+    What lies behind such a block may be a file that looks like a header: nothing says where the next one is.
+    """
     total, at = Count(0, 0), 0
     while at + _BLOCK <= len(data):
         header = data[at : at + _BLOCK]
         size = _size(header)
         at += _BLOCK
+        if size is None and header.strip(b"\0"):
+            break
         if size is None:
             continue
         name = header[:100].rstrip(b"\0")

@@ -47,6 +47,10 @@ def some_of(kind: str, count: int) -> list[str]:
     return list(filter(None, map(fuzz.problem_of_seed, seeds)))
 
 
+def test_a_tar_that_breaks_between_its_members_is_counted_up_to_there():
+    assert fuzz.problem_of_seed(17383) == ""
+
+
 def test_an_answer_that_is_not_made_clean_is_noticed(monkeypatch):
     monkeypatch.setattr(answers, "_text", lambda value, what: value)
     assert some_of("answer", 30)
