@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ...filters import rle
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord
 from ..io import photos
 from . import file_names
-from .protocols import CatalogEntry, Note
+from .protocols import CatalogEntry, Note, drop
 
 PHOTO_FIXES = {
     "photo_misnamed": "the format is read from the bytes, not from the name",
@@ -72,3 +76,38 @@ def _photo_notes(photo: Blob, file_name: str, header: photos.Header) -> list[Not
         detail = f"{photo}: EXIF orientation {header.orientation}; masks refer to the pixels as stored"
         notes.append(Note("photo_rotated", detail))
     return notes
+
+
+class Segmented(NamedTuple):
+    """What a list says of a region's mask.
+
+    Attributes:
+        segmentation: as `rle.check_all` takes it.
+        area: of the mask in pixels, if the list states it.
+        name: of the annotation, for messages.
+    """
+
+    segmentation: Any
+    area: float | None
+    name: str
+
+
+def place_masks(image: ImageRecord, found: Sequence[Segmented | None], notes: list[Note]) -> None:
+    """Give the regions of an image their masks. A mask that cannot be used drops its region.
+
+    Args:
+        image: with its regions and its size.
+        found: of each region; None if it has a drop already.
+        notes: an area that is not the stated one is noted in it.
+    """
+    good = [pair for pair in zip(image.regions, found, strict=True) if pair[1] is not None]
+    masks = rle.check_all([each.segmentation for _, each in good if each], image.height, image.width)
+    for (region, each), mask in zip(good, masks, strict=True):
+        assert each is not None
+        if isinstance(mask, BadRecord):
+            region.drop = region.drop or drop(mask.reason, f"{each.name}: {mask.detail}")
+            continue
+        region.rle, region.area, region.bbox = mask
+        if each.area is not None and each.area != region.area:
+            detail = f"{each.name}: declared {each.area:g}, mask has {region.area}"
+            notes.append(Note("area_differs", detail, region.id))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any, Literal
 
 import msgspec
 
-from ...filters import rle
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord
 from ...schemas.plain import fits_int64
@@ -14,7 +14,7 @@ from ...schemas.reasons import Reason
 from ...schemas.records import ImageRecord, Region
 from . import coco_json
 from .categories import Category, CategoryTable
-from .common import declared_size, read_header, refuse
+from .common import Segmented, declared_size, place_masks, read_header, refuse
 from .protocols import CatalogEntry, Note, drop
 
 Choice = Literal["drop", "keep"]
@@ -83,7 +83,7 @@ def fill_instances(
     if declared != (header.width, header.height):
         detail = f"photo is {header.width}x{header.height}, annotation says {declared[0]}x{declared[1]}"
         raise BadRecord(Reason.SIZE_MISMATCH, f"{where}: {detail}")
-    _place_masks(image, found, where, notes)
+    place_masks(image, list(map(_segmented, found, image.regions, repeat(where))), notes)
 
 
 def _read_record(data: bytes, limits: Limits, where: str) -> Record:
@@ -152,24 +152,11 @@ def _judge_crowds(
             region.drop = drop(Reason.CROWD, _name(region, where))
 
 
-def _place_masks(
-    image: ImageRecord, found: list[Instance | BadRecord], where: str, notes: list[Note]
-) -> None:
-    good = [
-        (region, instance)
-        for region, instance in zip(image.regions, found, strict=True)
-        if isinstance(instance, Instance)
-    ]
-    masks = rle.check_all([instance.segmentation for _, instance in good], image.height, image.width)
-    for (region, instance), mask in zip(good, masks, strict=True):
-        if isinstance(mask, BadRecord):
-            region.drop = region.drop or drop(mask.reason, f"{_name(region, where)}: {mask.detail}")
-            continue
-        region.rle, region.area, region.bbox = mask
-        is_rle = isinstance(instance.segmentation, dict)  # the area of a polygon is never that of its pixels
-        if is_rle and instance.area is not None and instance.area != region.area:
-            detail = f"{_name(region, where)}: declared {instance.area:g}, mask has {region.area}"
-            notes.append(Note("area_differs", detail, region.id))
+def _segmented(instance: Instance | BadRecord, region: Region, where: str) -> Segmented | None:
+    if isinstance(instance, BadRecord):
+        return None
+    is_rle = isinstance(instance.segmentation, dict)  # the area of a polygon is never that of its pixels
+    return Segmented(instance.segmentation, instance.area if is_rle else None, _name(region, where))
 
 
 def _name(region: Region, where: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import msgspec
 from pydantic import Field
 
-from ...filters import rle
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import Reason
@@ -16,7 +16,7 @@ from ...schemas.records import Blob, Credit, ImageRecord, Region
 from ...schemas.strict import Location
 from ..io import failures, files
 from . import coco_json, file_names
-from .common import PHOTO_FIXES, declared_size, read_header, refuse
+from .common import PHOTO_FIXES, Segmented, declared_size, place_masks, read_header, refuse
 from .credits import read_credit
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 from .sa1b_pairs import Groups
@@ -52,7 +52,8 @@ class Sa1bOptions(SourceOptions):
     """A part of SA-1B, as tars of photo and JSON pairs, which are read in place, or as folders of pairs."""
 
     paths: list[Location] = Field(
-        description="sa_*.tar files, or folders of pairs of a photo and a JSON. Globs are allowed."
+        min_length=1,
+        description="sa_*.tar files, or folders of pairs of a photo and a JSON. Globs are allowed.",
     )
 
 
@@ -102,7 +103,7 @@ class Sa1b(Source[Sa1bOptions]):
         if declared != (header.width, header.height):
             detail = f"photo is {header.width}x{header.height}, annotation says {declared[0]}x{declared[1]}"
             raise BadRecord(Reason.SIZE_MISMATCH, f"{where}: {detail}")
-        _place_masks(image, annotations, where, notes)
+        place_masks(image, list(map(_segmented, annotations, image.regions, repeat(where))), notes)
 
     def _paths(self) -> list[str]:
         return file_names.expand_paths(self.options.paths, f"{self.where}.paths")
@@ -265,23 +266,11 @@ def _region(number: int, annotation: _Annotation | BadRecord, where: str) -> Reg
     )
 
 
-def _place_masks(
-    image: ImageRecord, annotations: list[_Annotation | BadRecord], where: str, notes: list[Note]
-) -> None:
-    good = [
-        (region, annotation)
-        for region, annotation in zip(image.regions, annotations, strict=True)
-        if isinstance(annotation, _Annotation)
-    ]
-    masks = rle.check_all([annotation.segmentation for _, annotation in good], image.height, image.width)
-    for (region, annotation), mask in zip(good, masks, strict=True):
-        if isinstance(mask, BadRecord):
-            region.drop = drop(mask.reason, f"{where}: {_name(region.id, region.source_id)}: {mask.detail}")
-            continue
-        region.rle, region.area, region.bbox = mask
-        if annotation.area is not None and annotation.area != region.area:
-            detail = f"{where}: {_name(region.id, region.source_id)}: declared {annotation.area:g}"
-            notes.append(Note("area_differs", f"{detail}, mask has {region.area}", region.id))
+def _segmented(annotation: _Annotation | BadRecord, region: Region, where: str) -> Segmented | None:
+    if isinstance(annotation, BadRecord):
+        return None
+    name = f"{where}: {_name(region.id, region.source_id)}"
+    return Segmented(annotation.segmentation, annotation.area, name)
 
 
 def _name(place: int, source_id: int | None) -> str:
