@@ -96,7 +96,8 @@ def _read_file(path: str | Path, kind: type[_Config], changes: Sequence[str] = (
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         told = isinstance(error, UnicodeDecodeError) and (what_is(data, "YAML") or "save it as UTF-8")
         told = told or " ".join(str(error).replace('in "<unicode string>", ', "").split())
-        raise ConfigError(f"{path}: not a YAML file: {told}; correct the file") from error
+        fix = "" if "UTF-8" in told else "; correct the file"
+        raise ConfigError(f"{path}: not a YAML file: {told}{fix}") from error
     if raw is None:
         raise ConfigError(
             f"{path}: the file is empty; `paracaption config{_FLAGS.get(kind, '')}` prints all keys"

@@ -71,9 +71,13 @@ def audit(
     from ...pipeline.corpus.work_list import leave_out
     from ...pipeline.corpus.work_list_summary import find_work_list
     from ...pipeline.executor.audit import AuditReport, AuditResult, SharedPhotos, audit_subset
+    from ...pipeline.models.registry import refuse_unknown
     from ...pipeline.sources.registry import open_source
+    from ...pipeline.stages.recipes import used_backends
 
     loaded = load_config(config, changes or ())
+    for place, (protocol, backend) in used_backends(loaded).items():
+        refuse_unknown(protocol, backend, place)
     total, reports, shared = AuditResult(), {}, SharedPhotos()
     for subset in loaded.subsets:
         source = open_source(loaded, subset)

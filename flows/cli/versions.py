@@ -297,23 +297,31 @@ def _status_lines(found: Status) -> Iterator[str]:
 
 
 def _committed_lines(found: SubsetStatus) -> Iterator[str]:
-    units = f"{found.units:,} of {_known(found.planned_units)} units"
-    images = f"{found.images:,} of {_known(found.planned_images)} images"
+    units = f"{found.units:,} of {_counted(found.planned_units, 'unit')}"
+    images = f"{found.images:,} of {_counted(found.planned_images, 'image')}"
     share = f", {found.units / found.planned_units:.0%}" if found.planned_units else ""
     yield f"{found.subset}: {units}{share}, {images}"
     yield f"  regions: {found.kept:,} kept of {found.regions:,}"
     if found.older:
-        yield f"  {found.older:,} units are of an older configuration"
+        are = "is" if found.older == 1 else "are"
+        yield f"  {_number(found.older, 'unit')} {are} of an older configuration"
     if found.gone:
         names = ", ".join(found.gone_examples) + (", ..." if found.gone > len(found.gone_examples) else "")
-        yield f"  {found.gone:,} images are gone from the source ({names}) and stay in the corpus"
+        are, stay = ("is", "stays") if found.gone == 1 else ("are", "stay")
+        what = f"{_number(found.gone, 'image')} {are} gone from the source ({names})"
+        yield f"  {what} and {stay} in the corpus"
     if found.missing:
         names = ", ".join(found.missing[:_SHOWN]) + (", ..." if len(found.missing) > _SHOWN else "")
-        yield f"  FILES MISSING in {len(found.missing):,} units, which the next build makes again: {names}"
+        what = f"FILES MISSING in {_number(len(found.missing), 'unit')}"
+        yield f"  {what}, which the next build makes again: {names}"
 
 
 def _known(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
+
+
+def _counted(number: int | None, noun: str) -> str:
+    return f"? {noun}s" if number is None else _number(number, noun)
 
 
 def _owner_line(found: OwnerStatus) -> str:

@@ -10,7 +10,7 @@ import msgspec
 from ...schemas.config import Backend
 from ...schemas.errors import ConfigError, ParaCaptionError
 from ...schemas.plain import words_of
-from ..io import own_modules, variables
+from ..io import files, own_modules, variables
 
 
 class Registered(NamedTuple):
@@ -128,17 +128,26 @@ def find_backend(protocol: str, backend: Backend) -> type[Any]:
     Raises:
         ConfigError: there is no such backend, it cannot be imported, or it lacks the protocol's method.
     """
+    refuse_unknown(protocol, backend, protocol)
     path = find_registered(protocol, backend).path
     path = _MOVED.get(path, path)
-    if ":" not in path:
-        raise ConfigError(
-            f"{protocol}.name: no backend {backend.name!r}; choose from {sorted(BACKENDS[protocol])} "
-            "or name your own as 'package.module:Class'"
-        )
     found = own_modules.load_class(path, f"{protocol}.name")
     if backend.name not in BACKENDS[protocol]:
         _check_method(protocol, backend.name, found)
     return found
+
+
+def refuse_unknown(protocol: str, backend: Backend, where: str) -> None:
+    """Refuse a name that is none of our backends, and no class of the user's own. Imports nothing.
+
+    Raises:
+        ConfigError: it is; names the choices.
+    """
+    if ":" not in find_registered(protocol, backend).path:
+        raise ConfigError(
+            f"{where}.name: no backend {backend.name!r}; choose from {sorted(BACKENDS[protocol])} "
+            "or name your own as 'package.module:Class'"
+        )
 
 
 def _check_method(protocol: str, name: str, cls: type[Any]) -> None:
@@ -169,8 +178,23 @@ def load_backend(protocol: str, backend: Backend) -> Any:
 
 
 def options_of(backend: Backend) -> dict[str, Any]:
-    """The backend's options, with the values of the environment variables that they name."""
-    return variables.expand_all(backend.options)
+    """The backend's options, with the values of the environment variables that they name.
+
+    Raises:
+        ConfigError: a URL is given as the files of one of our models.
+    """
+    options = variables.expand_all(backend.options)
+    for name in _FILES if ":" not in backend.name and backend.name != "openai" else ():
+        given = options.get(name)
+        if isinstance(given, str) and files.is_url(given):
+            raise ConfigError(
+                f"{backend.name}: options.{name}: {given} is a URL; download the model, and give its folder"
+            )
+    return options
+
+
+_FILES = ("model", "language_model")
+"""Options of our backends that are folders or files on this machine."""
 
 
 def backend_identity(protocol: str, backend: Backend) -> dict[str, str]:

@@ -34,11 +34,12 @@ class CocoOptions(SourceOptions):
     """Files in COCO's instances layout: polygons or run-length encodings, with the names of the objects."""
 
     annotations: list[Location] = Field(
+        min_length=1,
         description="Instances JSON files, such as `instances_train2017.json` or `lvis_v1_train.json`. Globs "
-        "are allowed."
+        "are allowed.",
     )
     photos: list[Location] = Field(
-        description="Folders in which to look for each photo by its file name, in this order."
+        min_length=1, description="Folders in which to look for each photo by its file name, in this order."
     )
     categories: Location | None = Field(
         default=None,

@@ -40,13 +40,15 @@ class CoconutOptions(SourceOptions):
         "rows with the PNG inside.",
     )
     annotations: list[Location] = Field(
-        description="Panoptic JSON files, folders of one JSON per image, or Parquet files. Globs are allowed."
+        min_length=1,
+        description="Panoptic JSON files, folders of one JSON per image, or Parquet files. Globs are "
+        "allowed.",
     )
     labels: Location | None = Field(
         default=None, description="Folder of the label PNGs, which the layout `panoptic` needs."
     )
     photos: list[Location] = Field(
-        description="Folders in which to look for each photo by its file name, in this order."
+        min_length=1, description="Folders in which to look for each photo by its file name, in this order."
     )
     categories: Location | None = Field(
         default=None,

@@ -158,8 +158,9 @@ def _text(url: str) -> str:
     try:
         return data.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as error:
-        why = what_is(data) or f"byte {error.start} is not UTF-8"
-        raise ConfigError(f"{url}: not a text file: {why}; save it as UTF-8") from error
+        why = what_is(data) or f"byte {error.start} is not UTF-8; save it as UTF-8"
+        fix = "" if "; " in why else "; give the CSV or the JSON lines"
+        raise ConfigError(f"{url}: not a text file: {why}{fix}") from error
 
 
 def _first(given: dict[str, Any], names: Iterable[str]) -> str:

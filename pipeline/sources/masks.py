@@ -27,7 +27,7 @@ from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 class MasksOptions(SourceOptions):
     """Photos and mask images: a file for each mask, or one indexed image for each photo."""
 
-    photos: list[Location] = Field(description="Folders of the photos.")
+    photos: list[Location] = Field(min_length=1, description="Folders of the photos.")
     masks: Location | list[Location] = Field(
         description="Folder of the mask images, or a list of such folders. It may be the folder of the "
         "photos if `names` has a line for each mask."

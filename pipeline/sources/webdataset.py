@@ -44,7 +44,7 @@ class WebDatasetOptions(SourceOptions):
     """Tars in WebDataset's layout, such as the shards of a corpus: photo and masks under one key."""
 
     paths: list[Location] = Field(
-        description="The tars, such as `out/coconut/shards/*.tar`. Globs are allowed."
+        min_length=1, description="The tars, such as `out/coconut/shards/*.tar`. Globs are allowed."
     )
     layout: Literal["files", "indexed"] = Field(
         default="files",
@@ -256,10 +256,14 @@ class WebDataset(Source[WebDatasetOptions]):
         elif found is not None:
             region.category = found.name
         region.is_thing = None if found is None else found.is_thing
-        if element.get("iscrowd") in (1, True, "1") and self.options.crowds == "drop":
+        crowd = element.get("iscrowd")
+        if crowd in (1, "1") and self.options.crowds == "drop":
             region.drop = drop(Reason.CROWD, name)
-        elif element.get("iscrowd") in (1, True, "1"):
+        elif crowd in (1, "1"):
             notes.append(Note("crowd_kept", name, place))
+        elif crowd not in (None, 0, "0", ""):
+            detail = f"{name}: iscrowd is {str(crowd)[:40]}, but it has to be 0 or 1"
+            region.drop = drop(Reason.ANNOTATION_UNREADABLE, detail)
         if region.drop is None and region.category is None and self.options.unnamed == "drop":
             region.drop = drop(Reason.UNKNOWN_CATEGORY, f"{name}: has no name")
         return region

@@ -95,7 +95,12 @@ def _checked(
     if kind is None:
         return None
     names = option_names(stage)
-    takes = f"its options are {', '.join(names)}" if names else "it takes no options"
+
+    def takes(place: tuple[int | str, ...]) -> str:
+        if len(place) > 1:
+            return f"the keys of a {place[0]} are {', '.join(Backend.model_fields)}"
+        return f"its options are {', '.join(names)}" if names else "it takes no options"
+
     try:
         return kind.model_validate(values)
     except ValidationError as error:

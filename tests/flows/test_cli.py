@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
 from paracaption.schemas.config import Backend, BuildConfig
+from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.evaluation import EvaluateConfig
 from paracaption.schemas.training import TrainConfig
 from tests.machinery import alone
@@ -123,6 +124,24 @@ def test_audit_writes_its_list_into_the_output_by_default(tmp_path, release):
     done = runner.invoke(app, ["audit", str(written(tmp_path, release))])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "audit.parquet").exists()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_audit_refuses_a_backend_that_there_is_not_also_that_of_a_stages_own(tmp_path, release, own):
+    captioner = {"name": "nobody"}
+    recipe = [
+        "usable_masks",
+        {"stage": "caption", "captioner": captioner} if own else "caption",
+        "clean_text",
+    ]
+    subsets = {"mine": {"sources": {"source": "coconut", **release["coconut"][0]}, "recipe": recipe}}
+    values = {"out": str(tmp_path / "out"), "subsets": subsets} | ({} if own else {"captioner": captioner})
+    done = runner.invoke(app, ["audit", str(written(tmp_path, values))])
+    assert isinstance(done.exception, ConfigError), done.output
+    place = "subsets.mine.recipe.caption.captioner" if own else "captioner"
+    assert str(done.exception).startswith(
+        f"{place}.name: no backend 'nobody'; choose from ['classical', 'gar'"
+    )
 
 
 def test_audit_of_two_subsets_into_one_file_keeps_both(tmp_path, release):

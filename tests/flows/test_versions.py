@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from paracaption.flows.cli import versions as commands
 from paracaption.flows.cli.app import app
-from paracaption.pipeline.corpus import log
+from paracaption.pipeline.corpus import log, status
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.schemas.errors import ConfigError, IntegrityError
@@ -101,6 +101,23 @@ def test_the_status_fits_eighty_columns(built):
     assert lines[1] == "  regions: 32 kept of 36"
     assert any("released" in line for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+def test_the_status_counts_one_of_everything_in_words(built):
+    (found,) = status.Watcher(str(built[0])).read().subsets
+    one = found._replace(
+        **dict.fromkeys(("units", "planned_units", "images", "planned_images", "older", "gone"), 1),
+        gone_examples=["a"],
+        missing=["u"],
+    )
+    assert list(commands._committed_lines(one)) == [
+        "coconut: 1 of 1 unit, 100%, 1 of 1 image",
+        "  regions: 32 kept of 36",
+        "  1 unit is of an older configuration",
+        "  1 image is gone from the source (a) and stays in the corpus",
+        "  FILES MISSING in 1 unit, which the next build makes again: u",
+    ]
+    assert "1 of ? units" in next(commands._committed_lines(one._replace(planned_units=None)))
 
 
 def test_the_status_that_is_watched_ends_with_an_interrupt_and_without_a_word(built):

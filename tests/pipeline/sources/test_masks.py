@@ -9,6 +9,7 @@ from PIL import Image
 from paracaption.filters import rle
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.executor.audit import audit_subset
+from paracaption.pipeline.io import failures
 from paracaption.pipeline.io.mask_images import read_mask_image
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.schemas.config import BuildConfig, Limits
@@ -170,6 +171,15 @@ def test_a_mask_of_a_turned_photo_is_dropped_and_the_detail_says_that_it_is_turn
     assert reasons(image) == ["size_mismatch"]
     assert "width and height are swapped" in image.regions[0].drop.detail
     assert image.regions[0].category == "human face"
+
+
+def test_a_rotation_of_the_photo_turns_no_mask_because_both_are_published_unturned(tmp_path):
+    options = open_images(tmp_path)
+    plain = read(tmp_path, **options)["000a1249af2bc5f0"]
+    lines = OPEN_IMAGES.splitlines()
+    turned = [f"{lines[0]},Rotation", *(f"{line},90.0" for line in lines[1:])]
+    (tmp_path / "masks.csv").write_text("\n".join(turned))
+    assert read(tmp_path, **options)["000a1249af2bc5f0"].regions == plain.regions
 
 
 def test_groups_are_dropped_as_crowds_or_kept_with_a_note(tmp_path):
@@ -398,6 +408,13 @@ def test_a_mask_that_no_line_names_is_dropped_where_names_are_given_unless_it_is
         ("n.jsonl", '{"mask": "a.png"}\n[]\n', "line 2: not an object"),
         ("n.jsonl", '{"mask": "a.png"}\n{"mask"\n', "line 2: not JSON"),
         ("n.csv", b"\x1f\x8b\x08 gzip", "not a text file"),
+        (
+            "n.csv",
+            "mask,category\na_0.png,café\n".encode("latin-1"),
+            "byte 25 is not UTF-8; save it as UTF-8",
+        ),
+        ("n.csv", "mask,category\n".encode("utf-16"), "not a text file: UTF-16; save it as UTF-8"),
+        ("n.csv", b"\x89PNG\r\n\x1a\n\xff", "not a text file: a PNG; give the CSV or the JSON lines"),
         ("n.csv", "mask,category\n" + '"' + "x" * 200_000, "line 2: not CSV"),
         ("n.csv", 'mask,category\na_0.png,"cup\na_1.png,bowl\n', "not CSV (unexpected end of data)"),
     ],
@@ -409,6 +426,17 @@ def test_a_list_that_cannot_be_read_is_an_error_of_one_line(name, text, words, t
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, names=str(tmp_path / name))
     assert words in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).count("save it as UTF-8") < 2
+
+
+def test_a_mask_that_is_a_link_to_nothing_is_dropped_at_once(tmp_path, monkeypatch):
+    photo(tmp_path / "photos" / "a.jpg")
+    mask(tmp_path / "masks" / "a_0.png")
+    (tmp_path / "masks" / "a_1.png").symlink_to(tmp_path / "away" / "a_1.png")
+    (tmp_path / "masks" / "a_2.png").symlink_to(tmp_path / "masks" / "a_0.png")
+    monkeypatch.setattr(failures.RETRYING, "_sleep", lambda _: pytest.fail("it is waited for"))
+    (image,) = read(tmp_path).values()
+    assert reasons(image) == [None, "labels_unreadable", None]
 
 
 def test_masks_of_a_wrong_kind_are_told_without_pydantics_words(tmp_path):

@@ -125,6 +125,8 @@ def test_masks_are_read_as_rle_as_polygons_and_as_images_with_names_of_any_usual
             {"label": "cup", "mask": written(box())},
             {"label": "cup", **written(box())},
             {"label": "group", "segmentation": written(box()), "iscrowd": 1},
+            {"label": "group", "segmentation": written(box()), "iscrowd": [1]},
+            {"label": "cup", "segmentation": written(box()), "iscrowd": False},
             {"segmentation": written(box())},
             {"label": "cup", "segmentation": []},
             {"label": "cup", "mask": "a.gone.png"},
@@ -145,13 +147,15 @@ def test_masks_are_read_as_rle_as_polygons_and_as_images_with_names_of_any_usual
     assert reasons(image) == [
         *[None] * 6,
         "crowd",
+        "annotation_unreadable",
+        None,
         "unknown_category",
         "mask_undecodable",
         "labels_unreadable",
         "mask_empty",
         "annotation_unreadable",
     ]
-    names = ["hair dryer", "tree", "cup", "cup", "cup", "cup"]
+    names = ["hair dryer", "tree", "cup", "cup", "cup", "cup", "cup"]
     assert [region.category for region in image.live()] == names
     assert image.regions[1].is_thing is False and image.regions[0].source_id == 5
 

@@ -196,7 +196,7 @@ def test_backends_are_known_by_their_place():
         ([{"stage": "caption", "captioner": {"num_cpus": 1}}], ("caption: captioner.name: is missing",)),
         (
             [{"stage": "caption", "captioner": {"name": "classical", "num_gpu": 1}}],
-            ("captioner.num_gpu: unknown key; did you mean `num_gpus`?",),
+            ("captioner.num_gpu: unknown key; did you mean `num_gpus`? the keys of a captioner are name, ",),
         ),
         ([{"vote": ["caption"]}], ("two members or more",)),
         (["caption", {"vote": ["verify_category", "clean_text"], "at_least": 3}], ("from 1 to 2",)),
