@@ -220,9 +220,9 @@ def build_units(
         with NOW.during("reading the workers' events"):
             watch.update(moved)
         for run in runs.values():
-            if not run.has_told_end:
+            if not run.has_shown_end:
                 on_progress(run.progress)
-                run.has_told_end = run.progress.ended
+                run.has_shown_end = run.progress.ended
 
     try:
         with closing(engine.drafts([run.part for run in runs.values()], tick)) as drafts:

@@ -34,7 +34,7 @@ class LoadedModels:
         return model
 
     def put(self, stage: ModelStage, model: Any, seconds: float = 0.0) -> None:
-        """Take a model as the stage's; it took so many seconds to load."""
+        """Take a model as the stage's; `seconds` is how long it took to load."""
         self._models[self.key(stage)], self._seconds[self.key(stage)] = model, seconds
 
     def drop(self, stage: ModelStage) -> None:

@@ -133,7 +133,7 @@ class RayEngine:
                 for name, amount in needed.items()
                 if amount > available[name] + 1e-6
             ]
-            turns = ", then ".join(" beside ".join(group) for group in groups)
+            turns = ", then ".join(" and ".join(group) for group in groups)
             log.info("built one after the other: %s; all at once need %s", turns, " and ".join(short))
         return groups
 

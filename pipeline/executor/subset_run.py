@@ -50,7 +50,7 @@ class SubsetRun:
         part: what the engine is given.
         progress: its live view.
         error: that ended it; None so far.
-        has_told_end: whether somebody was told of the progress since it ended.
+        has_shown_end: whether the progress was shown once since it ended.
     """
 
     def __init__(self, config: BuildConfig, subset: str, pending: Pending, owner: Owner):
@@ -78,7 +78,7 @@ class SubsetRun:
         self.events.emit("begun")
         self.committer = Committer(config, self.folder, owner, self.progress, self.events)
         self.error: ParaCaptionError | None = None
-        self.has_told_end = False
+        self.has_shown_end = False
         self._come = 0
 
     def follow(self, watch: Watch) -> None:
