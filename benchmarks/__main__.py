@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 NAMES = ("stream", "mask_filters", "planning", "memory", "estimate", "segmenters", "gar", "judge")
-NAMES += ("decoder", "decoder_memory", "loader", "explorer", "damage")
+NAMES += ("decoder", "decoder_memory", "loader", "explorer", "damage", "mixed")
 
 if __name__ == "__main__":
     status = 0

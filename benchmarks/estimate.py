@@ -48,13 +48,18 @@ def command(folder: Path, config: dict, *options: str) -> float:
 
 
 def streamed(out: Path) -> float:
-    """Seconds from the start of Ray and of the streams to their ends."""
-    total = 0.0
+    """Seconds from the start of Ray and of the streams to their ends. Subsets may share a stream."""
+    runs = []
     for subset in SUBSETS:
         for run in list_runs(out)[subset]:
             events = {event.what: event for event in EventReader(run).new()}
-            total += events["ended"].time_s - events["begun"].time_s
-            total += events["ray"].seconds
+            runs.append((events["begun"].time_s, events["ended"].time_s, events["ray"].seconds))
+    total, until_s = 0.0, 0.0
+    for begun_s, ended_s, ray_s in sorted(runs):
+        if begun_s >= until_s:
+            total += ray_s
+        total += max(0.0, ended_s - max(begun_s, until_s))
+        until_s = max(until_s, ended_s)
     return total
 
 
@@ -103,10 +108,10 @@ def main() -> None:
             f"pilot: {tenth} + {tenth} images, {pilot_s:.1f} s, of which {streamed(pilot):.1f} s in streams; "
             f"build: {arguments.images} + {arguments.images} images on {cores} cores"
         )
-        for subset in estimated.subsets:
+        for stream in estimated.streams:
             print(
-                f"  {subset.subset}: {subset.wall_s:.1f} s, start-up {subset.startup_s:.1f} s, "
-                f"bottleneck {subset.bottleneck}"
+                f"  {' and '.join(stream.subsets)}: {stream.wall_s:.1f} s, start-up "
+                f"{stream.startup_s:.1f} s, bottleneck {stream.bottleneck}"
             )
         print(
             f"(e) streams: predicted {estimated.wall_s:.1f} s, took {actual:.1f} s: "

@@ -204,7 +204,7 @@ def estimate(
     from ...pipeline.config_file import load_config
     from ...pipeline.corpus.reader import read_config
     from ...pipeline.executor.estimate.rates import format_rates, measure_rates, read_rates
-    from ...pipeline.executor.estimate.report import estimate_values, render_estimate
+    from ...pipeline.executor.estimate.report import make_estimates, render_estimate
     from ...pipeline.executor.estimate.sizes import choose_sizes
 
     loaded = load_config(config, changes or ())
@@ -216,7 +216,8 @@ def estimate(
     sizes = choose_sizes(loaded, known, images or [], count_sources=sources)
     has_config = not rates and (pilot / "config.yaml").exists()
     pilot_config = read_config(pilot) if has_config else None
+    shown = make_estimates(loaded, known, sizes, gpus, cpus, pilot_config)
     if json:
-        print_json(estimate_values(loaded, known, sizes, gpus, cpus, pilot_config))
+        print_json(shown._asdict())
     else:
-        Console().print(render_estimate(loaded, known, sizes, gpus, cpus, pilot_config))
+        Console().print(render_estimate(shown))

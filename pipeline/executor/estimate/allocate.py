@@ -18,7 +18,7 @@ _UNBOUNDED = 1_000
 def allocate_actors(
     pools: list[Pool],
     work_s: list[float],
-    units: int,
+    units: list[int],
     gpus: float | None,
     cpus: float | None,
     balanced: bool,
@@ -28,7 +28,7 @@ def allocate_actors(
     Args:
         pools: of the stream.
         work_s: seconds that one actor of each pool would need for everything.
-        units: of the subset; a pool gets no more actors than there are units.
+        units: that pass through each pool; it gets no more actors than that.
         gpus: of the cluster; None takes what the configured pools hold at most.
         cpus: cores of the cluster; None takes as many as it needs to keep up with the GPUs.
         balanced: give each pool what makes the slowest one fastest, instead of staying within the
@@ -37,11 +37,10 @@ def allocate_actors(
     Raises:
         ConfigError: the GPUs do not hold the smallest pools.
     """
-    units = max(1, units)
     least = [1 if balanced else pool.min_actors for pool in pools]
     most: list[int] = [
-        max(low, units if balanced else min(pool.max_actors, units))
-        for pool, low in zip(pools, least, strict=True)
+        max(low, passing if balanced else min(pool.max_actors, max(1, passing)))
+        for pool, low, passing in zip(pools, least, units, strict=True)
     ]
     with_gpus = [i for i, pool in enumerate(pools) if pool.num_gpus]
     others = [i for i, pool in enumerate(pools) if not pool.num_gpus]

@@ -33,6 +33,7 @@ class StageRate(msgspec.Struct, forbid_unknown_fields=True):
         cpu_share: CPU seconds per second of the stage; above 1 if it uses several cores.
         load_s: seconds to load its model.
         first_s: how much longer an actor's first unit takes than the others, in seconds.
+        busy_share: of the seconds of a stage that asks a model, the share inside calls of the model.
     """
 
     reach: float
@@ -41,6 +42,7 @@ class StageRate(msgspec.Struct, forbid_unknown_fields=True):
     cpu_share: float = 0.0
     load_s: float = 0.0
     first_s: float = 0.0
+    busy_share: float = 1.0
 
     def seconds(self, images: float, regions: float) -> float:
         """Seconds of one actor for this many images, whose source declares this many regions."""
@@ -129,13 +131,17 @@ def format_rates(rates: Rates) -> str:
 
 
 class _Unit(msgspec.Struct):
-    """One unit in one stage: its images, the regions worked on, seconds; whether it was its actor's first."""
+    """One unit in one stage: its images, the regions worked on, seconds, of which CPU and inside the model.
+
+    `first` says whether it was its actor's first.
+    """
 
     images: float
     regions: int
     seconds: float
     cpu: float
     first: bool
+    busy: float = 0.0
 
 
 class _Tally:
@@ -209,7 +215,7 @@ def _unit_of(event: Event, is_model: bool) -> _Unit | None:
     if not regions and (is_model or event.stage not in _BY_IMAGE):
         return None
     share = regions / event.regions if is_model and event.regions else 1.0
-    return _Unit(event.images * share, regions, event.seconds, event.cpu, first=False)
+    return _Unit(event.images * share, regions, event.seconds, event.cpu, False, event.busy)
 
 
 def _fit_rate(units: list[_Unit], by_image: bool) -> StageRate:
@@ -222,6 +228,8 @@ def _fit_rate(units: list[_Unit], by_image: bool) -> StageRate:
     if not counted or not seconds.sum():
         return StageRate(0.0, 0.0, 0.0)
     rate = StageRate(0.0, 0.0, 0.0, cpu_share=sum(unit.cpu for unit in counted) / float(seconds.sum()))
+    if (busy_s := sum(unit.busy for unit in counted)) > 0:
+        rate.busy_share = min(1.0, busy_s / float(seconds.sum()))
     if by_image and images.sum():
         rate.image_s = float(seconds.sum() / images.sum())
     elif regions.sum():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....schemas.config import BuildConfig
 from ...stages.recipes import used_backends
-from .predict import Estimate, SubsetEstimate, estimate_build
+from .advice import advise, duration, listed, short
+from .predict import Estimate, StreamEstimate, estimate_build
 from .rates import Rates
 from .sizes import Size
 
@@ -15,15 +16,24 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def render_estimate(
+class Estimates(NamedTuple):
+    """What is shown: the build within the configured `concurrency` and with balanced GPUs, and sentences."""
+
+    configured: Estimate
+    balanced: Estimate
+    advice: list[str]
+    caveats: list[str]
+
+
+def make_estimates(
     config: BuildConfig,
     rates: Rates,
     sizes: dict[str, Size],
     gpus: float | None,
     cpus: float | None,
     pilot: BuildConfig | None,
-) -> RenderableType:
-    """Two estimates, within the configured `concurrency` and with GPUs shared out for balance, and caveats.
+) -> Estimates:
+    """Two estimates, within the configured `concurrency` and with GPUs shared out for balance, and more.
 
     Args:
         config: gives the pools, `images_per_shard` and the models.
@@ -36,55 +46,68 @@ def render_estimate(
     Raises:
         ConfigError: as `estimate_build`.
     """
+    configured = estimate_build(config, rates, sizes, gpus, cpus)
+    balanced = estimate_build(config, rates, sizes, gpus, cpus, balanced=True)
+    is_apart = gpus is not None and len(configured.streams) > 1
+    together = estimate_build(config, rates, sizes, None, cpus) if is_apart else None
+    return Estimates(
+        configured,
+        balanced,
+        advise(configured, balanced, together),
+        find_caveats(config, rates, sizes, pilot),
+    )
+
+
+def render_estimate(shown: Estimates) -> RenderableType:
+    """The estimates as tables for the terminal; they fit into 80 columns."""
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Any] = []
-    configured = estimate_build(config, rates, sizes, gpus, cpus)
-    balanced = estimate_build(config, rates, sizes, gpus, cpus, balanced=True)
-    for title, shown in (("as configured", configured), ("balanced", balanced)):
-        parts += [Text(_headline(title, shown), "bold"), _pool_table(shown)]
-        parts += [Text(_summary(subset), "dim") for subset in shown.subsets]
-        parts.append("")
-    parts += [Text("concurrency for the balanced estimate", "bold"), Text(suggest_concurrency(balanced)), ""]
-    parts += [Text("what is written", "bold"), _bytes_table(balanced)]
-    if warnings := find_caveats(config, rates, sizes, pilot):
-        parts += ["", Text("how sure this is", "bold"), *(Text(f"- {line}", "yellow") for line in warnings)]
+    parts: list[Any] = [*(Text(line, "dim") for line in _sizes(shown.configured)), ""]
+    for title, each in (("as configured", shown.configured), ("balanced", shown.balanced)):
+        parts.append(Text(_headline(title, each), "bold"))
+        for stream in each.streams:
+            parts += [Text(_summary(stream, each), "dim"), _pool_table(stream), ""]
+        if each.gpus:
+            parts += [_use_table(each), ""]
+    parts += [Text("concurrency for the balanced estimate", "bold")]
+    parts += [Text(suggest_concurrency(shown.balanced)), ""]
+    if shown.advice:
+        parts += [Text("advice", "bold"), *(Text(f"- {line}") for line in shown.advice), ""]
+    parts += [Text("what is written", "bold"), _bytes_table(shown.balanced)]
+    if shown.caveats:
+        parts += [
+            "",
+            Text("how sure this is", "bold"),
+            *(Text(f"- {line}", "yellow") for line in shown.caveats),
+        ]
     return Group(*parts)
 
 
-def estimate_values(
-    config: BuildConfig,
-    rates: Rates,
-    sizes: dict[str, Size],
-    gpus: float | None,
-    cpus: float | None,
-    pilot: BuildConfig | None,
-) -> dict[str, Any]:
-    """What `render_estimate` shows, as values. Times are in seconds, sizes in bytes."""
-    return {
-        "configured": estimate_build(config, rates, sizes, gpus, cpus),
-        "balanced": estimate_build(config, rates, sizes, gpus, cpus, balanced=True),
-        "caveats": find_caveats(config, rates, sizes, pilot),
-    }
-
-
 def suggest_concurrency(estimate: Estimate) -> str:
-    """`concurrency` of each model by subset, as lines for the configuration."""
-    lines = []
-    for subset in estimate.subsets:
-        words = [
-            f"{place.removeprefix(f'subsets.{subset.subset}.recipe.')} [{each.actors}, {each.actors}]"
-            for each in subset.pools
-            for place in dict.fromkeys(each.pool.places)
-        ]
-        lines.append(f"{subset.subset}: {', '.join(words)}")
-    if len({line.partition(": ")[2] for line in lines}) > 1:
-        lines.append(
-            "`concurrency` is the same for all subsets of a configuration. To use these numbers, write a "
-            "configuration for each subset, all with the same `out`, and build them one after the other."
-        )
-    return "\n".join(lines)
+    """`concurrency` of each model, as lines for the configuration; by stream if they differ."""
+    by_stream = [
+        {place: each.actors for each in stream.pools for place in each.pool.places}
+        for stream in estimate.streams
+    ]
+    every: dict[str, int] = {}
+    for own in by_stream:
+        if any(every.get(place, count) != count for place, count in own.items()):
+            lines = [
+                f"{listed(stream.subsets)}: {_concurrency(own)}"
+                for stream, own in zip(estimate.streams, by_stream, strict=True)
+            ]
+            lines.append(
+                "`concurrency` is the same for all subsets of a configuration. To use these numbers, write a "
+                "configuration for each subset, all with the same `out`, and build them one after the other."
+            )
+            return "\n".join(lines)
+        every |= own
+    return _concurrency(every)
+
+
+def _concurrency(actors: dict[str, int]) -> str:
+    return ", ".join(f"{short(place)} [{count}, {count}]" for place, count in actors.items())
 
 
 def find_caveats(
@@ -130,35 +153,58 @@ def find_caveats(
 
 
 def _headline(title: str, shown: Estimate) -> str:
-    gpus = max(subset.gpus for subset in shown.subsets)
-    cpus = max(subset.cpus for subset in shown.subsets)
-    held = sum(subset.held_gpu_s for subset in shown.subsets) / 3600
+    cpus = max(stream.cpus for stream in shown.streams)
+    held = shown.held_gpu_s / 3600
     busy = sum(subset.gpu_s for subset in shown.subsets) / 3600
-    on_gpus = f"{gpus:g} GPUs, {held:,.1f} GPU-hours held, {busy:,.1f} in use; " if gpus else ""
-    return f"{title}: {_duration(shown.wall_s)} on {on_gpus}Ray is asked for {cpus:g} CPUs"
+    on_gpus = f"{shown.gpus:g} GPUs, {held:,.1f} GPU-hours held, {busy:,.1f} in use; " if shown.gpus else ""
+    return f"{title}: {duration(shown.wall_s)} on {on_gpus}Ray is asked for {cpus:g} CPUs"
 
 
-def _summary(subset: SubsetEstimate) -> str:
-    size = subset.size
-    return (
-        f"{subset.subset}: {size.images:,} images, {size.regions:,} regions, about {subset.kept:,} kept; "
-        f"{_duration(subset.wall_s)}, of which {_duration(subset.startup_s)} start-up; bottleneck: "
-        f"{subset.bottleneck.replace('_', ' ')}; {subset.cpu_s / 3600:,.1f} CPU-hours"
+def _sizes(shown: Estimate) -> list[str]:
+    return [
+        f"{each.subset}: {each.size.images:,} images, {each.size.regions:,} regions, about {each.kept:,} "
+        f"kept; {each.cpu_s / 3600:,.1f} CPU-hours"
+        for each in shown.subsets
+    ]
+
+
+def _summary(stream: StreamEstimate, shown: Estimate) -> str:
+    side_by_side = len(stream.subsets) > 1
+    line = (
+        f"{listed(stream.subsets)}{' side by side' if side_by_side else ''}: {duration(stream.wall_s)}, of "
+        f"which {duration(stream.startup_s)} start-up; bottleneck: {short(stream.bottleneck)}"
     )
+    if side_by_side and len(shown.streams) == 1:
+        line += f"; one after the other they would take {duration(shown.apart_s)}"
+    return line
 
 
-def _pool_table(shown: Estimate) -> Table:
-    table = _table(("subset", "actors of"), ("actors", "GPUs", "work of one", "time", "share of the wall"))
-    for subset in shown.subsets:
-        for number, each in enumerate(subset.pools):
+def _pool_table(stream: StreamEstimate) -> Table:
+    table = _table(("actors of",), ("actors", "GPUs", "work of one", "time", "share of the wall"))
+    for each in stream.pools:
+        table.add_row(
+            short(each.pool.title),
+            f"{each.actors:,}",
+            f"{each.actors * each.pool.num_gpus:g}" if each.pool.num_gpus else "",
+            duration(each.work_s),
+            duration(each.seconds),
+            f"{each.seconds / stream.wall_s:.0%}" if stream.wall_s else "",
+        )
+    return table
+
+
+def _use_table(shown: Estimate) -> Table:
+    """The idle GPUs of each pool, over the whole build."""
+    table = _table(("GPUs of",), ("GPUs", "GPU-hours busy", "idle", "idle share"))
+    for use in shown.pools:
+        if use.gpus:
+            each = use.gpus / use.actors
             table.add_row(
-                subset.subset if not number else "",
-                each.pool.name.replace("_", " "),
-                f"{each.actors:,}",
-                f"{each.actors * each.pool.num_gpus:g}" if each.pool.num_gpus else "",
-                _duration(each.work_s),
-                _duration(each.seconds),
-                f"{each.seconds / subset.wall_s:.0%}" if subset.wall_s else "",
+                short(use.title),
+                f"{use.gpus:g}",
+                f"{use.busy_s * each / 3600:,.1f}",
+                f"{use.idle_s * each / 3600:,.1f}",
+                f"{use.idle_share:.0%}",
             )
     return table
 
@@ -178,15 +224,6 @@ def _table(words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
     for title in (*words, *numbers):
         table.add_column(title, justify="right" if title in numbers else "left", no_wrap=True)
     return table
-
-
-def _duration(seconds: float) -> str:
-    """In the unit that a planner thinks in."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _file_size(count: float) -> str:

@@ -67,6 +67,16 @@ def test_rates_are_seconds_of_what_was_asked_over_all_runs(tmp_path):
     assert (known.images, known.regions, found.ray_s) == (20, 220, pytest.approx(20 / 3))
 
 
+def test_what_a_model_stage_does_besides_asking_its_model_leaves_the_gpu_idle(tmp_path):
+    units = [("s", "source", "u0", 10, 100, 0, 5), ("c", "caption", "u0", 10, 100, 100, 40.0)]
+    folder = run(tmp_path, 1, units)
+    (path,) = (folder / "events").glob("*/c-*.jsonl")
+    path.write_text(path.read_text().replace('"busy":40.0', '"busy":30.0'))
+    stages = rates.measure_rates(folder).subsets["coconut"].stages
+    assert stages["caption"].busy_share == pytest.approx(0.75) and stages["caption"].region_s == 0.4
+    assert stages["source"].busy_share == 1.0
+
+
 def test_an_actors_first_unit_is_not_taken_for_the_rule(tmp_path):
     units = [("c", "caption", f"u{i}", 10, 100, 100, 30.0 if not i else 10.0) for i in range(5)]
     found = rates.measure_rates(run(tmp_path, 1, units)).subsets["coconut"].stages["caption"]
