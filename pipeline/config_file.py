@@ -280,7 +280,8 @@ def describe(kind: type[BaseModel] = BuildConfig) -> str:
     head = _HEAD + (_HEAD_OFF if any(line.startswith("#") for line in lines) else "")
     head += _HEAD_TRAINING if kind is TrainConfig else ""
     if kind is BuildConfig:
-        lines.append("# Keys of captioner, judge and segmenter:")
+        *first, last = BACKENDS
+        lines.append(f"# Keys of {', '.join(first)} and {last}:")
         _describe(Backend, "#   ", lines)
         lines.append("# Names of backends, and the pages that describe their options:")
         for protocol, known in BACKENDS.items():

@@ -258,7 +258,7 @@ class Text(Strict):
 
 
 class Backend(Strict):
-    """A model behind one of the three protocols, and the resources of its actors.
+    """A model behind one of the four protocols, and the resources of its actors.
 
     `name` is one of ours (`classical`, `lexical`, `grabcut`, ...) or `package.module:Class` of your own.
     """
@@ -297,6 +297,9 @@ class Backend(Strict):
         if not 1 <= low <= high:
             raise ValueError(f"concurrency is (min, max) with 1 <= min <= max, not {self.concurrency}")
         return self
+
+
+_MASK_GENERATOR = Backend(name="color_regions")
 
 
 class Io(Strict):
@@ -444,6 +447,11 @@ class BuildConfig(Published):
     segmenter: Backend = Field(
         default=Backend(name="grabcut"),
         description="The model that finds a region again from the category of its caption.",
+    )
+    mask_generator: Backend = Field(
+        default=_MASK_GENERATOR,
+        exclude_if=lambda backend: backend == _MASK_GENERATOR,  # so that older corpora are written as before
+        description="The model that makes the masks of photos that have none (docs/mask-generators.md).",
     )
     benchmarks: Benchmarks = Benchmarks()
     io: Io = Io()

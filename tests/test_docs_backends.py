@@ -18,6 +18,7 @@ from paracaption import open_corpus
 from paracaption.filters import rle
 from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import verify
+from paracaption.pipeline.models import answers
 from paracaption.pipeline.models.protocols import Question
 from paracaption.pipeline.sources import registry
 from paracaption.schemas.errors import BadRecord
@@ -72,6 +73,7 @@ def test_the_page_has_an_example_of_each_kind_and_no_two_files_of_one_name():
         "my_captioner.py",
         "my_judge.py",
         "my_segmenter.py",
+        "my_generator.py",
         "my_source.py",
     ]
     assert len(re.findall(r"```(?:python|yaml)\n# \S+\n", PAGE)) == len(FILES)
@@ -131,6 +133,13 @@ def test_a_photo_that_cannot_be_read_costs_its_own_regions_alone(folder):
     captions = captioner.caption([bad, good])
     assert [isinstance(each, BadRecord) for each in captions[0]] == [True, True]
     assert [each.startswith("A ") for each in captions[1]] == [True, True]
+
+
+def test_the_mask_generator_divides_a_photo_into_quarters(folder):
+    generator = load("my_generator.py")["Quarters"]()
+    found = answers.generated(generator.generate(np.zeros((9, 10, 3), np.uint8)), (9, 10))
+    assert sorted(mask.area for mask, _ in found) == [20, 20, 25, 25]
+    assert generator.generate(np.zeros((4, 10, 3), np.uint8)) == []
 
 
 def test_the_source_of_the_page_reads_polygons_and_keeps_count_of_what_is_wrong(folder):

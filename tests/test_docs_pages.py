@@ -36,6 +36,7 @@ PAGES = (
     "gpu-benchmark.md",
     "gpu.md",
     "judges.md",
+    "mask-generators.md",
     "perceptiondlm.md",
     "segmenters.md",
     "sources.md",

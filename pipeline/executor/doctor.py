@@ -155,7 +155,7 @@ def check_backend(protocol: str, backend: Backend, available: list[Gpu], place: 
     """Check the packages, the checkpoint and the memory of one backend, in this process.
 
     Args:
-        protocol: "captioner", "judge" or "segmenter".
+        protocol: a key of `registry.BACKENDS`, such as "captioner".
         backend: from the configuration.
         available: the GPUs that its actors will run on.
         place: where it stands in the configuration; by default under the protocol's name.

@@ -54,7 +54,7 @@ def check_backend(protocol: str, backend: Backend, place: str = "") -> Finding:
     """Check that the backend exists, takes its options and finds its checkpoint.
 
     Args:
-        protocol: "captioner", "judge" or "segmenter".
+        protocol: a key of `registry.BACKENDS`, such as "captioner".
         backend: from the configuration.
         place: where it stands there; by default under the protocol's name.
     """

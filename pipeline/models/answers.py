@@ -25,10 +25,10 @@ MAX_CHARS = 100_000
 """Longest caption or answer. `text.max_chars` is far below; more is a model that runs on."""
 
 MAX_CANDIDATES = 10_000
-"""Most masks that a segmenter may give for one region."""
+"""Most masks that a segmenter may give for one region, or a mask generator for one photo."""
 
 MAX_MASK_CHARS = 8 << 20
-"""Most characters of all RLEs that a segmenter may give for one region. A mask has some hundreds."""
+"""Most characters of all RLEs of such an answer. A mask has some hundreds."""
 
 Cleaned = TypeVar("Cleaned")
 
@@ -119,12 +119,45 @@ def candidates(given: Any, size: tuple[int, int]) -> list[tuple[Rle | None, floa
     Returns:
         The mask (None if it has no pixel) and the score of each candidate, in order.
     """
-    return _cleaned(lambda: _candidates(given, size), given)
+
+    def clean() -> list[tuple[Rle | None, float]]:
+        found = _candidates(given, size, "region")
+        return [(None if mask is None else mask.rle, score) for mask, score in found]
+
+    return _cleaned(clean, given)
 
 
-def _candidates(given: Any, size: tuple[int, int]) -> list[tuple[Rle | None, float]]:
+def generated(given: Any, size: tuple[int, int]) -> list[tuple[rle.Mask, float]] | BadRecord:
+    """A mask generator's answer about one photo, in an order that does not depend on the generator's.
+
+    Args:
+        given: the candidates.
+        size: (height, width) of the photo in pixels.
+
+    Returns:
+        The masks with their scores, without empty ones: larger ones first, then by the place of their box
+        from the top left, then by their counts. Of equal masks the one with the best score stays.
+    """
+
+    def clean() -> list[tuple[rle.Mask, float]]:
+        best: dict[str, tuple[rle.Mask, float]] = {}
+        for mask, score in _candidates(given, size, "photo"):
+            if mask is not None:
+                counts = mask.rle.counts
+                best[counts] = (mask, max(score, best[counts][1]) if counts in best else score)
+        return sorted(best.values(), key=lambda each: _place_in_order(each[0]))
+
+    return _cleaned(clean, given)
+
+
+def _place_in_order(mask: rle.Mask) -> tuple[int, int, int, str]:
+    x, y, _, _ = mask.bbox
+    return -mask.area, y, x, mask.rle.counts
+
+
+def _candidates(given: Any, size: tuple[int, int], of: str) -> list[tuple[rle.Mask | None, float]]:
     if isinstance(given, str | bytes | Mapping | Set) or not isinstance(given, Iterable):
-        raise _refused(f"a region's candidates have to be a list, not {_kind(given)}")
+        raise _refused(f"a {of}'s candidates have to be a list, not {_kind(given)}")
     read, total = [], 0
     for place, each in enumerate(islice(given, MAX_CANDIDATES + 1)):
         if place == MAX_CANDIDATES:
@@ -132,13 +165,13 @@ def _candidates(given: Any, size: tuple[int, int]) -> list[tuple[Rle | None, flo
         read.append(_candidate(each, f"candidate {place}"))
         total += len(read[-1][0]["counts"])
         if total > MAX_MASK_CHARS:
-            raise _refused(f"RLEs of more than {MAX_MASK_CHARS:,} characters for one region")
-    found: list[tuple[Rle | None, float]] = []
+            raise _refused(f"RLEs of more than {MAX_MASK_CHARS:,} characters for one {of}")
+    found: list[tuple[rle.Mask | None, float]] = []
     masks = rle.check_all([code for code, _ in read], *size)
     for place, (mask, (_, score)) in enumerate(zip(masks, read, strict=True)):
         if isinstance(mask, BadRecord) and mask.reason is not Reason.MASK_EMPTY:
             raise _refused(f"the mask of candidate {place}: {mask.detail}")
-        found.append((None if isinstance(mask, BadRecord) else mask.rle, score))
+        found.append((None if isinstance(mask, BadRecord) else mask, score))
     return found
 
 

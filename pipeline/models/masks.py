@@ -1,4 +1,4 @@
-"""What the neural segmenters share: finding the device, and masks into RLEs.
+"""What neural segmenters and mask generators share: finding the device, and masks into RLEs.
 
 Shapes: N masks, H x W the photo, h x w the model's own mask size.
 """
@@ -22,8 +22,13 @@ CHUNK_PX = 64 << 20
 """Pixels of masks brought to the photo's size at once: 256 MB of float32, 19 masks of an SA-1B photo."""
 
 
-def find_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+def find_device(device: str, dtype: str, protocol: str = "segmenter") -> tuple[torch.device, torch.dtype]:
     """The device, and the dtype of matrix products on it; "auto" is a GPU if there is one, with bfloat16.
+
+    Args:
+        device: option of a backend.
+        dtype: option of a backend.
+        protocol: of that backend, for messages.
 
     Raises:
         ConfigError: no such device here.
@@ -34,11 +39,11 @@ def find_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     try:
         found = torch.device(("cuda" if cuda else "cpu") if device == "auto" else device)
     except RuntimeError as error:
-        raise ConfigError(f"segmenter.options.device: {device!r}: name auto, cpu or cuda") from error
+        raise ConfigError(f"{protocol}.options.device: {device!r}: name auto, cpu or cuda") from error
     if found.type == "cuda" and not cuda:
         raise ConfigError(
-            "segmenter.options.device: this process sees no GPU; "
-            "set segmenter.num_gpus to 1, or device to cpu"
+            f"{protocol}.options.device: this process sees no GPU; "
+            f"set {protocol}.num_gpus to 1, or device to cpu"
         )
     if dtype == "auto":
         dtype = "float32" if found.type == "cpu" else "bfloat16"
@@ -52,11 +57,12 @@ def products_in(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def check_finite(what: str, **outputs: torch.Tensor) -> None:
+def check_finite(what: str, protocol: str = "segmenter", **outputs: torch.Tensor) -> None:
     """Refuse what a broken model says: NaN compares as false, and would pass for "nothing found".
 
     Args:
         what: the model, named in the error.
+        protocol: of its backend, for the message.
         outputs: tensors by a name for the message.
 
     Raises:
@@ -68,8 +74,7 @@ def check_finite(what: str, **outputs: torch.Tensor) -> None:
             raise StageFailed(
                 f"{what}: {num_wrong:,} of {values.numel():,} values of {name} are NaN or infinite; the "
                 "weights of the model are damaged, or its numbers overflow: download the checkpoint again, "
-                "or set "
-                "segmenter.options.dtype to float32"
+                f"or set {protocol}.options.dtype to float32"
             )
 
 

@@ -1,4 +1,5 @@
-"""What a backend is: a class behind one of three small protocols, `Captioner`, `Judge` or `Segmenter`.
+"""What a backend is: a class behind one of four small protocols: `Captioner`, `Judge`, `Segmenter` or
+`MaskGenerator`.
 
 The constructor takes the options of the configuration as keywords. Besides the protocol's one method it may
 have:
@@ -79,11 +80,11 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """One mask that the segmenter predicts.
+    """One mask that a segmenter or a mask generator predicts.
 
     Attributes:
         rle: the mask, of the image's size.
-        score: the segmenter's own confidence, 0..1.
+        score: the model's own confidence, 0..1.
     """
 
     rle: Rle
@@ -141,5 +142,20 @@ class Segmenter(Protocol):
 
         Returns:
             N lists of candidates, each with the best one first; an empty list if nothing was found.
+        """
+        ...
+
+
+class MaskGenerator(Protocol):
+    """Finds the masks of a photo that has none."""
+
+    def generate(self, photo: np.ndarray) -> list[Candidate]:
+        """The masks of a photo, which may overlap, in any order (`answers.generated` puts them in one).
+
+        Args:
+            photo: (H, W, 3) uint8 RGB.
+
+        Returns:
+            One candidate for each mask. None at all is an answer: the photo has nothing to mask.
         """
         ...

@@ -95,6 +95,19 @@ BACKENDS: dict[str, dict[str, Registered]] = {
             page="docs/segmenters.md",
         ),
     },
+    "mask_generator": {
+        "color_regions": Registered(
+            "paracaption.pipeline.models.embedded.color_regions:ColorRegions",
+            ("opencv-python-headless",),
+            page="docs/mask-generators.md",
+        ),
+        "sam": Registered(
+            "paracaption.pipeline.models.sam_generator:SamMaskGenerator",
+            ("torch", "torchvision", "segment-anything"),
+            extra="models",
+            page="docs/mask-generators.md",
+        ),
+    },
 }
 """Protocol -> name of the backend in the configuration -> the backend."""
 
@@ -112,6 +125,7 @@ METHODS = {
     "captioner": ("caption", ("images",)),
     "judge": ("ask", ("questions",)),
     "segmenter": ("segment", ("photo", "phrases", "boxes")),
+    "mask_generator": ("generate", ("photo",)),
 }
 """Protocol -> the method that a backend of it has, and what the method is called with; see `protocols`."""
 
@@ -122,7 +136,7 @@ def find_backend(protocol: str, backend: Backend) -> type[Any]:
     A class of the user's own is installed, or lies next to the configuration (`own_modules`).
 
     Args:
-        protocol: "captioner", "judge" or "segmenter".
+        protocol: a key of `BACKENDS`, such as "captioner".
         backend: its name is looked up; its options are not read.
 
     Raises:

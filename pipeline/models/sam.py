@@ -107,7 +107,7 @@ class SamSegmenter:
         given = read_options(SamOptions, options, "segmenter.options")
         return {
             "version": VERSION,
-            "weights": weights.identity(_file(Path(given.model))),
+            "weights": weights.identity(checkpoint_file(Path(given.model))),
             "multimask": str(given.multimask),
             "centre_point": str(given.centre_point),
             "dtype": given.dtype,
@@ -121,14 +121,7 @@ class SamSegmenter:
             ConfigError: the file is no SAM checkpoint, or holds code; the message names the fix.
         """
         given = read_options(SamOptions, options, "segmenter.options")
-        path = Path(given.model)
-        tensors = read_tensors(path, "meta")
-        shape = measure(tensors, path)
-        build(tensors, path)
-        side = shape.grid * shape.patch
-        what = f"SAM {shape.name}: image encoder {shape.depth} x {shape.embed_dim} at {side} px"
-        num_bytes = 4 * sum(tensor.numel() for tensor in tensors.values())
-        return Checked(what, num_bytes, ["weights stay in float32; bfloat16 is for matrix products only"])
+        return check_checkpoint(Path(given.model))
 
     def segment(self, photo: np.ndarray, phrases: list[str], boxes: np.ndarray) -> list[list[Candidate]]:
         """The object in each box, best first: one candidate, or up to three with `multimask`.
@@ -217,19 +210,35 @@ class SamSegmenter:
 # The checkpoint.
 
 
-def read_tensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+def check_checkpoint(path: Path, protocol: str = "segmenter") -> Checked:
+    """Read names and shapes of the tensors, not the tensors.
+
+    Raises:
+        ConfigError: the file is no SAM checkpoint, or holds code; the message names the fix.
+    """
+    tensors = read_tensors(path, "meta", protocol)
+    shape = measure(tensors, path)
+    build(tensors, path)
+    side = shape.grid * shape.patch
+    what = f"SAM {shape.name}: image encoder {shape.depth} x {shape.embed_dim} at {side} px"
+    num_bytes = 4 * sum(tensor.numel() for tensor in tensors.values())
+    return Checked(what, num_bytes, ["weights stay in float32; bfloat16 is for matrix products only"])
+
+
+def read_tensors(path: Path, device: str = "cpu", protocol: str = "segmenter") -> dict[str, torch.Tensor]:
     """The state dict of a `.pth`, mapped from the file; nothing in it is executed.
 
     Args:
         path: the file.
         device: "meta" for names and shapes alone.
+        protocol: whose option the path is, for messages.
 
     Raises:
         ConfigError: no such file, it is broken, or it holds more than named tensors.
     """
     import torch
 
-    mapped = zipfile.is_zipfile(_file(path))
+    mapped = zipfile.is_zipfile(checkpoint_file(path, protocol))
     try:
         found = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -342,10 +351,11 @@ def _count(tensors: Mapping[str, Any], prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-def _file(path: Path) -> Path:
+def checkpoint_file(path: Path, protocol: str = "segmenter") -> Path:
+    """The path, refused if there is no such file."""
     if not path.is_file():
         raise ConfigError(
-            f"segmenter.options.model: no file {path}; download sam_vit_h_4b8939.pth (or _l_, _b_) from the "
+            f"{protocol}.options.model: no file {path}; download sam_vit_h_4b8939.pth (or _l_, _b_) from the "
             "publisher once, where every node sees it"
         )
     return path

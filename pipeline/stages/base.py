@@ -156,7 +156,8 @@ class ModelStage(Stage):
     """A stage that asks a model and decides from its answers, the evidence.
 
     Attributes:
-        protocol: "captioner", "judge" or "segmenter". It is also the option that names a backend of its own.
+        protocol: a key of `models.registry.BACKENDS`, such as "captioner". It is also the option that names a
+            backend of its own.
         each: the method of a backend that batches by itself, which gives answers as they are ready; "" if the
             protocol has none.
         evidence: the struct of one answer.

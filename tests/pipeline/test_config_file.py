@@ -34,10 +34,11 @@ def test_what_is_dumped_is_read_back_equal(tmp_path):
     config = load_config(write(tmp_path, coconut=[COCONUT], min_iou=0.25, io={"concurrency": [2, 3]}))
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
-    without_share = [name for name in BuildConfig.model_fields if name != "held_out_share"]
-    assert list(yaml.safe_load(dump_config(config))) == without_share
-    held_out = config.model_copy(update={"held_out_share": 0.1})
-    assert list(yaml.safe_load(dump_config(held_out))) == list(BuildConfig.model_fields)
+    later = ("held_out_share", "mask_generator")  # of early configurations neither is written
+    early = [name for name in BuildConfig.model_fields if name not in later]
+    assert list(yaml.safe_load(dump_config(config))) == early
+    own = {"held_out_share": 0.1, "mask_generator": Backend(name="sam")}
+    assert list(yaml.safe_load(dump_config(config.model_copy(update=own)))) == list(BuildConfig.model_fields)
 
 
 def test_relative_paths_are_seen_from_the_file_and_urls_stay(tmp_path, monkeypatch):
@@ -351,7 +352,7 @@ def test_a_described_value_is_the_default_and_a_section_that_is_null_has_its_key
         default = field.get_default(call_default_factory=True)
         default = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
         default = list(default) if isinstance(default, tuple) else default
-        if name in ("captioner", "judge", "segmenter") and default is not None:
+        if name in registry.BACKENDS and default is not None:
             default = {"name": default["name"]}
         assert value == default, name
     if kind is not BuildConfig:
@@ -380,9 +381,28 @@ def test_every_key_with_a_number_says_why():
 def test_the_recipe_for_gpus_names_backends_and_keys_that_exist():
     config = load_config(Path(__file__).resolve().parents[2] / "configs/gpu.yaml")
     names = {part: getattr(config, part).name for part in registry.BACKENDS}
-    assert names == {"captioner": "gar", "judge": "vllm", "segmenter": "sam3"}
+    assert names == {
+        "captioner": "gar",
+        "judge": "vllm",
+        "segmenter": "sam3",
+        "mask_generator": "color_regions",
+    }
     for part in names:
         assert registry.find_backend(part, getattr(config, part))
+
+
+def test_a_configuration_without_a_mask_generator_is_written_as_before_there_were_any(tmp_path):
+    values = {"out": str(tmp_path), "sa1b": [{"paths": ["x.tar"]}]}
+    plain = BuildConfig.model_validate(values)
+    assert "mask_generator" not in dump_config(plain)
+    other = BuildConfig.model_validate(
+        values | {"mask_generator": {"name": "sam", "options": {"model": "m"}}}
+    )
+    read = yaml.safe_load(dump_config(other))
+    assert read["mask_generator"]["name"] == "sam"
+    assert BuildConfig.model_validate(read) == other
+    default = {"mask_generator": {"name": "color_regions"}}
+    assert dump_config(BuildConfig.model_validate(values | default)) == dump_config(plain)
 
 
 def test_keys_that_do_not_fit_together_are_told_without_printing_the_whole_file(tmp_path):

@@ -147,6 +147,38 @@ def test_candidates_that_are_none_are_a_model_error_within_a_second(given):
     assert time.thread_time() - began < 2
 
 
+def generated(*areas):
+    """A candidate for each (top, left, bottom, right), all of one score but the last, which is sure."""
+    masks = [np.zeros(SIZE, bool) for _ in areas]
+    for mask, (top, left, bottom, right) in zip(masks, areas, strict=True):
+        mask[top:bottom, left:right] = True
+    last = len(masks) - 1
+    return [Candidate(rle.from_mask(mask).rle, 0.9 if i == last else 0.5) for i, mask in enumerate(masks)]
+
+
+def test_generated_masks_are_in_an_order_of_their_own_whatever_the_generators_is():
+    given = generated((2, 0, 4, 2), (0, 3, 2, 5), (0, 0, 4, 6), (0, 0, 2, 2), (1, 1, 2, 2), (0, 0, 1, 4))
+    boxes = [(0, 0, 6, 4), (0, 0, 2, 2), (0, 0, 4, 1), (3, 0, 2, 2), (0, 2, 2, 2), (1, 1, 1, 1)]
+    for order in itertools.islice(itertools.permutations(given), 0, None, 37):
+        found = answers.generated(order, SIZE)
+        areas = [mask.area for mask, _ in found]
+        assert areas == sorted(areas, reverse=True)
+        assert {mask.bbox for mask, _ in found} == set(boxes) and found == answers.generated(given, SIZE)
+    assert [mask.bbox for mask, _ in answers.generated(given, SIZE)][1:3] != [(0, 2, 2, 2), (3, 0, 2, 2)]
+
+
+def test_a_generated_mask_that_is_there_twice_counts_once_with_its_best_score_and_an_empty_one_never():
+    given = [*generated((0, 0, 2, 2), (0, 0, 2, 2)), Candidate(NOTHING, 1.0)]
+    [(mask, score)] = answers.generated(given, SIZE)
+    assert (mask.area, score) == (4, 0.9)
+    assert answers.generated([], SIZE) == [] == answers.generated([Candidate(NOTHING, 1.0)], SIZE)
+
+
+@pytest.mark.parametrize("given", [None, "mask", [MASK], [Candidate(Rle((6, 4), MASK.counts), 0.5)]])
+def test_generated_masks_that_are_none_are_a_model_error(given):
+    assert "candidate" in refused(answers.generated(given, SIZE))
+
+
 @pytest.mark.parametrize("given", ["ab", b"ab", {"a": 1, "b": 2}, {"a", "b"}, None, 5])
 def test_what_has_no_order_is_no_list_of_answers(given):
     with pytest.raises(TypeError, match="answers have to be a list"):

@@ -1,0 +1,187 @@
+"""The `sam` mask generator: Segment Anything asked at every point of a grid, as SA-1B was made.
+
+segment-anything's own generator decides which masks stay. It gets the checkpoint that `sam` reads, matrix
+products in bfloat16 on a GPU, and batches of points that are halved when memory runs out.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from msgspec import Meta
+
+from ...schemas.errors import OutOfMemory
+from ...schemas.records import Rle
+from ..io import weights
+from .masks import check_finite, find_device, products_in
+from .options import BackendOptions, read_options
+from .protocols import Candidate, Checked
+from .sam import build, check_checkpoint, checkpoint_file, read_tensors
+
+log = logging.getLogger(__name__)
+
+VERSION = "1"
+
+_PROTOCOL = "mask_generator"
+_NOT_IN_IDENTITY = ("model", "device", "points_at_once")
+
+
+class SamGeneratorOptions(BackendOptions, frozen=True):
+    """The options of `sam`. The defaults are the publisher's.
+
+    Attributes:
+        model: the publisher's `.pth`.
+        points_per_side: of the grid; its square is the number of points.
+        pred_iou_thresh: a mask stays if SAM's own estimate of its quality is above this.
+        stability_score_thresh: and if it hardly changes with another cutoff of the logits: the least IoU of
+            the two.
+        crop_n_layers: 1 looks at the photo's quarters as well, 2 also at its sixteenths.
+        min_mask_region_area: pieces and holes of a mask with fewer pixels are removed; 0 removes none.
+        box_nms_thresh: of two masks whose boxes have a larger IoU, the worse one goes.
+        device: "auto", "cpu" or "cuda".
+        dtype: of the image encoder's matrix products; "auto" is bfloat16 on a GPU and float32 on a CPU.
+        points_at_once: in the mask decoder; halved when memory runs out.
+    """
+
+    model: str
+    points_per_side: Annotated[int, Meta(ge=1, le=256)] = 32
+    pred_iou_thresh: Annotated[float, Meta(ge=0, le=1)] = 0.88
+    stability_score_thresh: Annotated[float, Meta(ge=0, le=1)] = 0.95
+    crop_n_layers: Annotated[int, Meta(ge=0, le=3)] = 0
+    min_mask_region_area: Annotated[int, Meta(ge=0)] = 0
+    box_nms_thresh: Annotated[float, Meta(gt=0, le=1)] = 0.7
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    points_at_once: Annotated[int, Meta(ge=1)] = 64
+
+
+class SamMaskGenerator:
+    """Finds the masks of a photo at the points of a grid.
+
+    Args:
+        options: see `SamGeneratorOptions`.
+
+    Raises:
+        ConfigError: an option, the file or the device is wrong; the message names the fix.
+    """
+
+    def __init__(self, **options: Any):
+        from segment_anything import SamAutomaticMaskGenerator
+
+        given = self.options = read_options(SamGeneratorOptions, options, f"{_PROTOCOL}.options")
+        device, dtype = find_device(given.device, given.dtype, _PROTOCOL)
+        path = Path(given.model)
+        model = build(read_tensors(path, protocol=_PROTOCOL), path).to(device).eval()
+        self._generator = SamAutomaticMaskGenerator(
+            model,
+            points_per_side=given.points_per_side,
+            points_per_batch=given.points_at_once,
+            pred_iou_thresh=given.pred_iou_thresh,
+            stability_score_thresh=given.stability_score_thresh,
+            crop_n_layers=given.crop_n_layers,
+            min_mask_region_area=given.min_mask_region_area,
+            box_nms_thresh=given.box_nms_thresh,
+            output_mode="coco_rle",
+        )
+        self._generator.predictor = _predictor_type()(model, dtype, f"sam ({given.model})")
+
+    @classmethod
+    def identity(cls, **options: Any) -> dict[str, str]:
+        """Weights, and the options that decide which masks stay."""
+        given = read_options(SamGeneratorOptions, options, f"{_PROTOCOL}.options")
+        names = [name for name in given.__struct_fields__ if name not in _NOT_IN_IDENTITY]
+        return {
+            "version": VERSION,
+            "weights": weights.identity(checkpoint_file(Path(given.model), _PROTOCOL)),
+            **{name: str(getattr(given, name)) for name in names},
+        }
+
+    @classmethod
+    def check(cls, **options: Any) -> Checked:
+        """Read names and shapes of the tensors, not the tensors.
+
+        Raises:
+            ConfigError: the file is no SAM checkpoint, or holds code; the message names the fix.
+        """
+        given = read_options(SamGeneratorOptions, options, f"{_PROTOCOL}.options")
+        return check_checkpoint(Path(given.model), _PROTOCOL)
+
+    def generate(self, photo: np.ndarray) -> list[Candidate]:
+        """The masks that segment-anything's generator keeps; the score is SAM's estimate, cut to 0..1.
+
+        A photo of which a part is less than a pixel wide as SAM sees it, such as 1 x 5,000, has none.
+
+        Args:
+            photo: (H, W, 3) uint8 RGB.
+
+        Raises:
+            OutOfMemory: one point alone does not fit.
+            StageFailed: the model says NaN or infinity.
+        """
+        if not self._can_be_seen(photo.shape[0], photo.shape[1]):
+            return []
+        return [
+            Candidate(
+                Rle(tuple(each["segmentation"]["size"]), each["segmentation"]["counts"]),
+                min(1.0, max(0.0, each["predicted_iou"])),
+            )
+            for each in self._generate(np.ascontiguousarray(photo))
+        ]
+
+    def _can_be_seen(self, height: int, width: int) -> bool:
+        """Whether segment-anything can resize the photo and all of its crops."""
+        from segment_anything.utils.amg import generate_crop_boxes
+
+        generator = self._generator
+        boxes, _ = generate_crop_boxes((height, width), generator.crop_n_layers, generator.crop_overlap_ratio)
+        side = generator.predictor.model.image_encoder.img_size
+        sizes = [sorted((x2 - x1, y2 - y1)) for x1, y1, x2, y2 in boxes]
+        return all(short >= 1 and int(short * side / long + 0.5) >= 1 for short, long in sizes)
+
+    def _generate(self, photo: np.ndarray) -> list[dict[str, Any]]:
+        import torch
+
+        while True:
+            points = self._generator.points_per_batch
+            try:
+                return self._generator.generate(photo)
+            except torch.OutOfMemoryError as error:
+                if points == 1:
+                    raise OutOfMemory(
+                        f"sam: points of one photo: out of memory with one point at a time ({error}); use a "
+                        "larger GPU, or raise num_gpus"
+                    ) from error
+            # Outside of the handler: the traceback holds the batch's tensors.
+            self._generator.points_per_batch = points // 2
+            log.warning("sam: out of memory with %d points at once; going on with %d", points, points // 2)
+            torch.cuda.empty_cache()
+
+
+@cache
+def _predictor_type() -> Any:
+    """segment-anything's predictor, which is imported when it is needed, with our checks and dtype."""
+    import torch
+    from segment_anything import SamPredictor
+
+    class Predictor(SamPredictor):
+        """Encodes photos with matrix products in a dtype, and refuses numbers that are none."""
+
+        def __init__(self, model: Any, dtype: torch.dtype, name: str):
+            super().__init__(model)
+            self._dtype, self._name = dtype, name
+
+        def set_torch_image(self, *given: Any, **named: Any) -> None:
+            with products_in(self.device, self._dtype):
+                super().set_torch_image(*given, **named)
+            self.features = self.features.float()
+
+        def predict_torch(self, *given: Any, **named: Any) -> Any:
+            masks, quality, low = super().predict_torch(*given, **named)
+            check_finite(self._name, _PROTOCOL, scores=quality, masks=low)
+            return masks, quality, low
+
+    return Predictor
