@@ -299,7 +299,8 @@ class Backend(Strict):
         return self
 
 
-_MASK_GENERATOR = Backend(name="color_regions")
+MASK_GENERATOR = Backend(name="color_regions")
+"""The generator that needs no weights; a configuration that has it does not name it."""
 
 
 class Io(Strict):
@@ -449,8 +450,8 @@ class BuildConfig(Published):
         description="The model that finds a region again from the category of its caption.",
     )
     mask_generator: Backend = Field(
-        default=_MASK_GENERATOR,
-        exclude_if=lambda backend: backend == _MASK_GENERATOR,  # so that older corpora are written as before
+        default=MASK_GENERATOR,
+        exclude_if=lambda backend: backend == MASK_GENERATOR,  # so that older corpora are written as before
         description="The model that makes the masks of photos that have none (docs/mask-generators.md).",
     )
     benchmarks: Benchmarks = Benchmarks()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from paracaption.flows.cli.app import app
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.pipeline.corpus import reader
+from paracaption.schemas.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "samples"
@@ -88,6 +89,41 @@ def test_it_is_small_and_in_half_precision_and_has_a_card():
     card = (model / "README.md").read_text()
     assert "circles, triangles and bars" in card and "python -m benchmarks.sample_model" in card
     assert RegionCaptioner.load(model, "cpu").model.dtype.itemsize == 4
+
+
+def test_a_photo_without_masks_gets_them_and_the_captions_are_those_of_its_shapes(home):
+    number = "heldout-1-000000"
+    photo = f"samples/scenes/photos/{number}.jpg"
+    record = json.loads(
+        run(
+            *("caption", "--model", "samples/model", "--image", photo, "--json", "-"),
+            *("--strategy", "threshold", "--max-new-tokens", "12", "--steps", "12"),
+        )
+    )
+    areas = [region["area"] for region in record["regions"]]
+    assert areas == sorted(areas, reverse=True) and len(areas) == 4
+    assert record["regions"][0]["source"] == "color_regions: mask 1"
+    assert {region["caption"] for region in record["regions"]} == set(PINNED[number])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--mask-generator", "nobody"), "no backend 'nobody'; choose from"),
+        (("--mask-generator", "{name: color_regions, options: {colours: 3}}"), "colours"),
+        (("--mask-generator", "{name: "), "not YAML"),
+        (
+            ("--mask-generator", "color_regions", "--masks", "samples/scenes/panoptic.json"),
+            "leave out --masks",
+        ),
+        (("--key", "x"), "--key names an image"),
+    ],
+)
+def test_a_wrong_mask_generator_is_told_before_the_model_is_loaded(home, given, told):
+    photo = "samples/scenes/photos/heldout-1-000000.jpg"
+    done = CliRunner().invoke(app, ["caption", "--model", "nowhere", "--image", photo, *given])
+    assert isinstance(done.exception, ConfigError) or done.exit_code == 2
+    assert told in f"{done.output}{done.exception}", (done.output, done.exception)
 
 
 def test_it_labels_the_scenes_in_a_build_with_the_pinned_captions(home):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ...schemas.decoding import DecodeOptions
-from ...schemas.errors import ConfigError
+from ...schemas.errors import ConfigError, one_line
 from .. import stopping
 from .arguments import Device, Dtype, RayAddress, changes_of, options_of, suggest
 from .examples import example
@@ -139,6 +139,19 @@ def _what_is_trained(out: Path) -> str:
     return f"the last checkpoint is {last.name}; run the same command to continue from it"
 
 
+def _generator_of(text: str) -> str | dict[str, Any]:
+    """The value of --mask-generator, which is YAML: a name, or a name with options."""
+    import yaml
+
+    from ...pipeline.io import yaml_text
+
+    try:
+        value = yaml_text.parse(text) if text.lstrip().startswith("{") else text
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--mask-generator {text}: not YAML ({one_line(error)}); correct it") from error
+    return value
+
+
 class ManyMasks(Command):
     """Takes any number of paths after `--masks`, such as a shell makes of `*.png`."""
 
@@ -158,13 +171,22 @@ class ManyMasks(Command):
 def caption(
     model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
     masks: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="Mask images, folders of mask images, or a JSON of COCO or SA-1B; or a corpus, together "
-            "with --key. Several paths may follow.",
+            "with --key. Several paths may follow. Without this option, a mask generator makes the masks.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    mask_generator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What makes the masks of a photo without --masks: a name, or a name with options such as "
+            "'{name: sam, options: {model: sam_vit_h_4b8939.pth}}' (docs/mask-generators.md).",
+            show_default="color_regions, which needs no weights",
+        ),
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="The photo. Not needed with a corpus.")] = None,
     key: Annotated[
         str | None,
@@ -206,12 +228,23 @@ def caption(
     from rich.console import Console
 
     from ...model_training.decoding import caption_photo as captioning
+    from ...model_training.decoding.generate_regions import generate_regions
     from ...model_training.decoding.read_regions import read_photo_regions
     from ...model_training.decoding.region_captioner import RegionCaptioner
 
     options = DecodeOptions.checked(decoding)
     captioning.check_outputs(picture, trace, json)
-    photo = read_photo_regions(image, masks, key)
+    generator = None if mask_generator is None else _generator_of(mask_generator)
+    if masks:
+        if generator is not None:
+            raise ConfigError("--mask-generator makes the masks of a photo without any; leave out --masks")
+        photo = read_photo_regions(image, masks, key)
+    elif image is None:
+        raise ConfigError("give the photo with --image; its masks, or a corpus with --key, with --masks")
+    elif key is not None:
+        raise ConfigError("--key names an image in what --masks gives; give --masks too, or leave it out")
+    else:
+        photo = generate_regions(image, generator)
     notices = Console(stderr=True)
     for line in photo.left_out:
         notices.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)

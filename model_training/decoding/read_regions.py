@@ -110,7 +110,7 @@ def read_photo_regions(
             raise ConfigError(f"{path}: no such file; correct the path")
     if image is None:
         raise ConfigError(f"{split[0][0]}: these masks need their photo; give the image too")
-    pixels = _pixels(str(image))
+    pixels = read_pixels(str(image))
     found = [_from(path, str(image), pixels.shape[:2], chosen) for path, chosen in split]
     regions = [region for each in found for region in each.regions]
     return PhotoRegions(str(image), pixels, regions, [line for each in found for line in each.left_out])
@@ -127,7 +127,12 @@ def _exists(path: str) -> bool:
     return Path(path).exists() or bool(files.expand(path))
 
 
-def _pixels(image: str) -> np.ndarray:
+def read_pixels(image: str) -> np.ndarray:
+    """The pixels of a photo, (H, W, 3) uint8 RGB, as stored.
+
+    Raises:
+        ConfigError: there is no such photo, or it cannot be read.
+    """
     try:
         return photos.decode(Blob(image), files.read(Blob(image)), Limits().max_pixels)
     except FileNotFoundError as error:
