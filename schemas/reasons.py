@@ -34,6 +34,7 @@ class Reason(StrEnum):
     CROWD = "crowd"  # a crowd segment: many objects under one mask
     VOID = "void"  # the label 0, or a segment declared with it
     # Masks.
+    MASK_NONE = "mask_none"  # the mask generator found nothing in the photo
     MASK_TOO_SMALL = "mask_too_small"
     MASK_DUPLICATE = "mask_duplicate"  # overlaps a mask kept before it almost completely
     MASK_OCCLUDED = "mask_occluded"  # nothing visible once the masks on top of it are painted

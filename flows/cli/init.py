@@ -17,6 +17,7 @@ _PLACEHOLDERS = {
     "sa1b": {"paths": '["sa_*.tar"]'},
     "masks": {"photos": "[photos]", "masks": "masks", "names": "names.csv"},
     "webdataset": {"paths": '["shards/*.tar"]'},
+    "automatic": {"photos": "[photos]"},
     "coco": {"annotations": "[instances.json]", "photos": "[photos]"},
 }
 """What stands for the paths of a source, by its kind and key, until they are replaced."""

@@ -149,12 +149,14 @@ class AuditReport(msgspec.Struct):
         result: counts and problems.
         fixes: what to do about a problem, by its reason or by the kind of its note.
         sampled: whether only a sample was read.
+        mask_stage: the stage that makes the regions, where the sources declare none; else "".
     """
 
     subset: str
     result: AuditResult
     fixes: dict[str, str] = {}
     sampled: bool = False
+    mask_stage: str = ""
 
     def summary(self, num_examples: int = 3) -> dict[str, Any]:
         """The report for programs: counts, and by reason how many, what to do, and a few examples."""
@@ -174,10 +176,12 @@ class AuditReport(msgspec.Struct):
         """The report for people: counts, then each problem with its fix and a few examples."""
         result = self.result
         sample = "a sample: " if self.sampled else ""
-        lines = [
-            f"{self.subset}: {sample}{result.images_usable:,} of {result.images:,} images and "
-            f"{result.regions_usable:,} of {result.regions:,} regions are usable"
-        ]
+        found = f"{self.subset}: {sample}{result.images_usable:,} of {result.images:,} images"
+        if self.mask_stage:
+            lines = [f"{found} are usable; their regions are made by the stage `{self.mask_stage}`"]
+        else:
+            regions = f"{result.regions_usable:,} of {result.regions:,} regions"
+            lines = [f"{found} and {regions} are usable"]
         for drops, title in ((True, "dropped"), (False, "odd, but used")):
             problems = [problem for problem in result.problems if problem.drops is drops]
             if problems:
@@ -229,7 +233,7 @@ def audit_subset(
         if progress is not None:
             progress(total.images)
     total.problems += [_problem_of_note(source.subset, "", note) for note in source.notes]
-    return AuditReport(source.subset, total, FIXES | source.fixes())
+    return AuditReport(source.subset, total, FIXES | source.fixes(), mask_stage=source.mask_stage)
 
 
 def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None = None) -> AuditReport:
@@ -241,17 +245,19 @@ def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None
         planned: the work list; None takes the one in the output folder.
 
     Raises:
-        ConfigError: the source cannot be listed, has no image, or no region of the sample is usable.
+        ConfigError: the source cannot be listed, has no image, or no region of the sample is usable (no
+            image, where a stage makes the regions).
         SourceUnavailable: it does not answer now.
     """
-    report = AuditReport(source.subset, AuditResult(), FIXES | source.fixes(), sampled=True)
+    fixes, mask_stage = FIXES | source.fixes(), source.mask_stage
+    report = AuditReport(source.subset, AuditResult(), fixes, sampled=True, mask_stage=mask_stage)
     if not config.audit_images:
         return report
     entries = _planned_entries(planned, Path(config.out) / source.subset, config.audit_images)
     if entries is None:
         entries = list(islice(source.catalog(), config.audit_images))
     report.result = audit_images(source, entries, config.limits)
-    if not report.result.regions_usable:
+    if not (report.result.images_usable if mask_stage else report.result.regions_usable):
         away = next(
             (each for each in report.result.problems if each.reason == Reason.SOURCE_UNAVAILABLE), None
         )
@@ -260,7 +266,8 @@ def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None
                 f"{source.subset}: no image of a sample can be read ({away.detail}); run the same command "
                 "again when the source answers"
             )
-        what = "no image was found" if not entries else f"no region of {len(entries)} images is usable"
+        unusable = "none" if mask_stage else "no region"
+        what = "no image was found" if not entries else f"{unusable} of {len(entries)} images is usable"
         raise ConfigError(
             f"{source.subset}: {what}; correct the paths and options of its sources\n{report.text()}"
         )
@@ -277,13 +284,16 @@ def audit_images(source: SubsetSource, entries: list[CatalogEntry], limits: Limi
         notes: list[Note] = []
         NOW.at(entry.key)
         image = source.read(entry, limits, notes)
-        _check_pixels(image, limits)
+        is_declared = source.declares_regions(entry) or bool(image.regions)
+        if image.live() or not (is_declared or image.drop):
+            _check_pixels(image, limits)
         live = len(image.live())
-        if live and image.photo_digest:
+        is_usable = live > 0 if is_declared else image.drop is None
+        if is_usable and image.photo_digest:
             digest = bytes.fromhex(image.photo_digest)[:_DIGEST_BYTES]
             result.photos.append(SeenPhoto(image.key, entry.source, digest))
         result.images += 1
-        result.images_usable += live > 0
+        result.images_usable += is_usable
         result.regions += len(image.regions)
         result.regions_usable += live
         shared = image.drop
@@ -303,8 +313,6 @@ def audit_images(source: SubsetSource, entries: list[CatalogEntry], limits: Limi
 
 def _check_pixels(image: ImageRecord, limits: Limits) -> None:
     """Drop an image whose photo does not decode, as the build's captioner will."""
-    if not image.live():
-        return
     try:
         photos.read_pixels(image, limits.max_pixels)
     except BadRecord as error:

@@ -29,6 +29,7 @@ from ..io import photos
 from ..io.activity import NOW
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import SubsetSource, complete, open_source
+from ..stages.automatic_masks import WHOLE_IMAGE
 from ..stages.base import ModelStage
 from ..stages.recipes import recipe_digest, recipe_of
 from . import driver
@@ -95,6 +96,11 @@ def _changed_in(
     for stage in recipe_of(config, source.subset):
         if isinstance(stage, ModelStage) and stage.sees_photo:
             answers = stage.store(folder).load(unit)
+            if (
+                stage.makes_regions
+            ):  # it is asked about every image; others keep answers about earlier regions
+                seen = {key: answer.photo for (key, at), answer in answers.items() if at == WHOLE_IMAGE}
+                break
             seen |= {key: answer.photo for (key, _), answer in answers.items() if answer.photo}
     changed = []
     for entry in listed.read_unit(index):
@@ -105,7 +111,10 @@ def _changed_in(
         if image.failed or (image.drop is not None and image.drop.reason in RETRIED):
             unread(f"{source.subset}/{entry.key}")
             continue
-        if _regions_of(image) != rows.get(entry.key):
+        before = rows.get(entry.key)
+        if before and not (image.regions or source.declares_regions(entry)):
+            before = {None: (None, None, next((reason for _, _, reason in before.values() if reason), None))}
+        if _regions_of(image) != before:
             changed.append(entry.key)
             continue
         try:

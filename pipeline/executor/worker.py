@@ -209,6 +209,7 @@ class Worker:
                     with NOW.during(stage.name, unit.name), only_asked(stage, unit.images):
                         regions = _count_live(unit)
                         reported = {"asked": self._ask(stage, unit), **self._report_model(stage)}
+                        regions = _count_live(unit) if stage.makes_regions else regions
                 name = stage if isinstance(stage, str) else stage.name
                 cpu = time.process_time() - start_cpu
                 self._report_unit(name, unit, regions, time.perf_counter() - start, cpu, **reported)
@@ -365,7 +366,7 @@ class Worker:
         store = stage.store(self.folder)
         known = store.load(unit.name)
         check_photos(stage, unit.images, known)
-        answers = UnitAnswers(stage, unit.images, known)
+        answers = stage.answers(unit.images, known)
         if answers.missing:
             self._answer(unit, answers, store)
             failure = model_failure(answers)
@@ -376,7 +377,7 @@ class Worker:
         elif stage.within is not None and not store.exists(unit.name):
             self._save(store, unit.name, {})  # no region came to it: its model need not be loaded for that
         answers.apply()
-        return answers.num_missing
+        return answers.num_asked
 
     def _answer(self, unit: Unit, answers: UnitAnswers, store: EvidenceStore) -> None:
         """Ask about what is missing, in batches; if everything fails, again with a fresh model."""

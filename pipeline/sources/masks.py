@@ -21,6 +21,7 @@ from .instances import Choice
 from .mask_files import PhotoNames
 from .mask_names import Class, Named, read_classes, read_names
 from .mask_reading import check_size, read_indexed, read_mask
+from .photo_folders import claim, images_in
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
 
@@ -152,7 +153,7 @@ class Masks(Source[MasksOptions]):
         """Photos in the order of their folders and names, then the masks that have none."""
         options = self.options
         listings = [self._list(catalog, folder, "masks") for folder in self._folders()]
-        masks = {url: name for listing in listings for url, name in _images(listing, mask_images.ENDINGS)}
+        masks = {url: name for listing in listings for url, name in images_in(listing, mask_images.ENDINGS)}
         classes = read_classes(options.categories)
         lines = read_names(options.names, f"{self.where}.names", classes) if options.names else []
         named = _named_files(listings, lines)
@@ -251,7 +252,7 @@ class Masks(Source[MasksOptions]):
         found: dict[str, _Photo] = {}
         for folder in self.options.photos:
             listing = self._list(catalog, folder, "photos")
-            for url, name in _images(listing, file_names.PHOTO_ENDINGS):
+            for url, name in images_in(listing, file_names.PHOTO_ENDINGS):
                 is_mask = url in named or (url in masks and folder.rstrip("/") not in shared)
                 if not is_mask:
                     found.setdefault(url, _Photo(url, name))
@@ -297,38 +298,20 @@ class Masks(Source[MasksOptions]):
                 lost.setdefault(name, ([], doubt))[0].append(Piece(url, url))
 
     def _entry(self, photo: _Photo, pieces: list[Piece], catalog: Catalog) -> CatalogEntry:
-        key, again = catalog.claim_key(file_names.path_stem(photo.name), self.where)
+        key, dropped = claim(photo.url, photo.name, catalog, self.where)
         indexed = self.options.layout == "indexed"
         indexes = [piece for piece in pieces if indexed and piece.value is None]
         rest = [piece for piece in pieces if not indexed or piece.value is not None]
-        dropped = annotation = None
-        if not file_names.is_text(photo.name) or not file_names.is_safe(photo.name):
-            dropped = drop(Reason.UNSAFE_NAME, f"{photo.name!a}: no plain UTF-8 name; rename it")
-        elif again:
-            detail = f"{photo.url}: a photo of this name was listed before; the first one counts"
-            dropped = drop(Reason.DUPLICATE_KEY, detail)
-        elif not (indexes if indexed else pieces):
+        annotation = None
+        if dropped is None and not (indexes if indexed else pieces):
             dropped = drop(Reason.ANNOTATION_MISSING, f"{photo.url}: no mask is of this photo")
-        elif len(indexes) > 1:
+        elif dropped is None and len(indexes) > 1:
             listed = " and ".join(piece.name for piece in indexes[:3])
             dropped = drop(Reason.PAIR_AMBIGUOUS, f"{photo.url}: {listed}; keep one of them")
-        elif indexed:
+        elif dropped is None and indexed:
             annotation = Blob(indexes[0].url)
         record = msgspec.json.encode(Record(rest))
         return CatalogEntry(key, Blob(photo.url), annotation, record, photo.name, dropped, credit=Credit())
-
-
-def _images(listing: file_names.Listing, endings: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(URL, path in its folder) of the images of a folder.
-
-    Raises:
-        ConfigError: it cannot be listed.
-    """
-    if listing.names is None:
-        raise ConfigError(f"{listing.url}: a folder of a plain HTTP server cannot be listed; copy it first")
-    for name in listing.names:
-        if name.lower().endswith(endings):
-            yield f"{listing.url.rstrip('/')}/{name}", name
 
 
 def _named_files(listings: list[file_names.Listing], lines: list[Named]) -> dict[str, str]:

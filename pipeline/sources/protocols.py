@@ -198,6 +198,7 @@ class Source(ABC, Generic[Options]):
         names_categories: whether its regions have a category; see `has_categories`.
         mask_stage: of a source whose regions come without masks, the stage that makes them. It stands first
             in a recipe that is a name, such as `verify`. "" if every region has its mask.
+        declares_regions: whether its images have regions at all; if not, `mask_stage` makes those too.
         fixes: what to do about a problem, by the reason of a drop or by the kind of a note.
         paper_size: images and regions of this kind in the paper's corpus; None if it has none.
         checks_masks: whether all its masks come from `filters.rle`. Those of any other source are checked
@@ -213,6 +214,7 @@ class Source(ABC, Generic[Options]):
     recipe: ClassVar[str]
     names_categories: ClassVar[bool] = True
     mask_stage: ClassVar[str] = ""
+    declares_regions: ClassVar[bool] = True
     fixes: ClassVar[Mapping[str, str]] = {}
     paper_size: ClassVar[tuple[int, int] | None] = None
     checks_masks: ClassVar[bool] = False

@@ -25,6 +25,7 @@ SOURCES = {
     "coco": "paracaption.pipeline.sources.coco:Coco",
     "masks": "paracaption.pipeline.sources.masks:Masks",
     "webdataset": "paracaption.pipeline.sources.webdataset:WebDataset",
+    "automatic": "paracaption.pipeline.sources.automatic:Automatic",
 }
 """Kind, as the configuration names it, -> its class."""
 
@@ -283,6 +284,15 @@ class SubsetSource:
         if found:
             detail = f"{image.file_name or image.key}: the same picture as {found} in `benchmarks.photos`"
             image.reject(drop(Reason.BENCHMARK_PHOTO, detail))
+
+    def declares_regions(self, entry: CatalogEntry) -> bool:
+        """Whether the source of an image says which regions it has; else a stage makes them."""
+        return self.sources[entry.source].declares_regions
+
+    @property
+    def mask_stage(self) -> str:
+        """The stage that makes the regions, where no source declares any; "" if one does."""
+        return "" if any(each.declares_regions for each in self.sources) else self.sources[0].mask_stage
 
     def fixes(self) -> dict[str, str]:
         """What to do about a problem, by the reason of a drop or by the kind of a note."""

@@ -162,6 +162,7 @@ class ModelStage(Stage):
             protocol has none.
         evidence: the struct of one answer.
         sees_photo: whether the model looks at the photo, so that its answers hold for that photo alone.
+        makes_regions: whether it is asked about images that have no regions, and makes them.
         backend: which model, and the resources of its actors.
         place: of the backend in the configuration: a key such as "judge", or the entry's option.
     """
@@ -170,6 +171,7 @@ class ModelStage(Stage):
     each: ClassVar[str] = ""
     evidence: ClassVar[type[Any]]
     sees_photo: ClassVar[bool] = True
+    makes_regions: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -183,6 +185,14 @@ class ModelStage(Stage):
         has_own = self.protocol in self.given
         self.place = f"{where}.{self.name}.{self.protocol}" if has_own else self.protocol
         self._read = list(dict.fromkeys(each for need in self.needs for each in read.get(need, ())))
+
+    def places(self, image: ImageRecord) -> list[int]:
+        """The ids under which the answers lie that an image needs: those of its live regions."""
+        return [region.id for region in image.live()]
+
+    def answers(self, images: list[ImageRecord], known: Evidence) -> UnitAnswers:
+        """What is known and what is missing of a unit; the arguments are those of `UnitAnswers`."""
+        return UnitAnswers(self, images, known)
 
     @abstractmethod
     def question(self, region: Region) -> tuple:
@@ -304,6 +314,11 @@ class UnitAnswers:
         self.changed: set[str] = set()
         self._by_key = {image.key: image for image in images}
 
+    @property
+    def num_asked(self) -> int:
+        """Regions that the model was asked about, for its event."""
+        return self.num_missing
+
     def add(self, image: ImageRecord, outcome: list[Any] | Failure) -> None:
         """Take what became of one of the `missing` images: an answer for each region, or one failure.
 
@@ -321,7 +336,11 @@ class UnitAnswers:
             if isinstance(answer, BadRecord):
                 self.region_failures[place] = Failure(answer.reason, answer.detail, kind_of(answer))
             else:
-                self.known[place] = Answered(self._questions[place], answer, seen)
+                self._store(image, region, answer, seen)
+
+    def _store(self, image: ImageRecord, region: Region, answer: Any, seen: str) -> None:
+        place = (image.key, region.id)
+        self.known[place] = Answered(self._questions[place], answer, seen)
 
     def _note_photo(self, key: str, seen: str) -> bool:
         """Whether the photo that was seen is the one that the unit's image has had so far, if it had one."""
@@ -362,9 +381,9 @@ def photos_claimed(stage: ModelStage, images: list[ImageRecord], known: Evidence
     if not stage.sees_photo:
         return {}
     rows = (
-        (image.key, known.get((image.key, each.id)))
+        (image.key, known.get((image.key, place)))
         for image in images
         if not image.photo_digest
-        for each in image.live()
+        for place in stage.places(image)
     )
     return {key: row.photo for key, row in rows if row is not None and row.photo}

@@ -13,6 +13,7 @@ from ...schemas.records import SCORES
 from ...schemas.strict import did_you_mean
 from ..io import own_modules
 from .agreement import AgreeWithSegmenter
+from .automatic_masks import AutomaticMasks
 from .base import FilterStage, ModelStage, Stage, Threshold
 from .caption import Caption
 from .category import ExtractCategory, VerifyCategory
@@ -23,6 +24,7 @@ from .text import CleanText
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
+        AutomaticMasks,
         UsableMasks,
         WholeObjects,
         Caption,

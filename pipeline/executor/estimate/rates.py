@@ -175,8 +175,16 @@ class _Tally:
         if ready_s:
             self.launch_s.append(max(ready_s.values()))
 
+    def declared(self) -> dict[str, int]:
+        """The regions of each unit: as many as the stage met that met most.
+
+        That is the source, or the stage that makes the regions where it declares none.
+        """
+        units = self.regions[SOURCE_STAGE]
+        return {unit: max(met.get(unit, 0) for met in self.regions.values()) for unit in units}
+
     def stage_rates(self) -> dict[str, StageRate]:
-        declared = self.regions[SOURCE_STAGE]
+        declared = self.declared()
         stages = {}
         for stage, reached in self.regions.items():
             shared = [unit for unit in declared if unit in reached]
@@ -194,7 +202,7 @@ def _measure_subset(out: Path, subset: str, runs: list[list[tuple[str, Event]]])
     for run in runs:
         tally.add_run(run, model_stages)
     stages = tally.stage_rates()
-    regions = sum(tally.regions[SOURCE_STAGE].values())
+    regions = sum(tally.declared().values())
     done = _count_committed(out, subset)
     evidence = sum(files.size_of(Blob(url)) for url in files.expand(f"{out}/{subset}/evidence/*/*.parquet"))
     return SubsetRates(

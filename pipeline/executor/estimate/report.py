@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....schemas.config import BuildConfig
+from ...sources.registry import open_source
 from ...stages.recipes import used_backends
 from .advice import advise, duration, listed, short
 from .predict import Estimate, StreamEstimate, estimate_build
@@ -121,6 +122,12 @@ def find_caveats(
             caveats.append(
                 f"{subset}: the rates come from only {measured.regions:,} regions, the estimate is for "
                 f"{size.regions:,}; run a larger pilot"
+            )
+        if mask_stage := open_source(config, subset).mask_stage:
+            caveats.append(
+                f"{subset}: its source declares no regions; the {size.regions:,} are of --images, or as "
+                f"many an image as in the pilot, where `{mask_stage}` made {measured.regions:,} for "
+                f"{measured.images:,} images"
             )
         idle = [name for name, rate in measured.stages.items() if not rate.image_s and not rate.region_s]
         if idle:
