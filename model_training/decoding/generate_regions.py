@@ -24,7 +24,7 @@ def generator_of(given: str | Mapping[str, Any] | Backend | None) -> Backend:
             `{"name": "sam", "options": {"model": "sam.pth"}}`. None takes the one that needs no weights.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is something else.
     """
     if given is None or isinstance(given, Backend):
         return given or MASK_GENERATOR

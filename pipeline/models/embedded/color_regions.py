@@ -178,7 +178,7 @@ def color_areas(lab: np.ndarray, num_colors: int, least: int) -> np.ndarray:
 
 
 def _pieces(mask: np.ndarray, least: int) -> list[np.ndarray]:
-    """The connected pieces with at least so many pixels, by the place of their first one."""
+    """The connected pieces with at least `least` pixels, by the place of their first one."""
     import cv2
 
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
@@ -214,7 +214,7 @@ def _by_hue(piece: np.ndarray, lab: np.ndarray, least: int) -> list[np.ndarray]:
 
 
 def _peaks(degrees: np.ndarray, least: float) -> np.ndarray:
-    """The hues that at least so many of the pixels are near, most frequent first."""
+    """The hues that at least `least` of the pixels are near, most frequent first."""
     bins = np.bincount(
         (degrees // HUE_STEP_DEG).astype(int) % (360 // HUE_STEP_DEG), minlength=360 // HUE_STEP_DEG
     )

@@ -24,6 +24,7 @@ from paracaption.pipeline.executor.estimate.rates import measure_rates
 from paracaption.pipeline.executor.estimate.report import find_caveats
 from paracaption.pipeline.executor.estimate.sizes import choose_sizes
 from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.sources.registry import open_source
 from paracaption.pipeline.stages.recipes import recipe_of
 from paracaption.schemas.config import BuildConfig
@@ -317,3 +318,11 @@ def test_the_sample_photos_by_the_embedded_backends(tmp_path):
     assert stats["counts"]["regions"] == sum(row["region"] is not None for row in found)
     assert stats["counts"]["funnel"][1]["stage"] == "automatic_masks"
     assert "lets the mask generator find the regions" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.ray
+def test_the_generator_in_actors_of_its_own_makes_the_same_corpus(tmp_path, built):
+    config = configured(tmp_path)
+    build(config, RayEngine())
+    assert generated(tmp_path) == ALL
+    assert committed(tmp_path / "out") == committed(built / "out")
