@@ -107,6 +107,12 @@ BACKENDS: dict[str, dict[str, Registered]] = {
             extra="models",
             page="docs/mask-generators.md",
         ),
+        "sam3": Registered(
+            "paracaption.pipeline.models.sam3_generator:Sam3MaskGenerator",
+            ("torch", "torchvision", "transformers", "segment-anything"),
+            extra="models",
+            page="docs/mask-generators.md",
+        ),
     },
 }
 """Protocol -> name of the backend in the configuration -> the backend."""

@@ -72,7 +72,7 @@ class Sam3Segmenter:
         from transformers import Sam3Model
 
         self.options = read_options(Sam3Options, options, "segmenter.options")
-        folder = _folder(self.options.model)
+        folder = checkpoint_folder(self.options.model)
         self.device, self.dtype = find_device(self.options.device, self.options.dtype)
         self.processor = _processor(folder, _check_tensors(folder).config)
         model: Any = Sam3Model.from_pretrained(
@@ -91,7 +91,7 @@ class Sam3Segmenter:
         given = read_options(Sam3Options, options, "segmenter.options")
         return {
             "version": VERSION,
-            "weights": weights.identity(_folder(given.model)),
+            "weights": weights.identity(checkpoint_folder(given.model)),
             "threshold": repr(float(given.threshold)),
             "mask_threshold": repr(float(given.mask_threshold)),
             "dtype": given.dtype,
@@ -106,7 +106,7 @@ class Sam3Segmenter:
             ConfigError: something does not fit; the message names the file and the fix.
         """
         given = read_options(Sam3Options, options, "segmenter.options")
-        folder = _folder(given.model)
+        folder = checkpoint_folder(given.model)
         model = _check_tensors(folder)
         processor = _processor(folder, model.config)
         tower = model.config.vision_config.backbone_config
@@ -222,14 +222,14 @@ def _repeated(level: torch.Tensor, times: int) -> torch.Tensor:
     return level.expand(times, *level.shape[1:])
 
 
-def _folder(path: str) -> Path:
+def checkpoint_folder(path: str, protocol: str = "segmenter") -> Path:
     """The checkpoint's folder, refused if it is not SAM 3."""
-    folder = weights.folder(path, "segmenter.options.model")
+    folder = weights.folder(path, f"{protocol}.options.model")
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind not in ("sam3", "sam3_video"):
         raise ConfigError(
             f"{folder / 'config.json'}: model_type is {kind!r}, not sam3 or sam3_video; "
-            "segmenter `sam3` takes the folder of facebook/sam3"
+            f"{protocol} `sam3` takes the folder of facebook/sam3"
         )
     return folder
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -30,13 +31,13 @@ _PROTOCOL = "mask_generator"
 _NOT_IN_IDENTITY = ("model", "device", "points_at_once")
 
 
-class SamGeneratorOptions(BackendOptions, frozen=True):
-    """The options of `sam`. The defaults are the publisher's.
+class GridOptions(BackendOptions, frozen=True):
+    """The options of generators that ask at the points of a grid. The defaults are segment-anything's.
 
     Attributes:
-        model: the publisher's `.pth`.
+        model: the checkpoint.
         points_per_side: of the grid; its square is the number of points.
-        pred_iou_thresh: a mask stays if SAM's own estimate of its quality is above this.
+        pred_iou_thresh: a mask stays if the model's own estimate of its quality is above this.
         stability_score_thresh: and if it hardly changes with another cutoff of the logits: the least IoU of
             the two.
         crop_n_layers: 1 looks at the photo's quarters as well, 2 also at its sixteenths.
@@ -58,6 +59,15 @@ class SamGeneratorOptions(BackendOptions, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     points_at_once: Annotated[int, Meta(ge=1)] = 64
 
+    def identity(self) -> dict[str, str]:
+        """The options that decide which masks stay."""
+        names = [name for name in self.__struct_fields__ if name not in _NOT_IN_IDENTITY]
+        return {name: str(getattr(self, name)) for name in names}
+
+
+class SamGeneratorOptions(GridOptions, frozen=True):
+    """The options of `sam`: `model` is the publisher's `.pth`."""
+
 
 class SamMaskGenerator:
     """Finds the masks of a photo at the points of a grid.
@@ -70,35 +80,18 @@ class SamMaskGenerator:
     """
 
     def __init__(self, **options: Any):
-        from segment_anything import SamAutomaticMaskGenerator
-
-        given = self.options = read_options(SamGeneratorOptions, options, f"{_PROTOCOL}.options")
+        given = read_options(SamGeneratorOptions, options, f"{_PROTOCOL}.options")
         device, dtype = find_device(given.device, given.dtype, _PROTOCOL)
         path = Path(given.model)
         model = build(read_tensors(path, protocol=_PROTOCOL), path).to(device).eval()
-        self._generator = SamAutomaticMaskGenerator(
-            model,
-            points_per_side=given.points_per_side,
-            points_per_batch=given.points_at_once,
-            pred_iou_thresh=given.pred_iou_thresh,
-            stability_score_thresh=given.stability_score_thresh,
-            crop_n_layers=given.crop_n_layers,
-            min_mask_region_area=given.min_mask_region_area,
-            box_nms_thresh=given.box_nms_thresh,
-            output_mode="coco_rle",
-        )
-        self._generator.predictor = _predictor_type()(model, dtype, f"sam ({given.model})")
+        self._grid = PointGrid(_predictor_type()(model, dtype, f"sam ({given.model})"), given, "sam")
 
     @classmethod
     def identity(cls, **options: Any) -> dict[str, str]:
         """Weights, and the options that decide which masks stay."""
         given = read_options(SamGeneratorOptions, options, f"{_PROTOCOL}.options")
-        names = [name for name in given.__struct_fields__ if name not in _NOT_IN_IDENTITY]
-        return {
-            "version": VERSION,
-            "weights": weights.identity(checkpoint_file(Path(given.model), _PROTOCOL)),
-            **{name: str(getattr(given, name)) for name in names},
-        }
+        path = checkpoint_file(Path(given.model), _PROTOCOL)
+        return {"version": VERSION, "weights": weights.identity(path), **given.identity()}
 
     @classmethod
     def check(cls, **options: Any) -> Checked:
@@ -122,6 +115,38 @@ class SamMaskGenerator:
             OutOfMemory: one point alone does not fit.
             StageFailed: the model says NaN or infinity.
         """
+        return self._grid.generate(photo)
+
+
+class PointGrid:
+    """segment-anything's generator with a predictor of ours, which halves its batches when memory runs out.
+
+    Args:
+        predictor: answers as `segment_anything.SamPredictor` does, and says by `can_see(height, width)`
+            whether a crop of that size can be resized.
+        options: of the backend.
+        name: of the backend, for messages.
+    """
+
+    def __init__(self, predictor: Any, options: GridOptions, name: str):
+        from segment_anything import SamAutomaticMaskGenerator
+
+        self.name, self._predictor = name, predictor
+        self.generator = SamAutomaticMaskGenerator(
+            _unused_model(),
+            points_per_side=options.points_per_side,
+            points_per_batch=options.points_at_once,
+            pred_iou_thresh=options.pred_iou_thresh,
+            stability_score_thresh=options.stability_score_thresh,
+            crop_n_layers=options.crop_n_layers,
+            min_mask_region_area=options.min_mask_region_area,
+            box_nms_thresh=options.box_nms_thresh,
+            output_mode="coco_rle",
+        )
+        self.generator.predictor = predictor
+
+    def generate(self, photo: np.ndarray) -> list[Candidate]:
+        """The masks of a photo that the generator keeps; none if a part of it cannot be seen."""
         if not self._can_be_seen(photo.shape[0], photo.shape[1]):
             return []
         return [
@@ -133,32 +158,36 @@ class SamMaskGenerator:
         ]
 
     def _can_be_seen(self, height: int, width: int) -> bool:
-        """Whether segment-anything can resize the photo and all of its crops."""
         from segment_anything.utils.amg import generate_crop_boxes
 
-        generator = self._generator
-        boxes, _ = generate_crop_boxes((height, width), generator.crop_n_layers, generator.crop_overlap_ratio)
-        side = generator.predictor.model.image_encoder.img_size
-        sizes = [sorted((x2 - x1, y2 - y1)) for x1, y1, x2, y2 in boxes]
-        return all(short >= 1 and int(short * side / long + 0.5) >= 1 for short, long in sizes)
+        layers, overlap = self.generator.crop_n_layers, self.generator.crop_overlap_ratio
+        boxes, _ = generate_crop_boxes((height, width), layers, overlap)
+        return all(self._predictor.can_see(y2 - y1, x2 - x1) for x1, y1, x2, y2 in boxes)
 
     def _generate(self, photo: np.ndarray) -> list[dict[str, Any]]:
         import torch
 
         while True:
-            points = self._generator.points_per_batch
+            points = self.generator.points_per_batch
             try:
-                return self._generator.generate(photo)
+                return self.generator.generate(photo)
             except torch.OutOfMemoryError as error:
                 if points == 1:
                     raise OutOfMemory(
-                        f"sam: points of one photo: out of memory with one point at a time ({error}); use a "
-                        "larger GPU, or raise num_gpus"
+                        f"{self.name}: points of one photo: out of memory with one point at a time ({error})"
+                        "; use a larger GPU, or raise num_gpus"
                     ) from error
             # Outside of the handler: the traceback holds the batch's tensors.
-            self._generator.points_per_batch = points // 2
-            log.warning("sam: out of memory with %d points at once; going on with %d", points, points // 2)
+            self.generator.points_per_batch = points // 2
+            log.warning(
+                "%s: out of memory with %d points at once; going on with %d", self.name, points, points // 2
+            )
             torch.cuda.empty_cache()
+
+
+def _unused_model() -> Any:
+    """What segment-anything's generator makes its own predictor of, which ours replaces."""
+    return SimpleNamespace(image_encoder=SimpleNamespace(img_size=1))
 
 
 @cache
@@ -173,6 +202,11 @@ def _predictor_type() -> Any:
         def __init__(self, model: Any, dtype: torch.dtype, name: str):
             super().__init__(model)
             self._dtype, self._name = dtype, name
+
+        def can_see(self, height: int, width: int) -> bool:
+            """Whether a crop has a pixel on its short side as SAM sees it."""
+            short, long = sorted((height, width))
+            return short >= 1 and int(short * self.model.image_encoder.img_size / long + 0.5) >= 1
 
         def set_torch_image(self, *given: Any, **named: Any) -> None:
             with products_in(self.device, self._dtype):

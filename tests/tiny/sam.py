@@ -199,3 +199,36 @@ def _widen(model: Any, spread: float) -> None:
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
                 weight.normal_(0, 1.0 if "embed" in name else spread * 4 / weight[0].numel() ** 0.5)
+
+
+def write_sam3_tracker(folder: Path, seed: int = 0) -> Path:
+    """A tiny `facebook/sam3` folder as `write_sam3` makes it, with the whole tracker and its neck."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Sam3TrackerConfig, Sam3TrackerModel, Sam3VideoConfig
+
+    write_sam3(folder, seed)
+    config = Sam3VideoConfig.from_pretrained(folder)
+    vision = config.detector_config.vision_config.to_dict()
+    small = {"hidden_size": 32}
+    prompts = {**small, "image_size": SAM3_IMAGE_PX, "mask_input_channels": 4}
+    decoder = {**small, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
+    tracker = {"vision_config": vision, "prompt_encoder_config": prompts, "mask_decoder_config": decoder}
+    whole = Sam3VideoConfig(
+        detector_config=config.detector_config.to_dict(),
+        tracker_config={**tracker, "image_size": SAM3_IMAGE_PX},
+        architectures=["Sam3VideoModel"],
+    )
+    whole.save_pretrained(folder)
+    torch.manual_seed(seed)
+    model: Any = Sam3TrackerModel(Sam3TrackerConfig(**tracker)).eval()
+    _widen(model, 0.35)
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        if name.startswith("vision_encoder.neck."):
+            stored[name.replace("vision_encoder.neck.", "tracker_neck.", 1)] = tensor.contiguous().clone()
+        elif not name.startswith("vision_encoder."):
+            stored[f"tracker_model.{name}"] = tensor.contiguous().clone()
+    stored["tracker_model.memory_encoder.projection.bias"] = torch.zeros(8)  # of what only videos need
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -69,7 +69,7 @@ def test_memory_that_runs_out_halves_the_points_and_one_point_too_many_is_told(c
     import torch
 
     whole, generator = made(checkpoint).generate(photo()), made(checkpoint, points_at_once=8)
-    run, asked = generator._generator._process_batch, []
+    run, asked = generator._grid.generator._process_batch, []
 
     def limited(points, *rest):
         asked.append(len(points))
@@ -77,7 +77,7 @@ def test_memory_that_runs_out_halves_the_points_and_one_point_too_many_is_told(c
             raise torch.OutOfMemoryError("no room")
         return run(points, *rest)
 
-    monkeypatch.setattr(generator._generator, "_process_batch", limited)
+    monkeypatch.setattr(generator._grid.generator, "_process_batch", limited)
     limit = 2
     assert {each.rle.counts for each in generator.generate(photo())} == {each.rle.counts for each in whole}
     assert asked[:3] == [8, 4, 2]
@@ -88,7 +88,7 @@ def test_memory_that_runs_out_halves_the_points_and_one_point_too_many_is_told(c
 
 def test_numbers_that_are_none_stop_the_build(checkpoint):
     generator = made(checkpoint)
-    generator._generator.predictor.model.mask_decoder.iou_token.weight.data.fill_(float("nan"))
+    generator._grid.generator.predictor.model.mask_decoder.iou_token.weight.data.fill_(float("nan"))
     with pytest.raises(StageFailed, match=r"NaN or infinite.*mask_generator\.options\.dtype"):
         generator.generate(photo())
 
