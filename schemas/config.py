@@ -447,7 +447,8 @@ class BuildConfig(Published):
     )
     segmenter: Backend = Field(
         default=Backend(name="grabcut"),
-        description="The model that finds a region again from the category of its caption.",
+        description="The model that finds a region again from the category of its caption, and makes the "
+        "masks of sources that have boxes only.",
     )
     mask_generator: Backend = Field(
         default=MASK_GENERATOR,

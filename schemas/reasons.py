@@ -27,6 +27,7 @@ class Reason(StrEnum):
     TOO_MANY_MASKS = "too_many_masks"  # more masks on the image than the limit
     MASK_EMPTY = "mask_empty"  # an RLE without a foreground pixel
     BOX_EMPTY = "box_empty"  # a box without a pixel of its photo, in the place of a mask
+    BOX_DUPLICATE = "box_duplicate"  # the same box with the same category again; the first one is kept
     MASK_UNDECODABLE = "mask_undecodable"  # an RLE that is no RLE, or does not fill its image exactly
     GONE = "gone"  # was in the source when the image was planned, and is not any more
     REMOVED = "removed"  # taken out of the corpus on request; no later build brings it back
@@ -43,7 +44,7 @@ class Reason(StrEnum):
     CAPTION_NONE = "caption_none"  # the captioner returned nothing
     CATEGORY_WRONG = "category_wrong"  # the caption does not describe the annotated category
     CATEGORY_NONE = "category_none"  # no core category could be named from the caption
-    SEGMENTER_NONE = "segmenter_none"  # the segmenter found nothing for the category
+    SEGMENTER_NONE = "segmenter_none"  # the segmenter found nothing for the category, or in the box
     IOU_LOW = "iou_low"  # the re-predicted mask does not match the original
     # Text.
     TEXT_TOO_SHORT = "text_too_short"

@@ -104,7 +104,8 @@ class Region(msgspec.Struct):
         category: plain category name from the annotation ("tree", not "tree-merged"); None for SA-1B.
         category_id: the publisher's category id.
         is_thing: thing or stuff, from the category list.
-        source_scores: the publisher's numbers kept as they are (predicted_iou, stability_score).
+        source_scores: the publisher's numbers kept as they are (predicted_iou, stability_score); of a mask
+            that a stage has made, those of the model that made it.
         crop_box: SA-1B's crop the mask was found in (x, y, w, h).
         point_coords: SA-1B's prompt points [(x, y), ...].
         caption: the captioner's text.

@@ -105,6 +105,7 @@ class InstantSegmenter(_Options):
 
     def segment(self, photo: np.ndarray, phrases: list[str], boxes: np.ndarray) -> list[list[Candidate]]:
         _note(self.log, [f"segment {' '.join(f'{v:g}' for v in box)}" for box in boxes])
+        time.sleep(self.delay_s)
         found = []
         for x1, y1, x2, y2 in boxes.astype(int):
             mask = np.zeros(photo.shape[:2], np.uint8)

@@ -77,6 +77,25 @@ def write_coconut(
     }
 
 
+def write_boxes(root: Path, num_images: int, num_boxes: int = 4, size: tuple[int, int] = (96, 128)) -> dict:
+    """A detection set in COCO's layout under `root`, of the same scenes; returns the source's entry."""
+    (root / "photos").mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for i in range(num_images):
+        photo, labels = scene(i, num_boxes, size)
+        (root / "photos" / f"{i:012d}.jpg").write_bytes(jpeg(photo))
+        images.append({"id": i, "file_name": f"{i:012d}.jpg", "height": size[0], "width": size[1]})
+        for k in range(num_boxes):
+            rows, columns = np.nonzero(labels == k + 1)
+            x, y = int(columns.min()), int(rows.min())
+            box = [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
+            category = CATEGORIES[k % 3]["id"]
+            annotations.append({"id": len(annotations), "image_id": i, "category_id": category, "bbox": box})
+    document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    (root / "boxes.json").write_text(json.dumps(document))
+    return {"source": "boxes", "annotations": [str(root / "boxes.json")], "photos": [str(root / "photos")]}
+
+
 def write_sa1b(
     root: Path,
     num_images: int,

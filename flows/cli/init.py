@@ -19,6 +19,7 @@ _PLACEHOLDERS = {
     "webdataset": {"paths": '["shards/*.tar"]'},
     "automatic": {"photos": "[photos]"},
     "coco": {"annotations": "[instances.json]", "photos": "[photos]"},
+    "boxes": {"annotations": "[boxes.json]", "photos": "[photos]"},
 }
 """What stands for the paths of a source, by its kind and key, until they are replaced."""
 

@@ -149,6 +149,8 @@ def region_of(row: dict[str, Any], is_final: bool) -> Region:
         region.rle = Rle((row["image_height"], row["image_width"]), row["rle_counts"])
         region.bbox = (row["bbox_x"], row["bbox_y"], row["bbox_w"], row["bbox_h"])
         region.area = row["area"]
+    elif row["bbox_w"] is not None:  # a box whose mask was never made
+        region.bbox = (row["bbox_x"], row["bbox_y"], row["bbox_w"], row["bbox_h"])
     if row["drop_reason"] and (is_final or row["drop_stage"] == SOURCE_STAGE):
         region.drop = _drop_of(row)
         region.scores = {name: row[name] for name in SCORES if row[name] is not None}

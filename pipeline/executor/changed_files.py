@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -28,9 +28,10 @@ from ..corpus.work_list_summary import Step, WorkList, find_work_list, first_ste
 from ..io import photos
 from ..io.activity import NOW
 from ..sources.protocols import SOURCE_STAGE
-from ..sources.registry import SubsetSource, complete, open_source
+from ..sources.registry import SubsetSource, complete, find_mask_stage, open_source
 from ..stages.automatic_masks import WHOLE_IMAGE
 from ..stages.base import ModelStage
+from ..stages.evidence import Evidence, fingerprint
 from ..stages.recipes import recipe_digest, recipe_of
 from . import driver
 
@@ -93,15 +94,15 @@ def _changed_in(
         reason = row["drop_reason"] if row["drop_stage"] == SOURCE_STAGE else None
         rows.setdefault(row["key"], {})[row["region"]] = (row["rle_counts"], row["category"], reason)
     seen: dict[str, str] = {}
+    asked, has_no_masks = _Asked(None, {}), bool(find_mask_stage(config, source.subset)[0])
     for stage in recipe_of(config, source.subset):
         if isinstance(stage, ModelStage) and stage.sees_photo:
             answers = stage.store(folder).load(unit)
-            if (
-                stage.makes_regions
-            ):  # it is asked about every image; others keep answers about earlier regions
+            if stage.makes_regions:  # asked about every image; others keep answers about earlier regions
                 seen = {key: answer.photo for (key, at), answer in answers.items() if at == WHOLE_IMAGE}
                 break
             seen |= {key: answer.photo for (key, _), answer in answers.items() if answer.photo}
+            asked = _Asked(stage, answers) if "mask" in stage.gives else asked
     changed = []
     for entry in listed.read_unit(index):
         if entry.drop is not None:
@@ -114,7 +115,9 @@ def _changed_in(
         before = rows.get(entry.key)
         if before and not (image.regions or source.declares_regions(entry)):
             before = {None: (None, None, next((reason for _, _, reason in before.values() if reason), None))}
-        if _regions_of(image) != before:
+        elif before and has_no_masks:
+            before = _without_made_masks(before, image)
+        if _regions_of(image) != before or asked.otherwise(image):
             changed.append(entry.key)
             continue
         try:
@@ -137,6 +140,27 @@ def _regions_of(image: ImageRecord) -> _Regions:
         )
         for region in image.regions
     }
+
+
+class _Asked(NamedTuple):
+    """What was asked of the stage that made the masks of a unit, if a model did."""
+
+    stage: ModelStage | None
+    answers: Evidence
+
+    def otherwise(self, image: ImageRecord) -> bool:
+        """Whether a region without a mask has another box, or whatever it was asked about, than it had."""
+        return self.stage is not None and any(
+            row.asked != fingerprint(*self.stage.question(region))
+            for region in image.live()
+            if region.rle is None and (row := self.answers.get((image.key, region.id))) is not None
+        )
+
+
+def _without_made_masks(rows: _Regions, image: ImageRecord) -> _Regions:
+    """The rows of an image's regions, without the masks that its source did not give."""
+    boxes = {region.id for region in image.regions if region.rle is None}
+    return {region: (None, *row[1:]) if region in boxes else row for region, row in rows.items()}
 
 
 def _is_another_photo(image: ImageRecord, seen: str) -> bool:

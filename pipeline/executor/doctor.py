@@ -30,7 +30,7 @@ from .estimate.pools import find_pools
 from .findings import FAIL, OK, WARN, Finding, failed
 from .gpus import MANY_POOLS, Gpu
 from .packages import check_backend_packages, check_python_and_base
-from .preflight import check_sources, inspect_backend
+from .preflight import check_sources, check_stages, inspect_backend
 
 _WORKING_SHARE = 0.1
 """The share of its memory budget that a stage should have for activations and caches, besides its weights."""
@@ -74,6 +74,7 @@ def examine_build(config: BuildConfig, ray_address: str | None = None) -> list[F
     findings += check_resources(config, nodes, on_cluster)
     for place, (protocol, backend) in used.items():
         findings += _check_stage(protocol, backend, nodes, on_cluster, place)
+    findings += check_stages(config)
     findings += check_sources(config)
     findings += check_output_on_nodes(config, nodes if on_cluster else [])
     return findings

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ...schemas.config import Backend, BuildConfig
@@ -18,7 +19,8 @@ from ..models import registry
 from ..models.protocols import Checked
 from ..sources.protocols import Catalog, Source
 from ..sources.registry import open_source
-from ..stages.recipes import used_backends
+from ..stages.base import ModelStage
+from ..stages.recipes import recipe_of, used_backends
 from .findings import FAIL, OK, Finding, try_check
 from .packages import check_backend_packages
 from .places import refuse_overlap
@@ -33,6 +35,7 @@ def check_build(config: BuildConfig) -> Iterator[Finding]:
     """
     for place, (protocol, backend) in used_backends(config).items():
         yield check_backend(protocol, backend, place)
+    yield from check_stages(config)
     yield from check_sources(config)
     yield check_output(config.out)
     yield try_check("out", "keep sources and output apart", _check_places, config)
@@ -60,6 +63,24 @@ def check_backend(protocol: str, backend: Backend, place: str = "") -> Finding:
     """
     fix = f"correct `{place or protocol}` in the configuration"
     return try_check(f"{place or protocol} {backend.name}", fix, _check_options, protocol, backend)
+
+
+def check_stages(config: BuildConfig) -> Iterator[Finding]:
+    """A FAIL for each backend that cannot answer its stage's questions; see `ModelStage.check_backend`."""
+    stages = [stage for subset in config.subsets for stage in recipe_of(config, subset)]
+    models = {(each.place, each.kind): each for each in reversed(stages) if isinstance(each, ModelStage)}
+    for stage in models.values():
+        with suppress(ConfigError):  # one that cannot be imported is found by `check_backend`
+            registry.find_backend(stage.protocol, stage.backend)
+            fix = f"correct `{stage.place}` in the configuration"
+            finding = try_check(stage.place, fix, _check_stage, stage)
+            if finding.state != OK:
+                yield finding
+
+
+def _check_stage(stage: ModelStage) -> str:
+    stage.check_backend()
+    return f"`{stage.name}` can ask it"
 
 
 def _check_options(protocol: str, backend: Backend) -> str:

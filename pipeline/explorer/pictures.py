@@ -214,6 +214,16 @@ def draw_layers(regions: Sequence[tuple[int, Rle]]) -> list[Layer]:
     return found
 
 
+def draw_box(region: int, box: tuple[int, int, int, int]) -> Layer:
+    """The frame of a box whose region has no mask, as SVG: four lines, so that nothing in it is filled."""
+    x, y, width, height = box
+    corners = [(x, y), (x + width - 1, y), (x + width - 1, y + height - 1), (x, y + height - 1)]
+    ends = zip(corners, [*corners[1:], corners[0]], strict=True)
+    path = "".join(f"M{ax}.5 {ay}.5L{bx}.5 {by}.5" for (ax, ay), (bx, by) in ends)
+    color = color_of(region)
+    return Layer(region, path, css_color(color), halo_of(color), 0.0, x + width // 2, y + height // 2)
+
+
 def color_of(region: int) -> tuple[int, int, int]:
     """The color of a region on every page, as RGB."""
     return draw.color_of_region(region)

@@ -16,7 +16,7 @@ from ..stages.registry import stage_title
 
 MEASURES = {
     "area": "pixels of the mask",
-    "predicted_iou": "the publisher's estimate of the mask's quality, 0..1",
+    "predicted_iou": "the estimate of the mask's quality by whoever made it, 0..1",
     "stability_score": "the publisher's measure of the mask's stability, 0..1",
     **SCORES,
 }

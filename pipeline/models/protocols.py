@@ -129,16 +129,20 @@ class Judge(Protocol):
 
 
 class Segmenter(Protocol):
-    """Predicts the masks of a category."""
+    """Predicts the masks of a category, or of the object in a box.
+
+    A class that does not read one of the two says so by its attribute `reads_boxes = False` or
+    `reads_phrases = False`. Both are True for a class without them.
+    """
 
     def segment(self, photo: np.ndarray, phrases: list[str], boxes: np.ndarray) -> list[list[Candidate]]:
         """Candidates for each region.
 
         Args:
             photo: (H, W, 3) uint8 RGB.
-            phrases: N core categories.
+            phrases: N core categories; in `box_masks` the source's categories, "" for none.
             boxes: (N, 4) float32 x1, y1, x2, y2 in pixels, exclusive at the far edge: the boxes of the masks
-                that are compared with the answer.
+                that are compared with the answer, or those in which `box_masks` looks for a mask.
 
         Returns:
             N lists of candidates, each with the best one first; an empty list if nothing was found.

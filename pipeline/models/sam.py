@@ -93,6 +93,8 @@ class SamSegmenter:
         ConfigError: an option, the file or the device is wrong; the message names the fix.
     """
 
+    reads_phrases = False
+
     def __init__(self, **options: Any):
         self.options = read_options(SamOptions, options, "segmenter.options")
         self.device, self.dtype = find_device(self.options.device, self.options.dtype)

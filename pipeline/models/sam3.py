@@ -67,6 +67,8 @@ class Sam3Segmenter:
         ConfigError: an option, the folder or the device is wrong; the message names the fix.
     """
 
+    reads_boxes = False
+
     def __init__(self, **options: Any):
         import torch
         from transformers import Sam3Model

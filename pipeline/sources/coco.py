@@ -7,8 +7,8 @@ worker parses only those of its own images.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -87,8 +87,13 @@ class _Row(NamedTuple):
 
 
 class Coco(Source[CocoOptions]):
-    """Files in COCO's instances layout."""
+    """Files in COCO's instances layout.
 
+    Attributes:
+        field: of an annotation that says where its object is.
+    """
+
+    field: ClassVar[str] = "segmentation"
     title = "COCO"
     options_type = CocoOptions
     recipe = "verify"
@@ -128,9 +133,9 @@ class Coco(Source[CocoOptions]):
     def catalog(self, catalog: Catalog) -> Iterator[CatalogEntry]:
         """Images in the order of their files, then the annotations whose image is in no list."""
         for url in self._annotations():
-            document = coco_json.read_instances(url)
+            document = coco_json.read_instances(url, self.field)
             table = choose_table(bytes(document.categories), url, self.options.categories)
-            rows = _rows(url, document, catalog.notes)
+            rows = _rows(url, document, catalog.notes, self.names_of)
             listings = [self._photos(catalog, folder) for folder in self.options.photos]
             stems = {file_names.stem(name) for row in rows for name in row.names}
             photos = file_names.Finder(listings, stems, file_names.PHOTO_ENDINGS)
@@ -146,6 +151,10 @@ class Coco(Source[CocoOptions]):
     def fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
         fill_instances(image, entry, limits, notes, self.options.crowds, self.options.unnamed)
 
+    def names_of(self, image: Image) -> list[str]:
+        """The names under which an image's photo is looked for, in this order."""
+        return _names(image)
+
     def _annotations(self) -> list[str]:
         return file_names.expand_paths(self.options.annotations, f"{self.where}.annotations")
 
@@ -153,7 +162,9 @@ class Coco(Source[CocoOptions]):
         return catalog.list_folder(folder, f"{self.where}.photos")
 
 
-def _rows(url: str, document: coco_json.Instances, notes: list[Note]) -> list[_Row]:
+def _rows(
+    url: str, document: coco_json.Instances, notes: list[Note], names_of: Callable[[Image], list[str]]
+) -> list[_Row]:
     """The images of a document with their annotations, then what no image of the list has."""
     by_image: dict[str | None, list[msgspec.Raw]] = {}
     counts: Counter[Any] = Counter()
@@ -173,7 +184,7 @@ def _rows(url: str, document: coco_json.Instances, notes: list[Note]) -> list[_R
     rows = []
     for image in images:
         own = [] if image.id is None else by_image.pop(str(image.id), [])
-        names, dropped = _names(image), None
+        names, dropped = names_of(image), None
         shared = same_id[str(image.id)]
         if image.id is not None and len(shared) > 1:
             listed = " and ".join(sorted(map(str, shared))[:3])
@@ -181,21 +192,23 @@ def _rows(url: str, document: coco_json.Instances, notes: list[Note]) -> list[_R
             dropped = drop(Reason.PAIR_AMBIGUOUS, detail)
         rows.append(_Row(image, names, own, dropped))
     for number, own in by_image.items():
-        rows.append(_without_image(url, number, own, bool(images)))
+        rows.append(_without_image(url, number, own, None if images else names_of))
     return rows
 
 
-def _without_image(url: str, number: str | None, own: list[msgspec.Raw], is_listed: bool) -> _Row:
+def _without_image(
+    url: str, number: str | None, own: list[msgspec.Raw], names_of: Callable[[Image], list[str]] | None
+) -> _Row:
     """Annotations whose image is in no list. Without any list, the photo is looked for by COCO's names."""
     if number is None:
         detail = f"{url}: {len(own)} annotations have no usable `image_id`; give each the id of its image"
         return _Row(Image(), [], own, drop(Reason.ANNOTATION_UNREADABLE, detail))
     whole, shown = _whole(number), number if len(number) <= 40 else f"{number[:37]}..."
     image = Image(number if whole is None else whole)
-    if is_listed:
+    if names_of is None:
         detail = f"{url}: `images` has no image {shown}, which {len(own)} annotations name; add it"
         return _Row(image, [], own, drop(Reason.ANNOTATION_UNREADABLE, detail))
-    return _Row(image, _names(image), own)
+    return _Row(image, names_of(image), own)
 
 
 def _annotated(raw: msgspec.Raw) -> _Annotated:

@@ -112,8 +112,12 @@ def read_document(url: str) -> Document:
     return document
 
 
-def read_instances(url: str) -> Instances:
+def read_instances(url: str, field: str = "segmentation") -> Instances:
     """Parse an instances file, or a bare list of its annotations. Local files are mapped.
+
+    Args:
+        url: of the file.
+        field: that says where an object is: "segmentation", or "bbox" of a file that is read for its boxes.
 
     Raises:
         ConfigError, SourceUnavailable: as `read_document`.
@@ -122,11 +126,19 @@ def read_instances(url: str) -> Instances:
     _open_names(url, document.images or [])
     if document.annotations is None:
         raise ConfigError(f"{url}: the list `annotations` is missing; give the instances JSON")
-    if document.annotations and not any(b'"segmentation"' in bytes(each) for each in document.annotations):
-        panoptic = any(b'"segments_info"' in bytes(each) for each in document.annotations)
-        what = "a panoptic file: read it as `source: coconut`" if panoptic else "give a file with masks"
-        raise ConfigError(f"{url}: annotations without `segmentation`; {what}")
+    if document.annotations and not _any_has(field, document.annotations):
+        what = "give a file with masks" if field == "segmentation" else "give a file with boxes"
+        if _any_has("segments_info", document.annotations):
+            what = "a panoptic file: read it as `source: coconut`"
+        elif field == "segmentation" and _any_has("bbox", document.annotations):
+            what = "a file with boxes only: read it as `source: boxes`, which makes the masks"
+        raise ConfigError(f"{url}: annotations without `{field}`; {what}")
     return document
+
+
+def _any_has(field: str, annotations: Sequence[msgspec.Raw]) -> bool:
+    name = f'"{field}"'.encode()
+    return any(name in bytes(each) for each in annotations)
 
 
 def _read(url: str, layout: _Layout[AnyDocument]) -> AnyDocument:

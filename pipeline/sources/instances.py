@@ -1,12 +1,14 @@
-"""One image in COCO's instances layout: a record with a mask of its own for each object."""
+"""One image in COCO's instances layout: a record with a mask or a box of its own for each object."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from ...filters import boxes
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord
 from ...schemas.plain import fits_int64
@@ -35,21 +37,34 @@ class Record(msgspec.Struct, omit_defaults=True):
     categories: list[Category] = []
 
 
-class Instance(msgspec.Struct):
-    """An element of `annotations`. Only `segmentation` is needed."""
+class Annotated(msgspec.Struct):
+    """An element of `annotations`, but for where its object is."""
 
     id: int | None = None
     category_id: int | None = None
     iscrowd: bool | int | None = None
+
+
+class Instance(Annotated):
+    """One with a mask. Only `segmentation` is needed."""
+
     area: float | None = None
     segmentation: Any = None
 
 
-_NEEDED = ("category_id", "iscrowd", "segmentation")
-"""Fields of an annotation that say what its mask is, or whether it is used."""
+class Boxed(Annotated):
+    """One with a box: x, y, width and height in pixels. Only `bbox` is needed."""
+
+    bbox: list[float] | None = None
+
+
+Kind = TypeVar("Kind", bound=Annotated)
+
+_NEEDED = ("category_id", "iscrowd", "segmentation", "bbox")
+"""Fields of an annotation that say where its object is, or whether it is used."""
 
 _RECORD = msgspec.json.Decoder(Record)
-_INSTANCE = msgspec.json.Decoder(Instance)
+_DECODERS: dict[type[Any], Any] = {kind: msgspec.json.Decoder(kind) for kind in (Instance, Boxed)}
 
 
 def fill_instances(
@@ -71,10 +86,38 @@ def fill_instances(
         unnamed: what becomes of regions whose category is not in the list.
     """
     where = f"annotations of {entry.file_name or entry.key} ({entry.annotation})"
+    found = _fill_regions(image, entry, limits, notes, (crowds, unnamed), (Instance, where))
+    place_masks(image, list(map(_segmented, found, image.regions, repeat(where))), notes)
+
+
+def fill_boxes(
+    image: ImageRecord,
+    entry: CatalogEntry,
+    limits: Limits,
+    notes: list[Note],
+    crowds: Choice = "drop",
+    unnamed: Choice = "drop",
+) -> None:
+    """Add size, regions and their boxes, in whole pixels inside the photo; no masks. As `fill_instances`."""
+    where = f"annotations of {entry.file_name or entry.key} ({entry.annotation})"
+    found = _fill_regions(image, entry, limits, notes, (crowds, unnamed), (Boxed, where))
+    _place_boxes(image, found, where, notes)
+
+
+def _fill_regions(
+    image: ImageRecord,
+    entry: CatalogEntry,
+    limits: Limits,
+    notes: list[Note],
+    choices: tuple[Choice, Choice],
+    read_as: tuple[type[Kind], str],
+) -> list[Kind | BadRecord]:
+    """Add size and regions, and refuse what is not usable before a mask is made; the annotations."""
+    (crowds, unnamed), (kind, where) = choices, read_as
     record = _read_record(entry.record, limits, where)
     image.width, image.height = declared_size(record.width, record.height)
     table = CategoryTable(record.categories)
-    found = [_instance(raw, place, where, notes) for place, raw in enumerate(record.annotations)]
+    found = [_annotated(raw, kind, place, where, notes) for place, raw in enumerate(record.annotations)]
     image.regions = [_region(place, each, table, where, unnamed) for place, each in enumerate(found)]
     _judge_crowds(image, found, where, crowds, notes)
     refuse(image, entry, limits, where)
@@ -83,7 +126,7 @@ def fill_instances(
     if declared != (header.width, header.height):
         detail = f"photo is {header.width}x{header.height}, annotation says {declared[0]}x{declared[1]}"
         raise BadRecord(Reason.SIZE_MISMATCH, f"{where}: {detail}")
-    place_masks(image, list(map(_segmented, found, image.regions, repeat(where))), notes)
+    return found
 
 
 def _read_record(data: bytes, limits: Limits, where: str) -> Record:
@@ -100,15 +143,17 @@ def _read_record(data: bytes, limits: Limits, where: str) -> Record:
         return record
 
 
-def _instance(raw: msgspec.Raw, place: int, where: str, notes: list[Note]) -> Instance | BadRecord:
-    """An annotation as far as it is what it should be. The mask is what counts."""
+def _annotated(
+    raw: msgspec.Raw, kind: type[Kind], place: int, where: str, notes: list[Note]
+) -> Kind | BadRecord:
+    """An annotation as far as it is what it should be. The mask or the box is what counts."""
     try:
-        found = _INSTANCE.decode(raw)
+        found = _DECODERS[kind].decode(raw)
         given: Any = found.id
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         try:
             value = coco_json.parse_json(bytes(raw))
-            found = coco_json.as_struct(value, Instance, _NEEDED)
+            found = coco_json.as_struct(value, kind, _NEEDED)
             given = value.get("id")
         except ValueError as problem:
             detail = f"{where}: annotation at position {place}: {problem}"
@@ -121,7 +166,7 @@ def _instance(raw: msgspec.Raw, place: int, where: str, notes: list[Note]) -> In
 
 
 def _region(
-    place: int, found: Instance | BadRecord, table: CategoryTable, where: str, unnamed: Choice
+    place: int, found: Annotated | BadRecord, table: CategoryTable, where: str, unnamed: Choice
 ) -> Region:
     region = Region(place, None)
     if isinstance(found, BadRecord):
@@ -140,11 +185,15 @@ def _region(
 
 
 def _judge_crowds(
-    image: ImageRecord, found: list[Instance | BadRecord], where: str, crowds: Choice, notes: list[Note]
+    image: ImageRecord,
+    found: Sequence[Annotated | BadRecord],
+    where: str,
+    crowds: Choice,
+    notes: list[Note],
 ) -> None:
     """Drop or note the regions that are many objects under one mask."""
     for region, instance in zip(image.regions, found, strict=True):
-        if not isinstance(instance, Instance) or not instance.iscrowd:
+        if isinstance(instance, BadRecord) or not instance.iscrowd:
             continue
         if crowds == "keep":
             notes.append(Note("crowd_kept", _name(region, where), region.id))
@@ -159,7 +208,41 @@ def _segmented(instance: Instance | BadRecord, region: Region, where: str) -> Se
     return Segmented(instance.segmentation, instance.area if is_rle else None, _name(region, where))
 
 
+def _place_boxes(
+    image: ImageRecord, found: Sequence[Boxed | BadRecord], where: str, notes: list[Note]
+) -> None:
+    """Give each region its box inside the photo; drop those without one, and each box that is there twice."""
+    seen: dict[tuple[int, int, int, int], list[Region]] = {}
+    for region, boxed in zip(image.regions, found, strict=True):
+        if isinstance(boxed, BadRecord):
+            continue
+        name = _name(region, where)
+        try:
+            region.bbox, outside = boxes.fit(boxed.bbox, image.width, image.height)
+        except BadRecord as bad:
+            region.drop = region.drop or drop(bad.reason, f"{name}: {bad.detail}")
+            continue
+        if outside:
+            notes.append(Note("box_clipped", f"{name}: {outside}", region.id))
+        if region.drop is not None:
+            continue
+        same = seen.setdefault(region.bbox, [])
+        twin = next((each for each in same if each.category_id == region.category_id), None)
+        if twin is not None:
+            detail = f"{name}: the box and the category of {_short_name(twin)}"
+            region.drop = drop(Reason.BOX_DUPLICATE, detail)
+            continue
+        if same:
+            detail = f"{name} ({region.category}): the box of {_short_name(same[0])} ({same[0].category})"
+            notes.append(Note("box_shared", detail, region.id))
+        same.append(region)
+
+
 def _name(region: Region, where: str) -> str:
     """An annotation by its id, or by its position if it has none."""
+    return f"{where}: {_short_name(region)}"
+
+
+def _short_name(region: Region) -> str:
     number = region.source_id
-    return f"{where}: annotation " + (f"at position {region.id}" if number is None else f"{number}")
+    return "annotation " + (f"at position {region.id}" if number is None else f"{number}")

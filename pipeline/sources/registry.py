@@ -23,6 +23,7 @@ SOURCES = {
     "coconut": "paracaption.pipeline.sources.coconut:Coconut",
     "sa1b": "paracaption.pipeline.sources.sa1b:Sa1b",
     "coco": "paracaption.pipeline.sources.coco:Coco",
+    "boxes": "paracaption.pipeline.sources.boxes:Boxes",
     "masks": "paracaption.pipeline.sources.masks:Masks",
     "webdataset": "paracaption.pipeline.sources.webdataset:WebDataset",
     "automatic": "paracaption.pipeline.sources.automatic:Automatic",

@@ -125,6 +125,10 @@ class Stage(ABC):
         """What tells it from other stages in digests: its name, or its kind and its id if that is another."""
         return self.name if self.name == self.kind else [self.kind, self.name]
 
+    def takes(self, region: Region) -> bool:
+        """Whether the stage looks at a live region at all; one that it does not take passes it by."""
+        return True
+
     def asks(self, member: str, region: Region) -> bool:
         """Of a composite stage: whether a stage in it is asked about a region, by what was said before."""
         raise NotImplementedError(f"{self.name} has no members")
@@ -194,6 +198,13 @@ class ModelStage(Stage):
         """What is known and what is missing of a unit; the arguments are those of `UnitAnswers`."""
         return UnitAnswers(self, images, known)
 
+    def check_backend(self) -> None:
+        """Refuse a backend that cannot answer this stage's questions, though it has the protocol's method.
+
+        Raises:
+            ConfigError: it cannot, and the message names those that can; or it cannot be imported.
+        """
+
     @abstractmethod
     def question(self, region: Region) -> tuple:
         """What is asked about a region; evidence of another question is stale."""
@@ -230,8 +241,9 @@ class ModelStage(Stage):
         """Identifies everything that the evidence depends on; part of the folder's name.
 
         Raises:
-            ConfigError: the backend cannot be imported, or its options or its checkpoint do not fit.
+            ConfigError: the backend cannot be imported, or it, its options or its checkpoint do not fit.
         """
+        self.check_backend()
         read = [stage.evidence_digest for stage in self._read]
         return digest(self.identity(), backend_identity(self.protocol, self.backend), read)
 

@@ -131,13 +131,19 @@ COMPOSITES: dict[str, type[Composite]] = {"vote": Vote, "fallback": Fallback}
 def only_asked(stage: Stage | str, images: Iterable[ImageRecord]) -> Iterator[None]:
     """Within the block, the live regions of these images are those that a stage is asked about.
 
-    For a stage that is no member of a composite, that is all of them.
+    For most stages that is all of them: a stage may pass some by (`Stage.takes`), and a composite does not
+    ask each member about each region.
     """
-    if isinstance(stage, str) or (composite := stage.within) is None:
+    if isinstance(stage, str) or (stage.within is None and type(stage).takes is Stage.takes):
         yield
         return
+    composite = stage.within
     live = [(image, region) for image in images for region in image.live()]
-    hidden = [(image, region) for image, region in live if not composite.asks(stage.name, region)]
+    hidden = [
+        (image, region)
+        for image, region in live
+        if not (stage.takes(region) and (composite is None or composite.asks(stage.name, region)))
+    ]
     for _, region in hidden:
         region.aside = True
     try:

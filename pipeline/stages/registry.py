@@ -15,6 +15,7 @@ from ..io import own_modules
 from .agreement import AgreeWithSegmenter
 from .automatic_masks import AutomaticMasks
 from .base import FilterStage, ModelStage, Stage, Threshold
+from .box_masks import BoxMasks
 from .caption import Caption
 from .category import ExtractCategory, VerifyCategory
 from .composite import COMPOSITES
@@ -25,6 +26,7 @@ STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
         AutomaticMasks,
+        BoxMasks,
         UsableMasks,
         WholeObjects,
         Caption,

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,22 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
     return committed(root / "out")
 
 
-def _kill(config, undisturbed: dict[str, str], kills: int, longest_s: float, *address: str) -> None:
-    """Kill drivers at random moments of their work, then let one finish; nothing is paid twice."""
+def kill_and_resume(
+    config,
+    undisturbed: dict[str, str],
+    paid_for: Callable[[Path], Counter[str]],
+    kills: int,
+    longest_s: float,
+    *address: str,
+) -> None:
+    """Kill drivers at random moments of their work, then let one finish; nothing is paid twice.
+
+    `paid_for` counts what was asked so far, as "stage/key/region".
+    """
     root, rng = Path(config.out).parent, random.Random(3)
     killed = 0
     for _ in range(4 * kills):
-        before, paid = _evidence_rows(config), _paid(root)
+        before, paid = _evidence_rows(config), paid_for(root)
         driver = _drive(config, *address)
         if _at_work(config, driver):
             try:
@@ -64,7 +75,7 @@ def _kill(config, undisturbed: dict[str, str], kills: int, longest_s: float, *ad
                 killed += driver.wait() == -signal.SIGKILL
         assert driver.wait() in (0, -signal.SIGKILL), (root / "config.log").read_text()[-3000:]
         known = {f"{stage.partition('/')[2]}/{key}/{region}" for stage, key, region in before}
-        assert not (_paid(root) - paid).keys() & known, "an answer that was kept was paid for again"
+        assert not (paid_for(root) - paid).keys() & known, "an answer that was kept was paid for again"
         if driver.returncode == 0 or killed == kills:
             break
     assert killed
@@ -77,7 +88,7 @@ def _paid(root: Path) -> Counter[str]:
 
 
 def test_two_captioners_and_a_vote_killed_and_resumed_are_equal_to_the_last_byte(tmp_path, undisturbed):
-    _kill(_recipe(tmp_path), undisturbed, 3, 0.8)
+    kill_and_resume(_recipe(tmp_path), undisturbed, _paid, 3, 0.8)
 
 
 @pytest.mark.soak
@@ -88,6 +99,7 @@ def test_two_captioners_and_a_vote_killed_and_resumed_under_ray(tmp_path, undist
     with alone():
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
-        _kill(_recipe(tmp_path, apart=True), undisturbed, min(KILLS, 3), 6.0, cluster.address)
+        config = _recipe(tmp_path, apart=True)
+        kill_and_resume(config, undisturbed, _paid, min(KILLS, 3), 6.0, cluster.address)
     finally:
         cluster.shutdown()

@@ -15,7 +15,7 @@ from ....schemas.records import Rle
 from ..catalog import ImagePlace
 from ..context import CACHED, CurrentExplorer, Explorer
 from ..evidence import read_evidence
-from ..pictures import MOST_DRAWN, NotShown, draw_layers, outline
+from ..pictures import MOST_DRAWN, NotShown, draw_box, draw_layers, outline
 from ..query import MEASURES, Query
 
 REVIEWER = "paracaption-reviewer"
@@ -86,8 +86,8 @@ def draw_regions(explorer: Explorer, rows: list[dict[str, Any]]) -> dict[str, An
         rows: of the ledger, all of one image.
 
     Returns:
-        `evidence` by region, `layers` (their masks as SVG), and `predicted` (the segmenter's masks as SVG
-        paths, by region).
+        `evidence` by region, `layers` (their masks as SVG, and the boxes of those without a mask), and
+        `predicted` (the segmenter's masks as SVG paths, by region).
     """
     subset = rows[0]["subset"]
     evidence = read_evidence(explorer.catalog.out, subset, rows, explorer.kinds(subset))
@@ -97,6 +97,11 @@ def draw_regions(explorer: Explorer, rows: list[dict[str, Any]]) -> dict[str, An
         drawn["layers"] = draw_layers(
             [(row["region"], Rle(size, row["rle_counts"])) for row in rows if row["rle_counts"]]
         )
+        drawn["layers"] += [
+            draw_box(row["region"], tuple(row[f"bbox_{name}"] for name in "xywh"))
+            for row in rows
+            if row["bbox_w"] and not row["rle_counts"]
+        ]
         drawn["predicted"] = {region: outline(each.mask) for region, each in evidence.items() if each.mask}
     return drawn
 

@@ -48,6 +48,7 @@ class GrabCutSegmenter:
         ConfigError: an option is wrong.
     """
 
+    reads_phrases = False
     version = VERSION
 
     def __init__(self, **options: Any):

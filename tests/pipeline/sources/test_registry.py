@@ -45,49 +45,49 @@ def test_a_third_kind_is_audited_built_verified_and_shown(rectangles, tmp_path):
     values = config_of(tmp_path / "out", coconut=write_coconut(tmp_path / "source", 1)).model_dump(
         mode="json"
     )
-    values["subsets"] = {"boxes": {"sources": rectangles | {"license": "CC0 *or* so"}}}
+    values["subsets"] = {"shapes": {"sources": rectangles | {"license": "CC0 *or* so"}}}
     (tmp_path / "build.yaml").write_text(json.dumps(values))
 
     audited = runner.invoke(app, ["audit", str(tmp_path / "build.yaml")])
-    assert "boxes: 4 of 5 images and 8 of 10 regions are usable" in audited.output
+    assert "shapes: 4 of 5 images and 8 of 10 regions are usable" in audited.output
     assert "outside: 4 x (the part of the rectangle inside the photo counts)" in audited.output
 
     config = load_config(tmp_path / "build.yaml")
     driver.build(config, LocalEngine())
     assert verify.verify(tmp_path / "out").ok
-    counts = reader.read_summary(tmp_path / "out").subsets["boxes"].counts
+    counts = reader.read_summary(tmp_path / "out").subsets["shapes"].counts
     assert (counts.images, counts.regions, counts.images_captioned) == (5, 10, 4)
     stages = ["source", "usable_masks", "caption", "verify_category", "clean_text"]
     assert [step.stage for step in counts.funnel] == stages
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "## boxes" in card and "| boxes | `.../table.csv` | CC0 \\*or\\* so |" in card
+    assert "## shapes" in card and "| shapes | `.../table.csv` | CC0 \\*or\\* so |" in card
 
     shown = runner.invoke(app, ["inspect", str(tmp_path / "out")])
-    assert shown.exit_code == 0 and "boxes" in shown.output
+    assert shown.exit_code == 0 and "shapes" in shown.output
     client = TestClient(make_app(Explorer(tmp_path / "out")), base_url="http://localhost:8080")
-    assert "boxes" in client.get("/").text and client.get("/image/boxes/photo-1").status_code == 200
+    assert "shapes" in client.get("/").text and client.get("/image/shapes/photo-1").status_code == 200
 
 
 def test_a_corpus_is_read_where_its_kind_of_source_is_not_registered(rectangles, tmp_path, monkeypatch):
     values = config_of(tmp_path / "out", coconut=write_coconut(tmp_path / "source", 1)).model_dump()
-    values["subsets"] = {"boxes": {"sources": rectangles}}
+    values["subsets"] = {"shapes": {"sources": rectangles}}
     driver.build(load_config(values), LocalEngine())
     monkeypatch.delitem(registry.SOURCES, "rectangles")
     corpus = reader.open_corpus(tmp_path / "out")
-    assert corpus.config.subsets["boxes"].sources == [{**rectangles, "license": "unknown"}]
+    assert corpus.config.subsets["shapes"].sources == [{**rectangles, "license": "unknown"}]
     assert verify.verify(tmp_path / "out").ok
-    assert len(merge.count_subset(corpus, "boxes").funnel) == 5
+    assert len(merge.count_subset(corpus, "shapes").funnel) == 5
     merge.merge(tmp_path / "out")
-    assert "| boxes | `rectangles` | unknown |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| shapes | `rectangles` | unknown |" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ConfigError, match="unknown kind of source 'rectangles'; choose from coconut, sa1b"):
-        open_source(corpus.config, "boxes")
+        open_source(corpus.config, "shapes")
 
 
 def test_a_third_kind_is_described_and_its_options_are_checked(rectangles, tmp_path):
     assert "#   table: required  # The CSV file." in describe()
-    values = {"out": "out", "subsets": {"boxes": {"sources": {**rectangles, "table": "t.csv"}}}}
+    values = {"out": "out", "subsets": {"shapes": {"sources": {**rectangles, "table": "t.csv"}}}}
     (tmp_path / "build.yaml").write_text(json.dumps(values))
-    (source,) = load_config(tmp_path / "build.yaml").subsets["boxes"].sources
+    (source,) = load_config(tmp_path / "build.yaml").subsets["shapes"].sources
     assert source == {**rectangles, "table": f"{tmp_path.resolve()}/t.csv", "license": "unknown"}
 
 
@@ -171,7 +171,7 @@ def test_a_folder_of_two_sources_is_listed_once(tmp_path, monkeypatch):
 
 def test_a_dropped_region_says_which_source_it_is_of(rectangles, tmp_path):
     values = config_of(tmp_path / "out", coconut=write_coconut(tmp_path / "source", 1)).model_dump()
-    values["subsets"] = {"boxes": {"sources": rectangles}}
+    values["subsets"] = {"shapes": {"sources": rectangles}}
     build(load_config(values))
-    stage, reason, detail = drops(tmp_path / "out", "boxes")["photo-0", 2]
+    stage, reason, detail = drops(tmp_path / "out", "shapes")["photo-0", 2]
     assert (stage, reason) == ("source", "mask_empty") and ".../table.csv: photo-0.jpg" in detail
