@@ -299,10 +299,6 @@ class Backend(Strict):
         return self
 
 
-MASK_GENERATOR = Backend(name="color_regions")
-"""The generator that needs no weights; a configuration that has it does not name it."""
-
-
 class Io(Strict):
     """Actors that read sources and write shards. Actors of models on CPUs may do both (see `concurrency`)."""
 
@@ -451,8 +447,8 @@ class BuildConfig(Published):
         "masks of sources that have boxes only.",
     )
     mask_generator: Backend = Field(
-        default=MASK_GENERATOR,
-        exclude_if=lambda backend: backend == MASK_GENERATOR,  # so that older corpora are written as before
+        default=Backend(name="color_regions"),
+        exclude_if=lambda each: each == Backend(name="color_regions"),  # as before there was this key
         description="The model that makes the masks of photos that have none (docs/mask-generators.md).",
     )
     benchmarks: Benchmarks = Benchmarks()

@@ -9,7 +9,7 @@ from typing import Any
 from ...pipeline.io import variables
 from ...pipeline.models import answers
 from ...pipeline.models.registry import load_backend
-from ...schemas.config import MASK_GENERATOR, Backend
+from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import BadRecord, ConfigError
 from .read_regions import PhotoRegions, Region, read_pixels
 
@@ -27,7 +27,7 @@ def generator_of(given: str | Mapping[str, Any] | Backend | None) -> Backend:
         ConfigError: it is something else.
     """
     if given is None or isinstance(given, Backend):
-        return given or MASK_GENERATOR
+        return given or BuildConfig.model_fields[OPTION].default
     backend = Backend.checked({"name": given} if isinstance(given, str) else given, OPTION)
     return backend.model_copy(update={"options": variables.take_all(backend.options)})
 

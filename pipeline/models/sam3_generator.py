@@ -70,6 +70,7 @@ class Sam3MaskGenerator:
             config=read.config,
             state_dict={name: tensor.load() for name, tensor in read.tensors.items()},
             dtype=torch.float32,
+            trust_remote_code=False,
         )
         processor = _image_processor(folder)
         predictor = _predictor_type()(model.to(device).eval(), processor, dtype, f"sam3 ({given.model})")
