@@ -57,7 +57,7 @@ def find_steps(folder: str | Path, old: WorkList | None) -> list[Step]:
         if steps and record.plan == steps[-1].digest:
             continue
         if not (record.added or record.changed or record.removed):
-            steps = []  # made anew
+            steps = []  # planned again, and has not grown since
         names = record.removed_from or [name for name, unit in units.items() if unit.plan == record.plan]
         before = steps[-1].units if steps else 0
         changed = sorted(index for index in map(unit_index, names) if index < before)

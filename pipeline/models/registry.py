@@ -158,10 +158,10 @@ def find_backend(protocol: str, backend: Backend) -> type[Any]:
 
 
 def refuse_unknown(protocol: str, backend: Backend, where: str) -> None:
-    """Refuse a name that is none of our backends, and no class of the user's own. Imports nothing.
+    """Refuse a name that does not name one of our backends or a class of the user's own. Imports nothing.
 
     Raises:
-        ConfigError: it is; names the choices.
+        ConfigError: it does not; names the choices.
     """
     if ":" not in find_registered(protocol, backend).path:
         raise ConfigError(
