@@ -13,13 +13,10 @@ into `unused/`, with all else that our model has no use for, so that the way bac
 from __future__ import annotations
 
 import copy
-import math
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +24,12 @@ from ...pipeline.io import files, tensor_files, weights
 from ...pipeline.io.tensor_files import SHARD_BYTES, LazyTensor, check_tensors, list_tensors, write_tensors
 from ...schemas.errors import ConfigError
 from ..model.config import PerceptionDLMConfig
-from ..model.tokenizer import add_special_tokens, load_tokenizer, num_rows, special_token_ids
+from ..model.tokenizer import add_special_tokens, load_tokenizer, special_token_ids
 from . import leftovers, state_dict_adapter
+from .new_weights import EMBEDDING, PROMPTS, add_rows, draw_tensor
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
-
-_EMBEDDING, _HEAD, _PROMPTS = "language_model.embed_tokens.weight", "lm_head.weight", "region_prompts.weight"
 
 
 @dataclass
@@ -145,9 +140,7 @@ def from_published(
     files.refuse_existing(target)
     file = folder / "config.json"
     found, raw = list_tensors(folder), weights.read_json(file)
-    embedding = _entry(
-        found, state_dict_adapter.theirs(_EMBEDDING, state_dict_adapter.PERCEPTION_DLM), folder
-    )
+    embedding = _entry(found, state_dict_adapter.theirs(EMBEDDING, state_dict_adapter.PERCEPTION_DLM), folder)
     fields = state_dict_adapter.fields_of(raw, file, embedding.shape[0])
     fields |= {"layout": layout, "max_tiles": _max_tiles(folder)}
     tokenizer = load_tokenizer(folder)
@@ -160,12 +153,13 @@ def from_published(
     wanted = {names[name]: shape for name, shape in ours_shapes.items()}
     spare = leftovers.spare(raw["vision_model_config"], file, wanted, found)
     drawn = {}
-    if names[_PROMPTS] not in found:
-        drawn[_PROMPTS] = _drawn(_PROMPTS, wanted.pop(names[_PROMPTS]), config, seed)
-        report.drawn.append(f"{_PROMPTS} from N(0, 1)")
+    if names[PROMPTS] not in found:
+        drawn[PROMPTS] = draw_tensor(PROMPTS, wanted.pop(names[PROMPTS]), config, seed)
+        report.drawn.append(f"{PROMPTS} from N(0, 1)")
     check_tensors(folder, found, wanted, spare)
     ours = {name: found[other] for name, other in names.items() if other in found} | drawn
-    ours = _grown(ours, config, tokenizer, report)
+    if rows := add_rows(ours, config, tokenizer, report.seed):
+        report.drawn.append(rows)
     rest = {name: entry for name, entry in found.items() if name not in wanted}
     if added:
         report.notes.append(f"{added} tokens added to the tokenizer")
@@ -268,7 +262,7 @@ def from_parts(
     added = add_special_tokens(tokenizer)
     fields = {"vision_config": tower_fields, "text_config": text_fields, "layout": layout}
     config = _our_config(
-        fields, tokenizer, text_folder, text[state_dict_adapter.theirs(_EMBEDDING, parts)].dtype
+        fields, tokenizer, text_folder, text[state_dict_adapter.theirs(EMBEDDING, parts)].dtype
     )
     _same_mask(text_folder, config)
     report = Report(f"{text_folder} and {tower_folder}", target, layout, seed)
@@ -276,9 +270,10 @@ def from_parts(
     ours = _joined(shapes(config), (text_folder, text, parts), (tower_folder, tower, tower_spare))
     for name, shape in shapes(config).items():
         if name not in ours:
-            ours[name] = _drawn(name, shape, config, seed)
-    report.drawn += [f"projector from N(0, {config.initializer_range}^2)", f"{_PROMPTS} from N(0, 1)"]
-    ours = _grown(ours, config, tokenizer, report)
+            ours[name] = draw_tensor(name, shape, config, seed)
+    report.drawn += [f"projector from N(0, {config.initializer_range}^2)", f"{PROMPTS} from N(0, 1)"]
+    if rows := add_rows(ours, config, tokenizer, report.seed):
+        report.drawn.append(rows)
     report.notes.append(f"{added} tokens added to the tokenizer")
     report.notes.append(f"to convert this model to the published form later, give --vision {tower_folder}")
     with _writing(target, _size(ours)) as room:
@@ -370,63 +365,13 @@ def _our_config(
     return config
 
 
-def _drawn(name: str, shape: tuple[int, ...], config: PerceptionDLMConfig, seed: int) -> LazyTensor:
-    """A new tensor, as the model initialises it. Its values depend on seed and name only."""
-    std = 1.0 if name == _PROMPTS else 0.0 if name.endswith(".bias") else config.initializer_range
-    dtype = _dtype_of(config)
-    load = partial(_normal, name, shape, std, dtype, seed)
-    return LazyTensor(tensor_files.dtype_name(dtype), shape, load)
-
-
-def _dtype_of(config: PerceptionDLMConfig) -> torch.dtype:
-    import torch
-
-    assert isinstance(config.dtype, torch.dtype)  # `_our_config` sets it
-    return config.dtype
-
-
-def _normal(name: str, shape: tuple[int, ...], std: float, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    import torch
-
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    return torch.randn(shape, generator=generator).mul_(std).to(dtype)
-
-
-def _grown(
-    ours: dict[str, LazyTensor],
-    config: PerceptionDLMConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    report: Report,
-) -> dict[str, LazyTensor]:
-    """With more rows for words, a multiple of 64, if the tokenizer has more tokens than there are."""
-    rows, needed = config.text.vocab_size, num_rows(tokenizer)
-    if needed <= rows:
-        return ours
-    more = math.ceil(needed / 64) * 64 - rows
-    for name in (_EMBEDDING, _HEAD):
-        old = ours[name]
-        shape = (more, old.shape[1])
-        new = partial(_normal, name, shape, config.initializer_range, _dtype_of(config), report.seed)
-        ours[name] = LazyTensor(old.dtype, (rows + more, old.shape[1]), partial(_on_top, old.load, new))
-    config.text.vocab_size = rows + more
-    report.drawn.append(f"{more} rows of embedding and head from N(0, {config.initializer_range}^2)")
-    return ours
-
-
-def _on_top(old: Callable[[], torch.Tensor], new: Callable[[], torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    rows = old()
-    return torch.cat([rows, new().to(rows.dtype)])
-
-
 def _language(folder: Path) -> tuple[dict[str, LazyTensor], state_dict_adapter.Parts, dict[str, Any]]:
     """(tensors, naming, config in Llama's terms) of a LLaDA."""
     found, file = list_tensors(folder), folder / "config.json"
     raw = weights.read_json(file)
     own_naming = "d_model" in raw
     parts = state_dict_adapter.LLADA if own_naming else state_dict_adapter.LLAMA
-    rows = _entry(found, state_dict_adapter.theirs(_EMBEDDING, parts), folder).shape[0]
+    rows = _entry(found, state_dict_adapter.theirs(EMBEDDING, parts), folder).shape[0]
     return (
         found,
         parts,

@@ -7,7 +7,7 @@ worker parses only those of its own images.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
@@ -113,10 +113,6 @@ class Coco(Source[CocoOptions]):
         "id_unusable": "the region has no `source_id`; its position names it",
         "repeated_ids": "each is read as a region of its own",
     }
-
-    @classmethod
-    def recipe_for(cls, options: Mapping[str, Any]) -> str | None:
-        return None if options.get("unnamed") == "keep" else cls.recipe
 
     def places(self) -> list[str]:
         return self.options.annotations

@@ -135,7 +135,7 @@ class Masks(Source[MasksOptions]):
     @classmethod
     def recipe_for(cls, options: Mapping[str, Any]) -> str | None:
         is_named = options.get("names") or options.get("categories")
-        return cls.recipe if is_named and options.get("unnamed") != "keep" else None
+        return super().recipe_for(options) if is_named else None
 
     def places(self) -> list[str]:
         return self._folders()
@@ -162,14 +162,14 @@ class Masks(Source[MasksOptions]):
         lost: dict[str, tuple[list[Piece], str]] = {}
         for_all = _place_lines(lines, named, listed, found, lost, options.layout == "indexed", catalog.notes)
         if options.layout == "indexed":
-            self._place_indexes(masks, listed, found, lost)
+            self._place(masks, listed, found, lost)
             for pieces in found.values():  # a line with the photo's name counts more than one for all photos
                 if any(piece.value is None for piece in pieces):
                     pieces[:0] = for_all
         else:
             taken = {*named.values(), *found}
             rest = {url: name for url, name in masks.items() if url not in taken}
-            self._place_files(rest, listed, found, lost)
+            self._place(rest, listed, found, lost)
         for photo in listed:
             yield self._entry(photo, found[photo.url], catalog)
         for name, (pieces, doubt) in lost.items():
@@ -260,42 +260,28 @@ class Masks(Source[MasksOptions]):
             raise ConfigError(f"{self.where}.photos: no photo in {', '.join(self.options.photos)}")
         return list(found.values())
 
-    def _place_files(
+    def _place(
         self,
         masks: dict[str, str],
         listed: list[_Photo],
         found: dict[str, list[Piece]],
         lost: dict[str, tuple[list[Piece], str]],
     ) -> None:
-        """Give each mask that no line names to its photo, by their names."""
-        urls = {photo.name: photo.url for photo in listed}
-        names = PhotoNames(urls, self.options.photo_suffix, self.options.mask_suffix)
+        """Give each image that no line names to its photo, by their names; an indexed one comes first."""
+        urls, suffix = {photo.name: photo.url for photo in listed}, self.options.mask_suffix
+        names = PhotoNames(urls, self.options.photo_suffix, suffix)
+        indexed = self.options.layout == "indexed"
         for url, name in masks.items():
-            photo, doubt = names.find(name, is_whole=False)
-            if photo is not None:
-                found[urls[photo]].append(Piece(url, url))
-            else:
-                lost.setdefault(file_names.folder(name) or name, ([], doubt))[0].append(Piece(url, url))
-
-    def _place_indexes(
-        self,
-        masks: dict[str, str],
-        listed: list[_Photo],
-        found: dict[str, list[Piece]],
-        lost: dict[str, tuple[list[Piece], str]],
-    ) -> None:
-        """Put each indexed image first among the pieces of its photo."""
-        urls = {photo.name: photo.url for photo in listed}
-        names = PhotoNames(urls, self.options.photo_suffix, self.options.mask_suffix)
-        suffix = self.options.mask_suffix
-        for url, name in masks.items():
-            if url in found or (suffix and not file_names.stem(name).endswith(suffix)):
+            if indexed and (url in found or (suffix and not file_names.stem(name).endswith(suffix))):
                 continue
-            photo, doubt = names.find(name, is_whole=True)
-            if photo is not None:
+            photo, doubt = names.find(name, is_whole=indexed)
+            if photo is None:
+                group = name if indexed else file_names.folder(name) or name
+                lost.setdefault(group, ([], doubt))[0].append(Piece(url, url))
+            elif indexed:
                 found[urls[photo]].insert(0, Piece(url, url))
             else:
-                lost.setdefault(name, ([], doubt))[0].append(Piece(url, url))
+                found[urls[photo]].append(Piece(url, url))
 
     def _entry(self, photo: _Photo, pieces: list[Piece], catalog: Catalog) -> CatalogEntry:
         key, dropped = claim(photo.url, photo.name, catalog, self.where)

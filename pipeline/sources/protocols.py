@@ -227,11 +227,12 @@ class Source(ABC, Generic[Options]):
     def recipe_for(cls, options: Mapping[str, Any]) -> str | None:
         """The recipe of a subset that names none, by the options; None if one has to be given.
 
+        One has to be given if regions without a name are kept (`unnamed: keep`).
+
         Args:
             options: of an entry, possibly without those that have their default.
         """
-        del options
-        return cls.recipe
+        return None if options.get("unnamed") == "keep" else cls.recipe
 
     @classmethod
     def has_categories(cls, options: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ The shards that a build writes are such tars, so a corpus can be the source of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
@@ -110,10 +110,6 @@ class WebDataset(Source[WebDatasetOptions]):
             "mask_resized": "the mask is scaled to the photo, to the nearest pixel",
         }
     )
-
-    @classmethod
-    def recipe_for(cls, options: Mapping[str, Any]) -> str | None:
-        return None if options.get("unnamed") == "keep" else cls.recipe
 
     def places(self) -> list[str]:
         return self.options.paths
