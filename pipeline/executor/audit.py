@@ -49,6 +49,7 @@ FIXES = {
     Reason.TOO_MANY_MASKS: "if these numbers of masks are right, raise limits.max_masks",
     Reason.MASK_EMPTY: "published releases have some of these; there is nothing to fix",
     Reason.MASK_UNDECODABLE: "fetch these annotations again",
+    Reason.BOX_EMPTY: "correct these boxes, or leave them out",
     Reason.BENCHMARK_PHOTO: (
         "by design: a benchmark does not measure a model that was trained on its photos "
         "(benchmarks.leave_out)"
