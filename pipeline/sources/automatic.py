@@ -20,7 +20,7 @@ from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions
 class AutomaticOptions(SourceOptions):
     """Photos alone: a mask generator finds their regions."""
 
-    photos: list[Location] = Field(description="Folders of the photos.")
+    photos: list[Location] = Field(min_length=1, description="Folders of the photos.")
 
 
 class Automatic(Source[AutomaticOptions]):
