@@ -110,7 +110,7 @@ class Watch:
         """
         now = time.monotonic()
         for each in self._followed:
-            moved |= self._read(each)
+            moved = self._read(each) or moved
             if not each.is_final:
                 each.progress.seconds = now - self.started
                 each.progress.utilization = each.counter.stages(time.time())

@@ -83,7 +83,9 @@ class ApartEngine(LocalEngine):
         for job, stages, work_list, units in parts:
             with ExitStack() as stack:
                 steps = [[SOURCE_STAGE], *([stage] for stage in stages), [writer.WRITE_STAGE]]
-                workers = [stack.enter_context(Worker(job, step, on_event=tick)) for step in steps]
+                workers = [
+                    stack.enter_context(Worker(job, step, on_event=lambda _: tick())) for step in steps
+                ]
                 for index in units:
                     row = {"unit": work_list.unit_name(index), "index": index}
                     for worker in workers:
