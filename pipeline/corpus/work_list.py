@@ -31,6 +31,7 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ..io import files
 from ..io.activity import NOW
 from ..io.benchmark_photos import LIST_VERSION
+from ..io.store import store_of
 from ..sources.earlier_keys import EarlierKeys
 from ..sources.file_names import HIDDEN
 from ..sources.protocols import CatalogEntry, SourceOptions
@@ -257,7 +258,7 @@ def _recovered(
             f"those in {reader.CONFIG} of the corpus first, or restore {FOLDER}/ from a copy"
         )
     again = fresh.parent / "recovered"
-    table_path(again).parent.mkdir(parents=True)
+    store_of(again).make_folder(str(table_path(again).parent))
     written = recovery.write_table(made, steps, folder, fresh, table_path(again))
     log.warning(
         "%s: made again from the sources and the committed units. If files of the sources may have changed, "
