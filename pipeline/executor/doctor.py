@@ -86,7 +86,7 @@ def examine_build(config: BuildConfig, ray_address: str | None = None) -> list[F
 def check_resources(config: BuildConfig, nodes: list[Node], on_cluster: bool) -> Iterator[Finding]:
     """Check that the smallest pools of every subset fit at once."""
     for subset in config.subsets:
-        pools = find_pools(config, subset)
+        pools = find_pools(config, [subset])
         for kind in ("GPU", "CPU"):
             available = _available(kind, nodes, on_cluster)
             needed = sum(pool.min_actors * getattr(pool, f"num_{kind.lower()}s") for pool in pools)

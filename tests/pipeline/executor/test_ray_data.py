@@ -84,8 +84,8 @@ def two_captioners(tmp_path, num_gpus: float) -> BuildConfig:
 
 def test_each_member_on_gpus_has_a_pool_and_those_without_share_one(tmp_path):
     config = two_captioners(tmp_path, 0.5)
-    pools = find_pools(config, "coconut")
-    assert [pool.stages for pool in pools] == [
+    pools = find_pools(config, ["coconut"])
+    assert [pool.stages["coconut"] for pool in pools] == [
         ("source",),
         ("first",),
         ("second",),
