@@ -152,7 +152,10 @@ def test_a_changed_threshold_drops_from_stored_evidence(home):
 def test_exports_hold_the_same_regions(home, tmp_path, form, file):
     export.export(home / "corpus", form, tmp_path / "export")
     then = json.loads((HERE / "exports" / form / file).read_text())
-    assert json.loads((tmp_path / "export" / file).read_text()) == then
+    now = json.loads((tmp_path / "export" / file).read_text())
+    if form == "coco":  # later releases add the annotation's id in its source
+        assert all(isinstance(each.pop("source_id"), int) for each in now["annotations"])
+    assert now == then
 
 
 def test_an_export_to_parquet_holds_the_same_rows(home, tmp_path):
