@@ -159,6 +159,10 @@ class AuditReport(msgspec.Struct):
     sampled: bool = False
     mask_stage: str = ""
 
+    def usable(self) -> int:
+        """How many regions a build could caption; how many images, where a stage makes the regions."""
+        return self.result.images_usable if self.mask_stage else self.result.regions_usable
+
     def summary(self, num_examples: int = 3) -> dict[str, Any]:
         """The report for programs: counts, and by reason how many, what to do, and a few examples."""
         problems: dict[str, dict[str, Any]] = {}
@@ -258,7 +262,7 @@ def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None
     if entries is None:
         entries = list(islice(source.catalog(), config.audit_images))
     report.result = audit_images(source, entries, config.limits)
-    if not (report.result.images_usable if mask_stage else report.result.regions_usable):
+    if not report.usable():
         away = next(
             (each for each in report.result.problems if each.reason == Reason.SOURCE_UNAVAILABLE), None
         )

@@ -211,3 +211,19 @@ def test_an_audit_that_finds_nothing_usable_exits_with_1(tmp_path):
     path.write_text(yaml.safe_dump({"out": "out", "coconut": [source]}))
     done = run("audit", path)
     assert done.exit_code == 1 and "no region is usable: a build would be empty" in done.output
+
+
+def test_an_audit_of_photos_without_masks_exits_with_0_if_an_image_is_usable(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    photo = tmp_path / "photos" / "cup.png"
+    Image.new("RGB", (40, 30), "red").save(photo)
+    path = tmp_path / "c.yaml"
+    subsets = {"mine": {"sources": {"source": "automatic", "photos": ["photos"]}}}
+    path.write_text(yaml.safe_dump({"out": "out", "subsets": subsets}))
+    done = run("audit", path)
+    assert done.exit_code == 0 and "1 of 1 images are usable" in done.output
+    photo.write_bytes(b"no photo")
+    done = run("audit", path)
+    assert done.exit_code == 1 and "a build would be empty" in done.output
