@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import stat
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -298,12 +299,20 @@ def describe(kind: type[BaseModel] = BuildConfig) -> str:
 
 
 _HEAD_RECIPES = """\
-# The paper's recipes. A subset takes one by its name, as in `recipe: verify`, or a list of its own: copy one
-# of these lists under `recipe:` and change it (docs/recipes.md). A stage with options is a mapping:
-#   - {stage: caption, id: second_caption, captioner: {name: gar, options: {model: models/GAR-8B}}}
+# The paper's recipes. A subset takes one by its name, as in `recipe: verify`,
+# or a list of its own: copy one of these lists under `recipe:` and change it
+# (docs/recipes.md). A stage with options is a mapping:
+#   - stage: caption
+#     id: second_caption
+#     captioner: {name: gar, options: {model: /models/GAR-8B}}
 # Two that ask other stages:
-#   - {vote: [verify_category, {stage: verify_category, id: second_judge, judge: {name: vllm}}], at_least: 2}
-#   - {fallback: [caption, {stage: caption, id: second_caption, captioner: {name: gar}}]}
+#   - vote:
+#       - verify_category
+#       - {stage: verify_category, id: second_judge, judge: {name: vllm}}
+#     at_least: 2
+#   - fallback:
+#       - caption
+#       - {stage: caption, id: second_caption, captioner: {name: gar}}
 """
 
 
@@ -314,18 +323,26 @@ def describe_recipes() -> str:
         lines.append(yaml.safe_dump({name: list(recipe)}, sort_keys=False))
     made = {source: find_source(source).mask_stage for source in SOURCES}
     lines += [
-        f"# For sources of the kind `{source}`, `{stage}` comes first, which makes the masks."
+        f"# For sources of the kind `{source}`, the stage `{stage}` comes first.\n# It makes the masks."
         for source, stage in made.items()
         if stage
     ]
-    lines.append("# Stages, with what each needs from a stage before it or from the source, and its options:")
+    lines.append(
+        "# Stages, with what each needs from a stage before it or from the source,\n# and its options:"
+    )
     for name, stage in STAGES.items():
         needs = f" Needs {' and '.join(stage.needs)}." if stage.needs else ""
         gives = f" Gives {' and '.join(stage.gives)}." if stage.gives else ""
-        lines.append(f"#   {name}: {stage.does}.{needs}{gives} Options: {', '.join(option_names(stage))}.")
+        options = f"Options: {', '.join(option_names(stage))}."
+        lines += _comment(f"{name}: {stage.does}.{needs}{gives} {options}")
     for name, stage in COMPOSITES.items():
-        lines.append(f"#   {name}: {stage.does}.")
+        lines += _comment(f"{name}: {stage.does}.")
     return "\n".join(lines)
+
+
+def _comment(text: str) -> list[str]:
+    """A paragraph of a comment in 80 columns."""
+    return textwrap.wrap(text, 79, initial_indent="#   ", subsequent_indent="#     ")
 
 
 def _describe(model: type[BaseModel], indent: str, lines: list[str]) -> None:

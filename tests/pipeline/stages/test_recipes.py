@@ -67,6 +67,7 @@ def test_every_stage_and_every_option_is_in_what_is_printed():
         "fallback:",
     ):
         assert word in text, word
+    assert max(map(len, text.splitlines())) < 80
 
 
 FILTERS = {
