@@ -68,7 +68,7 @@ def _share_a_gpu(estimated: Estimate) -> str | None:
 
 def short(title: str) -> str:
     """The title of a pool as people read it: `subsets.mine.recipe.again.judge` is `again.judge`."""
-    return "+".join(place.rpartition(".recipe.")[2] for place in title.split("+"))
+    return " + ".join(place.rpartition(".recipe.")[2] for place in title.split("+"))
 
 
 def listed(words: Sequence[str]) -> str:

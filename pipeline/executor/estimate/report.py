@@ -125,8 +125,8 @@ def find_caveats(
             )
         if mask_stage := open_source(config, subset).mask_stage:
             caveats.append(
-                f"{subset}: its source declares no regions; the {size.regions:,} are of --images, or as "
-                f"many an image as in the pilot, where `{mask_stage}` made {measured.regions:,} for "
+                f"{subset}: its source declares no regions; their number, {size.regions:,}, is that of "
+                f"--images or follows from the pilot, where `{mask_stage}` made {measured.regions:,} for "
                 f"{measured.images:,} images"
             )
         idle = [name for name, rate in measured.stages.items() if not rate.image_s and not rate.region_s]
@@ -163,8 +163,12 @@ def _headline(title: str, shown: Estimate) -> str:
     cpus = max(stream.cpus for stream in shown.streams)
     held = shown.held_gpu_s / 3600
     busy = sum(subset.gpu_s for subset in shown.subsets) / 3600
-    on_gpus = f"{shown.gpus:g} GPUs, {held:,.1f} GPU-hours held, {busy:,.1f} in use; " if shown.gpus else ""
-    return f"{title}: {duration(shown.wall_s)} on {on_gpus}Ray is asked for {cpus:g} CPUs"
+    cores = f"Ray is asked for {cpus:g} CPU core{'' if cpus == 1 else 's'}"
+    if not shown.gpus:
+        return f"{title}: {duration(shown.wall_s)}; {cores}"
+    gpus = f"{shown.gpus:g} GPU{'' if shown.gpus == 1 else 's'}"
+    used = f"{held:,.1f} GPU-hours held, {busy:,.1f} in use"
+    return f"{title}: {duration(shown.wall_s)} on {gpus}, {used}; {cores}"
 
 
 def _sizes(shown: Estimate) -> list[str]:
@@ -229,7 +233,8 @@ def _table(words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in (*words, *numbers):
-        table.add_column(title, justify="right" if title in numbers else "left", no_wrap=True)
+        is_number = title in numbers
+        table.add_column(title, justify="right" if is_number else "left", no_wrap=is_number)
     return table
 
 

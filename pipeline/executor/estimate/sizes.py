@@ -60,7 +60,7 @@ def _parse_size(config: BuildConfig, rates: Rates, text: str) -> tuple[str, Size
     if subset not in config.subsets:
         raise ConfigError(f"--images {text}: {subset!r} is not configured, only {', '.join(config.subsets)}")
     if not images.isdigit() or (regions and not regions.isdigit()):
-        raise ConfigError(f"--images {text}: expected SUBSET=IMAGES or SUBSET=IMAGES/MASKS")
+        raise ConfigError(f"--images {text}: expected SUBSET=IMAGES or SUBSET=IMAGES/REGIONS")
     if regions:
         return subset, Size(int(images), int(regions))
     return subset, _with_regions(rates, subset, int(images))

@@ -80,6 +80,20 @@ def test_without_gpus_for_all_the_report_has_a_table_for_each_subset_and_says_ho
     assert "With 9 GPUs the subsets are built side by side" in joined
 
 
+def test_a_pool_of_many_models_leaves_the_numbers_of_an_80_column_table_whole():
+    known = measured(caption=StageRate(1, 0, 0.5), verify_category=StageRate(0.9, 0, 0.05))
+    models = {key: {"name": name} for key, name in (("captioner", "classical"), ("judge", "lexical"))}
+    again = {"stage": "caption", "id": "second_caption", "captioner": {"name": "classical"}}
+    recipe = ["usable_masks", again, "caption", "verify_category", "clean_text"]
+    source = {"source": "coconut", "annotations": ["/a.json"], "labels": "/l", "photos": ["/p"]}
+    subsets = {"coconut": {"sources": source, "recipe": recipe}}
+    known.subsets["coconut"].stages["second_caption"] = StageRate(1, 0, 0.5)
+    built = config(subsets=subsets, coconut=None, **models)
+    text = shown_text(make_estimates(built, known, {"coconut": Size(100, 1_000)}, None, None, None))
+    assert "work of one" in text and "share of the wall" in text and "…" not in text
+    assert "Ray is asked for 1 CPU core\n" in text
+
+
 def test_the_values_of_json_have_pools_with_their_idle_seconds():
     shown = make_estimates(mixed_config(), mixed_rates(), MIXED, 7, None, None)
     values = msgspec.to_builtins(shown._asdict())

@@ -184,5 +184,5 @@ def test_pools_without_a_gpu_have_no_share_of_the_gpus_and_titles_are_short():
     assert not estimated.gpus and advise(estimated, estimated) == []
     assert (
         short("subsets.mine.recipe.again.judge") == "again.judge"
-        and short("captioner+judge") == "captioner+judge"
+        and short("captioner+judge") == "captioner + judge"
     )
