@@ -84,14 +84,16 @@ def diff(
 
     out = _path(corpus)
     found = history.diff(out, before, after, limit)
+    if not found.subsets:
+        print(f"no unit is committed in {before} or in {after}")
     for name, subset in found.subsets.items():
         for line in _subset_lines(name, subset, before, after):
             print(line)
     if found.held_out[0] != found.held_out[1]:
         print("held out of training: {:g} -> {:g} of the images".format(*found.held_out))
     for kind, examples, total in (
-        (f"lost: kept in {before}, dropped in {after}", found.lost, _total(found.subsets, "lost")),
-        (f"gained: dropped in {before}, kept in {after}", found.gained, _total(found.subsets, "gained")),
+        (f"lost: kept in {before} and not in {after}", found.lost, _total(found.subsets, "lost")),
+        (f"gained: kept in {after} and not in {before}", found.gained, _total(found.subsets, "gained")),
     ):
         if examples:
             print(f"\n{kind} ({len(examples):,} of {total:,})")
@@ -261,9 +263,11 @@ def _subset_lines(name: str, found: SubsetDiff, before: int, after: int) -> Iter
 
 
 def _reason_lines(kind: str, reasons: Counter[str]) -> Iterator[str]:
-    when = "now dropped as" if kind == "lost" else "was dropped as"
+    is_lost = kind == "lost"
+    when, absent = ("now dropped as ", "no longer there") if is_lost else ("was dropped as ", "was not there")
     for number, (reason, count) in enumerate(sorted(reasons.items(), key=lambda each: (-each[1], each[0]))):
-        yield f"  {kind if number == 0 else '':<8} {count:>8,}  {when} {reason}"
+        what = absent if reason == "not there" else f"{when}{reason}"
+        yield f"  {kind if number == 0 else '':<8} {count:>8,}  {what}"
 
 
 def _print_example(found: RegionChange) -> None:

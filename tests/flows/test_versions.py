@@ -78,7 +78,7 @@ def test_a_diff_shows_counts_reasons_and_examples(built):
     lines = lines_of("diff", out, first, newest, "--limit", "2")
     assert lines[0] == "coconut: regions kept 36 -> 32 (-4)"
     assert lines[2].split() == ["lost", "4", "now", "dropped", "as", "usable_masks/mask_too_small"]
-    assert f"lost: kept in {first}, dropped in {newest} (2 of 4)" in lines
+    assert f"lost: kept in {first} and not in {newest} (2 of 4)" in lines
     examples = [
         line for line in lines if re.match(r"  \d+ #\d  A .*  usable_masks/mask_too_small: \d+ px", line)
     ]
