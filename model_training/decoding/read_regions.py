@@ -324,7 +324,9 @@ def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRe
     table = load_categories(None) if raw is None else make_table(raw, path)
     record = Record(described.width, described.height, annotation.segments_info, list(table.by_id.values()))
     entry = CatalogEntry("photo", Blob(image), Blob(labels), msgspec.json.encode(record), image)
-    options = CoconutOptions(annotations=[path], labels=str(Path(labels).parent), photos=[])
+    options = CoconutOptions(
+        annotations=[path], labels=str(Path(labels).parent), photos=[str(Path(image).parent)]
+    )
     return Coconut(options).read(entry, Limits())
 
 
@@ -363,7 +365,7 @@ def _instances(path: str, content: _File, image: str, key: str | None) -> ImageR
     categories = list(make_table(raw, path).by_id.values()) if raw else []
     record = msgspec.json.encode(Record(described.width, described.height, own, categories))
     entry = CatalogEntry("photo", Blob(image), Blob(path), record, image)
-    options = CocoOptions(annotations=[path], photos=[], unnamed="keep")
+    options = CocoOptions(annotations=[path], photos=[str(Path(image).parent)], unnamed="keep")
     return Coco(options).read(entry, Limits())
 
 
