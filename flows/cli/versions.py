@@ -342,7 +342,8 @@ def _ago(seconds: float) -> str:
 
 
 def _run_lines(found: RunStatus) -> Iterator[str]:
-    yield f"last {found.command} that committed anything: {found.units:,} units, {found.regions:,} regions"
+    done = f"{_number(found.units, 'unit')}, {_number(found.regions, 'region')}"
+    yield f"last {found.command} that committed anything: {done}"
     if found.units_per_min is not None and found.regions_per_min is not None:
         left = "" if found.left_s is None else f"; about {duration(found.left_s)} left"
         yield f"  rate: {found.units_per_min:,.1f} units/min, {found.regions_per_min:,.0f} regions/min{left}"
