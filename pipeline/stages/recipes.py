@@ -289,10 +289,24 @@ class _Builder:
                 f"{self.where}.{entry.id}: `{entry.id}` makes masks, and every region has one before it; "
                 "leave the stage out"
             )
+        self._refuse_other_maker(entry, kind)
         stage = kind(self.config, entry, read, self.where)
         self.stages.append(stage)
         answered = (stage,) if isinstance(stage, ModelStage) else ()
         return stage, read | dict.fromkeys(kind.gives, answered)
+
+    def _refuse_other_maker(self, entry: StageEntry, kind: type[Stage]) -> None:
+        """Masks of boxes are not made of a photo without any, nor regions where the source has them."""
+        needed, source = self._mask_stage
+        if not needed or not issubclass(kind, ModelStage) or "mask" not in kind.gives or "mask" in kind.needs:
+            return
+        declared = find_source(source).declares_regions
+        if kind.makes_regions == declared:
+            has = "has a box for each region" if declared else "has no boxes"
+            raise ConfigError(
+                f"{self.where}.{entry.id}: `{entry.id}` makes no masks for the source `{source}`, "
+                f"which {has}; use `{needed}`"
+            )
 
     def _lacks(self, entry: StageEntry, need: str) -> str:
         name = f"`{entry.id}`" if entry.id == entry.kind else f"`{entry.id}` ({entry.kind})"

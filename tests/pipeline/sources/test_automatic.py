@@ -273,7 +273,11 @@ def test_the_masks_come_first_in_a_recipe_that_is_a_name_and_a_list_names_the_st
     mine["recipe"] = [{"stage": "automatic_masks", "id": "made", "mask_generator": own}, "caption"]
     [made, _] = recipe_of(load_config(values), "mine")
     assert made.backend.options == {"colors": 3} and made.place.endswith("made.mask_generator")  # type: ignore
-    for recipe, told in ((["caption"], "put `automatic_masks`"), ("verify", "needs the category")):
+    for recipe, told in (
+        (["caption"], "put `automatic_masks`"),
+        ("verify", "needs the category"),
+        (["box_masks", "caption"], "which has no boxes; use `automatic_masks`"),
+    ):
         mine["recipe"] = recipe
         with pytest.raises(ConfigError, match=told):
             load_config(values)

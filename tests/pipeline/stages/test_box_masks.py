@@ -209,6 +209,12 @@ def test_a_segmenter_that_reads_no_boxes_is_refused_before_anything_starts(tmp_p
     assert [each for each in preflight.check_stages(allowed) if each.state == findings.FAIL] == []
 
 
+def test_the_stage_for_photos_without_regions_is_refused_for_boxes(tmp_path, source):
+    told = "recipe.automatic_masks: .* the source `boxes`, which has a box for each region; use `box_masks`"
+    with pytest.raises(ConfigError, match=told):
+        recipe_of(det(tmp_path / "out", source, ["automatic_masks", "caption"]), "det")
+
+
 def test_masks_from_boxes_pass_through_identify(tmp_path, source):
     config = det(tmp_path / "out", source, "identify")
     build(config)
