@@ -93,12 +93,14 @@ def find_rebuild(out: str) -> Rebuild:
     if version is None:
         raise ConfigError(f"{out}: nothing to undo: no build has replaced earlier results")
     before = version.before
-    names = version.names & before.units.keys() - _removed_since(records, before)
+    removed = _removed_since(records, before)
+    names = version.names & before.units.keys() - removed
     units = [name for name in sorted(names) if _differs(before, now, name)]
     if not units and not is_begun:
-        raise ConfigError(
-            f"{out}: nothing to undo: the last rebuild gave every unit the same files as before"
-        )
+        why = "the last rebuild gave every unit the same files as before"
+        if any(_differs(before, now, name) for name in version.names & before.units.keys() & removed):
+            why = "images were removed on request from what the last rebuild changed, and do not come back"
+        raise ConfigError(f"{out}: nothing to undo: {why}")
     return Rebuild(
         first=version.first,
         last=version.last,

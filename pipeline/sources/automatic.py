@@ -13,8 +13,11 @@ from ...schemas.records import Blob, Credit, ImageRecord
 from ...schemas.strict import Location
 from . import file_names
 from .common import PHOTO_FIXES, read_header, refuse
-from .photo_folders import claim, images_in
+from .photo_folders import claim, images_in, is_image
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions
+
+_OTHERS = "other_files"
+"""Kind of the note about files in a folder of photos that are none."""
 
 
 class AutomaticOptions(SourceOptions):
@@ -34,7 +37,8 @@ class Automatic(Source[AutomaticOptions]):
     declares_regions = False
     checks_masks = True
     fixes = PHOTO_FIXES | {
-        Reason.PHOTO_UNREADABLE: "fetch these photos again, or take them out of the folder"
+        Reason.PHOTO_UNREADABLE: "fetch these photos again, or take them out of the folder",
+        _OTHERS: f"they are passed over; photos end in {', '.join(file_names.PHOTO_ENDINGS)}",
     }
 
     def places(self) -> list[str]:
@@ -47,13 +51,22 @@ class Automatic(Source[AutomaticOptions]):
         """Photos in the order of their folders and names."""
         seen: set[str] = set()
         for folder in self.options.photos:
-            for url, name in images_in(self._list(catalog, folder), file_names.PHOTO_ENDINGS):
+            listing = self._list(catalog, folder)
+            self._note_others(catalog, listing)
+            for url, name in images_in(listing, file_names.PHOTO_ENDINGS):
                 if url not in seen:
                     seen.add(url)
                     key, dropped = claim(url, name, catalog, self.where)
                     yield CatalogEntry(key, Blob(url), None, b"", name, dropped, credit=Credit())
         if not seen:
             raise ConfigError(f"{self.where}.photos: no photo in {', '.join(self.options.photos)}")
+
+    def _note_others(self, catalog: Catalog, listing: file_names.Listing) -> None:
+        others = [each for each in listing.names or () if not is_image(each, file_names.PHOTO_ENDINGS)]
+        if others:
+            number = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
+            what = f"{number} no photo by the name, such as {others[0]!a}"
+            catalog.notes.append(Note(_OTHERS, f"{listing.url}: {what}"))
 
     def fill(self, image: ImageRecord, entry: CatalogEntry, limits: Limits, notes: list[Note]) -> None:
         refuse(image, entry, limits, f"{entry.photo}")

@@ -12,7 +12,8 @@ from .protocols import Catalog, drop
 
 
 def images_in(listing: file_names.Listing, endings: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(URL, path in its folder) of the images of a folder, sorted by that path.
+    """(URL, path in its folder) of the images of a folder, sorted by that path. Hidden files are none: macOS
+    keeps `._photo.jpg`, which is no photo, next to what it copies.
 
     Raises:
         ConfigError: it cannot be listed.
@@ -20,8 +21,13 @@ def images_in(listing: file_names.Listing, endings: tuple[str, ...]) -> Iterator
     if listing.names is None:
         raise ConfigError(f"{listing.url}: a folder of a plain HTTP server cannot be listed; copy it first")
     for name in listing.names:
-        if name.lower().endswith(endings):
+        if is_image(name, endings):
             yield f"{listing.url.rstrip('/')}/{name}", name
+
+
+def is_image(name: str, endings: tuple[str, ...]) -> bool:
+    """Whether a file is an image by its name."""
+    return name.lower().endswith(endings) and not file_names.base_name(name).startswith(".")
 
 
 def claim(url: str, name: str, catalog: Catalog, where: str) -> tuple[str, Drop | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.pipeline.corpus import plots, removal, undo, verify
+from paracaption.pipeline.corpus import plots, reader, removal, undo, verify
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.schemas.config import BuildConfig
@@ -116,3 +116,12 @@ def test_an_image_whose_removal_died_before_a_rebuild_does_not_come_back(built, 
     assert {row["drop_reason"] for (_, key, _), row in records(tmp_path / "out").items() if key == gone} == {
         "removed"
     }
+
+
+def test_a_rebuild_whose_unit_lost_an_image_on_request_is_not_taken_back_and_says_why(built, tmp_path):
+    change(tmp_path / "source", 1)
+    finish(built)
+    key = next(reader.open_corpus(built.out).samples())[0].key
+    removal.remove(built.out, [key])
+    with pytest.raises(ConfigError, match="removed on request from what the last rebuild changed"):
+        undo.find_rebuild(built.out)

@@ -251,6 +251,20 @@ def test_the_audit_counts_photos_and_no_regions(tmp_path):
         audit.audit_sample(open_source(config, "mine"), config)
 
 
+def test_what_is_no_photo_by_its_name_is_passed_over_and_noted(tmp_path):
+    config = configured(tmp_path)
+    for name in ("._photo-1.png", "moving.gif"):
+        (tmp_path / "photos" / name).write_bytes(b"x")
+    source = open_source(config, "mine")
+    assert [entry.key for entry in source.catalog()] == [f"photo-{number}" for number in range(len(COUNTS))]
+    (note,) = source.notes
+    assert (
+        note.kind == "other_files"
+        and "2 files are no photo by the name, such as '._photo-1.png'" in note.detail
+    )
+    assert note.kind in source.fixes()
+
+
 def test_an_estimate_takes_the_number_of_masks_from_the_pilot_and_says_so(built):
     config = configured(built, write=False)
     rates = measure_rates(built / "out")
