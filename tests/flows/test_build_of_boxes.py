@@ -107,7 +107,7 @@ def test_a_build_that_lost_all_but_its_evidence_has_the_same_bytes(home, tmp_pat
 
 def test_the_estimate_has_a_line_for_the_stage_that_makes_the_masks(home):
     text = run("estimate", str(home / "build.yaml"), "--sources")
-    assert "box masks+" in text and "6 images" in text
+    assert "segmenter" in text and "6 images" in text
 
 
 def test_the_explorer_shows_the_funnel_and_each_image(home):
