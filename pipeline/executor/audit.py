@@ -271,8 +271,11 @@ def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None
                 f"{source.subset}: no image of a sample can be read ({away.detail}); run the same command "
                 "again when the source answers"
             )
-        unusable = "none" if mask_stage else "no region"
-        what = "no image was found" if not entries else f"{unusable} of {len(entries)} images is usable"
+        what = f"no region of {len(entries)} images is usable"
+        if mask_stage:
+            what = f"none of {len(entries)} images is usable"
+        if not entries:
+            what = "no image was found"
         raise ConfigError(
             f"{source.subset}: {what}; correct the paths and options of its sources\n{report.text()}"
         )

@@ -258,9 +258,9 @@ def _take(runs: dict[str, SubsetRun], subset: str, outcome: Draft | ParaCaptionE
     run = runs[subset]
     before = run.error
     run.take(outcome)
-    others = [name for name, each in runs.items() if not each.progress.ended]
+    others = " and ".join(name for name, each in runs.items() if not each.progress.ended)
     if run.error is not before and others:
-        log.error("%s ends here, %s goes on: %s", subset, " and ".join(others), run.error)
+        log.error("%s", f"{subset} ends here, {others} goes on: {run.error}")
 
 
 def merge_corpus(config: BuildConfig, owner: Owner) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def test_data_without_such_photos_have_the_fingerprint_that_they_had(tmp_path: P
     usual, kept = loader(tmp_path / "corpus"), loader(tmp_path / "corpus", benchmark_photos="keep")
     assert usual.fingerprint == kept.fingerprint and usual.left_out == [{}]
     kept.load_state_dict(usual.state_dict())
-    with pytest.raises(IntegrityError, match=r"or train in another `out`$"):
+    with pytest.raises(IntegrityError, match="train in another `out`"):
         loader(tmp_path / "corpus", seed=1).load_state_dict(usual.state_dict())
 
 

@@ -60,7 +60,7 @@ def test_a_photo_with_too_many_pixels_is_refused_by_its_header(data, tmp_path):
     path = tmp_path / "photo.png"
     path.write_bytes(data)
     with pytest.raises((BadRecord, ConfigError), match="50000x50000"):
-        read_regions._pixels(str(path))
+        read_regions.read_pixels(str(path))
 
 
 def test_a_picture_of_a_training_run_with_too_many_pixels_is_refused_by_its_header(data, tmp_path):
