@@ -46,8 +46,7 @@ def draw_corpus_image(corpus: str | Path, key: str, path: str | Path) -> None:
     found = opened.find_image(key)
     kept = [row for row in found.rows if row["kept"]]
     if not kept:
-        drops = {(row["drop_reason"], row["drop_detail"]) for row in found.rows}
-        why = "; ".join(": ".join(filter(None, drop)) for drop in sorted(drops, key=str))
+        why = "; ".join(sorted({row["drop_detail"] or row["drop_reason"] for row in found.rows}))
         name = f"{found.subset}/{key.rpartition('/')[2]}"
         raise ConfigError(f"{name}: no region of this image was kept ({why[:500]}); choose another image")
     dropped = len(found.rows) - len(kept)
