@@ -19,7 +19,7 @@ def test_an_image_of_the_corpus_is_drawn_by_its_key(tmp_path):
 
 def test_the_error_says_why_an_image_cannot_be_drawn(tmp_path):
     out = committed.merged(tmp_path / "out")
-    with pytest.raises(ConfigError, match="000000000002.jpg: cut short"):
+    with pytest.raises(ConfigError, match=r"000000000002\.jpg: cut short"):
         draw_corpus_image(out, "000000000002", tmp_path / "picture.png")
     with pytest.raises(ConfigError, match="no image nothing"):
         draw_corpus_image(out, "nothing", tmp_path / "picture.png")
