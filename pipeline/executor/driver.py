@@ -260,7 +260,7 @@ def _take(runs: dict[str, SubsetRun], subset: str, outcome: Draft | ParaCaptionE
     run.take(outcome)
     others = " and ".join(name for name, each in runs.items() if not each.progress.ended)
     if run.error is not before and others:
-        log.error("%s", f"{subset} ends here, {others} goes on: {run.error}")
+        log.error(f"{subset} ends here, {others} goes on: {run.error}")
 
 
 def merge_corpus(config: BuildConfig, owner: Owner) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Sam3Segmenter:
         self.options = read_options(Sam3Options, options, "segmenter.options")
         folder = checkpoint_folder(self.options.model)
         self.device, self.dtype = find_device(self.options.device, self.options.dtype)
-        self.processor = _processor(folder, _check_tensors(folder).config)
+        self.processor = load_processor(folder, _check_tensors(folder).config.text_config.vocab_size)
         model: Any = Sam3Model.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
@@ -110,7 +110,7 @@ class Sam3Segmenter:
         given = read_options(Sam3Options, options, "segmenter.options")
         folder = checkpoint_folder(given.model)
         model = _check_tensors(folder)
-        processor = _processor(folder, model.config)
+        processor = load_processor(folder, model.config.text_config.vocab_size)
         tower = model.config.vision_config.backbone_config
         size = processor.image_processor.size
         what = (
@@ -236,14 +236,23 @@ def checkpoint_folder(path: str, protocol: str = "segmenter") -> Path:
     return folder
 
 
-def _processor(folder: Path, config: Any) -> Any:
+def load_processor(folder: Path, vocab_size: int | None = None) -> Any:
+    """The processor of a checkpoint: what it makes of photos and phrases.
+
+    Args:
+        folder: of the checkpoint.
+        vocab_size: tokens that the text encoder knows, and the tokenizer has to know; None does not ask.
+
+    Raises:
+        ConfigError: it does not load, or its tokenizer is another one; the message names the files.
+    """
     from transformers import Sam3Processor
 
     try:
         processor = Sam3Processor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        words, known = config.text_config.vocab_size, len(processor.tokenizer)
-        if words != known:  # without its files transformers makes an empty one, without a word
-            raise ValueError(f"the tokenizer knows {known} words, the text encoder {words}")
+        known = len(processor.tokenizer)
+        if vocab_size not in (None, known):  # without its files transformers makes one without a word
+            raise ValueError(f"the tokenizer knows {known} words, the text encoder {vocab_size}")
         return processor
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

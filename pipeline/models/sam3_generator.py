@@ -19,7 +19,7 @@ from ..io import tensor_files, weights
 from .masks import check_finite, find_device, products_in
 from .options import read_options
 from .protocols import Candidate, Checked
-from .sam3 import checkpoint_folder
+from .sam3 import checkpoint_folder, load_processor
 from .sam_generator import GridOptions, PointGrid
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Sam3MaskGenerator:
             dtype=torch.float32,
             trust_remote_code=False,
         )
-        processor = _image_processor(folder)
+        processor = load_processor(folder).image_processor
         predictor = _predictor_type()(model.to(device).eval(), processor, dtype, f"sam3 ({given.model})")
         self._grid = PointGrid(predictor, given, "sam3")
 
@@ -98,7 +98,7 @@ class Sam3MaskGenerator:
         folder = checkpoint_folder(given.model, _PROTOCOL)
         read = _read(folder)
         tower = read.config.vision_config.backbone_config
-        side = _image_processor(folder).size["height"]
+        side = load_processor(folder).image_processor.size["height"]
         what = f"SAM 3's tracker: vision {tower.num_hidden_layers} x {tower.hidden_size} at {side} px"
         num_bytes = 4 * sum(int(np.prod(tensor.shape)) for tensor in read.tensors.values())
         return Checked(what, num_bytes, ["weights stay in float32; bfloat16 is for matrix products only"])
@@ -157,19 +157,6 @@ def _name_here(name: str) -> str:
         if name.startswith(published):
             return ours + name.removeprefix(published)
     return f"unused.{name}"
-
-
-def _image_processor(folder: Path) -> Any:
-    from transformers import Sam3Processor
-
-    try:
-        found = Sam3Processor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return found.image_processor
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder}: the processor does not load ({one_line(error)}); processor_config.json and the "
-            "tokenizer's files belong to the checkpoint: download it again"
-        ) from error
 
 
 @cache
