@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, ClassVar, TypeVar
 
 from ...schemas.errors import ConfigError
 from . import confined, files
@@ -36,7 +36,18 @@ Result = TypeVar("Result")
 
 
 class Store(ABC):
-    """Where files of a corpus lie. Paths are whole: a local path, or a URL of the store's scheme."""
+    """Where files of a corpus lie. Paths are whole: a local path, or a URL of the store's scheme.
+
+    Attributes:
+        moves: whether a file is moved to its place once a record of the log names it. Where nothing can be
+            moved, it keeps the name that `new_name` gave it.
+    """
+
+    moves: ClassVar[bool]
+
+    @abstractmethod
+    def new_name(self, path: str) -> str:
+        """A name that nobody else has, for a file that is to take its place at `path`, below the corpus."""
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> bool:
@@ -113,6 +124,11 @@ class FolderStore(Store):
     Files are flushed to the disk before they get their name, and the folder after it, so that a power cut
     takes nothing back. No lock is used: many file systems have none that holds between machines.
     """
+
+    moves = True
+
+    def new_name(self, path: str) -> str:
+        return temporary_name(path)
 
     @touching
     def create(self, path: str, data: bytes) -> bool:

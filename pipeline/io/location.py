@@ -1,0 +1,62 @@
+"""Where a corpus lies: a folder of this machine or of a shared file system, or a prefix of a bucket."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import files
+
+
+class Prefix:
+    """A place in a bucket, with the few calls of `Path` that name other places.
+
+    Args:
+        url: such as "s3://bucket/corpus"; slashes at its end are left out.
+    """
+
+    __slots__ = ("url",)
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+
+    def __truediv__(self, name: str) -> Prefix:
+        return Prefix(f"{self.url}/{name}")
+
+    @property
+    def parent(self) -> Prefix:
+        """What it lies in."""
+        return Prefix(self.url.rpartition("/")[0])
+
+    @property
+    def name(self) -> str:
+        """Its last part."""
+        return self.url.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return self.url
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prefix) and other.url == self.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+
+Location = Path | Prefix
+"""Where files of a corpus lie; `str` of it is what `io.store` and `io.files` take."""
+
+
+def locate(place: str | os.PathLike[str] | Prefix) -> Location:
+    """The location of a path or URL."""
+    if isinstance(place, Prefix):
+        return place
+    name = os.fspath(place)
+    return Prefix(name) if files.is_url(name) else Path(name)
+
+
+def is_bucket(place: str | Location) -> bool:
+    """Whether a place is in a bucket, so that nothing there can be moved or appended to."""
+    return isinstance(place, Prefix) or (isinstance(place, str) and files.is_url(place))
