@@ -50,6 +50,8 @@ def refuse_foreign(out: str, subsets: Iterable[str]) -> None:
     """
     # What a driver wrote that died before its first commit has a temporary name, or is evidence.
     folders = FOLDERS
+    if not store_of(out).moves and store_of(out).size(f"{out}/{MARKER}") is not None:
+        return  # a listing may be late, and what another driver writes there may be in it already
     names = files.list_names(out)
     if MARKER not in names:
         folders = (*FOLDERS, "evidence", "plan", "journal")

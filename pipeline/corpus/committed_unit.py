@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import IntegrityError
 from ...schemas.reasons import LEFT, RETRIED, Reason
 from ...schemas.records import CREDIT_FIELDS, SCORES, Blob, Credit, Drop, ImageRecord, Region, Rle
 from ..io import files
+from ..io.location import Location
 from ..sources.protocols import SOURCE_STAGE
 from . import reader
 from .ledger import SOURCE_SCORES
@@ -31,7 +31,7 @@ class CommittedUnit:
         name: of the unit.
     """
 
-    def __init__(self, folder: str | Path, name: str):
+    def __init__(self, folder: str | Location, name: str):
         self._folder = str(folder)
         self._name = name
 

@@ -1,7 +1,8 @@
 """The event log: who did what when. Feeds the progress view, the stall watch, the estimate, the reports.
 
-Every worker appends to a file of its own under OUT/events/<run>/, one JSON object a line; nothing reads it
-back to decide what to build, so a lost line costs a number on a screen and no more.
+Every worker appends to a file of its own under OUT/events/<run>/, one JSON object a line, or uploads it part by
+part (`event_parts`); nothing reads it back to decide what to build, so a lost line costs a number on a screen
+and no more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import msgspec
 
 from ...schemas.secrets import shorten
 from ..io.json_lines import LineReader, LineWriter
+from ..io.location import Location, Prefix
+from .event_parts import PartReader, PartWriter
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +74,11 @@ class EventLog:
         on_event: called with each event, after it was appended.
     """
 
-    def __init__(self, folder: Path, who: str, on_event: Callable[[Event], None] = lambda _: None):
+    def __init__(self, folder: Location, who: str, on_event: Callable[[Event], None] = lambda _: None):
         self.on_event = on_event
-        self.path = folder / f"{who}-{socket.gethostname()}-{os.getpid()}.jsonl"
-        self._lines: LineWriter | None = None
+        self._name = f"{who}-{socket.gethostname()}-{os.getpid()}"
+        self.path = folder / f"{self._name}.jsonl"
+        self._lines: LineWriter | PartWriter | None = None
         self._complained = False
 
     def emit(self, what: str, **fields: Any) -> None:
@@ -87,13 +92,18 @@ class EventLog:
         event = Event(time.time(), what, **fields)
         try:
             if self._lines is None:
-                self._lines = LineWriter(self.path)
+                self._lines = self._open()
             self._lines.append(event)
         except OSError as error:
             if not self._complained:
                 log.warning("%s: %s; events are lost, the build goes on", self.path, error)
                 self._complained = True
         return event
+
+    def _open(self) -> LineWriter | PartWriter:
+        if isinstance(self.path, Prefix):
+            return PartWriter(self.path.parent, f"{self._name}.{uuid.uuid4().hex[:6]}")
+        return LineWriter(self.path)
 
     def close(self) -> None:
         """Close the file; another event would open it again."""
@@ -105,9 +115,10 @@ class EventLog:
 class EventReader:
     """Follows all event files of a run, reading only what is new."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Location):
         self.folder = folder
         self._readers: dict[Path, LineReader] = {}
+        self._parts = PartReader(folder) if isinstance(folder, Prefix) else None
 
     def new(self) -> Iterator[Event]:
         """Events since the last call, file by file."""
@@ -116,11 +127,16 @@ class EventReader:
 
     def named(self) -> Iterator[tuple[str, Event]]:
         """(worker, event) since the last call; a worker is known by the name of its file."""
-        for path in sorted(self.folder.glob("*.jsonl")):
+        for worker, line in self._lines() if self._parts is None else self._parts.new():
+            try:
+                event = msgspec.json.decode(line, type=Event)
+            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+                log.debug("%s: not an event: %r", worker, line)  # cut short by a full disk
+            else:
+                yield worker, event
+
+    def _lines(self) -> Iterator[tuple[str, bytes]]:
+        """(worker, line) of what was appended since the last call."""
+        for path in sorted(Path(str(self.folder)).glob("*.jsonl")):
             for line in self._readers.setdefault(path, LineReader(path)).new():
-                try:
-                    event = msgspec.json.decode(line, type=Event)
-                except (msgspec.MsgspecError, UnicodeError, RecursionError):
-                    log.debug("%s: not an event: %r", path, line)  # cut short by a full disk
-                else:
-                    yield path.stem, event
+                yield path.stem, line

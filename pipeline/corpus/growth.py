@@ -115,7 +115,7 @@ class _Merged:
 
     def __init__(self, old: WorkList, fresh: Path, places: dict[str, str]):
         self._old = old
-        self._before = UnitReader(Path(old.table_path))
+        self._before = UnitReader(old.table_path)
         self._fresh = UnitReader(fresh)
         self._places = [place.rstrip("/") for place in places]
         self._today = {key: at for at, key in enumerate(self._fresh.keys())}
@@ -254,7 +254,7 @@ def with_known_photos(
     entries: Iterator[CatalogEntry], old: WorkList, places: dict[str, str]
 ) -> Iterator[CatalogEntry]:
     """The entries of a listing, each next to the one at its place in the list on disk; see above."""
-    reader, folders = UnitReader(Path(old.table_path)), [place.rstrip("/") for place in places]
+    reader, folders = UnitReader(old.table_path), [place.rstrip("/") for place in places]
     known: Iterator[CatalogEntry | None] = chain(
         chain.from_iterable(map(reader.read, range(old.num_units))), iter(lambda: None, 0)
     )

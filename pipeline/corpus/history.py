@@ -125,6 +125,8 @@ class Places:
             unit: "subset/unit" that the file belongs to.
             file: of that version.
         """
+        if file.name:  # for good
+            return file.name if self._has(file.name, file) else None
         present = self._present(unit, file.path)
         if present is not None and present.sha256 == file.sha256:
             for path in (present.temporary, present.path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import re
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.errors import REBUILD, ConfigError, IntegrityError
@@ -278,7 +277,7 @@ def _fitted(value: Any, kind: pa.DataType) -> Any:
         return None
 
 
-def align_ledger(table: pa.Table, path: str | Path, columns: list[str] | None = None) -> pa.Table:
+def align_ledger(table: pa.Table, path: object, columns: list[str] | None = None) -> pa.Table:
     """A ledger of any release with today's columns, or some of them: those that it does not know are null.
 
     Args:

@@ -10,20 +10,26 @@ its request was stuck in the network, and stops (`Fenced`). The lease only decid
 if the owner has released the corpus or is known to be dead, else when its beat has not changed for a whole
 lease, by the challenger's own monotonic clock. No clock of another machine is compared.
 
-**Files move after their record.** A record names files under temporary names; then they are moved to their
-places, old ones being kept under `.replaced/`. A driver that dies between leaves moves that the next owner
-makes: only the newest record with files can have some left, since an owner finishes them before it writes
-another. A file under a temporary name can be moved once, so it does no harm when two do it.
+**Files of a folder move after their record.** A record names files under temporary names; then they are
+moved to their places, old ones being kept under `.replaced/`. A driver that dies between leaves moves that
+the next owner makes: only the newest record with files can have some left, since an owner finishes them
+before it writes another. A file under a temporary name can be moved once, so it does no harm when two do it.
+
+**Files of a bucket never move.** Each attempt to write one has a name of its own, which the record has.
+Manifest, ledger and index name places, so their bytes are those of a build into a folder.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...schemas.errors import IntegrityError
 from ...schemas.records import Blob
 from ..io import files
+from ..io.location import Location
 from ..io.store import store_of
 from . import adopt, records
 from .records import (
@@ -64,6 +70,7 @@ class LogState(NamedTuple):
         config, merged, claim: the newest record of each kind.
         released: whether the newest owner has released the corpus.
         unmoved: the newest record with files, which may not have been moved to their places yet.
+        nonce: of the newest record.
     """
 
     number: int = 0
@@ -74,6 +81,7 @@ class LogState(NamedTuple):
     claim: Claim | None = None
     released: bool = True
     unmoved: Commit | Planned | Config | Merged | None = None
+    nonce: str = ""
 
     @property
     def epoch(self) -> int:
@@ -87,7 +95,7 @@ class LogState(NamedTuple):
                 f"the commit log goes from record {self.number} to {record.number}; restore the records "
                 "between them from a copy"
             )
-        new = self._replace(number=record.number)
+        new = self._replace(number=record.number, nonce=record.nonce)
         match record:
             case Claim():
                 return new._replace(claim=record, released=False)
@@ -142,6 +150,7 @@ def state_of(checkpoint: Checkpoint, out: str) -> LogState:
         checkpoint.claim,
         checkpoint.released,
         unmoved,
+        checkpoint.nonce,
     )
 
 
@@ -156,7 +165,43 @@ def record_path(out: str, number: int) -> str:
 
 def exists(out: str) -> bool:
     """Whether a corpus has a log."""
+    if not store_of(out).moves and store_of(out).size(record_path(out, 1)) is not None:
+        return True  # also where a listing is late
     return any(_numbers(out))
+
+
+_RECENT_S = 1.0
+
+
+def recent_state(out: str) -> LogState:
+    """What the log said within the last second, for who asks for one sample after the other."""
+    asked_s, state = _RECENT.get(out, (-math.inf, None))
+    if state is None or time.monotonic() - asked_s > _RECENT_S:
+        state = read_state(out)
+        _RECENT[out] = time.monotonic(), state
+    return state
+
+
+_RECENT: dict[str, tuple[float, LogState]] = {}
+
+
+def place_of(out: str | Location, path: str) -> str:
+    """Path or URL of a file that is no unit's, such as "index.parquet". In a bucket, the log knows its name.
+
+    Raises:
+        IntegrityError: the log of a corpus in a bucket cannot be read.
+    """
+    out = str(out)
+    if store_of(out).moves:
+        return f"{out}/{path}"
+    found = read_state(out).files.get(path)
+    return f"{out}/{found.place if found else path}"
+
+
+def subsets_of(state: LogState) -> list[str]:
+    """Names of the subsets of which something is planned or committed, sorted."""
+    planned = {path.partition("/")[0] for path in state.files if path.endswith("/plan/plan.json")}
+    return sorted(planned | {name.partition("/")[0] for name in state.units})
 
 
 def last_number(out: str) -> int:
@@ -174,8 +219,40 @@ def read_state(out: str, known: LogState | None = None) -> LogState:
     Raises:
         IntegrityError: a record is missing or damaged.
     """
+    if store_of(out).moves:
+        return _read_state(out, known or LogState())
+    state = known or _still_true(out, _SEEN.get(out))
+    if state is None:
+        state = _read_state(out, LogState())
+    else:  # the next numbers are asked for, which is cheaper than a listing
+        for record in _follow(out, state.number, state.number):
+            state = state.after(record)
+    remember(out, state)
+    return state
+
+
+_SEEN: dict[str, LogState] = {}
+"""What this process has read of logs in buckets, where each record is a request."""
+
+
+def remember(out: str, state: LogState) -> None:
+    """Keep what the log of a corpus in a bucket said, so that only what is new is read the next time."""
+    if not store_of(out).moves:
+        _SEEN[out] = state
+
+
+def _still_true(out: str, seen: LogState | None) -> LogState | None:
+    """What was read before, unless somebody has deleted the corpus since, and begun another one there."""
+    if seen is None or not seen.number:
+        return None
+    try:
+        return seen if read_record(out, seen.number).nonce == seen.nonce else None
+    except FileNotFoundError:
+        return None
+
+
+def _read_state(out: str, state: LogState) -> LogState:
     last = last_number(out)
-    state = known or LogState()
     if last - state.number > CHECKPOINT_EVERY:
         record = read_existing(out, last - last % CHECKPOINT_EVERY)
         if not isinstance(record, Checkpoint):
@@ -196,7 +273,7 @@ def read_units(out: str) -> dict[str, LogUnit]:
     """
     if exists(out):
         return {name: found.unit for name, found in read_state(out).units.items()}
-    return adopt.find_units(out)
+    return adopt.find_units(out) if store_of(out).moves else {}
 
 
 def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
@@ -206,7 +283,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
         By "subset/unit": (place, temporary name) of each, below the corpus.
     """
     found: dict[str, list[tuple[str, str]]] = {}
-    if isinstance(state.unmoved, Commit):
+    if isinstance(state.unmoved, Commit) and store_of(out).moves:
         folders = {
             file.temporary.rpartition("/")[0]
             for unit in state.unmoved.units.values()
@@ -242,7 +319,7 @@ def moves_of(record: Commit | Planned | Config | Merged) -> _Moves:
 
 def is_moved(out: str, state: LogState) -> bool:
     """Whether every file that a record names has its place; if not, the next owner moves it there."""
-    if state.unmoved is None:
+    if state.unmoved is None or not store_of(out).moves:
         return True
     moves = moves_of(state.unmoved)
     names = [*(file.temporary for file in moves.files), *moves.removed]
@@ -253,10 +330,40 @@ def is_whole(out: str, unit: LogUnit) -> bool:
     """Whether the files of a committed unit are there and have their sizes; what is in them is not read."""
     store = store_of(out)
     return all(
-        store.size(f"{out}/{file.path}") == file.bytes
+        store.size(f"{out}/{file.place}") == file.bytes
         or (file.temporary and store.size(f"{out}/{file.temporary}") == file.bytes)
         for file in unit.files()
     )
+
+
+def files_of(record: Record) -> list[LogFile]:
+    """The files that a record names."""
+    match record:
+        case Commit(units=units) | Adopt(units=units):
+            named = [file for unit in units.values() for file in unit.files()]
+            return [*named, *(record.files if isinstance(record, Adopt) else ())]
+        case Planned(files=named) | Config(files=named) | Merged(files=named):
+            return named
+        case _:  # a checkpoint says what others have said
+            return []
+
+
+def read_many(out: str, first: int, last: int) -> list[Record]:
+    """The records from one number to another, which must be there; a store is asked for all of them at once.
+
+    Raises:
+        IntegrityError: a record is missing or damaged, or is not given.
+    """
+    paths = [record_path(out, number) for number in range(first, last + 1)]
+    found: list[Record] = []
+    try:
+        for number, data in enumerate(files.read_many(paths), start=first):
+            found.append(_decode(data, record_path(out, number), number))
+    except FileNotFoundError as error:
+        raise _missing(out, first + len(found)) from error
+    except OSError as error:
+        raise _not_given(paths[len(found)], error) from error
+    return found
 
 
 def read_records(out: str, after: int = 0) -> list[Record]:
@@ -309,10 +416,18 @@ def read_record(out: str, number: int) -> Record:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise IntegrityError(
-            f"{path}: not readable ({error.strerror or error}); run the same command again, or restore the "
-            "file from a copy of the log"
-        ) from error
+        raise _not_given(path, error) from error
+    return _decode(data, path, number)
+
+
+def _not_given(path: str, error: OSError) -> IntegrityError:
+    return IntegrityError(
+        f"{path}: not readable ({error.strerror or error}); run the same command again, or restore the "
+        "file from a copy of the log"
+    )
+
+
+def _decode(data: bytes, path: str, number: int) -> Record:
     record = records.decode(data, path)
     if record.number != number:
         raise IntegrityError(f"{path}: is record {record.number}; restore it from a copy of the log")

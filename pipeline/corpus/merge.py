@@ -11,7 +11,6 @@ import importlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,10 +23,11 @@ from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.summary import CorpusSummary, FunnelStep, Histogram, LicenseCount, SubsetCounts, SubsetSummary
 from ..io import files
 from ..io.activity import NOW
+from ..io.location import Location
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.recipes import shown_stages
 from ..stages.registry import STAGES
-from . import card, ledger, plots, reader
+from . import card, ledger, log, plots, reader
 from .owner import Owner, own_or
 from .reader import Corpus
 from .records import LogFile, Merged
@@ -46,7 +46,9 @@ _CHARS_PER_BIN = 25
 _LICENSE = ["license", "license_url", "license_id"]
 
 
-def merge(out: str | Path, config: BuildConfig | None = None, owner: Owner | None = None) -> dict[str, Any]:
+def merge(
+    out: str | Location, config: BuildConfig | None = None, owner: Owner | None = None
+) -> dict[str, Any]:
     """Write `index.parquet`, `stats.json`, `plots/` and `README.md` of a corpus, by one record of the log.
 
     The index has a row per kept region, sorted by subset, unit, image and region. Its `shard` is a path from
@@ -97,7 +99,7 @@ def _merge(corpus: Corpus, config: BuildConfig, owner: Owner) -> CorpusSummary:
     return summary
 
 
-def is_merged(out: str | Path, held_out_share: float | None = None) -> bool:
+def is_merged(out: str | Location, held_out_share: float | None = None) -> bool:
     """Whether index, statistics, plots and card exist and are of the units that are committed now.
 
     Args:
@@ -108,8 +110,8 @@ def is_merged(out: str | Path, held_out_share: float | None = None) -> bool:
         ConfigError: there is no corpus at that path.
     """
     corpus = reader.open_corpus(out, confined=False)
-    drawn = [f"{out}/{CARD}", *(f"{out}/{PLOTS}/{name}" for name in plots.NAMES)]
-    if not all(files.exists(path) for path in drawn) or not corpus.index_is_current():
+    drawn = [CARD, *(f"{PLOTS}/{name}" for name in plots.NAMES)]
+    if not all(files.exists(log.place_of(out, name)) for name in drawn) or not corpus.index_is_current():
         return False
     return held_out_share in (None, corpus.summary.held_out_share)
 
@@ -313,7 +315,7 @@ def _write_index(
             sums = _ManifestSums(_stage_names(corpus, subset, config), share)
             statistics = _LedgerStatistics()
             for unit, data in corpus.manifest_bytes(subset):
-                NOW.at(f"{subset}/{Path(unit.ledger).stem}")
+                NOW.at(f"{subset}/{unit.name}")
                 manifest = reader.decode_manifest(data, unit.manifest)
                 table = reader.read_ledger(unit.ledger)
                 kept = table.filter(table["kept"])

@@ -1,7 +1,7 @@
 """The one driver that may write to a corpus: it takes it over, writes records, and shows that it lives.
 
-`log.py` says what makes that safe. Files are written under temporary names, and moved when their record
-stands.
+`log.py` says what makes that safe. Files are written under names that nobody else has. In a folder they are
+moved to their places when their record stands; in a bucket they keep these names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...schemas.errors import ConfigError, Fenced, ParaCaptionError, StageFailed
 from ...schemas.records import Blob
 from ..io import files
 from ..io.activity import NOW
-from ..io.store import Store, store_of, temporary_name
+from ..io.store import Store, store_of
 from . import adopt, log, processes, records
 from .log import BEAT, REPLACED, LogState, moves_of, read_state, record_path
 from .records import Claim, Done, LogFile, Record
@@ -35,7 +35,7 @@ BEATS_PER_LEASE = 6
 
 
 class HashedFile(io.RawIOBase):
-    """A new file of a corpus under a temporary name; what is written is hashed on its way.
+    """A new file of a corpus, under a name that nobody else has; what is written is hashed on its way.
 
     Used as a context, it is deleted again if the block raises.
 
@@ -46,8 +46,9 @@ class HashedFile(io.RawIOBase):
 
     def __init__(self, out: str, path: str):
         self._out = out
-        self._path, self._temporary = path, temporary_name(path)
-        self._file = store_of(out).write(f"{out}/{self._temporary}")
+        self._store = store_of(out)
+        self._path, self._name = path, self._store.new_name(path)
+        self._file = self._store.write(f"{out}/{self._name}")
         self._digest, self._size = hashlib.sha256(), 0
 
     def writable(self) -> bool:
@@ -65,7 +66,8 @@ class HashedFile(io.RawIOBase):
     @property
     def entry(self) -> LogFile:
         """What a record says of the file."""
-        return LogFile(self._path, self._size, self._digest.hexdigest(), self._temporary)
+        names = {"temporary" if self._store.moves else "name": self._name}
+        return LogFile(self._path, self._size, self._digest.hexdigest(), **names)
 
     def close(self) -> None:
         if not self.closed:
@@ -79,7 +81,7 @@ class HashedFile(io.RawIOBase):
         with suppress(OSError):
             self.close()
         with suppress(OSError):
-            store_of(self._out).delete(f"{self._out}/{self._temporary}")
+            self._store.delete(f"{self._out}/{self._name}")
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
@@ -131,6 +133,7 @@ class Owner:
         if not self._store.create(record_path(self.out, number), records.encode(record)):
             raise self.fenced()
         self.state = self.state.after(record)
+        log.remember(self.out, self.state)
 
     def _is_there(self) -> bool:
         """Whether the newest record lies where it was: no log is begun in the middle, in another folder."""
@@ -155,8 +158,11 @@ class Owner:
         )
 
     def move(self) -> None:
-        """Move the files of the newest record with files to their places; what has been moved stays."""
-        if self.state.unmoved is None:
+        """Move the files of the newest record with files to their places; what has been moved stays.
+
+        In a bucket, where nothing can be moved, the record has their names for good.
+        """
+        if self.state.unmoved is None or not self._store.moves:
             return
         moves = moves_of(self.state.unmoved)
         kept = f"{self.out}/{REPLACED}/{self.state.unmoved.number}"
@@ -171,7 +177,7 @@ class Owner:
                 self._store.move(f"{self.out}/{path}", f"{kept}/{path}")
 
     def write(self, path: str, data: bytes) -> LogFile:
-        """Write a file of the corpus under a temporary name, to be named by a record.
+        """Write a file of the corpus under a name of its own, to be named by a record.
 
         Args:
             path: its place below the corpus.
@@ -296,7 +302,7 @@ def _claim(out: str, command: str, lease_s: float) -> Owner:
     except Fenced as error:
         raise ConfigError(f"{out}: another driver has begun to write here; run it again later") from error
     owner.beat()
-    if not owner.state.units and not owner.state.files:
+    if store_of(out).moves and not owner.state.units and not owner.state.files:  # of a release without log
         found = adopt.find(out)
         if found.units or found.files:
             owner.append(found)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -24,11 +23,13 @@ from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import Sample
 from ...schemas.summary import CorpusSummary
-from ..io import files, yaml_text
+from ..io import files, location, yaml_text
 from ..io.confined import confine
 from ..io.failures import describe
+from ..io.location import Location
 from ..io.tables import TableFile
 from ..sources.registry import file_context
+from . import log
 from .ledger import SPLIT, align_ledger
 from .shard import decode_sample, iter_shard
 from .units import Unit, list_units
@@ -54,7 +55,7 @@ class FoundImage(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def open_corpus(path: str | Path, confined: bool = True) -> Corpus:
+def open_corpus(path: str | Location, confined: bool = True) -> Corpus:
     """Open the folder that a build wrote, to read what is committed in it.
 
     Nothing leads out of it, as it may be a stranger's (`io/confined.py`). While it is being built, each call
@@ -81,7 +82,7 @@ def open_corpus(path: str | Path, confined: bool = True) -> Corpus:
         sample, photo = corpus.read_sample(next(row for row in found.rows if row["kept"]))
 
     Args:
-        path: the `out` of a build: a folder, or an fsspec URL such as `s3://bucket/corpus`.
+        path: the `out` of a build: a folder, or a URL such as `s3://bucket/corpus`.
         confined: False for a corpus that this process builds, in which links are its owner's.
 
     Raises:
@@ -109,7 +110,7 @@ class Corpus:
     the source declared. `corpus.ledger` names their columns.
     """
 
-    def __init__(self, path: str | Path, confined: bool = False):
+    def __init__(self, path: str | Location, confined: bool = False):
         self.path = files.local(str(path)).rstrip("/") or "/"
         if confined:
             confine(self.path)
@@ -124,6 +125,8 @@ class Corpus:
     @property
     def subsets(self) -> list[str]:
         """Names of the subsets, sorted."""
+        if location.is_bucket(self.path):
+            return log.subsets_of(log.read_state(self.path)) if log.exists(self.path) else []
         names = files.list_names(self.path)
         return [name for name in names if files.is_folder(f"{self.path}/{name}/manifests")]
 
@@ -251,7 +254,7 @@ class Corpus:
         """
         import pyarrow as pa
 
-        path = f"{self.path}/{INDEX}"
+        path = log.place_of(self.path, INDEX)
         try:
             for table in TableFile(path).row_groups(columns):
                 yield table if columns is None else table.select(columns)
@@ -269,7 +272,7 @@ class Corpus:
             digests: what `digest` returned of each subset that matters; None for all subsets.
         """
         try:
-            summary, size = self.summary, files.size_of(Blob(f"{self.path}/{INDEX}"))
+            summary, size = self.summary, files.size_of(Blob(log.place_of(self.path, INDEX)))
         except (ConfigError, IntegrityError, OSError):
             return False
         if summary.index.bytes != size:
@@ -287,7 +290,7 @@ class Corpus:
             ConfigError: there is no work list.
             IntegrityError: it cannot be read.
         """
-        path = f"{self.path}/{subset}/plan/plan.json"
+        path = log.place_of(self.path, f"{subset}/plan/plan.json")
         try:
             return msgspec.json.decode(files.read(Blob(path)))["num_units"]
         except FileNotFoundError as error:
@@ -327,9 +330,10 @@ class Corpus:
         if not SAFE_KEY.fullmatch(key):
             return None
         units = {unit.name: unit for unit in self.units(subset)}
-        if INDEX in files.list_names(self.path):
+        index = log.place_of(self.path, INDEX)
+        if files.exists(index):
             try:
-                rows = TableFile(f"{self.path}/{INDEX}").find(["unit"], subset=subset, key=key)
+                rows = TableFile(index).find(["unit"], subset=subset, key=key)
                 names = rows["unit"].unique().to_pylist()
             except (OSError, pa.ArrowException, KeyError):  # the manifests say it, too
                 names = []
@@ -351,7 +355,17 @@ class Corpus:
         if not manifests.is_name(subset) or not manifests.is_shard(below):
             what = f"names {below[:100]!r}, which is not a shard of a subset"
             raise IntegrityError(f"{self.path}: {row.get('key')!r}: its row {what}; {REBUILD}")
+        if location.is_bucket(self.path):
+            return self._shard_in_bucket(subset, below)
         return f"{self.path}/{subset}/{below}"
+
+    def _shard_in_bucket(self, subset: str, below: str) -> str:
+        """Where a shard lies that has the place `below` in its subset's folder."""
+        name = f"{subset}/{below.removeprefix('shards/').removesuffix('.tar')}"
+        found = log.recent_state(self.path).units.get(name)
+        if found is None or found.unit.shard is None:
+            raise IntegrityError(f"{self.path}/{subset}/{below}: no such shard is committed; {REBUILD}")
+        return f"{self.path}/{found.unit.shard.place}"
 
     def read_sample(self, row: Mapping[str, Any]) -> tuple[Sample, bytes]:
         """The sample that a kept row of a ledger or of the index belongs to, and the bytes of its photo.
@@ -382,14 +396,14 @@ _OF_YAML = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What PyYAML raises on damaged text besides its own errors; a `ValidationError` is a ValueError."""
 
 
-def read_config(corpus: str | Path) -> BuildConfig:
+def read_config(corpus: str | Location) -> BuildConfig:
     """The resolved configuration that a corpus was built with, from its `config.yaml`.
 
     Raises:
         ConfigError: the file is missing.
         IntegrityError: it is not what a build writes.
     """
-    path = f"{corpus}/{CONFIG}"
+    path = log.place_of(str(corpus), CONFIG)
     try:
         values = yaml_text.parse(files.read(Blob(path)))
         return BuildConfig.model_validate(values, context=file_context(ours=True))
@@ -404,14 +418,14 @@ def read_config(corpus: str | Path) -> BuildConfig:
         ) from error
 
 
-def read_summary(corpus: str | Path) -> CorpusSummary:
+def read_summary(corpus: str | Location) -> CorpusSummary:
     """The statistics of a merged corpus, from its `stats.json`.
 
     Raises:
         ConfigError: the corpus is not merged.
         IntegrityError: the file is not what a merge writes.
     """
-    path = f"{corpus}/{STATS}"
+    path = log.place_of(str(corpus), STATS)
     try:
         return msgspec.json.decode(files.read(Blob(path)), type=CorpusSummary)
     except FileNotFoundError as error:
@@ -422,7 +436,7 @@ def read_summary(corpus: str | Path) -> CorpusSummary:
         ) from error
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(path: str | Location) -> Manifest:
     """The commit record of a unit.
 
     Raises:
@@ -438,7 +452,7 @@ def read_manifest(path: str | Path) -> Manifest:
     return decode_manifest(data, path)
 
 
-def _unreadable(path: str | Path, error: OSError) -> IntegrityError:
+def _unreadable(path: str | Location, error: OSError) -> IntegrityError:
     what = (
         "run the same command again, or delete the file and run `paracaption build CONFIG` again, which "
         "rebuilds the unit"
@@ -446,7 +460,7 @@ def _unreadable(path: str | Path, error: OSError) -> IntegrityError:
     return IntegrityError(f"{path}: not readable ({describe(error)}); {what}")
 
 
-def decode_manifest(data: bytes, path: str | Path) -> Manifest:
+def decode_manifest(data: bytes, path: str | Location) -> Manifest:
     """A manifest from its bytes; `path` is for the message.
 
     Raises:
@@ -461,7 +475,7 @@ def decode_manifest(data: bytes, path: str | Path) -> Manifest:
         ) from error
 
 
-def read_ledger(path: str | Path, columns: list[str] | None = None) -> pa.Table:
+def read_ledger(path: str | Location, columns: list[str] | None = None) -> pa.Table:
     """A unit's ledger, or some of its columns. Scores that an older release did not know are null.
 
     Raises:

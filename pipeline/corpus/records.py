@@ -30,17 +30,30 @@ class LogFile(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
         sha256: of its content, in hex.
         temporary: the name, below the corpus, under which it was written; it is moved to `path` once the
             record stands. Empty if it was there before the record.
+        name: the name, below the corpus, that it has for good where nothing can be moved, as in a bucket.
+            Empty if that is `path`.
     """
 
     path: str
     bytes: int
     sha256: str
     temporary: str = ""
+    name: str = ""
 
     def __post_init__(self) -> None:
-        for path in (self.path, self.temporary or self.path):
+        for path in (self.path, self.temporary or self.path, self.name or self.path):
             if not is_inside(path):
                 raise ValueError(f"{path!r}: not a file of a corpus")
+
+    @property
+    def place(self) -> str:
+        """Where it lies, below the corpus, once it has been moved."""
+        return self.name or self.path
+
+    @property
+    def written_as(self) -> str:
+        """The name, below the corpus, under which it was written."""
+        return self.name or self.temporary or self.path
 
 
 class LogUnit(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):

@@ -27,6 +27,7 @@ from ...schemas.reasons import RETRIED, Reason
 from ...schemas.records import Blob, Drop, ImageRecord
 from ..io import files
 from ..io.activity import NOW
+from ..io.location import locate
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..stages.registry import configured_kinds
 from . import adopt, history, log, merge, reader, work_list, writer
@@ -123,7 +124,7 @@ def find_images(out: str, keys: Iterable[str]) -> dict[str, SubsetRemoval]:
 
 
 def _entries(listed: WorkList) -> Iterator[tuple[int, CatalogEntry]]:
-    table = UnitReader(Path(listed.table_path))
+    table = UnitReader(listed.table_path)
     for index in range(listed.num_units):
         yield from ((index, entry) for entry in table.read(index))
 
@@ -163,19 +164,19 @@ def remove(out: str, keys: Iterable[str], delete_replaced: bool = False) -> dict
                     forget(out, subset, now.unit_name(index), removal.keys, kinds)
                 counts["units"] += _rewrite_units(out, subset, removal, now, owner)
             # The index of a corpus of an early release is in no record of the log.
-            if owner.state.merged is not None or files.exists(f"{out}/{reader.INDEX}"):
+            if owner.state.merged is not None or files.exists(log.place_of(out, reader.INDEX)):
                 merge.merge(out, owner=owner)
             if delete_replaced:
                 sweep(owner, keep_replaced_s=-1.0)
             return dict(counts)
     except OSError as error:
-        raise writer.write_failed(Path(out), error) from error
+        raise writer.write_failed(locate(out), error) from error
 
 
 def _call_removed(out: str, subset: str, removal: SubsetRemoval, owner: Owner) -> WorkList:
     """Publish the work list in which the images are removed, as a step of its own."""
     listed = removal.work_list
-    table = UnitReader(Path(listed.table_path))
+    table = UnitReader(listed.table_path)
     digest = hashlib.sha256(f"{listed.digest}\n".encode())
 
     def units() -> Iterator[list[CatalogEntry]]:
@@ -220,10 +221,10 @@ def _rewrite_units(out: str, subset: str, removal: SubsetRemoval, now: WorkList,
             waiting.append(draft)
             number += 1
         if len(waiting) == _UNITS_AT_ONCE:
-            writer.commit(Path(folder), *waiting, owner=owner)
+            writer.commit(locate(folder), *waiting, owner=owner)
             waiting = []
     if waiting:
-        writer.commit(Path(folder), *waiting, owner=owner)
+        writer.commit(locate(folder), *waiting, owner=owner)
     return number
 
 
@@ -239,7 +240,7 @@ def _without(unit: Unit, keys: set[str], plan: str, logged: LogUnit) -> writer.D
     has = {row["key"] for row in rows if row["key"] in keys and row["drop_reason"] != Reason.REMOVED}
     if not has and plan == logged.plan:
         return None
-    folder = Path(unit.folder)
+    folder = locate(unit.folder)
     out, subset = str(folder.parent), folder.name
     places, shard = writer.copy_samples(unit, _places(table, keys), out, f"{subset}/shards/{unit.name}.tar")
     new = without_unknown(_placed(_replaced(table, keys, unit), places))

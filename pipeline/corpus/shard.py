@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 
 from ...schemas.errors import REBUILD, IntegrityError
 from ...schemas.sample import PHOTO_ENDING, Sample
 from ..io import files
+from ..io.location import Location
 
 
-def iter_shard(shard: str | Path) -> Iterator[tuple[Sample, bytes]]:
+def iter_shard(shard: str | Location) -> Iterator[tuple[Sample, bytes]]:
     """Every sample of a shard with the bytes of its photo, in one pass.
 
     Raises:

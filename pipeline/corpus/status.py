@@ -12,6 +12,7 @@ import msgspec
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 from ..io import files
+from ..io.location import is_bucket
 from ..io.store import store_of
 from . import history, log, processes
 from .log import LogState
@@ -141,6 +142,9 @@ class Watcher:
         return Status(self.out, state.number, found, owner, self._run(found, owner), self._held_back())
 
     def _planned(self) -> Iterator[str]:
+        if is_bucket(self.out):
+            yield from log.subsets_of(self._state)
+            return
         for name in files.list_names(self.out):
             if not name.startswith(".") and "plan.json" in files.list_names(f"{self.out}/{name}/plan"):
                 yield name
@@ -250,7 +254,9 @@ def _owner_of(out: str, state: LogState) -> OwnerStatus | None:
 
 def _read_plan(out: str, subset: str) -> WorkList | None:
     with suppress(OSError, msgspec.MsgspecError, UnicodeError):
-        return msgspec.json.decode(files.read(Blob(f"{out}/{subset}/plan/plan.json")), type=WorkList)
+        return msgspec.json.decode(
+            files.read(Blob(log.place_of(out, f"{subset}/plan/plan.json"))), type=WorkList
+        )
     return None
 
 

@@ -14,7 +14,8 @@ from contextlib import suppress
 
 from ..io import files
 from ..io.store import TEMPORARY, store_of
-from . import adopt, log
+from . import adopt, history, log
+from .log import LogState
 from .owner import Owner
 from .records import Sweep
 
@@ -36,6 +37,8 @@ def sweep(owner: Owner, keep_replaced_s: float = float("inf")) -> int:
         OSError: the folder cannot be written.
     """
     store = store_of(owner.out)
+    if not store.moves:
+        return _sweep_bucket(owner, keep_replaced_s)
     for subset in [name for name, is_ours in _subsets(owner) if is_ours]:
         for folder in _folders_of(owner.out, subset):
             # Evidence or a moved file that a power cut could still take away must not be built upon.
@@ -52,6 +55,52 @@ def sweep(owner: Owner, keep_replaced_s: float = float("inf")) -> int:
             store_of(owner.out).delete(f"{owner.out}/{path}")
     _forget_replaced(owner, keep_replaced_s)
     return len(found)
+
+
+def _sweep_bucket(owner: Owner, keep_s: float) -> int:
+    """Remove attempts that no record names, and what was replaced more than `keep_s` ago.
+
+    What was a part of the corpus at any moment since then stays, since somebody may be reading it.
+    """
+    store = store_of(owner.out)
+    subsets = {name.partition("/")[0] for name in files.list_names(owner.out)} - {*_SHARED, "events"}
+    folders = ["", "plots", *(f"{subset}/{folder}" for subset in sorted(subsets) for folder in _OURS[0])]
+    found = {path for folder in folders for path in _paths(owner.out, folder) if _ATTEMPT.search(path)}
+    found -= _named(owner.state)
+    if found:
+        found -= _named_since(owner, keep_s)
+    if found:
+        owner.append(Sweep())
+        for path in sorted(found):
+            store.delete(f"{owner.out}/{path}")
+    for path in _paths(owner.out, log.BEAT):
+        if path != f"{log.BEAT}/{owner.state.epoch:06}":
+            store.delete(f"{owner.out}/{path}")
+    return len(found)
+
+
+_ATTEMPT = re.compile(r"-[0-9a-f]{12}\.[a-z]+$")
+"""How the names of files in a bucket end; see `Store.new_name`."""
+
+
+def _named(state: LogState) -> set[str]:
+    """The names of the files that a state has."""
+    units = {file.place for found in state.units.values() for file in found.unit.files()}
+    return units | {file.place for file in state.files.values()}
+
+
+def _named_since(owner: Owner, keep_s: float) -> set[str]:
+    """The names of the files that were a part of the corpus at any moment of the last `keep_s`."""
+    number, oldest_s, names = owner.state.number, time.time() - keep_s, set[str]()
+    while number > 0:
+        first = max(0, number - log.CHECKPOINT_EVERY)
+        records = log.read_many(owner.out, first + 1, number)
+        for record in reversed(records):
+            if record.time_s < oldest_s:
+                return names | _named(history.state_at(owner.out, record.number))
+            names |= {file.place for file in log.files_of(record)}
+        number = first
+    return names
 
 
 def is_swept(out: str) -> bool:

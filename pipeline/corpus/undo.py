@@ -15,7 +15,6 @@ the merge; an undo that died before these is finished by calling it again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -23,6 +22,7 @@ import yaml
 
 from ...schemas.errors import ConfigError
 from ..io import files, yaml_text
+from ..io.location import locate
 from ..models.registry import METHODS
 from . import history, log, merge, reader, writer
 from .log import LogState
@@ -232,7 +232,10 @@ def undo(out: str, rebuild: Rebuild) -> dict[str, Any]:
             if not found.is_begun:
                 units = find_former_files(out, found)
                 in_place = {
-                    file.path for unit in units.values() for file in unit.files() if not file.temporary
+                    file.path
+                    for unit in units.values()
+                    for file in unit.files()
+                    if not file.temporary and not file.name
                 }
                 now = [owner.state.units[name].unit for name in units]
                 replaced = sorted({file.path for unit in now for file in unit.files()} - in_place)
@@ -240,7 +243,7 @@ def undo(out: str, rebuild: Rebuild) -> dict[str, Any]:
             _restore_config(owner, found.before)
             return merge.merge(out, owner=owner)
     except OSError as error:
-        raise writer.write_failed(Path(out), error) from error
+        raise writer.write_failed(locate(out), error) from error
 
 
 def _instead(out: str, rebuild: Rebuild) -> str:
@@ -289,7 +292,7 @@ def _refuse_damaged(out: str, rebuild: Rebuild, units: dict[str, LogUnit]) -> No
     """
     for unit in units.values():
         for file in unit.files():
-            path = f"{out}/{file.temporary or file.path}"
+            path = f"{out}/{file.written_as}"
             if files.sha256_of(path) != file.sha256:
                 raise ConfigError(
                     f"{path}: this kept file is damaged: its SHA-256 is not that of the file that was "
@@ -302,7 +305,7 @@ def _placed(places: history.Places, name: str, file: LogFile) -> LogFile | None:
     path = places.find(name, file)
     if path is None:
         return None
-    return msgspec.structs.replace(file, temporary="" if path == file.path else path)
+    return msgspec.structs.replace(file, temporary="" if path in (file.path, file.name) else path)
 
 
 def _restore_config(owner: Owner, before: LogState) -> None:

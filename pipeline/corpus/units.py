@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..io import files
+from ..io.store import store_of
 from . import log
+from .records import LogUnit
 
 
 class Unit(NamedTuple):
@@ -15,14 +18,15 @@ class Unit(NamedTuple):
         subset: name of the subset.
         name: name of the unit, as `coconut-000000`. Names sort in the order of the work list.
         folder: path or URL of the subset's folder.
-        unmoved: (place, present name), below the corpus, of files that a driver which died has not moved to
-            their places yet; the next build moves them.
+        names: (place, present name), below the corpus, of files that lie elsewhere: in a bucket each has a
+            name of its own; in a folder a driver which died has not moved them to their places yet, and the
+            next build does.
     """
 
     subset: str
     name: str
     folder: str
-    unmoved: tuple[tuple[str, str], ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
 
     @property
     def manifest(self) -> str:
@@ -40,10 +44,24 @@ class Unit(NamedTuple):
         return self._file(f"shards/{self.name}.tar")
 
     def _file(self, path: str) -> str:
-        present = dict(self.unmoved).get(f"{self.subset}/{path}")
+        present = dict(self.names).get(f"{self.subset}/{path}")
         if present is None:
             return f"{self.folder}/{path}"
         return f"{self.folder.rpartition('/')[0]}/{present}"
+
+
+def unit_of(out: str, name: str, unit: LogUnit, unmoved: Iterable[tuple[str, str]] = ()) -> Unit:
+    """A unit as the log has it.
+
+    Args:
+        out: the corpus.
+        name: "subset/unit".
+        unit: of the log.
+        unmoved: (place, present name) of its files that have not been moved yet.
+    """
+    subset, _, unit_name = name.partition("/")
+    names = {file.path: file.name for file in unit.files() if file.name} | dict(unmoved)
+    return Unit(subset, unit_name, f"{out}/{subset}", tuple(names.items()))
 
 
 def list_units(folder: str) -> list[Unit]:
@@ -57,10 +75,12 @@ def list_units(folder: str) -> list[Unit]:
         state = log.read_state(out)
         unmoved = log.find_unmoved(out, state)
         return [
-            Unit(subset, name.partition("/")[2], folder, tuple(unmoved.get(name, ())))
-            for name in sorted(state.units)
+            unit_of(out, name, found.unit, unmoved.get(name, ()))
+            for name, found in sorted(state.units.items())
             if name.startswith(f"{subset}/")
         ]
+    if not store_of(out).moves:
+        return []
     return [
         Unit(subset, name.removesuffix(".json"), folder)
         for name in files.list_names(f"{folder}/manifests")

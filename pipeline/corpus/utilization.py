@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import msgspec
 
 from ..io import files
+from ..io.location import Location, locate
 from .events import Event, EventReader
 
 
@@ -101,7 +101,7 @@ class UtilizationCounter:
         return found
 
 
-def read_utilization(out: str | Path, subset: str) -> dict[str, StageUtilization]:
+def read_utilization(out: str | Location, subset: str) -> dict[str, StageUtilization]:
     """The model stages of a subset over all runs into a corpus; empty if its events are gone."""
     runs = []
     for folder in list_runs(out).get(subset, []):
@@ -113,13 +113,13 @@ def read_utilization(out: str | Path, subset: str) -> dict[str, StageUtilization
     return {name: _joined([run[name] for run in runs if name in run]) for name in names}
 
 
-def list_runs(out: str | Path) -> dict[str, list[Path]]:
+def list_runs(out: str | Location) -> dict[str, list[Location]]:
     """The folders OUT/events/<date>-<time>-<subset>-<random>/ by subset, the oldest first."""
-    runs: dict[str, list[Path]] = {}
+    runs: dict[str, list[Location]] = {}
     for name in files.list_names(f"{out}/events"):
         if name.count("-") >= 3:
             subset = name.split("-", 2)[2].rpartition("-")[0]
-            runs.setdefault(subset, []).append(Path(out) / "events" / name)
+            runs.setdefault(subset, []).append(locate(out) / "events" / name)
     return runs
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
+
+import msgspec
 
 from ...schemas.errors import IntegrityError
 from ..io import files
+from ..io.location import locate
 from ..io.store import store_of
 from ..stages.base import ModelStage
-from ..stages.evidence import EvidenceStore
+from ..stages.evidence import EvidenceStore, unit_of_file
 from ..stages.registry import STAGES
 from . import work_list_summary
 from .problems import Problem, guarded
@@ -52,7 +54,7 @@ def list_evidence(
             notes.append(Problem(path, "", what, note=True))
             continue
         for name in files.list_names(f"{out}/{path}"):
-            unit = name.removesuffix(".parquet")
+            unit = unit_of_file(name)
             if name.startswith(files.TEMPORARY):
                 what = (
                     "a temporary file: a build is running, or it was interrupted and the next build removes "
@@ -61,7 +63,8 @@ def list_evidence(
             elif unit == name or unit not in planned:
                 what = "belongs to no unit of the work list; nothing reads it"
             else:
-                found.setdefault(unit, []).append(folder)
+                if folder not in found.setdefault(unit, []):
+                    found[unit].append(folder)
                 continue
             notes.append(Problem(f"{path}/{name}", "", what, note=True))
     return found, notes
@@ -72,7 +75,7 @@ def _store(out: str, subset: str, folder: str, kinds: Mapping[str, str]) -> Evid
     stage = STAGES.get(kinds.get(match[1], match[1])) if match else None
     if stage is None or not issubclass(stage, ModelStage):
         return None
-    return EvidenceStore(Path(out, subset, "evidence", folder), stage.evidence)
+    return EvidenceStore(locate(out) / subset / "evidence" / folder, stage.evidence)
 
 
 def forget(out: str, subset: str, unit: str, keys: Collection[str], kinds: Mapping[str, str]) -> int:
@@ -98,7 +101,7 @@ def forget(out: str, subset: str, unit: str, keys: Collection[str], kinds: Mappi
             if store is not None:
                 changed += store.forget(unit, keys)
                 continue
-        store_of(path).delete(path)
+        (store or EvidenceStore(locate(path).parent, msgspec.Struct)).delete(unit)
         changed += 1
     return changed
 

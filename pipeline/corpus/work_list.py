@@ -31,6 +31,7 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ..io import files
 from ..io.activity import NOW
 from ..io.benchmark_photos import LIST_VERSION
+from ..io.location import Location, locate
 from ..io.store import store_of
 from ..sources.earlier_keys import EarlierKeys
 from ..sources.file_names import HIDDEN
@@ -129,7 +130,7 @@ def leave_out(config: BuildConfig, work_list: WorkList | None) -> bool:
 
 
 def plan(
-    source: SubsetSource, config: BuildConfig, folder: str | Path, scratch: Path, limit: int | None = None
+    source: SubsetSource, config: BuildConfig, folder: str | Location, scratch: Path, limit: int | None = None
 ) -> Plan:
     """List a subset's images and cut them into units, or find that the list on disk is still current.
 
@@ -196,7 +197,7 @@ def plan(
 def _keys_of(old: WorkList, made: WorkList) -> EarlierKeys:
     # The lists of a source that was moved are none of the old places, but are not new either.
     moved = made.fingerprint if moved_sources(old, made.sources) else {}
-    earlier, reader = EarlierKeys([*old.fingerprint, *moved]), UnitReader(Path(old.table_path))
+    earlier, reader = EarlierKeys([*old.fingerprint, *moved]), UnitReader(old.table_path)
     for index in range(old.num_units):
         for entry in reader.read(index):
             earlier.add(entry.key, entry.file_name)
@@ -235,7 +236,7 @@ def _recovered(
     old: WorkList | None,
     made: WorkList,
     steps: list[Step],
-    folder: str | Path,
+    folder: str | Location,
     fresh: Path,
     config: BuildConfig,
 ) -> Plan:
@@ -258,8 +259,8 @@ def _recovered(
             f"those in {reader.CONFIG} of the corpus first, or restore {FOLDER}/ from a copy"
         )
     again = fresh.parent / "recovered"
-    store_of(again).make_folder(str(table_path(again).parent))
-    written = recovery.write_table(made, steps, folder, fresh, table_path(again))
+    store_of(again).make_folder(f"{again}/{FOLDER}")
+    written = recovery.write_table(made, steps, folder, fresh, again / FOLDER / TABLE)
     log.warning(
         "%s: made again from the sources and the committed units. If files of the sources may have changed, "
         "run `paracaption build CONFIG --check-files`",
@@ -280,7 +281,7 @@ def _recovered(
 
 
 def publish(
-    made: Plan, folder: str | Path, owner: Owner, removed: int = 0, removed_from: Sequence[str] = ()
+    made: Plan, folder: str | Location, owner: Owner, removed: int = 0, removed_from: Sequence[str] = ()
 ) -> None:
     """Make a plan the subset's work list, in `plan/` of its folder.
 
@@ -293,7 +294,7 @@ def publish(
     """
     if made.table is None:
         return
-    subset = Path(folder).name
+    subset = locate(folder).name
     stored = msgspec.structs.replace(made.work_list, folder="")
     stored = msgspec.structs.replace(stored, check=check_of_summary(stored))
     text = msgspec.json.format(msgspec.json.encode(fields_of(stored), order="sorted"), indent=1) + b"\n"
@@ -318,7 +319,7 @@ def publish(
 def make_work_list(
     source: SubsetSource,
     config: BuildConfig,
-    folder: str | Path,
+    folder: str | Location,
     limit: int | None = None,
     owner: Owner | None = None,
 ) -> WorkList:
@@ -334,7 +335,7 @@ def make_work_list(
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
         made = plan(source, config, folder, Path(scratch), limit)
         if made.table is not None:
-            with own_or(owner, str(Path(folder).parent), "plan") as owner:
+            with own_or(owner, str(locate(folder).parent), "plan") as owner:
                 publish(made, folder, owner)
     return made.work_list
 
@@ -377,7 +378,7 @@ def _write(
     return msgspec.structs.replace(made, check=check_of_summary(made))
 
 
-def _committed_plans(folder: str | Path) -> set[str]:
+def _committed_plans(folder: str | Location) -> set[str]:
     """Digests of the work lists that the committed units of a subset are of."""
     out, _, subset = str(folder).rpartition("/")
     return {unit.plan for name, unit in commit_log.read_units(out).items() if name.startswith(f"{subset}/")}

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ...schemas.errors import IntegrityError
 from ...schemas.reasons import Reason
 from ...schemas.records import Drop
+from ..io.location import Location
 from ..sources.earlier_keys import EarlierKeys
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from . import log, reader, work_list_table
@@ -36,7 +37,7 @@ class _Listed(NamedTuple):
     drop: Drop | None
 
 
-def find_steps(folder: str | Path, old: WorkList | None) -> list[Step]:
+def find_steps(folder: str | Location, old: WorkList | None) -> list[Step]:
     """How a work list has grown, from its summary or from the log; empty if it never has.
 
     Args:
@@ -65,7 +66,7 @@ def find_steps(folder: str | Path, old: WorkList | None) -> list[Step]:
     return steps if len(steps) > 1 else []
 
 
-def earlier_keys(folder: str | Path, places: Iterable[str]) -> EarlierKeys:
+def earlier_keys(folder: str | Location, places: Iterable[str]) -> EarlierKeys:
     """The keys that the committed units have given out.
 
     Args:
@@ -79,7 +80,9 @@ def earlier_keys(folder: str | Path, places: Iterable[str]) -> EarlierKeys:
     return found
 
 
-def write_table(made: WorkList, steps: list[Step], folder: str | Path, fresh: Path, path: Path) -> Written:
+def write_table(
+    made: WorkList, steps: list[Step], folder: str | Location, fresh: Path, path: Path
+) -> Written:
     """Write the table of a list that has grown: the images of committed units, and then those that are left.
 
     Args:
@@ -137,21 +140,21 @@ def _entry_of(image: _Listed, today: _Today) -> CatalogEntry:
     return CatalogEntry(image.key, None, None, b"", image.file_name, image.drop if is_removed else GONE)
 
 
-def _other(folder: str | Path, what: str) -> IntegrityError:
+def _other(folder: str | Location, what: str) -> IntegrityError:
     return IntegrityError(
         f"{folder}/{FOLDER}: damaged, and cannot be made again, because the sources or images_per_shard have "
         f"changed since ({what}); configure them as they were, or restore {FOLDER}/ from a copy"
     )
 
 
-def _units_of(folder: str | Path) -> dict[str, LogUnit]:
+def _units_of(folder: str | Location) -> dict[str, LogUnit]:
     """The committed units of a subset by their names."""
     out, _, subset = str(folder).rpartition("/")
     units = log.read_units(out) if log.exists(out) else {}
     return {name.partition("/")[2]: unit for name, unit in units.items() if name.startswith(f"{subset}/")}
 
 
-def _read_ledgers(folder: str | Path) -> Iterator[tuple[int, list[_Listed]]]:
+def _read_ledgers(folder: str | Location) -> Iterator[tuple[int, list[_Listed]]]:
     """The images of each committed unit, in their order."""
     for unit in reader.list_units(str(folder)):
         table = reader.read_ledger(
@@ -165,7 +168,7 @@ def _read_ledgers(folder: str | Path) -> Iterator[tuple[int, list[_Listed]]]:
         yield unit_index(unit.name), list(images.values())
 
 
-def _refuse_unfinished_removal(steps: list[Step], folder: str | Path) -> None:
+def _refuse_unfinished_removal(steps: list[Step], folder: str | Location) -> None:
     """Refuse to forget which images were to be removed.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,8 +10,9 @@ import msgspec
 from ...schemas.errors import IntegrityError
 from ...schemas.records import Blob
 from ..io import files
+from ..io.location import Location, locate
 from ..sources.protocols import CatalogEntry
-from . import work_list_table
+from . import log, work_list_table
 from .work_list_table import VERSION, Written
 
 FOLDER = "plan"
@@ -131,17 +131,22 @@ def first_steps(work_list: WorkList) -> list[Step]:
     return work_list.steps or [Step(work_list.digest, work_list.num_units, work_list.num_images)]
 
 
-def table_path(folder: str | Path) -> Path:
+def table_path(folder: str | Location) -> Location:
     """Where the table of the images lies in a subset's folder."""
-    return Path(folder) / FOLDER / TABLE
+    return _place(folder, TABLE)
 
 
-def summary_path(folder: str | Path) -> Path:
+def summary_path(folder: str | Location) -> Location:
     """Where the work list itself lies in a subset's folder; it exists only once the table is complete."""
-    return Path(folder) / FOLDER / SUMMARY
+    return _place(folder, SUMMARY)
 
 
-def find_work_list(folder: str | Path) -> WorkList | None:
+def _place(folder: str | Location, name: str) -> Location:
+    folder = locate(folder)
+    return locate(log.place_of(folder.parent, f"{folder.name}/{FOLDER}/{name}"))
+
+
+def find_work_list(folder: str | Location) -> WorkList | None:
     """The work list in a subset's folder; None if it is missing or damaged: the build makes it again.
 
     Raises:
@@ -159,7 +164,7 @@ def find_work_list(folder: str | Path) -> WorkList | None:
     return _opened(found, folder)
 
 
-def load_work_list(folder: str | Path) -> WorkList:
+def load_work_list(folder: str | Location) -> WorkList:
     """The work list in a subset's folder.
 
     Raises:
@@ -198,7 +203,7 @@ def fields_of(work_list: WorkList) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value or name not in _LATER}
 
 
-def _opened(found: WorkList, folder: str | Path) -> WorkList:
+def _opened(found: WorkList, folder: str | Location) -> WorkList:
     path = summary_path(folder)
     if found.version != VERSION:
         raise IntegrityError(
@@ -207,7 +212,7 @@ def _opened(found: WorkList, folder: str | Path) -> WorkList:
     return msgspec.structs.replace(found, folder=str(folder))
 
 
-def read_unit(folder: str | Path, index: int) -> list[CatalogEntry]:
+def read_unit(folder: str | Location, index: int) -> list[CatalogEntry]:
     """The images of one unit, in order; reads nothing of the other units.
 
     Args:

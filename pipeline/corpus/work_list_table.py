@@ -17,6 +17,7 @@ from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Credit, Drop
 from ...schemas.secrets import shorten
 from ..io import files
+from ..io.location import Location
 from ..io.tables import TableFile
 from ..sources.protocols import CatalogEntry
 
@@ -180,7 +181,7 @@ def _text(name: str) -> str:
     return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
-def read_unit(path: Path, index: int) -> list[CatalogEntry]:
+def read_unit(path: str | Location, index: int) -> list[CatalogEntry]:
     """The images of one unit, in order; reads nothing of the other units.
 
     Raises:
@@ -194,7 +195,7 @@ def read_unit(path: Path, index: int) -> list[CatalogEntry]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: str | Location) -> Iterator[None]:
     try:
         yield
     except IntegrityError:
@@ -216,7 +217,7 @@ class UnitReader:
         IntegrityError: the table, or what is read of it, is damaged.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str | Location):
         self._path = path
         with _readable(path):
             self._table = TableFile(str(path))
@@ -300,7 +301,7 @@ def _photo_bytes(sample: list[Blob], num_images: int) -> int:
     return sum(known) * num_images // len(known) if known else 0
 
 
-def find_damage(path: Path, expected: Written, subset: str, size: int) -> str | None:
+def find_damage(path: str | Location, expected: Written, subset: str, size: int) -> str | None:
     """What is wrong with a table; None if it is what was written.
 
     Args:

@@ -12,7 +12,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 
@@ -24,6 +23,7 @@ from ...schemas.sample import PHOTO_ENDING, to_sample
 from ..io import files, photos
 from ..io.activity import NOW
 from ..io.failures import kind_of
+from ..io.location import Location
 from ..io.orientation import make_upright
 from ..io.store import store_of
 from ..stages.base import PHOTO_CHANGED
@@ -63,7 +63,7 @@ class Draft(msgspec.Struct):
         return f"{self.manifest.subset}/{self.manifest.unit}"
 
 
-def write_unit(folder: Path, unit: str, images: list[ImageRecord], plan: str, recipe: str) -> Draft:
+def write_unit(folder: Location, unit: str, images: list[ImageRecord], plan: str, recipe: str) -> Draft:
     """Write a unit's files next to their final places. Photos that fail now are dropped here.
 
     The tar is the same to the last byte for the same images: members sorted by key, no times, no owners;
@@ -123,7 +123,7 @@ def _manifest_of(
     )
 
 
-def write_failed(folder: Path, error: OSError) -> StageFailed:
+def write_failed(folder: Location, error: OSError) -> StageFailed:
     """The error for an output folder that takes no more: what happened, and what to do."""
     name = error.filename or folder
     if error.errno in _FULL:
@@ -239,7 +239,7 @@ def write_file(out: str, path: str, data: bytes) -> LogFile:
     return file.entry
 
 
-def commit(folder: Path, *drafts: Draft, owner: Owner | None = None) -> None:
+def commit(folder: Location, *drafts: Draft, owner: Owner | None = None) -> None:
     """Make written units part of the corpus, all by one record of the log.
 
     A unit that is replaced (changed thresholds, a retry of failed records) stays committed until then. Its
@@ -266,10 +266,12 @@ def _commit(owner: Owner, drafts: Sequence[Draft]) -> None:
     store = store_of(owner.out)
     units = {draft.name: draft.unit for draft in drafts}
     for file in (file for unit in units.values() for file in unit.files()):
-        if (size := store.size(f"{owner.out}/{file.temporary}")) != file.bytes:
+        if (size := store.size(f"{owner.out}/{file.written_as}")) != file.bytes:
             owner.check()  # who took over has swept it
             what = "is gone" if size is None else f"has {size} bytes instead of {file.bytes}"
-            raise StageFailed(f"{owner.out}/{file.temporary}: {what}; run the same command again, it resumes")
+            raise StageFailed(
+                f"{owner.out}/{file.written_as}: {what}; run the same command again, it resumes"
+            )
     before = [found.unit for name in units if (found := owner.state.units.get(name))]
     replaced = sorted(file.path for unit in before for file in unit.files())
     try:
@@ -280,14 +282,14 @@ def _commit(owner: Owner, drafts: Sequence[Draft]) -> None:
         raise
 
 
-def discard(out: str | Path, draft: Draft) -> None:
+def discard(out: str | Location, draft: Draft) -> None:
     """Remove a draft's temporary files; what cannot be removed is left to `sweep`."""
     _remove(str(out), list(draft.unit.files()))
 
 
 def _remove(out: str, written: list[LogFile]) -> None:
     for file in written:
-        _delete(out, file.temporary)
+        _delete(out, file.written_as)
 
 
 def _delete(out: str, path: str) -> None:
@@ -295,7 +297,7 @@ def _delete(out: str, path: str) -> None:
         store_of(out).delete(f"{out}/{path}")
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Location) -> None:
     """Create a subset's folders."""
     try:
         for name in adopt.FOLDERS:

@@ -26,6 +26,7 @@ from ..corpus.work_list_summary import load_work_list
 from ..io import failures, files, own_modules, photos, variables
 from ..io.activity import NOW
 from ..io.failures import SourceUnavailable
+from ..io.location import Location, locate
 from ..io.store import store_of
 from ..sources.protocols import CatalogEntry, Note, drop
 from ..sources.registry import SubsetSource
@@ -258,7 +259,7 @@ def audit_sample(source: SubsetSource, config: BuildConfig, planned: Plan | None
     report = AuditReport(source.subset, AuditResult(), fixes, sampled=True, mask_stage=mask_stage)
     if not config.audit_images:
         return report
-    entries = _planned_entries(planned, Path(config.out) / source.subset, config.audit_images)
+    entries = _planned_entries(planned, locate(config.out) / source.subset, config.audit_images)
     if entries is None:
         entries = list(islice(source.catalog(), config.audit_images))
     report.result = audit_images(source, entries, config.limits)
@@ -361,7 +362,7 @@ def _take(first: list[CatalogEntry], rest: Iterator[CatalogEntry]) -> list[Catal
     return part + list(islice(rest, _PART - len(part)))
 
 
-def _planned_entries(planned: Plan | None, folder: Path, count: int) -> list[CatalogEntry] | None:
+def _planned_entries(planned: Plan | None, folder: Location, count: int) -> list[CatalogEntry] | None:
     """Images spread over a work list; None if there is none."""
     try:
         planned = planned or Plan(load_work_list(folder))

@@ -27,6 +27,7 @@ from ..corpus.work_list import Plan
 from ..corpus.work_list_summary import Step, WorkList, find_work_list, first_steps
 from ..io import photos
 from ..io.activity import NOW
+from ..io.location import locate
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import SubsetSource, complete, find_mask_stage, open_source
 from ..stages.automatic_masks import WHOLE_IMAGE
@@ -66,7 +67,7 @@ def note_changed_files(
     if not commit_log.exists(config.out):
         return found
     for subset in config.subsets:
-        listed = find_work_list(Path(config.out) / subset)
+        listed = find_work_list(locate(config.out) / subset)
         if listed is None:
             continue
         source, changed = open_source(config, subset), dict[int, list[str]]()
@@ -87,7 +88,7 @@ def _changed_in(
     config: BuildConfig, source: SubsetSource, listed: WorkList, index: int, unread: Callable[[str], None]
 ) -> list[str]:
     """Keys of the images of a committed unit that are not what their files hold now."""
-    folder, unit = Path(listed.folder), listed.unit_name(index)
+    folder, unit = locate(listed.folder), listed.unit_name(index)
     (committed,) = (each for each in reader.list_units(listed.folder) if each.name == unit)
     rows: dict[str, _Regions] = {}
     for row in reader.read_ledger(committed.ledger, _COLUMNS).to_pylist():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from pathlib import Path
 
 from ...schemas.config import BuildConfig, dump_config
 from ...schemas.errors import ParaCaptionError, StageFailed, UnitsHeldBack
 from ...schemas.records import Blob
 from ...schemas.secrets import shorten
+from ..corpus import log as commit_log
 from ..corpus import reader, writer
 from ..corpus.events import EventLog
 from ..corpus.owner import Owner
@@ -18,6 +18,7 @@ from ..corpus.records import Config
 from ..corpus.writer import Draft
 from ..io import files
 from ..io.activity import NOW
+from ..io.location import Location, locate
 from .progress import Progress
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,13 @@ def write_config(config: BuildConfig, owner: Owner) -> None:
         try:
             owner.append(Config(text=text, files=[owner.write(reader.CONFIG, text.encode())]))
         except OSError as error:
-            raise writer.write_failed(Path(config.out), error) from error
+            raise writer.write_failed(locate(config.out), error) from error
 
 
 def _has_config(config: BuildConfig) -> bool:
     try:
-        return files.read(Blob(f"{config.out}/{reader.CONFIG}")) == dump_config(config).encode()
+        path = commit_log.place_of(config.out, reader.CONFIG)
+        return files.read(Blob(path)) == dump_config(config).encode()
     except OSError:
         return False
 
@@ -64,7 +66,9 @@ class Committer:
     failed unit is committed with its drops; if it fails on `stop_after` units in a row, the build stops.
     """
 
-    def __init__(self, config: BuildConfig, folder: Path, owner: Owner, progress: Progress, events: EventLog):
+    def __init__(
+        self, config: BuildConfig, folder: Location, owner: Owner, progress: Progress, events: EventLog
+    ):
         self.config = config
         self.folder = folder
         self.owner = owner

@@ -13,7 +13,6 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,6 +21,7 @@ from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, one_line
 from ..corpus.work_list_summary import load_work_list
 from ..io import files, own_modules
+from ..io.location import locate
 from ..io.store import store_of
 from ..models import registry
 from ..stages.recipes import used_backends
@@ -235,7 +235,7 @@ def _check_main_memory(place: str, backend: Backend, weight_bytes: int) -> Findi
 
 def check_output_on_nodes(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
     """Check that `out` can be written, is the same folder on every node, and has room. It leaves no file."""
-    out = Path(config.out)
+    out = locate(config.out)
     created = [folder for folder in (out, *out.parents) if not files.exists(folder)]
     probe = out / f".doctor-{uuid.uuid4().hex}"
     try:
@@ -271,7 +271,7 @@ def _check_disk(config: BuildConfig) -> Iterator[Finding]:
     """Compare free space with what the work lists need; without a work list, with `min_free_gb` alone."""
     for subset in config.subsets:
         try:
-            planned = load_work_list(Path(config.out) / subset)
+            planned = load_work_list(locate(config.out) / subset)
             driver.check_disk(config, {subset: driver.Pending(planned, list(range(planned.num_units)))})
         except IntegrityError:  # nothing is planned yet
             continue

@@ -35,6 +35,7 @@ from ..corpus.work_list_summary import WorkList, find_work_list
 from ..corpus.writer import Draft
 from ..io import failures, files, variables
 from ..io.activity import NOW
+from ..io.location import Location, locate
 from ..io.store import store_of
 from ..sources.registry import complete, open_source
 from ..stages.base import ModelStage
@@ -69,7 +70,7 @@ def _of_the_output(function: Callable[Concatenate[BuildConfig, Arguments], Resul
             with telling(config.failures.stall_s):
                 return function(config, *arguments, **options)
         except OSError as error:
-            raise writer.write_failed(Path(config.out), error) from error
+            raise writer.write_failed(locate(config.out), error) from error
 
     return run
 
@@ -148,7 +149,7 @@ def prepare_work_list(
     config: BuildConfig, subset: str, limit_images: int | None, owner: Owner | None = None
 ) -> WorkList:
     """Cut the subset into units, or take the existing work list if the source is still the same."""
-    folder = Path(config.out) / subset
+    folder = locate(config.out) / subset
     with NOW.during(f"planning {subset}"):
         writer.prepare(folder)
         return make_work_list(open_source(config, subset), config, folder, limit_images, owner)
@@ -156,7 +157,7 @@ def prepare_work_list(
 
 def find_pending(config: BuildConfig, subset: str, work_list: WorkList, retry_failed: bool) -> list[int]:
     """Indices of the units without a manifest of this recipe; with `retry_failed` also those with errors."""
-    folder = Path(config.out) / subset
+    folder = locate(config.out) / subset
     recipe = recipe_digest(recipe_of(config, subset), config)
     failed = failed_units(folder, work_list) if retry_failed else []
     return sorted({*find_pending_units(work_list, recipe), *failed})
@@ -249,7 +250,8 @@ def build_units(
         for run in runs.values():
             run.events.close()
     with NOW.during("sweep"):
-        sweep(owner)  # what a worker of an earlier, broken run was still writing when this one began
+        # What a worker of an earlier, broken run was still writing when this one began.
+        sweep(owner, _keep_replaced_s(config))
     return {unit: why for run in runs.values() for unit, why in run.progress.held.items()}
 
 
@@ -266,7 +268,7 @@ def _take(runs: dict[str, SubsetRun], subset: str, outcome: Draft | ParaCaptionE
 def merge_corpus(config: BuildConfig, owner: Owner) -> dict[str, Any]:
     """Write one index, statistics, plots and the dataset card over all committed units."""
     with NOW.during("merge"):
-        return merge.merge(Path(config.out), config, owner)
+        return merge.merge(locate(config.out), config, owner)
 
 
 # What is known before an engine starts.
@@ -286,7 +288,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
         ConfigError: a source cannot be read, lies in the output, or nothing of the sample is usable.
         IntegrityError: the sources are not those that the corpus was planned with.
     """
-    out = Path(config.out)
+    out = locate(config.out)
     refuse_overlap(config)
     _finish_moves(config)
     units = commit_log.read_units(str(out)) if commit_log.exists(str(out)) else {}
@@ -341,9 +343,9 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
         ConfigError: a source is not where the configuration says.
         IntegrityError: a work list or a manifest cannot be read.
     """
-    out = Path(config.out)
+    out = locate(config.out)
     try:
-        if files.read(Blob(f"{out}/{reader.CONFIG}")) != dump_config(config).encode():
+        if files.read(Blob(commit_log.place_of(out, reader.CONFIG))) != dump_config(config).encode():
             return False
     except OSError:
         return False
@@ -359,7 +361,7 @@ def is_built(config: BuildConfig, limit_images: int | None = None, retry_failed:
 
     Cheap, writes nothing, and raises what `is_finished` raises.
     """
-    out = Path(config.out)
+    out = locate(config.out)
     for subset in config.subsets:
         folder = out / subset
         work_list = find_work_list(folder)
@@ -376,7 +378,7 @@ def _are_committed(config: BuildConfig, subset: str, work_list: WorkList, units:
     return all(f"{subset}/{work_list.unit_name(index)}" in names for index in units)
 
 
-def failed_units(folder: Path, work_list: WorkList) -> list[int]:
+def failed_units(folder: Location, work_list: WorkList) -> list[int]:
     """Indices of the committed units that hold drops by error, for `--retry-failed`.
 
     Args:
@@ -421,7 +423,7 @@ def owned(config: BuildConfig, command: str) -> AbstractContextManager[Owner]:
         ConfigError: another driver is writing there.
         StageFailed: the folder cannot be written.
     """
-    out = Path(config.out)
+    out = locate(config.out)
     try:
         with NOW.during("opening the output"):
             store_of(out).make_folder(str(out))
@@ -431,7 +433,7 @@ def owned(config: BuildConfig, command: str) -> AbstractContextManager[Owner]:
 
 
 @contextmanager
-def _owned(out: Path, command: str, lease_s: float) -> Iterator[Owner]:
+def _owned(out: Location, command: str, lease_s: float) -> Iterator[Owner]:
     try:
         with own(str(out), command, lease_s) as owner:
             yield owner

@@ -6,24 +6,26 @@ Only where subsets are built side by side: the others go on, in the same actors.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+
+from ..io.location import Location
+from ..io.store import store_of
 
 log = logging.getLogger(__name__)
 
 _NOTE = "given-up"
 
 
-def give_up(run: Path) -> None:
+def give_up(run: Location) -> None:
     """Leave the note. One that cannot be written costs the time of the units that are run in vain."""
     try:
-        (run / _NOTE).touch()
+        store_of(run).create(str(run / _NOTE), b"")
     except OSError as error:
         log.debug("no note that the subset is given up: %s", error)
 
 
-def is_given_up(run: Path) -> bool:
+def is_given_up(run: Location) -> bool:
     """Whether the subset of a run is given up."""
     try:
-        return (run / _NOTE).exists()
+        return store_of(run).size(str(run / _NOTE)) is not None
     except OSError:
         return False

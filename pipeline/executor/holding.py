@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import IntegrityError, ParaCaptionError
@@ -18,6 +17,7 @@ from ..corpus.committed_unit import CommittedUnit
 from ..corpus.work_list_summary import load_work_list, read_unit
 from ..io import photos
 from ..io.failures import Kind
+from ..io.location import Location
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import SubsetSource
 
@@ -85,7 +85,7 @@ def _example(images: list[ImageRecord]) -> str:
     return "a model failed" if found is None else found.detail
 
 
-def neighbors_read(source: SubsetSource, config: BuildConfig, folder: Path, index: int) -> bool:
+def neighbors_read(source: SubsetSource, config: BuildConfig, folder: Location, index: int) -> bool:
     """Whether an image of another unit can be read now, so that what fails here is not the source as a whole.
 
     Args:

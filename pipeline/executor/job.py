@@ -18,7 +18,7 @@ class Job(msgspec.Struct, frozen=True):
         plan: content hash of the work list.
         plans: of units that were planned or changed by an earlier step of it, the hash of that step.
         recipe: digest of the recipe.
-        run: folder of this run's events and stacks.
+        run: OUT/events/<run>, where the events of this run are; its stacks are in `run_folders.run_folder`.
         idle: model stages that have evidence of every unit; their models are loaded only if some is stale.
         modules: what backends and sources of the user's own are imported from.
         variables: the environment variables that paths of the configuration name, with their values.

@@ -19,7 +19,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...schemas.config import BuildConfig
@@ -27,6 +26,7 @@ from ...schemas.errors import ConfigError, ParaCaptionError, Retryable, StageFai
 from ..corpus.events import EventLog
 from ..corpus.writer import Draft
 from ..io import own_modules
+from ..io.location import locate
 from ..sources.registry import allow_kinds
 from ..stages.base import ModelStage
 from ..stages.recipes import recipe_of
@@ -147,7 +147,7 @@ class RayEngine:
         config = parts[0].job.config
         self.start(config)
         for part in parts:
-            EventLog(Path(part.job.run), "ray").emit("ray", seconds=self._start_s)
+            EventLog(locate(part.job.run), "ray").emit("ray", seconds=self._start_s)
         self._start_s = 0.0
         rows = _Rows(_dataset(parts, operators_of({part.subset: part.stages for part in parts}, config)))
         metrics = {part.subset: RayMetrics(part.subset) for part in parts}
@@ -229,7 +229,7 @@ class _CountingWorkers(Workers):
 
     def __init__(self, sent: list[_Sent]):
         job = sent[0].job
-        self._telling = telling(job.config.failures.stall_s, run=Path(job.run).name)
+        self._telling = telling(job.config.failures.stall_s, run=locate(job.run).name)
         self._telling.__enter__()  # for the actor's life
         own_modules.install(job.modules)
         allow_kinds(job.config.subsets.values())

@@ -107,7 +107,7 @@ _LONGEST_NAME = 150
 
 def stack_file(run: str, stall_s: float, name: str, on_progress: Callable[[], None]) -> StackFile:
     """The stack file of this process in the folder of a run; `name` is the worker's."""
-    path = Path(run) / f"stack-{name[:_LONGEST_NAME]}-{os.getpid()}.txt"
+    path = run_folder(run) / f"stack-{name[:_LONGEST_NAME]}-{os.getpid()}.txt"
     return StackFile(path, stall_s, on_progress)
 
 

@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 import uuid
-from pathlib import Path
 from typing import NamedTuple
 
 from ...schemas.config import BuildConfig
@@ -17,6 +16,7 @@ from ..corpus.owner import Owner
 from ..corpus.work_list_summary import WorkList
 from ..corpus.writer import Draft
 from ..io import own_modules, variables
+from ..io.location import Location, locate
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_digest, recipe_of
@@ -25,6 +25,7 @@ from .engine import Part
 from .given_up import give_up
 from .job import Job
 from .progress import Progress, StageProgress, Watch
+from .run_folders import local_folder, run_folder
 from .stalls import STACK_MARK
 
 log = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ class SubsetRun:
 
     def __init__(self, config: BuildConfig, subset: str, pending: Pending, owner: Owner):
         work_list, units = pending
-        self.folder = Path(config.out) / subset
-        self.run_folder = _make_run_folder(config, subset)
+        self.folder = locate(config.out) / subset
+        self.run = _name_run(config, subset)
         stages = recipe_of(config, subset)
         plans = work_list.plans()
         job = Job(
@@ -65,7 +66,7 @@ class SubsetRun:
             str(self.folder),
             work_list.digest,
             recipe_digest(stages, config),
-            str(self.run_folder),
+            str(self.run),
             [stage.name for stage in stages if has_all_evidence(stage, self.folder, work_list, units)],
             plans={work_list.unit_name(at): plans[at] for at in units if plans[at] != work_list.digest},
             modules=own_modules.taken(),
@@ -74,7 +75,7 @@ class SubsetRun:
         self.part = Part(job, stages, work_list, units)
         names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
         self.progress = Progress(subset, pending=len(units), stages={name: StageProgress() for name in names})
-        self.events = EventLog(self.run_folder, "driver")
+        self.events = EventLog(self.run, "driver")
         self.events.emit("begun")
         self.committer = Committer(config, self.folder, owner, self.progress, self.events)
         self.error: ParaCaptionError | None = None
@@ -83,7 +84,7 @@ class SubsetRun:
 
     def follow(self, watch: Watch) -> None:
         """Have the events of this run's workers read."""
-        watch.follow(EventReader(self.run_folder), self.progress, self.run_folder)
+        watch.follow(EventReader(self.run), self.progress, run_folder(str(self.run)))
 
     def take(self, outcome: Draft | ParaCaptionError) -> None:
         """Commit a unit, hold it back, or end the subset: then `error` says why.
@@ -100,7 +101,7 @@ class SubsetRun:
         self.error = self.committer.take(outcome) if isinstance(outcome, Draft) else outcome
         if self.error is not None:
             self.committer.abandon()
-            give_up(self.run_folder)
+            give_up(self.run)
             self.progress.ended = True
         elif self._come == self.progress.pending:
             self.committer.commit_ready()
@@ -122,13 +123,15 @@ class SubsetRun:
 
     def clean(self) -> None:
         """Remove the notes of a run that came to its end, and the files of stacks that are none."""
-        for stack in self.run_folder.glob("stack-*.txt"):
+        for stack in run_folder(str(self.run)).glob("stack-*.txt"):
             if STACK_MARK not in stack.read_text(errors="replace"):
                 stack.unlink()
-        shutil.rmtree(self.folder / "journal", ignore_errors=True)
+        shutil.rmtree(
+            local_folder(str(self.folder.parent), f"{self.folder.name}/journal"), ignore_errors=True
+        )
 
 
-def has_all_evidence(stage: Stage, folder: Path, work_list: WorkList, units: list[int]) -> bool:
+def has_all_evidence(stage: Stage, folder: Location, work_list: WorkList, units: list[int]) -> bool:
     """Whether a model stage has evidence of all these units, so that its model need not be loaded yet."""
     if not isinstance(stage, ModelStage):
         return False
@@ -136,11 +139,12 @@ def has_all_evidence(stage: Stage, folder: Path, work_list: WorkList, units: lis
     return all(store.exists(work_list.unit_name(index)) for index in units)
 
 
-def _make_run_folder(config: BuildConfig, subset: str) -> Path:
+def _name_run(config: BuildConfig, subset: str) -> Location:
+    """A place for the events of a new run; its folder on this machine is made."""
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
-    folder = Path(config.out) / "events" / name
+    run = locate(config.out) / "events" / name
     try:
-        folder.mkdir(parents=True)
+        run_folder(str(run))
     except OSError as error:
-        raise writer.write_failed(Path(config.out), error) from error
-    return folder
+        raise writer.write_failed(locate(config.out), error) from error
+    return run

@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -40,6 +39,7 @@ from ..corpus.events import Event, EventLog
 from ..corpus.work_list_summary import read_unit
 from ..io import failures, own_modules, variables
 from ..io.activity import NOW
+from ..io.location import locate
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..sources.registry import allow_kinds, open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers, failed_drop
@@ -108,11 +108,11 @@ class Worker:
         variables.install(job.variables)
         allow_kinds(job.config.subsets.values())
         self.job = job
-        self.folder = Path(job.folder)
+        self.folder = locate(job.folder)
         self.stages = stages
         self.name = name_of(stages)
         self._names = {stage if isinstance(stage, str) else stage.name for stage in stages}
-        self.events = EventLog(Path(job.run), self.name, on_event)
+        self.events = EventLog(locate(job.run), self.name, on_event)
         self._crash_attempts = job.config.failures.crash_attempts
         self._stack = None
         if models is None:
@@ -444,7 +444,8 @@ class Worker:
                 image.photo_digest = seen.photo_digest
 
     def _in_flight(self, stage: str, unit: Unit) -> InFlight:
-        return InFlight(self.folder / "journal" / stage, unit.name, self._crash_attempts)
+        journal = local_folder(str(self.folder.parent), f"{self.folder.name}/journal/{stage}")
+        return InFlight(journal, unit.name, self._crash_attempts)
 
     def _reload(self, stage: ModelStage) -> None:
         try:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..corpus.events import Event
+from ..io.location import locate
 from . import rows
 from .given_up import is_given_up
 from .job import Job
@@ -59,7 +59,7 @@ class Workers:
         worker = self.workers.get(row["subset"])
         if worker is None or "failed" in row or "draft" in row:
             return row
-        if is_given_up(Path(worker.job.run)):
+        if is_given_up(locate(worker.job.run)):
             return {"subset": row["subset"], **rows.left(row)}
         start = time.perf_counter()
         self._at_work = worker

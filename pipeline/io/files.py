@@ -23,6 +23,7 @@ from ...schemas.secrets import shorten
 from . import confined, variables
 from .backends import Backend, FileKind, FsspecFiles, LocalFiles, has_magic, local, open_plain
 from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
+from .location import Location, is_url
 
 Result = TypeVar("Result")
 
@@ -93,12 +94,6 @@ class _Named:
 
     def read_many(self, urls: Sequence[str]) -> list[bytes]:
         return self._backend.read_many([variables.expand(url) for url in urls])
-
-
-def is_url(path: str) -> bool:
-    """Whether the path names another file system than the local one."""
-    path = variables.expand(path)
-    return "://" in path and not path.startswith("file://")
 
 
 def read(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
@@ -355,7 +350,7 @@ def list_names(folder: str) -> list[str]:
         return []
 
 
-def sha256_of(path: str | Path) -> str:
+def sha256_of(path: str | Location) -> str:
     """SHA-256 of a file, in hex; it is read piece by piece."""
     digest = hashlib.sha256()
     with open_url(str(path)) as file:
@@ -364,7 +359,7 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def exists(path: str | Path) -> bool:
+def exists(path: str | Location) -> bool:
     """Whether there is a file or folder. An error is raised, never taken for nothing."""
     return _ask(lambda each: each.kind(str(path)), str(path)) is not None
 

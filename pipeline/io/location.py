@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import files
+from . import variables
+
+
+def is_url(path: str) -> bool:
+    """Whether the path names another file system than the local one."""
+    path = variables.expand(path)
+    return "://" in path and not path.startswith("file://")
 
 
 class Prefix:
@@ -54,9 +60,9 @@ def locate(place: str | os.PathLike[str] | Prefix) -> Location:
     if isinstance(place, Prefix):
         return place
     name = os.fspath(place)
-    return Prefix(name) if files.is_url(name) else Path(name)
+    return Prefix(name) if is_url(name) else Path(name)
 
 
 def is_bucket(place: str | Location) -> bool:
     """Whether a place is in a bucket, so that nothing there can be moved or appended to."""
-    return isinstance(place, Prefix) or (isinstance(place, str) and files.is_url(place))
+    return isinstance(place, Prefix) or (isinstance(place, str) and is_url(place))

@@ -20,12 +20,12 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
 from ...schemas.errors import ConfigError
 from . import confined, files
 from .activity import NOW, touching
+from .location import Location
 
 TEMPORARY = files.TEMPORARY
 
@@ -354,7 +354,7 @@ def register(scheme: str, store: Store) -> None:
     _STORES[scheme] = store
 
 
-def store_of(path: str | Path) -> Store:
+def store_of(path: str | Location) -> Store:
     """The store of a path.
 
     Raises:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -25,6 +24,7 @@ from ...schemas.recipe import StageEntry
 from ...schemas.records import Drop, ImageRecord, Region
 from ...schemas.strict import Strict
 from ..io.failures import kind_of
+from ..io.location import Location
 from ..models.registry import backend_identity, find_backend
 from .evidence import Answered, Evidence, EvidenceStore, digest, fingerprint
 from .options import take_options
@@ -250,7 +250,7 @@ class ModelStage(Stage):
     def digest(self) -> str:
         return digest(self.evidence_digest, self.settings)
 
-    def store(self, folder: Path) -> EvidenceStore:
+    def store(self, folder: Location) -> EvidenceStore:
         """Where the evidence lies in a subset's folder."""
         return EvidenceStore(folder / "evidence" / f"{self.name}-{self.evidence_digest}", self.evidence)
 

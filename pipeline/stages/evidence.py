@@ -15,7 +15,8 @@ A field of an answer that has a default was not in early releases. Its column is
 every row, so that the file is the one that they wrote; a field without a column is None.
 
 Files appear whole. Two workers may save the same unit, as one does whose driver was replaced while it was
-paused: the answer that was saved first stays.
+paused: the answer that was saved first stays. In a bucket a file is never written again: what is added is
+another part, `<unit>.1.parquet` and so on, and of each number there is one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -31,6 +31,7 @@ import msgspec
 from ...schemas.errors import IntegrityError, StageFailed
 from ...schemas.records import Blob
 from ..io import files
+from ..io.location import Location, is_bucket
 from ..io.store import store_of
 
 log = logging.getLogger(__name__)
@@ -77,13 +78,13 @@ class EvidenceStore(Generic[E]):
         kind: the struct of one row.
     """
 
-    def __init__(self, folder: Path, kind: type[E]):
+    def __init__(self, folder: Location, kind: type[E]):
         self.folder = folder
         self.kind = kind
 
-    def path(self, unit: str) -> Path:
-        """Where the unit's evidence lies."""
-        return self.folder / f"{unit}.parquet"
+    def path(self, unit: str, part: int = 0) -> Location:
+        """Where the unit's evidence lies, or a further part of it."""
+        return self.folder / (f"{unit}.{part}.parquet" if part else f"{unit}.parquet")
 
     def load(self, unit: str) -> Evidence:
         """All evidence of a unit, empty if there is none. A damaged file counts as missing, with a warning.
@@ -91,11 +92,26 @@ class EvidenceStore(Generic[E]):
         Raises:
             StageFailed: the disk does not give the file. That says nothing of what is in it.
         """
-        path = self.path(unit)
+        return self._load_parts(unit)[0]
+
+    def _load_parts(self, unit: str) -> tuple[Evidence, int]:
+        """What all parts say together, and the number of the next part."""
+        evidence, part = self._load(unit, 0), 0
+        while evidence is not None and is_bucket(self.folder):
+            part += 1
+            more = self._load(unit, part)
+            if more is None:
+                return evidence, part
+            evidence = _with(evidence, more)
+        return evidence or {}, part
+
+    def _load(self, unit: str, part: int) -> Evidence | None:
+        """One part, empty if it is damaged; None if there is none."""
+        path = self.path(unit, part)
         try:
-            return self.read(unit)
+            return self._read_part(path)
         except FileNotFoundError:
-            return {}
+            return None
         except OSError as error:
             raise StageFailed(
                 f"{path}: cannot be read ({error.strerror or error}); run the same command again, or "
@@ -106,13 +122,22 @@ class EvidenceStore(Generic[E]):
             return {}
 
     def read(self, unit: str) -> Evidence:
-        """The same of a file that must be there and undamaged.
+        """The same of a file that must be there and undamaged, with its further parts.
 
         Raises:
             IntegrityError: it is damaged.
             OSError: the disk does not give it.
         """
-        path = self.path(unit)
+        evidence, part = self._read_part(self.path(unit)), 0
+        while is_bucket(self.folder):
+            part += 1
+            try:
+                evidence = _with(evidence, self._read_part(self.path(unit, part)))
+            except FileNotFoundError:
+                break
+        return evidence
+
+    def _read_part(self, path: Location) -> Evidence:
         data = files.read(Blob(str(path)))
         try:
             keys, regions, asked, photos, *answers = self._read(data)
@@ -136,13 +161,21 @@ class EvidenceStore(Generic[E]):
         Returns:
             What is saved now: where somebody else has saved an answer to the same question first, that one.
         """
-        saved = self.load(unit)
-        evidence = saved | {
-            place: row for place, row in evidence.items() if not _answers_the_same(saved.get(place), row)
-        }
+        if is_bucket(self.folder):
+            return self._add_part(unit, evidence)
+        evidence = _with(self.load(unit), evidence)
         path = str(self.path(unit))
         store_of(path).put(path, self._encode(evidence))
         return evidence
+
+    def _add_part(self, unit: str, evidence: Evidence) -> Evidence:
+        """Add a part with what the others do not say, under the first number that is free."""
+        while True:
+            saved, part = self._load_parts(unit)
+            new = {place: row for place, row in evidence.items() if not _says(saved.get(place), row)}
+            path = str(self.path(unit, part))
+            if not new or store_of(path).create(path, self._encode(new)):
+                return saved | new
 
     def forget(self, unit: str, keys: Collection[str]) -> bool:
         """Delete the answers about some images of a unit; returns whether there were any.
@@ -158,9 +191,22 @@ class EvidenceStore(Generic[E]):
             return False
         if left:
             store_of(path).put(path, self._encode(left))
+            self._delete_parts(unit, 1)
         else:
-            store_of(path).delete(path)
+            self.delete(unit)
         return True
+
+    def delete(self, unit: str) -> None:
+        """Delete the unit's evidence."""
+        self._delete_parts(unit, 0)
+
+    def _delete_parts(self, unit: str, first: int) -> None:
+        """Delete all parts from a number on, the last one first, so that no number is left out at any time."""
+        store, last = store_of(self.folder), first
+        while store.size(str(self.path(unit, last))) is not None:
+            last += 1
+        for part in range(last - 1, first - 1, -1):
+            store.delete(str(self.path(unit, part)))
 
     def _encode(self, evidence: Evidence) -> bytes:
         import pyarrow as pa
@@ -220,7 +266,18 @@ class EvidenceStore(Generic[E]):
         return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in named if name not in absent])
 
 
-def _answers_the_same(saved: Answered | None, row: Answered) -> bool:
+def unit_of_file(name: str) -> str:
+    """The unit whose evidence a file of this name has, or a part of it."""
+    unit, _, part = name.removesuffix(".parquet").rpartition(".")
+    return unit if part.isdigit() and unit else name.removesuffix(".parquet")
+
+
+def _with(saved: Evidence, added: Evidence) -> Evidence:
+    """Both together; where both answer the same question, the first answer stays."""
+    return saved | {place: row for place, row in added.items() if not _says(saved.get(place), row)}
+
+
+def _says(saved: Answered | None, row: Answered) -> bool:
     return saved is not None and saved.asked == row.asked and saved.photo in ("", row.photo)
 
 

@@ -15,6 +15,7 @@ from ...corpus import reader, writer
 from ...corpus.events import Event, EventReader
 from ...corpus.utilization import list_runs
 from ...io import files, yaml_text
+from ...io.location import Location, locate
 from ...sources.protocols import SOURCE_STAGE
 
 _BY_IMAGE = {SOURCE_STAGE, writer.WRITE_STAGE}
@@ -80,7 +81,7 @@ class Rates(msgspec.Struct, forbid_unknown_fields=True):
     version: int = 1
 
 
-def measure_rates(out: str | Path) -> Rates:
+def measure_rates(out: str | Location) -> Rates:
     """Measure the rates of a pilot, over all runs into its folder.
 
     A stage that found its answers in the evidence was not asked, and that unit does not count for it.
@@ -88,7 +89,7 @@ def measure_rates(out: str | Path) -> Rates:
     Raises:
         ConfigError: there are no events of a unit that was built.
     """
-    out = Path(out)
+    out = locate(out)
     ray_s: list[float] = []
     subsets = {}
     built = reader.Corpus(out).subsets
@@ -196,7 +197,7 @@ class _Tally:
         return stages
 
 
-def _measure_subset(out: Path, subset: str, runs: list[list[tuple[str, Event]]]) -> SubsetRates:
+def _measure_subset(out: Location, subset: str, runs: list[list[tuple[str, Event]]]) -> SubsetRates:
     tally = _Tally()
     model_stages = {event.stage for run in runs for _, event in run if event.what == "started"}
     for run in runs:
@@ -272,7 +273,7 @@ def fit_two_costs(images: np.ndarray, regions: np.ndarray, seconds: np.ndarray) 
     return float(per_image * scale), float(per_region * scale)
 
 
-def _count_committed(out: Path, subset: str) -> Counter[str]:
+def _count_committed(out: Location, subset: str) -> Counter[str]:
     """Images, regions, kept regions, and the bytes of shards and ledgers of the committed units."""
     total: Counter[str] = Counter()
     for _, manifest in reader.open_corpus(out, confined=False).manifests(subset):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import msgspec
 
@@ -11,6 +10,7 @@ from ....schemas.config import BuildConfig
 from ....schemas.errors import ConfigError, IntegrityError
 from ...corpus.work_list import is_current
 from ...corpus.work_list_summary import load_work_list
+from ...io.location import locate
 from ...sources.registry import find_source, open_source
 from .rates import Rates
 
@@ -81,7 +81,7 @@ def _count_images(config: BuildConfig, subset: str) -> int:
     """From the work list if there is one of the whole source as it is today; else the source is listed."""
     source, gone = open_source(config, subset), 0
     try:
-        planned = load_work_list(Path(config.out) / subset)
+        planned = load_work_list(locate(config.out) / subset)
         gone = planned.gone
         if "limit" not in planned.fingerprint and is_current(planned, source, config):
             return planned.num_images
