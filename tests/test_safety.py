@@ -134,7 +134,6 @@ ELSEWHERE = {
     "pipeline/config_file.py": "the configuration, a file that the command line names",
     "pipeline/corpus/events.py": "events of a run, from which nothing is decided",
     "pipeline/corpus/export.py": "an export, in a temporary folder that is no corpus",
-    "pipeline/corpus/processes.py": "/proc",
     "pipeline/corpus/work_list_table.py": "a work list in a scratch folder, before it is published",
     "pipeline/executor/doctor.py": "removes the folders that it has made, if they are still empty",
     "pipeline/executor/driver.py": "a scratch folder for plans",

@@ -68,6 +68,7 @@ _HUNDREDS = {3: Kind.SETUP, 4: Kind.REFUSED, 5: Kind.TRANSIENT}
 _CODES = {
     "AllAccessDisabled": Kind.SETUP,
     "AuthorizationHeaderMalformed": Kind.SETUP,
+    "ContainerNotFound": Kind.SETUP,
     "ExpiredToken": Kind.SETUP,
     "IncompleteBody": Kind.TRANSIENT,
     "InvalidAccessKeyId": Kind.SETUP,
@@ -81,7 +82,7 @@ _CODES = {
     "SignatureDoesNotMatch": Kind.SETUP,
     "TokenRefreshRequired": Kind.SETUP,
 }
-"""Codes of S3 that say more than their status (400, 403, 404)."""
+"""Codes of S3 and Azure that say more than their status (400, 403, 404)."""
 
 _NAMES = {
     "CredentialRetrievalError": Kind.SETUP,
@@ -90,12 +91,15 @@ _NAMES = {
     "NoCredentialsError": Kind.SETUP,
     "NoRegionError": Kind.SETUP,
     "PartialCredentialsError": Kind.SETUP,
+    "PermissionDeniedError": Kind.REFUSED,
     "ProfileNotFound": Kind.SETUP,
     "RefreshError": Kind.SETUP,
     "SSOTokenLoadError": Kind.SETUP,
     "TokenRetrievalError": Kind.SETUP,
     "TooManyRedirects": Kind.SETUP,
+    "UnauthenticatedError": Kind.SETUP,
     "UnauthorizedSSOTokenError": Kind.SETUP,
+    "UnknownConfigurationKeyError": Kind.SETUP,
     "UnsupportedProtocol": Kind.SETUP,
 }
 """Errors of clients that have no status, by the names of their types."""
@@ -142,6 +146,7 @@ _CLIENTS = (
     "google",
     "httpcore",
     "httpx",
+    "obstore",
     "requests",
     "urllib3",
 )

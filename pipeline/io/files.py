@@ -20,7 +20,7 @@ import msgspec
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
 from ...schemas.secrets import shorten
-from . import confined, variables
+from . import bucket_clients, confined, variables
 from .backends import Backend, FileKind, FsspecFiles, LocalFiles, has_magic, local, open_plain
 from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
 from .location import Location, is_url
@@ -35,6 +35,8 @@ _ABANDONED_S = 6 * 3600
 
 
 _BACKENDS: dict[str, Backend] = {}
+_CORPORA = "(corpus)"
+"""Stands for the schemes of buckets that a corpus lies in."""
 
 
 def scheme_of(url: str) -> str:
@@ -51,9 +53,13 @@ def backend_of(url: str) -> Backend:
     """What reads this URL."""
     if (expanded := variables.expand(url)) != url:
         return _Named(backend_of(expanded))
-    scheme = scheme_of(url)
+    scheme = _CORPORA if bucket_clients.is_of_corpus(url) else scheme_of(url)
     if scheme not in _BACKENDS:
-        if scheme == "file":
+        if scheme == _CORPORA:
+            from .bucket_files import BucketFiles
+
+            register(scheme, BucketFiles())
+        elif scheme == "file":
             register(scheme, LocalFiles())
         elif scheme in ("http", "https"):
             from .http_files import HttpFiles

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import variables
+from . import bucket_clients, variables
 
 
 def is_url(path: str) -> bool:
@@ -56,11 +56,15 @@ Location = Path | Prefix
 
 
 def locate(place: str | os.PathLike[str] | Prefix) -> Location:
-    """The location of a path or URL."""
+    """The location of a path or URL of a corpus; in a bucket it is read over obstore from then on."""
     if isinstance(place, Prefix):
+        bucket_clients.use_as_corpus(place.url)
         return place
     name = os.fspath(place)
-    return Prefix(name) if is_url(name) else Path(name)
+    if not is_url(name):
+        return Path(name)
+    bucket_clients.use_as_corpus(name)
+    return Prefix(name)
 
 
 def is_bucket(place: str | Location) -> bool:

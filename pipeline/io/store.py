@@ -17,15 +17,15 @@ import io
 import os
 import shutil
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, Any, ClassVar, TypeVar
+from typing import IO, Any, TypeVar
 
 from ...schemas.errors import ConfigError
-from . import confined, files
+from . import bucket_clients, confined, files, variables
 from .activity import NOW, touching
 from .location import Location
+from .store_kind import Store
 
 TEMPORARY = files.TEMPORARY
 
@@ -33,89 +33,6 @@ _SWEPT_TIMES = 3
 """How often a file is written again whose temporary name was gone before it got its own."""
 
 Result = TypeVar("Result")
-
-
-class Store(ABC):
-    """Where files of a corpus lie. Paths are whole: a local path, or a URL of the store's scheme.
-
-    Attributes:
-        moves: whether a file is moved to its place once a record of the log names it. Where nothing can be
-            moved, it keeps the name that `new_name` gave it.
-    """
-
-    moves: ClassVar[bool]
-
-    @abstractmethod
-    def new_name(self, path: str) -> str:
-        """A name that nobody else has, for a file that is to take its place at `path`, below the corpus."""
-
-    @abstractmethod
-    def create(self, path: str, data: bytes) -> bool:
-        """Write a file unless its name is taken. Of all who try, one gets True; it is durable then.
-
-        Raises:
-            OSError: it was not written, or it is not known.
-        """
-
-    @abstractmethod
-    def put(self, path: str, data: bytes) -> None:
-        """Write a file, or replace it: readers see the old one or the new one, each whole."""
-
-    @abstractmethod
-    def write(self, path: str) -> IO[bytes]:
-        """Open a new file to be written piece by piece. It is there when it is closed; not atomic, so give it
-        a temporary name. Folders above it are made.
-        """
-
-    @abstractmethod
-    def move(self, path: str, target: str) -> bool:
-        """Rename a file, over another one if need be; False if it is not there (moved already). In both cases
-        the names in the target's folder are durable then.
-        """
-
-    @abstractmethod
-    def keep(self, path: str, target: str) -> bool:
-        """Give a file a second name, so that it stays when the first one is replaced.
-
-        Returns:
-            False if there is no such file. A second name that is taken already is left as it is.
-        """
-
-    @abstractmethod
-    def flush(self, folder: str) -> None:
-        """Make the names in a folder durable, whoever gave or took them; no such folder, no names."""
-
-    @abstractmethod
-    def delete(self, path: str) -> None:
-        """Delete a file; one that is not there is deleted already."""
-
-    @abstractmethod
-    def delete_folder(self, path: str) -> None:
-        """Delete a folder and all in it; what cannot be deleted is left."""
-
-    @abstractmethod
-    def make_folder(self, path: str) -> None:
-        """Make a folder and those above it, if they are not there."""
-
-    @abstractmethod
-    def size(self, path: str) -> int | None:
-        """Number of bytes of a file; None if there is no such file."""
-
-    @abstractmethod
-    def read(self, path: str) -> bytes:
-        """A whole file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
-
-    @abstractmethod
-    def list(self, folder: str) -> list[str]:
-        """Names of the files and folders in a folder, sorted; none if there is no such folder."""
-
-    @abstractmethod
-    def modified_s(self, path: str) -> float:
-        """When a file was last written, in seconds since the epoch, by the store's clock."""
 
 
 class FolderStore(Store):
@@ -355,17 +272,23 @@ def register(scheme: str, store: Store) -> None:
 
 
 def store_of(path: str | Location) -> Store:
-    """The store of a path.
+    """The store of a path. What is below its bucket is read over obstore from then on (`files.backend_of`).
 
     Raises:
-        ConfigError: it is a URL of a scheme that cannot be written.
+        ConfigError: it is a URL of a scheme that cannot be written, or its package is not installed.
     """
-    name = str(path)
+    name = variables.expand(str(path))
     if not files.is_url(name):
         return _FOLDERS
-    scheme = name.partition("://")[0]
+    scheme = files.scheme_of(name)
+    if scheme in bucket_clients.SCHEMES and scheme not in _STORES:
+        from .buckets import BucketStore
+
+        register(scheme, BucketStore())
     if scheme not in _STORES:
-        raise ConfigError(f"{name}: a corpus cannot be written to {scheme}://; give a folder")
+        schemes = ", ".join(f"{each}://" for each in bucket_clients.SCHEMES)
+        raise ConfigError(f"{name}: a corpus cannot be written to {scheme}://; give a folder, or {schemes}")
+    bucket_clients.use_as_corpus(name)
     return _STORES[scheme]
 
 

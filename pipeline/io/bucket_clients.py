@@ -1,0 +1,247 @@
+"""Buckets over obstore: one client for each bucket and process, and what its errors mean.
+
+A client is built from the environment alone (`AWS_*`, `AZURE_*`, `GOOGLE_*`), in the process that uses it. It
+is never pickled, since the pickle would hold the secret, and never used after a fork, since it would hang.
+
+`memory://` is the memory of this process, for tests and trials.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from ...schemas.errors import ConfigError
+from ...schemas.secrets import shorten
+from . import variables
+from .failures import RETRYING, Kind, ReadError, classify
+from .packages import how_to_install_extra
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+Result = TypeVar("Result")
+
+SCHEMES = ("s3", "az", "gs", "memory")
+"""Of the URLs that a corpus can lie at."""
+
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_REGION; AWS_ENDPOINT_URL for a service of "
+    "your own)",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+}
+"""Scheme -> the environment variables that let in who writes there."""
+
+_TOLD_APART = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_REGION"),
+    *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
+    *("AZURE_STORAGE_USE_EMULATOR", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT"),
+)
+"""Variables of which a change, as between two tests, needs another client."""
+
+_RETRIES = {
+    "max_retries": 5,
+    "retry_timeout": timedelta(seconds=20),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2), "base": 2},
+}
+"""obstore's own, for a single request; `failures.RETRYING` asks again within its budget."""
+
+_TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "600s"}
+"""The last one is of a request with its whole body, which may be a shard."""
+
+_Key = tuple[str, str, tuple[str | None, ...]]
+
+_lock = threading.Lock()
+_clients: dict[_Key, ObjectStore] = {}
+_corpora: set[tuple[str, str]] = set()
+_first_used_in: int | None = None
+
+
+class Place(NamedTuple):
+    """An object or a folder in a bucket; `key` is "" for the bucket itself."""
+
+    scheme: str
+    bucket: str
+    key: str
+
+    def url(self, key: str) -> str:
+        """The URL of another key of the bucket."""
+        return f"{self.scheme}://{self.bucket}/{key}"
+
+
+def place_of(url: str) -> Place:
+    """What a URL names."""
+    scheme, _, rest = variables.expand(url).partition("://")
+    bucket, _, key = rest.partition("/")
+    return Place(scheme, bucket, key.strip("/"))
+
+
+def use_as_corpus(url: str) -> None:
+    """Read what is in this bucket over obstore from now on, in this process.
+
+    `memory://` needs nothing: a bucket that was written to is one, others are fsspec's.
+    """
+    scheme, bucket, _ = place_of(url)
+    if scheme in SCHEMES and scheme != "memory" and bucket:
+        _corpora.add((scheme, bucket))
+
+
+def is_of_corpus(url: str) -> bool:
+    """Whether a URL is in a bucket that a corpus lies in."""
+    if not url.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
+        return False
+    return place_of(url)[:2] in _corpora
+
+
+def open_memory(bucket: str) -> None:
+    """Let `memory://bucket` be this process's own from now on."""
+    _corpora.add(("memory", bucket))
+
+
+def client_of(place: Place) -> ObjectStore:
+    """The client of a bucket.
+
+    Raises:
+        ConfigError: obstore is not installed, the environment lacks what the client needs, or this process
+            was forked from one that had used a bucket.
+    """
+    global _first_used_in
+    told_apart = () if place.scheme == "memory" else tuple(os.environ.get(name) for name in _TOLD_APART)
+    key = place.scheme, place.bucket, told_apart
+    if _first_used_in not in (None, os.getpid()):
+        raise ConfigError(
+            f"{place.scheme}://{place.bucket}: this process was forked from one that had used a bucket, and "
+            "would wait for ever; start processes by `spawn` instead of `fork`"
+        )
+    with _lock:
+        if key not in _clients:
+            _clients[key] = _connect(place)
+            _first_used_in = os.getpid()
+        return _clients[key]
+
+
+def _connect(place: Place) -> ObjectStore:
+    try:
+        from obstore import store as kinds
+        from obstore.exceptions import BaseError
+    except ImportError as error:
+        raise ConfigError(
+            f"{place.scheme}://{place.bucket}: obstore reads and writes a corpus in a bucket, and is not "
+            f"installed; {how_to_install_extra('remote')}, on every node"
+        ) from error
+    if place.scheme == "memory":
+        return kinds.MemoryStore()
+    options: dict[str, Any] = {"client_options": _client_options(place.scheme), "retry_config": _RETRIES}
+    kind = {"s3": kinds.S3Store, "az": kinds.AzureStore, "gs": kinds.GCSStore}[place.scheme]
+    try:
+        return kind(place.bucket, **options)
+    except (BaseError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"{place.scheme}://{place.bucket}: {_first_line(str(error))}; {_fix(place.scheme)}"
+        ) from None
+
+
+def _client_options(scheme: str) -> dict[str, Any]:
+    """Plain HTTP is allowed where the environment names an address of that kind."""
+    names = {"s3": "AWS_ENDPOINT", "az": "AZUR", "gs": "GOOGLE_"}[scheme]
+    addresses = [value for name, value in os.environ.items() if name.startswith(names)]
+    is_emulator = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true", "yes", "on")
+    plain = any(value.startswith("http://") for value in addresses) or (scheme == "az" and is_emulator)
+    return {**_TIMEOUTS, **({"allow_http": True} if plain else {})}
+
+
+class BucketError(OSError):
+    """What a bucket answered; status and code stand where `failures` looks for those of botocore."""
+
+    def __init__(self, why: str, status: int | None = None, code: str = ""):
+        super().__init__(why)
+        self.status, self.code = status, code
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BucketError, (str(self), self.status, self.code)
+
+
+def ask(question: Callable[[], Result], url: str) -> Result:
+    """What a call of obstore returns, with its errors as errors of the system, for `failures` to tell apart.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        ConfigError: nothing in this bucket can be had: no such bucket, no credentials.
+        BucketError: anything else.
+    """
+    try:
+        return question()
+    except Exception as error:
+        if not _is_of_obstore(error):
+            raise
+        raise _translated(error, url) from None
+
+
+def insist(question: Callable[[], Result], url: str) -> Result:
+    """`ask` again and again within the budget of `failures.RETRYING`; who may not write is told so in a line.
+
+    Raises:
+        FileNotFoundError: as `ask`.
+        ConfigError: as `ask`, and for a refusal.
+        ReadError: it did not work.
+    """
+    try:
+        return RETRYING.call(lambda: ask(question, url), url)
+    except ReadError as failure:
+        cause = failure.__cause__
+        if isinstance(cause, FileNotFoundError):
+            raise cause from None
+        if failure.kind in (Kind.REFUSED, Kind.SETUP):
+            raise ConfigError(f"{failure}; {_fix(place_of(url).scheme)}") from None
+        raise
+
+
+_STATUS = re.compile(r"status code: (\d{3}) ?([^:\n]*)")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_METADATA = ("//169.254.", "//metadata.google.internal", "//[fd00:ec2::254]")
+"""Addresses that tell a machine in a cloud its credentials: only who has none is asked for them there."""
+
+
+def _is_of_obstore(error: Exception) -> bool:
+    """Whether obstore has raised it; what it does not find is Python's own error, without a number."""
+    is_missing = isinstance(error, FileNotFoundError) and error.errno is None
+    return is_missing or type(error).__module__.partition(".")[0] == "obstore"
+
+
+def _translated(error: Exception, url: str) -> Exception:
+    text, url = str(error), shorten(url)
+    status, code = _STATUS.search(text), _CODE.search(text)
+    number = int(status[1]) if status else None
+    if "Received redirect without LOCATION" in text:
+        number = 301
+    if any(address in text for address in _METADATA) and number not in (429, 500, 502, 503, 504):
+        return ConfigError(f"{url}: no credentials; {_fix(place_of(url).scheme)}")
+    why = _why(text, status, code)
+    answer = BucketError(why, number, code[1] if code else "")
+    kind = classify(answer) if number or code else classify(error)
+    if kind is Kind.SETUP:
+        return ConfigError(f"{url}: {why}; {_fix(place_of(url).scheme)}")
+    if isinstance(error, FileNotFoundError) or number == 404:
+        return FileNotFoundError(2, "no such object", url)
+    return answer
+
+
+def _why(text: str, status: re.Match[str] | None, code: re.Match[str] | None) -> str:
+    if status:
+        return f"HTTP {status[1]} {status[2].strip()}".rstrip() + (f" ({code[1]})" if code else "")
+    return _first_line(text)
+
+
+def _first_line(text: str) -> str:
+    return shorten(" ".join(text.partition("\n\nDebug source")[0].split()))
+
+
+def _fix(scheme: str) -> str:
+    named = f"set {CREDENTIALS[scheme]} on every node" if scheme in CREDENTIALS else "check the address"
+    return f"check that the bucket is there and may be read and written, and {named}"
