@@ -51,7 +51,7 @@ class PartWriter:
         self._start()
 
     def add_file(self, path: Path, read: Callable[[], bytes]) -> None:
-        """Upload what `read` returns under the name of `path`, too, whenever it is something else than before.
+        """Upload what `read` returns under the name of `path`, too, whenever it has changed.
 
         Args:
             path: of a file of this machine.

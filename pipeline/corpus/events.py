@@ -1,7 +1,7 @@
 """The event log: who did what when. Feeds the progress view, the stall watch, the estimate, the reports.
 
-Every worker appends to a file of its own under OUT/events/<run>/, one JSON object a line, or uploads it part by
-part (`event_parts`); nothing reads it back to decide what to build, so a lost line costs a number on a screen
+Every worker appends to a file of its own under OUT/events/<run>/, one JSON object a line, or uploads it in
+parts (`event_parts`). Nothing reads it back to decide what to build: a lost line costs a number on a screen,
 and no more.
 """
 

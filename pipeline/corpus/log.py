@@ -29,7 +29,7 @@ from typing import NamedTuple
 from ...schemas.errors import IntegrityError
 from ...schemas.records import Blob
 from ..io import files
-from ..io.location import Location
+from ..io.location import Location, is_bucket
 from ..io.store import store_of
 from . import adopt, records
 from .records import (
@@ -165,7 +165,7 @@ def record_path(out: str, number: int) -> str:
 
 def exists(out: str) -> bool:
     """Whether a corpus has a log."""
-    if not store_of(out).moves and store_of(out).size(record_path(out, 1)) is not None:
+    if is_bucket(out) and files.exists(record_path(out, 1)):
         return True  # also where a listing is late
     return any(_numbers(out))
 
@@ -192,7 +192,7 @@ def place_of(out: str | Location, path: str) -> str:
         IntegrityError: the log of a corpus in a bucket cannot be read.
     """
     out = str(out)
-    if store_of(out).moves:
+    if not is_bucket(out):
         return f"{out}/{path}"
     found = read_state(out).files.get(path)
     return f"{out}/{found.place if found else path}"
@@ -219,7 +219,7 @@ def read_state(out: str, known: LogState | None = None) -> LogState:
     Raises:
         IntegrityError: a record is missing or damaged.
     """
-    if store_of(out).moves:
+    if not is_bucket(out):
         return _read_state(out, known or LogState())
     state = known or _still_true(out, _SEEN.get(out))
     if state is None:
@@ -237,7 +237,7 @@ _SEEN: dict[str, LogState] = {}
 
 def remember(out: str, state: LogState) -> None:
     """Keep what the log of a corpus in a bucket said, so that only what is new is read the next time."""
-    if not store_of(out).moves:
+    if is_bucket(out):
         _SEEN[out] = state
 
 
@@ -273,7 +273,7 @@ def read_units(out: str) -> dict[str, LogUnit]:
     """
     if exists(out):
         return {name: found.unit for name, found in read_state(out).units.items()}
-    return adopt.find_units(out) if store_of(out).moves else {}
+    return adopt.find_units(out)
 
 
 def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
@@ -283,7 +283,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
         By "subset/unit": (place, temporary name) of each, below the corpus.
     """
     found: dict[str, list[tuple[str, str]]] = {}
-    if isinstance(state.unmoved, Commit) and store_of(out).moves:
+    if isinstance(state.unmoved, Commit):
         folders = {
             file.temporary.rpartition("/")[0]
             for unit in state.unmoved.units.values()
@@ -319,7 +319,7 @@ def moves_of(record: Commit | Planned | Config | Merged) -> _Moves:
 
 def is_moved(out: str, state: LogState) -> bool:
     """Whether every file that a record names has its place; if not, the next owner moves it there."""
-    if state.unmoved is None or not store_of(out).moves:
+    if state.unmoved is None:
         return True
     moves = moves_of(state.unmoved)
     names = [*(file.temporary for file in moves.files), *moves.removed]

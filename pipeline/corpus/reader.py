@@ -125,8 +125,8 @@ class Corpus:
     @property
     def subsets(self) -> list[str]:
         """Names of the subsets, sorted."""
-        if location.is_bucket(self.path):
-            return log.subsets_of(log.read_state(self.path)) if log.exists(self.path) else []
+        if location.is_bucket(self.path) and log.exists(self.path):
+            return log.subsets_of(log.read_state(self.path))
         names = files.list_names(self.path)
         return [name for name in names if files.is_folder(f"{self.path}/{name}/manifests")]
 

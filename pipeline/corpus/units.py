@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..io import files
-from ..io.store import store_of
 from . import log
 from .records import LogUnit
 
@@ -79,8 +78,6 @@ def list_units(folder: str) -> list[Unit]:
             for name, found in sorted(state.units.items())
             if name.startswith(f"{subset}/")
         ]
-    if not store_of(out).moves:
-        return []
     return [
         Unit(subset, name.removesuffix(".json"), folder)
         for name in files.list_names(f"{folder}/manifests")

@@ -25,13 +25,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.config import Text
 from ...schemas.errors import REBUILD, ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
 from ..io.confined import confine
+from ..io.location import Location, locate
 from ..io.tables import TableFile
 from ..stages.recipes import text_rules
 from ..stages.registry import configured_kinds
@@ -39,6 +39,8 @@ from . import log, merge, reader, work_list_summary
 from .adopt import FOLDERS
 from .problems import Problem, guarded, what_is_wrong
 from .reader import Corpus, Unit
+from .records import LogUnit
+from .units import unit_of
 from .verify_evidence import check_evidence, list_evidence
 from .verify_log import Vouched, check_named_files, check_unchanged, read_vouched
 from .verify_unit import EXAMPLES, UnitHead, check_unit, describe_difference, keys_digest
@@ -79,7 +81,7 @@ class VerifyReport(NamedTuple):
         return "\n".join([*map(str, self.notes), *map(str, self.problems), verdict])
 
 
-def verify(corpus: str | Path, deep: bool = True, workers: int = 1) -> VerifyReport:
+def verify(corpus: str | Location, deep: bool = True, workers: int = 1) -> VerifyReport:
     """Check a corpus. Reads only; memory does not grow with the number of units. Nothing leads out of it.
 
     Args:
@@ -148,7 +150,7 @@ def _recipes(corpus: Corpus, subsets: list[str], problems: list[Problem]) -> dic
         }
     except (ConfigError, IntegrityError) as error:
         if not any(problem.file == reader.CONFIG for problem in problems):  # else the log has said so
-            why = what_is_wrong(error, f"{corpus.path}/{reader.CONFIG}")
+            why = what_is_wrong(error, log.place_of(corpus.path, reader.CONFIG))
             what = (
                 f"{why}, so captions are not checked; run `paracaption build CONFIG` again, which writes "
                 "this file"
@@ -177,8 +179,8 @@ def _check_subset(
     problems: list[Problem] = []
     subset, rules, kinds = recipe
     logged = vouched.units.get(subset, {})
-    unmoved = tuple(move for move in vouched.moves.items() if move[0].startswith(f"{subset}/"))
-    units = [Unit(subset, name, f"{out}/{subset}", unmoved) for name in logged]
+    unmoved = [move for move in vouched.moves.items() if move[0].startswith(f"{subset}/")]
+    units = [_unit(out, subset, name, logged[name], unmoved) for name in logged]
     heads: dict[str, UnitHead] = {}
     jobs = [(unit, logged[unit.name], rules, deep) for unit in units]
     for unit, (head, found) in zip(units, run(check_unit, jobs), strict=True):
@@ -198,6 +200,12 @@ def _check_subset(
     return problems + _check_strays(out, f"{subset}/", vouched, (*FOLDERS, work_list_summary.FOLDER))
 
 
+def _unit(out: str, subset: str, name: str, logged: LogUnit | None, unmoved: list[tuple[str, str]]) -> Unit:
+    if logged is None:
+        return Unit(subset, name, f"{out}/{subset}", tuple(unmoved))
+    return unit_of(out, f"{subset}/{name}", logged, unmoved)
+
+
 # All units together.
 
 
@@ -213,7 +221,7 @@ def _check_work_list(
 
     `damaged` are files that the log has shown to be: of these nothing is said again.
     """
-    folder, fix = Path(out, subset), "delete it and run `paracaption build CONFIG` again, which writes it"
+    folder, fix = locate(out) / subset, "delete it and run `paracaption build CONFIG` again, which writes it"
     name = f"{subset}/{work_list_summary.FOLDER}/{work_list_summary.TABLE}"
     table = str(work_list_summary.table_path(folder))
     try:
@@ -261,7 +269,9 @@ def _compare_with_list(
             keys = table.read_row_group(index, ["key"])["key"].to_pylist()
             if keys_digest(keys) != head.keys:
                 place = f"{subset}/manifests/{unit}.json"
-                what = describe_difference(set(_images_of(f"{out}/{place}")), set(keys), "the work list")
+                logged = vouched.units[subset][unit]
+                manifest = logged.manifest.place if logged is not None else place
+                what = describe_difference(set(_images_of(f"{out}/{manifest}")), set(keys), "the work list")
                 problems.append(Problem(place, "", f"{what}; {REBUILD}"))
     if missing and vouched.is_whole:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -361,7 +371,7 @@ def _check_strays(out: str, prefix: str, vouched: Vouched, folders: tuple[str, .
         place = f"{prefix}{folder}"
         with guarded(problems, place.rstrip("/"), "replace a link by the folder that it leads to"):
             names[place] = files.list_names(f"{out}/{place}".rstrip("/"))
-    expected = {*vouched.moves.values()}
+    expected = {*vouched.moves.values(), *(file.place for file in vouched.files.values())}
     if prefix:
         expected |= _files_of_units(prefix, vouched)
     for folder, name in ((folder, name) for folder, each in names.items() for name in each):
@@ -385,7 +395,7 @@ def _files_of_units(prefix: str, vouched: Vouched) -> set[str]:
     found: set[str] = set()
     for name, unit in vouched.units.get(prefix.rstrip("/"), {}).items():
         if unit is not None:
-            found |= {file.path for file in unit.files()}
+            found |= {file.place for file in unit.files()}
         else:
             places = (f"shards/{name}.tar", f"ledger/{name}.parquet", f"manifests/{name}.json")
             found |= {prefix + place for place in places}
@@ -404,9 +414,9 @@ def _check_merged(
     problems: list[Problem] = []
     if damaged.intersection((*merged, reader.CONFIG)) or not vouched.is_whole:
         return problems
-    if not set(merged).intersection(files.list_names(corpus.path)):
+    if not any(files.exists(log.place_of(corpus.path, name)) for name in merged):
         return [Problem(reader.INDEX, "", f"not there: the corpus is not merged; {fix}", note=True)]
-    stats = f"{corpus.path}/{reader.STATS}"
+    stats = log.place_of(corpus.path, reader.STATS)
     with guarded(problems, reader.STATS, fix):
         try:
             problems += _compare_with_units(corpus, subsets, deep, fix)
@@ -417,13 +427,13 @@ def _check_merged(
 
 def _compare_with_units(corpus: Corpus, subsets: list[str], deep: bool, fix: str) -> list[Problem]:
 
-    stats = f"{corpus.path}/{reader.STATS}"
+    stats = log.place_of(corpus.path, reader.STATS)
     try:
         summary = corpus.summary
     except IntegrityError as error:
         return [Problem(reader.STATS, "", f"{what_is_wrong(error, stats)}; {fix}")]
     problems: list[Problem] = []
-    index = f"{corpus.path}/{reader.INDEX}"
+    index = log.place_of(corpus.path, reader.INDEX)
     rows = None
     with guarded(problems, reader.INDEX, fix):
         if deep and files.sha256_of(index) != summary.index.sha256:

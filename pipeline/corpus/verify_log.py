@@ -165,7 +165,7 @@ def check_named_files(out: str, vouched: Vouched, deep: bool) -> list[Problem]:
     """The files that the log names besides those of units: there, and as they were written."""
     problems: list[Problem] = []
     for path, file in sorted(vouched.files.items()):
-        at, fix = vouched.moves.get(path, path), _fix(path)
+        at, fix = vouched.moves.get(path, file.place), _fix(path)
         if path == reader.CONFIG and vouched.config is not None:
             expected = vouched.config.text.encode()
             if not compare_file(out, at, (len(expected), ""), "the log", False, fix):

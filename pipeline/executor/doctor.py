@@ -13,6 +13,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,14 +21,14 @@ import msgspec
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, one_line
 from ..corpus.work_list_summary import load_work_list
-from ..io import files, own_modules
-from ..io.location import locate
+from ..io import bucket_checks, files, own_modules, scratch
+from ..io.location import is_bucket, locate
 from ..io.store import store_of
 from ..models import registry
 from ..stages.recipes import used_backends
 from . import driver, gpus, ray_data
 from .estimate.pools import find_pools
-from .findings import FAIL, OK, WARN, Finding, failed
+from .findings import FAIL, OK, WARN, Finding, failed, try_check
 from .gpus import MANY_POOLS, Gpu
 from .packages import check_backend_packages, check_python_and_base
 from .preflight import check_sources, check_stages, inspect_backend
@@ -235,7 +236,10 @@ def _check_main_memory(place: str, backend: Backend, weight_bytes: int) -> Findi
 
 def check_output_on_nodes(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
     """Check that `out` can be written, is the same folder on every node, and has room. It leaves no file."""
-    out = locate(config.out)
+    if is_bucket(config.out):
+        yield from _check_bucket(config, nodes)
+        return
+    out = Path(config.out)
     created = [folder for folder in (out, *out.parents) if not files.exists(folder)]
     probe = out / f".doctor-{uuid.uuid4().hex}"
     try:
@@ -258,6 +262,27 @@ def check_output_on_nodes(config: BuildConfig, nodes: list[Node]) -> Iterator[Fi
             store_of(out).delete(str(probe))
             for folder in created:
                 folder.rmdir()
+
+
+def _check_bucket(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
+    """Check that the bucket keeps its promises, from here and from every node, and that scratch has room."""
+    fix = "correct `out` or the store's credentials (docs/buckets.md)"
+    yield try_check("out", fix, _look_at_bucket, config.out)
+    for node in nodes:
+        yield try_check(f"out on {node.host}", fix, _on_node(_look_at_bucket, node, {}), config.out)
+    folder = scratch.folder_of(config.out)
+    free = shutil.disk_usage(folder).free
+    found = f"{free / 1e9:.1f} GB free in {folder}"
+    if free < config.failures.min_free_gb * 1e9:
+        fix = f"free space, or set {scratch.VARIABLE} to a folder with more room"
+        yield Finding("scratch", WARN, found, fix)
+    else:
+        yield Finding("scratch", OK, found)
+
+
+def _look_at_bucket(out: str) -> str:
+    bucket_checks.probe(out)
+    return f"{out} can be written, and creates a name once"
 
 
 def _has_file(node: Node, path: str) -> bool:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError
-from ..io import files
+from ..io import bucket_checks, files
+from ..io.location import is_bucket
 from ..models import registry
 from ..models.protocols import Checked
 from ..sources.protocols import Catalog, Source
@@ -145,13 +146,23 @@ def _list_source(source: Source) -> str:
     return f"{len(source.fingerprint(Catalog()))} files and folders found"
 
 
+def _check_url(out: str) -> str:
+    bucket_checks.refuse_secrets(out)
+    return f"{out} is a place in a bucket"
+
+
 def _check_places(config: BuildConfig) -> str:
     refuse_overlap(config)
     return "the sources and `out` do not overlap"
 
 
 def check_output(out: str) -> Finding:
-    """Check that the output folder, or the nearest folder above it that exists, can be written."""
+    """Check that the output folder, or the nearest folder above it that exists, can be written.
+
+    Of a bucket only that its URL says nothing that must not be in it: `probe` asks the bucket.
+    """
+    if is_bucket(out):
+        return try_check("out", "correct `out`", _check_url, out)
     path = Path(out)
     nearest = next(folder for folder in (path, *path.parents) if files.exists(folder))
     if files.is_folder(str(nearest)) and os.access(nearest, os.W_OK | os.X_OK):

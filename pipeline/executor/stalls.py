@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from ..io.activity import NOW
+from .run_folders import run_folder
 
 log = logging.getLogger(__name__)
 

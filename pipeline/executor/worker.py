@@ -53,6 +53,7 @@ from .job import Job
 from .loaded_models import LoadedModels
 from .photo_digests import PhotoWatch, check_photos
 from .rows import error_text
+from .run_folders import local_folder
 from .stalls import stack_file
 
 log = logging.getLogger(__name__)

@@ -201,7 +201,7 @@ class EvidenceStore(Generic[E]):
         self._delete_parts(unit, 0)
 
     def _delete_parts(self, unit: str, first: int) -> None:
-        """Delete all parts from a number on, the last one first, so that no number is left out at any time."""
+        """Delete all parts from a number on, the last one first: no number is left out at any time."""
         store, last = store_of(self.folder), first
         while store.size(str(self.path(unit, last))) is not None:
             last += 1
