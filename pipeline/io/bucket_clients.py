@@ -8,6 +8,7 @@ is never pickled, since the pickle would hold the secret, and never used after a
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import threading
@@ -79,6 +80,17 @@ def place_of(url: str) -> Place:
     scheme, _, rest = variables.expand(url).partition("://")
     bucket, _, key = rest.partition("/")
     return Place(scheme, bucket, key.strip("/"))
+
+
+def key_of(url: str) -> str:
+    """The key of an object.
+
+    Raises:
+        IsADirectoryError: the URL names a whole bucket.
+    """
+    if not (key := place_of(url).key):
+        raise IsADirectoryError(errno.EISDIR, "a bucket, and no object", url)
+    return key
 
 
 def use_as_corpus(url: str) -> None:
@@ -167,23 +179,30 @@ class BucketError(OSError):
         return BucketError, (str(self), self.status, self.code)
 
 
-def ask(question: Callable[[], Result], url: str) -> Result:
+def ask(question: Callable[[Any, ObjectStore], Result], url: str) -> Result:
     """What a call of obstore returns, with its errors as errors of the system, for `failures` to tell apart.
+
+    Args:
+        question: is given the module obstore and the client of the URL's bucket.
+        url: of the object or folder.
 
     Raises:
         FileNotFoundError: there is no such object.
-        ConfigError: nothing in this bucket can be had: no such bucket, no credentials.
+        ConfigError: as `client_of`, and where nothing in this bucket can be had: no bucket, no credentials.
         BucketError: anything else.
     """
+    client = client_of(place_of(url))
+    import obstore
+
     try:
-        return question()
+        return question(obstore, client)
     except Exception as error:
         if not _is_of_obstore(error):
             raise
         raise _translated(error, url) from None
 
 
-def insist(question: Callable[[], Result], url: str) -> Result:
+def insist(question: Callable[[Any, ObjectStore], Result], url: str) -> Result:
     """`ask` again and again within the budget of `failures.RETRYING`; who may not write is told so in a line.
 
     Raises:
@@ -194,12 +213,18 @@ def insist(question: Callable[[], Result], url: str) -> Result:
     try:
         return RETRYING.call(lambda: ask(question, url), url)
     except ReadError as failure:
-        cause = failure.__cause__
-        if isinstance(cause, FileNotFoundError):
-            raise cause from None
+        if isinstance(failure.__cause__, FileNotFoundError | IsADirectoryError):
+            raise failure.__cause__ from None
         if failure.kind in (Kind.REFUSED, Kind.SETUP):
             raise ConfigError(f"{failure}; {_fix(place_of(url).scheme)}") from None
         raise
+
+
+def names_in(calls: Any, client: ObjectStore, key: str) -> list[str]:
+    """Names of the objects and folders directly below a key, as they are now; no such folder, no names."""
+    found = calls.list_with_delimiter(client, key or None)
+    keys = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
+    return sorted({name for each in keys if (name := each[len(key) :].strip("/"))})
 
 
 _STATUS = re.compile(r"status code: (\d{3}) ?([^:\n]*)")
@@ -228,7 +253,7 @@ def _translated(error: Exception, url: str) -> Exception:
     if kind is Kind.SETUP:
         return ConfigError(f"{url}: {why}; {_fix(place_of(url).scheme)}")
     if isinstance(error, FileNotFoundError) or number == 404:
-        return FileNotFoundError(2, "no such object", url)
+        return FileNotFoundError(errno.ENOENT, "no such object", url)
     return answer
 
 

@@ -10,17 +10,14 @@ from __future__ import annotations
 import io
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, Any, NoReturn, TypeVar, cast
+from typing import IO, Any, NoReturn, cast
 
 from ...schemas.secrets import shorten
 from .activity import NOW, touching
-from .bucket_clients import BucketError, Place, client_of, insist, open_memory, place_of
+from .bucket_clients import BucketError, insist, key_of, names_in, open_memory, place_of
 from .scratch import Staged
 from .store_kind import Store
-
-Result = TypeVar("Result")
 
 _CONFLICTS = 5
 """How often a name is created again that is said to be taken while nothing is there."""
@@ -31,7 +28,7 @@ _DELETED_AT_ONCE = 1000
 
 
 class BucketStore(Store):
-    """S3, Azure's blobs, Google's storage, or the memory of this process. It holds no client and no secret."""
+    """S3, Azure's blobs, Google's storage, or the memory of this process. It holds no secret."""
 
     moves = False
 
@@ -44,15 +41,13 @@ class BucketStore(Store):
 
     @touching
     def create(self, path: str, data: bytes) -> bool:
-        place, bucket = _open_to_write(path)
-        return insist(lambda: _create(bucket, place.key, data), path)
+        _let_in(path)
+        return insist(lambda calls, client: _create(calls, client, key_of(path), data), path)
 
     @touching
     def put(self, path: str, data: bytes) -> None:
-        import obstore
-
-        place, bucket = _open_to_write(path)
-        insist(lambda: obstore.put(bucket, place.key, data), path)
+        _let_in(path)
+        insist(lambda calls, client: calls.put(client, key_of(path), data), path)
 
     def write(self, path: str) -> IO[bytes]:
         return cast(IO[bytes], Upload(path))
@@ -71,56 +66,43 @@ class BucketStore(Store):
 
     @touching
     def delete(self, path: str) -> None:
-        import obstore
-
-        place = place_of(path)
         with suppress(FileNotFoundError):
-            _call(lambda bucket: obstore.delete(bucket, place.key), path)
+            insist(lambda calls, client: calls.delete(client, key_of(path)), path)
 
     @touching
     def delete_folder(self, path: str) -> None:
-        import obstore
-
-        def delete(bucket: Any) -> None:
-            for found in obstore.list(bucket, place_of(path).key or None, chunk_size=_DELETED_AT_ONCE):
-                obstore.delete(bucket, [each["path"] for each in found])
-
+        key = place_of(path).key or None
         with suppress(OSError):
-            _call(delete, path)
+            found = insist(lambda calls, client: calls.list(client, key).collect(), path)
+            keys = [each["path"] for each in found]
+            for start in range(0, len(keys), _DELETED_AT_ONCE):
+                some = keys[start : start + _DELETED_AT_ONCE]
+                with suppress(FileNotFoundError):  # another one deletes them too
+                    insist(lambda calls, client, some=some: calls.delete(client, some), path)
 
     @touching
     def size(self, path: str) -> int | None:
-        import obstore
-
         try:
-            return _call(lambda bucket: obstore.head(bucket, place_of(path).key), path)["size"]
-        except FileNotFoundError:
+            return insist(lambda calls, client: calls.head(client, key_of(path)), path)["size"]
+        except (FileNotFoundError, IsADirectoryError):
             return None
 
     @touching
     def read(self, path: str) -> bytes:
-        import obstore
-
-        return _call(lambda bucket: obstore.get(bucket, place_of(path).key).bytes().to_bytes(), path)
+        return insist(lambda calls, client: calls.get(client, key_of(path)).bytes().to_bytes(), path)
 
     @touching
     def list(self, folder: str) -> list[str]:
-        import obstore
-
-        key = place_of(folder).key
         try:
-            found = _call(lambda bucket: obstore.list_with_delimiter(bucket, key or None), folder)
+            return insist(lambda calls, client: names_in(calls, client, place_of(folder).key), folder)
         except FileNotFoundError:
             return []
-        keys = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
-        return sorted({name for each in keys if (name := each[len(key) :].strip("/"))})
 
     @touching
     def modified_s(self, path: str) -> float:
-        import obstore
-
-        found = _call(lambda bucket: obstore.head(bucket, place_of(path).key), path)
-        return found["last_modified"].timestamp()
+        return insist(lambda calls, client: calls.head(client, key_of(path)), path)[
+            "last_modified"
+        ].timestamp()
 
 
 class Upload(io.BufferedIOBase):
@@ -130,9 +112,9 @@ class Upload(io.BufferedIOBase):
     """
 
     def __init__(self, path: str):
-        self._path, self._place = path, place_of(path)
-        home = f"{self._place.scheme}://{self._place.bucket}"
-        self._staged = Staged(home, self._place.key.rpartition("/")[2])
+        self._path = path
+        scheme, bucket, key = place_of(path)
+        self._staged = Staged(f"{scheme}://{bucket}", key.rpartition("/")[2])
 
     def writable(self) -> bool:
         return True
@@ -174,46 +156,36 @@ class Upload(io.BufferedIOBase):
             self.discard()
 
     def _upload(self) -> None:
-        import obstore
+        key, content, size = key_of(self._path), self._staged.content(), self._staged.size
 
-        _, bucket = _open_to_write(self._path)
-        key, content, size = self._place.key, self._staged.content(), self._staged.size
-
-        def upload() -> None:
-            obstore.put(bucket, key, content)
-            if (arrived := obstore.head(bucket, key)["size"]) != size:
+        def upload(calls: Any, client: Any) -> None:
+            calls.put(client, key, content)
+            if (arrived := calls.head(client, key)["size"]) != size:
                 raise BucketError(f"{arrived} of {size} bytes have arrived")
 
+        _let_in(self._path)
         with NOW.touching(self._path):
             insist(upload, self._path)
 
 
-def _create(bucket: Any, key: str, data: bytes) -> bool:
+def _create(calls: Any, client: Any, key: str, data: bytes) -> bool:
     """Whether this call, or an earlier one whose answer was lost, has written it."""
-    import obstore
-    from obstore.exceptions import AlreadyExistsError
-
     for turn in range(_CONFLICTS):
         try:
-            obstore.put(bucket, key, data, mode="create")
+            calls.put(client, key, data, mode="create")
             return True
-        except AlreadyExistsError:
+        except calls.exceptions.AlreadyExistsError:
             with suppress(FileNotFoundError):
-                return obstore.get(bucket, key).bytes().to_bytes() == data
+                return calls.get(client, key).bytes().to_bytes() == data
         time.sleep(_CONFLICT_S * 2**turn)
     raise BucketError("said to be there, and is not", 409)
 
 
-def _call(question: Callable[[Any], Result], path: str) -> Result:
-    bucket = client_of(place_of(path))
-    return insist(lambda: question(bucket), path)
-
-
-def _open_to_write(path: str) -> tuple[Place, Any]:
-    place = place_of(path)
-    if place.scheme == "memory":
-        open_memory(place.bucket)
-    return place, client_of(place)
+def _let_in(path: str) -> None:
+    """What is written to `memory://` is read from there, and not from fsspec's."""
+    scheme, bucket, _ = place_of(path)
+    if scheme == "memory":
+        open_memory(bucket)
 
 
 def _never_moves(path: str, target: str) -> AssertionError:

@@ -75,6 +75,7 @@ _CODES = {
     "InvalidBucketName": Kind.SETUP,
     "InvalidToken": Kind.SETUP,
     "NoSuchBucket": Kind.SETUP,
+    "NotImplemented": Kind.SETUP,
     "NotSignedUp": Kind.SETUP,
     "PermanentRedirect": Kind.SETUP,
     "RequestTimeTooSkewed": Kind.SETUP,

@@ -35,7 +35,7 @@ _STEP_BYTES = 64 << 20
 """How much is written before the free space is looked at again."""
 
 _PREFIX = "staged"
-_cleaned: dict[Path, int] = {}
+_cleaned: dict[str, int] = {}
 _lock = threading.Lock()
 
 
@@ -98,6 +98,7 @@ class Staged:
     """
 
     def __init__(self, out: str, name: str):
+        _clean_once(out)
         self._out, self._name = out, name
         self._buffer = bytearray()
         self._file: Any = None
@@ -152,14 +153,17 @@ class Staged:
         self._buffer = bytearray()
 
 
-def _own_folder(out: str) -> Path:
-    """The folder of this process in a corpus's scratch; what dead ones left is removed first."""
-    folder = folder_of(out)
+def _clean_once(out: str) -> None:
+    """Remove what dead processes left, before this one stages its first file."""
     with _lock:
-        if _cleaned.get(folder) != os.getpid():
+        if _cleaned.get(out) != os.getpid():
             clean(out)
-            _cleaned[folder] = os.getpid()
-    own = folder / _folder_name(this_process())
+            _cleaned[out] = os.getpid()
+
+
+def _own_folder(out: str) -> Path:
+    """The folder of this process in a corpus's scratch."""
+    own = folder_of(out) / _folder_name(this_process())
     own.mkdir(mode=0o700, exist_ok=True)
     return own
 

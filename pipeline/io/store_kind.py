@@ -35,7 +35,7 @@ class Store(ABC):
     @abstractmethod
     def write(self, path: str) -> IO[bytes]:
         """Open a new file to be written piece by piece. It is there when it is closed; not atomic, so give it
-        a temporary name. Folders above it are made.
+        a name of `new_name`. Folders above it are made. A file that has `discard` is given up by it.
         """
 
     @abstractmethod
