@@ -9,10 +9,10 @@ import threading
 import time
 import uuid
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import BinaryIO
+from io import BufferedIOBase
 from urllib.parse import quote, unquote
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -29,8 +29,8 @@ _KEPT_HEADERS = (
 )
 _CODES = {403: "AccessDenied", 409: "ConditionalRequestConflict", 429: "SlowDown", 500: "InternalError"}
 _CODES |= {503: "SlowDown"}
-Xml = dict[str, "Xml"] | list[tuple[str, "Xml"]] | str | int
-"""A list holds what has the same name several times."""
+Xml = Mapping[str, "Xml"] | Sequence[tuple[str, "Xml"]] | str | int
+"""Elements by name in order; pairs may hold a name several times."""
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def xml(cls, root: str, status: int = 200, **content: Xml) -> Answer:
-        text = f'<?xml version="1.0" encoding="UTF-8"?>{_xml({root: dict(content)})}'
+    def xml(cls, root: str, content: Xml = "", status: int = 200) -> Answer:
+        text = f'<?xml version="1.0" encoding="UTF-8"?>{_xml({root: content})}'
         return cls(status, text.encode(), {"Content-Type": "application/xml"})
 
 
@@ -55,7 +55,8 @@ class Refused(Exception):
         self.status, self.code, self.about = status, code, about
 
     def answer(self) -> Answer:
-        return Answer.xml("Error", self.status, Code=self.code, Message=self.code, Resource=self.about)
+        content = {"Code": self.code, "Message": self.code, "Resource": self.about}
+        return Answer.xml("Error", content, self.status)
 
 
 def failure(status: int) -> Answer:
@@ -143,7 +144,7 @@ class Bucket:
                 return Answer(204)
             case "DeleteObjects":
                 self._delete(call.keys)
-                return Answer.xml("DeleteResult", **{"": [("Deleted", {"Key": key}) for key in call.keys]})
+                return Answer.xml("DeleteResult", [("Deleted", {"Key": key}) for key in call.keys])
             case "ListObjectsV2":
                 return self._list(call, faults)
             case "CreateMultipartUpload":
@@ -159,12 +160,12 @@ class Bucket:
                 return Answer(204)
             case "ListMultipartUploads":
                 uploads = [("Upload", {"Key": k, "UploadId": n}) for n, k in self.unfinished().items()]
-                return Answer.xml("ListMultipartUploadsResult", Bucket=call.bucket, **{"": uploads})
+                return Answer.xml("ListMultipartUploadsResult", uploads)
             case "ListParts":
                 with self._lock:
                     parts = sorted(self._upload(call).parts.items())
                 listed = [("Part", {"PartNumber": n, "ETag": e, "Size": len(b)}) for n, (b, e) in parts]
-                return Answer.xml("ListPartsResult", Key=call.key, **{"": listed})
+                return Answer.xml("ListPartsResult", listed)
             case "HeadBucket":
                 return Answer()
             case "GetBucketLocation":
@@ -187,7 +188,7 @@ class Bucket:
             old = self._found(source)
             new = Stored(old.content, old.etag, old.headers)
             self._store(call.key, new)
-        return Answer.xml("CopyObjectResult", ETag=new.etag, LastModified=_iso(new.modified))
+        return Answer.xml("CopyObjectResult", {"ETag": new.etag, "LastModified": _iso(new.modified)})
 
     def _check(self, call: Call, faults: Faults) -> None:
         """Refuse a write whose conditions do not hold."""
@@ -247,15 +248,16 @@ class Bucket:
             page, last = self._page(prefix, delimiter, after, most + 1, faults)
             listed = [(key, self._objects.get(key)) for key in page[:most]]
         written = quote if call.query.get("encoding-type") == "url" else str
-        content: dict[str, Xml] = {"Name": call.bucket, "Prefix": written(prefix), "KeyCount": len(listed)}
-        content |= {"MaxKeys": most, "IsTruncated": "true" if len(page) > most else "false"}
+        content: list[tuple[str, Xml]] = [("Name", call.bucket), ("Prefix", written(prefix))]
+        content += [("KeyCount", len(listed)), ("MaxKeys", most)]
+        content.append(("IsTruncated", "true" if len(page) > most else "false"))
         if "encoding-type" in call.query:
-            content["EncodingType"] = "url"
+            content.append(("EncodingType", "url"))
         if len(page) > most:
             token = base64.urlsafe_b64encode(last[most - 1].encode()).decode() if most else ""
-            content["NextContinuationToken"] = token
-        content[""] = [_listed(written(key), stored, key) for key, stored in listed]
-        return Answer.xml("ListBucketResult", **content)
+            content.append(("NextContinuationToken", token))
+        content += [_listed(written(key), stored) for key, stored in listed]
+        return Answer.xml("ListBucketResult", content)
 
     def _page(
         self, prefix: str, delimiter: str, after: str, most: int, faults: Faults
@@ -285,7 +287,8 @@ class Bucket:
         number = uuid.uuid4().hex
         with self._lock:
             self._uploads[number] = Upload(call.key, _kept(call.headers))
-        return Answer.xml("InitiateMultipartUploadResult", Bucket=call.bucket, Key=call.key, UploadId=number)
+        told = {"Bucket": call.bucket, "Key": call.key, "UploadId": number}
+        return Answer.xml("InitiateMultipartUploadResult", told)
 
     def _upload(self, call: Call) -> Upload:
         upload = self._uploads.get(call.query["uploadId"])
@@ -317,17 +320,18 @@ class Bucket:
                 upload.etag = f'"{hashlib.md5(digests).hexdigest()}-{len(numbers)}"'
                 upload.parts = {}
                 self._store(call.key, Stored(content, upload.etag, upload.headers))
-        return Answer.xml("CompleteMultipartUploadResult", Bucket=call.bucket, Key=call.key, ETag=upload.etag)
+        told = {"Bucket": call.bucket, "Key": call.key, "ETag": upload.etag}
+        return Answer.xml("CompleteMultipartUploadResult", told)
 
 
-def read_headers(stream: BinaryIO) -> Iterator[tuple[str, str]]:
+def read_headers(stream: BufferedIOBase) -> Iterator[tuple[str, str]]:
     """Names in lower case, and values."""
     while line := stream.readline(1 << 16).strip():
         name, _, value = line.decode("latin-1").partition(":")
         yield name.lower(), value.strip()
 
 
-def read_body(stream: BinaryIO, headers: dict[str, str]) -> bytes | None:
+def read_body(stream: BufferedIOBase, headers: dict[str, str]) -> bytes | None:
     """A request's body, whole; None if the connection ended in the middle of it."""
     if headers.get("transfer-encoding", "").lower() == "chunked":
         body = _chunks(stream)
@@ -340,7 +344,7 @@ def read_body(stream: BinaryIO, headers: dict[str, str]) -> bytes | None:
     return body
 
 
-def _chunks(stream: BinaryIO) -> bytes | None:
+def _chunks(stream: BufferedIOBase) -> bytes | None:
     """The chunks of HTTP."""
     parts = []
     while line := stream.readline(1 << 16):
@@ -405,7 +409,7 @@ def _span(asked: str, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
-def _listed(written: str, stored: Stored | None, key: str) -> tuple[str, Xml]:
+def _listed(written: str, stored: Stored | None) -> tuple[str, Xml]:
     if stored is None:
         return "CommonPrefixes", {"Prefix": written}
     return "Contents", {
@@ -439,9 +443,7 @@ def _texts(body: bytes, name: str) -> list[str]:
 
 
 def _xml(content: Xml) -> str:
-    """Elements in order; those of a list under the name "" stand beside the others."""
-    if isinstance(content, dict):
-        content = list(content.items())
-    if isinstance(content, list):
-        return "".join(_xml(each) if not name else f"<{name}>{_xml(each)}</{name}>" for name, each in content)
-    return escape(str(content))
+    if isinstance(content, (str, int)):
+        return escape(str(content))
+    pairs = content.items() if isinstance(content, Mapping) else content
+    return "".join(f"<{name}>{_xml(each)}</{name}>" for name, each in pairs)

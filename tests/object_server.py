@@ -172,10 +172,7 @@ class ObjectServer:
             self._log.append(logged)
             self._counts["requests"][call.operation] += 1
             self._counts["bytes"]["in"] += len(call.body)
-            gate = next(
-                (gate for gate in self._gates.values() if gate.stops(call)),
-                None,
-            )
+            gate = next((gate for gate in self._gates.values() if gate.stops(call)), None)
             if gate is None:
                 logged.fault = self._draws.next(call, self._faults)
                 return logged, None
@@ -201,9 +198,8 @@ class ObjectServer:
                 self.make_bucket(call.bucket)
                 return Answer()
             if call.operation == "ListBuckets":
-                return Answer.xml(
-                    "ListAllMyBucketsResult", Buckets=[("Bucket", {"Name": b}) for b in self._buckets]
-                )
+                buckets = [("Bucket", {"Name": b}) for b in self._buckets]
+                return Answer.xml("ListAllMyBucketsResult", {"Buckets": buckets})
             if call.bucket not in self._buckets:
                 raise Refused(404, "NoSuchBucket", call.bucket)
             return self._buckets[call.bucket].answer(call, faults)
