@@ -11,12 +11,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError, PreconditionError
-from obstore.store import RetryConfig, S3Store, from_url
+from obstore.store import S3Store, from_url
 
 from tests.object_server import ObjectServer, control, serving
+
+if TYPE_CHECKING:
+    from obstore.store import RetryConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKLY: RetryConfig = {
