@@ -24,6 +24,7 @@ from ...schemas.records import Blob
 from ..io import files
 from ..io.activity import NOW
 from ..io.store import Store, store_of
+from ..io.store_kind import give_up
 from . import adopt, log, processes, records
 from .log import BEAT, REPLACED, LogState, moves_of, read_state, record_path
 from .records import Claim, Done, LogFile, Record
@@ -78,6 +79,8 @@ class HashedFile(io.RawIOBase):
 
     def discard(self) -> None:
         """Close and delete the file."""
+        with suppress(OSError):
+            give_up(self._file)
         with suppress(OSError):
             self.close()
         with suppress(OSError):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
+from contextlib import suppress
+
 from ...schemas.errors import ConfigError
+from ...schemas.records import Blob
 from . import files, variables
-from .bucket_clients import CREDENTIALS, SCHEMES
+from .bucket_clients import CREDENTIALS, SCHEMES, place_of
+from .store import Store, store_of
 
 _OTHER_NAMES = {
     "s3a": "s3",
@@ -16,6 +21,17 @@ _OTHER_NAMES = {
     "adl": "az",
 }
 """What other programs call a scheme."""
+
+PROBE = f"{files.TEMPORARY}check-"
+"""How the objects are named, in the corpus itself, with which a store is tried."""
+
+_TURNS = 3
+"""How often a store is tried that fails: whoever owns the corpus may sweep such an object meanwhile."""
+
+_ABANDONED_S = 3600.0
+"""An object of a trial that is older than this is what a killed process left."""
+
+_tried: set[tuple[str, str]] = set()
 
 
 def refuse_secrets(url: str) -> None:
@@ -43,6 +59,70 @@ def refuse_secrets(url: str) -> None:
         raise ConfigError(f"out: {shown}: names no bucket; write {scheme}://BUCKET/CORPUS")
     if any(part in ("", ".", "..") for part in key.rstrip("/").split("/")) and key:
         raise ConfigError(f"out: {shown}: has an empty part, `.` or `..`; write the address out")
+
+
+def check_store(out: str) -> None:
+    """Try what a corpus needs of a bucket, once for each bucket and process; nothing is left there.
+
+    A folder passes.
+
+    Raises:
+        ConfigError: the bucket is not there or may not be written; or its store lacks something, as those do
+            that ignore the condition of a write: two drivers could both commit there.
+        OSError: the store does not answer.
+    """
+    if not files.is_url(out):
+        return
+    scheme, bucket, _ = place_of(out)
+    if (scheme, bucket) in _tried:
+        return
+    out, store, lacking = out.rstrip("/"), store_of(out), ""
+    for _ in range(_TURNS):
+        path = f"{out}/{PROBE}{uuid.uuid4().hex[:12]}"
+        try:
+            if not (lacking := _what_it_lacks(store, path)):
+                _delete_abandoned(store, out, path)
+                _tried.add((scheme, bucket))
+                return
+        finally:
+            with suppress(OSError, ConfigError):
+                store.delete(path)
+    raise ConfigError(
+        f"{scheme}://{bucket}: {lacking}, so a corpus in it would not be safe; use a store that does, such as "
+        "S3, Azure's or Google's, or a folder"
+    )
+
+
+def _what_it_lacks(store: Store, path: str) -> str:
+    """What the store of a new name does not do, in words; "" if it does everything."""
+    first, second, third = (uuid.uuid4().bytes for _ in range(3))
+    if not store.create(path, first):
+        return "the store says that a new name is taken"
+    try:
+        if store.create(path, second) or store.read(path) != first:
+            return "the store ignores `If-None-Match: *`, and replaces what is there"
+        store.put(path, third)
+        if store.read(path) != third:
+            return "the store does not give what was written last"
+        if files.read(Blob(path), 3, 5) != third[3:8]:
+            return "the store does not read ranges (it ignores `Range`)"
+    except FileNotFoundError:
+        return "the store loses what was written"
+    store.delete(path)
+    return "" if store.size(path) is None else "the store does not delete"
+
+
+def _delete_abandoned(store: Store, out: str, path: str) -> None:
+    """Delete what trials of killed processes left, by the store's own clock."""
+    left = [f"{out}/{name}" for name in store.list(out) if name.startswith(PROBE)]
+    if not left:
+        return
+    store.put(path, b"")
+    now_s = store.modified_s(path)
+    for other in left:
+        with suppress(FileNotFoundError):
+            if now_s - store.modified_s(other) > _ABANDONED_S:
+                store.delete(other)
 
 
 def _without_secrets(scheme: str, rest: str) -> str:

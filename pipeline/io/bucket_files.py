@@ -1,9 +1,9 @@
 """Reads what lies in the buckets of corpora, over obstore, for `files.backend_of`.
 
 Only buckets that a corpus lies in are read here, in a process that has named one: `store_of` and `locate`
-call `bucket_clients.use_as_corpus`. Sources in other buckets stay with fsspec, whose own options (`FSSPEC_S3`,
+call `bucket_clients.use_as_corpus`. Sources in other buckets stay with fsspec, whose options (`FSSPEC_S3`,
 profiles in `~/.aws`) obstore does not know; and `memory://` is fsspec's unless a corpus was written there.
-obstore asks the bucket each time, where fsspec remembers what it has listed: others write to a corpus meanwhile.
+obstore asks the bucket each time; fsspec remembers listings, and others write to a corpus meanwhile.
 """
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ class BucketFiles:
                 return "file"
             except FileNotFoundError:
                 pass
-        first = ask(
-            lambda calls, client: next(iter(calls.list(client, key or None, chunk_size=1)), None), url
-        )
-        return "folder" if first else None
+        return "folder" if ask(lambda calls, client: _has_any(calls, client, key), url) else None
 
     def list_names(self, folder: str) -> list[str]:
         names = ask(lambda calls, client: names_in(calls, client, place_of(folder).key), folder)
@@ -75,6 +72,10 @@ class BucketFiles:
 
 def _head(url: str) -> Any:
     return ask(lambda calls, client: calls.head(client, key_of(url)), url)
+
+
+def _has_any(calls: Any, client: Any, key: str) -> bool:
+    return bool(next(iter(calls.list(client, key or None, chunk_size=1)), None))
 
 
 def _read(calls: Any, client: Any, key: str, start: int, length: int | None) -> bytes:

@@ -83,7 +83,7 @@ class BucketStore(Store):
     @touching
     def size(self, path: str) -> int | None:
         try:
-            return insist(lambda calls, client: calls.head(client, key_of(path)), path)["size"]
+            return _head(path)["size"]
         except (FileNotFoundError, IsADirectoryError):
             return None
 
@@ -100,9 +100,7 @@ class BucketStore(Store):
 
     @touching
     def modified_s(self, path: str) -> float:
-        return insist(lambda calls, client: calls.head(client, key_of(path)), path)[
-            "last_modified"
-        ].timestamp()
+        return _head(path)["last_modified"].timestamp()
 
 
 class Upload(io.BufferedIOBase):
@@ -166,6 +164,10 @@ class Upload(io.BufferedIOBase):
         _let_in(self._path)
         with NOW.touching(self._path):
             insist(upload, self._path)
+
+
+def _head(path: str) -> Any:
+    return insist(lambda calls, client: calls.head(client, key_of(path)), path)
 
 
 def _create(calls: Any, client: Any, key: str, data: bytes) -> bool:

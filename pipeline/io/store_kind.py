@@ -35,7 +35,8 @@ class Store(ABC):
     @abstractmethod
     def write(self, path: str) -> IO[bytes]:
         """Open a new file to be written piece by piece. It is there when it is closed; not atomic, so give it
-        a name of `new_name`. Folders above it are made. A file that has `discard` is given up by it.
+        a name of `new_name`. Folders above it are made. Who does not want it any more gives it up
+        (`give_up`), since to close it may be to upload it.
         """
 
     @abstractmethod
@@ -87,3 +88,12 @@ class Store(ABC):
     @abstractmethod
     def modified_s(self, path: str) -> float:
         """When a file was last written, in seconds since the epoch, by the store's clock."""
+
+
+def give_up(file: IO[bytes]) -> None:
+    """Close a new file that nobody wants any more. It may lie there under its name, or not at all."""
+    discard = getattr(file, "discard", None)
+    if discard is None:
+        file.close()
+    else:
+        discard()
