@@ -88,8 +88,8 @@ def check_store(out: str) -> None:
             with suppress(OSError, ConfigError):
                 store.delete(path)
     raise ConfigError(
-        f"{scheme}://{bucket}: {lacking}, so a corpus in it would not be safe; use a store that does, such as "
-        "S3, Azure's or Google's, or a folder"
+        f"{scheme}://{bucket}: {lacking}, so a corpus in it would not be safe; use a store that does, "
+        "such as S3, Azure's or Google's, or a folder"
     )
 
 

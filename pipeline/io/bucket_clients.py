@@ -203,7 +203,7 @@ def ask(question: Callable[[Any, ObjectStore], Result], url: str) -> Result:
 
 
 def insist(question: Callable[[Any, ObjectStore], Result], url: str) -> Result:
-    """`ask` again and again within the budget of `failures.RETRYING`; who may not write is told so in a line.
+    """`ask` again and again within the budget of `failures.RETRYING`; a refusal is of the set-up.
 
     Raises:
         FileNotFoundError: as `ask`.
@@ -248,9 +248,11 @@ def _translated(error: Exception, url: str) -> Exception:
     if any(address in text for address in _METADATA) and number not in (429, 500, 502, 503, 504):
         return ConfigError(f"{url}: no credentials; {_fix(place_of(url).scheme)}")
     why = _why(text, status, code)
+    if code and code[1] == "NoSuchUpload":  # finished before: the answer was lost, and obstore asked again
+        return BucketError(why, code=code[1])
     answer = BucketError(why, number, code[1] if code else "")
     kind = classify(answer) if number or code else classify(error)
-    if kind is Kind.SETUP:
+    if kind is Kind.SETUP or number == 501:
         return ConfigError(f"{url}: {why}; {_fix(place_of(url).scheme)}")
     if isinstance(error, FileNotFoundError) or number == 404:
         return FileNotFoundError(errno.ENOENT, "no such object", url)

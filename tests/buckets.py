@@ -1,0 +1,63 @@
+"""Fixtures: places for a corpus in buckets of this machine."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from paracaption.pipeline.io import scratch
+from tests.object_server import ObjectServer, serving
+
+_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_REGION": "us-east-1",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    """The address of moto's S3."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_out(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place in a new bucket of moto's S3, which the environment leads to."""
+    for name, value in {**_ENVIRONMENT, "AWS_ENDPOINT_URL": moto_url}.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"b-{uuid.uuid4().hex[:12]}"
+    assert httpx.put(f"{moto_url}/{bucket}").is_success
+    return f"s3://{bucket}/corpus"
+
+
+@pytest.fixture
+def memory_out() -> str:
+    """A place in a new bucket of this process's memory."""
+    return f"memory://b-{uuid.uuid4().hex[:12]}/corpus"
+
+
+@pytest.fixture(params=["memory", "s3"])
+def bucket_out(request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> str:
+    """Both, one after the other; what is staged lies below `tmp_path / "scratch"`."""
+    monkeypatch.setenv(scratch.VARIABLE, str(tmp_path / "scratch"))
+    return request.getfixturevalue(f"{request.param}_out")
+
+
+@pytest.fixture
+def faulty_s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[ObjectServer]:
+    """A server of S3 with the bucket `corpus`, which fails as it is told to; the environment names it."""
+    monkeypatch.setenv(scratch.VARIABLE, str(tmp_path / "scratch"))
+    with serving() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
