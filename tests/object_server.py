@@ -3,7 +3,7 @@
 It answers what obstore, boto3, s3fs and ranged GETs of a shard ask: objects, conditions, ranges, listings,
 bulk deletes, copies and multipart uploads, path-style, whatever the signature. It is strongly consistent, and
 a conditional put is atomic. Faults (`tests/object_faults.py`), gates, counts and the log of requests are
-reached from Python (`ObjectServer`), and from another process by `control(url, method, **arguments)`, which
+reached from Python (`ObjectServer`), and from another process by `control(address, method, **arguments)`, which
 calls the method of the same name:
 
     with serving() as server:                      # or: python -m tests.object_server --port 9000
@@ -46,7 +46,7 @@ class ObjectServer:
 
     Attributes:
         port: on 127.0.0.1.
-        url: without a bucket.
+        address: `http://127.0.0.1:PORT`.
         environment: the variables that obstore, boto3 and s3fs read.
     """
 
@@ -65,9 +65,9 @@ class ObjectServer:
         }
         self._listener = _Listener(("127.0.0.1", port), self)
         self.port: int = self._listener.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.address = f"http://127.0.0.1:{self.port}"
         self.environment = {
-            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ENDPOINT_URL": self.address,
             "AWS_ALLOW_HTTP": "true",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
@@ -130,6 +130,10 @@ class ObjectServer:
         with self._lock:
             self._gates[gate].left = 0
         self._gates[gate].opened.set()
+
+    def url(self, bucket: str = "corpus") -> str:
+        """What obstore opens with the `environment` set."""
+        return f"s3://{bucket}"
 
     def make_bucket(self, bucket: str) -> None:
         """Nothing happens if there is one."""
@@ -269,9 +273,9 @@ CONTROLS = (
 )
 
 
-def control(url: str, method: str, **arguments: Any) -> Any:
-    """Call a method of the `ObjectServer` at a URL, of any process. Raises a ValueError if it refuses."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+def control(address: str, method: str, **arguments: Any) -> Any:
+    """Call a method of the `ObjectServer` at an address, of any process. Raises a ValueError if it refuses."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
     try:
         connection.request("POST", CONTROL + method, json.dumps(arguments))
         response = connection.getresponse()
@@ -386,13 +390,13 @@ class _Connection(socketserver.StreamRequestHandler):
 
 
 def main() -> None:
-    """Serve until killed; the first line of the output is the URL."""
+    """Serve until killed; the first line of the output is the address."""
     parser = argparse.ArgumentParser(description="An S3 server in memory on 127.0.0.1.")
     parser.add_argument("--port", type=int, default=0, help="0: any free one")
     parser.add_argument("--bucket", action="append", help="made at the start; default: corpus")
     given = parser.parse_args()
     server = ObjectServer(tuple(given.bucket or ["corpus"]), given.port)
-    print(server.url, flush=True)  # noqa: T201 - its answer to who started it
+    print(server.address, flush=True)  # noqa: T201 - its answer to who started it
     server.serve()
 
 

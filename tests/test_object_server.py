@@ -154,7 +154,7 @@ def test_boto3_and_s3fs_use_it_too(server):
     import boto3
     import s3fs
 
-    client = boto3.client("s3", endpoint_url=server.url)
+    client = boto3.client("s3", endpoint_url=server.address)
     client.put_object(Bucket="corpus", Key="ü &<>", Body=io.BytesIO(b"stream"), Metadata={"by": "us"})
     got = client.get_object(Bucket="corpus", Key="ü &<>", Range="bytes=-3")
     assert (got["Body"].read(), got["Metadata"]) == (b"eam", {"by": "us"})
@@ -164,7 +164,7 @@ def test_boto3_and_s3fs_use_it_too(server):
     assert server.uploads() == {}
     with pytest.raises(client.exceptions.NoSuchBucket):
         client.list_objects_v2(Bucket="none")
-    files = s3fs.S3FileSystem(endpoint_url=server.url, skip_instance_cache=True)
+    files = s3fs.S3FileSystem(endpoint_url=server.address, skip_instance_cache=True)
     with files.open("corpus/shards/a b.tar", "wb") as file:
         file.write(b"q" * 6_000_000)
     assert files.cat_file("corpus/shards/a b.tar", start=5, end=9) == b"qqqq"
@@ -368,23 +368,25 @@ def test_another_process_serves_and_is_controlled(monkeypatch):
     command = [sys.executable, "-m", "tests.object_server", "--bucket", "other"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
-            url = process.stdout.readline().strip()
-            bucket = S3Store("other", endpoint=url, client_options={"allow_http": True}, skip_signature=True)
+            address = process.stdout.readline().strip()
+            bucket = S3Store(
+                "other", endpoint=address, client_options={"allow_http": True}, skip_signature=True
+            )
             bucket.put("a", b"123")
-            assert control(url, "objects", bucket="other") == {"a": 3}
-            control(url, "set_faults", shares={"404": 1.0})
+            assert control(address, "objects", bucket="other") == {"a": 3}
+            control(address, "set_faults", shares={"404": 1.0})
             with pytest.raises(FileNotFoundError):
                 bucket.get("a")
-            control(url, "set_faults", shares={})
-            gate = control(url, "gate", kind="GET")
+            control(address, "set_faults", shares={})
+            gate = control(address, "gate", kind="GET")
             with ThreadPoolExecutor(1) as thread:
                 got = thread.submit(bucket.get, "a")
-                assert len(control(url, "held", gate=gate, wait_s=10)) == 1
-                control(url, "release", gate=gate)
+                assert len(control(address, "held", gate=gate, wait_s=10)) == 1
+                control(address, "release", gate=gate)
                 got.result()
-            assert control(url, "counts")["requests"] == {"PutObject": 1, "GetObject": 2}
+            assert control(address, "counts")["requests"] == {"PutObject": 1, "GetObject": 2}
             with pytest.raises(ValueError, match="unknown fault 'late'; choose a status"):
-                control(url, "set_faults", shares={"late": 0.1})
+                control(address, "set_faults", shares={"late": 0.1})
         finally:
             process.kill()
 
