@@ -9,19 +9,22 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest
 TWICE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo docs test test-fast soak wheel-check test-wheel models bench lint lock clean
+.PHONY: demo docs test test-fast soak servers wheel-check test-wheel models bench lint lock clean
 
 demo: .venv/base  ## build both subsets of the bundled sample, then look at them
 	$(BIN)/paracaption demo
 
-test: .venv/dev  ## all tests but the soak, in 10 to 20 minutes; `make test ONLY=tests/flows` for a part
+test: .venv/dev  ## all tests but soak and servers, in 10 to 20 minutes; `make test ONLY=tests/flows` for a part
 	$(PYTEST) $(TWICE) $(ONLY)
 
 test-fast: .venv/dev  ## without the slow ones
-	$(PYTEST) $(TWICE) -m "not slow and not soak" $(ONLY)
+	$(PYTEST) $(TWICE) -m "not slow and not soak and not servers" $(ONLY)
 
 soak: .venv/dev  ## many kills, long and adversarial tests: before a release; PARACAPTION_KILLS says how many
-	$(PYTEST) -m soak $(ONLY)
+	$(PYTEST) -m "soak and not servers" $(ONLY)
+
+servers: .venv/dev  ## on real object stores (moto, ministack, azurite); the first run installs them with uv and npm
+	$(PYTEST) -m servers $(ONLY)
 
 wheel-check: .venv/dev  ## the wheel's content, and its demo on Python 3.11 and 3.13; PARACAPTION_PYTHONS names others
 	$(PYTEST) -m soak tests/test_wheel.py
@@ -35,7 +38,7 @@ test-wheel: .venv/dev  ## `make test-fast` on an installed wheel, without the pa
 	git ls-files -z tests benchmarks configs docs samples pyproject.toml README.md | tar --null -T - -c | tar -x -C build/clone
 	cd build/clone && PARACAPTION_SHARED_DATA=$${PARACAPTION_SHARED_DATA:-$(CURDIR)/../shared/data} \
 		PARACAPTION_GOLDEN=$${PARACAPTION_GOLDEN:-$(CURDIR)/../shared/golden} \
-		../venv/bin/python -m pytest $(TWICE) -m "not slow and not soak" $(ONLY)
+		../venv/bin/python -m pytest $(TWICE) -m "not slow and not soak and not servers" $(ONLY)
 
 models: .venv/models  ## what `paracaption caption` and `models` need besides: torch, transformers
 

@@ -1,6 +1,6 @@
 """Which tests share a process, in which order, and the seconds that each group may take.
 
-A test's group is its kind (`ray`, `vllm`, `browser`), else its file: what one group starts, it starts once.
+A test's group is its kind (one of `KINDS`), else its file: what one group starts, it starts once.
 Groups follow one another, the longest by `budget.yaml` first, so that two workers end at about the same time.
 At the end the run reports what each group took against its budget; that is never a failure.
 """
@@ -14,7 +14,7 @@ import pytest
 import yaml
 from _pytest.nodeid import NodeId
 
-KINDS = ("ray", "vllm", "browser")
+KINDS = ("ray", "vllm", "browser", "servers")
 _TESTS = Path(__file__).resolve().parent
 _FEW_S = 2.0
 """Groups without a budget of their own that take less are one line of the report."""

@@ -3,8 +3,8 @@
 It answers what obstore, boto3, s3fs and ranged GETs of a shard ask: objects, conditions, ranges, listings,
 bulk deletes, copies and multipart uploads, path-style, whatever the signature. It is strongly consistent, and
 a conditional put is atomic. Faults (`tests/object_faults.py`), gates, counts and the log of requests are
-reached from Python (`ObjectServer`), and from another process by `control(address, method, **arguments)`, which
-calls the method of the same name:
+reached from Python (`ObjectServer`), and from another process by `control(address, method, **arguments)`,
+which calls the method of the same name:
 
     with serving() as server:                      # or: python -m tests.object_server --port 9000
         server.set_faults(shares={"503": 0.05, "lost_answer": 0.05}, seed=1)
@@ -66,14 +66,7 @@ class ObjectServer:
         self._listener = _Listener(("127.0.0.1", port), self)
         self.port: int = self._listener.server_address[1]
         self.address = f"http://127.0.0.1:{self.port}"
-        self.environment = {
-            "AWS_ENDPOINT_URL": self.address,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        self.environment = s3_environment(self.address)
 
     def serve(self) -> None:
         """Answer until `stop()`."""
@@ -267,6 +260,13 @@ class ObjectServer:
             return Answer(400, f"{type(error).__name__}: {error}".encode())
 
 
+def s3_environment(address: str) -> dict[str, str]:
+    """What obstore, boto3 and s3fs read. `AWS_REGION` is for obstore, `AWS_DEFAULT_REGION` for the others."""
+    keys = {"AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER"}  # the account that s3rver has
+    where = {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true"}
+    return {**where, **keys, "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
 CONTROLS = (
     *("set_faults", "faults", "gate", "fail", "held", "release", "make_bucket"),
     *("objects", "uploads", "counts", "requests", "forget_requests"),
@@ -274,7 +274,7 @@ CONTROLS = (
 
 
 def control(address: str, method: str, **arguments: Any) -> Any:
-    """Call a method of the `ObjectServer` at an address, of any process. Raises a ValueError if it refuses."""
+    """Call a method of the `ObjectServer` at an address, of any process; a ValueError if it refuses."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
     try:
         connection.request("POST", CONTROL + method, json.dumps(arguments))

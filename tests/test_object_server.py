@@ -6,7 +6,6 @@ import http.client
 import io
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -18,6 +17,7 @@ from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDenie
 from obstore.store import S3Store, from_url
 
 from tests.object_server import ObjectServer, control, serving
+from tests.servers import race, set_environment
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
@@ -34,8 +34,7 @@ ONCE: RetryConfig = {"max_retries": 0, "retry_timeout": timedelta(seconds=30)}
 @pytest.fixture
 def server(monkeypatch):
     with serving() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
+        set_environment(monkeypatch, server.environment)
         yield server
 
 
@@ -52,24 +51,6 @@ def listed(bucket: S3Store, prefix: str = "") -> list[str]:
     return [each["path"] for page in bucket.list(prefix) for each in page]
 
 
-def winners(round_: int) -> int:
-    """How many of 16 threads were told that they made the object, which must hold what one of them wrote."""
-    bucket, together, won = store(QUICKLY), threading.Barrier(16), []
-
-    def create(number: int) -> None:
-        together.wait()
-        try:
-            bucket.put(f"round/{round_}", b"%d" % number, mode="create")
-        except AlreadyExistsError:
-            return
-        won.append(b"%d" % number)
-
-    with ThreadPoolExecutor(16) as threads:
-        list(threads.map(create, range(16)))
-    assert bytes(bucket.get(f"round/{round_}").bytes()) in won
-    return len(won)
-
-
 def test_the_environment_is_all_that_obstore_needs(server):
     bucket = from_url("s3://corpus/below")
     bucket.put("a", b"abc")
@@ -77,12 +58,14 @@ def test_the_environment_is_all_that_obstore_needs(server):
 
 
 def test_a_conditional_put_has_one_winner_of_sixteen(server):
-    assert [winners(number) for number in range(20)] == [1] * 20
+    bucket = store(QUICKLY)
+    for number in range(20):
+        assert race(bucket, f"log/{number}") == [server.content(f"log/{number}")]
 
 
 def test_without_conditions_all_sixteen_win(server):
     server.set_faults(ignores_conditions=True)
-    assert winners(0) == 16
+    assert len(race(store(QUICKLY), "log/0")) == 16
 
 
 def test_if_match_replaces_only_what_it_names(server):
