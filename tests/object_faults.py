@@ -36,8 +36,8 @@ class Faults:
         keys: a pattern of fnmatch; requests of other keys (`log/1.json`, without the bucket) are spared.
         slow_s: seconds, for `slow_body`.
         later_s: seconds, for `stuck` and `repeated_late`.
-        late_listing_s: objects put less than this many seconds ago are missing from listings.
-        late_listing_puts: so are those of the last so many puts.
+        late_listing_s: keys first put less than this many seconds ago are missing from listings.
+        late_listing_puts: so are keys that the last so many puts made.
         page_size: most keys on a page of a listing.
         ignores_conditions: as s3rver does: every conditional put succeeds.
         forgets_uploads: a second "complete" of an upload is a 404; else it is answered as the first one was.

@@ -27,6 +27,8 @@ _KEPT_HEADERS = (
     "content-language",
     "cache-control",
 )
+_SMALLEST_PART = 5 << 20
+"""Bytes of each part of an upload but the last."""
 _CODES = {403: "AccessDenied", 409: "ConditionalRequestConflict", 429: "SlowDown", 500: "InternalError"}
 _CODES |= {503: "SlowDown"}
 Xml = Mapping[str, "Xml"] | Sequence[tuple[str, "Xml"]] | str | int
@@ -89,7 +91,7 @@ class Call:
 
 @dataclass
 class Stored:
-    """An object. `number` counts the bucket's puts; `made` is monotonic."""
+    """An object. `number` and `made` (monotonic, seconds) are of the put that made the key."""
 
     content: bytes
     etag: str
@@ -204,10 +206,12 @@ class Bucket:
                 raise Refused(412, "PreconditionFailed", call.key)
 
     def _store(self, key: str, stored: Stored) -> None:
-        if key not in self._objects:
-            insort(self._keys, key)
         self._puts += 1
         stored.number, stored.made, stored.modified = self._puts, time.monotonic(), time.time()
+        if old := self._objects.get(key):
+            stored.number, stored.made = old.number, old.made
+        else:
+            insort(self._keys, key)
         self._objects[key] = stored
 
     def _found(self, key: str) -> Stored:
@@ -314,6 +318,8 @@ class Bucket:
                     raise Refused(400, "InvalidPartOrder", call.key)
                 if etags != [upload.parts.get(n, (b"", ""))[1].strip('"') for n in numbers]:
                     raise Refused(400, "InvalidPart", call.key)
+                if any(len(upload.parts[n][0]) < _SMALLEST_PART for n in numbers[:-1]):
+                    raise Refused(400, "EntityTooSmall", call.key)
                 self._check(call, faults)
                 digests = b"".join(bytes.fromhex(etag) for etag in etags)
                 content = b"".join(upload.parts[n][0] for n in numbers)

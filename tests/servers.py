@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 MINISTACK, AZURITE, S3RVER = "1.5.33", "3.37.0", "3.7.1"
 _START_S = 60.0
 _INSTALL_S = 300.0
+_UNTIL_STDIN_ENDS = ("sh", "-c", 'exec 3<&0; (read _ <&3; kill -9 $$) & exec "$@" 3<&- </dev/null', "sh")
+"""A server ends with the tests that started it, however they end."""
 _AZURE_ACCOUNT = "devstoreaccount1"
 _AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """No secret: every azurite has this account."""
@@ -163,8 +165,8 @@ def _running(
     own = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3", "TMPDIR": str(folder)}
     with log.open("wb") as output, alone():
         process = subprocess.Popen(
-            command(str(port), str(folder / "data")),
-            stdin=subprocess.DEVNULL,
+            [*_UNTIL_STDIN_ENDS, *command(str(port), str(folder / "data"))],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **own},
