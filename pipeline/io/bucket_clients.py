@@ -105,9 +105,7 @@ def use_as_corpus(url: str) -> None:
 
 def is_of_corpus(url: str) -> bool:
     """Whether a URL is in a bucket that a corpus lies in."""
-    if not url.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
-        return False
-    return place_of(url)[:2] in _corpora
+    return bool(_corpora) and "://" in url and place_of(url)[:2] in _corpora
 
 
 def open_memory(bucket: str) -> None:
