@@ -390,3 +390,31 @@ def test_a_stopped_server_answers_nothing_more():
     with pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
         connection.request("HEAD", "/corpus")
         connection.getresponse()
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("cut_body", "ListObjectsV2"),
+        ("cut_body", "DeleteObjects"),
+        ("cut_body", "CreateMultipartUpload"),
+        ("cut_body", "CompleteMultipartUpload"),
+        ("reset", "DeleteObjects"),
+    ],
+)
+def test_obstore_itself_does_not_try_these_again(server, fault, kind):
+    """Whoever uses it must. After a cut answer to "complete" it even raises "not found" for what is there."""
+    bucket = store(QUICKLY)
+    requests = {
+        "ListObjectsV2": lambda: listed(bucket),
+        "DeleteObjects": lambda: bucket.delete("a"),
+        "CreateMultipartUpload": lambda: bucket.put("big", bytes(6 << 20)),
+    }
+    requests["CompleteMultipartUpload"] = requests["CreateMultipartUpload"]
+    server.fail(fault, kind)
+    missing = kind == "CompleteMultipartUpload"
+    with pytest.raises(FileNotFoundError if missing else GenericError):
+        requests[kind]()
+    assert server.counts()["requests"][kind] == 1
+    assert list(server.objects()) == (["big"] if missing else [])
+    requests[kind]()
