@@ -21,9 +21,17 @@ BACKENDS = {"captioner": "InstantCaptioner", "judge": "InstantJudge", "segmenter
 
 
 def config_of(
-    out: Path, *, coconut: Any = None, sa1b: Any = None, apart: bool = False, **changes: Any
+    out: Path | str,
+    *,
+    coconut: Any = None,
+    sa1b: Any = None,
+    apart: bool = False,
+    beside: Path | None = None,
+    **changes: Any,
 ) -> BuildConfig:
     """A configuration with the test backends; `captioner={...}` and the like are their options.
+
+    These note what they are asked in files next to `out`; for a bucket, in the folder `beside`.
 
     All stages share one actor, unless `apart`: then each model has its own, as models on GPUs have.
     """
@@ -41,7 +49,7 @@ def config_of(
             "num_cpus": 0.1 + 0.01 * number * apart,
             "batch_images": given.pop("batch_images", 64),
             "concurrency": given.pop("concurrency", [1, 1]),
-            "options": {"log": str(out.parent / f"{protocol}.log"), **given},
+            "options": {"log": str((beside or Path(out).parent) / f"{protocol}.log"), **given},
         }
     for key, value in changes.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value

@@ -85,16 +85,14 @@ def verify(corpus: str | Location, deep: bool = True, workers: int = 1) -> Verif
     """Check a corpus. Reads only; memory does not grow with the number of units. Nothing leads out of it.
 
     Args:
-        corpus: path of the folder that a build wrote.
+        corpus: path or URL of what a build wrote.
         deep: also read every shard: checksums, samples, offsets, photo headers, masks, captions. Without it
             only manifests, file sizes, ledgers and the work list are checked.
         workers: processes that look at units at the same time.
 
     Raises:
-        ConfigError: there is no corpus at that path, or the path is a URL.
+        ConfigError: there is no corpus at that path.
     """
-    if files.is_url(str(corpus)):
-        raise ConfigError(f"{corpus}: verify reads local files; mount the corpus, and name its folder")
     opened = Corpus(corpus, confined=True)
     if not log.exists(opened.path):
         reader.open_corpus(corpus)

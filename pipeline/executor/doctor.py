@@ -281,7 +281,7 @@ def _check_bucket(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
 
 
 def _look_at_bucket(out: str) -> str:
-    bucket_checks.probe(out)
+    bucket_checks.check_store(out)
     return f"{out} can be written, and creates a name once"
 
 

@@ -159,7 +159,7 @@ def _check_places(config: BuildConfig) -> str:
 def check_output(out: str) -> Finding:
     """Check that the output folder, or the nearest folder above it that exists, can be written.
 
-    Of a bucket only that its URL says nothing that must not be in it: `probe` asks the bucket.
+    Of a bucket only that its URL says nothing that must not be in it: `check_store` asks the bucket.
     """
     if is_bucket(out):
         return try_check("out", "correct `out`", _check_url, out)
