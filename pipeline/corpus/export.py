@@ -76,7 +76,7 @@ class Selection(NamedTuple):
         return (pair for pair in found if self.has(pair[0]))
 
 
-def select(corpus: str | Path, split: str | None = None) -> Selection:
+def select(corpus: str | Location, split: str | None = None) -> Selection:
     """What of a corpus an export takes.
 
     Args:
@@ -109,7 +109,7 @@ def select(corpus: str | Path, split: str | None = None) -> Selection:
 
 
 def export(
-    corpus: str | Path, format: str, to: str | Path, prefix: str = "", split: str | None = None
+    corpus: str | Location, format: str, to: str | Path, prefix: str = "", split: str | None = None
 ) -> list[Path]:
     """Write the committed units of a corpus in another format.
 

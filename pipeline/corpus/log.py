@@ -283,7 +283,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
         By "subset/unit": (place, temporary name) of each, below the corpus.
     """
     found: dict[str, list[tuple[str, str]]] = {}
-    if isinstance(state.unmoved, Commit):
+    if isinstance(state.unmoved, Commit) and not is_bucket(out):  # where nothing moves
         folders = {
             file.temporary.rpartition("/")[0]
             for unit in state.unmoved.units.values()

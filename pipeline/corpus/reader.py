@@ -112,6 +112,7 @@ class Corpus:
 
     def __init__(self, path: str | Location, confined: bool = False):
         self.path = files.local(str(path)).rstrip("/") or "/"
+        location.locate(self.path)  # what is in its bucket is read over obstore from now on
         if confined:
             confine(self.path)
         self._confined = confined

@@ -1,7 +1,7 @@
 """Objects of a bucket that are held on this machine while they are checked, so that each is fetched once.
 
 Only for names that are never written again (`Store.new_name`). What is held is read from the copy by the
-thread that holds it, and by no other.
+thread that holds it, and by no other. `holding.hold` fetches them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import bucket_clients
 from .scratch import Staged
-
-STEP_BYTES = 64 << 20
-"""How much is fetched with one request."""
 
 
 class Copy:
@@ -57,15 +53,8 @@ def find(url: str) -> Copy | None:
 
 
 @contextmanager
-def hold(url: str) -> Iterator[None]:
-    """Read an object from a copy within the block. A file of a folder is read where it lies.
-
-    An object that is not there, or cannot be fetched, is not held: whoever reads it says what is wrong.
-    """
-    copy = _fetch(url) if bucket_clients.is_of_corpus(url) and find(url) is None else None
-    if copy is None:
-        yield
-        return
+def held(url: str, copy: Copy) -> Iterator[None]:
+    """Let this thread read an object from its copy within the block."""
     copies = _held.__dict__.setdefault("copies", {})
     copies[url] = copy
     try:
@@ -73,21 +62,3 @@ def hold(url: str) -> Iterator[None]:
     finally:
         del copies[url]
         copy.close()
-
-
-def _fetch(url: str) -> Copy | None:
-    from . import files
-
-    scheme, bucket, key = bucket_clients.place_of(url)
-    staged = Staged(f"{scheme}://{bucket}", key.rpartition("/")[2])
-    try:
-        with files.open_url(url, STEP_BYTES) as file:
-            while data := file.read(STEP_BYTES):
-                staged.write(data)
-    except OSError:
-        staged.discard()
-        return None
-    except BaseException:
-        staged.discard()
-        raise
-    return Copy(staged)
