@@ -12,6 +12,7 @@ from ...schemas.errors import BadRecord, ConfigError, IntegrityError
 from ...schemas.records import Blob
 from ..io import draw, photos
 from ..io.draw import Overlay
+from ..io.location import Location
 from . import reader
 from .reader import Corpus
 

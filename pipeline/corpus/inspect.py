@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.summary import SubsetCounts
+from ..io.location import Location
 from ..sources.registry import subset_title
 from ..stages.registry import stage_title
 from . import merge, reader, utilization

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ...schemas.errors import ConfigError
 from . import files, scratch
+from .bucket_clients import place_of
 from .location import Prefix
 from .store import store_of
 
@@ -36,7 +37,8 @@ def staged_folder(target: Prefix) -> Iterator[Path]:
         ConfigError: there is something below the prefix, or no scratch.
     """
     refuse_existing(target)
-    folder = scratch.own_folder(str(target)) / f"folder-{uuid.uuid4().hex[:12]}"
+    scheme, bucket, _ = place_of(target.url)
+    folder = scratch.own_folder(f"{scheme}://{bucket}") / f"folder-{uuid.uuid4().hex[:12]}"
     folder.mkdir()
     try:
         yield folder
