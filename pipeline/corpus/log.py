@@ -165,6 +165,8 @@ def record_path(out: str, number: int) -> str:
 
 def exists(out: str) -> bool:
     """Whether a corpus has a log."""
+    if _recent(out) is not None:
+        return True
     if is_bucket(out) and files.exists(record_path(out, 1)):
         return True  # also where a listing is late
     return any(_numbers(out))
@@ -175,10 +177,28 @@ _RECENT_S = 1.0
 
 def recent_state(out: str) -> LogState:
     """What the log said within the last second, for who asks for one sample after the other."""
-    asked_s, state = _RECENT.get(out, (-math.inf, None))
-    if state is None or time.monotonic() - asked_s > _RECENT_S:
+    state = _recent(out)
+    if state is None:
         state = read_state(out)
         _RECENT[out] = time.monotonic(), state
+    return state
+
+
+def present_state(out: str) -> LogState:
+    """What the log says, to readers; of a bucket, where each look is a request, within the last second.
+
+    What this process has written is always in it.
+
+    Raises:
+        IntegrityError: a record is missing or damaged.
+    """
+    return recent_state(out) if is_bucket(out) else read_state(out)
+
+
+def _recent(out: str) -> LogState | None:
+    asked_s, state = _RECENT.get(out, (-math.inf, None))
+    if state is None or not state.number or time.monotonic() - asked_s > _RECENT_S:
+        return None
     return state
 
 
@@ -194,7 +214,7 @@ def place_of(out: str | Location, path: str) -> str:
     out = str(out)
     if not is_bucket(out):
         return f"{out}/{path}"
-    found = read_state(out).files.get(path)
+    found = recent_state(out).files.get(path)
     return f"{out}/{found.place if found else path}"
 
 
@@ -202,6 +222,18 @@ def subsets_of(state: LogState) -> list[str]:
     """Names of the subsets of which something is planned or committed, sorted."""
     planned = {path.partition("/")[0] for path in state.files if path.endswith("/plan/plan.json")}
     return sorted(planned | {name.partition("/")[0] for name in state.units})
+
+
+def planned_subsets(out: str) -> list[str]:
+    """Names of the subsets that have a work list, sorted. In a bucket, the log knows them.
+
+    Raises:
+        IntegrityError: the log of a corpus in a bucket cannot be read.
+    """
+    if is_bucket(out):
+        return subsets_of(recent_state(out)) if exists(out) else []
+    names = [name for name in files.list_names(out) if not name.startswith(".")]
+    return [name for name in names if adopt.is_planned(out, name)]
 
 
 def last_number(out: str) -> int:
@@ -239,6 +271,7 @@ def remember(out: str, state: LogState) -> None:
     """Keep what the log of a corpus in a bucket said, so that only what is new is read the next time."""
     if is_bucket(out):
         _SEEN[out] = state
+        _RECENT[out] = time.monotonic(), state
 
 
 def _still_true(out: str, seen: LogState | None) -> LogState | None:

@@ -97,8 +97,7 @@ def find_images(out: str, keys: Iterable[str]) -> dict[str, SubsetRemoval]:
         IntegrityError: a work list or the log is damaged.
     """
     wanted, found = list(dict.fromkeys(keys)), dict[str, SubsetRemoval]()
-    names = [name for name in files.list_names(out) if not name.startswith(".")]
-    subsets = [name for name in names if adopt.is_planned(out, name)]
+    subsets = log.planned_subsets(out)
     if not subsets:
         raise ConfigError(f"{out}: no corpus here; give the `out` of a build")
     missing = dict.fromkeys(wanted)

@@ -71,7 +71,7 @@ def list_units(folder: str) -> list[Unit]:
     """
     out, _, subset = folder.rpartition("/")
     if log.exists(out):
-        state = log.read_state(out)
+        state = log.present_state(out)
         unmoved = log.find_unmoved(out, state)
         return [
             unit_of(out, name, found.unit, unmoved.get(name, ()))

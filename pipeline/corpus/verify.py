@@ -31,7 +31,8 @@ from ...schemas.config import Text
 from ...schemas.errors import REBUILD, ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
 from ..io.confined import confine
-from ..io.location import Location, locate
+from ..io.holding import hold
+from ..io.location import Location, is_bucket, locate
 from ..io.tables import TableFile
 from ..stages.recipes import text_rules
 from ..stages.registry import configured_kinds
@@ -121,9 +122,19 @@ _Run = Callable[..., Iterator[Any]]
 def _runner(stack: ExitStack, out: str, workers: int) -> _Run:
     if workers <= 1:
         return lambda function, jobs: (function(*job) for job in jobs)
+    if is_bucket(out) and files.scheme_of(out) == "memory":
+        raise ConfigError(
+            f"{out}: is in the memory of this process, and no other can check it; give 1 worker"
+        )
     spawn = get_context("spawn")
-    pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, initializer=confine, initargs=(out,)))
+    pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(out,)))
     return lambda function, jobs: pool.map(function, *zip(*jobs, strict=True)) if jobs else iter(())
+
+
+def _begin(out: str) -> None:
+    """Prepare a process that checks units."""
+    confine(out)
+    locate(out)
 
 
 class _Recipe(NamedTuple):
@@ -187,14 +198,17 @@ def _check_subset(
         if head:
             heads[unit.name] = head
             totals["regions"] += head.regions
-    listed = _check_work_list(out, subset, vouched, heads, damaged, problems)
-    if deep and listed is not None:
-        indices = {name: index for index, name in enumerate(listed.unit_names())}
-        evidence, notes = list_evidence(out, subset, indices, kinds)
-        jobs = [(out, subset, indices[unit], unit, each, kinds) for unit, each in sorted(evidence.items())]
-        for found in run(check_evidence, jobs):
-            problems += found
-        problems += notes
+    with hold(str(work_list_summary.table_path(f"{out}/{subset}"))):
+        listed = _check_work_list(out, subset, vouched, heads, damaged, problems)
+        if deep and listed is not None:
+            indices = {name: index for index, name in enumerate(listed.unit_names())}
+            evidence, notes = list_evidence(out, subset, indices, kinds)
+            jobs = [
+                (out, subset, indices[unit], unit, each, kinds) for unit, each in sorted(evidence.items())
+            ]
+            for found in run(check_evidence, jobs):
+                problems += found
+            problems += notes
     return problems + _check_strays(out, f"{subset}/", vouched, (*FOLDERS, work_list_summary.FOLDER))
 
 

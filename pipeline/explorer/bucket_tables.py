@@ -135,7 +135,7 @@ class CorpusFiles(AbstractFileSystem):
 
     def glob(self, path: str, **_: Any) -> list[str]:
         """The path itself: names are explicit."""
-        return [self._strip_protocol(path)] if self.exists(path) else []
+        return [str(self._strip_protocol(path))] if self.exists(path) else []
 
     def _url(self, path: str) -> str:
         name = str(self._strip_protocol(path))

@@ -326,11 +326,21 @@ def list_names(folder: str) -> list[str]:
 
 def sha256_of(path: str | Location) -> str:
     """SHA-256 of a file, in hex; it is read piece by piece."""
-    digest = hashlib.sha256()
-    with open_url(str(path)) as file:
-        while data := file.read(1 << 20):
+    return measure(path)[1]
+
+
+def measure(path: str | Location) -> tuple[int, str]:
+    """Number of bytes of a file, and their SHA-256 in hex; it is read piece by piece."""
+    digest, size = hashlib.sha256(), 0
+    with open_url(str(path), _WHOLE_BLOCK if is_url(str(path)) else None) as file:
+        while data := file.read(_WHOLE_BLOCK if is_url(str(path)) else 1 << 20):
             digest.update(data)
-    return digest.hexdigest()
+            size += len(data)
+    return size, digest.hexdigest()
+
+
+_WHOLE_BLOCK = 8 << 20
+"""How much of a file that is read from its beginning to its end is asked for at a time."""
 
 
 def exists(path: str | Location) -> bool:
