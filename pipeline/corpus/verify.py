@@ -123,9 +123,7 @@ def _runner(stack: ExitStack, out: str, workers: int) -> _Run:
     if workers <= 1:
         return lambda function, jobs: (function(*job) for job in jobs)
     if is_bucket(out) and files.scheme_of(out) == "memory":
-        raise ConfigError(
-            f"{out}: is in the memory of this process, and no other can check it; give 1 worker"
-        )
+        raise ConfigError(f"{out}: is in this process's memory, where no other can check it; give 1 worker")
     spawn = get_context("spawn")
     pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(out,)))
     return lambda function, jobs: pool.map(function, *zip(*jobs, strict=True)) if jobs else iter(())
@@ -383,7 +381,7 @@ def _check_strays(out: str, prefix: str, vouched: Vouched, folders: tuple[str, .
         place = f"{prefix}{folder}"
         with guarded(problems, place.rstrip("/"), "replace a link by the folder that it leads to"):
             names[place] = files.list_names(f"{out}/{place}".rstrip("/"))
-    expected = {*vouched.moves.values(), *(file.place for file in vouched.files.values())}
+    expected = {*vouched.moves.values(), *(file.place for file in vouched.files.values()), *vouched.former}
     if prefix:
         expected |= _files_of_units(prefix, vouched)
     for folder, name in ((folder, name) for folder, each in names.items() for name in each):
