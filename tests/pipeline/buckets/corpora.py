@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +19,8 @@ from tests.building import build, config_of
 from tests.object_server import ObjectServer
 from tests.synthetic import write_coconut, write_sa1b
 
-STRICT = {"min_words": 11}
-"""Rules that drop some captions of the test backends."""
+STRICT = {"min_area_px": 1500}
+"""Rules that drop some regions."""
 
 
 class Pair(NamedTuple):
@@ -51,6 +53,15 @@ class Pair(NamedTuple):
         if said[0] != said[1]:
             raise AssertionError("\n--- in the bucket:\n".join(f"{code}\n{text}" for code, text in said))
         return said[1]
+
+
+@contextmanager
+def count(server: ObjectServer) -> Iterator[list[str]]:
+    """The keys of the requests that a block makes, one for each."""
+    last = max((each["number"] for each in server.requests()), default=-1)
+    keys: list[str] = []
+    yield keys
+    keys += ["".join(each["keys"]) for each in server.requests(last)]
 
 
 def write(server: ObjectServer, key: str, data: bytes) -> None:
@@ -102,5 +113,5 @@ def make(beside: Path, server: ObjectServer) -> Pair:
     found = Pair(beside / "built", "s3://corpus/built", server, beside)
     for out in (str(found.folder), found.bucket):
         build(config_of(out, beside=beside, **sources))
-        driver.build(config_of(out, beside=beside, text=STRICT, **sources), LocalEngine())
+        driver.build(config_of(out, beside=beside, masks=STRICT, **sources), LocalEngine())
     return found
