@@ -17,10 +17,12 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ...schemas.records import SCORES
 from ...schemas.secrets import HIDDEN, is_secret_name, shorten
+from ..io.location import is_bucket
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import open_source, subset_title
 from ..stages.recipes import members_of, stage_kinds
 from ..stages.registry import STAGES, known_stage
+from .shard_pipes import PIPES
 
 if TYPE_CHECKING:
     from ...schemas.summary import CorpusSummary, SubsetSummary
@@ -40,7 +42,7 @@ def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
         _steps(summary, config),
         _pictures(),
         _licenses(config, summary),
-        _reading(summary),
+        _reading(summary, config.out),
         _config(config, summary),
     ]
     return "\n".join(parts)
@@ -244,10 +246,12 @@ data = data.filter(lambda sample: sample["__key__"] in keys)
 """
 
 
-def _reading(summary: CorpusSummary) -> str:
+def _reading(summary: CorpusSummary, out: str) -> str:
     filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
     name = (filled or list(summary.subsets))[0]
     scores = "\n".join(f"- `{score}`: {meaning}" for score, meaning in SCORES.items())
+    splits = _SPLITS.format(name=name) if summary.held_out_share else ""
+    examples, layout = _in_bucket(name, out, splits) if is_bucket(out) else _in_folder(name, splits)
     return f"""
 ## Reading it
 
@@ -263,20 +267,7 @@ in the bytes of the photo was changed.
 Where the publisher's records state them, the JSON has the photo's `license`, `license_url`, `license_id`,
 `attribution`, `author`, `author_url`, `title`, `source_url`, `coco_url` and `flickr_url`.
 
-```python
-import glob, json
-import webdataset as wds
-
-for sample in wds.WebDataset(sorted(glob.glob("{name}/shards/{name}-*.tar")), shardshuffle=False):
-    photo, record = sample["jpg"], json.loads(sample["json"])
-```
-
-```python
-from datasets import load_dataset
-
-data = load_dataset("webdataset", data_files="{name}/shards/{name}-*.tar", split="train", streaming=True)
-```
-
+{examples}
 ```python
 from pycocotools import mask
 
@@ -291,17 +282,75 @@ pixels = mask.decode(record["regions"][0]["rle"])  # (height, width) of 0 and 1,
 | `<subset>/manifests/<unit>.json` | the commit record of the unit; ignore a shard that has none |
 | `stats.json`, `plots/` | the numbers and pictures of this card |
 
-`shard` in the index is a path relative to this folder.
-{_SPLITS.format(name=name) if summary.held_out_share else ""}
-To publish the corpus, publish this file (`README.md`) and the files of the table. The folder of a build has
-other files, which ParaCaption needs to continue the build (`build`) and to look into it (`explore`, `report`,
-`versions` and other commands). Do not publish those: they may contain paths and process names of the machine
-that built the corpus, and names of reviewers.
-
+{layout}
 A region has a score only if the step that computes the score has seen the region. The scores are:
 
 {scores}
 """
+
+
+def _in_folder(name: str, splits: str) -> tuple[str, str]:
+    """How a corpus in a folder is read with webdataset and datasets, and what lies where."""
+    examples = f"""```python
+import glob, json
+import webdataset as wds
+
+for sample in wds.WebDataset(sorted(glob.glob("{name}/shards/{name}-*.tar")), shardshuffle=False):
+    photo, record = sample["jpg"], json.loads(sample["json"])
+```
+
+```python
+from datasets import load_dataset
+
+data = load_dataset("webdataset", data_files="{name}/shards/{name}-*.tar", split="train", streaming=True)
+```
+"""
+    layout = f"""`shard` in the index is a path relative to this folder.
+{splits}
+To publish the corpus, publish this file (`README.md`) and the files of the table. The folder of a build has
+other files, which ParaCaption needs to continue the build (`build`) and to look into it (`explore`, `report`,
+`versions` and other commands). Do not publish those: they may contain paths and process names of the machine
+that built the corpus, and names of reviewers.
+"""
+    return examples, layout
+
+
+def _in_bucket(name: str, out: str, splits: str) -> tuple[str, str]:
+    """The same of one in a bucket, where the commit log says which names count, and no pattern does."""
+    scheme = out.partition("://")[0]
+    pipe = "" if scheme not in PIPES else f"pipe:{PIPES[scheme].replace('{url}', '{shard}')}"
+    if "{key}" in pipe:
+        listed = "[pipe_of(shard) for shard in shards]  # from paracaption.pipeline.corpus.shard_urls"
+    else:
+        listed = f'[f"{pipe}" for shard in shards]' if pipe else "shards"
+    examples = f"""```python
+import json
+import paracaption
+import webdataset as wds
+
+shards = paracaption.list_shards("{scheme}://BUCKET/CORPUS", "{name}")  # where this file lies
+for sample in wds.WebDataset({listed}, shardshuffle=False):
+    photo, record = sample["jpg"], json.loads(sample["json"])
+```
+
+```python
+from datasets import load_dataset
+
+data = load_dataset("webdataset", data_files=shards, split="train", streaming=True)
+```
+
+`paracaption inspect {scheme}://BUCKET/CORPUS --shards` prints the same list, one URL in a line, for programs
+that are not in Python, and with `--pipe` as webdataset's commands. `datasets` reads URLs through fsspec, which
+takes the store's credentials from the environment.
+"""
+    layout = f"""Here each of these files has another ending (`<unit>-1f0c66ab52d3.tar`), and those of earlier
+versions may lie beside it. The commit log (`log/`) says which ones count, and ParaCaption looks there, so do
+not name files by a pattern. `paracaption.open_corpus(URL).shard_path(row)` is the URL of the shard that a row
+of the index names.
+{splits}
+To publish the corpus, export it (`paracaption export`), or copy it into a folder.
+"""
+    return examples, layout
 
 
 def _config(config: BuildConfig, summary: CorpusSummary) -> str:
