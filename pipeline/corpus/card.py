@@ -36,7 +36,7 @@ _LINK = re.compile(r"(?:https?|ftp)://[^\s<>|]+")
 def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
     """The card as Markdown, from a corpus's statistics and configuration. Equal ones give an equal card."""
     parts = [
-        _front_matter(summary),
+        _front_matter(summary, config.out),
         _head(summary),
         *(_subset(name, subset) for name, subset in summary.subsets.items()),
         _steps(summary, config),
@@ -48,7 +48,7 @@ def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
     return "\n".join(parts)
 
 
-def _front_matter(summary: CorpusSummary) -> str:
+def _front_matter(summary: CorpusSummary, out: str) -> str:
     size = next((name for limit, name in _SIZES if summary.images_captioned < limit), "n>100M")
     filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
     files = [
@@ -66,6 +66,8 @@ def _front_matter(summary: CorpusSummary) -> str:
         "size_categories": [size],
         "configs": files,
     }
+    if is_bucket(out):  # where a pattern would name files of earlier versions, too
+        del values["configs"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
 
 
@@ -246,11 +248,24 @@ data = data.filter(lambda sample: sample["__key__"] in keys)
 """
 
 
+def _splits_in_bucket(out: str) -> str:
+    """The same text, with code that finds the index by the commit log."""
+    before, _, after = _SPLITS.partition("import pyarrow.parquet")
+    scheme = out.partition("://")[0]
+    return (
+        f'{before}corpus = paracaption.open_corpus("{scheme}://BUCKET/CORPUS")\n'
+        'rows = [row for table in corpus.index(["subset", "key", "split"]) for row in table.to_pylist()]\n'
+        'keys = {{row["key"] for row in rows if (row["subset"], row["split"]) == ("{name}", "train")}}\n'
+        f"{after[after.index('data = data.filter') :]}"
+    )
+
+
 def _reading(summary: CorpusSummary, out: str) -> str:
     filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
     name = (filled or list(summary.subsets))[0]
     scores = "\n".join(f"- `{score}`: {meaning}" for score, meaning in SCORES.items())
-    splits = _SPLITS.format(name=name) if summary.held_out_share else ""
+    splits = _SPLITS if summary.held_out_share else ""
+    splits = (splits and _splits_in_bucket(out) if is_bucket(out) else splits).format(name=name)
     examples, layout = _in_bucket(name, out, splits) if is_bucket(out) else _in_folder(name, splits)
     return f"""
 ## Reading it
@@ -318,18 +333,14 @@ that built the corpus, and names of reviewers.
 def _in_bucket(name: str, out: str, splits: str) -> tuple[str, str]:
     """The same of one in a bucket, where the commit log says which names count, and no pattern does."""
     scheme = out.partition("://")[0]
-    pipe = "" if scheme not in PIPES else f"pipe:{PIPES[scheme].replace('{url}', '{shard}')}"
-    if "{key}" in pipe:
-        listed = "[pipe_of(shard) for shard in shards]  # from paracaption.pipeline.corpus.shard_urls"
-    else:
-        listed = f'[f"{pipe}" for shard in shards]' if pipe else "shards"
     examples = f"""```python
 import json
 import paracaption
 import webdataset as wds
+from paracaption.pipeline.corpus.shard_pipes import pipe_of
 
 shards = paracaption.list_shards("{scheme}://BUCKET/CORPUS", "{name}")  # where this file lies
-for sample in wds.WebDataset({listed}, shardshuffle=False):
+for sample in wds.WebDataset([pipe_of(shard) for shard in shards], shardshuffle=False):
     photo, record = sample["jpg"], json.loads(sample["json"])
 ```
 
@@ -339,9 +350,10 @@ from datasets import load_dataset
 data = load_dataset("webdataset", data_files=shards, split="train", streaming=True)
 ```
 
+`pipe_of` makes `pipe:{PIPES.get(scheme, "...")}` of a URL: webdataset reads what this command prints.
 `paracaption inspect {scheme}://BUCKET/CORPUS --shards` prints the same list, one URL in a line, for programs
-that are not in Python, and with `--pipe` as webdataset's commands. `datasets` reads URLs through fsspec, which
-takes the store's credentials from the environment.
+that are not in Python, and with `--pipe` as webdataset's commands. `datasets` reads URLs through fsspec,
+which takes the store's credentials from the environment.
 """
     layout = f"""Here each of these files has another ending (`<unit>-1f0c66ab52d3.tar`), and those of earlier
 versions may lie beside it. The commit log (`log/`) says which ones count, and ParaCaption looks there, so do

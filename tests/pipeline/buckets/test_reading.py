@@ -209,3 +209,27 @@ def test_a_shard_that_is_gone_is_an_error_that_names_it(pair):
     found = verify.verify(changed.bucket).problems
     assert [problem.file for problem in found] == [shard.removeprefix(f"{changed.bucket}/")]
     assert found[0].what.startswith("missing; ")
+
+
+def test_the_card_of_a_bucket_says_how_webdataset_reads_it(pair, tmp_path, monkeypatch):
+    pytest.importorskip("webdataset")
+    folder = (pair.folder / "README.md").read_text()
+    bucket = files.read(Blob(log.place_of(pair.bucket, "README.md"))).decode()
+    assert _numbers_of(folder) == _numbers_of(bucket)
+    assert "shards/coconut-*.tar" in folder and "shards/coconut-*" not in bucket
+    code = bucket.partition("```python\n")[2].partition("```")[0].replace("s3://BUCKET/CORPUS", pair.bucket)
+    aws = tmp_path / "aws"  # `aws s3 cp s3://corpus/KEY -`
+    aws.write_text(
+        f"#!{sys.executable}\nimport sys, urllib.request\n"
+        f"url = sys.argv[3].replace('s3://', '{pair.server.address}/')\n"
+        "sys.stdout.buffer.write(urllib.request.urlopen(url).read())\n"
+    )
+    aws.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    keys: list[str] = []
+    exec(f"{code}    keys.append(record['key'])\n", {"keys": keys})
+    assert len(keys) == 9 and keys[0] == "000000000001"
+
+
+def _numbers_of(card: str) -> str:
+    return card.partition("# Region captions")[2].partition("## Reading it")[0]
