@@ -228,7 +228,7 @@ def test_the_card_of_a_bucket_says_how_webdataset_reads_it(pair, tmp_path, monke
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     keys: list[str] = []
     exec(f"{code}    keys.append(record['key'])\n", {"keys": keys})
-    assert len(keys) == 9 and keys[0] == "000000000001"
+    assert len(keys) == 9 and keys[0] == "000000000000"
 
 
 def _numbers_of(card: str) -> str:
