@@ -15,7 +15,9 @@ def is_url(path: str) -> bool:
 
 
 class Prefix:
-    """A place in a bucket, with the few calls of `Path` that name other places.
+    """A place of a corpus in a bucket, with the few calls of `Path` that name other places.
+
+    A process that has one, also one that it was sent, reads that bucket over obstore (`io.bucket_files`).
 
     Args:
         url: such as "s3://bucket/corpus"; slashes at its end are left out.
@@ -25,6 +27,10 @@ class Prefix:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
+        bucket_clients.use_as_corpus(self.url)
+
+    def __reduce__(self) -> tuple[type[Prefix], tuple[str]]:
+        return Prefix, (self.url,)
 
     def __truediv__(self, name: str) -> Prefix:
         return Prefix(f"{self.url}/{name}")
@@ -56,15 +62,11 @@ Location = Path | Prefix
 
 
 def locate(place: str | os.PathLike[str] | Prefix) -> Location:
-    """The location of a path or URL of a corpus; in a bucket it is read over obstore from then on."""
+    """The location of a path or URL of a corpus."""
     if isinstance(place, Prefix):
-        bucket_clients.use_as_corpus(place.url)
         return place
     name = os.fspath(place)
-    if not is_url(name):
-        return Path(name)
-    bucket_clients.use_as_corpus(name)
-    return Prefix(name)
+    return Prefix(name) if is_url(name) else Path(name)
 
 
 def is_bucket(place: str | Location) -> bool:
