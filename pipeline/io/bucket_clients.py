@@ -96,11 +96,11 @@ def key_of(url: str) -> str:
 def use_as_corpus(url: str) -> None:
     """Read what is in this bucket over obstore from now on, in this process.
 
-    `memory://` needs nothing: a bucket that was written to is one, others are fsspec's.
+    Of `memory://` it does nothing: a bucket that this process has written to is read so, others are fsspec's.
     """
     scheme, bucket, _ = place_of(url)
     if scheme in SCHEMES and scheme != "memory" and bucket:
-        _corpora.add((scheme, bucket))
+        add_corpus(scheme, bucket)
 
 
 def is_of_corpus(url: str) -> bool:
@@ -108,9 +108,9 @@ def is_of_corpus(url: str) -> bool:
     return bool(_corpora) and "://" in url and place_of(url)[:2] in _corpora
 
 
-def open_memory(bucket: str) -> None:
-    """Let `memory://bucket` be this process's own from now on."""
-    _corpora.add(("memory", bucket))
+def add_corpus(scheme: str, bucket: str) -> None:
+    """The same for a bucket that this process writes to."""
+    _corpora.add((scheme, bucket))
 
 
 def client_of(place: Place) -> ObjectStore:
