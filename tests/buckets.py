@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from paracaption.pipeline.io import scratch
+from paracaption.pipeline.io import bucket_clients, scratch
 from tests.object_server import ObjectServer, serving
 
 _ENVIRONMENT = {
@@ -18,6 +18,14 @@ _ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+
+
+@pytest.fixture(autouse=True)
+def _corpora_end_with_the_test() -> Iterator[None]:
+    """A bucket that a test has named as a corpus's is a source's again for the next one."""
+    before = set(bucket_clients._corpora)
+    yield
+    bucket_clients._corpora.intersection_update(before)
 
 
 @pytest.fixture(scope="session")
