@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import publishing
 from .arguments import Corpus, Json, print_json, suggest
 
 Outside = Annotated[
@@ -137,7 +138,10 @@ def report(
 
 def export(
     corpus: Corpus,
-    format: Annotated[str, typer.Option(help="Format: perceptiondlm-json, coco or parquet.")],
+    format: Annotated[
+        str,
+        typer.Option(help="Format: perceptiondlm-json, coco, parquet, hub (a dataset repository) or mds."),
+    ],
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     prefix: Annotated[
         str,
@@ -151,17 +155,47 @@ def export(
         str | None,
         typer.Option(
             help="Images to export: train, held_out or all.",
-            show_default="train if the corpus has held-out images, else all",
+            show_default="train if the corpus has held-out images, else all; hub and mds: all",
         ),
     ] = None,
+    shard_mb: Annotated[
+        float | None,
+        typer.Option(
+            "--shard-mb",
+            help="Largest size of a shard in MB, for hub and mds.",
+            show_default="1000 for hub, 64 for mds",
+        ),
+    ] = None,
+    energon: Annotated[
+        bool,
+        typer.Option(
+            "--energon",
+            help="With hub, also write the metadata with which Megatron-Energon reads the shards.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="With hub, print the files, their sizes and the head of the card, and write nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Export the corpus in another format.
 
     perceptiondlm-json and coco name photos by path, so the photos are written as files too. parquet has the
-    photos inside.
+    photos inside. hub is a dataset repository to upload to a hub (docs/publishing.md); mds is read by
+    mosaicml-streaming, which has to be installed.
     """
     from ...pipeline.corpus import export as exporting
 
+    publishing.refuse_options(format, prefix, shard_mb, energon, dry_run)
+    if format == "hub":
+        publishing.publish_corpus(corpus, to, split, shard_mb, energon, dry_run)
+        return
+    if format == "mds":
+        publishing.export_mds(corpus, to, split, shard_mb)
+        return
     chosen = exporting.select(corpus, split)
     written = exporting.export(corpus, format, to, prefix, chosen.split)
     if chosen.share:

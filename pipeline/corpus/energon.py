@@ -65,12 +65,12 @@ def texts(plan: HubPlan) -> dict[str, str]:
 
 
 def _blend(plan: HubPlan) -> dict[str, Any]:
-    """Energon's metadataset: every subset, as often as it has images."""
+    """Energon's metadataset: every image of every subset once in an epoch."""
     parts: dict[str, Any] = {}
     for split in plan.splits:
-        images = {each: sum(shard.images for shard in plan.of(each, split)) for each in plan.subsets}
-        blend = [{"weight": number, "path": f"data/{each}"} for each, number in images.items() if number]
-        parts[_PARTS[split]] = {"blend": blend}
+        found = [subset for subset in plan.subsets if plan.of(subset, split)]
+        blend = [{"repetitions": 1, "path": f"data/{subset}"} for subset in found]
+        parts[_PARTS[split]] = {"blend_epochized": blend}
     return {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": parts}
 
 

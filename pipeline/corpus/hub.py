@@ -151,7 +151,7 @@ def _check_space(plan: HubPlan, to: Path) -> None:
 
 def _write_unit(unit: Unit, shards: _Shards, index: dict[str, _Index]) -> None:
     places: dict[str, dict[str, tuple[Shard, Place]]] = {split: {} for split in index}
-    for stored in _stored_samples(unit):
+    for stored in stored_samples(unit):
         if (split := shards.plan.split_of(stored.sample.key)) is not None:
             places[split][stored.sample.key] = shards.add(unit.subset, split, stored)
     table = reader.read_ledger(unit.ledger, [*ledger.index_schema().names, "kept"])
@@ -160,7 +160,7 @@ def _write_unit(unit: Unit, shards: _Shards, index: dict[str, _Index]) -> None:
         index[split].add(rows, found)
 
 
-def _stored_samples(unit: Unit) -> Iterator[StoredSample]:
+def stored_samples(unit: Unit) -> Iterator[StoredSample]:
     """The samples of a unit, of which each has the number of regions that its manifest says."""
     manifest = reader.read_manifest(unit.manifest)
     wanted = {key: kept for key, kept in manifest.images.items() if kept}

@@ -212,9 +212,9 @@ def _reading(plan: HubPlan) -> str:
     return f"""## Reading it
 
 `<key>.jpg` is the photo. Its name always ends in `.jpg`; `photo_format` says which format it has.
-`<key>.json` has the regions with `rle` (COCO's compressed RLE), `bbox` (x, y, width, height), `area`, `category`
-(which the source annotates), `core_category` (which the judge named from the caption, if it was asked) and
-`caption`. Masks fit the pixels as stored, so do not rotate a photo.
+`<key>.json` has the regions with `rle` (COCO's compressed RLE), `bbox` (x, y, width, height), `area`,
+`category` (which the source annotates), `core_category` (which the judge named from the caption, if it was
+asked) and `caption`. Masks fit the pixels as stored, so do not rotate a photo.
 
 ```python
 from datasets import load_dataset
@@ -242,8 +242,8 @@ pixels = mask.decode(record["regions"][0]["rle"])  # (height, width) of 0 and 1,
 ```
 
 `{INDEX}/<split>.parquet` has a row per region: caption, category, box, scores, license and origin of the
-photo, and the place of its sample (`shard` is a path from this folder; offsets and lengths are in bytes). Read
-it with `load_dataset("parquet", data_files="{INDEX}/{split}.parquet")`, DuckDB or pyarrow.
+photo, and the place of its sample (`shard` is a path from this folder; offsets and lengths are in bytes).
+Read it with `load_dataset("parquet", data_files="{INDEX}/{split}.parquet")`, DuckDB or pyarrow.
 """
 
 

@@ -1,0 +1,76 @@
+"""What `export --format hub`, `export --format mds` and `models publish` print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...schemas.errors import ConfigError
+from .arguments import suggest
+
+if TYPE_CHECKING:
+    from ...pipeline.corpus import hub
+
+
+def refuse_options(format: str, prefix: str, shard_mb: float | None, energon: bool, dry_run: bool) -> None:
+    """Raise ConfigError for an option that the format does not have."""
+    for option, given, formats in (
+        ("--prefix", prefix, ("perceptiondlm-json", "coco", "parquet")),
+        ("--shard-mb", shard_mb is not None, ("hub", "mds")),
+        ("--energon", energon, ("hub",)),
+        ("--dry-run", dry_run, ("hub",)),
+    ):
+        if given and format not in formats:
+            raise ConfigError(f"{option}: not for the format {format}, only for {', '.join(formats)}")
+
+
+def publish_corpus(
+    corpus: Path, to: Path, split: str | None, shard_mb: float | None, energon: bool, dry_run: bool
+) -> None:
+    """Write a dataset repository, or print what it would have."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ...pipeline.corpus import hub
+
+    repository = hub.plan_repository(corpus, split, hub.SHARD_MB if shard_mb is None else shard_mb, energon)
+    plan = repository.plan
+    if dry_run:
+        _print_dry_run(repository)
+        return
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("writing shards", total=plan.bytes)
+        written = hub.write_repository(repository, to, lambda size: progress.advance(task, size))
+    for name in plan.splits:
+        shards = plan.of(split=name)
+        images, regions = sum(each.images for each in shards), sum(each.regions for each in shards)
+        print(f"split {name}: {images:,} images, {regions:,} regions in {len(shards):,} shards")
+    print(f"{len(written):,} files, {plan.bytes / 1e6:,.1f} MB of shards: {to}")
+    suggest(f"hf upload NAMESPACE/NAME {to} . --repo-type dataset    # see docs/publishing.md")
+
+
+def _print_dry_run(repository: hub.Repository) -> None:
+    plan = repository.plan
+    for name, text in sorted(repository.texts.items()):
+        print(f"{len(text.encode()):>16,}  {name}")
+    for shard in plan.shards:
+        counted = f"{shard.images:,} images, {shard.regions:,} regions"
+        print(f"{shard.bytes:>16,}  {shard.path}  {counted}")
+        if repository.energon:
+            print(f"{8 * (shard.images + 1):>16,}  {shard.path}.idx")
+    for split in plan.splits:
+        rows = sum(each.regions for each in plan.of(split=split))
+        print(f"{'?':>16}  index/{split}.parquet  {rows:,} rows")
+    if repository.energon:
+        for subset in plan.subsets:
+            print(f"{'?':>16}  data/{subset}/.nv-meta/index.sqlite")
+            print(f"{36:>16}  data/{subset}/.nv-meta/index.uuid")
+    print(f"\n---\n{repository.front_matter}---")
+
+
+def export_mds(corpus: Path, to: Path, split: str | None, shard_mb: float | None) -> None:
+    """Write a corpus as MDS."""
+    from ...pipeline.corpus import mds
+
+    for folder in mds.export_mds(corpus, to, split, mds.SHARD_MB if shard_mb is None else shard_mb):
+        print(folder)
