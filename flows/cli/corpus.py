@@ -170,7 +170,7 @@ def export(
         bool,
         typer.Option(
             "--energon",
-            help="With hub, also write the metadata with which Megatron-Energon reads the shards.",
+            help="With hub, also write the metadata that Megatron-Energon needs to read the shards.",
         ),
     ] = False,
     dry_run: Annotated[

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...schemas.errors import ConfigError
 from .arguments import suggest
@@ -74,3 +75,29 @@ def export_mds(corpus: Path, to: Path, split: str | None, shard_mb: float | None
 
     for folder in mds.export_mds(corpus, to, split, mds.SHARD_MB if shard_mb is None else shard_mb):
         print(folder)
+
+
+def publish_model(path: Path, to: Path, title: str, stated: dict[str, Any], dry_run: bool) -> None:
+    """Write a model repository, or print what it would have.
+
+    Args:
+        path: of a run or of a saved model.
+        to: the folder to write.
+        title: of the card.
+        stated: what else is said of the model: the other arguments of `plan_repository`.
+        dry_run: print only.
+    """
+    from ...model_training.train import publish
+
+    repository = publish.plan_repository(path, title, **stated)
+    for name in repository.left_out:
+        print(f"not published: {repository.folder / name}", file=sys.stderr)
+    if dry_run:
+        print(f"{len(repository.card.encode()):>16,}  {publish.CARD}")
+        for name, size in repository.files.items():
+            print(f"{size:>16,}  {name}")
+        print(f"\n{repository.card}", end="")
+        return
+    for file in publish.write_repository(repository, to):
+        print(file)
+    suggest(f"hf upload NAMESPACE/NAME {to} .    # see docs/publishing.md")

@@ -7,16 +7,14 @@ import html
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
+from ...schemas.published import published
 from ...schemas.records import SCORES
-from ...schemas.secrets import HIDDEN, is_secret_name, shorten
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import open_source, subset_title
 from ..stages.recipes import members_of, stage_kinds
@@ -228,27 +226,8 @@ def sources_of(config: BuildConfig, subset: str) -> list[tuple[str, str]]:
         entries = config.subsets[subset].sources
         return [(entry["source"], str(entry.get("license", "unknown"))) for entry in entries]
     return [
-        (", ".join(map(_published, source.places())), _published(source.options.license)) for source in found
+        (", ".join(map(published, source.places())), published(source.options.license)) for source in found
     ]
-
-
-def _published(value: Any) -> Any:
-    """A value of the configuration for strangers: of a path only its name, of a URL no password."""
-    if isinstance(value, dict):
-        return {
-            name: HIDDEN if isinstance(each, str) and each and is_secret_name(name) else _published(each)
-            for name, each in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_published(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("/", "~", "file:")):
-        return f".../{PurePosixPath(value).name}"
-    if "://" in value:
-        address = urlsplit(value)
-        value = urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2], query=""))
-    return shorten(value, environment=False)
 
 
 _SPLITS = """
@@ -327,7 +306,7 @@ A region has a score only if the step that computes the score has seen the regio
 
 
 def configuration(config: BuildConfig, summary: CorpusSummary) -> str:
-    values = {**_published(config.model_dump(mode="json")), "out": "."}
+    values = {**published(config.model_dump(mode="json")), "out": "."}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     rows = [

@@ -1,7 +1,7 @@
 """Writes a corpus as MDS, which mosaicml-streaming reads: a folder per split, with its own writer.
 
-A sample has the columns `key`, `jpg` (the photo's bytes) and `json` (what the JSON of the shard has). An export
-is whole, or absent: everything is written into a temporary folder that gets its name at the end.
+A sample has the columns `key`, `jpg` (the photo's bytes) and `json` (what the JSON of the shard has). An
+export is whole, or absent: everything is written into a temporary folder that gets its name at the end.
 """
 
 from __future__ import annotations
