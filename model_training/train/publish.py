@@ -56,8 +56,8 @@ def plan_repository(
     """Plan a repository; nothing is written.
 
     Args:
-        path: a training run, whose `model/` is taken, or the folder of a saved model, which belongs to a run if
-            it lies in one.
+        path: a training run, whose `model/` is taken, or the folder of a saved model, which belongs to a run
+            if it lies in one.
         title: of the card.
         license: identifier of the model's license on the hub.
         base_model: name on the hub of the model that it was trained from.

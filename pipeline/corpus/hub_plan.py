@@ -125,8 +125,8 @@ def plan_hub(corpus: str | Path, split: str | None = None, shard_mb: float = SHA
         plan.shards.extend(shard for each in series.values() for shard in each.shards())
     _check_sums(plan)
     if not plan.shards:
-        what = "no image with a kept region" if share == 0 or plan.split == "all" else "no image"
-        raise ConfigError(f"{corpus}: {what} in the split {plan.split}, so there is nothing to publish")
+        what = f"has no image with a kept region in the split {plan.split}, so there is nothing to publish"
+        raise ConfigError(f"{corpus}: {what}; choose another --split")
     return plan
 
 
