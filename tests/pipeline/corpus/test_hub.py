@@ -418,10 +418,10 @@ def test_energons_index_has_the_place_of_every_sample(repo):
             last = members[-1]
             starts.append(last.offset_data + last.size + -last.size % 512)
             assert (folder / f"{name}.idx").read_bytes() == struct.pack(f"<{len(starts)}Q", *starts)
-            for index, photo in enumerate(members[::2]):
-                key = photo.name.removesuffix(".jpg")
+            keys = [photo.name.removesuffix(".jpg") for photo in members[::2]]
+            for index, key in enumerate(keys):
                 size = starts[index + 1] - starts[index]
-                wanted.append((number, key, index, starts[index], size))
+                wanted += [(number, key, index, starts[index], size)]
                 wanted_places += [
                     (number, index, member.name.removeprefix(f"{key}."), member.offset_data, member.size)
                     for member in members[2 * index : 2 * index + 2]
