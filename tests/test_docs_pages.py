@@ -38,6 +38,7 @@ PAGES = (
     "judges.md",
     "mask-generators.md",
     "perceptiondlm.md",
+    "publishing.md",
     "segmenters.md",
     "sources.md",
     "telemetry.md",

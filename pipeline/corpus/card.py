@@ -74,7 +74,7 @@ def _front_matter(summary: CorpusSummary) -> str:
 
 
 def size_category(images: int) -> str:
-    """The hub's name for so many images."""
+    """The hub's name for a range of numbers, of the one that has this number of images."""
     return next((name for limit, name in _SIZES if images < limit), "n>100M")
 
 

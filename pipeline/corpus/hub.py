@@ -44,7 +44,7 @@ class Repository(NamedTuple):
     Attributes:
         plan: its shards.
         texts: the text files by their names.
-        energon: whether Megatron-Energon's metadata is written beside the shards.
+        energon: whether Megatron-Energon's metadata is written next to the shards.
     """
 
     plan: HubPlan

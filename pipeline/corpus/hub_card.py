@@ -94,8 +94,8 @@ def _info(plan: HubPlan, name: str, subset: str | None) -> dict[str, Any]:
 def features() -> list[dict[str, Any]]:
     """The columns of a shard's samples in the words of `datasets`.
 
-    Without them `datasets` takes the fields of the first five samples for those of all, and leaves out without
-    a word what a later one has more, such as `exif_orientation`.
+    Without them `datasets` takes the fields of the first five samples for those of all, and silently
+    leaves out what a later one has more, such as `exif_orientation`.
     """
     record = _feature("json", inspect.type_info(Sample))
     texts = [{"name": name, "dtype": "string"} for name in ("__key__", "__url__")]

@@ -28,7 +28,7 @@ def member_size(name: str, data: int) -> int:
 
 
 def archive_size(members: int) -> int:
-    """Bytes of a tar whose members take so many bytes together."""
+    """Bytes of a tar whose members take this number of bytes together."""
     end = members + 2 * BLOCK
     return end + -end % _RECORD
 

@@ -435,9 +435,8 @@ def test_a_name_that_is_too_long_for_a_header_is_planned_with_its_size(tmp_path)
 
     names = ["a.jpg", f"{'b' * 99}.json", f"{'c' * 600}.jpg"]
     with open(tmp_path / "x.tar", "wb") as file:
-        tar, starts = TarWriter(file), []
-        for name in names:
-            starts.append(tar.member(name, b"x" * 700))
+        tar = TarWriter(file)
+        starts = [tar.member(name, b"x" * 700) for name in names]
         tar.close_archive()
     assert (tmp_path / "x.tar").stat().st_size == archive_size(sum(member_size(name, 700) for name in names))
     with tarfile.open(tmp_path / "x.tar") as opened:
