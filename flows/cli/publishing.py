@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 
 
 def refuse_options(format: str, prefix: str, shard_mb: float | None, energon: bool, dry_run: bool) -> None:
-    """Raise ConfigError for an option that the format does not have."""
+    """Raise ConfigError for a format that does not exist, and for an option that the format does not have."""
+    from ...pipeline.corpus.export import FORMATS
+
+    if format not in (*FORMATS, "hub", "mds"):
+        raise ConfigError(f"format {format!r}: no such format; there are {', '.join(FORMATS)}, hub, mds")
     for option, given, formats in (
-        ("--prefix", prefix, ("perceptiondlm-json", "coco", "parquet")),
+        ("--prefix", prefix, tuple(FORMATS)),
         ("--shard-mb", shard_mb is not None, ("hub", "mds")),
         ("--energon", energon, ("hub",)),
         ("--dry-run", dry_run, ("hub",)),

@@ -37,9 +37,6 @@ from .units import Unit
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OWN_WRITERS = ("hub", "mds")
-"""Formats that `hub.py` and `mds.py` write."""
-
 CREDITS = "credits.json"
 """License and origin of the images, next to a list in the released layout."""
 
@@ -135,8 +132,7 @@ def export(
     """
     write = FORMATS.get(format)
     if write is None:
-        names = ", ".join((*FORMATS, *OWN_WRITERS))
-        raise ConfigError(f"format {format!r}: no such format here; there are {names}")
+        raise ConfigError(f"format {format!r}: no such format; there are {', '.join(FORMATS)}")
     to, chosen = Path(to), select(corpus, split)._replace(prefix=f"{prefix.rstrip('/')}/" if prefix else "")
     with files.write_folder_atomic(to) as temporary:
         written = write(chosen, temporary)

@@ -94,6 +94,7 @@ def test_the_examples_run_one_after_the_other(clone, monkeypatch):
         assert done.exit_code == 0, (example, done.output, done.exception)
 
 
+@pytest.mark.slow
 def test_the_samples_are_published_and_loaded_again_record_by_record(clone, tmp_path):
     from datasets import load_dataset
 

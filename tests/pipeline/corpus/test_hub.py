@@ -34,13 +34,6 @@ TURNED = (7, 8)
 """Photos with an EXIF orientation, whose JSONs have a field that those of earlier ones do not have."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _plots_in_no_time():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge.plots, "draw_plots", lambda _: dict.fromkeys(merge.plots.NAMES, b""))
-        yield
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     """Two subsets with held-out images; only one of them states licenses, and some photos were rotated."""
@@ -62,7 +55,9 @@ def out(tmp_path_factory) -> Path:
     sa1b = write_sa1b(root / "sa1b-source", 5)
     config = config_of(root / "out", coconut=source, sa1b=sa1b, images_per_shard=5, held_out_share=SHARE)
     build(config)
-    merge.merge(root / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge.plots, "draw_plots", lambda _: dict.fromkeys(merge.plots.NAMES, b""))
+        merge.merge(root / "out")
     return root / "out"
 
 
@@ -222,6 +217,21 @@ def test_the_same_corpus_gives_the_same_bytes(out, repo, tmp_path):
         for root in (repo, tmp_path / "again")
     )
     assert first == second
+
+
+def test_a_corpus_behind_a_url_gives_the_same_bytes(out, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(out), "/corpus-to-publish", recursive=True)
+    try:
+        for name, corpus in (("far", "memory://corpus-to-publish"), ("near", str(out))):
+            hub.write_repository(hub.plan_repository(corpus, shard_mb=SHARD_MB), tmp_path / name)
+    finally:
+        memory.rm("/corpus-to-publish", recursive=True)
+    near = {str(path.relative_to(tmp_path / "near")): path for path in (tmp_path / "near").rglob("*.*")}
+    for name, path in near.items():
+        assert path.is_dir() or (tmp_path / "far" / name).read_bytes() == path.read_bytes(), name
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "train"), ("held_out", "validation")])

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline.corpus import export, ledger, merge, reader
+from paracaption.pipeline.corpus import export, hub, ledger, merge, reader
 from paracaption.schemas.published import published
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Drop
@@ -79,6 +79,11 @@ def test_no_export_has_a_path_user_or_address_of_the_machine_that_wrote_it(
 ):
     export.export(out, form, tmp_path / "to")
     written = [path for path in (tmp_path / "to").rglob("*") if path.is_file()]
+    check_nothing_of_the_machine(written, tmp_path_factory.getbasetemp())
+
+
+def test_no_dataset_repository_has_one_either(out, tmp_path, tmp_path_factory):
+    written = hub.write_repository(hub.plan_repository(out, energon=True), tmp_path / "to")
     check_nothing_of_the_machine(written, tmp_path_factory.getbasetemp())
 
 
