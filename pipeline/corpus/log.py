@@ -49,6 +49,9 @@ from .records import (
 
 LOG, BEAT, REPLACED = "log", "beat", ".replaced"
 
+COPYING = ".copying"
+"""Lies in a place that a corpus is being copied to, until all of it is there; see `copy`."""
+
 CHECKPOINT_EVERY = 100
 """Each record whose number is a multiple of this is a checkpoint, so readers know where to start."""
 
@@ -165,9 +168,12 @@ def record_path(out: str, number: int) -> str:
 
 def exists(out: str) -> bool:
     """Whether a corpus has a log."""
-    if is_bucket(out) and files.exists(record_path(out, 1)):
+    if not is_bucket(out):
+        return any(_numbers(out))
+    store = store_of(out)
+    if store.size(record_path(out, 1)) is not None:
         return True  # also where a listing is late
-    return any(_numbers(out))
+    return any(_numbers(out)) and store.size(f"{out}/{COPYING}") is None  # of a copy, the first one is last
 
 
 _RECENT_S = 1.0
@@ -372,7 +378,8 @@ def read_records(out: str, after: int = 0) -> list[Record]:
     Raises:
         IntegrityError: a record is missing or damaged.
     """
-    return list(_follow(out, after, last_number(out)))
+    last = last_number(out)
+    return [*read_many(out, after + 1, last), *_follow(out, max(after, last), last)]
 
 
 def _follow(out: str, number: int, last: int) -> Iterator[Record]:

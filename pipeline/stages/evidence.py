@@ -16,7 +16,8 @@ every row, so that the file is the one that they wrote; a field without a column
 
 Files appear whole. Two workers may save the same unit, as one does whose driver was replaced while it was
 paused: the answer that was saved first stays. In a bucket a file is never written again: what is added is
-another part, `<unit>.1.parquet` and so on, and of each number there is one.
+another part, `<unit>.1.parquet` and so on, and of each number there is one. A copy of a bucket in a folder
+has such parts, too; what is saved there is one file again.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class EvidenceStore(Generic[E]):
     def _load_parts(self, unit: str) -> tuple[Evidence, int]:
         """What all parts say together, and the number of the next part."""
         evidence, part = self._load(unit, 0), 0
-        while evidence is not None and is_bucket(self.folder):
+        while evidence is not None:
             part += 1
             more = self._load(unit, part)
             if more is None:
@@ -129,7 +130,7 @@ class EvidenceStore(Generic[E]):
             OSError: the disk does not give it.
         """
         evidence, part = self._read_part(self.path(unit)), 0
-        while is_bucket(self.folder):
+        while True:
             part += 1
             try:
                 evidence = _with(evidence, self._read_part(self.path(unit, part)))
@@ -163,9 +164,12 @@ class EvidenceStore(Generic[E]):
         """
         if is_bucket(self.folder):
             return self._add_part(unit, evidence)
-        evidence = _with(self.load(unit), evidence)
+        saved, part = self._load_parts(unit)
+        evidence = _with(saved, evidence)
         path = str(self.path(unit))
         store_of(path).put(path, self._encode(evidence))
+        if part > 1:
+            self._delete_parts(unit, 1)
         return evidence
 
     def _add_part(self, unit: str, evidence: Evidence) -> Evidence:
