@@ -4,10 +4,10 @@ A copy has the records of its corpus up to a number, and the files that they nam
 evidence and the reviews. What is committed later is not in it: copying again brings it up to date. Events are
 not copied, nor signs of life.
 
-- **Nothing is visible before all of it is there.** A new copy gets its log when everything else has arrived:
-  in a folder under a temporary name, and then by one rename; in a bucket from the last record down to the
-  first, without which there is no corpus. Until then a note lies there (`log.COPYING`), so that no build
-  begins in it.
+- **Nothing is visible before all of it is there.** A new copy in a folder is made beside it, in
+  `.NAME.copying`, and gets its name by one rename. In a bucket its log comes when everything else has
+  arrived, from the last record down to the first, without which there is no corpus; until then a note lies
+  there (`log.COPYING`), so that no reader takes it for one and no build begins in it.
 - **An update is written as an owner writes it**, record by record, each created if its number is free. Who
   has built in the copy meanwhile has taken that number, and the copy is refused.
 - **It goes on where it stopped.** Names are the same each time; a file that is there with its size is read
@@ -20,8 +20,7 @@ import hashlib
 import os
 import re
 import threading
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from typing import NamedTuple
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ..io import bucket_checks, files
 from ..io.confined import confine
+from ..io.failures import RETRYING, describe
 from ..io.listing import Listed, list_files
 from ..io.location import is_bucket, locate
 from ..io.store import TEMPORARY, store_of
@@ -41,6 +41,9 @@ from .records import Record
 
 THREADS = 8
 """How many files are copied at a time."""
+
+RETRY_S = 120.0
+"""For how long a request is tried again that fails for a while."""
 
 _STEP = 1 << 20
 _BESIDE = re.compile(r"([^/]+)/evidence/[^/.][^/]*/[^/.][^/]*\.parquet|review/[^/.][^/]*")
@@ -105,22 +108,31 @@ def copy(
         IntegrityError: a file or record of the corpus is damaged or missing; names it.
         OSError: a place cannot be read or written.
     """
-    corpus, to = _place(corpus), _place(to)
+    budget = RETRYING.budget_s
+    RETRYING.set_budget(max(budget, RETRY_S))
+    try:
+        return _copy(_place(corpus), _place(to), dry_run, threads, progress)
+    finally:
+        RETRYING.set_budget(budget)
+
+
+def _copy(corpus: str, to: str, dry_run: bool, threads: int, progress: Progress) -> CopyReport:
     _refuse_same(corpus, to)
     bucket_checks.refuse_secrets(to)
     confine(corpus)
     found = history.read_log(corpus)
     known = _known(corpus, to, found)
     plan = CopyPlan(found, is_bucket(corpus), is_bucket(to), known)
-    jobs, report = _Inventory(corpus, to, plan, known).jobs()
+    made = to if known or is_bucket(to) else _beside(to)
+    jobs, report = _Inventory(corpus, made, plan).jobs()
     if dry_run:
         return report
     bucket_checks.check_store(to)
     if not known:
-        _begin(to, found[0])
-    copier = _Copier(corpus, to, plan, progress)
+        _begin(made, found[0])
+    copier = _Copier(corpus, made, plan, progress)
     copier.copy(jobs, threads)
-    _finish(to, plan.written_records(), known, threads)
+    _finish(made, to, plan.written_records(), known, threads)
     return report._replace(
         files=report.files + copier.replaced,
         bytes=report.bytes + copier.replaced_bytes,
@@ -161,12 +173,19 @@ def _known(corpus: str, to: str, found: Sequence[Record]) -> int:
             f"{to}: a copy of {corpus} in which something was built since it was copied, so it cannot be "
             "brought up to date; copy to another place"
         )
-    begun = _begun(to)
+    begun = _begun(to if is_bucket(to) else _beside(to))
     if begun and begun != found[0].nonce:
         raise ConfigError(f"{to}: a copy of another corpus was begun here; copy to another place")
+    begun = begun if is_bucket(to) else ""
     if not begun and (names := [name for name in files.list_names(to) if not _is_trial(name)]):
         raise ConfigError(f"{to}/{names[0]}: this place is not empty, and no copy; copy to another place")
     return 0
+
+
+def _beside(to: str) -> str:
+    """Where a new copy in a folder is made."""
+    folder, _, name = os.path.abspath(to).rpartition("/")
+    return f"{folder}/.{name}.copying"
 
 
 def _is_trial(name: str) -> bool:
@@ -185,18 +204,18 @@ def _begin(to: str, first: Record) -> None:
     store = store_of(to)
     store.make_folder(to)
     store.create(f"{to}/{COPYING}", f"{first.nonce}\n".encode())
-    if _begun(to) != first.nonce or log.exists(to):
+    if _begun(to) != first.nonce or (is_bucket(to) and log.exists(to)):
         raise ConfigError(f"{to}: another copy or build has begun here; copy to another place")
 
 
 class _Inventory:
     """Compares what is to be copied with what is there, by a listing of each place."""
 
-    def __init__(self, corpus: str, to: str, plan: CopyPlan, known: int):
+    def __init__(self, corpus: str, to: str, plan: CopyPlan):
         self._plan = plan
         self._here = list_files(locate(corpus))
         self._there = list_files(locate(to))
-        self._vouched = self._names_known(to) if known else set[str]()
+        self._vouched = self._names_known(to) if plan.known else set[str]()
 
     def jobs(self) -> tuple[list[_Job], CopyReport]:
         """The files to copy or to look at, and what they come to. Large ones are first."""
@@ -376,17 +395,16 @@ class _Copier:
 # The log.
 
 
-def _finish(to: str, written: Sequence[Record], known: int, threads: int) -> None:
-    """Write the records that the copy lacks."""
-    store = store_of(to)
-    adopt.mark(to)
+def _finish(made: str, to: str, written: Sequence[Record], known: int, threads: int) -> None:
+    """Write the records that the copy lacks, and give a new one in a folder its name."""
+    adopt.mark(made)
     if known:
         _append(to, written[known:], log.read_state(to))
-    elif store.moves:
-        _write_folder(to, written)
-    else:
+    elif is_bucket(to):
         _write_downwards(to, written, threads)
-    store.delete(f"{to}/{COPYING}")
+    else:
+        _give_name(made, to, written)
+    store_of(to).delete(f"{to}/{COPYING}")
 
 
 def _append(to: str, new: Sequence[Record], state: LogState) -> None:
@@ -407,19 +425,21 @@ def _create(to: str, record: Record) -> None:
             raise ConfigError(f"{to}: something was built here while it was copied to; copy to another place")
 
 
-def _write_folder(to: str, written: Iterable[Record]) -> None:
-    """The log of a new copy in a folder, which appears whole."""
-    store, folder = store_of(to), f"{to}/{TEMPORARY}{log.LOG}-{uuid.uuid4().hex[:12]}"
+def _give_name(made: str, to: str, written: Sequence[Record]) -> None:
+    """Write the log of a new copy in a folder, and let it appear."""
+    store = store_of(to)
+    for record in written:
+        _create(made, record)
+    for path in list_files(locate(made)):
+        if path.rpartition("/")[2].startswith(TEMPORARY):  # of a copy that was stopped
+            store.delete(f"{made}/{path}")
     try:
-        for record in written:
-            store.create(f"{folder}/{record.number:012}.json", records.encode(record))
-        store.move(folder, f"{to}/{log.LOG}")
-    except OSError:
-        if not log.exists(to):
+        store.move(made, to)
+    except OSError as error:
+        if not os.path.isdir(to):
             raise
-        raise ConfigError(f"{to}: another copy or build has ended here first; look at it") from None
-    finally:
-        store.delete_folder(folder)
+        what = "it is a mount point; give a folder below it" if os.path.ismount(to) else describe(error)
+        raise ConfigError(f"{to}: the copy in {made} cannot get this name: {what}") from error
 
 
 def _write_downwards(to: str, written: Sequence[Record], threads: int) -> None:

@@ -170,10 +170,22 @@ def exists(out: str) -> bool:
     """Whether a corpus has a log."""
     if not is_bucket(out):
         return any(_numbers(out))
-    store = store_of(out)
-    if store.size(record_path(out, 1)) is not None:
+    if _is_there(record_path(out, 1)):
         return True  # also where a listing is late
-    return any(_numbers(out)) and store.size(f"{out}/{COPYING}") is None  # of a copy, the first one is last
+    return any(_numbers(out)) and not is_being_copied(out)
+
+
+def is_being_copied(out: str) -> bool:
+    """Whether a place without a log is one that a corpus is being copied to: it has no corpus yet."""
+    return _is_there(f"{out}/{COPYING}")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        files.size_of(Blob(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 _RECENT_S = 1.0

@@ -296,7 +296,7 @@ _ENDED: set[str] = set()
 
 def _claim(out: str, command: str, lease_s: float) -> Owner:
     state = read_state(out)
-    if not state.number and store_of(out).size(f"{out}/{log.COPYING}") is not None:
+    if not state.number and log.is_being_copied(out):
         raise ConfigError(
             f"{out}: a copy of a corpus has begun here and is not complete; run `paracaption copy` again, or "
             "choose another `out`"

@@ -125,8 +125,11 @@ class Corpus:
     @property
     def subsets(self) -> list[str]:
         """Names of the subsets, sorted."""
-        if location.is_bucket(self.path) and log.exists(self.path):
-            return log.subsets_of(log.read_state(self.path))
+        if location.is_bucket(self.path):
+            if log.exists(self.path):
+                return log.subsets_of(log.read_state(self.path))
+            if log.is_being_copied(self.path):
+                return []
         names = files.list_names(self.path)
         return [name for name in names if files.is_folder(f"{self.path}/{name}/manifests")]
 
