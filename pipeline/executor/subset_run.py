@@ -135,8 +135,7 @@ def has_all_evidence(stage: Stage, folder: Location, work_list: WorkList, units:
     """Whether a model stage has evidence of all these units, so that its model need not be loaded yet."""
     if not isinstance(stage, ModelStage):
         return False
-    store = stage.store(folder)
-    return all(store.exists(work_list.unit_name(index)) for index in units)
+    return stage.store(folder).has_all([work_list.unit_name(index) for index in units])
 
 
 def _name_run(config: BuildConfig, subset: str) -> Location:

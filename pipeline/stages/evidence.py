@@ -82,6 +82,8 @@ class EvidenceStore(Generic[E]):
     def __init__(self, folder: Location, kind: type[E]):
         self.folder = folder
         self.kind = kind
+        self._loaded: dict[str, tuple[Evidence, int]] = {}
+        """Of the unit that was loaded last from a bucket: what there was, and the number of the next part."""
 
     def path(self, unit: str, part: int = 0) -> Location:
         """Where the unit's evidence lies, or a further part of it."""
@@ -93,7 +95,10 @@ class EvidenceStore(Generic[E]):
         Raises:
             StageFailed: the disk does not give the file. That says nothing of what is in it.
         """
-        return self._load_parts(unit)[0]
+        evidence, part = self._load_parts(unit)
+        if is_bucket(self.folder):
+            self._loaded = {unit: (dict(evidence), part)}  # who asks adds to what is returned
+        return evidence
 
     def _load_parts(self, unit: str) -> tuple[Evidence, int]:
         """What all parts say together, and the number of the next part."""
@@ -156,6 +161,11 @@ class EvidenceStore(Generic[E]):
         path = str(self.path(unit))
         return store_of(path).size(path) is not None
 
+    def has_all(self, units: Collection[str]) -> bool:
+        """Whether there is evidence of all these units. A bucket is listed, and asked for what is not listed."""
+        listed = set(files.list_names(str(self.folder))) if is_bucket(self.folder) else set[str]()
+        return all(self.path(unit).name in listed or self.exists(unit) for unit in units)
+
     def save(self, unit: str, evidence: Evidence) -> Evidence:
         """Add to a unit's evidence, atomically; rows sorted by image key and region.
 
@@ -175,10 +185,13 @@ class EvidenceStore(Generic[E]):
     def _add_part(self, unit: str, evidence: Evidence) -> Evidence:
         """Add a part with what the others do not say, under the first number that is free."""
         while True:
-            saved, part = self._load_parts(unit)
+            saved, part = self._loaded.pop(unit, None) or self._load_parts(unit)
             new = {place: row for place, row in evidence.items() if not _says(saved.get(place), row)}
             path = str(self.path(unit, part))
-            if not new or store_of(path).create(path, self._encode(new)):
+            if not new:
+                return saved
+            if store_of(path).create(path, self._encode(new)):
+                self._loaded = {unit: (saved | new, part + 1)}
                 return saved | new
 
     def forget(self, unit: str, keys: Collection[str]) -> bool:
