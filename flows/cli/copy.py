@@ -43,8 +43,8 @@ def copy(
     print(f", up to {report.before} before" if report.before else "")
     if report.lost:
         print(
-            f"{report.lost:,} files of earlier versions are not kept in {corpus} any more, so the copy cannot "
-            "go back to these versions",
+            f"{report.lost:,} files of earlier versions are not kept in {corpus} any more, so the copy "
+            "cannot go back to these versions",
             file=sys.stderr,
         )
     if dry_run:

@@ -436,7 +436,7 @@ def _give_name(made: str, to: str, written: Sequence[Record]) -> None:
     try:
         store.move(made, to)
     except OSError as error:
-        if not os.path.isdir(to):
+        if not files.is_folder(to):
             raise
         what = "it is a mount point; give a folder below it" if os.path.ismount(to) else describe(error)
         raise ConfigError(f"{to}: the copy in {made} cannot get this name: {what}") from error

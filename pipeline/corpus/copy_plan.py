@@ -1,4 +1,4 @@
-"""What a copy of a corpus consists of: each file, where it lies and is to lie, and the records as they will be.
+"""What a copy of a corpus consists of: its files, where each lies and is to lie, and its records.
 
 A copy keeps every record under its number, with its nonce and time, so the two logs tell the same story. Only
 names of files differ: in a folder a file lies at its place, and what a record replaced below `.replaced/`; in

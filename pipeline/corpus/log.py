@@ -390,9 +390,7 @@ def find_broken(out: str, units: Iterable[LogUnit]) -> list[LogUnit]:
         for folder in folders
         for name, found in list_files(locate(f"{out}/{folder}")).items()
     }
-    doubted = [
-        unit for unit in units if any(listed.get(file.place) != file.bytes for file in unit.files())
-    ]
+    doubted = [unit for unit in units if any(listed.get(file.place) != file.bytes for file in unit.files())]
     return [unit for unit in doubted if not is_whole(out, unit)]
 
 

@@ -256,6 +256,11 @@ class FsspecFiles:
         mark = next((str(info[name]) for name in names if info.get(name)), "")
         return f"{info.get('size')}-{mark}"
 
+    def forget(self, url: str) -> None:
+        """Ask the store about a file again, and not a listing that was had before."""
+        fs, path = _file_system(url)
+        fs.invalidate_cache(path)
+
     def kind(self, url: str) -> FileKind | None:
         fs, path = _file_system(url)
         try:

@@ -162,7 +162,7 @@ class EvidenceStore(Generic[E]):
         return store_of(path).size(path) is not None
 
     def has_all(self, units: Collection[str]) -> bool:
-        """Whether there is evidence of all these units. A bucket is listed, and asked for what is not listed."""
+        """Whether there is evidence of all these units. A bucket is listed, which may lack new ones."""
         listed = set(files.list_names(str(self.folder))) if is_bucket(self.folder) else set[str]()
         return all(self.path(unit).name in listed or self.exists(unit) for unit in units)
 

@@ -31,7 +31,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def versions(sources, tmp_path_factory):
-    """A corpus in a folder as it was after each of three builds: one subset; other thresholds; two subsets."""
+    """A corpus in a folder after each of three builds: one subset; other thresholds; two subsets."""
     folder = tmp_path_factory.mktemp("corpus")
     out, found = folder / "now", list[str]()
     coconut = {"coconut": sources["coconut"]}
