@@ -71,7 +71,7 @@ def captions(out: str) -> list[tuple[str, int, tuple[int, ...]]]:
     """What is committed: key, region and box of each kept region."""
     corpus = reader.open_corpus(out)
     return sorted(
-        (sample.key, region.id, list(region.bbox))
+        (sample.key, region.id, tuple(region.bbox))
         for sample, _ in corpus.samples()
         for region in sample.regions
     )
