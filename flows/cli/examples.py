@@ -16,6 +16,7 @@ EXAMPLES = {
     "explore": "paracaption explore out/demo --port 8080",
     "report": "paracaption report out/demo --to report.html",
     "export": "paracaption export out/demo --format coco --to out/coco",
+    "copy": "paracaption copy out/demo out/copy",
     "status": "paracaption status out/demo",
     "versions": "paracaption versions out/demo --all",
     "diff": "paracaption diff out/demo 7 12",

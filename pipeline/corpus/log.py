@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ...schemas.errors import IntegrityError
 from ...schemas.records import Blob
 from ..io import files
-from ..io.location import Location, is_bucket
+from ..io.listing import list_files
+from ..io.location import Location, is_bucket, locate
 from ..io.store import store_of
 from . import adopt, records
 from .records import (
@@ -48,6 +49,9 @@ from .records import (
 )
 
 LOG, BEAT, REPLACED = "log", "beat", ".replaced"
+
+COPYING = ".copying"
+"""Lies in a place that a corpus is being copied to, until all of it is there; see `copy`."""
 
 CHECKPOINT_EVERY = 100
 """Each record whose number is a multiple of this is a checkpoint, so readers know where to start."""
@@ -165,9 +169,26 @@ def record_path(out: str, number: int) -> str:
 
 def exists(out: str) -> bool:
     """Whether a corpus has a log."""
-    if is_bucket(out) and files.exists(record_path(out, 1)):
+    if _recent(out) is not None:
+        return True
+    if not is_bucket(out):
+        return any(_numbers(out))
+    if _is_there(record_path(out, 1)):
         return True  # also where a listing is late
-    return any(_numbers(out))
+    return any(_numbers(out)) and not is_being_copied(out)
+
+
+def is_being_copied(out: str) -> bool:
+    """Whether a place without a log is one that a corpus is being copied to: it has no corpus yet."""
+    return _is_there(f"{out}/{COPYING}")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        files.size_of(Blob(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 _RECENT_S = 1.0
@@ -175,10 +196,28 @@ _RECENT_S = 1.0
 
 def recent_state(out: str) -> LogState:
     """What the log said within the last second, for who asks for one sample after the other."""
-    asked_s, state = _RECENT.get(out, (-math.inf, None))
-    if state is None or time.monotonic() - asked_s > _RECENT_S:
+    state = _recent(out)
+    if state is None:
         state = read_state(out)
         _RECENT[out] = time.monotonic(), state
+    return state
+
+
+def present_state(out: str) -> LogState:
+    """What the log says, to readers; of a bucket, where each look is a request, within the last second.
+
+    What this process has written is always in it.
+
+    Raises:
+        IntegrityError: a record is missing or damaged.
+    """
+    return recent_state(out) if is_bucket(out) else read_state(out)
+
+
+def _recent(out: str) -> LogState | None:
+    asked_s, state = _RECENT.get(out, (-math.inf, None))
+    if state is None or not state.number or time.monotonic() - asked_s > _RECENT_S:
+        return None
     return state
 
 
@@ -194,7 +233,7 @@ def place_of(out: str | Location, path: str) -> str:
     out = str(out)
     if not is_bucket(out):
         return f"{out}/{path}"
-    found = read_state(out).files.get(path)
+    found = recent_state(out).files.get(path)
     return f"{out}/{found.place if found else path}"
 
 
@@ -239,6 +278,7 @@ def remember(out: str, state: LogState) -> None:
     """Keep what the log of a corpus in a bucket said, so that only what is new is read the next time."""
     if is_bucket(out):
         _SEEN[out] = state
+        _RECENT[out] = time.monotonic(), state
 
 
 def _still_true(out: str, seen: LogState | None) -> LogState | None:
@@ -336,6 +376,24 @@ def is_whole(out: str, unit: LogUnit) -> bool:
     )
 
 
+def find_broken(out: str, units: Iterable[LogUnit]) -> list[LogUnit]:
+    """Those of some committed units of which a file is gone or has another size; see `is_whole`.
+
+    A bucket is listed; only what is not in the listing, which may be late, is asked for one by one.
+    """
+    if not is_bucket(out):
+        return [unit for unit in units if not is_whole(out, unit)]
+    units = list(units)
+    folders = {file.place.rpartition("/")[0] for unit in units for file in unit.files()}
+    listed = {
+        f"{folder}/{name}": found.bytes
+        for folder in folders
+        for name, found in list_files(locate(f"{out}/{folder}")).items()
+    }
+    doubted = [unit for unit in units if any(listed.get(file.place) != file.bytes for file in unit.files())]
+    return [unit for unit in doubted if not is_whole(out, unit)]
+
+
 def files_of(record: Record) -> list[LogFile]:
     """The files that a record names."""
     match record:
@@ -372,7 +430,8 @@ def read_records(out: str, after: int = 0) -> list[Record]:
     Raises:
         IntegrityError: a record is missing or damaged.
     """
-    return list(_follow(out, after, last_number(out)))
+    last = last_number(out)
+    return [*read_many(out, after + 1, last), *_follow(out, max(after, last), last)]
 
 
 def _follow(out: str, number: int, last: int) -> Iterator[Record]:

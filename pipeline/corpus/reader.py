@@ -125,8 +125,11 @@ class Corpus:
     @property
     def subsets(self) -> list[str]:
         """Names of the subsets, sorted."""
-        if location.is_bucket(self.path) and log.exists(self.path):
-            return log.subsets_of(log.read_state(self.path))
+        if location.is_bucket(self.path):
+            if log.exists(self.path):
+                return log.subsets_of(log.read_state(self.path))
+            if log.is_being_copied(self.path):
+                return []
         names = files.list_names(self.path)
         return [name for name in names if files.is_folder(f"{self.path}/{name}/manifests")]
 
@@ -266,7 +269,9 @@ class Corpus:
             raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge CONFIG`") from error
 
     def index_is_current(self, digests: Mapping[str, str] | None = None) -> bool:
-        """Whether index and statistics are of the units that are committed now. Reads every manifest.
+        """Whether index and statistics are of the units that are committed now.
+
+        In a bucket the log says it; else every manifest is read.
 
         Args:
             digests: what `digest` returned of each subset that matters; None for all subsets.
@@ -277,11 +282,21 @@ class Corpus:
             return False
         if summary.index.bytes != size:
             return False
+        if location.is_bucket(self.path) and self._is_merged_last():
+            return True
         merged = {name: each.counts.manifests for name, each in summary.subsets.items()}
         if digests is not None:
             return digests.items() <= merged.items()
         names = self.subsets
         return sorted(merged) == names and all(self.digest(name) == merged[name] for name in names)
+
+    def _is_merged_last(self) -> bool:
+        """Whether nothing was committed since the log's newest index. Who merges owns the corpus."""
+        if not log.exists(self.path):
+            return False
+        state = log.read_state(self.path)
+        number = 0 if state.merged is None else state.merged.number
+        return all(found.since < number for found in state.units.values())
 
     def num_planned_units(self, subset: str) -> int:
         """Number of units in the subset's work list, committed or not.

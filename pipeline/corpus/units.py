@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..io import files
+from ..io.location import is_bucket
 from . import log
 from .records import LogUnit
 
@@ -63,6 +64,19 @@ def unit_of(out: str, name: str, unit: LogUnit, unmoved: Iterable[tuple[str, str
     return Unit(subset, unit_name, f"{out}/{subset}", tuple(names.items()))
 
 
+def find_unit(folder: str, name: str) -> Unit | None:
+    """The committed unit of a name in a subset's folder; None if there is none.
+
+    Raises:
+        IntegrityError: the commit log is damaged.
+    """
+    out, _, subset = folder.rpartition("/")
+    if not (is_bucket(out) and log.exists(out)):
+        return next((unit for unit in list_units(folder) if unit.name == name), None)
+    found = log.present_state(out).units.get(f"{subset}/{name}")
+    return None if found is None else unit_of(out, f"{subset}/{name}", found.unit)
+
+
 def list_units(folder: str) -> list[Unit]:
     """The committed units in a subset's folder, in order. Without such a folder there are none.
 
@@ -71,7 +85,7 @@ def list_units(folder: str) -> list[Unit]:
     """
     out, _, subset = folder.rpartition("/")
     if log.exists(out):
-        state = log.read_state(out)
+        state = log.present_state(out)
         unmoved = log.find_unmoved(out, state)
         return [
             unit_of(out, name, found.unit, unmoved.get(name, ()))

@@ -26,6 +26,7 @@ from .given_up import give_up
 from .job import Job
 from .progress import Progress, StageProgress, Watch
 from .run_folders import local_folder, run_folder
+from .source_versions import planned_versions
 from .stalls import STACK_MARK
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class SubsetRun:
             plans={work_list.unit_name(at): plans[at] for at in units if plans[at] != work_list.digest},
             modules=own_modules.taken(),
             variables=variables.taken(),
+            versions=planned_versions(work_list),
         )
         self.part = Part(job, stages, work_list, units)
         names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
@@ -135,8 +137,7 @@ def has_all_evidence(stage: Stage, folder: Location, work_list: WorkList, units:
     """Whether a model stage has evidence of all these units, so that its model need not be loaded yet."""
     if not isinstance(stage, ModelStage):
         return False
-    store = stage.store(folder)
-    return all(store.exists(work_list.unit_name(index)) for index in units)
+    return stage.store(folder).has_all([work_list.unit_name(index) for index in units])
 
 
 def _name_run(config: BuildConfig, subset: str) -> Location:

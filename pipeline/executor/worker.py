@@ -45,7 +45,7 @@ from ..sources.registry import allow_kinds, open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers, failed_drop
 from ..stages.composite import only_asked
 from ..stages.evidence import Evidence, EvidenceStore
-from . import gpus, holding
+from . import gpus, holding, source_versions
 from .bisection import Bisection, model_failure, needs_fresh_model
 from .freed_memory import keep_freed_memory
 from .in_flight import InFlight
@@ -70,12 +70,14 @@ class Unit(msgspec.Struct):
         images: its records, as the stages so far left them.
         failures: stage -> error, for each model stage that failed on the whole unit.
         held: why the unit must not be committed as it is, though no stage failed; "" if it may.
+        read_from: URLs of files of the source that must not have changed when all of it was read.
     """
 
     name: str
     images: list[ImageRecord]
     failures: dict[str, str] = {}
     held: str = ""
+    read_from: list[str] = []
 
 
 class Worker:
@@ -267,6 +269,8 @@ class Worker:
                         else:
                             read[entry.key] = self._read_one(entry, committed)
         unit.images = [read[entry.key] for entry in entries]
+        assert self.source is not None
+        unit.read_from = source_versions.files_read(entries, self.source, self.job.versions)
         self._stop_if_refused(unit)
 
     def _read_one(self, entry: CatalogEntry, committed: CommittedUnit) -> ImageRecord:
@@ -329,7 +333,8 @@ class Worker:
         plan = job.plans.get(unit.name, job.plan)
         draft = writer.write_unit(self.folder, unit.name, unit.images, plan, job.recipe)
         draft.failures = unit.failures
-        draft.held = unit.held or draft.held or self._why_held(unit)
+        changed = source_versions.why_changed(unit.read_from, job.versions)
+        draft.held = changed or unit.held or draft.held or self._why_held(unit)
         if draft.held:
             self.events.emit("failed", stage=SOURCE_STAGE, unit=unit.name, detail=draft.held)
             writer.discard(self.folder.parent, draft)

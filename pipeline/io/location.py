@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from . import bucket_clients, variables
@@ -67,6 +68,15 @@ def locate(place: str | os.PathLike[str] | Prefix) -> Location:
         return place
     name = os.fspath(place)
     return Prefix(name) if is_url(name) else Path(name)
+
+
+_OWN_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$")
+"""How the names end that a store gives to files of a bucket (`Store.new_name`)."""
+
+
+def never_changes(place: str | Location) -> bool:
+    """Whether a file is in a bucket under a name of its own: it may go, but its bytes stay what they are."""
+    return is_bucket(place) and _OWN_NAME.search(str(place)) is not None
 
 
 def is_bucket(place: str | Location) -> bool:
