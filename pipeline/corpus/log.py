@@ -273,6 +273,8 @@ def read_units(out: str) -> dict[str, LogUnit]:
     """
     if exists(out):
         return {name: found.unit for name, found in read_state(out).units.items()}
+    if is_bucket(out):  # what lies there is of a driver that has just begun
+        return {}
     return adopt.find_units(out)
 
 
@@ -288,6 +290,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
             file.temporary.rpartition("/")[0]
             for unit in state.unmoved.units.values()
             for file in unit.files()
+            if file.temporary
         }
         there = {f"{folder}/{name}" for folder in folders for name in files.list_names(f"{out}/{folder}")}
         for name, unit in state.unmoved.units.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..io import files
+from ..io.location import is_bucket
 from . import log
 from .records import LogUnit
 
@@ -70,7 +71,7 @@ def list_units(folder: str) -> list[Unit]:
         IntegrityError: the commit log is damaged.
     """
     out, _, subset = folder.rpartition("/")
-    if log.exists(out):
+    if is_bucket(out) or log.exists(out):
         state = log.read_state(out)
         unmoved = log.find_unmoved(out, state)
         return [
