@@ -282,17 +282,24 @@ class Round:
             time.sleep(self.random.random() * 0.25 * self.lease_s)
             self._look()
             calm = bool(self.ends[DONE]) or seconds > 40 * self.lease_s
-            wanted = not self._live or (len(self._live) < 2 and self.random.random() < 0.3 and not calm)
+            running = [each for each, until in self._live if not until]
+            wanted = not running or (len(self._live) < 3 and self.random.random() < 0.05 and not calm)
             if wanted and not self.ends[DONE]:
                 self._start()
-            running = [each for each, until in self._live if not until]
-            if running and not calm and self.random.random() < (0.3 if self._is_building() else 0.05):
-                self._disturb(self.random.choice(running))
+            if calm or len(running) < len(self._live):  # one is stopped
+                continue
+            owner = [each for each in running if each.pid == self._builder()]
+            if self.random.random() < (0.25 if owner else 0.03):
+                self._disturb(self.random.choice(owner or running))
 
-    def _is_building(self) -> bool:
-        """Whether somebody has planned the corpus: what comes before is short, and the same each time."""
-        prefix = self.out.removeprefix(f"{self.server.url()}/")
-        return len(self.server.objects(prefix=f"{prefix}/{log.LOG}/")) > len(IMAGES) + 2
+    def _builder(self) -> int:
+        """The process that owns the corpus once it is planned; what comes before is the same each time."""
+        prefix = f"{self.out.removeprefix(f'{self.server.url()}/')}/{log.LOG}/"
+        keys = list(self.server.objects(prefix=prefix))
+        if len(keys) < len(IMAGES) + 3:
+            return 0
+        found = [json.loads(self.server.content(key))["record"] for key in keys]
+        return next(record["pid"] for record in reversed(found) if record["kind"] == "claim")
 
     def _process(self) -> Process:
         seed = self.random.randrange(1 << 30)
@@ -322,10 +329,10 @@ class Round:
     def _disturb(self, process: Process) -> None:
         is_new = time.monotonic() - self._started_s[process.pid] < 2 * self.lease_s
         if is_new or self.random.random() < 0.75:
-            until = time.monotonic() + self.lease_s * self.random.uniform(0.5, 7)
+            until = time.monotonic() + self.lease_s * self.random.uniform(0.5, 9)
             self._live = [(each, until if each is process else old) for each, old in self._live]
             self.did["stopped"] += _send(process, signal.SIGSTOP)
-            if len(self._live) < 3:
+            if len(self._live) < 3 and self.random.random() < 0.8:
                 self._start()
         else:
             self.did["killed"] += _send(process, signal.SIGKILL)
