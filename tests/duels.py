@@ -51,7 +51,10 @@ LATER_S = 0.7
 """When what a network held, or sent twice, arrives."""
 
 _BUSY = re.compile(r"is writing here|has begun to write here")
-_LONGEST_S = 300
+_FIGHT_LEASES = 30
+"""For so many leases after the corpus was planned drivers are disturbed."""
+
+_LONGEST_S = 1800
 
 
 class Process(Protocol):
@@ -276,19 +279,25 @@ class Round:
 
     def _fight(self) -> None:
         self._start()
+        planned_s = 0.0
         while self._live or not self.ends[DONE]:
             seconds = time.monotonic() - self._began_s
             assert seconds < _LONGEST_S, f"no driver has finished: {self.told()}; {self._told()}"
             time.sleep(self.random.random() * 0.25 * self.lease_s)
             self._look()
-            calm = bool(self.ends[DONE]) or seconds > 40 * self.lease_s
+            builder = self._builder()
+            if builder and not planned_s:
+                planned_s = seconds
+            calm = bool(self.ends[DONE]) or (
+                planned_s > 0 and seconds - planned_s > _FIGHT_LEASES * self.lease_s
+            )
             running = [each for each, until in self._live if not until]
             wanted = not running or (len(self._live) < 3 and self.random.random() < 0.05 and not calm)
             if wanted and not self.ends[DONE]:
                 self._start()
             if calm or len(running) < len(self._live):  # one is stopped
                 continue
-            owner = [each for each in running if each.pid == self._builder()]
+            owner = [each for each in running if each.pid == builder]
             if self.random.random() < (0.25 if owner else 0.03):
                 self._disturb(self.random.choice(owner or running))
 
@@ -449,7 +458,9 @@ def _send(process: Process, number: signal.Signals) -> bool:
     return False
 
 
-def play(folder: Path, sources: Sources, seed: int, told: str = "", address: str = "", server: Any = None) -> str:
+def play(
+    folder: Path, sources: Sources, seed: int, told: str = "", address: str = "", server: Any = None
+) -> str:
     """One round; what does not hold in it, or "". Appends a line to the file `told`."""
     with contextlib.nullcontext(server) if server else serving() as objects:
         objects.forget_requests()
