@@ -209,6 +209,14 @@ def last_number(out: str) -> int:
     return max(_numbers(out), default=0)
 
 
+def newest_number(out: str) -> int:
+    """Number of the newest record; 0 if there is none. In a bucket, a listing may not have it yet."""
+    number = last_number(out)
+    while is_bucket(out) and store_of(out).size(record_path(out, number + 1)) is not None:
+        number += 1
+    return number
+
+
 def read_state(out: str, known: LogState | None = None) -> LogState:
     """What the log says now.
 
