@@ -135,7 +135,7 @@ def _end(folder: str, code: int, error: BaseException | None) -> None:
 
 
 def _hurry(chance: random.Random) -> None:
-    """Shorter waits, so that a round takes seconds; and every other driver stages files, and uploads parts."""
+    """Wait less, so that a round takes seconds; every other driver stages files, and uploads parts."""
     import obstore
 
     from paracaption.pipeline.corpus import event_parts, plots

@@ -5,7 +5,6 @@ Next to a corpus in a folder; on the scratch of each machine for a corpus in a b
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ..io import scratch
@@ -50,7 +49,7 @@ def end_run(run: str) -> None:
         else:
             stack.unlink()
     if is_bucket(run) and not is_left:
-        shutil.rmtree(folder, ignore_errors=True)
+        scratch.remove_run(folder)
 
 
 def run_folder(run: str) -> Path:

@@ -89,6 +89,11 @@ def note_driver(run: Path) -> None:
     (run / _DRIVER).write_text(_folder_name(this_process()))
 
 
+def remove_run(run: Path) -> None:
+    """Remove the folder of a run that has ended."""
+    shutil.rmtree(run, ignore_errors=True)
+
+
 def _is_staged_by_the_dead(folder: Path) -> bool:
     owner = _owner_of(folder.name)
     return owner is not None and is_dead(owner)

@@ -1,4 +1,4 @@
-"""A bucket in memory that fails as `tests/object_server.py` does, below `bucket_clients` in the place of obstore.
+"""A bucket in memory that fails as `tests/object_server.py` does, in the place of obstore.
 
 What is kept is kept by obstore's own store in memory, so what it answers is what obstore answers; around each
 of its calls stands what a network and an object store may do. Nothing depends on time: what comes late comes
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from obstore.store import MemoryStore
 
 from paracaption.pipeline.corpus import log as commit_log
 from paracaption.pipeline.corpus.owner import own
+from paracaption.pipeline.corpus.records import Commit
 from paracaption.pipeline.corpus.sweep import sweep
 from paracaption.pipeline.io import bucket_checks, bucket_clients, bucket_files, scratch
 from paracaption.pipeline.stages.base import ModelStage
@@ -41,12 +43,12 @@ the end of this build nothing can be asked. "refused": this once, by 403. "stuck
 some requests later; "repeated_late": it is done now, and then once more."""
 
 WRITES = ("lost_answer", "repeated")
-"""What may happen at one that writes. "lost_answer": it is done, and the answer is an error. "repeated": it is
-done twice, as by a client that asks again by itself, and the second answer is returned."""
+"""What may happen at one that writes. "lost_answer": it is done, and the answer is an error. "repeated": it
+is done twice, as by a client that asks again by itself, and the second answer is returned."""
 
 BUCKET_KINDS = (*KINDS, *(kind for kind in (*REQUESTS, *WRITES) if kind not in KINDS))
 
-_LATER = (1, 3, 10, 40)
+_LATER = (1, 5, 25, 60, 120)
 """So many requests later what the network held arrives."""
 
 _ANSWERS = {
@@ -323,16 +325,24 @@ class BucketWorld(World):
         return files | told
 
     def left_over(self) -> list[str]:
-        """What the next build's sweep leaves that no record names; what the network held has arrived."""
+        """What the next build's sweep leaves that no record names; what the network held has arrived.
+
+        Raises:
+            AssertionError: a unit was committed twice as the same files.
+        """
         self.requests.deliver(all_of_it=True)
         with self.reading():
             with own(self.out, "merge", 60.0) as owner:
                 sweep(owner)
-            named = {
-                f"{CORPUS}/{file.place}"
-                for record in commit_log.read_records(self.out)
-                for file in commit_log.files_of(record)
-            }
+            written = commit_log.read_records(self.out)
+        named = {f"{CORPUS}/{file.place}" for each in written for file in commit_log.files_of(each)}
+        times = Counter(
+            (name, unit.manifest.sha256)
+            for each in written
+            if isinstance(each, Commit)
+            for name, unit in each.units.items()
+        )
+        assert set(times.values()) == {1}, f"committed twice: {times.most_common(1)}; {self.happened}"
         others = tuple(f"{CORPUS}/{name}/" for name in ("log", "beat", "events"))
         return [
             key

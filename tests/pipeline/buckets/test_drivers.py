@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -48,22 +49,18 @@ class Aside:
     """A call in a thread, as another driver makes it."""
 
     def __init__(self, call: Callable[[], Any]):
-        self._call, self._result, self._error = call, None, None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._future: Future[Any] = Future()
+        threading.Thread(target=self._run, args=[call], daemon=True).start()
 
-    def _run(self) -> None:
+    def _run(self, call: Callable[[], Any]) -> None:
         try:
-            self._result = self._call()
-        except BaseException as error:  # raised again in the test
-            self._error = error
+            self._future.set_result(call())
+        except Exception as error:  # noqa: BLE001 - raised again in the test
+            self._future.set_exception(error)
 
     def result(self) -> Any:
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        if self._error is not None:
-            raise self._error
-        return self._result
+        """What it returns; raises what it raises."""
+        return self._future.result(30)
 
 
 def put(path: str, data: bytes = b"x") -> None:
