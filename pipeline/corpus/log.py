@@ -248,6 +248,14 @@ def last_number(out: str) -> int:
     return max(_numbers(out), default=0)
 
 
+def newest_number(out: str) -> int:
+    """Number of the newest record; 0 if there is none. In a bucket, a listing may not have it yet."""
+    number = last_number(out)
+    while is_bucket(out) and store_of(out).size(record_path(out, number + 1)) is not None:
+        number += 1
+    return number
+
+
 def read_state(out: str, known: LogState | None = None) -> LogState:
     """What the log says now.
 
@@ -313,6 +321,8 @@ def read_units(out: str) -> dict[str, LogUnit]:
     """
     if exists(out):
         return {name: found.unit for name, found in read_state(out).units.items()}
+    if is_bucket(out):  # what lies there is of a driver that has just begun
+        return {}
     return adopt.find_units(out)
 
 
@@ -328,6 +338,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
             file.temporary.rpartition("/")[0]
             for unit in state.unmoved.units.values()
             for file in unit.files()
+            if file.temporary
         }
         there = {f"{folder}/{name}" for folder in folders for name in files.list_names(f"{out}/{folder}")}
         for name, unit in state.unmoved.units.items():

@@ -33,7 +33,7 @@ from ..corpus.sweep import is_swept, sweep
 from ..corpus.work_list import Plan, is_current, make_work_list, plan, publish
 from ..corpus.work_list_summary import WorkList, find_work_list
 from ..corpus.writer import Draft
-from ..io import failures, files, variables
+from ..io import bucket_checks, failures, files, variables
 from ..io.activity import NOW
 from ..io.location import Location, is_bucket, locate
 from ..io.store import store_of
@@ -293,6 +293,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     _finish_moves(config)
     units = commit_log.read_units(str(out)) if commit_log.exists(str(out)) else {}
     adopt.refuse_foreign(str(out), config.subsets.keys() - {name.partition("/")[0] for name in units})
+    bucket_checks.check_store(str(out))
     asked: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
         plans: dict[str, Plan] = {}

@@ -10,6 +10,9 @@ from pathlib import Path
 from ..io import scratch
 from ..io.location import Location, is_bucket, locate
 
+STACK_MARK = "most recent call first"
+"""Stands in a stack file when something took longer than `failures.stall_s`."""
+
 
 def local_folder(out: str, place: str) -> Path:
     """The folder of this machine for a place below a corpus. It is made.
@@ -24,6 +27,29 @@ def local_folder(out: str, place: str) -> Path:
     folder = (scratch.folder_of(out) if is_bucket(out) else Path(out)) / place
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def begin_run(run: str) -> None:
+    """Make the folder of a new run on this machine, the driver's.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = run_folder(run)
+    if is_bucket(run):
+        scratch.note_driver(folder)
+
+
+def end_run(run: str) -> None:
+    """Remove the files of stacks that are none, and where a run has scratch of its own, that."""
+    folder, is_left = run_folder(run), False
+    for stack in folder.glob("stack-*.txt"):
+        if STACK_MARK in stack.read_text(errors="replace"):
+            is_left = True
+        else:
+            stack.unlink()
+    if is_bucket(run) and not is_left:
+        scratch.remove_run(folder)
 
 
 def run_folder(run: str) -> Path:

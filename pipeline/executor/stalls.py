@@ -20,12 +20,9 @@ from pathlib import Path
 from typing import IO
 
 from ..io.activity import NOW
-from .run_folders import run_folder
+from .run_folders import STACK_MARK, run_folder
 
 log = logging.getLogger(__name__)
-
-STACK_MARK = "most recent call first"
-"""Stands in a stack file when something took longer than `failures.stall_s`."""
 
 _HEAD_BYTES = 1024
 """The start of a stack file: what its process is doing, padded, so that it is written over in place."""

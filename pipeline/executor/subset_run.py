@@ -25,9 +25,8 @@ from .engine import Part
 from .given_up import give_up
 from .job import Job
 from .progress import Progress, StageProgress, Watch
-from .run_folders import local_folder, run_folder
+from .run_folders import begin_run, end_run, local_folder, run_folder
 from .source_versions import planned_versions
-from .stalls import STACK_MARK
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +124,7 @@ class SubsetRun:
 
     def clean(self) -> None:
         """Remove the notes of a run that came to its end, and the files of stacks that are none."""
-        for stack in run_folder(str(self.run)).glob("stack-*.txt"):
-            if STACK_MARK not in stack.read_text(errors="replace"):
-                stack.unlink()
+        end_run(str(self.run))
         shutil.rmtree(
             local_folder(str(self.folder.parent), f"{self.folder.name}/journal"), ignore_errors=True
         )
@@ -145,7 +142,7 @@ def _name_run(config: BuildConfig, subset: str) -> Location:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
     run = locate(config.out) / "events" / name
     try:
-        run_folder(str(run))
+        begin_run(str(run))
     except OSError as error:
         raise writer.write_failed(locate(config.out), error) from error
     return run
