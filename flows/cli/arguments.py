@@ -10,6 +10,10 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
+from ...pipeline.io.location import is_url
+from ...schemas.errors import ConfigError
+from ...schemas.secrets import shorten
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 Config = Annotated[
@@ -102,3 +106,16 @@ def options_of(schema: type[BaseModel]) -> Callable[[_Command], _Command]:
         return command
 
     return add
+
+
+def folder(text: str) -> Path:
+    """A folder to write to; a URL would become a folder of a strange name.
+
+    Raises:
+        ConfigError: it is a URL.
+    """
+    if is_url(text):
+        raise ConfigError(
+            f"{shorten(text)}: has to be a folder; only a corpus may lie in a bucket: give a path"
+        )
+    return Path(text.removeprefix("file://"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import stopping
-from .arguments import Device, Dtype, Json, changes_of, print_json, suggest
+from .arguments import Device, Dtype, Json, changes_of, folder, print_json, suggest
 from .examples import example
 from .help import Command, Group
 from .progress import counting_parts, show_row
@@ -67,7 +67,13 @@ def profile(
     model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
     corpus: Annotated[str, typer.Option(help="Corpus with the photos to caption.", show_default=False)],
     out: Annotated[
-        Path, typer.Option(help="Folder for a table, a plot and all measurements.", show_default=False)
+        Path,
+        typer.Option(
+            parser=folder,
+            metavar="FOLDER",
+            help="Folder for a table, a plot and all measurements.",
+            show_default=False,
+        ),
     ],
     images: Annotated[int, typer.Option(min=1, help="Number of photos to caption.")] = 4,
     regions: Annotated[int, typer.Option(min=1, help="Measure 1 to N regions per image.")] = 8,
@@ -114,9 +120,11 @@ def profile(
 @benchmarks.command(cls=Command, epilog=example("benchmark make"))
 def make(
     corpus: Annotated[
-        Path, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
+        str, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
     ],
-    to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    to: Annotated[
+        Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder to write.", show_default=False)
+    ],
     judge: Annotated[
         Path,
         typer.Option(
