@@ -11,7 +11,6 @@ import typer
 from pydantic import BaseModel
 
 from ...pipeline.io.location import is_url
-from ...schemas.errors import ConfigError
 from ...schemas.secrets import shorten
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -112,10 +111,9 @@ def folder(text: str) -> Path:
     """A folder to write to; a URL would become a folder of a strange name.
 
     Raises:
-        ConfigError: it is a URL.
+        typer.BadParameter: it is a URL.
     """
     if is_url(text):
-        raise ConfigError(
-            f"{shorten(text)}: has to be a folder; only a corpus may lie in a bucket: give a path"
-        )
+        what = "has to be a folder; only a corpus may lie in a bucket: give a path"
+        raise typer.BadParameter(f"{shorten(text)}: {what}")
     return Path(text.removeprefix("file://"))
