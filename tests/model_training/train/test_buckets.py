@@ -36,9 +36,9 @@ SHARDS = "world/coconut/shards/*"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> BuildConfig:
-    """A world of 24 scenes, and its corpus in a folder."""
+    """A world of twelve scenes, and its corpus in a folder."""
     folder = tmp_path_factory.mktemp("toy") / "world"
-    config = load_config(write_world(folder, 24, 0, WorldOptions(places=False)))
+    config = load_config(write_world(folder, 12, 0, WorldOptions(places=False)))
     config = config.model_copy(update={"images_per_shard": 4})
     driver.build(config, LocalEngine())
     return config
@@ -132,7 +132,7 @@ def test_a_sample_is_one_request_for_as_many_bytes_as_it_has(made, s3, tmp_path)
     ours = loader(BUCKET, tmp_path / "cache")
     s3.forget_requests()
     items = sum(len(batch.keys) for batch in ours)
-    assert items >= 24 and len(shard_reads(s3)) <= items
+    assert items >= 12 and len(shard_reads(s3)) <= items
     assert {each["operation"] for each in s3.requests()} == {"GetObject"}
     (source,) = ours.mixture.sources
     rows = source.table.rows
@@ -200,7 +200,7 @@ def test_an_outage_ends_the_run_with_a_checkpoint_from_which_it_goes_on(made, s3
 def test_a_refusal_is_no_bad_sample(s3, tmp_path):
     ours = loader(BUCKET, tmp_path / "cache", on_bad_sample="skip")
     gate = s3.fail("403", "GET", SHARDS, count=None)
-    with pytest.raises(ConfigError, match="403.*; check the credentials"):
+    with pytest.raises(ConfigError, match=r"403.*; check the credentials"):
         list(ours)
     s3.release(gate)
 
@@ -224,9 +224,9 @@ def test_a_corpus_in_a_bucket_is_checked_before_the_run(s3, tmp_path):
         source = config.corpora[0].model_copy(update={"subsets": subsets})
         findings = check_training(config.model_copy(update={"corpora": [source]}))
         (finding,) = [each for each in findings if each.subject == "corpora[0].corpus"]
-        return finding.status, finding.found
+        return finding.state, finding.found
 
-    assert found(BUCKET) == ("ok", f"{BUCKET} has committed units")
+    assert found(BUCKET) == ("OK", f"{BUCKET} has committed units")
     assert found(BUCKET, ("sa1b",)) == ("FAIL", f"the corpus {BUCKET} has no subset sa1b")
     assert found("s3://corpus/nowhere") == ("FAIL", "no corpus at s3://corpus/nowhere")
 
