@@ -226,7 +226,7 @@ def test_a_corpus_in_a_bucket_is_checked_before_the_run(s3, tmp_path):
         (finding,) = [each for each in findings if each.subject == "corpora[0].corpus"]
         return finding.state, finding.found
 
-    assert found(BUCKET) == ("OK", f"{BUCKET} has committed units")
+    assert found(BUCKET) == ("ok", f"{BUCKET} has committed units")
     assert found(BUCKET, ("sa1b",)) == ("FAIL", f"the corpus {BUCKET} has no subset sa1b")
     assert found("s3://corpus/nowhere") == ("FAIL", "no corpus at s3://corpus/nowhere")
 
