@@ -10,9 +10,6 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
-from ...pipeline.io.location import is_url
-from ...schemas.secrets import shorten
-
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 Config = Annotated[
@@ -105,15 +102,3 @@ def options_of(schema: type[BaseModel]) -> Callable[[_Command], _Command]:
         return command
 
     return add
-
-
-def folder(text: str) -> Path:
-    """A folder to write to; a URL would become a folder of a strange name.
-
-    Raises:
-        typer.BadParameter: it is a URL.
-    """
-    if is_url(text):
-        what = "has to be a folder; only a corpus may lie in a bucket: give a path"
-        raise typer.BadParameter(f"{shorten(text)}: {what}")
-    return Path(text.removeprefix("file://"))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...pipeline.io.location import is_url
+from ...schemas.secrets import shorten
 from .. import stopping
-from .arguments import Device, Dtype, Json, changes_of, folder, print_json, suggest
+from .arguments import Device, Dtype, Json, changes_of, print_json, suggest
 from .examples import example
 from .help import Command, Group
 from .progress import counting_parts, show_row
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 benchmarks = typer.Typer(
     cls=Group, help="Make benchmarks for region captions, and list their photos.", no_args_is_help=True
 )
+
+
+def _folder(text: str) -> Path:
+    """A folder to write to; of a URL, `Path` would make a folder of a strange name."""
+    if is_url(text):
+        what = "has to be a folder; only a corpus may lie in a bucket: give a path"
+        raise typer.BadParameter(f"{shorten(text)}: {what}")
+    return Path(text.removeprefix("file://"))
 
 
 def evaluate(
@@ -69,7 +79,7 @@ def profile(
     out: Annotated[
         Path,
         typer.Option(
-            parser=folder,
+            parser=_folder,
             metavar="FOLDER",
             help="Folder for a table, a plot and all measurements.",
             show_default=False,
@@ -123,7 +133,7 @@ def make(
         str, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
     ],
     to: Annotated[
-        Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder to write.", show_default=False)
+        Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder to write.", show_default=False)
     ],
     judge: Annotated[
         Path,
