@@ -162,7 +162,7 @@ def readers(reads: int) -> dict[str, Callable[[int], Any]]:
 
     def theirs(turn: int) -> None:
         for start, length in ranges(turn):
-            assert len(fs.cat_file(f"bench/{key}", start, start + length)) == length
+            assert len(fs.cat_file(f"bench/{key}", start=start, end=start + length)) == length
 
     return {"files.read": ours, "obstore": bare, "s3fs": theirs}
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 MINISTACK, AZURITE, S3RVER = "1.5.33", "3.37.0", "3.7.1"
-_START_S = 60.0
+_START_S = 180.0
 _INSTALL_S = 300.0
 _UNTIL_STDIN_ENDS = ("sh", "-c", 'exec 3<&0; (read _ <&3; kill -9 $$) & exec "$@" 3<&- </dev/null', "sh")
 """A server ends with the tests that started it, however they end."""
