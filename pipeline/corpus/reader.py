@@ -112,6 +112,7 @@ class Corpus:
 
     def __init__(self, path: str | Location, confined: bool = False):
         self.path = files.local(str(path)).rstrip("/") or "/"
+        location.locate(self.path)  # what is in its bucket is read over obstore from now on
         if confined:
             confine(self.path)
         self._confined = confined
@@ -382,16 +383,17 @@ class Corpus:
             raise IntegrityError(f"{self.path}/{subset}/{below}: no such shard is committed; {REBUILD}")
         return f"{self.path}/{found.unit.shard.place}"
 
-    def read_sample(self, row: Mapping[str, Any]) -> tuple[Sample, bytes]:
+    def read_sample(self, row: Mapping[str, Any], shard: str | None = None) -> tuple[Sample, bytes]:
         """The sample that a kept row of a ledger or of the index belongs to, and the bytes of its photo.
 
         Args:
             row: with `subset`, `shard`, `key`, and offsets and lengths of photo and JSON.
+            shard: path or URL of the shard, if it was found before; None finds what the row names now.
 
         Raises:
             IntegrityError: the bytes there are not the sample of the row's key.
         """
-        shard = self.shard_path(row)
+        shard = self.shard_path(row) if shard is None else shard
         where = f"{shard}: {row['key']}"
         photo = Blob(shard, row["photo_offset"], row["photo_length"])
         record = Blob(shard, row["json_offset"], row["json_length"])

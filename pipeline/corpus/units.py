@@ -43,6 +43,11 @@ class Unit(NamedTuple):
         """Path or URL of the tar. It exists only if the unit kept a region: `manifest.shard` tells."""
         return self._file(f"shards/{self.name}.tar")
 
+    @property
+    def shard_place(self) -> str:
+        """The shard's place below the corpus, by which index and ledger name it."""
+        return f"{self.subset}/shards/{self.name}.tar"
+
     def _file(self, path: str) -> str:
         present = dict(self.names).get(f"{self.subset}/{path}")
         if present is None:
