@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .model_training.model.perceptiondlm import PerceptionDLM
     from .model_training.model.processor import PerceptionDLMProcessor
     from .pipeline.corpus.reader import Corpus, open_corpus
+    from .pipeline.corpus.shard_urls import list_shards
     from .pipeline.executor.build import build
     from .schemas.config import BuildConfig
     from .schemas.decoding import DecodeOptions
@@ -33,12 +34,14 @@ __all__ = [
     "StageFailed",
     "__version__",
     "build",
+    "list_shards",
     "open_corpus",
 ]
 
 _HOMES = {
     "build": ".pipeline.executor.build",
     "open_corpus": ".pipeline.corpus.reader",
+    "list_shards": ".pipeline.corpus.shard_urls",
     "Corpus": ".pipeline.corpus.reader",
     "BuildConfig": ".schemas.config",
     "DecodeOptions": ".schemas.decoding",

@@ -5,10 +5,17 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
+
+from ...pipeline.io.location import Location, locate
+
+if TYPE_CHECKING:
+    Place = Location
+else:  # typer takes no union; this is what the help calls it
+    Place = type("path or URL", (), {})
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -16,7 +23,12 @@ Config = Annotated[
     Path, typer.Argument(help="The YAML file; `paracaption config` prints every key.", show_default=False)
 ]
 Corpus = Annotated[
-    Path, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
+    Place,
+    typer.Argument(
+        parser=locate,
+        help="The corpus: the `out` of its configuration, a folder or a URL such as s3://bucket/corpus.",
+        show_default=False,
+    ),
 ]
 RayAddress = Annotated[
     str | None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ...schemas.errors import ConfigError
-from .arguments import Changes, Config, Json, RayAddress, print_json, suggest
+from .arguments import Changes, Config, Json, Place, RayAddress, locate, print_json, suggest
 from .progress import counting
 
 
@@ -56,8 +56,10 @@ def _one_kind(command: str, training: bool, evaluation: bool) -> None:
 def audit(
     config: Config,
     parquet: Annotated[
-        Path | None,
+        Place | None,
         typer.Option(
+            parser=locate,
+            metavar="PATH",
             help="Parquet file for the full list of problems.",
             show_default="audit.parquet in the configuration's `out`",
         ),
@@ -82,7 +84,7 @@ def audit(
     usable = 0
     for subset in loaded.subsets:
         source = open_source(loaded, subset)
-        planned = find_work_list(Path(loaded.out) / subset)
+        planned = find_work_list(locate(loaded.out) / subset)
         source.leave_out = leave_out(loaded, planned)
         with counting(f"{subset}: images read") as progress:
             report = audit_subset(source, loaded.limits, progress=progress, shared=shared)
@@ -94,7 +96,7 @@ def audit(
             if planned is not None and planned.gone:
                 gone = Growth(gone=planned.gone, examples={"gone": planned.gone_examples})
                 print(f"{subset}: as of the last build, {gone}")
-    target = parquet or Path(loaded.out) / "audit.parquet"
+    target = parquet or locate(loaded.out) / "audit.parquet"
     AuditReport("all", total).write(target)
     if json:
         print_json({"subsets": reports, "full_list": str(target)})
@@ -152,8 +154,10 @@ def doctor(
 def estimate(
     config: Config,
     run: Annotated[
-        Path | None,
+        Place | None,
         typer.Option(
+            parser=locate,
+            metavar="PATH",
             help="Corpus of the pilot, a small build whose speed is measured (`build --limit-images 500`).",
             show_default="the configuration's `out`",
         ),
@@ -204,19 +208,21 @@ def estimate(
     from rich.console import Console
 
     from ...pipeline.config_file import load_config
-    from ...pipeline.corpus.reader import read_config
+    from ...pipeline.corpus import log
+    from ...pipeline.corpus.reader import CONFIG, read_config
     from ...pipeline.executor.estimate.rates import format_rates, measure_rates, read_rates
     from ...pipeline.executor.estimate.report import make_estimates, render_estimate
     from ...pipeline.executor.estimate.sizes import choose_sizes
+    from ...pipeline.io import files
 
     loaded = load_config(config, changes or ())
-    pilot = run or Path(loaded.out)
+    pilot = run or locate(loaded.out)
     known = read_rates(rates) if rates else measure_rates(pilot)
     if write_rates:
         print(format_rates(known), end="")
         return
     sizes = choose_sizes(loaded, known, images or [], count_sources=sources)
-    has_config = not rates and (pilot / "config.yaml").exists()
+    has_config = not rates and files.exists(log.place_of(pilot, CONFIG))
     pilot_config = read_config(pilot) if has_config else None
     shown = make_estimates(loaded, known, sizes, gpus, cpus, pilot_config)
     if json:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...schemas.errors import ConfigError
 from . import publishing
-from .arguments import Corpus, Json, print_json, suggest
+from .arguments import Corpus, Json, Place, locate, print_json, suggest
+
+if TYPE_CHECKING:
+    from ...pipeline.io.location import Location
 
 Outside = Annotated[
     bool,
@@ -28,11 +32,15 @@ Urls = Annotated[
 ]
 
 
-def verify(corpus: Corpus, json: Json = False) -> None:
+def verify(
+    corpus: Corpus,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes that check units.")] = 1,
+    json: Json = False,
+) -> None:
     """Check that a corpus is complete and undamaged. Exit code 1 if it is not."""
     from ...pipeline.corpus import verify as verifying
 
-    report = verifying.verify(corpus)
+    report = verifying.verify(corpus, workers=workers)
     if json:
         print_json({"ok": report.ok, **report._asdict()})
     else:
@@ -43,9 +51,33 @@ def verify(corpus: Corpus, json: Json = False) -> None:
         suggest(("explore", corpus), ("export", corpus, "--format", "coco", "--to", "FOLDER"))
 
 
-def inspect(corpus: Corpus, json: Json = False) -> None:
+def inspect(
+    corpus: Corpus,
+    json: Json = False,
+    shards: Annotated[
+        bool,
+        typer.Option(
+            "--shards",
+            help="Print the path or URL of each committed shard, one in a line, and nothing else. No pattern "
+            "names those of a bucket.",
+        ),
+    ] = False,
+    pipe: Annotated[
+        bool,
+        typer.Option(
+            "--pipe", help="With --shards: print a URL as a `pipe:` command, as webdataset reads it."
+        ),
+    ] = False,
+) -> None:
     """Print how many regions each step left (the funnel), with samples of kept and of dropped regions."""
-    if json:
+    if pipe and not shards:
+        raise ConfigError("inspect: --pipe needs --shards")
+    if shards:
+        from ...pipeline.corpus.shard_urls import list_shards, pipe_of
+
+        for shard in list_shards(corpus):
+            print(pipe_of(shard) if pipe else shard)
+    elif json:
         from ...pipeline.corpus.inspect import inspect_values
 
         print_json(inspect_values(corpus))
@@ -54,7 +86,7 @@ def inspect(corpus: Corpus, json: Json = False) -> None:
         suggest(("explore", corpus), ("verify", corpus))
 
 
-def print_funnel(corpus: Path) -> None:
+def print_funnel(corpus: Location) -> None:
     """Print the funnel of each subset, and samples of regions."""
     from rich.console import Console
 
@@ -125,7 +157,10 @@ def explore(
 def report(
     corpus: Corpus,
     to: Annotated[
-        Path | None, typer.Option(help="HTML file to write.", show_default="CORPUS/report.html")
+        Place | None,
+        typer.Option(
+            parser=locate, metavar="PATH", help="HTML file to write.", show_default="CORPUS/report.html"
+        ),
     ] = None,
     photos_outside: Outside = False,
     photo_urls: Urls = False,
@@ -142,7 +177,9 @@ def export(
         str,
         typer.Option(help="Format: perceptiondlm-json, coco, parquet, hub (a dataset repository) or mds."),
     ],
-    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[
+        Place, typer.Option(parser=locate, metavar="PATH", help="Folder to write, or URL in a bucket.")
+    ],
     prefix: Annotated[
         str,
         typer.Option(
@@ -191,10 +228,11 @@ def export(
 
     publishing.refuse_options(format, prefix, shard_mb, energon, dry_run)
     if format == "hub":
-        publishing.publish_corpus(corpus, to, split, shard_mb, energon, dry_run)
+        folder = publishing.local_folder(to, format)
+        publishing.publish_corpus(corpus, folder, split, shard_mb, energon, dry_run)
         return
     if format == "mds":
-        publishing.export_mds(corpus, to, split, shard_mb)
+        publishing.export_mds(corpus, publishing.local_folder(to, format), split, shard_mb)
         return
     chosen = exporting.select(corpus, split)
     written = exporting.export(corpus, format, to, prefix, chosen.split)

@@ -11,6 +11,7 @@ from .arguments import suggest
 
 if TYPE_CHECKING:
     from ...pipeline.corpus import hub
+    from ...pipeline.io.location import Location
 
 
 def refuse_options(format: str, prefix: str, shard_mb: float | None, energon: bool, dry_run: bool) -> None:
@@ -29,8 +30,18 @@ def refuse_options(format: str, prefix: str, shard_mb: float | None, energon: bo
             raise ConfigError(f"{option}: not for the format {format}, only for {', '.join(formats)}")
 
 
+def local_folder(to: Location, format: str) -> Path:
+    """The folder that a format is written to; ConfigError for a place in a bucket."""
+    if isinstance(to, Path):
+        return to
+    raise ConfigError(
+        f"{to}: {format} is written to a folder of this machine; give one, and upload it from there "
+        "(docs/publishing.md)"
+    )
+
+
 def publish_corpus(
-    corpus: Path, to: Path, split: str | None, shard_mb: float | None, energon: bool, dry_run: bool
+    corpus: Location, to: Path, split: str | None, shard_mb: float | None, energon: bool, dry_run: bool
 ) -> None:
     """Write a dataset repository, or print what it would have."""
     from rich.console import Console
@@ -73,7 +84,7 @@ def _print_dry_run(repository: hub.Repository) -> None:
     print(f"\n---\n{repository.front_matter}---")
 
 
-def export_mds(corpus: Path, to: Path, split: str | None, shard_mb: float | None) -> None:
+def export_mds(corpus: Location, to: Path, split: str | None, shard_mb: float | None) -> None:
     """Write a corpus as MDS."""
     from ...pipeline.corpus import mds
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ...pipeline.corpus.history import RegionChange, SubsetDiff
     from ...pipeline.corpus.status import OwnerStatus, RunStatus, Status, SubsetStatus
     from ...pipeline.corpus.undo import Rebuild
+    from ...pipeline.io.location import Location
 
 _WATCH_S = 2.0
 _SHOWN = 5
@@ -206,7 +207,7 @@ def _number(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s'[: number != 1]}"
 
 
-def _path(corpus: Path, ours: bool = False) -> str:
+def _path(corpus: Location, ours: bool = False) -> str:
     """Where a corpus lies, out of which nothing leads unless it is `ours` to change."""
     from ...pipeline.io import confined, files
 

@@ -12,6 +12,7 @@ from ...schemas.errors import BadRecord, ConfigError, IntegrityError
 from ...schemas.records import Blob
 from ..io import draw, photos
 from ..io.draw import Overlay
+from ..io.location import Location
 from . import reader
 from .reader import Corpus
 
@@ -28,7 +29,7 @@ _KeptRows = list[dict[str, Any]]
 """The kept rows of one image."""
 
 
-def draw_corpus_image(corpus: str | Path, key: str, path: str | Path) -> None:
+def draw_corpus_image(corpus: str | Location, key: str, path: str | Path) -> None:
     """Draw an image of a corpus with its kept regions and their captions, and write the picture.
 
     Regions have the numbers and colors that they have in the ledger and in the explorer.
@@ -56,7 +57,9 @@ def draw_corpus_image(corpus: str | Path, key: str, path: str | Path) -> None:
     draw.save_picture(draw.draw_image(*_read_overlays(opened, kept), title=title), path)
 
 
-def draw_contact_sheet(corpus: str | Path, path: str | Path, num_images: int = 9, width: int = 1800) -> None:
+def draw_contact_sheet(
+    corpus: str | Location, path: str | Path, num_images: int = 9, width: int = 1800
+) -> None:
     """Draw several images of a corpus with masks and captions on one sheet, in columns, and write it.
 
     The images are spread evenly over the subsets and their units. Of each unit, those with most kept regions

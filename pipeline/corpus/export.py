@@ -8,6 +8,7 @@ the same by subset in `annotations/<subset>_dataset.json`, named by `paracaption
 | `parquet` | `data/<unit>.parquet`, a row per image with the photo's bytes and its regions as structs |
 
 An export is whole, or absent: everything is written into a temporary folder that gets its name at the end.
+One into a bucket is written on local scratch and uploaded then, the files that name the others last.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.records import CREDIT_FIELDS
 from ...schemas.sample import Sample, SampleRegion, SampleRle
 from ..io import files
+from ..io.bucket_checks import refuse_secrets
+from ..io.bucket_folders import staged_folder, upload_folder
+from ..io.location import Location, Prefix, locate
 from ..io.orientation import make_upright
 from . import merge, reader
 from .reader import Corpus
@@ -76,7 +80,7 @@ class Selection(NamedTuple):
         return (pair for pair in found if self.has(pair[0]))
 
 
-def select(corpus: str | Path, split: str | None = None) -> Selection:
+def select(corpus: str | Location, split: str | None = None) -> Selection:
     """What of a corpus an export takes.
 
     Args:
@@ -109,8 +113,8 @@ def select(corpus: str | Path, split: str | None = None) -> Selection:
 
 
 def export(
-    corpus: str | Path, format: str, to: str | Path, prefix: str = "", split: str | None = None
-) -> list[Path]:
+    corpus: str | Location, format: str, to: str | Location, prefix: str = "", split: str | None = None
+) -> list[Location]:
     """Write the committed units of a corpus in another format.
 
     Photos and JSONs are named from the export's folder, which so can be moved as a whole.
@@ -118,7 +122,7 @@ def export(
     Args:
         corpus: path of the folder that a build wrote.
         format: one of `FORMATS`.
-        to: a folder that does not exist yet, or is empty.
+        to: a folder that does not exist yet, or is empty; or a URL in a bucket below which there is nothing.
         prefix: what the names of photos and JSONs begin with, for readers that open them from their own
             folder: the export's path as those readers see it.
         split: as in `select`.
@@ -133,10 +137,17 @@ def export(
     write = FORMATS.get(format)
     if write is None:
         raise ConfigError(f"format {format!r}: no such format; there are {', '.join(FORMATS)}")
-    to, chosen = Path(to), select(corpus, split)._replace(prefix=f"{prefix.rstrip('/')}/" if prefix else "")
-    with files.write_folder_atomic(to) as temporary:
-        written = write(chosen, temporary)
-    return [to / path.relative_to(temporary) for path in written]
+    place, chosen = locate(to), select(corpus, split)
+    chosen = chosen._replace(prefix=f"{prefix.rstrip('/')}/" if prefix else "")
+    if isinstance(place, Prefix):
+        refuse_secrets(str(place))
+        with staged_folder(place) as folder:
+            written = [(path.relative_to(folder), path.is_file()) for path in write(chosen, folder)]
+            upload_folder(folder, place, [folder / path for path, is_file in written if is_file])
+        return [place / path.as_posix() for path, _ in written]
+    with files.write_folder_atomic(place) as folder:
+        found = [path.relative_to(folder) for path in write(chosen, folder)]
+    return [place / path for path in found]
 
 
 def _write_json(chosen: Selection, folder: Path) -> list[Path]:

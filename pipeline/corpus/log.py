@@ -243,6 +243,18 @@ def subsets_of(state: LogState) -> list[str]:
     return sorted(planned | {name.partition("/")[0] for name in state.units})
 
 
+def planned_subsets(out: str) -> list[str]:
+    """Names of the subsets that have a work list, sorted. In a bucket, the log knows them.
+
+    Raises:
+        IntegrityError: the log of a corpus in a bucket cannot be read.
+    """
+    if is_bucket(out):
+        return subsets_of(recent_state(out)) if exists(out) else []
+    names = [name for name in files.list_names(out) if not name.startswith(".")]
+    return [name for name in names if adopt.is_planned(out, name)]
+
+
 def last_number(out: str) -> int:
     """Number of the newest record in a listing of the log; 0 if there is none."""
     return max(_numbers(out), default=0)
@@ -333,7 +345,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
         By "subset/unit": (place, temporary name) of each, below the corpus.
     """
     found: dict[str, list[tuple[str, str]]] = {}
-    if isinstance(state.unmoved, Commit):
+    if isinstance(state.unmoved, Commit) and not is_bucket(out):  # where nothing moves
         folders = {
             file.temporary.rpartition("/")[0]
             for unit in state.unmoved.units.values()

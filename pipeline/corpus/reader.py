@@ -128,7 +128,7 @@ class Corpus:
         """Names of the subsets, sorted."""
         if location.is_bucket(self.path):
             if log.exists(self.path):
-                return log.subsets_of(log.read_state(self.path))
+                return log.subsets_of(log.recent_state(self.path))
             if log.is_being_copied(self.path):
                 return []
         names = files.list_names(self.path)
@@ -346,15 +346,13 @@ class Corpus:
         if not SAFE_KEY.fullmatch(key):
             return None
         units = {unit.name: unit for unit in self.units(subset)}
-        index = log.place_of(self.path, INDEX)
-        if files.exists(index):
-            try:
-                rows = TableFile(index).find(["unit"], subset=subset, key=key)
-                names = rows["unit"].unique().to_pylist()
-            except (OSError, pa.ArrowException, KeyError):  # the manifests say it, too
-                names = []
-            if names and names[0] in units:
-                return units[names[0]]
+        try:
+            rows = TableFile(log.place_of(self.path, INDEX)).find(["unit"], subset=subset, key=key)
+            names = rows["unit"].unique().to_pylist()
+        except (OSError, pa.ArrowException, KeyError):  # not merged, or damaged: the manifests say it, too
+            names = []
+        if names and names[0] in units:
+            return units[names[0]]
         quoted = msgspec.json.encode(key)
         for unit, data in self.manifest_bytes(subset):
             if quoted in data and key in decode_manifest(data, unit.manifest).images:

@@ -27,7 +27,7 @@ from ...schemas.reasons import RETRIED, Reason
 from ...schemas.records import Blob, Drop, ImageRecord
 from ..io import files
 from ..io.activity import NOW
-from ..io.location import is_bucket, locate
+from ..io.location import locate
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..stages.registry import configured_kinds
 from . import adopt, history, log, merge, reader, work_list, writer
@@ -97,7 +97,7 @@ def find_images(out: str, keys: Iterable[str]) -> dict[str, SubsetRemoval]:
         IntegrityError: a work list or the log is damaged.
     """
     wanted, found = list(dict.fromkeys(keys)), dict[str, SubsetRemoval]()
-    subsets = _planned_subsets(out)
+    subsets = log.planned_subsets(out)
     if not subsets:
         raise ConfigError(f"{out}: no corpus here; give the `out` of a build")
     missing = dict.fromkeys(wanted)
@@ -120,13 +120,6 @@ def find_images(out: str, keys: Iterable[str]) -> dict[str, SubsetRemoval]:
         what = f"{len(missing):,} of {len(wanted):,} keys are of no image of this corpus"
         raise ConfigError(f"{out}: {what} ({shown}); correct them: nothing was removed")
     return found
-
-
-def _planned_subsets(out: str) -> list[str]:
-    if is_bucket(out):
-        return log.subsets_of(log.read_state(out))
-    names = [name for name in files.list_names(out) if not name.startswith(".")]
-    return [name for name in names if adopt.is_planned(out, name)]
 
 
 def _entries(listed: WorkList) -> Iterator[tuple[int, CatalogEntry]]:

@@ -22,6 +22,7 @@ from .work_list_summary import WorkList
 
 ALIVE, SILENT, ENDED, RELEASED = "alive", "not responding", "ended unexpectedly", "released"
 
+_RECORDS_AT_ONCE = 32
 _CHECK_EVERY_S = 30.0
 """Looking after each committed file takes a while on a shared file system, so it is not done each time."""
 
@@ -155,11 +156,21 @@ class Watcher:
         if start < self._check_at_s:
             return
         self._missing = {}
+        listed = self._list_files(units) if is_bucket(self.out) else frozenset[str]()
         for name, unit in sorted(units.items()):
+            if all(file.place in listed for file in unit.files()):
+                continue
             if not log.is_whole(self.out, unit):
                 self._missing.setdefault(name.partition("/")[0], []).append(name)
         now = time.monotonic()
         self._check_at_s = now + max(_CHECK_EVERY_S, 20 * (now - start))
+
+    def _list_files(self, units: dict[str, LogUnit]) -> frozenset[str]:
+        """The files that lie in a bucket, where they are never cut short; a late listing may lack some."""
+        folders = {file.place.rpartition("/")[0] for unit in units.values() for file in unit.files()}
+        return frozenset(
+            f"{folder}/{name}" for folder in folders for name in files.list_names(f"{self.out}/{folder}")
+        )
 
     def _subset(self, state: LogState, subset: str, units: dict[str, LogUnit]) -> SubsetStatus:
         own = {name: unit for name, unit in units.items() if name.startswith(f"{subset}/")}
@@ -213,7 +224,9 @@ class Watcher:
         """The records from the newest one; what was read is kept."""
         for number in range(self._state.number, 0, -1):
             if number not in self._records:
-                self._records[number] = log.read_existing(self.out, number)
+                first = max(1, number - _RECORDS_AT_ONCE + 1) if is_bucket(self.out) else number
+                for record in log.read_many(self.out, first, number):
+                    self._records[record.number] = record
             yield self._records[number]
 
 

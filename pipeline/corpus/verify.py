@@ -31,7 +31,8 @@ from ...schemas.config import Text
 from ...schemas.errors import REBUILD, ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
 from ..io.confined import confine
-from ..io.location import Location, locate
+from ..io.holding import hold
+from ..io.location import Location, is_bucket, locate
 from ..io.tables import TableFile
 from ..stages.recipes import text_rules
 from ..stages.registry import configured_kinds
@@ -121,9 +122,17 @@ _Run = Callable[..., Iterator[Any]]
 def _runner(stack: ExitStack, out: str, workers: int) -> _Run:
     if workers <= 1:
         return lambda function, jobs: (function(*job) for job in jobs)
+    if is_bucket(out) and files.scheme_of(out) == "memory":
+        raise ConfigError(f"{out}: is in this process's memory, where no other can check it; give 1 worker")
     spawn = get_context("spawn")
-    pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, initializer=confine, initargs=(out,)))
+    pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(out,)))
     return lambda function, jobs: pool.map(function, *zip(*jobs, strict=True)) if jobs else iter(())
+
+
+def _begin(out: str) -> None:
+    """Prepare a process that checks units."""
+    confine(out)
+    locate(out)
 
 
 class _Recipe(NamedTuple):
@@ -187,14 +196,17 @@ def _check_subset(
         if head:
             heads[unit.name] = head
             totals["regions"] += head.regions
-    listed = _check_work_list(out, subset, vouched, heads, damaged, problems)
-    if deep and listed is not None:
-        indices = {name: index for index, name in enumerate(listed.unit_names())}
-        evidence, notes = list_evidence(out, subset, indices, kinds)
-        jobs = [(out, subset, indices[unit], unit, each, kinds) for unit, each in sorted(evidence.items())]
-        for found in run(check_evidence, jobs):
-            problems += found
-        problems += notes
+    with hold(str(work_list_summary.table_path(f"{out}/{subset}"))):
+        listed = _check_work_list(out, subset, vouched, heads, damaged, problems)
+        if deep and listed is not None:
+            indices = {name: index for index, name in enumerate(listed.unit_names())}
+            evidence, notes = list_evidence(out, subset, indices, kinds)
+            jobs = [
+                (out, subset, indices[unit], unit, each, kinds) for unit, each in sorted(evidence.items())
+            ]
+            for found in run(check_evidence, jobs):
+                problems += found
+            problems += notes
     return problems + _check_strays(out, f"{subset}/", vouched, (*FOLDERS, work_list_summary.FOLDER))
 
 
@@ -369,7 +381,7 @@ def _check_strays(out: str, prefix: str, vouched: Vouched, folders: tuple[str, .
         place = f"{prefix}{folder}"
         with guarded(problems, place.rstrip("/"), "replace a link by the folder that it leads to"):
             names[place] = files.list_names(f"{out}/{place}".rstrip("/"))
-    expected = {*vouched.moves.values(), *(file.place for file in vouched.files.values())}
+    expected = {*vouched.moves.values(), *(file.place for file in vouched.files.values()), *vouched.former}
     if prefix:
         expected |= _files_of_units(prefix, vouched)
     for folder, name in ((folder, name) for folder, each in names.items() for name in each):

@@ -29,7 +29,7 @@ _FOLDER = re.compile(r"([a-z0-9_]+)-[0-9a-f]{16}")
 
 def list_evidence(
     out: str, subset: str, units: Iterable[str], kinds: Mapping[str, str]
-) -> tuple[dict[str, list[str]], list[Problem]]:
+) -> tuple[dict[str, dict[str, int]], list[Problem]]:
     """The evidence of a subset, and notes on what nobody reads.
 
     Args:
@@ -39,9 +39,9 @@ def list_evidence(
         kinds: the kind of each stage of the recipe by its id, where one may differ from the other.
 
     Returns:
-        Names of the evidence folders that have a file, by unit.
+        By unit, the names of the evidence folders that have a file of it, and how many each has.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, int]] = {}
     notes: list[Problem] = []
     planned = set(units)
     for folder in files.list_names(f"{out}/{subset}/evidence"):
@@ -63,8 +63,8 @@ def list_evidence(
             elif unit == name or unit not in planned:
                 what = "belongs to no unit of the work list; nothing reads it"
             else:
-                if folder not in found.setdefault(unit, []):
-                    found[unit].append(folder)
+                counts = found.setdefault(unit, {})
+                counts[folder] = counts.get(folder, 0) + 1
                 continue
             notes.append(Problem(f"{path}/{name}", "", what, note=True))
     return found, notes
@@ -107,7 +107,7 @@ def forget(out: str, subset: str, unit: str, keys: Collection[str], kinds: Mappi
 
 
 def check_evidence(
-    out: str, subset: str, index: int, unit: str, folders: list[str], kinds: Mapping[str, str]
+    out: str, subset: str, index: int, unit: str, folders: Mapping[str, int], kinds: Mapping[str, str]
 ) -> list[Problem]:
     """Check the evidence of one unit: each file is what was written, and about images of the unit.
 
@@ -116,20 +116,20 @@ def check_evidence(
         subset: name of the subset.
         index: of the unit in the work list.
         unit: its name.
-        folders: those that have a file of the unit.
+        folders: those that have a file of the unit, each with the number of its files.
         kinds: as `list_evidence` takes them.
     """
     problems: list[Problem] = []
     planned: set[str] | None = None
     with guarded([], "", ""):  # a damaged work list is reported elsewhere
         planned = {entry.key for entry in work_list_summary.read_unit(f"{out}/{subset}", index)}
-    for folder in folders:
+    for folder, parts in folders.items():
         path = f"{subset}/evidence/{folder}/{unit}.parquet"
         store = _store(out, subset, folder, kinds)
         assert store is not None
         with guarded(problems, path, ASK_AGAIN):
             try:
-                keys = {key for key, _ in store.read(unit)}
+                keys = {key for key, _ in store.read(unit, parts)}
             except IntegrityError as error:
                 problems.append(Problem(path, "", f"damaged ({error.__cause__ or error}); {ASK_AGAIN}"))
                 continue

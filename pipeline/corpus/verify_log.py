@@ -28,6 +28,7 @@ class Vouched(NamedTuple):
         moves: temporary names, by path, of files that have not been moved to their places yet.
         number: of the newest record of the log; 0 if the corpus is of a release that wrote none.
         is_whole: False if a record cannot be read, so that units may be committed that are not in `units`.
+        former: names of files in a bucket that were a part of the corpus, and stay there for some time.
     """
 
     units: dict[str, dict[str, LogUnit | None]]
@@ -36,6 +37,7 @@ class Vouched(NamedTuple):
     moves: dict[str, str] = {}
     number: int = 0
     is_whole: bool = True
+    former: frozenset[str] = frozenset()
 
 
 def read_vouched(out: str) -> tuple[Vouched, list[Problem]]:
@@ -46,7 +48,7 @@ def read_vouched(out: str) -> tuple[Vouched, list[Problem]]:
     """
     if not log.exists(out):
         return Vouched(_units_with_manifests(out)), []
-    state, problems, is_whole = _read_log(out)
+    state, problems, is_whole, former = _read_log(out)
     units: dict[str, dict[str, LogUnit | None]] = {}
     for name in sorted(state.units):
         subset, _, unit = name.partition("/")
@@ -66,7 +68,7 @@ def read_vouched(out: str) -> tuple[Vouched, list[Problem]]:
                     note=True,
                 )
             )
-    vouched = Vouched(units, state.files, state.config, moves, state.number, is_whole)
+    vouched = Vouched(units, state.files, state.config, moves, state.number, is_whole, former)
     return vouched, problems + _check_marker(out)
 
 
@@ -77,9 +79,13 @@ def _units_with_manifests(out: str) -> dict[str, dict[str, LogUnit | None]]:
     }
 
 
-def _read_log(out: str) -> tuple[LogState, list[Problem], bool]:
-    """What the records that can be read say together, what is wrong with others, and whether it is all."""
+def _read_log(out: str) -> tuple[LogState, list[Problem], bool, frozenset[str]]:
+    """What the records that can be read say together, what is wrong with others, and whether it is all.
+
+    Also the names for good of all files that they name.
+    """
     problems: list[Problem] = []
+    named: set[str] = set()
     state, checked, last = LogState(), True, log.newest_number(out)
     kept = {int(name) for name in files.list_names(f"{out}/{log.REPLACED}") if name.isdigit()}
     while state.number < last:
@@ -93,6 +99,7 @@ def _read_log(out: str) -> tuple[LogState, list[Problem], bool]:
             except IntegrityError as error:
                 problems.append(Problem(path, "", str(error).removeprefix(f"{out}/{path}: ")))
             else:
+                named |= {file.name for file in log.files_of(record) if file.name}
                 if isinstance(record, Checkpoint) and checked and not _says(record, state):
                     what = "contradicts the records before it"
                     problems.append(Problem(path, "", f"{what}; {_RESTORE}"))
@@ -105,7 +112,7 @@ def _read_log(out: str) -> tuple[LogState, list[Problem], bool]:
         if state.number < number:
             checked = False  # the next checkpoint knows what this record said
         state = state._replace(number=number)
-    return state, problems, checked
+    return state, problems, checked, frozenset(named)
 
 
 def _says(record: Checkpoint, state: LogState) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from ...filters import rle, text
@@ -15,6 +16,7 @@ from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import CREDIT_FIELDS, Blob
 from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
 from ..io import files, photos
+from ..io.holding import hold
 from ..io.orientation import restore
 from . import reader
 from .problems import Problem, compare_file, guarded, what_is_wrong
@@ -60,6 +62,11 @@ class UnitCheck:
         """Where a file of the corpus lies."""
         return f"{self.out}/{path}"
 
+    def files(self, logged: LogUnit | None) -> list[str]:
+        """Where the files of the unit lie that are there according to the log."""
+        has_shard = logged is not None and logged.shard is not None
+        return [self.url(path) for path in (self.manifest, self.ledger, *([self.shard] if has_shard else []))]
+
     def report(self, path: str, record: str, what: str, kind: str = "") -> None:
         """Note a problem. Of one kind in one file only the first ones are listed, the others are counted."""
         self._seen[path, kind] += 1
@@ -89,6 +96,15 @@ def check_unit(
         What to compare with the other units, None if the manifest cannot be read; and the problems.
     """
     unit = UnitCheck(committed)
+    with ExitStack() as held:
+        if deep:
+            for url in unit.files(logged):
+                held.enter_context(hold(url))
+        head = _check(unit, logged, rules, deep)
+    return head, unit.finish()
+
+
+def _check(unit: UnitCheck, logged: LogUnit | None, rules: Text | None, deep: bool) -> UnitHead | None:
     head = None
     with guarded(unit.problems, unit.manifest, REBUILD):
         manifest = _read_manifest(unit, logged, deep)
@@ -101,7 +117,7 @@ def check_unit(
             _compare(unit, unit.ledger, logged.ledger, "the log", deep)
             if logged.shard is not None:
                 _compare(unit, unit.shard, logged.shard, "the log", deep)
-    return head, unit.finish()
+    return head
 
 
 def _read_manifest(unit: UnitCheck, logged: LogUnit | None, deep: bool) -> Manifest | None:

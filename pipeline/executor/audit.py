@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,10 +22,11 @@ from ...schemas.reasons import LEFT, Reason
 from ...schemas.records import ImageRecord
 from ..corpus.work_list import Plan
 from ..corpus.work_list_summary import load_work_list
-from ..io import failures, files, own_modules, photos, variables
+from ..io import failures, own_modules, photos, variables
 from ..io.activity import NOW
 from ..io.failures import SourceUnavailable
 from ..io.location import Location, locate
+from ..io.outputs import write_file
 from ..io.store import store_of
 from ..sources.protocols import CatalogEntry, Note, drop
 from ..sources.registry import SubsetSource
@@ -194,7 +194,7 @@ class AuditReport(msgspec.Struct):
                 lines += ["", f"{title}:", *_lines(problems, self.fixes, num_examples)]
         return "\n".join(lines)
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: str | Location) -> None:
         """Write a Parquet file with a row for each problem; its folder is made if needed."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -207,9 +207,10 @@ class AuditReport(msgspec.Struct):
             )
             for name in names
         ]
-        store_of(path).make_folder(str(Path(path).parent))
-        with files.write_atomic(path) as file:
-            pq.write_table(pa.Table.from_arrays(columns, names=list(names)), file, compression="zstd")
+        written = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_arrays(columns, names=list(names)), written, compression="zstd")
+        store_of(path).make_folder(str(locate(path).parent))
+        write_file(path, written.getvalue().to_pybytes())
 
 
 def audit_subset(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
+from ...schemas.secrets import shorten
 from ...schemas.strict import locations
-from ..io import backends, files, variables
+from ..io import backends, bucket_checks, files, variables
 from ..sources.registry import open_source
 
 _FILES = (
@@ -24,40 +25,57 @@ def refuse_overlap(config: BuildConfig) -> None:
 
     A build removes what it left behind in its own folders, and replaces files there; a source that reads its
     own corpus grows with every unit. Links are followed. Of a pattern counts the folder before it, and what
-    it would match of a corpus. Only paths of this machine are looked at.
+    it would match of a corpus. In a bucket, names are compared as they are written.
 
     Raises:
         ConfigError: names the option, both paths, and what to do.
     """
-    if files.is_url(config.out):
-        return
-    out = Path(os.path.realpath(backends.local(config.out)))
+    is_url = files.is_url(config.out)
+    out = _named(config.out) if is_url else Path(os.path.realpath(backends.local(config.out)))
     for subset in config.subsets:
         for source in open_source(config, subset).sources:
             for option, given in locations(source.options):
-                if not files.is_url(given):
+                if files.is_url(given) == is_url:
                     _refuse(f"{source.where}.{option}", given, out, config)
 
 
 def _refuse(where: str, given: str, out: Path, config: BuildConfig) -> None:
-    plain, pattern = _split(backends.local(variables.expand(given)))
+    given_is_url = files.is_url(given)
+    plain, pattern = _split_url(given) if given_is_url else _split(backends.local(variables.expand(given)))
     if plain == out or out in plain.parents:
         raise ConfigError(
-            f"{where}: {given} is inside `out` ({config.out}), where a build writes and cleans up; "
+            f"{where}: {shorten(given)} is inside `out` ({config.out}), where a build writes and cleans up; "
             "move the source, or choose another `out`"
         )
     if not pattern and plain in out.parents:
         raise ConfigError(
-            f"{where}: {given} is read with all that is in it, and `out` ({config.out}) is inside it; "
-            "choose an `out` outside of it"
+            f"{where}: {shorten(given)} is read with all that is in it, and `out` ({config.out}) is inside "
+            "it; choose an `out` outside of it"
         )
     if pattern and plain in out.parents:
         for path in _written(out, config):
             if _matches(path.relative_to(plain).parts, pattern):
                 raise ConfigError(
-                    f"{where}: {given} matches what a build writes into `out` ({config.out}); "
+                    f"{where}: {shorten(given)} matches what a build writes into `out` ({config.out}); "
                     "narrow the pattern, or choose another `out`"
                 )
+
+
+def _named(url: str) -> Path:
+    """A URL as a path of scheme, bucket and what is below it, however the scheme is written."""
+    scheme, _, rest = variables.expand(url).partition("://")
+    bucket, _, key = rest.partition("/")
+    scheme = bucket_checks.OTHER_NAMES.get(scheme, scheme)
+    if scheme == "az":  # abfs://container@account.dfs.core.windows.net/key
+        bucket = bucket.partition("@")[0]
+    return Path(scheme, bucket, key.strip("/"))
+
+
+def _split_url(url: str) -> tuple[Path, tuple[str, ...]]:
+    """The prefix before the first part of a URL that is a pattern, and the parts after it."""
+    parts = _named(url).parts
+    at = next((at for at, part in enumerate(parts) if backends.has_magic(part)), len(parts))
+    return Path(*parts[:at]), parts[at:]
 
 
 def _split(path: str) -> tuple[Path, tuple[str, ...]]:

@@ -1,7 +1,8 @@
 """The committed ledgers of a corpus as one table, queried through DuckDB without loading them.
 
-The manifests list the ledgers, so answers are right while a build runs. In the corpus's order a page reads
-only the ledgers around its place; an order by a score takes one pass over two columns.
+The commit log lists the ledgers, so answers are right while a build runs. In the corpus's order a page reads
+only the ledgers around its place; an order by a score takes one pass over two columns. In a bucket, DuckDB
+reads through `bucket_tables`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import duckdb
@@ -20,11 +20,13 @@ import duckdb
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.records import SCORES
 from ...schemas.summary import SubsetCounts
-from ..corpus import merge, reader
+from ..corpus import log, merge, reader
 from ..corpus.ledger import ledger_schema
 from ..corpus.reader import Unit
 from ..io import confined
+from ..io.location import Location, Prefix, locate
 from ..io.store import store_of
+from .bucket_tables import SCHEME, CorpusFiles
 from .query import CATEGORY, Query
 
 T = TypeVar("T")
@@ -90,8 +92,9 @@ class Catalog:
         ConfigError: the folder is no corpus.
     """
 
-    def __init__(self, out: str | Path):
-        self.out = Path(out).absolute()
+    def __init__(self, out: str | Location):
+        place = locate(out)
+        self.out = place if isinstance(place, Prefix) else place.absolute()
         self.corpus = reader.open_corpus(self.out)
         self._lock = threading.Lock()
         self._units: dict[str, Unit] = {}
@@ -106,10 +109,10 @@ class Catalog:
         self._spilled = tempfile.TemporaryDirectory(prefix="paracaption-explorer-")
         self._db.execute("SET temp_directory=$folder", {"folder": self._spilled.name})
         self._db.execute("SET parquet_metadata_cache=true")
-        self._db.execute(
-            "SET allowed_directories=$folders",
-            {"folders": [f"{each.rstrip('/')}/" for each in confined.folders_of(self.out)]},
-        )
+        self._files = CorpusFiles(str(self.out)) if isinstance(self.out, Prefix) else None
+        if self._files is not None:
+            self._db.register_filesystem(self._files)
+        self._db.execute("SET allowed_directories=$folders", {"folders": _readable(self.out)})
         self._db.execute("SET enable_external_access=false")  # nothing outside of the corpus
         self._db.execute("SET lock_configuration=true")
 
@@ -125,15 +128,23 @@ class Catalog:
         return self._version
 
     def _refresh(self) -> None:
-        names = self.corpus.subsets
-        store = store_of(self.out)
-        version = tuple((name, store.modified_s(f"{self.out}/{name}/manifests")) for name in names)
+        version = self._find_version()
         with self._lock:
             if version == self._version:
                 return
             self._units = {unit.name: unit for unit in self.corpus.units()}
             self._version = version
             self._kept.clear()
+
+    def _find_version(self) -> tuple[Any, ...]:
+        """A (subset, what changes with its units) for each subset.
+
+        In a bucket that is the number of the log's newest record, which is asked for once in a second.
+        """
+        if isinstance(self.out, Prefix) and (state := log.recent_state(str(self.out))).number:
+            return tuple((name, (state.number, state.nonce)) for name in log.subsets_of(state))
+        store = store_of(self.out)
+        return tuple((name, store.modified_s(f"{self.out}/{name}/manifests")) for name in self.corpus.subsets)
 
     def subsets(self) -> list[str]:
         """Names of the subsets, sorted."""
@@ -178,7 +189,10 @@ class Catalog:
         if not units:
             return []
         ledgers = [unit.ledger for unit in units]
-        confined.check_all(ledgers)  # DuckDB follows links
+        if self._files is None:
+            confined.check_all(ledgers)  # DuckDB follows links
+        else:
+            ledgers = self._files.allow(ledgers)
         values = {**(args or {}), "ledgers": ledgers}
         try:
             try:
@@ -187,7 +201,7 @@ class Catalog:
                 whole = f"({_LEDGERS_OF_ALL_RELEASES})"
                 return self._db.cursor().execute(sql.replace("LEDGERS", whole), values).fetchall()
         except (duckdb.Error, UnicodeError, MemoryError) as error:
-            what = str(error).partition("\n")[0][:300]  # DuckDB shows the query below
+            what = _first_line(str(error))[:300]  # DuckDB shows the query below
             raise IntegrityError(f"{self.out}: {what}; run `paracaption verify`") from error
 
     # Pages.
@@ -393,3 +407,19 @@ class Catalog:
             self._places[subset, key] = unit
             while len(self._places) > _MOST_LEARNED:
                 self._places.popitem(last=False)
+
+
+def _readable(out: Location) -> list[str]:
+    """The folders that DuckDB may read in."""
+    if isinstance(out, Prefix):
+        return [f"{SCHEME}://"]
+    return [f"{each.rstrip('/')}/" for each in confined.folders_of(out)]
+
+
+def _first_line(text: str) -> str:
+    """What an error of DuckDB says; of what a file system in Python has raised, the end of its traceback."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and "Traceback" in lines[0]:
+        raised = [line for line in lines[1:] if not line.startswith((" ", "LINE", "At:"))]
+        return raised[0] if raised else lines[0]
+    return lines[0] if lines else text

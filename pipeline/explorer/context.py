@@ -14,6 +14,7 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError
 from ..io import figure
 from ..io.confined import confine
+from ..io.location import Location
 from ..sources.registry import subset_title
 from ..stages.recipes import stage_kinds
 from ..stages.registry import stage_title
@@ -48,7 +49,7 @@ class Explorer:
 
     def __init__(
         self,
-        out: str | Path,
+        out: str | Location,
         run: str | Path | None = None,
         shards: str | None = None,
         outside: bool = False,

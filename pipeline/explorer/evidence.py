@@ -1,13 +1,13 @@
 """What the models answered about an image's regions, from the evidence that is kept next to the corpus.
 
 Evidence of another model or of another question may lie next to that which decided. What is shown agrees with
-the scores in the ledger, and is the newest that does.
+the scores in the ledger, and is the newest that does. In a bucket, the evidence of a unit may have parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from ...schemas.errors import IntegrityError
 from ...schemas.records import Rle
 from ..io import files
+from ..io.location import Location, is_bucket
 from ..io.store import store_of
 from ..io.tables import TableFile
 from ..stages.agreement import Resegmented
@@ -42,7 +43,7 @@ class RegionEvidence(NamedTuple):
 
 
 def read_evidence(
-    out: Path, subset: str, rows: list[dict[str, Any]], kinds: Mapping[str, str] | None = None
+    out: Location, subset: str, rows: list[dict[str, Any]], kinds: Mapping[str, str] | None = None
 ) -> dict[int, RegionEvidence]:
     """The evidence of some regions of one image, by region.
 
@@ -63,8 +64,7 @@ def read_evidence(
     for name, stage in stages.items():
         done: set[int] = set()
         is_alone = list(kinds.values()).count(kinds[name]) == 1  # else the ledger has the last one's scores
-        for folder in _newest_first(out / subset / "evidence", name):
-            path = folder / f"{rows[0]['unit']}.parquet"
+        for path in _newest_first(out / subset / "evidence", name, rows[0]["unit"]):
             for region, answer in _read_answers(path, rows[0]["key"], stage.evidence):
                 row = by_region.get(region)
                 if row is None or region in done or (is_alone and not stage.matches(answer, row)):
@@ -92,15 +92,27 @@ def _with_answer(found: RegionEvidence, name: str, answer: Any, size: tuple[int,
     return found._replace(num_candidates=answer.num_candidates, mask=answer.rle(size))
 
 
-def _newest_first(folder: Path, stage: str) -> list[Path]:
-    names = [name for name in files.list_names(str(folder)) if name.rpartition("-")[0] == stage]
-    store = store_of(folder)
-    return sorted(
-        (folder / name for name in names), key=lambda path: store.modified_s(str(path)), reverse=True
-    )
+def _newest_first(folder: Location, stage: str, unit: str) -> list[Location]:
+    """The files that may have evidence of a unit, those of the stage's newest folder first."""
+    dated: list[tuple[float, list[Location]]] = []
+    for name in files.list_names(str(folder)):
+        if name.rpartition("-")[0] == stage:
+            path = folder / name / f"{unit}.parquet"
+            named = path if is_bucket(folder) else folder / name  # a folder of a bucket has no time
+            with suppress(FileNotFoundError):  # nothing about this unit
+                dated.append((store_of(folder).modified_s(str(named)), _parts(folder / name, unit)))
+    return [path for _, found in sorted(dated, key=lambda each: -each[0]) for path in found]
 
 
-def _read_answers(path: Path, key: str, kind: type[msgspec.Struct]) -> list[tuple[int, Any]]:
+def _parts(folder: Location, unit: str) -> list[Location]:
+    """All parts of a unit's evidence; see `stages.evidence`."""
+    found: list[Location] = [folder / f"{unit}.parquet"]
+    while is_bucket(folder) and store_of(folder).size(f"{folder}/{unit}.{len(found)}.parquet") is not None:
+        found.append(folder / f"{unit}.{len(found)}.parquet")
+    return found
+
+
+def _read_answers(path: Location, key: str, kind: type[msgspec.Struct]) -> list[tuple[int, Any]]:
     import pyarrow as pa
 
     try:

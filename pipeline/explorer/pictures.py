@@ -24,6 +24,7 @@ from ...schemas.records import Blob, Rle
 from ..corpus.work_list_summary import load_work_list
 from ..io import confined, draw, files, photos, variables
 from ..io.draw import Overlay
+from ..io.location import Prefix
 from .catalog import Catalog
 
 PHOTO_SIDE = 1600
@@ -165,8 +166,9 @@ class Pictures:
             if not self.urls:
                 raise NotShown("To show this photo, start with --photo-urls")
             return
-        path = os.path.realpath(files.local(variables.expand(url)))
-        if not confined.is_below(path, os.path.realpath(self.catalog.out)) and not self.outside:
+        path, out = os.path.realpath(files.local(variables.expand(url))), self.catalog.out
+        is_inside = not isinstance(out, Prefix) and confined.is_below(path, os.path.realpath(out))
+        if not is_inside and not self.outside:
             raise NotShown("To show this photo, start with --photos-outside")
         if not confined.is_plain(path):
             raise NotShown("The photo is not a regular file")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError, one_line
 from ..corpus import inspect
 from ..io import files
+from ..io.location import Location, is_bucket, locate
+from ..io.outputs import write_file
 from .context import ODD, Explorer
 from .pages.overview import summarize_subsets
 from .reviews import KEPT, list_decisions
@@ -28,13 +29,13 @@ class ShownSample(NamedTuple):
 
 
 def write_report(
-    out: str | Path, to: str | Path | None = None, outside: bool = False, urls: bool = False
-) -> Path:
+    out: str | Location, to: str | Location | None = None, outside: bool = False, urls: bool = False
+) -> Location:
     """Write the report of a corpus, completely or not at all. Its samples are those of `paracaption inspect`.
 
     Args:
         out: the corpus.
-        to: the file; by default `OUT/report.html`.
+        to: the file, in a folder or a bucket; by default `OUT/report.html`.
         outside: show photos outside of the corpus; see `Pictures`.
         urls: fetch photos from URLs; see `Pictures`.
 
@@ -42,8 +43,8 @@ def write_report(
         ConfigError: there is no corpus, or no folder for the file.
         IntegrityError: the corpus is damaged.
     """
-    path = Path(out) / NAME if to is None else Path(to)
-    if not files.is_folder(str(path.parent)):
+    path = locate(out) / NAME if to is None else locate(to)
+    if not is_bucket(path) and not files.is_folder(str(path.parent)):
         raise ConfigError(f"{path.parent}: no such folder; make it first")
     try:
         data = render_report(Explorer(out, outside=outside, urls=urls)).encode()
@@ -52,8 +53,7 @@ def write_report(
     except ODD as error:
         what = f"holds something that no build writes ({one_line(error)[:300]})"
         raise IntegrityError(f"{out}: {what}; `paracaption verify` names the file") from error
-    with files.write_atomic(path) as file:
-        file.write(data)
+    write_file(path, data)
     return path
 
 

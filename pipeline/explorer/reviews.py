@@ -3,6 +3,8 @@
 `OUT/review/marks.parquet` (its name in version 0.1) has a row for each reviewed region and reviewer with the
 decision that was reviewed. The whole file is written for each review, under a lock, so that two explorers of
 one corpus do not lose each other's; on a file system without locks, only the threads of one explorer do not.
+In a bucket there is no lock: the file is put on the condition that it is still the one that was read, else it
+is read again.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import fcntl
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.errors import ConfigError, IntegrityError
-from ..io import confined, files
+from ..io import bucket_versions, confined, files
+from ..io.location import Prefix
 from ..io.store import store_of
 from ..io.tables import TableFile
 from .catalog import Catalog
@@ -93,10 +97,24 @@ class Reviews:
         Raises:
             IntegrityError: the file cannot be read.
         """
+        if isinstance(self.path, Prefix):
+            return self._read_version(self.path)[0]
+        return self._reviews_in(lambda: TableFile(str(self.path)).read())
+
+    def _read_version(self, path: Prefix) -> tuple[list[Review], bucket_versions.Version | None]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        data, version = bucket_versions.read_version(str(path))
+        if version is None:
+            return [], None
+        return self._reviews_in(lambda: pq.read_table(pa.BufferReader(data), use_threads=False)), version
+
+    def _reviews_in(self, read: Callable[[], pa.Table]) -> list[Review]:
         import pyarrow as pa
 
         try:
-            table = TableFile(str(self.path)).read()
+            table = read()
             if "reviewer" not in table.column_names:
                 table = table.append_column("reviewer", pa.array([""] * len(table), pa.string()))
             table = table.select(_schema().names).cast(_schema())
@@ -127,14 +145,29 @@ class Reviews:
         row = next((row for row in self.catalog.image(subset, key) if row["region"] == region), None)
         if row is None:
             raise ConfigError(f"{subset}/{key}: no region {region}")
-        with self._locked():
-            reviews = {(*each[:3], each.reviewer): each for each in self.read_all()}
-            reviews.pop((subset, key, region, reviewer), None)
-            if right is not None:
-                now = round(time.time(), 3)
-                review = Review(subset, key, region, decision_of(row), right, now, reviewer)
-                reviews[(*review[:3], reviewer)] = review
-            self._write(sorted(reviews.values()))
+        place, review = (subset, key, region, reviewer), None
+        if right is not None:
+            now = round(time.time(), 3)
+            review = Review(subset, key, region, decision_of(row), right, now, reviewer)
+        if isinstance(self.path, Prefix):
+            self._save_in_bucket(self.path, place, review)
+            return
+        with self._locked(self.path):
+            data = _encode(_with(self.read_all(), place, review))
+            with files.write_atomic(self.path) as file:
+                file.write(data)
+
+    def _save_in_bucket(self, path: Prefix, place: _Place, review: Review | None) -> None:
+        try:
+            with _WRITING:
+                while True:
+                    reviews, version = self._read_version(path)
+                    if bucket_versions.put_version(
+                        str(path), _encode(_with(reviews, place, review)), version
+                    ):
+                        return
+        except OSError as error:
+            raise _not_written(path, error) from error
 
     def last_of(self, reviewer: str) -> Review | None:
         """What a reviewer said last, of the regions that the corpus still has."""
@@ -196,21 +229,12 @@ class Reviews:
         left = [(key, region) for key, region in rows if (key, region) not in reviewed]
         return left[skip] if skip < len(left) else None
 
-    def _write(self, reviews: list[Review]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns = [list(column) for column in zip(*reviews, strict=True)] or [[] for _ in Review._fields]
-        arrays = [pa.array(column, kind) for column, kind in zip(columns, _schema().types, strict=True)]
-        with files.write_atomic(self.path) as file:
-            pq.write_table(pa.Table.from_arrays(arrays, schema=_schema()), file, compression="zstd")
-
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, path: Path) -> Iterator[None]:
         try:
-            store_of(self.path).make_folder(str(self.path.parent))
-            confined.check(self.path.with_name("lock"))
-            with _WRITING, open(self.path.with_name("lock"), "ab") as file:
+            store_of(path).make_folder(str(path.parent))
+            confined.check(path.with_name("lock"))
+            with _WRITING, open(path.with_name("lock"), "ab") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX)
                 except OSError as error:
@@ -218,10 +242,36 @@ class Reviews:
                         raise
                 yield
         except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot be written ({error}); reviews are written into the corpus: "
-                "give this user the permission to write there"
-            ) from error
+            raise _not_written(path, error) from error
+
+
+_Place = tuple[str, str, int, str]
+"""Subset, key, region and reviewer."""
+
+
+def _with(reviews: list[Review], place: _Place, review: Review | None) -> list[Review]:
+    """The reviews with another one at a place, or with none there, sorted."""
+    found = {(*each[:3], each.reviewer): each for each in reviews}
+    found.pop(place, None)
+    return sorted([*found.values(), *([] if review is None else [review])])
+
+
+def _encode(reviews: list[Review]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [list(column) for column in zip(*reviews, strict=True)] or [[] for _ in Review._fields]
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, _schema().types, strict=True)]
+    written = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=_schema()), written, compression="zstd")
+    return written.getvalue().to_pybytes()
+
+
+def _not_written(path: Path | Prefix, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path}: cannot be written ({error}); reviews are written into the corpus: "
+        "give this user the permission to write there"
+    )
 
 
 DECISION = f"CASE WHEN kept THEN '{KEPT}' ELSE drop_stage || '/' || drop_reason END"

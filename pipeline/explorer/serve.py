@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from ...schemas.errors import ConfigError
+from ..io.location import Location
 from . import connections
 from .access import is_loopback
 from .app import make_app
@@ -18,7 +19,7 @@ from .context import Explorer
 
 
 def serve(
-    out: str | Path,
+    out: str | Location,
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,

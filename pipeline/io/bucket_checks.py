@@ -11,7 +11,7 @@ from . import files, variables
 from .bucket_clients import CREDENTIALS, SCHEMES, place_of
 from .store import Store, store_of
 
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "s3a": "s3",
     "s3n": "s3",
     "gcs": "gs",
@@ -46,7 +46,7 @@ def refuse_secrets(url: str) -> None:
     shown = _without_secrets(scheme, rest)
     if scheme not in SCHEMES:
         known = ", ".join(f"{each}://" for each in SCHEMES)
-        other = _OTHER_NAMES.get(scheme)
+        other = OTHER_NAMES.get(scheme)
         fix = f"write {other}://" if other else f"give a folder, or a URL of {known}"
         raise ConfigError(f"out: {shown}: a corpus cannot be written to {scheme}://; {fix}")
     bucket, _, key = rest.partition("/")

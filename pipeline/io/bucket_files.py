@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from . import held_copies
 from .backends import FileKind, expand_by_listing
 from .bucket_clients import BucketError, ask, key_of, names_in, place_of
 from .failures import ShortRead
@@ -26,6 +27,8 @@ class BucketFiles:
     def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
         if length is not None and length <= 0:
             return b""
+        if (copy := held_copies.find(url)) is not None:
+            return copy.read(start, length)
         try:
             return ask(lambda calls, client: _read(calls, client, key_of(url), start, length), url)
         except BucketError as error:
@@ -34,7 +37,20 @@ class BucketFiles:
             raise
 
     def size(self, url: str) -> int:
+        if (copy := held_copies.find(url)) is not None:
+            return copy.size
         return _head(url)["size"]
+
+    def begin(self, url: str, length: int) -> tuple[bytes, int]:
+        """The first bytes of an object, at most `length`, and its size, by one request."""
+        if (copy := held_copies.find(url)) is not None:
+            return b"", copy.size
+        try:
+            return ask(lambda calls, client: _begin(calls, client, key_of(url), length), url)
+        except BucketError as error:
+            if _is_behind_the_end(error):  # it is empty
+                return b"", 0
+            raise
 
     def version(self, url: str) -> str:
         """Size and etag, as fsspec's file system of S3 has them, too."""
@@ -86,6 +102,14 @@ def _read(calls: Any, client: Any, key: str, start: int, length: int | None) -> 
     if len(data) != stop - first:
         raise ShortRead(f"{len(data)} of {stop - first} bytes from byte {first} on")
     return data
+
+
+def _begin(calls: Any, client: Any, key: str, length: int) -> tuple[bytes, int]:
+    result = calls.get(client, key, options={"range": (0, length)})
+    data, size = result.bytes().to_bytes(), result.meta["size"]
+    if len(data) != min(length, size):
+        raise ShortRead(f"{len(data)} of {min(length, size)} bytes from byte 0 on")
+    return data, size
 
 
 def _is_behind_the_end(error: BucketError) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import mmap
@@ -24,6 +23,7 @@ from . import bucket_clients, confined, variables
 from .backends import Backend, FileKind, FsspecFiles, LocalFiles, has_magic, local, open_plain
 from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
 from .location import Location, is_url
+from .range_files import RangeFile
 
 Result = TypeVar("Result")
 
@@ -286,51 +286,19 @@ def open_url(url: str, block_bytes: int | None = None) -> IO[bytes]:
     `read`.
     """
     backend = backend_of(url)
-    size = _ask(lambda each: each.size(url), url)
     if block_bytes is None:
         block_bytes = _REMOTE_BLOCK if is_url(url) else _LOCAL_BLOCK
-    return io.BufferedReader(_Ranges(backend, url, size), block_bytes)
+    begin = getattr(backend, "begin", None)
+    if begin is None:
+        ranges = RangeFile(backend, url, _ask(lambda each: each.size(url), url))
+    else:  # a bucket tells an object's size with its first bytes
+        first, size = _ask(lambda _: begin(url, block_bytes), url)
+        ranges = RangeFile(backend, url, size, first)
+    return io.BufferedReader(ranges, block_bytes)
 
 
 _REMOTE_BLOCK = 1 << 20
 _LOCAL_BLOCK = 64 << 10
-
-
-class _Ranges(io.RawIOBase):
-    """A file whose reads are reads of ranges."""
-
-    def __init__(self, backend: Backend, url: str, size: int):
-        self._backend, self._url, self._size, self._at = backend, url, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        if start + offset < 0:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        start, length = self._at, max(0, min(len(buffer), self._size - self._at))
-
-        def once() -> bytes:
-            data = self._backend.read(self._url, start, length)
-            if len(data) < length:
-                raise ShortRead(f"{len(data)} of {length} bytes from byte {start} on")
-            return data
-
-        data = RETRYING.call(once, self._url) if length else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 def expand(pattern: str) -> list[str]:
@@ -363,11 +331,21 @@ def list_names(folder: str) -> list[str]:
 
 def sha256_of(path: str | Location) -> str:
     """SHA-256 of a file, in hex; it is read piece by piece."""
-    digest = hashlib.sha256()
-    with open_url(str(path)) as file:
-        while data := file.read(1 << 20):
+    return measure(path)[1]
+
+
+def measure(path: str | Location) -> tuple[int, str]:
+    """Number of bytes of a file, and their SHA-256 in hex; it is read piece by piece."""
+    digest, size = hashlib.sha256(), 0
+    with open_url(str(path), _WHOLE_BLOCK if is_url(str(path)) else None) as file:
+        while data := file.read(_WHOLE_BLOCK if is_url(str(path)) else 1 << 20):
             digest.update(data)
-    return digest.hexdigest()
+            size += len(data)
+    return size, digest.hexdigest()
+
+
+_WHOLE_BLOCK = 8 << 20
+"""How much of a file that is read from its beginning to its end is asked for at a time."""
 
 
 def exists(path: str | Location) -> bool:

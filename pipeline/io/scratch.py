@@ -180,7 +180,7 @@ class Staged:
             self._path.unlink(missing_ok=True)
 
     def _spill(self) -> None:
-        folder = _own_folder(self._out)
+        folder = own_folder(self._out)
         path = folder / f"{self._name[-100:]}-{uuid.uuid4().hex[:12]}"
         make_room(folder, len(self._buffer) + _STEP_BYTES)
         self._file, self._path = path.open("xb", buffering=1 << 20), path
@@ -196,8 +196,9 @@ def _clean_once(out: str) -> None:
             _cleaned[out] = os.getpid()
 
 
-def _own_folder(out: str) -> Path:
-    """The folder of this process in a corpus's scratch."""
+def own_folder(out: str) -> Path:
+    """The folder of this process in a corpus's scratch; the next process removes it if this one dies."""
+    _clean_once(out)
     own = folder_of(out) / _folder_name(this_process())
     own.mkdir(mode=0o700, exist_ok=True)
     return own

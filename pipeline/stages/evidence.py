@@ -127,16 +127,19 @@ class EvidenceStore(Generic[E]):
             log.warning("%s; it is asked for again", error)
             return {}
 
-    def read(self, unit: str) -> Evidence:
+    def read(self, unit: str, parts: int | None = None) -> Evidence:
         """The same of a file that must be there and undamaged, with its further parts.
+
+        Args:
+            unit: name of the unit.
+            parts: how many there are, if that is known.
 
         Raises:
             IntegrityError: it is damaged.
             OSError: the disk does not give it.
         """
         evidence, part = self._read_part(self.path(unit)), 0
-        while True:
-            part += 1
+        while (part := part + 1) != parts:
             try:
                 evidence = _with(evidence, self._read_part(self.path(unit, part)))
             except FileNotFoundError:
