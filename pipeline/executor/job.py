@@ -22,6 +22,7 @@ class Job(msgspec.Struct, frozen=True):
         idle: model stages that have evidence of every unit; their models are loaded only if some is stale.
         modules: what backends and sources of the user's own are imported from.
         variables: the environment variables that paths of the configuration name, with their values.
+        bucket_variables: names, and names alone, of those with which the driver reaches the bucket of `out`.
     """
 
     config: BuildConfig
@@ -34,3 +35,4 @@ class Job(msgspec.Struct, frozen=True):
     plans: dict[str, str] = {}
     modules: list[own_modules.OwnModule] = []
     variables: dict[str, str] = {}
+    bucket_variables: list[str] = []

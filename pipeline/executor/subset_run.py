@@ -16,7 +16,9 @@ from ..corpus.owner import Owner
 from ..corpus.work_list_summary import WorkList
 from ..corpus.writer import Draft
 from ..io import own_modules, variables
-from ..io.location import Location, locate
+from ..io.bucket_clients import place_of, variables_set
+from ..io.location import Location, is_bucket, locate
+from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_digest, recipe_of
@@ -25,8 +27,8 @@ from .engine import Part
 from .given_up import give_up
 from .job import Job
 from .progress import Progress, StageProgress, Watch
-from .run_folders import local_folder, run_folder
-from .stalls import STACK_MARK
+from .run_folders import BEGUN, JOURNAL, local_folder, run_folder
+from .stalls import STACK_MARK, stack_files
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class SubsetRun:
             plans={work_list.unit_name(at): plans[at] for at in units if plans[at] != work_list.digest},
             modules=own_modules.taken(),
             variables=variables.taken(),
+            bucket_variables=variables_set(place_of(config.out).scheme) if is_bucket(config.out) else [],
         )
         self.part = Part(job, stages, work_list, units)
         names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
@@ -84,7 +87,7 @@ class SubsetRun:
 
     def follow(self, watch: Watch) -> None:
         """Have the events of this run's workers read."""
-        watch.follow(EventReader(self.run), self.progress, run_folder(str(self.run)))
+        watch.follow(EventReader(self.run), self.progress, self.run)
 
     def take(self, outcome: Draft | ParaCaptionError) -> None:
         """Commit a unit, hold it back, or end the subset: then `error` says why.
@@ -123,12 +126,13 @@ class SubsetRun:
 
     def clean(self) -> None:
         """Remove the notes of a run that came to its end, and the files of stacks that are none."""
-        for stack in run_folder(str(self.run)).glob("stack-*.txt"):
+        for stack in stack_files(str(self.run)):
             if STACK_MARK not in stack.read_text(errors="replace"):
                 stack.unlink()
-        shutil.rmtree(
-            local_folder(str(self.folder.parent), f"{self.folder.name}/journal"), ignore_errors=True
-        )
+        journal = local_folder(str(self.folder.parent), f"{self.folder.name}/{JOURNAL}")
+        shutil.rmtree(journal, ignore_errors=True)
+        if is_bucket(self.folder):
+            store_of(str(self.folder)).delete_folder(str(self.folder / JOURNAL))
 
 
 def has_all_evidence(stage: Stage, folder: Location, work_list: WorkList, units: list[int]) -> bool:
@@ -145,6 +149,8 @@ def _name_run(config: BuildConfig, subset: str) -> Location:
     run = locate(config.out) / "events" / name
     try:
         run_folder(str(run))
+        if is_bucket(run):
+            store_of(run).create(str(run / BEGUN), b"")
     except OSError as error:
         raise writer.write_failed(locate(config.out), error) from error
     return run
