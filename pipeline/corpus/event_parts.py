@@ -41,7 +41,7 @@ class PartWriter:
         self._number = 0
         self._read_beside: Callable[[], Mapping[str, bytes]] = dict
         self._beside: dict[str, bytes] = {}
-        self._lock = threading.Lock()
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -73,6 +73,10 @@ class PartWriter:
 
     def flush(self) -> None:
         """Upload what has happened since the last part. What cannot be uploaded now is no error."""
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
         with self._lock:
             lines, self._lines = self._lines, []
         store = store_of(self._folder)
