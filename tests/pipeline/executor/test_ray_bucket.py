@@ -14,14 +14,13 @@ import pytest
 
 from paracaption.pipeline.corpus import utilization
 from paracaption.pipeline.corpus.verify import verify
-from paracaption.pipeline.executor import doctor, driver
-from paracaption.pipeline.executor.findings import FAIL, OK
+from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.io import scratch
-from paracaption.schemas.errors import ConfigError, StageStalled
-from tests.building import build, calls, config_of
+from paracaption.schemas.errors import ConfigError
 from tests.buckets import committed_in_bucket
+from tests.building import build, config_of
 from tests.object_server import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
