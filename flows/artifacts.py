@@ -13,12 +13,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+
+from ..pipeline.corpus import log as commit_log
+from ..pipeline.io import files
+from ..schemas.records import Blob
 
 if TYPE_CHECKING:
     from ..pipeline.corpus.utilization import StageUtilization
     from ..pipeline.executor.progress import Progress
+    from ..pipeline.io.location import Location
 
 log = logging.getLogger(__name__)
 
@@ -123,25 +129,35 @@ def publish_table(key: str, rows: Sequence[dict[str, Any]], description: str | N
 
 def embedded(picture: Path) -> str:
     """A picture as Markdown that holds the picture's bytes, so that no server has to serve the file."""
-    kind = "jpeg" if picture.suffix == ".jpg" else "png"
-    data = base64.b64encode(picture.read_bytes()).decode()
-    return f"![{picture.stem}](data:image/{kind};base64,{data})"
+    return _embedded(picture.name, picture.read_bytes())
 
 
-def card_page(card: str, plots: Path) -> str:
+def _embedded(name: str, data: bytes) -> str:
+    stem, _, suffix = name.rpartition(".")
+    kind = "jpeg" if suffix == "jpg" else "png"
+    return f"![{stem}](data:image/{kind};base64,{base64.b64encode(data).decode()})"
+
+
+def card_page(card: str, corpus: str | Location) -> str:
     """A dataset card as Prefect's page can show it: without its front matter, and with its plots in it.
 
     Args:
         card: the text of OUT/README.md.
-        plots: the folder of the pictures that the card shows.
+        corpus: whose plots the card shows.
     """
     _, _, body = card.removeprefix("---\n").partition("\n---\n")
     lines = []
     for line in (body if card.startswith("---\n") else card).strip().split("\n"):
         name = line.partition("](plots/")[2].removesuffix(")")
-        picture = plots / Path(name).name if line.startswith("![") and name else None
-        lines.append(embedded(picture) if picture is not None and picture.is_file() else line)
+        data = _read_plot(corpus, PurePosixPath(name).name) if line.startswith("![") and name else None
+        lines.append(line if data is None else _embedded(PurePosixPath(name).name, data))
     return "\n".join(lines) + "\n"
+
+
+def _read_plot(corpus: str | Location, name: str) -> bytes | None:
+    with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return files.read(Blob(commit_log.place_of(corpus, f"plots/{name}")))
+    return None
 
 
 class BuildBoard:

@@ -8,7 +8,6 @@ the process that runs it needs `BuildConfig` itself, not its name, to check the 
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -59,7 +58,7 @@ def build_corpus(
     )
     board.finish()
     text = card.render_card(open_corpus(config.out, confined=False).summary, config)
-    artifacts.publish_markdown("dataset-card", artifacts.card_page(text, Path(config.out) / "plots"))
+    artifacts.publish_markdown("dataset-card", artifacts.card_page(text, config.out))
     artifacts.PUBLISHER.wait()
     return summary
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...pipeline.io.location import locate
 from ...schemas.errors import ConfigError
 from .. import stopping
 from .arguments import Changes, Config, RayAddress, suggest
@@ -102,7 +103,7 @@ def _build(loaded: BuildConfig, local: bool = False, ray_address: str | None = N
         if found.counts.benchmark_photos:
             left = f"{found.counts.benchmark_photos:,} images are photos of benchmarks"
             print(f"{subset}: {left}, and are left out (`benchmark_photo` in the ledger)", file=sys.stderr)
-    print_funnel(Path(loaded.out))
+    print_funnel(locate(loaded.out))
 
 
 def _what_is_committed(config: BuildConfig) -> str:
@@ -110,7 +111,7 @@ def _what_is_committed(config: BuildConfig) -> str:
     from ...pipeline.corpus import log
     from ...pipeline.corpus.work_list_summary import find_work_list
 
-    lists = [find_work_list(Path(config.out) / subset) for subset in config.subsets]
+    lists = [find_work_list(locate(config.out) / subset) for subset in config.subsets]
     total = sum(each.num_units for each in lists if each is not None)
     if not total or not log.exists(config.out):
         return "nothing is committed yet; run the same command to begin again"
@@ -138,8 +139,8 @@ def merge(config: Config, changes: Changes = None) -> None:
     `build` does this when it ends. Run `merge` yourself after you change `held_out_share` or a license.
     """
     from ...pipeline.config_file import load_config
+    from ...pipeline.corpus import log, reader
     from ...pipeline.corpus import merge as merging
-    from ...pipeline.corpus import reader
     from ...pipeline.executor import driver
 
     loaded = load_config(config, changes or ())
@@ -147,7 +148,7 @@ def merge(config: Config, changes: Changes = None) -> None:
     with driver.owned(loaded, "merge") as owner:
         driver.write_config(loaded, owner)
         merging.merge(loaded.out, loaded, owner)
-    print(Path(loaded.out) / "index.parquet")
+    print(log.place_of(loaded.out, reader.INDEX))
     suggest(("inspect", loaded.out), ("verify", loaded.out))
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ...pipeline.io.location import Location
 from .arguments import Corpus, Json, print_json, suggest
 
 Outside = Annotated[
@@ -53,7 +54,7 @@ def inspect(corpus: Corpus, json: Json = False) -> None:
         suggest(("explore", corpus), ("verify", corpus))
 
 
-def print_funnel(corpus: Path) -> None:
+def print_funnel(corpus: Location) -> None:
     """Print the funnel of each subset, and samples of regions."""
     from rich.console import Console
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...schemas.summary import SubsetCounts
+from ..io.location import Location
 from ..sources.registry import subset_title
 from ..stages.registry import stage_title
 from . import merge, reader, utilization
@@ -44,7 +44,7 @@ class ShownRegion(NamedTuple):
     detail: str
 
 
-def inspect(corpus: str | Path, num_kept: int = 5, num_dropped: int = 2) -> RenderableType:
+def inspect(corpus: str | Location, num_kept: int = 5, num_dropped: int = 2) -> RenderableType:
     """The funnel, and samples of kept captions and of each reason, of every subset; for rich to print.
 
     Counts come from the manifests, so they are right while a build runs. The samples are the same each time:
@@ -80,7 +80,7 @@ def inspect(corpus: str | Path, num_kept: int = 5, num_dropped: int = 2) -> Rend
     return Group(*parts)
 
 
-def inspect_values(corpus: str | Path, num_kept: int = 5, num_dropped: int = 2) -> dict[str, Any]:
+def inspect_values(corpus: str | Location, num_kept: int = 5, num_dropped: int = 2) -> dict[str, Any]:
     """What `inspect` shows, as values: by subset its counts, and samples of kept and of dropped regions."""
     opened = reader.open_corpus(corpus)
     found = {}

@@ -150,7 +150,8 @@ def test_every_row_of_a_table_has_every_column(publisher, prefect_calls):
 
 
 def test_the_card_begins_with_its_title_and_has_its_plots_in_it(tmp_path):
-    (tmp_path / "funnel.png").write_bytes(b"a picture")
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "funnel.png").write_bytes(b"a picture")
     card = (
         "---\npretty_name: Region captions\nlicense: other\n---\n\n# Region captions\n\ntext\n\n---\n\n"
         "![funnel](plots/funnel.png)\n![gone](plots/gone.png)\n![mask](plots/../../secret.png)\n"
