@@ -66,6 +66,7 @@ def _of_the_output(function: Callable[Concatenate[BuildConfig, Arguments], Resul
     @functools.wraps(function)
     def run(config: BuildConfig, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         failures.RETRYING.set_budget(config.failures.read_retry_s)
+        bucket_checks.refuse_secrets(config.out)
         try:
             with telling(config.failures.stall_s):
                 return function(config, *arguments, **options)
@@ -290,6 +291,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     """
     out = locate(config.out)
     refuse_overlap(config)
+    bucket_checks.check_store(config.out)
     _finish_moves(config)
     units = commit_log.read_units(str(out)) if commit_log.exists(str(out)) else {}
     adopt.refuse_foreign(str(out), config.subsets.keys() - {name.partition("/")[0] for name in units})
@@ -429,6 +431,7 @@ def owned(config: BuildConfig, command: str) -> AbstractContextManager[Owner]:
     out = locate(config.out)
     try:
         with NOW.during("opening the output"):
+            bucket_checks.check_store(config.out)
             store_of(out).make_folder(str(out))
     except OSError as error:
         raise writer.write_failed(out, error) from error

@@ -39,7 +39,7 @@ from ..corpus.events import Event, EventLog
 from ..corpus.work_list_summary import read_unit
 from ..io import failures, own_modules, variables
 from ..io.activity import NOW
-from ..io.location import locate
+from ..io.location import is_bucket, locate
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..sources.registry import allow_kinds, open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers, failed_drop
@@ -53,8 +53,8 @@ from .job import Job
 from .loaded_models import LoadedModels
 from .photo_digests import PhotoWatch, check_photos
 from .rows import error_text
-from .run_folders import local_folder
-from .stalls import stack_file
+from .run_folders import JOURNAL, local_folder
+from .stalls import read_stacks, stack_file
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ class Worker:
         if models is None:
             stall_s = job.config.failures.stall_s
             self._stack = stack_file(job.run, stall_s, self.name, self.report_progress).__enter__()
+            self.events.add_files(partial(read_stacks, job.run))
         self.source = open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         failures.RETRYING.set_budget(job.config.failures.read_retry_s)
         self.models = LoadedModels() if models is None else models
@@ -450,8 +451,9 @@ class Worker:
                 image.photo_digest = seen.photo_digest
 
     def _in_flight(self, stage: str, unit: Unit) -> InFlight:
-        journal = local_folder(str(self.folder.parent), f"{self.folder.name}/journal/{stage}")
-        return InFlight(journal, unit.name, self._crash_attempts)
+        journal = local_folder(str(self.folder.parent), f"{self.folder.name}/{JOURNAL}/{stage}")
+        shared = self.folder / JOURNAL / stage if is_bucket(self.folder) else None
+        return InFlight(journal, unit.name, self._crash_attempts, shared)
 
     def _reload(self, stage: ModelStage) -> None:
         try:

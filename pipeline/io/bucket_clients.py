@@ -38,6 +38,9 @@ CREDENTIALS = {
 }
 """Scheme -> the environment variables that let in who writes there."""
 
+_BEGIN = {"s3": ("AWS_",), "az": ("AZURE_", "AZURITE_"), "gs": ("GOOGLE_",)}
+"""How the environment variables begin that a client is built from."""
+
 _TOLD_APART = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_REGION"),
     *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
@@ -133,6 +136,26 @@ def client_of(place: Place) -> ObjectStore:
             _clients[key] = _connect(place)
             _first_used_in = os.getpid()
         return _clients[key]
+
+
+def variables_set(scheme: str) -> list[str]:
+    """Names of the environment variables of this process that a client may be built from."""
+    return sorted(
+        name for name, value in os.environ.items() if value and name.startswith(_BEGIN.get(scheme, ()))
+    )
+
+
+def refuse_fork(what: str) -> None:
+    """Refuse to fork this process if it has used a bucket: the child would wait for ever.
+
+    Args:
+        what: would fork, and what to do instead; for people.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if _first_used_in == os.getpid():
+        raise ConfigError(f"{what}: this process has read or written a bucket, and must not be forked")
 
 
 def _connect(place: Place) -> ObjectStore:
