@@ -20,6 +20,7 @@ PAGES = (
     "api.md",
     "architecture.md",
     "benchmarks.md",
+    "buckets.md",
     "data.md",
     "development.md",
     "embedded-backends.md",

@@ -4,7 +4,7 @@ A copy has the records of its corpus up to a number, and the files that they nam
 evidence and the reviews. What is committed later is not in it: copying again brings it up to date. Events are
 not copied, nor signs of life.
 
-- **Nothing is visible before all of it is there.** A new copy in a folder is made beside it, in
+- **Nothing is visible before all of it is there.** A new copy in a folder is made next to it, in
   `.NAME.copying`, and gets its name by one rename. In a bucket its log comes when everything else has
   arrived, from the last record down to the first, without which there is no corpus; until then a note lies
   there (`log.COPYING`), so that no reader takes it for one and no build begins in it.
@@ -45,12 +45,14 @@ THREADS = 8
 RETRY_S = 120.0
 """For how long a request is tried again that fails for a while."""
 
-_STEP = 1 << 20
+_STEP = 8 << 20
+"""How much of a file is read at a time."""
+
 _BESIDE = re.compile(r"([^/]+)/evidence/[^/.][^/]*/[^/.][^/]*\.parquet|review/[^/.][^/]*")
 """What belongs to a corpus and is in no record: evidence and reviews."""
 
 Progress = Callable[[str, int, int], None]
-"""Is told what is counted, how much of it is done, and how much there is."""
+"""Gets what is counted, how much of it is done, and how much there is."""
 
 
 class CopyReport(NamedTuple):
@@ -101,7 +103,7 @@ def copy(
             built since.
         dry_run: copy nothing, and tell what would be.
         threads: number of files that are copied at a time.
-        progress: told of bytes.
+        progress: called with "bytes copied", how many are, and how many there are.
 
     Raises:
         ConfigError: there is no corpus with a log, or `to` is something else.

@@ -36,7 +36,7 @@ def files_read(entries: Iterable[CatalogEntry], source: SubsetSource, versions: 
     named = {blob.url for entry in entries for blob in (entry.photo, entry.annotation) if blob is not None}
     used = {entry.source for entry in entries}
     options: list[Any] = [source.sources[number].options for number in used]
-    lists = {getattr(each, "categories", None) for each in options}
+    lists: set[str] = {getattr(each, "categories", None) or "" for each in options}
     return sorted((named | lists) & versions.keys())
 
 
@@ -50,6 +50,6 @@ def why_changed(urls: Iterable[str], versions: dict[str, str]) -> str:
         if now.replace('"', "") != versions[url].replace('"', ""):
             return (
                 f"{shorten(url)}: has changed since the work list was made; run the same command again, "
-                "which lists it anew"
+                "which lists it again"
             )
     return ""

@@ -22,7 +22,7 @@ from tests.synthetic import write_coconut, write_sa1b
 
 s3fs = pytest.importorskip("s3fs")
 
-CHANGED = "has changed since the work list was made; run the same command again, which lists it anew"
+CHANGED = "has changed since the work list was made; run the same command again, which lists it again"
 
 
 @pytest.fixture
