@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...filters.held_out import is_held_out, without_repeat
-from ...pipeline.corpus import log, reader
+from ...pipeline.corpus import reader
 from ...pipeline.io import benchmark_photos
 from ...pipeline.io.tables import TableFile
 from .table import cached_folder
@@ -191,6 +191,6 @@ def has_file_names(corpus: reader.Corpus) -> bool:
     import pyarrow as pa
 
     try:
-        return FILE_NAME in TableFile(log.place_of(corpus.path, reader.INDEX)).names
+        return FILE_NAME in TableFile(corpus.index_path).names
     except (OSError, pa.ArrowException):
         return True

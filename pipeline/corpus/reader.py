@@ -247,6 +247,11 @@ class Corpus:
         for unit in self.units(subset):
             yield read_ledger(unit.ledger, columns)
 
+    @property
+    def index_path(self) -> str:
+        """Path or URL of the index, whether there is one or not."""
+        return log.place_of(self.path, INDEX)
+
     def index(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The index in parts of whole units: a row for every kept region, sorted by subset, unit and image.
 
@@ -258,7 +263,7 @@ class Corpus:
         """
         import pyarrow as pa
 
-        path = log.place_of(self.path, INDEX)
+        path = self.index_path
         try:
             for table in TableFile(path).row_groups(columns):
                 yield table if columns is None else table.select(columns)
@@ -278,7 +283,7 @@ class Corpus:
             digests: what `digest` returned of each subset that matters; None for all subsets.
         """
         try:
-            summary, size = self.summary, files.size_of(Blob(log.place_of(self.path, INDEX)))
+            summary, size = self.summary, files.size_of(Blob(self.index_path))
         except (ConfigError, IntegrityError, OSError):
             return False
         if summary.index.bytes != size:
@@ -347,7 +352,7 @@ class Corpus:
             return None
         units = {unit.name: unit for unit in self.units(subset)}
         try:
-            rows = TableFile(log.place_of(self.path, INDEX)).find(["unit"], subset=subset, key=key)
+            rows = TableFile(self.index_path).find(["unit"], subset=subset, key=key)
             names = rows["unit"].unique().to_pylist()
         except (OSError, pa.ArrowException, KeyError):  # not merged, or damaged: the manifests say it, too
             names = []
