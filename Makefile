@@ -50,7 +50,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright
-	$(BIN)/codespell *.md docs schemas filters pipeline flows model_training --skip '*.txt,*.js,*.css,*.svg' --ignore-words-list nd,nstall,moniter,extention
+	$(BIN)/codespell *.md docs schemas filters pipeline flows model_training --skip '*.txt,*.js,*.css,*.svg' --ignore-words-list nd,nstall,moniter,extention,cachable
 	$(BIN)/python -m tests.plain_words
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 

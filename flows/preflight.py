@@ -104,8 +104,6 @@ def _find_saved_model(name: object) -> str:
 
 def _find_corpus(out: str, subsets: tuple[str, ...] | None, wait: bool | None) -> str:
     """`wait`: whether the run waits for the corpus; None where it cannot wait."""
-    if files.is_url(out):
-        return f"{out} is checked when the run starts"
     try:
         available = {unit.subset for unit in reader.open_corpus(out).units()}
     except ConfigError:

@@ -19,7 +19,7 @@ from ..schemas.errors import ConfigError, one_line
 from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
 from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
-from .io import failures, files, own_modules, variables, yaml_text
+from .io import bucket_checks, failures, files, own_modules, variables, yaml_text
 from .io.file_kinds import what_is
 from .models.registry import BACKENDS, find_registered
 from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
@@ -176,11 +176,12 @@ def _check(values: dict[str, Any], kind: type[_Config], where: str, root: Path) 
         place_of = partial(written_place, values=values) if kind is BuildConfig else tuple
         known = partial(_keys_at, kind)
         raise ConfigError(one_line_each(error, where, keys, place_of, known)) from error
-    if not isinstance(config, Judge) and files.is_url(config.out):
+    if not isinstance(config, Judge | BuildConfig) and files.is_url(config.out):
         raise ConfigError(f"{where}: out: {config.out} is a URL; name a folder that every node mounts")
     if isinstance(config, BuildConfig):
         config = _with_variables(config, root)
         try:
+            bucket_checks.refuse_secrets(config.out)
             config = write_out(config)
             for subset in config.subsets:
                 recipe_of(config, subset)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .config import Backend
-from .strict import Location, Published, Strict
+from .strict import Folder, Location, Published, Strict
 
 _FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -125,7 +125,7 @@ class ProfileConfig(Published):
 class EvaluateConfig(Published):
     """Everything that `paracaption evaluate` does. The results of all captioners gather in one folder."""
 
-    out: Location = Field(
+    out: Folder = Field(
         description="Folder of the results and of history.jsonl. Results of several captioners may be in "
         "one folder."
     )

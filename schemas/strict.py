@@ -134,6 +134,18 @@ Location = Annotated[str, AfterValidator(_absolute)]
 """A path, or a URL that fsspec knows. A relative path starts at the folder of the configuration file."""
 
 
+def _on_this_machine(path: str) -> str:
+    if "://" in path and not path.startswith("file://"):
+        raise ValueError(
+            "has to be a folder that every node mounts; only a corpus may lie in a bucket: give a path"
+        )
+    return path
+
+
+Folder = Annotated[Location, AfterValidator(_on_this_machine)]
+"""A path to write to; a URL is refused."""
+
+
 def locations(values: Strict) -> Iterator[tuple[str, str]]:
     """Every path among some values: (its key, the path), as often as a key has paths.
 

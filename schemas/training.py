@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .decoding import DecodeOptions
-from .strict import Location, Published, Strict
+from .strict import Folder, Location, Published, Strict
 
 
 class Model(Strict):
@@ -163,6 +163,13 @@ class DataOptions(Strict):
         default=2,
         description="Batches that each worker process prepares ahead. A batch of 4096 tokens takes up to 13 "
         "MB of /dev/shm.",
+    )
+    read_retry_s: float = Field(
+        default=300,
+        ge=0,
+        description="A read of a corpus that fails for a passing reason (a timeout, a 503, a stale handle) "
+        "is tried again for this many seconds, while the GPUs wait. Then the run ends with a checkpoint. "
+        "0 reads once.",
     )
     cache: Location | None = Field(
         default=None,
@@ -340,7 +347,7 @@ class Evaluation(DecodeOptions):
 class TrainConfig(Published):
     """Everything that decides what is trained. The resolved form is written into the output."""
 
-    out: Location = Field(description="Folder of the checkpoints, the metrics and the trained model.")
+    out: Folder = Field(description="Folder of the checkpoints, the metrics and the trained model.")
     model: Model
     corpora: list[CorpusSource] = Field(default_factory=list, description="Corpora to train on.")
     conversations: list[ConversationSource] = Field(

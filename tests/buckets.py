@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from paracaption.pipeline.io import scratch
+from paracaption.pipeline.corpus import log
+from paracaption.pipeline.io import bucket_clients, files, scratch
+from paracaption.schemas.records import Blob
 from tests.object_server import ObjectServer, serving
 
 _ENVIRONMENT = {
@@ -18,6 +21,14 @@ _ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+
+
+@pytest.fixture(autouse=True)
+def _corpora_end_with_the_test() -> Iterator[None]:
+    """A bucket that a test has named as a corpus's is a source's again for the next one."""
+    before = set(bucket_clients._corpora)
+    yield
+    bucket_clients._corpora.intersection_update(before)
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +72,12 @@ def faulty_s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Object
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         yield server
+
+
+def committed_in_bucket(out: str) -> dict[str, str]:
+    """SHA-256 of every committed file by its place, as `tests.building.committed` has them of a folder."""
+    return {
+        file.path: hashlib.sha256(files.read(Blob(f"{out}/{file.place}"))).hexdigest()
+        for found in log.read_state(out).units.values()
+        for file in found.unit.files()
+    }

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from paracaption.pipeline.io import scratch
+from tests.object_server import ObjectServer, serving
+
 _LOCK = Path(tempfile.gettempdir()) / f"paracaption-tests-{os.getuid()}.lock"
 _held = False
 
@@ -37,12 +40,22 @@ def alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
+def ray_buckets() -> Iterator[ObjectServer]:
+    """A server of S3 with the bucket `corpus`, which the shared Ray's processes find in their environment."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_buckets, tmp_path_factory):
     """A Ray of four logical CPUs in this process, which the tests of a worker share."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a killed worker is noticed soon
     import ray
 
-    with alone():
+    with alone(), pytest.MonkeyPatch.context() as patch:
+        for name, value in ray_buckets.environment.items():
+            patch.setenv(name, value)
+        patch.setenv(scratch.VARIABLE, str(tmp_path_factory.mktemp("scratch-of-workers")))
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ending = threading.Thread(target=ray.shutdown, daemon=True)

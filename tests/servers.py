@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 import pytest
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 MINISTACK, AZURITE, S3RVER = "1.5.33", "3.37.0", "3.7.1"
-_START_S = 60.0
+_START_S = 180.0
 _INSTALL_S = 300.0
 _UNTIL_STDIN_ENDS = ("sh", "-c", 'exec 3<&0; (read _ <&3; kill -9 $$) & exec "$@" 3<&- </dev/null', "sh")
 """A server ends with the tests that started it, however they end."""
@@ -85,8 +85,21 @@ def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_ministack(tmp_path_factory) as server:
+        yield server
+
+
+class Folders(Protocol):
+    """Makes folders for what a server writes."""
+
+    def mktemp(self, basename: str) -> Path: ...
+
+
+@contextmanager
+def running_ministack(folders: Folders) -> Iterator[Server]:
+    """A ministack while the block runs, also outside of tests."""
     program = _installed(f"ministack-{MINISTACK}", _install_ministack) / "bin" / "ministack"
-    with _running("ministack", tmp_path_factory, lambda _port, _data: [str(program)]) as server:
+    with _running("ministack", folders, lambda _port, _data: [str(program)]) as server:
         yield server
 
 
@@ -154,9 +167,7 @@ def azure_environment(address: str) -> dict[str, str]:
 
 
 @contextmanager
-def _running(
-    name: str, folders: pytest.TempPathFactory, command: Callable[[str, str], list[str]]
-) -> Iterator[Server]:
+def _running(name: str, folders: Folders, command: Callable[[str, str], list[str]]) -> Iterator[Server]:
     """Start a server by its command (of a port and a data folder), and kill it at the end."""
     folder = folders.mktemp(name)
     port = _free_port()

@@ -133,7 +133,9 @@ def test_the_search_lets_pass():
 ELSEWHERE = {
     "pipeline/config_file.py": "the configuration, a file that the command line names",
     "pipeline/corpus/events.py": "events of a run, from which nothing is decided",
+    "pipeline/corpus/energon.py": "an export, in a temporary folder that is no corpus",
     "pipeline/corpus/export.py": "an export, in a temporary folder that is no corpus",
+    "pipeline/corpus/hub.py": "an export, in a temporary folder that is no corpus",
     "pipeline/corpus/work_list_table.py": "a work list in a scratch folder, before it is published",
     "pipeline/executor/doctor.py": "removes the folders that it has made, if they are still empty",
     "pipeline/executor/driver.py": "a scratch folder for plans",

@@ -16,7 +16,7 @@ from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
 from ...schemas.secrets import shorten
 from .. import stopping
-from . import build, check, corpus, evaluate, init, model, versions
+from . import build, check, copy, corpus, evaluate, init, model, versions
 from .examples import example
 from .help import WIDE, Command, Group
 
@@ -74,7 +74,7 @@ for panel, commands in {
     ),
     "Read a corpus": (
         *(corpus.verify, corpus.inspect, corpus.show),
-        *(corpus.explore, corpus.report, corpus.export),
+        *(corpus.explore, corpus.report, corpus.export, copy.copy),
     ),
     "Versions of a corpus": (
         versions.status,

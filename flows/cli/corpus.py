@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...schemas.errors import ConfigError
+from . import publishing
 from .arguments import Corpus, Json, Place, locate, print_json, suggest
 
 if TYPE_CHECKING:
@@ -173,7 +174,10 @@ def report(
 
 def export(
     corpus: Corpus,
-    format: Annotated[str, typer.Option(help="Format: perceptiondlm-json, coco or parquet.")],
+    format: Annotated[
+        str,
+        typer.Option(help="Format: perceptiondlm-json, coco, parquet, hub (a dataset repository) or mds."),
+    ],
     to: Annotated[
         Place, typer.Option(parser=locate, metavar="PATH", help="Folder to write, or URL in a bucket.")
     ],
@@ -189,17 +193,48 @@ def export(
         str | None,
         typer.Option(
             help="Images to export: train, held_out or all.",
-            show_default="train if the corpus has held-out images, else all",
+            show_default="train if the corpus has held-out images, else all; hub and mds: all",
         ),
     ] = None,
+    shard_mb: Annotated[
+        float | None,
+        typer.Option(
+            "--shard-mb",
+            help="Largest size of a shard in MB, for hub and mds.",
+            show_default="1000 for hub, 64 for mds",
+        ),
+    ] = None,
+    energon: Annotated[
+        bool,
+        typer.Option(
+            "--energon",
+            help="With hub, also write the metadata that Megatron-Energon needs to read the shards.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="With hub, print the files, their sizes and the head of the card, and write nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Export the corpus in another format.
 
     perceptiondlm-json and coco name photos by path, so the photos are written as files too. parquet has the
-    photos inside.
+    photos inside. hub is a dataset repository to upload to a hub (docs/publishing.md); mds is read by
+    mosaicml-streaming, which has to be installed.
     """
     from ...pipeline.corpus import export as exporting
 
+    publishing.refuse_options(format, prefix, shard_mb, energon, dry_run)
+    if format == "hub":
+        folder = publishing.local_folder(to, format)
+        publishing.publish_corpus(corpus, folder, split, shard_mb, energon, dry_run)
+        return
+    if format == "mds":
+        publishing.export_mds(corpus, publishing.local_folder(to, format), split, shard_mb)
+        return
     chosen = exporting.select(corpus, split)
     written = exporting.export(corpus, format, to, prefix, chosen.split)
     if chosen.share:

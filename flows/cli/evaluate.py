@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...pipeline.io.location import is_url
+from ...schemas.secrets import shorten
 from .. import stopping
 from .arguments import Device, Dtype, Json, changes_of, print_json, suggest
 from .examples import example
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 benchmarks = typer.Typer(
     cls=Group, help="Make benchmarks for region captions, and list their photos.", no_args_is_help=True
 )
+
+
+def _folder(text: str) -> Path:
+    """A folder to write to; of a URL, `Path` would make a folder of a strange name."""
+    if is_url(text):
+        what = "has to be a folder; only a corpus may lie in a bucket: give a path"
+        raise typer.BadParameter(f"{shorten(text)}: {what}")
+    return Path(text.removeprefix("file://"))
 
 
 def evaluate(
@@ -67,7 +77,13 @@ def profile(
     model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
     corpus: Annotated[str, typer.Option(help="Corpus with the photos to caption.", show_default=False)],
     out: Annotated[
-        Path, typer.Option(help="Folder for a table, a plot and all measurements.", show_default=False)
+        Path,
+        typer.Option(
+            parser=_folder,
+            metavar="FOLDER",
+            help="Folder for a table, a plot and all measurements.",
+            show_default=False,
+        ),
     ],
     images: Annotated[int, typer.Option(min=1, help="Number of photos to caption.")] = 4,
     regions: Annotated[int, typer.Option(min=1, help="Measure 1 to N regions per image.")] = 8,
@@ -114,9 +130,11 @@ def profile(
 @benchmarks.command(cls=Command, epilog=example("benchmark make"))
 def make(
     corpus: Annotated[
-        Path, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
+        str, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
     ],
-    to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    to: Annotated[
+        Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder to write.", show_default=False)
+    ],
     judge: Annotated[
         Path,
         typer.Option(

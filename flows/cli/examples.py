@@ -16,6 +16,7 @@ EXAMPLES = {
     "explore": "paracaption explore out/demo --port 8080",
     "report": "paracaption report out/demo --to report.html",
     "export": "paracaption export out/demo --format coco --to out/coco",
+    "copy": "paracaption copy out/demo out/copy",
     "status": "paracaption status out/demo",
     "versions": "paracaption versions out/demo --all",
     "diff": "paracaption diff out/demo 7 12",
@@ -27,6 +28,7 @@ EXAMPLES = {
     "caption": "paracaption caption --model MODEL --image photo.jpg --masks masks/*.png",
     "models prepare": "paracaption models prepare gar /models/GAR-8B",
     "models convert": "paracaption models convert /models/published --to /models/PerceptionDLM",
+    "models publish": "paracaption models publish out/run --to out/repository --license apache-2.0",
     "benchmark make": "paracaption benchmark make out/demo --to out/bench --judge judge.yaml",
     "benchmark photos": "paracaption benchmark photos DLC-Bench=data/dlc --to photos.json",
 }

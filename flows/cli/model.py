@@ -1,4 +1,4 @@
-"""The commands that make and use models: `models prepare`, `models convert`, `train`, `caption`."""
+"""The commands that make and use models: those of `models`, `train`, `caption`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TrainingConfig = Annotated[
     ),
 ]
 
-models = typer.Typer(cls=Group, help="Convert and prepare checkpoints of models.", no_args_is_help=True)
+models = typer.Typer(cls=Group, help="Convert, prepare and publish models.", no_args_is_help=True)
 
 
 @models.command(cls=Command, epilog=example("models prepare"))
@@ -87,6 +87,56 @@ def convert(
     else:
         report = converting.from_parts(language, vision, to, layout or "corrected", seed)
     print(report.text())
+
+
+@models.command(cls=Command, epilog=example("models publish"))
+def publish(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="Folder of a training run, whose model/ is taken, or of a saved model.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Path, typer.Option(help="Folder to write. It appears only when all of its files are written.")
+    ],
+    title: Annotated[
+        str | None, typer.Option(help="Title of the card.", show_default="the name of the folder")
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            help="License of the model, as the hub calls it, such as apache-2.0.",
+            show_default="none: the card says that it is not stated",
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name on the hub of the model that this one was trained from.", show_default="none"
+        ),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name on the hub of a dataset that the model was trained on. Repeat the option for more.",
+            show_default="none",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the files and the card, and write nothing.")
+    ] = False,
+) -> None:
+    """Lay a trained model out as a model repository with a model card, to upload to a hub.
+
+    The card says only what the run and the model's files say, and what the options add.
+    """
+    from . import publishing
+
+    stated = {"license": license, "base_model": base_model, "datasets": dataset or ()}
+    publishing.publish_model(path, to, title or to.resolve().name, stated, dry_run)
 
 
 def train(

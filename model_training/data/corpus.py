@@ -7,10 +7,11 @@ the table is mapped into memory.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,13 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...pipeline.corpus import reader
-from ...schemas.errors import BadSample, ConfigError, IntegrityError
+from ...pipeline.io.failures import Kind, SourceUnavailable, classify, describe
+from ...pipeline.io.location import is_bucket
+from ...schemas.errors import BadSample, ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.manifest import Manifest
 from ...schemas.sample import Sample
 from ...schemas.training import CorpusSource, DataOptions
 from ..model import tiling
 from . import left_out
 from .order import even_groups, keys_of, num_groups, varied_groups
+from .read_ahead import ReadAhead, Wanted
 from .table import Table, TableWriter, cached_folder
 
 if TYPE_CHECKING:
@@ -76,13 +80,25 @@ class TrainingCorpus:
         options: how images are cut into groups.
         seed: decides the sizes of the groups.
         processor: the model's processor, which decides the lengths of items.
+        shards: in a bucket, the URL of each shard by its place below the corpus, as it was when the table's
+            manifests were read. A rebuild gives new shards new names, and the old ones are kept for a while,
+            so a run goes on with what it began with.
     """
 
     def __init__(
-        self, table: Table, path: str, options: DataOptions, seed: int, processor: PerceptionDLMProcessor
+        self,
+        table: Table,
+        path: str,
+        options: DataOptions,
+        seed: int,
+        processor: PerceptionDLMProcessor,
+        shards: Mapping[str, str] = {},
     ):
         self.table, self.options, self.seed = table, options, seed
         self.corpus = reader.Corpus(path, confined=True)
+        self.is_in_bucket = is_bucket(self.corpus.path)
+        self._shards = [shards[place] for place in table.about["shards"]] if self.is_in_bucket else []
+        self._ahead: ReadAhead[tuple[Sample, bytes]] | None = None
         config = processor.config
         self.num_prompts = config.num_prompts
         self.prefix_tokens = processor.make_prefix(0, 0).shape[1]
@@ -91,7 +107,8 @@ class TrainingCorpus:
         self.item_group = np.memmap(table.folder / "item_group.bin", np.uint16, "r")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.table, self.__dict__ | {"item_image": None, "item_group": None})
+        own = {"item_image": None, "item_group": None, "_ahead": None}  # a process opens them by itself
+        return _reopen, (self.table, self.__dict__ | own)
 
     @property
     def num_items(self) -> int:
@@ -155,25 +172,42 @@ class TrainingCorpus:
         return RegionGroup(int(self.item_image[item]), int(self.item_group[item]), regions)
 
     def shard_and_key(self, image: int) -> tuple[str, str]:
-        """The path of an image's shard, and the image's key."""
+        """The path or URL of an image's shard, and the image's key."""
         row = self.table.rows[image]
         key = self.table.bytes_at(int(row["key"]), int(row["key_bytes"])).decode()
+        if self._shards:
+            return self._shards[row["shard"]], key
         return f"{self.corpus.path}/{self.table.about['shards'][row['shard']]}", key
+
+    def expect(self, images: Iterable[int]) -> None:
+        """Say which images `read_sample` is asked for next, in order; from a bucket they are read ahead."""
+        if not self.is_in_bucket:
+            return
+        if self._ahead is None:
+            self._ahead = ReadAhead(self._read)
+        rows, sizes = self.table.rows, ("photo_length", "json_length")
+        self._ahead.expect(Wanted(each, sum(int(rows[name][each]) for name in sizes)) for each in images)
 
     def read_sample(self, image: int) -> tuple[Sample, bytes]:
         """An image's sample and the bytes of its photo, by one read.
 
         Raises:
             BadSample: the bytes there do not belong to this image; the message names shard and key.
+            SourceUnavailable: they cannot be had now, and could not within `data.read_retry_s`.
+            ConfigError: the bucket gives nothing to this user.
         """
+        return self._read(image) if self._ahead is None else self._ahead.take(image)
+
+    def _read(self, image: int) -> tuple[Sample, bytes]:
         row = self.table.rows[image]
         shard, key = self.shard_and_key(image)
         subset, path = self.table.about["shards"][row["shard"]].split("/", 1)
         offsets = {name: int(row[name]) for name in _OFFSETS}
+        named = {"subset": subset, "shard": path, "key": key} | offsets
         try:
-            sample, data = self.corpus.read_sample({"subset": subset, "shard": path, "key": key} | offsets)
+            sample, data = self.corpus.read_sample(named, shard if self._shards else None)
         except IntegrityError as error:
-            raise BadSample("shard_unreadable", str(error)) from error
+            raise self._failure(error, f"{shard}: {key}") from error
         if len(sample.regions) != row["regions"]:
             detail = (
                 f"the shard has {len(sample.regions)} regions, but the ledger keeps {row['regions']}; "
@@ -181,6 +215,27 @@ class TrainingCorpus:
             )
             raise BadSample("shard_unreadable", f"{shard}: {key}: {detail}")
         return sample, data
+
+    def _failure(self, error: IntegrityError, where: str) -> ParaCaptionError:
+        """What to raise for a sample that could not be read: a store that is away is no verdict on it."""
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            return BadSample("shard_unreadable", str(error))
+        kind = classify(cause)
+        if self.is_in_bucket and isinstance(cause, FileNotFoundError):
+            what = (
+                "no such object: the corpus was built again after this run had begun, and what it replaced "
+                "is kept for failures.keep_replaced_days; train in another `out`"
+            )
+            return BadSample("shard_unreadable", f"{where}: {what}")
+        if self.is_in_bucket and kind in (Kind.REFUSED, Kind.SETUP):
+            return ConfigError(f"{where}: {describe(cause)}; check the credentials and their permissions")
+        if kind is Kind.TRANSIENT and cause.errno != errno.EIO:  # which a bad sector is, too, for ever
+            return SourceUnavailable(
+                f"{where}: {describe(cause)}; run the same command again when it can be read: training goes "
+                "on from the last checkpoint"
+            )
+        return BadSample("shard_unreadable", str(error))
 
 
 def _reopen(table: Table, state: dict[str, Any]) -> TrainingCorpus:
@@ -222,7 +277,7 @@ def open_training_corpus(
         raise ConfigError(
             f"{source.corpus}: nothing of {', '.join(absent)} is committed; it has {', '.join(committed)}"
         )
-    digests = {name: corpus.digest(name) for name in sorted(source.subsets or committed)}
+    digests, shards = _committed(corpus, sorted(source.subsets or committed))
     current = corpus.index_is_current(digests)
     columns = _COLUMNS
     if current and not left_out.has_file_names(corpus):
@@ -247,7 +302,19 @@ def open_training_corpus(
         _write_table(folder, corpus, parts, rules, processor, options)
 
     folder = cached_folder(cache, f"corpus-{name}", write)
-    return TrainingCorpus(Table(folder, _IMAGE), corpus.path, options, seed, processor)
+    return TrainingCorpus(Table(folder, _IMAGE), corpus.path, options, seed, processor, shards)
+
+
+def _committed(corpus: reader.Corpus, subsets: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The digest of each subset's manifests, and where the shards of these manifests lie, by their places."""
+    digests, shards = {}, {}
+    for subset in subsets:
+        digest = hashlib.sha256()
+        for unit, manifest in corpus.manifest_bytes(subset):
+            digest.update(manifest)
+            shards[unit.shard_place] = unit.shard
+        digests[subset] = digest.hexdigest()
+    return digests, shards
 
 
 def unfinished(source: CorpusSource) -> str:

@@ -191,6 +191,6 @@ def has_file_names(corpus: reader.Corpus) -> bool:
     import pyarrow as pa
 
     try:
-        return FILE_NAME in TableFile(f"{corpus.path}/{reader.INDEX}").names
+        return FILE_NAME in TableFile(corpus.index_path).names
     except (OSError, pa.ArrowException):
         return True

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,6 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ...pipeline.corpus.reader import Corpus
+from ...pipeline.io.failures import RETRYING
+from ...pipeline.io.location import is_bucket
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ...schemas.training import ConversationSource, CorpusSource, DataOptions
 from . import left_out
@@ -70,7 +73,7 @@ class Loader:
             pin_memory: copy batches to page-locked memory, from which a GPU fetches them on its own.
             start_method: how worker processes start. "forkserver" and "spawn" are safe next to threads, CUDA
                 and Ray, but import the main module again (guard it with `if __name__ == "__main__"`); "fork"
-                starts faster.
+                starts faster, and is refused for a corpus in a bucket.
             held_out_share: share of the images of all corpora that are left out, to be evaluated on; the
                 largest that one of them holds out, if that is more.
 
@@ -80,6 +83,8 @@ class Loader:
             IntegrityError: a corpus is damaged.
         """
         _check_options(sources, options, processor, rank, world_size)
+        _check_start_method(sources, options, start_method)
+        RETRYING.set_budget(options.read_retry_s)
         self.cache = Path(options.cache) if options.cache is not None else default_cache()
         corpora = [Corpus(each.corpus, confined=True) for each in sources if isinstance(each, CorpusSource)]
         shares = [each.held_out_share for each in corpora]
@@ -123,6 +128,7 @@ class Loader:
 
         Raises:
             BadSample: a sample is damaged or too long, and the options say that this is an error.
+            SourceUnavailable: a store does not answer now, and did not for `read_retry_s`.
         """
         self._begin()
         for made in self._loading():
@@ -187,7 +193,7 @@ class Loader:
                 prefetch_factor=self.options.prefetch if several else None,
                 persistent_workers=several,
                 multiprocessing_context=_context(self.start_method) if several else None,
-                worker_init_fn=_quiet_tokenizers,
+                worker_init_fn=partial(_begin_worker, self.options.read_retry_s),
                 generator=torch.Generator(),  # else each epoch would draw from the trainer's own
             )
         return self._batches
@@ -200,12 +206,25 @@ class WorkerError(NamedTuple):
 
 
 class _Picks:
-    """The picks of this rank's next batches; no picks if the epoch has no batch left for this rank."""
+    """Of each of this rank's next batches its picks, and those of the batch that its worker makes next.
+
+    Workers take turns. No picks: the epoch has no batch left for this rank, or for this worker.
+    """
 
     def __init__(self, loader: Loader):
         self.loader = loader
 
-    def __iter__(self) -> Iterator[list[Pick]]:
+    def __iter__(self) -> Iterator[tuple[list[Pick], list[Pick]]]:
+        ahead = max(1, self.loader.options.workers)
+        coming: deque[list[Pick]] = deque()
+        for picks in self._batches():
+            coming.append(picks)
+            if len(coming) > ahead:
+                yield coming.popleft(), picks
+        while coming:
+            yield coming.popleft(), []
+
+    def _batches(self) -> Iterator[list[Pick]]:
         loader = self.loader
         plan = loader._plan_of(loader.epoch)
         for first in range(loader.position, plan.num_batches, loader.world_size):
@@ -214,14 +233,14 @@ class _Picks:
 
 
 class _Batches(Dataset[Any]):
-    """The dataset that workers hold: maps picks to a batch."""
+    """The dataset that workers hold: maps picks to a batch, given the picks of the next one."""
 
     def __init__(self, make: BatchMaker):
         self.make = make
 
-    def __getitem__(self, picks: list[Pick]) -> TrainBatch | WorkerError:
+    def __getitem__(self, picks: tuple[list[Pick], list[Pick]]) -> TrainBatch | WorkerError:
         try:
-            return self.make(picks)
+            return self.make(*picks)
         except ParaCaptionError as error:
             return WorkerError(error)
 
@@ -246,8 +265,9 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _quiet_tokenizers(_: int) -> None:
+def _begin_worker(read_retry_s: float, _: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has one core, and texts come a few at a time
+    RETRYING.set_budget(read_retry_s)
 
 
 def _context(method: str) -> Any:
@@ -276,3 +296,15 @@ def _check_options(
         )
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank: {rank}; with {world_size} ranks it is 0 to {world_size - 1}")
+
+
+def _check_start_method(
+    sources: Sequence[CorpusSource | ConversationSource], options: DataOptions, method: StartMethod
+) -> None:
+    """A process that is forked from one that has used a bucket would wait for it for ever."""
+    in_bucket = [each.corpus for each in sources if isinstance(each, CorpusSource) and is_bucket(each.corpus)]
+    if in_bucket and options.workers and method == "fork":
+        raise ConfigError(
+            f"start_method: fork; {in_bucket[0]} is in a bucket, which no forked process can read: choose "
+            "forkserver or spawn"
+        )

@@ -111,12 +111,18 @@ class BatchMaker:
     ):
         self.sources, self.processor, self.options, self.seed = sources, processor, options, seed
 
-    def __call__(self, picks: Sequence[Pick]) -> TrainBatch:
+    def __call__(self, picks: Sequence[Pick], upcoming: Sequence[Pick] = ()) -> TrainBatch:
         """The batch of some picks. Without picks, or if none of them can be used, it is a filler.
+
+        Args:
+            picks: what the batch is made of.
+            upcoming: the picks of this process's next batch: what is in a bucket is read meanwhile.
 
         Raises:
             BadSample: a sample is damaged or too long, and the options say that this is an error.
+            SourceUnavailable: a sample cannot be had now.
         """
+        self._expect([*picks, *upcoming])
         skipped: list[Skipped] = []
         labeled = [made for pick in picks if (made := self._make(pick, skipped))] or [self._filler()]
         examples = [each.example for each in labeled]
@@ -130,6 +136,12 @@ class BatchMaker:
         weight = torch.tensor([each.weight for each in labeled])
         names = [each.name for each in labeled]
         return TrainBatch(images, tokens, label, weight, names, skipped, len(picks))
+
+    def _expect(self, picks: Sequence[Pick]) -> None:
+        for number, source in enumerate(self.sources):
+            if isinstance(source, TrainingCorpus) and source.is_in_bucket:
+                own = [pick for pick in picks if pick.source == number]
+                source.expect(source.region_group(pick.item, pick.pass_index).image for pick in own)
 
     def _make(self, pick: Pick, skipped: list[Skipped]) -> LabeledExample | None:
         source = self.sources[pick.source]

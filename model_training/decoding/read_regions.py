@@ -118,7 +118,8 @@ def read_photo_regions(
 
 def _split(path: str, key: str | None) -> tuple[str, str | None]:
     whole, mark, after = path.rpartition("#")
-    if mark and key is None and not _exists(path):
+    is_key = mark and key is None
+    if is_key and ((files.is_url(path) and not file_names.ending(whole)) or not _exists(path)):
         return whole, after
     return path, key
 
@@ -166,6 +167,8 @@ def _of_image(path: str, size: tuple[int, int]) -> Region:
 
 
 def _is_corpus(path: str) -> bool:
+    if files.is_url(path):
+        return not file_names.ending(path) and bool(reader.Corpus(path, confined=True).subsets)
     if files.is_folder(path):
         return any(Path(path).glob("*/manifests"))
     return file_names.ending(path) == ".tar" and Path(path).exists()

@@ -46,7 +46,7 @@ def choose_images(corpus: str | Path, num_images: int) -> list[ChosenImage]:
         IntegrityError: the index is damaged.
     """
     best: list[tuple[float, int, ChosenImage]] = []
-    for number, rows in enumerate(_images(Path(corpus))):
+    for number, rows in enumerate(_images(corpus)):
         if len(rows) >= FEWEST:
             each = confusion(rows)
             taken = sorted(np.argsort(-each, kind="stable")[:MOST].tolist())
@@ -91,7 +91,7 @@ def name_of(row: dict[str, Any]) -> str:
     return row["category"] or row["core_category"] or ""
 
 
-def _images(corpus: Path) -> Iterator[list[dict[str, Any]]]:
+def _images(corpus: str | Path) -> Iterator[list[dict[str, Any]]]:
     """The rows of each image. A part of the index holds whole units, and a unit whole images."""
     for table in reader.Corpus(corpus, confined=True).index(_COLUMNS):
         for _, rows in groupby(table.to_pylist(), _id):

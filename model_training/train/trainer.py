@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...pipeline.corpus.reader import Corpus
 from ...pipeline.io import files
+from ...pipeline.io.failures import RETRYING, SourceUnavailable
 from ...schemas.errors import ConfigError, Diverged, StageFailed
 from ...schemas.training import CorpusSource, Spike, TrainConfig
 from ..data import left_out
@@ -170,7 +171,10 @@ def fit(config: TrainConfig, rank: int = 0, world_size: int = 1, report: Report 
         NothingToTrainOn: everything that an epoch holds was left out, or more than `data.max_dropped_share`;
             no model is written.
         StageFailed: a checkpoint cannot be written, or the ranks see different data.
+        SourceUnavailable: a store does not answer, and did not for `data.read_retry_s`; there is a checkpoint
+            of the last step.
     """
+    RETRYING.set_budget(config.data.read_retry_s)
     group = DistributedGroup(config, rank, world_size)
     run = Run(config, group)
     try:
@@ -190,14 +194,17 @@ def _train(run: Run, logger: MetricsLogger | None, report: Report | None) -> Non
     stream = run.batches()
     while run.step < run.num_steps:
         meter = StepMeter(group.device)
-        epoch = int(run.loader.state_dict()["epoch"])
+        before = run.loader.state_dict()
+        epoch = int(before["epoch"])
         # 1. The step's batches, and the weight of their examples over all ranks.
         with meter.waiting():
-            batches = next(stream, None)
+            batches = _next_batches(stream)
         if batches is None:
             break
-        weights = torch.cat([batch.weight_E.double() for batch in batches])
-        weight = float(group.all_reduce(weights.sum())) or 1.0
+        weight = float(group.all_reduce(_weight_of(batches))) or 1.0
+        if math.isnan(weight):
+            _end_for_outage(run, before, batches)
+        assert not isinstance(batches, SourceUnavailable)
         # 2. Gradients, batch after batch, then over all ranks.
         for number, batch in enumerate(batches):
             found = _backward(run, batch, number, weight)
@@ -228,6 +235,34 @@ def _train(run: Run, logger: MetricsLogger | None, report: Report | None) -> Non
     run.counts.check_run(config.data.max_dropped_share)
     if run.saved != run.step:
         run.save()
+
+
+def _next_batches(stream: Iterator[list[TrainBatch]]) -> list[TrainBatch] | SourceUnavailable | None:
+    """A step's batches, or why they cannot be had now, which all ranks have to know; None at the end."""
+    try:
+        return next(stream, None)
+    except SourceUnavailable as error:
+        return error
+
+
+def _weight_of(batches: list[TrainBatch] | SourceUnavailable) -> Tensor:
+    """The weight of a step's examples on this rank; NaN if it could not read them, which no sum hides."""
+    if isinstance(batches, SourceUnavailable):
+        return torch.tensor(math.nan, dtype=torch.float64)
+    return torch.cat([batch.weight_E.double() for batch in batches]).sum()
+
+
+def _end_for_outage(
+    run: Run, before: dict[str, int | str], found: list[TrainBatch] | SourceUnavailable
+) -> NoReturn:
+    """Save the last step, and end the run on all ranks; `before` is the loader's state after that step."""
+    run.loader.load_state_dict(before)
+    if run.saved != run.step:
+        run.save()
+    run.checkpoints.finish()
+    if isinstance(found, SourceUnavailable):
+        raise found
+    raise SourceUnavailable("the data: another rank could not read them; its message says which and why")
 
 
 def _check_data(run: Run, epoch: int, total: dict[str, Any]) -> None:

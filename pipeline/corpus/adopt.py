@@ -50,8 +50,8 @@ def refuse_foreign(out: str, subsets: Iterable[str]) -> None:
     """
     # What a driver wrote that died before its first commit has a temporary name, or is evidence.
     folders = FOLDERS
-    if not store_of(out).moves and store_of(out).size(f"{out}/{MARKER}") is not None:
-        return  # a listing may be late, and what another driver writes there may be in it already
+    if _is_marked_bucket(out):
+        return
     names = files.list_names(out)
     if MARKER not in names:
         folders = (*FOLDERS, "evidence", "plan", "journal")
@@ -66,11 +66,16 @@ def refuse_foreign(out: str, subsets: Iterable[str]) -> None:
                 for name in files.list_names(f"{out}/{subset}/{folder}")
                 if not name.startswith(TEMPORARY)
             ]
-            if found:
+            if found and not _is_marked_bucket(out):  # who has begun meanwhile has marked it first
                 raise ConfigError(
                     f"{out}/{subset}/{folder}/{found[0]}: this folder has other files and is not a corpus; "
                     "choose another `out`"
                 )
+
+
+def _is_marked_bucket(out: str) -> bool:
+    """Whether a place in a bucket is a corpus of ours, also while listings do not show it yet."""
+    return not store_of(out).moves and store_of(out).size(f"{out}/{MARKER}") is not None
 
 
 def _refuse_replaced(out: str) -> None:

@@ -7,16 +7,14 @@ import html
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
+from ...schemas.published import published
 from ...schemas.records import SCORES
-from ...schemas.secrets import HIDDEN, is_secret_name, shorten
 from ..io.location import is_bucket
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import open_source, subset_title
@@ -25,11 +23,22 @@ from ..stages.registry import STAGES, known_stage
 from .shard_pipes import PIPES
 
 if TYPE_CHECKING:
-    from ...schemas.summary import CorpusSummary, SubsetSummary
+    from ...schemas.summary import CorpusSummary, SubsetCounts, SubsetSummary
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _SIZES += ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
 _SHOWN_CATEGORIES = 20
+TITLE = "Region captions"
+PER_SOURCE = "per-source"
+"""The name of a license that differs from source to source."""
+
+SUBJECT = {
+    "language": ["en"],
+    "task_categories": ["image-to-text", "image-segmentation"],
+    "tags": ["region-captioning", "dense-captioning", "masks", "webdataset"],
+}
+"""What every corpus is about, in the words of the hub."""
+
 _LINK = re.compile(r"(?:https?|ftp)://[^\s<>|]+")
 
 
@@ -39,36 +48,38 @@ def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
         _front_matter(summary, config.out),
         _head(summary),
         *(_subset(name, subset) for name, subset in summary.subsets.items()),
-        _steps(summary, config),
+        steps(summary, config),
         _pictures(),
         _licenses(config, summary),
         _reading(summary, config.out),
-        _config(config, summary),
+        configuration(config, summary),
     ]
     return "\n".join(parts)
 
 
 def _front_matter(summary: CorpusSummary, out: str) -> str:
-    size = next((name for limit, name in _SIZES if summary.images_captioned < limit), "n>100M")
     filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
     files = [
         {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/shards/{name}-*.tar"}]}
         for name in filled
     ]
     values = {
-        "pretty_name": "Region captions",
+        "pretty_name": TITLE,
         "license": "other",
-        "license_name": "per-source",
+        "license_name": PER_SOURCE,
         "license_link": "#licenses",
-        "language": ["en"],
-        "task_categories": ["image-to-text", "image-segmentation"],
-        "tags": ["region-captioning", "dense-captioning", "masks", "webdataset"],
-        "size_categories": [size],
+        **SUBJECT,
+        "size_categories": [size_category(summary.images_captioned)],
         "configs": files,
     }
     if is_bucket(out):  # where a pattern would name files of earlier versions, too
         del values["configs"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+
+
+def size_category(images: int) -> str:
+    """The hub's name for a range of numbers, of the one that has this number of images."""
+    return next((name for limit, name in _SIZES if images < limit), "n>100M")
 
 
 def _head(summary: CorpusSummary) -> str:
@@ -91,24 +102,19 @@ def _head(summary: CorpusSummary) -> str:
         rows.append(("together", *totals))
     header = ("subset", "units", "images", "with captions", "regions in the source", "kept", "share kept")
     summed_up = (
-        f"{_count(summary.kept, 'region')} of {_count(summary.images_captioned, 'image')}, each with its "
+        f"{count_of(summary.kept, 'region')} of {count_of(summary.images_captioned, 'image')}, each with its "
         "mask and a checked caption. Made with ParaCaption. A unit is one shard of images.\n"
     )
-    return f"# Region captions\n\n{summed_up}\n" + _table(header, rows)
+    return f"# Region captions\n\n{summed_up}\n" + table(header, rows)
 
 
 def _subset(name: str, subset: SubsetSummary) -> str:
     counts = subset.counts
-    rows = []
-    for step in counts.funnel:
-        reasons = ", ".join(f"{reason} {number:,}" for reason, number in step.reasons.items())
-        left = step.regions_in - step.dropped
-        rows.append((step.stage, step.regions_in, step.dropped, left, _share(left, counts.regions), reasons))
     text = [
         f"\n## {subset_title(name)}\n",
         "The table counts how many regions each step dropped, and why. Every region of the source is also in "
         f"the ledger (`{name}/ledger/`), kept or dropped with its reason.\n",
-        _table(("step", "regions in", "dropped", "left", "of all", "reasons"), rows),
+        funnel(counts),
     ]
     if counts.images_dropped:
         dropped = ", ".join(f"{reason} {number:,}" for reason, number in counts.images_dropped.items())
@@ -116,16 +122,16 @@ def _subset(name: str, subset: SubsetSummary) -> str:
     if images := counts.benchmark_photos:
         text.append(
             "Left out because they are photos of ParaDLC-Bench or DLC-Bench (`benchmark_photo`): "
-            f"{_count(images, 'image')}.\n"
+            f"{count_of(images, 'image')}.\n"
         )
     if images := counts.images_held_out:
-        held = f"{_count(images, 'image')} with {_count(counts.kept_held_out, 'region')}"
+        held = f"{count_of(images, 'image')} with {count_of(counts.kept_held_out, 'region')}"
         text.append(f"Held out of training (`split` in the index): {held}.\n")
     if subset.categories:
         shown = ", ".join(
             f"{category or '(none)'} {number:,}" for category, number in subset.categories[:_SHOWN_CATEGORIES]
         )
-        text.append(f"Categories: {subset.num_categories:,}; most frequent: {_plain(shown)}.\n")
+        text.append(f"Categories: {subset.num_categories:,}; most frequent: {plain(shown)}.\n")
     words, each = subset.caption_words, subset.regions_per_image
     if words.total:
         text.append(
@@ -135,7 +141,17 @@ def _subset(name: str, subset: SubsetSummary) -> str:
     return "\n".join(text)
 
 
-def _steps(summary: CorpusSummary, config: BuildConfig) -> str:
+def funnel(counts: SubsetCounts) -> str:
+    """The table of the regions that each step dropped, and why."""
+    rows = []
+    for step in counts.funnel:
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in step.reasons.items())
+        left = step.regions_in - step.dropped
+        rows.append((step.stage, step.regions_in, step.dropped, left, _share(left, counts.regions), reasons))
+    return table(("step", "regions in", "dropped", "left", "of all", "reasons"), rows)
+
+
+def steps(summary: CorpusSummary, config: BuildConfig) -> str:
     """What the steps do that some subset has gone through, and the members of those that have some."""
     what = {SOURCE_STAGE: "reads the photo and its masks, and drops what is missing or damaged"}
     taken = {step.stage for subset in summary.subsets.values() for step in subset.counts.funnel}
@@ -171,25 +187,29 @@ def _pictures() -> str:
 
 
 def _licenses(config: BuildConfig, summary: CorpusSummary) -> str:
-    rows = []
-    for subset in config.subsets:
-        for places, license in _sources_of(config, subset):
-            rows.append((subset_title(subset), f"`{places}`", _plain(license)))
     return (
         "## Licenses\n\nPhotos and masks stay under the licenses of their publishers. Captions were "
         "generated by the models that the configuration below names; the terms of those models apply.\n\n"
-        + _table(("subset", "source", "license"), rows)
-        + _license_counts(summary)
+        + license_tables(config, summary)
     )
 
 
-def _license_counts(summary: CorpusSummary) -> str:
+def license_tables(config: BuildConfig, summary: CorpusSummary, index: str = "index.parquet") -> str:
+    """The license of each source, and how many images are under which license; `index` names the rest."""
+    rows = []
+    for subset in config.subsets:
+        for places, license in sources_of(config, subset):
+            rows.append((subset_title(subset), f"`{places}`", plain(license)))
+    return table(("subset", "source", "license"), rows) + _license_counts(summary, index)
+
+
+def _license_counts(summary: CorpusSummary, index: str) -> str:
     """How many images are under each license, where the records of the images name theirs."""
     rows, left = [], []
     for name, subset in summary.subsets.items():
         for each in subset.licenses:
             url = each.license_url if each.license_url != each.license else ""
-            named = _plain(each.license) or "(none stated)"
+            named = plain(each.license) or "(none stated)"
             rows.append((subset_title(name), named, f"<{url}>" if _LINK.fullmatch(url) else "", each.images))
         if more := subset.num_licenses - sum(each.license != "" for each in subset.licenses):
             left.append(f"{subset_title(name)}: {more:,} more licenses, each with fewer images.\n")
@@ -198,11 +218,11 @@ def _license_counts(summary: CorpusSummary) -> str:
     return (
         "\nThe table counts the captioned images under each license, as the publisher's records state it. "
         "The license, author and URLs of each photo, where they are stated, are in its JSON and in "
-        "`index.parquet`.\n\n" + _table(("subset", "license", "address", "images"), rows) + "".join(left)
+        f"`{index}`.\n\n" + table(("subset", "license", "address", "images"), rows) + "".join(left)
     )
 
 
-def _sources_of(config: BuildConfig, subset: str) -> list[tuple[str, str]]:
+def sources_of(config: BuildConfig, subset: str) -> list[tuple[str, str]]:
     """Where each source of a subset lies, and its license; a kind that is not registered here says less."""
     try:
         found = open_source(config, subset).sources
@@ -210,27 +230,8 @@ def _sources_of(config: BuildConfig, subset: str) -> list[tuple[str, str]]:
         entries = config.subsets[subset].sources
         return [(entry["source"], str(entry.get("license", "unknown"))) for entry in entries]
     return [
-        (", ".join(map(_published, source.places())), _published(source.options.license)) for source in found
+        (", ".join(map(published, source.places())), published(source.options.license)) for source in found
     ]
-
-
-def _published(value: Any) -> Any:
-    """A value of the configuration for strangers: of a path only its name, of a URL no password."""
-    if isinstance(value, dict):
-        return {
-            name: HIDDEN if isinstance(each, str) and each and is_secret_name(name) else _published(each)
-            for name, each in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_published(each) for each in value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("/", "~", "file:")):
-        return f".../{PurePosixPath(value).name}"
-    if "://" in value:
-        address = urlsplit(value)
-        value = urlunsplit(address._replace(netloc=address.netloc.rpartition("@")[2], query=""))
-    return shorten(value, environment=False)
 
 
 _SPLITS = """
@@ -360,13 +361,13 @@ versions may lie beside it. The commit log (`log/`) says which ones count, and P
 not name files by a pattern. `paracaption.open_corpus(URL).shard_path(row)` is the URL of the shard that a row
 of the index names.
 {splits}
-To publish the corpus, export it (`paracaption export`), or copy it into a folder.
+To publish the corpus, export it as a dataset repository (`paracaption export --format hub`).
 """
     return examples, layout
 
 
-def _config(config: BuildConfig, summary: CorpusSummary) -> str:
-    values = {**_published(config.model_dump(mode="json")), "out": "."}
+def configuration(config: BuildConfig, summary: CorpusSummary) -> str:
+    values = {**published(config.model_dump(mode="json")), "out": "."}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     rows = [
@@ -378,19 +379,19 @@ def _config(config: BuildConfig, summary: CorpusSummary) -> str:
         f"printed below: `{digest}`\n\nThe digests identify the work list (which images are in which unit) "
         "and the recipe (the steps above with their settings) that the units of a subset were built with. "
         "A subset should have one of each.\n\n"
-        + _table(("subset", "digest of the work list", "digest of the recipe"), rows)
+        + table(("subset", "digest of the work list", "digest of the recipe"), rows)
         + f"\n```yaml\n{text}```\n"
     )
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     numeric = [all(isinstance(row[i], int) for row in rows) and bool(rows) for i in range(len(header))]
     lines = [header, tuple("---:" if right else "---" for right in numeric)]
     lines += [tuple(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row) for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _count(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
     """A number with its noun, in the plural unless it is 1."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
@@ -399,7 +400,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Names come from models and strangers: nothing in them is Markdown or HTML."""
     text = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_|\[\]])", r"\\\1", text)

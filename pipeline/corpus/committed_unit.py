@@ -12,7 +12,7 @@ from ...schemas.records import CREDIT_FIELDS, SCORES, Blob, Credit, Drop, ImageR
 from ..io import files
 from ..io.location import Location
 from ..sources.protocols import SOURCE_STAGE
-from . import reader
+from . import reader, units
 from .ledger import SOURCE_SCORES
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class CommittedUnit:
 
     @cached_property
     def _unit(self) -> reader.Unit | None:
-        return next((each for each in reader.list_units(self._folder) if each.name == self._name), None)
+        return units.find_unit(self._folder, self._name)
 
     @cached_property
     def _kept(self) -> list[dict[str, Any]]:

@@ -5,15 +5,16 @@ OUT/events/<run>/<worker>-<host>-<pid>.000001.jsonl
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
+from ...schemas.errors import ConfigError
 from ..io import files
 from ..io.location import Prefix
 from ..io.store import store_of
@@ -38,9 +39,9 @@ class PartWriter:
         self._folder, self._name = folder, name
         self._lines: list[bytes] = []
         self._number = 0
-        self._beside: dict[str, Callable[[], bytes]] = {}
-        self._uploaded: dict[str, bytes] = {}
-        self._lock = threading.Lock()
+        self._read_beside: Callable[[], Mapping[str, bytes]] = dict
+        self._beside: dict[str, bytes] = {}
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -50,27 +51,32 @@ class PartWriter:
             self._lines.append(msgspec.json.encode(record) + b"\n")
         self._start()
 
-    def add_file(self, path: Path, read: Callable[[], bytes]) -> None:
-        """Upload what `read` returns under the name of `path`, too, whenever it has changed.
+    def add_files(self, read: Callable[[], Mapping[str, bytes]]) -> None:
+        """Keep files of this machine next to the parts.
 
         Args:
-            path: of a file of this machine.
-            read: its bytes; b"" if there is nothing to tell.
+            read: their bytes by name, asked every few seconds. What has changed is uploaded, and what is not
+                among them any more is deleted.
         """
-        self._beside[path.name] = read
+        self._read_beside = read
         self._start()
 
     def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="events")
             self._thread.start()
+            atexit.register(self.close)  # an actor of Ray ends without a word
 
     def _run(self) -> None:
         while not self._ended.wait(EVERY_S):
             self.flush()
 
     def flush(self) -> None:
-        """Upload what has happened since the last part. Never raises an `OSError`."""
+        """Upload what has happened since the last part. What cannot be uploaded now is no error."""
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
         with self._lock:
             lines, self._lines = self._lines, []
         store = store_of(self._folder)
@@ -79,12 +85,15 @@ class PartWriter:
                 number = self._number + 1
                 store.put(f"{self._folder}/{self._name}.{number:06}.jsonl", b"".join(lines))
                 self._number, lines = number, []
-            for name, read in self._beside.items():
-                data = read()
-                if data and self._uploaded.get(name) != data:
-                    store.put(f"{self._folder}/{name}", data)
-                    self._uploaded[name] = data
-        except OSError as error:
+            beside = self._read_beside()
+            for name in beside.keys() | self._beside.keys():
+                if name not in beside:
+                    store.delete(f"{self._folder}/{name}")
+                    del self._beside[name]
+                elif self._beside.get(name) != beside[name]:
+                    store.put(f"{self._folder}/{name}", beside[name])
+                    self._beside[name] = beside[name]
+        except (OSError, ConfigError) as error:  # whoever writes what matters says that it may not
             log.debug("%s: events are uploaded later: %s", self._folder, error)
             with self._lock:
                 self._lines[:0] = lines
@@ -94,6 +103,7 @@ class PartWriter:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+            atexit.unregister(self.close)
         self.flush()
 
 

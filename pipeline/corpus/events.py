@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,16 @@ class EventLog:
                 log.warning("%s: %s; events are lost, the build goes on", self.path, error)
                 self._complained = True
         return event
+
+    def add_files(self, read: Callable[[], Mapping[str, bytes]]) -> None:
+        """Keep files of this machine next to events in a bucket; see `PartWriter.add_files`.
+
+        In a folder they are there already.
+        """
+        if isinstance(self.path, Prefix):
+            self._lines = self._lines or self._open()
+            assert isinstance(self._lines, PartWriter)
+            self._lines.add_files(read)
 
     def _open(self) -> LineWriter | PartWriter:
         if isinstance(self.path, Prefix):

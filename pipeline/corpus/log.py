@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ...schemas.errors import IntegrityError
 from ...schemas.records import Blob
 from ..io import files
-from ..io.location import Location, is_bucket
+from ..io.listing import list_files
+from ..io.location import Location, is_bucket, locate
 from ..io.store import store_of
 from . import adopt, records
 from .records import (
@@ -48,6 +49,9 @@ from .records import (
 )
 
 LOG, BEAT, REPLACED = "log", "beat", ".replaced"
+
+COPYING = ".copying"
+"""Lies in a place that a corpus is being copied to, until all of it is there; see `copy`."""
 
 CHECKPOINT_EVERY = 100
 """Each record whose number is a multiple of this is a checkpoint, so readers know where to start."""
@@ -167,9 +171,24 @@ def exists(out: str) -> bool:
     """Whether a corpus has a log."""
     if _recent(out) is not None:
         return True
-    if is_bucket(out) and files.exists(record_path(out, 1)):
+    if not is_bucket(out):
+        return any(_numbers(out))
+    if _is_there(record_path(out, 1)):
         return True  # also where a listing is late
-    return any(_numbers(out))
+    return any(_numbers(out)) and not is_being_copied(out)
+
+
+def is_being_copied(out: str) -> bool:
+    """Whether a place without a log is one that a corpus is being copied to: it has no corpus yet."""
+    return _is_there(f"{out}/{COPYING}")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        files.size_of(Blob(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 _RECENT_S = 1.0
@@ -241,6 +260,14 @@ def last_number(out: str) -> int:
     return max(_numbers(out), default=0)
 
 
+def newest_number(out: str) -> int:
+    """Number of the newest record; 0 if there is none. In a bucket, a listing may not have it yet."""
+    number = last_number(out)
+    while is_bucket(out) and store_of(out).size(record_path(out, number + 1)) is not None:
+        number += 1
+    return number
+
+
 def read_state(out: str, known: LogState | None = None) -> LogState:
     """What the log says now.
 
@@ -306,6 +333,8 @@ def read_units(out: str) -> dict[str, LogUnit]:
     """
     if exists(out):
         return {name: found.unit for name, found in read_state(out).units.items()}
+    if is_bucket(out):  # what lies there is of a driver that has just begun
+        return {}
     return adopt.find_units(out)
 
 
@@ -321,6 +350,7 @@ def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
             file.temporary.rpartition("/")[0]
             for unit in state.unmoved.units.values()
             for file in unit.files()
+            if file.temporary
         }
         there = {f"{folder}/{name}" for folder in folders for name in files.list_names(f"{out}/{folder}")}
         for name, unit in state.unmoved.units.items():
@@ -369,6 +399,24 @@ def is_whole(out: str, unit: LogUnit) -> bool:
     )
 
 
+def find_broken(out: str, units: Iterable[LogUnit]) -> list[LogUnit]:
+    """Those of some committed units of which a file is gone or has another size; see `is_whole`.
+
+    A bucket is listed; only what is not in the listing, which may be late, is asked for one by one.
+    """
+    if not is_bucket(out):
+        return [unit for unit in units if not is_whole(out, unit)]
+    units = list(units)
+    folders = {file.place.rpartition("/")[0] for unit in units for file in unit.files()}
+    listed = {
+        f"{folder}/{name}": found.bytes
+        for folder in folders
+        for name, found in list_files(locate(f"{out}/{folder}")).items()
+    }
+    doubted = [unit for unit in units if any(listed.get(file.place) != file.bytes for file in unit.files())]
+    return [unit for unit in doubted if not is_whole(out, unit)]
+
+
 def files_of(record: Record) -> list[LogFile]:
     """The files that a record names."""
     match record:
@@ -405,7 +453,8 @@ def read_records(out: str, after: int = 0) -> list[Record]:
     Raises:
         IntegrityError: a record is missing or damaged.
     """
-    return list(_follow(out, after, last_number(out)))
+    last = last_number(out)
+    return [*read_many(out, after + 1, last), *_follow(out, max(after, last), last)]
 
 
 def _follow(out: str, number: int, last: int) -> Iterator[Record]:

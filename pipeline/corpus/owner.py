@@ -296,6 +296,11 @@ _ENDED: set[str] = set()
 
 def _claim(out: str, command: str, lease_s: float) -> Owner:
     state = read_state(out)
+    if not state.number and log.is_being_copied(out):
+        raise ConfigError(
+            f"{out}: a copy of a corpus has begun here and is not complete; run `paracaption copy` again, or "
+            "choose another `out`"
+        )
     if state.claim is not None and not state.released:
         state = _wait_for_the_end_of(state, out, lease_s)
     adopt.mark(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...schemas.errors import IntegrityError
 from . import log as commit_log
+from .records import LogUnit
 from .work_list_summary import FOLDER, WorkList, first_steps
 
 
@@ -23,7 +24,7 @@ def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
     """
     out, _, subset = work_list.folder.rpartition("/")
     units = {name: unit for name, unit in commit_log.read_units(out).items() if name.startswith(f"{subset}/")}
-    pending, plans = [], work_list.plans()
+    pending, committed, plans = list[int](), dict[int, LogUnit](), work_list.plans()
     known = {step.digest for step in first_steps(work_list)}
     for index in range(work_list.num_units):
         unit = units.pop(f"{subset}/{work_list.unit_name(index)}", None)
@@ -36,12 +37,15 @@ def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
                 f"but the corpus now has {work_list.digest[:12]}; restore {subset}/{FOLDER} from a "
                 "copy, or use a new `out`"
             )
-        if unit.plan != plans[index] or unit.recipe != recipe or not commit_log.is_whole(out, unit):
+        if unit.plan != plans[index] or unit.recipe != recipe:
             pending.append(index)
+        else:
+            committed[index] = unit
     if units:
         path = f"{out}/{units[min(units)].manifest.path}"
         raise IntegrityError(
             f"{path}: the work list has no such unit; restore {subset}/{FOLDER} from a copy, or use a new "
             "`out`"
         )
-    return pending
+    broken = {id(unit) for unit in commit_log.find_broken(out, committed.values())}
+    return sorted([*pending, *(index for index, unit in committed.items() if id(unit) in broken)])

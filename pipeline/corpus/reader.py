@@ -126,8 +126,11 @@ class Corpus:
     @property
     def subsets(self) -> list[str]:
         """Names of the subsets, sorted."""
-        if location.is_bucket(self.path) and log.exists(self.path):
-            return log.subsets_of(log.recent_state(self.path))
+        if location.is_bucket(self.path):
+            if log.exists(self.path):
+                return log.subsets_of(log.recent_state(self.path))
+            if log.is_being_copied(self.path):
+                return []
         names = files.list_names(self.path)
         return [name for name in names if files.is_folder(f"{self.path}/{name}/manifests")]
 
@@ -244,6 +247,11 @@ class Corpus:
         for unit in self.units(subset):
             yield read_ledger(unit.ledger, columns)
 
+    @property
+    def index_path(self) -> str:
+        """Path or URL of the index, whether there is one or not."""
+        return log.place_of(self.path, INDEX)
+
     def index(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """The index in parts of whole units: a row for every kept region, sorted by subset, unit and image.
 
@@ -255,7 +263,7 @@ class Corpus:
         """
         import pyarrow as pa
 
-        path = log.place_of(self.path, INDEX)
+        path = self.index_path
         try:
             for table in TableFile(path).row_groups(columns):
                 yield table if columns is None else table.select(columns)
@@ -267,22 +275,34 @@ class Corpus:
             raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge CONFIG`") from error
 
     def index_is_current(self, digests: Mapping[str, str] | None = None) -> bool:
-        """Whether index and statistics are of the units that are committed now. Reads every manifest.
+        """Whether index and statistics are of the units that are committed now.
+
+        In a bucket the log says it; else every manifest is read.
 
         Args:
             digests: what `digest` returned of each subset that matters; None for all subsets.
         """
         try:
-            summary, size = self.summary, files.size_of(Blob(log.place_of(self.path, INDEX)))
+            summary, size = self.summary, files.size_of(Blob(self.index_path))
         except (ConfigError, IntegrityError, OSError):
             return False
         if summary.index.bytes != size:
             return False
+        if location.is_bucket(self.path) and self._is_merged_last():
+            return True
         merged = {name: each.counts.manifests for name, each in summary.subsets.items()}
         if digests is not None:
             return digests.items() <= merged.items()
         names = self.subsets
         return sorted(merged) == names and all(self.digest(name) == merged[name] for name in names)
+
+    def _is_merged_last(self) -> bool:
+        """Whether nothing was committed since the log's newest index. Who merges owns the corpus."""
+        if not log.exists(self.path):
+            return False
+        state = log.read_state(self.path)
+        number = 0 if state.merged is None else state.merged.number
+        return all(found.since < number for found in state.units.values())
 
     def num_planned_units(self, subset: str) -> int:
         """Number of units in the subset's work list, committed or not.
@@ -332,7 +352,7 @@ class Corpus:
             return None
         units = {unit.name: unit for unit in self.units(subset)}
         try:
-            rows = TableFile(log.place_of(self.path, INDEX)).find(["unit"], subset=subset, key=key)
+            rows = TableFile(self.index_path).find(["unit"], subset=subset, key=key)
             names = rows["unit"].unique().to_pylist()
         except (OSError, pa.ArrowException, KeyError):  # not merged, or damaged: the manifests say it, too
             names = []
@@ -366,16 +386,17 @@ class Corpus:
             raise IntegrityError(f"{self.path}/{subset}/{below}: no such shard is committed; {REBUILD}")
         return f"{self.path}/{found.unit.shard.place}"
 
-    def read_sample(self, row: Mapping[str, Any]) -> tuple[Sample, bytes]:
+    def read_sample(self, row: Mapping[str, Any], shard: str | None = None) -> tuple[Sample, bytes]:
         """The sample that a kept row of a ledger or of the index belongs to, and the bytes of its photo.
 
         Args:
             row: with `subset`, `shard`, `key`, and offsets and lengths of photo and JSON.
+            shard: path or URL of the shard, if it was found before; None finds what the row names now.
 
         Raises:
             IntegrityError: the bytes there are not the sample of the row's key.
         """
-        shard = self.shard_path(row)
+        shard = self.shard_path(row) if shard is None else shard
         where = f"{shard}: {row['key']}"
         photo = Blob(shard, row["photo_offset"], row["photo_length"])
         record = Blob(shard, row["json_offset"], row["json_length"])

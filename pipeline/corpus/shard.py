@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -13,12 +14,25 @@ from ..io import files
 from ..io.location import Location
 
 
+class StoredSample(NamedTuple):
+    """A sample with the bytes of its two members, as they lie in the shard."""
+
+    sample: Sample
+    photo: bytes
+    record: bytes
+
+
 def iter_shard(shard: str | Location) -> Iterator[tuple[Sample, bytes]]:
     """Every sample of a shard with the bytes of its photo, in one pass.
 
     Raises:
         IntegrityError: the tar is damaged, or a member is not what a shard holds.
     """
+    return ((stored.sample, stored.photo) for stored in iter_stored(shard))
+
+
+def iter_stored(shard: str | Location) -> Iterator[StoredSample]:
+    """The same with the bytes of the JSON too, which may have fields that `Sample` does not know."""
     photos: dict[str, bytes] = {}
     try:
         with files.open_url(str(shard), 8 << 20) as opened, tarfile.open(fileobj=opened, mode="r|") as tar:
@@ -29,7 +43,8 @@ def iter_shard(shard: str | Location) -> Iterator[tuple[Sample, bytes]]:
                 if ending == PHOTO_ENDING:
                     photos[key] = data
                 elif ending == "json" and key in photos:
-                    yield decode_sample(data, f"{shard}: {member.name}"), photos.pop(key)
+                    sample = decode_sample(data, f"{shard}: {member.name}")
+                    yield StoredSample(sample, photos.pop(key), data)
                 else:
                     raise IntegrityError(f"{shard}: {member.name}: not a member of a shard; {REBUILD}")
     except (OSError, tarfile.TarError) as error:

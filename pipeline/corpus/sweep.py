@@ -63,7 +63,9 @@ def _sweep_bucket(owner: Owner, keep_s: float) -> int:
     What was a part of the corpus at any moment since then stays, since somebody may be reading it.
     """
     store = store_of(owner.out)
-    subsets = {name.partition("/")[0] for name in files.list_names(owner.out)} - {*_SHARED, "events"}
+    names = {*files.list_names(owner.out), *log.subsets_of(owner.state)}  # a listing may be late
+    names -= {*_SHARED, "events", adopt.MARKER}
+    subsets = {name for name in names if not (name.startswith(TEMPORARY) or _ATTEMPT.search(name))}
     folders = ["", "plots", *(f"{subset}/{folder}" for subset in sorted(subsets) for folder in _OURS[0])]
     found = {path for folder in folders for path in _paths(owner.out, folder) if _ATTEMPT.search(path)}
     found -= _named(owner.state)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..io import files
+from ..io.location import is_bucket
 from . import log
 from .records import LogUnit
 
@@ -42,6 +43,11 @@ class Unit(NamedTuple):
         """Path or URL of the tar. It exists only if the unit kept a region: `manifest.shard` tells."""
         return self._file(f"shards/{self.name}.tar")
 
+    @property
+    def shard_place(self) -> str:
+        """The shard's place below the corpus, by which index and ledger name it."""
+        return f"{self.subset}/shards/{self.name}.tar"
+
     def _file(self, path: str) -> str:
         present = dict(self.names).get(f"{self.subset}/{path}")
         if present is None:
@@ -61,6 +67,19 @@ def unit_of(out: str, name: str, unit: LogUnit, unmoved: Iterable[tuple[str, str
     subset, _, unit_name = name.partition("/")
     names = {file.path: file.name for file in unit.files() if file.name} | dict(unmoved)
     return Unit(subset, unit_name, f"{out}/{subset}", tuple(names.items()))
+
+
+def find_unit(folder: str, name: str) -> Unit | None:
+    """The committed unit of a name in a subset's folder; None if there is none.
+
+    Raises:
+        IntegrityError: the commit log is damaged.
+    """
+    out, _, subset = folder.rpartition("/")
+    if not (is_bucket(out) and log.exists(out)):
+        return next((unit for unit in list_units(folder) if unit.name == name), None)
+    found = log.present_state(out).units.get(f"{subset}/{name}")
+    return None if found is None else unit_of(out, f"{subset}/{name}", found.unit)
 
 
 def list_units(folder: str) -> list[Unit]:

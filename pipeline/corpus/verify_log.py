@@ -86,7 +86,7 @@ def _read_log(out: str) -> tuple[LogState, list[Problem], bool, frozenset[str]]:
     """
     problems: list[Problem] = []
     named: set[str] = set()
-    state, checked, last = LogState(), True, log.last_number(out)
+    state, checked, last = LogState(), True, log.newest_number(out)
     kept = {int(name) for name in files.list_names(f"{out}/{log.REPLACED}") if name.isdigit()}
     while state.number < last:
         number = state.number + 1
@@ -196,7 +196,7 @@ def _fix(path: str) -> str:
 
 def check_unchanged(out: str, vouched: Vouched) -> list[Problem]:
     """A note if the corpus was written to since `vouched` was read."""
-    if not vouched.number or log.last_number(out) == vouched.number:
+    if not vouched.number or log.newest_number(out) == vouched.number:
         return []
     what = (
         "a build has written here meanwhile, so problems of its units may be wrong: run `paracaption "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,7 +18,7 @@ from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Credit, Drop
 from ...schemas.secrets import shorten
 from ..io import files
-from ..io.location import Location
+from ..io.location import Location, never_changes
 from ..io.tables import TableFile
 from ..sources.protocols import CatalogEntry
 
@@ -26,6 +27,7 @@ VERSION = 1
 
 _SAMPLED_PHOTOS = 200
 _UNITS_KEPT = 8
+_TABLES_KEPT = 8
 
 _COLUMNS = (
     "key",
@@ -187,11 +189,30 @@ def read_unit(path: str | Location, index: int) -> list[CatalogEntry]:
     Raises:
         IntegrityError: the table cannot be read or has no such unit, or what is read is not what was written.
     """
-    with _readable(path):
-        table = TableFile(str(path))
+    with _readable(path), _opened(str(path)) as table:
         if not 0 <= index < table.num_row_groups:
             raise IntegrityError(f"{path}: no unit {index}, it has {table.num_row_groups}")
         return _to_entries(table.read_row_group(index), index)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[TableFile]:
+    """A table; one that never changes stays open, since its footer is a request for each unit otherwise."""
+    if not never_changes(path):
+        yield TableFile(path)
+        return
+    with _OPENING:
+        table, lock = _kept_open(path)
+    with lock:
+        yield table
+
+
+_OPENING = threading.Lock()
+
+
+@lru_cache(_TABLES_KEPT)
+def _kept_open(path: str) -> tuple[TableFile, threading.Lock]:
+    return TableFile(path), threading.Lock()
 
 
 @contextmanager

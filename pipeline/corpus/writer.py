@@ -8,7 +8,6 @@ removes.
 from __future__ import annotations
 
 import errno
-import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,12 +30,11 @@ from . import adopt
 from .ledger import Place, ledger_table, table_bytes
 from .owner import Fenced, HashedFile, Owner, own_or
 from .records import Commit, LogFile, LogUnit
+from .tar import TarWriter
 from .units import Unit
 
 WRITE_STAGE = "write"
 
-_BLOCK = 512
-_RECORD = 20 * _BLOCK
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -204,10 +202,11 @@ def _read_photo(image: ImageRecord) -> bytes | None:
         return None
 
 
-class _Tar:
-    """A tar without times and owners."""
+class _Tar(TarWriter):
+    """A tar in a file of the corpus."""
 
     def __init__(self, file: HashedFile):
+        super().__init__(file)
         self.file = file
 
     def __enter__(self) -> _Tar:
@@ -215,21 +214,6 @@ class _Tar:
 
     def __exit__(self, *raised: object) -> None:
         self.file.__exit__(*raised)
-
-    def member(self, name: str, data: bytes) -> int:
-        """Append a member; returns the offset of its first byte."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        info.mode = 0o644
-        self.file.write(info.tobuf(tarfile.GNU_FORMAT))
-        start = self.file.tell()
-        self.file.write(data)
-        self.file.write(b"\0" * (-len(data) % _BLOCK))
-        return start
-
-    def close_archive(self) -> None:
-        self.file.write(b"\0" * 2 * _BLOCK)
-        self.file.write(b"\0" * (-self.file.tell() % _RECORD))
 
 
 def write_file(out: str, path: str, data: bytes) -> LogFile:

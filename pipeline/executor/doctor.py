@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, one_line
 from ..corpus.work_list_summary import load_work_list
 from ..io import bucket_checks, files, own_modules, scratch
+from ..io.bucket_clients import place_of, variables_set
 from ..io.location import is_bucket, locate
 from ..io.store import store_of
 from ..models import registry
@@ -265,24 +266,54 @@ def check_output_on_nodes(config: BuildConfig, nodes: list[Node]) -> Iterator[Fi
 
 
 def _check_bucket(config: BuildConfig, nodes: list[Node]) -> Iterator[Finding]:
-    """Check that the bucket keeps its promises, from here and from every node, and that scratch has room."""
-    fix = "correct `out` or the store's credentials (docs/buckets.md)"
-    yield try_check("out", fix, _look_at_bucket, config.out)
+    """Check the bucket and scratch from here, and from every node of a cluster."""
+    yield from _look_at_bucket(config.out, config.failures.min_free_gb)
+    variables = variables_set(place_of(config.out).scheme)
     for node in nodes:
-        yield try_check(f"out on {node.host}", fix, _on_node(_look_at_bucket, node, {}), config.out)
-    folder = scratch.folder_of(config.out)
-    free = shutil.disk_usage(folder).free
-    found = f"{free / 1e9:.1f} GB free in {folder}"
-    if free < config.failures.min_free_gb * 1e9:
-        fix = f"free space, or set {scratch.VARIABLE} to a folder with more room"
-        yield Finding("scratch", WARN, found, fix)
-    else:
-        yield Finding("scratch", OK, found)
+        where = f" on {node.host}"
+        try:
+            look = _on_node(_look_at_bucket, node, {})
+            yield from look(config.out, config.failures.min_free_gb, where, variables)
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises, the other nodes are looked at
+            yield failed(f"out{where}", error, "the node needs the same Python environment as this one")
 
 
-def _look_at_bucket(out: str) -> str:
+def _look_at_bucket(
+    out: str, min_free_gb: float, where: str = "", variables_there: Collection[str] = ()
+) -> list[Finding]:
+    """Check that a bucket keeps its promises, as this process sees it, and that scratch has room.
+
+    Args:
+        out: the corpus.
+        min_free_gb: what scratch should have.
+        where: is put after the subjects, as in "out on node-2".
+        variables_there: names of the variables that lead to the bucket where the doctor was called.
+    """
+    missing = [name for name in variables_there if not os.environ.get(name)]
+    fix = "correct `out` or the store's credentials (docs/buckets.md)"
+    found = try_check(f"out{where}", fix, _try_bucket, out)
+    if found.state == FAIL and missing:
+        found = msgspec.structs.replace(found, fix=f"{found.fix}; not set there: {', '.join(missing)}")
+    return [found, _check_scratch(f"scratch{where}", out, min_free_gb)]
+
+
+def _try_bucket(out: str) -> str:
+    bucket_checks.refuse_secrets(out)
     bucket_checks.check_store(out)
     return f"{out} can be written, and creates a name once"
+
+
+def _check_scratch(subject: str, out: str, min_free_gb: float) -> Finding:
+    try:
+        folder = scratch.folder_of(out)
+        free = shutil.disk_usage(folder).free
+    except (OSError, ConfigError) as error:
+        return failed(subject, error, f"set {scratch.VARIABLE} to a folder of this machine")
+    found = f"{free / 1e9:.1f} GB free in {folder}"
+    if free < min_free_gb * 1e9:
+        fix = f"free space, or set {scratch.VARIABLE} to a folder with more room"
+        return Finding(subject, WARN, found, fix)
+    return Finding(subject, OK, found)
 
 
 def _has_file(node: Node, path: str) -> bool:

@@ -33,7 +33,7 @@ from ..corpus.sweep import is_swept, sweep
 from ..corpus.work_list import Plan, is_current, make_work_list, plan, publish
 from ..corpus.work_list_summary import WorkList, find_work_list
 from ..corpus.writer import Draft
-from ..io import failures, files, variables
+from ..io import bucket_checks, failures, files, variables
 from ..io.activity import NOW
 from ..io.location import Location, is_bucket, locate
 from ..io.store import store_of
@@ -66,6 +66,7 @@ def _of_the_output(function: Callable[Concatenate[BuildConfig, Arguments], Resul
     @functools.wraps(function)
     def run(config: BuildConfig, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         failures.RETRYING.set_budget(config.failures.read_retry_s)
+        bucket_checks.refuse_secrets(config.out)
         try:
             with telling(config.failures.stall_s):
                 return function(config, *arguments, **options)
@@ -290,9 +291,11 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     """
     out = locate(config.out)
     refuse_overlap(config)
+    bucket_checks.check_store(config.out)
     _finish_moves(config)
     units = commit_log.read_units(str(out)) if commit_log.exists(str(out)) else {}
     adopt.refuse_foreign(str(out), config.subsets.keys() - {name.partition("/")[0] for name in units})
+    bucket_checks.check_store(str(out))
     asked: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
         plans: dict[str, Plan] = {}
@@ -428,6 +431,7 @@ def owned(config: BuildConfig, command: str) -> AbstractContextManager[Owner]:
     out = locate(config.out)
     try:
         with NOW.during("opening the output"):
+            bucket_checks.check_store(config.out)
             store_of(out).make_folder(str(out))
     except OSError as error:
         raise writer.write_failed(out, error) from error

@@ -11,12 +11,17 @@ from typing import TypeVar
 
 import msgspec
 
+from ...schemas.errors import ConfigError
 from ...schemas.records import ImageRecord
+from ..io.location import Location
+from ..io.store import store_of
 from ..sources.protocols import CatalogEntry
 
 log = logging.getLogger(__name__)
 
 Keyed = TypeVar("Keyed", ImageRecord, CatalogEntry)
+
+_UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
 
 
 class Note(msgspec.Struct):
@@ -40,41 +45,79 @@ class InFlight:
     on purpose: a lost note costs one more crash. For the same reason a disk that takes no notes is a warning,
     not an error: whoever writes the evidence or the shard next says it clearly.
 
+    A corpus in a bucket has no folder that every machine sees. The next worker on the machine of a death puts
+    what it finds into the bucket; one that gets the unit on another machine first does not know of the last
+    death there, which costs one more crash.
+
     Args:
-        folder: OUT/<subset>/journal/<stage>.
+        folder: OUT/<subset>/journal/<stage>, of this machine if the corpus is in a bucket.
         unit: name of the unit.
         attempts: deaths alone in a batch after which an image is not tried again.
+        shared: the same place in the bucket.
     """
 
-    def __init__(self, folder: Path, unit: str, attempts: int):
+    def __init__(self, folder: Path, unit: str, attempts: int, shared: Location | None = None):
         self.path = folder / f"{unit}.json"
         self.attempts = attempts
         self.deaths: dict[str, int] = {}
         self._halvings = 0
         self._warned = False
+        self._shared = shared and shared / f"{unit}.json"
+        self._is_shared = False
 
     def __enter__(self) -> InFlight:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            note = msgspec.json.decode(self.path.read_bytes(), type=Note)
-        except FileNotFoundError:
-            return self
-        except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            log.warning(
-                "%s: the note of the images in progress cannot be read (%s) and is ignored", self.path, error
-            )
-            return self
+        note = self._own_note()
+        if self._shared is not None and (others := self._shared_note(self._shared)) is not None:
+            self._is_shared = True
+            note.halvings = max(note.halvings, others.halvings)
+            note.deaths = {
+                key: max(note.deaths.get(key, 0), others.deaths.get(key, 0))
+                for key in note.deaths | others.deaths
+            }
         self.deaths, self._halvings = note.deaths, note.halvings + (len(note.working) > 1)
         for key in note.working:
             self.deaths[key] = self.deaths.get(key, 0) + (len(note.working) == 1)
+        if note.working and self._shared is not None:
+            self._write([])  # else a death in the next line would be counted twice
+            self._share(self._shared)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             try:
                 self.path.unlink(missing_ok=True)
-            except OSError as error:
+                if self._is_shared:
+                    store_of(str(self._shared)).delete(str(self._shared))
+            except (OSError, ConfigError) as error:
                 self._warn(error)
+
+    def _own_note(self) -> Note:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return msgspec.json.decode(self.path.read_bytes(), type=Note)
+        except FileNotFoundError:
+            return Note()
+        except (OSError, *_UNREADABLE) as error:
+            return self._ignored(self.path, error)
+
+    def _shared_note(self, place: Location) -> Note | None:
+        try:
+            return msgspec.json.decode(store_of(str(place)).read(str(place)), type=Note)
+        except FileNotFoundError:
+            return None
+        except (OSError, ConfigError, *_UNREADABLE) as error:
+            return self._ignored(place, error)
+
+    def _ignored(self, place: Location, error: Exception) -> Note:
+        log.warning("%s: the note of the images in progress cannot be read (%s) and is ignored", place, error)
+        return Note()
+
+    def _share(self, place: Location) -> None:
+        try:
+            store_of(str(place)).put(str(place), self._note([]))
+            self._is_shared = True
+        except (OSError, ConfigError) as error:
+            self._warn(error)
 
     def is_poison(self, key: str) -> bool:
         """Whether the image killed its worker too often."""
@@ -125,13 +168,16 @@ class InFlight:
         finally:
             self._write([])
 
+    def _note(self, working: list[str]) -> bytes:
+        return msgspec.json.encode(Note(self.deaths, working, self._halvings))
+
     def _write(self, working: list[str]) -> None:
         try:
-            self.path.write_bytes(msgspec.json.encode(Note(self.deaths, working, self._halvings)))
+            self.path.write_bytes(self._note(working))
         except OSError as error:
             self._warn(error)
 
-    def _warn(self, error: OSError) -> None:
+    def _warn(self, error: OSError | ConfigError) -> None:
         if not self._warned:
             log.warning(
                 "%s: cannot be written (%s), so an image that crashes its worker cannot be identified and "

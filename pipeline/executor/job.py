@@ -22,6 +22,8 @@ class Job(msgspec.Struct, frozen=True):
         idle: model stages that have evidence of every unit; their models are loaded only if some is stale.
         modules: what backends and sources of the user's own are imported from.
         variables: the environment variables that paths of the configuration name, with their values.
+        versions: of files of the source behind URLs, when they were listed; see `source_versions`.
+        bucket_variables: names, and names alone, of those with which the driver reaches the bucket of `out`.
     """
 
     config: BuildConfig
@@ -34,3 +36,5 @@ class Job(msgspec.Struct, frozen=True):
     plans: dict[str, str] = {}
     modules: list[own_modules.OwnModule] = []
     variables: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    bucket_variables: list[str] = []

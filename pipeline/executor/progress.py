@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from pathlib import Path
 
 import msgspec
 
 from ...schemas.errors import StageStalled
+from ..corpus.event_parts import EVERY_S
 from ..corpus.events import EventReader
 from ..corpus.utilization import StageUtilization, UtilizationCounter
+from ..io.location import Location, is_bucket
 from .stalls import hanging, line
+
+log = logging.getLogger(__name__)
 
 STALL_GRACE_S = 5.0
 """How much later than the workers, which write their stacks at `stall_s`, the driver looks for them."""
+
+_UPLOAD_S = 2 * EVERY_S
+"""How much later still, where the stacks have to be uploaded."""
 
 
 class StageProgress(msgspec.Struct):
@@ -74,8 +81,8 @@ class Progress(msgspec.Struct):
 
 
 class _Followed:
-    def __init__(self, reader: EventReader, progress: Progress, run_folder: Path):
-        self.reader, self.progress, self.run_folder = reader, progress, run_folder
+    def __init__(self, reader: EventReader, progress: Progress, run: Location):
+        self.reader, self.progress, self.run = reader, progress, run
         self.counter = UtilizationCounter()
         self.is_final = False
 
@@ -89,18 +96,21 @@ class Watch:
 
     def __init__(self, stall_s: float):
         self.stall_s = stall_s
+        self._grace_s = STALL_GRACE_S
         self._followed: list[_Followed] = []
         self.started = self.moved = time.monotonic()
 
-    def follow(self, reader: EventReader, progress: Progress, run_folder: Path) -> None:
+    def follow(self, reader: EventReader, progress: Progress, run: Location) -> None:
         """Watch a subset, too.
 
         Args:
             reader: of the run's events.
             progress: is updated until it has ended.
-            run_folder: of the run's events and stacks.
+            run: OUT/events/<run>, where its events and stacks are.
         """
-        self._followed.append(_Followed(reader, progress, run_folder))
+        self._followed.append(_Followed(reader, progress, run))
+        if is_bucket(run):
+            self._grace_s = STALL_GRACE_S + _UPLOAD_S
 
     def update(self, moved: bool) -> None:
         """Read what is new. `moved` says that a unit was committed.
@@ -117,12 +127,17 @@ class Watch:
                 each.is_final = each.progress.ended
         if moved:
             self.moved = now
-        elif now - self.moved > self.stall_s + STALL_GRACE_S:
+        elif now - self.moved > self.stall_s + self._grace_s:
             raise StageStalled(self._message())
 
     def _read(self, followed: _Followed) -> bool:
         moved = False
-        for worker, event in followed.reader.named():
+        try:
+            found = list(followed.reader.named())
+        except OSError as error:  # what matters fails with an error of its own
+            log.debug("%s: its events cannot be read now: %s", followed.run, error)
+            return False
+        for worker, event in found:
             moved = True
             followed.counter.add(worker, event)
             if event.what == "unit" and event.stage in followed.progress.stages:
@@ -134,7 +149,14 @@ class Watch:
         return moved
 
     def _message(self) -> str:
-        found = hanging(*(each.run_folder for each in self._followed))
+        found = hanging(*(each.run for each in self._followed))
+        if not found and any(is_bucket(each.run) for each in self._followed):
+            return (
+                f"no progress for {self.stall_s:.0f} s (failures.stall_s); no worker has uploaded a stack: "
+                "either none is at work, since Ray may have too few free CPUs or GPUs (`ray status` shows "
+                f"them), or the nodes do not reach {self._followed[0].run.parent.parent} any more; "
+                "`paracaption doctor CONFIG --ray-address ...` looks from every node; what is committed stays"
+            )
         if not found:
             return (
                 f"no progress for {self.stall_s:.0f} s (failures.stall_s); no worker is at work: Ray may "

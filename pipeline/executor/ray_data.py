@@ -84,7 +84,15 @@ class RayEngine:
         self._start_s = 0.0
 
     def check(self, config: BuildConfig) -> None:
-        """Refuse an address that Ray Data cannot use, or where nobody answers; see `check_address`."""
+        """Refuse an address that Ray Data cannot use, or where nobody answers; see `check_address`.
+
+        And an `out` in this process's memory, which no other process sees.
+        """
+        if config.out.startswith("memory://"):
+            raise ConfigError(
+                f"out: {config.out}: is the memory of one process, and the workers of Ray are others; add "
+                "--local, or give a bucket or a folder"
+            )
         check_address(self.address)
 
     def start(self, config: BuildConfig) -> None:

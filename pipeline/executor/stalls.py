@@ -2,8 +2,9 @@
 
 A process that hangs can say so in two ways, and neither is enough alone. `StackFile` is written by C code
 that needs no lock of Python's, so it tells of a call that holds that lock, in a file of the run that the
-driver reads from any node. `telling` is a thread that keeps its stack in the temporary folder of its own
-machine, so it tells of a file system of the output that hangs.
+driver reads from any node. For a corpus in a bucket, that file is on the node's scratch, and the processes of
+the node upload it when it holds a stack. `telling` is a thread that keeps its stack in the temporary folder
+of its own machine, so it tells of a file system of the output that hangs.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from ...schemas.errors import ConfigError
+from ..io import files
 from ..io.activity import NOW
-from .run_folders import run_folder
+from ..io.location import Location, Prefix
+from ..io.store import store_of
+from .run_folders import STACK_MARK, run_folder
 
 log = logging.getLogger(__name__)
-
-STACK_MARK = "most recent call first"
-"""Stands in a stack file when something took longer than `failures.stall_s`."""
 
 _HEAD_BYTES = 1024
 """The start of a stack file: what its process is doing, padded, so that it is written over in place."""
@@ -105,34 +108,65 @@ _IDLE = "waiting for work"
 _LONGEST_NAME = 150
 """Of a worker in the name of its stack file."""
 
+_STACK, _TEXT = "stack-", ".txt"
+
 
 def stack_file(run: str, stall_s: float, name: str, on_progress: Callable[[], None]) -> StackFile:
     """The stack file of this process in the folder of a run; `name` is the worker's."""
-    path = run_folder(run) / f"stack-{name[:_LONGEST_NAME]}-{os.getpid()}.txt"
-    return StackFile(path, stall_s, on_progress)
+    who = f"{name[:_LONGEST_NAME]}-{socket.gethostname()}-{os.getpid()}"
+    return StackFile(run_folder(run) / f"{_STACK}{who}{_TEXT}", stall_s, on_progress)
 
 
-def hanging(*folders: Path) -> list[tuple[str, Path | None]]:
+def stack_files(run: str) -> list[Path]:
+    """The stack files of the run's workers on this machine; in a folder, of all its workers."""
+    return sorted(run_folder(run).glob(f"{_STACK}*{_TEXT}"))
+
+
+def read_stacks(run: str) -> dict[str, bytes]:
+    """The stack files of this machine that hold a stack, by name.
+
+    Each worker uploads those of its whole machine: one that holds Python's lock uploads nothing.
+    """
+    texts = {path.name: path.read_bytes() for path in stack_files(run)}
+    return {name: text for name, text in texts.items() if STACK_MARK.encode() in text}
+
+
+def hanging(*runs: Location) -> list[tuple[str, Location | None]]:
     """What the workers of runs are doing too long, and where their stacks lie.
 
     Args:
-        folders: of the runs.
+        runs: OUT/events/<run> of each.
 
     Returns:
         Of the workers that have left a stack. If none has, of those that are in a step: their stacks may
         be kept from the folder by what they hang in; then the place is that of a copy on this machine, or
         None.
     """
-    found: list[tuple[str, Path | None]] = []
-    copies = [path for folder in folders for path in _copies(folder.name)]
-    for path in [*copies, *(path for folder in folders for path in sorted(folder.glob("stack-*.txt")))]:
-        text = path.read_text(errors="replace")
+    found: list[tuple[str, Location | None]] = []
+    for place, text in _stack_texts(runs):
         doing = text.partition("\n")[0].strip()
         known = any(other.startswith(doing) for other, stack in found if stack is not None)
         if doing and doing != _IDLE and not known:
-            found.append((doing, path if STACK_MARK in text else None))
+            found.append((doing, place if STACK_MARK in text else None))
     with_stack = [each for each in found if each[1] is not None]
     return with_stack or list(dict.fromkeys(found))
+
+
+def _stack_texts(runs: tuple[Location, ...]) -> Iterator[tuple[Location, str]]:
+    for path in [path for run in runs for path in _copies(run.name)]:
+        yield path, path.read_text(errors="replace")
+    for run in runs:
+        uploaded = set[str]()
+        if isinstance(run, Prefix):
+            with suppress(OSError, ConfigError):  # a bucket that does not answer: those of this machine
+                for name in files.list_names(str(run)):
+                    if name.startswith(_STACK):
+                        text = store_of(run).read(str(run / name)).decode(errors="replace")
+                        uploaded.add(name)
+                        yield run / name, text
+        for path in stack_files(str(run)):
+            if path.name not in uploaded:
+                yield path, path.read_text(errors="replace")
 
 
 def _copies(run: str) -> list[Path]:
@@ -182,7 +216,7 @@ def _watch(stall_s: float, what_to_do: str, run: str, ended: threading.Event) ->
             log.error("%s", line(words, waited_s, _keep_stack(words, run), what_to_do))
 
 
-def line(words: str, seconds: float, stack: Path | str | None, what_to_do: str) -> str:
+def line(words: str, seconds: float, stack: Location | None, what_to_do: str) -> str:
     """The line that tells of a stall."""
     where = f"the stack is in {stack}" if stack else "its process could leave no stack"
     return f"{words}: no progress for {seconds:.0f} s (failures.stall_s); {where}; {what_to_do}"

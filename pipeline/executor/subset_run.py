@@ -16,7 +16,9 @@ from ..corpus.owner import Owner
 from ..corpus.work_list_summary import WorkList
 from ..corpus.writer import Draft
 from ..io import own_modules, variables
-from ..io.location import Location, locate
+from ..io.bucket_clients import place_of, variables_set
+from ..io.location import Location, is_bucket, locate
+from ..io.store import store_of
 from ..sources.protocols import SOURCE_STAGE
 from ..stages.base import ModelStage, Stage
 from ..stages.recipes import recipe_digest, recipe_of
@@ -25,8 +27,8 @@ from .engine import Part
 from .given_up import give_up
 from .job import Job
 from .progress import Progress, StageProgress, Watch
-from .run_folders import local_folder, run_folder
-from .stalls import STACK_MARK
+from .run_folders import JOURNAL, begin_run, end_run, local_folder
+from .source_versions import planned_versions
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class SubsetRun:
             plans={work_list.unit_name(at): plans[at] for at in units if plans[at] != work_list.digest},
             modules=own_modules.taken(),
             variables=variables.taken(),
+            versions=planned_versions(work_list),
+            bucket_variables=variables_set(place_of(config.out).scheme) if is_bucket(config.out) else [],
         )
         self.part = Part(job, stages, work_list, units)
         names = [SOURCE_STAGE, *(stage.name for stage in stages), writer.WRITE_STAGE]
@@ -84,7 +88,7 @@ class SubsetRun:
 
     def follow(self, watch: Watch) -> None:
         """Have the events of this run's workers read."""
-        watch.follow(EventReader(self.run), self.progress, run_folder(str(self.run)))
+        watch.follow(EventReader(self.run), self.progress, self.run)
 
     def take(self, outcome: Draft | ParaCaptionError) -> None:
         """Commit a unit, hold it back, or end the subset: then `error` says why.
@@ -123,20 +127,18 @@ class SubsetRun:
 
     def clean(self) -> None:
         """Remove the notes of a run that came to its end, and the files of stacks that are none."""
-        for stack in run_folder(str(self.run)).glob("stack-*.txt"):
-            if STACK_MARK not in stack.read_text(errors="replace"):
-                stack.unlink()
-        shutil.rmtree(
-            local_folder(str(self.folder.parent), f"{self.folder.name}/journal"), ignore_errors=True
-        )
+        end_run(str(self.run))
+        journal = local_folder(str(self.folder.parent), f"{self.folder.name}/{JOURNAL}")
+        shutil.rmtree(journal, ignore_errors=True)
+        if is_bucket(self.folder):
+            store_of(str(self.folder)).delete_folder(str(self.folder / JOURNAL))
 
 
 def has_all_evidence(stage: Stage, folder: Location, work_list: WorkList, units: list[int]) -> bool:
     """Whether a model stage has evidence of all these units, so that its model need not be loaded yet."""
     if not isinstance(stage, ModelStage):
         return False
-    store = stage.store(folder)
-    return all(store.exists(work_list.unit_name(index)) for index in units)
+    return stage.store(folder).has_all([work_list.unit_name(index) for index in units])
 
 
 def _name_run(config: BuildConfig, subset: str) -> Location:
@@ -144,7 +146,7 @@ def _name_run(config: BuildConfig, subset: str) -> Location:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{subset}-{uuid.uuid4().hex[:6]}"
     run = locate(config.out) / "events" / name
     try:
-        run_folder(str(run))
+        begin_run(str(run))
     except OSError as error:
         raise writer.write_failed(locate(config.out), error) from error
     return run

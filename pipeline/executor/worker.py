@@ -39,13 +39,13 @@ from ..corpus.events import Event, EventLog
 from ..corpus.work_list_summary import read_unit
 from ..io import failures, own_modules, variables
 from ..io.activity import NOW
-from ..io.location import locate
+from ..io.location import is_bucket, locate
 from ..sources.protocols import SOURCE_STAGE, CatalogEntry
 from ..sources.registry import allow_kinds, open_source
 from ..stages.base import PHOTO_CHANGED, FilterStage, ModelStage, Stage, UnitAnswers, failed_drop
 from ..stages.composite import only_asked
 from ..stages.evidence import Evidence, EvidenceStore
-from . import gpus, holding
+from . import gpus, holding, source_versions
 from .bisection import Bisection, model_failure, needs_fresh_model
 from .freed_memory import keep_freed_memory
 from .in_flight import InFlight
@@ -53,8 +53,8 @@ from .job import Job
 from .loaded_models import LoadedModels
 from .photo_digests import PhotoWatch, check_photos
 from .rows import error_text
-from .run_folders import local_folder
-from .stalls import stack_file
+from .run_folders import JOURNAL, local_folder
+from .stalls import read_stacks, stack_file
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,14 @@ class Unit(msgspec.Struct):
         images: its records, as the stages so far left them.
         failures: stage -> error, for each model stage that failed on the whole unit.
         held: why the unit must not be committed as it is, though no stage failed; "" if it may.
+        read_from: URLs of files of the source that must not have changed when all of it was read.
     """
 
     name: str
     images: list[ImageRecord]
     failures: dict[str, str] = {}
     held: str = ""
+    read_from: list[str] = []
 
 
 class Worker:
@@ -119,6 +121,7 @@ class Worker:
         if models is None:
             stall_s = job.config.failures.stall_s
             self._stack = stack_file(job.run, stall_s, self.name, self.report_progress).__enter__()
+            self.events.add_files(partial(read_stacks, job.run))
         self.source = open_source(job.config, job.subset) if SOURCE_STAGE in stages else None
         failures.RETRYING.set_budget(job.config.failures.read_retry_s)
         self.models = LoadedModels() if models is None else models
@@ -267,6 +270,8 @@ class Worker:
                         else:
                             read[entry.key] = self._read_one(entry, committed)
         unit.images = [read[entry.key] for entry in entries]
+        assert self.source is not None
+        unit.read_from = source_versions.files_read(entries, self.source, self.job.versions)
         self._stop_if_refused(unit)
 
     def _read_one(self, entry: CatalogEntry, committed: CommittedUnit) -> ImageRecord:
@@ -329,7 +334,8 @@ class Worker:
         plan = job.plans.get(unit.name, job.plan)
         draft = writer.write_unit(self.folder, unit.name, unit.images, plan, job.recipe)
         draft.failures = unit.failures
-        draft.held = unit.held or draft.held or self._why_held(unit)
+        changed = source_versions.why_changed(unit.read_from, job.versions)
+        draft.held = changed or unit.held or draft.held or self._why_held(unit)
         if draft.held:
             self.events.emit("failed", stage=SOURCE_STAGE, unit=unit.name, detail=draft.held)
             writer.discard(self.folder.parent, draft)
@@ -445,8 +451,9 @@ class Worker:
                 image.photo_digest = seen.photo_digest
 
     def _in_flight(self, stage: str, unit: Unit) -> InFlight:
-        journal = local_folder(str(self.folder.parent), f"{self.folder.name}/journal/{stage}")
-        return InFlight(journal, unit.name, self._crash_attempts)
+        journal = local_folder(str(self.folder.parent), f"{self.folder.name}/{JOURNAL}/{stage}")
+        shared = self.folder / JOURNAL / stage if is_bucket(self.folder) else None
+        return InFlight(journal, unit.name, self._crash_attempts, shared)
 
     def _reload(self, stage: ModelStage) -> None:
         try:

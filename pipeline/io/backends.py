@@ -256,6 +256,11 @@ class FsspecFiles:
         mark = next((str(info[name]) for name in names if info.get(name)), "")
         return f"{info.get('size')}-{mark}"
 
+    def forget(self, url: str) -> None:
+        """Ask the store about a file again, and not a listing that was had before."""
+        fs, path = _file_system(url)
+        fs.invalidate_cache(path)
+
     def kind(self, url: str) -> FileKind | None:
         fs, path = _file_system(url)
         try:
@@ -306,6 +311,16 @@ _PACKAGES = {
 """Scheme -> the package that reads it; the extra `remote` has them all."""
 
 
+_USED: dict[int, Any] = {}
+"""The file systems of fsspec that this process has read from; fsspec keeps them, too."""
+
+
+def forget_listings() -> None:
+    """Let the next listing of each store be one of now: fsspec remembers those that it has had."""
+    for fs in list(_USED.values()):
+        fs.invalidate_cache()
+
+
 def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
@@ -313,7 +328,9 @@ def _file_system(url: str) -> tuple[Any, str]:
     if "STORAGE_EMULATOR_HOST" in os.environ:  # gcsfs would ask it for a minute about kinds of buckets
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
-        return fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url)
+        _USED[id(fs)] = fs
+        return fs, path
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         if package is None:

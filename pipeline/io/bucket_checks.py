@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 
 from ...schemas.errors import ConfigError
@@ -91,6 +94,37 @@ def check_store(out: str) -> None:
         f"{scheme}://{bucket}: {lacking}, so a corpus in it would not be safe; use a store that does, "
         "such as S3, Azure's or Google's, or a folder"
     )
+
+
+def check_node(out: str, mark: str, variables_of_driver: Collection[str]) -> None:
+    """Look whether this node reads what the driver of a corpus has written, and may write there, too.
+
+    A folder passes.
+
+    Args:
+        out: the corpus.
+        mark: an object that the driver has written.
+        variables_of_driver: names of the environment variables with which it reaches the bucket.
+
+    Raises:
+        ConfigError: it does not; the message names the node, and which of these variables it lacks.
+        OSError: the store does not answer.
+    """
+    if not files.is_url(out):
+        return
+    probe, store = f"{out.rstrip('/')}/{PROBE}{uuid.uuid4().hex[:12]}", store_of(out)
+    try:
+        if store.size(mark) is None:
+            raise ConfigError(
+                f"{mark}: the driver has just written it, and it is not there; let the same variables lead "
+                "to the same store on every node"
+            )
+        store.create(probe, b"")
+        store.delete(probe)
+    except ConfigError as error:
+        missing = [name for name in variables_of_driver if not os.environ.get(name)]
+        what = f" (set where the driver runs, and not on this node: {', '.join(missing)})" if missing else ""
+        raise ConfigError(f"node {socket.gethostname()}: {error}{what}") from None
 
 
 def _what_it_lacks(store: Store, path: str) -> str:

@@ -38,6 +38,9 @@ CREDENTIALS = {
 }
 """Scheme -> the environment variables that let in who writes there."""
 
+_BEGIN = {"s3": ("AWS_",), "az": ("AZURE_", "AZURITE_"), "gs": ("GOOGLE_",)}
+"""How the environment variables begin that a client is built from."""
+
 _TOLD_APART = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_REGION"),
     *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
@@ -96,11 +99,11 @@ def key_of(url: str) -> str:
 def use_as_corpus(url: str) -> None:
     """Read what is in this bucket over obstore from now on, in this process.
 
-    `memory://` needs nothing: a bucket that was written to is one, others are fsspec's.
+    Of `memory://` it does nothing: a bucket that this process has written to is read so, others are fsspec's.
     """
     scheme, bucket, _ = place_of(url)
     if scheme in SCHEMES and scheme != "memory" and bucket:
-        _corpora.add((scheme, bucket))
+        add_corpus(scheme, bucket)
 
 
 def is_of_corpus(url: str) -> bool:
@@ -108,9 +111,9 @@ def is_of_corpus(url: str) -> bool:
     return bool(_corpora) and "://" in url and place_of(url)[:2] in _corpora
 
 
-def open_memory(bucket: str) -> None:
-    """Let `memory://bucket` be this process's own from now on."""
-    _corpora.add(("memory", bucket))
+def add_corpus(scheme: str, bucket: str) -> None:
+    """The same for a bucket that this process writes to."""
+    _corpora.add((scheme, bucket))
 
 
 def client_of(place: Place) -> ObjectStore:
@@ -133,6 +136,26 @@ def client_of(place: Place) -> ObjectStore:
             _clients[key] = _connect(place)
             _first_used_in = os.getpid()
         return _clients[key]
+
+
+def variables_set(scheme: str) -> list[str]:
+    """Names of the environment variables of this process that a client may be built from."""
+    return sorted(
+        name for name, value in os.environ.items() if value and name.startswith(_BEGIN.get(scheme, ()))
+    )
+
+
+def refuse_fork(what: str) -> None:
+    """Refuse to fork this process if it has used a bucket: the child would wait for ever.
+
+    Args:
+        what: would fork, and what to do instead; for people.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if _first_used_in == os.getpid():
+        raise ConfigError(f"{what}: this process has read or written a bucket, and must not be forked")
 
 
 def _connect(place: Place) -> ObjectStore:

@@ -1,6 +1,6 @@
 """Reads what lies in the buckets of corpora, over obstore, for `files.backend_of`.
 
-Only buckets that a corpus lies in are read here, in a process that has named one: `store_of` and `locate`
+Only buckets that a corpus lies in are read here, in a process that has named one: `store_of` and `Prefix`
 call `bucket_clients.use_as_corpus`. Sources in other buckets stay with fsspec, whose options (`FSSPEC_S3`,
 profiles in `~/.aws`) obstore does not know; and `memory://` is fsspec's unless a corpus was written there.
 obstore asks the bucket each time; fsspec remembers listings, and others write to a corpus meanwhile.

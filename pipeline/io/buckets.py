@@ -15,7 +15,7 @@ from typing import IO, Any, NoReturn, cast
 
 from ...schemas.secrets import shorten
 from .activity import NOW, touching
-from .bucket_clients import BucketError, insist, key_of, names_in, open_memory, place_of
+from .bucket_clients import BucketError, add_corpus, insist, key_of, names_in, place_of
 from .scratch import Staged
 from .store_kind import Store
 
@@ -184,10 +184,9 @@ def _create(calls: Any, client: Any, key: str, data: bytes) -> bool:
 
 
 def _let_in(path: str) -> None:
-    """What is written to `memory://` is read from there, and not from fsspec's."""
+    """Read over obstore what this process writes, also in `memory://`, which fsspec has, too."""
     scheme, bucket, _ = place_of(path)
-    if scheme == "memory":
-        open_memory(bucket)
+    add_corpus(scheme, bucket)
 
 
 def _never_moves(path: str, target: str) -> AssertionError:

@@ -41,5 +41,10 @@ _FIXES = {
 def _what_to_do(error: OSError) -> str:
     if error.errno in _FIXES:
         return _FIXES[error.errno]
-    is_lasting = classify(error) is not Kind.TRANSIENT
-    return "correct the path" if is_lasting else "run the same command again when the file system answers"
+    is_in_bucket = isinstance(error, ReadError) and "://" in error.url
+    match classify(error):
+        case Kind.TRANSIENT:
+            return f"run the same command again when the {'store' if is_in_bucket else 'file system'} answers"
+        case Kind.SETUP | Kind.REFUSED if is_in_bucket:
+            return "check the address, the credentials and their permissions"
+    return "correct the path"

@@ -85,6 +85,11 @@ class _Named:
     def version(self, url: str) -> str:
         return self._backend.version(variables.expand(url))
 
+    def forget(self, url: str) -> None:
+        forget = getattr(self._backend, "forget", None)
+        if forget is not None:
+            forget(variables.expand(url))
+
     def kind(self, url: str) -> FileKind | None:
         return self._backend.kind(variables.expand(url))
 
@@ -365,6 +370,14 @@ def walk(folder: str) -> Iterator[tuple[str, str]]:
 def version(url: str) -> str:
     """A string that changes when the file does: size and mtime locally, what the store reports elsewhere."""
     return _ask(lambda each: each.version(url), url)
+
+
+def present_version(url: str) -> str:
+    """The same, never from what this process remembers of a listing."""
+    forget = getattr(backend_of(url), "forget", None)
+    if forget is not None:
+        forget(url)
+    return version(url)
 
 
 def _ask(question: Callable[[Backend], Result], url: str) -> Result:

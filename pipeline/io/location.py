@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from . import bucket_clients, variables
@@ -15,7 +16,9 @@ def is_url(path: str) -> bool:
 
 
 class Prefix:
-    """A place in a bucket, with the few calls of `Path` that name other places.
+    """A place of a corpus in a bucket, with the few calls of `Path` that name other places.
+
+    A process that has one, also one that it was sent, reads that bucket over obstore (`io.bucket_files`).
 
     Args:
         url: such as "s3://bucket/corpus"; slashes at its end are left out.
@@ -25,6 +28,10 @@ class Prefix:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
+        bucket_clients.use_as_corpus(self.url)
+
+    def __reduce__(self) -> tuple[type[Prefix], tuple[str]]:
+        return Prefix, (self.url,)
 
     def __truediv__(self, name: str) -> Prefix:
         return Prefix(f"{self.url}/{name}")
@@ -56,15 +63,20 @@ Location = Path | Prefix
 
 
 def locate(place: str | os.PathLike[str] | Prefix) -> Location:
-    """The location of a path or URL of a corpus; in a bucket it is read over obstore from then on."""
+    """The location of a path or URL of a corpus."""
     if isinstance(place, Prefix):
-        bucket_clients.use_as_corpus(place.url)
         return place
     name = os.fspath(place)
-    if not is_url(name):
-        return Path(name)
-    bucket_clients.use_as_corpus(name)
-    return Prefix(name)
+    return Prefix(name) if is_url(name) else Path(name)
+
+
+_OWN_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$")
+"""How the names end that a store gives to files of a bucket (`Store.new_name`)."""
+
+
+def never_changes(place: str | Location) -> bool:
+    """Whether a file is in a bucket under a name of its own: it may go, but its bytes stay what they are."""
+    return is_bucket(place) and _OWN_NAME.search(str(place)) is not None
 
 
 def is_bucket(place: str | Location) -> bool:

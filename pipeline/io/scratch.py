@@ -2,9 +2,11 @@
 
     $PARACAPTION_SCRATCH/paracaption-scratch-UID/CORPUS-HASH/             `folder_of`
     .../staged~PID~STARTED~NAMESPACE~BOOT~HOST/NAME-NONCE                 `Staged`
+    .../events/RUN/driver                                                 `note_driver`; stacks lie next to it
 
-The folder's name says whose files are in it, so the next process on that machine removes what a dead one
-left, and nobody else's. Without the variable, scratch is in the system's folder for temporary files.
+A folder's name, or a run's file `driver`, says whose files are in it, so the next process on that machine
+removes what a dead one left, and nobody else's. Without the variable, scratch is in the system's folder for
+temporary files.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +38,11 @@ _STEP_BYTES = 64 << 20
 """How much is written before the free space is looked at again."""
 
 _PREFIX = "staged"
+_RUNS, _DRIVER = "events", "driver"
+
+_ABANDONED_S = 86_400.0
+"""On machines without the driver, what a run left is removed when nothing in it was written for so long."""
+
 _cleaned: dict[str, int] = {}
 _lock = threading.Lock()
 
@@ -66,15 +74,42 @@ def folder_of(out: str) -> Path:
 
 
 def clean(out: str) -> int:
-    """Remove what dead processes of this machine have left staged for a corpus; returns the bytes of it."""
-    num_bytes = 0
-    for left in folder_of(out).glob(f"{_PREFIX}~*"):
-        owner = _owner_of(left.name)
-        if owner is not None and is_dead(owner):
+    """Remove what dead processes of this machine have left of a corpus; returns the bytes of it."""
+    num_bytes, folder = 0, folder_of(out)
+    for left in (*folder.glob(f"{_PREFIX}~*"), *folder.glob(f"{_RUNS}/*")):
+        if _is_staged_by_the_dead(left) if left.parent == folder else _is_of_a_dead_run(left):
             with suppress(OSError):
                 num_bytes += sum(file.stat().st_size for file in left.iterdir())
             shutil.rmtree(left, ignore_errors=True)
     return num_bytes
+
+
+def note_driver(run: Path) -> None:
+    """Note in the folder of a run that it is this process's, so that it is removed after it."""
+    (run / _DRIVER).write_text(_folder_name(this_process()))
+
+
+def remove_run(run: Path) -> None:
+    """Remove the folder of a run that has ended."""
+    shutil.rmtree(run, ignore_errors=True)
+
+
+def _is_staged_by_the_dead(folder: Path) -> bool:
+    owner = _owner_of(folder.name)
+    return owner is not None and is_dead(owner)
+
+
+def _is_of_a_dead_run(run: Path) -> bool:
+    try:
+        driver = _owner_of((run / _DRIVER).read_text())
+        return driver is not None and is_dead(driver)
+    except FileNotFoundError:
+        with suppress(OSError):  # another process removes it, too
+            written_s = max(path.stat().st_mtime for path in (run, *run.iterdir()))
+            return time.time() - written_s > _ABANDONED_S
+    except OSError:  # a file that is not ours
+        pass
+    return False
 
 
 def make_room(folder: Path, num_bytes: int) -> None:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from typing import IO, Any, TypeVar
 
 from ...schemas.errors import ConfigError
+from ...schemas.secrets import shorten
 from . import bucket_clients, confined, files, variables
 from .activity import NOW, touching
 from .location import Location
@@ -287,7 +288,8 @@ def store_of(path: str | Location) -> Store:
         register(scheme, BucketStore())
     if scheme not in _STORES:
         schemes = ", ".join(f"{each}://" for each in bucket_clients.SCHEMES)
-        raise ConfigError(f"{name}: a corpus cannot be written to {scheme}://; give a folder, or {schemes}")
+        what = f"{shorten(str(path))}: a corpus cannot be written to {scheme}://"
+        raise ConfigError(f"{what}; give a folder, or {schemes}")
     bucket_clients.use_as_corpus(name)
     return _STORES[scheme]
 

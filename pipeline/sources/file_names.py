@@ -132,9 +132,18 @@ class Listing(NamedTuple):
     def digest(self) -> str:
         """Changes when a file comes or goes, not when one is rewritten."""
         if self.names is None:
-            return "not listed"
+            return _NOT_LISTED
         joined = "\n".join(self.names).encode("utf-8", "surrogateescape")
-        return f"{len(self.names)} files, sha256 {hashlib.sha256(joined).hexdigest()}"
+        return f"{len(self.names)}{_OF_FILES}{hashlib.sha256(joined).hexdigest()}"
+
+
+def is_listing(version: str) -> bool:
+    """Whether this is the digest of a listing, and no version of a file."""
+    return version == _NOT_LISTED or _OF_FILES in version
+
+
+_NOT_LISTED = "not listed"
+_OF_FILES = " files, sha256 "
 
 
 def list_folder(url: str, setting: str) -> Listing:

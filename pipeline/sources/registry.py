@@ -15,7 +15,7 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.reasons import LEFT, Reason
 from ...schemas.records import Blob, ImageRecord
 from ...schemas.strict import FileContext, one_line_each
-from ..io import benchmark_photos, failures, own_modules
+from ..io import backends, benchmark_photos, failures, own_modules
 from .earlier_keys import EarlierKeys
 from .protocols import Catalog, CatalogEntry, Note, Source, SourceOptions, drop
 
@@ -224,12 +224,15 @@ class SubsetSource:
         self._listing = Catalog()
 
     def fingerprint(self) -> dict[str, str]:
-        """The files and folders by URL, each with a string that changes when it does. No file is opened.
+        """The files and folders by URL, each with a string that changes when it does, as they are now.
+
+        No file is opened.
 
         Raises:
             ConfigError, SourceUnavailable: as `catalog`.
         """
         self._listed = Catalog()
+        backends.forget_listings()
         with _one_line(self.subset):
             return {
                 url: version

@@ -16,7 +16,8 @@ every row, so that the file is the one that they wrote; a field without a column
 
 Files appear whole. Two workers may save the same unit, as one does whose driver was replaced while it was
 paused: the answer that was saved first stays. In a bucket a file is never written again: what is added is
-another part, `<unit>.1.parquet` and so on, and of each number there is one.
+another part, `<unit>.1.parquet` and so on, and of each number there is one. A copy of a bucket in a folder
+has such parts, too; what is saved there is one file again.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class EvidenceStore(Generic[E]):
     def __init__(self, folder: Location, kind: type[E]):
         self.folder = folder
         self.kind = kind
+        self._loaded: dict[str, tuple[Evidence, int]] = {}
+        """Of the unit that was loaded last from a bucket: what there was, and the number of the next part."""
 
     def path(self, unit: str, part: int = 0) -> Location:
         """Where the unit's evidence lies, or a further part of it."""
@@ -92,12 +95,15 @@ class EvidenceStore(Generic[E]):
         Raises:
             StageFailed: the disk does not give the file. That says nothing of what is in it.
         """
-        return self._load_parts(unit)[0]
+        evidence, part = self._load_parts(unit)
+        if is_bucket(self.folder):
+            self._loaded = {unit: (dict(evidence), part)}  # who asks adds to what is returned
+        return evidence
 
     def _load_parts(self, unit: str) -> tuple[Evidence, int]:
         """What all parts say together, and the number of the next part."""
         evidence, part = self._load(unit, 0), 0
-        while evidence is not None and is_bucket(self.folder):
+        while evidence is not None:
             part += 1
             more = self._load(unit, part)
             if more is None:
@@ -133,7 +139,7 @@ class EvidenceStore(Generic[E]):
             OSError: the disk does not give it.
         """
         evidence, part = self._read_part(self.path(unit)), 0
-        while is_bucket(self.folder) and (part := part + 1) != parts:
+        while (part := part + 1) != parts:
             try:
                 evidence = _with(evidence, self._read_part(self.path(unit, part)))
             except FileNotFoundError:
@@ -158,6 +164,11 @@ class EvidenceStore(Generic[E]):
         path = str(self.path(unit))
         return store_of(path).size(path) is not None
 
+    def has_all(self, units: Collection[str]) -> bool:
+        """Whether there is evidence of all these units. A bucket is listed, which may lack new ones."""
+        listed = set(files.list_names(str(self.folder))) if is_bucket(self.folder) else set[str]()
+        return all(self.path(unit).name in listed or self.exists(unit) for unit in units)
+
     def save(self, unit: str, evidence: Evidence) -> Evidence:
         """Add to a unit's evidence, atomically; rows sorted by image key and region.
 
@@ -166,18 +177,24 @@ class EvidenceStore(Generic[E]):
         """
         if is_bucket(self.folder):
             return self._add_part(unit, evidence)
-        evidence = _with(self.load(unit), evidence)
+        saved, part = self._load_parts(unit)
+        evidence = _with(saved, evidence)
         path = str(self.path(unit))
         store_of(path).put(path, self._encode(evidence))
+        if part > 1:
+            self._delete_parts(unit, 1)
         return evidence
 
     def _add_part(self, unit: str, evidence: Evidence) -> Evidence:
         """Add a part with what the others do not say, under the first number that is free."""
         while True:
-            saved, part = self._load_parts(unit)
+            saved, part = self._loaded.pop(unit, None) or self._load_parts(unit)
             new = {place: row for place, row in evidence.items() if not _says(saved.get(place), row)}
             path = str(self.path(unit, part))
-            if not new or store_of(path).create(path, self._encode(new)):
+            if not new:
+                return saved
+            if store_of(path).create(path, self._encode(new)):
+                self._loaded = {unit: (saved | new, part + 1)}
                 return saved | new
 
     def forget(self, unit: str, keys: Collection[str]) -> bool:

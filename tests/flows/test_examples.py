@@ -94,6 +94,32 @@ def test_the_examples_run_one_after_the_other(clone, monkeypatch):
         assert done.exit_code == 0, (example, done.output, done.exception)
 
 
+@pytest.mark.slow
+def test_the_samples_are_published_and_loaded_again_record_by_record(clone, tmp_path):
+    from datasets import load_dataset
+
+    to = tmp_path / "repository"
+    done = run("export", clone / "out" / "demo", "--format", "hub", "--to", to)
+    assert done.exit_code == 0, (done.output, done.exception)
+    wanted = {(sample.subset, sample.key): sample for sample, _ in corpus_samples(clone)}
+    for streaming in (False, True):
+        cache = {} if streaming else {"cache_dir": str(tmp_path / "cache")}
+        rows = load_dataset(str(to), split="train", streaming=streaming, **cache)
+        found = {(row["json"]["subset"], row["json"]["key"]): row for row in rows}
+        assert found.keys() == wanted.keys()
+        for key, sample in wanted.items():
+            assert found[key]["jpg"].size == (sample.width, sample.height)
+            assert [each["caption"] for each in found[key]["json"]["regions"]] == [
+                region.caption for region in sample.regions
+            ]
+    regions = sum(len(sample.regions) for sample in wanted.values())
+    assert regions == paracaption.open_corpus(clone / "out" / "demo").summary.kept > 0
+
+
+def corpus_samples(clone: Path) -> list[Any]:
+    return list(paracaption.open_corpus(clone / "out" / "demo").samples())
+
+
 def test_a_value_of_the_configuration_is_set_on_the_command_line(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("out: out\nsa1b: [{paths: [a.tar]}]\n")

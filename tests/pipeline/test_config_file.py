@@ -137,7 +137,8 @@ def test_absolute_paths_are_taken_as_they_are_and_home_stays_a_variable(tmp_path
             {"coconut": [{"annotations": ["a"], "photos": ["b"]}]},
             r"needs `labels`, the folder of the label PNGs",
         ),
-        ({"out": "s3://bucket/out"}, r"out: s3://bucket/out is a URL; name a folder that every node mounts"),
+        ({"out": "ftp://host/out"}, r"out: ftp://host/out: a corpus cannot be written to ftp://; give a"),
+        ({"out": "s3:///out"}, r"out: s3:///out: names no bucket; write s3://BUCKET/CORPUS"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_its_place(tmp_path, changes, told):

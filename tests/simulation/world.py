@@ -13,8 +13,8 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -55,6 +55,9 @@ model answers another number of questions than it was asked."""
 _SOURCES = {"EIO", "EACCES", "ENOENT", "ESTALE", "503", "short", "away", "clock", "kill"}
 _OUTPUT = {"EIO", "ENOSPC", "EACCES", "ESTALE", "clock", "kill"}
 _MODEL = {"EIO", "kill", "clock", "odd"}
+_REQUEST = {"kill", "kill_done", "503", "down", "refused", "clock"}
+_WRITE = {*_REQUEST, "kill_stuck", "stuck", "lost_answer", "repeated", "repeated_late"}
+_FITTING = {"source": _SOURCES, "output": _OUTPUT, "model": _MODEL, "request": _REQUEST, "write": _WRITE}
 
 
 class Fault(NamedTuple):
@@ -64,8 +67,8 @@ class Fault(NamedTuple):
     kind: str
 
     def fits(self, where: str) -> bool:
-        """Whether this can happen to a call of a source, of the output or of a model."""
-        return self.kind in {"source": _SOURCES, "output": _OUTPUT, "model": _MODEL}[where]
+        """Whether this can happen to a call of a source, of the output or of a model, or to a request."""
+        return self.kind in _FITTING[where]
 
 
 class World:
@@ -73,11 +76,19 @@ class World:
 
     Args:
         root: a real, empty folder; what no corpus promises (events, notes) is written there.
+        out: the corpus; "" is a folder.
+
+    Attributes:
+        kinds: of faults that may happen here.
+        retries_s: for how long what fails for a while is tried again.
     """
 
-    def __init__(self, root: Path):
+    kinds: tuple[str, ...] = KINDS
+    retries_s = 0.0
+
+    def __init__(self, root: Path, out: str = ""):
         self.root = root
-        self.out = str(root / "out")
+        self.out = out or str(root / "out")
         self.sources = {
             "coconut": _write_parts(root / "source" / "coconut", IMAGES["coconut"] // 2),
             "sa1b": write_sa1b(root / "source" / "sa1b", IMAGES["sa1b"], MASKS, SIZE),
@@ -101,10 +112,17 @@ class World:
     def config(self, **changes: Any) -> BuildConfig:
         """The configuration of this world's corpus."""
         return config_of(
-            Path(self.out),
+            self.out,
+            beside=self.root,
             images_per_shard=2,
             captioner={"batch_images": 1},
-            failures={"min_free_gb": 0, "stop_after_units": 2, "unit_retries": 0, "save_every_s": 0},
+            failures={
+                "min_free_gb": 0,
+                "stop_after_units": 2,
+                "unit_retries": 0,
+                "save_every_s": 0,
+                "read_retry_s": self.retries_s,
+            },
             **{**self.sources, **changes},
         )
 
@@ -157,7 +175,12 @@ class World:
     # Builds.
 
     def build(
-        self, config: BuildConfig, fault: Fault | None = None, remove: bool = False, **asked: Any
+        self,
+        config: BuildConfig,
+        fault: Fault | None = None,
+        remove: bool = False,
+        random: Random | None = None,
+        **asked: Any,
     ) -> str:
         """One build by a process of its own; what it ended with: "" if with success.
 
@@ -165,6 +188,7 @@ class World:
             config: what is built.
             fault: what happens, and when.
             remove: take an image out of the corpus instead.
+            random: what else chance decides.
             asked: of `driver.build`.
 
         Raises:
@@ -175,6 +199,7 @@ class World:
         known = self.evidence(config)
         self.asked.clear()
         ended = ""
+        self._begin(random or Random(0))
         with ExitStack() as stack:
             for each in self._patches():
                 stack.enter_context(each)
@@ -190,6 +215,9 @@ class World:
         again = self.asked.keys() & known
         assert not again, f"asked again after its answer was saved: {sorted(again)[:3]}; {self.happened}"
         return ended
+
+    def _begin(self, random: Random) -> None:
+        """A process begins."""
 
     def _patches(self) -> list[Any]:
         disk, calls = self.disk, SystemCalls(self.disk)
@@ -232,12 +260,51 @@ class World:
         """What a power cut leaves."""
         self.disk.crash(random)
 
+    # What is there.
+
+    def only_sources(self) -> Any:
+        """What `restore` takes: only the sources."""
+        return {path: each for path, each in self.disk.names.items() if not path.startswith(f"{self.out}/")}
+
+    def saved(self) -> Any:
+        """What `restore` takes: what is there now."""
+        return {path: _copied(inode) for path, inode in self.disk.names.items()}
+
+    def restore(self, saved: Any) -> None:
+        """A new disk with copies of these files."""
+        disk = self.disk
+        disk.names = {path: _copied(inode) for path, inode in saved.items()}
+        disk.durable, disk.pending = dict(disk.names), []
+        disk.folders = set()
+        for path in saved:
+            disk.make_folders(os.path.dirname(path))
+        self.jump_s = 0.0
+
+    def snapshot(self) -> dict[str, bytes]:
+        """The files of the corpus."""
+        return self.disk.snapshot(self.out)
+
+    def content(self, place: str) -> bytes | None:
+        """A file, by its path below the corpus; None if it is not there."""
+        inode = self.disk.names.get(f"{self.out}/{place}")
+        return inode and bytes(inode.data)
+
+    def left_over(self) -> list[str]:
+        """Files that should not be there in the end, besides those that `finished` has."""
+        return []
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Nothing fails."""
+        with mock.patch.dict(files._BACKENDS, {"file": DiskFiles(self._quiet())}):
+            yield
+
     # What holds.
 
     def evidence(self, config: BuildConfig) -> set[tuple[str, str, int]]:
         """(stage, key, region) of every answer that is saved."""
         found: set[tuple[str, str, int]] = set()
-        with mock.patch.dict(files._BACKENDS, {"file": DiskFiles(self._quiet())}):
+        with self.reading():
             for subset in config.subsets:
                 for stage in recipe_of(config, subset):
                     if isinstance(stage, ModelStage):
@@ -263,14 +330,14 @@ class World:
             AssertionError: a committed file is missing, or is not what was committed.
         """
         found = {}
-        with mock.patch.dict(files._BACKENDS, {"file": DiskFiles(self._quiet())}):
+        with self.reading():
             if not commit_log.exists(self.out):
                 return {}
             state = commit_log.read_state(self.out)
         for name, each in state.units.items():
             for file in each.unit.files():
-                places = [f"{self.out}/{path}" for path in (file.temporary, file.path) if path]
-                data = next((bytes(self.disk.names[at].data) for at in places if at in self.disk.names), None)
+                places = [self.content(place) for place in (file.temporary, file.place) if place]
+                data = next((data for data in places if data is not None), None)
                 assert data is not None, f"{name}: {file.path} is committed and not there; {self.happened}"
                 found[file.path] = hashlib.sha256(data).hexdigest()
                 assert found[file.path] == file.sha256, (
@@ -293,13 +360,9 @@ class World:
 
     def regions(self) -> tuple[int, int]:
         """Regions declared and regions kept plus dropped, as the committed manifests count them."""
-        manifests = [
-            msgspec.json.decode(data)
-            for path, data in self.disk.snapshot(self.out).items()
-            if "/manifests/" in path
-            and not path.rpartition("/")[2].startswith(".")
-            and "/.replaced/" not in path
-        ]
+        with self.reading():
+            units = commit_log.read_state(self.out).units.values()
+        manifests = [msgspec.json.decode(self.content(each.unit.manifest.place) or b"") for each in units]
         return sum(each["regions_in"] for each in manifests), sum(
             each["kept"] + sum(each["dropped"].values()) for each in manifests
         )
@@ -364,22 +427,22 @@ class Simulation:
         root: a real, empty folder.
     """
 
-    def __init__(self, root: Path):
-        self.world = World(root)
-        self._sources = dict(self.world.disk.names)
+    def __init__(self, root: Path, kind: type[World] = World):
+        self.world = kind(root)
+        self._sources = self.world.only_sources()
         self._undisturbed(self.world.loose)  # the first build of a process makes some calls of its own
         self.loose = self._undisturbed(self.world.loose)
-        self._built = {path: _copied(inode) for path, inode in self.world.disk.names.items()}
+        self._built = self.world.saved()
         self.strict = self._undisturbed(self.world.strict)
         self.small = self._undisturbed(self.world.small)
-        self._small = {path: _copied(inode) for path, inode in self.world.disk.names.items()}
+        self._small = self.world.saved()
         self._where = {"fresh": self.loose.where}
         for name, start, config, remove in (
             ("rebuild", self._built, self.world.strict, False),
             ("grow", self._small, self.world.loose, False),
             ("remove", self._built, self.world.loose, True),
         ):
-            self._reset(start)
+            self.world.restore(start)
             assert self.world.build(config, remove=remove) == ""
             self._where[name] = list(self.world.where)
             if name == "grow":
@@ -394,20 +457,10 @@ class Simulation:
     def _undisturbed(self, config: BuildConfig) -> Expected:
         """A fresh build; the disk is left as it is then."""
         world = self.world
-        self._reset(self._sources)
+        self.world.restore(self._sources)
         ended = world.build(config)
         assert ended == "", ended
         return Expected(world.finished(), world.committed(), list(world.where))
-
-    def _reset(self, names: dict[str, Inode]) -> None:
-        """A new disk with copies of these files."""
-        disk = self.world.disk
-        disk.names = {path: _copied(inode) for path, inode in names.items()}
-        disk.durable, disk.pending = dict(disk.names), []
-        disk.folders = set()
-        for path in names:
-            disk.make_folders(os.path.dirname(path))
-        self.world.jump_s = 0.0
 
     def fresh(self, *faults: Fault, random: Random | None = None) -> None:
         """Build from nothing with these faults, one in each build, and once more without.
@@ -415,28 +468,28 @@ class Simulation:
         Raises:
             AssertionError: something does not hold.
         """
-        self._reset(self._sources)
+        self.world.restore(self._sources)
         self._run(self.world.loose, faults, [{}, self.loose.committed], self.loose, random or Random(0))
 
     def rebuild(self, *faults: Fault, random: Random | None = None) -> None:
         """The same for a corpus that is built already, with another threshold."""
-        self._reset(self._built)
+        self.world.restore(self._built)
         allowed = [self.loose.committed, self.strict.committed]
         self._run(self.world.strict, faults, allowed, self.strict, random or Random(0))
 
     def grow(self, *faults: Fault, random: Random | None = None) -> None:
         """The same for a corpus to which images and a subset are added."""
-        self._reset(self._small)
+        self.world.restore(self._small)
         allowed = [self.small.committed, self.grown.committed]
         self._run(self.world.loose, faults, allowed, self.grown, random or Random(0))
 
     def remove(self, *faults: Fault, random: Random | None = None) -> None:
         """The same for a corpus from which an image is removed. In the end nothing has its photo."""
-        self._reset(self._built)
+        self.world.restore(self._built)
         photo = self.world.photo(REMOVED)
         allowed = [self.loose.committed, self.removed.committed]
         self._run(self.world.loose, faults, allowed, self.removed, random or Random(0), remove=True)
-        having = [path for path, data in self.world.disk.snapshot(self.world.out).items() if photo in data]
+        having = [path for path, data in self.world.snapshot().items() if photo in data]
         assert not having, f"the photo of a removed image is in {having}"
         assert all(key != REMOVED for _, key, _ in self.world.evidence(self.world.loose))
 
@@ -448,7 +501,9 @@ class Simulation:
         for _ in range(random.randint(1, 3)):
             at = int(len(calls) * random.random() ** 1.5)  # the later builds have less to do
             faults.append(
-                Fault(at, random.choice([each for each in KINDS if Fault(at, each).fits(calls[at])]))
+                Fault(
+                    at, random.choice([each for each in self.world.kinds if Fault(at, each).fits(calls[at])])
+                )
             )
         getattr(self, name)(*faults, random=random)
 
@@ -493,15 +548,15 @@ class Simulation:
         world = self.world
         self.story = []
         for fault in faults:
-            ended = world.build(config, fault, remove)
+            ended = world.build(config, fault, remove, random)
             self.story.append(f"{world.happened or 'nothing'}: {ended or 'built'}")
             if ended == "killed":
                 world.crash(random)
             self._check_units(world.committed(), allowed)
         if remove:
-            ended = world.build(config, remove=True)
+            ended = world.build(config, remove=True, random=random)
             assert ended == "", ended
-        ended = world.build(config, retry_failed=True)
+        ended = world.build(config, retry_failed=True, random=random)
         assert ended == "", ended
         assert world.committed() == expected.committed, "the units are not those of an undisturbed build"
         found, wanted = world.finished(), expected.finished
@@ -509,6 +564,7 @@ class Simulation:
         assert not other, f"not as after an undisturbed build: {', '.join(other)}"
         declared = self.declared - MASKS * remove
         assert world.regions() == (declared, declared)
+        assert not (left := world.left_over()), f"left after the sweep: {left}"
 
     def _check_units(self, found: dict[str, str], allowed: list[dict[str, str]]) -> None:
         """No committed unit is worse than it was."""
@@ -520,6 +576,8 @@ class Simulation:
 
 def _kinds(call: str, at: int) -> tuple[str, ...]:
     """The kinds of fault at a call of a source, of the output or of a model."""
+    if call in ("request", "write"):
+        return tuple(sorted(_FITTING[call]))
     if call == "output":
         return "kill", ("EIO", "ENOSPC", "EACCES", "ESTALE", "clock")[at % 5]
     if call == "source":

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 
 from paracaption.pipeline.corpus import log, reader
 from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
-from paracaption.pipeline.io import files
-from paracaption.schemas.records import Blob
+from tests.buckets import committed_in_bucket
 from tests.building import calls, committed, config_of
 from tests.synthetic import write_coconut, write_sa1b
 
@@ -20,15 +17,6 @@ from tests.synthetic import write_coconut, write_sa1b
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     return {"coconut": write_coconut(folder / "coconut", 10), "sa1b": write_sa1b(folder / "sa1b", 3)}
-
-
-def committed_in_bucket(out: str) -> dict[str, str]:
-    """SHA-256 of every committed file by its place, as `tests.building.committed` has them of a folder."""
-    return {
-        file.path: hashlib.sha256(files.read(Blob(f"{out}/{file.place}"))).hexdigest()
-        for found in log.read_state(out).units.values()
-        for file in found.unit.files()
-    }
 
 
 def test_a_bucket_gets_the_files_of_a_folder(bucket_out, sources, tmp_path):

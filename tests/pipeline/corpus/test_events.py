@@ -2,8 +2,16 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 
+import pytest
+
+from paracaption.pipeline.corpus import event_parts
+from paracaption.pipeline.corpus.event_parts import PartWriter
 from paracaption.pipeline.corpus.events import Event, EventLog, EventReader
+from paracaption.pipeline.io.location import locate
+from paracaption.pipeline.io.store import store_of
 from tests.pipeline.io.short_file import ShortFile
 
 
@@ -81,3 +89,68 @@ def test_a_folder_that_takes_no_events_is_one_warning(tmp_path, caplog):
     (tmp_path / "none").mkdir()
     log.emit("batch")
     assert [event.what for event in EventReader(tmp_path / "none").new()] == ["batch"]
+
+
+# In a bucket.
+
+
+@pytest.fixture
+def run(memory_out, monkeypatch):
+    monkeypatch.setattr(event_parts, "EVERY_S", 0.0)
+    return locate(memory_out) / "events" / "run"
+
+
+def test_events_of_a_bucket_come_in_parts_each_once(run):
+    first, second, reader = PartWriter(run, "a-host-1.abc"), EventLog(run, "b"), EventReader(run)
+    first.append(Event(1.0, "started"))
+    first.flush()
+    second.emit("ready")
+    second.close()
+    assert sorted(event.what for event in reader.new()) == ["ready", "started"]
+    first.append(Event(2.0, "unit"))
+    first.close()
+    assert [(worker, event.what) for worker, event in reader.named()] == [("a-host-1.abc", "unit")]
+    assert list(reader.new()) == []
+
+
+def test_files_beside_the_events_are_uploaded_when_they_change_and_deleted_when_they_are_gone(run):
+    writer, files = PartWriter(run, "a"), {"stack-a.txt": b"one"}
+    writer.add_files(lambda: dict(files))
+    writer.flush()
+    assert store_of(run).read(f"{run}/stack-a.txt") == b"one"
+    store_of(run).delete(f"{run}/stack-a.txt")
+    writer.flush()
+    assert store_of(run).list(str(run)) == [], "what has not changed is not uploaded again"
+    files["stack-a.txt"] = b"two"
+    writer.flush()
+    assert store_of(run).read(f"{run}/stack-a.txt") == b"two"
+    files.clear()
+    writer.close()
+    assert store_of(run).list(str(run)) == []
+
+
+def test_an_outage_keeps_the_events_for_later_and_ends_nothing(faulty_s3, monkeypatch):
+    monkeypatch.setattr(event_parts, "EVERY_S", 0.0)
+    run = locate("s3://corpus/out") / "events" / "run"
+    writer, reader = PartWriter(run, "a"), EventReader(run)
+    for status in ("503", "403"):
+        gate = faulty_s3.fail(status, "PUT", count=None)
+        writer.append(Event(1.0, f"after {status}"))
+        writer.flush()
+        faulty_s3.release(gate)
+    writer.close()
+    assert [event.what for event in reader.new()] == ["after 503", "after 403"]
+
+
+_ENDING = """
+import sys
+from paracaption.pipeline.corpus.events import EventLog
+from paracaption.pipeline.io.location import locate
+EventLog(locate(sys.argv[1]), "a").emit("unit")
+"""
+
+
+def test_a_process_that_ends_without_closing_its_events_uploads_them(faulty_s3):
+    subprocess.run([sys.executable, "-c", _ENDING, "s3://corpus/out/events/run"], check=True)
+    (name,) = faulty_s3.objects()
+    assert b'"what":"unit"' in faulty_s3.content(name)

@@ -185,9 +185,9 @@ def test_the_card_shows_funnel_licences_and_configuration(out):
 
 
 def test_names_in_the_card_are_no_markup():
-    from paracaption.pipeline.corpus.card import _plain
+    from paracaption.pipeline.corpus.card import plain
 
-    assert _plain("a|b\n<script>*x*") == "a\\|b &lt;script&gt;\\*x\\*"
+    assert plain("a|b\n<script>*x*") == "a\\|b &lt;script&gt;\\*x\\*"
 
 
 def test_an_image_is_found_by_its_key_with_and_without_an_index(tmp_path):

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from paracaption.pipeline.corpus import card, export, ledger, merge, reader
+from paracaption.pipeline.corpus import export, hub, ledger, merge, reader
+from paracaption.schemas.published import published
 from paracaption.schemas.reasons import Reason
 from paracaption.schemas.records import Drop
 from tests import committed
@@ -46,7 +47,7 @@ def contents(path: Path) -> bytes:
     return data
 
 
-def published(out: Path) -> list[Path]:
+def published_files(out: Path) -> list[Path]:
     files = [path for path in out.rglob("*") if path.is_file()]
     return [path for path in files if not OF_THE_MACHINE & set(path.relative_to(out).parts)]
 
@@ -66,7 +67,7 @@ def check_nothing_of_the_machine(files: list[Path], root: Path) -> None:
 
 
 def test_what_is_published_has_no_path_user_or_address_of_the_machine_that_built_it(out, tmp_path_factory):
-    check_nothing_of_the_machine(published(out), tmp_path_factory.getbasetemp())
+    check_nothing_of_the_machine(published_files(out), tmp_path_factory.getbasetemp())
     [first] = [row for row in pq.read_table(out / "coconut/ledger/coconut-000000.parquet").to_pylist()][:1]
     assert first["drop_detail"].endswith(".jpg: <Reader object at 0x...> cut short")
     assert first["drop_detail"].startswith(".../")
@@ -78,6 +79,11 @@ def test_no_export_has_a_path_user_or_address_of_the_machine_that_wrote_it(
 ):
     export.export(out, form, tmp_path / "to")
     written = [path for path in (tmp_path / "to").rglob("*") if path.is_file()]
+    check_nothing_of_the_machine(written, tmp_path_factory.getbasetemp())
+
+
+def test_no_dataset_repository_has_one_either(out, tmp_path, tmp_path_factory):
+    written = hub.write_repository(hub.plan_repository(out, energon=True), tmp_path / "to")
     check_nothing_of_the_machine(written, tmp_path_factory.getbasetemp())
 
 
@@ -101,7 +107,7 @@ def test_members_of_a_shard_have_no_owner_and_no_time(out):
     ],
 )
 def test_the_card_cuts_paths_to_their_names_and_urls_of_their_passwords(given, shown):
-    assert card._published(given) == shown
+    assert published(given) == shown
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ def images(count: int) -> list[ImageRecord]:
     return [image(f"i{number}") for number in range(count)]
 
 
-def die(folder, working: list[str], attempts: int = 2, unit: str = "u") -> None:
+def die(folder, working: list[str], attempts: int = 2, unit: str = "u", shared=None) -> None:
     """Leave what a worker leaves that dies while it works on these images."""
-    in_flight = InFlight(folder, unit, attempts).__enter__()
+    in_flight = InFlight(folder, unit, attempts, shared).__enter__()
     with in_flight.batch(working):
         note = in_flight.path.read_bytes()
     in_flight.path.write_bytes(note)

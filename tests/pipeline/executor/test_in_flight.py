@@ -4,6 +4,8 @@ import msgspec
 import pytest
 
 from paracaption.pipeline.executor.in_flight import InFlight
+from paracaption.pipeline.io.location import locate
+from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.errors import StageFailed
 from tests.pipeline.executor.images import die, images
 
@@ -79,3 +81,54 @@ def test_a_disk_that_takes_no_notes_is_one_warning_and_the_unit_goes_on(tmp_path
             with in_flight.batch([each.key for each in batch]):
                 pass
     assert len([line for line in caplog.messages if "cannot be identified" in line]) == 1
+
+
+# Nodes that share a bucket and no folder.
+
+
+def test_a_death_is_known_on_another_node_once_a_worker_of_its_own_node_has_found_it(tmp_path, memory_out):
+    journal = locate(memory_out) / "coconut" / "journal" / "caption"
+    die(tmp_path / "a", ["i0", "i1"], shared=journal)
+    with InFlight(tmp_path / "b", "u", 2, journal) as in_flight:
+        assert in_flight.deaths == {}  # so this node may lose one worker, too
+    with pytest.raises(StageFailed), InFlight(tmp_path / "a", "u", 2, journal) as in_flight:
+        assert in_flight.deaths == {"i0": 0, "i1": 0}
+        raise StageFailed("over")
+    with InFlight(tmp_path / "b", "u", 2, journal) as in_flight:
+        assert keys(in_flight.split(images(3), 2)) == [["i2"], ["i0"], ["i1"]]
+
+
+def test_an_image_that_kills_workers_on_two_nodes_in_turn_costs_one_crash_more(tmp_path, memory_out):
+    """Three deaths alone are the limit, and one in company goes before them on each node."""
+    journal = locate(memory_out) / "coconut" / "journal" / "caption"
+    crashes, node = 0, "a"
+    while True:
+        in_flight = InFlight(tmp_path / node, "u", 3, journal).__enter__()
+        if in_flight.is_poison("i0"):
+            break
+        (batch, *_) = [batch for batch in in_flight.split(images(2), 2) if "i0" in [i.key for i in batch]]
+        with in_flight.batch([image.key for image in batch]):
+            note = in_flight.path.read_bytes()
+        in_flight.path.write_bytes(note)
+        crashes, node = crashes + 1, "b" if node == "a" else "a"
+    assert crashes <= 1 + 3 + 1 + 1  # the last one is not yet known to the other node
+    in_flight.__exit__(None)
+    assert store_of(memory_out).list(str(journal)) == []
+
+
+def test_a_death_is_counted_once_where_the_bucket_has_it_already(tmp_path, memory_out):
+    journal = locate(memory_out) / "coconut" / "journal" / "caption"
+    die(tmp_path, ["i0"], shared=journal)
+    for _ in range(3):
+        in_flight = InFlight(tmp_path, "u", 3, journal).__enter__()
+        assert in_flight.deaths == {"i0": 1}
+
+
+def test_a_bucket_that_does_not_answer_takes_no_note_and_the_unit_goes_on(tmp_path, faulty_s3, caplog):
+    journal = locate("s3://corpus/out") / "coconut" / "journal" / "caption"
+    die(tmp_path, ["i0"])
+    faulty_s3.fail("503", count=None)
+    with caplog.at_level(logging.WARNING), InFlight(tmp_path, "u", 3, journal) as in_flight:
+        assert in_flight.deaths == {"i0": 1}
+    assert "is ignored" in caplog.text and "cannot be identified" in caplog.text
+    assert not (tmp_path / "u.json").exists()

@@ -1,12 +1,15 @@
 """What is refused before a corpus is written to a bucket."""
 
+import socket
+
 import pytest
 
 from paracaption.pipeline.io import bucket_checks
-from paracaption.pipeline.io.bucket_checks import PROBE, check_store, refuse_secrets
+from paracaption.pipeline.io.bucket_checks import PROBE, check_node, check_store, refuse_secrets
 from paracaption.pipeline.io.buckets import BucketStore
 from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.errors import ConfigError
+from tests.object_server import serving
 
 pytest.importorskip("obstore")
 OUT = "s3://corpus/out"
@@ -121,3 +124,49 @@ def test_a_url_that_holds_a_secret_or_names_no_store_is_refused_in_a_line_withou
         refuse_secrets(url)
     assert told in str(caught.value)
     assert "hunter22" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+MARK = f"{OUT}/events/run/begun"
+
+
+def test_a_node_that_sees_what_the_driver_wrote_and_may_write_passes_and_leaves_nothing(faulty_s3):
+    store_of(OUT).put(MARK, b"")
+    check_node(OUT, MARK, [])
+    assert list(faulty_s3.objects()) == ["out/events/run/begun"]
+    assert len(faulty_s3.requests()) <= 5
+
+
+def test_a_node_without_credentials_is_one_line_with_its_name_and_the_variables(faulty_s3, monkeypatch):
+    store_of(OUT).put(MARK, b"")
+    names = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+    for name in names:
+        monkeypatch.delenv(name)
+    with pytest.raises(ConfigError) as raised:
+        check_node(OUT, MARK, [*names, "AWS_REGION"])
+    line = str(raised.value)
+    assert line.startswith(f"node {socket.gethostname()}: {MARK}: no credentials; ") and "\n" not in line
+    assert line.endswith(
+        "(set where the driver runs, and not on this node: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+    )
+
+
+def test_a_node_that_may_read_alone_is_refused(faulty_s3):
+    store_of(OUT).put(MARK, b"")
+    faulty_s3.fail("403", "PUT", count=None)
+    with pytest.raises(ConfigError, match=rf"^node .*{PROBE}.*HTTP 403"):
+        check_node(OUT, MARK, [])
+
+
+def test_a_node_that_is_led_to_another_store_is_refused_and_writes_nothing(faulty_s3, monkeypatch):
+    store_of(OUT).put(MARK, b"")
+    with serving() as other:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", other.address)
+        with pytest.raises(ConfigError, match="the driver has just written it, and it is not there; let"):
+            check_node(OUT, MARK, [])
+        assert other.objects() == {}
+
+
+def test_an_outage_while_a_node_is_looked_at_is_no_verdict(faulty_s3):
+    faulty_s3.fail("503", count=None)
+    with pytest.raises(OSError, match="HTTP 503"):
+        check_node(OUT, MARK, [])

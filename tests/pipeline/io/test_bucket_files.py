@@ -1,5 +1,6 @@
 """Reading what lies in the buckets of corpora, and leaving other buckets to fsspec."""
 
+import copy
 import hashlib
 
 import fsspec
@@ -122,6 +123,14 @@ def test_a_located_corpus_is_read_over_obstore(s3_out):
     assert isinstance(files.backend_of(f"{s3_out}/log/1.json"), FsspecFiles)
     assert locate(f"{s3_out}/") == Prefix(s3_out)
     assert isinstance(files.backend_of(f"{s3_out}/log/1.json"), BucketFiles)
+
+
+def test_a_process_that_is_sent_a_place_reads_it_over_obstore(monkeypatch):
+    place = locate("s3://sent/corpus") / "log"
+    monkeypatch.setattr(bucket_clients, "_corpora", set())  # as in another process
+    assert isinstance(files.backend_of(f"{place}/1.json"), FsspecFiles)
+    assert copy.copy(place) == place  # made anew, as by unpickling it
+    assert isinstance(files.backend_of(f"{place}/1.json"), BucketFiles)
 
 
 def test_what_fails_for_a_while_is_read_again(faulty_s3):

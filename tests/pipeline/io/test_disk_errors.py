@@ -53,3 +53,17 @@ def test_a_read_that_fails_after_the_file_was_opened_names_the_file(tmp_path):
             files.read(Blob(str(path)))
     finally:
         files.register("file", before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fix"),
+    [
+        (Kind.TRANSIENT, "run the same command again when the store answers"),
+        (Kind.REFUSED, "check the address, the credentials and their permissions"),
+        (Kind.SETUP, "check the address, the credentials and their permissions"),
+        (Kind.RECORD, "correct the path"),
+    ],
+)
+def test_an_error_of_a_bucket_says_what_to_do_about_it(kind, fix):
+    line = disk_errors.to_line(ReadError("s3://bucket/a", "HTTP 500", kind))
+    assert line == f"s3://bucket/a: HTTP 500; {fix}"

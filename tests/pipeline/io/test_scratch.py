@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from paracaption.pipeline.io import scratch
-from paracaption.pipeline.io.scratch import IN_MEMORY_BYTES, Staged, clean, folder_of, make_room
+from paracaption.pipeline.io.process_identity import this_process
+from paracaption.pipeline.io.scratch import IN_MEMORY_BYTES, Staged, clean, folder_of, make_room, note_driver
 from paracaption.schemas.errors import ConfigError
 
 OUT = "s3://bucket/corpus"
@@ -102,6 +103,24 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one_and_no_living_one
     while living.exists() and time.monotonic() < end:
         clean(OUT)
     assert not living.exists() and note.is_file()
+
+
+def test_what_a_dead_run_left_is_removed_and_no_living_ones():
+    """A run is its driver's; where only its workers were, it is old when nothing was written for a day."""
+    started = subprocess.Popen([sys.executable, "-c", ""])
+    dead = this_process()._replace(pid=started.pid)
+    started.wait()
+    runs = {name: folder_of(OUT) / "events" / name for name in ("dead", "living", "elsewhere", "old")}
+    for name, run in runs.items():
+        run.mkdir(parents=True)
+        (run / "stack-caption-1.txt").write_text("waiting for work")
+        if name in ("dead", "living"):
+            note_driver(run)
+    (runs["dead"] / "driver").write_text(scratch._folder_name(dead))
+    for path in (runs["old"] / "stack-caption-1.txt", runs["old"]):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    assert clean(OUT) > 0
+    assert {name for name, run in runs.items() if run.exists()} == {"living", "elsewhere"}
 
 
 def test_a_full_disk_is_refused_before_it_is_full(home, monkeypatch):

@@ -1,0 +1,282 @@
+"""Copies of corpora between folders and buckets: the same bytes, whole or invisible, and up to date."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from paracaption.pipeline.corpus import copy as copying
+from paracaption.pipeline.corpus import history, log, reader, undo
+from paracaption.pipeline.corpus.verify import verify
+from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.local import LocalEngine
+from paracaption.pipeline.io import files, scratch
+from paracaption.pipeline.io.listing import list_files
+from paracaption.pipeline.io.location import locate
+from paracaption.pipeline.io.store import store_of
+from paracaption.schemas.errors import ConfigError, IntegrityError
+from paracaption.schemas.records import Blob
+from tests.building import build, calls, config_of
+from tests.synthetic import write_coconut, write_sa1b
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    return {"coconut": write_coconut(folder / "coconut", 10), "sa1b": write_sa1b(folder / "sa1b", 3)}
+
+
+@pytest.fixture(scope="module")
+def versions(sources, tmp_path_factory):
+    """A corpus in a folder after each of three builds: one subset; other thresholds; two subsets."""
+    folder = tmp_path_factory.mktemp("corpus")
+    out, found = folder / "now", list[str]()
+    coconut = {"coconut": sources["coconut"]}
+    for changes in (coconut, {**coconut, "text": {"min_words": 3}}, {**sources, "text": {"min_words": 4}}):
+        driver.build(config_of(out, **changes), LocalEngine())
+        found.append(str(folder / f"{len(found)}"))
+        shutil.copytree(out, found[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder_corpus(versions):
+    """The newest of them."""
+    return versions[-1]
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch, memory_out, faulty_s3):
+    """Names of new places, by kind."""
+    monkeypatch.setenv(scratch.VARIABLE, str(tmp_path / "scratch"))
+    return {"folder": str(tmp_path / "copy"), "memory": memory_out, "s3": "s3://corpus/copies/one"}
+
+
+def content(out: str) -> dict[str, str]:
+    """SHA-256 of every file of the newest version by its place, as it lies there."""
+    state = log.read_state(out)
+    named = [file for found in state.units.values() for file in found.unit.files()]
+    found = {}
+    for file in [*named, *state.files.values()]:
+        found[file.path] = hashlib.sha256(files.read(Blob(f"{out}/{file.place}"))).hexdigest()
+        assert found[file.path] == file.sha256
+    return found
+
+
+def assert_copied(corpus: str, to: str) -> None:
+    assert content(to) == content(corpus)
+    report = verify(to)
+    former = [note for note in report.notes if "belongs to no committed unit" in note.what]
+    assert not report.problems and report.notes == former, report.text()
+    assert log.is_bucket(to) or not former
+    nonces = [[record.nonce for record in log.read_records(out)] for out in (corpus, to)]
+    assert nonces[0] == nonces[1]
+    assert copying.COPYING not in files.list_names(to)
+    beside = [
+        {path: listed.bytes for path, listed in list_files(locate(out)).items() if "/evidence/" in path}
+        for out in (corpus, to)
+    ]
+    assert beside[0] == beside[1] != {}
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory", "s3"])
+def test_a_folder_is_copied_and_back_again(kind, folder_corpus, places, tmp_path):
+    to = places[kind]
+    report = copying.copy(folder_corpus, to)
+    assert report.files and not report.present and not report.lost
+    assert_copied(folder_corpus, to)
+    assert list(reader.open_corpus(to).samples()) == list(reader.open_corpus(folder_corpus).samples())
+    back = str(tmp_path / "back")
+    copying.copy(to, back)
+    assert_copied(folder_corpus, back)
+
+
+def test_a_bucket_is_copied_to_a_bucket_with_its_names(folder_corpus, places):
+    copying.copy(folder_corpus, places["memory"])
+    copying.copy(places["memory"], places["s3"])
+    assert_copied(folder_corpus, places["s3"])
+    assert set(list_files(locate(places["s3"]))) == set(list_files(locate(places["memory"])))
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_a_copy_goes_back_to_earlier_versions(kind, folder_corpus, places):
+    to = places[kind]
+    copying.copy(folder_corpus, to)
+    version = undo.find_rebuild(to)
+    then = history.unit_files_at(to, version.before.number)
+    assert all(place is not None for _, _, found in then for place in found)
+    undo.undo(to, version)
+    assert not verify(to).problems
+    now = log.read_state(to).units
+    for name, found in version.before.units.items():
+        assert now[name].unit.manifest.sha256 == found.unit.manifest.sha256
+
+
+def test_a_copy_is_built_on_without_asking_a_model_again(sources, folder_corpus, places, tmp_path):
+    copying.copy(folder_corpus, places["memory"])
+    config = config_of(places["memory"], beside=tmp_path, **sources, text={"min_words": 2})
+    driver.build(config, LocalEngine())
+    assert not verify(places["memory"]).problems
+    assert not calls(tmp_path / "captioner.log")
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory", "s3"])
+@pytest.mark.parametrize("from_bucket", [False, True])
+def test_a_copy_is_brought_up_to_date(kind, from_bucket, versions, places, tmp_path):
+    to = places[kind]
+    corpus = f"{places['memory']}-source" if from_bucket else str(tmp_path / "corpus")
+    before = 0
+    for number, version in enumerate(versions):
+        if from_bucket:
+            copying.copy(version, corpus)
+        else:
+            shutil.rmtree(corpus, ignore_errors=True)
+            shutil.copytree(version, corpus)
+        dry = copying.copy(corpus, to, dry_run=True)
+        report = copying.copy(corpus, to)
+        assert report == dry
+        assert report.before == before and report.files
+        assert report.present or not number
+        before = report.number
+        again = copying.copy(corpus, to)
+        assert again.before == again.number == before
+        assert not again.files or kind == "s3"  # evidence of the same second, by the store's clock
+        assert content(to) == content(corpus)
+    assert_copied(versions[-1], to)
+    for _, _, found in history.unit_files_at(to, log.last_number(versions[1])):
+        assert None not in found
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.99])
+def test_a_copy_that_was_stopped_is_invisible_and_goes_on(kind, share, folder_corpus, places):
+    to = places[kind]
+
+    def stop(_: str, done: int, total: int) -> None:
+        if done > share * total:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        copying.copy(folder_corpus, to, progress=stop, threads=2)
+    assert not log.exists(to)
+    with pytest.raises(ConfigError):
+        reader.open_corpus(to)
+    report = copying.copy(folder_corpus, to)
+    assert report.present or share < 0.5
+    assert_copied(folder_corpus, to)
+
+
+def test_a_copy_whose_log_is_not_whole_is_invisible_and_goes_on(folder_corpus, faulty_s3, places):
+    to = places["s3"]
+    number = log.last_number(folder_corpus)
+    gate = faulty_s3.fail("403", "PUT", f"*/log/{number // 2:012}.json", count=None)
+    with pytest.raises(ConfigError):
+        copying.copy(folder_corpus, to)
+    faulty_s3.release(gate)
+    assert log.last_number(to) > 0
+    assert not log.exists(to)
+    with pytest.raises(ConfigError):
+        reader.open_corpus(to)
+    report = copying.copy(folder_corpus, to)
+    assert report.present > 0
+    assert_copied(folder_corpus, to)
+
+
+def test_no_build_begins_where_a_copy_is_under_way(sources, folder_corpus, places, tmp_path):
+    for kind in ("folder", "memory"):
+        to = places[kind]
+
+        def stop(*_: object) -> None:
+            raise _Stop
+
+        with pytest.raises(_Stop):
+            copying.copy(folder_corpus, to, progress=stop)
+        if kind == "memory":
+            with pytest.raises(ConfigError, match=r"a copy of a corpus has begun here"):
+                build(config_of(to, beside=tmp_path, **sources))
+            assert not log.exists(to)
+        else:
+            build(config_of(to, beside=tmp_path, coconut=sources["coconut"]))
+            with pytest.raises(ConfigError, match="another corpus is here"):
+                copying.copy(folder_corpus, to)
+
+
+def test_a_copy_over_a_failing_network_has_the_same_bytes(folder_corpus, faulty_s3, places):
+    shares = {"503": 0.05, "500": 0.03, "lost_answer": 0.03, "reset": 0.03, "cut_body": 0.03}
+    faulty_s3.set_faults(shares=shares, seed=7)
+    copying.copy(folder_corpus, places["s3"])
+    copying.copy(places["s3"], places["folder"])
+    faulty_s3.set_faults(shares={})
+    assert_copied(folder_corpus, places["s3"])
+    assert_copied(folder_corpus, places["folder"])
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "gone"])
+def test_a_damaged_file_of_the_corpus_is_an_error_that_names_it(how, folder_corpus, places, tmp_path):
+    corpus = tmp_path / "damaged"
+    shutil.copytree(folder_corpus, corpus)
+    shard = sorted((corpus / "coconut" / "shards").iterdir())[0]
+    data = shard.read_bytes()
+    shard.unlink()
+    if how != "gone":
+        shard.write_bytes(data[:-512] if how == "cut" else data[:512] + b"?" + data[513:])
+    with pytest.raises(IntegrityError, match=f"{shard.name}: (damaged|missing)"):
+        copying.copy(str(corpus), places["memory"])
+    assert not log.exists(places["memory"])
+    shard.write_bytes(data)
+    copying.copy(str(corpus), places["memory"])
+    assert_copied(folder_corpus, places["memory"])
+
+
+def test_a_file_in_the_copy_that_is_another_one_is_copied_again(folder_corpus, places):
+    def stop(_: str, done: int, total: int) -> None:
+        if done > 0.8 * total:
+            raise _Stop
+
+    to = places["folder"]
+    with pytest.raises(_Stop):
+        copying.copy(folder_corpus, to, progress=stop, threads=1)
+    shard = sorted(Path(to).parent.glob(".copy.copying/*/shards/*.tar"))[0]
+    shard.write_bytes(b"?" + shard.read_bytes()[1:])
+    copying.copy(folder_corpus, to)
+    assert_copied(folder_corpus, to)
+
+
+def test_other_places_are_refused(sources, folder_corpus, places, tmp_path):
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match=r"thesis.tex: this place is not empty"):
+        copying.copy(folder_corpus, str(tmp_path / "stranger"))
+    other = str(tmp_path / "other")
+    build(config_of(other, coconut=sources["coconut"]))
+    with pytest.raises(ConfigError, match="another corpus is here"):
+        copying.copy(folder_corpus, other)
+    with pytest.raises(ConfigError, match="another place"):
+        copying.copy(other, f"{other}/copy")
+    with pytest.raises(ConfigError, match="no commit log"):
+        copying.copy(str(tmp_path / "stranger"), places["memory"])
+    with pytest.raises(ConfigError, match="no such folder"):
+        copying.copy(str(tmp_path / "nothing"), places["memory"])
+    copying.copy(folder_corpus, places["memory"])
+    build(config_of(places["memory"], beside=tmp_path, **sources, text={"min_words": 1}))
+    with pytest.raises(ConfigError, match="something was built"):
+        copying.copy(folder_corpus, places["memory"])
+
+
+def test_reviews_are_copied_and_events_are_not(folder_corpus, places, tmp_path):
+    corpus = tmp_path / "reviewed"
+    shutil.copytree(folder_corpus, corpus)
+    store_of(str(corpus)).put(f"{corpus}/review/marks.parquet", b"reviews")
+    copying.copy(str(corpus), places["memory"])
+    names = files.list_names(places["memory"])
+    assert "review" in names and "events" not in names
+    store_of(str(corpus)).put(f"{corpus}/review/marks.parquet", b"reviewe?")
+    assert copying.copy(str(corpus), places["memory"]).files == 1
+    assert files.read(Blob(f"{places['memory']}/review/marks.parquet")) == b"reviewe?"

@@ -1,0 +1,67 @@
+"""The same builds as in `test_simulation`, into a bucket in memory whose requests fail, come late or twice.
+
+    python -m tests.simulation --bucket 0 1000          # seeds; prints those that fail
+    python -m tests.simulation --bucket --calls         # every request with every kind of fault
+
+In `make test`: 8 seeds, and each kind of fault once. In `make soak`: 1,000 seeds.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+
+from paracaption.pipeline.io import bucket_checks, buckets
+from tests.simulation.bucket import REQUESTS, WRITES, BucketWorld
+from tests.simulation.test_simulation import try_seeds
+from tests.simulation.world import Simulation
+
+
+@pytest.fixture(scope="module")
+def simulation(tmp_path_factory):
+    logging.disable(logging.WARNING)
+    yield Simulation(tmp_path_factory.mktemp("simulation"), BucketWorld)
+    logging.disable(logging.NOTSET)
+
+
+def test_builds_in_a_bucket_under_seeded_faults_end_as_if_nothing_had_been(simulation):
+    try_seeds(simulation, range(8))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(36_000)
+def test_a_thousand_seeds_in_a_bucket(simulation):
+    try_seeds(simulation, range(1000, 2000))
+
+
+def test_the_same_seed_is_the_same_run_in_a_bucket(simulation):
+    stories = []
+    for _ in range(2):
+        simulation.seeded(3)
+        stories.append([re.sub(r"-[0-9a-f]{12}\b", "", told) for told in simulation.story])
+    assert stories[0] == stories[1] and " at " in stories[0][0]
+
+
+@pytest.mark.parametrize("kind", [*REQUESTS, *WRITES])
+def test_every_kind_of_fault_happens_in_a_bucket(simulation, kind):
+    faults = [(where, fault) for where, fault in simulation.faults() if fault.kind == kind]
+    for each in faults[7 :: max(1, len(faults) // 5)]:
+        assert simulation.problem_of(*each) == ""
+        if f"{kind} at " in simulation.story[0]:
+            return
+    pytest.fail(f"none of {len(faults)} faults happened")
+
+
+def test_a_store_that_ignores_conditions_is_noticed(simulation, monkeypatch):
+    """A record that comes late takes the place of the one that another driver has written meanwhile."""
+
+    def put(calls, client, key, data):
+        calls.put(client, key, data)
+        return True
+
+    monkeypatch.setattr(buckets, "_create", put)
+    monkeypatch.setattr(bucket_checks, "check_store", lambda _: None)
+    faults = [each for where, each in simulation.faults() if where == "fresh" and each.kind == "kill_stuck"]
+    assert any(simulation.problem_of("fresh", each) for each in faults[::3])
