@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -340,3 +341,40 @@ def test_a_long_log_is_copied_with_its_checkpoints(versions, places):
         assert content(place) == content(versions[0])  # from the checkpoint at 200
         assert isinstance(log.read_record(place, 200), Checkpoint)
         assert history.state_at(place, 120).units.keys() == log.read_state(place).units.keys()
+
+
+def _swapping(corpus: Path, version: str) -> Callable[[str, int, int], None]:
+    """A view of a copy's progress in which a build replaces files of the corpus when the first has begun."""
+    swapped = list[bool]()
+
+    def swap(*_: object) -> None:
+        if not swapped:
+            swapped.append(True)
+            shutil.rmtree(corpus)
+            shutil.copytree(version, corpus)
+
+    return swap
+
+
+def test_units_that_a_build_replaces_meanwhile_are_copied_as_they_were(sources, places, tmp_path):
+    corpus, later = tmp_path / "corpus", tmp_path / "later"
+    for changes in ({}, {"text": {"min_words": 3}}):
+        build(config_of(corpus, coconut=sources["coconut"], **changes))
+        shutil.copytree(corpus, later if changes else tmp_path / "first")
+    shutil.rmtree(corpus)
+    shutil.copytree(tmp_path / "first", corpus)
+    number = log.last_number(str(corpus))
+    shutil.copy(tmp_path / "first/config.yaml", later)  # it has no former version
+    report = copying.copy(str(corpus), places["memory"], progress=_swapping(corpus, str(later)), threads=1)
+    assert report.number == number < log.last_number(str(corpus))
+    assert content(places["memory"]) == content(str(tmp_path / "first"))
+
+
+def test_an_index_that_a_merge_replaces_meanwhile_is_no_damage(versions, places, tmp_path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(versions[0], corpus)
+    with pytest.raises(ConfigError, match="was replaced while the corpus was copied; run the same command"):
+        copying.copy(str(corpus), places["memory"], progress=_swapping(corpus, versions[2]), threads=1)
+    assert not log.exists(places["memory"])
+    copying.copy(str(corpus), places["memory"])
+    assert_copied(versions[2], places["memory"])
