@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from paracaption.pipeline.corpus import copy as copying
 from paracaption.pipeline.corpus import history, log, reader, undo
+from paracaption.pipeline.corpus.owner import own
+from paracaption.pipeline.corpus.records import Adopt, Checkpoint, Sweep
 from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
@@ -280,3 +285,96 @@ def test_reviews_are_copied_and_events_are_not(folder_corpus, places, tmp_path):
     store_of(str(corpus)).put(f"{corpus}/review/marks.parquet", b"reviewe?")
     assert copying.copy(str(corpus), places["memory"]).files == 1
     assert files.read(Blob(f"{places['memory']}/review/marks.parquet")) == b"reviewe?"
+
+
+@pytest.mark.parametrize("kind", ["folder", "s3"])
+def test_a_copy_that_was_killed_goes_on(kind, folder_corpus, places):
+    to = places[kind]
+    program = (
+        "import os, sys\n"
+        "from paracaption.pipeline.corpus.copy import copy\n"
+        "end = lambda _, done, total: done > total / 2 and os._exit(9)\n"
+        "copy(*sys.argv[1:], progress=end)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, folder_corpus, to], check=False)
+    assert killed.returncode == 9
+    assert not log.exists(to)
+    copying.copy(folder_corpus, to)
+    assert_copied(folder_corpus, to)
+    if kind == "folder":
+        assert [path.name for path in Path(to).parent.iterdir() if "copying" in path.name] == []
+
+
+def test_a_corpus_of_a_release_without_a_log_is_copied_once_it_has_one(versions, places, tmp_path):
+    corpus = tmp_path / "early"
+    shutil.copytree(versions[0], corpus)
+    shutil.rmtree(corpus / log.LOG)
+    with pytest.raises(ConfigError, match="no commit log here"):
+        copying.copy(str(corpus), places["memory"])
+    with own(str(corpus), "merge", 60):
+        pass
+    assert isinstance(log.read_record(str(corpus), 2), Adopt)
+    copying.copy(str(corpus), places["memory"])
+    assert content(places["memory"]) == content(str(corpus)) == content(versions[0])
+    copying.copy(places["memory"], places["folder"])
+    assert content(places["folder"]) == content(versions[0])
+
+
+def test_a_long_log_is_copied_with_its_checkpoints(versions, places):
+    corpus, to = places["memory"], f"{places['memory']}-copy"
+    copying.copy(versions[0], corpus)
+
+    def write(last: int) -> None:
+        with own(corpus, "build", 60) as owner:
+            while owner.state.number < last:
+                owner.append(Sweep())
+
+    write(150)
+    for place in (to, places["folder"]):
+        assert copying.copy(corpus, place).number == 151
+        assert content(place) == content(versions[0])
+    write(230)
+    for place in (to, places["folder"]):
+        assert copying.copy(corpus, place).before == 151
+        log._SEEN.clear()
+        log._RECENT.clear()
+        assert content(place) == content(versions[0])  # from the checkpoint at 200
+        assert isinstance(log.read_record(place, 200), Checkpoint)
+        assert history.state_at(place, 120).units.keys() == log.read_state(place).units.keys()
+
+
+def _swapping(corpus: Path, version: str) -> Callable[[str, int, int], None]:
+    """A view of a copy's progress in which a build replaces files of the corpus when the first has begun."""
+    swapped = list[bool]()
+
+    def swap(*_: object) -> None:
+        if not swapped:
+            swapped.append(True)
+            shutil.rmtree(corpus)
+            shutil.copytree(version, corpus)
+
+    return swap
+
+
+def test_units_that_a_build_replaces_meanwhile_are_copied_as_they_were(sources, places, tmp_path):
+    corpus, later = tmp_path / "corpus", tmp_path / "later"
+    for changes in ({}, {"text": {"min_words": 3}}):
+        build(config_of(corpus, coconut=sources["coconut"], **changes))
+        shutil.copytree(corpus, later if changes else tmp_path / "first")
+    shutil.rmtree(corpus)
+    shutil.copytree(tmp_path / "first", corpus)
+    number = log.last_number(str(corpus))
+    shutil.copy(tmp_path / "first/config.yaml", later)  # it has no former version
+    report = copying.copy(str(corpus), places["memory"], progress=_swapping(corpus, str(later)), threads=1)
+    assert report.number == number < log.last_number(str(corpus))
+    assert content(places["memory"]) == content(str(tmp_path / "first"))
+
+
+def test_an_index_that_a_merge_replaces_meanwhile_is_no_damage(versions, places, tmp_path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(versions[0], corpus)
+    with pytest.raises(ConfigError, match="was replaced while the corpus was copied; run the same command"):
+        copying.copy(str(corpus), places["memory"], progress=_swapping(corpus, versions[2]), threads=1)
+    assert not log.exists(places["memory"])
+    copying.copy(str(corpus), places["memory"])
+    assert_copied(versions[2], places["memory"])
