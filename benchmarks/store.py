@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,16 +91,23 @@ def compare(title: str, sides: dict[str, Callable[[int], Any]], turns: int) -> N
 
 def stores(turns: int, reads: int, folder: Path) -> None:
     """Our store, bare obstore and s3fs on a ministack."""
-    with running_ministack(types.SimpleNamespace(mktemp=lambda name: _made(folder / name))) as server:
+    with running_ministack(_Below(folder)) as server:
         os.environ.update(server.environment)
         server.make_bucket("bench")
         compare(f"a shard of {SHARD_BYTES >> 20} MiB is written", writers(folder), turns)
         compare(f"{reads} ranges of a photo's size are read, one after the other", readers(reads), turns)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+class _Below:
+    """Makes folders in a folder, as pytest does for tests."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def mktemp(self, basename: str) -> Path:
+        made = self._folder / basename
+        made.mkdir()
+        return made
 
 
 def writers(folder: Path) -> dict[str, Callable[[int], Any]]:
