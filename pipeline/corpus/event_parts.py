@@ -52,7 +52,7 @@ class PartWriter:
         self._start()
 
     def add_files(self, read: Callable[[], Mapping[str, bytes]]) -> None:
-        """Keep files of this machine beside the parts.
+        """Keep files of this machine next to the parts.
 
         Args:
             read: their bytes by name, asked every few seconds. What has changed is uploaded, and what is not
@@ -65,7 +65,7 @@ class PartWriter:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True, name="events")
             self._thread.start()
-            atexit.register(self.close)  # an actor of Ray ends without being told
+            atexit.register(self.close)  # an actor of Ray ends without a word
 
     def _run(self) -> None:
         while not self._ended.wait(EVERY_S):

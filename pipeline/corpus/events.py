@@ -101,7 +101,7 @@ class EventLog:
         return event
 
     def add_files(self, read: Callable[[], Mapping[str, bytes]]) -> None:
-        """Have files of this machine beside the events, if these are in a bucket; see `PartWriter.add_files`.
+        """Have files of this machine next to the events, if these are in a bucket; see `PartWriter.add_files`.
 
         In a folder they are there already.
         """

@@ -45,7 +45,7 @@ def check_build(config: BuildConfig) -> Iterator[Finding]:
 
 
 def check_forks(config: BuildConfig) -> Iterator[Finding]:
-    """A FAIL for each backend whose vLLM is told to fork, if the corpus is in a bucket.
+    """A FAIL for each backend whose vLLM would fork, if the corpus is in a bucket.
 
     Of the nodes' own environment the engine itself says it, when it starts there.
     """

@@ -52,7 +52,7 @@ class Request(NamedTuple):
 
 
 def _never_fork_from_a_bucket() -> None:
-    """Have vLLM start its processes anew where one that is forked from this process would hang."""
+    """Have vLLM start new processes where one that is forked from this process would hang."""
     if bucket_clients.was_used():
         if os.environ.get(START_METHOD) == "fork":
             raise ConfigError(f"{START_METHOD}=fork: {FORK_HANGS}")
