@@ -17,6 +17,7 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,10 @@ IN_MEMORY_BYTES = 4 << 20
 
 _STEP_BYTES = 64 << 20
 """How much is written before the free space is looked at again."""
+
+_ABANDONED_S = 86_400.0
+"""After this time without a change, staged files are removed also of a process that may be alive: one of an
+earlier container, whose process ids mean nothing in this one, is never known to be dead."""
 
 _PREFIX = "staged"
 _cleaned: dict[str, int] = {}
@@ -70,11 +75,19 @@ def clean(out: str) -> int:
     num_bytes = 0
     for left in folder_of(out).glob(f"{_PREFIX}~*"):
         owner = _owner_of(left.name)
-        if owner is not None and is_dead(owner):
+        if owner is not None and (is_dead(owner) or _is_abandoned(left)):
             with suppress(OSError):
                 num_bytes += sum(file.stat().st_size for file in left.iterdir())
             shutil.rmtree(left, ignore_errors=True)
     return num_bytes
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:  # at work, or removed by another process
+        return False
+    return time.time() - newest_s > _ABANDONED_S
 
 
 def make_room(folder: Path, num_bytes: int) -> None:
