@@ -39,8 +39,8 @@ _STEP_BYTES = 64 << 20
 
 _ABANDONED_S = 86_400.0
 """After this time without a change, staged files are removed also of a process that may be alive: one of an
-earlier container, whose process ids mean nothing in this one, is never known to be dead. So is what a run left
-on a machine without its driver."""
+earlier container, whose process ids mean nothing in this one, is never known to be dead. So is what a run
+left on a machine without its driver."""
 
 _PREFIX = "staged"
 _RUNS, _DRIVER = "events", "driver"
