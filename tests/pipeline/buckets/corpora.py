@@ -87,7 +87,9 @@ def run(command: list[str], names: dict[str, str]) -> tuple[int, str]:
 _CHANGES = (
     (re.compile(r"-[0-9a-f]{12}(?=\.[a-z]+\b)"), ""),  # the nonces of names
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d"), "TIME"),
-    (re.compile(r"[\d,.]+( units/min| regions/min| s ago|%$)"), r"N\1"),
+    (re.compile(r"last sign of life .* ago"), "AGE"),
+    (re.compile(r"^  rate: .*$", re.MULTILINE), ""),
+    (re.compile(r"[\d,.]+%$", re.MULTILINE), "N%"),
     (re.compile(r"^(?=.*\d%$)((?:[a-z]+ )+)[\d., ]+N%$", re.MULTILINE), r"\1N"),
     (re.compile(r"\d+@\S+"), "PROCESS"),
 )
