@@ -1,6 +1,7 @@
 """What a bucket costs: writing shards, reading photos, feeding a trainer; and what buckets cost a folder.
 
-    python -m benchmarks.store                      # ministack: our store against bare obstore and s3fs
+    python -m benchmarks.store writes               # ministack: our store against bare obstore and s3fs
+    python -m benchmarks.store reads
     python -m benchmarks.store feed                 # the loader on a bucket that takes 20 ms, and on a folder
     python -m benchmarks.store folder --before cda0f34    # builds into a folder, by other code and by this
 
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +42,8 @@ SHARD_BYTES = 100 << 20
 PIECE_BYTES = 256 << 10
 PHOTO_BYTES = (80_000, 250_000)
 LATENCY_S = 0.02
+WHAT = ("stores", "writes", "reads", "feed", "folder")
+"""What can be measured; `stores` is writes and reads."""
 
 
 class Spent(NamedTuple):
@@ -90,18 +92,29 @@ def compare(title: str, sides: dict[str, Callable[[int], Any]], turns: int) -> N
 # Shards and photos.
 
 
-def stores(turns: int, reads: int, folder: Path) -> None:
+def stores(what: str, turns: int, reads: int, folder: Path) -> None:
     """Our store, bare obstore and s3fs on a ministack."""
-    with running_ministack(types.SimpleNamespace(mktemp=lambda name: _made(folder / name))) as server:
+    with running_ministack(_Below(folder)) as server:
         os.environ.update(server.environment)
         server.make_bucket("bench")
-        compare(f"a shard of {SHARD_BYTES >> 20} MiB is written", writers(folder), turns)
-        compare(f"{reads} ranges of a photo's size are read, one after the other", readers(reads), turns)
+        write = writers(folder)
+        if what != "reads":
+            compare(f"a shard of {SHARD_BYTES >> 20} MiB is written", write, turns)
+        if what != "writes":
+            write["Store"](0)
+            compare(f"{reads} ranges of a photo's size are read one by one", readers(reads), turns)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+class _Below:
+    """Makes folders in a folder, as pytest does for tests."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def mktemp(self, basename: str) -> Path:
+        made = self._folder / basename
+        made.mkdir()
+        return made
 
 
 def writers(folder: Path) -> dict[str, Callable[[int], Any]]:
@@ -265,7 +278,7 @@ def builds(before: str, turns: int, images: int, per_shard: int, folder: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("stores", "feed", "folder"), default="stores")
+    parser.add_argument("what", nargs="?", choices=WHAT, default="stores")
     parser.add_argument("--before", default="cda0f34", metavar="COMMIT", help="what `folder` compares with")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--reads", type=int, default=200)
@@ -276,8 +289,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ[scratch.VARIABLE] = str(folder)
-        if given.what == "stores":
-            stores(given.turns, given.reads, folder)
+        if given.what in ("stores", "writes", "reads"):
+            stores(given.what, given.turns, given.reads, folder)
         elif given.what == "feed":
             feed(given.turns, given.images, folder, given.workers)
         else:

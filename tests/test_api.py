@@ -41,6 +41,7 @@ def test_the_public_names_are_these():
         "StageFailed",
         "__version__",
         "build",
+        "list_shards",
         "open_corpus",
     }
 

@@ -23,6 +23,7 @@ from typer.testing import CliRunner as TyperRunner
 from paracaption.flows.cli.app import app
 from paracaption.pipeline.config_file import load_config
 from paracaption.pipeline.corpus import verify
+from paracaption.pipeline.io import scratch
 from tests.building import config_of
 from tests.machinery import alone
 from tests.synthetic import write_coconut
@@ -30,7 +31,7 @@ from tests.test_cluster import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
-MANIFEST = ROOT / "configs" / "cluster" / "rayjob.yaml"
+MANIFESTS = [ROOT / "configs" / "cluster" / name for name in ("rayjob.yaml", "rayjob-bucket.yaml")]
 
 # The names of KubeRay 1.7's `ray.io_rayjobs.yaml`, as far as the manifest may need them.
 RAY_JOB = {
@@ -85,9 +86,30 @@ def test_every_option_of_a_command_on_the_page_exists():
 
 def test_the_configurations_of_the_page_are_valid():
     blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         load_config({"out": "out", "sa1b": [{"paths": ["a.tar"]}], **block})
+
+
+def test_the_manifest_for_a_bucket_gives_each_pod_credentials_and_bounded_scratch_and_shares_no_volume():
+    job = yaml.safe_load(MANIFESTS[1].read_text())
+    cluster = job["spec"]["rayClusterSpec"]
+    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    assert len(pods) == 2
+    for pod in pods:
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        kinds = {kind for volume in volumes.values() for kind in volume} - {"name"}
+        assert kinds <= {"emptyDir", "configMap"}
+        (container,) = pod["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": "bucket"}}]
+        (variable,) = container["env"]
+        assert variable["name"] == scratch.VARIABLE
+        (name,) = [
+            each["name"] for each in container["volumeMounts"] if each["mountPath"] == variable["value"]
+        ]
+        size = volumes[name]["emptyDir"]["sizeLimit"]
+        room = container["resources"]["limits"]["ephemeral-storage"]
+        assert size.endswith("Gi") and room.endswith("Gi") and 0 < int(size[:-2]) < int(room[:-2])
 
 
 def test_ray_is_not_told_to_report_in_any_command_that_starts_something():
@@ -98,8 +120,9 @@ def test_ray_is_not_told_to_report_in_any_command_that_starts_something():
     assert PAGE.index("export RAY_AUTH_MODE=token") < first_start, "the token comes before the first command"
 
 
-def test_the_manifest_has_only_fields_that_kuberay_knows_and_this_release_of_ray():
-    job = yaml.safe_load(MANIFEST.read_text())
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
+def test_the_manifest_has_only_fields_that_kuberay_knows_and_this_release_of_ray(manifest):
+    job = yaml.safe_load(manifest.read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and set(job["spec"]) <= RAY_JOB
     cluster = job["spec"]["rayClusterSpec"]
     assert set(cluster) <= RAY_CLUSTER and set(cluster["headGroupSpec"]) <= HEAD

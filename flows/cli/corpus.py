@@ -71,9 +71,10 @@ def inspect(
 ) -> None:
     """Print how many regions each step left (the funnel), with samples of kept and of dropped regions."""
     if pipe and not shards:
-        raise ConfigError("inspect: --pipe needs --shards")
+        raise ConfigError("inspect: --pipe says how shards are listed; give --shards, too")
     if shards:
-        from ...pipeline.corpus.shard_urls import list_shards, pipe_of
+        from ...pipeline.corpus.shard_pipes import pipe_of
+        from ...pipeline.corpus.shard_urls import list_shards
 
         for shard in list_shards(corpus):
             print(pipe_of(shard) if pipe else shard)

@@ -29,7 +29,8 @@ _HEAD = """\
 #   paracaption audit {name}     reads the sources and reports every problem
 #   paracaption build {name}     builds the corpus; the same command resumes
 
-# Folder of the corpus. Every node of a cluster must see it under this path.
+# Folder of the corpus, which every node of a cluster must see under this path; or a URL, such as
+# s3://bucket/corpus.
 out: corpus
 
 # Parts of the corpus by name, in the order in which they are built.

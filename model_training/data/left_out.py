@@ -15,7 +15,6 @@ import numpy as np
 from ...filters.held_out import is_held_out, without_repeat
 from ...pipeline.corpus import reader
 from ...pipeline.io import benchmark_photos
-from ...pipeline.io.tables import TableFile
 from .table import cached_folder
 
 if TYPE_CHECKING:
@@ -191,6 +190,6 @@ def has_file_names(corpus: reader.Corpus) -> bool:
     import pyarrow as pa
 
     try:
-        return FILE_NAME in TableFile(corpus.index_path).names
+        return FILE_NAME in corpus.index_columns()
     except (OSError, pa.ArrowException):
         return True

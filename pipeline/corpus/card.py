@@ -15,10 +15,12 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ...schemas.published import published
 from ...schemas.records import SCORES
+from ..io.location import is_bucket
 from ..sources.protocols import SOURCE_STAGE
 from ..sources.registry import open_source, subset_title
 from ..stages.recipes import members_of, stage_kinds
 from ..stages.registry import STAGES, known_stage
+from .shard_pipes import PIPES
 
 if TYPE_CHECKING:
     from ...schemas.summary import CorpusSummary, SubsetCounts, SubsetSummary
@@ -43,19 +45,19 @@ _LINK = re.compile(r"(?:https?|ftp)://[^\s<>|]+")
 def render_card(summary: CorpusSummary, config: BuildConfig) -> str:
     """The card as Markdown, from a corpus's statistics and configuration. Equal ones give an equal card."""
     parts = [
-        _front_matter(summary),
+        _front_matter(summary, config.out),
         _head(summary),
         *(_subset(name, subset) for name, subset in summary.subsets.items()),
         steps(summary, config),
         _pictures(),
         _licenses(config, summary),
-        _reading(summary),
+        _reading(summary, config.out),
         configuration(config, summary),
     ]
     return "\n".join(parts)
 
 
-def _front_matter(summary: CorpusSummary) -> str:
+def _front_matter(summary: CorpusSummary, out: str) -> str:
     filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
     files = [
         {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/shards/{name}-*.tar"}]}
@@ -70,6 +72,8 @@ def _front_matter(summary: CorpusSummary) -> str:
         "size_categories": [size_category(summary.images_captioned)],
         "configs": files,
     }
+    if is_bucket(out):  # where a pattern would name files of earlier versions, too
+        del values["configs"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
 
 
@@ -245,10 +249,25 @@ data = data.filter(lambda sample: sample["__key__"] in keys)
 """
 
 
-def _reading(summary: CorpusSummary) -> str:
+def _splits_in_bucket(out: str) -> str:
+    """The same text, with code that finds the index by the commit log."""
+    before, _, after = _SPLITS.partition("import pyarrow.parquet")
+    scheme = out.partition("://")[0]
+    return (
+        f'{before}corpus = paracaption.open_corpus("{scheme}://BUCKET/CORPUS")\n'
+        'rows = [row for table in corpus.index(["subset", "key", "split"]) for row in table.to_pylist()]\n'
+        'keys = {{row["key"] for row in rows if (row["subset"], row["split"]) == ("{name}", "train")}}\n'
+        f"{after[after.index('data = data.filter') :]}"
+    )
+
+
+def _reading(summary: CorpusSummary, out: str) -> str:
     filled = [name for name, subset in summary.subsets.items() if subset.counts.images_captioned]
     name = (filled or list(summary.subsets))[0]
     scores = "\n".join(f"- `{score}`: {meaning}" for score, meaning in SCORES.items())
+    splits = _SPLITS if summary.held_out_share else ""
+    splits = (splits and _splits_in_bucket(out) if is_bucket(out) else splits).format(name=name)
+    examples, layout = _in_bucket(name, out, splits) if is_bucket(out) else _in_folder(name, splits)
     return f"""
 ## Reading it
 
@@ -264,20 +283,7 @@ in the bytes of the photo was changed.
 Where the publisher's records state them, the JSON has the photo's `license`, `license_url`, `license_id`,
 `attribution`, `author`, `author_url`, `title`, `source_url`, `coco_url` and `flickr_url`.
 
-```python
-import glob, json
-import webdataset as wds
-
-for sample in wds.WebDataset(sorted(glob.glob("{name}/shards/{name}-*.tar")), shardshuffle=False):
-    photo, record = sample["jpg"], json.loads(sample["json"])
-```
-
-```python
-from datasets import load_dataset
-
-data = load_dataset("webdataset", data_files="{name}/shards/{name}-*.tar", split="train", streaming=True)
-```
-
+{examples}
 ```python
 from pycocotools import mask
 
@@ -292,17 +298,72 @@ pixels = mask.decode(record["regions"][0]["rle"])  # (height, width) of 0 and 1,
 | `<subset>/manifests/<unit>.json` | the commit record of the unit; ignore a shard that has none |
 | `stats.json`, `plots/` | the numbers and pictures of this card |
 
-`shard` in the index is a path relative to this folder.
-{_SPLITS.format(name=name) if summary.held_out_share else ""}
-To publish the corpus, publish this file (`README.md`) and the files of the table. The folder of a build has
-other files, which ParaCaption needs to continue the build (`build`) and to look into it (`explore`, `report`,
-`versions` and other commands). Do not publish those: they may contain paths and process names of the machine
-that built the corpus, and names of reviewers.
-
+{layout}
 A region has a score only if the step that computes the score has seen the region. The scores are:
 
 {scores}
 """
+
+
+def _in_folder(name: str, splits: str) -> tuple[str, str]:
+    """How a corpus in a folder is read with webdataset and datasets, and what lies where."""
+    examples = f"""```python
+import glob, json
+import webdataset as wds
+
+for sample in wds.WebDataset(sorted(glob.glob("{name}/shards/{name}-*.tar")), shardshuffle=False):
+    photo, record = sample["jpg"], json.loads(sample["json"])
+```
+
+```python
+from datasets import load_dataset
+
+data = load_dataset("webdataset", data_files="{name}/shards/{name}-*.tar", split="train", streaming=True)
+```
+"""
+    layout = f"""`shard` in the index is a path relative to this folder.
+{splits}
+To publish the corpus, publish this file (`README.md`) and the files of the table. The folder of a build has
+other files, which ParaCaption needs to continue the build (`build`) and to look into it (`explore`, `report`,
+`versions` and other commands). Do not publish those: they may contain paths and process names of the machine
+that built the corpus, and names of reviewers.
+"""
+    return examples, layout
+
+
+def _in_bucket(name: str, out: str, splits: str) -> tuple[str, str]:
+    """The same of one in a bucket, where the commit log says which names count, and no pattern does."""
+    scheme = out.partition("://")[0]
+    examples = f"""```python
+import json
+import paracaption
+import webdataset as wds
+from paracaption.pipeline.corpus.shard_pipes import pipe_of
+
+shards = paracaption.list_shards("{scheme}://BUCKET/CORPUS", "{name}")  # where this file lies
+for sample in wds.WebDataset([pipe_of(shard) for shard in shards], shardshuffle=False):
+    photo, record = sample["jpg"], json.loads(sample["json"])
+```
+
+```python
+from datasets import load_dataset
+
+data = load_dataset("webdataset", data_files=shards, split="train", streaming=True)
+```
+
+`pipe_of` makes `pipe:{PIPES.get(scheme, "...")}` of a URL: webdataset reads what this command prints.
+`paracaption inspect {scheme}://BUCKET/CORPUS --shards` prints the same list, one URL in a line, for programs
+that are not in Python, and with `--pipe` as webdataset's commands. `datasets` reads URLs through fsspec,
+which takes the store's credentials from the environment.
+"""
+    layout = f"""Here each of these files has another ending (`<unit>-1f0c66ab52d3.tar`), and those of earlier
+versions may lie beside it. The commit log (`log/`) says which ones count, and ParaCaption looks there, so do
+not name files by a pattern. `paracaption.open_corpus(URL).shard_path(row)` is the URL of the shard that a row
+of the index names.
+{splits}
+To publish the corpus, export it as a dataset repository (`paracaption export --format hub`).
+"""
+    return examples, layout
 
 
 def configuration(config: BuildConfig, summary: CorpusSummary) -> str:

@@ -101,9 +101,9 @@ class EventLog:
         return event
 
     def add_files(self, read: Callable[[], Mapping[str, bytes]]) -> None:
-        """Have files of this machine next to the events, if these are in a bucket; see `PartWriter.add_files`.
+        """Keep files of this machine next to the events in a bucket; in a folder they are there already.
 
-        In a folder they are there already.
+        See `PartWriter.add_files`.
         """
         if isinstance(self.path, Prefix):
             self._lines = self._lines or self._open()

@@ -274,6 +274,14 @@ class Corpus:
         except (OSError, pa.ArrowException, KeyError) as error:
             raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge CONFIG`") from error
 
+    def index_columns(self) -> list[str]:
+        """Names of the index's columns.
+
+        Raises:
+            OSError, pyarrow.ArrowException: the index cannot be read.
+        """
+        return TableFile(log.place_of(self.path, INDEX)).names
+
     def index_is_current(self, digests: Mapping[str, str] | None = None) -> bool:
         """Whether index and statistics are of the units that are committed now.
 

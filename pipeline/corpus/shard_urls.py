@@ -6,19 +6,8 @@ pattern does, so such programs are given a list.
 
 from __future__ import annotations
 
-import shlex
-
-from ...schemas.errors import ConfigError
-from ..io import bucket_clients
-from ..io.location import Location, is_bucket
+from ..io.location import Location
 from . import log, reader
-
-PIPES = {
-    "s3": "aws s3 cp {url} -",
-    "gs": "gcloud storage cat {url}",
-    "az": "az storage blob download -c {bucket} -n {key} -f /dev/stdout --no-progress -o none",
-}
-"""Scheme -> the command of the store's own client that writes an object to its output."""
 
 
 def list_shards(corpus: str | Location, subset: str | None = None) -> list[str]:
@@ -48,18 +37,3 @@ def list_shards(corpus: str | Location, subset: str | None = None) -> list[str]:
         for unit in opened.units(subset)
         if (found := logged.get(f"{unit.subset}/{unit.name}")) is not None and found.shard is not None
     ]
-
-
-def pipe_of(shard: str) -> str:
-    """A shard as `webdataset` reads it: a path as it is; of a URL, a command of the store's own client.
-
-    Raises:
-        ConfigError: nobody else can read it.
-    """
-    if not is_bucket(shard):
-        return shard
-    scheme, bucket, key = bucket_clients.place_of(shard)
-    if scheme not in PIPES:
-        raise ConfigError(f"{shard}: no command reads {scheme}:// from another process; leave out --pipe")
-    named = {"url": shard, "bucket": bucket, "key": key}
-    return "pipe:" + PIPES[scheme].format(**{name: shlex.quote(text) for name, text in named.items()})

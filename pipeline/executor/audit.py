@@ -207,10 +207,10 @@ class AuditReport(msgspec.Struct):
             )
             for name in names
         ]
-        written = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_arrays(columns, names=list(names)), written, compression="zstd")
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_arrays(columns, names=list(names)), buffer, compression="zstd")
         store_of(path).make_folder(str(locate(path).parent))
-        write_file(path, written.getvalue().to_pybytes())
+        write_file(path, buffer.getvalue().to_pybytes())
 
 
 def audit_subset(

@@ -18,6 +18,7 @@ from ..io import bucket_checks, files
 from ..io.location import is_bucket
 from ..models import registry
 from ..models.protocols import Checked
+from ..models.vllm_engine import FORK_HANGS, START_METHOD
 from ..sources.protocols import Catalog, Source
 from ..sources.registry import open_source
 from ..stages.base import ModelStage
@@ -39,7 +40,24 @@ def check_build(config: BuildConfig) -> Iterator[Finding]:
     yield from check_stages(config)
     yield from check_sources(config)
     yield check_output(config.out)
+    yield from check_forks(config)
     yield try_check("out", "keep sources and output apart", _check_places, config)
+
+
+def check_forks(config: BuildConfig) -> Iterator[Finding]:
+    """A FAIL for each backend whose vLLM would fork, if the corpus is in a bucket.
+
+    Of the nodes' own environment the engine itself says it, when it starts there.
+    """
+    if not is_bucket(config.out):
+        return
+    for place, (protocol, backend) in used_backends(config).items():
+        with suppress(ConfigError):  # one that cannot be imported is found by `check_backend`
+            if "vllm" in registry.find_registered(protocol, backend).needs:
+                its_own = backend.runtime_env.get("env_vars", {})
+                if its_own.get(START_METHOD, os.environ.get(START_METHOD)) == "fork":
+                    found, _, fix = f"{START_METHOD}=fork: {FORK_HANGS}".partition("; ")
+                    yield Finding(f"{place} {backend.name}", FAIL, found, fix)
 
 
 def check_packages(config: BuildConfig, asked: Collection[str]) -> Iterator[Finding]:

@@ -145,17 +145,9 @@ def variables_set(scheme: str) -> list[str]:
     )
 
 
-def refuse_fork(what: str) -> None:
-    """Refuse to fork this process if it has used a bucket: the child would wait for ever.
-
-    Args:
-        what: would fork, and what to do instead; for people.
-
-    Raises:
-        ConfigError: it has.
-    """
-    if _first_used_in == os.getpid():
-        raise ConfigError(f"{what}: this process has read or written a bucket, and must not be forked")
+def was_used() -> bool:
+    """Whether this process has used a bucket: one that is forked from it would wait for ever."""
+    return _first_used_in is not None
 
 
 def _connect(place: Place) -> ObjectStore:

@@ -31,7 +31,8 @@ def read_version(url: str) -> tuple[bytes, Version | None]:
     def read(calls: Any, client: Any) -> tuple[bytes, Version]:
         found = calls.get(client, key_of(url))
         meta = found.meta
-        return found.bytes().to_bytes(), {"e_tag": meta["e_tag"], "version": meta["version"]}
+        version = {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
+        return found.bytes().to_bytes(), version
 
     try:
         return insist(read, url)

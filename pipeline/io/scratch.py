@@ -37,11 +37,13 @@ IN_MEMORY_BYTES = 4 << 20
 _STEP_BYTES = 64 << 20
 """How much is written before the free space is looked at again."""
 
+_ABANDONED_S = 86_400.0
+"""After this time without a change, staged files are removed also of a process that may be alive: one of an
+earlier container, whose process ids mean nothing in this one, is never known to be dead. So is what a run
+left on a machine without its driver."""
+
 _PREFIX = "staged"
 _RUNS, _DRIVER = "events", "driver"
-
-_ABANDONED_S = 86_400.0
-"""On machines without the driver, what a run left is removed when nothing in it was written for so long."""
 
 _cleaned: dict[str, int] = {}
 _lock = threading.Lock()
@@ -96,7 +98,7 @@ def remove_run(run: Path) -> None:
 
 def _is_staged_by_the_dead(folder: Path) -> bool:
     owner = _owner_of(folder.name)
-    return owner is not None and is_dead(owner)
+    return owner is not None and (is_dead(owner) or _is_abandoned(folder))
 
 
 def _is_of_a_dead_run(run: Path) -> bool:
@@ -104,12 +106,17 @@ def _is_of_a_dead_run(run: Path) -> bool:
         driver = _owner_of((run / _DRIVER).read_text())
         return driver is not None and is_dead(driver)
     except FileNotFoundError:
-        with suppress(OSError):  # another process removes it, too
-            written_s = max(path.stat().st_mtime for path in (run, *run.iterdir()))
-            return time.time() - written_s > _ABANDONED_S
+        return _is_abandoned(run)
     except OSError:  # a file that is not ours
-        pass
-    return False
+        return False
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:  # at work, or removed by another process
+        return False
+    return time.time() - newest_s > _ABANDONED_S
 
 
 def make_room(folder: Path, num_bytes: int) -> None:

@@ -13,13 +13,22 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...schemas.errors import EngineLost, OutOfMemory
+from ...schemas.errors import ConfigError, EngineLost, OutOfMemory
+from ..io import bucket_clients
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
 
 log = logging.getLogger(__name__)
+
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+"""The environment variable that tells vLLM how to start its processes: "fork", its default, or "spawn"."""
+
+FORK_HANGS = (
+    "a process that is forked from one that has used a bucket waits for ever, and `out` is in one; unset the "
+    "variable, or set it to spawn"
+)
 
 _open: weakref.WeakSet[Any] = weakref.WeakSet()
 _closed: list[Any] = []
@@ -42,6 +51,14 @@ class Request(NamedTuple):
     num_bytes: int = 0
 
 
+def _never_fork_from_a_bucket() -> None:
+    """Have vLLM start new processes where one that is forked from this process would hang."""
+    if bucket_clients.was_used():
+        if os.environ.get(START_METHOD) == "fork":
+            raise ConfigError(f"{START_METHOD}=fork: {FORK_HANGS}")
+        os.environ[START_METHOD] = "spawn"
+
+
 class Engine:
     """vLLM with a plain loop around it.
 
@@ -52,9 +69,11 @@ class Engine:
 
     Raises:
         ValueError: as vLLM has it, for arguments that do not fit the model or the GPU.
+        ConfigError: the environment asks for a fork, which would hang here.
     """
 
     def __init__(self, model: str | Path, own_process: bool = False, **arguments: Any):
+        _never_fork_from_a_bucket()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import EngineArgs

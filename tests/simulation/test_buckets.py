@@ -13,7 +13,7 @@ import re
 
 import pytest
 
-from paracaption.pipeline.io import bucket_checks, buckets
+from paracaption.pipeline.corpus import sweep as sweeping
 from tests.simulation.bucket import REQUESTS, WRITES, BucketWorld
 from tests.simulation.test_simulation import try_seeds
 from tests.simulation.world import Simulation
@@ -54,14 +54,8 @@ def test_every_kind_of_fault_happens_in_a_bucket(simulation, kind):
     pytest.fail(f"none of {len(faults)} faults happened")
 
 
-def test_a_store_that_ignores_conditions_is_noticed(simulation, monkeypatch):
-    """A record that comes late takes the place of the one that another driver has written meanwhile."""
-
-    def put(calls, client, key, data):
-        calls.put(client, key, data)
-        return True
-
-    monkeypatch.setattr(buckets, "_create", put)
-    monkeypatch.setattr(bucket_checks, "check_store", lambda _: None)
-    faults = [each for where, each in simulation.faults() if where == "fresh" and each.kind == "kill_stuck"]
-    assert any(simulation.problem_of("fresh", each) for each in faults[::3])
+def test_what_does_not_hold_in_a_bucket_is_noticed(simulation, monkeypatch):
+    """A sweep that does not look what the log names deletes what was committed."""
+    monkeypatch.setattr(sweeping, "_named", lambda _: set())
+    monkeypatch.setattr(sweeping, "_named_since", lambda *_: set())
+    assert simulation.problem_of("rebuild")

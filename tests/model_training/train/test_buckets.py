@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing.forkserver
 import threading
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from paracaption.flows.preflight import check_training
+from paracaption.model_training.data.corpus import TrainingCorpus
 from paracaption.model_training.data.loader import Loader
 from paracaption.model_training.decoding.read_regions import iter_photo_regions, read_photo_regions
 from paracaption.model_training.evaluation.select_images import choose_images
@@ -105,13 +106,17 @@ def test_a_run_on_a_bucket_has_the_losses_of_a_folder(made, s3, tmp_path, shares
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_worker_processes_give_the_batches_of_a_folder(made, s3, tmp_path, method):
     wanted = list(loader(made.out, tmp_path / "cache"))
-    multiprocessing.forkserver._forkserver._stop()  # an earlier test's has an environment without the bucket
+    end_fork_server()  # an earlier test's has an environment without the bucket
     ours = loader(BUCKET, tmp_path / "cache", method, workers=2, max_tokens=600)
     s3.set_faults(shares={"slow_body": 0.5, "503": 0.1}, seed=1, slow_s=0.02)
     assert_equal(list(ours), wanted)
     assert_equal(list(ours), list(iterator_of_epoch(made, tmp_path, 1)))
     ours.close()
-    multiprocessing.forkserver._forkserver._stop()
+    end_fork_server()
+
+
+def end_fork_server() -> None:
+    forkserver._forkserver._stop()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def iterator_of_epoch(made: BuildConfig, folder: Path, epoch: int) -> Iterator[Any]:
@@ -134,7 +139,8 @@ def test_a_sample_is_one_request_for_as_many_bytes_as_it_has(made, s3, tmp_path)
     items = sum(len(batch.keys) for batch in ours)
     assert items >= 12 and len(shard_reads(s3)) <= items
     assert {each["operation"] for each in s3.requests()} == {"GetObject"}
-    (source,) = ours.mixture.sources
+    (source,) = ours.make.sources
+    assert isinstance(source, TrainingCorpus)
     rows = source.table.rows
     bound = items * int((rows["photo_length"] + rows["json_length"] + 4096).max())
     assert s3.counts()["bytes"]["out"] <= bound

@@ -99,7 +99,7 @@ def test_duckdb_reads_the_ledgers_of_the_corpus_and_nothing_else(pair, tmp_path)
         with pytest.raises(IntegrityError, match=r"disabled by configuration|No files found"):
             catalog.select(f"SELECT count(*) FROM read_parquet('{path}')")
     with pytest.raises(IntegrityError, match=r"is only read|cannot be|Cannot"):
-        catalog.select(f"COPY (SELECT 1) TO '{bucket_tables.SCHEME}://new.csv'")
+        catalog.select(f"COPY (SELECT key FROM LEDGERS) TO '{bucket_tables.SCHEME}://new.csv'")
     assert catalog.select("SELECT count(*) FROM LEDGERS") == [(44,)]
 
 
@@ -108,11 +108,10 @@ def test_a_ledger_that_is_gone_or_damaged_is_named(pair):
     catalog = Catalog(changed.bucket)
     gone, damaged = (catalog.units()[number].ledger for number in (0, 1))
     store_of(gone).delete(gone)
-    with pytest.raises(IntegrityError, match=f"no such object: '{gone}'.*paracaption verify"):
-        catalog.select("SELECT sum(area) FROM LEDGERS")
     store_of(damaged).put(damaged, b"x" * 500)
-    with pytest.raises(IntegrityError, match=f"{damaged.rpartition('/')[2]}.*paracaption verify"):
-        catalog.select("SELECT sum(area) FROM LEDGERS", units=catalog.units()[1:2])
+    for number, said in ((0, f"no such object: '{gone}'"), (1, damaged.rpartition("/")[2])):
+        with pytest.raises(IntegrityError, match=f"{re.escape(said)}.*paracaption verify"):
+            catalog.select("SELECT sum(area) FROM LEDGERS", units=catalog.units()[number : number + 1])
 
 
 def test_two_reviewers_at_the_same_time_lose_nothing(pair, monkeypatch):

@@ -45,7 +45,10 @@ class Made(NamedTuple):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Made:
     home = tmp_path_factory.mktemp("made")
-    sources = {"coconut": write_coconut(home / "coconut", 10), "sa1b": write_sa1b(home / "sa1b", 3)}
+    sources: dict[str, Any] = {
+        "coconut": write_coconut(home / "coconut", 10),
+        "sa1b": write_sa1b(home / "sa1b", 3),
+    }
     driver.build(config_of(home / "corpus", **sources), LocalEngine())
     return Made(home / "corpus", sources)
 

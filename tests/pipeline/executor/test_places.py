@@ -133,3 +133,32 @@ def test_every_path_of_a_configuration_is_found_by_its_type(tmp_path):
 
     options = CoconutOptions.model_validate(coconut_at(tmp_path, license="a/b"))
     assert [key for key, _ in locations(options)] == ["annotations", "labels", "photos"]
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("s3://bucket/out/sa_000000.tar", "is inside `out`"),
+        ("s3a://bucket/out/sa1b/shards/*.tar", "is inside `out`"),
+        ("s3://bucket/*/sa1b/shards/*.tar", "matches what a build writes"),
+        ("s3://bucket/*/*/*/*.tar", "matches what a build writes"),
+    ],
+)
+def test_a_source_in_the_bucket_of_the_output_is_refused_as_in_a_folder(tmp_path, path, told):
+    with pytest.raises(ConfigError, match=told):
+        refuse_overlap(config_of("s3://bucket/out/", beside=tmp_path, sa1b={"paths": [path]}))
+
+
+@pytest.mark.parametrize("photos", ["s3://bucket", "s3://bucket/data/", "s3://bucket/data/out/more"])
+def test_an_output_inside_a_prefix_that_is_read_as_a_whole_is_refused(tmp_path, photos):
+    coconut = coconut_at(tmp_path, photos=[photos])
+    with pytest.raises(ConfigError, match="is inside"):
+        refuse_overlap(config_of("s3://bucket/data/out", beside=tmp_path, coconut=coconut))
+
+
+def test_sources_beside_the_output_in_its_bucket_are_taken(tmp_path):
+    for path in ("s3://bucket/out-2/*.tar", "s3://bucket/*.tar", "s3://other/out/*.tar", "out/*.tar"):
+        refuse_overlap(config_of("s3://bucket/out", beside=tmp_path, sa1b={"paths": [path]}))
+    same = "abfs://box@account.dfs.core.windows.net/out/a.tar"
+    with pytest.raises(ConfigError, match="is inside `out`"):
+        refuse_overlap(config_of("az://box/out", beside=tmp_path, sa1b={"paths": [same]}))

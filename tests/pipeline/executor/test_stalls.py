@@ -7,20 +7,23 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from paracaption.pipeline.corpus import card, owner, plots, reader, writer
-from paracaption.pipeline.corpus.events import Event
+from paracaption.pipeline.corpus.events import Event, EventLog, EventReader
 from paracaption.pipeline.executor import build as building
 from paracaption.pipeline.executor import preflight, stalls
 from paracaption.pipeline.executor.progress import STALL_GRACE_S, Progress, Watch
 from paracaption.pipeline.executor.stalls import StackFile, telling
 from paracaption.pipeline.executor.worker import Worker
-from paracaption.pipeline.io import photos
+from paracaption.pipeline.io import photos, scratch
 from paracaption.pipeline.io.activity import NOW, Activity
+from paracaption.pipeline.io.location import Prefix, locate
+from paracaption.pipeline.io.store import store_of
 from paracaption.pipeline.models import registry
 from paracaption.pipeline.sources import coco_json
 from paracaption.pipeline.stages.base import FilterStage
@@ -272,3 +275,79 @@ def test_where_no_worker_is_at_work_ray_is_told_to_have_placed_none(tmp_path, wa
     assert watch().startswith(
         "no progress for 7 s (failures.stall_s); no worker is at work: Ray may have too few"
     )
+
+
+# A corpus in a bucket: stacks are on scratch, and uploaded.
+
+
+@pytest.fixture
+def run(bucket_out) -> Prefix:
+    found = locate(f"{bucket_out}/events/20260101-000000-coconut-abc")
+    assert isinstance(found, Prefix)
+    return found
+
+
+@pytest.fixture
+def watch_bucket(run) -> Callable[[], str]:
+    def look() -> str:
+        found = Watch(7.0)
+        found.follow(EventReader(run), Progress("coconut", 1), run)
+        found.moved -= 7.1 + STALL_GRACE_S
+        found.update(moved=False)  # stacks come with the next events
+        found.moved -= 60
+        with pytest.raises(StageStalled) as raised:
+            found.update(moved=False)
+        return str(raised.value)
+
+    return look
+
+
+def test_a_stack_is_uploaded_next_to_the_events_and_named_from_another_node(
+    run, watch_bucket, tmp_path, monkeypatch
+):
+    events = EventLog(run, "write")
+    events.add_files(partial(stalls.read_stacks, str(run)))
+    stack = stalls.stack_file(str(run), 0.2, "write", lambda: None)
+    with stack, NOW.during("write", "coconut-000003", "000000000012"):
+        time.sleep(0.5)
+        events.close()
+    monkeypatch.setenv(scratch.VARIABLE, str(tmp_path / "scratch of the driver"))
+    line = watch_bucket()
+    words = "write, unit coconut-000003, at 000000000012: no progress for 7 s (failures.stall_s)"
+    assert line == f"{words}; the stack is in {run / stack.path.name}; {FIX}"
+    assert "test_stalls.py" in store_of(run).read(str(run / stack.path.name)).decode()
+
+
+def test_a_worker_that_holds_pythons_lock_has_its_stack_uploaded_by_another_of_its_node(run, watch_bucket):
+    """It writes the file by C code, and uploads nothing."""
+    path = stalls.stack_file(str(run), 9, "caption", lambda: None).path
+    path.write_text(f"caption, unit coconut-000001\n{stalls.STACK_MARK}")
+    events = EventLog(run, "write")
+    events.add_files(partial(stalls.read_stacks, str(run)))
+    events.close()
+    path.unlink()
+    assert watch_bucket().startswith("caption, unit coconut-000001: no progress")
+
+
+def test_a_stack_on_the_drivers_own_node_is_named_there_while_the_bucket_does_not_answer(
+    faulty_s3, monkeypatch
+):
+    run = locate("s3://corpus/out/events/20260101-000000-coconut-abc")
+    path = stalls.stack_file(str(run), 9, "caption", lambda: None).path
+    path.write_text(f"caption, unit coconut-000001\n{stalls.STACK_MARK}")
+    faulty_s3.fail("503", count=None)
+    assert stalls.hanging(run) == [("caption, unit coconut-000001", path)]
+
+
+def test_where_no_stack_was_uploaded_the_line_says_both_reasons(run, watch_bucket):
+    line = watch_bucket()
+    assert "no worker has uploaded a stack" in line and "`ray status`" in line
+    assert f"the nodes do not reach {run.parent.parent} any more" in line
+
+
+def test_events_that_cannot_be_read_end_nothing(faulty_s3):
+    run = locate("s3://corpus/out/events/20260101-000000-coconut-abc")
+    watch = Watch(7.0)
+    watch.follow(EventReader(run), Progress("coconut", 1), run)
+    faulty_s3.fail("503", count=None)
+    watch.update(moved=False)

@@ -72,6 +72,7 @@ def test_few_bytes_stay_in_memory_and_many_go_to_a_file_that_is_discarded(home):
 
 _STAGING = """
 import sys
+from paracaption.pipeline.io.process_identity import this_process
 from paracaption.pipeline.io.scratch import IN_MEMORY_BYTES, Staged
 staged = Staged(sys.argv[1], "a.tar")
 staged.write(bytes(IN_MEMORY_BYTES + 1))
@@ -149,3 +150,16 @@ def test_the_free_space_is_looked_at_again_while_a_large_file_grows(monkeypatch)
         for _ in range(5):
             staged.write(bytes(1 << 19))
     staged.discard()
+
+
+def test_what_an_earlier_container_left_is_removed_after_a_day(home, monkeypatch):
+    monkeypatch.setattr(scratch, "this_process", lambda: this_process()._replace(name_space="pid:[1]"))
+    for name in ("a.tar", "b.tar"):
+        staged = Staged(OUT, name)
+        staged.write(bytes(IN_MEMORY_BYTES + 1))
+    path = staged.content()
+    assert isinstance(path, Path)
+    assert clean(OUT) == 0 and path.exists(), "it may be alive"
+    for each in (path.parent, *path.parent.iterdir()):
+        os.utime(each, (time.time() - 90_000,) * 2)
+    assert clean(OUT) > 2 * IN_MEMORY_BYTES and not path.parent.exists()
