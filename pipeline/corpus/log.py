@@ -23,14 +23,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...schemas.errors import IntegrityError
 from ...schemas.records import Blob
 from ..io import files
-from ..io.listing import list_files
-from ..io.location import Location, is_bucket, locate
+from ..io.location import Location, is_bucket
 from ..io.store import store_of
 from . import adopt, records
 from .records import (
@@ -397,24 +396,6 @@ def is_whole(out: str, unit: LogUnit) -> bool:
         or (file.temporary and store.size(f"{out}/{file.temporary}") == file.bytes)
         for file in unit.files()
     )
-
-
-def find_broken(out: str, units: Iterable[LogUnit]) -> list[LogUnit]:
-    """Those of some committed units of which a file is gone or has another size; see `is_whole`.
-
-    A bucket is listed; only what is not in the listing, which may be late, is asked for one by one.
-    """
-    if not is_bucket(out):
-        return [unit for unit in units if not is_whole(out, unit)]
-    units = list(units)
-    folders = {file.place.rpartition("/")[0] for unit in units for file in unit.files()}
-    listed = {
-        f"{folder}/{name}": found.bytes
-        for folder in folders
-        for name, found in list_files(locate(f"{out}/{folder}")).items()
-    }
-    doubted = [unit for unit in units if any(listed.get(file.place) != file.bytes for file in unit.files())]
-    return [unit for unit in doubted if not is_whole(out, unit)]
 
 
 def files_of(record: Record) -> list[LogFile]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...schemas.errors import IntegrityError
+from ..io.listing import list_files
+from ..io.location import is_bucket, locate
 from . import log as commit_log
 from .records import LogUnit
 from .work_list_summary import FOLDER, WorkList, first_steps
@@ -47,5 +51,23 @@ def find_pending_units(work_list: WorkList, recipe: str) -> list[int]:
             f"{path}: the work list has no such unit; restore {subset}/{FOLDER} from a copy, or use a new "
             "`out`"
         )
-    broken = {id(unit) for unit in commit_log.find_broken(out, committed.values())}
+    broken = {id(unit) for unit in _find_broken(out, committed.values())}
     return sorted([*pending, *(index for index, unit in committed.items() if id(unit) in broken)])
+
+
+def _find_broken(out: str, units: Iterable[LogUnit]) -> list[LogUnit]:
+    """Those of some committed units of which a file is gone or has another size; see `log.is_whole`.
+
+    A bucket is listed; only what is not in the listing, which may be late, is asked for one by one.
+    """
+    if not is_bucket(out):
+        return [unit for unit in units if not commit_log.is_whole(out, unit)]
+    units = list(units)
+    folders = {file.place.rpartition("/")[0] for unit in units for file in unit.files()}
+    listed = {
+        f"{folder}/{name}": found.bytes
+        for folder in folders
+        for name, found in list_files(locate(f"{out}/{folder}")).items()
+    }
+    doubted = [unit for unit in units if any(listed.get(file.place) != file.bytes for file in unit.files())]
+    return [unit for unit in doubted if not commit_log.is_whole(out, unit)]
