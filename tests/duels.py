@@ -9,6 +9,7 @@ and by comparison with a build into a folder. A round is decided by its seed, as
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -36,6 +37,7 @@ from paracaption.schemas.config import BuildConfig
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.records import Blob
 from tests.building import calls, config_of
+from tests.machinery import alone
 from tests.object_server import ObjectServer, serving
 from tests.synthetic import write_coconut, write_sa1b
 
@@ -239,8 +241,11 @@ class Round:
         self._started_s: dict[int, float] = {}
         self._began_s = time.monotonic()
 
-    def run(self) -> None:
+    def run(self, end: Callable[[], object] = lambda: None) -> None:
         """Set drivers against each other until one has finished; then one builds in peace.
+
+        Args:
+            end: ends what may still write to the bucket, before that is judged.
 
         Raises:
             AssertionError: something does not hold.
@@ -259,6 +264,7 @@ class Round:
         while last.exit_code() is None:
             time.sleep(0.05)
         assert last.exit_code() == DONE, f"the last build: {self._told()}"
+        end()
         with mock.patch.dict(os.environ, self.environment):
             self._judge()
 
@@ -400,7 +406,7 @@ class Round:
         """A question is asked again only where a driver was killed or replaced before its answer was saved.
 
         A worker saves after each image, so each of them may be asking once more about one image, and about
-        another before it finds out that it was replaced.
+        another before it finds out that it was replaced; Ray has more of them under way.
         """
         before, lost = None, 1
         for record in records:
@@ -411,7 +417,7 @@ class Round:
             assert set(asked) == set(wanted), f"{name}: other questions than in an undisturbed build"
             again = asked.total() - len(wanted)
             self.did["asked again"] += again
-            most = 2 * MASKS * (lost + self.did["killed"] + self.did["stopped"])
+            most = (8 if self.address else 2) * MASKS * (lost + self.did["killed"] + self.did["stopped"])
             assert again <= most, f"{name}: {again} questions were asked again, {most} may be"
 
     def _check_rest(self, records: list[Any]) -> None:
@@ -458,16 +464,19 @@ def _send(process: Process, number: signal.Signals) -> bool:
     return False
 
 
-def play(
-    folder: Path, sources: Sources, seed: int, told: str = "", address: str = "", server: Any = None
-) -> str:
+def play(folder: Path, sources: Sources, seed: int, told: str = "", on_ray: bool = False) -> str:
     """One round; what does not hold in it, or "". Appends a line to the file `told`."""
-    with contextlib.nullcontext(server) if server else serving() as objects:
-        objects.forget_requests()
-        one = Round(folder / f"round-{seed}", sources, seed, objects, address)
+    with serving() as server, contextlib.ExitStack() as stack:
+        address, end = "", lambda: None
+        if on_ray:
+            stack.enter_context(mock.patch.dict(os.environ, server.environment))
+            os.environ[scratch.VARIABLE] = str(folder / f"round-{seed}")
+            address, end = _start_ray()
+            stack.callback(end)
+        one = Round(folder / f"round-{seed}", sources, seed, server, address)
         problem = ""
         try:
-            one.run()
+            one.run(end)
         except Exception as error:  # noqa: BLE001 - also what should never have come through
             problem = f"{type(error).__name__}: {error}"
         line = {**one.told(), "outcome": problem or "whole"}
@@ -475,6 +484,15 @@ def play(
         with open(told, "a") as file:
             file.write(json.dumps(line) + "\n")
     return problem and f"seed {seed}: {problem}\n{line}"
+
+
+def _start_ray() -> tuple[str, Callable[[], object]]:
+    """The address of a Ray of this machine, whose workers inherit the environment; and what ends it."""
+    from ray.cluster_utils import Cluster
+
+    with alone():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    return cluster.address, functools.cache(cluster.shutdown)
 
 
 def rounds(default: int, variable: str) -> Iterator[int]:

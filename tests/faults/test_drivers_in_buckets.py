@@ -36,3 +36,10 @@ def test_a_round_of_drivers_in_a_bucket_that_fails(tmp_path, sources):
 def test_rounds_of_local_drivers(tmp_path, sources):
     seeds = list(rounds(5, "PARACAPTION_DUELS"))
     fail_together([each for seed in seeds if (each := play(tmp_path, sources, seed, RESULTS))], len(seeds))
+
+
+@pytest.mark.soak
+def test_rounds_of_drivers_on_ray(tmp_path, sources):
+    seeds = list(rounds(1, "PARACAPTION_RAY_DUELS"))
+    problems = [each for seed in seeds if (each := play(tmp_path, sources, seed, RESULTS, on_ray=True))]
+    fail_together(problems, len(seeds))

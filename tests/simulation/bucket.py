@@ -48,8 +48,8 @@ is done twice, as by a client that asks again by itself, and the second answer i
 
 BUCKET_KINDS = (*KINDS, *(kind for kind in (*REQUESTS, *WRITES) if kind not in KINDS))
 
-_LATER = (1, 5, 25, 60, 120)
-"""So many requests later what the network held arrives."""
+_LATER = (1, 10, 60, 130, 170, 230)
+"""So many requests later what the network held arrives. A driver claims a corpus with its 100th or so."""
 
 _ANSWERS = {
     "503": "Generic S3 error: Server returned non-2xx status code: 503 Service Unavailable: ",

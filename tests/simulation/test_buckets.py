@@ -14,6 +14,8 @@ import re
 import pytest
 
 from paracaption.pipeline.corpus import sweep as sweeping
+from paracaption.pipeline.io import buckets
+from tests.simulation import bucket
 from tests.simulation.bucket import REQUESTS, WRITES, BucketWorld
 from tests.simulation.test_simulation import try_seeds
 from tests.simulation.world import Simulation
@@ -59,3 +61,20 @@ def test_what_does_not_hold_in_a_bucket_is_noticed(simulation, monkeypatch):
     monkeypatch.setattr(sweeping, "_named", lambda _: set())
     monkeypatch.setattr(sweeping, "_named_since", lambda *_: set())
     assert simulation.problem_of("rebuild")
+
+
+@pytest.mark.soak
+def test_a_store_that_ignores_conditions_is_noticed(simulation, monkeypatch):
+    """A record that comes late takes the place of the one that another driver has written meanwhile."""
+    create = buckets._create
+
+    def put(calls, client, key, data):
+        if "/log/" not in key:
+            return create(calls, client, key, data)
+        calls.put(client, key, data)
+        return True
+
+    monkeypatch.setattr(buckets, "_create", put)
+    monkeypatch.setattr(bucket, "_LATER", (170,))
+    faults = [each for where, each in simulation.faults() if where == "fresh" and each.kind == "kill_stuck"]
+    assert any("committed twice" in simulation.problem_of("fresh", each) for each in faults[20:])
