@@ -47,7 +47,13 @@ def ray_buckets() -> Iterator[ObjectServer]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(ray_buckets, tmp_path_factory):
+def ray_scratch(tmp_path_factory) -> Path:
+    """The scratch of the shared Ray's processes."""
+    return tmp_path_factory.mktemp("scratch-of-workers")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_buckets, ray_scratch):
     """A Ray of four logical CPUs in this process, which the tests of a worker share."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a killed worker is noticed soon
     import ray
@@ -55,7 +61,7 @@ def ray_cluster(ray_buckets, tmp_path_factory):
     with alone(), pytest.MonkeyPatch.context() as patch:
         for name, value in ray_buckets.environment.items():
             patch.setenv(name, value)
-        patch.setenv(scratch.VARIABLE, str(tmp_path_factory.mktemp("scratch-of-workers")))
+        patch.setenv(scratch.VARIABLE, str(ray_scratch))
         ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ending = threading.Thread(target=ray.shutdown, daemon=True)

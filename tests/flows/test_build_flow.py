@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paracaption.pipeline.corpus import verify
+from paracaption.pipeline.corpus import plots, verify
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.schemas.errors import ConfigError, EngineLost, IntegrityError
 from tests.building import calls, committed, config_of
@@ -75,6 +75,16 @@ def test_the_live_view_and_the_card_are_artifacts(built):
         assert rows[0]["stage"] == "source" and rows[-1]["stage"] == "write"
         assert {row["units"] for row in rows} == {units}
     assert "coconut" in artifacts("dataset-card")[0].data
+
+
+def test_the_card_of_a_corpus_in_a_bucket_shows_its_plots(tmp_path, sources, local_engine, memory_out):
+    from paracaption.flows.build import build_corpus
+
+    summary = build_corpus(config_of(memory_out, beside=tmp_path, coconut=sources["coconut"]))
+    assert summary["kept"] == 32 and verify.verify(memory_out).ok
+    newest = max(artifacts("dataset-card"), key=lambda artifact: artifact.created)
+    assert newest.data.count("](data:image/png;base64,") == len(plots.NAMES)
+    assert float(max(artifacts("coconut-units"), key=lambda artifact: artifact.updated).data) == 100.0
 
 
 def test_a_second_run_has_nothing_to_do(built):

@@ -6,10 +6,13 @@ in `tests/test_cluster_without_shared_folder.py`.
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,9 +24,12 @@ from paracaption.pipeline.executor.findings import FAIL, OK
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.executor.ray_data import RayEngine
 from paracaption.pipeline.io import scratch
-from paracaption.schemas.errors import ConfigError
+from paracaption.pipeline.io.scratch import IN_MEMORY_BYTES
+from paracaption.pipeline.io.store import store_of
+from paracaption.schemas.errors import ConfigError, StageStalled
 from tests.buckets import committed_in_bucket
 from tests.building import build, config_of
+from tests.synthetic import write_coconut
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -113,3 +119,46 @@ def test_the_doctor_looks_at_bucket_and_scratch_from_every_node(engine, out, ray
         ray_buckets.set_faults(ignores_conditions=False)
     assert [each.subject for each in told] == ["out", on_node[0]]
     assert all("the store ignores `If-None-Match" in each.found and each.fix for each in told)
+
+
+# Deaths and a hang.
+
+
+@pytest.mark.soak
+def test_an_image_that_kills_its_worker_is_dropped_and_no_note_is_left(
+    engine, out, ray_buckets, tmp_path, coconut
+):
+    misbehave = {"misbehave": {"000000000005": "die"}}
+    done = build(config_of(out, beside=tmp_path, coconut=coconut, captioner=misbehave), engine)["coconut"]
+    assert done.dropped == {"caption/worker_crashed": 4} and done.kept == 36
+    assert not [key for key in keys(ray_buckets, out) if "/journal/" in key]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("where", ["call", "filter"])
+def test_the_stack_of_a_worker_that_hangs_is_in_the_bucket_and_named(engine, out, tmp_path, coconut, where):
+    config = config_of(out, beside=tmp_path, coconut=coconut, failures={"stall_s": 15.0})
+    hanging = {"name": "tests.odd_backends:HangingCaptioner", "options": {"where": where}}
+    config = config.model_copy(update={"captioner": config.captioner.model_copy(update=hanging)})
+    with pytest.raises(StageStalled, match=rf"the stack is in {out}/events/.*/stack-.*\.txt;") as raised:
+        build(config, engine)
+    stack = str(raised.value).partition("the stack is in ")[2].partition(";")[0]
+    text = store_of(stack).read(stack).decode()
+    assert f" in {'caption' if where == 'call' else 'run'}\n" in text
+
+
+@pytest.mark.soak
+def test_a_worker_that_dies_while_it_uploads_a_shard_leaves_nothing_staged(
+    engine, out, ray_buckets, ray_scratch, tmp_path
+):
+    """A shard of more than `IN_MEMORY_BYTES` is on scratch; the next worker of the node removes it."""
+    source = write_coconut(tmp_path / "source", 4, size=(1500, 1500))
+    gate = ray_buckets.gate("PUT", f"{out.removeprefix('s3://')}/coconut/shards/*")
+    building = ThreadPoolExecutor(1).submit(build, config_of(out, beside=tmp_path, coconut=source), engine)
+    ray_buckets.held(gate, wait_s=120)
+    (staged,) = [path for path in ray_scratch.rglob("staged~*/*") if path.is_file()]
+    assert staged.stat().st_size > IN_MEMORY_BYTES
+    os.kill(int(staged.parent.name.split("~")[1]), signal.SIGKILL)
+    ray_buckets.release(gate)
+    assert building.result(300)["coconut"].kept == 16
+    assert not [path for path in ray_scratch.rglob("staged~*/*") if path.is_file()]
