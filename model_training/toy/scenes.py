@@ -72,6 +72,10 @@ class WorldOptions:
         relations: whether captions say which thing is nearest, and on which side of it the thing is.
         lookalikes: share of things that differ from another thing in the image in only one attribute.
         overlap: largest share of a large thing that others may hide; 0 keeps all things apart.
+        tangled: share of scenes with two things that their boxes cannot tell apart: two large bars that cross
+            and have the same box, or a small thing inside a large ring. Only their masks tell which is which.
+        wordings: "one" right caption for each thing, or "many" (see wordings.py); with "many", all captions
+            have places and none has relations.
         turn_deg: largest angle by which things are turned; bars are turned by any angle.
         noise: standard deviation of the pixels' noise; white is 255.
         photo_format: format of the written photos.
@@ -88,6 +92,8 @@ class WorldOptions:
     relations: bool = False
     lookalikes: float = 0.4
     overlap: float = 0.1
+    tangled: float = 0.0
+    wordings: Literal["one", "many"] = "one"
     turn_deg: float = 20.0
     noise: float = 5.0
     photo_format: Literal["jpeg", "png"] = "jpeg"
@@ -107,6 +113,15 @@ class WorldOptions:
             raise ConfigError("relations: a thing alone has no neighbor; set `regions` to (2, ...)")
         if not 0 <= self.lookalikes < 1:
             raise ConfigError(f"lookalikes: {self.lookalikes}; give a share below 1")
+        if not 0 <= self.tangled <= 1:
+            raise ConfigError(f"tangled: {self.tangled}; give a share from 0 to 1")
+        if self.tangled and (self.regions[0] < 2 or not _tangles(self)):
+            raise ConfigError(
+                "tangled: it takes two things; set `regions` to (2, ...), and allow large bars, or large rings "
+                "and other small shapes"
+            )
+        if self.wordings == "many" and (self.relations or not self.places):
+            raise ConfigError("wordings: many; such captions have places and no relations; set them so")
         least = 5 * self.unit_px
         if any(min(size) < least for size in self.canvas):
             raise ConfigError(f"canvas: {self.canvas}; make both sides at least 5 units, {least:g} pixels")
@@ -150,11 +165,13 @@ class Scene(NamedTuple):
         size: (width, height) in pixels.
         things: in no particular order.
         labels: (H, W) uint8, 0 for the ground, otherwise 1 + the thing's index in `things`.
+        tangled: whether the first two things are ones that their boxes cannot tell apart.
     """
 
     size: tuple[int, int]
     things: list[Thing]
     labels: np.ndarray
+    tangled: bool = False
 
 
 @cache
@@ -170,6 +187,22 @@ def possible_kinds(options: WorldOptions) -> dict[Kind, None]:
 def _shows(kind: Kind) -> bool:
     coarse = kind.shape in _THIN or (kind.size == "small" and kind.shape in _FRETTED)
     return not coarse or kind.texture in _COARSE
+
+
+@cache
+def _tangles(options: WorldOptions) -> list[list[tuple[Kind, Kind]]]:
+    """Every pair of things that can be tangled: those that cross, then a ring and what is inside of it."""
+    known = possible_kinds(options)
+    pairs = [pair for pair in itertools.product(known, known) if pair[0].colour != pair[1].colour]
+    return [found for fits in (_cross, _nest) if (found := [pair for pair in pairs if fits(*pair)])]
+
+
+def _cross(one: Kind, other: Kind) -> bool:
+    return one[::3] == other[::3] == ("large", "bar")
+
+
+def _nest(one: Kind, other: Kind) -> bool:
+    return one[::3] == ("large", "ring") and other.size == "small" and other.shape not in _THIN
 
 
 def scene_content(cast: Iterable[Kind]) -> str:
@@ -201,11 +234,12 @@ def draw_scene(seed: int, number: int, options: WorldOptions, split: str, taken:
     num_things = int(rng.integers(fewest, most + 1))  # before the draws, or crowded scenes would be rare
     for attempt in range(_ATTEMPTS):
         rng = np.random.default_rng([seed, number, 1 + attempt])
-        cast = _cast(rng, num_things, options)
+        tangled = options.tangled > 0 and rng.random() < options.tangled
+        cast = _cast(rng, num_things, options, tangled)
         text = scene_content(cast)
         if text in taken or split_of(text) != split:
             continue
-        scene = _arrange(rng, size, cast, options)
+        scene = _arrange(rng, size, cast, options, tangled)
         if scene is not None:
             taken.add(text)
             return scene
@@ -213,6 +247,11 @@ def draw_scene(seed: int, number: int, options: WorldOptions, split: str, taken:
         f"no new {split} scene of {num_things} things in {_ATTEMPTS} draws; allow more shapes or colors, "
         "fewer `regions`, a larger `canvas`, or ask for fewer images"
     )
+
+
+def wording_rng(seed: int, number: int) -> np.random.Generator:
+    """What draws the wordings of a scene's captions; apart from what draws the scene and its noise."""
+    return np.random.default_rng([seed, number, 2 + _ATTEMPTS])
 
 
 def paint_scene(scene: Scene, seed: int, number: int, options: WorldOptions) -> np.ndarray:
@@ -267,10 +306,16 @@ def nearest_thing(scene: Scene, number: int) -> tuple[str, int]:
 # How a scene is arranged.
 
 
-def _cast(rng: np.random.Generator, num_things: int, options: WorldOptions) -> list[Kind]:
+def _cast(
+    rng: np.random.Generator, num_things: int, options: WorldOptions, tangled: bool = False
+) -> list[Kind]:
     """Different kinds for the things of one scene; some differ in only one attribute."""
     known = list(possible_kinds(options))
     chosen: list[Kind] = []
+    if tangled:
+        ways = _tangles(options)
+        pairs = ways[rng.integers(len(ways))]
+        chosen += pairs[rng.integers(len(pairs))]
     while len(chosen) < num_things:
         kind = known[rng.integers(len(known))]
         if chosen and rng.random() < options.lookalikes:
@@ -283,22 +328,42 @@ def _cast(rng: np.random.Generator, num_things: int, options: WorldOptions) -> l
 
 
 def _arrange(
-    rng: np.random.Generator, size: tuple[int, int], cast: Sequence[Kind], options: WorldOptions
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    cast: Sequence[Kind],
+    options: WorldOptions,
+    tangled: bool = False,
 ) -> Scene | None:
     """The first of some random arrangements whose captions are unambiguous; None if there is none."""
     things = [_make(rng, kind, options) for kind in cast]
+    if tangled:
+        things[:2] = _tangle(rng, *things[:2], options)
     reach = np.array([_reach(thing, options.unit_px) for thing in things]) + _GAP_PX
     free = np.array(size) - 2 * reach
     if (free < 0).any():
         return None
     for number in _LAYOUTS:
         centers = reach + rng.random((number, len(things), 2)) * free
-        for layout in _unambiguous(centers, things, size, options)[:8].tolist():
+        if tangled:
+            centers[:, 1] = centers[:, 0]
+        for layout in _unambiguous(centers, things, size, options, tangled)[:8].tolist():
             placed = [thing._replace(center=(x, y)) for thing, (x, y) in zip(things, layout, strict=True)]
-            labels = _label(placed, size, options)
+            labels = _label(placed, size, options, tangled)
             if labels is not None:
-                return Scene(size, placed, labels)
+                return Scene(size, placed, labels, tangled)
     return None
+
+
+def _tangle(rng: np.random.Generator, one: Thing, other: Thing, options: WorldOptions) -> list[Thing]:
+    """Two things of one center: bars of one length that cross, or a ring wide enough for what is inside."""
+    if _cross(one.kind, other.kind):
+        turn = np.pi / 4 * (1 if rng.random() < 0.5 else -1)
+        return [one._replace(turn=turn), other._replace(turn=-turn, span_px=one.span_px)]
+    unit = options.unit_px
+    return [
+        one._replace(span_px=_SPANS["large"][1] * unit),
+        other._replace(span_px=_SPANS["small"][0] * unit),
+    ]
 
 
 def _make(rng: np.random.Generator, kind: Kind, options: WorldOptions) -> Thing:
@@ -312,7 +377,11 @@ def _make(rng: np.random.Generator, kind: Kind, options: WorldOptions) -> Thing:
 
 
 def _unambiguous(
-    centers_KN2: np.ndarray, things: Sequence[Thing], size: tuple[int, int], options: WorldOptions
+    centers_KN2: np.ndarray,
+    things: Sequence[Thing],
+    size: tuple[int, int],
+    options: WorldOptions,
+    tangled: bool = False,
 ) -> np.ndarray:
     """Those of K layouts whose things are apart, each in one place and with one nearest neighbor."""
     if options.places:
@@ -320,6 +389,8 @@ def _unambiguous(
         centers_KN2 = centers_KN2[(from_line >= _THIRD_MARGIN).all(axis=(1, 2, 3))]
     core = np.array([thing.span_px * (0.12 if thing.kind.shape == "bar" else 0.42) for thing in things])
     least = (core[:, None] + core) * (1 if options.overlap else 1.1)
+    if tangled:
+        least[0, 1] = least[1, 0] = 0
     distance_KNN = _distances(centers_KN2)
     centers_KN2 = centers_KN2[(distance_KNN >= least).all(axis=(1, 2))]
     if not options.relations or not len(centers_KN2):
@@ -339,10 +410,13 @@ def _distances(centers_KN2: np.ndarray) -> np.ndarray:
     return np.hypot(x, y) + np.diag(np.full(centers_KN2.shape[1], np.inf))
 
 
-def _label(things: Sequence[Thing], size: tuple[int, int], options: WorldOptions) -> np.ndarray | None:
+def _label(
+    things: Sequence[Thing], size: tuple[int, int], options: WorldOptions, tangled: bool = False
+) -> np.ndarray | None:
     """The label map; None if a thing hides too much of another one, or touches one of its own color.
 
-    Small and thin things are never hidden, not even in part.
+    Small and thin things are never hidden, not even in part. The first two, if tangled, may do it to each
+    other.
     """
     cv2: Any = importlib.import_module("cv2")
     labels = np.zeros((size[1], size[0]), np.uint8)
@@ -354,7 +428,7 @@ def _label(things: Sequence[Thing], size: tuple[int, int], options: WorldOptions
         mask[here] = _shares(fine) >= 0.5
         around = cv2.dilate(mask, np.ones((2 * _GAP_PX + 1,) * 2, np.uint8))
         for other in np.unique(labels[around > 0]).tolist():
-            if other == 0:
+            if other == 0 or (tangled and {number, other - 1} == {0, 1}):
                 continue
             below = things[other - 1].kind
             fixed = below.size == "small" or below.shape in _THIN or below.colour == kind.colour
@@ -363,7 +437,11 @@ def _label(things: Sequence[Thing], size: tuple[int, int], options: WorldOptions
         labels[mask > 0] = number + 1
         whole[number + 1] = int(mask.sum())
     seen = np.bincount(labels.ravel(), minlength=len(things) + 1)
-    hidden = any(seen[number] < (1 - options.overlap) * area for number, area in whole.items())
+    hidden = any(
+        seen[number] < (1 - options.overlap) * area
+        for number, area in whole.items()
+        if not (tangled and number <= 2)
+    )
     return None if hidden else labels
 
 
