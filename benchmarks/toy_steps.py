@@ -1,8 +1,8 @@
 """Fewer decoding steps: tokens per forward against right captions, in the toy world of many wordings.
 
-    python -m benchmarks.toy_steps world           # draw and build the world
-    python -m benchmarks.toy_steps teacher 0       # train a model by masked diffusion, with a seed
-    python -m benchmarks.toy_steps student 0       # record that model's decoding paths, and distill them
+python -m benchmarks.toy_steps world           # draw and build the world
+python -m benchmarks.toy_steps teacher 0       # train a model by masked diffusion, with a seed
+python -m benchmarks.toy_steps student 0       # record that model's decoding paths, and distill them
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.model_training.model.saved import load_model, read_model_config
 from paracaption.model_training.model.tokenizer import load_tokenizer, num_rows, special_token_ids
 from paracaption.model_training.toy import world as toy
+from paracaption.model_training.train import trainer
+from paracaption.pipeline.config_file import load_training
 
 from .toy import ROOT, end_when_terminated, run_command
 
@@ -42,7 +44,7 @@ def world(split: str) -> Path:
 
 
 def start() -> Path:
-    """The sample model with the words of this world: what it knows of pictures stays, the new words are random."""
+    """The sample model with this world's words: what it knows of pictures stays, new words are random."""
     folder = FOLDER / "start"
     if (folder / "model.safetensors").exists():
         return folder
@@ -75,11 +77,12 @@ def train(name: str, begin: Path, **changes: Any) -> Path:
     config |= {"out": str(folder), "model": {"path": str(begin)}, "export_dtype": "float32"}
     config["corpora"] = [{"corpus": str(world("train"))}]
     config["data"] |= {"max_new_tokens": SLOTS, "cache": str(FOLDER / "cache")}
+    config["log"] |= {"peak_tflops": 0.05}
     config |= changes
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    run_command("train", path)
+    trainer.fit(load_training(path))  # in this process: Prefect's server would take a share of the core
     return folder
 
 

@@ -66,8 +66,8 @@ class DecodeOptions(Strict):
     steps: PositiveInt = Field(
         default=32,
         le=MAX_TOKENS,
-        description="Decoding steps; fewer are faster and give worse captions. The strategies `threshold` and "
-        "`factor` may end earlier.",
+        description="Decoding steps; fewer are faster and give worse captions. The strategies `threshold` "
+        "and `factor` may end earlier.",
     )
     threshold: float = Field(
         default=0.9,
@@ -83,8 +83,8 @@ class DecodeOptions(Strict):
     factor: float = Field(
         default=1.0,
         ge=0,
-        description="The strategy `factor` keeps the n most confident tokens of a region, n being the largest "
-        "number with (n + 1)(1 - p) < `factor`, where p is the confidence of the n-th. A larger factor is "
+        description="The strategy `factor` keeps the n most confident tokens of a region, n being the "
+        "largest number with (n + 1)(1 - p) < `factor`, where p is the confidence of the n-th. A larger factor is "
         "faster and gives worse captions.",
     )
     temperature: float = Field(
@@ -155,8 +155,8 @@ class DecodeOptions(Strict):
             )
         if len(given) != self.max_new_tokens:
             raise ValueError(
-                f"position_thresholds: {len(given)} numbers for {self.max_new_tokens} positions; give as many "
-                "as `max_new_tokens`"
+                f"position_thresholds: {len(given)} numbers for {self.max_new_tokens} positions; give as "
+                "many as `max_new_tokens`"
             )
         if any(not 0 <= each <= 1 for each in given):
             raise ValueError("position_thresholds: a confidence is a number from 0 to 1; correct the others")

@@ -1,7 +1,8 @@
-"""The commands that make and use models: `models prepare`, `models convert`, `train`, `caption`."""
+"""The commands that make and use models: `models prepare|convert|paths`, `train`, `caption`."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,9 @@ TrainingConfig = Annotated[
     ),
 ]
 
-models = typer.Typer(cls=Group, help="Convert and prepare checkpoints of models.", no_args_is_help=True)
+models = typer.Typer(
+    cls=Group, help="Convert and prepare checkpoints, and record decoding paths.", no_args_is_help=True
+)
 
 
 @models.command(cls=Command, epilog=example("models prepare"))
@@ -87,6 +90,31 @@ def convert(
     else:
         report = converting.from_parts(language, vision, to, layout or "corrected", seed)
     print(report.text())
+
+
+@models.command(cls=Command, epilog=example("models paths"))
+def paths(
+    config: TrainingConfig,
+    part: Annotated[
+        str, typer.Option(help="Decode only part I of N, as I/N from 1/N to N/N; for several GPUs.")
+    ] = "1/1",
+    changes: Annotated[list[str] | None, changes_of("distillation.paths=out/paths")] = None,
+) -> None:
+    """Record how a model decodes the captions of a run's corpora, for `distillation` in training.
+
+    The model is `model.path` of the configuration, and the paths go into `distillation.paths`. What is
+    already recorded is not decoded again.
+    """
+    from ...pipeline.config_file import load_training
+
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if not match or int(match[1]) > int(match[2]):
+        raise ConfigError(f"--part: {part!r}; give I/N, from 1/N to N/N")
+    loaded = load_training(config, changes or ())
+    from ...model_training.train.record_paths import record_paths
+
+    done = record_paths(loaded, int(match[1]) - 1, int(match[2]))
+    print(f"{done.regions:,} regions decoded: {done.folder}")
 
 
 def train(

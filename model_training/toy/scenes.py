@@ -117,8 +117,8 @@ class WorldOptions:
             raise ConfigError(f"tangled: {self.tangled}; give a share from 0 to 1")
         if self.tangled and (self.regions[0] < 2 or not _tangles(self)):
             raise ConfigError(
-                "tangled: it takes two things; set `regions` to (2, ...), and allow large bars, or large rings "
-                "and other small shapes"
+                "tangled: it takes two things; set `regions` to (2, ...), and allow large bars, or large "
+                "rings and other small shapes"
             )
         if self.wordings == "many" and (self.relations or not self.places):
             raise ConfigError("wordings: many; such captions have places and no relations; set them so")

@@ -10,8 +10,8 @@ captioner knows the truth. So all steps can be run: sources, filters, shards, tr
 
 A caption is "a small striped red circle". With `places` it goes on "... at the top left", and with
 `relations` "..., right of an orange square", which is the nearest other thing. With `wordings="many"` it is
-longer, and a thing has many right ones (wordings.py). No two scenes of a world hold the same things. No scene of one split holds the same things as a scene of the other split, whatever their
-seeds and options are.
+longer, and a thing has many right ones (wordings.py). No two scenes of a world hold the same things. No scene
+of one split holds the same things as a scene of the other split, whatever their seeds and options are.
 """
 
 from __future__ import annotations
@@ -433,7 +433,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     from ..model.tokenizer import SPECIAL_TOKENS
 
     prompt = re.findall(r"\w+", _PROMPT)
-    opening = ["system", "user", "assistant", "You", "Describe", "this"]  # after a special token or a line break
+    opening = [
+        "system",
+        "user",
+        "assistant",
+        "You",
+        "Describe",
+        "this",
+    ]  # after a special token or a line break
     words = (*caption_words(), *prompt, *wordings.WORDING_WORDS)
     whole = dict.fromkeys([*opening, *(f"\u0120{word}" for word in words)])  # U+0120 is a space
     known = {
