@@ -84,8 +84,8 @@ class DecodeOptions(Strict):
         default=1.0,
         ge=0,
         description="The strategy `factor` keeps the n most confident tokens of a region, n being the "
-        "largest number with (n + 1)(1 - p) < `factor`, where p is the confidence of the n-th. A larger factor is "
-        "faster and gives worse captions.",
+        "largest number with (n + 1)(1 - p) < `factor`, where p is the confidence of the n-th. A larger "
+        "factor is faster and gives worse captions.",
     )
     temperature: float = Field(
         default=0.0,

@@ -217,8 +217,10 @@ class Distillation(Strict):
     instead of the corpora's, from states of the teacher's decoding: the tokens of the first steps are there,
     all others are masked, and those of the next steps, as many as the window has, are learned
     (pseudo-trajectories as in d3LLM, arXiv 2601.07568). Of the tokens that it has right, also the entropy is
-    lowered (certainty forcing as in dParallel, arXiv 2509.26488). `noise.level` and `noise.stratified` apply, the rest of `noise` does
-    not. It needs `data.caption_length: fixed`, `data.labels: captions` and no `conversations`.
+    lowered (certainty forcing as in dParallel, arXiv 2509.26488).
+
+    `noise.level` and `noise.stratified` apply, the rest of `noise` does not. It needs `data.caption_length:
+    fixed`, `data.labels: captions` and no `conversations`.
     """
 
     paths: Location = Field(description="Folder of the decoding paths. `paracaption models paths` writes it.")

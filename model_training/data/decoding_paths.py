@@ -1,7 +1,7 @@
 """Decoding paths: in which order a teacher decoded the captions of a corpus's regions, and what it wrote.
 
 A folder of paths has files `paths-PART-NUMBER.npy`, each with a row for a region, and `about.json`, which
-says what the numbers mean: the tokenizer's digest and the number of slots. A file appears when it is complete.
+says what the numbers mean: the tokenizer's digest and the number of slots. A file appears when it is whole.
 """
 
 from __future__ import annotations
