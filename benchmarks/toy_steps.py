@@ -1,13 +1,22 @@
 """Fewer decoding steps: tokens per forward against right captions, in the toy world of many wordings.
 
-python -m benchmarks.toy_steps world           # draw and build the world
-python -m benchmarks.toy_steps teacher 0       # train a model by masked diffusion, with a seed
-python -m benchmarks.toy_steps student 0       # record that model's decoding paths, and distill them
+    python -m benchmarks.toy_steps world             # draw the world's splits, and build them
+    python -m benchmarks.toy_steps base              # the sample model learns this world's captions
+    python -m benchmarks.toy_steps teacher --seed 0  # goes on from there by masked diffusion, with a seed
+    python -m benchmarks.toy_steps paths --seed 0    # records that model's decoding paths
+    python -m benchmarks.toy_steps student --seed 0  # distills them; --name and --set try other options
+    python -m benchmarks.toy_steps measure --seed 0  # decodes held-out scenes with both, in many ways
+    python -m benchmarks.toy_steps report            # the tables and the plot of all seeds
+    python -m benchmarks.toy_steps all               # everything, for seeds 0, 1 and 2
+
+What is done is not done again, and a training goes on where it was stopped. Everything lies in
+out/toy-steps, or in the folder that PARACAPTION_STEPS names.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -16,29 +25,42 @@ from typing import Any
 import torch
 import yaml
 
+from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.model_training.model.saved import load_model, read_model_config
 from paracaption.model_training.model.tokenizer import load_tokenizer, num_rows, special_token_ids
 from paracaption.model_training.toy import world as toy
+from paracaption.model_training.toy.parallelism import lay_out, position_thresholds, score_decoding
 from paracaption.model_training.train import trainer
+from paracaption.model_training.train.record_paths import record_paths
 from paracaption.pipeline.config_file import load_training
+from paracaption.schemas.decoding import DecodeOptions
 
 from .toy import ROOT, end_when_terminated, run_command
 
 FOLDER = Path(os.environ.get("PARACAPTION_STEPS", ROOT / "out/toy-steps"))
 RECIPE, SAMPLE = ROOT / "configs/train/sample.yaml", ROOT / "samples/model"
-TRAINED, HELD_OUT = 4000, 200
+SEEDS = (0, 1, 2)
 SLOTS = 32
+SPLITS = {"train": ("train", 4000, 0), "distill": ("train", 600, 1), "heldout": ("heldout", 200, 0)}
+"""Of each corpus: the world's split, the number of scenes, and the seed."""
+
+STEPS = {"base": 1200, "teacher": 200, "student": 300}
+NOISE = {"level": "region", "stratified": True, "loss_weighting": "none", "eps": 0.02}
+AGREEMENTS = (0.99, 0.97, 0.95, 0.9)
+CALIBRATED = 24
+"""Scenes that the thresholds of positions are calibrated on; they are of the corpus `distill`."""
 
 
-def world(split: str) -> Path:
+def world(name: str) -> Path:
     """Draw a split and build its corpus, unless it is there. Returns the corpus."""
-    folder = FOLDER / split
+    folder = FOLDER / name
     if not (folder / "corpus" / "stats.json").exists():
         if not (folder / "build.yaml").exists():
+            split, images, seed = SPLITS[name]
             shutil.rmtree(folder, ignore_errors=True)
-            toy.write_world(folder, TRAINED if split == "train" else HELD_OUT, 0, toy.HARD, split)
+            toy.write_world(folder, images, seed, toy.HARD, split)
         run_command("build", "--local", folder / "build.yaml")
     return folder / "corpus"
 
@@ -50,14 +72,13 @@ def start() -> Path:
         return folder
     old_config, old, new = read_model_config(SAMPLE), load_tokenizer(SAMPLE), toy.make_tokenizer()
     model = load_model(SAMPLE, dtype=torch.float32)
-    vocab = num_rows(new)
     fields = old_config.to_dict() | special_token_ids(new, old_config.num_prompts, SAMPLE)
-    fields["text_config"] = fields["text_config"] | {"vocab_size": vocab}
+    fields["text_config"] = fields["text_config"] | {"vocab_size": num_rows(new)}
     torch.manual_seed(0)
     fresh = PerceptionDLM._from_config(type(old_config)(**fields), dtype=torch.float32)
     weights, known = model.state_dict(), old.get_vocab()
-    shared = [(token, row) for token, row in new.get_vocab().items() if token in known]
-    rows, old_rows = [row for _, row in shared], [known[token] for token, _ in shared]
+    shared = [(row, known[token]) for token, row in new.get_vocab().items() if token in known]
+    rows, old_rows = (list(each) for each in zip(*shared, strict=True))
     for name, weight in fresh.state_dict().items():
         if weight.shape == weights[name].shape:
             weight.copy_(weights[name])
@@ -68,42 +89,135 @@ def start() -> Path:
     return folder
 
 
-def train(name: str, begin: Path, **changes: Any) -> Path:
-    """Train by the sample model's recipe with some changes, or go on with it. Returns the run's folder."""
+def write_config(name: str, begin: Path, corpus: Path, rate: float, **changes: Any) -> Path:
+    """A training by the sample model's recipe with some changes. Returns the configuration's path."""
     folder = FOLDER / name
-    if (folder / "model/model.safetensors").exists():
-        return folder
     config = yaml.safe_load(RECIPE.read_text())
     config |= {"out": str(folder), "model": {"path": str(begin)}, "export_dtype": "float32"}
-    config["corpora"] = [{"corpus": str(world("train"))}]
+    config |= {"corpora": [{"corpus": str(corpus)}], "noise": NOISE}
     config["data"] |= {"max_new_tokens": SLOTS, "cache": str(FOLDER / "cache")}
     config["log"] |= {"peak_tflops": 0.05}
+    config["learning_rate"] = dict.fromkeys(config["learning_rate"], rate)
     config |= changes
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    trainer.fit(load_training(path))  # in this process: Prefect's server would take a share of the core
-    return folder
+    return path
+
+
+def train(config: Path) -> Path:
+    """Train, or go on with it. Returns the model."""
+    model = config.parent / "model"
+    if not (model / "model.safetensors").exists():
+        trainer.fit(load_training(config))  # in this process: Prefect's server would take part of the core
+    return model
+
+
+def base(steps: int) -> Path:
+    """The model that the seeds have in common."""
+    return train(write_config("base", start(), world("train"), 1e-3, steps=steps, min_lr_ratio=0.3))
 
 
 def teacher(seed: int, steps: int) -> Path:
-    """A model trained by masked diffusion, as a captioner is."""
-    noise = {"level": "region", "stratified": True, "loss_weighting": "none", "eps": 0.02}
-    return train(f"teacher-{seed}", start(), seed=seed, steps=steps, noise=noise)
+    """A model trained by masked diffusion."""
+    begin = FOLDER / "base/model"
+    return train(write_config(f"teacher-{seed}", begin, world("train"), 5e-4, seed=seed, steps=steps))
+
+
+def student_config(seed: int, name: str, steps: int, changes: dict[str, Any]) -> Path:
+    """The training that distills a teacher's decoding paths."""
+    distillation = {"paths": str(FOLDER / f"paths-{seed}"), "window_end": SLOTS} | changes
+    begin = FOLDER / f"teacher-{seed}/model"
+    return write_config(
+        f"{name}-{seed}", begin, world("distill"), 5e-4, seed=seed, steps=steps, distillation=distillation
+    )
+
+
+def ways(model: PerceptionDLM, processor: PerceptionDLMProcessor) -> dict[str, DecodeOptions]:
+    """The ways of decoding that are compared, by name."""
+
+    def options(**fields: Any) -> DecodeOptions:
+        return DecodeOptions(max_new_tokens=SLOTS, **{"steps": SLOTS} | fields)
+
+    photos = list(iter_photo_regions(FOLDER / "distill/corpus"))[:CALIBRATED]
+    calibrated = position_thresholds(model, lay_out(processor, photos, SLOTS), SLOTS, AGREEMENTS)
+    return {
+        "one token": options(strategy="per-region"),
+        "left to right": options(strategy="left-to-right"),
+        **{f"schedule {steps}": options(strategy="per-region", steps=steps) for steps in (16, 8, 4)},
+        **{
+            f"threshold {each}": options(strategy="threshold", threshold=each)
+            for each in (0.95, 0.9, 0.7, 0.5)
+        },
+        **{
+            f"position thresholds {share}": options(strategy="threshold", position_thresholds=numbers)
+            for share, numbers in zip(AGREEMENTS, calibrated, strict=True)
+        },
+        **{f"factor {each}": options(strategy="factor", factor=each) for each in (0.5, 1.0, 2.0, 4.0)},
+    }
+
+
+def measure(seed: int, name: str, images: int) -> None:
+    """Decode held-out scenes in all ways, and write the scores."""
+    done = FOLDER / "scores" / f"{name}-{seed}.json"
+    known = json.loads(done.read_text()) if done.exists() else {}
+    folder = FOLDER / f"{name}-{seed}/model"
+    model = load_model(folder, dtype=torch.float32).eval()
+    processor = PerceptionDLMProcessor(load_tokenizer(folder), model.config)
+    held_out = lay_out(processor, list(iter_photo_regions(world("heldout")))[:images], SLOTS)
+    done.parent.mkdir(exist_ok=True)
+    for way, options in ways(model, processor).items():
+        if way in known:
+            continue
+        scores = score_decoding(model, processor, held_out, options)
+        known[way] = scores._asdict()
+        done.write_text(json.dumps(known, indent=1))
+        print(
+            f"{name}-{seed} {way}: {scores.tokens_per_forward:.2f} a forward, {scores.right:.1%}", flush=True
+        )
 
 
 def main() -> None:
     """Run what is asked for."""
     end_when_terminated()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["world", "teacher", "student", "measure", "report"])
-    parser.add_argument("seed", type=int, nargs="?", default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    stages = ["world", "base", "teacher", "paths", "student", "measure", "report", "all"]
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of the training, instead of the default")
+    parser.add_argument("--name", default="student", help="of a student with other options")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of `distillation`")
+    parser.add_argument("--images", type=int, default=SPLITS["heldout"][1], help="held-out scenes")
     args = parser.parse_args()
-    if args.what == "world":
-        print(world("heldout"), world("train"))
-    elif args.what == "teacher":
-        teacher(args.seed, args.steps)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    changes = {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in args.set)}
+    if args.stage == "report":
+        from .toy_steps_report import report
+
+        print(report(FOLDER))
+        return
+    wanted = stages[:-2] if args.stage == "all" else [args.stage]
+    for seed in SEEDS if args.stage == "all" else (args.seed,):
+        for stage in wanted:
+            run(stage, seed, args.steps or STEPS.get(stage, 0), args.name, changes, args.images)
+
+
+def run(stage: str, seed: int, steps: int, name: str, changes: dict[str, Any], images: int) -> None:
+    """One stage for one seed."""
+    if stage == "world":
+        print(*map(world, SPLITS))
+    elif stage == "base":
+        base(steps)
+    elif stage == "teacher":
+        teacher(seed, steps)
+    elif stage == "paths":
+        record_paths(load_training(student_config(seed, name, 1, changes)))
+    elif stage == "student":
+        train(student_config(seed, name, steps, changes))
+    else:
+        for each in ("teacher", name):
+            if (FOLDER / f"{each}-{seed}/model").exists():
+                measure(seed, each, images)
 
 
 if __name__ == "__main__":

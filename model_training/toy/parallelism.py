@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -72,18 +72,16 @@ def lay_out(
     while group := list(itertools.islice(photos, batch_size)):
         examples = [processor.make_example(each.pixels, each.masks(), num_slots) for each in group]
         pairs = list(zip(group, examples, strict=True))
-        truths = [[photo.regions[number].caption or "" for number in made.order] for photo, made in pairs]
-        tangled = [
-            _tangled([photo.regions[number].dense() for number in made.order]) for photo, made in pairs
-        ]
+        regions = [[photo.regions[number] for number in made.order] for photo, made in pairs]
+        truths = [[region.caption or "" for region in each] for each in regions]
+        tangled = [_tangled([region.dense() for region in each]) for each in regions]
         found.append(LaidOut(collate(examples), truths, tangled))
     return found
 
 
 def _tangled(masks: list[np.ndarray]) -> list[bool]:
-    boxes = [
-        (*(each.min() for each in found), *(each.max() for each in found)) for found in map(np.nonzero, masks)
-    ]
+    places = [np.nonzero(mask) for mask in masks]
+    boxes = [(*(each.min() for each in found), *(each.max() for each in found)) for found in places]
     return [
         any(_contains(box, other) or _contains(other, box) for other in boxes[:number] + boxes[number + 1 :])
         for number, box in enumerate(boxes)
@@ -135,8 +133,8 @@ def score_decoding(
 
 
 def position_thresholds(
-    model: PerceptionDLM, laid_out: list[LaidOut], num_slots: int, agreement: float
-) -> list[float]:
+    model: PerceptionDLM, laid_out: list[LaidOut], num_slots: int, agreements: Sequence[float]
+) -> list[list[float]]:
     """For each position of a caption, the lowest threshold above which predictions can be trusted.
 
     The captions are decoded one token a step. A prediction of an early step can be trusted if it is what the
@@ -146,7 +144,10 @@ def position_thresholds(
         model: the model whose confidences are calibrated.
         laid_out: images that are not used for scores.
         num_slots: positions of a caption.
-        agreement: least share of the predictions above the threshold that the position holds in the end.
+        agreements: least share of the predictions above the threshold that the position holds in the end.
+
+    Returns:
+        The thresholds of all positions for each of the shares.
     """
     import torch
 
@@ -166,8 +167,11 @@ def position_thresholds(
                 sure[slot].append(after.confidence_BNS[..., slot][at_BN].numpy())
                 kept[slot].append((after.predicted_BNS == final_BNS)[..., slot][at_BN].numpy())
     return [
-        lowest_threshold(np.concatenate(sure[slot]), np.concatenate(kept[slot]), agreement)
-        for slot in range(num_slots)
+        [
+            lowest_threshold(np.concatenate(sure[slot]), np.concatenate(kept[slot]), agreement)
+            for slot in range(num_slots)
+        ]
+        for agreement in agreements
     ]
 
 
