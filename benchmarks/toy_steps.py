@@ -49,6 +49,7 @@ SPLITS = {"train": ("train", 4000, 0), "distill": ("train", 600, 1), "heldout": 
 STEPS = {"base": 1200, "teacher": 200, "student": 300}
 NOISE = {"level": "region", "stratified": True, "loss_weighting": "none", "eps": 0.02}
 AGREEMENTS = (0.99, 0.97, 0.95, 0.9)
+THRESHOLDS = (0.95, 0.9, 0.7, 0.5)
 CALIBRATED = 24
 """Scenes that the thresholds of positions are calibrated on; they are of the corpus `distill`."""
 

@@ -112,7 +112,8 @@ def decode_paths(
     """
     if all(key == FILLER for key in batch.keys):
         return
-    states = list(decode_steps(model, _masked(batch, model.config.mask_token_id), options))
+    masked = masked_batch(batch, options.max_new_tokens, model.config.mask_token_id)
+    states = list(decode_steps(model, masked, options))
     tokens_BNS, step_BNS = states[-1].tokens_BNS.numpy(), _closed_in(states)
     for row, name in enumerate(batch.keys):
         image, _, ids = name.rpartition("#")
@@ -129,13 +130,17 @@ def _closed_in(states: list[DecodeState]) -> np.ndarray:
     return torch.stack([state.open_BNS for state in states[1:]]).sum(0).numpy()
 
 
-def _masked(batch: TrainBatch, mask: int) -> Batch:
-    """The batch as a decoder takes it: all labeled tokens masked, prefix and captions apart."""
+def masked_batch(batch: TrainBatch, num_slots: int, mask: int) -> Batch:
+    """The batch as a decoder takes it: all slots masked, prefix and captions apart.
+
+    A caption's block is the token that opens it, its slots, and the token that closes it.
+    """
     ids_BL, position_BL, roles = batch.tokens
-    tokens = Tokens(ids_BL.masked_fill(batch.label_BL, mask), position_BL, roles)
     start = int(roles.caption_BL.any(0).int().argmax())
     halves = (slice(None), slice(start)), (slice(None), slice(start, None))
     prefix, captions = (
-        Tokens(tokens.ids_BL[half], tokens.position_BL[half], TokenRoles(*roles.at(half))) for half in halves
+        Tokens(ids_BL[half], position_BL[half], TokenRoles(*roles.at(half))) for half in halves
     )
-    return Batch(batch.images, prefix, captions)
+    blocks = captions.ids_BL.unflatten(1, (-1, num_slots + 2)).clone()
+    blocks[..., 1:-1] = mask
+    return Batch(batch.images, prefix, captions._replace(ids_BL=blocks.flatten(1)))
