@@ -46,10 +46,12 @@ SLOTS = 32
 SPLITS = {"train": ("train", 4000, 0), "distill": ("train", 600, 1), "heldout": ("heldout", 200, 0)}
 """Of each corpus: the world's split, the number of scenes, and the seed."""
 
-STEPS = {"base": 1200, "teacher": 200, "student": 300}
+STEPS = {"base": 900, "teacher": 150, "student": 250}
 NOISE = {"level": "region", "stratified": True, "loss_weighting": "none", "eps": 0.02}
-AGREEMENTS = (0.99, 0.97, 0.95, 0.9)
-THRESHOLDS = (0.95, 0.9, 0.7, 0.5)
+AGREEMENTS = (0.99, 0.95, 0.9)
+THRESHOLDS = (0.9, 0.7, 0.5)
+FACTORS = (0.5, 1.0, 2.0)
+SCHEDULES = (16, 8, 4)
 CALIBRATED = 24
 """Scenes that the thresholds of positions are calibrated on; they are of the corpus `distill`."""
 
@@ -145,7 +147,7 @@ def ways(model: PerceptionDLM, processor: PerceptionDLMProcessor) -> dict[str, D
     return {
         "one token": options(strategy="per-region"),
         "left to right": options(strategy="left-to-right"),
-        **{f"schedule {steps}": options(strategy="per-region", steps=steps) for steps in (16, 8, 4)},
+        **{f"schedule {steps}": options(strategy="per-region", steps=steps) for steps in SCHEDULES},
         **{
             f"threshold {each}": options(strategy="threshold", threshold=each)
             for each in (0.95, 0.9, 0.7, 0.5)
@@ -154,7 +156,7 @@ def ways(model: PerceptionDLM, processor: PerceptionDLMProcessor) -> dict[str, D
             f"position thresholds {share}": options(strategy="threshold", position_thresholds=numbers)
             for share, numbers in zip(AGREEMENTS, calibrated, strict=True)
         },
-        **{f"factor {each}": options(strategy="factor", factor=each) for each in (0.5, 1.0, 2.0, 4.0)},
+        **{f"factor {each}": options(strategy="factor", factor=each) for each in FACTORS},
     }
 
 

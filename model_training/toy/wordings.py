@@ -21,7 +21,8 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from .scenes import COLORS, PLACES, SHAPES, SIZES, TEXTURES
+from .scenes import PLACES
+from .shapes import COLORS, SHAPES, SIZES, TEXTURES
 
 MOST_TOKENS = 30
 """Tokens of the longest caption with the toy's tokenizer, for which a word and a comma are one token each."""

@@ -19,7 +19,8 @@ from ..model.attention import SHARED
 from .loss import Loss
 
 if TYPE_CHECKING:
-    from ...schemas.training import Distillation, NoiseOptions
+    from ...schemas.distillation import Distillation
+    from ...schemas.training import NoiseOptions
     from ..data.samples import TrainBatch
     from ..model.perceptiondlm import PerceptionDLM
 

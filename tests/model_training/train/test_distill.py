@@ -15,8 +15,9 @@ from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.train import build, metrics, record_paths, trainer
 from paracaption.model_training.train.distill import PathState, draw_path_state, path_loss, window_of
 from paracaption.schemas.decoding import DecodeOptions
+from paracaption.schemas.distillation import Distillation
 from paracaption.schemas.errors import BadSample, ConfigError, IntegrityError
-from paracaption.schemas.training import Distillation, NoiseOptions, TrainConfig
+from paracaption.schemas.training import NoiseOptions, TrainConfig
 from tests.model_training.toy_corpus import config_of, write_merged
 
 SLOTS = 12
