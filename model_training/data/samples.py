@@ -143,7 +143,7 @@ class BatchMaker:
         path_step = None
         if self.paths is not None:
             path_step = torch.full_like(tokens.ids_BL, -1)
-            steps = [np.where(each.labels, each.path_steps, -1) for each in labeled]
+            steps = [each.path_steps for each in labeled if each.path_steps is not None]
             path_step[tokens.roles.caption_BL] = torch.from_numpy(np.concatenate(steps))
         return TrainBatch(images, tokens, label, weight, names, skipped, len(picks), path_step)
 
@@ -240,7 +240,9 @@ class BatchMaker:
         prompts = shuffled(self.processor.config.num_prompts, *seeds, group)[: len(regions)].tolist()
         example = self.processor.make_example(photo, runs, captions, prompts)
         name = f"{sample.subset}/{key}#{','.join(str(regions[number].id) for number in example.order)}"
-        path_steps = steps and np.concatenate([[-1, *steps[number], -1] for number in example.order])
+        path_steps = None
+        if steps is not None:
+            path_steps = np.concatenate([[-1, *steps[number], -1] for number in example.order])
         return LabeledExample(example, self._labels(example), name, path_steps=path_steps)
 
     def _decoded(

@@ -98,6 +98,8 @@ def score_decoding(
     model: PerceptionDLM, processor: PerceptionDLMProcessor, laid_out: list[LaidOut], options: DecodeOptions
 ) -> ParallelScores:
     """Decode the captions of all regions, and compare them with the truth."""
+    import torch
+
     from ..decoding.sampler import decode_steps
 
     verdicts: Counter[str] = Counter()
@@ -105,12 +107,9 @@ def score_decoding(
     tokens = forwards = 0
     eot = model.config.eot_token_id
     for batch, truths, is_tangled in laid_out:
-        steps, last = 0, None
-        for state in decode_steps(model, batch, options):
-            if last is not None:
-                steps = steps + last.open_BNS.any(-1).int()
-            last = state
-        assert last is not None
+        states = list(decode_steps(model, batch, options))
+        last = states[-1]
+        forwards_BN = torch.stack([state.open_BNS.any(-1) for state in states]).sum(0)
         for row, right in enumerate(truths):
             tokens_NS = last.tokens_BNS[row, : len(right)].numpy()
             captions = processor.read_captions(tokens_NS, range(len(right)))
@@ -120,7 +119,7 @@ def score_decoding(
                 tangled += [verdict == "right"] if is_tangled[row][region] else []
                 ends = np.flatnonzero(tokens_NS[region] == eot)
                 tokens += int(ends[0]) + 1 if len(ends) else tokens_NS.shape[1]
-                forwards += int(steps[row, region])
+                forwards += int(forwards_BN[row, region])
     total = verdicts.total()
     shares = {name: verdicts[name] / total for name in VERDICTS}
     return ParallelScores(

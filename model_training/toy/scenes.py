@@ -293,7 +293,7 @@ def _arrange(
     """The first of some random arrangements whose captions are unambiguous; None if there is none."""
     things = [_make(rng, kind, options) for kind in cast]
     if tangled:
-        things[:2] = _tangle(rng, *things[:2], options)
+        things[:2] = _tangle(rng, things[0], things[1], options)
     reach = np.array([reach_of(thing, options.unit_px) for thing in things]) + _GAP_PX
     free = np.array(size) - 2 * reach
     if (free < 0).any():

@@ -143,17 +143,18 @@ def _read_claims(caption: str) -> _Claims | None:
     clauses = _read_clauses(rest)
     if len(named) < 3 or len(rows) != 1 or clauses is None:  # an adjective or an axis twice, another left out
         return None
-    return _Claims(Facts(*(named[name] for name in _ADJECTIVES), shape, rows[0], columns[0]), *clauses)
+    size, texture, colour = (named[name] for name in _ADJECTIVES)
+    return _Claims(Facts(size, texture, colour, shape, rows[0], columns[0]), *clauses)
 
 
 def _read_clauses(rest: str) -> tuple[dict[str, str], dict[str, str]] | None:
     for contrast, comparison in itertools.product(_CONTRASTS, _COMPARISONS):
         for first, second in ((contrast, comparison), (comparison, contrast)):
-            found = re.fullmatch(f"{first.pattern} and {second.pattern}", rest)
-            if found:
-                said = found.groupdict()
-                names = [set(each.groupindex) for each in (contrast, comparison)]
-                return tuple({name: said[name] for name in each} for each in names)  # type: ignore[return-value]
+            if found := re.fullmatch(f"{first.pattern} and {second.pattern}", rest):
+                claims, others = (
+                    {name: found[name] for name in each.groupindex} for each in (contrast, comparison)
+                )
+                return claims, others
     return None
 
 
