@@ -32,7 +32,7 @@ from paracaption.model_training.model.saved import load_model, read_model_config
 from paracaption.model_training.model.tokenizer import load_tokenizer, num_rows, special_token_ids
 from paracaption.model_training.toy import world as toy
 from paracaption.model_training.toy.parallelism import lay_out, position_thresholds, score_decoding
-from paracaption.model_training.train import trainer
+from paracaption.model_training.train import metrics, trainer
 from paracaption.model_training.train.record_paths import record_paths
 from paracaption.pipeline.config_file import load_training
 from paracaption.schemas.decoding import DecodeOptions
@@ -46,7 +46,7 @@ SLOTS = 32
 SPLITS = {"train": ("train", 4000, 0), "distill": ("train", 600, 1), "heldout": ("heldout", 200, 0)}
 """Of each corpus: the world's split, the number of scenes, and the seed."""
 
-STEPS = {"base": 900, "teacher": 150, "student": 250}
+STEPS = {"base": 3000, "teacher": 1000, "student": 1500}
 NOISE = {"level": "region", "stratified": True, "loss_weighting": "none", "eps": 0.02}
 AGREEMENTS = (0.99, 0.95, 0.9)
 THRESHOLDS = (0.9, 0.7, 0.5)
@@ -110,9 +110,10 @@ def write_config(name: str, begin: Path, corpus: Path, rate: float, **changes: A
 
 def train(config: Path) -> Path:
     """Train, or go on with it. Returns the model."""
-    model = config.parent / "model"
-    if not (model / "model.safetensors").exists():
-        trainer.fit(load_training(config))  # in this process: Prefect's server would take part of the core
+    loaded, model = load_training(config), config.parent / "model"
+    done = metrics.read_metrics(config.parent) if (model / "model.safetensors").exists() else []
+    if not done or done[-1]["step"] < (loaded.steps or 0):
+        trainer.fit(loaded)  # in this process: Prefect's server would take part of the core
     return model
 
 
@@ -130,10 +131,14 @@ def teacher(seed: int, steps: int) -> Path:
 def student_config(seed: int, name: str, steps: int, changes: dict[str, Any]) -> Path:
     """The training that distills a teacher's decoding paths."""
     distillation = {"paths": str(FOLDER / f"paths-{seed}"), "window_end": SLOTS} | changes
-    begin = FOLDER / f"teacher-{seed}/model"
-    return write_config(
-        f"{name}-{seed}", begin, world("distill"), 5e-4, seed=seed, steps=steps, distillation=distillation
+    begin, fields = FOLDER / f"teacher-{seed}/model", {"seed": seed, "steps": steps}
+    config = write_config(
+        f"{name}-{seed}", begin, world("distill"), 5e-4, **fields, distillation=distillation
     )
+    values = yaml.safe_load(config.read_text())
+    values["data"] |= {"on_bad_sample": "skip", "max_dropped_share": None}  # a part of the paths will do
+    config.write_text(yaml.safe_dump(values, sort_keys=False))
+    return config
 
 
 def ways(model: PerceptionDLM, processor: PerceptionDLMProcessor) -> dict[str, DecodeOptions]:
@@ -190,6 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the training, instead of the default")
     parser.add_argument("--name", default="student", help="of a student with other options")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of `distillation`")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="record only this part of the paths")
     parser.add_argument("--images", type=int, default=SPLITS["heldout"][1], help="held-out scenes")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -202,11 +208,12 @@ def main() -> None:
     wanted = stages[:-2] if args.stage == "all" else [args.stage]
     for seed in SEEDS if args.stage == "all" else (args.seed,):
         for stage in wanted:
-            run(stage, seed, args.steps or STEPS.get(stage, 0), args.name, changes, args.images)
+            run(stage, seed, args, changes)
 
 
-def run(stage: str, seed: int, steps: int, name: str, changes: dict[str, Any], images: int) -> None:
+def run(stage: str, seed: int, args: argparse.Namespace, changes: dict[str, Any]) -> None:
     """One stage for one seed."""
+    steps, name = args.steps or STEPS.get(stage, 0), args.name
     if stage == "world":
         print(*map(world, SPLITS))
     elif stage == "base":
@@ -214,13 +221,14 @@ def run(stage: str, seed: int, steps: int, name: str, changes: dict[str, Any], i
     elif stage == "teacher":
         teacher(seed, steps)
     elif stage == "paths":
-        record_paths(load_training(student_config(seed, name, 1, changes)))
+        part, parts = map(int, args.part.split("/"))
+        record_paths(load_training(student_config(seed, name, 1, changes)), part - 1, parts)
     elif stage == "student":
         train(student_config(seed, name, steps, changes))
     else:
         for each in ("teacher", name):
             if (FOLDER / f"{each}-{seed}/model").exists():
-                measure(seed, each, images)
+                measure(seed, each, args.images)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from . import build
 
 _log = logging.getLogger(__name__)
 
-_BATCHES_PER_FILE = 64
+_BATCHES_PER_FILE = 16
 
 
 class Recorded(NamedTuple):
