@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch.nn import functional
+from typer.testing import CliRunner
 
+from paracaption.flows.cli.app import app
 from paracaption.model_training.data.decoding_paths import ABOUT, DecodingPaths
 from paracaption.model_training.data.loader import Loader
 from paracaption.model_training.decoding.sampler import decode_batch
@@ -240,3 +243,13 @@ def test_steps_are_the_numbers_of_forwards_before_a_slot_was_closed():
     states = [SimpleNamespace(open_BNS=torch.tensor(each)) for each in opens]
     assert record_paths._closed_in(states).tolist() == [[[1, 0, 2]]]
     assert np.issubdtype(record_paths._closed_in(states).dtype, np.integer)
+
+
+def test_the_command_records_what_is_not_there_yet(recorded):
+    path = recorded.folder / "train.yaml"
+    path.write_text(yaml.safe_dump(recorded.config.model_dump(mode="json")))
+    done = CliRunner().invoke(app, ["models", "paths", str(path), "--part", "1/1"])
+    assert done.output == f"0 regions decoded: {recorded.folder / 'paths'}\n"
+    refused = CliRunner().invoke(app, ["models", "paths", str(path), "--part", "3/2"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "give I/N, from 1/N to N/N" in str(refused.exception)
