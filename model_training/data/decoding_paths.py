@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -93,11 +93,18 @@ class DecodingPaths:
             raise ConfigError(
                 f"distillation.paths: {folder}: recorded with another {changed[0]}; {RECORD} into a new one"
             )
+        self._open(found, num_slots)
+
+    def _open(self, found: list[Path], num_slots: int) -> None:
+        self.num_slots, self.files = num_slots, found
         self.parts = [_mapped(path, num_slots) for path in found]
         keys = np.concatenate([part["region"] for part in self.parts])
         self.order = np.argsort(keys, kind="stable")
         self.keys = keys[self.order]
         self.starts = np.cumsum([0, *map(len, self.parts)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.folder, self.files, self.num_slots)  # a worker process maps the files itself
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -120,6 +127,13 @@ class DecodingPaths:
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
         row = self.parts[part][number - self.starts[part]]
         return DecodingPath(row["tokens"].astype(np.int64), row["steps"].astype(np.int64))
+
+
+def _reopen(folder: Path, found: list[Path], num_slots: int) -> DecodingPaths:
+    opened = DecodingPaths.__new__(DecodingPaths)
+    opened.folder = folder
+    opened._open(found, num_slots)
+    return opened
 
 
 def _mapped(path: Path, num_slots: int) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +58,15 @@ def test_each_region_has_a_path_and_nothing_is_decoded_twice(recorded):
 
 def paths_of(recorded, slots=SLOTS):
     return DecodingPaths(recorded.folder / "paths", recorded.processor, slots)
+
+
+def test_a_worker_process_gets_the_files_and_not_their_content(recorded):
+    paths = paths_of(recorded)
+    sent = pickle.dumps(paths)
+    assert len(sent) < 1000
+    again = pickle.loads(sent)
+    assert len(again) == len(paths)
+    assert (again.keys == paths.keys).all()
 
 
 def test_parts_together_have_what_one_process_has(recorded, tmp_path):
@@ -253,3 +265,12 @@ def test_the_command_records_what_is_not_there_yet(recorded):
     refused = CliRunner().invoke(app, ["models", "paths", str(path), "--part", "3/2"])
     assert isinstance(refused.exception, ConfigError)
     assert "give I/N, from 1/N to N/N" in str(refused.exception)
+
+
+def test_the_lines_of_the_recipe_that_are_commented_out_are_a_configuration(tmp_path):
+    text = (Path(__file__).parents[3] / "configs/train/regions.yaml").read_text()
+    recipe, option = text.split("#distillation:")
+    assert yaml.safe_load(text).get("distillation") is None
+    config = yaml.safe_load(recipe + re.sub("(?m)^#", "", f"#distillation:{option}"))
+    config["data"] |= {"caption_length": "fixed", "labels": "captions"}
+    assert TrainConfig.model_validate(config).distillation == Distillation(paths="../../runs/paths")
