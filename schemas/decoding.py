@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from .strict import Strict
 
-Strategy = Literal["remask", "per-region", "threshold", "sequential", "left-to-right"]
+Strategy = Literal["remask", "per-region", "threshold", "factor", "sequential", "left-to-right"]
 Cache = Literal["auto", "none", "exact", "approximate"]
 
 
 MAX_TOKENS = 4_096
 """Most tokens of a caption, and most steps: what LLaDA's positions were trained for."""
 
-_NUMBERS = ("max_new_tokens", "steps", "threshold", "temperature", "top_p", "seed", "refresh_every")
+_NUMBERS = ("max_new_tokens", "steps", "threshold", "factor", "temperature", "top_p", "seed", "refresh_every")
 
 
 class DecodeOptions(Strict):
@@ -34,7 +34,12 @@ class DecodeOptions(Strict):
       be among them.
     - "per-region": each region keeps its most confident predictions, as many as its own schedule asks for.
     - "threshold": each region keeps every prediction whose confidence is at least `threshold`, and in any
-      case its best `max_new_tokens / steps`, so that it ends after `steps`.
+      case its best `max_new_tokens / steps`, so that it ends after `steps`. With `position_thresholds`, each
+      position of the caption has a threshold of its own.
+    - "factor": factor-based parallel decoding (Fast-dLLM, arXiv 2505.22618). Each region keeps its n most
+      confident predictions, where n is the largest number with (n + 1)(1 - p) < `factor` for the least
+      confident of them, whose probability is p; and as many as "threshold" keeps in any case. So the more are
+      kept together, the surer each of them has to be.
     - "sequential": like "per-region", but one region after the other, with `steps` steps for each.
     - "left-to-right": like "per-region", but the leftmost predictions stay, not the most confident ones.
 
@@ -49,7 +54,8 @@ class DecodeOptions(Strict):
         default="remask",
         description="Which predicted tokens a step keeps: `remask` (all, after which the least confident are "
         "masked again), `per-region` (the most confident of each region), `threshold` (all with a"
-        " confidence of at least `threshold`), `sequential` (the same as `per-region`, but one "
+        " confidence of at least `threshold`), `factor` (as many as are sure enough to be kept "
+        "together, see `factor`), `sequential` (the same as `per-region`, but one "
         "region after the other) or `left-to-right` (the leftmost of each region).",
     )
     max_new_tokens: PositiveInt = Field(
@@ -60,14 +66,26 @@ class DecodeOptions(Strict):
     steps: PositiveInt = Field(
         default=32,
         le=MAX_TOKENS,
-        description="Decoding steps; fewer are faster and give worse captions. The strategy `threshold` "
-        "may end earlier.",
+        description="Decoding steps; fewer are faster and give worse captions. The strategies `threshold` "
+        "and `factor` may end earlier.",
     )
     threshold: float = Field(
         default=0.9,
         ge=0,
         le=1,
         description="The strategy `threshold` keeps tokens with at least this confidence, 0 to 1.",
+    )
+    position_thresholds: list[float] | None = Field(
+        default=None,
+        description="For the strategy `threshold`: a confidence for each position of a caption, "
+        "`max_new_tokens` numbers, instead of `threshold` for all of them.",
+    )
+    factor: float = Field(
+        default=1.0,
+        ge=0,
+        description="The strategy `factor` keeps the n most confident tokens of a region, n being the "
+        "largest number with (n + 1)(1 - p) < `factor`, where p is the confidence of the n-th. A larger "
+        "factor is faster and gives worse captions.",
     )
     temperature: float = Field(
         default=0.0,
@@ -113,6 +131,11 @@ class DecodeOptions(Strict):
         "except for models whose config.json has the layout `reference`.",
     )
 
+    @field_validator("position_thresholds", mode="before")
+    @classmethod
+    def _none_given(cls, value: Any) -> Any:
+        return value or None  # the command line gives an empty list
+
     @field_validator(*_NUMBERS, mode="before")
     @classmethod
     def _no_truth_value(cls, value: Any) -> Any:
@@ -120,9 +143,37 @@ class DecodeOptions(Strict):
             raise ValueError("give a number, not true or false")
         return value
 
+    @model_validator(mode="after")
+    def _a_threshold_for_each_position(self) -> DecodeOptions:
+        given = self.position_thresholds
+        if given is None:
+            return self
+        if self.strategy != "threshold":
+            raise ValueError(
+                "position_thresholds: only the strategy `threshold` has them; leave them out or set "
+                "`strategy: threshold`"
+            )
+        if len(given) != self.max_new_tokens:
+            raise ValueError(
+                f"position_thresholds: {len(given)} numbers for {self.max_new_tokens} positions; give as "
+                "many as `max_new_tokens`"
+            )
+        if any(not 0 <= each <= 1 for each in given):
+            raise ValueError("position_thresholds: a confidence is a number from 0 to 1; correct the others")
+        return self
+
     def stored(self) -> dict[str, Any]:
-        """The options under their names in files on disk, where `max_new_tokens` is still `length`."""
-        return {_STORED_NAMES.get(name, name): value for name, value in self.model_dump().items()}
+        """The options under their names in files on disk, where `max_new_tokens` is still `length`.
+
+        Options that release 0.1 did not have are left out at their default: what is stored enters digests.
+        """
+        fields = type(self).model_fields
+        return {
+            _STORED_NAMES.get(name, name): value
+            for name, value in self.model_dump().items()
+            if name not in _NEWER or value != fields[name].default
+        }
 
 
 _STORED_NAMES = {"max_new_tokens": "length"}
+_NEWER = {"position_thresholds", "factor"}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .decoding import DecodeOptions
+from .distillation import Distillation
 from .strict import Folder, Location, Published, Strict
 
 
@@ -357,6 +358,11 @@ class TrainConfig(Published):
     )
     data: DataOptions = DataOptions()
     noise: NoiseOptions = NoiseOptions()
+    distillation: Distillation | None = Field(
+        default=None,
+        description="null, the default, learns the captions of the data by masked diffusion. Otherwise, the "
+        "decoding paths of a teacher are distilled.",
+    )
     steps: PositiveInt | None = Field(
         default=None, description="Steps of the optimizer. Give this or `epochs`."
     )
@@ -455,4 +461,12 @@ class TrainConfig(Published):
             raise ValueError("give either `steps` or `epochs`")
         if self.lora and not self.learning_rate.language:
             raise ValueError("lora trains the language model: learning_rate.language has to be above 0")
+        if self.distillation:
+            if self.conversations:
+                raise ValueError("distillation: conversations have no decoding paths; leave them out")
+            if self.data.caption_length != "fixed" or self.data.labels != "captions":
+                raise ValueError(
+                    "distillation: set data.caption_length to fixed and data.labels to captions, which is "
+                    "what decoding fills in"
+                )
         return self

@@ -29,6 +29,7 @@ EXAMPLES = {
     "models prepare": "paracaption models prepare gar /models/GAR-8B",
     "models convert": "paracaption models convert /models/published --to /models/PerceptionDLM",
     "models publish": "paracaption models publish out/run --to out/repository --license apache-2.0",
+    "models paths": "paracaption models paths regions-distilled.yaml --part 1/8",
     "benchmark make": "paracaption benchmark make out/demo --to out/bench --judge judge.yaml",
     "benchmark photos": "paracaption benchmark photos DLC-Bench=data/dlc --to photos.json",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,11 @@ TrainingConfig = Annotated[
     ),
 ]
 
-models = typer.Typer(cls=Group, help="Convert, prepare and publish models.", no_args_is_help=True)
+models = typer.Typer(
+    cls=Group,
+    help="Convert, prepare and publish models, and record decoding paths.",
+    no_args_is_help=True,
+)
 
 
 @models.command(cls=Command, epilog=example("models prepare"))
@@ -137,6 +142,31 @@ def publish(
 
     stated = {"license": license, "base_model": base_model, "datasets": dataset or ()}
     publishing.publish_model(path, to, title or to.resolve().name, stated, dry_run)
+
+
+@models.command(cls=Command, epilog=example("models paths"))
+def paths(
+    config: TrainingConfig,
+    part: Annotated[
+        str, typer.Option(help="Decode only part I of N, as I/N from 1/N to N/N; for several GPUs.")
+    ] = "1/1",
+    changes: Annotated[list[str] | None, changes_of("distillation.paths=out/paths")] = None,
+) -> None:
+    """Record how a model decodes the captions of a run's corpora, for `distillation` in training.
+
+    The model is `model.path` of the configuration, and the paths go into `distillation.paths`. What is
+    already recorded is not decoded again.
+    """
+    from ...pipeline.config_file import load_training
+
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if not match or int(match[1]) > int(match[2]):
+        raise ConfigError(f"--part: {part!r}; give I/N, from 1/N to N/N")
+    loaded = load_training(config, changes or ())
+    from ...model_training.train.record_paths import record_paths
+
+    done = record_paths(loaded, int(match[1]) - 1, int(match[2]))
+    print(f"{done.regions:,} regions decoded: {done.folder}")
 
 
 def train(

@@ -23,6 +23,7 @@ from ...schemas.training import ConversationSource, CorpusSource, DataOptions
 from . import left_out
 from .conversations import open_conversations
 from .corpus import open_training_corpus
+from .decoding_paths import DecodingPaths
 from .epoch_plan import EpochPlan, Mixture, Pick, count_batches
 from .samples import BatchMaker, TrainBatch
 from .table import cached_folder, default_cache
@@ -60,6 +61,7 @@ class Loader:
         pin_memory: bool = False,
         start_method: StartMethod = "forkserver",
         held_out_share: float = 0.0,
+        paths: str | Path | None = None,
     ):
         """Open the sources. The first process to do so writes their tables to the cache; others wait for it.
 
@@ -76,6 +78,7 @@ class Loader:
                 starts faster, and is refused for a corpus in a bucket.
             held_out_share: share of the images of all corpora that are left out, to be evaluated on; the
                 largest that one of them holds out, if that is more.
+            paths: folder of the decoding paths that are learned instead of the captions of corpora.
 
         Raises:
             ConfigError: a source is missing, empty or of an unknown form, or an option does not suit the
@@ -99,7 +102,8 @@ class Loader:
         self.options, self.rank, self.world_size = options, rank, world_size
         self.pin_memory, self.start_method = pin_memory, start_method
         self.mixture = Mixture(opened, [source.weight for source in sources], seed)
-        self.make = BatchMaker(opened, processor, options, seed)
+        found = None if paths is None else DecodingPaths(paths, processor, options.max_new_tokens)
+        self.make = BatchMaker(opened, processor, options, seed, found)
         self.epoch = self.position = 0
         self.skipped: Counter[str] = Counter()
         pairs = zip(self.mixture.sources, self.mixture.weights, strict=True)

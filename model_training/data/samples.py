@@ -14,7 +14,7 @@ from ...filters import rle
 from ...pipeline.io import photos
 from ...schemas.errors import REBUILD, BadRecord, BadSample
 from ...schemas.records import Blob
-from ...schemas.sample import SampleRegion
+from ...schemas.sample import Sample, SampleRegion
 from ...schemas.training import DataOptions
 from ..model.batch import Example, Images, Tokens, collate, pack
 from ..model.tiling import MaskRuns
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..model.processor import PerceptionDLMProcessor
+    from .decoding_paths import DecodingPaths
 
 FILLER = "filler"
 """The name of an example that only keeps all ranks at the same number of steps. Its weight is 0."""
@@ -51,6 +52,8 @@ class TrainBatch(NamedTuple):
         keys: name of each example: "subset/key#region,region", or the conversation's file and id.
         skipped: what was left out while this batch was made.
         num_items: number of items that the batch was to be made of; 0 for a filler.
+        path_step_BL: int64, the step in which the teacher decoded each labeled token; -1 for other tokens.
+            None without decoding paths.
     """
 
     images: Images
@@ -60,6 +63,7 @@ class TrainBatch(NamedTuple):
     keys: list[str]
     skipped: list[Skipped]
     num_items: int = 0
+    path_step_BL: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TrainBatch:
         """The batch with its tensors on a device."""
@@ -68,6 +72,7 @@ class TrainBatch(NamedTuple):
             tokens=self.tokens.to(device),
             label_BL=self.label_BL.to(device),
             weight_E=self.weight_E.to(device),
+            path_step_BL=None if self.path_step_BL is None else self.path_step_BL.to(device),
         )
 
 
@@ -79,12 +84,15 @@ class LabeledExample(NamedTuple):
         labels: (L,) bool, which tokens of the captions are labeled.
         name: the example's name, as in `TrainBatch.keys`.
         weight: the example's weight in the loss.
+        path_steps: (L,) int64, the step in which the teacher decoded each token of the captions, -1 for
+            tokens that it did not decode; None without decoding paths.
     """
 
     example: Example
     labels: np.ndarray
     name: str
     weight: float = 1.0
+    path_steps: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +108,7 @@ class BatchMaker:
         processor: the model's processor.
         options: how batches are made.
         seed: decides the order and the prompts of regions.
+        paths: what a teacher decoded for the regions of corpora, which is learned instead of their captions.
     """
 
     def __init__(
@@ -108,8 +117,10 @@ class BatchMaker:
         processor: PerceptionDLMProcessor,
         options: DataOptions,
         seed: int,
+        paths: DecodingPaths | None = None,
     ):
         self.sources, self.processor, self.options, self.seed = sources, processor, options, seed
+        self.paths = paths
 
     def __call__(self, picks: Sequence[Pick], upcoming: Sequence[Pick] = ()) -> TrainBatch:
         """The batch of some picks. Without picks, or if none of them can be used, it is a filler.
@@ -135,7 +146,12 @@ class BatchMaker:
         label[tokens.roles.caption_BL] = torch.from_numpy(np.concatenate([each.labels for each in labeled]))
         weight = torch.tensor([each.weight for each in labeled])
         names = [each.name for each in labeled]
-        return TrainBatch(images, tokens, label, weight, names, skipped, len(picks))
+        path_step = None
+        if self.paths is not None:
+            path_step = torch.full_like(tokens.ids_BL, -1)
+            steps = [each.path_steps for each in labeled if each.path_steps is not None]
+            path_step[tokens.roles.caption_BL] = torch.from_numpy(np.concatenate(steps))
+        return TrainBatch(images, tokens, label, weight, names, skipped, len(picks), path_step)
 
     def _expect(self, picks: Sequence[Pick]) -> None:
         for number, source in enumerate(self.sources):
@@ -213,11 +229,15 @@ class BatchMaker:
         seeds = (self.seed, pick.source, pick.pass_index, sample.subset, key)
         order = shuffled(len(sample.regions), *seeds)
         regions = [sample.regions[number] for number in order[chosen]]
-        captions = token_lists(self.processor, [region.caption for region in regions])
-        kept = self._short_enough(regions, captions, f"{shard}: {key}", skipped)
-        if not kept:
+        steps = None
+        if self.paths is None:
+            captions = token_lists(self.processor, [region.caption for region in regions])
+            kept = self._short_enough(regions, captions, f"{shard}: {key}", skipped)
+            regions, captions = [regions[i] for i in kept], [self._padded(captions[i]) for i in kept]
+        else:
+            regions, captions, steps = self._decoded(self.paths, sample, regions, skipped)
+        if not regions:
             return None
-        regions, captions = [regions[i] for i in kept], [self._padded(captions[i]) for i in kept]
         where = Blob(f"{shard}: {key}")
         try:
             masks = [(each.id, {"counts": each.rle.counts, "size": list(each.rle.size)}) for each in regions]
@@ -232,7 +252,26 @@ class BatchMaker:
         prompts = shuffled(self.processor.config.num_prompts, *seeds, group)[: len(regions)].tolist()
         example = self.processor.make_example(photo, runs, captions, prompts)
         name = f"{sample.subset}/{key}#{','.join(str(regions[number].id) for number in example.order)}"
-        return LabeledExample(example, self._labels(example), name)
+        path_steps = None
+        if steps is not None:
+            path_steps = np.concatenate([[-1, *steps[number], -1] for number in example.order])
+        return LabeledExample(example, self._labels(example), name, path_steps=path_steps)
+
+    def _decoded(
+        self, paths: DecodingPaths, sample: Sample, regions: list[SampleRegion], skipped: list[Skipped]
+    ) -> tuple[list[SampleRegion], list[list[int]], list[np.ndarray]]:
+        """The regions whose decoding paths are known, with the tokens and steps of these."""
+        found, captions, steps = [], [], []
+        for region in regions:
+            try:
+                path = paths.find(sample.subset, sample.key, region.id)
+            except BadSample as error:
+                self._skip(error, skipped)
+                continue
+            found.append(region)
+            captions.append(path.tokens_S.tolist())
+            steps.append(path.step_S)
+        return found, captions, steps
 
     def _short_enough(
         self,
@@ -283,7 +322,8 @@ class BatchMaker:
         side = self.processor.config.tile_px
         mask = np.ones((side, side), bool)
         example = self.processor.make_example(np.full((side, side, 3), 128, np.uint8), [mask], [[]])
-        return LabeledExample(example, np.zeros(example.captions.shape[1], bool), FILLER, weight=0.0)
+        none = np.zeros(example.captions.shape[1], bool)
+        return LabeledExample(example, none, FILLER, weight=0.0, path_steps=none.astype(np.int64) - 1)
 
 
 def _runs(masks: list[tuple[int, dict[str, Any]]], size: tuple[int, int]) -> list[MaskRuns]:

@@ -132,9 +132,9 @@ def select_predictions(
     if options.strategy == "left-to-right":
         score_BNS = -torch.arange(num_slots, device=open_BNS.device).expand(open_BNS.shape).to(confidence_BNS)
     rank_BNS = _rank(score_BNS.masked_fill(~open_BNS, -torch.inf))
-    if options.strategy == "threshold":
+    if options.strategy in ("threshold", "factor"):
         least = math.ceil(num_slots / options.steps)
-        enough_BNS = (rank_BNS < least) | (confidence_BNS >= options.threshold)
+        enough_BNS = (rank_BNS < least) | _is_sure(options, rank_BNS, confidence_BNS)
     elif options.strategy in ("per-region", "sequential", "left-to-right"):
         region_step_N = torch.full(open_BNS.shape[1:2], step)
         if options.strategy == "sequential":
@@ -146,6 +146,23 @@ def select_predictions(
         assert_never(options.strategy)
     stay_BNS = enough_BNS & open_BNS
     return torch.where(stay_BNS, predicted_BNS, tokens_BNS), open_BNS & ~stay_BNS
+
+
+def _is_sure(options: DecodeOptions, rank_BNS: Tensor, confidence_BNS: Tensor) -> Tensor:
+    """Which predictions are confident enough to stay: bool, a pure function of ranks and confidences.
+
+    Args:
+        options: "threshold": at least its threshold, or that of its position. "factor": with the n most
+            confident of its region, n being the largest number with (n + 1)(1 - p_n) < factor. The left side
+            grows with n, so each prediction can be tested by itself.
+        rank_BNS: places in falling order of confidence, 0 for the most confident.
+        confidence_BNS: probabilities of the predictions.
+    """
+    if options.strategy == "factor":
+        return (rank_BNS + 2) * (1 - confidence_BNS) < options.factor
+    if options.position_thresholds is not None:
+        return confidence_BNS >= confidence_BNS.new_tensor(options.position_thresholds)
+    return confidence_BNS >= options.threshold
 
 
 def _remask(

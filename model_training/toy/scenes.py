@@ -20,20 +20,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ...schemas.errors import ConfigError
+from .shapes import COLORS, SHAPES, SIZES, TEXTURES, Kind, Thing, pattern_of, pixel_shares, reach_of, stencil
 
-SIZES = ("small", "large")
-TEXTURES = ("plain", "striped", "dotted", "checked")
-COLORS = {
-    "red": (215, 35, 35),
-    "orange": (245, 140, 20),
-    "yellow": (248, 225, 50),
-    "green": (40, 150, 60),
-    "turquoise": (70, 215, 225),
-    "blue": (35, 75, 210),
-    "purple": (125, 45, 170),
-    "pink": (252, 150, 200),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "bar")
 _THIN = ("ring", "bar")
 _COARSE = ("plain", "striped")
 _FRETTED = ("star", "cross", "heart")
@@ -43,8 +31,6 @@ SPLITS = ("train", "heldout")
 _SPANS = {"small": (1.2, 1.45), "large": (2.1, 2.7)}
 _BAR_SPANS = {"small": (1.5, 1.85), "large": (3.2, 4.0)}
 """Extent in units, smallest and largest. Nothing is drawn between small and large."""
-_BAND = 0.36  # thickness of rings and bars, in units
-_PERIOD = 0.4  # of a texture, in units
 _DARK = {"red", "green", "blue", "purple"}
 """Colors whose stripes, dots and checks are white; those of the others are black."""
 
@@ -53,7 +39,6 @@ _THIRD_MARGIN = 0.05  # of the side: no center is nearer to the line between two
 _NEAREST_RATIO = 1.15  # the second nearest neighbor is at least this much farther away
 _AXIS_RATIO = 1.5  # at least this much farther along one axis than along the other
 _GAP_PX = 2
-_OVERSAMPLED = 4
 _LAYOUTS = (64, 512, 2048)  # number of layouts drawn at once, until one is usable
 _ATTEMPTS = 3000
 
@@ -72,6 +57,10 @@ class WorldOptions:
         relations: whether captions say which thing is nearest, and on which side of it the thing is.
         lookalikes: share of things that differ from another thing in the image in only one attribute.
         overlap: largest share of a large thing that others may hide; 0 keeps all things apart.
+        tangled: share of scenes with two things that their boxes cannot tell apart: two large bars that cross
+            and have the same box, or a small thing inside a large ring. Only their masks tell which is which.
+        wordings: "one" right caption for each thing, or "many" (see wordings.py); with "many", all captions
+            have places and none has relations.
         turn_deg: largest angle by which things are turned; bars are turned by any angle.
         noise: standard deviation of the pixels' noise; white is 255.
         photo_format: format of the written photos.
@@ -88,6 +77,8 @@ class WorldOptions:
     relations: bool = False
     lookalikes: float = 0.4
     overlap: float = 0.1
+    tangled: float = 0.0
+    wordings: Literal["one", "many"] = "one"
     turn_deg: float = 20.0
     noise: float = 5.0
     photo_format: Literal["jpeg", "png"] = "jpeg"
@@ -107,40 +98,20 @@ class WorldOptions:
             raise ConfigError("relations: a thing alone has no neighbor; set `regions` to (2, ...)")
         if not 0 <= self.lookalikes < 1:
             raise ConfigError(f"lookalikes: {self.lookalikes}; give a share below 1")
+        if not 0 <= self.tangled <= 1:
+            raise ConfigError(f"tangled: {self.tangled}; give a share from 0 to 1")
+        if self.tangled and (self.regions[0] < 2 or not _tangles(self)):
+            raise ConfigError(
+                "tangled: it takes two things; set `regions` to (2, ...), and allow large bars, or large "
+                "rings and other small shapes"
+            )
+        if self.wordings == "many" and (self.relations or not self.places):
+            raise ConfigError("wordings: many; such captions have places and no relations; set them so")
         least = 5 * self.unit_px
         if any(min(size) < least for size in self.canvas):
             raise ConfigError(f"canvas: {self.canvas}; make both sides at least 5 units, {least:g} pixels")
         if not possible_kinds(self):
             raise ConfigError("textures: none of them can be seen on any of the shapes; add another one")
-
-
-class Kind(NamedTuple):
-    """What a thing looks like."""
-
-    size: str
-    texture: str
-    colour: str
-    shape: str
-
-
-class Thing(NamedTuple):
-    """A thing in a scene.
-
-    Attributes:
-        kind: what it looks like.
-        center: x and y of its center of area, in pixels.
-        span_px: extent in pixels.
-        turn: angle by which it is turned, in radians.
-        grain: direction of its texture in radians, and two phases as shares of a period.
-        tint: RGB added to its color.
-    """
-
-    kind: Kind
-    center: tuple[float, float]
-    span_px: float
-    turn: float
-    grain: tuple[float, float, float]
-    tint: tuple[int, int, int]
 
 
 class Scene(NamedTuple):
@@ -150,11 +121,13 @@ class Scene(NamedTuple):
         size: (width, height) in pixels.
         things: in no particular order.
         labels: (H, W) uint8, 0 for the ground, otherwise 1 + the thing's index in `things`.
+        tangled: whether the first two things are ones that their boxes cannot tell apart.
     """
 
     size: tuple[int, int]
     things: list[Thing]
     labels: np.ndarray
+    tangled: bool = False
 
 
 @cache
@@ -170,6 +143,22 @@ def possible_kinds(options: WorldOptions) -> dict[Kind, None]:
 def _shows(kind: Kind) -> bool:
     coarse = kind.shape in _THIN or (kind.size == "small" and kind.shape in _FRETTED)
     return not coarse or kind.texture in _COARSE
+
+
+@cache
+def _tangles(options: WorldOptions) -> list[list[tuple[Kind, Kind]]]:
+    """Every pair of things that can be tangled: those that cross, then a ring and what is inside of it."""
+    known = possible_kinds(options)
+    pairs = [pair for pair in itertools.product(known, known) if pair[0].colour != pair[1].colour]
+    return [found for fits in (_cross, _nest) if (found := [pair for pair in pairs if fits(*pair)])]
+
+
+def _cross(one: Kind, other: Kind) -> bool:
+    return one[::3] == other[::3] == ("large", "bar")
+
+
+def _nest(one: Kind, other: Kind) -> bool:
+    return one[::3] == ("large", "ring") and other.size == "small" and other.shape not in _THIN
 
 
 def scene_content(cast: Iterable[Kind]) -> str:
@@ -201,11 +190,12 @@ def draw_scene(seed: int, number: int, options: WorldOptions, split: str, taken:
     num_things = int(rng.integers(fewest, most + 1))  # before the draws, or crowded scenes would be rare
     for attempt in range(_ATTEMPTS):
         rng = np.random.default_rng([seed, number, 1 + attempt])
-        cast = _cast(rng, num_things, options)
+        tangled = options.tangled > 0 and rng.random() < options.tangled
+        cast = _cast(rng, num_things, options, tangled)
         text = scene_content(cast)
         if text in taken or split_of(text) != split:
             continue
-        scene = _arrange(rng, size, cast, options)
+        scene = _arrange(rng, size, cast, options, tangled)
         if scene is not None:
             taken.add(text)
             return scene
@@ -213,6 +203,11 @@ def draw_scene(seed: int, number: int, options: WorldOptions, split: str, taken:
         f"no new {split} scene of {num_things} things in {_ATTEMPTS} draws; allow more shapes or colors, "
         "fewer `regions`, a larger `canvas`, or ask for fewer images"
     )
+
+
+def wording_rng(seed: int, number: int) -> np.random.Generator:
+    """What draws the wordings of a scene's captions; apart from what draws the scene and its noise."""
+    return np.random.default_rng([seed, number, 2 + _ATTEMPTS])
 
 
 def paint_scene(scene: Scene, seed: int, number: int, options: WorldOptions) -> np.ndarray:
@@ -224,8 +219,8 @@ def paint_scene(scene: Scene, seed: int, number: int, options: WorldOptions) -> 
     ground = rng.uniform(115, 185) + slope[0] * (rows - 0.5) + slope[1] * (columns - 0.5)
     photo = ground[:, :, None] + rng.uniform(-6, 6, 3)
     for thing in sorted(scene.things, key=_depth):
-        here, fine = _stencil(thing, options.unit_px)
-        coverage, pattern = _shares(fine), _shares(_pattern(thing, here, fine, options.unit_px))
+        here, fine = stencil(thing, options.unit_px)
+        coverage, pattern = pixel_shares(fine), pixel_shares(pattern_of(thing, here, fine, options.unit_px))
         color = np.clip(np.add(COLORS[thing.kind.colour], thing.tint), 0, 255)
         ink = 245 if thing.kind.colour in _DARK else 30
         photo[here] *= 1 - coverage[:, :, None]
@@ -267,10 +262,16 @@ def nearest_thing(scene: Scene, number: int) -> tuple[str, int]:
 # How a scene is arranged.
 
 
-def _cast(rng: np.random.Generator, num_things: int, options: WorldOptions) -> list[Kind]:
+def _cast(
+    rng: np.random.Generator, num_things: int, options: WorldOptions, tangled: bool = False
+) -> list[Kind]:
     """Different kinds for the things of one scene; some differ in only one attribute."""
     known = list(possible_kinds(options))
     chosen: list[Kind] = []
+    if tangled:
+        ways = _tangles(options)
+        pairs = ways[rng.integers(len(ways))]
+        chosen += pairs[rng.integers(len(pairs))]
     while len(chosen) < num_things:
         kind = known[rng.integers(len(known))]
         if chosen and rng.random() < options.lookalikes:
@@ -283,22 +284,42 @@ def _cast(rng: np.random.Generator, num_things: int, options: WorldOptions) -> l
 
 
 def _arrange(
-    rng: np.random.Generator, size: tuple[int, int], cast: Sequence[Kind], options: WorldOptions
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    cast: Sequence[Kind],
+    options: WorldOptions,
+    tangled: bool = False,
 ) -> Scene | None:
     """The first of some random arrangements whose captions are unambiguous; None if there is none."""
     things = [_make(rng, kind, options) for kind in cast]
-    reach = np.array([_reach(thing, options.unit_px) for thing in things]) + _GAP_PX
+    if tangled:
+        things[:2] = _tangle(rng, things[0], things[1], options)
+    reach = np.array([reach_of(thing, options.unit_px) for thing in things]) + _GAP_PX
     free = np.array(size) - 2 * reach
     if (free < 0).any():
         return None
     for number in _LAYOUTS:
         centers = reach + rng.random((number, len(things), 2)) * free
-        for layout in _unambiguous(centers, things, size, options)[:8].tolist():
+        if tangled:
+            centers[:, 1] = centers[:, 0]
+        for layout in _unambiguous(centers, things, size, options, tangled)[:8].tolist():
             placed = [thing._replace(center=(x, y)) for thing, (x, y) in zip(things, layout, strict=True)]
-            labels = _label(placed, size, options)
+            labels = _label(placed, size, options, tangled)
             if labels is not None:
-                return Scene(size, placed, labels)
+                return Scene(size, placed, labels, tangled)
     return None
+
+
+def _tangle(rng: np.random.Generator, one: Thing, other: Thing, options: WorldOptions) -> list[Thing]:
+    """Two things of one center: bars of one length that cross, or a ring wide enough for what is inside."""
+    if _cross(one.kind, other.kind):
+        turn = np.pi / 4 * (1 if rng.random() < 0.5 else -1)
+        return [one._replace(turn=turn), other._replace(turn=-turn, span_px=one.span_px)]
+    unit = options.unit_px
+    return [
+        one._replace(span_px=_SPANS["large"][1] * unit),
+        other._replace(span_px=_SPANS["small"][0] * unit),
+    ]
 
 
 def _make(rng: np.random.Generator, kind: Kind, options: WorldOptions) -> Thing:
@@ -312,7 +333,11 @@ def _make(rng: np.random.Generator, kind: Kind, options: WorldOptions) -> Thing:
 
 
 def _unambiguous(
-    centers_KN2: np.ndarray, things: Sequence[Thing], size: tuple[int, int], options: WorldOptions
+    centers_KN2: np.ndarray,
+    things: Sequence[Thing],
+    size: tuple[int, int],
+    options: WorldOptions,
+    tangled: bool = False,
 ) -> np.ndarray:
     """Those of K layouts whose things are apart, each in one place and with one nearest neighbor."""
     if options.places:
@@ -320,6 +345,8 @@ def _unambiguous(
         centers_KN2 = centers_KN2[(from_line >= _THIRD_MARGIN).all(axis=(1, 2, 3))]
     core = np.array([thing.span_px * (0.12 if thing.kind.shape == "bar" else 0.42) for thing in things])
     least = (core[:, None] + core) * (1 if options.overlap else 1.1)
+    if tangled:
+        least[0, 1] = least[1, 0] = 0
     distance_KNN = _distances(centers_KN2)
     centers_KN2 = centers_KN2[(distance_KNN >= least).all(axis=(1, 2))]
     if not options.relations or not len(centers_KN2):
@@ -339,22 +366,25 @@ def _distances(centers_KN2: np.ndarray) -> np.ndarray:
     return np.hypot(x, y) + np.diag(np.full(centers_KN2.shape[1], np.inf))
 
 
-def _label(things: Sequence[Thing], size: tuple[int, int], options: WorldOptions) -> np.ndarray | None:
+def _label(
+    things: Sequence[Thing], size: tuple[int, int], options: WorldOptions, tangled: bool = False
+) -> np.ndarray | None:
     """The label map; None if a thing hides too much of another one, or touches one of its own color.
 
-    Small and thin things are never hidden, not even in part.
+    Small and thin things are never hidden, not even in part. The first two, if tangled, may do it to each
+    other.
     """
     cv2: Any = importlib.import_module("cv2")
     labels = np.zeros((size[1], size[0]), np.uint8)
     whole = {}
     for number in sorted(range(len(things)), key=lambda i: _depth(things[i])):
         kind = things[number].kind
-        here, fine = _stencil(things[number], options.unit_px)
+        here, fine = stencil(things[number], options.unit_px)
         mask = np.zeros(labels.shape, np.uint8)
-        mask[here] = _shares(fine) >= 0.5
+        mask[here] = pixel_shares(fine) >= 0.5
         around = cv2.dilate(mask, np.ones((2 * _GAP_PX + 1,) * 2, np.uint8))
         for other in np.unique(labels[around > 0]).tolist():
-            if other == 0:
+            if other == 0 or (tangled and {number, other - 1} == {0, 1}):
                 continue
             below = things[other - 1].kind
             fixed = below.size == "small" or below.shape in _THIN or below.colour == kind.colour
@@ -363,111 +393,14 @@ def _label(things: Sequence[Thing], size: tuple[int, int], options: WorldOptions
         labels[mask > 0] = number + 1
         whole[number + 1] = int(mask.sum())
     seen = np.bincount(labels.ravel(), minlength=len(things) + 1)
-    hidden = any(seen[number] < (1 - options.overlap) * area for number, area in whole.items())
+    hidden = any(
+        seen[number] < (1 - options.overlap) * area
+        for number, area in whole.items()
+        if not (tangled and number <= 2)
+    )
     return None if hidden else labels
 
 
 def _depth(thing: Thing) -> float:
     """Sort key: larger things lie below smaller ones."""
     return -thing.span_px
-
-
-# How a thing is drawn.
-
-
-def _stencil(thing: Thing, unit_px: float) -> tuple[tuple[slice, slice], np.ndarray]:
-    """A window around the thing.
-
-    Returns:
-        Rows and columns of the window in the image, and the oversampled window, uint8: 1 where the thing is.
-    """
-    cv2: Any = importlib.import_module("cv2")
-    reach = _reach(thing, unit_px)
-    low = np.floor(np.array(thing.center) - reach).astype(int)
-    width, height = np.ceil(np.array(thing.center) + reach).astype(int) - low
-    fine = np.zeros((height * _OVERSAMPLED, width * _OVERSAMPLED), np.uint8)
-    contours = [(contour + thing.center - low) * _OVERSAMPLED - 0.5 for contour in _contours(thing, unit_px)]
-    cv2.fillPoly(fine, [np.rint(contour * 16).astype(np.int32) for contour in contours], 1, shift=4)
-    return (slice(low[1], low[1] + height), slice(low[0], low[0] + width)), fine
-
-
-def _pattern(thing: Thing, here: tuple[slice, slice], fine: np.ndarray, unit_px: float) -> np.ndarray:
-    """The part of a window from `_stencil` that the texture's pattern inks."""
-    pattern = np.zeros_like(fine)
-    if thing.kind.texture != "plain":
-        rows, columns = np.nonzero(fine)
-        points = (np.stack([columns, rows], axis=1) + 0.5) / _OVERSAMPLED
-        corner = np.array([here[1].start, here[0].start])
-        pattern[rows, columns] = _is_inked(thing, points + (corner - thing.center), unit_px)
-    return pattern
-
-
-def _shares(fine: np.ndarray) -> np.ndarray:
-    """The share of each pixel that an oversampled window covers."""
-    cv2: Any = importlib.import_module("cv2")
-    size = (fine.shape[1] // _OVERSAMPLED, fine.shape[0] // _OVERSAMPLED)
-    return cv2.resize(fine.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-
-
-def _is_inked(thing: Thing, points: np.ndarray, unit_px: float) -> np.ndarray:
-    """Which points (N, 2) the texture's pattern inks: (N,) bool. Points are in pixels from the center."""
-    texture, period = thing.kind.texture, _PERIOD * unit_px
-    angle, *phase = thing.grain
-    if texture == "striped" and thing.kind.shape == "ring":  # spokes: parallel stripes hide in the band
-        stripes = max(5, round(np.pi * (thing.span_px - _BAND * unit_px) / (1.2 * period)))
-        return (np.arctan2(points[:, 1], points[:, 0]) / (2 * np.pi) * stripes + phase[0]) % 1 < 0.45
-    across = (points @ _turned(-thing.turn - angle).T) / period + phase
-    if texture == "striped":
-        return across[:, 0] % 1 < 0.45
-    if texture == "dotted":
-        return np.hypot(*(across % 1 - 0.5).T) < 0.3
-    return ((across / 1.5) % 1 < 0.5).sum(axis=1) == 1
-
-
-def _reach(thing: Thing, unit_px: float) -> np.ndarray:
-    """How far the thing reaches from its center in x and y, in pixels, and one pixel more."""
-    return np.abs(np.concatenate(_contours(thing, unit_px))).max(axis=0) + 1
-
-
-def _contours(thing: Thing, unit_px: float) -> list[np.ndarray]:
-    """Outline and, if there is one, hole of the turned thing, in pixels from its center."""
-    span, band, shape = thing.span_px, _BAND * unit_px, thing.kind.shape
-    turn = _turned(thing.turn).T
-    if shape == "bar":
-        return [np.array([(-span, -band), (span, -band), (span, band), (-span, band)]) / 2 @ turn]
-    if shape == "ring":
-        return [_outline("circle") * (span - 2 * inset) for inset in (0, band)]
-    return [_outline(shape) * span @ turn]
-
-
-def _turned(angle: float) -> np.ndarray:
-    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-
-
-@cache
-def _outline(shape: str) -> np.ndarray:
-    """Outline of a shape about 1 across, (N, 2) points around its center of area; y points down."""
-    around = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    if shape == "circle":
-        points = np.stack([np.cos(around), np.sin(around)], axis=1) / 2
-    elif shape == "square":
-        points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.45
-    elif shape == "triangle":
-        points = np.array([(0, -1), (0.58, 0), (-0.58, 0)]) * 1.02
-    elif shape == "star":
-        radius = np.where(np.arange(10) % 2, 0.27, 0.62)[:, None]
-        points = np.stack([np.sin(around[::6]), -np.cos(around[::6])], axis=1) * radius
-    elif shape == "cross":
-        quarter = np.array([(0.17, -0.52), (0.17, -0.17), (0.52, -0.17)])
-        points = np.concatenate([quarter @ _turned(i * np.pi / 2).T for i in range(4)])
-    else:  # a heart
-        x = 16 * np.sin(around) ** 3
-        y = -13 * np.cos(around) + 5 * np.cos(2 * around) + 2 * np.cos(3 * around) + np.cos(4 * around)
-        points = np.stack([x, y], axis=1) / 31
-    return points - _center_of_area(points)
-
-
-def _center_of_area(points: np.ndarray) -> np.ndarray:
-    after = np.roll(points, -1, axis=0)
-    cross = points[:, 0] * after[:, 1] - after[:, 0] * points[:, 1]
-    return ((points + after) * cross[:, None]).sum(axis=0) / (3 * cross.sum())

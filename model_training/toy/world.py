@@ -9,9 +9,9 @@ captioner knows the truth. So all steps can be run: sources, filters, shards, tr
     paracaption build toy/train/build.yaml
 
 A caption is "a small striped red circle". With `places` it goes on "... at the top left", and with
-`relations` "..., right of an orange square", which is the nearest other thing. No two scenes of a world hold
-the same things. No scene of one split holds the same things as a scene of the other split, whatever their
-seeds and options are.
+`relations` "..., right of an orange square", which is the nearest other thing. With `wordings="many"` it is
+longer, and a thing has many right ones (wordings.py). No two scenes of a world hold the same things. No scene
+of one split holds the same things as a scene of the other split, whatever their seeds and options are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from ...schemas.errors import ConfigError
 from ..model.layout import CORRECTED
+from . import wordings
 from .scenes import (
     COLORS,
     PLACES,
@@ -42,6 +43,7 @@ from .scenes import (
     nearest_thing,
     paint_scene,
     place_of,
+    wording_rng,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +60,17 @@ EASY = WorldOptions(
     noise=3.0,
 )
 """The world of configs/train/tiny.yaml: few kinds of things on small photos."""
+
+HARD = replace(
+    EASY,
+    shapes=("circle", "triangle", "bar", "ring"),
+    regions=(2, 4),
+    overlap=0.25,
+    tangled=0.4,
+    wordings="many",
+)
+"""The world in which fewer decoding steps are measured: long captions with many right wordings, and things
+that overlap, share a box or lie inside of each other. Its things look like those of `EASY`."""
 
 CATEGORIES = [{"id": number, "name": shape, "isthing": 1} for number, shape in enumerate(SHAPES, 1)]
 
@@ -137,6 +150,15 @@ def format_caption(attributes: Attributes) -> str:
         near = f"{attributes.side} {article} {attributes.near_colour} {attributes.near_shape}"
         caption += f"{',' if attributes.place else ''} {near}"
     return caption
+
+
+def true_captions(scene: Scene, seed: int, number: int, options: WorldOptions) -> list[str]:
+    """A right caption of each thing in scene `number` of a world; of many wordings one is drawn."""
+    truths = true_attributes(scene, options)
+    if options.wordings == "one":
+        return [format_caption(attributes) for attributes in truths]
+    rng = wording_rng(seed, number)
+    return [wordings.draw_wording(wordings.facts_of(*each[:5]), rng, options.textures) for each in truths]
 
 
 def _any(name: str, group: str | None = None) -> str:
@@ -225,7 +247,7 @@ def _search_attributes(caption: str) -> Attributes:
 
 
 def caption_words() -> list[str]:
-    """All words of this world's captions, sorted. Captions hold nothing else but commas."""
+    """All words of captions with one wording, sorted. They hold nothing else but commas."""
     phrases = ["a", "an", *(value for values in VALUES.values() for value in values)]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
@@ -280,7 +302,7 @@ def write_world(
         images.append({"id": number, "file_name": photo, "width": scene.size[0], "height": scene.size[1]})
         segments = _segments(scene, ids)
         annotations.append({"image_id": number, "file_name": f"{key}.png", "segments_info": segments})
-        truths = map(format_caption, true_attributes(scene, options))
+        truths = true_captions(scene, seed, number, options)
         captions[key] = {str(segment): caption for segment, caption in zip(ids, truths, strict=True)}
     info = {"description": "toy world", "seed": seed, "split": split, "options": asdict(options)}
     document = {"info": info, "images": images, "annotations": annotations, "categories": CATEGORIES}
@@ -400,7 +422,7 @@ _PROMPT = f"system user assistant You are a helpful assistant. {CORRECTED.instru
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for tiny models. The words of this world and of the prompt are tokens; the rest is bytes.
+    """A tokenizer for tiny models. The words of these worlds and of the prompt are tokens; the rest is bytes.
 
     It has the special tokens of LLaDA and of PerceptionDLM. `num_rows` and `special_token_ids` in
     model/tokenizer.py give what a model's config needs to know about it.
@@ -411,10 +433,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     from ..model.tokenizer import SPECIAL_TOKENS
 
     prompt = re.findall(r"\w+", _PROMPT)
-    opening = ["system", "user", "assistant", "You", "Describe"]  # after a special token or a line break
-    whole = dict.fromkeys(
-        [*opening, *(f"\u0120{word}" for word in (*caption_words(), *prompt))]
-    )  # U+0120 is a space
+    opening = [
+        "system",
+        "user",
+        "assistant",
+        "You",
+        "Describe",
+        "this",
+    ]  # after a special token or a line break
+    words = (*caption_words(), *prompt, *wordings.WORDING_WORDS)
+    whole = dict.fromkeys([*opening, *(f"\u0120{word}" for word in words)])  # U+0120 is a space
     known = {
         token: number for number, token in enumerate((*sorted(pre_tokenizers.ByteLevel.alphabet()), *whole))
     }

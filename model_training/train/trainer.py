@@ -35,7 +35,7 @@ from ..data.order import key_of
 from ..data.samples import FILLER, TrainBatch
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.processor import PerceptionDLMProcessor
-from . import build, checkpoints, distributed, loss, metrics
+from . import build, checkpoints, distill, distributed, loss, metrics
 from .checkpoints import Checkpoints
 from .distributed import DistributedGroup
 from .dropped import DropCounts
@@ -280,11 +280,22 @@ def _backward(run: Run, batch: TrainBatch, number: int, weight: float) -> loss.L
     batch_in_step = number * group.world_size + group.rank
     seed = key_of(config.seed, "noise", run.step, batch_in_step) >> 1
     batch = batch.to(group.device)
-    noise = loss.draw_noise(batch, config.noise, torch.Generator().manual_seed(seed))
-    with distributed.autocast(group):
-        found = loss.diffusion_loss(run.model, batch, noise, config.noise.loss_weighting)
+    found = _loss(run, batch, torch.Generator().manual_seed(seed))
     (found.total / weight).backward()
     return found
+
+
+def _loss(run: Run, batch: TrainBatch, generator: torch.Generator) -> loss.Loss:
+    """The loss of a batch, after a draw of what is masked."""
+    config = run.config
+    if config.distillation is not None:
+        window = distill.window_of(config.distillation, run.step / run.num_steps)
+        state = distill.draw_path_state(batch, config.noise, window, generator)
+        with distributed.autocast(run.group):
+            return distill.path_loss(run.model, batch, state, config.distillation)
+    noise = loss.draw_noise(batch, config.noise, generator)
+    with distributed.autocast(run.group):
+        return loss.diffusion_loss(run.model, batch, noise, config.noise.loss_weighting)
 
 
 def _optimizer_step(run: Run, norm: float) -> None:
@@ -393,6 +404,7 @@ def open_loader(config: TrainConfig, processor: PerceptionDLMProcessor, group: D
         group.world_size,
         pin_memory=pin_memory,
         held_out_share=evaluated,
+        paths=config.distillation and config.distillation.paths,
     )
     if len(found := set(group.all_gather(loader.fingerprint))) > 1:
         raise StageFailed(

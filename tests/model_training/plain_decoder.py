@@ -36,7 +36,13 @@ def choose(
         best_first = sorted(waiting, key=lambda slot: -confidences[region][slot])
         if options.strategy == "threshold":
             stay = set(best_first[: math.ceil(length / options.steps)])
-            stay |= {slot for slot in waiting if confidences[region][slot] >= options.threshold}
+            least = options.position_thresholds or [options.threshold] * length
+            stay |= {slot for slot in waiting if confidences[region][slot] >= least[slot]}
+        elif options.strategy == "factor":
+            stay = set(best_first[: math.ceil(length / options.steps)])
+            for n, slot in enumerate(best_first, 1):
+                if (n + 1) * (1 - confidences[region][slot]) < options.factor:
+                    stay = stay | set(best_first[:n])
         else:
             own_step = step - region * options.steps if options.strategy == "sequential" else step
             count = len(waiting) - (still_open(length, options.steps, own_step) if own_step >= 0 else length)

@@ -36,9 +36,10 @@ TINY = {
 """A model of the toy's words that trains at a hundred steps a second or so."""
 
 
-def write_corpus(folder: Path, num_images: int = 60) -> Path:
+def write_corpus(folder: Path, num_images: int = 60, options: WorldOptions | None = None) -> Path:
     """Draw scenes and commit them with their true captions; returns `out` of the corpus."""
-    config = load_config(write_world(folder, num_images, 0, WorldOptions(places=False)))
+    options = options or WorldOptions(places=False)
+    config = load_config(write_world(folder, num_images, 0, options))
     truth = TruthCaptioner(str(folder / "captions.json"))
     target = Path(config.out) / "coconut"
     writer.prepare(target)

@@ -38,6 +38,10 @@ def steps(draw):
         max_new_tokens=length,
         steps=num_steps,
         threshold=draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        position_thresholds=draw(st.none() | st.lists(st.floats(0, 1), min_size=length, max_size=length))
+        if strategy == "threshold"
+        else None,
+        factor=draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
     )
     tokens, guesses = chance.integers(0, 50, shape), chance.integers(50, 99, shape)
     return options, step, regions, *map(torch.from_numpy, (tokens, opens, guesses, confidences))
@@ -71,7 +75,7 @@ def test_what_is_written_stays_but_for_remasking(drawn):
     assert torch.equal(after[written], guesses[written])
     if options.strategy != "remask":
         assert not (still & ~opens).any()
-    if options.strategy == "threshold":
+    if options.strategy in ("threshold", "factor"):
         assert (written.any(-1) | ~opens.any(-1)).all(), "each region that waits gets a token"
 
 
