@@ -60,9 +60,10 @@ def record_paths(config: TrainConfig, part: int = 0, num_parts: int = 1) -> Reco
         raise ConfigError("distillation: the run has none; say under `distillation.paths` where the paths go")
     model, processor = build.open_model(config, "sdpa")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    network: torch.nn.Module = model.eval()
+    model.eval()
     if on_gpu:
-        network.to("cuda", torch.float32 if config.precision == "float32" else torch.bfloat16)
+        precision = torch.float32 if config.precision == "float32" else torch.bfloat16
+        torch.nn.Module.to(model, torch.device("cuda"), precision)
     data = config.data.model_copy(update={"packed": False})
     evaluated = Corpus(config.evaluation.corpus, confined=True).held_out_share if config.evaluation else 0.0
     loader = Loader(config.corpora, processor, data, config.seed, part, num_parts, held_out_share=evaluated)

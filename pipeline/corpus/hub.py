@@ -19,6 +19,7 @@ from ...schemas.errors import REBUILD, ConfigError, IntegrityError
 from ...schemas.sample import PHOTO_ENDING
 from ...schemas.summary import CorpusSummary
 from ..io import files
+from ..io.location import Location
 from ..io.orientation import make_upright
 from . import energon as energon_files
 from . import hub_card, ledger, reader
@@ -58,7 +59,7 @@ class Repository(NamedTuple):
 
 
 def plan_repository(
-    corpus: str | Path, split: str | None = None, shard_mb: float = SHARD_MB, energon: bool = False
+    corpus: str | Location, split: str | None = None, shard_mb: float = SHARD_MB, energon: bool = False
 ) -> Repository:
     """Plan a repository; nothing is written.
 

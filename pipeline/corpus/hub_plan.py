@@ -7,12 +7,12 @@ at the same numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from ...filters.held_out import Split, is_held_out
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.sample import PHOTO_ENDING
+from ..io.location import Location
 from . import merge, reader
 from .reader import Corpus
 from .tar import archive_size, member_size
@@ -97,7 +97,7 @@ class HubPlan(NamedTuple):
         return SPLITS[found] if self.split in ("all", found) else None
 
 
-def plan_hub(corpus: str | Path, split: str | None = None, shard_mb: float = SHARD_MB) -> HubPlan:
+def plan_hub(corpus: str | Location, split: str | None = None, shard_mb: float = SHARD_MB) -> HubPlan:
     """Plan the shards of a repository.
 
     Args:

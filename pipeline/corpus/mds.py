@@ -17,6 +17,7 @@ import msgspec
 from ...schemas.errors import ConfigError, IntegrityError
 from ...schemas.sample import PHOTO_ENDING
 from ..io import files, packages
+from ..io.location import Location
 from ..io.orientation import make_upright
 from .hub import stored_samples
 from .hub_plan import HubPlan, plan_hub
@@ -29,7 +30,7 @@ _COLUMNS = {"key": "str", PHOTO_ENDING: "bytes", "json": "json"}
 
 
 def export_mds(
-    corpus: str | Path, to: str | Path, split: str | None = None, shard_mb: float = SHARD_MB
+    corpus: str | Location, to: str | Path, split: str | None = None, shard_mb: float = SHARD_MB
 ) -> list[Path]:
     """Write the kept regions of a corpus as MDS, by `streaming.MDSWriter`.
 
