@@ -90,7 +90,6 @@ _CHANGES = (
     (re.compile(r"last sign of life .* ago"), "AGE"),
     (re.compile(r"^  rate: .*$", re.MULTILINE), ""),
     (re.compile(r"[\d,.]+%$", re.MULTILINE), "N%"),
-    (re.compile(r"^(?=.*\d%$)((?:[a-z]+ )+)[\d., ]+N%$", re.MULTILINE), r"\1N"),
     (re.compile(r"\d+@\S+"), "PROCESS"),
 )
 
