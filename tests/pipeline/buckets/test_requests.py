@@ -48,6 +48,7 @@ def requests(tmp_path_factory):
     found, patch = Requests(), pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("requests")
     patch.setenv(scratch.VARIABLE, str(folder / "scratch"))
+    patch.setattr(log, "_RECENT_S", 3600.0)  # a busy machine does not look at the log once a second
     for units in (FEW, MANY):
         with serving() as server:
             for name, value in server.environment.items():
@@ -78,7 +79,8 @@ MOST = {
     "verify": {"GetObject": 6.3, "HeadObject": 0.2, "ListObjectsV2": 0.2, "PutObject": 0.0},
     "report": {"GetObject": 3.3, "HeadObject": 0.2, "ListObjectsV2": 0.2, "PutObject": 0.0},
     "copy": {"GetObject": 5.3, "HeadObject": 5.3, "PutObject": 5.3, "ListObjectsV2": 0.2},
-    "copy again": {"GetObject": 0.2, "HeadObject": 0.2, "PutObject": 0.0, "ListObjectsV2": 0.2},
+    # Evidence that was written in the second in which it was copied may be newer, so it is copied again.
+    "copy again": {"GetObject": 2.2, "HeadObject": 2.2, "PutObject": 2.2, "ListObjectsV2": 0.2},
 }
 """The most requests for each further unit; the records of the log, one in five seconds, are the fractions."""
 
@@ -94,4 +96,4 @@ def test_each_unit_costs_so_many_requests_and_no_more(name, requests):
 
 def test_what_costs_nothing_for_a_unit_costs_little_at_all(requests):
     assert requests.found["finished", MANY].total() <= 60
-    assert requests.found["copy again", MANY].total() <= 60
+    assert requests.found["copy again", MANY].total() <= 60 + 6 * MANY
