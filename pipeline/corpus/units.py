@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -100,5 +101,10 @@ def list_units(folder: str) -> list[Unit]:
     return [
         Unit(subset, name.removesuffix(".json"), folder)
         for name in files.list_names(f"{folder}/manifests")
-        if name.endswith(".json") and not name.startswith(".")
+        if name.endswith(".json") and not name.startswith(".") and not _is_attempt(out, name)
     ]
+
+
+def _is_attempt(out: str, name: str) -> bool:
+    """Whether a manifest in a bucket is of a driver that has begun there meanwhile; see `Store.new_name`."""
+    return is_bucket(out) and re.search(r"-\d{6,}-[0-9a-f]{12}\.json$", name) is not None

@@ -209,7 +209,7 @@ def test_an_undo_that_is_declined_ends_with_1_and_changes_nothing(folder, code_o
 
 def test_an_unexpected_error_is_raised_which_ends_a_program_with_1(folder, code_of, monkeypatch):
     monkeypatch.setattr(
-        "paracaption.pipeline.corpus.verify.verify", lambda _: (_ for _ in ()).throw(KeyError("a bug"))
+        "paracaption.pipeline.corpus.verify.verify", lambda *_, **__: (_ for _ in ()).throw(KeyError("a bug"))
     )
     with pytest.raises(KeyError, match="a bug"):
         code_of("verify", folder / "out")
