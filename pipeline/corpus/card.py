@@ -357,7 +357,7 @@ that are not in Python, and with `--pipe` as webdataset's commands. `datasets` r
 which takes the store's credentials from the environment.
 """
     layout = f"""Here each of these files has another ending (`<unit>-1f0c66ab52d3.tar`), and those of earlier
-versions may lie beside it. The commit log (`log/`) says which ones count, and ParaCaption looks there, so do
+versions may lie next to it. The commit log (`log/`) says which ones count, and ParaCaption looks there, so do
 not name files by a pattern. `paracaption.open_corpus(URL).shard_path(row)` is the URL of the shard that a row
 of the index names.
 {splits}
