@@ -2,7 +2,7 @@
 
     $PARACAPTION_SCRATCH/paracaption-scratch-UID/CORPUS-HASH/             `folder_of`
     .../staged~PID~STARTED~NAMESPACE~BOOT~HOST/NAME-NONCE                 `Staged`
-    .../events/RUN/driver                                                 `note_driver`; stacks lie beside it
+    .../events/RUN/driver                                                 `note_driver`; its stacks are here
 
 A folder's name, or a run's file `driver`, says whose files are in it, so the next process on that machine
 removes what a dead one left, and nobody else's. Without the variable, scratch is in the system's folder for
@@ -107,7 +107,7 @@ def _is_of_a_dead_run(run: Path) -> bool:
         with suppress(OSError):  # another process removes it, too
             written_s = max(path.stat().st_mtime for path in (run, *run.iterdir()))
             return time.time() - written_s > _ABANDONED_S
-    except OSError:  # a file that is none of ours
+    except OSError:  # not a file of ours
         pass
     return False
 
