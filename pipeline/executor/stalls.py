@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -145,7 +145,8 @@ def hanging(*runs: Location) -> list[tuple[str, Location | None]]:
     found: list[tuple[str, Location | None]] = []
     for place, text in _stack_texts(runs):
         doing = text.partition("\n")[0].strip()
-        known = any(other.startswith(doing) for other, stack in found if stack is not None)
+        others = [other for other, stack in found if stack is not None]
+        known = any(other.startswith(doing) or doing.startswith(other) for other in others)
         if doing and doing != _IDLE and not known:
             found.append((doing, place if STACK_MARK in text else None))
     with_stack = [each for each in found if each[1] is not None]
@@ -153,20 +154,27 @@ def hanging(*runs: Location) -> list[tuple[str, Location | None]]:
 
 
 def _stack_texts(runs: tuple[Location, ...]) -> Iterator[tuple[Location, str]]:
-    for path in [path for run in runs for path in _copies(run.name)]:
-        yield path, path.read_text(errors="replace")
+    """Those in a bucket come first: they stay when the driver's machine is gone."""
+    uploaded = set[str]()
     for run in runs:
-        uploaded = set[str]()
-        if isinstance(run, Prefix):
-            with suppress(OSError, ConfigError):  # a bucket that does not answer: those of this machine
-                for name in files.list_names(str(run)):
-                    if name.startswith(_STACK):
-                        text = store_of(run).read(str(run / name)).decode(errors="replace")
-                        uploaded.add(name)
-                        yield run / name, text
-        for path in stack_files(str(run)):
-            if path.name not in uploaded:
-                yield path, path.read_text(errors="replace")
+        for place, text in _uploaded_texts(run):
+            uploaded.add(place.name)
+            yield place, text
+    paths = [path for run in runs for path in _copies(run.name)]
+    paths += [path for run in runs for path in stack_files(str(run)) if path.name not in uploaded]
+    for path in paths:
+        yield path, path.read_text(errors="replace")
+
+
+def _uploaded_texts(run: Location) -> list[tuple[Location, str]]:
+    if not isinstance(run, Prefix):
+        return []
+    try:
+        names = [name for name in files.list_names(str(run)) if name.startswith(_STACK)]
+        return [(run / name, store_of(run).read(str(run / name)).decode(errors="replace")) for name in names]
+    except (OSError, ConfigError) as error:  # those of this machine are read all the same
+        log.debug("%s: its stacks cannot be read now: %s", run, error)
+        return []
 
 
 def _copies(run: str) -> list[Path]:

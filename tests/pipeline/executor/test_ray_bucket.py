@@ -15,6 +15,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paracaption.pipeline.corpus import utilization
@@ -29,7 +30,7 @@ from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.errors import ConfigError, StageStalled
 from tests.buckets import committed_in_bucket
 from tests.building import build, config_of
-from tests.synthetic import write_coconut
+from tests.synthetic import jpeg, write_coconut
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -137,7 +138,7 @@ def test_an_image_that_kills_its_worker_is_dropped_and_no_note_is_left(
 @pytest.mark.soak
 @pytest.mark.parametrize("where", ["call", "filter"])
 def test_the_stack_of_a_worker_that_hangs_is_in_the_bucket_and_named(engine, out, tmp_path, coconut, where):
-    config = config_of(out, beside=tmp_path, coconut=coconut, failures={"stall_s": 15.0})
+    config = config_of(out, beside=tmp_path, coconut=coconut, failures={"stall_s": 30.0})
     hanging = {"name": "tests.odd_backends:HangingCaptioner", "options": {"where": where}}
     config = config.model_copy(update={"captioner": config.captioner.model_copy(update=hanging)})
     with pytest.raises(StageStalled, match=rf"the stack is in {out}/events/.*/stack-.*\.txt;") as raised:
@@ -152,8 +153,13 @@ def test_a_worker_that_dies_while_it_uploads_a_shard_leaves_nothing_staged(
     engine, out, ray_buckets, ray_scratch, tmp_path
 ):
     """A shard of more than `IN_MEMORY_BYTES` is on scratch; the next worker of the node removes it."""
-    source = write_coconut(tmp_path / "source", 4, size=(1500, 1500))
-    gate = ray_buckets.gate("PUT", f"{out.removeprefix('s3://')}/coconut/shards/*")
+    size = (1400, 1400)
+    source = write_coconut(tmp_path / "source", 4, size=size)
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    for path in Path(source["photos"][0]).iterdir():
+        path.write_bytes(jpeg(noise))
+        assert path.stat().st_size > IN_MEMORY_BYTES / 4
+    gate = ray_buckets.gate("PUT", f"{out.removeprefix('s3://corpus/')}/coconut/shards/*")
     building = ThreadPoolExecutor(1).submit(build, config_of(out, beside=tmp_path, coconut=source), engine)
     ray_buckets.held(gate, wait_s=120)
     (staged,) = [path for path in ray_scratch.rglob("staged~*/*") if path.is_file()]
