@@ -90,10 +90,15 @@ def test_a_folder_that_is_no_corpus_is_refused(tmp_path):
         verify.verify(tmp_path)
 
 
-def test_a_url_is_refused_at_once(out):
-    fsspec.filesystem("memory").put(str(out), "/verified", recursive=True)
-    with pytest.raises(ConfigError, match="memory://verified: verify reads local files"):
-        verify.verify("memory://verified")
+def test_a_folder_that_was_copied_behind_a_url_is_checked_there(out):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(out), "/verified", recursive=True)
+    assert not verify.verify("memory://verified").problems
+    with memory.open("/verified/coconut/shards/coconut-000000.tar", "r+b") as shard:
+        shard.seek(2000)
+        shard.write(b"damaged")
+    (found,) = verify.verify("memory://verified").problems
+    assert found.file == "coconut/shards/coconut-000000.tar" and "SHA-256" in found.what
 
 
 def test_a_unit_of_the_plan_without_manifest_is_named(out):
