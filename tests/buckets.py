@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -25,10 +26,15 @@ _ENVIRONMENT = {
 
 @pytest.fixture(autouse=True)
 def _corpora_end_with_the_test() -> Iterator[None]:
-    """A bucket that a test has named as a corpus's is a source's again for the next one."""
+    """A bucket that a test has named as a corpus's is a source's again for the next one.
+
+    And s3fs forgets the server of the test: it keeps a client for all who ask in the same words.
+    """
     before = set(bucket_clients._corpora)
     yield
     bucket_clients._corpora.intersection_update(before)
+    if s3fs := sys.modules.get("s3fs"):
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from paracaption.pipeline.corpus import reader
 from paracaption.pipeline.explorer import whatif
 from paracaption.pipeline.explorer.catalog import Catalog
-from paracaption.pipeline.explorer.reviews import Review, Reviews, wilson
+from paracaption.pipeline.explorer.reviews import Review, Reviews, _encode, wilson
 from paracaption.schemas.errors import ConfigError
 from tests.pipeline.explorer import corpus
 
@@ -237,7 +238,7 @@ def test_what_a_rebuild_has_removed_cannot_be_taken_back(copy):
     there = order_of(copy)[0]
     reviews.save("sa1b", *there, True, "Ada")
     gone = Review("sa1b", "gone", 0, "kept", True, 9e9, "Ada")
-    reviews._write([gone, *reviews.read_all()])
+    Path(str(reviews.path)).write_bytes(_encode([gone, *reviews.read_all()]))
     last = reviews.last_of("Ada")
     assert last is not None and last[1:3] == there and reviews.last_of("Ben") is None
 
