@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..model.attention import SHARED
-from .loss import Loss
+from .loss import Loss, draw_levels
 
 if TYPE_CHECKING:
     from ...schemas.distillation import Distillation
@@ -58,16 +57,9 @@ def draw_path_state(
     """
     step_BL = batch.path_step_BL
     assert step_BL is not None, "the loader was opened with decoding paths"
-    sample_BL, region_BL = batch.tokens.roles.sample_BL, batch.tokens.roles.region_BL
-    num_examples = len(batch.weight_E)
-    # 1. A number from 0 to 1 for each example, or for each of its regions.
-    regions = 1 + int(region_BL.max()) if options.level == "region" else 1
-    level = torch.rand(num_examples * regions, generator=generator)
-    if options.stratified:
-        level = (level[:1] + torch.arange(len(level)) / len(level)) % 1
-    level = level.view(num_examples, regions).to(sample_BL.device)
-    column_BL = region_BL.clamp(min=SHARED) if options.level == "region" else torch.zeros_like(region_BL)
-    level_BL = level[sample_BL.clamp(min=0), column_BL]
+    sample_BL = batch.tokens.roles.sample_BL
+    # 1. How far along the path each example is, or each of its regions.
+    level_BL = draw_levels(batch, options, generator)
     # 2. The state before one of the teacher's steps: what it decoded from then on is masked.
     num_steps = int(step_BL.max()) + 1
     first_BL = (level_BL * num_steps).long()

@@ -60,21 +60,32 @@ def draw_noise(batch: TrainBatch, options: NoiseOptions, generator: torch.Genera
         options: the `noise` part of a training configuration.
         generator: a generator on the CPU, so that every device draws the same; None takes torch's own.
     """
+    sample_BL = batch.tokens.roles.sample_BL
+    # 1. The level decides with which probability a token is masked.
+    level_BL = draw_levels(batch, options, generator)
+    probability_BL = ((1 - options.eps) * level_BL + options.eps).masked_fill(sample_BL < 0, 1)
+    # 2. A draw for every token; only labeled ones can be masked.
+    uniform_BL = torch.rand(sample_BL.shape, generator=generator).to(sample_BL.device)
+    return Noise((uniform_BL < probability_BL) & batch.label_BL, probability_BL)
+
+
+def draw_levels(batch: TrainBatch, options: NoiseOptions, generator: torch.Generator | None = None) -> Tensor:
+    """(B, L) numbers from 0 to 1: one for all tokens of an example, or of each of its regions.
+
+    Args:
+        batch: the clean sequences.
+        options: `level` and `stratified` are used.
+        generator: a generator on the CPU, so that every device draws the same; None takes torch's own.
+    """
     sample_BL, region_BL = batch.tokens.roles.sample_BL, batch.tokens.roles.region_BL
     num_examples = len(batch.weight_E)
-    # 1. A level for each example, or for each of its regions.
     regions = 1 + int(region_BL.max()) if options.level == "region" else 1
     level = torch.rand(num_examples * regions, generator=generator)
     if options.stratified:
         level = (level[:1] + torch.arange(len(level)) / len(level)) % 1
-    # 2. The level decides with which probability a token is masked.
-    probability = (1 - options.eps) * level + options.eps
-    probability = probability.view(num_examples, regions).to(sample_BL.device)
+    level = level.view(num_examples, regions).to(sample_BL.device)
     column_BL = region_BL.clamp(min=SHARED) if options.level == "region" else torch.zeros_like(region_BL)
-    probability_BL = probability[sample_BL.clamp(min=0), column_BL].masked_fill(sample_BL < 0, 1)
-    # 3. A draw for every token; only labeled ones can be masked.
-    uniform_BL = torch.rand(sample_BL.shape, generator=generator).to(sample_BL.device)
-    return Noise((uniform_BL < probability_BL) & batch.label_BL, probability_BL)
+    return level[sample_BL.clamp(min=0), column_BL]
 
 
 def diffusion_loss(
