@@ -28,11 +28,14 @@ _ENVIRONMENT = {
 def _corpora_end_with_the_test() -> Iterator[None]:
     """A bucket that a test has named as a corpus's is a source's again for the next one.
 
+    What its log said is forgotten: the next test may have a server of its own with a bucket of that name.
     And s3fs forgets the server of the test: it keeps a client for all who ask in the same words.
     """
     before = set(bucket_clients._corpora)
     yield
     bucket_clients._corpora.intersection_update(before)
+    log._RECENT.clear()
+    log._SEEN.clear()
     if s3fs := sys.modules.get("s3fs"):
         s3fs.S3FileSystem.clear_instance_cache()
 
