@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
@@ -142,8 +143,12 @@ def find_in_text(text: str) -> str:
 
 def is_secret_name(name: Any, variable: bool = False) -> bool:
     """Whether a name, such as `api_key`, is that of a secret; of an environment variable more names are."""
-    if not isinstance(name, str):
-        return False
+    return isinstance(name, str) and _is_secret_name(name, variable)
+
+
+@lru_cache(4096)
+def _is_secret_name(name: str, variable: bool) -> bool:
+    """The environment's names are asked for with each text that is shortened."""
     snake = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()).strip("_")
     if variable:
         return bool(set(snake.split("_")) & _VARIABLE_WORDS or _PAIRS.search(snake))

@@ -15,7 +15,14 @@ import pytest
 import paracaption.flows  # noqa: F401 - switches telemetry off
 from paracaption.pipeline.io import failures
 
-pytest_plugins = ["tests.buckets", "tests.groups", "tests.machinery", "tests.servers", "tests.vllm_judge"]
+pytest_plugins = [
+    "tests.buckets",
+    "tests.drawn_once",
+    "tests.groups",
+    "tests.machinery",
+    "tests.servers",
+    "tests.vllm_judge",
+]
 
 
 def pytest_collection_finish() -> None:
