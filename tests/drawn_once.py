@@ -1,4 +1,4 @@
-"""The pictures of equal statistics are drawn once in a run: they are three quarters of the time of a small build.
+"""Pictures of equal statistics are drawn once in a run: three quarters of the time of a small build.
 
 A process that a test starts draws its own, to the same bytes.
 """
