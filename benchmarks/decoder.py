@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paracaption.model_training.decoding import sampler as decoder
+from paracaption.model_training.decoding import head as decoder_head
+from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.model.attention import dense_mask
 from paracaption.model_training.model.batch import Batch, collate
 from paracaption.model_training.model.config import PerceptionDLMConfig
@@ -181,10 +182,10 @@ def measure(model: PerceptionDLM, batch: Batch, options: DecodeOptions) -> Measu
         mock.patch.object(
             model.language_model, "forward", watched("backbone", model.language_model.forward, costs.backbone)
         ),
-        mock.patch.object(decoder, "_likeliest", watched("head", decoder._likeliest, costs.head)),
+        mock.patch.object(decoder_head, "likeliest", watched("head", decoder_head.likeliest, costs.head)),
     ):
         start = time.perf_counter()
-        *_, last = decoder.decode_steps(model, batch, options)
+        last = decode_batch(model, batch, options)
         seconds = time.perf_counter() - start
     parts["rest"] = seconds - sum(parts.values())
     return Measured(seconds, int(last.forwards_B.sum()), last.tokens_BNS.flatten(), dict(parts), dict(flop))

@@ -121,7 +121,10 @@ class RegionCaptioner:
     """
 
     def __init__(self, model: PerceptionDLM, processor: PerceptionDLMProcessor):
+        from .sampler import Decoder
+
         self.model, self.processor = model, processor
+        self._decoder = Decoder(model)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> RegionCaptioner:
@@ -350,10 +353,9 @@ class RegionCaptioner:
     def _decode(self, groups: list[_Group], options: DecodeOptions, results: list[RegionCaptions]) -> None:
         """Decode one batch, and put captions and costs into their photos' results."""
         from ..model.batch import collate
-        from .sampler import decode_batch
 
         start = time.perf_counter()
-        decoded = decode_batch(self.model, collate([group.example for group in groups]), options)
+        decoded = self._decoder.decode(collate([group.example for group in groups]), options)
         seconds = (time.perf_counter() - start) / len(groups)
         for row, group in enumerate(groups):
             result, tokens = results[group.photo], len(group.regions) * options.max_new_tokens
@@ -387,11 +389,10 @@ class RegionCaptioner:
 
     def _snapshots(self, groups: list[_Group], options: DecodeOptions) -> Iterator[Snapshot]:
         from ..model.batch import collate
-        from .sampler import decode_steps
 
         if groups:
             batch = collate([group.example for group in groups])
-            for state in decode_steps(self.model, batch, options):
+            for state in self._decoder.steps(batch, options):
                 yield self._snapshot(groups, state)
 
     def _snapshot(self, groups: list[_Group], state: DecodeState) -> Snapshot:

@@ -1,42 +1,47 @@
-"""The sampler: a pure function that selects predictions, and a loop that computes what it needs, nothing
-else.
+"""The sampler: captions of a batch, step by step.
 
-Every caption is a row of slots, the places of its tokens. A step predicts a token for every open slot, with
-its confidence, and `select_predictions` decides which of the predictions stay.
+Every caption is a row of slots, the places of its tokens. A step predicts a token for every open slot, and
+`selection.select` decides which of the predictions stay. Every row of a batch may have options of its own;
+rows that cannot share a pass, such as those with different caches, are decoded side by side in buckets.
 
-Shape suffixes: B images of the batch (one sequence each), N regions of a sequence, S slots of a region, K any
-number of slots, M regions computed in a step, D width, V vocabulary.
+On a GPU, the host launches a step and then reads how many slots the step before left open, so that the GPU
+never waits for the host. A row that is finished does nothing in the step that was launched too many.
+
+Shape suffixes: B rows of the batch (one sequence each), R rows of a bucket, N regions of a row, S slots of a
+region.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import NamedTuple, assert_never, cast
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError, StageFailed
-from ..model.attention import PADDING, TokenRoles, join_roles
-from ..model.batch import Batch
-from ..model.llada import KVCache
+from ..model.batch import Batch, Tokens
 from ..model.perceptiondlm import PerceptionDLM
-from ..model.placement import check_placement, fetched
+from ..model.placement import check_placement, upload
+from .head import confidence_of
+from .readback import Readback
+from .rows import Bucket, LaidOut, Rows, lay_out
+from .skipping import Skipping
 
-_LOGITS_AT_ONCE = {"cpu": (256, 1024), "gpu": (4096, 16384)}
-"""Slots and tokens whose logits exist at once: 1 MB, which fits into a core's cache; a quarter of a GB."""
+_KEPT_BUCKETS = 2
+"""How many buckets keep their tensors and graphs for the next batch. At 8B, one of 8 sequences has 10 GB."""
 
-_DRAWN_AT_ONCE = 256
-"""Slots whose tokens are drawn at once. Drawing needs all their logits: 130 MB at LLaDA's vocabulary."""
+_PREFIX_STEP = 64
+"""On a GPU, prefixes are padded to a multiple of this many tokens, so that batches share buckets."""
 
 
 class DecodeState(NamedTuple):
     """All captions of a batch between two steps, on the CPU.
 
     Attributes:
-        forwards_B: forward passes of the language model for each image so far.
+        forwards_B: forward passes of the language model for each row so far.
         tokens_BNS: the tokens; the mask token in open slots.
         open_BNS: bool, the slots that are not decided.
         predicted_BNS: the latest prediction for each slot.
@@ -54,11 +59,12 @@ class DecodedBatch(NamedTuple):
     """The decoded captions of a batch, on the CPU.
 
     Attributes:
-        tokens_BNS: the tokens, with rows for regions that an image has fewer than others.
+        tokens_BNS: the tokens. A row may have fewer regions than others, and fewer slots; what stands there
+            means nothing.
         confidence_BNS: the probability of the latest prediction for each token, in float64.
-        exists_BN: bool, which of the rows are regions.
-        forwards_B: forward passes of the language model for each image.
-        agreement_B: share of an image's tokens equal to those without a cache; None unless `compare` is set.
+        exists_BN: bool, which of the regions exist.
+        forwards_B: forward passes of the language model for each row.
+        agreement_B: share of a row's tokens equal to those without a cache; None unless `compare` is set.
     """
 
     tokens_BNS: Tensor
@@ -68,394 +74,297 @@ class DecodedBatch(NamedTuple):
     agreement_B: Tensor | None = None
 
 
-def decode_batch(model: PerceptionDLM, batch: Batch, options: DecodeOptions | None = None) -> DecodedBatch:
-    """Decode the captions of a batch.
-
-    Raises:
-        ConfigError: the captions have not `options.max_new_tokens` slots, the cache does not suit the layout,
-            or a weight of the model is not loaded.
-        StageFailed: the model's probabilities are no numbers, or the same for every token.
-    """
-    options = options or DecodeOptions()
-    *_, last = decode_steps(model, batch, options)
-    exists_BN = (_blocks(batch, options.max_new_tokens)[2].sample_BL[..., 0] != PADDING).cpu()
-    agreement_B = None
-    if options.compare and options.cache == "approximate":
-        *_, exact = decode_steps(model, batch, options.model_copy(update={"cache": "none"}))
-        same_BN = (exact.tokens_BNS == last.tokens_BNS).double().mean(-1)
-        agreement_B = (same_BN * exists_BN).sum(1) / exists_BN.sum(1)
-    return DecodedBatch(last.tokens_BNS, last.confidence_BNS, exists_BN, last.forwards_B, agreement_B)
+Options = DecodeOptions | Sequence[DecodeOptions] | None
+"""How all rows of a batch are decoded, or each of them; None is `DecodeOptions()`."""
 
 
-@torch.inference_mode()
-def decode_steps(model: PerceptionDLM, batch: Batch, options: DecodeOptions) -> Iterator[DecodeState]:
-    """Decode the captions of a batch, and give the state before the first step and after every one.
-
-    Raises:
-        ConfigError, StageFailed: as `decode_batch`.
-    """
-    decoder = _BatchDecoder(model, batch, options)
-    yield decoder.state()
-    step = 0
-    while bool(decoder.open_BNS.any()):
-        decoder.predict(step)
-        decoder.write(*select_predictions(options, step, *decoder.slots()))
-        yield decoder.state()
-        step += 1
+def decode_batch(model: PerceptionDLM, batch: Batch, options: Options = None) -> DecodedBatch:
+    """Decode the captions of a batch with a decoder that is not kept, see `Decoder.decode`."""
+    return Decoder(model).decode(batch, options)
 
 
-def select_predictions(
-    options: DecodeOptions,
-    step: int,
-    tokens_BNS: Tensor,
-    open_BNS: Tensor,
-    predicted_BNS: Tensor,
-    confidence_BNS: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Select the predictions that stay.
+def decode_steps(model: PerceptionDLM, batch: Batch, options: Options = None) -> Iterator[DecodeState]:
+    """Decode the captions of a batch with a decoder that is not kept, see `Decoder.steps`."""
+    return Decoder(model).steps(batch, options)
+
+
+class Decoder:
+    """Decodes batches with a model, and keeps the tensors and graphs of its latest buckets on a GPU.
 
     Args:
-        options: the strategy and its schedule.
-        step: 0, 1, ...
-        tokens_BNS: the tokens so far; only those of closed slots are read.
-        open_BNS: the slots that are not decided. A region that an image does not have has none.
-        predicted_BNS: a token for every open slot.
-        confidence_BNS: of the predictions; for "remask", of the latest prediction at every slot.
-
-    Returns:
-        tokens_BNS with the predictions that stay, and the slots that are open now.
+        model: the network.
+        captures: whether steps on CUDA are captured as graphs; never where weights are offloaded.
     """
-    if options.strategy == "remask":
-        return _remask(options, step, tokens_BNS, open_BNS, predicted_BNS, confidence_BNS)
-    num_slots = open_BNS.shape[-1]
-    score_BNS = confidence_BNS
-    if options.strategy == "left-to-right":
-        score_BNS = -torch.arange(num_slots, device=open_BNS.device).expand(open_BNS.shape).to(confidence_BNS)
-    rank_BNS = _rank(score_BNS.masked_fill(~open_BNS, -torch.inf))
-    if options.strategy in ("threshold", "factor"):
-        least = math.ceil(num_slots / options.steps)
-        enough_BNS = (rank_BNS < least) | _is_sure(options, rank_BNS, confidence_BNS)
-    elif options.strategy in ("per-region", "sequential", "left-to-right"):
-        region_step_N = torch.full(open_BNS.shape[1:2], step)
-        if options.strategy == "sequential":
-            region_step_N = step - torch.arange(open_BNS.shape[1]) * options.steps
-        left_N = [_left_open(num_slots, options.steps, each) for each in region_step_N.tolist()]
-        left_BN = torch.tensor(left_N, device=open_BNS.device)
-        enough_BNS = rank_BNS < (open_BNS.sum(-1) - left_BN)[..., None]
-    else:
-        assert_never(options.strategy)
-    stay_BNS = enough_BNS & open_BNS
-    return torch.where(stay_BNS, predicted_BNS, tokens_BNS), open_BNS & ~stay_BNS
 
+    def __init__(self, model: PerceptionDLM, captures: bool = True):
+        self.model, self.captures = model, captures
+        self.kept: dict[Bucket, Rows] = {}
 
-def _is_sure(options: DecodeOptions, rank_BNS: Tensor, confidence_BNS: Tensor) -> Tensor:
-    """Which predictions are confident enough to stay: bool, a pure function of ranks and confidences.
-
-    Args:
-        options: "threshold": at least its threshold, or that of its position. "factor": with the n most
-            confident of its region, n being the largest number with (n + 1)(1 - p_n) < factor. The left side
-            grows with n, so each prediction can be tested by itself.
-        rank_BNS: places in falling order of confidence, 0 for the most confident.
-        confidence_BNS: probabilities of the predictions.
-    """
-    if options.strategy == "factor":
-        return (rank_BNS + 2) * (1 - confidence_BNS) < options.factor
-    if options.position_thresholds is not None:
-        return confidence_BNS >= confidence_BNS.new_tensor(options.position_thresholds)
-    return confidence_BNS >= options.threshold
-
-
-def _remask(
-    options: DecodeOptions,
-    step: int,
-    tokens_BNS: Tensor,
-    open_BNS: Tensor,
-    predicted_BNS: Tensor,
-    confidence_BNS: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Write all open slots, then open the least confident of each image again, whenever they were written."""
-    tokens_BNS = torch.where(open_BNS, predicted_BNS, tokens_BNS)
-    exists_BNS = torch.isfinite(confidence_BNS) & open_BNS.any((1, 2), keepdim=True)
-    left_B = torch.tensor(
-        [_left_open(num_slots, options.steps, step) for num_slots in exists_BNS.sum((1, 2)).tolist()],
-        device=open_BNS.device,
-    )
-    doubt_BNS = (-confidence_BNS).masked_fill(~exists_BNS, -torch.inf)
-    rank_BNS = _rank(doubt_BNS.flatten(1)).view_as(doubt_BNS)
-    return tokens_BNS, (rank_BNS < left_B[:, None, None]) & exists_BNS
-
-
-def _left_open(num_slots: int, steps: int, step: int) -> int:
-    """Slots still open after a step of the linear schedule, rounded as PerceptionDLM's released code does."""
-    if step < 0:
-        return num_slots
-    return 0 if step >= steps - 1 else int(num_slots * ((steps - 1 - step) / steps))
-
-
-def _rank(score: Tensor) -> Tensor:
-    """Place of each number in falling order along the last dimension; equal ones stay in their order."""
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(score.shape[-1], device=score.device).expand(score.shape)
-    return torch.empty_like(order).scatter_(-1, order, places)
-
-
-class _BatchDecoder:
-    """A batch while it is decoded: its slots, and what is known of the tokens before them."""
-
-    def __init__(self, model: PerceptionDLM, batch: Batch, options: DecodeOptions):
-        check_placement(model)
-        self.model, self.options = model, options
-        self.suppressed = _suppressed(model, options)
-        batch = batch.to(model.device)
-        self.cache = choose_cache(model, options)
-        self.prefix, self.prefix_len = batch.prefix, batch.prefix.ids_BL.shape[1]
-        self.ids_BNL, self.position_BNL, self.roles = _blocks(batch, options.max_new_tokens)
-        self.exists_BN = self.roles.sample_BL[..., 0] != PADDING
-        self.x_BLD = model.embed(batch.prefix, *model.encode_images(batch.images))
-        self.kv_cache: KVCache | None = None
-        self.cached_rows_B = torch.arange(len(self.ids_BNL), device=model.device)  # the images in the cache
-        self.tokens_BNS = self.ids_BNL[..., 1:-1]
-        self.open_BNS = (self.tokens_BNS == model.config.mask_token_id) & self.exists_BN[..., None]
-        self.predicted_BNS = self.tokens_BNS.clone()
-        # What slots are compared in. Apple's GPUs have no float64.
-        self.exact = torch.device("cpu") if model.device.type == "mps" else model.device
-        self.confidence_BNS = torch.full(
-            self.tokens_BNS.shape, torch.nan, dtype=torch.float64, device=self.exact
-        )
-        self.broken = torch.zeros((), dtype=torch.bool, device=self.exact)
-        self.stale_BN = self.exists_BN.clone()  # where a new prediction could differ
-        self.forwards_B = torch.zeros_like(self.cached_rows_B)
-
-    def slots(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `select_predictions` selects from, on one device."""
-        return (
-            self.tokens_BNS.to(self.exact),
-            self.open_BNS.to(self.exact),
-            self.predicted_BNS.to(self.exact),
-            self.confidence_BNS,
-        )
-
-    def state(self) -> DecodeState:
-        """A copy on the CPU.
+    def decode(self, batch: Batch, options: Options = None) -> DecodedBatch:
+        """Decode the captions of a batch.
 
         Raises:
-            StageFailed: a prediction was none. Said here, where the device is waited for anyway.
+            ConfigError: a row's captions have not `max_new_tokens` slots, a cache does not suit the layout,
+                or a weight of the model is not loaded.
+            StageFailed: the model's probabilities are no numbers, or the same for every token.
         """
-        if bool(self.broken):
-            name, dtype = self.model.name_or_path or "the model", self.model.dtype
-            raise StageFailed(
-                f"{name}: the probabilities in {dtype} are NaN, or equal for all tokens: the weights are "
-                "damaged, or "
-                "this type overflows; download the weights again, or load the model in float32"
-            )
-        return DecodeState(
-            self.forwards_B.cpu().clone(),
-            self.tokens_BNS.cpu().clone(),
-            self.open_BNS.cpu().clone(),
-            self.predicted_BNS.cpu().clone(),
-            self.confidence_BNS.cpu().clone(),
-        )
+        each = _for_rows(options, len(batch.prefix.ids_BL))
+        decoding = _Decoding(self, batch, each)
+        with torch.inference_mode():
+            decoding.run()
+            last = decoding.state()
+        decoding.close()
+        exists_BN = decoding.exists_BN()
+        agreement_B = None
+        if any(one.compare and choose_cache(self.model, one) == "approximate" for one in each):
+            plain = [one.model_copy(update={"cache": "none", "compare": False}) for one in each]
+            exact = self.decode(batch, plain)
+            slots_BNS = decoding.slots_BNS()
+            same_BNS = (exact.tokens_BNS == last.tokens_BNS) & slots_BNS
+            agreement_B = same_BNS.double().sum((1, 2)) / slots_BNS.sum((1, 2))
+        return DecodedBatch(last.tokens_BNS, last.confidence_BNS, exists_BN, last.forwards_B, agreement_B)
 
-    def predict(self, step: int) -> None:
-        """Predict what this step selects from and is not known yet."""
-        wanted_BN = self._wanted(step)
-        refresh = self.cache == "approximate" and step % self.options.refresh_every == 0
-        if self.options.temperature == 0 and not refresh:
-            wanted_BN = wanted_BN & self.stale_BN
-        if not bool(wanted_BN.any()) and not refresh:
-            return
-        if refresh or self.kv_cache is None:
-            hidden_MSD = self._forward_all(wanted_BN)
-        else:
-            hidden_MSD = self._forward_captions(self.kv_cache, wanted_BN)
-        if not bool(wanted_BN.any()):
-            return
-        at_BNS = wanted_BN[..., None] & (self.open_BNS | (self.options.strategy == "remask"))
-        at_MS = at_BNS[wanted_BN]
-        uniform_BNS = self._uniform(step)
-        uniform_K = None if uniform_BNS is None else uniform_BNS.expand_as(at_BNS)[at_BNS]
-        predicted_K, confidence_K = self._sample(hidden_MSD[at_MS], uniform_K)
-        self.predicted_BNS[at_BNS] = predicted_K
-        self.confidence_BNS[at_BNS.to(self.exact)] = confidence_K.to(self.exact)
-        self.broken |= self._says_nothing(confidence_K).to(self.exact)
-        self.stale_BN &= ~wanted_BN
+    @torch.inference_mode()
+    def steps(self, batch: Batch, options: Options = None) -> Iterator[DecodeState]:
+        """Decode the captions of a batch, and give the state before the first step and after every one.
 
-    def write(self, tokens_BNS: Tensor, open_BNS: Tensor) -> None:
-        """Write the selected tokens into the sequences, and end the captions that have ended."""
-        config = self.model.config
-        tokens_BNS, self.open_BNS = tokens_BNS.to(self.ids_BNL), open_BNS.to(self.ids_BNL.device)
-        if self.options.early_exit and self.options.strategy != "remask":
-            tokens_BNS = self._end(tokens_BNS)
-        tokens_BNS = tokens_BNS.masked_fill(self.open_BNS, config.mask_token_id)
-        changed_BN = (tokens_BNS != self.tokens_BNS).any(-1)
-        if self.cache == "none" and not self.model.layout.isolate_prefix:  # every caption sees every other
-            changed_BN = changed_BN.any(1, keepdim=True) & self.exists_BN
-        self.stale_BN |= changed_BN
-        self.tokens_BNS = tokens_BNS
-        self.ids_BNL[..., 1:-1] = tokens_BNS
+        Raises:
+            ConfigError, StageFailed: as `decode`.
+        """
+        decoding = _Decoding(self, batch, _for_rows(options, len(batch.prefix.ids_BL)))
+        yield decoding.state()
+        while decoding.step():
+            yield decoding.state()
+        decoding.close()
 
-    def _end(self, tokens_BNS: Tensor) -> Tensor:
-        """Fill everything after a region's first end of text, once nothing before it is open."""
-        eot = cast(int, self.model.config.eot_token_id)
-        undecided_BNS = self.open_BNS.cumsum(-1) > 0
-        ended_BNS = ((tokens_BNS == eot) & ~undecided_BNS).cumsum(-1) > 0
-        self.open_BNS = self.open_BNS & ~ended_BNS
-        return tokens_BNS.masked_fill(ended_BNS, eot)
+    def take(self, bucket: Bucket, never_X: Tensor | None) -> Rows:
+        """Tensors for a bucket, which nobody else uses."""
+        found = self.kept.pop(bucket, None)
+        while found is None and len(self.kept) >= _KEPT_BUCKETS:
+            self.kept.pop(next(iter(self.kept)))
+        return found or Rows(self.model, bucket, never_X, self.captures)
 
-    def _wanted(self, step: int) -> Tensor:
-        """The regions among whose slots this step selects."""
-        if self.options.strategy == "remask":
-            return self.exists_BN & self.open_BNS.any((1, 2))[:, None]
-        wanted_BN = self.open_BNS.any(-1)
-        if self.options.strategy == "sequential":
-            region_N = torch.arange(wanted_BN.shape[1], device=wanted_BN.device)
-            wanted_BN = wanted_BN & (region_N == step // self.options.steps)
-        return wanted_BN
-
-    def _forward_all(self, wanted_BN: Tensor) -> Tensor:
-        """Hidden states (M, S, D) of the wanted regions, from a pass over whole sequences."""
-        cached = self.cache != "none"
-        rows_B = (self.open_BNS.any((1, 2)) if cached else wanted_BN.any(1)).nonzero().flatten()
-        self.forwards_B[rows_B] += 1
-        parts = (self.ids_BNL, self.position_BNL, *self.roles)
-        ids, position, sample, region, caption = (part[rows_B].flatten(1, 2) for part in parts)
-        roles = join_roles(self.prefix.roles.at(rows_B), TokenRoles(sample, region, caption))
-        x_BLD = torch.cat([self.x_BLD[rows_B], self.model.language_model.embed_tokens(ids)], dim=1)
-        position_BL = torch.cat([self.prefix.position_BL[rows_B], position], dim=1)
-        kv_cache = KVCache(self.prefix_len, ids.shape[1]) if cached else None
-        mask = self.model.attention_mask(roles, roles)
-        captions = slice(self.prefix_len, None)
-        x_BLD = self.model.language_model(x_BLD, position_BL, mask, captions, kv_cache)
-        if kv_cache is not None:
-            self.kv_cache, self.cached_rows_B = kv_cache, rows_B
-        hidden_BNSD = x_BLD.unflatten(1, self.ids_BNL.shape[1:])[:, :, 1:-1]
-        return hidden_BNSD[wanted_BN[rows_B]]
-
-    def _forward_captions(self, kv_cache: KVCache, wanted_BN: Tensor) -> Tensor:
-        """Hidden states (M, S, D) of the wanted regions, from a pass over their captions alone."""
-        going_B = self.open_BNS.any((1, 2))[self.cached_rows_B]
-        if int(going_B.sum()) <= len(going_B) // 2:  # worth the copy of what stays cached
-            self.kv_cache = kv_cache = kv_cache.for_sequences(going_B)
-            self.cached_rows_B = self.cached_rows_B[going_B]
-        rows_B = self.cached_rows_B
-        self.forwards_B += wanted_BN.any(1)
-        wanted_BN = wanted_BN[rows_B]
-        most = int(wanted_BN.sum(1).max())
-        pick_BM = wanted_BN.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        real_BM = wanted_BN.gather(1, pick_BM)
-        row_B1 = rows_B[:, None]
-        parts = (part[row_B1, pick_BM] for part in (self.ids_BNL, self.position_BNL, *self.roles))
-        ids, position, sample, region, caption = parts
-        sample = sample.masked_fill(~real_BM[..., None], PADDING)
-        roles = TokenRoles(sample.flatten(1), region.flatten(1), caption.flatten(1))
-        keys = join_roles(self.prefix.roles.at(rows_B), roles)
-        mask = self.model.attention_mask(roles, keys)
-        x_BLD = self.model.language_model.embed_tokens(ids.flatten(1))
-        x_BLD = self.model.language_model(x_BLD, position.flatten(1), mask, cache=kv_cache)
-        return x_BLD.unflatten(1, (most, -1))[:, :, 1:-1][real_BM]
-
-    def _says_nothing(self, confidence_K: Tensor) -> Tensor:
-        """Whether probabilities are no numbers, or those of all tokens alike in all slots."""
-        num_choices = self.model.config.text.vocab_size - len(set(self.suppressed))
-        alike_K = (confidence_K * num_choices - 1).abs() < 1e-9
-        return ~confidence_K.isfinite().all() | (alike_K.all() & (num_choices > 1))
-
-    def _uniform(self, step: int) -> Tensor | None:
-        """A random number for every slot, the same in every batch; None where nothing is drawn."""
-        if self.options.temperature == 0:
-            return None
-        seed = self.options.seed * 1_000_003 + step
-        shape = (self.model.config.num_prompts, self.options.max_new_tokens)
-        uniform_NS = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return uniform_NS[: self.open_BNS.shape[1]].to(self.model.device)
-
-    def _sample(self, hidden_KD: Tensor, uniform_K: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens for slots, and their probabilities."""
-        with fetched(self.model.lm_head) as weight_VD:
-            if uniform_K is None:
-                return _likeliest(hidden_KD, weight_VD, self.suppressed)
-            return _drawn(hidden_KD, weight_VD, self.suppressed, self.options, uniform_K)
+    def give_back(self, rows: Rows) -> None:
+        """Keep tensors for a later batch, where they are worth it."""
+        if self.model.device.type != "cpu":
+            self.kept[rows.bucket] = rows
+            while len(self.kept) > _KEPT_BUCKETS:
+                self.kept.pop(next(iter(self.kept)))
 
 
-def _likeliest(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens and their probabilities, in one pass over parts of the vocabulary.
+class _Decoding:
+    """A batch while it is decoded: its buckets, side by side."""
 
-    A part's logits are small enough to stay in a CPU's cache, and all logits never exist at once.
+    @torch.inference_mode()
+    def __init__(self, decoder: Decoder, batch: Batch, options: list[DecodeOptions]):
+        model = decoder.model
+        check_placement(model)
+        self.decoder, self.options = decoder, options
+        self.captions = lay_out(batch.captions, [each.max_new_tokens for each in options])
+        groups: dict[tuple, list[int]] = {}
+        for row, each in enumerate(options):
+            groups.setdefault(_kind(model, each), []).append(row)
+        prefix, host = batch.prefix, batch.prefix.to("cpu")
+        x_BPD = model.embed(prefix.to(model.device), *model.encode_images(batch.images.to(model.device)))
+        self.loops = []
+        for rows in groups.values():
+            whole = len(groups) == 1
+            x_RPD = x_BPD if whole else x_BPD[upload(torch.tensor(rows), model.device)]
+            self.loops.append(_Loop(decoder, x_RPD, _some(host, rows), self.captions, rows, options))
 
-    Of a sure model, float32 takes every probability for 1. The sum of the other tokens' exponentials is a
-    small number that float32 does resolve. The probabilities that follow from it are as the released code has
-    them from a softmax in float64, ties included, and no exponential is computed in float64.
+    def step(self) -> bool:
+        """Take a step in every bucket that has something to do; whether there was one."""
+        going = [loop for loop in self.loops if loop.going]
+        for loop in going:
+            loop.launch()
+        for loop in going:
+            loop.read()
+        return bool(going)
+
+    def run(self) -> None:
+        """Take all steps, each launched before the one before it is read on a device that is not the host."""
+        while going := [loop for loop in self.loops if loop.going]:
+            for loop in going:
+                loop.launch()
+            for loop in going:
+                loop.read(behind=loop.lag)
+
+    def close(self) -> None:
+        """Give the tensors back."""
+        for loop in self.loops:
+            self.decoder.give_back(loop.rows)
+
+    def state(self) -> DecodeState:
+        """A copy on the CPU."""
+        num_rows, regions, most = self.captions.ids_BNL.shape
+        shape = (num_rows, regions, most - 2)
+        forwards_B = torch.zeros(num_rows, dtype=torch.int64)
+        tokens_BNS = self.captions.ids_BNL[..., 1:-1].clone()
+        predicted_BNS, open_BNS = tokens_BNS.clone(), torch.zeros(shape, dtype=torch.bool)
+        confidence_BNS = torch.full(shape, torch.nan, dtype=torch.float64)
+        for loop in self.loops:
+            here = (torch.tensor(loop.numbers), slice(loop.regions), slice(loop.slots))
+            tokens, opens, predicted, confidence = loop.state()
+            tokens_BNS[here], open_BNS[here], predicted_BNS[here] = tokens, opens, predicted
+            confidence_BNS[here] = confidence.masked_fill(~self.slots_BNS()[here], torch.nan)
+            forwards_B[here[0]] = torch.from_numpy(loop.forwards_R)
+        return DecodeState(forwards_B, tokens_BNS, open_BNS, predicted_BNS, confidence_BNS)
+
+    def exists_BN(self) -> Tensor:
+        """Which regions exist."""
+        return torch.arange(self.captions.ids_BNL.shape[1]) < torch.tensor(self.captions.regions)[:, None]
+
+    def slots_BNS(self) -> Tensor:
+        """Which places are slots."""
+        lengths_B = torch.tensor([each.max_new_tokens for each in self.options])
+        inside_BS = torch.arange(self.captions.ids_BNL.shape[2] - 2) < lengths_B[:, None]
+        return self.exists_BN()[..., None] & inside_BS[:, None]
+
+
+class _Loop:
+    """The rows of a bucket while they are decoded, as the host knows them.
+
+    Attributes:
+        numbers: their numbers in the batch.
+        regions, slots: the most of a row; the bucket may have more.
+        forwards_R: forward passes of each row.
+        lag: how many steps may be launched before one is read.
     """
-    num_slots, num_tokens = _LOGITS_AT_ONCE["cpu" if hidden_KD.is_cpu else "gpu"]
-    if len(hidden_KD) > num_slots:
-        parts = [_likeliest(part, weight_VD, suppressed) for part in hidden_KD.split(num_slots)]
-        return torch.cat([token for token, _ in parts]), torch.cat([confidence for _, confidence in parts])
-    top_K = hidden_KD.new_full(hidden_KD.shape[:1], -torch.inf, dtype=_wide(hidden_KD))
-    others_K, token_K = torch.zeros_like(top_K), torch.zeros_like(top_K, dtype=torch.int64)
-    for start in range(0, len(weight_VD), num_tokens):
-        never = [i - start for i in suppressed if start <= i < min(start + num_tokens, len(weight_VD))]
-        logits_KV = _logits(hidden_KD, weight_VD[start : start + num_tokens], never)
-        part_top_K, place_K = logits_KV.max(dim=-1)
-        token_K = torch.where(part_top_K > top_K, place_K + start, token_K)
-        new_top_K, second_K = torch.maximum(top_K, part_top_K), torch.minimum(top_K, part_top_K)
-        logits_KV.scatter_(1, place_K[:, None], -torch.inf)
-        part_others_K = logits_KV.sub_(new_top_K[:, None]).exp_().sum(dim=-1)
-        others_K = others_K * (top_K - new_top_K).exp() + part_others_K + (second_K - new_top_K).exp()
-        top_K = new_top_K
-    sound_K = others_K.masked_fill(~top_K.isfinite(), torch.nan)  # an infinite logit would look sure
-    return token_K, 1 / (1 + _exact(sound_K))
 
-
-def _exact(x_K: Tensor) -> Tensor:
-    """Numbers in float64; on the CPU where the device has none."""
-    return (x_K.cpu() if x_K.device.type == "mps" else x_K).double()
-
-
-def _drawn(
-    hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int], options: DecodeOptions, uniform_K: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Drawn tokens and their probabilities at temperature 1, a part of the slots at a time."""
-    parts = []
-    for hidden_kD, uniform_k in zip(
-        hidden_KD.split(_DRAWN_AT_ONCE), uniform_K.split(_DRAWN_AT_ONCE), strict=True
+    def __init__(
+        self,
+        decoder: Decoder,
+        x_RPD: Tensor,
+        prefix: Tokens,
+        captions: LaidOut,
+        numbers: list[int],
+        options: list[DecodeOptions],
     ):
-        logits_KV = _logits(hidden_kD, weight_VD, suppressed)
-        token_K = _draw(logits_KV, options, uniform_k)
-        probability_KV = logits_KV.double().softmax(dim=-1)
-        parts.append((token_K, probability_KV.gather(1, token_K[:, None])[:, 0]))
-    tokens, confidences = zip(*parts, strict=True)
-    return torch.cat(tokens), torch.cat(confidences)
+        model = decoder.model
+        self.numbers, self.options = numbers, [options[row] for row in numbers]
+        num_regions = [captions.regions[row] for row in numbers]
+        self.regions = max(num_regions, default=0)
+        self.slots = max((each.max_new_tokens for each in self.options), default=0)
+        on_cpu = model.device.type == "cpu"
+        never = _suppressed(model, self.options[0])
+        bucket = _bucket(model, self.options, x_RPD.shape[1], self.regions)
+        self.rows = decoder.take(bucket, upload(torch.tensor(never), model.device) if never else None)
+        block = (len(numbers), self.regions, self.slots + 2)
+        self.rows.admit(x_RPD, prefix, captions.at(numbers, block), self.options)
+        self.skipping = Skipping(self.rows) if on_cpu else None
+        if self.skipping is None:
+            self.rows.prepare()
+        self.lag = 0 if on_cpu else 1
+        self.readback = Readback(self.rows.status_BM, 1 + self.lag)
+        self.num_steps = self.num_read = 0
+        shape = (len(numbers), self.regions)
+        self.exists_RN = np.arange(self.regions) < np.array(num_regions)[:, None]
+        self.open_RN = self.exists_RN.copy()  # regions with an open slot
+        self.stale_RN = np.ones(shape, bool)  # where a new prediction could differ
+        self.forwards_R = np.zeros(len(numbers), np.int64)
+        self.remask_R = np.array([each.strategy == "remask" for each in self.options])
+        self.turn_R = np.array([each.steps * (each.strategy == "sequential") for each in self.options])
 
+    @property
+    def going(self) -> bool:
+        """Whether a slot was open after the last step that was read."""
+        return bool(self.open_RN.any())
 
-def _logits(hidden_KD: Tensor, weight_VD: Tensor, suppressed: list[int]) -> Tensor:
-    logits_KV = (hidden_KD @ weight_VD.T).to(_wide(hidden_KD))
-    if suppressed:
-        logits_KV[:, suppressed] = -torch.inf
-    return logits_KV
+    def launch(self) -> None:
+        """Begin the next step."""
+        cache, every = self.rows.bucket.cache, self.rows.bucket.refresh_every
+        refresh = cache == "approximate" and self.num_steps % every == 0
+        uniform_RNS = self._uniform()
+        if self.skipping is None:
+            self.rows.step(self.num_steps == 0 or refresh or cache == "none", uniform_RNS)
+        else:
+            self._launch_some(self.skipping, refresh, uniform_RNS)
+        self.readback.send()
+        self.num_steps += 1
 
-
-def _draw(logits_KV: Tensor, options: DecodeOptions, uniform_K: Tensor) -> Tensor:
-    """Tokens by inverting the distribution function, the likeliest first, at `uniform_K` in [0, 1)."""
-    sorted_KV, order_KV = (
-        (logits_KV / options.temperature).double().sort(dim=-1, descending=True, stable=True)
-    )
-    sums_KV = sorted_KV.softmax(dim=-1).cumsum(dim=-1)
-    within_K = (sums_KV < options.top_p).sum(-1, keepdim=True).clamp(max=sums_KV.shape[-1] - 1)
-    total_K1 = sums_KV.gather(1, within_K)
-    place_K1 = torch.searchsorted(sums_KV, uniform_K[:, None] * total_K1, right=True)
-    return order_KV.gather(1, torch.minimum(place_K1, within_K))[:, 0]
-
-
-def _blocks(batch: Batch, num_slots: int) -> tuple[Tensor, Tensor, TokenRoles]:
-    """The captions' ids, positions and roles as (B, N, S + 2): opening token, slots, closing token."""
-    tokens = batch.captions
-    if tokens.ids_BL.shape[1] % (num_slots + 2):
-        raise ConfigError(
-            f"the batch was laid out for captions of another length than {num_slots} slots; lay it out again"
+    def _launch_some(self, skipping: Skipping, refresh: bool, uniform_RNS: Tensor | None) -> None:
+        """Compute the regions that this step needs and that are not known yet."""
+        active_R = self.open_RN.any(1)
+        wanted_RN = self._wanted()
+        if not self.rows.bucket.draws and not refresh:
+            wanted_RN = wanted_RN & self.stale_RN
+        full = refresh or (
+            bool(wanted_RN.any()) and (self.rows.bucket.cache == "none" or skipping.kv_cache is None)
         )
-    parts = (tokens.ids_BL, tokens.position_BL, *tokens.roles)
-    ids, position, sample, region, caption = (part.unflatten(1, (-1, num_slots + 2)) for part in parts)
-    return ids.clone(), position, TokenRoles(sample, region, caption)
+        if full:
+            self.forwards_R += active_R if self.rows.bucket.cache != "none" else wanted_RN.any(1)
+        else:
+            self.forwards_R += wanted_RN.any(1)
+        skipping.step(wanted_RN, active_R, full, uniform_RNS)
+        self.stale_RN &= ~wanted_RN
+
+    def read(self, behind: int = 0) -> None:
+        """Take in what the launched steps have done, but for the last `behind` of them.
+
+        Raises:
+            StageFailed: a prediction was none.
+        """
+        while self.num_read < self.num_steps - behind and self.going:
+            status_BM = self.readback.receive()
+            self.num_read += 1
+            status_RN = status_BM[: len(self.numbers), : self.regions].astype(np.int64)
+            active_R = self.open_RN.any(1)
+            if (active_R & self._broken(*status_BM[: len(self.numbers), -2:].T)).any():
+                self._fail()
+            if self.skipping is None:
+                self.forwards_R += active_R
+            self.open_RN = status_RN >= 2
+            changed_RN = status_RN % 2 == 1
+            model = self.rows.model
+            if self.rows.bucket.cache == "none" and not model.layout.isolate_prefix:
+                changed_RN = changed_RN.any(1, keepdims=True) & self.exists_RN  # all captions see each other
+            self.stale_RN |= changed_RN
+
+    def _broken(self, low_R: np.ndarray, high_R: np.ndarray) -> np.ndarray:
+        """Rows whose probabilities are no numbers, or those of all tokens alike in all slots."""
+        others = self.rows.num_others
+        alike_R = np.isclose(low_R, others, rtol=1e-7) & np.isclose(high_R, others, rtol=1e-7)
+        return np.isnan(high_R) | (alike_R & (others > 0))
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, open slots, predictions and their confidence, in one copy to the CPU."""
+        rows = self.rows
+        parts = (rows.tokens_BNS, rows.open_BNS, rows.predicted_BNS, rows.doubt_BNS)
+        kind = rows.doubt_BNS.dtype  # float32 holds any token, there being fewer than 2^24
+        stacked = torch.stack([part.to(kind) for part in parts]).cpu()
+        tokens, opens, predicted, doubt = stacked[
+            :, : len(self.numbers), : self.regions, : self.slots
+        ].unbind()
+        return tokens.long(), opens.bool(), predicted.long(), confidence_of(doubt)
+
+    def _wanted(self) -> np.ndarray:
+        """The regions among whose slots the next step selects."""
+        again_RN = self.exists_RN & self.open_RN.any(1, keepdims=True)
+        now_RN = np.arange(self.regions) == self.num_steps // np.maximum(self.turn_R, 1)[:, None]
+        single_RN = self.open_RN & (now_RN | (self.turn_R == 0)[:, None])
+        return np.where(self.remask_R[:, None], again_RN, single_RN)
+
+    def _uniform(self) -> Tensor | None:
+        """A random number for every slot, the same in every batch; None where nothing is drawn."""
+        bucket = self.rows.bucket
+        if not bucket.draws:
+            return None
+        uniform_RNS = torch.zeros(bucket.num_rows, bucket.regions, bucket.slots, dtype=torch.float64)
+        for row, each in enumerate(self.options):
+            seed = each.seed * 1_000_003 + self.num_steps
+            shape = (self.rows.model.config.num_prompts, each.max_new_tokens)
+            generator = torch.Generator().manual_seed(seed)
+            drawn_NS = torch.rand(shape, generator=generator, dtype=torch.float64)[: self.regions]
+            uniform_RNS[row, : len(drawn_NS), : each.max_new_tokens] = drawn_NS
+        return uniform_RNS
+
+    def _fail(self) -> None:
+        model = self.rows.model
+        name, dtype = model.name_or_path or "the model", model.dtype
+        raise StageFailed(
+            f"{name}: the probabilities in {dtype} are NaN, or equal for all tokens: the weights are "
+            "damaged, or this type overflows; download the weights again, or load the model in float32"
+        )
 
 
 def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
@@ -475,20 +384,56 @@ def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
     return "exact" if options.cache == "approximate" and isolated else options.cache
 
 
+def _for_rows(options: Options, num_rows: int) -> list[DecodeOptions]:
+    if options is None or isinstance(options, DecodeOptions):
+        return [options or DecodeOptions()] * num_rows
+    if len(options) != num_rows:
+        raise ConfigError(f"{len(options)} options for {num_rows} rows; give one for each, or one for all")
+    return list(options)
+
+
+def _kind(model: PerceptionDLM, options: DecodeOptions) -> tuple:
+    """What rows must have in common to share passes: cache, its refresh, suppression, and drawing."""
+    cache = choose_cache(model, options)
+    every = options.refresh_every if cache == "approximate" else 0
+    return cache, every, bool(_suppressed(model, options)), options.temperature > 0
+
+
+def _bucket(model: PerceptionDLM, options: list[DecodeOptions], prefix_len: int, regions: int) -> Bucket:
+    """The bucket of rows of one kind: their own shape on a CPU, on GPUs one that other batches have, too."""
+    num_rows = len(options)
+    if model.device.type != "cpu":
+        num_rows = 1 << (num_rows - 1).bit_length()
+        prefix_len = -(-prefix_len // _PREFIX_STEP) * _PREFIX_STEP
+    return Bucket(
+        num_rows,
+        prefix_len,
+        regions,
+        max(each.max_new_tokens for each in options),
+        max(each.steps for each in options),
+        *_kind(model, options[0]),
+        strategies=frozenset(each.strategy for each in options),
+        may_exit=any(each.early_exit and each.strategy != "remask" for each in options),
+    )
+
+
 def _suppressed(model: PerceptionDLM, options: DecodeOptions) -> list[int]:
+    """The tokens that are never predicted, ascending."""
     config = model.config
     suppress = options.suppress_special
     if suppress is None:
         suppress = config.layout != "reference"
     if not suppress:
         return []
-    return [
+    special = {
         config.mask_token_id,
         cast(int, config.image_token_id),
         *(config.region_token_ids or ()),
         *(config.caption_token_ids or ()),
-    ]
+    }
+    return sorted(special)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _some(tokens: Tokens, rows: list[int]) -> Tokens:
+    """Some rows of tokens."""
+    return Tokens(tokens.ids_BL[rows], tokens.position_BL[rows], tokens.roles.at(rows))

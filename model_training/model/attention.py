@@ -91,8 +91,9 @@ class AttentionMask:
         queries: roles of the queries.
         keys: roles of the keys.
         isolate_prefix: see `may_attend`.
-        kernel: "sdpa": a mask of (B, 1, Q, K) that is added to the scores, or none where all may attend to
-            all. "flex_attention": blocks of 128 x 128, compiled on a GPU, where no (Q, K) tensor is made.
+        kernel: "sdpa": a mask of (B, 1, Q, K) that is added to the scores, or none where on the CPU all may
+            attend to all. "flex_attention": blocks of 128 x 128, compiled on a GPU, where no (Q, K) tensor is
+            made.
     """
 
     def __init__(self, queries: TokenRoles, keys: TokenRoles, isolate_prefix: bool, kernel: str = "sdpa"):
@@ -101,7 +102,8 @@ class AttentionMask:
             self.mask = _block_mask(queries, keys, isolate_prefix)
         elif kernel == "sdpa":
             mask = dense_mask(queries, keys, isolate_prefix)[:, None]
-            self.mask = None if bool(mask.all()) else mask
+            # Not asked on GPUs, whose host would wait for the answer.
+            self.mask = None if mask.is_cpu and bool(mask.all()) else mask
         else:
             raise ValueError(f"unknown attention kernel {kernel!r}; choose 'sdpa' or 'flex_attention'")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import PADDING, SHARED, TokenRoles, join_roles
+from .placement import upload
 
 
 class Example(NamedTuple):
@@ -55,7 +56,7 @@ class Images(NamedTuple):
         prompts_NPQ: bool, which patches of which view belong to the region that has which prompt.
         grids_I2: int64 on the CPU, tiles across and down.
         boxes_R4: float32, (x1, y1, x2, y2) of the regions as shares of their image, image after image.
-        image_R: int64, the image of each region.
+        image_R: int64 on the CPU, the image of each region.
     """
 
     views_N3SS: Tensor
@@ -65,9 +66,10 @@ class Images(NamedTuple):
     image_R: Tensor
 
     def to(self, device: torch.device | str) -> Images:
-        """A copy on a device. The grids stay on the CPU, since they decide about shapes."""
+        """A copy on a device. What decides about shapes stays on the CPU."""
+        stay = ("grids_I2", "image_R")
         return Images(
-            *(part if name == "grids_I2" else part.to(device) for name, part in self._asdict().items())
+            *(part if name in stay else upload(part, device) for name, part in self._asdict().items())
         )
 
 
@@ -86,9 +88,9 @@ class Tokens(NamedTuple):
 
     def to(self, device: torch.device | str) -> Tokens:
         """A copy on a device."""
-        sample_BL, region_BL, caption_BL = (field.to(device) for field in self.roles)
+        sample_BL, region_BL, caption_BL = (upload(field, device) for field in self.roles)
         roles = TokenRoles(sample_BL, region_BL, caption_BL)
-        return Tokens(self.ids_BL.to(device), self.position_BL.to(device), roles)
+        return Tokens(upload(self.ids_BL, device), upload(self.position_BL, device), roles)
 
 
 class Batch(NamedTuple):

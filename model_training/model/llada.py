@@ -23,27 +23,32 @@ class KVCache:
     them.
 
     The first pass runs over whole sequences and fills the cache. Every later pass runs over tokens that
-    follow the cached ones, and attends to the cached ones and to its own.
+    follow the cached ones, and attends to the cached ones and to its own. The tensors stay where they are.
 
     Args:
         num_cached: tokens at the front of each sequence whose keys and values are kept.
         num_following: tokens of a later pass, at most.
+
+    Attributes:
+        filling: whether the next pass fills the cache; set it to fill it again.
     """
 
     def __init__(self, num_cached: int, num_following: int):
         self.num_cached, self.num_following = num_cached, num_following
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self.filling = True
 
     def update(self, layer: int, k_BGLK: Tensor, v_BGLK: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that a layer attends to, given those of the tokens of this pass.
 
-        The first call of a layer keeps those of the front. A later one puts its own behind them, where the
+        A pass that fills the cache keeps those of the front. A later one puts its own behind them, where the
         next one overwrites them.
         """
-        if len(self.layers) == layer:
-            batch, heads, _, width = k_BGLK.shape
-            shape = (batch, heads, self.num_cached + self.num_following, width)
-            self.layers.append((k_BGLK.new_empty(shape), v_BGLK.new_empty(shape)))
+        if self.filling:
+            if len(self.layers) == layer:
+                batch, heads, _, width = k_BGLK.shape
+                shape = (batch, heads, self.num_cached + self.num_following, width)
+                self.layers.append((k_BGLK.new_empty(shape), v_BGLK.new_empty(shape)))
             for cached, fresh in zip(self.layers[layer], (k_BGLK, v_BGLK), strict=True):
                 cached[:, :, : self.num_cached] = fresh[:, :, : self.num_cached]
             return k_BGLK, v_BGLK
@@ -57,6 +62,7 @@ class KVCache:
         """The cache of some of the sequences."""
         part = KVCache(self.num_cached, self.num_following)
         part.layers = [(keys[rows_B], values[rows_B]) for keys, values in self.layers]
+        part.filling = self.filling
         return part
 
 
@@ -163,32 +169,42 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        position_BL: Tensor,
+        position_BL: Tensor | None,
         mask: AttentionMask,
         wanted: slice = slice(None),
         cache: KVCache | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Run all layers.
 
         Args:
             x_BLD: embeddings of the tokens of this pass.
-            position_BL: their positions.
+            position_BL: their positions; None if `rope` is given.
             mask: which of them attends to which of them, and to which tokens in the cache.
             wanted: the tokens whose hidden states are asked for; the last layer computes no others.
-            cache: keys and values of an earlier pass; an empty cache is filled.
+            cache: keys and values of an earlier pass, or a cache to fill.
+            rope: what `self.rope` gives for the positions, if they are the same in many passes.
 
         Returns:
             (B, number of tokens wanted, D).
         """
         mask.prepare(x_BLD.dtype)
-        rope = rope_of(position_BL, self.theta, self.head, x_BLD.dtype)
+        if rope is None:
+            assert position_BL is not None, "positions, or what follows from them"
+            rope = self.rope(position_BL, x_BLD.dtype)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             rows = wanted if number == last else slice(None)
             rows_mask = mask if rows == slice(None) else mask.for_queries(rows)
             update = None if cache is None else partial(cache.update, number)
             x_BLD = layer(x_BLD, rope, rows_mask, rows, update)
+        if cache is not None:
+            cache.filling = False
         return self.norm(x_BLD)
+
+    def rope(self, position_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of tokens' positions, (B, L, K) each."""
+        return rope_of(position_BL, self.theta, self.head, dtype)
 
 
 def rope_of(position_BL: Tensor, theta: float, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from .attention import AttentionMask, TokenRoles
 from .batch import Images, Tokens
 from .config import PerceptionDLMConfig
 from .llada import LanguageModel
-from .placement import device_of, fetched
+from .placement import device_of, fetched, upload
 from .roi_align import roi_align
 
 
@@ -133,18 +133,18 @@ class PerceptionDLM(PreTrainedModel):
         starts_I = views_I.cumsum(0) - views_I
         if self.layout.replay_map == "shifted":
             starts_I = starts_I + (tiles_I > 1)
-        image_R = images.image_R.cpu()
+        device = features_NTD.device
         for grid in images.grids_I2.unique(dim=0):  # maps of one shape at a time: 14 shapes at most
             across, down = grid.tolist()
             same_I = (images.grids_I2 == grid).all(dim=1).nonzero().flatten()
             views = (starts_I[same_I, None] + torch.arange(across * down)).flatten()
-            maps = features_NTD[views.to(features_NTD.device)].unflatten(1, (side, side))
+            maps = features_NTD[upload(views, device)].unflatten(1, (side, side))
             maps = maps.unflatten(0, (-1, down, across)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-            regions = torch.isin(image_R, same_I).nonzero().flatten()
-            place = torch.searchsorted(same_I, image_R[regions]).to(out_RWD.device)
+            regions = torch.isin(images.image_R, same_I).nonzero().flatten()
+            place = upload(torch.searchsorted(same_I, images.image_R[regions]), device)
             cells = torch.tensor([across, down, across, down], dtype=torch.float32) * side
-            regions = regions.to(out_RWD.device)
-            boxes = images.boxes_R4[regions].float() * cells.to(out_RWD.device)
+            regions = upload(regions, device)
+            boxes = images.boxes_R4[regions].float() * upload(cells, device)
             maps = maps if maps.dtype == torch.float64 else maps.float()
             sampled = roi_align(maps, boxes.to(maps), place, size, self.layout.replay_scale)
             out_RWD[regions] = sampled.to(out_RWD.dtype)
@@ -159,16 +159,24 @@ class PerceptionDLM(PreTrainedModel):
             ValueError: the batch has not as many places for them as there are features.
         """
         x_BLD = self.language_model.embed_tokens(tokens.ids_BL)
+        puts: list[tuple[str, Tensor, Tensor]] = []
         if features_NTD is not None:
             image_BL = tokens.ids_BL == self.config.image_token_id
-            x_BLD = _put(x_BLD, image_BL, features_NTD.flatten(0, 1), "image")
+            puts.append(("image", image_BL, features_NTD.flatten(0, 1)))
         if replay_RWD is not None:
-            x_BLD = _put(x_BLD, tokens.roles.replay_BL(), replay_RWD.flatten(0, 1), "replay")
+            puts.append(("replay", tokens.roles.replay_BL(), replay_RWD.flatten(0, 1)))
+        counts = torch.stack([places_BL.sum() for _, places_BL, _ in puts]).tolist() if puts else []
+        for count, (what, places_BL, values_KD) in zip(counts, puts, strict=True):
+            if count != len(values_KD):
+                raise ValueError(f"{count} places for {len(values_KD)} {what} tokens")
+            x_BLD = x_BLD.masked_scatter(places_BL[..., None], values_KD.to(x_BLD.dtype))
         return x_BLD
 
-    def attention_mask(self, queries: TokenRoles, keys: TokenRoles) -> AttentionMask:
-        """Who attends to whom, for the attention kernel that the model was loaded with."""
-        kernel = self.config._attn_implementation or "sdpa"
+    def attention_mask(
+        self, queries: TokenRoles, keys: TokenRoles, kernel: str | None = None
+    ) -> AttentionMask:
+        """Who attends to whom, for an attention kernel; by default the one that the model was loaded with."""
+        kernel = kernel or self.config._attn_implementation or "sdpa"
         return AttentionMask(queries, keys, self.layout.isolate_prefix, kernel)
 
     def forward(
@@ -207,12 +215,6 @@ def pixel_unshuffle(x_NQC: Tensor, side: int) -> Tensor:
     """Two by two patches side by side: (N, Q, C) to (N, Q / 4, 4C), the lower right patch last."""
     x = x_NQC.unflatten(1, (side // 2, 2, side // 2, 2))  # N, row, down, column, across, C
     return x.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
-
-
-def _put(x_BLD: Tensor, places_BL: Tensor, values_KD: Tensor, what: str) -> Tensor:
-    if int(places_BL.sum()) != len(values_KD):
-        raise ValueError(f"{int(places_BL.sum())} places for {len(values_KD)} {what} tokens")
-    return x_BLD.masked_scatter(places_BL[..., None], values_KD.to(x_BLD.dtype))
 
 
 AutoConfig.register(PerceptionDLMConfig.model_type, PerceptionDLMConfig)

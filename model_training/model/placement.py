@@ -47,6 +47,16 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("meta" if found is None else found)
 
 
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device, from pinned memory to a GPU, so that the host need not wait."""
+    device = torch.device(device)
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if device.type == "cuda" and tensor.numel() and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def check_placement(model: nn.Module) -> None:
     """Refuse a model that would compute with what is not there, or on several devices at once.
 

@@ -61,13 +61,13 @@ def check_roofline(row: dict[str, Any]) -> None:
 
 
 @pytest.mark.soak
-def test_decode_has_a_row_for_each_number_of_regions_cache_and_kernel(machine, tmp_path):
+def test_decode_has_a_row_for_each_number_of_regions_and_cache(machine, tmp_path):
     found = run_part("decode", machine, tmp_path)
     assert [row["row"] for row in found] == [
-        "1 region, cache exact, sdpa",
-        "6 regions, cache exact, sdpa",
-        "6 regions, cache none, sdpa",
-        "1 region, cache exact, flex_attention",
+        "1 region, cache exact",
+        "6 regions, cache exact",
+        "6 regions, cache none",
+        "6 regions, cache exact, no graphs",
     ]
     for row in found:
         check_roofline(row)
@@ -81,7 +81,7 @@ def test_decode_has_a_row_for_each_number_of_regions_cache_and_kernel(machine, t
 @pytest.mark.soak
 def test_batch_has_a_row_for_each_number_of_images(machine, tmp_path):
     found = run_part("batch", machine, tmp_path)
-    assert [row["numbers"]["images"] for row in found] == [1, 2, 1]
+    assert [row["numbers"]["images"] for row in found] == [1, 2]
     for row in found:
         check_roofline(row)
         assert row["numbers"]["regions"] == 6

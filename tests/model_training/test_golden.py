@@ -209,13 +209,13 @@ def test_captions_are_the_recorded_texts_cut_at_the_answers_first_end(ours, case
 
 
 def test_the_schedule_is_the_recorded_one():
-    from paracaption.model_training.decoding.sampler import _left_open
+    from paracaption.model_training.decoding.selection import left_open
 
     table = json.loads((recorded("perceptiondlm") / "schedule_table.json").read_text())
     assert len(table) == 13
     for row in table:
         slots, num_steps = row["slots"], row["steps"]
-        masked = [_left_open(slots, num_steps, step) for step in range(-1, num_steps)]
+        masked = [left_open(slots, num_steps, step) for step in range(-1, num_steps)]
         forwards = masked.index(0)
         assert forwards == row["forwards"]
         assert masked[:forwards] == row["masked_before_each_forward_by_formula"]

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
+from paracaption.model_training.decoding import head
 from paracaption.model_training.decoding.sampler import decode_batch, decode_steps
 from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions, Strategy
@@ -76,14 +77,13 @@ def test_a_sure_model_in_float32_keeps_the_tokens_that_probabilities_in_float64_
 
 
 def test_a_drawn_tokens_probability_is_that_of_a_softmax_in_float64():
-    from paracaption.model_training.decoding.sampler import _drawn
-
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator) * 4 for n in (20, 50))
     uniform = torch.rand(20, generator=generator, dtype=torch.float64)
-    tokens, found = _drawn(hidden, weight, [], options_of("remask", temperature=30.0), uniform)
+    hot, all_of_them = (torch.full((20,), value, dtype=torch.float64) for value in (30.0, 1.0))
+    tokens, doubts = head.drawn(hidden, weight, None, hot, all_of_them, uniform)
     expected = (hidden @ weight.T).double().softmax(-1).gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(head.confidence_of(doubts), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -365,11 +365,9 @@ def test_slots_of_an_image_are_drawn_apart_from_each_other():
 
 
 def test_many_slots_and_words_are_looked_at_in_parts(monkeypatch):
-    from paracaption.model_training.decoding import sampler as module
-
     whole = [drawn(temperature=temperature) for temperature in (0.0, 1.0)]
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", {"cpu": (5, 70), "gpu": (5, 70)})
-    monkeypatch.setattr(module, "_DRAWN_AT_ONCE", 5)
+    monkeypatch.setattr(head, "_LOGITS_AT_ONCE", {"cpu": (5, 70), "gpu": (5, 70)})
+    monkeypatch.setattr(head, "_DRAWN_AT_ONCE", 5)
     parts = [drawn(temperature=temperature) for temperature in (0.0, 1.0)]
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)

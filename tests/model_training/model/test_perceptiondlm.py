@@ -330,11 +330,12 @@ def test_prompts_of_overlapping_regions_add_up_in_every_view():
     assert seen[0].abs().sum(-1).count_nonzero() == 2
 
 
-def test_moving_a_batch_leaves_the_grids_on_the_cpu():
+def test_moving_a_batch_leaves_what_decides_about_shapes_on_the_cpu():
     _, processor = lively()
     batch = collate(examples(processor, [2])).to("meta")
-    assert batch.images.grids_I2.device.type == "cpu"
-    others = [*(part for part in batch.images if part is not batch.images.grids_I2), *batch.tokens()[:2]]
+    images = batch.images
+    assert {images.grids_I2.device.type, images.image_R.device.type} == {"cpu"}
+    others = [images.views_N3SS, images.prompts_NPQ, images.boxes_R4, *batch.tokens()[:2]]
     assert {part.device.type for part in [*others, *batch.tokens().roles]} == {"meta"}
     assert isinstance(batch.images, Images)
 

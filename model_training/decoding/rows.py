@@ -1,0 +1,321 @@
+"""Rows that are decoded together: their tensors, which stay where they are, and a step that works on them.
+
+A row is one sequence: a prefix, then the captions of up to N regions with S slots each. What differs between
+rows is data. So a step on a GPU depends on no value that the host would have to wait for, and is captured as
+a CUDA graph: all regions are predicted in every step, whether or not they have changed. `skipping` is the
+other way to predict, for CPUs, where arithmetic is dear and waiting costs nothing.
+
+Shape suffixes: B rows, N regions of a row, S slots of a region, L tokens of a caption (its opening, S slots,
+its closing), P tokens of the prefix, K slots of all rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ...schemas.decoding import DecodeOptions
+from ...schemas.errors import ConfigError
+from ..model.attention import PADDING, SHARED, AttentionMask, TokenRoles, join_roles
+from ..model.batch import Tokens
+from ..model.llada import KVCache
+from ..model.perceptiondlm import PerceptionDLM
+from ..model.placement import fetched, upload
+from . import head
+from .selection import RowOptions, end_captions, predicted_slots, row_options, select
+
+
+class Bucket(NamedTuple):
+    """What rows that share tensors have in common; rows of equal buckets can use the same tensors in turn.
+
+    Attributes:
+        num_rows, prefix_len, regions, slots: the shape, B, P, N and S.
+        steps: the most of a row.
+        cache: "none", "exact" or "approximate".
+        refresh_every: steps after which an approximate cache is filled again; 0 for others.
+        suppress: whether special tokens are never predicted.
+        draws: whether tokens are drawn, at a temperature above 0.
+        strategies: those that occur.
+        may_exit: whether a region can end early.
+    """
+
+    num_rows: int
+    prefix_len: int
+    regions: int
+    slots: int
+    steps: int
+    cache: str
+    refresh_every: int
+    suppress: bool
+    draws: bool
+    strategies: frozenset[str]
+    may_exit: bool
+
+
+class LaidOut(NamedTuple):
+    """Captions of a batch as blocks, on the CPU.
+
+    Attributes:
+        ids_BNL, position_BNL, roles: tokens, with room for the most regions and slots that a row has.
+        regions: how many each row has.
+    """
+
+    ids_BNL: Tensor
+    position_BNL: Tensor
+    roles: TokenRoles
+    regions: list[int]
+
+    def at(self, rows: list[int], shape: tuple[int, int, int]) -> LaidOut:
+        """Some rows, cut or padded to a shape (B, N, L)."""
+        parts = (self.ids_BNL, self.position_BNL, *self.roles)
+        fills = (0, 0, PADDING, SHARED, False)
+        ids, position, *roles = (
+            _fitted(part[rows], shape, fill) for part, fill in zip(parts, fills, strict=True)
+        )
+        return LaidOut(ids, position, TokenRoles(*roles), [self.regions[row] for row in rows])
+
+
+def lay_out(captions: Tokens, slots: Sequence[int]) -> LaidOut:
+    """The captions' blocks of each row, which has `slots` slots a region.
+
+    Raises:
+        ConfigError: a row was laid out for another number of slots.
+    """
+    parts = [part.cpu() for part in (captions.ids_BL, captions.position_BL, *captions.roles)]
+    real_B = (parts[2] != PADDING).sum(1).tolist()
+    for real, count in zip(real_B, slots, strict=True):
+        if real % (count + 2):
+            raise ConfigError(
+                f"the batch was laid out for captions of another length than {count} slots; lay it out again"
+            )
+    regions = [real // (count + 2) for real, count in zip(real_B, slots, strict=True)]
+    shape = (len(regions), max(regions, default=0), max(slots, default=0) + 2)
+    blocks = [
+        torch.full(shape, fill, dtype=part.dtype)
+        for part, fill in zip(parts, (0, 0, PADDING, SHARED, False), strict=True)
+    ]
+    for row, (count, length) in enumerate(zip(regions, slots, strict=True)):
+        for block, part in zip(blocks, parts, strict=True):
+            block[row, :count, : length + 2] = part[row, : count * (length + 2)].unflatten(
+                0, (count, length + 2)
+            )
+    return LaidOut(blocks[0], blocks[1], TokenRoles(*blocks[2:]), regions)
+
+
+class Rows:
+    """The tensors of a bucket, and what is computed on them.
+
+    Args:
+        model: the network.
+        bucket: the shape, and what all rows have in common.
+        never_X: tokens that are never predicted, on the model's device.
+        captures: whether steps on CUDA are captured as graphs.
+
+    Attributes:
+        status_BM: float32, what the host has to know of a step. For each region, twice the number of its open
+            slots, plus one if a token of it has changed; then the lowest and the highest doubt of the row.
+    """
+
+    def __init__(self, model: PerceptionDLM, bucket: Bucket, never_X: Tensor | None, captures: bool = True):
+        self.model, self.bucket, self.never_X = model, bucket, never_X
+        self.kv_cache: KVCache | None = None
+        self.mask: AttentionMask | None = None
+        self.rope: tuple[Tensor, Tensor] | None = None
+        shape, device = (bucket.num_rows, bucket.regions, bucket.slots), model.device
+        self.x_BPD = torch.zeros(
+            bucket.num_rows,
+            bucket.prefix_len,
+            model.config.text.hidden_size,
+            device=device,
+            dtype=model.dtype,
+        )
+        kind = torch.float64 if bucket.draws else head.doubt_type(model.dtype)
+        self.predicted_BNS = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.open_BNS = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.doubt_BNS = torch.zeros(shape, dtype=kind, device=device)
+        self.status_BM = torch.zeros(bucket.num_rows, bucket.regions + 2, device=device)
+        self.step_B = torch.zeros(bucket.num_rows, dtype=torch.int64, device=device)
+        self.uniform_BNS = torch.zeros(shape, dtype=torch.float64, device=device) if bucket.draws else None
+        self._admitted: list[Tensor] = []
+        # Weights that are fetched for each pass have no place of their own, which a graph would need.
+        captures = captures and device.type == "cuda" and not getattr(model, "hf_device_map", None)
+        self._replays = {full: _Replay(partial(self._step, full), captures) for full in (True, False)}
+
+    def admit(
+        self, x_BPD: Tensor, prefix: Tokens, captions: LaidOut, options: Sequence[DecodeOptions]
+    ) -> None:
+        """Fill the rows again.
+
+        Args:
+            x_BPD: embeddings of the prefixes, on the device.
+            prefix: their tokens, on the CPU.
+            captions: of as many rows, on the CPU.
+            options: of each row.
+        """
+        bucket, device = self.bucket, self.model.device
+        captions = captions.at(list(range(len(options))), (bucket.num_rows, bucket.regions, bucket.slots + 2))
+        sides = [
+            _fitted(part, (bucket.num_rows, bucket.prefix_len), fill)
+            for part, fill in zip(
+                (prefix.position_BL, *prefix.roles), (0, PADDING, SHARED, False), strict=True
+            )
+        ]
+        shape = (bucket.num_rows, bucket.regions, bucket.slots)
+        given = row_options(options, captions.regions, shape, self.doubt_BNS.dtype)
+        hot = [each.temperature or 1.0 for each in options] + [1.0] * (bucket.num_rows - len(options))
+        nucleus = [each.top_p for each in options] + [1.0] * (bucket.num_rows - len(options))
+        arrived = [captions.ids_BNL, captions.position_BNL, *captions.roles, *sides, *given[2:]]
+        arrived += [torch.tensor(each, dtype=torch.float64) for each in (hot, nucleus)]
+        if self._admitted:
+            for mine, part in zip(self._admitted, arrived, strict=True):
+                mine.copy_(upload(part, device))
+        else:
+            self._admitted = [upload(part, device) for part in arrived]
+        mine = self._admitted
+        self.ids_BNL, self.position_BNL, self.roles = mine[0], mine[1], TokenRoles(*mine[2:5])
+        self.prefix_position_BP, self.prefix_roles = mine[5], TokenRoles(*mine[6:9])
+        self.options = RowOptions(given.strategies, given.may_exit, *mine[9:-2])
+        self.temperature_B, self.top_p_B = mine[-2:]
+        self.x_BPD[: len(x_BPD), : x_BPD.shape[1]] = x_BPD
+        slot_BNS = self.options.slot_BNS
+        self.predicted_BNS.copy_(self.tokens_BNS)
+        self.open_BNS.copy_((self.tokens_BNS == self.model.config.mask_token_id) & slot_BNS)
+        # No prediction yet; and places that are no slots do not speak against a row that is broken.
+        self.doubt_BNS.fill_(-1).masked_fill_(~slot_BNS, self.num_others)
+        self.step_B.zero_()
+
+    @property
+    def tokens_BNS(self) -> Tensor:
+        """The tokens, a view; the mask token in open slots."""
+        return self.ids_BNL[..., 1:-1]
+
+    def prepare(self) -> None:
+        """Make what is the same in all steps: positions and the mask of whole sequences."""
+        position_BL = torch.cat([self.prefix_position_BP, self.position_BNL.flatten(1)], dim=1)
+        rope = self.model.language_model.rope(position_BL, self.model.dtype)
+        if self.rope is None:
+            self.rope = rope
+        for mine, new in zip(self.rope, rope, strict=True):
+            mine.copy_(new)
+        roles = join_roles(self.prefix_roles, TokenRoles(*(part.flatten(1) for part in self.roles)))
+        mask = self.model.attention_mask(roles, roles, "sdpa")
+        mask.prepare(self.model.dtype)
+        if self.mask is None or self.mask.mask is None or mask.mask is None:
+            self.mask = mask
+        else:
+            self.mask.mask.copy_(mask.mask)
+
+    def step(self, full: bool, uniform_BNS: Tensor | None) -> None:
+        """Predict every slot and select. Waits for nothing.
+
+        Args:
+            full: whether to run over whole sequences, which fills the cache, or over captions alone.
+            uniform_BNS: random numbers on the CPU, for rows that are drawn.
+        """
+        self.receive(uniform_BNS)
+        if self.kv_cache is None and self.bucket.cache != "none":
+            self.kv_cache = KVCache(self.bucket.prefix_len, self.ids_BNL[0].numel())
+        if self.kv_cache is not None:
+            self.kv_cache.filling = full
+        self._replays[full]()
+
+    def _step(self, full: bool) -> None:
+        hidden_BNSD = self._forward(full)[:, :, 1:-1]
+        flat = (hidden_BNSD.flatten(0, 2), *self.chances(slice(None)))
+        token_K, doubt_K = self.sample(*flat)
+        at_BNS = predicted_slots(self.options, self.open_BNS)
+        for mine_BNS, new_K in ((self.predicted_BNS, token_K), (self.doubt_BNS, doubt_K)):
+            torch.where(at_BNS, new_K.view_as(mine_BNS), mine_BNS, out=mine_BNS)
+        self.settle()
+
+    def _forward(self, full: bool) -> Tensor:
+        """Hidden states (B, N, L, D) of all captions."""
+        model, mask = self.model.language_model, cast(AttentionMask, self.mask)
+        captions = slice(self.bucket.prefix_len, None)
+        cos_BLK, sin_BLK = cast(tuple[Tensor, Tensor], self.rope)
+        x_BLD = model.embed_tokens(self.ids_BNL.flatten(1))
+        if full:
+            x_BLD = torch.cat([self.x_BPD, x_BLD], dim=1)
+            rope, wanted = (cos_BLK, sin_BLK), captions
+        else:
+            rope, wanted = (cos_BLK[:, captions], sin_BLK[:, captions]), slice(None)
+            mask = mask.for_queries(captions)
+        x_BLD = model(x_BLD, None, mask, wanted, self.kv_cache, rope)
+        return x_BLD.unflatten(1, self.ids_BNL.shape[1:])
+
+    def settle(self) -> None:
+        """Select from the predictions, write what stays, and make the step's status."""
+        tokens_BNS, open_BNS = select(
+            self.options, self.step_B, self.tokens_BNS, self.open_BNS, self.predicted_BNS, self.doubt_BNS
+        )
+        eot = cast(int, self.model.config.eot_token_id)
+        tokens_BNS, open_BNS = end_captions(self.options, tokens_BNS, open_BNS, eot)
+        tokens_BNS = tokens_BNS.masked_fill(open_BNS, self.model.config.mask_token_id)
+        changed_BN = (tokens_BNS != self.tokens_BNS).any(-1)
+        self.status_BM[:, :-2] = torch.add(changed_BN, open_BNS.sum(-1), alpha=2)
+        self.status_BM[:, -2], self.status_BM[:, -1] = self.doubt_BNS.flatten(1).aminmax(dim=1)
+        self.tokens_BNS.copy_(tokens_BNS)
+        self.open_BNS.copy_(open_BNS)
+        self.step_B.add_(1)
+
+    @property
+    def num_others(self) -> int:
+        """How many tokens besides one can be predicted: the doubt where all are equally likely."""
+        return self.model.config.text.vocab_size - (0 if self.never_X is None else len(self.never_X)) - 1
+
+    def sample(
+        self, hidden_KD: Tensor, temperature_K: Tensor, top_p_K: Tensor, uniform_K: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens for slots, and their doubts."""
+        with fetched(self.model.lm_head) as weight_VD:
+            if uniform_K is None:
+                return head.likeliest(hidden_KD, weight_VD, self.never_X)
+            return head.drawn(hidden_KD, weight_VD, self.never_X, temperature_K, top_p_K, uniform_K)
+
+    def chances(self, at: slice | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Temperature, top-p and random number of each slot, or of those that a mask (B, N, S) chooses."""
+        if self.uniform_BNS is None:
+            return self.temperature_B, self.top_p_B, None
+        wide = (self.temperature_B[:, None, None], self.top_p_B[:, None, None], self.uniform_BNS)
+        temperature, top_p, uniform = (each.expand_as(self.uniform_BNS)[at].flatten() for each in wide)
+        return temperature, top_p, uniform
+
+    def receive(self, uniform_BNS: Tensor | None) -> None:
+        """Take random numbers of the host."""
+        if self.uniform_BNS is not None and uniform_BNS is not None:
+            self.uniform_BNS.copy_(upload(uniform_BNS, self.uniform_BNS.device))
+
+
+class _Replay:
+    """A function of tensors that stay where they are: on CUDA, its second call is captured as a graph.
+
+    The first call runs as it is, and warms up what a capture must not do.
+    """
+
+    def __init__(self, function: Callable[[], None], captures: bool):
+        self.function, self.captures = function, captures
+        self.num_calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        self.num_calls += 1
+        if not self.captures or self.num_calls == 1:
+            self.function()
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.function()
+        self.graph.replay()
+
+
+def _fitted(part: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:
+    """A tensor cut and padded at the end of each dimension."""
+    fitted = torch.full(shape, fill, dtype=part.dtype)
+    here = tuple(slice(min(have, want)) for have, want in zip(part.shape, shape, strict=True))
+    fitted[here] = part[here]
+    return fitted

@@ -1,0 +1,107 @@
+"""Predictions on CPUs: only of regions whose predictions a step selects from and could have changed.
+
+Shape suffixes: B rows, N regions of a row, S slots of a region, L tokens of a caption, R some of the rows, M
+regions that are computed, K slots that are predicted, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model.attention import PADDING, AttentionMask, TokenRoles, join_roles
+from ..model.llada import KVCache
+from .rows import Rows
+from .selection import predicted_slots
+
+
+class Skipping:
+    """Steps on rows that compute as little as they can. It works on tensors of the CPU."""
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        self.kv_cache: KVCache | None = None
+        self.cached_R = np.arange(rows.bucket.num_rows)  # the rows in the cache
+        self.mask: AttentionMask | None = None
+        self.mask_of: tuple[Any, ...] = ()
+
+    def step(
+        self, wanted_BN: np.ndarray, active_B: np.ndarray, full: bool, uniform_BNS: Tensor | None
+    ) -> None:
+        """Predict the slots of some regions, and select.
+
+        Args:
+            wanted_BN: bool, the regions.
+            active_B: bool, the rows with an open slot.
+            full: whether to run over whole sequences, which fills the cache, or over captions alone.
+            uniform_BNS: random numbers, for rows that are drawn.
+        """
+        rows = self.rows
+        rows.receive(uniform_BNS)
+        if full:
+            hidden_MLD = self._forward_all(wanted_BN, active_B)
+        elif wanted_BN.any():
+            hidden_MLD = self._forward_captions(wanted_BN, active_B)
+        else:
+            hidden_MLD = None
+        if hidden_MLD is not None and wanted_BN.any():
+            wanted = torch.from_numpy(wanted_BN)
+            at_BNS = predicted_slots(rows.options, rows.open_BNS) & wanted[..., None]
+            hidden_KD = hidden_MLD[:, 1:-1][at_BNS[wanted]]
+            token_K, doubt_K = rows.sample(hidden_KD, *rows.chances(at_BNS))
+            rows.predicted_BNS[at_BNS] = token_K
+            rows.doubt_BNS[at_BNS] = doubt_K
+        rows.settle()
+
+    def _forward_all(self, wanted_BN: np.ndarray, active_B: np.ndarray) -> Tensor:
+        """Hidden states (M, L, D) of the wanted regions, from a pass over whole sequences."""
+        rows, cached = self.rows, self.rows.bucket.cache != "none"
+        chosen_R = np.flatnonzero(active_B if cached else wanted_BN.any(1))
+        rows_R = torch.from_numpy(chosen_R)
+        parts = (rows.ids_BNL, rows.position_BNL, *rows.roles)
+        ids, position, *captions = (part[rows_R].flatten(1, 2) for part in parts)
+        x_RLD = torch.cat([rows.x_BPD[rows_R], rows.model.language_model.embed_tokens(ids)], dim=1)
+        position_RL = torch.cat([rows.prefix_position_BP[rows_R], position], dim=1)
+        kv_cache = KVCache(rows.bucket.prefix_len, ids.shape[1]) if cached else None
+        roles = join_roles(rows.prefix_roles.at(rows_R), TokenRoles(*captions))
+        mask = self._mask(roles, roles, "all", chosen_R)
+        behind = slice(rows.bucket.prefix_len, None)
+        x_RLD = rows.model.language_model(x_RLD, position_RL, mask, behind, kv_cache)
+        if kv_cache is not None:
+            self.kv_cache, self.cached_R = kv_cache, chosen_R
+        hidden_RNLD = x_RLD.unflatten(1, rows.ids_BNL.shape[1:])
+        return hidden_RNLD[torch.from_numpy(wanted_BN[chosen_R])]
+
+    def _forward_captions(self, wanted_BN: np.ndarray, active_B: np.ndarray) -> Tensor:
+        """Hidden states (M, L, D) of the wanted regions, from a pass over their captions alone."""
+        rows = self.rows
+        assert self.kv_cache is not None, "the first pass is over whole sequences"
+        going_R = active_B[self.cached_R]
+        if going_R.sum() <= len(going_R) // 2:  # worth the copy of what stays cached
+            self.kv_cache = self.kv_cache.for_sequences(torch.from_numpy(going_R))
+            self.cached_R = self.cached_R[going_R]
+        rows_R = torch.from_numpy(self.cached_R)
+        wanted_RN = wanted_BN[self.cached_R]
+        most = int(wanted_RN.sum(1).max())
+        pick_RM = np.argsort(~wanted_RN, axis=1, kind="stable")[:, :most]
+        real_RM = torch.from_numpy(np.take_along_axis(wanted_RN, pick_RM, 1))
+        at = (rows_R[:, None], torch.from_numpy(pick_RM))
+        parts = (part[at] for part in (rows.ids_BNL, rows.position_BNL, *rows.roles))
+        ids, position, sample, region, caption = parts
+        sample = sample.masked_fill(~real_RM[..., None], PADDING)
+        roles = TokenRoles(sample.flatten(1), region.flatten(1), caption.flatten(1))
+        keys = join_roles(rows.prefix_roles.at(rows_R), roles)
+        mask = self._mask(roles, keys, "captions", self.cached_R, wanted_RN)
+        x_RLD = rows.model.language_model.embed_tokens(ids.flatten(1))
+        x_RLD = rows.model.language_model(x_RLD, position.flatten(1), mask, cache=self.kv_cache)
+        return x_RLD.unflatten(1, (most, -1))[real_RM]
+
+    def _mask(self, queries: TokenRoles, keys: TokenRoles, what: str, *chosen: np.ndarray) -> AttentionMask:
+        """The mask for the chosen rows and regions; the last one again, if they are the same."""
+        mask_of = (what, *(each.tobytes() for each in chosen))
+        if self.mask is None or mask_of != self.mask_of:
+            self.mask, self.mask_of = self.rows.model.attention_mask(queries, keys, "sdpa"), mask_of
+        return self.mask
