@@ -3,7 +3,7 @@
     python -m tests.simulation 0 10000          # seeds; prints those that fail
     python -m tests.simulation --calls          # every call with every kind of fault
 
-In `make test`: 30 seeds, and each kind of fault once. In `make soak`: every call with all kinds of fault,
+In `make test`: 15 seeds, and each kind of fault once. In `make soak`: every call with all kinds of fault,
 and 2,000 seeds.
 """
 
@@ -39,7 +39,7 @@ def try_calls(simulation: Simulation, every: int) -> None:
 
 
 def test_builds_under_seeded_faults_end_as_if_nothing_had_been(simulation):
-    try_seeds(simulation, range(30))
+    try_seeds(simulation, range(15))
 
 
 @pytest.mark.soak
@@ -80,4 +80,5 @@ def test_what_does_not_hold_is_noticed(simulation, monkeypatch):
     faults = [
         (where, fault) for where, fault in simulation.faults() if where == "fresh" and fault.kind == "kill"
     ]
-    assert any(simulation.problem_of(*each) for each in faults[::7])
+    from_the_first_commit_on = faults[::7][len(faults) // 16 :]
+    assert any(simulation.problem_of(*each) for each in from_the_first_commit_on)

@@ -104,7 +104,7 @@ def test_nothing_is_moved_in_a_bucket(memory_out):
 
 
 def test_of_sixteen_threads_one_creates_a_file(bucket_out):
-    for turn in range(5):
+    for turn in range(2):
         path, barrier, won = f"{bucket_out}/{turn}.json", threading.Barrier(16), []
 
         def create(number: int, path=path, barrier=barrier, won=won) -> None:
