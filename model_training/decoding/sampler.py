@@ -284,7 +284,7 @@ class _Loop:
 
     def _launch_some(self, skipping: Skipping, refresh: bool, uniform_RNS: Tensor | None) -> None:
         """Compute the regions that this step needs and that are not known yet."""
-        active_R = self.open_RN.any(1)
+        active_R = np.any(self.open_RN, axis=1)
         wanted_RN = self._wanted()
         if not self.rows.bucket.draws and not refresh:
             wanted_RN = wanted_RN & self.stale_RN

@@ -84,7 +84,7 @@ def row_options(
     def column(values: list, kind: torch.dtype, fill: float = 0) -> Tensor:
         return torch.tensor([*values, *[fill] * (num_rows - len(values))], dtype=kind)
 
-    names = [each.strategy for each in options]
+    names: list[Strategy] = [each.strategy for each in options]
     exits = [each.early_exit and each.strategy != "remask" for each in options]
     least = [
         math.ceil(each.max_new_tokens / each.steps) * (each.strategy in _BY_CONFIDENCE) for each in options
