@@ -26,7 +26,8 @@ from ..io.activity import NOW
 from ..io.store import Store, store_of
 from ..io.store_kind import give_up
 from . import adopt, log, processes, records
-from .log import BEAT, REPLACED, LogState, moves_of, read_state, record_path
+from .log import BEAT, REPLACED, LogState, read_state, record_path
+from .moves import moves_of
 from .records import Claim, Done, LogFile, Record
 
 LEASE_S = 60.0
@@ -133,10 +134,16 @@ class Owner:
         record = msgspec.structs.replace(
             record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)
         )
-        if not self._store.create(record_path(self.out, number), records.encode(record)):
+        if self._store.create(record_path(self.out, number), records.encode(record)):
+            self.state = self.state.after(record)
+            log.remember(self.out, self.state)
+            return
+        if isinstance(record, Claim):
             raise self.fenced()
-        self.state = self.state.after(record)
-        log.remember(self.out, self.state)
+        self.check()
+        if self.state.number < number:
+            raise self.fenced()  # by a record that is not to be seen
+        self._append(record)
 
     def _is_there(self) -> bool:
         """Whether the newest record lies where it was: no log is begun in the middle, in another folder."""
@@ -144,13 +151,15 @@ class Owner:
         return number == 0 or self._store.size(record_path(self.out, number)) is not None
 
     def check(self) -> None:
-        """Find out whether this is still the owner.
+        """Find out whether this is still the owner. What it has written without an answer is known then.
 
         Raises:
             Fenced: it is not.
         """
-        if read_state(self.out, self.state).number > self.state.number:
+        now = read_state(self.out, self.state)
+        if now.claim != self.state.claim:
             raise self.fenced()
+        self.state = now  # before a claim there can only be a checkpoint of another driver
 
     def fenced(self) -> Fenced:
         """The error that says who has taken over."""
@@ -203,7 +212,7 @@ class Owner:
 
     def beat(self) -> None:
         """Show that this owner is alive; a beat that cannot be written is one that is missed."""
-        with suppress(OSError):
+        with suppress(OSError, ConfigError):
             if not self._is_there():
                 return
             data = f"{uuid.uuid4().hex}\n".encode()
@@ -328,8 +337,9 @@ def _wait_for_the_end_of(state: LogState, out: str, lease_s: float) -> LogState:
     owner = state.claim
     assert owner is not None
     was, number, end = _last_beat(out, state), state.number, time.monotonic() + lease_s
-    while not (owner.nonce in _ENDED or processes.is_dead(owner)) and time.monotonic() < end:
-        time.sleep(min(1.0, lease_s / 10))
+    while not (owner.nonce in _ENDED or processes.is_dead(owner)):
+        is_over = time.monotonic() >= end  # then it looks once more: this process may have been paused
+        time.sleep(0.0 if is_over else min(1.0, lease_s / 10))
         state = read_state(out, state)
         if state.released and state.claim == owner:
             return state
@@ -338,10 +348,17 @@ def _wait_for_the_end_of(state: LogState, out: str, lease_s: float) -> LogState:
                 f"{out}: {who(state.claim)} is writing here; wait until that process ends, or choose another "
                 "`out`"
             )
+        if is_over:
+            break
     return read_state(out, state)
 
 
 def _last_beat(out: str, state: LogState) -> bytes:
-    with suppress(OSError):
+    """What an owner wrote last to show that it is alive; b"" if it wrote nothing.
+
+    Raises:
+        OSError: it cannot be read, which says nothing of the owner.
+    """
+    with suppress(FileNotFoundError):
         return files.read(Blob(beat_path(out, state.epoch)))
     return b""

@@ -19,6 +19,7 @@ from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.io import files, scratch
+from paracaption.pipeline.io.buckets import BucketStore
 from paracaption.pipeline.io.listing import list_files
 from paracaption.pipeline.io.location import locate
 from paracaption.pipeline.io.store import store_of
@@ -221,6 +222,26 @@ def test_a_copy_over_a_failing_network_has_the_same_bytes(folder_corpus, faulty_
     faulty_s3.set_faults(shares={})
     assert_copied(folder_corpus, places["s3"])
     assert_copied(folder_corpus, places["folder"])
+
+
+def test_a_copy_that_is_stopped_deletes_nothing_of_another_one(folder_corpus, faulty_s3, places, monkeypatch):
+    """Two at the same place give the same names; who stops in the middle leaves the other's."""
+    to, write = places["s3"], BucketStore.write
+
+    def copied_meanwhile(self, path):
+        monkeypatch.setattr(BucketStore, "write", write)
+        copying.copy(folder_corpus, to)
+        file = write(self, path)
+        monkeypatch.setattr(file, "write", stop)
+        return file
+
+    def stop(data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BucketStore, "write", copied_meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        copying.copy(folder_corpus, to, threads=1)
+    assert_copied(folder_corpus, to)
 
 
 @pytest.mark.parametrize("how", ["changed", "cut", "gone"])

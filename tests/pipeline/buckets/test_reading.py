@@ -15,6 +15,9 @@ from paracaption.pipeline.corpus import contact_sheet, log, verify
 from paracaption.pipeline.corpus.shard_pipes import pipe_of
 from paracaption.pipeline.explorer import report
 from paracaption.pipeline.io import bucket_clients, files
+from paracaption.pipeline.io.bucket_folders import upload_folder
+from paracaption.pipeline.io.buckets import BucketStore
+from paracaption.pipeline.io.location import locate
 from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from paracaption.schemas.records import Blob
@@ -160,6 +163,28 @@ def test_an_export_that_fails_leaves_nothing(pair):
     pair.server.release(gate)
     assert code and "AWS_ACCESS_KEY_ID" in text
     assert not pair.server.objects("corpus", "exports/failed/")
+
+
+def test_an_export_that_fails_leaves_what_another_one_writes_there(pair, monkeypatch, tmp_path):
+    """Both began while nothing was there. And who stops an export does not wait for the rest of it."""
+    target, uploads = locate("s3://corpus/exports/twice"), list[str]()
+    (tmp_path / "folder").mkdir()
+    for name in range(100):
+        (tmp_path / "folder" / f"{name}").write_bytes(b"1")
+    store_of(target).put(f"{target}/another", b"1")
+    write = BucketStore.write
+
+    def fail_at_second(self, path):
+        uploads.append(path)
+        if len(uploads) > 1:
+            raise OSError("no more")
+        return write(self, path)
+
+    monkeypatch.setattr(BucketStore, "write", fail_at_second)
+    with pytest.raises(OSError, match="no more"):
+        upload_folder(tmp_path / "folder", target)
+    assert list(pair.server.objects("corpus", "exports/twice/")) == ["exports/twice/another"]
+    assert len(uploads) < 100
 
 
 def test_shards_are_listed_for_other_programs(pair):
