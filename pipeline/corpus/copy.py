@@ -48,7 +48,8 @@ RETRY_S = 120.0
 _STEP = 8 << 20
 """How much of a file is read at a time."""
 
-_BESIDE = re.compile(r"([^/]+)/evidence/[^/.][^/]*/[^/.][^/]*\.parquet|review/[^/.][^/]*")
+_REVIEWS = "review/"
+_BESIDE = re.compile(rf"([^/]+)/evidence/[^/.][^/]*/[^/.][^/]*\.parquet|{_REVIEWS}[^/.][^/]*")
 """What belongs to a corpus and is in no record: evidence and reviews."""
 
 Progress = Callable[[str, int, int], None]
@@ -263,9 +264,14 @@ class _Inventory:
         return listed is not None and listed.bytes == size
 
     def _is_newer(self, path: str, listed: Listed) -> bool:
-        """Whether evidence or reviews are others than the copy has, which has them from an earlier time."""
+        """Whether evidence or reviews are others than the copy has, which has them from an earlier time.
+
+        Reviews that were made in the copy since stay there.
+        """
         there = self._there.get(path)
-        return there is None or there.bytes != listed.bytes or there.modified_s <= listed.modified_s
+        if there is None or there.modified_s <= listed.modified_s:
+            return True
+        return there.bytes != listed.bytes and not path.startswith(_REVIEWS)
 
     def _names_known(self, to: str) -> set[str]:
         state = log.read_state(to)

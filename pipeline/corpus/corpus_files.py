@@ -15,6 +15,7 @@ from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.summary import CorpusSummary
 from ..io import files, yaml_text
+from ..io.disk_errors import fix_of
 from ..io.failures import describe
 from ..io.location import Location
 from ..io.tables import TableFile
@@ -50,9 +51,8 @@ def read_config(corpus: str | Location) -> BuildConfig:
         what = " ".join(str(error).split())
         if isinstance(error, ValidationError):
             what = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise IntegrityError(
-            f"{path}: not what a build writes ({what}); run `paracaption build CONFIG` again"
-        ) from error
+        fix = fix_of(error, "run `paracaption build CONFIG` again")
+        raise IntegrityError(f"{path}: not what a build writes ({what}); {fix}") from error
 
 
 def read_summary(corpus: str | Location) -> CorpusSummary:
@@ -68,9 +68,8 @@ def read_summary(corpus: str | Location) -> CorpusSummary:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; run `paracaption merge CONFIG`") from error
     except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path}: not a corpus's statistics ({describe(error)}); run `paracaption merge CONFIG`"
-        ) from error
+        fix = fix_of(error, "run `paracaption merge CONFIG`")
+        raise IntegrityError(f"{path}: not a corpus's statistics ({describe(error)}); {fix}") from error
 
 
 def read_manifest(path: str | Location) -> Manifest:
@@ -95,7 +94,7 @@ def unreadable(path: str | Location, error: OSError) -> IntegrityError:
         "run the same command again, or delete the file and run `paracaption build CONFIG` again, which "
         "rebuilds the unit"
     )
-    return IntegrityError(f"{path}: not readable ({describe(error)}); {what}")
+    return IntegrityError(f"{path}: not readable ({describe(error)}); {fix_of(error, what)}")
 
 
 def decode_manifest(data: bytes, path: str | Location) -> Manifest:
@@ -125,5 +124,5 @@ def read_ledger(path: str | Location, columns: list[str] | None = None) -> pa.Ta
     try:
         table = TableFile(str(path)).read(columns)
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise IntegrityError(f"{path}: not readable ({error}); {REBUILD}") from error
+        raise IntegrityError(f"{path}: not readable ({error}); {fix_of(error, REBUILD)}") from error
     return align_ledger(table, path, columns)

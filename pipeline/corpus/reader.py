@@ -23,6 +23,7 @@ from ...schemas.sample import Sample
 from ...schemas.summary import CorpusSummary
 from ..io import files, location
 from ..io.confined import confine
+from ..io.disk_errors import fix_of
 from ..io.location import Location
 from ..io.tables import TableFile
 from . import log
@@ -276,7 +277,8 @@ class Corpus:
                 f"{path}: no index; give the `out` of a build, or run `paracaption merge CONFIG`"
             ) from error
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge CONFIG`") from error
+            fix = fix_of(error, "run `paracaption merge CONFIG`")
+            raise IntegrityError(f"{path}: not readable ({error}); {fix}") from error
 
     def index_columns(self) -> list[str]:
         """Names of the index's columns.
@@ -415,7 +417,8 @@ class Corpus:
         try:
             data, text = files.read_pair(photo, record)
         except OSError as error:
-            raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {REBUILD}") from error
+            fix = fix_of(error, REBUILD)
+            raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {fix}") from error
         if len(data) < row["photo_length"] or len(text) < row["json_length"]:
             raise IntegrityError(f"{where}: the ledger's offsets lead beyond the end of the shard; {REBUILD}")
         sample = decode_sample(text, where)

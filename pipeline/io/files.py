@@ -424,8 +424,7 @@ def write_folder_atomic(
         put_back(old, target)
         temporary.mkdir(exist_ok=True)
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+        sync_tree(temporary)
         if replace and target.exists():  # a folder cannot be renamed over one that is not empty
             os.replace(target, old)
             os.utime(old)  # it is not abandoned, however old it is
@@ -457,6 +456,12 @@ def refuse_existing(target: Path) -> None:
     """Raise ConfigError if there is something under this name, unless it is an empty folder."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: already exists; move it away, or name another folder")
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder and all in it durable, but not yet its name."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
 
 
 def sync_folder(folder: Path) -> None:

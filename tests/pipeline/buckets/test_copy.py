@@ -308,6 +308,17 @@ def test_reviews_are_copied_and_events_are_not(folder_corpus, places, tmp_path):
     assert files.read(Blob(f"{places['memory']}/review/marks.parquet")) == b"reviewe?"
 
 
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_reviews_that_were_made_in_a_copy_stay_there(kind, folder_corpus, places, tmp_path):
+    corpus, to = tmp_path / "reviewed", places[kind]
+    shutil.copytree(folder_corpus, corpus)
+    store_of(str(corpus)).put(f"{corpus}/review/marks.parquet", b"reviews")
+    copying.copy(str(corpus), to)
+    store_of(to).put(f"{to}/review/marks.parquet", b"reviews and others")
+    assert not copying.copy(str(corpus), to).files
+    assert files.read(Blob(f"{to}/review/marks.parquet")) == b"reviews and others"
+
+
 @pytest.mark.parametrize("kind", ["folder", "s3"])
 def test_a_copy_that_was_killed_goes_on(kind, folder_corpus, places):
     to = places[kind]

@@ -22,11 +22,11 @@ from paracaption.pipeline.executor.job import Job
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.executor.run_folders import BEGUN
 from paracaption.pipeline.executor.workers import Workers
-from paracaption.pipeline.io import bucket_checks, bucket_clients, failures, files, scratch
+from paracaption.pipeline.io import bucket_checks, bucket_clients, bucket_files, failures, files, scratch
 from paracaption.pipeline.io.location import locate
 from paracaption.pipeline.io.process_identity import name_of, this_process
 from paracaption.pipeline.io.store import store_of
-from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.errors import ConfigError, IntegrityError
 from paracaption.schemas.records import Blob
 from tests.building import config_of
 from tests.synthetic import write_coconut, write_sa1b
@@ -150,6 +150,21 @@ def test_a_sweep_removes_the_trial_of_a_killed_driver(faulty_s3):
 def test_a_trial_that_another_process_has_under_way_keeps_no_build_from_being_finished(faulty_s3):
     put(f"{bucket_checks.PROBE}0123456789ab~{name_of(this_process())}")
     assert is_swept(OUT)
+
+
+def test_a_work_list_that_a_store_does_not_give_is_not_made_again(faulty_s3, sources, tmp_path, monkeypatch):
+    build(sources, tmp_path)
+    before, ask = log.read_state(OUT).files, bucket_files.ask
+
+    def away(question, url):
+        if "/plan/plan-" in url and url.endswith(".parquet"):
+            raise bucket_clients.BucketError("HTTP 503 Service Unavailable", 503)
+        return ask(question, url)
+
+    monkeypatch.setattr(bucket_files, "ask", away)
+    with pytest.raises(IntegrityError, match="run the same command again when the store answers"):
+        build(sources, tmp_path, masks={"min_area_px": 1500})
+    assert log.read_state(OUT).files == before
 
 
 # Who is stopped for longer than its lease.

@@ -14,7 +14,7 @@ from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import contact_sheet, log, verify
 from paracaption.pipeline.corpus.shard_pipes import pipe_of
 from paracaption.pipeline.explorer import report
-from paracaption.pipeline.io import bucket_clients, files
+from paracaption.pipeline.io import bucket_clients, bucket_files, files
 from paracaption.pipeline.io.bucket_folders import upload_folder
 from paracaption.pipeline.io.buckets import BucketStore
 from paracaption.pipeline.io.location import locate
@@ -222,6 +222,25 @@ def test_without_obstore_the_extra_is_named(pair, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"obstore .*is not installed; .*extra `remote`"):
         paracaption.open_corpus("s3://elsewhere/corpus")
+
+
+@pytest.mark.parametrize("what", ["shards", "ledger", "manifests", "plan"])
+def test_a_store_that_is_away_is_no_damage(pair, monkeypatch, tmp_path, what):
+    """Nobody is told to delete something that could not be read, nor to build it again."""
+    ask = bucket_files.ask
+
+    def away(question, url):
+        if f"/{what}/" in url:
+            raise bucket_clients.BucketError("HTTP 503 Service Unavailable", 503)
+        return ask(question, url)
+
+    monkeypatch.setattr(bucket_files, "ask", away)
+    said = [problem.what for problem in verify.verify(pair.bucket).problems]
+    code, text = corpora.run(["export", pair.bucket, "--format", "parquet", "--to", str(tmp_path / "x")], {})
+    assert said and (code or what == "plan")
+    for each in [*said, text] if code else said:
+        assert each.endswith("run the same command again when the store answers"), each
+        assert "delete" not in each and "paracaption build" not in each
 
 
 def test_a_shard_that_is_gone_is_an_error_that_names_it(pair):
