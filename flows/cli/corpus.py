@@ -224,8 +224,8 @@ def export(
     """Export the corpus in another format.
 
     perceptiondlm-json and coco name photos by path, so the photos are written as files too. parquet has the
-    photos inside. hub is a dataset repository to upload to a hub (docs/publishing.md); mds is read by
-    mosaicml-streaming, which has to be installed.
+    photos inside. hub is a dataset repository to upload to a hub (docs/publishing.md); if it is interrupted,
+    the same command goes on with it. mds is read by mosaicml-streaming, which has to be installed.
     """
     from ...pipeline.corpus import export as exporting
 

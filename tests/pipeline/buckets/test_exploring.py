@@ -20,7 +20,7 @@ from paracaption.pipeline.explorer.query import Query
 from paracaption.pipeline.io import bucket_versions
 from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.errors import ConfigError, IntegrityError
-from tests.pipeline.buckets.corpora import count
+from tests.pipeline.buckets.corpora import count, write
 
 PAGES = [
     "/",
@@ -146,6 +146,16 @@ def test_two_reviewers_at_the_same_time_lose_nothing(pair, monkeypatch):
     assert sum(each.reviewed for each in precision) == 4 and void == 0
     left = [key for key in pair.server.objects("corpus", "reviewed/review/")]
     assert left == ["reviewed/review/marks.parquet"]
+
+
+def test_a_corpus_of_an_early_release_is_explored_where_it_was_uploaded(pair):
+    for path in pair.folder.rglob("*"):
+        name = path.relative_to(pair.folder).as_posix()
+        if path.is_file() and not name.startswith(("log/", "beat/", ".replaced/", "events/")):
+            write(pair.server, f"uploaded/{name}", path.read_bytes())
+    catalog, same = Catalog("s3://corpus/uploaded"), Catalog(pair.folder)
+    assert catalog.subsets() == same.subsets()
+    assert [catalog.counts(name) for name in catalog.subsets()] == [same.counts(n) for n in same.subsets()]
 
 
 def test_ledgers_that_threads_ask_for_at_the_same_time_may_all_be_read(monkeypatch):
