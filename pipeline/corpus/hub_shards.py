@@ -51,7 +51,7 @@ class Shards:
         return bool(self._kept)
 
     def are_kept(self, subset: str, split: str, images: int) -> bool:
-        """Whether the next so many images of a series are all in shards that are there already."""
+        """Whether the next `images` images of a series are all in shards that are there already."""
         opened = self._open.get((subset, split))
         coming = [] if opened is None else [(opened.shard, opened.shard.images - len(opened.places))]
         coming += [(shard, shard.images) for shard in self._left[subset, split]]
@@ -175,7 +175,7 @@ class _Kept:
         if archive_size(self._at) != self.shard.bytes:
             raise IntegrityError(
                 f"{self.shard.path}: the ledgers have other sizes than when it was written; run the export "
-                "again, which begins anew"
+                "again, which then begins at the start"
             )
         return ""
 

@@ -38,7 +38,7 @@ class Unfinished:
         self._own = {NOTES, writer}
 
     def begin(self, identity: str) -> None:
-        """Remove what is not to be kept, and write the notes anew."""
+        """Remove what is not to be kept, and write the notes again."""
         self._remove_others()
         self._notes.truncate(0)
         self._notes.write(_line(identity))
@@ -138,7 +138,7 @@ def _whole(folder: Path, identity: str, sizes: Mapping[str, int], notes: IO[byte
     if not lines or lines[0] + b"\n" != _line(identity):
         return {}
     found: dict[str, str] = {}
-    with suppress(ValueError, TypeError):  # a line that is none, as after a power cut
+    with suppress(ValueError, TypeError):  # a damaged line, as after a power cut
         for path, sha256 in map(json.loads, lines[1:]):
             place = folder / path
             if path in sizes and place.is_file() and place.stat().st_size == sizes[path]:

@@ -28,7 +28,7 @@ from ..io.store_kind import give_up
 from . import adopt, log, processes, records
 from .log import BEAT, REPLACED, LogState, read_state, record_path
 from .moves import moves_of
-from .records import Claim, Done, LogFile, Record
+from .records import Claim, Commit, Config, Done, LogFile, Merged, Planned, Record
 
 LEASE_S = 60.0
 """How long an owner may give no sign of life before another one takes over; `failures.lease_s`."""
@@ -112,6 +112,8 @@ class Owner:
         self.state = state
         self.held_back: dict[str, str] = {}
         self._store: Store = store_of(out)
+        self._is_moved = True
+        """Whether this owner has moved the files of all records that it has written."""
 
     def append(self, record: Record) -> None:
         """Write a record under the next number, and move its files to their places.
@@ -121,12 +123,19 @@ class Owner:
             OSError: the record may or may not have been written, or not all of its files have been moved.
                 Taking the corpus over again finds out, and moves them.
         """
-        if (self.state.number + 1) % log.CHECKPOINT_EVERY == 0:
-            self._append(self.state.checkpoint())
-        self._append(record)
+        is_claim = isinstance(record, Claim)
+        while True:
+            if not self._is_moved:
+                self.move()
+            if (self.state.number + 1) % log.CHECKPOINT_EVERY == 0:
+                if not self._append(self.state.checkpoint(), is_claim):
+                    continue
+            if self._append(record, is_claim):
+                break
         self.move()
 
-    def _append(self, record: Record) -> None:
+    def _append(self, record: Record, is_claim: bool = False) -> bool:
+        """Write a record under the next number; False if one of its own is there that got no answer."""
         number, epoch = self.state.number + 1, self.state.epoch + isinstance(record, Claim)
         if not self._is_there():
             what = "the commit log is gone; mount or restore the folder first"
@@ -135,15 +144,15 @@ class Owner:
             record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)
         )
         if self._store.create(record_path(self.out, number), records.encode(record)):
-            self.state = self.state.after(record)
+            self.state, self._is_moved = self.state.after(record), False
             log.remember(self.out, self.state)
-            return
-        if isinstance(record, Claim):
+            return True
+        if is_claim:
             raise self.fenced()
         self.check()
         if self.state.number < number:
             raise self.fenced()  # by a record that is not to be seen
-        self._append(record)
+        return False
 
     def _is_there(self) -> bool:
         """Whether the newest record lies where it was: no log is begun in the middle, in another folder."""
@@ -159,7 +168,8 @@ class Owner:
         now = read_state(self.out, self.state)
         if now.claim != self.state.claim:
             raise self.fenced()
-        self.state = now  # before a claim there can only be a checkpoint of another driver
+        if now.number > self.state.number:  # by itself; another driver may only have summed up before a claim
+            self.state, self._is_moved = now, False
 
     def fenced(self) -> Fenced:
         """The error that says who has taken over."""
@@ -174,10 +184,13 @@ class Owner:
 
         In a bucket, where nothing can be moved, the record has their names for good.
         """
-        if self.state.unmoved is None or not self._store.moves:
-            return
-        moves = moves_of(self.state.unmoved)
-        kept = f"{self.out}/{REPLACED}/{self.state.unmoved.number}"
+        if self.state.unmoved is not None and self._store.moves:
+            self._move(self.state.unmoved)
+        self._is_moved = True
+
+    def _move(self, record: Commit | Planned | Config | Merged) -> None:
+        moves = moves_of(record)
+        kept = f"{self.out}/{REPLACED}/{record.number}"
         for file in moves.files:
             temporary, path = f"{self.out}/{file.temporary}", f"{self.out}/{file.path}"
             if file.path in moves.replaced and self._store.size(temporary) is not None:

@@ -341,6 +341,39 @@ def test_an_owner_that_got_no_answer_goes_on_after_its_record(tmp_path, monkeypa
     assert begun.state == log.read_state(str(tmp_path))
 
 
+@pytest.mark.parametrize("fails", ["answer", "move"])
+def test_a_commit_that_failed_half_way_is_finished_before_the_next_one(tmp_path, monkeypatch, fails):
+    """Another subset of the build goes on; only the newest record may have files that are not moved."""
+    begun = begin(tmp_path, claim_of())
+    first, second = draft(begun, b"first"), begun.write("sa1b/ledger/sa1b-000000.parquet", b"second")
+    manifest = begun.write("sa1b/manifests/sa1b-000000.json", b"second")
+    if fails == "answer":
+        answer_lost(monkeypatch)
+    else:
+        move = FolderStore.move
+        monkeypatch.setattr(FolderStore, "move", lambda *_: (_ for _ in ()).throw(OSError("no answer")))
+    with pytest.raises(OSError, match="no answer"):
+        begun.append(Commit(units={NAME: first}))
+    if fails == "move":
+        monkeypatch.setattr(FolderStore, "move", move)
+    begun.append(Commit(units={"sa1b/sa1b-000000": LogUnit("p", "r", 0, 0, manifest, second)}))
+    found = contents(tmp_path)
+    assert set(found) == {*places(first), manifest.path, second.path}
+
+
+def test_an_unanswered_record_before_a_checkpoint_does_not_take_its_place(tmp_path, monkeypatch):
+    begun = begin(tmp_path, claim_of())
+    for number in range(97):
+        begun.append(Config(text=str(number), files=[]))
+    answer_lost(monkeypatch)
+    with pytest.raises(OSError, match="no answer"):
+        begun.append(Config(text="lost", files=[]))
+    begun.append(Config(text="next", files=[]))
+    found = log.read_records(str(tmp_path))
+    assert [type(record) for record in found[98:]] == [Config, Checkpoint, Config]
+    assert begun.state == log.read_state(str(tmp_path))
+
+
 def test_a_challenger_does_not_claim_after_a_record_of_the_owner_that_it_has_not_seen(tmp_path):
     begun = begin(tmp_path, claim_of())
     late = Owner(str(tmp_path), log.read_state(str(tmp_path)))
