@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
 from paracaption.pipeline.config_file import load_config
-from paracaption.pipeline.corpus import log, reader
+from paracaption.pipeline.corpus import log, merge, reader
 from paracaption.pipeline.corpus.verify import verify
-from paracaption.pipeline.io import files
+from paracaption.pipeline.io import files, scratch
 from paracaption.pipeline.io.tables import TableFile
 from paracaption.schemas.config import dump_config
 from tests.building import build, config_of
@@ -19,20 +19,23 @@ from tests.pipeline.buckets import corpora
 from tests.synthetic import write_coconut
 
 
-@pytest.fixture
-def configs(tmp_path, bucket_out):
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
     """By place of the corpus, a configuration whose captioner fails on an image as long as a file lacks."""
-    source = write_coconut(tmp_path / "coconut", 9)
-    found = {}
-    for out, name in ((str(tmp_path / "folder"), "folder"), (bucket_out, "bucket")):
-        beside = tmp_path / f"beside-{name}"
-        beside.mkdir()
-        fails = {"000000000002": f"raise-unless:{tmp_path / 'works'}"}
-        config = config_of(out, coconut=source, beside=beside, captioner={"misbehave": fails})
-        build(config)
-        found[out] = tmp_path / f"{name}.yaml"
-        found[out].write_text(dump_config(config))
-    return found
+    folder = tmp_path_factory.mktemp("commands")
+    source, found = write_coconut(folder / "coconut", 5), dict[str, Path]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(scratch.VARIABLE, str(folder / "scratch"))
+        patch.setattr(merge.plots, "draw_plots", lambda _: dict.fromkeys(merge.plots.NAMES, b"a plot"))
+        for out, name in ((str(folder / "folder"), "folder"), ("memory://commands/corpus", "bucket")):
+            beside = folder / f"beside-{name}"
+            beside.mkdir()
+            fails = {"000000000002": f"raise-unless:{folder / 'works'}"}
+            config = config_of(out, coconut=source, beside=beside, captioner={"misbehave": fails})
+            build(config)
+            found[out] = folder / f"{name}.yaml"
+            found[out].write_text(dump_config(config))
+        yield found
 
 
 def say(configs: dict[str, Path], *command: str) -> str:
@@ -62,10 +65,10 @@ def assert_equal(configs: dict[str, Path]) -> None:
         assert report.ok and not [note for note in report.notes if "evidence" not in str(note)], report.text()
 
 
-def test_failed_records_are_tried_again(configs, tmp_path):
+def test_failed_records_are_tried_again(configs):
     before = [committed(out) for out in configs]
     assert any(unit.failed for unit in log.read_units(list(configs)[1]).values())
-    (tmp_path / "works").touch()
+    (next(iter(configs.values())).parent / "works").touch()
     for config in configs.values():
         done = CliRunner().invoke(app, ["build", str(config), "--local", "--retry-failed"])
         assert done.exit_code == 0, done.output
@@ -89,7 +92,7 @@ def test_an_audit_writes_its_full_list_into_the_corpus_or_where_it_is_told(confi
     tables = [TableFile(f"{out}/audit.parquet").read().to_pylist() for out in configs]
     assert tables[0] == tables[1]
     bucket = list(configs)[1]
-    elsewhere = f"{bucket}-audits/one.parquet"
+    elsewhere = "memory://audits/one.parquet"
     assert elsewhere in say(configs, "audit", "CONFIG", "--parquet", elsewhere)
     assert TableFile(elsewhere).read().to_pylist() == tables[1]
     assert verify(bucket).ok
