@@ -1,7 +1,7 @@
 """The configuration of a build: one YAML file, checked before the start. An unknown key is an error.
 
-Paths may be local or any fsspec URL (`s3://...`, `http://...`), except `out`, which is a folder that every
-node of the cluster mounts. Relative paths are relative to the configuration file.
+Paths may be local or any fsspec URL (`s3://...`, `http://...`); `out` is a folder that every node mounts, or
+a place in a bucket. Relative paths are relative to the configuration file.
 """
 
 from __future__ import annotations
@@ -284,7 +284,6 @@ class Backend(Strict):
         description="Most images in one call of the backend. A batch that fails is split in halves until "
         "the image at fault is found. `gar` and `vllm` batch by themselves: a call has all images of a unit.",
     )
-
     runtime_env: dict[str, Any] = Field(
         default_factory=dict,
         description="Ray's runtime environment of the actors: py_executable, env_vars, ... A change of this "

@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
-from ...pipeline.io.location import Location, locate
+from ...pipeline.io.location import Location, is_url, locate
+from ...schemas.secrets import shorten
 
 if TYPE_CHECKING:
     Place = Location
 else:  # typer takes no union; this is what the help calls it
     Place = type("path or URL", (), {})
+
+
+def local_path(given: str | Path) -> Path:
+    """A file or folder to write on this machine; of a URL, `Path` would make a folder of a strange name."""
+    if is_url(text := str(given)):
+        what = "has to be a path of this machine; only a corpus, a report or an export may lie in a bucket"
+        raise typer.BadParameter(f"{shorten(text)}: {what}")
+    return Path(text.removeprefix("file://"))
+
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

@@ -9,7 +9,7 @@ import typer
 
 from ...schemas.errors import ConfigError
 from . import publishing
-from .arguments import Corpus, Json, Place, locate, print_json, suggest
+from .arguments import Corpus, Json, Place, local_path, locate, print_json, suggest
 
 if TYPE_CHECKING:
     from ...pipeline.io.location import Location
@@ -102,7 +102,9 @@ def show(
         str,
         typer.Argument(help="Key of the image, as `inspect`, `explore` and index.parquet have it."),
     ],
-    picture: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
+    picture: Annotated[
+        Path, typer.Option("--out", parser=local_path, metavar="PATH", help="PNG file to write.")
+    ],
 ) -> None:
     """Draw one image with its masks and captions."""
     from ...pipeline.corpus.contact_sheet import draw_corpus_image
@@ -222,8 +224,8 @@ def export(
     """Export the corpus in another format.
 
     perceptiondlm-json and coco name photos by path, so the photos are written as files too. parquet has the
-    photos inside. hub is a dataset repository to upload to a hub (docs/publishing.md); mds is read by
-    mosaicml-streaming, which has to be installed.
+    photos inside. hub is a dataset repository to upload to a hub (docs/publishing.md); if it is interrupted,
+    the same command goes on with it. mds is read by mosaicml-streaming, which has to be installed.
     """
     from ...pipeline.corpus import export as exporting
 

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ...pipeline.io.location import is_url
-from ...schemas.secrets import shorten
 from .. import stopping
-from .arguments import Device, Dtype, Json, changes_of, print_json, suggest
+from .arguments import Device, Dtype, Json, changes_of, local_path, print_json, suggest
 from .examples import example
 from .help import Command, Group
 from .progress import counting_parts, show_row
@@ -22,14 +20,6 @@ if TYPE_CHECKING:
 benchmarks = typer.Typer(
     cls=Group, help="Make benchmarks for region captions, and list their photos.", no_args_is_help=True
 )
-
-
-def _folder(text: str) -> Path:
-    """A folder to write to; of a URL, `Path` would make a folder of a strange name."""
-    if is_url(text):
-        what = "has to be a folder; only a corpus may lie in a bucket: give a path"
-        raise typer.BadParameter(f"{shorten(text)}: {what}")
-    return Path(text.removeprefix("file://"))
 
 
 def evaluate(
@@ -79,7 +69,7 @@ def profile(
     out: Annotated[
         Path,
         typer.Option(
-            parser=_folder,
+            parser=local_path,
             metavar="FOLDER",
             help="Folder for a table, a plot and all measurements.",
             show_default=False,
@@ -133,7 +123,7 @@ def make(
         str, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
     ],
     to: Annotated[
-        Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder to write.", show_default=False)
+        Path, typer.Option(parser=local_path, metavar="FOLDER", help="Folder to write.", show_default=False)
     ],
     judge: Annotated[
         Path,
@@ -179,7 +169,10 @@ def photos(
             show_default=False,
         ),
     ],
-    to: Annotated[Path, typer.Option(help="JSON file to write.", show_default=False)],
+    to: Annotated[
+        Path,
+        typer.Option(parser=local_path, metavar="PATH", help="JSON file to write.", show_default=False),
+    ],
 ) -> None:
     """Write a list of the photos of benchmarks, by name and size.
 

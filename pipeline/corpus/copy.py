@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from ...schemas.errors import ConfigError, IntegrityError, ParaCaptionError
 from ..io import bucket_checks, files
@@ -48,7 +48,8 @@ RETRY_S = 120.0
 _STEP = 8 << 20
 """How much of a file is read at a time."""
 
-_BESIDE = re.compile(r"([^/]+)/evidence/[^/.][^/]*/[^/.][^/]*\.parquet|review/[^/.][^/]*")
+_REVIEWS = "review/"
+_BESIDE = re.compile(rf"([^/]+)/evidence/[^/.][^/]*/[^/.][^/]*\.parquet|{_REVIEWS}[^/.][^/]*")
 """What belongs to a corpus and is in no record: evidence and reviews."""
 
 Progress = Callable[[str, int, int], None]
@@ -263,9 +264,14 @@ class _Inventory:
         return listed is not None and listed.bytes == size
 
     def _is_newer(self, path: str, listed: Listed) -> bool:
-        """Whether evidence or reviews are others than the copy has, which has them from an earlier time."""
+        """Whether evidence or reviews are others than the copy has, which has them from an earlier time.
+
+        Reviews that were made in the copy since stay there.
+        """
         there = self._there.get(path)
-        return there is None or there.bytes != listed.bytes or there.modified_s <= listed.modified_s
+        if there is None or there.modified_s <= listed.modified_s:
+            return True
+        return there.bytes != listed.bytes and not path.startswith(_REVIEWS)
 
     def _names_known(self, to: str) -> set[str]:
         state = log.read_state(to)
@@ -354,11 +360,12 @@ class _Copier:
             self._store.move(written_as, target)
         return True
 
-    def _give_up(self, file: object, path: str) -> None:
+    def _give_up(self, file: IO[bytes], path: str) -> None:
         with suppress(OSError):
-            give_up(file)  # type: ignore[arg-type]
-        with suppress(OSError):
-            self._store.delete(path)
+            give_up(file)
+        if self._store.moves:  # in a bucket nothing is there, or what another copy of this corpus has written
+            with suppress(OSError):
+                self._store.delete(path)
 
     def _elsewhere(self, job: _Job) -> str | None:
         """Where a file of a folder lies that is not at its place: not moved there yet, or replaced since."""
@@ -371,7 +378,7 @@ class _Copier:
 
     def _damaged(self, job: _Job) -> ParaCaptionError:
         path = f"{self._corpus}/{job.source}"
-        if log.last_number(self._corpus) > self._plan.state.number or not job.sha256:
+        if log.newest_number(self._corpus) > self._plan.state.number or not job.sha256:
             return ConfigError(
                 f"{path}: was replaced while the corpus was copied; run the same command again, which goes on"
             )

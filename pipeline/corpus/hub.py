@@ -4,30 +4,34 @@
     data/<subset>/<split>-00000-of-00012.tar       the samples, byte for byte, in the order of the corpus
     index/<split>.parquet                          a row per region
 
-A repository is whole, or absent: everything is written into a temporary folder that gets its name at the end.
+A repository is whole, or absent: everything is written into another folder that gets its name at the end. An
+export that was interrupted goes on (`hub_unfinished`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from ...schemas.errors import REBUILD, ConfigError, IntegrityError
-from ...schemas.sample import PHOTO_ENDING
 from ...schemas.summary import CorpusSummary
-from ..io import files
 from ..io.location import Location
-from ..io.orientation import make_upright
 from . import energon as energon_files
 from . import hub_card, ledger, reader
-from .hub_plan import INDEX, SHARD_MB, HubPlan, Shard, plan_hub
+from .hub_plan import INDEX, SHARD_MB, HubPlan, PlannedImage, Shard, images_of, plan_hub
+from .hub_shards import Shards
+from .hub_unfinished import NOTES, Unfinished, unfinished
 from .ledger import Place
 from .reader import Corpus
 from .shard import StoredSample, iter_stored
-from .tar import TarWriter
 from .units import Unit
 
 if TYPE_CHECKING:
@@ -105,29 +109,47 @@ def write_repository(repository: Repository, to: str | Path, written: Written = 
         The files that were written.
 
     Raises:
-        ConfigError: the folder has something in it, or its disk is too small.
+        ConfigError: the folder has something in it, its disk is too small, or another process is at it.
         IntegrityError: the corpus is damaged, or was changed meanwhile; nothing is left.
     """
     to, plan = Path(to), repository.plan
-    files.refuse_existing(to)
-    _check_space(plan, to)
-    with files.write_folder_atomic(to) as temporary:
-        for name, text in repository.texts.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, "utf-8")
-        with ExitStack() as opened:
-            index = {split: opened.enter_context(_Index(temporary, split)) for split in plan.splits}
-            closed = None
-            if repository.energon:
-                closed = opened.enter_context(energon_files.Metadata(plan, temporary)).add
-            shards = opened.enter_context(_Shards(plan, temporary, written, closed))
-            for unit in plan.corpus.units():
-                _write_unit(unit, shards, index)
-            shards.finish()
-            _check_index(plan, index)
-        found = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-    return [to / path.relative_to(temporary) for path in found]
+    with unfinished(to, _identity(repository), {each.path: each.bytes for each in plan.shards}) as begun:
+        _check_space(plan, to, begun.kept)
+        _write(repository, begun, written)
+        paths = [path.relative_to(begun.folder) for path in sorted(begun.folder.rglob("*")) if path.is_file()]
+    return [to / path for path in paths if path.as_posix() != NOTES]
+
+
+def _identity(repository: Repository) -> str:
+    """Of all that the shards depend on."""
+    corpus = repository.plan.corpus
+    digests = {subset: corpus.digest(subset) for subset in repository.plan.subsets}
+    what = (version("paracaption"), repository.plan.shards, repository.texts, digests)
+    return hashlib.sha256(msgspec.json.encode(what, order="deterministic")).hexdigest()
+
+
+def _write(repository: Repository, begun: Unfinished, written: Written) -> None:
+    plan, folder = repository.plan, begun.folder
+    for name, text in repository.texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    with ExitStack() as opened:
+        index = {split: opened.enter_context(_Index(folder, split)) for split in plan.splits}
+        metadata = opened.enter_context(energon_files.Metadata(plan, folder)) if repository.energon else None
+
+        def closed(shard: Shard, places: dict[str, Place], sha256: str) -> None:
+            if sha256:
+                begun.note(shard.path, sha256)
+            if metadata is not None:
+                metadata.add(shard, places)
+            written(shard.bytes)
+
+        shards = opened.enter_context(Shards(plan, folder, frozenset(begun.kept), closed))
+        for unit in plan.corpus.units():
+            _write_unit(unit, shards, index)
+        shards.finish()
+        _check_index(plan, index)
 
 
 def _check_index(plan: HubPlan, index: dict[str, _Index]) -> None:
@@ -140,25 +162,40 @@ def _check_index(plan: HubPlan, index: dict[str, _Index]) -> None:
             )
 
 
-def _check_space(plan: HubPlan, to: Path) -> None:
+def _check_space(plan: HubPlan, to: Path, kept: Collection[str]) -> None:
+    needed = sum(shard.bytes for shard in plan.shards if shard.path not in kept)
     folder = next(each for each in (to, *to.absolute().parents) if each.exists())
     free = shutil.disk_usage(folder).free
-    if free < plan.bytes:
+    if free < needed:
         raise ConfigError(
-            f"{to}: the shards take {plan.bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; "
+            f"{to}: the shards take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; "
             "free space, or name a folder on another disk"
         )
 
 
-def _write_unit(unit: Unit, shards: _Shards, index: dict[str, _Index]) -> None:
+def _write_unit(unit: Unit, shards: Shards, index: dict[str, _Index]) -> None:
     places: dict[str, dict[str, tuple[Shard, Place]]] = {split: {} for split in index}
-    for stored in stored_samples(unit):
+    images = _images_of_kept(unit, shards)
+    for image in images:
+        if (split := shards.plan.split_of(image.key)) is not None:
+            places[split][image.key] = shards.pass_over(unit.subset, split, image)
+    for stored in () if images else stored_samples(unit):
         if (split := shards.plan.split_of(stored.sample.key)) is not None:
             places[split][stored.sample.key] = shards.add(unit.subset, split, stored)
     table = reader.read_ledger(unit.ledger, [*ledger.index_schema().names, "kept"])
     rows = table.filter(table["kept"]).drop_columns(["kept"])
     for split, found in places.items():
         index[split].add(rows, found)
+
+
+def _images_of_kept(unit: Unit, shards: Shards) -> list[PlannedImage]:
+    """The images of a unit, if all of them are in shards that are there already; else none."""
+    if not shards.has_kept:
+        return []
+    images = list(images_of(unit))
+    splits = Counter(split for image in images if (split := shards.plan.split_of(image.key)) is not None)
+    are_kept = all(shards.are_kept(unit.subset, split, number) for split, number in splits.items())
+    return images if are_kept else []
 
 
 def stored_samples(unit: Unit) -> Iterator[StoredSample]:
@@ -175,99 +212,6 @@ def stored_samples(unit: Unit) -> Iterator[StoredSample]:
         yield stored
     if wanted:
         raise IntegrityError(f"{unit.shard}: {min(wanted)!r} is missing, its manifest has it; {REBUILD}")
-
-
-class _Shards:
-    """Writes the planned shards: one at a time of each subset's split.
-
-    Args:
-        plan: says how many images each shard has.
-        folder: of the repository.
-        written: is called with the bytes of each shard.
-        closed: is given each shard with the places of its samples, if anybody wants them.
-    """
-
-    def __init__(
-        self,
-        plan: HubPlan,
-        folder: Path,
-        written: Written,
-        closed: Callable[[Shard, dict[str, Place]], None] | None,
-    ):
-        self.plan, self._folder, self._written, self._closed = plan, folder, written, closed
-        self._left = {
-            (subset, split): iter(plan.of(subset, split)) for subset in plan.subsets for split in plan.splits
-        }
-        self._open: dict[tuple[str, str], _Open] = {}
-
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in self._open.values():
-            each.file.close()
-
-    def add(self, subset: str, split: str, stored: StoredSample) -> tuple[Shard, Place]:
-        """Append a sample to the shard that the plan has it in; returns the shard, and the place there."""
-        series = subset, split
-        if series not in self._open:
-            shard = next(self._left[series], None)
-            if shard is None:
-                raise IntegrityError(
-                    f"{self.plan.corpus.path}/{subset}: {stored.sample.key!r} was not there when the export "
-                    "began; run it again"
-                )
-            self._open[series] = _Open(shard, self._folder / shard.path)
-        opened = self._open[series]
-        place = opened.add(stored)
-        if len(opened.places) == opened.shard.images:
-            del self._open[series]
-            opened.close()
-            self._written(opened.shard.bytes)
-            if self._closed:
-                self._closed(opened.shard, opened.places)
-        return opened.shard, place
-
-    def finish(self) -> None:
-        """Raise IntegrityError unless every planned shard was written."""
-        missing = [each.shard for each in self._open.values()]
-        missing += [shard for shards in self._left.values() for shard in shards]
-        if missing:
-            raise IntegrityError(
-                f"{self.plan.corpus.path}/{missing[0].subset}: fewer images than when the export began, so "
-                f"{missing[0].path} cannot be filled; run it again"
-            )
-
-
-class _Open:
-    """A shard that is being filled."""
-
-    def __init__(self, shard: Shard, path: Path):
-        self.shard, self._regions = shard, 0
-        self.places: dict[str, Place] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: IO[bytes] = open(path, "xb")
-        self._tar = TarWriter(self.file)
-
-    def add(self, stored: StoredSample) -> Place:
-        key = stored.sample.key
-        photo, _ = make_upright(stored.photo)  # one of an early release has its tag still
-        photo_at = self._tar.member(f"{key}.{PHOTO_ENDING}", photo)
-        record_at = self._tar.member(f"{key}.json", stored.record)
-        self.places[key] = Place(photo_at, len(photo), record_at, len(stored.record))
-        self._regions += len(stored.sample.regions)
-        return self.places[key]
-
-    def close(self) -> None:
-        self._tar.close_archive()
-        size = self.file.tell()
-        self.file.close()
-        found, wanted = (size, self._regions), (self.shard.bytes, self.shard.regions)
-        if found != wanted:
-            raise IntegrityError(
-                "{}: {:,} bytes with {:,} regions, where the ledgers have {:,} with {:,}; run `paracaption "
-                "verify CORPUS`".format(self.shard.path, *found, *wanted)
-            )
 
 
 class _Index:

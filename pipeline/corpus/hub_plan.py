@@ -119,7 +119,7 @@ def plan_hub(corpus: str | Location, split: str | None = None, shard_mb: float =
     for subset in opened.subsets:
         series = {name: _Series(subset, name, shard_mb * 1e6) for name in SPLITS.values()}
         for unit in opened.units(subset):
-            for stored in _images_of(unit):
+            for stored in images_of(unit):
                 if (name := plan.split_of(stored.key)) is not None:
                     series[name].add(stored)
         plan.shards.extend(shard for each in series.values() for shard in each.shards())
@@ -130,8 +130,14 @@ def plan_hub(corpus: str | Location, split: str | None = None, shard_mb: float =
     return plan
 
 
-class _Image(NamedTuple):
-    """An image with a kept region, as its ledger has it."""
+class PlannedImage(NamedTuple):
+    """An image with a kept region, as its ledger has it.
+
+    Attributes:
+        key: of the image.
+        regions: how many are kept.
+        photo, record: bytes of the photo and of the JSON in the shard.
+    """
 
     key: str
     regions: int
@@ -144,13 +150,13 @@ class _Image(NamedTuple):
         return sum(map(member_size, names, (self.photo, self.record)))
 
 
-def _images_of(unit: Unit) -> Iterator[_Image]:
+def images_of(unit: Unit) -> Iterator[PlannedImage]:
     """The images of a unit in the order of its shard, which is that of their keys."""
     table = reader.read_ledger(unit.ledger, ["key", "kept", "photo_length", "json_length"])
     sums = [("photo_length", "max"), ("json_length", "max"), ("key", "count")]
     found = table.filter(table["kept"]).group_by("key", use_threads=False).aggregate(sums)
     for row in sorted(found.to_pylist(), key=lambda row: row["key"]):
-        image = _Image(row["key"], row["key_count"], row["photo_length_max"], row["json_length_max"])
+        image = PlannedImage(row["key"], row["key_count"], row["photo_length_max"], row["json_length_max"])
         if None in image:
             raise IntegrityError(
                 f"{unit.ledger}: {image.key}: kept, but without a place in the shard; run "
@@ -167,7 +173,7 @@ class _Series:
         self._filled: list[list[int]] = []
         """Of each shard: images, regions, bytes of members, bytes of content."""
 
-    def add(self, image: _Image) -> None:
+    def add(self, image: PlannedImage) -> None:
         size = image.size()
         if not self._filled or archive_size(self._filled[-1][2] + size) > self._most:
             self._filled.append([0, 0, 0, 0])

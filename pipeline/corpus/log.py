@@ -22,6 +22,7 @@ Manifest, ledger and index name places, so their bytes are those of a build into
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -196,10 +197,7 @@ _RECENT_S = 1.0
 def recent_state(out: str) -> LogState:
     """What the log said within the last second, for who asks for one sample after the other."""
     state = _recent(out)
-    if state is None:
-        state = read_state(out)
-        _RECENT[out] = time.monotonic(), state
-    return state
+    return read_state(out) if state is None else state
 
 
 def present_state(out: str) -> LogState:
@@ -279,25 +277,35 @@ def read_state(out: str, known: LogState | None = None) -> LogState:
     """
     if not is_bucket(out):
         return _read_state(out, known or LogState())
-    state = known or _still_true(out, _SEEN.get(out))
+    seen = _SEEN.get(out)
+    state = known or _still_true(out, seen)
     if state is None:
         state = _read_state(out, LogState())
     else:  # the next numbers are asked for, which is cheaper than a listing
         for record in _follow(out, state.number, state.number):
             state = state.after(record)
-    remember(out, state)
+    with _REMEMBERING:
+        if _SEEN.get(out) is seen:  # else another thread has written or read since, and knows more
+            _remember(out, state)
     return state
 
 
 _SEEN: dict[str, LogState] = {}
 """What this process has read of logs in buckets, where each record is a request."""
 
+_REMEMBERING = threading.Lock()
+
 
 def remember(out: str, state: LogState) -> None:
-    """Keep what the log of a corpus in a bucket said, so that only what is new is read the next time."""
+    """Keep what this process has written to the log of a corpus in a bucket, so that it is not read again."""
     if is_bucket(out):
-        _SEEN[out] = state
-        _RECENT[out] = time.monotonic(), state
+        with _REMEMBERING:
+            _remember(out, state)
+
+
+def _remember(out: str, state: LogState) -> None:
+    _SEEN[out] = state
+    _RECENT[out] = time.monotonic(), state
 
 
 def _still_true(out: str, seen: LogState | None) -> LogState | None:
@@ -319,7 +327,7 @@ def _read_state(out: str, state: LogState) -> LogState:
                 f"{record_path(out, record.number)}: not a checkpoint; restore it from a copy"
             )
         state = state_of(record, out)
-    for record in _follow(out, state.number, last):
+    for record in read_records(out, state.number, last):
         state = state.after(record)
     return state
 
@@ -335,57 +343,6 @@ def read_units(out: str) -> dict[str, LogUnit]:
     if is_bucket(out):  # what lies there is of a driver that has just begun
         return {}
     return adopt.find_units(out)
-
-
-def find_unmoved(out: str, state: LogState) -> dict[str, list[tuple[str, str]]]:
-    """Files of the newest commit that still have their temporary names, because its driver died or is at it.
-
-    Returns:
-        By "subset/unit": (place, temporary name) of each, below the corpus.
-    """
-    found: dict[str, list[tuple[str, str]]] = {}
-    if isinstance(state.unmoved, Commit) and not is_bucket(out):  # where nothing moves
-        folders = {
-            file.temporary.rpartition("/")[0]
-            for unit in state.unmoved.units.values()
-            for file in unit.files()
-            if file.temporary
-        }
-        there = {f"{folder}/{name}" for folder in folders for name in files.list_names(f"{out}/{folder}")}
-        for name, unit in state.unmoved.units.items():
-            found[name] = [(file.path, file.temporary) for file in unit.files() if file.temporary in there]
-    return found
-
-
-class _Moves(NamedTuple):
-    """What a record does to names.
-
-    Attributes:
-        files: files that get their places.
-        replaced: places whose files are kept elsewhere before.
-        removed: of these, the ones that nothing takes: a unit that had a shard may have none now.
-    """
-
-    files: list[LogFile]
-    replaced: set[str]
-    removed: list[str]
-
-
-def moves_of(record: Commit | Planned | Config | Merged) -> _Moves:
-    if not isinstance(record, Commit):
-        return _Moves([file for file in record.files if file.temporary], set(), [])
-    named = [file for unit in record.units.values() for file in unit.files()]
-    removed = set(record.replaced) - {file.path for file in named}
-    return _Moves([file for file in named if file.temporary], set(record.replaced), sorted(removed))
-
-
-def is_moved(out: str, state: LogState) -> bool:
-    """Whether every file that a record names has its place; if not, the next owner moves it there."""
-    if state.unmoved is None:
-        return True
-    moves = moves_of(state.unmoved)
-    names = [*(file.temporary for file in moves.files), *moves.removed]
-    return all(store_of(out).size(f"{out}/{name}") is None for name in names)
 
 
 def is_whole(out: str, unit: LogUnit) -> bool:
@@ -421,20 +378,27 @@ def read_many(out: str, first: int, last: int) -> list[Record]:
     try:
         for number, data in enumerate(files.read_many(paths), start=first):
             found.append(_decode(data, record_path(out, number), number))
-    except FileNotFoundError as error:
-        raise _missing(out, first + len(found)) from error
     except OSError as error:
-        raise _not_given(paths[len(found)], error) from error
+        named = getattr(error, "url", error.filename)  # many are asked for at once
+        at = paths.index(named) if named in paths else len(found)
+        if isinstance(error, FileNotFoundError):
+            raise _missing(out, first + at) from error
+        raise _not_given(paths[at], error) from error
     return found
 
 
-def read_records(out: str, after: int = 0) -> list[Record]:
+def read_records(out: str, after: int = 0, last: int | None = None) -> list[Record]:
     """All records after a number; by default from the first one.
+
+    Args:
+        out: the corpus.
+        after: the number.
+        last: what `last_number` has returned, if it was asked already.
 
     Raises:
         IntegrityError: a record is missing or damaged.
     """
-    last = last_number(out)
+    last = last_number(out) if last is None else last
     return [*read_many(out, after + 1, last), *_follow(out, max(after, last), last)]
 
 

@@ -26,8 +26,9 @@ from ..io.activity import NOW
 from ..io.store import Store, store_of
 from ..io.store_kind import give_up
 from . import adopt, log, processes, records
-from .log import BEAT, REPLACED, LogState, moves_of, read_state, record_path
-from .records import Claim, Done, LogFile, Record
+from .log import BEAT, REPLACED, LogState, read_state, record_path
+from .moves import moves_of
+from .records import Claim, Commit, Config, Done, LogFile, Merged, Planned, Record
 
 LEASE_S = 60.0
 """How long an owner may give no sign of life before another one takes over; `failures.lease_s`."""
@@ -111,6 +112,8 @@ class Owner:
         self.state = state
         self.held_back: dict[str, str] = {}
         self._store: Store = store_of(out)
+        self._is_moved = True
+        """Whether this owner has moved the files of all records that it has written."""
 
     def append(self, record: Record) -> None:
         """Write a record under the next number, and move its files to their places.
@@ -120,12 +123,19 @@ class Owner:
             OSError: the record may or may not have been written, or not all of its files have been moved.
                 Taking the corpus over again finds out, and moves them.
         """
-        if (self.state.number + 1) % log.CHECKPOINT_EVERY == 0:
-            self._append(self.state.checkpoint())
-        self._append(record)
+        is_claim = isinstance(record, Claim)
+        while True:
+            if not self._is_moved:
+                self.move()
+            if (self.state.number + 1) % log.CHECKPOINT_EVERY == 0:
+                if not self._append(self.state.checkpoint(), is_claim):
+                    continue
+            if self._append(record, is_claim):
+                break
         self.move()
 
-    def _append(self, record: Record) -> None:
+    def _append(self, record: Record, is_claim: bool = False) -> bool:
+        """Write a record under the next number; False if one of its own is there that got no answer."""
         number, epoch = self.state.number + 1, self.state.epoch + isinstance(record, Claim)
         if not self._is_there():
             what = "the commit log is gone; mount or restore the folder first"
@@ -133,10 +143,16 @@ class Owner:
         record = msgspec.structs.replace(
             record, number=number, epoch=epoch, nonce=uuid.uuid4().hex, time_s=round(time.time(), 3)
         )
-        if not self._store.create(record_path(self.out, number), records.encode(record)):
+        if self._store.create(record_path(self.out, number), records.encode(record)):
+            self.state, self._is_moved = self.state.after(record), False
+            log.remember(self.out, self.state)
+            return True
+        if is_claim:
             raise self.fenced()
-        self.state = self.state.after(record)
-        log.remember(self.out, self.state)
+        self.check()
+        if self.state.number < number:
+            raise self.fenced()  # by a record that is not to be seen
+        return False
 
     def _is_there(self) -> bool:
         """Whether the newest record lies where it was: no log is begun in the middle, in another folder."""
@@ -144,13 +160,16 @@ class Owner:
         return number == 0 or self._store.size(record_path(self.out, number)) is not None
 
     def check(self) -> None:
-        """Find out whether this is still the owner.
+        """Find out whether this is still the owner. What it has written without an answer is known then.
 
         Raises:
             Fenced: it is not.
         """
-        if read_state(self.out, self.state).number > self.state.number:
+        now = read_state(self.out, self.state)
+        if now.claim != self.state.claim:
             raise self.fenced()
+        if now.number > self.state.number:  # by itself; another driver may only have summed up before a claim
+            self.state, self._is_moved = now, False
 
     def fenced(self) -> Fenced:
         """The error that says who has taken over."""
@@ -165,10 +184,13 @@ class Owner:
 
         In a bucket, where nothing can be moved, the record has their names for good.
         """
-        if self.state.unmoved is None or not self._store.moves:
-            return
-        moves = moves_of(self.state.unmoved)
-        kept = f"{self.out}/{REPLACED}/{self.state.unmoved.number}"
+        if self.state.unmoved is not None and self._store.moves:
+            self._move(self.state.unmoved)
+        self._is_moved = True
+
+    def _move(self, record: Commit | Planned | Config | Merged) -> None:
+        moves = moves_of(record)
+        kept = f"{self.out}/{REPLACED}/{record.number}"
         for file in moves.files:
             temporary, path = f"{self.out}/{file.temporary}", f"{self.out}/{file.path}"
             if file.path in moves.replaced and self._store.size(temporary) is not None:
@@ -203,7 +225,7 @@ class Owner:
 
     def beat(self) -> None:
         """Show that this owner is alive; a beat that cannot be written is one that is missed."""
-        with suppress(OSError):
+        with suppress(OSError, ConfigError):
             if not self._is_there():
                 return
             data = f"{uuid.uuid4().hex}\n".encode()
@@ -328,8 +350,9 @@ def _wait_for_the_end_of(state: LogState, out: str, lease_s: float) -> LogState:
     owner = state.claim
     assert owner is not None
     was, number, end = _last_beat(out, state), state.number, time.monotonic() + lease_s
-    while not (owner.nonce in _ENDED or processes.is_dead(owner)) and time.monotonic() < end:
-        time.sleep(min(1.0, lease_s / 10))
+    while not (owner.nonce in _ENDED or processes.is_dead(owner)):
+        is_over = time.monotonic() >= end  # then it looks once more: this process may have been paused
+        time.sleep(0.0 if is_over else min(1.0, lease_s / 10))
         state = read_state(out, state)
         if state.released and state.claim == owner:
             return state
@@ -338,10 +361,17 @@ def _wait_for_the_end_of(state: LogState, out: str, lease_s: float) -> LogState:
                 f"{out}: {who(state.claim)} is writing here; wait until that process ends, or choose another "
                 "`out`"
             )
+        if is_over:
+            break
     return read_state(out, state)
 
 
 def _last_beat(out: str, state: LogState) -> bytes:
-    with suppress(OSError):
+    """What an owner wrote last to show that it is alive; b"" if it wrote nothing.
+
+    Raises:
+        OSError: it cannot be read, which says nothing of the owner.
+    """
+    with suppress(FileNotFoundError):
         return files.read(Blob(beat_path(out, state.epoch)))
     return b""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ...schemas.errors import ParaCaptionError, one_line
 from ...schemas.records import Blob
 from ..io import files
+from ..io.disk_errors import fix_of
 from ..io.location import is_bucket
 
 _DELETE_FIRST = re.compile(r"delete (it|the unit's manifest)( \([^)]*\))? and ")
@@ -45,7 +46,7 @@ def guarded(problems: list[Problem], file: str, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - see above
-        problems.append(Problem(file, "", f"cannot be checked ({one_line(error)}); {fix}"))
+        problems.append(Problem(file, "", f"cannot be checked ({one_line(error)}); {fix_of(error, fix)}"))
 
 
 def what_is_wrong(error: ParaCaptionError, path: str) -> str:
@@ -82,6 +83,6 @@ def compare_file(
         except FileNotFoundError:
             what, fix = "missing", _DELETE_FIRST.sub("", fix, count=1)
         except OSError as error:
-            what = f"{error.strerror or error}"
+            what, fix = f"{error.strerror or error}", fix_of(error, fix)
         problems.append(Problem(path, "", f"{what}; {fix}"))
     return problems

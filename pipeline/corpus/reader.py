@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-import yaml
-from pydantic import ValidationError
 
 from ...schemas import manifest as manifests
 from ...schemas.config import BuildConfig
@@ -23,23 +21,30 @@ from ...schemas.manifest import Manifest
 from ...schemas.records import Blob
 from ...schemas.sample import Sample
 from ...schemas.summary import CorpusSummary
-from ..io import files, location, yaml_text
+from ..io import files, location
 from ..io.confined import confine
-from ..io.failures import describe
+from ..io.disk_errors import fix_of
 from ..io.location import Location
 from ..io.tables import TableFile
-from ..sources.registry import file_context
 from . import log
-from .ledger import SPLIT, align_ledger
+from .corpus_files import (
+    CONFIG,
+    STATS,
+    decode_manifest,
+    read_config,
+    read_ledger,
+    read_manifest,
+    read_summary,
+    unreadable,
+)
+from .ledger import SPLIT
 from .shard import decode_sample, iter_shard
 from .units import Unit, list_units
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CONFIG = "config.yaml"
 INDEX = "index.parquet"
-STATS = "stats.json"
 
 PHOTO_SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "tiff": "tif"}
 """File name endings by the sniffed format of a photo."""
@@ -211,7 +216,7 @@ class Corpus:
             )
             raise IntegrityError(f"{error.filename or units[read].manifest}: {what}") from error
         except OSError as error:
-            raise _unreadable(error.filename or units[read].manifest, error) from error
+            raise unreadable(error.filename or units[read].manifest, error) from error
 
     def digest(self, subset: str) -> str:
         """SHA-256 over all manifests of a subset: it changes when what is committed does."""
@@ -272,7 +277,8 @@ class Corpus:
                 f"{path}: no index; give the `out` of a build, or run `paracaption merge CONFIG`"
             ) from error
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise IntegrityError(f"{path}: not readable ({error}); run `paracaption merge CONFIG`") from error
+            fix = fix_of(error, "run `paracaption merge CONFIG`")
+            raise IntegrityError(f"{path}: not readable ({error}); {fix}") from error
 
     def index_columns(self) -> list[str]:
         """Names of the index's columns.
@@ -411,112 +417,14 @@ class Corpus:
         try:
             data, text = files.read_pair(photo, record)
         except OSError as error:
-            raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {REBUILD}") from error
+            fix = fix_of(error, REBUILD)
+            raise IntegrityError(f"{where}: not readable ({error.strerror or error}); {fix}") from error
         if len(data) < row["photo_length"] or len(text) < row["json_length"]:
             raise IntegrityError(f"{where}: the ledger's offsets lead beyond the end of the shard; {REBUILD}")
         sample = decode_sample(text, where)
         if sample.key != row["key"]:
             raise IntegrityError(f"{where}: the ledger's offsets lead to another image; {REBUILD}")
         return sample, data
-
-
-_OF_YAML = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What PyYAML raises on damaged text besides its own errors; a `ValidationError` is a ValueError."""
-
-
-def read_config(corpus: str | Location) -> BuildConfig:
-    """The resolved configuration that a corpus was built with, from its `config.yaml`.
-
-    Raises:
-        ConfigError: the file is missing.
-        IntegrityError: it is not what a build writes.
-    """
-    path = log.place_of(str(corpus), CONFIG)
-    try:
-        values = yaml_text.parse(files.read(Blob(path)))
-        return BuildConfig.model_validate(values, context=file_context(ours=True))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; give the `out` of a build") from error
-    except (OSError, yaml.YAMLError, *_OF_YAML) as error:
-        what = " ".join(str(error).split())
-        if isinstance(error, ValidationError):
-            what = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise IntegrityError(
-            f"{path}: not what a build writes ({what}); run `paracaption build CONFIG` again"
-        ) from error
-
-
-def read_summary(corpus: str | Location) -> CorpusSummary:
-    """The statistics of a merged corpus, from its `stats.json`.
-
-    Raises:
-        ConfigError: the corpus is not merged.
-        IntegrityError: the file is not what a merge writes.
-    """
-    path = log.place_of(str(corpus), STATS)
-    try:
-        return msgspec.json.decode(files.read(Blob(path)), type=CorpusSummary)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; run `paracaption merge CONFIG`") from error
-    except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path}: not a corpus's statistics ({describe(error)}); run `paracaption merge CONFIG`"
-        ) from error
-
-
-def read_manifest(path: str | Location) -> Manifest:
-    """The commit record of a unit.
-
-    Raises:
-        FileNotFoundError: the unit is not committed.
-        IntegrityError: the file is not a manifest, or cannot be read.
-    """
-    try:
-        data = files.read(Blob(str(path)))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return decode_manifest(data, path)
-
-
-def _unreadable(path: str | Location, error: OSError) -> IntegrityError:
-    what = (
-        "run the same command again, or delete the file and run `paracaption build CONFIG` again, which "
-        "rebuilds the unit"
-    )
-    return IntegrityError(f"{path}: not readable ({describe(error)}); {what}")
-
-
-def decode_manifest(data: bytes, path: str | Location) -> Manifest:
-    """A manifest from its bytes; `path` is for the message.
-
-    Raises:
-        IntegrityError: the bytes are not a manifest.
-    """
-    try:
-        return manifests.decode(data)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path}: not a manifest ({error}); delete it and run `paracaption build CONFIG` again, which "
-            "rebuilds the unit"
-        ) from error
-
-
-def read_ledger(path: str | Location, columns: list[str] | None = None) -> pa.Table:
-    """A unit's ledger, or some of its columns. Scores that an older release did not know are null.
-
-    Raises:
-        IntegrityError: the file is missing, or is not a ledger.
-        ConfigError: there is no such column.
-    """
-    import pyarrow as pa
-
-    try:
-        table = TableFile(str(path)).read(columns)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise IntegrityError(f"{path}: not readable ({error}); {REBUILD}") from error
-    return align_ledger(table, path, columns)
 
 
 def _samples_of(unit: Unit, manifest: Manifest) -> Iterator[tuple[Sample, bytes]]:

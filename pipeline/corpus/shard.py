@@ -11,6 +11,7 @@ import msgspec
 from ...schemas.errors import REBUILD, IntegrityError
 from ...schemas.sample import PHOTO_ENDING, Sample
 from ..io import files
+from ..io.disk_errors import fix_of
 from ..io.location import Location
 
 
@@ -48,7 +49,7 @@ def iter_stored(shard: str | Location) -> Iterator[StoredSample]:
                 else:
                     raise IntegrityError(f"{shard}: {member.name}: not a member of a shard; {REBUILD}")
     except (OSError, tarfile.TarError) as error:
-        raise IntegrityError(f"{shard}: not readable ({error}); {REBUILD}") from error
+        raise IntegrityError(f"{shard}: not readable ({error}); {fix_of(error, REBUILD)}") from error
     if photos:
         raise IntegrityError(f"{shard}: {min(photos)}: a photo without its JSON; {REBUILD}")
 

@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ..io import files
+from ..io import bucket_checks, files
+from ..io.location import has_own_name
 from ..io.store import TEMPORARY, store_of
 from . import adopt, history, log
 from .log import LogState
@@ -62,12 +63,13 @@ def _sweep_bucket(owner: Owner, keep_s: float) -> int:
 
     What was a part of the corpus at any moment since then stays, since somebody may be reading it.
     """
-    store = store_of(owner.out)
-    names = {*files.list_names(owner.out), *log.subsets_of(owner.state)}  # a listing may be late
+    store, listed = store_of(owner.out), files.list_names(owner.out)
+    bucket_checks.delete_of_the_dead(owner.out, listed)
+    names = {*listed, *log.subsets_of(owner.state)}  # a listing may be late
     names -= {*_SHARED, "events", adopt.MARKER}
-    subsets = {name for name in names if not (name.startswith(TEMPORARY) or _ATTEMPT.search(name))}
+    subsets = {name for name in names if not (name.startswith(TEMPORARY) or has_own_name(name))}
     folders = ["", "plots", *(f"{subset}/{folder}" for subset in sorted(subsets) for folder in _OURS[0])]
-    found = {path for folder in folders for path in _paths(owner.out, folder) if _ATTEMPT.search(path)}
+    found = {path for folder in folders for path in _paths(owner.out, folder) if has_own_name(path)}
     found -= _named(owner.state)
     if found:
         found -= _named_since(owner, keep_s)
@@ -79,10 +81,6 @@ def _sweep_bucket(owner: Owner, keep_s: float) -> int:
         if path != f"{log.BEAT}/{owner.state.epoch:06}":
             store.delete(f"{owner.out}/{path}")
     return len(found)
-
-
-_ATTEMPT = re.compile(r"-[0-9a-f]{12}\.[a-z]+$")
-"""How the names of files in a bucket end; see `Store.new_name`."""
 
 
 def _named(state: LogState) -> set[str]:
@@ -106,8 +104,11 @@ def _named_since(owner: Owner, keep_s: float) -> set[str]:
 
 
 def is_swept(out: str) -> bool:
-    """Whether no killed merge or driver has left a temporary file next to the subsets. Writes nothing."""
-    return not any(_temporary(out, folder) for folder in _SHARED)
+    """Whether no killed merge or driver has left a temporary file next to the subsets. Writes nothing.
+
+    In a bucket there are none but those of trials (`bucket_checks`), which may be another process's.
+    """
+    return not store_of(out).moves or not any(_temporary(out, folder) for folder in _SHARED)
 
 
 def _temporary(out: str, folder: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..io import files
 from ..io.location import is_bucket
-from . import log
+from . import log, moves
 from .records import LogUnit
 
 
@@ -92,7 +92,7 @@ def list_units(folder: str) -> list[Unit]:
     out, _, subset = folder.rpartition("/")
     if log.exists(out):
         state = log.present_state(out)
-        unmoved = log.find_unmoved(out, state)
+        unmoved = moves.find_unmoved(out, state)
         return [
             unit_of(out, name, found.unit, unmoved.get(name, ()))
             for name, found in sorted(state.units.items())

@@ -31,6 +31,7 @@ from ...schemas.config import Text
 from ...schemas.errors import REBUILD, ConfigError, IntegrityError, ParaCaptionError
 from ..io import files
 from ..io.confined import confine
+from ..io.disk_errors import fix_of
 from ..io.holding import hold
 from ..io.location import Location, is_bucket, locate
 from ..io.tables import TableFile
@@ -251,7 +252,7 @@ def _check_work_list(
                 problems.append(Problem(name, "", f"{damage}; {fix}"))
         except (ParaCaptionError, OSError, ValueError) as error:
             what = f"not readable, so nothing says which images must be there ({error})"
-            problems.append(Problem(name, "", f"{what}; {fix}"))
+            problems.append(Problem(name, "", f"{what}; {fix_of(error, fix)}"))
     return planned
 
 

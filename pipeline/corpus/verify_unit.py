@@ -16,6 +16,7 @@ from ...schemas.manifest import FileEntry, Manifest
 from ...schemas.records import CREDIT_FIELDS, Blob
 from ...schemas.sample import PHOTO_ENDING, Sample, SampleRegion
 from ..io import files, photos
+from ..io.disk_errors import fix_of
 from ..io.holding import hold
 from ..io.orientation import restore
 from . import reader
@@ -322,7 +323,7 @@ def _check_shard(unit: UnitCheck, rows: list[_Row]) -> None:
             seen.append(key)
             _check_sample(unit, path, key, photo, record, kept.get(key))
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-        unit.report(path, "", f"not a readable tar ({error}); {REBUILD}")
+        unit.report(path, "", f"not a readable tar ({error}); {fix_of(error, REBUILD)}")
         return
     if seen != sorted(set(seen)):
         unit.report(path, "", f"its samples are not sorted by key, or a key occurs twice; {REBUILD}")

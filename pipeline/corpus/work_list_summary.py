@@ -10,6 +10,7 @@ import msgspec
 from ...schemas.errors import IntegrityError
 from ...schemas.records import Blob
 from ..io import files
+from ..io.disk_errors import fix_of
 from ..io.location import Location, locate
 from ..sources.protocols import CatalogEntry
 from . import log, work_list_table
@@ -178,10 +179,8 @@ def load_work_list(folder: str | Location) -> WorkList:
             f"{path}: no work list; run `paracaption build CONFIG`, which writes it"
         ) from error
     except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise IntegrityError(
-            f"{path}: not a work list ({error}); run `paracaption build CONFIG` again, or delete it if that "
-            "does not help"
-        ) from error
+        fix = fix_of(error, "run `paracaption build CONFIG` again, or delete it if that does not help")
+        raise IntegrityError(f"{path}: not a work list ({error}); {fix}") from error
     return _opened(found, folder)
 
 
@@ -229,6 +228,9 @@ def find_damage(work_list: WorkList) -> str | None:
     """What is wrong with the table of a work list that was read from a folder; None if nothing is.
 
     Of a table of an early release, only what its digest covers and what cannot be decoded is found.
+
+    Raises:
+        IntegrityError: it is in a bucket, whose store does not give it.
     """
     expected = Written(
         work_list.digest,

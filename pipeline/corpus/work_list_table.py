@@ -18,6 +18,7 @@ from ...schemas.reasons import ERRORS, Reason
 from ...schemas.records import Blob, Credit, Drop
 from ...schemas.secrets import shorten
 from ..io import files
+from ..io.disk_errors import fix_of, refused_by_store
 from ..io.location import Location, never_changes
 from ..io.tables import TableFile
 from ..sources.protocols import CatalogEntry
@@ -222,10 +223,8 @@ def _readable(path: str | Location) -> Iterator[None]:
     except IntegrityError:
         raise
     except Exception as error:  # whatever a reader of Parquet makes of damaged bytes
-        raise IntegrityError(
-            f"{path}: not readable ({error}); run `paracaption build CONFIG` again, which writes it, or "
-            "delete it first"
-        ) from error
+        fix = "run `paracaption build CONFIG` again, which writes it, or delete it first"
+        raise IntegrityError(f"{path}: not readable ({error}); {fix_of(error, fix)}") from error
 
 
 class UnitReader:
@@ -331,6 +330,9 @@ def find_damage(path: str | Location, expected: Written, subset: str, size: int)
             digest covers and what cannot be decoded is found.
         subset: whose images it has.
         size: of a unit.
+
+    Raises:
+        IntegrityError: it is in a bucket, whose store does not give it.
     """
     try:
         if expected.sha256:
@@ -347,7 +349,9 @@ def find_damage(path: str | Location, expected: Written, subset: str, size: int)
             num_images += len(unit)
     except FileNotFoundError:
         return "gone"
-    except Exception as error:  # noqa: BLE001 - whatever a reader of Parquet makes of damaged bytes
+    except Exception as error:  # whatever a reader of Parquet makes of damaged bytes
+        if refused_by_store(error):
+            raise IntegrityError(f"{path}: not readable ({error}); {fix_of(error, '')}") from error
         return f"damaged ({error})"
     same = (num_images, digest.hexdigest()) == (expected.num_images, expected.digest)
     return None if same else "damaged: its images are not those of plan.json"

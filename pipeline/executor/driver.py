@@ -27,6 +27,7 @@ from ...schemas.errors import ConfigError, ParaCaptionError, UnitsHeldBack
 from ...schemas.records import Blob
 from ..corpus import adopt, merge, reader, writer
 from ..corpus import log as commit_log
+from ..corpus.moves import is_moved
 from ..corpus.owner import Owner, own
 from ..corpus.pending import find_pending_units
 from ..corpus.sweep import is_swept, sweep
@@ -295,7 +296,6 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
     _finish_moves(config)
     units = commit_log.read_units(str(out)) if commit_log.exists(str(out)) else {}
     adopt.refuse_foreign(str(out), config.subsets.keys() - {name.partition("/")[0] for name in units})
-    bucket_checks.check_store(str(out))
     asked: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="paracaption-") as scratch:
         plans: dict[str, Plan] = {}
@@ -328,9 +328,7 @@ def prepare(config: BuildConfig, limit_images: int | None = None, retry_failed: 
 
 def _finish_moves(config: BuildConfig) -> None:
     """Finish the moves of a driver that died: of a work list, it may have moved one file of two."""
-    if commit_log.exists(config.out) and not commit_log.is_moved(
-        config.out, commit_log.read_state(config.out)
-    ):
+    if commit_log.exists(config.out) and not is_moved(config.out, commit_log.read_state(config.out)):
         with owned(config, "plan"):
             pass
 
@@ -354,7 +352,7 @@ def is_finished(config: BuildConfig, limit_images: int | None = None, retry_fail
         return False
     if not (is_built(config, limit_images, retry_failed) and merge.is_merged(out, config.held_out_share)):
         return False
-    return is_swept(config.out) and commit_log.is_moved(config.out, commit_log.read_state(config.out))
+    return is_swept(config.out) and is_moved(config.out, commit_log.read_state(config.out))
 
 
 @_of_the_output

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 
+from ...schemas.errors import ConfigError
 from ..io.location import Location
 from ..io.store import store_of
 
@@ -19,7 +20,7 @@ def give_up(run: Location) -> None:
     """Leave the note. One that cannot be written costs the time of the units that are run in vain."""
     try:
         store_of(run).create(str(run / _NOTE), b"")
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         log.debug("no note that the subset is given up: %s", error)
 
 
@@ -27,5 +28,5 @@ def is_given_up(run: Location) -> bool:
     """Whether the subset of a run is given up."""
     try:
         return store_of(run).size(str(run / _NOTE)) is not None
-    except OSError:
+    except (OSError, ConfigError):
         return False

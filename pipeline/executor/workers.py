@@ -14,7 +14,7 @@ from typing import Any
 from ...schemas.errors import ParaCaptionError
 from ..corpus.events import Event
 from ..corpus.writer import write_failed
-from ..io import bucket_checks
+from ..io import bucket_checks, failures
 from ..io.location import locate
 from . import rows
 from .given_up import is_given_up
@@ -44,6 +44,7 @@ class Workers:
         self._stack: StackFile | None = None
         self.models = LoadedModels()
         self.workers: dict[str, Worker] = {}
+        failures.RETRYING.set_budget(job.config.failures.read_retry_s)
         self._refused = self._look_at_node([job for job, _ in parts])
         if self._refused:
             return

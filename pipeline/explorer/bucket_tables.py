@@ -107,12 +107,12 @@ class CorpusFiles(AbstractFileSystem):
         super().__init__()
         self._out = out
         self._blocks = BlockCache()
-        self._allowed: frozenset[str] = frozenset()
+        self._allowed: set[str] = set()
 
     def allow(self, urls: list[str]) -> list[str]:
         """Let these files of the corpus be read, and no others; what DuckDB calls them."""
         names = [url.removeprefix(f"{self._out}/") for url in urls]
-        self._allowed |= frozenset(names)
+        self._allowed.update(names)  # in one step: several threads ask for ledgers
         return [f"{SCHEME}://{name}" for name in names]
 
     def _open(self, path: str, mode: str = "rb", *_: Any, **__: Any) -> Any:

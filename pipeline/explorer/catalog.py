@@ -139,12 +139,16 @@ class Catalog:
     def _find_version(self) -> tuple[Any, ...]:
         """A (subset, what changes with its units) for each subset.
 
-        In a bucket that is the number of the log's newest record, which is asked for once in a second.
+        In a bucket that is the number of the log's newest record, which is asked for once in a second; or if
+        a corpus of an early release was uploaded, without a log, the names of the manifests.
         """
         if isinstance(self.out, Prefix) and (state := log.recent_state(str(self.out))).number:
             return tuple((name, (state.number, state.nonce)) for name in log.subsets_of(state))
-        store = store_of(self.out)
-        return tuple((name, store.modified_s(f"{self.out}/{name}/manifests")) for name in self.corpus.subsets)
+        store, found = store_of(self.out), []
+        for name in self.corpus.subsets:
+            folder = f"{self.out}/{name}/manifests"
+            found.append((name, store.modified_s(folder) if store.moves else tuple(store.list(folder))))
+        return tuple(found)
 
     def subsets(self) -> list[str]:
         """Names of the subsets, sorted."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
 from . import files, variables
 from .bucket_clients import CREDENTIALS, SCHEMES, place_of
+from .process_identity import is_dead, name_of, process_named, this_process
 from .store import Store, store_of
 
 OTHER_NAMES = {
@@ -32,7 +33,7 @@ _TURNS = 3
 """How often a store is tried that fails: whoever owns the corpus may sweep such an object meanwhile."""
 
 _ABANDONED_S = 3600.0
-"""An object of a trial that is older than this is what a killed process left."""
+"""An object of a trial that is older than this is what a killed process of another machine left."""
 
 _tried: set[tuple[str, str]] = set()
 
@@ -79,17 +80,10 @@ def check_store(out: str) -> None:
     scheme, bucket, _ = place_of(out)
     if (scheme, bucket) in _tried:
         return
-    out, store, lacking = out.rstrip("/"), store_of(out), ""
-    for _ in range(_TURNS):
-        path = f"{out}/{PROBE}{uuid.uuid4().hex[:12]}"
-        try:
-            if not (lacking := _what_it_lacks(store, path)):
-                _delete_abandoned(store, out, path)
-                _tried.add((scheme, bucket))
-                return
-        finally:
-            with suppress(OSError, ConfigError):
-                store.delete(path)
+    lacking = try_store(out, _what_it_lacks)
+    if not lacking:
+        _tried.add((scheme, bucket))
+        return
     raise ConfigError(
         f"{scheme}://{bucket}: {lacking}, so a corpus in it would not be safe; use a store that does, "
         "such as S3, Azure's or Google's, or a folder"
@@ -112,19 +106,82 @@ def check_node(out: str, mark: str, variables_of_driver: Collection[str]) -> Non
     """
     if not files.is_url(out):
         return
-    probe, store = f"{out.rstrip('/')}/{PROBE}{uuid.uuid4().hex[:12]}", store_of(out)
+    store = store_of(out)
     try:
         if store.size(mark) is None:
             raise ConfigError(
                 f"{mark}: the driver has just written it, and it is not there; let the same variables lead "
                 "to the same store on every node"
             )
-        store.create(probe, b"")
-        store.delete(probe)
+        with trial(out) as path:
+            store.create(path, b"")
+            store.delete(path)
     except ConfigError as error:
         missing = [name for name in variables_of_driver if not os.environ.get(name)]
         what = f" (set where the driver runs, and not on this node: {', '.join(missing)})" if missing else ""
         raise ConfigError(f"node {socket.gethostname()}: {error}{what}") from None
+
+
+def try_store(folder: str, try_once: Callable[[Store, str], str]) -> str:
+    """Try a store in a folder, again if it fails: an object may be swept meanwhile. Nothing is left there.
+
+    Args:
+        folder: URL of it.
+        try_once: is given the store and a new name in the folder; returns what the store lacks, in words.
+
+    Returns:
+        What it lacks; "" if nothing.
+    """
+    store, lacking = store_of(folder), ""
+    for _ in range(_TURNS):
+        with trial(folder) as path:
+            if not (lacking := try_once(store, path)):
+                _delete_abandoned(folder, store.list(folder))
+                break
+    return lacking
+
+
+@contextmanager
+def trial(folder: str) -> Iterator[str]:
+    """A name that nobody else has, for an object with which a store is tried; it is deleted afterwards."""
+    path = f"{folder.rstrip('/')}/{PROBE}{uuid.uuid4().hex[:12]}~{name_of(this_process())}"
+    try:
+        yield path
+    finally:
+        with suppress(OSError, ConfigError):
+            store_of(path).delete(path)
+
+
+def _delete_abandoned(folder: str, names: Iterable[str]) -> None:
+    """Delete the objects of trials whose process is dead, or that are old by the store's own clock.
+
+    Args:
+        folder: URL of it.
+        names: of what is in it.
+    """
+    store, left = store_of(folder), delete_of_the_dead(folder, names)
+    if not left:
+        return
+    with trial(folder) as path:
+        store.put(path, b"")
+        now_s = store.modified_s(path)
+    for other in left:
+        with suppress(FileNotFoundError):
+            if now_s - store.modified_s(other) > _ABANDONED_S:
+                store.delete(other)
+
+
+def delete_of_the_dead(folder: str, names: Iterable[str]) -> list[str]:
+    """Delete those whose process is known to be dead; returns the URLs of those that are left."""
+    left = list[str]()
+    for name in names:
+        if name.startswith(PROBE):
+            path, process = f"{folder.rstrip('/')}/{name}", process_named(name.partition("~")[2])
+            if process is not None and is_dead(process):
+                store_of(folder).delete(path)
+            else:
+                left.append(path)
+    return left
 
 
 def _what_it_lacks(store: Store, path: str) -> str:
@@ -144,19 +201,6 @@ def _what_it_lacks(store: Store, path: str) -> str:
         return "the store loses what was written"
     store.delete(path)
     return "" if store.size(path) is None else "the store does not delete"
-
-
-def _delete_abandoned(store: Store, out: str, path: str) -> None:
-    """Delete what trials of killed processes left, by the store's own clock."""
-    left = [f"{out}/{name}" for name in store.list(out) if name.startswith(PROBE)]
-    if not left:
-        return
-    store.put(path, b"")
-    now_s = store.modified_s(path)
-    for other in left:
-        with suppress(FileNotFoundError):
-            if now_s - store.modified_s(other) > _ABANDONED_S:
-                store.delete(other)
 
 
 def _without_secrets(scheme: str, rest: str) -> str:

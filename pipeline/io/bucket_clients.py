@@ -63,6 +63,9 @@ _Key = tuple[str, str, tuple[str | None, ...]]
 _lock = threading.Lock()
 _clients: dict[_Key, ObjectStore] = {}
 _corpora: set[tuple[str, str]] = set()
+_answered: set[_Key] = set()
+"""The clients that have had an answer, so that their credentials are right."""
+
 _first_used_in: int | None = None
 
 
@@ -120,12 +123,16 @@ def client_of(place: Place) -> ObjectStore:
     """The client of a bucket.
 
     Raises:
-        ConfigError: obstore is not installed, the environment lacks what the client needs, or this process
-            was forked from one that had used a bucket.
+        ConfigError: obstore is not installed, the environment lacks what the client needs, the URL holds a
+            secret, or this process was forked from one that had used a bucket.
     """
     global _first_used_in
-    told_apart = () if place.scheme == "memory" else tuple(os.environ.get(name) for name in _TOLD_APART)
-    key = place.scheme, place.bucket, told_apart
+    if "@" in place.bucket:
+        raise ConfigError(
+            f"{shorten(place.url(place.key))}: names a user or a password; leave it out, and set "
+            f"{CREDENTIALS.get(place.scheme, 'them')} in the environment"
+        )
+    key = _key_of(place)
     if _first_used_in not in (None, os.getpid()):
         raise ConfigError(
             f"{place.scheme}://{place.bucket}: this process was forked from one that had used a bucket, and "
@@ -136,6 +143,11 @@ def client_of(place: Place) -> ObjectStore:
             _clients[key] = _connect(place)
             _first_used_in = os.getpid()
         return _clients[key]
+
+
+def _key_of(place: Place) -> _Key:
+    told_apart = () if place.scheme == "memory" else tuple(os.environ.get(name) for name in _TOLD_APART)
+    return place.scheme, place.bucket, told_apart
 
 
 def variables_set(scheme: str) -> list[str]:
@@ -208,11 +220,13 @@ def ask(question: Callable[[Any, ObjectStore], Result], url: str) -> Result:
     import obstore
 
     try:
-        return question(obstore, client)
+        answer = question(obstore, client)
     except Exception as error:
         if not _is_of_obstore(error):
             raise
         raise _translated(error, url) from None
+    _answered.add(_key_of(place_of(url)))
+    return answer
 
 
 def insist(question: Callable[[Any, ObjectStore], Result], url: str) -> Result:
@@ -258,7 +272,10 @@ def _translated(error: Exception, url: str) -> Exception:
     number = int(status[1]) if status else None
     if "Received redirect without LOCATION" in text:
         number = 301
-    if any(address in text for address in _METADATA) and number not in (429, 500, 502, 503, 504):
+    is_of_metadata = any(address in text for address in _METADATA)
+    if is_of_metadata and _key_of(place_of(url)) in _answered:  # they are to be renewed
+        return BucketError(_why(text, status, code))
+    if is_of_metadata and number not in (429, 500, 502, 503, 504):
         return ConfigError(f"{url}: no credentials; {_fix(place_of(url).scheme)}")
     why = _why(text, status, code)
     if code and code[1] == "NoSuchUpload":  # finished before: the answer was lost, and obstore asked again

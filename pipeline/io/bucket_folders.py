@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...schemas.errors import ConfigError
@@ -49,7 +49,7 @@ def staged_folder(target: Prefix) -> Iterator[Path]:
 def upload_folder(folder: Path, target: Prefix, last: Sequence[Path] = ()) -> None:
     """Upload all files in a folder and below it.
 
-    What is uploaded before an error is deleted again.
+    What is uploaded before an error is deleted again, and nothing else that is there.
 
     Args:
         folder: of this machine.
@@ -61,18 +61,26 @@ def upload_folder(folder: Path, target: Prefix, last: Sequence[Path] = ()) -> No
     """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     first = [path for path in paths if path not in last]
-    store = store_of(target)
+    store, begun = store_of(target), list[str]()
 
     def upload(path: Path) -> None:
-        with path.open("rb") as source, store.write(f"{target}/{path.relative_to(folder)}") as file:
+        begun.append(url := f"{target}/{path.relative_to(folder)}")
+        with path.open("rb") as source, store.write(url) as file:
             shutil.copyfileobj(source, file, _PIECE_BYTES)
         path.unlink()  # scratch is small
 
     try:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(upload, first))
+            try:
+                for ended in as_completed([pool.submit(upload, path) for path in first]):
+                    ended.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         for path in last:
             upload(path)
     except BaseException:
-        store.delete_folder(str(target))
+        for url in begun:
+            with suppress(OSError, ConfigError):
+                store.delete(url)
         raise

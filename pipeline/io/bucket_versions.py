@@ -5,14 +5,12 @@ That needs more of a store than a corpus itself does: a put with `If-Match`. It 
 
 from __future__ import annotations
 
-import uuid
-from contextlib import suppress
 from typing import Any
 
 from ...schemas.errors import ConfigError
-from .bucket_checks import PROBE
+from .bucket_checks import try_store
 from .bucket_clients import insist, key_of, place_of
-from .store import store_of
+from .store import Store, store_of
 
 Version = dict[str, Any]
 """What obstore calls an UpdateVersion: etag, and on some stores a number."""
@@ -73,17 +71,18 @@ def _refuse_careless(url: str) -> None:
     scheme, bucket, _ = place_of(url)
     if (scheme, bucket) in _tried:
         return
-    store = store_of(url)
-    path = f"{url.rpartition('/')[0]}/{PROBE}{uuid.uuid4().hex[:12]}"
-    try:
-        store.put(path, b"first")
-        _, first = read_version(path)
-        if not _put(path, b"second", first) or _put(path, b"third", first):
-            raise ConfigError(
-                f"{scheme}://{bucket}: the store ignores `If-Match`, so of two people who write at the same "
-                "time one would lose; use a store that does not"
-            )
-        _tried.add((scheme, bucket))
-    finally:
-        with suppress(OSError, ConfigError):
-            store.delete(path)
+    if lacking := try_store(url.rpartition("/")[0], _what_it_lacks):
+        raise ConfigError(
+            f"{scheme}://{bucket}: {lacking}, so of two people who write at the same time one would lose; "
+            "use a store that does not"
+        )
+    _tried.add((scheme, bucket))
+
+
+def _what_it_lacks(store: Store, path: str) -> str:
+    store.put(path, b"first")
+    _, first = read_version(path)
+    if first is None:
+        return "the store loses what was written"
+    is_kept = _put(path, b"second", first) and not _put(path, b"third", first)
+    return "" if is_kept else "the store ignores `If-Match`"

@@ -13,6 +13,7 @@ import uuid
 from contextlib import suppress
 from typing import IO, Any, NoReturn, cast
 
+from ...schemas.errors import ConfigError
 from ...schemas.secrets import shorten
 from .activity import NOW, touching
 from .bucket_clients import BucketError, add_corpus, insist, key_of, names_in, place_of
@@ -72,7 +73,7 @@ class BucketStore(Store):
     @touching
     def delete_folder(self, path: str) -> None:
         key = place_of(path).key or None
-        with suppress(OSError):
+        with suppress(OSError, ConfigError):
             found = insist(lambda calls, client: calls.list(client, key).collect(), path)
             keys = [each["path"] for each in found]
             for start in range(0, len(keys), _DELETED_AT_ONCE):

@@ -24,6 +24,26 @@ def to_line(error: OSError) -> str | None:
     return shorten(f"{told}; {_what_to_do(error)}")
 
 
+def fix_of(error: BaseException | None, otherwise: str) -> str:
+    """What to do about a file of a corpus that could not be read.
+
+    Args:
+        error: that reading it raised, or what was raised from that.
+        otherwise: for a file that is damaged.
+    """
+    refused = refused_by_store(error)
+    return otherwise if refused is None else _what_to_do(refused)
+
+
+def refused_by_store(error: BaseException | None) -> ReadError | None:
+    """The error of a store that is away or refuses this user, from which another one was raised; or None."""
+    while error is not None:
+        if isinstance(error, ReadError) and "://" in error.url and error.kind is not Kind.RECORD:
+            return error
+        error = error.__cause__
+    return None
+
+
 _FIXES = {
     errno.EACCES: "give this user the permission, or choose another place",
     errno.EDQUOT: "make room, and run the same command again",

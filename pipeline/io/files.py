@@ -20,7 +20,8 @@ from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
 from ...schemas.secrets import shorten
 from . import bucket_clients, confined, variables
-from .backends import Backend, FileKind, FsspecFiles, LocalFiles, has_magic, local, open_plain
+from .backends import Backend, FsspecFiles, LocalFiles, has_magic, local, open_plain
+from .expanded import ExpandedBackend
 from .failures import RETRYING, Kind, ReadError, ShortRead, SourceFailure
 from .location import Location, is_url
 from .range_files import RangeFile
@@ -52,7 +53,7 @@ def register(scheme: str, backend: Backend) -> None:
 def backend_of(url: str) -> Backend:
     """What reads this URL."""
     if (expanded := variables.expand(url)) != url:
-        return _Named(backend_of(expanded))
+        return ExpandedBackend(backend_of(expanded))
     scheme = _CORPORA if bucket_clients.is_of_corpus(url) else scheme_of(url)
     if scheme not in _BACKENDS:
         if scheme == _CORPORA:
@@ -68,43 +69,6 @@ def backend_of(url: str) -> Backend:
         else:
             register(scheme, FsspecFiles())
     return _BACKENDS[scheme]
-
-
-class _Named:
-    """Reads URLs that name environment variables. What it finds in a folder is named like the folder."""
-
-    def __init__(self, backend: Backend):
-        self._backend = backend
-
-    def read(self, url: str, start: int = 0, length: int | None = None) -> bytes:
-        return self._backend.read(variables.expand(url), start, length)
-
-    def size(self, url: str) -> int:
-        return self._backend.size(variables.expand(url))
-
-    def version(self, url: str) -> str:
-        return self._backend.version(variables.expand(url))
-
-    def forget(self, url: str) -> None:
-        forget = getattr(self._backend, "forget", None)
-        if forget is not None:
-            forget(variables.expand(url))
-
-    def kind(self, url: str) -> FileKind | None:
-        return self._backend.kind(variables.expand(url))
-
-    def list_names(self, folder: str) -> list[str]:
-        return self._backend.list_names(variables.expand(folder))
-
-    def walk(self, folder: str) -> Iterator[tuple[str, str]]:
-        for _, relative in self._backend.walk(variables.expand(folder)):
-            yield f"{folder.rstrip('/')}/{relative}", relative
-
-    def glob(self, pattern: str) -> list[str]:
-        return [variables.fold(url, pattern) for url in self._backend.glob(variables.expand(pattern))]
-
-    def read_many(self, urls: Sequence[str]) -> list[bytes]:
-        return self._backend.read_many([variables.expand(url) for url in urls])
 
 
 def read(blob: Blob, start: int = 0, length: int | None = None) -> bytes:
@@ -460,8 +424,7 @@ def write_folder_atomic(
         put_back(old, target)
         temporary.mkdir(exist_ok=True)
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+        sync_tree(temporary)
         if replace and target.exists():  # a folder cannot be renamed over one that is not empty
             os.replace(target, old)
             os.utime(old)  # it is not abandoned, however old it is
@@ -493,6 +456,12 @@ def refuse_existing(target: Path) -> None:
     """Raise ConfigError if there is something under this name, unless it is an empty folder."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: already exists; move it away, or name another folder")
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder and all in it durable, but not yet its name."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
 
 
 def sync_folder(folder: Path) -> None:

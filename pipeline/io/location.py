@@ -74,9 +74,14 @@ _OWN_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$")
 """How the names end that a store gives to files of a bucket (`Store.new_name`)."""
 
 
+def has_own_name(path: str) -> bool:
+    """Whether a name in a bucket is one that a store gave to a single attempt to write."""
+    return _OWN_NAME.search(path) is not None
+
+
 def never_changes(place: str | Location) -> bool:
     """Whether a file is in a bucket under a name of its own: it may go, but its bytes stay what they are."""
-    return is_bucket(place) and _OWN_NAME.search(str(place)) is not None
+    return is_bucket(place) and has_own_name(str(place))
 
 
 def is_bucket(place: str | Location) -> bool:

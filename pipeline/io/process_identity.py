@@ -45,6 +45,21 @@ def is_dead(process: Identity) -> bool:
     return _started(process.pid) != process.started
 
 
+def name_of(process: Identity) -> str:
+    """A process as a part of a file's name: PID~STARTED~NAMESPACE~BOOT~HOST."""
+    name_space = "".join(filter(str.isdigit, process.name_space))
+    return "~".join((str(process.pid), process.started, name_space, process.boot, process.host))
+
+
+def process_named(text: str) -> Identity | None:
+    """The process that `name_of` has named; None if it has named none."""
+    parts = text.split("~", 4)
+    if len(parts) != 5 or not parts[0].isdigit():
+        return None
+    pid, started, name_space, boot, host = parts
+    return Identity(host, boot, f"pid:[{name_space}]" if name_space else "", int(pid), started)
+
+
 def _boot() -> str:
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

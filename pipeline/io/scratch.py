@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ...schemas.errors import ConfigError
-from .process_identity import Identity, is_dead, this_process
+from .process_identity import Identity, is_dead, name_of, process_named, this_process
 
 VARIABLE = "PARACAPTION_SCRATCH"
 """The environment variable that names the folder for scratch."""
@@ -212,13 +212,8 @@ def own_folder(out: str) -> Path:
 
 
 def _folder_name(process: Identity) -> str:
-    name_space = "".join(filter(str.isdigit, process.name_space))
-    return "~".join((_PREFIX, str(process.pid), process.started, name_space, process.boot, process.host))
+    return f"{_PREFIX}~{name_of(process)}"
 
 
 def _owner_of(name: str) -> Identity | None:
-    parts = name.split("~", 5)
-    if len(parts) != 6 or not parts[1].isdigit():
-        return None
-    _, pid, started, name_space, boot, host = parts
-    return Identity(host, boot, f"pid:[{name_space}]" if name_space else "", int(pid), started)
+    return process_named(name.partition("~")[2])

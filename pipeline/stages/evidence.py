@@ -204,6 +204,7 @@ class EvidenceStore(Generic[E]):
             IntegrityError: the file is damaged.
             OSError: the disk does not give it, or does not take the new one.
         """
+        self._loaded = {}
         saved = self.read(unit)
         left = {place: row for place, row in saved.items() if place[0] not in keys}
         path = str(self.path(unit))
@@ -218,6 +219,7 @@ class EvidenceStore(Generic[E]):
 
     def delete(self, unit: str) -> None:
         """Delete the unit's evidence."""
+        self._loaded = {}
         self._delete_parts(unit, 0)
 
     def _delete_parts(self, unit: str, first: int) -> None:

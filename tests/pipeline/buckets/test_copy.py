@@ -19,6 +19,7 @@ from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.executor import driver
 from paracaption.pipeline.executor.local import LocalEngine
 from paracaption.pipeline.io import files, scratch
+from paracaption.pipeline.io.buckets import BucketStore
 from paracaption.pipeline.io.listing import list_files
 from paracaption.pipeline.io.location import locate
 from paracaption.pipeline.io.store import store_of
@@ -223,6 +224,26 @@ def test_a_copy_over_a_failing_network_has_the_same_bytes(folder_corpus, faulty_
     assert_copied(folder_corpus, places["folder"])
 
 
+def test_a_copy_that_is_stopped_deletes_nothing_of_another_one(folder_corpus, faulty_s3, places, monkeypatch):
+    """Two at the same place give the same names; who stops in the middle leaves the other's."""
+    to, write = places["s3"], BucketStore.write
+
+    def copied_meanwhile(self, path):
+        monkeypatch.setattr(BucketStore, "write", write)
+        copying.copy(folder_corpus, to)
+        file = write(self, path)
+        monkeypatch.setattr(file, "write", stop)
+        return file
+
+    def stop(data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BucketStore, "write", copied_meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        copying.copy(folder_corpus, to, threads=1)
+    assert_copied(folder_corpus, to)
+
+
 @pytest.mark.parametrize("how", ["changed", "cut", "gone"])
 def test_a_damaged_file_of_the_corpus_is_an_error_that_names_it(how, folder_corpus, places, tmp_path):
     corpus = tmp_path / "damaged"
@@ -285,6 +306,17 @@ def test_reviews_are_copied_and_events_are_not(folder_corpus, places, tmp_path):
     store_of(str(corpus)).put(f"{corpus}/review/marks.parquet", b"reviewe?")
     assert copying.copy(str(corpus), places["memory"]).files == 1
     assert files.read(Blob(f"{places['memory']}/review/marks.parquet")) == b"reviewe?"
+
+
+@pytest.mark.parametrize("kind", ["folder", "memory"])
+def test_reviews_that_were_made_in_a_copy_stay_there(kind, folder_corpus, places, tmp_path):
+    corpus, to = tmp_path / "reviewed", places[kind]
+    shutil.copytree(folder_corpus, corpus)
+    store_of(str(corpus)).put(f"{corpus}/review/marks.parquet", b"reviews")
+    copying.copy(str(corpus), to)
+    store_of(to).put(f"{to}/review/marks.parquet", b"reviews and others")
+    assert not copying.copy(str(corpus), to).files
+    assert files.read(Blob(f"{to}/review/marks.parquet")) == b"reviews and others"
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])

@@ -15,14 +15,18 @@ import pytest
 
 from paracaption.pipeline.corpus import adopt, log, reader, records, removal, status, units
 from paracaption.pipeline.corpus.owner import Fenced, own
-from paracaption.pipeline.corpus.sweep import sweep
+from paracaption.pipeline.corpus.sweep import is_swept, sweep
 from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.executor import driver
+from paracaption.pipeline.executor.job import Job
 from paracaption.pipeline.executor.local import LocalEngine
-from paracaption.pipeline.io import bucket_checks, files, scratch
+from paracaption.pipeline.executor.run_folders import BEGUN
+from paracaption.pipeline.executor.workers import Workers
+from paracaption.pipeline.io import bucket_checks, bucket_clients, bucket_files, failures, files, scratch
 from paracaption.pipeline.io.location import locate
+from paracaption.pipeline.io.process_identity import name_of, this_process
 from paracaption.pipeline.io.store import store_of
-from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.errors import ConfigError, IntegrityError
 from paracaption.schemas.records import Blob
 from tests.building import config_of
 from tests.synthetic import write_coconut, write_sa1b
@@ -133,6 +137,34 @@ def test_a_sweep_leaves_the_trial_of_another_driver_alone(faulty_s3):
     ]
     created = [each for each in asked if each["method"] == "PUT" and bucket_checks.PROBE in each["keys"][0]]
     assert len({each["keys"][0] for each in created}) == 1, "the trial was made more than once"
+
+
+def test_a_sweep_removes_the_trial_of_a_killed_driver(faulty_s3):
+    dead = name_of(this_process()._replace(started="1"))
+    put(f"{bucket_checks.PROBE}0123456789ab~{dead}")
+    with own(OUT, "build", LEASE_S) as owner:
+        sweep(owner)
+    assert not [key for key in faulty_s3.objects() if bucket_checks.PROBE in key]
+
+
+def test_a_trial_that_another_process_has_under_way_keeps_no_build_from_being_finished(faulty_s3):
+    put(f"{bucket_checks.PROBE}0123456789ab~{name_of(this_process())}")
+    assert is_swept(OUT)
+
+
+def test_a_work_list_that_a_store_does_not_give_is_not_made_again(faulty_s3, sources, tmp_path, monkeypatch):
+    build(sources, tmp_path)
+    before, ask = log.read_state(OUT).files, bucket_files.ask
+
+    def away(question, url):
+        if "/plan/plan-" in url and url.endswith(".parquet"):
+            raise bucket_clients.BucketError("HTTP 503 Service Unavailable", 503)
+        return ask(question, url)
+
+    monkeypatch.setattr(bucket_files, "ask", away)
+    with pytest.raises(IntegrityError, match="run the same command again when the store answers"):
+        build(sources, tmp_path, masks={"min_area_px": 1500})
+    assert log.read_state(OUT).files == before
 
 
 # Who is stopped for longer than its lease.
@@ -253,3 +285,25 @@ def test_an_image_is_removed_from_a_corpus_in_a_bucket(faulty_s3, sources, tmp_p
     assert not [key for key in faulty_s3.objects() if photo in faulty_s3.content(key)]
     assert len(list(reader.open_corpus(OUT).samples("coconut"))) == 4
     assert verify(OUT).ok
+
+
+def test_a_node_asks_a_bucket_again_that_does_not_answer_for_a_while(
+    faulty_s3, sources, tmp_path, monkeypatch
+):
+    """A worker that gave up at once would refuse every unit that it is sent."""
+    config, tried = config_of(OUT, beside=tmp_path, **sources, failures={"read_retry_s": 20}), []
+    job = Job(config, "coconut", f"{OUT}/coconut", "plan", "recipe", f"{OUT}/events/run")
+    store_of(OUT).create(f"{job.run}/{BEGUN}", b"")
+    ask = bucket_clients.ask
+
+    def silent_once(question, url):
+        tried.append(url)
+        if len(tried) == 1:
+            raise bucket_clients.BucketError("HTTP 503", 503)
+        return ask(question, url)
+
+    failures.RETRYING.set_budget(0)
+    monkeypatch.setattr(bucket_clients, "ask", silent_once)
+    with Workers([(job, ())], lambda _: lambda event: None) as workers:
+        assert not workers._refused
+    assert tried.count(tried[0]) == 2

@@ -2,7 +2,9 @@
 
 import contextlib
 import re
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.testclient import TestClient
@@ -10,6 +12,7 @@ from starlette.testclient import TestClient
 from paracaption.pipeline.corpus import removal
 from paracaption.pipeline.explorer import bucket_tables, reviews
 from paracaption.pipeline.explorer.app import make_app
+from paracaption.pipeline.explorer.bucket_tables import CorpusFiles
 from paracaption.pipeline.explorer.catalog import Catalog
 from paracaption.pipeline.explorer.context import Explorer
 from paracaption.pipeline.explorer.pages.image import REVIEWER
@@ -17,7 +20,7 @@ from paracaption.pipeline.explorer.query import Query
 from paracaption.pipeline.io import bucket_versions
 from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.errors import ConfigError, IntegrityError
-from tests.pipeline.buckets.corpora import count
+from tests.pipeline.buckets.corpora import count, write
 
 PAGES = [
     "/",
@@ -143,6 +146,28 @@ def test_two_reviewers_at_the_same_time_lose_nothing(pair, monkeypatch):
     assert sum(each.reviewed for each in precision) == 4 and void == 0
     left = [key for key in pair.server.objects("corpus", "reviewed/review/")]
     assert left == ["reviewed/review/marks.parquet"]
+
+
+def test_a_corpus_of_an_early_release_is_explored_where_it_was_uploaded(pair):
+    for path in pair.folder.rglob("*"):
+        name = path.relative_to(pair.folder).as_posix()
+        if path.is_file() and not name.startswith(("log/", "beat/", ".replaced/", "events/")):
+            write(pair.server, f"uploaded/{name}", path.read_bytes())
+    catalog, same = Catalog("s3://corpus/uploaded"), Catalog(pair.folder)
+    assert catalog.subsets() == same.subsets()
+    assert [catalog.counts(name) for name in catalog.subsets()] == [same.counts(n) for n in same.subsets()]
+
+
+def test_ledgers_that_threads_ask_for_at_the_same_time_may_all_be_read(monkeypatch):
+    allowed, before = CorpusFiles("s3://corpus/out"), sys.getswitchinterval()
+    names = [f"s3://corpus/out/{number}.parquet" for number in range(4000)]
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: allowed.allow([name]), names))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(allowed.exists(f"corpus://{number}.parquet") for number in range(len(names)))
 
 
 def test_an_old_version_is_not_put_over_a_new_one(bucket_out):

@@ -14,7 +14,10 @@ from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import contact_sheet, log, verify
 from paracaption.pipeline.corpus.shard_pipes import pipe_of
 from paracaption.pipeline.explorer import report
-from paracaption.pipeline.io import bucket_clients, files
+from paracaption.pipeline.io import bucket_clients, bucket_files, files
+from paracaption.pipeline.io.bucket_folders import upload_folder
+from paracaption.pipeline.io.buckets import BucketStore
+from paracaption.pipeline.io.location import locate
 from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from paracaption.schemas.records import Blob
@@ -162,6 +165,28 @@ def test_an_export_that_fails_leaves_nothing(pair):
     assert not pair.server.objects("corpus", "exports/failed/")
 
 
+def test_an_export_that_fails_leaves_what_another_one_writes_there(pair, monkeypatch, tmp_path):
+    """Both began while nothing was there. And who stops an export does not wait for the rest of it."""
+    target, uploads = locate("s3://corpus/exports/twice"), list[str]()
+    (tmp_path / "folder").mkdir()
+    for name in range(100):
+        (tmp_path / "folder" / f"{name}").write_bytes(b"1")
+    store_of(target).put(f"{target}/another", b"1")
+    write = BucketStore.write
+
+    def fail_at_second(self, path):
+        uploads.append(path)
+        if len(uploads) > 1:
+            raise OSError("no more")
+        return write(self, path)
+
+    monkeypatch.setattr(BucketStore, "write", fail_at_second)
+    with pytest.raises(OSError, match="no more"):
+        upload_folder(tmp_path / "folder", target)
+    assert list(pair.server.objects("corpus", "exports/twice/")) == ["exports/twice/another"]
+    assert len(uploads) < 100
+
+
 def test_shards_are_listed_for_other_programs(pair):
     urls = paracaption.list_shards(pair.bucket, "coconut")
     assert len(urls) == 3 and all(files.exists(url) for url in urls)
@@ -197,6 +222,25 @@ def test_without_obstore_the_extra_is_named(pair, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=r"obstore .*is not installed; .*extra `remote`"):
         paracaption.open_corpus("s3://elsewhere/corpus")
+
+
+@pytest.mark.parametrize("what", ["shards", "ledger", "manifests", "plan"])
+def test_a_store_that_is_away_is_no_damage(pair, monkeypatch, tmp_path, what):
+    """Nobody is told to delete something that could not be read, nor to build it again."""
+    ask = bucket_files.ask
+
+    def away(question, url):
+        if f"/{what}/" in url:
+            raise bucket_clients.BucketError("HTTP 503 Service Unavailable", 503)
+        return ask(question, url)
+
+    monkeypatch.setattr(bucket_files, "ask", away)
+    said = [problem.what for problem in verify.verify(pair.bucket).problems]
+    code, text = corpora.run(["export", pair.bucket, "--format", "parquet", "--to", str(tmp_path / "x")], {})
+    assert said and (code or what in ("ledger", "plan"))  # which this export does not read
+    for each in [*said, text] if code else said:
+        assert each.endswith("run the same command again when the store answers"), each
+        assert "delete" not in each and "paracaption build" not in each
 
 
 def test_a_shard_that_is_gone_is_an_error_that_names_it(pair):

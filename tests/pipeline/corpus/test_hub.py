@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import struct
 import tarfile
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 from paracaption.filters.held_out import is_held_out
 from paracaption.flows.cli.app import app
 from paracaption.pipeline.corpus import hub, hub_card, hub_plan, ledger, mds, merge, reader
+from paracaption.pipeline.corpus.hub_unfinished import NOTES
 from paracaption.pipeline.corpus.ledger import Place
 from paracaption.pipeline.corpus.shard import iter_stored
 from paracaption.schemas.errors import ConfigError, IntegrityError
@@ -268,6 +271,113 @@ def test_a_damaged_shard_leaves_nothing_behind(tmp_path):
     with pytest.raises(IntegrityError, match=r"sa1b-000000\.tar"):
         hub.write_repository(repository, tmp_path / "repo")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+class _Stopped(BaseException):
+    pass
+
+
+def interrupt(out: Path, to: Path, after: int, energon: bool = True) -> hub.Repository:
+    """Stop an export when so many shards are whole."""
+    repository, done = hub.plan_repository(out, shard_mb=SHARD_MB, energon=energon), list[int]()
+
+    def stop(size: int) -> None:
+        done.append(size)
+        if len(done) == after:
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        hub.write_repository(repository, to, stop)
+    return repository
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def count_shards_read(monkeypatch) -> list[str]:
+    read, iterate = list[str](), hub.iter_stored
+
+    def counted(shard):
+        read.append(str(shard))
+        return iterate(shard)
+
+    monkeypatch.setattr(hub, "iter_stored", counted)
+    return read
+
+
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_an_export_that_was_interrupted_keeps_its_whole_shards_and_goes_on(
+    out, repo, tmp_path, monkeypatch, after
+):
+    to = tmp_path / "repo"
+    repository = interrupt(out, to, after)
+    assert not to.exists() and 6 < len(repository.plan.shards)
+    [left] = tmp_path.iterdir()
+    kept = {path: path.stat().st_mtime_ns for path in left.rglob("*.tar")}
+    assert len(kept) == after
+    assert {path.name for path in left.rglob("*") if path.is_file()} == {*(p.name for p in kept), NOTES}
+    read, written = count_shards_read(monkeypatch), list[int]()
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "unfinished", seen := Seen(hub.unfinished))
+        hub.write_repository(repository, to, written.append)
+    assert seen.kept == after and sum(written) == repository.plan.bytes
+    assert content(to) == content(repo)
+    assert [path.name for path in tmp_path.iterdir()] == ["repo"]
+    if after == 6:
+        assert len(read) < len(list(reader.open_corpus(out).units())), "units of kept shards are not read"
+
+
+class Seen:
+    """Notes how many shards an export keeps."""
+
+    def __init__(self, begin):
+        self.begin, self.kept = begin, -1
+
+    @contextmanager
+    def __call__(self, *arguments):
+        with self.begin(*arguments) as begun:
+            self.kept = len(begun.kept)
+            yield begun
+
+
+def test_a_kept_shard_that_is_not_as_it_was_written_is_written_again(out, repo, tmp_path):
+    to = tmp_path / "repo"
+    repository = interrupt(out, to, 4)
+    shards = sorted((tmp_path / ".repo.exporting").rglob("*.tar"))
+    shards[0].write_bytes(b"x" * shards[0].stat().st_size)
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    shards[2].unlink()
+    with open(tmp_path / ".repo.exporting" / NOTES, "ab") as file:
+        file.write(b'["data/coconut/tr')  # cut short
+    hub.write_repository(repository, to)
+    assert content(to) == content(repo)
+
+
+@pytest.mark.parametrize("other", ["options", "corpus"])
+def test_what_is_left_of_an_export_of_something_else_is_removed(out, repo, tmp_path, other):
+    to, corpus = tmp_path / "repo", out
+    interrupt(out, to, 4, energon=other == "corpus")
+    if other == "corpus":
+        corpus = committed.merged(tmp_path / "other")
+    plan = hub.plan_repository(corpus, shard_mb=SHARD_MB, energon=True)
+    hub.write_repository(plan, to)
+    again = tmp_path / "again"
+    hub.write_repository(plan, again)
+    assert content(to) == content(again) and not (tmp_path / ".repo.exporting").exists()
+
+
+def test_two_exports_to_the_same_place_do_not_mix(out, tmp_path):
+    repository = hub.plan_repository(out, shard_mb=SHARD_MB)
+
+    def begin_another(_: int) -> None:
+        with pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* is writing this export"):
+            hub.write_repository(repository, tmp_path / "repo")
+
+    hub.write_repository(repository, tmp_path / "repo", begin_another)
+    assert [path.name for path in tmp_path.iterdir()] == ["repo"]
 
 
 def test_a_region_that_is_missing_from_a_shard_is_named(tmp_path):

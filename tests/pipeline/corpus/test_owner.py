@@ -1,5 +1,6 @@
 """Who may write to a corpus: one driver, until it ends, is dead, or gives no sign of life for a lease."""
 
+import errno
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from paracaption.pipeline.corpus import adopt, log, owner, processes, reader
+from paracaption.pipeline.corpus import adopt, log, moves, owner, processes, reader
 from paracaption.pipeline.corpus.owner import Fenced, Owner, own
 from paracaption.pipeline.corpus.records import (
     Adopt,
@@ -173,6 +174,36 @@ def test_an_owner_on_another_host_that_beats_or_writes_is_left_alone(tmp_path):
             pass
 
 
+def test_a_challenger_that_was_paused_until_the_lease_was_over_looks_once_more(tmp_path, monkeypatch):
+    begun, now = begin(tmp_path, claim_of(host="elsewhere")), [0.0]
+    monkeypatch.setattr(owner.time, "monotonic", lambda: now[0])
+    is_dead = processes.is_dead
+
+    def paused(claim):
+        begun.beat()
+        now[0] += 3600
+        return is_dead(claim)
+
+    monkeypatch.setattr(processes, "is_dead", paused)
+    with pytest.raises(ConfigError, match="is writing here"), own(str(tmp_path), "merge", LEASE_S):
+        pass
+    begun.check()
+
+
+def test_a_sign_of_life_that_cannot_be_read_is_neither_one_nor_none(tmp_path, monkeypatch):
+    begun, read = begin(tmp_path, claim_of(host="elsewhere")), owner.files.read
+
+    def fails(blob):
+        if "/beat/" in blob.url:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(blob)
+
+    monkeypatch.setattr(owner.files, "read", fails)
+    with pytest.raises(OSError, match="Input/output"), own(str(tmp_path), "merge", LEASE_S):
+        pass
+    begun.check()
+
+
 def test_the_clocks_of_machines_are_not_compared(tmp_path):
     """The beat's time is years off in both directions; only whether it changes counts."""
     begin(tmp_path, claim_of(host="elsewhere"))
@@ -278,6 +309,80 @@ def test_a_lost_answer_to_an_append_is_no_fence(tmp_path, monkeypatch):
     assert begun.state == log.read_state(str(tmp_path))
 
 
+def answer_lost(monkeypatch, error: type[OSError] = OSError):
+    """Let the next record be written without an answer."""
+    create = FolderStore.create
+
+    def once(self, path, data):
+        create(self, path, data)
+        monkeypatch.setattr(FolderStore, "create", create)
+        raise error("no answer")
+
+    monkeypatch.setattr(FolderStore, "create", once)
+
+
+def test_an_owner_that_got_no_answer_to_a_record_is_not_fenced_by_it(tmp_path, monkeypatch):
+    """It is released in the end, and nobody is said to have taken over."""
+    with pytest.raises(OSError, match="no answer"), own(str(tmp_path), "build", 60) as owned:
+        answer_lost(monkeypatch)
+        owned.append(Config(text="a", files=[]))
+    state = log.read_state(str(tmp_path))
+    assert state.config is not None and state.config.text == "a"
+    assert state.released and state.number == 3
+
+
+def test_an_owner_that_got_no_answer_goes_on_after_its_record(tmp_path, monkeypatch):
+    begun = begin(tmp_path, claim_of())
+    answer_lost(monkeypatch)
+    with pytest.raises(OSError, match="no answer"):
+        begun.append(Config(text="a", files=[]))
+    begun.append(Config(text="b", files=[]))
+    assert [type(record) for record in log.read_records(str(tmp_path))] == [Claim, Config, Config]
+    assert begun.state == log.read_state(str(tmp_path))
+
+
+@pytest.mark.parametrize("fails", ["answer", "move"])
+def test_a_commit_that_failed_half_way_is_finished_before_the_next_one(tmp_path, monkeypatch, fails):
+    """Another subset of the build goes on; only the newest record may have files that are not moved."""
+    begun = begin(tmp_path, claim_of())
+    first, second = draft(begun, b"first"), begun.write("sa1b/ledger/sa1b-000000.parquet", b"second")
+    manifest = begun.write("sa1b/manifests/sa1b-000000.json", b"second")
+    if fails == "answer":
+        answer_lost(monkeypatch)
+    else:
+        move = FolderStore.move
+        monkeypatch.setattr(FolderStore, "move", lambda *_: (_ for _ in ()).throw(OSError("no answer")))
+    with pytest.raises(OSError, match="no answer"):
+        begun.append(Commit(units={NAME: first}))
+    if fails == "move":
+        monkeypatch.setattr(FolderStore, "move", move)
+    begun.append(Commit(units={"sa1b/sa1b-000000": LogUnit("p", "r", 0, 0, manifest, second)}))
+    found = contents(tmp_path)
+    assert set(found) == {*places(first), manifest.path, second.path}
+
+
+def test_an_unanswered_record_before_a_checkpoint_does_not_take_its_place(tmp_path, monkeypatch):
+    begun = begin(tmp_path, claim_of())
+    for number in range(97):
+        begun.append(Config(text=str(number), files=[]))
+    answer_lost(monkeypatch)
+    with pytest.raises(OSError, match="no answer"):
+        begun.append(Config(text="lost", files=[]))
+    begun.append(Config(text="next", files=[]))
+    found = log.read_records(str(tmp_path))
+    assert [type(record) for record in found[98:]] == [Config, Checkpoint, Config]
+    assert begun.state == log.read_state(str(tmp_path))
+
+
+def test_a_challenger_does_not_claim_after_a_record_of_the_owner_that_it_has_not_seen(tmp_path):
+    begun = begin(tmp_path, claim_of())
+    late = Owner(str(tmp_path), log.read_state(str(tmp_path)))
+    begun.append(Config(text="a", files=[]))
+    with pytest.raises(Fenced):
+        late.append(claim_of(host="elsewhere"))
+    begun.check()
+
+
 # Moves.
 
 
@@ -317,13 +422,13 @@ def test_moves_half_done_are_finished_by_the_next_owner(tmp_path, monkeypatch, s
         try:
             begun.append(record)
         except _Stopped:
-            assert not log.is_moved(str(tmp_path), log.read_state(str(tmp_path)))
+            assert not moves.is_moved(str(tmp_path), log.read_state(str(tmp_path)))
     for path in places(record.units[NAME]):
         assert (tmp_path / path).read_bytes() in (b"old", b"new")
     assert log.is_whole(str(tmp_path), log.read_state(str(tmp_path)).units[NAME].unit)
     begin(tmp_path, claim_of(host="elsewhere"))  # one more, which dies before it moves anything
     with own(str(tmp_path), "merge", LEASE_S / 3) as owned:
-        assert log.is_moved(str(tmp_path), owned.state)
+        assert moves.is_moved(str(tmp_path), owned.state)
     number = next(each.number for each in log.read_records(str(tmp_path)) if getattr(each, "replaced", None))
     kept = {f"{log.REPLACED}/{number}/{path}": b"old" for path in places(old)}
     assert contents(tmp_path) == kept | {path: b"new" for path in places(record.units[NAME])}
@@ -406,6 +511,24 @@ def test_a_beat_that_cannot_be_written_is_one_that_is_missed(tmp_path):
     begun.beat()
     begun.append(Done())
     assert log.read_state(str(tmp_path)).released
+
+
+def test_a_beat_that_is_refused_for_a_while_is_not_the_last_one(tmp_path, monkeypatch):
+    """As by a store whose credentials are renewed."""
+    put, beats = FolderStore.put, []
+
+    def refused_once(self, path, data):
+        beats.append(path)
+        if len(beats) == 2:
+            raise ConfigError("403")
+        put(self, path, data)
+
+    monkeypatch.setattr(FolderStore, "put", refused_once)
+    with own(str(tmp_path), "build", LEASE_S):
+        end = time.monotonic() + 20
+        while len(beats) < 4 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert len(beats) >= 4
 
 
 # Adoption, and the marker.

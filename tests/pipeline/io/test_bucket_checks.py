@@ -4,9 +4,10 @@ import socket
 
 import pytest
 
-from paracaption.pipeline.io import bucket_checks
+from paracaption.pipeline.io import bucket_checks, bucket_versions
 from paracaption.pipeline.io.bucket_checks import PROBE, check_node, check_store, refuse_secrets
 from paracaption.pipeline.io.buckets import BucketStore
+from paracaption.pipeline.io.process_identity import name_of, this_process
 from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.errors import ConfigError
 from tests.object_server import serving
@@ -85,6 +86,37 @@ def test_what_killed_trials_left_is_deleted_when_it_is_old(faulty_s3, monkeypatc
     bucket_checks._tried.clear()
     check_store(OUT)
     assert faulty_s3.objects() == {}
+
+
+@pytest.mark.parametrize("folder", [OUT, f"{OUT}/review"])
+def test_what_a_killed_process_of_this_machine_left_is_deleted_by_the_next_trial(
+    faulty_s3, monkeypatch, folder
+):
+    monkeypatch.setattr(bucket_versions, "_tried", set())
+    here = this_process()
+    for process in (here, here._replace(started="1"), here._replace(host="elsewhere", started="1")):
+        store_of(OUT).put(f"{folder}/{PROBE}0123456789ab~{name_of(process)}", b"1")
+    if folder == OUT:
+        check_store(OUT)
+    else:
+        assert bucket_versions.put_version(f"{folder}/marks.parquet", b"1", None)
+    left = [key for key in faulty_s3.objects() if PROBE in key]
+    assert len(left) == 2 and not [key for key in left if "~1~" in key and "elsewhere" not in key]
+
+
+def test_a_trial_of_reviews_that_is_swept_meanwhile_is_made_again(faulty_s3, monkeypatch):
+    read = bucket_versions.read_version
+
+    def swept_once(url):
+        found = read(url)
+        monkeypatch.setattr(bucket_versions, "read_version", read)
+        store_of(url).delete(url)
+        return found
+
+    monkeypatch.setattr(bucket_versions, "_tried", set())
+    monkeypatch.setattr(bucket_versions, "read_version", swept_once)
+    assert bucket_versions.put_version(f"{OUT}/review/marks.parquet", b"1", None)
+    assert list(faulty_s3.objects()) == ["out/review/marks.parquet"]
 
 
 def test_a_folder_passes(tmp_path):

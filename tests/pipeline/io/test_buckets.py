@@ -12,7 +12,7 @@ import pytest
 
 from paracaption.pipeline.io import bucket_clients, failures, files, scratch
 from paracaption.pipeline.io.buckets import BucketStore, Upload
-from paracaption.pipeline.io.failures import Kind, ReadError
+from paracaption.pipeline.io.failures import Kind, ReadError, classify
 from paracaption.pipeline.io.store import store_of
 from paracaption.pipeline.io.store_kind import give_up
 from paracaption.schemas.errors import ConfigError
@@ -188,6 +188,21 @@ def test_an_account_that_is_missing_names_the_variables(monkeypatch):
         monkeypatch.delenv(name)
     with pytest.raises(ConfigError, match="AZURE_STORAGE_ACCOUNT_NAME"):
         store_of("az://container/corpus").read("az://container/corpus/a")
+
+
+def test_a_machine_whose_credentials_are_renewed_with_difficulty_is_not_one_without_credentials(memory_out):
+    """Only who has none is asked for them; who had an answer before has some."""
+    from obstore.exceptions import GenericError
+
+    def renew(calls, client):
+        raise GenericError("error sending request for url (http://169.254.169.254/latest/api/token): timeout")
+
+    with pytest.raises(ConfigError, match="no credentials"):
+        bucket_clients.ask(renew, f"{memory_out}/a")
+    STORE.put(f"{memory_out}/a", b"1")
+    with pytest.raises(bucket_clients.BucketError) as caught:
+        bucket_clients.ask(renew, f"{memory_out}/a")
+    assert classify(caught.value) is Kind.TRANSIENT
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):

@@ -1,6 +1,7 @@
 import pyarrow.parquet as pq
 import pytest
 
+from paracaption.pipeline.io.location import locate
 from paracaption.pipeline.stages.agreement import Resegmented
 from paracaption.pipeline.stages.caption import Captioned
 from paracaption.pipeline.stages.category import Judged
@@ -166,3 +167,19 @@ def test_a_disk_that_does_not_give_the_file_is_no_verdict_on_what_is_in_it(store
     )
     with pytest.raises(StageFailed, match=r"unit\.parquet: cannot be read \(Input/output error\)"):
         store.load("unit")
+
+
+def test_what_is_saved_after_answers_were_forgotten_is_found(memory_out):
+    """No part of a unit in a bucket may be left out: what comes after is not looked for."""
+    store = EvidenceStore(locate(memory_out) / "caption-0", Captioned)
+    for key in "abc":
+        store.save("unit", {(key, 0): Answered("x", Captioned(key))})
+    store.load("unit")
+    assert store.forget("unit", ["a"])
+    store.save("unit", {("d", 0): Answered("x", Captioned("d"))})
+    found = EvidenceStore(store.folder, Captioned).load("unit")
+    assert sorted(key for key, _ in found) == ["b", "c", "d"]
+    store.load("unit")
+    store.delete("unit")
+    store.save("unit", {("e", 0): Answered("x", Captioned("e"))})
+    assert sorted(EvidenceStore(store.folder, Captioned).load("unit")) == [("e", 0)]
