@@ -11,11 +11,25 @@ import typer
 from pydantic import BaseModel
 
 from ...pipeline.io.location import Location, locate
+from ...schemas.errors import ConfigError, ParaCaptionError
 
 if TYPE_CHECKING:
     Place = Location
 else:  # typer takes no union; this is what the help calls it
     Place = type("path or URL", (), {})
+
+
+def to_location(text: str) -> Location:
+    """The location that an argument names.
+
+    Raises:
+        ParaCaptionError: it names none. This is no `ValueError`, of which typer would draw a box.
+    """
+    try:
+        return locate(text)
+    except ConfigError as error:
+        raise ParaCaptionError(str(error)) from error
+
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -25,7 +39,7 @@ Config = Annotated[
 Corpus = Annotated[
     Place,
     typer.Argument(
-        parser=locate,
+        parser=to_location,
         help="The corpus: the `out` of its configuration, a folder or a URL such as s3://bucket/corpus.",
         show_default=False,
     ),
@@ -92,6 +106,11 @@ def suggest(*commands: str | tuple[object, ...]) -> None:
         each if isinstance(each, str) else shlex.join(["paracaption", *map(str, each)]) for each in commands
     ]
     print("\n".join(["", "Next:", *(f"  {line}" for line in lines)]), file=sys.stderr)
+
+
+def written(changes: list[str] | None) -> tuple[str, ...]:
+    """The words with which a command was told to change its configuration, for `suggest`."""
+    return tuple(word for change in changes or () for word in ("--set", change))
 
 
 def options_of(schema: type[BaseModel]) -> Callable[[_Command], _Command]:

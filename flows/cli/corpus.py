@@ -9,7 +9,7 @@ import typer
 
 from ...schemas.errors import ConfigError
 from . import publishing
-from .arguments import Corpus, Json, Place, locate, print_json, suggest
+from .arguments import Corpus, Json, Place, print_json, suggest, to_location
 
 if TYPE_CHECKING:
     from ...pipeline.io.location import Location
@@ -160,7 +160,7 @@ def report(
     to: Annotated[
         Place | None,
         typer.Option(
-            parser=locate, metavar="PATH", help="HTML file to write.", show_default="CORPUS/report.html"
+            parser=to_location, metavar="PATH", help="HTML file to write.", show_default="CORPUS/report.html"
         ),
     ] = None,
     photos_outside: Outside = False,
@@ -179,7 +179,7 @@ def export(
         typer.Option(help="Format: perceptiondlm-json, coco, parquet, hub (a dataset repository) or mds."),
     ],
     to: Annotated[
-        Place, typer.Option(parser=locate, metavar="PATH", help="Folder to write, or URL in a bucket.")
+        Place, typer.Option(parser=to_location, metavar="PATH", help="Folder to write, or URL in a bucket.")
     ],
     prefix: Annotated[
         str,

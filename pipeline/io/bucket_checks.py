@@ -10,20 +10,9 @@ from contextlib import suppress
 
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
-from . import files, variables
-from .bucket_clients import CREDENTIALS, SCHEMES, place_of
+from . import addresses, files
+from .bucket_clients import SCHEMES, place_of
 from .store import Store, store_of
-
-OTHER_NAMES = {
-    "s3a": "s3",
-    "s3n": "s3",
-    "gcs": "gs",
-    "abfs": "az",
-    "abfss": "az",
-    "azure": "az",
-    "adl": "az",
-}
-"""What other programs call a scheme."""
 
 PROBE = f"{files.TEMPORARY}check-"
 """How the objects are named, in the corpus itself, with which a store is tried."""
@@ -45,23 +34,15 @@ def refuse_secrets(url: str) -> None:
     """
     if not files.is_url(url):
         return
-    scheme, _, rest = variables.expand(url).partition("://")
-    shown = _without_secrets(scheme, rest)
+    try:
+        addresses.check_bucket(url, ", which would be published with the corpus")
+    except ConfigError as error:
+        raise ConfigError(f"out: {error}") from None
+    scheme = place_of(url).scheme
     if scheme not in SCHEMES:
-        known = ", ".join(f"{each}://" for each in SCHEMES)
-        other = OTHER_NAMES.get(scheme)
-        fix = f"write {other}://" if other else f"give a folder, or a URL of {known}"
-        raise ConfigError(f"out: {shown}: a corpus cannot be written to {scheme}://; {fix}")
-    bucket, _, key = rest.partition("/")
-    credentials = CREDENTIALS.get(scheme)
-    if "@" in bucket or "?" in rest or "#" in rest:
-        what = "a user or a password" if "@" in bucket else "a query or a signature"
-        fix = f"; set {credentials} in the environment of every node" if credentials else ""
-        raise ConfigError(f"out: {shown}: holds {what}, which would be published with the corpus{fix}")
-    if not bucket:
-        raise ConfigError(f"out: {shown}: names no bucket; write {scheme}://BUCKET/CORPUS")
-    if any(part in ("", ".", "..") for part in key.rstrip("/").split("/")) and key:
-        raise ConfigError(f"out: {shown}: has an empty part, `.` or `..`; write the address out")
+        known = ", ".join(f"{each}://" for each in SCHEMES if each != "memory")
+        what = f"a corpus cannot be written to {scheme}://"
+        raise ConfigError(f"out: {addresses.shown(url)}: {what}; give a folder, or a URL of {known}")
 
 
 def check_store(out: str) -> None:
@@ -87,9 +68,12 @@ def check_store(out: str) -> None:
                 _delete_abandoned(store, out, path)
                 _tried.add((scheme, bucket))
                 return
-        finally:
-            with suppress(OSError, ConfigError):
-                store.delete(path)
+        except OSError:  # it does not answer; a later trial deletes what this one may have left
+            raise
+        except BaseException:
+            _delete(store, path)
+            raise
+        _delete(store, path)
     raise ConfigError(
         f"{scheme}://{bucket}: {lacking}, so a corpus in it would not be safe; use a store that does, "
         "such as S3, Azure's or Google's, or a folder"
@@ -146,6 +130,11 @@ def _what_it_lacks(store: Store, path: str) -> str:
     return "" if store.size(path) is None else "the store does not delete"
 
 
+def _delete(store: Store, path: str) -> None:
+    with suppress(OSError, ConfigError):
+        store.delete(path)
+
+
 def _delete_abandoned(store: Store, out: str, path: str) -> None:
     """Delete what trials of killed processes left, by the store's own clock."""
     left = [f"{out}/{name}" for name in store.list(out) if name.startswith(PROBE)]
@@ -157,9 +146,3 @@ def _delete_abandoned(store: Store, out: str, path: str) -> None:
         with suppress(FileNotFoundError):
             if now_s - store.modified_s(other) > _ABANDONED_S:
                 store.delete(other)
-
-
-def _without_secrets(scheme: str, rest: str) -> str:
-    """A URL without what stands before its bucket and after its key."""
-    bucket, slash, key = rest.partition("/")
-    return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{key}".partition("?")[0].partition("#")[0]
