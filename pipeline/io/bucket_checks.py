@@ -66,14 +66,15 @@ def check_store(out: str) -> None:
         try:
             if not (lacking := _what_it_lacks(store, path)):
                 _delete_abandoned(store, out, path)
-                _tried.add((scheme, bucket))
-                return
         except OSError:  # it does not answer; a later trial deletes what this one may have left
             raise
         except BaseException:
             _delete(store, path)
             raise
         _delete(store, path)
+        if not lacking:
+            _tried.add((scheme, bucket))
+            return
     raise ConfigError(
         f"{scheme}://{bucket}: {lacking}, so a corpus in it would not be safe; use a store that does, "
         "such as S3, Azure's or Google's, or a folder"

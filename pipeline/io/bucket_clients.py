@@ -269,7 +269,7 @@ _STATUS = re.compile(r"status code: (\d{3}) ?([^:\n]*)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _ASKED = re.compile(r"Error performing \w+ (\w+://[^/\s]+)")
 _CAUSE = re.compile(
-    r"Connect,.*?(?:message: \"([^\"]+)\"|error: \"([^\"]+)\"|TimedOut)|kind: Timeout", re.DOTALL
+    r"\n\nDebug source.*?(?:message: \"([^\"]+)\"|error: \"([^\"]+)\"|TimedOut|kind: Timeout)", re.DOTALL
 )
 """Why there was no answer, in what obstore prints for people who debug it."""
 _METADATA = ("//169.254.", "//metadata.google.internal", "//[fd00:ec2::254]")
@@ -306,9 +306,16 @@ def _translated(error: Exception, url: str) -> Exception:
 def _why(text: str, status: re.Match[str] | None, code: re.Match[str] | None) -> str:
     if status:
         return f"HTTP {status[1]} {status[2].strip()}".rstrip() + (f" ({code[1]})" if code else "")
-    if (asked := _ASKED.search(text)) and (cause := _CAUSE.search(text)):
-        return f"no answer from {shorten(asked[1])} ({cause[1] or cause[2] or 'it took too long'})"
-    return _first_line(text)
+    line = _first_line(text)
+    if not (asked := _ASKED.search(text)):
+        return line
+    cause = _CAUSE.search(text)
+    why = (
+        cause[1] or cause[2] or "it took too long"
+        if cause
+        else line.rpartition(" - ")[2].removeprefix("HTTP error: ")
+    )
+    return f"no answer from {shorten(asked[1])} ({why})"
 
 
 def _first_line(text: str) -> str:
