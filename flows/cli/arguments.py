@@ -109,7 +109,7 @@ def suggest(*commands: str | tuple[object, ...]) -> None:
 
 
 def written(changes: list[str] | None) -> tuple[str, ...]:
-    """The words with which a command was told to change its configuration, for `suggest`."""
+    """The words that change the configuration of a command, for `suggest`."""
     return tuple(word for change in changes or () for word in ("--set", change))
 
 

@@ -40,7 +40,7 @@ def check_bucket(url: str, purpose: str = "") -> None:
 
     Args:
         url: of any scheme. One that is no bucket's, such as https://, passes.
-        purpose: what is said of a secret beside that it must not be there.
+        purpose: is added to the message about a secret.
 
     Raises:
         ConfigError: the message has no secret.
