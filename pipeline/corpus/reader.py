@@ -95,8 +95,7 @@ def open_corpus(path: str | Location, confined: bool = True) -> Corpus:
         what = f"cannot be read ({error.strerror or error}); correct the path or its permissions"
         raise ConfigError(f"{corpus.path}: {what}") from error
     if not found:
-        lacking = "commit log" if location.is_bucket(corpus.path) else "<subset>/manifests"
-        raise ConfigError(f"{corpus.path}: no corpus here (no {lacking}); give the `out` of a build")
+        raise ConfigError(f"{corpus.path}: no corpus here; give the `out` of a build")
     return corpus
 
 
