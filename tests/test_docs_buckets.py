@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -32,7 +33,7 @@ def test_datasets_streams_the_shards_of_a_bucket(faulty_s3, tmp_path, monkeypatc
     url = "s3://corpus/out/shards/a.tar"
     store_of(url).put(url, _shard())
     start = PAGE.read_text().index("import fsspec")
-    values = {"shards": [url]}
+    values: dict[str, Any] = {"shards": [url]}
     exec(PAGE.read_text()[start:].partition("\n\nimport duckdb")[0], values)
     (row,) = values["rows"]
     assert row["json"] == {"key": "1"} and row["jpg"].size == (8, 8)
