@@ -19,7 +19,7 @@ from ..schemas.errors import ConfigError, one_line
 from ..schemas.evaluation import Captioner, EvaluateConfig, Judge
 from ..schemas.strict import one_line_each
 from ..schemas.training import TrainConfig
-from .io import bucket_checks, failures, files, own_modules, variables, yaml_text
+from .io import addresses, bucket_checks, failures, files, own_modules, variables, yaml_text
 from .io.file_kinds import what_is
 from .models.registry import BACKENDS, find_registered
 from .sources.registry import SOURCES, allow_kinds, file_context, find_options, find_source
@@ -248,6 +248,7 @@ def _stored(root: Path, path: str) -> str:
 def _resolved(root: Path, path: str) -> str:
     if not path or files.is_url(path):
         return path
+    addresses.check_path(path)
     try:
         found = str((root / Path(files.local(path)).expanduser()).resolve())
     except (ValueError, OSError, RuntimeError) as error:

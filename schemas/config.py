@@ -394,7 +394,10 @@ class Benchmarks(Strict):
 class BuildConfig(Published):
     """Everything that decides what is built. The resolved form is written into the output."""
 
-    out: Location = Field(description="Folder of the corpus, on a file system that every node mounts.")
+    out: Location = Field(
+        description="Folder of the corpus, on a file system that every node mounts, or a URL in a bucket, "
+        "such as s3://bucket/corpus."
+    )
     subsets: dict[Annotated[str, AfterValidator(_subset_name)], Subset] = Field(
         description="Parts of the corpus by name, in the order in which they are built. `coconut: [...]` at "
         "the top level is short for a subset named `coconut` whose sources are all of the kind "

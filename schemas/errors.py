@@ -143,8 +143,5 @@ def _text_of(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_TEXT else f"{text[:most]}\n{text[-most:]}"
 
 
-REBUILD = (
-    "delete the unit's manifest (SUBSET/manifests/UNIT.json) and run `paracaption build CONFIG` again, which "
-    "rebuilds the unit"
-)
-"""What to do about a unit whose committed files are damaged."""
+REBUILD = "delete this file and run `paracaption build CONFIG` again, which rebuilds its unit"
+"""What to do about a damaged file of a committed unit, named before; a unit without it is rebuilt."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
-from ...pipeline.io.location import Location, is_url, locate
-from ...schemas.secrets import shorten
+from ...pipeline.io.location import Location, locate
+from ...schemas.errors import ConfigError, ParaCaptionError
 
 if TYPE_CHECKING:
     Place = Location
@@ -19,12 +19,16 @@ else:  # typer takes no union; this is what the help calls it
     Place = type("path or URL", (), {})
 
 
-def local_path(given: str | Path) -> Path:
-    """A file or folder to write on this machine; of a URL, `Path` would make a folder of a strange name."""
-    if is_url(text := str(given)):
-        what = "has to be a path of this machine; only a corpus, a report or an export may lie in a bucket"
-        raise typer.BadParameter(f"{shorten(text)}: {what}")
-    return Path(text.removeprefix("file://"))
+def to_location(text: str) -> Location:
+    """The location that an argument names.
+
+    Raises:
+        ParaCaptionError: it names none. This is no `ValueError`, of which typer would draw a box.
+    """
+    try:
+        return locate(text)
+    except ConfigError as error:
+        raise ParaCaptionError(str(error)) from error
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -35,7 +39,7 @@ Config = Annotated[
 Corpus = Annotated[
     Place,
     typer.Argument(
-        parser=locate,
+        parser=to_location,
         help="The corpus: the `out` of its configuration, a folder or a URL such as s3://bucket/corpus.",
         show_default=False,
     ),
@@ -102,6 +106,11 @@ def suggest(*commands: str | tuple[object, ...]) -> None:
         each if isinstance(each, str) else shlex.join(["paracaption", *map(str, each)]) for each in commands
     ]
     print("\n".join(["", "Next:", *(f"  {line}" for line in lines)]), file=sys.stderr)
+
+
+def written(changes: list[str] | None) -> tuple[str, ...]:
+    """The words that change the configuration of a command, for `suggest`."""
+    return tuple(word for change in changes or () for word in ("--set", change))
 
 
 def options_of(schema: type[BaseModel]) -> Callable[[_Command], _Command]:

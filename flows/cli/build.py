@@ -14,7 +14,7 @@ import typer
 
 from ...schemas.errors import ConfigError
 from .. import stopping
-from .arguments import Changes, Config, RayAddress, local_path, locate, suggest
+from .arguments import Changes, Config, RayAddress, locate, suggest
 from .corpus import print_funnel
 from .progress import BuildView, counting
 
@@ -152,9 +152,7 @@ def merge(config: Config, changes: Changes = None) -> None:
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option(parser=local_path, metavar="FOLDER", help="Folder to write the corpus to.")
-    ] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder to write the corpus to.")] = Path("out/demo"),
 ) -> None:
     """Build both subsets of the bundled sample and draw a contact sheet."""
     from ...pipeline.config_file import load_config

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from ...schemas.errors import ConfigError
-from .arguments import Changes, Config, Json, Place, RayAddress, locate, print_json, suggest
+from .arguments import (
+    Changes,
+    Config,
+    Json,
+    Place,
+    RayAddress,
+    locate,
+    print_json,
+    suggest,
+    to_location,
+    written,
+)
 from .progress import counting
 
 
@@ -58,7 +69,7 @@ def audit(
     parquet: Annotated[
         Place | None,
         typer.Option(
-            parser=locate,
+            parser=to_location,
             metavar="PATH",
             help="Parquet file for the full list of problems.",
             show_default="audit.parquet in the configuration's `out`",
@@ -106,7 +117,7 @@ def audit(
         print("no region is usable: a build would be empty", file=sys.stderr)
         raise typer.Exit(1)
     if not json:
-        suggest(("doctor", config), ("build", config))
+        suggest(*((each, config, *written(changes)) for each in ("doctor", "build")))
 
 
 def doctor(
@@ -148,7 +159,9 @@ def doctor(
     if any(each.state == findings.FAIL for each in found):
         raise typer.Exit(1)
     if not json:
-        suggest(("train" if training else "evaluate" if evaluation else "build", config))
+        command = "train" if training else "evaluate" if evaluation else "build"
+        address = ("--ray-address", ray_address) if ray_address and not evaluation else ()
+        suggest((command, config, *address, *written(changes)))
 
 
 def estimate(
@@ -156,7 +169,7 @@ def estimate(
     run: Annotated[
         Place | None,
         typer.Option(
-            parser=locate,
+            parser=to_location,
             metavar="PATH",
             help="Corpus of the pilot, a small build whose speed is measured (`build --limit-images 500`).",
             show_default="the configuration's `out`",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .arguments import suggest
 from .progress import counting_parts
+
+if TYPE_CHECKING:
+    from ...pipeline.corpus.copy import CopyReport
 
 
 def copy(
@@ -39,8 +42,7 @@ def copy(
     verb = "would copy" if dry_run else "copied"
     print(f"{verb} {report.files:,} files, {_size(report.bytes)}", end="")
     print(f"; {report.present:,} were there, {_size(report.present_bytes)}" if report.present else "")
-    print(f"{to}: records 1 to {report.number} of the commit log", end="")
-    print(f", up to {report.before} before" if report.before else "")
+    print(f"{to}: {_what_it_has(report)}")
     if report.lost:
         print(
             f"{report.lost:,} files of earlier versions are not kept in {corpus} any more, so the copy "
@@ -51,6 +53,14 @@ def copy(
         suggest(("copy", corpus, to))
     else:
         suggest(("verify", to))
+
+
+def _what_it_has(report: CopyReport) -> str:
+    """The records of a copy, and which of them are new."""
+    records = f"records 1 to {report.number} of the commit log"
+    if not report.before:
+        return records
+    return f"{records}; {f'1 to {report.before}' if report.before < report.number else 'all'} were there"
 
 
 def _size(num_bytes: int) -> str:

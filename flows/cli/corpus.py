@@ -9,7 +9,7 @@ import typer
 
 from ...schemas.errors import ConfigError
 from . import publishing
-from .arguments import Corpus, Json, Place, local_path, locate, print_json, suggest
+from .arguments import Corpus, Json, Place, print_json, suggest, to_location
 
 if TYPE_CHECKING:
     from ...pipeline.io.location import Location
@@ -102,9 +102,7 @@ def show(
         str,
         typer.Argument(help="Key of the image, as `inspect`, `explore` and index.parquet have it."),
     ],
-    picture: Annotated[
-        Path, typer.Option("--out", parser=local_path, metavar="PATH", help="PNG file to write.")
-    ],
+    picture: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
 ) -> None:
     """Draw one image with its masks and captions."""
     from ...pipeline.corpus.contact_sheet import draw_corpus_image
@@ -162,7 +160,7 @@ def report(
     to: Annotated[
         Place | None,
         typer.Option(
-            parser=locate, metavar="PATH", help="HTML file to write.", show_default="CORPUS/report.html"
+            parser=to_location, metavar="PATH", help="HTML file to write.", show_default="CORPUS/report.html"
         ),
     ] = None,
     photos_outside: Outside = False,
@@ -181,7 +179,7 @@ def export(
         typer.Option(help="Format: perceptiondlm-json, coco, parquet, hub (a dataset repository) or mds."),
     ],
     to: Annotated[
-        Place, typer.Option(parser=locate, metavar="PATH", help="Folder to write, or URL in a bucket.")
+        Place, typer.Option(parser=to_location, metavar="PATH", help="Folder to write, or URL in a bucket.")
     ],
     prefix: Annotated[
         str,

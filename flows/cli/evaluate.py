@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import stopping
-from .arguments import Device, Dtype, Json, changes_of, local_path, print_json, suggest
+from .arguments import Device, Dtype, Json, changes_of, print_json, suggest
 from .examples import example
 from .help import Command, Group
 from .progress import counting_parts, show_row
@@ -69,7 +69,6 @@ def profile(
     out: Annotated[
         Path,
         typer.Option(
-            parser=local_path,
             metavar="FOLDER",
             help="Folder for a table, a plot and all measurements.",
             show_default=False,
@@ -122,9 +121,7 @@ def make(
     corpus: Annotated[
         str, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
     ],
-    to: Annotated[
-        Path, typer.Option(parser=local_path, metavar="FOLDER", help="Folder to write.", show_default=False)
-    ],
+    to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     judge: Annotated[
         Path,
         typer.Option(
@@ -171,7 +168,7 @@ def photos(
     ],
     to: Annotated[
         Path,
-        typer.Option(parser=local_path, metavar="PATH", help="JSON file to write.", show_default=False),
+        typer.Option(help="JSON file to write.", show_default=False),
     ],
 ) -> None:
     """Write a list of the photos of benchmarks, by name and size.

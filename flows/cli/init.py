@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ...schemas.errors import ConfigError
-from .arguments import local_path, suggest
+from .arguments import suggest
 
 _WIDTH = 100
 _PLACEHOLDERS = {
@@ -45,9 +45,7 @@ subsets:
 
 
 def init(
-    config: Annotated[
-        Path, typer.Argument(parser=local_path, metavar="[CONFIG]", help="The YAML file to write.")
-    ] = Path("corpus.yaml"),
+    config: Annotated[Path, typer.Argument(help="The YAML file to write.")] = Path("corpus.yaml"),
     source: Annotated[str, typer.Option(help="Kind of the source; `config` lists them.")] = "sa1b",
 ) -> None:
     """Write a configuration to start from: every key with its default and a comment that explains it."""

@@ -11,7 +11,7 @@ import typer
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError, one_line
 from .. import stopping
-from .arguments import Device, Dtype, RayAddress, changes_of, local_path, options_of, suggest
+from .arguments import Device, Dtype, RayAddress, changes_of, options_of, suggest
 from .examples import example
 from .help import Command, Group
 from .progress import TrainingView
@@ -49,12 +49,7 @@ def prepare(
 @models.command(cls=Command, epilog=example("models convert"))
 def convert(
     to: Annotated[
-        Path,
-        typer.Option(
-            parser=local_path,
-            metavar="FOLDER",
-            help="Folder to write. It appears only when all of its files are written.",
-        ),
+        Path, typer.Option(help="Folder to write. It appears only when all of its files are written.")
     ],
     path: Annotated[
         Path | None,
@@ -110,12 +105,7 @@ def publish(
         ),
     ],
     to: Annotated[
-        Path,
-        typer.Option(
-            parser=local_path,
-            metavar="FOLDER",
-            help="Folder to write. It appears only when all of its files are written.",
-        ),
+        Path, typer.Option(help="Folder to write. It appears only when all of its files are written.")
     ],
     title: Annotated[
         str | None, typer.Option(help="Title of the card.", show_default="the name of the folder")

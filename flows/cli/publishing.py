@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ def publish_corpus(
     if dry_run:
         _print_dry_run(repository)
         return
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing shards", total=plan.bytes)
         written = hub.write_repository(repository, to, lambda size: progress.advance(task, size))
     for name in plan.splits:
@@ -62,7 +64,9 @@ def publish_corpus(
         images, regions = sum(each.images for each in shards), sum(each.regions for each in shards)
         print(f"split {name}: {images:,} images, {regions:,} regions in {len(shards):,} shards")
     print(f"{len(written):,} files, {plan.bytes / 1e6:,.1f} MB of shards: {to}")
-    suggest(f"hf upload NAMESPACE/NAME {to} . --repo-type dataset    # see docs/publishing.md")
+    suggest(
+        f"hf upload NAMESPACE/NAME {shlex.quote(str(to))} . --repo-type dataset    # see docs/publishing.md"
+    )
 
 
 def _print_dry_run(repository: hub.Repository) -> None:
@@ -115,4 +119,4 @@ def publish_model(path: Path, to: Path, title: str, stated: dict[str, Any], dry_
         return
     for file in publish.write_repository(repository, to):
         print(file)
-    suggest(f"hf upload NAMESPACE/NAME {to} .    # see docs/publishing.md")
+    suggest(f"hf upload NAMESPACE/NAME {shlex.quote(str(to))} .    # see docs/publishing.md")

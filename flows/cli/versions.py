@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def versions(
     for entry in describe(records, all):
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
         _print_entry(f"{entry.number:>{width}}  {when}  {entry.kind:<7} ", entry.text)
-    suggest(f"paracaption diff {corpus} BEFORE AFTER    # two of these numbers")
+    suggest(f"paracaption diff {shlex.quote(str(corpus))} BEFORE AFTER    # two of these numbers")
 
 
 def diff(

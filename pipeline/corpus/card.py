@@ -348,13 +348,14 @@ for sample in wds.WebDataset([pipe_of(shard) for shard in shards], shardshuffle=
 ```python
 from datasets import load_dataset
 
-data = load_dataset("webdataset", data_files=shards, split="train", streaming=True)
+data = load_dataset("webdataset", data_files=shards, split="train")  # fetches the shards first
 ```
 
 `pipe_of` makes `pipe:{PIPES.get(scheme, "...")}` of a URL: webdataset reads what this command prints.
 `paracaption inspect {scheme}://BUCKET/CORPUS --shards` prints the same list, one URL in a line, for programs
 that are not in Python, and with `--pipe` as webdataset's commands. `datasets` reads URLs through fsspec,
-which takes the store's credentials from the environment.
+which takes the store's credentials from the environment. How it streams from S3 is in ParaCaption's
+documentation (docs/buckets.md).
 """
     layout = f"""Here each of these files has another ending (`<unit>-1f0c66ab52d3.tar`), and those of earlier
 versions may lie next to it. The commit log (`log/`) says which ones count, and ParaCaption looks there, so do

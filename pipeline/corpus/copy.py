@@ -125,7 +125,8 @@ def _copy(corpus: str, to: str, dry_run: bool, threads: int, progress: Progress)
     confine(corpus)
     found = history.read_log(corpus)
     known = _known(corpus, to, found)
-    plan = CopyPlan(found, is_bucket(corpus), is_bucket(to), known)
+    names = _names_given(to) if known and is_bucket(to) else {}
+    plan = CopyPlan(found, is_bucket(corpus), is_bucket(to), known, names)
     made = to if known or is_bucket(to) else _beside(to)
     jobs, report = _Inventory(corpus, made, plan).jobs()
     if dry_run:
@@ -183,6 +184,13 @@ def _known(corpus: str, to: str, found: Sequence[Record]) -> int:
     if not begun and (names := [name for name in files.list_names(to) if not _is_trial(name)]):
         raise ConfigError(f"{to}/{names[0]}: this place is not empty, and no copy; copy to another place")
     return 0
+
+
+def _names_given(to: str) -> dict[tuple[str, str], str]:
+    """(path, SHA-256) -> the name of a file in a copy in a bucket, as its own log has it."""
+    state = log.read_state(to)
+    files_of_units = [file for found in state.units.values() for file in found.unit.files()]
+    return {(file.path, file.sha256): file.place for file in (*files_of_units, *state.files.values())}
 
 
 def _beside(to: str) -> str:

@@ -9,7 +9,8 @@ gets one made of its place and its SHA-256: the same each time, so an interrupte
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -64,6 +65,8 @@ class CopyPlan:
         records: of the corpus, from the first one on.
         from_bucket, to_bucket: whether the corpus, and the copy, are in buckets.
         known: number of the newest record that the copy has already; 0 if it is a new one.
+        names: (path, SHA-256) -> the name that a copy in a bucket has given to a file. It is another one than
+            here if the copy is what this corpus was copied from.
 
     Attributes:
         known: as given.
@@ -71,8 +74,15 @@ class CopyPlan:
         files: the files of the copy, each once: those of `state`, and former ones that records name.
     """
 
-    def __init__(self, records: Sequence[Record], from_bucket: bool, to_bucket: bool, known: int):
-        self._records, self.known = records, known
+    def __init__(
+        self,
+        records: Sequence[Record],
+        from_bucket: bool,
+        to_bucket: bool,
+        known: int,
+        names: Mapping[tuple[str, str], str] = MappingProxyType({}),
+    ):
+        self._records, self.known, self._names = records, known, names
         self._from_bucket, self._to_bucket = from_bucket, to_bucket
         self.state = LogState()
         self._former: list[tuple[int, str, LogFile]] = []
@@ -103,7 +113,7 @@ class CopyPlan:
 
     def _target(self, file: LogFile, since: int) -> str:
         if self._to_bucket:
-            return name_in_bucket(file)
+            return self._name(file)
         return _staged_name(file, since) if self.known and since > self.known else file.path
 
     def _former_files(self, number: int, unit: str, file: LogFile) -> Iterable[CopyFile]:
@@ -111,7 +121,8 @@ class CopyPlan:
         kept = f"{log.REPLACED}/{number}/{file.path}"
         source = file.name if self._from_bucket else kept
         if self._to_bucket:
-            yield CopyFile(unit, file, source, name_in_bucket(file), True)
+            if number > self.known:  # others came with their record
+                yield CopyFile(unit, file, source, self._name(file), True)
         elif number <= self.known or not self.known:
             yield CopyFile(unit, file, source, kept, True)
         else:
@@ -163,10 +174,13 @@ class CopyPlan:
             shard=unit.shard and self._file(unit.shard, number),
         )
 
+    def _name(self, file: LogFile) -> str:
+        return self._names.get((file.path, file.sha256)) or name_in_bucket(file)
+
     def _file(self, file: LogFile, number: int) -> LogFile:
         """A file as record `number` of the copy names it."""
         if self._to_bucket:
-            return msgspec.structs.replace(file, temporary="", name=name_in_bucket(file))
+            return msgspec.structs.replace(file, temporary="", name=self._name(file))
         is_staged = self.known and number > self.known
         return msgspec.structs.replace(
             file, temporary=_staged_name(file, number) if is_staged else "", name=""

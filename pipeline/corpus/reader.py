@@ -100,7 +100,7 @@ def open_corpus(path: str | Location, confined: bool = True) -> Corpus:
         what = f"cannot be read ({error.strerror or error}); correct the path or its permissions"
         raise ConfigError(f"{corpus.path}: {what}") from error
     if not found:
-        raise ConfigError(f"{corpus.path}: no corpus here (no <subset>/manifests); give the `out` of a build")
+        raise ConfigError(f"{corpus.path}: no corpus here; give the `out` of a build")
     return corpus
 
 

@@ -283,7 +283,7 @@ def _compare_with_list(
                 logged = vouched.units[subset][unit]
                 manifest = logged.manifest.place if logged is not None else place
                 what = describe_difference(set(_images_of(f"{out}/{manifest}")), set(keys), "the work list")
-                problems.append(Problem(place, "", f"{what}; {REBUILD}"))
+                problems.append(Problem(manifest, "", f"{what}; {REBUILD}"))
     if missing and vouched.is_whole:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         what = (

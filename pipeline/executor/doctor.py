@@ -21,8 +21,9 @@ import msgspec
 from ...schemas.config import Backend, BuildConfig
 from ...schemas.errors import ConfigError, IntegrityError, one_line
 from ..corpus.work_list_summary import load_work_list
-from ..io import bucket_checks, files, own_modules, scratch
+from ..io import bucket_checks, disk_errors, files, own_modules, scratch
 from ..io.bucket_clients import place_of, variables_set
+from ..io.failures import RETRYING, ReadError
 from ..io.location import is_bucket, locate
 from ..io.store import store_of
 from ..models import registry
@@ -299,7 +300,14 @@ def _look_at_bucket(
 
 def _try_bucket(out: str) -> str:
     bucket_checks.refuse_secrets(out)
-    bucket_checks.check_store(out)
+    budget = RETRYING.budget_s
+    RETRYING.set_budget(0)  # the client asks a few times itself; somebody waits for the answer
+    try:
+        bucket_checks.check_store(out)
+    except ReadError as error:
+        raise ConfigError(str(disk_errors.to_line(error))) from error
+    finally:
+        RETRYING.set_budget(budget)
     return f"{out} can be written, and creates a name once"
 
 

@@ -11,7 +11,7 @@ from ...schemas.config import BuildConfig
 from ...schemas.errors import ConfigError
 from ...schemas.secrets import shorten
 from ...schemas.strict import locations
-from ..io import backends, bucket_checks, files, variables
+from ..io import addresses, backends, files, variables
 from ..sources.registry import open_source
 
 _FILES = (
@@ -65,7 +65,7 @@ def _named(url: str) -> Path:
     """A URL as a path of scheme, bucket and what is below it, however the scheme is written."""
     scheme, _, rest = variables.expand(url).partition("://")
     bucket, _, key = rest.partition("/")
-    scheme = bucket_checks.OTHER_NAMES.get(scheme, scheme)
+    scheme = addresses.OTHER_NAMES.get(scheme, scheme)
     if scheme == "az":  # abfs://container@account.dfs.core.windows.net/key
         bucket = bucket.partition("@")[0]
     return Path(scheme, bucket, key.strip("/"))

@@ -10,21 +10,10 @@ from contextlib import contextmanager, suppress
 
 from ...schemas.errors import ConfigError
 from ...schemas.records import Blob
-from . import files, variables
-from .bucket_clients import CREDENTIALS, SCHEMES, place_of
+from . import addresses, files
+from .bucket_clients import SCHEMES, place_of
 from .process_identity import is_dead, name_of, process_named, this_process
 from .store import Store, store_of
-
-OTHER_NAMES = {
-    "s3a": "s3",
-    "s3n": "s3",
-    "gcs": "gs",
-    "abfs": "az",
-    "abfss": "az",
-    "azure": "az",
-    "adl": "az",
-}
-"""What other programs call a scheme."""
 
 PROBE = f"{files.TEMPORARY}check-"
 """How the objects are named, in the corpus itself, with which a store is tried."""
@@ -46,23 +35,15 @@ def refuse_secrets(url: str) -> None:
     """
     if not files.is_url(url):
         return
-    scheme, _, rest = variables.expand(url).partition("://")
-    shown = _without_secrets(scheme, rest)
+    try:
+        addresses.check_bucket(url, ", which would be published with the corpus")
+    except ConfigError as error:
+        raise ConfigError(f"out: {error}") from None
+    scheme = place_of(url).scheme
     if scheme not in SCHEMES:
-        known = ", ".join(f"{each}://" for each in SCHEMES)
-        other = OTHER_NAMES.get(scheme)
-        fix = f"write {other}://" if other else f"give a folder, or a URL of {known}"
-        raise ConfigError(f"out: {shown}: a corpus cannot be written to {scheme}://; {fix}")
-    bucket, _, key = rest.partition("/")
-    credentials = CREDENTIALS.get(scheme)
-    if "@" in bucket or "?" in rest or "#" in rest:
-        what = "a user or a password" if "@" in bucket else "a query or a signature"
-        fix = f"; set {credentials} in the environment of every node" if credentials else ""
-        raise ConfigError(f"out: {shown}: holds {what}, which would be published with the corpus{fix}")
-    if not bucket:
-        raise ConfigError(f"out: {shown}: names no bucket; write {scheme}://BUCKET/CORPUS")
-    if any(part in ("", ".", "..") for part in key.rstrip("/").split("/")) and key:
-        raise ConfigError(f"out: {shown}: has an empty part, `.` or `..`; write the address out")
+        known = ", ".join(f"{each}://" for each in SCHEMES if each != "memory")
+        what = f"a corpus cannot be written to {scheme}://"
+        raise ConfigError(f"out: {addresses.shown(url)}: {what}; give a folder, or a URL of {known}")
 
 
 def check_store(out: str) -> None:
@@ -143,13 +124,21 @@ def try_store(folder: str, try_once: Callable[[Store, str], str]) -> str:
 
 @contextmanager
 def trial(folder: str) -> Iterator[str]:
-    """A name that nobody else has, for an object with which a store is tried; it is deleted afterwards."""
+    """A name that nobody else has, for an object with which a store is tried.
+
+    It is deleted afterwards if the store answers.
+    """
     path = f"{folder.rstrip('/')}/{PROBE}{uuid.uuid4().hex[:12]}~{name_of(this_process())}"
+    answers = True
     try:
         yield path
+    except OSError:  # a later trial deletes what this one may have left
+        answers = False
+        raise
     finally:
-        with suppress(OSError, ConfigError):
-            store_of(path).delete(path)
+        if answers:
+            with suppress(OSError, ConfigError):
+                store_of(path).delete(path)
 
 
 def _delete_abandoned(folder: str, names: Iterable[str]) -> None:
@@ -201,9 +190,3 @@ def _what_it_lacks(store: Store, path: str) -> str:
         return "the store loses what was written"
     store.delete(path)
     return "" if store.size(path) is None else "the store does not delete"
-
-
-def _without_secrets(scheme: str, rest: str) -> str:
-    """A URL without what stands before its bucket and after its key."""
-    bucket, slash, key = rest.partition("/")
-    return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{key}".partition("?")[0].partition("#")[0]

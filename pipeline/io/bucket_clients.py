@@ -48,6 +48,12 @@ _TOLD_APART = (
 )
 """Variables of which a change, as between two tests, needs another client."""
 
+_ADDRESSES = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"),
+    *("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
+)
+"""Variables that hold the address of a server."""
+
 _RETRIES = {
     "max_retries": 5,
     "retry_timeout": timedelta(seconds=20),
@@ -173,6 +179,7 @@ def _connect(place: Place) -> ObjectStore:
         ) from error
     if place.scheme == "memory":
         return kinds.MemoryStore()
+    _check_variables(place)
     options: dict[str, Any] = {"client_options": _client_options(place.scheme), "retry_config": _RETRIES}
     kind = {"s3": kinds.S3Store, "az": kinds.AzureStore, "gs": kinds.GCSStore}[place.scheme]
     try:
@@ -181,6 +188,22 @@ def _connect(place: Place) -> ObjectStore:
         raise ConfigError(
             f"{place.scheme}://{place.bucket}: {_first_line(str(error))}; {_fix(place.scheme)}"
         ) from None
+
+
+def _check_variables(place: Place) -> None:
+    """Refuse what obstore would not survive: it ends the process for an address without `http://`.
+
+    Raises:
+        ConfigError: names the variable, and not its value, which may be a secret.
+    """
+    for name in variables_set(place.scheme):
+        value, problem = os.environ[name], ""
+        if value != value.strip() or not value.isprintable():
+            problem = "begins or ends with a space, or has a line break in it; set it again without"
+        elif name in _ADDRESSES and not re.match("https?://[^/]", value):
+            problem = "is no address; begin it with http:// or https://, as in https://minio.example.org"
+        if problem:
+            raise ConfigError(f"{place.scheme}://{place.bucket}: the environment variable {name} {problem}")
 
 
 def _client_options(scheme: str) -> dict[str, Any]:
@@ -243,7 +266,9 @@ def insist(question: Callable[[Any, ObjectStore], Result], url: str) -> Result:
         if isinstance(failure.__cause__, FileNotFoundError | IsADirectoryError):
             raise failure.__cause__ from None
         if failure.kind in (Kind.REFUSED, Kind.SETUP):
-            raise ConfigError(f"{failure}; {_fix(place_of(url).scheme)}") from None
+            answer = failure.__cause__
+            known = (answer.status, answer.code) if isinstance(answer, BucketError) else (None, "")
+            raise ConfigError(f"{failure}; {_fix(place_of(url).scheme, *known)}") from None
         raise
 
 
@@ -256,6 +281,11 @@ def names_in(calls: Any, client: ObjectStore, key: str) -> list[str]:
 
 _STATUS = re.compile(r"status code: (\d{3}) ?([^:\n]*)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+_ASKED = re.compile(r"Error performing \w+ (\w+://[^/\s]+)")
+_CAUSE = re.compile(
+    r"\n\nDebug source.*?(?:message: \"([^\"]+)\"|error: \"([^\"]+)\"|TimedOut|kind: Timeout)", re.DOTALL
+)
+"""Why there was no answer, in what obstore prints for people who debug it."""
 _METADATA = ("//169.254.", "//metadata.google.internal", "//[fd00:ec2::254]")
 """Addresses that tell a machine in a cloud its credentials: only who has none is asked for them there."""
 
@@ -268,6 +298,7 @@ def _is_of_obstore(error: Exception) -> bool:
 
 def _translated(error: Exception, url: str) -> Exception:
     text, url = str(error), shorten(url)
+    scheme = place_of(url).scheme
     status, code = _STATUS.search(text), _CODE.search(text)
     number = int(status[1]) if status else None
     if "Received redirect without LOCATION" in text:
@@ -276,14 +307,14 @@ def _translated(error: Exception, url: str) -> Exception:
     if is_of_metadata and _key_of(place_of(url)) in _answered:  # they are to be renewed
         return BucketError(_why(text, status, code))
     if is_of_metadata and number not in (429, 500, 502, 503, 504):
-        return ConfigError(f"{url}: no credentials; {_fix(place_of(url).scheme)}")
+        return ConfigError(f"{url}: no credentials; set {CREDENTIALS.get(scheme)} on every node")
     why = _why(text, status, code)
     if code and code[1] == "NoSuchUpload":  # finished before: the answer was lost, and obstore asked again
         return BucketError(why, code=code[1])
     answer = BucketError(why, number, code[1] if code else "")
     kind = classify(answer) if number or code else classify(error)
     if kind is Kind.SETUP or number == 501:
-        return ConfigError(f"{url}: {why}; {_fix(place_of(url).scheme)}")
+        return ConfigError(f"{url}: {why}; {_fix(scheme, number, code[1] if code else '')}")
     if isinstance(error, FileNotFoundError) or number == 404:
         return FileNotFoundError(errno.ENOENT, "no such object", url)
     return answer
@@ -292,13 +323,42 @@ def _translated(error: Exception, url: str) -> Exception:
 def _why(text: str, status: re.Match[str] | None, code: re.Match[str] | None) -> str:
     if status:
         return f"HTTP {status[1]} {status[2].strip()}".rstrip() + (f" ({code[1]})" if code else "")
-    return _first_line(text)
+    line = _first_line(text)
+    if not (asked := _ASKED.search(text)):
+        return line
+    cause = _CAUSE.search(text)
+    why = (
+        cause[1] or cause[2] or "it took too long"
+        if cause
+        else line.rpartition(" - ")[2].removeprefix("HTTP error: ")
+    )
+    return f"no answer from {shorten(asked[1])} ({why})"
 
 
 def _first_line(text: str) -> str:
     return shorten(" ".join(text.partition("\n\nDebug source")[0].split()))
 
 
-def _fix(scheme: str) -> str:
-    named = f"set {CREDENTIALS[scheme]} on every node" if scheme in CREDENTIALS else "check the address"
-    return f"check that the bucket is there and may be read and written, and {named}"
+def _fix(scheme: str, status: int | None = None, code: str = "") -> str:
+    """What to do about an answer with which nothing in a bucket can be had."""
+    named = CREDENTIALS.get(scheme)
+    if code in ("NoSuchBucket", "ContainerNotFound", "InvalidBucketName"):
+        return f"correct the bucket's name, or make the bucket{_at_address(scheme)}"
+    if code in ("ExpiredToken", "TokenRefreshRequired"):
+        return "these credentials are no longer valid; set new ones on every node"
+    if code == "RequestTimeTooSkewed":
+        return "set the clock of this machine"
+    if scheme == "s3" and (status in (301, 307) or code == "AuthorizationHeaderMalformed"):
+        return "set AWS_REGION to the region of the bucket, on every node"
+    if status == 401 or code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"):
+        return f"correct {named} on every node"
+    also = f", and set {named} on every node" if named else ""
+    return f"check that the bucket is there and may be read and written{also}"
+
+
+def _at_address(scheme: str) -> str:
+    """Which server was asked, if it is not the one that everybody means."""
+    for name in _ADDRESSES:
+        if name.startswith(_BEGIN.get(scheme, ())) and (value := os.environ.get(name)):
+            return f" ({name} is {shorten(value)})"
+    return ""

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from . import bucket_clients, variables
+from . import addresses, bucket_clients, variables
 
 
 def is_url(path: str) -> bool:
@@ -63,11 +63,19 @@ Location = Path | Prefix
 
 
 def locate(place: str | os.PathLike[str] | Prefix) -> Location:
-    """The location of a path or URL of a corpus."""
+    """The location of a path or URL of a corpus.
+
+    Raises:
+        ConfigError: a URL in a bucket that holds a secret or names no place, or a path that was meant as one.
+    """
     if isinstance(place, Prefix):
         return place
     name = os.fspath(place)
-    return Prefix(name) if is_url(name) else Path(name)
+    if not is_url(name):
+        addresses.check_path(name)
+        return Path(name)
+    addresses.check_bucket(name)
+    return Prefix(name)
 
 
 _OWN_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$")

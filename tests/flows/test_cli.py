@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
 from paracaption.schemas.config import Backend, BuildConfig
-from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.errors import ConfigError, ParaCaptionError
 from paracaption.schemas.evaluation import EvaluateConfig
 from paracaption.schemas.training import TrainConfig
 from tests.machinery import alone
@@ -59,6 +59,43 @@ def test_help_names_every_command_with_its_purpose():
         assert f" {command} " in text
         own = runner.invoke(app, [command, "--help"])
         assert own.exit_code == 0 and "Usage" in own.output
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("--out", ["show", "out/demo", "key", "--out", "s3://bucket/a.png"]),
+        ("--out", ["demo", "--out", "s3://bucket/demo"]),
+        ("--to", ["models", "publish", "run", "--to", "hf://models/one"]),
+        ("--to", ["models", "convert", "model", "--to", "s3://bucket/model"]),
+        ("config", ["init", "s3://bucket/corpus.yaml"]),
+        ("config", ["build", "s3://bucket/build.yaml"]),
+        (
+            "--image",
+            ["caption", "--model", "m", "--masks", "gs://bucket/b.png", "--image", "s3://bucket/a.jpg"],
+        ),
+    ],
+)
+def test_a_url_where_a_path_is_meant_is_refused_by_its_name_and_makes_no_folder(
+    name, args, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    error = runner.invoke(app, args).exception
+    assert isinstance(error, ConfigError), error
+    assert str(error).startswith(f"{name}: {args[-1]}: has to be a path of this machine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_with_a_wrong_address_is_an_error_without_a_box():
+    error = runner.invoke(app, ["verify", "s3:/bucket/corpus"]).exception
+    assert isinstance(error, ParaCaptionError) and "write s3://bucket/corpus" in str(error)
+
+
+def test_what_is_suggested_next_has_the_same_changes(tmp_path):
+    config = written(tmp_path, {"out": "out", "coconut": [write_coconut(tmp_path / "source", num_images=1)]})
+    text = runner.invoke(app, ["audit", str(config), "--set", f"out={tmp_path}/other"]).output
+    for command in ("doctor", "build"):
+        assert f"paracaption {command} {config} --set out={tmp_path}/other" in text
 
 
 def test_every_option_is_named_in_full_on_a_narrow_terminal_and_a_flag_takes_no_value():

@@ -113,25 +113,6 @@ def test_a_build_is_estimated_from_a_pilot_in_a_bucket(configs, tmp_path):
     assert own.exit_code == 0, own.output
 
 
-def test_what_is_written_on_this_machine_is_not_written_to_a_folder_with_the_name_of_a_url(
-    configs, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    bucket = list(configs)[1]
-    before = set(tmp_path.iterdir())
-    for command in (
-        ["init", f"{bucket}/corpus.yaml"],
-        ["demo", "--out", bucket],
-        ["show", bucket, "000000000001", "--out", f"{bucket}/a.png"],
-        ["models", "convert", "model", "--to", f"{bucket}/model"],
-        ["models", "publish", "run", "--to", f"{bucket}/repository"],
-    ):
-        done = CliRunner().invoke(app, command)
-        said = " ".join(done.output.replace("│", " ").split())
-        assert done.exit_code == 2 and "has to be a path of this machine" in said, said
-    assert set(tmp_path.iterdir()) == before
-
-
 def test_a_configuration_is_begun_with_a_bucket_as_its_corpus(tmp_path, memory_out):
     """`init` says that a URL may stand there, and what it writes is read with one."""
     config = tmp_path / "corpus.yaml"

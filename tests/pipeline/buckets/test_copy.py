@@ -410,3 +410,18 @@ def test_an_index_that_a_merge_replaces_meanwhile_is_no_damage(versions, places,
     assert not log.exists(places["memory"])
     copying.copy(str(corpus), places["memory"])
     assert_copied(versions[2], places["memory"])
+
+
+def test_a_copy_that_goes_back_brings_only_what_is_new(sources, places, memory_out, tmp_path):
+    coconut = {"coconut": sources["coconut"]}
+    driver.build(config_of(memory_out, beside=tmp_path, **coconut), LocalEngine())
+    copying.copy(memory_out, places["folder"])
+    before = set(list_files(locate(memory_out)))
+    copying.copy(places["folder"], memory_out)  # where files have other names than a copy gives them
+    assert set(list_files(locate(memory_out))) == before
+    driver.build(config_of(places["folder"], **coconut, text={"min_words": 3}), LocalEngine())
+    copying.copy(places["folder"], memory_out)
+    assert_copied(places["folder"], memory_out)
+    new = {file.place for record in log.read_records(memory_out) for file in log.files_of(record)} - before
+    came = set(list_files(locate(memory_out))) - before
+    assert new and {path for path in came if not path.startswith("log/")} <= new

@@ -8,6 +8,7 @@ import pytest
 
 from paracaption.pipeline.corpus import log, verify
 from paracaption.pipeline.corpus.records import Commit
+from paracaption.pipeline.io.store import store_of
 from paracaption.schemas.config import BuildConfig
 from tests.building import build, calls, committed, config_of
 from tests.synthetic import write_coconut
@@ -68,8 +69,8 @@ def test_a_changed_byte_is_healed_as_verify_says(built):
     path = out / "coconut" / FILES["shard"]
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     (problem,) = verify.verify(out).problems
-    assert problem.file == f"coconut/{FILES['shard']}" and "delete the unit's manifest" in problem.what
-    (out / "coconut" / FILES["manifest"]).unlink()
+    assert problem.file == f"coconut/{FILES['shard']}" and "delete this file" in problem.what
+    path.unlink()
     build(built)
     assert committed(out) == before and verify.verify(out).ok
 
@@ -106,3 +107,18 @@ def test_a_missing_configuration_is_one_problem_with_a_remedy_that_helps(built):
     assert report.text().endswith(": 1 problem")
     build(built)
     assert verify.verify(out).ok
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_a_bucket_a_changed_byte_is_healed_as_verify_says(memory_out, tmp_path, name):
+    source = write_coconut(tmp_path / "source", 4, 2, (48, 64))
+    config = config_of(memory_out, beside=tmp_path, coconut=source, images_per_shard=2)
+    build(config)
+    store, file = store_of(memory_out), log.read_units(memory_out)[f"coconut/{UNIT}"]
+    place = f"{memory_out}/{getattr(file, name).place}"
+    store.put(place, store.read(place)[:-1] + b"x")
+    (problem,) = verify.verify(memory_out).problems
+    assert f"{memory_out}/{problem.file}" == place and "delete this file" in problem.what
+    store.delete(f"{memory_out}/{problem.file}")
+    build(config)
+    assert verify.verify(memory_out).ok

@@ -50,7 +50,7 @@ def test_a_store_that_knows_no_conditions_is_refused(faulty_s3):
 
 
 def test_a_bucket_that_is_not_there_or_may_not_be_written_is_refused(faulty_s3):
-    with pytest.raises(ConfigError, match="check that the bucket is there"):
+    with pytest.raises(ConfigError, match="make the bucket"):
         check_store("s3://nobody/out")
     faulty_s3.fail("403", "PUT", count=None)
     with pytest.raises(ConfigError, match=r"HTTP 403.*AWS_ACCESS_KEY_ID"):
@@ -61,6 +61,7 @@ def test_an_outage_is_no_verdict(faulty_s3):
     faulty_s3.fail("503", count=None)
     with pytest.raises(OSError, match="HTTP 503"):
         check_store(OUT)
+    assert {call["method"] for call in faulty_s3.requests()} == {"PUT"}  # nor is it asked to delete
 
 
 def test_a_trial_that_is_swept_meanwhile_is_made_again(faulty_s3, monkeypatch):
@@ -143,6 +144,7 @@ def test_a_plain_url_passes(url):
         ("gs://bucket/corpus#hunter22", "GOOGLE_APPLICATION_CREDENTIALS"),
         ("https://user:hunter22@host/corpus", "cannot be written to https://"),
         ("s3a://hunter22@bucket/corpus", "write s3://"),
+        ("S3://hunter22@bucket/corpus", "write s3://"),
         ("gcs://bucket/corpus", "write gs://"),
         ("ftp://host/corpus", "give a folder"),
         ("s3:///corpus", "names no bucket"),

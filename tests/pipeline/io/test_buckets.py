@@ -172,15 +172,62 @@ def test_who_may_not_is_told_in_one_line_which_variables_to_set(faulty_s3, statu
 
 @pytest.mark.parametrize("call", [STORE.read, STORE.list, lambda path: STORE.create(path, b"1")])
 def test_a_bucket_that_is_not_there_is_one_line(s3_out, call):
-    with pytest.raises(ConfigError, match=r"NoSuchBucket.*check that the bucket is there"):
+    with pytest.raises(ConfigError, match=r"NoSuchBucket.*make the bucket \(AWS_ENDPOINT_URL is") as caught:
         call("s3://nobody-has-this-one/corpus/a")
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "told"),
+    [
+        (404, "NoSuchBucket", "make the bucket"),
+        (400, "ExpiredToken", "no longer valid"),
+        (403, "RequestTimeTooSkewed", "set the clock"),
+        (400, "AuthorizationHeaderMalformed", "set AWS_REGION to the region of the bucket"),
+        (403, "SignatureDoesNotMatch", "correct AWS_ACCESS_KEY_ID"),
+        (403, "AccessDenied", "may be read and written"),
+    ],
+)
+def test_each_refusal_says_what_is_to_be_done_about_it(faulty_s3, status, code, told):
+    answer = f"Server returned status code: {status} Some Words: <Error><Code>{code}</Code></Error>"
+    with pytest.raises(ConfigError, match=told) as caught:
+        bucket_clients.insist(lambda calls, _: _refuse(calls, answer), f"{FAULTY}/a")
+    assert f"({code})" in str(caught.value)
+
+
+def _refuse(calls, answer):
+    raise calls.exceptions.GenericError(answer)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT"])
+def test_an_address_without_its_scheme_is_told_and_not_asked(monkeypatch, s3_out, name):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv(name, "127.0.0.1:9000")  # obstore would end with a panic
+    with pytest.raises(ConfigError, match=f"{name} is no address; begin it with http://"):
+        STORE.read(f"{s3_out}/a")
+
+
+@pytest.mark.parametrize("value", ["hunter22\n", " hunter22", "hunter22\r"])
+def test_a_secret_with_a_line_break_is_told_by_its_name(monkeypatch, s3_out, value):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", value)  # no HTTP header could have it
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
+    with pytest.raises(ConfigError, match="AWS_SESSION_TOKEN begins or ends with a space") as caught:
+        STORE.read(f"{s3_out}/a")
+    assert "hunter22" not in str(caught.value)
 
 
 def test_a_store_that_cannot_be_reached_is_transient(monkeypatch, s3_out):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(ReadError) as caught:
         STORE.read(f"{s3_out}/a")
-    assert caught.value.kind is Kind.TRANSIENT and "Debug source" not in str(caught.value)
+    assert caught.value.kind is Kind.TRANSIENT
+    assert str(caught.value) == f"{s3_out}/a: no answer from http://127.0.0.1:1 (Connection refused)"
+
+
+def test_a_connection_that_breaks_is_a_short_line(faulty_s3):
+    faulty_s3.fail("reset", count=None)
+    with pytest.raises(ReadError, match=rf"^{FAULTY}/a: no answer from {faulty_s3.address} \([^()]+\)$"):
+        STORE.read(f"{FAULTY}/a")
 
 
 def test_an_account_that_is_missing_names_the_variables(monkeypatch):
