@@ -141,6 +141,10 @@ def export(
     chosen = chosen._replace(prefix=f"{prefix.rstrip('/')}/" if prefix else "")
     if isinstance(place, Prefix):
         refuse_secrets(str(place))
+        if f"{place}/".startswith(f"{locate(corpus)}/"):
+            raise ConfigError(
+                f"{place}: lies in the corpus, whose builds delete what is no part of it; give another place"
+            )
         with staged_folder(place) as folder:
             written = [(path.relative_to(folder), path.is_file()) for path in write(chosen, folder)]
             upload_folder(folder, place, [folder / path for path, is_file in written if is_file])

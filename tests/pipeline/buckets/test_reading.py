@@ -155,6 +155,15 @@ def test_an_export_goes_into_a_bucket_whole(pair):
     assert code and "already exists" in text
 
 
+def test_an_export_into_the_corpus_itself_is_refused(pair):
+    """A build would take some of its files for those of a killed driver, and delete them."""
+    before = pair.server.objects("corpus")
+    for target in (f"{pair.bucket}/coco", pair.bucket):
+        code, text = corpora.run(["export", pair.bucket, "--format", "coco", "--to", target], {})
+        assert code and f"{target}: lies in the corpus" in text
+    assert pair.server.objects("corpus") == before
+
+
 def test_an_export_that_fails_leaves_nothing(pair):
     gate = pair.server.fail("403", "PUT", "exports/failed/*", count=None)
     code, text = corpora.run(
