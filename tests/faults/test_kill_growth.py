@@ -110,13 +110,14 @@ def take_and_die(does: str, text: str, number: int, when: str) -> None:
     """The same in a process that is killed around the record of a number."""
     write, move = Owner._append, Owner.move
 
-    def append(self: Owner, record: Any) -> None:
+    def append(self: Owner, record: Any, is_claim: bool = False) -> bool:
         is_it = self.state.number + 1 == number
         if is_it and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        write(self, record)
+        written = write(self, record, is_claim)
         if is_it and when == "after":
             os.kill(os.getpid(), signal.SIGKILL)
+        return written
 
     def move_one(self: Owner) -> None:
         if self.state.number == number and when == "moving":
