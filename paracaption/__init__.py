@@ -1,7 +1,7 @@
 """Masks in, verified region captions out, and the parallel region captioner trained from them.
 
-The names below are the public Python API (docs/api.md). Each is imported when it is first used: `import paracaption`
-loads nothing heavy.
+The names below are the public Python API (docs/api.md). Each is imported when it is first used: `import
+paracaption` loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .model_training.decoding.chat import Answer, Chat, Question
     from .model_training.decoding.region_captioner import RegionCaptioner
     from .model_training.model.perceptiondlm import PerceptionDLM
     from .model_training.model.processor import PerceptionDLMProcessor
     from .pipeline.corpus.reader import Corpus, open_corpus
     from .pipeline.corpus.shard_urls import list_shards
     from .pipeline.executor.build import build
+    from .schemas.answering import AnswerOptions
     from .schemas.config import BuildConfig
     from .schemas.decoding import DecodeOptions
     from .schemas.errors import BadRecord, ConfigError, IntegrityError, ParaCaptionError, StageFailed
 
 __all__ = [
+    "Answer",
+    "AnswerOptions",
     "BadRecord",
     "BuildConfig",
+    "Chat",
     "ConfigError",
     "Corpus",
     "DecodeOptions",
@@ -30,6 +35,7 @@ __all__ = [
     "ParaCaptionError",
     "PerceptionDLM",
     "PerceptionDLMProcessor",
+    "Question",
     "RegionCaptioner",
     "StageFailed",
     "__version__",
@@ -44,6 +50,8 @@ _HOMES = {
     "list_shards": ".pipeline.corpus.shard_urls",
     "Corpus": ".pipeline.corpus.reader",
     "BuildConfig": ".schemas.config",
+    "AnswerOptions": ".schemas.answering",
+    **dict.fromkeys(("Answer", "Chat", "Question"), ".model_training.decoding.chat"),
     "DecodeOptions": ".schemas.decoding",
     "PerceptionDLM": ".model_training.model.perceptiondlm",
     "PerceptionDLMProcessor": ".model_training.model.processor",

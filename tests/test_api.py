@@ -28,8 +28,11 @@ HEAVY = {
 def test_the_public_names_are_these():
     """Who removes or renames one breaks the programs that use it."""
     assert set(paracaption.__all__) == {
+        "Answer",
+        "AnswerOptions",
         "BadRecord",
         "BuildConfig",
+        "Chat",
         "ConfigError",
         "Corpus",
         "DecodeOptions",
@@ -37,6 +40,7 @@ def test_the_public_names_are_these():
         "ParaCaptionError",
         "PerceptionDLM",
         "PerceptionDLMProcessor",
+        "Question",
         "RegionCaptioner",
         "StageFailed",
         "__version__",

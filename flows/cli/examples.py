@@ -26,6 +26,7 @@ EXAMPLES = {
     "evaluate": "paracaption evaluate configs/evaluate/toy.yaml",
     "profile": "paracaption profile --model MODEL --corpus out/demo --out out/profile",
     "caption": "paracaption caption --model MODEL --image photo.jpg --masks masks/*.png",
+    "ask": 'paracaption ask --model MODEL --image photo.jpg "What color is the car?"',
     "models prepare": "paracaption models prepare gar /models/GAR-8B",
     "models convert": "paracaption models convert /models/published --to /models/PerceptionDLM",
     "models publish": "paracaption models publish out/run --to out/repository --license apache-2.0",

@@ -23,10 +23,10 @@ from ...pipeline.io.file_kinds import what_is
 from ...pipeline.io.tables import TableFile
 from ...schemas.errors import BadRecord, ConfigError
 from ...schemas.records import Blob
+from ..model.layout import IMAGE
 
 _log = logging.getLogger(__name__)
 
-IMAGE = "<image>"
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 """What the forms call the two who take turns."""
 

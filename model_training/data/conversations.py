@@ -24,12 +24,11 @@ from ...pipeline.io.orientation import unturned
 from ...schemas.errors import BadRecord, BadSample, ConfigError
 from ...schemas.records import Blob
 from ...schemas.training import ConversationSource, DataOptions
-from ..model import tiling
-from ..model.attention import SHARED
+from ..model import conversation, tiling
 from ..model.batch import Example
-from ..model.processor import ANSWER, HEAD
+from ..model.layout import IMAGE
 from . import left_out
-from .conversation_records import IMAGE, SPEAKERS, Found, Record, Turn, list_files, read_records
+from .conversation_records import SPEAKERS, Found, Record, Turn, list_files, read_records
 from .corpus import token_lists, tokenizer_digest, views_of
 from .table import Table, TableWriter, cached_folder
 
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
     from ..model.processor import PerceptionDLMProcessor
 
-_NEXT = "\n<|start_header_id|>user<|end_header_id|>\n"
 _VERSION = 3
 _ROW = np.dtype(
     [
@@ -190,29 +188,16 @@ def tokenize_conversation(
             questions name more or fewer images than there are.
     """
     turns = _answered(record.conversations, name)
-    shown = [
-        [
-            *processor.tokenize("<img>"),
-            *[processor.config.image_token_id] * (count * processor.config.tokens_per_tile),
-            *processor.tokenize("</img>"),
-        ]
-        for count in views
-    ]
-    questions = [_with_images(turn.value, shown, encode) for turn in turns[::2]]
-    if places := sum(turn.value.count(IMAGE) for turn in turns[::2]):
+    questions = [turn.value for turn in turns[::2]]
+    if places := sum(question.count(IMAGE) for question in questions):
         _check_places(places, len(views), name)
-    else:
-        questions[0] = [*itertools.chain(*shown), *questions[0]]
-    tokenize = processor.tokenize
-    tokens = ConversationTokens([*tokenize(HEAD), *questions[0], *tokenize(ANSWER)], [], [])
-    for number, question in enumerate(questions):
-        if number:
-            asked = [*tokenize(_NEXT), *question, *tokenize(ANSWER)]
-            tokens.answer.extend(asked)
-            tokens.labels.extend([False] * len(asked))
-        answer = [*encode(turns[2 * number + 1].value), processor.config.eot_token_id]
-        tokens.answer.extend(answer)
-        tokens.labels.extend([True] * len(answer))
+    parts = conversation.lay_out(processor, questions, views, conversation.TRAINED, encode)
+    tokens = ConversationTokens(parts[0], [], [])
+    for number, turn in enumerate(turns[1::2]):
+        asked = parts[number] if number else []
+        answer = [*encode(turn.value), processor.config.eot_token_id]
+        tokens.answer.extend([*asked, *answer])
+        tokens.labels.extend([False] * len(asked) + [True] * len(answer))
     return tokens
 
 
@@ -235,15 +220,6 @@ def _answered(turns: list[Turn], name: str) -> list[Turn]:
     return turns
 
 
-def _with_images(text: str, shown: list[list[int]], encode: Callable[[str], list[int]]) -> list[int]:
-    """The tokens of a question; the images that it shows are taken from the front of `shown`."""
-    first, *rest = text.split(IMAGE)
-    tokens = list(encode(first))
-    for part in rest:
-        tokens += [*(shown.pop(0) if shown else ()), *encode(part)]
-    return tokens
-
-
 def _check_places(places: int, images: int, name: str) -> None:
     if not images:
         detail = f"{name}: a question shows {IMAGE}, but the record names no image; add it as `image`"
@@ -264,29 +240,13 @@ def make_conversation_example(
     Raises:
         BadSample: the record is not usable, as in `tokenize_conversation`.
     """
-    config = processor.config
-    side = config.tile_px
-    grids = [tiling.tile_grid(*photo.size, side, config.max_tiles) for photo in shown]
-    views = [tiling.num_views(grid) for grid in grids]
+    views, grids = conversation.cut_photos(processor, shown)
+    counts = [tiling.num_views(grid) for grid in grids]
     tokens = tokenize_conversation(
-        record, views, processor, lambda text: token_lists(processor, [text])[0], name
+        record, counts, processor, lambda text: token_lists(processor, [text])[0], name
     )
-    cut = [tiling.cut_image(photo, side, grid) for photo, grid in zip(shown, grids, strict=True)]
-    example = Example(
-        views=np.concatenate(cut) if cut else np.zeros((0, 3, side, side), np.uint8),
-        prompts=np.zeros((sum(views), config.num_prompts, config.patches_per_side**2), bool),
-        grid=grids[0] if grids else None,
-        boxes=[],
-        order=[],
-        prefix=_shared(tokens.prefix, 0),
-        captions=_shared(tokens.answer, len(tokens.prefix)),
-        more_grids=tuple(grids[1:]),
-    )
+    example = conversation.make_example(processor, views, grids, tokens.prefix, tokens.answer)
     return example, np.array(tokens.labels)
-
-
-def _shared(ids: list[int], start: int) -> np.ndarray:
-    return np.array([ids, range(start, start + len(ids)), [SHARED] * len(ids)], np.int64)
 
 
 def _photos(record: Record, photo_bytes: int) -> list[tuple[str, int]]:

@@ -267,8 +267,8 @@ class RegionCaptioner:
             ConfigError: as `caption`.
         """
         options = _decode_options(options, fields)
-        _check_count("batch_size", batch_size or 0)
-        _check_count("regions_per_call", regions_per_call)
+        check_count("batch_size", batch_size or 0)
+        check_count("regions_per_call", regions_per_call)
         results: list[RegionCaptions] = []
         waiting: list[_Group] = []
         for number, given in enumerate(photos):
@@ -313,7 +313,7 @@ class RegionCaptioner:
             ConfigError: as `caption`, at once.
         """
         options = _decode_options(options, fields)
-        _check_count("regions_per_call", regions_per_call)
+        check_count("regions_per_call", regions_per_call)
         groups, _ = self._groups(0, _Asked(photo, masks, prompt, boxes, regions_per_call), options)
         return self._snapshots(list(groups), options)
 
@@ -438,7 +438,8 @@ def check_saved_model(folder: Path) -> None:
         raise ConfigError(f"{folder / 'tokenizer.json'}: no such file; save the model again")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise ConfigError for a number that is neither None nor at least 1."""
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1
     ):

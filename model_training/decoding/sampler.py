@@ -23,6 +23,7 @@ from torch import Tensor
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError, StageFailed
 from ..model.batch import Batch, Tokens
+from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, upload
 from .head import confidence_of
@@ -423,15 +424,17 @@ def _suppressed(model: PerceptionDLM, options: DecodeOptions) -> list[int]:
     suppress = options.suppress_special
     if suppress is None:
         suppress = config.layout != "reference"
-    if not suppress:
-        return []
-    special = {
+    return sorted(special_tokens(config)) if suppress else []
+
+
+def special_tokens(config: PerceptionDLMConfig) -> set[int]:
+    """The tokens that stand for something other than text: mask, image, regions, captions."""
+    return {
         config.mask_token_id,
         cast(int, config.image_token_id),
         *(config.region_token_ids or ()),
         *(config.caption_token_ids or ()),
     }
-    return sorted(special)
 
 
 def _some(tokens: Tokens, rows: list[int]) -> Tokens:

@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 from ...schemas.errors import ConfigError
 
+IMAGE = "<image>"
+"""Stands for an image in a question about whole images."""
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -1,0 +1,184 @@
+"""`Chat`: how questions are laid out, what is refused, and what an answer says of itself."""
+
+import numpy as np
+import pytest
+
+from paracaption.model_training.data.conversation_records import Record, Turn
+from paracaption.model_training.data.conversations import make_conversation_example
+from paracaption.model_training.decoding.chat import Chat, Question
+from paracaption.model_training.decoding.region_captioner import RegionCaptioner
+from paracaption.schemas.answering import AnswerOptions
+from paracaption.schemas.errors import ConfigError
+from tests.model_training.tiny_models import photo
+from tests.tiny.perceptiondlm_model import SMALLEST, tiny_model, write_model
+
+SHORT = {"max_new_tokens": 6, "block_length": 3}
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat(*tiny_model(**SMALLEST))
+
+
+def picture(seed):
+    return photo(seed, 0)[0]
+
+
+def text_of(chat, question, **fields):
+    """What is asked, with `#` for the tokens of a view and without the slots."""
+    asked = chat._lay_out(question, AnswerOptions(**(SHORT | fields)), "")
+    ids = np.concatenate([asked.example.prefix[0], asked.example.captions[0, : asked.first]])
+    view = "<IMG_CONTEXT>" * chat.model.config.tokens_per_tile
+    return chat.processor.tokenizer.decode(ids).replace(view, "#")
+
+
+def test_a_question_stands_as_in_training(chat):
+    from PIL import Image
+
+    shown = [picture(0), picture(1)]
+    said = ["<image> or <image>?", "a cat", "why?", "it is small", "sure?", "yes"]
+    speakers = ["human", "gpt"] * 3
+    turns = [Turn(*pair) for pair in zip(speakers, said, strict=True)]
+    trained, label = make_conversation_example(
+        Record(turns), [Image.fromarray(each) for each in shown], chat.processor, "a"
+    )
+    question = Question(said[4], shown, [(said[0], said[1]), (said[2], said[3])])
+    asked = chat._lay_out(question, AnswerOptions(**SHORT), "")
+    np.testing.assert_array_equal(asked.example.prefix, trained.prefix)
+    before = trained.captions.shape[1] - len(chat.processor.tokenize("yes")) - 1
+    assert asked.first == before and label[before:].all() and not label[before - 1]
+    np.testing.assert_array_equal(asked.example.captions[:, :before], trained.captions[:, :before])
+    np.testing.assert_array_equal(asked.example.views, trained.views)
+    assert asked.example.grids == trained.grids
+
+
+def test_images_stand_first_each_on_a_line_unless_the_question_says_where(chat):
+    assert "user<|end_header_id|>\n<img>#</img>\nwhat?<|eot_id|>" in text_of(
+        chat, Question("what?", [picture(0)])
+    )
+    both = text_of(chat, Question("what?", [picture(0), picture(0)]))
+    assert "\n<img>#</img>\n<img>#</img>\nwhat?" in both
+    placed = text_of(chat, Question("Is <image> like <image>?", [picture(0), picture(0)]))
+    assert "Is <img>#</img> like <img>#</img>?" in placed
+    turn = text_of(chat, Question("and this: <image>?", [picture(0)], [("hello", "hi")]))
+    assert turn.endswith(
+        "hi<|eot_id|>\n<|start_header_id|>user<|end_header_id|>\nand this: <img>#</img>?"
+        "<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n"
+    )
+
+
+def test_the_template_is_a_choice_and_follows_the_layout(chat):
+    question = Question("and why?", turns=[("hello", "hi")])
+    released = (
+        "<|start_header_id|>user<|end_header_id|>\nhello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n"
+        "hi<|eot_id|><|start_header_id|>user<|end_header_id|>\nand why?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n"
+    )
+    assert text_of(chat, question, template="released") == released
+    assert text_of(chat, question).startswith("<|start_header_id|>system<|end_header_id|>\nYou are")
+    reference = Chat(*tiny_model(layout="reference", **SMALLEST))
+    assert text_of(reference, question) == released
+    assert text_of(reference, question, template="trained") == text_of(chat, question)
+
+
+def test_a_question_about_a_region_is_answered_as_the_captioner_does(chat):
+    captioner = RegionCaptioner(chat.model, chat.processor)
+    for seed in range(4):
+        pixels, [mask] = photo(seed, 1)
+        answer = chat.ask(
+            "name it", pixels, region=mask, max_new_tokens=6, block_length=6, suppress_special=False
+        )
+        caption = captioner.caption(
+            pixels,
+            [mask],
+            prompt="name it",
+            strategy="per-region",
+            max_new_tokens=6,
+            steps=6,
+            suppress_special=False,
+        )
+        assert [answer] == caption
+
+
+def test_many_questions_are_answered_in_their_order_whatever_the_batches(chat):
+    questions = [Question(f"what {number}", [picture(number)]) for number in range(5)]
+    questions[2] = Question("say", options=AnswerOptions(max_new_tokens=4, temperature=1.0))
+    alone = [chat.ask_all([each], **SHORT)[0] for each in questions]
+    for batch_size in (2, 8):
+        together = chat.ask_all(iter(questions), batch_size=batch_size, **SHORT)
+        assert [(each.text, each.tokens, each.forwards) for each in together] == [
+            (each.text, each.tokens, each.forwards) for each in alone
+        ]
+    assert len(alone[2].tokens) <= 4
+
+
+def test_an_answer_says_how_it_ended_and_how_sure_it_is(chat):
+    [whole] = chat.ask_all([Question("say", [picture(1)])], max_new_tokens=6, early_exit=False)
+    words = [chat.processor.tokenizer.decode([token]) for token in whole.tokens]
+    assert whole.ended in ("length", "end") and 0 < whole.confidence <= 1
+    assert whole.text == "".join(words).strip()
+    by_one = chat._lay_out(Question("say", [picture(1)]), AnswerOptions(max_new_tokens=6, block_length=1), "")
+    first = chat._answer([(0, by_one)])[0].tokens[0]
+    nothing = chat._answer([(0, by_one._replace(stops=((first,),)))])[0]
+    assert (nothing.text, nothing.tokens, nothing.ended, nothing.forwards) == ("", [], "stop", 1)
+
+
+def test_the_share_of_tokens_that_an_approximate_cache_keeps_is_measured(chat):
+    fields = {"max_new_tokens": 12, "block_length": 6, "cache": "approximate", "compare": True}
+    questions = [Question("what is it", [picture(seed)]) for seed in range(3)]
+    for every, least in ((1, 1.0), (4, 0.0)):
+        answers = chat.ask_all(questions, refresh_every=every, **fields)
+        assert all(each.agreement is not None and least <= each.agreement <= 1 for each in answers)
+    assert chat.ask_all(questions[:1], **SHORT)[0].agreement is None
+
+
+def test_steps_show_the_answer_until_it_is_the_answer(chat):
+    question = Question("what is it", [picture(2)])
+    steps = list(chat.ask_steps(question, **SHORT))
+    assert steps[0].text == "" and not steps[0].done and steps[-1].done
+    assert [step.forwards for step in steps] == list(range(len(steps)))
+    assert all(steps[-1].text.startswith(step.settled) for step in steps)
+    [answer] = chat.ask_all([question], **SHORT)
+    assert (steps[-1].text, steps[-1].forwards) == (answer.text, answer.forwards)
+    assert all(slot.text is None for slot in steps[0].slots)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (Question(" ", [picture(0)]), "a blank text"),
+        (Question("a <|eot_id|>"), "a token of the model's own"),
+        (Question("<image>?"), "0 images, but <image> stands 1 times"),
+        (Question("<image>", [picture(0)] * 2), "2 images, but <image> stands 1 times"),
+        (Question("what", ["nowhere.png"]), "image 0"),
+        (Question("what", [picture(0)] * 2, region=[0, 0, 5, 5]), "a question about a region has one image"),
+        (Question("what", [picture(0)], region=[0, 0, 500, 5]), "mask 0|region 0|box"),
+        (Question("what " * 900), "shorten it"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_its_number(chat, question, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        chat.ask_all([Question("fine"), question], **SHORT)
+    assert str(error.value).startswith("question 1: ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 7, "max_new_tokens": 8, "block_length": 4}, "7 for 2 blocks of 4 tokens; give a multiple"),
+        ({"stop": [""]}, "an empty text ends every answer"),
+        ({"strategy": "remask"}, "strategy"),
+        ({"block_size": 4}, "did you mean `block_length`|unknown key"),
+        ({"max_new_tokens": True}, "not true or false"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(chat, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        chat.ask("what", **fields)
+
+
+def test_a_saved_model_is_opened(tmp_path):
+    write_model(tmp_path / "model", **SMALLEST)
+    chat = Chat.load(tmp_path / "model", "cpu")
+    assert chat.ask("what", picture(0), **SHORT) == chat.ask("what", [picture(0)], **SHORT)
+    assert chat.about()["layout"] == "corrected"
