@@ -38,8 +38,8 @@ class AnswerOptions(Strict):
 
     "exact" keeps keys and values of everything before the answer, and changes no token; it needs a layout
     that isolates the prefix. "approximate" computes the current block alone: it keeps keys and values of all
-    other tokens, finished blocks among them, from the first step of each block, and from every
-    `refresh_every`th after it.
+    other tokens, finished blocks among them, from the first step of each block, and computes them again
+    after each `refresh_every` steps.
     """
 
     max_new_tokens: PositiveInt = Field(default=128, le=MAX_TOKENS, description="Most tokens of an answer.")
