@@ -28,7 +28,7 @@ from . import energon as energon_files
 from . import hub_card, ledger, reader
 from .hub_plan import INDEX, SHARD_MB, HubPlan, PlannedImage, Shard, images_of, plan_hub
 from .hub_shards import Shards
-from .hub_unfinished import NOTES, Unfinished, unfinished
+from .hub_unfinished import Unfinished, unfinished
 from .ledger import Place
 from .reader import Corpus
 from .shard import StoredSample, iter_stored
@@ -116,8 +116,8 @@ def write_repository(repository: Repository, to: str | Path, written: Written = 
     with unfinished(to, _identity(repository), {each.path: each.bytes for each in plan.shards}) as begun:
         _check_space(plan, to, begun.kept)
         _write(repository, begun, written)
-        paths = [path.relative_to(begun.folder) for path in sorted(begun.folder.rglob("*")) if path.is_file()]
-    return [to / path for path in paths if path.as_posix() != NOTES]
+        paths = begun.paths()
+    return [to / path for path in paths]
 
 
 def _identity(repository: Repository) -> str:

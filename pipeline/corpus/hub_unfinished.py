@@ -59,6 +59,11 @@ class Unfinished:
         files.sync_tree(self.folder)
         store_of(self.folder).move(str(self.folder), str(to.absolute()))
 
+    def paths(self) -> list[str]:
+        """The files of the repository that are there, by their paths in it, sorted."""
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        return sorted({path.relative_to(self.folder).as_posix() for path in found} - self._own)
+
     def tidy(self) -> None:
         """Leave the whole shards alone, and nothing if there are none."""
         if self.kept:

@@ -13,7 +13,7 @@ from ..io import files
 from ..io.disk_errors import fix_of
 from ..io.location import is_bucket
 
-_DELETE_FIRST = re.compile(r"delete (it|the unit's manifest)( \([^)]*\))? and ")
+_DELETE_FIRST = re.compile(r"delete (it|this file|the unit's manifest)( \([^)]*\))? and ")
 """How a remedy for a damaged file may begin. A missing one needs only the rest: the build notices it."""
 
 

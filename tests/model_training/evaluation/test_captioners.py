@@ -43,13 +43,13 @@ def test_an_unknown_option_of_the_decoder_is_an_error_that_says_where(model):
 
 def test_regions_that_are_captioned_one_by_one_are_decoded_one_by_one(model, tmp_path, monkeypatch):
     batches = []
-    real = sampler.decode_batch
+    real = sampler.Decoder.decode
 
-    def decode(network, batch, options):
+    def decode(decoder, batch, options):
         batches.append(len(batch.prefix.ids_BL))
-        return real(network, batch, options)
+        return real(decoder, batch, options)
 
-    monkeypatch.setattr(sampler, "decode_batch", decode)
+    monkeypatch.setattr(sampler.Decoder, "decode", decode)
     options = {"model": str(model), "regions_per_call": 1, "decode": {"max_new_tokens": 4, "steps": 2}}
     bench = write_bench(tmp_path / "bench")
     asked = Bench(name="b", kind="paradlc", folder=str(bench))

@@ -92,7 +92,7 @@ def test_nobody_is_asked_to_delete_the_manifest_where_a_file_is_missing(built, n
     (out / "coconut" / FILES[name]).unlink()
     (problem,) = verify.verify(out).problems
     assert problem.file == f"coconut/{FILES[name]}"
-    assert problem.what == "missing; run `paracaption build CONFIG` again, which rebuilds the unit"
+    assert problem.what == "missing; run `paracaption build CONFIG` again, which rebuilds its unit"
     build(built)
     assert verify.verify(out).ok
 
