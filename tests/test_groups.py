@@ -36,6 +36,7 @@ def test_the_tests_of_a_group_share_a_process(tmp_path):
     command = [sys.executable, "-m", "pytest", str(tmp_path), "-p", "tests.groups", "-p", "no:cacheprovider"]
     command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     command += ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    command += ["--basetemp", str(tmp_path / "own")]  # else one in PYTEST_ADDOPTS would be wiped
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "| ray |" in done.stdout and "| all |" in done.stdout

@@ -136,6 +136,8 @@ ELSEWHERE = {
     "pipeline/corpus/energon.py": "an export, in a temporary folder that is no corpus",
     "pipeline/corpus/export.py": "an export, in a temporary folder that is no corpus",
     "pipeline/corpus/hub.py": "an export, in a temporary folder that is no corpus",
+    "pipeline/corpus/hub_shards.py": "an export, in a temporary folder that is no corpus",
+    "pipeline/corpus/hub_unfinished.py": "an export, in a temporary folder that is no corpus",
     "pipeline/corpus/work_list_table.py": "a work list in a scratch folder, before it is published",
     "pipeline/executor/doctor.py": "removes the folders that it has made, if they are still empty",
     "pipeline/executor/driver.py": "a scratch folder for plans",
