@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from .decoding import MAX_TOKENS
+from .decoding import MAX_TOKENS, Compare, Temperature, Threshold, TopP
 from .strict import Strict
 
 AnswerStrategy = Literal["confidence", "threshold", "factor", "left-to-right"]
@@ -63,28 +63,15 @@ class AnswerOptions(Strict):
         "ones), `threshold` (all with a confidence of at least `threshold`), `factor` (as many as are "
         "sure enough to be kept together, see `factor`) or `left-to-right` (the leftmost ones).",
     )
-    threshold: float = Field(
-        default=0.9,
-        ge=0,
-        le=1,
-        description="The strategy `threshold` keeps tokens with at least this confidence, 0 to 1.",
-    )
+    threshold: Threshold = 0.9
     factor: float = Field(
         default=1.0,
         ge=0,
         description="The strategy `factor` keeps the n most confident tokens of a block, n being the "
         "largest number with (n + 1)(1 - p) < `factor`, where p is the confidence of the n-th.",
     )
-    temperature: float = Field(
-        default=0.0, ge=0, description="Temperature of sampling; 0 takes the most likely token."
-    )
-    top_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Sample from the fewest most likely tokens whose probabilities add up to this (nucleus "
-        "sampling); 1 samples from all.",
-    )
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
     seed: int = Field(
         default=0,
         ge=-(1 << 63),
@@ -112,11 +99,7 @@ class AnswerOptions(Strict):
         default=8,
         description="Number of steps within a block after which the cache `approximate` is computed again.",
     )
-    compare: bool = Field(
-        default=False,
-        description="With the cache `approximate`, also decode without a cache, and report the share of "
-        "tokens that are equal.",
-    )
+    compare: Compare = False
     suppress_special: bool | None = Field(
         default=None,
         description="Never predict tokens that no answer has: the mask, the starts of text and header, "

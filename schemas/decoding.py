@@ -7,7 +7,7 @@ checked before a model is loaded.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -19,6 +19,34 @@ Cache = Literal["auto", "none", "exact", "approximate"]
 
 MAX_TOKENS = 4_096
 """Most tokens of a caption, and most steps: what LLaDA's positions were trained for."""
+
+Threshold = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="The strategy `threshold` keeps tokens with at least this confidence, 0 to 1.",
+    ),
+]
+Temperature = Annotated[
+    float, Field(ge=0, description="Temperature of sampling; 0 takes the most likely token.")
+]
+TopP = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="Sample from the fewest most likely tokens whose probabilities add up to this (nucleus "
+        "sampling); 1 samples from all.",
+    ),
+]
+Compare = Annotated[
+    bool,
+    Field(
+        description="With the cache `approximate`, also decode without a cache, and report the share of "
+        "tokens that are equal.",
+    ),
+]
 
 _NUMBERS = ("max_new_tokens", "steps", "threshold", "factor", "temperature", "top_p", "seed", "refresh_every")
 
@@ -69,12 +97,7 @@ class DecodeOptions(Strict):
         description="Decoding steps; fewer are faster and give worse captions. The strategies `threshold` "
         "and `factor` may end earlier.",
     )
-    threshold: float = Field(
-        default=0.9,
-        ge=0,
-        le=1,
-        description="The strategy `threshold` keeps tokens with at least this confidence, 0 to 1.",
-    )
+    threshold: Threshold = 0.9
     position_thresholds: list[float] | None = Field(
         default=None,
         description="For the strategy `threshold`: a confidence for each position of a caption, "
@@ -87,18 +110,8 @@ class DecodeOptions(Strict):
         "largest number with (n + 1)(1 - p) < `factor`, where p is the confidence of the n-th. A larger "
         "factor is faster and gives worse captions.",
     )
-    temperature: float = Field(
-        default=0.0,
-        ge=0,
-        description="Temperature of sampling; 0 takes the most likely token.",
-    )
-    top_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Sample from the fewest most likely tokens whose probabilities add up to this (nucleus "
-        "sampling); 1 samples from all.",
-    )
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
     seed: int = Field(
         default=0,
         ge=-(1 << 63),
@@ -115,11 +128,7 @@ class DecodeOptions(Strict):
     refresh_every: PositiveInt = Field(
         default=4, description="Number of steps after which the cache `approximate` is computed again."
     )
-    compare: bool = Field(
-        default=False,
-        description="With the cache `approximate`, also decode without a cache, and report the share of "
-        "tokens that are equal.",
-    )
+    compare: Compare = False
     early_exit: bool = Field(
         default=True,
         description="Stop decoding a region when its caption has ended. This has no effect with the strategy "

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ...schemas.answering import AnswerOptions, AnswerStrategy
 from ...schemas.decoding import DecodeOptions, Strategy
-from ...schemas.errors import ConfigError, StageFailed
 from ..model.attention import AttentionMask
 from ..model.batch import Example, collate
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, fetched, upload
 from . import head
 from .placed_cache import PlacedCache
+from .sampler import broken_weights, resolve_cache
 from .selection import RowOptions, row_options, select
 
 _SELECTS_AS: dict[AnswerStrategy, Strategy] = {
@@ -86,17 +86,9 @@ def choose_cache(model: PerceptionDLM, options: AnswerOptions) -> str:
     """The cache that a model answers with: "none", "exact" or "approximate".
 
     Raises:
-        ConfigError: "exact" is asked for, and the prefix sees answers in this model's layout.
+        ConfigError: as `resolve_cache`.
     """
-    isolated = model.layout.isolate_prefix
-    if options.cache == "exact" and not isolated:
-        raise ConfigError(
-            "cache 'exact' needs a layout that isolates the prefix, and in this model answers change what "
-            "comes before them; choose 'approximate' or 'none'"
-        )
-    if options.cache == "auto":
-        return "exact" if isolated else "none"
-    return options.cache
+    return resolve_cache(model, options.cache, "answers")
 
 
 @torch.inference_mode()
@@ -323,7 +315,7 @@ class _Answering:
         parts = []
         for row, opens, slots in zip(self.live_R.tolist(), open_RQ, slot_RQ, strict=True):
             options = self.asked[row].options
-            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + int(self.forwards_B[row]))
+            generator = head.generator_of(options.seed, int(self.forwards_B[row]))
             uniform_S = torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64)
             uniform_k = uniform_S[torch.from_numpy(slots[opens])]
             parts.append(
@@ -409,11 +401,7 @@ class _Answering:
             and bool(torch.isclose(doubt_K, doubt_K.new_tensor(others), rtol=1e-7).all())
         )
         if alike or bool(doubt_K.isnan().any()):
-            name, dtype = self.model.name_or_path or "the model", self.model.dtype
-            raise StageFailed(
-                f"{name}: the probabilities in {dtype} are NaN, or equal for all tokens: the weights are "
-                "damaged, or this type overflows; download the weights again, or load the model in float32"
-            )
+            raise broken_weights(self.model)
 
 
 def _rows(options: Sequence[AnswerOptions], dtype: torch.dtype) -> RowOptions:

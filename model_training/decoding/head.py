@@ -23,6 +23,15 @@ _GRID = 2.0**52
 """Steps between 1 and 2 in float64."""
 
 
+def generator_of(seed: int, step: int) -> torch.Generator:
+    """The random numbers of a decoding step, for any seed of 64 bits.
+
+    PyTorch's generator on the CPU takes the low 32 bits: seeds that differ in others alone draw the same.
+    """
+    number = seed * 1_000_003 + step
+    return torch.Generator().manual_seed(number if -(1 << 63) <= number < 1 << 64 else number % (1 << 64))
+
+
 def likeliest(hidden_KD: Tensor, weight_VD: Tensor, never_X: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The likeliest tokens and their doubts: maximum and sum in one pass over parts of the vocabulary.
 

@@ -26,7 +26,7 @@ from ..model.batch import Batch, Tokens
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, upload
-from .head import confidence_of
+from .head import confidence_of, generator_of
 from .readback import Readback
 from .rows import Bucket, LaidOut, Rows, lay_out
 from .skipping import Skipping
@@ -311,7 +311,7 @@ class _Loop:
             status_RN = status_BM[: len(self.numbers), : self.regions].astype(np.int64)
             active_R = self.open_RN.any(1)
             if (active_R & self._broken(*status_BM[: len(self.numbers), -2:].T)).any():
-                self._fail()
+                raise broken_weights(self.rows.model)
             if self.skipping is None:
                 self.forwards_R += active_R
             self.open_RN = status_RN >= 2
@@ -352,37 +352,52 @@ class _Loop:
             return None
         uniform_RNS = torch.zeros(bucket.num_rows, bucket.regions, bucket.slots, dtype=torch.float64)
         for row, each in enumerate(self.options):
-            seed = each.seed * 1_000_003 + self.num_steps
             shape = (self.rows.model.config.num_prompts, each.max_new_tokens)
-            generator = torch.Generator().manual_seed(seed)
+            generator = generator_of(each.seed, self.num_steps)
             drawn_NS = torch.rand(shape, generator=generator, dtype=torch.float64)[: self.regions]
             uniform_RNS[row, : len(drawn_NS), : each.max_new_tokens] = drawn_NS
         return uniform_RNS
 
-    def _fail(self) -> None:
-        model = self.rows.model
-        name, dtype = model.name_or_path or "the model", model.dtype
-        raise StageFailed(
-            f"{name}: the probabilities in {dtype} are NaN, or equal for all tokens: the weights are "
-            "damaged, or this type overflows; download the weights again, or load the model in float32"
-        )
+
+def broken_weights(model: PerceptionDLM) -> StageFailed:
+    """The error for a model that predicts nothing."""
+    name, dtype = model.name_or_path or "the model", model.dtype
+    return StageFailed(
+        f"{name}: the probabilities in {dtype} are NaN, or equal for all tokens: the weights are "
+        "damaged, or this type overflows; download the weights again, or load the model in float32"
+    )
 
 
 def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
     """The cache that a model decodes with: "none", "exact" or "approximate".
 
     Raises:
-        ConfigError: "exact" is asked for, and the prefix sees captions in this model's layout.
+        ConfigError: as `resolve_cache`.
+    """
+    cache = resolve_cache(model, options.cache, "captions")
+    return "exact" if cache == "approximate" and model.layout.isolate_prefix else cache
+
+
+def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:
+    """A cache that a model can decode with: "auto" is "exact" where the layout allows it, else "none".
+
+    Args:
+        model: the network.
+        cache: as the options have it.
+        decoded: what is decoded, for the message.
+
+    Raises:
+        ConfigError: "exact" is asked for, and in this model's layout the prefix sees what is decoded.
     """
     isolated = model.layout.isolate_prefix
-    if options.cache == "exact" and not isolated:
+    if cache == "exact" and not isolated:
         raise ConfigError(
-            "cache 'exact' needs a layout that isolates the prefix, and in this model captions change what "
+            f"cache 'exact' needs a layout that isolates the prefix, and in this model {decoded} change what "
             "comes before them; choose 'approximate' or 'none'"
         )
-    if options.cache == "auto":
+    if cache == "auto":
         return "exact" if isolated else "none"
-    return "exact" if options.cache == "approximate" and isolated else options.cache
+    return cache
 
 
 def _for_rows(options: Options, num_rows: int) -> list[DecodeOptions]:

@@ -69,8 +69,8 @@ _Key = tuple[str, str, tuple[str | None, ...]]
 _lock = threading.Lock()
 _clients: dict[_Key, ObjectStore] = {}
 _corpora: set[tuple[str, str]] = set()
-_answered: set[_Key] = set()
-"""The clients that have had an answer, so that their credentials are right."""
+_answered: set[int] = set()
+"""The clients, which stay for ever, that have had an answer, so that their credentials are right; by `id`."""
 
 _first_used_in: int | None = None
 
@@ -248,7 +248,7 @@ def ask(question: Callable[[Any, ObjectStore], Result], url: str) -> Result:
         if not _is_of_obstore(error):
             raise
         raise _translated(error, url) from None
-    _answered.add(_key_of(place_of(url)))
+    _answered.add(id(client))
     return answer
 
 
@@ -304,7 +304,7 @@ def _translated(error: Exception, url: str) -> Exception:
     if "Received redirect without LOCATION" in text:
         number = 301
     is_of_metadata = any(address in text for address in _METADATA)
-    if is_of_metadata and _key_of(place_of(url)) in _answered:  # they are to be renewed
+    if is_of_metadata and id(_clients.get(_key_of(place_of(url)))) in _answered:  # they are to be renewed
         return BucketError(_why(text, status, code))
     if is_of_metadata and number not in (429, 500, 502, 503, 504):
         return ConfigError(f"{url}: no credentials; set {CREDENTIALS.get(scheme)} on every node")

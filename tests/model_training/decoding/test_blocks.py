@@ -217,7 +217,8 @@ def test_with_an_approximate_cache_an_answer_does_not_depend_on_its_batch(chat):
 
 def test_drawn_answers_depend_on_the_seed_and_not_on_the_batch(chat):
     fields = {"max_new_tokens": 6, "block_length": 3, "temperature": 1.5, "early_exit": False}
-    asked = [laid_out(chat, KINDS["text"], seed=seed, **fields) for seed in (1, 2, 1)]
+    seeds = (1, 2, 1, -(1 << 63), (1 << 63) - 1)
+    asked = [laid_out(chat, KINDS["text"], seed=seed, **fields) for seed in seeds]
     together = answer_batch(chat.model, asked).tokens_BS
     assert (together[0] == together[2]).all() and (together[0] != together[1]).any()
     alone = answer_batch(chat.model, [asked[1]]).tokens_BS

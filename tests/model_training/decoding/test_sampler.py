@@ -339,6 +339,11 @@ def drawn(layout="corrected", regions=(3, 1), **changes):
     return decode_batch(model, batch, options_of("per-region", **changes)).tokens_BNS
 
 
+@pytest.mark.parametrize("seed", [-(1 << 63), 1 - (1 << 63), (1 << 63) - 1])
+def test_the_largest_seeds_that_are_allowed_draw_too(seed):
+    assert torch.equal(drawn(seed=seed), drawn(seed=0)) == (seed % (1 << 32) == 0)  # what PyTorch takes of it
+
+
 def test_draws_depend_on_the_seed_and_on_nothing_else():
     assert torch.equal(drawn(), drawn())
     assert not torch.equal(drawn(seed=0), drawn(seed=1))

@@ -8,12 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import msgspec
 import pytest
 
-from paracaption.pipeline.corpus import adopt, log, moves, owner, processes, reader
+from paracaption.pipeline.corpus import adopt, log, owner, processes, reader
 from paracaption.pipeline.corpus.owner import Fenced, Owner, own
 from paracaption.pipeline.corpus.records import (
     Adopt,
@@ -29,46 +28,7 @@ from paracaption.pipeline.corpus.verify import verify
 from paracaption.pipeline.io.store import FolderStore
 from paracaption.schemas.errors import ConfigError, IntegrityError
 from tests import committed
-
-LEASE_S = 0.3
-NAME = "coconut/coconut-000000"
-
-
-def claim_of(**changes) -> Claim:
-    return msgspec.structs.replace(processes.claim_of_this_process("build"), **changes)
-
-
-def begin(out: Path, claim: Claim) -> Owner:
-    """An owner that neither beats nor releases the corpus."""
-    begun = Owner(str(out), log.read_state(str(out)))
-    begun.append(claim)
-    begun.beat()
-    return begun
-
-
-def draft(begun: Owner, content: bytes, shard: bool = True) -> LogUnit:
-    """Write the files of a unit under temporary names."""
-    return LogUnit(
-        plan="p",
-        recipe="r",
-        regions=1,
-        kept=int(shard),
-        manifest=begun.write(f"coconut/manifests/{NAME[8:]}.json", content),
-        ledger=begun.write(f"coconut/ledger/{NAME[8:]}.parquet", content),
-        shard=begun.write(f"coconut/shards/{NAME[8:]}.tar", content) if shard else None,
-    )
-
-
-def places(unit: LogUnit) -> list[str]:
-    return [file.path for file in unit.files()]
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """The files of a corpus but for its log, by path."""
-    found = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    skipped = (f"{log.LOG}/", f"{log.BEAT}/", adopt.MARKER)
-    return {name: path.read_bytes() for name, path in found.items() if not name.startswith(skipped)}
-
+from tests.pipeline.corpus.owners import LEASE_S, NAME, begin, claim_of, contents, draft, places
 
 # Taking over.
 
@@ -381,106 +341,6 @@ def test_a_challenger_does_not_claim_after_a_record_of_the_owner_that_it_has_not
     with pytest.raises(Fenced):
         late.append(claim_of(host="elsewhere"))
     begun.check()
-
-
-# Moves.
-
-
-class _Stopped(BaseException):
-    pass
-
-
-def replace(begun: Owner, shard: bool = True) -> tuple[LogUnit, Commit]:
-    """A committed unit, and the record that is to replace it."""
-    begun.append(Commit(units={NAME: draft(begun, b"old")}))
-    old, new = begun.state.units[NAME].unit, draft(begun, b"new", shard)
-    return old, Commit(units={NAME: new}, replaced=sorted(places(old)))
-
-
-@pytest.mark.parametrize("shard", [True, False])
-@pytest.mark.parametrize("stop", range(7))
-def test_moves_half_done_are_finished_by_the_next_owner(tmp_path, monkeypatch, stop, shard):
-    """Stopped before the nth move or keep; at every moment each place has the old file or the new one."""
-    begun = begin(tmp_path, claim_of())
-    old, record = replace(begun, shard)
-    calls = [0]
-
-    def stopping(name: str):
-        real = getattr(FolderStore, name)
-
-        def call(self, *args):
-            if calls[0] == stop:
-                raise _Stopped
-            calls[0] += 1
-            return real(self, *args)
-
-        return call
-
-    with monkeypatch.context() as patched:
-        for name in ("move", "keep"):
-            patched.setattr(FolderStore, name, stopping(name))
-        try:
-            begun.append(record)
-        except _Stopped:
-            assert not moves.is_moved(str(tmp_path), log.read_state(str(tmp_path)))
-    for path in places(record.units[NAME]):
-        assert (tmp_path / path).read_bytes() in (b"old", b"new")
-    assert log.is_whole(str(tmp_path), log.read_state(str(tmp_path)).units[NAME].unit)
-    begin(tmp_path, claim_of(host="elsewhere"))  # one more, which dies before it moves anything
-    with own(str(tmp_path), "merge", LEASE_S / 3) as owned:
-        assert moves.is_moved(str(tmp_path), owned.state)
-    number = next(each.number for each in log.read_records(str(tmp_path)) if getattr(each, "replaced", None))
-    kept = {f"{log.REPLACED}/{number}/{path}": b"old" for path in places(old)}
-    assert contents(tmp_path) == kept | {path: b"new" for path in places(record.units[NAME])}
-
-
-def test_a_late_move_of_a_paused_owner_does_no_harm(tmp_path):
-    paused = begin(tmp_path, claim_of(host="elsewhere"))
-    _, record = replace(paused)
-    paused._append(record)  # paused between its record and its moves
-    with own(str(tmp_path), "build", LEASE_S) as owned:
-        newer = draft(owned, b"newer")
-        owned.append(Commit(units={NAME: newer}, replaced=sorted(places(newer))))
-    before = contents(tmp_path)
-    paused.move()
-    assert contents(tmp_path) == before
-
-
-def test_a_late_removal_of_a_paused_owner_is_refused(tmp_path):
-    """It would take the file of the owner after it: the name of a shard that is removed is used again."""
-    paused = begin(tmp_path, claim_of(host="elsewhere"))
-    _, record = replace(paused, shard=False)
-    paused._append(record)
-    with own(str(tmp_path), "build", LEASE_S) as owned:
-        newer = draft(owned, b"newer")
-        owned.append(Commit(units={NAME: newer}, replaced=places(record.units[NAME])))
-    before = contents(tmp_path)
-    with pytest.raises(Fenced):
-        paused.move()
-    assert contents(tmp_path) == before
-
-
-def test_a_checkpoint_keeps_what_is_left_to_move(tmp_path, monkeypatch):
-    begun = begin(tmp_path, claim_of())
-    while begun.state.number < 98:
-        begun.append(Done())
-    unit = draft(begun, b"new")
-
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FolderStore, "move", fail)
-        with pytest.raises(OSError, match="Input/output"):
-            begun.append(Commit(units={NAME: unit}))
-    assert begun.state.number == 99
-    begun = Owner(str(tmp_path), log.read_state(str(tmp_path)))
-    begun._append(begun.state.checkpoint())
-    for _ in range(20):
-        begun._append(Done())
-    assert isinstance(log.read_record(str(tmp_path), 100), Checkpoint)
-    with own(str(tmp_path), "merge", LEASE_S):
-        assert (tmp_path / places(unit)[0]).read_bytes() == b"new"
 
 
 # Files of an owner.
