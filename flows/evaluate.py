@@ -37,7 +37,7 @@ def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"benchmarks": []}
     for bench in config.benchmarks:
         write_captions(config, bench)
-        if config.judge:
+        if config.judge_of(bench):
             ask_judge(config, bench)
         found["benchmarks"].append(score(config, bench))
     if config.toy:
@@ -55,7 +55,7 @@ def write_captions(config: EvaluateConfig, bench: Bench) -> None:
     from ..model_training.evaluation import run_benchmark
 
     run_benchmark.caption_images(
-        bench, config.backend(), _folder(config, bench), callbacks.on_evaluation_progress.get()
+        bench, config.backend(bench), _folder(config, bench), callbacks.on_evaluation_progress.get()
     )
 
 
@@ -64,10 +64,9 @@ def ask_judge(config: EvaluateConfig, bench: Bench) -> None:
     """Ask the judge the questions that have no answer yet."""
     from ..model_training.evaluation import run_benchmark
 
-    assert config.judge
-    run_benchmark.judge_captions(
-        bench, config.judge, _folder(config, bench), callbacks.on_evaluation_progress.get()
-    )
+    judge = config.judge_of(bench)
+    assert judge
+    run_benchmark.judge_captions(bench, judge, _folder(config, bench), callbacks.on_evaluation_progress.get())
 
 
 @step
@@ -76,7 +75,7 @@ def score(config: EvaluateConfig, bench: Bench) -> dict[str, Any]:
     from ..model_training.evaluation import results_page, run_benchmark
 
     folder = _folder(config, bench)
-    result = run_benchmark.score_answers(bench, config.judge, folder).to_json()
+    result = run_benchmark.score_answers(bench, config.judge_of(bench), folder).to_json()
     results_page.write_page(bench, config.label, folder)
     rows = [{"number": name, "value": value} for name, value in _flat(result).items()]
     artifacts.publish_table(artifacts.artifact_key("scores", config.label, bench.name), rows)
@@ -121,7 +120,7 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
 @step
 def append_history(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, Any]:
     """Append the scores to the history, with the model, the judge and the release that made them."""
-    from ..model_training.evaluation import captioners, judges
+    from ..model_training.evaluation import judges
     from ..pipeline.io.json_lines import LineWriter
 
     judge = config.judge and judges.identity(config.judge)
@@ -129,13 +128,25 @@ def append_history(config: EvaluateConfig, found: dict[str, Any]) -> dict[str, A
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "label": config.label,
         "release": importlib.metadata.version("paracaption"),
-        "captioner": captioners.identity(config.backend()),
+        "captioner": _captioner_identity(config),
         "judge": judge,
+        "judges": {each.name: judges.identity(each.judge) for each in config.benchmarks if each.judge},
         **found,
     }
     with LineWriter(Path(config.out) / HISTORY) as lines:
         lines.append(record)
     return record
+
+
+def _captioner_identity(config: EvaluateConfig) -> dict[str, Any]:
+    """What the captions depend on; by benchmark if each has a file of its own."""
+    from ..model_training.evaluation import captioners
+
+    found = {bench.name: captioners.identity(config.backend(bench)) for bench in config.benchmarks}
+    if not found:
+        return captioners.identity(config.backend())
+    first, *others = found.values()
+    return found if any(each != first for each in others) else first
 
 
 def _folder(config: EvaluateConfig, bench: Bench) -> Path:

@@ -52,12 +52,12 @@ def check_training(config: TrainConfig, wait: bool = False, on_cluster: bool = F
 
 def check_evaluation(config: EvaluateConfig) -> Iterator[Finding]:
     """Check what an evaluation needs. Never raises for what it checks."""
-    yield from _check_captioner(config.backend())
+    yield from _check_captioner(config)
     if config.judge:
-        backend = Backend(name=config.judge.name, options=config.judge.options)
-        yield from check_backend_packages("judge", backend)
-        yield _check("judge.options", _find_judge, config.judge, backend)
+        yield from _check_judge("judge", config.judge)
     for bench in config.benchmarks:
+        if bench.judge:
+            yield from _check_judge(f"benchmark {bench.name}: judge", bench.judge)
         begun = (Path(config.out) / config.label / bench.name).exists()
         needs_photos = config.captioner.name != "predictions" and not begun
         yield _check(f"benchmark {bench.name}", _find_benchmark, bench, needs_photos)
@@ -72,12 +72,20 @@ def _check(subject: str, find: Callable[..., str], *args: Any) -> Finding:
     return try_check(subject, "correct it in the configuration", find, *args)
 
 
-def _check_captioner(backend: Backend) -> Iterator[Finding]:
+def _check_judge(subject: str, judge: Judge) -> Iterator[Finding]:
+    backend = Backend(name=judge.name, options=judge.options)
+    yield from check_backend_packages("judge", backend)
+    yield _check(f"{subject}.options", _find_judge, judge, backend)
+
+
+def _check_captioner(config: EvaluateConfig) -> Iterator[Finding]:
+    backend = config.backend()
     if backend.name == "perceptiondlm":
         yield from check_modules(NETWORK_MODULES)
         yield _check("captioner.options.model", _find_saved_model, backend.options.get("model"))
     elif backend.name == "predictions":
-        yield _check("captioner.options.path", _find_file, str(backend.options.get("path")))
+        for bench in config.benchmarks:
+            yield _check(f"captioner for {bench.name}", _find_predictions, config.backend(bench))
     else:
         yield from check_backend_packages("captioner", backend)
         yield check_backend("captioner", backend)
@@ -118,10 +126,11 @@ def _find_corpus(out: str, subsets: tuple[str, ...] | None, wait: bool | None) -
     raise ConfigError(f"{problem}; build it first{others} the `out` of a build")
 
 
-def _find_file(path: str) -> str:
-    if not files.is_url(path) and not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file; give a JSON file of captions by key")
-    return f"{path} exists"
+def _find_predictions(backend: Backend) -> str:
+    from ..model_training.evaluation import captioners
+
+    found = captioners.read_predictions(captioners.prediction_options(backend))
+    return f"{len(found):,} captions"
 
 
 def _find_conversations(path: str) -> str:

@@ -64,10 +64,16 @@ def load_training(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
 
 def load_evaluation(path: str | Path, changes: Sequence[str] = ()) -> EvaluateConfig:
     """Read the configuration of an evaluation; see `load_config`. Options `model` and `path` are paths."""
-    config = _read_file(path, EvaluateConfig, changes)
-    judge = config.judge and _with_absolute_options(config.judge, Path(path), "judge.")
-    captioner = _with_absolute_options(config.captioner, Path(path), "captioner.")
-    return config.model_copy(update={"captioner": captioner, "judge": judge})
+    config, file = _read_file(path, EvaluateConfig, changes), Path(path)
+    judge = config.judge and _with_absolute_options(config.judge, file, "judge.")
+    captioner = _with_absolute_options(config.captioner, file, "captioner.")
+    benchmarks = [
+        bench.model_copy(update={"judge": _with_absolute_options(bench.judge, file, f"{bench.name}.judge.")})
+        if bench.judge
+        else bench
+        for bench in config.benchmarks
+    ]
+    return config.model_copy(update={"captioner": captioner, "judge": judge, "benchmarks": benchmarks})
 
 
 def load_judge(path: str | Path) -> Judge:
@@ -77,15 +83,17 @@ def load_judge(path: str | Path) -> Judge:
 
 def _with_absolute_options(backend: _Backend, file: Path, where: str = "") -> _Backend:
     """A backend whose options have their paths seen from its file. A server's model is a name and no path."""
-    paths = () if backend.name == "openai" else ("model", "path")
-    given = backend.options
-    changed = {}
+    paths = () if backend.name == "openai" else ("model", "path", "keys")
+    given, home = backend.options, file.parent.resolve()
+    changed: dict[str, Any] = {}
     for name in paths:
-        if isinstance(given.get(name), str):  # what is no text is refused with the other options
-            try:
-                changed[name] = _absolute(file.parent.resolve(), given[name])
-            except ValueError as error:
-                raise ConfigError(f"{file}: {where}options.{name}: {error}") from error
+        try:  # what is neither a text nor a list of texts is refused with the other options
+            if isinstance(given.get(name), str):
+                changed[name] = _absolute(home, given[name])
+            elif isinstance(given.get(name), list):
+                changed[name] = [_absolute(home, x) if isinstance(x, str) else x for x in given[name]]
+        except ValueError as error:
+            raise ConfigError(f"{file}: {where}options.{name}: {error}") from error
     return backend.model_copy(update={"options": given | changed})
 
 

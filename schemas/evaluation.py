@@ -24,8 +24,9 @@ class Captioner(Strict):
         description="Options of the captioner. `perceptiondlm` takes model, device, dtype, regions_per_call "
         "and decode. `decode` is a section with the decoding keys, from `strategy` to "
         "`suppress_special`, that `paracaption config --training` prints under `evaluation`. "
-        "`predictions` takes path, the JSON file. A captioner of `build` has the same options as "
-        "there.",
+        "`predictions` takes path, a file with captions or a list of files, and keys "
+        "(docs/evaluation.md); {benchmark} in them stands for the name of the benchmark. A captioner of "
+        "`build` has the same options as there.",
     )
 
 
@@ -49,6 +50,18 @@ PUBLISHED_PROMPT = "Describe the masked region in detail."
 """The prompt in the published commands of ParaDLC-Bench and of DLC-Bench."""
 
 Grouping = Literal["published", "even"]
+
+
+class Paper(Strict):
+    """What a paper reports of the captioner on a benchmark, to be shown beside what is measured."""
+
+    average: float | None = Field(default=None, ge=0, le=100, description="Average score in percent.")
+    positive: float | None = Field(default=None, ge=0, le=100, description="Positive score in percent.")
+    negative: float | None = Field(default=None, ge=0, le=100, description="Negative score in percent.")
+    tokens_per_forward: float | None = Field(
+        default=None, gt=0, description="Tokens decoded by a forward pass of the language model."
+    )
+    seconds: float | None = Field(default=None, gt=0, description="Seconds for all captions.")
 
 
 class Bench(Strict):
@@ -87,6 +100,12 @@ class Bench(Strict):
         "can caption 6 splits 7 regions into 6 and 1); with DLC-Bench, one region at a time. "
         "`even` makes groups of about equal size. In both cases, no group has more regions than "
         "`regions_per_call` of the captioner.",
+    )
+    judge: Judge | None = Field(
+        default=None, description="Another judge for this benchmark; null takes that of the evaluation."
+    )
+    paper: Paper | None = Field(
+        default=None, description="Published numbers of the captioner, which results are compared with."
     )
 
 
@@ -159,6 +178,22 @@ class EvaluateConfig(Published):
             raise ValueError("toy and profile measure a perceptiondlm; name one, or leave them out")
         return self
 
-    def backend(self) -> Backend:
-        """The captioner as a backend of `build`."""
-        return Backend(name=self.captioner.name, options=self.captioner.options)
+    def judge_of(self, bench: Bench) -> Judge | None:
+        """The judge of a benchmark: its own, or that of all."""
+        return bench.judge or self.judge
+
+    def backend(self, bench: Bench | None = None) -> Backend:
+        """The captioner as a backend of `build`, for one benchmark or for all.
+
+        Of `predictions`, `{benchmark}` in `path` and `keys` stands for the benchmark's name.
+        """
+        options = self.captioner.options
+        if bench and self.captioner.name == "predictions":
+            options = {name: _named(value, bench.name) for name, value in options.items()}
+        return Backend(name=self.captioner.name, options=options)
+
+
+def _named(value: Any, benchmark: str) -> Any:
+    if isinstance(value, list):
+        return [_named(each, benchmark) for each in value]
+    return value.replace("{benchmark}", benchmark) if isinstance(value, str) else value

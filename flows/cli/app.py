@@ -16,7 +16,7 @@ from ...schemas import renames
 from ...schemas.errors import ParaCaptionError
 from ...schemas.secrets import shorten
 from .. import stopping
-from . import ask, build, check, copy, corpus, evaluate, init, model, versions
+from . import ask, benchmark, build, check, copy, corpus, evaluate, init, model, versions
 from .examples import example
 from .help import WIDE, Command, Group
 
@@ -90,7 +90,7 @@ for panel, commands in {
 app.command(cls=model.ManyMasks, rich_help_panel=MODEL, epilog=example("caption"))(model.caption)
 app.command(cls=model.ManyMasks, rich_help_panel=MODEL, epilog=example("ask"))(ask.ask)
 app.add_typer(model.models, name="models", rich_help_panel=MODEL)
-app.add_typer(evaluate.benchmarks, name="benchmark", rich_help_panel=MODEL)
+app.add_typer(benchmark.benchmarks, name="benchmark", rich_help_panel=MODEL)
 
 
 def main() -> None:

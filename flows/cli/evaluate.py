@@ -1,4 +1,4 @@
-"""The commands that measure a captioner: `evaluate`, `profile`, `benchmark make`, `benchmark photos`."""
+"""The commands that measure a captioner: `evaluate` and `profile`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ import typer
 
 from .. import stopping
 from .arguments import Device, Dtype, Json, changes_of, print_json, suggest
-from .examples import example
-from .help import Command, Group
 from .progress import counting_parts, show_row
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-benchmarks = typer.Typer(
-    cls=Group, help="Make benchmarks for region captions, and list their photos.", no_args_is_help=True
-)
 
 
 def evaluate(
@@ -114,82 +108,6 @@ def profile(
     print(measuring.markdown_table(rows), end="")
     for name in (measuring.TABLE, measuring.ROWS, measuring.PLOT):
         print(out / name)
-
-
-@benchmarks.command(cls=Command, epilog=example("benchmark make"))
-def make(
-    corpus: Annotated[
-        str, typer.Argument(help="The corpus: the `out` of its configuration.", show_default=False)
-    ],
-    to: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    judge: Annotated[
-        Path,
-        typer.Option(
-            help="YAML file with the `name` (vllm or openai) and the `options` of the model that drafts the "
-            "questions.",
-            show_default=False,
-        ),
-    ],
-    images: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Number of images, at most. Those whose regions are most easily confused are taken first.",
-        ),
-    ] = 100,
-) -> None:
-    """Make a benchmark from a corpus.
-
-    Picks images whose regions are easily confused, lets a model draft questions about them, and writes a page
-    on which people review the questions.
-    """
-    from ...model_training.evaluation import make_benchmark as making
-    from ...pipeline.config_file import load_judge
-
-    with counting_parts() as show:
-        made = making.make_benchmark(corpus, to, load_judge(judge), images, show)
-    print(
-        f"{made.questions:,} questions about {made.regions:,} regions of {made.images:,} images, unverified"
-    )
-    if made.without:
-        print(f"{made.without:,} regions have no question: run the command again, or choose another model")
-    print(to / making.REVIEW)
-
-
-@benchmarks.command(cls=Command, epilog=example("benchmark photos"))
-def photos(
-    folders: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TITLE=FOLDER",
-            help="Title of a benchmark, and the folder of its annotations.json. More of them may follow.",
-            show_default=False,
-        ),
-    ],
-    to: Annotated[
-        Path,
-        typer.Option(help="JSON file to write.", show_default=False),
-    ],
-) -> None:
-    """Write a list of the photos of benchmarks, by name and size.
-
-    This command is for developers of ParaCaption. `build` and `train` leave out the photos of ParaDLC-Bench
-    and DLC-Bench by a list that is part of the package. This command writes a file in the form of that list.
-    No command reads the file.
-    """
-    from ...model_training.evaluation.list_photos import list_photos
-    from ...pipeline.io import files
-    from ...schemas.errors import ConfigError
-
-    named = [each.partition("=") for each in folders]
-    if wrong := [title for title, equals, folder in named if not (title and equals and folder)]:
-        raise ConfigError(
-            f"benchmark photos: {wrong[0]}: give TITLE=FOLDER, as in ParaDLC-Bench=data/paradlc"
-        )
-    found = list_photos({title: Path(folder) for title, _, folder in named})
-    with files.write_atomic(to) as file:
-        file.write(found)
-    print(to)
 
 
 def notes(result: dict[str, Any]) -> Iterator[str]:

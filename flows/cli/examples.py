@@ -32,6 +32,9 @@ EXAMPLES = {
     "models publish": "paracaption models publish out/run --to out/repository --license apache-2.0",
     "models paths": "paracaption models paths regions-distilled.yaml --part 1/8",
     "benchmark make": "paracaption benchmark make out/demo --to out/bench --judge judge.yaml",
+    "benchmark coco": "paracaption benchmark coco configs/evaluate/regions/dam.yaml --to out/coco",
+    "benchmark requests": "paracaption benchmark requests configs/evaluate/regions/vlm.yaml --to out/vlm",
+    "benchmark table": "paracaption benchmark table runs/regions",
     "benchmark photos": "paracaption benchmark photos DLC-Bench=data/dlc --to photos.json",
 }
 """By the name of the command. A command without an example fails a test."""

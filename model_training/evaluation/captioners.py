@@ -9,19 +9,18 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
-
 from ...pipeline.io import photos, weights
 from ...pipeline.models import answers, registry
-from ...pipeline.models.options import BackendOptions, read_options
+from ...pipeline.models.options import read_options
 from ...schemas.config import Backend, Limits
-from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.errors import BadRecord
 from ...schemas.evaluation import Bench
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
 from ..decoding.corpus_captioner import ModelOptions
 from ..decoding.region_captioner import check_saved_model
-from .annotations import BenchImage
+from .annotations import BenchImage, read_benchmark
+from .predictions import PredictionOptions, check_keys, read_predictions
 
 PERCEPTIONDLM, PREDICTIONS = "perceptiondlm", "predictions"
 
@@ -65,16 +64,6 @@ class BenchCaptioner(Protocol):
         ...
 
 
-class PredictionOptions(BackendOptions, frozen=True):
-    """The options of `predictions`.
-
-    Attributes:
-        path: JSON file {key: caption}, as the benchmarks' published scripts write it.
-    """
-
-    path: str
-
-
 def identity(backend: Backend) -> dict[str, str]:
     """Everything that a captioner's captions depend on. The captioner is not loaded.
 
@@ -91,10 +80,7 @@ def identity(backend: Backend) -> dict[str, str]:
         together = {"regions_per_call": str(given.regions_per_call)}
         return {"name": backend.name, "weights": weights.identity(given.model), **together, **shown}
     if backend.name == PREDICTIONS:
-        path = Path(_read_options(PredictionOptions, backend).path)
-        if not path.is_file():
-            raise ConfigError(f"captioner.options.path: {path}: no such file; name a JSON of captions by key")
-        return {"name": backend.name, "predictions": weights.identity(path)}
+        return {"name": backend.name, **prediction_options(backend).identity()}
     kind = registry.find_backend("captioner", backend)
     if hasattr(kind, "identity"):
         return {"name": backend.name, **kind.identity(**backend.options)}
@@ -108,6 +94,15 @@ def model_options(backend: Backend) -> ModelOptions:
         ConfigError: an option is unknown or wrong.
     """
     return _read_options(ModelOptions, backend)
+
+
+def prediction_options(backend: Backend) -> PredictionOptions:
+    """Check the options of `predictions`.
+
+    Raises:
+        ConfigError: an option is unknown or wrong.
+    """
+    return _read_options(PredictionOptions, backend)
 
 
 def how_asked(backend: Backend, bench: Bench) -> dict[str, str]:
@@ -127,7 +122,7 @@ def load_captioner(backend: Backend, bench: Bench) -> BenchCaptioner:
     if backend.name == PERCEPTIONDLM:
         return _PerceptionDLM(model_options(backend), bench)
     if backend.name == PREDICTIONS:
-        return _Predictions(_read_options(PredictionOptions, backend))
+        return _Predictions(prediction_options(backend), bench)
     return _BuildCaptioner(registry.load_backend("captioner", backend))
 
 
@@ -161,15 +156,7 @@ class _BuildCaptioner:
         self.captioner = captioner
 
     def caption(self, image: BenchImage) -> Captions:
-        blob = Blob(image.photo)
-        image.pixels()  # a missing photo or one of another size is an error before the model is asked
-        header = photos.probe(blob, Limits().max_pixels)
-        regions = [
-            Region(number, region.mask.rle, region.mask.bbox, region.mask.area)
-            for number, region in enumerate(image.regions)
-        ]
-        height, width = image.size
-        record = ImageRecord("image", "benchmark", blob, width, height, header.format, image.name, regions)
+        record = image_record(image)
         start = time.perf_counter()
         try:
             given = self.captioner.caption([record])
@@ -183,6 +170,23 @@ class _BuildCaptioner:
             seconds,
             problems=problems,
         )
+
+
+def image_record(image: BenchImage) -> ImageRecord:
+    """A benchmark's image as the captioners of `build` get images. Its regions have no class name.
+
+    Raises:
+        ConfigError: the photo is missing or does not have the annotation's size.
+    """
+    blob = Blob(image.photo)
+    image.pixels()  # a missing photo or one of another size is an error before the model is asked
+    header = photos.probe(blob, Limits().max_pixels)
+    regions = [
+        Region(number, region.mask.rle, region.mask.bbox, region.mask.area)
+        for number, region in enumerate(image.regions)
+    ]
+    height, width = image.size
+    return ImageRecord("image", "benchmark", blob, width, height, header.format, image.name, regions)
 
 
 def _clean(given: Any, count: int) -> list[str | BadRecord | None]:
@@ -202,13 +206,10 @@ def _clean(given: Any, count: int) -> list[str | BadRecord | None]:
 class _Predictions:
     needs_photos = False
 
-    def __init__(self, options: PredictionOptions):
-        self.path = Path(options.path)
-        try:
-            found = msgspec.json.decode(self.path.read_bytes(), type=dict[str, Any])
-        except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise ConfigError(f"{self.path}: not a JSON of captions by key ({error}); correct it") from error
-        self.captions = {key: text for key, text in found.items() if isinstance(text, str)}
+    def __init__(self, options: PredictionOptions, bench: Bench):
+        self.path, self.captions = options.path, read_predictions(options)
+        benchmark = read_benchmark(bench.folder, bench.kind, bench.photos)
+        check_keys(self.captions, [region.key for region in benchmark.regions()], options)
 
     def caption(self, image: BenchImage) -> Captions:
         texts = [self.captions.get(region.key) for region in image.regions]

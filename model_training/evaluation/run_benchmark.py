@@ -61,6 +61,7 @@ class Result(NamedTuple):
         forwards, tokens_per_forward: forward passes of the language model, and tokens decoded by one; 0 if
             the captioner does not count them.
         quality: measures that need no judge.
+        paper: what a paper reports, as in the configuration; None without.
         prompt, grouping: what a `perceptiondlm` was asked, and which regions it captioned together, as in
             the configuration; None for other captioners and for captions of early releases.
     """
@@ -81,6 +82,7 @@ class Result(NamedTuple):
     forwards: int
     tokens_per_forward: float
     quality: quality.Quality
+    paper: dict[str, float] | None = None
     prompt: str | None = None
     grouping: str | None = None
 
@@ -391,6 +393,7 @@ def score_answers(bench: Bench, config: Judge | None, folder: Path) -> Result:
         forwards=forwards,
         tokens_per_forward=tokens / max(1, forwards),
         quality=quality.measure_quality(list(_image_captions(benchmark, captions))),
+        paper=bench.paper and bench.paper.model_dump(exclude_none=True),
         **_how_asked(folder / CAPTIONS),
     )
     files.write_json(folder / DETAILS, {each.region.key: _detail(each) for each in scored})

@@ -168,6 +168,11 @@ class ChatClient:
         """
         return asyncio.run(self._run(asks, read))
 
+    def body(self, ask: Ask) -> dict[str, Any]:
+        """The body of a request as the server gets it."""
+        body = {"model": self.options.model, "temperature": self.options.temperature, **ask.body}
+        return {key: value for key, value in {**body, **self.options.extra_body}.items() if value is not None}
+
     def models(self, timeout_s: float = 10.0) -> list[str]:
         """Names of the server's models, by `GET /models`.
 
@@ -202,8 +207,7 @@ class ChatClient:
         return results
 
     async def _one(self, client: httpx.AsyncClient, ask: Ask, read: Any) -> Any:
-        body = {"model": self.options.model, "temperature": self.options.temperature, **ask.body}
-        body = {key: value for key, value in {**body, **self.options.extra_body}.items() if value is not None}
+        body = self.body(ask)
         num_invalid = 0
         for attempt in itertools.count():
             request_id = f"paracaption-{uuid.uuid4().hex[:16]}"

@@ -146,6 +146,17 @@ class OpenAICaptioner(_Served):
         indices = iter(range(len(found)))
         return [[found[next(indices)] for _ in image.live()] for image in images]
 
+    def requests(self, image: ImageRecord) -> Iterator[dict[str, Any]]:
+        """The bodies of the requests about an image's live regions, for a model that no server has.
+
+        Raises:
+            BadRecord: the photo cannot be read.
+        """
+        unread: dict[int, BadRecord] = {}
+        yield from (self.client.body(ask) for ask in self._asks([image], unread))
+        for bad in unread.values():
+            raise bad
+
     def _asks(self, images: list[ImageRecord], unread: dict[int, BadRecord]) -> Iterator[Ask]:
         """A request per region. A photo is decoded once, when its first region's turn comes."""
         prompt = prompts.load_prompt(CAPTION_PROMPT)

@@ -157,8 +157,9 @@ def test_a_result_says_with_which_prompt_and_grouping_it_was_made(
 
 
 def test_the_committed_configuration_asks_as_published():
-    (bench,) = load_evaluation(ROOT / "configs/evaluate/paradlc.yaml").benchmarks
-    assert (bench.prompt, bench.grouping) == ("Describe the masked region in detail.", "published")
+    for path in sorted((ROOT / "configs/evaluate/regions").glob("*.yaml")):
+        for bench in load_evaluation(path).benchmarks:
+            assert (bench.prompt, bench.grouping) == ("Describe the masked region in detail.", "published")
 
 
 def config_for(bench: Bench, model: Path) -> EvaluateConfig:
