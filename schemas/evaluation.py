@@ -53,7 +53,7 @@ Grouping = Literal["published", "even"]
 
 
 class Paper(Strict):
-    """What a paper reports of the captioner on a benchmark, to be shown beside what is measured."""
+    """What a paper reports of the captioner on a benchmark, to be shown next to what is measured."""
 
     average: float | None = Field(default=None, ge=0, le=100, description="Average score in percent.")
     positive: float | None = Field(default=None, ge=0, le=100, description="Positive score in percent.")

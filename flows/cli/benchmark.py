@@ -176,7 +176,7 @@ def table(
     ],
     json: Json = False,
 ) -> None:
-    """Compare all captioners of a folder of results, beside the numbers that papers report.
+    """Compare all captioners of a folder of results, next to the numbers that papers report.
 
     Numbers in brackets are the paper's.
     """

@@ -1,4 +1,4 @@
-"""The results of all captioners in a folder of evaluations, as one table beside the published numbers."""
+"""The results of all captioners in a folder of evaluations, as one table next to the published numbers."""
 
 from __future__ import annotations
 
