@@ -19,7 +19,7 @@ from tests.tiny.sam import write_sam, write_sam3, write_sam3_tracker
 
 GAR_BOXES = [(5, 5, 60, 60), (400, 200, 40, 20), (0, 0, 448, 224), (100, 90, 40, 40), (330, 20, 3, 3)]
 BOXES = np.array([[0, 0, 90, 60], [10, 12, 31, 40], [5, 5, 6, 6], [60.5, 3, 90, 59]], np.float32)
-PHRASES = ["cat", "a red car", "person", "tree", "cat"]
+PHRASES = ["cat", "a red car", "person", "cat"]
 GRID = {"points_per_side": 3, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
 PHOTO = np.ascontiguousarray(scene(0, 4, (60, 90))[0])
 
@@ -73,45 +73,66 @@ def test_a_batch_of_gars_encoder_waits_at_its_end_alone(tmp_path):
 # Segmenters.
 
 
-def segmenters(backend, checkpoint, device, **options):
-    return backend(model=str(checkpoint), device=device, dtype="float32", **options)
-
-
 def segmented(segmenter):
-    phrases = PHRASES[: len(BOXES)]
-    return segmenter.segment(PHOTO, phrases, BOXES)
+    return segmenter.segment(PHOTO, PHRASES, BOXES)
 
 
-def waits_of(backend, checkpoint, **options):
-    """Counts of one photo on the device; its answers are those of the CPU."""
-    expected = segmented(segmenters(backend, checkpoint, "cpu", **options))
-    assert sum(map(len, expected)) > len(BOXES) / 2
+def waits_of(backend, checkpoint, answer, **options):
+    """What one photo makes a device wait; the answers on it are those of the CPU."""
+    given = {"model": str(checkpoint), "dtype": "float32", **options}
+    expected = answer(backend(**given, device="cpu"))
+    assert expected
     with pretend() as device:
-        segmenter = segmenters(backend, checkpoint, device.name, **options)
-        segmented(segmenter)
+        model = backend(**given, device=device.name)
+        answer(model)  # texts are encoded once
         with device.counting() as counts:
-            found = segmented(segmenter)
-    assert [[each.rle for each in thing] for thing in found] == [
-        [each.rle for each in thing] for thing in expected
-    ]
+            found = answer(model)
+    assert rles_of(found) == rles_of(expected)
     return counts
 
 
-@pytest.mark.parametrize("multimask", [False, True])
-def test_sam_waits_for_scores_and_for_runs(tmp_path, monkeypatch, multimask):
+def rles_of(found):
+    return [rles_of(each) if isinstance(each, list) else each.rle for each in found]
+
+
+def of_library(counts, kind):
+    """Events within a library that a backend calls: its own lines copy nothing and read nothing."""
+    return sum("/pipeline/models/sam" in event.line for event in counts.of(kind))
+
+
+def test_sam_waits_for_scores_and_for_runs(tmp_path, monkeypatch):
     checkpoint = write_sam(tmp_path)
     for boxes_at_once in (len(BOXES), 2):
-        counts = waits_of(SamSegmenter, checkpoint, multimask=multimask, boxes_at_once=boxes_at_once)
+        counts = waits_of(SamSegmenter, checkpoint, segmented, multimask=True, boxes_at_once=boxes_at_once)
         batches = len(BOXES) // boxes_at_once
         assert counts.syncs == batches * (SCORES + RUNS), counts.waits()
         assert counts.uploads == 0, counts.waits()
     monkeypatch.setattr(masks, "CHUNK_PX", 1)
-    counts = waits_of(SamSegmenter, checkpoint)
+    counts = waits_of(SamSegmenter, checkpoint, segmented)
     assert counts.syncs == SCORES + len(BOXES) * RUNS, counts.waits()
 
 
-def test_sam3_waits_for_scores_and_for_runs(tmp_path):
-    checkpoint = write_sam3(tmp_path)
-    counts = waits_of(Sam3Segmenter, checkpoint, threshold=0.35)
-    assert counts.syncs == SCORES + RUNS, counts.waits()
-    assert counts.uploads == 0, counts.waits()
+def test_sam3_waits_for_scores_and_for_runs_and_in_transformers(tmp_path):
+    """transformers asks 3 masks whether all is padding, and has the sides of 2 maps on the device (4 waits)."""
+    counts = waits_of(Sam3Segmenter, write_sam3(tmp_path), segmented, threshold=0.35)
+    assert counts.syncs - of_library(counts, "sync") == SCORES + RUNS, counts.waits()
+    assert counts.uploads - of_library(counts, "upload") == 0, counts.waits()
+    assert of_library(counts, "sync") <= 7, counts.waits()
+    assert of_library(counts, "upload") <= 1, counts.waits()
+
+
+@pytest.mark.parametrize(
+    ("backend", "write"),
+    [(SamMaskGenerator, write_sam), (Sam3MaskGenerator, write_sam3_tracker)],
+    ids=["sam", "sam3"],
+)
+def test_a_mask_generator_waits_for_the_check_of_each_batch_of_points_and_in_segment_anything(
+    tmp_path, backend, write
+):
+    """segment-anything waits 4 times for each mask that it keeps: its runs, their start, and its number."""
+    batches = 3
+    counts = waits_of(backend, write(tmp_path), lambda model: model.generate(PHOTO), points_at_once=3, **GRID)
+    assert counts.syncs - of_library(counts, "sync") == batches * SCORES, counts.waits()
+    assert counts.uploads == of_library(counts, "upload"), counts.waits()
+    num_masks = 3 * GRID["points_per_side"] ** 2
+    assert of_library(counts, "sync") <= 4 * num_masks + batches * 10 + 4, counts.waits()
