@@ -1,9 +1,9 @@
 """PerceptionDLM at the published 8B shapes: what captions cost by number of regions and cache.
 
 Random weights in bfloat16, images of 3 x 2 tiles and a thumbnail, 32 slots a region, 32 steps. The strategy
-is the published one, which takes all its steps whatever the weights are, so that random ones cost what trained
-ones do; rows with few steps are forced to keep several tokens in each. The layouts are that for new training,
-whose prefix sees no captions, and that of published weights (`reference`).
+is the published one, which takes all its steps whatever the weights are, so that random ones cost what
+trained ones do; rows with few steps are forced to keep several tokens in each. The layouts are that for new
+training, whose prefix sees no captions, and that of published weights (`reference`).
 
 `waits` is how often the host waits for the GPU in a whole decode, as torch notices. The wait for the event
 that says what the step before left open, one a step, comes on top.

@@ -171,8 +171,7 @@ def now(device: torch.device) -> float:
 def waits_of(work: Callable[[], Any], device: torch.device) -> int | None:
     """How often the host waits for a GPU in a call, as torch notices; None on a CPU.
 
-    It notices reads of values, shapes that depend on values, and copies that wait. It does not notice the wait
-    for an event.
+    It notices reads of values, shapes that depend on values, and copies that wait, but no wait for an event.
     """
     if device.type != "cuda":
         return None

@@ -124,7 +124,7 @@ def diffusion_loss(
 
 
 def shares(batch: TrainBatch, place_K: Tensor, example_C: Tensor) -> Tensor:
-    """The share of tokens in the loss: their example's weight by the number of the example's tokens that count.
+    """The share of tokens in the loss: the weight of their example by its number of tokens that count.
 
     Args:
         batch: the batch, on the CPU.

@@ -110,13 +110,13 @@ def to_candidates(
     import torch
 
     flat = masks.flatten(0, 1)
-    wanted_GN = np.ones_like(scores, bool) if above is None else scores > np.float32(above)
-    clipped_GN = scores.clip(0, 1)
+    wanted_gn = np.ones_like(scores, bool) if above is None else scores > np.float32(above)
+    clipped_gn = scores.clip(0, 1)
     chosen = [
         (group, int(number))
-        for group, order in enumerate(np.argsort(-clipped_GN, axis=1, kind="stable"))
+        for group, order in enumerate(np.argsort(-clipped_gn, axis=1, kind="stable"))
         for number in order
-        if wanted_GN[group, number]
+        if wanted_gn[group, number]
     ]
 
     def encode(batch: Sequence[tuple[int, int]]) -> list[Rle | None]:
@@ -127,7 +127,7 @@ def to_candidates(
     found: list[list[Candidate]] = [[] for _ in masks]
     for (group, number), rle in zip(chosen, batches.run(chosen, encode), strict=True):
         if rle is not None:
-            found[group].append(Candidate(rle, float(clipped_GN[group, number])))
+            found[group].append(Candidate(rle, float(clipped_gn[group, number])))
     return found
 
 

@@ -204,6 +204,7 @@ def test_without_a_gpu_the_command_says_what_to_do_instead(tmp_path, capsys):
     assert "torch sees no GPU here; run it on a machine with one, or dry" in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
 
+
 def test_the_limits_of_all_parts_are_under_eight_minutes():
     assert sum(part.seconds for part in PARTS) <= parts.TOTAL_S < 480 - runner.GRACE_S
 

@@ -25,6 +25,9 @@ from .prompt import PROMPT, Prompts
 from .roi_align import Box, replay
 from .vision import Vision
 
+KeyedPrompt = tuple[tuple[int, int], Tensor]
+"""A region's key, and its prompt (tokens, H)."""
+
 
 class Photo:
     """A photo on its way.
@@ -146,7 +149,7 @@ class Encoder:
                     yield Work(photo, None, missing)
                 yield Work(photo, (number, place), touched, masks[touched], cutting.box_of(mask))
 
-    def run(self, works: Iterable[Work]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    def run(self, works: Iterable[Work]) -> Iterator[KeyedPrompt]:
         """(key, prompt (tokens, H) in host memory) of every region, in order.
 
         A batch waits for the device once, at its end.
@@ -158,11 +161,11 @@ class Encoder:
         for pack in self._packs(works):
             yield from self._fetch(self._prompts(pack))
 
-    def _prompts(self, pack: list[Work]) -> list[tuple[tuple[int, int], Tensor]]:
+    def _prompts(self, pack: list[Work]) -> list[KeyedPrompt]:
         """(key, prompt) of every region of a pack, on the device, whose work may not be done yet."""
         features = self._encode(pack)
         start = 0
-        prompts: list[tuple[tuple[int, int], Tensor]] = []
+        prompts: list[KeyedPrompt] = []
         regions: list[tuple[Work, Tensor]] = []
         for work in pack:
             own = features[start : start + len(work.tiles)]
@@ -176,7 +179,7 @@ class Encoder:
             regions.append((work, own))
         return prompts + self._write(regions) if regions else prompts
 
-    def _fetch(self, prompts: list[tuple[tuple[int, int], Tensor]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    def _fetch(self, prompts: list[KeyedPrompt]) -> Iterator[KeyedPrompt]:
         """The prompts in host memory, for one wait."""
         if not prompts:
             return
@@ -225,7 +228,7 @@ class Encoder:
         return torch.stack(features)
 
     @torch.inference_mode()
-    def _write(self, regions: list[tuple[Work, Tensor]]) -> list[tuple[tuple[int, int], Tensor]]:
+    def _write(self, regions: list[tuple[Work, Tensor]]) -> list[KeyedPrompt]:
         """The prompts of several regions of one photo."""
         photo = regions[0][0].photo
         num_tiles = len(photo.tiles)
@@ -240,7 +243,7 @@ class Encoder:
             self.embed[ids[image_end:crop]],
             self.embed[ids[crop_end:]],
         )
-        prompts: list[tuple[tuple[int, int], Tensor]] = []
+        prompts: list[KeyedPrompt] = []
         for (work, _), tiles, replayed in zip(regions, all_tiles, crops, strict=True):
             assert work.key is not None
             prompts.append((work.key, torch.cat([head, tiles.flatten(0, 1), middle, replayed, tail])))

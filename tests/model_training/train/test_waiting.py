@@ -13,7 +13,6 @@ from tests.device import pretend
 from tests.model_training import ranks
 from tests.model_training.toy_corpus import config_of
 
-
 BATCHES, STEPS = 2, 3
 PER_BATCH, PER_STEP = 1, 2
 """Synchronizations: a batch asks whether its places fit its features; a step reads its loss and its norm."""

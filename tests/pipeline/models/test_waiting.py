@@ -25,8 +25,8 @@ PHOTO = np.ascontiguousarray(scene(0, 4, (60, 90))[0])
 
 SCORES, RUNS = 1, 2
 """Waits of a segmenter: for the scores of a batch, which decide what is encoded, together with the check that
-nothing is NaN; then, for the masks that are enlarged at once, for the number of their runs, without which there
-is no tensor for them, and for the runs."""
+nothing is NaN; then, for the masks that are enlarged at once, for the number of their runs, without which
+there is no tensor for them, and for the runs."""
 
 
 # GAR.
@@ -35,9 +35,7 @@ is no tensor for them, and for the runs."""
 def test_a_batch_of_gars_encoder_waits_at_its_end_alone(tmp_path):
     from paracaption.pipeline.models.gar.encoder import Encoder
 
-    config, prompts, vision, embed = load_parts(
-        write_gar(tmp_path / "m", "1b", tile_px=TILE_PX, max_tiles=8)
-    )
+    config, prompts, vision, embed = load_parts(write_gar(tmp_path / "m", "1b", tile_px=TILE_PX, max_tiles=8))
     images = [
         with_boxes(photo(tmp_path, "a"), *GAR_BOXES),
         with_boxes(photo(tmp_path, "b", (448, 112), 1), *GAR_BOXES[:1]),
@@ -113,7 +111,7 @@ def test_sam_waits_for_scores_and_for_runs(tmp_path, monkeypatch):
 
 
 def test_sam3_waits_for_scores_and_for_runs_and_in_transformers(tmp_path):
-    """transformers asks 3 masks whether all is padding, and has the sides of 2 maps on the device (4 waits)."""
+    """transformers asks whether 3 masks are full, and has the sides of 2 maps on the device (4 waits)."""
     counts = waits_of(Sam3Segmenter, write_sam3(tmp_path), segmented, threshold=0.35)
     assert counts.syncs - of_library(counts, "sync") == SCORES + RUNS, counts.waits()
     assert counts.uploads - of_library(counts, "upload") == 0, counts.waits()
