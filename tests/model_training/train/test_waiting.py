@@ -8,10 +8,15 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from paracaption.model_training.train import distributed, metrics
+from paracaption.model_training.train.distill import draw_path_state, path_loss
 from paracaption.model_training.train.trainer import fit
+from paracaption.schemas.distillation import Distillation
+from paracaption.schemas.training import NoiseOptions
 from tests.device import pretend
 from tests.model_training import ranks
+from tests.model_training.tiny_models import lively, photo
 from tests.model_training.toy_corpus import config_of
+from tests.model_training.train.test_loss import train_batch
 
 BATCHES, STEPS = 2, 3
 PER_BATCH, PER_STEP = 1, 2
@@ -49,6 +54,32 @@ def test_a_micro_batch_waits_once_for_its_device(corpus, tmp_path, monkeypatch, 
         assert syncs == BATCHES * PER_BATCH + PER_STEP, where
         assert uploads == 0, where
     assert_same_course(tmp_path / "cpu", tmp_path / "device")
+
+
+def test_a_micro_batch_of_distillation_waits_once_too():
+    model, processor = lively(dtype=torch.float32)
+    captions = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+    batch = train_batch(*[processor.make_example(*photo(seed, 3), captions) for seed in range(2)])
+    steps_BL = (torch.arange(batch.label_BL.numel()) % 4).view_as(batch.label_BL)
+    batch = batch._replace(path_step_BL=steps_BL.masked_fill(~batch.label_BL, -1))
+    state = draw_path_state(batch, NoiseOptions(), 4, torch.Generator().manual_seed(1))
+    assert state.learned_BL.any()
+
+    def gradient_of_loss():
+        found = path_loss(model, batch, state, Distillation(paths="paths"))
+        model.zero_grad()
+        found.mean.backward()
+        return found.mean.detach(), model.lm_head.weight.grad
+
+    expected = gradient_of_loss()
+    with pretend() as device:
+        model.to(device.name)
+        with device.counting() as counts:
+            found = gradient_of_loss()
+        found = [each.cpu() for each in found]
+    assert counts.syncs == PER_BATCH, counts.waits()
+    assert counts.uploads == 0, counts.waits()
+    torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture
