@@ -34,9 +34,7 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
     device = tensors[0].device
     copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=device.type == "cuda") for each in tensors]
-    for copy, tensor in zip(copies, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    arrived = torch.get_device_module(device).Event()
-    arrived.record()
-    arrived.synchronize()
+    filled = [number for number, each in enumerate(tensors) if each.numel()]
+    for number in filled:  # in order, so that the last copy waits for all of them
+        copies[number].copy_(tensors[number], non_blocking=number != filled[-1])
     return copies
