@@ -427,6 +427,13 @@ class TrainConfig(Published):
         description="`full` shards the weights over the ranks with FSDP2, `none` keeps all of them on every "
         "rank; `auto` shards on GPUs.",
     )
+    sync_each_batch: bool | None = Field(
+        default=None,
+        description="Sum the gradients of a sharded model over all ranks after each batch (true), or once a "
+        "step (false), which is faster between machines, but each rank then holds the gradients of all "
+        "trained weights in float32 (32 GB for 8 billion) and not only its share. null: once a step where "
+        "they take at most a quarter of the GPU's memory.",
+    )
     attention: Literal["auto", "sdpa", "flex_attention"] = Field(
         default="auto",
         description="Attention kernel; `auto` is flex_attention on GPUs, which needs no L x L mask, and "

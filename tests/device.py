@@ -297,8 +297,8 @@ class _Functions(TorchFunctionMode):
             self.device.fused -= 1
 
 
-class _EventModule(_DummyBackendModule):
-    """What `torch.get_device_module` gives; `Event` is the part that is asked for."""
+class _DeviceModule(_DummyBackendModule):
+    """What `torch.get_device_module` gives; `Event` and the types of autocast are what is asked for."""
 
     class Event:
         """Marks a point in what was launched."""
@@ -310,6 +310,10 @@ class _EventModule(_DummyBackendModule):
             """Wait for it."""
             assert _now is not None
             _now.wait("event")
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """The types that autocast may be given. Within it, numbers keep their types all the same."""
+        return [torch.bfloat16, torch.float16, torch.float32]
 
     def is_available(self) -> bool:
         """False, so that nobody chooses the device by itself."""
@@ -330,7 +334,7 @@ def pretend() -> Iterator[PretendedDevice]:
     global _now, _registered
     assert _now is None, "one device at a time"
     if not _registered:
-        _setup_privateuseone_for_python_backend(_NAME, _EventModule())
+        _setup_privateuseone_for_python_backend(_NAME, _DeviceModule())
         for operation in _UNSEEN:
             name, _, overload = operation.partition(".")
             function = getattr(getattr(aten, name), overload or "default")

@@ -13,6 +13,7 @@ killed keeps the rows it has. A part whose packages are not installed is skipped
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import textwrap
 import time
@@ -37,10 +38,27 @@ def main(arguments: list[str] | None = None) -> int:
     if args.list:
         _list(chosen)
         return 0
+    if why := lacks_gpu(args.device, args.size):
+        print(why, file=sys.stderr)
+        return 2
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     settings = Settings(out, args.device, args.size)
     return run(chosen, settings, args.seconds)
+
+
+def lacks_gpu(device: str, size: str) -> str:
+    """What to do if a GPU is wanted, or published sizes by themselves, and torch sees none; else ""."""
+    if importlib.util.find_spec("torch") is None or device == "cpu" or (device == "auto" and size == "tiny"):
+        return ""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    return (
+        "torch sees no GPU here; run it on a machine with one, or dry with --device cpu --size tiny, whose "
+        "numbers mean nothing"
+    )
 
 
 def run(chosen: list[Part], settings: Settings, total_s: float = parts.TOTAL_S) -> int:

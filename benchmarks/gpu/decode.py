@@ -1,8 +1,12 @@
 """PerceptionDLM at the published 8B shapes: what captions cost by number of regions and cache.
 
-Random weights in bfloat16, the layout for new training, images of 3 x 2 tiles and a thumbnail, 32 slots a
-region, 32 steps. The strategy is the published one, which takes all its steps whatever the weights are, so
-that random ones cost what trained ones do.
+Random weights in bfloat16, images of 3 x 2 tiles and a thumbnail, 32 slots a region, 32 steps. The strategy
+is the published one, which takes all its steps whatever the weights are, so that random ones cost what
+trained ones do; rows with few steps are forced to keep several tokens in each. The layouts are that for new
+training, whose prefix sees no captions, and that of published weights (`reference`).
+
+`waits` is how often the host waits for the GPU in a whole decode, as torch notices. The wait for the event
+that says what the step before left open, one a step, comes on top.
 
 The floor adds up, call by call, the slower of arithmetic and memory traffic: the vision tower, every pass of
 the language model with its weights and the keys and values it reads, and the head.
@@ -20,7 +24,7 @@ import torch
 
 from benchmarks.decoder import LENGTH, Costs
 from benchmarks.gpu import perceptiondlm
-from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb
+from benchmarks.gpu.machine import Call, Machine, forget_peak, now, peak_gb, waits_of
 from benchmarks.gpu.rows import Measured, Rows
 from paracaption.model_training.decoding import head as decoder_head
 from paracaption.model_training.decoding.sampler import Decoder
@@ -30,6 +34,32 @@ from paracaption.schemas.decoding import DecodeOptions
 
 SIZE = (1536, 1024)
 STEPS, TINY_STEPS = 32, 4
+FEW_STEPS, TINY_FEW_STEPS = 4, 2
+"""Of 32 slots: 8 tokens of a region for each forward pass."""
+
+
+class Case(NamedTuple):
+    """A row of the part.
+
+    Attributes:
+        regions: of the image.
+        cache: of the keys and values.
+        layout: "corrected" or "reference".
+        few: whether the tokens are decoded in few steps.
+        captures: whether a step is captured as a CUDA graph.
+    """
+
+    regions: int
+    cache: str
+    layout: str = "corrected"
+    few: bool = False
+    captures: bool = True
+
+    def name(self, steps: int) -> str:
+        """For the report."""
+        what = f"{self.regions} region{'s' * (self.regions > 1)}, cache {self.cache}, {steps} steps"
+        published = ", published layout" * (self.layout == "reference")
+        return what + published + ", no graphs" * (not self.captures)
 
 
 class Decoded(NamedTuple):
@@ -54,23 +84,37 @@ class Decoded(NamedTuple):
     calls: list[Call]
 
 
+def cases(machine: Machine) -> list[Case]:
+    """The most wanted first."""
+    most = [Case(6, "exact"), Case(6, "exact", few=True)]
+    most += [Case(6, cache, "reference", few) for cache in ("approximate", "none") for few in (False, True)]
+    most += [Case(6, "exact", captures=False), Case(6, "approximate", "reference", captures=False)]
+    return most + [Case(regions, "exact") for regions in ((1,) if machine.tiny else (1, 2, 4))]
+
+
 def run(rows: Rows, machine: Machine) -> None:
-    """A row for each number of regions, then without a cache, then without CUDA graphs."""
+    """A row for each case."""
     model = open_model(machine)
-    many = (1, 6) if machine.tiny else (1, 2, 3, 4, 5, 6)
-    cases = [(regions, "exact", True) for regions in many]
-    cases += [(6, "none", True), (6, "exact", False)]
-    for regions, cache, captures in cases:
-        name = f"{regions} region{'s' * (regions > 1)}, cache {cache}" + ", no graphs" * (not captures)
-        options = options_of(machine, cache)
+    for case in cases(machine):
+        options = options_of(machine, case.cache, case.few)
+        set_layout(model, case.layout)
         rows.measure(
-            name, lambda r=regions, o=options, c=captures: measure(model, machine, 1, r, o, c), needs_s=5
+            case.name(options.steps),
+            lambda c=case, o=options: measure(model, machine, 1, c.regions, o, c.captures),
+            needs_s=5,
         )
 
 
-def options_of(machine: Machine, cache: str) -> DecodeOptions:
+def set_layout(model: PerceptionDLM, name: str) -> None:
+    """Have the same weights read their tokens in another layout."""
+    model.config.layout = name
+    model.layout = model.config.resolved_layout()
+
+
+def options_of(machine: Machine, cache: str, few: bool = False) -> DecodeOptions:
     """The published strategy and number of steps; a dry run takes fewer."""
-    steps = TINY_STEPS if machine.tiny else STEPS
+    most, least = (TINY_STEPS, TINY_FEW_STEPS) if machine.tiny else (STEPS, FEW_STEPS)
+    steps = least if few else most
     return DecodeOptions(max_new_tokens=LENGTH, steps=steps, cache=cache, suppress_special=False)
 
 
@@ -102,6 +146,7 @@ def measure(
         found.append(decode(decoder, batch, options, machine))
     best = min(found, key=lambda each: each.seconds)
     roofline = machine.roofline(best.calls, best.seconds)
+    most_gb = peak_gb(machine.device)
     numbers = {
         "images": images,
         "regions": regions,
@@ -113,8 +158,9 @@ def measure(
         "ms_per_step": 1000 * best.step_s,
         "vision_ms": 1000 * best.vision_s,
         "first_pass_ms": 1000 * best.first_s,
-        "peak_gb": peak_gb(machine.device),
+        "peak_gb": most_gb,
         "warm_up_s": first.seconds,
+        "waits": waits_of(lambda: decoder.decode(batch, options), machine.device),
     }
     headline = f"{numbers['tokens_per_s']:,.0f} tokens/s, {numbers['ms_per_step']:.1f} ms a step"
     return Measured(f"{headline}, {numbers['tokens_per_forward']:.1f} tokens a forward", numbers, roofline)

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,6 +166,24 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def waits_of(work: Callable[[], Any], device: torch.device) -> int | None:
+    """How often the host waits for a GPU in a call, as torch notices; None on a CPU.
+
+    It notices reads of values, shapes that depend on values, and copies that wait, but no wait for an event.
+    """
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(each.message) for each in caught)
 
 
 def forget_peak(device: torch.device) -> None:

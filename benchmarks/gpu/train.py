@@ -131,7 +131,7 @@ def _model(machine: Machine, case: Case) -> PerceptionDLM:
 
 
 def _steps(machine: Machine, case: Case, model: PerceptionDLM, group: DistributedGroup) -> Measured:
-    batch = batch_of(model, machine.device)
+    batch = batch_of(model)
     trained = build.trainable_parameters(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
     generator = torch.Generator().manual_seed(0)
@@ -188,13 +188,13 @@ def _step(
     return len(found.ce_K)
 
 
-def batch_of(model: PerceptionDLM, device: torch.device) -> TrainBatch:
+def batch_of(model: PerceptionDLM) -> TrainBatch:
     """Three images with the captions of their regions, packed into one row."""
     example = perceptiondlm.example(model.config, SIZE, REGIONS, WORDS)
     images, tokens = pack([example] * IMAGES)
     weight_E = torch.ones(IMAGES)
     label_BL = tokens.roles.caption_BL.clone()
-    return TrainBatch(*(part.to(device) for part in (images, tokens, label_BL, weight_E)))  # type: ignore[arg-type]
+    return TrainBatch(images, tokens, label_BL, weight_E)
 
 
 def _flops(model: PerceptionDLM, batch: TrainBatch, num_logits: int) -> float:

@@ -42,7 +42,7 @@ class Skipped(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """A batch to train on, with E examples.
+    """A batch to train on, with E examples, on the CPU.
 
     Attributes:
         images: the examples' images.
@@ -64,16 +64,6 @@ class TrainBatch(NamedTuple):
     skipped: list[Skipped]
     num_items: int = 0
     path_step_BL: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> TrainBatch:
-        """The batch with its tensors on a device."""
-        return self._replace(
-            images=self.images.to(device),
-            tokens=self.tokens.to(device),
-            label_BL=self.label_BL.to(device),
-            weight_E=self.weight_E.to(device),
-            path_step_BL=None if self.path_step_BL is None else self.path_step_BL.to(device),
-        )
 
 
 class LabeledExample(NamedTuple):

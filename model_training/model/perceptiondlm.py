@@ -184,7 +184,7 @@ class PerceptionDLM(PreTrainedModel):
         tokens: Tokens,
         images: Images | None = None,
         inputs_embeds: Tensor | None = None,
-        wanted_BL: Tensor | None = None,
+        wanted_K: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, L, V) of a batch, or (K, V) of some of its tokens.
 
@@ -192,14 +192,15 @@ class PerceptionDLM(PreTrainedModel):
             tokens: the sequences, masked tokens among them.
             images: what the sequences are about; None for text alone.
             inputs_embeds: (B, L, D), in place of `tokens.ids_BL` and `images`.
-            wanted_BL: bool, the K tokens whose logits are asked for; None for all of them.
+            wanted_K: int64, the tokens whose logits are asked for, by their places in the flattened (B, L);
+                None for all of them.
         """
         x_BLD = inputs_embeds
         if x_BLD is None:
             x_BLD = self.embed(tokens, *(self.encode_images(images) if images is not None else ()))
         mask = self.attention_mask(tokens.roles, tokens.roles)
         x_BLD = self.language_model(x_BLD, tokens.position_BL, mask)
-        return self.lm_head(x_BLD if wanted_BL is None else x_BLD[wanted_BL])
+        return self.lm_head(x_BLD if wanted_K is None else x_BLD.flatten(0, 1)[wanted_K])
 
     @property
     def device(self) -> torch.device:

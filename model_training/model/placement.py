@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...pipeline.io.transfers import upload as upload
 from ...schemas.errors import ConfigError
 
 
@@ -45,16 +46,6 @@ def device_of(model: nn.Module) -> torch.device:
             return parameter.device
     found = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     return torch.device("meta" if found is None else found)
-
-
-def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on a device, from pinned memory to a GPU, so that the host need not wait."""
-    device = torch.device(device)
-    if device.type == "cpu" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    if device.type == "cuda" and tensor.numel() and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def check_placement(model: nn.Module) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .loss import Loss, draw_levels
+from ..model.placement import upload
+from .loss import Loss, draw_levels, predict, shares
 
 if TYPE_CHECKING:
     from ...schemas.distillation import Distillation
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class PathState(NamedTuple):
-    """States of the teacher's decoding, one for each region of a batch.
+    """States of the teacher's decoding, one for each region of a batch, on the CPU.
 
     Attributes:
         masked_BL: bool, which tokens are masked: those that the teacher had not decoded yet.
@@ -50,10 +51,10 @@ def draw_path_state(
     """Draw how far the teacher's decoding has come, for each example or each of its regions.
 
     Args:
-        batch: the teacher's captions, with the step of each token.
+        batch: the teacher's captions, with the step of each token, on the CPU.
         options: `level` and `stratified` are used.
         window: number of the next steps whose tokens are learned.
-        generator: a generator on the CPU, so that every device draws the same; None takes torch's own.
+        generator: a generator on the CPU; None takes torch's own.
     """
     step_BL = batch.path_step_BL
     assert step_BL is not None, "the loader was opened with decoding paths"
@@ -77,12 +78,9 @@ def path_loss(model: PerceptionDLM, batch: TrainBatch, state: PathState, options
     and, where the likeliest token is the teacher's, of `certainty_weight` times the entropy besides. An
     example in which nothing is learned has the loss 0. `Loss.ce_K` holds the cross-entropies alone.
     """
-    tokens, (masked_BL, learned_BL, share_BL) = batch.tokens, state
     # 1. Logits of the learned tokens, from a state in which all later tokens are masked.
-    ids_BL = tokens.ids_BL.masked_fill(masked_BL, model.config.mask_token_id)
-    logits_KV = model(tokens._replace(ids_BL=ids_BL), batch.images, wanted_BL=learned_BL)
-    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
-    target_K = tokens.ids_BL[learned_BL]
+    place_K = state.learned_BL.flatten().nonzero().flatten()
+    logits_KV, target_K = predict(model, batch, state.masked_BL, place_K)
     # 2. Cross-entropy against the teacher's tokens.
     ce_K = functional.cross_entropy(logits_KV, target_K, reduction="none")
     # 3. Entropy where the prediction is right.
@@ -93,7 +91,7 @@ def path_loss(model: PerceptionDLM, batch: TrainBatch, state: PathState, options
         right_K = logits_KV.detach().argmax(-1) == target_K
         loss_K = ce_K + options.certainty_weight * entropy_K * right_K
     # 4. The share of each token in the loss.
-    example_K = tokens.roles.sample_BL[learned_BL]
-    counted_E = torch.bincount(example_K, minlength=len(batch.weight_E))
-    share_K = batch.weight_E[example_K] / counted_E[example_K]
-    return Loss((loss_K * share_K).sum(), batch.weight_E.sum(), ce_K.detach(), share_BL[learned_BL])
+    share_K = shares(batch, place_K, batch.tokens.roles.sample_BL.flatten()[place_K])
+    masked_share_K = state.share_BL.flatten()[place_K]
+    share_K, masked_share_K = (upload(each, ce_K.device) for each in (share_K, masked_share_K))
+    return Loss((loss_K * share_K).sum(), batch.weight_E.sum(), ce_K.detach(), masked_share_K)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ...schemas.training import TrainConfig
 
 
+GRADIENT_SHARE = 0.25
+"""Share of a device's memory that unsharded gradients may take, by default."""
+
+
 class DistributedGroup:
     """This rank, and what it does together with the others.
 
@@ -126,6 +130,38 @@ def autocast(group: DistributedGroup) -> torch.autocast:
     return torch.autocast(group.device.type, group.dtype, enabled=cast_here)
 
 
+def sums_once_a_step(
+    parameters: Iterable[nn.Parameter], group: DistributedGroup, config: TrainConfig
+) -> bool:
+    """Whether a sharded model sums gradients over all ranks once a step, and not after each batch.
+
+    Until they are summed, a rank holds the gradients of all parameters in float32, and not only of its share.
+    By default that is done where they take at most a quarter of the device's memory.
+
+    Args:
+        parameters: the trained parameters, of all ranks together.
+        group: the ranks; one by itself has nobody to wait for, and would only pay with memory.
+        config: `sync_each_batch` and `gradient_accumulation_steps` are used.
+    """
+    if not group.sharded or group.world_size == 1 or config.gradient_accumulation_steps == 1:
+        return False
+    if config.sync_each_batch is not None:
+        return not config.sync_each_batch
+    num_bytes = sum(parameter.numel() for parameter in parameters) * torch.float32.itemsize
+    return num_bytes <= GRADIENT_SHARE * _memory_bytes(group.device)
+
+
+def sum_gradients_over_ranks(model: nn.Module, whether: bool) -> None:
+    """Say whether the next backward pass of a sharded model sums gradients over all ranks.
+
+    A pass that does so also sums what the passes before it left. Does nothing without FSDP2.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(whether)
+
+
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: DistributedGroup) -> None:
     """Sum gradients over all ranks, in one message. Does nothing with FSDP2, which has summed them."""
     if group.sharded or group.world_size == 1:
@@ -151,6 +187,15 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:  # a rank whose batches do not use it sums with those whose do
         parameter.grad = torch.zeros_like(parameter)
     return cast(Tensor, parameter.grad)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Memory of a device; of a CPU, that of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total
 
 
 def _choose_device(config: TrainConfig) -> torch.device:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ...schemas.training import LossWeighting, NoiseOptions
 from ..model.attention import SHARED
+from ..model.placement import upload
 
 if TYPE_CHECKING:
     from ..data.samples import TrainBatch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Noise(NamedTuple):
-    """The noise that was drawn for a batch.
+    """The noise that was drawn for a batch, on the CPU.
 
     Attributes:
         masked_BL: bool, which tokens are masked.
@@ -56,16 +57,16 @@ def draw_noise(batch: TrainBatch, options: NoiseOptions, generator: torch.Genera
     """Mask labeled tokens at random, each with the probability that its noise level gives.
 
     Args:
-        batch: the clean sequences.
+        batch: the clean sequences, on the CPU.
         options: the `noise` part of a training configuration.
-        generator: a generator on the CPU, so that every device draws the same; None takes torch's own.
+        generator: a generator on the CPU; None takes torch's own.
     """
     sample_BL = batch.tokens.roles.sample_BL
     # 1. The level decides with which probability a token is masked.
     level_BL = draw_levels(batch, options, generator)
     probability_BL = ((1 - options.eps) * level_BL + options.eps).masked_fill(sample_BL < 0, 1)
     # 2. A draw for every token; only labeled ones can be masked.
-    uniform_BL = torch.rand(sample_BL.shape, generator=generator).to(sample_BL.device)
+    uniform_BL = torch.rand(sample_BL.shape, generator=generator)
     return Noise((uniform_BL < probability_BL) & batch.label_BL, probability_BL)
 
 
@@ -73,9 +74,9 @@ def draw_levels(batch: TrainBatch, options: NoiseOptions, generator: torch.Gener
     """(B, L) numbers from 0 to 1: one for all tokens of an example, or of each of its regions.
 
     Args:
-        batch: the clean sequences.
+        batch: the clean sequences, on the CPU.
         options: `level` and `stratified` are used.
-        generator: a generator on the CPU, so that every device draws the same; None takes torch's own.
+        generator: a generator on the CPU; None takes torch's own.
     """
     sample_BL, region_BL = batch.tokens.roles.sample_BL, batch.tokens.roles.region_BL
     num_examples = len(batch.weight_E)
@@ -83,7 +84,7 @@ def draw_levels(batch: TrainBatch, options: NoiseOptions, generator: torch.Gener
     level = torch.rand(num_examples * regions, generator=generator)
     if options.stratified:
         level = (level[:1] + torch.arange(len(level)) / len(level)) % 1
-    level = level.view(num_examples, regions).to(sample_BL.device)
+    level = level.view(num_examples, regions)
     column_BL = region_BL.clamp(min=SHARED) if options.level == "region" else torch.zeros_like(region_BL)
     return level[sample_BL.clamp(min=0), column_BL]
 
@@ -97,27 +98,57 @@ def diffusion_loss(
     labeled tokens. With the weighting "1/t", each cross-entropy is divided by the token's probability of
     masking first; with "none", the sum is divided by the number of masked tokens instead. An example in which
     nothing is masked has the loss 0.
+
+    Batch and noise are on the CPU, where the masked tokens are known without waiting for a GPU.
     """
-    tokens, (masked_BL, probability_BL) = batch.tokens, noise
-    # 1. Masked tokens are replaced; which token attends to which follows from the clean sequence.
-    ids_BL = tokens.ids_BL.masked_fill(masked_BL, model.config.mask_token_id)
-    # 2. Logits of the masked tokens, and of no others.
-    logits_KV = model(tokens._replace(ids_BL=ids_BL), batch.images, wanted_BL=masked_BL)
-    # 3. Cross-entropy against the clean tokens, without a shift.
-    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
-    ce_K = functional.cross_entropy(logits_KV, tokens.ids_BL[masked_BL], reduction="none")
-    # 4. The share of each token in the loss.
-    probability_K = probability_BL[masked_BL]
-    example_K = tokens.roles.sample_BL[masked_BL]
+    sample_L, masked_L = batch.tokens.roles.sample_BL.flatten(), noise.masked_BL.flatten()
+    # 1. The share of each masked token in the loss.
+    place_K = masked_L.nonzero().flatten()
+    probability_K = noise.probability_BL.flatten()[place_K]
     match weighting:
         case "1/t":
-            counted_BL = batch.label_BL
+            counted_L = batch.label_BL.flatten()
         case "none":
-            counted_BL = masked_BL
+            counted_L = masked_L
         case _:
             assert_never(weighting)
-    counted_E = torch.bincount(tokens.roles.sample_BL[counted_BL], minlength=len(batch.weight_E))
-    share_K = batch.weight_E[example_K] / counted_E[example_K]
+    share_K = shares(batch, place_K, sample_L[counted_L])
     if weighting == "1/t":
         share_K = share_K / probability_K
+    # 2. Logits of the masked tokens, and of no others.
+    logits_KV, target_K = predict(model, batch, noise.masked_BL, place_K)
+    # 3. Cross-entropy against the clean tokens, without a shift.
+    ce_K = functional.cross_entropy(logits_KV, target_K, reduction="none")
+    share_K, probability_K = (upload(each, ce_K.device) for each in (share_K, probability_K))
     return Loss((ce_K * share_K).sum(), batch.weight_E.sum(), ce_K.detach(), probability_K)
+
+
+def shares(batch: TrainBatch, place_K: Tensor, example_C: Tensor) -> Tensor:
+    """The share of tokens in the loss: the weight of their example by its number of tokens that count.
+
+    Args:
+        batch: the batch, on the CPU.
+        place_K: int64, places of the tokens in the flattened (B, L).
+        example_C: int64, the example of each token that counts.
+    """
+    counted_E = torch.bincount(example_C, minlength=len(batch.weight_E))
+    example_K = batch.tokens.roles.sample_BL.flatten()[place_K]
+    return batch.weight_E[example_K] / counted_E[example_K]
+
+
+def predict(
+    model: PerceptionDLM, batch: TrainBatch, masked_BL: Tensor, place_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits (K, V) of some of the masked tokens, at least in float32, and the clean tokens (K,).
+
+    Args:
+        model: the network; both results are on its device.
+        batch: the clean sequences, on the CPU. Which token attends to which follows from them.
+        masked_BL: bool, which tokens are masked.
+        place_K: int64, places of the predicted tokens in the flattened (B, L).
+    """
+    clean_BL, device = batch.tokens.ids_BL, model.device
+    tokens = batch.tokens._replace(ids_BL=clean_BL.masked_fill(masked_BL, model.config.mask_token_id))
+    logits_KV = model(tokens.to(device), batch.images.to(device), wanted_K=upload(place_K, device))
+    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+    return logits_KV, upload(clean_BL.flatten()[place_K], device)

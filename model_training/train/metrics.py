@@ -25,6 +25,7 @@ from ...pipeline.io.json_lines import LineReader, LineWriter, read_lines
 from ...pipeline.io.packages import how_to_install, install_with
 from ...schemas.errors import ConfigError
 from ..data.order import key_of
+from ..model.placement import upload
 
 if TYPE_CHECKING:
     from ...schemas.training import TrainConfig
@@ -76,7 +77,7 @@ class StepMeter:
         """Sums over all ranks, in one message: loss, counts, FLOPs, seconds; and the loss by noise level."""
         names = ("tokens", "regions", "examples", "dropped", "items")
         plain = [*(float(self.counts[name]) for name in names), self.flops, self.waited_s]
-        own = torch.tensor(plain, dtype=torch.float64, device=self.loss.device)
+        own = upload(torch.tensor(plain, dtype=torch.float64), self.loss.device)
         every = group.all_reduce(torch.cat([self.loss[None], self.levels.flatten(), own])).tolist()
         loss, sums, numbers = every[0], every[1 : 1 + NUM_LEVELS], every[1 + NUM_LEVELS : 1 + 2 * NUM_LEVELS]
         rest = dict(zip((*names, "flops", "waited_s"), every[1 + 2 * NUM_LEVELS :], strict=True))

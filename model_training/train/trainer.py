@@ -75,6 +75,7 @@ class Run:
         num_steps: number of steps of the whole run.
         step: number of steps that are done.
         saved: the last step for which a checkpoint was begun.
+        sums_once: whether a sharded model sums gradients over the ranks once a step, not after each batch.
         skipped: number of steps so far that were not taken.
         norms: gradient norms of the last steps that were taken.
         skipped_now: a line for each step that was skipped since one was taken last, with its examples.
@@ -94,6 +95,7 @@ class Run:
         layers = [*self.model.vision_tower.layers, *self.model.language_model.layers]
         distributed.parallelize(self.model, layers, group, config)
         self.trained = build.trainable_parameters(self.model)
+        self.sums_once = distributed.sums_once_a_step(self.trained.values(), group, config)
         self.optimizer = build.make_optimizer(self.model, config)
         self.loader = open_loader(config, self.processor, group)
         self.ema = _copies(self.trained) if config.ema_decay else None
@@ -207,6 +209,8 @@ def _train(run: Run, logger: MetricsLogger | None, report: Report | None) -> Non
         assert not isinstance(batches, SourceUnavailable)
         # 2. Gradients, batch after batch, then over all ranks.
         for number, batch in enumerate(batches):
+            is_last = number == len(batches) - 1
+            distributed.sum_gradients_over_ranks(run.model, is_last or not run.sums_once)
             found = _backward(run, batch, number, weight)
             meter.add(batch, found, _flops(run.model, batch, len(found.ce_K)))
         distributed.all_reduce_gradients(run.trained.values(), group)
@@ -279,7 +283,6 @@ def _backward(run: Run, batch: TrainBatch, number: int, weight: float) -> loss.L
     config, group = run.config, run.group
     batch_in_step = number * group.world_size + group.rank
     seed = key_of(config.seed, "noise", run.step, batch_in_step) >> 1
-    batch = batch.to(group.device)
     found = _loss(run, batch, torch.Generator().manual_seed(seed))
     (found.total / weight).backward()
     return found
@@ -302,7 +305,7 @@ def _optimizer_step(run: Run, norm: float) -> None:
     """Clip the gradients, take the step, and update the EMA."""
     config = run.config
     parameters = run.trained.values()
-    norm_on_device = torch.tensor(norm, device=run.group.device)
+    norm_on_device = torch.full((), norm, device=run.group.device)  # a copy would wait
     torch.nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm_on_device)
     run.optimizer.step()
     run.norms = [*run.norms, norm][-config.spike.window :]
@@ -447,7 +450,7 @@ def _open_logger(run: Run) -> MetricsLogger:
 
 
 _HARMLESS = {"out", "checkpoint", "log", "evaluation", "ray"}
-_HARMLESS |= {"device", "shard", "attention", "activation_checkpointing", "compile"}
+_HARMLESS |= {"device", "shard", "sync_each_batch", "attention", "activation_checkpointing", "compile"}
 """Keys that may change between a checkpoint and its resume without changing what is learned."""
 
 

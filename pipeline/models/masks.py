@@ -1,17 +1,18 @@
 """What neural segmenters and mask generators share: finding the device, and masks into RLEs.
 
-Shapes: N masks, H x W the photo, h x w the model's own mask size.
+Shapes: G things asked for, N masks of each, H x W the photo, h x w the model's own mask size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...schemas.errors import ConfigError, StageFailed
 from ...schemas.records import Rle
+from ..io.transfers import download, upload
 from .batching import Batches
 from .protocols import Candidate
 
@@ -57,55 +58,84 @@ def products_in(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def check_finite(what: str, protocol: str = "segmenter", **outputs: torch.Tensor) -> None:
+def check_finite(
+    what: str, scores: torch.Tensor, masks: torch.Tensor, protocol: str = "segmenter"
+) -> np.ndarray:
     """Refuse what a broken model says: NaN compares as false, and would pass for "nothing found".
 
     Args:
         what: the model, named in the error.
+        scores: what it says of its masks, in float32.
+        masks: what it says of pixels.
         protocol: of its backend, for the message.
-        outputs: tensors by a name for the message.
+
+    Returns:
+        The scores, on the host, which waits once for them and the check.
 
     Raises:
         StageFailed: a value is NaN or infinite.
     """
-    for name, values in outputs.items():
-        num_wrong = int((~values.isfinite()).sum())
+    import torch
+
+    outputs = {"scores": scores, "masks": masks}
+    num_wrong_2 = torch.stack([(~values.isfinite()).sum() for values in outputs.values()])
+    num_wrong_2, found = download([num_wrong_2, scores])
+    for (name, values), num_wrong in zip(outputs.items(), num_wrong_2.tolist(), strict=True):
         if num_wrong:
             raise StageFailed(
                 f"{what}: {num_wrong:,} of {values.numel():,} values of {name} are NaN or infinite; the "
                 "weights of the model are damaged, or its numbers overflow: download the checkpoint again, "
                 f"or set {protocol}.options.dtype to float32"
             )
+    return found.numpy()
 
 
 def to_candidates(
     masks: torch.Tensor,
-    scores: torch.Tensor,
+    scores: np.ndarray,
     size: tuple[int, int],
     enlarge: Callable[[torch.Tensor], torch.Tensor],
-) -> list[Candidate]:
-    """Candidates, best first; masks without a pixel are left out.
+    above: float | None = None,
+) -> list[list[Candidate]]:
+    """Candidates of each thing that was asked for, best first; masks without a pixel are left out.
 
     Args:
-        masks: (N, h, w) of the model's own size.
-        scores: (N,) in 0..1.
+        masks: (G, N, h, w) of the model's own size, N for each of G things.
+        scores: (G, N) float32 on the host; those of candidates are cut to 0..1.
         size: of the photo, (height, width).
         enlarge: makes (n, H, W) bool of (n, h, w); called on `CHUNK_PX` pixels at once, on fewer if memory
-            runs out.
+            runs out. What it is called on may be of several things. The host waits twice for each call.
+        above: scores have to be larger; None takes all.
     """
-    if not len(masks):
-        return []
-    best = scores.argsort(descending=True, stable=True)
+    import torch
+
+    flat = masks.flatten(0, 1)
+    wanted_gn = np.ones_like(scores, bool) if above is None else scores > np.float32(above)
+    clipped_gn = scores.clip(0, 1)
+    chosen = [
+        (group, int(number))
+        for group, order in enumerate(np.argsort(-clipped_gn, axis=1, kind="stable"))
+        for number in order
+        if wanted_gn[group, number]
+    ]
+
+    def encode(batch: Sequence[tuple[int, int]]) -> list[Rle | None]:
+        places = torch.tensor([group * masks.shape[1] + number for group, number in batch])
+        return to_rles(enlarge(flat[upload(places, flat.device)]))
+
     batches = Batches(max(1, CHUNK_PX // (size[0] * size[1])), "masks at the photo's size")
-    rles = batches.run(best.tolist(), lambda chosen: to_rles(enlarge(masks[list(chosen)])))
-    found = zip(rles, scores[best].tolist(), strict=True)
-    return [Candidate(rle, score) for rle, score in found if rle is not None]
+    found: list[list[Candidate]] = [[] for _ in masks]
+    for (group, number), rle in zip(chosen, batches.run(chosen, encode), strict=True):
+        if rle is not None:
+            found[group].append(Candidate(rle, float(clipped_gn[group, number])))
+    return found
 
 
 def to_rles(masks: torch.Tensor) -> list[Rle | None]:
     """COCO's encoding of (N, H, W) bool masks; None for an empty one.
 
-    The runs are found where the masks are, so that no dense mask leaves the GPU.
+    The runs are found where the masks are, so that no dense mask leaves the GPU. The host waits twice: for
+    their number, and for them.
 
     Raises:
         TypeError: the masks are not bool; compare logits and probabilities with a threshold first.
@@ -118,10 +148,10 @@ def to_rles(masks: torch.Tensor) -> list[Rle | None]:
         raise TypeError(f"masks of {masks.dtype}; give bool, such as logits > 0 or probabilities > 0.5")
     num_masks, height, width = masks.shape
     columns = functional.pad(masks.transpose(1, 2).reshape(num_masks, height * width), (1, 1))
-    which, where = (columns[:, 1:] != columns[:, :-1]).nonzero(as_tuple=True)
-    ends = np.searchsorted(which.cpu().numpy(), np.arange(1, num_masks))
+    which, where = (columns[:, 1:] != columns[:, :-1]).nonzero().cpu().numpy().T
+    ends = np.searchsorted(which, np.arange(1, num_masks))
     found: list[Rle | None] = []
-    for edges in np.split(where.cpu().numpy(), ends):
+    for edges in np.split(where, ends):
         if not edges.size:
             found.append(None)
             continue

@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
+from ..io.transfers import upload
 from .batching import Batches
 from .masks import check_finite, find_device, products_in, to_candidates
 from .options import BackendOptions, read_options
@@ -166,8 +167,9 @@ class SamSegmenter:
         # A photo that is all but a line keeps one pixel of its short side.
         rows, columns = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
         resized = Image.fromarray(photo).resize((columns, rows), Image.Resampling.BILINEAR)
-        pixels = torch.tensor(np.asarray(resized), device=self.device).permute(2, 0, 1)[None]
-        with products_in(self.device, self.dtype):
+        pixels = upload(torch.tensor(np.asarray(resized)), self.device).permute(2, 0, 1)[None]
+        # segment-anything makes tables of positions on torch's default device, and indexes with them.
+        with products_in(self.device, self.dtype), self.device:
             features = self.model.image_encoder(self.model.preprocess(pixels))
         return features.float(), (rows, columns)
 
@@ -185,9 +187,10 @@ class SamSegmenter:
         corners = np.stack(boxes).reshape(-1, 2, 2) * scale  # (n, corner, x and y)
         points = None
         if self.options.centre_point:
-            centres = torch.tensor(corners.mean(axis=1, keepdims=True), dtype=torch.float, device=self.device)
+            centres = torch.tensor(corners.mean(axis=1, keepdims=True), dtype=torch.float)
+            centres = upload(centres, self.device)
             points = (centres, torch.ones(centres.shape[:2], dtype=torch.int, device=self.device))
-        asked = torch.tensor(corners.reshape(-1, 4), dtype=torch.float, device=self.device)
+        asked = upload(torch.tensor(corners.reshape(-1, 4), dtype=torch.float), self.device)
         sparse, dense = self.model.prompt_encoder(points=points, boxes=asked, masks=None)
         masks, quality = self.model.mask_decoder(
             image_embeddings=features,
@@ -196,17 +199,13 @@ class SamSegmenter:
             dense_prompt_embeddings=dense,
             multimask_output=self.options.multimask,
         )
-
-        check_finite(f"sam ({self.options.model})", scores=quality, masks=masks)
+        scores = check_finite(f"sam ({self.options.model})", quality, masks)
 
         def enlarge(low: torch.Tensor) -> torch.Tensor:
             large = self.model.postprocess_masks(low[None], inner, size)
             return large[0] > self.model.mask_threshold
 
-        return [
-            to_candidates(low, scores.clamp(0, 1), size, enlarge)
-            for low, scores in zip(masks, quality, strict=True)
-        ]
+        return to_candidates(masks, scores, size, enlarge)
 
 
 # The checkpoint.

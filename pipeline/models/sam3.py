@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
+from ..io.transfers import upload
 from .batching import Batches
 from .masks import check_finite, find_device, products_in, to_candidates
 from .options import BackendOptions, read_options
@@ -156,7 +157,7 @@ class Sam3Segmenter:
             images=pixels, input_data_format="channels_first", return_tensors="pt"
         )
         with products_in(self.device, self.dtype):
-            seen = self.model.get_vision_features(inputs["pixel_values"].to(self.device))
+            seen = self.model.get_vision_features(upload(inputs["pixel_values"], self.device))
         seen.last_hidden_state = None
         return seen
 
@@ -176,19 +177,14 @@ class Sam3Segmenter:
         with products_in(self.device, self.dtype):
             output = self.model(vision_embeds=seen, text_embeds=texts, attention_mask=mask)
         matches = output.pred_logits.float().sigmoid() * output.presence_logits.float().sigmoid()
-        check_finite(f"sam3 ({self.options.model})", scores=matches, masks=output.pred_masks)
+        scores = check_finite(f"sam3 ({self.options.model})", matches, output.pred_masks)
 
-        def enlarge(probabilities: torch.Tensor) -> torch.Tensor:
-            large = functional.interpolate(
-                probabilities[None], size=size, mode="bilinear", align_corners=False
-            )
+        def enlarge(logits: torch.Tensor) -> torch.Tensor:
+            probabilities = logits[None].float().sigmoid()
+            large = functional.interpolate(probabilities, size=size, mode="bilinear", align_corners=False)
             return large[0] > self.options.mask_threshold
 
-        found = []
-        for scores, masks in zip(matches, output.pred_masks, strict=True):
-            kept = scores > self.options.threshold
-            found.append(to_candidates(masks[kept].float().sigmoid(), scores[kept], size, enlarge))
-        return found
+        return to_candidates(output.pred_masks, scores, size, enlarge, self.options.threshold)
 
     def _read(self, phrases: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Text features (n, tokens, width) and which tokens count (n, tokens), cached ones as they are."""
@@ -212,10 +208,11 @@ class Sam3Segmenter:
             max_length=self._max_tokens,
             truncation=True,  # the text encoder has no positions beyond
             return_tensors="pt",
-        ).to(self.device)
+        )
+        ids, counts = (upload(tokens[name], self.device) for name in ("input_ids", "attention_mask"))
         with products_in(self.device, self.dtype):
-            texts = self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
-        pairs = zip(texts.pooler_output, tokens["attention_mask"], strict=True)
+            texts = self.model.get_text_features(ids, counts)
+        pairs = zip(texts.pooler_output, counts, strict=True)
         return [(text.clone(), mask.clone()) for text, mask in pairs]  # a view would keep the batch alive
 
 

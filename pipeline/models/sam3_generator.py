@@ -16,6 +16,7 @@ import numpy as np
 
 from ...schemas.errors import ConfigError, one_line
 from ..io import tensor_files, weights
+from ..io.transfers import upload
 from .masks import check_finite, find_device, products_in
 from .options import read_options
 from .protocols import Candidate, Checked
@@ -191,7 +192,7 @@ def _predictor_type() -> Any:
             inputs = self.processor(images=pixels, input_data_format="channels_first", return_tensors="pt")
             self._size = crop.shape[:2]
             with products_in(self.device, self._dtype):
-                seen = self.model.get_image_embeddings(inputs["pixel_values"].to(self.device))
+                seen = self.model.get_image_embeddings(upload(inputs["pixel_values"], self.device))
             self._seen = [level.float() for level in seen]
 
         def reset_image(self) -> None:
@@ -206,7 +207,7 @@ def _predictor_type() -> Any:
                 multimask_output=True,
             )
             low, quality = output.pred_masks[0].float(), output.iou_scores[0].float()
-            check_finite(self._name, _PROTOCOL, scores=quality, masks=low)
+            check_finite(self._name, quality, low, _PROTOCOL)
             masks = functional.interpolate(low, size=self._size, mode="bilinear", align_corners=False)
             return masks, quality, low
 

@@ -209,13 +209,13 @@ def _predictor_type() -> Any:
             return short >= 1 and int(short * self.model.image_encoder.img_size / long + 0.5) >= 1
 
         def set_torch_image(self, *given: Any, **named: Any) -> None:
-            with products_in(self.device, self._dtype):
+            with products_in(self.device, self._dtype), self.device:  # as in `sam`
                 super().set_torch_image(*given, **named)
             self.features = self.features.float()
 
         def predict_torch(self, *given: Any, **named: Any) -> Any:
             masks, quality, low = super().predict_torch(*given, **named)
-            check_finite(self._name, _PROTOCOL, scores=quality, masks=low)
+            check_finite(self._name, quality, low, _PROTOCOL)
             return masks, quality, low
 
     return Predictor

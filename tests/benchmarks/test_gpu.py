@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,24 @@ def check_roofline(row: dict[str, Any]) -> None:
 def test_decode_has_a_row_for_each_number_of_regions_and_cache(machine, tmp_path):
     found = run_part("decode", machine, tmp_path)
     assert [row["row"] for row in found] == [
-        "1 region, cache exact",
-        "6 regions, cache exact",
-        "6 regions, cache none",
-        "6 regions, cache exact, no graphs",
+        "6 regions, cache exact, 4 steps",
+        "6 regions, cache exact, 2 steps",
+        "6 regions, cache approximate, 4 steps, published layout",
+        "6 regions, cache approximate, 2 steps, published layout",
+        "6 regions, cache none, 4 steps, published layout",
+        "6 regions, cache none, 2 steps, published layout",
+        "6 regions, cache exact, 4 steps, no graphs",
+        "6 regions, cache approximate, 4 steps, published layout, no graphs",
+        "1 region, cache exact, 4 steps",
     ]
     for row in found:
         check_roofline(row)
-        numbers = row["numbers"]
-        assert numbers["tokens_per_forward"] == 32 * numbers["regions"] / 4  # 32 slots in 4 steps
+        numbers, steps = row["numbers"], 2 if "2 steps" in row["row"] else 4
+        assert numbers["tokens_per_forward"] == 32 * numbers["regions"] / steps  # 32 slots a region
         assert min(numbers[name] for name in ("tokens_per_s", "ms_per_step", "seconds_per_image")) > 0
-    cached, uncached = found[1]["roofline"], found[2]["roofline"]
-    assert uncached["floor_s"] > cached["floor_s"]
+        assert numbers["waits"] is None, "nobody waits for a CPU"
+    floors = [row["roofline"]["floor_s"] for row in found]
+    assert floors[4] > floors[0] > floors[1] > 0, "a full pass each step costs most, fewer steps least"
 
 
 @pytest.mark.soak
@@ -172,7 +179,30 @@ def test_datasheet_peaks_are_known_by_the_device_s_whole_name(monkeypatch, tmp_p
     assert found.measured == Peaks(7e14, 4e12)
 
 
-# Time.
+# Waits and time.
+
+
+def test_waits_are_what_torch_warns_of_each_time_and_nothing_else(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def work():
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("a deprecated argument", stacklevel=1)
+
+    assert machines.waits_of(work, torch.device("cuda")) == 3
+    assert modes == ["warn", 0]
+    assert machines.waits_of(work, torch.device("cpu")) is None
+
+
+def test_without_a_gpu_the_command_says_what_to_do_instead(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command.main(["--device", "cuda", "--parts", "peak,decode", "--out", str(tmp_path)]) == 2
+    assert "torch sees no GPU here; run it on a machine with one, or dry" in capsys.readouterr().err
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_the_limits_of_all_parts_are_under_eight_minutes():

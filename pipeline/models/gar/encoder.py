@@ -17,12 +17,16 @@ from ....filters import rle
 from ....schemas.errors import StageFailed
 from ....schemas.records import ImageRecord, Region
 from ...io.photos import read_pixels
+from ...io.transfers import download, upload
 from ..batching import Batches
 from . import image as cutting
 from .checkpoint import GarConfig
 from .prompt import PROMPT, Prompts
 from .roi_align import Box, replay
 from .vision import Vision
+
+KeyedPrompt = tuple[tuple[int, int], Tensor]
+"""A region's key, and its prompt (tokens, H)."""
 
 
 class Photo:
@@ -145,29 +149,50 @@ class Encoder:
                     yield Work(photo, None, missing)
                 yield Work(photo, (number, place), touched, masks[touched], cutting.box_of(mask))
 
-    def run(self, works: Iterable[Work]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    def run(self, works: Iterable[Work]) -> Iterator[KeyedPrompt]:
         """(key, prompt (tokens, H) in host memory) of every region, in order.
+
+        A batch waits for the device once, at its end.
 
         Raises:
             OutOfMemory: one tile alone does not fit.
             StageFailed: a prompt is not finite.
         """
         for pack in self._packs(works):
-            features = self._encode(pack)
-            start = 0
-            regions: list[tuple[Work, Tensor]] = []
-            for work in pack:
-                own = features[start : start + len(work.tiles)]
-                start += len(work.tiles)
-                if work.key is None:  # copied: a view would keep the whole pack's features
-                    work.photo.plain.update({tile: own[i].clone() for i, tile in enumerate(work.tiles)})
-                    continue
-                if regions and regions[0][0].photo is not work.photo:
-                    yield from self._write(regions)
-                    regions = []
-                regions.append((work, own))
-            if regions:
-                yield from self._write(regions)
+            yield from self._fetch(self._prompts(pack))
+
+    def _prompts(self, pack: list[Work]) -> list[KeyedPrompt]:
+        """(key, prompt) of every region of a pack, on the device, whose work may not be done yet."""
+        features = self._encode(pack)
+        start = 0
+        prompts: list[KeyedPrompt] = []
+        regions: list[tuple[Work, Tensor]] = []
+        for work in pack:
+            own = features[start : start + len(work.tiles)]
+            start += len(work.tiles)
+            if work.key is None:  # copied: a view would keep the whole pack's features
+                work.photo.plain.update({tile: own[i].clone() for i, tile in enumerate(work.tiles)})
+                continue
+            if regions and regions[0][0].photo is not work.photo:
+                prompts += self._write(regions)
+                regions = []
+            regions.append((work, own))
+        return prompts + self._write(regions) if regions else prompts
+
+    def _fetch(self, prompts: list[KeyedPrompt]) -> Iterator[KeyedPrompt]:
+        """The prompts in host memory, for one wait."""
+        if not prompts:
+            return
+        finite = torch.stack([prompt.isfinite().all() for _, prompt in prompts])
+        finite, *arrived = download([finite, *(prompt for _, prompt in prompts)])
+        for (key, prompt), copy, is_finite in zip(prompts, arrived, finite.tolist(), strict=True):
+            if not is_finite:
+                raise StageFailed(
+                    f"gar ({self.config.folder}): the features of a region are NaN or infinite, in "
+                    f"{copy.dtype}; set captioner.options.dtype to bfloat16 or float32, or download the "
+                    "checkpoint again"
+                )
+            yield key, copy if copy is prompt else copy.clone()
 
     def _packs(self, works: Iterable[Work]) -> Iterator[list[Work]]:
         """Works that fill a batch together."""
@@ -203,7 +228,7 @@ class Encoder:
         return torch.stack(features)
 
     @torch.inference_mode()
-    def _write(self, regions: list[tuple[Work, Tensor]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    def _write(self, regions: list[tuple[Work, Tensor]]) -> list[KeyedPrompt]:
         """The prompts of several regions of one photo."""
         photo = regions[0][0].photo
         num_tiles = len(photo.tiles)
@@ -211,25 +236,19 @@ class Encoder:
         all_tiles = [self._features(work, own) for work, own in regions]
         boxes = [work.box for work, _ in regions]
         crops = replay([tiles[1:] for tiles in all_tiles], photo.grid, boxes, self.config.side)
-        ids = torch.tensor(layout.ids, device=self.embed.device)
+        ids = upload(torch.tensor(layout.ids), self.embed.device)
         (image, image_end), (crop, crop_end) = layout.image, layout.crop
         head, middle, tail = (
             self.embed[ids[:image]],
             self.embed[ids[image_end:crop]],
             self.embed[ids[crop_end:]],
         )
+        prompts: list[KeyedPrompt] = []
         for (work, _), tiles, replayed in zip(regions, all_tiles, crops, strict=True):
             assert work.key is not None
-            prompt = torch.cat([head, tiles.flatten(0, 1), middle, replayed, tail])
+            prompts.append((work.key, torch.cat([head, tiles.flatten(0, 1), middle, replayed, tail])))
             self._count(regions=1, tiles_one_by_one=num_tiles)
-            prompt = prompt.cpu()
-            if not prompt.isfinite().all():
-                raise StageFailed(
-                    f"gar ({self.config.folder}): the features of a region are NaN or infinite, in "
-                    f"{prompt.dtype}; set captioner.options.dtype to bfloat16 or float32, or download the "
-                    "checkpoint again"
-                )
-            yield work.key, prompt
+        return prompts
 
     def _features(self, work: Work, own: Tensor) -> Tensor:
         """(1 + tiles, side * side, H): the region's own tiles, the photo's plain ones elsewhere."""

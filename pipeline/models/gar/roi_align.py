@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...io.transfers import upload
+
 SCALE = 1 / 28
 """Of the second scaling. 28 is a token's side in pixels (patches of 14, pooled by 2), as published."""
 
@@ -57,6 +59,6 @@ def replay(tiles_tsh: Sequence[Tensor], grid: tuple[int, int], boxes: Sequence[B
         [index, x1 * width, y1 * height, x2 * width, y2 * height]
         for index, (x1, y1, x2, y2) in enumerate(boxes)
     ]
-    rois = torch.tensor(scaled, dtype=torch.float64).to(cells.device, torch.float32)
+    rois = upload(torch.tensor(scaled, dtype=torch.float64).to(torch.float32), cells.device)
     crops = roi_align(cells, rois, (side, side), spatial_scale=SCALE, sampling_ratio=2, aligned=True)
     return crops.flatten(2).transpose(1, 2).to(tiles_tsh[0].dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...io import tensor_files
+from ...io.transfers import upload
 from . import checkpoint
 from .checkpoint import GarConfig
 
@@ -132,10 +133,10 @@ class Vision(nn.Module):
             (N, side * side, H) in the weights' dtype.
         """
         weight = self.mask.weight
-        pixels = tiles_nct.to(weight.device, torch.float32).sub_(127.5).div_(127.5)
+        pixels = upload(tiles_nct, weight.device).to(torch.float32).sub_(127.5).div_(127.5)
         mask_npd = None
         if masks_nt is not None:
-            masks = masks_nt.to(weight.device, weight.dtype)[:, None].expand(-1, 3, -1, -1)
+            masks = upload(masks_nt, weight.device).to(weight.dtype)[:, None].expand(-1, 3, -1, -1)
             mask_npd = self.mask(masks).flatten(2).transpose(1, 2)
         return self.projector(self.tower(pixels.to(weight.dtype), mask_npd, self.cos_pk, self.sin_pk))
 

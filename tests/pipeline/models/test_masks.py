@@ -27,18 +27,30 @@ def test_rles_are_pycocotools_own_and_an_empty_mask_is_none(count, height, width
 def test_candidates_come_best_first_and_without_the_empty_ones():
     import torch
 
-    masks = torch.zeros(4, 2, 3)
-    for number in (0, 1, 3):
-        masks[number, 0, : number + 1] = 1
-    found = to_candidates(masks, torch.tensor([0.2, 0.9, 0.95, 0.2]), (2, 3), lambda low: low > 0.5)
-    assert [candidate.score for candidate in found] == pytest.approx([0.9, 0.2, 0.2])
-    assert [int(coco.area({"size": [2, 3], "counts": c.rle.counts.encode()})) for c in found] == [2, 1, 3]
+    masks = torch.zeros(2, 4, 2, 3)
+    for number in (0, 1, 2):
+        masks[:, number, 0, : number + 1] = 1
+    scores = np.float32([[0.2, 0.9, 0.2, 0.95], [0.1, 0.3, 1.5, 0.2]])
+
+    def found(above=None):
+        things = to_candidates(masks, scores, (2, 3), lambda low: low > 0.5, above)
+        return [[(area(each.rle), pytest.approx(each.score)) for each in thing] for thing in things]
+
+    assert found() == [[(2, 0.9), (1, 0.2), (3, 0.2)], [(3, 1.0), (2, 0.3), (1, 0.1)]]
+    assert found(0.2) == [[(2, 0.9)], [(3, 1.0), (2, 0.3)]]
+    assert found(0.9) == [[], [(3, 1.0)]]
+
+
+def area(rle):
+    return int(coco.area({"size": list(rle.size), "counts": rle.counts.encode()}))
 
 
 def test_no_masks_are_no_candidates():
     import torch
 
-    assert to_candidates(torch.zeros(0, 4, 4), torch.zeros(0), (9, 9), lambda low: low > 0) == []
+    none = np.zeros((2, 0), np.float32)
+    assert to_candidates(torch.zeros(2, 0, 4, 4), none, (9, 9), lambda low: low > 0) == [[], []]
+    assert to_candidates(torch.zeros(0, 3, 4, 4), np.zeros((0, 3)), (9, 9), lambda low: low > 0) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
@@ -60,9 +72,9 @@ def test_masks_that_do_not_fit_together_are_enlarged_in_halves():
             raise torch.OutOfMemoryError("too many")
         return low > 0.5
 
-    masks = torch.rand(7, 4, 4)
-    found = to_candidates(masks, torch.arange(7) / 10, (4, 4), enlarge)
-    assert found == to_candidates(masks, torch.arange(7) / 10, (4, 4), lambda low: low > 0.5)
+    masks, scores = torch.rand(1, 7, 4, 4), np.float32([np.arange(7) / 10])
+    found = to_candidates(masks, scores, (4, 4), enlarge)
+    assert found == to_candidates(masks, scores, (4, 4), lambda low: low > 0.5)
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1] or max(sizes[2:]) <= 2, sizes
 
 
