@@ -40,8 +40,8 @@ class Asking(Strict):
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="How answers are decoded: options of `paracaption ask`, such as `max_new_tokens`, `steps` "
-        "and `block_length`. They count more than what the task says.",
+        description="How answers are decoded: options of `paracaption ask`, such as `max_new_tokens`, "
+        "`steps` and `block_length`. They count more than what the task says.",
     )
 
     @field_validator("options")
@@ -54,7 +54,9 @@ class Asking(Strict):
 class HarnessColumn(Strict):
     """How a task is run for one column of the table."""
 
-    task: str = Field(min_length=1, description="Name of the task or group in lmms-eval.")
+    task: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the task or group in lmms-eval."
+    )
     metric: str = Field(min_length=1, description="Name of the number in its results.")
     percent: bool = Field(default=False, description="true: the number is 0 to 100, not 0 to 1.")
     judge: HarnessJudge = Field(

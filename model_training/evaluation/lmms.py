@@ -1,8 +1,8 @@
 """A plugin for lmms-eval: its requests as questions for `Chat`, and `Chat`'s answers as its results.
 
 lmms-eval finds `manifest` by the entry point group `lmms_eval.models`, and from it the classes `ChatModel`
-(messages with images in their places) and `TextModel` (`--force_simple`: a text, and images). Both are made when
-they are first asked for: lmms-eval is an extra of its own and imported nowhere else.
+(messages with images in their places) and `TextModel` (`--force_simple`: a text, and images). Both are made
+when they are first asked for: lmms-eval is an extra of its own, and not installed with the rest.
 
     lmms-eval --model paracaption --model_args pretrained=DIR,block_length=32 --tasks mmstar --batch_size 8
 """
@@ -144,8 +144,8 @@ class _Answers:
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Refuse: a diffusion model has no likelihood of an answer to give."""
         raise ConfigError(
-            f"{_tasks(requests)}: it compares likelihoods, which a diffusion model does not give; choose a task "
-            "with `output_type: generate_until`"
+            f"{_tasks(requests)}: it compares likelihoods, which a diffusion model does not give; choose a "
+            "task with `output_type: generate_until`"
         )
 
     def clean(self) -> None:

@@ -39,8 +39,8 @@ _reported: set[tuple[str, str]] = set()
 def answer_options(kwargs: Mapping[str, Any] | None, asking: Asking, task: str) -> AnswerOptions:
     """How a request is answered.
 
-    `max_new_tokens`, `until`, `temperature` and `top_p` are lmms-eval's. Every other field of `AnswerOptions`,
-    such as `steps`, may stand in a task's `generation_kwargs`, too. An argument that nobody here knows is
+    `max_new_tokens`, `until`, `temperature` and `top_p` are lmms-eval's. Any other field of `AnswerOptions`,
+    such as `steps`, may stand in a task's `generation_kwargs`, too. An argument that is not known here is
     reported once in a log and has no effect.
 
     Args:
@@ -49,8 +49,8 @@ def answer_options(kwargs: Mapping[str, Any] | None, asking: Asking, task: str) 
         task: name of the task, for messages.
 
     Raises:
-        ConfigError: an argument asks for what a diffusion model does not do, such as a beam search, or a value
-            is out of range.
+        ConfigError: an argument asks for what a diffusion model does not do, such as a beam search, or a
+            value is out of range.
     """
     given = dict(kwargs or {})
     fields = {name: given.pop(name) for name in tuple(given) if name in AnswerOptions.model_fields}

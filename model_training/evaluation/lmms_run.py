@@ -1,16 +1,17 @@
 """Runs tasks by lmms-eval in this process, without its command.
 
-For tasks of your own, which take seconds this way: lmms-eval's command indexes all of its tasks first. Here an
-error is raised, where the command prints it and exits with 0.
+For tasks of your own, which take seconds this way: lmms-eval's command indexes all of its tasks first. Here
+an error is raised, where the command prints it and exits with 0.
 
-    python -m paracaption.model_training.evaluation.lmms_run --model DIR --include FOLDER --tasks NAME --to FILE
+    python -m paracaption.model_training.evaluation.lmms_run --model DIR --tasks NAME --to FILE
+
+`--include FOLDER` names the folder of the tasks.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,12 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.io import files
+from ...pipeline.io.packages import how_to_install_extra
 from ...schemas.errors import ConfigError, ParaCaptionError
-
-NOT_INSTALLED = (
-    "lmms-eval is not installed here; install it into an environment of its own: pip install 'paracaption[lmms]', "
-    "and run the command from there"
-)
 
 
 def run_tasks(
@@ -50,14 +47,14 @@ def run_tasks(
         model_args: device, dtype, and fields of `AnswerOptions`, which count more than those of the tasks.
 
     Returns:
-        For each task (or group of tasks) its scores by name; with `samples`, also the answers of each task, in
-        the order of its documents.
+        For each task (or group of tasks) its scores by name. With `samples`, these are `scores`, and
+        `answers` has what was answered to each document of each task, in their order.
 
     Raises:
         ConfigError: lmms-eval is not installed, a task is unknown, or the model cannot answer it.
     """
     if importlib.util.find_spec("lmms_eval") is None:
-        raise ConfigError(NOT_INSTALLED)
+        raise ConfigError(not_installed())
     from lmms_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
@@ -84,6 +81,11 @@ def run_tasks(
         for task, listed in found["samples"].items()
     }
     return {"scores": scores, "answers": answers}
+
+
+def not_installed() -> str:
+    """What to say where lmms-eval is not installed."""
+    return f"lmms-eval is not installed here; in an environment of its own, {how_to_install_extra('lmms')}"
 
 
 def scores_of(result: dict[str, Any]) -> dict[str, float]:
