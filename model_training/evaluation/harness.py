@@ -1,7 +1,7 @@
 """Runs the benchmarks of the section `harness` by lmms-eval's command, one task after the other.
 
     OUT/LABEL/harness/COLUMN/TASK/
-        settings-DIGEST.json   what our plugin is told: model, prompt, decoding
+        settings-DIGEST.json   what our plugin reads: model, prompt, decoding
         log.txt                what lmms-eval printed
         results/               what lmms-eval wrote: results and answers
         judged.jsonl           what the judge says, where it is asked whether an answer contains the right one

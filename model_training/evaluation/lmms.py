@@ -158,7 +158,7 @@ def read_settings(path: str | Path) -> Settings:
     """What `settings=FILE` names.
 
     Raises:
-        ConfigError: there is no such file, or it is no JSON of `Settings`.
+        ConfigError: there is no such file, or it does not hold `Settings`.
     """
     try:
         values = json.loads(Path(path).read_bytes())
@@ -173,7 +173,7 @@ def to_batch_size(given: int | str, most: int | None = None) -> int:
     """lmms-eval's batch size, which is a text: "4", "auto" or "auto:N".
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it is not one of these.
     """
     text = str(given)
     if text.partition(":")[0] == "auto":
