@@ -138,7 +138,8 @@ def test_the_papers_16_are_tasks_of_lmms_eval_with_these_numbers_and_prompts(tmp
     options = f"What is it?\nA. a cat\nB. a dog\n{letter}"
     for name in ("AI2D", "MMVP", "BLINK", "CV-Bench-2D", "RealWorldQA", "V*"):
         assert found[name]["released"]["prompt"] == options, name
-    assert found["MMBench"]["released"]["prompt"] == options
+    assert found["MMBench"]["released"]["prompt"] == f"Look.\n{options}"
+    assert found["MMStar"]["released"]["prompt"] == f"What is it?\nOptions: A: a cat, B: a dog\n{letter}"
     assert found["MMMU"]["released"]["prompt"] == options.replace("is it", "is <image 1>")
     for name in ("ChartQA", "DocVQA", "InfoVQA"):
         assert found[name]["released"]["prompt"].startswith("What is it?\n\nPlease reason step by step"), name
