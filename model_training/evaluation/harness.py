@@ -95,7 +95,9 @@ def run_harness(config: EvaluateConfig, progress: Callable[[str, int, int], None
     harness = config.harness
     assert harness
     check_installed()
-    cells = [(task, name) for task in harness.chosen() for name in harness.columns if name in task.columns]
+    cells: list[tuple[HarnessTask, ColumnName]] = [
+        (task, name) for task in harness.chosen() for name in harness.columns if name in task.columns
+    ]
     rows = {task.name: _row(task) for task in harness.chosen()}
     for number, (task, name) in enumerate(cells):
         progress("benchmarks", number, len(cells))

@@ -154,7 +154,8 @@ def finish_question(
     Raises:
         ConfigError: the template of the prompt does not fit the document.
     """
-    text, images = question.text, list(question.images)
+    text = question.text
+    images: list[Any] = [*question.images]
     if asking.prompt is not None:
         plain = text.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
         marks = [f"Image-{number}: {IMAGE}\n" for number in range(1, len(images) + 1)]
