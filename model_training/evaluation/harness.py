@@ -285,7 +285,8 @@ def _why_failed(log: str, task: str, code: int) -> ParaCaptionError:
     for pattern, reason in _NO_DATA:
         if any(re.search(pattern, line) for line in errors):
             return NoData(f"the data of {task}: {reason}")
-    told = errors[-1] if errors else (lines or ["it printed nothing"])[-1]
+    causes = [line for line in errors if "RetryError" not in line] or errors  # which hides the error it wraps
+    told = (causes or lines or ["it printed nothing"])[-1]
     told = told.partition("Error during evaluation: ")[2] or told
     told = told.removesuffix(". Please set `--verbosity=DEBUG` to get more information.")
     return RunFailed(f"lmms-eval left no results (exit code {code}): {told[:300]}")
