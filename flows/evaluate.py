@@ -4,6 +4,7 @@
         LABEL/BENCHMARK/     what model_training/evaluation/run_benchmark.py writes, and page.html
         LABEL/toy.json       exact captions and leakage on a toy world
         LABEL/profile/       rows, table and plot of what captioning costs
+        LABEL/harness/       what model_training/evaluation/harness.py writes
         history.jsonl        a line for each evaluation of each label
 
 Annotations are evaluated, as in `build`.
@@ -44,6 +45,8 @@ def evaluate_captioner(config: EvaluateConfig) -> dict[str, Any]:
         found["toy"] = compare_with_truth(config)
     if config.profile:
         found["profile"] = measure_cost(config)
+    if config.harness:
+        found["harness"] = ask_harness(config)
     record = append_history(config, found)
     artifacts.PUBLISHER.wait()
     return record
@@ -115,6 +118,21 @@ def measure_cost(config: EvaluateConfig) -> dict[str, Any]:
     artifacts.publish_markdown(artifacts.artifact_key("profile", config.label), markdown)
     seconds = {f"{row.mode} {row.regions}": row.seconds for row in rows if row.study == "regions"}
     return {"seconds": seconds, "device": rows[0].device}
+
+
+@step
+def ask_harness(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Run the benchmarks of whole images by lmms-eval."""
+    from ..model_training.evaluation import harness
+
+    rows = harness.run_harness(config, callbacks.on_evaluation_progress.get())
+    cells = [
+        {"benchmark": row["name"], "column": name, "paper": row["paper"], **outcome}
+        for row in rows
+        for name, outcome in row["columns"].items()
+    ]
+    artifacts.publish_table(artifacts.artifact_key("harness", config.label), cells)
+    return rows
 
 
 @step

@@ -19,6 +19,7 @@ from ..pipeline.io import files
 from ..schemas.config import Backend
 from ..schemas.errors import ConfigError
 from ..schemas.evaluation import Bench, EvaluateConfig, Judge
+from ..schemas.harness import Harness
 from ..schemas.training import Model, TrainConfig
 
 NETWORK_MODULES = ("torch", "transformers")
@@ -65,6 +66,8 @@ def check_evaluation(config: EvaluateConfig) -> Iterator[Finding]:
         yield _check("toy", _find_corpus, config.toy, None, None)
     if config.profile:
         yield _check("profile.corpus", _find_corpus, config.profile.corpus, None, None)
+    if config.harness:
+        yield _check("harness", _find_harness, config.harness)
     yield check_output(config.out)
 
 
@@ -101,6 +104,16 @@ def _find_model(chosen: Model) -> str:
         path = Path(chosen.tokenizer or "") / "tokenizer.json"
         raise ConfigError(f"tokenizer: {path}: no such file; name the folder of a tokenizer")
     return f"a new model with the tokenizer {chosen.tokenizer}"
+
+
+def _find_harness(harness: Harness) -> str:
+    from ..model_training.evaluation.harness import check_installed
+
+    version = check_installed()
+    for task in harness.chosen():
+        if task.include is not None and not Path(task.include).is_dir():
+            raise ConfigError(f"{task.include}: no such folder; name the folder of the task {task.name}")
+    return f"lmms-eval {version}, {len(harness.chosen())} benchmarks"
 
 
 def _find_saved_model(name: object) -> str:

@@ -115,6 +115,9 @@ def _unusual(config: BuildConfig | EvaluateConfig | TrainConfig) -> Iterator[tup
         if config.judge:
             judge = Backend(name=config.judge.name, options=config.judge.options)
             yield from _of_backend("judge", judge, BACKENDS["judge"])
+        for task in config.harness.tasks if config.harness else ():
+            if task.include is not None:  # a task of lmms-eval is Python
+                yield f"harness.tasks.{task.name}.include", task.include
     else:
         for name, value in _leaves(config.model.config, "model.config"):
             if "implementation" in name and isinstance(value, str) and not _WORD.fullmatch(value):

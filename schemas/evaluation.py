@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from .config import Backend
+from .harness import Harness
 from .strict import Folder, Location, Published, Strict
 
 _FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -166,16 +167,21 @@ class EvaluateConfig(Published):
         "region of the photo (leaked). null measures none.",
     )
     profile: ProfileConfig | None = Field(default=None, description="null, the default, measures no costs.")
+    harness: Harness | None = Field(
+        default=None,
+        description="Benchmarks of whole images, whose questions lmms-eval asks (docs/evaluation.md). null, "
+        "the default, asks none.",
+    )
 
     @model_validator(mode="after")
     def _check_whole(self) -> EvaluateConfig:
         names = [bench.name for bench in self.benchmarks]
         if len(names) != len(set(names)):
             raise ValueError("benchmarks: two of them have the same name; rename one")
-        if not (self.benchmarks or self.toy or self.profile):
-            raise ValueError("nothing to do: name benchmarks, a toy corpus, or a profile")
-        if (self.toy or self.profile) and self.captioner.name != "perceptiondlm":
-            raise ValueError("toy and profile measure a perceptiondlm; name one, or leave them out")
+        if not (self.benchmarks or self.toy or self.profile or self.harness):
+            raise ValueError("nothing to do: name benchmarks, a toy corpus, a profile, or a harness")
+        if (self.toy or self.profile or self.harness) and self.captioner.name != "perceptiondlm":
+            raise ValueError("toy, profile and harness measure a perceptiondlm; name one, or leave them out")
         return self
 
     def judge_of(self, bench: Bench) -> Judge | None:

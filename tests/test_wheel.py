@@ -57,7 +57,7 @@ def test_every_extra_of_the_metadata_can_be_resolved(wheel):
         (name,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
         metadata = email.message_from_bytes(archive.read(name))
     extras = metadata.get_all("Provides-Extra", [])
-    assert set(extras) == {"models", "train", "vllm", "remote"}
+    assert set(extras) == {"models", "train", "vllm", "remote", "lmms"}
     for extra in extras:
         said([UV, "pip", "compile", "--quiet", "--extra", extra, ROOT / "pyproject.toml", "--no-header"])
 

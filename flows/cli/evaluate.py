@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from .. import stopping
 from .arguments import Device, Dtype, Json, changes_of, print_json, suggest
+from .harness_table import check_rows, show_rows
 from .progress import counting_parts, show_row
 
 if TYPE_CHECKING:
@@ -24,12 +26,16 @@ def evaluate(
         ),
     ],
     changes: Annotated[list[str] | None, changes_of("label=run2", "captioner.options.dtype=float32")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the saved model, for `captioner.options.model`.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure a captioner on benchmarks, on a corpus of synthetic scenes, and by its cost.
 
-    A judge model scores the captions of a benchmark. The same command continues an evaluation that was
-    interrupted.
+    A judge model scores the captions of a benchmark. With `harness`, lmms-eval asks a PerceptionDLM the
+    questions of benchmarks of whole images. The same command continues an evaluation that was interrupted.
     """
     from rich.console import Console
 
@@ -37,15 +43,19 @@ def evaluate(
     from ...pipeline.executor.findings import refuse_failures
     from .. import launch, preflight
 
-    loaded = load_evaluation(config, changes or ())
+    named = [] if model is None else [f"captioner.options.model={dumps(str(model.resolve()))}"]
+    loaded = load_evaluation(config, [*(changes or ()), *named])
     refuse_failures(preflight.check_evaluation(loaded))
     stopping.say(lambda: "what was captioned and judged is kept; run the same command to continue")
     with counting_parts() as show:
         found = launch.evaluate(loaded, show)
     if json:
         print_json(found)
+        check_rows(found)
         return
-    Console().print(_table(found))
+    if found["benchmarks"] or "toy" in found:
+        Console().print(_table(found))
+    show_rows(found)
     pages = []
     for result in found["benchmarks"]:
         for line in notes(result):
@@ -55,6 +65,7 @@ def evaluate(
     print(Path(loaded.out) / "history.jsonl")
     if pages:
         suggest(*(f"open {page} in a browser" for page in pages))
+    check_rows(found)
 
 
 def profile(

@@ -24,6 +24,7 @@ _PAGES = {
     "models": "README.md",
     "vllm": "docs/gpu.md",
     "remote": "docs/sources.md",
+    "lmms": "docs/evaluation.md",
 }
 """Extra -> the page that says how it is installed."""
 

@@ -1,0 +1,105 @@
+"""Asks a judge whether the answers of a task contain the right ones, as PerceptionDLM's released code does.
+
+It reads the answers that lmms-eval has written (`--log_samples`). What the judge has said is kept, so that a
+run that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...pipeline.io.json_lines import LineWriter, read_lines
+from ...schemas.errors import BadRecord, StageFailed
+from ...schemas.evaluation import Judge
+from . import judges
+
+ANSWERS = "judged.jsonl"
+_AT_ONCE = 256
+_MAX_TOKENS = 1000
+
+_PROMPT = """Decide whether a prediction gives a right answer.
+
+Right answers, of which any one counts: {right}
+Prediction: {answer}
+
+The prediction is correct if one of the right answers stands in it. Case, spaces and punctuation do not \
+count, nor does whatever else it says. It is incorrect if none of them does, or if it clearly means \
+something else.
+Reply with one word: CORRECT or INCORRECT."""
+
+
+class _Asked(NamedTuple):
+    prompt: str
+    digest: str
+
+
+def share_contained(config: Judge, folder: Path, results: Path) -> float:
+    """The percentage of answers that contain the right one.
+
+    Args:
+        config: the judge.
+        folder: gets `judged.jsonl`.
+        results: folder with the answers that lmms-eval has written.
+
+    Raises:
+        StageFailed: the judge's server is down, or gave no answer to some questions; the next call asks them
+            again.
+    """
+    asked = list(_questions(config, results))
+    if not asked:
+        raise StageFailed(f"{results}: no answers to judge; delete {folder}, and the task runs again")
+    path = folder / ANSWERS
+    known = _read(path)
+    missing = list({each.digest: each for each in asked if each.digest not in known}.values())
+    if missing:
+        _ask(config, missing, path)
+        known = _read(path)
+    if left := sum(each.digest not in known for each in asked):
+        raise StageFailed(f"{left} of {len(asked)} answers are not judged; run the command again")
+    return 100 * sum(is_correct(known[each.digest]) for each in asked) / len(asked)
+
+
+def is_correct(answer: str) -> bool:
+    """Whether a judge's answer is the word CORRECT, whatever it has thought before."""
+    said = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    return said.strip().strip(".*\"'").upper() == "CORRECT"
+
+
+def _questions(config: Judge, results: Path) -> Iterator[_Asked]:
+    identity = judges.identity(config)
+    for path in sorted(results.rglob("*_samples_*.jsonl")):
+        for line in read_lines(path):
+            sample = json.loads(line)
+            prompt = _PROMPT.format(right=_listed(sample["target"]), answer=sample["filtered_resps"][0])
+            digest = hashlib.sha256(json.dumps([identity, prompt]).encode()).hexdigest()[:24]
+            yield _Asked(prompt, digest)
+
+
+def _listed(target: Any) -> str:
+    return str([*target] if isinstance(target, list | tuple) else target)
+
+
+def _ask(config: Judge, missing: Sequence[_Asked], path: Path) -> None:
+    judge = judges.load_judge(config)
+    try:
+        with LineWriter(path) as lines:
+            for start in range(0, len(missing), _AT_ONCE):
+                batch = missing[start : start + _AT_ONCE]
+                requests = [judges.JudgeRequest(each.prompt, max_tokens=_MAX_TOKENS) for each in batch]
+                for position, answer in judge.answer(requests):
+                    if not isinstance(answer, BadRecord):
+                        lines.append({"digest": batch[position].digest, "answer": answer})
+    finally:
+        judge.close()
+
+
+def _read(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    found = map(json.loads, read_lines(path))
+    return {record["digest"]: record["answer"] for record in found}
