@@ -221,11 +221,12 @@ class Rows:
         """The tokens, a view; the mask token in open slots."""
         return self.ids_BNL[..., 1:-1]
 
-    def prepare(self, places_A: Tensor) -> None:
+    def prepare(self, places_A: Tensor, prefix_len: int) -> None:
         """Make what is the same in all steps: positions and the mask of whole sequences, an exact cache.
 
         Args:
             places_A: the rows that are new, on the device.
+            prefix_len: tokens of the longest of their prefixes.
         """
         position_BL = torch.cat([self.prefix_position_BP, self.position_BNL.flatten(1)], dim=1)
         rope = self.model.language_model.rope(position_BL, self.model.dtype)
@@ -242,15 +243,15 @@ class Rows:
             self.mask.mask.copy_(mask.mask)
         if self.bucket.cache == "exact":
             self.kv_cache = self.kv_cache or KVCache(self.bucket.prefix_len, self.ids_BNL[0].numel())
-            self.kv_cache.put(places_A, self.prefill(places_A), self.bucket.num_rows)
+            self.kv_cache.put(places_A, self.prefill(places_A, prefix_len), self.bucket.num_rows)
 
-    def prefill(self, places_A: Tensor) -> KVCache:
+    def prefill(self, places_A: Tensor, prefix_len: int) -> KVCache:
         """Keys and values of the prefixes of some rows, which see no caption."""
-        roles = self.prefix_roles.at(places_A)
+        at = (places_A, slice(prefix_len))
+        roles = self.prefix_roles.at(at)
         mask = self.model.attention_mask(roles, roles, "sdpa")
-        cache = KVCache(self.bucket.prefix_len, 0)
-        x_APD, position_AP = self.x_BPD[places_A], self.prefix_position_BP[places_A]
-        self.model.language_model(x_APD, position_AP, mask, slice(0, 1), cache)
+        cache = KVCache(prefix_len, 0)
+        self.model.language_model(self.x_BPD[at], self.prefix_position_BP[at], mask, slice(0, 1), cache)
         return cache
 
     def step(self, full: bool, uniform_BNS: Tensor | None) -> None:

@@ -275,7 +275,7 @@ class Loop:
         self.forwards_R[at], self.began_R[at] = 0, self.num_steps
         places_A = upload(torch.tensor(at), self.rows.model.device)
         self.rows.admit(places_A, x_APD, prefix, captions, options)
-        (self.skipping or self.rows).prepare(places_A)
+        (self.skipping or self.rows).prepare(places_A, x_APD.shape[1])
 
     @property
     def admits(self) -> bool:

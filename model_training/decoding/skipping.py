@@ -28,8 +28,8 @@ class Skipping:
         self.mask: AttentionMask | None = None
         self.mask_of: tuple[Any, ...] = ()
 
-    def prepare(self, places_A: Tensor) -> None:
-        """Take notice of new rows, and fill an exact cache for them."""
+    def prepare(self, places_A: Tensor, prefix_len: int) -> None:
+        """Take notice of new rows, and fill an exact cache for them, see `Rows.prepare`."""
         self.mask_of = ()
         if self.rows.bucket.cache != "exact":
             return
@@ -38,9 +38,11 @@ class Skipping:
         if self.kv_cache is not None and np.isin(new, self.cached_R).all():
             order_R = np.argsort(self.cached_R)
             at_A = order_R[np.searchsorted(self.cached_R, new, sorter=order_R)]
-            self.kv_cache.put(torch.from_numpy(at_A), self.rows.prefill(places_A), len(self.cached_R))
+            self.kv_cache.put(
+                torch.from_numpy(at_A), self.rows.prefill(places_A, prefix_len), len(self.cached_R)
+            )
             return
-        fresh.put(torch.arange(len(new)), self.rows.prefill(places_A), len(new))
+        fresh.put(torch.arange(len(new)), self.rows.prefill(places_A, prefix_len), len(new))
         if self.kv_cache is None:
             self.kv_cache, self.cached_R = fresh, new
             return

@@ -106,6 +106,7 @@ class _Stream:
         self.loops: list[tuple[Loop, list[_Sequence | None]]] = []
         self.leaving: list[_Leaving] = []
         self.twins: dict[int, list[tuple[_Sequence, Finished]]] = {}
+        self.longest: dict[str, int] = {}  # prefix so far, by cache
         self.num_taken = 0
         self.has_more = True
 
@@ -158,6 +159,7 @@ class _Stream:
                 bucket = bucket_of(model, [way], length, regions)
                 sequence = _Sequence(self.num_taken, example, way, x_PD[:length], bucket)
                 sequence.is_twin = way is not options
+                self.longest[bucket.cache] = max(self.longest.get(bucket.cache, 0), bucket.prefix_len)
                 found.append(sequence)
             self.num_taken += 1
         return found
@@ -216,6 +218,8 @@ class _Stream:
             if wider is not None and _num_tokens(wider) <= _MOST_WASTE * least_of_all:
                 bucket, least = wider, least_of_all
                 chosen.append(each)
+        if bucket.cache == "exact":  # where a longer prefix costs memory alone, a bucket is for all of them
+            bucket = bucket._replace(prefix_len=self.longest[bucket.cache])
         num_rows = self.num_rows
         if not self.has_more:
             num_rows = min(num_rows, 1 << (len(chosen) - 1).bit_length())

@@ -63,7 +63,7 @@ class KVCache:
 
         Args:
             rows_A: their numbers here.
-            part: the other cache, of these sequences alone.
+            part: the other cache, of these sequences alone; it may keep fewer tokens of each.
             num_sequences: how many there are here.
         """
         if not self.layers:
@@ -73,7 +73,7 @@ class KVCache:
             self.layers = [(keys.new_zeros(shape), keys.new_zeros(shape)) for keys, _ in part.layers]
         for mine, theirs in zip(self.layers, part.layers, strict=True):
             for cached, fresh in zip(mine, theirs, strict=True):
-                cached[:, :, : self.num_cached][rows_A] = fresh[:, :, : self.num_cached]
+                cached[:, :, : part.num_cached][rows_A] = fresh[:, :, : part.num_cached]
         self.filling = False
 
     def join(self, other: KVCache) -> KVCache:

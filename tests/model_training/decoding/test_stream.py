@@ -12,7 +12,7 @@ from paracaption.schemas.decoding import DecodeOptions, Strategy
 from paracaption.schemas.errors import ConfigError
 from tests.device import pretend
 from tests.model_training.decoding.test_ragged import REGIONS, alone, model_of, options_of, photo_of
-from tests.model_training.tiny_models import examples, lively
+from tests.model_training.tiny_models import examples, lively, photo
 
 
 def check(decoder, layout, seed, count=14, num_rows=3):
@@ -88,7 +88,8 @@ def test_rows_are_full_while_sequences_wait(monkeypatch):
 
     model, processor = model_of("corrected")
     fast, slow = (DecodeOptions(strategy="per-region", max_new_tokens=4, steps=n) for n in (1, 4))
-    given = [(each, slow if n % 4 == 0 else fast) for n, each in enumerate(examples(processor, [2] * 16, 4))]
+    photos = [processor.make_example(*photo(number, 2, (64, 64)), 4) for number in range(16)]
+    given = [(each, slow if number % 4 == 0 else fast) for number, each in enumerate(photos)]
     busy = []
     launch = sampler.Loop.launch
 
