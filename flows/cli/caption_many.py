@@ -58,7 +58,5 @@ def caption_many(
         f"{done.photos:,} photos with {done.regions:,} regions captioned, {before:,} were done before: {out}"
     )
     if done.failed:
-        print(
-            f"{done.failed:,} photos cannot be used; their lines have `error`, and a later run tries them again"
-        )
+        print(f"{done.failed:,} photos cannot be used: see `error` in their lines; a later run tries again")
     return 1 if done.failed else 0

@@ -274,8 +274,8 @@ def caption(
         typer.Option(
             help="Mask images, folders of mask images, or a JSON of COCO or SA-1B; or a corpus, together "
             "with --key. Several paths may follow. Without this option, a mask generator makes the masks. "
-            "With --out: a folder that has an image, a JSON or a folder of masks for each photo, under its name "
-            "without the ending; a JSON for all photos; or a corpus, whose images are all captioned.",
+            "With --out: a folder that has an image, a JSON or a folder of masks for each photo, under its "
+            "name without the ending; a JSON for all photos; or a corpus, whose images are all captioned.",
             show_default=False,
         ),
     ] = None,

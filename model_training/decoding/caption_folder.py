@@ -54,12 +54,12 @@ class Captioned(NamedTuple):
 
 
 def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
-    """The photos of a folder with their masks, or all images of a corpus, in the order of their names or shards.
+    """The photos of a folder with their masks, by name, or all images of a corpus, shard by shard.
 
     Args:
         photos: folder of photos; None for a corpus.
-        masks: a corpus; a JSON with the regions of all photos; or a folder that has for each photo STEM.EXT an
-            image STEM.png (or of another format), a JSON STEM.json, or a folder STEM of mask images.
+        masks: a corpus; a JSON with the regions of all photos; or a folder that has for each photo STEM.EXT
+            an image STEM.png (or of another format), a JSON STEM.json, or a folder STEM of mask images.
 
     Raises:
         ConfigError: there is no such folder, no photo in it, or a photo or a mask has no partner.
@@ -242,9 +242,8 @@ def _inputs(
 def _of_corpus(path: str) -> list[PhotoTask]:
     """A task for each image of a corpus, which are read shard by shard, each where it is needed."""
     opened = reader.open_corpus(path)
-    kept = (
-        table.filter(table["kept"])["key"].to_pylist() for table in opened.ledgers(columns=["key", "kept"])
-    )
+    tables = opened.ledgers(columns=["key", "kept"])
+    kept = chain.from_iterable(table.filter(table["kept"])["key"].to_pylist() for table in tables)
     samples = opened.samples()
 
     def read(key: str) -> PhotoRegions:
@@ -253,7 +252,7 @@ def _of_corpus(path: str) -> list[PhotoTask]:
                 return of_sample(f"{path}#{key}", sample, data)
         return read_photo_regions(None, [path], key)
 
-    return [PhotoTask(key, partial(read, key)) for key in dict.fromkeys(chain.from_iterable(kept))]
+    return [PhotoTask(key, partial(read, key)) for key in dict.fromkeys(kept)]
 
 
 def _by_stem(folder: str, endings: tuple[str, ...], what: str) -> dict[str, str]:

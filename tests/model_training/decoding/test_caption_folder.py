@@ -84,7 +84,8 @@ def test_a_folder_is_captioned_as_its_photos_are_one_by_one(home, whole):
     captioner = RegionCaptioner.load(home / "model", "cpu")
     found = lines(home / "whole.jsonl")
     assert [line["photo"] for line in found] == [f"p{number:03d}.png" for number in range(NUM_PHOTOS)]
-    for task, line in zip(caption_folder.find_photos(str(home / "photos"), str(home / "masks")), found):
+    tasks = caption_folder.find_photos(str(home / "photos"), str(home / "masks"))
+    for task, line in zip(tasks, found, strict=True):
         photo = task.read()
         expected = captioner.caption(photo.pixels, photo.masks(), max_new_tokens=6, steps=3)
         assert [region["caption"] for region in line["regions"]] == expected
@@ -157,7 +158,7 @@ def test_a_photo_that_cannot_be_read_gets_a_line_and_is_tried_again(home, tmp_pa
 
 
 def test_all_images_of_a_corpus_are_captioned(home, tmp_path):
-    corpus = committed.corpus(tmp_path)
+    corpus = committed.merged(tmp_path / "corpus")
     out = tmp_path / "captions.jsonl"
     assert run(home, out, photos=None, masks=corpus).exit_code == 0
     photos = list(iter_photo_regions(corpus))
