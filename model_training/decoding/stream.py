@@ -118,9 +118,9 @@ class _Stream:
         try:
             while self._fill(source) or self.loops or self.leaving:
                 yield from self._step()
-        finally:
-            for loop, _ in self.loops:
-                self.decoder.give_back(loop.rows)
+        except torch.OutOfMemoryError:
+            self.decoder.kept.clear()  # fewer rows may fit then
+            raise
 
     def _fill(self, source: Iterator[tuple[Example, DecodeOptions]]) -> bool:
         """Take sequences until as many wait as a bucket has rows; whether one waits."""
