@@ -54,9 +54,7 @@ def caption_many(
                 progress=lambda number: show("photos", number, len(left)),
             )
     before = len(tasks) - len(left)
-    print(
-        f"{done.photos:,} photos with {done.regions:,} regions captioned, {before:,} were done before: {out}"
-    )
+    print(f"{done.photos:,} photos with {done.regions:,} regions captioned, {before:,} done before: {out}")
     if done.failed:
         print(f"{done.failed:,} photos cannot be used: see `error` in their lines; a later run tries again")
     return 1 if done.failed else 0
