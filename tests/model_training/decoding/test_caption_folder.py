@@ -29,7 +29,7 @@ NUM_PHOTOS = 9
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model that no rounding sways, photos of two sizes, and their masks: an image for most, a folder of two for every third."""
+    """A model that no rounding sways, and photos of two sizes; every third has two masks in a folder."""
     home = tmp_path_factory.mktemp("folder")
     model, processor = lively(dtype=torch.float32)
     for each in (model, processor):
