@@ -138,8 +138,9 @@ def main() -> int:
         report(name, measured)
     ratios = [a.cpu_s / b.cpu_s for a, b in zip(turns["by batches"], turns["stream"], strict=True)]
     print(f"the stream is {statistics.median(ratios):.2f} times as fast, by seconds of the CPU")
-    differ = sum(a != b for a, b in zip(*(each[0].captions for each in turns.values()), strict=True))
-    print(f"photos whose captions differ: {differ}")
+    pairs = zip(tasks, *(each[0].captions for each in turns.values()), strict=True)
+    differ = [task.name for task, one, other in pairs if one != other]
+    print(f"photos whose captions differ: {len(differ)} {' '.join(differ)}")
     return 1 if differ else 0
 
 
