@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ...pipeline.io import files
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError, one_line
 from .. import stopping
 from .arguments import Device, Dtype, RayAddress, changes_of, options_of, suggest
+from .caption_many import caption_many
 from .examples import example
 from .help import Command, Group
 from .progress import TrainingView
@@ -247,6 +249,23 @@ class ManyMasks(Command):
         return super().parse_args(ctx, spread)
 
 
+def _only_masks(masks: list[str] | None, key: str | None, *others: Any) -> str:
+    """The only path of --masks, where no option is given that is for one photo."""
+    if key is not None or any(each is not None for each in others):
+        raise ConfigError(
+            "--out captions many photos; --key, --mask-generator, --json, --picture and --trace are for one"
+        )
+    if masks is None or len(masks) != 1:
+        raise ConfigError("--out needs --masks with one path: a folder, a JSON, or a corpus")
+    return masks[0]
+
+
+def _only_prompt(prompt: list[str] | None) -> str | None:
+    if prompt and len(prompt) > 1:
+        raise ConfigError("--out asks all regions the same; give --prompt once")
+    return prompt[0] if prompt else None
+
+
 @options_of(DecodeOptions)
 def caption(
     model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
@@ -254,7 +273,9 @@ def caption(
         list[str] | None,
         typer.Option(
             help="Mask images, folders of mask images, or a JSON of COCO or SA-1B; or a corpus, together "
-            "with --key. Several paths may follow. Without this option, a mask generator makes the masks.",
+            "with --key. Several paths may follow. Without this option, a mask generator makes the masks. "
+            "With --out: a folder that has an image, a JSON or a folder of masks for each photo, under its "
+            "name without the ending; a JSON for all photos; or a corpus, whose images are all captioned.",
             show_default=False,
         ),
     ] = None,
@@ -267,7 +288,20 @@ def caption(
             show_default="color_regions, which needs no weights",
         ),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="The photo. Not needed with a corpus.")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="The photo; with --out, a folder of photos. Not needed with a corpus."
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of JSON lines to write, one for each photo of a folder or a corpus. The same command "
+            "continues a file that it began: photos that have a line are skipped.",
+        ),
+    ] = None,
     key: Annotated[
         str | None,
         typer.Option(
@@ -300,11 +334,30 @@ def caption(
             show_default="as many as the model takes",
         ),
     ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(help="With --out: sequences, each with regions of one photo, that are decoded at once."),
+    ] = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
     **decoding: Any,
 ) -> None:
-    """Caption the regions of a photo, all in parallel."""
+    """Caption the regions of a photo, all in parallel, or of many photos."""
+    if out is not None:
+        raise typer.Exit(
+            caption_many(
+                model,
+                image,
+                _only_masks(masks, key, mask_generator, json, picture, trace),
+                out,
+                DecodeOptions.checked(decoding),
+                _only_prompt(prompt),
+                regions_per_call,
+                batch_size,
+                device,
+                dtype,
+            )
+        )
     from rich.console import Console
 
     from ...model_training.decoding import caption_photo as captioning
@@ -312,6 +365,8 @@ def caption(
     from ...model_training.decoding.read_regions import read_photo_regions
     from ...model_training.decoding.region_captioner import RegionCaptioner
 
+    if image is not None and files.is_folder(image):
+        raise ConfigError(f"--image {image}: a folder; caption its photos into a file with --out")
     options = DecodeOptions.checked(decoding)
     captioning.check_outputs(picture, trace, json)
     generator = None if mask_generator is None else _generator_of(mask_generator)

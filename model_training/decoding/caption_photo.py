@@ -93,19 +93,39 @@ def caption_regions(
     Raises:
         ConfigError: an option does not suit the model, or there are not as many prompts as regions.
     """
-    model, num_regions = captioner.model, len(photo.regions)
+    num_regions = len(photo.regions)
     asked = [*prompts] * (num_regions if len(prompts) == 1 else 1)
     [found] = captioner.caption_photos(
         [(photo.pixels, photo.masks(), asked or None)], options, regions_per_call=regions_per_call
     )
-    tokens = [len(captioner.processor.tokenize(caption)) for caption in found.captions]
+    return about_captions(captioner, photo, found, options, asked)
+
+
+def about_captions(
+    captioner: RegionCaptioner,
+    photo: PhotoRegions,
+    found: RegionCaptions,
+    options: DecodeOptions,
+    prompts: Sequence[str] = (),
+) -> CaptionedPhoto:
+    """A photo with captions of its regions that a captioner has made.
+
+    Args:
+        captioner: the captioner.
+        photo: the photo and its regions.
+        found: the captions.
+        options: how they were decoded.
+        prompts: what each region was asked; none for the model's own prompt.
+    """
+    model = captioner.model
     about = {
         "folder": str(model.name_or_path),
         "layout": model.config.layout,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return CaptionedPhoto(photo, found, tokens, options, about, asked)
+    tokens = [len(captioner.processor.tokenize(caption)) for caption in found.captions]
+    return CaptionedPhoto(photo, found, tokens, options, about, prompts)
 
 
 def trace_photo(

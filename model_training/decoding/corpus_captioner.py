@@ -6,8 +6,8 @@ The pipeline never imports this module. Its registry names the class by its path
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -42,6 +42,8 @@ class ModelOptions(BackendOptions, frozen=True):
         device, dtype: see `RegionCaptioner.load`.
         regions_per_call: the most regions that are captioned together; 1 captions them one by one, None
             takes as many as the model can.
+        batch_size: sequences that are decoded at once, each with up to `regions_per_call` regions of one
+            image. In a build it is halved when memory runs out.
         decode: fields of `schemas.decoding.DecodeOptions`.
     """
 
@@ -49,6 +51,7 @@ class ModelOptions(BackendOptions, frozen=True):
     device: str = "auto"
     dtype: _Dtype = "auto"
     regions_per_call: _Positive | None = None
+    batch_size: _Positive = 8
     decode: dict[str, Any] = {}
 
     def check(self, where: str) -> None:
@@ -75,13 +78,10 @@ class CorpusOptions(ModelOptions, frozen=True):
     """What it takes in a build besides.
 
     Attributes:
-        batch_size: sequences that are decoded at once, each with up to `regions_per_call` regions of one
-            image; halved when memory runs out.
         prompt: what the regions are asked; None asks what the model was trained with.
         max_pixels: larger photos are refused.
     """
 
-    batch_size: _Positive = 8
     prompt: str | None = None
     max_pixels: _Positive = 200_000_000
 
@@ -165,10 +165,7 @@ class PerceptionDLMCaptioner:
         found: list[list[Caption | BadRecord | None]] = [[None] * len(image.live()) for image in images]
         answers = {image.key: own for image, own in zip(images, found, strict=True)}
         sequences = [each for image in images for each in self._sequences(image)]
-        read: dict[str, np.ndarray | BadRecord] = {}
-        for sequence, captions in zip(
-            sequences, self._batches.run(sequences, partial(self._decode, read)), strict=True
-        ):
+        for sequence, captions in zip(sequences, self._batches.stream(sequences, self._caption), strict=True):
             for place, caption in zip(sequence.places, captions, strict=True):
                 answers[sequence.image.key][place] = caption
         return found
@@ -179,36 +176,39 @@ class PerceptionDLMCaptioner:
         count = -(-len(asked) // self.regions_per_call)
         return [_Sequence(image, part.tolist()) for part in np.array_split(asked, count)] if asked else []
 
-    def _decode(
-        self, read: dict[str, np.ndarray | BadRecord], batch: Sequence[_Sequence]
-    ) -> list[list[Caption | BadRecord]]:
-        """The captions of a batch. Photos of images that have no sequence in it are forgotten."""
-        for key in read.keys() - {sequence.image.key for sequence in batch}:
-            del read[key]
-        for image in (sequence.image for sequence in batch if sequence.image.key not in read):
-            read[image.key] = _pixels(image, self.options.max_pixels)
-        pairs = []
-        for image, places in batch:
-            pixels, live = read[image.key], image.live()
-            if not isinstance(pixels, BadRecord):
-                pairs.append((pixels, [_mask(live[place]) for place in places]))
-        decoded = iter(
-            self.captioner.caption_photos(
-                pairs,
-                self.decoding,
-                prompt=self.options.prompt,
-                batch_size=len(batch),
-                regions_per_call=self.regions_per_call,
-            )
+    def _caption(
+        self, sequences: Sequence[_Sequence], batch_size: int
+    ) -> Iterator[Sequence[Caption | BadRecord]]:
+        """The captions of each sequence, in order."""
+        unread: deque[BadRecord | None] = deque()
+        found = self.captioner.iter_captions(
+            self._inputs(sequences, unread),
+            self.decoding,
+            prompt=self.options.prompt,
+            batch_size=batch_size,
+            regions_per_call=self.regions_per_call,
         )
-        return [self._captions(read[image.key], places, decoded) for image, places in batch]
+        for sequence, each in zip(sequences, found, strict=True):
+            if (error := unread.popleft()) is not None:
+                yield [error] * len(sequence.places)
+            else:
+                yield [Caption(*pair) for pair in zip(each.captions, each.confidences, strict=True)]
 
-    @staticmethod
-    def _captions(pixels: Any, places: list[int], decoded: Any) -> list[Caption | BadRecord]:
-        if isinstance(pixels, BadRecord):
-            return [pixels] * len(places)
-        one = next(decoded)
-        return [Caption(*each) for each in zip(one.captions, one.confidences, strict=True)]
+    def _inputs(
+        self, sequences: Sequence[_Sequence], unread: deque[BadRecord | None]
+    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        """Pixels and masks of each sequence; none of an image that cannot be read, whose error is noted."""
+        image, pixels = None, None
+        for sequence in sequences:
+            if sequence.image is not image:
+                image, pixels = sequence.image, _pixels(sequence.image, self.options.max_pixels)
+            if isinstance(pixels, BadRecord) or pixels is None:
+                unread.append(pixels)
+                yield np.zeros((1, 1, 3), np.uint8), []
+            else:
+                unread.append(None)
+                live = sequence.image.live()
+                yield pixels, [_mask(live[place]) for place in sequence.places]
 
 
 def _read(options: dict[str, Any]) -> CorpusOptions:

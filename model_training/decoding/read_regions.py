@@ -101,7 +101,7 @@ def read_photo_regions(
         raise ConfigError("no masks; give mask images, an annotation file, or a corpus and a key")
     split = [_split(str(path), key) for path in masks]
     for path, chosen in split:
-        if _is_corpus(path):
+        if is_corpus(path):
             if image is not None or len(split) > 1:
                 raise ConfigError(f"{path}: a corpus has its own photos; give it alone, without an image")
             return _from_corpus(path, chosen)
@@ -166,7 +166,8 @@ def _of_image(path: str, size: tuple[int, int]) -> Region:
 # A corpus.
 
 
-def _is_corpus(path: str) -> bool:
+def is_corpus(path: str) -> bool:
+    """Whether a path names a corpus, or a shard of one."""
     if files.is_url(path):
         return not file_names.ending(path) and bool(reader.Corpus(path, confined=True).subsets)
     if files.is_folder(path):
@@ -177,7 +178,7 @@ def _is_corpus(path: str) -> bool:
 def _from_corpus(path: str, key: str | None) -> PhotoRegions:
     if not key:
         raise ConfigError(f"{path}: which image? Give its key, as in `{path}#KEY`")
-    return _of_sample(f"{path}#{key}", *_sample(path, key))
+    return of_sample(f"{path}#{key}", *_sample(path, key))
 
 
 def iter_photo_regions(corpus: str | Path, held_out: bool = False) -> Iterator[PhotoRegions]:
@@ -196,10 +197,15 @@ def iter_photo_regions(corpus: str | Path, held_out: bool = False) -> Iterator[P
     for sample, data in opened.samples():
         if share and not is_held_out(sample.key, share):
             continue
-        yield _of_sample(f"{corpus}#{sample.key}", sample, data)
+        yield of_sample(f"{corpus}#{sample.key}", sample, data)
 
 
-def _of_sample(name: str, sample: Sample, data: bytes) -> PhotoRegions:
+def of_sample(name: str, sample: Sample, data: bytes) -> PhotoRegions:
+    """A sample of a corpus with its photo's bytes.
+
+    Raises:
+        ConfigError: the photo or a mask cannot be decoded.
+    """
     try:
         pixels = photos.decode(Blob(name), data, Limits().max_pixels)
         regions = [

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from .head import confidence_of
 
 
 class Readback:
@@ -42,3 +46,28 @@ class Readback:
             self.events[place].synchronize()
         self.received += 1
         return self.copies[place].numpy().copy()
+
+    def wait(self) -> None:
+        """Wait for whatever was sent to the host, not by this object alone."""
+        for event in self.events[:1]:
+            now = type(event)()
+            now.record()
+            now.synchronize()
+
+
+class Sent(NamedTuple):
+    """The state of some rows on its way to the host; it is there when so many steps have been read.
+
+    Attributes:
+        stacked: tokens, open slots, predictions and doubts, as one tensor.
+        num_read: how many steps.
+    """
+
+    stacked: Tensor
+    num_read: int
+
+
+def read_state(stacked: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, open slots, predictions and their confidence, from the state of rows on the CPU."""
+    tokens, opens, predicted, doubt = stacked.unbind()
+    return tokens.long(), opens.bool(), predicted.long(), confidence_of(doubt)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -13,9 +15,11 @@ import numpy as np
 
 from ...pipeline.io import weights
 from ...pipeline.io.packages import how_to_install_extra
+from ...pipeline.io.prefetch import ahead
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
-from .region_forms import Boxes, to_masks, to_pixels
+from .grouping import Group, Grouping, Outline, Prompt, lay_out_photos
+from .region_forms import Boxes
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -27,12 +31,10 @@ if TYPE_CHECKING:
     from ..model.perceptiondlm import PerceptionDLM
     from ..model.processor import PerceptionDLMProcessor
     from .sampler import DecodeState
+    from .stream import Finished
 
 Photo: TypeAlias = "str | PathLike[str] | bytes | np.ndarray | Image | Tensor"
 """A photo in one of the forms of `region_forms`."""
-
-Prompt: TypeAlias = str | Sequence[str | None] | None
-"""What all regions of a photo are asked, or what each of them is; None asks what the model was trained on."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,7 +46,7 @@ class RegionCaptions(NamedTuple):
         captions: one for each mask, in the caller's order.
         forwards: forward passes of the language model, summed over the photo's groups of regions.
         tokens: tokens that were decoded, `max_new_tokens` for each region.
-        seconds: this photo's share of the time that its batches took.
+        seconds: this photo's share of the time in which it was encoded and decoded.
         agreement: share of tokens equal to those of a decode without a cache, where `compare` asks for it.
         confidences: how sure the model is of each caption, 0 to 1: the geometric mean of the probabilities of
             its tokens, the one that ends it included.
@@ -86,23 +88,12 @@ class Snapshot(NamedTuple):
     captions: list[str]
 
 
-class _Group(NamedTuple):
-    """Regions that share a sequence: the number of their photo, their numbers in it, and the sequence."""
+@dataclass
+class _Photo:
+    """A photo that is captioned: what is known of it, and how many of its groups are not."""
 
-    photo: int
-    regions: list[int]
-    example: Example
-
-
-class _Asked(NamedTuple):
-    """A photo as a caller gave it, with its regions and how they are captioned."""
-
-    photo: Photo
-    masks: Iterable[Any]
-    prompt: Prompt
-    boxes: Boxes
-    regions_per_call: int | None
-    fill_groups: bool = False
+    found: RegionCaptions
+    num_left: int
 
 
 class RegionCaptioner:
@@ -244,13 +235,47 @@ class RegionCaptioner:
         fill_groups: bool = False,
         **fields: Any,
     ) -> list[RegionCaptions]:
-        """Describe regions of many photos, with the cost of each.
-
-        Groups of regions share batches across photos. Captions do not depend on what else is in a batch.
+        """Describe regions of many photos, with the cost of each, see `iter_captions`.
 
         Args:
-            photos: (photo, masks) or (photo, masks, prompt) as `caption` takes them. They are read one after
-                the other, and only those of one batch are in memory at once.
+            photos: (photo, masks) or (photo, masks, prompt) as `caption` takes them.
+            options: how captions are decoded; by default as `DecodeOptions()` says.
+            prompt: as for `iter_captions`, as all that follows.
+            boxes: what four numbers mean.
+            batch_size: groups that are decoded at once.
+            regions_per_call: the most regions that share a sequence.
+            fill_groups: fill each group before the next one begins.
+            fields: single fields of `DecodeOptions` that differ from `options`.
+
+        Returns:
+            One result for each photo, in the order of the photos.
+
+        Raises:
+            ConfigError: as `caption`.
+        """
+        how = Grouping(0, prompt, boxes, regions_per_call, fill_groups)
+        return list(self._iter_captions(photos, _decode_options(options, fields), how, batch_size))
+
+    def iter_captions(
+        self,
+        photos: Iterable[tuple[Photo, Iterable[Any]] | tuple[Photo, Iterable[Any], Prompt]],
+        options: DecodeOptions | None = None,
+        *,
+        prompt: Prompt = None,
+        boxes: Boxes = "xyxy",
+        batch_size: int = 8,
+        regions_per_call: int | None = None,
+        fill_groups: bool = False,
+        **fields: Any,
+    ) -> Iterator[RegionCaptions]:
+        """Describe regions of any number of photos, and give the captions of each when it is its turn.
+
+        Groups of regions are decoded side by side, and where one has ended, that of a later photo follows.
+        Captions do not depend on what else is decoded.
+
+        Args:
+            photos: (photo, masks) or (photo, masks, prompt) as `caption` takes them; without masks, there are
+                no captions. They are read in a thread, a few ahead, so that only a few are in memory.
             options: how captions are decoded; by default as `DecodeOptions()` says.
             prompt: what the regions of photos that have no prompt of their own are asked.
             boxes: as for `caption`.
@@ -260,29 +285,14 @@ class RegionCaptioner:
                 and 1), instead of splitting evenly (4 and 3).
             fields: single fields of `DecodeOptions` that differ from `options`.
 
-        Returns:
+        Yields:
             One result for each photo, in the order of the photos.
 
         Raises:
-            ConfigError: as `caption`.
+            ConfigError: as `caption`; those that are about options, at once.
         """
-        options = _decode_options(options, fields)
-        check_count("batch_size", batch_size or 0)
-        check_count("regions_per_call", regions_per_call)
-        results: list[RegionCaptions] = []
-        waiting: list[_Group] = []
-        for number, given in enumerate(photos):
-            asked = _Asked(*_checked_pair(given, number, prompt), boxes, regions_per_call, fill_groups)
-            groups, num_regions = self._groups(number, asked, options)
-            results.append(RegionCaptions([""] * num_regions, 0, 0, 0.0, confidences=[0.0] * num_regions))
-            for group in groups:
-                waiting.append(group)
-                if len(waiting) == batch_size:
-                    self._decode(waiting, options, results)
-                    waiting = []
-        if waiting:
-            self._decode(waiting, options, results)
-        return results
+        how = Grouping(0, prompt, boxes, regions_per_call, fill_groups)
+        return self._iter_captions(photos, _decode_options(options, fields), how, batch_size)
 
     def caption_steps(
         self,
@@ -314,69 +324,60 @@ class RegionCaptioner:
         """
         options = _decode_options(options, fields)
         check_count("regions_per_call", regions_per_call)
-        groups, _ = self._groups(0, _Asked(photo, masks, prompt, boxes, regions_per_call), options)
-        return self._snapshots(list(groups), options)
+        how = Grouping(options.max_new_tokens, prompt, boxes, regions_per_call)
+        laid_out = lay_out_photos(self.processor, [(photo, masks)], how)
+        return self._snapshots([each for each in laid_out if isinstance(each, Group)], options)
 
-    def _groups(self, number: int, asked: _Asked, options: DecodeOptions) -> tuple[Iterator[_Group], int]:
-        """A photo's regions in groups that fit into a sequence, and how many regions there are."""
-        pixels = to_pixels(asked.photo, f"photo {number}")
-        dense = to_masks(asked.masks, pixels.shape[:2], asked.boxes)
-        prompts = _prompts(asked.prompt, len(dense), number)
-        for prompt in set(prompts) - {None}:
-            self.processor.check_instruction(prompt or "")
-        return self._made_groups(number, asked, pixels, dense, prompts, options), len(dense)
+    def _iter_captions(
+        self, photos: Iterable[Any], options: DecodeOptions, how: Grouping, batch_size: int
+    ) -> Iterator[RegionCaptions]:
+        check_count("batch_size", batch_size or 0)
+        check_count("regions_per_call", how.regions_per_call)
+        how = how._replace(max_new_tokens=options.max_new_tokens)
+        return self._decoded(lay_out_photos(self.processor, photos, how), options, batch_size)
 
-    def _made_groups(
-        self,
-        number: int,
-        asked: _Asked,
-        pixels: np.ndarray,
-        dense: list[np.ndarray],
-        prompts: list[str | None],
-        options: DecodeOptions,
-    ) -> Iterator[_Group]:
-        """The groups of regions with the same prompt, evenly large unless groups are to be filled."""
-        most = min(self.model.config.num_prompts, asked.regions_per_call or self.model.config.num_prompts)
-        for prompt in dict.fromkeys(prompts):
-            same = np.flatnonzero([each == prompt for each in prompts])
-            cuts = list(range(most, len(same), most)) if asked.fill_groups else -(-len(same) // most)
-            for part in np.array_split(same, cuts):
-                regions = part.tolist()
-                example = self.processor.make_example(
-                    pixels,
-                    [dense[region] for region in regions],
-                    options.max_new_tokens,
-                    instruction=prompt,
-                )
-                yield _Group(number, regions, example)
+    def _decoded(
+        self, laid_out: Iterable[Outline | Group], options: DecodeOptions, batch_size: int
+    ) -> Iterator[RegionCaptions]:
+        """The captions of photos in their order, from groups that end in any order."""
+        from .stream import decode_stream
 
-    def _decode(self, groups: list[_Group], options: DecodeOptions, results: list[RegionCaptions]) -> None:
-        """Decode one batch, and put captions and costs into their photos' results."""
-        from ..model.batch import collate
+        begun: deque[_Photo] = deque()
+        groups: dict[int, tuple[_Photo, Group]] = {}
 
-        start = time.perf_counter()
-        decoded = self._decoder.decode(collate([group.example for group in groups]), options)
-        seconds = (time.perf_counter() - start) / len(groups)
-        for row, group in enumerate(groups):
-            result, tokens = results[group.photo], len(group.regions) * options.max_new_tokens
-            captions = self._read(group, decoded.tokens_BNS[row])
-            for region, caption in zip(group.regions, captions, strict=True):
-                result.captions[region] = caption
-            for place, number in enumerate(group.example.order):
-                parts = (decoded.tokens_BNS[row, place], decoded.confidence_BNS[row, place])
-                result.confidences[group.regions[number]] = self._confidence(
-                    *(each.numpy() for each in parts)
-                )
-            agreement = None
-            if decoded.agreement_B is not None:
-                before = (result.agreement or 0.0) * result.tokens
-                agreement = (before + float(decoded.agreement_B[row]) * tokens) / (result.tokens + tokens)
-            results[group.photo] = result._replace(
-                forwards=result.forwards + int(decoded.forwards_B[row]),
-                tokens=result.tokens + tokens,
-                seconds=result.seconds + seconds,
-                agreement=agreement,
-            )
+        def sequences(items: Iterable[Outline | Group]) -> Iterator[tuple[Example, DecodeOptions]]:
+            for number, group in enumerate(_groups_of(items, begun)):
+                groups[number] = begun[-1], group
+                yield group.example, options
+
+        with closing(ahead(laid_out, batch_size)) as items:
+            for ended in decode_stream(self._decoder, sequences(items), batch_size):
+                photo, group = groups.pop(ended.number)
+                self._put(photo, group, ended)
+                while begun and not begun[0].num_left:
+                    yield begun.popleft().found
+        yield from (photo.found for photo in begun)  # those without regions
+
+    def _put(self, photo: _Photo, group: Group, ended: Finished) -> None:
+        """Put the captions and the cost of a group into the result of its photo."""
+        found = photo.found
+        captions = self._read(group, ended.tokens_NS)
+        for region, caption in zip(group.regions, captions, strict=True):
+            found.captions[region] = caption
+        for place, number in enumerate(group.example.order):
+            parts = (ended.tokens_NS[place], ended.confidence_NS[place])
+            found.confidences[group.regions[number]] = self._confidence(*(each.numpy() for each in parts))
+        tokens, agreement = ended.tokens_NS.numel(), None
+        if ended.agreement is not None:
+            before = (found.agreement or 0.0) * found.tokens
+            agreement = (before + ended.agreement * tokens) / (found.tokens + tokens)
+        photo.num_left -= 1
+        photo.found = found._replace(
+            forwards=found.forwards + ended.forwards,
+            tokens=found.tokens + tokens,
+            seconds=found.seconds + ended.seconds,
+            agreement=agreement,
+        )
 
     def _confidence(self, tokens_S: np.ndarray, confidence_S: np.ndarray) -> float:
         """The geometric mean over a caption and its end; over all of it if it has no end."""
@@ -384,10 +385,10 @@ class RegionCaptioner:
         said_K = confidence_S[: ends[0] + 1] if len(ends) else confidence_S
         return float(np.exp(np.log(np.maximum(said_K, np.finfo(np.float64).tiny)).mean()))
 
-    def _read(self, group: _Group, tokens_NS: Tensor) -> list[str]:
+    def _read(self, group: Group, tokens_NS: Tensor) -> list[str]:
         return self.processor.read_captions(tokens_NS[: len(group.regions)].numpy(), group.example.order)
 
-    def _snapshots(self, groups: list[_Group], options: DecodeOptions) -> Iterator[Snapshot]:
+    def _snapshots(self, groups: list[Group], options: DecodeOptions) -> Iterator[Snapshot]:
         from ..model.batch import collate
 
         if groups:
@@ -395,7 +396,7 @@ class RegionCaptioner:
             for state in self._decoder.steps(batch, options):
                 yield self._snapshot(groups, state)
 
-    def _snapshot(self, groups: list[_Group], state: DecodeState) -> Snapshot:
+    def _snapshot(self, groups: list[Group], state: DecodeState) -> Snapshot:
         total = sum(len(group.regions) for group in groups)
         slots: list[list[Slot]] = [[] for _ in range(total)]
         captions = [""] * total
@@ -450,24 +451,14 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _checked_pair(given: Any, number: int, prompt: Prompt) -> tuple[Any, Any, Prompt]:
-    """A photo, its regions and its prompt."""
-    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
-        raise ConfigError(f"photo {number}: a {type(given).__name__}; give (photo, masks) for each photo")
-    return given[0], given[1], given[2] if len(given) == 3 else prompt
-
-
-def _prompts(prompt: Prompt, num_regions: int, number: int) -> list[str | None]:
-    """What each region of a photo is asked."""
-    if prompt is None or isinstance(prompt, str):
-        return [prompt] * num_regions
-    if not isinstance(prompt, Sequence) or not all(each is None or isinstance(each, str) for each in prompt):
-        raise ConfigError("prompt: give a text, or a list with a text (or None) for each region")
-    if len(prompt) != num_regions:
-        raise ConfigError(
-            f"prompt: {len(prompt)} texts for the {num_regions} regions of photo {number}; give one for each"
-        )
-    return list(prompt)
+def _groups_of(items: Iterable[Outline | Group], begun: deque[_Photo]) -> Iterator[Group]:
+    """The groups of photos, each after its photo was added to those that have begun."""
+    for item in items:
+        if isinstance(item, Group):
+            yield item
+            continue
+        nothing = RegionCaptions([""] * item.num_regions, 0, 0, 0.0, confidences=[0.0] * item.num_regions)
+        begun.append(_Photo(nothing, item.num_groups))
 
 
 def _decode_options(options: DecodeOptions | None, fields: dict[str, Any]) -> DecodeOptions:

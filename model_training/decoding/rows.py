@@ -140,61 +140,94 @@ class Rows:
         self.status_BM = torch.zeros(bucket.num_rows, bucket.regions + 2, device=device)
         self.step_B = torch.zeros(bucket.num_rows, dtype=torch.int64, device=device)
         self.uniform_BNS = torch.zeros(shape, dtype=torch.float64, device=device) if bucket.draws else None
-        self._admitted: list[Tensor] = []
+        self._values = [upload(part, device) for part in self._laid_out(bucket.num_rows, None, None, ())]
+        self.ids_BNL, self.position_BNL, self.roles = *self._values[:2], TokenRoles(*self._values[2:5])
+        self.prefix_position_BP, self.prefix_roles = self._values[5], TokenRoles(*self._values[6:9])
+        self.options = RowOptions(bucket.strategies, bucket.may_exit, *self._values[9:-2])
+        self.temperature_B, self.top_p_B = self._values[-2:]
+        self.doubt_BNS.fill_(self.num_others)
         # Weights that are fetched for each pass have no place of their own, which a graph would need.
         captures = captures and device.type == "cuda" and not getattr(model, "hf_device_map", None)
         self._replays = {full: _Replay(partial(self._step, full), captures) for full in (True, False)}
 
+    def clear(self) -> None:
+        """Make every row one without regions, in which nothing is open."""
+        for mine, part in zip(
+            self._values, self._laid_out(self.bucket.num_rows, None, None, ()), strict=True
+        ):
+            mine.copy_(upload(part, mine.device))
+        self.open_BNS.zero_()
+
     def admit(
-        self, x_BPD: Tensor, prefix: Tokens, captions: LaidOut, options: Sequence[DecodeOptions]
+        self,
+        places_A: Tensor,
+        x_APD: Tensor,
+        prefix: Tokens,
+        captions: LaidOut,
+        options: Sequence[DecodeOptions],
     ) -> None:
-        """Fill the rows again.
+        """Put new sequences into some rows, whatever was there.
 
         Args:
-            x_BPD: embeddings of the prefixes, on the device.
+            places_A: the rows, on the device.
+            x_APD: embeddings of the prefixes, on the device.
             prefix: their tokens, on the CPU.
-            captions: of as many rows, on the CPU.
-            options: of each row.
+            captions: on the CPU.
+            options: of each of them.
         """
-        bucket, device = self.bucket, self.model.device
-        captions = captions.at(list(range(len(options))), (bucket.num_rows, bucket.regions, bucket.slots + 2))
+        parts = self._laid_out(len(options), prefix, captions, options)
+        for mine, part in zip(self._values, parts, strict=True):
+            mine[places_A] = upload(part, mine.device)
+        self.x_BPD[:, : x_APD.shape[1]][places_A] = x_APD
+        tokens_ANS, slot_ANS = self.tokens_BNS[places_A], self.options.slot_BNS[places_A]
+        self.predicted_BNS[places_A] = tokens_ANS
+        self.open_BNS[places_A] = (tokens_ANS == self.model.config.mask_token_id) & slot_ANS
+        # No prediction yet; and places that are no slots do not speak against a row that is broken.
+        doubt_ANS = torch.full_like(tokens_ANS, -1, dtype=self.doubt_BNS.dtype)
+        self.doubt_BNS[places_A] = doubt_ANS.masked_fill_(~slot_ANS, self.num_others)
+        self.step_B.index_fill_(0, places_A, 0)
+
+    def _laid_out(
+        self,
+        num_rows: int,
+        prefix: Tokens | None,
+        captions: LaidOut | None,
+        options: Sequence[DecodeOptions],
+    ) -> list[Tensor]:
+        """What so many rows hold as data, on the CPU; behind those that are given, rows without regions."""
+        bucket = self.bucket
+        shape = (num_rows, bucket.regions, bucket.slots)
+        if prefix is None or captions is None:
+            nothing = torch.zeros(0, 0, dtype=torch.int64)
+            roles = TokenRoles(nothing, nothing, nothing.bool())
+            prefix = Tokens(nothing, nothing, roles)
+            captions = LaidOut(nothing[None], nothing[None], TokenRoles(*(part[None] for part in roles)), [])
+        blocks = captions.at(list(range(len(options))), (num_rows, bucket.regions, bucket.slots + 2))
         sides = [
-            _fitted(part, (bucket.num_rows, bucket.prefix_len), fill)
+            _fitted(part, (num_rows, bucket.prefix_len), fill)
             for part, fill in zip(
                 (prefix.position_BL, *prefix.roles), (0, PADDING, SHARED, False), strict=True
             )
         ]
-        shape = (bucket.num_rows, bucket.regions, bucket.slots)
         given = row_options(options, captions.regions, shape, self.doubt_BNS.dtype)
-        hot = [each.temperature or 1.0 for each in options] + [1.0] * (bucket.num_rows - len(options))
-        nucleus = [each.top_p for each in options] + [1.0] * (bucket.num_rows - len(options))
-        arrived = [captions.ids_BNL, captions.position_BNL, *captions.roles, *sides, *given[2:]]
-        arrived += [torch.tensor(each, dtype=torch.float64) for each in (hot, nucleus)]
-        if self._admitted:
-            for mine, part in zip(self._admitted, arrived, strict=True):
-                mine.copy_(upload(part, device))
-        else:
-            self._admitted = [upload(part, device) for part in arrived]
-        mine = self._admitted
-        self.ids_BNL, self.position_BNL, self.roles = mine[0], mine[1], TokenRoles(*mine[2:5])
-        self.prefix_position_BP, self.prefix_roles = mine[5], TokenRoles(*mine[6:9])
-        self.options = RowOptions(given.strategies, given.may_exit, *mine[9:-2])
-        self.temperature_B, self.top_p_B = mine[-2:]
-        self.x_BPD[: len(x_BPD), : x_BPD.shape[1]] = x_BPD
-        slot_BNS = self.options.slot_BNS
-        self.predicted_BNS.copy_(self.tokens_BNS)
-        self.open_BNS.copy_((self.tokens_BNS == self.model.config.mask_token_id) & slot_BNS)
-        # No prediction yet; and places that are no slots do not speak against a row that is broken.
-        self.doubt_BNS.fill_(-1).masked_fill_(~slot_BNS, self.num_others)
-        self.step_B.zero_()
+        given = given._replace(left_BT=_fitted(given.left_BT, (num_rows, bucket.steps + 1), 0))
+        rest = [1.0] * (num_rows - len(options))
+        hot, nucleus = [each.temperature or 1.0 for each in options], [each.top_p for each in options]
+        chances = [torch.tensor(each + rest, dtype=torch.float64) for each in (hot, nucleus)]
+        return [blocks.ids_BNL, blocks.position_BNL, *blocks.roles, *sides, *given[2:], *chances]
 
     @property
     def tokens_BNS(self) -> Tensor:
         """The tokens, a view; the mask token in open slots."""
         return self.ids_BNL[..., 1:-1]
 
-    def prepare(self) -> None:
-        """Make what is the same in all steps: positions and the mask of whole sequences."""
+    def prepare(self, places_A: Tensor, prefix_len: int) -> None:
+        """Make what is the same in all steps: positions and the mask of whole sequences, an exact cache.
+
+        Args:
+            places_A: the rows that are new, on the device.
+            prefix_len: tokens of the longest of their prefixes.
+        """
         position_BL = torch.cat([self.prefix_position_BP, self.position_BNL.flatten(1)], dim=1)
         rope = self.model.language_model.rope(position_BL, self.model.dtype)
         if self.rope is None:
@@ -208,6 +241,18 @@ class Rows:
             self.mask = mask
         else:
             self.mask.mask.copy_(mask.mask)
+        if self.bucket.cache == "exact":
+            self.kv_cache = self.kv_cache or KVCache(self.bucket.prefix_len, self.ids_BNL[0].numel())
+            self.kv_cache.put(places_A, self.prefill(places_A, prefix_len), self.bucket.num_rows)
+
+    def prefill(self, places_A: Tensor, prefix_len: int) -> KVCache:
+        """Keys and values of the prefixes of some rows, which see no caption."""
+        at = (places_A, slice(prefix_len))
+        roles = self.prefix_roles.at(at)
+        mask = self.model.attention_mask(roles, roles, "sdpa")
+        cache = KVCache(prefix_len, 0)
+        self.model.language_model(self.x_BPD[at], self.prefix_position_BP[at], mask, slice(0, 1), cache)
+        return cache
 
     def step(self, full: bool, uniform_BNS: Tensor | None) -> None:
         """Predict every slot and select. Waits for nothing.

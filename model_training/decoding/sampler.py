@@ -26,8 +26,8 @@ from ..model.batch import Batch, Tokens
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, upload
-from .head import confidence_of, generator_of
-from .readback import Readback
+from .head import generator_of
+from .readback import Readback, Sent, read_state
 from .rows import Bucket, LaidOut, Rows, lay_out
 from .skipping import Skipping
 
@@ -141,9 +141,12 @@ class Decoder:
     def take(self, bucket: Bucket, never_X: Tensor | None) -> Rows:
         """Tensors for a bucket, which nobody else uses."""
         found = self.kept.pop(bucket, None)
-        while found is None and len(self.kept) >= _KEPT_BUCKETS:
+        if found is not None:
+            found.clear()
+            return found
+        while len(self.kept) >= _KEPT_BUCKETS:
             self.kept.pop(next(iter(self.kept)))
-        return found or Rows(self.model, bucket, never_X, self.captures)
+        return Rows(self.model, bucket, never_X, self.captures)
 
     def give_back(self, rows: Rows) -> None:
         """Keep tensors for a later batch, where they are worth it."""
@@ -164,18 +167,23 @@ class _Decoding:
         self.captions = lay_out(batch.captions, [each.max_new_tokens for each in options])
         groups: dict[tuple, list[int]] = {}
         for row, each in enumerate(options):
-            groups.setdefault(_kind(model, each), []).append(row)
+            groups.setdefault(kind_of(model, each), []).append(row)
         prefix, host = batch.prefix, batch.prefix.to("cpu")
         x_BPD = model.embed(prefix.to(model.device), *model.encode_images(batch.images.to(model.device)))
         self.loops = []
         for rows in groups.values():
-            whole = len(groups) == 1
+            whole, own = len(groups) == 1, [options[row] for row in rows]
             x_RPD = x_BPD if whole else x_BPD[upload(torch.tensor(rows), model.device)]
-            self.loops.append(_Loop(decoder, x_RPD, _some(host, rows), self.captions, rows, options))
+            regions = max((self.captions.regions[row] for row in rows), default=0)
+            bucket = bucket_of(model, own, x_RPD.shape[1], regions)
+            loop = Loop(decoder, bucket, own[0])
+            block = (len(rows), bucket.regions, bucket.slots + 2)
+            loop.admit(range(len(rows)), x_RPD, _some(host, rows), self.captions.at(rows, block), own)
+            self.loops.append((rows, loop))
 
     def step(self) -> bool:
         """Take a step in every bucket that has something to do; whether there was one."""
-        going = [loop for loop in self.loops if loop.going]
+        going = [loop for _, loop in self.loops if loop.going]
         for loop in going:
             loop.launch()
         for loop in going:
@@ -184,7 +192,7 @@ class _Decoding:
 
     def run(self) -> None:
         """Take all steps, each launched before the one before it is read on a device that is not the host."""
-        while going := [loop for loop in self.loops if loop.going]:
+        while going := [loop for _, loop in self.loops if loop.going]:
             for loop in going:
                 loop.launch()
             for loop in going:
@@ -192,7 +200,7 @@ class _Decoding:
 
     def close(self) -> None:
         """Give the tensors back."""
-        for loop in self.loops:
+        for _, loop in self.loops:
             self.decoder.give_back(loop.rows)
 
     def state(self) -> DecodeState:
@@ -203,12 +211,12 @@ class _Decoding:
         tokens_BNS = self.captions.ids_BNL[..., 1:-1].clone()
         predicted_BNS, open_BNS = tokens_BNS.clone(), torch.zeros(shape, dtype=torch.bool)
         confidence_BNS = torch.full(shape, torch.nan, dtype=torch.float64)
-        for loop in self.loops:
-            here = (torch.tensor(loop.numbers), slice(loop.regions), slice(loop.slots))
-            tokens, opens, predicted, confidence = loop.state()
+        for rows, loop in self.loops:
+            here = (torch.tensor(rows), slice(loop.rows.bucket.regions), slice(loop.rows.bucket.slots))
+            tokens, opens, predicted, confidence = loop.state(len(rows))
             tokens_BNS[here], open_BNS[here], predicted_BNS[here] = tokens, opens, predicted
             confidence_BNS[here] = confidence.masked_fill(~self.slots_BNS()[here], torch.nan)
-            forwards_B[here[0]] = torch.from_numpy(loop.forwards_R)
+            forwards_B[here[0]] = torch.from_numpy(loop.forwards_R[: len(rows)])
         return DecodeState(forwards_B, tokens_BNS, open_BNS, predicted_BNS, confidence_BNS)
 
     def exists_BN(self) -> Tensor:
@@ -222,49 +230,62 @@ class _Decoding:
         return self.exists_BN()[..., None] & inside_BS[:, None]
 
 
-class _Loop:
-    """The rows of a bucket while they are decoded, as the host knows them.
+class Loop:
+    """The rows of a bucket while they are decoded, as the host knows them; each holds a sequence at a time.
 
     Attributes:
-        numbers: their numbers in the batch.
-        regions, slots: the most of a row; the bucket may have more.
-        forwards_R: forward passes of each row.
+        options: of each row; None where no sequence was admitted.
+        open_RN: regions with an open slot, as of the last step that was read.
+        forwards_R: forward passes of each row's sequence.
         lag: how many steps may be launched before one is read.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        x_RPD: Tensor,
-        prefix: Tokens,
-        captions: LaidOut,
-        numbers: list[int],
-        options: list[DecodeOptions],
-    ):
-        model = decoder.model
-        self.numbers, self.options = numbers, [options[row] for row in numbers]
-        num_regions = [captions.regions[row] for row in numbers]
-        self.regions = max(num_regions, default=0)
-        self.slots = max((each.max_new_tokens for each in self.options), default=0)
-        on_cpu = model.device.type == "cpu"
-        never = _suppressed(model, self.options[0])
-        bucket = _bucket(model, self.options, x_RPD.shape[1], self.regions)
+    def __init__(self, decoder: Decoder, bucket: Bucket, options: DecodeOptions):
+        model, on_cpu = decoder.model, decoder.model.device.type == "cpu"
+        never = suppressed(model, options)
         self.rows = decoder.take(bucket, upload(torch.tensor(never), model.device) if never else None)
-        block = (len(numbers), self.regions, self.slots + 2)
-        self.rows.admit(x_RPD, prefix, captions.at(numbers, block), self.options)
         self.skipping = Skipping(self.rows) if on_cpu else None
-        if self.skipping is None:
-            self.rows.prepare()
         self.lag = 0 if on_cpu else 1
         self.readback = Readback(self.rows.status_BM, 1 + self.lag)
-        self.num_steps = self.num_read = 0
-        shape = (len(numbers), self.regions)
-        self.exists_RN = np.arange(self.regions) < np.array(num_regions)[:, None]
-        self.open_RN = self.exists_RN.copy()  # regions with an open slot
+        self.num_steps = self.num_read = self.num_waited = 0
+        self.options: list[DecodeOptions | None] = [None] * bucket.num_rows
+        shape = (bucket.num_rows, bucket.regions)
+        self.exists_RN, self.open_RN = np.zeros(shape, bool), np.zeros(shape, bool)
         self.stale_RN = np.ones(shape, bool)  # where a new prediction could differ
-        self.forwards_R = np.zeros(len(numbers), np.int64)
-        self.remask_R = np.array([each.strategy == "remask" for each in self.options])
-        self.turn_R = np.array([each.steps * (each.strategy == "sequential") for each in self.options])
+        self.forwards_R, self.turn_R = np.zeros((2, bucket.num_rows), np.int64)
+        self.began_R = np.zeros(bucket.num_rows, np.int64)  # the first step of its sequence
+        self.remask_R = np.zeros(bucket.num_rows, bool)
+
+    def admit(
+        self,
+        places: Sequence[int],
+        x_APD: Tensor,
+        prefix: Tokens,
+        captions: LaidOut,
+        options: Sequence[DecodeOptions],
+    ) -> None:
+        """Put new sequences into rows in which nothing is open, see `Rows.admit`. The other rows go on."""
+        at = list(places)
+        for place, count, each in zip(at, captions.regions, options, strict=True):
+            self.options[place] = each
+            self.exists_RN[place] = np.arange(self.exists_RN.shape[1]) < count
+            self.remask_R[place] = each.strategy == "remask"
+            self.turn_R[place] = each.steps * (each.strategy == "sequential")
+        self.open_RN[at], self.stale_RN[at] = self.exists_RN[at], True
+        self.forwards_R[at], self.began_R[at] = 0, self.num_steps
+        places_A = upload(torch.tensor(at), self.rows.model.device)
+        self.rows.admit(places_A, x_APD, prefix, captions, options)
+        (self.skipping or self.rows).prepare(places_A, x_APD.shape[1])
+
+    @property
+    def admits(self) -> bool:
+        """Whether sequences may be admitted now: a cache is refreshed for all rows, and each begins so."""
+        return self._refreshes() or self.rows.bucket.cache != "approximate"
+
+    def _refreshes(self) -> bool:
+        """Whether the next step refreshes a cache."""
+        bucket = self.rows.bucket
+        return bucket.cache == "approximate" and self.num_steps % bucket.refresh_every == 0
 
     @property
     def going(self) -> bool:
@@ -273,11 +294,9 @@ class _Loop:
 
     def launch(self) -> None:
         """Begin the next step."""
-        cache, every = self.rows.bucket.cache, self.rows.bucket.refresh_every
-        refresh = cache == "approximate" and self.num_steps % every == 0
-        uniform_RNS = self._uniform()
+        refresh, uniform_RNS = self._refreshes(), self._uniform()
         if self.skipping is None:
-            self.rows.step(self.num_steps == 0 or refresh or cache == "none", uniform_RNS)
+            self.rows.step(refresh or self.rows.bucket.cache == "none", uniform_RNS)
         else:
             self._launch_some(self.skipping, refresh, uniform_RNS)
         self.readback.send()
@@ -289,9 +308,7 @@ class _Loop:
         wanted_RN = self._wanted()
         if not self.rows.bucket.draws and not refresh:
             wanted_RN = wanted_RN & self.stale_RN
-        full = refresh or (
-            bool(wanted_RN.any()) and (self.rows.bucket.cache == "none" or skipping.kv_cache is None)
-        )
+        full = refresh or (bool(wanted_RN.any()) and self.rows.bucket.cache == "none")
         if full:
             self.forwards_R += active_R if self.rows.bucket.cache != "none" else wanted_RN.any(1)
         else:
@@ -308,14 +325,15 @@ class _Loop:
         while self.num_read < self.num_steps - behind and self.going:
             status_BM = self.readback.receive()
             self.num_read += 1
-            status_RN = status_BM[: len(self.numbers), : self.regions].astype(np.int64)
-            active_R = self.open_RN.any(1)
-            if (active_R & self._broken(*status_BM[: len(self.numbers), -2:].T)).any():
+            status_RN = status_BM[:, :-2].astype(np.int64)
+            known_R = self.began_R < self.num_read  # else the step was that of the sequence before
+            active_R = self.open_RN.any(1) & known_R
+            if (active_R & self._broken(*status_BM[:, -2:].T)).any():
                 raise broken_weights(self.rows.model)
             if self.skipping is None:
                 self.forwards_R += active_R
-            self.open_RN = status_RN >= 2
-            changed_RN = status_RN % 2 == 1
+            self.open_RN = np.where(known_R[:, None], status_RN >= 2, self.open_RN)
+            changed_RN = (status_RN % 2 == 1) & known_R[:, None]
             model = self.rows.model
             if self.rows.bucket.cache == "none" and not model.layout.isolate_prefix:
                 changed_RN = changed_RN.any(1, keepdims=True) & self.exists_RN  # all captions see each other
@@ -327,21 +345,40 @@ class _Loop:
         alike_R = np.isclose(low_R, others, rtol=1e-7) & np.isclose(high_R, others, rtol=1e-7)
         return np.isnan(high_R) | (alike_R & (others > 0))
 
-    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, open slots, predictions and their confidence, in one copy to the CPU."""
+    def state(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, open slots, predictions and their confidence of the first rows, in one copy to the CPU."""
+        return read_state(self._stacked()[:, :num_rows].cpu())
+
+    def send(self, places: Sequence[int]) -> Sent:
+        """Begin to copy the state of some rows to the CPU; they may hold other sequences from now on."""
+        device = self.rows.model.device
+        held = self._stacked()[:, upload(torch.tensor(places), device)]
+        if device.type == "cpu":
+            return Sent(held, 0)
+        copy = torch.empty(held.shape, dtype=held.dtype, pin_memory=device.type == "cuda")
+        return Sent(copy.copy_(held, non_blocking=True), self.num_steps + 1)
+
+    def receive(self, sent: Sent) -> tuple[Tensor, Tensor] | None:
+        """Tokens and confidence that were sent; None if they may not be there yet, which a step tells."""
+        if max(self.num_read, self.num_waited) < sent.num_read:
+            if self.going:
+                return None
+            self.readback.wait()
+            self.num_waited = self.num_steps + 1
+        tokens, _, _, confidence = read_state(sent.stacked)
+        return tokens, confidence
+
+    def _stacked(self) -> Tensor:
         rows = self.rows
         parts = (rows.tokens_BNS, rows.open_BNS, rows.predicted_BNS, rows.doubt_BNS)
         kind = rows.doubt_BNS.dtype  # float32 holds any token, there being fewer than 2^24
-        stacked = torch.stack([part.to(kind) for part in parts]).cpu()
-        tokens, opens, predicted, doubt = stacked[
-            :, : len(self.numbers), : self.regions, : self.slots
-        ].unbind()
-        return tokens.long(), opens.bool(), predicted.long(), confidence_of(doubt)
+        return torch.stack([part.to(kind) for part in parts])
 
     def _wanted(self) -> np.ndarray:
         """The regions among whose slots the next step selects."""
         again_RN = self.exists_RN & self.open_RN.any(1, keepdims=True)
-        now_RN = np.arange(self.regions) == self.num_steps // np.maximum(self.turn_R, 1)[:, None]
+        step_R1 = (self.num_steps - self.began_R)[:, None]
+        now_RN = np.arange(self.exists_RN.shape[1]) == step_R1 // np.maximum(self.turn_R, 1)[:, None]
         single_RN = self.open_RN & (now_RN | (self.turn_R == 0)[:, None])
         return np.where(self.remask_R[:, None], again_RN, single_RN)
 
@@ -352,9 +389,11 @@ class _Loop:
             return None
         uniform_RNS = torch.zeros(bucket.num_rows, bucket.regions, bucket.slots, dtype=torch.float64)
         for row, each in enumerate(self.options):
+            if each is None or not self.open_RN[row].any():
+                continue
             shape = (self.rows.model.config.num_prompts, each.max_new_tokens)
-            generator = generator_of(each.seed, self.num_steps)
-            drawn_NS = torch.rand(shape, generator=generator, dtype=torch.float64)[: self.regions]
+            generator = generator_of(each.seed, int(self.num_steps - self.began_R[row]))
+            drawn_NS = torch.rand(shape, generator=generator, dtype=torch.float64)[: bucket.regions]
             uniform_RNS[row, : len(drawn_NS), : each.max_new_tokens] = drawn_NS
         return uniform_RNS
 
@@ -408,14 +447,14 @@ def _for_rows(options: Options, num_rows: int) -> list[DecodeOptions]:
     return list(options)
 
 
-def _kind(model: PerceptionDLM, options: DecodeOptions) -> tuple:
+def kind_of(model: PerceptionDLM, options: DecodeOptions) -> tuple:
     """What rows must have in common to share passes: cache, its refresh, suppression, and drawing."""
     cache = choose_cache(model, options)
     every = options.refresh_every if cache == "approximate" else 0
-    return cache, every, bool(_suppressed(model, options)), options.temperature > 0
+    return cache, every, bool(suppressed(model, options)), options.temperature > 0
 
 
-def _bucket(model: PerceptionDLM, options: list[DecodeOptions], prefix_len: int, regions: int) -> Bucket:
+def bucket_of(model: PerceptionDLM, options: list[DecodeOptions], prefix_len: int, regions: int) -> Bucket:
     """The bucket of rows of one kind: their own shape on a CPU, on GPUs one that other batches have, too."""
     num_rows = len(options)
     if model.device.type != "cpu":
@@ -427,13 +466,13 @@ def _bucket(model: PerceptionDLM, options: list[DecodeOptions], prefix_len: int,
         regions,
         max(each.max_new_tokens for each in options),
         max(each.steps for each in options),
-        *_kind(model, options[0]),
+        *kind_of(model, options[0]),
         strategies=frozenset(each.strategy for each in options),
         may_exit=any(each.early_exit and each.strategy != "remask" for each in options),
     )
 
 
-def _suppressed(model: PerceptionDLM, options: DecodeOptions) -> list[int]:
+def suppressed(model: PerceptionDLM, options: DecodeOptions) -> list[int]:
     """The tokens that are never predicted, ascending."""
     config = model.config
     suppress = options.suppress_special

@@ -28,6 +28,28 @@ class Skipping:
         self.mask: AttentionMask | None = None
         self.mask_of: tuple[Any, ...] = ()
 
+    def prepare(self, places_A: Tensor, prefix_len: int) -> None:
+        """Take notice of new rows, and fill an exact cache for them, see `Rows.prepare`."""
+        self.mask_of = ()
+        if self.rows.bucket.cache != "exact":
+            return
+        new, bucket = places_A.numpy(), self.rows.bucket
+        fresh = KVCache(bucket.prefix_len, self.rows.ids_BNL[0].numel())
+        if self.kv_cache is not None and np.isin(new, self.cached_R).all():
+            order_R = np.argsort(self.cached_R)
+            at_A = order_R[np.searchsorted(self.cached_R, new, sorter=order_R)]
+            self.kv_cache.put(
+                torch.from_numpy(at_A), self.rows.prefill(places_A, prefix_len), len(self.cached_R)
+            )
+            return
+        fresh.put(torch.arange(len(new)), self.rows.prefill(places_A, prefix_len), len(new))
+        if self.kv_cache is None:
+            self.kv_cache, self.cached_R = fresh, new
+            return
+        stay_R = ~np.isin(self.cached_R, new)
+        self.kv_cache = self.kv_cache.for_sequences(torch.from_numpy(stay_R)).join(fresh)
+        self.cached_R = np.concatenate([self.cached_R[stay_R], new])
+
     def step(
         self, wanted_BN: np.ndarray, active_B: np.ndarray, full: bool, uniform_BNS: Tensor | None
     ) -> None:

@@ -6,6 +6,7 @@ No captioner sees a region's class name, since the first question asks about it.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,7 +34,7 @@ class Captions(NamedTuple):
 
     Attributes:
         texts: captions in the order of the regions; None where there is none.
-        seconds: time for the image, without reading it.
+        seconds: time for the image, without reading it; its share where images are described side by side.
         forwards: forward passes of the language model; 0 if the captioner does not count them.
         tokens: tokens that were decoded; 0 if the captioner does not count them.
         problems: for each region without a caption, by its key, the reason.
@@ -47,7 +48,7 @@ class Captions(NamedTuple):
 
 
 class BenchCaptioner(Protocol):
-    """A captioner that a benchmark measures. It describes one image after the other.
+    """A captioner that a benchmark measures.
 
     Attributes:
         needs_photos: whether it reads the photos.
@@ -55,11 +56,11 @@ class BenchCaptioner(Protocol):
 
     needs_photos: bool
 
-    def caption(self, image: BenchImage) -> Captions:
-        """Describe all regions of an image.
+    def caption(self, images: Iterable[BenchImage]) -> Iterator[Captions]:
+        """Describe all regions of each image, in the order of the images.
 
         Raises:
-            ConfigError: the photo is missing or does not have the annotation's size.
+            ConfigError: a photo is missing or does not have the annotation's size.
         """
         ...
 
@@ -137,16 +138,16 @@ class _PerceptionDLM:
         if self.fill_groups and bench.kind == "dlc":
             self.regions_per_call = 1
 
-    def caption(self, image: BenchImage) -> Captions:
-        inputs = [(image.pixels(), [region.dense() for region in image.regions])]
-        (found,) = self.captioner.caption_photos(
+    def caption(self, images: Iterable[BenchImage]) -> Iterator[Captions]:
+        inputs = ((image.pixels(), [region.dense() for region in image.regions]) for image in images)
+        for found in self.captioner.iter_captions(
             inputs,
             self.options.decoding(),
-            batch_size=1,
+            batch_size=self.options.batch_size,
             regions_per_call=self.regions_per_call,
             fill_groups=self.fill_groups,
-        )
-        return Captions([*found.captions], found.seconds, found.forwards, found.tokens)
+        ):
+            yield Captions([*found.captions], found.seconds, found.forwards, found.tokens)
 
 
 class _BuildCaptioner:
@@ -155,7 +156,10 @@ class _BuildCaptioner:
     def __init__(self, captioner: Any):
         self.captioner = captioner
 
-    def caption(self, image: BenchImage) -> Captions:
+    def caption(self, images: Iterable[BenchImage]) -> Iterator[Captions]:
+        return map(self._caption, images)
+
+    def _caption(self, image: BenchImage) -> Captions:
         record = image_record(image)
         start = time.perf_counter()
         try:
@@ -211,7 +215,10 @@ class _Predictions:
         benchmark = read_benchmark(bench.folder, bench.kind, bench.photos)
         check_keys(self.captions, [region.key for region in benchmark.regions()], options)
 
-    def caption(self, image: BenchImage) -> Captions:
+    def caption(self, images: Iterable[BenchImage]) -> Iterator[Captions]:
+        return map(self._caption, images)
+
+    def _caption(self, image: BenchImage) -> Captions:
         texts = [self.captions.get(region.key) for region in image.regions]
         absent = {
             region.key: f"{self.path}: no caption for it"

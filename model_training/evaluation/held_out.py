@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ...pipeline.io import draw, files
 from ...schemas.errors import ConfigError
@@ -85,16 +88,18 @@ def evaluate_held_out(model: Path, config: Evaluation, out: Path, device: str = 
 
 
 def _caption(captioner: RegionCaptioner, config: Evaluation) -> Iterator[tuple[PhotoRegions, RegionCaptions]]:
-    """Caption a few batches of photos at a time, so that batches are full and few photos are in memory."""
-    photos = islice(iter_photo_regions(config.corpus, held_out=True), config.images)
-    while some := list(islice(photos, 8 * config.batch_size)):
-        found = captioner.caption_photos(
-            ((photo.pixels, photo.masks()) for photo in some),
-            config,
-            batch_size=config.batch_size,
-            regions_per_call=config.regions_per_call,
-        )
-        yield from zip(some, found, strict=True)
+    """Caption photos, of which few are in memory at once."""
+    waiting: deque[PhotoRegions] = deque()
+
+    def photos() -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+        for photo in islice(iter_photo_regions(config.corpus, held_out=True), config.images):
+            waiting.append(photo)
+            yield photo.pixels, photo.masks()
+
+    for found in captioner.iter_captions(
+        photos(), config, batch_size=config.batch_size, regions_per_call=config.regions_per_call
+    ):
+        yield waiting.popleft(), found
 
 
 def _record(photo: PhotoRegions, found: RegionCaptions) -> dict[str, Any]:

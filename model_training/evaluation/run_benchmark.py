@@ -160,9 +160,9 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
             raise ConfigError(annotations.describe_missing(sorted(absent)))
         missing = [image for image in missing if image.photo not in absent]
     with LineWriter(path) as lines:
-        for number, image in enumerate(missing):
-            assert captioner is not None
-            keys, found = [region.key for region in image.regions], captioner.caption(image)
+        answered = captioner.caption(missing) if captioner is not None else ()
+        for number, (image, found) in enumerate(zip(missing, answered, strict=True)):
+            keys = [region.key for region in image.regions]
             costs = (found.seconds, found.forwards, found.tokens)
             lines.append(_ImageLine(image.name, keys, found.texts, *costs, found.problems))
             if progress:

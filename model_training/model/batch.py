@@ -121,9 +121,13 @@ class Batch(NamedTuple):
 
 def collate(examples: Sequence[Example]) -> Batch:
     """A batch with one example in each row."""
+    return Batch(collate_images(examples), *collate_tokens(examples))
+
+
+def collate_tokens(examples: Sequence[Example]) -> tuple[Tokens, Tokens]:
+    """The prefixes and the captions of examples, one in each row."""
     prefix = _pad([example.prefix for example in examples], caption=False)
-    captions = _pad([example.captions for example in examples], caption=True)
-    return Batch(collate_images(examples), prefix, captions)
+    return prefix, _pad([example.captions for example in examples], caption=True)
 
 
 def collate_images(examples: Sequence[Example]) -> Images:

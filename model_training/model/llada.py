@@ -58,6 +58,32 @@ class KVCache:
         values[:, :, self.num_cached : end] = v_BGLK
         return keys[:, :, :end], values[:, :, :end]
 
+    def put(self, rows_A: Tensor, part: KVCache, num_sequences: int) -> None:
+        """Take what another cache keeps of some sequences.
+
+        Args:
+            rows_A: their numbers here.
+            part: the other cache, of these sequences alone; it may keep fewer tokens of each.
+            num_sequences: how many there are here.
+        """
+        if not self.layers:
+            _, heads, _, width = part.layers[0][0].shape
+            shape = (num_sequences, heads, self.num_cached + self.num_following, width)
+            # Not empty: what is not a number would reach the sums even where it has no weight.
+            self.layers = [(keys.new_zeros(shape), keys.new_zeros(shape)) for keys, _ in part.layers]
+        for mine, theirs in zip(self.layers, part.layers, strict=True):
+            for cached, fresh in zip(mine, theirs, strict=True):
+                cached[:, :, : part.num_cached][rows_A] = fresh[:, :, : part.num_cached]
+        self.filling = False
+
+    def join(self, other: KVCache) -> KVCache:
+        """The cache of these sequences, and then those of another one."""
+        joined = KVCache(self.num_cached, self.num_following)
+        pairs = zip(self.layers, other.layers, strict=True)
+        joined.layers = [(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in pairs]
+        joined.filling = False
+        return joined
+
     def for_sequences(self, rows_B: Tensor) -> KVCache:
         """The cache of some of the sequences."""
         part = KVCache(self.num_cached, self.num_following)

@@ -79,6 +79,10 @@ class LineWriter:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._end += len(line)
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk, so that it outlives the machine's end."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from ...schemas.errors import OutOfMemory
@@ -41,16 +41,45 @@ class Batches:
             try:
                 done += work(batch)
             except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    raise OutOfMemory(
-                        f"{self.what}: out of memory with a batch of one ({error}); use a larger GPU, or "
-                        "raise num_gpus"
-                    ) from error
+                self._refuse_one(len(batch), error)
                 short = True
             if short:  # outside of the handler: the traceback holds the batch's tensors
-                self.size = max(1, len(batch) // 2)
-                log.warning(
-                    "%s: out of memory with %d at once; going on with %d", self.what, len(batch), self.size
-                )
-                torch.cuda.empty_cache()
+                self._halve(len(batch))
         return done
+
+    def stream(
+        self, items: Sequence[Item], work: Callable[[Sequence[Item], int], Iterator[Result]]
+    ) -> Iterator[Result]:
+        """What `work` gives for each of `items`, in order, asked to hold so many at once.
+
+        Raises:
+            OutOfMemory: one item alone does not fit.
+        """
+        import torch
+
+        num_done, short = 0, True
+        while short:
+            short = False
+            try:
+                for result in work(items[num_done:], self.size):
+                    num_done += 1
+                    yield result
+            except torch.OutOfMemoryError as error:
+                self._refuse_one(self.size, error)
+                short = True
+            if short:
+                self._halve(self.size)
+
+    def _refuse_one(self, size: int, error: Exception) -> None:
+        if size == 1:
+            raise OutOfMemory(
+                f"{self.what}: out of memory with a batch of one ({error}); use a larger GPU, or "
+                "raise num_gpus"
+            ) from error
+
+    def _halve(self, size: int) -> None:
+        import torch
+
+        self.size = max(1, size // 2)
+        log.warning("%s: out of memory with %d at once; going on with %d", self.what, size, self.size)
+        torch.cuda.empty_cache()

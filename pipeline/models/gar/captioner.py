@@ -15,11 +15,11 @@ from msgspec import Meta
 from ....schemas.errors import ConfigError, StageFailed
 from ....schemas.records import ImageRecord, Region
 from ...io import weights
+from ...io.prefetch import ahead
 from ..options import BackendOptions, read_options
 from ..protocols import Checked
 from . import checkpoint, export
 from .checkpoint import GarConfig
-from .prefetch import ahead
 from .prompt import TEMPLATE, Prompts
 
 if TYPE_CHECKING:

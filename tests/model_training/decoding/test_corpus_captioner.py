@@ -93,15 +93,18 @@ def _fields(record) -> dict:
 
 def test_memory_that_runs_out_halves_the_batch_and_changes_no_caption(model, images, alone, monkeypatch):
     captioner = captioner_of(model, batch_size=8)
-    whole = captioner.captioner.caption_photos
+    whole, sizes = captioner.captioner.iter_captions, []
 
-    def short_of_memory(pairs, *args, **options):
-        if len(pairs) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(pairs, *args, **options)
+    def short_of_memory(pairs, *args, batch_size, **options):
+        sizes.append(batch_size)
+        for number, found in enumerate(whole(pairs, *args, batch_size=batch_size, **options)):
+            if batch_size > 2 and number == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield found
 
-    monkeypatch.setattr(captioner.captioner, "caption_photos", short_of_memory)
+    monkeypatch.setattr(captioner.captioner, "iter_captions", short_of_memory)
     assert texts(captioner.caption(images)) == alone
+    assert sizes[:3] == [8, 4, 2] or sizes == [8, 4]
 
 
 def test_a_sequence_that_does_not_fit_alone_is_an_error_that_a_larger_gpu_turns(model, images, monkeypatch):
@@ -110,7 +113,7 @@ def test_a_sequence_that_does_not_fit_alone_is_an_error_that_a_larger_gpu_turns(
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(captioner.captioner, "caption_photos", no_memory)
+    monkeypatch.setattr(captioner.captioner, "iter_captions", no_memory)
     with pytest.raises(OutOfMemory, match="a batch of one"):
         captioner.caption(images)
 

@@ -43,19 +43,19 @@ def test_an_unknown_option_of_the_decoder_is_an_error_that_says_where(model):
 
 def test_regions_that_are_captioned_one_by_one_are_decoded_one_by_one(model, tmp_path, monkeypatch):
     batches = []
-    real = sampler.Decoder.decode
+    real = sampler.Loop.admit
 
-    def decode(decoder, batch, options):
-        batches.append(len(batch.prefix.ids_BL))
-        return real(decoder, batch, options)
+    def admit(loop, places, x_APD, prefix, captions, options):
+        batches.extend(captions.regions)
+        return real(loop, places, x_APD, prefix, captions, options)
 
-    monkeypatch.setattr(sampler.Decoder, "decode", decode)
+    monkeypatch.setattr(sampler.Loop, "admit", admit)
     options = {"model": str(model), "regions_per_call": 1, "decode": {"max_new_tokens": 4, "steps": 2}}
     bench = write_bench(tmp_path / "bench")
     asked = Bench(name="b", kind="paradlc", folder=str(bench))
     captioner = captioners.load_captioner(Backend(name="perceptiondlm", options=options), asked)
     image = read_benchmark(bench, "paradlc").images[0]
-    assert len(captioner.caption(image).texts) == 2
+    assert [len(each.texts) for each in captioner.caption([image])] == [2]
     assert batches == [1, 1]
 
 
@@ -85,7 +85,7 @@ def test_seven_regions_are_asked_about_in_the_published_groups_with_the_publishe
         name="perceptiondlm", options={"model": str(model), "decode": {"max_new_tokens": 2, "steps": 1}}
     )
     captioner = captioners.load_captioner(backend, bench)
-    captioner.caption(_Strips())  # pyright: ignore[reportArgumentType]
+    list(captioner.caption([_Strips()]))  # pyright: ignore[reportArgumentType]
     assert [regions for regions, _ in made] == groups
     assert {instruction for _, instruction in made} == {"Describe the masked region in detail."}
     assert captioners.how_asked(backend, bench)["grouping"] == bench.grouping

@@ -102,10 +102,10 @@ def test_exact_counts_captions_that_are_the_corpus_s(world, trained, tmp_path, m
     said = iter([True, False] * 50)
 
     def captions(_, inputs, *args, **kwargs):
-        for scene in list(iter_photo_regions(world))[: len(list(inputs))]:
+        for scene in list(iter_photo_regions(world))[: len([*inputs])]:
             yield RegionCaptions([r.caption if next(said) else "a cat" for r in scene.regions], 4, 16, 1.0)
 
-    monkeypatch.setattr(RegionCaptioner, "caption_photos", captions)
+    monkeypatch.setattr(RegionCaptioner, "iter_captions", captions)
     summary = held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
     assert summary.exact == pytest.approx((summary.regions + 1) // 2 / summary.regions)
     assert summary.tokens_per_forward == 4 and summary.empty == 0

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paracaption.pipeline.io.prefetch import ahead
 from paracaption.pipeline.models.gar.image import box_of, cut_mask, cut_photo, tile_grid
-from paracaption.pipeline.models.gar.prefetch import ahead
 from paracaption.schemas.errors import BadRecord, OutOfMemory, StageFailed
 from paracaption.schemas.records import Blob
 from tests.pipeline.models.gar_parts import TILE_PX, load_parts, photo, with_boxes

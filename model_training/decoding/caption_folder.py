@@ -1,0 +1,292 @@
+"""Captions of a folder of photos, or of a corpus, as JSON lines; a run that was stopped is continued.
+
+    captions.jsonl            a line for each photo, in the order of the photos
+    captions.jsonl.run.json   what the captions depend on: the model, the options, the prompt
+
+A line is written when it is its photo's turn, whole or not at all. A later run skips the photos that have a
+line. A photo that cannot be used gets a line with `error` instead of captions, and is tried again by a later
+run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from ...pipeline.corpus import reader
+from ...pipeline.io import files, mask_images, weights
+from ...pipeline.io.json_lines import LineWriter, read_lines
+from ...pipeline.sources import file_names
+from ...schemas.decoding import DecodeOptions
+from ...schemas.errors import ConfigError
+from .caption_photo import about_captions, to_record
+from .read_regions import PhotoRegions, is_corpus, of_sample, read_photo_regions
+from .region_captioner import RegionCaptioner
+
+_SYNC_EVERY_S = 5.0
+"""Seconds after which what was written is made to outlive the end of the machine."""
+
+_NOT_IN_LINES = ("model", "options", "seconds")
+"""Of a photo's record: what is the same for all photos, and what no two runs have in common."""
+
+
+class PhotoTask(NamedTuple):
+    """A photo to caption: its name in the lines, and how it is read."""
+
+    name: str
+    read: Callable[[], PhotoRegions]
+
+
+class Captioned(NamedTuple):
+    """What a run has done: photos and regions that it captioned, and photos that cannot be used."""
+
+    photos: int
+    regions: int
+    failed: int
+
+
+def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
+    """The photos of a folder with their masks, by name, or all images of a corpus, shard by shard.
+
+    Args:
+        photos: folder of photos; None for a corpus.
+        masks: a corpus; a JSON with the regions of all photos; or a folder that has for each photo STEM.EXT
+            an image STEM.png (or of another format), a JSON STEM.json, or a folder STEM of mask images.
+
+    Raises:
+        ConfigError: there is no such folder, no photo in it, or a photo or a mask has no partner.
+        IntegrityError: the corpus is damaged.
+    """
+    if is_corpus(masks):
+        if photos is not None:
+            raise ConfigError(f"{masks}: a corpus has its own photos; give it alone, without --image")
+        return _of_corpus(masks)
+    if photos is None:
+        raise ConfigError(f"{masks}: these masks need their photos; give their folder with --image")
+    named = _by_stem(photos, file_names.PHOTO_ENDINGS, "photos")
+    if not named:
+        raise ConfigError(f"{photos}: no photos; their names end in {', '.join(file_names.PHOTO_ENDINGS)}")
+    if file_names.ending(masks) == ".json" and not files.is_folder(masks):
+        found = {stem: masks for stem in named}
+    else:
+        endings = (*mask_images.ENDINGS, ".json")
+        found = {
+            stem: f"{masks.rstrip('/')}/{name}" for stem, name in _by_stem(masks, endings, "masks").items()
+        }
+    _refuse_single(photos, masks, named, found)
+    home = photos.rstrip("/")
+    return [
+        PhotoTask(name, partial(read_photo_regions, f"{home}/{name}", [found[stem]]))
+        for stem, name in sorted(named.items(), key=lambda each: each[1])
+    ]
+
+
+def caption_folder(
+    captioner: RegionCaptioner,
+    tasks: Iterable[PhotoTask],
+    out: Path,
+    options: DecodeOptions,
+    *,
+    prompt: str | None = None,
+    regions_per_call: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Captioned:
+    """Caption the photos that have no line yet, and append their lines.
+
+    Args:
+        captioner: the model.
+        tasks: the photos that have no line yet, see `unfinished`.
+        out: the file of JSON lines.
+        options: how captions are decoded.
+        prompt: what the regions are asked; None asks what the model was trained with.
+        regions_per_call: the most regions that share a sequence; by default as many as the model can.
+        batch_size: sequences that are decoded at once.
+        progress: called after each photo with the number of photos that are done.
+
+    Raises:
+        ConfigError: an option does not suit the model.
+        OSError: a line cannot be written, or a photo cannot be read for now.
+    """
+    waiting: deque[tuple[str, PhotoRegions | ConfigError]] = deque()
+    photos = regions = failed = 0
+    synced = time.monotonic()
+    with LineWriter(out) as lines:
+        found = captioner.iter_captions(
+            _inputs(tasks, waiting),
+            options,
+            prompt=prompt,
+            batch_size=batch_size,
+            regions_per_call=regions_per_call,
+        )
+        for each in found:
+            name, photo = waiting.popleft()
+            if isinstance(photo, ConfigError):
+                failed += 1
+                lines.append({"photo": name, "error": str(photo)})
+            else:
+                photos, regions = photos + 1, regions + len(photo.regions)
+                asked = [prompt] * len(photo.regions) if prompt is not None else []
+                record = to_record(about_captions(captioner, photo, each, options, asked))
+                kept = {key: value for key, value in record.items() if key not in _NOT_IN_LINES}
+                lines.append(kept | {"photo": name})
+            if time.monotonic() - synced > _SYNC_EVERY_S:
+                lines.sync()
+                synced = time.monotonic()
+            if progress:
+                progress(photos + failed)
+        lines.sync()
+    return Captioned(photos, regions, failed)
+
+
+def unfinished(tasks: list[PhotoTask], out: Path, header: dict[str, Any]) -> list[PhotoTask]:
+    """The photos that have no captions in a file of lines yet, which is made ready to be continued.
+
+    Lines with an error are taken out, and their photos tried again.
+
+    Args:
+        tasks: all photos.
+        out: the file; it need not exist.
+        header: what the captions depend on.
+
+    Raises:
+        ConfigError: the lines were made with something else, or by something else.
+    """
+    beside = out.with_name(f"{out.name}.run.json")
+    lines = [_decoded(out, number, line) for number, line in enumerate(read_lines(out), 1)]
+    if lines:
+        _check_header(out, beside, header)
+    else:
+        files.write_json(beside, header)
+    good = [line for line in lines if "error" not in line]
+    if len(good) < len(lines):
+        with files.write_atomic(out) as file:
+            file.writelines(msgspec.json.encode(line) + b"\n" for line in good)
+    done = {line["photo"] for line in good}
+    return [task for task in tasks if task.name not in done]
+
+
+def header_of(
+    model: Path, dtype: str, options: DecodeOptions, prompt: str | None, regions_per_call: int | None
+) -> dict[str, Any]:
+    """What captions depend on, besides the photo and its masks."""
+    return {
+        "model": weights.identity(model),
+        "dtype": dtype,
+        "options": options.stored(),
+        "prompt": prompt,
+        "regions_per_call": regions_per_call,
+    }
+
+
+def _check_header(out: Path, beside: Path, header: dict[str, Any]) -> None:
+    try:
+        found = msgspec.json.decode(beside.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{out}: {beside.name}, which says how its lines were made, is missing; choose another --out"
+        ) from error
+    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+        raise ConfigError(f"{beside}: cannot be read ({error}); choose another --out") from error
+    wanted = msgspec.json.decode(msgspec.json.encode(header))
+    if found == wanted:
+        return
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    ours, theirs = wanted.get("options", {}), found.get("options")
+    if "options" in changed and isinstance(theirs, dict):
+        differ = [f"option {name}" for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        changed = [each for each in changed if each != "options"] + differ
+    raise ConfigError(
+        f"{out}: its lines were made with another {', '.join(changed) or 'version'} ({beside.name} has it); "
+        "take the same again, or choose another --out"
+    )
+
+
+def _decoded(out: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        found = msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ConfigError(
+            f"{out}: line {number} is no JSON ({error}); remove it, or choose another --out"
+        ) from error
+    if not isinstance(found.get("photo"), str):
+        raise ConfigError(f"{out}: line {number} names no photo; choose another --out")
+    return found
+
+
+def _inputs(
+    tasks: Iterable[PhotoTask], waiting: deque[tuple[str, PhotoRegions | ConfigError]]
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Pixels and masks of each photo; without masks, if it cannot be used, for its line to come in turn."""
+    for task in tasks:
+        try:
+            photo = task.read()
+        except ConfigError as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise  # it may be readable again, and nothing is to be written about it
+            waiting.append((task.name, error))
+            yield np.zeros((1, 1, 3), np.uint8), []
+            continue
+        waiting.append((task.name, photo))
+        yield photo.pixels, photo.masks()
+
+
+def _of_corpus(path: str) -> list[PhotoTask]:
+    """A task for each image of a corpus, which are read shard by shard, each where it is needed."""
+    opened = reader.open_corpus(path)
+    tables = opened.ledgers(columns=["key", "kept"])
+    kept = chain.from_iterable(table.filter(table["kept"])["key"].to_pylist() for table in tables)
+    samples = opened.samples()
+
+    def read(key: str) -> PhotoRegions:
+        for sample, data in samples:
+            if sample.key == key:
+                return of_sample(f"{path}#{key}", sample, data)
+        return read_photo_regions(None, [path], key)
+
+    return [PhotoTask(key, partial(read, key)) for key in dict.fromkeys(kept)]
+
+
+def _by_stem(folder: str, endings: tuple[str, ...], what: str) -> dict[str, str]:
+    """The names in a folder by their stems; hidden ones are passed over."""
+    if not files.is_folder(folder):
+        raise ConfigError(f"{folder}: no such folder of {what}; correct the path")
+    found: dict[str, str] = {}
+    for name in files.list_names(folder):
+        if name.startswith("."):
+            continue
+        is_folder = files.is_folder(f"{folder.rstrip('/')}/{name}")
+        if is_folder and what == "photos":
+            raise ConfigError(f"{folder}: {name} is a folder; give a folder that has photos alone")
+        if not is_folder and not name.lower().endswith(endings):
+            raise ConfigError(
+                f"{folder}: {name} is none of the {what}, which end in {', '.join(endings)}; move it"
+            )
+        stem = name.rstrip("/") if is_folder else file_names.stem(name)
+        if stem in found:
+            raise ConfigError(
+                f"{folder}: {found[stem]} and {name} have one stem; rename or remove one of them"
+            )
+        found[stem] = name
+    return found
+
+
+def _refuse_single(photos: str, masks: str, named: dict[str, str], found: dict[str, str]) -> None:
+    """Refuse photos without masks, and masks without a photo."""
+    missing = [named[stem] for stem in sorted(named.keys() - found.keys())]
+    left = [file_names.base_name(found[stem]) for stem in sorted(found.keys() - named.keys())]
+    if missing or left:
+        told = [
+            f"{place}: {len(names):,} without {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+            for place, names, what in ((photos, missing, "masks"), (masks, left, "a photo"))
+            if names
+        ]
+        raise ConfigError(f"{'; '.join(told)}. Photos and masks are paired by their names without the ending")
