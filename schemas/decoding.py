@@ -128,6 +128,20 @@ class DecodeOptions(Strict):
     refresh_every: PositiveInt = Field(
         default=4, description="Number of steps after which the cache `approximate` is computed again."
     )
+    redo_below: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With the cache `approximate`: a step that would keep a token with a confidence below "
+        "this is done again over the whole sequence, which also computes the cache again.",
+    )
+    settled: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="End a region at once when the predictions for all of its open tokens have at least "
+        "this confidence; with the strategy `remask`, when those for all tokens of the image have.",
+    )
     compare: Compare = False
     early_exit: bool = Field(
         default=True,
@@ -185,4 +199,4 @@ class DecodeOptions(Strict):
 
 
 _STORED_NAMES = {"max_new_tokens": "length"}
-_NEWER = {"position_thresholds", "factor"}
+_NEWER = {"position_thresholds", "factor", "redo_below", "settled"}

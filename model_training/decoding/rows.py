@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +23,11 @@ from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ..model.attention import PADDING, SHARED, AttentionMask, TokenRoles, join_roles
 from ..model.batch import Tokens
-from ..model.llada import KVCache
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import fetched, upload
 from . import head
-from .selection import RowOptions, end_captions, predicted_slots, row_options, select
+from .refresh import RefreshedCache
+from .selection import RowOptions, end_captions, predicted_slots, row_options, select, unsure_rows
 
 
 class Bucket(NamedTuple):
@@ -41,6 +42,8 @@ class Bucket(NamedTuple):
         draws: whether tokens are drawn, at a temperature above 0.
         strategies: those that occur.
         may_exit: whether a region can end early.
+        may_settle: whether a region can end since all of it is sure.
+        redoes: whether a step may have to be done again, see `refresh`.
     """
 
     num_rows: int
@@ -54,6 +57,8 @@ class Bucket(NamedTuple):
     draws: bool
     strategies: frozenset[str]
     may_exit: bool
+    may_settle: bool
+    redoes: bool
 
 
 class LaidOut(NamedTuple):
@@ -117,12 +122,13 @@ class Rows:
 
     Attributes:
         status_BM: float32, what the host has to know of a step. For each region, twice the number of its open
-            slots, plus one if a token of it has changed; then the lowest and the highest doubt of the row.
+            slots, plus one if a token of it has changed; then whether the step has to be done again, and the
+            lowest and the highest doubt of the row.
     """
 
     def __init__(self, model: PerceptionDLM, bucket: Bucket, never_X: Tensor | None, captures: bool = True):
         self.model, self.bucket, self.never_X = model, bucket, never_X
-        self.kv_cache: KVCache | None = None
+        self.kv_cache: RefreshedCache | None = None
         self.mask: AttentionMask | None = None
         self.rope: tuple[Tensor, Tensor] | None = None
         shape, device = (bucket.num_rows, bucket.regions, bucket.slots), model.device
@@ -137,7 +143,8 @@ class Rows:
         self.predicted_BNS = torch.zeros(shape, dtype=torch.int64, device=device)
         self.open_BNS = torch.zeros(shape, dtype=torch.bool, device=device)
         self.doubt_BNS = torch.zeros(shape, dtype=kind, device=device)
-        self.status_BM = torch.zeros(bucket.num_rows, bucket.regions + 2, device=device)
+        self.status_BM = torch.zeros(bucket.num_rows, bucket.regions + 3, device=device)
+        self.fresh_B = torch.ones(bucket.num_rows, dtype=torch.bool, device=device)
         self.step_B = torch.zeros(bucket.num_rows, dtype=torch.int64, device=device)
         self.uniform_BNS = torch.zeros(shape, dtype=torch.float64, device=device) if bucket.draws else None
         self._admitted: list[Tensor] = []
@@ -168,7 +175,7 @@ class Rows:
         given = row_options(options, captions.regions, shape, self.doubt_BNS.dtype)
         hot = [each.temperature or 1.0 for each in options] + [1.0] * (bucket.num_rows - len(options))
         nucleus = [each.top_p for each in options] + [1.0] * (bucket.num_rows - len(options))
-        arrived = [captions.ids_BNL, captions.position_BNL, *captions.roles, *sides, *given[2:]]
+        arrived = [captions.ids_BNL, captions.position_BNL, *captions.roles, *sides, *given[3:]]
         arrived += [torch.tensor(each, dtype=torch.float64) for each in (hot, nucleus)]
         if self._admitted:
             for mine, part in zip(self._admitted, arrived, strict=True):
@@ -178,7 +185,7 @@ class Rows:
         mine = self._admitted
         self.ids_BNL, self.position_BNL, self.roles = mine[0], mine[1], TokenRoles(*mine[2:5])
         self.prefix_position_BP, self.prefix_roles = mine[5], TokenRoles(*mine[6:9])
-        self.options = RowOptions(given.strategies, given.may_exit, *mine[9:-2])
+        self.options = RowOptions(given.strategies, given.may_exit, given.may_settle, *mine[9:-2])
         self.temperature_B, self.top_p_B = mine[-2:]
         self.x_BPD[: len(x_BPD), : x_BPD.shape[1]] = x_BPD
         slot_BNS = self.options.slot_BNS
@@ -209,18 +216,22 @@ class Rows:
         else:
             self.mask.mask.copy_(mask.mask)
 
-    def step(self, full: bool, uniform_BNS: Tensor | None) -> None:
+    def step(self, full: bool, fresh_B: np.ndarray, uniform_BNS: Tensor | None) -> None:
         """Predict every slot and select. Waits for nothing.
 
         Args:
-            full: whether to run over whole sequences, which fills the cache, or over captions alone.
+            full: whether to run over whole sequences, or over captions alone.
+            fresh_B: the rows whose cache a pass over whole sequences fills; the others go on with theirs.
             uniform_BNS: random numbers on the CPU, for rows that are drawn.
         """
         self.receive(uniform_BNS)
         if self.kv_cache is None and self.bucket.cache != "none":
-            self.kv_cache = KVCache(self.bucket.prefix_len, self.ids_BNL[0].numel())
+            self.kv_cache = RefreshedCache(self.bucket.prefix_len, self.ids_BNL[0].numel())
         if self.kv_cache is not None:
             self.kv_cache.filling = full
+            if self.bucket.redoes:
+                self.fresh_B.copy_(upload(torch.from_numpy(fresh_B), self.fresh_B.device))
+                self.kv_cache.fresh_B = self.fresh_B
         self._replays[full]()
 
     def _step(self, full: bool) -> None:
@@ -252,15 +263,25 @@ class Rows:
         tokens_BNS, open_BNS = select(
             self.options, self.step_B, self.tokens_BNS, self.open_BNS, self.predicted_BNS, self.doubt_BNS
         )
+        held_B = self._held(open_BNS) if self.bucket.redoes else None
         eot = cast(int, self.model.config.eot_token_id)
         tokens_BNS, open_BNS = end_captions(self.options, tokens_BNS, open_BNS, eot)
         tokens_BNS = tokens_BNS.masked_fill(open_BNS, self.model.config.mask_token_id)
+        if held_B is not None:
+            tokens_BNS = self.tokens_BNS.where(held_B[:, None, None], tokens_BNS)
+            open_BNS = self.open_BNS.where(held_B[:, None, None], open_BNS)
+            self.status_BM[:, -3] = held_B
+            self.step_B.sub_(held_B.long())
         changed_BN = (tokens_BNS != self.tokens_BNS).any(-1)
-        self.status_BM[:, :-2] = torch.add(changed_BN, open_BNS.sum(-1), alpha=2)
+        self.status_BM[:, :-3] = torch.add(changed_BN, open_BNS.sum(-1), alpha=2)
         self.status_BM[:, -2], self.status_BM[:, -1] = self.doubt_BNS.flatten(1).aminmax(dim=1)
         self.tokens_BNS.copy_(tokens_BNS)
         self.open_BNS.copy_(open_BNS)
         self.step_B.add_(1)
+
+    def _held(self, open_BNS: Tensor) -> Tensor:
+        """Rows that would keep what they are not sure of, and have not been computed whole."""
+        return unsure_rows(self.options, self.open_BNS, open_BNS, self.doubt_BNS) & ~self.fresh_B
 
     @property
     def num_others(self) -> int:

@@ -28,6 +28,7 @@ from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, upload
 from .head import confidence_of, generator_of
 from .readback import Readback
+from .refresh import Refresh
 from .rows import Bucket, LaidOut, Rows, lay_out
 from .skipping import Skipping
 
@@ -255,7 +256,8 @@ class _Loop:
         self.skipping = Skipping(self.rows) if on_cpu else None
         if self.skipping is None:
             self.rows.prepare()
-        self.lag = 0 if on_cpu else 1
+        self.lag = 0 if on_cpu or bucket.redoes else 1
+        self.refresh = Refresh(len(numbers), bucket.refresh_every)
         self.readback = Readback(self.rows.status_BM, 1 + self.lag)
         self.num_steps = self.num_read = 0
         shape = (len(numbers), self.regions)
@@ -263,6 +265,7 @@ class _Loop:
         self.open_RN = self.exists_RN.copy()  # regions with an open slot
         self.stale_RN = np.ones(shape, bool)  # where a new prediction could differ
         self.forwards_R = np.zeros(len(numbers), np.int64)
+        self.held_R = np.zeros(len(numbers), np.int64)  # steps that were not taken, but done again
         self.remask_R = np.array([each.strategy == "remask" for each in self.options])
         self.turn_R = np.array([each.steps * (each.strategy == "sequential") for each in self.options])
 
@@ -273,30 +276,27 @@ class _Loop:
 
     def launch(self) -> None:
         """Begin the next step."""
-        cache, every = self.rows.bucket.cache, self.rows.bucket.refresh_every
-        refresh = cache == "approximate" and self.num_steps % every == 0
+        due_R = self.refresh.due_B()
         uniform_RNS = self._uniform()
         if self.skipping is None:
-            self.rows.step(self.num_steps == 0 or refresh or cache == "none", uniform_RNS)
+            full = self.rows.bucket.cache == "none" or bool((due_R & self.open_RN.any(1)).any())
+            fresh_B = np.pad(due_R & full, (0, self.rows.bucket.num_rows - len(due_R)))
+            self.rows.step(full, fresh_B, uniform_RNS)
         else:
-            self._launch_some(self.skipping, refresh, uniform_RNS)
+            self._launch_some(self.skipping, due_R, uniform_RNS)
+        self.refresh.step(due_R)
         self.readback.send()
         self.num_steps += 1
 
-    def _launch_some(self, skipping: Skipping, refresh: bool, uniform_RNS: Tensor | None) -> None:
+    def _launch_some(self, skipping: Skipping, due_R: np.ndarray, uniform_RNS: Tensor | None) -> None:
         """Compute the regions that this step needs and that are not known yet."""
         active_R = np.any(self.open_RN, axis=1)
-        wanted_RN = self._wanted()
-        if not self.rows.bucket.draws and not refresh:
-            wanted_RN = wanted_RN & self.stale_RN
-        full = refresh or (
-            bool(wanted_RN.any()) and (self.rows.bucket.cache == "none" or skipping.kv_cache is None)
-        )
-        if full:
-            self.forwards_R += active_R if self.rows.bucket.cache != "none" else wanted_RN.any(1)
-        else:
-            self.forwards_R += wanted_RN.any(1)
-        skipping.step(wanted_RN, active_R, full, uniform_RNS)
+        wanted_RN, cached = self._wanted(), self.rows.bucket.cache != "none"
+        if not self.rows.bucket.draws:
+            wanted_RN = wanted_RN & (self.stale_RN | (due_R & cached)[:, None])
+        whole_R = due_R & active_R if cached else wanted_RN.any(1)
+        self.forwards_R += whole_R | wanted_RN.any(1)
+        skipping.step(wanted_RN, active_R, whole_R, uniform_RNS)
         self.stale_RN &= ~wanted_RN
 
     def read(self, behind: int = 0) -> None:
@@ -314,6 +314,10 @@ class _Loop:
                 raise broken_weights(self.rows.model)
             if self.skipping is None:
                 self.forwards_R += active_R
+            if self.rows.bucket.redoes:
+                held_R = active_R & (status_BM[: len(self.numbers), -3] > 0)
+                self.refresh.hold(held_R)
+                self.held_R += held_R
             self.open_RN = status_RN >= 2
             changed_RN = status_RN % 2 == 1
             model = self.rows.model
@@ -341,7 +345,8 @@ class _Loop:
     def _wanted(self) -> np.ndarray:
         """The regions among whose slots the next step selects."""
         again_RN = self.exists_RN & self.open_RN.any(1, keepdims=True)
-        now_RN = np.arange(self.regions) == self.num_steps // np.maximum(self.turn_R, 1)[:, None]
+        step_R1 = (self.num_steps - self.held_R)[:, None]
+        now_RN = np.arange(self.regions) == step_R1 // np.maximum(self.turn_R, 1)[:, None]
         single_RN = self.open_RN & (now_RN | (self.turn_R == 0)[:, None])
         return np.where(self.remask_R[:, None], again_RN, single_RN)
 
@@ -353,7 +358,7 @@ class _Loop:
         uniform_RNS = torch.zeros(bucket.num_rows, bucket.regions, bucket.slots, dtype=torch.float64)
         for row, each in enumerate(self.options):
             shape = (self.rows.model.config.num_prompts, each.max_new_tokens)
-            generator = generator_of(each.seed, self.num_steps)
+            generator = generator_of(each.seed, self.num_steps - int(self.held_R[row]))
             drawn_NS = torch.rand(shape, generator=generator, dtype=torch.float64)[: self.regions]
             uniform_RNS[row, : len(drawn_NS), : each.max_new_tokens] = drawn_NS
         return uniform_RNS
@@ -430,6 +435,9 @@ def _bucket(model: PerceptionDLM, options: list[DecodeOptions], prefix_len: int,
         *_kind(model, options[0]),
         strategies=frozenset(each.strategy for each in options),
         may_exit=any(each.early_exit and each.strategy != "remask" for each in options),
+        may_settle=any(each.settled is not None for each in options),
+        redoes=_kind(model, options[0])[0] == "approximate"
+        and any(each.redo_below is not None for each in options),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model.attention import PADDING, AttentionMask, TokenRoles, join_roles
-from ..model.llada import KVCache
+from .refresh import RefreshedCache
 from .rows import Rows
 from .selection import predicted_slots
 
@@ -23,57 +23,73 @@ class Skipping:
 
     def __init__(self, rows: Rows):
         self.rows = rows
-        self.kv_cache: KVCache | None = None
+        self.kv_cache: RefreshedCache | None = None
         self.cached_R = np.arange(rows.bucket.num_rows)  # the rows in the cache
         self.mask: AttentionMask | None = None
         self.mask_of: tuple[Any, ...] = ()
 
     def step(
-        self, wanted_BN: np.ndarray, active_B: np.ndarray, full: bool, uniform_BNS: Tensor | None
+        self, wanted_BN: np.ndarray, active_B: np.ndarray, whole_B: np.ndarray, uniform_BNS: Tensor | None
     ) -> None:
         """Predict the slots of some regions, and select.
 
         Args:
             wanted_BN: bool, the regions.
             active_B: bool, the rows with an open slot.
-            full: whether to run over whole sequences, which fills the cache, or over captions alone.
+            whole_B: bool, the active rows to compute over their whole sequences, which fills their cache. The
+                others are computed over captions alone.
             uniform_BNS: random numbers, for rows that are drawn.
         """
         rows = self.rows
         rows.receive(uniform_BNS)
-        if full:
-            hidden_MLD = self._forward_all(wanted_BN, active_B)
-        elif wanted_BN.any():
-            hidden_MLD = self._forward_captions(wanted_BN, active_B)
-        else:
-            hidden_MLD = None
-        if hidden_MLD is not None and wanted_BN.any():
-            wanted = torch.from_numpy(wanted_BN)
-            at_BNS = predicted_slots(rows.options, rows.open_BNS) & wanted[..., None]
+        rows.fresh_B.copy_(torch.from_numpy(whole_B))
+        if whole_B.any():
+            wanted_of_whole_BN = wanted_BN & whole_B[:, None]
+            self._predict(wanted_of_whole_BN, self._forward_all(wanted_of_whole_BN, active_B, whole_B))
+        if (rest_BN := wanted_BN & ~whole_B[:, None]).any():
+            self._predict(rest_BN, self._forward_captions(rest_BN, active_B))
+        rows.settle()
+
+    def _predict(self, wanted_BN: np.ndarray, hidden_MLD: Tensor) -> None:
+        """Tokens and doubts of the wanted regions from their hidden states."""
+        rows = self.rows
+        wanted = torch.from_numpy(wanted_BN)
+        at_BNS = predicted_slots(rows.options, rows.open_BNS) & wanted[..., None]
+        if at_BNS.any():
             hidden_KD = hidden_MLD[:, 1:-1][at_BNS[wanted]]
             token_K, doubt_K = rows.sample(hidden_KD, *rows.chances(at_BNS))
             rows.predicted_BNS[at_BNS] = token_K
             rows.doubt_BNS[at_BNS] = doubt_K
-        rows.settle()
 
-    def _forward_all(self, wanted_BN: np.ndarray, active_B: np.ndarray) -> Tensor:
+    def _forward_all(self, wanted_BN: np.ndarray, active_B: np.ndarray, whole_B: np.ndarray) -> Tensor:
         """Hidden states (M, L, D) of the wanted regions, from a pass over whole sequences."""
-        rows, cached = self.rows, self.rows.bucket.cache != "none"
-        chosen_R = np.flatnonzero(active_B if cached else wanted_BN.any(1))
+        rows = self.rows
+        chosen_R = np.flatnonzero(whole_B)
         rows_R = torch.from_numpy(chosen_R)
         parts = (rows.ids_BNL, rows.position_BNL, *rows.roles)
         ids, position, *captions = (part[rows_R].flatten(1, 2) for part in parts)
         x_RLD = torch.cat([rows.x_BPD[rows_R], rows.model.language_model.embed_tokens(ids)], dim=1)
         position_RL = torch.cat([rows.prefix_position_BP[rows_R], position], dim=1)
-        kv_cache = KVCache(rows.bucket.prefix_len, ids.shape[1]) if cached else None
+        kv_cache = None if rows.bucket.cache == "none" else self._cache_to_fill(chosen_R, active_B)
         roles = join_roles(rows.prefix_roles.at(rows_R), TokenRoles(*captions))
         mask = self._mask(roles, roles, "all", chosen_R)
         behind = slice(rows.bucket.prefix_len, None)
         x_RLD = rows.model.language_model(x_RLD, position_RL, mask, behind, kv_cache)
-        if kv_cache is not None:
-            self.kv_cache, self.cached_R = kv_cache, chosen_R
         hidden_RNLD = x_RLD.unflatten(1, rows.ids_BNL.shape[1:])
         return hidden_RNLD[torch.from_numpy(wanted_BN[chosen_R])]
+
+    def _cache_to_fill(self, chosen_R: np.ndarray, active_B: np.ndarray) -> RefreshedCache:
+        """The cache that a pass over some rows fills: a new one, if no other row needs the old one."""
+        if self.kv_cache is None or len(chosen_R) == active_B.sum():
+            self.kv_cache, self.cached_R = RefreshedCache(*self._places()), chosen_R
+            return self.kv_cache
+        self.kv_cache.filling = True
+        self.kv_cache.rows_R = torch.from_numpy(np.searchsorted(self.cached_R, chosen_R))
+        return self.kv_cache
+
+    def _places(self) -> tuple[int, int]:
+        """Tokens of a row before its captions, and of its captions."""
+        return self.rows.bucket.prefix_len, self.rows.ids_BNL[0].numel()
 
     def _forward_captions(self, wanted_BN: np.ndarray, active_B: np.ndarray) -> Tensor:
         """Hidden states (M, L, D) of the wanted regions, from a pass over their captions alone."""
