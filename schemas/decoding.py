@@ -140,7 +140,7 @@ class DecodeOptions(Strict):
         ge=0,
         le=1,
         description="End a region at once when the predictions for all of its open tokens have at least "
-        "this confidence; with the strategy `remask`, when those for all tokens of the image have.",
+        "this confidence; with the strategy `remask`, all regions when those for all open tokens have.",
     )
     compare: Compare = False
     early_exit: bool = Field(

@@ -1,9 +1,14 @@
 """When an approximate cache is computed again, and the cache itself, in which each row is so on its own.
 
 In layouts in which the prefix sees the captions, its keys and values change with every token that is written.
-A step over the captions alone works with those of the last pass over the whole sequence. A row is refreshed,
-that is computed over its whole sequence, every few steps, and whenever a step over the captions alone would
-keep a token that it is not sure of: then the step is done again.
+A step over the captions alone works with those of the last pass over the whole sequence. A row is computed
+whole
+
+- every few steps,
+- again, when a step over the captions alone would keep a token that it is not sure of: that step keeps
+  nothing, and
+- as long as the whole passes keep tokens that they are not sure of. So a row that is never sure is decoded as
+  without a cache, and at its cost.
 
 Shape suffixes: B rows, R some of the rows, G heads of keys and values, L tokens, K width of a head.
 """
@@ -21,32 +26,37 @@ class Refresh:
 
     Args:
         num_rows: of the bucket.
-        every: steps after which a row is refreshed; 0 for never after the first pass.
+        every: steps after which a row is computed whole; 0 for never after the first step.
 
     Attributes:
-        age_B: steps since the row's last refresh; -1 before the first one.
-        held_B: bool, rows whose last step has to be done again.
+        age_B: steps since the row's last whole pass; -1 before the first one.
+        whole_B: bool, rows that the last step has computed whole.
+        unsure_B: bool, rows whose last step was not sure of what it would keep.
+        num_held_B: how many steps of each row have kept nothing, and were done again.
     """
 
     def __init__(self, num_rows: int, every: int):
         self.every = every
         self.age_B = np.full(num_rows, -1)
-        self.held_B = np.zeros(num_rows, bool)
+        self.whole_B, self.unsure_B = np.zeros((2, num_rows), bool)
+        self.num_held_B = np.zeros(num_rows, np.int64)
 
     def due_B(self) -> np.ndarray:
-        """The rows that the next step computes over their whole sequences."""
-        old_B = self.age_B >= self.every if self.every else self.age_B < 0
-        return old_B | (self.age_B < 0) | self.held_B
+        """The rows that the next step computes whole."""
+        due_B = (self.age_B < 0) | self.unsure_B
+        return due_B | (self.age_B >= self.every) if self.every else due_B
 
-    def step(self, refreshed_B: np.ndarray) -> None:
-        """Take in which rows a step has refreshed."""
-        self.age_B = np.where(refreshed_B, 1, self.age_B + 1)
-        self.held_B = np.zeros_like(self.held_B)
+    def step(self, whole_B: np.ndarray) -> None:
+        """Take in which rows a step computes whole."""
+        self.age_B = np.where(whole_B, 1, self.age_B + 1)
+        self.whole_B, self.unsure_B = whole_B, np.zeros_like(whole_B)
 
-    def hold(self, held_B: np.ndarray) -> None:
-        """Take in which rows kept nothing in the last step, since they were not sure."""
-        self.age_B = self.age_B - held_B
-        self.held_B = held_B
+    def unsure(self, unsure_B: np.ndarray) -> None:
+        """Take in which rows the last step was not sure of; those that were not computed whole are held."""
+        held_B = unsure_B & ~self.whole_B
+        self.unsure_B = unsure_B
+        self.age_B -= held_B
+        self.num_held_B += held_B
 
 
 class RefreshedCache(KVCache):

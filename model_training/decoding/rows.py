@@ -122,8 +122,8 @@ class Rows:
 
     Attributes:
         status_BM: float32, what the host has to know of a step. For each region, twice the number of its open
-            slots, plus one if a token of it has changed; then whether the step has to be done again, and the
-            lowest and the highest doubt of the row.
+            slots, plus one if a token of it has changed; then whether the step was unsure (0 unless the bucket
+            `redoes`), and the lowest and the highest doubt of the row.
     """
 
     def __init__(self, model: PerceptionDLM, bucket: Bucket, never_X: Tensor | None, captures: bool = True):
@@ -263,14 +263,17 @@ class Rows:
         tokens_BNS, open_BNS = select(
             self.options, self.step_B, self.tokens_BNS, self.open_BNS, self.predicted_BNS, self.doubt_BNS
         )
-        held_B = self._held(open_BNS) if self.bucket.redoes else None
+        held_B = None
+        if self.bucket.redoes:
+            unsure_B = unsure_rows(self.options, self.open_BNS, open_BNS, self.doubt_BNS)
+            self.status_BM[:, -3] = unsure_B
+            held_B = unsure_B & ~self.fresh_B
         eot = cast(int, self.model.config.eot_token_id)
         tokens_BNS, open_BNS = end_captions(self.options, tokens_BNS, open_BNS, eot)
         tokens_BNS = tokens_BNS.masked_fill(open_BNS, self.model.config.mask_token_id)
         if held_B is not None:
             tokens_BNS = self.tokens_BNS.where(held_B[:, None, None], tokens_BNS)
             open_BNS = self.open_BNS.where(held_B[:, None, None], open_BNS)
-            self.status_BM[:, -3] = held_B
             self.step_B.sub_(held_B.long())
         changed_BN = (tokens_BNS != self.tokens_BNS).any(-1)
         self.status_BM[:, :-3] = torch.add(changed_BN, open_BNS.sum(-1), alpha=2)
@@ -278,10 +281,6 @@ class Rows:
         self.tokens_BNS.copy_(tokens_BNS)
         self.open_BNS.copy_(open_BNS)
         self.step_B.add_(1)
-
-    def _held(self, open_BNS: Tensor) -> Tensor:
-        """Rows that would keep what they are not sure of, and have not been computed whole."""
-        return unsure_rows(self.options, self.open_BNS, open_BNS, self.doubt_BNS) & ~self.fresh_B
 
     @property
     def num_others(self) -> int:

@@ -32,6 +32,9 @@ from .refresh import Refresh
 from .rows import Bucket, LaidOut, Rows, lay_out
 from .skipping import Skipping
 
+AUTO_REFRESH = {"refresh_every": 8, "redo_below": 0.99}
+"""The cache "auto" of layouts in which the prefix sees the captions: `python -m benchmarks.caches`."""
+
 _KEPT_BUCKETS = 2
 """How many buckets keep their tensors and graphs for the next batch. At 8B, one of 8 sequences has 10 GB."""
 
@@ -110,7 +113,7 @@ class Decoder:
                 or a weight of the model is not loaded.
             StageFailed: the model's probabilities are no numbers, or the same for every token.
         """
-        each = _for_rows(options, len(batch.prefix.ids_BL))
+        each = _for_rows(self.model, options, len(batch.prefix.ids_BL))
         decoding = _Decoding(self, batch, each)
         with torch.inference_mode():
             decoding.run()
@@ -133,7 +136,7 @@ class Decoder:
         Raises:
             ConfigError, StageFailed: as `decode`.
         """
-        decoding = _Decoding(self, batch, _for_rows(options, len(batch.prefix.ids_BL)))
+        decoding = _Decoding(self, batch, _for_rows(self.model, options, len(batch.prefix.ids_BL)))
         yield decoding.state()
         while decoding.step():
             yield decoding.state()
@@ -265,7 +268,6 @@ class _Loop:
         self.open_RN = self.exists_RN.copy()  # regions with an open slot
         self.stale_RN = np.ones(shape, bool)  # where a new prediction could differ
         self.forwards_R = np.zeros(len(numbers), np.int64)
-        self.held_R = np.zeros(len(numbers), np.int64)  # steps that were not taken, but done again
         self.remask_R = np.array([each.strategy == "remask" for each in self.options])
         self.turn_R = np.array([each.steps * (each.strategy == "sequential") for each in self.options])
 
@@ -315,9 +317,7 @@ class _Loop:
             if self.skipping is None:
                 self.forwards_R += active_R
             if self.rows.bucket.redoes:
-                held_R = active_R & (status_BM[: len(self.numbers), -3] > 0)
-                self.refresh.hold(held_R)
-                self.held_R += held_R
+                self.refresh.unsure(active_R & (status_BM[: len(self.numbers), -3] > 0))
             self.open_RN = status_RN >= 2
             changed_RN = status_RN % 2 == 1
             model = self.rows.model
@@ -345,7 +345,7 @@ class _Loop:
     def _wanted(self) -> np.ndarray:
         """The regions among whose slots the next step selects."""
         again_RN = self.exists_RN & self.open_RN.any(1, keepdims=True)
-        step_R1 = (self.num_steps - self.held_R)[:, None]
+        step_R1 = (self.num_steps - self.refresh.num_held_B)[:, None]
         now_RN = np.arange(self.regions) == step_R1 // np.maximum(self.turn_R, 1)[:, None]
         single_RN = self.open_RN & (now_RN | (self.turn_R == 0)[:, None])
         return np.where(self.remask_R[:, None], again_RN, single_RN)
@@ -358,7 +358,7 @@ class _Loop:
         uniform_RNS = torch.zeros(bucket.num_rows, bucket.regions, bucket.slots, dtype=torch.float64)
         for row, each in enumerate(self.options):
             shape = (self.rows.model.config.num_prompts, each.max_new_tokens)
-            generator = generator_of(each.seed, self.num_steps - int(self.held_R[row]))
+            generator = generator_of(each.seed, self.num_steps - int(self.refresh.num_held_B[row]))
             drawn_NS = torch.rand(shape, generator=generator, dtype=torch.float64)[: self.regions]
             uniform_RNS[row, : len(drawn_NS), : each.max_new_tokens] = drawn_NS
         return uniform_RNS
@@ -379,12 +379,21 @@ def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
     Raises:
         ConfigError: as `resolve_cache`.
     """
-    cache = resolve_cache(model, options.cache, "captions")
+    cache = resolve_cache(model, resolve_options(model, options).cache, "captions")
     return "exact" if cache == "approximate" and model.layout.isolate_prefix else cache
+
+
+def resolve_options(model: PerceptionDLM, options: DecodeOptions) -> DecodeOptions:
+    """Options in which the cache "auto" is replaced by what it means for a model's captions."""
+    if options.cache != "auto" or model.layout.isolate_prefix:
+        return options
+    return options.model_copy(update={"cache": "approximate"} | AUTO_REFRESH)
 
 
 def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:
     """A cache that a model can decode with: "auto" is "exact" where the layout allows it, else "none".
+
+    Captions have more for such layouts, see `resolve_options`.
 
     Args:
         model: the network.
@@ -405,12 +414,12 @@ def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:
     return cache
 
 
-def _for_rows(options: Options, num_rows: int) -> list[DecodeOptions]:
+def _for_rows(model: PerceptionDLM, options: Options, num_rows: int) -> list[DecodeOptions]:
     if options is None or isinstance(options, DecodeOptions):
-        return [options or DecodeOptions()] * num_rows
+        return [resolve_options(model, options or DecodeOptions())] * num_rows
     if len(options) != num_rows:
         raise ConfigError(f"{len(options)} options for {num_rows} rows; give one for each, or one for all")
-    return list(options)
+    return [resolve_options(model, each) for each in options]
 
 
 def _kind(model: PerceptionDLM, options: DecodeOptions) -> tuple:

@@ -42,8 +42,8 @@ class RowOptions(NamedTuple):
             -inf for none, also where there is no prediction yet, whose doubt is negative.
         ranked_doubt_BS: the same for the surest, the second, ... of a region's predictions.
         exits_BNS: bool, slots of regions that end with their first end of text.
-        settled_B: the largest doubt at which a region whose open predictions are all as sure ends at once;
-            -inf for none.
+        settled_B: the largest doubt at which a region ends at once if all its open predictions are as sure,
+            or a row for "remask"; -inf for none.
         redo_B: the largest doubt of a prediction that a step over a part of a sequence may keep; inf for any.
     """
 
@@ -209,7 +209,7 @@ def select(
             (rank_BK < left_B1).view_as(open_BNS) & options.slot_BNS & open_BNS.any((1, 2), keepdim=True)
         )
         if options.may_settle:
-            again_BNS = _without(again_BNS, _settled(options, options.slot_BNS, doubt_BNS, (1, 2)))
+            again_BNS = _without(again_BNS, _settled(options, open_BNS, doubt_BNS, (1, 2)))
         remasked = torch.where(open_BNS, predicted_BNS, tokens_BNS), again_BNS
     if options.strategies - {"remask"}:
         stay_BNS = _staying(options, step_B, open_BNS, doubt_BNS)
@@ -247,11 +247,11 @@ def _staying(options: RowOptions, step_B: Tensor, open_BNS: Tensor, doubt_BNS: T
 
 
 def _settled(
-    options: RowOptions, slots_BNS: Tensor, doubt_BNS: Tensor, dims: tuple[int, ...]
+    options: RowOptions, open_BNS: Tensor, doubt_BNS: Tensor, dims: tuple[int, ...]
 ) -> Tensor:
-    """Whether the predictions for all slots of a region, or of a row, are sure enough to end it."""
+    """Whether the predictions for all open slots of a region, or of a row, are sure enough to end it."""
     sure_BNS = (doubt_BNS >= 0) & (doubt_BNS <= options.settled_B[:, None, None])
-    return ~_without(slots_BNS, sure_BNS).any(dims, keepdim=True)
+    return ~_without(open_BNS, sure_BNS).any(dims, keepdim=True)
 
 
 def unsure_rows(options: RowOptions, before_BNS: Tensor, after_BNS: Tensor, doubt_BNS: Tensor) -> Tensor:
