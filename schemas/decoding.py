@@ -74,8 +74,9 @@ class DecodeOptions(Strict):
     The cache holds keys and values of the prompt, the image and the replayed regions, so that a step
     computes the captions alone. "exact" changes no caption, and needs a layout that isolates the prefix.
     "approximate" is for the other layouts, in which what comes before the captions depends on them: it is
-    computed again every `refresh_every` steps. "auto" is "exact" where the layout allows it, and "none"
-    elsewhere.
+    computed again every `refresh_every` steps and, with `redo_below`, whenever a step is not sure of what it
+    would keep. "auto" is "exact" where the layout allows it, and elsewhere "approximate" with a `redo_below`
+    of 0.99: a model that is never sure is then decoded almost as without a cache, and at that cost.
     """
 
     strategy: Strategy = Field(
@@ -123,7 +124,8 @@ class DecodeOptions(Strict):
         default="auto",
         description="KV cache of the tokens before the captions: `none`, `exact` (changes no caption; only "
         "for models whose config.json has the layout `corrected`), `approximate` (computed again "
-        "every `refresh_every` steps) or `auto` (`exact` for models that allow it, else `none`).",
+        "every `refresh_every` steps) or `auto` (`exact` for models that allow it, else `approximate` with "
+        "`redo_below` 0.99 and `refresh_every` 8).",
     )
     refresh_every: PositiveInt = Field(
         default=4, description="Number of steps after which the cache `approximate` is computed again."
@@ -133,7 +135,7 @@ class DecodeOptions(Strict):
         ge=0,
         le=1,
         description="With the cache `approximate`: a step that would keep a token with a confidence below "
-        "this is done again over the whole sequence, which also computes the cache again.",
+        "this is done again over the whole sequence, and so are the next ones until one is sure.",
     )
     settled: float | None = Field(
         default=None,

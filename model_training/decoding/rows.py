@@ -122,8 +122,8 @@ class Rows:
 
     Attributes:
         status_BM: float32, what the host has to know of a step. For each region, twice the number of its open
-            slots, plus one if a token of it has changed; then whether the step was unsure (0 unless the bucket
-            `redoes`), and the lowest and the highest doubt of the row.
+            slots, plus one if a token of it has changed; then whether the step was unsure (0 unless the
+            bucket `redoes`), and the lowest and the highest doubt of the row.
     """
 
     def __init__(self, model: PerceptionDLM, bucket: Bucket, never_X: Tensor | None, captures: bool = True):

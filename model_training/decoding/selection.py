@@ -246,9 +246,7 @@ def _staying(options: RowOptions, step_B: Tensor, open_BNS: Tensor, doubt_BNS: T
     return enough_BNS & open_BNS
 
 
-def _settled(
-    options: RowOptions, open_BNS: Tensor, doubt_BNS: Tensor, dims: tuple[int, ...]
-) -> Tensor:
+def _settled(options: RowOptions, open_BNS: Tensor, doubt_BNS: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Whether the predictions for all open slots of a region, or of a row, are sure enough to end it."""
     sure_BNS = (doubt_BNS >= 0) & (doubt_BNS <= options.settled_B[:, None, None])
     return ~_without(open_BNS, sure_BNS).any(dims, keepdim=True)
@@ -259,7 +257,8 @@ def unsure_rows(options: RowOptions, before_BNS: Tensor, after_BNS: Tensor, doub
 
     Args:
         options: of the rows.
-        before_BNS, after_BNS: the open slots before and after the step.
+        before_BNS: the open slots before the step.
+        after_BNS: those after it.
         doubt_BNS: of the step's predictions.
     """
     unsure_BNS = _without(before_BNS, after_BNS) & (doubt_BNS > options.redo_B[:, None, None])
