@@ -10,7 +10,8 @@ A model of the world `easy` is sure of its words, and goes on from samples/model
 often is not, since many wordings are right; it goes on from the base of `benchmarks.toy_steps`, which is
 trained if it is not there. Tokens are compared with those of decoding without a cache. Speed is that of the
 mid size of `benchmarks.decoder` (random weights, which are never sure): the seconds of its passes, as many of
-each kind as the toy model took. Everything lies in out/toy-steps, or in the folder that PARACAPTION_STEPS names.
+each kind as the toy model took. Everything lies in out/toy-steps, or in the folder that PARACAPTION_STEPS
+names.
 """
 
 from __future__ import annotations
