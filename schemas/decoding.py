@@ -75,8 +75,9 @@ class DecodeOptions(Strict):
     computes the captions alone. "exact" changes no caption, and needs a layout that isolates the prefix.
     "approximate" is for the other layouts, in which what comes before the captions depends on them: it is
     computed again every `refresh_every` steps and, with `redo_below`, whenever a step is not sure of what it
-    would keep. "auto" is "exact" where the layout allows it, and elsewhere "approximate" with a `redo_below`
-    of 0.99: a model that is never sure is then decoded almost as without a cache, and at that cost.
+    would keep. "auto" is "exact" where the layout allows it, and elsewhere "approximate", computed again every
+    8 steps, with a `redo_below` of 0.99 and a `settled` of 0.9 unless you give others: a model that is never
+    sure is then decoded almost as without a cache, and at that cost.
     """
 
     strategy: Strategy = Field(
@@ -125,7 +126,7 @@ class DecodeOptions(Strict):
         description="KV cache of the tokens before the captions: `none`, `exact` (changes no caption; only "
         "for models whose config.json has the layout `corrected`), `approximate` (computed again "
         "every `refresh_every` steps) or `auto` (`exact` for models that allow it, else `approximate` with "
-        "`redo_below` 0.99 and `refresh_every` 8).",
+        "`refresh_every` 8, `redo_below` 0.99 and `settled` 0.9).",
     )
     refresh_every: PositiveInt = Field(
         default=4, description="Number of steps after which the cache `approximate` is computed again."

@@ -32,8 +32,8 @@ from .refresh import Refresh
 from .rows import Bucket, LaidOut, Rows, lay_out
 from .skipping import Skipping
 
-AUTO_REFRESH = {"refresh_every": 8, "redo_below": 0.99}
-"""The cache "auto" of layouts in which the prefix sees the captions: `python -m benchmarks.caches`."""
+AUTO_CACHE = {"cache": "approximate", "refresh_every": 8, "redo_below": 0.99, "settled": 0.9}
+"""What "auto" means in layouts in which the prefix sees the captions, chosen by `benchmarks.caches`."""
 
 _KEPT_BUCKETS = 2
 """How many buckets keep their tensors and graphs for the next batch. At 8B, one of 8 sequences has 10 GB."""
@@ -384,10 +384,16 @@ def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
 
 
 def resolve_options(model: PerceptionDLM, options: DecodeOptions) -> DecodeOptions:
-    """Options in which the cache "auto" is replaced by what it means for a model's captions."""
+    """Options in which the cache "auto" is replaced by what it means for a model's captions.
+
+    A `redo_below` or `settled` that is given stays.
+    """
     if options.cache != "auto" or model.layout.isolate_prefix:
         return options
-    return options.model_copy(update={"cache": "approximate"} | AUTO_REFRESH)
+    given = {
+        name: value for name in ("redo_below", "settled") if (value := getattr(options, name)) is not None
+    }
+    return options.model_copy(update=AUTO_CACHE | given)
 
 
 def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:

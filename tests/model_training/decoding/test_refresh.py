@@ -9,7 +9,7 @@ import torch
 
 from paracaption.model_training.decoding.refresh import Refresh, RefreshedCache
 from paracaption.model_training.decoding.sampler import (
-    AUTO_REFRESH,
+    AUTO_CACHE,
     Decoder,
     choose_cache,
     decode_batch,
@@ -148,6 +148,9 @@ def test_auto_is_exact_where_it_can_be_and_else_a_cache_that_is_computed_again_w
     assert choose_cache(isolated, auto) == "exact"
     assert resolve_options(isolated, auto) == auto
     assert choose_cache(opened, auto) == "approximate"
-    assert resolve_options(opened, auto) == DecodeOptions(cache="approximate", **AUTO_REFRESH)
+    assert resolve_options(opened, auto) == DecodeOptions(**AUTO_CACHE)
+    assert resolve_options(opened, DecodeOptions(settled=1.0)) == DecodeOptions(
+        **AUTO_CACHE | {"settled": 1.0}
+    )
     plain = DecodeOptions(cache="none")
     assert resolve_options(opened, plain) == plain
