@@ -75,9 +75,9 @@ class DecodeOptions(Strict):
     computes the captions alone. "exact" changes no caption, and needs a layout that isolates the prefix.
     "approximate" is for the other layouts, in which what comes before the captions depends on them: it is
     computed again every `refresh_every` steps and, with `redo_below`, whenever a step is not sure of what it
-    would keep. "auto" is "exact" where the layout allows it, and elsewhere "approximate", computed again every
-    8 steps, with a `redo_below` of 0.99 and a `settled` of 0.9 unless you give others: a model that is never
-    sure is then decoded almost as without a cache, and at that cost.
+    would keep. "auto" is "exact" where the layout allows it. Elsewhere it is "approximate" with a
+    `refresh_every` of 8, and a `redo_below` of 0.99 and a `settled` of 0.9 unless you give others: a model
+    that is never sure is then decoded almost as without a cache, and at that cost.
     """
 
     strategy: Strategy = Field(
