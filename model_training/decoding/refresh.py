@@ -73,14 +73,15 @@ class RefreshedCache(KVCache):
 
     def update(self, layer: int, k_BGLK: Tensor, v_BGLK: Tensor) -> tuple[Tensor, Tensor]:
         """See `KVCache.update`."""
-        whole = self.rows_R is None and self.fresh_B is None
-        if not self.filling or whole or len(self.layers) == layer:
+        if not self.filling or len(self.layers) == layer:
             return super().update(layer, k_BGLK, v_BGLK)
         fresh, front = (k_BGLK, v_BGLK), slice(None, self.num_cached)
         if self.rows_R is not None:
             for cached, new in zip(self.layers[layer], fresh, strict=True):
                 cached[self.rows_R, :, front] = new[:, :, front]
             return fresh
+        if self.fresh_B is None:
+            return super().update(layer, k_BGLK, v_BGLK)
         found = []
         for cached, new in zip(self.layers[layer], fresh, strict=True):
             fills_B111 = self.fresh_B[:, None, None, None]

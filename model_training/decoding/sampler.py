@@ -122,7 +122,8 @@ class Decoder:
         exists_BN = decoding.exists_BN()
         agreement_B = None
         if any(one.compare and choose_cache(self.model, one) == "approximate" for one in each):
-            plain = [one.model_copy(update={"cache": "none", "compare": False}) for one in each]
+            without = {"cache": "none", "settled": None, "compare": False}
+            plain = [one.model_copy(update=without) for one in each]
             exact = self.decode(batch, plain)
             slots_BNS = decoding.slots_BNS()
             same_BNS = (exact.tokens_BNS == last.tokens_BNS) & slots_BNS
@@ -292,11 +293,11 @@ class _Loop:
 
     def _launch_some(self, skipping: Skipping, due_R: np.ndarray, uniform_RNS: Tensor | None) -> None:
         """Compute the regions that this step needs and that are not known yet."""
-        active_R = np.any(self.open_RN, axis=1)
+        active_R = np.asarray(np.any(self.open_RN, axis=1))
         wanted_RN, cached = self._wanted(), self.rows.bucket.cache != "none"
         if not self.rows.bucket.draws:
             wanted_RN = wanted_RN & (self.stale_RN | (due_R & cached)[:, None])
-        whole_R = due_R & active_R if cached else wanted_RN.any(1)
+        whole_R = np.asarray(due_R & active_R if cached else wanted_RN.any(1))
         self.forwards_R += whole_R | wanted_RN.any(1)
         skipping.step(wanted_RN, active_R, whole_R, uniform_RNS)
         self.stale_RN &= ~wanted_RN

@@ -152,5 +152,8 @@ def test_auto_is_exact_where_it_can_be_and_else_a_cache_that_is_computed_again_w
     assert resolve_options(opened, DecodeOptions(settled=1.0)) == DecodeOptions(
         **AUTO_CACHE | {"settled": 1.0}
     )
+    opened, batch = ready()
+    compared = DecodeOptions(max_new_tokens=SLOTS, steps=SLOTS, settled=0.0, compare=True)
+    assert decode_batch(opened, batch, compared).agreement_B.min() < 1, "with all steps, and no cache"
     plain = DecodeOptions(cache="none")
     assert resolve_options(opened, plain) == plain
