@@ -74,8 +74,10 @@ class DecodeOptions(Strict):
     The cache holds keys and values of the prompt, the image and the replayed regions, so that a step
     computes the captions alone. "exact" changes no caption, and needs a layout that isolates the prefix.
     "approximate" is for the other layouts, in which what comes before the captions depends on them: it is
-    computed again every `refresh_every` steps. "auto" is "exact" where the layout allows it, and "none"
-    elsewhere.
+    computed again every `refresh_every` steps and, with `redo_below`, whenever a step is not sure of what it
+    would keep. "auto" is "exact" where the layout allows it. Elsewhere it is "approximate" with a
+    `refresh_every` of 8, and a `redo_below` of 0.99 and a `settled` of 0.9 unless you give others: a model
+    that is never sure is then decoded almost as without a cache, and at that cost.
     """
 
     strategy: Strategy = Field(
@@ -123,10 +125,25 @@ class DecodeOptions(Strict):
         default="auto",
         description="KV cache of the tokens before the captions: `none`, `exact` (changes no caption; only "
         "for models whose config.json has the layout `corrected`), `approximate` (computed again "
-        "every `refresh_every` steps) or `auto` (`exact` for models that allow it, else `none`).",
+        "every `refresh_every` steps) or `auto` (`exact` for models that allow it, else `approximate` with "
+        "`refresh_every` 8, `redo_below` 0.99 and `settled` 0.9).",
     )
     refresh_every: PositiveInt = Field(
         default=4, description="Number of steps after which the cache `approximate` is computed again."
+    )
+    redo_below: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="With the cache `approximate`: a step that would keep a token with a confidence below "
+        "this is done again over the whole sequence, and so are the next ones until one is sure.",
+    )
+    settled: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="End a region at once when the predictions for all of its open tokens have at least "
+        "this confidence; with the strategy `remask`, all regions when those for all open tokens have.",
     )
     compare: Compare = False
     early_exit: bool = Field(
@@ -185,4 +202,4 @@ class DecodeOptions(Strict):
 
 
 _STORED_NAMES = {"max_new_tokens": "length"}
-_NEWER = {"position_thresholds", "factor"}
+_NEWER = {"position_thresholds", "factor", "redo_below", "settled"}

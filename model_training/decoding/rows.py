@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,8 @@ from ..model.llada import KVCache
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import fetched, upload
 from . import head
-from .selection import RowOptions, end_captions, predicted_slots, row_options, select
+from .refresh import RefreshedCache
+from .selection import RowOptions, end_captions, predicted_slots, row_options, select, unsure_rows
 
 
 class Bucket(NamedTuple):
@@ -41,6 +43,8 @@ class Bucket(NamedTuple):
         draws: whether tokens are drawn, at a temperature above 0.
         strategies: those that occur.
         may_exit: whether a region can end early.
+        may_settle: whether a region can end since all of it is sure.
+        redoes: whether a step may have to be done again, see `refresh`.
     """
 
     num_rows: int
@@ -54,6 +58,8 @@ class Bucket(NamedTuple):
     draws: bool
     strategies: frozenset[str]
     may_exit: bool
+    may_settle: bool
+    redoes: bool
 
 
 class LaidOut(NamedTuple):
@@ -117,7 +123,8 @@ class Rows:
 
     Attributes:
         status_BM: float32, what the host has to know of a step. For each region, twice the number of its open
-            slots, plus one if a token of it has changed; then the lowest and the highest doubt of the row.
+            slots, plus one if a token of it has changed; then whether the step was unsure (0 unless the
+            bucket `redoes`), and the lowest and the highest doubt of the row.
     """
 
     def __init__(self, model: PerceptionDLM, bucket: Bucket, never_X: Tensor | None, captures: bool = True):
@@ -137,13 +144,14 @@ class Rows:
         self.predicted_BNS = torch.zeros(shape, dtype=torch.int64, device=device)
         self.open_BNS = torch.zeros(shape, dtype=torch.bool, device=device)
         self.doubt_BNS = torch.zeros(shape, dtype=kind, device=device)
-        self.status_BM = torch.zeros(bucket.num_rows, bucket.regions + 2, device=device)
+        self.status_BM = torch.zeros(bucket.num_rows, bucket.regions + 3, device=device)
+        self.fresh_B = torch.ones(bucket.num_rows, dtype=torch.bool, device=device)
         self.step_B = torch.zeros(bucket.num_rows, dtype=torch.int64, device=device)
         self.uniform_BNS = torch.zeros(shape, dtype=torch.float64, device=device) if bucket.draws else None
         self._values = [upload(part, device) for part in self._laid_out(bucket.num_rows, None, None, ())]
         self.ids_BNL, self.position_BNL, self.roles = *self._values[:2], TokenRoles(*self._values[2:5])
         self.prefix_position_BP, self.prefix_roles = self._values[5], TokenRoles(*self._values[6:9])
-        self.options = RowOptions(bucket.strategies, bucket.may_exit, *self._values[9:-2])
+        self.options = RowOptions(bucket.strategies, bucket.may_exit, bucket.may_settle, *self._values[9:-2])
         self.temperature_B, self.top_p_B = self._values[-2:]
         self.doubt_BNS.fill_(self.num_others)
         # Weights that are fetched for each pass have no place of their own, which a graph would need.
@@ -214,7 +222,7 @@ class Rows:
         rest = [1.0] * (num_rows - len(options))
         hot, nucleus = [each.temperature or 1.0 for each in options], [each.top_p for each in options]
         chances = [torch.tensor(each + rest, dtype=torch.float64) for each in (hot, nucleus)]
-        return [blocks.ids_BNL, blocks.position_BNL, *blocks.roles, *sides, *given[2:], *chances]
+        return [blocks.ids_BNL, blocks.position_BNL, *blocks.roles, *sides, *given[3:], *chances]
 
     @property
     def tokens_BNS(self) -> Tensor:
@@ -254,19 +262,27 @@ class Rows:
         self.model.language_model(self.x_BPD[at], self.prefix_position_BP[at], mask, slice(0, 1), cache)
         return cache
 
-    def step(self, full: bool, uniform_BNS: Tensor | None) -> None:
+    def step(self, full: bool, fresh_B: np.ndarray, uniform_BNS: Tensor | None) -> None:
         """Predict every slot and select. Waits for nothing.
 
         Args:
-            full: whether to run over whole sequences, which fills the cache, or over captions alone.
+            full: whether to run over whole sequences, or over captions alone.
+            fresh_B: the rows whose cache a pass over whole sequences fills; the others go on with theirs.
             uniform_BNS: random numbers on the CPU, for rows that are drawn.
         """
         self.receive(uniform_BNS)
-        if self.kv_cache is None and self.bucket.cache != "none":
-            self.kv_cache = KVCache(self.bucket.prefix_len, self.ids_BNL[0].numel())
-        if self.kv_cache is not None:
-            self.kv_cache.filling = full
+        if self.bucket.cache == "approximate":
+            if full or self.bucket.redoes:
+                self.fresh_B.copy_(upload(torch.from_numpy(fresh_B), self.fresh_B.device))
+            self._refreshed().filling = full
         self._replays[full]()
+
+    def _refreshed(self) -> KVCache:
+        """The approximate cache."""
+        if self.kv_cache is None:
+            self.kv_cache = RefreshedCache(self.bucket.prefix_len, self.ids_BNL[0].numel())
+            self.kv_cache.fresh_B = self.fresh_B
+        return self.kv_cache
 
     def _step(self, full: bool) -> None:
         hidden_BNSD = self._forward(full)[:, :, 1:-1]
@@ -297,11 +313,20 @@ class Rows:
         tokens_BNS, open_BNS = select(
             self.options, self.step_B, self.tokens_BNS, self.open_BNS, self.predicted_BNS, self.doubt_BNS
         )
+        held_B = None
+        if self.bucket.redoes:
+            unsure_B = unsure_rows(self.options, self.open_BNS, open_BNS, self.doubt_BNS)
+            self.status_BM[:, -3] = unsure_B
+            held_B = unsure_B & ~self.fresh_B
         eot = cast(int, self.model.config.eot_token_id)
         tokens_BNS, open_BNS = end_captions(self.options, tokens_BNS, open_BNS, eot)
         tokens_BNS = tokens_BNS.masked_fill(open_BNS, self.model.config.mask_token_id)
+        if held_B is not None:
+            tokens_BNS = self.tokens_BNS.where(held_B[:, None, None], tokens_BNS)
+            open_BNS = self.open_BNS.where(held_B[:, None, None], open_BNS)
+            self.step_B.sub_(held_B.long())
         changed_BN = (tokens_BNS != self.tokens_BNS).any(-1)
-        self.status_BM[:, :-2] = torch.add(changed_BN, open_BNS.sum(-1), alpha=2)
+        self.status_BM[:, :-3] = torch.add(changed_BN, open_BNS.sum(-1), alpha=2)
         self.status_BM[:, -2], self.status_BM[:, -1] = self.doubt_BNS.flatten(1).aminmax(dim=1)
         self.tokens_BNS.copy_(tokens_BNS)
         self.open_BNS.copy_(open_BNS)

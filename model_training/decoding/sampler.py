@@ -28,8 +28,12 @@ from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, upload
 from .head import generator_of
 from .readback import Readback, Sent, read_state
+from .refresh import Refresh
 from .rows import Bucket, LaidOut, Rows, lay_out
 from .skipping import Skipping
+
+AUTO_CACHE = {"cache": "approximate", "refresh_every": 8, "redo_below": 0.99, "settled": 0.9}
+"""What "auto" means in layouts in which the prefix sees the captions, chosen by `benchmarks.caches`."""
 
 _KEPT_BUCKETS = 2
 """How many buckets keep their tensors and graphs for the next batch. At 8B, one of 8 sequences has 10 GB."""
@@ -89,6 +93,10 @@ def decode_steps(model: PerceptionDLM, batch: Batch, options: Options = None) ->
     return Decoder(model).steps(batch, options)
 
 
+PLAIN = {"cache": "none", "settled": None, "compare": False}
+"""What `compare` compares with: every step is computed whole, and no region ends before all its slots."""
+
+
 class Decoder:
     """Decodes batches with a model, and keeps the tensors and graphs of its latest buckets on a GPU.
 
@@ -109,7 +117,7 @@ class Decoder:
                 or a weight of the model is not loaded.
             StageFailed: the model's probabilities are no numbers, or the same for every token.
         """
-        each = _for_rows(options, len(batch.prefix.ids_BL))
+        each = _for_rows(self.model, options, len(batch.prefix.ids_BL))
         decoding = _Decoding(self, batch, each)
         with torch.inference_mode():
             decoding.run()
@@ -118,7 +126,7 @@ class Decoder:
         exists_BN = decoding.exists_BN()
         agreement_B = None
         if any(one.compare and choose_cache(self.model, one) == "approximate" for one in each):
-            plain = [one.model_copy(update={"cache": "none", "compare": False}) for one in each]
+            plain = [one.model_copy(update=PLAIN) for one in each]
             exact = self.decode(batch, plain)
             slots_BNS = decoding.slots_BNS()
             same_BNS = (exact.tokens_BNS == last.tokens_BNS) & slots_BNS
@@ -132,7 +140,7 @@ class Decoder:
         Raises:
             ConfigError, StageFailed: as `decode`.
         """
-        decoding = _Decoding(self, batch, _for_rows(options, len(batch.prefix.ids_BL)))
+        decoding = _Decoding(self, batch, _for_rows(self.model, options, len(batch.prefix.ids_BL)))
         yield decoding.state()
         while decoding.step():
             yield decoding.state()
@@ -245,7 +253,8 @@ class Loop:
         never = suppressed(model, options)
         self.rows = decoder.take(bucket, upload(torch.tensor(never), model.device) if never else None)
         self.skipping = Skipping(self.rows) if on_cpu else None
-        self.lag = 0 if on_cpu else 1
+        self.lag = 0 if on_cpu or bucket.redoes else 1
+        self.refresh = Refresh(bucket.num_rows, bucket.refresh_every)
         self.readback = Readback(self.rows.status_BM, 1 + self.lag)
         self.num_steps = self.num_read = self.num_waited = 0
         self.options: list[DecodeOptions | None] = [None] * bucket.num_rows
@@ -273,19 +282,31 @@ class Loop:
             self.turn_R[place] = each.steps * (each.strategy == "sequential")
         self.open_RN[at], self.stale_RN[at] = self.exists_RN[at], True
         self.forwards_R[at], self.began_R[at] = 0, self.num_steps
+        self.refresh.begin(at)
         places_A = upload(torch.tensor(at), self.rows.model.device)
         self.rows.admit(places_A, x_APD, prefix, captions, options)
         (self.skipping or self.rows).prepare(places_A, x_APD.shape[1])
 
     @property
     def admits(self) -> bool:
-        """Whether sequences may be admitted now: a cache is refreshed for all rows, and each begins so."""
-        return self._refreshes() or self.rows.bucket.cache != "approximate"
+        """Whether sequences may be admitted now.
 
-    def _refreshes(self) -> bool:
-        """Whether the next step refreshes a cache."""
-        bucket = self.rows.bucket
-        return bucket.cache == "approximate" and self.num_steps % bucket.refresh_every == 0
+        A sequence begins with a pass over all of it. Where an approximate cache makes that a pass of the
+        whole bucket, it waits until another row needs one.
+        """
+        if self.skipping is not None or self.rows.bucket.cache != "approximate":
+            return True
+        return not self.going or bool(self._due().any())
+
+    def _due(self) -> np.ndarray:
+        """The open rows whose approximate cache the next step computes again."""
+        if self.rows.bucket.cache != "approximate":
+            return np.zeros(len(self.open_RN), bool)
+        return self.refresh.due_B() & self.open_RN.any(1)
+
+    def _step_R(self) -> np.ndarray:
+        """How many steps of each row's sequence have kept tokens."""
+        return self.num_steps - self.began_R - self.refresh.num_held_B
 
     @property
     def going(self) -> bool:
@@ -294,26 +315,24 @@ class Loop:
 
     def launch(self) -> None:
         """Begin the next step."""
-        refresh, uniform_RNS = self._refreshes(), self._uniform()
+        due_R, uniform_RNS = self._due(), self._uniform()
         if self.skipping is None:
-            self.rows.step(refresh or self.rows.bucket.cache == "none", uniform_RNS)
+            self.rows.step(self.rows.bucket.cache == "none" or bool(due_R.any()), due_R, uniform_RNS)
         else:
-            self._launch_some(self.skipping, refresh, uniform_RNS)
+            self._launch_some(self.skipping, due_R, uniform_RNS)
+        self.refresh.step(due_R)
         self.readback.send()
         self.num_steps += 1
 
-    def _launch_some(self, skipping: Skipping, refresh: bool, uniform_RNS: Tensor | None) -> None:
+    def _launch_some(self, skipping: Skipping, due_R: np.ndarray, uniform_RNS: Tensor | None) -> None:
         """Compute the regions that this step needs and that are not known yet."""
-        active_R = np.any(self.open_RN, axis=1)
+        active_R = np.asarray(np.any(self.open_RN, axis=1))
         wanted_RN = self._wanted()
-        if not self.rows.bucket.draws and not refresh:
-            wanted_RN = wanted_RN & self.stale_RN
-        full = refresh or (bool(wanted_RN.any()) and self.rows.bucket.cache == "none")
-        if full:
-            self.forwards_R += active_R if self.rows.bucket.cache != "none" else wanted_RN.any(1)
-        else:
-            self.forwards_R += wanted_RN.any(1)
-        skipping.step(wanted_RN, active_R, full, uniform_RNS)
+        if not self.rows.bucket.draws:
+            wanted_RN = wanted_RN & (self.stale_RN | due_R[:, None])
+        whole_R = np.asarray(wanted_RN.any(1) if self.rows.bucket.cache == "none" else due_R)
+        self.forwards_R += whole_R | wanted_RN.any(1)
+        skipping.step(wanted_RN, active_R, whole_R, uniform_RNS)
         self.stale_RN &= ~wanted_RN
 
     def read(self, behind: int = 0) -> None:
@@ -325,13 +344,15 @@ class Loop:
         while self.num_read < self.num_steps - behind and self.going:
             status_BM = self.readback.receive()
             self.num_read += 1
-            status_RN = status_BM[:, :-2].astype(np.int64)
+            status_RN = status_BM[:, :-3].astype(np.int64)
             known_R = self.began_R < self.num_read  # else the step was that of the sequence before
             active_R = self.open_RN.any(1) & known_R
             if (active_R & self._broken(*status_BM[:, -2:].T)).any():
                 raise broken_weights(self.rows.model)
             if self.skipping is None:
                 self.forwards_R += active_R
+            if self.rows.bucket.redoes:
+                self.refresh.unsure(active_R & (status_BM[:, -3] > 0))
             self.open_RN = np.where(known_R[:, None], status_RN >= 2, self.open_RN)
             changed_RN = (status_RN % 2 == 1) & known_R[:, None]
             model = self.rows.model
@@ -377,7 +398,7 @@ class Loop:
     def _wanted(self) -> np.ndarray:
         """The regions among whose slots the next step selects."""
         again_RN = self.exists_RN & self.open_RN.any(1, keepdims=True)
-        step_R1 = (self.num_steps - self.began_R)[:, None]
+        step_R1 = self._step_R()[:, None]
         now_RN = np.arange(self.exists_RN.shape[1]) == step_R1 // np.maximum(self.turn_R, 1)[:, None]
         single_RN = self.open_RN & (now_RN | (self.turn_R == 0)[:, None])
         return np.where(self.remask_R[:, None], again_RN, single_RN)
@@ -392,7 +413,7 @@ class Loop:
             if each is None or not self.open_RN[row].any():
                 continue
             shape = (self.rows.model.config.num_prompts, each.max_new_tokens)
-            generator = generator_of(each.seed, int(self.num_steps - self.began_R[row]))
+            generator = generator_of(each.seed, int(self._step_R()[row]))
             drawn_NS = torch.rand(shape, generator=generator, dtype=torch.float64)[: bucket.regions]
             uniform_RNS[row, : len(drawn_NS), : each.max_new_tokens] = drawn_NS
         return uniform_RNS
@@ -413,12 +434,27 @@ def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
     Raises:
         ConfigError: as `resolve_cache`.
     """
-    cache = resolve_cache(model, options.cache, "captions")
+    cache = resolve_cache(model, resolve_options(model, options).cache, "captions")
     return "exact" if cache == "approximate" and model.layout.isolate_prefix else cache
+
+
+def resolve_options(model: PerceptionDLM, options: DecodeOptions) -> DecodeOptions:
+    """Options in which the cache "auto" is replaced by what it means for a model's captions.
+
+    A `redo_below` or `settled` that is given stays.
+    """
+    if options.cache != "auto" or model.layout.isolate_prefix:
+        return options
+    given = {
+        name: value for name in ("redo_below", "settled") if (value := getattr(options, name)) is not None
+    }
+    return options.model_copy(update=AUTO_CACHE | given)
 
 
 def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:
     """A cache that a model can decode with: "auto" is "exact" where the layout allows it, else "none".
+
+    Captions have more for such layouts, see `resolve_options`.
 
     Args:
         model: the network.
@@ -439,12 +475,12 @@ def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:
     return cache
 
 
-def _for_rows(options: Options, num_rows: int) -> list[DecodeOptions]:
+def _for_rows(model: PerceptionDLM, options: Options, num_rows: int) -> list[DecodeOptions]:
     if options is None or isinstance(options, DecodeOptions):
-        return [options or DecodeOptions()] * num_rows
+        return [resolve_options(model, options or DecodeOptions())] * num_rows
     if len(options) != num_rows:
         raise ConfigError(f"{len(options)} options for {num_rows} rows; give one for each, or one for all")
-    return list(options)
+    return [resolve_options(model, each) for each in options]
 
 
 def kind_of(model: PerceptionDLM, options: DecodeOptions) -> tuple:
@@ -469,6 +505,9 @@ def bucket_of(model: PerceptionDLM, options: list[DecodeOptions], prefix_len: in
         *kind_of(model, options[0]),
         strategies=frozenset(each.strategy for each in options),
         may_exit=any(each.early_exit and each.strategy != "remask" for each in options),
+        may_settle=any(each.settled is not None for each in options),
+        redoes=kind_of(model, options[0])[0] == "approximate"
+        and any(each.redo_below is not None for each in options),
     )
 
 

@@ -28,6 +28,7 @@ class RowOptions(NamedTuple):
     Attributes:
         strategies: those that occur, so that no work is done for others.
         may_exit: whether any of `exits_BNS` is set.
+        may_settle: whether any of `settled_B` is set.
         slot_BNS: bool, which places are slots. Regions that a row does not have, and places behind the slots
             of a row with fewer, are none.
         remask_B: bool, rows of the strategy "remask".
@@ -41,10 +42,14 @@ class RowOptions(NamedTuple):
             -inf for none, also where there is no prediction yet, whose doubt is negative.
         ranked_doubt_BS: the same for the surest, the second, ... of a region's predictions.
         exits_BNS: bool, slots of regions that end with their first end of text.
+        settled_B: the largest doubt at which a region ends at once if all its open predictions are as sure,
+            or a row for "remask"; -inf for none.
+        redo_B: the largest doubt of a prediction that a step over a part of a sequence may keep; inf for any.
     """
 
     strategies: frozenset[Strategy]
     may_exit: bool
+    may_settle: bool
     slot_BNS: Tensor
     remask_B: Tensor
     leftmost_B: Tensor
@@ -54,6 +59,8 @@ class RowOptions(NamedTuple):
     doubt_BS: Tensor
     ranked_doubt_BS: Tensor
     exits_BNS: Tensor
+    settled_B: Tensor
+    redo_B: Tensor
 
 
 def row_options(
@@ -98,6 +105,7 @@ def row_options(
     return RowOptions(
         strategies=frozenset(names),
         may_exit=any(exits),
+        may_settle=any(each.settled is not None for each in options),
         slot_BNS=torch.from_numpy(slots),
         remask_B=column([name == "remask" for name in names], torch.bool),
         leftmost_B=column([name == "left-to-right" for name in names], torch.bool),
@@ -107,7 +115,16 @@ def row_options(
         doubt_BS=doubts,
         ranked_doubt_BS=ranked_doubts,
         exits_BNS=torch.from_numpy(slots) & column(exits, torch.bool)[:, None, None],
+        settled_B=column([_doubt_at(each.settled, -math.inf) for each in options], dtype),
+        redo_B=column([_doubt_at(each.redo_below, math.inf) for each in options], dtype),
     )
+
+
+def _doubt_at(confidence: float | None, otherwise: float) -> float:
+    """The doubt of a confidence."""
+    if confidence is None:
+        return otherwise
+    return (1 - confidence) / confidence if confidence else math.inf
 
 
 def left_open(num_slots: int, steps: int, step: int) -> int:
@@ -191,6 +208,8 @@ def select(
         again_BNS = (
             (rank_BK < left_B1).view_as(open_BNS) & options.slot_BNS & open_BNS.any((1, 2), keepdim=True)
         )
+        if options.may_settle:
+            again_BNS = _without(again_BNS, _settled(options, open_BNS, doubt_BNS, (1, 2)))
         remasked = torch.where(open_BNS, predicted_BNS, tokens_BNS), again_BNS
     if options.strategies - {"remask"}:
         stay_BNS = _staying(options, step_B, open_BNS, doubt_BNS)
@@ -222,7 +241,28 @@ def _staying(options: RowOptions, step_B: Tensor, open_BNS: Tensor, doubt_BNS: T
     if "factor" in options.strategies:
         most_BNS = options.ranked_doubt_BS[:, None].expand(doubt_BNS.shape).gather(2, rank_BNS)
         enough_BNS = enough_BNS | (doubt_BNS <= most_BNS)
+    if options.may_settle:
+        enough_BNS = enough_BNS | _settled(options, open_BNS, doubt_BNS, (2,))
     return enough_BNS & open_BNS
+
+
+def _settled(options: RowOptions, open_BNS: Tensor, doubt_BNS: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Whether the predictions for all open slots of a region, or of a row, are sure enough to end it."""
+    sure_BNS = (doubt_BNS >= 0) & (doubt_BNS <= options.settled_B[:, None, None])
+    return ~_without(open_BNS, sure_BNS).any(dims, keepdim=True)
+
+
+def unsure_rows(options: RowOptions, before_BNS: Tensor, after_BNS: Tensor, doubt_BNS: Tensor) -> Tensor:
+    """Rows (B,) in which a step would keep a prediction that is not sure enough, see `RowOptions.redo_B`.
+
+    Args:
+        options: of the rows.
+        before_BNS: the open slots before the step.
+        after_BNS: those after it.
+        doubt_BNS: of the step's predictions.
+    """
+    unsure_BNS = _without(before_BNS, after_BNS) & (doubt_BNS > options.redo_B[:, None, None])
+    return unsure_BNS.flatten(1).any(1)
 
 
 def end_captions(

@@ -6,7 +6,7 @@ regions that are computed, K slots that are predicted, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model.attention import PADDING, AttentionMask, TokenRoles, join_roles
 from ..model.llada import KVCache
+from .refresh import RefreshedCache
 from .rows import Rows
 from .selection import predicted_slots
 
@@ -36,11 +37,8 @@ class Skipping:
         new, bucket = places_A.numpy(), self.rows.bucket
         fresh = KVCache(bucket.prefix_len, self.rows.ids_BNL[0].numel())
         if self.kv_cache is not None and np.isin(new, self.cached_R).all():
-            order_R = np.argsort(self.cached_R)
-            at_A = order_R[np.searchsorted(self.cached_R, new, sorter=order_R)]
-            self.kv_cache.put(
-                torch.from_numpy(at_A), self.rows.prefill(places_A, prefix_len), len(self.cached_R)
-            )
+            at_A = torch.from_numpy(self._cached_at(new))
+            self.kv_cache.put(at_A, self.rows.prefill(places_A, prefix_len), len(self.cached_R))
             return
         fresh.put(torch.arange(len(new)), self.rows.prefill(places_A, prefix_len), len(new))
         if self.kv_cache is None:
@@ -51,51 +49,82 @@ class Skipping:
         self.cached_R = np.concatenate([self.cached_R[stay_R], new])
 
     def step(
-        self, wanted_BN: np.ndarray, active_B: np.ndarray, full: bool, uniform_BNS: Tensor | None
+        self, wanted_BN: np.ndarray, active_B: np.ndarray, whole_B: np.ndarray, uniform_BNS: Tensor | None
     ) -> None:
         """Predict the slots of some regions, and select.
 
         Args:
             wanted_BN: bool, the regions.
             active_B: bool, the rows with an open slot.
-            full: whether to run over whole sequences, which fills the cache, or over captions alone.
+            whole_B: bool, the active rows to compute over their whole sequences, which fills their cache. The
+                others are computed over captions alone.
             uniform_BNS: random numbers, for rows that are drawn.
         """
         rows = self.rows
         rows.receive(uniform_BNS)
-        if full:
-            hidden_MLD = self._forward_all(wanted_BN, active_B)
-        elif wanted_BN.any():
-            hidden_MLD = self._forward_captions(wanted_BN, active_B)
-        else:
-            hidden_MLD = None
-        if hidden_MLD is not None and wanted_BN.any():
-            wanted = torch.from_numpy(wanted_BN)
-            at_BNS = predicted_slots(rows.options, rows.open_BNS) & wanted[..., None]
+        rows.fresh_B.copy_(torch.from_numpy(whole_B))
+        if whole_B.any():
+            wanted_of_whole_BN = wanted_BN & whole_B[:, None]
+            self._predict(wanted_of_whole_BN, self._forward_all(wanted_of_whole_BN, active_B, whole_B))
+        if (rest_BN := wanted_BN & ~whole_B[:, None]).any():
+            self._predict(rest_BN, self._forward_captions(rest_BN, active_B))
+        rows.settle()
+
+    def _predict(self, wanted_BN: np.ndarray, hidden_MLD: Tensor) -> None:
+        """Tokens and doubts of the wanted regions from their hidden states."""
+        rows = self.rows
+        wanted = torch.from_numpy(wanted_BN)
+        at_BNS = predicted_slots(rows.options, rows.open_BNS) & wanted[..., None]
+        if at_BNS.any():
             hidden_KD = hidden_MLD[:, 1:-1][at_BNS[wanted]]
             token_K, doubt_K = rows.sample(hidden_KD, *rows.chances(at_BNS))
             rows.predicted_BNS[at_BNS] = token_K
             rows.doubt_BNS[at_BNS] = doubt_K
-        rows.settle()
 
-    def _forward_all(self, wanted_BN: np.ndarray, active_B: np.ndarray) -> Tensor:
+    def _forward_all(self, wanted_BN: np.ndarray, active_B: np.ndarray, whole_B: np.ndarray) -> Tensor:
         """Hidden states (M, L, D) of the wanted regions, from a pass over whole sequences."""
-        rows, cached = self.rows, self.rows.bucket.cache != "none"
-        chosen_R = np.flatnonzero(active_B if cached else wanted_BN.any(1))
+        rows = self.rows
+        chosen_R = np.flatnonzero(whole_B)
         rows_R = torch.from_numpy(chosen_R)
         parts = (rows.ids_BNL, rows.position_BNL, *rows.roles)
         ids, position, *captions = (part[rows_R].flatten(1, 2) for part in parts)
         x_RLD = torch.cat([rows.x_BPD[rows_R], rows.model.language_model.embed_tokens(ids)], dim=1)
         position_RL = torch.cat([rows.prefix_position_BP[rows_R], position], dim=1)
-        kv_cache = KVCache(rows.bucket.prefix_len, ids.shape[1]) if cached else None
+        kv_cache = None if rows.bucket.cache == "none" else self._cache_to_fill(chosen_R, active_B)
         roles = join_roles(rows.prefix_roles.at(rows_R), TokenRoles(*captions))
         mask = self._mask(roles, roles, "all", chosen_R)
         behind = slice(rows.bucket.prefix_len, None)
         x_RLD = rows.model.language_model(x_RLD, position_RL, mask, behind, kv_cache)
-        if kv_cache is not None:
-            self.kv_cache, self.cached_R = kv_cache, chosen_R
         hidden_RNLD = x_RLD.unflatten(1, rows.ids_BNL.shape[1:])
         return hidden_RNLD[torch.from_numpy(wanted_BN[chosen_R])]
+
+    def _cached_at(self, chosen_R: np.ndarray) -> np.ndarray:
+        """Where some of the cached rows are in the cache."""
+        order_R = np.argsort(self.cached_R)
+        return order_R[np.searchsorted(self.cached_R, chosen_R, sorter=order_R)]
+
+    def _cache_to_fill(self, chosen_R: np.ndarray, active_B: np.ndarray) -> RefreshedCache:
+        """The cache that a pass over some rows fills: a new one, if no other row needs the old one."""
+        cache = cast(RefreshedCache | None, self.kv_cache)
+        if cache is None or len(chosen_R) == active_B.sum():
+            cache = RefreshedCache(*self._places())
+            self.kv_cache, self.cached_R = cache, chosen_R
+            return cache
+        new_R = chosen_R[~np.isin(chosen_R, self.cached_R)]
+        if len(new_R):
+            stay_R = active_B[self.cached_R]
+            room = RefreshedCache(*self._places())
+            shapes = [(keys, (len(new_R), *keys.shape[1:])) for keys, _ in cache.layers]
+            room.layers = [(keys.new_zeros(shape), keys.new_zeros(shape)) for keys, shape in shapes]
+            self.kv_cache = cache = cache.for_sequences(torch.from_numpy(stay_R)).join(room)
+            self.cached_R = np.concatenate([self.cached_R[stay_R], new_R])
+        cache.filling = True
+        cache.rows_R = torch.from_numpy(self._cached_at(chosen_R))
+        return cache
+
+    def _places(self) -> tuple[int, int]:
+        """Tokens of a row before its captions, and of its captions."""
+        return self.rows.bucket.prefix_len, self.rows.ids_BNL[0].numel()
 
     def _forward_captions(self, wanted_BN: np.ndarray, active_B: np.ndarray) -> Tensor:
         """Hidden states (M, L, D) of the wanted regions, from a pass over their captions alone."""

@@ -24,7 +24,7 @@ from ..model.batch import Example, collate, collate_tokens
 from ..model.placement import check_placement
 from .readback import Sent
 from .rows import Bucket, lay_out
-from .sampler import Decoder, Loop, bucket_of, choose_cache
+from .sampler import PLAIN, Decoder, Loop, bucket_of, choose_cache, resolve_options
 
 _MOST_WASTE = 1.5
 """A sequence shares a bucket in which a step computes up to this many times the tokens that it needs."""
@@ -149,12 +149,13 @@ class _Stream:
             batch.prefix.to(model.device), *model.encode_images(batch.images.to(model.device))
         )
         found: list[_Sequence] = []
-        for (example, options), x_PD in zip(given, x_BPD, strict=True):
+        for (example, asked), x_PD in zip(given, x_BPD, strict=True):
+            options = resolve_options(model, asked)
             length, regions = example.prefix.shape[1], len(example.order)
             example = example._replace(views=example.views[:0], prompts=example.prompts[:0])
             ways = [options]
             if options.compare and choose_cache(model, options) == "approximate":
-                ways.append(options.model_copy(update={"cache": "none", "compare": False}))
+                ways.append(options.model_copy(update=PLAIN))
             for way in ways:
                 bucket = bucket_of(model, [way], length, regions)
                 sequence = _Sequence(self.num_taken, example, way, x_PD[:length], bucket)
@@ -295,6 +296,8 @@ def _joined(one: Bucket, other: Bucket) -> Bucket | None:
         steps=max(one.steps, other.steps),
         strategies=one.strategies | other.strategies,
         may_exit=one.may_exit or other.may_exit,
+        may_settle=one.may_settle or other.may_settle,
+        redoes=one.redoes or other.redoes,
     )
 
 

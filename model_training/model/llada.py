@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,17 +76,17 @@ class KVCache:
                 cached[:, :, : part.num_cached][rows_A] = fresh[:, :, : part.num_cached]
         self.filling = False
 
-    def join(self, other: KVCache) -> KVCache:
+    def join(self, other: KVCache) -> Self:
         """The cache of these sequences, and then those of another one."""
-        joined = KVCache(self.num_cached, self.num_following)
+        joined = type(self)(self.num_cached, self.num_following)
         pairs = zip(self.layers, other.layers, strict=True)
         joined.layers = [(torch.cat([a, c]), torch.cat([b, d])) for (a, b), (c, d) in pairs]
         joined.filling = False
         return joined
 
-    def for_sequences(self, rows_B: Tensor) -> KVCache:
+    def for_sequences(self, rows_B: Tensor) -> Self:
         """The cache of some of the sequences."""
-        part = KVCache(self.num_cached, self.num_following)
+        part = type(self)(self.num_cached, self.num_following)
         part.layers = [(keys[rows_B], values[rows_B]) for keys, values in self.layers]
         part.filling = self.filling
         return part

@@ -143,7 +143,8 @@ def test_embeddings_attention_and_logits_are_the_same(ours, case):
 @lru_cache(None)
 def trajectory(ours, case, num_steps):
     batch = collate([ours.example(golden(case))])
-    return list(decode_steps(ours.model, batch, DecodeOptions(max_new_tokens=8, steps=num_steps)))
+    options = DecodeOptions(max_new_tokens=8, steps=num_steps, cache="none")
+    return list(decode_steps(ours.model, batch, options))
 
 
 @pytest.mark.parametrize("num_steps", [8, 4])

@@ -19,6 +19,8 @@ from paracaption.schemas.training import Evaluation
         {"max_new_tokens": 0},
         {"steps": 0},
         {"refresh_every": 0},
+        {"redo_below": 1.1},
+        {"settled": -0.1},
         {"threshold": 90},
         {"temperature": -0.1},
         {"top_p": 0.0},

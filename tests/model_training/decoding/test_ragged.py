@@ -44,6 +44,8 @@ def options_of(chance, layout):
         seed=chance.choice([0, 1]),
         cache=chance.choice(CACHES[layout]),
         refresh_every=chance.choice([2, 3]),
+        redo_below=chance.choice([None, 0.3]),
+        settled=chance.choice([None, None, 0.3]),
         early_exit=chance.choice([True, False]),
         suppress_special=chance.choice([None, True, False]),
     )

@@ -67,9 +67,8 @@ def test_a_sure_model_in_float32_keeps_the_tokens_that_probabilities_in_float64_
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
     [example] = examples(processor, [4], slots=12)
-    options = options_of(
-        strategy, max_new_tokens=12, steps=12, threshold=1 - 1e-9, suppress_special=False, early_exit=False
-    )
+    changes = {"cache": "none", "suppress_special": False, "early_exit": False}
+    options = options_of(strategy, max_new_tokens=12, steps=12, threshold=1 - 1e-9, **changes)
     *_, last = decode_steps(model, collate([example]), options)
     expected, _ = decode_plainly(model, example, options, [])
     assert last.tokens_BNS[0].tolist() == expected
