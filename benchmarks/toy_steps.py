@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -38,6 +38,9 @@ from paracaption.pipeline.config_file import load_training
 from paracaption.schemas.decoding import DecodeOptions
 
 from .toy import ROOT, end_when_terminated, run_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FOLDER = Path(os.environ.get("PARACAPTION_STEPS", ROOT / "out/toy-steps"))
 RECIPE, SAMPLE = ROOT / "configs/train/sample.yaml", ROOT / "samples/model"
@@ -70,25 +73,39 @@ def world(name: str) -> Path:
 
 def start() -> Path:
     """The sample model with this world's words: what it knows of pictures stays, new words are random."""
-    folder = FOLDER / "start"
+    return begin_with_sample(FOLDER / "start", toy.make_tokenizer())
+
+
+def begin_with_sample(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, fresh_parts: tuple[str, ...] = ()
+) -> Path:
+    """Save the sample model with another tokenizer: the tokens that it does not know have random rows.
+
+    Args:
+        folder: where it is saved, unless it is there.
+        tokenizer: the new one.
+        fresh_parts: parts of the model that start from random weights.
+    """
     if (folder / "model.safetensors").exists():
         return folder
-    old_config, old, new = read_model_config(SAMPLE), load_tokenizer(SAMPLE), toy.make_tokenizer()
+    old_config, old = read_model_config(SAMPLE), load_tokenizer(SAMPLE)
     model = load_model(SAMPLE, dtype=torch.float32)
-    fields = old_config.to_dict() | special_token_ids(new, old_config.num_prompts, SAMPLE)
-    fields["text_config"] = fields["text_config"] | {"vocab_size": num_rows(new)}
+    fields = old_config.to_dict() | special_token_ids(tokenizer, old_config.num_prompts, SAMPLE)
+    fields["text_config"] = fields["text_config"] | {"vocab_size": num_rows(tokenizer)}
     torch.manual_seed(0)
     fresh = PerceptionDLM._from_config(type(old_config)(**fields), dtype=torch.float32)
     weights, known = model.state_dict(), old.get_vocab()
-    shared = [(row, known[token]) for token, row in new.get_vocab().items() if token in known]
+    shared = [(row, known[token]) for token, row in tokenizer.get_vocab().items() if token in known]
     rows, old_rows = (list(each) for each in zip(*shared, strict=True))
     for name, weight in fresh.state_dict().items():
+        if name.startswith(fresh_parts):
+            continue
         if weight.shape == weights[name].shape:
             weight.copy_(weights[name])
         else:  # a row for each token
             weight[rows] = weights[name][old_rows]
     fresh.save_pretrained(folder)
-    PerceptionDLMProcessor(new, fresh.config).save_pretrained(folder)
+    PerceptionDLMProcessor(tokenizer, fresh.config).save_pretrained(folder)
     return folder
 
 

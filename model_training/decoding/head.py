@@ -9,8 +9,17 @@ Shape suffixes: K slots, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from ..model.placement import fetched
+
+if TYPE_CHECKING:
+    from ..model.perceptiondlm import PerceptionDLM
 
 _LOGITS_AT_ONCE = {"cpu": (256, 1024), "gpu": (1024, 1 << 20)}
 """Slots and tokens whose logits exist at once. 1 MB, which fits into a core's cache; on a GPU all tokens, at
@@ -30,6 +39,42 @@ def generator_of(seed: int, step: int) -> torch.Generator:
     """
     number = seed * 1_000_003 + step
     return torch.Generator().manual_seed(number if -(1 << 63) <= number < 1 << 64 else number % (1 << 64))
+
+
+def sample(
+    model: PerceptionDLM, never_X: Tensor | None, hidden_KD: Tensor, chances: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Tokens for slots, and their doubts: the likeliest ones, or drawn ones.
+
+    Args:
+        model: whose head it is.
+        never_X: as for `likeliest`.
+        hidden_KD: hidden states of the slots.
+        chances: temperature, top-p and a random number of each slot, as for `drawn`; nothing for the
+            likeliest tokens.
+    """
+    with fetched(model.lm_head) as weight_VD:
+        if not chances:
+            return likeliest(hidden_KD, weight_VD, never_X)
+        temperature_K, top_p_K, uniform_K = chances
+        return drawn(hidden_KD, weight_VD, never_X, temperature_K, top_p_K, uniform_K)
+
+
+def num_others(model: PerceptionDLM, never_X: Tensor | None) -> int:
+    """How many tokens besides one can be predicted: the doubt where all are equally likely."""
+    return model.config.text.vocab_size - (0 if never_X is None else len(never_X)) - 1
+
+
+def broken(low_R: np.ndarray, high_R: np.ndarray, others: int) -> np.ndarray:
+    """Rows whose probabilities are no numbers, or those of all tokens alike in all slots.
+
+    Args:
+        low_R: the lowest doubt of each row.
+        high_R: the highest one.
+        others: `num_others` of the model.
+    """
+    alike_R = np.isclose(low_R, others, rtol=1e-7) & np.isclose(high_R, others, rtol=1e-7)
+    return np.isnan(high_R) | (alike_R & (others > 0))
 
 
 def likeliest(hidden_KD: Tensor, weight_VD: Tensor, never_X: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from ..model.attention import PADDING, SHARED, AttentionMask, TokenRoles, join_r
 from ..model.batch import Tokens
 from ..model.llada import KVCache
 from ..model.perceptiondlm import PerceptionDLM
-from ..model.placement import fetched, upload
+from ..model.placement import upload
 from . import head
 from .refresh import RefreshedCache
 from .selection import RowOptions, end_captions, predicted_slots, row_options, select, unsure_rows
@@ -335,16 +335,14 @@ class Rows:
     @property
     def num_others(self) -> int:
         """How many tokens besides one can be predicted: the doubt where all are equally likely."""
-        return self.model.config.text.vocab_size - (0 if self.never_X is None else len(self.never_X)) - 1
+        return head.num_others(self.model, self.never_X)
 
     def sample(
         self, hidden_KD: Tensor, temperature_K: Tensor, top_p_K: Tensor, uniform_K: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Tokens for slots, and their doubts."""
-        with fetched(self.model.lm_head) as weight_VD:
-            if uniform_K is None:
-                return head.likeliest(hidden_KD, weight_VD, self.never_X)
-            return head.drawn(hidden_KD, weight_VD, self.never_X, temperature_K, top_p_K, uniform_K)
+        chances = () if uniform_K is None else (temperature_K, top_p_K, uniform_K)
+        return head.sample(self.model, self.never_X, hidden_KD, chances)
 
     def chances(self, at: slice | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Temperature, top-p and random number of each slot, or of those that a mask (B, N, S) chooses."""

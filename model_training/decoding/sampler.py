@@ -26,7 +26,7 @@ from ..model.batch import Batch, Tokens
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, upload
-from .head import generator_of
+from .head import broken, generator_of
 from .readback import Readback, Sent, read_state
 from .refresh import Refresh
 from .rows import Bucket, LaidOut, Rows, lay_out
@@ -347,7 +347,7 @@ class Loop:
             status_RN = status_BM[:, :-3].astype(np.int64)
             known_R = self.began_R < self.num_read  # else the step was that of the sequence before
             active_R = self.open_RN.any(1) & known_R
-            if (active_R & self._broken(*status_BM[:, -2:].T)).any():
+            if (active_R & broken(*status_BM[:, -2:].T, self.rows.num_others)).any():
                 raise broken_weights(self.rows.model)
             if self.skipping is None:
                 self.forwards_R += active_R
@@ -359,12 +359,6 @@ class Loop:
             if self.rows.bucket.cache == "none" and not model.layout.isolate_prefix:
                 changed_RN = changed_RN.any(1, keepdims=True) & self.exists_RN  # all captions see each other
             self.stale_RN |= changed_RN
-
-    def _broken(self, low_R: np.ndarray, high_R: np.ndarray) -> np.ndarray:
-        """Rows whose probabilities are no numbers, or those of all tokens alike in all slots."""
-        others = self.rows.num_others
-        alike_R = np.isclose(low_R, others, rtol=1e-7) & np.isclose(high_R, others, rtol=1e-7)
-        return np.isnan(high_R) | (alike_R & (others > 0))
 
     def state(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, open slots, predictions and their confidence of the first rows, in one copy to the CPU."""

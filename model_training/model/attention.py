@@ -117,6 +117,16 @@ class AttentionMask:
             part.mask = self.mask[:, :, tokens]
         return part
 
+    def pick(self, rows: Tensor | None, tokens_BQ: Tensor | None = None) -> AttentionMask:
+        """The mask of some sequences, None for all of them, and of some queries of each. For "sdpa" alone."""
+        part = copy.copy(self)
+        if part.mask is not None and rows is not None:
+            part.mask = part.mask[rows]
+        if part.mask is not None and tokens_BQ is not None:
+            index_B1Q1 = tokens_BQ[:, None, :, None]
+            part.mask = part.mask.gather(2, index_B1Q1.expand(-1, -1, -1, part.mask.shape[3]))
+        return part
+
     def prepare(self, dtype: torch.dtype) -> None:
         """Turn the mask into what is added to scores of a type, once for all layers.
 

@@ -421,8 +421,10 @@ _LLADA = (
 _PROMPT = f"system user assistant You are a helpful assistant. {CORRECTED.instruction}"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(more_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer for tiny models. The words of these worlds and of the prompt are tokens; the rest is bytes.
+
+    `more_words` are tokens too, both after a space and where a text begins.
 
     It has the special tokens of LLaDA and of PerceptionDLM. `num_rows` and `special_token_ids` in
     model/tokenizer.py give what a model's config needs to know about it.
@@ -442,10 +444,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         "this",
     ]  # after a special token or a line break
     words = (*caption_words(), *prompt, *wordings.WORDING_WORDS)
-    whole = dict.fromkeys([*opening, *(f"\u0120{word}" for word in words)])  # U+0120 is a space
-    known = {
-        token: number for number, token in enumerate((*sorted(pre_tokenizers.ByteLevel.alphabet()), *whole))
-    }
+    opening += more_words
+    whole = dict.fromkeys(
+        [*opening, *(f"\u0120{word}" for word in (*words, *more_words))]
+    )  # U+0120 is a space
+    every = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *whole])  # "a" is a byte, too
+    known = {token: number for number, token in enumerate(every)}
     tokenizer = Tokenizer(models.BPE(vocab=known, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

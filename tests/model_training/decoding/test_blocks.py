@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paracaption.model_training.decoding.blocks import _Schedule, answer_batch, answer_steps
+from paracaption.model_training.decoding.block_rows import left_open
+from paracaption.model_training.decoding.blocks import answer_batch, answer_steps
 from paracaption.model_training.decoding.chat import Chat, Question
 from paracaption.schemas.answering import AnswerOptions
 from paracaption.schemas.errors import ConfigError, StageFailed
@@ -140,11 +141,8 @@ def test_what_stays_is_never_changed_and_blocks_follow_each_other(chat):
 
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_every_step_closes_as_many_slots_and_the_first_ones_one_more(width, steps):
-    schedule = _Schedule([AnswerOptions(max_new_tokens=width, block_length=width, steps=steps)])
-    left = [width]
-    for step in range(steps):
-        schedule.step_B[:] = step
-        left.append(int(schedule.left_B()[0]))
+    options = AnswerOptions(max_new_tokens=width, block_length=width, steps=steps)
+    left = [width, *left_open(options, width, steps)]
     closed = [before - after for before, after in pairwise(left)]
     assert left[-1] == 0 and closed == sorted(closed, reverse=True)
     assert max(closed) - min(closed) <= 1
