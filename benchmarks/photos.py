@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from paracaption.model_training.decoding import loop as loop_module
 from paracaption.model_training.decoding import sampler
 from paracaption.model_training.decoding.caption_folder import PhotoTask, find_photos
 from paracaption.model_training.decoding.read_regions import read_photo_regions
@@ -86,13 +87,13 @@ def in_a_stream(captioner: RegionCaptioner, tasks: list[PhotoTask]) -> Iterator[
 def measure(run: Callable[[], Iterator[list[str]]]) -> Measured:
     """Caption all photos once."""
     busy: list[int] = []
-    launch = sampler.Loop.launch
+    launch = loop_module.Loop.launch
 
-    def counted(loop: sampler.Loop) -> None:
+    def counted(loop: loop_module.Loop) -> None:
         busy.append(int(np.count_nonzero(loop.open_RN.any(1))))
         launch(loop)
 
-    with mock.patch.object(sampler.Loop, "launch", counted):
+    with mock.patch.object(loop_module.Loop, "launch", counted):
         start, cpu_start = time.perf_counter(), time.process_time()
         captions = list(run())
         spent = time.perf_counter() - start, time.process_time() - cpu_start

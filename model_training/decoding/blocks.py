@@ -26,8 +26,9 @@ from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, upload
 from . import head
 from .block_rows import Asked, BlockRows
+from .buckets import resolve_cache
+from .loop import broken_weights
 from .readback import Readback
-from .sampler import broken_weights, resolve_cache
 
 
 class AnswerState(NamedTuple):

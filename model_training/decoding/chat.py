@@ -293,7 +293,7 @@ class Chat:
 
     def _never(self, options: AnswerOptions) -> tuple[int, ...]:
         """The tokens that are never predicted, ascending."""
-        from .sampler import special_tokens
+        from .buckets import special_tokens
 
         if options.suppress_special is False:
             return ()

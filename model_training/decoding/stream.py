@@ -22,9 +22,11 @@ from torch import Tensor
 from ...schemas.decoding import DecodeOptions
 from ..model.batch import Example, collate, collate_tokens
 from ..model.placement import check_placement
+from .buckets import PLAIN, bucket_of, choose_cache, resolve_options
+from .loop import Loop
 from .readback import Sent
 from .rows import Bucket, lay_out
-from .sampler import PLAIN, Decoder, Loop, bucket_of, choose_cache, resolve_options
+from .sampler import Decoder
 
 _MOST_WASTE = 1.5
 """A sequence shares a bucket in which a step computes up to this many times the tokens that it needs."""

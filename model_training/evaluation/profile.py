@@ -23,9 +23,9 @@ from ...pipeline.io import files
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from ...schemas.evaluation import ProfileConfig
+from ..decoding.buckets import choose_cache
 from ..decoding.read_regions import iter_photo_regions
 from ..decoding.region_captioner import RegionCaptioner, RegionCaptions
-from ..decoding.sampler import choose_cache
 
 ROWS, TABLE, PLOT = "profile.json", "profile.md", "profile.png"
 

@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from paracaption.model_training.decoding.buckets import AUTO_CACHE, choose_cache, resolve_options
 from paracaption.model_training.decoding.refresh import Refresh, RefreshedCache
-from paracaption.model_training.decoding.sampler import (
-    AUTO_CACHE,
-    Decoder,
-    choose_cache,
-    decode_batch,
-    decode_steps,
-    resolve_options,
-)
+from paracaption.model_training.decoding.sampler import Decoder, decode_batch, decode_steps
 from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions, Strategy
 from tests.device import pretend

@@ -84,20 +84,20 @@ def test_a_row_takes_the_next_sequence_as_soon_as_its_own_has_ended(strategy):
 
 
 def test_rows_are_full_while_sequences_wait(monkeypatch):
-    from paracaption.model_training.decoding import sampler
+    from paracaption.model_training.decoding import loop as loops
 
     model, processor = model_of("corrected")
     fast, slow = (DecodeOptions(strategy="per-region", max_new_tokens=4, steps=n) for n in (1, 4))
     photos = [processor.make_example(*photo(number, 2, (64, 64)), 4) for number in range(16)]
     given = [(each, slow if number % 4 == 0 else fast) for number, each in enumerate(photos)]
     busy = []
-    launch = sampler.Loop.launch
+    launch = loops.Loop.launch
 
     def counted(loop):
         busy.append(int(loop.open_RN.any(1).sum()))
         launch(loop)
 
-    monkeypatch.setattr(sampler.Loop, "launch", counted)
+    monkeypatch.setattr(loops.Loop, "launch", counted)
     assert len(list(decode_stream(Decoder(model), given, num_rows=4))) == 16
     assert all(count == 4 for count in busy[:-4]), busy
 

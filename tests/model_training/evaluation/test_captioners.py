@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paracaption.model_training.decoding import sampler
+from paracaption.model_training.decoding import loop
 from paracaption.model_training.evaluation import captioners
 from paracaption.model_training.evaluation.annotations import read_benchmark
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
@@ -43,13 +43,13 @@ def test_an_unknown_option_of_the_decoder_is_an_error_that_says_where(model):
 
 def test_regions_that_are_captioned_one_by_one_are_decoded_one_by_one(model, tmp_path, monkeypatch):
     batches = []
-    real = sampler.Loop.admit
+    real = loop.Loop.admit
 
     def admit(loop, places, x_APD, prefix, captions, options):
         batches.extend(captions.regions)
         return real(loop, places, x_APD, prefix, captions, options)
 
-    monkeypatch.setattr(sampler.Loop, "admit", admit)
+    monkeypatch.setattr(loop.Loop, "admit", admit)
     options = {"model": str(model), "regions_per_call": 1, "decode": {"max_new_tokens": 4, "steps": 2}}
     bench = write_bench(tmp_path / "bench")
     asked = Bench(name="b", kind="paradlc", folder=str(bench))
