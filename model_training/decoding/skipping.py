@@ -148,7 +148,8 @@ class Skipping:
         mask = self._mask(roles, keys, "captions", self.cached_R, wanted_RN)
         x_RLD = rows.model.language_model.embed_tokens(ids.flatten(1))
         x_RLD = rows.model.language_model(x_RLD, position.flatten(1), mask, cache=self.kv_cache)
-        return x_RLD.unflatten(1, (most, -1))[real_RM]
+        order_R = torch.from_numpy(np.argsort(self.cached_R))  # rows that came later are last in the cache
+        return x_RLD.unflatten(1, (most, -1))[order_R][real_RM[order_R]]
 
     def _mask(self, queries: TokenRoles, keys: TokenRoles, what: str, *chosen: np.ndarray) -> AttentionMask:
         """The mask for the chosen rows and regions; the last one again, if they are the same."""

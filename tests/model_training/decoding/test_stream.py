@@ -38,6 +38,11 @@ def test_a_stream_gives_each_sequence_the_tokens_that_it_has_alone(layout, seed)
     check(Decoder(model_of(layout)[0]), layout, seed)
 
 
+@pytest.mark.parametrize(("layout", "seed"), [("corrected", 225), ("reference", 222)])
+def test_a_row_that_was_dropped_from_the_cache_and_filled_again_is_told_from_the_others(layout, seed):
+    check(Decoder(model_of(layout)[0]), layout, seed, count=24, num_rows=6)
+
+
 @pytest.mark.parametrize("layout", ["corrected", "reference"])
 def test_so_does_a_stream_on_a_device_that_predicts_all_in_every_step(layout):
     expected = check(Decoder(model_of(layout)[0]), layout, 7, count=8)
