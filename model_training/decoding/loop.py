@@ -10,7 +10,6 @@ tokens of the prefix, D width, M numbers of a row's status.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,15 +20,11 @@ from ...schemas.errors import StageFailed
 from ..model.batch import Tokens
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import upload
-from .buckets import suppressed
 from .head import broken, generator_of
 from .readback import Readback, Sent, read_state
 from .refresh import Refresh
-from .rows import Bucket, LaidOut
+from .rows import LaidOut, Rows
 from .skipping import Skipping
-
-if TYPE_CHECKING:
-    from .sampler import Decoder
 
 
 class Loop:
@@ -42,11 +37,10 @@ class Loop:
         lag: how many steps may be launched before one is read.
     """
 
-    def __init__(self, decoder: Decoder, bucket: Bucket, options: DecodeOptions):
-        model, on_cpu = decoder.model, decoder.model.device.type == "cpu"
-        never = suppressed(model, options)
-        self.rows = decoder.take(bucket, upload(torch.tensor(never), model.device) if never else None)
-        self.skipping = Skipping(self.rows) if on_cpu else None
+    def __init__(self, rows: Rows):
+        bucket, on_cpu = rows.bucket, rows.model.device.type == "cpu"
+        self.rows = rows
+        self.skipping = Skipping(rows) if on_cpu else None
         self.lag = 0 if on_cpu or bucket.redoes else 1
         self.refresh = Refresh(bucket.num_rows, bucket.refresh_every)
         self.readback = Readback(self.rows.status_BM, 1 + self.lag)

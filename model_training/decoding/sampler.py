@@ -21,7 +21,7 @@ from ...schemas.errors import ConfigError
 from ..model.batch import Batch, Tokens
 from ..model.perceptiondlm import PerceptionDLM
 from ..model.placement import check_placement, upload
-from .buckets import PLAIN, bucket_of, choose_cache, kind_of, resolve_options
+from .buckets import PLAIN, bucket_of, choose_cache, kind_of, resolve_options, suppressed
 from .loop import Loop
 from .rows import Bucket, Rows, lay_out
 
@@ -129,14 +129,21 @@ class Decoder:
             yield decoding.state()
         decoding.close()
 
-    def take(self, bucket: Bucket, never_X: Tensor | None) -> Rows:
-        """Tensors for a bucket, which nobody else uses."""
+    def take(self, bucket: Bucket, options: DecodeOptions) -> Rows:
+        """Tensors for a bucket, which nobody else uses.
+
+        Args:
+            bucket: the bucket.
+            options: of one of its sequences.
+        """
         found = self.kept.pop(bucket, None)
         if found is not None:
             found.clear()
             return found
         while len(self.kept) >= _KEPT_BUCKETS:
             self.kept.pop(next(iter(self.kept)))
+        never = suppressed(self.model, options)
+        never_X = upload(torch.tensor(never), self.model.device) if never else None
         return Rows(self.model, bucket, never_X, self.captures)
 
     def give_back(self, rows: Rows) -> None:
@@ -167,7 +174,7 @@ class _Decoding:
             x_RPD = x_BPD if whole else x_BPD[upload(torch.tensor(rows), model.device)]
             regions = max((self.captions.regions[row] for row in rows), default=0)
             bucket = bucket_of(model, own, x_RPD.shape[1], regions)
-            loop = Loop(decoder, bucket, own[0])
+            loop = Loop(decoder.take(bucket, own[0]))
             block = (len(rows), bucket.regions, bucket.slots + 2)
             loop.admit(range(len(rows)), x_RPD, _some(host, rows), self.captions.at(rows, block), own)
             self.loops.append((rows, loop))

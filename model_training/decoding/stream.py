@@ -226,7 +226,7 @@ class _Stream:
         num_rows = self.num_rows
         if not self.has_more:
             num_rows = min(num_rows, 1 << (len(chosen) - 1).bit_length())
-        loop = Loop(self.decoder, bucket._replace(num_rows=num_rows), first.options)
+        loop = Loop(self.decoder.take(bucket._replace(num_rows=num_rows), first.options))
         held: list[_Sequence | None] = [None] * num_rows
         self.loops.append((loop, held))
         self._put(loop, held, range(num_rows), chosen)
