@@ -135,7 +135,7 @@ class Loop:
             status_RN = status_BM[:, :-3].astype(np.int64)
             known_R = self.began_R < self.num_read  # else the step was that of the sequence before
             active_R = self.open_RN.any(1) & known_R
-            if (active_R & broken(*status_BM[:, -2:].T, self.rows.num_others)).any():
+            if (active_R & broken(status_BM[:, -2], status_BM[:, -1], self.rows.num_others)).any():
                 raise broken_weights(self.rows.model)
             if self.skipping is None:
                 self.forwards_R += active_R

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...schemas.decoding import DecodeOptions
+from ...schemas.decoding import DecodeOptions, Strategy
 from ...schemas.errors import ConfigError
 from ..model.attention import PADDING, SHARED, AttentionMask, TokenRoles, join_roles
 from ..model.batch import Tokens
@@ -56,7 +56,7 @@ class Bucket(NamedTuple):
     refresh_every: int
     suppress: bool
     draws: bool
-    strategies: frozenset[str]
+    strategies: frozenset[Strategy]
     may_exit: bool
     may_settle: bool
     redoes: bool

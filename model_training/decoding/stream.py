@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -253,7 +254,7 @@ class _Stream:
 
     def _release(self, loop: Loop, held: list[_Sequence | None]) -> None:
         """Free the rows whose sequences have ended, which begin to leave."""
-        open_R = loop.open_RN.any(1)
+        open_R = np.asarray(np.any(loop.open_RN, axis=1))
         ended = [(place, each) for place, each in enumerate(held) if each is not None and not open_R[place]]
         if not ended:
             return
