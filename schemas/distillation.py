@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, PositiveInt, model_validator
 
 from .strict import Location, Strict
@@ -22,6 +24,10 @@ class Distillation(Strict):
     """
 
     paths: Location = Field(description="Folder of the decoding paths. `paracaption models paths` writes it.")
+    order: Literal["confidence", "left-to-right"] = Field(
+        default="confidence",
+        description="Order in which the model that is distilled decodes a caption while its paths are recorded.",
+    )
     window_start: PositiveInt = Field(
         default=8,
         description="How many of the teacher's next steps are learned at once at the start of the run.",

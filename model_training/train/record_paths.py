@@ -69,8 +69,10 @@ def record_paths(config: TrainConfig, part: int = 0, num_parts: int = 1) -> Reco
     loader = Loader(config.corpora, processor, data, config.seed, part, num_parts, held_out_share=evaluated)
     slots, folder = config.data.max_new_tokens, Path(config.distillation.paths)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_about(folder, {**facts_of(processor, slots), "model": str(config.model.path)})
-    options = DecodeOptions(strategy="per-region", max_new_tokens=slots, steps=slots)
+    facts = {"model": str(config.model.path), "order": config.distillation.order}
+    _check_about(folder, facts_of(processor, slots) | facts)
+    strategy = "per-region" if config.distillation.order == "confidence" else "left-to-right"
+    options = DecodeOptions(strategy=strategy, max_new_tokens=slots, steps=slots)
     decoded = 0
     try:
         stream = iter(loader)
@@ -94,7 +96,8 @@ def record_paths(config: TrainConfig, part: int = 0, num_parts: int = 1) -> Reco
 def _check_about(folder: Path, facts: dict[str, str | int]) -> None:
     about = folder / ABOUT
     if about.is_file():
-        if changed := [name for name, value in json.loads(about.read_text()).items() if facts[name] != value]:
+        known = {"order": "confidence"} | json.loads(about.read_text())  # an early release knew one order
+        if changed := [name for name, value in known.items() if facts[name] != value]:
             raise ConfigError(
                 f"distillation.paths: {folder}: has the paths of another {changed[0]}; name another folder"
             )

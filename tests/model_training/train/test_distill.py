@@ -131,6 +131,21 @@ def test_paths_of_another_model_are_not_mixed_with_these(recorded):
         about.write_text(before)
 
 
+def test_paths_from_left_to_right_are_another_order_and_not_mixed(recorded, tmp_path):
+    folder = {"paths": str(tmp_path / "paths"), "order": "left-to-right"}
+    changed = recorded.config.distillation.model_copy(update=folder)
+    config = recorded.config.model_copy(update={"distillation": changed})
+    assert record_paths.record_paths(config).regions == recorded.done.regions
+    ours = DecodingPaths(tmp_path / "paths", recorded.processor, SLOTS)
+    subset, _, rest = recorded.batches[0].keys[0].partition("/")
+    key, _, numbers = rest.partition("#")
+    path = ours.find(subset, key, int(numbers.split(",")[0]))
+    assert path.step_S.tolist() == sorted(path.step_S.tolist())
+    back = config.model_copy(update={"distillation": changed.model_copy(update={"order": "confidence"})})
+    with pytest.raises(ConfigError, match="has the paths of another order"):
+        record_paths.record_paths(back)
+
+
 @pytest.mark.parametrize("level", ["example", "region"])
 @pytest.mark.parametrize("window", [1, 4, SLOTS])
 def test_a_state_is_one_of_the_teachers_decoding(recorded, level, window):
