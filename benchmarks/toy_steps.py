@@ -153,9 +153,7 @@ def student_config(seed: int, name: str, steps: int, changes: dict[str, Any]) ->
     distillation: dict[str, Any] = {"order": "confidence", "window_end": SLOTS} | changes
     distillation["paths"] = str(FOLDER / f"paths-{distillation['order']}-{seed}")
     begin, fields = FOLDER / f"teacher-{seed}/model", {"seed": seed, "steps": steps}
-    config = write_config(
-        f"{name}-{seed}", begin, world("train"), 5e-4, **fields, distillation=distillation
-    )
+    config = write_config(f"{name}-{seed}", begin, world("train"), 5e-4, **fields, distillation=distillation)
     values = yaml.safe_load(config.read_text())
     values["data"] |= {"on_bad_sample": "skip", "max_dropped_share": None}  # a part of the paths will do
     config.write_text(yaml.safe_dump(values, sort_keys=False))

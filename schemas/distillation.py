@@ -26,7 +26,7 @@ class Distillation(Strict):
     paths: Location = Field(description="Folder of the decoding paths. `paracaption models paths` writes it.")
     order: Literal["confidence", "left-to-right"] = Field(
         default="confidence",
-        description="Order in which the model that is distilled decodes a caption while its paths are recorded.",
+        description="Order in which the model decodes captions while its paths are recorded.",
     )
     window_start: PositiveInt = Field(
         default=8,
