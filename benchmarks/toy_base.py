@@ -95,7 +95,8 @@ def _write_conversations(stage: int, drawn: list[Scene]) -> None:
                 {"from": "human", "value": image + each.question},
                 {"from": "gpt", "value": each.answer},
             ]
-        records.append({"id": f"{stage}-{number}", "image": f"{number:06d}.png", "conversations": turns})
+        if turns:  # a question of none of the stage's types suits a few scenes
+            records.append({"id": f"{stage}-{number}", "image": f"{number:06d}.png", "conversations": turns})
     (FOLDER / f"stage-{stage}.json").write_text(json.dumps(records))
 
 
