@@ -68,7 +68,7 @@ def table(found: dict[tuple[str, str], Seeds]) -> str:
 
 
 def draw(found: dict[tuple[str, str], Seeds], path: Path) -> None:
-    """The plot: right captions, as a share of one token's, against tokens a forward."""
+    """The plot of teacher and student: right captions, as a share of one token's, against tokens a forward."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
@@ -79,7 +79,7 @@ def draw(found: dict[tuple[str, str], Seeds], path: Path) -> None:
         point = (mean(speed), mean(kept), *(stdev(each) if len(each) > 1 else 0.0 for each in (speed, kept)))
         lines[name, way.rpartition(" ")[0]].append(point)
     for (name, kind), points in lines.items():
-        if kind not in _COLORS:
+        if kind not in _COLORS or name not in ("teacher", "student"):
             continue
         x, y, dx, dy = zip(*sorted(points), strict=True)
         style = "--" if name == "teacher" else "-"
@@ -93,7 +93,7 @@ def draw(found: dict[tuple[str, str], Seeds], path: Path) -> None:
     axes.set_xlabel("tokens a forward")
     axes.set_ylabel("right captions, of the teacher's\nwith one token a forward")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

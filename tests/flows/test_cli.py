@@ -71,8 +71,8 @@ def test_help_names_every_command_with_its_purpose():
         ("config", ["init", "s3://bucket/corpus.yaml"]),
         ("config", ["build", "s3://bucket/build.yaml"]),
         (
-            "--image",
-            ["caption", "--model", "m", "--masks", "gs://bucket/b.png", "--image", "s3://bucket/a.jpg"],
+            "--model",
+            ["caption", "--masks", "gs://bucket/b.png", "--image", "a.jpg", "--model", "s3://bucket/model"],
         ),
     ],
 )
