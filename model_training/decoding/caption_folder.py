@@ -268,7 +268,7 @@ def _by_stem(folder: str, endings: tuple[str, ...], what: str) -> dict[str, str]
             raise ConfigError(f"{folder}: {name} is a folder; give a folder that has photos alone")
         if not is_folder and not name.lower().endswith(endings):
             raise ConfigError(
-                f"{folder}: {name} is none of the {what}, which end in {', '.join(endings)}; move it"
+                f"{folder}: {name} is not one of the {what}, which end in {', '.join(endings)}; move it"
             )
         stem = name.rstrip("/") if is_folder else file_names.stem(name)
         if stem in found:

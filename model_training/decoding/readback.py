@@ -56,7 +56,7 @@ class Readback:
 
 
 class Sent(NamedTuple):
-    """The state of some rows on its way to the host; it is there when so many steps have been read.
+    """The state of some rows on its way to the host; it is there when `num_read` steps have been read.
 
     Attributes:
         stacked: tokens, open slots, predictions and doubts, as one tensor.

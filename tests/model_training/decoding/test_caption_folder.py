@@ -130,7 +130,7 @@ def test_other_options_or_another_file_are_refused(home, whole, tmp_path):
         (lambda home: (home / "masks/p001.png").unlink(), r"photos: 1 without masks: p001\.png\. Photos"),
         (lambda home: (home / "photos/p001.png").unlink(), r"masks: 1 without a photo: p001\.png\. Photos"),
         (lambda home: (home / "photos/p001.jpg").touch(), "have one stem"),
-        (lambda home: (home / "photos/notes.txt").touch(), "notes.txt is none of the photos"),
+        (lambda home: (home / "photos/notes.txt").touch(), "notes.txt is not one of the photos"),
         (lambda home: (home / "photos/more").mkdir(), "more is a folder"),
         (lambda home: shutil.rmtree(home / "masks"), "no such folder of masks"),
     ],
