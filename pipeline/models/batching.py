@@ -50,7 +50,7 @@ class Batches:
     def stream(
         self, items: Sequence[Item], work: Callable[[Sequence[Item], int], Iterator[Result]]
     ) -> Iterator[Result]:
-        """What `work` gives for each of `items`, in order; it is told how many to hold at once.
+        """What `work` gives for each of `items`, in order. Its second argument is how many to hold at once.
 
         Raises:
             OutOfMemory: one item alone does not fit.
