@@ -225,7 +225,8 @@ def test_every_strategy_ends_in_time_with_every_slot_filled(layout, strategy, nu
     assert states[0].forwards_B.tolist() == [0, 0]
     assert states[0].confidence_BNS.isnan().all()
     most = num_steps * (3 if strategy == "sequential" else 1)
-    assert len(states) - 1 <= most
+    again = layout == "reference"  # by default, a step over captions alone that is not sure is done again
+    assert len(states) - 1 <= most * (2 if again else 1)
     assert not states[-1].open_BNS.any()
     filled = states[-1].tokens_BNS[[0, 0, 0, 1], [0, 1, 2, 0]]
     assert not torch.isin(filled, torch.tensor(special(ready(layout)[0].config))).any()
