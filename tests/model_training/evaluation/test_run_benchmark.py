@@ -428,7 +428,7 @@ def test_the_flow_runs_all_and_keeps_the_history(tmp_path, monkeypatch, prefect_
     [
         ({"benchmarks": []}, "nothing to do"),
         ({"label": "../up"}, "label"),
-        ({"toy": "corpus"}, "toy and profile measure a perceptiondlm"),
+        ({"toy": "corpus"}, "toy, profile and harness measure a perceptiondlm"),
         ({"judge": {"name": "lexical"}}, "judge.name"),
     ],
 )
