@@ -51,6 +51,10 @@ Compare = Annotated[
 _NUMBERS = ("max_new_tokens", "steps", "threshold", "factor", "temperature", "top_p", "seed", "refresh_every")
 
 
+AUTO_CACHE: dict[str, Any] = {"cache": "approximate", "refresh_every": 8, "redo_below": 0.99, "settled": 0.9}
+"""What "auto" means in layouts in which the prefix sees the captions, chosen by `benchmarks.caches`."""
+
+
 class DecodeOptions(Strict):
     """How the masked tokens of captions are filled in.
 

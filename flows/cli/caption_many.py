@@ -35,9 +35,12 @@ def caption_many(
 
     if files.is_url(out) or not Path(out).parent.is_dir():
         raise ConfigError(f"--out {out}: give a file in a folder of this machine that exists")
+    inside = {Path(each).resolve() for each in (photos, masks) if each and not files.is_url(each)}
+    if Path(out).resolve().parent in inside:
+        raise ConfigError(f"--out {out}: lies among the photos or the masks; name a file in another folder")
     check_saved_model(model)
     tasks = many.find_photos(photos, masks)
-    header = many.header_of(model, dtype, options, prompt, regions_per_call)
+    header = many.header_of(model, dtype, options, prompt, regions_per_call, photos, masks)
     left = many.unfinished(tasks, Path(out), header)
     done = many.Captioned(0, 0, 0)
     if left:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
-from ...schemas.decoding import DecodeOptions
+from ...schemas.decoding import AUTO_CACHE, DecodeOptions
 from ...schemas.errors import ConfigError
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
 from .rows import Bucket
-
-AUTO_CACHE = {"cache": "approximate", "refresh_every": 8, "redo_below": 0.99, "settled": 0.9}
-"""What "auto" means in layouts in which the prefix sees the captions, chosen by `benchmarks.caches`."""
 
 PLAIN = {"cache": "none", "settled": None, "compare": False}
 """What `compare` compares with: every step is computed whole, and no region ends before all its slots."""
@@ -33,13 +30,15 @@ def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
 def resolve_options(model: PerceptionDLM, options: DecodeOptions) -> DecodeOptions:
     """Options in which the cache "auto" is replaced by what it means for a model's captions.
 
-    A `redo_below` or `settled` that is given stays.
+    A `redo_below`, `settled` or `refresh_every` that is given stays.
     """
     if options.cache != "auto" or model.layout.isolate_prefix:
         return options
     given = {
         name: value for name in ("redo_below", "settled") if (value := getattr(options, name)) is not None
     }
+    if "refresh_every" in options.model_fields_set:
+        given["refresh_every"] = options.refresh_every
     return options.model_copy(update=AUTO_CACHE | given)
 
 

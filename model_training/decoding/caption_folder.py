@@ -1,7 +1,7 @@
 """Captions of a folder of photos, or of a corpus, as JSON lines; a run that was stopped is continued.
 
     captions.jsonl            a line for each photo, in the order of the photos
-    captions.jsonl.run.json   what the captions depend on: the model, the options, the prompt
+    captions.jsonl.run.json   what the captions depend on: photos, masks, model, options, prompt
 
 A line is written when it is its photo's turn, whole or not at all. A later run skips the photos that have a
 line. A photo that cannot be used gets a line with `error` instead of captions, and is tried again by a later
@@ -11,10 +11,9 @@ run.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,10 @@ from ...pipeline.sources import file_names
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .caption_photo import about_captions, to_record
+from .corpus_captioner import meaning_of_auto
 from .read_regions import PhotoRegions, is_corpus, of_sample, read_photo_regions
 from .region_captioner import RegionCaptioner
+from .region_forms import to_masks
 
 _SYNC_EVERY_S = 5.0
 """Seconds after which what was written is made to outlive the end of the machine."""
@@ -175,16 +176,28 @@ def unfinished(tasks: list[PhotoTask], out: Path, header: dict[str, Any]) -> lis
 
 
 def header_of(
-    model: Path, dtype: str, options: DecodeOptions, prompt: str | None, regions_per_call: int | None
+    model: Path,
+    dtype: str,
+    options: DecodeOptions,
+    prompt: str | None,
+    regions_per_call: int | None,
+    photos: str | None,
+    masks: str,
 ) -> dict[str, Any]:
-    """What captions depend on, besides the photo and its masks."""
+    """What captions depend on. Photos and masks count by where they are, not by what is in them."""
     return {
+        "photos": photos and _place(photos),
+        "masks": _place(masks),
         "model": weights.identity(model),
         "dtype": dtype,
-        "options": options.stored(),
+        "options": options.stored() | meaning_of_auto(str(model), options),
         "prompt": prompt,
         "regions_per_call": regions_per_call,
     }
+
+
+def _place(path: str) -> str:
+    return path if files.is_url(path) else str(Path(path).resolve())
 
 
 def _check_header(out: Path, beside: Path, header: dict[str, Any]) -> None:
@@ -229,6 +242,7 @@ def _inputs(
     for task in tasks:
         try:
             photo = task.read()
+            masks = to_masks(photo.masks(), photo.pixels.shape[:2])
         except ConfigError as error:
             if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                 raise  # it may be readable again, and nothing is to be written about it
@@ -236,23 +250,31 @@ def _inputs(
             yield np.zeros((1, 1, 3), np.uint8), []
             continue
         waiting.append((task.name, photo))
-        yield photo.pixels, photo.masks()
+        yield photo.pixels, masks
 
 
 def _of_corpus(path: str) -> list[PhotoTask]:
     """A task for each image of a corpus, which are read shard by shard, each where it is needed."""
     opened = reader.open_corpus(path)
-    tables = opened.ledgers(columns=["key", "kept"])
-    kept = chain.from_iterable(table.filter(table["kept"])["key"].to_pylist() for table in tables)
-    samples = opened.samples()
+    kept = dict.fromkeys(
+        (subset, key)
+        for subset in opened.subsets
+        for table in opened.ledgers(subset, columns=["key", "kept"])
+        for key in table.filter(table["kept"])["key"].to_pylist()
+    )
+    samples = ((subset, *found) for subset in opened.subsets for found in opened.samples(subset))
+    times = Counter(key for _, key in kept)  # an image may be in several subsets
 
-    def read(key: str) -> PhotoRegions:
-        for sample, data in samples:
-            if sample.key == key:
+    def read(subset: str, key: str) -> PhotoRegions:
+        for place, sample, data in samples:
+            if (place, sample.key) == (subset, key):
                 return of_sample(f"{path}#{key}", sample, data)
-        return read_photo_regions(None, [path], key)
+        return read_photo_regions(None, [path], f"{subset}/{key}")
 
-    return [PhotoTask(key, partial(read, key)) for key in dict.fromkeys(kept)]
+    return [
+        PhotoTask(key if times[key] == 1 else f"{subset}/{key}", partial(read, subset, key))
+        for subset, key in kept
+    ]
 
 
 def _by_stem(folder: str, endings: tuple[str, ...], what: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from ...pipeline.io import photos, tensor_files, weights
 from ...pipeline.models.batching import Batches
 from ...pipeline.models.options import BackendOptions, read_options
 from ...pipeline.models.protocols import Caption, Checked
-from ...schemas.decoding import DecodeOptions
+from ...schemas.decoding import AUTO_CACHE, DecodeOptions
 from ...schemas.errors import BadRecord
 from ...schemas.records import ImageRecord, Region
 from .region_captioner import RegionCaptioner, check_saved_model
@@ -32,6 +32,16 @@ _SAME_ANSWERS = {"compare"}
 
 _Positive = Annotated[int, Meta(ge=1)]
 _Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def meaning_of_auto(model: str, decoding: DecodeOptions) -> dict[str, str]:
+    """What `cache: auto` is for a saved model, as part of an identity; empty where no caption depends on it."""
+    if decoding.cache != "auto":
+        return {}
+    config = weights.read_json(Path(model) / "config.json")
+    changes = config.get("layout_options") or {}
+    isolated = changes.get("isolate_prefix", config.get("layout") != "reference")
+    return {} if isolated else {"auto": repr(AUTO_CACHE)}
 
 
 class ModelOptions(BackendOptions, frozen=True):
@@ -133,6 +143,7 @@ class PerceptionDLMCaptioner:
             "regions_per_call": str(given.regions_per_call or "the model's"),
             "dtype": given.dtype,
             **{name: value for name, value in sorted(decode.items()) if name not in _SAME_ANSWERS},
+            **meaning_of_auto(given.model, given.decoding()),
         }
 
     @classmethod

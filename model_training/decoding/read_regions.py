@@ -12,6 +12,7 @@ left out, with its reason in `PhotoRegions.left_out`.
 
 from __future__ import annotations
 
+import functools
 import glob
 import re
 from collections.abc import Iterator, Sequence
@@ -283,6 +284,22 @@ def _from_json(path: str, image: str, key: str | None) -> _Found:
 
 
 def _parse(path: str) -> _File:
+    """The content of a JSON. The last one of this machine is kept, since it may be that of many photos."""
+    try:
+        stat = None if files.is_url(path) else Path(path).stat()
+    except OSError:
+        stat = None
+    if stat is None:
+        return _read_file(path)
+    return _kept_file(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_file(path: str, _mtime_ns: int, _size: int) -> _File:
+    return _read_file(path)
+
+
+def _read_file(path: str) -> _File:
     try:
         data = files.read(Blob(path))
         if data.lstrip()[:1] == b"[":  # results, and files that hold the annotations of one image alone

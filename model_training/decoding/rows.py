@@ -376,7 +376,7 @@ class _Replay:
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others read photos
                 self.function()
         self.graph.replay()
 

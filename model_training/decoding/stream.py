@@ -96,6 +96,7 @@ def decode_stream(
 
     Raises:
         ConfigError, StageFailed: as `Decoder.decode`.
+        Exception: what taking an example raised, after the sequences before it have been given.
     """
     return _Stream(decoder, num_rows).run(examples)
 
@@ -112,6 +113,7 @@ class _Stream:
         self.longest: dict[str, int] = {}  # prefix so far, by cache
         self.num_taken = 0
         self.has_more = True
+        self.failure: Exception | None = None  # of the source
 
     @torch.inference_mode()
     def run(self, examples: Iterable[tuple[Example, DecodeOptions]]) -> Iterator[Finished]:
@@ -121,6 +123,8 @@ class _Stream:
         try:
             while self._fill(source) or self.loops or self.leaving:
                 yield from self._step()
+            if self.failure is not None:
+                raise self.failure
         except torch.OutOfMemoryError:
             self.decoder.kept.clear()  # fewer rows may fit then
             raise
@@ -128,8 +132,12 @@ class _Stream:
     def _fill(self, source: Iterator[tuple[Example, DecodeOptions]]) -> bool:
         """Take sequences until as many wait as a bucket has rows; whether one waits."""
         while self.has_more and len(self.ready) < self.num_rows and not self._too_far():
-            given = list(islice(source, self.num_rows))
-            self.has_more = len(given) == self.num_rows
+            given: list[tuple[Example, DecodeOptions]] = []
+            try:
+                given.extend(islice(source, self.num_rows))  # keeps what came before an error
+            except Exception as error:  # noqa: BLE001 - raised after all that came before it
+                self.failure = error
+            self.has_more = self.failure is None and len(given) == self.num_rows
             if given:
                 start = time.perf_counter()
                 encoded = self._encode(given)
@@ -155,7 +163,7 @@ class _Stream:
         for (example, asked), x_PD in zip(given, x_BPD, strict=True):
             options = resolve_options(model, asked)
             length, regions = example.prefix.shape[1], len(example.order)
-            example = example._replace(views=example.views[:0], prompts=example.prompts[:0])
+            example = example._replace(views=example.views[:0].copy(), prompts=example.prompts[:0].copy())
             ways = [options]
             if options.compare and choose_cache(model, options) == "approximate":
                 ways.append(options.model_copy(update=PLAIN))
@@ -250,7 +258,7 @@ class _Stream:
         blocks = lay_out(captions, [each.max_new_tokens for each in options])
         loop.admit(places, x_APD, prefix, blocks, options)
         for each in admitted:
-            each.x_PD = x_APD[:0]
+            each.x_PD = x_APD.new_empty(0)  # a view would keep all of them
 
     def _release(self, loop: Loop, held: list[_Sequence | None]) -> None:
         """Free the rows whose sequences have ended, which begin to leave."""

@@ -18,7 +18,7 @@ from ...schemas.errors import BadRecord
 from ...schemas.evaluation import Bench
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
-from ..decoding.corpus_captioner import ModelOptions
+from ..decoding.corpus_captioner import ModelOptions, meaning_of_auto
 from ..decoding.region_captioner import check_saved_model
 from .annotations import BenchImage, read_benchmark
 from .predictions import PredictionOptions, check_keys, read_predictions
@@ -78,6 +78,7 @@ def identity(backend: Backend) -> dict[str, str]:
         options |= {name: value for name, value in given.decode.items() if name in options}
         shown = {name: str(value) for name, value in options.items() if name != "compare"}
         check_saved_model(Path(given.model))
+        shown |= meaning_of_auto(given.model, given.decoding())
         together = {"regions_per_call": str(given.regions_per_call)}
         return {"name": backend.name, "weights": weights.identity(given.model), **together, **shown}
     if backend.name == PREDICTIONS:

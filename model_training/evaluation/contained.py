@@ -61,13 +61,16 @@ def share_contained(config: Judge, folder: Path, results: Path) -> float:
         known = _read(path)
     if left := sum(each.digest not in known for each in asked):
         raise StageFailed(f"{left} of {len(asked)} answers are not judged; run the command again")
-    return 100 * sum(is_correct(known[each.digest]) for each in asked) / len(asked)
+    return 100 * sum(bool(is_correct(known[each.digest])) for each in asked) / len(asked)
 
 
-def is_correct(answer: str) -> bool:
-    """Whether a judge's answer is the word CORRECT, whatever it has thought before."""
-    said = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
-    return said.strip().strip(".*\"'").upper() == "CORRECT"
+def is_correct(answer: str) -> bool | None:
+    """Whether a judge says CORRECT, whatever it has thought before; None if it says neither word.
+
+    A judge that was cut off while it thought has not answered.
+    """
+    said = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).strip().strip(".*\"'").upper()
+    return {"CORRECT": True, "INCORRECT": False}.get(said)
 
 
 def _questions(config: Judge, results: Path) -> Iterator[_Asked]:
@@ -92,7 +95,7 @@ def _ask(config: Judge, missing: Sequence[_Asked], path: Path) -> None:
                 batch = missing[start : start + _AT_ONCE]
                 requests = [judges.JudgeRequest(each.prompt, max_tokens=_MAX_TOKENS) for each in batch]
                 for position, answer in judge.answer(requests):
-                    if not isinstance(answer, BadRecord):
+                    if not isinstance(answer, BadRecord) and is_correct(answer) is not None:
                         lines.append({"digest": batch[position].digest, "answer": answer})
     finally:
         judge.close()

@@ -148,7 +148,8 @@ def sums_once_a_step(
     if config.sync_each_batch is not None:
         return not config.sync_each_batch
     num_bytes = sum(parameter.numel() for parameter in parameters) * torch.float32.itemsize
-    return num_bytes <= GRADIENT_SHARE * _memory_bytes(group.device)
+    least = min(group.all_gather(_memory_bytes(group.device)))  # all ranks decide alike
+    return num_bytes <= GRADIENT_SHARE * least
 
 
 def sum_gradients_over_ranks(model: nn.Module, whether: bool) -> None:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from paracaption.model_training.decoding.buckets import AUTO_CACHE, choose_cache, resolve_options
+from paracaption.model_training.decoding.buckets import choose_cache, resolve_options
 from paracaption.model_training.decoding.refresh import Refresh, RefreshedCache
 from paracaption.model_training.decoding.sampler import Decoder, decode_batch, decode_steps
 from paracaption.model_training.model.batch import collate
-from paracaption.schemas.decoding import DecodeOptions, Strategy
+from paracaption.schemas.decoding import AUTO_CACHE, DecodeOptions, Strategy
 from tests.device import pretend
 from tests.model_training.tiny_models import examples, lively
 
