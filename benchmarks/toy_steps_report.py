@@ -68,7 +68,7 @@ def table(found: dict[tuple[str, str], Seeds]) -> str:
 
 
 def draw(found: dict[tuple[str, str], Seeds], path: Path) -> None:
-    """The plot of teacher and student: right captions, as a share of one token's, against tokens a forward."""
+    """The plot of teacher and student: right captions as a share of one token's, by tokens a forward."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")

@@ -35,7 +35,7 @@ _Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def meaning_of_auto(model: str, decoding: DecodeOptions) -> dict[str, str]:
-    """What `cache: auto` is for a saved model, as part of an identity; empty where no caption depends on it."""
+    """What `cache: auto` is for a saved model, for its identity; empty where no caption depends on it."""
     if decoding.cache != "auto":
         return {}
     config = weights.read_json(Path(model) / "config.json")

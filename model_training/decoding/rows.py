@@ -202,7 +202,7 @@ class Rows:
         captions: LaidOut | None,
         options: Sequence[DecodeOptions],
     ) -> list[Tensor]:
-        """What `num_rows` rows hold as data, on the CPU; behind those that are given, rows without regions."""
+        """What `num_rows` rows hold as data, on the CPU; after those that are given, ones without regions."""
         bucket = self.bucket
         shape = (num_rows, bucket.regions, bucket.slots)
         if prefix is None or captions is None:
