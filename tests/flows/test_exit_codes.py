@@ -127,12 +127,21 @@ def missing_source(folder: Path) -> tuple[object, ...]:
     return build(folder, out=str(folder / "other"), subsets=subsets)
 
 
+def a_photo_that_is_none(folder: Path) -> tuple[object, ...]:
+    for home in ("photos", "masks"):
+        (folder / home).mkdir()
+        (folder / home / "a.png").write_bytes(b"no picture")
+    where = ("--image", folder / "photos", "--masks", folder / "masks", "--out", folder / "captions.jsonl")
+    return "caption", "--model", Path(__file__).parents[2] / "samples/model", *where
+
+
 COMMANDS: dict[tuple[int, str, str], Callable[[Path], tuple[object, ...]]] = {
     (0, "paracaption config", "always"): lambda _: ("config",),
     (0, "paracaption audit", "at least one region is usable, even if problems are listed"): lambda folder: (
         *("audit", configured(folder)),
         *("--parquet", folder / "audit.parquet"),
     ),
+    (1, "paracaption caption --out", "a photo cannot be used; its line says why"): a_photo_that_is_none,
     (0, "paracaption build", "the corpus is complete, or was complete before"): build,
     (0, "paracaption verify", "the corpus is complete and undamaged"): lambda folder: (
         "verify",
