@@ -205,5 +205,10 @@ class DecodeOptions(Strict):
         }
 
 
+def stored_names() -> dict[str, str]:
+    """The options, and under which name `stored` has each of them."""
+    return {name: _STORED_NAMES.get(name, name) for name in DecodeOptions.model_fields}
+
+
 _STORED_NAMES = {"max_new_tokens": "length"}
 _NEWER = {"position_thresholds", "factor", "redo_below", "settled"}

@@ -124,11 +124,8 @@ def options_of(schema: type[BaseModel]) -> Callable[[_Command], _Command]:
         parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
         for name, field in schema.model_fields.items():
             annotation = Annotated[field.annotation, typer.Option(help=field.description)]  # type: ignore[valid-type]
-            parameters.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
-                )
-            )
+            default, kind = field.get_default(call_default_factory=True), inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return command
 

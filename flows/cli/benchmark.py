@@ -125,7 +125,7 @@ def coco(
         regions = write_coco(benchmark, to / name)
         print(f"{name}: {regions:,} regions of {len(benchmark.images):,} photos")
         print(to / name)
-        suggest(f"keys: {to / name / KEYS} among the options of the captioner `predictions`")
+    suggest(f"keys: {to / '{benchmark}' / KEYS} among the options of the captioner `predictions`")
 
 
 @benchmarks.command(cls=Command, epilog=example("benchmark requests"))

@@ -31,7 +31,7 @@ def caption_many(
         ConfigError: the photos, the file or an option do not suit.
     """
     from ...model_training.decoding import caption_folder as many
-    from ...model_training.decoding.region_captioner import RegionCaptioner, check_saved_model
+    from ...model_training.decoding.region_captioner import RegionCaptioner, check_saved_model, resolve_place
 
     if files.is_url(out) or not Path(out).parent.is_dir():
         raise ConfigError(f"--out {out}: give a file in a folder of this machine that exists")
@@ -40,7 +40,8 @@ def caption_many(
         raise ConfigError(f"--out {out}: lies among the photos or the masks; name a file in another folder")
     check_saved_model(model)
     tasks = many.find_photos(photos, masks)
-    header = many.header_of(model, dtype, options, prompt, regions_per_call, photos, masks)
+    _, computed_in = resolve_place(device, dtype)
+    header = many.header_of(model, computed_in, options, prompt, regions_per_call, photos, masks)
     left = many.unfinished(tasks, Path(out), header)
     done = many.Captioned(0, 0, 0)
     if left:

@@ -28,7 +28,10 @@ def evaluate(
     changes: Annotated[list[str] | None, changes_of("label=run2", "captioner.options.dtype=float32")] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="Folder of the saved model, for `captioner.options.model`.", show_default=False),
+        typer.Option(
+            help="Folder of the PerceptionDLM to measure, instead of the YAML's.",
+            show_default=False,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -24,7 +24,7 @@ from ...pipeline.corpus import reader
 from ...pipeline.io import files, mask_images, weights
 from ...pipeline.io.json_lines import LineWriter, read_lines
 from ...pipeline.sources import file_names
-from ...schemas.decoding import DecodeOptions
+from ...schemas.decoding import DecodeOptions, stored_names
 from ...schemas.errors import ConfigError
 from .caption_photo import about_captions, to_record
 from .corpus_captioner import meaning_of_auto
@@ -215,11 +215,15 @@ def _check_header(out: Path, beside: Path, header: dict[str, Any]) -> None:
     changed = [name for name in wanted if found.get(name) != wanted[name]]
     ours, theirs = wanted.get("options", {}), found.get("options")
     if "options" in changed and isinstance(theirs, dict):
-        differ = [f"option {name}" for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-        changed = [each for each in changed if each != "options"] + differ
+        changed.remove("options")
+        changed += [
+            f"{name} {theirs.get(stored)}"
+            for name, stored in stored_names().items()
+            if ours.get(stored) != theirs.get(stored)
+        ]
     raise ConfigError(
-        f"{out}: its lines were made with another {', '.join(changed) or 'version'} ({beside.name} has it); "
-        "take the same again, or choose another --out"
+        f"{out}: its lines were made with another {', '.join(changed) or 'version'}; take the same again "
+        f"({beside.name} has all of it), or choose another --out"
     )
 
 
@@ -228,7 +232,8 @@ def _decoded(out: Path, number: int, line: bytes) -> dict[str, Any]:
         found = msgspec.json.decode(line, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ConfigError(
-            f"{out}: line {number} is no JSON ({error}); remove it, or choose another --out"
+            f"{out}: line {number} is not JSON ({error}); if the file is of something else, choose another "
+            "--out, else remove the line"
         ) from error
     if not isinstance(found.get("photo"), str):
         raise ConfigError(f"{out}: line {number} names no photo; choose another --out")

@@ -24,6 +24,7 @@ from .region_forms import Boxes
 if TYPE_CHECKING:
     from os import PathLike
 
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
@@ -143,15 +144,7 @@ class RegionCaptioner:
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error.name} is not installed; {how_to_install_extra('models')}") from error
         logging.disable_progress_bar()
-        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        try:
-            place = torch.device(chosen)
-            torch.empty(0, device=place)
-        except (RuntimeError, AssertionError) as error:
-            why = str(error).splitlines()[0]
-            raise ConfigError(f"device: {chosen!r} cannot be used ({why}); choose another one") from error
-        if dtype == "auto":
-            dtype = "bfloat16" if place.type == "cuda" else "float32"
+        place, dtype = resolve_place(device, dtype)
         with refusing(Path(folder)):
             config = read_model_config(Path(folder))
             processor = PerceptionDLMProcessor.from_pretrained(folder, config=config)
@@ -412,6 +405,26 @@ class RegionCaptioner:
                     for token, masked, confidence in rows
                 ]
         return Snapshot(int(state.forwards_B.max()), slots, captions)
+
+
+def resolve_place(device: str, dtype: str) -> tuple[torch.device, str]:
+    """The device and the type that "auto" means here, as `RegionCaptioner.load` takes them.
+
+    Raises:
+        ConfigError: the device cannot be used.
+    """
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        place = torch.device(chosen)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"device: {chosen!r} cannot be used ({why}); choose another one") from error
+    if dtype == "auto":
+        dtype = "bfloat16" if place.type == "cuda" else "float32"
+    return place, dtype
 
 
 def check_saved_model(folder: Path) -> None:

@@ -153,3 +153,18 @@ def test_a_sequence_laid_out_for_another_length_is_an_error():
                 Decoder(model), [(examples(processor, [2], slots=4)[0], DecodeOptions(max_new_tokens=6))]
             )
         )
+
+
+def test_an_error_of_the_source_comes_after_the_sequences_before_it():
+    model, processor = model_of("corrected")
+    [example] = examples(processor, [1], slots=4)
+
+    def source():
+        for _ in range(5):
+            yield example, DecodeOptions(max_new_tokens=4, steps=2)
+        raise ConfigError("the disk is gone")
+
+    stream = decode_stream(Decoder(model), source(), num_rows=4)
+    assert sorted(next(stream).number for _ in range(5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ConfigError, match="the disk is gone"):
+        next(stream)

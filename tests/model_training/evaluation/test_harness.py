@@ -188,7 +188,7 @@ def test_a_judge_says_whether_an_answer_contains_the_right_one_and_is_asked_once
 
     def answer(prompt):
         assert "any one counts: ['a cat', 'cats']\n" in prompt
-        return said.get(re.search("Prediction: (.*)", prompt)[1], "I cannot say")
+        return said.get(re.search("Prediction: (.*)", prompt)[1], "Incorrect.")
 
     with served(answer) as server:
         found = judged(tmp_path, model, judge_of(server))
@@ -211,6 +211,15 @@ def test_answers_that_were_not_judged_are_asked_again_and_never_a_score(tmp_path
         asked = len(server.requests)
         assert judged(tmp_path, model, judge_of(server))["score"] == 100.0
         assert len(server.requests) == asked + 1
+
+
+def test_a_judge_that_was_cut_off_has_not_answered(tmp_path, model, stand_in):
+    cut = [True]
+    with served(lambda _: "<think>It might be CORRECT, or" if cut[0] else "INCORRECT") as server:
+        found = judged(tmp_path, model, judge_of(server))
+        assert found["status"] == "failed" and "8 of 8 answers are not judged" in found["reason"]
+        cut[0] = False
+        assert judged(tmp_path, model, judge_of(server))["score"] == 0
 
 
 def test_no_answers_are_no_score(tmp_path):
