@@ -70,6 +70,12 @@ def _pick(rng: np.random.Generator, some: list[Any]) -> Any:
     return some[rng.integers(len(some))]
 
 
+def _named(things: list[Seen], rng: np.random.Generator) -> Seen | None:
+    """A thing whose color and shape no other thing shares; None if there is none."""
+    named = _only(things, lambda each: each.name)
+    return _pick(rng, named) if named else None
+
+
 def _article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
@@ -93,35 +99,31 @@ def _shape(things: list[Seen], rng: np.random.Generator) -> Asked | None:
 
 
 def _size(things: list[Seen], rng: np.random.Generator) -> Asked | None:
-    named = _only(things, lambda each: each.name)
-    if not named:
+    thing = _named(things, rng)
+    if thing is None:
         return None
-    thing = _pick(rng, named)
     return Asked("size", f"Is the {thing.name} small or large?", thing.kind.size)
 
 
 def _texture(things: list[Seen], rng: np.random.Generator) -> Asked | None:
-    named = _only(things, lambda each: each.name)
-    if not named:
+    thing = _named(things, rng)
+    if thing is None:
         return None
-    thing = _pick(rng, named)
     return Asked("texture", f"Is the {thing.name} plain, striped or dotted?", thing.kind.texture)
 
 
 def _column(things: list[Seen], rng: np.random.Generator) -> Asked | None:
-    named = _only(things, lambda each: each.name)
-    if not named:
+    thing = _named(things, rng)
+    if thing is None:
         return None
-    thing = _pick(rng, named)
     question = f"Is the {thing.name} on the left, in the middle or on the right?"
     return Asked("column", question, _COLUMNS[thing.place % 3])
 
 
 def _row(things: list[Seen], rng: np.random.Generator) -> Asked | None:
-    named = _only(things, lambda each: each.name)
-    if not named:
+    thing = _named(things, rng)
+    if thing is None:
         return None
-    thing = _pick(rng, named)
     question = f"Is the {thing.name} at the top, in the middle or at the bottom?"
     return Asked("row", question, _ROWS[thing.place // 3])
 

@@ -40,6 +40,7 @@ def write_coco(benchmark: Benchmark, folder: Path) -> int:
         ConfigError: a photo is missing, or two photos have the same name.
     """
     _check_photos(benchmark)
+    _check_names(benchmark)
     images, annotations, keys = [], [], {}
     for image in benchmark.images:
         height, width = image.size
@@ -106,6 +107,9 @@ def _request_lines(image: BenchImage, model: Any) -> Iterator[bytes]:
 def _check_photos(benchmark: Benchmark) -> None:
     if missing := benchmark.missing_photos():
         raise ConfigError(describe_missing(missing))
+
+
+def _check_names(benchmark: Benchmark) -> None:
     names = [_file_name(image) for image in benchmark.images]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two photos of the benchmark are called {twice}; rename one in {ANNOTATIONS}")

@@ -64,7 +64,8 @@ class PredictionOptions(BackendOptions, frozen=True):
 
 def _existing(path: Path, option: str) -> Path:
     if not path.is_file():
-        raise ConfigError(f"captioner.options.{option}: {path}: no such file; name a JSON of captions by key")
+        what = "the keys.json of `benchmark coco`" if option == "keys" else "a file with captions by key"
+        raise ConfigError(f"captioner.options.{option}: {path}: no such file; name {what}")
     return path
 
 
