@@ -116,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="device, dtype, steps, ..."
     )
     given = parser.parse_args(arguments)
+    if wrong := next((each for each in given.set if "=" not in each), None):
+        parser.error(f"--set {wrong}: give KEY=VALUE")
     if given.include:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     try:
