@@ -28,19 +28,25 @@ class Skipping:
         self.cached_R = np.arange(rows.bucket.num_rows)  # the rows in the cache
         self.mask: AttentionMask | None = None
         self.mask_of: tuple[Any, ...] = ()
+        self.first: dict[int, Tensor] = {}  # hidden states (regions, L, D) of new rows, for their first step
 
     def prepare(self, places_A: Tensor, prefix_len: int) -> None:
-        """Take notice of new rows, and fill an exact cache for them, see `Rows.prepare`."""
+        """Take notice of new rows, and fill an exact cache for them, see `Rows.prepare`.
+
+        The pass that fills it is over whole sequences, so that the first step of these rows needs none.
+        """
         self.mask_of = ()
         if self.rows.bucket.cache != "exact":
             return
-        new, bucket = places_A.numpy(), self.rows.bucket
-        fresh = KVCache(bucket.prefix_len, self.rows.ids_BNL[0].numel())
+        new = places_A.numpy()
+        filled, fresh = KVCache(prefix_len, 0), KVCache(*self._places())
+        regions = int((self.rows.roles.sample_BL[places_A] != PADDING).any(-1).sum(1).max())
+        hidden_ANLD = self._pass_over_all(places_A, prefix_len, max(regions, 1), filled)
+        self.first |= dict(zip(new.tolist(), hidden_ANLD, strict=True))
         if self.kv_cache is not None and np.isin(new, self.cached_R).all():
-            at_A = torch.from_numpy(self._cached_at(new))
-            self.kv_cache.put(at_A, self.rows.prefill(places_A, prefix_len), len(self.cached_R))
+            self.kv_cache.put(torch.from_numpy(self._cached_at(new)), filled, len(self.cached_R))
             return
-        fresh.put(torch.arange(len(new)), self.rows.prefill(places_A, prefix_len), len(new))
+        fresh.put(torch.arange(len(new)), filled, len(new))
         if self.kv_cache is None:
             self.kv_cache, self.cached_R = fresh, new
             return
@@ -66,9 +72,21 @@ class Skipping:
         if whole_B.any():
             wanted_of_whole_BN = wanted_BN & whole_B[:, None]
             self._predict(wanted_of_whole_BN, self._forward_all(wanted_of_whole_BN, active_B, whole_B))
-        if (rest_BN := wanted_BN & ~whole_B[:, None]).any():
+        rest_BN = wanted_BN & ~whole_B[:, None]
+        if self.first:
+            known_BN = rest_BN & np.isin(np.arange(len(rest_BN)), list(self.first))[:, None]
+            self._predict(known_BN, self._hidden_of_new(known_BN))
+            rest_BN &= ~known_BN
+            self.first = {}
+        if rest_BN.any():
             self._predict(rest_BN, self._forward_captions(rest_BN, active_B))
         rows.settle()
+
+    def _hidden_of_new(self, known_BN: np.ndarray) -> Tensor:
+        """Hidden states (M, L, D) of regions in new rows, from the pass that filled their cache."""
+        known = torch.from_numpy(known_BN)
+        found = [hidden_NLD[known[row, : len(hidden_NLD)]] for row, hidden_NLD in sorted(self.first.items())]
+        return torch.cat(found)
 
     def _predict(self, wanted_BN: np.ndarray, hidden_MLD: Tensor) -> None:
         """Tokens and doubts of the wanted regions from their hidden states."""
@@ -83,20 +101,32 @@ class Skipping:
 
     def _forward_all(self, wanted_BN: np.ndarray, active_B: np.ndarray, whole_B: np.ndarray) -> Tensor:
         """Hidden states (M, L, D) of the wanted regions, from a pass over whole sequences."""
-        rows = self.rows
-        chosen_R = np.flatnonzero(whole_B)
+        bucket, chosen_R = self.rows.bucket, np.flatnonzero(whole_B)
+        kv_cache = None if bucket.cache == "none" else self._cache_to_fill(chosen_R, active_B)
         rows_R = torch.from_numpy(chosen_R)
-        parts = (rows.ids_BNL, rows.position_BNL, *rows.roles)
-        ids, position, *captions = (part[rows_R].flatten(1, 2) for part in parts)
-        x_RLD = torch.cat([rows.x_BPD[rows_R], rows.model.language_model.embed_tokens(ids)], dim=1)
-        position_RL = torch.cat([rows.prefix_position_BP[rows_R], position], dim=1)
-        kv_cache = None if rows.bucket.cache == "none" else self._cache_to_fill(chosen_R, active_B)
-        roles = join_roles(rows.prefix_roles.at(rows_R), TokenRoles(*captions))
-        mask = self._mask(roles, roles, "all", chosen_R)
-        behind = slice(rows.bucket.prefix_len, None)
-        x_RLD = rows.model.language_model(x_RLD, position_RL, mask, behind, kv_cache)
-        hidden_RNLD = x_RLD.unflatten(1, rows.ids_BNL.shape[1:])
+        hidden_RNLD = self._pass_over_all(rows_R, bucket.prefix_len, bucket.regions, kv_cache)
         return hidden_RNLD[torch.from_numpy(wanted_BN[chosen_R])]
+
+    def _pass_over_all(
+        self, rows_R: Tensor, prefix_len: int, regions: int, kv_cache: KVCache | None
+    ) -> Tensor:
+        """Hidden states (R, N, L, D) of the first captions of some rows, from a pass over whole sequences.
+
+        Args:
+            rows_R: the rows.
+            prefix_len: tokens of the longest of their prefixes.
+            regions: the number of captions, N.
+            kv_cache: what the pass fills, if anything.
+        """
+        rows, front = self.rows, (rows_R, slice(prefix_len))
+        parts = (rows.ids_BNL, rows.position_BNL, *rows.roles)
+        ids, position, *captions = (part[rows_R, :regions].flatten(1, 2) for part in parts)
+        x_RLD = torch.cat([rows.x_BPD[front], rows.model.language_model.embed_tokens(ids)], dim=1)
+        position_RL = torch.cat([rows.prefix_position_BP[front], position], dim=1)
+        roles = join_roles(rows.prefix_roles.at(front), TokenRoles(*captions))
+        mask = self._mask(roles, roles, f"all from {prefix_len}, {regions}", rows_R.numpy())
+        x_RLD = rows.model.language_model(x_RLD, position_RL, mask, slice(prefix_len, None), kv_cache)
+        return x_RLD.unflatten(1, (regions, -1))
 
     def _cached_at(self, chosen_R: np.ndarray) -> np.ndarray:
         """Where some of the cached rows are in the cache."""
