@@ -1,4 +1,6 @@
-"""Which tests share a process, in which order, and the seconds that each group may take.
+"""Which tests share a process, in which order, which are for the soak, and the seconds a group may take.
+
+`@pytest.mark.soak(keep=N)` leaves all but the first N cases of a test to `make soak`.
 
 A test's group is its kind (one of `KINDS`), else its file: what one group starts, it starts once.
 Groups follow one another, the longest by `budget.yaml` first, so that two workers end at about the same time.
@@ -31,9 +33,23 @@ def group_of(item: pytest.Item) -> str:
     return kind or item.nodeid.partition("::")[0].removeprefix("tests/")
 
 
+def keep_first_cases(items: list[pytest.Item]) -> None:
+    """Take the mark `soak(keep=N)` from the first N cases of each test that has it."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = next((each for each in item.own_markers if each.name == "soak" and each.kwargs), None)
+        if mark is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        seen[test] += 1
+        if seen[test] <= mark.kwargs["keep"]:
+            item.own_markers.remove(mark)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Name the groups for `--dist loadgroup`, and put the long ones first."""
+    keep_first_cases(items)
     seconds = budget()
     groups = {item: group_of(item) for item in items}
     order = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}

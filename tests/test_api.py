@@ -68,6 +68,7 @@ def test_importing_the_package_imports_nothing_else():
     assert [name for name in done.stdout.split() if name.startswith("paracaption.")] == []
 
 
+@pytest.mark.soak
 def test_a_corpus_is_built_from_keys_and_values_and_a_second_build_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(SAMPLES)  # from where relative paths are seen
     config = {

@@ -80,6 +80,7 @@ def test_the_page_has_an_example_of_each_kind_and_no_two_files_of_one_name():
     assert all(len(FILES[f"{name}.py"].splitlines()) <= 60 for name in MODULES)
 
 
+@pytest.mark.soak
 def test_the_three_backends_build_a_corpus_with_the_commands_of_the_page(folder):
     for command in (each for each in COMMANDS if "polygons" not in each):
         run(command)
@@ -91,6 +92,7 @@ def test_the_three_backends_build_a_corpus_with_the_commands_of_the_page(folder)
     assert [row["kept"] for row in asked] == [row["iou"] >= 0.5 for row in asked]
 
 
+@pytest.mark.soak
 def test_another_version_asks_again_and_an_option_outside_of_the_identity_does_not(folder):
     build = "paracaption build mine.yaml --local --limit-images 2"
     run(build)
@@ -142,6 +144,7 @@ def test_the_mask_generator_divides_a_photo_into_quarters(folder):
     assert generator.generate(np.zeros((4, 10, 3), np.uint8)) == []
 
 
+@pytest.mark.soak
 def test_the_source_of_the_page_reads_polygons_and_keeps_count_of_what_is_wrong(folder):
     (example,) = re.findall(r'`(\{"photo": .*?\]\}\]\})`', PAGE, re.DOTALL)
     square = [100, 100, 200, 100, 200, 200, 100, 200]

@@ -162,6 +162,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.soak
 def test_the_ledgers_columns_are_null_when_the_page_says(folder):
     """For the conditions that a row itself shows: kept, dropped, and the stages that a kept region passed."""
     import pyarrow.parquet as pq

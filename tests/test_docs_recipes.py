@@ -45,6 +45,7 @@ def test_the_recipe_of_the_page_builds_and_its_corpus_verifies(folder):
     assert "nothing to do" in run("paracaption build own_recipe.yaml --local")
 
 
+@pytest.mark.soak
 def test_the_stage_of_the_page_drops_and_is_shown_without_being_imported(folder):
     run("paracaption build own_stage.yaml --local")
     details = [

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import groups
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +30,7 @@ def test_with_ray():
 """
 
 
+@pytest.mark.soak
 def test_the_tests_of_a_group_share_a_process(tmp_path):
     names, log = ("first", "second", "third"), tmp_path / "log"
     for name in names:
@@ -45,6 +48,19 @@ def test_the_tests_of_a_group_share_a_process(tmp_path):
     assert [len({process for name, process in ran if name == group}) for group in ("ray", *names)] == [1] * 4
     begins = dict(reversed([(process, name) for name, process in ran]))
     assert "ray" in begins.values(), "the group with the largest budget comes first"
+
+
+def test_the_first_cases_of_a_test_are_kept_from_the_soak(tmp_path):
+    lines = ["import pytest", "@pytest.mark.parametrize('n', range(5))", "@pytest.mark.soak(keep=2)"]
+    lines += ["def test_some(n):", "    pass", "@pytest.mark.soak", "def test_none():", "    pass"]
+    (tmp_path / "test_some.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "pytest", str(tmp_path), "-p", "tests.groups", "-p", "no:cacheprovider"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "--collect-only", "-q"]
+    wanted = {"not soak": ["some[0]", "some[1]"], "soak": ["none", "some[2]", "some[3]", "some[4]"]}
+    for chosen, cases in wanted.items():
+        done = subprocess.run([*command, "-m", chosen], cwd=ROOT, capture_output=True, text=True)
+        found = [line.partition("::test_")[2] for line in done.stdout.splitlines() if "::" in line]
+        assert sorted(found) == cases, done.stdout
 
 
 def test_every_group_with_a_budget_exists():

@@ -240,6 +240,7 @@ def agreeable(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__.removeprefix("_plant_"))
 @pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.soak(keep=8)
 def test_no_loader_runs_code_of_a_models_folder(folders, tmp_path, agreeable, monkeypatch, loader, plant):
     name, load = LOADERS[loader]
     if loader == "judge":
@@ -262,6 +263,7 @@ def test_no_loader_runs_code_of_a_models_folder(folders, tmp_path, agreeable, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.soak(keep=8)
 def test_every_loader_of_these_takes_the_folder_as_it_was(folders, tmp_path, loader):
     name, load = LOADERS[loader]
     if loader == "judge":

@@ -24,6 +24,7 @@ print(*set(sys.modules) - before)
     assert len(imported) < 30, sorted(imported)
 
 
+@pytest.mark.soak
 def test_a_file_is_loaded_under_one_name():
     """`paracaption/pipeline` is a link to `pipeline`: loaded under both names, a class would exist twice."""
     script = """

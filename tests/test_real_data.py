@@ -21,7 +21,7 @@ from paracaption.schemas.config import BuildConfig
 from tests.building import build
 from tests.shared_data import shared_data
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(300)]
 
 PANOPTIC = [
     ("coco_panopticapi", "panoptic.json", "panoptic", "images"),

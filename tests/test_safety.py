@@ -202,6 +202,7 @@ def side_doors(source: str, name: str) -> list[str]:
     return found
 
 
+@pytest.mark.soak
 def test_a_corpus_and_its_sources_are_read_and_written_through_one_door():
     found: dict[str, list[str]] = {}
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
@@ -212,6 +213,7 @@ def test_a_corpus_and_its_sources_are_read_and_written_through_one_door():
     assert sorted(set(ELSEWHERE) - set(found)) == [], "these have no reason to be listed any more"
 
 
+@pytest.mark.soak
 def test_parquet_is_read_by_the_thread_that_asks_in_every_room():
     found = []
     for folder in ("pipeline", "model_training", "flows"):

@@ -154,6 +154,7 @@ def test_it_captions_a_photo_with_the_masks_of_a_panoptic_json(home):
     assert [region["caption"] for region in json.loads(record)["regions"]] == captions
 
 
+@pytest.mark.soak
 def test_it_is_evaluated_on_the_scenes(home):
     run("build", "samples/scenes/truth.yaml", "--local")
     true = {(row["key"], row["region"]): row["caption"] for row in rows(home / "out/scenes/truth")}

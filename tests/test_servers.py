@@ -44,6 +44,7 @@ def test_what_a_store_needs_is_in_its_url_and_environment(object_store, monkeypa
         bucket.head("shards/a b.tar")
 
 
+@pytest.mark.soak
 def test_moto_keeps_conditions_too(moto, monkeypatch):
     """It is a development package, so this one runs everywhere."""
     servers.set_environment(monkeypatch, moto.environment)

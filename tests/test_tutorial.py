@@ -28,6 +28,7 @@ def run(kind: str, text: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_what_a_reader_of_the_tutorial_runs_ends_well_and_shows_what_the_page_says(tmp_path):
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
     printed = {

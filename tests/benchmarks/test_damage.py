@@ -15,6 +15,7 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("changes", [40, pytest.param(2000, marks=pytest.mark.soak)])
+@pytest.mark.soak
 def test_a_changed_byte_in_any_file_that_is_vouched_for_is_found(out, changes):
     found = list(damage.change_bytes(out, changes, seed=changes))
     faults = [change for change in found if change.is_fault]

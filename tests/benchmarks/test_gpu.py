@@ -95,6 +95,7 @@ def test_batch_has_a_row_for_each_number_of_images(machine, tmp_path):
     assert found[1]["roofline"]["floor_s"] > found[0]["roofline"]["floor_s"]
 
 
+@pytest.mark.soak
 def test_a_training_step_runs_sharded_frozen_and_with_lora(machine, tmp_path):
     found = run_part("train", machine, tmp_path)
     assert [row["numbers"]["fsdp2"] for row in found] == [True, True, True, False]
@@ -105,6 +106,7 @@ def test_a_training_step_runs_sharded_frozen_and_with_lora(machine, tmp_path):
     assert lora["trained_billions"] < frozen["trained_billions"] < whole["trained_billions"]
 
 
+@pytest.mark.soak
 def test_gar_and_sam_run_without_an_engine(machine, tmp_path):
     tower, prefill = run_part("gar", machine, tmp_path)
     check_roofline(tower)
@@ -228,6 +230,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.soak
 def test_a_part_over_its_limit_is_killed_with_its_children_and_its_rows_stay(monkeypatch, tmp_path):
     settings = Settings(tmp_path, "cpu", "tiny")
     path = tmp_path / "hangs.jsonl"
@@ -344,6 +347,7 @@ def test_a_dry_run_of_the_command(tmp_path, names):
     assert max(map(len, done.stdout.splitlines())) <= max(80, len(str(tmp_path)) + 20)
 
 
+@pytest.mark.soak
 def test_parts_for_a_bare_machine_import_nothing_that_they_do_not_name():
     lacking = "msgspec pycocotools cv2 ray prefect pyarrow duckdb numba webdataset vllm".split()
     bare = [part.name.replace("-", "_") for part in PARTS if part.needs == Part("", "", 0).needs]

@@ -3,6 +3,8 @@
 import signal
 import sys
 
+import pytest
+
 from tests.stopped import run_and_stop
 
 SCRIPT = """
@@ -18,6 +20,7 @@ toy.run_command("build", "nothing.yaml")
 """
 
 
+@pytest.mark.soak
 def test_a_terminated_benchmark_leaves_no_command_behind():
     command = [sys.executable, "-c", SCRIPT]
     stopped = run_and_stop(command, (signal.SIGTERM,))

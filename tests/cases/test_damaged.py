@@ -22,6 +22,7 @@ def try_seeds(seeds: range) -> None:
     assert not problems, f"{len(problems)} of {len(seeds)} seeds:\n" + "\n".join(problems[:5])
 
 
+@pytest.mark.soak
 def test_thirty_damaged_sources_are_read_rightly_or_dropped_with_a_reason():
     try_seeds(range(30))
 
@@ -74,6 +75,7 @@ class BrokenInside(damaged.Run):
     ("wrong", "noticed"),
     [(None, ""), (mixed_up, "another mask"), (left_out, "regions in the files")],
 )
+@pytest.mark.soak
 def test_a_reader_that_does_wrong_is_noticed(monkeypatch, tmp_path, wrong, noticed):
     read = protocols.Source.read
 
@@ -89,6 +91,7 @@ def test_a_reader_that_does_wrong_is_noticed(monkeypatch, tmp_path, wrong, notic
 
 
 @pytest.mark.parametrize("looks", [True, False])
+@pytest.mark.soak
 def test_an_audit_that_does_not_look_inside_photos_is_noticed(monkeypatch, tmp_path, looks):
     if not looks:
         monkeypatch.setattr(audit, "_check_pixels", lambda _image, _limits: None)

@@ -25,6 +25,7 @@ def run(folder: Path, seeds: range) -> str:
     return f"{done.stdout[-8000:]}{ended[-4000:]}"
 
 
+@pytest.mark.soak
 def test_fifty_odd_inputs_are_read_or_refused_without_a_hang_or_a_traceback(tmp_path):
     assert not run(tmp_path, range(50))
 

@@ -145,6 +145,7 @@ def test_a_run_on_a_corpus_of_which_all_is_too_long_fails_and_writes_no_model(tm
         ({"prompt": "What is it?", "grouping": "even"}, ("What is it?", "even")),
     ],
 )
+@pytest.mark.soak(keep=1)
 def test_a_result_says_with_which_prompt_and_grouping_it_was_made(
     saved: Path, tmp_path: Path, kind: str, asked: dict[str, str], told: tuple[str, str]
 ):
@@ -210,6 +211,7 @@ def damaged(request, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.soak(keep=2)
 def test_a_damaged_model_is_an_error_of_one_line_and_captions_nothing(damaged: Path, tmp_path: Path):
     pixels, (mask, _) = photo(1, 2)
     Image.fromarray(pixels).save(tmp_path / "photo.png")

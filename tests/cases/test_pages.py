@@ -52,6 +52,7 @@ def rows_of(out: Path) -> dict[tuple[str, int], dict]:
     return {(row["key"], row["region"]): row for row in rows if row["region"] is not None}
 
 
+@pytest.mark.soak
 def test_colours_mean_two_things_no_region_has_the_color_of_an_outcome(client, out):
     outcomes = {figure.KEPT.lower(), figure.DROPPED.lower(), figure.MOVED.lower()}
     assert not outcomes & {"#{:02x}{:02x}{:02x}".format(*color) for color in draw.PALETTE}

@@ -176,6 +176,7 @@ def unknown_backend(config, place):
         unknown_backend,
     ],
 )
+@pytest.mark.soak
 def test_a_build_that_is_refused_changes_no_byte_of_the_corpus(place, mistake):
     wrong = looser(mistake(config_at(place), place))
     before = tree(place / "out")
@@ -200,6 +201,7 @@ def test_a_first_build_that_is_refused_makes_no_folder(tmp_path, mistake):
 
 
 @pytest.mark.parametrize("at", [2, 5, 8, 10, 12, 15])
+@pytest.mark.soak
 def test_a_driver_that_dies_while_it_replaces_units_loses_none_if_the_photos_are_away_then(place, at):
     config = looser(config_at(place))
     died = killed(lambda: build(config), lambda: die_at(at))
@@ -224,6 +226,7 @@ def die_in_the_index() -> None:
 
 @pytest.mark.parametrize("again", ["build", "merge"])
 @pytest.mark.parametrize("command", ["build", "merge"])
+@pytest.mark.soak
 def test_a_merge_that_is_killed_leaves_no_temporary_file_after_the_next_command(place, command, again):
     config = config_at(place)
     before = committed(place / "out")
@@ -241,6 +244,7 @@ def test_a_merge_that_is_killed_leaves_no_temporary_file_after_the_next_command(
 
 
 @pytest.mark.parametrize("call", ["flock", "lockf", "fcntl"])
+@pytest.mark.soak
 def test_a_file_system_without_locks_is_built_on(tmp_path, monkeypatch, call):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
@@ -304,6 +308,7 @@ def labels_are_of_another_release(place):
         labels_are_empty,
     ],
 )
+@pytest.mark.soak
 def test_a_rebuild_without_its_sources_replaces_no_good_unit(place, away):
     good = {name: data for name, data in committed(place / "out").items() if "/shards/" in name}
     away(place)

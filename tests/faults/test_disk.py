@@ -87,6 +87,7 @@ def assert_valid(out: Path) -> int:
     return len(manifests)
 
 
+@pytest.mark.soak
 def test_a_full_disk_stops_the_build_and_a_larger_one_ends_it_as_if_nothing_had_been(
     disk, coconut, undisturbed
 ):
@@ -105,6 +106,7 @@ def test_a_full_disk_stops_the_build_and_a_larger_one_ends_it_as_if_nothing_had_
 
 
 @pytest.mark.parametrize("free_kb", range(0, 160, 8))
+@pytest.mark.soak(keep=1)
 def test_a_disk_that_is_full_at_any_point_drops_no_record(disk, coconut, undisturbed, free_kb, monkeypatch):
     monkeypatch.setattr(driver, "check_disk", lambda *_: None)  # there was room when the build began
     wanted = config(disk / "out", coconut)

@@ -24,7 +24,7 @@ from paracaption.schemas.config import BuildConfig
 from tests.building import build, committed, config_of
 from tests.synthetic import write_coconut, write_sa1b
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3600)]
 
 LEASE_S = 0.6
 DONE, BUSY, FENCED = 0, 3, 5

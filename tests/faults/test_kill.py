@@ -168,6 +168,7 @@ def test_the_driver_of_a_local_build_killed_at_random_moments(tmp_path, source, 
         pytest.param(2, "OneByOneCaptioner", id="a captioner that batches by itself"),
     ],
 )
+@pytest.mark.soak
 def test_a_unit_of_slow_calls_gets_ahead_though_its_worker_is_killed_every_second(
     tmp_path, source, batch_images, name
 ):
@@ -218,6 +219,7 @@ def _asks(config, driver: subprocess.Popen, began_s: float) -> bool:
 
 
 @pytest.mark.parametrize("at", ["flush", "name"])
+@pytest.mark.soak
 def test_a_worker_that_dies_while_it_saves_loses_that_batch_alone_and_leaves_nothing(tmp_path, source, at):
     mark = tmp_path / "died"
     config = config_of(

@@ -13,7 +13,7 @@ from tests.faults.test_kill_recipe import kill_and_resume
 from tests.machinery import alone
 from tests.synthetic import write_boxes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1800)]
 
 
 def _slow(root: Path, source: dict, apart: bool = False):

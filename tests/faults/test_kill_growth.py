@@ -28,7 +28,7 @@ from tests.building import calls, committed, config_of
 from tests.pipeline.corpus.test_growth import SIZE, records, samples
 from tests.synthetic import jpeg, write_coconut, write_sa1b
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1800)]
 
 WHENS = ("before", "after", "moving")
 REMOVED = ["coconut/000000000001", "sa1b/sa_0"]

@@ -16,7 +16,7 @@ from tests.faults.test_kill import KILLS, _at_work, _drive, _evidence_rows
 from tests.machinery import alone
 from tests.pipeline.stages.test_composite import captioner, configured, judge
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1800)]
 
 
 def _recipe(root: Path, apart: bool = False) -> object:

@@ -101,6 +101,7 @@ def test_a_source_that_goes_away_in_mid_build_is_not_committed_and_heals_by_itse
     assert committed(tmp_path / "out") == committed(tmp_path / "whole")
 
 
+@pytest.mark.soak
 def test_other_units_go_on_and_the_build_ends_with_what_is_held_back(tmp_path):
     config = config_for(tmp_path)
     label = tmp_path / "src/labels/000000000002.png"
@@ -151,6 +152,7 @@ def failing_file(monkeypatch, ending: str, error: Callable[[str], Exception]) ->
         (errno.ELOOP, Reason.PHOTO_UNREADABLE, "record"),
     ],
 )
+@pytest.mark.soak
 def test_one_bad_sector_is_a_drop_that_keeps_its_regions_and_heals(
     tmp_path, monkeypatch, number, reason, kind
 ):
@@ -286,6 +288,7 @@ def test_photos_that_are_away_come_from_the_committed_shard(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.soak(keep=1)
 def test_a_redo_that_would_lose_what_is_committed_is_held_back(tmp_path, monkeypatch, kind):
     config = config_for(tmp_path, kind)
     build(config)
@@ -362,6 +365,7 @@ def with_patience(config, seconds: float, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [503, 500, 429, "reset", "short", "page"])
+@pytest.mark.soak
 def test_every_third_request_may_fail(tmp_path, server, remote, monkeypatch, fault):
     server.fault = lambda *_: fault if len(server.asked) % 3 == 0 else None
     build(with_patience(remote, 60, monkeypatch))
@@ -369,6 +373,7 @@ def test_every_third_request_may_fail(tmp_path, server, remote, monkeypatch, fau
 
 
 @pytest.mark.parametrize("fault", ["no length", "no ranges", "no head", "no listing"])
+@pytest.mark.soak(keep=1)
 def test_a_server_that_lacks_something_is_read_all_the_same(tmp_path, server, remote, fault):
     server.fault = lambda *_: fault
     build(remote)
@@ -376,6 +381,7 @@ def test_a_server_that_lacks_something_is_read_all_the_same(tmp_path, server, re
 
 
 @pytest.mark.parametrize("fault", [503, 404, "reset"])
+@pytest.mark.soak
 def test_a_server_that_goes_down_in_mid_build_holds_its_units_back(tmp_path, server, remote, fault):
     def down() -> None:
         server.fault = lambda *_: fault
@@ -397,6 +403,7 @@ def test_a_key_that_expires_in_mid_build_stops_it_at_once(tmp_path, server, remo
     assert "\n" not in str(told.value) and counts(tmp_path / "out") == [(8, 8)]
 
 
+@pytest.mark.soak
 def test_one_photo_that_is_refused_is_its_own_fault(tmp_path, server, remote):
     server.fault = lambda _, path: 403 if path.endswith("photos/000000000002.jpg") else None
     build(remote)
@@ -404,6 +411,7 @@ def test_one_photo_that_is_refused_is_its_own_fault(tmp_path, server, remote):
     assert manifests(tmp_path / "out")[1].failed == {"refused": 1}
 
 
+@pytest.mark.soak
 def test_one_photo_that_is_not_there_is_missing(tmp_path, server, remote):
     (tmp_path / "src/coconut/photos/000000000002.jpg").unlink()
     build(remote)
@@ -429,12 +437,14 @@ def test_planning_ends_in_one_line_that_names_the_file(tmp_path, server, remote,
     assert not list((tmp_path / "out").glob("*/manifests/*"))
 
 
+@pytest.mark.soak
 def test_planning_waits_for_what_passes(tmp_path, server, remote, monkeypatch):
     server.fault = lambda *_: 503 if len(server.asked) < 6 else None
     build(with_patience(remote, 60, monkeypatch))
     assert counts(tmp_path / "out") == [(8, 8)] * 4
 
 
+@pytest.mark.soak
 def test_tars_over_http_are_read_by_ranges_and_held_back(tmp_path):
     made = write_sa1b(tmp_path / "src", 6)
     with serving(tmp_path / "src") as server:

@@ -32,6 +32,7 @@ def expected(mask):
 
 @given(label_maps())
 @settings(max_examples=300, deadline=None)
+@pytest.mark.soak
 def test_every_segment_of_a_label_map_is_what_pycocotools_encodes(labels):
     masks = rle.encode_label_map(labels)
     assert list(masks) == np.unique(labels).tolist()
@@ -65,6 +66,7 @@ def test_random_bytes_are_a_mask_of_exactly_the_image_or_a_bad_record(data, heig
 
 @given(label_maps(), st.data())
 @settings(max_examples=200, deadline=None)
+@pytest.mark.soak
 def test_a_damaged_rle_never_reaches_pycocotools_unless_it_fills_its_image(labels, data):
     counts = bytearray(next(iter(rle.encode_label_map(labels).values())).rle.counts.encode())
     place = data.draw(st.integers(0, len(counts) - 1))

@@ -85,6 +85,7 @@ def test_a_server_that_is_gone_is_one_warning_and_one_that_is_back_is_used_again
         assert publisher.wait() and made == [1]
 
 
+@pytest.mark.soak
 def test_calls_are_made_in_their_order_in_the_context_of_who_put_them(publisher):
     from contextvars import ContextVar
 

@@ -77,6 +77,7 @@ def test_the_live_view_and_the_card_are_artifacts(built):
     assert "coconut" in artifacts("dataset-card")[0].data
 
 
+@pytest.mark.soak
 def test_the_card_of_a_corpus_in_a_bucket_shows_its_plots(tmp_path, sources, local_engine, memory_out):
     from paracaption.flows.build import build_corpus
 
@@ -98,6 +99,7 @@ def test_a_second_run_has_nothing_to_do(built):
     assert len(calls(out.parent / "captioner.log")) == paid
 
 
+@pytest.mark.soak
 def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbers(
     tmp_path, sources, local_engine
 ):
@@ -114,6 +116,7 @@ def test_limit_images_plans_so_many_and_another_limit_is_refused_with_both_numbe
     assert committed(tmp_path / "out") == before
 
 
+@pytest.mark.soak
 def test_retry_failed_builds_units_with_errors_again(tmp_path, sources, local_engine):
     from paracaption.flows.build import build_corpus
 
@@ -149,6 +152,7 @@ def test_wrong_parameters_are_refused_before_the_run(tmp_path, sources, wrong):
         build_corpus.validate_parameters({**right, **wrong})
 
 
+@pytest.mark.soak
 def test_a_served_flow_checks_its_parameters_in_a_process_of_its_own(tmp_path, sources):
     """`serve` pickles the flow for the process of each run; what it does not take along is missing there."""
     import cloudpickle
@@ -179,6 +183,7 @@ print(type(checked["config"]).__name__, checked["limit_images"])
         (OSError("the file system is away"), 1),
     ],
 )
+@pytest.mark.soak(keep=1)
 def test_what_a_retry_can_mend_is_tried_three_times_and_a_mistake_once(error, attempts):
     from prefect import flow
 
@@ -200,6 +205,7 @@ def test_what_a_retry_can_mend_is_tried_three_times_and_a_mistake_once(error, at
     assert len(tried) == attempts
 
 
+@pytest.mark.soak
 def test_a_subset_may_have_a_name_that_is_no_key_of_prefect(sources, tmp_path, local_engine):
     from paracaption.flows.build import build_corpus
 

@@ -67,6 +67,7 @@ def clone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.soak
 def test_each_command_has_an_example_that_its_help_ends_with():
     assert set(EXAMPLES) == set(commands())
     for name, example in EXAMPLES.items():
@@ -83,6 +84,7 @@ def test_each_example_is_understood(name):
     commands()[name].make_context(name, given)  # raises UsageError
 
 
+@pytest.mark.soak
 def test_the_examples_run_one_after_the_other(clone, monkeypatch):
     monkeypatch.chdir(clone)
     for name in RUN:

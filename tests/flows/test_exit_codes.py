@@ -226,6 +226,7 @@ def test_an_unexpected_error_is_raised_which_ends_a_program_with_1(folder, code_
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 @pytest.mark.parametrize(("code", "number"), SIGNALS.items())
+@pytest.mark.soak
 def test_each_signal_of_the_page_ends_a_command_with_its_code(code, number):
     program = textwrap.dedent("""
         import time
@@ -259,6 +260,7 @@ main()
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
+@pytest.mark.soak
 def test_the_explorer_ends_with_0_when_it_is_stopped(folder):
     """`status --watch` is stopped in test_versions.py."""
     assert (

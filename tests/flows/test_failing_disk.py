@@ -64,6 +64,7 @@ def config(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.soak
 def test_a_disk_that_fails_at_any_call_of_an_audit_ends_in_one_line_or_in_a_report(
     tmp_path, config, capsys, monkeypatch
 ):
@@ -93,6 +94,7 @@ def test_a_disk_that_fails_at_any_call_of_an_audit_ends_in_one_line_or_in_a_repo
 
 @pytest.mark.parametrize("command", ["build", "doctor", "estimate", "audit", "merge"])
 @pytest.mark.parametrize("content", [b"[" * 5_000, b"a: " + b"9" * 400, b"\xff\xfe", b"a: !!int x"])
+@pytest.mark.soak(keep=3)
 def test_a_configuration_that_nobody_can_read_is_one_line(tmp_path, capsys, command, content):
     path = tmp_path / "c.yaml"
     path.write_bytes(content)

@@ -42,6 +42,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.soak
 def test_every_mistake_is_an_error_of_ours(found):
     assert len(found["rows"]) >= 20
     assert {kind for _, _, kind, _ in found["rows"]} == {"ConfigError"}

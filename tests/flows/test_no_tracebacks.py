@@ -101,6 +101,7 @@ PAIRS = [(file, name) for file, path in FILES.items() for name in kinds_of(path)
     ("file", "name"),
     [each if each in QUICK else pytest.param(*each, marks=pytest.mark.soak) for each in PAIRS],
 )
+@pytest.mark.soak(keep=1)
 def test_every_command_says_in_one_line_what_a_file_of_a_corpus_is(good, tmp_path, file, name):
     assert problems(good, tmp_path, FILES[file], name, kinds_of(FILES[file])[name]) == []
 
@@ -162,6 +163,7 @@ NOT_A_CONFIG = (*NOT_A_CORPUS, "a pointer", "zeros", "not UTF-8", "gzipped")
 
 @pytest.mark.parametrize("name", NOT_A_CORPUS)
 @pytest.mark.parametrize("command", FOLDERS)
+@pytest.mark.soak(keep=27)
 def test_what_is_no_corpus_is_one_line(tmp_path, command, name):
     path = place(tmp_path, name)
     (tmp_path / "keys.txt").write_text("a\n")
@@ -175,6 +177,7 @@ def test_what_is_no_corpus_is_one_line(tmp_path, command, name):
 
 @pytest.mark.parametrize("name", NOT_A_CONFIG)
 @pytest.mark.parametrize("command", CONFIGS)
+@pytest.mark.soak(keep=26)
 def test_what_is_no_configuration_is_one_line(tmp_path, command, name):
     path = place(tmp_path, name)
     answer = run(*(str(each).format(path) for each in CONFIGS[command]))

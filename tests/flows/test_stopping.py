@@ -43,6 +43,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
+@pytest.mark.soak
 def test_a_command_unwinds_and_says_what_is_done(number, code):
     found = stopped(
         """
@@ -69,12 +70,14 @@ def test_a_command_unwinds_and_says_what_is_done(number, code):
         "exec('while True: pass')",
     ],
 )
+@pytest.mark.soak
 def test_a_command_ends_whatever_it_waits_for(wait):
     found = stopped(f"ready()\n{wait}", signal.SIGINT)
     assert (found.code, found.errors, found.left) == (130, "stopped\n", [])
     assert found.seconds < 5
 
 
+@pytest.mark.soak
 def test_what_goes_on_after_an_interrupt_is_ended():
     found = stopped(
         """
@@ -95,6 +98,7 @@ def test_what_goes_on_after_an_interrupt_is_ended():
     assert 1.5 < found.seconds < 6
 
 
+@pytest.mark.soak
 def test_an_interrupt_that_is_lost_while_an_object_is_cleaned_up_is_not_shown():
     found = stopped(
         """
@@ -128,6 +132,7 @@ def test_nothing_is_unwound_where_that_would_take_too_long():
     assert found.seconds < 4
 
 
+@pytest.mark.soak
 def test_handlers_that_a_library_sets_change_nothing():
     found = stopped(
         """
@@ -143,6 +148,7 @@ def test_handlers_that_a_library_sets_change_nothing():
     assert (found.code, found.errors) == (143, "stopped\n")
 
 
+@pytest.mark.soak
 def test_no_child_is_left_that_ignores_signals_or_hides_in_a_session_of_its_own():
     found = stopped(
         f"""
@@ -161,6 +167,7 @@ def test_no_child_is_left_that_ignores_signals_or_hides_in_a_session_of_its_own(
     assert found.seconds < 6
 
 
+@pytest.mark.soak
 def test_shared_memory_of_a_killed_child_is_given_back():
     found = stopped(
         """
@@ -183,6 +190,7 @@ def test_shared_memory_of_a_killed_child_is_given_back():
     assert name.startswith("psm_") and not Path("/dev/shm", name).exists() and found.left == []
 
 
+@pytest.mark.soak
 def test_a_second_ctrl_c_changes_nothing():
     body = f"""
         subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], stdout=subprocess.PIPE).stdout.readline()
@@ -194,6 +202,7 @@ def test_a_second_ctrl_c_changes_nothing():
     assert (found.code, found.errors, found.left) == (130, "stopped\n", [])
 
 
+@pytest.mark.soak
 def test_what_is_done_is_left_out_if_it_takes_too_long_to_find_out():
     found = stopped(
         """
@@ -218,6 +227,7 @@ def test_an_error_that_is_no_interrupt_is_raised_as_ever():
     assert found.code == 1 and found.errors.endswith("ValueError: mine\n")
 
 
+@pytest.mark.soak
 def test_start_up_can_be_stopped_at_any_moment_without_a_traceback(tmp_path):
     draw = random.Random(7)
     for _ in range(6):

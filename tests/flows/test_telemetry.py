@@ -83,6 +83,7 @@ def test_a_value_that_is_set_already_stays():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_libraries_themselves_say_that_they_report_nothing():
     """vLLM is left out: it loads torch to answer. Its variable is asked for above."""
     pytest.importorskip("huggingface_hub")

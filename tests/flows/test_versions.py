@@ -48,6 +48,7 @@ def lines_of(*args: object, exit_code: int = 0) -> list[str]:
     return (done.output if exit_code else done.stdout).splitlines()
 
 
+@pytest.mark.soak
 def test_versions_in_a_pipe_are_one_line_for_each_entry(built):
     out, _ = built
     lines = lines_of("versions", out)

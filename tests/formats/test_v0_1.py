@@ -114,6 +114,7 @@ def test_a_resume_changes_nothing_and_asks_no_model(home):
     assert models_started(home / "corpus") == set()
 
 
+@pytest.mark.soak
 def test_the_command_needs_neither_ray_nor_prefect_to_resume_it(home):
     script = """
 import sys
@@ -137,6 +138,7 @@ def test_units_are_rebuilt_from_their_evidence_to_the_last_byte(home):
     assert models_started(home / "corpus") == set()
 
 
+@pytest.mark.soak
 def test_a_changed_threshold_drops_from_stored_evidence(home):
     config = load_config(home / "build.yaml").model_copy(update={"min_iou": 1.0})
     driver.build(config, LocalEngine())

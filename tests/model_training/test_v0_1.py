@@ -28,6 +28,7 @@ def home(tmp_path) -> Path:
 
 
 @pytest.mark.filterwarnings("default::paracaption.schemas.renames.RenamedWarning")
+@pytest.mark.soak
 def test_a_run_goes_on_from_its_checkpoint(home, caplog):
     with pytest.warns(RenamedWarning) as warned:
         config = load_training(home / "train.yaml")

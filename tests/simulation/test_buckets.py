@@ -28,6 +28,7 @@ def simulation(tmp_path_factory):
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.soak
 def test_builds_in_a_bucket_under_seeded_faults_end_as_if_nothing_had_been(simulation):
     try_seeds(simulation, range(8))
 
@@ -47,6 +48,7 @@ def test_the_same_seed_is_the_same_run_in_a_bucket(simulation):
 
 
 @pytest.mark.parametrize("kind", [*REQUESTS, *WRITES])
+@pytest.mark.soak
 def test_every_kind_of_fault_happens_in_a_bucket(simulation, kind):
     faults = [(where, fault) for where, fault in simulation.faults() if fault.kind == kind]
     for each in faults[7 :: max(1, len(faults) // 5)]:

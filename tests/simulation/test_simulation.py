@@ -38,6 +38,7 @@ def try_calls(simulation: Simulation, every: int) -> None:
     fail_together([problem for each in faults if (problem := simulation.problem_of(*each))], len(faults))
 
 
+@pytest.mark.soak
 def test_builds_under_seeded_faults_end_as_if_nothing_had_been(simulation):
     try_seeds(simulation, range(15))
 
@@ -63,6 +64,7 @@ def test_the_same_seed_is_the_same_run(simulation):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.soak(keep=4)
 def test_every_kind_of_fault_happens(simulation, kind):
     faults = [(where, fault) for where, fault in simulation.faults() if fault.kind == kind]
     for each in faults[:: max(1, len(faults) // 5)]:
@@ -72,6 +74,7 @@ def test_every_kind_of_fault_happens(simulation, kind):
     pytest.fail(f"none of {len(faults)} faults happened")
 
 
+@pytest.mark.soak
 def test_what_does_not_hold_is_noticed(simulation, monkeypatch):
     """A driver that names files in a record before they are on the disk loses them at a power cut."""
     from paracaption.pipeline.io import store

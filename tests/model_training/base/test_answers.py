@@ -66,6 +66,7 @@ def same(states, row, recorded):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.soak
 def test_prompts_are_the_same(chat, name):
     asked = laid_out(chat, name)
     ids = np.concatenate([asked.example.prefix, asked.example.captions], axis=1)[0]
@@ -75,6 +76,7 @@ def test_prompts_are_the_same(chat, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.soak
 def test_answers_are_the_same_to_the_last_token_in_every_step(states, name):
     same(states, list(CASES).index(name), RECORDED[name])
 
@@ -84,6 +86,7 @@ def test_answers_are_the_same_alone(chat, name):
     same(list(answer_steps(chat.model, [laid_out(chat, name)])), 0, RECORDED[name])
 
 
+@pytest.mark.soak
 def test_texts_are_the_same_when_decoding_stops_early(chat):
     answers = chat.ask_all([question(name, early_exit=True) for name in CASES], batch_size=len(CASES))
     assert [answer.text for answer in answers] == [RECORDED[name]["answer"] for name in CASES]
@@ -92,6 +95,7 @@ def test_texts_are_the_same_when_decoding_stops_early(chat):
     assert {answer.ended for answer in answers} == {"end", "stop", "length"}
 
 
+@pytest.mark.soak
 def test_without_the_tokens_that_are_never_predicted_answers_would_be_others(chat):
     free = chat.ask_all([question(name, suppress_special=False) for name in CASES], batch_size=len(CASES))
     said = {token for answer in free for token in answer.tokens}

@@ -143,6 +143,7 @@ def test_each_region_once_an_epoch_and_equal_steps_on_any_number_of_ranks(
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.soak
 def test_workers_change_neither_batches_nor_their_order(corpus: Path, method: str):
     made = loader(corpus, 1, 2, workers=2, start_method=method)
     random = torch.get_rng_state()
@@ -154,6 +155,7 @@ def test_workers_change_neither_batches_nor_their_order(corpus: Path, method: st
     made.close()
 
 
+@pytest.mark.soak
 def test_a_resume_with_workers_leaves_out_what_they_made_ahead(corpus: Path):
     ours = loader(corpus, max_tokens=300, workers=2, prefetch=4, start_method="fork")
     batches = iter(ours)
@@ -194,6 +196,7 @@ def test_images_have_as_many_groups_as_in_the_original(corpus: Path):
 
 @pytest.mark.parametrize("before", [1, 2])
 @pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.soak(keep=2)
 def test_a_resume_in_mid_epoch_gives_what_was_left_to_any_number_of_ranks(
     corpus: Path, before: int, after: int
 ):
@@ -397,6 +400,7 @@ def damage(out: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "gone", "photo", "mask", "json", "other"])
+@pytest.mark.soak(keep=2)
 def test_a_damaged_shard_is_an_error_with_shard_and_key_or_counted(corpus: Path, tmp_path: Path, kind: str):
     out = copy(corpus, tmp_path)
     reason = damage(out, kind)
@@ -447,6 +451,7 @@ def test_index_and_ledgers_lead_to_the_same_batches(merged: Path, caplog: pytest
     assert_equal(list(by_ledgers), list(by_index))
 
 
+@pytest.mark.soak
 def test_a_stale_index_is_passed_by_and_a_shard_without_manifest_too(merged: Path):
     before = regions_of(loader(merged))
     write_unit(merged, 777, [3, 2])

@@ -134,6 +134,7 @@ def configure(corpus: Path, share: float) -> BuildConfig:
 
 
 @pytest.mark.parametrize("known", ["index", "ledgers", "no configuration"])
+@pytest.mark.soak(keep=1)
 def test_held_out_images_are_never_read(tmp_path: Path, monkeypatch, known: str):
     monkeypatch.setattr("paracaption.pipeline.corpus.plots.draw_plots", lambda *_: {})
     names = {f"photo_{n}": f"photo_{n}.jpg" for n in range(20)} | {"listed": f"{LISTED}.jpg"}
@@ -163,6 +164,7 @@ def test_a_run_from_before_the_split_is_refused_with_what_has_changed(corpus: Pa
         loader(corpus, benchmark_photos="keep").load_state_dict(early.state_dict())
 
 
+@pytest.mark.soak
 def test_what_one_corpus_holds_out_or_is_evaluated_on_no_other_corpus_trains(tmp_path: Path):
     names = {f"photo_{n}": f"photo_{n}.jpg" for n in range(20)}
     for name, share in (("one", 0.0), ("two", 0.2), ("three", 0.4)):

@@ -241,6 +241,7 @@ def test_regions_that_cannot_be_used_are_named_and_the_others_of_their_image_are
 @pytest.mark.parametrize(
     "regions", [pytest.param(False, id="text", marks=pytest.mark.soak), pytest.param(True, id="mixed")]
 )
+@pytest.mark.soak
 def test_a_run_trains_on_text_alone_and_on_all_kinds_together(tmp_path: Path, regions: bool):
     images = write_photos(tmp_path / "images", "a.png", "b.png")
     hello = turns(("human", "a cat"), ("gpt", "a dog"))

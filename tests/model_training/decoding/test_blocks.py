@@ -77,12 +77,14 @@ def same(chat, asked, state, row=0):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.soak(keep=18)
 def test_an_answer_is_that_of_the_plain_loop(chat, kind, name):
     asked = laid_out(chat, KINDS[kind], **OPTIONS[name])
     same(chat, asked, answer_batch(chat.model, [asked]))
 
 
 @pytest.mark.parametrize("cache", ["none", "auto"])
+@pytest.mark.soak(keep=2)
 def test_rows_with_options_of_their_own_share_a_batch(chat, cache):
     asked = [
         laid_out(chat, question, cache=cache, **fields)
@@ -95,6 +97,7 @@ def test_rows_with_options_of_their_own_share_a_batch(chat, cache):
 
 @pytest.mark.parametrize("stop_at", [0, 1, 4])
 @pytest.mark.parametrize("block", [1, 3, 8])
+@pytest.mark.soak(keep=10)
 def test_an_answer_stops_before_the_first_run_of_tokens_that_is_a_stop_string(chat, stop_at, block):
     fields = {"max_new_tokens": 8, "block_length": block, "early_exit": False}
     plain = answer_plainly(chat.model, laid_out(chat, KINDS["text"], **fields)).tokens

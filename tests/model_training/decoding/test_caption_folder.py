@@ -181,6 +181,7 @@ def test_options_for_one_photo_are_refused(home, tmp_path):
         run(home, tmp_path / "none" / "captions.jsonl")
 
 
+@pytest.mark.soak
 def test_a_killed_run_is_continued_to_the_same_file(home, tmp_path):
     write_photos(tmp_path, 40)
     shutil.copytree(home / "model", tmp_path / "model")

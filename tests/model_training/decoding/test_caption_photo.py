@@ -130,6 +130,7 @@ def test_more_regions_than_the_model_has_prompts_are_captioned_in_groups(home):
     assert alone["forwards"] == 2 * 3 and found["forwards"] == 2 * 3
 
 
+@pytest.mark.soak
 def test_picture_and_traces_are_written(home, tmp_path):
     outputs = ["--picture", tmp_path / "p.png", "--trace", tmp_path / "t.gif"]
     caption(home, *QUICK, *outputs, "--masks", *masks_of(home, 0, 1))

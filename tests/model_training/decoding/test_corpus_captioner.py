@@ -62,6 +62,7 @@ def alone(model, images):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.soak
 def test_all_regions_of_a_unit_are_captioned_as_each_photo_is_by_itself(model, images, alone, batch_size):
     found = captioner_of(model, batch_size=batch_size).caption(images)
     assert texts(found) == alone
@@ -186,6 +187,7 @@ def config(model, tmp_path):
     return load_config(values)
 
 
+@pytest.mark.soak
 def test_the_confidence_is_in_evidence_ledger_and_index_and_decides(config):
     driver.build(config, LocalEngine())
     corpus = reader.open_corpus(config.out)

@@ -42,6 +42,7 @@ def memory():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
+@pytest.mark.soak
 def test_a_mask_with_too_many_pixels_is_refused_by_its_header(data, tmp_path):
     path = tmp_path / "mask.png"
     path.write_bytes(data)

@@ -86,6 +86,7 @@ BATCHES = 500
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("seed", range(8))
+@pytest.mark.soak(keep=8)
 def test_a_ragged_batch_has_the_tokens_that_its_rows_have_alone(layout, seed):
     check(Decoder(model_of(layout)[0]), layout, seed)
 
@@ -110,6 +111,7 @@ def on_device(layout, seeds):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.soak(keep=1)
 def test_a_device_that_predicts_all_in_every_step_has_the_same_tokens(layout):
     warm(layout, seeds := range(100, 104))
     on_device(layout, seeds)

@@ -42,6 +42,7 @@ def test_a_row_that_is_never_sure_is_decoded_as_without_a_cache_and_at_its_cost(
 
 @pytest.mark.parametrize("strategy", ["per-region", "remask", "sequential"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.soak
 def test_steps_that_are_done_again_are_the_same_on_a_device_that_predicts_all(strategy, temperature):
     model, batch = ready()
     options = options_of(strategy, redo_below=0.3, temperature=temperature, early_exit=False)
@@ -77,6 +78,7 @@ def test_a_step_that_is_not_sure_keeps_nothing_and_is_done_again():
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.soak(keep=4)
 def test_regions_that_are_settled_end_with_what_is_predicted(strategy):
     model, batch = ready()
     for cache in ("none", "approximate"):

@@ -45,6 +45,7 @@ CASES = [("corrected", "none"), ("corrected", "exact"), ("reference", "none")]
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("layout", "cache"), CASES)
 @pytest.mark.parametrize("num_steps", [3, 8])
+@pytest.mark.soak(keep=10)
 def test_tokens_and_passes_are_those_of_the_plain_decoder(layout, cache, strategy, num_steps):
     model, _ = ready(layout)
     suppressed = special(model.config) if layout == "corrected" else []
@@ -60,6 +61,7 @@ def test_tokens_and_passes_are_those_of_the_plain_decoder(layout, cache, strateg
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [8, 10, 12, 50])
+@pytest.mark.soak(keep=4)
 def test_a_sure_model_in_float32_keeps_the_tokens_that_probabilities_in_float64_choose(
     strategy, layout, scale
 ):
@@ -108,6 +110,7 @@ BATCHES = [[0, 1, 2, 3, 4, 5, 6, 7], [7, 2, 5], [2, 2, 4, 0]]
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("layout", "cache"), [*CASES, ("reference", "approximate")])
+@pytest.mark.soak(keep=4)
 def test_one_to_eight_images_of_one_to_nine_regions_together_are_as_each_by_itself(layout, cache, strategy):
     model, _ = ready(layout)
     options = options_of(strategy, cache=cache, refresh_every=2, steps=2 if strategy == "sequential" else 3)
@@ -139,6 +142,7 @@ def test_images_without_regions_take_no_part(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("num_steps", "temperature"), [(3, 0.0), (11, 1.0)])
+@pytest.mark.soak(keep=9)
 def test_what_is_kept_exactly_changes_nothing(strategy, num_steps, temperature):
     model, _ = ready("corrected")
     batch = collate(photos("corrected", [3, 1, 6]))

@@ -34,6 +34,7 @@ def check(decoder, layout, seed, count=14, num_rows=3):
 
 @pytest.mark.parametrize("layout", ["corrected", "reference"])
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.soak(keep=3)
 def test_a_stream_gives_each_sequence_the_tokens_that_it_has_alone(layout, seed):
     check(Decoder(model_of(layout)[0]), layout, seed)
 
@@ -44,6 +45,7 @@ def test_a_row_that_was_dropped_from_the_cache_and_filled_again_is_told_from_the
 
 
 @pytest.mark.parametrize("layout", ["corrected", "reference"])
+@pytest.mark.soak
 def test_so_does_a_stream_on_a_device_that_predicts_all_in_every_step(layout):
     expected = check(Decoder(model_of(layout)[0]), layout, 7, count=8)
     model, _ = lively(layout=layout)
@@ -63,6 +65,7 @@ def test_so_do_many_streams(layout):
 
 
 @pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.soak(keep=1)
 def test_a_row_takes_the_next_sequence_as_soon_as_its_own_has_ended(strategy):
     """On a device that counts: as few steps as fit, one wait for each, and as many forwards as alone."""
     model, processor = lively(layout="corrected")

@@ -178,6 +178,7 @@ def _two_benchmarks(tmp_path: Path, servers: list, label: str = "dam-3b", **pape
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(120)
+@pytest.mark.soak
 def test_each_benchmark_has_its_captions_and_its_judge(tmp_path, prefect_server, capsys):
     with served(lambda _: "A") as first, served(lambda _: "B") as second:
         config = _two_benchmarks(tmp_path, [first, second], average=62.4, seconds=276)

@@ -11,7 +11,7 @@ from paracaption.schemas.errors import BadRecord
 from paracaption.schemas.evaluation import Bench, Judge
 from tests.model_training.benchmark_files import write_bench
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ def test_the_files_are_as_the_published_scripts_read_them(world, tmp_path):
             assert question["verified"] is False and len(question["choices"]) <= 5
 
 
+@pytest.mark.soak
 def test_what_is_drafted_is_not_drafted_again_and_nonsense_is_left_out(world, tmp_path):
     turns = iter(range(1000))
 
@@ -153,6 +154,7 @@ def trained(world, tmp_path_factory):
     return fit(config_of(tmp_path_factory.mktemp("run") / "run", world, steps=2)).model
 
 
+@pytest.mark.soak
 def test_a_profile_has_every_study_with_all_that_it_depends_on(world, trained, tmp_path):
     config = ProfileConfig(
         corpus=str(world),
@@ -207,6 +209,7 @@ def test_the_flow_examines_a_model_on_a_world_with_known_truth(world, trained, t
     assert found["captioner"]["length"] == "10"
 
 
+@pytest.mark.soak
 def test_the_commands(world, trained, tmp_path):
     runner = CliRunner()
     asked = ["profile", "--model", trained, "--corpus", world, "--out", tmp_path / "profile"]

@@ -407,6 +407,7 @@ def test_the_page_shows_all_and_runs_nothing_of_it(tmp_path):
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(120)
+@pytest.mark.soak
 def test_the_flow_runs_all_and_keeps_the_history(tmp_path, monkeypatch, prefect_server):
     with served(honest) as server:
         config = config_of(tmp_path, predictions(tmp_path, SAID), judge_of(server))

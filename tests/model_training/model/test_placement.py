@@ -26,6 +26,7 @@ def captions(saved, **options):
 
 
 @pytest.mark.parametrize("away", [["lm_head"], ["region_prompts"], ["vision_tower"], PARTS[1:]])
+@pytest.mark.soak(keep=2)
 def test_captions_are_the_same_with_parts_offloaded_to_disk(saved, tmp_path, away):
     pytest.importorskip("accelerate")
     places = {part: "disk" if part in away else "cpu" for part in PARTS}

@@ -94,6 +94,7 @@ def shard_reads(server: ObjectServer) -> list[str]:
     [{"slow_body": 1.0}, {"503": 0.05, "reset": 0.05, "cut_body": 0.1, "lost_answer": 0.05, "500": 0.05}],
     ids=["latency", "faults"],
 )
+@pytest.mark.soak
 def test_a_run_on_a_bucket_has_the_losses_of_a_folder(made, s3, tmp_path, shares):
     fit(run_of(tmp_path / "a", made.out))
     s3.set_faults(shares=shares, seed=3, slow_s=0.02)
@@ -104,6 +105,7 @@ def test_a_run_on_a_bucket_has_the_losses_of_a_folder(made, s3, tmp_path, shares
 
 
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.soak
 def test_worker_processes_give_the_batches_of_a_folder(made, s3, tmp_path, method):
     wanted = list(loader(made.out, tmp_path / "cache"))
     end_fork_server()  # an earlier test's has an environment without the bucket
@@ -159,6 +161,7 @@ def test_the_next_samples_are_asked_for_while_the_first_is_on_its_way(made, s3, 
     assert len(found) == 1
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_with_what_it_began_with_while_a_rebuild_replaces_it(made, s3, tmp_path):
     own = made.model_copy(update={"out": "s3://corpus/rebuilt"})
     driver.build(own, LocalEngine())
@@ -174,6 +177,7 @@ def test_a_run_goes_on_with_what_it_began_with_while_a_rebuild_replaces_it(made,
 # What does not come.
 
 
+@pytest.mark.soak
 def test_an_outage_ends_the_run_with_a_checkpoint_from_which_it_goes_on(made, s3, tmp_path):
     fit(run_of(tmp_path / "whole", made.out, gradient_accumulation_steps=3))
     config = run_of(

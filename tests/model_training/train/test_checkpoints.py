@@ -60,6 +60,7 @@ def test_forty_steps_are_twenty_a_kill_and_twenty_more_to_the_last_bit(corpus, s
 
 
 @pytest.mark.parametrize("at", ["files", "name"])
+@pytest.mark.soak(keep=1)
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(corpus, straight, tmp_path, at):
     run = tmp_path / "run"
     config = config_of(run, corpus, steps=40, ema_decay=0.9, checkpoint={"every": 10, "keep": 2})
@@ -110,6 +111,7 @@ def killed_pair(corpus, tmp_path_factory):
     return run
 
 
+@pytest.mark.soak
 def test_two_ranks_go_on_after_a_kill_to_the_last_bit(corpus, pair, killed_pair, tmp_path):
     run = shutil.copytree(killed_pair, tmp_path / "run")
     assert ranks.run(config_of(run, corpus, steps=20), 2) == [0, 0]
@@ -117,6 +119,7 @@ def test_two_ranks_go_on_after_a_kill_to_the_last_bit(corpus, pair, killed_pair,
     assert_same_weights(run, pair)
 
 
+@pytest.mark.soak
 def test_two_ranks_go_on_as_one_with_the_same_samples_and_losses(corpus, pair, killed_pair, tmp_path):
     run = shutil.copytree(killed_pair, tmp_path / "run")
     fit(config_of(run, corpus, steps=20, gradient_accumulation_steps=2))
@@ -124,6 +127,7 @@ def test_two_ranks_go_on_as_one_with_the_same_samples_and_losses(corpus, pair, k
     assert_same_weights(run, pair)
 
 
+@pytest.mark.soak
 def test_sharded_ranks_learn_the_same_and_their_checkpoint_is_read_by_one(corpus, pair, tmp_path):
     run = tmp_path / "run"
     assert ranks.run(config_of(run, corpus, steps=12, shard="full", ema_decay=0.9), 2) == [0, 0]
@@ -165,6 +169,7 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(corpus, straight
         fit(config_of(run, corpus, steps=60, ema_decay=0.9, seed=1))
 
 
+@pytest.mark.soak
 def test_what_changed_since_the_checkpoint_is_said(corpus, straight, tmp_path, caplog):
     run = shutil.copytree(straight, tmp_path / "run")
     fit(config_of(run, corpus, steps=41, ema_decay=0.9, max_grad_norm=0.5, gradient_accumulation_steps=2))

@@ -50,6 +50,7 @@ def recorded(tmp_path_factory) -> SimpleNamespace:
     )
 
 
+@pytest.mark.soak
 def test_each_region_has_a_path_and_nothing_is_decoded_twice(recorded):
     regions = sum(len(key.partition("#")[2].split(",")) for batch in recorded.batches for key in batch.keys)
     assert recorded.done.regions == regions == len(paths_of(recorded))
@@ -215,6 +216,7 @@ def test_the_window_grows_over_the_curriculum(done, window):
     assert window_of(Distillation(paths="paths", curriculum_ratio=0), done) == 32
 
 
+@pytest.mark.soak
 def test_a_student_keeps_more_tokens_a_step_than_its_teacher(recorded):
     batch, student = recorded.batches[0], copy.deepcopy(recorded.model)
     masked = record_paths.masked_batch(batch, SLOTS, student.config.mask_token_id)
@@ -233,6 +235,7 @@ def test_a_student_keeps_more_tokens_a_step_than_its_teacher(recorded):
     assert same > 0.9, "and it writes what its teacher wrote"
 
 
+@pytest.mark.soak
 def test_a_run_learns_paths_and_goes_on_after_a_stop(recorded, tmp_path):
     run = recorded.config.model_copy(update={"out": str(tmp_path / "run"), "steps": 3})
     assert trainer.fit(run).steps == 3

@@ -49,6 +49,7 @@ def on_short(corpus, tmp_path, source, share=0.5, **changes):
 
 @pytest.mark.parametrize("share", [0.5, 1.0, None])
 @pytest.mark.parametrize("length", [{"steps": None, "epochs": 2}, {"steps": 3, "epochs": None}])
+@pytest.mark.soak
 def test_a_run_on_photos_that_cannot_be_read_fails_and_writes_no_model(
     corpus, tmp_path, short, share, length
 ):
@@ -64,6 +65,7 @@ def test_a_run_on_photos_that_cannot_be_read_fails_and_writes_no_model(
     "steps",
     [{"steps": None, "epochs": 1}, pytest.param({"steps": 8, "epochs": None}, marks=pytest.mark.soak)],
 )
+@pytest.mark.soak
 def test_a_run_stops_when_more_than_the_allowed_share_of_an_epoch_is_left_out(corpus, tmp_path, short, steps):
     source = short(8, 3)
     with pytest.raises(
@@ -95,6 +97,7 @@ def test_the_share_is_counted_on_after_a_resume(corpus, tmp_path, short, monkeyp
         fit(config)
 
 
+@pytest.mark.soak
 def test_a_step_without_an_example_is_not_taken(corpus, tmp_path, short):
     config = on_short(corpus, tmp_path, short(6, 4), 1.0, ema_decay=0.9, weight_decay=0.1)
     outcome = fit(config)

@@ -48,6 +48,7 @@ def moved(config: TrainConfig) -> set[str]:
 # A step.
 
 
+@pytest.mark.soak
 def test_the_loss_falls(corpus, tmp_path):
     config = config_of(tmp_path, corpus, steps=60, noise={"loss_weighting": "none", "stratified": True})
     fit(config)
@@ -385,6 +386,7 @@ def test_every_key_is_described():
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.soak(keep=4)
 def test_each_recipe_takes_a_step_with_a_tiny_model_and_data(path, corpus, conversations, tmp_path):
     recipe = load_training(path).model_dump(mode="json")
     tiny = config_of(tmp_path, corpus, epochs=None, steps=1).model_dump(mode="json")

@@ -39,6 +39,7 @@ def assert_same_course(one, other):
 
 
 @pytest.mark.parametrize("noise", [{}, {"loss_weighting": "none", "level": "region"}])
+@pytest.mark.soak(keep=1)
 def test_a_micro_batch_waits_once_for_its_device(corpus, tmp_path, monkeypatch, noise):
     fit(run_of(tmp_path / "cpu", corpus, noise=noise, ema_decay=0.9))
     waited = []
@@ -95,6 +96,7 @@ def sums(monkeypatch) -> list[int]:
     return sums
 
 
+@pytest.mark.soak
 def test_a_sharded_model_sums_gradients_once_a_step_and_learns_the_same(corpus, tmp_path, monkeypatch, sums):
     fit(run_of(tmp_path / "batch", corpus, shard="full"))
     after_each = len(sums)

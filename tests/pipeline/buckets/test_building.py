@@ -28,6 +28,7 @@ def sources(tmp_path_factory):
     return {"coconut": write_coconut(folder / "coconut", 10), "sa1b": write_sa1b(folder / "sa1b", 3)}
 
 
+@pytest.mark.soak(keep=1)
 def test_a_bucket_gets_the_files_of_a_folder(bucket_out, sources, tmp_path):
     driver.build(config_of(tmp_path / "folder", **sources), LocalEngine())
     driver.build(config_of(bucket_out, beside=tmp_path, **sources), LocalEngine())
@@ -41,6 +42,7 @@ def test_a_bucket_gets_the_files_of_a_folder(bucket_out, sources, tmp_path):
     assert [t.to_pylist() for t in bucket.index()] == [t.to_pylist() for t in folder.index()]
 
 
+@pytest.mark.soak
 def test_a_build_that_is_run_again_asks_nothing_and_writes_nothing(bucket_out, sources, tmp_path):
     config = config_of(bucket_out, beside=tmp_path, **sources)
     driver.build(config, LocalEngine())

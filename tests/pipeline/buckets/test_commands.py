@@ -65,6 +65,7 @@ def assert_equal(configs: dict[str, Path]) -> None:
         assert report.ok and not [note for note in report.notes if "evidence" not in str(note)], report.text()
 
 
+@pytest.mark.soak
 def test_failed_records_are_tried_again(configs):
     before = [committed(out) for out in configs]
     assert any(unit.failed for unit in log.read_units(list(configs)[1]).values())
@@ -77,6 +78,7 @@ def test_failed_records_are_tried_again(configs):
     assert not any(unit.failed for unit in log.read_units(list(configs)[1]).values())
 
 
+@pytest.mark.soak
 def test_a_merge_with_another_share_writes_index_and_card_again(configs):
     text = say(configs, "merge", "CONFIG", "--set", "held_out_share=0.5")
     assert "index" in text

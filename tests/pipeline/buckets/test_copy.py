@@ -89,6 +89,7 @@ def assert_copied(corpus: str, to: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "memory", "s3"])
+@pytest.mark.soak(keep=1)
 def test_a_folder_is_copied_and_back_again(kind, folder_corpus, places, tmp_path):
     to = places[kind]
     report = copying.copy(folder_corpus, to)
@@ -131,6 +132,7 @@ def test_a_copy_is_built_on_without_asking_a_model_again(sources, folder_corpus,
 
 @pytest.mark.parametrize("kind", ["folder", "memory", "s3"])
 @pytest.mark.parametrize("from_bucket", [False, True])
+@pytest.mark.soak(keep=2)
 def test_a_copy_is_brought_up_to_date(kind, from_bucket, versions, places, tmp_path):
     to = places[kind]
     corpus = f"{places['memory']}-source" if from_bucket else str(tmp_path / "corpus")
@@ -162,6 +164,7 @@ class _Stop(Exception):
 
 @pytest.mark.parametrize("kind", ["folder", "memory"])
 @pytest.mark.parametrize("share", [0.1, 0.6, 0.99])
+@pytest.mark.soak(keep=4)
 def test_a_copy_that_was_stopped_is_invisible_and_goes_on(kind, share, folder_corpus, places):
     to = places[kind]
 

@@ -152,6 +152,7 @@ def test_a_trial_that_another_process_has_under_way_keeps_no_build_from_being_fi
     assert is_swept(OUT)
 
 
+@pytest.mark.soak
 def test_a_work_list_that_a_store_does_not_give_is_not_made_again(faulty_s3, sources, tmp_path, monkeypatch):
     build(sources, tmp_path)
     before, ask = log.read_state(OUT).files, bucket_files.ask
@@ -277,6 +278,7 @@ def test_a_build_leaves_nothing_on_scratch(faulty_s3, sources, tmp_path):
     assert [path for path in scratch.folder_of(OUT).rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.soak
 def test_an_image_is_removed_from_a_corpus_in_a_bucket(faulty_s3, sources, tmp_path):
     build(sources, tmp_path)
     corpus = reader.open_corpus(OUT)

@@ -81,6 +81,7 @@ def test_turning_pages_asks_for_each_ledger_once(pair):
     assert not [key for key in asked if "/ledger/" in key], asked
 
 
+@pytest.mark.soak
 def test_what_is_committed_later_is_shown(pair):
     changed = pair.copy("later")
     catalog = Catalog(changed.bucket)
@@ -91,6 +92,7 @@ def test_what_is_committed_later_is_shown(pair):
         catalog.find_unit("coconut", "000000000099")
 
 
+@pytest.mark.soak
 def test_duckdb_reads_the_ledgers_of_the_corpus_and_nothing_else(pair, tmp_path):
     changed = pair.copy("guarded")
     catalog = Catalog(changed.bucket)
@@ -106,6 +108,7 @@ def test_duckdb_reads_the_ledgers_of_the_corpus_and_nothing_else(pair, tmp_path)
     assert catalog.select("SELECT count(*) FROM LEDGERS") == [(44,)]
 
 
+@pytest.mark.soak
 def test_a_ledger_that_is_gone_or_damaged_is_named(pair):
     changed = pair.copy("damaged")
     catalog = Catalog(changed.bucket)
@@ -117,6 +120,7 @@ def test_a_ledger_that_is_gone_or_damaged_is_named(pair):
             catalog.select("SELECT sum(area) FROM LEDGERS", units=catalog.units()[number : number + 1])
 
 
+@pytest.mark.soak
 def test_two_reviewers_at_the_same_time_lose_nothing(pair, monkeypatch):
     changed = pair.copy("reviewed")
     monkeypatch.setattr(reviews, "_WRITING", contextlib.nullcontext())  # as in two processes
@@ -170,6 +174,7 @@ def test_ledgers_that_threads_ask_for_at_the_same_time_may_all_be_read(monkeypat
     assert all(allowed.exists(f"corpus://{number}.parquet") for number in range(len(names)))
 
 
+@pytest.mark.soak(keep=1)
 def test_an_old_version_is_not_put_over_a_new_one(bucket_out):
     url = f"{bucket_out}/review/marks.parquet"
     assert bucket_versions.read_version(url) == (b"", None)

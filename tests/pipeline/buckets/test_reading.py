@@ -57,6 +57,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.soak(keep=3)
 def test_a_command_says_the_same(pair, command):
     code, text = pair.run(*command)
     assert code == 0 and text.strip(), text
@@ -73,11 +74,13 @@ def _content(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("command", REFUSED, ids=" ".join)
+@pytest.mark.soak(keep=2)
 def test_what_is_refused_is_refused_alike(pair, command):
     code, text = pair.run(*command)
     assert (code and "\n" not in text.strip() and "; " in text) or "nothing" in text, text
 
 
+@pytest.mark.soak
 def test_commands_that_write_do_the_same(pair):
     changed = pair.copy("written")
     keys = pair.beside / "keys.txt"
@@ -100,6 +103,7 @@ def _committed(out: str | Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("what", ["verify", "report"])
+@pytest.mark.soak(keep=1)
 def test_a_check_and_a_report_need_few_requests(pair, what):
     """A check reads a unit's files once, its manifest twice; a report reads of shards samples alone."""
     units = log.read_units(pair.bucket)
@@ -117,6 +121,7 @@ def _report(out: str) -> None:
     report.render_report(report.Explorer(out))
 
 
+@pytest.mark.soak
 def test_processes_that_check_units_find_the_bucket(pair):
     changed = pair.copy("checked")
     shard = next(unit.shard for unit in paracaption.open_corpus(changed.bucket).units("sa1b"))
@@ -206,12 +211,14 @@ def test_shards_are_listed_for_other_programs(pair):
         paracaption.list_shards(pair.bucket, "nobody")
 
 
+@pytest.mark.soak
 def test_a_contact_sheet_is_the_same(pair, tmp_path):
     for name, out in (("a.png", pair.folder), ("b.png", pair.bucket)):
         contact_sheet.draw_contact_sheet(out, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.soak
 def test_a_report_is_written_into_the_corpus(pair):
     changed = pair.copy("reported")
     written = report.write_report(changed.bucket)
@@ -234,6 +241,7 @@ def test_without_obstore_the_extra_is_named(pair, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["shards", "ledger", "manifests", "plan"])
+@pytest.mark.soak(keep=2)
 def test_a_store_that_is_away_is_no_damage(pair, monkeypatch, tmp_path, what):
     """Nobody is told to delete something that could not be read, nor to build it again."""
     ask = bucket_files.ask
@@ -252,6 +260,7 @@ def test_a_store_that_is_away_is_no_damage(pair, monkeypatch, tmp_path, what):
         assert "delete" not in each and "paracaption build" not in each
 
 
+@pytest.mark.soak
 def test_a_shard_that_is_gone_is_an_error_that_names_it(pair):
     changed = pair.copy("gone")
     corpus = paracaption.open_corpus(changed.bucket)

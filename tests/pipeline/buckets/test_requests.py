@@ -86,6 +86,7 @@ MOST = {
 
 
 @pytest.mark.parametrize("name", MOST)
+@pytest.mark.soak
 def test_each_unit_costs_so_many_requests_and_no_more(name, requests):
     found = {operation: requests.per_unit(name, operation) for operation in MOST[name]}
     wrong = {each: found[each] for each in found if found[each] > MOST[name][each]}

@@ -55,6 +55,7 @@ def test_files_that_a_build_would_replace_are_refused_in_a_folder_that_is_no_cor
     assert tree(tmp_path) == before
 
 
+@pytest.mark.soak
 def test_files_beside_the_subsets_are_nobodys_business(tmp_path):
     (tmp_path / "out/other/shards").mkdir(parents=True)
     (tmp_path / "out/other/shards/other-000000.tar").write_bytes(b"mine")

@@ -55,6 +55,7 @@ def finish(config: BuildConfig) -> None:
     driver.build(config, LocalEngine())
 
 
+@pytest.mark.soak
 def test_new_images_of_a_source_are_appended_and_no_old_byte_changes(tmp_path, caplog):
     root, out = tmp_path / "source", tmp_path / "out"
     config = config_of(out, coconut=grow(root, 6))
@@ -80,6 +81,7 @@ def test_new_images_of_a_source_are_appended_and_no_old_byte_changes(tmp_path, c
     assert records(out) == records(at_once.out)
 
 
+@pytest.mark.soak
 def test_three_steps_give_the_records_of_one_build(tmp_path):
     root, tars, out = tmp_path / "source", tmp_path / "tars", tmp_path / "out"
     first = grow(root / "a", 5)
@@ -175,6 +177,7 @@ def test_images_that_are_gone_stay_and_are_reported(tmp_path, caplog):
     assert verify.verify(out).ok
 
 
+@pytest.mark.soak
 def test_a_unit_with_images_that_are_gone_is_built_again_from_what_is_committed(tmp_path):
     root, out = tmp_path / "source", tmp_path / "out"
     config = config_of(out, coconut=grow(root, 6))
@@ -202,6 +205,7 @@ def test_a_unit_with_images_that_are_gone_is_built_again_from_what_is_committed(
     assert verify.verify(out).ok, verify.verify(out).text()
 
 
+@pytest.mark.soak
 def test_a_changed_annotation_is_asked_about_again_and_nothing_else_is(tmp_path, caplog):
     root, out = tmp_path / "source", tmp_path / "out"
     config = config_of(out, coconut=grow(root, 6))

@@ -70,6 +70,7 @@ def digests(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.soak
 def test_the_index_says_of_each_row_in_which_split_its_image_is(out):
     rows = pq.read_table(out / "index.parquet").to_pylist()
     train, held = keys_of(out)
@@ -78,6 +79,7 @@ def test_the_index_says_of_each_row_in_which_split_its_image_is(out):
     assert pq.read_schema(out / "index.parquet").names == [*ledger.index_schema().names, "split"]
 
 
+@pytest.mark.soak
 def test_without_a_share_nothing_is_written_that_was_not_before(out, tmp_path):
     plain = merged(tmp_path / "plain" / "out", 0.0)
     assert pq.read_schema(plain / "index.parquet").names == ledger.index_schema().names
@@ -104,6 +106,7 @@ def test_card_and_inspect_say_how_many_are_held_out_and_verify_is_content(out):
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.soak(keep=1)
 def test_an_export_is_of_the_images_for_training_unless_others_are_asked_for(out, tmp_path, form):
     train, held = keys_of(out)
     for split, wanted in ((None, train), ("train", train), ("held_out", held), ("all", train | held)):
@@ -196,6 +199,7 @@ def test_ids_of_a_coco_export_are_the_same_in_each_split(out, tmp_path):
         assert used == {each["id"] for each in found[split]["categories"]}
 
 
+@pytest.mark.soak
 def test_a_split_without_an_image_is_no_export(tmp_path):
     out = merged(tmp_path / "out", 1e-6)
     with pytest.raises(
@@ -205,6 +209,7 @@ def test_a_split_without_an_image_is_no_export(tmp_path):
     assert export.export(out, "coco", tmp_path / "to")
 
 
+@pytest.mark.soak
 def test_another_share_only_merges_anew_and_a_build_that_died_before_the_merge_does(tmp_path):
     plain = complete(config_of(tmp_path / "out", coconut=write_coconut(tmp_path / "source", 9)))
     build_checked(plain, LocalEngine(), driver.build, limit_images=None, retry_failed=False)
@@ -224,6 +229,7 @@ def test_another_share_only_merges_anew_and_a_build_that_died_before_the_merge_d
     assert made[0] == made[1]
 
 
+@pytest.mark.soak
 def test_diff_and_undo_say_which_share_was_held_out(tmp_path):
     source = write_coconut(tmp_path / "source", 9)
     kept, strict = (

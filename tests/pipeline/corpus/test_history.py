@@ -90,6 +90,7 @@ def take_back(out: str) -> None:
 # What was committed.
 
 
+@pytest.mark.soak
 def test_the_state_after_a_record_has_the_units_of_then(rebuilt):
     out, first, second, _ = rebuilt
     then, now = history.state_at(out, first), history.state_at(out, second)
@@ -130,6 +131,7 @@ def test_the_configuration_of_each_version_is_in_the_log(rebuilt):
     assert versions.changed_keys(*texts) == ["masks.min_area_px: 16 -> 1000", "text.min_chars: 12 -> 54"]
 
 
+@pytest.mark.soak
 def test_states_behind_a_checkpoint_are_those_of_all_records(tmp_path, monkeypatch):
     monkeypatch.setattr(log, "CHECKPOINT_EVERY", 5)
     corpora = Corpora(tmp_path)
@@ -198,6 +200,7 @@ def test_a_version_whose_files_are_gone_says_so_and_what_to_do(rebuilt):
 # Undo.
 
 
+@pytest.mark.soak
 def test_an_undo_gives_back_every_byte_and_verifies(rebuilt):
     out, _, _, before = rebuilt
     take_back(out)
@@ -205,6 +208,7 @@ def test_an_undo_gives_back_every_byte_and_verifies(rebuilt):
     assert verify(out).ok
 
 
+@pytest.mark.soak
 def test_an_undo_of_an_undo_is_a_redo(rebuilt):
     out, _, _, before = rebuilt
     after = files_of(out)
@@ -223,6 +227,7 @@ def test_a_build_after_an_undo_has_nothing_to_do(rebuilt):
     assert reader.open_corpus(out).index_is_current()
 
 
+@pytest.mark.soak
 def test_shards_come_and_go_with_an_undo(tmp_path):
     corpora = Corpora(tmp_path)
     corpora.build()
@@ -322,6 +327,7 @@ def undo_and_be_killed(out: str, monkeypatch, moves: int) -> None:
 
 
 @pytest.mark.parametrize("moves", [0, 1, 4, 8])
+@pytest.mark.soak(keep=1)
 def test_an_undo_that_died_between_its_record_and_its_moves_is_finished(rebuilt, monkeypatch, moves):
     out, first, second, before = rebuilt
     undo_and_be_killed(out, monkeypatch, moves)
@@ -345,6 +351,7 @@ def test_an_undo_that_died_between_its_record_and_its_moves_is_finished(rebuilt,
 
 
 @pytest.mark.parametrize("kind", [Config, Merged])
+@pytest.mark.soak
 def test_an_undo_that_died_before_it_wrote_configuration_or_index_is_finished(rebuilt, monkeypatch, kind):
     out, _, _, before = rebuilt
     plain = Owner.append

@@ -86,6 +86,7 @@ def shards_of(repo: Path, subset: str, split: str) -> list[Path]:
     return sorted((repo / "data" / subset).glob(f"{split}-*.tar"))
 
 
+@pytest.mark.soak
 def test_samples_keep_their_bytes_and_order_in_a_series_of_shards_per_split(out, repo):
     for (subset, split), wanted in series(out).items():
         shards = shards_of(repo, subset, split)
@@ -112,6 +113,7 @@ def without_nulls(value: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_datasets_loads_every_record_of_each_configuration_streaming_and_not(out, repo, tmp_path):
     from datasets import DownloadMode, get_dataset_config_names, load_dataset
 
@@ -195,6 +197,7 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(each) for each in arguments])
 
 
+@pytest.mark.soak
 def test_a_dry_run_prints_files_sizes_and_front_matter_and_writes_nothing(out, repo, tmp_path):
     given = ("export", out, "--format", "hub", "--to", tmp_path / "to", "--shard-mb", SHARD_MB, "--energon")
     done = run(*given, "--dry-run")
@@ -247,6 +250,7 @@ def test_one_split_alone_is_a_repository_too(out, tmp_path, split, name):
     assert whole["data_files"] == [{"split": name, "path": f"data/*/{name}-*.tar"}]
 
 
+@pytest.mark.soak
 def test_a_corpus_without_held_out_images_has_one_split_and_one_subset_is_the_default(tmp_path):
     plain = committed.merged(tmp_path / "out")
     repository = hub.plan_repository(plain)

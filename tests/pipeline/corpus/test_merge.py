@@ -124,6 +124,7 @@ def test_a_histogram_covers_each_value_once_and_knows_its_quantiles():
     assert octaves.result().edges[0] == 1 and octaves.result().counts[:2] == [2, 2]
 
 
+@pytest.mark.soak
 def test_an_empty_corpus_merges(tmp_path):
     def drop_all(images, config):
         for image in images:
@@ -137,6 +138,7 @@ def test_an_empty_corpus_merges(tmp_path):
     assert pq.read_metadata(out / "index.parquet").num_rows == 0
 
 
+@pytest.mark.soak
 def test_units_that_are_not_committed_are_not_in_the_corpus(tmp_path):
     out = committed.uncommitted(committed.merged(tmp_path / "out"), "coconut-000000")
     (out / "coconut" / "manifests" / ".tmp-coconut-000000.json-1").write_text("{")

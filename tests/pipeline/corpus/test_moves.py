@@ -24,6 +24,7 @@ def replace(begun: Owner, shard: bool = True) -> tuple[LogUnit, Commit]:
 
 @pytest.mark.parametrize("shard", [True, False])
 @pytest.mark.parametrize("stop", range(7))
+@pytest.mark.soak(keep=3)
 def test_moves_half_done_are_finished_by_the_next_owner(tmp_path, monkeypatch, stop, shard):
     """Stopped before the nth move or keep; at every moment each place has the old file or the new one."""
     begun = begin(tmp_path, claim_of())

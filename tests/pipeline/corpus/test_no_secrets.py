@@ -82,6 +82,7 @@ def told(root: Path, *more: str) -> list[tuple[str, str]]:
     return [(secret, name) for secret in SECRETS for name, text in said.items() if secret in text]
 
 
+@pytest.mark.soak
 def test_a_published_corpus_its_logs_and_events_hold_no_secret(tmp_path, monkeypatch, caplog, capfd):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

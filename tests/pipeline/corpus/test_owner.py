@@ -321,6 +321,7 @@ def test_a_commit_that_failed_half_way_is_finished_before_the_next_one(tmp_path,
     assert set(found) == {*places(first), manifest.path, second.path}
 
 
+@pytest.mark.soak
 def test_an_unanswered_record_before_a_checkpoint_does_not_take_its_place(tmp_path, monkeypatch):
     begun = begin(tmp_path, claim_of())
     for number in range(97):

@@ -66,6 +66,7 @@ def check_nothing_of_the_machine(files: list[Path], root: Path) -> None:
             assert not re.search(rb"0x7f[0-9a-f]{6}", data), path
 
 
+@pytest.mark.soak
 def test_what_is_published_has_no_path_user_or_address_of_the_machine_that_built_it(out, tmp_path_factory):
     check_nothing_of_the_machine(published_files(out), tmp_path_factory.getbasetemp())
     [first] = [row for row in pq.read_table(out / "coconut/ledger/coconut-000000.parquet").to_pylist()][:1]

@@ -81,6 +81,7 @@ def exported(out: Path, format: str, to: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.soak
 def test_an_export_has_what_has_come_and_not_what_was_removed(corpora, tmp_path, format):
     grown = exported(corpora.grown, format, tmp_path / "grown")
     assert grown == exported(corpora.at_once, format, tmp_path / "at once")
@@ -96,6 +97,7 @@ def counts_of(catalog: Catalog, subset: str) -> tuple[Any, ...]:
     return (counts.images, counts.images_captioned, counts.regions, counts.kept, counts.funnel)
 
 
+@pytest.mark.soak
 def test_an_open_explorer_shows_what_comes_and_what_goes(corpora, tmp_path):
     out = shutil.copytree(corpora.first, tmp_path / "out")
     client = TestClient(make_app(Explorer(out)), base_url="http://localhost:8080")
@@ -129,6 +131,7 @@ def test_the_tables_of_the_terminal_count_it(corpora):
     assert len(grown["coconut"]["counts"].plans) == 2
 
 
+@pytest.mark.soak
 def test_the_commands_that_read_a_corpus_follow(corpora, tmp_path):
     def run(*args: Any) -> str:
         done = CliRunner().invoke(app, [str(arg) for arg in args])
@@ -156,6 +159,7 @@ def test_an_estimate_measures_the_runs_of_every_step(corpora):
     assert grown.subsets["sa1b"].images == 3
 
 
+@pytest.mark.soak
 def test_a_trainer_sees_what_has_come_and_does_not_go_on_in_other_data(corpora, tmp_path):
     batches = {}
     for out in (corpora.grown, corpora.at_once, corpora.reduced):

@@ -35,6 +35,7 @@ def whole_tree(out: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file())
 
 
+@pytest.mark.soak
 def test_photo_captions_and_answers_are_gone_and_everything_else_stays(built, tmp_path):
     out = tmp_path / "out"
     photo = (tmp_path / "source/photos" / f"{GONE}.jpg").read_bytes()
@@ -58,6 +59,7 @@ def test_photo_captions_and_answers_are_gone_and_everything_else_stays(built, tm
     assert calls(tmp_path / "captioner.log") == asked
 
 
+@pytest.mark.soak
 def test_the_index_of_a_corpus_without_a_log_does_not_keep_the_image_either(built, tmp_path):
     out = tmp_path / "out"
     shutil.rmtree(out / "log")
@@ -66,6 +68,7 @@ def test_the_index_of_a_corpus_without_a_log_does_not_keep_the_image_either(buil
     assert verify.verify(out).ok, verify.verify(out).text()
 
 
+@pytest.mark.soak
 def test_what_a_removal_writes_is_what_a_build_would_write(built, tmp_path):
     out = tmp_path / "out"
     removal.remove(str(out), [f"coconut/{GONE}", "sa1b/sa_0"])
@@ -76,6 +79,7 @@ def test_what_a_removal_writes_is_what_a_build_would_write(built, tmp_path):
     assert committed(out) == after
 
 
+@pytest.mark.soak
 def test_no_later_build_brings_an_image_back(built, tmp_path):
     out = tmp_path / "out"
     removal.remove(str(out), [GONE])
@@ -87,6 +91,7 @@ def test_no_later_build_brings_an_image_back(built, tmp_path):
     assert verify.verify(out).ok, verify.verify(out).text()
 
 
+@pytest.mark.soak
 def test_a_removal_that_died_is_finished_by_the_next_build_or_by_itself(built, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
@@ -106,6 +111,7 @@ def test_a_removal_that_died_is_finished_by_the_next_build_or_by_itself(built, t
     assert removal.remove(str(other), [GONE]) == {"images": 0, "units": 0}
 
 
+@pytest.mark.soak
 def test_an_undo_never_brings_a_removed_image_back(built, tmp_path):
     out = tmp_path / "out"
     stricter = built.model_copy(update={"text": built.text.model_copy(update={"min_words": 30})})
@@ -117,12 +123,14 @@ def test_an_undo_never_brings_a_removed_image_back(built, tmp_path):
     assert not any(key == GONE and row["kept"] for (_, key, _), row in records(out).items())
 
 
+@pytest.mark.soak
 def test_a_removal_alone_cannot_be_undone(built, tmp_path):
     removal.remove(str(tmp_path / "out"), [GONE])
     with pytest.raises(ConfigError, match="nothing to undo"):
         undo.find_rebuild(str(tmp_path / "out"))
 
 
+@pytest.mark.soak
 def test_the_log_says_what_was_removed(built, tmp_path):
     removal.remove(str(tmp_path / "out"), [GONE, "000000000005"])
     texts = [entry.text for entry in versions.list_versions(str(tmp_path / "out"))]
@@ -155,6 +163,7 @@ def test_a_damaged_work_list_stops_a_removal(built, tmp_path):
         removal.remove(str(tmp_path / "out"), [GONE])
 
 
+@pytest.mark.soak
 def test_every_image_of_a_unit_may_be_removed(built, tmp_path):
     out = tmp_path / "out"
     removal.remove(str(out), ["sa_0", "sa_1"])

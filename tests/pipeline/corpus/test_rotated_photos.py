@@ -132,6 +132,7 @@ def test_every_export_has_photos_that_fit_their_masks(config, tmp_path):
         check_fits(photo, annotation["segmentation"])
 
 
+@pytest.mark.soak(keep=1)
 def test_exports_of_a_shard_of_an_early_release_have_upright_photos_too(config, tmp_path, monkeypatch):
     from paracaption.pipeline.corpus import writer
 

@@ -41,6 +41,7 @@ def take_back(config: BuildConfig) -> list[str]:
     return rebuild.units
 
 
+@pytest.mark.soak
 def test_a_rebuild_that_a_changed_source_caused_is_taken_back(built, tmp_path):
     out = tmp_path / "out"
     before = committed(out)
@@ -58,6 +59,7 @@ def test_a_rebuild_that_a_changed_source_caused_is_taken_back(built, tmp_path):
     assert committed(out) == after
 
 
+@pytest.mark.soak
 def test_of_two_changes_of_a_source_the_last_one_is_taken_back(built, tmp_path):
     out = tmp_path / "out"
     for image in (1, 5):
@@ -68,6 +70,7 @@ def test_of_two_changes_of_a_source_the_last_one_is_taken_back(built, tmp_path):
     assert committed(out) == before
 
 
+@pytest.mark.soak
 def test_a_source_that_changes_before_a_rebuild_is_complete_belongs_to_it(built, tmp_path, monkeypatch):
     out = tmp_path / "out"
     before = committed(out)
@@ -85,6 +88,7 @@ def test_a_source_that_changes_before_a_rebuild_is_complete_belongs_to_it(built,
     assert committed(out) == before
 
 
+@pytest.mark.soak
 def test_retries_alone_are_taken_back(tmp_path):
     out, fixed = tmp_path / "out", tmp_path / "fixed"
     fails = {"000000000001": f"raise-unless:{fixed}"}
@@ -102,6 +106,7 @@ def test_retries_alone_are_taken_back(tmp_path):
         undo.find_rebuild(other.out)
 
 
+@pytest.mark.soak
 def test_an_image_whose_removal_died_before_a_rebuild_does_not_come_back(built, tmp_path, monkeypatch):
     gone = "000000000001"
 
@@ -118,6 +123,7 @@ def test_an_image_whose_removal_died_before_a_rebuild_does_not_come_back(built, 
     }
 
 
+@pytest.mark.soak
 def test_a_rebuild_whose_unit_lost_an_image_on_request_is_not_taken_back_and_says_why(built, tmp_path):
     change(tmp_path / "source", 1)
     finish(built)

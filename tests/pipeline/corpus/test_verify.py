@@ -78,6 +78,7 @@ def first_kept(row: dict) -> bool:
 
 
 @pytest.mark.parametrize("options", [{}, {"deep": False}, {"workers": 2}])
+@pytest.mark.soak(keep=2)
 def test_a_whole_corpus_has_no_problem(out, options):
     report = verify.verify(out, **options)
     assert report.ok and not report.notes, report.text()

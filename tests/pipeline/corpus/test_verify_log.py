@@ -34,6 +34,7 @@ def found(out: Path, **options) -> dict[str, str]:
     return by_file
 
 
+@pytest.mark.soak
 def test_a_whole_corpus_with_a_log_has_no_problem_and_no_note(out):
     report = verify.verify(out)
     assert report.ok and not report.notes, report.text()
@@ -48,6 +49,7 @@ NAMED += tuple(
 
 
 @pytest.mark.parametrize("name", NAMED)
+@pytest.mark.soak(keep=2)
 def test_each_file_that_the_log_names_is_named_if_it_is_changed_cut_or_gone(out, name):
     path = out / name
     whole = path.read_bytes()
@@ -74,6 +76,7 @@ def test_what_the_remedy_says_mends_a_damaged_configuration_card_and_plot(out):
 
 
 @pytest.mark.parametrize("number", [1, 3, 5])
+@pytest.mark.soak(keep=1)
 def test_a_record_that_is_damaged_or_missing_is_named_and_nothing_crashes(out, number):
     name = f"log/{number:012}.json"
     path = out / name

@@ -87,6 +87,7 @@ entries = st.builds(
 
 @given(st.lists(entries, max_size=12, unique_by=lambda entry: entry.key), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
+@pytest.mark.soak
 def test_units_hold_every_image_once_in_order(tmp_path_factory, listed, size):
     folder = tmp_path_factory.mktemp("plan") / "sa1b"
     made = work_list.make_work_list(FakeSource(listed), config_of(folder, size), folder)
@@ -296,6 +297,7 @@ def lists(folder, listed, config):
     return made.digest, [made.read_unit(index) for index in range(made.num_units)]
 
 
+@pytest.mark.soak
 def test_no_flipped_bit_of_the_table_is_another_list_and_a_damaged_one_is_made_anew(tmp_path):
     listed, config = entries_of_all_kinds(), config_of(tmp_path, 4)
     expected = lists(tmp_path, listed, config)
@@ -310,6 +312,7 @@ def test_no_flipped_bit_of_the_table_is_another_list_and_a_damaged_one_is_made_a
         assert path.read_bytes() == good
 
 
+@pytest.mark.soak
 def test_no_flipped_bit_of_the_summary_is_another_list_and_a_damaged_one_is_made_anew(tmp_path):
     listed, config = entries_of_all_kinds(), config_of(tmp_path, 4)
     expected = lists(tmp_path, listed, config)

@@ -49,6 +49,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.soak(keep=1)
 def test_it_is_made_again_and_no_unit_is_touched(grown, tmp_path, damage):
     out = tmp_path / "out"
     before, images, listed = committed(out), images_of(out), load_work_list(out / "coconut")
@@ -83,6 +84,7 @@ def test_a_new_image_does_not_take_the_key_of_an_old_one_meanwhile(tmp_path):
     assert committed(out) == before
 
 
+@pytest.mark.soak
 def test_other_sources_are_refused_until_it_is_made_again(grown, tmp_path):
     out = tmp_path / "out"
     table_path(out / "coconut").unlink()
@@ -97,6 +99,7 @@ def test_other_sources_are_refused_until_it_is_made_again(grown, tmp_path):
     assert verify.verify(out).ok, verify.verify(out).text()
 
 
+@pytest.mark.soak
 def test_images_whose_removal_was_not_complete_do_not_come_back(grown, tmp_path, monkeypatch):
     out = tmp_path / "out"
 

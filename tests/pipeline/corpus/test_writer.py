@@ -246,6 +246,7 @@ class Crashing(store.FolderStore):
     "error", [Crash(), OSError(errno.ENOSPC, "No space left on device")], ids=["crash", "full"]
 )
 @pytest.mark.parametrize("at", range(1, 10))
+@pytest.mark.soak(keep=6)
 def test_a_commit_that_ends_anywhere_is_all_or_nothing_and_can_be_done_again(
     folder, tmp_path, monkeypatch, at, error, replaced
 ):

@@ -35,6 +35,7 @@ def test_without_a_change_nothing_is_noted(built, tmp_path):
     assert driver.is_finished(complete(built))
 
 
+@pytest.mark.soak
 def test_another_photo_and_another_label_map_are_found_and_only_they_are_asked_about(built, tmp_path):
     before, root = asked(tmp_path), tmp_path / "source"
     (root / "photos/000000000001.jpg").write_bytes(jpeg(np.full((*SIZE, 3), 77, np.uint8)))

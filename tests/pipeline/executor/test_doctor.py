@@ -289,6 +289,7 @@ def test_the_command_exits_with_1_on_a_fail_and_with_0_otherwise(tmp_path, relea
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.soak
 def test_on_a_cluster_stages_are_checked_in_their_environment_and_the_folder_from_every_node(
     tmp_path, release, ray_cluster, monkeypatch
 ):

@@ -28,6 +28,7 @@ class Recording(LocalEngine):
         return super().drafts(parts, tick)
 
 
+@pytest.mark.soak
 def test_the_steps_come_in_their_order_for_each_subset_and_a_second_build_takes_none(tmp_path, coconut, sa1b):
     taken, engine = [], Recording()
 
@@ -57,6 +58,7 @@ def test_the_steps_come_in_their_order_for_each_subset_and_a_second_build_takes_
     assert len(calls(tmp_path / "captioner.log")) == asked == 64
 
 
+@pytest.mark.soak
 def test_a_build_that_lost_its_index_merges_and_builds_no_unit(tmp_path, coconut):
     config, engine = config_of(tmp_path / "out", coconut=coconut), Recording()
     driver.build(config, engine)
@@ -67,6 +69,7 @@ def test_a_build_that_lost_its_index_merges_and_builds_no_unit(tmp_path, coconut
     assert engine.given == [[0, 1, 2]]
 
 
+@pytest.mark.soak
 def test_a_changed_threshold_rebuilds_the_shards_and_loads_no_model(tmp_path, sa1b):
     out = tmp_path / "out"
     loose = config_of(out, sa1b=sa1b, min_iou=0.5)
@@ -84,6 +87,7 @@ def test_a_changed_threshold_rebuilds_the_shards_and_loads_no_model(tmp_path, sa
     assert committed(out) == loose_files
 
 
+@pytest.mark.soak
 def test_another_model_is_asked_anew_and_the_old_evidence_stays(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
     build(config)
@@ -95,6 +99,7 @@ def test_another_model_is_asked_anew_and_the_old_evidence_stays(tmp_path, coconu
     assert len(list((tmp_path / "out" / "coconut" / "evidence").iterdir())) == 4
 
 
+@pytest.mark.soak
 def test_an_image_that_is_gone_from_its_source_stays_in_the_corpus(tmp_path):
     source = write_coconut(tmp_path / "source", num_images=4)
     config = config_of(tmp_path / "out", coconut=source)

@@ -124,6 +124,7 @@ def test_a_death_is_counted_once_where_the_bucket_has_it_already(tmp_path, memor
         assert in_flight.deaths == {"i0": 1}
 
 
+@pytest.mark.soak
 def test_a_bucket_that_does_not_answer_takes_no_note_and_the_unit_goes_on(tmp_path, faulty_s3, caplog):
     journal = locate("s3://corpus/out") / "coconut" / "journal" / "caption"
     die(tmp_path, ["i0"])

@@ -79,6 +79,7 @@ def test_models_run_in_the_thread_of_the_caller_so_that_a_debugger_stops_in_them
     assert set(where.read_text().splitlines()) == {f"{os.getpid()} {threading.get_ident()}"}
 
 
+@pytest.mark.soak
 def test_backends_that_batch_by_themselves_are_asked_about_whole_units_and_give_the_same_shards(
     tmp_path, coconut
 ):
@@ -129,6 +130,7 @@ def test_a_gpu_where_there_is_none_is_refused(tmp_path, coconut, monkeypatch):
         build(config)
 
 
+@pytest.mark.soak
 def test_a_call_that_stalls_is_told_with_its_records_and_where_its_stack_lies_and_the_build_goes_on(
     tmp_path, coconut, caplog
 ):
@@ -146,6 +148,7 @@ def test_a_call_that_stalls_is_told_with_its_records_and_where_its_stack_lies_an
     stack.unlink()
 
 
+@pytest.mark.soak
 def test_a_model_that_has_to_be_closed_is_closed_at_the_end_of_its_subset(tmp_path, coconut, sa1b):
     seen = tmp_path / "seen"
     config = config_of(tmp_path / "out", coconut=coconut, sa1b=sa1b)
@@ -172,6 +175,7 @@ def test_a_model_is_closed_when_the_build_is_stopped(tmp_path, coconut):
     assert not [thread for thread in threading.enumerate() if thread.name == "stalls"]
 
 
+@pytest.mark.soak
 def test_an_image_that_takes_the_process_down_is_found_by_the_next_runs_and_dropped(tmp_path, coconut):
     config = config_of(
         tmp_path / "out",
@@ -202,6 +206,7 @@ def test_an_image_that_takes_the_process_down_is_found_by_the_next_runs_and_drop
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes")
+@pytest.mark.soak
 def test_it_leaves_no_process_behind(tmp_path, coconut):
     import psutil
 

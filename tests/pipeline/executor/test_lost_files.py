@@ -48,6 +48,7 @@ def commits(out: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("harm", [lose, empty, cut])
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.soak(keep=1)
 def test_the_unit_whose_file_is_gone_or_cut_is_built_again_to_the_last_byte_and_no_model_is_asked(
     built, tmp_path, name, harm
 ):
@@ -87,6 +88,7 @@ def test_a_configuration_with_a_changed_byte_is_written_again(built):
 
 
 @pytest.mark.parametrize("name", ["manifest", "shard"])
+@pytest.mark.soak(keep=1)
 def test_nobody_is_asked_to_delete_the_manifest_where_a_file_is_missing(built, name):
     out = Path(built.out)
     (out / "coconut" / FILES[name]).unlink()

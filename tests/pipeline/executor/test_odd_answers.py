@@ -53,6 +53,7 @@ OTHERWISE = {
 
 
 @pytest.mark.parametrize("protocol", list(odd_answers.ODD))
+@pytest.mark.soak(keep=2)
 def test_each_odd_answer_costs_at_most_its_image_and_is_paid_for_once(tmp_path, protocol):
     names = list(odd_answers.ODD[protocol])
     source = write_sa1b(tmp_path / "sa1b", len(names), num_masks=2, size=(48, 64))
@@ -144,6 +145,7 @@ def pairs(tmp_path):
 
 
 @pytest.mark.parametrize("number", [2**31, 2**63, 2**64, -(2**63) - 1, 10**400])
+@pytest.mark.soak(keep=3)
 def test_an_id_that_no_column_holds_is_null_beside_one_that_is_missing(tmp_path, pairs, number):
     def change(record):
         record["annotations"][0]["id"] = number
@@ -161,6 +163,7 @@ def test_an_id_that_no_column_holds_is_null_beside_one_that_is_missing(tmp_path,
 
 @pytest.mark.parametrize("number", [2**31, 2**63, 2**64, 10**400])
 @pytest.mark.parametrize("photo", ["there", "missing", "broken"])
+@pytest.mark.soak(keep=2)
 def test_a_size_that_no_column_holds_is_one_images_drop(tmp_path, pairs, number, photo):
     folder = pairs(lambda record: record["image"].update(width=number))
     if photo == "missing":

@@ -75,6 +75,7 @@ def test_a_segmenter_and_a_captioner_saw_the_same_photo(tmp_path):
     assert both[0] == both[1] and len(both[0]) == 3
 
 
+@pytest.mark.soak(keep=1)
 def test_only_another_photo_is_asked_about_again(config, tmp_path, root):
     build(config)
     asked = len(calls(tmp_path / "captioner.log"))
@@ -87,6 +88,7 @@ def test_only_another_photo_is_asked_about_again(config, tmp_path, root):
     assert verify.verify(tmp_path / "out").ok
 
 
+@pytest.mark.soak(keep=2)
 def test_a_photo_that_is_replaced_by_an_equal_one_is_not_asked_about_again(config, tmp_path, root):
     build(config)
     before, asked = committed(tmp_path / "out"), len(calls(tmp_path / "captioner.log"))
@@ -100,6 +102,7 @@ def test_a_photo_that_is_replaced_by_an_equal_one_is_not_asked_about_again(confi
     assert committed(tmp_path / "out") == before and len(calls(tmp_path / "captioner.log")) == asked
 
 
+@pytest.mark.soak(keep=1)
 def test_a_resumed_build_and_one_from_evidence_alone_are_the_fresh_one_to_the_last_byte(tmp_path, config):
     build(config)
     fresh = committed(tmp_path / "out")
@@ -129,6 +132,7 @@ def test_evidence_that_names_no_photo_counts_whatever_the_photo_is(tmp_path, sou
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["another photo", "cut short"])
+@pytest.mark.soak(keep=1)
 def test_a_photo_that_changes_after_it_was_captioned_is_not_committed_and_asked_about_next_time(
     config, tmp_path, root, monkeypatch, cut
 ):
@@ -179,6 +183,7 @@ def test_a_photo_that_changes_between_two_models_holds_its_unit_back(tmp_path, m
     assert len(calls(tmp_path / "segmenter.log")) == asked  # and was seen by the segmenter as it is now
 
 
+@pytest.mark.soak(keep=2)
 def test_a_photo_that_cannot_be_hashed_decides_nothing(tmp_path, config, monkeypatch):
     build(config)
     fresh, asked = committed(tmp_path / "out"), len(calls(tmp_path / "captioner.log"))

@@ -126,6 +126,7 @@ def test_models_on_cpus_share_their_actors_and_models_on_gpus_do_not(tmp_path, s
     assert len(steps_of(recipe_of(gpu, "sa1b"), gpu)) == 3
 
 
+@pytest.mark.soak
 def test_each_stage_in_its_own_actors_asks_once_and_tells_its_start_and_its_share_of_time_in_calls(
     engine, tmp_path, sa1b
 ):
@@ -147,6 +148,7 @@ def test_each_stage_in_its_own_actors_asks_once_and_tells_its_start_and_its_shar
     assert len(processes) == 1 + 5
 
 
+@pytest.mark.soak
 def test_subsets_side_by_side_share_their_pools_and_are_equal_to_the_last_byte(
     engine, tmp_path, coconut, sa1b
 ):
@@ -224,6 +226,7 @@ def with_backend(config, protocol, name, options, **changes):
     return config.model_copy(update={protocol: backend})
 
 
+@pytest.mark.soak
 def test_an_environment_is_of_its_stage_alone_and_changes_no_evidence(engine, tmp_path, coconut):
     plain = with_backend(
         config_of(tmp_path / "out", coconut=coconut),

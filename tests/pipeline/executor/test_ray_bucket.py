@@ -32,7 +32,7 @@ from tests.buckets import committed_in_bucket
 from tests.building import build, config_of
 from tests.synthetic import jpeg, write_coconut
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.ray]
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ def ray_init(monkeypatch):
 
 
 @pytest.mark.parametrize("named", ["10.1.2.3:6379", "auto", "ray://10.1.2.3:10001", None])
+@pytest.mark.soak
 def test_without_an_address_a_build_starts_a_ray_of_its_own_beside_any_cluster(
     tmp_path, coconut, ray_init, monkeypatch, named
 ):

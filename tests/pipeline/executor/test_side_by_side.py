@@ -25,6 +25,7 @@ from tests.pipeline.executor.conformance import Conformance, Interrupted, unit_o
 from tests.pipeline.executor.side_by_side import SideBySide
 
 
+@pytest.mark.soak
 class TestSideBySide(Conformance):
     @pytest.fixture(scope="class")
     @classmethod
@@ -78,6 +79,7 @@ RECIPES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("recipes", RECIPES.values(), ids=RECIPES)
+@pytest.mark.soak(keep=1)
 def test_mixed_subsets_are_equal_to_the_last_byte(tmp_path, coconut, sa1b, recipes):
     found = {}
     for name, engine in (("one", LocalEngine()), ("other", SideBySide())):
@@ -89,6 +91,7 @@ def test_mixed_subsets_are_equal_to_the_last_byte(tmp_path, coconut, sa1b, recip
     assert paid["one"] == paid["other"] and len(paid["one"]) == len(set(paid["one"]))
 
 
+@pytest.mark.soak
 def test_a_model_of_several_subsets_and_stages_is_loaded_once(tmp_path, coconut, sa1b, monkeypatch):
     loaded: list[str] = []
 
@@ -115,6 +118,7 @@ def test_a_model_of_several_subsets_and_stages_is_loaded_once(tmp_path, coconut,
 
 
 @pytest.mark.parametrize("at", range(1, 5))
+@pytest.mark.soak
 def test_a_mixed_build_that_is_interrupted_after_any_unit_is_resumed(tmp_path, coconut, sa1b, at):
     reference = tmp_path / "reference"
     build(mixed(reference, coconut, sa1b), LocalEngine())
@@ -154,6 +158,7 @@ def failing(root: Path, coconut: dict, sa1b: dict, what: str) -> BuildConfig:
     return BuildConfig.model_validate(values)
 
 
+@pytest.mark.soak
 def test_a_subset_that_fails_ends_alone_and_the_other_is_committed(tmp_path, coconut, sa1b, caplog):
     fixed = tmp_path / "fixed"
     config = failing(tmp_path, coconut, sa1b, f"raise-unless:{fixed}")
@@ -212,6 +217,7 @@ def test_both_fail_and_the_build_stops_with_the_first(tmp_path, coconut, sa1b):
     assert committed(tmp_path / "out") == {}
 
 
+@pytest.mark.soak
 def test_units_of_a_source_that_fails_are_held_back_and_the_other_subset_goes_on(tmp_path, coconut, sa1b):
     config = mixed(tmp_path, coconut, sa1b)
     away = dict(coconut) | {"photos": [str(tmp_path / "photos")]}

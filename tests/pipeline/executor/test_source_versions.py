@@ -95,6 +95,7 @@ def with_other_regions(tar: Path, to: Path) -> None:
     to.write_bytes(data)
 
 
+@pytest.mark.soak
 def test_a_tar_in_a_bucket_that_is_replaced_holds_back_what_is_read_of_it(bucket, tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     write_sa1b(old, 4)
@@ -112,6 +113,7 @@ def test_a_tar_in_a_bucket_that_is_replaced_holds_back_what_is_read_of_it(bucket
     assert {key for key, _, _ in committed} == {"sa_0"}
 
 
+@pytest.mark.soak
 def test_a_list_of_annotations_that_is_replaced_changes_nothing_before_the_next_build(bucket, tmp_path):
     old = tmp_path / "old"
     write_coconut(old, 3)
@@ -133,6 +135,7 @@ def test_a_list_of_annotations_that_is_replaced_changes_nothing_before_the_next_
     assert {key for key, _, _ in captions(str(tmp_path / "out"))} == {f"{i:012d}" for i in range(4)}
 
 
+@pytest.mark.soak
 def test_a_tar_of_a_web_server_that_is_replaced_holds_back_what_is_read_of_it(tmp_path):
     served = tmp_path / "served"
     write_sa1b(served, 3)
@@ -146,6 +149,7 @@ def test_a_tar_of_a_web_server_that_is_replaced_holds_back_what_is_read_of_it(tm
     assert {key for key, _, _ in captions(str(tmp_path / "out"))} == {"sa_0"}
 
 
+@pytest.mark.soak
 def test_a_file_that_cannot_be_asked_for_is_no_verdict(bucket, tmp_path):
     write_sa1b(tmp_path / "old", 2)
     put(bucket, tmp_path / "old")

@@ -106,6 +106,7 @@ def stack_of(line: str) -> str:
         "merge, at card",
     ],
 )
+@pytest.mark.soak
 def test_whatever_hangs_is_told_with_step_unit_record_seconds_stack_and_what_to_do(told, words):
     line = next(line for line in told if line.startswith(f"{words}: "))
     assert re.fullmatch(

@@ -77,6 +77,7 @@ def test_the_token_moves_from_the_address_into_a_cookie(guarded):
         {"origin": "http://localhost:8080", "sec-fetch-site": "none"},
     ],
 )
+@pytest.mark.soak(keep=3)
 def test_another_site_cannot_review(client, out, headers):
     before = Reviews(Explorer(out).catalog).read_all()
     assert client.post("/marks", data=REVIEW, headers=headers).status_code == 403
@@ -135,6 +136,7 @@ _S = "%3Cscript%3E"
      "/review", f"/browse?category=%22%3E{_S}", f"/image/coconut/{_S}", f"/whatif?min_iou={_S}",
      f"/browse?sort={_S}", f"/review?decision={_S}&subset=coconut", f"/browse?iou.min={_S}"],
 )  # fmt: skip
+@pytest.mark.soak(keep=3)
 def test_what_models_strangers_and_addresses_say_is_text(client, path):
     found = Elements()
     found.feed(client.get(path).text)

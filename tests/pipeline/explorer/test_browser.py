@@ -43,6 +43,7 @@ def page(browser, address):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("path", PAGES)
+@pytest.mark.soak(keep=2)
 def test_each_page_loads_without_errors_and_fits_the_screen(page, path, width):
     page.set_viewport_size({"width": width, "height": 800})
     page.goto(path, wait_until="networkidle")
@@ -66,6 +67,7 @@ def test_distributions_follow_the_funnel_and_say_what_a_bar_is(page):
     assert "reason=iou_low" in page.url and page.locator(".card").count() > 0
 
 
+@pytest.mark.soak
 def test_filters_narrow_the_grid(page, catalog):
     page.goto("/browse")
     page.get_by_label("Reason").select_option("iou_low")
@@ -84,6 +86,7 @@ def test_filters_narrow_the_grid(page, catalog):
     assert "red" not in page.url and "iou_low" in page.url
 
 
+@pytest.mark.soak
 def test_pages_are_turned_with_the_keyboard(page):
     page.goto("/browse")
     first = page.locator(".where span").first.inner_text()
@@ -95,6 +98,7 @@ def test_pages_are_turned_with_the_keyboard(page):
     assert page.locator(".where span").first.inner_text() == first
 
 
+@pytest.mark.soak
 def test_a_caption_with_a_script_is_text(page):
     page.goto(HOSTILE_IMAGE)
     assert page.locator("#region-1 .caption").inner_text() == corpus.HOSTILE
@@ -141,6 +145,7 @@ def test_the_predicted_mask_is_shown_on_request(page, out):
     assert mask.is_visible()
 
 
+@pytest.mark.soak
 def test_walking_through_images_stays_within_the_result(page, out):
     keys = list(
         dict.fromkeys(r["key"] for r in corpus.regions(out, "sa1b") if r["drop_reason"] == "segmenter_none")
@@ -197,6 +202,7 @@ def test_labels_of_thresholds_do_not_overlap_in_a_chart(page, width):
 
 
 @pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.soak(keep=1)
 def test_the_review_page_fits_the_screen_with_a_precision_and_a_review_to_take_back(page, width):
     page.set_viewport_size({"width": width, "height": 800})
     page.goto("/review?subset=coconut&decision=verify_category/category_wrong")
@@ -207,6 +213,7 @@ def test_the_review_page_fits_the_screen_with_a_precision_and_a_review_to_take_b
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.soak
 def test_reviewing_with_keys_gives_a_precision(page):
     page.goto("/review?subset=coconut&decision=clean_text/text_too_short")
     shown = page.locator(".detail").first.inner_text()
@@ -222,6 +229,7 @@ def test_reviewing_with_keys_gives_a_precision(page):
     assert shown
 
 
+@pytest.mark.soak
 def test_a_slip_of_the_finger_is_taken_back_with_a_key_and_by_going_back(page):
     place = "[...document.querySelectorAll('.reviews input')].slice(0, 3).map((e) => e.value).join()"
     page.goto("/review?subset=sa1b&decision=agree_with_segmenter/iou_low")
@@ -257,6 +265,7 @@ def test_a_review_of_a_region_is_saved_and_removed(page):
         )
 
 
+@pytest.mark.soak
 def test_everything_can_be_reached_with_the_tab_key_and_shows_that_it_has_the_focus(page):
     page.goto("/browse")
     page.keyboard.press("Tab")
@@ -275,6 +284,7 @@ def test_everything_can_be_reached_with_the_tab_key_and_shows_that_it_has_the_fo
     assert {"text", "category", "subset", "outcome", "stage", "reason", "sort", "Show", "Next →"} <= seen
 
 
+@pytest.mark.soak
 def test_beyond_this_machine_the_printed_address_opens_and_no_other_does(browser, out):
     with serving(out, "--host", "0.0.0.0") as printed:
         address, token = printed.split("/?token=")
@@ -288,6 +298,7 @@ def test_beyond_this_machine_the_printed_address_opens_and_no_other_does(browser
 
 
 @pytest.mark.parametrize("path", PAGES)
+@pytest.mark.soak(keep=1)
 def test_axe_finds_no_serious_violation(page, path):
     axe = os.environ.get("AXE", "")
     if not Path(axe).is_file():

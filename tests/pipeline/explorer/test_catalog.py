@@ -80,6 +80,7 @@ def walk(catalog: Catalog, query: Query, limit: int = 7) -> list:
 
 
 @pytest.mark.parametrize("given", QUERIES.values(), ids=QUERIES)
+@pytest.mark.soak(keep=5)
 def test_pages_hold_what_the_ledgers_hold(catalog, out, given):
     query = Query.parse(given)
     wanted = expected(out, given)
@@ -95,6 +96,7 @@ def test_pages_hold_what_the_ledgers_hold(catalog, out, given):
 
 @pytest.mark.parametrize("sort", ["iou", "-iou", "-num_words", "area", "verdict_margin"])
 @pytest.mark.parametrize("ahead", [20, 0], ids=["kept ahead", "asked anew"])
+@pytest.mark.soak(keep=2)
 def test_an_order_by_a_score_goes_by_each_images_best_matching_region(catalog, out, monkeypatch, sort, ahead):
     from paracaption.pipeline.explorer import catalog as module
 

@@ -49,6 +49,7 @@ def test_active_thresholds_are_drawn_where_they_are(catalog, out):
         ("repeat_share", {"text.max_repeat_share": 0.9}),
     ],
 )
+@pytest.mark.soak
 def test_bars_show_how_many_of_their_regions_another_threshold_would_move(
     catalog, out, tmp_path, name, values
 ):

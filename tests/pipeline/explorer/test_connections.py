@@ -78,10 +78,12 @@ def seconds_to_the_end(port, sent, then=b""):
         "after it",
     ],
 )
+@pytest.mark.soak(keep=2)
 def test_a_connection_without_a_whole_request_ends(port, sent, then):
     assert seconds_to_the_end(port, sent, then) < 10
 
 
+@pytest.mark.soak
 def test_an_answer_that_nobody_takes_is_given_up(port):
     with socket.create_connection(("127.0.0.1", port)) as opened:
         opened.sendall(WHOLE.replace(b" / ", b" /large "))

@@ -39,6 +39,7 @@ def flip(path, places, copy, pages):
     return found
 
 
+@pytest.mark.soak
 def test_a_changed_byte_of_a_ledger_is_a_page_that_says_so(copy):
     path = copy / "coconut/ledger/coconut-000000.parquet"
     size = path.stat().st_size
@@ -73,6 +74,7 @@ def test_ledgers_of_another_kind_are_a_page_that_says_so(copy):
 
 
 @pytest.mark.parametrize("size", [2**31 - 1, 50_000, 0, -5])
+@pytest.mark.soak(keep=2)
 def test_the_masks_of_a_ledger_are_drawn_only_if_they_have_no_more_pixels_than_a_photo(copy, size):
     import resource
 

@@ -120,6 +120,7 @@ def test_there_are_a_hundred_requests():
 
 
 @pytest.mark.parametrize(("token", "method", "path", "headers", "status"), REQUESTS)
+@pytest.mark.soak(keep=34)
 def test_whoever_may_not_gets_nothing(servers, out, run, tmp_path, token, method, path, headers, status):
     client = TestClient(servers[token], base_url=OPEN if token else LOCAL, follow_redirects=False)
     (tmp_path / "folder").mkdir()

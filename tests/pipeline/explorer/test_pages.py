@@ -194,6 +194,7 @@ def test_a_run_without_anything_but_steps_is_shown_and_no_run_is_an_error(tmp_pa
         training.read_run(tmp_path / "nowhere")
 
 
+@pytest.mark.soak
 def test_the_report_is_one_file_with_samples_of_each_reason(out, tmp_path):
     path = tmp_path / "report.html"
     done = CliRunner().invoke(app, ["report", str(out), "--to", str(path)])

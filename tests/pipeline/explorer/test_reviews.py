@@ -65,6 +65,7 @@ def test_a_review_is_a_row_of_a_parquet_beside_the_corpus(copy):
         reviews.save("coconut", "000000000001", 99, True)
 
 
+@pytest.mark.soak
 def test_precision_is_by_decision_and_reviews_of_a_changed_decision_are_void(copy, tmp_path):
     catalog = Catalog(copy)
     reviews = Reviews(catalog)
@@ -104,6 +105,7 @@ def test_reviews_are_saved_where_there_are_no_file_locks(copy, monkeypatch, numb
     assert sorted(reviews.of_image("coconut", "000000000001")) == [0, 1]
 
 
+@pytest.mark.soak
 def test_two_explorers_and_many_threads_lose_no_review(copy):
     parts = [range(0, 6), range(6, 12)]
     with multiprocessing.get_context("spawn").Pool(1) as other:

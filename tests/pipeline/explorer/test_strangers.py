@@ -96,6 +96,7 @@ QUICK += ["link_as_coconut_shards", "link_as_coconut_evidence", "link_as_plots",
 @pytest.mark.parametrize(
     "name", [each if each in QUICK else pytest.param(each, marks=pytest.mark.soak) for each in CORPORA]
 )
+@pytest.mark.soak(keep=1)
 def test_nothing_is_opened_that_is_not_the_corpus_s(
     out, tmp_path, tmp_path_factory, nobody, name, monkeypatch
 ):
@@ -135,6 +136,7 @@ def test_the_watch_sees_what_python_and_what_a_library_opens(tmp_path, out):
     assert ("open", str(path)) in seen
 
 
+@pytest.mark.soak
 def test_photos_outside_of_the_corpus_are_shown_only_with_the_flag(out, tmp_path):
     work, outside = tmp_path / "out", tmp_path / "outside"
     shutil.copytree(out, work)
@@ -148,6 +150,7 @@ def test_photos_outside_of_the_corpus_are_shown_only_with_the_flag(out, tmp_path
     assert "--photos-outside" in answer.text
 
 
+@pytest.mark.soak
 def test_urls_are_fetched_only_with_their_flag(out, tmp_path, nobody, monkeypatch):
     from paracaption.pipeline.io import http_files
 
@@ -193,6 +196,7 @@ SEEN_BY_VERIFY = [name for name in CORPORA if name.startswith(_SEEN)]
 @pytest.mark.parametrize(
     "name", ["link_as_coconut_shards", "manifest_names_shard_elsewhere", "pipe_as_ledger"]
 )
+@pytest.mark.soak
 def test_the_processes_of_verify_are_confined_as_it_is(out, tmp_path, name):
     work, outside = tmp_path / "out", tmp_path / "outside"
     shutil.copytree(out, work)
@@ -207,6 +211,7 @@ def test_the_processes_of_verify_are_confined_as_it_is(out, tmp_path, name):
 @pytest.mark.parametrize(
     "name", [each if each in QUICK else pytest.param(each, marks=pytest.mark.soak) for each in SEEN_BY_VERIFY]
 )
+@pytest.mark.soak(keep=1)
 def test_verify_says_what_leads_out_of_a_corpus_and_does_not_follow_it(out, tmp_path, name):
     work, outside = tmp_path / "out", tmp_path / "outside"
     shutil.copytree(out, work)

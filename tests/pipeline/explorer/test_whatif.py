@@ -37,6 +37,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("values", CASES.values(), ids=CASES)
+@pytest.mark.soak
 def test_counts_equal_those_of_a_rebuild_with_that_threshold(catalog, out, tmp_path, values):
     config = reader.read_config(out)
     wanted = whatif.change_config(config, values)
@@ -146,6 +147,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
+@pytest.mark.soak(keep=2)
 def test_a_recipe_of_which_the_scores_do_not_tell_is_said_with_its_stages(tmp_path, case):
     recipe, told = RECIPES[case]
     sources = [{"source": "coconut", **write_coconut(tmp_path / "source", 2)}]

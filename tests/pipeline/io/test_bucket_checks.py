@@ -21,6 +21,7 @@ def _nothing_was_tried(monkeypatch):
     monkeypatch.setattr(bucket_checks, "_tried", set())
 
 
+@pytest.mark.soak(keep=1)
 def test_a_store_that_can_all_is_tried_once_and_nothing_is_left(bucket_out):
     check_store(bucket_out)
     assert store_of(bucket_out).list(bucket_out) == []

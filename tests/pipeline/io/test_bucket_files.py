@@ -133,6 +133,7 @@ def test_a_process_that_is_sent_a_place_reads_it_over_obstore(monkeypatch):
     assert isinstance(files.backend_of(f"{place}/1.json"), BucketFiles)
 
 
+@pytest.mark.soak
 def test_what_fails_for_a_while_is_read_again(faulty_s3):
     store_of("s3://corpus/out").put("s3://corpus/out/a", b"hello")
     failures.RETRYING.set_budget(30)

@@ -103,6 +103,7 @@ def test_nothing_is_moved_in_a_bucket(memory_out):
 # One winner.
 
 
+@pytest.mark.soak(keep=1)
 def test_of_sixteen_threads_one_creates_a_file(bucket_out):
     for turn in range(2):
         path, barrier, won = f"{bucket_out}/{turn}.json", threading.Barrier(16), []
@@ -268,6 +269,7 @@ def test_a_scheme_that_no_store_writes_is_refused():
 
 
 @pytest.mark.parametrize("num_bytes", [0, 10, scratch.IN_MEMORY_BYTES + 1, 20 << 20])
+@pytest.mark.soak(keep=5)
 def test_a_file_is_there_when_it_is_closed_and_its_scratch_is_empty(bucket_out, tmp_path, num_bytes):
     data = os.urandom(num_bytes)
     with STORE.write(f"{bucket_out}/shards/a.tar") as file:
@@ -329,6 +331,7 @@ def test_an_upload_whose_last_answer_is_lost_is_made_again(faulty_s3):
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.soak(keep=1)
 def test_a_fifth_of_all_requests_may_fail(faulty_s3, seed):
     failures.RETRYING.set_budget(60)
     faults = ("500", "503", "lost_answer", "reset", "done_500", "repeated", "cut_body")

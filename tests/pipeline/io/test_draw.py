@@ -62,6 +62,7 @@ def test_a_mask_of_one_pixel_is_visible_on_a_photo_that_is_shrunk():
     assert picture.any()
 
 
+@pytest.mark.soak
 def test_captions_stand_beside_the_photo_and_below_it_when_there_are_many():
     few = draw.draw_image(PHOTO, [Overlay(box(0, 0, 50, 50), "a cat")], side=600)
     assert few.width > 600 and few.height == 450
@@ -76,6 +77,7 @@ def test_captions_stand_beside_the_photo_and_below_it_when_there_are_many():
 @pytest.mark.parametrize(
     "caption", ["", "word " * 400, "x" * 3000, "tabs\tand\nlines", "кошка 猫 🐈", "<b>&amp;"]
 )
+@pytest.mark.soak(keep=1)
 def test_any_caption_can_be_drawn(caption):
     picture = draw.draw_image(PHOTO, [Overlay(box(0, 0, 50, 50), caption, caption)], title=caption or "key")
     assert picture.height >= 100
@@ -107,6 +109,7 @@ def test_all_colours_differ_also_to_eyes_that_lack_a_cone():
         assert apart.min() > 15
 
 
+@pytest.mark.soak
 def test_the_same_image_is_drawn_the_same():
     marks = [Overlay(box(10 * i, 10, 30, 60), f"region {i}") for i in range(5)]
     first, second = (draw.draw_image(PHOTO, marks).tobytes() for _ in range(2))
@@ -124,6 +127,7 @@ def test_a_dropped_mask_is_striped_and_dashed_so_that_it_is_told_from_a_kept_one
     assert len(np.unique(edges[0].round())) == 1 and (edges[1].round() == 128).any()
 
 
+@pytest.mark.soak
 def test_a_number_of_its_own_stands_in_the_legend_as_in_the_picture(monkeypatch):
     drawn: list[int] = []
     monkeypatch.setattr(draw, "draw_disc", lambda canvas, place, radius, number, *rest: drawn.append(number))

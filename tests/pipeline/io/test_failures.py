@@ -42,6 +42,7 @@ def named(name: str) -> Exception:
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSIENT_ERRNOS.split() if hasattr(errno, name)])
+@pytest.mark.soak(keep=6)
 def test_errors_of_disks_and_networks_pass(name):
     assert failures.classify(OSError(getattr(errno, name), "so it is", "/a")) is Kind.TRANSIENT
 
@@ -74,6 +75,7 @@ def test_errors_of_disks_and_networks_pass(name):
         (named("WhateverElse"), Kind.TRANSIENT),
     ],
 )
+@pytest.mark.soak(keep=5)
 def test_an_error_has_a_kind(error, kind):
     assert failures.classify(error) is kind
 
@@ -90,6 +92,7 @@ def test_an_error_has_a_kind(error, kind):
         *((status, Kind.RECORD) for status in (404, 410, 414, 451)),
     ],
 )
+@pytest.mark.soak(keep=2)
 def test_a_status_has_a_kind_wherever_its_client_keeps_it(status, kind):
     holder = type("Response", (), {"status_code": status})
     for error in (
@@ -215,6 +218,7 @@ def test_retry_after_is_a_number_or_a_date():
     assert failures.parse_retry_after("soon") is None and failures.parse_retry_after("") is None
 
 
+@pytest.mark.soak
 def test_an_outage_costs_twice_the_budget_and_not_that_of_each_record(retrying, clock):
     for _ in range(1000):
         with pytest.raises(ReadError):
@@ -227,12 +231,14 @@ def test_an_outage_costs_twice_the_budget_and_not_that_of_each_record(retrying, 
     assert clock.now_s - start > 20
 
 
+@pytest.mark.soak
 def test_a_source_that_often_fails_and_heals_keeps_its_whole_budget(retrying, clock):
     for _ in range(100):
         assert retrying.call(failing(4), "/a") == "read"
     assert retrying.patience_s == 60
 
 
+@pytest.mark.soak
 def test_one_sector_in_a_hundred_does_not_take_days(retrying, clock):
     for _ in range(100):
         with pytest.raises(ReadError):
@@ -299,6 +305,7 @@ class NoCredentialsError(Exception):
         (ReadError("s3://b/a", "HTTP 401", Kind.SETUP), "check the address first"),
     ],
 )
+@pytest.mark.soak(keep=2)
 def test_a_set_up_that_cannot_read_is_mended_with_what_it_lacks(error, fix):
     of = (Reason.PHOTO_MISSING, Reason.PHOTO_UNREADABLE)
     for told in (failures.to_stop(error, "coconut"), failures.to_failure(error, *of, where="x")):

@@ -56,6 +56,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("wanted", ["JSON", "photo", "tar"])
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.soak(keep=5)
 def test_a_file_is_called_what_it_is(name, wanted):
     data, words = OTHERS[name]
     assert words in what_is(data, wanted)

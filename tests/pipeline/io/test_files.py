@@ -97,6 +97,7 @@ def killed(target: Path, **options) -> Path:
     return left
 
 
+@pytest.mark.soak
 def test_what_a_killed_writer_left_is_removed_when_nobody_has_touched_it_for_hours(tmp_path):
     left = killed(tmp_path / "target")
     write(tmp_path / "target")
@@ -108,6 +109,7 @@ def test_what_a_killed_writer_left_is_removed_when_nobody_has_touched_it_for_hou
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.soak
 def test_what_the_only_writer_of_a_target_left_is_removed_at_once(tmp_path):
     temporary = tmp_path / ".target.partial"
     assert killed(tmp_path / "target", temporary=temporary) == temporary
@@ -141,6 +143,7 @@ def test_a_replacement_that_fails_between_its_renames_puts_the_old_folder_back(t
     assert content(tmp_path / "target") == {"a": "old", "in/b": "old"} and hidden(tmp_path) == []
 
 
+@pytest.mark.soak
 def test_the_next_writer_puts_back_what_one_killed_between_its_renames_had_moved_aside(tmp_path, monkeypatch):
     write(tmp_path / "target", "old")
     options = {"replace": True, "temporary": tmp_path / ".target.partial"}

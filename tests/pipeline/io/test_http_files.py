@@ -46,6 +46,7 @@ def at_first(times: int, fault):
 @pytest.mark.parametrize(
     "fault", [None, "no ranges", "no length", "no head"], ids=["plain", "no ranges", "no length", "no head"]
 )
+@pytest.mark.soak
 def test_files_and_their_parts_are_read_whatever_the_server_lacks(server, url, fault):
     server.fault = lambda *_: fault
     assert files.read(Blob(url)) == DATA == files.fetch(Blob(url))
@@ -73,6 +74,7 @@ def test_what_is_there_is_told_from_what_is_not(server, url):
 
 
 @pytest.mark.parametrize("fault", [500, 502, 503, 504, 429, 408, "reset", "short", "page"])
+@pytest.mark.soak(keep=4)
 def test_what_passes_is_waited_for(server, url, patient, fault):
     server.fault = at_first(3, fault)
     assert files.fetch(Blob(url)) == DATA

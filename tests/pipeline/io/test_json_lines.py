@@ -41,6 +41,7 @@ def test_a_file_that_is_one_torn_line_is_empty(path):
     assert path.read_bytes() == b""
 
 
+@pytest.mark.soak
 def test_a_record_is_on_its_way_to_the_disk_when_append_returns(path):
     child = os.fork()
     if not child:

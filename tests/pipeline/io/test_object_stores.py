@@ -58,6 +58,7 @@ def bucket(request: Any) -> str:
     return url
 
 
+@pytest.mark.soak
 def test_files_of_a_store_are_listed_and_read_in_place_whatever_is_in_their_names(bucket):
     folder = f"{bucket}/data [1]"
     assert files.expand(f"{folder}/*.txt") == [f"{folder}/a.txt", f"{folder}/b.txt"]
@@ -83,6 +84,7 @@ def plan(url: str) -> str:
 
 
 @pytest.mark.parametrize("store", ["s3", "gs"])
+@pytest.mark.soak
 def test_a_bucket_that_is_not_there_is_one_line(request, store):
     request.getfixturevalue(store)
     assert "ucket" in plan(f"{store}://nobody-has-this-one/sa_0.tar") or "nothing found" in plan(
@@ -91,6 +93,7 @@ def test_a_bucket_that_is_not_there_is_one_line(request, store):
 
 
 @pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.soak
 def test_credentials_that_a_store_does_not_take_are_one_line(tmp_path, s3, monkeypatch, status):
     with serving(tmp_path) as server:
         server.fault = lambda _method, _path: status

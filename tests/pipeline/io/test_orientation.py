@@ -35,6 +35,7 @@ def shown(data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.soak(keep=4)
 def test_readers_that_turn_photos_show_the_stored_pixels_of_an_upright_one(form, orientation):
     data, plain = saved(form, orientation), saved(form, 1)
     assert orientation_of(data) == orientation
@@ -45,6 +46,7 @@ def test_readers_that_turn_photos_show_the_stored_pixels_of_an_upright_one(form,
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.soak(keep=4)
 def test_only_the_tag_changes_and_the_source_s_bytes_can_be_had_back(form, orientation):
     data = saved(form, orientation)
     upright, before = make_upright(data)
@@ -56,6 +58,7 @@ def test_only_the_tag_changes_and_the_source_s_bytes_can_be_had_back(form, orien
 
 @pytest.mark.parametrize("orientation", [None, 1, 0, 9])
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.soak(keep=9)
 def test_photos_that_nothing_turns_stay_as_they_are_to_the_byte(form, orientation):
     data = saved(form, orientation)
     assert make_upright(data) == (data, 1) and restore(data, 1) == data
@@ -91,6 +94,7 @@ def test_the_tag_is_found_in_both_byte_orders_and_as_every_kind_of_number(order,
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.soak(keep=1)
 def test_damaged_metadata_is_left_as_it_is_and_never_an_error(form):
     data, random = saved(form), np.random.default_rng(1)
     for _ in range(300):
@@ -104,6 +108,7 @@ def test_damaged_metadata_is_left_as_it_is_and_never_an_error(form):
 
 @pytest.mark.parametrize("orientation", [3, 6])
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.soak(keep=4)
 def test_our_own_reader_gives_the_stored_pixels(tmp_path, form, orientation):
     (tmp_path / "a").write_bytes(saved(form, orientation))
     blob = Blob(str(tmp_path / "a"))
@@ -123,6 +128,7 @@ def test_the_digest_of_a_photo_in_a_shard_is_that_of_its_source(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.soak(keep=3)
 def test_a_big_tiff_is_read_as_stored_and_its_bytes_can_be_had_back(tmp_path, orientation):
     data = saved("TIFF", orientation, big_tiff=True)
     upright, before = make_upright(data)
@@ -134,6 +140,7 @@ def test_a_big_tiff_is_read_as_stored_and_its_bytes_can_be_had_back(tmp_path, or
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.soak(keep=1)
 def test_a_tiff_that_xmp_alone_turns_is_read_as_stored(tmp_path, orientation):
     xmp = XMP.replace(b'"6"', b'"%d"' % orientation)
     data = saved("TIFF", None, tiffinfo={700: xmp})
@@ -186,6 +193,7 @@ RAW, ADOBE = "Raw profile type exif", "XML:com.adobe.xmp"
         ([(RAW, 5, False), (RAW, 6, False)], 6),
     ],
 )
+@pytest.mark.soak(keep=2)
 def test_a_png_whose_text_turns_it_shows_the_stored_pixels(packed, texts, orientation):
     made = {RAW: profile, ADOBE: xmp}
     data = as_texts(*((name, made[name](value), packed, wide) for name, value, wide in texts))

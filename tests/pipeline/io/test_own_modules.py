@@ -402,6 +402,7 @@ def test_a_served_run_finds_what_deploy_allowed_in_the_folder_of_deploy_and_noth
     assert "other" not in sys.modules
 
 
+@pytest.mark.soak
 def test_the_example_of_the_page_runs_from_another_folder(project):
     page = (ROOT / "docs" / "backends.md").read_text()
     code = re.search(r"```python\n(# my_captioner.py\n.*?)```", page, re.DOTALL)

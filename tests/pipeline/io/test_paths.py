@@ -23,6 +23,7 @@ def touch(path: Path) -> str:
 
 @pytest.mark.parametrize("folder", ["data [1]", "what?", "all*", "[a-z]", "a[1]/b[2]"])
 @pytest.mark.parametrize("name", ["a.json", "a [2].json", "b?.json"])
+@pytest.mark.soak(keep=3)
 def test_a_path_that_exists_is_that_path_before_it_is_a_pattern(tmp_path, folder, name):
     path = touch(tmp_path / folder / name)
     touch(tmp_path / "data 1" / name)  # what the pattern would name

@@ -47,6 +47,7 @@ def test_a_truncated_photo_is_found_by_its_ending(tmp_path, ending):
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"BM"])
+@pytest.mark.soak(keep=2)
 def test_what_is_no_image_is_unreadable(tmp_path, data):
     (tmp_path / "a.jpg").write_bytes(data)
     assert reason_of(photos.probe, Blob(str(tmp_path / "a.jpg")), LIMIT) == Reason.PHOTO_UNREADABLE
@@ -113,6 +114,7 @@ def test_a_photo_inside_a_tar_is_read_by_offset(tmp_path):
     assert photos.probe(blob, LIMIT)[:3] == ("png", 40, 30)
 
 
+@pytest.mark.soak
 def test_damaged_files_never_raise_anything_but_a_bad_record(tmp_path):
     random = np.random.default_rng(1)
     for ending in ("jpg", "png", "webp", "bmp", "tiff"):
@@ -137,6 +139,7 @@ def test_damaged_files_never_raise_anything_but_a_bad_record(tmp_path):
     "after", [bytes(4096), b"\xff" * 200, b"<!-- note -->" * 20, b"MotionPhoto_Data" * 6000]
 )
 @pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.soak(keep=3)
 def test_bytes_after_a_photos_end_are_no_reason_to_drop_it(tmp_path, ending, after):
     blob = save(tmp_path / f"a.{ending}", noise(300, 400, 3))
     with open(blob.url, "ab") as file:
@@ -180,6 +183,7 @@ def kinds():
 
 
 @pytest.mark.parametrize(("data", "told"), kinds().values(), ids=kinds())
+@pytest.mark.soak(keep=9)
 def test_photos_of_every_kind_are_read_or_called_what_they_are(tmp_path, data, told):
     blob = Blob(str(tmp_path / "a.jpg"))
     (tmp_path / "a.jpg").write_bytes(data)

@@ -56,6 +56,7 @@ def test_a_folder_that_cannot_be_made_is_a_line(home):
         folder_of(OUT)
 
 
+@pytest.mark.soak
 def test_few_bytes_stay_in_memory_and_many_go_to_a_file_that_is_discarded(home):
     staged = Staged(OUT, "a.tar")
     assert staged.write(b"x" * IN_MEMORY_BYTES) == IN_MEMORY_BYTES

@@ -103,6 +103,7 @@ for turn, _ in enumerate(sys.stdin):
 """
 
 
+@pytest.mark.soak
 def test_of_four_processes_one_creates_a_file(tmp_path):
     command = [sys.executable, "-c", _CREATE, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
@@ -192,6 +193,7 @@ def test_a_file_system_without_hard_links_is_named_in_one_line(tmp_path, calls, 
 # What each call does.
 
 
+@pytest.mark.soak
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "beat"
     sizes, ended = set(), threading.Event()
@@ -345,6 +347,7 @@ def test_a_relative_folder_is_made_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize(("what", "call"), PLACES)
+@pytest.mark.soak(keep=5)
 def test_an_error_leaves_nothing_behind_and_the_old_file(tmp_path, calls, what, call, number):
     path = tmp_path / "a"
     if what == "put":

@@ -36,6 +36,7 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize("options", WRITTEN, ids=[",".join(each) or "default" for each in WRITTEN])
+@pytest.mark.soak
 def test_what_is_read_is_what_was_written(tmp_path, table, options):
     path = str(tmp_path / "a.parquet")
     pq.write_table(table, path, row_group_size=700, **options)
@@ -87,6 +88,7 @@ def test_a_column_that_is_not_there_cannot_be_searched(tmp_path, table):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+@pytest.mark.soak
 def test_no_thread_of_pyarrow_is_left_that_could_abort_a_program_at_its_end(tmp_path, table):
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=700)
     program = (
@@ -103,6 +105,7 @@ def test_no_thread_of_pyarrow_is_left_that_could_abort_a_program_at_its_end(tmp_
     assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
 
 
+@pytest.mark.soak
 def test_a_footer_that_describes_a_column_as_none_can_be_is_an_error_and_not_the_end_of_the_process(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"name": ["a", None], "other": [1, 2]}), path)

@@ -70,6 +70,7 @@ def test_nothing_is_put_in_that_no_configuration_names(tmp_path, monkeypatch):
     assert variables.expand("${SECRET_OF_TEST_TOO}") == "${SECRET_OF_TEST_TOO}"
 
 
+@pytest.mark.soak
 def test_a_corpus_stores_the_variables_and_not_their_values(tmp_path, monkeypatch):
     sources, out = tmp_path / "hidden-name", tmp_path / "out"
     source = write_coconut(sources, 3)

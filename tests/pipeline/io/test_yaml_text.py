@@ -40,6 +40,7 @@ MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]
         ("x" * (yaml_text.MAX_BYTES + 1), "longer than 1,048,576 bytes"),
     ],
 )
+@pytest.mark.soak
 def test_what_would_run_forever_or_break_later_is_one_error_at_once(text, told):
     started = time.monotonic()
     with pytest.raises(yaml.YAMLError, match=told.replace("*", r"\*")):

@@ -32,6 +32,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
+@pytest.mark.soak(keep=5)
 def test_an_answer_that_is_no_chat_completion_is_a_reason_that_is_short(kind, monkeypatch):
     monkeypatch.setattr(chat_client, "LONGEST_WAIT_S", 0.5)
     with serving(lambda *_: Reply(**ODD[kind])) as chat:
@@ -47,6 +48,7 @@ def test_a_log_probability_that_no_float_holds_is_no_margin():
 
 
 @pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: ", b""])
+@pytest.mark.soak
 def test_a_trickle_without_an_end_ends_with_the_time_of_a_request(head):
     with fuzz_http.serving(fuzz_http.Reply(head, trickle=b"x")) as url:
         asked = OpenAIJudge(model="tiny", base_url=url, timeout_s=0.5, max_retries=1, backoff_s=0.0)

@@ -202,6 +202,7 @@ def test_an_image_without_live_regions_is_not_even_read():
 
 
 @pytest.mark.parametrize("subset", ["coconut", "sa1b"])
+@pytest.mark.soak(keep=1)
 def test_captions_of_the_sample_are_prose_without_repetition(subset):
     source = open_source(sample_config(), subset)
     images = [source.read(entry, Limits()) for entry in source.catalog()]
@@ -223,6 +224,7 @@ def test_the_sample_is_described_truly():
     assert "upright" in captions["rocket"] and "red cup" in captions["coffee"]
 
 
+@pytest.mark.soak
 def test_captions_of_published_masks_are_prose():
     folder = shared_data("gar_bench_open")
     for row in json.loads((folder / "annotations.json").read_text()):

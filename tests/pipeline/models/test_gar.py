@@ -383,6 +383,7 @@ def start(model, target, how="run"):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.soak
 def test_an_export_that_is_killed_leaves_no_folder_and_the_next_one_works(copy, tmp_path):
     target = tmp_path / "out"
     assert start(copy, target, "kill").wait(60) == -signal.SIGKILL

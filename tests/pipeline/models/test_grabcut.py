@@ -69,6 +69,7 @@ def test_the_mask_stays_inside_its_box():
         [3.4, 7.9, 41.2, 66.6],
     ],
 )
+@pytest.mark.soak(keep=3)
 def test_odd_boxes_give_a_mask_of_the_right_size_or_none(box):
     photo, mask = scene()
     [found] = segment(photo, [box])

@@ -182,6 +182,7 @@ def test_a_category_is_a_phrase_or_nothing():
     ],
     ids=["429", "500", "503", "html", "no choice", "too slow"],
 )
+@pytest.mark.soak(keep=4)
 def test_a_failure_that_passes_is_tried_again(failure):
     with serving(lambda _, number: failure if number <= 2 else Reply(YES)) as chat:
         asked = judge(chat, max_concurrency=1, timeout_s=0.7)

@@ -49,6 +49,7 @@ def counted(module, counts, name):
 
 @pytest.mark.parametrize("multimask", [False, True])
 @pytest.mark.parametrize("size", [(60, 90), (90, 60), (200, 131), (64, 64)])
+@pytest.mark.soak(keep=3)
 def test_masks_are_those_of_the_publishers_predict_one_box_at_a_time(checkpoint, size, multimask):
     import torch
     from segment_anything import SamPredictor
@@ -72,6 +73,7 @@ def test_masks_are_those_of_the_publishers_predict_one_box_at_a_time(checkpoint,
 
 
 @pytest.mark.parametrize("options", [{"boxes_at_once": 1}, {"boxes_at_once": 4}, {}])
+@pytest.mark.soak
 def test_batches_of_boxes_change_nothing(checkpoint, options):
     whole = segment(checkpoint, multimask=True, **options)
     for box, candidates in zip(BOXES, whole, strict=True):

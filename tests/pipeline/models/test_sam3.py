@@ -64,6 +64,7 @@ def batches_of(module, sizes):
 
 @pytest.mark.parametrize("detector_only", [False, True])
 @pytest.mark.parametrize("size", [(60, 90), (90, 60), (200, 131), (3, 40)])
+@pytest.mark.soak
 def test_masks_are_those_of_transformers_one_phrase_at_a_time(tmp_path, size, detector_only):
     import torch
     from PIL import Image
@@ -99,6 +100,7 @@ def test_masks_are_those_of_transformers_one_phrase_at_a_time(tmp_path, size, de
 
 
 @pytest.mark.parametrize("phrases_at_once", [1, 2, 4, 16])
+@pytest.mark.soak
 def test_batches_of_phrases_change_nothing(checkpoint, segmenter, phrases_at_once):
     alone = [segment(segmenter, [phrase])[0] for phrase in PHRASES]
     assert sum(map(len, alone)) > len(PHRASES)
@@ -114,6 +116,7 @@ def test_masks_enlarged_one_at_a_time_are_the_same(segmenter, monkeypatch):
 @pytest.mark.parametrize(
     ("part", "told"), [("pred_logits", "scores"), ("presence_logits", "scores"), ("pred_masks", "masks")]
 )
+@pytest.mark.soak(keep=1)
 def test_a_model_that_says_nan_is_an_error_and_not_nothing_found(checkpoint, part, told):
     segmenter = make(checkpoint)
 
@@ -141,6 +144,7 @@ def test_the_image_is_seen_once_and_a_repeated_phrase_is_asked_once(checkpoint):
     assert found[2], "each region has a list of its own"
 
 
+@pytest.mark.soak
 def test_a_phrase_is_read_once_for_all_images_and_its_answers_stay_the_same(checkpoint):
     segmenter = make(checkpoint)
     texts = []
@@ -331,6 +335,7 @@ def test_wrong_options_are_named(options, told):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_both_segmenters_evidence_and_scores_arrive_in_the_ledger(checkpoint, tmp_path):
     import pyarrow.parquet as pq
 

@@ -37,6 +37,7 @@ def counts_of(found):
     return sorted(each.rle.counts for each in found)
 
 
+@pytest.mark.soak
 def test_transformers_reads_the_tiny_checkpoint_whole_by_its_rules_for_the_published_one(
     checkpoint, generator
 ):
@@ -50,6 +51,7 @@ def test_transformers_reads_the_tiny_checkpoint_whole_by_its_rules_for_the_publi
     assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.state_dict().items())
 
 
+@pytest.mark.soak
 def test_masks_are_those_of_the_tracker_asked_one_point_at_a_time(checkpoint, generator):
     import torch
     from transformers import Sam3Processor, Sam3TrackerModel
@@ -73,6 +75,7 @@ def test_masks_are_those_of_the_tracker_asked_one_point_at_a_time(checkpoint, ge
     assert counts_of(made(checkpoint, points_at_once=3).generate(picture)) == sorted(expected)
 
 
+@pytest.mark.soak
 def test_narrow_photos_and_crops_are_answered(checkpoint, generator):
     cropped = made(checkpoint, points_per_side=1, crop_n_layers=1)
     for size in [(1, 1), (1, 300), (40, 3), (33, 47)]:
@@ -80,6 +83,7 @@ def test_narrow_photos_and_crops_are_answered(checkpoint, generator):
             assert all(found.rle.size == size for found in each.generate(photo(*size)))
 
 
+@pytest.mark.soak
 def test_a_checkpoint_without_the_tracker_and_one_that_lacks_a_tensor_are_told(checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -96,6 +100,7 @@ def test_a_checkpoint_without_the_tracker_and_one_that_lacks_a_tensor_are_told(c
         Sam3MaskGenerator.check(model=str(tmp_path / "gone"))
 
 
+@pytest.mark.soak
 def test_the_positional_embedding_may_be_stored_once(checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -107,6 +112,7 @@ def test_the_positional_embedding_may_be_stored_once(checkpoint, tmp_path):
     assert len(made(once).generate(photo())) == 12
 
 
+@pytest.mark.soak
 def test_numbers_that_are_none_stop_the_build(checkpoint):
     broken = made(checkpoint)
     broken._grid.generator.predictor.model.mask_decoder.iou_token.weight.data.fill_(float("nan"))
@@ -114,6 +120,7 @@ def test_numbers_that_are_none_stop_the_build(checkpoint):
         broken.generate(photo())
 
 
+@pytest.mark.soak
 def test_the_identity_has_what_decides_and_the_check_reads_no_weights(checkpoint):
     def identity(**options):
         return str(sorted(Sam3MaskGenerator.identity(model=str(checkpoint), **options).items()))

@@ -38,6 +38,7 @@ def made(checkpoint, **options):
         {"points_at_once": 2},
     ],
 )
+@pytest.mark.soak(keep=2)
 def test_masks_and_scores_are_those_of_the_publishers_generator(checkpoint, options):
     import torch
     from segment_anything import SamAutomaticMaskGenerator

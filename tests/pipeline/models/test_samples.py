@@ -80,6 +80,7 @@ def test_every_photo_is_attributed():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_making_the_sample_again_gives_the_same_masks_and_labels(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("make_samples", SAMPLES / "make_samples.py")
     assert spec is not None and spec.loader is not None

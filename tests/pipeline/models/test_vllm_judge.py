@@ -50,6 +50,7 @@ def test_every_answer_is_in_its_schema(vllm_judge):
 @pytest.mark.parametrize(
     "choices", [("yes", "no"), ("no", "yes"), ("agree", "against"), ("against", "agree")]
 )
+@pytest.mark.soak(keep=1)
 def test_verdicts_and_margins_are_those_of_the_model(vllm_judge, reference, choices):
     """One token and two tokens, either way round; and choices that share their first token."""
     tokenizer = vllm_judge.tokenizer
@@ -69,6 +70,7 @@ def test_verdicts_and_margins_are_those_of_the_model(vllm_judge, reference, choi
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_answers_do_not_depend_on_the_company(vllm_judge):
     questions = [Question("verify", caption, "dog") for caption in CAPTIONS]
     together = vllm_judge.ask([*questions, *(Question("extract", caption) for caption in CAPTIONS)])
@@ -112,6 +114,7 @@ def test_thinking_is_off_and_a_caption_cannot_end_its_turn(vllm_judge):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_shared_instructions_come_from_the_prefix_cache(vllm_judge):
     before = vllm_judge.engine.prefix_cache()
     vllm_judge.ask([Question("verify", f"Caption number {number}.", "dog") for number in range(64)])
@@ -138,6 +141,7 @@ def identity(qwen3, **options) -> dict[str, str]:
     return registry.backend_identity("judge", Backend(name="vllm", options={"model": str(qwen3), **options}))
 
 
+@pytest.mark.soak
 def test_the_identity_holds_weights_prompts_and_what_changes_answers(qwen3, tmp_path):
     first = identity(qwen3)
     assert first["prompt:verify_category"].startswith("1-") and "prompt:extract_category" in first
@@ -158,6 +162,7 @@ def test_check_reads_shapes_and_not_weights(qwen3):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_another_engine_of_this_process_is_closed_without_harm(vllm_judge, qwen3):
     """vLLM's own shutdown ends the process groups of both."""
     with alone():
@@ -202,6 +207,7 @@ def test_a_checkpoint_without_a_chat_template_is_refused(qwen3, tmp_path):
         VllmJudge.check(model=str(bare), engine={"max_model_len": 3072})
 
 
+@pytest.mark.soak
 def test_a_checkpoint_with_a_pickle_is_refused(qwen3, tmp_path):
     bad = shutil.copytree(qwen3, tmp_path / "bad")
     (bad / "pytorch_model.bin").write_bytes(b"\x80\x04.")

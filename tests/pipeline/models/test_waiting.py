@@ -98,6 +98,7 @@ def of_library(counts, kind):
     return sum("/pipeline/models/sam" in event.line for event in counts.of(kind))
 
 
+@pytest.mark.soak
 def test_sam_waits_for_scores_and_for_runs(tmp_path, monkeypatch):
     checkpoint = write_sam(tmp_path)
     for boxes_at_once in (len(BOXES), 2):
@@ -124,6 +125,7 @@ def test_sam3_waits_for_scores_and_for_runs_and_in_transformers(tmp_path):
     [(SamMaskGenerator, write_sam), (Sam3MaskGenerator, write_sam3_tracker)],
     ids=["sam", "sam3"],
 )
+@pytest.mark.soak
 def test_a_mask_generator_waits_for_the_check_of_each_batch_of_points_and_in_segment_anything(
     tmp_path, backend, write
 ):

@@ -210,6 +210,7 @@ def _drive(config: BuildConfig) -> subprocess.Popen:
     )
 
 
+@pytest.mark.soak
 def test_a_build_that_is_killed_while_masks_are_made_resumes_and_is_equal_to_the_last_byte(tmp_path, built):
     config = configured(tmp_path, generator={"delay_s": 0.4}, batch_images=1, failures={"save_every_s": 0})
     child = _drive(config)
@@ -315,6 +316,7 @@ def test_two_folders_are_listed_in_order_and_a_name_that_is_there_twice_counts_o
 
 
 @pytest.mark.skipif(not (ROOT / "samples").exists(), reason="no clone, but an installed wheel")
+@pytest.mark.soak
 def test_the_sample_photos_by_the_embedded_backends(tmp_path):
     samples = ROOT / "samples"
     folders = [str(samples / "coconut" / "photos"), str(samples / "scenes" / "photos")]
@@ -339,6 +341,7 @@ def test_the_sample_photos_by_the_embedded_backends(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_the_generator_in_actors_of_its_own_makes_the_same_corpus(tmp_path, built):
     config = configured(tmp_path)
     build(config, RayEngine())

@@ -50,6 +50,7 @@ def _dropped(out: Path, subset: str = "coconut") -> list[tuple[str, int]]:
     return [(row["key"], row["region"]) for row in rows if row["drop_reason"] == "benchmark_photo"]
 
 
+@pytest.mark.soak
 def test_a_benchmarks_photo_is_dropped_with_all_its_regions_and_everybody_says_so(source, tmp_path):
     config = config_of(tmp_path / "out", coconut=source)
     report = audit_subset(open_source(config, "coconut"), config.limits)
@@ -65,6 +66,7 @@ def test_a_benchmarks_photo_is_dropped_with_all_its_regions_and_everybody_says_s
     assert "(`benchmark_photo`): 1 image." in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.soak
 def test_it_is_dropped_for_this_reason_whether_its_photo_is_there_or_not(source, tmp_path):
     config = config_of(tmp_path / "out", coconut=source)
     folder = tmp_path / "out" / "coconut"
@@ -75,6 +77,7 @@ def test_it_is_dropped_for_this_reason_whether_its_photo_is_there_or_not(source,
     assert len(_dropped(tmp_path / "out")) == 4
 
 
+@pytest.mark.soak
 def test_a_photo_of_another_name_is_dropped_by_its_id_where_the_size_agrees(tmp_path):
     large = write_coconut(tmp_path / "large", 3, size=(480, 640))
     config = config_of(tmp_path / "out", coconut=_rename(large, 1, "renamed.jpg", 571598))
@@ -85,6 +88,7 @@ def test_a_photo_of_another_name_is_dropped_by_its_id_where_the_size_agrees(tmp_
     assert _dropped(tmp_path / "other") == []
 
 
+@pytest.mark.soak
 def test_pairs_in_a_folder_are_dropped_by_name_with_the_regions_of_their_json(tmp_path):
     import tarfile
 
@@ -98,6 +102,7 @@ def test_pairs_in_a_folder_are_dropped_by_name_with_the_regions_of_their_json(tm
     assert _dropped(tmp_path / "out", "sa1b") == [("objects365_v2_00912042", n) for n in range(4)]
 
 
+@pytest.mark.soak
 def test_a_corpus_that_was_planned_with_all_photos_goes_on_so(source, tmp_path):
     early = config_of(tmp_path / "out", coconut=source, benchmarks={"leave_out": False})
     build(early)

@@ -4,6 +4,7 @@ import json
 import tarfile
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from paracaption.pipeline.corpus import reader
@@ -55,6 +56,7 @@ def sources(root):
     }
 
 
+@pytest.mark.soak
 def test_a_corpus_of_all_kinds_is_built_verified_and_resumed_without_a_model(tmp_path):
     subsets = {name: {"sources": source} for name, source in sources(tmp_path).items()}
     config = config_of(tmp_path / "out", subsets=subsets)
@@ -73,6 +75,7 @@ def test_a_corpus_of_all_kinds_is_built_verified_and_resumed_without_a_model(tmp
     assert len(calls(tmp_path / "captioner.log")) == asked
 
 
+@pytest.mark.soak
 def test_the_shards_of_the_second_corpus_hold_the_photos_and_masks_of_the_first(tmp_path):
     found = sources(tmp_path)
     build(config_of(tmp_path / "out", subsets={"again": {"sources": found["again"]}}))

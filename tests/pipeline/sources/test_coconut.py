@@ -76,6 +76,7 @@ def test_one_bad_segment_costs_only_itself(release, field, value):
 
 @pytest.mark.parametrize("value", ODD)
 @pytest.mark.parametrize("field", ["area", "bbox", "isthing", "note"])
+@pytest.mark.soak(keep=10)
 def test_a_field_that_nobody_needs_costs_no_mask(release, field, value):
     release.add("a", segments=[SEGMENTS[0] | {field: 54_321}, SEGMENTS[1]])
     text = json.dumps({"images": release.images, "annotations": release.annotations})

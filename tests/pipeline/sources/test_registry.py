@@ -41,6 +41,7 @@ def rectangles(tmp_path, monkeypatch):
     return {"source": "rectangles", "table": str(folder / "table.csv"), "photos": str(folder)}
 
 
+@pytest.mark.soak
 def test_a_third_kind_is_audited_built_verified_and_shown(rectangles, tmp_path):
     values = config_of(tmp_path / "out", coconut=write_coconut(tmp_path / "source", 1)).model_dump(
         mode="json"
@@ -108,6 +109,7 @@ def short_and_long(out, source, kind):
 
 
 @pytest.mark.parametrize(("kind", "write"), [("coconut", write_coconut), ("sa1b", write_sa1b)])
+@pytest.mark.soak
 def test_the_old_key_and_subsets_give_the_same_plan_recipe_and_bytes(tmp_path, kind, write):
     source = write(tmp_path / "source", 6)
     short, long = short_and_long(tmp_path, source, kind)
@@ -116,6 +118,7 @@ def test_the_old_key_and_subsets_give_the_same_plan_recipe_and_bytes(tmp_path, k
     assert committed(tmp_path / "short") == committed(tmp_path / "long") != {}
 
 
+@pytest.mark.soak
 def test_subsets_of_one_kind_are_built_beside_each_other_under_their_own_names(tmp_path):
     values = config_of(tmp_path / "out", coconut=write_coconut(tmp_path / "a", 4)).model_dump()
     (first,) = values["subsets"]["coconut"]["sources"]

@@ -353,6 +353,7 @@ def test_photo_and_record_of_different_size_drop_the_image(tmp_path):
     assert image.drop.reason == Reason.SIZE_MISMATCH and reasons(image) == [Reason.SIZE_MISMATCH]
 
 
+@pytest.mark.soak
 def test_100_000_masks_on_one_image_are_all_listed_and_none_is_decoded(tmp_path, monkeypatch):
     data = record(*[annotation()] * 100_000)
     path = write_tar(tmp_path / "sa_0.tar", pair("sa_1", data))

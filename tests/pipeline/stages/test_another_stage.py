@@ -119,6 +119,7 @@ def found(tmp_path_factory) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.soak
 def test_it_drops_in_its_place_in_the_funnel(found):
     names = [name for name, _ in found["funnel"]]
     assert names == ["source", "usable_masks", "caption", "verify_category", "few_commas", "clean_text"]

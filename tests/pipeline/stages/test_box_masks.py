@@ -100,6 +100,7 @@ def test_damaged_evidence_is_asked_for_again_and_gives_the_same_corpus(built, tm
     assert Counter(asked(tmp_path)) == Counter(paid + paid)
 
 
+@pytest.mark.soak
 def test_nothing_in_the_box_is_a_drop_and_the_box_is_shown(tmp_path):
     source = write_boxes(tmp_path / "source", 2, 2, SIZE)
     for number in range(2):  # too few pixels for GrabCut
@@ -224,6 +225,7 @@ def test_masks_from_boxes_pass_through_identify(tmp_path, source):
     assert verify.verify(tmp_path / "out").ok
 
 
+@pytest.mark.soak
 def test_each_odd_answer_costs_its_region_and_no_mask_is_taken_unchecked(tmp_path):
     names = list(odd_answers.CANDIDATES)
     source = write_boxes(tmp_path / "source", len(names), 2, SIZE)

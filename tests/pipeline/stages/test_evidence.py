@@ -94,6 +94,7 @@ def stored(tmp_path, request):
 
 
 @pytest.mark.parametrize("every", [70, pytest.param(7, marks=pytest.mark.soak)])
+@pytest.mark.soak
 def test_no_flipped_bit_is_another_answer(stored, every):
     store, evidence = stored
     path = store.path("unit")

@@ -29,6 +29,7 @@ def test_every_reason_that_is_no_error_and_not_the_sources_is_a_stages():
     assert sorted(names) == sorted(known[known.index("mask_none") : known.index("model_error")])
 
 
+@pytest.mark.soak
 def test_drops_and_scores_of_a_corpus_are_those_that_its_stages_declare(tmp_path):
     config = corpus.config_of(tmp_path)
     corpus.build(config)
