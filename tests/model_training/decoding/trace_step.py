@@ -1,9 +1,12 @@
-"""The trace of one decode step, from the device that pretends: python -m tests.model_training.decoding.trace_step
+"""The trace of one decode step, from the device that pretends.
 
-Everything that a GPU would be asked to do from one wait to the next, in its order. Operations that follow each
-other several times are one entry.
+    python -m tests.model_training.decoding.trace_step
+
+Everything that a GPU would be asked to do from one wait to the next, in its order. Operations that follow
+each other several times are one entry.
 """
 
+import sys
 from itertools import groupby
 from textwrap import wrap
 
@@ -34,7 +37,7 @@ def main() -> None:
         number = len(list(run))
         name = operation if kind == "launch" else f"[{kind}: {operation}]"
         entries.append(f"{name} x{number}" if number > 1 else name)
-    print("\n".join(wrap(", ".join(entries), 110)))
+    sys.stdout.write("\n".join(wrap(", ".join(entries), 110)) + "\n")
 
 
 if __name__ == "__main__":
