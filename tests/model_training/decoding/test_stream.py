@@ -11,7 +11,7 @@ from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions, Strategy
 from paracaption.schemas.errors import ConfigError
 from tests.device import pretend
-from tests.model_training.decoding.test_ragged import REGIONS, alone, model_of, options_of, photo_of
+from tests.model_training.decoding.test_ragged import REGIONS, alone, ending, model_of, options_of, photo_of
 from tests.model_training.tiny_models import examples, lively, photo
 
 
@@ -46,7 +46,7 @@ def test_a_row_that_was_dropped_from_the_cache_and_filled_again_is_told_from_the
 @pytest.mark.parametrize("layout", ["corrected", "reference"])
 def test_so_does_a_stream_on_a_device_that_predicts_all_in_every_step(layout):
     expected = check(Decoder(model_of(layout)[0]), layout, 7, count=8)
-    model, _ = lively(layout=layout)
+    model, _ = ending(layout)
     with pretend() as device:
         model.to(device.name)
         decoder = Decoder(model)
