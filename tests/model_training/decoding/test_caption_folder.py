@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
-from paracaption.model_training.decoding import caption_folder
+from paracaption.model_training.decoding import caption_folder, stream
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
+from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from tests import committed
 from tests.model_training.tiny_models import lively
@@ -171,6 +173,81 @@ def test_all_images_of_a_corpus_are_captioned(home, tmp_path):
     out.write_bytes(all_lines.splitlines(keepends=True)[0])
     assert run(home, out, photos=None, masks=corpus).exit_code == 0
     assert out.read_bytes() == all_lines
+
+
+def test_images_of_a_corpus_are_read_in_any_order_each_by_itself(tmp_path, monkeypatch):
+    corpus = committed.merged(tmp_path / "corpus")
+    expected = {photo.name.rpartition("#")[2]: photo for photo in iter_photo_regions(corpus)}
+    tasks = caption_folder.find_photos(None, str(corpus))
+    monkeypatch.delattr("paracaption.pipeline.corpus.reader.Corpus.find_image")
+    monkeypatch.delattr("paracaption.pipeline.corpus.reader.Corpus.samples")
+    for task in [*reversed(tasks), *tasks]:
+        photo = task.read()
+        assert np.array_equal(photo.pixels, expected[task.name].pixels)
+        assert [each.caption for each in photo.regions] == [e.caption for e in expected[task.name].regions]
+
+
+@pytest.mark.parametrize(("photos", "masks"), [("photos/0.tar", "masks"), (None, "photos/0.tar")])
+def test_a_shard_is_an_error_that_says_what_to_give(home, tmp_path, photos, masks):
+    write_photos(tmp_path, 1)
+    (tmp_path / "photos/0.tar").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"0\.tar: a tar; if it is a shard .* give the corpus's folder"):
+        caption_folder.find_photos(photos and str(tmp_path / photos), str(tmp_path / masks))
+
+
+def alive_at_once(monkeypatch, kind, name, of):
+    """How many arrays that a method of `kind` made were alive at the same time at most."""
+    alive, most = set(), []
+    made = getattr(kind, name)
+
+    def make(*args, **kwargs):
+        found = made(*args, **kwargs)
+        alive.add(number := len(most))
+        weakref.finalize(of(found), alive.discard, number)
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(kind, name, make)
+    return most
+
+
+def test_pixels_are_let_go_when_the_vision_part_is_done(tmp_path, monkeypatch):
+    """The first caption takes as many steps as many others, which are read and decoded in the meantime."""
+    write_photos(tmp_path, 40)
+    model, processor = lively(dtype=torch.float32)
+    views = alive_at_once(monkeypatch, type(processor), "make_example", lambda example: example.views)
+    tasks = caption_folder.find_photos(str(tmp_path / "photos"), str(tmp_path / "masks"))
+    captioner = RegionCaptioner(model, processor)
+    pixels = alive_at_once(monkeypatch, caption_folder.PhotoTask, "read", lambda photo: photo.pixels)
+    quick = DecodeOptions(strategy="threshold", threshold=0.0, max_new_tokens=4, steps=2)
+    slow = DecodeOptions(strategy="left-to-right", max_new_tokens=4, steps=400)
+    real = stream.decode_stream
+
+    def one_is_slow(decoder, examples, num_rows):
+        given = ((each, slow if number == 0 else quick) for number, (each, _) in enumerate(examples))
+        return real(decoder, given, num_rows)
+
+    monkeypatch.setattr(stream, "decode_stream", one_is_slow)
+    out = tmp_path / "captions.jsonl"
+    done = caption_folder.caption_folder(captioner, tasks, out, quick, batch_size=2)
+    assert done.photos == 40 and len(pixels) == 40
+    assert max(views) <= 3 * 2 + 2 and max(pixels) <= 2 * 2 + 4, (views, pixels)
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_line(home, whole, tmp_path, monkeypatch):
+    real, sizes = RegionCaptioner.iter_captions, []
+
+    def short_of_memory(captioner, photos, *args, batch_size, **how):
+        sizes.append(batch_size)
+        for number, found in enumerate(real(captioner, photos, *args, batch_size=batch_size, **how)):
+            if batch_size > 2 and number == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield found
+
+    monkeypatch.setattr(RegionCaptioner, "iter_captions", short_of_memory)
+    out = tmp_path / "captions.jsonl"
+    assert run(home, out).exit_code == 0
+    assert out.read_bytes() == whole and sizes == [8, 4, 2]
 
 
 def test_options_for_one_photo_are_refused(home, tmp_path):

@@ -88,6 +88,24 @@ def test_a_row_takes_the_next_sequence_as_soon_as_its_own_has_ended(strategy):
     assert counts.uploads == 0, counts.waits()
 
 
+@pytest.mark.parametrize(("layout", "cache"), [("corrected", "exact"), ("reference", "approximate")])
+@pytest.mark.parametrize("regions", [[0, 2, 0, 1, 0], [0, 0], [0], [3, 0, 0, 0, 0, 0, 0, 2]])
+def test_sequences_without_regions_end_and_leave_the_others_alone(layout, cache, regions):
+    """Also on a device, where nothing of them is launched that could tell that they have arrived."""
+    model, processor = lively(layout=layout)
+    options = DecodeOptions(max_new_tokens=4, steps=3, cache=cache, compare=True, redo_below=0.5)
+    given = examples(processor, regions, slots=4)
+    expected = [Decoder(model).decode(collate([each]), options) for each in given]
+    with pretend() as device:
+        model.to(device.name)
+        stream = decode_stream(Decoder(model), ((each, options) for each in given), num_rows=2)
+        found = {each.number: each for each in stream}
+    assert sorted(found) == list(range(len(regions)))
+    for number, (count, whole) in enumerate(zip(regions, expected, strict=True)):
+        assert found[number].tokens_NS.tolist() == whole.tokens_BNS[0, :count].tolist()
+        assert found[number].forwards >= (3 if count else 0)
+
+
 def test_rows_are_full_while_sequences_wait(monkeypatch):
     from paracaption.model_training.decoding import loop as loops
 
