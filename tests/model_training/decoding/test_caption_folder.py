@@ -196,7 +196,7 @@ def test_a_shard_is_an_error_that_says_what_to_give(home, tmp_path, photos, mask
 
 
 def alive_at_once(monkeypatch, kind, name, of):
-    """How many arrays that a method of `kind` made were alive at the same time at most."""
+    """How many arrays that a function of `kind` made were alive after each of its calls."""
     alive, most = set(), []
     made = getattr(kind, name)
 
@@ -216,9 +216,9 @@ def test_pixels_are_let_go_when_the_vision_part_is_done(tmp_path, monkeypatch):
     write_photos(tmp_path, 40)
     model, processor = lively(dtype=torch.float32)
     views = alive_at_once(monkeypatch, type(processor), "make_example", lambda example: example.views)
+    pixels = alive_at_once(monkeypatch, caption_folder, "read_photo_regions", lambda photo: photo.pixels)
     tasks = caption_folder.find_photos(str(tmp_path / "photos"), str(tmp_path / "masks"))
     captioner = RegionCaptioner(model, processor)
-    pixels = alive_at_once(monkeypatch, caption_folder.PhotoTask, "read", lambda photo: photo.pixels)
     quick = DecodeOptions(strategy="threshold", threshold=0.0, max_new_tokens=4, steps=2)
     slow = DecodeOptions(strategy="left-to-right", max_new_tokens=4, steps=400)
     real = stream.decode_stream
