@@ -338,18 +338,16 @@ def _from_json(path: str, image: str, key: str | None) -> _Found:
 
 
 def _parse(path: str) -> _Indexed:
-    """The content of a JSON. The last one of this machine is kept, since it may be that of many photos."""
+    """The content of a JSON. The last one is kept, since it may be that of many photos."""
     try:
-        stat = None if files.is_url(path) else Path(path).stat()
+        version = files.version(path)
     except OSError:
-        stat = None
-    if stat is None:
-        return _Indexed(_read_file(path))
-    return _kept_file(path, stat.st_mtime_ns, stat.st_size)
+        return _Indexed(_read_file(path))  # says what is wrong
+    return _kept_file(path, version)
 
 
 @functools.lru_cache(maxsize=1)
-def _kept_file(path: str, _mtime_ns: int, _size: int) -> _Indexed:
+def _kept_file(path: str, _version: str) -> _Indexed:
     return _Indexed(_read_file(path))
 
 
