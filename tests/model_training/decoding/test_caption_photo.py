@@ -121,7 +121,13 @@ def test_the_record_tells_areas_tokens_time_options_and_model(home, tmp_path):
     assert found["photo"] == str(home / "photo.png") and (found["width"], found["height"]) == (96, 64)
     assert found["options"]["strategy"] == "per-region" and found["options"]["cache"] == "none"
     assert found["options"]["length"] == 6, "the name that records have had from the start"
-    newer = {"position_thresholds", "factor", "redo_below", "settled"}  # left out at their defaults
+    newer = {
+        "position_thresholds",
+        "factor",
+        "redo_below",
+        "settled",
+        "end_of_text_last",
+    }  # left out at defaults
     assert set(found["options"]) - {"length"} == set(DecodeOptions.model_fields) - {"max_new_tokens"} - newer
     assert found["model"] | {"folder": ""} == {
         "folder": "",
