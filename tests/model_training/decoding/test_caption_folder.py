@@ -254,6 +254,8 @@ def test_options_for_one_photo_are_refused(home, tmp_path):
     for more in (["--json", "-"], ["--key", "1"], ["--prompt", "a", "--prompt", "b"]):
         with pytest.raises(ConfigError, match="--out"):
             run(home, tmp_path / "captions.jsonl", *more)
+    with pytest.raises(ConfigError, match=r"is a folder; name a file in it, such as .*captions\.jsonl"):
+        run(home, tmp_path)
     with pytest.raises(ConfigError, match="a folder of this machine that exists"):
         run(home, tmp_path / "none" / "captions.jsonl")
 
