@@ -16,13 +16,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
-from paracaption.model_training.decoding import caption_folder, stream
+from paracaption.model_training.decoding import caption_folder, loop, stream
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from tests import committed
-from tests.model_training.tiny_models import lively
+from tests.model_training.tiny_models import lively, photo
 
 runner = CliRunner()
 QUICK = ["--max-new-tokens", "6", "--steps", "3", "--device", "cpu"]
@@ -195,30 +195,26 @@ def test_a_shard_is_an_error_that_says_what_to_give(home, tmp_path, photos, mask
         caption_folder.find_photos(photos and str(tmp_path / photos), str(tmp_path / masks))
 
 
-def alive_at_once(monkeypatch, kind, name, of):
-    """How many arrays that a function of `kind` made were alive after each of its calls."""
-    alive, most = set(), []
-    made = getattr(kind, name)
+def alive_of(monkeypatch, kind, name, of):
+    """The arrays that a function of `kind` made and that are alive, and how many were after each call."""
+    alive, counts, made = set(), [], getattr(kind, name)
 
     def make(*args, **kwargs):
         found = made(*args, **kwargs)
-        alive.add(number := len(most))
+        alive.add(number := len(counts))
         weakref.finalize(of(found), alive.discard, number)
-        most.append(len(alive))
+        counts.append(len(alive))
         return found
 
     monkeypatch.setattr(kind, name, make)
-    return most
+    return alive, counts
 
 
-def test_pixels_are_let_go_when_the_vision_part_is_done(tmp_path, monkeypatch):
+def test_photos_that_wait_for_their_turn_have_no_pixels(tmp_path, monkeypatch):
     """The first caption takes as many steps as many others, which are read and decoded in the meantime."""
     write_photos(tmp_path, 40)
-    model, processor = lively(dtype=torch.float32)
-    views = alive_at_once(monkeypatch, type(processor), "make_example", lambda example: example.views)
-    pixels = alive_at_once(monkeypatch, caption_folder, "read_photo_regions", lambda photo: photo.pixels)
+    _, pixels = alive_of(monkeypatch, caption_folder, "read_photo_regions", lambda photo: photo.pixels)
     tasks = caption_folder.find_photos(str(tmp_path / "photos"), str(tmp_path / "masks"))
-    captioner = RegionCaptioner(model, processor)
     quick = DecodeOptions(strategy="threshold", threshold=0.0, max_new_tokens=4, steps=2)
     slow = DecodeOptions(strategy="left-to-right", max_new_tokens=4, steps=400)
     real = stream.decode_stream
@@ -228,10 +224,20 @@ def test_pixels_are_let_go_when_the_vision_part_is_done(tmp_path, monkeypatch):
         return real(decoder, given, num_rows)
 
     monkeypatch.setattr(stream, "decode_stream", one_is_slow)
-    out = tmp_path / "captions.jsonl"
-    done = caption_folder.caption_folder(captioner, tasks, out, quick, batch_size=2)
-    assert done.photos == 40 and len(pixels) == 40
-    assert max(views) <= 3 * 2 + 2 and max(pixels) <= 2 * 2 + 4, (views, pixels)
+    captioner = RegionCaptioner(*lively(dtype=torch.float32))
+    done = caption_folder.caption_folder(captioner, tasks, tmp_path / "captions.jsonl", quick, batch_size=2)
+    assert done.photos == len(pixels) == 40
+    assert max(pixels) <= 2 * 2 + 4, pixels
+
+
+def test_views_are_let_go_when_their_features_are_there(monkeypatch):
+    model, processor = lively(dtype=torch.float32)
+    alive, _ = alive_of(monkeypatch, type(processor), "make_example", lambda example: example.views)
+    launch, counts = loop.Loop.launch, []
+    monkeypatch.setattr(loop.Loop, "launch", lambda loop: counts.append(len(alive)) or launch(loop))
+    photos = [photo(number, 1) for number in range(4)]
+    RegionCaptioner(model, processor).caption_photos(photos, max_new_tokens=4, steps=2, batch_size=4)
+    assert counts and max(counts) <= 1, "the last one, which its generator has at hand"
 
 
 def test_memory_that_runs_out_halves_the_batch_and_changes_no_line(home, whole, tmp_path, monkeypatch):
