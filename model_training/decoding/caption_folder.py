@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -33,6 +33,9 @@ from .fitting import caption_each
 from .read_regions import PhotoRegions, is_corpus, of_sample, read_photo_regions
 from .region_captioner import RegionCaptioner
 from .region_forms import to_masks
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _SYNC_EVERY_S = 5.0
 """Seconds after which what was written is made to outlive the end of the machine."""
@@ -268,19 +271,19 @@ def _read(task: PhotoTask) -> tuple[tuple[str, PhotoRegions | ConfigError], np.n
 def _of_corpus(path: str) -> list[PhotoTask]:
     """A task for each image of a corpus. Each is read by itself, from where its ledger says that it lies."""
     opened = reader.open_corpus(path)
-    rows = {
-        (row["subset"], row["key"]): row
-        for subset in opened.subsets
-        for table in opened.ledgers(subset, columns=["kept", *_PLACE])
-        for row in table.filter(table["kept"]).select(_PLACE).to_pylist()
-    }
+    rows: dict[tuple[str, str], tuple[pa.Table, int]] = {}
+    for subset in opened.subsets:
+        for table in opened.ledgers(subset, columns=["kept", *_PLACE]):
+            kept = table.filter(table["kept"]).select(_PLACE)
+            rows |= {(subset, key): (kept, number) for number, key in enumerate(kept["key"].to_pylist())}
     times = Counter(key for _, key in rows)  # an image may be in several subsets
 
-    def read(row: dict[str, Any]) -> PhotoRegions:
+    def read(table: pa.Table, number: int) -> PhotoRegions:
+        [row] = table.slice(number, 1).to_pylist()
         return of_sample(f"{path}#{row['key']}", *opened.read_sample(row))
 
     return [
-        PhotoTask(key if times[key] == 1 else f"{subset}/{key}", partial(read, row))
+        PhotoTask(key if times[key] == 1 else f"{subset}/{key}", partial(read, *row))
         for (subset, key), row in rows.items()
     ]
 
