@@ -3,6 +3,7 @@
     python -m benchmarks.sample_model             # draws the world, builds, trains, copies, measures: an hour
     python -m benchmarks.sample_model --measure   # measures the model that is in samples/model
     python -m benchmarks.sample_model --scenes    # draws samples/scenes
+    python -m benchmarks.sample_model --ends      # how captions end, with and without `end_of_text_last`
 
 The training goes on where it was stopped. What is measured goes into the model's card by hand.
 """
@@ -10,22 +11,35 @@ The training goes on where it was stopped. What is measured goes into the model'
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from paracaption.model_training.decoding.read_regions import PhotoRegions, iter_photo_regions
+from paracaption.model_training.decoding.read_regions import (
+    PhotoRegions,
+    iter_photo_regions,
+    read_photo_regions,
+)
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.toy import world as toy
 from paracaption.model_training.toy.scores import compare_decoding
-from paracaption.schemas.decoding import DecodeOptions
+from paracaption.schemas.decoding import DecodeOptions, Strategy
 
 from .toy import FOLDER, HELD_OUT, ROOT, TRAINED, run_command, world
 
 CONFIG = ROOT / "configs/train/sample.yaml"
 MODEL, SCENES = ROOT / "samples/model", ROOT / "samples/scenes"
+ENDS: list[tuple[Strategy, int, int]] = [
+    ("threshold", 12, 12),
+    ("per-region", 12, 12),
+    ("per-region", 12, 3),
+    ("per-region", 32, 8),
+    ("remask", 12, 12),
+]
+"""Strategies, tokens and steps of `measure_ends`."""
 DECODE = DecodeOptions(strategy="threshold", threshold=0.95, max_new_tokens=12, steps=12)
 
 
@@ -69,6 +83,41 @@ def measure() -> None:
     print(f"confidence on {len(photos)} photographs, {len(sure)} regions: mean {sure.mean():.4f}")
 
 
+def measure_ends(num_scenes: int = 60) -> None:
+    """Print how long captions are and how many are right, with and without `end_of_text_last`."""
+    folder = FOLDER / "ends"
+    shutil.rmtree(folder, ignore_errors=True)
+    toy.write_world(folder, num_scenes, seed=0, options=toy.EASY, split="heldout")
+    truths = json.loads((folder / "captions.json").read_text())
+    photos = [
+        read_photo_regions(path, [folder / "panoptic.json"]) for path in sorted(folder.glob("photos/*"))
+    ]
+    true = [
+        truths[Path(photo.name).stem][region.source.split()[-1]]
+        for photo in photos
+        for region in photo.regions
+    ]
+    captioner = RegionCaptioner.load(MODEL, "cpu")
+    print(f"{len(true)} regions; their true captions have {_words(true):.2f} words")
+    for strategy, tokens, steps in ENDS:
+        options = DecodeOptions(strategy=strategy, threshold=0.95, max_new_tokens=tokens, steps=steps)
+        for last in (False, True):
+            chosen = options.model_copy(update={"end_of_text_last": last})
+            found = captioner.caption_photos(((photo.pixels, photo.masks()) for photo in photos), chosen)
+            said = [caption for each in found for caption in each.captions]
+            right = sum(one == other for one, other in zip(said, true, strict=True)) / len(true)
+            short = sum(len(one.split()) < len(other.split()) for one, other in zip(said, true, strict=True))
+            print(
+                f"{strategy}, {tokens} tokens in {steps} steps, {'last' if last else 'as usual'}: "
+                f"{_words(said):.2f} words, {short / len(true):.1%} too short, {right:.1%} right, "
+                f"{sum(each.forwards for each in found) / len(photos):.1f} forwards"
+            )
+
+
+def _words(captions: list[str]) -> float:
+    return sum(len(each.split()) for each in captions) / len(captions)
+
+
 def _photographs() -> Path:
     """The corpus of `paracaption demo`, built if it is not there."""
     out = ROOT / "out/demo"
@@ -93,9 +142,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--scenes", action="store_true")
+    parser.add_argument("--ends", action="store_true")
     args = parser.parse_args()
     if args.scenes:
         make_scenes()
+        return
+    if args.ends:
+        measure_ends()
         return
     if not args.measure:
         make_model()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from .decoding import MAX_TOKENS, Compare, Temperature, Threshold, TopP
+from .decoding import MAX_TOKENS, Compare, EndOfTextLast, Temperature, Threshold, TopP
 from .strict import Strict
 
 AnswerStrategy = Literal["confidence", "threshold", "factor", "left-to-right"]
@@ -89,6 +89,7 @@ class AnswerOptions(Strict):
         description="Stop decoding an answer when its end is decided and nothing before it is open. This "
         "changes no answer. The released code goes on to the last step.",
     )
+    end_of_text_last: EndOfTextLast = False
     cache: AnswerCache = Field(
         default="auto",
         description="KV cache: `none`, `exact` (of what comes before the answer; changes no token; only "

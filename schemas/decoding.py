@@ -40,6 +40,14 @@ TopP = Annotated[
         "sampling); 1 samples from all.",
     ),
 ]
+EndOfTextLast = Annotated[
+    bool,
+    Field(
+        description="Count the confidence of end of text as 0 when a step chooses what to keep, so that "
+        "words are kept first. For models that end too early: they predict end of text for most places at "
+        "once, and are sure of it. This has no effect with the strategy `left-to-right`.",
+    ),
+]
 Compare = Annotated[
     bool,
     Field(
@@ -155,6 +163,7 @@ class DecodeOptions(Strict):
         description="Stop decoding a region when its caption has ended. This has no effect with the strategy "
         "`remask`.",
     )
+    end_of_text_last: EndOfTextLast = False
     suppress_special: bool | None = Field(
         default=None,
         description="Never predict special tokens (mask, image, region, caption). By default this is on, "
@@ -211,4 +220,4 @@ def stored_names() -> dict[str, str]:
 
 
 _STORED_NAMES = {"max_new_tokens": "length"}
-_NEWER = {"position_thresholds", "factor", "redo_below", "settled"}
+_NEWER = {"position_thresholds", "factor", "redo_below", "settled", "end_of_text_last"}

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @options_of(AnswerOptions)
 def ask(
+    model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
     questions: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="QUESTION...",
             help="What is asked. <image> says where an image stands; without it, all stand first. Several "
             "questions are answered apart, or with --conversation one after the other.",
             show_default=False,
         ),
-    ],
-    model: Annotated[Path, typer.Option(help="Folder of a saved PerceptionDLM.", show_default=False)],
+    ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="An image. Repeat the option for several; leave it out for text alone."),
@@ -35,7 +35,7 @@ def ask(
         list[str] | None,
         typer.Option(
             help="Ask about regions of the image, each alone: their masks, as `paracaption caption` takes "
-            "them.",
+            "them. Give the question before, since several paths may follow.",
             show_default=False,
         ),
     ] = None,
@@ -70,6 +70,11 @@ def ask(
     from ...model_training.decoding.chat import Chat
 
     options = AnswerOptions.checked(decoding)
+    if not questions:
+        swallowed = f"; {masks[-1]!r} after --masks counts as masks" if masks else ""
+        raise ConfigError(
+            f"no question{swallowed}; give the question first, as in `paracaption ask 'What is it?' ...`"
+        )
     answering.check_record(json)
     asked = _asked(questions, image or [], masks, key, box)
     if conversation and (masks or box):

@@ -35,6 +35,10 @@ def caption_many(
 
     if files.is_url(out) or not Path(out).parent.is_dir():
         raise ConfigError(f"--out {out}: give a file in a folder of this machine that exists")
+    if Path(out).is_dir():
+        raise ConfigError(
+            f"--out {out}: is a folder; name a file in it, such as {Path(out, 'captions.jsonl')}"
+        )
     inside = {Path(each).resolve() for each in (photos, masks) if each and not files.is_url(each)}
     if Path(out).resolve().parent in inside:
         raise ConfigError(f"--out {out}: lies among the photos or the masks; name a file in another folder")

@@ -336,7 +336,7 @@ def caption(
     ] = None,
     batch_size: Annotated[
         int,
-        typer.Option(help="With --out: sequences, each with regions of one photo, that are decoded at once."),
+        typer.Option(help="Sequences, each with regions of one photo, that are decoded at once."),
     ] = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -386,7 +386,9 @@ def caption(
     with notices.status("loading the model"):
         captioner = RegionCaptioner.load(model, device, dtype)
     with notices.status(f"captioning {len(photo.regions)} regions"):
-        captioned = captioning.caption_regions(captioner, photo, options, regions_per_call, prompt or ())
+        captioned = captioning.caption_regions(
+            captioner, photo, options, regions_per_call, prompt or (), batch_size
+        )
         if trace is not None:
             captioning.write_trace(captioning.trace_photo(captioner, captioned, regions_per_call), trace)
     if picture is not None:

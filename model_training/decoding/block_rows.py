@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ class BlockRows:
         self.never_X = upload(torch.tensor(never), device) if never else None
         self.given = Given(*(upload(part, device) for part in _given(asked, self.prefix_len)))
         self.has_stops = any(each.stops for each in asked)
-        rows = _row_options(options, self.kind)
+        rows = _row_options(options, self.kind, cast(int, model.config.eot_token_id))
         self.options = rows._replace(**{name: upload(part, device) for name, part in _tensors(rows).items()})
         self.num_slots = max(each.max_new_tokens for each in options)
         self.block_slots = rows.slot_BNS.shape[2]
@@ -440,7 +440,7 @@ def left_open(options: AnswerOptions, width: int, num_steps: int) -> list[int]:
     return [max(width - base * done - min(done, more), 0) for done in range(1, num_steps + 1)]
 
 
-def _row_options(options: Sequence[AnswerOptions], dtype: torch.dtype) -> RowOptions:
+def _row_options(options: Sequence[AnswerOptions], dtype: torch.dtype, eot: int) -> RowOptions:
     """How each row's block is selected from, but for what a step may leave open."""
     each_block = [
         DecodeOptions(
@@ -449,11 +449,12 @@ def _row_options(options: Sequence[AnswerOptions], dtype: torch.dtype) -> RowOpt
             threshold=each.threshold,
             factor=each.factor,
             early_exit=False,
+            end_of_text_last=each.end_of_text_last,
         )
         for each in options
     ]
     shape = (len(options), 1, max(block.max_new_tokens for block in each_block))
-    return row_options(each_block, [1] * len(options), shape, dtype)
+    return row_options(each_block, [1] * len(options), shape, dtype, eot)
 
 
 def _tensors(options: RowOptions) -> dict[str, Tensor]:

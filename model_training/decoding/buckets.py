@@ -89,6 +89,7 @@ def bucket_of(model: PerceptionDLM, options: list[DecodeOptions], prefix_len: in
         strategies=frozenset(each.strategy for each in options),
         may_exit=any(each.early_exit and each.strategy != "remask" for each in options),
         may_settle=any(each.settled is not None for each in options),
+        may_wait=any(each.end_of_text_last for each in options),
         redoes=kind_of(model, options[0])[0] == "approximate"
         and any(each.redo_below is not None for each in options),
     )

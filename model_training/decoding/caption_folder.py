@@ -11,11 +11,11 @@ run.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,20 +23,29 @@ import numpy as np
 from ...pipeline.corpus import reader
 from ...pipeline.io import files, mask_images, weights
 from ...pipeline.io.json_lines import LineWriter, read_lines
+from ...pipeline.models.batching import Batches
 from ...pipeline.sources import file_names
 from ...schemas.decoding import DecodeOptions, stored_names
 from ...schemas.errors import ConfigError
 from .caption_photo import about_captions, to_record
 from .corpus_captioner import meaning_of_auto
+from .fitting import caption_each
 from .read_regions import PhotoRegions, is_corpus, of_sample, read_photo_regions
 from .region_captioner import RegionCaptioner
 from .region_forms import to_masks
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _SYNC_EVERY_S = 5.0
 """Seconds after which what was written is made to outlive the end of the machine."""
 
 _NOT_IN_LINES = ("model", "options", "seconds")
 """Of a photo's record: what is the same for all photos, and what no two runs have in common."""
+
+
+_PLACE = ["subset", "shard", "key", "photo_offset", "photo_length", "json_offset", "json_length"]
+"""Columns of a ledger that say where an image lies."""
 
 
 class PhotoTask(NamedTuple):
@@ -66,6 +75,12 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
         ConfigError: there is no such folder, no photo in it, or a photo or a mask has no partner.
         IntegrityError: the corpus is damaged.
     """
+    for given in filter(None, (photos, masks)):
+        if file_names.ending(given) == ".tar" and not files.is_folder(given):
+            raise ConfigError(
+                f"{given}: a tar; if it is a shard of a corpus, give the corpus's folder with --masks and "
+                "no --image; else unpack it, and give the folder"
+            )
     if is_corpus(masks):
         if photos is not None:
             raise ConfigError(f"{masks}: a corpus has its own photos; give it alone, without --image")
@@ -92,7 +107,7 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
 
 def caption_folder(
     captioner: RegionCaptioner,
-    tasks: Iterable[PhotoTask],
+    tasks: Sequence[PhotoTask],
     out: Path,
     options: DecodeOptions,
     *,
@@ -110,26 +125,27 @@ def caption_folder(
         options: how captions are decoded.
         prompt: what the regions are asked; None asks what the model was trained with.
         regions_per_call: the most regions that share a sequence; by default as many as the model can.
-        batch_size: sequences that are decoded at once.
+        batch_size: sequences that are decoded at once; halved when memory runs out.
         progress: called after each photo with the number of photos that are done.
 
     Raises:
         ConfigError: an option does not suit the model.
         OSError: a line cannot be written, or a photo cannot be read for now.
+        OutOfMemory: one sequence does not fit.
     """
-    waiting: deque[tuple[str, PhotoRegions | ConfigError]] = deque()
     photos = regions = failed = 0
     synced = time.monotonic()
     with LineWriter(out) as lines:
-        found = captioner.iter_captions(
-            _inputs(tasks, waiting),
+        found = caption_each(
+            captioner,
+            tasks,
+            _read,
+            Batches(batch_size, "captions: sequences of regions"),
             options,
             prompt=prompt,
-            batch_size=batch_size,
             regions_per_call=regions_per_call,
         )
-        for each in found:
-            name, photo = waiting.popleft()
+        for (name, photo), each in found:
             if isinstance(photo, ConfigError):
                 failed += 1
                 lines.append({"photo": name, "error": str(photo)})
@@ -240,45 +256,35 @@ def _decoded(out: Path, number: int, line: bytes) -> dict[str, Any]:
     return found
 
 
-def _inputs(
-    tasks: Iterable[PhotoTask], waiting: deque[tuple[str, PhotoRegions | ConfigError]]
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Pixels and masks of each photo; without masks, if it cannot be used, for its line to come in turn."""
-    for task in tasks:
-        try:
-            photo = task.read()
-            masks = to_masks(photo.masks(), photo.pixels.shape[:2])
-        except ConfigError as error:
-            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-                raise  # it may be readable again, and nothing is to be written about it
-            waiting.append((task.name, error))
-            yield np.zeros((1, 1, 3), np.uint8), []
-            continue
-        waiting.append((task.name, photo))
-        yield photo.pixels, masks
+def _read(task: PhotoTask) -> tuple[tuple[str, PhotoRegions | ConfigError], np.ndarray, list[np.ndarray]]:
+    """What a photo's line says, its pixels and its masks; if it cannot be used, the error and no masks."""
+    try:
+        photo = task.read()
+        masks = to_masks(photo.masks(), photo.pixels.shape[:2])
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise  # it may be readable again, and nothing is to be written about it
+        return (task.name, error), np.zeros((1, 1, 3), np.uint8), []
+    return (task.name, photo.without_pixels()), photo.pixels, masks
 
 
 def _of_corpus(path: str) -> list[PhotoTask]:
-    """A task for each image of a corpus, which are read shard by shard, each where it is needed."""
+    """A task for each image of a corpus. Each is read by itself, from where its ledger says that it lies."""
     opened = reader.open_corpus(path)
-    kept = dict.fromkeys(
-        (subset, key)
-        for subset in opened.subsets
-        for table in opened.ledgers(subset, columns=["key", "kept"])
-        for key in table.filter(table["kept"])["key"].to_pylist()
-    )
-    samples = ((subset, *found) for subset in opened.subsets for found in opened.samples(subset))
-    times = Counter(key for _, key in kept)  # an image may be in several subsets
+    rows: dict[tuple[str, str], tuple[pa.Table, int]] = {}
+    for subset in opened.subsets:
+        for table in opened.ledgers(subset, columns=["kept", *_PLACE]):
+            kept = table.filter(table["kept"]).select(_PLACE)
+            rows |= {(subset, key): (kept, number) for number, key in enumerate(kept["key"].to_pylist())}
+    times = Counter(key for _, key in rows)  # an image may be in several subsets
 
-    def read(subset: str, key: str) -> PhotoRegions:
-        for place, sample, data in samples:
-            if (place, sample.key) == (subset, key):
-                return of_sample(f"{path}#{key}", sample, data)
-        return read_photo_regions(None, [path], f"{subset}/{key}")
+    def read(table: pa.Table, number: int) -> PhotoRegions:
+        [row] = table.slice(number, 1).to_pylist()
+        return of_sample(f"{path}#{row['key']}", *opened.read_sample(row))
 
     return [
-        PhotoTask(key if times[key] == 1 else f"{subset}/{key}", partial(read, subset, key))
-        for subset, key in kept
+        PhotoTask(key if times[key] == 1 else f"{subset}/{key}", partial(read, *row))
+        for (subset, key), row in rows.items()
     ]
 
 

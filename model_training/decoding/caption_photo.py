@@ -80,6 +80,7 @@ def caption_regions(
     options: DecodeOptions,
     regions_per_call: int | None = None,
     prompts: Sequence[str] = (),
+    batch_size: int = 8,
 ) -> CaptionedPhoto:
     """Caption every region of a photo.
 
@@ -89,6 +90,7 @@ def caption_regions(
         options: how captions are decoded.
         regions_per_call: the most regions that share a sequence; by default as many as the model can.
         prompts: what the regions are asked: one text for all, one for each, or none for the model's own.
+        batch_size: sequences that are decoded at once.
 
     Raises:
         ConfigError: an option does not suit the model, or there are not as many prompts as regions.
@@ -96,7 +98,10 @@ def caption_regions(
     num_regions = len(photo.regions)
     asked = [*prompts] * (num_regions if len(prompts) == 1 else 1)
     [found] = captioner.caption_photos(
-        [(photo.pixels, photo.masks(), asked or None)], options, regions_per_call=regions_per_call
+        [(photo.pixels, photo.masks(), asked or None)],
+        options,
+        regions_per_call=regions_per_call,
+        batch_size=batch_size,
     )
     return about_captions(captioner, photo, found, options, asked)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ...pipeline.models.batching import Batches
 from ...schemas.answering import AnswerOptions
 from ...schemas.errors import ConfigError
 from ..model.layout import IMAGE
@@ -172,7 +173,8 @@ class Chat:
         Args:
             questions: they are read one after the other, and only the images of a few batches are in memory.
             options: how questions without options of their own are answered.
-            batch_size: questions that are answered at once. More need more memory, and are faster on a GPU.
+            batch_size: questions that are answered at once; halved when memory runs out. More are faster on a
+                GPU.
             fields: single fields of `AnswerOptions` that differ from `options`.
 
         Returns:
@@ -180,23 +182,28 @@ class Chat:
 
         Raises:
             ConfigError: as `ask`; the message says the number of the question.
+            OutOfMemory: one question alone does not fit.
         """
         from .blocks import kind_of
 
         options = answer_options(options, fields)
         check_count("batch_size", batch_size or 0)
         found: dict[int, Answer] = {}
+        batches = Batches(batch_size, "answers: questions")
         waiting: dict[tuple, list[tuple[int, Asked]]] = {}
+
+        def answer(group: list[tuple[int, Asked]]) -> None:
+            found.update(batches.run(group, lambda part: [*self._answer(part).items()]))
+
         for number, question in enumerate(questions):
             asked = self._lay_out(question, question.options or options, f"question {number}: ")
             group = waiting.setdefault(kind_of(self.model, asked), [])
             group.append((number, asked))
             if len(group) == batch_size:
-                found |= self._answer(group)
+                answer(group)
                 group.clear()
         for group in waiting.values():
-            if group:
-                found |= self._answer(group)
+            answer(group)
         return [found[number] for number in range(len(found))]
 
     def ask_steps(

@@ -6,10 +6,9 @@ The pipeline never imports this module. Its registry names the class by its path
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from msgspec import Meta
@@ -22,6 +21,7 @@ from ...pipeline.models.protocols import Caption, Checked
 from ...schemas.decoding import AUTO_CACHE, DecodeOptions
 from ...schemas.errors import BadRecord
 from ...schemas.records import ImageRecord, Region
+from .fitting import caption_each
 from .region_captioner import RegionCaptioner, check_saved_model
 
 VERSION = "1"
@@ -53,7 +53,7 @@ class ModelOptions(BackendOptions, frozen=True):
         regions_per_call: the most regions that are captioned together; 1 captions them one by one, None
             takes as many as the model can.
         batch_size: sequences that are decoded at once, each with up to `regions_per_call` regions of one
-            image. In a build it is halved when memory runs out.
+            image. It is halved when memory runs out.
         decode: fields of `schemas.decoding.DecodeOptions`.
     """
 
@@ -101,6 +101,10 @@ class _Sequence(NamedTuple):
 
     image: ImageRecord
     places: list[int]
+
+
+_Read: TypeAlias = tuple[tuple[_Sequence, BadRecord | None], np.ndarray, list[np.ndarray]]
+"""A sequence and why its photo cannot be read, if so; the photo's pixels, and the sequence's masks."""
 
 
 class PerceptionDLMCaptioner:
@@ -176,9 +180,19 @@ class PerceptionDLMCaptioner:
         found: list[list[Caption | BadRecord | None]] = [[None] * len(image.live()) for image in images]
         answers = {image.key: own for image, own in zip(images, found, strict=True)}
         sequences = [each for image in images for each in self._sequences(image)]
-        for sequence, captions in zip(sequences, self._batches.stream(sequences, self._caption), strict=True):
-            for place, caption in zip(sequence.places, captions, strict=True):
-                answers[sequence.image.key][place] = caption
+        done = caption_each(
+            self.captioner,
+            sequences,
+            self._reader(),
+            self._batches,
+            self.decoding,
+            prompt=self.options.prompt,
+            regions_per_call=self.regions_per_call,
+        )
+        for (sequence, error), each in done:
+            captions = map(Caption, each.captions, each.confidences)
+            for place in sequence.places:
+                answers[sequence.image.key][place] = next(captions) if error is None else error
         return found
 
     def _sequences(self, image: ImageRecord) -> list[_Sequence]:
@@ -187,39 +201,21 @@ class PerceptionDLMCaptioner:
         count = -(-len(asked) // self.regions_per_call)
         return [_Sequence(image, part.tolist()) for part in np.array_split(asked, count)] if asked else []
 
-    def _caption(
-        self, sequences: Sequence[_Sequence], batch_size: int
-    ) -> Iterator[Sequence[Caption | BadRecord]]:
-        """The captions of each sequence, in order."""
-        unread: deque[BadRecord | None] = deque()
-        found = self.captioner.iter_captions(
-            self._inputs(sequences, unread),
-            self.decoding,
-            prompt=self.options.prompt,
-            batch_size=batch_size,
-            regions_per_call=self.regions_per_call,
-        )
-        for sequence, each in zip(sequences, found, strict=True):
-            if (error := unread.popleft()) is not None:
-                yield [error] * len(sequence.places)
-            else:
-                yield [Caption(*pair) for pair in zip(each.captions, each.confidences, strict=True)]
+    def _reader(self) -> Callable[[_Sequence], _Read]:
+        """What reads the photo of a sequence, once for all sequences of a photo that follow each other."""
+        last: list[tuple[ImageRecord, np.ndarray | BadRecord]] = []
 
-    def _inputs(
-        self, sequences: Sequence[_Sequence], unread: deque[BadRecord | None]
-    ) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        """Pixels and masks of each sequence; none of an image that cannot be read, whose error is noted."""
-        image, pixels = None, None
-        for sequence in sequences:
-            if sequence.image is not image:
-                image, pixels = sequence.image, _pixels(sequence.image, self.options.max_pixels)
-            if isinstance(pixels, BadRecord) or pixels is None:
-                unread.append(pixels)
-                yield np.zeros((1, 1, 3), np.uint8), []
-            else:
-                unread.append(None)
-                live = sequence.image.live()
-                yield pixels, [_mask(live[place]) for place in sequence.places]
+        def read(sequence: _Sequence) -> _Read:
+            image, pixels = last[0] if last else (None, None)
+            if image is not sequence.image or pixels is None:
+                pixels = _pixels(sequence.image, self.options.max_pixels)
+                last[:] = [(sequence.image, pixels)]
+            if isinstance(pixels, BadRecord):
+                return (sequence, pixels), np.zeros((1, 1, 3), np.uint8), []
+            live = sequence.image.live()
+            return (sequence, None), pixels, [_mask(live[place]) for place in sequence.places]
+
+        return read
 
 
 def _read(options: dict[str, Any]) -> CorpusOptions:

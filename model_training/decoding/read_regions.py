@@ -15,9 +15,10 @@ from __future__ import annotations
 import functools
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -76,6 +77,13 @@ class PhotoRegions(NamedTuple):
     def masks(self) -> list[np.ndarray]:
         """The mask of each region as (H, W) bool."""
         return [region.dense() for region in self.regions]
+
+    def without_pixels(self) -> PhotoRegions:
+        """The same with a black photo of its size that takes no memory, for what is said of it later."""
+        return self._replace(pixels=np.broadcast_to(np.uint8(0), self.pixels.shape))
+
+
+_Item = TypeVar("_Item")
 
 
 class _Found(NamedTuple):
@@ -264,17 +272,63 @@ class _File(msgspec.Struct):
     categories: msgspec.Raw = msgspec.Raw()
 
 
+_NAMES: tuple[Callable[[Image], str | None], ...] = (
+    lambda each: str(each.id),
+    lambda each: each.file_name,
+    lambda each: each.file_name and file_names.base_name(each.file_name),
+    lambda each: each.file_name and file_names.stem(each.file_name),
+)
+"""What the record of a photo may be called, the surest first. The last is compared without an ending."""
+
+
+class _Indexed:
+    """The content of a JSON, and which of it is about each photo: it may have the masks of many thousands."""
+
+    def __init__(self, content: _File):
+        self.content = content
+
+    @functools.cached_property
+    def is_panoptic(self) -> bool:
+        """Whether segments are listed by image."""
+        return any(each.segments_info for each in self.content.annotations)
+
+    @functools.cached_property
+    def annotations(self) -> dict[str, list[_Annotation]]:
+        """By the id of their image."""
+        return _grouped((str(each.image_id), each) for each in self.content.annotations)
+
+    @functools.cached_property
+    def _images(self) -> list[dict[str, list[Image]]]:
+        """By each of `_NAMES`."""
+        return [_grouped((name_of(each), each) for each in self.content.images) for name_of in _NAMES]
+
+    def images(self, wanted: str) -> list[Image]:
+        """The records of a photo, by the surest of its names that any has."""
+        names = [wanted] * (len(_NAMES) - 1) + [file_names.stem(wanted)]
+        found = (images.get(name, []) for images, name in zip(self._images, names, strict=True))
+        return next(filter(None, found), [])
+
+
+def _grouped(pairs: Iterable[tuple[str | None, _Item]]) -> dict[str, list[_Item]]:
+    found: dict[str, list[_Item]] = defaultdict(list)
+    for name, item in pairs:
+        if name is not None:
+            found[name].append(item)
+    return dict(found)
+
+
 _KINDS = "COCO instances, COCO panoptic or SA-1B"
 
 
 def _from_json(path: str, image: str, key: str | None) -> _Found:
-    content = _parse(path)
+    indexed = _parse(path)
+    content = indexed.content
     if content.image:
         found = _usable(_sa1b(path, image), path)
-    elif any(each.segments_info for each in content.annotations):
-        found = _usable(_panoptic(path, content, image, key), path)
+    elif indexed.is_panoptic:
+        found = _usable(_panoptic(path, indexed, image, key), path)
     elif any(each.segmentation for each in content.annotations):
-        found = _usable(_instances(path, content, image, key), path)
+        found = _usable(_instances(path, indexed, image, key), path)
     else:
         raise ConfigError(f"{path}: no annotation has a mask; give a JSON of {_KINDS}")
     if not found.regions:
@@ -283,20 +337,18 @@ def _from_json(path: str, image: str, key: str | None) -> _Found:
     return found
 
 
-def _parse(path: str) -> _File:
-    """The content of a JSON. The last one of this machine is kept, since it may be that of many photos."""
+def _parse(path: str) -> _Indexed:
+    """The content of a JSON. The last one is kept, since it may be that of many photos."""
     try:
-        stat = None if files.is_url(path) else Path(path).stat()
+        version = files.version(path)
     except OSError:
-        stat = None
-    if stat is None:
-        return _read_file(path)
-    return _kept_file(path, stat.st_mtime_ns, stat.st_size)
+        return _Indexed(_read_file(path))  # says what is wrong
+    return _kept_file(path, version)
 
 
 @functools.lru_cache(maxsize=1)
-def _kept_file(path: str, _mtime_ns: int, _size: int) -> _File:
-    return _read_file(path)
+def _kept_file(path: str, _version: str) -> _Indexed:
+    return _Indexed(_read_file(path))
 
 
 def _read_file(path: str) -> _File:
@@ -336,12 +388,12 @@ def _sa1b(path: str, image: str) -> ImageRecord:
     return Sa1b(Sa1bOptions(paths=[path])).read(entry, Limits())
 
 
-def _panoptic(path: str, content: _File, image: str, key: str | None) -> ImageRecord:
+def _panoptic(path: str, indexed: _Indexed, image: str, key: str | None) -> ImageRecord:
     from ...pipeline.sources.coconut import Coconut, CoconutOptions
     from ...pipeline.sources.panoptic import Record
 
-    described = _image_of(path, content, image, key)
-    own = [each for each in content.annotations if str(each.image_id) == str(described.id)]
+    content, described = indexed.content, _image_of(path, indexed, image, key)
+    own = indexed.annotations.get(str(described.id))
     if not own:
         raise ConfigError(f"{path}: no annotation of image {described.id}; give the JSON that has it")
     annotation = own[0]
@@ -377,16 +429,13 @@ def _label_map(path: str, name: str, photo: str) -> str:
     return found[0]
 
 
-def _instances(path: str, content: _File, image: str, key: str | None) -> ImageRecord:
+def _instances(path: str, indexed: _Indexed, image: str, key: str | None) -> ImageRecord:
     from ...pipeline.sources.coco import Coco, CocoOptions
     from ...pipeline.sources.instances import Record
 
-    described = _image_of(path, content, image, key)
-    own = [
-        each.instance()
-        for each in content.annotations
-        if str(each.image_id) == str(described.id) and each.segmentation
-    ]
+    content, described = indexed.content, _image_of(path, indexed, image, key)
+    annotations = indexed.annotations.get(str(described.id), [])
+    own = [each.instance() for each in annotations if each.segmentation]
     raw = _loads(path, content.categories) if content.categories else None
     categories = list(make_table(raw, path).by_id.values()) if raw else []
     record = msgspec.json.encode(Record(described.width, described.height, own, categories))
@@ -402,38 +451,26 @@ def _loads(path: str, raw: msgspec.Raw) -> Any:
         raise ConfigError(f"{path}: a value in it is not JSON ({error}); correct the file") from error
 
 
-def _image_of(path: str, content: _File, image: str, key: str | None) -> Image:
+def _image_of(path: str, indexed: _Indexed, image: str, key: str | None) -> Image:
     """The record of the photo: by its name, by a name of another ending, or by the key."""
-    wanted = key or file_names.base_name(image)
-    for same in _SAME:
-        found = [each for each in content.images if same(each, wanted)]
-        if len(found) > 1:
-            raise ConfigError(
-                f"{path}: {len(found)} images are called {wanted}; choose one by its id, with --key ID or "
-                "`FILE.json#ID`"
-            )
-        if found:
-            return found[0]
+    content, wanted = indexed.content, key or file_names.base_name(image)
+    found = indexed.images(wanted)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{path}: {len(found)} images are called {wanted}; choose one by its id, with --key ID or "
+            "`FILE.json#ID`"
+        )
+    if found:
+        return found[0]
     number = re.search(r"(\d+)$", key or file_names.stem(image))
     if not content.images and number:  # a list of annotations without images: COCO's names hold the id
-        for annotation in content.annotations:
-            if str(annotation.image_id) == str(int(number[1])):
-                return Image(annotation.image_id)
+        for annotation in indexed.annotations.get(str(int(number[1])), []):
+            return Image(annotation.image_id)
     known = ", ".join(_known(content))
     raise ConfigError(
         f"{path}: no image is called {wanted}; the file has {known}; choose one by its name or id, with "
         "--key NAME or `FILE.json#NAME`"
     )
-
-
-_SAME = (
-    lambda each, wanted: str(each.id) == wanted,
-    lambda each, wanted: each.file_name is not None and each.file_name == wanted,
-    lambda each, wanted: each.file_name is not None and file_names.base_name(each.file_name) == wanted,
-    lambda each, wanted: (
-        each.file_name is not None and file_names.stem(each.file_name) == file_names.stem(wanted)
-    ),
-)
 
 
 def _known(content: _File) -> Iterator[str]:

@@ -340,7 +340,7 @@ class RegionCaptioner:
 
         def sequences(items: Iterable[Outline | Group]) -> Iterator[tuple[Example, DecodeOptions]]:
             for number, group in enumerate(_groups_of(items, begun)):
-                groups[number] = begun[-1], group
+                groups[number] = begun[-1], group._replace(example=group.example.without_images())
                 yield group.example, options
 
         with closing(ahead(laid_out, batch_size)) as items:

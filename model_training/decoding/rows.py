@@ -44,6 +44,7 @@ class Bucket(NamedTuple):
         strategies: those that occur.
         may_exit: whether a region can end early.
         may_settle: whether a region can end since all of it is sure.
+        may_wait: whether end of text is kept last.
         redoes: whether a step may have to be done again, see `refresh`.
     """
 
@@ -59,6 +60,7 @@ class Bucket(NamedTuple):
     strategies: frozenset[Strategy]
     may_exit: bool
     may_settle: bool
+    may_wait: bool
     redoes: bool
 
 
@@ -151,7 +153,8 @@ class Rows:
         self._values = [upload(part, device) for part in self._laid_out(bucket.num_rows, None, None, ())]
         self.ids_BNL, self.position_BNL, self.roles = *self._values[:2], TokenRoles(*self._values[2:5])
         self.prefix_position_BP, self.prefix_roles = self._values[5], TokenRoles(*self._values[6:9])
-        self.options = RowOptions(bucket.strategies, bucket.may_exit, bucket.may_settle, *self._values[9:-2])
+        flags = (bucket.strategies, bucket.may_exit, bucket.may_settle, bucket.may_wait)
+        self.options = RowOptions(*flags, *self._values[9:-2])
         self.temperature_B, self.top_p_B = self._values[-2:]
         self.doubt_BNS.fill_(self.num_others)
         # Weights that are fetched for each pass have no place of their own, which a graph would need.
@@ -217,12 +220,13 @@ class Rows:
                 (prefix.position_BL, *prefix.roles), (0, PADDING, SHARED, False), strict=True
             )
         ]
-        given = row_options(options, captions.regions, shape, self.doubt_BNS.dtype)
+        eot = cast(int, self.model.config.eot_token_id)
+        given = row_options(options, captions.regions, shape, self.doubt_BNS.dtype, eot)
         given = given._replace(left_BT=_fitted(given.left_BT, (num_rows, bucket.steps + 1), 0))
         rest = [1.0] * (num_rows - len(options))
         hot, nucleus = [each.temperature or 1.0 for each in options], [each.top_p for each in options]
         chances = [torch.tensor(each + rest, dtype=torch.float64) for each in (hot, nucleus)]
-        return [blocks.ids_BNL, blocks.position_BNL, *blocks.roles, *sides, *given[3:], *chances]
+        return [blocks.ids_BNL, blocks.position_BNL, *blocks.roles, *sides, *given[4:], *chances]
 
     @property
     def tokens_BNS(self) -> Tensor:

@@ -29,6 +29,7 @@ class RowOptions(NamedTuple):
         strategies: those that occur, so that no work is done for others.
         may_exit: whether any of `exits_BNS` is set.
         may_settle: whether any of `settled_B` is set.
+        may_wait: whether any of `last_B` is set.
         slot_BNS: bool, which places are slots. Regions that a row does not have, and places behind the slots
             of a row with fewer, are none.
         remask_B: bool, rows of the strategy "remask".
@@ -45,11 +46,13 @@ class RowOptions(NamedTuple):
         settled_B: the largest doubt at which a region ends at once if all its open predictions are as sure,
             or a row for "remask"; -inf for none.
         redo_B: the largest doubt of a prediction that a step over a part of a sequence may keep; inf for any.
+        last_B: int64, the token that is kept last: its confidence counts as 0. -1 for none.
     """
 
     strategies: frozenset[Strategy]
     may_exit: bool
     may_settle: bool
+    may_wait: bool
     slot_BNS: Tensor
     remask_B: Tensor
     leftmost_B: Tensor
@@ -61,10 +64,15 @@ class RowOptions(NamedTuple):
     exits_BNS: Tensor
     settled_B: Tensor
     redo_B: Tensor
+    last_B: Tensor
 
 
 def row_options(
-    options: Sequence[DecodeOptions], regions: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+    options: Sequence[DecodeOptions],
+    regions: Sequence[int],
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    eot: int,
 ) -> RowOptions:
     """The options of rows, on the CPU.
 
@@ -73,6 +81,7 @@ def row_options(
         regions: how many each row has.
         shape: (B, N, S) of the batch, with room for all of them.
         dtype: the type of doubts, float32 or float64.
+        eot: the token that ends a text.
     """
     num_rows = shape[0]
     most_steps = max((each.steps for each in options), default=1)
@@ -106,6 +115,7 @@ def row_options(
         strategies=frozenset(names),
         may_exit=any(exits),
         may_settle=any(each.settled is not None for each in options),
+        may_wait=any(each.end_of_text_last for each in options),
         slot_BNS=torch.from_numpy(slots),
         remask_B=column([name == "remask" for name in names], torch.bool),
         leftmost_B=column([name == "left-to-right" for name in names], torch.bool),
@@ -117,6 +127,7 @@ def row_options(
         exits_BNS=torch.from_numpy(slots) & column(exits, torch.bool)[:, None, None],
         settled_B=column([_doubt_at(each.settled, -math.inf) for each in options], dtype),
         redo_B=column([_doubt_at(each.redo_below, math.inf) for each in options], dtype),
+        last_B=column([eot if each.end_of_text_last else -1 for each in options], torch.int64, -1),
     )
 
 
@@ -202,9 +213,13 @@ def select(
         tokens_BNS with the predictions that stay, and the slots that are open now.
     """
     remasked = stayed = None
+    counted_BNS = doubt_BNS
+    if options.may_wait:
+        last_BNS = predicted_BNS == options.last_B[:, None, None]
+        counted_BNS = doubt_BNS.masked_fill(last_BNS, torch.finfo(doubt_BNS.dtype).max)
     if "remask" in options.strategies:
         left_B1 = options.left_BT.gather(1, _entry(options, step_B[:, None]))
-        rank_BK = _rank(torch.where(options.slot_BNS, doubt_BNS, -torch.inf).flatten(1), descending=True)
+        rank_BK = _rank(torch.where(options.slot_BNS, counted_BNS, -torch.inf).flatten(1), descending=True)
         again_BNS = (
             (rank_BK < left_B1).view_as(open_BNS) & options.slot_BNS & open_BNS.any((1, 2), keepdim=True)
         )
@@ -212,7 +227,8 @@ def select(
             again_BNS = _without(again_BNS, _settled(options, open_BNS, doubt_BNS, (1, 2)))
         remasked = torch.where(open_BNS, predicted_BNS, tokens_BNS), again_BNS
     if options.strategies - {"remask"}:
-        stay_BNS = _staying(options, step_B, open_BNS, doubt_BNS)
+        settled_BN1 = _settled(options, open_BNS, doubt_BNS, (2,)) if options.may_settle else None
+        stay_BNS = _staying(options, step_B, open_BNS, counted_BNS, settled_BN1)
         stayed = torch.where(stay_BNS, predicted_BNS, tokens_BNS), _without(open_BNS, stay_BNS)
     if remasked is None or stayed is None:
         return remasked or stayed or (tokens_BNS, open_BNS)
@@ -223,7 +239,9 @@ def select(
     return tokens, opens
 
 
-def _staying(options: RowOptions, step_B: Tensor, open_BNS: Tensor, doubt_BNS: Tensor) -> Tensor:
+def _staying(
+    options: RowOptions, step_B: Tensor, open_BNS: Tensor, doubt_BNS: Tensor, settled_BN1: Tensor | None
+) -> Tensor:
     """The open slots whose predictions stay, in rows that decide by region."""
     order_BNS, step_BN = doubt_BNS, step_B[:, None]
     if "left-to-right" in options.strategies:
@@ -241,8 +259,8 @@ def _staying(options: RowOptions, step_B: Tensor, open_BNS: Tensor, doubt_BNS: T
     if "factor" in options.strategies:
         most_BNS = options.ranked_doubt_BS[:, None].expand(doubt_BNS.shape).gather(2, rank_BNS)
         enough_BNS = enough_BNS | (doubt_BNS <= most_BNS)
-    if options.may_settle:
-        enough_BNS = enough_BNS | _settled(options, open_BNS, doubt_BNS, (2,))
+    if settled_BN1 is not None:
+        enough_BNS = enough_BNS | settled_BN1
     return enough_BNS & open_BNS
 
 

@@ -163,7 +163,7 @@ class _Stream:
         for (example, asked), x_PD in zip(given, x_BPD, strict=True):
             options = resolve_options(model, asked)
             length, regions = example.prefix.shape[1], len(example.order)
-            example = example._replace(views=example.views[:0].copy(), prompts=example.prompts[:0].copy())
+            example = example.without_images()
             ways = [options]
             if options.compare and choose_cache(model, options) == "approximate":
                 ways.append(options.model_copy(update=PLAIN))
@@ -308,6 +308,7 @@ def _joined(one: Bucket, other: Bucket) -> Bucket | None:
         strategies=one.strategies | other.strategies,
         may_exit=one.may_exit or other.may_exit,
         may_settle=one.may_settle or other.may_settle,
+        may_wait=one.may_wait or other.may_wait,
         redoes=one.redoes or other.redoes,
     )
 

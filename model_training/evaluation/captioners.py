@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ...pipeline.io import photos, weights
 from ...pipeline.models import answers, registry
+from ...pipeline.models.batching import Batches
 from ...pipeline.models.options import read_options
 from ...schemas.config import Backend, Limits
 from ...schemas.errors import BadRecord
@@ -19,6 +20,7 @@ from ...schemas.evaluation import Bench
 from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord, Region
 from ..decoding.corpus_captioner import ModelOptions, meaning_of_auto
+from ..decoding.fitting import caption_each
 from ..decoding.region_captioner import check_saved_model
 from .annotations import BenchImage, read_benchmark
 from .predictions import PredictionOptions, check_keys, read_predictions
@@ -134,17 +136,19 @@ class _PerceptionDLM:
     def __init__(self, options: ModelOptions, bench: Bench):
         self.options = options
         self.captioner = options.load_model().with_instruction(bench.prompt)
+        self.batches = Batches(options.batch_size, "perceptiondlm: sequences of regions")
         self.fill_groups = bench.grouping == "published"
         self.regions_per_call = options.regions_per_call
         if self.fill_groups and bench.kind == "dlc":
             self.regions_per_call = 1
 
     def caption(self, images: Iterable[BenchImage]) -> Iterator[Captions]:
-        inputs = ((image.pixels(), [region.dense() for region in image.regions]) for image in images)
-        for found in self.captioner.iter_captions(
-            inputs,
+        for _, found in caption_each(
+            self.captioner,
+            [*images],
+            lambda image: (None, image.pixels(), [region.dense() for region in image.regions]),
+            self.batches,
             self.options.decoding(),
-            batch_size=self.options.batch_size,
             regions_per_call=self.regions_per_call,
             fill_groups=self.fill_groups,
         ):

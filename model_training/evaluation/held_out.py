@@ -92,8 +92,9 @@ def _caption(captioner: RegionCaptioner, config: Evaluation) -> Iterator[tuple[P
     waiting: deque[PhotoRegions] = deque()
 
     def photos() -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        for photo in islice(iter_photo_regions(config.corpus, held_out=True), config.images):
-            waiting.append(photo)
+        found = islice(iter_photo_regions(config.corpus, held_out=True), config.images)
+        for number, photo in enumerate(found):
+            waiting.append(photo if number < config.pictures else photo.without_pixels())
             yield photo.pixels, photo.masks()
 
     for found in captioner.iter_captions(

@@ -99,7 +99,8 @@ def check_keys(captions: dict[str, str], wanted: Sequence[str], options: Predict
         raise ConfigError(
             f"captioner.options.path: {options.path}: no caption is of a region of this benchmark: keys "
             f"there are like {next(iter(captions))!r}, and the benchmark's like {wanted[0]!r}; name another "
-            "file, or set `keys` to the keys.json that `paracaption benchmark coco` wrote"
+            "file, or set `keys` to the keys.json that `paracaption benchmark coco` wrote. A file is "
+            f"{FORMS}"
         )
 
 

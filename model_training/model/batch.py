@@ -47,6 +47,10 @@ class Example(NamedTuple):
         """The grids of all its images."""
         return [*([self.grid] if self.grid is not None else []), *self.more_grids]
 
+    def without_images(self) -> Example:
+        """The same without views and prompts, which are most of its bytes."""
+        return self._replace(views=self.views[:0].copy(), prompts=self.prompts[:0].copy())
+
 
 class Images(NamedTuple):
     """The images of a batch, and where their regions are.

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 
+_ENDING_S = 1.0
+"""How long to wait for the thread. A read from a disk that hangs must not hold up a Ctrl-C."""
+
 
 class _End(NamedTuple):
     error: BaseException | None
@@ -18,7 +21,8 @@ def ahead(items: Iterable[Item], depth: int) -> Generator[Item]:
     """The items in order, with up to `depth` of them made while the caller works on earlier ones.
 
     An error of `items` is raised where it would have been without the thread. Closing this iterator ends the
-    thread. With `depth` 0 there is none.
+    thread, and waits a second for it: if the item that it is making takes longer, it ends after that item.
+    With `depth` 0 there is no thread.
     """
     if not depth:
         yield from items
@@ -57,4 +61,4 @@ def ahead(items: Iterable[Item], depth: int) -> Generator[Item]:
             yield item
     finally:
         stopped.set()
-        thread.join()
+        thread.join(_ENDING_S)

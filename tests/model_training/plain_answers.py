@@ -10,7 +10,7 @@ import torch
 from paracaption.model_training.decoding.blocks import Asked
 from paracaption.model_training.model.batch import collate
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
-from tests.model_training.plain_decoder import guess
+from tests.model_training.plain_decoder import counted, guess
 
 
 class Plain(NamedTuple):
@@ -39,7 +39,8 @@ def answer_plainly(model: PerceptionDLM, asked: Asked) -> Plain:
             logits_LV = model(everything, inputs_embeds=x_BLD)[0]
             forwards += 1
             found = {slot: guess(logits_LV[first + slot], list(asked.never)) for slot in opens}
-            for slot in choose(asked, step, len(block), {slot: sure for slot, (_, sure) in found.items()}):
+            sure = {slot: counted(options, eot, *each) for slot, each in found.items()}
+            for slot in choose(asked, step, len(block), sure):
                 tokens[slot] = found[slot][0]
                 x_BLD[0, first + slot] = model.get_input_embeddings()(torch.tensor(found[slot][0]))
             step += 1

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from paracaption.model_training.model.batch import Example, collate
 from paracaption.model_training.model.perceptiondlm import PerceptionDLM
+from paracaption.schemas.answering import AnswerOptions
 from paracaption.schemas.decoding import DecodeOptions
 
 Slots = list[list]
@@ -69,6 +70,11 @@ def end(tokens: Slots, opens: Slots, eot: int) -> None:
                 break
 
 
+def counted(options: DecodeOptions | AnswerOptions, eot: int | None, token: int, confidence: float) -> float:
+    """How sure a guess counts as."""
+    return 0.0 if options.end_of_text_last and token == eot else confidence
+
+
 def guess(logits_V: Tensor, suppressed: list[int]) -> tuple[int, float]:
     """The likeliest token and its probability, in float64."""
     logits_V = logits_V.double().clone()
@@ -108,7 +114,7 @@ def decode_plainly(
         forwards += any(seen.get(region) != what for region, what in sees.items())
         seen |= sees
         guesses = [[token for token, _ in row] for row in found]
-        confidences = [[confidence for _, confidence in row] for row in found]
+        confidences = [[counted(options, config.eot_token_id, *each) for each in row] for row in found]
         tokens, opens = choose(options, step, tokens, opens, guesses, confidences)
         if options.early_exit and options.strategy != "remask":
             end(tokens, opens, config.eot_token_id)

@@ -57,6 +57,11 @@ def test_what_is_stored_keeps_the_name_that_it_had_in_release_0_1():
     }
 
 
+def test_newer_options_are_stored_only_where_they_are_used():
+    used = {"end_of_text_last": True}
+    assert DecodeOptions(**used).stored() == DecodeOptions().stored() | used
+
+
 def test_options_are_checked_without_torch():
     script = """
 import sys

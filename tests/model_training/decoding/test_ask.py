@@ -101,6 +101,8 @@ def test_json_lines_are_written_whole(home, tmp_path):
         (["--conversation", "--image", "PHOTO", "--box", "1,2,3,4", "what"], "is about whole images"),
         (["--stream", "one", "two"], "--stream prints one answer"),
         (["--key", "3", "what"], "--key names an image"),
+        (["--image", "PHOTO", "--masks", "PHOTO", "what"], "'what' after --masks counts as masks; give the"),
+        (["--image", "PHOTO"], "no question; give the question first"),
         (["--steps", "5", "what"], "5 for 2 blocks of 3 tokens"),
         (["--json", "nowhere/a.jsonl", "what"], "nowhere: no such folder"),
     ],

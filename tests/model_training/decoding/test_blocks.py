@@ -28,6 +28,15 @@ def chat(request):
     return talking(request.param)
 
 
+@pytest.fixture(params=LAYOUTS)
+def ending_chat(request):
+    """One that often predicts the end of text."""
+    chat = talking(request.param, seed=1)
+    with torch.no_grad():
+        chat.model.lm_head.weight[chat.model.config.eot_token_id] *= 3
+    return chat
+
+
 def picture(seed):
     return photo(seed, 0)[0]
 
@@ -81,6 +90,19 @@ def same(chat, asked, state, row=0):
 def test_an_answer_is_that_of_the_plain_loop(chat, kind, name):
     asked = laid_out(chat, KINDS[kind], **OPTIONS[name])
     same(chat, asked, answer_batch(chat.model, [asked]))
+
+
+@pytest.mark.parametrize("strategy", ["confidence", "threshold", "factor"])
+def test_end_of_text_is_kept_last_in_its_block_as_the_plain_loop_says(ending_chat, strategy):
+    fields = {"max_new_tokens": 8, "block_length": 4, "strategy": strategy, "threshold": 0.3, "factor": 1.5}
+    answers = []
+    for last in (False, True):
+        asked = [laid_out(ending_chat, each, end_of_text_last=last, **fields) for each in KINDS.values()]
+        state = answer_batch(ending_chat.model, asked)
+        for row, each in enumerate(asked):
+            same(ending_chat, each, state, row)
+        answers.append(state.tokens_BS.tolist())
+    assert answers[0] != answers[1], "it matters"
 
 
 @pytest.mark.parametrize("cache", ["none", "auto"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
-from paracaption.model_training.decoding import caption_folder
+from paracaption.model_training.decoding import caption_folder, loop, stream
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
+from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from tests import committed
-from tests.model_training.tiny_models import lively
+from tests.model_training.tiny_models import lively, photo
 
 runner = CliRunner()
 QUICK = ["--max-new-tokens", "6", "--steps", "3", "--device", "cpu"]
@@ -173,10 +175,93 @@ def test_all_images_of_a_corpus_are_captioned(home, tmp_path):
     assert out.read_bytes() == all_lines
 
 
+def test_images_of_a_corpus_are_read_in_any_order_each_by_itself(tmp_path, monkeypatch):
+    corpus = committed.merged(tmp_path / "corpus")
+    expected = {photo.name.rpartition("#")[2]: photo for photo in iter_photo_regions(corpus)}
+    tasks = caption_folder.find_photos(None, str(corpus))
+    monkeypatch.delattr("paracaption.pipeline.corpus.reader.Corpus.find_image")
+    monkeypatch.delattr("paracaption.pipeline.corpus.reader.Corpus.samples")
+    for task in [*reversed(tasks), *tasks]:
+        photo = task.read()
+        assert np.array_equal(photo.pixels, expected[task.name].pixels)
+        assert [each.caption for each in photo.regions] == [e.caption for e in expected[task.name].regions]
+
+
+@pytest.mark.parametrize(("photos", "masks"), [("photos/0.tar", "masks"), (None, "photos/0.tar")])
+def test_a_shard_is_an_error_that_says_what_to_give(home, tmp_path, photos, masks):
+    write_photos(tmp_path, 1)
+    (tmp_path / "photos/0.tar").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"0\.tar: a tar; if it is a shard .* give the corpus's folder"):
+        caption_folder.find_photos(photos and str(tmp_path / photos), str(tmp_path / masks))
+
+
+def alive_of(monkeypatch, kind, name, of):
+    """The arrays that a function of `kind` made and that are alive, and how many were after each call."""
+    alive, counts, made = set(), [], getattr(kind, name)
+
+    def make(*args, **kwargs):
+        found = made(*args, **kwargs)
+        alive.add(number := len(counts))
+        weakref.finalize(of(found), alive.discard, number)
+        counts.append(len(alive))
+        return found
+
+    monkeypatch.setattr(kind, name, make)
+    return alive, counts
+
+
+def test_photos_that_wait_for_their_turn_have_no_pixels(tmp_path, monkeypatch):
+    """The first caption takes as many steps as many others, which are read and decoded in the meantime."""
+    write_photos(tmp_path, 40)
+    _, pixels = alive_of(monkeypatch, caption_folder, "read_photo_regions", lambda photo: photo.pixels)
+    tasks = caption_folder.find_photos(str(tmp_path / "photos"), str(tmp_path / "masks"))
+    quick = DecodeOptions(strategy="threshold", threshold=0.0, max_new_tokens=4, steps=2)
+    slow = DecodeOptions(strategy="left-to-right", max_new_tokens=4, steps=400)
+    real = stream.decode_stream
+
+    def one_is_slow(decoder, examples, num_rows):
+        given = ((each, slow if number == 0 else quick) for number, (each, _) in enumerate(examples))
+        return real(decoder, given, num_rows)
+
+    monkeypatch.setattr(stream, "decode_stream", one_is_slow)
+    captioner = RegionCaptioner(*lively(dtype=torch.float32))
+    done = caption_folder.caption_folder(captioner, tasks, tmp_path / "captions.jsonl", quick, batch_size=2)
+    assert done.photos == len(pixels) == 40
+    assert max(pixels) <= 2 * 2 + 4, pixels
+
+
+def test_views_are_let_go_when_their_features_are_there(monkeypatch):
+    model, processor = lively(dtype=torch.float32)
+    alive, _ = alive_of(monkeypatch, type(processor), "make_example", lambda example: example.views)
+    launch, counts = loop.Loop.launch, []
+    monkeypatch.setattr(loop.Loop, "launch", lambda loop: counts.append(len(alive)) or launch(loop))
+    photos = [photo(number, 1) for number in range(4)]
+    RegionCaptioner(model, processor).caption_photos(photos, max_new_tokens=4, steps=2, batch_size=4)
+    assert counts and max(counts) <= 1, "the last one, which its generator has at hand"
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_line(home, whole, tmp_path, monkeypatch):
+    real, sizes = RegionCaptioner.iter_captions, []
+
+    def short_of_memory(captioner, photos, *args, batch_size, **how):
+        sizes.append(batch_size)
+        for number, found in enumerate(real(captioner, photos, *args, batch_size=batch_size, **how)):
+            if batch_size > 2 and number == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield found
+
+    monkeypatch.setattr(RegionCaptioner, "iter_captions", short_of_memory)
+    out = tmp_path / "captions.jsonl"
+    assert run(home, out).exit_code == 0
+    assert out.read_bytes() == whole and sizes == [8, 4, 2]
+
+
 def test_options_for_one_photo_are_refused(home, tmp_path):
     for more in (["--json", "-"], ["--key", "1"], ["--prompt", "a", "--prompt", "b"]):
         with pytest.raises(ConfigError, match="--out"):
             run(home, tmp_path / "captions.jsonl", *more)
+    with pytest.raises(ConfigError, match=r"is a folder; name a file in it, such as .*captions\.jsonl"):
+        run(home, tmp_path)
     with pytest.raises(ConfigError, match="a folder of this machine that exists"):
         run(home, tmp_path / "none" / "captions.jsonl")
 

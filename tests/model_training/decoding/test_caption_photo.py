@@ -12,7 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
-from paracaption.model_training.decoding import caption_photo, read_regions
+from paracaption.model_training.decoding import caption_photo, loop, read_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
 from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.errors import ConfigError
@@ -55,6 +55,20 @@ def caption(home, *args, model="model"):
     if isinstance(result.exception, ConfigError):
         raise result.exception
     return result
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(1, [1, 1, 1]), (2, [2, 1]), (8, [3])])
+def test_groups_of_regions_are_decoded_as_many_at_once_as_asked(home, monkeypatch, batch_size, rows):
+    admit, admitted = loop.Loop.admit, []
+
+    def counted(loop, places, *rest):
+        admitted.append(len(list(places)))
+        admit(loop, places, *rest)
+
+    monkeypatch.setattr(loop.Loop, "admit", counted)
+    more = ["--regions-per-call", 1, "--batch-size", batch_size, *QUICK]
+    caption(home, "--masks", *masks_of(home, 0, 1, 2), *more)
+    assert admitted == rows
 
 
 def record(home, *args):
@@ -107,7 +121,13 @@ def test_the_record_tells_areas_tokens_time_options_and_model(home, tmp_path):
     assert found["photo"] == str(home / "photo.png") and (found["width"], found["height"]) == (96, 64)
     assert found["options"]["strategy"] == "per-region" and found["options"]["cache"] == "none"
     assert found["options"]["length"] == 6, "the name that records have had from the start"
-    newer = {"position_thresholds", "factor", "redo_below", "settled"}  # left out at their defaults
+    newer = {
+        "position_thresholds",
+        "factor",
+        "redo_below",
+        "settled",
+        "end_of_text_last",
+    }  # left out at defaults
     assert set(found["options"]) - {"length"} == set(DecodeOptions.model_fields) - {"max_new_tokens"} - newer
     assert found["model"] | {"folder": ""} == {
         "folder": "",

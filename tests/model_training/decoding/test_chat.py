@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from paracaption.model_training.data.conversation_records import Record, Turn
 from paracaption.model_training.data.conversations import make_conversation_example
+from paracaption.model_training.decoding import blocks
 from paracaption.model_training.decoding.chat import Chat, Question
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.schemas.answering import AnswerOptions
@@ -110,6 +112,22 @@ def test_many_questions_are_answered_in_their_order_whatever_the_batches(chat):
             (each.text, each.tokens, each.forwards) for each in alone
         ]
     assert len(alone[2].tokens) <= 4
+
+
+def test_memory_that_runs_out_halves_the_batch_of_questions_and_changes_no_answer(chat, monkeypatch):
+    questions = [Question(f"what {number}", [picture(number)]) for number in range(5)]
+    expected = [each.tokens for each in chat.ask_all(questions, **SHORT)]
+    real, sizes = blocks.answer_batch, []
+
+    def short_of_memory(model, asked):
+        sizes.append(len(asked))
+        if len(asked) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, asked)
+
+    monkeypatch.setattr(blocks, "answer_batch", short_of_memory)
+    assert [each.tokens for each in chat.ask_all(questions, batch_size=4, **SHORT)] == expected
+    assert sizes == [4, 2, 2, 1]
 
 
 def test_an_answer_says_how_it_ended_and_how_sure_it_is(chat):

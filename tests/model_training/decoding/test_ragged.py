@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import get_args
 
 import pytest
+import torch
 
 from paracaption.model_training.decoding.sampler import Decoder, decode_batch
 from paracaption.model_training.model.batch import collate
@@ -15,12 +16,21 @@ from tests.model_training.tiny_models import examples, lively
 
 LENGTHS = (3, 5)
 REGIONS = [1, 6, 3, 2, 5, 4]
+ENDS = [{"early_exit": early, "end_of_text_last": last} for early in (True, False) for last in (False, True)]
 CACHES = {"corrected": ("none", "exact"), "reference": ("none", "approximate")}
 
 
 @lru_cache(None)
 def model_of(layout):
-    return lively(layout=layout)
+    return ending(layout)
+
+
+def ending(layout):
+    """A model that often predicts the end of text."""
+    model, processor = lively(layout=layout)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eot_token_id] *= 3
+    return model, processor
 
 
 @lru_cache(None)
@@ -46,7 +56,7 @@ def options_of(chance, layout):
         refresh_every=chance.choice([2, 3]),
         redo_below=chance.choice([None, 0.3]),
         settled=chance.choice([None, None, 0.3]),
-        early_exit=chance.choice([True, False]),
+        **chance.choice(ENDS),
         suppress_special=chance.choice([None, True, False]),
     )
 
@@ -101,7 +111,7 @@ def test_many_ragged_batches_have_the_tokens_that_their_rows_have_alone(layout):
 
 def on_device(layout, seeds):
     """Batches on a device that predicts all regions in every step, from one decoder, which keeps tensors."""
-    model, _ = lively(layout=layout)
+    model, _ = ending(layout)
     with pretend() as device:
         model.to(device.name)
         decoder = Decoder(model)
@@ -131,7 +141,7 @@ def warm(layout, seeds):
 
 
 def test_tensors_of_a_bucket_are_used_again_and_nothing_is_left_in_them():
-    model, _ = lively(layout="corrected")
+    model, _ = ending("corrected")
     options = DecodeOptions(max_new_tokens=5, steps=3)
     expected = [alone("corrected", number, options.model_dump_json()) for number in (1, 2)]
     with pretend() as device:

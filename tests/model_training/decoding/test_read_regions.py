@@ -264,6 +264,24 @@ def test_a_key_says_which_image_is_meant_where_the_photos_name_does_not(photo, t
         assert len(read_photo_regions(renamed, [f"{path}#{key}"]).regions) == 1
 
 
+def test_a_json_of_many_photos_is_searched_through_once(tmp_path, monkeypatch):
+    count, calls = 60, []
+    images = [
+        {"id": 1000 + number, "file_name": f"p{number}.jpg", "height": HEIGHT, "width": WIDTH}
+        for number in range(count)
+    ]
+    annotations = [instance(number, polygon(), image_id=1000 + number) for number in range(count)]
+    path = instances(tmp_path / "i.json", *annotations, images=images)
+    for number in range(count):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / f"p{number}.png")
+    stem = read_regions.file_names.stem
+    monkeypatch.setattr(read_regions.file_names, "stem", lambda name: calls.append(name) or stem(name))
+    for number in range(count):
+        [region] = read_photo_regions(tmp_path / f"p{number}.png", [path]).regions
+        assert region.source.endswith(f"annotation {number}")
+    assert len(calls) < 10 * count
+
+
 def test_the_photo_of_another_size_than_the_json_says_is_an_error(photo, tmp_path):
     path = instances(tmp_path / "i.json", instance(1, polygon()))
     with pytest.raises(ConfigError, match=r"photo is 64x48, annotation says 3x2; give the photo that"):

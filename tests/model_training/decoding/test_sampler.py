@@ -60,6 +60,27 @@ def test_tokens_and_passes_are_those_of_the_plain_decoder(layout, cache, strateg
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_end_of_text_is_kept_last_as_the_plain_decoder_says(layout, strategy):
+    model, processor = lively(seed=2, layout=layout)
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eot_token_id] *= 3
+    suppressed = special(model.config) if layout == "corrected" else []
+    num_early = 0
+    for example in examples(processor, [3, 2, 1], slots=SLOTS):
+        changes = {"cache": "none", "steps": SLOTS, "threshold": 0.9}
+        captions = {}
+        for last in (False, True):
+            options = options_of(strategy, end_of_text_last=last, **changes)
+            expected, forwards = decode_plainly(model, example, options, suppressed)
+            found = decode_batch(model, collate([example]), options)
+            assert (found.tokens_BNS[0].tolist(), found.forwards_B.tolist()) == (expected, [forwards])
+            captions[last] = expected
+        num_early += captions[False] != captions[True]
+    assert num_early or strategy == "left-to-right", "it matters"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [8, 10, 12, 50])
 @pytest.mark.soak(keep=4)
 def test_a_sure_model_in_float32_keeps_the_tokens_that_probabilities_in_float64_choose(

@@ -17,9 +17,10 @@ from paracaption.model_training.decoding.selection import (
     threshold_doubts,
 )
 from paracaption.schemas.decoding import DecodeOptions, Strategy
-from tests.model_training.plain_decoder import choose, still_open
+from tests.model_training.plain_decoder import choose, counted, still_open
 
 STRATEGIES = get_args(Strategy)
+EOT = 50
 
 
 @st.composite
@@ -42,13 +43,14 @@ def steps(draw):
                 threshold=draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
                 position_thresholds=given,
                 factor=draw(st.sampled_from([0.0, 0.5, 1.0, 4.0])),
+                end_of_text_last=draw(st.booleans()),
             )
         )
         turns = max(1, regions[-1]) if strategy == "sequential" else 1
         step.append(draw(st.integers(0, options[-1].steps * turns - 1)))
     shape = (rows, max(1, *regions), max(each.max_new_tokens for each in options))
     chance = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    slots = row_options(options, regions, shape, torch.float64).slot_BNS.numpy()
+    slots = row_options(options, regions, shape, torch.float64, EOT).slot_BNS.numpy()
     opens = (chance.random(shape) < draw(st.sampled_from([0.1, 0.5, 1.0]))) & slots
     doubts = chance.permutation(np.arange(opens.size)).reshape(shape) / opens.size * 2
     if draw(st.booleans()):  # ties
@@ -57,13 +59,14 @@ def steps(draw):
     for row, each in enumerate(options):
         if each.strategy == "sequential":  # nothing is predicted yet for regions whose turn comes later
             doubts[row, step[row] // each.steps + 1 :] = -1.0
-    tokens, guesses = chance.integers(0, 50, shape), chance.integers(50, 99, shape)
+    tokens, guesses = chance.integers(0, EOT, shape), chance.integers(EOT, 99, shape)
+    guesses[chance.random(shape) < 0.4] = EOT
     return options, step, regions, [torch.from_numpy(each) for each in (tokens, opens, guesses, doubts)]
 
 
 def selected(options, step, regions, state):
     """(tokens, open) after a step."""
-    rows = row_options(options, regions, tuple(state[0].shape), torch.float64)
+    rows = row_options(options, regions, tuple(state[0].shape), torch.float64, EOT)
     return select(rows, torch.tensor(step), *state)
 
 
@@ -78,8 +81,12 @@ def test_each_strategy_chooses_as_stated_slot_by_slot_whatever_the_other_rows_do
     for row, (each, count) in enumerate(zip(options, regions, strict=True)):
         length = each.max_new_tokens
         parts = [*state[:3], confidence_of(state[3])]
-        plain = (part[row, :count, :length].tolist() for part in parts)
-        expected_tokens, expected_opens = choose(each, step[row], *plain)
+        *plain, sure = (part[row, :count, :length].tolist() for part in parts)
+        sure = [
+            [counted(each, EOT, *guess) for guess in zip(*region, strict=True)]
+            for region in zip(plain[2], sure, strict=True)
+        ]
+        expected_tokens, expected_opens = choose(each, step[row], *plain, sure)
         assert opens[row, :count, :length].tolist() == expected_opens
         for region in range(count):
             closed = [slot for slot, waiting in enumerate(expected_opens[region]) if not waiting]
@@ -102,6 +109,26 @@ def test_what_is_written_stays_but_for_remasking(drawn):
             assert not (still & ~opens)[row].any()
         if each.strategy in ("threshold", "factor"):
             assert (written[row].any(-1) | ~opens[row].any(-1)).all(), "each region that waits gets a token"
+
+
+def test_end_of_text_waits_for_all_words_and_is_kept_when_nothing_else_is_left():
+    guesses, doubts = torch.tensor([[[EOT, 60, EOT, 61]]]), torch.tensor([[[1e-9, 3.0, 1e-9, 2.0]]])
+    opens, kept = torch.ones(1, 1, 4, dtype=torch.bool), []
+    options = DecodeOptions(strategy="per-region", max_new_tokens=4, steps=4, end_of_text_last=True)
+    for step in range(4):
+        _, after = selected([options], [step], [1], [torch.zeros_like(guesses), opens, guesses, doubts])
+        kept += (opens & ~after)[0, 0].nonzero()[:, 0].tolist()
+        opens = after
+    assert kept == [3, 1, 0, 2], "words first, the surest of them before the other"
+
+
+@pytest.mark.parametrize("strategy", ["remask", "per-region"])
+def test_what_is_sure_in_all_places_ends_at_once_its_end_included(strategy):
+    guesses, doubts = torch.tensor([[[60, 61, EOT, EOT]]]), torch.full((1, 1, 4), 0.01)
+    state = [torch.zeros_like(guesses), torch.ones(1, 1, 4, dtype=torch.bool), guesses, doubts]
+    options = DecodeOptions(strategy=strategy, max_new_tokens=4, steps=4, end_of_text_last=True, settled=0.9)
+    tokens, opens = selected([options], [0], [1], state)
+    assert not opens.any() and torch.equal(tokens, guesses)
 
 
 def some_doubts(dtype):

@@ -11,7 +11,7 @@ from paracaption.model_training.model.batch import collate
 from paracaption.schemas.decoding import DecodeOptions, Strategy
 from paracaption.schemas.errors import ConfigError
 from tests.device import pretend
-from tests.model_training.decoding.test_ragged import REGIONS, alone, model_of, options_of, photo_of
+from tests.model_training.decoding.test_ragged import REGIONS, alone, ending, model_of, options_of, photo_of
 from tests.model_training.tiny_models import examples, lively, photo
 
 
@@ -48,7 +48,7 @@ def test_a_row_that_was_dropped_from_the_cache_and_filled_again_is_told_from_the
 @pytest.mark.soak
 def test_so_does_a_stream_on_a_device_that_predicts_all_in_every_step(layout):
     expected = check(Decoder(model_of(layout)[0]), layout, 7, count=8)
-    model, _ = lively(layout=layout)
+    model, _ = ending(layout)
     with pretend() as device:
         model.to(device.name)
         decoder = Decoder(model)
@@ -89,6 +89,24 @@ def test_a_row_takes_the_next_sequence_as_soon_as_its_own_has_ended(strategy):
     batches, switches = 2, 2
     assert counts.syncs <= steps + batches + switches, counts.waits()
     assert counts.uploads == 0, counts.waits()
+
+
+@pytest.mark.parametrize(("layout", "cache"), [("corrected", "exact"), ("reference", "approximate")])
+@pytest.mark.parametrize("regions", [[0, 2, 0, 1, 0], [0, 0], [0], [3, 0, 0, 0, 0, 0, 0, 2]])
+def test_sequences_without_regions_end_and_leave_the_others_alone(layout, cache, regions):
+    """Also on a device, where nothing of them is launched that could tell that they have arrived."""
+    model, processor = lively(layout=layout)
+    options = DecodeOptions(max_new_tokens=4, steps=3, cache=cache, compare=True, redo_below=0.5)
+    given = examples(processor, regions, slots=4)
+    expected = [Decoder(model).decode(collate([each]), options) for each in given]
+    with pretend() as device:
+        model.to(device.name)
+        stream = decode_stream(Decoder(model), ((each, options) for each in given), num_rows=2)
+        found = {each.number: each for each in stream}
+    assert sorted(found) == list(range(len(regions)))
+    for number, (count, whole) in enumerate(zip(regions, expected, strict=True)):
+        assert found[number].tokens_NS.tolist() == whole.tokens_BNS[0, :count].tolist()
+        assert found[number].forwards >= (3 if count else 0)
 
 
 def test_rows_are_full_while_sequences_wait(monkeypatch):

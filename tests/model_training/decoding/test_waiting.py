@@ -53,6 +53,23 @@ def test_a_step_waits_once_for_its_device(layout, cache, strategy):
     assert added / (num_steps - num_steps // 2) <= layers * PER_LAYER + ELSEWHERE
 
 
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_keeping_end_of_text_last_launches_two_comparisons_more_and_waits_no_more(strategy):
+    model, processor = lively()
+    batch = collate(examples(processor, [2, 1], slots=SLOTS))
+    options = DecodeOptions(strategy=strategy, max_new_tokens=SLOTS, steps=STEPS, early_exit=False)
+    found = {}
+    with pretend() as device:
+        model.to(device.name)
+        for last in (False, True):
+            each = options.model_copy(update={"end_of_text_last": last})
+            _, found[last] = decode(device, model, batch, each)
+    num_steps = STEPS * (2 if strategy == "sequential" else 1) + 1  # one is launched too many
+    assert found[True].syncs == found[False].syncs
+    assert found[True].uploads == 0, found[True].waits()
+    assert found[True].launches - found[False].launches <= 2 * num_steps
+
+
 def test_drawing_waits_no_more_and_a_listener_waits_for_what_it_hears():
     model, processor = lively()
     batch = collate(examples(processor, [2], slots=SLOTS))
