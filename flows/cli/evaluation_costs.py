@@ -60,7 +60,7 @@ def _show(costs: list[Cost], gpus: int, seconds: float | None, missing: list[str
 
     from ...pipeline.executor.estimate.advice import duration
 
-    Console().print(_table(costs, measured=seconds is not None))
+    Console().print(costs_table(costs, measured=seconds is not None))
     if seconds is not None:
         each = "" if gpus == 1 else ", if each runs some of the rows, the longest first"
         least = "at least " if missing else ""
@@ -85,8 +85,13 @@ def _missing(config: EvaluateConfig, costs: list[Cost], tried: bool) -> Iterator
         yield "the judge `vllm`: the time to load it"
 
 
-def _table(costs: list[Cost], measured: bool) -> Table:
-    """Without a trial, how much there is to do; with one, what it takes. Both fit into 80 columns."""
+def costs_table(costs: list[Cost], measured: bool) -> Table:
+    """Without a trial, how much there is to do; with one, what it takes. Both fit into 80 columns.
+
+    Args:
+        costs: the rows.
+        measured: whether there is a trial.
+    """
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -97,7 +102,7 @@ def _table(costs: list[Cost], measured: bool) -> Table:
         if measured
         else ("all", "judged", "passes, at most")
     )
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE, padding=0)
     table.add_column("benchmark", no_wrap=True)
     table.add_column("column", no_wrap=True)
     for title in numbers:
@@ -108,14 +113,14 @@ def _table(costs: list[Cost], measured: bool) -> Table:
         shown = [_number(cost.count), judged, passes]
         if measured:
             once = "" if cost.startup_s is None else duration(cost.startup_s)
-            time = "not known" if cost.seconds is None else duration(cost.seconds)
+            time = "?" if cost.seconds is None else duration(cost.seconds)
             each, judge = (_number(value, ".2f", "") for value in (cost.each_s, cost.judge_s))
             shown = [_number(cost.count), f"{cost.measured:,}", each, judged, judge, once, time]
         table.add_row(cost.name, cost.column, *shown)
     return table
 
 
-def _number(value: float | None, form: str = ",", unknown: str = "not known") -> str:
+def _number(value: float | None, form: str = ",", unknown: str = "?") -> str:
     return unknown if value is None else format(value, form)
 
 
