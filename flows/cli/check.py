@@ -21,6 +21,7 @@ from .arguments import (
     to_location,
     written,
 )
+from .evaluation_costs import estimate_evaluation
 from .progress import counting
 
 
@@ -171,8 +172,9 @@ def estimate(
         typer.Option(
             parser=to_location,
             metavar="PATH",
-            help="Corpus of the pilot, a small build whose speed is measured (`build --limit-images 500`).",
-            show_default="the configuration's `out`",
+            help="Corpus of the pilot, a small build whose speed is measured (`build --limit-images 500`). "
+            "With --evaluation: folder of the trial, `OUT/LABEL`.",
+            show_default="the configuration's `out`; with --evaluation, `trial` in it",
         ),
     ] = None,
     rates: Annotated[
@@ -186,7 +188,7 @@ def estimate(
         typer.Option(
             min=0,
             help="Number of GPUs in the cluster.",
-            show_default="as many as the configured actors use at most",
+            show_default="as many as the configured actors use at most; with --evaluation, 1",
         ),
     ] = None,
     cpus: Annotated[
@@ -214,10 +216,16 @@ def estimate(
     write_rates: Annotated[
         bool, typer.Option(help="Print the rates of the pilot as YAML instead of an estimate.")
     ] = False,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="CONFIG is a configuration of `evaluate`.")
+    ] = False,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Estimate a large build from a small one: GPU-hours, time, bottleneck, GPUs per stage, disk space."""
+    """Estimate a large build from a small one: GPU-hours, time, bottleneck, GPUs per stage, disk space.
+
+    With --evaluation, estimate the hours of an evaluation from a trial of it.
+    """
     from rich.console import Console
 
     from ...pipeline.config_file import load_config
@@ -228,6 +236,11 @@ def estimate(
     from ...pipeline.executor.estimate.sizes import choose_sizes
     from ...pipeline.io import files
 
+    if evaluation:
+        if rates or write_rates or cpus or images or sources:
+            raise ConfigError("estimate: with --evaluation, give only --run, --gpus, --set and --json")
+        estimate_evaluation(config, run, gpus, changes, json)
+        return
     loaded = load_config(config, changes or ())
     pilot = run or locate(loaded.out)
     known = read_rates(rates) if rates else measure_rates(pilot)

@@ -54,11 +54,11 @@ def share_contained(config: Judge, folder: Path, results: Path) -> float:
     if not asked:
         raise StageFailed(f"{results}: no answers to judge; delete {folder}, and the task runs again")
     path = folder / ANSWERS
-    known = _read(path)
+    known = _answers(path)
     missing = list({each.digest: each for each in asked if each.digest not in known}.values())
     if missing:
         _ask(config, missing, path)
-        known = _read(path)
+        known = _answers(path)
     if left := sum(each.digest not in known for each in asked):
         raise StageFailed(f"{left} of {len(asked)} answers are not judged; run the command again")
     return 100 * sum(bool(is_correct(known[each.digest])) for each in asked) / len(asked)
@@ -94,15 +94,22 @@ def _ask(config: Judge, missing: Sequence[_Asked], path: Path) -> None:
             for start in range(0, len(missing), _AT_ONCE):
                 batch = missing[start : start + _AT_ONCE]
                 requests = [judges.JudgeRequest(each.prompt, max_tokens=_MAX_TOKENS) for each in batch]
-                for position, answer in judge.answer(requests):
+                for position, answer, seconds in judges.clocked(judge, requests):
                     if not isinstance(answer, BadRecord) and is_correct(answer) is not None:
-                        lines.append({"digest": batch[position].digest, "answer": answer})
+                        lines.append({"digest": batch[position].digest, "answer": answer, "seconds": seconds})
     finally:
         judge.close()
 
 
-def _read(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    found = map(json.loads, read_lines(path))
-    return {record["digest"]: record["answer"] for record in found}
+def seconds_of_answers(config: Judge, folder: Path, results: Path) -> list[float]:
+    """What each answer took that this judge gave in an earlier call of `share_contained`."""
+    asked = {each.digest for each in _questions(config, results)}
+    return [each.get("seconds", 0.0) for digest, each in _read(folder / ANSWERS).items() if digest in asked]
+
+
+def _answers(path: Path) -> dict[str, str]:
+    return {digest: record["answer"] for digest, record in _read(path).items()}
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    return {record["digest"]: record for record in map(json.loads, read_lines(path))}

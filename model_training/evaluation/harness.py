@@ -171,17 +171,19 @@ def _missing_judge(config: EvaluateConfig, column: HarnessColumn) -> str:
 
 
 def _run(config: EvaluateConfig, task: HarnessTask, name: ColumnName, folder: Path) -> Outcome:
+    assert config.harness
     column = task.columns[name]
-    settings = _settings(config, column)
+    settings = settings_of(config, column)
     digest = _digest(config, task, column, settings)
-    result = _finished(folder / RESULT, digest)
-    if result is None:
+    result = read_result(folder / RESULT)
+    if result.get("digest") != digest:
         folder.mkdir(parents=True, exist_ok=True)
-        settings_file = folder / f"settings-{digest[:12]}.json"
+        settings_file = folder / settings_name(digest)
         files.write_json(settings_file, settings.model_dump(mode="json"))
         start = time.monotonic()
         _command(config, task, name, folder, settings_file.name)
         result = {**_read_results(folder, column), "seconds": round(time.monotonic() - start, 1)}
+        result |= {"task": column.task, "batch_size": config.harness.batch_size}
         files.write_json(folder / RESULT, {"digest": digest, **result})
     score = result["score"]
     if column.judge == "contains":
@@ -195,7 +197,17 @@ def _run(config: EvaluateConfig, task: HarnessTask, name: ColumnName, folder: Pa
     return Outcome("scored", score, result["questions"], result["seconds"], log=str(folder / LOG))
 
 
-def _settings(config: EvaluateConfig, column: HarnessColumn) -> Settings:
+def settings_name(digest: str) -> str:
+    """Name of the file with the settings of a run."""
+    return f"settings-{digest[:12]}.json"
+
+
+def settings_of(config: EvaluateConfig, column: HarnessColumn) -> Settings:
+    """What our plugin reads.
+
+    Raises:
+        ConfigError: the configuration's model is not there, or an option is wrong.
+    """
     given = captioners.model_options(config.backend())
     identity = weights.identity(given.model)
     model = str(Path(given.model).resolve())
@@ -223,15 +235,19 @@ def _digest_of_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _finished(path: Path, digest: str) -> dict[str, Any] | None:
-    """The result of an earlier run with the same digest; None if there is none."""
+def read_result(path: Path) -> dict[str, Any]:
+    """The result.json of a run; empty if there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); delete it, and the task runs again") from error
-    return found if isinstance(found, dict) and found.get("digest") == digest else None
+    return found if isinstance(found, dict) else {}
 
 
 def _command(
@@ -293,7 +309,11 @@ def _why_failed(log: str, task: str, code: int) -> ParaCaptionError:
 
 
 def _read_results(folder: Path, column: HarnessColumn) -> dict[str, Any]:
-    """Score, names of all numbers and number of questions of the newest results file."""
+    """Score, names of all numbers, and what was asked and how long, of the newest results file.
+
+    `available` is the number of questions without `limit`. `startup_s` is the time to the first question, and
+    `answering_s` that of all answers; both are None where our plugin did not answer.
+    """
     path = _results_files(folder)[-1]
     try:
         found = json.loads(path.read_bytes())
@@ -305,5 +325,10 @@ def _read_results(folder: Path, column: HarnessColumn) -> dict[str, Any]:
     score = scores.get(column.metric)
     if score is not None and not column.percent:
         score *= 100
-    questions = sum(int(each["effective"]) for each in samples.values())
-    return {"score": score, "metrics": sorted(scores), "questions": questions}
+    counts = {
+        known: sum(int(each[theirs]) for each in samples.values())
+        for known, theirs in (("questions", "effective"), ("available", "original"))
+    }
+    costs = found.get("throughput") or {}
+    seconds = {"startup_s": costs.get("avg_startup_seconds"), "answering_s": costs.get("total_elapsed_time")}
+    return {"score": score, "metrics": sorted(scores), **counts, **seconds}

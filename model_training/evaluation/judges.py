@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import importlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
@@ -97,6 +98,20 @@ def load_judge(config: Judge) -> BenchJudge:
     options = msgspec.structs.replace(options, engine={**COMPACT_JSON, **options.engine})
     folder = weights.folder(options.model, "judge.options.model")
     return VllmChat(vllm_judge.start_engine(folder, options), options.max_in_flight)
+
+
+def clocked(
+    judge: BenchJudge, requests: Iterable[JudgeRequest]
+) -> Iterator[tuple[int, str | BadRecord, float]]:
+    """A judge's answers, each with the seconds since the one before it.
+
+    All of them together are what the requests took, with making them, however many are asked side by side.
+    """
+    start = time.perf_counter()
+    for position, answer in judge.answer([*requests]):
+        now = time.perf_counter()
+        yield position, answer, now - start
+        start = now
 
 
 class VllmChat:

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from ...schemas.errors import ConfigError
 from ...schemas.harness import Asking, Settings
 from .lmms_requests import answer_options, cut_answer, finish_question, question_of_messages, question_of_text
@@ -104,6 +106,7 @@ class _Answers:
         )
 
         assert self.chat
+        waited = time.time() - psutil.Process().create_time()
         start = time.perf_counter()
         answers = self.chat.ask_all(self._questions(requests), batch_size=self.batch_size)
         seconds = time.perf_counter() - start
@@ -112,7 +115,7 @@ class _Answers:
             text = cut_answer(answer.text, self._kwargs(request), self.asking)
             self.cache_hook.add_partial("generate_until", (request.args[0], self._kwargs(request)), text)
             results.append(GenerationResult(text, TokenCounts(output_tokens=len(answer.tokens))))
-        log_metrics(**_cost(answers, seconds))
+        log_metrics(**_cost(answers, seconds, waited))
         return results
 
     def _questions(self, requests: Sequence[Any]) -> Iterator[Question]:
@@ -193,14 +196,15 @@ def process_device(device: str) -> str:
     return f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
 
 
-def _cost(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
+def _cost(answers: Sequence[Answer], seconds: float, waited: float) -> dict[str, Any]:
+    """What lmms-eval writes as `throughput`; `waited` is the time from the process's start to a question."""
     tokens = sum(len(answer.tokens) for answer in answers)
     forwards = sum(answer.forwards for answer in answers)
     return {
         "total_gen_tokens": tokens,
         "total_elapsed_time": seconds,
         "avg_speed": tokens / seconds if seconds else 0.0,
-        "additional_metrics": {"forwards": forwards, "questions": len(answers)},
+        "additional_metrics": {"forwards": forwards, "questions": len(answers), "startup_seconds": waited},
     }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -114,6 +115,7 @@ class _ImageLine(msgspec.Struct):
     forwards: int = 0
     tokens: int = 0
     problems: dict[str, str] = {}
+    load_seconds: float = 0.0  # of the captioner, at the first image that it described
 
 
 class _AnswerLine(msgspec.Struct):
@@ -121,6 +123,7 @@ class _AnswerLine(msgspec.Struct):
 
     digest: str
     answer: str
+    seconds: float = 0.0
 
 
 _Line = TypeVar("_Line")
@@ -143,9 +146,7 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
             the captioner cannot be loaded.
     """
     benchmark = open_benchmark(bench)
-    header: dict[str, Any] = {"captioner": captioners.identity(backend), "benchmark": benchmark.digest}
-    if asked := captioners.how_asked(backend, bench):
-        header[_ASKED] = asked
+    header = _header(bench, backend, benchmark)
     path = folder / CAPTIONS
     folder.mkdir(parents=True, exist_ok=True)
     if not read_lines(path):
@@ -153,7 +154,9 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
             lines.append(header)
     done = {line.image for line in _read_captions(path, header)}
     missing = [image for image in benchmark.images if image.name not in done]
+    start = time.perf_counter()
     captioner = captioners.load_captioner(backend, bench) if missing else None
+    load_s = time.perf_counter() - start
     if captioner is not None and captioner.needs_photos:
         absent = set(benchmark.missing_photos()) & {image.photo for image in missing}
         if absent and bench.on_missing_photo == "error":
@@ -164,11 +167,19 @@ def caption_images(bench: Bench, backend: Backend, folder: Path, progress: Progr
         for number, (image, found) in enumerate(zip(missing, answered, strict=True)):
             keys = [region.key for region in image.regions]
             costs = (found.seconds, found.forwards, found.tokens)
-            lines.append(_ImageLine(image.name, keys, found.texts, *costs, found.problems))
+            lines.append(_ImageLine(image.name, keys, found.texts, *costs, found.problems, load_s))
+            load_s = 0.0
             if progress:
                 progress("captions", number + 1, len(missing))
     files.write_json(folder / PREDICTIONS, _captions_by_key(folder))
     return len(missing)
+
+
+def _header(bench: Bench, backend: Backend, benchmark: Benchmark) -> dict[str, Any]:
+    """The first line of captions.jsonl: captioner and benchmark."""
+    asked = captioners.how_asked(backend, bench)
+    header = {"captioner": captioners.identity(backend), "benchmark": benchmark.digest}
+    return header | ({_ASKED: asked} if asked else {})
 
 
 def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_ImageLine]:
@@ -280,8 +291,8 @@ def judge_captions(bench: Bench, config: Judge, folder: Path, progress: Progress
         with LineWriter(path) as lines:
             for start in range(0, len(missing), _QUESTIONS_AT_ONCE):
                 batch = missing[start : start + _QUESTIONS_AT_ONCE]
-                for position, answer in judge.answer(_requests(batch, judge.sees_images)):
-                    num_answers += _write_answer(lines, batch[position], answer)
+                for position, answer, seconds in judges.clocked(judge, _requests(batch, judge.sees_images)):
+                    num_answers += _write_answer(lines, batch[position], answer, seconds)
                 if progress:
                     progress("answers", start + len(batch), len(missing))
     finally:
@@ -306,10 +317,10 @@ def _questions(benchmark: Benchmark, config: Judge | None, folder: Path) -> Iter
                 yield _Question(image, region, number, prompt, digest)
 
 
-def _requests(questions: list[_Question], sees_images: bool) -> list[JudgeRequest]:
+def _requests(questions: list[_Question], sees_images: bool) -> Iterator[JudgeRequest]:
     if not sees_images:
-        return [JudgeRequest(question.prompt) for question in questions]
-    requests: list[JudgeRequest] = []
+        yield from (JudgeRequest(question.prompt) for question in questions)
+        return
     name, pixels, key, pictures = "", None, "", ()
     for question in questions:  # those of one image, and of one region, follow each other
         if question.image.name != name:
@@ -317,24 +328,64 @@ def _requests(questions: list[_Question], sees_images: bool) -> list[JudgeReques
         if question.region.key != key:
             assert pixels is not None
             key, pictures = question.region.key, judges.crop_and_mask(pixels, question.region.dense())
-        requests.append(JudgeRequest(question.prompt, pictures))
-    return requests
+        yield JudgeRequest(question.prompt, pictures)
 
 
-def _write_answer(lines: LineWriter, question: _Question, answer: str | BadRecord) -> bool:
+def _write_answer(lines: LineWriter, question: _Question, answer: str | BadRecord, seconds: float) -> bool:
     """Write an answer. Where the judge gave none, nothing is written, and the next run asks again."""
     key, number = question.region.key, question.number
     if isinstance(answer, BadRecord):
         log.warning("%s, question %d: no answer: %s", key, number, answer.detail)
         return False
-    lines.append({"digest": question.digest, "key": key, "question": number, "answer": answer})
+    record = {"digest": question.digest, "key": key, "question": number, "answer": answer}
+    lines.append(record | {"seconds": seconds})
     return True
 
 
 def _read_answers(path: Path) -> dict[str, str]:
+    return {digest: record.answer for digest, record in _answer_lines(path).items()}
+
+
+def _answer_lines(path: Path) -> dict[str, _AnswerLine]:
     lines = enumerate(read_lines(path), start=1)
-    records = [_decoded(path, number, line, _AnswerLine) for number, line in lines]
-    return {record.digest: record.answer for record in records}
+    records = (_decoded(path, number, line, _AnswerLine) for number, line in lines)
+    return {record.digest: record for record in records}
+
+
+# Costs.
+
+
+class Timed(NamedTuple):
+    """Seconds of the captions of `regions` (without reading photos), loading, and a judge's `answers`."""
+
+    regions: int
+    captions_s: float
+    load_s: float
+    answers: int
+    answers_s: float
+
+
+def read_times(bench: Bench, backend: Backend, config: Judge | None, folder: Path) -> Timed | None:
+    """What the results in a folder took, of this captioner and judge; None if there are no captions.
+
+    Raises:
+        ConfigError: the captions are of another captioner or another benchmark.
+    """
+    benchmark, path = open_benchmark(bench), folder / CAPTIONS
+    if not read_lines(path):
+        return None
+    lines = _read_captions(path, _header(bench, backend, benchmark))
+    known = _answer_lines(folder / ANSWERS) if config else {}
+    asked = {question.digest for question in _questions(benchmark, config, folder)} if known else set()
+    answers = [record.seconds for digest, record in known.items() if digest in asked and record.seconds]
+    loads = [line.load_seconds for line in lines if line.load_seconds]
+    return Timed(
+        regions=sum(len(line.keys) for line in lines),
+        captions_s=sum(line.seconds for line in lines),
+        load_s=sum(loads) / max(1, len(loads)),
+        answers=len(answers),
+        answers_s=sum(answers),
+    )
 
 
 # Scores.

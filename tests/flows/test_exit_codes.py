@@ -151,6 +151,10 @@ COMMANDS: dict[tuple[int, str, str], Callable[[Path], tuple[object, ...]]] = {
         "doctor",
         configured(folder),
     ),
+    (0, "paracaption estimate --evaluation", "there is no trial: it prints what can be counted"): lambda _: (
+        *("estimate", PAGE.parents[1] / "configs/evaluate/base.yaml"),
+        "--evaluation",
+    ),
     (1, "paracaption audit", "no region is usable"): without_photos,
     (1, "paracaption verify", "a file of the corpus is missing or damaged"): damaged,
     (1, "paracaption doctor", "a check is a FAIL"): without_space,
@@ -174,6 +178,10 @@ COMMANDS: dict[tuple[int, str, str], Callable[[Path], tuple[object, ...]]] = {
     (2, "paracaption export", "the format is unknown"): lambda folder: (
         *("export", folder / "out", "--format", "vhs"),
         *("--to", folder / "to"),
+    ),
+    (2, "paracaption estimate --evaluation", "`--run` is no folder"): lambda folder: (
+        *("estimate", PAGE.parents[1] / "configs/evaluate/base.yaml", "--evaluation"),
+        *("--run", folder / "nothing"),
     ),
     (2, "paracaption undo", "there is no terminal to ask in, and no `--yes`"): lambda folder: (
         "undo",

@@ -1,7 +1,8 @@
 """A package in place of lmms-eval, where it is not installed: it asks nothing, and leaves what that would.
 
 Its command writes results as lmms-eval 0.7.3 does, or prints what that printed and exits with 0 without any,
-by the name of the task. `test_lmms.py` runs the real one.
+by the name of the task. It says that an answer took a quarter of a second, and starting half a second.
+`test_lmms.py` runs the real one.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ else:
     results.mkdir()
     score = "N/A" if task == "empty" else 0.625
     found = {"alias": task, "right,none": score, "right_stderr,none": 0.1, "right_stderr_clt,none": 0.1}
-    content = {"results": {task: found}, "n-samples": {task: {"original": 9, "effective": 8}}}
+    asked = min(8, int(given.get("--limit", 8)))
+    content = {"results": {task: found}, "n-samples": {task: {"original": 9, "effective": asked}}}
+    content["throughput"] = {"total_elapsed_time": 0.25 * asked, "avg_startup_seconds": 0.5}
     (results / "20260101_000000_results.json").write_text(json.dumps(content))
-    lines = [{"doc_id": n, "target": ["a cat", "cats"], "filtered_resps": [f"{n} a cat"]} for n in range(8)]
+    target = ["a cat", "cats"]
+    lines = [{"doc_id": n, "target": target, "filtered_resps": [f"{n} a cat"]} for n in range(asked)]
     samples = results / f"20260101_000000_samples_{task}.jsonl"
     samples.write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """

@@ -240,6 +240,17 @@ def test_the_papers_16_are_configured_with_its_numbers_and_two_columns():
     ]
 
 
+@pytest.mark.skipif(not (ROOT / "requirements.lock").exists(), reason="no clone, but an installed wheel")
+def test_the_environment_of_lmms_eval_has_our_versions_but_for_protobuf():
+    found = []
+    for name in ("requirements.lock", "requirements-lmms.lock"):
+        lines = [line.partition(" ;")[0].split("==") for line in (ROOT / name).read_text().splitlines()]
+        found.append({package: {each[1] for each in lines if each[0] == package} for package, _ in lines})
+    ours, theirs = found
+    assert [name for name in theirs if name in ours and theirs[name] != ours[name]] == ["protobuf"]
+    assert theirs["lmms-eval"] == {"0.7.3"} and theirs["torch"] == {"2.13.0"}
+
+
 def test_mistakes_of_a_configuration_are_named(tmp_path):
     text = yaml.safe_load((ROOT / "configs/evaluate/base.yaml").read_text())
     path = tmp_path / "base.yaml"

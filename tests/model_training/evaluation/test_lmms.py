@@ -108,7 +108,8 @@ def test_evaluate_runs_lmms_evals_own_command_and_goes_on_where_it_was(model, ta
     assert "Broken, lmms-eval: failed: lmms-eval left no results (exit code 0)" in done.stdout
     assert "MMStar, lmms-eval: no data: the data of mmstar: it is not in the cache" in done.stdout
     assert "1 runs of lmms-eval failed: Broken (lmms-eval)" in done.stderr
-    assert max(map(len, done.stdout.split("\n\n")[0].splitlines())) <= 80
+    table, _, _ = done.stdout.partition("Broken, lmms-eval")
+    assert max(map(len, table.splitlines())) <= 80
 
     log = tmp_path / "out/tiny/harness/released/Short/log.txt"
     before = log.stat().st_mtime_ns
@@ -116,6 +117,35 @@ def test_evaluate_runs_lmms_evals_own_command_and_goes_on_where_it_was(model, ta
     [found] = json.loads(again.stdout)["harness"]
     assert found["columns"]["released"]["score"] == pytest.approx(100 * 4 / 6)
     assert log.stat().st_mtime_ns == before
+
+
+def test_a_trial_says_what_the_whole_evaluation_takes(model, tasks, tmp_path):  # noqa: F811
+    columns = {"released": asked("toy_reasoning", prompt="{{ text }}")}
+    config = {
+        "out": str(tmp_path / "out"),
+        "label": "whole",
+        "captioner": {
+            "name": "perceptiondlm",
+            "options": {"model": str(model), "device": "cpu", "dtype": "float32"},
+        },
+        "harness": {
+            "batch_size": 1,
+            "tasks": [{"name": "Reasoning", "include": str(tasks), "columns": columns}],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = ["-m", "paracaption.flows.cli"]
+    run(*command, "evaluate", path)
+    run(*command, "evaluate", path, "--set", "label=trial", "--set", "harness.limit=3")
+    found = json.loads(run(*command, "estimate", path, "--evaluation", "--json").stdout)
+    [cost] = found["costs"]
+    whole = json.loads((tmp_path / "out/whole/harness/released/Reasoning/result.json").read_text())
+    assert (cost["count"], cost["measured"], cost["missing"]) == (6, 3, "")
+    assert (whole["questions"], whole["available"]) == (6, 6)
+    assert 0 < whole["answering_s"] < whole["seconds"] - whole["startup_s"] < whole["seconds"]
+    assert whole["answering_s"] / 4 < 6 * cost["each_s"] < 4 * whole["answering_s"]
+    assert whole["seconds"] / 3 < found["seconds"] < 3 * whole["seconds"]
 
 
 def asked(task, **asking):

@@ -1,0 +1,148 @@
+"""`paracaption estimate --evaluation`: what an evaluation takes, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...pipeline.io.location import Location
+from ...schemas.errors import ConfigError
+from .arguments import print_json, suggest, written
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ...model_training.evaluation.costs import Cost
+    from ...schemas.evaluation import EvaluateConfig
+
+TRIAL = "trial"
+"""Label of a trial, unless --run names another."""
+
+_BATCHES = 5
+"""Batches of questions in the trial that is suggested: the first one is slower than the others."""
+
+
+def estimate_evaluation(
+    config: Path, run: Location | None, gpus: float | None, changes: list[str] | None, json: bool
+) -> None:
+    """Print the estimate of an evaluation.
+
+    Raises:
+        ConfigError: --run has no results, or those of another evaluation; --gpus is no whole number.
+    """
+    from ...model_training.evaluation.costs import estimate_costs, seconds_on
+    from ...pipeline.config_file import load_evaluation
+
+    if gpus is not None and (gpus < 1 or gpus != int(gpus)):
+        raise ConfigError(f"--gpus {gpus:g}: an evaluation takes whole GPUs; give 1 or more")
+    loaded = load_evaluation(config, changes or ())
+    folder = Path(str(run)) if run else Path(loaded.out) / TRIAL
+    if run and not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; --run takes the folder of a trial's results, OUT/LABEL")
+    costs, count = estimate_costs(loaded, folder), int(gpus or 1)
+    tried = any(cost.each_s is not None for cost in costs)
+    seconds = seconds_on(costs, count) if tried else None
+    missing = [*_missing(loaded, costs, tried)]
+    if json:
+        rows = [cost._asdict() | {"seconds": cost.seconds} for cost in costs]
+        print_json({"costs": rows, "gpus": count, "seconds": seconds, "missing": missing})
+        return
+    _show(costs, count, seconds, missing)
+    if not tried:
+        print(f"hours are not known: no trial in {folder}; make one, and run this command again")
+        estimate = ("estimate", config, "--evaluation", *written(changes))
+        suggest(("evaluate", config, *written([*(changes or ()), *_of_trial(loaded)])), estimate)
+
+
+def _show(costs: list[Cost], gpus: int, seconds: float | None, missing: list[str]) -> None:
+    from rich.console import Console
+
+    from ...pipeline.executor.estimate.advice import duration
+
+    Console().print(costs_table(costs, measured=seconds is not None))
+    if seconds is not None:
+        each = "" if gpus == 1 else ", if each runs some of the rows, the longest first"
+        least = "at least " if missing else ""
+        print(f"{least}{duration(seconds)} on {gpus} GPU{'' if gpus == 1 else 's'}{each}")
+    else:
+        print(_totals(costs))
+    if missing:
+        print("not in it:")
+    for line in missing:
+        print(f"- {line}")
+
+
+def _missing(config: EvaluateConfig, costs: list[Cost], tried: bool) -> Iterator[str]:
+    for cost in costs:
+        if cost.missing and (tried or cost.count is None):
+            yield f"{cost.name}, {cost.column}: {cost.missing}"
+    for name in ("toy", "profile"):
+        if getattr(config, name):
+            yield f"`{name}`: its time is not estimated"
+    judges = [config.judge, *(bench.judge for bench in config.benchmarks)]
+    if any(judge and judge.name == "vllm" for judge in judges):
+        yield "the judge `vllm`: the time to load it"
+
+
+def costs_table(costs: list[Cost], measured: bool) -> Table:
+    """Without a trial, how much there is to do; with one, what it takes. Both fit into 80 columns.
+
+    Args:
+        costs: the rows.
+        measured: whether there is a trial.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from ...pipeline.executor.estimate.advice import duration
+
+    numbers = (
+        ("all", "trial", "s each", "judged", "judge s", "once", "time")
+        if measured
+        else ("all", "judged", "passes, at most")
+    )
+    table = Table(box=SIMPLE, padding=0)
+    table.add_column("benchmark", no_wrap=True)
+    table.add_column("column", no_wrap=True)
+    for title in numbers:
+        table.add_column(title, justify="right", no_wrap=True)
+    for cost in costs:
+        passes = "" if cost.column == "regions" else _number(cost.forwards)
+        judged = "" if cost.judged == 0 else _number(cost.judged)
+        shown = [_number(cost.count), judged, passes]
+        if measured:
+            once = "" if cost.startup_s is None else duration(cost.startup_s)
+            time = "?" if cost.seconds is None else duration(cost.seconds)
+            each, judge = (_number(value, ".2f", "") for value in (cost.each_s, cost.judge_s))
+            shown = [_number(cost.count), f"{cost.measured:,}", each, judged, judge, once, time]
+        table.add_row(cost.name, cost.column, *shown)
+    return table
+
+
+def _number(value: float | None, form: str = ",", unknown: str = "?") -> str:
+    return unknown if value is None else format(value, form)
+
+
+def _totals(costs: list[Cost]) -> str:
+    """The sums of what can be counted, and of how many rows each is."""
+    parts = []
+    for title, field, some in (
+        ("regions", "count", [cost for cost in costs if cost.column == "regions"]),
+        ("questions", "count", [cost for cost in costs if cost.column != "regions"]),
+        ("questions to a judge", "judged", costs),
+        ("forward passes of one question at most", "forwards", [c for c in costs if c.column != "regions"]),
+    ):
+        known = [value for cost in some if (value := getattr(cost, field)) is not None]
+        if some:
+            left = f" (not known of {len(some) - len(known)} rows)" if len(known) < len(some) else ""
+            parts.append(f"{sum(known):,} {title}{left}" if known else f"{title}: not known")
+    return "together: " + ", ".join(parts)
+
+
+def _of_trial(config: EvaluateConfig) -> Iterator[str]:
+    """What makes a trial of an evaluation."""
+    yield f"label={TRIAL}"
+    if config.harness:
+        yield f"harness.limit={_BATCHES * config.harness.batch_size}"
+    yield from (f"benchmarks.{number}.images=5" for number in range(len(config.benchmarks)))
