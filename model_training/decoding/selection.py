@@ -205,7 +205,7 @@ def select(
         step_B: int64, the step that each row is in: 0, 1, ...
         tokens_BNS: the tokens so far; only those of closed slots are read.
         open_BNS: the slots that are not decided. A region that a row does not have has none.
-        predicted_BNS: a token for every open slot; for "sequential", of regions whose turn it is.
+        predicted_BNS: a token for every open slot; for "sequential", at least of regions whose turn it is.
         doubt_BNS: how unsure each prediction is: (1 - p) / p for its probability p; negative where there is
             none yet. For "remask", that of the latest prediction at every slot.
 
@@ -260,7 +260,7 @@ def _staying(
         most_BNS = options.ranked_doubt_BS[:, None].expand(doubt_BNS.shape).gather(2, rank_BNS)
         enough_BNS = enough_BNS | (doubt_BNS <= most_BNS)
     if settled_BN1 is not None:
-        enough_BNS = enough_BNS | settled_BN1
+        enough_BNS = enough_BNS | (settled_BN1 & (step_BN >= 0)[..., None])  # not before its turn
     return enough_BNS & open_BNS
 
 

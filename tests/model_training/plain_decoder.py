@@ -16,11 +16,26 @@ Slots = list[list]
 
 
 def choose(
-    options: DecodeOptions, step: int, tokens: Slots, opens: Slots, guesses: Slots, confidences: Slots
+    options: DecodeOptions,
+    step: int,
+    tokens: Slots,
+    opens: Slots,
+    guesses: Slots,
+    confidences: Slots,
+    eot: int | None,
 ) -> tuple[Slots, Slots]:
     """Which guesses stay after a step: (tokens, what is open) of one image."""
     regions = range(len(tokens))
     length = options.max_new_tokens
+    settled = [
+        options.settled is not None
+        and all(sure >= options.settled for sure, waiting in zip(*row, strict=True) if waiting)
+        for row in zip(confidences, opens, strict=True)
+    ]
+    confidences = [
+        [counted(options, eot, *each) for each in zip(*row, strict=True)]
+        for row in zip(guesses, confidences, strict=True)
+    ]
     tokens, opens = [list(row) for row in tokens], [list(row) for row in opens]
     if options.strategy == "remask":
         if not any(map(any, opens)):
@@ -30,7 +45,7 @@ def choose(
             if opens[region][slot]:
                 tokens[region][slot] = guesses[region][slot]
         doubtful_first = sorted(places, key=lambda place: confidences[place[0]][place[1]])
-        again = doubtful_first[: still_open(len(places), options.steps, step)]
+        again = [] if all(settled) else doubtful_first[: still_open(len(places), options.steps, step)]
         return tokens, [[(region, slot) in again for slot in range(length)] for region in regions]
     for region in regions:
         waiting = [slot for slot in range(length) if opens[region][slot]]
@@ -49,6 +64,8 @@ def choose(
             count = len(waiting) - (still_open(length, options.steps, own_step) if own_step >= 0 else length)
             order = waiting if options.strategy == "left-to-right" else best_first
             stay = set(order[: max(0, count)])
+        if settled[region] and (options.strategy != "sequential" or step >= region * options.steps):
+            stay = set(waiting)
         for slot in stay:
             tokens[region][slot], opens[region][slot] = guesses[region][slot], False
     return tokens, opens
@@ -114,8 +131,8 @@ def decode_plainly(
         forwards += any(seen.get(region) != what for region, what in sees.items())
         seen |= sees
         guesses = [[token for token, _ in row] for row in found]
-        confidences = [[counted(options, config.eot_token_id, *each) for each in row] for row in found]
-        tokens, opens = choose(options, step, tokens, opens, guesses, confidences)
+        confidences = [[confidence for _, confidence in row] for row in found]
+        tokens, opens = choose(options, step, tokens, opens, guesses, confidences, config.eot_token_id)
         if options.early_exit and options.strategy != "remask":
             end(tokens, opens, config.eot_token_id)
         tokens = [
