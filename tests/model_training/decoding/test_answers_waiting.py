@@ -20,8 +20,8 @@ WAYS = {
     "threshold": {"block_length": 3, "strategy": "threshold", "threshold": 0.3, "early_exit": False},
     "factor": {"block_length": 3, "strategy": "factor", "factor": 1.5, "early_exit": False},
     "left to right": {"block_length": 3, "strategy": "left-to-right", "early_exit": False},
+    "early exit": {"block_length": 1},  # another token ends a text from here on
     "end of text last": {"block_length": 3, "end_of_text_last": True, "early_exit": False},
-    "early exit": {"block_length": 1},
     "temperature": {"block_length": 3, "temperature": 1.0, "early_exit": False},
     "stop strings": {"block_length": 2, "early_exit": False},
 }
