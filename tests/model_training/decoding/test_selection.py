@@ -129,6 +129,23 @@ def test_what_is_sure_in_all_places_ends_at_once_its_end_included(strategy):
     assert not opens.any() and torch.equal(tokens, guesses)
 
 
+def test_a_region_that_is_sure_settles_in_its_turn_and_not_before():
+    """A device predicts it in every step."""
+    shape = (1, 2, 3)
+    state = [
+        torch.zeros(shape, dtype=torch.int64),
+        torch.ones(shape, dtype=torch.bool),
+        torch.full(shape, 60),
+    ]
+    doubts = torch.tensor([[[3.0] * 3, [0.01] * 3]])
+    options = DecodeOptions(strategy="sequential", max_new_tokens=3, steps=3, settled=0.9)
+    _, early = selected([options], [0], [2], [*state, doubts])
+    assert early[0].sum(-1).tolist() == [2, 3]
+    state[1][0, 0] = False
+    _, late = selected([options], [3], [2], [*state, doubts])
+    assert not late.any()
+
+
 def some_doubts(dtype):
     """Doubts of all sizes as the head's exponentials are summed up, and as it rounds them."""
     generator = torch.Generator().manual_seed(0)
