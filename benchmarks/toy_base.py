@@ -37,7 +37,7 @@ FOLDER = Path(os.environ.get("PARACAPTION_TOY_BASE", ROOT / "out/toy-base"))
 SCENES = {"train": 8000, "heldout": 300}
 CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 3}
 """Of each stage about each scene."""
-STEPS = {1: 150, 2: 1500, 3: 5500, 4: 1500}
+STEPS = {1: 150, 2: 1500, 3: 6000, 4: 1000}
 EACH = 60
 """Held-out questions of each type."""
 
@@ -53,7 +53,7 @@ CHANGES: dict[str, Any] = {
 }
 """What a tiny run on one core changes in all four configs, besides paths, steps and rates."""
 DATA = {"packed": False, "max_examples": None, "workers": 0}
-TOKENS = {1: 2048, 2: 2048, 3: 3072, 4: 3072}
+TOKENS = {1: 2048, 2: 2048, 3: 2048, 4: 3072}
 """Most tokens of a batch in each stage."""
 RATES = {2: 1.5e-3, 3: 1.5e-3, 4: 5e-4}
 """Of stages 2 to 4, whose configs have 4e-5 for a model of 8 billion parameters. Stage 1 keeps its own."""

@@ -159,12 +159,6 @@ def _thing(things: list[Seen], rng: np.random.Generator) -> Asked | None:
     return Asked("thing", f"What is {_PLACES[thing.place]}?", answer)
 
 
-def _list(things: list[Seen], rng: np.random.Generator) -> Asked | None:
-    if len(_only(things, lambda each: each.place)) < len(things):
-        return None
-    return Asked("list", "Which things are there?", ", ".join(_article(each.name) for each in things))
-
-
 def _caption(thing: Seen) -> str:
     return f"a {' '.join(thing.kind)} {_PLACES[thing.place]}"
 
@@ -202,13 +196,13 @@ KINDS: dict[str, Callable[[list[Seen], np.random.Generator], Asked | None]] = {
 }
 """The types of questions that are scored, each with what asks one about a scene; None if it has none."""
 
-_LONG = {"describe": _describe, "tell": _tell, "list": _list}
+_LONG = {"describe": _describe, "tell": _tell}
 """Types that are trained on alone."""
 
 STAGES: dict[int, tuple[tuple[str, ...], int]] = {
     1: (("describe",), 1),
     2: (("describe", *["tell"] * 3), 3),
-    3: ((*KINDS, "list", "describe", *["tell"] * 5), 4),
+    3: ((*KINDS, "count", "yes or no", "describe", *["tell"] * 4), 4),
     4: (tuple(KINDS), 4),
 }
 """Of each stage, what its conversations are about, the more often the likelier, and their most turns.
