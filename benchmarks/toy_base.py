@@ -35,9 +35,9 @@ from .toy_steps import begin_with_sample
 
 FOLDER = Path(os.environ.get("PARACAPTION_TOY_BASE", ROOT / "out/toy-base"))
 SCENES = {"train": 8000, "heldout": 300}
-CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 3}
+CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 10}
 """Of each stage about each scene."""
-STEPS = {1: 150, 2: 1500, 3: 6000, 4: 1000}
+STEPS = {1: 150, 2: 1500, 3: 3500, 4: 3600}
 EACH = 60
 """Held-out questions of each type."""
 
@@ -53,9 +53,9 @@ CHANGES: dict[str, Any] = {
 }
 """What a tiny run on one core changes in all four configs, besides paths, steps and rates."""
 DATA = {"packed": False, "max_examples": None, "workers": 0}
-TOKENS = {1: 2048, 2: 2048, 3: 2048, 4: 3072}
+TOKENS = {1: 2048, 2: 2048, 3: 2048, 4: 2048}
 """Most tokens of a batch in each stage."""
-RATES = {2: 1.5e-3, 3: 1.5e-3, 4: 5e-4}
+RATES = {2: 1.5e-3, 3: 1.5e-3, 4: 1.2e-3}
 """Of stages 2 to 4, whose configs have 4e-5 for a model of 8 billion parameters. Stage 1 keeps its own."""
 FLOORS = {2: 0.5, 3: 0.3}
 """Of the rate at the end of stages that another one follows, which goes on from there."""

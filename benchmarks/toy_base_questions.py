@@ -203,7 +203,7 @@ STAGES: dict[int, tuple[tuple[str, ...], int]] = {
     1: (("describe",), 1),
     2: (("describe", *["tell"] * 3), 3),
     3: ((*KINDS, "count", "yes or no", "describe", *["tell"] * 4), 4),
-    4: (tuple(KINDS), 4),
+    4: ((*KINDS, "count", "yes or no", *["tell"] * 4), 1),
 }
 """Of each stage, what its conversations are about, the more often the likelier, and their most turns.
 
@@ -218,9 +218,8 @@ def ask_about(scene: Scene, kind: str, rng: np.random.Generator) -> Asked | None
 
 def conversation(scene: Scene, stage: int, rng: np.random.Generator) -> list[Asked]:
     """The turns of a conversation about a scene; no question is asked twice."""
-    kinds, most = STAGES[stage]
+    kinds, wanted = STAGES[stage]
     turns: dict[str, Asked] = {}
-    wanted = 1 + rng.integers(most) if stage == 4 else most
     for _ in range(4 * wanted):
         asked = ask_about(scene, _pick(rng, list(kinds)), rng)
         if asked is not None and len(turns) < wanted:
