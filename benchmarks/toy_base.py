@@ -35,9 +35,9 @@ from .toy_steps import begin_with_sample
 
 FOLDER = Path(os.environ.get("PARACAPTION_TOY_BASE", ROOT / "out/toy-base"))
 SCENES = {"train": 8000, "heldout": 300}
-CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 10}
+CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 8}
 """Of each stage about each scene."""
-STEPS = {1: 150, 2: 1500, 3: 3500, 4: 3600}
+STEPS = {1: 150, 2: 1500, 3: 3500, 4: 1900}
 EACH = 60
 """Held-out questions of each type."""
 
@@ -52,12 +52,11 @@ CHANGES: dict[str, Any] = {
     "log": {"every": 50, "peak_tflops": 0.05},
 }
 """What a tiny run on one core changes in all four configs, besides paths, steps and rates."""
-DATA = {"packed": False, "max_examples": None, "workers": 0}
-TOKENS = {1: 2048, 2: 2048, 3: 2048, 4: 2048}
-"""Most tokens of a batch in each stage."""
+DATA = {"packed": False, "max_tokens": 2048, "max_examples": None, "workers": 0}
+"""The size of a batch."""
 RATES = {2: 1.5e-3, 3: 1.5e-3, 4: 1.2e-3}
 """Of stages 2 to 4, whose configs have 4e-5 for a model of 8 billion parameters. Stage 1 keeps its own."""
-FLOORS = {2: 0.5, 3: 0.3}
+FLOORS = {2: 0.5, 3: 0.75}
 """Of the rate at the end of stages that another one follows, which goes on from there."""
 
 
@@ -124,7 +123,7 @@ def write_config(stage: int, steps: int) -> Path:
     config |= CHANGES | {"out": str(folder), "steps": steps}
     config["model"]["path"] = str(FOLDER / f"base-{stage - 1}/model")
     config["conversations"] = [{"path": str(FOLDER / f"stage-{stage}.json"), "images": str(FOLDER / "train")}]
-    config["data"] |= DATA | {"max_tokens": TOKENS[stage], "cache": str(FOLDER / "cache")}
+    config["data"] |= DATA | {"cache": str(FOLDER / "cache")}
     if stage in RATES:
         config["learning_rate"] = dict.fromkeys(config["learning_rate"], RATES[stage])
     if stage in FLOORS:

@@ -203,7 +203,7 @@ STAGES: dict[int, tuple[tuple[str, ...], int]] = {
     1: (("describe",), 1),
     2: (("describe", *["tell"] * 3), 3),
     3: ((*KINDS, "count", "yes or no", "describe", *["tell"] * 4), 4),
-    4: ((*KINDS, "count", "yes or no", *["tell"] * 4), 1),
+    4: ((*KINDS, "count", "yes or no", *["tell"] * 3, *["describe"] * 6), 1),
 }
 """Of each stage, what its conversations are about, the more often the likelier, and their most turns.
 
