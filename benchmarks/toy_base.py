@@ -14,6 +14,7 @@ samples/model, which knows the look of these things; the projector and all new w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from pathlib import Path
@@ -33,8 +34,10 @@ from .toy import ROOT, end_when_terminated
 from .toy_steps import begin_with_sample
 
 FOLDER = Path(os.environ.get("PARACAPTION_TOY_BASE", ROOT / "out/toy-base"))
-SCENES = {"train": 3000, "heldout": 300}
-STEPS = {1: 200, 2: 1000, 3: 3000, 4: 1000}
+SCENES = {"train": 8000, "heldout": 300}
+CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 8}
+"""Of each stage about each scene."""
+STEPS = {1: 150, 2: 1500, 3: 3500, 4: 1900}
 EACH = 60
 """Held-out questions of each type."""
 
@@ -43,14 +46,18 @@ CHANGES: dict[str, Any] = {
     "device": "cpu",
     "activation_checkpointing": False,
     "export_dtype": "float32",
-    "checkpoint": {"every": 500},
+    "noise": {"stratified": True, "loss_weighting": "none", "eps": 0.6},
+    "betas": [0.9, 0.95],
+    "checkpoint": {"every": 250},
     "log": {"every": 50, "peak_tflops": 0.05},
 }
 """What a tiny run on one core changes in all four configs, besides paths, steps and rates."""
-DATA = {"packed": False, "max_tokens": 1536, "max_examples": None, "workers": 0}
+DATA = {"packed": False, "max_tokens": 2048, "max_examples": None, "workers": 0}
 """The size of a batch."""
-RATE = 1e-3
+RATES = {2: 1.5e-3, 3: 1.5e-3, 4: 1.2e-3}
 """Of stages 2 to 4, whose configs have 4e-5 for a model of 8 billion parameters. Stage 1 keeps its own."""
+FLOORS = {2: 0.5, 3: 0.75}
+"""Of the rate at the end of stages that another one follows, which goes on from there."""
 
 
 def scenes(split: str) -> list[Scene]:
@@ -87,7 +94,7 @@ def world() -> None:
 
 def _write_conversations(stage: int, drawn: list[Scene]) -> None:
     rng, records = np.random.default_rng([0, stage]), []
-    for number, scene in enumerate(drawn):
+    for again, (number, scene) in itertools.product(range(CONVERSATIONS[stage]), enumerate(drawn)):
         turns = []
         for each in questions.conversation(scene, stage, rng):
             image = "" if turns else "<image>\n"
@@ -96,7 +103,9 @@ def _write_conversations(stage: int, drawn: list[Scene]) -> None:
                 {"from": "gpt", "value": each.answer},
             ]
         if turns:  # a question of none of the stage's types suits a few scenes
-            records.append({"id": f"{stage}-{number}", "image": f"{number:06d}.png", "conversations": turns})
+            records.append(
+                {"id": f"{stage}-{number}-{again}", "image": f"{number:06d}.png", "conversations": turns}
+            )
     (FOLDER / f"stage-{stage}.json").write_text(json.dumps(records))
 
 
@@ -115,8 +124,10 @@ def write_config(stage: int, steps: int) -> Path:
     config["model"]["path"] = str(FOLDER / f"base-{stage - 1}/model")
     config["conversations"] = [{"path": str(FOLDER / f"stage-{stage}.json"), "images": str(FOLDER / "train")}]
     config["data"] |= DATA | {"cache": str(FOLDER / "cache")}
-    if stage > 1:
-        config["learning_rate"] = dict.fromkeys(config["learning_rate"], RATE)
+    if stage in RATES:
+        config["learning_rate"] = dict.fromkeys(config["learning_rate"], RATES[stage])
+    if stage in FLOORS:
+        config["min_lr_ratio"] = FLOORS[stage]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

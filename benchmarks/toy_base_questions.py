@@ -18,10 +18,10 @@ from paracaption.model_training.toy import world as toy
 from paracaption.model_training.toy.scenes import PLACES, Scene, place_of
 from paracaption.model_training.toy.shapes import COLORS, Kind
 
-WORLD = replace(toy.EASY, regions=(2, 4), photo_format="png")
+WORLD = replace(toy.EASY, regions=(2, 3), photo_format="png")
 """The things look like those that the sample model was trained on."""
 
-NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("no", "one", "two", "three")
 _PLACES = [place for row in PLACES for place in row]
 _COLUMNS, _ROWS = ("left", "middle", "right"), ("top", "middle", "bottom")
 
@@ -159,17 +159,28 @@ def _thing(things: list[Seen], rng: np.random.Generator) -> Asked | None:
     return Asked("thing", f"What is {_PLACES[thing.place]}?", answer)
 
 
-def _list(things: list[Seen], rng: np.random.Generator) -> Asked | None:
-    if len(_only(things, lambda each: each.place)) < len(things):
-        return None
-    return Asked("list", "Which things are there?", ", ".join(_article(each.name) for each in things))
+def _caption(thing: Seen) -> str:
+    return f"a {' '.join(thing.kind)} {_PLACES[thing.place]}"
 
 
 def _describe(things: list[Seen], rng: np.random.Generator) -> Asked | None:
-    captions = [f"a {' '.join(each.kind)} {_PLACES[each.place]}" for each in things]
-    return Asked(
-        "describe", _pick(rng, ["Describe the image.", "What is in the image?"]), ", ".join(captions)
-    )
+    question = _pick(rng, ["Describe the image.", "What is in the image?"])
+    return Asked("describe", question, ", ".join(map(_caption, things)))
+
+
+def _tell(things: list[Seen], rng: np.random.Generator) -> Asked | None:
+    """All about a thing that is named by its color, its shape, both, or its place."""
+    names: list[tuple[Callable[[Seen], Any], Callable[[Seen], str]]] = [
+        (lambda each: each.name, lambda each: each.name),
+        (lambda each: each.kind.shape, lambda each: each.kind.shape),
+        (lambda each: each.kind.colour, lambda each: f"{each.kind.colour} thing"),
+        (lambda each: each.place, lambda each: f"thing {_PLACES[each.place]}"),
+    ]
+    ways = [(text(each), each) for value, text in names for each in _only(things, value)]
+    if not ways:
+        return None
+    name, thing = _pick(rng, ways)
+    return Asked("tell", f"Describe the {name}.", _caption(thing))
 
 
 KINDS: dict[str, Callable[[list[Seen], np.random.Generator], Asked | None]] = {
@@ -185,19 +196,19 @@ KINDS: dict[str, Callable[[list[Seen], np.random.Generator], Asked | None]] = {
 }
 """The types of questions that are scored, each with what asks one about a scene; None if it has none."""
 
-_LONG = {"describe": _describe, "list": _list}
+_LONG = {"describe": _describe, "tell": _tell}
 """Types that are trained on alone."""
 
-_LOOKS = ("color", "shape", "size", "texture", "column", "row")
 STAGES: dict[int, tuple[tuple[str, ...], int]] = {
     1: (("describe",), 1),
-    2: (("describe", "list", "thing", *_LOOKS), 6),
-    3: ((*KINDS, "list"), 6),
-    4: (tuple(KINDS), 3),
+    2: (("describe", *["tell"] * 3), 3),
+    3: ((*KINDS, "count", "yes or no", "describe", *["tell"] * 4), 4),
+    4: ((*KINDS, "count", "yes or no", *["tell"] * 3, *["describe"] * 6), 1),
 }
-"""Of each stage, what its conversations are about and their most turns: captions that align the projector,
-then what things look like and where they are, then all questions, then all that are scored, in short
-conversations."""
+"""Of each stage, what its conversations are about, the more often the likelier, and their most turns.
+
+Captions align the projector. Then all is told about each thing, whatever names it; then all that is scored is
+asked, too; then that alone, in conversations of any length."""
 
 
 def ask_about(scene: Scene, kind: str, rng: np.random.Generator) -> Asked | None:
@@ -207,9 +218,8 @@ def ask_about(scene: Scene, kind: str, rng: np.random.Generator) -> Asked | None
 
 def conversation(scene: Scene, stage: int, rng: np.random.Generator) -> list[Asked]:
     """The turns of a conversation about a scene; no question is asked twice."""
-    kinds, most = STAGES[stage]
+    kinds, wanted = STAGES[stage]
     turns: dict[str, Asked] = {}
-    wanted = 1 + rng.integers(most) if stage == 4 else most
     for _ in range(4 * wanted):
         asked = ask_about(scene, _pick(rng, list(kinds)), rng)
         if asked is not None and len(turns) < wanted:

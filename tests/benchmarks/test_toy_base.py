@@ -50,6 +50,30 @@ def test_answers_follow_from_what_is_in_the_scene(scenes, asked):
             assert [each.answer] == [thing.kind.size for thing in things if thing.name == found[1]]
 
 
+def test_all_is_told_about_the_one_thing_that_is_named(scenes):
+    rng = np.random.default_rng(9)
+    told = [questions.ask_about(scene, "tell", rng) for scene in scenes]
+    ways = set()
+    for scene, each in zip(scenes, told, strict=True):
+        name = each.question.removeprefix("Describe the ").removesuffix(".")
+        things = {
+            f"a {' '.join(thing.kind)} {questions.PLACES[thing.place // 3][thing.place % 3]}": thing
+            for thing in questions.things_of(scene)
+        }
+        meant = things[each.answer]
+        by = {
+            "name": lambda thing: thing.name,
+            "shape": lambda thing: thing.kind.shape,
+            "color": lambda thing: f"{thing.kind.colour} thing",
+            "place": lambda thing: f"thing {questions.PLACES[thing.place // 3][thing.place % 3]}",
+        }
+        found = [way for way, text in by.items() if text(meant) == name]
+        assert len(found) == 1
+        assert [by[found[0]](thing) for thing in things.values()].count(name) == 1
+        ways.update(found)
+    assert ways == {"name", "shape", "color", "place"}
+
+
 def test_a_conversation_asks_nothing_twice_and_knows_what_its_stage_is_about(scenes):
     for stage, (kinds, most) in questions.STAGES.items():
         turns = questions.conversation(scenes[0], stage, np.random.default_rng(stage))
@@ -66,7 +90,8 @@ def test_a_stage_is_trained_by_the_config_of_the_paper_with_named_changes(stage,
         for each in (path, toy_base.ROOT / f"configs/train/base-{stage}.yaml")
     )
     changed = {key for key in ours if ours[key] != paper.get(key)}
-    assert changed <= {*toy_base.CHANGES, "out", "model", "conversations", "data", "steps", "learning_rate"}
+    named = {*toy_base.CHANGES, "out", "model", "conversations", "data", "steps"}
+    assert changed <= {*named, "learning_rate", "min_lr_ratio"}
     assert ours["model"]["config"] == paper["model"]["config"]
     rates = load_training(path).learning_rate
-    assert (rates.projector, rates.language) == ((1e-3, 0) if stage == 1 else (toy_base.RATE,) * 2)
+    assert (rates.projector, rates.language) == ((1e-3, 0) if stage == 1 else (toy_base.RATES[stage],) * 2)
