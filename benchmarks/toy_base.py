@@ -37,7 +37,7 @@ FOLDER = Path(os.environ.get("PARACAPTION_TOY_BASE", ROOT / "out/toy-base"))
 SCENES = {"train": 8000, "heldout": 300}
 CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 8}
 """Of each stage about each scene."""
-STEPS = {1: 150, 2: 1500, 3: 3500, 4: 1900}
+STEPS = {1: 150, 2: 1500, 3: 3500, 4: 6000}
 EACH = 60
 """Held-out questions of each type."""
 
