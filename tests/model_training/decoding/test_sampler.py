@@ -401,3 +401,14 @@ def test_many_slots_and_words_are_looked_at_in_parts(monkeypatch):
     parts = [drawn(temperature=temperature) for temperature in (0.0, 1.0)]
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)
+
+
+def test_on_a_cpu_the_pass_that_fills_an_exact_cache_is_that_of_the_first_step():
+    model, passes = ready("corrected")[0], []
+    batch = collate(photos("corrected", [3, 1]))
+    watched = model.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        found = decode_batch(model, batch, options_of("remask", steps=1, cache="exact"))
+    finally:
+        watched.remove()
+    assert len(passes) == 1 and found.tokens_BNS.ne(model.config.mask_token_id).all()
