@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
+from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
 from ...pipeline.io import files, mask_images, weights
 from ...pipeline.io.json_lines import LineWriter, read_lines
@@ -84,7 +85,7 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
     if is_corpus(masks):
         if photos is not None:
             raise ConfigError(f"{masks}: a corpus has its own photos; give it alone, without --image")
-        return _of_corpus(masks)
+        return tasks_of_corpus(masks)
     if photos is None:
         raise ConfigError(f"{masks}: these masks need their photos; give their folder with --image")
     named = _by_stem(photos, file_names.PHOTO_ENDINGS, "photos")
@@ -102,6 +103,37 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
     return [
         PhotoTask(name, partial(read_photo_regions, f"{home}/{name}", [found[stem]]))
         for stem, name in sorted(named.items(), key=lambda each: each[1])
+    ]
+
+
+def tasks_of_corpus(path: str, held_out: bool = False) -> list[PhotoTask]:
+    """A task for each image of a corpus. Each is read by itself, from where its ledger says that it lies.
+
+    Args:
+        path: path of the folder that a build wrote.
+        held_out: only the images that are held out of training, if the corpus holds any out.
+
+    Raises:
+        ConfigError: the folder is no corpus.
+        IntegrityError: the corpus is damaged.
+    """
+    opened = reader.open_corpus(path)
+    share = opened.held_out_share if held_out else 0.0
+    rows: dict[tuple[str, str], tuple[pa.Table, int]] = {}
+    for subset in opened.subsets:
+        for table in opened.ledgers(subset, columns=["kept", *_PLACE]):
+            kept = table.filter(table["kept"]).select(_PLACE)
+            rows |= {(subset, key): (kept, number) for number, key in enumerate(kept["key"].to_pylist())}
+    times = Counter(key for _, key in rows)  # an image may be in several subsets
+
+    def read(table: pa.Table, number: int) -> PhotoRegions:
+        [row] = table.slice(number, 1).to_pylist()
+        return of_sample(f"{path}#{row['key']}", *opened.read_sample(row))
+
+    return [
+        PhotoTask(key if times[key] == 1 else f"{subset}/{key}", partial(read, *row))
+        for (subset, key), row in rows.items()
+        if not share or is_held_out(key, share)
     ]
 
 
@@ -266,26 +298,6 @@ def _read(task: PhotoTask) -> tuple[tuple[str, PhotoRegions | ConfigError], np.n
             raise  # it may be readable again, and nothing is to be written about it
         return (task.name, error), np.zeros((1, 1, 3), np.uint8), []
     return (task.name, photo.without_pixels()), photo.pixels, masks
-
-
-def _of_corpus(path: str) -> list[PhotoTask]:
-    """A task for each image of a corpus. Each is read by itself, from where its ledger says that it lies."""
-    opened = reader.open_corpus(path)
-    rows: dict[tuple[str, str], tuple[pa.Table, int]] = {}
-    for subset in opened.subsets:
-        for table in opened.ledgers(subset, columns=["kept", *_PLACE]):
-            kept = table.filter(table["kept"]).select(_PLACE)
-            rows |= {(subset, key): (kept, number) for number, key in enumerate(kept["key"].to_pylist())}
-    times = Counter(key for _, key in rows)  # an image may be in several subsets
-
-    def read(table: pa.Table, number: int) -> PhotoRegions:
-        [row] = table.slice(number, 1).to_pylist()
-        return of_sample(f"{path}#{row['key']}", *opened.read_sample(row))
-
-    return [
-        PhotoTask(key if times[key] == 1 else f"{subset}/{key}", partial(read, *row))
-        for (subset, key), row in rows.items()
-    ]
 
 
 def _by_stem(folder: str, endings: tuple[str, ...], what: str) -> dict[str, str]:

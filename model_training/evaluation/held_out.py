@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...pipeline.io import draw, files
+from ...pipeline.models.batching import Batches
 from ...schemas.errors import ConfigError
 from ...schemas.training import Evaluation
-from ..decoding.read_regions import PhotoRegions, iter_photo_regions
+from ..decoding.caption_folder import PhotoTask, tasks_of_corpus
+from ..decoding.fitting import caption_each
+from ..decoding.read_regions import PhotoRegions
 from ..decoding.region_captioner import RegionCaptioner, RegionCaptions
 
 FOLDER = "evaluation"
@@ -64,6 +65,7 @@ def evaluate_held_out(model: Path, config: Evaluation, out: Path, device: str = 
     Raises:
         ConfigError: there is no corpus, no image in it to caption or no model, or an option does not suit the
             model.
+        OutOfMemory: one sequence does not fit.
     """
     captioner = RegionCaptioner.load(model, device)
     folder = out / FOLDER
@@ -89,18 +91,18 @@ def evaluate_held_out(model: Path, config: Evaluation, out: Path, device: str = 
 
 def _caption(captioner: RegionCaptioner, config: Evaluation) -> Iterator[tuple[PhotoRegions, RegionCaptions]]:
     """Caption photos, of which few are in memory at once."""
-    waiting: deque[PhotoRegions] = deque()
 
-    def photos() -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-        found = islice(iter_photo_regions(config.corpus, held_out=True), config.images)
-        for number, photo in enumerate(found):
-            waiting.append(photo if number < config.pictures else photo.without_pixels())
-            yield photo.pixels, photo.masks()
+    def read(numbered: tuple[int, PhotoTask]) -> tuple[PhotoRegions, np.ndarray, list[np.ndarray]]:
+        number, task = numbered
+        photo = task.read()
+        kept = photo if number < config.pictures else photo.without_pixels()
+        return kept, photo.pixels, photo.masks()
 
-    for found in captioner.iter_captions(
-        photos(), config, batch_size=config.batch_size, regions_per_call=config.regions_per_call
-    ):
-        yield waiting.popleft(), found
+    tasks = tasks_of_corpus(config.corpus, held_out=True)[: config.images]
+    batches = Batches(config.batch_size, "evaluation: sequences of regions")
+    return caption_each(
+        captioner, [*enumerate(tasks)], read, batches, config, regions_per_call=config.regions_per_call
+    )
 
 
 def _record(photo: PhotoRegions, found: RegionCaptions) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import shutil
 import threading
 
 import pytest
+import torch
 from PIL import Image
 
 from paracaption.filters.held_out import is_held_out
 from paracaption.model_training.data.corpus import unfinished
+from paracaption.model_training.decoding import loop
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
 from paracaption.model_training.evaluation import held_out
@@ -125,6 +127,25 @@ def test_of_a_corpus_that_holds_images_out_these_alone_are_captioned(world, trai
     (out / "config.yaml").write_text(dump_config(config.model_copy(update={"held_out_share": 1e-6})))
     with pytest.raises(ConfigError, match=r"corpus: no image to caption; .* raise the held_out_share"):
         held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
+
+
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_caption(world, trained, tmp_path, monkeypatch):
+    asked = Evaluation(corpus=str(world), images=6, pictures=1, max_new_tokens=4, steps=2, batch_size=4)
+    summary = held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
+    lines = [json.loads(line) for line in (tmp_path / "evaluation/captions.jsonl").read_text().splitlines()]
+    launch, sizes = loop.Loop.launch, []
+
+    def short_of_memory(loop):
+        sizes.append(int(loop.open_RN.any(1).sum()))
+        if sizes[-1] > 1 and len(sizes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        launch(loop)
+
+    monkeypatch.setattr(loop.Loop, "launch", short_of_memory)
+    assert held_out.evaluate_held_out(trained, asked, tmp_path, "cpu").exact == summary.exact
+    again = [json.loads(line) for line in (tmp_path / "evaluation/captions.jsonl").read_text().splitlines()]
+    assert [line["regions"] for line in again] == [line["regions"] for line in lines] and len(lines) == 6
+    assert max(sizes) > 1 and sizes[-1] == 1
 
 
 def test_scores_count_attributes_and_leaks(world, trained, monkeypatch):
