@@ -5,7 +5,7 @@
 | two values, without loss (1 bit, 0 and 1, 0 and 255, a palette of two colors) | the brighter one |
 | more values (JPEG's noise, soft edges, 16 bits) | brighter than half of the range |
 | alpha that differs between pixels | alpha, unless the opaque pixels are black and white |
-| colors | their brightest channel |
+| colors | their brightest channel; three colors or more, without loss, are a label map and refused |
 
 Pixels are those stored: EXIF orientation is never applied.
 """
@@ -28,6 +28,10 @@ _LOSSY = {"JPEG", "MPO", "WEBP"}
 _FORMATS = (*photos.FORMATS, "GIF")
 _MAX_UNCLEAR = 0.1
 """Share of pixels that may be neither dark nor bright; with more, it is a photo or a label map."""
+_MAX_THIRD = 0.002
+"""Share of pixels that may have a third color."""
+_SHADE = 32
+"""A color's distance, of 255, from the line between two others up to which it is a shade between them."""
 _ASPECT = 0.03
 """A mask is scaled if its aspect ratio differs from the photo's by no more than this share."""
 
@@ -133,6 +137,7 @@ def _bytes(path: str) -> bytes:
 
 def _brightness(opened: Any, name: str) -> tuple[np.ndarray, float]:
     """Brightness of each pixel, (H, W), and the brightest value that the format can hold."""
+    lossy = opened.format in _LOSSY
     if opened.mode == "P":
         opened = opened.convert("RGBA" if "transparency" in opened.info else "RGB")
     if opened.mode == "1":
@@ -143,11 +148,11 @@ def _brightness(opened: Any, name: str) -> tuple[np.ndarray, float]:
     if opened.mode in ("LA", "La", "PA", "RGBa"):
         opened = opened.convert("RGBA")
     if opened.mode != "RGBA":
-        return _brightest_channel(np.asarray(opened.convert("RGB")), name), 255
+        return _brightest_channel(np.asarray(opened.convert("RGB")), lossy, name), 255
     pixels = np.asarray(opened)
     alpha = pixels[..., 3]
     if (alpha == alpha.flat[0]).all():
-        return _brightest_channel(pixels[..., :3], name), 255
+        return _brightest_channel(pixels[..., :3], lossy, name), 255
     shown = pixels[..., :3].max(axis=2)
     opaque = shown[alpha > 127]
     both = opaque.size and opaque.min() < 64 and opaque.max() > 191
@@ -163,8 +168,12 @@ def _brightest_value(values: np.ndarray, mode: str) -> float:
     return next(most for most in (1, 255, 65_535, max(peak, 65_535)) if peak <= most)
 
 
-def _brightest_channel(pixels: np.ndarray, name: str) -> np.ndarray:
-    """The brightest channel of (H, W, 3); different colors that are equally bright are refused."""
+def _brightest_channel(pixels: np.ndarray, lossy: bool, name: str) -> np.ndarray:
+    """The brightest channel of (H, W, 3).
+
+    Raises:
+        UnusableMask: different colors are equally bright, or there are three without loss.
+    """
     values = pixels.max(axis=2)
     if values.min() == values.max() and (pixels != pixels[0, 0]).any():
         raise UnusableMask(
@@ -172,7 +181,24 @@ def _brightest_channel(pixels: np.ndarray, name: str) -> np.ndarray:
             "apart; "
             "give the mask white on black"
         )
+    if not lossy and _third_color(pixels, values) > _MAX_THIRD:
+        raise UnusableMask(
+            f"{name}: three colors or more, as in a picture or a label map, and no mask; give the region "
+            "white on black, one file for each"
+        )
     return values
+
+
+def _third_color(pixels: np.ndarray, values: np.ndarray) -> float:
+    """Share of the pixels that are no shade between the darkest and the brightest color of (H, W, 3)."""
+    flat = pixels.reshape(-1, 3)
+    dark, bright = (flat[place].astype(np.float32) for place in (values.argmin(), values.argmax()))
+    along = bright - dark
+    if not along.any():
+        return 0.0
+    away = flat - dark
+    away -= (away @ along / (along @ along))[:, None] * along
+    return float((np.abs(away).max(axis=1) > _SHADE).mean())
 
 
 def _threshold(values: np.ndarray, most: float, lossy: bool, name: str) -> np.ndarray:

@@ -104,6 +104,14 @@ def test_soft_edges_are_cut_in_their_middle(photo, tmp_path):
     assert region.mask.bbox == (20, 0, 21, HEIGHT)
 
 
+def test_soft_edges_between_two_colors_are_shades_and_no_third_color(photo, tmp_path):
+    soft = np.full((HEIGHT, WIDTH, 3), (20, 0, 40), np.uint8)
+    soft[:, 20:40] = 250, 200, 0
+    soft[:, 19], soft[:, 40] = (66, 40, 32), (204, 160, 8)
+    [region] = read_photo_regions(photo, [saved(Image.fromarray(soft), tmp_path / "m.png")]).regions
+    assert region.mask.bbox == (20, 0, 21, HEIGHT)
+
+
 def test_the_bytes_count_and_not_the_name(photo, tmp_path):
     path = tmp_path / "mask.png"
     Image.fromarray(rectangle() * np.uint8(255)).save(path, "JPEG")
@@ -137,11 +145,23 @@ def labels():
     return Image.fromarray(np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) % 5)
 
 
+def ids(*colors):
+    """A label map: two regions on black."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    for place, color in enumerate(colors):
+        pixels[4:20, 8 + 20 * place : 20 + 20 * place] = color
+    return Image.fromarray(pixels)
+
+
 BROKEN = {
     "is empty": lambda path: Image.new("L", (WIDTH, HEIGHT)).save(path),
     "is empty (brightest": lambda path: Image.new("L", (WIDTH, HEIGHT), 3).save(path, "JPEG"),
     "a label map is not a mask": lambda path: labels().save(path),
-    "a picture, not a mask": lambda path: cut_out(rectangle()).convert("RGB").save(path),
+    "a picture, not a mask": lambda path: cut_out(rectangle()).convert("L").save(path),
+    "three colors or more": lambda path: cut_out(rectangle()).convert("RGB").save(path),
+    "three colors or more, as in a picture or a label map": lambda path: ids([230, 20, 0], [0, 60, 90]).save(
+        path
+    ),
     "its colors have the same brightness": lambda path: palette([(255, 0, 0), (0, 255, 0)], rectangle()).save(
         path
     ),
