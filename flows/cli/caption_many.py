@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...pipeline.io import files
 from ...schemas.decoding import DecodeOptions
-from ...schemas.errors import ConfigError
 from .progress import counting_parts
 
 
@@ -31,22 +29,15 @@ def caption_many(
         ConfigError: the photos, the file or an option do not suit.
     """
     from ...model_training.decoding import caption_folder as many
+    from ...model_training.decoding import caption_lines
     from ...model_training.decoding.region_captioner import RegionCaptioner, check_saved_model, resolve_place
 
-    if files.is_url(out) or not Path(out).parent.is_dir():
-        raise ConfigError(f"--out {out}: give a file in a folder of this machine that exists")
-    if Path(out).is_dir():
-        raise ConfigError(
-            f"--out {out}: is a folder; name a file in it, such as {Path(out, 'captions.jsonl')}"
-        )
-    inside = {Path(each).resolve() for each in (photos, masks) if each and not files.is_url(each)}
-    if Path(out).resolve().parent in inside:
-        raise ConfigError(f"--out {out}: lies among the photos or the masks; name a file in another folder")
+    caption_lines.check_place(out, [model, photos, masks])
     check_saved_model(model)
     tasks = many.find_photos(photos, masks)
     _, computed_in = resolve_place(device, dtype)
     header = many.header_of(model, computed_in, options, prompt, regions_per_call, photos, masks)
-    left = many.unfinished(tasks, Path(out), header)
+    left = caption_lines.unfinished(tasks, Path(out), header)
     done = many.Captioned(0, 0, 0)
     if left:
         captioner = RegionCaptioner.load(model, device, dtype)

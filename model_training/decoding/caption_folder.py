@@ -17,16 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
 from ...pipeline.io import files, mask_images, weights
-from ...pipeline.io.json_lines import LineWriter, read_lines
+from ...pipeline.io.json_lines import LineWriter
 from ...pipeline.models.batching import Batches
 from ...pipeline.sources import file_names
-from ...schemas.decoding import DecodeOptions, stored_names
+from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .caption_photo import about_captions, to_record
 from .corpus_captioner import meaning_of_auto
@@ -152,7 +151,7 @@ def caption_folder(
 
     Args:
         captioner: the model.
-        tasks: the photos that have no line yet, see `unfinished`.
+        tasks: the photos that have no line yet, see `caption_lines.unfinished`.
         out: the file of JSON lines.
         options: how captions are decoded.
         prompt: what the regions are asked; None asks what the model was trained with.
@@ -196,33 +195,6 @@ def caption_folder(
     return Captioned(photos, regions, failed)
 
 
-def unfinished(tasks: list[PhotoTask], out: Path, header: dict[str, Any]) -> list[PhotoTask]:
-    """The photos that have no captions in a file of lines yet, which is made ready to be continued.
-
-    Lines with an error are taken out, and their photos tried again.
-
-    Args:
-        tasks: all photos.
-        out: the file; it need not exist.
-        header: what the captions depend on.
-
-    Raises:
-        ConfigError: the lines were made with something else, or by something else.
-    """
-    beside = out.with_name(f"{out.name}.run.json")
-    lines = [_decoded(out, number, line) for number, line in enumerate(read_lines(out), 1)]
-    if lines:
-        _check_header(out, beside, header)
-    else:
-        files.write_json(beside, header)
-    good = [line for line in lines if "error" not in line]
-    if len(good) < len(lines):
-        with files.write_atomic(out) as file:
-            file.writelines(msgspec.json.encode(line) + b"\n" for line in good)
-    done = {line["photo"] for line in good}
-    return [task for task in tasks if task.name not in done]
-
-
 def header_of(
     model: Path,
     dtype: str,
@@ -246,46 +218,6 @@ def header_of(
 
 def _place(path: str) -> str:
     return path if files.is_url(path) else str(Path(path).resolve())
-
-
-def _check_header(out: Path, beside: Path, header: dict[str, Any]) -> None:
-    try:
-        found = msgspec.json.decode(beside.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{out}: {beside.name}, which says how its lines were made, is missing; choose another --out"
-        ) from error
-    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        raise ConfigError(f"{beside}: cannot be read ({error}); choose another --out") from error
-    wanted = msgspec.json.decode(msgspec.json.encode(header))
-    if found == wanted:
-        return
-    changed = [name for name in wanted if found.get(name) != wanted[name]]
-    ours, theirs = wanted.get("options", {}), found.get("options")
-    if "options" in changed and isinstance(theirs, dict):
-        changed.remove("options")
-        changed += [
-            f"{name} {theirs.get(stored)}"
-            for name, stored in stored_names().items()
-            if ours.get(stored) != theirs.get(stored)
-        ]
-    raise ConfigError(
-        f"{out}: its lines were made with another {', '.join(changed) or 'version'}; take the same again "
-        f"({beside.name} has all of it), or choose another --out"
-    )
-
-
-def _decoded(out: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        found = msgspec.json.decode(line, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise ConfigError(
-            f"{out}: line {number} is not JSON ({error}); if the file is of something else, choose another "
-            "--out, else remove the line"
-        ) from error
-    if not isinstance(found.get("photo"), str):
-        raise ConfigError(f"{out}: line {number} names no photo; choose another --out")
-    return found
 
 
 def _read(task: PhotoTask) -> tuple[tuple[str, PhotoRegions | ConfigError], np.ndarray, list[np.ndarray]]:

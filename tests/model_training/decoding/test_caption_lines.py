@@ -1,0 +1,83 @@
+"""The file of `paracaption caption --out`: whose it is, and what is refused before it is written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from paracaption.flows.cli.app import app
+from paracaption.schemas.errors import ConfigError
+from tests.committed import merged
+
+runner = CliRunner()
+MODEL = Path(__file__).resolve().parents[3] / "samples/model"
+QUICK = ["--strategy", "threshold", "--max-new-tokens", "4", "--steps", "2", "--device", "cpu"]
+
+
+def run(out, photos, masks, *more, model=MODEL):
+    """The command's result; errors of ours are raised."""
+    given = ["--image", photos] if photos else []
+    words = ["caption", "--model", model, *given, "--masks", masks, "--out", out, *QUICK, *more]
+    result = runner.invoke(app, list(map(str, words)))
+    if isinstance(result.exception, ConfigError | OSError):
+        raise result.exception
+    return result
+
+
+def lines(out):
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def square(left=4):
+    return [[left, 4, left + 20, 4, left + 20, 24, left, 24]]
+
+
+def write_photos(home, names=("a.png", "b.png"), annotated=("a.png", "b.png")):
+    """Photos in `photos`, and `wipe.json` that knows all of them and has a square for some."""
+    (home / "photos").mkdir()
+    for name in names:
+        Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(home / "photos" / name)
+    images = [
+        {"id": number, "file_name": name, "width": 64, "height": 64} for number, name in enumerate(names)
+    ]
+    boxes = [
+        {"id": each["id"], "image_id": each["id"], "category_id": 1, "iscrowd": 0, "segmentation": square()}
+        for each in images
+        if each["file_name"] in annotated
+    ]
+    masks = home / "wipe.json"
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "box"}]}
+    masks.write_text(json.dumps(content))
+    return home / "photos", masks
+
+
+def contents(home):
+    return {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+def test_what_is_read_is_never_written(tmp_path):
+    photos, masks = write_photos(tmp_path)
+    (tmp_path / "link.json").symlink_to(masks)
+    os.link(masks, tmp_path / "hard.json")
+    shutil.copy(masks, tmp_path / "lines.jsonl.run.json")
+    shutil.copytree(MODEL, tmp_path / "model")
+    corpus = merged(tmp_path / "corpus")
+    before = contents(tmp_path)
+    for out in (masks, tmp_path / "photos" / ".." / "wipe.json", tmp_path / "link.json", tmp_path / "hard.json"):
+        with pytest.raises(ConfigError, match=r"--out .*json: would overwrite .*wipe\.json"):
+            run(out, photos, masks)
+    with pytest.raises(ConfigError, match=r"would overwrite .*lines\.jsonl\.run\.json"):
+        run(tmp_path / "lines.jsonl", photos, tmp_path / "lines.jsonl.run.json")
+    for given, inside, model in [
+        ((photos, masks), photos / "out.jsonl", MODEL),
+        ((None, corpus), corpus / "coconut" / "out.jsonl", MODEL),
+        ((photos, masks), tmp_path / "model" / "out.jsonl", tmp_path / "model"),
+    ]:
+        with pytest.raises(ConfigError, match=r"lies in .*, which is read; name a file in another folder"):
+            run(inside, *given, model=model)
+    assert contents(tmp_path) == before
