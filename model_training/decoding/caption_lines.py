@@ -46,6 +46,19 @@ def run_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.run.json")
 
 
+def refuse_foreign(out: Path) -> None:
+    """Refuse a file that has something, but not from this command.
+
+    Raises:
+        ConfigError: `run_file` is missing.
+    """
+    if out.exists() and out.stat().st_size and not run_file(out).exists():
+        raise ConfigError(
+            f"{out}: is there already, without {run_file(out).name}, which says how its lines were made; choose "
+            "another --out, or move the file away"
+        )
+
+
 def _is_same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
@@ -64,6 +77,7 @@ def unfinished(tasks: list[PhotoTask], out: Path, header: dict[str, Any]) -> lis
         ConfigError: the lines were made with something else, or by something else.
     """
     beside = run_file(out)
+    refuse_foreign(out)
     lines = [_decoded(out, number, line) for number, line in enumerate(read_lines(out), 1)]
     if lines:
         _check_header(out, beside, header)
@@ -80,10 +94,6 @@ def unfinished(tasks: list[PhotoTask], out: Path, header: dict[str, Any]) -> lis
 def _check_header(out: Path, beside: Path, header: dict[str, Any]) -> None:
     try:
         found = msgspec.json.decode(beside.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{out}: {beside.name}, which says how its lines were made, is missing; choose another --out"
-        ) from error
     except (OSError, msgspec.MsgspecError, UnicodeError) as error:
         raise ConfigError(f"{beside}: cannot be read ({error}); choose another --out") from error
     wanted = msgspec.json.decode(msgspec.json.encode(header))

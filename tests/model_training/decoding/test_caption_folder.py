@@ -116,7 +116,7 @@ def test_a_torn_line_is_done_again_and_finished_photos_are_skipped(home, whole, 
 def test_other_options_or_another_file_are_refused(home, whole, tmp_path):
     out = tmp_path / "captions.jsonl"
     out.write_bytes(whole)
-    with pytest.raises(ConfigError, match=r"captions\.jsonl\.run\.json, which says how .* is missing"):
+    with pytest.raises(ConfigError, match=r"without captions\.jsonl\.run\.json, which says how .* move"):
         run(home, out)
     shutil.copy(home / "whole.jsonl.run.json", tmp_path / "captions.jsonl.run.json")
     with pytest.raises(ConfigError, match=r"made with another prompt, temperature 0\.0"):

@@ -81,3 +81,13 @@ def test_what_is_read_is_never_written(tmp_path):
         with pytest.raises(ConfigError, match=r"lies in .*, which is read; name a file in another folder"):
             run(inside, *given, model=model)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["notes without an end of line", "notes\n", '{"photo": "a.png"}\n'])
+def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, content):
+    photos, masks = write_photos(tmp_path)
+    (tmp_path / "notes.txt").write_text(content)
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=r"notes\.txt: is there already.*choose another --out, or move"):
+        run(tmp_path / "notes.txt", photos, masks)
+    assert contents(tmp_path) == before
