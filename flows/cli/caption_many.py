@@ -37,21 +37,22 @@ def caption_many(
     tasks = many.find_photos(photos, masks)
     _, computed_in = resolve_place(device, dtype)
     header = many.header_of(model, computed_in, options, prompt, regions_per_call, photos, masks)
-    left = caption_lines.unfinished(tasks, Path(out), header)
-    done = many.Captioned(0, 0, 0)
-    if left:
-        captioner = RegionCaptioner.load(model, device, dtype)
-        with counting_parts() as show:
-            done = many.caption_folder(
-                captioner,
-                left,
-                Path(out),
-                options,
-                prompt=prompt,
-                regions_per_call=regions_per_call,
-                batch_size=batch_size,
-                progress=lambda number: show("photos", number, len(left)),
-            )
+    with caption_lines.only_writer(Path(out)):
+        left = caption_lines.unfinished(tasks, Path(out), header)
+        done = many.Captioned(0, 0, 0)
+        if left:
+            captioner = RegionCaptioner.load(model, device, dtype)
+            with counting_parts() as show:
+                done = many.caption_folder(
+                    captioner,
+                    left,
+                    Path(out),
+                    options,
+                    prompt=prompt,
+                    regions_per_call=regions_per_call,
+                    batch_size=batch_size,
+                    progress=lambda number: show("photos", number, len(left)),
+                )
     before = len(tasks) - len(left)
     print(f"{done.photos:,} photos with {done.regions:,} regions captioned, {before:,} done before: {out}")
     if done.failed:

@@ -1,8 +1,16 @@
-"""The file of `caption --out`: whether it may be written, and what it has."""
+"""The file of `caption --out`: whether it may be written, what it has, and who writes it.
+
+`FILE.run.json` says what the lines are of. It is there before the first line, is never replaced by another
+file, and is what the one process locks that writes lines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +71,48 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Be the only process that writes a file of lines. The kernel ends the lock when the process dies.
+
+    A file system without locks is written without one.
+
+    Raises:
+        ConfigError: another process is writing it, or somebody else has made it.
+        OSError: it cannot be written.
+    """
+    refuse_foreign(out)
+    with _named(out):
+        open(out, "ab").close()
+        beside = open(run_file(out), "ab")
+    with beside:
+        try:
+            fcntl.flock(beside, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{out}: another process is writing it; wait until it ends, or choose another --out"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
+
+
+@contextmanager
+def _named(out: Path) -> Iterator[None]:
+    """An error of a file that only we know of, the one beside the lines or a temporary one, names the lines."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from error
+
+
 def unfinished(tasks: list[PhotoTask], out: Path, header: dict[str, Any]) -> list[PhotoTask]:
     """The photos that have no captions in a file of lines yet, which is made ready to be continued.
 
-    Lines with an error are taken out, and their photos tried again.
+    To be called within `only_writer`. Lines with an error are taken out, and their photos tried again.
 
     Args:
         tasks: all photos.
@@ -77,18 +123,27 @@ def unfinished(tasks: list[PhotoTask], out: Path, header: dict[str, Any]) -> lis
         ConfigError: the lines were made with something else, or by something else.
     """
     beside = run_file(out)
-    refuse_foreign(out)
-    lines = [_decoded(out, number, line) for number, line in enumerate(read_lines(out), 1)]
-    if lines:
-        _check_header(out, beside, header)
-    else:
-        files.write_json(beside, header)
-    good = [line for line in lines if "error" not in line]
-    if len(good) < len(lines):
-        with files.write_atomic(out) as file:
-            file.writelines(msgspec.json.encode(line) + b"\n" for line in good)
+    with _named(out):
+        lines = [_decoded(out, number, line) for number, line in enumerate(read_lines(out), 1)]
+        if lines:
+            _check_header(out, beside, header)
+        else:
+            _write_header(beside, header)
+        good = [line for line in lines if "error" not in line]
+        if len(good) < len(lines):
+            with files.write_atomic(out) as file:
+                file.writelines(msgspec.json.encode(line) + b"\n" for line in good)
     done = {line["photo"] for line in good}
     return [task for task in tasks if task.name not in done]
+
+
+def _write_header(beside: Path, header: dict[str, Any]) -> None:
+    """Write it into the file that is there, which is locked."""
+    with open(beside, "r+b") as file:
+        file.truncate()
+        file.write(files.json_text(header))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _check_header(out: Path, beside: Path, header: dict[str, Any]) -> None:

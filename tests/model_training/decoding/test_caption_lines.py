@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
+from paracaption.model_training.decoding import caption_lines
 from paracaption.schemas.errors import ConfigError
 from tests.committed import merged
 
@@ -91,3 +94,37 @@ def test_a_file_of_somebody_else_stays_as_it_is(tmp_path, content):
     with pytest.raises(ConfigError, match=r"notes\.txt: is there already.*choose another --out, or move"):
         run(tmp_path / "notes.txt", photos, masks)
     assert contents(tmp_path) == before
+
+
+HOLD = """
+import sys, pathlib
+from paracaption.model_training.decoding.caption_lines import only_writer
+with only_writer(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
+    photos, masks = write_photos(tmp_path)
+    out = tmp_path / "captions.jsonl"
+    words = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        before = contents(tmp_path)
+        with pytest.raises(ConfigError, match=r"captions\.jsonl: another process is writing it; wait"):
+            run(out, photos, masks)
+        assert contents(tmp_path) == before
+        first.kill()
+    assert run(out, photos, masks).exit_code == 0
+    number = caption_lines.run_file(out).stat().st_ino
+    found = lines(out)
+    out.write_text(json.dumps(found[0]) + "\n" + json.dumps({"photo": "b.png", "error": "gone"}) + "\n")
+    assert run(out, photos, masks).exit_code == 0 and lines(out) == found
+    assert caption_lines.run_file(out).stat().st_ino == number, "the file that is locked is never replaced"
+
+
+def test_a_place_that_cannot_be_written_is_named_by_its_own_name():
+    with pytest.raises(OSError) as caught, caption_lines.only_writer(Path("/proc/captions.jsonl")):
+        pass
+    assert caught.value.filename == "/proc/captions.jsonl"
