@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...pipeline.io.json_lines import read_lines
 from ...schemas.decoding import DecodeOptions
-from .progress import counting_parts
+from .. import stopping
+from .progress import count, counting_parts
+
+_GO_ON = "run the same command to continue"
 
 
 def caption_many(
@@ -39,8 +43,9 @@ def caption_many(
     header = many.header_of(model, computed_in, options, prompt, regions_per_call, photos, masks)
     with caption_lines.only_writer(Path(out)):
         left = caption_lines.unfinished(tasks, Path(out), header)
-        done = many.Captioned(0, 0, 0)
+        done, before = many.Captioned(0, 0, 0, 0), len(tasks) - len(left)
         if left:
+            stopping.say(lambda: f"{_lines_of(out)} of {len(tasks):,} photos have a line; {_GO_ON}")
             captioner = RegionCaptioner.load(model, device, dtype)
             with counting_parts() as show:
                 done = many.caption_folder(
@@ -53,8 +58,16 @@ def caption_many(
                     batch_size=batch_size,
                     progress=lambda number: show("photos", number, len(left)),
                 )
-    before = len(tasks) - len(left)
-    print(f"{done.photos:,} photos with {done.regions:,} regions captioned, {before:,} done before: {out}")
+    captioned = f"{count('photo', done.photos)} with {count('region', done.regions)} captioned"
+    print(f"{captioned}, {before:,} done before: {out}")
+    if done.left_out:
+        print(f"{count('record', done.left_out)} of masks left out: see `left_out` in the lines")
     if done.failed:
-        print(f"{done.failed:,} photos cannot be used: see `error` in their lines; a later run tries again")
+        print(
+            f"{count('photo', done.failed)} cannot be used: see `error` in the lines; a later run tries again"
+        )
     return 1 if done.failed else 0
+
+
+def _lines_of(out: str) -> str:
+    return f"{len(read_lines(Path(out))):,}"

@@ -30,7 +30,7 @@ from ...schemas.errors import ConfigError
 from .caption_photo import about_captions, to_record
 from .corpus_captioner import meaning_of_auto
 from .fitting import caption_each
-from .read_regions import PhotoRegions, is_corpus, of_sample, read_photo_regions
+from .read_regions import PhotoRegions, check_json, is_corpus, of_sample, read_photo_regions
 from .region_captioner import RegionCaptioner
 from .region_forms import to_masks
 
@@ -56,10 +56,18 @@ class PhotoTask(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """What a run has done: photos and regions that it captioned, and photos that cannot be used."""
+    """What a run has done.
+
+    Attributes:
+        photos: captioned ones.
+        regions: captioned ones.
+        left_out: records of masks that cannot be used.
+        failed: photos that cannot be used.
+    """
 
     photos: int
     regions: int
+    left_out: int
     failed: int
 
 
@@ -72,7 +80,8 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
             an image STEM.png (or of another format), a JSON STEM.json, or a folder STEM of mask images.
 
     Raises:
-        ConfigError: there is no such folder, no photo in it, or a photo or a mask has no partner.
+        ConfigError: there is no such folder, no photo in it, a photo or a mask has no partner, or the JSON is
+            damaged.
         IntegrityError: the corpus is damaged.
     """
     for given in filter(None, (photos, masks)):
@@ -91,6 +100,7 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
     if not named:
         raise ConfigError(f"{photos}: no photos; their names end in {', '.join(file_names.PHOTO_ENDINGS)}")
     if file_names.ending(masks) == ".json" and not files.is_folder(masks):
+        check_json(masks, [f"{photos.rstrip('/')}/{name}" for _, name in sorted(named.items())])
         found = {stem: masks for stem in named}
     else:
         endings = (*mask_images.ENDINGS, ".json")
@@ -100,7 +110,7 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
     _refuse_single(photos, masks, named, found)
     home = photos.rstrip("/")
     return [
-        PhotoTask(name, partial(read_photo_regions, f"{home}/{name}", [found[stem]]))
+        PhotoTask(name, partial(read_photo_regions, f"{home}/{name}", [found[stem]], may_be_empty=True))
         for stem, name in sorted(named.items(), key=lambda each: each[1])
     ]
 
@@ -164,7 +174,7 @@ def caption_folder(
         OSError: a line cannot be written, or a photo cannot be read for now.
         OutOfMemory: one sequence does not fit.
     """
-    photos = regions = failed = 0
+    photos = regions = left_out = failed = 0
     synced = time.monotonic()
     with LineWriter(out) as lines:
         found = caption_each(
@@ -182,6 +192,7 @@ def caption_folder(
                 lines.append({"photo": name, "error": str(photo)})
             else:
                 photos, regions = photos + 1, regions + len(photo.regions)
+                left_out += len(photo.left_out)
                 asked = [prompt] * len(photo.regions) if prompt is not None else []
                 record = to_record(about_captions(captioner, photo, each, options, asked))
                 kept = {key: value for key, value in record.items() if key not in _NOT_IN_LINES}
@@ -192,7 +203,7 @@ def caption_folder(
             if progress:
                 progress(photos + failed)
         lines.sync()
-    return Captioned(photos, regions, failed)
+    return Captioned(photos, regions, left_out, failed)
 
 
 def header_of(
@@ -235,6 +246,10 @@ def _read(task: PhotoTask) -> tuple[tuple[str, PhotoRegions | ConfigError], np.n
 def _by_stem(folder: str, endings: tuple[str, ...], what: str) -> dict[str, str]:
     """The names in a folder by their stems; hidden ones are passed over."""
     if not files.is_folder(folder):
+        if not files.is_url(folder) and Path(folder).exists():
+            raise ConfigError(
+                f"{folder}: a file; give the folder of {what}, or leave out --out for one photo"
+            )
         raise ConfigError(f"{folder}: no such folder of {what}; correct the path")
     found: dict[str, str] = {}
     for name in files.list_names(folder):

@@ -62,8 +62,8 @@ def refuse_foreign(out: Path) -> None:
     """
     if out.exists() and out.stat().st_size and not run_file(out).exists():
         raise ConfigError(
-            f"{out}: is there already, without {run_file(out).name}, which says how its lines were made; choose "
-            "another --out, or move the file away"
+            f"{out}: is there already, without {run_file(out).name}, which says how its lines were made; "
+            "choose another --out, or move the file away"
         )
 
 
@@ -100,7 +100,7 @@ def only_writer(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _named(out: Path) -> Iterator[None]:
-    """An error of a file that only we know of, the one beside the lines or a temporary one, names the lines."""
+    """An error of a file that only we know of, beside the lines or temporary, names the lines instead."""
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@
 | more values (JPEG's noise, soft edges, 16 bits) | brighter than half of the range |
 | alpha that differs between pixels | alpha, unless the opaque pixels are black and white |
 | colors | their brightest channel; three colors or more, without loss, are a label map and refused |
-| flat areas of three grays or more, without loss | a label map and refused; a gray in the middle is a soft edge or a trimap |
+| flat areas of three grays or more, without loss | a label map and refused; a trimap's middle gray is none |
 
 Pixels are those stored: EXIF orientation is never applied.
 """
@@ -230,8 +230,8 @@ def _threshold(values: np.ndarray, most: float, lossy: bool, name: str) -> np.nd
         )
     if not lossy and _is_label_map(values, most):
         raise UnusableMask(
-            f"{name}: areas of several grays, as in a label map, and no mask; give the region white on black, "
-            "one file for each"
+            f"{name}: areas of several grays, as in a label map, and no mask; give the region white on "
+            "black, one file for each"
         )
     return mask
 
