@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from ...schemas.errors import ConfigError
 from .arguments import Device, Dtype, options_of
 
 if TYPE_CHECKING:
-    from ...model_training.decoding.answered import AskedAbout
+    from ...model_training.decoding.answered import Answered, AskedAbout
 
 
 @options_of(AnswerOptions)
@@ -75,6 +76,8 @@ def ask(
         raise ConfigError(
             f"no question{swallowed}; give the question first, as in `paracaption ask 'What is it?' ...`"
         )
+    for each in filter(_is_file, questions):
+        raise ConfigError(f"{each!r} counts as a question, and is a file; for another image, repeat --image")
     answering.check_record(json)
     asked = _asked(questions, image or [], masks, key, box)
     if conversation and (masks or box):
@@ -100,10 +103,25 @@ def ask(
         return
     if json is not None:
         answering.write_lines(found, chat, options, json)
-    for (_, _, _, number), answer in found:
-        print(f"{number}  {answer.text}" if number else answer.text)
+    for each in found:
+        print(_shown(each, len(questions) > 1))
     if json is not None:
         print(json)
+
+
+def _is_file(question: str) -> bool:
+    with suppress(OSError, ValueError):  # longer than a name may be
+        return Path(question).is_file()
+    return False
+
+
+def _shown(answered: Answered, several: bool) -> str:
+    """An answer with the number of its region; of several questions, each stands above its first answer."""
+    (question, _, _, number), answer = answered
+    line = f"{number}  {answer.text}" if number else answer.text
+    if not several:
+        return line
+    return f"  {line}" if number > 1 else f"{question.text}\n  {line}"
 
 
 def _asked(
