@@ -50,7 +50,7 @@ def check_place(out: str, inputs: Sequence[str | Path | None]) -> None:
 
 
 def run_file(out: Path) -> Path:
-    """The file beside the lines that says what they are of."""
+    """The file next to the lines that says what they are of."""
     return out.with_name(f"{out.name}.run.json")
 
 
@@ -100,7 +100,7 @@ def only_writer(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _named(out: Path) -> Iterator[None]:
-    """An error of a file that only we know of, beside the lines or temporary, names the lines instead."""
+    """An error of a file that only we know of, next to the lines or temporary, names the lines instead."""
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@
 | more values (JPEG's noise, soft edges, 16 bits) | brighter than half of the range |
 | alpha that differs between pixels | alpha, unless the opaque pixels are black and white |
 | colors | their brightest channel; three colors or more, without loss, are a label map and refused |
-| flat areas of three grays or more, without loss | a label map and refused; a trimap's middle gray is none |
+| flat areas of three grays or more, without loss | a label map and refused; not for a trimap's middle gray |
 
 Pixels are those stored: EXIF orientation is never applied.
 """
@@ -34,7 +34,7 @@ _MAX_THIRD = 0.002
 _SHADE = 32
 """A color's distance, of 255, from the line between two others up to which it is a shade between them."""
 _MAX_GRAYS = 64
-"""Grays of a label map that is told from a mask: more are a wide soft edge, or noise."""
+"""Grays of a label map that is distinguished from a mask: more are a wide soft edge, or noise."""
 _MIDDLE = 0.05
 """How far a trimap's gray may be from the middle, as a share of the range."""
 _ASPECT = 0.03
