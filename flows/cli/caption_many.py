@@ -45,7 +45,7 @@ def caption_many(
         left = caption_lines.unfinished(tasks, Path(out), header)
         done, before = many.Captioned(0, 0, 0, 0), len(tasks) - len(left)
         if left:
-            stopping.say(lambda: f"{_lines_of(out)} of {len(tasks):,} photos have a line; {_GO_ON}")
+            stopping.say(lambda: f"{_lines_of(out)} of {count('photo', len(tasks))} have a line; {_GO_ON}")
             captioner = RegionCaptioner.load(model, device, dtype)
             with counting_parts() as show:
                 done = many.caption_folder(
