@@ -29,7 +29,7 @@ from ...pipeline.sources import file_names
 from ...schemas.decoding import DecodeOptions, stored_names
 from ...schemas.errors import ConfigError
 from .caption_photo import about_captions, to_record
-from .corpus_captioner import meaning_of_auto
+from .corpus_captioner import isolates_prefix
 from .fitting import caption_each
 from .read_regions import PhotoRegions, is_corpus, of_sample, read_photo_regions
 from .region_captioner import RegionCaptioner
@@ -238,7 +238,7 @@ def header_of(
         "masks": _place(masks),
         "model": weights.identity(model),
         "dtype": dtype,
-        "options": options.stored() | meaning_of_auto(str(model), options),
+        "options": options.resolved(isolates_prefix(model)).stored(),
         "prompt": prompt,
         "regions_per_call": regions_per_call,
     }

@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
-from paracaption.model_training.decoding import caption_folder, loop, stream
+from paracaption.model_training.decoding import buckets, caption_folder, loop, stream
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
-from paracaption.schemas.decoding import DecodeOptions
+from paracaption.schemas.decoding import AUTO_CACHE, DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from tests import committed
 from tests.model_training.tiny_models import lively, photo
@@ -124,6 +124,24 @@ def test_other_options_or_another_file_are_refused(home, whole, tmp_path):
     assert out.read_bytes() == whole
     out.write_bytes(whole[:10])  # no line is whole: it may begin again, with other options too
     assert run(home, out, "--temperature", "0.5").exit_code == 0
+
+
+def test_the_header_and_lines_say_what_auto_means(home, tmp_path, monkeypatch):
+    """For a published model: on the command line, too, where all options are given."""
+    for each in lively(dtype=torch.float32, layout="reference"):
+        each.save_pretrained(tmp_path / "model")
+    write_photos(tmp_path, 1)
+    used, real = [], buckets.bucket_of
+    monkeypatch.setattr(stream, "bucket_of", lambda *given: used.append(real(*given)) or used[-1])
+    out = tmp_path / "captions.jsonl"
+    run(tmp_path, out)
+    assert {each.refresh_every for each in used} == {8}
+    header = json.loads((tmp_path / "captions.jsonl.run.json").read_text())
+    assert AUTO_CACHE.items() <= header["options"].items()
+    with pytest.raises(ConfigError, match="made with another refresh_every 8; take"):
+        run(tmp_path, out, "--refresh-every", "4")
+    auto = caption_folder.header_of(home / "model", "float32", DecodeOptions(), None, None, None, "masks")
+    assert auto["options"] == DecodeOptions().stored()
 
 
 @pytest.mark.parametrize(
