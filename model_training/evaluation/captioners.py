@@ -84,6 +84,7 @@ def identity(backend: Backend) -> dict[str, str]:
         check_saved_model(Path(given.model))
         shown |= meaning_of_auto(given.model, given.decoding())
         together = {"regions_per_call": str(given.regions_per_call)}
+        together |= {} if given.dtype == "auto" else {"dtype": given.dtype}  # release 0.1 noted none
         return {"name": backend.name, "weights": weights.identity(given.model), **together, **shown}
     if backend.name == PREDICTIONS:
         return {"name": backend.name, **prediction_options(backend).identity()}
