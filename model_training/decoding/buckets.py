@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from ...schemas.decoding import REFRESH_EVERY, DecodeOptions
+from ...schemas.decoding import REFRESH_EVERY, Cache, DecodeOptions, Strategy
 from ...schemas.errors import ConfigError
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
@@ -54,6 +54,12 @@ def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:
     if cache == "auto":
         return "exact" if isolated else "none"
     return cache
+
+
+def one_token_a_step(model: PerceptionDLM, strategy: Strategy, num_slots: int) -> DecodeOptions:
+    """How captions are decoded one token a step, each token from all that were there before it."""
+    cache = cast(Cache, resolve_cache(model, "auto", "captions"))  # never "approximate", nor ended when sure
+    return DecodeOptions(strategy=strategy, max_new_tokens=num_slots, steps=num_slots, cache=cache)
 
 
 def kind_of(model: PerceptionDLM, options: DecodeOptions) -> tuple:
