@@ -199,6 +199,31 @@ def test_a_state_is_one_of_the_teachers_decoding(recorded, level, window):
     assert len(seen) > SLOTS // 2
 
 
+@pytest.mark.parametrize("level", ["example", "region"])
+def test_a_short_caption_is_learned_as_often_beside_a_long_one_as_alone(recorded, level):
+    """A state is one of the example's own decoding, or of the region's: something is always to be learned."""
+    batch, short = recorded.batches[0], 4
+    step_BL = batch.path_step_BL.clone()
+    own_BL = (batch.tokens.roles.sample_BL == 0) & (batch.tokens.roles.region_BL == 1)
+    if level == "example":
+        own_BL = batch.tokens.roles.sample_BL == 0
+    step_BL[own_BL & (step_BL >= 0)] %= short
+    batch = batch._replace(path_step_BL=step_BL)
+    assert int(step_BL.max()) >= 2 * short - 1
+    found = set()
+    for seed in range(40):
+        state = draw_path_state(batch, NoiseOptions(level=level), SLOTS, torch.Generator().manual_seed(seed))
+        for group_BL in groups_of(batch, level):
+            assert state.learned_BL[group_BL].any()
+        masked_BL = state.masked_BL & own_BL
+        first = int(step_BL[masked_BL].min())
+        assert torch.equal(
+            state.share_BL[masked_BL], torch.tensor(1 - first / short).expand(int(masked_BL.sum()))
+        )
+        found.add(first)
+    assert found == set(range(short))
+
+
 def groups_of(batch, level):
     sample_BL, region_BL = batch.tokens.roles.sample_BL, batch.tokens.roles.region_BL
     for example in range(len(batch.weight_E)):
