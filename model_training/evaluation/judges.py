@@ -43,8 +43,8 @@ class JudgeRequest(NamedTuple):
         pictures: PNG bytes of a crop and of its mask; empty for a judge that sees no images.
         schema: JSON schema that the answer must follow; None for free text.
         max_tokens: length of the answer, at most.
-        check: raises `BadRecord` for an answer that cannot be read. A server is asked for another one then, less
-            greedily, and twice at most; a judge in this process is not.
+        check: raises `BadRecord` for an answer that cannot be read. A server is asked for another
+            one then, less greedily, and twice at most; a judge in this process is not.
     """
 
     prompt: str
