@@ -70,10 +70,10 @@ def about_boxes(texts: Sequence[str], image: str | Path, boxes: Sequence[str]) -
 
 def ask_in_turn(
     chat: Chat, asked: Sequence[AskedAbout], options: AnswerOptions, batch_size: int = 8
-) -> list[Answered]:
-    """Answer questions that do not know of each other."""
+) -> Iterator[Answered]:
+    """Answer questions that do not know of each other, all before the first answer is given."""
     answers = chat.ask_all([each.question for each in asked], options, batch_size=batch_size)
-    return [Answered(*pair) for pair in zip(asked, answers, strict=True)]
+    yield from map(Answered, asked, answers)
 
 
 def converse(chat: Chat, asked: Sequence[AskedAbout], options: AnswerOptions) -> Iterator[Answered]:

@@ -39,7 +39,7 @@ class Question:
         text: the question. `<image>` stands for an image; where neither it nor a turn before it says where
             the images stand, they stand before the first question, each on a line of its own.
         images: those of the whole conversation, in the forms of `region_forms`.
-        turns: the questions and answers before this one.
+        turns: the questions and answers before this one. An answer may be empty, as a model's may.
         region: a region of the only image that the question is about, in a form of `region_forms`; None for
             all of it. The model answers as it captions: its prompt is the question.
         boxes: what four numbers mean as a region.
@@ -263,8 +263,9 @@ class Chat:
 
         pixels = [to_pixels(photo, f"image {number}") for number, photo in enumerate(question.images)]
         questions = _with_places([*(asked for asked, _ in question.turns), question.text], len(pixels))
-        for text in (*questions, *(answer for _, answer in question.turns)):
+        for text in questions:
             self.processor.check_instruction(text.replace(IMAGE, " "))
+        said = [self.processor.check_text(answer, "an answer in `turns`") for _, answer in question.turns]
         name = options.template
         if name == "auto":
             name = "released" if self.model.config.layout == "reference" else "trained"
@@ -274,8 +275,8 @@ class Chat:
         template = conversation.TEMPLATES[name]
         prefix, *asked = conversation.lay_out(self.processor, questions, counts, template, tokenize)
         between: list[int] = []
-        for (_, answer), tokens in zip(question.turns, asked, strict=True):
-            between += [*tokenize(answer), self._eot, *tokens]
+        for answer, tokens in zip(said, asked, strict=True):
+            between += [*answer, self._eot, *tokens]
         slots = [self.model.config.mask_token_id] * options.max_new_tokens
         example = conversation.make_example(self.processor, views, grids, prefix, [*between, *slots])
         return example, len(between)

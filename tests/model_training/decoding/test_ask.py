@@ -67,6 +67,17 @@ def test_a_conversation_knows_the_answers_before(home, chat):
     assert records[0]["options"]["block_length"] == 3 and records[0]["model"]["layout"] == "corrected"
 
 
+def test_answers_before_one_that_fails_are_printed_and_written(home, chat, tmp_path):
+    out, asked = tmp_path / "answers.jsonl", ["what?", "why <|eot_id|>?"]
+    command = ["ask", "--model", home / "model", "--device", "cpu", *QUICK, "--conversation", *asked]
+    for more, shown in ((["--json", out], str), (["--json", "-"], lambda line: json.loads(line)["answer"])):
+        result = CliRunner().invoke(app, list(map(str, [*command, *more])))
+        assert isinstance(result.exception, ConfigError)
+        assert shown(result.stdout.splitlines()[0]) == chat.ask("what?", **FIELDS)
+    [line] = out.read_text().splitlines()
+    assert json.loads(line)["question"] == "what?"
+
+
 def test_regions_are_asked_about_one_by_one(home, chat):
     photo, mask = home / "photo.png", home / "mask.png"
     boxes = [(20, 10, 50, 30), (0, 0, 9, 9)]

@@ -102,6 +102,12 @@ def test_a_question_about_a_region_is_answered_as_the_captioner_does(chat):
         assert [answer] == caption
 
 
+@pytest.mark.parametrize("said", ["", " cat" * 300], ids=["none", "over 1,024 tokens"])
+def test_an_answer_of_a_turn_may_be_empty_or_long_as_a_models_may(chat, said):
+    turn = text_of(chat, Question("and why", turns=[("what", said)]))
+    assert f"assistant<|end_header_id|>\n{said}<|eot_id|>" in turn
+
+
 def test_many_questions_are_answered_in_their_order_whatever_the_batches(chat):
     questions = [Question(f"what {number}", [picture(number)]) for number in range(5)]
     questions[2] = Question("say", options=AnswerOptions(max_new_tokens=4, temperature=1.0))
@@ -172,6 +178,7 @@ def test_steps_show_the_answer_until_it_is_the_answer(chat):
         (Question("what", [picture(0)] * 2, region=[0, 0, 5, 5]), "a question about a region has one image"),
         (Question("what", [picture(0)], region=[0, 0, 500, 5]), "mask 0|region 0|box"),
         (Question("what " * 900), "shorten it"),
+        (Question("why", turns=[("what", "a <|eot_id|>")]), "an answer in `turns`: it holds '<|eot_id|>'"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_its_number(chat, question, message):
