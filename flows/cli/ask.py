@@ -70,6 +70,7 @@ def ask(
     from rich.console import Console
 
     from ...model_training.decoding import answered as answering
+    from ...model_training.decoding.caption_photo import check_outputs
     from ...model_training.decoding.chat import Chat
 
     options = AnswerOptions.checked(decoding)
@@ -78,7 +79,7 @@ def ask(
         raise ConfigError(
             f"no question{swallowed}; give the question first, as in `paracaption ask 'What is it?' ...`"
         )
-    answering.check_record(json)
+    check_outputs(record=json)
     asked = _asked(questions, image or [], masks, key, box)
     if conversation and (masks or box):
         raise ConfigError("--conversation is about whole images; leave out --masks and --box")
@@ -133,9 +134,9 @@ def _asked(
     from ...model_training.decoding import answered as answering
     from ...model_training.decoding.read_regions import read_photo_regions
 
+    if key is not None and not masks:
+        raise ConfigError("--key names an image in what --masks gives; give --masks too, or leave it out")
     if not masks and not boxes:
-        if key is not None:
-            raise ConfigError("--key names an image in what --masks gives; give --masks too, or leave it out")
         return answering.about_images(questions, images)
     if masks and boxes:
         raise ConfigError("--masks and --box both give regions; give one of the two")

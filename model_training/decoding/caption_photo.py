@@ -60,18 +60,22 @@ def check_outputs(
     Args:
         picture: path for `write_picture`.
         trace: path for `write_trace`.
-        record: path for `write_record`; "-" stands for the terminal.
+        record: path of a JSON file; "-" stands for the terminal.
 
     Raises:
-        ConfigError: a name ends in no known format, or a folder does not exist.
+        ConfigError: a name ends in no known format, a folder does not exist, or the path is one.
     """
     if trace is not None:
         _check_trace(trace)
     if picture is not None and Path(picture).suffix.lower() not in _PICTURES:
         raise ConfigError(f"{picture}: a picture's name ends in {', '.join(_PICTURES)}")
-    for path in (picture, record):
-        if path is not None and str(path) != "-" and not Path(path).parent.is_dir():
+    for path in (picture, trace, record):
+        if path is None or str(path) == "-":
+            continue
+        if not Path(path).parent.is_dir():
             raise ConfigError(f"{Path(path).parent}: no such folder; make it first")
+        if Path(path).is_dir():
+            raise ConfigError(f"{path}: is a folder; name a file in it")
 
 
 def caption_regions(

@@ -83,7 +83,8 @@ class AnswerStep(NamedTuple):
     Attributes:
         forwards: forward passes of the language model so far.
         text: the answer as it reads now, without what is still masked.
-        settled: the part of it before the first masked token, which stays as it is.
+        settled: the part of it before the first masked token, which stays as it is. What may be the beginning
+            of a stop string, or of a letter of several tokens, is not in it until that is decided.
         slots: its tokens.
         done: whether this is the last step.
     """
@@ -215,8 +216,13 @@ class Chat:
             The answer before the first step and after every one. The last is what `ask` returns.
 
         Raises:
-            ConfigError: as `ask`, at once.
+            ConfigError: as `ask`, at once; or the question has options of its own, and there are others too.
         """
+        if question.options is not None and (options is not None or fields):
+            raise ConfigError(
+                "the question has options of its own; leave out those of the call, or set them with "
+                "`with_options(question, ...)`"
+            )
         asked = self._lay_out(question, question.options or answer_options(options, fields), "")
         return self._shown(asked)
 
@@ -231,11 +237,23 @@ class Chat:
                 for token, masked, confidence in rows
             ]
             said = tokens[: int(state.ends_B[0])]
-            open_K = np.flatnonzero(state.open_BS[0])
-            settled = said[: open_K[0]] if len(open_K) else said
-            yield AnswerStep(
-                int(state.forwards_B[0]), self._read(said), self._read(settled), slots, bool(state.done_B[0])
-            )
+            text, done = self._read(said), bool(state.done_B[0])
+            open_K = np.flatnonzero(state.open_BS[0, : len(said)])
+            settled = self._settled(said[: open_K[0]], asked.stops) if len(open_K) and not done else text
+            yield AnswerStep(int(state.forwards_B[0]), text, settled, slots, done)
+
+    def _settled(self, tokens: list[int], stops: Sequence[tuple[int, ...]]) -> str:
+        """The text of decided tokens, without an end that may still become a stop string or a letter."""
+        held = max(
+            (
+                length
+                for stop in stops
+                for length in range(1, min(len(stop), len(tokens) + 1))
+                if stop[:length] == tuple(tokens[-length:])
+            ),
+            default=0,
+        )
+        return self._read(tokens[: len(tokens) - held]).rstrip("\ufffd").rstrip()
 
     def _lay_out(self, question: Question, options: AnswerOptions, name: str) -> Asked:
         """A question as a sequence with masked slots for its answer."""

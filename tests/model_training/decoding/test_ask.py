@@ -8,7 +8,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
+from paracaption.model_training.decoding.answered import about_regions
 from paracaption.model_training.decoding.chat import Chat
+from paracaption.model_training.decoding.read_regions import read_photo_regions
 from paracaption.schemas.errors import ConfigError
 from tests.tiny.perceptiondlm_model import SMALLEST, write_model
 
@@ -91,6 +93,12 @@ def test_regions_are_asked_about_one_by_one(home, chat):
     assert json.loads(record)["region"] == {"number": 1, "label": "", "bbox": [20, 10, 30, 20]}
 
 
+def test_regions_that_are_asked_about_keep_no_dense_masks(home):
+    photo = read_photo_regions(home / "photo.png", [home / "mask.png"])
+    asked = about_regions(["what?", "where?"], photo)
+    assert [each.question.region for each in asked] == [photo.regions[0].mask.rle] * 2
+
+
 def test_a_stream_ends_as_the_answer(home, chat):
     photo = home / "photo.png"
     assert ask(home, "--stream", "--image", photo, "what?").strip() == chat.ask("what?", photo, **FIELDS)
@@ -112,14 +120,17 @@ def test_json_lines_are_written_whole(home, tmp_path):
         (["--conversation", "--image", "PHOTO", "--box", "1,2,3,4", "what"], "is about whole images"),
         (["--stream", "one", "two"], "--stream prints one answer"),
         (["--key", "3", "what"], "--key names an image"),
+        (["--image", "PHOTO", "--key", "3", "--box", "1,2,3,4", "what"], "--key names an image"),
         (["--image", "PHOTO", "--masks", "PHOTO", "what"], "'what' after --masks counts as masks; give the"),
         (["--image", "PHOTO"], "no question; give the question first"),
         (["--steps", "5", "what"], "5 for 2 blocks of 3 tokens"),
         (["--json", "nowhere/a.jsonl", "what"], "nowhere: no such folder"),
+        (["--json", "FOLDER", "what"], "model: is a folder; name a file in it"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_model_is_loaded(home, monkeypatch, args, message):
     monkeypatch.setattr(Chat, "load", lambda *_: pytest.fail("loaded a model"))
-    given = [home / "photo.png" if part == "PHOTO" else part for part in args]
+    paths = {"PHOTO": home / "photo.png", "FOLDER": home / "model"}
+    given = [paths.get(part, part) for part in args]
     with pytest.raises(ConfigError, match=message):
         ask(home, *given)

@@ -216,10 +216,16 @@ def test_a_caption_that_looks_like_markup_is_printed_as_it_is():
         (["--picture", "x.pdf"], "x.pdf: a picture's name ends in"),
         (["--trace", "x.mp4"], "x.mp4: a trace's name ends in"),
         (["--json", "no/such/x.json"], "no/such: no such folder"),
+        (["--json", "TMP"], "is a folder; name a file in it"),
+        (["--picture", "TMP/folder.png"], "folder.png: is a folder"),
+        (["--trace", "TMP/folder.gif"], "folder.gif: is a folder"),
         (["--masks", "nowhere.png"], "nowhere.png: no such file"),
     ],
 )
-def test_what_cannot_work_is_said_before_a_model_is_loaded(args, says, home):
+def test_what_cannot_work_is_said_before_a_model_is_loaded(args, says, home, tmp_path):
+    for name in ("folder.png", "folder.gif"):
+        (tmp_path / name).mkdir()
+    args = [str(arg).replace("TMP", str(tmp_path)) for arg in args]
     with pytest.raises(ConfigError, match=says):
         caption(home, "--masks", *masks_of(home, 0), *args, model="no-such-model")
 
