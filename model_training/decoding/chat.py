@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...pipeline.models.batching import Batches
+from ...pipeline.models.batching import Batches, refusing_out_of_memory
 from ...schemas.answering import AnswerOptions
 from ...schemas.errors import ConfigError
 from ..model.layout import IMAGE
-from .region_captioner import Photo, RegionCaptioner, Slot, check_count
+from .region_captioner import Photo, RegionCaptioner, check_count
 from .region_forms import Boxes, to_masks, to_pixels
+from .snapshots import Slot
 
 if TYPE_CHECKING:
     from ..model.batch import Example
@@ -217,19 +218,21 @@ class Chat:
 
         Raises:
             ConfigError: as `ask`, at once; or the question has options of its own, and there are others too.
+            OutOfMemory: the question does not fit.
         """
+        from .blocks import choose_cache
+
         if question.options is not None and (options is not None or fields):
             raise ConfigError(
                 "the question has options of its own; leave out those of the call, or set them with "
                 "`with_options(question, ...)`"
             )
         asked = self._lay_out(question, question.options or answer_options(options, fields), "")
+        choose_cache(self.model, asked.options)
         return self._shown(asked)
 
     def _shown(self, asked: Asked) -> Iterator[AnswerStep]:
-        from .blocks import answer_steps
-
-        for state in answer_steps(self.model, [asked]):
+        for state in self._states(asked):
             tokens = state.tokens_BS[0].tolist()
             rows = zip(tokens, state.open_BS[0].tolist(), state.confidence_BS[0].tolist(), strict=True)
             slots = [
@@ -241,6 +244,13 @@ class Chat:
             open_K = np.flatnonzero(state.open_BS[0, : len(said)])
             settled = self._settled(said[: open_K[0]], asked.stops) if len(open_K) and not done else text
             yield AnswerStep(int(state.forwards_B[0]), text, settled, slots, done)
+
+    def _states(self, asked: Asked) -> Iterator[AnswerState]:
+        from .blocks import answer_steps
+
+        advice = "shorten the question, lower `max_new_tokens`, or use a larger GPU"
+        with refusing_out_of_memory("steps: one question", advice):
+            yield from answer_steps(self.model, [asked])
 
     def _settled(self, tokens: list[int], stops: Sequence[tuple[int, ...]]) -> str:
         """The text of decided tokens, without an end that may still become a stop string or a letter."""

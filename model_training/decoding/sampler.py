@@ -126,10 +126,15 @@ class Decoder:
         Raises:
             ConfigError, StageFailed: as `decode`.
         """
-        decoding = _Decoding(self, batch, _for_rows(self.model, options, len(batch.prefix.ids_BL)))
-        yield decoding.state()
-        while decoding.step():
+        each = _for_rows(self.model, options, len(batch.prefix.ids_BL))
+        try:
+            decoding = _Decoding(self, batch, each)
             yield decoding.state()
+            while decoding.step():
+                yield decoding.state()
+        except torch.OutOfMemoryError:
+            self.kept.clear()  # fewer rows may fit then
+            raise
         decoding.close()
 
     def take(self, bucket: Bucket, options: DecodeOptions) -> Rows:

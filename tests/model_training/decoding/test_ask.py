@@ -4,14 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
 from paracaption.model_training.decoding.answered import about_regions
+from paracaption.model_training.decoding.block_rows import BlockRows
 from paracaption.model_training.decoding.chat import Chat
 from paracaption.model_training.decoding.read_regions import read_photo_regions
-from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.errors import ConfigError, OutOfMemory
 from tests.tiny.perceptiondlm_model import SMALLEST, write_model
 
 QUICK = ["--max-new-tokens", "6", "--block-length", "3"]
@@ -102,6 +104,15 @@ def test_regions_that_are_asked_about_keep_no_dense_masks(home):
 def test_a_stream_ends_as_the_answer(home, chat):
     photo = home / "photo.png"
     assert ask(home, "--stream", "--image", photo, "what?").strip() == chat.ask("what?", photo, **FIELDS)
+
+
+def test_a_streamed_question_that_does_not_fit_is_an_error_that_says_what_to_do(home, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(BlockRows, "step", short)
+    with pytest.raises(OutOfMemory, match=r"one question: out of memory .*shorten the question"):
+        ask(home, "--stream", "what?")
 
 
 def test_json_lines_are_written_whole(home, tmp_path):

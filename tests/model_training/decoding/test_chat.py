@@ -220,7 +220,7 @@ def test_steps_take_options_from_the_question_or_from_the_call_not_from_both(cha
     for more in ({"options": AnswerOptions()}, {"max_new_tokens": 4}, {"unknown": 4}):
         with pytest.raises(ConfigError, match="the question has options of its own"):
             chat.ask_steps(question, **more)
-    assert len([*chat.ask_steps(question)][0].slots) == SHORT["max_new_tokens"]
+    assert len(next(iter(chat.ask_steps(question))).slots) == SHORT["max_new_tokens"]
 
 
 @pytest.mark.parametrize(
