@@ -236,7 +236,6 @@ def test_an_exact_cache_needs_a_layout_that_isolates_the_prefix():
 
 def test_a_batch_laid_out_for_another_number_of_slots_is_an_error():
     model, _ = ready("corrected")
-    batch = collate(photos("corrected", [1, 2]))
     # Two of 5 slots are as long as one of 12, and one of 5 as long as seven without slots.
     for regions, slots in (([1, 2], 6), ([2], 12), ([6], 40)):
         batch = collate(photos("corrected", regions))
