@@ -31,7 +31,7 @@ class CaptionedPhoto(NamedTuple):
         photo: the photo and its regions.
         found: the captions in the order of the regions, and what they cost.
         tokens: how many tokens the text of each caption has.
-        options: how the captions were decoded.
+        options: how the captions were decoded, without the cache "auto" where it means "approximate".
         model: folder, layout, device and type of the model.
         prompts: what each region was asked; empty if all were asked what the model was trained with.
     """
@@ -132,6 +132,8 @@ def about_captions(
         options: how they were decoded.
         prompts: what each region was asked; none for the model's own prompt.
     """
+    from .buckets import resolve_options
+
     model = captioner.model
     about = {
         "folder": str(model.name_or_path),
@@ -140,7 +142,7 @@ def about_captions(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     tokens = [len(captioner.processor.tokenize(caption)) for caption in found.captions]
-    return CaptionedPhoto(photo, found, tokens, options, about, prompts)
+    return CaptionedPhoto(photo, found, tokens, resolve_options(model, options), about, prompts)
 
 
 def trace_photo(

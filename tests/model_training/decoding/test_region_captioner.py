@@ -314,9 +314,11 @@ def test_a_saved_model_that_lacks_weights_is_an_error_that_names_them(tmp_path, 
         assert str(raised.value).startswith(f"{tmp_path}: ") and "\n" not in str(raised.value)
 
 
-def test_the_captioner_is_imported_without_torch():
+def test_the_captioner_and_what_commands_check_first_are_imported_without_torch():
     script = """
 import sys
+import paracaption.model_training.decoding.answered
+import paracaption.model_training.decoding.caption_photo
 import paracaption.model_training.decoding.region_captioner
 print(*sorted({"torch", "transformers", "ray", "cv2"} & set(sys.modules)))
 """
