@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,9 @@ from ...schemas.errors import ConfigError
 from .arguments import Device, Dtype, options_of
 
 if TYPE_CHECKING:
-    from ...model_training.decoding.answered import AskedAbout
+    from rich.console import Console
+
+    from ...model_training.decoding.answered import Answered, AskedAbout
 
 
 @options_of(AnswerOptions)
@@ -67,6 +70,7 @@ def ask(
     from rich.console import Console
 
     from ...model_training.decoding import answered as answering
+    from ...model_training.decoding.caption_photo import check_outputs
     from ...model_training.decoding.chat import Chat
 
     options = AnswerOptions.checked(decoding)
@@ -75,7 +79,7 @@ def ask(
         raise ConfigError(
             f"no question{swallowed}; give the question first, as in `paracaption ask 'What is it?' ...`"
         )
-    answering.check_record(json)
+    check_outputs(record=json)
     asked = _asked(questions, image or [], masks, key, box)
     if conversation and (masks or box):
         raise ConfigError("--conversation is about whole images; leave out --masks and --box")
@@ -90,20 +94,33 @@ def ask(
         answering.stream(chat, asked[0], options, lambda part: print(part, end="", flush=True))
         print()
         return
-    with notices.status("answering"):
-        if conversation:
-            found = list(answering.converse(chat, asked, options))
-        else:
-            found = answering.ask_in_turn(chat, asked, options, batch_size)
-    if json == "-":
-        print(answering.to_lines(found, chat, options), end="")
-        return
-    if json is not None:
-        answering.write_lines(found, chat, options, json)
-    for (_, _, _, number), answer in found:
-        print(f"{number}  {answer.text}" if number else answer.text)
-    if json is not None:
-        print(json)
+    if conversation:
+        answers = answering.converse(chat, asked, options)
+    else:
+        answers = answering.ask_in_turn(chat, asked, options, batch_size)
+    found: list[Answered] = []
+    try:
+        for each in _awaited(answers, notices):
+            found.append(each)
+            if json == "-":
+                print(answering.to_lines([each], chat, options), end="", flush=True)
+            else:
+                text, number = each.answer.text, each.asked.number
+                print(f"{number}  {text}" if number else text, flush=True)
+    finally:  # what was answered before one that fails is kept
+        if json not in (None, "-") and found:
+            answering.write_lines(found, chat, options, json)
+            print(json)
+
+
+def _awaited(answers: Iterator[Answered], notices: Console) -> Iterator[Answered]:
+    """Answers, with a notice while each is waited for and none while it is printed."""
+    while True:
+        with notices.status("answering"):
+            each = next(answers, None)
+        if each is None:
+            return
+        yield each
 
 
 def _asked(
@@ -117,9 +134,9 @@ def _asked(
     from ...model_training.decoding import answered as answering
     from ...model_training.decoding.read_regions import read_photo_regions
 
+    if key is not None and not masks:
+        raise ConfigError("--key names an image in what --masks gives; give --masks too, or leave it out")
     if not masks and not boxes:
-        if key is not None:
-            raise ConfigError("--key names an image in what --masks gives; give --masks too, or leave it out")
         return answering.about_images(questions, images)
     if masks and boxes:
         raise ConfigError("--masks and --box both give regions; give one of the two")
