@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +80,8 @@ def ask(
         raise ConfigError(
             f"no question{swallowed}; give the question first, as in `paracaption ask 'What is it?' ...`"
         )
+    for each in filter(_is_file, questions):
+        raise ConfigError(f"{each!r} counts as a question, and is a file; for another image, repeat --image")
     check_outputs(record=json)
     asked = _asked(questions, image or [], masks, key, box)
     if conversation and (masks or box):
@@ -105,8 +108,7 @@ def ask(
             if json == "-":
                 print(answering.to_lines([each], chat, options), end="", flush=True)
             else:
-                text, number = each.answer.text, each.asked.number
-                print(f"{number}  {text}" if number else text, flush=True)
+                print(_shown(each, len(questions) > 1), flush=True)
     finally:  # what was answered before one that fails is kept
         if json not in (None, "-") and found:
             answering.write_lines(found, chat, options, json)
@@ -121,6 +123,21 @@ def _awaited(answers: Iterator[Answered], notices: Console) -> Iterator[Answered
         if each is None:
             return
         yield each
+
+
+def _is_file(question: str) -> bool:
+    with suppress(OSError, ValueError):  # longer than a name may be
+        return Path(question).is_file()
+    return False
+
+
+def _shown(answered: Answered, several: bool) -> str:
+    """An answer with the number of its region; of several questions, each stands above its first answer."""
+    (question, _, _, number), answer = answered
+    line = f"{number}  {answer.text}" if number else answer.text
+    if not several:
+        return line
+    return f"  {line}" if number > 1 else f"{question.text}\n  {line}"
 
 
 def _asked(

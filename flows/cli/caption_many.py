@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...pipeline.io import files
+from ...pipeline.io.json_lines import read_lines
 from ...schemas.decoding import DecodeOptions
-from ...schemas.errors import ConfigError
-from .progress import counting_parts
+from .. import stopping
+from .progress import count, counting_parts
+
+_GO_ON = "run the same command to continue"
 
 
 def caption_many(
@@ -31,38 +33,41 @@ def caption_many(
         ConfigError: the photos, the file or an option do not suit.
     """
     from ...model_training.decoding import caption_folder as many
+    from ...model_training.decoding import caption_lines
     from ...model_training.decoding.region_captioner import RegionCaptioner, check_saved_model, resolve_place
 
-    if files.is_url(out) or not Path(out).parent.is_dir():
-        raise ConfigError(f"--out {out}: give a file in a folder of this machine that exists")
-    if Path(out).is_dir():
-        raise ConfigError(
-            f"--out {out}: is a folder; name a file in it, such as {Path(out, 'captions.jsonl')}"
-        )
-    inside = {Path(each).resolve() for each in (photos, masks) if each and not files.is_url(each)}
-    if Path(out).resolve().parent in inside:
-        raise ConfigError(f"--out {out}: lies among the photos or the masks; name a file in another folder")
+    caption_lines.check_place(out, [model, photos, masks])
     check_saved_model(model)
     tasks = many.find_photos(photos, masks)
     _, computed_in = resolve_place(device, dtype)
     header = many.header_of(model, computed_in, options, prompt, regions_per_call, photos, masks)
-    left = many.unfinished(tasks, Path(out), header)
-    done = many.Captioned(0, 0, 0)
-    if left:
-        captioner = RegionCaptioner.load(model, device, dtype)
-        with counting_parts() as show:
-            done = many.caption_folder(
-                captioner,
-                left,
-                Path(out),
-                options,
-                prompt=prompt,
-                regions_per_call=regions_per_call,
-                batch_size=batch_size,
-                progress=lambda number: show("photos", number, len(left)),
-            )
-    before = len(tasks) - len(left)
-    print(f"{done.photos:,} photos with {done.regions:,} regions captioned, {before:,} done before: {out}")
+    with caption_lines.only_writer(Path(out)):
+        left = caption_lines.unfinished(tasks, Path(out), header)
+        done, before = many.Captioned(0, 0, 0, 0), len(tasks) - len(left)
+        if left:
+            stopping.say(lambda: f"{_lines_of(out)} of {len(tasks):,} photos have a line; {_GO_ON}")
+            captioner = RegionCaptioner.load(model, device, dtype)
+            with counting_parts() as show:
+                done = many.caption_folder(
+                    captioner,
+                    left,
+                    Path(out),
+                    options,
+                    prompt=prompt,
+                    regions_per_call=regions_per_call,
+                    batch_size=batch_size,
+                    progress=lambda number: show("photos", number, len(left)),
+                )
+    captioned = f"{count('photo', done.photos)} with {count('region', done.regions)} captioned"
+    print(f"{captioned}, {before:,} done before: {out}")
+    if done.left_out:
+        print(f"{count('record', done.left_out)} of masks left out: see `left_out` in the lines")
     if done.failed:
-        print(f"{done.failed:,} photos cannot be used: see `error` in their lines; a later run tries again")
+        print(
+            f"{count('photo', done.failed)} cannot be used: see `error` in the lines; a later run tries again"
+        )
     return 1 if done.failed else 0
+
+
+def _lines_of(out: str) -> str:
+    return f"{len(read_lines(Path(out))):,}"

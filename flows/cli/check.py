@@ -21,7 +21,7 @@ from .arguments import (
     to_location,
     written,
 )
-from .evaluation_costs import estimate_evaluation
+from .evaluation_costs import estimate_evaluation, load_kind
 from .progress import counting
 
 
@@ -228,7 +228,7 @@ def estimate(
     """
     from rich.console import Console
 
-    from ...pipeline.config_file import load_config
+    from ...pipeline.config_file import load_config, load_evaluation
     from ...pipeline.corpus import log
     from ...pipeline.corpus.reader import CONFIG, read_config
     from ...pipeline.executor.estimate.rates import format_rates, measure_rates, read_rates
@@ -241,7 +241,7 @@ def estimate(
             raise ConfigError("estimate: with --evaluation, give only --run, --gpus, --set and --json")
         estimate_evaluation(config, run, gpus, changes, json)
         return
-    loaded = load_config(config, changes or ())
+    loaded = load_kind(config, changes, load_config, load_evaluation, "`evaluate`; add --evaluation")
     pilot = run or locate(loaded.out)
     known = read_rates(rates) if rates else measure_rates(pilot)
     if write_rates:

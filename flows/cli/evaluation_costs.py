@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ...pipeline.io.location import Location
 from ...schemas.errors import ConfigError
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from ...model_training.evaluation.costs import Cost
     from ...schemas.evaluation import EvaluateConfig
+
+_Config = TypeVar("_Config")
 
 TRIAL = "trial"
 """Label of a trial, unless --run names another."""
@@ -32,11 +34,11 @@ def estimate_evaluation(
         ConfigError: --run has no results, or those of another evaluation; --gpus is no whole number.
     """
     from ...model_training.evaluation.costs import estimate_costs, seconds_on
-    from ...pipeline.config_file import load_evaluation
+    from ...pipeline.config_file import load_config, load_evaluation
 
     if gpus is not None and (gpus < 1 or gpus != int(gpus)):
         raise ConfigError(f"--gpus {gpus:g}: an evaluation takes whole GPUs; give 1 or more")
-    loaded = load_evaluation(config, changes or ())
+    loaded = load_kind(config, changes, load_evaluation, load_config, "`build`; leave out --evaluation")
     folder = Path(str(run)) if run else Path(loaded.out) / TRIAL
     if run and not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; --run takes the folder of a trial's results, OUT/LABEL")
@@ -51,8 +53,30 @@ def estimate_evaluation(
     _show(costs, count, seconds, missing)
     if not tried:
         print(f"hours are not known: no trial in {folder}; make one, and run this command again")
-        estimate = ("estimate", config, "--evaluation", *written(changes))
-        suggest(("evaluate", config, *written([*(changes or ()), *_of_trial(loaded)])), estimate)
+        trial = Path(loaded.out) / (folder.name if run else f"{loaded.label}-{TRIAL}")
+        suggest(*_next(config, loaded, trial, gpus, changes or []))
+
+
+def load_kind(
+    config: Path,
+    changes: list[str] | None,
+    load: Callable[[Path, list[str]], _Config],
+    load_other: Callable[[Path, list[str]], object],
+    advice: str,
+) -> _Config:
+    """Load a configuration, and give advice if it is one of the other kind.
+
+    Raises:
+        ConfigError: it is, or it has mistakes.
+    """
+    try:
+        return load(config, changes or [])
+    except ConfigError as error:
+        try:
+            load_other(config, changes or [])
+        except ConfigError:
+            raise error from error.__cause__
+        raise ConfigError(f"{config}: this is a configuration of {advice}") from error
 
 
 def _show(costs: list[Cost], gpus: int, seconds: float | None, missing: list[str]) -> None:
@@ -140,9 +164,15 @@ def _totals(costs: list[Cost]) -> str:
     return "together: " + ", ".join(parts)
 
 
-def _of_trial(config: EvaluateConfig) -> Iterator[str]:
-    """What makes a trial of an evaluation."""
-    yield f"label={TRIAL}"
-    if config.harness:
-        yield f"harness.limit={_BATCHES * config.harness.batch_size}"
-    yield from (f"benchmarks.{number}.images=5" for number in range(len(config.benchmarks)))
+def _next(
+    config: Path, loaded: EvaluateConfig, trial: Path, gpus: float | None, changes: list[str]
+) -> Iterator[tuple[object, ...]]:
+    """The commands that make a trial, and that estimate the whole evaluation from it."""
+    limits = [f"benchmarks.{number}.images=5" for number in range(len(loaded.benchmarks))]
+    if loaded.harness:
+        limits.insert(0, f"harness.limit={_BATCHES * loaded.harness.batch_size}")
+    keys = {"label", *(limit.partition("=")[0] for limit in limits)}
+    kept = written([change for change in changes if change.partition("=")[0] not in keys])
+    yield "evaluate", config, *kept, *written([f"label={trial.name}", *limits])
+    machine = () if gpus is None else ("--gpus", f"{gpus:g}")
+    yield "estimate", config, "--evaluation", *kept, "--run", trial, *machine

@@ -16,7 +16,7 @@ from .arguments import Device, Dtype, RayAddress, changes_of, options_of, sugges
 from .caption_many import caption_many
 from .examples import example
 from .help import Command, Group
-from .progress import TrainingView
+from .progress import TrainingView, count
 
 TrainingConfig = Annotated[
     Path,
@@ -385,7 +385,7 @@ def caption(
         notices.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
     with notices.status("loading the model"):
         captioner = RegionCaptioner.load(model, device, dtype)
-    with notices.status(f"captioning {len(photo.regions)} regions"):
+    with notices.status(f"captioning {count('region', len(photo.regions))}"):
         captioned = captioning.caption_regions(
             captioner, photo, options, regions_per_call, prompt or (), batch_size
         )

@@ -53,6 +53,11 @@ def counting_parts() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+def count(noun: str, number: int) -> str:
+    """A number of things, such as "1 photo" and "2,000 photos"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def show_row(row: Row) -> None:
     """Print a measurement of `profile` when it is made."""
     print(

@@ -16,21 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from ...filters.held_out import is_held_out
 from ...pipeline.corpus import reader
 from ...pipeline.io import files, mask_images, weights
-from ...pipeline.io.json_lines import LineWriter, read_lines
+from ...pipeline.io.json_lines import LineWriter
 from ...pipeline.models.batching import Batches
 from ...pipeline.sources import file_names
-from ...schemas.decoding import DecodeOptions, stored_names
+from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .caption_photo import about_captions, to_record
 from .corpus_captioner import isolates_prefix
 from .fitting import caption_each
-from .read_regions import PhotoRegions, is_corpus, of_sample, read_photo_regions
+from .read_regions import PhotoRegions, check_json, is_corpus, of_sample, read_photo_regions
 from .region_captioner import RegionCaptioner
 from .region_forms import to_masks
 
@@ -56,10 +55,18 @@ class PhotoTask(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """What a run has done: photos and regions that it captioned, and photos that cannot be used."""
+    """What a run has done.
+
+    Attributes:
+        photos: captioned ones.
+        regions: captioned ones.
+        left_out: records of masks that cannot be used.
+        failed: photos that cannot be used.
+    """
 
     photos: int
     regions: int
+    left_out: int
     failed: int
 
 
@@ -72,7 +79,8 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
             an image STEM.png (or of another format), a JSON STEM.json, or a folder STEM of mask images.
 
     Raises:
-        ConfigError: there is no such folder, no photo in it, or a photo or a mask has no partner.
+        ConfigError: there is no such folder, no photo in it, a photo or a mask has no partner, or the JSON is
+            damaged.
         IntegrityError: the corpus is damaged.
     """
     for given in filter(None, (photos, masks)):
@@ -91,6 +99,7 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
     if not named:
         raise ConfigError(f"{photos}: no photos; their names end in {', '.join(file_names.PHOTO_ENDINGS)}")
     if file_names.ending(masks) == ".json" and not files.is_folder(masks):
+        check_json(masks, [f"{photos.rstrip('/')}/{name}" for _, name in sorted(named.items())])
         found = {stem: masks for stem in named}
     else:
         endings = (*mask_images.ENDINGS, ".json")
@@ -100,7 +109,7 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
     _refuse_single(photos, masks, named, found)
     home = photos.rstrip("/")
     return [
-        PhotoTask(name, partial(read_photo_regions, f"{home}/{name}", [found[stem]]))
+        PhotoTask(name, partial(read_photo_regions, f"{home}/{name}", [found[stem]], may_be_empty=True))
         for stem, name in sorted(named.items(), key=lambda each: each[1])
     ]
 
@@ -152,7 +161,7 @@ def caption_folder(
 
     Args:
         captioner: the model.
-        tasks: the photos that have no line yet, see `unfinished`.
+        tasks: the photos that have no line yet, see `caption_lines.unfinished`.
         out: the file of JSON lines.
         options: how captions are decoded.
         prompt: what the regions are asked; None asks what the model was trained with.
@@ -165,7 +174,7 @@ def caption_folder(
         OSError: a line cannot be written, or a photo cannot be read for now.
         OutOfMemory: one sequence does not fit.
     """
-    photos = regions = failed = 0
+    photos = regions = left_out = failed = 0
     synced = time.monotonic()
     with LineWriter(out) as lines:
         found = caption_each(
@@ -183,6 +192,7 @@ def caption_folder(
                 lines.append({"photo": name, "error": str(photo)})
             else:
                 photos, regions = photos + 1, regions + len(photo.regions)
+                left_out += len(photo.left_out)
                 asked = [prompt] * len(photo.regions) if prompt is not None else []
                 record = to_record(about_captions(captioner, photo, each, options, asked))
                 kept = {key: value for key, value in record.items() if key not in _NOT_IN_LINES}
@@ -193,34 +203,7 @@ def caption_folder(
             if progress:
                 progress(photos + failed)
         lines.sync()
-    return Captioned(photos, regions, failed)
-
-
-def unfinished(tasks: list[PhotoTask], out: Path, header: dict[str, Any]) -> list[PhotoTask]:
-    """The photos that have no captions in a file of lines yet, which is made ready to be continued.
-
-    Lines with an error are taken out, and their photos tried again.
-
-    Args:
-        tasks: all photos.
-        out: the file; it need not exist.
-        header: what the captions depend on.
-
-    Raises:
-        ConfigError: the lines were made with something else, or by something else.
-    """
-    beside = out.with_name(f"{out.name}.run.json")
-    lines = [_decoded(out, number, line) for number, line in enumerate(read_lines(out), 1)]
-    if lines:
-        _check_header(out, beside, header)
-    else:
-        files.write_json(beside, header)
-    good = [line for line in lines if "error" not in line]
-    if len(good) < len(lines):
-        with files.write_atomic(out) as file:
-            file.writelines(msgspec.json.encode(line) + b"\n" for line in good)
-    done = {line["photo"] for line in good}
-    return [task for task in tasks if task.name not in done]
+    return Captioned(photos, regions, left_out, failed)
 
 
 def header_of(
@@ -249,46 +232,6 @@ def _place(path: str) -> str:
     return path if files.is_url(path) else str(Path(path).resolve())
 
 
-def _check_header(out: Path, beside: Path, header: dict[str, Any]) -> None:
-    try:
-        found = msgspec.json.decode(beside.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{out}: {beside.name}, which says how its lines were made, is missing; choose another --out"
-        ) from error
-    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        raise ConfigError(f"{beside}: cannot be read ({error}); choose another --out") from error
-    wanted = msgspec.json.decode(msgspec.json.encode(header))
-    if found == wanted:
-        return
-    changed = [name for name in wanted if found.get(name) != wanted[name]]
-    ours, theirs = wanted.get("options", {}), found.get("options")
-    if "options" in changed and isinstance(theirs, dict):
-        changed.remove("options")
-        changed += [
-            f"{name} {theirs.get(stored)}"
-            for name, stored in stored_names().items()
-            if ours.get(stored) != theirs.get(stored)
-        ]
-    raise ConfigError(
-        f"{out}: its lines were made with another {', '.join(changed) or 'version'}; take the same again "
-        f"({beside.name} has all of it), or choose another --out"
-    )
-
-
-def _decoded(out: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        found = msgspec.json.decode(line, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise ConfigError(
-            f"{out}: line {number} is not JSON ({error}); if the file is of something else, choose another "
-            "--out, else remove the line"
-        ) from error
-    if not isinstance(found.get("photo"), str):
-        raise ConfigError(f"{out}: line {number} names no photo; choose another --out")
-    return found
-
-
 def _read(task: PhotoTask) -> tuple[tuple[str, PhotoRegions | ConfigError], np.ndarray, list[np.ndarray]]:
     """What a photo's line says, its pixels and its masks; if it cannot be used, the error and no masks."""
     try:
@@ -304,6 +247,10 @@ def _read(task: PhotoTask) -> tuple[tuple[str, PhotoRegions | ConfigError], np.n
 def _by_stem(folder: str, endings: tuple[str, ...], what: str) -> dict[str, str]:
     """The names in a folder by their stems; hidden ones are passed over."""
     if not files.is_folder(folder):
+        if not files.is_url(folder) and Path(folder).exists():
+            raise ConfigError(
+                f"{folder}: a file; give the folder of {what}, or leave out --out for one photo"
+            )
         raise ConfigError(f"{folder}: no such folder of {what}; correct the path")
     found: dict[str, str] = {}
     for name in files.list_names(folder):

@@ -12,13 +12,10 @@ left out, with its reason in `PhotoRegions.left_out`.
 
 from __future__ import annotations
 
-import functools
 import glob
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -33,8 +30,10 @@ from ...pipeline.sources.coco_json import Image
 from ...pipeline.sources.protocols import CatalogEntry
 from ...schemas.config import Limits
 from ...schemas.errors import BadRecord, ConfigError
+from ...schemas.reasons import Reason
 from ...schemas.records import Blob, ImageRecord
 from ...schemas.sample import Sample
+from .annotation_file import KINDS, Indexed, parse
 
 
 class Region(NamedTuple):
@@ -65,7 +64,7 @@ class PhotoRegions(NamedTuple):
     Attributes:
         name: path of the photo, or path of the corpus and the image's key.
         pixels: (H, W, 3) uint8 RGB, as stored.
-        regions: the regions, at least one.
+        regions: the regions, at least one; none if a JSON of many photos has none of this one.
         left_out: a line for each record that cannot be used, with the reason.
     """
 
@@ -83,16 +82,16 @@ class PhotoRegions(NamedTuple):
         return self._replace(pixels=np.broadcast_to(np.uint8(0), self.pixels.shape))
 
 
-_Item = TypeVar("_Item")
-
-
 class _Found(NamedTuple):
     regions: list[Region]
     left_out: list[str]
 
 
 def read_photo_regions(
-    image: str | Path | None, masks: Sequence[str | Path], key: str | None = None
+    image: str | Path | None,
+    masks: Sequence[str | Path],
+    key: str | None = None,
+    may_be_empty: bool = False,
 ) -> PhotoRegions:
     """Read a photo and its regions.
 
@@ -101,6 +100,7 @@ def read_photo_regions(
         masks: files and folders in the order in which their regions are wanted, as in the table above.
             `PATH#KEY` is the same as `PATH` with `key`.
         key: key of the image in a corpus, or its name or id in a JSON that does not know the photo's name.
+        may_be_empty: whether a JSON may have no annotations of the photo, or none but crowds and empty ones.
 
     Raises:
         ConfigError: a file or record is missing, unreadable or empty, or does not fit the photo.
@@ -120,7 +120,7 @@ def read_photo_regions(
     if image is None:
         raise ConfigError(f"{split[0][0]}: these masks need their photo; give the image too")
     pixels = read_pixels(str(image))
-    found = [_from(path, str(image), pixels.shape[:2], chosen) for path, chosen in split]
+    found = [_from(path, str(image), pixels.shape[:2], chosen, may_be_empty) for path, chosen in split]
     regions = [region for each in found for region in each.regions]
     return PhotoRegions(str(image), pixels, regions, [line for each in found for line in each.left_out])
 
@@ -153,7 +153,7 @@ def read_pixels(image: str) -> np.ndarray:
         raise ConfigError(error.detail) from error
 
 
-def _from(path: str, image: str, size: tuple[int, int], key: str | None) -> _Found:
+def _from(path: str, image: str, size: tuple[int, int], key: str | None, may_be_empty: bool) -> _Found:
     """The regions of one file or folder."""
     if files.is_folder(path):
         found = file_names.list_folder(path, "masks").names or []
@@ -164,7 +164,7 @@ def _from(path: str, image: str, size: tuple[int, int], key: str | None) -> _Fou
             raise ConfigError(f"{path}: no corpus and no mask images here; give the masks")
         return _Found([_of_image(each, size) for each in inside], [])
     if file_names.ending(path) == ".json":
-        return _from_json(path, image, key)
+        return _from_json(path, image, key, may_be_empty)
     return _Found([_of_image(path, size)], [])
 
 
@@ -248,121 +248,27 @@ def _sample(path: str, key: str) -> tuple[Sample, bytes]:
 # Annotation files.
 
 
-class _Annotation(msgspec.Struct):
-    """An element of `annotations`: an instance, or all segments of an image."""
-
-    id: int | str | None = None
-    image_id: int | str | None = None
-    file_name: str | None = None
-    category_id: int | None = None
-    iscrowd: int | bool | None = None
-    segmentation: msgspec.Raw = msgspec.Raw()
-    segments_info: msgspec.Raw = msgspec.Raw()
-
-    def instance(self) -> msgspec.Raw:
-        """What `sources.instances` reads of it."""
-        fields = {"id": self.id, "category_id": self.category_id, "iscrowd": self.iscrowd}
-        return msgspec.Raw(msgspec.json.encode(fields | {"segmentation": self.segmentation}))
+_NOTHING_TO_CAPTION = (Reason.CROWD, Reason.MASK_EMPTY)
 
 
-class _File(msgspec.Struct):
-    annotations: list[_Annotation]
-    image: msgspec.Raw = msgspec.Raw()
-    images: list[Image] = []
-    categories: msgspec.Raw = msgspec.Raw()
-
-
-_NAMES: tuple[Callable[[Image], str | None], ...] = (
-    lambda each: str(each.id),
-    lambda each: each.file_name,
-    lambda each: each.file_name and file_names.base_name(each.file_name),
-    lambda each: each.file_name and file_names.stem(each.file_name),
-)
-"""What the record of a photo may be called, the surest first. The last is compared without an ending."""
-
-
-class _Indexed:
-    """The content of a JSON, and which of it is about each photo: it may have the masks of many thousands."""
-
-    def __init__(self, content: _File):
-        self.content = content
-
-    @functools.cached_property
-    def is_panoptic(self) -> bool:
-        """Whether segments are listed by image."""
-        return any(each.segments_info for each in self.content.annotations)
-
-    @functools.cached_property
-    def annotations(self) -> dict[str, list[_Annotation]]:
-        """By the id of their image."""
-        return _grouped((str(each.image_id), each) for each in self.content.annotations)
-
-    @functools.cached_property
-    def _images(self) -> list[dict[str, list[Image]]]:
-        """By each of `_NAMES`."""
-        return [_grouped((name_of(each), each) for each in self.content.images) for name_of in _NAMES]
-
-    def images(self, wanted: str) -> list[Image]:
-        """The records of a photo, by the surest of its names that any has."""
-        names = [wanted] * (len(_NAMES) - 1) + [file_names.stem(wanted)]
-        found = (images.get(name, []) for images, name in zip(self._images, names, strict=True))
-        return next(filter(None, found), [])
-
-
-def _grouped(pairs: Iterable[tuple[str | None, _Item]]) -> dict[str, list[_Item]]:
-    found: dict[str, list[_Item]] = defaultdict(list)
-    for name, item in pairs:
-        if name is not None:
-            found[name].append(item)
-    return dict(found)
-
-
-_KINDS = "COCO instances, COCO panoptic or SA-1B"
-
-
-def _from_json(path: str, image: str, key: str | None) -> _Found:
-    indexed = _parse(path)
+def _from_json(path: str, image: str, key: str | None, may_be_empty: bool) -> _Found:
+    indexed = parse(path)
     content = indexed.content
+    if may_be_empty and not content.image and not indexed.about(_image_of(path, indexed, image, key)):
+        return _Found([], [])
     if content.image:
         found = _usable(_sa1b(path, image), path)
     elif indexed.is_panoptic:
         found = _usable(_panoptic(path, indexed, image, key), path)
-    elif any(each.segmentation for each in content.annotations):
+    elif indexed.has_masks:
         found = _usable(_instances(path, indexed, image, key), path)
     else:
-        raise ConfigError(f"{path}: no annotation has a mask; give a JSON of {_KINDS}")
-    if not found.regions:
+        raise _without_masks(path)
+    skipped = all(line.startswith(_NOTHING_TO_CAPTION) for line in found.left_out)
+    if not found.regions and not (may_be_empty and skipped):
         why = "; ".join(found.left_out)[:500] or "it has none"
         raise ConfigError(f"{path}: no usable region of {file_names.base_name(image)}: {why}")
     return found
-
-
-def _parse(path: str) -> _Indexed:
-    """The content of a JSON. The last one is kept, since it may be that of many photos."""
-    try:
-        version = files.version(path)
-    except OSError:
-        return _Indexed(_read_file(path))  # says what is wrong
-    return _kept_file(path, version)
-
-
-@functools.lru_cache(maxsize=1)
-def _kept_file(path: str, _version: str) -> _Indexed:
-    return _Indexed(_read_file(path))
-
-
-def _read_file(path: str) -> _File:
-    try:
-        data = files.read(Blob(path))
-        if data.lstrip()[:1] == b"[":  # results, and files that hold the annotations of one image alone
-            return _File(msgspec.json.decode(data, type=list[_Annotation]))
-        return msgspec.json.decode(data, type=_File)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; correct the path") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from error
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a JSON file of {_KINDS} ({error}); correct the file") from error
 
 
 def _usable(record: ImageRecord, path: str) -> _Found:
@@ -388,12 +294,12 @@ def _sa1b(path: str, image: str) -> ImageRecord:
     return Sa1b(Sa1bOptions(paths=[path])).read(entry, Limits())
 
 
-def _panoptic(path: str, indexed: _Indexed, image: str, key: str | None) -> ImageRecord:
+def _panoptic(path: str, indexed: Indexed, image: str, key: str | None) -> ImageRecord:
     from ...pipeline.sources.coconut import Coconut, CoconutOptions
     from ...pipeline.sources.panoptic import Record
 
     content, described = indexed.content, _image_of(path, indexed, image, key)
-    own = indexed.annotations.get(str(described.id))
+    own = indexed.about(described)
     if not own:
         raise ConfigError(f"{path}: no annotation of image {described.id}; give the JSON that has it")
     annotation = own[0]
@@ -429,13 +335,12 @@ def _label_map(path: str, name: str, photo: str) -> str:
     return found[0]
 
 
-def _instances(path: str, indexed: _Indexed, image: str, key: str | None) -> ImageRecord:
+def _instances(path: str, indexed: Indexed, image: str, key: str | None) -> ImageRecord:
     from ...pipeline.sources.coco import Coco, CocoOptions
     from ...pipeline.sources.instances import Record
 
     content, described = indexed.content, _image_of(path, indexed, image, key)
-    annotations = indexed.annotations.get(str(described.id), [])
-    own = [each.instance() for each in annotations if each.segmentation]
+    own = [each.instance() for each in indexed.about(described) if each.segmentation]
     raw = _loads(path, content.categories) if content.categories else None
     categories = list(make_table(raw, path).by_id.values()) if raw else []
     record = msgspec.json.encode(Record(described.width, described.height, own, categories))
@@ -451,31 +356,43 @@ def _loads(path: str, raw: msgspec.Raw) -> Any:
         raise ConfigError(f"{path}: a value in it is not JSON ({error}); correct the file") from error
 
 
-def _image_of(path: str, indexed: _Indexed, image: str, key: str | None) -> Image:
+def _image_of(path: str, indexed: Indexed, image: str, key: str | None) -> Image:
     """The record of the photo: by its name, by a name of another ending, or by the key."""
-    content, wanted = indexed.content, key or file_names.base_name(image)
-    found = indexed.images(wanted)
-    if len(found) > 1:
+    wanted, found = key or file_names.base_name(image), indexed.called(image, key)
+    if len(found) == 1:
+        return found[0]
+    if found:
         raise ConfigError(
             f"{path}: {len(found)} images are called {wanted}; choose one by its id, with --key ID or "
             "`FILE.json#ID`"
         )
-    if found:
-        return found[0]
-    number = re.search(r"(\d+)$", key or file_names.stem(image))
-    if not content.images and number:  # a list of annotations without images: COCO's names hold the id
-        for annotation in indexed.annotations.get(str(int(number[1])), []):
-            return Image(annotation.image_id)
-    known = ", ".join(_known(content))
     raise ConfigError(
-        f"{path}: no image is called {wanted}; the file has {known}; choose one by its name or id, with "
-        "--key NAME or `FILE.json#NAME`"
+        f"{path}: no image is called {wanted}; the file has {indexed.known()}; choose one by its name or "
+        "id, with --key NAME or `FILE.json#NAME`"
     )
 
 
-def _known(content: _File) -> Iterator[str]:
-    listed = [each.file_name or str(each.id) for each in content.images]
-    listed = listed or sorted({str(each.image_id) for each in content.annotations})
-    yield from listed[:3]
-    if len(listed) > 3:
-        yield f"and {len(listed) - 3:,} more"
+def _without_masks(path: str) -> ConfigError:
+    return ConfigError(f"{path}: no annotation has a mask; give a JSON of {KINDS}")
+
+
+def check_json(path: str, images: Sequence[str]) -> None:
+    """Check that a JSON with the masks of all photos can be read, and has one record of each photo.
+
+    Raises:
+        ConfigError: it is damaged or has no masks, or does not know a photo.
+    """
+    indexed = parse(path)
+    if indexed.content.image:
+        return  # of one photo
+    if not indexed.has_masks:
+        raise _without_masks(path)
+    count = {each: len(indexed.called(each)) for each in images}
+    for number, told in ((0, "no image is called"), (2, "several images are called")):
+        wrong = [file_names.base_name(each) for each in images if min(count[each], 2) == number]
+        if wrong:
+            more = f" (and {len(wrong) - 1:,} more)" if len(wrong) > 1 else ""
+            raise ConfigError(
+                f"{path}: {told} {wrong[0]}{more}; the file has {indexed.known()}; give the photos that "
+                "it describes, under their names in it"
+            )

@@ -6,6 +6,7 @@
 | more values (JPEG's noise, soft edges, 16 bits) | brighter than half of the range |
 | alpha that differs between pixels | alpha, unless the opaque pixels are black and white |
 | colors | their brightest channel; three colors or more, without loss, are a label map and refused |
+| flat areas of three grays or more, without loss | a label map and refused; not for a trimap's middle gray |
 
 Pixels are those stored: EXIF orientation is never applied.
 """
@@ -29,9 +30,13 @@ _FORMATS = (*photos.FORMATS, "GIF")
 _MAX_UNCLEAR = 0.1
 """Share of pixels that may be neither dark nor bright; with more, it is a photo or a label map."""
 _MAX_THIRD = 0.002
-"""Share of pixels that may have a third color."""
+"""Share of pixels that may have a third color, or be inside areas of a third gray."""
 _SHADE = 32
 """A color's distance, of 255, from the line between two others up to which it is a shade between them."""
+_MAX_GRAYS = 64
+"""Grays of a label map that is distinguished from a mask: more are a wide soft edge, or noise."""
+_MIDDLE = 0.05
+"""How far a trimap's gray may be from the middle, as a share of the range."""
 _ASPECT = 0.03
 """A mask is scaled if its aspect ratio differs from the photo's by no more than this share."""
 
@@ -223,7 +228,30 @@ def _threshold(values: np.ndarray, most: float, lossy: bool, name: str) -> np.nd
             "for each region, white on black",
             Reason.MASK_EMPTY,
         )
+    if not lossy and _is_label_map(values, most):
+        raise UnusableMask(
+            f"{name}: areas of several grays, as in a label map, and no mask; give the region white on "
+            "black, one file for each"
+        )
     return mask
+
+
+def _is_label_map(values: np.ndarray, most: float) -> bool:
+    """Whether a gray besides the darkest and the brightest fills an area, and most grays fill one.
+
+    Soft edges and the noise of a JPEG are lines and single pixels of many grays. A pixel is inside an area if
+    its four neighbors have its value.
+    """
+    grays = np.unique(values)
+    if len(grays) > _MAX_GRAYS:
+        return False
+    inner = values[1:-1, 1:-1]
+    inside = (inner == values[:-2, 1:-1]) & (inner == values[2:, 1:-1])
+    inside &= (inner == values[1:-1, :-2]) & (inner == values[1:-1, 2:])
+    filling, counts = np.unique(inner[inside], return_counts=True)
+    between = (filling > grays[0]) & (filling < grays[-1])
+    between &= np.abs(filling / most - 0.5) > _MIDDLE
+    return len(filling) * 2 >= len(grays) and bool((counts[between] > _MAX_THIRD * values.size).any())
 
 
 def _unclear(values: np.ndarray, most: float) -> float:

@@ -47,10 +47,17 @@ def ask(home, *args):
     return result.stdout
 
 
-def test_questions_are_answered_each_on_a_line(home, chat):
-    photo = home / "photo.png"
-    expected = [chat.ask(text, photo, **FIELDS) for text in ("what is it?", "where?")]
-    assert ask(home, "--image", photo, "what is it?", "where?").splitlines() == expected
+def test_each_of_several_questions_stands_above_its_answer(home, chat):
+    photo, texts = home / "photo.png", ("what is it?", "where?")
+    expected = [line for text in texts for line in (text, f"  {chat.ask(text, photo, **FIELDS)}")]
+    assert ask(home, "--image", photo, *texts).splitlines() == expected
+    box = (20, 10, 50, 30)
+    expected = [
+        line for text in texts for line in (text, f"  1  {chat.ask(text, photo, region=box, **FIELDS)}")
+    ]
+    assert ask(home, "--image", photo, "--box", "20,10,50,30", *texts).splitlines() == expected
+    long = "say something " * 20 + "else"  # longer than a file's name may be
+    assert ask(home, long).strip() == chat.ask(long, **FIELDS)
     assert ask(home, "say something").strip() == chat.ask("say something", **FIELDS)
 
 
@@ -118,7 +125,7 @@ def test_a_streamed_question_that_does_not_fit_is_an_error_that_says_what_to_do(
 def test_json_lines_are_written_whole(home, tmp_path):
     printed = ask(home, "--json", tmp_path / "answers.jsonl", "one", "two").splitlines()
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [record["answer"] for record in records] == printed[:2]
+    assert [f"  {record['answer']}" for record in records] == printed[1:4:2]
     assert [record["question"] for record in records] == ["one", "two"]
     assert all(record["tokens"] <= 6 and record["ended"] in ("end", "length") for record in records)
 
@@ -133,6 +140,10 @@ def test_json_lines_are_written_whole(home, tmp_path):
         (["--key", "3", "what"], "--key names an image"),
         (["--image", "PHOTO", "--key", "3", "--box", "1,2,3,4", "what"], "--key names an image"),
         (["--image", "PHOTO", "--masks", "PHOTO", "what"], "'what' after --masks counts as masks; give the"),
+        (
+            ["--image", "PHOTO", "PHOTO", "what"],
+            "photo.png' counts as a question, and is a file; .* repeat --image",
+        ),
         (["--image", "PHOTO"], "no question; give the question first"),
         (["--steps", "5", "what"], "5 for 2 blocks of 3 tokens"),
         (["--json", "nowhere/a.jsonl", "what"], "nowhere: no such folder"),

@@ -105,7 +105,9 @@ def test_a_torn_line_is_done_again_and_finished_photos_are_skipped(home, whole, 
     read = []
     real = caption_folder.read_photo_regions
     monkeypatch.setattr(
-        caption_folder, "read_photo_regions", lambda image, masks: read.append(image) or real(image, masks)
+        caption_folder,
+        "read_photo_regions",
+        lambda image, *how, **more: read.append(image) or real(image, *how, **more),
     )
     assert "5 photos with 6 regions captioned, 4 done before" in run(home, out).stdout
     assert len(read) == 5 and out.read_bytes() == whole
@@ -116,7 +118,7 @@ def test_a_torn_line_is_done_again_and_finished_photos_are_skipped(home, whole, 
 def test_other_options_or_another_file_are_refused(home, whole, tmp_path):
     out = tmp_path / "captions.jsonl"
     out.write_bytes(whole)
-    with pytest.raises(ConfigError, match=r"captions\.jsonl\.run\.json, which says how .* is missing"):
+    with pytest.raises(ConfigError, match=r"without captions\.jsonl\.run\.json, which says how .* move"):
         run(home, out)
     shutil.copy(home / "whole.jsonl.run.json", tmp_path / "captions.jsonl.run.json")
     with pytest.raises(ConfigError, match=r"made with another prompt, temperature 0\.0"):
@@ -153,6 +155,10 @@ def test_the_header_and_lines_say_what_auto_means(home, tmp_path, monkeypatch):
         (lambda home: (home / "photos/notes.txt").touch(), "notes.txt is not one of the photos"),
         (lambda home: (home / "photos/more").mkdir(), "more is a folder"),
         (lambda home: shutil.rmtree(home / "masks"), "no such folder of masks"),
+        (
+            lambda home: (shutil.rmtree(home / "photos"), (home / "photos").touch()),
+            "photos: a file; give the folder of photos, or leave out --out",
+        ),
     ],
 )
 def test_what_has_no_partner_is_an_error_that_names_it(tmp_path, change, message):
@@ -169,7 +175,7 @@ def test_a_photo_that_cannot_be_read_gets_a_line_and_is_tried_again(home, tmp_pa
     (tmp_path / "photos/p002.png").write_bytes(good[:50])
     out = tmp_path / "captions.jsonl"
     result = run(tmp_path, out)
-    assert result.exit_code == 1 and "1 photos cannot be used" in result.stdout
+    assert result.exit_code == 1 and "1 photo cannot be used" in result.stdout
     found = lines(out)
     assert [line["photo"] for line in found] == [f"p{number:03d}.png" for number in range(5)]
     assert ["error" in line for line in found] == [False, False, True, False, False]

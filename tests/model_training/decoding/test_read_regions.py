@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco
 
 from paracaption.filters import rle
@@ -151,6 +151,67 @@ def ids(*colors):
     for place, color in enumerate(colors):
         pixels[4:20, 8 + 20 * place : 20 + 20 * place] = color
     return Image.fromarray(pixels)
+
+
+def areas(*grays, kind=np.uint8):
+    """Rectangles side by side on black; a gray 0 is none."""
+    pixels = np.zeros((HEIGHT, WIDTH), kind)
+    for place, gray in enumerate(grays):
+        pixels[4:14, 2 + 10 * place : 10 + 10 * place] = gray
+    return Image.fromarray(pixels)
+
+
+def as_palette(image):
+    found = image.convert("P")
+    found.putpalette([gray for gray in range(256) for _ in "RGB"])
+    return found
+
+
+LABELS = {
+    "VOC": areas(1, 2, 3, 4, 255),
+    "VOC of one object": areas(15, 255),
+    "ids": areas(200, 210, 220),
+    "palette": as_palette(areas(200, 210, 220)),
+    "colors": areas(200, 210, 220).convert("RGB"),
+    "16 bits": areas(40_000, 60_000, 61_000, kind=np.uint16),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_gray_label_map_is_refused_and_no_merged_region(kind, photo, tmp_path):
+    path = saved(LABELS[kind], tmp_path / "m.png")
+    with pytest.raises(ConfigError, match=r"m\.png: areas of several grays, as in a label map.*one file for"):
+        read_photo_regions(photo, [path])
+
+
+def disk(size=(WIDTH, HEIGHT), scale=1):
+    image = Image.new("L", (size[0] * scale, size[1] * scale))
+    ImageDraw.Draw(image).ellipse([8 * scale, 8 * scale, 40 * scale, 40 * scale], fill=255)
+    return image.resize(size, Image.Resampling.BOX)
+
+
+def saved_as_jpeg_before(quality):
+    buffer = io.BytesIO()
+    disk().save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("L")
+
+
+SOFT = {
+    "4 shades": disk(scale=2),
+    "64 shades": disk(scale=8),
+    "shades of a palette": as_palette(disk(scale=2)),
+    "blurred": disk().filter(ImageFilter.GaussianBlur(1)),
+    "a trimap": areas(128, 255),
+    "a trimap of 127": areas(127, 255),
+    **{f"JPEG of quality {each}": saved_as_jpeg_before(each) for each in (50, 75, 90, 95, 100)},
+}
+
+
+@pytest.mark.parametrize("kind", SOFT)
+def test_shades_noise_and_trimaps_are_no_label_maps(kind, photo, tmp_path):
+    [region] = read_photo_regions(photo, [saved(SOFT[kind], tmp_path / "m.png")]).regions
+    expected = np.asarray(SOFT[kind].convert("L")) > 127
+    assert abs(region.mask.area - expected.sum()) <= 0.02 * expected.sum()
 
 
 BROKEN = {

@@ -167,12 +167,31 @@ def test_without_a_trial_it_counts_and_says_how_to_make_one(tmp_path, model):  #
     assert "forward passes of one question at most (not known of 1 rows)" in done.out
     assert "- unknown, released: number of questions: set `questions`" in done.out
     assert f"hours are not known: no trial in {tmp_path}/out/trial; make one" in done.out
-    made = f"evaluate {path} --set label=trial --set harness.limit=20 --set benchmarks.0.images=5"
+    made = (
+        f"evaluate {path} --set label={given.label}-trial --set harness.limit=20 --set benchmarks.0.images=5"
+    )
     assert made in done.err
+    few = ("--set", "benchmarks.0.images=1", "--set", "label=x", "--set", "captioner.options.batch_size=2")
+    again = command("estimate", path, "--evaluation", *few, "--gpus", "4").err
+    kept = "--evaluation --set captioner.options.batch_size=2"
+    assert again.endswith(f"estimate {path} {kept} --run {tmp_path}/out/x-trial --gpus 4\n")
+    assert made.replace(f"{given.label}-", "x-").split(" --set ", 1)[1] in again and "images=1" not in again
     gone = command("estimate", path, "--evaluation", "--run", tmp_path / "gone")
     assert gone.code == 2 and "--run takes the folder of a trial's results" in gone.err
     assert command("estimate", path, "--evaluation", "--sources").code == 2
     assert command("estimate", path, "--evaluation", "--gpus", "1.5").code == 2
+
+
+def test_a_configuration_of_the_other_command_is_told_from_a_wrong_one(tmp_path):
+    configs = Path(__file__).resolve().parents[3]
+    done = command("estimate", configs / "configs/evaluate/base.yaml")
+    assert done.code == 2 and "base.yaml: this is a configuration of `evaluate`; add --evaluation" in done.err
+    done = command("estimate", configs / "samples/build.yaml", "--evaluation")
+    assert done.code == 2 and "build.yaml: this is a configuration of `build`; leave out --eval" in done.err
+    (tmp_path / "x.yaml").write_text("nothing: 1\n")
+    for more in ((), ("--evaluation",)):
+        done = command("estimate", tmp_path / "x.yaml", *more)
+        assert done.code == 2 and "x.yaml" in done.err and "this is a configuration" not in done.err
 
 
 def test_a_trial_of_a_few_photos_says_what_all_of_them_take(tmp_path):
