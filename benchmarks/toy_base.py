@@ -1,14 +1,15 @@
 """A tiny Base, trained by the four stage configs of the paper on scenes of shapes, answers questions.
 
     python -m benchmarks.toy_base world     # draw scenes, and write conversations about them for each stage
-    python -m benchmarks.toy_base 1         # train stage 1 (configs/train/base-1.yaml); then 2, 3 and 4
+    python -m benchmarks.toy_base 1         # train stage 1 (configs/train/base-1.yaml); then 2, 3, 4 and 5
     python -m benchmarks.toy_base ask       # ask held-out questions: by Chat, and by `paracaption ask`
     python -m benchmarks.toy_base report    # the table
     python -m benchmarks.toy_base all       # everything
 
 What is done is not done again, and a training goes on where it was stopped. Everything lies in out/toy-base,
-or in the folder that PARACAPTION_TOY_BASE names. The vision tower and the language model begin as those of
-samples/model, which knows the look of these things; the projector and all new words begin at random.
+or in the folder that PARACAPTION_TOY_BASE names. Stage 5 is the paper's stage 4 again, with questions alone.
+The vision tower and the language model begin as those of samples/model, which knows the look of these things;
+the projector and all new words begin at random.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from .toy_steps import begin_with_sample
 
 FOLDER = Path(os.environ.get("PARACAPTION_TOY_BASE", ROOT / "out/toy-base"))
 SCENES = {"train": 8000, "heldout": 300}
-CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 8}
+CONVERSATIONS = {1: 1, 2: 3, 3: 6, 4: 8, 5: 16}
 """Of each stage about each scene."""
-STEPS = {1: 150, 2: 1500, 3: 3500, 4: 6000}
+STEPS = {1: 150, 2: 1500, 3: 3500, 4: 13000, 5: 9000}
 EACH = 60
 """Held-out questions of each type."""
 
@@ -54,9 +55,9 @@ CHANGES: dict[str, Any] = {
 """What a tiny run on one core changes in all four configs, besides paths, steps and rates."""
 DATA = {"packed": False, "max_tokens": 2048, "max_examples": None, "workers": 0}
 """The size of a batch."""
-RATES = {2: 1.5e-3, 3: 1.5e-3, 4: 1.2e-3}
-"""Of stages 2 to 4, whose configs have 4e-5 for a model of 8 billion parameters. Stage 1 keeps its own."""
-FLOORS = {2: 0.5, 3: 0.75}
+RATES = {2: 1.5e-3, 3: 1.5e-3, 4: 1.2e-3, 5: 1.2e-3}
+"""Of the others, whose configs have 4e-5 for a model of 8 billion parameters. Stage 1 keeps its own."""
+FLOORS = {2: 0.5, 3: 0.75, 4: 0.75}
 """Of the rate at the end of stages that another one follows, which goes on from there."""
 
 
@@ -117,7 +118,7 @@ def start() -> Path:
 
 def write_config(stage: int, steps: int) -> Path:
     """The paper's config of a stage with what a tiny run changes. Returns its path."""
-    config = yaml.safe_load((ROOT / f"configs/train/base-{stage}.yaml").read_text())
+    config = yaml.safe_load((ROOT / f"configs/train/base-{min(stage, 4)}.yaml").read_text())
     folder = FOLDER / f"base-{stage}"
     del config["epochs"], config["ray"]
     config |= CHANGES | {"out": str(folder), "steps": steps}
@@ -153,7 +154,7 @@ def main() -> None:
     stages = ["world", *map(str, STEPS), "ask", "report"]
     parser.add_argument("stage", choices=[*stages, "all"])
     parser.add_argument("--steps", type=int, help="of the training, instead of the default")
-    parser.add_argument("--model", type=int, default=4, choices=STEPS, help="the stage that is asked")
+    parser.add_argument("--model", type=int, default=max(STEPS), choices=STEPS, help="the stage to ask")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for stage in stages if args.stage == "all" else [args.stage]:

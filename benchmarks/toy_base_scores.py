@@ -91,7 +91,7 @@ def _by_function(chat: Chat, model: Path, folder: Path, held_out: list[dict[str,
             first = held_out[numbers[0]]
             texts = [held_out[number]["question"] for number in numbers]
             given = _options(first).model_dump()
-            ask_command(texts, model, [_photo(folder, first)], json=str(lines), **given)
+            ask_command(model, texts, [_photo(folder, first)], json=str(lines), **given)
             _take(lines, numbers, said)
     return said
 

@@ -62,6 +62,9 @@ _NUMBERS = ("max_new_tokens", "steps", "threshold", "factor", "temperature", "to
 AUTO_CACHE: dict[str, Any] = {"cache": "approximate", "refresh_every": 8, "redo_below": 0.99, "settled": 0.9}
 """What "auto" means in layouts in which the prefix sees the captions, chosen by `benchmarks.caches`."""
 
+REFRESH_EVERY = 4
+"""`refresh_every` of the cache "approximate"; digests of files on disk have it where none is given."""
+
 
 class DecodeOptions(Strict):
     """How the masked tokens of captions are filled in.
@@ -88,7 +91,7 @@ class DecodeOptions(Strict):
     "approximate" is for the other layouts, in which what comes before the captions depends on them: it is
     computed again every `refresh_every` steps and, with `redo_below`, whenever a step is not sure of what it
     would keep. "auto" is "exact" where the layout allows it. Elsewhere it is "approximate" with a
-    `refresh_every` of 8, and a `redo_below` of 0.99 and a `settled` of 0.9 unless you give others: a model
+    `refresh_every` of 8, a `redo_below` of 0.99 and a `settled` of 0.9 unless you give others: a model
     that is never sure is then decoded almost as without a cache, and at that cost.
     """
 
@@ -140,8 +143,11 @@ class DecodeOptions(Strict):
         "every `refresh_every` steps) or `auto` (`exact` for models that allow it, else `approximate` with "
         "`refresh_every` 8, `redo_below` 0.99 and `settled` 0.9).",
     )
-    refresh_every: PositiveInt = Field(
-        default=4, description="Number of steps after which the cache `approximate` is computed again."
+    refresh_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of steps after which the cache `approximate` is computed again. By default "
+        "4, and 8 where `auto` chooses that cache.",
     )
     redo_below: float | None = Field(
         default=None,
@@ -201,15 +207,32 @@ class DecodeOptions(Strict):
             raise ValueError("position_thresholds: a confidence is a number from 0 to 1; correct the others")
         return self
 
+    def resolved(self, isolated: bool) -> DecodeOptions:
+        """Options in which the cache "auto" is replaced by what it means for captions.
+
+        A `redo_below`, `settled` or `refresh_every` that is given stays.
+
+        Args:
+            isolated: whether the model's layout isolates the prefix; "auto" is then left, and is "exact".
+        """
+        if self.cache != "auto" or isolated:
+            return self
+        own = {name: getattr(self, name) for name in ("refresh_every", "redo_below", "settled")}
+        return self.model_copy(
+            update=AUTO_CACHE | {name: value for name, value in own.items() if value is not None}
+        )
+
     def stored(self) -> dict[str, Any]:
         """The options under their names in files on disk, where `max_new_tokens` is still `length`.
 
-        Options that release 0.1 did not have are left out at their default: what is stored enters digests.
+        What is stored enters digests. So options that release 0.1 did not have are left out at their default,
+        and `refresh_every` is 4 where none is given. What "auto" means is up to the model, see `resolved`.
         """
         fields = type(self).model_fields
+        values = self.model_dump() | {"refresh_every": self.refresh_every or REFRESH_EVERY}
         return {
             _STORED_NAMES.get(name, name): value
-            for name, value in self.model_dump().items()
+            for name, value in values.items()
             if name not in _NEWER or value != fields[name].default
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from ...schemas.errors import ConfigError
 from .arguments import Device, Dtype, options_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ...model_training.decoding.answered import Answered, AskedAbout
 
 
@@ -68,6 +71,7 @@ def ask(
     from rich.console import Console
 
     from ...model_training.decoding import answered as answering
+    from ...model_training.decoding.caption_photo import check_outputs
     from ...model_training.decoding.chat import Chat
 
     options = AnswerOptions.checked(decoding)
@@ -78,7 +82,7 @@ def ask(
         )
     for each in filter(_is_file, questions):
         raise ConfigError(f"{each!r} counts as a question, and is a file; for another image, repeat --image")
-    answering.check_record(json)
+    check_outputs(record=json)
     asked = _asked(questions, image or [], masks, key, box)
     if conversation and (masks or box):
         raise ConfigError("--conversation is about whole images; leave out --masks and --box")
@@ -93,20 +97,32 @@ def ask(
         answering.stream(chat, asked[0], options, lambda part: print(part, end="", flush=True))
         print()
         return
-    with notices.status("answering"):
-        if conversation:
-            found = list(answering.converse(chat, asked, options))
-        else:
-            found = answering.ask_in_turn(chat, asked, options, batch_size)
-    if json == "-":
-        print(answering.to_lines(found, chat, options), end="")
-        return
-    if json is not None:
-        answering.write_lines(found, chat, options, json)
-    for each in found:
-        print(_shown(each, len(questions) > 1))
-    if json is not None:
-        print(json)
+    if conversation:
+        answers = answering.converse(chat, asked, options)
+    else:
+        answers = answering.ask_in_turn(chat, asked, options, batch_size)
+    found: list[Answered] = []
+    try:
+        for each in _awaited(answers, notices):
+            found.append(each)
+            if json == "-":
+                print(answering.to_lines([each], chat, options), end="", flush=True)
+            else:
+                print(_shown(each, len(questions) > 1), flush=True)
+    finally:  # what was answered before one that fails is kept
+        if json not in (None, "-") and found:
+            answering.write_lines(found, chat, options, json)
+            print(json)
+
+
+def _awaited(answers: Iterator[Answered], notices: Console) -> Iterator[Answered]:
+    """Answers, with a notice while each is waited for and none while it is printed."""
+    while True:
+        with notices.status("answering"):
+            each = next(answers, None)
+        if each is None:
+            return
+        yield each
 
 
 def _is_file(question: str) -> bool:
@@ -135,9 +151,9 @@ def _asked(
     from ...model_training.decoding import answered as answering
     from ...model_training.decoding.read_regions import read_photo_regions
 
+    if key is not None and not masks:
+        raise ConfigError("--key names an image in what --masks gives; give --masks too, or leave it out")
     if not masks and not boxes:
-        if key is not None:
-            raise ConfigError("--key names an image in what --masks gives; give --masks too, or leave it out")
         return answering.about_images(questions, images)
     if masks and boxes:
         raise ConfigError("--masks and --box both give regions; give one of the two")

@@ -8,7 +8,7 @@ from ...schemas.errors import StageFailed
 
 
 def show_rows(found: dict[str, Any]) -> None:
-    """Print the table, in 80 columns, and below it a line for each run without a score."""
+    """Print the table, in 80 columns, and below it why there is no score, or where a judge said nothing."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table

@@ -390,7 +390,8 @@ def caption(
             captioner, photo, options, regions_per_call, prompt or (), batch_size
         )
         if trace is not None:
-            captioning.write_trace(captioning.trace_photo(captioner, captioned, regions_per_call), trace)
+            traced = captioning.trace_photo(captioner, captioned, regions_per_call, batch_size)
+            captioning.write_trace(traced, trace)
     if picture is not None:
         captioning.write_picture(captioned, picture)
     if json == "-":

@@ -48,9 +48,9 @@ def about_images(texts: Sequence[str], images: Sequence[str | Path]) -> list[Ask
 def about_regions(texts: Sequence[str], photo: PhotoRegions) -> list[AskedAbout]:
     """Each question about each region of a photo."""
     return [
-        AskedAbout(Question(text, [photo.pixels], region=mask), [photo.name], region, number)
+        AskedAbout(Question(text, [photo.pixels], region=region.mask.rle), [photo.name], region, number)
         for text in texts
-        for number, (region, mask) in enumerate(zip(photo.regions, photo.masks(), strict=True), 1)
+        for number, region in enumerate(photo.regions, 1)
     ]
 
 
@@ -70,10 +70,10 @@ def about_boxes(texts: Sequence[str], image: str | Path, boxes: Sequence[str]) -
 
 def ask_in_turn(
     chat: Chat, asked: Sequence[AskedAbout], options: AnswerOptions, batch_size: int = 8
-) -> list[Answered]:
-    """Answer questions that do not know of each other."""
+) -> Iterator[Answered]:
+    """Answer questions that do not know of each other, all before the first answer is given."""
     answers = chat.ask_all([each.question for each in asked], options, batch_size=batch_size)
-    return [Answered(*pair) for pair in zip(asked, answers, strict=True)]
+    yield from map(Answered, asked, answers)
 
 
 def converse(chat: Chat, asked: Sequence[AskedAbout], options: AnswerOptions) -> Iterator[Answered]:
@@ -88,23 +88,12 @@ def converse(chat: Chat, asked: Sequence[AskedAbout], options: AnswerOptions) ->
 
 def stream(chat: Chat, asked: AskedAbout, options: AnswerOptions, show: Callable[[str], None]) -> str:
     """Answer a question, and show each part of the answer when nothing of it can change any more."""
-    shown, settled = "", ""
+    shown = ""
     for step in chat.ask_steps(asked.question, options):
-        settled = step.text if step.done else step.settled
-        if settled.startswith(shown) and len(settled) > len(shown) and not settled.endswith("\ufffd"):
-            show(settled[len(shown) :])
-            shown = settled
-    return settled
-
-
-def check_record(path: str | Path | None) -> None:
-    """Refuse a file that cannot be written, before a model is loaded for it.
-
-    Raises:
-        ConfigError: its folder does not exist.
-    """
-    if path is not None and str(path) != "-" and not Path(path).parent.is_dir():
-        raise ConfigError(f"{Path(path).parent}: no such folder; make it first")
+        if len(step.settled) > len(shown):
+            show(step.settled[len(shown) :])
+            shown = step.settled
+    return shown
 
 
 def to_lines(answered: Sequence[Answered], chat: Chat, options: AnswerOptions) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from ...schemas.decoding import AUTO_CACHE, DecodeOptions
+from ...schemas.decoding import REFRESH_EVERY, Cache, DecodeOptions, Strategy
 from ...schemas.errors import ConfigError
 from ..model.config import PerceptionDLMConfig
 from ..model.perceptiondlm import PerceptionDLM
@@ -28,18 +28,8 @@ def choose_cache(model: PerceptionDLM, options: DecodeOptions) -> str:
 
 
 def resolve_options(model: PerceptionDLM, options: DecodeOptions) -> DecodeOptions:
-    """Options in which the cache "auto" is replaced by what it means for a model's captions.
-
-    A `redo_below`, `settled` or `refresh_every` that is given stays.
-    """
-    if options.cache != "auto" or model.layout.isolate_prefix:
-        return options
-    given = {
-        name: value for name in ("redo_below", "settled") if (value := getattr(options, name)) is not None
-    }
-    if "refresh_every" in options.model_fields_set:
-        given["refresh_every"] = options.refresh_every
-    return options.model_copy(update=AUTO_CACHE | given)
+    """Options in which the cache "auto" is replaced by what it means for a model's captions."""
+    return options.resolved(model.layout.isolate_prefix)
 
 
 def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:
@@ -66,10 +56,16 @@ def resolve_cache(model: PerceptionDLM, cache: str, decoded: str) -> str:
     return cache
 
 
+def one_token_a_step(model: PerceptionDLM, strategy: Strategy, num_slots: int) -> DecodeOptions:
+    """How captions are decoded one token a step, each token from all that were there before it."""
+    cache = cast(Cache, resolve_cache(model, "auto", "captions"))  # never "approximate", nor ended when sure
+    return DecodeOptions(strategy=strategy, max_new_tokens=num_slots, steps=num_slots, cache=cache)
+
+
 def kind_of(model: PerceptionDLM, options: DecodeOptions) -> tuple:
     """What rows must have in common to share passes: cache, its refresh, suppression, and drawing."""
     cache = choose_cache(model, options)
-    every = options.refresh_every if cache == "approximate" else 0
+    every = resolve_options(model, options).refresh_every or REFRESH_EVERY if cache == "approximate" else 0
     return cache, every, bool(suppressed(model, options)), options.temperature > 0
 
 

@@ -11,7 +11,6 @@ run.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from ...pipeline.sources import file_names
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .caption_photo import about_captions, to_record
-from .corpus_captioner import meaning_of_auto
+from .corpus_captioner import isolates_prefix
 from .fitting import caption_each
 from .read_regions import PhotoRegions, check_json, is_corpus, of_sample, read_photo_regions
 from .region_captioner import RegionCaptioner
@@ -116,7 +115,9 @@ def find_photos(photos: str | None, masks: str) -> list[PhotoTask]:
 
 
 def tasks_of_corpus(path: str, held_out: bool = False) -> list[PhotoTask]:
-    """A task for each image of a corpus. Each is read by itself, from where its ledger says that it lies.
+    """A task for each image of a corpus, named SUBSET/KEY, since an image may be in several subsets.
+
+    Each is read by itself, from where its ledger says that it lies.
 
     Args:
         path: path of the folder that a build wrote.
@@ -133,14 +134,13 @@ def tasks_of_corpus(path: str, held_out: bool = False) -> list[PhotoTask]:
         for table in opened.ledgers(subset, columns=["kept", *_PLACE]):
             kept = table.filter(table["kept"]).select(_PLACE)
             rows |= {(subset, key): (kept, number) for number, key in enumerate(kept["key"].to_pylist())}
-    times = Counter(key for _, key in rows)  # an image may be in several subsets
 
     def read(table: pa.Table, number: int) -> PhotoRegions:
         [row] = table.slice(number, 1).to_pylist()
         return of_sample(f"{path}#{row['key']}", *opened.read_sample(row))
 
     return [
-        PhotoTask(key if times[key] == 1 else f"{subset}/{key}", partial(read, *row))
+        PhotoTask(f"{subset}/{key}", partial(read, *row))
         for (subset, key), row in rows.items()
         if not share or is_held_out(key, share)
     ]
@@ -219,9 +219,10 @@ def header_of(
     return {
         "photos": photos and _place(photos),
         "masks": _place(masks),
+        **({"names of images": "subset/key"} if photos is None else {}),  # once some were named by key alone
         "model": weights.identity(model),
         "dtype": dtype,
-        "options": options.stored() | meaning_of_auto(str(model), options),
+        "options": options.resolved(isolates_prefix(model)).stored(),
         "prompt": prompt,
         "regions_per_call": regions_per_call,
     }

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...pipeline.io import draw, files
+from ...pipeline.models.batching import Batches
 from ...schemas.errors import ConfigError
+from .fitting import caption_each
 from .read_regions import PhotoRegions
 from .trace import Trace
 
@@ -29,7 +31,7 @@ class CaptionedPhoto(NamedTuple):
         photo: the photo and its regions.
         found: the captions in the order of the regions, and what they cost.
         tokens: how many tokens the text of each caption has.
-        options: how the captions were decoded.
+        options: how the captions were decoded, without the cache "auto" where it means "approximate".
         model: folder, layout, device and type of the model.
         prompts: what each region was asked; empty if all were asked what the model was trained with.
     """
@@ -60,18 +62,22 @@ def check_outputs(
     Args:
         picture: path for `write_picture`.
         trace: path for `write_trace`.
-        record: path for `write_record`; "-" stands for the terminal.
+        record: path of a JSON file; "-" stands for the terminal.
 
     Raises:
-        ConfigError: a name ends in no known format, or a folder does not exist.
+        ConfigError: a name ends in no known format, a folder does not exist, or the path is one.
     """
     if trace is not None:
         _check_trace(trace)
     if picture is not None and Path(picture).suffix.lower() not in _PICTURES:
         raise ConfigError(f"{picture}: a picture's name ends in {', '.join(_PICTURES)}")
-    for path in (picture, record):
-        if path is not None and str(path) != "-" and not Path(path).parent.is_dir():
+    for path in (picture, trace, record):
+        if path is None or str(path) == "-":
+            continue
+        if not Path(path).parent.is_dir():
             raise ConfigError(f"{Path(path).parent}: no such folder; make it first")
+        if Path(path).is_dir():
+            raise ConfigError(f"{path}: is a folder; name a file in it")
 
 
 def caption_regions(
@@ -90,18 +96,22 @@ def caption_regions(
         options: how captions are decoded.
         regions_per_call: the most regions that share a sequence; by default as many as the model can.
         prompts: what the regions are asked: one text for all, one for each, or none for the model's own.
-        batch_size: sequences that are decoded at once.
+        batch_size: sequences that are decoded at once; halved when memory runs out.
 
     Raises:
         ConfigError: an option does not suit the model, or there are not as many prompts as regions.
+        OutOfMemory: one sequence does not fit.
     """
     num_regions = len(photo.regions)
     asked = [*prompts] * (num_regions if len(prompts) == 1 else 1)
-    [found] = captioner.caption_photos(
-        [(photo.pixels, photo.masks(), asked or None)],
+    [(_, found)] = caption_each(
+        captioner,
+        [photo],
+        lambda each: (None, each.pixels, each.masks()),
+        Batches(batch_size, "captions: sequences of regions"),
         options,
+        prompt=asked or None,
         regions_per_call=regions_per_call,
-        batch_size=batch_size,
     )
     return about_captions(captioner, photo, found, options, asked)
 
@@ -122,6 +132,8 @@ def about_captions(
         options: how they were decoded.
         prompts: what each region was asked; none for the model's own prompt.
     """
+    from .buckets import resolve_options
+
     model = captioner.model
     about = {
         "folder": str(model.name_or_path),
@@ -130,23 +142,31 @@ def about_captions(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     tokens = [len(captioner.processor.tokenize(caption)) for caption in found.captions]
-    return CaptionedPhoto(photo, found, tokens, options, about, prompts)
+    return CaptionedPhoto(photo, found, tokens, resolve_options(model, options), about, prompts)
 
 
 def trace_photo(
-    captioner: RegionCaptioner, captioned: CaptionedPhoto, regions_per_call: int | None = None
+    captioner: RegionCaptioner,
+    captioned: CaptionedPhoto,
+    regions_per_call: int | None = None,
+    batch_size: int = 8,
 ) -> Trace:
-    """Decode a captioned photo once more and keep every step, which takes longer than the captions did."""
+    """Decode a captioned photo once more and keep every step, which takes longer than the captions did.
+
+    Raises:
+        OutOfMemory: one sequence does not fit.
+    """
     photo = captioned.photo
-    steps = captioner.caption_steps(
+    steps = captioner.record_steps(
         photo.pixels,
         photo.masks(),
         captioned.options,
         prompt=captioned.prompts or None,
         regions_per_call=regions_per_call,
+        batch_size=batch_size,
     )
     eot = captioner.model.config.eot_token_id
-    return Trace(photo.pixels, captioned.overlays(), list(steps), eot, Path(photo.name).name)
+    return Trace(photo.pixels, captioned.overlays(), steps, eot, Path(photo.name).name)
 
 
 def write_picture(captioned: CaptionedPhoto, path: str | Path) -> None:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...pipeline.models.batching import Batches
+from ...pipeline.models.batching import Batches, refusing_out_of_memory
 from ...schemas.answering import AnswerOptions
 from ...schemas.errors import ConfigError
 from ..model.layout import IMAGE
-from .region_captioner import Photo, RegionCaptioner, Slot, check_count
+from .region_captioner import Photo, RegionCaptioner, check_count
 from .region_forms import Boxes, to_masks, to_pixels
+from .snapshots import Slot
 
 if TYPE_CHECKING:
     from ..model.batch import Example
@@ -39,7 +40,7 @@ class Question:
         text: the question. `<image>` stands for an image; where neither it nor a turn before it says where
             the images stand, they stand before the first question, each on a line of its own.
         images: those of the whole conversation, in the forms of `region_forms`.
-        turns: the questions and answers before this one.
+        turns: the questions and answers before this one. An answer may be empty, as a model's may.
         region: a region of the only image that the question is about, in a form of `region_forms`; None for
             all of it. The model answers as it captions: its prompt is the question.
         boxes: what four numbers mean as a region.
@@ -83,7 +84,8 @@ class AnswerStep(NamedTuple):
     Attributes:
         forwards: forward passes of the language model so far.
         text: the answer as it reads now, without what is still masked.
-        settled: the part of it before the first masked token, which stays as it is.
+        settled: the part of it before the first masked token, which stays as it is. What may be the beginning
+            of a stop string, or of a letter of several tokens, is not in it until that is decided.
         slots: its tokens.
         done: whether this is the last step.
     """
@@ -215,15 +217,22 @@ class Chat:
             The answer before the first step and after every one. The last is what `ask` returns.
 
         Raises:
-            ConfigError: as `ask`, at once.
+            ConfigError: as `ask`, at once; or the question has options of its own, and there are others too.
+            OutOfMemory: the question does not fit.
         """
+        from .blocks import choose_cache
+
+        if question.options is not None and (options is not None or fields):
+            raise ConfigError(
+                "the question has options of its own; leave out those of the call, or set them with "
+                "`with_options(question, ...)`"
+            )
         asked = self._lay_out(question, question.options or answer_options(options, fields), "")
+        choose_cache(self.model, asked.options)
         return self._shown(asked)
 
     def _shown(self, asked: Asked) -> Iterator[AnswerStep]:
-        from .blocks import answer_steps
-
-        for state in answer_steps(self.model, [asked]):
+        for state in self._states(asked):
             tokens = state.tokens_BS[0].tolist()
             rows = zip(tokens, state.open_BS[0].tolist(), state.confidence_BS[0].tolist(), strict=True)
             slots = [
@@ -231,11 +240,30 @@ class Chat:
                 for token, masked, confidence in rows
             ]
             said = tokens[: int(state.ends_B[0])]
-            open_K = np.flatnonzero(state.open_BS[0])
-            settled = said[: open_K[0]] if len(open_K) else said
-            yield AnswerStep(
-                int(state.forwards_B[0]), self._read(said), self._read(settled), slots, bool(state.done_B[0])
-            )
+            text, done = self._read(said), bool(state.done_B[0])
+            open_K = np.flatnonzero(state.open_BS[0, : len(said)])
+            settled = self._settled(said[: open_K[0]], asked.stops) if len(open_K) and not done else text
+            yield AnswerStep(int(state.forwards_B[0]), text, settled, slots, done)
+
+    def _states(self, asked: Asked) -> Iterator[AnswerState]:
+        from .blocks import answer_steps
+
+        advice = "shorten the question, lower `max_new_tokens`, or use a larger GPU"
+        with refusing_out_of_memory("steps: one question", advice):
+            yield from answer_steps(self.model, [asked])
+
+    def _settled(self, tokens: list[int], stops: Sequence[tuple[int, ...]]) -> str:
+        """The text of decided tokens, without an end that may still become a stop string or a letter."""
+        held = max(
+            (
+                length
+                for stop in stops
+                for length in range(1, min(len(stop), len(tokens) + 1))
+                if stop[:length] == tuple(tokens[-length:])
+            ),
+            default=0,
+        )
+        return self._read(tokens[: len(tokens) - held]).rstrip("\ufffd").rstrip()
 
     def _lay_out(self, question: Question, options: AnswerOptions, name: str) -> Asked:
         """A question as a sequence with masked slots for its answer."""
@@ -263,8 +291,9 @@ class Chat:
 
         pixels = [to_pixels(photo, f"image {number}") for number, photo in enumerate(question.images)]
         questions = _with_places([*(asked for asked, _ in question.turns), question.text], len(pixels))
-        for text in (*questions, *(answer for _, answer in question.turns)):
+        for text in questions:
             self.processor.check_instruction(text.replace(IMAGE, " "))
+        said = [self.processor.check_text(answer, "an answer in `turns`") for _, answer in question.turns]
         name = options.template
         if name == "auto":
             name = "released" if self.model.config.layout == "reference" else "trained"
@@ -274,8 +303,8 @@ class Chat:
         template = conversation.TEMPLATES[name]
         prefix, *asked = conversation.lay_out(self.processor, questions, counts, template, tokenize)
         between: list[int] = []
-        for (_, answer), tokens in zip(question.turns, asked, strict=True):
-            between += [*tokenize(answer), self._eot, *tokens]
+        for answer, tokens in zip(said, asked, strict=True):
+            between += [*answer, self._eot, *tokens]
         slots = [self.model.config.mask_token_id] * options.max_new_tokens
         example = conversation.make_example(self.processor, views, grids, prefix, [*between, *slots])
         return example, len(between)

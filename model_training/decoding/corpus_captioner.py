@@ -36,12 +36,17 @@ _Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 def meaning_of_auto(model: str, decoding: DecodeOptions) -> dict[str, str]:
     """What `cache: auto` is for a saved model, for its identity; empty where no caption depends on it."""
-    if decoding.cache != "auto":
+    if decoding.cache != "auto" or isolates_prefix(model):
         return {}
+    every = decoding.refresh_every or AUTO_CACHE["refresh_every"]
+    return {"auto": repr(AUTO_CACHE | {"refresh_every": every})}
+
+
+def isolates_prefix(model: str | Path) -> bool:
+    """Whether the layout of a saved model isolates the prefix. The model is not loaded."""
     config = weights.read_json(Path(model) / "config.json")
     changes = config.get("layout_options") or {}
-    isolated = changes.get("isolate_prefix", config.get("layout") != "reference")
-    return {} if isolated else {"auto": repr(AUTO_CACHE)}
+    return changes.get("isolate_prefix", config.get("layout") != "reference")
 
 
 class ModelOptions(BackendOptions, frozen=True):

@@ -25,7 +25,7 @@ _LOGITS = -1.0
 
 
 def to_bool_mask(mask: ArrayLike, number: int) -> np.ndarray:
-    """A caller's mask as bool, of the same shape.
+    """A caller's mask as bool, of the same shape. One that is bool already is given back as it is.
 
     Args:
         mask: an array, a tensor on any device, a Pillow image or nested lists.
@@ -37,7 +37,7 @@ def to_bool_mask(mask: ArrayLike, number: int) -> np.ndarray:
     """
     values = to_array(mask, f"mask {number}")
     if values.dtype == bool or not values.size:
-        return values.astype(bool)
+        return values.astype(bool, copy=False)
     floats = values.dtype.kind == "f"
     if floats and (wrong := np.count_nonzero(~np.isfinite(values))):
         raise ConfigError(f"mask {number}: {wrong:,} of its values are NaN or infinite; {_GIVE}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,12 @@ import numpy as np
 from ...pipeline.io import weights
 from ...pipeline.io.packages import how_to_install_extra
 from ...pipeline.io.prefetch import ahead
+from ...pipeline.models.batching import Batches, refusing_out_of_memory
 from ...schemas.decoding import DecodeOptions
 from ...schemas.errors import ConfigError
 from .grouping import Group, Grouping, Outline, Prompt, lay_out_photos
 from .region_forms import Boxes
+from .snapshots import Snapshot, join, of_groups
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from ..model.batch import Example
     from ..model.perceptiondlm import PerceptionDLM
     from ..model.processor import PerceptionDLMProcessor
-    from .sampler import DecodeState
     from .stream import Finished
 
 Photo: TypeAlias = "str | PathLike[str] | bytes | np.ndarray | Image | Tensor"
@@ -61,40 +62,19 @@ class RegionCaptions(NamedTuple):
     confidences: list[float] = []
 
 
-class Slot(NamedTuple):
-    """The place of one token in a caption that is being decoded.
-
-    Attributes:
-        text: the token as text; None while it is masked.
-        token: its id.
-        confidence: probability of the latest prediction for this place; NaN before the first one.
-    """
-
-    text: str | None
-    token: int
-    confidence: float
-
-
-class Snapshot(NamedTuple):
-    """The captions of a photo between two decoding steps.
-
-    Attributes:
-        forwards: forward passes of the language model so far, of the group that has had most.
-        slots: for each region, in the caller's order, its tokens.
-        captions: the captions as they read now, without what is still masked.
-    """
-
-    forwards: int
-    slots: list[list[Slot]]
-    captions: list[str]
-
-
 @dataclass
 class _Photo:
     """A photo that is captioned: what is known of it, and how many of its groups are not."""
 
     found: RegionCaptions
     num_left: int
+
+    @classmethod
+    def begin(cls, outline: Outline) -> _Photo:
+        """One of which no group is captioned."""
+        count = outline.num_regions
+        nothing = RegionCaptions([""] * count, 0, 0, 0.0, confidences=[0.0] * count)
+        return cls(nothing, outline.num_groups)
 
 
 class RegionCaptioner:
@@ -314,19 +294,61 @@ class RegionCaptioner:
 
         Raises:
             ConfigError: as `caption`, at once.
+            OutOfMemory: the regions do not fit, all of which are decoded at once.
         """
         options = _decode_options(options, fields)
-        check_count("regions_per_call", regions_per_call)
-        how = Grouping(options.max_new_tokens, prompt, boxes, regions_per_call)
+        groups = self._groups(photo, masks, options, Grouping(0, prompt, boxes, regions_per_call))
+        return self._snapshots(groups, options)
+
+    def record_steps(
+        self,
+        photo: Photo,
+        masks: Iterable[Any],
+        options: DecodeOptions | None = None,
+        *,
+        prompt: Prompt = None,
+        regions_per_call: int | None = None,
+        batch_size: int = 8,
+    ) -> list[Snapshot]:
+        """All that `caption_steps` yields, with `batch_size` sequences at once; halved when memory runs out.
+
+        Raises:
+            ConfigError: as `caption`.
+            OutOfMemory: one sequence does not fit.
+        """
+        options = _decode_options(options, {})
+        check_count("batch_size", batch_size or 0)
+        groups = self._groups(photo, masks, options, Grouping(0, prompt, "xyxy", regions_per_call))
+        batches = Batches(batch_size, "steps: sequences of regions")
+        found = batches.run(groups, lambda part: list(zip(*self._steps(part, options), strict=True)))
+        most = max(map(len, found), default=0)
+        return [join(groups, [shots[min(step, len(shots) - 1)] for shots in found]) for step in range(most)]
+
+    def _groups(
+        self, photo: Photo, masks: Iterable[Any], options: DecodeOptions, how: Grouping
+    ) -> list[Group]:
+        """The groups of one photo."""
+        how = self._checked(options, how)
         laid_out = lay_out_photos(self.processor, [(photo, masks)], how)
-        return self._snapshots([each for each in laid_out if isinstance(each, Group)], options)
+        return [each for each in laid_out if isinstance(each, Group)]
+
+    def _checked(self, options: DecodeOptions, how: Grouping) -> Grouping:
+        """How regions are laid out for options, which suit the model.
+
+        Raises:
+            ConfigError: they do not, or `regions_per_call` is no number of regions.
+        """
+        from .buckets import choose_cache
+
+        check_count("regions_per_call", how.regions_per_call)
+        choose_cache(self.model, options)
+        return how._replace(max_new_tokens=options.max_new_tokens)
 
     def _iter_captions(
         self, photos: Iterable[Any], options: DecodeOptions, how: Grouping, batch_size: int
     ) -> Iterator[RegionCaptions]:
         check_count("batch_size", batch_size or 0)
-        check_count("regions_per_call", how.regions_per_call)
-        how = how._replace(max_new_tokens=options.max_new_tokens)
+        how = self._checked(options, how)
         return self._decoded(lay_out_photos(self.processor, photos, how), options, batch_size)
 
     def _decoded(
@@ -337,19 +359,32 @@ class RegionCaptioner:
 
         begun: deque[_Photo] = deque()
         groups: dict[int, tuple[_Photo, Group]] = {}
+        has_more = True
 
-        def sequences(items: Iterable[Outline | Group]) -> Iterator[tuple[Example, DecodeOptions]]:
-            for number, group in enumerate(_groups_of(items, begun)):
-                groups[number] = begun[-1], group._replace(example=group.example.without_images())
-                yield group.example, options
+        def sequences(items: Iterator[Outline | Group]) -> Iterator[tuple[Example, DecodeOptions]]:
+            """Sequences up to a photo without regions whose turn it is: none is decoded then."""
+            nonlocal has_more
+            number = 0
+            for item in items:
+                if isinstance(item, Group):
+                    groups[number] = begun[-1], item._replace(example=item.example.without_images())
+                    yield item.example, options
+                    number += 1
+                else:
+                    begun.append(_Photo.begin(item))
+                    if not begun[0].num_left:
+                        return
+            has_more = False
 
         with closing(ahead(laid_out, batch_size)) as items:
-            for ended in decode_stream(self._decoder, sequences(items), batch_size):
-                photo, group = groups.pop(ended.number)
-                self._put(photo, group, ended)
-                while begun and not begun[0].num_left:
+            while has_more:
+                for ended in decode_stream(self._decoder, sequences(items), batch_size):
+                    photo, group = groups.pop(ended.number)
+                    self._put(photo, group, ended)
+                    while begun and not begun[0].num_left:
+                        yield begun.popleft().found
+                while begun:
                     yield begun.popleft().found
-        yield from (photo.found for photo in begun)  # those without regions
 
     def _put(self, photo: _Photo, group: Group, ended: Finished) -> None:
         """Put the captions and the cost of a group into the result of its photo."""
@@ -381,30 +416,19 @@ class RegionCaptioner:
     def _read(self, group: Group, tokens_NS: Tensor) -> list[str]:
         return self.processor.read_captions(tokens_NS[: len(group.regions)].numpy(), group.example.order)
 
-    def _snapshots(self, groups: list[Group], options: DecodeOptions) -> Iterator[Snapshot]:
+    def _steps(self, groups: Sequence[Group], options: DecodeOptions) -> Iterator[list[Snapshot]]:
+        """What each of some groups has before the first step and after every one."""
         from ..model.batch import collate
 
         if groups:
-            batch = collate([group.example for group in groups])
-            for state in self._decoder.steps(batch, options):
-                yield self._snapshot(groups, state)
+            for state in self._decoder.steps(collate([group.example for group in groups]), options):
+                yield of_groups(self.processor, groups, state)
 
-    def _snapshot(self, groups: list[Group], state: DecodeState) -> Snapshot:
-        total = sum(len(group.regions) for group in groups)
-        slots: list[list[Slot]] = [[] for _ in range(total)]
-        captions = [""] * total
-        for row, group in enumerate(groups):
-            read = self._read(group, state.tokens_BNS[row])
-            for region, caption in zip(group.regions, read, strict=True):
-                captions[region] = caption
-            for place, number in enumerate(group.example.order):
-                parts = (state.tokens_BNS, state.open_BNS, state.confidence_BNS)
-                rows = zip(*(part[row, place].tolist() for part in parts), strict=True)
-                slots[group.regions[number]] = [
-                    Slot(None if masked else self.processor.tokenizer.decode([token]), token, confidence)
-                    for token, masked, confidence in rows
-                ]
-        return Snapshot(int(state.forwards_B.max()), slots, captions)
+    def _snapshots(self, groups: list[Group], options: DecodeOptions) -> Iterator[Snapshot]:
+        advice = "caption fewer regions at once, lower `max_new_tokens`, or use a larger GPU"
+        with refusing_out_of_memory(f"steps: {len(groups)} sequences of regions", advice):
+            for shots in self._steps(groups, options):
+                yield join(groups, shots)
 
 
 def resolve_place(device: str, dtype: str) -> tuple[torch.device, str]:
@@ -462,16 +486,6 @@ def check_count(name: str, value: Any) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _groups_of(items: Iterable[Outline | Group], begun: deque[_Photo]) -> Iterator[Group]:
-    """The groups of photos, each after its photo was added to those that have begun."""
-    for item in items:
-        if isinstance(item, Group):
-            yield item
-            continue
-        nothing = RegionCaptions([""] * item.num_regions, 0, 0, 0.0, confidences=[0.0] * item.num_regions)
-        begun.append(_Photo(nothing, item.num_groups))
 
 
 def _decode_options(options: DecodeOptions | None, fields: dict[str, Any]) -> DecodeOptions:

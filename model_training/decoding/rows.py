@@ -94,13 +94,15 @@ def lay_out(captions: Tokens, slots: Sequence[int]) -> LaidOut:
         ConfigError: a row was laid out for another number of slots.
     """
     parts = [part.cpu() for part in (captions.ids_BL, captions.position_BL, *captions.roles)]
-    real_B = (parts[2] != PADDING).sum(1).tolist()
-    for real, count in zip(real_B, slots, strict=True):
-        if real % (count + 2):
+    regions = []
+    for row, count in enumerate(slots):
+        region_L = parts[3][row][parts[2][row] != PADDING]
+        _, lengths = region_L.unique_consecutive(return_counts=True)
+        if (lengths != count + 2).any():
             raise ConfigError(
                 f"the batch was laid out for captions of another length than {count} slots; lay it out again"
             )
-    regions = [real // (count + 2) for real, count in zip(real_B, slots, strict=True)]
+        regions.append(len(lengths))
     shape = (len(regions), max(regions, default=0), max(slots, default=0) + 2)
     blocks = [
         torch.full(shape, fill, dtype=part.dtype)

@@ -56,7 +56,8 @@ class DecodedBatch(NamedTuple):
         confidence_BNS: the probability of the latest prediction for each token, in float64.
         exists_BN: bool, which of the regions exist.
         forwards_B: forward passes of the language model for each row.
-        agreement_B: share of a row's tokens equal to those without a cache; None unless `compare` is set.
+        agreement_B: share of a row's tokens equal to those without a cache; NaN for rows without `compare`,
+            None if no row has it.
     """
 
     tokens_BNS: Tensor
@@ -108,12 +109,14 @@ class Decoder:
         decoding.close()
         exists_BN = decoding.exists_BN()
         agreement_B = None
-        if any(one.compare and choose_cache(self.model, one) == "approximate" for one in each):
+        compared = [one.compare and choose_cache(self.model, one) == "approximate" for one in each]
+        if any(compared):
             plain = [one.model_copy(update=PLAIN) for one in each]
             exact = self.decode(batch, plain)
             slots_BNS = decoding.slots_BNS()
             same_BNS = (exact.tokens_BNS == last.tokens_BNS) & slots_BNS
             agreement_B = same_BNS.double().sum((1, 2)) / slots_BNS.sum((1, 2))
+            agreement_B[~torch.tensor(compared)] = torch.nan
         return DecodedBatch(last.tokens_BNS, last.confidence_BNS, exists_BN, last.forwards_B, agreement_B)
 
     @torch.inference_mode()
@@ -123,10 +126,15 @@ class Decoder:
         Raises:
             ConfigError, StageFailed: as `decode`.
         """
-        decoding = _Decoding(self, batch, _for_rows(self.model, options, len(batch.prefix.ids_BL)))
-        yield decoding.state()
-        while decoding.step():
+        each = _for_rows(self.model, options, len(batch.prefix.ids_BL))
+        try:
+            decoding = _Decoding(self, batch, each)
             yield decoding.state()
+            while decoding.step():
+                yield decoding.state()
+        except torch.OutOfMemoryError:
+            self.kept.clear()  # fewer rows may fit then
+            raise
         decoding.close()
 
     def take(self, bucket: Bucket, options: DecodeOptions) -> Rows:

@@ -16,7 +16,7 @@ import numpy as np
 from ...pipeline.io import draw
 
 if TYPE_CHECKING:
-    from .region_captioner import Slot, Snapshot
+    from .snapshots import Slot, Snapshot
 
 OPEN, FRESH, KEPT, END, AFTER = "open", "fresh", "kept", "end", "after"
 """States of a slot: masked, written in this step, written before, an end of text, after the first end."""

@@ -77,11 +77,14 @@ def identity(backend: Backend) -> dict[str, str]:
         given = model_options(backend)
         options = given.decoding().stored()
         # A number counts as it was written: since release 0.1, `temperature: 1` and `1.0` are two identities.
-        options |= {name: value for name, value in given.decode.items() if name in options}
+        options |= {
+            name: value for name, value in given.decode.items() if name in options and value is not None
+        }
         shown = {name: str(value) for name, value in options.items() if name != "compare"}
         check_saved_model(Path(given.model))
         shown |= meaning_of_auto(given.model, given.decoding())
         together = {"regions_per_call": str(given.regions_per_call)}
+        together |= {} if given.dtype == "auto" else {"dtype": given.dtype}  # release 0.1 noted none
         return {"name": backend.name, "weights": weights.identity(given.model), **together, **shown}
     if backend.name == PREDICTIONS:
         return {"name": backend.name, **prediction_options(backend).identity()}

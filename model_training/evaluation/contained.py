@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ...pipeline.io.json_lines import LineWriter, read_lines
 from ...schemas.errors import BadRecord, StageFailed
 from ...schemas.evaluation import Judge
+from ...schemas.reasons import Reason
 from . import judges
 
 ANSWERS = "judged.jsonl"
@@ -38,8 +39,20 @@ class _Asked(NamedTuple):
     digest: str
 
 
-def share_contained(config: Judge, folder: Path, results: Path) -> float:
-    """The percentage of answers that contain the right one.
+class Contained(NamedTuple):
+    """What a judge says of a task's answers.
+
+    Attributes:
+        percent: of the answers, those that contain the right one.
+        unreadable: number of answers of which the judge says neither, in any try. They count as wrong.
+    """
+
+    percent: float
+    unreadable: int
+
+
+def share_contained(config: Judge, folder: Path, results: Path) -> Contained:
+    """How many answers contain the right one.
 
     Args:
         config: the judge.
@@ -48,7 +61,7 @@ def share_contained(config: Judge, folder: Path, results: Path) -> float:
 
     Raises:
         StageFailed: the judge's server is down, or gave no answer to some questions; the next call asks them
-            again.
+            again. Or no reply of the judge can be read.
     """
     asked = list(_questions(config, results))
     if not asked:
@@ -61,7 +74,13 @@ def share_contained(config: Judge, folder: Path, results: Path) -> float:
         known = _answers(path)
     if left := sum(each.digest not in known for each in asked):
         raise StageFailed(f"{left} of {len(asked)} answers are not judged; run the command again")
-    return 100 * sum(bool(is_correct(known[each.digest])) for each in asked) / len(asked)
+    said = [is_correct(known[each.digest]) for each in asked]
+    if set(said) == {None}:
+        raise StageFailed(
+            f"the judge says neither CORRECT nor INCORRECT, as in {path}; choose another one, or let it "
+            "think less with judge.options.extra_body: {chat_template_kwargs: {enable_thinking: false}}"
+        )
+    return Contained(100 * said.count(True) / len(said), said.count(None))
 
 
 def is_correct(answer: str) -> bool | None:
@@ -71,6 +90,11 @@ def is_correct(answer: str) -> bool | None:
     """
     said = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).strip().strip(".*\"'").upper()
     return {"CORRECT": True, "INCORRECT": False}.get(said)
+
+
+def _check(answer: str) -> None:
+    if is_correct(answer) is None:
+        raise BadRecord(Reason.ANSWER_INVALID, f"neither CORRECT nor INCORRECT, but ...{answer[-60:]!a}")
 
 
 def _questions(config: Judge, results: Path) -> Iterator[_Asked]:
@@ -93,10 +117,15 @@ def _ask(config: Judge, missing: Sequence[_Asked], path: Path) -> None:
         with LineWriter(path) as lines:
             for start in range(0, len(missing), _AT_ONCE):
                 batch = missing[start : start + _AT_ONCE]
-                requests = [judges.JudgeRequest(each.prompt, max_tokens=_MAX_TOKENS) for each in batch]
+                requests = [
+                    judges.JudgeRequest(each.prompt, max_tokens=_MAX_TOKENS, check=_check) for each in batch
+                ]
                 for position, answer, seconds in judges.clocked(judge, requests):
-                    if not isinstance(answer, BadRecord) and is_correct(answer) is not None:
-                        lines.append({"digest": batch[position].digest, "answer": answer, "seconds": seconds})
+                    if isinstance(answer, BadRecord):
+                        if answer.reason is not Reason.ANSWER_INVALID:
+                            continue
+                        answer = answer.detail  # the judge would say it again, and it is no CORRECT
+                    lines.append({"digest": batch[position].digest, "answer": answer, "seconds": seconds})
     finally:
         judge.close()
 

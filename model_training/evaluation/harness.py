@@ -61,6 +61,7 @@ class Outcome(NamedTuple):
         seconds: time that lmms-eval's command took.
         reason: why there is no score.
         log: file with what lmms-eval printed; empty if it did not run.
+        unreadable: questions that count as wrong since the judge's reply cannot be read.
     """
 
     status: str
@@ -69,6 +70,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     reason: str = ""
     log: str = ""
+    unreadable: int = 0
 
 
 class NoData(ParaCaptionError):
@@ -128,12 +130,17 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def reasons(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line for each run without a score: why, and where its log is."""
+    """A line for each run without a score: why, and where its log is; and where a judge said nothing."""
     for row in rows:
         for name, outcome in row["columns"].items():
             if outcome["status"] != "scored":
                 log = f" ({outcome['log']})" if outcome["log"] else ""
                 yield f"{row['name']}, {name}: {outcome['status']}: {outcome['reason']}{log}"
+            elif unreadable := outcome["unreadable"]:
+                yield (
+                    f"{row['name']}, {name}: {unreadable} of {outcome['questions']} questions count as "
+                    f"wrong, since the judge's reply says neither CORRECT nor INCORRECT ({contained.ANSWERS})"
+                )
 
 
 def _row(task: HarnessTask) -> dict[str, Any]:
@@ -185,16 +192,17 @@ def _run(config: EvaluateConfig, task: HarnessTask, name: ColumnName, folder: Pa
         result = {**_read_results(folder, column), "seconds": round(time.monotonic() - start, 1)}
         result |= {"task": column.task, "batch_size": config.harness.batch_size}
         files.write_json(folder / RESULT, {"digest": digest, **result})
-    score = result["score"]
+    score, unreadable = result["score"], 0
     if column.judge == "contains":
         assert config.judge
-        score = contained.share_contained(config.judge, folder, folder / RESULTS)
+        score, unreadable = contained.share_contained(config.judge, folder, folder / RESULTS)
     if score is None or not math.isfinite(score):
         raise RunFailed(
             f"{column.task}: no number {column.metric!r} in its results, which have "
             f"{', '.join(result['metrics'])}"
         )
-    return Outcome("scored", score, result["questions"], result["seconds"], log=str(folder / LOG))
+    costs = result["questions"], result["seconds"]
+    return Outcome("scored", score, *costs, log=str(folder / LOG), unreadable=unreadable)
 
 
 def settings_name(digest: str) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import importlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
@@ -42,12 +43,15 @@ class JudgeRequest(NamedTuple):
         pictures: PNG bytes of a crop and of its mask; empty for a judge that sees no images.
         schema: JSON schema that the answer must follow; None for free text.
         max_tokens: length of the answer, at most.
+        check: raises `BadRecord` for an answer that cannot be read. A server is asked for another
+            one then, less greedily, and twice at most; a judge in this process is not.
     """
 
     prompt: str
     pictures: tuple[bytes, ...] = ()
     schema: dict[str, Any] | None = None
     max_tokens: int = MAX_TOKENS
+    check: Callable[[str], object] | None = None
 
 
 class BenchJudge(Protocol):
@@ -147,7 +151,7 @@ class VllmChat:
             if len(tokens) <= room[number]
         )
         for number, output in self.engine.run(fitting, self.max_in_flight):
-            yield number, output.text
+            yield number, _checked(output.text, requests[number].check)
 
     def close(self) -> None:
         """Stop the engine."""
@@ -156,6 +160,15 @@ class VllmChat:
     def _tokens(self, prompt: str) -> list[int]:
         turn = {"role": "user", "content": vllm_judge.defused(prompt, self._control)}
         return vllm_judge.render_chat(self.engine.tokenizer, [turn])
+
+
+def _checked(answer: str, check: Callable[[str], object] | None) -> str | BadRecord:
+    try:
+        if check:
+            check(answer)
+    except BadRecord as error:
+        return error
+    return answer
 
 
 def _params(request: JudgeRequest) -> Any:
@@ -180,7 +193,10 @@ class ServedChat:
         Raises:
             StageFailed: the server is down, refuses the key or does not know the model.
         """
-        bodies = (Ask(number, self._body(request)) for number, request in enumerate(requests))
+        bodies = (
+            Ask(number, self._body(request), partial(_answer_of, check=request.check))
+            for number, request in enumerate(requests)
+        )
         yield from self.client.run(bodies, _answer_of).items()
 
     def close(self) -> None:
@@ -200,10 +216,12 @@ class ServedChat:
         return body
 
 
-def _answer_of(choice: dict[str, Any]) -> str:
+def _answer_of(choice: dict[str, Any], check: Callable[[str], object] | None = None) -> str:
     text = choice["message"].get("content")
     if not isinstance(text, str):
         raise BadRecord(Reason.ANSWER_INVALID, f"the answer is not a text: {str(text)[:60]!a}")
+    if check:
+        check(text)
     return text
 
 

@@ -4,6 +4,7 @@
         images/                                     the photos, as the corpus has them
         annotations.json qa.json class_names.json   ParaDLC-Bench's files; each question has "verified": false
         drafts.jsonl                                the model's drafts, one line per region; resumed from
+        qa.drafted.json                             qa.json as drafted: a reviewed one differs
         review.html                                 page to accept or reject questions, and save qa.json
 
 The model names aspects of a region with their values, and things that a caption of the region must not
@@ -25,7 +26,7 @@ from ...pipeline.corpus import reader
 from ...pipeline.io import files
 from ...pipeline.io.json_lines import LineWriter, read_lines
 from ...pipeline.io.orientation import make_upright
-from ...schemas.errors import BadRecord, StageFailed
+from ...schemas.errors import BadRecord, ConfigError, StageFailed
 from ...schemas.evaluation import Judge
 from ...schemas.sample import Sample, SampleRegion
 from . import annotations, judges, results_page, select_images
@@ -34,7 +35,7 @@ from .run_benchmark import Progress
 
 log = logging.getLogger(__name__)
 
-DRAFTS, REVIEW = "drafts.jsonl", "review.html"
+DRAFTS, DRAFTED, REVIEW = "drafts.jsonl", "qa.drafted.json", "review.html"
 _WHICH = "Which of the following is applicable to the description?"
 _MAX_TOKENS = 600
 _REGIONS_AT_ONCE = 64
@@ -105,9 +106,11 @@ def make_benchmark(
         progress: called as questions are drafted.
 
     Raises:
-        ConfigError: there is no corpus, none of its images is suitable, or the model's options are wrong.
+        ConfigError: there is no corpus, none of its images is suitable, or the model's options are wrong; or
+            the folder has a reviewed qa.json.
         StageFailed: no region got a question.
     """
+    _refuse_reviewed(to)
     samples = [_read_sample(corpus, chosen) for chosen in select_images.choose_images(corpus, num_images)]
     regions = list(_regions((sample for sample, _ in samples), config))
     (to / "images").mkdir(parents=True, exist_ok=True)
@@ -125,12 +128,29 @@ def make_benchmark(
         with files.write_atomic(to / "images" / _photo_name(sample)) as file:
             file.write(make_upright(photo)[0])
     files.write_json(to / annotations.ANNOTATIONS, [_annotated(sample, questions) for sample, _ in kept])
-    files.write_json(to / annotations.QUESTIONS, questions)
+    for name in (annotations.QUESTIONS, DRAFTED):
+        files.write_json(to / name, questions)
     names = {region.key: region.name for region in regions if region.key in questions}
     files.write_json(to / annotations.CLASSES, names)
     _write_review(to)
     num_questions = sum(map(len, questions.values()))
     return Made(len(kept), len(questions), num_questions, len(regions) - len(questions))
+
+
+def _refuse_reviewed(to: Path) -> None:
+    """Refuse to write over questions that are not as they were drafted."""
+    path = to / annotations.QUESTIONS
+    if not path.exists():
+        return
+    if (to / DRAFTED).exists():
+        reviewed = path.read_bytes() != (to / DRAFTED).read_bytes()
+    else:  # of an early release, which kept no copy; an accepted question has no `verified`
+        reviewed = path.read_bytes().count(b'"question"') != path.read_bytes().count(b'"verified"')
+    if reviewed:
+        raise ConfigError(
+            f"{path}: has reviewed questions, which new drafts would replace; choose another --to, or move "
+            "this file away"
+        )
 
 
 def _read_sample(corpus: str | Path, image: select_images.ChosenImage) -> tuple[Sample, bytes]:
@@ -277,6 +297,11 @@ def _corners(region: SampleRegion) -> list[int]:
     return [x, y, x + width, y + height]
 
 
+def _review_key(key: str, question: dict[str, Any]) -> str:
+    """Under what the page keeps a review: no other question gets it, whatever is drafted in its place."""
+    return hashlib.sha256(msgspec.json.encode([key, question], order="sorted")).hexdigest()[:24]
+
+
 def _write_review(to: Path) -> None:
     """Write the page from the benchmark's own files, so that it shows what will be asked."""
     raw = msgspec.json.decode((to / annotations.QUESTIONS).read_bytes())
@@ -285,7 +310,14 @@ def _write_review(to: Path) -> None:
         {
             "name": image.name,
             "picture": results_page.draw_regions(image),
-            "regions": [(region.key, region.class_name, raw[region.key]) for region in image.regions],
+            "regions": [
+                (
+                    region.key,
+                    region.class_name,
+                    [(each, _review_key(region.key, each)) for each in raw[region.key]],
+                )
+                for region in image.regions
+            ],
         }
         for image in found.images
     )

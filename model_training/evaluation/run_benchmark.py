@@ -58,7 +58,7 @@ class Result(NamedTuple):
         unanswered: questions to which the judge gave no answer.
         no_choice: answers that name no choice.
         unverified: questions that nobody has reviewed.
-        seconds: time of captioning all images.
+        seconds: time of captioning the images.
         forwards, tokens_per_forward: forward passes of the language model, and tokens decoded by one; 0 if
             the captioner does not count them.
         quality: measures that need no judge.
@@ -205,6 +205,12 @@ def _read_captions(path: Path, header: dict[str, Any] | None = None) -> list[_Im
                 "remove the line, and the next run captions its image again"
             )
     return lines
+
+
+def _lines_of(benchmark: Benchmark, lines: list[_ImageLine]) -> list[_ImageLine]:
+    """Those of the benchmark's images; an earlier call may have captioned more of them."""
+    names = {image.name for image in benchmark.images}
+    return [line for line in lines if line.image in names]
 
 
 def _decoded(path: Path, number: int, line: bytes, kind: type[_Line]) -> _Line:
@@ -374,7 +380,7 @@ def read_times(bench: Bench, backend: Backend, config: Judge | None, folder: Pat
     benchmark, path = open_benchmark(bench), folder / CAPTIONS
     if not read_lines(path):
         return None
-    lines = _read_captions(path, _header(bench, backend, benchmark))
+    lines = _lines_of(benchmark, _read_captions(path, _header(bench, backend, benchmark)))
     known = _answer_lines(folder / ANSWERS) if config else {}
     asked = {question.digest for question in _questions(benchmark, config, folder)} if known else set()
     answers = [record.seconds for digest, record in known.items() if digest in asked and record.seconds]
@@ -422,7 +428,7 @@ def score_answers(bench: Bench, config: Judge | None, folder: Path) -> Result:
         for region in benchmark.regions()
         if region.key in captions
     ]
-    lines = _read_captions(folder / CAPTIONS)
+    lines = _lines_of(benchmark, _read_captions(folder / CAPTIONS))
     tokens, forwards = (sum(getattr(line, name) for line in lines) for name in ("tokens", "forwards"))
     pairs = [pair for each in scored for pair in zip(each.answers, each.chosen, strict=True)]
     judged = [each.scores for each in scored] if config else []

@@ -126,14 +126,23 @@ class PerceptionDLMProcessor(ProcessorMixin):
         """
         if not text.strip():
             raise ConfigError("prompt: a blank text; leave it out, or say what the regions are asked")
+        ids = self.check_text(text, "prompt")
+        if len(ids) > MAX_INSTRUCTION:
+            raise ConfigError(f"prompt: {len(ids):,} tokens; shorten it to {MAX_INSTRUCTION:,} at most")
+
+    def check_text(self, text: str, name: str) -> list[int]:
+        """The tokens of a text, which messages call `name`. It may be empty, and of any length.
+
+        Raises:
+            ConfigError: it holds a special token, with which the sequence would mean something else.
+        """
         if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ConfigError("prompt: half a surrogate pair, which is not text; correct it")
+            raise ConfigError(f"{name}: half a surrogate pair, which is not text; correct it")
         ids = self.tokenize(text)
         if found := sorted(({*self.tokenizer.all_special_ids} | self._marks()) & {*ids}):
             token = self.tokenizer.decode([found[0]])
-            raise ConfigError(f"prompt: it holds {token!r}, a token of the model's own; leave it out")
-        if len(ids) > MAX_INSTRUCTION:
-            raise ConfigError(f"prompt: {len(ids):,} tokens; shorten it to {MAX_INSTRUCTION:,} at most")
+            raise ConfigError(f"{name}: it holds {token!r}, a token of the model's own; leave it out")
+        return ids
 
     def _marks(self) -> set[int]:
         config = self.config

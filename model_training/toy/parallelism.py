@@ -150,10 +150,10 @@ def position_thresholds(
     """
     import torch
 
-    from ...schemas.decoding import DecodeOptions
+    from ..decoding.buckets import one_token_a_step
     from ..decoding.sampler import decode_steps
 
-    options = DecodeOptions(strategy="per-region", max_new_tokens=num_slots, steps=num_slots)
+    options = one_token_a_step(model, "per-region", num_slots)
     sure: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
     kept: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
     for each in laid_out:

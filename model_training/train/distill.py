@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..model.placement import upload
-from .loss import Loss, draw_levels, predict, shares
+from .loss import Loss, draw_levels, level_groups, predict, shares
 
 if TYPE_CHECKING:
     from ...schemas.distillation import Distillation
@@ -31,7 +31,8 @@ class PathState(NamedTuple):
     Attributes:
         masked_BL: bool, which tokens are masked: those that the teacher had not decoded yet.
         learned_BL: bool, which of them are learned: those of its next steps.
-        share_BL: float32, share of the region's slots that are masked; 1 outside of examples.
+        share_BL: float32, share of the teacher's steps for the example, or for the region with the level
+            "region", that are still to come; 1 outside of examples.
     """
 
     masked_BL: Tensor
@@ -61,13 +62,16 @@ def draw_path_state(
     sample_BL = batch.tokens.roles.sample_BL
     # 1. How far along the path each example is, or each of its regions.
     level_BL = draw_levels(batch, options, generator)
-    # 2. The state before one of the teacher's steps: what it decoded from then on is masked.
-    num_steps = int(step_BL.max()) + 1
-    first_BL = (level_BL * num_steps).long()
+    # 2. The state before one of the teacher's steps: what it decoded from then on is masked. How many steps
+    #    there were is up to the example or region alone, not to others in the batch.
+    group_BL, num_groups = level_groups(batch, options)
+    last_step = torch.full((num_groups,), -1).scatter_reduce(0, group_BL.flatten(), step_BL.flatten(), "amax")
+    num_steps_BL = last_step[group_BL] + 1
+    first_BL = (level_BL * num_steps_BL).long()
     masked_BL = batch.label_BL & (step_BL >= first_BL)
     # 3. What it decoded in the next steps is learned.
     learned_BL = masked_BL & (step_BL < first_BL + window)
-    share_BL = (1 - first_BL / max(1, num_steps)).masked_fill(sample_BL < 0, 1)
+    share_BL = (1 - first_BL / num_steps_BL.clamp(min=1)).masked_fill(sample_BL < 0, 1)
     return PathState(masked_BL, learned_BL, share_BL)
 
 

@@ -78,15 +78,20 @@ def draw_levels(batch: TrainBatch, options: NoiseOptions, generator: torch.Gener
         options: `level` and `stratified` are used.
         generator: a generator on the CPU; None takes torch's own.
     """
-    sample_BL, region_BL = batch.tokens.roles.sample_BL, batch.tokens.roles.region_BL
-    num_examples = len(batch.weight_E)
-    regions = 1 + int(region_BL.max()) if options.level == "region" else 1
-    level = torch.rand(num_examples * regions, generator=generator)
+    group_BL, num_groups = level_groups(batch, options)
+    level = torch.rand(num_groups, generator=generator)
     if options.stratified:
         level = (level[:1] + torch.arange(len(level)) / len(level)) % 1
-    level = level.view(num_examples, regions)
-    column_BL = region_BL.clamp(min=SHARED) if options.level == "region" else torch.zeros_like(region_BL)
-    return level[sample_BL.clamp(min=0), column_BL]
+    return level[group_BL]
+
+
+def level_groups(batch: TrainBatch, options: NoiseOptions) -> tuple[Tensor, int]:
+    """Which tokens share a level: (B, L) int64 numbers of examples, or of their regions, and how many."""
+    sample_BL, region_BL = batch.tokens.roles.sample_BL.clamp(min=0), batch.tokens.roles.region_BL
+    if options.level != "region":
+        return sample_BL, len(batch.weight_E)
+    regions = 1 + int(region_BL.max())
+    return sample_BL * regions + region_BL.clamp(min=SHARED), len(batch.weight_E) * regions
 
 
 def diffusion_loss(

@@ -26,6 +26,7 @@ from ...schemas.training import TrainConfig
 from ..data.decoding_paths import ABOUT, DecodingPath, facts_of, write_paths
 from ..data.loader import Loader
 from ..data.samples import FILLER, TrainBatch
+from ..decoding.buckets import one_token_a_step
 from ..decoding.sampler import DecodeState, decode_steps
 from ..model.attention import TokenRoles
 from ..model.batch import Batch, Tokens
@@ -69,10 +70,10 @@ def record_paths(config: TrainConfig, part: int = 0, num_parts: int = 1) -> Reco
     loader = Loader(config.corpora, processor, data, config.seed, part, num_parts, held_out_share=evaluated)
     slots, folder = config.data.max_new_tokens, Path(config.distillation.paths)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"model": str(config.model.path), "order": config.distillation.order}
-    _check_about(folder, facts_of(processor, slots) | facts)
     strategy = "per-region" if config.distillation.order == "confidence" else "left-to-right"
-    options = DecodeOptions(strategy=strategy, max_new_tokens=slots, steps=slots)
+    options = one_token_a_step(model, strategy, slots)
+    facts = {"model": str(config.model.path), "order": config.distillation.order, "cache": options.cache}
+    _check_about(folder, facts_of(processor, slots) | facts)
     decoded = 0
     try:
         stream = iter(loader)
@@ -96,7 +97,8 @@ def record_paths(config: TrainConfig, part: int = 0, num_parts: int = 1) -> Reco
 def _check_about(folder: Path, facts: dict[str, str | int]) -> None:
     about = folder / ABOUT
     if about.is_file():
-        known = {"order": "confidence"} | json.loads(about.read_text())  # an early release knew one order
+        # Early folders note neither. With "none", theirs may have a caption's tokens all in one step.
+        known = {"order": "confidence", "cache": "exact"} | json.loads(about.read_text())
         if changed := [name for name, value in known.items() if facts[name] != value]:
             raise ConfigError(
                 f"distillation.paths: {folder}: has the paths of another {changed[0]}; name another folder"

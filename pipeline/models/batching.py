@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from ...schemas.errors import OutOfMemory
@@ -12,6 +13,21 @@ log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@contextmanager
+def refusing_out_of_memory(what: str, advice: str) -> Iterator[None]:
+    """Turn torch's error about memory into one that names the work and says what to do.
+
+    Raises:
+        OutOfMemory: memory ran out.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"{what}: out of memory ({error}); {advice}") from error
 
 
 class Batches:

@@ -131,10 +131,11 @@ class ServerOptions(BackendOptions, frozen=True, kw_only=True):
 
 
 class Ask(NamedTuple):
-    """One request: what it is about, and its body without the model's name."""
+    """One request: what it is about, its body without the model's name, and how its own answer is read."""
 
     index: int
     body: dict[str, Any]
+    read: Any = None
 
 
 class ChatClient:
@@ -158,7 +159,7 @@ class ChatClient:
         Args:
             asks: drawn one at a time in a thread of its own, only while a place is free.
             read: `choice -> result` for the first choice of an answer; it may raise `BadRecord` for an answer
-                outside its schema, which is asked for again.
+                outside its schema, which is asked for again. A request may have a `read` of its own.
 
         Returns:
             By index: the result, or the `BadRecord` of a request that has none.
@@ -211,7 +212,7 @@ class ChatClient:
         num_invalid = 0
         for attempt in itertools.count():
             request_id = f"paracaption-{uuid.uuid4().hex[:16]}"
-            outcome = await self._post(client, body, request_id, read)
+            outcome = await self._post(client, body, request_id, ask.read or read)
             if not isinstance(outcome, _Failure):
                 return outcome
             if outcome.final is not None:

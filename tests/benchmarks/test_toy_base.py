@@ -87,7 +87,7 @@ def test_a_stage_is_trained_by_the_config_of_the_paper_with_named_changes(stage,
     path = toy_base.write_config(stage, 7)
     ours, paper = (
         yaml.safe_load(each.read_text())
-        for each in (path, toy_base.ROOT / f"configs/train/base-{stage}.yaml")
+        for each in (path, toy_base.ROOT / f"configs/train/base-{min(stage, 4)}.yaml")
     )
     changed = {key for key in ours if ours[key] != paper.get(key)}
     named = {*toy_base.CHANGES, "out", "model", "conversations", "data", "steps"}

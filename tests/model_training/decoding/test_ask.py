@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
+from paracaption.model_training.decoding.answered import about_regions
+from paracaption.model_training.decoding.block_rows import BlockRows
 from paracaption.model_training.decoding.chat import Chat
-from paracaption.schemas.errors import ConfigError
+from paracaption.model_training.decoding.read_regions import read_photo_regions
+from paracaption.schemas.errors import ConfigError, OutOfMemory
 from tests.tiny.perceptiondlm_model import SMALLEST, write_model
 
 QUICK = ["--max-new-tokens", "6", "--block-length", "3"]
@@ -74,6 +78,17 @@ def test_a_conversation_knows_the_answers_before(home, chat):
     assert records[0]["options"]["block_length"] == 3 and records[0]["model"]["layout"] == "corrected"
 
 
+def test_answers_before_one_that_fails_are_printed_and_written(home, chat, tmp_path):
+    out, asked = tmp_path / "answers.jsonl", ["what?", "why <|eot_id|>?"]
+    command = ["ask", "--model", home / "model", "--device", "cpu", *QUICK, "--conversation", *asked]
+    for more, shown in ((["--json", out], str), (["--json", "-"], lambda line: json.loads(line)["answer"])):
+        result = CliRunner().invoke(app, list(map(str, [*command, *more])))
+        assert isinstance(result.exception, ConfigError)
+        assert shown(result.stdout.splitlines()[0]) == chat.ask("what?", **FIELDS)
+    [line] = out.read_text().splitlines()
+    assert json.loads(line)["question"] == "what?"
+
+
 def test_regions_are_asked_about_one_by_one(home, chat):
     photo, mask = home / "photo.png", home / "mask.png"
     boxes = [(20, 10, 50, 30), (0, 0, 9, 9)]
@@ -87,9 +102,24 @@ def test_regions_are_asked_about_one_by_one(home, chat):
     assert json.loads(record)["region"] == {"number": 1, "label": "", "bbox": [20, 10, 30, 20]}
 
 
+def test_regions_that_are_asked_about_keep_no_dense_masks(home):
+    photo = read_photo_regions(home / "photo.png", [home / "mask.png"])
+    asked = about_regions(["what?", "where?"], photo)
+    assert [each.question.region for each in asked] == [photo.regions[0].mask.rle] * 2
+
+
 def test_a_stream_ends_as_the_answer(home, chat):
     photo = home / "photo.png"
     assert ask(home, "--stream", "--image", photo, "what?").strip() == chat.ask("what?", photo, **FIELDS)
+
+
+def test_a_streamed_question_that_does_not_fit_is_an_error_that_says_what_to_do(home, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(BlockRows, "step", short)
+    with pytest.raises(OutOfMemory, match=r"one question: out of memory .*shorten the question"):
+        ask(home, "--stream", "what?")
 
 
 def test_json_lines_are_written_whole(home, tmp_path):
@@ -108,6 +138,7 @@ def test_json_lines_are_written_whole(home, tmp_path):
         (["--conversation", "--image", "PHOTO", "--box", "1,2,3,4", "what"], "is about whole images"),
         (["--stream", "one", "two"], "--stream prints one answer"),
         (["--key", "3", "what"], "--key names an image"),
+        (["--image", "PHOTO", "--key", "3", "--box", "1,2,3,4", "what"], "--key names an image"),
         (["--image", "PHOTO", "--masks", "PHOTO", "what"], "'what' after --masks counts as masks; give the"),
         (
             ["--image", "PHOTO", "PHOTO", "what"],
@@ -116,10 +147,12 @@ def test_json_lines_are_written_whole(home, tmp_path):
         (["--image", "PHOTO"], "no question; give the question first"),
         (["--steps", "5", "what"], "5 for 2 blocks of 3 tokens"),
         (["--json", "nowhere/a.jsonl", "what"], "nowhere: no such folder"),
+        (["--json", "FOLDER", "what"], "model: is a folder; name a file in it"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_model_is_loaded(home, monkeypatch, args, message):
     monkeypatch.setattr(Chat, "load", lambda *_: pytest.fail("loaded a model"))
-    given = [home / "photo.png" if part == "PHOTO" else part for part in args]
+    paths = {"PHOTO": home / "photo.png", "FOLDER": home / "model"}
+    given = [paths.get(part, part) for part in args]
     with pytest.raises(ConfigError, match=message):
         ask(home, *given)

@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paracaption.flows.cli.app import app
-from paracaption.model_training.decoding import caption_folder, loop, stream
+from paracaption.model_training.decoding import buckets, caption_folder, loop, stream
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
-from paracaption.schemas.decoding import DecodeOptions
+from paracaption.schemas.decoding import AUTO_CACHE, DecodeOptions
 from paracaption.schemas.errors import ConfigError
 from tests import committed
 from tests.model_training.tiny_models import lively, photo
@@ -128,6 +128,24 @@ def test_other_options_or_another_file_are_refused(home, whole, tmp_path):
     assert run(home, out, "--temperature", "0.5").exit_code == 0
 
 
+def test_the_header_and_lines_say_what_auto_means(home, tmp_path, monkeypatch):
+    """For a published model: on the command line, too, where all options are given."""
+    for each in lively(dtype=torch.float32, layout="reference"):
+        each.save_pretrained(tmp_path / "model")
+    write_photos(tmp_path, 1)
+    used, real = [], buckets.bucket_of
+    monkeypatch.setattr(stream, "bucket_of", lambda *given: used.append(real(*given)) or used[-1])
+    out = tmp_path / "captions.jsonl"
+    run(tmp_path, out)
+    assert {each.refresh_every for each in used} == {8}
+    header = json.loads((tmp_path / "captions.jsonl.run.json").read_text())
+    assert AUTO_CACHE.items() <= header["options"].items()
+    with pytest.raises(ConfigError, match="made with another refresh_every 8; take"):
+        run(tmp_path, out, "--refresh-every", "4")
+    auto = caption_folder.header_of(home / "model", "float32", DecodeOptions(), None, None, None, "masks")
+    assert auto["options"] == DecodeOptions().stored()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -173,7 +191,12 @@ def test_all_images_of_a_corpus_are_captioned(home, tmp_path):
     out = tmp_path / "captions.jsonl"
     assert run(home, out, photos=None, masks=corpus).exit_code == 0
     photos = list(iter_photo_regions(corpus))
-    assert [line["photo"] for line in lines(out)] == [photo.name.rpartition("#")[2] for photo in photos]
+    keys = [photo.name.rpartition("#")[2] for photo in photos]
+    named = [line["photo"].split("/") for line in lines(out)]
+    assert [key for _, key in named] == keys
+    assert {subset for subset, _ in named} == {"coconut", "sa1b"}, (
+        "whatever else is, or will be, in the corpus"
+    )
     assert [len(line["regions"]) for line in lines(out)] == [len(photo.regions) for photo in photos]
     all_lines = out.read_bytes()
     out.write_bytes(all_lines.splitlines(keepends=True)[0])
@@ -189,8 +212,9 @@ def test_images_of_a_corpus_are_read_in_any_order_each_by_itself(tmp_path, monke
     monkeypatch.delattr("paracaption.pipeline.corpus.reader.Corpus.samples")
     for task in [*reversed(tasks), *tasks]:
         photo = task.read()
-        assert np.array_equal(photo.pixels, expected[task.name].pixels)
-        assert [each.caption for each in photo.regions] == [e.caption for e in expected[task.name].regions]
+        same = expected[task.name.partition("/")[2]]
+        assert np.array_equal(photo.pixels, same.pixels)
+        assert [each.caption for each in photo.regions] == [each.caption for each in same.regions]
 
 
 @pytest.mark.parametrize(("photos", "masks"), [("photos/0.tar", "masks"), (None, "photos/0.tar")])

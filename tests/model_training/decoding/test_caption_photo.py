@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from typer.main import get_command
@@ -15,7 +16,7 @@ from paracaption.flows.cli.app import app
 from paracaption.model_training.decoding import caption_photo, loop, read_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
 from paracaption.schemas.decoding import DecodeOptions
-from paracaption.schemas.errors import ConfigError
+from paracaption.schemas.errors import ConfigError, OutOfMemory
 from paracaption.schemas.renames import RenamedWarning
 from tests import committed
 from tests.tiny.perceptiondlm_model import write_model
@@ -69,6 +70,49 @@ def test_groups_of_regions_are_decoded_as_many_at_once_as_asked(home, monkeypatc
     more = ["--regions-per-call", 1, "--batch-size", batch_size, *QUICK]
     caption(home, "--masks", *masks_of(home, 0, 1, 2), *more)
     assert admitted == rows
+
+
+def trace_of(home, path, *args):
+    """A trace of three groups."""
+    more = ["--regions-per-call", 1, *QUICK, "--trace", path]
+    result = caption(home, "--masks", *masks_of(home, 0, 1, 2), *more, *args)
+    assert result.exception is None, result.exception
+    return path.read_bytes()
+
+
+def short_of_memory(most, admit):
+    """`Loop.admit` where so many rows fit, and the numbers of rows that it was asked for."""
+    sizes = []
+
+    def admitted(loop, places, *rest):
+        sizes.append(len(list(places)))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        admit(loop, places, *rest)
+
+    return admitted, sizes
+
+
+def test_memory_that_runs_out_halves_the_batch_of_one_photo_and_of_its_trace(home, tmp_path, monkeypatch):
+    expected = trace_of(home, tmp_path / "all.html")
+    alone, sizes = short_of_memory(3, loop.Loop.admit)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "admit", alone)
+        assert trace_of(home, tmp_path / "one.html", "--batch-size", 1) == expected
+    assert sizes == [1] * 6, "three captions, and three rows of the trace"
+    halved, sizes = short_of_memory(1, loop.Loop.admit)
+    monkeypatch.setattr(loop.Loop, "admit", halved)
+    assert trace_of(home, tmp_path / "halved.html", "--batch-size", 2) == expected
+    assert sizes == [2, 1, 1, 1] * 2
+
+
+def test_one_photo_that_does_not_fit_is_an_error_that_says_what_to_do(home, captioner, monkeypatch):
+    monkeypatch.setattr(loop.Loop, "admit", short_of_memory(0, None)[0])
+    result = caption(home, "--masks", *masks_of(home, 0), *QUICK)
+    assert isinstance(result.exception, OutOfMemory) and "use a larger GPU" in str(result.exception)
+    photo = read_regions.read_photo_regions(home / "photo.png", masks_of(home, 0))
+    with pytest.raises(OutOfMemory, match=r"1 sequences of regions: out of memory .*caption fewer regions"):
+        list(captioner.caption_steps(photo.pixels, photo.masks()))
 
 
 def record(home, *args):
@@ -216,10 +260,16 @@ def test_a_caption_that_looks_like_markup_is_printed_as_it_is():
         (["--picture", "x.pdf"], "x.pdf: a picture's name ends in"),
         (["--trace", "x.mp4"], "x.mp4: a trace's name ends in"),
         (["--json", "no/such/x.json"], "no/such: no such folder"),
+        (["--json", "TMP"], "is a folder; name a file in it"),
+        (["--picture", "TMP/folder.png"], "folder.png: is a folder"),
+        (["--trace", "TMP/folder.gif"], "folder.gif: is a folder"),
         (["--masks", "nowhere.png"], "nowhere.png: no such file"),
     ],
 )
-def test_what_cannot_work_is_said_before_a_model_is_loaded(args, says, home):
+def test_what_cannot_work_is_said_before_a_model_is_loaded(args, says, home, tmp_path):
+    for name in ("folder.png", "folder.gif"):
+        (tmp_path / name).mkdir()
+    args = [str(arg).replace("TMP", str(tmp_path)) for arg in args]
     with pytest.raises(ConfigError, match=says):
         caption(home, "--masks", *masks_of(home, 0), *args, model="no-such-model")
 

@@ -7,11 +7,12 @@ import torch
 from paracaption.model_training.data.conversation_records import Record, Turn
 from paracaption.model_training.data.conversations import make_conversation_example
 from paracaption.model_training.decoding import blocks
+from paracaption.model_training.decoding.answered import AskedAbout, stream
 from paracaption.model_training.decoding.chat import Chat, Question
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.schemas.answering import AnswerOptions
 from paracaption.schemas.errors import ConfigError
-from tests.model_training.tiny_models import photo
+from tests.model_training.tiny_models import lively, photo
 from tests.tiny.perceptiondlm_model import SMALLEST, tiny_model, write_model
 
 SHORT = {"max_new_tokens": 6, "block_length": 3}
@@ -102,6 +103,12 @@ def test_a_question_about_a_region_is_answered_as_the_captioner_does(chat):
         assert [answer] == caption
 
 
+@pytest.mark.parametrize("said", ["", " cat" * 300], ids=["none", "over 1,024 tokens"])
+def test_an_answer_of_a_turn_may_be_empty_or_long_as_a_models_may(chat, said):
+    turn = text_of(chat, Question("and why", turns=[("what", said)]))
+    assert f"assistant<|end_header_id|>\n{said}<|eot_id|>" in turn
+
+
 def test_many_questions_are_answered_in_their_order_whatever_the_batches(chat):
     questions = [Question(f"what {number}", [picture(number)]) for number in range(5)]
     questions[2] = Question("say", options=AnswerOptions(max_new_tokens=4, temperature=1.0))
@@ -141,12 +148,18 @@ def test_an_answer_says_how_it_ended_and_how_sure_it_is(chat):
     assert (nothing.text, nothing.tokens, nothing.ended, nothing.forwards) == ("", [], "stop", 1)
 
 
-def test_the_share_of_tokens_that_an_approximate_cache_keeps_is_measured(chat):
-    fields = {"max_new_tokens": 12, "block_length": 6, "cache": "approximate", "compare": True}
+def test_the_share_of_tokens_that_an_approximate_cache_keeps_is_measured():
+    chat, fields = Chat(*lively(layout="reference")), {"max_new_tokens": 12, "block_length": 6}
     questions = [Question("what is it", [picture(seed)]) for seed in range(3)]
-    for every, least in ((1, 1.0), (4, 0.0)):
-        answers = chat.ask_all(questions, refresh_every=every, **fields)
-        assert all(each.agreement is not None and least <= each.agreement <= 1 for each in answers)
+    exact = [each.tokens for each in chat.ask_all(questions, cache="none", **fields)]
+    for every in (1, 4):
+        answers = chat.ask_all(questions, cache="approximate", refresh_every=every, compare=True, **fields)
+        shares = [
+            sum(map(int.__eq__, each.tokens, tokens)) / max(len(each.tokens), len(tokens))
+            for each, tokens in zip(answers, exact, strict=True)
+        ]
+        assert [each.agreement for each in answers] == shares
+        assert all(share == 1 for share in shares) if every == 1 else 0 < min(shares) < 1
     assert chat.ask_all(questions[:1], **SHORT)[0].agreement is None
 
 
@@ -161,6 +174,27 @@ def test_steps_show_the_answer_until_it_is_the_answer(chat):
     assert all(slot.text is None for slot in steps[0].slots)
 
 
+def test_the_beginning_of_a_stop_string_is_not_settled(chat):
+    options = AnswerOptions(max_new_tokens=8, block_length=1)
+    asked = chat._lay_out(Question("say", [picture(3)]), options, "")
+    answer = chat._answer([(0, asked)])[0]
+    assert answer.text.startswith("coat coat dark beside")
+    steps = list(chat._shown(asked._replace(stops=(tuple(answer.tokens[1:4]), (7,) * 9))))
+    assert [step.settled for step in steps] == ["", "", "coat", "coat", "coat"]
+    assert steps[-1].text == "coat"
+
+
+def test_a_stream_shows_all_of_an_answer_that_ends_within_a_letter():
+    chat, ends = Chat(*lively()), set()
+    for seed in range(6):
+        parts, question = [], Question("what", [picture(seed)])
+        options = AnswerOptions(max_new_tokens=8, block_length=2)
+        answer = stream(chat, AskedAbout(question, []), options, parts.append)
+        assert "".join(parts) == answer == chat.ask_all([question], options)[0].text
+        ends.add(answer.endswith("\ufffd"))
+    assert ends == {True, False}
+
+
 @pytest.mark.parametrize(
     ("question", "message"),
     [
@@ -172,12 +206,21 @@ def test_steps_show_the_answer_until_it_is_the_answer(chat):
         (Question("what", [picture(0)] * 2, region=[0, 0, 5, 5]), "a question about a region has one image"),
         (Question("what", [picture(0)], region=[0, 0, 500, 5]), "mask 0|region 0|box"),
         (Question("what " * 900), "shorten it"),
+        (Question("why", turns=[("what", "a <|eot_id|>")]), "an answer in `turns`: it holds '<|eot_id|>'"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_its_number(chat, question, message):
     with pytest.raises(ConfigError, match=message) as error:
         chat.ask_all([Question("fine"), question], **SHORT)
     assert str(error.value).startswith("question 1: ")
+
+
+def test_steps_take_options_from_the_question_or_from_the_call_not_from_both(chat):
+    question = Question("what", options=AnswerOptions(**SHORT))
+    for more in ({"options": AnswerOptions()}, {"max_new_tokens": 4}, {"unknown": 4}):
+        with pytest.raises(ConfigError, match="the question has options of its own"):
+            chat.ask_steps(question, **more)
+    assert len(next(iter(chat.ask_steps(question))).slots) == SHORT["max_new_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,10 @@ def test_bool_two_values_probabilities_and_logits_are_the_same_region(mask):
     assert found.dtype == bool and np.array_equal(found, REGION)
 
 
+def test_a_bool_mask_is_not_copied():
+    assert np.shares_memory(to_bool_mask(REGION, 0), REGION)
+
+
 @pytest.mark.parametrize("value", [True, 1, 255, 1.0, 255.0])
 def test_a_hard_mask_may_be_the_whole_image(value):
     assert to_bool_mask(np.full((3, 4), value), 0).all()

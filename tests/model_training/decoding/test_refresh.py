@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from paracaption.model_training.decoding.buckets import choose_cache, resolve_options
+from paracaption.model_training.decoding.buckets import choose_cache, kind_of, resolve_options
 from paracaption.model_training.decoding.refresh import Refresh, RefreshedCache
 from paracaption.model_training.decoding.sampler import Decoder, decode_batch, decode_steps
 from paracaption.model_training.model.batch import collate
@@ -148,6 +148,11 @@ def test_auto_is_exact_where_it_can_be_and_else_a_cache_that_is_computed_again_w
     assert resolve_options(opened, DecodeOptions(settled=1.0)) == DecodeOptions(
         **AUTO_CACHE | {"settled": 1.0}
     )
+    everything = DecodeOptions.checked(auto.model_dump())  # as the command line gives it
+    assert resolve_options(opened, everything) == DecodeOptions(**AUTO_CACHE)
+    assert kind_of(opened, everything)[1] == 8 and kind_of(opened, DecodeOptions(cache="approximate"))[1] == 4
+    for every in (4, 8):
+        assert resolve_options(opened, DecodeOptions(refresh_every=every)).refresh_every == every
     opened, batch = ready()
     compared = DecodeOptions(max_new_tokens=SLOTS, steps=SLOTS, settled=0.0, compare=True)
     assert decode_batch(opened, batch, compared).agreement_B.min() < 1, "with all steps, and no cache"

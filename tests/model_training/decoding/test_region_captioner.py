@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from paracaption.model_training.decoding.chat import Chat, Question
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner
 from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.model.batch import collate
@@ -101,6 +102,51 @@ def test_images_share_batches_and_results_do_not_depend_on_how(ready, caption, b
     assert [result.forwards for result in found] == [2, 0, 6, 2, 2, 4]  # two steps for each group
     assert [result.seconds > 0 for result in found] == [bool(masks) for _, masks in IMAGES]
     assert all(result.agreement is None for result in found)
+
+
+@pytest.mark.parametrize("before", [0, 1, 4])
+def test_photos_without_regions_are_given_when_it_is_their_turn_and_before_an_error(ready, before):
+    pixels, masks = photo(1, 1)
+    taken = []
+
+    def photos():
+        for number in range(before + 12):
+            taken.append(number)
+            yield pixels, masks if number < before else []
+        raise OSError("the disk is gone")
+
+    found = ready.iter_captions(photos(), batch_size=2, **OPTIONS)
+    for number in range(before + 12):
+        assert len(next(found).captions) == (number < before)
+        assert before or len(taken) < number + 6, "no more than a few are read ahead"
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
+
+
+def test_a_cache_that_does_not_suit_the_model_is_an_error_at_once():
+    captioner = RegionCaptioner(*lively(layout="reference", num_prompts=3))
+    pixels, masks = photo(1, 1)
+    for call in (
+        lambda: captioner.iter_captions([(pixels, masks)], cache="exact"),
+        lambda: captioner.caption_steps(pixels, masks, cache="exact"),
+        lambda: Chat(captioner.model, captioner.processor).ask_steps(Question("what"), cache="exact"),
+    ):
+        with pytest.raises(ConfigError, match="isolates the prefix"):
+            call()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_recorded_steps_are_those_of_the_stream_whatever_is_decoded_at_once(ready, batch_size):
+    pixels, masks = photo(2, 7)
+    options = DecodeOptions(**(OPTIONS | {"strategy": "threshold", "threshold": 0.3, "steps": 4}))
+    expected = list(ready.caption_steps(pixels, masks, options, regions_per_call=2))
+    found = ready.record_steps(pixels, masks, options, regions_per_call=2, batch_size=batch_size)
+    assert [shot.captions for shot in found] == [shot.captions for shot in expected]
+    assert [shot.forwards for shot in found] == [shot.forwards for shot in expected]
+    assert [[slot.token for row in shot.slots for slot in row] for shot in found] == [
+        [slot.token for row in shot.slots for slot in row] for shot in expected
+    ]
+    assert ready.record_steps(pixels, []) == []
 
 
 def test_agreement_is_an_images_own_over_all_of_its_groups():
@@ -268,9 +314,11 @@ def test_a_saved_model_that_lacks_weights_is_an_error_that_names_them(tmp_path, 
         assert str(raised.value).startswith(f"{tmp_path}: ") and "\n" not in str(raised.value)
 
 
-def test_the_captioner_is_imported_without_torch():
+def test_the_captioner_and_what_commands_check_first_are_imported_without_torch():
     script = """
 import sys
+import paracaption.model_training.decoding.answered
+import paracaption.model_training.decoding.caption_photo
 import paracaption.model_training.decoding.region_captioner
 print(*sorted({"torch", "transformers", "ray", "cv2"} & set(sys.modules)))
 """

@@ -1,5 +1,6 @@
 """Decoding: the same as said plainly, whatever is beside an image in its batch and whatever is kept."""
 
+import math
 from functools import lru_cache
 from itertools import pairwise
 from typing import get_args
@@ -219,6 +220,9 @@ def test_an_approximate_cache_says_how_much_it_changed():
     assert 0 < min(shares)
     assert max(shares) < 1
     assert decode_batch(model, batch, options_of("per-region", cache="approximate")).agreement_B is None
+    plain = seldom.model_copy(update={"compare": False})
+    mixed = decode_batch(model, batch, [plain, seldom, plain]).agreement_B.tolist()
+    assert mixed == pytest.approx([math.nan, shares[1], math.nan], nan_ok=True)
 
 
 def test_an_exact_cache_needs_a_layout_that_isolates_the_prefix():
@@ -232,8 +236,14 @@ def test_an_exact_cache_needs_a_layout_that_isolates_the_prefix():
 
 def test_a_batch_laid_out_for_another_number_of_slots_is_an_error():
     model, _ = ready("corrected")
-    with pytest.raises(ConfigError, match="another length than 6 slots"):
-        decode_batch(model, collate(photos("corrected", [1, 2])), options_of("remask", max_new_tokens=6))
+    # Two of 5 slots are as long as one of 12, and one of 5 as long as seven without slots.
+    for regions, slots in (([1, 2], 6), ([2], 12), ([6], 40)):
+        batch = collate(photos("corrected", regions))
+        with pytest.raises(ConfigError, match=f"another length than {slots} slots"):
+            decode_batch(model, batch, options_of("remask", max_new_tokens=slots))
+    batch = collate(examples(ready("corrected")[1], [1], slots=10))
+    with pytest.raises(ConfigError, match="another length than 4 slots"):
+        decode_batch(model, batch, options_of("remask", max_new_tokens=4))
 
 
 def trajectory(layout, strategy, regions=(3, 1), **changes):

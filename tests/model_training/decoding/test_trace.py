@@ -12,7 +12,7 @@ from PIL import Image
 
 from paracaption.filters import rle
 from paracaption.model_training.decoding import caption_photo, trace, trace_gif, trace_page
-from paracaption.model_training.decoding.region_captioner import Slot, Snapshot
+from paracaption.model_training.decoding.snapshots import Slot, Snapshot
 from paracaption.pipeline.io import draw
 from paracaption.schemas.errors import ConfigError
 

@@ -9,6 +9,7 @@ from paracaption.model_training.evaluation import captioners
 from paracaption.model_training.evaluation.annotations import read_benchmark
 from paracaption.model_training.model.processor import PerceptionDLMProcessor
 from paracaption.schemas.config import Backend
+from paracaption.schemas.decoding import AUTO_CACHE
 from paracaption.schemas.errors import ConfigError
 from paracaption.schemas.evaluation import Bench
 from tests.model_training.benchmark_files import write_bench
@@ -22,8 +23,9 @@ def model(tmp_path_factory):
     return folder
 
 
-def identity(model, **decode):
-    return captioners.identity(Backend(name="perceptiondlm", options={"model": str(model), "decode": decode}))
+def identity(model, dtype="auto", **decode):
+    options = {"model": str(model), "dtype": dtype, "decode": decode}
+    return captioners.identity(Backend(name="perceptiondlm", options=options))
 
 
 def test_the_decoders_options_are_identified_by_their_names_and_numbers_of_release_0_1(model):
@@ -35,6 +37,24 @@ def test_the_decoders_options_are_identified_by_their_names_and_numbers_of_relea
         "regions_per_call": "None",
     }
     assert "max_new_tokens" not in found and "compare" not in found
+
+
+def test_the_identity_tells_apart_what_auto_means_and_is_as_before_where_it_means_the_same(model, tmp_path):
+    write_model(tmp_path / "published", layout="reference")
+    default = identity(tmp_path / "published")
+    assert default["refresh_every"] == "4" and default["auto"] == repr(AUTO_CACHE)
+    assert identity(tmp_path / "published", refresh_every=None) == default
+    assert identity(tmp_path / "published", refresh_every=8)["auto"] == repr(AUTO_CACHE)
+    assert identity(tmp_path / "published", refresh_every=4) != default
+    assert identity(tmp_path / "published", refresh_every=4, cache="approximate")["refresh_every"] == "4"
+    assert identity(model)["refresh_every"] == "4" and "auto" not in identity(model)
+
+
+def test_captions_of_two_data_types_have_two_identities_and_auto_is_as_before(model):
+    default, *others = (identity(model, dtype) for dtype in ("auto", "float32", "bfloat16"))
+    assert "dtype" not in default
+    assert [each["dtype"] for each in others] == ["float32", "bfloat16"]
+    assert all({**each, "dtype": ""} == {**default, "dtype": ""} for each in others)
 
 
 def test_an_unknown_option_of_the_decoder_is_an_error_that_says_where(model):

@@ -12,14 +12,36 @@ from rich.console import Console
 
 from paracaption.flows.cli import evaluation_costs
 from paracaption.model_training.evaluation import costs, harness, run_benchmark
+from paracaption.schemas.config import Backend
 from paracaption.schemas.errors import ConfigError
-from paracaption.schemas.evaluation import EvaluateConfig
+from paracaption.schemas.evaluation import Bench, EvaluateConfig
 from tests.flows.in_process import run as command
 from tests.model_training.benchmark_files import judge_of, predictions, served, write_bench
 from tests.model_training.evaluation.test_harness import column, config, model, stand_in  # noqa: F401 - fixtures
 from tests.tiny.perceptiondlm_model import write_model
 
 SHORT = {"options": {"max_new_tokens": 4, "steps": 2, "block_length": 2}}
+
+
+def test_costs_are_of_the_images_that_are_scored_and_not_of_others_under_the_label(tmp_path):
+    folder = write_bench(tmp_path / "bench", images=3)
+    said = {f"{image}_{index}": "A cat." for image in range(3) for index in range(2)}
+    backend = Backend(**predictions(tmp_path, said))
+    bench = Bench(name="some", kind="paradlc", folder=str(folder))
+    run_benchmark.caption_images(bench, backend, tmp_path / "out")
+    path = tmp_path / "out" / run_benchmark.CAPTIONS
+    header, *lines = map(json.loads, path.read_text().splitlines())
+    lines = [
+        each | {"seconds": 4.0**number, "forwards": 2, "tokens": 10 * number}
+        for number, each in enumerate(lines)
+    ]
+    path.write_text("".join(json.dumps(each) + "\n" for each in (header, *lines)))
+    fewer = bench.model_copy(update={"images": 2})
+    found = run_benchmark.score_answers(fewer, None, tmp_path / "out")
+    assert (found.regions, found.seconds, found.forwards, found.tokens_per_forward) == (4, 5.0, 4, 2.5)
+    times = run_benchmark.read_times(fewer, backend, None, tmp_path / "out")
+    assert (times.regions, times.captions_s) == (4, 5.0)
+    assert run_benchmark.score_answers(bench, None, tmp_path / "out").seconds == 21.0
 
 
 def rows(*judges, **more):

@@ -213,13 +213,38 @@ def test_answers_that_were_not_judged_are_asked_again_and_never_a_score(tmp_path
         assert len(server.requests) == asked + 1
 
 
-def test_a_judge_that_was_cut_off_has_not_answered(tmp_path, model, stand_in):
-    cut = [True]
-    with served(lambda _: "<think>It might be CORRECT, or" if cut[0] else "INCORRECT") as server:
+def test_a_reply_that_cannot_be_read_is_asked_for_again_and_then_wrong_and_counted(
+    tmp_path, model, stand_in, capsys
+):
+    """A greedy judge that is cut off while it thinks says the same again, however often the command runs."""
+    cut = "<think>It might be CORRECT, or"
+
+    def answer(body, _):
+        asked = body["messages"][-1]["content"]
+        if "0 a cat" in asked:
+            return Reply(cut)
+        return Reply(cut if "1 a cat" in asked and body["temperature"] == 0 else "CORRECT")
+
+    with serving(answer) as server:
+        judge = judge_of(server, max_retries=3)
+        found = judged(tmp_path, model, judge)
+        assert (found["status"], found["score"], found["unreadable"]) == ("scored", 87.5, 1)
+        assert len(server.requests) == 8 + 1 + 2, "again, less greedily: once, and twice"
+        assert judged(tmp_path, model, judge)["unreadable"] == 1 and len(server.requests) == 11
+    harness_table.show_rows(
+        {"harness": [{"name": "good", "paper": 1.0, "note": "", "columns": {"a": found}}]}
+    )
+    assert "good, a: 1 of 8 questions count as wrong" in capsys.readouterr().out
+
+
+def test_a_judge_of_which_no_reply_can_be_read_is_no_score_and_another_one_is_asked(
+    tmp_path, model, stand_in
+):
+    with served(lambda _: "<think>It might be CORRECT, or") as server:
         found = judged(tmp_path, model, judge_of(server))
-        assert found["status"] == "failed" and "8 of 8 answers are not judged" in found["reason"]
-        cut[0] = False
-        assert judged(tmp_path, model, judge_of(server))["score"] == 0
+    assert found["status"] == "failed" and "choose another one, or let it think less" in found["reason"]
+    with served(lambda _: "INCORRECT") as server:
+        assert judged(tmp_path, model, judge_of(server, model="another"))["score"] == 0
 
 
 def test_no_answers_are_no_score(tmp_path):

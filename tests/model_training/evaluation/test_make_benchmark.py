@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,40 @@ def test_the_review_page_has_every_question_and_runs_nothing_of_it(world, tmp_pa
     text = (tmp_path / "bench" / "review.html").read_text()
     assert text.count("<fieldset") == found.questions and "alert(1)</script>" not in text
     assert text.count("data:image/jpeg") == found.images
+
+
+def test_reviews_are_of_questions_and_not_of_their_places(world, tmp_path):
+    pages = []
+    for value in ("red", "blue"):
+        draft = DRAFT | {"positive": [{"aspect": "color", "value": value}]}
+        made(world, tmp_path / "bench", lambda _, draft=draft: json.dumps(draft), images=1, model=value)
+        text = (tmp_path / "bench" / "review.html").read_text()
+        pages.append(re.findall(r'data-key="(.*?)" data-review="(\w+)"', text))
+    assert len(set(pages[0])) == len(pages[0]) == len(pages[1])
+    assert [one == other for one, other in zip(*pages, strict=True)] == [False, True, True] * (
+        len(pages[0]) // 3
+    )
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_reviewed_questions_are_not_written_over(world, tmp_path, early):
+    for _ in range(2):  # what is drafted may be
+        made(world, tmp_path / "bench", lambda _: json.dumps(DRAFT), images=1)
+    path = tmp_path / "bench" / "qa.json"
+    if early:
+        (tmp_path / "bench" / make_benchmark.DRAFTED).unlink()
+        made(world, tmp_path / "bench", lambda _: json.dumps(DRAFT), images=1)
+        (tmp_path / "bench" / make_benchmark.DRAFTED).unlink()
+    questions = json.loads(path.read_text())
+    first = next(iter(questions.values()))
+    if early:
+        del first[0]["verified"]  # accepted
+    else:
+        del first[0]  # rejected
+    path.write_text(json.dumps(questions, indent=1))
+    with pytest.raises(ConfigError, match=r"qa\.json: has reviewed questions, .* move this file away"):
+        made(world, tmp_path / "bench", lambda _: json.dumps(DRAFT), images=1)
+    assert json.loads(path.read_text()) == questions
 
 
 def row(key: str, x: int, area: int, category: str, caption: str) -> dict:

@@ -1,5 +1,6 @@
 """Scores of decoding in few steps count what they say; thresholds of positions are calibrated as stated."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +85,14 @@ def test_thresholds_of_positions_fall_with_the_agreement(hard):
     assert len(strict) == len(loose) == SLOTS
     assert all(0 < low <= high <= 1 for low, high in zip(loose, strict, strict=True))
     DecodeOptions(strategy="threshold", max_new_tokens=SLOTS, position_thresholds=strict)
+
+
+def test_calibration_decodes_one_token_a_step_where_auto_would_not(hard, monkeypatch):
+    used, real = [], sampler.decode_steps
+    monkeypatch.setattr(hard.model, "layout", dataclasses.replace(hard.model.layout, isolate_prefix=False))
+    monkeypatch.setattr(sampler, "decode_steps", lambda *given: used.append(given[2]) or real(*given))
+    position_thresholds(hard.model, hard.laid_out[:1], SLOTS, (0.5,))
+    assert [(each.cache, each.settled, each.steps) for each in used] == [("none", None, SLOTS)]
 
 
 @given(

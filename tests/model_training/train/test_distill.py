@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from paracaption.flows.cli.app import app
 from paracaption.model_training.data.decoding_paths import ABOUT, DecodingPaths
 from paracaption.model_training.data.loader import Loader
+from paracaption.model_training.decoding.buckets import one_token_a_step
 from paracaption.model_training.decoding.sampler import decode_batch
 from paracaption.model_training.train import build, metrics, record_paths, trainer
 from paracaption.model_training.train.distill import PathState, draw_path_state, path_loss, window_of
@@ -24,7 +25,7 @@ from paracaption.schemas.decoding import DecodeOptions
 from paracaption.schemas.distillation import Distillation
 from paracaption.schemas.errors import BadSample, ConfigError, IntegrityError
 from paracaption.schemas.training import NoiseOptions, TrainConfig
-from tests.model_training.toy_corpus import config_of, write_merged
+from tests.model_training.toy_corpus import TINY, config_of, write_merged
 
 SLOTS = 12
 
@@ -104,6 +105,35 @@ def test_batches_have_the_teachers_tokens_and_one_step_for_each(recorded):
     assert set(steps) == set(range(max(steps) + 1)), "a token a step, but for what follows the end"
 
 
+def test_a_sure_model_is_recorded_one_token_a_step_in_every_layout(recorded, tmp_path):
+    """Where `auto` would end a caption as soon as all of it is sure."""
+    opened = TINY | {"layout": "reference"}
+    changes = {"model": {"tokenizer": "toy", "config": opened}}
+    config = distilling(tmp_path, recorded.folder / "toy/corpus", **changes)
+    model, _ = build.open_model(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    sure = model.eval()
+    options = one_token_a_step(sure, "per-region", SLOTS)
+    assert (options.cache, options.settled, options.redo_below) == ("none", None, None)
+    [batch] = recorded.batches[:1]
+    steps = [path.step_S.tolist() for _, path in record_paths.decode_paths(sure, batch, options)]
+    auto = options.model_copy(update={"cache": "auto"})
+    assert all(set(each.step_S) == {0} for _, each in record_paths.decode_paths(sure, batch, auto))
+    assert all(set(each) == set(range(max(each) + 1)) and max(each) > 1 for each in steps)
+    assert one_token_a_step(recorded.model, "per-region", SLOTS).cache == "exact"
+
+
+def test_the_cache_is_among_the_facts_of_a_folder(recorded, tmp_path):
+    about = json.loads((recorded.folder / "paths" / ABOUT).read_text())
+    assert about["cache"] == "exact"
+    early = {name: value for name, value in about.items() if name != "cache"}
+    (tmp_path / ABOUT).write_text(json.dumps(early))
+    record_paths._check_about(tmp_path, about)
+    with pytest.raises(ConfigError, match="has the paths of another cache; name another folder"):
+        record_paths._check_about(tmp_path, about | {"cache": "none"})
+
+
 def test_a_region_without_a_path_is_named(recorded):
     with pytest.raises(BadSample, match=r"no decoding path of coconut/nowhere#3; .*paracaption models paths"):
         paths_of(recorded).find("coconut", "nowhere", 3)
@@ -167,6 +197,31 @@ def test_a_state_is_one_of_the_teachers_decoding(recorded, level, window):
             assert torch.equal(state.learned_BL[slots], masked_K & (step_K < first + window))
             seen.add(first)
     assert len(seen) > SLOTS // 2
+
+
+@pytest.mark.parametrize("level", ["example", "region"])
+def test_a_short_caption_is_learned_as_often_beside_a_long_one_as_alone(recorded, level):
+    """A state is one of the example's own decoding, or of the region's: something is always to be learned."""
+    batch, short = recorded.batches[0], 4
+    step_BL = batch.path_step_BL.clone()
+    own_BL = (batch.tokens.roles.sample_BL == 0) & (batch.tokens.roles.region_BL == 1)
+    if level == "example":
+        own_BL = batch.tokens.roles.sample_BL == 0
+    step_BL[own_BL & (step_BL >= 0)] %= short
+    batch = batch._replace(path_step_BL=step_BL)
+    assert int(step_BL.max()) >= 2 * short - 1
+    found = set()
+    for seed in range(40):
+        state = draw_path_state(batch, NoiseOptions(level=level), SLOTS, torch.Generator().manual_seed(seed))
+        for group_BL in groups_of(batch, level):
+            assert state.learned_BL[group_BL].any()
+        masked_BL = state.masked_BL & own_BL
+        first = int(step_BL[masked_BL].min())
+        assert torch.equal(
+            state.share_BL[masked_BL], torch.tensor(1 - first / short).expand(int(masked_BL.sum()))
+        )
+        found.add(first)
+    assert found == set(range(short))
 
 
 def groups_of(batch, level):
