@@ -81,10 +81,13 @@ def test_a_conversation_knows_the_answers_before(home, chat):
 def test_answers_before_one_that_fails_are_printed_and_written(home, chat, tmp_path):
     out, asked = tmp_path / "answers.jsonl", ["what?", "why <|eot_id|>?"]
     command = ["ask", "--model", home / "model", "--device", "cpu", *QUICK, "--conversation", *asked]
-    for more, shown in ((["--json", out], str), (["--json", "-"], lambda line: json.loads(line)["answer"])):
-        result = CliRunner().invoke(app, list(map(str, [*command, *more])))
-        assert isinstance(result.exception, ConfigError)
-        assert shown(result.stdout.splitlines()[0]) == chat.ask("what?", **FIELDS)
+    expected = chat.ask("what?", **FIELDS)
+    written = CliRunner().invoke(app, list(map(str, [*command, "--json", out])))
+    assert isinstance(written.exception, ConfigError)
+    assert written.stdout.splitlines() == ["what?", f"  {expected}", str(out)]
+    printed = CliRunner().invoke(app, list(map(str, [*command, "--json", "-"])))
+    assert isinstance(printed.exception, ConfigError)
+    assert json.loads(printed.stdout)["answer"] == expected
     [line] = out.read_text().splitlines()
     assert json.loads(line)["question"] == "what?"
 
