@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from paracaption.model_training.decoding import loop
 from paracaption.model_training.evaluation import captioners
@@ -112,21 +111,13 @@ def test_seven_regions_are_asked_about_in_the_published_groups_with_the_publishe
     assert captioners.how_asked(backend, bench)["grouping"] == bench.grouping
 
 
-def test_memory_that_runs_out_halves_the_batch_instead_of_ending_the_evaluation(model, tmp_path, monkeypatch):
+def test_memory_that_runs_out_halves_the_batch_instead_of_ending_the_evaluation(model, tmp_path, end_memory):
     images = read_benchmark(write_bench(tmp_path / "bench", images=6), "paradlc").images
     options = {"model": str(model), "batch_size": 4, "decode": {"max_new_tokens": 4, "steps": 2}}
     asked = Bench(name="b", kind="paradlc", folder="unused")
     captioner = captioners.load_captioner(Backend(name="perceptiondlm", options=options), asked)
     expected = [each.texts for each in captioner.caption(images)]
-    launch, sizes = loop.Loop.launch, []
-
-    def short_of_memory(loop):
-        sizes.append(int(loop.open_RN.any(1).sum()))
-        if sizes[-1] > 1 and len(sizes) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        launch(loop)
-
-    monkeypatch.setattr(loop.Loop, "launch", short_of_memory)
+    sizes = end_memory()
     assert [each.texts for each in captioner.caption(iter(images))] == expected
     assert max(sizes) > 1 and sizes[-1] == 1 and captioner.batches.size == 1
 

@@ -7,12 +7,10 @@ import shutil
 import threading
 
 import pytest
-import torch
 from PIL import Image
 
 from paracaption.filters.held_out import is_held_out
 from paracaption.model_training.data.corpus import unfinished
-from paracaption.model_training.decoding import loop
 from paracaption.model_training.decoding.read_regions import iter_photo_regions
 from paracaption.model_training.decoding.region_captioner import RegionCaptioner, RegionCaptions
 from paracaption.model_training.evaluation import held_out
@@ -129,19 +127,11 @@ def test_of_a_corpus_that_holds_images_out_these_alone_are_captioned(world, trai
         held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
 
 
-def test_memory_that_runs_out_halves_the_batch_and_changes_no_caption(world, trained, tmp_path, monkeypatch):
+def test_memory_that_runs_out_halves_the_batch_and_changes_no_caption(world, trained, tmp_path, end_memory):
     asked = Evaluation(corpus=str(world), images=6, pictures=1, max_new_tokens=4, steps=2, batch_size=4)
     summary = held_out.evaluate_held_out(trained, asked, tmp_path, "cpu")
     lines = [json.loads(line) for line in (tmp_path / "evaluation/captions.jsonl").read_text().splitlines()]
-    launch, sizes = loop.Loop.launch, []
-
-    def short_of_memory(loop):
-        sizes.append(int(loop.open_RN.any(1).sum()))
-        if sizes[-1] > 1 and len(sizes) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        launch(loop)
-
-    monkeypatch.setattr(loop.Loop, "launch", short_of_memory)
+    sizes = end_memory()
     assert held_out.evaluate_held_out(trained, asked, tmp_path, "cpu").exact == summary.exact
     again = [json.loads(line) for line in (tmp_path / "evaluation/captions.jsonl").read_text().splitlines()]
     assert [line["regions"] for line in again] == [line["regions"] for line in lines] and len(lines) == 6
