@@ -72,15 +72,20 @@ def commands_of(page: str) -> list[list[str]]:
     return [shlex.split(each[1].partition(" ;;")[0], comments=True) for each in found if each]
 
 
+@pytest.fixture(scope="module")
+def paracaption():
+    return get_command(app)
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_and_option_of_a_page_exists(page):
+def test_every_command_and_option_of_a_page_exists(page, paracaption):
     for words in commands_of(page):
-        command = get_command(app)
+        command = paracaption
         name, *rest = words
         while name in getattr(command, "commands", {}):
             command = command.commands[name]  # type: ignore[attr-defined]
             name, *rest = rest or [""]
-        assert command is not get_command(app) and command.name in words, words
+        assert command is not paracaption and command.name in words, words
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, words
 

@@ -55,9 +55,10 @@ def dangers(source: str, name: str) -> list[str]:
         trusted = given.get("trust_remote_code")
         if trusted is not None and not (isinstance(trusted, ast.Constant) and trusted.value is False):
             found.append(f"{name}:{node.lineno} trust_remote_code")
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("eval", "exec"):
-            found.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in TORCH_UNPICKLERS:
+        function = node.func if isinstance(node, ast.Call) else None
+        if isinstance(function, ast.Name) and function.id in ("eval", "exec"):
+            found.append(f"{name}:{node.lineno} {function.id}")
+        if getattr(function, "attr", getattr(function, "id", None)) in TORCH_UNPICKLERS:
             found.append(f"{name}:{node.lineno} unpickles")
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue

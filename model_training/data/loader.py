@@ -137,6 +137,7 @@ class Loader:
         self._begin()
         for made in self._loading():
             if isinstance(made, WorkerError):
+                self.close()
                 raise made.error
             self.skipped.update(each.reason for each in made.skipped)
             self.position += self.world_size
@@ -165,7 +166,10 @@ class Loader:
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
     def close(self) -> None:
-        """Stop the worker processes."""
+        """Stop the worker processes, which stay between epochs.
+
+        A loader that is only dropped may keep its process for 5 s per worker when Python collects it.
+        """
         self._batches = None
 
     def _begin(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import pickle
 import shutil
 from collections import Counter
@@ -423,10 +424,14 @@ def test_errors_and_counts_of_workers_are_the_trainers(corpus: Path, tmp_path: P
     out = copy(corpus, tmp_path)
     reason = damage(out, "photo")
     workers = {"workers": 2, "start_method": "fork"}
+    before = set(multiprocessing.active_children())
     with pytest.raises(BadSample, match=r"^photo_unreadable: .*coconut-000000.tar: image_1"):
         list(loader(out, **workers))
+    assert set(multiprocessing.active_children()) == before
     ours = loader(out, **workers, on_bad_sample="skip")
     list(ours)
+    ours.close()
+    assert set(multiprocessing.active_children()) == before
     assert ours.skipped == {reason: math.ceil(9 / 3.5)}
 
 

@@ -116,8 +116,9 @@ def test_an_image_that_is_gone_from_its_source_stays_in_the_corpus(tmp_path):
 
 def test_two_drivers_cannot_write_to_the_same_folder(tmp_path, coconut):
     config = config_of(tmp_path / "out", coconut=coconut)
+    often = config.failures.model_copy(update={"lease_s": 1.0})  # the other one waits for a sign of life
     with (
-        driver.owned(config, "build"),
+        driver.owned(config.model_copy(update={"failures": often}), "build"),
         pytest.raises(ConfigError, match=r"`build` of process \d+ on .* is writing"),
     ):
         build(config.model_copy(update={"failures": config.failures.model_copy(update={"lease_s": 30})}))
