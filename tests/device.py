@@ -26,7 +26,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import (
     _DummyBackendModule,  # pyright: ignore[reportPrivateUsage]
@@ -174,31 +173,33 @@ class PretendedDevice:
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operation, some of whose arguments or whose result is on the device."""
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        facts = _facts_of(func)
+        if facts.is_composite:
             with _Dispatch(self):  # made of other operations, which are what counts
                 return func.decompose(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::")
+        name = facts.name
         if name in _SHAPES:
             raise NotImplementedError(f"{func}: a pretended tensor keeps its shape")
-        given = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        given = [each for each in _leaves((*args, *kwargs.values())) if isinstance(each, Tensor)]
         ours = [each for each in given if isinstance(each, PretendTensor)]
         if name in ("copy_", "_to_copy") or (not ours and name == "_pin_memory"):
             return self._copy(func, name, args, kwargs)
         self._refuse_mixed(name, given, ours)
         wanted = kwargs.get("device")
         here = bool(ours) if wanted is None else torch.device(wanted).type == _NAME
-        result = func(*pytree.tree_map(_host_value, args), **pytree.tree_map(_host_value, _on_host(kwargs)))
+        on_host = {key: _host_value(value) for key, value in _on_host(kwargs).items()}
+        result = func(*_host_value(args), **on_host)
         if ours or here:
-            self._count(func, name, args)
+            self._count(facts, args)
         if name in ("_local_scalar_dense", "item", "is_nonzero", "equal"):
             return result
-        return _returned(func, args, kwargs, result) if here else result
+        return _returned(facts, args, kwargs, result) if here else result
 
     def _copy(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """A copy, perhaps to or from the host."""
         source = args[1] if name == "copy_" else args[0]
         blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-        values = pytree.tree_map(_host_value, args)
+        values = _host_value(args)
         if name == "copy_":
             target = args[0]
             to_device, from_device = (isinstance(each, PretendTensor) for each in (target, source))
@@ -245,8 +246,9 @@ class PretendedDevice:
             shapes = ", ".join(f"{each.device.type} {tuple(each.shape)}" for each in given)
             raise RuntimeError(f"aten::{name}: expected all tensors to be on the same device: {shapes}")
 
-    def _count(self, func: Any, name: str, args: Any) -> None:
-        if any(alias is not None and not alias.is_write for alias in _aliases(func)) or name in _FREE:
+    def _count(self, facts: _Facts, args: Any) -> None:
+        name = facts.name
+        if facts.is_free:
             return
         if name in _WAITS or (name == "repeat_interleave" and len(args) < 3):
             self.wait(name)
@@ -268,8 +270,7 @@ class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         wanted = kwargs.get("device")
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, PretendTensor) for leaf in leaves) or (
+        if any(isinstance(leaf, PretendTensor) for leaf in _leaves((*args, *kwargs.values()))) or (
             wanted is not None and torch.device(wanted).type == _NAME
         ):
             return self.device.run(func, args, kwargs)
@@ -359,8 +360,19 @@ def _run_now(func: Any, *args: Any, **kwargs: Any) -> Any:
     return _now.run(func, args, kwargs)
 
 
+def _leaves(values: Any) -> Iterator[Any]:
+    """What an operation is given, also within lists."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
 def _host_value(value: Any) -> Any:
-    return value.host_value if isinstance(value, PretendTensor) else value
+    if isinstance(value, PretendTensor):
+        return value.host_value
+    return type(value)(map(_host_value, value)) if type(value) in (list, tuple) else value
 
 
 def _on_host(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -370,21 +382,46 @@ def _on_host(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs | {"device": torch.device("cpu")}
 
 
-def _aliases(func: Any) -> list[Any]:
-    return [value.alias_info for value in func._schema.returns]
+class _Facts(NamedTuple):
+    """What an operation's schema says: asked for once, since a decode has thousands of operations."""
+
+    name: str
+    is_composite: bool
+    """It is made of other operations."""
+    is_free: bool
+    """It launches nothing, as a view of what it was given."""
+    is_in_place: bool
+    """All that it returns was given to it."""
+    written: list[tuple[int, str | None]]
+    """The arguments that it writes into: the place of each, and the name of one that is given by name."""
 
 
-def _returned(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
+@cache
+def _facts_of(func: Any) -> _Facts:
+    schema = func._schema
+    name = schema.name.removeprefix("aten::")
+    aliases = [value.alias_info for value in schema.returns]
+    return _Facts(
+        name,
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        name in _FREE or any(alias is not None and not alias.is_write for alias in aliases),
+        bool(aliases) and all(alias is not None and alias.is_write for alias in aliases),
+        [
+            (place, argument.name if argument.kwarg_only else None)
+            for place, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ],
+    )
+
+
+def _returned(facts: _Facts, args: Any, kwargs: dict[str, Any], result: Any) -> Any:
     """The result, its tensors on the device; what an operation writes into is returned as it was given."""
-    written = [
-        kwargs.get(argument.name) if argument.kwarg_only else args[place] if place < len(args) else None
-        for place, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
     outputs = list(result) if isinstance(result, tuple | list) else [result]
-    aliases = _aliases(func)
-    if aliases and all(alias is not None and alias.is_write for alias in aliases):
-        outputs = written
+    if facts.is_in_place:
+        outputs = [
+            args[place] if name is None and place < len(args) else kwargs.get(name or "")
+            for place, name in facts.written
+        ]
     else:
         outputs = [PretendTensor(each) if isinstance(each, Tensor) else each for each in outputs]
     return type(result)(outputs) if isinstance(result, tuple | list) else outputs[0] if outputs else None
