@@ -77,7 +77,7 @@ class Job:
             "SLURM_CPUS_PER_TASK": "2",
             **env,
         }
-        self.port = 10000 + int(self.number) % 20000
+        self.port = 20000 + int(self.number) % 12000
         self.scratch = Path(f"/tmp/paracaption-{self.number}")
 
     def start(self, *arguments: str, output: int = subprocess.PIPE) -> subprocess.Popen:
@@ -117,7 +117,7 @@ def test_the_head_is_up_before_the_other_nodes_and_all_are_before_the_build(job)
         f"paracaption build corpus.yaml --retry-failed --ray-address {address} address none",
         *["ray ended"] * 3,
     ]
-    assert 10000 <= job.port < 30000
+    assert 19_999 < job.port < 32_768, "between the ports of Ray's workers and those of outgoing connections"
 
 
 def test_each_node_is_one_step_of_its_own_with_all_cores_of_its_task(job):
@@ -202,6 +202,17 @@ def test_a_name_that_leads_to_loopback_is_refused_unless_the_address_is_given(jo
     process = job(ADDRESS="127.0.1.1", BUILD_ENDS="0").start("corpus.yaml")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and "set HEAD_IP to its address" in errors
+
+
+def test_a_node_on_which_ray_does_not_start_ends_the_job_at_once(job):
+    job = job()
+    stubs = Path(job.env["PARACAPTION_VENV"]) / "bin"
+    (stubs / "ray").write_text("#!/bin/bash\necho 'the port is taken' >&2\nexit 1\n")
+    (stubs / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    process = job.start("corpus.yaml")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the port is taken" in errors
+    assert "Ray did not start on one of the nodes; see above" in errors
 
 
 def test_without_a_configuration_the_script_says_how_it_is_called(job):
